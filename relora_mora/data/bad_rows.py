@@ -9,22 +9,22 @@ from relora_mora.data.errors import BAD_REASONS, ENCODING_REASONS, Skipped, Sour
 from relora_mora.data.rows import Encoded
 from relora_mora.data.shard import Shard
 
-# before this many rows a fraction says little; at the end of a shard it is exact, however few there are
+# A fraction of fewer rows says little. At the end of a shard it is exact, however few rows there are.
 JUDGED_FROM_ROWS = 1000
-NOTES_PER_REASON = 3  # of a shard
-OTHER_KEYS = "data.text_column names the key of texts, a run's data.records what else a line holds"
+NOTES_PER_REASON = 3  # per shard
+OTHER_KEYS = "set data.text_column to the key of the texts, or data.records if the lines are records"
 
 
 def skip_reason(skipped: Skipped, shard: Shard) -> str:
-    """What is wrong with a bad row of a shard."""
+    """Describes what is wrong with a bad row of a shard."""
     return skipped.detail or BAD_REASONS[skipped.reason].format(column=shard.text_column)
 
 
 class BadRowLimit:
-    """Counts the bad rows of one shard and stops at too many.
+    """Counts the bad rows of one shard and raises an error when there are too many.
 
-    Each decision depends on the position in the shard alone, so a resumed run makes it again at the same place.
-    ``bad`` is the number of bad rows before the position where reading begins.
+    A decision depends only on the position in the shard, so a resumed run makes the same decision at the same place.
+    ``bad`` is the number of bad rows before the position at which reading begins.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class BadRowLimit:
         self._last = ""
 
     def count(self, number: int, skipped: Skipped, *, seen: int | None = None) -> None:
-        """The row with this number in the shard, from 1, is bad, and ``seen`` rows were looked at; None: as many.
+        """Counts row ``number`` of the shard (from 1) as bad. ``seen`` rows were checked so far; None: ``number``.
 
-        Raises SourceError when too many are bad already.
+        Raises SourceError if too many rows are bad already.
         """
         seen = number if seen is None else seen
         self.bad += 1
@@ -59,9 +59,9 @@ class BadRowLimit:
         self._check(seen, max(seen, JUDGED_FROM_ROWS))
 
     def finish(self, rows: int, *, are_all: bool = True) -> None:
-        """The shard ended after ``rows`` rows, which ``are_all`` of it or a lane's.
+        """Called at the end of the shard, after ``rows`` rows. ``are_all`` is False if a lane saw only its own rows.
 
-        Raises SourceError where more than the allowed fraction is bad.
+        Raises SourceError if more than the allowed fraction is bad.
         """
         if not rows:
             self._note(f"{self._shard.label} is empty; skipped")
@@ -83,28 +83,28 @@ TOO_LONG = "over_length"
 
 
 def too_many_records(
-    bad: int, seen: int, max_bad_fraction: float, told: str, *, whole: bool = False
+    bad: int, seen: int, max_bad_fraction: float, last_bad: str, *, whole: bool = False
 ) -> SourceError | None:
-    """What to raise where more than the allowed fraction of records cannot be used; ``told``: one of them.
+    """The error to raise if more than the allowed fraction of records cannot be used. ``last_bad`` describes the last.
 
-    The fraction is judged from the 1,000th on; of a ``whole`` set, however small it is.
+    The fraction is checked from the 1,000th record on, or for a ``whole`` set of any size.
     """
     if bad <= max_bad_fraction * (seen if whole else max(seen, JUDGED_FROM_ROWS)):
         return None
     return SourceError(
         f"{bad:,} of {seen:,} records cannot be used, more than data.max_bad_fraction ({max_bad_fraction:g}); "
-        f"the last one: {told}. Correct them or what data.records says of them, or raise data.max_bad_fraction"
+        f"the last one: {last_bad}. Correct the records or data.records, or raise data.max_bad_fraction"
     )
 
 
 class RecordsFound:
-    """What became of rows that were read from the beginning, once each."""
+    """Counts the outcomes of rows that are read once each, from the beginning."""
 
     def __init__(self) -> None:
         self.seen = 0
         self.left_out = Counter[str]()  # by reason
-        self.told: dict[str, str] = {}  # by reason, of the last such row
-        self._last = ""
+        self.examples: dict[str, str] = {}  # by reason: a description of the last such row
+        self._last_bad = ""
 
     @property
     def bad(self) -> int:
@@ -118,16 +118,16 @@ class RecordsFound:
         self.seen += 1
         if isinstance(row, Skipped):
             self.left_out[row.reason] += 1
-            self.told[row.reason] = row.detail
+            self.examples[row.reason] = row.detail
             if row.reason in ENCODING_REASONS:
-                self._last = row.detail
+                self._last_bad = row.detail
 
     def too_many(self, max_bad_fraction: float, *, whole: bool = False) -> SourceError | None:
-        """The error where too many rows are bad."""
-        return too_many_records(self.bad, self.seen, max_bad_fraction, self._last, whole=whole)
+        """The error to raise if too many rows are bad."""
+        return too_many_records(self.bad, self.seen, max_bad_fraction, self._last_bad, whole=whole)
 
     def fault(self, name: str, max_bad_fraction: float, *, whole: bool) -> SourceError | None:
-        """The error where too many rows are bad, or none can be used; ``whole``: there are no others."""
+        """The error to raise if too many rows are bad or no row can be used. ``whole``: there are no other rows."""
         if fault := self.too_many(max_bad_fraction, whole=whole):
             return fault
         if not self.seen or self.left_out.total() < self.seen:
@@ -136,7 +136,7 @@ class RecordsFound:
         reason = reasons[0][0]
         among = "" if whole else f" among the first {self.seen:,}"
         counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons)
-        remedy = "raise data.sequence_length" if reason == TOO_LONG else "correct what data.records says of them"
+        remedy = "raise data.sequence_length" if reason == TOO_LONG else "correct data.records"
         return SourceError(
-            f"{name}: no record can be used{among} ({counts}); for instance {self.told[reason]}; {remedy}"
+            f"{name}: no record can be used{among} ({counts}); for instance {self.examples[reason]}; {remedy}"
         )

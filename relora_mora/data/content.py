@@ -1,6 +1,6 @@
-"""A fingerprint of the training text itself, from samples of it: it notices other text under the same names and sizes.
+"""A fingerprint of the training text, from samples of it. It notices other text under the same names and sizes.
 
-Hub files need none: their commit is part of their name.
+Files on the hub need none, because their commit is part of their name.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 THREADS = 16
-WHOLE_BYTES = 1 << 16  # a file up to this size is looked at as a whole
-PIECE_BYTES = 1 << 12  # of a larger one this much at its head, its tail and at some places between
+WHOLE_BYTES = 1 << 16  # a file up to this size is read as a whole
+PIECE_BYTES = 1 << 12  # read at the head, at the tail and at some places between of a larger file
 PIECES_BETWEEN = 4
-END_BYTES = 8  # enough for how any format ends
+END_BYTES = 8  # enough for the end marker of any format
 
 
 def local_content(shards: Sequence[Shard]) -> str:
-    """32 hex digits over the names of local files, their sizes and pieces of their content; "" where no shard is local.
+    """32 hex digits over the names of local files, their sizes and samples of their content; "" if no shard is local.
 
-    A gzip or zstd file ends with a checksum of all of its text; in plain text a change in the middle may be missed. Of
-    tokens made in advance that of their text counts, and is kept with them; the tokens are looked at in the same way.
-    Raises SourceError for a file that cannot be read, for tokens that are not what they were, and for those of a text
-    that is there as well, on a disk or on the hub.
+    A gzip or zstd file ends with a checksum of its text. In plain text a change in the middle may be missed.
+    Pre-tokenized shards count by the digest of their text, which is stored with them; their own files are sampled too.
+    Raises SourceError for a file that cannot be read, for a token file that has changed, and for tokens whose text, on
+    a disk or on the hub, is among the shards as well.
     """
-    near = [shard for shard in shards if not shard.is_remote]
-    seen = dict(zip(near, _each(near, _seen_here), strict=True))
-    _refuse_twice(seen | {shard: b"" for shard in shards if shard.hub})  # as their tokens say of these, too
-    return _digest([shard for shard in near if shard.origin == "local"], seen)
+    local = [shard for shard in shards if not shard.is_remote]
+    seen = dict(zip(local, _map_in_threads(_local_digest, local), strict=True))
+    _refuse_duplicates(seen | {shard: b"" for shard in shards if shard.hub})  # tokens of hub text store b"", too
+    return _digest([shard for shard in local if shard.origin == "local"], seen)
 
 
-def _refuse_twice(seen: Mapping[Shard, bytes]) -> None:
-    """Raises SourceError if a folder of tokens is listed together with its text, or with other tokens of that.
+def _refuse_duplicates(seen: Mapping[Shard, bytes]) -> None:
+    """Raises SourceError if a folder of tokens is listed together with its text, or with other tokens of that text.
 
-    Local names are short, and two trees may hold the same license: text is listed twice if one side has all files of
-    the other, and some files in common are only warned about. The name of a remote file is its address.
+    Local names are short, and two folders may hold the same license. So text counts as listed twice only if one side
+    has all files of the other; for some files in common there is a warning. A remote file's name is its address.
     """
     if not any(shard.tokens for shard in seen):
         return
@@ -74,13 +74,13 @@ def _refuse_twice(seen: Mapping[Shard, bytes]) -> None:
         if not both:
             continue
         file = min(both)
-        given = f"{_place(ones[file])} and {_place(others[file])} hold the same text, once or twice as tokens"
+        same = f"{_place(ones[file])} and {_place(others[file])} hold the same text, at least one of them as tokens"
         if any(ones[each].origin != "local" for each in both) or len(both) in (len(ones), len(others)):
-            raise SourceError(f"{given}; it would be read twice: give one of them")
-        _warn(f"{given}, and both are read; files in common: {len(both)}")
+            raise SourceError(f"{same}; it would be read twice: list only one of them")
+        _warn(f"{same}, and both are read; files in common: {len(both)}")
 
 
-@functools.cache  # a start looks at the same text several times
+@functools.cache  # the same text is checked several times when a run starts
 def _warn(text: str) -> None:
     log.warning("%s", text)
 
@@ -90,10 +90,10 @@ def _place(shard: Shard) -> str:
 
 
 def remote_versions(shards: Sequence[Shard], timeout_seconds: float) -> dict[int, Version]:
-    """What servers say of the versions of http(s) files, by the number of the shard. For ``at_versions``.
+    """The versions of http(s) files as their servers report them, by the number of the shard. For ``at_versions``.
 
-    Asks for each file once, several at the same time; meant for one rank, not for all. Raises SourceError for a file
-    that is not there.
+    Sends one request per file, several at the same time; only one rank should call it. Raises SourceError for a file
+    that is missing.
     """
     asked = {number: shard for number, shard in enumerate(shards) if shard.origin == "server" and shard.tokens is None}
     if not asked:
@@ -104,11 +104,11 @@ def remote_versions(shards: Sequence[Shard], timeout_seconds: float) -> dict[int
         for scheme in ("http://", "https://"):
             session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=THREADS))
         ask = functools.partial(_version_at_server, session=session, timeout_seconds=timeout_seconds)
-        return dict(zip(asked, _each(list(asked.values()), ask), strict=True))
+        return dict(zip(asked, _map_in_threads(ask, list(asked.values())), strict=True))
 
 
 def at_versions(shards: Sequence[Shard], versions: Mapping[int, Version]) -> list[Shard]:
-    """The shards, of which those at servers are read in these versions alone."""
+    """The shards, with those on servers restricted to these versions."""
     return [
         replace(shard, version=versions[number]) if number in versions else shard for number, shard in enumerate(shards)
     ]
@@ -117,30 +117,30 @@ def at_versions(shards: Sequence[Shard], versions: Mapping[int, Version]) -> lis
 def remote_content(shards: Sequence[Shard]) -> str:
     """32 hex digits over the names and the versions of http(s) files; "" if there are none.
 
-    Raises SourceError for tokens of a text that is there as well.
+    Raises SourceError for tokens whose text is among the shards as well.
     """
     urls = [shard for shard in shards if shard.origin == "server"]
-    seen = {shard: _seen_at_server(shard) for shard in urls}
-    _refuse_twice(seen)
+    seen = {shard: _server_digest(shard) for shard in urls}
+    _refuse_duplicates(seen)
     return _digest(urls, seen)
 
 
 def content_digests(shards: Sequence[Shard]) -> list[str]:
-    """What ``local_content`` or ``remote_content`` sees of each shard of text: 32 hex digits, "" for one of the hub."""
+    """The digest of each shard of text in ``local_content`` or ``remote_content``: 32 hex digits, "" for the hub."""
     local = [shard for shard in shards if shard.origin == "local"]
-    seen = dict(zip(local, _each(local, _seen_here), strict=True))
-    seen |= {shard: _seen_at_server(shard) for shard in shards if shard.origin == "server"}
+    seen = dict(zip(local, _map_in_threads(_local_digest, local), strict=True))
+    seen |= {shard: _server_digest(shard) for shard in shards if shard.origin == "server"}
     return [seen[shard].hex() if shard in seen else "" for shard in shards]
 
 
 def samples_digest(path: str) -> str:
-    """32 hex digits over the size of a file and pieces of its content. Raises SourceError where it cannot be read."""
+    """32 hex digits over the size of a file and samples of its content. Raises SourceError if it cannot be read."""
     return xxhash.xxh3_128_hexdigest(_samples(path))
 
 
-def _each(shards: Sequence[Shard], look: Callable[[Shard], T]) -> list[T]:
-    with ThreadPoolExecutor(THREADS) as threads:  # after an error map() starts no more of them
-        return list(threads.map(look, shards))
+def _map_in_threads(function: Callable[[Shard], T], shards: Sequence[Shard]) -> list[T]:
+    with ThreadPoolExecutor(THREADS) as threads:  # after an error, map() starts no further calls
+        return list(threads.map(function, shards))
 
 
 def _digest(shards: Sequence[Shard], seen: Mapping[Shard, bytes]) -> str:
@@ -152,27 +152,21 @@ def _digest(shards: Sequence[Shard], seen: Mapping[Shard, bytes]) -> str:
     return digest.hexdigest()
 
 
-def _seen_here(shard: Shard) -> bytes:
+def _local_digest(shard: Shard) -> bytes:
     if shard.tokens is None:
         if shard.format.ends:
             _check_end(shard)
         return xxhash.xxh3_128_digest(_samples(shard.location))
     if samples_digest(shard.location) != shard.tokens.totals.digest:
         raise SourceError(
-            f"{shard.location} is not what it was when its tokens were made; remove it and make it again: {COMMAND}"
+            f"{shard.location} has changed since its tokens were made; remove it and make it again: {COMMAND}"
         )
-    return _text_of_tokens(shard)
-
-
-def _text_of_tokens(shard: Shard) -> bytes:
-    """The digest of their text, as it was seen when they were made."""
-    assert shard.tokens is not None
     return bytes.fromhex(shard.tokens.text.content)
 
 
-def _seen_at_server(shard: Shard) -> bytes:
+def _server_digest(shard: Shard) -> bytes:
     if shard.tokens is not None:
-        return _text_of_tokens(shard)
+        return bytes.fromhex(shard.tokens.text.content)
     assert shard.version is not None, "see at_versions"
     etag, modified, size = shard.version
     return xxhash.xxh3_128_digest((etag or f"{modified} {size}").encode())
@@ -189,12 +183,12 @@ def _samples(path: str) -> bytes:
 
 
 def _check_end(shard: Shard) -> None:
-    """A copy that broke off is found before the run comes to it, where every file of its format ends alike."""
+    """Finds an incomplete copy before the run reaches it, if all files of its format have the same end."""
     with _opened(shard.location) as file:
         end = os.pread(file, END_BYTES, max(0, os.fstat(file).st_size - END_BYTES))
     if not end.endswith(shard.format.ends):
         raise SourceError(
-            f"{shard.location} is no {shard.format.name} or cut short: it ends in {end!r}, "
+            f"{shard.location} is not {shard.format.name} or was cut short: it ends in {end!r}, "
             f"not in {' or '.join(map(repr, shard.format.ends))}; fetch or write it again"
         )
 
@@ -216,7 +210,7 @@ def _version_at_server(shard: Shard, *, session: requests.Session, timeout_secon
     from relora_mora.data.bytes.transport import check_status, send, version_of
 
     def ask() -> Version:
-        # where a server refuses HEAD: one byte, whose answer has the same headers
+        # if a server refuses HEAD, a request for one byte is answered with the same headers
         for method, headers in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
             with send(
                 method, shard.location, shard.name, headers=headers, timeout_seconds=timeout_seconds, session=session

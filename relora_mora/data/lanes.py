@@ -1,4 +1,4 @@
-"""A lane's rows: its own share of the shards, shuffled in blocks, endlessly, one epoch after the other."""
+"""A lane reads its own share of the shards, shuffled in blocks, epoch after epoch without end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from relora_mora.data.shard import Shard
 
 
 class Part(NamedTuple):
-    """What a lane reads of a shard: its rows ``phase``, ``phase + stride``, ..., in the way of the shard's format."""
+    """A lane's share of a shard: rows ``phase``, ``phase + stride``, ..., divided as the shard's format does it."""
 
     shard: int  # number in the list of shards
     stride: int = 1
@@ -26,17 +26,17 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class LanePlan:
-    """What a lane reads in every epoch."""
+    """The parts that a lane reads in every epoch."""
 
     lane: int
     parts: tuple[Part, ...]
 
     def order(self, seed: int, epoch: int) -> list[Part]:
-        """Its parts in the order of an epoch."""
+        """The parts in the order of an epoch."""
         return [self.parts[at] for at in seeded_order(len(self.parts), seed, self.lane, epoch)]
 
     def read(self, state: Mapping[str, Any]) -> tuple[Cursor, int]:
-        """(cursor, offset in tokens) of this lane's saved state. Raises SourceError for one that cannot be its own."""
+        """(cursor, offset in tokens) from this lane's saved state. Raises SourceError if it cannot be its own state."""
         cursor, offset = read_state(state)
         if cursor.place >= len(self.parts):
             raise SourceError(
@@ -47,33 +47,32 @@ class LanePlan:
 
 
 def plan_lanes(lanes: int, shards: int, *, whole: bool = False, even: bool = False) -> list[LanePlan]:
-    """Every row of every shard belongs to exactly one lane.
+    """Assigns every row of every shard to exactly one lane.
 
-    Lane l reads the shards l, l + lanes, ..., as long as there is one for each lane. The lanes share those that are
-    left, or all where there are fewer than lanes: of n shards lane l reads a part of the one numbered ``l mod n``. With
-    ``whole`` nobody shares what is left: some lanes read a shard more than others. With ``even`` fewer shards than
-    lanes are each shared by all of these, so that all have as many rows.
+    Lane l reads the shards l, l + lanes, ..., as long as there is one for each lane. The lanes share the n shards that
+    are left, or all shards if there are fewer than lanes: lane l reads a part of shard ``l mod n`` among them. With
+    ``whole``, lanes do not share the shards that are left, and some lanes read one shard more than others. With
+    ``even``, if there are fewer shards than lanes, all lanes share each shard and get the same number of rows.
     """
     if even and shards < lanes:
         shares = [[Part(shard, lanes, (lane + shard) % lanes) for shard in range(shards)] for lane in range(lanes)]
         return [LanePlan(lane, tuple(parts)) for lane, parts in enumerate(shares)]
     left = shards if shards < lanes else 0 if whole else shards % lanes
-    alone = shards - left
-    parts = [[Part(shard) for shard in range(lane, alone, lanes)] for lane in range(lanes)]
+    unshared = shards - left
+    parts = [[Part(shard) for shard in range(lane, unshared, lanes)] for lane in range(lanes)]
     for lane in range(lanes if left else 0):
         first = lane % left
-        parts[lane].append(Part(alone + first, stride=len(range(first, lanes, left)), phase=lane // left))
+        parts[lane].append(Part(unshared + first, stride=len(range(first, lanes, left)), phase=lane // left))
     return [LanePlan(lane, tuple(parts[lane])) for lane in range(lanes)]
 
 
 def lane_plans(config: DataConfig, lanes: int, shards: int, packing: Packing) -> list[LanePlan]:
-    """How the lanes of a run share shards whose rows become sequences like this."""
-    even = packing != "stream" or config.concatenate
-    return plan_lanes(lanes, shards, even=even)
+    """The plans of all lanes of a run with this packing."""
+    return plan_lanes(lanes, shards, even=packing != "stream" or config.concatenate)
 
 
 def seeded_order(count: int, *key: int) -> list[int]:
-    """A permutation of ``range(count)`` that depends on the key alone, on every machine and numpy version.
+    """A permutation of ``range(count)`` that depends only on the key, on every machine and numpy version.
 
     The raw stream of numpy's PCG64 is part of its compatibility promise; ``Generator.permutation`` is not.
     """
@@ -81,12 +80,12 @@ def seeded_order(count: int, *key: int) -> list[int]:
 
 
 class EpochsReached(SourceError):
-    """A source has been read as often as it may be."""
+    """A source has been read ``max_epochs`` times."""
 
 
 @dataclass(frozen=True)
 class EpochLimit:
-    """How often a source may be read."""
+    """The number of times that a source may be read."""
 
     source: str
     epochs: int
@@ -98,7 +97,7 @@ class EpochLimit:
         return f"the source {self.source} has been read {times}, its max_epochs"
 
     def check(self, epoch: int) -> None:
-        """Before an epoch, from 0. Raises EpochsReached where it may not be read."""
+        """Called before an epoch (from 0). Raises EpochsReached if the source must not be read again."""
         if self.stops and epoch >= self.epochs:
             raise EpochsReached(
                 f"{self.reached}; give it less weight, more text or a higher max_epochs, train for fewer steps, "
@@ -108,9 +107,9 @@ class EpochLimit:
 
 @dataclass
 class LaneRows(Generic[Row]):
-    """``rows_from(cursor)`` gives (row, the cursor behind it), from any cursor that it gave before or that was saved.
+    """``rows_from(cursor)`` yields (row, cursor after it), from any cursor that it yielded before or that was saved.
 
-    Of ``config`` the seed and ``shuffle_documents`` count; what a shard is read with stands in ``open_rows``.
+    Only the seed and ``shuffle_documents`` of ``config`` are used here; ``open_rows`` has its own settings.
     """
 
     plan: LanePlan
@@ -118,10 +117,10 @@ class LaneRows(Generic[Row]):
     config: DataConfig
     open_rows: OpenRows[Row]
     limit: EpochLimit | None = None
-    notes: list[str] = field(default_factory=list)  # skipped rows to tell about; the owner empties it
+    notes: list[str] = field(default_factory=list)  # messages about skipped rows; the owner empties the list
 
     def rows_from(self, cursor: Cursor) -> Generator[tuple[Row, Cursor], None, None]:
-        """Endless. Raises SourceError where a shard cannot be read or has too many bad rows, or there is no text."""
+        """Endless. Raises SourceError if a shard cannot be read or has too many bad rows, or if there is no text."""
         while True:
             if self.limit is not None:
                 self.limit.check(cursor.epoch)
@@ -136,7 +135,7 @@ class LaneRows(Generic[Row]):
             cursor = cursor._replace(epoch=cursor.epoch + 1, place=0)
 
     def _rows_of_part(self, part: Part, cursor: Cursor) -> Generator[tuple[Row, Cursor], None, Cursor]:
-        """The rows of a part from the cursor on; returns the cursor at its end."""
+        """Yields the rows of a part from the cursor on and returns the cursor at its end."""
         shard = self.shards[part.shard]
         size = self.config.shuffle_documents
         opened = self.open_rows(shard, stride=part.stride, phase=part.phase, bad=cursor.bad, note=self.notes.append)
@@ -150,7 +149,7 @@ class LaneRows(Generic[Row]):
                 key = (self.config.seed, self.plan.lane, cursor.epoch, part.shard, cursor.block)
                 order = seeded_order(len(block), *key)
                 remaining = [block[at] for at in reversed(order[cursor.item :])]
-                block.clear()  # large, as text: with this each row is freed as soon as it is used
+                block.clear()  # a block of text is large: this way each row is freed as soon as it is used
                 while remaining:
                     row = remaining.pop()
                     if isinstance(row, Skipped):
@@ -165,8 +164,8 @@ class LaneRows(Generic[Row]):
             return cursor.after_skipping("empty_shard") if rows.is_empty else cursor
 
     def _no_text(self, before: Cursor, now: Cursor) -> SourceError:
-        passed = zip(SKIP_REASONS, before.skipped, now.skipped, strict=True)
-        skipped = [f"{reason}: {to - was}" for reason, was, to in passed if to > was and reason != "empty_shard"]
+        counts = zip(SKIP_REASONS, before.skipped, now.skipped, strict=True)
+        skipped = [f"{reason}: {to - was}" for reason, was, to in counts if to > was and reason != "empty_shard"]
         shards = ", ".join(self.shards[part.shard].label for part in self.plan.parts[:3])
         why = (
             f"all of its rows were skipped ({', '.join(skipped)})"
@@ -176,13 +175,13 @@ class LaneRows(Generic[Row]):
         remedy = "give more text or lower data.lanes"
         if self.config.is_mixture:
             remedy += (
-                f", or give its source {self.shards[0].source} no weight in data.train and data.stages; a run that has "
-                "begun can do this with --train.allow_changes=[data.train,data.stages]"
+                f", or set the weight of its source {self.shards[0].source} to 0 in data.train and data.stages; a run "
+                "that has begun also needs --train.allow_changes=[data.train,data.stages]"
             )
         return SourceError(f"lane {self.plan.lane} found no text in {shards}: {why}; {remedy}")
 
     def _became_shorter(self, shard: Shard) -> SourceError:
         return SourceError(
             f"lane {self.plan.lane}: {shard.label} has fewer lines than when its position was saved; "
-            "resume with the same files; another data.seed reads other text of the same names from its beginning"
+            "resume with the same files, or set another data.seed to read the new text from its beginning"
         )

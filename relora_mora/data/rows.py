@@ -1,8 +1,8 @@
-"""The seam between packing and what is packed.
+"""The interface between packing and the rows that are packed.
 
-A lane knows neither the format of its shards nor what their rows mean. It takes two functions: one opens the rows of a
-shard (``OpenRows``), the other makes tokens of rows and says which of these are scored (``Encode``). ``file_rows.py``
-opens shards of every format, ``encoders.py`` has the functions to tokens.
+A lane knows neither the format of its shards nor the meaning of their rows. It is given two functions: one opens the
+rows of a shard (``OpenRows``), the other tokenizes rows and marks the scored tokens (``Encode``). ``file_rows.py``
+opens shards of every format, and ``encoders.py`` has the functions that tokenize.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from relora_mora.data.errors import Skipped
 from relora_mora.data.shard import Shard
 
-# What a row holds: a text, say, or the messages of a conversation. Its length is about its number of characters.
+# The content of a row, such as a text or the messages of a conversation. len() is about its number of characters.
 Row = TypeVar("Row", bound=Sized)
 TokenIds = npt.NDArray[np.integer[Any]]
 Ids = Sequence[int] | TokenIds
@@ -26,60 +26,60 @@ CALL_CHARACTERS = 1 << 20
 
 
 def in_calls(rows: Iterable[T], most: int, size: Callable[[T], int], threads: int = 1) -> Iterator[list[T]]:
-    """Some at a time, for one call of a tokenizer, which takes dozens of times the memory of their text.
+    """Batches rows for one tokenizer call each, bounded in rows (``most``) and characters (per thread).
 
-    A row goes to one of its ``threads``.
+    A call needs dozens of times the memory of its text. Each row is tokenized by one of ``threads`` threads.
     """
-    some: list[T] = []
+    batch: list[T] = []
     characters = 0
     for row in rows:
-        some.append(row)
+        batch.append(row)
         characters += size(row)
-        if len(some) == most or characters >= threads * CALL_CHARACTERS:
-            yield some
-            some = []
+        if len(batch) == most or characters >= threads * CALL_CHARACTERS:
+            yield batch
+            batch = []
             characters = 0
-    if some:
-        yield some
+    if batch:
+        yield batch
 
 
 class Rows(Protocol[Row]):
     """A lane's own rows of one shard, in an order that never changes.
 
-    A position is the number of own rows before it, so it means the same on every machine and after every restart. How
-    lanes share a shard is the format's decision: lines take turns, row groups are dealt out whole.
+    A position is the number of own rows before it, so it means the same on every machine and after every restart. The
+    format decides how lanes share a shard: lanes take lines in turn, while row groups are assigned as a whole.
     """
 
     @property
     def bad(self) -> int:
-        """Bad rows so far, in the whole of the shard as far as it was looked at; saved with a position."""
+        """Bad rows so far among all rows of the shard that were checked; saved with a position."""
 
     @property
     def is_empty(self) -> bool:
-        """Known at the end: the shard holds no rows at all, neither this lane's nor another's."""
+        """Whether the shard holds no rows, neither of this lane nor of another. Known at the end of the shard."""
 
     def skip(self, count: int) -> bool:
-        """Pass over own rows without looking into them; False where the shard has fewer."""
+        """Skips own rows without decoding them; False if the shard has fewer."""
 
     def take(self, count: int) -> list[Row | Skipped]:
-        """The next own rows, fewer than ``count`` (at least 1) only at the end of the shard, none behind it.
+        """The next ``count`` (at least 1) own rows; fewer only at the end of the shard, and none after it.
 
-        Raises SourceError where the shard cannot be read or holds too many bad rows.
+        Raises SourceError if the shard cannot be read or holds too many bad rows.
         """
 
     def close(self) -> None: ...
 
 
 def calls_of(rows: Rows[Row], most: int, threads: int = 1) -> Iterator[list[Row | Skipped]]:
-    """All that are left of a shard, as :func:`in_calls` has them."""
+    """All remaining rows of a shard, in the batches of :func:`in_calls`."""
     while taken := rows.take(most):
         yield from in_calls(taken, most, lambda row: 0 if isinstance(row, Skipped) else len(row), threads)
 
 
 class OpenRows(Protocol[Row]):
-    """Opens a shard for one of the ``stride`` lanes that share it, the one numbered ``phase``, from 0.
+    """Opens a shard for lane ``phase`` (from 0) of the ``stride`` lanes that share it.
 
-    ``bad`` is ``Rows.bad`` at the position that the caller goes on to skip to. ``note`` hears of what is skipped.
+    ``bad`` is ``Rows.bad`` at the position to which the caller skips next. ``note`` gets a message about skipped rows.
     """
 
     def __call__(
@@ -88,13 +88,13 @@ class OpenRows(Protocol[Row]):
 
 
 class Encoded(NamedTuple):
-    """The tokens of a row, and for each whether predicting it counts in the loss; None where all do."""
+    """The tokens of a row, and for each token whether predicting it counts in the loss; None if all do."""
 
     ids: Ids
     scored: Scored | None = None
-    cut: bool = False  # at its end, because a sequence has no room for more
+    cut: bool = False  # the row lost its end, because it was longer than a sequence
 
 
-# many rows at once, because a tokenizer's call is not free; what a row becomes must not depend on the others
+# Encodes many rows at once, because a tokenizer call has a cost. The result for a row must not depend on the others.
 Encode = Callable[[list[Row]], Sequence[Encoded | Skipped]]
 EncodeTexts = Callable[[list[str]], list[Encoded]]

@@ -1,4 +1,4 @@
-"""A shard is one file of text: where it is, which version it has, and what its rows hold."""
+"""A shard is one file of text, with its location, its version and the format of its rows."""
 
 from __future__ import annotations
 
@@ -16,60 +16,60 @@ from relora_mora.system.files import from_home
 
 
 class Version(NamedTuple):
-    """What a server or a disk says about the version of a file."""
+    """The version of a file as a server or a disk reports it."""
 
     etag: str | None
     modified: str | None
-    size: int | None  # bytes; the answer of a server may be wrong here
+    size: int | None  # bytes; a server's answer may be wrong here
 
     @staticmethod
     def on_disk(status: os.stat_result) -> Version:
-        """The inode is left out: FAT, SMB and FUSE give the same file another one once the kernel has forgotten it."""
+        """Leaves out the inode: on FAT, SMB and FUSE a file gets a new one after the kernel has forgotten it."""
         return Version(None, str(status.st_mtime_ns), status.st_size)
 
     def is_other_than(self, other: Version) -> bool:
-        """Whether they cannot be of the same version. An answer may lack what another one has."""
+        """Whether the two certainly differ. A field that one of them lacks is not compared."""
         if self.etag and other.etag:
             return self.etag != other.etag
         return bool(self.modified and other.modified) and self.modified != other.modified
 
 
 class FileVersion:
-    """What the answers for one file say of its version; ``known``: what was said before. ``name`` is for messages."""
+    """Checks that all answers for the file ``name`` report the same version. ``known`` is an earlier one, if any."""
 
     def __init__(self, name: str, known: Version | None) -> None:
         self._name = name
         self._known = known
 
     def check(self, version: Version) -> None:
-        """Raises SourceError for another version than that of the answers before."""
+        """Raises SourceError if the version differs from that in earlier answers."""
         known = self._known or version
         if version.is_other_than(known):
             raise SourceError(
-                f"{self._name} changed while it was read (its ETag or date is another one); "
-                "start with data that does not change"
+                f"{self._name} changed while it was read (its ETag or date is different now); "
+                "use data that does not change"
             )
         self._known = Version(known.etag or version.etag, known.modified or version.modified, known.size)
 
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """The settings, and the text of the template file that they name."""
+    """The settings of records, and the text of the template file that they name."""
 
     settings: RecordsConfig
     template: str | None = None
 
     @property
     def is_text(self) -> bool:
-        """Rows of plain text."""
+        """Whether rows are plain text."""
         return self.settings.is_text
 
     def fields_of(self, row: Mapping[str, Any]) -> dict[str, Any] | Skipped:
-        """The fields of a record by the names of its kind, or why it is none; optional ones only where they are."""
+        """The fields of a record by the names of its kind, without missing optional ones, or why it is not a record."""
         fields: dict[str, Any] = {}
         for name, column in self.settings.required.items():
             if column not in row:
-                return Skipped("no_text", f'has no "{column}" (data.records.columns), but {names_of(row)}')
+                return Skipped("no_text", f'has no "{column}" (data.records.columns), only {names_of(row)}')
             fields[name] = row[column]
         for name, column in self.settings.optional.items():
             if row.get(column) not in (None, ""):  # CSV cannot leave a cell out
@@ -85,14 +85,14 @@ class RecordFormat:
         try:
             return RecordFormat(settings, Path(from_home(path)).read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise SourceError(f"the template {path} is not UTF-8; give a .jinja file, or chatml") from error
+            raise SourceError(f"the template {path} is not UTF-8; give a .jinja file or chatml") from error
         except OSError as error:
-            raise unreadable(f"the template {path}", error, "give a .jinja file, or chatml") from error
+            raise unreadable(f"the template {path}", error, "give a .jinja file or chatml") from error
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A row with columns. ``place`` names it to a person."""
+    """A row with columns. ``place`` names the row in messages."""
 
     fields: dict[str, Any]  # by the names of the kind
     place: str
@@ -103,7 +103,7 @@ class Record:
         return len(str(self.fields))
 
     def describe(self, what: str) -> str:
-        """For messages: where it stands, ``what`` is wrong with it, and how it begins."""
+        """For messages: the place of the record, ``what`` is wrong with it, and its beginning."""
         return f"{self.place}, {what}: {self.fields!s:.300}"
 
 
@@ -114,31 +114,31 @@ class Shard:
     name: str
     location: str
     size: int | None = None  # bytes, local files only
-    version: Version | None = None  # text on disks and http(s) servers only; None if it was not asked for
-    hub: bool = False  # requests carry the hub's token, where there is one
-    text_column: str = "text"  # the key or column that holds the text, where rows are text
-    records: RecordFormat | None = None  # what rows hold; None: text
-    source: str = ""  # the name of its source, in a mixture and where that has a text_column of its own
-    tokens: TokenFile | None = None  # made in advance, at the location; all else but that is said of their text
-    path: str = field(default="", compare=False)  # the end of the location, where other local files have this name
+    version: Version | None = None  # only of text on disks and http(s) servers; None if it was not asked for
+    hub: bool = False  # requests carry the hub's token, if there is one
+    text_column: str = "text"  # the key or column of the text, if rows are text
+    records: RecordFormat | None = None  # the format of rows; None: text
+    source: str = ""  # the name of its source, in a mixture or if the source sets text_column or records itself
+    tokens: TokenFile | None = None  # the location holds these tokens; all other fields describe their text
+    path: str = field(default="", compare=False)  # the end of the location, if other local files have the same name
 
     @property
     def label(self) -> str:
-        """The name, for messages: it tells which of the files of a list is meant."""
+        """A name for messages that is unique among the local files of a list."""
         return self.path or self.name
 
     @property
     def format(self) -> Format:
-        return format_of(self.name) or JSON_LINES  # a url may tell nothing
+        return format_of(self.name) or JSON_LINES  # a url may have no suffix
 
     @property
     def holds_records(self) -> bool:
-        """Whether a row is columns, and not a text."""
+        """Whether a row has columns instead of being a text."""
         return self.records is not None and not self.records.is_text
 
     @property
     def required_columns(self) -> Collection[str]:
-        """The keys or columns that are read, and that every row has."""
+        """The keys or columns that are read and that every row must have."""
         if self.records is None or self.records.is_text:
             return (self.text_column,)
         return self.records.settings.required.values()
@@ -151,7 +151,7 @@ class Shard:
         return {**self.records.settings.required, **self.records.settings.optional}.values()
 
     def record(self, fields: dict[str, Any], where: str) -> Record:
-        """A row of this shard, which holds records, with these fields."""
+        """A record of this shard with these fields."""
         assert self.records is not None
         return Record(fields, f"{self.label}, {where}", self.records)
 
@@ -161,7 +161,7 @@ class Shard:
 
     @property
     def origin(self) -> Literal["local", "server", "hub"]:
-        """Where its text is."""
+        """Where the text is stored."""
         if self.tokens is not None:
             return self.tokens.text.origin
         if self.hub:

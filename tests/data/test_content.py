@@ -145,7 +145,7 @@ def test_a_local_file_is_read_as_it_was_at_the_start_and_copies_of_it_are_the_sa
     with closing(open_rows(config, shard)) as rows:
         assert rows.take(9) == some_texts(8)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    with pytest.raises(SourceError, match=rf"a\{suffix} changed since the start: it was written again; start with"):
+    with pytest.raises(SourceError, match=rf"a\{suffix} changed since the start: it was written again; use data"):
         open_rows(config, shard)
     with closing(open_rows(config, resolve_shards(str(path))[0])) as rows:  # another start finds it as it is now
         assert rows.take(9) == some_texts(8)

@@ -221,12 +221,12 @@ def test_settings_of_a_plan(inputs: Path, setting: str, message: str) -> None:
     ("name", "message"),
     [
         ("nowhere.json", "no file matches"),
-        ("folder", "holds no files of text; check what is in it, or give its files by path"),
-        ("dangling", "is a link to a file that is not there"),
-        ("loop", "is a link to a file that is not there"),
+        ("folder", "holds no text files; check its content, or give its files by path"),
+        ("dangling", "is a link to a missing file"),
+        ("loop", "is a link to a missing file"),
         ("rubbish", "expected one of .json"),
         ("folder/*.json", "no file matches"),
-        ("https://[x/a.json", "no url that can be read"),
+        ("https://[x/a.json", "not a valid url"),
         ("rubbish.json", "lines are bad, more than data.max_bad_fraction"),
         ("damaged.json.gz", "lines are bad, more than data.max_bad_fraction"),
         ("empty.json", "empty.json"),
@@ -320,7 +320,7 @@ def test_files_that_may_not_be_read(inputs: Path, tokenizer_path: str, script: s
         ("tokenizer.path={}/folder", "this folder has no tokenizer"),
         ("tokenizer.path={}/rubbish.model", "not a sentencepiece model"),
         ("data.train={}/nowhere.json", "no file matches"),
-        ("data.validation={}/folder", "holds no files of text; check what is in it, or give its files by path"),
+        ("data.validation={}/folder", "holds no text files; check its content, or give its files by path"),
         ("model.init_from={}/nowhere", "model.init_from"),
         ("model.overrides.vocab_size=299", "300 token ids, but the model has only 299"),
         ("method.rank=100000", "method.rank: the adapters of a layer have"),
@@ -361,7 +361,7 @@ def test_pretrain_where_the_hub_cannot_be_reached(inputs: Path) -> None:
     nobody = environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run(command, capture_output=True, text=True, env=nobody)
     *retries, message = done.stderr.splitlines()
-    assert (
-        done.returncode == 2 and "Traceback" not in done.stderr and all("asking again in" in line for line in retries)
-    ), done
+    assert done.returncode == 2 and "Traceback" not in done.stderr and all("retrying in" in line for line in retries), (
+        done
+    )
     assert message.startswith("hub:allenai/c4 (revision main): gave up after 0.5 s") and "HF_ENDPOINT" in message

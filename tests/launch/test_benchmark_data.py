@@ -29,5 +29,5 @@ def test_throughput_is_measured(tmp_path, tokenizer_path):
 def test_records_are_no_text(tmp_path, tokenizer_path):
     (tmp_path / "q.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     config = data_config(tmp_path / "q.jsonl", records={"kind": "question"})
-    with pytest.raises(SourceError, match=r"q\.jsonl is read as records \(data\.records\), and text is needed here"):
+    with pytest.raises(SourceError, match=r"q\.jsonl is read as records \(data\.records\), but text is needed here"):
         pipeline_throughput(config, tokenizer_path, tokens=2000, rounds=1)

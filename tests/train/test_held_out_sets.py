@@ -127,6 +127,6 @@ def test_a_set_that_cannot_be_read_is_named(inputs, together):
         answer,
         "data.validation.web: web.json: ",
         "lines are bad",
-        'no "text", but body (data.text_column names',
+        'no "text", only body (set data.text_column',
         notes=notes,
     )

@@ -157,7 +157,7 @@ def test_a_source_with_fewer_texts_than_lanes_is_found_long_before_its_stage(poo
     without = {"data": {"stages": []}}  # and so it is where a run that has begun gets such a stage
     pools(1)(train, _few(inputs, tokenizer_path, tmp_path / "run", **without), stop_after=4)
     (said,) = pools(1)(_source_refused, _few(inputs, tokenizer_path, tmp_path / "run", allow_changes=["data.stages"]))
-    assert "give its source few no weight in data.train and data.stages" in said
+    assert "set the weight of its source few to 0 in data.train and data.stages" in said
     assert "--train.allow_changes=[data.train,data.stages]" in said
     data = {"stages": [{"from_step": 6, "weights": {"lines": 2.0, "few": 0.0}}]}
     allow = ["data.train", "data.stages"]

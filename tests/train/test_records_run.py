@@ -163,9 +163,9 @@ def test_a_run_can_be_looked_at_before_it_starts(inputs, tokenizer_path, tmp_pat
     [
         (
             "records={kind: text}",
-            'has no "text", but messages (data.text_column names the key of texts, a run\'s data.records',
+            'has no "text", only messages (set data.text_column to the key of the texts, or data.records',
         ),
-        ("records.kind=sharegpt", 'one has no "conversations" (data.records.columns), but messages'),
+        ("records.kind=sharegpt", 'one has no "conversations" (data.records.columns), only messages'),
         (
             "sequence_length=4",
             "no record can be used (over_length: 117, no_answer: 3); for instance train.jsonl, line ",

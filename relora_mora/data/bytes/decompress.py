@@ -1,4 +1,4 @@
-"""The text of a shard's bytes, in pieces of bounded size: plain, gzip or zstd, as the bytes say and not the name."""
+"""Decompresses a shard into pieces of bounded size. Its bytes, not its name, show whether it is plain, gzip or zstd."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.shard import Shard
 
 CHUNK_BYTES = 1 << 16  # of the file; always whole chunks, so that a damaged shard fails at the same place every time
-PIECE_BYTES = 1 << 20  # the most that gzip may give at once
-ZSTD_FEED_BYTES = 1 << 10  # zstd has no such limit, but 1 KiB holds at most 32 MiB
-ZSTD_WINDOW_BYTES = 1 << 31  # the most that zstd writes (--long=31)
+PIECE_BYTES = 1 << 20  # the largest output of one gzip call
+ZSTD_FEED_BYTES = 1 << 10  # zstd has no limit on its output, but 1 KiB decompresses to at most 32 MiB
+ZSTD_WINDOW_BYTES = 1 << 31  # the largest window that zstd writes (--long=31)
 GZIP_MAGIC = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"
-_ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL)  # of a frame, and of one to pass over
+_ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL)  # a frame, or a skippable frame
 
 Read = Callable[[int], bytes]
 
 
 class ShardBytes(Protocol):
-    """The bytes of a shard as they are stored; ``position`` of them were read."""
+    """The bytes of a shard as they are stored. ``position`` is the number of bytes read so far."""
 
     position: int
 
     @property
     def size(self) -> int | None:
-        """All of them; None as long as that is not known."""
+        """The total number of bytes; None as long as it is not known."""
 
     def read(self, size: int) -> bytes:
         """The next ``size`` bytes, fewer only at the end."""
@@ -45,9 +45,16 @@ class DamagedShardError(Exception):
 
 
 def decompress(source: ShardBytes, shard: Shard) -> Iterator[bytes]:
-    """Pieces of the text of ``shard``, whose bytes are ``source``. Raises DamagedShardError after what can be read."""
+    """Pieces of the text of ``shard``, whose bytes are ``source``.
+
+    Raises DamagedShardError after the last piece that can be read.
+    """
     head = source.read(CHUNK_BYTES)
-    read = _with_head(head, source.read)
+    heads = [head]
+
+    def read(size: int) -> bytes:
+        return heads.pop() if heads else source.read(size)
+
     if head.startswith(GZIP_MAGIC):
         yield from _gunzip(read)
     elif _ZSTD_MAGIC.match(head):
@@ -58,18 +65,12 @@ def decompress(source: ShardBytes, shard: Shard) -> Iterator[bytes]:
 
 
 def foreign_format(head: bytes) -> str | None:
-    """The reason to skip every line of a shard that begins so; None where it may hold JSON."""
+    """The reason to skip every line of a shard that begins with ``head``; None if it may hold JSON."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")):
         return "utf16"
     if head.startswith((b"PAR1\x15", b"ARROW1\0", b"\xff\xff\xff\xff")):
         return "columns"
     return "html" if head[:1024].removeprefix(BOM).lstrip().startswith(b"<") else None
-
-
-def _with_head(head: bytes, rest: Read) -> Read:
-    """The same reader with ``head`` put back before it, once."""
-    heads = [head]
-    return lambda size: heads.pop() if heads else rest(size)
 
 
 def _gunzip(read: Read) -> Iterator[bytes]:
@@ -103,7 +104,7 @@ def _zlib_piece(decompressor: zlib._Decompress, data: bytes) -> bytes:
 
 
 def _unzstd(read: Read, name: str) -> Iterator[bytes]:
-    """Any number of zstd frames. Memory grows with the text up to the window of a frame, which is 2 GiB at most."""
+    """Any number of zstd frames. Memory grows with the text, up to the window of a frame, which is at most 2 GiB."""
     import zstandard
 
     def frame() -> zstandard.ZstdDecompressionObj:
@@ -121,7 +122,7 @@ def _unzstd(read: Read, name: str) -> Iterator[bytes]:
                 except zstandard.ZstdError as error:
                     if "not enough memory" in str(error):
                         raise SourceError(
-                            f"{name}: there is no memory for the window that it was compressed with (zstd --long); "
+                            f"{name}: there is not enough memory for its compression window (zstd --long); "
                             "lower data.lanes or data.workers, or compress it again without --long"
                         ) from error
                     raise DamagedShardError("corrupt") from error

@@ -1,4 +1,7 @@
-"""The datasets hub: its address, its login, and the commit that a revision is. Requests go the way of all others."""
+"""The datasets hub: its address, its login, commits, lists of files and small files.
+
+Requests use the same transport and retries as all others.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from relora_mora.data.errors import SourceError
 
 
 def endpoint() -> str:
-    """The hub's address, or that of the mirror in HF_ENDPOINT, which may be set after the imports."""
+    """The address of the hub, or of the mirror in HF_ENDPOINT, which may be set after the imports."""
     address = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
     if not address.startswith(("http://", "https://")):
         raise SourceError(f"HF_ENDPOINT: got {address!r}, expected the address of a hub such as https://huggingface.co")
@@ -20,15 +23,15 @@ def endpoint() -> str:
 
 
 def remedy() -> str:
-    """What to do when the hub stays away."""
+    """What to do if the hub does not answer."""
     return f"check the network to {endpoint()}, name a mirror with HF_ENDPOINT, give local files by path"
 
 
 def login_headers(what: str) -> dict[str, str]:
-    """What huggingface_hub sends with a request for something: the token, where there is one.
+    """The headers that huggingface_hub sends with a request for ``what``, with the token if there is one.
 
-    Finding it may read files and, where the login is to be renewed, ask the hub. Raises TransientError, and SourceError
-    for a token that cannot be read or sent, and where the hub is not to be asked.
+    This may read files, and may ask the hub if the login has to be renewed. Raises TransientError, and SourceError if
+    the token cannot be read or sent or if the hub is switched off.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers
@@ -39,7 +42,7 @@ def login_headers(what: str) -> dict[str, str]:
         )
     try:
         headers = build_hf_headers()
-    except Exception as error:  # the library's own transport raises its own kinds, which differ between versions
+    except Exception as error:  # the library's transport raises its own types, which differ between versions
         if isinstance(error, UnicodeError) or (isinstance(error, OSError) and error.errno is not None):
             raise SourceError(
                 f"the hub's login cannot be read ({error}); log in again (hf auth login) or set HF_TOKEN"
@@ -47,13 +50,13 @@ def login_headers(what: str) -> dict[str, str]:
         raise TransientError(f"no login to the hub ({type(error).__name__})") from error
     if not headers.get("authorization", "").isascii():
         raise SourceError(
-            "the hub's token holds characters that no token has; log in again (hf auth login) or mend HF_TOKEN"
+            "the hub's token contains characters that no token has; log in again (hf auth login) or fix HF_TOKEN"
         )
     return dict(headers)
 
 
 def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
-    """The commit that ``revision`` of a dataset is now. Raises SourceError."""
+    """The current commit of ``revision`` of a dataset. Raises SourceError."""
     what = f"hub:{repo}"
     url = f"{endpoint()}/api/datasets/{repo}/revision/{quote(revision, safe='')}?expand=sha"
 
@@ -65,14 +68,14 @@ def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
                 )
             if response.status_code in (401, 403, 404):
                 raise SourceError(
-                    f"hub:{repo} is no dataset on {endpoint()}, or not one that your token may see; "
+                    f"hub:{repo} is not a dataset on {endpoint()}, or your token has no access to it; "
                     "check the name or path, or log in (hf auth login, or HF_TOKEN)"
                 )
             check_status(response, f"hub:{repo}: {endpoint()}", hub=True)
             try:
                 info = response.json()
             except (*BROKEN, ValueError) as error:
-                raise TransientError(f"an answer that is no JSON ({type(error).__name__})") from error
+                raise TransientError(f"an answer that is not JSON ({type(error).__name__})") from error
         sha = info.get("sha") if isinstance(info, dict) else None
         if not sha:
             raise SourceError(
@@ -88,12 +91,12 @@ def list_files(repo: str, commit: str, timeout_seconds: float) -> dict[str, int]
     sizes: dict[str, int] = {}
     cursor: str | None = ""
     while cursor is not None:
-        # only the cursor of the next page's address is taken: the login goes to this hub alone
+        # use only the cursor from the address of the next page, so that the login is sent to no other host
         page = f"&cursor={quote(cursor, safe='')}" if cursor else ""
         url = f"{endpoint()}/api/datasets/{repo}/tree/{commit}?recursive=true{page}"
         ask = functools.partial(_list_page, repo, url, timeout_seconds)
-        found, cursor = retrying(ask, f"hub:{repo}: its list of files", timeout_seconds, remedy())
-        sizes |= found
+        page_sizes, cursor = retrying(ask, f"hub:{repo}: its list of files", timeout_seconds, remedy())
+        sizes |= page_sizes
     return sizes
 
 
@@ -106,13 +109,13 @@ def _list_page(repo: str, url: str, timeout_seconds: float) -> tuple[dict[str, i
             entries = response.json()
             sizes = {entry["path"]: int(entry["size"]) for entry in entries if entry["type"] == "file"}
         except (*BROKEN, ValueError, KeyError, TypeError) as error:
-            raise TransientError(f"an answer that is no list of files ({type(error).__name__})") from error
+            raise TransientError(f"an answer that is not a list of files ({type(error).__name__})") from error
         following = parse_qs(urlsplit(response.links.get("next", {}).get("url", "")).query)
         return sizes, following.get("cursor", [None])[0]
 
 
 def read_text(repo: str, commit: str, path: str, size: int, timeout_seconds: float) -> str:
-    """A small file of a dataset, which has ``size`` bytes. Raises SourceError."""
+    """The text of a small file of ``size`` bytes in a dataset. Raises SourceError."""
     what = f"hub:{repo}@{commit}/{path}"
     url = f"{endpoint()}/datasets/{repo}/resolve/{commit}/{quote(path)}"
 
@@ -131,5 +134,5 @@ def read_text(repo: str, commit: str, path: str, size: int, timeout_seconds: flo
         return retrying(ask, what, timeout_seconds, remedy()).decode()
     except UnicodeDecodeError as error:
         raise SourceError(
-            f"{what} is not UTF-8, and it describes the set; name its files as hub:{repo}/PATTERN"
+            f"{what} describes the set, but is not UTF-8; name the files of the set as hub:{repo}/PATTERN"
         ) from error

@@ -1,7 +1,7 @@
-"""The lines of a shard: cut from decompressed pieces, with a limit on their length.
+"""Splits the decompressed pieces of a shard into lines of limited length.
 
-What is wrong with a shard becomes a skipped line at a definite place, so every later decision about it is the same each
-time the shard is read.
+A fault in a shard becomes a skipped line at a fixed place, so every later decision about it is the same each time the
+shard is read.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from relora_mora.data.shard import Shard
 
 
 class ShardLines:
-    """The lines of one shard, in order. ``row`` is the number of the line that ``take`` gives next, from 0.
+    """The lines of one shard, in order. ``row`` is the number of the line that ``take`` returns next, from 0.
 
-    ``foreign_format`` is the format that the text begins like, where that is no format of lines.
+    ``foreign_format`` is the reason to skip every line if the text begins like a format that has no lines.
     """
 
     foreign_format: str | None = None
@@ -25,25 +25,25 @@ class ShardLines:
         self._bytes = _open(shard, timeout_seconds)
         self._pieces = decompress(self._bytes, shard)
         self._limit = max_line_bytes
-        self._lines: list[bytes | Skipped] = []  # complete; those before _next are taken
+        self._lines: list[bytes | Skipped] = []  # complete lines; those before _next were taken
         self._next = 0
-        self._partial: list[bytes] = []  # the beginning of a line whose newline has not come yet
+        self._partial: list[bytes] = []  # the beginning of a line whose newline has not been read yet
         self._partial_bytes = 0
         self._ended = False
 
     @property
     def progress(self) -> float:
-        """The part of the shard's bytes that was read, 0 to 1; 0 as long as its size is not known."""
+        """The fraction of the shard's bytes that was read, 0 to 1; 0 as long as its size is not known."""
         return self._bytes.position / self._bytes.size if self._bytes.size else 0.0
 
     def close(self) -> None:
         self._bytes.close()
 
     def begin(self, head: bytes) -> None:
-        """Called with the first piece of the text, before its lines are given."""
+        """Called with the first piece of the text, before its lines are returned."""
 
     def skip(self, count: int) -> bool:
-        """Pass over lines without looking into them; False when the shard ends before."""
+        """Skips lines without decoding them; False if the shard ends first."""
         while count:
             if self._next == len(self._lines) and not self._refill():
                 return False
@@ -63,14 +63,14 @@ class ShardLines:
         return Skipped("too_long") if isinstance(line, bytes) and len(line) > self._limit else line
 
     def _refill(self) -> bool:
-        """Fetch pieces until there is a complete line; False at the end of the shard."""
+        """Reads pieces until there is a complete line; False at the end of the shard."""
         self._lines = []
         self._next = 0
         while not self._lines and not self._ended:
             try:
                 piece = next(self._pieces, None)
             except DamagedShardError as damage:
-                self._lines = [Skipped(damage.reason)]  # the line that it broke in is lost
+                self._lines = [Skipped(damage.reason)]  # the line that contains the damage is lost
                 self._ended = True
                 break
             if piece is not None:
@@ -94,7 +94,7 @@ class ShardLines:
     def _extend_partial(self, data: bytes) -> None:
         self._partial_bytes += len(data)
         if self._partial_bytes > self._limit:
-            self._partial = []  # too long already: only its length is kept
+            self._partial = []  # too long already: keep only its length
         elif data:
             self._partial.append(data)
 
@@ -109,6 +109,6 @@ class ShardLines:
 def _open(shard: Shard, timeout_seconds: float) -> ShardBytes:
     if not shard.is_remote:
         return LocalBytes(shard)
-    from relora_mora.data.bytes.remote import RemoteBytes  # here, because local text needs none of its libraries
+    from relora_mora.data.bytes.remote import RemoteBytes  # late, because local text needs none of its libraries
 
     return RemoteBytes(shard, timeout_seconds)

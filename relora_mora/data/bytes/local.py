@@ -1,4 +1,4 @@
-"""The bytes of a file on a disk, read in order or at random as pyarrow asks for them."""
+"""Reads a file on a disk, either in order or at the positions that pyarrow asks for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from relora_mora.data.shard import Shard, Version
 
 
 class RandomAccessFile(io.RawIOBase):
-    """A file object of ``size`` bytes over ``read_at``."""
+    """A file object of ``size`` bytes that reads with ``read_at``."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -23,11 +23,11 @@ class RandomAccessFile(io.RawIOBase):
     def read_at(self, position: int, size: int) -> bytes:
         """``size`` bytes from ``position`` on, all of them within the file.
 
-        Raises SourceError where they cannot be read, OSError where the disk is gone (``LOST_DISK``).
+        Raises SourceError if they cannot be read, OSError if the disk is gone (``LOST_DISK``).
         """
 
     def will_read(self, start: int, end: int) -> None:
-        """What is read next lies between these two positions, most likely all of it and in order."""
+        """A hint: the next reads lie between these two positions, and most likely cover all of it in order."""
 
     def read(self, size: int = -1) -> bytes:
         left = max(0, self.size - self._position)
@@ -50,9 +50,9 @@ class RandomAccessFile(io.RawIOBase):
 
 
 class LocalBytes:
-    """``read(n)`` gives n bytes of a local file, fewer only at its end.
+    """``read(n)`` returns n bytes of a local file, fewer only at its end.
 
-    Raises SourceError where the file is not what it was, OSError where its disk is gone (``LOST_DISK``).
+    Raises SourceError if the file has changed, OSError if its disk is gone (``LOST_DISK``).
     """
 
     def __init__(self, shard: Shard) -> None:
@@ -75,9 +75,9 @@ class LocalBytes:
 
 
 class LocalFile(RandomAccessFile):
-    """The same bytes, read here and there."""
+    """A local file with random access. Raises the same errors as ``LocalBytes``."""
 
-    _file: IO[bytes] = io.BytesIO()  # the interpreter closes one, too, that could not be opened
+    _file: IO[bytes] = io.BytesIO()  # the interpreter calls close() even if __init__ could not open the file
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
@@ -108,11 +108,11 @@ def _open(shard: Shard) -> IO[bytes]:
 
 
 def _check_version(shard: Shard, file: IO[bytes]) -> None:
-    """Raises SourceError, with the file closed, if it is not the file that was found at the start."""
+    """Closes the file and raises SourceError if it is not the file that was found at the start."""
     then = shard.version
     now = Version.on_disk(os.fstat(file.fileno()))
     if then is None or then == now:
         return
     file.close()
     change = "it was written again" if then.size == now.size else f"{then.size:,} bytes then, {now.size:,} now"
-    raise SourceError(f"{shard.location} changed since the start: {change}; start with data that does not change")
+    raise SourceError(f"{shard.location} changed since the start: {change}; use data that does not change")

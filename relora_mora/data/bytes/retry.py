@@ -1,4 +1,4 @@
-"""One way of asking again: jittered exponential back-off, Retry-After honoured, a source given up after a set time."""
+"""Retries with jittered exponential back-off. Retry-After is honored, and a source is given up after a set time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHECK = "check the network and the source"
 
 
 class TransientError(Exception):
-    """A fault that may pass. ``retry_after_seconds`` is what the server asked for, 0 if nothing."""
+    """A fault that may pass. ``retry_after_seconds`` is the wait that the server asked for, or 0."""
 
     def __init__(self, reason: str, retry_after_seconds: float = 0.0) -> None:
         super().__init__(reason)
@@ -32,7 +32,7 @@ class TransientError(Exception):
 
 @dataclass
 class RetryCount:
-    """How often this process asked again, over all its sources."""
+    """The number of retries in this process, over all sources."""
 
     retries: int = 0
 
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float:
-    """The Retry-After header, given as seconds or as a date; 0 where there is none or it cannot be read."""
+    """The Retry-After header, which holds seconds or a date; 0 if it is missing or cannot be read."""
     value = headers.get("Retry-After", "").strip()
     if value.isdecimal():
         return float(value)
@@ -61,8 +61,8 @@ def retrying(
     *,
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """``ask()`` until it raises no TransientError; SourceError with the remedy after ``timeout_seconds`` of them."""
-    jitter = random.Random()  # its own, so that asking again leaves the process's generator alone
+    """Calls ``ask()`` until it raises no TransientError, and raises SourceError after ``timeout_seconds`` of them."""
+    jitter = random.Random()  # a separate generator, so that a retry does not change the state of the process's own
 
     def wait(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -73,9 +73,7 @@ def retrying(
 
     def note(state: tenacity.RetryCallState) -> None:
         RETRIES.retries += 1
-        log.info(
-            "%s: %s; asking again in %.1f s", what, state.outcome and state.outcome.exception(), state.upcoming_sleep
-        )
+        log.info("%s: %s; retrying in %.1f s", what, state.outcome and state.outcome.exception(), state.upcoming_sleep)
 
     retry = tenacity.Retrying(
         sleep=sleep,

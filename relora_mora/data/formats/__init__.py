@@ -1,1 +1,1 @@
-"""The rows of a shard in each format."""
+"""Readers for the rows of a shard, one for each format."""

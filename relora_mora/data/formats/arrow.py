@@ -1,8 +1,8 @@
-"""Arrow's format for files and streams: the column of text, or those of records, a record batch after the other.
+"""Reads the text column or the record columns of Arrow files and streams, one record batch at a time.
 
-A stream, as ``datasets`` writes it, is messages which say how long they are and how many rows they hold, so one walk
-over them, without their bodies, finds every record batch. A file has a footer that says where they are. What lies
-before the first of them differs by the writer, and pyarrow's reader of files knows it.
+A stream, the format that ``datasets`` writes, is a sequence of messages. Each gives its length and number of rows, so a
+walk over the messages finds every record batch without reading their bodies. A file has a footer with the positions of
+its record batches. The bytes before the first of them depend on the writer; pyarrow's file reader handles them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ FILE_MAGIC = b"ARROW1"
 CONTINUATION = b"\xff\xff\xff\xff"
 END_OF_STREAM = CONTINUATION + b"\0\0\0\0"
 LOOK_BYTES = 1 << 12
-BATCH_ROWS = 1024  # of a record batch, as Python's objects at once
-# format/Message.fbs of Arrow: kinds of messages, and the numbers of fields in their tables
+BATCH_ROWS = 1024  # rows of a record batch that are Python objects at the same time
+# format/Message.fbs of Arrow: the kinds of messages, and the numbers of the fields in their tables
 _DICTIONARY = 2
 _RECORD_BATCH = 3
 # fields of a Message, and of a RecordBatch
@@ -29,7 +29,7 @@ _KIND = 1
 _HEADER = 2
 _BODY_LENGTH = 3
 _ROWS = 0
-# format/File.fbs: the field of a Footer that lists the record batches; an entry begins with the place of its message
+# format/File.fbs: the field of a Footer that lists the record batches; an entry begins with its message's position
 _BATCHES = 3
 _BATCH_BYTES = 24
 
@@ -43,13 +43,13 @@ class Message:
 
 
 class ArrowColumn(ColumnFile):
-    """The groups are record batches; one is read as a whole."""
+    """The groups are record batches; each is read as a whole."""
 
     head = "its schema"
 
     def contents(self, group: int, first: int, stride: int) -> Iterator[tuple[int, Content]]:
         before = self._rows_before[group]
-        with self._damage_named(f"record batch {group + 1}, from row {before + 1} on,"):
+        with self._naming_damage(f"record batch {group + 1}, from row {before + 1} on,"):
             batch = self._read(group)
         count = batch.num_rows
         if count != self.group_rows[group]:
@@ -68,10 +68,10 @@ class ArrowColumn(ColumnFile):
         if self._is_file:
             self._footed = _FooterInMemory(self._bytes)
             schema = pyarrow.ipc.open_file(self._footed).schema
-            with _nonsense_named():
+            with _as_arrow_error():
                 self._batches = [self._message_at(start, self._look(start)) for start in _starts(self._footed.footer)]
             return schema
-        with _nonsense_named():
+        with _as_arrow_error():
             messages = list(self._walk(head))
         self._dictionaries = [message for message in messages if message.kind == _DICTIONARY]
         self._batches = [message for message in messages if message.kind == _RECORD_BATCH]
@@ -88,12 +88,12 @@ class ArrowColumn(ColumnFile):
         return [message.rows for message in self._batches]
 
     def _look(self, start: int) -> bytes:
-        """The bytes from a place on, as many as a message most often has metadata; none outside of the file."""
+        """The bytes from a position on, usually enough for a message's metadata; none outside of the file."""
         left = self._bytes.size - start
         return self._bytes.read_at(start, min(LOOK_BYTES, left)) if 0 <= left <= self._bytes.size else b""
 
     def _walk(self, look: bytes) -> Iterator[Message]:
-        """The messages of a stream, whose first bytes are ``look``."""
+        """The messages of a stream that begins with the bytes ``look``."""
         start = 0
         while not look.startswith(END_OF_STREAM):
             message = self._message_at(start, look)
@@ -105,20 +105,20 @@ class ArrowColumn(ColumnFile):
         import pyarrow
 
         if len(look) < 8 or not look.startswith(CONTINUATION):
-            raise pyarrow.ArrowInvalid(f"no message of Arrow at byte {start}")
+            raise pyarrow.ArrowInvalid(f"there is no Arrow message at byte {start}")
         body = start + 8 + struct.unpack_from("<i", look, 4)[0]
         if not start + 8 < body <= self._bytes.size:
-            raise pyarrow.ArrowInvalid(f"a message at byte {start} that is longer than the file")
+            raise pyarrow.ArrowInvalid(f"the message at byte {start} is longer than the file")
         metadata = look[8 : body - start]
         if len(metadata) < body - start - 8:
             metadata = self._bytes.read_at(start + 8, body - start - 8)
         message = _parse(metadata, start, body)
         if not start < message.end <= self._bytes.size or message.rows < 0:
-            raise pyarrow.ArrowInvalid(f"a message at byte {start} that is longer than the file or has no length")
+            raise pyarrow.ArrowInvalid(f"the message at byte {start} is longer than the file or has no length")
         return message
 
     def _read(self, group: int) -> Any:
-        """The columns in a record batch, checked, since pyarrow trusts what it reads; that of text as bytes."""
+        """The columns of a record batch, with text as bytes. They are validated, since pyarrow trusts its input."""
         import pyarrow
 
         read = self._file.get_batch(group) if self._is_file else self._read_stream(self._batches[group])
@@ -145,17 +145,17 @@ class ArrowColumn(ColumnFile):
 
 
 class _FooterInMemory(RandomAccessFile):
-    """A file whose end was read: pyarrow asks for it in a thread of its own, where nothing could end a request."""
+    """Keeps the end of a file in memory: pyarrow reads it in its own thread, where a request could not be stopped."""
 
     def __init__(self, file: RandomAccessFile) -> None:
         import pyarrow
 
         super().__init__(file.size)
-        ends = 4 + len(FILE_MAGIC)  # the length of the footer, and the mark
-        tail = file.read_at(max(0, file.size - ends), min(file.size, ends))
-        length = struct.unpack_from("<i", tail)[0] if len(tail) == ends else 0
+        tail_bytes = 4 + len(FILE_MAGIC)  # the length of the footer, and the magic bytes
+        tail = file.read_at(max(0, file.size - tail_bytes), min(file.size, tail_bytes))
+        length = struct.unpack_from("<i", tail)[0] if len(tail) == tail_bytes else 0
         self._file = file
-        self._start = file.size - ends - length
+        self._start = file.size - tail_bytes - length
         if length <= 0 or self._start < 0:
             raise pyarrow.ArrowInvalid("it has no footer")
         self.footer = file.read_at(self._start, length)
@@ -167,8 +167,8 @@ class _FooterInMemory(RandomAccessFile):
 
 
 def _starts(footer: bytes) -> Iterator[int]:
-    """Where the record batches of a file begin."""
-    at = _place(footer, struct.unpack_from("<I", footer)[0], _BATCHES)
+    """The positions of the record batches of a file."""
+    at = _field_position(footer, struct.unpack_from("<I", footer)[0], _BATCHES)
     vector = at + struct.unpack_from("<I", footer, at)[0]
     count = struct.unpack_from("<I", footer, vector)[0] if at else 0
     for number in range(count):
@@ -176,43 +176,43 @@ def _starts(footer: bytes) -> Iterator[int]:
 
 
 @contextmanager
-def _nonsense_named() -> Iterator[None]:
-    """A place outside of the metadata as an error of pyarrow."""
+def _as_arrow_error() -> Iterator[None]:
+    """Turns the error for a position outside of the metadata into one of pyarrow."""
     import pyarrow
 
     try:
         yield
     except struct.error as error:
-        raise pyarrow.ArrowInvalid("a message makes no sense") from error
+        raise pyarrow.ArrowInvalid("the metadata of a message is invalid") from error
 
 
 def _parse(metadata: bytes, start: int, body: int) -> Message:
-    """A message that begins at byte ``start`` and has its body at ``body``. Raises struct.error for nonsense."""
+    """A message that begins at byte ``start``, with its body at ``body``. Raises struct.error for invalid metadata."""
     message = struct.unpack_from("<I", metadata)[0]
     kind = _field(metadata, message, _KIND, "<B")
-    at = _place(metadata, message, _HEADER)
+    at = _field_position(metadata, message, _HEADER)
     header = at + struct.unpack_from("<I", metadata, at)[0]
     rows = _field(metadata, header, _ROWS, "<q") if kind == _RECORD_BATCH else 0
     return Message(start, body + _field(metadata, message, _BODY_LENGTH, "<q"), kind, rows)
 
 
 def _field(buffer: bytes, table: int, number: int, kind: str) -> int:
-    """A number in a table of flatbuffers; one that is left out is 0."""
-    at = _place(buffer, table, number)
+    """A number in a flatbuffers table; 0 if the field is left out."""
+    at = _field_position(buffer, table, number)
     return struct.unpack_from(kind, buffer, at)[0] if at else 0
 
 
-def _place(buffer: bytes, table: int, number: int) -> int:
-    """Where a field of a table begins; 0 where it is left out. A table begins with the way to its list of places."""
-    places = table - struct.unpack_from("<i", buffer, table)[0]
-    if 4 + 2 * number >= struct.unpack_from("<H", buffer, places)[0]:
+def _field_position(buffer: bytes, table: int, number: int) -> int:
+    """The position of a field of a table; 0 if it is left out. A table begins with the offset of its vtable."""
+    vtable = table - struct.unpack_from("<i", buffer, table)[0]
+    if 4 + 2 * number >= struct.unpack_from("<H", buffer, vtable)[0]:
         return 0
-    offset = struct.unpack_from("<H", buffer, places + 4 + 2 * number)[0]
+    offset = struct.unpack_from("<H", buffer, vtable + 4 + 2 * number)[0]
     return table + offset if offset else 0
 
 
 def _as_binary(values: Any) -> Any:
-    """Strings as their bytes; those that hold nothing as they are."""
+    """Strings as bytes, unchecked. A column of type null stays as it is."""
     import pyarrow
 
     if pyarrow.types.is_null(values.type):

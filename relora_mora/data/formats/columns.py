@@ -17,25 +17,25 @@ from relora_mora.data.lanes import plan_lanes
 from relora_mora.data.shard import Record, Shard
 from relora_mora.system.files import LOST_DISK
 
-# UTF-8 of the text, None where there is none; where the shard holds records, their fields
+# the UTF-8 of a text, None if it is null; for shards of records, the fields
 Content = bytes | None | dict[str, Any] | Skipped
-_RECORDS = "; or say in data.records what a row holds, if that is no text"
+_RECORDS = "; or set data.records, if rows are not plain text"
 
 
 class ColumnFile:
-    """The column of text, or those of records, of a file with groups of rows; ``group_rows`` are their numbers.
+    """Reads the text column or the record columns of a file with groups of rows.
 
-    Raises SourceError for a file that is damaged or has no such columns, OSError where its disk is gone
-    (``LOST_DISK``).
+    ``group_rows`` holds the number of rows of each group. Raises SourceError if the file is damaged or lacks the
+    columns, OSError if its disk is gone (``LOST_DISK``).
     """
 
-    head = "its footer"  # what is read first
+    head = "its footer"  # the part of the file that is read first, for messages
 
     def __init__(self, shard: Shard, timeout_seconds: float) -> None:
         self._shard = shard
         self._bytes = _open(shard, timeout_seconds)
         try:
-            with self._damage_named(self.head):
+            with self._naming_damage(self.head):
                 schema = self._read_schema()
                 self._check(schema)
                 self.group_rows = self._count_rows(schema)
@@ -46,34 +46,38 @@ class ColumnFile:
 
     @abstractmethod
     def contents(self, group: int, first: int, stride: int) -> Iterator[tuple[int, Content]]:
-        """Number in the file, from 1, and content of the rows ``first``, ``first + stride``, ... of a group."""
+        """(number in the file from 1, content) of the rows ``first``, ``first + stride``, ... of a group."""
 
     def close(self) -> None:
         self._bytes.close()
 
     @abstractmethod
     def _read_schema(self) -> Any:
-        """Opens the file; its pyarrow.Schema."""
+        """Opens the file and returns its pyarrow.Schema."""
 
     @abstractmethod
     def _count_rows(self, schema: Any) -> list[int]:
-        """The rows of each group."""
+        """The number of rows of each group."""
 
     def _check(self, schema: Any) -> None:
+        import pyarrow
+
         check_names(self._shard, schema.names)
         self._columns = [name for name in schema.names if name in self._shard.columns]
-        kinds = {name: _value_type(schema.field(name).type) for name in schema.names}
+        types = {name: schema.field(name).type for name in schema.names}
+        # a dictionary type stores each value once
+        kinds = {name: kind.value_type if pyarrow.types.is_dictionary(kind) else kind for name, kind in types.items()}
         for column in self._columns:
             if _is_bytes(kinds[column]):
                 raise SourceError(
                     f'{self._shard.label}: the column "{column}" holds bytes ({kinds[column]}), not strings; if they '
-                    f'are UTF-8, write them as strings (pyarrow: column.cast("string")), else {_remedy(self._shard)} '
-                    "to another one"
+                    f'are UTF-8, write them as strings (pyarrow: column.cast("string")), otherwise '
+                    f"{_remedy(self._shard)} to another column"
                 )
         if self._shard.holds_records:
             return
         [column] = self._columns
-        if not (_is_string(kinds[column]) or str(kinds[column]) == "null"):  # what writers make of nothing but nulls
+        if not (_is_string(kinds[column]) or str(kinds[column]) == "null"):  # writers use null if all values are null
             strings = ", ".join(name for name, kind in kinds.items() if _is_string(kind)) or "none"
             raise SourceError(
                 f'{self._shard.label}: the column "{column}" holds {schema.field(column).type}, not strings; '
@@ -81,20 +85,20 @@ class ColumnFile:
             )
 
     def _contents(self, batch: Any, first: int, stride: int) -> list[Content]:
-        """What the rows ``first``, ``first + stride``, ... of a record batch of the columns hold."""
+        """The content of the rows ``first``, ``first + stride``, ... of a record batch."""
         if not self._shard.holds_records:
             return utf8(batch.column(0))[first::stride].to_pylist()
         columns = {name: batch.column(name) for name in self._columns}
         return [_record(self._shard, columns, at) for at in range(first, batch.num_rows, stride)]
 
     @contextmanager
-    def _damage_named(self, where: str) -> Iterator[None]:
-        """An error of pyarrow, or a name that is no text, with the place of the damage in the file."""
+    def _naming_damage(self, where: str) -> Iterator[None]:
+        """Turns an error of pyarrow, or a name that is not UTF-8, into one that names the damaged part of the file."""
         import pyarrow
 
         try:
             yield
-        except (SourceError, MemoryError):  # an ArrowException, too
+        except (SourceError, MemoryError):  # pyarrow's MemoryError is an ArrowException as well
             raise
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno in LOST_DISK:
@@ -104,12 +108,12 @@ class ColumnFile:
     def _damaged(self, where: str, reason: str) -> SourceError:
         return SourceError(
             f"{self._shard.label}: {where} cannot be read ({' '.join(reason.split())}); "
-            f"the file is no {self._shard.format.name}, cut short or damaged: fetch or write it again"
+            f"the file is not {self._shard.format.name}, cut short or damaged: fetch or write it again"
         )
 
 
 def check_names(shard: Shard, names: Sequence[str]) -> None:
-    """Raises SourceError, with the columns there are, unless that of the text, or each of a record, is one of them."""
+    """Raises SourceError if a column that is read is missing or appears twice. The message lists the columns."""
     for column in shard.columns:
         count = list(names).count(column)
         if count > 1 or (count == 0 and column in shard.required_columns):
@@ -128,13 +132,13 @@ def _record(shard: Shard, columns: dict[str, Any], at: int) -> dict[str, Any] | 
 
 
 def _remedy(shard: Shard) -> str:
-    """What to change, up to the name of a column."""
+    """The setting to change, as the beginning of a remedy that ends with the name of a column."""
     setting = "records.columns" if shard.holds_records else "text_column"
     return f"set {setting} of the source {shard.source}" if shard.source else f"set data.{setting}"
 
 
 def utf8(column: Any) -> Any:
-    """A column of strings as the bytes that are stored: whether they are UTF-8 nobody has checked."""
+    """A column of strings as their stored bytes. Nobody has checked whether these are UTF-8."""
     import pyarrow
 
     if isinstance(column, pyarrow.DictionaryArray):
@@ -146,16 +150,9 @@ def utf8(column: Any) -> Any:
 def _open(shard: Shard, timeout_seconds: float) -> RandomAccessFile:
     if not shard.is_remote:
         return LocalFile(shard)
-    from relora_mora.data.bytes.remote_file import RemoteFile  # here, because local text needs none of its libraries
+    from relora_mora.data.bytes.remote_file import RemoteFile  # late, because local text needs none of its libraries
 
     return RemoteFile(shard, timeout_seconds)
-
-
-def _value_type(kind: Any) -> Any:
-    """The type of what a column holds, also where each value is stored once."""
-    import pyarrow
-
-    return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
 
 
 def _is_string(kind: Any) -> bool:
@@ -171,9 +168,9 @@ def _is_bytes(kind: Any) -> bool:
 class GroupRows:
     """The texts or records of a lane's share of a file (see ``rows.Rows``).
 
-    Lanes that share a file split its groups as lanes split shards: with at least as many groups as lanes each takes
-    every ``stride``-th group, with fewer the lanes that fall on the same group take its rows in turn. Each lane judges
-    the bad rows of its own share, since it does not see the others. Of ``config`` the limits are used.
+    Lanes that share a file split its groups as lanes split shards. If there are at least as many groups as lanes, each
+    takes every ``stride``-th group; otherwise the lanes assigned to the same group take its rows in turn. Each lane
+    checks only the bad rows of its own share, since it does not see the others. Only the limits of ``config`` are used.
     """
 
     def __init__(
@@ -198,7 +195,7 @@ class GroupRows:
         self._groups = [filled[part.shard] for part in parts] if filled else []
         self._stride = parts[0].stride
         self._phase = parts[0].phase
-        self._next = 0  # of the own rows
+        self._next = 0  # the number of the next own row
         self._contents: Iterator[tuple[int, Content]] | None = None
 
     @property
@@ -233,7 +230,7 @@ class GroupRows:
         return len(range(self._phase, self._file.group_rows[group], self._stride))
 
     def _contents_from(self, start: int) -> Iterator[tuple[int, Content]]:
-        """Number in the file, from 1, and content of the own rows from the one numbered ``start`` on."""
+        """(number in the file from 1, content) of the own rows from number ``start`` on."""
         for group in self._groups:
             rows = self._own_rows(group)
             if start < rows:
@@ -241,14 +238,14 @@ class GroupRows:
             start = max(0, start - rows)
 
     def _row(self, number: int, content: Content) -> str | Record | Skipped:
-        """The text or record of the next own row, or the reason why there is none; counts a bad one."""
+        """The text or record of the next own row, or the reason why there is none. Counts bad rows."""
         self._next += 1
-        row = self._decoded(number, content)
+        row = self._decode(number, content)
         if isinstance(row, Skipped) and row.reason in BAD_REASONS:
             self._limit.count(number, row, seen=self._next)
         return row
 
-    def _decoded(self, number: int, content: Content) -> str | Record | Skipped:
+    def _decode(self, number: int, content: Content) -> str | Record | Skipped:
         if content is None:
             return Skipped("null_text")
         if isinstance(content, Skipped):

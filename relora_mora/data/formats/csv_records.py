@@ -1,6 +1,6 @@
-"""CSV: the rows below a header, of each the column of text or those of a record.
+"""Reads the text column or the record columns of CSV files with a header.
 
-What a row is Python's ``csv`` says, as strictly as it can.
+Python's ``csv`` splits the rows, in its strict mode.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from relora_mora.data.formats.columns import check_names
 from relora_mora.data.formats.json_lines import decode_text
 from relora_mora.data.shard import Shard
 
-# bytes pass through csv as the characters of the same numbers, so that it counts bytes and meets no wrong encoding
+# csv sees each byte as the character with the same number, so lengths count bytes and no encoding error can occur
 _BYTES = "latin-1"
 _OTHER_DELIMITERS = ";\t|"
 _INSIDE = re.compile(rb'([^"])[^"]+([^"])')
 
 
 class CsvRecords:
-    """The rows of a shard (see ``turns.Entries``); ``max_line_bytes`` limits each as it is written.
+    """The rows of a shard (see ``turns.Entries``). ``max_line_bytes`` limits the bytes of each in the file.
 
-    Raises SourceError where the header cannot be read or does not name each of the columns once.
+    Raises SourceError if the header cannot be read or does not name each of the columns once.
     """
 
     def __init__(self, shard: Shard, config: DataConfig) -> None:
-        csv.field_size_limit(sys.maxsize)  # a limit of the process; that on rows is our own
+        csv.field_size_limit(sys.maxsize)  # csv has one limit per process; we limit rows ourselves
         self.row = 0
         self._limit = config.max_line_bytes
-        self._bytes = 0  # of the row so far
-        self._taken = 0  # lines of it
-        self._lost = 0  # further lines of one that is no CSV
+        self._bytes = 0  # of the current row so far
+        self._taken = 0  # lines of the current row so far
+        self._lost = 0  # remaining lines of a row that is not CSV
         self._lines = ShardLines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
         self._reader = csv.reader(iter(self._line, None), strict=True)
         try:
@@ -82,7 +82,7 @@ class CsvRecords:
         self._lines.close()
 
     def _next(self) -> list[str] | Skipped | None:
-        """The next row; each line of one that is no CSV is a bad row: an open quote takes in all up to the next one."""
+        """The next row. An open quote swallows all lines up to the next quote, so each of them counts as a bad row."""
         if self._lost:
             self._lost -= 1
             return Skipped("not_csv")
@@ -101,7 +101,8 @@ class CsvRecords:
     def _line(self) -> str | None:
         """The next line for csv.
 
-        Behind the limit only what tells csv where the row ends: lines that may close a quote, without what is inside.
+        Beyond the limit, csv gets only what it needs to find the end of the row: lines that may close a quote, without
+        the text inside.
         """
         while (line := self._lines.take()) is not None:
             if isinstance(line, Skipped):
@@ -117,7 +118,7 @@ class CsvRecords:
         return None
 
     def _header(self, shard: Shard) -> list[str]:
-        """The names of the columns; none where the file is empty."""
+        """The names of the columns; none if the file is empty."""
         row = self._next()
         while row == []:
             row = self._next()
@@ -138,12 +139,12 @@ class CsvRecords:
 
 
 def _check_delimiter(shard: Shard, header: str) -> None:
-    """Raises SourceError for a header of one column that is several with another delimiter."""
-    found = next((each for each in _OTHER_DELIMITERS if each in header), None)
-    if found is not None and header.replace("\t", " ").isprintable():
+    """Raises SourceError if a header with one column seems to use another delimiter."""
+    delimiter = next((each for each in _OTHER_DELIMITERS if each in header), None)
+    if delimiter is not None and header.replace("\t", " ").isprintable():
         raise SourceError(
-            f"{shard.label}: its header is {header!r}, which {found!r} seems to divide, and not commas; write it again "
-            "with commas (pandas: read_csv(FILE, sep=...).to_csv(FILE, index=False)), or as Parquet"
+            f"{shard.label}: its header {header!r} seems to be separated by {delimiter!r} instead of commas; write it "
+            "again with commas (pandas: read_csv(FILE, sep=...).to_csv(FILE, index=False)), or as Parquet"
         )
 
 

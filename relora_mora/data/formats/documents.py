@@ -1,4 +1,4 @@
-"""Files of text without any markup: a document is a line, a paragraph or the whole file (``data.sample_by``)."""
+"""Reads plain text files: a document is a line, a paragraph or the whole file (``data.sample_by``)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from relora_mora.data.shard import Shard
 
 
 class TextDocuments:
-    """The documents of a shard (see ``turns.Entries``), with line ends as ``\\n`` and without the last of them.
+    """The documents of a shard (see ``turns.Entries``), with ``\\n`` as the line end and none at the end of a document.
 
-    Paragraphs stand between blank lines, which hold white space of ASCII at most. ``max_line_bytes`` limits a document.
+    Blank lines, which hold at most ASCII white space, separate paragraphs. ``max_line_bytes`` limits a document.
     """
 
     def __init__(self, shard: Shard, config: DataConfig) -> None:
@@ -53,10 +53,10 @@ class TextDocuments:
         return line.removesuffix(b"\r") if isinstance(line, bytes) else line
 
     def _joined_lines(self) -> bytes | Skipped | None:
-        """The lines up to the end of the paragraph or file; None where there are none."""
+        """The lines up to the end of the paragraph or file; None if there are none."""
         lines: list[bytes] = []
         size = -1  # with a newline between two lines
-        bad: Skipped | None = None  # the first fault in it, which spoils all of it
+        bad: Skipped | None = None  # the first fault, which makes the whole document bad
         while (line := self._line()) is not None:
             if isinstance(line, Skipped):
                 bad = bad or line
@@ -69,5 +69,5 @@ class TextDocuments:
                 if size > self._limit:
                     bad = Skipped("too_long")
             if bad is not None:
-                lines.clear()  # only where it ends is of interest now
+                lines.clear()  # only the end of the document is still needed
         return bad or (b"\n".join(lines) if lines else None)

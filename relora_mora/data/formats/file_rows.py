@@ -1,4 +1,4 @@
-"""The rows of shards of every format: texts, or records. Of plain text every document is a row."""
+"""Opens the rows of shards of every format: texts or records. In plain text every document is a row."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ _GROUPS: dict[Format, Callable[[Shard, float], ColumnFile]] = {PARQUET: ParquetC
 
 
 class FileRows(Rows[Any], Protocol):
-    """Rows of a file, and what making tokens in advance asks for."""
+    """Rows of a file, with properties that pre-tokenizing needs."""
 
     @property
     def groups(self) -> list[int] | None:
-        """Rows of each group that lanes deal out among themselves; None where they take the rows in turn."""
+        """The rows of each group, if lanes split groups; None if they take the rows in turn."""
 
     @property
     def progress(self) -> float:
-        """The part of the shard that was read, 0 to 1; 0 as long as its size is not known."""
+        """The fraction of the shard that was read, 0 to 1; 0 as long as its size is not known."""
 
 
 def open_rows(
@@ -57,9 +57,9 @@ def open_rows(
     bad: int = 0,
     note: Callable[[str], None] = log.warning,
 ) -> FileRows:
-    """The texts of a shard of any format, or its records (see ``rows.OpenRows``).
+    """The texts or records of a shard of any format (see ``rows.OpenRows``).
 
-    Of ``config`` limits and ``sample_by`` are used.
+    Only the limits and ``sample_by`` of ``config`` are used.
     """
     if shard.format.in_groups:
         groups = _GROUPS[shard.format](shard, config.timeout_seconds)
@@ -71,30 +71,30 @@ def open_rows(
 def check_is_text(shard: Shard) -> None:
     """Raises SourceError for a shard of tokens or records."""
     if shard.tokens is not None:
-        raise SourceError(f"{shard.location} holds tokens, and text is needed here; give the text that they are of")
+        raise SourceError(f"{shard.location} holds tokens, but text is needed here; give the text of these tokens")
     if shard.holds_records:
         raise SourceError(
-            f"{shard.label} is read as records (data.records), and text is needed here; set data.records=null, or its "
+            f"{shard.label} is read as records (data.records), but text is needed here; set data.records=null, or its "
             "kind to text"
         )
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> EncodeTexts:
-    """The function from texts to their tokens, all of them scored."""
+    """A function that tokenizes texts. All tokens are scored."""
     from relora_mora.tokenizer.load import encode
 
     return lambda texts: [Encoded(ids) for ids in encode(tokenizer, texts)]
 
 
 def iter_texts(sources: str | Sequence[str | TextSource], *, split: Split, config: DataConfig) -> Iterator[str]:
-    """Every text of the sources, shard after shard, line after line.
+    """Every text of the sources, shard after shard, row after row.
 
-    Of ``config`` the limits, the revision and the text column count. Bad lines are skipped and
-    logged; raises SourceError when a shard has too many, or when no shard can be found.
+    The limits, the revision and the text column come from ``config``. Bad rows are skipped and logged. Raises
+    SourceError if a shard has too many of them or if no shard can be found.
     """
     for shard in shards_of(sources, config, split):
         check_is_text(shard)
         with closing(open_rows(config, shard)) as rows:
-            # one at a time: nobody waits for, or hears of, what stands behind the text that is wanted
+            # one at a time, so that rows after the last text that the caller takes cause no delay and no message
             while row := rows.take(1):
                 yield from (text for text in row if not isinstance(text, Skipped))

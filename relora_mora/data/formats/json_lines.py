@@ -1,4 +1,4 @@
-"""JSON lines: the text, or the record, in each line, or the reason why there is none."""
+"""Reads JSON lines: each line gives a text, a record, or the reason why it has none."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ BLANK = " \t\r\n\v\f"  # what bytes.strip strips
 
 
 def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: str | None = None) -> str | Skipped:
-    """The string under the key ``column``, or why there is none.
+    """The string under the key ``column``, or the reason why there is none.
 
-    ``foreign_format`` is the reason for every line of a shard that is not JSON at all.
-
-    An escaped ``\\u0000`` is text, a raw NUL is not. An escaped lone surrogate cannot be encoded: it is invalid UTF-8.
+    ``foreign_format`` is the reason for every line of a shard that is not JSON at all. An escaped ``\\u0000`` is text,
+    a raw NUL is not. An escaped lone surrogate cannot be encoded, so it counts as invalid UTF-8.
     """
     parsed = _parse(line, foreign_format)
     if isinstance(parsed, Skipped):
@@ -29,7 +28,7 @@ def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: s
     decoded, value = parsed
     if not isinstance(value, dict) or column not in value:
         return Skipped(
-            "no_text", f'has no "{column}", but {names_of(value)}' if isinstance(value, dict) and value else ""
+            "no_text", f'has no "{column}", only {names_of(value)}' if isinstance(value, dict) and value else ""
         )
     text = value[column]
     if text is None:
@@ -44,20 +43,20 @@ def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: s
 
 
 def parse_row(line: bytes | Skipped, *, foreign_format: str | None = None) -> dict[str, Any] | Skipped:
-    """The whole object, or why there is none: for the same reasons as there is no text."""
+    """The whole object, or the reason why there is none. The reasons are the same as for texts."""
     parsed = _parse(line, foreign_format)
     if isinstance(parsed, Skipped):
         return parsed
     decoded, value = parsed
     if not isinstance(value, dict):
-        return Skipped("bad_record", "is no object of keys and values")
+        return Skipped("bad_record", "is not an object of keys and values")
     if "\\u" in decoded and not is_encodable(json.dumps(value, ensure_ascii=False)):
         return Skipped("invalid_utf8")
     return value
 
 
 def _parse(line: bytes | Skipped, foreign_format: str | None) -> tuple[str, Any] | Skipped:
-    """The text of a line and the value that it is of."""
+    """The decoded line and its value."""
     if isinstance(line, Skipped):
         return line
     if b"\0" in line:
@@ -77,7 +76,7 @@ def _parse(line: bytes | Skipped, foreign_format: str | None) -> tuple[str, Any]
 
 
 def decode_text(text: bytes) -> str | Skipped:
-    """The string in a text's own bytes, or why there is none."""
+    """The string that a text's bytes encode, or the reason why there is none."""
     if not text:
         return Skipped("empty_text")
     try:
@@ -87,9 +86,9 @@ def decode_text(text: bytes) -> str | Skipped:
 
 
 def surely_bad(line: bytes | Skipped, *, column: str = "text") -> bool:
-    """Whether ``parse_line`` would find a bad row, as far as that shows without parsing. Never true for a good line.
+    """Whether ``parse_line`` would find a bad row, as far as this shows without parsing. Never true for a good line.
 
-    For lines that belong to another lane: several times faster than parsing, and misses only rare kinds of damage.
+    It is meant for lines that belong to another lane: several times faster than parsing, and misses only rare damage.
     """
     if isinstance(line, Skipped):
         return True
@@ -103,13 +102,13 @@ def surely_bad(line: bytes | Skipped, *, column: str = "text") -> bool:
             body.decode("utf-8")
         except UnicodeDecodeError:
             return True
-    # a key may be written with escapes: with \u any character, and a slash in one more way
+    # a key may be written with escapes: \u for any character, and \/ for a slash
     return b"\\u" not in body and "/" not in column and _quoted(column) not in body
 
 
 @functools.cache
 def _quoted(column: str) -> bytes:
-    """A key as JSON writes it without needless escapes."""
+    """A key as JSON writes it without unnecessary escapes."""
     return json.dumps(column, ensure_ascii=False).encode()
 
 
@@ -125,7 +124,7 @@ _ARRAY = re.compile(rb"\s*\[\s*\{")
 
 
 class JsonLines(ShardLines):
-    """The lines of a shard (see ``turns.Entries``). Raises SourceError where it begins like one array of objects."""
+    """The lines of a shard (see ``turns.Entries``). Raises SourceError if it begins like an array of objects."""
 
     def __init__(self, shard: Shard, config: DataConfig) -> None:
         super().__init__(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
@@ -143,6 +142,6 @@ class JsonLines(ShardLines):
     def begin(self, head: bytes) -> None:
         if _ARRAY.match(head.removeprefix(BOM)):
             raise SourceError(
-                f"{self._shard.label} is one JSON array, and not JSON lines, an object on each; "
+                f"{self._shard.label} is one JSON array, not JSON lines with one object on each line; "
                 "write it as lines: jq -c '.[]' OLD.json > NEW.jsonl"
             )

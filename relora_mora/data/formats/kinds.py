@@ -1,4 +1,4 @@
-"""The formats of text: how files of each are named, and how lanes share one. ``file_rows`` has a reader for each."""
+"""The formats of text: their file names, and how lanes share a file. ``file_rows`` has a reader for each."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ COMPRESSED = (".gz", ".zst", ".zstd")
 
 @dataclass(frozen=True)
 class Format:
-    """A file in groups is read here and there, so it is never compressed as a whole."""
+    """A format of text. A file in groups needs random access, so it is never compressed as a whole."""
 
     name: str
     suffixes: tuple[str, ...]
-    unit: str | None  # what one row is called; None: as data.sample_by says
-    in_groups: bool = False  # lanes that share a file split its groups of rows; else they take its rows in turn
-    ends: tuple[bytes, ...] = ()  # every whole file ends in one of these
+    unit: str | None  # the word for a row in messages; None: the value of data.sample_by
+    in_groups: bool = False  # lanes that share a file split its groups of rows; otherwise they take its rows in turn
+    ends: tuple[bytes, ...] = ()  # every complete file ends in one of these
 
 
 JSON_LINES = Format("JSON lines", (".json", ".jsonl", ".ndjson"), "line")
@@ -30,9 +30,9 @@ SUFFIXES = (*(suffix for format in FORMATS for suffix in format.suffixes), *COMP
 
 
 def format_of(path: str) -> Format | None:
-    """The format that a file's name tells, in letters of any case; None for names of other files.
+    """The format that the suffix of a file's name stands for, in any case; None for other suffixes.
 
-    What is compressed and tells no more, such as ``a.gz``, holds JSON lines.
+    A compressed file without another suffix, such as ``a.gz``, holds JSON lines.
     """
     path = path.lower()
     suffix = PurePosixPath(path).suffix

@@ -1,4 +1,4 @@
-"""Formats that are read from their beginning: lanes that share a shard take its rows in turn."""
+"""Formats that are read from the beginning of a file. Lanes that share a shard take its rows in turn."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ Entry = TypeVar("Entry")
 
 
 class Entries(Protocol[Entry]):
-    """What a shard is cut into, in order; each is a text (or a record) or the reason why there is none."""
+    """The entries of a shard, in order, such as lines. Each gives a text or a record, or the reason why it has none."""
 
     @property
     def row(self) -> int:
-        """The number of the entry that ``take`` gives next, from 0."""
+        """The number of the entry that ``take`` returns next, from 0."""
 
     @property
     def progress(self) -> float:
-        """The part of the shard's bytes that was read, 0 to 1; 0 as long as its size is not known."""
+        """The fraction of the shard's bytes that was read, 0 to 1; 0 as long as its size is not known."""
 
     def skip(self, count: int) -> bool:
-        """Pass over entries without looking into them; False when the shard ends before."""
+        """Skips entries without decoding them; False if the shard ends first."""
 
     def take(self) -> Entry | None:
         """The next entry; None at the end."""
 
     def content(self, entry: Entry) -> str | dict[str, Any] | Skipped:
-        """The text; where the shard holds records, their fields."""
+        """The text, or the fields if the shard holds records."""
 
     def seems_good(self, entry: Entry) -> bool:
-        """Whether another lane's entry is passed over; where not, its content decides."""
+        """Whether another lane's entry counts as good without being decoded; if False, it is decoded to decide."""
 
     def close(self) -> None: ...
 
 
 class TurnRows(Generic[Entry]):
-    """The texts or records of a shard: those of the entries ``phase``, ``phase + stride``, ... (see ``rows.Rows``).
+    """The texts or records of the entries ``phase``, ``phase + stride``, ... of a shard (see ``rows.Rows``).
 
-    All entries count towards the limit on bad ones, so that lanes which share a shard judge it alike. Of ``config`` the
-    limits are used.
+    All entries count towards the limit on bad ones, so that all lanes that share a shard decide alike. Only the limits
+    and ``sample_by`` of ``config`` are used.
     """
 
     groups = None
@@ -90,7 +90,7 @@ class TurnRows(Generic[Entry]):
             if at % self._stride == self._phase:
                 rows.append(self._content(entry))
             elif not self._entries.seems_good(entry):
-                self._content(entry)  # for the reason
+                self._content(entry)  # counts it if it is bad
         if not rows:
             self._limit.finish(self._entries.row)
         return rows
@@ -99,7 +99,7 @@ class TurnRows(Generic[Entry]):
         self._entries.close()
 
     def _content(self, entry: Entry) -> str | Record | Skipped:
-        """That of the entry taken last, or the reason why there is none; counts a bad one."""
+        """The content of the entry taken last, or the reason why there is none. Counts bad entries."""
         row = self._entries.content(entry)
         if isinstance(row, dict):
             return self._shard.record(row, f"{self._unit} {self._entries.row}")

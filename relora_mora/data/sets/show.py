@@ -107,7 +107,7 @@ def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrain
             shards[0].label,
             found.too_long,
             found.seen,
-            found.told[TOO_LONG],
+            found.examples[TOO_LONG],
         )
 
 

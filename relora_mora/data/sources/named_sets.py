@@ -1,9 +1,9 @@
-"""Sets of text by name: ``OWNER/NAME`` on the hub or a local folder, with a configuration and a split.
+"""Finds the files of a named set: ``OWNER/NAME`` on the hub or a local folder, with a configuration and a split.
 
-One process of a run looks up what is in a set and hands the answer to the others (``remember_datasets``). ``datasets``
-is given a copy of the folder in which every file is empty except those that describe the set. So it makes no requests
-and reads no text: the answer depends on the names only, and a set on the hub is resolved like one on a disk. Folders
-written by ``save_to_disk`` say in files of their own what is in them.
+One process of a run looks up the files and sends the answer to the others (``remember_datasets``). ``datasets`` gets a
+copy of the folder in which every file is empty except those that describe the set. So it makes no requests and reads no
+text: the answer depends only on the names, and a set on the hub is resolved like one on a disk. Folders written by
+``save_to_disk`` contain files that list their content.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from relora_mora.data.sources.names import SPLITS, Commits, DatasetName, dataset
 Key = tuple[DatasetName, str, str]  # split and commit
 Found = tuple[str, ...] | SourceError
 Datasets = dict[Key, Found]
-_MOST_FILES = 200_000
+_MAX_FILES = 200_000
 _remembered: Datasets = {}
 
 
 def dataset_files(name: DatasetName, split: str, commits: Commits) -> tuple[str, ...]:
-    """The files of the split that the source names, else of ``split``, relative to the repository or folder.
+    """The files of the split that the source names, or of ``split`` if it names none.
 
-    Raises SourceError.
+    Paths are relative to the repository or folder. Raises SourceError.
     """
     found = _remembered.get(_key(name, split, commits)) or _find(name, split, commits)
     if isinstance(found, SourceError):
@@ -42,7 +42,7 @@ def dataset_files(name: DatasetName, split: str, commits: Commits) -> tuple[str,
 
 
 def find_datasets(config: DataConfig) -> Datasets:
-    """What is in each set that the settings name, or why that cannot be told. For one rank, which asks for all."""
+    """The files of each set that the settings name, or the error. Only one rank calls this, for all ranks."""
     commits = Commits.of(config)
     found: Datasets = {}
     for split in SPLITS:
@@ -54,7 +54,7 @@ def find_datasets(config: DataConfig) -> Datasets:
 
 
 def remember_datasets(found: Datasets) -> None:
-    """From now on this process takes these for what is in the sets, and asks no more."""
+    """Makes this process use these answers from now on instead of looking up the files of sets."""
     _remembered.clear()
     _remembered.update(found)
 
@@ -64,11 +64,10 @@ def _key(name: DatasetName, split: str, commits: Commits) -> Key:
 
 
 def _find(name: DatasetName, split: str, commits: Commits) -> Found:
-    """The files, or the error to raise where the sources are resolved, so that it is told with all other faults."""
-
+    """The files, or an error. The error is raised when sources are resolved, to be reported with all other faults."""
     try:
         if name.on_hub:
-            from relora_mora.data.bytes.hub import list_files, read_text  # here: its libraries take long to load
+            from relora_mora.data.bytes.hub import list_files, read_text  # late: its libraries take long to load
 
             commit = commits.at(name.place, name.revision)
             sizes = list_files(name.place, commit, commits.timeout_seconds)
@@ -93,7 +92,7 @@ def _find(name: DatasetName, split: str, commits: Commits) -> Found:
 
 
 def _files_below(name: DatasetName) -> list[str]:
-    """All files in a folder and in those below it, relative to it, but the hidden ones."""
+    """All files in a folder and its subfolders, except hidden ones, as paths relative to the folder."""
 
     def refuse(error: OSError) -> None:
         raise unreadable(str(error.filename), error, "check the path and its permissions")
@@ -102,10 +101,10 @@ def _files_below(name: DatasetName) -> list[str]:
     for parent, folders, files in os.walk(name.folder, onerror=refuse, followlinks=True):
         folders[:] = [folder for folder in folders if not folder.startswith((".", "__"))]
         paths += [(Path(parent) / file).relative_to(name.folder).as_posix() for file in files]
-        if len(paths) > _MOST_FILES:
+        if len(paths) > _MAX_FILES:
             raise SourceError(
-                f"{name.source} is a folder of more than {_MOST_FILES:,} files; "
-                f"give those to read, e.g. {name.place}/*.parquet"
+                f"{name.source} is a folder with more than {_MAX_FILES:,} files; "
+                f"give a pattern for the files to read, e.g. {name.place}/*.parquet"
             )
     return paths
 
@@ -116,20 +115,19 @@ def _read_card(path: Path) -> str:
     except OSError as error:
         raise unreadable(str(path), error, "check the path and its permissions") from error
     except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{path} is not UTF-8, and it describes the set; mend it, or give the files by path"
-        ) from error
+        raise SourceError(f"{path} describes the set, but is not UTF-8; fix it, or give the files by path") from error
 
 
-CARDS = ("README.md", ".huggingface.yaml")  # what describes a set, beside the names of its files
+CARDS = ("README.md", ".huggingface.yaml")  # the files that describe a set, besides the names of its files
 _ODD = re.compile(r"\n|::")
 
 
 def split_files(name: DatasetName, split: str, paths: Collection[str], cards: Mapping[str, str]) -> list[str]:
-    """The files of the split that is named, else of ``split``, sorted, of the set that has these ``paths`` and cards.
+    """The sorted files of the split that ``name`` names, or of ``split`` if it names none.
 
-    ``cards`` are the contents of ``CARDS``. Raises SourceError with what there is for a configuration or split that
-    there is not, and for files of several formats, of which ``datasets`` would silently take one.
+    ``paths`` are all files of the set, and ``cards`` are the contents of ``CARDS``. Raises SourceError for a
+    configuration or split that does not exist, listing those that do, and for files of several formats, from which
+    ``datasets`` would silently choose one.
     """
     source = name.source
     split = name.split or split
@@ -138,9 +136,11 @@ def split_files(name: DatasetName, split: str, paths: Collection[str], cards: Ma
         root = Path(folder) / "set"
         for path in paths:
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-                raise SourceError(f"{source}: {path!r} is no name of a file inside of it; give the files by path")
+                raise SourceError(f"{source}: {path!r} does not name a file inside of it; give the files by path")
             if path == script:
-                raise SourceError(f"{source}: is a script, {path}, which datasets runs no more; give its files by path")
+                raise SourceError(
+                    f"{source} is a script ({path}), which datasets no longer runs; give the files by path"
+                )
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).touch()
         for path, text in cards.items():
@@ -148,7 +148,7 @@ def split_files(name: DatasetName, split: str, paths: Collection[str], cards: Ma
         _refuse_unmatched(name, root)
         splits = _splits(name, split, root)
         if splits is None:
-            raise SourceError(f"{source} holds no files of text; check what is in it, or give its files by path")
+            raise SourceError(f"{source} holds no text files; check its content, or give its files by path")
         if split not in splits:
             raise missing_split(name, split, splits)
         _refuse_mixed(name, split, root, splits, paths)
@@ -157,7 +157,7 @@ def split_files(name: DatasetName, split: str, paths: Collection[str], cards: Ma
 
 @contextlib.contextmanager
 def _torch_not_halted() -> Iterator[None]:
-    """``datasets`` takes torch for imported where a command has halted its import (None in ``sys.modules``)."""
+    """Hides a halted import of torch (None in ``sys.modules``), which ``datasets`` would take for an imported torch."""
     halted = sys.modules.get("torch", sys) is None
     if halted:
         del sys.modules["torch"]
@@ -169,36 +169,35 @@ def _torch_not_halted() -> Iterator[None]:
 
 
 def missing_split(name: DatasetName, split: str, splits: Iterable[str]) -> SourceError:
-    there = list(splits)
+    existing = list(splits)
     return SourceError(
-        f"{name.source} has no split {split}, but {', '.join(there)}; "
-        f"name one as {name.place}:{name.config or ''}:{''.join(there[:1])}"
+        f"{name.source} has no split {split}; its splits are {', '.join(existing)}: "
+        f"name one as {name.place}:{name.config or ''}:{''.join(existing[:1])}"
     )
 
 
 def _refuse_unmatched(name: DatasetName, root: Path) -> None:
-    """Raises SourceError for a pattern of ``data_files`` that finds nothing: ``datasets`` passes over it in silence."""
+    """Raises SourceError for a pattern of ``data_files`` without a match, which ``datasets`` would silently ignore."""
     from datasets.data_files import resolve_pattern
 
     for pattern in name.data_files:
         if "://" in pattern:
-            raise SourceError(f"{name.source}: {pattern!r} in data_files is no name of files inside of it; name those")
+            raise SourceError(f"{name.source}: {pattern!r} in data_files is a url; name files inside of the set")
         try:
             resolve_pattern(pattern, str(root))
         except FileNotFoundError as error:
             raise SourceError(f"{name.source} holds no files {pattern}; check data_files") from error
-        except Exception as error:  # of many kinds, as of a ** beside other letters
+        except Exception as error:  # of many types, e.g. for a ** next to other letters
             raise SourceError(
-                f"{name.source}: {pattern!r} in data_files is no pattern ({error}); correct it"
+                f"{name.source}: {pattern!r} in data_files is not a valid pattern ({error}); correct it"
             ) from error
 
 
 def _splits(name: DatasetName, split: str, root: Path) -> dict[str, list[str]] | None:
-    """The files of each split, sorted and relative to the root; None where there are none at all."""
+    """The files of each split, sorted and relative to the root; None if there are none."""
     import datasets
 
     files = {split: list(name.data_files)} if name.data_files else None
-
     datasets.disable_progress_bars()
     try:
         builder = datasets.load_dataset_builder(
@@ -206,57 +205,52 @@ def _splits(name: DatasetName, split: str, root: Path) -> dict[str, list[str]] |
         )
     except FileNotFoundError:
         return None
-    except Exception as error:  # of many kinds, since the README is anybody's
-        raise _refused(name, root, error) from error
+    except Exception as error:  # of many types, since anybody may have written the README
+        raise _config_error(name, root, error) from error
     home = root.resolve()
     splits: dict[str, list[str]] = {}
     for part, paths in (builder.config.data_files or {}).items():
-        found = [Path(path).resolve() for path in paths]
-        outside = [file for file in found if not file.is_relative_to(home)]
-        if outside:
+        resolved = [Path(path).resolve() for path in paths]
+        if not all(file.is_relative_to(home) for file in resolved):
             raise SourceError(f"{name.source}: its README names files outside of it; give the files by path")
-        if found:
-            splits[str(part)] = sorted(file.relative_to(home).as_posix() for file in found)
+        if resolved:
+            splits[str(part)] = sorted(file.relative_to(home).as_posix() for file in resolved)
     return splits or None
 
 
-def _refused(name: DatasetName, root: Path, error: Exception) -> SourceError:
-    """With the configurations there are, where it is the name of one that is missing or wrong."""
+def _config_error(name: DatasetName, root: Path, error: Exception) -> SourceError:
+    """The error to raise for one of ``datasets``. It lists the configurations if the named one is missing or wrong."""
     import datasets
 
     source = name.source
     config = name.config
     try:
         configs = datasets.get_dataset_config_names(str(root))
-    except Exception:  # as before: then the set is wrong and not the name
+    except Exception:  # of many types, too; the set is wrong then, not the name
         configs = []
     if config in configs or len(configs) < (2 if config is None else 1):
-        said = " ".join(str(error).split()).replace(str(root), source)
-        return SourceError(f"{source}: datasets cannot tell its files ({said:.500}); give them by path")
+        message = " ".join(str(error).split()).replace(str(root), source)
+        return SourceError(f"{source}: datasets cannot find its files ({message:.500}); give the files by path")
     return SourceError(
-        f"{source}: it has {f'no configuration {config}' if config else 'several configurations'}, "
-        f"but {', '.join(configs)}; name one as {name.place}:{configs[0]}"
+        f"{source}: it has {f'no configuration {config}, only' if config else 'several configurations:'} "
+        f"{', '.join(configs)}; name one as {name.place}:{configs[0]}"
     )
-
-
-def _plain(path: str, *, lower: bool) -> str:
-    file = PurePosixPath(_ODD.sub("_", path))
-    return file.with_name(file.name.lower() if lower else file.name).as_posix()
 
 
 def _refuse_mixed(
     name: DatasetName, split: str, root: Path, splits: Mapping[str, list[str]], paths: Collection[str]
 ) -> None:
-    """Raises SourceError if others are found in place of the files that were found.
+    """Raises SourceError if ``datasets`` finds other files after those that it took are removed.
 
-    ``datasets`` passes over names with a line break or ``::`` and over suffixes in capitals, so these are renamed here.
+    ``datasets`` ignores names with a line break or ``::`` and suffixes in capitals, so such files are renamed first.
     """
     taken = [path for files in splits.values() for path in files]
     for path in taken:
         (root / path).unlink(missing_ok=True)
     renamed = {}
     for path in set(paths).difference(taken):
-        plain = _plain(path, lower=not name.data_files)
+        file = PurePosixPath(_ODD.sub("_", path))
+        plain = (file if name.data_files else file.with_name(file.name.lower())).as_posix()
         if plain != path and format_of(path):
             (root / plain).parent.mkdir(parents=True, exist_ok=True)
             (root / path).rename(root / plain)
@@ -268,8 +262,8 @@ def _refuse_mixed(
     if others:
         first = next(path for files in others.values() for path in files)
         raise SourceError(
-            f"{name.source}: datasets would read {taken[0]} and the like, and leave out {renamed.get(first, first)!r} "
-            "and the like; give the files to read by a pattern"
+            f"{name.source}: datasets would read files such as {taken[0]}, but leave out files such as "
+            f"{renamed.get(first, first)!r}; give a pattern for the files to read"
         )
 
 
@@ -278,10 +272,10 @@ _STATE = "state.json"
 
 
 def saved_files(name: DatasetName, split: str, paths: Collection[str], read: Callable[[str], str]) -> list[str] | None:
-    """The files of the split that is named, else of ``split``, in order; None where ``paths`` are not of such a folder.
+    """The ordered files of the split that ``name`` names, or of ``split``, in a folder written by ``save_to_disk``.
 
-    ``read`` gives the text of a file.
-    A single set without a split's name is ``train``, as everywhere in ``datasets``. Raises SourceError.
+    Returns None if ``paths`` do not belong to such a folder. ``read`` returns the text of a file. A single set without
+    the name of a split is ``train``, as everywhere in ``datasets``. Raises SourceError.
     """
     source = name.source
     split = name.split or split
@@ -292,7 +286,7 @@ def saved_files(name: DatasetName, split: str, paths: Collection[str], read: Cal
         state = _read(source, _STATE, read)
         if "_data_files" not in state:
             return None
-        named = re.match(r"\w+", state.get("_split") or "train")  # of train[:10%] the name
+        named = re.match(r"\w+", state.get("_split") or "train")  # only the name of a split like train[:10%]
         folders = {named[0] if named else "train": ""}
     else:
         return None
@@ -301,7 +295,7 @@ def saved_files(name: DatasetName, split: str, paths: Collection[str], read: Cal
     folder = folders[split]
     state = _read(source, folder + _STATE, read) if folder + _STATE in paths else {}
     if state.get("_data_files") == []:
-        raise SourceError(f"{source}: its split {split} has no rows (save_to_disk); give a set or a split with some")
+        raise SourceError(f"{source}: its split {split} has no rows (save_to_disk); give a set or a split with rows")
     files = [f"{folder}{entry['filename']}" for entry in state.get("_data_files", ())]
     missing = [file for file in files if file not in paths]
     if missing or not files:
@@ -320,5 +314,5 @@ def _read(source: str, path: str, read: Callable[[str], str]) -> dict[str, Any]:
             raise
         content = None
     if not isinstance(content, dict):
-        raise SourceError(f"{source}: {path} is no object in JSON; write the set again, or give its files by path")
+        raise SourceError(f"{source}: {path} is not a JSON object; write the set again, or give its files by path")
     return content

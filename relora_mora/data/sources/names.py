@@ -1,4 +1,4 @@
-"""Sets of text by name, most of them on the datasets hub, and the commit at which each repository is read."""
+"""Names of sets of text, on the datasets hub or in local folders, and the commit at which each repository is read."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def is_hub(source: str) -> bool:
 
 
 def hub_source(source: str, split: str) -> str:
-    """The source in full, as hub:OWNER/NAME/PATTERN. Raises SourceError."""
+    """The full form of a source, hub:OWNER/NAME/PATTERN. Raises SourceError."""
     if source == C4 and split not in C4_PATTERNS:
-        raise SourceError(f"{C4} has no split {split}, but {', '.join(C4_PATTERNS)}")
+        raise SourceError(f"{C4} has no split {split}; its splits are {', '.join(C4_PATTERNS)}")
     return C4_PATTERNS[split] if source == C4 else source
 
 
 def hub_parts(source: str) -> tuple[str, str]:
-    """(OWNER/NAME, PATTERN) of a source in full. Raises SourceError."""
+    """(OWNER/NAME, PATTERN) of a source in its full form. Raises SourceError."""
     owner, _, rest = source.removeprefix("hub:").partition("/")
     name, _, pattern = rest.partition("/")
     if not (owner and name and pattern) or any(part in ("", ".", "..") for part in pattern.split("/")):
@@ -54,15 +54,15 @@ def hub_parts(source: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class DatasetName:
-    """A set of text. ``place`` is OWNER/NAME or a folder; config and split are None where they are not named."""
+    """A set of text. ``place`` is OWNER/NAME or a folder; ``config`` and ``split`` are None if they are not named."""
 
     source: str
     place: str
     config: str | None
     split: str | None
     on_hub: bool
-    revision: str | None = None  # of the source alone; None: that of the settings
-    data_files: tuple[str, ...] = ()  # patterns; none: the files of the split
+    revision: str | None = None  # set for this source; None: the revision in the settings
+    data_files: tuple[str, ...] = ()  # patterns; empty: the files of the split
 
     @property
     def folder(self) -> Path:
@@ -70,11 +70,11 @@ class DatasetName:
 
 
 def dataset_name(source: TextSource) -> DatasetName | None:
-    """What ``PLACE[:CONFIG[:SPLIT]]`` names; None for a source of another kind, as a folder of tokens is.
+    """The set that ``PLACE[:CONFIG[:SPLIT]]`` names; None for another kind of source, such as a folder of tokens.
 
-    A folder of that name counts before the hub. What is named like a file, or would lie in a folder that there is, is a
-    path, so that a slip in one is told at once and the hub is not asked. Raises SourceError for a path or url with a
-    configuration, split or files, which only sets have, and for a revision of what is not on the hub.
+    A local folder wins over a hub name. Anything that looks like a file, or whose parent folder exists, is a path, so a
+    typo fails at once and the hub is not asked. Raises SourceError for a path or url with a configuration, split or
+    files, which only sets have, and for a revision if the source is not on the hub.
     """
     text = source.source
     asks_for_part = bool(source.config or source.data_files)
@@ -83,7 +83,7 @@ def dataset_name(source: TextSource) -> DatasetName | None:
     if name is None and (asks_for_part or (source.split and text != C4)):
         raise SourceError(
             f"{text}: only a set by name (OWNER/NAME or a folder) has a config, a split or data_files; "
-            "name its files in the source, or give the name of the set"
+            "give the name of the set, or remove these keys and name the files in the source"
         )
     if source.revision and not (is_hub(text) or (name is not None and name.on_hub)):
         raise SourceError(f"{text}: only a source on the hub has a revision ({source.revision}); leave it out")
@@ -110,10 +110,10 @@ def _named(source: TextSource, match: re.Match[str]) -> DatasetName | None:
 
 
 class Commits:
-    """The commit that a revision is, by hub repository; each is asked for once, and those in ``known`` not at all."""
+    """The commits of hub repositories by revision. Each is asked for once, and those in ``known`` are not asked for."""
 
     def __init__(self, revision: str, timeout_seconds: float, known: Mapping[str, str]) -> None:
-        self.revision = revision  # of sources that name none
+        self.revision = revision  # for sources that name none
         self.timeout_seconds = timeout_seconds
         self.known = dict(known)  # by REPO@REVISION
 
@@ -127,16 +127,17 @@ class Commits:
             return revision
         asked = f"{repo}@{revision}"
         if asked not in self.known:
-            from relora_mora.data.bytes.hub import ask_for_commit  # here: its libraries take long to load
+            from relora_mora.data.bytes.hub import ask_for_commit  # late: its libraries take long to load
 
             self.known[asked] = ask_for_commit(repo, revision, self.timeout_seconds)
         return self.known[asked]
 
 
 def with_commits(config: DataConfig) -> DataConfig:
-    """The same settings with the commit that each revision in them is now; asks the hub for those it does not know.
+    """The same settings with the current commit of each revision in them. Asks the hub for commits that are not known.
 
-    One rank calls it and hands the result to the others, so that a push to the hub meanwhile cannot split the ranks.
+    One rank calls this and sends the result to the others, so that all ranks read the same commit even if somebody
+    pushes to the hub meanwhile.
     """
     asker = Commits.of(config)
     sources = [source for split in SPLITS for source in config.sources(split)]
@@ -146,7 +147,7 @@ def with_commits(config: DataConfig) -> DataConfig:
 
 
 def hub_repo(source: TextSource) -> str | None:
-    """The hub repository that a source lies in."""
+    """The hub repository that holds a source; None if it is not on the hub."""
     name = dataset_name(source)
     if name is not None:
         return name.place if name.on_hub else None

@@ -1,4 +1,4 @@
-"""Where text comes from: sources become an ordered list of shards."""
+"""Resolves sources of text into an ordered list of shards."""
 
 from __future__ import annotations
 
@@ -35,15 +35,14 @@ def resolve_shards(
     text_column: str = "text",
     records: RecordsConfig | None = None,
 ) -> list[Shard]:
-    """The shards of all sources, in the order given; those of a local glob are sorted by path.
+    """The shards of all sources, in the given order; the files of a local glob are sorted by path.
 
     A source is ``allenai/c4`` (config ``en``, the files of ``split``), a set ``OWNER/NAME[:CONFIG[:SPLIT]]`` on the hub
     or ``FOLDER[:CONFIG[:SPLIT]]``, ``hub:OWNER/NAME/PATTERN``, an http(s) url, a local path or a local glob, or a
-    folder of tokens made in advance.
-    ``{00000..01023}`` in urls and hub patterns stands for a range of numbers. Hub sources are addressed at the commit
-    that ``revision`` is in ``commits``, or else now. ``text_column`` and ``records`` are those of sources that name
-    none. Raises SourceError for what names no file, or one that was named before, and for files that cannot hold such
-    records.
+    pre-tokenized folder. ``{00000..01023}`` in paths, urls and hub patterns stands for a range of numbers. Hub sources
+    are read at the commit of ``revision`` in ``commits``, or else at its current commit. ``text_column`` and
+    ``records`` apply to sources that set none. Raises SourceError if a source names no file or a file that was named
+    before, and for files that cannot hold such records.
     """
     given = as_sources(sources)
     if not given:
@@ -53,17 +52,18 @@ def resolve_shards(
     shards = []
     named: dict[str | tuple[int, int], tuple[Shard, str]] = {}
     for source in given:
-        held = source.records or records
-        record_format = RecordFormat.of(held) if held else None
+        settings = source.records or records
+        record_format = RecordFormat.of(settings) if settings else None
+        records_column = settings.columns.get("text") if settings else None
         for shard in _resolve(source, split, at):
             before, named_by = named.setdefault(_identity(shard), (shard, source.source))
             if before is not shard:
-                as_well = "" if before.name == shard.name else f", there as {before.name}"
+                other_name = "" if before.name == shard.name else f" as {before.name}"
                 raise SourceError(
-                    f"{source.source}: {shard.name} is a file that {named_by} names already{as_well}; "
+                    f"{source.source}: {shard.name} is a file that {named_by} names already{other_name}; "
                     "its text would be read twice: give each file once"
                 )
-            column = shard.text_column if shard.tokens else _text_column(source, held, text_column)
+            column = shard.text_column if shard.tokens else source.text_column or records_column or text_column
             name = source.label if mixed or source.text_column or source.records else ""
             shard = replace(shard, text_column=column, records=record_format, source=name)
             if shard.holds_records:
@@ -73,11 +73,11 @@ def resolve_shards(
         raise SourceError(
             f"the {split} data has {len(shards):,} shards, more than {_MAX_SHARDS:,}; shorten the ranges in its sources"
         )
-    return _told_apart(shards)
+    return _with_unique_labels(shards)
 
 
 def shards_of(sources: str | Sequence[str | TextSource], config: DataConfig, split: Split) -> list[Shard]:
-    """The shards of some sources, for what they do not name themselves as the settings say. Raises SourceError."""
+    """The shards of the sources, with the settings' values for whatever a source does not set. Raises SourceError."""
     return resolve_shards(
         sources,
         config.revision,
@@ -90,7 +90,7 @@ def shards_of(sources: str | Sequence[str | TextSource], config: DataConfig, spl
 
 
 def configured_shards(config: DataConfig, split: Split) -> list[Shard]:
-    """The shards of the training or the validation data of a run, those of all sets. Raises SourceError."""
+    """The shards of a run's training data, or of all its validation sets. Raises SourceError."""
     groups = [config.train] if split == "train" else config.validation_sets.values()
     return [shard for sources in groups for shard in shards_of(sources, config, split)]
 
@@ -129,12 +129,12 @@ def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Sha
                 name = public_url(url)
                 path = unquote(urlsplit(url).path)
             except ValueError as error:
-                raise SourceError(f"{url}: no url that can be read ({error}); check it") from error
+                raise SourceError(f"{url}: not a valid url ({error}); check it") from error
             _check_suffix(path, source, may_be_missing=True)
             yield Shard(name, url)
     elif "://" in source:
         raise SourceError(
-            f"{source.split('://')[0]}:// is no kind of source; "
+            f"{source.split('://')[0]}:// is not supported; "
             "give a path, a glob, an http(s) url or hub:OWNER/NAME/PATTERN"
         )
     elif is_token_folder(folder := Path(from_home(source))):
@@ -143,8 +143,8 @@ def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Sha
         yield from _local_shards(source)
 
 
-def _told_apart(shards: Sequence[Shard]) -> list[Shard]:
-    """Local files of one name get the shortest ends of their paths that are of no other one."""
+def _with_unique_labels(shards: Sequence[Shard]) -> list[Shard]:
+    """Gives local files with the same name labels: the shortest unique ends of their paths."""
     labels = {shard.location: shard.name for shard in shards if shard.tokens is None and not shard.is_remote}
     for parts in itertools.count(2):
         counts = Counter(labels.values())
@@ -158,24 +158,19 @@ def _told_apart(shards: Sequence[Shard]) -> list[Shard]:
     ]
 
 
-def _text_column(source: TextSource, records: RecordsConfig | None, default: str) -> str:
-    named = records.columns.get("text") if records else None
-    return source.text_column or named or default
-
-
 def _check_columns(shard: Shard) -> None:
     if shard.tokens is None and shard.format is not TEXT:
         return
     assert shard.records is not None
     holds = "text without columns" if shard.tokens is None else "tokens of plain text"
     raise SourceError(
-        f"{shard.name} holds {holds}, and its records are to be {shard.records.settings.kind}; "
+        f"{shard.name} holds {holds}, so it cannot hold records of kind {shard.records.settings.kind}; "
         "give files with columns or keys, or set records.kind=text"
     )
 
 
 def _identity(shard: Shard) -> str | tuple[int, int]:
-    """Equal for shards that are one file: by other paths, links, or another spelling of a url."""
+    """A key that is equal for shards that are the same file, by other paths, links or another spelling of a url."""
     if not shard.is_remote:
         try:
             status = Path(shard.location).stat()
@@ -185,9 +180,9 @@ def _identity(shard: Shard) -> str | tuple[int, int]:
     from urllib3.util import parse_url
 
     try:
-        url = parse_url(shard.location)  # lower case where that means nothing, without dots in the path
+        url = parse_url(shard.location)  # lower case if case does not matter, and without dots in the path
     except ValueError as error:
-        raise SourceError(f"{shard.name}: no url that can be read ({type(error).__name__}); check it") from error
+        raise SourceError(f"{shard.name}: not a valid url ({type(error).__name__}); check it") from error
     default = {"http": 80, "https": 443}[url.scheme or ""]
     return url._replace(fragment=None, port=None if url.port == default else url.port).url
 
@@ -207,7 +202,8 @@ def _hub_shards(source: str, revision: str | None, commits: Commits) -> Iterator
     repo, pattern = hub_parts(source)
     if any(sign in pattern for sign in "*?["):
         raise SourceError(
-            f"{source}: a hub pattern is not listed, so * and ? cannot be used; write a range such as {{00000..00007}}"
+            f"{source}: the hub is not searched for patterns, so * and ? cannot be used; "
+            "write a range such as {00000..00007}"
         )
     paths = expand_braces(pattern)
     _check_suffix(paths[0], source)
@@ -237,23 +233,19 @@ def _local_shards(source: str) -> Iterator[Shard]:
         if Path(pattern).is_file():
             paths = [pattern]
         else:
-            # Path.glob takes no absolute pattern
-            by_pattern = {one: glob.glob(one, recursive=True) for one in expand_braces(pattern)}  # noqa: PTH207
-            found = {path for matches in by_pattern.values() for path in matches}
-            if dangling := sorted(path for path in found if not Path(path).exists()):
-                raise SourceError(
-                    f"{dangling[0]} is a link to a file that is not there; bring it back, or remove the link"
-                )
-            paths = sorted(path for path in found if Path(path).is_file())
-            missing = [one for one, matches in by_pattern.items() if not matches]
+            # Path.glob accepts no absolute pattern
+            by_pattern = {each: glob.glob(each, recursive=True) for each in expand_braces(pattern)}  # noqa: PTH207
+            matched = {path for matches in by_pattern.values() for path in matches}
+            if dangling := sorted(path for path in matched if not Path(path).exists()):
+                raise SourceError(f"{dangling[0]} is a link to a missing file; restore the file or remove the link")
+            paths = sorted(path for path in matched if Path(path).is_file())
+            missing = [each for each, matches in by_pattern.items() if not matches]
             if paths and missing:
                 raise SourceError(
-                    f"{source}: no file matches {', '.join(missing[:3])}; fetch it, or name what is there"
+                    f"{source}: no file matches {', '.join(missing[:3])}; fetch it, or name only files that exist"
                 )
-            if not paths and (
-                pipes := sorted(path for path in found if Path(path).exists() and not Path(path).is_dir())
-            ):
-                raise SourceError(f"{pipes[0]} is a pipe or a device, and text is read more than once; give a file")
+            if not paths and (pipes := sorted(path for path in matched if not Path(path).is_dir())):
+                raise SourceError(f"{pipes[0]} is a pipe or a device, but text is read more than once; give a file")
         versions = [Version.on_disk(Path(path).stat()) for path in paths]
     except OSError as error:
         raise unreadable(source, error, "check the path and its permissions") from error
@@ -262,7 +254,7 @@ def _local_shards(source: str) -> Iterator[Shard]:
         raise SourceError(f"no file matches {source} (from {Path.cwd()}); check the path{hint}")
     for folder in {Path(path).parent for path in paths if format_of(path) is ARROW}:
         if is_token_folder(folder):
-            raise SourceError(f"{source}: {folder} holds tokens made in advance, not text; give the folder itself")
+            raise SourceError(f"{source}: {folder} is a pre-tokenized folder, not text; give the folder itself")
     for path, version in zip(paths, versions, strict=True):
         _check_suffix(path, source)
         yield Shard(Path(path).name, str(Path(path).absolute()), size=version.size, version=version)
@@ -271,12 +263,12 @@ def _local_shards(source: str) -> Iterator[Shard]:
 def _check_suffix(path: str, source: str, *, may_be_missing: bool = False) -> None:
     if format_of(path) is None and not (may_be_missing and not PurePosixPath(path).suffix):
         raise SourceError(
-            f"{source}: {PurePosixPath(path).name} is in no format that is read; "
-            f"expected one of {', '.join(SUFFIXES)} (what has columns inside is not compressed once more)"
+            f"{source}: the format of {PurePosixPath(path).name} is not supported; "
+            f"expected one of {', '.join(SUFFIXES)} (files with columns must not be compressed again)"
         )
 
 
 def public_url(url: str) -> str:
-    """The url without user, password, query and fragment, any of which may be a secret."""
+    """The url without user, password, query and fragment, all of which may be secret."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -103,7 +103,7 @@ _lines(Path({str(path)!r}))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     *_, message = done.stderr.splitlines()
     assert (
-        "SourceError: a.jsonl.zst: there is no memory for the window" in message
+        "SourceError: a.jsonl.zst: there is not enough memory for its compression window" in message
         and "compress it again without --long" in message
     )
 

@@ -46,7 +46,7 @@ def test_one_array_in_json_is_one_message_before_training(tmp_path, name, indent
     path = tmp_path / name
     path.write_bytes(gzip.compress(body) if name.endswith(".gz") else body)
     config = data_config(path)
-    message = rf"{name} is one JSON array, and not JSON lines, .*: jq -c '\.\[\]' OLD\.json > NEW\.jsonl"
+    message = rf"{name} is one JSON array, not JSON lines .*: jq -c '\.\[\]' OLD\.json > NEW\.jsonl"
     with pytest.raises(SourceError, match=message):
         check_columns(resolve_shards(str(path)), config)
     with pytest.raises(SourceError, match=message):
@@ -96,7 +96,7 @@ def test_too_many_lanes_for_the_files_that_may_be_open(tmp_path, monkeypatch):
 def test_a_file_that_changes_while_it_is_read_stops_at_once(tmp_path, change):
     path = write_shard(tmp_path / "a.json", some_texts(20_000))
     (shard,) = resolve_shards(str(path))
-    message = r"a\.json changed since the start: [\d,]+ bytes then, [\d,]+ now; start with data that does not change"
+    message = r"a\.json changed since the start: [\d,]+ bytes then, [\d,]+ now; use data that does not change"
     with closing(ShardLines(shard, max_line_bytes=1000, timeout_seconds=1.0)) as lines:
         assert lines.skip(100)
         os.truncate(path, path.stat().st_size + change)

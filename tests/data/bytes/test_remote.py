@@ -170,7 +170,7 @@ def test_a_redirect_to_what_is_no_url(location, tmp_path, monkeypatch):
             "_file",
             lambda self, path, fault: self._answer(302, b"", {"Location": location}),
         )
-        with pytest.raises(SourceError, match="a redirects to what is no url"):
+        with pytest.raises(SourceError, match="a redirects to an invalid url"):
             RemoteBytes(Shard("a", f"{server.url}/a.json"), 5.0).read(9)
 
 
@@ -226,7 +226,7 @@ def test_damage_does_not_pass_and_is_not_asked_for_again(tmp_path, suffix):
         while lane.state()["epoch"] < 1:
             lane.next_block()
     assert RETRIES.retries == before and lane.state()["skipped"]["corrupt"] == 1
-    damage = rf"http\S+/a{suffix}: line \d+ is where the compressed shard is damaged; what follows is lost; skipped"
+    damage = rf"http\S+/a{suffix}: line \d+ is where the compressed shard is damaged; the rest of it is lost; skipped"
     assert any(re.fullmatch(damage, note) for note in lane.rows.notes)
     body = path.read_bytes()  # the same bytes on a disk: the same decision
     path.write_bytes(body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 255]) + body[len(body) // 2 + 1 :])

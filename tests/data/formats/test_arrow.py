@@ -104,7 +104,7 @@ def test_any_cut_and_any_changed_byte_is_text_or_one_message(tmp_path, stream):
             assert "a.arrow" in str(error)
     for _ in range(50):
         path.write_bytes(body[: rng.randrange(len(body))])
-        with pytest.raises(SourceError, match=r"is no Arrow or cut short"):
+        with pytest.raises(SourceError, match=r"is not Arrow or was cut short"):
             local_content(resolve_shards(str(path)))
         with pytest.raises(SourceError, match=r"a\.arrow: its schema cannot be read .*: fetch or write it again"):
             _texts(path)
@@ -157,7 +157,8 @@ def test_what_save_to_disk_wrote(tmp_path, saved, monkeypatch):
     assert _texts(tmp_path / "both") == saved["train"]
     assert _texts(tmp_path / "both", "validation") == saved["validation"]
     assert _texts(f"{tmp_path}/both::validation") == saved["validation"]
-    for name, said in {"one": "has no split validation, but train", "both::dev": "but train, validation"}.items():
+    refused = {"one": "has no split validation; its splits are train", "both::dev": "splits are train, validation"}
+    for name, said in refused.items():
         with pytest.raises(SourceError, match=said):
             resolve_shards(f"{tmp_path}/{name}", split="validation")
     monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
@@ -189,5 +190,5 @@ def test_a_folder_of_save_to_disk_that_is_not_whole_is_one_message(tmp_path, sav
         resolve_shards(str(tmp_path / "both"))
     for content in ("{", json.dumps(["train"])):
         (tmp_path / "both" / "dataset_dict.json").write_text(content)
-        with pytest.raises(SourceError, match=r"both: dataset_dict\.json is no object in JSON; write the set again"):
+        with pytest.raises(SourceError, match=r"both: dataset_dict\.json is not a JSON object; write the set again"):
             resolve_shards(str(tmp_path / "both"))

@@ -256,7 +256,7 @@ def test_too_many_bad_lines_are_a_clear_stop(tmp_path):
     with pytest.raises(SourceError, match=r"a\.json: 1 of 51 lines are bad, .*line 51 is not JSON"):
         list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=0.0)))
     write_shard(path, [*texts[:40], b"rubbish", b'{"text": 1}', *texts[40:]])
-    with pytest.raises(SourceError, match=r'2 of 101 lines are bad, .*line 42 has a "text" that is no string'):
+    with pytest.raises(SourceError, match=r'2 of 101 lines are bad, .*line 42 has a "text" that is not a string'):
         list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=0.01)))
 
 
@@ -264,7 +264,7 @@ def test_a_wrong_column_is_named(tmp_path):
     path = write_shard(tmp_path / "a.json", ["a text"] * 30)
     with pytest.raises(
         SourceError,
-        match=r'11 of 11 lines are bad, .*; line 11 has no "content", but url, text \(data.text_column names ',
+        match=r'11 of 11 lines are bad, .*; line 11 has no "content", only url, text \(set data.text_column ',
     ):
         list(iter_texts(str(path), split="train", config=data_config(path, text_column="content")))
 
@@ -272,7 +272,7 @@ def test_a_wrong_column_is_named(tmp_path):
 def test_a_file_of_columns_behind_another_name(tmp_path):
     for suffix in (".parquet", ".arrow"):
         path = write_shard(tmp_path / f"a{suffix}", some_texts(50)).rename(tmp_path / "a.jsonl")
-        with pytest.raises(SourceError, match=r"lines are bad, .*of a Parquet or Arrow file, whose name or url has to"):
+        with pytest.raises(SourceError, match=r"lines are bad, .*to a Parquet or Arrow file, whose name or url has to"):
             list(iter_texts(str(path), split="train", config=data_config(path)))
 
 

@@ -104,9 +104,9 @@ def test_the_header(tmp_path, bom, head):
         ("id,text\n".encode("utf-16"), "its header is UTF-16, not UTF-8 (iconv -f UTF-16 -t UTF-8); the first row"),
         (
             b"id;text\n",
-            "its header is 'id;text', which ';' seems to divide, and not commas; write it again with commas",
+            "its header 'id;text' seems to be separated by ';' instead of commas; write it again with commas",
         ),
-        (b"text\turl\n", r"its header is 'text\turl', which '\t' seems to divide"),
+        (b"text\turl\n", r"its header 'text\turl' seems to be separated by '\t'"),
         (b'"text\n', "its header is not CSV; the first row of CSV names the columns: repair or drop the file"),
     ],
 )

@@ -133,7 +133,9 @@ def test_a_column_of_bytes_is_told_with_its_remedy(suffix, tmp_path, kind, recor
     values = pyarrow.array([b"text"], "binary")
     values = values.cast(kind) if isinstance(kind, str) else values.dictionary_encode()
     config = data_config(WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", values), records=records)
-    said = rf'a\{suffix}: the column "text" holds bytes .*, not strings; .*column\.cast\("string"\)\), else set data'
+    said = (
+        rf'a\{suffix}: the column "text" holds bytes .*, not strings; .*column\.cast\("string"\)\), otherwise set data'
+    )
     with pytest.raises(SourceError, match=said):
         check_columns(configured_shards(config, "train"), config)
 
@@ -142,7 +144,7 @@ def test_a_file_that_was_cut_is_told_before_training(suffix, tmp_path):
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(100))
     local_content(resolve_shards(str(path)))
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(SourceError, match=rf"a\{suffix} is no \w+ or cut short: it ends in .*; fetch or write it"):
+    with pytest.raises(SourceError, match=rf"a\{suffix} is not \w+ or was cut short: it ends in .*; fetch or write it"):
         local_content(resolve_shards(str(path)))
     with pytest.raises(SourceError, match=rf"a\{suffix}: its (footer|schema) cannot be read .*cut short .*: fetch or"):
         make_lane(data_config(path), 1, 0).next_block()

@@ -69,7 +69,7 @@ def test_a_column_that_is_not_there_is_told(tokenizer, tmp_path, suffix):
     path = _write(tmp_path / f"a{suffix}")
     shards = resolve_shards(str(path), records=RecordsConfig(kind="sharegpt", template="chatml"))
     said = (
-        r'a\.jsonl: 3 of 3 lines are bad, .* line 3 has no "conversations" \(data\.records\.columns\), but messages, id'
+        r'a\.jsonl: 3 of 3 lines are bad, .* line 3 has no "conversations" \(data\.records\.columns\), only messages'
         if suffix == ".jsonl"
         else 'no column "conversations"; set data.records.columns to one of messages, id'
     )
@@ -188,7 +188,7 @@ def test_tokens_in_advance_and_training_of_tokenizers_take_text_alone(tokenizer_
     path = _write(tmp_path / "a.jsonl")
     config = data_config(path, records={"kind": "messages", "template": "chatml"})
     shards = configured_shards(config, "train")
-    said = r"a\.jsonl is read as records \(data\.records\), and text is needed here; set data\.records=null"
+    said = r"a\.jsonl is read as records \(data\.records\), but text is needed here; set data\.records=null"
     with pytest.raises(SourceError, match=said):
         make_tokens(shards, tmp_path / "out", config=config, tokenizer_path=tokenizer_path, processes=1)
     with pytest.raises(SourceError, match=said):

@@ -96,7 +96,7 @@ def test_an_answer_that_the_template_does_not_mark_is_said(tokenizer, tmp_path):
 
 def test_a_template_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(
-        SourceError, match=r"the template .*gone\.jinja cannot be read .* give a \.jinja file, or chatml"
+        SourceError, match=r"the template .*gone\.jinja cannot be read .* give a \.jinja file or chatml"
     ):
         RecordFormat.of(RecordsConfig(kind="messages", template=str(tmp_path / "gone.jinja")))
 

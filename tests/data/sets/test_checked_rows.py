@@ -68,19 +68,19 @@ def test_records_that_are_read_as_text_are_told_with_their_keys(tmp_path, tokeni
         bad = min(count, 11)
         assert _said(data_config(path), tokenizer).startswith(
             f"a.jsonl: {bad} of {bad} lines are bad, more than data.max_bad_fraction (0.01); "
-            f'line {bad} has no "text", but messages '
-            "(data.text_column names the key of texts, a run's data.records what else"
+            f'line {bad} has no "text", only messages '
+            "(set data.text_column to the key of the texts, or data.records"
         )
 
 
 def test_first_lines_that_are_all_of_no_use_are_told_whatever_is_allowed(tmp_path, tokenizer):
     path = _written(tmp_path / "a.jsonl", [_conversation(number) for number in range(30)])
     assert _said(data_config(path, max_bad_fraction=1.0), tokenizer) == (
-        'a.jsonl: none of its first 16 lines can be used; one has no "text", but messages '
-        "(data.text_column names the key of texts, a run's data.records what else a line holds)"
+        'a.jsonl: none of its first 16 lines can be used; one has no "text", only messages '
+        "(set data.text_column to the key of the texts, or data.records if the lines are records)"
     )
     config = data_config(path, max_bad_fraction=1.0, records={"kind": "question"})
-    assert _said(config, tokenizer).endswith('one has no "question" (data.records.columns), but messages')
+    assert _said(config, tokenizer).endswith('one has no "question" (data.records.columns), only messages')
 
 
 @pytest.mark.parametrize("column", ["messages", "text"])
@@ -88,7 +88,7 @@ def test_a_column_of_messages_that_is_read_as_text_is_told(tmp_path, tokenizer, 
     path = tmp_path / "a.parquet"
     table = pyarrow.table({column: [_conversation(number)["messages"] for number in range(3)]})
     pyarrow.parquet.write_table(table, path)
-    assert _said(data_config(path), tokenizer).endswith("; or say in data.records what a row holds, if that is no text")
+    assert _said(data_config(path), tokenizer).endswith("; or set data.records, if rows are not plain text")
 
 
 def test_conversations_in_another_form_are_shown(tmp_path, tokenizer):

@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_refused(folder, tokenizer_path):
         TrainStream(config, lanes=8, world_size=1, state=state, **settings)
     with pytest.raises(SourceError, match="cannot be read"):
         TrainStream(config, lanes=4, world_size=1, state={**state, "2": {}}, **settings)
-    with pytest.raises(ValueError, match="lane 0 stands in the data state of two ranks"):
+    with pytest.raises(ValueError, match="lane 0 is in the data state of two ranks"):
         merge_states([state, state])
 
 

@@ -207,7 +207,7 @@ def test_a_model_whose_json_is_something_else(exported, inputs, tmp_path, name, 
         (["--data={}/nowhere.json"], "no file matches"),
         (
             ["--data={}/model.json"],
-            'more than data.max_bad_fraction (0.01); line 1 has no "text", but vocab_size, hidden_size, ',
+            'more than data.max_bad_fraction (0.01); line 1 has no "text", only vocab_size, hidden_size, ',
         ),
         (
             ["--data={}/validation/*.json.gz", "--tokenizer={}/nowhere"],
