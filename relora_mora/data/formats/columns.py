@@ -150,7 +150,7 @@ def utf8(column: Any) -> Any:
 def _open(shard: Shard, timeout_seconds: float) -> RandomAccessFile:
     if not shard.is_remote:
         return LocalFile(shard)
-    from relora_mora.data.bytes.remote_file import RemoteFile  # late, because local text needs none of its libraries
+    from relora_mora.data.bytes.remote import RemoteFile  # late, because local text needs none of its libraries
 
     return RemoteFile(shard, timeout_seconds)
 

@@ -15,7 +15,7 @@ import pytest
 
 from relora_mora.data.bytes import retry
 from relora_mora.data.bytes.local import LocalFile
-from relora_mora.data.bytes.remote_file import RemoteFile
+from relora_mora.data.bytes.remote import RemoteFile
 from relora_mora.data.content import local_content
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats.file_rows import iter_texts, open_rows

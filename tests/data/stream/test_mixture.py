@@ -188,7 +188,7 @@ def test_every_lane_needs_a_text_in_each_source_that_ever_has_a_weight(folder, t
         config = data_config([*_records(folder), few], **settings)
         check_lanes(configured_shards(config, "train"), config, lanes)
 
-    message = rf"lane 3 found no text in .*few\{suffix}: there are fewer documents than lanes; .* weight of its source few to 0"
+    message = rf"lane 3 found no text in .*few\{suffix}: there are fewer documents than lanes; .* source few to 0"
     weights = {"web": 1.0, "books": 1.0}
     with serving(tmp_path) as server:
         check("few", 3)
