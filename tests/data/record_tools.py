@@ -1,4 +1,4 @@
-"""Records as tokens, and which of them are scored."""
+"""Tools that show records as tokens and which of these are scored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other text under the same names and sizes is noticed, by looking at little of it."""
+"""Samples of the text are enough to notice other text under the same names and sizes."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def _remote(server, *, timeout_seconds=8.0, name="part-{00000..00002}.json.gz") 
     return remote_content(at_versions(shards, remote_versions(shards, timeout_seconds)))
 
 
-def test_it_is_of_what_stands_in_the_files_and_not_of_where_they_lie(tmp_path):
+def test_it_depends_on_the_content_of_files_and_not_on_their_location(tmp_path):
     for folder in ("here", "there"):
         write_shards(tmp_path / folder, 3, 20)
     first = _local(tmp_path / "here" / "*")
     assert len(first) == 32 and _local(tmp_path / "there" / "*") == first
     path = tmp_path / "there" / "part-00001.json.gz"
     body = bytearray(path.read_bytes())
-    body[len(body) // 2] ^= 1  # a small file is looked at as a whole
+    body[len(body) // 2] ^= 1  # a small file is read as a whole
     path.write_bytes(body)
     assert _local(tmp_path / "there" / "*") != first
     path.rename(path.with_name("part-00009.json.gz"))
@@ -54,16 +54,16 @@ def test_it_is_of_what_stands_in_the_files_and_not_of_where_they_lie(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["json", "gz", "zst"])
-def test_little_of_a_large_file_is_read_and_the_checksum_at_its_end_tells_of_all_text(tmp_path, monkeypatch, suffix):
+def test_little_of_a_large_file_is_read_and_the_checksum_at_its_end_covers_all_text(tmp_path, monkeypatch, suffix):
     text = random.Random(0).randbytes(1 << 20).hex().encode()
     other = bytearray(text)
     other[len(text) // 2] ^= 1
     read = []
-    counted = SimpleNamespace(**vars(os))  # and not os itself, whose pread other threads call too
+    counted = SimpleNamespace(**vars(os))  # not os itself, because other threads call its pread too
     counted.pread = lambda *given: read.append(given[1:]) or os.pread(*given)
     monkeypatch.setattr(content, "os", counted)
     path = tmp_path / f"a.{suffix}"
-    # stored and not compressed, so that the change moves nothing; zstd's command line writes a checksum
+    # stored, not compressed, so that the change moves nothing; zstd's command line writes a checksum
     compressed = {
         "json": bytes,
         "gz": lambda data: gzip.compress(data, 0, mtime=0),
@@ -74,7 +74,7 @@ def test_little_of_a_large_file_is_read_and_the_checksum_at_its_end_tells_of_all
         path.write_bytes(compressed[suffix](bytes(data)))
         found.append(_local(path))
     assert sum(size for size, _ in read) < 2 * 32_000
-    assert (found[0] == found[1]) == (suffix == "json")  # of plain text in its middle nothing tells
+    assert (found[0] == found[1]) == (suffix == "json")  # a change in the middle of plain text is missed
     if suffix == "json":
         for size, place in read[: len(read) // 2]:
             data = bytearray(text)
@@ -92,14 +92,14 @@ def test_a_file_that_cannot_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("head", [True, False])
-def test_a_server_tells_by_etag_or_date_and_size(tmp_path, head):
+def test_a_server_reports_versions_by_etag_or_date_and_size(tmp_path, head):
     write_shards(tmp_path, 3, 20)
     (tmp_path / "part-00001.json.gz").write_bytes(b"")
     with serving(tmp_path, head=head) as server:
         found = [_remote(server), _remote(server)]
         assert sorted(server.heads) == sorted(2 * [f"/part-0000{n}.json.gz" for n in range(3)])
         server.last_modified = "Tue, 24 Nov 2026 12:00:00 GMT"
-        assert _remote(server) == found[0]  # the ETag alone counts
+        assert _remote(server) == found[0]  # only the ETag counts
         path = tmp_path / "part-00002.json.gz"
         path.write_bytes(bytes(reversed(path.read_bytes())))
         found.append(_remote(server))
@@ -140,14 +140,16 @@ def test_a_local_file_is_read_as_it_was_at_the_start_and_copies_of_it_are_the_sa
     config = data_config(path, sample_by="paragraph")
     (shard,) = resolve_shards(str(path))
     before = path.stat()
-    copy = shutil.copy2(path, tmp_path / "copy")  # as rsync and backups write it: with the time of the first one
+    copy = shutil.copy2(path, tmp_path / "copy")  # like rsync and backups, this keeps the time
     copy.replace(path)
     with closing(open_rows(config, shard)) as rows:
         assert rows.take(9) == some_texts(8)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     with pytest.raises(SourceError, match=rf"a\{suffix} changed since the start: it was written again; use data"):
         open_rows(config, shard)
-    with closing(open_rows(config, resolve_shards(str(path))[0])) as rows:  # another start finds it as it is now
+    with closing(
+        open_rows(config, resolve_shards(str(path))[0])
+    ) as rows:  # another start accepts the file as it is now
         assert rows.take(9) == some_texts(8)
 
 
@@ -175,7 +177,7 @@ def test_faults_of_the_network_pass(tmp_path, monkeypatch, fault):
         assert faulty == _remote(server)
 
 
-def test_what_stays_is_one_message(tmp_path):
+def test_a_lasting_fault_is_one_message(tmp_path):
     write_shards(tmp_path, 3, 20)
     with serving(tmp_path) as server:
         with pytest.raises(

@@ -1,4 +1,4 @@
-"""The states of lanes: what checkpoints hold."""
+"""The states of lanes, as checkpoints store them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lanes: every document of every shard once an epoch, packed without loss, resumed anywhere at the very next token."""
+"""Lanes read every document once per epoch, pack without loss, and resume anywhere at the very next token."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_lanes_have_nearly_the_same_share(lanes, shards, most):
     assert max(shares) / min(shares) <= most
 
 
-def test_the_order_depends_on_the_key_alone():
+def test_the_order_depends_only_on_the_key():
     assert seeded_order(8, 1, 2, 3) == [1, 3, 7, 5, 2, 0, 4, 6]  # another numpy or machine must give the same
     assert sorted(seeded_order(1000, 5)) == list(range(1000))
     assert seeded_order(100, 1, 2) != seeded_order(100, 2, 1)
 
 
 def test_blocks_and_states_are_what_they_have_always_been(tmp_path):
-    """A change that moves a token needs another ``fingerprint.RULE``: checkpoints hold positions by this one."""
+    """A change that moves a token needs another ``fingerprint.RULE``, because checkpoints hold positions."""
     write_shards(tmp_path, 2, 30)
     digest = hashlib.sha256(RULE.encode())
     for number in range(3):

@@ -1,4 +1,4 @@
-"""The lines in damaged and undamaged, plain and compressed shards."""
+"""The lines of damaged and undamaged, plain and compressed shards."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def test_several_gzip_members_and_zstd_frames(tmp_path):
 
 
 def _skippable(number: int, size: int) -> bytes:
-    """A zstd frame to pass over, as pzstd and the seekable format write them (RFC 8878, 3.1.2)."""
+    """A skippable zstd frame, as pzstd and the seekable format write them (RFC 8878, 3.1.2)."""
     return struct.pack("<II", 0x184D2A50 + number, size) + (b"\x28\xb5\x2f\xfd{\n" * size)[:size]
 
 
 def _long(text: bytes, window_log: int) -> bytes:
-    """As zstd --long writes to a pipe: the window in the header, and not the size of the text."""
+    """The output of zstd --long to a pipe: its header holds the window, but not the size of the text."""
     settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=window_log)
     compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj()
     return compressor.compress(text) + compressor.flush()
 
 
 def _gzip_member(text: bytes, flags: int) -> bytes:
-    """With the optional fields of RFC 1952 that ``flags`` name: 2 header checksum, 4 extra, 8 name, 16 comment."""
+    """A gzip member with optional fields of RFC 1952 by ``flags``: 2 header checksum, 4 extra, 8 name, 16 comment."""
     header = b"\x1f\x8b\x08" + bytes([flags]) + bytes(4) + b"\x00\x03"
     header += b"\x06\x00BC\x02\x00ab" if flags & 4 else b""
     header += b"name\0" if flags & 8 else b""
@@ -90,7 +90,7 @@ def test_any_row_of_frames_and_members_is_the_text_in_them(tmp_path_factory, par
     assert _lines(path, limit=1 << 20) == [*text.split(b"\n")[:-1], *filter(None, [text.split(b"\n")[-1]])]
 
 
-def test_no_memory_for_the_window_is_no_damage(tmp_path):
+def test_no_memory_for_the_window_is_not_damage(tmp_path):
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(_long(line("text") + b"\n", 31))
     code = f"""
@@ -110,7 +110,7 @@ _lines(Path({str(path)!r}))
 
 @pytest.mark.parametrize("name", ["a.json", "a.gz", "a.zst", "compressed.gz", "compressed.zst"])
 @pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b"\xef\xbb\xbf \n\n", b"\n \t\n", b" " * 70_000])
-def test_text_behind_a_byte_order_mark_and_blanks_whatever_the_name(tmp_path, name, before):
+def test_text_after_a_byte_order_mark_and_blanks_whatever_the_name(tmp_path, name, before):
     path = tmp_path / name
     body = before + line("text") + b"\n"
     if name.startswith("compressed"):

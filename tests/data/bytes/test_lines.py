@@ -1,4 +1,4 @@
-"""Lines of bounded length, and files that are not what they were."""
+"""Lines of bounded length, and files that have changed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_long_line_is_never_held(tmp_path, suffix):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert lines == [b"first", Skipped("too_long"), b"y" * 1000, Skipped("too_long"), b"last"]
-    assert peak < 1 << 25 or suffix == ".zst"  # zstd gives up to 32 MiB at once
+    assert peak < 1 << 25 or suffix == ".zst"  # zstd returns up to 32 MiB per call
     assert peak < 3 << 25
 
 
@@ -102,5 +102,5 @@ def test_a_file_that_changes_while_it_is_read_stops_at_once(tmp_path, change):
         os.truncate(path, path.stat().st_size + change)
         with pytest.raises(SourceError, match=message):
             lines.skip(20_000)
-    with pytest.raises(SourceError, match=message):  # and so does one that is another at the next epoch
+    with pytest.raises(SourceError, match=message):  # and so does a file that differs at the next epoch
         ShardLines(shard, max_line_bytes=1000, timeout_seconds=1.0)

@@ -1,4 +1,4 @@
-"""Over http: whatever passes, the bytes are those of a server without faults; whatever stays is one clear error."""
+"""Over http a fault that passes changes no byte, and a fault that stays is one clear error."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_no_fault(tmp_path, shard, ranges, etag):
     assert RETRIES.retries == before
 
 
-# the two that wait for a second or more: once is enough
+# the two faults that take a second or more: once is enough
 @pytest.mark.parametrize(
     "fault,ranges",
     [(fault, ranges) for fault in FAULTS for ranges in (True, False) if ranges or fault not in (*WAITING, "cut_range")],
@@ -81,7 +81,7 @@ def test_each_fault_once_at_the_start_and_once_later(tmp_path, shard, fault, ran
     ) as server:
         assert _read(server, timeout_seconds=4.0 if fault == "stall" else 60.0) == shard.read_bytes()
         assert server.faults.count(fault) == 2
-    assert RETRIES.retries - before == 2 + (fault == "cut_range")  # each counted, and the reset before
+    assert RETRIES.retries - before == 2 + (fault == "cut_range")  # each is counted, and the reset before it
     if fault == "429":
         assert time.monotonic() - began > 2  # Retry-After: 1, twice
 
@@ -133,7 +133,7 @@ def test_faults_at_a_tenth_of_the_requests_leave_the_stream_of_tokens_as_it_is(t
         lane = make_lane(data_config([f"{server.url}/{name}" for name in names]), 1, 0)
         assert [lane.next_block().tokens.tolist() for _ in range(blocks)] == expected
         assert 0.05 < len(server.faults) / len(server.requests) < 0.15 and set(server.faults) == set(FAULTS)
-        assert RETRIES.retries - before >= len(server.faults) - 1  # the last one may not be met yet
+        assert RETRIES.retries - before >= len(server.faults) - 1  # the last one may not have happened yet
     assert lane.state()["epoch"] >= 1 and not lane.state()["skipped"]
 
 
@@ -163,7 +163,7 @@ def test_a_proxy_that_cannot_be_used_is_named(proxy, monkeypatch):
 
 
 @pytest.mark.parametrize("location", ["/b\xfccher.json", "http://[bad/"])
-def test_a_redirect_to_what_is_no_url(location, tmp_path, monkeypatch):
+def test_a_redirect_to_an_invalid_url(location, tmp_path, monkeypatch):
     with serving(tmp_path) as server:
         monkeypatch.setattr(
             server.RequestHandlerClass,
@@ -193,7 +193,7 @@ def test_a_file_that_changes(tmp_path, shard):
 
 
 @pytest.mark.parametrize("status,message", [(404, "status 404"), (403, "access denied"), (401, "access denied")])
-def test_what_does_not_pass_is_not_tried_again(tmp_path, status, message, monkeypatch):
+def test_a_lasting_fault_is_not_retried(tmp_path, status, message, monkeypatch):
     with serving(tmp_path, lambda n: None) as server:
         if status != 404:
             monkeypatch.setattr(
@@ -215,7 +215,7 @@ def test_a_truncated_and_a_corrupt_shard_over_http(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".json.gz", ".jsonl.zst"])
-def test_damage_does_not_pass_and_is_not_asked_for_again(tmp_path, suffix):
+def test_damage_is_not_retried(tmp_path, suffix):
     path = write_shard(
         tmp_path / f"a{suffix}", [f"{random.Random(n).random()} {text}" for n, text in enumerate(some_texts(12_000))]
     )
@@ -237,7 +237,7 @@ def test_damage_does_not_pass_and_is_not_asked_for_again(tmp_path, suffix):
 
 
 def test_waits_double_with_jitter_up_to_a_bound(monkeypatch):
-    monkeypatch.undo()  # of the short waits
+    monkeypatch.undo()  # ends the short waits
 
     def waits_of(failures):
         waits = []
@@ -261,7 +261,7 @@ def test_waits_double_with_jitter_up_to_a_bound(monkeypatch):
     assert not set(waits) & set(others)
 
 
-def test_retry_after_is_honoured_and_read():
+def test_retry_after_is_honored_and_read():
     waits = []
     answers = iter([TransientError("busy", 7.0), TransientError("busy"), TransientError("busy", 1e9)])
 

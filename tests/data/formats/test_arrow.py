@@ -1,4 +1,4 @@
-"""Arrow: files and streams, every kind of string, damage that pyarrow would trust, and what save_to_disk writes."""
+"""Arrow files and streams, every type of string, damage that pyarrow would not notice, and sets of save_to_disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _texts(source, split="train"):
 
 
 def _as_polars_writes(path):
-    """Takes from a file how long its first message, the schema, is: then only the footer says where batches begin."""
+    """Removes the length of a file's first message, the schema, so that only the footer locates its batches."""
     body = bytearray(path.read_bytes())
     end = 16 + struct.unpack_from("<i", body, 12)[0]
     body[8:end] = body[16:end] + bytes(8)
@@ -111,7 +111,7 @@ def test_any_cut_and_any_changed_byte_is_text_or_one_message(tmp_path, stream):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_seek_reads_of_other_batches_the_beginning_alone(tmp_path, monkeypatch, stream):
+def test_a_seek_reads_only_the_beginning_of_other_batches(tmp_path, monkeypatch, stream):
     texts = [random.Random(n).randbytes(500).hex() for n in range(2000)]
     path = write_arrow(tmp_path / "a.arrow", texts, group_rows=200, stream=stream)
     read = []
@@ -126,7 +126,7 @@ def test_a_seek_reads_of_other_batches_the_beginning_alone(tmp_path, monkeypatch
 
 
 def test_a_file_on_a_server_is_read_by_the_thread_that_asks_for_it(tmp_path, short_waits, monkeypatch):
-    """A request of a thread of pyarrow could not be ended."""
+    """A request in a thread of pyarrow could not be stopped."""
     texts = some_texts(40)
     write_arrow(tmp_path / "a.arrow", texts, stream=False)
     _as_polars_writes(tmp_path / "a.arrow")
@@ -170,7 +170,7 @@ def test_what_save_to_disk_wrote(tmp_path, saved, monkeypatch):
         assert list(iter_texts("some/set", split="validation", config=config)) == saved["validation"]
 
 
-def test_a_set_of_no_rows_is_told(tmp_path):
+def test_a_set_without_rows_is_refused(tmp_path):
     import datasets
 
     empty = datasets.Dataset.from_dict({"text": []})

@@ -1,4 +1,4 @@
-"""Bad lines and damaged shards: counted by kind, named, skipped up to a limit, and the same again on every resume."""
+"""Bad lines and damaged shards are counted by reason, named, skipped up to a limit, and the same on every resume."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_bad_lines_are_counted_by_kind_with_shard_and_line(tmp_path, suffix):
     entries = ENTRIES[suffix]
     good = [f"text {n}" for n in range(20)]
     if suffix == ".json":
-        good[-1] = "a\0b"  # a NUL that is escaped is text
+        good[-1] = "a\0b"  # an escaped NUL is text
     rows = [row for n, text in enumerate(good) for row in (text, *list(entries.values())[n : n + 1])]
     lane = _lane(write_shard(tmp_path / f"a{suffix}", rows), sequence_length=2)
     assert documents_in(epoch_tokens(lane))[:20] == good
@@ -78,7 +78,7 @@ def test_bad_lines_are_counted_by_kind_with_shard_and_line(tmp_path, suffix):
     assert set(entries) - set(bad) == harmless[suffix]
 
 
-def test_what_is_not_bad_never_stops_a_run(tmp_path):
+def test_harmless_rows_never_stop_a_run(tmp_path):
     path = write_shard(tmp_path / "a.json", ["text", *[line(""), line(None), b""] * 50])
     assert documents_in(epoch_tokens(_lane(path, max_bad_fraction=0.0)))[0] == "text"
 
@@ -91,7 +91,7 @@ def test_lanes_that_share_a_shard_count_each_line_once(tmp_path, lanes, suffix):
     path = write_shard(tmp_path / f"a{suffix}.gz", [entries.get(kind, "text") for kind in kinds])
     counted = Counter()
     for number in range(lanes):
-        lane = _lane(path, lanes, number, sequence_length=2)  # a block ends behind each document
+        lane = _lane(path, lanes, number, sequence_length=2)  # a block ends after each document
         while lane.state()["documents"] < kinds[number::lanes].count("text"):
             lane.next_block()
         counted.update(lane.state()["skipped"])
@@ -137,7 +137,7 @@ def test_a_file_of_nothing_but_null_is_harmless_in_every_format(tmp_path, suffix
 
 
 def _until_stop(lane, blocks):
-    """States before each block, the blocks, and why there are no more."""
+    """The states before each block, the blocks, and the error that ended them."""
     states = []
     made = []
     try:
@@ -162,7 +162,7 @@ def _until_stop(lane, blocks):
     shuffle=st.integers(1, 7),
     fraction=st.sampled_from([0.0, 0.1, 0.3, 0.5, 1.0]),
 )
-# what is chosen at random seldom stops because of a line long before the position
+# a random choice seldom stops because of a line long before the position
 @example(kinds=["text", "not_json", *["text"] * 5], suffix=".json", cut=0, lanes=1, shuffle=1, fraction=0.14)
 @example(
     kinds=["not_json", "text", "not_json", *["text"] * 15], suffix=".json.gz", cut=0, lanes=2, shuffle=2, fraction=0.1
@@ -191,7 +191,7 @@ def test_a_resume_at_every_block_skips_and_stops_as_before(
                 )
 
 
-def test_empty_shards_are_passed_over_and_counted(tmp_path):
+def test_empty_shards_are_skipped_and_counted(tmp_path):
     write_shard(tmp_path / "a.json.gz", [])
     (tmp_path / "b.json.gz").write_bytes(b"")
     write_shard(tmp_path / "c.json", ["text"])
@@ -269,7 +269,7 @@ def test_a_wrong_column_is_named(tmp_path):
         list(iter_texts(str(path), split="train", config=data_config(path, text_column="content")))
 
 
-def test_a_file_of_columns_behind_another_name(tmp_path):
+def test_a_file_of_columns_with_another_suffix(tmp_path):
     for suffix in (".parquet", ".arrow"):
         path = write_shard(tmp_path / f"a{suffix}", some_texts(50)).rename(tmp_path / "a.jsonl")
         with pytest.raises(SourceError, match=r"lines are bad, .*to a Parquet or Arrow file, whose name or url has to"):

@@ -1,4 +1,4 @@
-"""CSV: what csv writes is read back, rows of any length keep their place, and a wrong header is one message."""
+"""CSV: the output of csv is read back, rows of any length keep their place, and a wrong header is one message."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.tools.data_tools import data_config, some_texts, write_shard
 
 
 def _rows(path, lanes=1, lane=0, skip=0, **changes):
-    """All rows of a lane behind the first ``skip``, with those that give no text."""
+    """All rows of a lane after the first ``skip``, including those without text."""
     config = data_config(path, max_bad_fraction=1.0, **changes)
     with closing(open_rows(config, Shard(path.name, str(path)), stride=lanes, phase=lane)) as rows:
         rows.skip(skip)
@@ -44,7 +44,7 @@ def _written(row, end):
 )
 def test_what_csv_writes_is_read_back(tmp_path_factory, texts, end, limit, lanes, skip):
     rows = [_written([n, text, "x"], end) for n, text in enumerate(texts)]
-    # of a longer line nothing is kept, so where its row ends is not known
+    # nothing of a longer line is kept, so the end of its row is not known
     assume(all(len(line) <= limit for row in rows for line in row.split(b"\n")))
     path = tmp_path_factory.mktemp("csv") / "a.csv"
     path.write_bytes(_written(["id", "text", ""], end) + b"".join(rows))
@@ -54,8 +54,8 @@ def test_what_csv_writes_is_read_back(tmp_path_factory, texts, end, limit, lanes
     ]
     for lane in range(lanes):
         own = expected[lane::lanes]
-        behind = min(skip, len(own))
-        assert _rows(path, lanes, lane, behind, max_line_bytes=limit) == own[behind:]
+        start = min(skip, len(own))
+        assert _rows(path, lanes, lane, start, max_line_bytes=limit) == own[start:]
 
 
 def test_a_long_row_is_never_held(tmp_path):
@@ -74,8 +74,8 @@ def test_a_text_that_is_longer_than_csv_takes_by_itself(tmp_path):
     assert _rows(path) == ["x" * 200_000, "y"]
 
 
-def test_a_quote_that_is_never_closed_makes_every_line_behind_it_bad(tmp_path):
-    """So that the limit on bad rows sees how much of the file is lost."""
+def test_a_quote_that_is_never_closed_makes_every_line_after_it_bad(tmp_path):
+    """This shows the limit on bad rows how much of the file is lost."""
     path = write_shard(tmp_path / "a.csv", ["first", b'x,"' + b"\n".join(map(str.encode, some_texts(5)))])
     assert _rows(path) == ["first", *[Skipped("not_csv")] * 5]
 
@@ -110,7 +110,7 @@ def test_the_header(tmp_path, bom, head):
         (b'"text\n', "its header is not CSV; the first row of CSV names the columns: repair or drop the file"),
     ],
 )
-def test_a_wrong_header_is_told_before_training(tmp_path, body, said):
+def test_a_wrong_header_is_found_before_training(tmp_path, body, said):
     path = tmp_path / "a.csv"
     path.write_bytes(body + b"1,2,3\n")
     with pytest.raises(SourceError) as caught:

@@ -1,4 +1,4 @@
-"""Files with groups of rows, Parquet and Arrow: each row once, resumed in its group, exact over a bad network."""
+"""Files with groups of rows (Parquet, Arrow): each row once, a resume in a group, exact over a bad network."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_lanes_that_share_a_file_have_each_row_once_and_get_to_any(suffix, tmp_p
             assert rows_of(path, lanes, lane, min(skip, len(own))) == own[skip:]
 
 
-def test_rows_without_text_are_counted_by_kind_and_bad_ones_told_by_their_row(suffix, tmp_path):
+def test_rows_without_text_are_counted_by_kind_and_bad_ones_named_by_row(suffix, tmp_path):
     values = pyarrow.array([b"good", None, b"", b"\xff", b"x" * 2000, b"good too"]).view("string")
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", values, group_rows=2)
     lane = make_lane(data_config(path, max_bad_fraction=1.0, max_line_bytes=1000, shuffle_documents=1), 1, 0)
@@ -72,7 +72,7 @@ def test_rows_without_text_are_counted_by_kind_and_bad_ones_told_by_their_row(su
         epoch_tokens(make_lane(data_config(path, max_bad_fraction=0.3, max_line_bytes=1000), 1, 0))
 
 
-def test_an_empty_file_is_passed_over(suffix, tmp_path):
+def test_an_empty_file_is_skipped(suffix, tmp_path):
     WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", [])
     WRITE_GROUPS[suffix](tmp_path / f"b{suffix}", ["text"])
     lane = make_lane(data_config(tmp_path / "*"), 1, 0)
@@ -117,7 +117,7 @@ def test_another_column_and_held_out_text(suffix, tmp_path):
         ("id", 'a{}: the column "id" holds int64, not strings; set data.text_column to one of those that do (text'),
     ],
 )
-def test_a_wrong_column_is_told_with_those_there_are(suffix, tmp_path, column, said):
+def test_a_wrong_column_is_refused_with_a_list_of_columns(suffix, tmp_path, column, said):
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", ["text"])
     with pytest.raises(SourceError) as caught:
         check_columns(resolve_shards(str(path), text_column=column), data_config(path))
@@ -129,7 +129,7 @@ def test_a_wrong_column_is_told_with_those_there_are(suffix, tmp_path, column, s
 
 @pytest.mark.parametrize("kind", ["binary", "large_binary", pyarrow.dictionary(pyarrow.int32(), pyarrow.binary())])
 @pytest.mark.parametrize("records", [None, {"kind": "prompt", "columns": {"prompt": "url", "completion": "text"}}])
-def test_a_column_of_bytes_is_told_with_its_remedy(suffix, tmp_path, kind, records):
+def test_a_column_of_bytes_is_refused_with_a_remedy(suffix, tmp_path, kind, records):
     values = pyarrow.array([b"text"], "binary")
     values = values.cast(kind) if isinstance(kind, str) else values.dictionary_encode()
     config = data_config(WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", values), records=records)
@@ -140,7 +140,7 @@ def test_a_column_of_bytes_is_told_with_its_remedy(suffix, tmp_path, kind, recor
         check_columns(configured_shards(config, "train"), config)
 
 
-def test_a_file_that_was_cut_is_told_before_training(suffix, tmp_path):
+def test_a_file_that_was_cut_is_found_before_training(suffix, tmp_path):
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(100))
     local_content(resolve_shards(str(path)))
     path.write_bytes(path.read_bytes()[:-100])
@@ -209,7 +209,7 @@ def test_a_seek_over_http_costs_few_requests_and_bytes(suffix, tmp_path, monkeyp
             assert rows.skip(1501)
             assert rows.take(400) == texts[1501:1901]
         ranges = [headers["range"] for _, headers in server.requests]
-    assert len(ranges) <= {".parquet": 5, ".arrow": 17}[suffix], ranges  # of Arrow one for each of 10 batches
+    assert len(ranges) <= {".parquet": 5, ".arrow": 17}[suffix], ranges  # for Arrow one for each of 10 batches
     asked = [[int(place) for place in text.removeprefix("bytes=").split("-")] for text in ranges]
     assert sum(last - first + 1 for first, last in asked) < path.stat().st_size / 2
 
@@ -280,7 +280,7 @@ def test_a_lanes_share_of_a_file_is_judged_as_the_file_is(suffix, tmp_path):
 
 
 def test_a_file_that_cannot_be_opened_is_one_message(tmp_path):
-    """From Python 3.13 on a finalizer that fails is told always, before that in development mode."""
+    """From Python 3.13 on a failing finalizer is always reported; before, only in development mode."""
     program = f"""
 from relora_mora.data.errors import SourceError
 from relora_mora.data.bytes.local import LocalFile
@@ -295,7 +295,7 @@ except SourceError as error:
     assert "cannot be read (No such file or directory)" in said.stdout and "Exception ignored" not in said.stderr
 
 
-def test_records_in_string_views_are_read_where_lanes_share_a_group(tmp_path):
+def test_records_in_string_views_are_read_if_lanes_share_a_group(tmp_path):
     table = pyarrow.table({name: pyarrow.array([f"{name} {n}" for n in range(8)]) for name in ("question", "answer")})
     views = table.cast(pyarrow.schema([(name, pyarrow.string_view()) for name in table.column_names]))
     pyarrow.parquet.write_table(views, tmp_path / "a.parquet")

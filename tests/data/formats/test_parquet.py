@@ -1,4 +1,4 @@
-"""Parquet: the text column alone, each row once, resumed without reading what is behind, exact over a bad network."""
+"""Parquet: only the text column is read, each row once, and a resume does not read the rows before its position."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_kind_of_string_and_compression(tmp_path, kind, compression):
         assert Counter(map(str, found)) == Counter(str(kept.get(text, text)) for text in texts)
 
 
-def test_a_resume_reads_the_footer_and_one_group_of_the_text_alone(tmp_path, monkeypatch):
+def test_a_resume_reads_only_the_footer_and_one_group_of_the_text(tmp_path, monkeypatch):
     texts = [random.Random(n).randbytes(500).hex() for n in range(2000)]
     path = write_parquet(tmp_path / "a.parquet", texts, group_rows=200)
     read = []
@@ -71,7 +71,11 @@ def test_a_resume_reads_the_footer_and_one_group_of_the_text_alone(tmp_path, mon
 def test_a_large_row_group_is_read_a_part_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet_module, "BATCH_BYTES", 1 << 20)
     texts = [random.Random(n).randbytes(100_000).hex() for n in range(150)]  # 30 MB
-    settings = {"compression": "none", "use_dictionary": False, "write_batch_size": 1}  # pages of 1 MiB, not one of all
+    settings = {
+        "compression": "none",
+        "use_dictionary": False,
+        "write_batch_size": 1,
+    }  # pages of 1 MiB, not a single one
     path = write_parquet(tmp_path / "a.parquet", texts, group_rows=1000, **settings)
     before = pyarrow.total_allocated_bytes()
     most = 0
@@ -82,7 +86,7 @@ def test_a_large_row_group_is_read_a_part_at_a_time(tmp_path, monkeypatch):
     assert most < 8e6
 
 
-def test_damage_is_told_with_its_place(tmp_path):
+def test_damage_is_reported_with_its_place(tmp_path):
     path = write_parquet(
         tmp_path / "a.parquet",
         some_texts(100),

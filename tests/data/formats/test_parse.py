@@ -1,4 +1,4 @@
-"""What is text in a line, and what is not."""
+"""Which lines hold a text, and the reasons why others do not."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_only_bad_lines_are_surely_bad(entry):
 
 
 @pytest.mark.parametrize("column", ["content", "größe", "a/b", 'quo"ted', "tab\t"])
-def test_the_text_stands_under_the_key_that_is_asked_for(column):
+def test_the_text_is_under_the_requested_key(column):
     entry = json.dumps({"text": "another one", column: "wanted"}, ensure_ascii=False)
     for written in (entry, json.dumps(json.loads(entry)), entry.replace("/", "\\/")):
         assert parse_line(written.encode(), column=column) == "wanted"

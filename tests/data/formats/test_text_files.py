@@ -1,4 +1,4 @@
-"""Files of text: lines, paragraphs or whole files, of bounded size, whatever their line ends."""
+"""Text files: lines, paragraphs or whole files of bounded size, with any line ends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _texts(path, **settings):
 
 
 def _rows(path, **settings):
-    """All rows, those that were skipped too."""
+    """All rows, including skipped ones."""
     config = data_config(path, max_bad_fraction=1.0, **settings)
     (shard,) = resolve_shards(str(path))
     with closing(open_rows(config, shard)) as rows:
@@ -41,7 +41,7 @@ def test_what_a_document_is(tmp_path, sample_by, end):
     (tmp_path / "a.txt").write_bytes(BODY + end)
     expected = list(DOCUMENTS[sample_by])
     if sample_by == "document" and end == b"\n\n":
-        expected[-1] += "\n"  # the last newline alone belongs to no line
+        expected[-1] += "\n"  # only the last newline belongs to no line
     assert _texts(tmp_path / "a.txt", sample_by=sample_by) == expected
 
 
@@ -83,7 +83,7 @@ def test_the_limit_is_on_the_bytes_of_a_document(tmp_path):
     assert _rows(path, max_line_bytes=29) == ["é\n" * 9 + "é", Skipped("too_long")]
 
 
-def test_where_a_shard_breaks_off_the_document_is_lost(tmp_path):
+def test_the_document_at_which_a_shard_breaks_off_is_lost(tmp_path):
     path = write_shard(tmp_path / "a.txt.gz", some_texts(2000))
     path.write_bytes(path.read_bytes()[:-5000])
     for sample_by in ("paragraph", "document"):

@@ -1,4 +1,4 @@
-"""Sets by name, on the hub and in folders: configurations and splits are those of ``datasets``, files of one commit."""
+"""Sets by name, on the hub and in folders: configurations and splits as in ``datasets``, files of one commit."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_configurations_and_splits_by_name(tmp_path, hub, where):
         assert said in str(caught.value)
 
 
-def test_a_folder_without_a_card_has_the_splits_that_its_names_tell(tmp_path):
+def test_a_folder_without_a_card_has_the_splits_in_its_file_names(tmp_path):
     for split in ("train", "validation"):
         write_shard(tmp_path / "plain" / "data" / f"{split}-00000-of-00001.parquet", [split])
     place = str(tmp_path / "plain")
@@ -111,7 +111,7 @@ def test_a_folder_of_several_formats_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\nb.jsonl", "a::b.jsonl", "of\na folder/a.jsonl", "A.JSONL", "a.Jsonl.GZ"])
-def test_a_file_that_datasets_passes_over_is_told(tmp_path, name):
+def test_a_file_that_datasets_ignores_is_named(tmp_path, name):
     for file in ("z.jsonl", "more/y.jsonl", name):
         write_shard(tmp_path / "set" / file, [file])
     with pytest.raises(
@@ -163,10 +163,10 @@ def test_a_folder_without_text_is_refused(tmp_path):
         resolve_shards(str(tmp_path / "empty"))
 
 
-def test_what_a_set_does_not_name_rightly_is_no_dataset(tmp_path, monkeypatch):
+def test_a_wrong_name_is_not_a_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    with pytest.raises(SourceError, match="no file matches data/tain"):  # nobody asks the hub about a slip
+    with pytest.raises(SourceError, match="no file matches data/tain"):  # the hub is not asked about a typo
         resolve_shards("data/tain")
 
 
@@ -206,7 +206,7 @@ def test_the_stream_over_a_bad_network_is_that_of_the_files(tmp_path, hub):
     assert len(hub.faults) > 5
 
 
-def test_one_process_asks_and_the_others_are_told(tmp_path, hub, monkeypatch):
+def test_one_process_asks_and_the_others_get_the_answer(tmp_path, hub, monkeypatch):
     _write_set(tmp_path / "set")
     config = data_config(["some/set:en", str(tmp_path / "set:fr"), "some/set:xx"])
     found = find_datasets(config)
@@ -219,7 +219,7 @@ def test_one_process_asks_and_the_others_are_told(tmp_path, hub, monkeypatch):
         resolve_shards(config.train, COMMIT)
 
 
-def test_a_set_is_told_from_files_without_loading_anything(tmp_path):
+def test_a_set_is_distinguished_from_files_without_loading_anything(tmp_path):
     write_shard(tmp_path / "a.json", ["text"])
     code = (
         "import sys; from relora_mora.data.sources.resolve import resolve_shards; "
@@ -232,7 +232,7 @@ def test_a_set_is_told_from_files_without_loading_anything(tmp_path):
 
 
 def test_a_set_that_is_a_script_is_refused_as_by_datasets(tmp_path):
-    """Its files are lists of urls."""
+    """The files of dolma are lists of urls."""
     for name in ("dolma.py", "urls/v1.txt", "urls/v2.txt"):
         (tmp_path / "dolma" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "dolma" / name).write_text("https://example.com/a\n")
@@ -241,7 +241,7 @@ def test_a_set_that_is_a_script_is_refused_as_by_datasets(tmp_path):
 
 
 @pytest.mark.parametrize("pattern,said", [("**a.jsonl", "is not a valid pattern"), ("https://a.b/*.jsonl", "is a url")])
-def test_a_pattern_of_data_files_that_cannot_be_one_is_told(tmp_path, pattern, said):
+def test_an_invalid_pattern_of_data_files_is_refused(tmp_path, pattern, said):
     write_shard(tmp_path / "set" / "a.jsonl", ["a"])
     with pytest.raises(SourceError, match=said):
         resolve_shards([TextSource(source=str(tmp_path / "set"), data_files=[pattern])])

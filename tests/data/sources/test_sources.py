@@ -81,7 +81,7 @@ def test_local_globs_are_sorted_and_sources_keep_their_order(tmp_path):
     assert shards[0].size == (tmp_path / "x" / "a.json.gz").stat().st_size
 
 
-def test_files_of_one_name_are_told_apart_in_messages(tmp_path):
+def test_files_with_the_same_name_have_unique_labels(tmp_path):
     names = ["a/x/data.jsonl", "b/x/data.jsonl", "b/data.jsonl", "b/other.jsonl"]
     for name in names:
         write_shard(tmp_path / name, ["text", b"rubbish"])
@@ -100,12 +100,12 @@ def test_files_of_one_name_are_told_apart_in_messages(tmp_path):
         ):
             while rows.take(9):
                 pass
-    [alone] = resolve_shards(f"{tmp_path}/a/x/data.jsonl")
-    assert alone.label == "data.jsonl" and alone == shards[0]
+    [single] = resolve_shards(f"{tmp_path}/a/x/data.jsonl")
+    assert single.label == "data.jsonl" and single == shards[0]
 
 
 @pytest.mark.parametrize("pattern", ["part-{0..3}.json", "part-{0..3}*.json"])
-def test_a_file_of_a_range_that_is_missing_is_told(tmp_path, pattern):
+def test_a_missing_file_of_a_range_is_named(tmp_path, pattern):
     for number in (0, 1, 3):
         write_shard(tmp_path / f"part-{number}.json", ["text"])
     missing = str(tmp_path / pattern.replace("{0..3}", "2"))
@@ -142,7 +142,7 @@ def test_urls_show_no_secret():
 )
 def test_a_local_file_is_named_once(tmp_path, again, said):
     for name in ("a", "b"):
-        write_shard(tmp_path / f"{name}.json", ["the same text"])  # equal, and still two files
+        write_shard(tmp_path / f"{name}.json", ["the same text"])  # equal content, but two files
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "link.json").symlink_to("../a.json")
     (tmp_path / "x" / "hard.json").hardlink_to(tmp_path / "b.json")
@@ -270,14 +270,14 @@ def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):
     assert len({same[0], *others}) == 1 + len(others)
 
 
-def test_a_local_folder_counts_before_the_set_on_the_hub(tmp_path, monkeypatch):
+def test_a_local_folder_wins_over_the_set_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_shard(tmp_path / "allenai" / "c4" / "train-0.json.gz", ["the rank"])
     [shard] = resolve_shards("allenai/c4", COMMIT)
     assert shard.origin == "local"
 
 
-def test_how_text_is_cut_is_part_of_the_fingerprint_where_there_is_text():
+def test_sample_by_is_part_of_the_fingerprint_if_there_is_text():
     given = {"tokenizer_fingerprint": "t", "batch_lanes": 4}
     by_line = data_config("unused", sample_by="line")
     for name, counts in {"a.txt": True, "a.txt.gz": True, "a.json": False, "b": False}.items():
@@ -308,7 +308,7 @@ def test_how_text_is_cut_is_part_of_the_fingerprint_where_there_is_text():
         "a.tsv": None,
     }.items(),
 )
-def test_a_name_tells_the_format(name, expected):
+def test_the_suffix_decides_the_format(name, expected):
     found = format_of(name)
     assert (found and found.name) == expected
 
@@ -324,14 +324,14 @@ def test_the_fingerprints_are_what_they_have_always_been():
     assert fingerprints(plain, **given)[0] != "02aafe596527296c8d60a22910e10fab"
 
 
-def test_a_link_to_nothing_is_no_reason_to_read_less(tmp_path):
+def test_a_link_to_a_missing_file_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
     with pytest.raises(SourceError, match=r"b\.jsonl is a link to a missing file; restore"):
         resolve_shards(f"{tmp_path}/*.jsonl")
 
 
-def test_where_the_hub_is_not_to_be_asked_that_is_said_at_once(monkeypatch):
+def test_a_hub_that_is_switched_off_is_reported_immediately(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         SourceError, match=r"hub:some/set needs the hub, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
