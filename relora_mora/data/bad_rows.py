@@ -1,4 +1,4 @@
-"""How many bad rows or unusable records a shard may hold before the run ends."""
+"""The limits on bad rows and unusable records, beyond which a run ends."""
 
 from __future__ import annotations
 

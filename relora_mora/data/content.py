@@ -26,13 +26,12 @@ from relora_mora.data.tokens.index import COMMAND
 if TYPE_CHECKING:
     import requests
 
-
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 THREADS = 16
 WHOLE_BYTES = 1 << 16  # a file up to this size is read as a whole
-PIECE_BYTES = 1 << 12  # read at the head, at the tail and at some places between of a larger file
+PIECE_BYTES = 1 << 12  # the size of each sample of a larger file: its head, its tail and pieces between
 PIECES_BETWEEN = 4
 END_BYTES = 8  # enough for the end marker of any format
 
@@ -74,7 +73,9 @@ def _refuse_duplicates(seen: Mapping[Shard, bytes]) -> None:
         if not both:
             continue
         file = min(both)
-        same = f"{_place(ones[file])} and {_place(others[file])} hold the same text, at least one of them as tokens"
+        # a url may hold a secret, and the name of a remote file does not
+        places = [each.name if each.is_remote else each.location for each in (ones[file], others[file])]
+        same = f"{' and '.join(places)} hold the same text, at least one of them as tokens"
         if any(ones[each].origin != "local" for each in both) or len(both) in (len(ones), len(others)):
             raise SourceError(f"{same}; it would be read twice: list only one of them")
         _warn(f"{same}, and both are read; files in common: {len(both)}")
@@ -83,10 +84,6 @@ def _refuse_duplicates(seen: Mapping[Shard, bytes]) -> None:
 @functools.cache  # the same text is checked several times when a run starts
 def _warn(text: str) -> None:
     log.warning("%s", text)
-
-
-def _place(shard: Shard) -> str:
-    return shard.name if shard.is_remote else shard.location  # a url may hold a secret
 
 
 def remote_versions(shards: Sequence[Shard], timeout_seconds: float) -> dict[int, Version]:
@@ -154,7 +151,7 @@ def _digest(shards: Sequence[Shard], seen: Mapping[Shard, bytes]) -> str:
 
 def _local_digest(shard: Shard) -> bytes:
     if shard.tokens is None:
-        if shard.format.ends:
+        if shard.format.endings:
             _check_end(shard)
         return xxhash.xxh3_128_digest(_samples(shard.location))
     if samples_digest(shard.location) != shard.tokens.totals.digest:
@@ -186,10 +183,10 @@ def _check_end(shard: Shard) -> None:
     """Finds an incomplete copy before the run reaches it, if all files of its format have the same end."""
     with _opened(shard.location) as file:
         end = os.pread(file, END_BYTES, max(0, os.fstat(file).st_size - END_BYTES))
-    if not end.endswith(shard.format.ends):
+    if not end.endswith(shard.format.endings):
         raise SourceError(
             f"{shard.location} is not {shard.format.name} or was cut short: it ends in {end!r}, "
-            f"not in {' or '.join(map(repr, shard.format.ends))}; fetch or write it again"
+            f"not in {' or '.join(map(repr, shard.format.endings))}; fetch or write it again"
         )
 
 

@@ -132,7 +132,7 @@ def _record(shard: Shard, columns: dict[str, Any], at: int) -> dict[str, Any] | 
 
 
 def _remedy(shard: Shard) -> str:
-    """The setting to change, as the beginning of a remedy that ends with the name of a column."""
+    """The beginning of a remedy, to which the caller adds the name of a column."""
     setting = "records.columns" if shard.holds_records else "text_column"
     return f"set {setting} of the source {shard.source}" if shard.source else f"set data.{setting}"
 

@@ -132,20 +132,14 @@ class CsvRecords:
             )
         assert isinstance(row, list)
         names = [name.encode(_BYTES).decode("utf-8", "replace") for name in row]
-        if len(names) == 1:
-            _check_delimiter(shard, names[0])
+        delimiter = next((each for each in _OTHER_DELIMITERS if each in names[0]), None)
+        if len(names) == 1 and delimiter is not None and names[0].replace("\t", " ").isprintable():
+            raise SourceError(
+                f"{shard.label}: its header {names[0]!r} seems to be separated by {delimiter!r} instead of commas; "
+                "write it again with commas (pandas: read_csv(FILE, sep=...).to_csv(FILE, index=False)), or as Parquet"
+            )
         check_names(shard, names)
         return names
-
-
-def _check_delimiter(shard: Shard, header: str) -> None:
-    """Raises SourceError if a header with one column seems to use another delimiter."""
-    delimiter = next((each for each in _OTHER_DELIMITERS if each in header), None)
-    if delimiter is not None and header.replace("\t", " ").isprintable():
-        raise SourceError(
-            f"{shard.label}: its header {header!r} seems to be separated by {delimiter!r} instead of commas; write it "
-            "again with commas (pandas: read_csv(FILE, sep=...).to_csv(FILE, index=False)), or as Parquet"
-        )
 
 
 def _text(field: str) -> str | Skipped:

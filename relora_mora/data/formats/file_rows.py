@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
 _ENTRIES: dict[Format, Callable[[Shard, DataConfig], Entries]] = {
     JSON_LINES: JsonLines,
     TEXT: TextDocuments,

@@ -16,14 +16,14 @@ class Format:
     suffixes: tuple[str, ...]
     unit: str | None  # the word for a row in messages; None: the value of data.sample_by
     in_groups: bool = False  # lanes that share a file split its groups of rows; otherwise they take its rows in turn
-    ends: tuple[bytes, ...] = ()  # every complete file ends in one of these
+    endings: tuple[bytes, ...] = ()  # every complete file ends in one of these
 
 
 JSON_LINES = Format("JSON lines", (".json", ".jsonl", ".ndjson"), "line")
 TEXT = Format("text", (".txt",), None)
 CSV = Format("CSV", (".csv",), "row")
-PARQUET = Format("Parquet", (".parquet",), "row", in_groups=True, ends=(b"PAR1",))
-ARROW = Format("Arrow", (".arrow",), "row", in_groups=True, ends=(b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"))
+PARQUET = Format("Parquet", (".parquet",), "row", in_groups=True, endings=(b"PAR1",))
+ARROW = Format("Arrow", (".arrow",), "row", in_groups=True, endings=(b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"))
 
 FORMATS = (JSON_LINES, TEXT, CSV, PARQUET, ARROW)
 SUFFIXES = (*(suffix for format in FORMATS for suffix in format.suffixes), *COMPRESSED)

@@ -35,10 +35,10 @@ def dataset_files(name: DatasetName, split: str, commits: Commits) -> tuple[str,
 
     Paths are relative to the repository or folder. Raises SourceError.
     """
-    found = _remembered.get(_key(name, split, commits)) or _find(name, split, commits)
-    if isinstance(found, SourceError):
-        raise found
-    return found
+    files = _remembered.get(_key(name, split, commits)) or _find(name, split, commits)
+    if isinstance(files, SourceError):
+        raise files
+    return files
 
 
 def find_datasets(config: DataConfig) -> Datasets:

@@ -44,14 +44,14 @@ def resolve_shards(
     ``records`` apply to sources that set none. Raises SourceError if a source names no file or a file that was named
     before, and for files that cannot hold such records.
     """
-    given = as_sources(sources)
-    if not given:
+    listed = as_sources(sources)
+    if not listed:
         raise SourceError(f"the {split} data has no source; give a path, a glob, a url, OWNER/NAME or {C4}")
     mixed = split == "train" and is_mixture(sources)
     at = Commits(revision, timeout_seconds, commits or {})
     shards = []
     named: dict[str | tuple[int, int], tuple[Shard, str]] = {}
-    for source in given:
+    for source in listed:
         settings = source.records or records
         record_format = RecordFormat.of(settings) if settings else None
         records_column = settings.columns.get("text") if settings else None

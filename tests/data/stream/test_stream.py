@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_refused(folder, tokenizer_path):
         TrainStream(config, lanes=4, world_size=8, state=None, **settings)
     with TrainStream(config, lanes=4, world_size=1, state=None, **settings) as stream:
         state = next(stream).state
-    with pytest.raises(SourceError, match="has 4 lanes, this run 8"):
+    with pytest.raises(SourceError, match="has 4 lanes, this run has 8"):
         TrainStream(config, lanes=8, world_size=1, state=state, **settings)
     with pytest.raises(SourceError, match="cannot be read"):
         TrainStream(config, lanes=4, world_size=1, state={**state, "2": {}}, **settings)
