@@ -80,12 +80,12 @@ def test_a_folder_of_something_else_is_refused(
     refused(make(text, out, other_tokenizer), f"{out} holds tokens made by another tokenizer", "give another folder")
     refused(make(text, out, tokenizer_path, "--data.max_line_bytes=99"), "or with another max_line_bytes")
     write_shard(text / "part-00002.json.gz", some_texts(40, seed=99))
-    refused(make(text, out, tokenizer_path), f"{out} holds tokens of another text, or of what it was before it changed")
+    refused(make(text, out, tokenizer_path), f"{out} holds tokens of another text, or of this text before it changed")
     refused(make(inputs, text, tokenizer_path), f"{text}: exists and holds something else")
     refused(call(TOKENIZE, out, tmp_path / "x", f"--tokenizer={tokenizer_path}"), f"{out} holds tokens already")
     with (out / "tokens.json").open("r+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(make(inputs, out, tokenizer_path), "another command makes its tokens now")
+        refused(make(inputs, out, tokenizer_path), "another command is making its tokens")
     assert contents(out) == whole
 
 
@@ -102,7 +102,7 @@ def test_a_disk_without_locks_is_written_to_with_a_warning(
     given = {"config": data_config(source), "tokenizer_path": tokenizer_path, "processes": 1}
     with caplog.at_level("WARNING", logger="relora_mora"):
         make_tokens(resolve_shards(source), tmp_path / "out", **given)
-    assert "no lock on its disk (Function not implemented)" in caplog.text
+    assert "its disk supports no locks (Function not implemented)" in caplog.text
     assert (tmp_path / "out" / "tokens.json").is_file()
 
 
@@ -196,7 +196,7 @@ def test_a_set_by_name_needs_no_torch_either(tmp_path: Path, tokenizer_path: str
 def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path, tokenizer_path: str) -> None:
     write_shard(tmp_path / os.fsdecode(b"B\xfccher.json"), some_texts(3))
     answer = call(TOKENIZE, f"{tmp_path}/*.json", tmp_path / "out", f"--tokenizer={tokenizer_path}")
-    refused(answer, r"B\udcfccher.json'", "its name is not UTF-8, and tokens are kept by it; rename the file")
+    refused(answer, r"B\udcfccher.json'", "its name is not UTF-8, and the index stores it; rename the file")
     assert not (tmp_path / "out").exists()
 
 

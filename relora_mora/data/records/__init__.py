@@ -1,1 +1,1 @@
-"""From records to tokens: conversations, prompts and answers."""
+"""Turns records (conversations, prompts and answers) into tokens."""

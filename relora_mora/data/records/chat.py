@@ -1,4 +1,4 @@
-"""Conversations as text, by a chat template, with the places of their answers."""
+"""Renders conversations as text with a chat template, and locates their answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# ChatML (github.com/openai/openai-python, chatml.md), with the marks of transformers around what is generated
+# ChatML (github.com/openai/openai-python, chatml.md), with transformers' marks around generated text
 _CHATML = """\
 {%- for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\\n' }}
@@ -32,12 +32,12 @@ _CHATML = """\
 """
 _END = "<|im_end|>"
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Llama 3 writes the date of today where it is given none, and this one where it cannot ask for it
+# Llama 3's template writes today's date if it gets none, and this date if it cannot ask for today's
 _DATE = "26 Jul 2024"
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat) -> str:
-    """The template of a set of conversations. Raises SourceError where there is none, or none that can be used."""
+    """The chat template for records in this format. Raises SourceError if there is none or it cannot be used."""
     name = record_format.settings.template
     if name == CHATML:
         return chatml(tokenizer)
@@ -63,49 +63,51 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, record_format: RecordForma
 
 
 def template_name(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat) -> str:
-    """What messages call the template of a set of conversations."""
+    """How messages refer to the template of these records."""
     name = record_format.settings.template
     return f"the template {name}" if name else f"the chat template of {tokenizer.name_or_path}"
 
 
 def template_in_use(shards: Iterable[Shard], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """That of the first conversations among some data, None where there are none. Raises SourceError."""
-    held = (shard.records for shard in shards)
-    found = next((each for each in held if each is not None and each.settings.is_conversation), None)
-    return None if found is None else chat_template(tokenizer, found)
+    """The template of the first shard of conversations, or None if there is none. Raises SourceError."""
+    for shard in shards:
+        if shard.records is not None and shard.records.settings.is_conversation:
+            return chat_template(tokenizer, shard.records)
+    return None
 
 
 def chatml(tokenizer: PreTrainedTokenizerBase) -> str:
-    """ChatML for a tokenizer: a turn ends in ``<|im_end|>`` where that is one of its tokens, else in its EOS.
+    """ChatML for a tokenizer: a turn ends in ``<|im_end|>`` if the tokenizer has that token, and otherwise in its EOS.
 
-    So an answer always ends in one token, at which generation can stop.
+    An answer therefore always ends in one token, at which generation can stop.
     """
     has_end = tokenizer.get_vocab().get(_END) is not None
     return _CHATML.replace("END_OF_TURN", f"'{_END}'" if has_end else "eos_token")
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that a tokenizer's chat template writes behind an answer; None where there is no such token."""
+    """The special token that the tokenizer's chat template writes after an answer, or None."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if tokenizer.chat_template is None or backend is None:
         return None
     answer = "answer"
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
-        written = render(tokenizer, str(tokenizer.get_chat_template()), Conversation(turns, []), marked=False).text
-    except Exception:  # whatever a template raises: not every one writes these two turns
+        text = render(tokenizer, str(tokenizer.get_chat_template()), Conversation(turns, []), marked=False).text
+    except Exception:  # a template may raise anything, and not every template accepts these two turns
         return None
-    behind = written.rpartition(answer)[2].lstrip()
+    suffix = text.rpartition(answer)[2].lstrip()
     backend.encode_special_tokens = False
-    ids = backend.encode(behind, add_special_tokens=False).ids
+    ids = backend.encode(suffix, add_special_tokens=False).ids
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
 def render(tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, *, marked: bool) -> Passage:
-    """A conversation as transformers' ``apply_chat_template`` writes it; its answers where they are ``marked``.
+    """Renders a conversation exactly as transformers' ``apply_chat_template`` does.
 
-    Raises jinja2's TemplateSyntaxError for a template that is no Jinja, and whatever a template raises for messages
-    that it refuses.
+    If ``marked``, the answers are the spans that the template marks; otherwise the whole text is one answer. Raises
+    jinja2's TemplateSyntaxError if the template is not valid Jinja, and whatever the template raises for messages that
+    it rejects.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -1,4 +1,4 @@
-"""From rows to tokens: plain text, records, tokens made in advance; as parts of a stream, or whole with their ends."""
+"""Encodes rows (plain text, records, pre-tokenized text) for a stream, or as whole rows with begin and end tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def packing_of(config: DataConfig, shards: Sequence[Shard]) -> Packing:
-    """How the rows of these shards become sequences."""
+    """How the rows of these shards are packed into sequences."""
     return config.packing_of(shard.records.settings if shard.records else None for shard in shards)
 
 
@@ -32,9 +32,9 @@ def encoder_of(
     packing: Packing,
     sequence_length: int,
 ) -> Encode[Any]:
-    """The function from rows in these formats to their tokens; at most one of them is of plain text.
+    """A function that encodes rows in these formats, at most one of which may be plain text.
 
-    Raises SourceError where rows cannot be tokenized.
+    Raises SourceError if rows cannot be tokenized.
     """
     encoders = {
         _format_of_rows(record_format): _encoder(tokenizer, record_format, packing, sequence_length)
@@ -51,7 +51,7 @@ def encoder_of(
 
 
 def _format_of_rows(record_format: RecordFormat | None) -> RecordFormat | None:
-    """None for rows of plain text, which do not say what they are."""
+    """The key under which ``encode`` looks up a row: plain-text rows carry no format, so theirs is None."""
     return None if record_format is None or record_format.is_text else record_format
 
 
@@ -71,18 +71,18 @@ def _encoder(
 
 
 def whole_texts(encode: Encode[Any], eos: int, record_format: RecordFormat | None, sequence_length: int) -> Encode[Any]:
-    """Texts as whole rows: between two EOS, so that each of their tokens is predicted, as in a stream."""
+    """Encodes texts as whole rows between two EOS, so that every token of them is predicted, as in a stream."""
     drops = record_format is not None and record_format.settings.too_long == "drop"
     return _whole(encode, [eos], [eos], sequence_length, drops=drops)
 
 
 def record_encoder(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat) -> Encode[Record]:
-    """The tokens of records, with those of their answers scored (``data.records.score``)."""
+    """Encodes records; only the tokens of their answers are scored, unless ``data.records.score`` is ``all``."""
     from jinja2 import TemplateSyntaxError
 
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise SourceError(
-            f"{tokenizer.name_or_path} does not tell which characters its tokens are of, which records need; "
+            f"{tokenizer.name_or_path} does not report the character offsets of its tokens, which records need; "
             "give a tokenizer with a tokenizer.json, or a sentencepiece model"
         )
     settings = record_format.settings
@@ -100,45 +100,43 @@ def record_encoder(tokenizer: PreTrainedTokenizerBase, record_format: RecordForm
             rendered = render(tokenizer, template, conversation, marked=not scores_all)
         except TemplateSyntaxError as error:
             raise SourceError(
-                f"{where} is no Jinja: line {error.lineno}: {error.message}; correct it, or name another in "
-                "data.records.template"
+                f"{where} is not valid Jinja: line {error.lineno}: {error.message}; correct it, or set "
+                "data.records.template to another one"
             ) from error
-        except Exception as error:  # whatever a template raises
-            said = " ".join(str(error).split())
-            return Skipped("template_failed", record.describe(f"is refused by {where} ({said:.200})"))
+        except Exception as error:  # a template may raise anything
+            reason = " ".join(str(error).split())
+            return Skipped("template_failed", record.describe(f"is refused by {where} ({reason:.200})"))
         if not rendered.answers and any(message["role"] == "assistant" for message in conversation.messages):
             return Skipped("no_answer", record.describe(f"has an answer that {where} does not mark"))
-        if any(_writes_the_same(tokenizer, template, other, rendered.text) for other in conversation.without_tools()):
+        if any(_renders_as(rendered.text, tokenizer, template, other) for other in conversation.without_tools()):
             return Skipped("template_failed", record.describe(f"has tools, which {where} does not write"))
         learned = conversation.learned()
         if scores_all or all(learned):
             return rendered
         if len(rendered.answers) != len(learned):
-            told = f"has a weight, and {where} marks {len(rendered.answers)} of its {len(learned)} answers"
-            return Skipped("template_failed", record.describe(told))
+            fault = f"has a weight, and {where} marks {len(rendered.answers)} of its {len(learned)} answers"
+            return Skipped("template_failed", record.describe(fault))
         return rendered._replace(answers=list(itertools.compress(rendered.answers, learned)))
 
     def encode(records: list[Record]) -> list[Encoded | Skipped]:
         passages = [passage(record) for record in records]
-        good = [each for each in passages if isinstance(each, Passage)]
-        encoded = iter(_tokens(tokenizer, good, parse_special=template is not None, scores_all=scores_all))
+        usable = [each for each in passages if isinstance(each, Passage)]
+        encoded = iter(_tokens(tokenizer, usable, parse_special=template is not None, scores_all=scores_all))
         rows = [each if isinstance(each, Skipped) else next(encoded) for each in passages]
         return [_with_answer(row, record) for row, record in zip(rows, records, strict=True)]
 
     return encode
 
 
-def _writes_the_same(
-    tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, written: str
-) -> bool:
+def _renders_as(text: str, tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation) -> bool:
     try:
-        return render(tokenizer, template, conversation, marked=False).text == written
-    except Exception:  # a template may refuse it: then it has looked at what is left out
+        return render(tokenizer, template, conversation, marked=False).text == text
+    except Exception:  # the template rejects the conversation, so it does read the part that was left out
         return False
 
 
 def how_written(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat) -> list[Any]:
-    """What of a tokenizer decides the tokens of records, beside how it tokenizes text; JSON-able."""
+    """What decides the tokens of records besides how the tokenizer encodes plain text, as values that JSON can hold."""
     if record_format.settings.is_conversation:
         return [chat_template(tokenizer, record_format), tokenizer.special_tokens_map]
     return [own_prefix(tokenizer)]
@@ -147,9 +145,10 @@ def how_written(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat)
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passage], *, parse_special: bool, scores_all: bool
 ) -> list[Encoded]:
-    """A token is scored where it holds a character of an answer, as in transformers' ``assistant_masks``.
+    """Tokenizes passages. As in transformers' ``assistant_masks``, a token is scored if it covers part of an answer.
 
-    So is the last one of a text that ends in an answer, of which some tokenizers trim spaces until nothing is left.
+    So is the last token of a text that ends in an answer, because some tokenizers trim spaces from a token's span until
+    nothing is left of it.
     """
     backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     backend.encode_special_tokens = not parse_special
@@ -175,7 +174,7 @@ def _with_answer(row: Encoded | Skipped, record: Record) -> Encoded | Skipped:
 
 
 def own_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text by itself, such as BOS: so a prompt begins as it does at inference."""
+    """The tokens that the tokenizer itself puts before a text, such as BOS, so a prompt begins as at inference."""
     backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", add_special_tokens=True).ids
@@ -183,13 +182,13 @@ def own_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _whole(encode: Encode[Any], begin: list[int], end: list[int], sequence_length: int, *, drops: bool) -> Encode[Any]:
-    """Rows with what stands before and behind each, none longer than a sequence and the token behind it.
+    """Adds ``begin`` and ``end`` to each row, and cuts or drops rows of more than ``sequence_length + 1`` tokens.
 
-    The end is scored where the token before it is: so an answer learns to end.
+    The end is scored if the token before it is, so the model learns to end an answer.
     """
     most = sequence_length + 1
 
-    def fitted(row: Encoded, given: Any) -> Encoded | Skipped:
+    def fit(row: Encoded, source: Any) -> Encoded | Skipped:
         ids = np.array([*begin, *row.ids, *end], np.int32)
         scored = None
         if row.scored is not None:
@@ -199,12 +198,12 @@ def _whole(encode: Encode[Any], begin: list[int], end: list[int], sequence_lengt
         if len(ids) <= most:
             return Encoded(ids, scored)
         if drops or (scored is not None and not scored[1:most].any()):
-            told = f"has {len(ids):,} tokens, more than data.sequence_length ({sequence_length:,})"
-            return Skipped("over_length", given.describe(told) if isinstance(given, Record) else f"a text {told}")
+            fault = f"has {len(ids):,} tokens, more than data.sequence_length ({sequence_length:,})"
+            return Skipped("over_length", source.describe(fault) if isinstance(source, Record) else f"a text {fault}")
         return Encoded(ids[:most], None if scored is None else scored[:most], cut=True)
 
-    def fitted_rows(rows: list[Any]) -> list[Encoded | Skipped]:
+    def encode_whole(rows: list[Any]) -> list[Encoded | Skipped]:
         encoded = zip(encode(rows), rows, strict=True)
-        return [row if isinstance(row, Skipped) else fitted(row, given) for row, given in encoded]
+        return [row if isinstance(row, Skipped) else fit(row, source) for row, source in encoded]
 
-    return fitted_rows
+    return encode_whole

@@ -1,1 +1,1 @@
-"""Sets that are read once from first to last: held-out text, counts of epochs, samples to look at."""
+"""Data that is read once from beginning to end: held-out sets, counts of epochs, samples to show."""

@@ -1,4 +1,4 @@
-"""How much training text there is: what a run of some epochs must know before its schedule can be drawn."""
+"""Counts the tokens of an epoch, which a run with ``train.epochs`` needs before it can plan its schedule."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ log = logging.getLogger(__name__)
 
 
 class Epochs(NamedTuple):
-    """How long each of the first epochs is; later ones are as long as the last of these.
+    """The length of each of the first epochs; later epochs are as long as the last of these.
 
-    ``tokens``: of a stream with the EOS behind each document; of whole rows with what fills sequences up. ``blocks``:
-    those that the epoch takes of every lane of whole rows; None in a stream.
+    ``tokens`` includes the EOS after each document in a stream, and the padding of sequences with whole rows.
+    ``blocks`` is the number of blocks that the epoch takes from every lane of whole rows; None for a stream.
     """
 
     tokens: Sequence[int]
     blocks: Sequence[int] | None
 
     def tokens_of(self, epochs: float) -> float:
-        """Of the first so many."""
+        """The tokens of the first ``epochs`` epochs."""
         whole = int(epochs)
         lengths = [of_epoch(self.tokens, number) for number in range(whole + 1)]
         return sum(lengths[:whole]) + (epochs - whole) * lengths[whole]
@@ -52,12 +52,12 @@ def count_epochs(
     epochs: int = 1,
     shards: Sequence[Shard] | None = None,
 ) -> Epochs:
-    """How long each of the first epochs is; of whole rows for the lane that has most in it.
+    """The length of each of the first epochs, for whole rows in the lane that has the most blocks.
 
-    Lanes of whole rows begin each epoch together, and with a global batch, which takes ``blocks_per_lane`` of each.
-    Epochs differ, since rows are packed in another order. Reads all of the text, and judges all of its records; of
-    tokens made in advance the number is known. ``shards`` are those of ``config`` as they were found before. Raises
-    SourceError, also where there are none.
+    Lanes of whole rows begin each epoch together and at a global batch, which takes ``blocks_per_lane`` blocks of each.
+    Epochs differ in length because rows are packed in another order. Reads the whole text and checks all of its
+    records; for a stream of pre-tokenized text the number is known. ``shards`` are the shards of ``config``, if they
+    are already resolved. Raises SourceError, also if there is no text.
     """
     shards = configured_shards(config, "train") if shards is None else shards
     packing = packing_of(config, shards)
@@ -66,32 +66,32 @@ def count_epochs(
         late = _read_late(shards, lane_plans(config, lanes, len(shards), packing))
         if late > 0.05:
             log.warning(
-                "about %.0f %% of the text comes after an epoch's end, and other text twice before it: lanes have "
-                "unequal shares of %s files; make them of equal sizes, or give few of them as records with "
+                "lanes have unequal shares of %s files: about %.0f %% of the text is read only after the end of an "
+                "epoch, and other text twice before it; give files of equal sizes, or a few files as records with "
                 "data.concatenate=true",
-                100 * late,
                 len(shards),
+                100 * late,
             )
     else:
         most, rows = _most_blocks(shards, config, tokenizer_path, lanes, packing, epochs)
         blocks = [-(-longest // blocks_per_lane) * blocks_per_lane for longest in most]
         counted = Epochs([each * lanes * config.sequence_length for each in blocks], blocks)
         if rows < 0.9 * blocks[0] * lanes:
-            why = "its end does not fill a global batch; lower train.batch_size"
+            why = "the end of an epoch does not fill a global batch; lower train.batch_size"
             if rows < 0.9 * most[0] * lanes:
-                why = f"{lanes} lanes wait for the one with most; lower data.lanes"
+                why = f"{lanes} lanes wait for the one with the most records; lower data.lanes"
             empty = 100 - 100 * rows / (blocks[0] * lanes)
             log.warning("%.0f %% of the sequences of an epoch are empty: %s", empty, why)
     if not counted.tokens[0]:
-        given = ", ".join(source.source for source in config.train_sources)
-        raise SourceError(f"the training data {given} holds no text; give a source with at least one document")
+        sources = ", ".join(source.source for source in config.train_sources)
+        raise SourceError(f"the training data {sources} holds no text; give a source with at least one document")
     return counted
 
 
 def _read_late(shards: Sequence[Shard], plans: Sequence[LanePlan]) -> float:
-    """The fraction of a stream that the lanes have not read when they have read as much as there is.
+    """The fraction of a stream that is still unread when the lanes together have read as much as there is.
 
-    By the sizes of files, so about; where one is not known all are taken to be the same.
+    An estimate from the sizes of the files. If any size is unknown, all files count as equally large.
     """
     sizes = [shard.size or 0 for shard in shards]
     if not all(sizes):
@@ -114,24 +114,24 @@ def _stream_tokens(shards: Sequence[Shard], config: DataConfig, tokenizer_path: 
 def _most_blocks(
     shards: Sequence[Shard], config: DataConfig, tokenizer_path: str, lanes: int, packing: Packing, epochs: int
 ) -> tuple[list[int], int]:
-    """(of each epoch the blocks of the lane that has most, blocks of all lanes in the first one).
+    """(for each epoch the blocks of the lane that has the most, the blocks of all lanes in the first epoch).
 
-    Raises SourceError where too many records are bad.
+    Raises SourceError if too many records are bad.
     """
     from relora_mora.tokenizer.load import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_path)
     encode = encoder_of(tokenizer, (shard.records for shard in shards), packing, config.sequence_length)
     fills = packing == "whole"
-    counted = epochs if fills else 1  # where each row is a block, all epochs are alike
+    counted = epochs if fills else 1  # if each row is a block, all epochs have the same length
     most = [0] * counted
     first = bad = seen = used = tokens = 0
-    passed = Counter[str]()
+    skipped = Counter[str]()
     last_bad = ""
     for plan in lane_plans(config, lanes, len(shards), packing):
         lane = CountedLane(
             LaneRows(plan, shards, config, functools.partial(open_any, config)),
-            _remembered(encode) if counted > 1 else encode,
+            _cached(encode) if counted > 1 else encode,
             eos=int(tokenizer.eos_token_id),  # type: ignore[arg-type]
             sequence_length=config.sequence_length,
             fills=fills,
@@ -140,27 +140,27 @@ def _most_blocks(
             blocks = lane.epoch_blocks(counted)
         most = list(map(max, most, blocks))
         first += blocks[0]
-        of_lane = judged(lane.encoded.first_epoch)
-        bad += of_lane[0]
-        seen += of_lane[1]
+        lane_bad, lane_seen = judged(lane.encoded.first_epoch)
+        bad += lane_bad
+        seen += lane_seen
         used += lane.encoded.first_epoch.documents
         tokens += lane.tokens
-        passed.update(lane.encoded.first_epoch.skipped_by_reason())
+        skipped.update(lane.encoded.first_epoch.skipped_by_reason())
         last_bad = lane.encoded.last_bad or last_bad
     if fault := too_many_records(bad, seen, config.max_bad_fraction, last_bad, whole=True):
         raise fault
     log.info(
-        "%s records in %s sequences, which they fill to %.0f %%%s",
+        "%s records in %s sequences, %.0f %% full%s",
         f"{used:,}",
         f"{first:,}",
         100 * tokens / (first * config.sequence_length),
-        "".join(f"; {reason}: {count:,}" for reason, count in passed.items() if count),
+        "".join(f"; {reason}: {count:,}" for reason, count in skipped.items() if count),
     )
     return most, first
 
 
-def _remembered(encode: Encode[Any]) -> Encode[Any]:
-    """Tokenizes each row once and remembers how long it is, since other epochs only pack it with other ones."""
+def _cached(encode: Encode[Any]) -> Encode[Any]:
+    """Tokenizes each row only once and keeps its length, because other epochs only pack it with other rows."""
     lengths: dict[int, Encoded | Skipped] = {}
 
     def key_of(row: Any) -> int:
@@ -168,11 +168,11 @@ def _remembered(encode: Encode[Any]) -> Encode[Any]:
             return hash((str(row.fields), row.format))
         return hash(row if isinstance(row, str) else bytes(row))  # a text, or tokens
 
-    def remembered(rows: list[Any]) -> list[Encoded | Skipped]:
+    def cached(rows: list[Any]) -> list[Encoded | Skipped]:
         keys = [key_of(row) for row in rows]
         new = [at for at, key in enumerate(keys) if key not in lengths]
-        for at, found in zip(new, encode([rows[at] for at in new]), strict=True):
-            lengths[keys[at]] = found if isinstance(found, Skipped) else Encoded(range(len(found.ids)), cut=found.cut)
+        for at, row in zip(new, encode([rows[at] for at in new]), strict=True):
+            lengths[keys[at]] = row if isinstance(row, Skipped) else Encoded(range(len(row.ids)), cut=row.cut)
         return [lengths[key] for key in keys]
 
-    return remembered
+    return cached

@@ -1,4 +1,4 @@
-"""Held-out text or records, the same tokens each time on any number of ranks, and the answers to generate."""
+"""Held-out sets of text or records, which score the same tokens on any number of ranks, and the answers to generate."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ if TYPE_CHECKING:
 
     EvalBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
+log = logging.getLogger(__name__)
+
 
 class Answer(NamedTuple):
-    """Token ids, int32: what stands before an answer, and the answer with the end that it is to learn."""
+    """Token ids, int32: the prompt before an answer, and the answer with the end token that the model should learn."""
 
     prompt: Tokens
     answer: Tokens
 
 
 def answer_of(row: Encoded) -> Answer | None:
-    """The last answer of a record; None where there is none behind a prompt, or it is not whole."""
+    """The last answer of a record; None if no answer follows a prompt, or the record was cut."""
     if row.scored is None or row.cut:
         return None
     scored = np.asarray(row.scored, np.bool_)
@@ -51,29 +53,26 @@ def answer_of(row: Encoded) -> Answer | None:
     return Answer(ids[:begin], ids[begin:end])
 
 
-log = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class EvalSet:
     """Whole documents, packed as in training. Plain text is EOS, document, EOS, document, EOS.
 
-    ``utf8_bytes`` are those of the text where all of it is scored, else None. Bits per byte are the summed nats over
-    ``predicted`` tokens / ln 2 / ``utf8_bytes``: EOS is predicted and has no bytes.
+    ``utf8_bytes`` is the size of the text if all of it is scored, and otherwise None. Bits per byte are the summed nats
+    over ``predicted`` tokens / ln 2 / ``utf8_bytes``: EOS is predicted but has no bytes.
     """
 
     tokens: Tokens  # int32 [blocks, T + 1]
-    scored: Mask  # [blocks, T]: whether the token behind each input counts
-    document_ids: DocumentIds | None  # [blocks, T], where attention stays within a document
+    scored: Mask  # [blocks, T]: whether the token after each input counts
+    document_ids: DocumentIds | None  # [blocks, T]; None unless attention stays within a document
     utf8_bytes: int | None
-    digest: str  # 16 hex digits over the tokens of all rows and which of them are scored
+    digest: str  # 16 hex digits over the tokens of all rows and their scored masks
     documents: int
     eos: int
     answers: Sequence[Answer] = ()  # to generate
 
     @functools.cached_property
     def predicted(self) -> int:
-        """Tokens that are scored."""
+        """The number of scored tokens."""
         return int(self.scored.sum())
 
     @property
@@ -85,10 +84,10 @@ class EvalSet:
     ) -> Iterator[EvalBatch]:
         """(input_ids, labels, document_ids), each [micro_batch_size, sequence_length].
 
-        Labels are shifted already, and ``UNSCORED`` where nothing is scored; document_ids are those of training. Every
-        rank gets the same number of batches (collectives need that), the last ones filled up with unscored sequences;
-        over all ranks each token is scored once, those of the short last block too. No batch is larger than needed,
-        unless it never ``shrinks``: programs of compiled layers are for batches of one size.
+        Labels are already shifted, and ``UNSCORED`` for tokens that are not scored; document_ids are as in training.
+        Every rank gets the same number of batches, because collectives need that; the last batches are padded with
+        unscored sequences. Over all ranks, each token is scored once, including those of the short last block. Batches
+        are no larger than needed if ``shrinks``; compiled layers need batches of one size instead.
         """
         import torch
 
@@ -106,8 +105,8 @@ class EvalSet:
             labels[here] = np.where(self.scored[rows], self.tokens[rows, 1:], UNSCORED)
             if self.document_ids is not None:
                 documents[here] = self.document_ids[rows]
-            told = None if self.document_ids is None else torch.from_numpy(documents)
-            yield torch.from_numpy(inputs), torch.from_numpy(labels), told
+            document_ids = None if self.document_ids is None else torch.from_numpy(documents)
+            yield torch.from_numpy(inputs), torch.from_numpy(labels), document_ids
 
 
 def load_eval_set(
@@ -119,11 +118,11 @@ def load_eval_set(
     max_tokens: int | None,
     answers: int = 0,
 ) -> EvalSet:
-    """The first documents of the sources' validation split that score at most ``max_tokens`` together; None: all.
+    """The first documents of the sources' validation split that together score at most ``max_tokens``; None: all.
 
-    Of ``config`` the revision, the limits on lines, the records and how they are packed count. The first document is
-    taken whatever its length. The first ``answers`` answers among them are to be generated. Raises SourceError when
-    there is no document.
+    Of ``config``, the revision, the limits on lines, the records and their packing matter. The first document is taken
+    even if it is longer. The first ``answers`` answers in these documents are kept for generation. Raises SourceError
+    if there is no document.
     """
     from relora_mora.tokenizer.load import load_tokenizer
 
@@ -132,20 +131,20 @@ def load_eval_set(
     config = config.model_copy(update={"sequence_length": sequence_length})
     shards = shards_of(sources, config, "validation")
     check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos)
-    local_content(shards)  # refuses tokens that have changed, and a text that is listed together with its tokens
+    local_content(shards)  # raises for tokens that have changed, and for a text that is listed next to its tokens
     if any(shard.tokens and shard.origin == "server" for shard in shards):
         remote_content(at_versions(shards, remote_versions(shards, config.timeout_seconds)))
     packing = packing_of(config, shards)
     found = RecordsFound()
     in_order = rows_in_order(shards, config, tokenizer, packing, found)
     rows = list(_up_to(max_tokens, in_order, stream=packing == "stream"))
-    given = ", ".join(source.source for source in as_sources(sources))
+    names = ", ".join(source.source for source in as_sources(sources))
     if not rows:
-        raise SourceError(f"the validation data {given} holds no text; give a source with at least one document")
+        raise SourceError(f"the validation data {names} holds no text; give a source with at least one document")
     encoded = [row.encoded for row in rows]
     if found.left_out:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in found.left_out.items())
-        log.info("%s: %s rows are scored; left out: %s", given, f"{len(rows):,}", reasons)
+        log.info("%s: %s rows are scored; left out: %s", names, f"{len(rows):,}", reasons)
     sizes = [row.utf8_bytes for row in rows if row.utf8_bytes is not None]
     pack = _stream if packing == "stream" else functools.partial(_whole, fills=packing == "whole")
     return EvalSet(
@@ -168,7 +167,7 @@ def _up_to(max_tokens: int | None, rows: Iterable[TokenizedRow], *, stream: bool
 
 
 def _scored_tokens(row: Encoded, *, stream: bool) -> int:
-    if stream:  # with the EOS behind it
+    if stream:  # with the EOS after it
         return len(row.ids) + 1 if row.scored is None else int(with_end(row.scored).sum())
     return len(row.ids) - 1 if row.scored is None else int(np.count_nonzero(row.scored[1:]))
 
@@ -184,7 +183,7 @@ def _digest(rows: Iterable[Encoded]) -> str:
 
 
 def _stream(rows: Sequence[Encoded], config: DataConfig, eos: int) -> tuple[Tokens, Mask, DocumentIds | None]:
-    """As the first lane of a stream would have them; the last block is filled up with EOS that are not scored."""
+    """The blocks that the first lane of a stream would have; the last block is padded with unscored EOS."""
     length = config.sequence_length
     row_tokens, row_scored, _ = joined(rows, eos)
     blocks = -(-len(row_tokens) // length)

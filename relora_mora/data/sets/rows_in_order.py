@@ -1,4 +1,4 @@
-"""The rows of shards from first to last, each once, as tokens: for evaluation, for counting, and to look at."""
+"""Reads and tokenizes the rows of shards once, in order, for evaluation, for counting and to show them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ROWS_PER_CALL = 64
 
 class TokenizedRow(NamedTuple):
     encoded: Encoded
-    utf8_bytes: int | None  # of its text; None where that is not scored as a whole
+    utf8_bytes: int | None  # of its text; None if not all of the text is scored
 
 
 def rows_in_order(
@@ -38,16 +38,15 @@ def rows_in_order(
     packing: Packing,
     found: RecordsFound | None = None,
 ) -> Iterator[TokenizedRow]:
-    """Those that can be used; records that cannot are told to the log, and counted in ``found``.
+    """The usable rows. Records that cannot be used are logged, and counted in ``found``.
 
-    Raises SourceError where a shard cannot be read, or more than ``max_bad_fraction`` of its rows or of all records
-    are bad, or where none of them fits into a sequence.
+    Raises SourceError if a shard cannot be read, if more than ``max_bad_fraction`` of its rows or of all records are
+    bad, or if no record fits into a sequence.
     """
     found = RecordsFound() if found is None else found
-    for record_format, some in itertools.groupby(shards, lambda shard: shard.records):
+    for record_format, same_format in itertools.groupby(shards, lambda shard: shard.records):
         encode = encoder_of(tokenizer, [record_format], packing, config.sequence_length)
-        rows = _read(some, config)
-        for group in in_calls(rows, _ROWS_PER_CALL, lambda row: len(row[0])):
+        for group in in_calls(_read(same_format, config), _ROWS_PER_CALL, lambda row: len(row[0])):
             sizes = [size for _, size in group]
             for row, size in zip(encode([row for row, _ in group]), sizes, strict=True):
                 found.add(row)
@@ -63,14 +62,14 @@ def rows_in_order(
 
 
 def _read(shards: Iterable[Shard], config: DataConfig) -> Iterator[tuple[Any, int | None]]:
-    """Rows, and the UTF-8 bytes of those that are plain text."""
+    """The rows, each with the UTF-8 bytes of its text if it is plain text."""
     for shard in shards:
         if shard.tokens is not None:
             with closing(open_tokens(shard)) as tokens:
                 yield from tokens.documents()
             continue
         with closing(open_rows(config, shard)) as rows:
-            # one at a time: nobody waits for, or hears of, what stands behind the row that is wanted
+            # one row at a time, so that nothing after the last wanted row is waited for or reported
             while taken := rows.take(1):
                 for row in taken:
                     if not isinstance(row, Skipped):

@@ -1,16 +1,20 @@
-"""Looks at the first rows: whether they fit the settings and can be learned from, and what is scored in them."""
+"""Checks the first rows before a run: that they fit the settings and can be learned from. Also shows them."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import logging
+import sys
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from relora_mora.config.data import DataConfig
+from relora_mora.config.schema import Config
 from relora_mora.data.bad_rows import JUDGED_FROM_ROWS, OTHER_KEYS, TOO_LONG, RecordsFound, skip_reason
 from relora_mora.data.content import THREADS
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
@@ -19,50 +23,46 @@ from relora_mora.data.formats.kinds import JSON_LINES, TEXT
 from relora_mora.data.lane_states import Cursor
 from relora_mora.data.lanes import LanePlan, LaneRows, lane_plans
 from relora_mora.data.records.encoders import encoder_of, packing_of
-from relora_mora.data.rows import calls_of
+from relora_mora.data.rows import Ids, Scored, calls_of
+from relora_mora.data.sets.rows_in_order import rows_in_order
 from relora_mora.data.shard import Shard
+from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.mixture import mixture_names, shards_of_source
+from relora_mora.data.stream.packing import with_end
 from relora_mora.data.tokens.rows import open_any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-import sys
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-from relora_mora.config.schema import Config
-from relora_mora.data.rows import Encoded, Ids, Scored
-from relora_mora.data.sets.rows_in_order import rows_in_order
-from relora_mora.data.sources.resolve import configured_shards
-from relora_mora.data.stream.packing import with_end
 
 log = logging.getLogger(__name__)
 
+SAMPLE_ROWS = 1000
 _FIRST_LINES = 16
 _ROWS_PER_CALL = 64
-_CHARACTERS = 1 << 22  # no more are tokenized, which takes a second or two
+_CHARACTERS = 1 << 22  # at most this many are tokenized, which takes a second or two
+_GREEN = "\x1b[32m"
+_PLAIN = "\x1b[0m"
 
 
 def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
-    """Looks at one file of each folder and format that can be wrong as a whole.
+    """Checks one file of each folder and format, for mistakes that concern whole files.
 
-    That is one without the columns that are read, or an array in JSON; of JSON lines the first are judged. Raises
-    SourceError.
+    Such a file lacks the columns that are read, or is one JSON array; of JSON lines, the first lines are checked.
+    Raises SourceError.
     """
-    looked_at = {
+    samples = {
         (shard.location.rpartition("/")[0], shard.format, tuple(shard.columns)): shard
         for shard in shards
         if not shard.tokens and shard.format is not TEXT
     }
-    for shard in looked_at.values():
-        with closing(open_rows(config, shard, note=_unheard)) as rows:
+    for shard in samples.values():
+        with closing(open_rows(config, shard, note=_ignore)) as rows:
             if shard.format is not JSON_LINES:
                 rows.skip(1)
                 continue
             first = rows.take(_FIRST_LINES)
             if len(first) < _FIRST_LINES:
-                rows.take(1)  # at the end all of it is judged
+                rows.take(1)  # reaches the end, where the file is checked as a whole
         bad = [row for row in first if isinstance(row, Skipped) and row.reason in BAD_REASONS]
         if bad and len(bad) == len(first):
             hint = f" ({OTHER_KEYS})" if bad[0].reason == "no_text" and not shard.holds_records else ""
@@ -71,32 +71,32 @@ def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
 
 
 def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tokenizes the first rows of each source of records, or of whole texts, and judges them as a run does.
+    """Tokenizes the first rows of each source of records, or of whole texts, and checks them as a run does.
 
-    Those are 1,000 or, where they are long, fewer; of a server's only some of the first file. Raises SourceError where
-    the tokenizer or the template cannot be used, where too many of the rows cannot, or none of them, or where there are
-    none; warns where most are too long.
+    These are 1,000 rows, or fewer if they are long; from a server, only rows of the first file. Raises SourceError if
+    the tokenizer or the template cannot be used, if too many rows or all of them cannot be used, or if there are none.
+    Warns if most rows are too long.
     """
-    for _, some in itertools.groupby(shards, lambda shard: (shard.source, shard.records)):
-        group = [shard for shard in some if shard.tokens is None]
+    for _, of_source in itertools.groupby(shards, lambda shard: (shard.source, shard.records)):
+        group = [shard for shard in of_source if shard.tokens is None]
         if group and (packing_of(config, group) != "stream" or group[0].holds_records):
             _check_rows(group, config, tokenizer)
 
 
 def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     encode = encoder_of(tokenizer, [shards[0].records], packing_of(config, shards), config.sequence_length)
-    looked_at = shards[:1] if shards[0].is_remote else shards
+    checked = shards[:1] if shards[0].is_remote else shards
     found = RecordsFound()
     characters = 0
-    whole = len(looked_at) == len(shards)
-    with closing(_rows(looked_at, config)) as rows:
-        for some in rows:
+    whole = len(checked) == len(shards)
+    with closing(_readable_rows(checked, config)) as groups:
+        for group in groups:
             if found.seen >= JUDGED_FROM_ROWS or characters >= _CHARACTERS:
                 whole = False
                 break
-            for row in encode(some):
+            for row in encode(group):
                 found.add(row)
-            characters += sum(map(len, some))
+            characters += sum(map(len, group))
     if whole and not found.seen:
         raise SourceError(f"{shards[0].label}: holds no record; give a file with at least one")
     if fault := found.fault(shards[0].label, config.max_bad_fraction, whole=whole):
@@ -112,10 +112,10 @@ def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrain
 
 
 def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None:
-    """Reads the first text of all lanes in each source of a mixture that ever has a weight; meant for one rank.
+    """Reads the first text of every lane in each source of a mixture that ever has a weight; call it on one rank.
 
-    Without this a lane without text is found when the turn of its source comes, in a late stage after days. Text that
-    is not a mixture needs no check, because the first batch reads every lane. Raises SourceError.
+    Without this check, a lane without text would only be noticed when its source is first used, perhaps days into the
+    run. Text that is not a mixture needs no check, because the first batch reads every lane. Raises SourceError.
     """
     if not config.is_mixture:
         return
@@ -128,50 +128,45 @@ def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None
 
 def _check_lanes_of(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None:
     plans = lane_plans(config, lanes, len(shards), packing_of(config, shards))
-    shared = {part.shard: part.stride for plan in plans for part in plan.parts if part.stride > 1}
-    in_turn = [shard for shard in shared if not shards[shard].format.in_groups]
+    strides = {part.shard: part.stride for plan in plans for part in plan.parts if part.stride > 1}
+    in_turn = [shard for shard in strides if not shards[shard].format.in_groups]
     one_row = config.model_copy(update={"shuffle_documents": 1})
 
     def phases(shard: int) -> set[int]:
-        return _phases_with_text(shards[shard], config, shared[shard])
+        return _phases_with_text(shards[shard], config, strides[shard])
 
     def read_first(plan: LanePlan) -> None:
         with closing(LaneRows(plan, shards, one_row, functools.partial(open_any, config)).rows_from(Cursor())) as rows:
             next(rows)
 
-    with ThreadPoolExecutor(THREADS) as threads:  # most of the time they wait for servers
+    with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers
         found = dict(zip(in_turn, threads.map(phases, in_turn), strict=True))
         left = [plan for plan in plans if not any(part.phase in found.get(part.shard, ()) for part in plan.parts)]
         list(threads.map(read_first, left))
 
 
 def _phases_with_text(shard: Shard, config: DataConfig, stride: int) -> set[int]:
-    """Which of the lanes that take the rows of a shard in turn get a text; for many lanes faster than to ask each."""
-    found: set[int] = set()
-    with closing(open_any(config, shard, note=_unheard)) as opened:
+    """Which of the lanes that take the rows of a shard in turn get a text. Faster than opening each of many lanes."""
+    phases: set[int] = set()
+    with closing(open_any(config, shard, note=_ignore)) as opened:
         for number, row in enumerate(itertools.chain.from_iterable(calls_of(opened, _ROWS_PER_CALL))):
             if not isinstance(row, Skipped):
-                found.add(number % stride)
-                if len(found) == stride:
+                phases.add(number % stride)
+                if len(phases) == stride:
                     break
-    return found
+    return phases
 
 
-def _rows(shards: Sequence[Shard], config: DataConfig) -> Generator[list[Any]]:
-    """All rows that can be read, some at a time."""
+def _readable_rows(shards: Sequence[Shard], config: DataConfig) -> Generator[list[Any]]:
+    """All readable rows, in groups."""
     for shard in shards:
-        with closing(open_rows(config, shard, note=_unheard)) as opened:
-            for some in calls_of(opened, _ROWS_PER_CALL):
-                yield [row for row in some if not isinstance(row, Skipped)]
+        with closing(open_rows(config, shard, note=_ignore)) as opened:
+            for group in calls_of(opened, _ROWS_PER_CALL):
+                yield [row for row in group if not isinstance(row, Skipped)]
 
 
-def _unheard(note: str) -> None:
-    """The run tells of rows that are skipped, when it reads them."""
-
-
-SAMPLE_ROWS = 1000
-_GREEN = "\x1b[32m"
-_PLAIN = "\x1b[0m"
+def _ignore(note: str) -> None:
+    """Skipped rows are reported when the run reads them."""
 
 
 def show_records(config: Config, count: int) -> None:
@@ -186,8 +181,8 @@ def show_records(config: Config, count: int) -> None:
     shards = configured_shards(config.data, "train")
     check_columns(shards, config.data)
     check_records(shards, config.data, tokenizer)
-    for source, some in itertools.groupby(shards, lambda shard: shard.source):
-        _show_source(source, list(some), config.data, tokenizer, count)
+    for source, of_source in itertools.groupby(shards, lambda shard: shard.source):
+        _show_source(source, list(of_source), config.data, tokenizer, count)
 
 
 def _show_source(
@@ -203,12 +198,15 @@ def _show_source(
     in_order = rows_in_order(shards, config, tokenizer, packing, found)
     for row in itertools.islice(in_order, max(count, SAMPLE_ROWS)):
         rows += 1
-        encoded = _with_eos(row.encoded, eos) if in_stream else row.encoded
+        encoded = row.encoded
+        if in_stream:
+            with_mask = None if encoded.scored is None else with_end(encoded.scored)
+            encoded = encoded._replace(ids=[*encoded.ids, eos], scored=with_mask)
         mask = np.ones(len(encoded.ids), np.bool_)
         if encoded.scored is not None:
             mask[:] = encoded.scored
         if not in_stream:
-            mask[0] = False  # nothing stands before it
+            mask[0] = False  # there is no token before it to predict it
         scored += int(mask.sum())
         tokens += len(mask)
         if rows <= count:
@@ -223,7 +221,7 @@ def _show_source(
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, ids: Ids, scored: Scored, *, colour: bool) -> str:
-    """Tokens, each as the text that it is of, with those that are scored marked; line breaks are shown and kept."""
+    """The text of each token, with scored tokens marked; line breaks are both shown and kept."""
     begin, end = (_GREEN, _PLAIN) if colour else ("[", "]")
     parts = []
     for is_scored, run in itertools.groupby(zip(ids, scored, strict=True), lambda pair: bool(pair[1])):
@@ -232,9 +230,5 @@ def marked(tokenizer: PreTrainedTokenizerBase, ids: Ids, scored: Scored, *, colo
     return "·".join(parts)
 
 
-def _with_eos(row: Encoded, eos: int) -> Encoded:
-    return row._replace(ids=[*row.ids, eos], scored=None if row.scored is None else with_end(row.scored))
-
-
 def _print(text: str) -> None:
-    print(text)  # noqa: T201 - what the command is for
+    print(text)  # noqa: T201 - printing is the purpose of the command

@@ -1,1 +1,1 @@
-"""The training stream: lanes of token blocks, made by worker processes."""
+"""The training stream: lanes of token blocks, prepared by worker processes."""

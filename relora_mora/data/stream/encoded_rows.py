@@ -1,4 +1,4 @@
-"""The rows of a lane as tokens, some at a time; those that cannot be used are passed over, counted and judged."""
+"""Tokenizes the rows of a lane in groups. Rows that cannot be used are skipped and counted; too many are an error."""
 
 from __future__ import annotations
 
@@ -11,58 +11,59 @@ from relora_mora.data.lane_states import Cursor
 from relora_mora.data.lanes import LaneRows
 from relora_mora.data.rows import Encode, Encoded, Row
 
-# rows encoded in one call: enough to make the call cheap, few enough that a resume repeats little
+# limits of one call of encode: large enough to make the call cheap, small enough that a resume repeats little
 ENCODE_ROWS = 64
 ENCODE_CHARACTERS = 1 << 15
 
 
 class Group(NamedTuple):
-    """The rows of one call of ``encode`` that can be used."""
+    """The usable rows of one call of ``encode``."""
 
     before: Cursor
     rows: list[Encoded]
-    after: list[Cursor]  # behind each
+    after: list[Cursor]  # the position after each row
 
 
 class EncodedRows(Generic[Row]):
-    """``next_group()`` goes on behind the group before it, at first behind ``cursor``.
+    """The rows of a lane from ``cursor`` on; ``next_group()`` returns the next ones.
 
-    ``first_epoch`` is behind the last row of the first epoch that was tokenized, ``last_bad`` tells of a bad one.
+    ``first_epoch`` is the position after the last row tokenized so far that belongs to the first epoch. ``last_bad``
+    describes the last bad row.
     """
 
     def __init__(self, rows: LaneRows[Row], encode: Encode[Row], cursor: Cursor) -> None:
         self._rows = rows
         self._encode = encode
         self._source = rows.rows_from(cursor)
-        self._behind = cursor
+        self._cursor = cursor
         self.first_epoch = cursor
         self.last_bad = ""
-        self._used_epoch = cursor.epoch  # of the last row that could be used
-        self._passed = Counter[str]()  # reasons why rows were cut or passed over: the source counts them as documents
+        self._used_epoch = cursor.epoch  # of the last usable row
+        self._passed = Counter[str]()  # why rows were cut or skipped here; the source counts these rows as documents
         self._noted = Counter[str]()
         self._error: SourceError | None = None
 
     def next_group(self) -> Group:
-        """At least one row. Raises SourceError, again and again, when those before the fault are used up."""
+        """At least one row. Rows before an error are returned first; then each call raises the SourceError."""
         while self._error is None:
             rows, after = self._take()
             encoded = self._encode(rows)
-            before = self._behind
+            before = self._cursor
             whole = [row for row in encoded if isinstance(row, Encoded) and not row.cut]
-            if len(whole) == len(encoded) and not self._passed:  # as always with plain text
-                self._behind = after[-1]
-                self._used_epoch = self._behind.epoch
+            if len(whole) == len(encoded) and not self._passed:  # always true for plain text
+                self._cursor = after[-1]
+                self._used_epoch = self._cursor.epoch
                 if after[0].epoch == 0:
                     self.first_epoch = next(cursor for cursor in reversed(after) if cursor.epoch == 0)
                 return Group(before, whole, after)
             group = Group(before, [], [])
             for row, cursor in zip(encoded, after, strict=True):
-                self._behind = self._counted(row, cursor)
+                self._cursor = self._counted(row, cursor)
                 if cursor.epoch == 0:
-                    self.first_epoch = self._behind
+                    self.first_epoch = self._cursor
                 if isinstance(row, Encoded):
                     group.rows.append(row)
-                    group.after.append(self._behind)
+                    group.after.append(self._cursor)
                     self._used_epoch = cursor.epoch
                 elif fault := self._fault(row):
                     self._error = fault
@@ -75,7 +76,7 @@ class EncodedRows(Generic[Row]):
         self._source.close()
 
     def _take(self) -> tuple[list[Row], list[Cursor]]:
-        """The next rows. An error waits until the rows before it are used up."""
+        """The next rows. An error is kept until the rows before it are used up."""
         rows: list[Row] = []
         after: list[Cursor] = []
         characters = 0
@@ -92,7 +93,7 @@ class EncodedRows(Generic[Row]):
         return rows, after
 
     def _counted(self, row: Encoded | Skipped, cursor: Cursor) -> Cursor:
-        """The cursor behind a row, with what became of this row and of those before it."""
+        """Counts a row if it was skipped or cut; returns the cursor after it with all such counts so far."""
         if isinstance(row, Skipped):
             self._passed[row.reason] += 1
         elif row.cut:
@@ -102,20 +103,20 @@ class EncodedRows(Generic[Row]):
         return cursor
 
     def _fault(self, skipped: Skipped) -> SourceError | None:
-        """The error where too many rows cannot be used, judged by what was counted since the start of the run.
+        """The error to raise if too many rows cannot be used, by the counts since the start of the run.
 
-        The first epoch decides: what comes in the others is the same.
+        Only the first epoch is checked, because later epochs contain the same rows.
         """
         if skipped.reason in ENCODING_REASONS:
             self.last_bad = skipped.detail
             self._noted[skipped.reason] += 1
             if self._noted[skipped.reason] <= NOTES_PER_REASON:
                 self._rows.notes.append(f"{skipped.detail}; skipped")
-            if self._behind.epoch == 0:
-                bad, seen = judged(self._behind)
+            if self._cursor.epoch == 0:
+                bad, seen = judged(self._cursor)
                 if fault := too_many_records(bad, seen, self._rows.config.max_bad_fraction, skipped.detail):
                     return fault
-        if self._behind.epoch > self._used_epoch + 1:
+        if self._cursor.epoch > self._used_epoch + 1:
             remedy = (
                 "raise data.sequence_length or lower data.lanes" if skipped.reason == TOO_LONG else "lower data.lanes"
             )
@@ -127,7 +128,7 @@ class EncodedRows(Generic[Row]):
 
 
 def judged(cursor: Cursor) -> tuple[int, int]:
-    """How many records before it were of no use, and how many were tokenized."""
+    """How many of the records before this position were bad, and how many were tokenized."""
     counts = cursor.skipped_by_reason()
     bad = sum(counts[reason] for reason in ENCODING_REASONS)
     return bad, cursor.documents + bad + counts[TOO_LONG]

@@ -1,4 +1,4 @@
-"""What decides the blocks of a stream, as one number: a run resumes only on a stream with the same one."""
+"""Fingerprints of a training stream: a run resumes only on a stream whose blocks are decided by the same things."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# the rule by which shards become lanes and lanes blocks; a change of it that moves a token gets a new name
+# version of the rule that turns shards into lanes and lanes into blocks; a change that moves a token needs a new name
 RULE = "lanes-4"
 
 
@@ -29,13 +29,13 @@ def fingerprints(
     shards: Sequence[Shard],
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[str, str]:
-    """32 hex digits over what decides the blocks of a stream, and over what gives a saved position its meaning.
+    """Two fingerprints of 32 hex digits: of the blocks of a stream, and of the meaning of a saved position.
 
-    The first is over the tokenizer, the shards (names, sizes of local ones, text columns), lanes, sequence length, seed
-    and what limits lines; of a mixture also its weights, of records what decides their tokens (then ``tokenizer`` is
-    needed). Not over ranks, workers or where the files lie. The second, over which document and which token comes at a
-    position, leaves out the sizes of shards: one that was repaired or has grown is read on from the same line. Raises
-    SourceError.
+    The first covers the tokenizer, the shards (names, sizes of local ones, text columns), lanes, sequence length, seed
+    and the limits on lines; for a mixture also its weights, and for records everything that decides their tokens (only
+    they need ``tokenizer``). Ranks, workers and the folders of the files do not matter. The second covers which
+    document and which token come at a position. It leaves out the sizes of shards, so a shard that was repaired or has
+    grown can be read on from the same line. Raises SourceError.
     """
     order = {
         "rule": RULE,
@@ -64,13 +64,13 @@ def fingerprints(
 def _record_order(
     config: DataConfig, shards: Sequence[Shard], tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, Any]:
-    """What records add, and rows that are no stream."""
+    """The additional entries for records, and for rows that are not packed as a stream."""
     order: dict[str, Any] = {}
     by_source = {shard.source: shard for shard in shards}
     records = {source: shard.records for source, shard in by_source.items() if shard.records is not None}
     if records:
-        assert tokenizer is not None, "how it writes records is part of the fingerprint"
-        order["records"] = {source: _how_read(held, tokenizer) for source, held in records.items()}
+        assert tokenizer is not None, "its encoding of records is part of the fingerprint"
+        order["records"] = {source: _record_entry(each, tokenizer) for source, each in records.items()}
     packings = {source: packing_of(config, [shard]) for source, shard in by_source.items()}
     if set(packings.values()) != {"stream"}:  # then a position depends on what fits into a sequence
         order["packing"] = packings
@@ -78,9 +78,9 @@ def _record_order(
     return order
 
 
-def _how_read(held: RecordFormat, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    settings = held.settings.model_dump(exclude={"template"})  # whose text counts
-    return [settings, *(() if held.is_text else how_written(tokenizer, held))]
+def _record_entry(record_format: RecordFormat, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    settings = record_format.settings.model_dump(exclude={"template"})  # not its name: how_written has its text
+    return [settings, *(() if record_format.is_text else how_written(tokenizer, record_format))]
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""From which source of a mixture each block of a global batch comes: a function of the step and the weights alone.
+"""Which source of a mixture each block of a global batch comes from, as a function of only the step and the weights.
 
-Nothing of it is saved, so a run may move to any number of ranks, and weights may change at a resume.
+There is no state to save, so a run may move to any number of ranks, and weights may change at a resume.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from relora_mora.config.data import DataConfig, TextSource
 from relora_mora.data.lanes import seeded_order
 from relora_mora.data.shard import Shard
 
-_TURNS = 0x7475726E  # keeps the orders of turns apart from those of documents
+_TURNS = 0x7475726E  # a seed that makes the orders of rotations independent of the orders of documents
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What holds from one step on. ``shares`` are those of ``names``, the largest first."""
+    """The weights from some step on. ``shares`` belong to ``names``, the largest first."""
 
-    before: int  # global batches before the first with these weights
+    before: int  # global batches before the first one with these weights
     names: tuple[str, ...]
     shares: tuple[Fraction, ...]
 
@@ -35,10 +35,10 @@ class Weights:
         return Weights(before, tuple(ordered), tuple(Fraction(weights[name]) / total for name in ordered))
 
     def counts(self, blocks: int) -> list[int]:
-        """How many of the first ``blocks`` blocks come from each source; none ever decreases as ``blocks`` grows.
+        """How many of the first ``blocks`` blocks come from each source; no count decreases as ``blocks`` grows.
 
-        Each source takes its share of what the larger ones have left, rounded to whole blocks, so no source is ever
-        two blocks away from its exact share.
+        Each source takes its share of the blocks that the larger sources left over, rounded to whole blocks, so its
+        count is always less than two blocks away from its exact share.
         """
         left = blocks
         share_left = Fraction(1)
@@ -52,7 +52,7 @@ class Weights:
 
 
 class Mixture:
-    """The sources of every global batch; text that is no mixture is one source, called ""."""
+    """The sources of every global batch; text that is not a mixture is a single source named ""."""
 
     def __init__(self, config: DataConfig, lanes: int, blocks_per_lane: int) -> None:
         self.lanes = lanes
@@ -63,11 +63,11 @@ class Mixture:
         self._stages += [Weights.of(stage.weights, before=stage.from_step - 1) for stage in config.stages]
 
     def sources(self, batch: int, lanes: Iterable[int]) -> list[list[str]]:
-        """For each of these lanes the sources of its blocks in the global batch that comes after ``batch`` others.
+        """For each of these lanes, the sources of its blocks in the global batch with index ``batch``.
 
-        The blocks of a source lie side by side on the lanes, and the whole is turned from batch to batch, through all
-        turns there are in a drawn order and then in another one: so each lane gets its share of every source, however
-        often a pattern of the weights repeats.
+        The blocks of a source go to neighboring lanes, and the assignment is rotated from batch to batch. All rotations
+        are used once in a random order, then again in another order. So each lane gets its share of every source, even
+        if the pattern of the weights repeats.
         """
         if len(self.names) == 1:
             return [[self.names[0]] * self.blocks_per_lane for _ in lanes]
@@ -89,15 +89,15 @@ def _turns(lanes: int, group: int) -> list[int]:
 
 
 def mixture_names(config: DataConfig) -> Sequence[str]:
-    """The names of the sources, in the order of the settings; [""] where the training text is no mixture."""
+    """The names of the sources, in the order of the settings; [""] if the training text is not a mixture."""
     return [source.label for source in config.train_sources] if config.is_mixture else [""]
 
 
 def in_saved_order(config: DataConfig, saved: Mapping[str, Any]) -> DataConfig:
-    """The same mixture with its sources in the order of saved settings, if these name the same ones.
+    """The same mixture with its sources in the order of the saved settings, if these name the same sources.
 
-    A mixture reads the same text in any order. Of sources with equal weights the first one goes first in a batch, and
-    fingerprints are made in the order of the shards, so a run keeps the order that it began with.
+    A mixture reads the same text in any order. But among sources with equal weights the first one comes first in a
+    batch, and fingerprints depend on the order of shards, so a run keeps the order that it started with.
     """
     listed = saved.get("train")
     records = [record for record in listed if isinstance(record, Mapping)] if isinstance(listed, list) else []
@@ -116,5 +116,5 @@ def in_saved_order(config: DataConfig, saved: Mapping[str, Any]) -> DataConfig:
 
 
 def shards_of_source(shards: Sequence[Shard], config: DataConfig, name: str) -> list[Shard]:
-    """Those that one of :func:`mixture_names` stands for."""
+    """The shards of the source with this name (see :func:`mixture_names`)."""
     return [shard for shard in shards if shard.source == name] if config.is_mixture else list(shards)

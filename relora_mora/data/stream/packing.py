@@ -1,32 +1,33 @@
-"""Packing as a stream: the rows of a lane as token blocks, without padding and without losing a token.
+"""Packing as a stream: cuts the rows of a lane into token blocks without padding and without losing a token.
 
 The tokens of a lane are EOS, document, EOS, document, EOS, ... Block k is the ``sequence_length + 1`` tokens from
-``k * sequence_length`` on: its last token is the first of the next block, so every token but the very first is
-predicted once.
+``k * sequence_length`` on. Its last token is also the first of the next block, so every token except the very first is
+predicted exactly once.
 """
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from relora_mora.data.lane_states import LaneStates
-
-if TYPE_CHECKING:
-    import torch
-import itertools
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from typing import Generic, NamedTuple, Protocol
-
 from relora_mora.data.errors import SourceError
-from relora_mora.data.lane_states import Cursor
+from relora_mora.data.lane_states import Cursor, LaneStates
 from relora_mora.data.lanes import LaneRows
 from relora_mora.data.rows import Encode, Encoded, Row, Scored
 from relora_mora.data.stream.encoded_rows import EncodedRows
+
+if TYPE_CHECKING:
+    import torch
+
+Tokens = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
+DocumentIds = npt.NDArray[np.int32]
 
 UNSCORED = -100  # cross entropy's ignore_index
 
@@ -36,31 +37,31 @@ class Batch:
     """One rank's part of a global batch: ``n = batch_size / world_size`` sequences, ordered by lane.
 
     ``labels`` are already shifted: ``labels[i, j]`` is the token after ``input_ids[i, j]``, or ``UNSCORED``.
-    ``document_ids`` number the documents inside each sequence. ``state`` says where this rank's lanes are after this
-    batch.
+    ``document_ids`` number the documents inside each sequence. ``state`` is the position of this rank's lanes after
+    this batch.
     """
 
     input_ids: torch.Tensor  # int64 [n, T]
     labels: torch.Tensor  # int64 [n, T]
-    document_ids: torch.Tensor | None  # int32 [n, T], where attention stays within a document
+    document_ids: torch.Tensor | None  # int32 [n, T]; None unless attention stays within a document
     state: LaneStates
-    counts: dict[str, int]  # see counts_of; and retries, of its workers and this process since the stream was built
-    notes: list[str]  # skipped lines met on the way, a few per shard: for the log
+    counts: dict[str, int]  # see counts_of; plus retries of this process and its workers since the stream was built
+    notes: list[str]  # for the log: lines that were skipped, a few per shard
 
 
 def document_ids(input_ids: npt.NDArray[Any], eos: int) -> npt.NDArray[np.int32]:
     """int32 [..., T]: the number of EOS up to and including each token of ``input_ids`` [..., T].
 
-    An EOS belongs to the document after it, as that document's first input, just as at the start of a text that is
-    scored alone. What predicts a document's first token then sees nothing of the document before.
+    An EOS belongs to the document after it and is that document's first input, as it is when a text is scored by
+    itself. The prediction of a document's first token therefore does not depend on the document before.
     """
     return np.cumsum(input_ids == eos, axis=-1, dtype=np.int32)
 
 
 def document_boundaries(ids: torch.Tensor) -> torch.Tensor:
-    """Document ids [B, T], on the CPU -> int32 [P + 1]: where each document begins among all N = B T tokens, then N.
+    """Document ids [B, T], on the CPU -> int32 [P + 1]: the offset of each document in all N = B T tokens, then N.
 
-    The first token of a sequence begins one.
+    The first token of each sequence begins a document.
     """
     import torch
 
@@ -71,16 +72,11 @@ def document_boundaries(ids: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(boundaries.astype(np.int32))
 
 
-Tokens = npt.NDArray[np.int32]
-Mask = npt.NDArray[np.bool_]
-DocumentIds = npt.NDArray[np.int32]
-
-
 class Block(NamedTuple):
-    """``scored[j]`` says whether the prediction of ``tokens[j + 1]`` counts in the loss; None where all do.
+    """``scored[j]`` says whether the prediction of ``tokens[j + 1]`` counts in the loss; None if all of them count.
 
-    ``documents`` numbers the documents that the inputs, all tokens but the last, belong to; None: attention goes back
-    to the beginning.
+    ``documents`` gives the document number of each input (all tokens but the last); None if attention may reach back
+    to the beginning of the block.
     """
 
     tokens: Tokens  # [T + 1]
@@ -89,7 +85,7 @@ class Block(NamedTuple):
 
 
 class Packer(Protocol):
-    """The blocks of a lane, one after the other. ``state()`` is where the one after it begins."""
+    """The blocks of a lane, one after the other. ``state()`` is the position at which the next block begins."""
 
     rows: LaneRows[Any]
 
@@ -97,7 +93,7 @@ class Packer(Protocol):
         """Raises SourceError when a shard has too many bad rows or cannot be read."""
 
     def state(self) -> dict[str, Any]:
-        """A few numbers, JSON-able."""
+        """A few numbers that JSON can hold."""
 
     def close(self) -> None: ...
 
@@ -106,16 +102,16 @@ class _Documents(NamedTuple):
     """The rows of one call of ``encode``, each with its EOS."""
 
     before: Cursor
-    tokens: Tokens  # of all of them
-    scored: Mask | None  # of the same length; None where all are
-    ends: list[int]  # in tokens, of each
-    after: list[Cursor]  # behind each
+    tokens: Tokens  # of all rows
+    scored: Mask | None  # of the same length; None if all tokens are scored
+    ends: list[int]  # of each row, in tokens
+    after: list[Cursor]  # the position after each row
 
 
 class Lane(Generic[Row]):
-    """``next_block()`` gives the next block; ``state()`` is where the one after it begins.
+    """The ``Packer`` of a stream.
 
-    ``restored`` is such a state, of this lane. Raises SourceError where the source does not fit it.
+    ``restored`` is an earlier ``state()`` of this lane. Raises SourceError if the source does not match it.
     """
 
     def __init__(
@@ -133,7 +129,7 @@ class Lane(Generic[Row]):
         self.document_mask = document_mask
         self.sequence_length = sequence_length
         cursor = Cursor()
-        self._at = 0  # tokens of the documents at hand that are packed already
+        self._at = 0  # tokens of self._documents that are already in a block
         if restored:
             cursor, self._at = rows.plan.read(restored)
         self._source = EncodedRows(rows, encode, cursor)
@@ -141,7 +137,6 @@ class Lane(Generic[Row]):
         self._last = self._last_token()
 
     def next_block(self) -> Block:
-        """Raises SourceError when a shard has too many bad rows or cannot be read."""
         length = self.sequence_length + 1
         tokens = np.empty(length, np.int32)
         tokens[0] = self._last
@@ -169,7 +164,6 @@ class Lane(Generic[Row]):
         return Block(tokens, scored, documents)
 
     def state(self) -> dict[str, Any]:
-        """A few numbers, JSON-able: all that ``restored`` needs."""
         documents = self._documents
         done = bisect_right(documents.ends, self._at)
         if not done:
@@ -180,7 +174,7 @@ class Lane(Generic[Row]):
         self._source.close()
 
     def _last_token(self) -> int:
-        """The token before the position: EOS, or one inside the document at the cursor."""
+        """The token before the position: EOS, or a token inside the document at the cursor."""
         if not self._at:
             return self.eos
         self._encode_more()
@@ -198,7 +192,7 @@ class Lane(Generic[Row]):
 
 
 def joined(rows: Sequence[Encoded], eos: int) -> tuple[Tokens, Mask | None, list[int]]:
-    """Rows, each with an EOS behind it: their tokens, which are scored (None: all), and where each ends."""
+    """Joins rows, each followed by an EOS: their tokens, which of these are scored (None: all), and where rows end."""
     ends = list(itertools.accumulate(len(row.ids) + 1 for row in rows))
     tokens = np.empty(ends[-1], np.int32)
     begin = 0
@@ -206,17 +200,12 @@ def joined(rows: Sequence[Encoded], eos: int) -> tuple[Tokens, Mask | None, list
         tokens[begin : end - 1] = row.ids
         tokens[end - 1] = eos
         begin = end
-    return tokens, _masks(rows), ends
-
-
-def _masks(rows: Sequence[Encoded]) -> Mask | None:
     if all(row.scored is None for row in rows):
-        return None
-    return np.concatenate(
-        [np.ones(len(row.ids) + 1, np.bool_) if row.scored is None else with_end(row.scored) for row in rows]
-    )
+        return tokens, None, ends
+    masks = [np.ones(len(row.ids) + 1, np.bool_) if row.scored is None else with_end(row.scored) for row in rows]
+    return tokens, np.concatenate(masks), ends
 
 
 def with_end(scored: Scored) -> Mask:
-    """The mask of a row with its EOS, which is scored where the token before it is: so an answer learns to end."""
+    """The mask of a row and its EOS, which is scored if the token before it is, so the model learns to end answers."""
     return np.array([*scored, bool(len(scored)) and scored[-1]], np.bool_)

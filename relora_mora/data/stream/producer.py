@@ -1,4 +1,4 @@
-"""The blocks of some lanes for each global batch, made in one process: the trainer's, or a worker's."""
+"""Produces the blocks of some lanes for each global batch, in the trainer's process or in a worker."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one process reads: some lanes, ``blocks_per_lane`` blocks of each per global batch."""
+    """The work of one process: some lanes, with ``blocks_per_lane`` blocks of each per global batch."""
 
     config: DataConfig
     shards: Sequence[Shard]
@@ -36,29 +36,29 @@ class Assignment:
     lanes: Sequence[int]
     lanes_of_all: int
     blocks_per_lane: int
-    batch: int  # global batches before the first
+    batch: int  # index of the first global batch
     states: Mapping[str, Mapping[str, Any]]  # of these lanes; empty at the start of a run
-    epoch_blocks: Sequence[int] | None = None  # where lanes of whole rows wait for each other (``counting.Epochs``)
+    epoch_blocks: Sequence[int] | None = None  # see counting.Epochs; None: lanes do not wait for each other
 
 
 @dataclass
 class LaneBlocks:
-    """What one process made for one global batch."""
+    """The blocks of one process for one global batch."""
 
     tokens: Tokens  # [lanes * blocks_per_lane, T + 1], ordered by lane
-    scored: Mask | None  # [lanes * blocks_per_lane, T]; None where all tokens are
-    documents: DocumentIds | None  # [lanes * blocks_per_lane, T]; None where no block tells them
+    scored: Mask | None  # [lanes * blocks_per_lane, T]; None if all tokens are scored
+    documents: DocumentIds | None  # [lanes * blocks_per_lane, T]; None if no block has document numbers
     states: LaneStates
-    retries: int  # so far, of all that this process reads
+    retries: int  # of all reads of this process so far
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass
 class SourceLane:
-    """A lane in one source: what comes next in it, and how many blocks it has given."""
+    """A lane within one source."""
 
     lane: Packer
-    blocks: int
+    blocks: int  # that it has produced so far
 
 
 class Producer:
@@ -76,7 +76,7 @@ class Producer:
             for name, record in zip(self.mixture.names, records, strict=True)
             if record is not None and record.max_epochs is not None
         }
-        self._told: set[str] = set()  # sources that are known to be read again
+        self._noted: set[str] = set()  # sources for which a note said that they are read again
         self.lanes: dict[tuple[int, str], SourceLane] = {}
         for name in self.mixture.names:
             self._open_source(name)
@@ -94,11 +94,11 @@ class Producer:
             self.lanes[lane, name] = SourceLane(packer, restored.get("blocks", 0) if restored else 0)
 
     def _encoder(self, shards: Sequence[Shard], packing: Packing) -> tuple[Encode[Any], int]:
-        """What makes tokens of the rows of these shards, and EOS. Rows that are tokens need no tokenizer."""
-        made = shards[0].tokens
+        """The encoder of the rows of these shards, and EOS. Pre-tokenized shards need no tokenizer."""
+        first = shards[0].tokens
         length = self.assignment.config.sequence_length
-        if made is not None and all(shard.tokens for shard in shards):
-            eos = made.making.eos
+        if first is not None and all(shard.tokens for shard in shards):
+            eos = first.making.eos
             whole = whole_texts(only_tokens, eos, shards[0].records, length)
             return only_tokens if packing == "stream" else whole, eos
         encode = encoder_of(self.tokenizer, (shard.records for shard in shards), packing, length)
@@ -111,23 +111,22 @@ class Producer:
         return load_tokenizer(self.assignment.tokenizer_path)
 
     def produce(self) -> LaneBlocks:
-        """The next global batch's blocks of these lanes. Raises SourceError."""
+        """The blocks of these lanes for the next global batch. Raises SourceError."""
         lanes = self.assignment.lanes
         blocks = []
         for lane, sources in zip(lanes, self.mixture.sources(self.batch, lanes), strict=True):
             for source in sources:
-                drawn = self.lanes[lane, source]
-                blocks.append(drawn.lane.next_block())
-                drawn.blocks += 1
+                source_lane = self.lanes[lane, source]
+                blocks.append(source_lane.lane.next_block())
+                source_lane.blocks += 1
         self.batch += 1
-        rows = [drawn.lane.rows for drawn in self.lanes.values()]
-        notes = [note for one in rows for note in one.notes]
-        for one in rows:
-            one.notes.clear()
-        states = {
-            state_key(lane, source): lane_state(drawn.lane.state(), source, drawn.blocks)
-            for (lane, source), drawn in self.lanes.items()
-        }
+        notes = []
+        states: LaneStates = {}
+        for (lane, source), source_lane in self.lanes.items():
+            lane_notes = source_lane.lane.rows.notes
+            notes += lane_notes
+            lane_notes.clear()
+            states[state_key(lane, source)] = lane_state(source_lane.lane.state(), source, source_lane.blocks)
         length = self.assignment.config.sequence_length
         return LaneBlocks(
             tokens=np.stack([block.tokens for block in blocks]),
@@ -135,15 +134,15 @@ class Producer:
             documents=_stacked([block.documents for block in blocks], np.zeros(length, np.int32)),
             states=states,
             retries=RETRIES.retries,
-            notes=[*notes, *self._read_again(states)],
+            notes=[*notes, *self._repetition_notes(states)],
         )
 
-    def _read_again(self, states: LaneStates) -> Iterator[str]:
-        """Said once of a source: when its turn comes, since rows are read long before."""
+    def _repetition_notes(self, states: LaneStates) -> Iterator[str]:
+        """A note, once per source, when its blocks begin to repeat; its rows are read long before that."""
         for name, limit in self.limits.items():
-            keys = [state_key(lane, name) for lane in self.assignment.lanes]
-            if not limit.stops and name not in self._told and any(states[key]["epoch"] >= limit.epochs for key in keys):
-                self._told.add(name)
+            epochs = [states[state_key(lane, name)]["epoch"] for lane in self.assignment.lanes]
+            if not limit.stops and name not in self._noted and max(epochs) >= limit.epochs:
+                self._noted.add(name)
                 yield f"{limit.reached}; it is read again"
 
     def ready(self, timeout_seconds: float) -> bool:
@@ -153,8 +152,8 @@ class Producer:
         return None
 
     def close(self) -> None:
-        for drawn in self.lanes.values():
-            drawn.lane.close()
+        for source_lane in self.lanes.values():
+            source_lane.lane.close()
 
 
 def _packer(
@@ -169,20 +168,19 @@ def _packer(
     if packing == "stream":
         mask = rows.config.document_mask
         return Lane(rows, encode, eos=eos, sequence_length=length, document_mask=mask, restored=restored)
-    fills = packing == "whole"
     return PackedLane(
         rows,
         encode,
         eos=eos,
         sequence_length=length,
-        fills=fills,
+        fills=packing == "whole",
         epoch_blocks=epoch_blocks,
         restored=restored,
     )
 
 
-def _stacked(parts: Sequence[NDArray[Any] | None], others: NDArray[Any]) -> NDArray[Any] | None:
-    """[blocks, T] of the parts [T] of each block, ``others`` where it has none; None where no block has one."""
+def _stacked(parts: Sequence[NDArray[Any] | None], default: NDArray[Any]) -> NDArray[Any] | None:
+    """Stacks a part [T] of each block to [blocks, T], with ``default`` for None; None if no block has a part."""
     if all(part is None for part in parts):
         return None
-    return np.stack([others if part is None else part for part in parts])
+    return np.stack([default if part is None else part for part in parts])

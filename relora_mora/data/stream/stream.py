@@ -1,4 +1,4 @@
-"""The training stream: this rank's share of every global batch, equal for any number of ranks and workers."""
+"""The training stream: this rank's share of every global batch, the same for any number of ranks and workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.mixture import mixture_names, shards_of_source
-from relora_mora.data.stream.packing import UNSCORED, Batch, DocumentIds
+from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.data.stream.producer import Assignment, LaneBlocks, Producer
 from relora_mora.data.stream.worker_process import WorkerProcess
 
@@ -32,11 +32,12 @@ def describe_position(
     config: DataConfig,
     since: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[str]:
-    """A sentence for each lane of a ``Batch.state``: epoch, shard, and how many of which lines (from 1) are behind it.
+    """A sentence for each lane of a ``Batch.state``: epoch, shard, and how many of which lines (from 1) it has read.
 
-    Documents are shuffled, so the lines are those of a whole block; the last block of a shard may have fewer than are
-    named. ``since`` is an earlier state, that before a batch for instance: the sentence then names the data in between.
-    A lane that it lacks was at its start. Raises SourceError for a position that its lane cannot have.
+    Documents are shuffled in blocks, so a sentence names the lines of a whole block; the last block of a shard may be
+    shorter than that. With an earlier state ``since``, for instance from before a batch, the sentences name the data
+    between the two; a lane that is missing in ``since`` was at its start. Raises SourceError for a position that is
+    impossible in its lane.
     """
     sentences = []
     for key in sorted(state, key=read_key):
@@ -45,51 +46,47 @@ def describe_position(
         packing = packing_of(config, own)
         plan = lane_plans(config, lanes, len(own), packing)[lane]
         counted = "tokens of the next document" if packing == "stream" else "sequences of what follows"
-        here = _place(plan, *plan.read(state[key]), own, config, counted)
+        after = _position(plan, *plan.read(state[key]), own, config, counted)
         name = f"lane {lane}, {source}" if source else f"lane {lane}"
         if since is None:
-            sentences.append(f"{name}: {here}")
-        elif since.get(key) != state[key]:  # of a mixture, a batch takes from some sources only
+            sentences.append(f"{name}: {after}")
+        elif since.get(key) != state[key]:  # a batch of a mixture may take nothing from some sources
             before = plan.read(since[key]) if key in since else (Cursor(), 0)
-            sentences.append(f"{name}: from {_place(plan, *before, own, config, counted)} to {here}")
+            sentences.append(f"{name}: from {_position(plan, *before, own, config, counted)} to {after}")
     return sentences
 
 
-def _place(
+def _position(
     plan: LanePlan, cursor: Cursor, offset: int, shards: Sequence[Shard], config: DataConfig, counted: str
 ) -> str:
-    place = _rows_behind(plan, cursor, shards, config)
-    return f"{place} and {offset} {counted}" if offset else place
-
-
-def _rows_behind(plan: LanePlan, cursor: Cursor, shards: Sequence[Shard], config: DataConfig) -> str:
     part = plan.order(config.seed, cursor.epoch)[cursor.place]
     shard = shards[part.shard]
-    if shard.format.in_groups:  # whose rows these are in the file stands in it
+    if shard.format.in_groups:  # numbered within the lane's share, since only the file knows its groups
         first = cursor.block * config.shuffle_documents + 1
         share = f" of share {part.phase + 1} of {part.stride}" if part.stride > 1 else ""
-        rows = f"behind {cursor.item} of rows {first} to {first + config.shuffle_documents - 1}{share} (shuffled)"
-        return f"epoch {cursor.epoch}, {shard.label}, {rows}"
-    unit = shard.format.unit or config.sample_by
-    first = cursor.block * config.shuffle_documents * part.stride + part.phase + 1
-    last = first + (config.shuffle_documents - 1) * part.stride
-    if last == first:
-        lines = f"{'behind' if cursor.item else 'before'} {unit} {first}"
+        rows = f"after {cursor.item} of rows {first} to {first + config.shuffle_documents - 1}{share} (shuffled)"
     else:
-        steps = f" in steps of {part.stride}" if part.stride > 1 else ""
-        lines = f"behind {cursor.item} of {unit}s {first} to {last}{steps} (shuffled)"
-    return f"epoch {cursor.epoch}, {shard.label}, {lines}"
+        unit = shard.format.unit or config.sample_by
+        first = cursor.block * config.shuffle_documents * part.stride + part.phase + 1
+        last = first + (config.shuffle_documents - 1) * part.stride
+        if last == first:
+            rows = f"{'after' if cursor.item else 'before'} {unit} {first}"
+        else:
+            steps = f" in steps of {part.stride}" if part.stride > 1 else ""
+            rows = f"after {cursor.item} of {unit}s {first} to {last}{steps} (shuffled)"
+    rest = f" and {offset} {counted}" if offset else ""
+    return f"epoch {cursor.epoch}, {shard.label}, {rows}{rest}"
 
 
 class TrainStream:
     """An endless iterator over this rank's batches; ``close()`` (or a with statement) ends its workers at once.
 
-    ``lanes`` is the number of lanes of all ranks; rank r reads the lanes r, r + world_size, .... ``state`` is None or
-    the merged states of all ranks (``merge_states``), from any number of ranks and workers, and ``step`` the global
-    batches before the next one, on which a mixture depends; ``shards`` saves resolving the sources again. With
-    ``epoch_blocks`` (``count_epochs``) lanes of whole rows begin each epoch together; a state brings its own. Build it
-    in a thread that lives as long as the stream: its workers end with that thread. Raises SourceError for sources that
-    cannot be read, ValueError for numbers that do not divide.
+    ``lanes`` is the number of lanes over all ranks; rank r reads the lanes r, r + world_size, .... ``state`` is None or
+    the merged states of all ranks (``merge_states``), saved by any number of ranks and workers. ``step`` is the number
+    of global batches before the next one, on which a mixture depends. ``shards`` saves resolving the sources again.
+    With ``epoch_blocks`` (``count_epochs``) lanes of whole rows begin each epoch together; a state brings its own.
+    Build the stream in a thread that lives as long as the stream, because its workers end with that thread. Raises
+    SourceError for sources that cannot be read, ValueError for numbers that do not divide.
     """
 
     def __init__(
@@ -138,7 +135,7 @@ class TrainStream:
                 lanes_of_all=self._lanes_of_all,
                 blocks_per_lane=self._blocks_per_lane,
                 batch=step,
-                states=_of_lanes(states, share),
+                states=_states_of(share, states),
                 epoch_blocks=self._epoch_blocks,
             )
             for share in shares
@@ -167,14 +164,15 @@ class TrainStream:
 
     def __next__(self) -> Batch:
         for producer in self._producers:
-            while producer.is_dead:  # told at once, though another one may wait for the network; ends with its error
+            # raises its error immediately, although another producer may be waiting for the network
+            while producer.is_dead:
                 producer.produce()
         return self._batch([producer.produce() for producer in self._producers])
 
     def ready(self, timeout_seconds: float) -> bool:
-        """Wait at most so long for the next batch; whether ``next()`` would give it (or its error) at once.
+        """Waits for the next batch; whether ``next()`` would return it, or raise its error, immediately.
 
-        Without workers always true.
+        Always true without workers.
         """
         end = time.monotonic() + timeout_seconds
         if any(producer.is_dead for producer in self._producers):
@@ -182,25 +180,25 @@ class TrainStream:
         return all(producer.ready(max(0.0, end - time.monotonic())) for producer in self._producers)
 
     def hung(self, seconds: float) -> WorkerError | None:
-        """The error to raise where a worker owes blocks and has used no processor time for so long."""
+        """The error to raise if a worker owes blocks but has used no processor time for so many seconds."""
         for producer in self._producers:
             if error := producer.hung(seconds):
                 return error
         return None
 
     def go_back(self, step: int, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """The next batch is the one after ``step`` others, behind ``state``; what was read ahead is dropped."""
+        """Goes back to ``state``, after ``step`` global batches; batches that were read ahead are dropped."""
         self.close()
         self._start(state, step)
 
     def own_part(self, state: Mapping[str, Mapping[str, Any]]) -> LaneStates:
-        """Of the merged states of all ranks, those of this rank's lanes."""
-        return _of_lanes(state, self._lanes)
+        """The states of this rank's lanes among the merged states of all ranks."""
+        return _states_of(self._lanes, state)
 
     def describe(
         self, state: Mapping[str, Mapping[str, Any]], since: Mapping[str, Mapping[str, Any]] | None = None
     ) -> list[str]:
-        """Where the lanes of a ``Batch.state`` are, in words; with an earlier state, ``since``, the data in between."""
+        """Calls :func:`describe_position` with the lanes, shards and settings of this stream."""
         return describe_position(state, lanes=self._lanes_of_all, shards=self._shards, config=self.config, since=since)
 
     def __enter__(self) -> TrainStream:
@@ -222,10 +220,16 @@ class TrainStream:
         inputs = tokens[:, :-1]
         labels = tokens[:, 1:].copy()
         if any(share.scored is not None for share in shares):
-            labels[~self._by_lane([_mask(share) for share in shares])] = UNSCORED
+            masks = [
+                np.ones_like(each.tokens[:, 1:], np.bool_) if each.scored is None else each.scored for each in shares
+            ]
+            labels[~self._by_lane(masks)] = UNSCORED
         documents = None
         if any(share.documents is not None for share in shares):
-            documents = torch.from_numpy(self._by_lane([_documents(share) for share in shares]))
+            numbers = [
+                np.zeros_like(each.tokens[:, 1:]) if each.documents is None else each.documents for each in shares
+            ]
+            documents = torch.from_numpy(self._by_lane(numbers))
         states = merge_states([share.states for share in shares])
         retries = RETRIES.retries - self._retries_before
         if self._has_workers:
@@ -240,25 +244,13 @@ class TrainStream:
         )
 
     def _by_lane(self, shares: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        """The blocks of all processes, each of which has every ``len(shares)``-th lane, by lane: [n, ...]."""
+        """The blocks of all processes ordered by lane, [n, ...]; each process has every ``len(shares)``-th lane."""
         blocks = np.empty((len(self._lanes), self._blocks_per_lane, *shares[0].shape[1:]), shares[0].dtype)
         for number, share in enumerate(shares):
             blocks[number :: len(shares)] = share.reshape(-1, *blocks.shape[1:])
         return blocks.reshape(-1, *blocks.shape[2:])
 
 
-def _of_lanes(states: Mapping[str, Mapping[str, Any]], lanes: Sequence[int]) -> LaneStates:
+def _states_of(lanes: Sequence[int], states: Mapping[str, Mapping[str, Any]]) -> LaneStates:
     wanted = set(lanes)
     return {key: dict(state) for key, state in states.items() if read_key(key)[0] in wanted}
-
-
-def _mask(share: LaneBlocks) -> npt.NDArray[np.bool_]:
-    if share.scored is not None:
-        return share.scored
-    return np.ones_like(share.tokens[:, 1:], np.bool_)
-
-
-def _documents(share: LaneBlocks) -> DocumentIds:
-    if share.documents is not None:
-        return share.documents
-    return np.zeros_like(share.tokens[:, 1:])

@@ -1,12 +1,13 @@
-"""Packing of whole rows: several in a block, as many as fit, or one in each; the rest of a block is filled up.
+"""Packing of whole rows: as many as fit into a block, or one in each. The rest of a block is padded.
 
-The rows of a lane are taken in groups, and those of a group are put into blocks together: a row that is left over for
-want of room goes into another block of its group. A group ends where its tokens fill ``GROUP_BLOCKS`` blocks or more,
-and at the end of an epoch, so an epoch is whole blocks. A position is where a group begins, and how many of its blocks
-and rows were given.
+The rows of a lane are taken in groups, and each group is packed into blocks by itself: a row that does not fit into one
+block goes into another block of its group. A group ends when its tokens fill at least ``GROUP_BLOCKS`` blocks, and at
+the end of an epoch, so an epoch consists of whole blocks. A position is the beginning of a group, and how many of its
+blocks and rows were produced.
 
-Lanes have unequal numbers of blocks. Where the largest of each epoch is known (``counting.py``), a lane that has given
-all of an epoch gives blocks without rows until the others have done so too: nobody begins an epoch before its time.
+Lanes have unequal numbers of blocks. If the largest number of each epoch is known (``counting.py``), a lane that has
+finished an epoch produces blocks without rows until the others have finished it too, so all lanes begin an epoch
+together.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from relora_mora.data.rows import Encode, Encoded, Row
 from relora_mora.data.stream.encoded_rows import EncodedRows
 from relora_mora.data.stream.packing import Block
 
-GROUP_BLOCKS = 16  # more waste less room and make a resume repeat more
+GROUP_BLOCKS = 16  # a larger group wastes less room but makes a resume repeat more
 
 
 def of_epoch(numbers: Sequence[int], epoch: int) -> int:
-    """That of an epoch, from 0, in the numbers of the first ones; those beyond are like the last."""
+    """The number of an epoch (from 0). ``numbers`` are those of the first epochs; later epochs are like the last."""
     return numbers[min(epoch, len(numbers) - 1)]
 
 
 class PackedLane(Generic[Row]):
-    """A ``packing.Packer`` of rows that fit into a block; ``fills``: several in each, else one.
+    """A ``packing.Packer`` of whole rows: as many per block as fit if ``fills``, otherwise one.
 
-    ``epoch_blocks`` are those that each epoch takes of every lane; None: each lane begins the next one at once.
-    ``restored`` is a state of this lane, which keeps its numbers once the lane has begun, and takes those of further
-    epochs. Raises SourceError where the source does not fit it.
+    ``epoch_blocks`` is the number of blocks that each epoch takes from every lane; None if each lane begins its next
+    epoch immediately. ``restored`` is an earlier state of this lane. A lane that has begun keeps the numbers in its
+    state, unless ``epoch_blocks`` extends them. Raises SourceError if the source does not match ``restored``.
     """
 
     def __init__(
@@ -56,12 +57,12 @@ class PackedLane(Generic[Row]):
         self.sequence_length = sequence_length
         self.fills = fills
         self._epoch_blocks = epoch_blocks
-        self._turn = 0  # blocks given in this epoch
+        self._turn = 0  # blocks produced in this epoch
         cursor = Cursor()
         given = 0
         if restored:
             cursor, given = rows.plan.read(restored)
-            if given or cursor != Cursor() or "turn" in restored:  # it has begun
+            if given or cursor != Cursor() or "turn" in restored:  # the lane has begun
                 saved = restored.get("epoch_blocks")
                 if saved is None or epoch_blocks is None or list(epoch_blocks[: len(saved)]) != saved:
                     self._epoch_blocks = saved
@@ -69,16 +70,16 @@ class PackedLane(Generic[Row]):
             cursor = cursor._replace(documents=cursor.documents - restored.get("documents_given", 0))
         self.encoded = EncodedRows(rows, encode, cursor)
         self._waiting: deque[tuple[Encoded, Cursor]] = deque()
-        self._before = cursor  # of the group
+        self._before = cursor  # positions before and after the group
         self._after = cursor
         self._epoch = cursor.epoch
-        self._blocks: list[list[Encoded]] = []  # of the group, the rows of each
-        self._given = 0
+        self._blocks: list[list[Encoded]] = []  # the rows of each block of the group
+        self._given = 0  # blocks of the group that were produced
         if given:
             self._next_group()
             if given >= len(self._blocks):
                 raise SourceError(
-                    f"lane {rows.plan.lane}: there are fewer records at the saved position than there were; "
+                    f"lane {rows.plan.lane}: there are fewer records at the saved position than when it was saved; "
                     "the source or the tokenizer changed"
                 )
             self._given = given
@@ -105,7 +106,7 @@ class PackedLane(Generic[Row]):
         self.encoded.close()
 
     def _waits(self) -> bool:
-        """Whether all rows of this epoch were given, and other lanes may have some. At a group's end."""
+        """At the end of a group: whether this lane has finished its epoch, and other lanes may not have."""
         if self._epoch_blocks is None or self._goes_on(self._epoch):
             return False
         blocks = of_epoch(self._epoch_blocks, self._epoch)
@@ -138,9 +139,9 @@ class PackedLane(Generic[Row]):
         return self._waiting.popleft()
 
     def _goes_on(self, epoch: int) -> bool:
-        """Whether there is another row in this epoch; none where it was the last, which the next group raises again.
+        """Whether this epoch has another row. At the end of the last epoch it has none; the next group raises that.
 
-        Any other error ends no group: blocks of a shorter one would not be those that a resume makes.
+        Any other error is raised here, before the group ends: a shorter group would give other blocks than a resume.
         """
         try:
             self._look_ahead()
@@ -155,12 +156,12 @@ class PackedLane(Generic[Row]):
 
 
 class CountedLane(PackedLane[Row]):
-    """Tells how many blocks there are. ``tokens`` are those of the first epoch's rows."""
+    """Counts the blocks of a lane. ``tokens`` is the number of tokens in the rows of the first epoch."""
 
     tokens = 0
 
     def epoch_blocks(self, epochs: int) -> list[int]:
-        """How many blocks each of the first epochs has: for a lane at its start, whose blocks are then given."""
+        """The number of blocks in each of the first epochs. Call it at the start of the lane; it reads these epochs."""
         blocks = [0] * epochs
         self._next_group()
         while self._epoch < epochs:
@@ -172,7 +173,7 @@ class CountedLane(PackedLane[Row]):
 
 
 def groups_of(rows: Sequence[Encoded], sequence_length: int) -> Iterator[list[Encoded]]:
-    """Groups of rows as a lane takes them."""
+    """Splits rows into groups as a lane does."""
     group: list[Encoded] = []
     tokens = 0
     for row in rows:
@@ -187,7 +188,7 @@ def groups_of(rows: Sequence[Encoded], sequence_length: int) -> Iterator[list[En
 
 
 def packed(rows: Sequence[Encoded], sequence_length: int, *, fills: bool) -> list[list[Encoded]]:
-    """The rows of each block; none is longer than ``sequence_length`` and the token behind it."""
+    """The rows of each block; a block has at most ``sequence_length + 1`` tokens."""
     if not fills:
         return [[row] for row in rows]
     blocks = first_fit([len(row.ids) for row in rows], sequence_length + 1)
@@ -195,7 +196,7 @@ def packed(rows: Sequence[Encoded], sequence_length: int, *, fills: bool) -> lis
 
 
 def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
-    """Which rows each block holds: the largest first, each put into the first block that has room for it."""
+    """The numbers of the rows in each block: from the largest row down, each goes into the first block with room."""
     blocks: list[list[int]] = []
     left: list[int] = []
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
@@ -210,10 +211,10 @@ def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
 
 
 def block_of(rows: Sequence[Encoded], *, eos: int, sequence_length: int, fills: bool = True) -> Block:
-    """Rows side by side, then EOS that are not scored and are a document of their own.
+    """Puts rows next to each other and pads with EOS, which are unscored and a document of their own.
 
-    Neither is the first token of a row, which nothing stands before. Where each block has one row (``fills`` is false),
-    documents need not be told apart.
+    The first token of a row is not scored either, since there is no token before it. If each block has one row
+    (``fills`` is false), documents are not numbered.
     """
     tokens = np.full(sequence_length + 1, eos, np.int32)
     scored = np.zeros(sequence_length + 1, np.bool_)

@@ -1,7 +1,7 @@
-"""The program of a worker process: the lanes of an assignment, tokenized ahead of the trainer.
+"""The program of a worker process, which prepares the batches of an assignment ahead of the trainer.
 
-It ignores the signals that ask a job to stop: the trainer still needs batches to finish its step. It is killed by the
-trainer's end (``worker_process.py``) and dies with its parent.
+It ignores the signals that ask a job to stop, because the trainer still needs batches to finish its step. The trainer
+kills it (``worker_process.py``), and it also dies with its parent.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from relora_mora.data.stream.worker_process import IGNORED_SIGNALS
 from relora_mora.system.files import LOST_DISK
 from relora_mora.system.process import end_with_parent
 
-Answers = queue.Queue[LaneBlocks | Exception]  # an exception is the last of them
+Answers = queue.Queue[LaneBlocks | Exception]  # an exception is the last answer
 
 
 def main(descriptor: int, parent: int) -> None:
-    """``descriptor`` is this end of the pipe, ``parent`` the process to die with."""
+    """``descriptor`` is this end of the pipe, ``parent`` the process id of the trainer."""
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
     end_with_parent(parent, signal.SIGKILL)
-    # tokenizing needs no torch, but transformers imports it where it can: 190 MB and more than a second in every worker
+    # tokenizing needs no torch, but transformers would import it: 190 MB and more than a second in every worker
     sys.modules["torch"] = None  # type: ignore[assignment]
     connection = Connection(descriptor)
     assignment: Assignment = connection.recv()
-    # the queue holds the batches prepared ahead; the pipe holds at most a part of one
+    # the queue holds the batches prepared ahead; the pipe holds at most a part of a batch
     answers: Answers = queue.Queue(maxsize=assignment.config.prefetch_batches)
     threading.Thread(target=_send_all, args=(connection, answers), daemon=True).start()
     try:
@@ -41,12 +41,12 @@ def main(descriptor: int, parent: int) -> None:
         while True:
             answers.put(producer.produce())
     except Exception as error:
-        answers.put(_told(error))
-    threading.Event().wait()  # the last answer must get through; the parent ends this process
+        answers.put(_error_for_trainer(error))
+    threading.Event().wait()  # until the parent kills this process, so that the last answer gets through
 
 
-def _told(error: Exception) -> Exception:
-    """What the trainer is to raise, so that it tells the user what it would without workers."""
+def _error_for_trainer(error: Exception) -> Exception:
+    """The error that the trainer raises, with the same message as without workers."""
     # SourceError and TokenizerError are ValueErrors
     if isinstance(error, ValueError) and type(error).__module__.startswith("relora_mora."):
         return SourceError(str(error))

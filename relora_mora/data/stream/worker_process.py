@@ -1,7 +1,7 @@
 """The trainer's end of a worker process.
 
-The process is a fresh interpreter, not a fork (the trainer has threads and may hold an accelerator) and not
-multiprocessing's spawn (which would import the trainer's script, and with it torch and deepspeed, once more in each).
+The process is a fresh interpreter. It is not a fork, because the trainer has threads and may hold an accelerator, and
+not multiprocessing's spawn, which would import the trainer's script again, and with it torch and deepspeed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from relora_mora.data.stream.producer import Assignment, LaneBlocks
 
 PROGRAM = "relora_mora.data.stream.worker"
 IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-KILL_SECONDS = 5.0  # for a killed process to be gone
-# one thread each: the workers are the parallelism. transformers need not say that it misses torch
+KILL_SECONDS = 5.0  # time for a killed process to disappear
+# one thread each, since there are several workers; no warning from transformers that torch is missing
 _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
@@ -34,16 +34,16 @@ _PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 
 
 class WorkerProcess:
-    """``produce()`` gives and raises what ``Producer.produce()`` would, in the same order.
+    """``produce()`` returns and raises the same as ``Producer.produce()``, in the same order.
 
-    A worker that was killed, or failed for another reason than the user's input, is a WorkerError.
+    It raises a WorkerError if the worker was killed, or failed for a reason other than the user's input.
     """
 
     def __init__(self, assignment: Assignment) -> None:
         self._connection, theirs = Pipe()
         environment = os.environ | _ENVIRONMENT
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
-        # the child inherits the blocked signals, so that none can end it before it ignores them
+        # the child inherits the blocked signals, so none of them can end it before it ignores them
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
         try:
             self._process = subprocess.Popen(
@@ -57,7 +57,7 @@ class WorkerProcess:
             theirs.close()
         self._assignment: Assignment | None = assignment
         self._failure: Exception | None = None
-        self._cpu_seconds = -1.0  # of the process when it was last seen to work
+        self._cpu_seconds = -1.0  # of the process when it last made progress
         self._worked_at = 0.0
 
     @property
@@ -69,7 +69,7 @@ class WorkerProcess:
         return self._process.poll() is not None
 
     def start(self) -> None:
-        """Hand over the assignment. Apart from the constructor, so that several workers can come up at once."""
+        """Hands over the assignment. The constructor does not, so that several workers can start at the same time."""
         try:
             self._connection.send(self._assignment)
         except OSError as error:
@@ -92,9 +92,9 @@ class WorkerProcess:
         return self._failure is not None or self._connection.poll(timeout_seconds)
 
     def hung(self, seconds: float) -> WorkerError | None:
-        """What to raise where the process has used no processor time for so long, with nothing of it to be read.
+        """The error to raise if the process has used no processor time for so many seconds and has no answer ready.
 
-        Its time is looked at now: ask again and again.
+        Call this repeatedly: the time is only measured during a call.
         """
         try:
             used = sum(psutil.Process(self.pid).cpu_times()[:2])
@@ -108,13 +108,13 @@ class WorkerProcess:
         if idle <= seconds:
             return None
         return WorkerError(
-            f"data worker {self.pid} hangs: it has done nothing for {idle:.0f} s (data.timeout_seconds and a minute); "
-            "was it stopped, or does a network file system not answer?"
+            f"data worker {self.pid} hangs: it has done nothing for {idle:.0f} s (data.timeout_seconds plus a minute); "
+            "check whether it was stopped, or a network file system does not answer"
         )
 
     def close(self) -> None:
         self._process.kill()
-        # it cannot die inside a read of a disk that does not answer
+        # it cannot die while it reads from a disk that does not answer
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(KILL_SECONDS)
         self._connection.close()

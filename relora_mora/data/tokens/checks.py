@@ -1,4 +1,4 @@
-"""What a run asks of tokens made in advance before it starts: whether they are its own, and how many there are."""
+"""Checks before a run starts that pre-tokenized text fits its tokenizer and limits, and counts its tokens."""
 
 from __future__ import annotations
 
@@ -13,49 +13,45 @@ from relora_mora.data.shard import Shard
 def check_tokens(
     shards: Sequence[Shard], *, tokenizer_path: str, eos: int | None, limits: DataConfig | None = None
 ) -> None:
-    """Raises SourceError where tokens made in advance are not those that this tokenizer would make.
+    """Raises SourceError if pre-tokenized shards do not hold the tokens that this tokenizer would make of their text.
 
-    Nor those that a run with these ``limits`` would make of their text.
+    With ``limits``, also if a run with these limits would make other tokens of it, or has too many bad rows in it.
     """
-    made = {str(Path(shard.location).parent): shard.tokens for shard in shards if shard.tokens is not None}
-    if not made:
+    folders = {str(Path(shard.location).parent): shard.tokens for shard in shards if shard.tokens is not None}
+    if not folders:
         return
     from relora_mora.tokenizer.identity import tokenizer_fingerprint
 
-    found = tokenizer_fingerprint(tokenizer_path)
-    for folder, tokens in made.items():
-        if (tokens.making.tokenizer, tokens.making.eos) != (found, eos):
+    fingerprint = tokenizer_fingerprint(tokenizer_path)
+    for folder, tokens in folders.items():
+        spec = tokens.making
+        if (spec.tokenizer, spec.eos) != (fingerprint, eos):
             raise SourceError(
                 f"{folder} holds tokens of another tokenizer than {tokenizer_path}; "
-                "give the one that made them, or make tokens with this one in another folder"
+                "give the tokenizer that made them, or make tokens with this one in another folder"
             )
-        if limits is not None and tokens.making.max_line_bytes != limits.max_line_bytes:
+        if limits is not None and spec.max_line_bytes != limits.max_line_bytes:
             raise SourceError(
-                f"{folder} holds the tokens of rows of up to {tokens.making.max_line_bytes} bytes, and "
-                f"data.max_line_bytes is {limits.max_line_bytes}; set it to {tokens.making.max_line_bytes}"
+                f"{folder} holds the tokens of rows of up to {spec.max_line_bytes} bytes, and "
+                f"data.max_line_bytes is {limits.max_line_bytes}; set it to {spec.max_line_bytes}"
             )
-        sample_by = tokens.making.sample_by
-        if limits is not None and sample_by not in (None, limits.sample_by):
+        if limits is not None and spec.sample_by not in (None, limits.sample_by):
             raise SourceError(
-                f"{folder} holds the tokens of text cut by {sample_by}, and data.sample_by is {limits.sample_by}; "
-                f"set it to {sample_by}"
+                f"{folder} holds the tokens of text cut by {spec.sample_by}, and data.sample_by is {limits.sample_by}; "
+                f"set it to {spec.sample_by}"
             )
     for shard in shards:
-        _check_bad(shard, limits)
+        if shard.tokens is None or limits is None:
+            continue
+        totals = shard.tokens.totals
+        if totals.bad > limits.max_bad_fraction * totals.rows:
+            raise SourceError(
+                f"{shard.name} in {Path(shard.location).parent}: {totals.bad} of {totals.rows} rows were bad, more "
+                f"than data.max_bad_fraction ({limits.max_bad_fraction:g}); repair or drop the shard, or raise it"
+            )
 
 
 def epoch_tokens(shards: Sequence[Shard]) -> int | None:
-    """Tokens of all lanes in one epoch, with an EOS for each document; None where some shard is text."""
+    """Tokens of all lanes in one epoch, with an EOS for each document; None if any shard is text."""
     counts = [shard.tokens.totals.tokens for shard in shards if shard.tokens is not None]
     return sum(counts) if len(counts) == len(shards) else None
-
-
-def _check_bad(shard: Shard, limits: DataConfig | None) -> None:
-    if shard.tokens is None or limits is None:
-        return
-    totals = shard.tokens.totals
-    if totals.bad > limits.max_bad_fraction * totals.rows:
-        raise SourceError(
-            f"{shard.name} in {Path(shard.location).parent}: {totals.bad} of {totals.rows} rows were bad, more than "
-            f"data.max_bad_fraction ({limits.max_bad_fraction:g}); repair or drop the shard, or raise it"
-        )

@@ -1,4 +1,4 @@
-"""Makes a folder of tokens: a file for each shard of a text, several at the same time, finished ones only once."""
+"""Pre-tokenizes a text into a folder: one file per shard, several at a time. A second call skips finished files."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ from relora_mora.data.tokens.rows import Header, MappedTokens
 from relora_mora.data.tokens.writer import UNFINISHED, totals_of, write_tokens
 from relora_mora.system.logs import log, progress_bar
 
-Tell = Callable[[int, float], object]  # the number of a shard, and the part of it that is done
-_TELL_SECONDS = 0.5
+Progress = Callable[[int, float], object]  # the number of a shard, and the fraction of it that is done
+_PROGRESS_SECONDS = 0.5  # between two reports of a process
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")  # in the name of a shard on the hub
 
 
 @dataclass(frozen=True)
 class Job:
-    """The tokens of one shard, to be made."""
+    """One shard to tokenize."""
 
     number: int
     path: Path
@@ -59,11 +59,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Task:
-    """What is the same for all jobs."""
+    """The settings that all jobs share."""
 
     config: DataConfig
     tokenizer_path: str
-    threads: int  # of the tokenizer in each process
+    threads: int  # tokenizer threads in each process
 
 
 def make_tokens(
@@ -74,22 +74,23 @@ def make_tokens(
     tokenizer_path: str,
     processes: int,
 ) -> FileStats:
-    """Makes what is missing in ``out`` of the tokens of these shards of text; returns what the folder holds.
+    """Tokenizes the shards whose files are missing in ``out``; returns the totals of the whole folder.
 
-    Shows a bar over the bytes of the text, or over its shards where their sizes are not known. Of ``config`` the limits
-    count. Raises SourceError for text that cannot be read, and for a folder that holds something else, TokenizerError
-    for the tokenizer, OSError for the disk, and where a process was killed.
+    Shows a progress bar in bytes of text, or in shards if a size is unknown. Only the limits of ``config`` matter.
+    Raises SourceError for text that cannot be read and for a folder that holds something else, TokenizerError for the
+    tokenizer, and OSError for the disk or if a process was killed.
     """
-    if made := next((shard for shard in shards if shard.tokens), None):
-        raise SourceError(f"{Path(made.location).parent} holds tokens already; give the text that they are of")
+    for shard in shards:
+        if shard.tokens:
+            raise SourceError(f"{Path(shard.location).parent} holds tokens already; give the text of these tokens")
     for shard in shards:
         check_is_text(shard)
         if not is_encodable(shard.name):
-            raise SourceError(f"{shard.location!a}: its name is not UTF-8, and tokens are kept by it; rename the file")
+            raise SourceError(f"{shard.location!a}: its name is not UTF-8, and the index stores it; rename the file")
     check_columns(shards, config)
     shards = at_versions(shards, remote_versions(shards, config.timeout_seconds))
-    index = _planned(shards, config, tokenizer_path)
-    with _folder(out, index):
+    index = _plan_index(shards, config, tokenizer_path)
+    with _locked_folder(out, index):
         jobs = [
             Job(number, file_in(out, number), shard, Header(index.making, text, None))
             for number, (shard, text) in enumerate(zip(shards, index.texts, strict=True))
@@ -98,22 +99,25 @@ def make_tokens(
         left = [job for job in jobs if job.number not in done]
         processes = max(1, min(processes, len(left)))
         task = Task(config, tokenizer_path, max(1, len(os.sched_getaffinity(0)) // processes))
-        with _bar(shards, done) as tell:
-            done |= _here(task, left, tell) if processes == 1 else _in_processes(task, left, processes, tell)
+        with _progress_bar(shards, done) as report, _threads(task.threads):
+            if processes > 1:
+                done |= _in_processes(task, left, processes, report)
+            elif left:
+                tokenize = _tokenize_function(task)
+                done |= {job.number: tokenize(job, functools.partial(report, job.number)) for job in left}
         files = [done[job.number] for job in jobs]
         write_index(out, index.model_copy(update={"files": files}))
     return total_of(files)
 
 
-def _planned(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> Index:
+def _plan_index(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> Index:
     from relora_mora.tokenizer.identity import tokenizer_fingerprint
     from relora_mora.tokenizer.load import load_tokenizer
 
     eos = int(load_tokenizer(tokenizer_path).eos_token_id)  # type: ignore[arg-type]
-    digests = content_digests(shards)
     texts = [
         SourceText(name=s.name, size=s.size, text_column=s.text_column, origin=s.origin, content=digest)
-        for s, digest in zip(shards, digests, strict=True)
+        for s, digest in zip(shards, content_digests(shards), strict=True)
     ]
     making = TokenizationSpec(
         tokenizer=tokenizer_fingerprint(tokenizer_path),
@@ -125,18 +129,20 @@ def _planned(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -
 
 
 @contextlib.contextmanager
-def _folder(out: Path, index: Index) -> Iterator[None]:
-    """The folder with the index of what it will hold, for this process alone. Raises SourceError for another one."""
+def _locked_folder(out: Path, index: Index) -> Iterator[None]:
+    """Creates the folder with its index, or opens an unfinished one, and locks it against other commands.
+
+    Raises SourceError if the folder belongs to another text, tokenizer or limits, or if another command writes to it.
+    """
     if is_token_folder(out):
-        found = read_index(out)
-        if found.making != index.making:
-            what = "made by another tokenizer, or with another max_line_bytes or sample_by"
-        elif found.texts != index.texts:
-            what = f"of another text, or of what it was before it changed{_earlier_commit(found, index)}"
-        else:
-            what = ""
-        if what:
-            raise SourceError(f"{out} holds tokens {what}; give another folder, or remove this one")
+        existing = read_index(out)
+        difference = ""
+        if existing.making != index.making:
+            difference = "made by another tokenizer, or with another max_line_bytes or sample_by"
+        elif existing.texts != index.texts:
+            difference = f"of another text, or of this text before it changed{_earlier_commit(existing, index)}"
+        if difference:
+            raise SourceError(f"{out} holds tokens {difference}; give another folder, or remove this one")
     else:
         if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
             raise FileExistsError(f"{out}: exists and holds something else; give a new folder, or remove it")
@@ -145,30 +151,33 @@ def _folder(out: Path, index: Index) -> Iterator[None]:
     with (out / INDEX).open("r+b") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            replaced = not os.path.samestat(os.fstat(lock.fileno()), (out / INDEX).stat())  # by one begun at once
+            # a command that started at the same time may have replaced the index
+            in_use = not os.path.samestat(os.fstat(lock.fileno()), (out / INDEX).stat())
         except BlockingIOError:
-            replaced = True
+            in_use = True
         except OSError as error:
-            replaced = False
-            log.warning("%s: no lock on its disk (%s); see that no other command writes there", out, error.strerror)
-        if replaced:
-            raise SourceError(f"{out}: another command makes its tokens now; wait until it ends")
+            in_use = False
+            log.warning(
+                "%s: its disk supports no locks (%s); make sure that no other command writes there", out, error.strerror
+            )
+        if in_use:
+            raise SourceError(f"{out}: another command is making its tokens; wait until it ends")
         try:
             yield
-        finally:  # a process that is killed, as by Ctrl-C, leaves them
+        finally:  # processes that were killed, for example after Ctrl-C, leave unfinished files
             for path in out.glob(f"*{UNFINISHED}"):
                 path.unlink(missing_ok=True)
 
 
-def _earlier_commit(found: Index, index: Index) -> str:
-    """How to go on with the tokens of an earlier commit of the same set."""
-    names = [[_COMMIT.sub("@/", text.name) for text in each.texts] for each in (found, index)]
-    commit = _COMMIT.search(found.texts[0].name)
-    return f" (to go on with it: --data.revision={commit[1]})" if commit and names[0] == names[1] else ""
+def _earlier_commit(existing: Index, index: Index) -> str:
+    """A hint for messages, if the folder holds an earlier commit of the same set."""
+    names = [[_COMMIT.sub("@/", text.name) for text in each.texts] for each in (existing, index)]
+    commit = _COMMIT.search(existing.texts[0].name)
+    return f" (to continue with that commit: --data.revision={commit[1]})" if commit and names[0] == names[1] else ""
 
 
 def _finished(job: Job) -> FileStats | None:
-    """What is in a file that an earlier call wrote; None where there is none. Raises SourceError for a damaged one."""
+    """The totals of a file that an earlier call finished, or None. Raises SourceError if the file is damaged."""
     if not job.path.exists():
         return None
     with contextlib.closing(MappedTokens(str(job.path))) as tokens:
@@ -178,34 +187,26 @@ def _finished(job: Job) -> FileStats | None:
 
 
 @contextlib.contextmanager
-def _bar(shards: Sequence[Shard], done: Collection[int]) -> Iterator[Tell]:
+def _progress_bar(shards: Sequence[Shard], done: Collection[int]) -> Iterator[Progress]:
     sizes = [shard.size for shard in shards]
     weights = [1 if None in sizes else size or 0 for size in sizes]
     parts: dict[int, float] = {number: weights[number] for number in done}
     with progress_bar("tokens", "shard" if None in sizes else "B") as update:
 
-        def tell(number: int, part: float) -> None:
+        def report(number: int, part: float) -> None:
             parts[number] = part * weights[number]
             update(sum(parts.values()), sum(weights))
 
-        yield tell
-
-
-def _here(task: Task, jobs: Sequence[Job], tell: Tell) -> dict[int, FileStats]:
-    if not jobs:
-        return {}
-    with _threads(task.threads):
-        make = _maker(task)
-        return {job.number: make(job, functools.partial(tell, job.number)) for job in jobs}
+        yield report
 
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """So many of the tokenizer's, while the block lasts; the processes started in it inherit that."""
+    """Limits the tokenizer's threads inside the block, and in the processes that are started in it."""
     wanted = {
         "TOKENIZERS_PARALLELISM": "true" if count > 1 else "false",
         "RAYON_NUM_THREADS": str(count),
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # that it misses torch
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # no warning that torch is missing
     }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
@@ -219,7 +220,7 @@ def _threads(count: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _maker(task: Task) -> Callable[[Job, Callable[[float], object]], FileStats]:
+def _tokenize_function(task: Task) -> Callable[[Job, Callable[[float], object]], FileStats]:
     from relora_mora.tokenizer.identity import vocabulary_size
     from relora_mora.tokenizer.load import load_tokenizer
 
@@ -227,7 +228,7 @@ def _maker(task: Task) -> Callable[[Job, Callable[[float], object]], FileStats]:
     encode = text_encoder(tokenizer)
     vocabulary = vocabulary_size(tokenizer)
 
-    def make(job: Job, progress: Callable[[float], object]) -> FileStats:
+    def tokenize(job: Job, progress: Callable[[float], object]) -> FileStats:
         return write_tokens(
             job.path,
             job.shard,
@@ -239,13 +240,13 @@ def _maker(task: Task) -> Callable[[Job, Callable[[float], object]], FileStats]:
             progress=progress,
         )
 
-    return make
+    return tokenize
 
 
-def _in_processes(task: Task, jobs: Sequence[Job], processes: int, tell: Tell) -> dict[int, FileStats]:
+def _in_processes(task: Task, jobs: Sequence[Job], processes: int, report: Progress) -> dict[int, FileStats]:
     done: dict[int, FileStats] = {}
     waiting = list(reversed(jobs))
-    with _threads(task.threads), _workers(task, processes) as connections:
+    with _workers(task, processes) as connections:
         busy: dict[Connection, Job] = {}
         for connection in connections:
             busy[connection] = _start(connection, waiting.pop())
@@ -259,7 +260,7 @@ def _in_processes(task: Task, jobs: Sequence[Job], processes: int, tell: Tell) -
                 except (EOFError, ConnectionResetError):
                     raise ChildProcessError(
                         f"the process that made the tokens of {job.shard.name} was killed; "
-                        "if memory ran out, give fewer --processes. A second call goes on where this one was"
+                        "if memory ran out, give fewer --processes. A second call continues from the finished files"
                     ) from None
                 if isinstance(answer, Exception):
                     raise answer
@@ -268,24 +269,24 @@ def _in_processes(task: Task, jobs: Sequence[Job], processes: int, tell: Tell) -
                     del busy[connection]
                     if waiting:
                         busy[connection] = _start(connection, waiting.pop())
-                tell(job.number, 1.0 if isinstance(answer, FileStats) else answer)
+                report(job.number, 1.0 if isinstance(answer, FileStats) else answer)
     return done
 
 
 def _start(connection: Connection, job: Job) -> Job:
-    with contextlib.suppress(BrokenPipeError):  # it was killed, which is told where its answer is awaited
+    with contextlib.suppress(BrokenPipeError):  # the process was killed, which is reported on reading its answer
         connection.send(job)
     return job
 
 
 @contextlib.contextmanager
 def _workers(task: Task, count: int) -> Iterator[list[Connection]]:
-    """Processes that make the tokens of each job that they are sent; killed when the block ends.
+    """Processes that tokenize each job that they are sent. They are killed when the block ends.
 
-    They inherit the blocked SIGINT: Ctrl-C is for this process, which ends them.
+    They inherit a blocked SIGINT, because Ctrl-C is meant for this process, which then ends them.
     """
     context = multiprocessing.get_context("spawn")
-    multiprocessing.resource_tracker.ensure_running()  # starting it later would unblock the signal
+    multiprocessing.resource_tracker.ensure_running()  # if started later, it would unblock the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     started = []
     try:
@@ -308,23 +309,23 @@ def _workers(task: Task, count: int) -> Iterator[list[Connection]]:
 
 
 def _work(task: Task, connection: Connection) -> None:
-    """Answers each job with numbers, the part that is done, and then its totals; or with an error, the last answer."""
-    sys.modules["torch"] = None  # type: ignore[assignment] # tokenizing needs none: see worker.py
-    told = time.monotonic()
+    """The program of a process: answers each job with the fractions done and then its totals. An error ends it."""
+    sys.modules["torch"] = None  # type: ignore[assignment] # tokenizing does not need it: see worker.py
+    reported = time.monotonic()
 
     def progress(part: float) -> None:
-        nonlocal told
-        if time.monotonic() - told > _TELL_SECONDS:
-            told = time.monotonic()
+        nonlocal reported
+        if time.monotonic() - reported > _PROGRESS_SECONDS:
+            reported = time.monotonic()
             connection.send(part)
 
     try:
-        make = _maker(task)
+        tokenize = _tokenize_function(task)
         while True:
-            connection.send(make(connection.recv(), progress))
+            connection.send(tokenize(connection.recv(), progress))
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # nobody wants more
+        return  # the parent closed its end
     except (ValueError, OSError) as error:
         connection.send(error)
     except Exception:
-        connection.send(WorkerError(f"a process failed:\n{traceback.format_exc()}"))
+        connection.send(WorkerError(f"a tokenizing process failed:\n{traceback.format_exc()}"))

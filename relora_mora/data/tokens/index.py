@@ -1,4 +1,4 @@
-"""What a folder of tokens made in advance says of itself: of which text they are, made by which tokenizer, how many.
+"""The index of a folder of pre-tokenized text: which text it was made from, by which tokenizer, and how many tokens.
 
 The folder holds a file of tokens for each shard of the text, in the same order, and ``tokens.json``, the index.
 """
@@ -22,16 +22,16 @@ COMMAND = "python launch/tokenize_text.py"
 
 
 class TokenizationSpec(Strict):
-    """What decides the tokens of a text."""
+    """Everything that decides the tokens of a text."""
 
     tokenizer: str  # its fingerprint
     eos: int
     max_line_bytes: int  # longer rows are skipped
-    sample_by: SampleBy | None = None  # of .txt files; None where there are none
+    sample_by: SampleBy | None = None  # how .txt files are cut; None if there are none
 
 
 class SourceText(Strict):
-    """A shard of text as it was when its tokens were made: what a run that reads the text compares at a resume."""
+    """A shard of text as it was when it was tokenized; a run that reads the text compares the same at a resume."""
 
     name: str
     size: int | None
@@ -41,18 +41,18 @@ class SourceText(Strict):
 
 
 class FileStats(Strict):
-    """What is in a file of tokens."""
+    """The totals of a file of tokens."""
 
     rows: int
     documents: int  # rows that are not skipped
     bad: int
-    tokens: int  # with an EOS for each document: what a lane makes of the file
+    tokens: int  # with an EOS for each document, as a lane reads the file
     utf8_bytes: int  # of the documents
     digest: str  # of samples of the file
 
 
 class TokenFile(Strict):
-    """A file of tokens, finished."""
+    """A finished file of tokens."""
 
     making: TokenizationSpec
     text: SourceText
@@ -75,14 +75,14 @@ class Index(Strict):
 
 
 def is_token_folder(folder: str | Path) -> bool:
-    """Whether tokens were made there: its index has their making, or is damaged, beside a file of tokens."""
+    """Whether this is a folder of tokens: its index has a spec, or is damaged and lies next to a file of tokens."""
     index = Path(folder, INDEX)
     if not os.path.isfile(index):  # noqa: PTH113 - Path.is_file raises for a long name
         return False
     try:
         with index.open("rb") as stream:
             return b'"making"' in stream.read(4096) or file_in(Path(folder), 0).is_file()
-    except OSError:  # who reads it says why
+    except OSError:  # read_index will report the reason
         return True
 
 
@@ -92,7 +92,7 @@ def file_in(folder: Path, number: int) -> Path:
 
 
 def read_index(folder: Path) -> Index:
-    """Raises SourceError for an index that is damaged."""
+    """Raises SourceError for a damaged index."""
     path = folder / INDEX
     try:
         return Index.model_validate_json(path.read_bytes())
@@ -108,11 +108,11 @@ def read_index(folder: Path) -> Index:
 
 
 def finished_index(folder: Path) -> Index:
-    """The index of a folder that can be read. Raises SourceError for one that is damaged or not finished."""
+    """The index of a finished folder. Raises SourceError if the folder is damaged or not finished."""
     index = read_index(folder)
     if index.files is None:
         raise SourceError(
-            f"{folder}: its tokens are not finished; start {COMMAND} again, as before, and it goes on where it was"
+            f"{folder}: its tokens are not finished; run {COMMAND} again with the same arguments, and it continues"
         )
     if len(index.files) != len(index.texts):
         raise SourceError(
@@ -127,6 +127,6 @@ def write_index(folder: Path, index: Index) -> None:
 
 
 def total_of(files: Sequence[FileStats]) -> FileStats:
-    """Of all files together; without a digest."""
+    """The sums over all files, without a digest."""
     counts = {name: sum(getattr(file, name) for file in files) for name in FileStats.model_fields if name != "digest"}
     return FileStats(**counts, digest="")

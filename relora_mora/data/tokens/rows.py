@@ -1,8 +1,8 @@
-"""Tokens made in advance as the rows of a lane, out of a file that is mapped into memory.
+"""Reads pre-tokenized text as the rows of a lane, from a memory-mapped file.
 
-A file is Arrow's IPC format. Each row of the text is a row here: ``tokens`` (16 or 32 bits each, without EOS),
-``utf8_bytes`` of its text, and ``skipped``, the reason why there is no text, else null. So positions, shuffling and
-counts are those of the text.
+The file is in Arrow's IPC format and has a row for each row of the text: ``tokens`` (16 or 32 bits each, without EOS),
+``utf8_bytes`` of its text, and ``skipped``, the reason why there is no text, or null. Positions, shuffling and counts
+are therefore the same as when the text itself is read.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from relora_mora.data.shard import Shard
 from relora_mora.data.tokens.index import COMMAND, SourceText, TokenizationSpec
 from relora_mora.system.files import LOST_DISK
 
-METADATA = b"relora_mora"  # in the schema of a file
+METADATA = b"relora_mora"  # the key in the schema's metadata
 
 
 class Header(NamedTuple):
-    """What a file says of itself. ``groups``: rows of each group that lanes deal out; None: they take rows in turn."""
+    """The metadata of a file.
+
+    ``groups``: the rows of each row group, if lanes share the text by groups; None if lanes take its rows in turn.
+    """
 
     making: TokenizationSpec
     text: SourceText
@@ -46,16 +49,16 @@ class Header(NamedTuple):
 
 
 class _Columns(NamedTuple):
-    """A record batch, mapped and not copied."""
+    """The columns of a record batch, mapped and not copied."""
 
     offsets: npt.NDArray[np.int32]  # in ids, one more than there are rows
     ids: TokenIds
     utf8_bytes: npt.NDArray[np.int64]
-    skipped: Any  # an array of Arrow
+    skipped: Any  # an Arrow array
 
 
 class MappedTokens:
-    """A file of tokens. Raises SourceError for one that is damaged, OSError where its disk is gone (``LOST_DISK``)."""
+    """A file of tokens. Raises SourceError if it is damaged, OSError if its disk is gone (``LOST_DISK``)."""
 
     def __init__(self, path: str) -> None:
         import pyarrow
@@ -68,7 +71,7 @@ class MappedTokens:
             self.head = Header.load(file.schema.metadata[METADATA])
         except FileNotFoundError as error:
             raise SourceError(f"{path} is missing; make it again: {COMMAND}") from error
-        except MemoryError:  # an ArrowException, too
+        except MemoryError:  # pyarrow's is an ArrowException, too
             raise
         except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
             if isinstance(error, PermissionError) or (
@@ -85,7 +88,7 @@ class MappedTokens:
         return self._starts[-1]
 
     def take(self, numbers: range) -> Iterator[TokenIds | Skipped]:
-        """The rows with these numbers, which rise."""
+        """The rows with these numbers, which must be increasing."""
         for columns, here in self._parts(numbers):
             begins = columns.offsets[:-1][here].tolist()
             ends = columns.offsets[1:][here].tolist()
@@ -116,7 +119,7 @@ class MappedTokens:
         )
 
     def bad_among(self, numbers: range) -> int:
-        """Bad rows among those with these numbers."""
+        """How many of the rows with these numbers are bad."""
         return sum(
             reason in BAD_REASONS
             for columns, here in self._parts(numbers)
@@ -136,7 +139,7 @@ class MappedTokens:
         self._map.close()
 
     def _parts(self, numbers: range) -> Iterator[tuple[_Columns, slice]]:
-        """The batches that hold these rows, and which rows of each they are."""
+        """The batches that hold these rows, each with the slice of its rows that is wanted."""
         first = numbers.start
         while first < numbers.stop:
             batch = bisect_right(self._starts, first) - 1
@@ -171,9 +174,9 @@ class MappedTokens:
 
 
 class TokenRows:
-    """The tokens of a lane's share of a shard (see ``rows.Rows``), which is what its share of the text would be.
+    """The tokens of a lane's share of a shard (see ``rows.Rows``); the lane would read the same share of the text.
 
-    The bad rows were judged as a whole when the tokens were made, and again at the start of a run.
+    Here bad rows are only counted: their number was checked when the tokens were made, and at the start of the run.
     """
 
     def __init__(self, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0) -> None:
@@ -185,9 +188,8 @@ class TokenRows:
         own = plan_lanes(stride, max(1, len(sizes)), whole=True)[phase].parts if sizes else ()
         self.is_empty = not self._tokens.rows
         self._parts = [range(starts[part.shard] + part.phase, starts[part.shard + 1], part.stride) for part in own]
-        # of a group only the own rows are looked at, of lines all
-        self._looks_at_all = groups is None
-        self._next = 0  # of the own rows
+        self._counts_all = groups is None  # lanes that take lines in turn count the bad lines of the others, too
+        self._next = 0  # index among this lane's rows
 
     def skip(self, count: int) -> bool:
         self._next += count
@@ -195,12 +197,16 @@ class TokenRows:
 
     def take(self, count: int) -> list[TokenIds | Skipped]:
         rows: list[TokenIds | Skipped] = []
-        before = 0  # own rows in the parts before
+        before = 0  # rows of this lane in earlier parts
         for part in self._parts:
             wanted = part[max(0, self._next - before) : max(0, self._next + count - before)]
             if wanted:
                 rows += self._tokens.take(wanted)
-                self.bad += self._tokens.bad_among(self._looked_at(wanted, part))
+                counted = wanted
+                if self._counts_all:
+                    begin = wanted.start - part.start
+                    counted = range(begin, min(begin + len(wanted) * part.step, self._tokens.rows))
+                self.bad += self._tokens.bad_among(counted)
             before += len(part)
         self._next += len(rows)
         return rows
@@ -208,24 +214,17 @@ class TokenRows:
     def close(self) -> None:
         self._tokens.close()
 
-    def _looked_at(self, wanted: range, part: range) -> range:
-        if not self._looks_at_all:
-            return wanted
-        begin = wanted.start - part.start
-        return range(begin, min(begin + len(wanted) * part.step, self._tokens.rows))
-
 
 def open_tokens(shard: Shard) -> MappedTokens:
-    """The file of a shard whose tokens were made in advance. Raises SourceError for one that is not what it was."""
-    made = shard.tokens
-    assert made is not None, "a shard of text"
+    """The file of a pre-tokenized shard. Raises SourceError if it does not match the index of its folder."""
+    indexed = shard.tokens
+    assert indexed is not None, "a shard of text"
     tokens = MappedTokens(shard.location)
     head = tokens.head
-    groups = head.groups
-    if (head.making, head.text) != (made.making, made.text) or tokens.rows != made.totals.rows:
+    if (head.making, head.text) != (indexed.making, indexed.text) or tokens.rows != indexed.totals.rows:
         raise tokens.damaged("it is another file than its folder says")
-    if groups is not None and sum(groups) != tokens.rows:
-        raise tokens.damaged(f"{tokens.rows} rows in groups of {sum(groups)}")
+    if head.groups is not None and sum(head.groups) != tokens.rows:
+        raise tokens.damaged(f"it has {tokens.rows} rows, but its groups have {sum(head.groups)}")
     return tokens
 
 
@@ -239,15 +238,15 @@ def open_any(
 
 
 def only_tokens(rows: list[TokenIds]) -> list[Encoded]:
-    """The ``rows.Encode`` of rows that are tokens."""
+    """A ``rows.Encode`` for rows that are already tokens."""
     return [Encoded(ids) for ids in rows]
 
 
 def or_tokens(encode: EncodeTexts) -> Encode[Any]:
-    """``encode`` for rows of which some are tokens already."""
+    """Extends ``encode`` to rows some of which are already tokens."""
 
-    def encoded(rows: list[Any]) -> list[Encoded]:
-        made = iter(encode([row for row in rows if isinstance(row, str)]))
-        return [next(made) if isinstance(row, str) else Encoded(row) for row in rows]
+    def encode_any(rows: list[Any]) -> list[Encoded]:
+        texts = iter(encode([row for row in rows if isinstance(row, str)]))
+        return [next(texts) if isinstance(row, str) else Encoded(row) for row in rows]
 
-    return encoded
+    return encode_any

@@ -1,4 +1,4 @@
-"""Writes the tokens of one shard of text, in bounded memory, whole or not at all."""
+"""Tokenizes one shard of text into a file, in bounded memory. The file appears only once it is complete."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from relora_mora.data.tokens.index import FileStats
 from relora_mora.data.tokens.rows import METADATA, Header, MappedTokens
 from relora_mora.system.files import disk_faults_named, sync
 
-# of a record batch: a lane that reads rows maps one at a time
+# limits of a record batch; a lane that reads rows maps one batch at a time
 BATCH_TOKENS = 1 << 22
 BATCH_ROWS = 1 << 16
-UNFINISHED = ".tmp"  # behind the name of a file that is being written
-TEXTS_PER_CALL = 256  # of the tokenizer: with these several cores are busy in one process
+UNFINISHED = ".tmp"  # suffix of a file that is being written
+TEXTS_PER_CALL = 256  # per tokenizer call; enough to keep several cores of one process busy
 
 
 class TokenWriter:
-    """``write(row, utf8_bytes)`` adds a row: its tokens, or the reason why it has none."""
+    """``write(row, utf8_bytes)`` adds a row: its tokens, or the reason why it was skipped."""
 
     def __init__(self, stream: Any, head: Header, vocabulary: int) -> None:
         import pyarrow
@@ -85,20 +85,20 @@ def write_tokens(
     threads: int = 1,
     progress: Callable[[float], object] = lambda part: None,
 ) -> FileStats:
-    """Makes the tokens of a shard of text. ``vocabulary``: the largest id plus one. ``threads``: the tokenizer's.
+    """Tokenizes a shard of text. ``vocabulary``: the largest id plus one. ``threads``: the tokenizer's threads.
 
-    ``progress`` is told the part of the shard that was read. Of ``config`` the limits count. Raises SourceError for
-    text that cannot be read or has too many bad rows, OSError for a disk that cannot be written.
+    ``progress`` is called with the fraction of the shard that has been read. Only the limits of ``config`` matter.
+    Raises SourceError for text that cannot be read or has too many bad rows, OSError for a disk that cannot be written.
     """
-    with _whole(path) as beside, closing(open_rows(config, shard)) as texts, beside.open("wb") as stream:
+    with _replacing(path) as unfinished, closing(open_rows(config, shard)) as texts, unfinished.open("wb") as stream:
         writer = TokenWriter(stream, head._replace(groups=texts.groups), vocabulary)
         for rows in calls_of(texts, TEXTS_PER_CALL, threads):
-            made = iter(encode([row for row in rows if not isinstance(row, Skipped)]))
+            encoded = iter(encode([row for row in rows if not isinstance(row, Skipped)]))
             for row in rows:
                 if isinstance(row, Skipped):
                     writer.write(row)
                 else:
-                    writer.write(next(made).ids, len(row.encode()))
+                    writer.write(next(encoded).ids, len(row.encode()))
             progress(texts.progress)
         writer.close()
         stream.flush()
@@ -107,7 +107,7 @@ def write_tokens(
 
 
 def totals_of(path: Path) -> FileStats:
-    """What is in a file of tokens. Raises SourceError for one that is damaged."""
+    """The totals of a file of tokens. Raises SourceError if it is damaged."""
     with closing(MappedTokens(str(path))) as tokens:
         documents, ids, utf8_bytes = tokens.counts()
         return FileStats(
@@ -121,10 +121,10 @@ def totals_of(path: Path) -> FileStats:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A path beside to write to, which becomes ``path`` when the block ends without an error."""
-    beside = path.with_name(path.name + UNFINISHED)
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields a path to write to, and renames it to ``path`` if the block ends without an error."""
+    unfinished = path.with_name(path.name + UNFINISHED)
     with disk_faults_named(path.parent):
-        yield beside
-        beside.replace(path)
+        yield unfinished
+        unfinished.replace(path)
         sync(path.parent)

@@ -264,7 +264,7 @@ def test_a_place_in_words(suffix, tmp_path, tokenizer_path):
     ) as stream:
         state = next(stream).state
         words = stream.describe(state)
-    place = f"behind {state['1']['item']} of rows 1 to 8 of share 2 of 2 (shuffled)"
+    place = f"after {state['1']['item']} of rows 1 to 8 of share 2 of 2 (shuffled)"
     assert words[1] == f"lane 1: epoch 0, a{suffix}, {place} and {state['1']['offset']} tokens of the next document"
 
 

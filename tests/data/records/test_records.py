@@ -115,23 +115,23 @@ def test_sharegpt_is_the_same_conversation(tokenizer):
 
 
 BAD = [
-    ("messages", {"messages": "x"}, "bad_record", "that is a text and no JSON"),
-    ("messages", {"messages": {"role": "user"}}, "bad_record", "that is no list of messages"),
-    ("messages", {"messages": []}, "bad_record", "that is no list of messages"),
-    ("messages", {"messages": ["x"]}, "bad_record", "message 1 that has no keys and values"),
+    ("messages", {"messages": "x"}, "bad_record", "that is a string but not JSON"),
+    ("messages", {"messages": {"role": "user"}}, "bad_record", "that is not a list of messages"),
+    ("messages", {"messages": []}, "bad_record", "that is not a list of messages"),
+    ("messages", {"messages": ["x"]}, "bad_record", "message 1 that is not an object"),
     (
         "messages",
         {"messages": [{"role": "human", "content": "x"}]},
         "bad_record",
         "with the \"role\" 'human', expected",
     ),
-    ("messages", {"messages": [{"role": "user", "content": 3}]}, "bad_record", 'whose "content" is no text'),
+    ("messages", {"messages": [{"role": "user", "content": 3}]}, "bad_record", 'whose "content" is not text'),
     ("messages", {"messages": CONVERSATION[:2]}, "no_answer", "has no answer to learn"),
     ("sharegpt", {"conversations": [{"from": "x", "value": "x"}]}, "bad_record", "with the \"from\" 'x', expected"),
-    ("alpaca", {"instruction": None, "output": "x"}, "bad_record", 'has a "instruction" that is no text'),
+    ("alpaca", {"instruction": None, "output": "x"}, "bad_record", 'has a "instruction" that is not text'),
     ("alpaca", {"instruction": "x", "output": ""}, "no_answer", "has no answer"),
     ("question", {"question": "x", "answer": ""}, "no_answer", "has no answer"),
-    ("prompt", {"prompt": "x", "completion": ["y"]}, "bad_record", 'has a "completion" that is no text'),
+    ("prompt", {"prompt": "x", "completion": ["y"]}, "bad_record", 'has a "completion" that is not text'),
 ]
 
 
@@ -179,5 +179,5 @@ def test_a_tokenizer_without_offsets_is_refused(tokenizer_path):
         name_or_path = "slow"
         eos_token_id = 2
 
-    with pytest.raises(SourceError, match="slow does not tell which characters its tokens are of"):
+    with pytest.raises(SourceError, match="slow does not report the character offsets of its tokens"):
         encoded(Slow(), {}, kind="question")

@@ -72,10 +72,10 @@ def test_the_tokenizers_own_template_is_used(tokenizer_path):
         (
             "{% generation %}{{ messages",
             "answers",
-            r"the template .*own\.jinja is no Jinja: line 1: .*; correct it, or",
+            r"the template .*own\.jinja is not valid Jinja: line 1: .*; correct it, or",
         ),
         ("{% generation %}{{ strftime_now('%d') }}{% endgeneration %}", "answers", "writes the time of day"),
-        ("{% for %}", "all", "is no Jinja"),
+        ("{% for %}", "all", "is not valid Jinja"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused(tokenizer, tmp_path, template, score, said):

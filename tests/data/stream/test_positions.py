@@ -12,7 +12,7 @@ from relora_mora.data.stream.stream import TrainStream, describe_position
 from tests.tools.data_tools import EOS, data_config, documents_in, make_lane, write_shard
 
 SENTENCE = re.compile(
-    r"lane (\d+): epoch (\d+), (\w)\.json, behind (?:(?P<count>\d+) of lines "
+    r"lane (\d+): epoch (\d+), (\w)\.json, after (?:(?P<count>\d+) of lines "
     r"(?P<first>\d+) to (?P<last>\d+)(?: in steps of (?P<step>\d+))? "
     r"\(shuffled\)|line (?P<line>\d+))(?: and (?P<tokens>\d+) tokens of the next document)?"
 )
@@ -60,12 +60,12 @@ def test_the_words_of_a_step(tmp_path, tokenizer_path):
         (at_first,) = stream.describe(first)
         (at_second,) = stream.describe(second)
         assert re.fullmatch(
-            r"lane 1: epoch 0, a\.json, behind \d of lines 2 to 16 in steps of 2 \(shuffled\)( and \d+ tokens .*)?",
+            r"lane 1: epoch 0, a\.json, after \d of lines 2 to 16 in steps of 2 \(shuffled\)( and \d+ tokens .*)?",
             at_first,
         )
         assert stream.describe(second, since=first) == [f"lane 1: from {at_first[8:]} to {at_second[8:]}"]
         (of_first,) = stream.describe(first, since={})
-        start = "epoch 0, a.json, behind 0 of lines 2 to 16 in steps of 2 (shuffled)"
+        start = "epoch 0, a.json, after 0 of lines 2 to 16 in steps of 2 (shuffled)"
         assert of_first == f"lane 1: from {start} to {at_first[8:]}" != at_first
         with pytest.raises(SourceError, match="lane 1: the saved position is beyond its 1 shards"):
             stream.describe({"1": {**first["1"], "place": 1}})

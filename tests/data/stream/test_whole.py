@@ -164,7 +164,9 @@ def test_a_resume_anywhere_gives_the_very_next_block(path, tokenizer, packing, l
 def test_a_position_beyond_its_group_is_refused(path, tokenizer):
     lane = _lane(_config(path), tokenizer, 1, 0)
     lane.next_block()
-    with pytest.raises(SourceError, match="lane 0: there are fewer records at the saved position than there were"):
+    with pytest.raises(
+        SourceError, match="lane 0: there are fewer records at the saved position than when it was saved"
+    ):
         _lane(_config(path), tokenizer, 1, 0, {**lane.state(), "offset": 99})
 
 

@@ -317,7 +317,9 @@ def test_another_tokenizer_and_other_limits_are_refused(folder, tokenizer_path, 
     config = data_config(source, **LIMITS)
     eos = load_tokenizer(tokenizer_path).eos_token_id
     check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos, limits=config)
-    with pytest.raises(SourceError, match=r"bad\.tokens holds tokens of another tokenizer than .*give the one that"):
+    with pytest.raises(
+        SourceError, match=r"bad\.tokens holds tokens of another tokenizer than .*give the tokenizer that"
+    ):
         check_tokens(shards, tokenizer_path=other_tokenizer, eos=eos)
     with pytest.raises(SourceError, match="of another tokenizer"):
         check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos + 1)
@@ -349,11 +351,11 @@ def test_tokens_of_an_earlier_commit_are_gone_on_with_by_its_name(tmp_path, plac
         )
         for letter in "ab"
     )
-    with token_folder._folder(tmp_path / "tokens", earlier):
+    with token_folder._locked_folder(tmp_path / "tokens", earlier):
         pass
     with (
         pytest.raises(SourceError, match="before it changed") as raised,
-        token_folder._folder(tmp_path / "tokens", now),
+        token_folder._locked_folder(tmp_path / "tokens", now),
     ):
         pass
     assert (f"--data.revision={'a' * 40})" in str(raised.value)) == hint
@@ -410,7 +412,7 @@ def test_a_damaged_file_is_named(copy, tokenizer_path, at):
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"files": None}, "its tokens are not finished; start .*again"),
+        ({"files": None}, "its tokens are not finished; run .*again"),
         ({"files": []}, r"tokens\.json is damaged \(0 files of 3 shards\)"),
         ({"version": 2}, r"tokens\.json is damaged, or of another version \(version: "),
         ({"making": 7}, r"tokens\.json is damaged, or of another version \(making"),
