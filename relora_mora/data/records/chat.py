@@ -48,15 +48,15 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, record_format: RecordForma
                 f"{tokenizer.name_or_path} has no chat template; set data.records.template to chatml or a .jinja file"
             )
         template = str(tokenizer.get_chat_template())
-    where = template_name(tokenizer, record_format)
+    label = template_name(tokenizer, record_format)
     if record_format.settings.score == "answers" and not _MARK.search(template):
         raise SourceError(
-            f"{where} does not mark answers ({{% generation %}} ... {{% endgeneration %}}), so nothing would be "
+            f"{label} does not mark answers ({{% generation %}} ... {{% endgeneration %}}), so nothing would be "
             "learned; set data.records.template=chatml, a .jinja file with these marks, or data.records.score=all"
         )
     if "strftime_now" in template and "date_string" not in template:
         raise SourceError(
-            f"{where} writes the time of day (strftime_now), so no two runs would read the same; "
+            f"{label} writes the time of day (strftime_now), so no two runs would read the same; "
             "set data.records.template to a .jinja file without it"
         )
     return template

@@ -88,7 +88,7 @@ def record_encoder(tokenizer: PreTrainedTokenizerBase, record_format: RecordForm
     settings = record_format.settings
     scores_all = settings.score == "all"
     template = chat_template(tokenizer, record_format) if settings.is_conversation else None
-    where = template_name(tokenizer, record_format)
+    label = template_name(tokenizer, record_format)
 
     def passage(record: Record) -> Passage | Skipped:
         if template is None:
@@ -100,21 +100,21 @@ def record_encoder(tokenizer: PreTrainedTokenizerBase, record_format: RecordForm
             rendered = render(tokenizer, template, conversation, marked=not scores_all)
         except TemplateSyntaxError as error:
             raise SourceError(
-                f"{where} is not valid Jinja: line {error.lineno}: {error.message}; correct it, or set "
+                f"{label} is not valid Jinja: line {error.lineno}: {error.message}; correct it, or set "
                 "data.records.template to another one"
             ) from error
         except Exception as error:  # a template may raise anything
             reason = " ".join(str(error).split())
-            return Skipped("template_failed", record.describe(f"is refused by {where} ({reason:.200})"))
+            return Skipped("template_failed", record.describe(f"is refused by {label} ({reason:.200})"))
         if not rendered.answers and any(message["role"] == "assistant" for message in conversation.messages):
-            return Skipped("no_answer", record.describe(f"has an answer that {where} does not mark"))
+            return Skipped("no_answer", record.describe(f"has an answer that {label} does not mark"))
         if any(_renders_as(rendered.text, tokenizer, template, other) for other in conversation.without_tools()):
-            return Skipped("template_failed", record.describe(f"has tools, which {where} does not write"))
+            return Skipped("template_failed", record.describe(f"has tools, which {label} does not write"))
         learned = conversation.learned()
         if scores_all or all(learned):
             return rendered
         if len(rendered.answers) != len(learned):
-            fault = f"has a weight, and {where} marks {len(rendered.answers)} of its {len(learned)} answers"
+            fault = f"has a weight, and {label} marks {len(rendered.answers)} of its {len(learned)} answers"
             return Skipped("template_failed", record.describe(fault))
         return rendered._replace(answers=list(itertools.compress(rendered.answers, learned)))
 

@@ -29,7 +29,7 @@ GROUP_BLOCKS = 16  # a larger group wastes less room but makes a resume repeat m
 
 
 def of_epoch(numbers: Sequence[int], epoch: int) -> int:
-    """The number of an epoch (from 0). ``numbers`` are those of the first epochs; later epochs are like the last."""
+    """The number of an epoch (from 0). ``numbers`` has one entry for each of the first epochs; later epochs equal the last one."""
     return numbers[min(epoch, len(numbers) - 1)]
 
 
