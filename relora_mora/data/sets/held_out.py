@@ -135,15 +135,15 @@ def load_eval_set(
     if any(shard.tokens and shard.origin == "server" for shard in shards):
         remote_content(at_versions(shards, remote_versions(shards, config.timeout_seconds)))
     packing = packing_of(config, shards)
-    found = RecordsFound()
-    in_order = rows_in_order(shards, config, tokenizer, packing, found)
+    counts = RecordsFound()
+    in_order = rows_in_order(shards, config, tokenizer, packing, counts)
     rows = list(_up_to(max_tokens, in_order, stream=packing == "stream"))
     names = ", ".join(source.source for source in as_sources(sources))
     if not rows:
         raise SourceError(f"the validation data {names} holds no text; give a source with at least one document")
     encoded = [row.encoded for row in rows]
-    if found.left_out:
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in found.left_out.items())
+    if counts.left_out:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts.left_out.items())
         log.info("%s: %s rows are scored; left out: %s", names, f"{len(rows):,}", reasons)
     sizes = [row.utf8_bytes for row in rows if row.utf8_bytes is not None]
     pack = _stream if packing == "stream" else functools.partial(_whole, fills=packing == "whole")

@@ -36,28 +36,28 @@ def rows_in_order(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     packing: Packing,
-    found: RecordsFound | None = None,
+    counts: RecordsFound | None = None,
 ) -> Iterator[TokenizedRow]:
-    """The usable rows. Records that cannot be used are logged, and counted in ``found``.
+    """The usable rows. Records that cannot be used are logged, and counted in ``counts``.
 
     Raises SourceError if a shard cannot be read, if more than ``max_bad_fraction`` of its rows or of all records are
     bad, or if no record fits into a sequence.
     """
-    found = RecordsFound() if found is None else found
+    counts = RecordsFound() if counts is None else counts
     for record_format, same_format in itertools.groupby(shards, lambda shard: shard.records):
         encode = encoder_of(tokenizer, [record_format], packing, config.sequence_length)
         for group in in_calls(_read(same_format, config), _ROWS_PER_CALL, lambda row: len(row[0])):
             sizes = [size for _, size in group]
             for row, size in zip(encode([row for row, _ in group]), sizes, strict=True):
-                found.add(row)
+                counts.add(row)
                 if isinstance(row, Encoded):
                     yield TokenizedRow(row, None if row.cut else size)
                 elif row.reason in ENCODING_REASONS:
-                    if found.bad <= NOTES_PER_REASON:
+                    if counts.bad <= NOTES_PER_REASON:
                         log.warning("%s; skipped", row.detail)
-                    if fault := found.too_many(config.max_bad_fraction):
+                    if fault := counts.too_many(config.max_bad_fraction):
                         raise fault
-    if fault := found.fault(shards[0].label, config.max_bad_fraction, whole=True):
+    if fault := counts.fault(shards[0].label, config.max_bad_fraction, whole=True):
         raise fault
 
 

@@ -86,28 +86,28 @@ def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTra
 def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     encode = encoder_of(tokenizer, [shards[0].records], packing_of(config, shards), config.sequence_length)
     checked = shards[:1] if shards[0].is_remote else shards
-    found = RecordsFound()
+    counts = RecordsFound()
     characters = 0
     whole = len(checked) == len(shards)
     with closing(_readable_rows(checked, config)) as groups:
         for group in groups:
-            if found.seen >= JUDGED_FROM_ROWS or characters >= _CHARACTERS:
+            if counts.seen >= JUDGED_FROM_ROWS or characters >= _CHARACTERS:
                 whole = False
                 break
             for row in encode(group):
-                found.add(row)
+                counts.add(row)
             characters += sum(map(len, group))
-    if whole and not found.seen:
+    if whole and not counts.seen:
         raise SourceError(f"{shards[0].label}: holds no record; give a file with at least one")
-    if fault := found.fault(shards[0].label, config.max_bad_fraction, whole=whole):
+    if fault := counts.fault(shards[0].label, config.max_bad_fraction, whole=whole):
         raise fault
-    if found.too_long * 2 > found.seen:
+    if counts.too_long * 2 > counts.seen:
         log.warning(
             "%s: %d of the first %d records are too long and left out, for instance %s; raise data.sequence_length",
             shards[0].label,
-            found.too_long,
-            found.seen,
-            found.examples[TOO_LONG],
+            counts.too_long,
+            counts.seen,
+            counts.examples[TOO_LONG],
         )
 
 
@@ -140,8 +140,8 @@ def _check_lanes_of(shards: Sequence[Shard], config: DataConfig, lanes: int) -> 
             next(rows)
 
     with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers
-        found = dict(zip(in_turn, threads.map(phases, in_turn), strict=True))
-        left = [plan for plan in plans if not any(part.phase in found.get(part.shard, ()) for part in plan.parts)]
+        with_text = dict(zip(in_turn, threads.map(phases, in_turn), strict=True))
+        left = [plan for plan in plans if not any(part.phase in with_text.get(part.shard, ()) for part in plan.parts)]
         list(threads.map(read_first, left))
 
 
@@ -194,8 +194,8 @@ def _show_source(
     scored = 0
     tokens = 0
     rows = 0
-    found = RecordsFound()
-    in_order = rows_in_order(shards, config, tokenizer, packing, found)
+    counts = RecordsFound()
+    in_order = rows_in_order(shards, config, tokenizer, packing, counts)
     for row in itertools.islice(in_order, max(count, SAMPLE_ROWS)):
         rows += 1
         encoded = row.encoded
@@ -216,7 +216,7 @@ def _show_source(
     if not rows:
         raise SourceError(f"the training data {source or shards[0].label} holds no text; give a file with at least one")
     name = f"{source}: " if source else ""
-    without = "".join(f", {number:,} left out: {reason}" for reason, number in found.left_out.items())
+    without = "".join(f", {number:,} left out: {reason}" for reason, number in counts.left_out.items())
     _print(f"{name}{scored / max(1, tokens):.1%} of {tokens:,} tokens are scored (the first {rows:,} rows{without})")
 
 

@@ -29,7 +29,7 @@ GROUP_BLOCKS = 16  # a larger group wastes less room but makes a resume repeat m
 
 
 def of_epoch(numbers: Sequence[int], epoch: int) -> int:
-    """The number of an epoch (from 0). ``numbers`` has one entry for each of the first epochs; later epochs equal the last one."""
+    """The entry for an epoch (from 0). ``numbers`` covers the first epochs; the last one also applies later."""
     return numbers[min(epoch, len(numbers) - 1)]
 
 
@@ -59,10 +59,10 @@ class PackedLane(Generic[Row]):
         self._epoch_blocks = epoch_blocks
         self._turn = 0  # blocks produced in this epoch
         cursor = Cursor()
-        given = 0
+        produced = 0
         if restored:
-            cursor, given = rows.plan.read(restored)
-            if given or cursor != Cursor() or "turn" in restored:  # the lane has begun
+            cursor, produced = rows.plan.read(restored)
+            if produced or cursor != Cursor() or "turn" in restored:  # the lane has begun
                 saved = restored.get("epoch_blocks")
                 if saved is None or epoch_blocks is None or list(epoch_blocks[: len(saved)]) != saved:
                     self._epoch_blocks = saved
@@ -74,33 +74,33 @@ class PackedLane(Generic[Row]):
         self._after = cursor
         self._epoch = cursor.epoch
         self._blocks: list[list[Encoded]] = []  # the rows of each block of the group
-        self._given = 0  # blocks of the group that were produced
-        if given:
+        self._produced = 0  # blocks of the group that were produced
+        if produced:
             self._next_group()
-            if given >= len(self._blocks):
+            if produced >= len(self._blocks):
                 raise SourceError(
                     f"lane {rows.plan.lane}: there are fewer records at the saved position than when it was saved; "
                     "the source or the tokenizer changed"
                 )
-            self._given = given
+            self._produced = produced
 
     def next_block(self) -> Block:
-        if self._given == len(self._blocks):
+        if self._produced == len(self._blocks):
             if self._waits():
                 self._turn += 1
                 return self._block([])
             self._next_group()
-        self._given += 1
+        self._produced += 1
         self._turn += 1
-        return self._block(self._blocks[self._given - 1])
+        return self._block(self._blocks[self._produced - 1])
 
     def state(self) -> dict[str, Any]:
         turn = {} if self._epoch_blocks is None else {"epoch_blocks": list(self._epoch_blocks), "turn": self._turn}
-        if self._given == len(self._blocks):
+        if self._produced == len(self._blocks):
             return {**self._after.state(0), **turn}
-        documents = sum(map(len, self._blocks[: self._given]))
+        documents = sum(map(len, self._blocks[: self._produced]))
         before = self._before._replace(documents=self._before.documents + documents)
-        return {**before.state(self._given), "documents_given": documents, **turn}
+        return {**before.state(self._produced), "documents_given": documents, **turn}
 
     def close(self) -> None:
         self.encoded.close()
@@ -129,7 +129,7 @@ class PackedLane(Generic[Row]):
             tokens += len(group[-1][0].ids)
         self._before = before
         self._after = group[-1][1]
-        self._given = 0
+        self._produced = 0
         key = (self.rows.config.seed, self.rows.plan.lane, epoch, before.place, before.block, before.item)
         blocks = packed([row for row, _ in group], self.sequence_length, fills=self.fills)
         self._blocks = [blocks[at] for at in seeded_order(len(blocks), *key)]

@@ -65,7 +65,7 @@ def test_every_format_with_columns_holds_records(tokenizer, tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".arrow"])
-def test_a_column_that_is_not_there_is_told(tokenizer, tmp_path, suffix):
+def test_a_missing_column_is_reported(tokenizer, tmp_path, suffix):
     path = _write(tmp_path / f"a{suffix}")
     shards = resolve_shards(str(path), records=RecordsConfig(kind="sharegpt", template="chatml"))
     said = (
@@ -184,7 +184,7 @@ def test_what_is_trained_on_is_shown(tokenizer_path, tmp_path, capsys):
     assert marked(tokenizer, ids, [False, True], colour=True) == "the·\x1b[32ma\x1b[0m"
 
 
-def test_tokens_in_advance_and_training_of_tokenizers_take_text_alone(tokenizer_path, tmp_path):
+def test_pre_tokenizing_and_training_of_tokenizers_take_only_text(tokenizer_path, tmp_path):
     path = _write(tmp_path / "a.jsonl")
     config = data_config(path, records={"kind": "messages", "template": "chatml"})
     shards = configured_shards(config, "train")

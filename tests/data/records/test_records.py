@@ -1,4 +1,4 @@
-"""Records of every kind become the tokens and masks that they should."""
+"""Records of every kind are encoded to the right tokens and masks."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_answer_and_the_end_behind_it_are_scored(tokenizer, form):
+def test_the_answer_and_the_end_after_it_are_scored(tokenizer, form):
     fields, prompt, answer = FORMS[form]
     kind = form.split()[0]
     row = encoded(tokenizer, fields, kind=kind)
     assert parts(tokenizer, row) == [(False, prompt), (True, answer + "</s>")]
     assert row.ids[-1] == tokenizer.eos_token_id
-    # a prompt begins as it does where a model is asked for its answer
+    # a prompt begins as it does at inference
     asked = tokenizer(prompt).input_ids
     assert row.ids[: len(asked)].tolist() == asked
-    in_stream = encoded(tokenizer, fields, "stream", kind=kind)  # which puts an EOS behind each row itself
+    in_stream = encoded(tokenizer, fields, "stream", kind=kind)  # a stream adds the EOS after each row itself
     assert list(in_stream.ids) == row.ids[:-1].tolist() and list(in_stream.scored) == row.scored[:-1].tolist()
 
 
@@ -65,7 +65,7 @@ def test_a_tokenizer_that_begins_texts_with_bos_begins_records_with_it(tokenizer
     )
 
 
-def test_the_end_of_an_answer_is_learned_where_spaces_are_trimmed_off_offsets(tmp_path):
+def test_the_end_of_an_answer_is_learned_if_spaces_are_trimmed_off_offsets(tmp_path):
     from tokenizers.processors import ByteLevel
 
     save_bytes_tokenizer(tmp_path)
@@ -136,7 +136,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("kind,fields,reason,said", BAD)
-def test_a_record_that_is_none_is_told_with_its_place(tokenizer, kind, fields, reason, said):
+def test_a_bad_record_is_reported_with_its_place(tokenizer, kind, fields, reason, said):
     settings = {"template": "chatml"} if kind in ("messages", "sharegpt") else {}
     row = encoded(tokenizer, fields, kind=kind, **settings)
     assert row == Skipped(reason)
@@ -154,8 +154,8 @@ def test_an_answer_without_weight_is_not_learned(tokenizer, tmp_path):
     assert 'with the "weight" 0.5' in encoded(tokenizer, {"messages": half}, kind="messages", template="chatml").detail
     path = tmp_path / "last.jinja"
     path.write_text("{% generation %}{{ messages[-1].content }}{% endgeneration %}")
-    told = encoded(tokenizer, {"messages": weighed}, kind="messages", template=str(path)).detail
-    assert "marks 1 of its 2 answers" in told
+    detail = encoded(tokenizer, {"messages": weighed}, kind="messages", template=str(path)).detail
+    assert "marks 1 of its 2 answers" in detail
 
 
 def test_a_record_longer_than_a_sequence_is_cut_at_its_end_or_dropped(tokenizer):

@@ -1,4 +1,4 @@
-"""Chat templates: whose is used, what of it is scored, tools, and what a template refuses."""
+"""Chat templates: which one is used, which tokens are scored, tools, and messages that a template refuses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LLAMA_3 = (
 
 @pytest.mark.parametrize("template", ["chatml", LLAMA_3])
 @pytest.mark.parametrize("has_end", [False, True])
-def test_masks_are_those_of_transformers(tokenizer_path, tmp_path, template, has_end):
+def test_masks_equal_those_of_transformers(tokenizer_path, tmp_path, template, has_end):
     tokenizer = load_tokenizer(tokenizer_path)
     if has_end:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
@@ -87,14 +87,14 @@ def test_a_template_that_cannot_be_used_is_refused(tokenizer, tmp_path, template
         encoded(tokenizer, {"messages": CONVERSATION}, kind="messages", template=name, score=score)
 
 
-def test_an_answer_that_the_template_does_not_mark_is_said(tokenizer, tmp_path):
+def test_an_answer_that_the_template_does_not_mark_is_reported(tokenizer, tmp_path):
     path = tmp_path / "own.jinja"
     path.write_text("{{ messages[0].content }}{% if false %}{% generation %}x{% endgeneration %}{% endif %}")
     row = encoded(tokenizer, {"messages": CONVERSATION}, kind="messages", template=str(path))
     assert row == Skipped("no_answer") and f"has an answer that the template {path} does not mark" in row.detail
 
 
-def test_a_template_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_template_is_refused(tmp_path):
     with pytest.raises(
         SourceError, match=r"the template .*gone\.jinja cannot be read .* give a \.jinja file or chatml"
     ):
@@ -121,7 +121,7 @@ def test_a_message_that_calls_a_tool_need_not_have_content(tokenizer, tmp_path):
     assert tokenizer.decode(np.array(row.ids)[row.scored]) == "matrix"
 
 
-def test_an_empty_list_of_calls_is_no_tool(tokenizer):
+def test_an_empty_list_of_calls_is_not_a_tool_call(tokenizer):
     messages = [{**message, "tool_calls": []} for message in CONVERSATION]
     with_list, plain = (
         encoded(tokenizer, {"messages": given}, kind="messages", template="chatml")
@@ -167,12 +167,12 @@ def test_tools_and_calls_of_them_are_written(tokenizer, tmp_path, as_json):
 @pytest.mark.parametrize(
     "fields", [{"messages": [CALL]}, {"messages": CONVERSATION, "tools": TOOLS}], ids=["calls", "tools"]
 )
-def test_tools_that_a_template_leaves_out_are_told(tokenizer, fields):
+def test_tools_that_a_template_leaves_out_are_reported(tokenizer, fields):
     row = encoded(tokenizer, fields, kind="messages", template="chatml")
     assert row == Skipped("template_failed") and "has tools, which the template chatml does not write" in row.detail
 
 
-def test_a_record_that_the_template_refuses_is_told(tokenizer, tmp_path):
+def test_a_record_that_the_template_refuses_is_reported(tokenizer, tmp_path):
     path = tmp_path / "own.jinja"
     path.write_text(ALTERNATES)
     held = RecordFormat.of(RecordsConfig(kind="messages", template=str(path)))

@@ -1,4 +1,4 @@
-"""Records that cannot be learned from are told before a run starts; single ones are named, counted and passed over."""
+"""Records that cannot be learned from are reported before a run; single bad ones are named, counted and skipped."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _config(path: Path, template: str = REFUSES_LATER_SYSTEM, **settings: Any) -
     return data_config(path, records={"kind": "messages", "template": str(file)}, **{"sequence_length": 64, **settings})
 
 
-def _said(config: DataConfig, tokenizer: Any) -> str:
+def _error_of(config: DataConfig, tokenizer: Any) -> str:
     shards = configured_shards(config, "train")
     with pytest.raises(SourceError) as caught:
         check_columns(shards, config)
@@ -62,38 +62,38 @@ def _said(config: DataConfig, tokenizer: Any) -> str:
     return str(caught.value)
 
 
-def test_records_that_are_read_as_text_are_told_with_their_keys(tmp_path, tokenizer):
+def test_records_that_are_read_as_text_are_reported_with_their_keys(tmp_path, tokenizer):
     for count in (3, 30):
         path = _written(tmp_path / "a.jsonl", [_conversation(number) for number in range(count)])
         bad = min(count, 11)
-        assert _said(data_config(path), tokenizer).startswith(
+        assert _error_of(data_config(path), tokenizer).startswith(
             f"a.jsonl: {bad} of {bad} lines are bad, more than data.max_bad_fraction (0.01); "
             f'line {bad} has no "text", only messages '
             "(set data.text_column to the key of the texts, or data.records"
         )
 
 
-def test_first_lines_that_are_all_of_no_use_are_told_whatever_is_allowed(tmp_path, tokenizer):
+def test_first_lines_that_are_all_bad_are_reported_whatever_is_allowed(tmp_path, tokenizer):
     path = _written(tmp_path / "a.jsonl", [_conversation(number) for number in range(30)])
-    assert _said(data_config(path, max_bad_fraction=1.0), tokenizer) == (
+    assert _error_of(data_config(path, max_bad_fraction=1.0), tokenizer) == (
         'a.jsonl: none of its first 16 lines can be used; one has no "text", only messages '
         "(set data.text_column to the key of the texts, or data.records if the lines are records)"
     )
     config = data_config(path, max_bad_fraction=1.0, records={"kind": "question"})
-    assert _said(config, tokenizer).endswith('one has no "question" (data.records.columns), only messages')
+    assert _error_of(config, tokenizer).endswith('one has no "question" (data.records.columns), only messages')
 
 
 @pytest.mark.parametrize("column", ["messages", "text"])
-def test_a_column_of_messages_that_is_read_as_text_is_told(tmp_path, tokenizer, column):
+def test_a_column_of_messages_that_is_read_as_text_is_reported(tmp_path, tokenizer, column):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({column: [_conversation(number)["messages"] for number in range(3)]})
     pyarrow.parquet.write_table(table, path)
-    assert _said(data_config(path), tokenizer).endswith("; or set data.records, if rows are not plain text")
+    assert _error_of(data_config(path), tokenizer).endswith("; or set data.records, if rows are not plain text")
 
 
 def test_conversations_in_another_form_are_shown(tmp_path, tokenizer):
     rows = [{"messages": [{"from": "human", "value": "the"}, {"from": "gpt", "value": "rank"}]} for _ in range(30)]
-    said = _said(_config(_written(tmp_path / "a.jsonl", rows)), tokenizer)
+    said = _error_of(_config(_written(tmp_path / "a.jsonl", rows)), tokenizer)
     assert said.startswith("30 of 30 records cannot be used, more than data.max_bad_fraction (0.01); the last one: ")
     assert """a.jsonl, line 30, has a message 1 with the "role" None, expected one of system, user""" in said
     assert "{'messages': [{'from': 'human'" in said
@@ -104,7 +104,7 @@ def test_marks_that_are_never_reached_leave_nothing_to_learn(tmp_path, tokenizer
     template = (
         "{% for m in messages %}{% if m.role == 'model' %}{% generation %}x{% endgeneration %}{% endif %}x{% endfor %}"
     )
-    said = _said(_config(path, template), tokenizer)
+    said = _error_of(_config(path, template), tokenizer)
     assert (
         "a.jsonl, line 30, has an answer that the template " in said
         and "own.jinja does not mark: {'messages': " in said
@@ -112,19 +112,19 @@ def test_marks_that_are_never_reached_leave_nothing_to_learn(tmp_path, tokenizer
 
 
 @pytest.mark.parametrize("packing", ["whole", "none"])
-def test_records_that_are_all_too_long_are_told(tmp_path, tokenizer, packing):
+def test_records_that_are_all_too_long_are_reported(tmp_path, tokenizer, packing):
     rows = [{"prompt": "the rank " * 40, "completion": "matrix"} for _ in range(30)]
     path = _written(tmp_path / "a.jsonl", rows)
     config = data_config(path, records={"kind": "prompt"}, packing=packing, sequence_length=64)
-    said = _said(config, tokenizer)
+    said = _error_of(config, tokenizer)
     assert said.startswith("a.jsonl: no record can be used (over_length: 30); for instance a.jsonl, line 30, has ")
     assert " tokens, more than data.sequence_length (64): {'prompt': 'the rank" in said
     assert said.endswith("; raise data.sequence_length")
     _written(path, [*rows * 40])
-    assert "no record can be used among the first 1,024 (over_length: 1,024)" in _said(config, tokenizer)
+    assert "no record can be used among the first 1,024 (over_length: 1,024)" in _error_of(config, tokenizer)
 
 
-def test_many_that_are_too_long_are_warned_of(tmp_path, tokenizer, caplog):
+def test_many_records_that_are_too_long_cause_a_warning(tmp_path, tokenizer, caplog):
     rows = [{"prompt": "the rank " * (40 if number else 1), "completion": "matrix"} for number in range(30)]
     config = data_config(_written(tmp_path / "a.jsonl", rows), records={"kind": "prompt"}, sequence_length=64)
     with caplog.at_level(logging.WARNING):
@@ -139,16 +139,16 @@ def test_many_that_are_too_long_are_warned_of(tmp_path, tokenizer, caplog):
     assert caplog.messages == []
 
 
-def test_whole_texts_that_are_all_too_long_are_told(tmp_path, tokenizer):
+def test_whole_texts_that_are_all_too_long_are_reported(tmp_path, tokenizer):
     path = _written(tmp_path / "a.jsonl", [{"text": "the rank " * 40}])
     config = data_config(path, packing="whole", records={"kind": "text", "too_long": "drop"}, sequence_length=64)
-    assert "no record can be used (over_length: 1); for instance a text has " in _said(config, tokenizer)
+    assert "no record can be used (over_length: 1); for instance a text has " in _error_of(config, tokenizer)
 
 
-def test_a_small_set_is_judged_as_a_whole_and_a_large_one_by_its_first_rows(tmp_path, tokenizer):
+def test_a_small_set_is_checked_as_a_whole_and_a_large_one_by_its_first_rows(tmp_path, tokenizer):
     rows = [_conversation(number, "system" if number == 20 else "user") for number in range(50)]
     path = _written(tmp_path / "a.jsonl", rows)
-    said = _said(_config(path), tokenizer)
+    said = _error_of(_config(path), tokenizer)
     assert said.startswith("1 of 50 records cannot be used") and "a.jsonl, line 21, is refused by the template " in said
     assert "(the system must come first)" in said
     for config in (_config(path, max_bad_fraction=0.02), _config(_written(path, [*rows, *rows[:20] * 48]))):
@@ -158,20 +158,20 @@ def test_a_small_set_is_judged_as_a_whole_and_a_large_one_by_its_first_rows(tmp_
 def test_messages_that_are_nested_too_deeply_are_a_bad_record(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text('{"messages": ' + "[" * 900 + "]" * 900 + "}\n")
-    assert 'a.jsonl, line 1, has a "messages" that is nested too deeply' in _said(_config(path), tokenizer)
+    assert 'a.jsonl, line 1, has a "messages" that is nested too deeply' in _error_of(_config(path), tokenizer)
 
 
 def test_half_a_surrogate_pair_in_messages_that_are_a_text_is_a_bad_record(tmp_path, tokenizer):
     path = tmp_path / "a.csv"
     path.write_text('messages\n"[{""role"": ""user"", ""content"": ""\\ud800""}]"\n')
-    assert """a.csv, row 1, has a "messages" with half of a surrogate pair""" in _said(_config(path), tokenizer)
+    assert """a.csv, row 1, has a "messages" with half of a surrogate pair""" in _error_of(_config(path), tokenizer)
 
 
 def _stream(config: DataConfig, tokenizer_path: str) -> TrainStream:
     return TrainStream(config, tokenizer_path=tokenizer_path, batch_size=4, lanes=4, rank=0, world_size=1)
 
 
-def test_a_row_that_a_template_refuses_is_named_and_ends_no_run(tmp_path, tokenizer_path):
+def test_a_row_that_a_template_refuses_is_named_and_does_not_end_the_run(tmp_path, tokenizer_path):
     rows = [_conversation(number, "system" if number == 300 else "user") for number in range(400)]
     config = _config(_written(tmp_path / "a.jsonl", rows), packing="none")
     assert count_epochs(config, tokenizer_path, lanes=4).blocks == [100]
@@ -183,15 +183,15 @@ def test_a_row_that_a_template_refuses_is_named_and_ends_no_run(tmp_path, tokeni
     assert batches[-1].counts["skipped/template_failed"] >= 3
 
 
-def test_what_is_allowed_in_the_first_epoch_is_allowed_in_every_one(tmp_path, tokenizer_path):
+def test_bad_rows_allowed_in_the_first_epoch_are_allowed_in_every_epoch(tmp_path, tokenizer_path):
     rows = [_conversation(number, "system" if number % 40 == 7 else "user") for number in range(160)]
     config = _config(_written(tmp_path / "a.jsonl", rows), packing="none", shuffle_documents=1)
-    with _stream(config, tokenizer_path) as stream:  # one lane has all four of them, in each epoch
+    with _stream(config, tokenizer_path) as stream:  # one lane has all four bad rows, in each epoch
         batch = next(itertools.islice(stream, 400, None))
     assert batch.counts["skipped/template_failed"] > 40
 
 
-def test_counting_epochs_judges_all_records_together(tmp_path, tokenizer_path):
+def test_counting_epochs_checks_all_records_together(tmp_path, tokenizer_path):
     rows = [_conversation(number, "system" if number % 51 == 7 else "user") for number in range(1400)]
     config = _config(_written(tmp_path / "a.jsonl", rows), packing="none")
     with pytest.raises(

@@ -26,7 +26,7 @@ def _load(path, tokenizer_path, max_tokens=None, length=16):
 
 
 def _stream(held_out):
-    """The tokens of all blocks one after the other, without what fills up the last one."""
+    """The tokens of all blocks one after the other, without the padding of the last one."""
     inputs = held_out.tokens[:, :-1].ravel()
     return [*inputs, *held_out.tokens[-1:, -1]][: held_out.predicted + 1]
 
@@ -53,7 +53,7 @@ def test_the_tokens_are_whole_documents_between_eos(path, texts, tokenizer_path)
     assert whole.utf8_bytes == sum(len(text.encode()) for text in texts)
 
 
-def test_the_digest_is_that_of_the_tokens(path, texts, tokenizer_path, tmp_path):
+def test_the_digest_depends_only_on_the_tokens(path, texts, tokenizer_path, tmp_path):
     whole = _load(path, tokenizer_path)
     plain = write_shard(tmp_path / "b.json", texts)
     assert whole.digest == _load(plain, tokenizer_path, length=8).digest
@@ -78,7 +78,7 @@ def test_every_token_is_scored_once_on_any_number_of_ranks(path, tokenizer_path,
     scored = Counter()
     counts = []
     blocks_of_rank = math.ceil(math.ceil(held_out.predicted / 16) / world_size)
-    rows = min(micro_batch_size, blocks_of_rank)  # no more than there is text for
+    rows = min(micro_batch_size, blocks_of_rank)  # not more than there is text for
     for rank in range(world_size):
         batches = list(held_out.batches(rank, world_size, micro_batch_size))
         counts.append(len(batches))

@@ -1,4 +1,4 @@
-"""Sources whose rows differ in kind, read as one text: each row of each once an epoch, as it is read alone."""
+"""Sources with different kinds of rows, concatenated: each row once per epoch, encoded as without the others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> list[dict[str, Any]]:
-    """Two of them are files of one name, with rows of other lengths at the same places."""
+    """Two of them are files with the same name, whose rows have different lengths."""
     folder = tmp_path_factory.mktemp("sources")
     questions = [{"q": f"rank {n}?" * (1 + n % 3), "answer": f"{n}" + " matrix" * (n % 4)} for n in range(23)]
     prompts = [{"prompt": f"the {n}", "completion": f" {n}" + " rank" * (6 - n % 5)} for n in range(31)]
@@ -70,8 +70,8 @@ def _scored(batch: Batch) -> Counter[tuple[int, ...]]:
     return Counter(row for row in rows if row)
 
 
-def _alone(sources: Any, packing: str, tokenizer_path: str) -> Counter[tuple[int, ...]]:
-    """The scored tokens of each row, read from its source alone."""
+def _read_separately(sources: Any, packing: str, tokenizer_path: str) -> Counter[tuple[int, ...]]:
+    """The scored tokens of each row, with each source read by itself."""
     rows: Counter[tuple[int, ...]] = Counter()
     for source in sources:
         config = _config([source], packing, concatenate=False)
@@ -86,7 +86,7 @@ def _alone(sources: Any, packing: str, tokenizer_path: str) -> Counter[tuple[int
 def test_every_row_of_every_source_is_learned_once_in_each_epoch(sources, tokenizer_path):
     config = _config(sources)
     epoch = _count(config, tokenizer_path)
-    expected = _alone(sources, "none", tokenizer_path)
+    expected = _read_separately(sources, "none", tokenizer_path)
     assert expected.total() == 23 + 31 + 9 + 12
     with _stream(config, tokenizer_path, epoch_blocks=epoch.blocks) as stream:
         for blocks in epoch.blocks:
@@ -94,8 +94,8 @@ def test_every_row_of_every_source_is_learned_once_in_each_epoch(sources, tokeni
             assert seen == expected
 
 
-def test_a_stream_comes_once_in_an_epoch_but_for_its_ends(tokenizer_path, tmp_path):
-    """Files of other sizes: all lanes share each of them."""
+def test_a_stream_comes_once_in_an_epoch_except_at_its_ends(tokenizer_path, tmp_path):
+    """Files of different sizes: all lanes share each of them."""
     tokenizer = load_tokenizer(tokenizer_path)
     sizes = {"large": 180, "small": 20}
     given = [
@@ -118,7 +118,7 @@ def test_a_stream_comes_once_in_an_epoch_but_for_its_ends(tokenizer_path, tmp_pa
 
 
 @pytest.mark.parametrize("packing", ["whole", "stream"])
-def test_stops_and_other_numbers_of_ranks_change_none_of_it(sources, tokenizer_path, packing):
+def test_stops_and_other_numbers_of_ranks_change_nothing(sources, tokenizer_path, packing):
     config = _config(sources, packing)
     epoch = _count(config, tokenizer_path)
     steps = int(epoch.tokens_of(EPOCHS)) // (BATCH * LENGTH)
@@ -142,8 +142,8 @@ def test_stops_and_other_numbers_of_ranks_change_none_of_it(sources, tokenizer_p
         assert state == merge_states([expected[step - 1].state])
 
 
-def test_an_epoch_is_counted_right_where_files_have_one_name(tokenizer_path, tmp_path):
-    answers = [" rank"] * LANES + [" matrix" * (LENGTH // 3)] * LANES  # a lane reads one of either length
+def test_an_epoch_is_counted_correctly_if_files_have_the_same_name(tokenizer_path, tmp_path):
+    answers = [" rank"] * LANES + [" matrix" * (LENGTH // 3)] * LANES  # a lane reads one file of each length
     paths = [
         _write(tmp_path / str(n) / "rows.jsonl", [{"prompt": f"{n}", "completion": answer}] * 10)
         for n, answer in enumerate(answers)

@@ -1,4 +1,4 @@
-"""Over some epochs every record is seen as often as that, whatever lanes, ranks and stops there are."""
+"""Every record is seen once per epoch, for any lanes, ranks and stops."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _count(config: Any, tokenizer: str) -> Any:
 
 
 def _answers(batch: Batch, tokenizer: Any) -> list[str]:
-    """What is scored in a batch, record by record."""
+    """The scored text of each record in a batch."""
     texts = [tokenizer.decode([int(label) for label in labels if label != UNSCORED]) for labels in batch.labels]
     return [answer for text in texts for answer in text.split("</s>") if answer]
 
@@ -69,7 +69,7 @@ def _answers(batch: Batch, tokenizer: Any) -> list[str]:
 EXPECTED = [_completion(number) for number in range(sum(SIZES)) if number != 9]
 
 
-# a resume with other data, which is allowed, begins with states of lanes that have not begun
+# a resume with other data, which is allowed, starts with states of lanes that have not begun
 @pytest.mark.parametrize("packing,state", [("whole", None), ("none", None), ("whole", start_states(LANES))])
 def test_every_record_is_learned_once_in_every_epoch(path, tokenizer_path, packing, state):
     config = _config(path, packing)
@@ -87,7 +87,7 @@ def test_every_record_is_learned_once_in_every_epoch(path, tokenizer_path, packi
             assert batches[-1].counts["documents"] == (number + 1) * len(EXPECTED)
 
 
-def test_no_batch_is_empty_where_an_epoch_packs_into_fewer_blocks_than_another(tmp_path, tokenizer_path):
+def test_no_batch_is_empty_if_an_epoch_packs_into_fewer_blocks_than_another(tmp_path, tokenizer_path):
     draw = random.Random(0)
     rows = [{"prompt": "the" + " rank" * draw.randint(1, 7), "completion": " matrix"} for _ in range(800)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -111,7 +111,7 @@ def test_no_batch_is_empty_where_an_epoch_packs_into_fewer_blocks_than_another(t
 
 
 @pytest.mark.parametrize("packing,workers", [("whole", 0), ("none", 0), ("whole", 1), *rest(("none", 1))])
-def test_stops_and_other_numbers_of_ranks_change_none_of_it(path, tokenizer_path, packing, workers):
+def test_stops_and_other_numbers_of_ranks_change_nothing(path, tokenizer_path, packing, workers):
     config = _config(path, packing, workers=workers)
     tokenizer = load_tokenizer(tokenizer_path)
     epoch = _count(config, tokenizer_path)
@@ -124,7 +124,7 @@ def test_stops_and_other_numbers_of_ranks_change_none_of_it(path, tokenizer_path
         expected = [next(stream).state for _ in range(steps)]
     while step < steps:
         ranks = 1 + step % 2
-        # a run that goes on takes the number from its state: the settings that it saved have steps, and no epochs
+        # a resumed run takes the numbers from its state, because its saved settings have steps and not epochs
         given = epoch.blocks if state is None else None
         parts = [
             _stream(config, tokenizer_path, rank, ranks, state=state, step=step, epoch_blocks=given)
@@ -154,7 +154,7 @@ def test_without_a_count_each_lane_begins_its_next_epoch_at_once(path, tokenizer
     assert set(seen.values()) <= {EPOCHS - 1, EPOCHS, EPOCHS + 1} and set(seen) == set(EXPECTED)
 
 
-def test_what_becomes_of_the_records_is_told(tokenizer_path, tmp_path, caplog):
+def test_numbers_of_used_and_skipped_records_are_logged(tokenizer_path, tmp_path, caplog):
     rows = [{"prompt": "the", "completion": _completion(number)} for number in range(20)]
     rows[3]["completion"] = ""
     rows[7]["prompt"] = "the rank " * LENGTH
@@ -172,7 +172,7 @@ def test_what_becomes_of_the_records_is_told(tokenizer_path, tmp_path, caplog):
     assert int(found[2]) == round(100 * tokens / (int(found[1]) * LENGTH))
 
 
-def test_much_waiting_is_warned_of(tokenizer_path, tmp_path, caplog):
+def test_lanes_that_wait_long_cause_a_warning(tokenizer_path, tmp_path, caplog):
     for part, size in enumerate((40, 3, 3, 3)):  # a file for each lane
         rows = [{"prompt": "the", "completion": _completion(number)} for number in range(size)]
         (tmp_path / f"part-{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -183,7 +183,7 @@ def test_much_waiting_is_warned_of(tokenizer_path, tmp_path, caplog):
     assert said.endswith("; lower data.lanes")
 
 
-def test_an_end_that_does_not_fill_a_batch_is_warned_of(tokenizer_path, tmp_path, caplog):
+def test_an_end_that_does_not_fill_a_batch_causes_a_warning(tokenizer_path, tmp_path, caplog):
     rows = [{"prompt": "the", "completion": _completion(number)} for number in range(3)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     count_epochs(_config(tmp_path / "a.jsonl", "none"), tokenizer_path, lanes=1, blocks_per_lane=8)
@@ -192,7 +192,7 @@ def test_an_end_that_does_not_fill_a_batch_is_warned_of(tokenizer_path, tmp_path
     assert said.endswith("; lower train.batch_size")
 
 
-def test_a_stream_whose_lanes_have_unequal_shares_is_warned_of(tokenizer_path, tmp_path, caplog):
+def test_a_stream_whose_lanes_have_unequal_shares_causes_a_warning(tokenizer_path, tmp_path, caplog):
     for part, size in enumerate((90, 10)):
         (tmp_path / f"part-{part}.jsonl").write_text((json.dumps({"text": "the rank"}) + "\n") * size)
     config = data_config(tmp_path / "*.jsonl", sequence_length=LENGTH)

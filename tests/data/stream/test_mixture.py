@@ -35,7 +35,7 @@ def _mixture_config(weights, **settings):
         ({"a": 20, "b": 1}, 4, 2),  # the blocks of b come in a pattern of 21 steps
     ],
 )
-def test_every_source_gets_its_share_in_all_and_on_every_lane(weights, lanes, blocks_per_lane):
+def test_every_source_gets_its_share_overall_and_on_every_lane(weights, lanes, blocks_per_lane):
     mixture = Mixture(_mixture_config(weights), lanes, blocks_per_lane)
     total = sum(weights.values())
     taken = Counter()
@@ -50,13 +50,11 @@ def test_every_source_gets_its_share_in_all_and_on_every_lane(weights, lanes, bl
             assert abs(taken[name] - blocks * weight / total) < 2
     for name, weight in weights.items():
         exact = 500 * blocks_per_lane * weight / total
-        assert all(
-            abs(counter[name] - exact) < 2 * exact**0.5 + 2 for counter in of_lanes
-        )  # as draws at random would be
+        assert all(abs(counter[name] - exact) < 2 * exact**0.5 + 2 for counter in of_lanes)  # as with random draws
         assert weight or not taken[name]
 
 
-def test_a_stage_from_the_first_step_on_takes_the_place_of_the_weights():
+def test_a_stage_from_the_first_step_on_replaces_the_weights():
     mixture = Mixture(_mixture_config({"a": 1, "b": 1}, stages=[{"from_step": 1, "weights": {"a": 0, "b": 1}}]), 4, 1)
     assert {name for step in range(6) for [name] in mixture.sources(step, range(4))} == {"b"}
 
@@ -67,7 +65,7 @@ def test_a_stage_begins_at_its_step_whatever_was_drawn_before():
     mixture = Mixture(_mixture_config(weights, stages=stages), 4, 1)
     counts = [Counter(itertools.chain(*mixture.sources(step - 1, range(4)))) for step in range(1, 11)]
     assert counts == [{"a": 3, "b": 1}] * 4 + [{"b": 4}] * 2 + [{"a": 2, "b": 2}] * 4
-    # and a lane's draw is the same when it is asked for alone
+    # and the sources of a lane are the same if only this lane is asked for
     for step in range(10):
         assert mixture.sources(step, [2]) == mixture.sources(step, range(4))[2:3]
 
@@ -93,17 +91,17 @@ def _stream(config, tokenizer_path, **settings):
     return TrainStream(config, tokenizer_path=tokenizer_path, batch_size=8, lanes=4, rank=0, world_size=1, **settings)
 
 
-def test_a_mixture_reads_each_source_as_alone(folder, tokenizer_path):
-    """Every lane's blocks of a source are those that it has where there is no other."""
-    alone = {}
+def test_a_mixture_reads_each_source_as_if_it_were_the_only_one(folder, tokenizer_path):
+    """Every lane has the same blocks of a source as without the other sources."""
+    single = {}
     for name, record in zip(("web", "books"), _records(folder), strict=True):
         with _stream(data_config([record]), tokenizer_path) as stream:
-            alone[name] = [[tuple(row) for row in next(stream).input_ids.tolist()] for _ in range(12)]
+            single[name] = [[tuple(row) for row in next(stream).input_ids.tolist()] for _ in range(12)]
     config = data_config(_records(folder))
     mixture = Mixture(config, 4, 2)
     given = {
-        (name, lane): iter([row for rows in alone[name] for row in rows[2 * lane : 2 * lane + 2]])
-        for name in alone
+        (name, lane): iter([row for rows in single[name] for row in rows[2 * lane : 2 * lane + 2]])
+        for name in single
         for lane in range(4)
     }
     with _stream(config, tokenizer_path) as stream:
@@ -120,7 +118,7 @@ def test_a_mixture_reads_each_source_as_alone(folder, tokenizer_path):
         json.dumps(batch.state)
 
 
-def test_weights_are_part_of_the_fingerprint_and_not_of_the_places(folder):
+def test_weights_are_part_of_the_fingerprint_but_not_of_the_order(folder):
     config = data_config(_records(folder))
     others = [data_config(_records(folder, weight=2)), data_config(_records(folder, name="novels"))]
     prints = []
@@ -145,7 +143,7 @@ def test_a_source_is_read_as_often_as_it_may_be(folder, tokenizer_path, workers)
     warns = data_config(_records(folder, max_epochs=1, at_max_epochs="warn"), workers=workers)
     with _stream(warns, tokenizer_path) as stream:
         batches = [next(stream) for _ in range(300)]
-    (first,) = [batch for batch in batches if batch.notes]  # once a process, and not when the rows are read ahead
+    (first,) = [batch for batch in batches if batch.notes]  # once per process, and not when the rows are read ahead
     assert "books has been read once" in first.notes[0]
     assert any(state["epoch"] for key, state in first.state.items() if key.endswith("/books"))
 
@@ -167,7 +165,7 @@ def test_positions_of_a_batch_name_the_sources_that_it_took_from(folder):
     assert said.startswith("lane 0, web: from ")
 
 
-def test_a_wrong_column_is_told_with_the_source_that_it_belongs_to(folder):
+def test_a_wrong_column_is_reported_with_its_source(folder):
     config = data_config(_records(folder, text_column="contents"))
     with pytest.raises(SourceError, match=r'no column "contents"; set text_column of the source books to one of id'):
         check_columns(configured_shards(config, "train"), config)

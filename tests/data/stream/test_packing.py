@@ -1,4 +1,4 @@
-"""A lane packs what any source of rows and any function to tokens give, and tells which of the tokens are scored."""
+"""A lane packs rows from any source with any encoder, and marks which tokens are scored."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from relora_mora.data.stream.stream import TrainStream
 from relora_mora.tokenizer.load import encode, load_tokenizer
 from tests.tools.data_tools import EOS, data_config, make_lane, write_shard
 
-ANSWERS_FROM = 100  # tokens from here on are in answers, those below in questions
+ANSWERS_FROM = 100  # tokens from here on are in answers, lower ones in questions
 
 
 @dataclass
 class Question:
-    """A row of another kind than text."""
+    """A row that is not text."""
 
     number: int
     asked: int  # tokens of the question
@@ -38,7 +38,7 @@ class Question:
 
 
 class StoredGroups:
-    """Rows in groups, which the lanes that share a file deal out among themselves, as a columnar file would have it."""
+    """Rows in groups, which are dealt out to the lanes that share a file, as in a columnar file."""
 
     def __init__(self, groups, shard, *, stride, phase, bad, note):
         self._rows = [row for group in groups[shard.name][phase::stride] for row in group]
@@ -98,7 +98,7 @@ def _lane(encode_rows, lanes=1, number=0, names=("a", "b", "empty"), restored=No
 
 
 def _is_scored(tokens: np.ndarray) -> list[bool]:
-    """Whether each token but the first is of an answer, or the EOS behind one."""
+    """For each token except the first, whether it belongs to an answer or is the EOS after one."""
     scored = []
     for before, token in itertools.pairwise(tokens.tolist()):
         scored.append(before >= ANSWERS_FROM and before != EOS if token == EOS else token >= ANSWERS_FROM)
@@ -115,7 +115,7 @@ def test_blocks_carry_which_tokens_are_scored():
     assert scored.tolist() == _is_scored(tokens)
     assert 0.2 < scored.mean() < 0.8
     assert {block.tokens.dtype for block in blocks} == {np.dtype(np.int32)}
-    # a question without an answer ends in an EOS that is not scored, one with an answer in one that is
+    # the EOS after a question is scored only if the question has an answer
     assert set(scored[tokens[1:] == EOS].tolist()) == {True, False}
     assert len(lane.rows.notes) >= lane.state()["skipped"]["no_text"] >= 2 * 5
     assert lane.state()["skipped"]["empty_shard"] >= 1
@@ -153,10 +153,10 @@ def test_a_resume_anywhere_gives_the_same_tokens_and_masks(lanes, names):
         for at, state in enumerate(states):
             resumed = _lane(answers_only, lanes, number, names, restored=state)
             assert [_plain(resumed.next_block()) for _ in range(30 - at)] == blocks[at:]
-    assert len(offsets) > 2  # also inside of documents
+    assert len(offsets) > 2  # some of them inside documents
 
 
-def test_what_is_scored_changes_neither_tokens_nor_positions():
+def test_masks_change_neither_tokens_nor_positions():
     lane = _lane(all_scored)
     masked = _lane(answers_only)
     for _ in range(30):
@@ -176,7 +176,7 @@ def test_a_block_without_masked_documents_has_no_mask():
     lane = _lane(first_row_masked, names=["a"])
     blocks = [lane.next_block() for _ in range(12)]
     for block in blocks:
-        # token 0 is the masked document's alone, and so is the EOS behind it
+        # only the masked document has token 0, and the EOS after it is also masked
         labels = block.tokens[1:]
         unscored = (labels == 0) | ((labels == EOS) & (block.tokens[:-1] == 0))
         assert (block.scored is not None) == bool(unscored.any())
@@ -245,8 +245,8 @@ def test_the_labels_of_a_batch_are_unscored_where_the_row_function_says_so(tmp_p
         ([], 1, []),
     ],
 )
-def test_rows_go_to_a_tokenizer_some_at_a_time(monkeypatch, rows, threads, calls):
-    """A call takes dozens of times the memory of its text."""
+def test_rows_go_to_a_tokenizer_in_groups(monkeypatch, rows, threads, calls):
+    """A call needs dozens of times the memory of its text."""
     monkeypatch.setattr("relora_mora.data.rows.CALL_CHARACTERS", 9)
     made = list(in_calls(rows, 3, len, threads))
     assert list(map(len, made)) == calls and list(itertools.chain(*made)) == rows

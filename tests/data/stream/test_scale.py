@@ -1,6 +1,6 @@
 """1,024 ranks with 8 workers each over 10,000 files: equal shares, and exactly the same blocks on 512 ranks.
 
-Simulated: files of made-up rows, read by the lanes of all ranks in this process.
+This is simulated: the lanes of all ranks read made-up rows in this process.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from relora_mora.data.stream.packing import Lane
 from tests.tools.data_tools import data_config
 
 RANKS = 1024
-LANES = RANKS * 8  # a lane for every worker
+LANES = RANKS * 8  # one lane for every worker
 FILES = 10_000
-ROWS = 12  # of a file
-TOKENS = 6  # of a row, with its EOS
+ROWS = 12  # in each file
+TOKENS = 6  # in each row, with its EOS
 SHARDS = [Shard(f"{number}.parquet", f"https://example.org/{number}.parquet") for number in range(FILES)]
 
 
 class MadeUpRows:
-    """Rows that say which they are; lanes that share a file take turns."""
+    """Rows that hold their own numbers; lanes that share a file take turns."""
 
     bad = 0
     is_empty = False
@@ -52,7 +52,7 @@ class MadeUpRows:
 
 
 def _lanes(ranks, states):
-    """(lane, what it gives) of each rank: of lanes ``rank``, ``rank + ranks``, ... with the states that it is given."""
+    """For each rank, its lanes ``rank``, ``rank + ranks``, ... as (lane, packer), restored from the states."""
     config = data_config("unused", sequence_length=2 * TOKENS, shuffle_documents=4)
     plans = plan_lanes(LANES, FILES)
     return [
@@ -74,7 +74,7 @@ def _lanes(ranks, states):
 
 
 def _steps(ranks, steps, states):
-    """The blocks of every lane [steps, LANES, T + 1], and the merged state of all ranks behind them."""
+    """The blocks of every lane [steps, LANES, T + 1], and the merged state of all ranks after them."""
     blocks = np.empty((steps, LANES, 2 * TOKENS + 1), np.int32)
     of_ranks = []
     for lanes in _lanes(ranks, states):
@@ -108,7 +108,7 @@ def test_every_rank_has_the_same_share_and_no_row_is_given_twice(four_steps):
     assert max(of_ranks) / min(of_ranks) < 1.04
 
 
-def test_half_the_ranks_go_on_with_the_very_next_blocks(four_steps):
+def test_half_the_ranks_continue_with_the_very_next_blocks(four_steps):
     blocks, states = four_steps
     first, saved = _steps(RANKS, 1, {})
     second, after = _steps(RANKS // 2, 3, saved)

@@ -1,4 +1,4 @@
-"""The same global batches on any number of ranks and workers, and what comes with them."""
+"""The global batches are the same on any number of ranks and workers; also their counts and notes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _streams(config, tokenizer_path, world_size, state=None, step=0):
 
 
 def _take(streams, steps):
-    """Per step the set of (input_ids, labels) of the global batch, and the merged state after it."""
+    """For each step, the set of (input_ids, labels) in the global batch, and the merged state after it."""
     steps_taken = []
     for _ in range(steps):
         batches = [next(stream) for stream in streams]
@@ -87,7 +87,7 @@ def test_global_batches_do_not_depend_on_ranks_and_resume_on_others(folder, toke
     config = _config(folder, kind)
     reference = _run(config, tokenizer_path, 1, 24)
     states = reference[-1][1].values()
-    assert {state["epoch"] for state in states} != {0}  # across the border of an epoch
+    assert {state["epoch"] for state in states} != {0}  # beyond the first epoch
     assert _run(config, tokenizer_path, 4, 24) == reference
     first = _run(config, tokenizer_path, 2, 11)
     assert first == reference[:11]
@@ -98,7 +98,7 @@ def test_global_batches_do_not_depend_on_workers_and_resume_on_others(folder, to
     config = data_config([str(folder / kind / "part-00001*") for kind in KINDS])  # every format in one list
     reference = _run(config, tokenizer_path, 1, 24)
     assert _run(_with(config, 1), tokenizer_path, 1, 10) == reference[:10]
-    # where one run stops the next goes on: other ranks, other workers
+    # each run continues from the previous one, with other ranks and other workers
     first = _run(_with(config, 2), tokenizer_path, 2, 7)
     second = _run(_with(config, 2), tokenizer_path, 1, 4, first[-1][1], step=7)
     third = _run(config, tokenizer_path, 4, 13, second[-1][1], step=11)
@@ -130,7 +130,7 @@ def test_a_batch(folder, tokenizer_path):
         torch.int32,
     )
     assert torch.equal(batch.input_ids[:, 1:], batch.labels[:, :-1])
-    assert list(batch.state) == ["1", "3"]  # this rank's lanes, four blocks of each, in their order
+    assert list(batch.state) == ["1", "3"]  # the lanes of this rank, in order, with four blocks of each
     for lane in (0, 1):
         blocks = [batch.input_ids[4 * lane + n] for n in range(4)] + [after.input_ids[4 * lane]]
         lasts = [batch.labels[4 * lane + n, -1] for n in range(4)]
@@ -165,7 +165,7 @@ def test_counts_and_notes_arrive(tmp_path, tokenizer_path):
             )
             assert batch.counts["documents"] >= 2 and batch.counts["retries"] == 0
             assert counts_of(batch.state)["documents"] == batch.counts["documents"]
-            # the same names on every rank, whatever each has met: sums over ranks rely on that
+            # the same names on every rank, whatever each one has read, because sums over ranks rely on that
             assert list(batch.counts) == [
                 "documents",
                 "epoch",
@@ -180,17 +180,17 @@ def test_retries_of_workers_and_of_the_trainer_are_counted_since_the_stream_bega
     tmp_path, tokenizer_path, monkeypatch
 ):
     write_shards(tmp_path, 1, 40)
-    RETRIES.retries += 5  # of a stream before
+    RETRIES.retries += 5  # from an earlier stream
     with serving(tmp_path, lambda n: None if n else "reset") as server:
         config = data_config(f"{server.url}/part-00000.json.gz", workers=1, prefetch_batches=1)
         settings = {"tokenizer_path": tokenizer_path, "batch_size": 2, "lanes": 1, "rank": 0, "world_size": 1}
         with TrainStream(config, **settings) as stream:
             assert next(stream).counts["retries"] == 1
-            RETRIES.retries += 1  # by held-out text, which the trainer's process reads
+            RETRIES.retries += 1  # from held-out text, which the trainer's process reads
             assert next(stream).counts["retries"] == 2
 
 
-def test_what_does_not_fit_is_refused(folder, tokenizer_path):
+def test_numbers_that_do_not_divide_and_wrong_states_are_refused(folder, tokenizer_path):
     config = data_config(folder / ".json.gz" / "*")
     settings = {"tokenizer_path": tokenizer_path, "batch_size": 16, "rank": 0}
     with pytest.raises(ValueError, match="lanes must divide the batch"):

@@ -1,4 +1,4 @@
-"""Whole rows in blocks: every record once in an epoch, the same blocks after a resume and on any number of ranks."""
+"""Packing of whole rows: each record once per epoch, and the same blocks after a resume and on any number of ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RECORDS = 90
 
 
 def _row(number: int) -> dict[str, Any]:
-    """Records of many lengths; each holds its number."""
+    """A record with its number in it; lengths differ."""
     return {"prompt": f"{number} " + "the rank " * (number % 5), "completion": " matrix" * (1 + number % 3)}
 
 
@@ -73,7 +73,7 @@ def _lane(
 
 
 def _blocks(config: Any, tokenizer: Any, lanes: int, number: int) -> int:
-    """Of the first epoch of a lane."""
+    """The number of blocks in the first epoch of a lane."""
     [blocks] = _lane(config, tokenizer, lanes, number, kind=CountedLane).epoch_blocks(1)
     return blocks
 
@@ -83,12 +83,12 @@ def _plain(block: Block) -> tuple[Any, ...]:
 
 
 def _numbers(block: Block, tokenizer: Any) -> list[int]:
-    """Of the records in a block: each begins with its own."""
+    """The numbers of the records in a block; each record begins with its number."""
     texts = tokenizer.decode([int(token) for token in block.tokens]).split("</s>")
     return [int(text.split()[0]) for text in texts if text]
 
 
-def test_the_largest_come_first_and_each_goes_where_there_is_room():
+def test_rows_go_into_the_first_block_with_room_from_the_largest_down():
     assert first_fit([3, 9, 4, 1, 6], 10) == [[1, 3], [2, 4], [0]]
     assert first_fit([5, 5, 5], 5) == [[0], [1], [2]]
     assert first_fit([], 5) == []
@@ -133,7 +133,7 @@ def test_blocks_hold_whole_records_and_waste_little(path, tokenizer):
     expected = Counter(tuple(row.ids.tolist()) for row in rows)
     found = Counter()
     for block in blocks:
-        documents = [*block.documents, block.documents[-1]]  # that of the last token, which is no input
+        documents = [*block.documents, block.documents[-1]]  # for the last token, which is not an input
         for _, tokens in itertools.groupby(zip(documents, block.tokens.tolist(), strict=True), lambda pair: pair[0]):
             found[tuple(token for _, token in tokens)] += 1
     assert {ids: count for ids, count in found.items() if set(ids) != {tokenizer.eos_token_id}} == expected
@@ -181,7 +181,7 @@ def _tensors(batch: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("packing", ["whole", "none"])
-def test_a_run_goes_on_on_two_ranks(path, tokenizer_path, packing):
+def test_a_run_continues_on_two_ranks(path, tokenizer_path, packing):
     config = _config(path, packing)
     with _stream(config, tokenizer_path) as stream:
         whole = [next(stream) for _ in range(9)]
@@ -193,7 +193,7 @@ def test_a_run_goes_on_on_two_ranks(path, tokenizer_path, packing):
             here = [next(part) for part in parts]
             by_lane = [_tensors(one) for one in here]
             for number, tensor in enumerate(_tensors(batch)):
-                # lanes 0 and 2 are those of rank 0, two blocks of each
+                # rank 0 has lanes 0 and 2, with two blocks of each
                 mine = [by_lane[lane % 2][number][2 * (lane // 2) : 2 * (lane // 2) + 2] for lane in range(4)]
                 assert torch.equal(torch.cat(mine), tensor)
             assert merge_states([one.state for one in here]) == merge_states([batch.state])
@@ -210,7 +210,7 @@ def test_workers_give_the_same_batches(path, tokenizer_path):
             assert one.state == other.state
 
 
-def test_labels_are_those_of_the_answers(path, tokenizer, tokenizer_path):
+def test_labels_are_the_answers(path, tokenizer, tokenizer_path):
     with _stream(_config(path), tokenizer_path) as stream:
         batch = next(stream)
     for inputs, labels, documents in zip(*_tensors(batch), strict=True):
@@ -254,7 +254,7 @@ def test_an_epoch_is_counted_in_the_blocks_of_its_lanes(path, tokenizer, tokeniz
 
 
 def _usable(numbers: range) -> list[dict[str, Any]]:
-    """Some records without an answer, and some longer than a sequence."""
+    """Records, some of them without an answer and some longer than a sequence."""
     rows = [_row(number) for number in numbers]
     for number, row in zip(numbers, rows, strict=True):
         if number % 10 == 3:
@@ -291,7 +291,7 @@ def test_records_that_cannot_be_used_are_counted_alike_after_a_resume(tmp_path, 
 
 @pytest.mark.parametrize("fills", [True, False])
 def test_too_many_records_that_cannot_be_used_end_the_stream_before_their_group(tmp_path, tokenizer, fills):
-    """When they may be as many, it goes on with the blocks that it would have given."""
+    """With a higher limit, the stream continues with the blocks that it would have produced anyway."""
     source = tmp_path / "a.jsonl"
     rows = [*(_row(number) for number in range(200)), *({"prompt": "x", "completion": ""} for _ in range(30))]
     source.write_text("\n".join(map(json.dumps, [*rows, *map(_row, range(200, 300))])))
@@ -308,14 +308,14 @@ def test_too_many_records_that_cannot_be_used_end_the_stream_before_their_group(
     assert before + [_numbers(again.next_block(), tokenizer) for _ in range(60)] == expected
 
 
-def test_a_lane_of_records_that_are_all_too_long_is_told(tmp_path, tokenizer):
+def test_a_lane_of_records_that_are_all_too_long_is_reported(tmp_path, tokenizer):
     source = tmp_path / "a.jsonl"
     source.write_text("\n".join(json.dumps({"prompt": "the rank " * 40, "completion": "x"}) for _ in range(3)))
     with pytest.raises(SourceError, match=r"lane 0: none of its records .* more than data\.sequence_length \(48\)"):
         _lane(_config(source), tokenizer, 1, 0).next_block()
 
 
-def test_a_template_is_found_beside_the_settings(tmp_path):
+def test_a_template_is_found_next_to_the_settings(tmp_path):
     (tmp_path / "own.jinja").write_text("x")
     records = {"kind": "messages", "template": "own.jinja"}
     tree = {
@@ -330,7 +330,7 @@ def test_a_template_is_found_beside_the_settings(tmp_path):
     assert found == [str(tmp_path / "own.jinja")] * 2
 
 
-def test_what_cannot_be_packed_so_is_refused():
+def test_impossible_packing_settings_are_refused():
     def faults(**data: Any) -> str:
         tree = {"model": {"config": "c"}, "tokenizer": {"path": "t"}, "train": {"run_dir": "r"}}
         with pytest.raises(ConfigError) as caught:

@@ -1,4 +1,4 @@
-"""Worker processes: what ends them, what does not, and what the trainer hears of it."""
+"""Worker processes: what ends them, what does not, and the errors that the trainer gets."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_signals_that_ask_a_job_to_stop_do_nothing_and_close_ends_a_worker_at_on
     assert time.monotonic() - began < 2 and not psutil.pid_exists(pid)
 
 
-def test_a_killed_worker_is_one_clear_error_that_stays_and_close_leaves_nothing_behind(source, tokenizer_path):
+def test_a_killed_worker_is_one_clear_error_that_stays_and_close_leaves_no_process(source, tokenizer_path):
     with _stream(source, tokenizer_path, workers=2) as stream:
         next(stream)
         pids = [worker.pid for worker in stream._producers]
@@ -67,7 +67,7 @@ def test_a_killed_worker_is_one_clear_error_that_stays_and_close_leaves_nothing_
     assert not any(psutil.pid_exists(pid) for pid in pids)  # a zombie still has its pid
 
 
-def test_a_killed_worker_is_told_while_another_waits_for_the_network(tmp_path, tokenizer_path, monkeypatch):
+def test_a_killed_worker_is_reported_while_another_waits_for_the_network(tmp_path, tokenizer_path, monkeypatch):
     with (
         serving(tmp_path, lambda n: "503") as server,
         _stream(f"{server.url}/a.json", tokenizer_path, workers=2) as stream,
@@ -144,7 +144,7 @@ def test_workers_die_with_a_killed_trainer_also_while_they_wait_for_the_network(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_disk_that_is_gone_is_an_error_of_the_system(tokenizer_path, workers):
-    """To read this file at its beginning gives EIO, as a network file system does that has lost its server."""
+    """Reading this file at its beginning gives EIO, like a network file system that has lost its server."""
     config = data_config("unused.json", workers=workers)
     shards = [Shard("part-1.json", "/proc/self/mem")]
     with TrainStream(

@@ -1,4 +1,4 @@
-"""Tokens made in advance give what their text gives, bit for bit, and tell when they are not those of the run."""
+"""Pre-tokenized text gives the same batches as the text, bit for bit, and is refused if it does not fit the run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 LIMITS = {
     "max_bad_fraction": 0.9,
     "max_line_bytes": 150,
-}  # shorter than some texts, so that there are bad rows of any format
+}  # shorter than some texts, so that every format has bad rows
 
 
 def _bad_lines(number: int) -> list:
@@ -48,7 +48,7 @@ def _bad_lines(number: int) -> list:
 
 
 def _write_text(folder, kind):
-    """More and fewer shards than lanes; texts, empty ones, bad ones; an empty shard."""
+    """More and fewer shards than lanes; good, empty and bad texts; an empty shard."""
     write_shards(folder / "few", 3, 45, suffix=kind)
     write_shards(folder / "many", 11, 12, suffix=kind)
     for number in range(2):
@@ -68,7 +68,7 @@ def _make(source, out, tokenizer_path, *, processes=1, **settings):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer_path):
-    """Text of both formats, and beside it the same as tokens."""
+    """Text in both formats, and next to it the same text as tokens."""
     folder = tmp_path_factory.mktemp("texts")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_writer, "BATCH_ROWS", 10)  # a shard is several record batches
@@ -81,7 +81,7 @@ def folder(tmp_path_factory, tokenizer_path):
 
 
 def _run(source, tokenizer_path, *, steps, world_size=1, state=None, lanes=8, **settings):
-    """Per step the batch of all ranks and the state behind it."""
+    """For each step, the batch of all ranks and the state after it."""
     config = data_config(source, **LIMITS, document_mask=True, **settings)
     given = {"tokenizer_path": tokenizer_path, "batch_size": BATCH, "lanes": lanes, "world_size": world_size}
     streams = [TrainStream(config, rank=rank, state=state, **given) for rank in range(world_size)]
@@ -101,7 +101,7 @@ def _run(source, tokenizer_path, *, steps, world_size=1, state=None, lanes=8, **
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name,lanes", [("few", 8), ("many", 4), ("bad", 2), ("bad", 16), ("odd", 1)])
-def test_batches_states_and_counts_are_those_of_the_text(folder, tokenizer_path, kind, name, lanes):
+def test_batches_states_and_counts_equal_those_of_the_text(folder, tokenizer_path, kind, name, lanes):
     place = folder / kind
     text = _run(place / name / "*", tokenizer_path, steps=30, lanes=lanes)
     tokens = _run(place / f"{name}.tokens", tokenizer_path, steps=30, lanes=lanes)
@@ -111,7 +111,7 @@ def test_batches_states_and_counts_are_those_of_the_text(folder, tokenizer_path,
     assert any(lane["offset"] for state in states for lane in state.values())
     if name in ("bad", "odd"):
         assert any(lane["skipped"] for lane in states[-1].values())
-    for source in (place / name / "*", place / f"{name}.tokens"):  # text goes on as tokens, tokens as text
+    for source in (place / name / "*", place / f"{name}.tokens"):  # a run on text continues on tokens, and the reverse
         for at in (0, 4, 17):
             rest = _run(source, tokenizer_path, steps=29 - at, lanes=lanes, state=states[at])
             assert rest == text[at + 1 :]
@@ -143,7 +143,7 @@ def test_text_and_tokens_together(folder, tokenizer_path):
         ["many/*", "few/*", "few.tokens"],
     ],
 )
-def test_a_text_twice_once_as_tokens_is_refused(folder, tmp_path, sources):
+def test_a_text_and_its_own_tokens_together_are_refused(folder, tmp_path, sources):
     place = folder / ".json.gz"
     shutil.copytree(place / "few.tokens", tmp_path / "again")
     given = [str((tmp_path if name == "again" else place) / name) for name in sources]
@@ -152,8 +152,8 @@ def test_a_text_twice_once_as_tokens_is_refused(folder, tmp_path, sources):
     assert local_content(resolve_shards([str(place / "odd.tokens"), str(place / "odd" / "empty*")])), "it has no text"
 
 
-def test_equal_files_of_several_trees_are_read_as_tokens_as_they_are_as_text(tmp_path, tokenizer_path, caplog):
-    """Two licenses in one tree, and one more in another."""
+def test_equal_files_in_several_trees_are_read_the_same_as_tokens_and_as_text(tmp_path, tokenizer_path, caplog):
+    """Two equal licenses in one tree, and a third one in another tree."""
     for place, texts in (("a", "first"), ("a/b", "second"), ("c", "third")):
         write_shard(tmp_path / place / "LICENSE.txt", ["the same"])
         write_shard(tmp_path / place / f"{texts}.txt", [texts])
@@ -170,7 +170,7 @@ def test_equal_files_of_several_trees_are_read_as_tokens_as_they_are_as_text(tmp
     assert _run(tokens, tokenizer_path, steps=6, lanes=2) == _run(text, tokenizer_path, steps=6, lanes=2)
 
 
-def test_a_text_at_a_server_is_not_read_together_with_its_tokens(tmp_path, tokenizer_path):
+def test_a_text_on_a_server_is_not_read_together_with_its_tokens(tmp_path, tokenizer_path):
     write_shards(tmp_path / "served", 3, 20)
     out = str(tmp_path / "out")
     with serving(tmp_path / "served") as server:
@@ -179,7 +179,7 @@ def test_a_text_at_a_server_is_not_read_together_with_its_tokens(tmp_path, token
         secret = f"{server.url}/part-00001.json.gz?key=secret"
         for sources in ([url, out], [out, secret]):
             shards = resolve_shards(sources)
-            local_content(shards)  # asks nothing
+            local_content(shards)  # does not ask the server
             shards = at_versions(shards, remote_versions(shards, 5.0))
             with pytest.raises(SourceError, match=r"part-0000.*hold the same text, .*list only one of them") as raised:
                 remote_content(shards)
@@ -197,7 +197,7 @@ def test_a_text_at_a_server_is_not_read_together_with_its_tokens(tmp_path, token
         assert remote_content(at_versions(shards, remote_versions(shards, 5.0)))
 
 
-def test_a_text_of_the_hub_is_not_read_together_with_its_tokens(tmp_path, tokenizer_path, monkeypatch):
+def test_a_text_on_the_hub_is_not_read_together_with_its_tokens(tmp_path, tokenizer_path, monkeypatch):
     write_shards(tmp_path / "datasets/some/set/resolve" / COMMIT, 3, 20)
     with serving(tmp_path) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
@@ -212,7 +212,7 @@ def test_a_text_of_the_hub_is_not_read_together_with_its_tokens(tmp_path, tokeni
         assert local_content(resolve_shards([str(tmp_path / "out"), text], COMMIT[::-1])) == "", "at another commit"
 
 
-def test_a_run_reads_them_without_a_tokenizer(folder, tokenizer_path, monkeypatch):
+def test_a_run_reads_tokens_without_a_tokenizer(folder, tokenizer_path, monkeypatch):
     monkeypatch.setattr("relora_mora.tokenizer.load.load_tokenizer", None)
     config = data_config(folder / ".json.gz" / "few.tokens")
     with TrainStream(config, tokenizer_path="none", batch_size=BATCH, lanes=8, rank=0, world_size=1) as stream:
@@ -220,7 +220,7 @@ def test_a_run_reads_them_without_a_tokenizer(folder, tokenizer_path, monkeypatc
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fingerprints_are_those_of_the_text(folder, tokenizer_path, kind):
+def test_fingerprints_equal_those_of_the_text(folder, tokenizer_path, kind):
     found = tokenizer_fingerprint(tokenizer_path)
     seen = []
     for source in (folder / kind / "few" / "*", folder / kind / "few.tokens"):
@@ -340,7 +340,7 @@ def _with(config: DataConfig, **changes) -> DataConfig:
 
 
 @pytest.mark.parametrize("place,hint", [("hub:some/set@{}/a.json", True), ("a/{}/a.json", False)])
-def test_tokens_of_an_earlier_commit_are_gone_on_with_by_its_name(tmp_path, place, hint):
+def test_tokens_of_an_earlier_commit_can_be_continued_by_naming_it(tmp_path, place, hint):
     making = TokenizationSpec(tokenizer="t", eos=2, max_line_bytes=100)
     earlier, now = (
         Index(
@@ -378,7 +378,7 @@ def _change(path, at):
     path.write_bytes(body)
 
 
-def test_a_file_that_may_not_be_opened_is_not_called_damaged(copy, monkeypatch):
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(copy, monkeypatch):
     def refuse(path):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
 
@@ -404,7 +404,7 @@ def test_a_damaged_file_is_named(copy, tokenizer_path, at):
         _change(path, at)
     with pytest.raises(SourceError, match=r"00001\.arrow .*(make it again|check the path)"):
         _read_all(copy, tokenizer_path)
-    if at in ("cut", "empty", "gone", "swapped"):  # also where nobody looks at the content first
+    if at in ("cut", "empty", "gone", "swapped"):  # also if the content is not checked first
         with pytest.raises(SourceError, match=r"00001\.arrow "):
             _run(copy, tokenizer_path, steps=8)
 
@@ -426,14 +426,14 @@ def test_a_damaged_index_is_named(copy, change, message):
         resolve_shards(str(copy))
 
 
-def test_a_file_of_that_name_makes_no_token_folder_of_text(tmp_path):
+def test_a_folder_of_text_with_a_file_of_that_name_is_not_a_token_folder(tmp_path):
     write_shards(tmp_path, 1, 3, suffix=".json")
     (tmp_path / INDEX).write_text('{"tokens": 3}')
     assert "part-00000.json" in [shard.name for shard in resolve_shards(str(tmp_path))]
 
 
-def test_rows_and_reasons_outlive_the_file_format(tmp_path):
-    """Large ids, rows of no tokens, many batches, each row by its number."""
+def test_rows_and_reasons_survive_writing_and_reading(tmp_path):
+    """Large ids, rows without tokens, many batches, and reading rows by number."""
     rows = [np.arange(n % 5, dtype=np.uint32) + (70_000 if n % 2 else 0) for n in range(95)]
     rows[13] = rows[60] = Skipped("no_text")
     head = Header(
