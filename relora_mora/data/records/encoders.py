@@ -36,10 +36,11 @@ def encoder_of(
 
     Raises SourceError if rows cannot be tokenized.
     """
-    encoders = {
-        _format_of_rows(record_format): _encoder(tokenizer, record_format, packing, sequence_length)
-        for record_format in dict.fromkeys(formats)
-    }
+    encoders: dict[RecordFormat | None, Encode[Any]] = {}
+    for record_format in dict.fromkeys(formats):
+        is_text = record_format is None or record_format.is_text
+        key = None if is_text else record_format  # rows of plain text carry no format
+        encoders[key] = _encoder(tokenizer, record_format, packing, sequence_length)
     if len(encoders) == 1:
         return next(iter(encoders.values()))
 
@@ -48,11 +49,6 @@ def encoder_of(
         return [row for record_format, group in groups for row in encoders[record_format](list(group))]
 
     return encode
-
-
-def _format_of_rows(record_format: RecordFormat | None) -> RecordFormat | None:
-    """The key under which ``encode`` looks up a row: plain-text rows carry no format, so theirs is None."""
-    return None if record_format is None or record_format.is_text else record_format
 
 
 def _encoder(
@@ -122,8 +118,13 @@ def record_encoder(tokenizer: PreTrainedTokenizerBase, record_format: RecordForm
         passages = [passage(record) for record in records]
         usable = [each for each in passages if isinstance(each, Passage)]
         encoded = iter(_tokens(tokenizer, usable, parse_special=template is not None, scores_all=scores_all))
-        rows = [each if isinstance(each, Skipped) else next(encoded) for each in passages]
-        return [_with_answer(row, record) for row, record in zip(rows, records, strict=True)]
+        rows: list[Encoded | Skipped] = []
+        for record, each in zip(records, passages, strict=True):
+            row = each if isinstance(each, Skipped) else next(encoded)
+            if isinstance(row, Encoded) and not (len(row.ids) if row.scored is None else any(row.scored)):
+                row = Skipped("no_answer", record.describe("has no answer to learn"))
+            rows.append(row)
+        return rows
 
     return encode
 
@@ -164,13 +165,6 @@ def _tokens(
             scored |= ((starts < end) | (end == len(passage.text))) & (ends > begin)
         rows.append(Encoded(encoding.ids, scored))
     return rows
-
-
-def _with_answer(row: Encoded | Skipped, record: Record) -> Encoded | Skipped:
-    if isinstance(row, Skipped):
-        return row
-    learns = len(row.ids) > 0 if row.scored is None else any(row.scored)
-    return row if learns else Skipped("no_answer", record.describe("has no answer to learn"))
 
 
 def own_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -59,10 +59,16 @@ def count_epochs(
     records; for a stream of pre-tokenized text the number is known. ``shards`` are the shards of ``config``, if they
     are already resolved. Raises SourceError, also if there is no text.
     """
+    from relora_mora.tokenizer.load import load_tokenizer
+
     shards = configured_shards(config, "train") if shards is None else shards
     packing = packing_of(config, shards)
     if packing == "stream":
-        counted = Epochs([_stream_tokens(shards, config, tokenizer_path)], None)
+        tokens = epoch_tokens(shards)
+        if tokens is None:
+            rows_read = rows_in_order(shards, config, load_tokenizer(tokenizer_path), "stream")
+            tokens = sum(len(row.encoded.ids) + 1 for row in rows_read)
+        counted = Epochs([tokens], None)
         late = _read_late(shards, lane_plans(config, lanes, len(shards), packing))
         if late > 0.05:
             log.warning(
@@ -99,16 +105,6 @@ def _read_late(shards: Sequence[Shard], plans: Sequence[LanePlan]) -> float:
     shares = [sum(sizes[part.shard] / part.stride for part in plan.parts) for plan in plans]
     mean = sum(shares) / len(shares)
     return sum(max(0.0, share - mean) for share in shares) / sum(shares)
-
-
-def _stream_tokens(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> int:
-    from relora_mora.tokenizer.load import load_tokenizer
-
-    tokens = epoch_tokens(shards)
-    if tokens is not None:
-        return tokens
-    rows = rows_in_order(shards, config, load_tokenizer(tokenizer_path), "stream")
-    return sum(len(row.encoded.ids) + 1 for row in rows)
 
 
 def _most_blocks(

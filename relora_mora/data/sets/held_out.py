@@ -160,16 +160,14 @@ def load_eval_set(
 def _up_to(max_tokens: int | None, rows: Iterable[TokenizedRow], *, stream: bool) -> Iterator[TokenizedRow]:
     total = 0
     for number, row in enumerate(rows):
-        total += _scored_tokens(row.encoded, stream=stream)
+        ids, scored, _ = row.encoded
+        if scored is None:
+            total += len(ids) + 1 if stream else len(ids) - 1  # a stream adds an EOS
+        else:
+            total += int(np.count_nonzero(with_end(scored) if stream else scored[1:]))
         if max_tokens is not None and number and total > max_tokens:
             return
         yield row
-
-
-def _scored_tokens(row: Encoded, *, stream: bool) -> int:
-    if stream:  # with the EOS after it
-        return len(row.ids) + 1 if row.scored is None else int(with_end(row.scored).sum())
-    return len(row.ids) - 1 if row.scored is None else int(np.count_nonzero(row.scored[1:]))
 
 
 def _digest(rows: Iterable[Encoded]) -> str:

@@ -11,7 +11,7 @@ import xxhash
 from relora_mora.config.data import DataConfig
 from relora_mora.data.formats.kinds import TEXT
 from relora_mora.data.records.encoders import how_written, packing_of
-from relora_mora.data.shard import RecordFormat, Shard
+from relora_mora.data.shard import Shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,17 +70,18 @@ def _record_order(
     records = {source: shard.records for source, shard in by_source.items() if shard.records is not None}
     if records:
         assert tokenizer is not None, "its encoding of records is part of the fingerprint"
-        order["records"] = {source: _record_entry(each, tokenizer) for source, each in records.items()}
+        order["records"] = {
+            source: [
+                each.settings.model_dump(exclude={"template"}),  # not its name: how_written has its text
+                *([] if each.is_text else how_written(tokenizer, each)),
+            ]
+            for source, each in records.items()
+        }
     packings = {source: packing_of(config, [shard]) for source, shard in by_source.items()}
     if set(packings.values()) != {"stream"}:  # then a position depends on what fits into a sequence
         order["packing"] = packings
         order["sequence_length"] = config.sequence_length
     return order
-
-
-def _record_entry(record_format: RecordFormat, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    settings = record_format.settings.model_dump(exclude={"template"})  # not its name: how_written has its text
-    return [settings, *(() if record_format.is_text else how_written(tokenizer, record_format))]
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -70,11 +70,11 @@ class Producer:
         self.assignment = assignment
         self.mixture = Mixture(assignment.config, assignment.lanes_of_all, assignment.blocks_per_lane)
         self.batch = assignment.batch
-        records = assignment.config.train_sources if assignment.config.is_mixture else [None]
+        sources = assignment.config.train_sources if assignment.config.is_mixture else []
         self.limits = {
-            name: EpochLimit(name, record.max_epochs, stops=record.at_max_epochs == "stop")
-            for name, record in zip(self.mixture.names, records, strict=True)
-            if record is not None and record.max_epochs is not None
+            source.label: EpochLimit(source.label, source.max_epochs, stops=source.at_max_epochs == "stop")
+            for source in sources
+            if source.max_epochs is not None
         }
         self._noted: set[str] = set()  # sources for which a note said that they are read again
         self.lanes: dict[tuple[int, str], SourceLane] = {}
@@ -90,7 +90,26 @@ class Producer:
         for lane in self.assignment.lanes:
             rows = LaneRows(plans[lane], shards, config, functools.partial(open_any, config), self.limits.get(name))
             restored = self.assignment.states.get(state_key(lane, name))
-            packer = _packer(packing, rows, encode, eos, restored, self.assignment.epoch_blocks)
+            packer: Packer
+            if packing == "stream":
+                packer = Lane(
+                    rows,
+                    encode,
+                    eos=eos,
+                    sequence_length=config.sequence_length,
+                    document_mask=config.document_mask,
+                    restored=restored,
+                )
+            else:
+                packer = PackedLane(
+                    rows,
+                    encode,
+                    eos=eos,
+                    sequence_length=config.sequence_length,
+                    fills=packing == "whole",
+                    epoch_blocks=self.assignment.epoch_blocks,
+                    restored=restored,
+                )
             self.lanes[lane, name] = SourceLane(packer, restored.get("blocks", 0) if restored else 0)
 
     def _encoder(self, shards: Sequence[Shard], packing: Packing) -> tuple[Encode[Any], int]:
@@ -154,29 +173,6 @@ class Producer:
     def close(self) -> None:
         for source_lane in self.lanes.values():
             source_lane.lane.close()
-
-
-def _packer(
-    packing: Packing,
-    rows: LaneRows[Any],
-    encode: Encode[Any],
-    eos: int,
-    restored: Mapping[str, Any] | None,
-    epoch_blocks: Sequence[int] | None,
-) -> Packer:
-    length = rows.config.sequence_length
-    if packing == "stream":
-        mask = rows.config.document_mask
-        return Lane(rows, encode, eos=eos, sequence_length=length, document_mask=mask, restored=restored)
-    return PackedLane(
-        rows,
-        encode,
-        eos=eos,
-        sequence_length=length,
-        fills=packing == "whole",
-        epoch_blocks=epoch_blocks,
-        restored=restored,
-    )
 
 
 def _stacked(parts: Sequence[NDArray[Any] | None], default: NDArray[Any]) -> NDArray[Any] | None:

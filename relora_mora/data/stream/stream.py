@@ -141,20 +141,16 @@ class TrainStream:
             for share in shares
         ]
         self._has_workers = workers > 0
-        if self._has_workers:
-            self._start_workers(assignments)
-        else:
+        if not self._has_workers:
             self._producers.append(Producer(assignments[0]))
-
-    def _start_workers(self, assignments: Sequence[Assignment]) -> None:
-        workers = []
+            return
+        processes = []
         try:
             for assignment in assignments:
-                worker = WorkerProcess(assignment)
-                workers.append(worker)
-                self._producers.append(worker)
-            for worker in workers:
-                worker.start()
+                processes.append(WorkerProcess(assignment))
+                self._producers.append(processes[-1])
+            for process in processes:
+                process.start()
         except BaseException:
             self.close()
             raise

@@ -98,7 +98,9 @@ class MappedTokens:
                 continue
             reasons = columns.skipped[here].to_pylist()
             for begin, end, reason in zip(begins, ends, reasons, strict=True):
-                yield ids[begin:end] if reason is None else self._skipped(reason)
+                if reason is not None and reason not in SKIP_REASONS:
+                    raise self.damaged(f"a row is skipped for the reason {reason!r}")
+                yield ids[begin:end] if reason is None else Skipped(reason)
 
     def documents(self) -> Iterator[tuple[TokenIds, int]]:
         """The tokens of every row that is not skipped, and the UTF-8 bytes of its text."""
@@ -166,11 +168,6 @@ class MappedTokens:
                 raise self.damaged(str(error)) from error
             self._at = number
         return self._columns
-
-    def _skipped(self, reason: str) -> Skipped:
-        if reason not in SKIP_REASONS:
-            raise self.damaged(f"a row is skipped for the reason {reason!r}")
-        return Skipped(reason)
 
 
 class TokenRows:
