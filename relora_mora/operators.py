@@ -1,10 +1,10 @@
-"""The parameter-free operators of MoRA: one definition each, from which forward, merge and gradient follow.
+"""The parameter-free operators of MoRA. Forward, merge and gradient follow from one definition of each.
 
 MoRA (arXiv 2405.12130, eq. 6-9) adds ``D(M C(x))`` to a linear layer: ``C`` compresses the input from ``in`` to ``R``
-features, ``M`` [R, R] is trained, ``D`` decompresses from ``R`` to ``out``. Both are linear, so the layer's weight
-changes by ``delta = D M C`` [out, in]. Every type here is written as the two linear maps and the transpose of ``D``; of
-type 6 alone there is a second form, ``kernels/rotary.py``, which adds its delta to a weight. Most types are a pair of
-groupings (``kernels/grouping.py``), whose sums and copies have compiled kernels.
+features, ``M`` [R, R] is trained, and ``D`` decompresses from ``R`` to ``out``. Both maps are linear, so the layer's
+weight changes by ``delta = D M C`` [out, in]. Every type is written as the two linear maps and the transpose of ``D``.
+Only type 6 has a second form, ``add_blocks`` in ``kernels/reference.py``, which adds its delta to a weight. Most types
+are a pair of groupings (``kernels/grouping.py``), whose sums and copies have compiled kernels.
 
 Shapes: ``in`` and ``out`` are the layer's features, ``R`` the size of the square matrix, ``P`` a width padded to whole
 groups, ``B`` blocks of ``R`` features (type 6), ``...`` any leading dimensions.
@@ -27,11 +27,11 @@ from relora_mora.kernels import Grouping, expand_add, group_sum, group_sums, gro
 from relora_mora.system.seeds import derived_seed
 
 MORA_TYPES = tuple(OPERATORS)
-ALIGNED = 16  # features: on a GPU, operands of products have rows of whole vectors of its matrix units
+ALIGNED = 16  # features; on a GPU, rows of matrix operands are padded to whole vectors of its matrix units
 
 
 class Draw(NamedTuple):
-    """What the draw of an operator follows from: ``train.seed``, and the merges done when it came into use."""
+    """What determines the random draw of an operator: ``train.seed``, and the merges done when it came into use."""
 
     seed: int = 0
     merges_done: int = 0
@@ -50,7 +50,7 @@ def square_size(in_features: int, out_features: int, rank: int) -> int:
 
 
 def _tile(x: Tensor, width: int) -> Tensor:
-    """x [..., n] -> [..., width]: repeated from the start, cut to width."""
+    """x [..., n] -> [..., width]: x repeated, then cut to width."""
     n = x.shape[-1]
     if width <= n:
         return x[..., :width]
@@ -59,7 +59,7 @@ def _tile(x: Tensor, width: int) -> Tensor:
 
 
 def _fold(x: Tensor, width: int) -> Tensor:
-    """x [..., n] -> [..., width]: the transpose of :func:`_tile`, what lies beyond width is added from the start."""
+    """x [..., n] -> [..., width]: the transpose of :func:`_tile`. Features beyond width are added to the first ones."""
     n = x.shape[-1]
     if n <= width:
         return torch.nn.functional.pad(x, (0, width - n))
@@ -76,7 +76,7 @@ def _product(reduced: Tensor, compressed: Tensor) -> Tensor:
 
 
 class Operator(ABC):
-    """``C`` and ``D`` of one layer. ``compress`` and ``decompress`` apply them, ``decompress_transposed`` D^T.
+    """``C`` and ``D`` of one layer. ``compress`` applies C, ``decompress`` D and ``decompress_transposed`` D^T.
 
     For every x [..., in] and M [R, R]: ``decompress(compress(x) @ M.T) == x @ delta(M).T``.
     """
@@ -103,22 +103,22 @@ class Operator(ABC):
 
     @abstractmethod
     def delta(self, M: Tensor) -> Tensor:
-        """D M C: M [R, R] -> [out, in], what a merge adds to the weight"""
+        """D M C: M [R, R] -> [out, in]; a merge adds it to the weight"""
 
     def core(self, M: Tensor) -> Tensor:
-        """A matrix with the singular values of delta(M), but for zeros; smaller where the operator knows one."""
+        """A matrix with the nonzero singular values of delta(M), smaller than delta(M) if the operator knows one."""
         return self.delta(M)
 
     @abstractmethod
     def add_delta(self, weight: Tensor, M: Tensor, after: Tensor | None = None) -> Tensor:
-        """weight + delta(M) [out, in], a new tensor; not differentiable. ``after``: as in ``kernels.expand_add``"""
+        """weight + delta(M) [out, in], a new tensor; not differentiable. See ``kernels.expand_add`` for ``after``."""
 
     def compress_for_gradient(self, x: Tensor) -> Tensor:
-        """C x as :meth:`square_gradients` takes it"""
+        """C x in the form that :meth:`square_gradients` expects"""
         return self.compress(x)
 
     def factors(self, M: Tensor) -> tuple[Tensor, Tensor]:
-        """A [blocks * R, in] = M C and B [out, blocks * R] = D, so that ``B A = delta(M)``: the same map as LoRA's."""
+        """A [blocks * R, in] = M C and B [out, blocks * R] = D, so ``B A = delta(M)``, in the form of a LoRA."""
         compressed = self.compress(torch.eye(self.in_features, dtype=M.dtype))
         A = (compressed @ M.T).flatten(1).T
         B = self.decompress(torch.eye(len(A), dtype=M.dtype).view(-1, *compressed.shape[1:])).T
@@ -136,10 +136,10 @@ class Operator(ABC):
 
 
 class GroupingOperator(Operator):
-    """A grouping of the inputs is summed, a grouping of the outputs copied.
+    """C sums a grouping of the inputs, D copies to a grouping of the outputs.
 
-    ``inputs`` and ``outputs`` are names of functions in ``kernels/grouping.py``. With ``draw`` they take a seed, which
-    follows from the width and R and not from the layer: layers of one shape have the same.
+    ``inputs`` and ``outputs`` are names of functions in ``kernels/grouping.py``. With ``draw`` these functions get a
+    seed that depends on the width and R but not on the layer, so layers of one shape have the same groupings.
     """
 
     def __init__(
@@ -171,21 +171,21 @@ class GroupingOperator(Operator):
         return self.outputs.copy(self.inputs.copy(M).mT).mT
 
     def core(self, M: Tensor) -> Tensor:
-        """[<= R, <= R]: with D = Q S and C^T = P T, where Q and P have orthonormal columns, it is S M T^T"""
-        return _without_basis(self.outputs, M) @ M @ _without_basis(self.inputs, M).mT
+        """S M T^T [<= R, <= R], for D = Q S and C^T = P T with orthonormal columns in Q and P"""
+        return _triangular_factor(self.outputs, M) @ M @ _triangular_factor(self.inputs, M).mT
 
     def add_delta(self, weight: Tensor, M: Tensor, after: Tensor | None = None) -> Tensor:
         return expand_add(weight, M, self.inputs, self.outputs, after)
 
     def carry(self, moment: Tensor, before: GroupingOperator) -> Tensor:
-        """A moment [R, R] of M's gradient under the operator ``before`` -> [R, R], an estimate of it under this one.
+        """Estimates a moment [R, R] of M's gradient under this operator from that moment under ``before``.
 
-        dM = D^T dW C^T sums elements of the weight's gradient. Each is taken for an equal share of the sum that it is
-        in (of two sums, for the mean of the two shares), and these shares are summed again. That holds for first
-        moments; for second moments, since variances of uncorrelated elements add up as well.
+        dM = D^T dW C^T sums elements of the weight's gradient. Each element is assumed to be an equal share of its sum
+        (the mean of two shares if it is in two sums), and these shares are summed under this operator. This is linear,
+        so it applies to first moments. It applies to second moments because variances of uncorrelated elements add up.
         """
-        of_inputs = self.inputs.sum(before.inputs.share(moment))
-        return self.outputs.sum(before.outputs.share(of_inputs.mT)).mT
+        columns_carried = self.inputs.sum(before.inputs.share(moment))
+        return self.outputs.sum(before.outputs.share(columns_carried.mT)).mT
 
     def compress_for_gradient(self, x: Tensor) -> Tensor:
         return group_sum(x, self.padded_inputs if x.is_cuda else self.inputs)
@@ -198,13 +198,13 @@ class GroupingOperator(Operator):
 
 def _grouping(name: str, features: int, size: int, side: str, draw: Draw | None) -> Grouping:
     seed = () if draw is None else (derived_seed(*draw, side, features, size),)
-    made: Grouping = getattr(grouping, name)(features, size, *seed)
-    return made
+    result: Grouping = getattr(grouping, name)(features, size, *seed)
+    return result
 
 
-def _without_basis(groups: grouping.Grouping, like: Tensor) -> Tensor:
-    """S [<= slots, slots] of Q S, the matrix [features, slots] that copies slots, with orthonormal columns in Q"""
-    if groups.once:  # columns share no feature
+def _triangular_factor(groups: Grouping, like: Tensor) -> Tensor:
+    """S [<= slots, slots] in the decomposition Q S of the copy matrix [features, slots]; Q has orthonormal columns."""
+    if groups.once:  # the columns of the copy matrix do not overlap
         return torch.diag(groups.sum(like.new_ones(groups.features)).sqrt())
     return torch.linalg.qr(groups.copy(torch.eye(groups.slots, dtype=like.dtype, device=like.device)).mT)[1]
 
@@ -212,9 +212,9 @@ def _without_basis(groups: grouping.Grouping, like: Tensor) -> Tensor:
 class RotaryOperator(Operator):
     """Type 6: the (wrapped) input is cut into blocks of R, block j is rotated by RoPE position j, M maps each block.
 
-    The mapped blocks are concatenated, tiled where ``out`` is longer and cut to ``out``: inputs whose blocks lie beyond
-    it have no part in y. Angles are float32 as torch computes them, then cast to the dtype of x, as the released code
-    (kongds/MoRA) does.
+    The mapped blocks are concatenated, tiled if ``out`` is longer, and cut to ``out``. Inputs in blocks beyond ``out``
+    do not contribute to y. As in the released code (kongds/MoRA), torch computes the angles in float32, and they are
+    then cast to the dtype of x.
     """
 
     def __init__(self, mora_type: int, in_features: int, out_features: int, size: int) -> None:
@@ -226,13 +226,9 @@ class RotaryOperator(Operator):
         super().__init__(mora_type, in_features, out_features, size)
         self.blocks = reference.blocks_of(in_features, out_features, size)
 
-    def _angles(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, R] of block j and feature i, halves paired"""
-        return reference.angles(self.blocks, self.square_size, like.dtype, like.device)
-
     def compress(self, x: Tensor) -> Tensor:
         blocks = _tile(x, self.blocks * self.square_size).unflatten(-1, (self.blocks, self.square_size))
-        cos, sin = self._angles(x)
+        cos, sin = reference.angles(self.blocks, self.square_size, x.dtype, x.device)
         left, right = blocks.chunk(2, -1)
         return blocks * cos + torch.cat([-right, left], -1) * sin
 
@@ -252,23 +248,25 @@ class RotaryOperator(Operator):
 def make_operator(
     mora_type: int, in_features: int, out_features: int, square_size: int, draw: Draw | None = None
 ) -> Operator:
-    """The operator ``mora_type`` for one layer's shape.
+    """Returns the operator ``mora_type`` for one layer's shape; operators of equal arguments are one object.
 
-    Types up to 6 are those of the released code (kongds/MoRA, peft ``lora/layer.py``). ``draw`` matters to drawn types
-    alone; by default it is ``Draw()``.
+    The numbers up to 6 are the types of the released code (kongds/MoRA, peft ``lora/layer.py``). ``draw`` matters only
+    to drawn types and defaults to ``Draw()``.
 
-    Raises ValueError for an unknown type, a size that is not positive, and an odd size of type 6.
+    Raises ValueError for an unknown type, a size that is not positive, or an odd size with type 6.
     """
     if min(in_features, out_features, square_size) < 1:
         raise ValueError(f"an operator needs positive sizes, got {in_features} -> {square_size} -> {out_features}")
     if mora_type not in OPERATORS:
         raise ValueError(f"mora_type must be one of {', '.join(map(str, MORA_TYPES))}, got {mora_type}")
-    given = (draw or Draw()) if is_drawn(mora_type) else None
-    return _made(mora_type, in_features, out_features, square_size, given)
+    draw = (draw or Draw()) if is_drawn(mora_type) else None
+    return _cached_operator(mora_type, in_features, out_features, square_size, draw)
 
 
 @lru_cache(maxsize=1024)
-def _made(mora_type: int, in_features: int, out_features: int, square_size: int, draw: Draw | None) -> Operator:
+def _cached_operator(
+    mora_type: int, in_features: int, out_features: int, square_size: int, draw: Draw | None
+) -> Operator:
     record = OPERATORS[mora_type]
     arguments = record.groupings if draw is None else (*record.groupings, draw)
     operator: Operator = resolve_name(record.code)(mora_type, in_features, out_features, square_size, *arguments)

@@ -1,7 +1,7 @@
-"""One clock: learning rate, merges and operators as pure functions of ``step``, the number of optimizer steps done.
+"""The clock: learning rate, merges and operators as pure functions of ``step``, the number of optimizer steps done.
 
-Nothing here has state, so a resume at any step sees what an uninterrupted run sees. The step about to be made is
-evaluated at ``step + 1``; what happens at the end of step ``s`` is evaluated at ``s``.
+Nothing here has state, so a resume at any step sees exactly the same as an uninterrupted run. Evaluate the rate of the
+next step at ``step + 1``, and what happens at the end of step ``s`` at ``s``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def cosine(step: int, *, total_steps: int, warmup_steps: int, min_ratio: float) 
 
 
 def rewarmed(envelope: Callable[[int], float], step: int, since: int, warmup_steps: int) -> float:
-    """The value ``since`` steps after a restart, on a line from zero that meets the envelope after ``warmup_steps``."""
+    """The value ``since`` steps after a restart, on a line from 0 that meets the envelope after ``warmup_steps``."""
     return since / warmup_steps * envelope(step - since + warmup_steps)
 
 
@@ -36,15 +36,15 @@ def lr_multiplier(
     min_ratio: float,
     offset: int = 0,
 ) -> float:
-    """Cosine with restarts as ReLoRA has it (Guitaricet/relora, ``training_utils.py``), as a multiple of the peak rate.
+    """ReLoRA's cosine with restarts (Guitaricet/relora, ``training_utils.py``), as a multiple of the peak rate.
 
-    Linear warmup over ``warmup_steps``, then a cosine from 1 to ``min_ratio`` at ``total_steps``. After every
-    ``restart_every`` steps a line rises from zero and meets the cosine ``restart_warmup_steps`` later; it is zero where
-    the restart begins. ``offset`` shifts the cosine and the restarts (ReLoRA's ``adjust_step``), not the warmup, and a
-    restart counts only where the unshifted step has reached ``restart_every``. ``restart_every=0``: no restarts.
+    The rate warms up linearly over ``warmup_steps`` and then follows a cosine from 1 to ``min_ratio`` at
+    ``total_steps``. Every ``restart_every`` steps it drops to zero and rises on a line that meets the cosine
+    ``restart_warmup_steps`` later. ``offset`` (ReLoRA's ``adjust_step``) shifts the cosine and the restarts, but not
+    the warmup. There is no restart before the unshifted step reaches ``restart_every``; 0 means no restarts.
 
-    A run has :class:`Schedule`, of the same two formulas, in which no step is made at rate zero, but the last where
-    ``min_ratio`` is 0.
+    Runs use :class:`Schedule` instead. It has the same two formulas, but no step runs at rate zero except the last one
+    if ``min_ratio`` is 0.
     """
     if step < warmup_steps:
         return step / max(1, warmup_steps)
@@ -57,11 +57,11 @@ def lr_multiplier(
 
 @dataclass(frozen=True)
 class Schedule:
-    """Everything about a run that follows from ``step``.
+    """Everything about a run that depends only on ``step`` and the settings.
 
-    ``merge_every`` 0 means that the method never merges, and ``merge_until_step`` None that it does so to the end;
-    ``operators`` is the cycle of mora types, empty for other methods. ``decay_steps`` belongs to ``wsd`` only: the
-    length of its linear decay at the end.
+    ``merge_every=0`` means that the method never merges, ``merge_until_step=None`` that it merges until the end.
+    ``operators`` is the cycle of mora types, empty for other methods. ``decay_steps`` is the length of the linear decay
+    at the end of ``wsd``; no other kind uses it.
     """
 
     kind: ScheduleKind
@@ -97,11 +97,11 @@ class Schedule:
         return self.min_ratio + (1 - self.min_ratio) * min(1.0, max(0.0, left))
 
     def rate(self, step: int, *, rewarm: bool = True) -> float:
-        """The multiplier of the peak rate with which step number ``step`` (the first is 1) is made.
+        """The multiplier of the peak rate in step number ``step`` (the first is 1).
 
-        The step that ends a cycle takes the envelope, the n-th after a merge n / restart_warmup_steps of the value that
-        the envelope has where the restart warmup ends, or of its own where the run ends by then: no batch is spent at
-        rate zero, but for the last one where ``min_ratio`` is 0.
+        The step that ends a cycle has the envelope's rate. The n-th step after a merge has n / restart_warmup_steps of
+        the envelope at the end of the restart warmup, or of the envelope at this step if the run ends by then. So no
+        batch is spent at rate zero, except the last one if ``min_ratio`` is 0.
         """
         since = self.steps_since_merge(step - 1) + 1
         if not rewarm or not self.merges_done(step - 1) or since >= self.restart_warmup_steps:
@@ -111,27 +111,27 @@ class Schedule:
         return rewarmed(self.envelope, step, since, self.restart_warmup_steps)
 
     def merge_after(self, step: int) -> bool:
-        """Is there a merge at the end of step ``step``? None after the last step: the export merges."""
+        """Whether there is a merge at the end of step ``step``. Not after the last step, since the export merges."""
         return bool(self.merge_every) and 0 < step <= self._last_step_to_merge and step % self.merge_every == 0
 
     def merges_done(self, step: int) -> int:
-        """Merges done when ``step`` steps, and what is due at the end of the last of them, are done."""
+        """The number of merges done after ``step`` steps, including a merge at the end of that step."""
         if not self.merge_every or step <= 0:
             return 0
         return min(step, self._last_step_to_merge) // self.merge_every
 
     def steps_since_merge(self, step: int) -> int:
-        """Steps made since the last merge (since the start, before the first)."""
+        """Steps since the last merge, or since the start if there was none."""
         return step - self.merges_done(step) * self.merge_every
 
     def operator(self, step: int) -> int | None:
-        """The mora type in use when ``step`` steps are done, their merge included; None without operators."""
+        """The mora type in use after ``step`` steps and the merge at their end; None without operators."""
         return self._operator_after(self.merges_done(step))
 
     def operators_left(self, step: int) -> list[tuple[int | None, int]]:
-        """The mora types in use from ``step`` to the end, and the merges done when each first is.
+        """The mora types in use from ``step`` to the end, each with the merges done when it is first used.
 
-        Each once, but drawn types, which every merge draws anew.
+        A drawn type appears once per merge, since every merge draws it again; any other type appears once.
         """
         left: dict[tuple[int | None, int], int] = {}
         for done in range(self.merges_done(step), self.merges_done(self.total_steps) + 1):
@@ -141,8 +141,8 @@ class Schedule:
 
     @property
     def _last_step_to_merge(self) -> int:
-        before_the_end = self.total_steps - 1
-        return before_the_end if self.merge_until_step is None else min(self.merge_until_step, before_the_end)
+        last = self.total_steps - 1
+        return last if self.merge_until_step is None else min(self.merge_until_step, last)
 
     def _operator_after(self, merges_done: int) -> int | None:
         return self.operators[merges_done % len(self.operators)] if self.operators else None

@@ -34,7 +34,7 @@ def _operators() -> list[tuple[int, int, int, int]]:
 
 
 def _columns(linear, width: int) -> torch.Tensor:
-    """The matrix of a linear map, from its values on the unit vectors."""
+    """The matrix of a linear map, computed from the unit vectors."""
     return torch.stack([linear(unit).flatten() for unit in torch.eye(width, dtype=torch.float64)], -1)
 
 
@@ -60,7 +60,7 @@ def test_delta_is_a_product_of_two_factors(mora_type, inputs, outputs, size):
     M = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     A, B = op.factors(M)
     assert (A.shape, B.shape) == ((op.blocks * size, inputs), (outputs, op.blocks * size))
-    exact = size <= inputs and not OPERATORS[mora_type].even_size  # else several numbers add up, in another order
+    exact = size <= inputs and not OPERATORS[mora_type].even_size  # otherwise sums in another order round differently
     assert (B @ A - op.delta(M)).abs().max() <= (0 if exact else 1e-6)
 
 
@@ -115,20 +115,20 @@ def test_an_operator_in_the_types_of_training_is_that_in_float64(
     shapes = ((5, inputs), (size, size), (5, outputs), (outputs, inputs))
     x, M, dy, weight = (torch.randn(shape, generator=draw).to(dtype) for shape in shapes)
     results = []
-    for where, kind in ((device, dtype), (torch.device("cpu"), torch.float64)):
-        here = [tensor.to(where, kind) for tensor in (x, M, dy, weight)]
-        compressed = op.compress(here[0])
-        made = (
+    for target, kind in ((device, dtype), (torch.device("cpu"), torch.float64)):
+        moved = [tensor.to(target, kind) for tensor in (x, M, dy, weight)]
+        compressed = op.compress(moved[0])
+        computed = (
             compressed,
             op.decompress(compressed),
-            op.decompress_transposed(here[2]),
-            op.delta(here[1]),
-            op.add_delta(here[3], here[1]),
+            op.decompress_transposed(moved[2]),
+            op.delta(moved[1]),
+            op.add_delta(moved[3], moved[1]),
         )
-        assert {(tensor.device.type, tensor.dtype) for tensor in made} == {(where.type, kind)}
-        results.append([tensor.cpu().double() for tensor in made])
-    for found, expected in zip(*results, strict=True):
-        assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+        assert {(tensor.device.type, tensor.dtype) for tensor in computed} == {(target.type, kind)}
+        results.append([tensor.cpu().double() for tensor in computed])
+    for actual, expected in zip(*results, strict=True):
+        assert float((actual - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("mora_type,inputs,outputs,size", _operators())
@@ -137,11 +137,11 @@ def test_the_core_has_the_singular_values_of_delta(mora_type, inputs, outputs, s
     M = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     core = op.core(M)
     assert max(core.shape) <= size or type(op).core is Operator.core
-    found, expected = torch.linalg.svdvals(core), torch.linalg.svdvals(op.delta(M))
-    longest = max(len(found), len(expected))
+    actual, expected = torch.linalg.svdvals(core), torch.linalg.svdvals(op.delta(M))
+    longest = max(len(actual), len(expected))
     pad = torch.nn.functional.pad
     torch.testing.assert_close(
-        pad(found, (0, longest - len(found))), pad(expected, (0, longest - len(expected))), rtol=0, atol=1e-12
+        pad(actual, (0, longest - len(actual))), pad(expected, (0, longest - len(expected))), rtol=0, atol=1e-12
     )
 
 
@@ -151,7 +151,7 @@ def test_the_square_never_exceeds_loras_budget(inputs, outputs, rank):
     assert size**2 <= rank * (inputs + outputs) < (size + 1) ** 2
 
 
-def test_what_cannot_be_built_is_refused():
+def test_impossible_operators_are_refused():
     with pytest.raises(ValueError, match="even size, got 5"):
         make_operator(6, 8, 8, 5)
     with pytest.raises(ValueError, match=f"one of {', '.join(map(str, MORA_TYPES))}, got 5"):
@@ -163,15 +163,15 @@ def test_what_cannot_be_built_is_refused():
 
 
 def _shifts(mora_type: int, draw: Draw, inputs: int, outputs: int, size: int) -> tuple[list[int], list[int]]:
-    """Where the first feature of each run of R features goes, of the inputs and of the outputs."""
+    """The slot of the first feature in each run of R features, for inputs and outputs."""
     op = make_operator(mora_type, inputs, outputs, size, draw)
     slots = torch.arange(size)
     columns = op.inputs.copy(slots)[::size].tolist()
     return columns, op.outputs.copy(slots)[::size].tolist()
 
 
-def test_a_draw_is_the_same_wherever_it_is_made():
-    """The numbers follow from SHA-256: another version of Python or torch must find them too."""
+def test_a_draw_is_the_same_on_every_machine():
+    """The numbers follow from SHA-256, so other versions of Python and torch must draw the same."""
     shifts = _shifts(7, Draw(5, 3), 70, 40, 16)
     assert shifts == ([0, 10, 4, 13, 4], [0, 15, 5])
     digest = hashlib.sha256(b"5/3/inputs/70/16").digest()
@@ -193,7 +193,7 @@ def test_a_draw_follows_from_seed_merge_width_and_size():
 
 
 def test_shifts_are_uniform_and_independent():
-    """Chi-square of 4,000 draws of two shifts mod 5, alone and together, below its 99.9 % quantile."""
+    """The chi-square of 4,000 draws of two shifts mod 5, each and jointly, is below its 99.9 % quantile."""
     shifts = torch.tensor([_shifts(7, Draw(0, merges), 15, 1, 5)[0] for merges in range(4000)])
     assert (shifts[:, 0] == 0).all()
     for counts, quantile in (
@@ -206,22 +206,22 @@ def test_shifts_are_uniform_and_independent():
 
 
 def _reach(operators, size: int) -> int:
-    """Dimensions of the sums of deltas of these operators."""
+    """The dimension of the space of sums of these operators' deltas."""
     units = torch.eye(size * size, dtype=torch.float64).view(-1, size, size)
     deltas = [op.delta(unit).flatten() for op in operators for unit in units]
     return int(torch.linalg.matrix_rank(torch.stack(deltas)))
 
 
 def test_merges_of_new_draws_reach_further_than_a_cycle():
-    """docs/method.md has these numbers, and why 7 ends at (24 - 3)^2."""
-    found = {
+    """docs/method.md quotes these numbers and explains why 7 ends at (24 - 3)^2."""
+    dimensions = {
         cycle: [
             _reach([make_operator(cycle[n % len(cycle)], 24, 24, 6, Draw(0, n)) for n in range(merges)], 6)
             for merges in (1, 2, 4, 8, 16, 32)
         ]
         for cycle in ((1, 2), (1, 2, 3, 4), (7,))
     }
-    assert found == {
+    assert dimensions == {
         (1, 2): [36, 71, 71, 71, 71, 71],
         (1, 2, 3, 4): [36, 71, 121, 121, 121, 121],
         (7,): [36, 71, 135, 240, 430, 441],
@@ -234,8 +234,8 @@ def _matrices(op) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("before,after", [(1, 2), (2, 3), (3, 7), (7, 7)])
-def test_a_carried_moment_is_that_of_the_smallest_gradient_of_the_weight(before, after):
-    """The gradient with the least norm under which M's gradient was what it was, by pseudo-inverses."""
+def test_a_carried_moment_belongs_to_the_smallest_gradient_of_the_weight(before, after):
+    """Pseudo-inverses give the weight gradient of least norm that explains M's gradient."""
     old = make_operator(before, 24, 40, 12, Draw(0, 1))  # 12 divides 24: type 1 does not wrap
     new = make_operator(after, 24, 40, 12, Draw(0, 2))
     moment = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -247,18 +247,18 @@ def test_a_carried_moment_is_that_of_the_smallest_gradient_of_the_weight(before,
 
 @pytest.mark.parametrize("kind", [2, 3, 7])
 @pytest.mark.parametrize("inputs,outputs,size", SHAPES)
-def test_a_moment_stays_what_it_is_under_the_same_operator(kind, inputs, outputs, size):
+def test_the_same_operator_leaves_a_moment_unchanged(kind, inputs, outputs, size):
     op = make_operator(kind, inputs, outputs, size)
-    of_outputs, of_inputs = (groups.sum(torch.ones(groups.features)) > 0 for groups in (op.outputs, op.inputs))
+    rows, columns = (groups.sum(torch.ones(groups.features)) > 0 for groups in (op.outputs, op.inputs))
     # a slot without features has no gradient
-    moment = torch.randn(size, size, generator=torch.Generator().manual_seed(0)) * of_outputs[:, None] * of_inputs
+    moment = torch.randn(size, size, generator=torch.Generator().manual_seed(0)) * rows[:, None] * columns
     assert torch.allclose(op.carry(moment, op), moment, atol=1e-6)
 
 
 @pytest.mark.parametrize("before,after", [(1, 2), (2, 1), (4, 7), (7, 7)])
 @pytest.mark.parametrize("inputs,outputs,size", SHAPES)
 def test_carried_second_moments_are_no_less_than_the_squares_of_the_first(before, after, inputs, outputs, size):
-    """By Cauchy and Schwarz, up to the sum of the shares that a slot gets: so no step is many times the rate."""
+    """Cauchy-Schwarz bounds it by the sum of the shares of a slot, so no step is many times the rate."""
     old, new = make_operator(before, inputs, outputs, size, Draw(0, 1)), make_operator(after, inputs, outputs, size)
     first = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     shares = new.carry(torch.ones(size, size), old)

@@ -1,4 +1,4 @@
-"""The clock against the released numbers and by tables around every boundary."""
+"""The clock against the released numbers, and against tables around every boundary."""
 
 from __future__ import annotations
 
@@ -92,14 +92,14 @@ def test_no_merge_comes_after_the_last_step_that_may_merge(until):
         (dataclasses.replace(REMORA, operators=()), 0, [(None, 0)]),
     ],
 )
-def test_operators_that_are_still_to_come(schedule, step, left):
+def test_operators_that_are_left(schedule, step, left):
     assert schedule.operators_left(step) == left
 
 
 def test_rates_around_a_merge():
     assert REMORA.rate(1) == 0.1 and REMORA.rate(10) == 1.0
     top = REMORA.envelope(25)
-    # the step that ends the cycle still belongs to it; the released table has zero there
+    # the step that ends a cycle still belongs to it; the released schedule has rate zero there
     assert REMORA.rate(20) == REMORA.envelope(20) > 0.9
     for n in range(1, 6):
         assert REMORA.rate(20 + n) == pytest.approx(n / 5 * top, rel=1e-15)
@@ -109,7 +109,7 @@ def test_rates_around_a_merge():
     assert all(REMORA.rate(step) > 0 for step in range(1, 101))
 
 
-def test_agrees_with_the_released_schedule_wherever_that_is_not_zero():
+def test_agrees_with_the_released_schedule_unless_that_is_zero():
     for step in range(1, 100):
         table = lr_multiplier(
             step, total_steps=100, warmup_steps=10, restart_every=20, restart_warmup_steps=5, min_ratio=0.1
@@ -129,7 +129,7 @@ def test_envelopes():
 
 @pytest.mark.parametrize("restart", [100, 50])
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
-def test_no_step_is_made_at_rate_zero_where_the_run_ends_within_a_restart(kind, restart):
+def test_no_step_has_rate_zero_when_the_run_ends_within_a_restart(kind, restart):
     late = Schedule(
         kind=kind,
         total_steps=1000,

@@ -1,1 +1,1 @@
-"""Adapter layers, and how they are put into a model."""
+"""Adapter layers and their injection into a model."""

@@ -1,4 +1,4 @@
-"""Puts adapter layers into a model that knows nothing of them."""
+"""Puts adapter layers into a model that knows nothing about them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from relora_mora.adapters.layers import AdapterLinear, layer_generator
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw
 
-# what the linears of a decoder layer see, where several see the same
+# the shared input of linears in a decoder layer; a linear that is not named here has an input of its own
 INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
 
 
@@ -25,10 +25,10 @@ def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Adapter
 def inject(
     model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int | None = None, draw: Draw | None = None
 ) -> dict[str, list[str]]:
-    """Replaces the target linears of the decoder by adapter layers, in place; their names by kind of projection.
+    """Replaces the target linears of the decoder with adapter layers in place; returns their names by projection.
 
-    ``mora_type`` is the operator to begin with (default: the first of the cycle), ``draw`` its draw (default: that of a
-    run's beginning). Raises ValueError when a target name matches no layer, or when an operator cannot be built for a
+    ``mora_type`` is the first operator (default: the first of the cycle), ``draw`` its draw (default: the draw at the
+    start of a run). Raises ValueError if a target name matches no layer, or if an operator cannot be built for a
     layer's shape.
     """
     layer = layer_class(method)
@@ -39,8 +39,8 @@ def inject(
         if kind in by_kind and isinstance(module, nn.Linear):
             generator = layer_generator(seed, name, 0)
             adapter = layer.from_settings(module, method.of(kind), generator, mora_type, draw or Draw(seed))
-            assert all(adapter.get_parameter(key).dim() == 2 for key in adapter.adapter_names), "they are matrices"
-            assert not [*adapter.buffers()], "a resume brings back its parameters alone"
+            assert all(adapter.get_parameter(key).dim() == 2 for key in adapter.adapter_names), "not a matrix"
+            assert not [*adapter.buffers()], "a resume restores only parameters"
             setattr(model.get_submodule(parent_name), kind, adapter)
             by_kind[kind].append(name)
             by_input.setdefault((parent_name, INPUTS.get(kind, kind)), []).append(adapter)
@@ -59,5 +59,5 @@ def inject(
 def layer_class(method: MethodConfig) -> type[AdapterLinear]:
     """The class of the method's adapter layers; only for methods that have an adapter."""
     assert method.record.adapter is not None
-    found: type[AdapterLinear] = resolve_name(method.record.adapter.layer)
-    return found
+    layer: type[AdapterLinear] = resolve_name(method.record.adapter.layer)
+    return layer

@@ -1,9 +1,9 @@
-"""What an adapter layer is: a frozen weight and what trains beside it.
+"""The base class of adapter layers: a frozen weight plus trainable parameters.
 
-An adapter layer owns the frozen weight W [out, in] and its trainable parameters, and computes ``(W + delta) x``. Three
-forms with the same result exist: ``merged`` builds ``W + delta`` for each use, which is one product with the tokens
-instead of several passes over them; ``resident`` builds it once and keeps it until a weight changes; ``decoupled`` is
-the textbook form, kept as the readable reference, and the one in which an adapter can have dropout.
+An adapter layer owns the frozen weight W [out, in] and its trainable parameters, and computes ``(W + delta) x``. It has
+three forms with the same result. ``merged`` builds ``W + delta`` for each use, so the tokens need one product instead
+of several passes. ``resident`` builds it once and keeps it until a weight changes. ``decoupled`` is the textbook form:
+the readable reference, and the only form that allows dropout.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from relora_mora.system.seeds import derived_seed
 
 
 class Flops(NamedTuple):
-    """FLOPs of an adapter for one token, in forward alone and in forward and backward together."""
+    """FLOPs of an adapter per token: of forward only, and of forward and backward together."""
 
     forward: float
     both: float
 
 
 class Kept(NamedTuple):
-    """What a layer keeps of each token until its backward. ``shared``: layers with the same input keep one together."""
+    """What a layer keeps per token until its backward. ``shared``: layers with the same input share one copy."""
 
     what: str
     elements: int
     shared: bool
 
 
-INPUT = "x"  # ``Kept.what`` of the layer's input itself
-DROPPED = "dropped x"  # what dropout makes of it for one adapter
+INPUT = "x"  # ``Kept.what`` of the layer's input
+DROPPED = "dropped x"  # and of the input after one adapter's dropout
 
 
 class AdapterLinear(nn.Module):
-    """A linear layer whose weight is frozen and gets a trainable ``delta`` [out, in].
+    """A linear layer with a frozen weight and a trainable ``delta`` [out, in] that is added to it.
 
-    A subclass says what its parameters are, what they add, and what that costs. Resetting, saving, exporting and
-    planning need nothing else; merging.py knows MoRA's apart.
+    A subclass defines its parameters, their delta, and its costs. Resetting, saving, exporting and planning need
+    nothing else; only ``engine/merging.py`` treats MoRA specially.
 
-    Its parameters are matrices, and all that it has: a resume and an export make the layer without values and fill
-    these in. What else it needs is calculated from the settings when it is used, and no buffer.
+    All its state is in its parameters, which are matrices: a resume or an export builds the layer without values and
+    fills them in. Anything else is computed from the settings when needed, and there are no buffers.
     """
 
-    # tokens (in + out) / (in out) from which on the merged form takes less time, as measured (docs/method.md)
+    # the merged form is faster if tokens * (in + out) / (in * out) is at least this, as measured (docs/method.md)
     break_even: ClassVar[float]
-    # tensors [out, in] that exist at once while the merged form builds W + delta
+    # the number of [out, in] tensors that exist at once while the merged form builds W + delta
     weights_built: ClassVar[int] = 1
 
     def __init__(self, linear: nn.Linear, form: str, dropout: float = 0.0) -> None:
@@ -62,9 +62,9 @@ class AdapterLinear(nn.Module):
         self.form = form
         self.dropout = dropout
         self.resident = form == "resident"
-        self.merged_weight: Tensor | None = None  # W + delta as it is now; never saved
-        self.gathered = False  # ZeRO-3: its parameters are there while it runs, and only then
-        self.in_place = False  # the weight itself is W + delta: at ZeRO-3, see zero/slices.py
+        self.merged_weight: Tensor | None = None  # the current W + delta; never saved
+        self.gathered = False  # ZeRO-3: its parameters exist only while it runs
+        self.in_place = False  # ZeRO-3: the weight itself is W + delta, see engine/slices.py
         self.weight: Tensor = linear.weight
         self.weight.requires_grad_(False)
         self.bias: Tensor | None = linear.bias
@@ -74,16 +74,16 @@ class AdapterLinear(nn.Module):
     def from_settings(
         cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None, draw: Draw
     ) -> Self:
-        """The layer in place of a linear; ``generator`` gives its values, ``mora_type`` and ``draw`` its operator."""
+        """Builds the layer from a linear. Initial values come from ``generator``, the operator from the last two."""
 
     @classmethod
     def share_input(cls, layers: Sequence[Self]) -> None:
-        """Told which layers of a model see the same input, in the order of their calls; a method may ignore it."""
+        """Called with the layers that see the same input, in the order of their calls. A subclass may ignore it."""
 
     @classmethod
     @abstractmethod
     def parameters_for(cls, method: MethodConfig, in_features: int, out_features: int) -> int:
-        """The number of trainable parameters beside a weight [out, in]."""
+        """The number of trainable parameters for a weight [out, in]."""
 
     @property
     @abstractmethod
@@ -92,37 +92,37 @@ class AdapterLinear(nn.Module):
 
     @abstractmethod
     def delta_of(self, *parameters: Tensor) -> Tensor:
-        """What the adapter with these values (in the order of ``adapter_names``) adds to the weight [out, in]."""
+        """The delta [out, in] of an adapter with these values, in the order of ``adapter_names``."""
 
     @abstractmethod
     def build_merged(self, weight: Tensor) -> Tensor:
-        """weight + delta [out, in] of the present values, a new tensor; not differentiable"""
+        """weight + delta [out, in] with the current values, a new tensor; not differentiable"""
 
     @abstractmethod
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
-        """The float32 value of one trainable parameter at the start of a cycle; they make a delta of zero."""
+        """The float32 value of a parameter at the start of a cycle. Fresh parameters have a delta of zero."""
 
     @abstractmethod
     def singular_values(self, *parameters: Tensor) -> Tensor:
         """Singular values of ``delta_of(*parameters)``, without those that are zero by construction."""
 
     def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor] | None:
-        """A [r, in] and B [out, r] with ``delta_of(*parameters) = (alpha / r) B A``, as PEFT keeps a LoRA.
+        """A [r, in] and B [out, r] with ``delta_of(*parameters) = (alpha / r) B A``, the way PEFT stores a LoRA.
 
-        alpha is ``method.lora_alpha`` where the adapter uses it, else r. None where an adapter is no LoRA.
+        alpha is ``method.lora_alpha`` if the adapter uses it, else r. None if the adapter is not a LoRA.
         """
         return None
 
     @abstractmethod
     def flops(self, tokens: int, cycle: Sequence[int]) -> Flops:
-        """The adapter's own matrix products for one of ``tokens`` tokens, averaged over the operators of ``cycle``."""
+        """The adapter's own matrix products per token of a batch of ``tokens``, averaged over the ``cycle``."""
 
     @abstractmethod
     def kept(self, tokens: int, cycle: Sequence[int]) -> list[Kept]:
-        """What stays of each of ``tokens`` tokens until backward, with the operator of ``cycle`` that needs most."""
+        """What the layer keeps per token of a batch of ``tokens``, for the operator of ``cycle`` that keeps most."""
 
     def _kept_by_dropout(self) -> list[Kept]:
-        """What is multiplied with x to drop elements of it; on a GPU it takes a byte each."""
+        """The dropout mask; on a GPU it takes one byte per element."""
         return [Kept("kept by dropout", self.in_features, shared=False)] if self.drops else []
 
     @abstractmethod
@@ -146,29 +146,29 @@ class AdapterLinear(nn.Module):
 
     @property
     def drops(self) -> bool:
-        """Whether the adapter sees its input with elements dropped: in training, and nowhere else."""
+        """Whether dropout applies to the adapter's input, which it does only in training."""
         return self.training and self.dropout > 0
 
     @torch.no_grad()
     def keep_merged(self) -> None:
-        """Builds ``W + delta`` where the layer is resident and has none; all uses until :meth:`drop_merged` take it."""
+        """Builds ``W + delta`` if the layer is resident and has none. It is used until :meth:`drop_merged`."""
         if self.resident and self.merged_weight is None:
             self.merged_weight = self.build_merged(self.weight)
 
     def drop_merged(self) -> None:
-        """To be called whenever W, the adapter or its operator changes. A use without it builds its own."""
-        assert not self.in_place, "only what put W + delta in place of W has W"
+        """Must be called whenever W, the adapter or its operator changes. Each use then builds its own W + delta."""
+        assert not self.in_place, "only the code that replaced W with W + delta still has W"
         self.merged_weight = None
 
     @property
     def built(self) -> Tensor | None:
-        """W + delta, where it is there already."""
+        """W + delta, if it has been built already."""
         return self.weight if self.in_place else self.merged_weight
 
     def uses_merged_form(self, tokens: int) -> bool:
-        """``auto`` builds ``W + delta`` where its [out, in] elements are few beside the tokens' [tokens, in + out].
+        """``auto`` builds ``W + delta`` if it has few elements compared to the activations [tokens, in + out].
 
-        Not in training with dropout, where the adapter and the weight see different inputs.
+        Never in training with dropout, since the adapter and the weight then see different inputs.
         """
         if self.drops:
             return False
@@ -183,12 +183,12 @@ class AdapterLinear(nn.Module):
 
 
 def layer_generator(seed: int, layer: str, merges_done: int) -> torch.Generator:
-    """The source of a layer's draws: the same on every rank, world size and resume."""
+    """The random generator of a layer: the same on every rank, world size and resume."""
     return torch.Generator().manual_seed(derived_seed(seed, layer, merges_done))
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
-    """The adapter layers by name, in the order of the model."""
+    """The adapter layers with their names, in the order of the model."""
     for name, module in model.named_modules():
         if isinstance(module, AdapterLinear):
             yield name, module
@@ -200,7 +200,7 @@ def adapter_parameters(model: nn.Module) -> set[str]:
 
 
 def effective_rank(singular_values: Tensor) -> Tensor:
-    """[..., n] -> [...] exp of the entropy of the normalized singular values; 0 where all are 0
+    """[..., n] -> [...]: exp of the entropy of the normalized singular values, or 0 if all are 0
 
     Roy & Vetterli 2007, eq. 2-3.
     """

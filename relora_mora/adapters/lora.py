@@ -75,15 +75,15 @@ class LoRALinear(AdapterLinear):
         product = 2.0 * self.lora_rank * (self.in_features + self.out_features)
         if not self.uses_merged_form(tokens):
             return Flops(product, 3 * product)
-        # W + B A, made once for all tokens in forward and again in backward, unless it is there already
+        # W + B A is built once for all tokens in forward and again in backward, unless it is resident
         build = 0.0 if self.resident else 2.0 * self.in_features * self.out_features * self.lora_rank / tokens
         return Flops(build, 2 * build + 2 * product)
 
     def kept(self, tokens: int, cycle: Sequence[int]) -> list[Kept]:
-        of_input = Kept(DROPPED if self.drops else INPUT, self.in_features, shared=not self.drops)
+        x = Kept(DROPPED if self.drops else INPUT, self.in_features, shared=not self.drops)
         if self.uses_merged_form(tokens):
-            return [of_input]
-        return [of_input, Kept("A x", self.lora_rank, shared=False), *self._kept_by_dropout()]
+            return [x]
+        return [x, Kept("A x", self.lora_rank, shared=False), *self._kept_by_dropout()]
 
     def _merged(self, x: Tensor) -> Tensor:
         return _MergedLoRA.apply(x, self.weight, self.lora_A, self.lora_B, self.built, self.scale)
@@ -96,9 +96,9 @@ class LoRALinear(AdapterLinear):
 
 
 class _MergedLoRA(torch.autograd.Function):
-    """``x (W + scale B A)^T``; both gradients go through r features, none through [out, in].
+    """``x (W + scale B A)^T``. The gradients of A and B are products through r features, never through [out, in].
 
-    ``merged`` is ``W + scale B A`` where it is resident; else it is built in forward and again in backward.
+    ``merged`` is ``W + scale B A`` if it is resident. Otherwise it is built in forward and again in backward.
     """
 
     @staticmethod

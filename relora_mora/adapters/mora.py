@@ -1,4 +1,4 @@
-"""MoRA's adapter: ``delta = D M C`` (arXiv 2405.12130, eq. 6), a square M between operators without parameters."""
+"""MoRA's adapter: ``delta = D M C`` (arXiv 2405.12130, eq. 6), a square M between parameter-free operators."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from relora_mora.operators import Draw, Operator, make_operator, square_size
 def layer_square_size(method: MethodConfig, in_features: int, out_features: int) -> int:
     """R of one layer: ``method.square_size``, or sqrt((in + out) r), rounded as ``method.square_rounding`` says.
 
-    Then it is rounded down to ``method.square_multiple``.
-
-    Raises ValueError when nothing is left after rounding.
+    The rounded root is then rounded down to a multiple of ``method.square_multiple``. Raises ValueError if that is 0.
     """
     if method.square_size is not None:
         return method.square_size
-    if method.square_rounding == "nearest":  # floor(sqrt(n) + 1/2) in whole numbers
+    if method.square_rounding == "nearest":  # floor(sqrt(n) + 1/2) in integer arithmetic
         size = (square_size(in_features, out_features, 4 * method.rank) + 1) // 2
     else:
         size = square_size(in_features, out_features, method.rank)
@@ -37,7 +35,7 @@ def layer_square_size(method: MethodConfig, in_features: int, out_features: int)
 
 
 class MoRALinear(AdapterLinear):
-    """``W + D M C`` with M [R, R]; the operator in use is switched between cycles."""
+    """``W + D M C`` with M [R, R]. A merge can switch the operator."""
 
     break_even = 0.25
     weights_built = 2  # delta and W + delta
@@ -73,11 +71,11 @@ class MoRALinear(AdapterLinear):
 
     @classmethod
     def share_input(cls, layers: Sequence[Self]) -> None:
-        """At most three. One backward must reach all of them that are called, and one checkpointed region hold them."""
+        """At most three layers. Those that are called must be in one backward and in one checkpointed region."""
         shared = _SharedInput()
-        for place, layer in enumerate(layers):
+        for index, layer in enumerate(layers):
             layer.shared_input = shared
-            layer.following = tuple(layers[place + 1 :])
+            layer.following = tuple(layers[index + 1 :])
 
     def set_operator(self, mora_type: int, draw: Draw | None = None) -> None:
         self.operator = make_operator(mora_type, self.in_features, self.out_features, self.square_size, draw)
@@ -105,29 +103,27 @@ class MoRALinear(AdapterLinear):
     def flops(self, tokens: int, cycle: Sequence[int]) -> Flops:
         blocks = self._blocks(cycle)
         product = 2.0 * self.square_size**2 * (sum(blocks) / len(blocks))
-        # merged: only dM is a product of its own; decoupled: M C x, its input's gradient, dM
+        # merged: only dM is an additional product; decoupled: M C x, the gradient of C x, and dM
         return Flops(0.0, product) if self.uses_merged_form(tokens) else Flops(product, 3 * product)
 
     def kept(self, tokens: int, cycle: Sequence[int]) -> list[Kept]:
         elements = self.square_size * max(self._blocks(cycle))
-        of_input = Kept(
-            f"C x for {self.square_size} -> {self.out_features}", elements, shared=self.uses_merged_form(tokens)
-        )
-        return [of_input, *self._kept_by_dropout()]
+        name = f"C x for {self.square_size} -> {self.out_features}"
+        return [Kept(name, elements, shared=self.uses_merged_form(tokens)), *self._kept_by_dropout()]
 
     def _blocks(self, cycle: Sequence[int]) -> list[int]:
-        """How often M is applied to a token, by each operator."""
+        """How often each operator applies M to one token."""
         return [make_operator(kind, self.in_features, self.out_features, self.square_size).blocks for kind in cycle]
 
     def _merged(self, x: Tensor) -> Tensor:
         handle = self.shared_input.handle(self, x) if torch.is_grad_enabled() and self.mora_M.requires_grad else None
         return _MergedMoRA.apply(x, self.weight, self.mora_M, self.built, self.operator, handle)
 
-    def asks(self, x: Tensor) -> bool:
-        """Whether this layer will ask for a handle if it gets this x.
+    def needs_handle(self, x: Tensor) -> bool:
+        """Whether this layer will need a handle when it is called with this x.
 
-        Another layer asks this in its own forward. Under ZeRO-3 that must not touch M: DeepSpeed would take M for a
-        parameter that the other layer uses, and would gather it there. M always trains under ZeRO-3.
+        The first layer of a group calls this in its own forward. Under ZeRO-3 that must not touch M, or DeepSpeed would
+        treat M as a parameter of the first layer and gather it there. M always trains under ZeRO-3.
         """
         return self.multiplies_merged(x) and (self.gathered or self.mora_M.requires_grad)
 
@@ -139,50 +135,50 @@ class MoRALinear(AdapterLinear):
 
 
 class _SharedInput:
-    """C x of MoRA layers that see the same input x and have the same operator, and the node that makes all their dM.
+    """Computes C x once for MoRA layers with the same input x and operator, and all their dM in one autograd node.
 
-    The first layer that is called opens a node of autograd for those that follow it as well, and gets a handle from it,
-    as they do when they are called. A handle has the shape of y and no memory; its gradient is dy. When the node has
-    every dy, it makes all dM. Under ZeRO-3 each layer has a node of its own, for autograd wants its M to be there when
-    the node is opened and when dM is put beside it; C x is still made once.
+    The first layer that is called opens a node for itself and the layers that follow. Each layer gets a handle from the
+    node when it is called. A handle has the shape of y but no memory of its own, and its gradient is dy. When the node
+    has every dy, it computes all dM. Under ZeRO-3 each layer has its own node, because autograd needs M when the node
+    is opened and when dM is stored; C x is still computed once.
     """
 
     def __init__(self) -> None:
-        self.seen: _Seen | None = None  # while layers are waited for
+        self.pending: _PendingInput | None = None  # while not all layers have been called
 
     def handle(self, layer: MoRALinear, x: Tensor) -> Tensor:
         """x [..., in] -> a handle [..., out] for this layer"""
-        seen = self.seen
-        if seen is None or not seen.is_for(layer, x):
+        pending = self.pending
+        if pending is None or not pending.is_for(layer, x):
             operator = layer.operator
             with torch.no_grad():
                 compressed = operator.compress_for_gradient(x)
-            following = [other for other in layer.following if other.operator is operator and other.asks(x)]
-            seen = _Seen(x, x._version, operator, compressed, [layer, *following], [])
-        while seen.waiting[0] is not layer:  # what was not called
-            del seen.waiting[:1], seen.handles[:1]
-        if not seen.handles:
-            together = [layer] if layer.gathered else seen.waiting
-            squares = [member.mora_M for member in together]
-            seen.handles.extend(_SquareGradients.apply(seen.compressed, x.shape[:-1], seen.operator, *squares))
-        del seen.waiting[0]
-        self.seen = seen if seen.waiting else None
-        return seen.handles.pop(0)
+            following = [other for other in layer.following if other.operator is operator and other.needs_handle(x)]
+            pending = _PendingInput(x, x._version, operator, compressed, [layer, *following], [])
+        while pending.layers[0] is not layer:  # skip layers that were not called
+            del pending.layers[:1], pending.handles[:1]
+        if not pending.handles:
+            members = [layer] if layer.gathered else pending.layers
+            squares = [member.mora_M for member in members]
+            pending.handles.extend(_SquareGradients.apply(pending.compressed, x.shape[:-1], pending.operator, *squares))
+        del pending.layers[0]
+        self.pending = pending if pending.layers else None
+        return pending.handles.pop(0)
 
 
-class _Seen(NamedTuple):
-    """An input, ``version`` at that time, its C x, the layers that were not called yet, and their handles, if any."""
+class _PendingInput(NamedTuple):
+    """An input x with its version, its C x, the layers that have not been called yet, and their handles, if any."""
 
     x: Tensor
     version: int
     operator: Operator
     compressed: Tensor
-    waiting: list[MoRALinear]
+    layers: list[MoRALinear]
     handles: list[Tensor]
 
     def is_for(self, layer: MoRALinear, x: Tensor) -> bool:
-        """Whether the layer is waited for, and C x is of this x: itself, or as under ZeRO-3 an alias."""
-        if self.operator is not layer.operator or not any(other is layer for other in self.waiting):
+        """Whether the layer is still to be called and C x belongs to this x: the same tensor, or an alias (ZeRO-3)."""
+        if self.operator is not layer.operator or not any(other is layer for other in self.layers):
             return False
         if torch.compiler.is_compiling():
             return x is self.x
@@ -195,7 +191,7 @@ def _layout(x: Tensor) -> tuple[Any, ...]:
 
 
 class _SquareGradients(torch.autograd.Function):
-    """Gives handles [..., out], and makes the dM of all of them of their gradients dy and of C x [..., R]."""
+    """Returns one handle [..., out] per M; computes all dM from the handles' gradients dy and C x [..., R]."""
 
     @staticmethod
     def forward(ctx: Any, compressed: Tensor, rows: Any, operator: Operator, *squares: Tensor) -> tuple[Tensor, ...]:
@@ -207,14 +203,14 @@ class _SquareGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (compressed,) = ctx.saved_tensors
-        made = iter(ctx.operator.square_gradients(compressed, [dy for dy in grads if dy is not None]))
-        return None, None, None, *(None if dy is None else next(made) for dy in grads)
+        squares = iter(ctx.operator.square_gradients(compressed, [dy for dy in grads if dy is not None]))
+        return None, None, None, *(None if dy is None else next(squares) for dy in grads)
 
 
 class _MergedMoRA(torch.autograd.Function):
-    """``x (W + D M C)^T``, which keeps nothing of x: W is frozen, and the gradient of M is made where dy is sent to.
+    """``x (W + D M C)^T`` without saving x: W is frozen, and the handle passes dy to the node that computes dM.
 
-    ``merged`` is ``W + D M C`` where it is resident; else it is built of M in forward and again in backward.
+    ``merged`` is ``W + D M C`` if it is resident. Otherwise it is built in forward and again in backward.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What every adapter of the registry has to keep, whatever it is."""
+"""The contract that every adapter of the registry must keep."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS = 5
 
 
 def layer_of(name: str) -> AdapterLinear:
-    """Merged, in float64, with values that are not those of a start."""
+    """A merged layer in float64 with random values instead of initial ones."""
     torch.manual_seed(0)
     linear = nn.Linear(INPUTS, OUTPUTS, bias=False, dtype=torch.float64)
     method = MethodConfig(name=name, rank=3, form="merged")
@@ -64,13 +64,13 @@ def test_every_form_adds_the_delta_that_a_merge_adds(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_its_singular_values_and_its_lora_are_those_of_the_delta(name: str) -> None:
+def test_singular_values_and_lora_factors_match_the_delta(name: str) -> None:
     layer = layer_of(name)
     delta = layer.delta_of(*values_of(layer))
-    found = layer.singular_values(*values_of(layer))
+    actual = layer.singular_values(*values_of(layer))
     expected = torch.linalg.svdvals(delta)
-    torch.testing.assert_close(found, expected[: len(found)])
-    assert (expected[len(found) :] < 1e-12).all()
+    torch.testing.assert_close(actual, expected[: len(actual)])
+    assert (expected[len(actual) :] < 1e-12).all()
     factors = layer.as_lora(*values_of(layer))
     if factors is not None:  # alpha is r
         A, B = factors
@@ -78,28 +78,26 @@ def test_its_singular_values_and_its_lora_are_those_of_the_delta(name: str) -> N
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_it_starts_at_nothing_and_is_its_parameters_alone(name: str) -> None:
-    with torch.device("meta"):  # as a resume and an export make it
+def test_it_starts_with_a_delta_of_zero_and_has_only_its_parameters(name: str) -> None:
+    with torch.device("meta"):  # the way a resume and an export build it
         layer = layer_of(name)
-    started = [layer.fresh(key, torch.Generator().manual_seed(2)) for key in layer.adapter_names]
-    assert not layer.delta_of(*started).any()
+    fresh = [layer.fresh(key, torch.Generator().manual_seed(2)) for key in layer.adapter_names]
+    assert not layer.delta_of(*fresh).any()
     method = MethodConfig(name=name, rank=3)
-    assert sum(value.numel() for value in started) == layer.parameters_for(method, INPUTS, OUTPUTS)
+    assert sum(value.numel() for value in fresh) == layer.parameters_for(method, INPUTS, OUTPUTS)
 
 
 @pytest.mark.parametrize("stray", ["buffer", "vector"])
-def test_one_that_a_resume_could_not_bring_back_is_not_built(stray: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = LoRALinear.__init__
+def test_a_layer_that_a_resume_could_not_restore_is_refused(stray: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = LoRALinear.__init__
 
-    def with_more(self: LoRALinear, *given: Any) -> None:
-        made(self, *given)
+    def with_stray(self: LoRALinear, *arguments: Any) -> None:
+        original(self, *arguments)
         if stray == "buffer":
             self.register_buffer("shift", torch.zeros(2), persistent=False)
         else:
             self.lora_A = nn.Parameter(torch.zeros(3))
 
-    monkeypatch.setattr(LoRALinear, "__init__", with_more)
-    with pytest.raises(
-        AssertionError, match="they are matrices" if stray == "vector" else "brings back its parameters"
-    ):
+    monkeypatch.setattr(LoRALinear, "__init__", with_stray)
+    with pytest.raises(AssertionError, match="not a matrix" if stray == "vector" else "restores only parameters"):
         inject(empty_model(tiny_llama()), MethodConfig(name="lora", rank=3), seed=0)

@@ -1,4 +1,4 @@
-"""Adapters put into a model: nothing changes at the start, and exactly what the method says trains."""
+"""Injected adapters: the model's output does not change at first, and exactly the method's parameters train."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.tools.tiny import tiny_config, tiny_llama
 def test_injection_changes_nothing_at_the_start(method):
     config = tiny_config(method={"name": method})
     plain, adapted = build_model(tiny_llama(), seed=3), build_model(tiny_llama(), seed=3)
-    found = inject(adapted, config.method, seed=3)
-    assert {kind: len(names) for kind, names in found.items()} == dict.fromkeys(config.method.target_modules, 2)
+    by_kind = inject(adapted, config.method, seed=3)
+    assert {kind: len(names) for kind, names in by_kind.items()} == dict.fromkeys(config.method.target_modules, 2)
     ids = torch.arange(10).view(1, 10)
     torch.testing.assert_close(adapted(ids).logits, plain(ids).logits, rtol=0, atol=1e-6)
 
@@ -89,14 +89,14 @@ ALONE = {"train_embeddings": False, "train_norms": False, "train_head": False}
         (ALONE | {"name": "lora", "target_modules": ["q_proj"]}, ["adapters"]),
     ],
 )
-def test_everything_beside_the_adapters_can_be_frozen(method: dict[str, Any], groups: list[str]):
+def test_everything_except_the_adapters_can_be_frozen(method: dict[str, Any], groups: list[str]):
     config = tiny_config(method=method)
     model = build_model(tiny_llama(), seed=0)
     inject(model, config.method, seed=0)
     set_trainable(model, config.method)
     assert [group.name for group in parameter_groups(model, config.optim)] == groups
-    alone = config.optim.model_copy(update={"rewarm": "adapters"})
-    assert [group.name for group in parameter_groups(model, alone) if group.rewarms] == ["adapters"]
+    adapters_only = config.optim.model_copy(update={"rewarm": "adapters"})
+    assert [group.name for group in parameter_groups(model, adapters_only) if group.rewarms] == ["adapters"]
 
 
 def test_norms_do_not_decay():
@@ -114,7 +114,7 @@ def test_targets_that_match_nothing_are_an_error():
 
 
 def test_after_one_step_every_adapter_has_moved():
-    """A = 0 and B = 0 at the start, as in a predecessor, would leave all gradients zero."""
+    """If A and B both started at zero, as in a predecessor, all gradients would stay zero."""
     for method in ("lora", "mora"):
         config = tiny_config(method={"name": method})
         model = build_model(tiny_llama(), seed=0)

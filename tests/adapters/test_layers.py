@@ -1,4 +1,4 @@
-"""Adapter layers: three forms with one result, what they keep, dropout, sizes and draws."""
+"""Adapter layers: three forms with one result, the memory they keep, dropout, sizes and draws."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_all_forms_agree(kind, inputs, outputs, size, dtype, device):
     x = torch.randn(3, 5, inputs, dtype=dtype).to(device)
     results = []
     for layer in (merged, decoupled, resident):
-        given = x.clone().requires_grad_()
-        y = layer(given)
+        own_x = x.clone().requires_grad_()
+        y = layer(own_x)
         y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y).to(device))
-        results.append([y.detach(), given.grad, *(layer.get_parameter(name).grad for name in layer.adapter_names)])
+        results.append([y.detach(), own_x.grad, *(layer.get_parameter(name).grad for name in layer.adapter_names)])
         assert layer.weight.grad is None
     for a, b, c in zip(*results, strict=True):
         scale = max(1.0, float(b.abs().max()))
@@ -69,7 +69,7 @@ def test_the_merged_form_keeps_the_compressed_input_only():
 
 @pytest.mark.skipif(not kernels.available(), reason=f"kernels are {kernels.describe()}")
 def test_a_compiled_layer_keeps_no_weight_for_backward():
-    """W + delta of forward and of backward are equal calls, and a compiler would merge them."""
+    """Forward and backward compute W + delta with equal calls, which a compiler could merge into one."""
     layer, _ = layers_of("1", 24, 32, 10, torch.float32)
     kept = []
 
@@ -90,15 +90,15 @@ def test_a_compiled_layer_keeps_no_weight_for_backward():
 
 
 @pytest.mark.parametrize("kind,tokens", [("1", 7), ("lora", 42)])
-def test_auto_builds_the_weight_where_tokens_outweigh_it(kind, tokens):
+def test_auto_builds_the_weight_if_there_are_enough_tokens(kind, tokens):
     layer, _ = layers_of(kind, 64, 48, 8, torch.float32)
     layer.form = "auto"
     assert layer.uses_merged_form(tokens) and not layer.uses_merged_form(tokens - 1)
 
 
 @pytest.mark.parametrize("kind", ["lora", "1", "2", "6"])
-def test_dropout_is_of_the_adapters_input_alone(kind):
-    """Its mean is the layer without dropout; W sees the whole x; in evaluation there is none."""
+def test_dropout_applies_only_to_the_adapters_input(kind):
+    """The mean is the layer without dropout, W sees the whole x, and evaluation has no dropout."""
     layer, _ = layers_of(kind, 12, 20, 6, torch.float64)
     layer.form = "auto"
     layer.dropout = 0.25
@@ -110,14 +110,15 @@ def test_dropout_is_of_the_adapters_input_alone(kind):
     draws = torch.stack([layer(x) for _ in range(4000)])
     delta = layer.delta_of(*(layer.get_parameter(name) for name in layer.adapter_names))
     added = (draws - plain)[:, 0]
-    spread = ((delta * x) ** 2).sum(-1).mul(0.25 / 0.75).sqrt()  # of one draw: elements of x drop independently
+    # the deviation of one draw, since elements of x drop independently
+    spread = ((delta * x) ** 2).sum(-1).mul(0.25 / 0.75).sqrt()
     assert bool(((draws.mean(0) - whole)[0].abs() <= 5 * spread / 4000**0.5 + 1e-12).all())
     torch.testing.assert_close(added.std(0), spread, rtol=0.1, atol=1e-9)
     assert not layer.uses_merged_form(10**6) and layer.eval().uses_merged_form(10**6)
 
 
 @pytest.mark.parametrize("method", ["lora", "mora"])
-def test_what_dropout_drops_is_the_same_where_a_layer_is_recomputed(method):
+def test_dropout_drops_the_same_elements_when_a_layer_is_recomputed(method):
     config = tiny_config(method={"name": method, "dropout": 0.5, "operators": [1]})
     gradients = []
     for recomputes in (False, True):

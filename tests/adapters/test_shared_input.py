@@ -1,4 +1,4 @@
-"""Layers that read one input make its compressed form once, and keep nothing of it."""
+"""Layers with the same input compute its compressed form once and keep nothing afterwards."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ CASES += rest(("compiled", "12"), ("compiled", "66"), ("resident, compiled", "11
 
 
 @pytest.mark.parametrize("run,kinds", CASES)
-def test_layers_that_see_one_input_get_the_right_gradients(kinds, run):
-    """Under every way to run them, over two micro-batches and a switch of operators."""
-    torch.compiler.reset()  # else the programs of other cases count as recompilations
+def test_layers_with_one_input_get_the_right_gradients(kinds, run):
+    """In every way to run them, over two micro-batches and a switch of operators."""
+    torch.compiler.reset()  # otherwise programs of other cases count as recompilations
     norm, pair = nn.RMSNorm(12, dtype=torch.float64), _pair(kinds)
     reference = copy.deepcopy(pair)
     for layer in reference:
@@ -75,18 +75,18 @@ def test_layers_that_see_one_input_get_the_right_gradients(kinds, run):
 
 @pytest.fixture
 def compressions(monkeypatch):
-    """[weak reference to C x] of each time that it is made"""
-    made = []
+    """A list with a weak reference to every C x that is computed."""
+    references = []
     compress = GroupingOperator.compress_for_gradient
     monkeypatch.setattr(
         GroupingOperator,
         "compress_for_gradient",
-        lambda op, x: made.append(weakref.ref(y := compress(op, x))) or y,
+        lambda op, x: references.append(weakref.ref(y := compress(op, x))) or y,
     )
-    return made
+    return references
 
 
-def test_the_compressed_input_is_made_once_and_goes_with_the_graph(compressions):
+def test_the_compressed_input_is_computed_once_and_freed_with_the_graph(compressions):
     layers = _pair("11")
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True) * 1
     alias = x.view_as(x)  # ZeRO-3 gives each layer an alias
@@ -99,8 +99,10 @@ def test_the_compressed_input_is_made_once_and_goes_with_the_graph(compressions)
     assert compressions[0]() is None
 
 
-@pytest.mark.parametrize("between", ["x is written to", "another x", "another operator", "M does not train", "in vain"])
-def test_no_layer_takes_what_was_made_for_another_use(between, compressions):
+@pytest.mark.parametrize(
+    "between", ["x is written to", "another x", "another operator", "M does not train", "the first is called again"]
+)
+def test_no_layer_uses_a_compressed_input_of_another_call(between, compressions):
     layers = _pair("11")
     reference = copy.deepcopy(layers)
     for layer in reference:
@@ -108,21 +110,21 @@ def test_no_layer_takes_what_was_made_for_another_use(between, compressions):
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     gradients = []
     for first, second in (layers, reference):
-        seen = x * 1
-        outputs = [first(seen)]
+        shared = x * 1
+        outputs = [first(shared)]
         if between == "x is written to":
             outputs.clear()  # autograd could not go back through it
             with torch.no_grad():
-                seen.add_(1)
+                shared.add_(1)
         elif between == "another x":
-            seen = x * 2
+            shared = x * 2
         elif between == "another operator":
             second.set_operator(2)
         elif between == "M does not train":
             second.mora_M.requires_grad_(False)
-        else:  # the first is called again, and the second never was
-            outputs = [first(seen)]
-        outputs.append(second(seen))
+        else:  # before the second has been called
+            outputs = [first(shared)]
+        outputs.append(second(shared))
         torch.stack([y.square().sum() for y in outputs]).sum().backward()
         gradients.append([layer.mora_M.grad for layer in (first, second)])
     assert len(compressions) == (1 if between == "M does not train" else 2)
@@ -131,41 +133,43 @@ def test_no_layer_takes_what_was_made_for_another_use(between, compressions):
 
 
 @pytest.mark.parametrize("last", ["is not called", "is frozen", "has no gradient"])
-def test_nothing_is_kept_of_a_forward_and_no_gradient_is_none(last):
+def test_a_forward_leaves_nothing_and_a_missing_gradient_stays_none(last):
     layers = _pair("11")
     if last == "is frozen":
         layers[1].mora_M.requires_grad_(False)
-    for _ in range(2):  # the second forward finds what the first has left
+    for _ in range(2):  # the second forward would find anything that the first left
         x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True) * 1
-        seen = weakref.ref(x)
+        reference = weakref.ref(x)
         y = layers[0](x)
         unused = None if last == "is not called" else layers[1](x)
         y.sum().backward()
         assert layers[1].mora_M.grad is None
         if last != "is not called":
-            assert layers[0].shared_input.seen is None
+            assert layers[0].shared_input.pending is None
             del x, y, unused
-            assert seen() is None
+            assert reference() is None
 
 
-def test_layers_are_freed_with_the_last_name_that_they_have():
+def test_layers_are_freed_with_their_last_reference():
     layers = _pair("11")
     layers[1](x := torch.randn(5, 12, dtype=torch.float64)), layers[0](x), layers[1](x)
-    freed = [weakref.ref(layer) for layer in layers]
+    references = [weakref.ref(layer) for layer in layers]
     gc.disable()
     try:
         del layers
-        assert [layer() for layer in freed] == [None, None]  # no cycle
+        assert [layer() for layer in references] == [None, None]  # no cycle
     finally:
         gc.enable()
 
 
-def test_layers_with_one_input_make_their_gradients_in_one_product(monkeypatch):
-    """Those with the same maps, whichever of them are called and however often."""
-    asked = []
-    make = GroupingOperator.square_gradients
+def test_layers_with_one_input_compute_their_gradients_in_one_product(monkeypatch):
+    """This holds for layers with the same maps, whichever of them are called and however often."""
+    counts = []
+    square_gradients = GroupingOperator.square_gradients
     monkeypatch.setattr(
-        GroupingOperator, "square_gradients", lambda op, *given: asked.append(len(given[1])) or make(op, *given)
+        GroupingOperator,
+        "square_gradients",
+        lambda op, compressed, dys: counts.append(len(dys)) or square_gradients(op, compressed, dys),
     )
     grouped = tiny_llama(num_key_value_heads=1)
     for model_config, pattern, expected in (
@@ -178,6 +182,6 @@ def test_layers_with_one_input_make_their_gradients_in_one_product(monkeypatch):
         inject(model, config.method, seed=0)
         set_trainable(model, config.method)
         model(torch.arange(10).view(1, 10)).logits.sum().backward()
-        assert sorted(asked) == sorted(expected * model_config.num_hidden_layers)
+        assert sorted(counts) == sorted(expected * model_config.num_hidden_layers)
         assert all(layer.mora_M.grad is not None for _, layer in adapter_layers(model))
-        asked.clear()
+        counts.clear()

@@ -1,4 +1,4 @@
-"""A layer of any kind in each of its forms."""
+"""Builds a layer of any kind in each of its forms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from relora_mora.adapters.mora import MoRALinear
 def layers_of(
     kind: str, inputs: int, outputs: int, size: int, dtype: torch.dtype
 ) -> tuple[AdapterLinear, AdapterLinear]:
-    """One layer, merged and decoupled; ``kind`` is "lora" or an operator."""
+    """The same layer, merged and decoupled; ``kind`` is "lora" or the number of an operator."""
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
     layer: AdapterLinear
