@@ -1,1 +1,1 @@
-"""Which parameters train, by which rule, at which rate."""
+"""Which parameters train, with which rule, and at which rate."""

@@ -1,4 +1,4 @@
-"""Parameter groups and their optimizers: which parameters train, by which rule, at which rate."""
+"""Parameter groups and their optimizer: which parameters train, with which rule, and at which rate."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from relora_mora.optim.rules import MatrixRule, MatrixState
 from relora_mora.schedule import Schedule
 
 ADAMW = MATRIX_OPTIMIZERS["adamw"]
-MATRIX_GROUPS = ("adapters", "linears")  # of nothing but matrices
-GPU_BATCH = 2**22  # elements of the matrices that a rule updates together
+MATRIX_GROUPS = ("adapters", "linears")  # groups whose parameters are all matrices
+GPU_BATCH = 2**22  # elements that a rule updates together
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters; ``total`` is the model's without adapters, ``trainable`` includes them."""
+    """Parameter counts. ``total`` counts the model without adapters; ``trainable`` includes the adapters."""
 
     total: int
     trainable: int
@@ -35,7 +35,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameter names, their peak rate, and the names of their optimizer's state. ``adapters`` is reset by a merge."""
+    """Parameters that share a rate and the kind of optimizer state. A merge resets the group ``adapters``."""
 
     name: str  # adapters | linears | embeddings | norms
     parameters: tuple[str, ...]
@@ -46,17 +46,17 @@ class ParameterGroup:
 
 
 class WholeMatrices(Protocol):
-    """Where the matrices lie in the flat tensors that an optimizer steps; the engine knows."""
+    """Knows where the matrices are in the flat tensors that an optimizer steps; the engine implements it."""
 
     def replace(self, gradients: Mapping[Tensor, Tensor], update: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
-        """Replaces all matrices in the gradients, by flat tensor, by what ``update`` makes of them; a collective.
+        """Replaces every matrix in the gradients (by flat tensor) with its update; a collective.
 
-        Of each, with its name, on one rank, its owner.
+        ``update`` gets matrices with their names. Each matrix is updated on one rank, its owner.
         """
 
 
 def state_of(optimizer: torch.optim.Optimizer, flat: Tensor, moments: Iterable[str]) -> dict[str, Tensor]:
-    """The moments of a flat tensor and the ``step`` count of Adam: zeros where the optimizer has not made them yet."""
+    """The moments of a flat tensor and Adam's ``step`` count; creates zeros for those that do not exist yet."""
     state: dict[str, Tensor] = optimizer.state[flat]
     for key in moments:
         if key not in state:
@@ -67,7 +67,7 @@ def state_of(optimizer: torch.optim.Optimizer, flat: Tensor, moments: Iterable[s
 
 
 def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
-    """Marks what trains: adapters, other linears, embeddings, norms and head as the settings say."""
+    """Sets ``requires_grad`` of adapters, other linears, embeddings, norms and head as the settings say."""
     adapters = adapter_parameters(model)
     under_adapters = {f"{name}.weight" for name, _ in adapter_layers(model)}
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -84,17 +84,17 @@ def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGroup]:
-    """The groups of trainable parameters, in a fixed order; empty ones are left out.
+    """The groups of trainable parameters in a fixed order, without empty groups.
 
-    Linears of the decoder that train without an adapter do so at ``optim.lr_other`` where the others have adapters.
+    If there are adapters, decoder linears that train without one have the rate ``optim.lr_other``.
     """
     other = optim.lr if optim.lr_other is None else optim.lr_other
     adapters = adapter_parameters(model)
     members: dict[str, list[str]] = {"adapters": [], "linears": [], "embeddings": [], "norms": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = "adapters" if name in adapters else {"head": "embeddings"}.get(_kind(name), _kind(name))
-            members[kind].append(name)
+            kind = "adapters" if name in adapters else _kind(name)
+            members["embeddings" if kind == "head" else kind].append(name)
     main = "adapters" if adapters else "linears"
     return [
         ParameterGroup(
@@ -111,10 +111,10 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
 
 
 class MatrixAdamW(torch.optim.AdamW):
-    """AdamW, but for the groups of matrices, which step by a :class:`MatrixRule`.
+    """AdamW, except that the matrix groups step by a :class:`MatrixRule`.
 
-    Those are left alone until ``matrices`` is set: DeepSpeed makes steps while it builds an engine. ``states`` are, by
-    name, those of the matrices that this rank owns.
+    The matrix groups do not step until ``matrices`` is set, because DeepSpeed steps while it builds an engine.
+    ``states`` holds, by name, the state of the matrices that this rank owns.
     """
 
     def __init__(self, groups: list[dict[str, Any]], rule: MatrixRule, **settings: Any) -> None:
@@ -125,7 +125,7 @@ class MatrixAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Steps all parameters that have gradients; of matrices the gradients are overwritten. No closure."""
+        """Steps all parameters that have gradients and overwrites the gradients of matrices; ignores ``closure``."""
         groups = self.param_groups
         self._step_matrices([group for group in groups if group["name"] in MATRIX_GROUPS])
         self.param_groups = [group for group in groups if group["name"] not in MATRIX_GROUPS]
@@ -140,30 +140,30 @@ class MatrixAdamW(torch.optim.AdamW):
             return
         for flat, group in rates.items():
             self.rule.update_moments(flat.grad, state_of(self, flat, group["moments"]))
-        self.matrices.replace({flat: flat.grad for flat in rates}, self._update)
+        self.matrices.replace(
+            {flat: flat.grad for flat in rates},
+            lambda matrices, names: self.rule.update(matrices, [self.states[name] for name in names]),
+        )
         for flat, group in rates.items():
             if group["weight_decay"]:
                 flat.mul_(1 - group["lr"] * group["weight_decay"])
             flat.add_(flat.grad, alpha=-group["lr"])
 
-    def _update(self, matrices: Tensor, names: Sequence[str]) -> Tensor:
-        return self.rule.update(matrices, [self.states[name] for name in names])
-
 
 def matrix_rule(optim: OptimConfig) -> MatrixRule | None:
-    """The rule of ``optim.matrices``; None for AdamW, which has none."""
+    """The rule of ``optim.matrices``; None for AdamW."""
     name = optim.record.rule
     rule: MatrixRule | None = None if name is None else resolve_name(name)(optim)
     return rule
 
 
 def matrices_at_once(shape: Sequence[int], *, on_gpu: bool) -> int:
-    """How many matrices of a shape a rule updates together: on a GPU a small one alone is all launches."""
+    """How many matrices of a shape a rule updates together. On a GPU, launches dominate the time of a small one."""
     return max(1, GPU_BATCH // math.prod(shape)) if on_gpu else 1
 
 
 def build_optimizer(model: nn.Module, groups: list[ParameterGroup], optim: OptimConfig) -> torch.optim.AdamW:
-    """The optimizer of the groups, built at rate 0: the trainer sets each group's rate before every step."""
+    """The optimizer of the groups. Its rates are 0 because the trainer sets each group's rate before every step."""
     parameters = dict(model.named_parameters())
     members = [
         {
@@ -180,22 +180,22 @@ def build_optimizer(model: nn.Module, groups: list[ParameterGroup], optim: Optim
 
 
 def group_moments(group: str, matrices: str) -> tuple[str, ...]:
-    """The names of a group's optimizer state, where ``matrices`` is the value of ``optim.matrices``."""
+    """The names of a group's optimizer state; ``matrices`` is the value of ``optim.matrices``."""
     return (MATRIX_OPTIMIZERS[matrices] if group in MATRIX_GROUPS else ADAMW).moments
 
 
 def parameter_moments(name: str, matrices: str) -> tuple[str, ...]:
-    """The names of the optimizer state of a parameter that trains: see :func:`group_moments`."""
+    """As :func:`group_moments`, for one trainable parameter."""
     return (MATRIX_OPTIMIZERS[matrices] if is_matrix(name) else ADAMW).moments
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a parameter is one of the groups of matrices: a decoder's linear, or of an adapter."""
+    """Whether a parameter belongs to a matrix group: the weight of a decoder linear, or an adapter's parameter."""
     return _kind(name) in MATRIX_GROUPS
 
 
 def group_rates(schedule: Schedule, groups: list[ParameterGroup], step: int) -> list[float]:
-    """The rate of each group for step number ``step`` (the first is 1)."""
+    """The rate of each group in step number ``step`` (the first is 1)."""
     return [group.peak_lr * schedule.rate(step, rewarm=group.rewarms) for group in groups]
 
 
@@ -215,7 +215,7 @@ def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Sched
 
 
 def _kind(name: str) -> str:
-    """embeddings, head, norms or linears, by the names of transformers' LLaMA family"""
+    """embeddings, head, norms or linears, according to the parameter names of transformers' LLaMA family"""
     if "embed_tokens" in name:
         return "embeddings"
     if name.startswith("lm_head"):
@@ -226,12 +226,11 @@ def _kind(name: str) -> str:
 
 
 def count_parameters(model: nn.Module) -> Parameters:
-    """Counts a model whose parameters are marked (``set_trainable``); its tensors may be on ``meta``."""
-    adapters = adapter_parameters(model)
+    """Counts the parameters of a model after ``set_trainable``; its tensors may be on ``meta``."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     everything = sum(sizes.values())
-    of_adapters = sum(sizes[name] for name in adapters)
+    adapters = sum(sizes[name] for name in adapter_parameters(model))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Parameters(
-        total=everything - of_adapters, trainable=trainable, adapters=of_adapters, frozen=everything - trainable
+        total=everything - adapters, trainable=trainable, adapters=adapters, frozen=everything - trainable
     )

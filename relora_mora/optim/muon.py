@@ -1,14 +1,14 @@
-"""Muon: the momentum of a matrix, made orthogonal, is its step.
+"""Muon: a matrix steps along its orthogonalized momentum.
 
-By Keller Jordan, https://kellerjordan.github.io/posts/muon. With the gradient G [m, n], momentum mu and rate eta,
-a step of W is::
+By Keller Jordan, https://kellerjordan.github.io/posts/muon. With the gradient G [m, n], momentum mu, rate eta and
+weight decay lambda, a step of W is::
 
     B <- mu B + (1 - mu) G
     U  = mu B + (1 - mu) G        with ``optim.nesterov``, else B
     W <- (1 - eta lambda) W - eta 0.2 sqrt(max(m, n)) NS(U)
 
-NS makes the singular values of U about one, so the step's elements have a root mean square of about 0.2, as AdamW's.
-Factor and decay are those of Moonlight (arXiv 2502.16982, section 2.2).
+NS brings the singular values of U to about one, so the step's elements have a root mean square of about 0.2, like
+AdamW's. The factor and the decay come from Moonlight (arXiv 2502.16982, section 2.2).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor
 from relora_mora.config.schema import OptimConfig
 
 ITERATIONS = 5
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5: steep at zero, and near one wherever x was in (0, 1]
-SMALLEST_NORM = 1e-7  # a smaller U is not scaled up to one
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5: steep at zero; iterating takes all of (0, 1] to about 1
+SMALLEST_NORM = 1e-7  # a U below this norm is not scaled up to norm 1
 
 
 class Muon:
-    """The rule by which Muon steps; see :class:`relora_mora.optim.rules.MatrixRule`."""
+    """Muon's :class:`relora_mora.optim.rules.MatrixRule`."""
 
     def __init__(self, optim: OptimConfig) -> None:
         self.momentum = optim.momentum
@@ -61,10 +61,10 @@ class Muon:
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """[k, m, n] -> about U V^T of each matrix's decomposition U S V^T: singular values of 0.7 to 1.2 in place of ones.
+    """[k, m, n] -> approximately U V^T of each matrix U S V^T; the singular values are 0.7 to 1.2 instead of 1.
 
-    Newton-Schulz iterations of fifth order: X <- a X + (b G + c G^2) X with G = X X^T. In float32; on GPUs in bf16,
-    which is enough for them. A matrix of zeros stays one.
+    Uses Newton-Schulz iterations of fifth order, X <- a X + (b G + c G^2) X with G = X X^T, in float32, or in bf16 on
+    GPUs, which is accurate enough. A zero matrix stays zero.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)

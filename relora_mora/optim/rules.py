@@ -1,4 +1,4 @@
-"""How matrices step where that is no function of single elements: what a rule does and keeps."""
+"""The interface of optimizers that step whole matrices, and the state that they keep."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-COUNT = "updates"  # the tensor of a state that counts its matrix's steps; in host memory
+COUNT = "updates"  # the state tensor that counts a matrix's steps; it is in host memory
 
 
 @dataclass(frozen=True)
 class MatrixState:
-    """What a rule keeps of one whole matrix, on the rank that updates it: float32, zeros at first and after a reset.
+    """A rule's float32 state of one whole matrix, on the rank that updates it. It is zero at first and after a reset.
 
-    ``seed`` is the matrix's own, for what the rule draws.
+    ``seed`` belongs to the matrix and determines the rule's random draws.
     """
 
     seed: int
@@ -23,26 +23,26 @@ class MatrixState:
 
 
 class MatrixRule(Protocol):
-    """What ``MatrixOptimizer.rule`` makes.
+    """The interface of the class that ``MatrixOptimizer.rule`` names.
 
-    A step is cut in two, for ZeRO lays parameters end to end and cuts them anywhere: what goes element by element is
-    done where the elements are, and only its result is put together to whole matrices.
+    A step has two parts, because ZeRO concatenates parameters and cuts them anywhere. The element-wise part runs where
+    the elements are. Only its result is assembled into whole matrices for the second part.
     """
 
     def update_moments(self, gradient: Tensor, moments: Mapping[str, Tensor]) -> None:
-        """Element by element, all of one shape: updates the moments, and makes of the gradient what is to be whole."""
+        """Updates the moments element by element, and turns the gradient into the input of :meth:`update` in place."""
 
     def update(self, matrices: Tensor, states: Sequence[MatrixState]) -> Tensor:
-        """[k, m, n], whole matrices after :meth:`update_moments`, as they are -> [k, m, n], what a rate of 1 subtracts.
+        """Whole matrices [k, m, n] after :meth:`update_moments` -> the update [k, m, n] to subtract at a rate of 1.
 
-        ``states`` are theirs, and change. The matrices may be overwritten.
+        Changes ``states``, the states of these matrices, and may overwrite the matrices.
         """
 
     def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        """The shapes in a matrix's :class:`MatrixState`; none for a rule whose moments are all it needs."""
+        """The shapes in a matrix's :class:`MatrixState`; empty for a rule that needs only its moments."""
 
     def flops(self, rows: int, columns: int) -> float:
         """FLOPs of :meth:`update` for one matrix."""
 
     def workspace_bytes(self, rows: int, columns: int, *, on_gpu: bool) -> int:
-        """Bytes that :meth:`update` needs beside one matrix."""
+        """Bytes that :meth:`update` needs in addition to one matrix."""

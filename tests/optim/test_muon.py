@@ -24,31 +24,31 @@ def _matrices(shape: tuple[int, int], count: int = 3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_singular_values_become_about_one_and_the_directions_stay(shape):
+def test_singular_values_become_about_one_and_singular_vectors_do_not_change(shape):
     matrices = _matrices(shape) * torch.tensor([1e-4, 1.0, 1e4]).view(3, 1, 1)
     for before, after in zip(matrices.double(), orthogonalize(matrices).double(), strict=True):
         left, values, right = torch.linalg.svd(before, full_matrices=False)
-        made = left.mT @ after @ right.mT
-        off = made - torch.diag(made.diagonal())
+        rotated = left.mT @ after @ right.mT
+        off = rotated - torch.diag(rotated.diagonal())
         assert off.abs().max() < 2e-4
-        large = made.diagonal()[values > 0.02 * values[0]]
-        assert large.min() > 0.6 and made.diagonal().max() < 1.3
+        large = rotated.diagonal()[values > 0.02 * values[0]]
+        assert large.min() > 0.6 and rotated.diagonal().max() < 1.3
 
 
-def test_each_of_several_matrices_is_as_it_is_alone():
+def test_matrices_in_a_batch_do_not_affect_each_other():
     matrices = _matrices((12, 20))
-    alone = torch.cat([orthogonalize(matrix[None]) for matrix in matrices])
-    assert torch.allclose(orthogonalize(matrices), alone, atol=1e-6)
+    one_by_one = torch.cat([orthogonalize(matrix[None]) for matrix in matrices])
+    assert torch.allclose(orthogonalize(matrices), one_by_one, atol=1e-6)
 
 
-def test_a_matrix_of_zeros_stays_one():
+def test_a_zero_matrix_stays_zero():
     assert not orthogonalize(torch.zeros(2, 4, 6)).any()
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", [(24, 24), (12, 40), (40, 12)])
 def test_it_steps_as_torchs_muon_does(shape, nesterov):
-    """Up to the bf16 in which torch's makes its iterations: a few percent of the step."""
+    """They agree up to a few percent of the step, since torch's Muon iterates in bf16."""
     gradients = _matrices(shape, 4)
     weight = torch.nn.Parameter(torch.zeros(shape))
     settings = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
@@ -59,9 +59,9 @@ def test_it_steps_as_torchs_muon_does(shape, nesterov):
     for gradient in gradients:
         weight.grad = gradient.clone()
         theirs.step()
-        blended = gradient.clone()
-        rule.update_moments(blended, state)
-        ours -= rule.update(blended[None])[0]
+        update = gradient.clone()
+        rule.update_moments(update, state)
+        ours -= rule.update(update[None])[0]
     assert torch.linalg.vector_norm(ours - weight) < 0.05 * torch.linalg.vector_norm(ours)
     assert torch.linalg.vector_norm(ours) > 1
 
@@ -80,35 +80,35 @@ def test_flops_are_what_torch_counts(shape):
 
 
 class _Peak(TorchDispatchMode):
-    """The most bytes that results of operations held at a time."""
+    """Measures the peak of the bytes that results of operations occupy; ``inputs`` are addresses not to count."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = self.peak = 0
+        self.allocated = self.peak = 0
         self.known: set[int] = set()
-        self.given: set[int] = set()
+        self.inputs: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in filter(torch.is_tensor, tree_leaves(result)):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.known | self.given:
+            if storage.data_ptr() not in self.known | self.inputs:
                 self.known.add(storage.data_ptr())
-                self.held += storage.nbytes()
+                self.allocated += storage.nbytes()
                 weakref.finalize(storage, self._free, storage.data_ptr(), storage.nbytes())
-        self.peak = max(self.peak, self.held)
+        self.peak = max(self.peak, self.allocated)
         return result
 
     def _free(self, address: int, size: int) -> None:
         self.known.discard(address)
-        self.held -= size
+        self.allocated -= size
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (40, 120), (120, 40)])
-def test_scratch_is_what_an_update_allocates(shape):
+def test_workspace_bytes_are_what_an_update_allocates(shape):
     matrices = _matrices(shape, 1)
     with _Peak() as peak:
-        peak.given = {matrices.untyped_storage().data_ptr()}
+        peak.inputs = {matrices.untyped_storage().data_ptr()}
         Muon(OptimConfig()).update(matrices)
     assert peak.peak == pytest.approx(Muon.workspace_bytes(*shape, on_gpu=False), rel=0.01)
 

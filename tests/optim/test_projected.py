@@ -1,4 +1,4 @@
-"""GaLore, Fira and APOLLO on whole matrices: against their formulas in float64, and against the released packages."""
+"""GaLore, Fira and APOLLO on whole matrices, compared with their formulas in float64 and the released packages."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ SEED = 11
 
 
 def _optim(name: str, **settings: Any) -> OptimConfig:
-    given = {"projection_rank": 4, "projection_every": EVERY, "betas": (0.8, 0.9), "eps": 1e-3}
-    return OptimConfig(matrices=name, **{**given, **settings})
+    defaults = {"projection_rank": 4, "projection_every": EVERY, "betas": (0.8, 0.9), "eps": 1e-3}
+    return OptimConfig(matrices=name, **{**defaults, **settings})
 
 
 def _rule(name: str, **settings: Any) -> _Projected:
@@ -44,7 +44,7 @@ def _state(rule: _Projected, shape: tuple[int, int]) -> MatrixState:
 
 
 def _gradients(shape: tuple[int, int]) -> list[Tensor]:
-    """They grow by a third in each step, so that the limiter has something to do."""
+    """Gradients that grow by about a third in each step, so that the limiter applies."""
     generator = torch.Generator().manual_seed(sum(shape))
     common = torch.randn(shape, generator=generator)
     return [1.3**step * (common + torch.randn(shape, generator=generator)) for step in range(STEPS)]
@@ -55,16 +55,16 @@ def _updates(rule: _Projected, shape: tuple[int, int]) -> list[Tensor]:
     return [rule.update(gradient.clone()[None], [state])[0].clone() for gradient in _gradients(shape)]
 
 
-def _with_signs_of(before: Tensor, found: Tensor) -> Tensor:
-    """Columns, each with the sign that brings it nearer to the one before."""
-    return torch.stack([new if old @ new >= 0 else -new for old, new in zip(before.T, found.T, strict=True)], dim=1)
+def _with_signs_of(before: Tensor, vectors: Tensor) -> Tensor:
+    """The column vectors, each with the sign that brings it closer to the same column of ``before``."""
+    return torch.stack([new if old @ new >= 0 else -new for old, new in zip(before.T, vectors.T, strict=True)], dim=1)
 
 
-# ---- the formulas, for matrices as they are -------------------------------------------------------------------------
+# ---- the formulas, without transposing matrices ---------------------------------------------------------------------
 
 
 class Reference:
-    """One matrix in float64. A tall or square one is projected from the right: R = G P."""
+    """One matrix in float64. A tall or square matrix is projected from the right: R = G P."""
 
     def __init__(self, name: str, optim: OptimConfig, scale: float) -> None:
         self.name = name
@@ -102,8 +102,8 @@ class Reference:
     def _projection(self, gradient: Tensor, right: bool, rank: int) -> Tensor:
         if self.name != "apollo":
             left, _, transposed = torch.linalg.svd(gradient)
-            found = transposed[:rank].T if right else left[:, :rank]
-            return found if self.projection is None else _with_signs_of(self.projection, found)
+            vectors = transposed[:rank].T if right else left[:, :rank]
+            return vectors if self.projection is None else _with_signs_of(self.projection, vectors)
         generator = torch.Generator().manual_seed(derived_seed(SEED, self.steps // self.optim.projection_every))
         return torch.randn(min(gradient.shape), rank, generator=generator).double() / math.sqrt(rank)
 
@@ -121,30 +121,30 @@ class Reference:
 )
 def test_it_steps_as_the_formulas_say(name, scale, used, shape):
     reference = Reference(name, _optim(name), used)
-    for found, gradient in zip(_updates(_rule(name, projection_scale=scale), shape), _gradients(shape), strict=True):
+    for actual, gradient in zip(_updates(_rule(name, projection_scale=scale), shape), _gradients(shape), strict=True):
         expected = reference.step(gradient)
-        assert torch.linalg.vector_norm(found - expected) < 1e-4 * torch.linalg.vector_norm(expected)
+        assert torch.linalg.vector_norm(actual - expected) < 1e-4 * torch.linalg.vector_norm(expected)
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_rank_above_the_shorter_side_is_that_side(name):
+def test_a_rank_above_the_shorter_side_is_cut_to_that_side(name):
     wide, exact = (_updates(_rule(name, projection_rank=rank), (5, 31)) for rank in (128, 5))
     assert all(torch.equal(a, b) for a, b in zip(wide, exact, strict=True))
 
 
 def test_galore_of_full_rank_is_adam_in_another_basis():
-    """A projection onto all of the space that is never renewed; with one row, the basis is that of Adam."""
-    found = _updates(_rule("galore", projection_every=100, projection_scale=1.0, eps=1e-12), (1, 9))
+    """The projection covers the whole space and is never renewed. With one row, the basis is the same as Adam's."""
+    updates = _updates(_rule("galore", projection_every=100, projection_scale=1.0, eps=1e-12), (1, 9))
     weight = torch.nn.Parameter(torch.zeros(1, 9))
     adam = torch.optim.Adam([weight], lr=1.0, betas=(0.8, 0.9), eps=1e-12)
-    for update, gradient in zip(found, _gradients((1, 9)), strict=True):
+    for update, gradient in zip(updates, _gradients((1, 9)), strict=True):
         before = weight.detach().clone()
         weight.grad = gradient
         adam.step()
         assert torch.allclose(before - weight, update, rtol=1e-4, atol=1e-6)
 
 
-def test_apollo_draws_by_seed_and_renewal_alone():
+def test_apollos_draws_depend_only_on_seed_and_renewal():
     rule = _rule("apollo")
     draws = [rule._drawn(6, seed, done, torch.device("cpu")) for seed, done in [(1, 0), (1, 2), (1, 3), (2, 0)]]
     assert torch.equal(draws[0], draws[1])
@@ -154,7 +154,7 @@ def test_apollo_draws_by_seed_and_renewal_alone():
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_gradient_of_zeros_at_first_is_no_step_and_limits_nothing(name):
+def test_an_initial_zero_gradient_makes_no_step_and_does_not_limit_later_ones(name):
     rule = _rule(name)
     state = _state(rule, (5, 7))
     assert not rule.update(torch.zeros(1, 5, 7), [state]).any()
@@ -167,7 +167,7 @@ def test_a_gradient_of_zeros_at_first_is_no_step_and_limits_nothing(name):
 @pytest.mark.parametrize("shape", [(5, 31), (31, 5)])
 @pytest.mark.parametrize("name", ["galore", "fira"])
 def test_a_matrix_whose_projection_is_due_waits_for_a_gradient(name, shape, done):
-    """LoRA's A has none as long as B is zero; directions of nothing would hold for projection_every steps."""
+    """LoRA's A has none while B is zero. Vectors of a zero matrix would stay for projection_every steps."""
     rule = _rule(name, projection_rank=2)
     state, waited = _state(rule, shape), _state(rule, shape)
     before, after = _gradients(shape)[:done], _gradients(shape)[done:]
@@ -184,12 +184,12 @@ def test_a_matrix_whose_projection_is_due_waits_for_a_gradient(name, shape, done
 
 
 @pytest.mark.parametrize("name", ["fira", "apollo"])
-def test_a_gradient_of_zeros_leaves_the_limiter_as_it_was(name):
+def test_a_zero_gradient_does_not_change_the_limiter(name):
     rule = _rule(name)
     state = _state(rule, (5, 31))
     first, second = _gradients((5, 31))[:2]
     rule.update(first[None], [state])
-    norm = state.tensors["limited_norm"].fill_(1e-3)  # what follows is larger
+    norm = state.tensors["limited_norm"].fill_(1e-3)  # the next gradient is larger
     rule.update(torch.zeros(1, 5, 31), [state])
     assert float(norm) == pytest.approx(1e-3)
     rule.update(second[None], [state])
@@ -202,10 +202,10 @@ def test_each_of_several_matrices_has_its_own_state(name):
     gradients = torch.stack(_gradients((5, 9))[:3])
     states = [_state(rule, (5, 9)) for _ in gradients]
     rule.update(gradients[:1].clone(), states[:1])  # one is a step ahead
-    alone = [_state(rule, (5, 9)) for _ in gradients]
-    rule.update(gradients[:1].clone(), alone[:1])
+    separate = [_state(rule, (5, 9)) for _ in gradients]
+    rule.update(gradients[:1].clone(), separate[:1])
     expected = [
-        rule.update(gradient.clone()[None], [state])[0] for gradient, state in zip(gradients, alone, strict=True)
+        rule.update(gradient.clone()[None], [state])[0] for gradient, state in zip(gradients, separate, strict=True)
     ]
     assert torch.equal(rule.update(gradients, states), torch.stack(expected))
     assert [int(state.tensors["updates"]) for state in states] == [2, 1, 1]
@@ -223,12 +223,12 @@ def test_flops_are_what_torch_counts(name, shape):
 
 @pytest.mark.parametrize("shape", [(256, 256), (160, 480), (480, 160)])
 @pytest.mark.parametrize("name,rank", [("galore", 64), ("fira", 64), ("apollo", 64), ("apollo", 150)])
-def test_scratch_is_what_an_update_allocates(name, rank, shape):
+def test_workspace_bytes_are_what_an_update_allocates(name, rank, shape):
     rule = _rule(name, projection_rank=rank)
     state = _state(rule, shape)
     matrices = torch.randn(1, *shape)
     with _Peak() as peak:
-        peak.given = {tensor.untyped_storage().data_ptr() for tensor in (matrices, *state.tensors.values())}
+        peak.inputs = {tensor.untyped_storage().data_ptr() for tensor in (matrices, *state.tensors.values())}
         rule.update(matrices, [state])
     assert peak.peak == pytest.approx(rule.workspace_bytes(*shape, on_gpu=False), rel=0.03)
 
@@ -243,7 +243,7 @@ PACKAGES = {
 
 
 def _released(package: str, module: str, patch: pytest.MonkeyPatch) -> Any:
-    """The AdamW of a module, without what its package imports beside it (bitsandbytes)."""
+    """The AdamW of a module, without the package's other imports (bitsandbytes)."""
     spec = importlib.util.find_spec(package)
     if spec is None:
         pytest.skip(f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}")
@@ -271,8 +271,8 @@ def test_it_steps_as_the_released_package_does(name, shape, monkeypatch):
         projection = projection if shape[0] < shape[1] else projection.T
         if name == "apollo":
             monkeypatch.setattr(Apollo, "_drawn", lambda *_, p=projection: p)
-        else:  # the signs that the package's SVD found
+        else:  # with the signs of the package's SVD
             monkeypatch.setattr(_Projected, "_singular", lambda *_, p=projection: p)
-        found = rule.update(gradient.clone()[None], [state])[0]
+        actual = rule.update(gradient.clone()[None], [state])[0]
         expected = before - weight.detach()
-        assert torch.linalg.vector_norm(found - expected) < 2e-5 * torch.linalg.vector_norm(expected)
+        assert torch.linalg.vector_norm(actual - expected) < 2e-5 * torch.linalg.vector_norm(expected)
