@@ -90,7 +90,7 @@ def main(
         check_start(settings)
     model_config = model_config_of(settings.model)
     source = settings.model.config or str(settings.model.init_from)
-    check_length(model_config, settings.data.sequence_length, source, documents_alone=settings.data.masks_documents)
+    check_length(model_config, settings.data.sequence_length, source, separate_documents=settings.data.masks_documents)
     check_adapters(model_config, settings.method)
     auto = fast_bf16() if chosen == here else not on_cpu
     bf16 = auto if settings.train.precision == "auto" else settings.train.precision == "bf16"

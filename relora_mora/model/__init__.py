@@ -1,1 +1,1 @@
-"""The LLaMA family: configs, the model, and its loss."""
+"""The LLaMA family: configs, model and loss."""

@@ -1,6 +1,6 @@
-"""Reads, checks and compares configs of the LLaMA family, and the shapes that follow from them.
+"""Reads, checks and compares configs of the LLaMA family, and derives shapes from them.
 
-The rule for each key is in ``config_keys``.
+``config_keys`` has the rule for each key.
 """
 
 from __future__ import annotations
@@ -30,22 +30,27 @@ from relora_mora.model.config_keys import (
     Architecture,
 )
 
+LARGEST_FILE = 16 * 2**20  # bytes; a config has a few thousand
+LARGEST_MODEL = 2**42  # parameters
+_ORIGINAL = "original_max_position_embeddings"
+_STRETCHED = ("dynamic", "yarn", "longrope")  # rope types that may depend on max_position_embeddings
+
 
 def head_width(model_config: PreTrainedConfig) -> int:
-    """Features of a head of attention."""
+    """The number of features of an attention head."""
     width: int = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
     return width
 
 
 def attention_widths(model_config: PreTrainedConfig) -> tuple[int, int]:
-    """Features of all queries, and of all keys (the values have as many), of one token."""
+    """The number of features of one token's queries, and of its keys; the values have as many as the keys."""
     heads = model_config.num_attention_heads
     shared_heads = model_config.num_key_value_heads or heads
     return heads * head_width(model_config), shared_heads * head_width(model_config)
 
 
 def linear_shapes(model_config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of each linear of a decoder layer, by its name."""
+    """(in, out) of each linear of a decoder layer, by name."""
     hidden = model_config.hidden_size
     intermediate = model_config.intermediate_size
     queries, keys = attention_widths(model_config)
@@ -60,17 +65,11 @@ def linear_shapes(model_config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-LARGEST_FILE = 16 * 2**20  # bytes; a config has a few thousand
-LARGEST_MODEL = 2**42  # parameters
-_ORIGINAL = "original_max_position_embeddings"
-_STRETCHED = ("dynamic", "yarn", "longrope")  # what they compute may depend on max_position_embeddings
-
-
 def read_model_config(settings: ModelConfig) -> PreTrainedConfig:
-    """The config in the JSON file ``model.config`` with the overrides applied.
+    """The config in the JSON file ``model.config``, with the overrides applied.
 
-    Raises :class:`ConfigError` with every fault: unreadable file, not JSON, keys that are unknown, values that a key
-    may not have or that do not fit together.
+    Raises :class:`ConfigError` with every fault: a file that cannot be read or is not JSON, unknown keys, and values
+    that are invalid or do not fit together.
     """
     assert settings.config is not None
     path = Path(settings.config)
@@ -78,7 +77,7 @@ def read_model_config(settings: ModelConfig) -> PreTrainedConfig:
 
 
 def read_json(path: Path, setting: str) -> dict[str, Any]:
-    """The keys in a config.json; raises :class:`ConfigError` with the name of the setting where it is none."""
+    """The keys in a config.json. Raises :class:`ConfigError`, with the name of the setting, if it cannot be read."""
     try:
         with path.open("rb") as stream:
             content = stream.read(LARGEST_FILE + 1)
@@ -97,64 +96,73 @@ def read_json(path: Path, setting: str) -> dict[str, Any]:
 
 
 def architecture_of(values: Mapping[str, Any], source: str) -> Architecture:
-    """The kind of model that a config's ``model_type`` names; a LLaMA where it has none.
+    """The architecture for a config's ``model_type``, by default a LLaMA.
 
-    Raises :class:`ConfigError` for one that is not of the family.
+    Raises :class:`ConfigError` if the type is not in the family.
     """
-    given = values.get("model_type")
-    kind = "llama" if given is None else given
+    kind = values.get("model_type")
+    if kind is None:
+        kind = "llama"
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         fault = (
-            f"model: model_type is {_shown(kind)}, expected one of {', '.join(ARCHITECTURES)}: "
-            "no other kind of model can be built here"
+            f"model: model_type is {_shown(kind)}, expected one of {', '.join(ARCHITECTURES)}; "
+            "other kinds of models are not supported"
         )
         raise ConfigError([fault], source)
     return ARCHITECTURES[kind]
 
 
 def parse_model_config(values: Mapping[str, Any], source: str) -> PreTrainedConfig:
-    """The config of these keys, without those that do nothing; raises :class:`ConfigError` with every fault.
+    """Builds a config from these keys, without those that do nothing; raises :class:`ConfigError` with every fault.
 
-    A key whose value is null and that is not known stands for nothing: so an override leaves a key of the file out.
+    An unknown key is ignored if its value is null, so that an override can remove a key of the file.
     """
     architecture = architecture_of(values, source)
     keys = architecture.keys
     name = architecture.config_class.__name__
+    defaults = {field.name: field.default for field in dataclasses.fields(architecture.config_class)}
     unknown = [key for key, value in values.items() if key not in keys and value is not None]
-    bad = [key for key in values if key in keys and not keys[key].good(values[key])]
+    bad = [key for key in values if key in keys and not keys[key].accepts(values[key])]
     remedy = "set it to null in model.overrides to leave it out"
-    found = [f"model: {key} is no key of a {name}; {remedy}" for key in unknown]
-    found += [f"model: {key} is {_shown(values[key])}, expected {keys[key].wanted}" for key in bad]
-    kept = {key: value for key, value in values.items() if key in keys and _is_kept(keys[key].use, value)}
-    if values.get("num_key_value_heads", 0) is None:  # to transformers as many as attention heads, not a default
-        kept["num_key_value_heads"] = kept.get("num_attention_heads", _defaults(architecture)["num_attention_heads"])
+    faults = [f"model: {key} is not a key of a {name}; {remedy}" for key in unknown]
+    faults += [f"model: {key} is {_shown(values[key])}, expected {keys[key].expected}" for key in bad]
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        use = keys[key].use if key in keys else NOTHING
+        # null is a value only for keys that an export carries over; otherwise it means the default of the config class
+        if use == EXPORT or (use in (FUNCTION, TRAINING, ALIAS) and value is not None):
+            kept[key] = value
+    if values.get("num_key_value_heads", 0) is None:  # in transformers this means the number of attention heads
+        kept["num_key_value_heads"] = kept.get("num_attention_heads", defaults["num_attention_heads"])
     if all(keys[key].use not in (FUNCTION, ALIAS, EXPORT) for key in bad):
-        found += [*_put_length(kept), *_put_rope(kept), *_shape_faults(kept, _defaults(architecture))]
-    if found:
-        raise ConfigError(found, source)
+        faults += [*_unify_length(kept), *_unify_rope(kept), *_shape_faults(kept, defaults)]
+    if faults:
+        raise ConfigError(faults, source)
     try:
         model_config = _build(architecture, kept)
         rotary = LlamaRotaryEmbedding(config=model_config)  # type: ignore[arg-type]  # the same in the whole family
     except Exception as error:
         raise ConfigError([f"model: {name} refuses it: {' '.join(str(error).split())}"], source) from error
     if not (0 < rotary.inv_freq.min() <= rotary.inv_freq.max() < math.inf and 0 < rotary.attention_scaling < math.inf):
-        fault = f"model: rope_parameters: {_shown(kept['rope_parameters'])} give no finite frequencies; correct them"
-        raise ConfigError([fault], source)
+        shown = _shown(kept["rope_parameters"])
+        raise ConfigError([f"model: rope_parameters: the frequencies of {shown} are not finite; correct them"], source)
     if (
         "sliding_attention" in (getattr(model_config, "layer_types", None) or ())
         and model_config.sliding_window is None
     ):
-        fault = "model: layer_types has sliding_attention, and there is no window; set layer_types to null, too"
+        fault = "model: layer_types has sliding_attention, but sliding_window is null; set layer_types to null too"
         raise ConfigError([fault], source)
     if model_config.pad_token_id == -1:
-        model_config.pad_token_id = None  # as old exports say it; an embedding would take it for the last token
+        model_config.pad_token_id = None  # old exports write -1 for none; an embedding would use its last row
     model_config.use_cache = False
     return model_config
 
 
 def stored_model_config(values: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config that a checkpoint's manifest holds, without foreign keys and names of code; raises what transformers
-    raises where it makes none."""
+    """The config in a checkpoint's manifest, without foreign keys and names of code.
+
+    Raises whatever transformers raises if it cannot build the config.
+    """
     architecture = architecture_of(values, "the manifest")
     uses = {key: architecture.keys[key].use for key in values if key in architecture.keys}
     return _build(architecture, {key: values[key] for key, use in uses.items() if use not in (NOTHING, ONLY)})
@@ -164,26 +172,21 @@ def _build(architecture: Architecture, values: Mapping[str, Any]) -> PreTrainedC
     return architecture.config_class(**{key: value for key, value in values.items() if key != "model_type"})
 
 
-def _is_kept(use: str, value: Any) -> bool:
-    """Null is a value of what only an export carries on, and else stands for the default of the config's class."""
-    return use == EXPORT or (use in (FUNCTION, TRAINING, ALIAS) and value is not None)
-
-
 def keys_with(model_config: PreTrainedConfig, *uses: str) -> dict[str, Any]:
-    """The keys of a config that have one of these uses, in the form in which two configs can be compared."""
+    """The keys of a config that have one of these uses, normalized so that two configs can be compared."""
     keys = ARCHITECTURES[model_config.model_type].keys
     values = {key: getattr(model_config, key, None) for key, rule in keys.items() if rule.use in uses}
     rope = values.get("rope_parameters")
     if rope is not None:
-        nothing = ("type", "partial_rotary_factor")
-        values["rope_parameters"] = {key: rope[key] for key in rope if rope[key] is not None and key not in nothing}
+        redundant = ("type", "partial_rotary_factor")
+        values["rope_parameters"] = {key: rope[key] for key in rope if rope[key] is not None and key not in redundant}
     return values
 
 
 def function_differences(theirs: PreTrainedConfig, ours: PreTrainedConfig) -> list[tuple[str, Any, Any]]:
-    """(key, there, here) for every key that makes two models with the same weights compute something else.
+    """(key, their value, our value) for every key that makes two models with the same weights compute different things.
 
-    The number of positions does not, except where rotary embeddings are stretched to it.
+    The number of positions is such a key only if rotary embeddings are stretched to it.
     """
     if theirs.model_type != ours.model_type:
         return [("model_type", theirs.model_type, ours.model_type)]
@@ -199,8 +202,8 @@ def _shown(value: Any) -> str:
     return text if len(text) < 80 else text[:77] + "..."
 
 
-def _put_length(values: dict[str, Any]) -> Iterator[str]:
-    """One name for the number of positions."""
+def _unify_length(values: dict[str, Any]) -> Iterator[str]:
+    """Leaves one name for the number of positions; yields a fault if the two names disagree."""
     length = values.pop("max_sequence_length", None)
     if length is not None and values.setdefault("max_position_embeddings", length) != length:
         other = values["max_position_embeddings"]
@@ -210,16 +213,16 @@ def _put_length(values: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _put_rope(values: dict[str, Any]) -> Iterator[str]:
-    """One mapping, ``rope_parameters``, in place of four keys, which must not contradict each other."""
+def _unify_rope(values: dict[str, Any]) -> Iterator[str]:
+    """Replaces four keys with one mapping, ``rope_parameters``; yields faults, such as keys that disagree."""
     rope: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling", "rope_theta"):
-        given = values.pop(name, None) or {}
-        given = given if isinstance(given, dict) else {name: given}
-        given = {key: value for key, value in given.items() if value is not None}
-        if "type" in given:
-            given = {"rope_type": given["type"], **given}  # transformers 4 had both names
-        for key, value in given.items():
+        part = values.pop(name, None) or {}
+        part = part if isinstance(part, dict) else {name: part}
+        part = {key: value for key, value in part.items() if value is not None}
+        if "type" in part:
+            part = {"rope_type": part["type"], **part}  # transformers 4 had both names
+        for key, value in part.items():
             key = "rope_type" if key == "type" else key
             if rope.setdefault(key, value) != value:
                 both = f"{_shown(rope[key])} and, in {name}, {_shown(value)}"
@@ -229,7 +232,8 @@ def _put_rope(values: dict[str, Any]) -> Iterator[str]:
         yield f"model: rope_parameters: rope_type is {_shown(kind)}, expected one of {', '.join(ROPE_KEYS)}"
         return
     required, optional = ROPE_KEYS[kind]
-    original = values.pop(_ORIGINAL, None)  # transformers reads it outside, too, and for the other kinds nowhere
+    # transformers also accepts this key outside of rope_parameters, and ignores it for rope types that do not have it
+    original = values.pop(_ORIGINAL, None)
     if original is not None and _ORIGINAL in optional and rope.setdefault(_ORIGINAL, original) != original:
         yield f"model: {_ORIGINAL} is {original}, and in rope_parameters {rope[_ORIGINAL]}; keep one of them"
     for key in required:
@@ -237,19 +241,15 @@ def _put_rope(values: dict[str, Any]) -> Iterator[str]:
             yield f"model: rope_parameters: {key} is missing; the rope_type {kind} needs it"
     for key in rope:
         if key not in ("rope_type", "rope_theta", "partial_rotary_factor", *required, *optional):
-            yield f"model: rope_parameters: {key} is no key of the rope_type {kind}; leave it out"
-        elif key in ROPE_VALUES and not ROPE_VALUES[key].good(rope[key]):
-            yield f"model: rope_parameters: {key} is {_shown(rope[key])}, expected {ROPE_VALUES[key].wanted}"
+            yield f"model: rope_parameters: {key} is not a key of the rope_type {kind}; leave it out"
+        elif key in ROPE_VALUES and not ROPE_VALUES[key].accepts(rope[key]):
+            yield f"model: rope_parameters: {key} is {_shown(rope[key])}, expected {ROPE_VALUES[key].expected}"
     rope.pop("partial_rotary_factor", None)
     values["rope_parameters"] = rope
 
 
-def _defaults(architecture: Architecture) -> dict[str, Any]:
-    return {field.name: field.default for field in dataclasses.fields(architecture.config_class)}
-
-
 def _shape_faults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:
-    """Sizes that are good each for itself and not together."""
+    """Yields faults of sizes that are valid by themselves but do not fit together."""
     size = {**defaults, **values}
     hidden = size["hidden_size"]
     heads = size["num_attention_heads"]
@@ -259,11 +259,11 @@ def _shape_faults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Ite
     if hidden % heads:
         yield f"model: hidden_size is {hidden}, expected a multiple of num_attention_heads {heads}"
     elif head % 2:
-        yield f"model: head_dim is {head}, expected an even number, as rotary embeddings turn pairs"
+        yield f"model: head_dim is {head}, expected an even number, since rotary embeddings rotate pairs"
     layers = size["num_hidden_layers"]
     types = values.get("layer_types")
     if types is not None and len(types) != layers:
-        yield f"model: layer_types has {len(types)} entries, and num_hidden_layers is {layers}; set layer_types to null"
+        yield f"model: layer_types has {len(types)} entries, but num_hidden_layers is {layers}; set layer_types to null"
     if heads % shared:
         yield f"model: num_key_value_heads is {shared}, expected a divisor of num_attention_heads {heads}"
     for key in ("short_factor", "long_factor"):
@@ -280,7 +280,7 @@ def _shape_faults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Ite
 
 
 def attention_window(model_config: PreTrainedConfig) -> int | None:
-    """How many positions the layers see that see fewest; None: every one before."""
+    """The shortest window of any layer, in positions; None if every layer sees all earlier positions."""
     layers = getattr(model_config, "layer_types", None)
     if layers is not None and "sliding_attention" not in layers:
         return None
@@ -289,19 +289,21 @@ def attention_window(model_config: PreTrainedConfig) -> int | None:
 
 
 def length_of_documents(model_config: PreTrainedConfig) -> int | None:
-    """How long sequences may be in which each document has its own positions; None: as long as the model's.
+    """The longest sequence in which each document has its own positions; None means ``max_position_embeddings``.
 
-    Rotary embeddings of the kind longrope turn at other frequencies where the longest document of a batch is longer.
+    Rotary embeddings of the type longrope switch to other frequencies if the longest document of a batch is longer.
     """
     rope: dict[str, Any] = getattr(model_config, "rope_parameters", None) or {}
     return rope[_ORIGINAL] if rope.get("rope_type") == "longrope" else None
 
 
 def check_length(
-    model_config: PreTrainedConfig, sequence_length: int, source: str, *, documents_alone: bool = False
+    model_config: PreTrainedConfig, sequence_length: int, source: str, *, separate_documents: bool = False
 ) -> None:
-    """Raises :class:`ConfigError` when sequences are longer than the model's positions, or than what its attention
-    sees; ``source``: its config file. ``documents_alone``: each document in a sequence has its own positions."""
+    """Raises :class:`ConfigError` if sequences are longer than the model's positions or its attention window.
+
+    ``source`` is the config file. ``separate_documents``: each document in a sequence has its own positions.
+    """
     positions = model_config.max_position_embeddings
     window = attention_window(model_config)
     if sequence_length > positions:
@@ -316,17 +318,17 @@ def check_length(
             "and attention here sees every position before it; shorten it"
         )
         raise ConfigError([fault], source)
-    longest = length_of_documents(model_config) if documents_alone else None
+    longest = length_of_documents(model_config) if separate_documents else None
     if longest is not None and sequence_length > longest:
         fault = (
-            f"data.sequence_length: {sequence_length} is more than {_ORIGINAL} ({longest}), and behind that longrope "
-            "turns the documents of a batch by the longest of them; shorten it, or pack documents without a mask"
+            f"data.sequence_length: {sequence_length} is more than {_ORIGINAL} ({longest}), beyond which the longest "
+            "document decides longrope's frequencies for its batch; shorten it, or pack documents without a mask"
         )
         raise ConfigError([fault], source)
 
 
 def plain_model_config(model_config: PreTrainedConfig) -> dict[str, Any]:
-    """The model's settings without what transformers adds about itself."""
+    """The model's settings without the keys that transformers adds about itself."""
     values = json.loads(model_config.to_json_string(use_diff=False))
     return {
         key: value

@@ -1,7 +1,7 @@
-"""Configs of the LLaMA family: every key that a config.json may hold, what its value may be, and what it does here.
+"""Configs of the LLaMA family: every key that a config.json may have, its allowed values, and its effect here.
 
-``KEYS`` is the whole rule for a LLaMA, ``ARCHITECTURES`` that for each kind of model. What a key of it changes is
-honoured; a value that would be ignored, or do harm, is refused.
+``KEYS`` is the complete rule for a LLaMA, and ``ARCHITECTURES`` has one for each kind of model. A value is either
+honored or refused: values that would be ignored or do harm are refused.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import transformers
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
-FUNCTION = "function"  # what the model computes: compared at a warm start and at a resume
-TRAINING = "training"  # how it is trained: compared at a resume
+FUNCTION = "function"  # changes what the model computes; compared at a warm start and at a resume
+TRAINING = "training"  # changes how it is trained; compared at a resume
 ALIAS = "alias"  # an older name of one of those
-EXPORT = "export"  # nothing in training; an export carries it on, but bos, eos and pad, which it has from the tokenizer
-NOTHING = "nothing"  # about the file itself, or how transformers calls a model: left out
-ONLY = "only"  # has one value here
+EXPORT = "export"  # no effect in training; an export keeps it, but takes bos, eos and pad from the tokenizer
+NOTHING = "nothing"  # describes the file itself, or how transformers calls a model; left out
+ONLY = "only"  # only one value is allowed
 
 LARGEST_SIZE = 2**24
 
 
 class Key(NamedTuple):
-    """``use``: one of the six above. ``good`` says whether a value is what ``wanted`` describes."""
+    """``use`` is one of the six above. ``accepts`` checks a value, and ``expected`` describes the accepted values."""
 
     use: str
-    wanted: str = ""
-    good: Callable[[Any], bool] = lambda value: True
+    expected: str = ""
+    accepts: Callable[[Any], bool] = lambda value: True
 
 
 def _is_number(value: Any, least: float, most: float) -> bool:
@@ -62,11 +62,11 @@ def _token(use: str) -> Key:
 
 
 def _or_null(key: Key) -> Key:
-    return key._replace(wanted=f"{key.wanted}, or null", good=lambda value: value is None or key.good(value))
+    return key._replace(expected=f"{key.expected}, or null", accepts=lambda value: value is None or key.accepts(value))
 
 
 def _only(*values: Any, remedy: str = "leave it out") -> Key:
-    """``null`` means that a key is left out."""
+    """Accepts the values and null, which leaves the key out."""
     return Key(
         ONLY,
         f"{json.dumps(values[0])}: {remedy}",
@@ -75,7 +75,7 @@ def _only(*values: Any, remedy: str = "leave it out") -> Key:
 
 
 def _is_activation(value: Any) -> bool:
-    """One of transformers that has no parameters of its own."""
+    """Whether it is an activation of transformers without parameters."""
     return isinstance(value, str) and value in ACT2FN and not ACT2FN[value].state_dict()
 
 
@@ -107,24 +107,24 @@ KEYS: dict[str, Key] = {
     "num_key_value_heads": _or_null(_whole(FUNCTION)),
     "head_dim": _or_null(_whole(FUNCTION)),
     "max_position_embeddings": _whole(FUNCTION),
-    "max_sequence_length": _or_null(_whole(ALIAS)),  # max_position_embeddings, as the first configs of LLaMA called it
+    "max_sequence_length": _or_null(_whole(ALIAS)),  # max_position_embeddings in the first configs of LLaMA
     "hidden_act": Key(FUNCTION, "an activation of transformers without parameters, such as silu", _is_activation),
     "rms_norm_eps": _number(FUNCTION, 1e-12, 1),
     "attention_bias": _flag(FUNCTION),
     "mlp_bias": _flag(FUNCTION),
     "tie_word_embeddings": _flag(FUNCTION),
     "rope_parameters": _mapping(FUNCTION),
-    "rope_scaling": _mapping(ALIAS),  # as transformers 4 wrote it, with rope_theta beside it
+    "rope_scaling": _mapping(ALIAS),  # transformers 4 wrote this and rope_theta
     "rope_theta": _or_null(_number(ALIAS, 1, 1e30)),
-    "original_max_position_embeddings": _or_null(_whole(ALIAS)),  # of some kinds of rotary embeddings, as Phi-3 has it
+    "original_max_position_embeddings": _or_null(_whole(ALIAS)),  # for some rope types, written here by Phi-3
     "attention_dropout": _number(TRAINING, 0, 0.99),
     "initializer_range": _number(TRAINING, 1e-6, 1),
-    "pad_token_id": _token(EXPORT),  # text is packed and never padded: no embedding is frozen for it
+    "pad_token_id": _token(EXPORT),  # text is packed and never padded, so its embedding is not frozen
     "bos_token_id": _token(EXPORT),
     "eos_token_id": Key(
         EXPORT,
         "a token id, a list of them, or null",
-        lambda value: all(map(_token(EXPORT).good, value if isinstance(value, list) else [value])),
+        lambda value: all(map(_token(EXPORT).accepts, value if isinstance(value, list) else [value])),
     ),
     **dict.fromkeys(("unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id"), _token(EXPORT)),
     "pretraining_tp": _or_null(_whole(EXPORT)),
@@ -143,19 +143,19 @@ KEYS: dict[str, Key] = {
     "model_type": Key(FUNCTION),  # one of ARCHITECTURES
     "attn_implementation": _only(None, remedy="set model.attention"),
     "_attn_implementation": _only(None, remedy="set model.attention"),
-    "quantization_config": _only(None, remedy="quantized weights cannot be trained here; take the plain ones"),
-    "auto_map": _only(None, remedy="no code of a model folder is run"),
+    "quantization_config": _only(None, remedy="quantized weights cannot be trained here; use unquantized weights"),
+    "auto_map": _only(None, remedy="code in a model folder is never run"),
     "sliding_window": _only(None, remedy="attention here sees every position before it"),
     "use_sliding_window": _only(False, remedy="attention here sees every position before it"),
     "layer_types": _only(None, remedy="all layers are alike here"),
     "per_layer_config": _only(None, remedy="all layers are alike here"),
-    "partial_rotary_factor": _only(1.0, 1, remedy="rotary embeddings turn whole heads here"),
-    "rope_interleaved": _only(False, remedy="rotary embeddings pair halves here"),
+    "partial_rotary_factor": _only(1.0, 1, remedy="rotary embeddings rotate whole heads here"),
+    "rope_interleaved": _only(False, remedy="rotary embeddings pair halves of a head here"),
     "is_encoder_decoder": _only(False),
     "add_cross_attention": _only(False),
 }
 
-# what a kind of rotary embeddings must have beside rope_theta, and may have
+# the required keys of each rope type in addition to rope_theta, and its optional keys
 ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -195,9 +195,9 @@ ROPE_VALUES: dict[str, Key] = {
 
 
 class Architecture(NamedTuple):
-    """A kind of model. ``prefix`` begins the names of its classes in transformers; ``keys`` is the rule for its config.
+    """A kind of model. Its classes in transformers start with ``prefix``, and ``keys`` is the rule for its config.
 
-    Its modules are named as a LLaMA's, and a decoder layer of it is called with the same arguments.
+    Its modules have the same names as in a LLaMA, and its decoder layers are called with the same arguments.
     """
 
     prefix: str
@@ -217,7 +217,7 @@ def _like_llama(prefix: str, **keys: Key) -> Architecture:
 
 
 _NO_BIAS = _only(False, remedy="linears have no biases in this kind of model")
-# attention that sees fewer positions than a sequence has is refused, so in training a window does nothing
+# a window that is shorter than the sequence is refused, so a window has no effect in training
 _WINDOW = _or_null(_whole(EXPORT))
 _WINDOWS = {
     "sliding_window": _WINDOW,
@@ -231,7 +231,7 @@ ARCHITECTURES = {
     "mistral": _like_llama("Mistral", attention_bias=_NO_BIAS, mlp_bias=_NO_BIAS, sliding_window=_WINDOW),
     "qwen2": _like_llama(
         "Qwen2",
-        attention_bias=_only(None, remedy="in a Qwen2 q, k and v have biases, and no other linear has"),
+        attention_bias=_only(None, remedy="in a Qwen2 q, k and v have biases, and other linears do not"),
         mlp_bias=_NO_BIAS,
         **_WINDOWS,
     ),

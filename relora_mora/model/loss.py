@@ -1,4 +1,4 @@
-"""The output head with its loss, in chunks of tokens: float32 logits [N, V] never exist as a whole."""
+"""The output head with its loss, computed in chunks of tokens so that float32 logits [N, V] never exist as a whole."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from relora_mora.kernels import cross_entropy_, supports
 
 IGNORE = -100
 CHUNK_BYTES = 192 * 2**20  # of logits that exist at once
-LEAST = 128  # tokens of a chunk
-# Each chunk reads and writes the head's gradient once, in float32, which takes as long as its product of about 1,000
+MIN_CHUNK = 128  # tokens
+# Each chunk reads and writes the head's gradient once, in float32, which takes as long as the product of about 1,000
 # tokens (H100: 8 V H bytes at 2.4 TB/s, 2 V H FLOPs a token at 60 % of 989 TFLOP/s).
-LEAST_ON_GPU = 2048
-# before, torch.addmm had no sum in float32 beside factors in bfloat16 (pytorch/pytorch#167931)
+MIN_CHUNK_ON_GPU = 2048  # tokens
+# older versions of torch.addmm cannot add bfloat16 factors to a float32 sum (pytorch/pytorch#167931)
 ADDS_TO_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
 
 class LossHead(nn.Module):
-    """The output head; with labels it returns their negative log-likelihood in place of logits."""
+    """The output head. With labels, it returns their negative log-likelihood instead of logits."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         assert linear.bias is None, "LLaMA's head has no bias"
-        self.weight: Tensor = linear.weight  # [V, H], the same tensor where embeddings are tied
+        self.weight: Tensor = linear.weight  # [V, H]; tied embeddings are the same tensor
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, tokens: float | None = None) -> Tensor:
-        """hidden [..., H] -> logits [..., V], or with labels [...] what :func:`chunked_cross_entropy` gives"""
+        """hidden [..., H] -> logits [..., V], or with labels [...] the result of :func:`chunked_cross_entropy`"""
         if labels is None:
             return F.linear(hidden, self.weight)
         return chunked_cross_entropy(hidden, self.weight, labels, tokens)
@@ -39,29 +39,28 @@ class LossHead(nn.Module):
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, tokens: float | None = None, *, chunk_tokens: int | None = None
 ) -> Tensor:
-    """Cross-entropy of ``softmax(hidden @ weight.T)``, summed over the labels that are not -100 and divided by
-    ``tokens``.
+    """The sum of the cross-entropy of ``softmax(hidden @ weight.T)`` over the labels other than -100, per ``tokens``.
 
-    hidden [..., H], weight [V, H], labels [...] -> a float32 scalar. Without ``tokens`` it is the mean over those
-    labels. A step over several micro-batches and ranks gives each of them the same number, so that every token weighs
-    the same. The gradients are computed in forward, chunk by chunk (as in Liger kernels, arXiv 2410.10989, section
-    3.2): one logits product in all, and of size [N, V] nothing is ever kept. With no label to score the result is 0.
-    A label that is not in the vocabulary raises IndexError on a CPU. On a GPU, where to look at it would wait for the
-    device, it makes the result NaN.
+    hidden [..., H], weight [V, H], labels [...] -> a float32 scalar. The sum is divided by ``tokens``, or by the number
+    of those labels if it is None. All micro-batches and ranks of a step pass the same ``tokens``, so that every token
+    has the same weight. The gradients are computed in forward, chunk by chunk (as in Liger kernels, arXiv 2410.10989,
+    section 3.2), so each logit is computed once and nothing of size [N, V] is kept. Without a label to score, the
+    result is 0. A label that is not in the vocabulary raises IndexError on a CPU. On a GPU it makes the result NaN,
+    because checking it would wait for the device.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    # inside forward grad is always off and parameters always ask for theirs: whether anybody wants one is known here
+    # inside forward, grad mode is always off and parameters always require gradients, so read the mode here
     return _ChunkedCrossEntropy.apply(flat, weight, labels.reshape(-1), tokens, chunk_tokens, torch.is_grad_enabled())
 
 
 def loss_chunk(tokens: int, vocabulary: int, bytes_per_logit: int, *, on_gpu: bool = False) -> int:
-    """Tokens whose logits exist at once: equal parts of all, of at most ``CHUNK_BYTES``, or the least on the device."""
+    """Tokens per chunk: equal chunks with at most ``CHUNK_BYTES`` of logits, but no fewer than the minimum."""
     parts = max(1, math.ceil(tokens * vocabulary * bytes_per_logit / CHUNK_BYTES))
-    return max(LEAST_ON_GPU if on_gpu else LEAST, math.ceil(tokens / parts))
+    return max(MIN_CHUNK_ON_GPU if on_gpu else MIN_CHUNK, math.ceil(tokens / parts))
 
 
 def bytes_per_logit(dtype: torch.dtype, *, in_place: bool) -> int:
-    """Where the loss does not work in place, logits that are not float32 have a copy in float32."""
+    """Bytes that the loss needs per logit. If it is not computed in place, it copies other dtypes to float32."""
     return dtype.itemsize + (0 if in_place or dtype is torch.float32 else 4)
 
 
@@ -86,7 +85,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         in_place = supports(hidden)
         logit_bytes = bytes_per_logit(hidden.dtype, in_place=in_place)
         chunk = chunk or loss_chunk(len(hidden), len(weight), logit_bytes, on_gpu=in_place and hidden.is_cuda)
-        room = _logits(min(chunk, len(hidden)), len(weight), hidden)
+        vocabulary = len(weight)
+        # on a GPU, rows start at multiples of 16 elements, which vector loads and tensor cores need
+        width = -(-vocabulary // 16) * 16 if hidden.is_cuda else vocabulary
+        buffer = hidden.new_empty(min(chunk, len(hidden)), width)[:, :vocabulary]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight: Tensor | None = None
@@ -94,7 +96,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             piece = hidden[rows]
             loss, d_logits = cross_entropy_(
-                torch.mm(piece, weight.T, out=room[: len(piece)]),
+                torch.mm(piece, weight.T, out=buffer[: len(piece)]),
                 labels[rows],
                 ignore=IGNORE,
                 scale=scale,
@@ -115,23 +117,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         scale = grads[0]
         d_hidden, d_weight = ctx.saved_tensors
-        if scale.is_cuda:  # to look at it would wait for the device
+        if scale.is_cuda:  # comparing it with 1 would wait for the device
             d_hidden = None if d_hidden is None else d_hidden.mul_(scale)
-            d_weight = None if d_weight is None else _rounded_product(d_weight, scale, ctx.weight_dtype)
+            if d_weight is not None:  # in one pass, rounded once
+                d_weight = torch.mul(d_weight, scale, out=torch.empty_like(d_weight, dtype=ctx.weight_dtype))
         elif scale != 1:
             d_hidden = None if d_hidden is None else d_hidden * scale
             d_weight = None if d_weight is None else d_weight * scale
         return d_hidden, d_weight, None, None, None, None
 
 
-def _logits(rows: int, vocabulary: int, like: Tensor) -> Tensor:
-    """Room for logits [rows, V]. On a GPU rows begin at multiples of 16 elements, as vectors and tensor cores want."""
-    width = -(-vocabulary // 16) * 16 if like.is_cuda else vocabulary
-    return like.new_empty(rows, width)[:, :vocabulary]
-
-
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b: parts add up in float32 or wider, on NVIDIA's GPUs in the product; ``total`` may be overwritten"""
+    """total + a @ b, added in float32 or wider (by the product itself on NVIDIA's GPUs); may overwrite ``total``"""
     wide = torch.promote_types(a.dtype, torch.float32)
     if not (a.is_cuda and torch.version.cuda):
         part = a @ b
@@ -141,8 +138,3 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     if not ADDS_TO_FLOAT32:
         return total.add_(torch.mm(a, b, out_dtype=wide))
     return torch.addmm(total, a, b, out_dtype=wide, out=total)
-
-
-def _rounded_product(a: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """a * scale in one pass, rounded once"""
-    return torch.mul(a, scale, out=torch.empty_like(a, dtype=dtype))

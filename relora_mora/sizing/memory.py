@@ -53,7 +53,7 @@ from relora_mora.adapters.inject import INPUTS, decoder_linears
 from relora_mora.adapters.layers import INPUT, AdapterLinear, Kept, adapter_layers
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.schema import Config, OptimConfig
-from relora_mora.model.attention import flash_takes
+from relora_mora.model.attention import flash_supports
 from relora_mora.model.config import attention_widths, head_width
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
 from relora_mora.optim.groups import count_parameters, parameter_groups
@@ -240,7 +240,7 @@ def activation_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, floa
     heads_normed = _normed_heads(model) * (queries // heads * of_norm + 4)
     eager = config.model.attention == "eager"
     fused = setup.on_gpu and config.model.attention == "sdpa"
-    flash = fused and flash_takes(head_width(model_config), _compute_type(setup))
+    flash = fused and flash_supports(head_width(model_config), _compute_type(setup))
     masked = eager or (config.data.masks_documents and not flash)
     if masked or (fused and not flash):
         keys = queries  # keys and values are repeated for every head

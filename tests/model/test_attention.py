@@ -1,4 +1,4 @@
-"""Attention by the boundaries of documents, each computed alone where a GPU has flash attention, against a mask."""
+"""Attention by document boundaries, with one call per document in place of flash attention, compared with a mask."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ DOCUMENTS = {
 }
 
 
-def each_alone(
+def attend_by_document(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, *, longest: int, dropout: float, scale: float
 ) -> Tensor:
-    """As ``attention.flash``, document by document."""
+    """The same as ``attention.flash``, document by document."""
     assert boundaries.dtype == torch.int32 and boundaries[0] == 0 and boundaries[-1] == len(query)
     outputs = []
     for begin, end in pairwise(boundaries.tolist()):
         assert 0 < end - begin <= longest
         q, k, v = (x[begin:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-        done = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True)
-        outputs.append(done.squeeze(0).transpose(0, 1))
+        part = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True)
+        outputs.append(part.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -58,7 +58,9 @@ def test_boundaries_keep_documents_apart_as_a_mask_does(
     model = LossModel(lm)
     masked = loss_and_gradients(model, documents)
     calls = []
-    monkeypatch.setattr(attention, "flash", lambda *given, **named: calls.append(1) or each_alone(*given, **named))
+    monkeypatch.setattr(
+        attention, "flash", lambda *arguments, **named: calls.append(1) or attend_by_document(*arguments, **named)
+    )
     monkeypatch.setattr(llama, "needs_no_mask", lambda *_: True)
     for a, b in zip(loss_and_gradients(model, documents), masked, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
@@ -67,16 +69,16 @@ def test_boundaries_keep_documents_apart_as_a_mask_does(
 
 def test_flash_attention_is_for_bf16_and_even_heads_on_gpus() -> None:
     wide = tiny_llama(hidden_size=1024, num_attention_heads=4, num_key_value_heads=4)
-    assert attention.flash_takes(256, torch.bfloat16) and not attention.flash_takes(256, torch.float32)
-    assert not attention.flash_takes(12, torch.bfloat16)
-    assert not attention.flash_takes(264, torch.bfloat16)
+    assert attention.flash_supports(256, torch.bfloat16) and not attention.flash_supports(256, torch.float32)
+    assert not attention.flash_supports(12, torch.bfloat16)
+    assert not attention.flash_supports(264, torch.bfloat16)
     lm = LossModel(build_model(wide, seed=1)).lm
     assert lm.config._attn_implementation == attention.SDPA_OR_DOCUMENTS
     assert not attention.needs_no_mask(lm.config, torch.zeros(1, dtype=torch.bfloat16))
 
 
-def test_the_operator_takes_what_it_is_given() -> None:
-    """It is private to torch: any version may change it."""
+def test_the_operator_accepts_our_arguments() -> None:
+    """The operator is private to torch, so any version may change it."""
     names = [argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments]
     lengths = ["cum_seq_q", "cum_seq_k", "max_q", "max_k"]
     assert names[:10] == ["query", "key", "value", *lengths, "dropout_p", "is_causal", "return_debug_mask"]

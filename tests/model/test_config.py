@@ -1,4 +1,4 @@
-"""Every key of a model's config is honoured, carried on, left out, or refused with its remedy."""
+"""Every key of a model's config is honored, kept for the export, left out, or refused with a remedy."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read(path: Path, **overrides: Any) -> LlamaConfig:
 
 
 def loss_of(config: LlamaConfig) -> float:
-    """With weights that depend on the seed only, and in training, where dropout acts."""
+    """The loss with weights that depend only on the seed, in training mode so that dropout applies."""
     model = LossModel(build_model(config, seed=3)).train()
     torch.manual_seed(0)
     return model(*batch(0)).item()
@@ -73,20 +73,20 @@ def rope(kind: str, theta: float = 10000.0, **values: Any) -> dict[str, Any]:
     ],
     ids=lambda overrides: " ".join(overrides),
 )
-def test_what_is_honoured_changes_the_loss(path: Path, overrides: dict[str, Any]) -> None:
+def test_honored_keys_change_the_loss(path: Path, overrides: dict[str, Any]) -> None:
     plain = loss_of(read(path, initializer_range=0.05))
     assert loss_of(read(path, **{"initializer_range": 0.05, **overrides})) != plain
 
 
 @pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
-def test_biases_are_there(path: Path, bias: str) -> None:
+def test_bias_keys_add_biases(path: Path, bias: str) -> None:
     names = [name for name, _ in build_model(read(path, **{bias: True}), seed=0).named_parameters()]
     assert len([name for name in names if name.endswith(".bias")]) == {"attention_bias": 8, "mlp_bias": 6}[bias]
 
 
 @pytest.mark.parametrize("token", [None, 2, -1, 63])
 def test_no_embedding_is_frozen_for_padding(path: Path, token: int | None) -> None:
-    """Text is packed: the end of a document is a token like any other, also where a tokenizer pads with it."""
+    """Text is packed, so the end of a document is a token like any other, even if the tokenizer pads with it."""
     config = read(path, pad_token_id=token)
     model = build_model(config, seed=0)
     row = model.model.embed_tokens.weight
@@ -97,13 +97,13 @@ def test_no_embedding_is_frozen_for_padding(path: Path, token: int | None) -> No
     assert config.pad_token_id == (None if token == -1 else token)
 
 
-def test_what_does_nothing_in_training_goes_into_the_export(path: Path) -> None:
-    given = {"bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": 8, "unk_token_id": 9, "pretraining_tp": 2}
-    kept = plain_model_config(read(path, **given))
-    assert {key: kept[key] for key in given} == given
+def test_keys_without_effect_in_training_are_kept_for_the_export(path: Path) -> None:
+    values = {"bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": 8, "unk_token_id": 9, "pretraining_tp": 2}
+    kept = plain_model_config(read(path, **values))
+    assert {key: kept[key] for key in values} == values
 
 
-def test_what_says_nothing_about_the_model_is_left_out(path: Path) -> None:
+def test_keys_that_do_not_describe_the_model_are_left_out(path: Path) -> None:
     noise = {
         "_name_or_path": "x",
         "architectures": ["LLaMAForCausalLM"],
@@ -137,7 +137,7 @@ def test_what_says_nothing_about_the_model_is_left_out(path: Path) -> None:
         ),
         ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "rope_type of rotary embeddings is"),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing; the rope_type linear needs it"),
-        ({"rope_parameters": rope("default", factor=2.0)}, "factor is no key of the rope_type default"),
+        ({"rope_parameters": rope("default", factor=2.0)}, "factor is not a key of the rope_type default"),
         ({"rope_parameters": rope("linear", factor=0)}, "factor is 0, expected a number from 1"),
         ({"rope_parameters": rope("linear", factor="2")}, "factor is '2', expected a number"),
         ({"rope_parameters": rope("mrope")}, "rope_type is 'mrope', expected one of default, linear"),
@@ -182,7 +182,7 @@ def test_what_says_nothing_about_the_model_is_left_out(path: Path) -> None:
         ),
         (
             {"model_type": "qwen2", "layer_types": ["full_attention"] * 5, "num_key_value_heads": 1},
-            "layer_types has 5 entries, and num_hidden_layers is 2; set layer_types to null",
+            "layer_types has 5 entries, but num_hidden_layers is 2; set layer_types to null",
         ),
         (
             {
@@ -190,11 +190,11 @@ def test_what_says_nothing_about_the_model_is_left_out(path: Path) -> None:
                 "layer_types": ["full_attention", "sliding_attention"],
                 "num_key_value_heads": 1,
             },
-            "layer_types has sliding_attention, and there is no window; set layer_types to null, too",
+            "layer_types has sliding_attention, but sliding_window is null; set layer_types to null",
         ),
         ({"model_type": "qwen3", "head_dim": None}, "head_dim is None, expected a whole number from 1"),
         ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias is True, expected false"),
-        ({"model_type": "qwen3", "logit_scale": 2.0}, "logit_scale is no key of a Qwen3Config"),
+        ({"model_type": "qwen3", "logit_scale": 2.0}, "logit_scale is not a key of a Qwen3Config"),
         ({"head_dim": 3}, "head_dim is 3, expected an even number"),
         ({"hidden_size": 24, "num_attention_heads": 8}, "head_dim is 3, expected an even number"),
         ({"num_attention_heads": "4"}, "num_attention_heads is '4', expected a whole number from 1"),
@@ -209,12 +209,12 @@ def test_what_says_nothing_about_the_model_is_left_out(path: Path) -> None:
         ({"hidden_act": ["silu"]}, "hidden_act is ['silu'], expected an activation"),
         (
             {"logit_scale": 2.0},
-            "logit_scale is no key of a LlamaConfig; set it to null in model.overrides to leave it out",
+            "logit_scale is not a key of a LlamaConfig; set it to null in model.overrides to leave it out",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_honoured_is_refused(path: Path, overrides: dict[str, Any], message: str) -> None:
+def test_values_that_cannot_be_honored_are_refused(path: Path, overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read(path, **overrides)
     assert any(message in fault for fault in caught.value.faults), caught.value
@@ -223,11 +223,11 @@ def test_what_cannot_be_honoured_is_refused(path: Path, overrides: dict[str, Any
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_without_a_number_of_key_heads_there_are_as_many_as_attention_heads(path: Path, model_type: str) -> None:
     for heads in (1, 2):
-        given = {"num_attention_heads": heads, "num_key_value_heads": None, "head_dim": 8}
-        assert read(path, model_type=model_type, **given).num_key_value_heads == heads
+        values = {"num_attention_heads": heads, "num_key_value_heads": None, "head_dim": 8}
+        assert read(path, model_type=model_type, **values).num_key_value_heads == heads
 
 
-def test_two_names_for_the_same_are_one(path: Path) -> None:
+def test_two_names_of_one_value_are_unified(path: Path) -> None:
     plain = plain_model_config(read(path))
     assert plain_model_config(read(path, rope_theta=10000, rope_parameters=rope("default"), rope_scaling=None)) == plain
     assert plain_model_config(read(path, max_sequence_length=64)) == plain
@@ -260,7 +260,7 @@ def test_the_documents_name_every_key() -> None:
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_a_config_that_was_written_is_read_back(path: Path, kind: str) -> None:
+def test_a_written_config_reads_back_the_same(path: Path, kind: str) -> None:
     overrides = {
         "model_type": kind,
         "num_key_value_heads": 1,
@@ -272,15 +272,15 @@ def test_a_config_that_was_written_is_read_back(path: Path, kind: str) -> None:
     assert plain_model_config(read(path)) == plain_model_config(config)
 
 
-def test_a_checkpoint_from_before_the_rule_goes_on(path: Path) -> None:
-    """Its manifest holds keys that did nothing; the run that goes on has left them out."""
-    nothing = {
+def test_keys_without_effect_in_a_manifest_do_not_stop_a_resume(path: Path) -> None:
+    """The manifest has keys that never had an effect; the resumed run leaves them out."""
+    ignored = {
         "max_sequence_length": 16,
         "pad_token_id": -1,
         "output_hidden_states": True,
         "_attn_implementation_internal": None,
     }
-    old = LlamaConfig(**{**plain_model_config(read(path)), **nothing})
+    old = LlamaConfig(**{**plain_model_config(read(path)), **ignored})
     assert keys_with(old, FUNCTION, TRAINING) == keys_with(read(path), FUNCTION, TRAINING)
     old.rms_norm_eps = 1e-5
     assert keys_with(old, FUNCTION, TRAINING) != keys_with(read(path), FUNCTION, TRAINING)
@@ -300,7 +300,7 @@ def test_a_checkpoint_from_before_the_rule_goes_on(path: Path) -> None:
     ],
     ids=str,
 )
-def test_sequences_are_no_longer_than_what_attention_sees(path: Path, overrides: dict[str, Any], window: int | None):
+def test_sequences_beyond_the_attention_window_are_refused(path: Path, overrides: dict[str, Any], window: int | None):
     config = read(path, max_position_embeddings=8192, num_key_value_heads=1, **overrides)
     check_length(config, window or 8192, "x.json")
     if window is not None:
@@ -311,5 +311,5 @@ def test_sequences_are_no_longer_than_what_attention_sees(path: Path, overrides:
     assert plain_model_config(read(path)) == kept
 
 
-def test_null_keeps_a_mistral_from_its_default_window(path: Path) -> None:
+def test_null_turns_off_the_default_window_of_a_mistral(path: Path) -> None:
     assert read(path, model_type="mistral", num_key_value_heads=1, sliding_window=None).sliding_window is None

@@ -1,4 +1,4 @@
-"""Configs as the hub has them: which model they make, and what of them goes on."""
+"""Configs from the hub: the model that each makes, and the keys that are kept."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from relora_mora.weights.load import model_config_of
 from tests.tools.config_tools import tree
 from tests.tools.tiny import batch, tiny_llama
 
-# (parameters with tied heads counted once, config.json without what all of them have); compared with copies of these
-# files that others have put on the hub
+# (parameters with tied heads counted once, config.json without the keys in OF_ALL); compared with copies of these files
+# that others have uploaded to the hub
 HUB: dict[str, tuple[int, dict[str, Any]]] = {
     "SmolLM2-135M": (
         134_515_008,
@@ -157,7 +157,7 @@ OF_ALL = {
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_a_config_of_the_hub_makes_its_model(tmp_path: Path, name: str) -> None:
+def test_a_config_from_the_hub_makes_its_model(tmp_path: Path, name: str) -> None:
     parameters, values = HUB[name]
     (tmp_path / "config.json").write_text(json.dumps(OF_ALL | values))
     config = model_config_of(ModelConfig(init_from=str(tmp_path)))
@@ -178,7 +178,7 @@ def test_overrides_apply_to_the_config_of_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_the_hidden_states_are_those_of_transformers(kind: str) -> None:
+def test_the_hidden_states_agree_with_transformers(kind: str) -> None:
     sizes = tiny_llama(num_key_value_heads=1, initializer_range=0.3, head_dim=12).to_dict()
     known = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     more = ("num_key_value_heads", "initializer_range", "head_dim", "max_position_embeddings")
@@ -193,8 +193,8 @@ def test_the_hidden_states_are_those_of_transformers(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_adapters_alone_train_where_the_rest_is_frozen(kind: str) -> None:
-    """Biases and the norms of queries and keys too."""
+def test_only_adapters_train_if_everything_else_is_frozen(kind: str) -> None:
+    """Biases and the norms of queries and keys are frozen too."""
     frozen = {"train_embeddings": False, "train_norms": False, "train_head": False}
     method = validate(tree(method={"name": "mora", "rank": 3, **frozen}), "the test").method
     model = meta_model(ARCHITECTURES[kind].config_class(num_hidden_layers=1), method)

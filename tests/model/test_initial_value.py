@@ -1,4 +1,4 @@
-"""Initial weights: distributed as transformers', and each a function of seed, name and shape alone."""
+"""Initial weights have transformers' distribution, and each depends only on seed, name and shape."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ def test_weights_are_distributed_as_transformers_draws_them(changes):
             assert not torch.equal(value, expected)
             assert value.std().item() == pytest.approx(expected.std().item(), rel=0.05), name
             assert abs(value.mean().item()) < 4 * expected.std().item() / expected.numel() ** 0.5, name
-            assert not (value == 0).all(-1).any(), (
-                name
-            )  # transformers zeroes the row of pad_token_id, which is a token's here
+            # transformers zeroes the row of pad_token_id, but here that token trains
+            assert not (value == 0).all(-1).any(), name
 
 
 def test_a_weight_depends_on_nothing_but_seed_name_and_shape():
@@ -44,12 +43,12 @@ def test_a_weight_depends_on_nothing_but_seed_name_and_shape():
     assert all(torch.equal(value, large[name]) for name, value in small.items())
     drawn = [value for value in large.values() if value.ndim == 2]
     firsts = {value.flatten()[0].item() for value in drawn}
-    assert len(firsts) == len(drawn)  # no two layers begin alike
+    assert len(firsts) == len(drawn)  # no two weights start with the same number
     assert not torch.equal(large["lm_head.weight"], build_model(tiny_llama(), seed=8).lm_head.weight)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_model_built_empty_is_whole_when_it_has_values(tied):
+def test_an_empty_model_is_complete_after_its_values_are_filled_in(tied):
     model_config = tiny_llama(tie_word_embeddings=tied)
     model = build_model(model_config, seed=1)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
@@ -59,7 +58,7 @@ def test_a_model_built_empty_is_whole_when_it_has_values(tied):
     assert torch.equal(model(batch(0)[0]).logits, plain(batch(0)[0]).logits)  # rotary frequencies, too
 
 
-def test_values_are_put_in_beside_adapters():
+def test_values_are_filled_in_next_to_adapters():
     lm = empty_model(tiny_llama())
     inject(lm, MethodConfig(name="remora", rank=3), seed=0)
     empty = [name for name, p in lm.named_parameters() if p.is_meta]
@@ -69,4 +68,5 @@ def test_values_are_put_in_beside_adapters():
     assert set(empty) == set(plain)
     for name, value in plain.items():
         assert torch.equal(lm.get_parameter(name), value)
-        assert lm.get_parameter(name).requires_grad == (".layers." not in name or "norm" in name)  # frozen stays frozen
+        # what inject() froze stays frozen
+        assert lm.get_parameter(name).requires_grad == (".layers." not in name or "norm" in name)

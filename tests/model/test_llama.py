@@ -1,4 +1,4 @@
-"""Model settings, seeded weights, and the loss in chunks against plain cross-entropy."""
+"""Model settings, seeded weights, and the loss in chunks compared with plain cross-entropy."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_wrapped_model_has_transformers_loss_and_gradients(tied, device):
 
 
 class NoValueIsRead(TorchDispatchMode):
-    """Reading a number back makes the host wait for a GPU."""
+    """Fails if a value is read back, since that makes the host wait for a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.overloadpacket.__name__ not in {"_local_scalar_dense", "nonzero", "equal"}, func
@@ -76,24 +76,24 @@ def test_hidden_states_are_those_of_transformers_and_no_value_is_read_back(atten
     expected = lm.model(ids, use_cache=False).last_hidden_state
     model = LossModel(lm)
     assert torch.equal(model.hidden(ids, None), expected)
-    with kernels.disabled(), NoValueIsRead():  # the kernels of CPUs look at labels, those of GPUs do not
+    with kernels.disabled(), NoValueIsRead():  # CPU kernels read the labels, GPU kernels do not
         model(ids, labels, document_boundaries(torch.zeros_like(ids)), 64.0)
         model(ids, labels, None, 64.0)
 
 
 def test_evaluation_computes_no_gradients():
-    """Parameters ask for a gradient under no_grad too; the head must not answer."""
+    """Parameters require gradients under no_grad too, but the head must not compute them then."""
     weight = torch.randn(11, 6, requires_grad=True)
     hidden, labels = torch.randn(4, 6), torch.randint(0, 11, (4,))
     kept: list[torch.Tensor] = []
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        quiet = chunked_cross_entropy(hidden, weight, labels)
-    assert not quiet.requires_grad and kept == []
-    assert quiet.item() == pytest.approx(chunked_cross_entropy(hidden, weight, labels).item(), rel=1e-6)
-    assert quiet.item() == chunked_cross_entropy(hidden, weight, labels.int()).item()
+        loss = chunked_cross_entropy(hidden, weight, labels)
+    assert not loss.requires_grad and kept == []
+    assert loss.item() == pytest.approx(chunked_cross_entropy(hidden, weight, labels).item(), rel=1e-6)
+    assert loss.item() == chunked_cross_entropy(hidden, weight, labels.int()).item()
 
 
-def test_initial_weights_follow_from_the_seed_and_leave_the_generator_alone():
+def test_initial_weights_follow_from_the_seed_without_using_the_global_generator():
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
     a, b, c = (build_model(tiny_llama(), seed=seed) for seed in (7, 7, 8))
@@ -104,7 +104,7 @@ def test_initial_weights_follow_from_the_seed_and_leave_the_generator_alone():
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_masked_attention_sees_one_document_only(attention):
+def test_masked_attention_sees_only_one_document(attention):
     model = LossModel(build_model(tiny_llama(), seed=1, attention=attention))
     ids = batch(0)[0][:1]
     documents = torch.zeros_like(ids, dtype=torch.int32)
@@ -113,10 +113,10 @@ def test_masked_attention_sees_one_document_only(attention):
     other = ids.clone()
     other[:, :6] = (other[:, :6] + 1) % 64
     labels = ids.clone()
-    labels[:, :6] = -100  # what is scored stands in the second document
+    labels[:, :6] = -100  # only the second document is scored
     masked = [model(x, labels, documents).item() for x in (ids, other)]
     later = ids.clone()
-    later[:, 12:] = (later[:, 12:] + 1) % 64  # nor what comes after
+    later[:, 12:] = (later[:, 12:] + 1) % 64  # later tokens must not matter either
     early = labels.clone()
     early[:, 12:] = -100
     assert model(ids, early, documents).item() == pytest.approx(model(later, early, documents).item(), abs=1e-6)
@@ -128,7 +128,7 @@ def test_masked_attention_sees_one_document_only(attention):
     ]
 
 
-def test_positions_begin_anew_with_each_document():
+def test_positions_start_again_with_each_document():
     ids = torch.tensor([[1, 1, 1, 2, 3, 3], [0, 0, 0, 0, 0, 0], [4, 5, 6, 7, 8, 9]], dtype=torch.int32)
     boundaries = document_boundaries(ids)
     documents, positions = document_positions(boundaries, ids.shape)
@@ -148,8 +148,8 @@ LONGROPE = {
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_document_in_a_sequence_has_the_loss_that_it_has_alone(attention):
-    """Also where the rotary frequencies depend on how many positions are in use."""
+def test_a_document_in_a_sequence_has_the_same_loss_as_by_itself(attention):
+    """This holds even if the rotary frequencies depend on how many positions are in use."""
     model = LossModel(build_model(tiny_llama(rope_parameters=LONGROPE), seed=1, attention=attention))
     ids, labels = (tensor[:1] for tensor in batch(0))
     documents = document_boundaries(torch.tensor([[1] * 3 + [2] * 9 + [3] * 4], dtype=torch.int32))
@@ -167,7 +167,7 @@ def test_model_settings_report_every_fault(tmp_path):
     with pytest.raises(ConfigError) as caught:
         read_model_config(ModelConfig(config=str(path), overrides={"hidden_act": "silu"}))
     unknown, shape = caught.value.faults
-    assert "hiden is no key" in unknown
+    assert "hiden is not a key" in unknown
     assert "hidden_size is 30, expected a multiple of num_attention_heads 4" in shape
     with pytest.raises(ConfigError, match="cannot read it"):
         read_model_config(ModelConfig(config=str(tmp_path / "none.json")))
@@ -184,9 +184,9 @@ def test_sequences_longer_than_the_positions_are_refused():
         check_length(tiny_llama(max_position_embeddings=8), tiny_config().data.sequence_length, "unused.json")
 
 
-def test_documents_that_longrope_would_turn_by_the_longest_are_refused():
+def test_documents_too_long_for_longropes_first_frequencies_are_refused():
     config = tiny_llama(rope_parameters=LONGROPE)
     check_length(config, 16, "unused.json")
-    check_length(config, 10, "unused.json", documents_alone=True)
-    with pytest.raises(ConfigError, match=r"16 is more than original_max_position_embeddings \(10\), and behind that"):
-        check_length(config, 16, "unused.json", documents_alone=True)
+    check_length(config, 10, "unused.json", separate_documents=True)
+    with pytest.raises(ConfigError, match=r"16 is more than original_max_position_embeddings \(10\), .*shorten it"):
+        check_length(config, 16, "unused.json", separate_documents=True)

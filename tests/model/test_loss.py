@@ -1,4 +1,4 @@
-"""The compiled loss against float64: values, gradients, what is not finite, the same bits on any number of threads."""
+"""The compiled loss against float64: values, gradients, nonfinite logits, and the same bits with any thread count."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def _case(rows: int, vocabulary: int, dtype: torch.dtype, spread: float = 3.0) -
 def test_loss_and_gradient_are_those_of_float64(vocabulary, dtype, tolerance, spread, library, device, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     logits, labels = (tensor.to(device) for tensor in _case(13, vocabulary, dtype, spread))
-    taken = kernels.supports(logits)
+    by_kernel = kernels.supports(logits)
     expected, gradient = _reference(logits, labels)
     scale = SCALE.to(device)
     loss, _ = cross_entropy_(logits.clone(), labels, ignore=-100, scale=scale, gradient=False)
-    again, found = cross_entropy_(logits, labels, ignore=-100, scale=scale, gradient=True)
-    assert torch.equal(loss, again) and found.dtype == dtype
+    again, actual = cross_entropy_(logits, labels, ignore=-100, scale=scale, gradient=True)
+    assert torch.equal(loss, again) and actual.dtype == dtype
     torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-5)
-    # torch's way takes exp of a difference to log sum exp, which is rounded: at 200 by 1e-5
-    torch.testing.assert_close(found.double(), gradient, rtol=tolerance if taken else tolerance + 2e-5, atol=1e-7)
+    # the torch fallback takes exp of a difference from log sum exp, whose rounding error is 1e-5 at 200
+    torch.testing.assert_close(actual.double(), gradient, rtol=tolerance if by_kernel else tolerance + 2e-5, atol=1e-7)
 
 
 @compiled_only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_threads_change_no_bit_and_instruction_sets_only_the_rounding(dtype):
+def test_threads_change_no_bit_and_instruction_sets_change_only_rounding(dtype):
     before, results = torch.get_num_threads(), []
     try:
         for threads, instructions in ((1, 2), (2, 2), (5, 2), (1, 1), (1, 0)):
@@ -70,10 +70,10 @@ def test_threads_change_no_bit_and_instruction_sets_only_the_rounding(dtype):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("place", [0, 17, 20])
-def test_a_logit_that_is_not_finite_is_seen(bad, dtype, place):
+def test_a_nonfinite_logit_makes_the_result_nonfinite(bad, dtype, place):
     logits = torch.zeros(1, 21, dtype=dtype)
     logits[0, place] = bad
-    if bad == float("-inf"):  # a token that is ruled out: nothing wrong, unless it is the label
+    if bad == float("-inf"):  # a token that is ruled out, which is fine unless it is the label
         loss, gradient = cross_entropy_(logits.clone(), torch.tensor([3]), ignore=-100, scale=SCALE, gradient=True)
         assert loss.item() == pytest.approx(torch.tensor(20.0).log().item(), rel=1e-6) and gradient[0, place] == 0
         assert cross_entropy_(logits, torch.tensor([place]), ignore=-100, scale=SCALE, gradient=True)[0] == float("inf")
@@ -90,7 +90,7 @@ def test_a_label_outside_the_vocabulary_is_refused(label):
 
 
 def test_the_share_of_a_micro_batch_is_not_rounded_to_bf16():
-    """A third in bf16 is 0.2 % too large, and so would be all gradients, their norm and what is clipped."""
+    """A third in bf16 is 0.2 % too large, and so would be all gradients, their norm and their clipped values."""
     hidden, head = torch.randn(64, 32).bfloat16().requires_grad_(), torch.randn(50, 32).bfloat16().requires_grad_()
     labels = torch.arange(64) % 50
     gradients = []

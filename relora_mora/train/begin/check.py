@@ -118,7 +118,7 @@ def check_model(config: Config) -> PreTrainedConfig:
         model_config,
         config.data.sequence_length,
         config.model.config or str(config.model.init_from),
-        documents_alone=config.data.masks_documents,
+        separate_documents=config.data.masks_documents,
     )
     check_adapters(model_config, config.method)
     if config.model.init_from is not None:
