@@ -1,9 +1,9 @@
-"""Sums and copies along groupings, and cross-entropy over logits, in one pass over memory each.
+"""Sums and copies along groupings, and cross-entropy over logits, each in one pass over memory.
 
-Where a device has kernels of its own they are operators of torch (``torch.ops.relora_mora``), which torch.compile calls
-from inside a compiled layer; CPUs have those of kernels.c, NVIDIA's GPUs those of triton_*.py. Everywhere else, and
-while autograd records, the same is computed by torch operations. Results agree up to rounding: the kernels add up
-bfloat16 in float32 and round once, torch rounds after every piece of a grouping (tests/kernels/test_kernels.py).
+CPUs have the kernels of kernels.c, and NVIDIA's GPUs those in triton_*.py. They are operators of torch
+(``torch.ops.relora_mora``), so torch.compile can call them inside a compiled layer. On other devices, and while
+autograd records, torch operations compute the same. Results agree up to rounding: the kernels add bfloat16 in float32
+and round once, while torch rounds after every piece of a grouping (tests/kernels/test_kernels.py).
 """
 
 from relora_mora.kernels.cpu import available

@@ -1,6 +1,6 @@
-"""kernels.c, compiled when the package was installed and called through ctypes, which releases the interpreter's lock.
+"""Calls kernels.c, which is compiled when the package is installed, through ctypes, which releases the GIL.
 
-The library shares the OpenMP threads of torch (see kernels.c), so torch must have been loaded before it.
+The library shares torch's OpenMP threads (see kernels.c), so torch must be loaded first.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ LIBRARY = Path(__file__).with_name("_kernels.so")
 
 _TYPES = {torch.bfloat16: 0, torch.float32: 1}
 DTYPES = tuple(_TYPES)
-BEST = 2  # of the instruction sets plain, avx2, avx512
-_GRAIN = 32768  # elements that are worth a thread
+BEST = 2  # the last of the instruction sets plain, avx2, avx512
+_GRAIN = 32768  # elements per thread, at least
 
 
 class _Piece(ctypes.Structure):
@@ -59,7 +59,7 @@ class _LossJob(ctypes.Structure):
 
 @functools.cache
 def load() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+    """The library, or the reason why there is none."""
     if not LIBRARY.exists():
         return "not compiled when the package was installed; install gcc and install the package again"
     try:
@@ -79,12 +79,12 @@ def load() -> ctypes.CDLL | str:
 
 
 def available() -> bool:
-    """Whether the library is there."""
+    """Whether the library can be used."""
     return isinstance(load(), ctypes.CDLL)
 
 
 def describe() -> str:
-    """The instruction set of the library, or why there is none."""
+    """The library's instruction set, or the reason why there is no library."""
     library = load()
     return f"compiled, {library.remora_use(BEST).decode()}" if isinstance(library, ctypes.CDLL) else f"torch: {library}"
 
@@ -112,11 +112,11 @@ def group_sums(xs: Sequence[Tensor], grouping: Grouping) -> Tensor:
     y = torch.empty(first.numel() // grouping.features, len(xs), grouping.slots, dtype=first.dtype)
     threads = _threads(first.numel())
     scratch = torch.empty(threads, grouping.slots + 16)
-    for place, x in enumerate(xs):
+    for index, x in enumerate(xs):
         rows = as_rows(x)
         job = _SumJob(
             rows.data_ptr(),
-            y[:, place].data_ptr(),
+            y[:, index].data_ptr(),
             rows.shape[0],
             rows.shape[1],
             grouping.slots,
@@ -160,14 +160,15 @@ def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Groupi
 def cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: int, gradient: bool) -> Tensor:
     """logits [N, V], labels [N] -> losses [N], float32; 0 for ``ignore``, which is negative.
 
-    With ``gradient`` the logits become their gradients times ``scale``. Raises IndexError for a label that is not in
-    the vocabulary.
+    With ``gradient``, the logits are replaced by their gradients times ``scale``. Raises IndexError if a label is not
+    in the vocabulary.
     """
     library = _loaded()
     assert logits.stride(1) == 1
     vocabulary = logits.shape[1]
     if int(labels.max()) >= vocabulary or bool(((labels < 0) & (labels != ignore)).any()):
-        raise IndexError(f"labels go from {int(labels.min())} to {int(labels.max())}, the vocabulary has {vocabulary}")
+        span = f"{int(labels.min())} to {int(labels.max())}"
+        raise IndexError(f"labels range from {span}, but the vocabulary has {vocabulary} tokens")
     labels = labels.to(torch.int64).contiguous()
     losses = torch.empty(len(logits))
     job = _LossJob(

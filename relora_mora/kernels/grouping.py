@@ -1,6 +1,6 @@
-"""Groupings of features, as a list of pieces from which sum, copy and the compiled kernels all follow.
+"""Groupings of features, defined by lists of pieces that sum, copy and the compiled kernels all use.
 
-A grouping maps ``features`` to ``slots``: ``sum`` adds up the features of each slot, ``copy`` is its transpose.
+A grouping maps ``features`` to ``slots``. ``sum`` adds up the features of each slot, and ``copy`` is its transpose.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from relora_mora.system.seeds import derived_seed
 
 
 class Piece(NamedTuple):
-    """``slots`` slots from ``slot`` on, with ``repeats`` features each, from ``feature`` on.
+    """``slots`` slots from ``slot`` on, each with ``repeats`` features; the features start at ``feature``.
 
-    The features of a slot lie side by side (``neighbours``), or ``slots`` apart from each other. A grouping that fits
-    neither may have a piece for each feature; that is exact, and slow.
+    The features of a slot are adjacent (``neighbours``) or ``slots`` apart. A grouping with any other pattern can have
+    one piece per feature, which is exact but slow.
     """
 
     feature: int
@@ -35,11 +35,11 @@ class Piece(NamedTuple):
         return slice(self.feature, self.feature + self.slots * self.repeats)
 
     @property
-    def places(self) -> slice:
+    def slot_range(self) -> slice:
         return slice(self.slot, self.slot + self.slots)
 
     def by_slot(self, x: Tensor, dim: int = -1) -> tuple[Tensor, int]:
-        """A view of the piece's features of x, with ``dim`` cut in two, and which of the two counts the repeats."""
+        """A view of the piece's features with ``dim`` split in two, and the dimension that counts the repeats."""
         part = x.narrow(dim, self.feature, self.slots * self.repeats)
         sizes = (self.slots, self.repeats) if self.neighbours else (self.repeats, self.slots)
         return part.unflatten(dim, sizes), dim if self.neighbours else dim - 1
@@ -47,9 +47,9 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Grouping:
-    """Together the pieces hold every feature, in order; those that follow hold features a second time.
+    """The first pieces contain every feature once, in order. Any further pieces contain features a second time.
 
-    ``numbers`` is the grouping as whole numbers, for the schema of an operator of torch.
+    ``numbers`` encodes the grouping as integers, for the schema of an operator of torch.
     """
 
     features: int
@@ -63,16 +63,16 @@ class Grouping:
 
     @staticmethod
     def of_numbers(numbers: Sequence[int]) -> Grouping:
-        """The grouping whose :attr:`numbers` these are."""
+        """Decodes :attr:`numbers`."""
         return _of_numbers(tuple(numbers))
 
     def padded(self, multiple: int) -> Grouping:
-        """With slots that no feature has, up to a multiple."""
+        """The grouping with empty slots added, up to a multiple."""
         return replace(self, slots=-(-self.slots // multiple) * multiple)
 
     @property
     def once(self) -> bool:
-        """Whether each feature has one slot."""
+        """Whether each feature has only one slot."""
         return sum(piece.slots * piece.repeats for piece in self.pieces) == self.features
 
     def sum(self, x: Tensor) -> Tensor:
@@ -80,33 +80,33 @@ class Grouping:
         total = x.new_zeros(*x.shape[:-1], self.slots)
         for piece in self.pieces:
             part, repeats = piece.by_slot(x)
-            total[..., piece.places] += part.sum(repeats)
+            total[..., piece.slot_range] += part.sum(repeats)
         return total
 
     def share(self, y: Tensor) -> Tensor:
-        """y [..., slots] -> [..., features]: to each its equal share of the slot's value, of two slots the mean"""
+        """y [..., slots] -> [..., features]: an equal share of the slot's value, or the mean share of two slots"""
         sizes = self.sum(y.new_ones(self.features)).clamp(min=1)
         return self.copy(y / sizes) / self.copy(y.new_ones(self.slots))
 
     def copy(self, y: Tensor) -> Tensor:
         """y [..., slots] -> [..., features], differentiable"""
-        wide: list[Tensor] = []
-        again: list[Tensor] = []
+        first: list[Tensor] = []
+        repeated: list[Tensor] = []
         end = 0
         for piece in self.pieces:
-            part = y[..., piece.places].unsqueeze(-1 if piece.neighbours else -2)
+            part = y[..., piece.slot_range].unsqueeze(-1 if piece.neighbours else -2)
             sizes = (piece.slots, piece.repeats) if piece.neighbours else (piece.repeats, piece.slots)
             part = part.expand(*y.shape[:-1], *sizes).flatten(-2)
             if piece.feature == end:
-                wide.append(part)
+                first.append(part)
                 end = piece.columns.stop
             else:
-                again.append(F.pad(part, (piece.feature, self.features - piece.columns.stop)))
-        return sum(again, start=torch.cat(wide, -1))
+                repeated.append(F.pad(part, (piece.feature, self.features - piece.columns.stop)))
+        return sum(repeated, start=torch.cat(first, -1))
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x [..., n] as [rows, n] with neighbours in memory, a view where possible"""
+    """x [..., n] -> [rows, n] with the elements of a row adjacent in memory; a view if possible"""
     x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
@@ -129,7 +129,7 @@ def interleaved(features: int, slots: int) -> Grouping:
 
 
 def wrapped_interleaved(features: int, slots: int) -> Grouping:
-    """As :func:`interleaved`, but the last group is filled up with the first features, which so count twice."""
+    """As :func:`interleaved`, but the last group is filled up with the first features, which then count twice."""
     pieces = list(interleaved(features, slots).pieces)
     filled = features % slots
     while 0 < filled < slots:
@@ -140,7 +140,7 @@ def wrapped_interleaved(features: int, slots: int) -> Grouping:
 
 
 def contiguous(features: int, slots: int) -> Grouping:
-    """Neighbours share a slot: the first ``features mod slots`` slots take one feature more than the others."""
+    """Adjacent features share a slot; the first ``features mod slots`` slots have one more feature than the others."""
     per_slot, longer = divmod(features, slots)
     head = longer * (per_slot + 1)
     pieces = [Piece(0, 0, longer, per_slot + 1, True), Piece(head, longer, slots - longer, per_slot, True)]
@@ -148,17 +148,17 @@ def contiguous(features: int, slots: int) -> Grouping:
 
 
 def rotated(features: int, slots: int, seed: int = 0) -> Grouping:
-    """As :func:`interleaved`, but the k-th run of ``slots`` features is rotated by a shift that ``seed`` decides.
+    """As :func:`interleaved`, but the k-th run of ``slots`` features is rotated by a shift that depends on ``seed``.
 
-    Feature ``k * slots + j`` belongs to slot ``(j + s_k) mod slots``. The first shift is 0, since to rotate all runs
-    alike only renames the slots. The others are independent and uniform, so features of two runs share a slot with
-    probability ``1 / slots``. A run is one or two pieces.
+    Feature ``k * slots + j`` belongs to slot ``(j + s_k) mod slots``. The first shift is 0, because rotating all runs
+    by the same shift only renames the slots. The other shifts are independent and uniform, so features of two runs
+    share a slot with probability ``1 / slots``. A run is one or two pieces.
     """
     pieces = []
     for begin in range(0, features, slots):
         length = min(slots, features - begin)
         shift = derived_seed(seed, begin // slots) % slots if begin else 0
-        first = min(length, slots - shift)  # the others come out at the front
+        first = min(length, slots - shift)  # the rest wraps around to the first slots
         pieces += [Piece(begin, shift, first, 1, False), Piece(begin + first, 0, length - first, 1, False)]
     return Grouping(features, slots, _without_empty(pieces))
 

@@ -1,10 +1,10 @@
-"""The kernels as operators of torch, and who calls them.
+"""Registers the kernels as operators of torch, and defines the functions that call them.
 
-An operator has a schema, a fake implementation that knows shapes only (for torch.compile), and one kernel a device:
-a line of ``_KERNELS``. The devices are in :func:`kernels_here`. Groupings travel as lists of whole numbers, since a
-schema knows no others.
+An operator has a schema, a fake implementation that computes only shapes (for torch.compile), and one kernel per
+device: a line of ``_KERNELS``. The devices are in :func:`kernels_here`. Groupings are passed as lists of integers,
+because a schema cannot have a type for them.
 
-``torch.library.define`` and not ``torch.library.custom_op``, whose wrapper takes several times as long
+This uses ``torch.library.define`` because the wrapper of ``torch.library.custom_op`` takes several times as long
 (docs/performance.md).
 """
 
@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 
 from relora_mora.kernels import cpu, cuda, reference
-from relora_mora.kernels import reference as rotary
 from relora_mora.kernels.grouping import Grouping
 
 LIBRARY = torch.library.Library("relora_mora", "DEF")
-# the compiler need not copy an input into another layout first
-_ANY_LAYOUT = torch.Tag.flexible_layout
+_ANY_LAYOUT = torch.Tag.flexible_layout  # tells the compiler not to copy inputs into another layout
 LIBRARY.define("group_sums(Tensor[] xs, int[] grouping) -> Tensor", tags=_ANY_LAYOUT)
 LIBRARY.define(
     "expand_add(Tensor weight, Tensor square, int[] inputs, int[] outputs, Tensor? after=None) -> Tensor",
@@ -34,7 +32,7 @@ LIBRARY.define("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor scale, i
 
 
 def kernels_here() -> dict[str, tuple[torch.dtype, ...]]:
-    """The types of numbers that there are kernels for, by the type of device."""
+    """The dtypes that kernels support, by the type of device."""
     devices = {}
     if cpu.available():
         devices["cpu"] = cpu.DTYPES
@@ -44,7 +42,7 @@ def kernels_here() -> dict[str, tuple[torch.dtype, ...]]:
 
 
 def describe(device: str = "cpu") -> str:
-    """What computes the operators on such a device, and why it is not a kernel of ours."""
+    """What computes the operators on a device of this type, with the reason if it is not our kernels."""
     return cuda.describe() if device == "cuda" else cpu.describe()
 
 
@@ -66,7 +64,7 @@ def _fake_cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: 
 
 def _sum_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(xs: Sequence[Tensor], grouping: Sequence[int]) -> Tensor:
-        assert all(x.shape == xs[0].shape for x in xs)  # kernels look at no other shape
+        assert all(x.shape == xs[0].shape for x in xs)  # kernels read only the first shape
         return function(xs, Grouping.of_numbers(grouping))
 
     return call
@@ -82,11 +80,11 @@ _cuda_group_sums = cuda.kernel("relora_mora.kernels.triton_groups:group_sums")
 _cuda_expand_add = cuda.kernel("relora_mora.kernels.triton_groups:expand_add")
 _cuda_cross_entropy_ = cuda.kernel("relora_mora.kernels.triton_loss:cross_entropy_")
 
-# fake, on CPUs, on CUDA devices
+# the implementations of each operator: fake, CPU, CUDA
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     "group_sums": (_fake_group_sums, _sum_by(cpu.group_sums), _sum_by(_cuda_group_sums)),
     "expand_add": (_fake_add, _add_by(cpu.expand_add), _add_by(_cuda_expand_add)),
-    "rotary_add": (_fake_add, rotary.rotary_add, rotary.rotary_add),
+    "rotary_add": (_fake_add, reference.rotary_add, reference.rotary_add),
     "cross_entropy_": (_fake_cross_entropy_, cpu.cross_entropy_, _cuda_cross_entropy_),
 }
 
@@ -103,7 +101,7 @@ _cross_entropy_ = torch.ops.relora_mora.cross_entropy_.default
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Everything inside is computed by torch operations."""
+    """Inside this context, torch operations compute everything."""
     global _enabled
     before = _enabled
     _enabled = False
@@ -114,7 +112,7 @@ def disabled() -> Iterator[None]:
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether there are kernels for tensors of this device and one dtype, and autograd keeps no record of them."""
+    """Whether kernels can compute with these tensors: device and dtype fit, and autograd does not record them."""
     dtype = tensors[0].dtype
     if not _enabled or dtype not in _DEVICES.get(tensors[0].device.type, ()):
         return False
@@ -128,7 +126,7 @@ def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
 
 
 def group_sums(xs: Sequence[Tensor], grouping: Grouping) -> Tensor:
-    """n tensors [..., features] of one shape -> [..., n * slots], their sums side by side; differentiable."""
+    """n tensors [..., features] of one shape -> [..., n * slots], their sums next to each other; differentiable."""
     return _group_sums(xs, grouping.numbers) if supports(*xs) else torch.cat([grouping.sum(x) for x in xs], -1)
 
 
@@ -137,8 +135,8 @@ def expand_add(
 ) -> Tensor:
     """weight [out, in] + D square C: square [R, R], C = ``inputs.sum``, D = ``outputs.copy``; not differentiable.
 
-    Nothing is read from ``after``: with a gradient there, a compiler makes the sum in backward, as it stands, and does
-    not keep the equal one of forward until then.
+    ``after`` is not read. If it is a gradient, a compiler has to compute this sum in backward, and cannot keep the
+    equal one of forward until then.
     """
     if outputs.once and supports(weight, square):
         return _expand_add(weight, square, inputs.numbers, outputs.numbers, after)
@@ -146,10 +144,10 @@ def expand_add(
 
 
 def rotary_add(weight: Tensor, square: Tensor, after: Tensor | None = None) -> Tensor:
-    """weight [out, in] + D square C of the rotary operator; not differentiable. ``after``: as in :func:`expand_add`.
+    """weight [out, in] + D square C of the rotary operator; not differentiable. See :func:`expand_add` for ``after``.
 
-    It is an operator so that a compiler writes no loads of ``square`` itself: these would take the alignment of one
-    layer's for that of all.
+    It is an operator so that a compiler does not generate loads of ``square``, which would assume the alignment of one
+    layer's square for all layers.
     """
     return _rotary_add(weight, square, after)
 
@@ -157,15 +155,15 @@ def rotary_add(weight: Tensor, square: Tensor, after: Tensor | None = None) -> T
 def cross_entropy_(
     logits: Tensor, labels: Tensor, *, ignore: int, scale: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Negative log-likelihoods of labels [N] under logits [N, V]: their sum, a float32 scalar, and its gradient [N, V].
+    """The sum of negative log-likelihoods of labels [N] under logits [N, V], a float32 scalar, and its gradient [N, V].
 
-    The gradient, None unless asked for, is that of the sum times ``scale``, in the dtype of the logits, which are
-    overwritten; ``scale`` is a float32 scalar on their device. Labels that are ``ignore`` (a negative number) are not
-    scored. All arithmetic is in float32. Where :func:`takes` says so, there is no copy of the logits. A label outside
-    the vocabulary raises IndexError in the kernel of CPUs, and makes the sum NaN in that of GPUs, where nobody waits to
-    look at it.
+    With ``gradient``, the second result is the gradient of ``scale`` times the sum, in the dtype of the logits, and the
+    logits may be overwritten; otherwise it is None. ``scale`` is a float32 scalar on their device. Labels equal to
+    ``ignore`` (a negative number) are not scored. All arithmetic is in float32. If :func:`supports` is true, the logits
+    are not copied. A label outside the vocabulary raises IndexError in the CPU kernel. In the GPU kernel it makes the
+    sum NaN, because checking it would wait for the device.
     """
-    assert scale.device == logits.device, "a kernel cannot read it elsewhere"
+    assert scale.device == logits.device, "a kernel cannot read scale on another device"
     if supports(logits):
         losses = _cross_entropy_(logits, labels, scale, ignore, gradient)
         d_logits = logits if gradient else None

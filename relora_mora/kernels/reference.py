@@ -1,4 +1,4 @@
-"""What the kernels compute, in torch operations: the fallback on every device, and the reference in tests."""
+"""The same as the kernels in torch operations: the fallback on every device, and the reference in tests."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from relora_mora.kernels.grouping import Grouping, Piece
 
 
 def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Grouping) -> Tensor:
-    """weight [out, in] + D square C, an addition for each piece of outputs and inputs; not differentiable."""
+    """weight [out, in] + D square C, one addition per piece of outputs and inputs; not differentiable."""
     if torch.compiler.is_compiling():
-        # one kernel once it is compiled, and nothing that writes into views
+        # compiles to one kernel, and does not write into views
         return weight + outputs.copy(inputs.copy(square).mT).mT
     result = torch.empty_like(weight)
     with torch.no_grad():
         for down in outputs.pieces:
             end = 0
             for across in inputs.pieces:
-                source = weight if across.feature >= end else result  # a feature's second slot adds to the first
+                source = weight if across.feature >= end else result  # a feature's second slot is added to the first
                 end = max(end, across.columns.stop)
-                _add_piece(source, square[down.places, across.places], result, down, across)
+                _add_piece(source, square[down.slot_range, across.slot_range], result, down, across)
     return result
 
 
 def _add_piece(source: Tensor, square: Tensor, result: Tensor, down: Piece, across: Piece) -> None:
     def cut(matrix: Tensor) -> Tensor:
-        """[slots, repeats | repeats, slots] of outputs, then of inputs"""
+        """The piece with 4 dimensions: slots and repeats (in either order) of outputs, then of inputs."""
         columns, _ = across.by_slot(matrix, 1)
         return down.by_slot(columns, 0)[0]
 
@@ -39,7 +39,7 @@ def _add_piece(source: Tensor, square: Tensor, result: Tensor, down: Piece, acro
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore: int, scale: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses [N] and their gradient as of :func:`relora_mora.kernels.cross_entropy_`; copies the logits to float32."""
+    """Losses [N] and the gradient of :func:`relora_mora.kernels.cross_entropy_`; copies the logits to float32."""
     wide = logits.float()
     log_sum = wide.logsumexp(-1, keepdim=True)
     keep = (labels != ignore).unsqueeze(-1)
@@ -56,13 +56,13 @@ ROPE_BASE = 10000.0
 
 
 def blocks_of(in_features: int, out_features: int, size: int) -> int:
-    """B, how many blocks of R inputs are rotated: those that outputs are made of."""
+    """B, the number of blocks of R inputs that contribute to outputs."""
     return -(-min(in_features, out_features) // size)
 
 
 def angles(blocks: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, R] of block j and feature i, halves paired; computed in float32"""
-    # torch's compiler looks through a cache, and from 2.15 on warns of it
+    """cos and sin [B, R] for block j and feature i, with paired halves; computed in float32"""
+    # torch's compiler ignores a cache, and warns about it since 2.15
     tables = _tables.__wrapped__ if torch.compiler.is_compiling() else _tables
     return tables(blocks, size, dtype, device)
 
@@ -76,7 +76,7 @@ def _tables(blocks: int, size: int, dtype: torch.dtype, device: torch.device) ->
 
 
 def add_blocks(total: Tensor, square: Tensor) -> Tensor:
-    """Adds ``square Rot_j`` to total [out, in], in place, wherever block j of the inputs meets its outputs."""
+    """Adds ``square Rot_j`` to total [out, in] in place, at every crossing of input block j and its outputs."""
     outputs, inputs = total.shape
     size = square.shape[0]
     blocks = blocks_of(inputs, outputs, size)
@@ -97,5 +97,5 @@ def add_blocks(total: Tensor, square: Tensor) -> Tensor:
 
 
 def rotary_add(weight: Tensor, square: Tensor, after: Tensor | None = None) -> Tensor:
-    """Nothing is read from ``after``, see ``ops.expand_add``."""
+    """See ``ops.rotary_add``; ``after`` is not read."""
     return add_blocks(weight.clone(memory_format=torch.contiguous_format), square)

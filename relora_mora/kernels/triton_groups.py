@@ -1,8 +1,8 @@
-"""Sums and copies along groupings on GPUs: the kernels of kernels.c in Triton, each one launch and one pass.
+"""Sums and copies along groupings on GPUs: the kernels of kernels.c in Triton, each with one launch and one pass.
 
-A kernel is compiled for one grouping, whose pieces are constants of its code. All sums are in float32, in a fixed
-order, and rounded once. Offsets of rows have 64 bits. Block sizes follow from a formula and are never tuned, so the
-same shape is always computed alike.
+A kernel is compiled for one grouping, whose pieces are constants in its code. All sums are in float32, in a fixed
+order, and rounded once. Row offsets have 64 bits. Block sizes come from a formula and are never tuned, so the same
+shape is always computed in the same way.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from relora_mora.kernels.grouping import Grouping, Piece, as_rows
 from relora_mora.kernels.triton_launch import launch, power_of_two, works_on
 
 _BLOCK = 256  # slots or features
-_ELEMENTS = 2048  # that a program reads at once: 16 for each of its 128 threads
-_MIN_ROWS = 4  # so that each thread has 16 bytes to store
-_NEIGHBOURS = 4  # features of a slot that are read at once
+_ELEMENTS = 2048  # elements that a program reads at once: 16 for each of its 128 threads
+_MIN_ROWS = 4  # gives each thread 16 bytes to store
+_NEIGHBOURS = 4  # adjacent features of a slot that are read at once
 
 
 @triton.jit
@@ -41,9 +41,9 @@ def _sum_piece(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What a piece adds to the slots from ``first`` on: x points to rows [ROWS, 1] -> [ROWS, BLOCK].
+    """A piece's sums [ROWS, BLOCK] for the slots from ``first`` on; x points to rows [ROWS, 1].
 
-    Neighbours are read [ROWS, BLOCK * TOGETHER] in the order of memory.
+    Adjacent features are read [ROWS, BLOCK * TOGETHER] in memory order.
     """
     element = ((first - SLOT) * TOGETHER + tl.arange(0, BLOCK * TOGETHER))[None, :]
     inside = valid & (element >= 0) & (element < SLOTS * TOGETHER)
@@ -52,10 +52,10 @@ def _sum_piece(
         if NEIGHBOURS and REPEATS != TOGETHER:
             repeat = start + element % TOGETHER
             offset = element // TOGETHER * REPEATS + repeat
-            some = tl.load(x + (FEATURE + offset), mask=inside & (repeat < REPEATS), other=0.0)
+            part = tl.load(x + (FEATURE + offset), mask=inside & (repeat < REPEATS), other=0.0)
         else:
-            some = tl.load(x + (FEATURE + start * SLOTS + element), mask=inside, other=0.0)
-        total += tl.sum(tl.reshape(some.to(tl.float32), [ROWS, BLOCK, TOGETHER]), 2)
+            part = tl.load(x + (FEATURE + start * SLOTS + element), mask=inside, other=0.0)
+        total += tl.sum(tl.reshape(part.to(tl.float32), [ROWS, BLOCK, TOGETHER]), 2)
     return total
 
 
@@ -74,7 +74,7 @@ def _sum_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y [rows, slots] of x [rows, features], and beside it those of second and third"""
+    """The sums y [rows, slots] of x [rows, features], followed in each row by the sums of second and third."""
     which = tl.program_id(2)
     if which == 1:
         x = second
@@ -111,10 +111,10 @@ def _slot_of(
     REPEATS: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
 ):
-    """The slot of each feature in one piece, and whether it is in that piece."""
-    place = feature - FEATURE
-    inside = (place >= 0) & (place < SLOTS * REPEATS)
-    return SLOT + (place // REPEATS if NEIGHBOURS else place % SLOTS), inside
+    """The slot of each feature in one piece, and whether the feature is in the piece."""
+    offset = feature - FEATURE
+    inside = (offset >= 0) & (offset < SLOTS * REPEATS)
+    return SLOT + (offset // REPEATS if NEIGHBOURS else offset % SLOTS), inside
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Groupi
 
 @functools.lru_cache(maxsize=4096)
 def _sum_constants(grouping: Grouping, x_stride: int, y_stride: int) -> tuple[dict[str, Any], int, int]:
-    """Of the kernel, with rows of a program, and programs for all slots of a row."""
+    """The kernel's constants, the rows per program, and the programs per row."""
     block = min(_BLOCK, power_of_two(grouping.slots))
     n_rows = max(_MIN_ROWS, _ELEMENTS // (block * max(map(_together, grouping.pieces))))
     constants = {
@@ -220,7 +220,7 @@ def _sum_constants(grouping: Grouping, x_stride: int, y_stride: int) -> tuple[di
 def _add_constants(
     inputs: Grouping, outputs: Grouping, weight_stride: int, square_stride: int
 ) -> tuple[dict[str, Any], tuple[int, int, int]]:
-    """Of the kernel, with its grid."""
+    """The kernel's constants and its grid."""
     block = min(_BLOCK, power_of_two(inputs.features))
     n_rows = _ELEMENTS // block
     constants = {
@@ -239,7 +239,7 @@ def _add_constants(
 
 
 def _flat(grouping: Grouping) -> tuple[int, ...]:
-    """The numbers of all pieces, and of each how many features of a slot are read at once."""
+    """The numbers of each piece, followed by how many features of a slot are read at once."""
     return tuple(number for piece in grouping.pieces for number in (*map(int, piece), _together(piece)))
 
 

@@ -1,6 +1,6 @@
-"""Compiles and launches Triton kernels. Imports Triton, so only files of kernels import this one.
+"""Compiles and launches Triton kernels. Only files with kernels may import this one, because it imports Triton.
 
-:func:`launch` looks only at what changes the compiled code, which takes less of the host's time than
+:func:`launch` checks only the arguments that change the compiled code, which takes less host time than
 ``kernel[grid](...)``: 7 us instead of 9, with Triton 3.7 and a driver that does nothing.
 """
 
@@ -17,12 +17,12 @@ from triton.runtime.jit import JITFunction
 from relora_mora.kernels.cuda import OLDEST
 
 _compiled: dict[Hashable, Any] = {}
-_OPTIONS = {"enable_fp_fusion": True}  # products are added without rounding; said, as Triton's default changes in 3.10
+_OPTIONS = {"enable_fp_fusion": True}  # adds products without rounding; set because Triton 3.10 changes the default
 
 
 @functools.cache
 def works_on(device: torch.device) -> bool:
-    """Whether Triton compiles for this device; a CPU has Triton's interpreter."""
+    """Whether Triton works on this device; on a CPU it means Triton's interpreter."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= OLDEST
 
 
@@ -35,10 +35,10 @@ def launch(
     *,
     warps: int = 4,
 ) -> None:
-    """Runs ``grid`` programs of a kernel with its parameters in this order: tensors, numbers, constants.
+    """Runs ``grid`` programs of a kernel whose parameters are in this order: tensors, numbers, constants.
 
-    It is compiled for each set of constants, and for pointers that are multiples of 16 bytes or not, which decides how
-    much is loaded at once. Numbers must be named in ``do_not_specialize`` of the kernel, and have 32 bits.
+    The kernel is compiled for each set of constants and for each alignment of the pointers (16 bytes or less), which
+    decides how much is loaded at once. Numbers must have 32 bits and be listed in the kernel's ``do_not_specialize``.
     """
     if not isinstance(kernel, JITFunction):  # Triton's interpreter
         kernel[grid](*tensors, *numbers, **constants)

@@ -1,9 +1,9 @@
-"""The loss of a language model's head on GPUs: as in kernels.c, one row of logits at a time, and overwritten in place.
+"""The loss of a language model's head on GPUs: one row of logits at a time, overwritten in place, as in kernels.c.
 
-A program takes one row and passes over it twice: the largest logit and the sum of exponentials come together (the
-online softmax of arXiv 1805.02867, algorithm 3), then the gradients are written. The second pass finds the row in the
-cache: of programs with so many threads two fit on a multiprocessor, whose rows are less than the second cache of an
-A100 or H100 up to some 80,000 logits in bfloat16 (calculated).
+A program passes over one row twice. The first pass computes the largest logit and the sum of exponentials together
+(online softmax, arXiv 1805.02867, algorithm 3), the second writes the gradients. The second pass finds the row in the
+cache: with this many threads, two programs fit on a multiprocessor, and the rows of all programs fit in the L2 cache of
+an A100 or H100 up to about 80,000 logits in bfloat16 (calculated).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _BLOCK = 8192  # logits at a time: 16 for each thread
 
 @triton.jit
 def _add_up(x, highest, sums):
-    """The largest logit so far, and exponentials relative to it, with those of one more block ``x``."""
+    """Adds a block ``x`` to the largest logit so far and to the exponentials relative to it."""
     higher = tl.maximum(highest, tl.max(x, 0))
-    shift = tl.where(higher == float("-inf"), 0.0, higher)  # where all are ruled out so far
+    shift = tl.where(higher == float("-inf"), 0.0, higher)  # -inf means that all tokens so far are ruled out
     return higher, sums * tl.exp(highest - shift) + tl.exp(x - shift)
 
 
@@ -54,22 +54,22 @@ def _cross_entropy(
     if label == ignore:
         tl.store(losses + row, 0.0)
         if gradient:
-            nothing = tl.zeros([block], logits.dtype.element_ty)
+            zeros = tl.zeros([block], logits.dtype.element_ty)
             for start in range(0, whole, block):
-                tl.store(logits + start + columns, nothing)
+                tl.store(logits + start + columns, zeros)
             if whole < vocabulary:
-                tl.store(logits + whole + columns, nothing, mask=inside)
+                tl.store(logits + whole + columns, zeros, mask=inside)
         return
-    given = tl.load(logits + label, mask=(label >= 0) & (label < vocabulary), other=float("nan")).to(tl.float32)
+    label_logit = tl.load(logits + label, mask=(label >= 0) & (label < vocabulary), other=float("nan")).to(tl.float32)
     highest = float("-inf")
     sums = tl.zeros([block], tl.float32)
     for start in range(0, whole, block):
         highest, sums = _add_up(tl.load(logits + start + columns).to(tl.float32), highest, sums)
-    if whole < vocabulary:  # apart, since a mask keeps the loads of an odd vocabulary from being vectors
+    if whole < vocabulary:  # separate, because a mask prevents vector loads if the vocabulary is odd
         rest = tl.load(logits + whole + columns, mask=inside, other=float("-inf")).to(tl.float32)
         highest, sums = _add_up(rest, highest, sums)
     total = tl.sum(sums, 0)
-    tl.store(losses + row, tl.log(total) + highest - given)
+    tl.store(losses + row, tl.log(total) + highest - label_logit)
     if gradient:
         factor = tl.load(scale)
         inverse = 1.0 / total
@@ -86,7 +86,7 @@ def _cross_entropy(
 def cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: int, gradient: bool) -> Tensor:
     """logits [N, V], labels [N] -> losses [N], float32; 0 for ``ignore``, NaN for a label outside the vocabulary.
 
-    With ``gradient`` the logits become their gradients times ``scale``, a float32 scalar on the same device.
+    With ``gradient``, the logits are replaced by their gradients times ``scale``, a float32 scalar on the same device.
     """
     if not works_on(logits.device):
         losses, d_logits = reference.cross_entropy(logits, labels, ignore=ignore, scale=scale, gradient=gradient)

@@ -1,4 +1,4 @@
-"""Compiled kernels against torch in float64: exact where the sums are, and the same bits for any number of threads."""
+"""Compiled kernels against torch in float64: exact for exact sums, and the same bits for any number of threads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from relora_mora.kernels import (
     wrapped_interleaved,
 )
 
-# those of a GPU, which tests/gpu tries, are compiled there
+# tests/gpu runs these tests on a GPU, whose kernels are compiled at run time
 compiled_only = pytest.mark.skipif(
     os.environ.get("TEST_DEVICE", "cpu") == "cpu" and not kernels.available(),
     reason=f"kernels are {kernels.describe()}",
@@ -35,7 +35,7 @@ GROUPINGS = [
     getattr(kernels.grouping, name)
     for name in sorted({name for record in OPERATORS.values() for name in record.groupings})
 ]
-# features, slots: one repeat to more than have code of their own, whole and not, more slots than features
+# (features, slots): from one repeat to more than have specialized code, divisible and not, more slots than features
 SIZES = [
     (64, 16),
     (61, 16),
@@ -53,7 +53,7 @@ SIZES = [
 
 
 def _integers(*shape: int, dtype: torch.dtype, bound: int = 255) -> torch.Tensor:
-    """Values whose sums are exact in float32 and, beyond 256, need rounding in bfloat16."""
+    """Integers whose sums are exact in float32 but need rounding in bfloat16 beyond 256."""
     return torch.randint(-bound, bound + 1, shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
@@ -64,12 +64,12 @@ def _contiguous_slot(feature: int, features: int, slots: int) -> int:
 
 
 def _shift(run: int, slots: int) -> int:
-    """Of the runs of seed 0, as docs/method.md says."""
+    """The shift of a run with seed 0, as defined in docs/method.md."""
     drawn = int.from_bytes(hashlib.sha256(f"0/{run}".encode()).digest()[:8], "little") >> 1
     return drawn % slots if run else 0
 
 
-# (slot, feature) of every 1 in C, from the definitions in docs/method.md and not from the pieces
+# (slot, feature) of every 1 in C, from the definitions in docs/method.md, independent of the pieces
 DEFINITIONS = {
     "interleaved": lambda features, slots: [(i % slots, i) for i in range(features)],
     "wrapped_interleaved": lambda features, slots: [
@@ -90,14 +90,14 @@ def _matrix(make, features: int, slots: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("make", GROUPINGS)
 @pytest.mark.parametrize("features,slots", SIZES)
-def test_sum_and_copy_are_the_matrix_of_the_definition(make, features, slots):
+def test_sum_and_copy_agree_with_the_matrix_of_the_definition(make, features, slots):
     grouping = make(features, slots)
     C = _matrix(make, features, slots)
     x, y = _integers(3, 2, features, dtype=torch.float64), _integers(3, 2, slots, dtype=torch.float64)
     assert torch.equal(grouping.sum(x), x @ C.T) and torch.equal(grouping.copy(y), y @ C)
 
 
-def _assert_taken(tensor: torch.Tensor, grouping: Grouping) -> None:
+def _assert_supported(tensor: torch.Tensor, grouping: Grouping) -> None:
     device = tensor.device.type
     if device != "cpu" and not kernels.supports(tensor):
         pytest.skip(f"there are no kernels for {device}: {kernels.describe(device)}")
@@ -112,7 +112,7 @@ def _assert_taken(tensor: torch.Tensor, grouping: Grouping) -> None:
 @pytest.mark.parametrize("features,slots", SIZES)
 def test_compiled_sum_rounds_once(make, features, slots, dtype, device):
     grouping, x = make(features, slots), _integers(5, 7, features, dtype=dtype).to(device)
-    _assert_taken(x, grouping)
+    _assert_supported(x, grouping)
     y = group_sum(x, grouping)
     assert y.dtype == dtype and torch.equal(y, grouping.sum(x.double()).to(dtype))
 
@@ -124,11 +124,8 @@ def test_sums_of_several_tensors_stand_side_by_side(make, library, device, monke
     grouping = make(61, 16)
     for rows in ((2, 3), (0,), ()):
         x = _integers(*rows, 61, dtype=torch.float32).to(device)
-        for xs in (
-            [x],
-            [x, -x],
-            [x, x.repeat(*[1] * len(rows), 2)[..., :61], 3 * x],
-        ):  # the second is no matrix of its own
+        part = x.repeat(*[1] * len(rows), 2)[..., :61]  # a slice of a wider matrix
+        for xs in ([x], [x, -x], [x, part, 3 * x]):
             y = group_sums(xs, grouping)
             assert torch.equal(y, torch.cat([grouping.sum(x) for x in xs], -1)) and y.is_contiguous()
 
@@ -142,7 +139,7 @@ def test_sums_of_several_tensors_stand_side_by_side(make, library, device, monke
 )
 def test_expand_add_rounds_once(inputs, outputs, out_features, in_features, slots, dtype, library, device, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
-    # a feature with two slots is rounded between them by torch, so its sums must be exact there
+    # torch rounds between the two slots of a feature, so the sums must be exact in its dtype
     rounds_once = kernels.supports(torch.zeros(1, dtype=dtype, device=device))
     weight = _integers(out_features, in_features, dtype=dtype, bound=255 if rounds_once else 60).to(device)
     M = _integers(slots, slots, dtype=dtype, bound=255 if rounds_once else 60).to(device)
@@ -176,7 +173,7 @@ def test_threads_and_instruction_sets_change_no_bit(slots, dtype):
 
 
 @compiled_only
-def test_any_layout_is_read_as_it_is():
+def test_any_memory_layout_is_read_correctly():
     grouping = contiguous(40, 12)
     base = _integers(6, 90, dtype=torch.float32)
     for x in (
@@ -195,20 +192,18 @@ def test_any_layout_is_read_as_it_is():
 
 
 @compiled_only
-def test_what_is_not_finite_stays_so():
+def test_nonfinite_values_stay_nonfinite():
     x = torch.tensor(
         [[float("inf"), 1.0, float("nan"), 2.0, float("inf"), float("-inf"), 3.4e38, 3.4e38]], dtype=torch.bfloat16
     )
     assert group_sum(x, contiguous(8, 4)).float().nan_to_num(7, 8, 9).tolist() == [[8, 7, 7, 8]]
 
 
-def test_autograd_and_other_types_take_torch():
+def test_autograd_and_other_dtypes_use_torch():
     x = torch.randn(4, 10, requires_grad=True)
-    assert (
-        not kernels.supports(x)
-        and not kernels.supports(x.detach().double())
-        and not kernels.supports(torch.empty(2, 3, device="meta"))
-    )
+    assert not kernels.supports(x)
+    assert not kernels.supports(x.detach().double())
+    assert not kernels.supports(torch.empty(2, 3, device="meta"))
     group_sum(x, interleaved(10, 4)).square().sum().backward()
     C = _matrix(interleaved, 10, 4).float()
     torch.testing.assert_close(x.grad, 2 * x.detach() @ C.T @ C)
@@ -224,10 +219,10 @@ def _both(x, weight, M):
 
 @pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
 def test_torch_compile_sees_through(library, monkeypatch):
-    """The kernels are in the graph where there are some, and the operations of torch where there are none."""
+    """The graph contains the kernels if there are some, and operations of torch otherwise."""
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     torch._dynamo.reset()
-    given = (
+    arguments = (
         _integers(3, 10, dtype=torch.float32),
         _integers(10, 10, dtype=torch.float32),
         _integers(4, 4, dtype=torch.float32),
@@ -238,7 +233,8 @@ def test_torch_compile_sees_through(library, monkeypatch):
         graphs.append({node.target for node in module.graph.nodes})
         return module
 
-    for a, b in zip(torch.compile(_both, backend=backend, fullgraph=True)(*given), _both(*given), strict=True):
+    compiled = torch.compile(_both, backend=backend, fullgraph=True)
+    for a, b in zip(compiled(*arguments), _both(*arguments), strict=True):
         assert torch.equal(a, b)
     operators = {torch.ops.relora_mora.group_sums.default, torch.ops.relora_mora.expand_add.default}
     assert len(graphs) == 1 and graphs[0] & operators == (operators if library else set())
@@ -247,8 +243,8 @@ def test_torch_compile_sees_through(library, monkeypatch):
 @compiled_only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("make", GROUPINGS)
-def test_operators_are_what_torch_expects_of_them(make, dtype):
-    """Schema, fake implementation, and the same result when compiled, also for sizes that are not known beforehand."""
+def test_operators_pass_torchs_checks(make, dtype):
+    """They cover the schema, the fake implementation, and equal results when compiled, even with dynamic sizes."""
     operators = torch.ops.relora_mora
     inputs, outputs = make(61, 16), contiguous(50, 16)
     x = _integers(3, 2, 61, dtype=dtype)
@@ -263,15 +259,15 @@ def test_operators_are_what_torch_expects_of_them(make, dtype):
     )
 
 
-def test_a_grouping_is_the_numbers_that_stand_for_it():
+def test_a_grouping_can_be_decoded_from_its_numbers():
     for make in GROUPINGS:
         for features, slots in SIZES:
             assert Grouping.of_numbers(make(features, slots).numbers) == make(features, slots)
 
 
 @compiled_only
-def test_torchs_threads_are_the_only_ones():
-    """In a fresh process: other packages may bring an OpenMP of their own."""
+def test_kernels_use_only_torchs_threads():
+    """Runs in a fresh process because other packages may load another OpenMP."""
     code = """
 import re, torch
 from pathlib import Path
@@ -283,7 +279,7 @@ print(len({line.split()[-1] for line in lines if re.search(r"/lib[gi]?omp\\b", l
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
 
-def test_a_library_that_does_not_fit_is_not_used(monkeypatch, tmp_path):
+def test_an_unsuitable_library_is_not_used(monkeypatch, tmp_path):
     if shutil.which("gcc"):
         assert kernels.available(), kernels.describe()
     cpu.load.cache_clear()

@@ -1,4 +1,4 @@
-"""What is told where Triton or torch.compile could not compile at run time."""
+"""What is reported if Triton or torch.compile cannot compile at run time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from relora_mora.system.process import missing_to_compile
 
 
 def with_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path, *, compiler: bool, headers: bool) -> None:
-    """As on a machine with a compiler and Python's headers, or without."""
+    """Simulates a machine with or without a compiler and Python's headers."""
     monkeypatch.setattr(shutil, "which", lambda name: name if compiler else None)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(folder))
     if headers:
@@ -27,7 +27,7 @@ def with_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path, *, compiler: bo
 
 
 @pytest.mark.parametrize("language,variable,compiler", [("C", "CC", "gcc or clang"), ("C++", "CXX", "g++")])
-def test_what_is_missing_to_compile_is_told(language, variable, compiler, monkeypatch, tmp_path):
+def test_a_missing_compiler_is_reported(language, variable, compiler, monkeypatch, tmp_path):
     monkeypatch.delenv(variable, raising=False)
     with_compiler(monkeypatch, tmp_path, compiler=False, headers=True)
     assert (
@@ -40,19 +40,19 @@ def test_what_is_missing_to_compile_is_told(language, variable, compiler, monkey
     assert missing_to_compile(language) is None
 
 
-def test_layers_are_compiled_where_something_can_compile_them(monkeypatch, tmp_path, caplog):
+def test_layers_are_compiled_if_there_is_a_compiler(monkeypatch, tmp_path, caplog):
     with_compiler(monkeypatch, tmp_path, compiler=True, headers=False)
-    auto, wanted = ModelConfig(config="none"), ModelConfig(config="none", compile=True)
+    auto, required = ModelConfig(config="none"), ModelConfig(config="none", compile=True)
     assert not compiles_here(auto, 1, on_gpu=True) and "no Python.h" in caplog.text and "python3-dev" in caplog.text
     with pytest.raises(ConfigError, match=r"no Python\.h; .*, or leave it at auto"):
-        compiles_here(wanted, 1, on_gpu=True)
+        compiles_here(required, 1, on_gpu=True)
     with_compiler(monkeypatch, tmp_path, compiler=True, headers=True)
-    assert compiles_here(auto, 1, on_gpu=True) and compiles_here(wanted, 1, on_gpu=False)
+    assert compiles_here(auto, 1, on_gpu=True) and compiles_here(required, 1, on_gpu=False)
     assert not compiles_here(auto, 3, on_gpu=True) and not compiles_here(auto, 1, on_gpu=False)
 
 
 @pytest.mark.parametrize(
-    "version,triton,compiles,capability,said",
+    "version,triton,compiles,capability,description",
     [
         (None, True, True, (9, 0), "torch: torch is not built for CUDA"),
         ("13.0", False, True, (9, 0), "torch: Triton is not installed"),
@@ -61,14 +61,14 @@ def test_layers_are_compiled_where_something_can_compile_them(monkeypatch, tmp_p
         ("13.0", True, True, (8, 0), "Triton"),
     ],
 )
-def test_what_computes_on_a_gpu_is_told(version, triton, compiles, capability, said, monkeypatch, tmp_path):
+def test_the_gpus_kernels_are_described(version, triton, compiles, capability, description, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: triton or None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     with_compiler(monkeypatch, tmp_path, compiler=True, headers=compiles)
     cuda.obstacle.cache_clear()
     try:
-        assert kernels.describe("cuda").startswith(said)
+        assert kernels.describe("cuda").startswith(description)
         assert ("cuda" in kernels.ops.kernels_here()) == (version is not None and triton and compiles)
     finally:
         cuda.obstacle.cache_clear()
