@@ -22,18 +22,16 @@ def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Groupi
             for across in inputs.pieces:
                 source = weight if across.feature >= end else result  # a feature's second slot is added to the first
                 end = max(end, across.columns.stop)
-                _add_piece(source, square[down.slot_range, across.slot_range], result, down, across)
+                part = square[down.slot_range, across.slot_range]
+                part = part.unsqueeze(1 if down.neighbours else 0).unsqueeze(3 if across.neighbours else 2)
+                torch.add(_crossing(source, down, across), part, out=_crossing(result, down, across))
     return result
 
 
-def _add_piece(source: Tensor, square: Tensor, result: Tensor, down: Piece, across: Piece) -> None:
-    def cut(matrix: Tensor) -> Tensor:
-        """The piece with 4 dimensions: slots and repeats (in either order) of outputs, then of inputs."""
-        columns, _ = across.by_slot(matrix, 1)
-        return down.by_slot(columns, 0)[0]
-
-    square = square.unsqueeze(1 if down.neighbours else 0).unsqueeze(3 if across.neighbours else 2)
-    torch.add(cut(source), square, out=cut(result))
+def _crossing(matrix: Tensor, down: Piece, across: Piece) -> Tensor:
+    """A view of two pieces' elements: slots and repeats (in either order) of outputs, then of inputs."""
+    columns, _ = across.by_slot(matrix, 1)
+    return down.by_slot(columns, 0)[0]
 
 
 def cross_entropy(

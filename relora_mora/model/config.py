@@ -279,15 +279,6 @@ def _shape_faults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Ite
         yield f"model: pad_token_id is {padding}, expected less than vocab_size {vocabulary}, or null"
 
 
-def attention_window(model_config: PreTrainedConfig) -> int | None:
-    """The shortest window of any layer, in positions; None if every layer sees all earlier positions."""
-    layers = getattr(model_config, "layer_types", None)
-    if layers is not None and "sliding_attention" not in layers:
-        return None
-    window: int | None = getattr(model_config, "sliding_window", None)
-    return window
-
-
 def length_of_documents(model_config: PreTrainedConfig) -> int | None:
     """The longest sequence in which each document has its own positions; None means ``max_position_embeddings``.
 
@@ -305,33 +296,29 @@ def check_length(
     ``source`` is the config file. ``separate_documents``: each document in a sequence has its own positions.
     """
     positions = model_config.max_position_embeddings
-    window = attention_window(model_config)
+    layers = getattr(model_config, "layer_types", None)
+    windowed = layers is None or "sliding_attention" in layers
+    window = getattr(model_config, "sliding_window", None) if windowed else None
+    longest = length_of_documents(model_config) if separate_documents else None
+    fault = None
     if sequence_length > positions:
         fault = (
-            f"data.sequence_length: {sequence_length} is more than the model's max_position_embeddings "
-            f"({positions}); shorten it or set model.overrides.max_position_embeddings"
+            f"the model's max_position_embeddings ({positions}); shorten it or set "
+            "model.overrides.max_position_embeddings"
         )
-        raise ConfigError([fault], source)
-    if window is not None and sequence_length > window:
+    elif window is not None and sequence_length > window:
+        fault = f"the model's sliding_window ({window}), but attention here sees every position before it; shorten it"
+    elif longest is not None and sequence_length > longest:
         fault = (
-            f"data.sequence_length: {sequence_length} is more than the model's sliding_window ({window}), "
-            "and attention here sees every position before it; shorten it"
+            f"{_ORIGINAL} ({longest}), beyond which the longest document decides longrope's frequencies for its batch; "
+            "shorten it, or pack documents without a mask"
         )
-        raise ConfigError([fault], source)
-    longest = length_of_documents(model_config) if separate_documents else None
-    if longest is not None and sequence_length > longest:
-        fault = (
-            f"data.sequence_length: {sequence_length} is more than {_ORIGINAL} ({longest}), beyond which the longest "
-            "document decides longrope's frequencies for its batch; shorten it, or pack documents without a mask"
-        )
-        raise ConfigError([fault], source)
+    if fault is not None:
+        raise ConfigError([f"data.sequence_length: {sequence_length} is more than {fault}"], source)
 
 
 def plain_model_config(model_config: PreTrainedConfig) -> dict[str, Any]:
     """The model's settings without the keys that transformers adds about itself."""
+    about_itself = ("transformers_version", "_name_or_path", "architectures", "dtype")
     values = json.loads(model_config.to_json_string(use_diff=False))
-    return {
-        key: value
-        for key, value in values.items()
-        if key not in ("transformers_version", "_name_or_path", "architectures", "dtype")
-    }
+    return {key: value for key, value in values.items() if key not in about_itself}
