@@ -183,11 +183,8 @@ class _PendingInput(NamedTuple):
         if torch.compiler.is_compiling():
             return x is self.x
         same_memory = x.untyped_storage()._cdata == self.x.untyped_storage()._cdata
-        return same_memory and x._version == self.version and _layout(x) == _layout(self.x)
-
-
-def _layout(x: Tensor) -> tuple[Any, ...]:
-    return x.storage_offset(), x.shape, x.stride(), x.dtype
+        layout, own_layout = ((t.storage_offset(), t.shape, t.stride(), t.dtype) for t in (x, self.x))
+        return same_memory and x._version == self.version and layout == own_layout
 
 
 class _SquareGradients(torch.autograd.Function):

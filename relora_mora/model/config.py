@@ -90,7 +90,7 @@ def read_json(path: Path, setting: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"{setting}: not JSON ({error}); give the config.json of a LLaMA"], str(path)) from error
     if not isinstance(values, dict):
-        fault = f"{setting}: holds a {type(values).__name__}, expected keys such as those of a LlamaConfig"
+        fault = f"{setting}: holds a {type(values).__name__}, expected an object; give the config.json of a LLaMA"
         raise ConfigError([fault], str(path))
     return values
 

@@ -89,12 +89,8 @@ def _classes(prefix: str) -> Key:
     )
 
 
-def _are_layer_types(value: Any) -> bool:
-    return isinstance(value, list) and all(kind in ("full_attention", "sliding_attention") for kind in value)
-
-
-def _are_factors(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_number(factor, 1e-6, 1e6) for factor in value)
+def _list_of(use: str, items: str, accepts: Callable[[Any], bool]) -> Key:
+    return Key(use, f"a list of {items}", lambda value: isinstance(value, list) and all(map(accepts, value)))
 
 
 KEYS: dict[str, Key] = {
@@ -170,20 +166,16 @@ ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "longrope": (("short_factor", "long_factor"), ("original_max_position_embeddings", "attention_factor", "factor")),
 }
-_FACTORS = Key(FUNCTION, "a list of positive numbers", _are_factors)
+_POSITIVE = _number(FUNCTION, 1e-6, 1e6)
+_FACTORS = _list_of(FUNCTION, "positive numbers", _POSITIVE.accepts)
 ROPE_VALUES: dict[str, Key] = {
-    **dict.fromkeys(
-        (
-            "low_freq_factor",
-            "high_freq_factor",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-        ),
-        _number(FUNCTION, 1e-6, 1e6),
-    ),
+    "low_freq_factor": _POSITIVE,
+    "high_freq_factor": _POSITIVE,
+    "attention_factor": _POSITIVE,
+    "beta_fast": _POSITIVE,
+    "beta_slow": _POSITIVE,
+    "mscale": _POSITIVE,
+    "mscale_all_dim": _POSITIVE,
     "factor": _number(FUNCTION, 1, 1e6),
     "rope_theta": KEYS["rope_theta"],
     "partial_rotary_factor": KEYS["partial_rotary_factor"],
@@ -219,11 +211,12 @@ def _like_llama(prefix: str, **keys: Key) -> Architecture:
 _NO_BIAS = _only(False, remedy="linears have no biases in this kind of model")
 # a window that is shorter than the sequence is refused, so a window has no effect in training
 _WINDOW = _or_null(_whole(EXPORT))
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 _WINDOWS = {
     "sliding_window": _WINDOW,
     "use_sliding_window": _flag(EXPORT),
     "max_window_layers": Key(EXPORT, "a whole number", lambda value: _is_whole(value, 0, LARGEST_SIZE)),
-    "layer_types": _or_null(Key(EXPORT, "a list of full_attention and sliding_attention", _are_layer_types)),
+    "layer_types": _or_null(_list_of(EXPORT, " and ".join(_LAYER_TYPES), lambda kind: kind in _LAYER_TYPES)),
 }
 # by the model_type of a config.json
 ARCHITECTURES = {

@@ -172,7 +172,7 @@ def test_model_settings_report_every_fault(tmp_path):
     with pytest.raises(ConfigError, match="cannot read it"):
         read_model_config(ModelConfig(config=str(tmp_path / "none.json")))
     path.write_text("[1]")
-    with pytest.raises(ConfigError, match="expected keys such as those of a LlamaConfig"):
+    with pytest.raises(ConfigError, match=r"holds a list, expected an object; give the config\.json"):
         read_model_config(ModelConfig(config=str(path)))
     path.write_text("{")
     with pytest.raises(ConfigError, match="not JSON"):
