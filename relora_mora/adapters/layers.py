@@ -37,7 +37,7 @@ class Kept(NamedTuple):
 
 
 INPUT = "x"  # ``Kept.what`` of the layer's input
-DROPPED = "dropped x"  # and of the input after one adapter's dropout
+DROPPED = "dropped x"  # ``Kept.what`` of the input after one adapter's dropout
 
 
 class AdapterLinear(nn.Module):
@@ -74,7 +74,10 @@ class AdapterLinear(nn.Module):
     def from_settings(
         cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None, draw: Draw
     ) -> Self:
-        """Builds the layer from a linear. Initial values come from ``generator``, the operator from the last two."""
+        """Builds the layer from a linear, with initial values from ``generator``.
+
+        ``mora_type`` and ``draw`` choose the operator, if the adapter has one.
+        """
 
     @classmethod
     def share_input(cls, layers: Sequence[Self]) -> None:
@@ -156,7 +159,7 @@ class AdapterLinear(nn.Module):
             self.merged_weight = self.build_merged(self.weight)
 
     def drop_merged(self) -> None:
-        """Must be called whenever W, the adapter or its operator changes. Each use then builds its own W + delta."""
+        """Must be called whenever W, the adapter or its operator changes."""
         assert not self.in_place, "only the code that replaced W with W + delta still has W"
         self.merged_weight = None
 
