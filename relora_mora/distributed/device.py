@@ -1,4 +1,4 @@
-"""Which device each rank computes on. It is bound before the process group is made: NCCL connects the ranks by it."""
+"""Which device each rank computes on. A rank binds it before the process group exists, because NCCL needs it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _GPU_REMEDY = "start one rank for each GPU, or compute on CPUs with DS_ACCELERAT
 
 
 class DeviceAssignment(NamedTuple):
-    """Where a rank computes. ``gpu`` is the UUID of its GPU; None on CPUs, and where none of the visible is its own.
+    """Where a rank computes. ``gpu`` is the UUID of its GPU; None on CPUs, and if no visible GPU has its number.
 
-    ``address`` is where gloo listens for the other ranks; None where there are none, or GLOO_SOCKET_IFNAME says it.
+    ``address`` is where gloo listens for the other ranks; None if there are none, or if GLOO_SOCKET_IFNAME is set.
     """
 
     host: str
     local_rank: int
-    visible: int  # GPUs
+    visible: int  # number of GPUs that it sees
     gpu: str | None
     address: str | None = None
 
 
 def backend_name() -> str:
-    """The backend of collectives on the ranks' tensors."""
+    """The backend for collectives on tensors of the device."""
     return "nccl" if uses_cuda() else "gloo"
 
 
@@ -45,8 +45,8 @@ def device_of_rank() -> torch.device:
 def bind_device(store: Any, rank: int, world_size: int) -> torch.device | None:
     """Makes this rank's GPU the current one and returns it, None on CPUs; every rank calls it.
 
-    LOCAL_RANK in the environment becomes the number of the GPU: DeepSpeed computes on the device of that number.
-    Raises ValueError, on every rank, where the GPUs or the address of any rank do not fit.
+    Sets LOCAL_RANK in the environment to the index of the GPU, because DeepSpeed computes on the device of that index.
+    Raises ValueError on every rank if the GPUs or the address of any rank do not fit.
     """
     local_rank = int(os.environ["LOCAL_RANK"])
     visible = torch.cuda.device_count() if uses_cuda() else 0
@@ -57,60 +57,60 @@ def bind_device(store: Any, rank: int, world_size: int) -> torch.device | None:
         os.environ["LOCAL_RANK"] = str(index)
         gpu = str(torch.cuda.get_device_properties(index).uuid)
     mine = DeviceAssignment(socket.gethostname(), local_rank, visible, gpu, _gloo_address() if world_size > 1 else None)
-    seats = _seats_of_ranks(mine, store, rank, world_size)
-    fault = seat_fault(seats)
-    if not any(seat.visible for seat in seats) and os.environ.get("DS_ACCELERATOR") == "cuda":
-        said = "DS_ACCELERATOR=cuda in the environment: torch sees no GPU here; unset it to compute on CPUs"
-        raise same_on_all_ranks(ValueError(said))
+    assignments = [mine]
+    if world_size > 1:
+        devices = dist.PrefixStore("devices", store)
+        devices.set(str(rank), json.dumps(mine))
+        ranks = [str(other) for other in range(world_size)]
+        devices.wait(ranks)
+        assignments = [DeviceAssignment(*json.loads(text)) for text in devices.multi_get(ranks)]
+    fault = assignment_fault(assignments)
+    if not any(assignment.visible for assignment in assignments) and os.environ.get("DS_ACCELERATOR") == "cuda":
+        fault = "DS_ACCELERATOR=cuda in the environment: torch sees no GPU here; unset it to compute on CPUs"
     if fault:
         raise same_on_all_ranks(ValueError(fault))
     return None if index is None else torch.device("cuda", index)
 
 
 def gpu_of(local_rank: int, visible: int) -> int | None:
-    """The GPU of a rank among those it sees: the only one, where the launcher shows each rank its own."""
+    """The index of a rank's GPU. If it sees only one, that is its own: the launcher shows each rank one GPU."""
     if visible == 1:
         return 0
     return local_rank if local_rank < visible else None
 
 
-def seat_fault(seats: Sequence[DeviceAssignment]) -> str | None:
-    """What keeps these ranks from computing together, and the remedy; None if nothing does."""
-    gpu_fault = _gpu_fault(seats)
-    return _address_fault(seats) or (gpu_fault and f"{gpu_fault}; {_GPU_REMEDY}")
-
-
-def _address_fault(seats: Sequence[DeviceAssignment]) -> str | None:
-    if len({seat.host for seat in seats}) == 1:
-        return None
-    for rank, seat in enumerate(seats):
-        if seat.address is not None and ipaddress.ip_address(seat.address).is_loopback:
+def assignment_fault(assignments: Sequence[DeviceAssignment]) -> str | None:
+    """Why these ranks cannot compute together, and the remedy; None if they can."""
+    one_host = len({assignment.host for assignment in assignments}) == 1
+    for rank, one in enumerate(assignments):
+        if not one_host and one.address is not None and ipaddress.ip_address(one.address).is_loopback:
             return (
-                f"rank {rank} on {seat.host} would listen at {seat.address}, which is what that host's name means "
-                "there and no other host can reach; set GLOO_SOCKET_IFNAME to the network interface that leads to the "
-                "others, or mend the name in /etc/hosts"
+                f"rank {rank} on {one.host} would listen at {one.address}, because the name of that host resolves to "
+                "this address there, and no other host can reach it; set GLOO_SOCKET_IFNAME to the network interface "
+                "that leads to the other hosts, or fix the name in /etc/hosts"
             )
-    return None
+    gpu_fault = _gpu_fault(assignments)
+    return gpu_fault and f"{gpu_fault}; {_GPU_REMEDY}"
 
 
-def _gpu_fault(seats: Sequence[DeviceAssignment]) -> str | None:
+def _gpu_fault(assignments: Sequence[DeviceAssignment]) -> str | None:
     owners: dict[str, int] = {}
-    for rank, seat in enumerate(seats):
-        if not seat.visible:
-            others = [other for other, its in enumerate(seats) if its.visible]
-            if others:
-                return f"rank {rank} on {seat.host} sees no GPU, and rank {others[0]} on {seats[others[0]].host} does"
+    with_gpus = [f"rank {rank} on {one.host}" for rank, one in enumerate(assignments) if one.visible]
+    for rank, one in enumerate(assignments):
+        if not one.visible:
+            if with_gpus:
+                return f"rank {rank} on {one.host} sees no GPU, but {with_gpus[0]} does"
             continue
-        if seat.gpu is None:
-            return f"rank {rank} on {seat.host} has LOCAL_RANK={seat.local_rank}, and {seat.visible} GPUs are visible"
-        owner = owners.setdefault(seat.gpu, rank)
+        if one.gpu is None:
+            return f"rank {rank} on {one.host} has LOCAL_RANK={one.local_rank}, but only {one.visible} GPUs are visible"
+        owner = owners.setdefault(one.gpu, rank)
         if owner != rank:
-            return f"ranks {owner} and {rank} on {seat.host} see 1 GPU, and it is the same ({seat.gpu})"
+            return f"ranks {owner} and {rank} on {one.host} see only one GPU, the same one ({one.gpu})"
     return None
 
 
 def _gloo_address() -> str | None:
-    """As torch's ProcessGroupGloo finds it: what this host's name means, or else the loopback address."""
+    """The address that torch's ProcessGroupGloo chooses: that of this host's name, or else the loopback address."""
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return None
     with contextlib.suppress(OSError, UnicodeError):  # a name may be longer than DNS allows
@@ -124,15 +124,5 @@ def _gloo_address() -> str | None:
 
 
 def has_met(store: Any, rank: int) -> bool:
-    """Whether a rank has taken its seat in a store."""
-    return bool(dist.PrefixStore("seats", store).check([str(rank)]))
-
-
-def _seats_of_ranks(mine: DeviceAssignment, store: Any, rank: int, world_size: int) -> list[DeviceAssignment]:
-    if world_size == 1:
-        return [mine]
-    seats = dist.PrefixStore("seats", store)
-    seats.set(str(rank), json.dumps(mine))
-    ranks = [str(other) for other in range(world_size)]
-    seats.wait(ranks)
-    return [DeviceAssignment(*json.loads(text)) for text in seats.multi_get(ranks)]
+    """Whether a rank has published its device in a store."""
+    return bool(dist.PrefixStore("devices", store).check([str(rank)]))

@@ -26,34 +26,34 @@ _WITHOUT_LAUNCHER = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
 }
-# torch's own watchdog of NCCL would abort the process before that of this package names the rank that is lost
+# torch's NCCL watchdog would abort the process before the watchdog of this package can name the lost rank
 _NO_ABORTS = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # torchrun sets 1
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "TORCH_DIST_USE_NCCL2": "0",  # which torch 2.15 prefers, and whose watchdog is another one (pytorch#192105)
+    "TORCH_DIST_USE_NCCL2": "0",  # torch 2.15 prefers it, and it has a watchdog of its own (pytorch#192105)
 }
-FEWEST_FILES = 34  # that a tiny run of one rank gets by with
-PORT_SECONDS = 20.0  # a run that was killed a moment ago may still hold the port
+FEWEST_FILES = 34  # the fewest open files that a tiny run of one rank needs
+PORT_SECONDS = 20.0  # to wait for a port: a run that was just killed may still hold it
 
 
 class JoinError(RuntimeError):
-    """The ranks did not come together; the message says where this one looked for them."""
+    """The ranks could not connect to each other. The message says where this one looked for the others."""
 
 
 def join(timeout_seconds: float) -> None:
-    """Joins the process group, unless this process has done so. One process alone needs no launcher.
+    """Joins the process group unless this process has joined. A single process needs no launcher.
 
-    On a CPU it also keeps freed memory with the process. ``timeout_seconds`` is how long to wait for the other ranks.
-    Raises :class:`JoinError` when they do not come, or when another program holds the port, and ValueError when the
-    ranks and the GPUs do not fit together, or the host allows too few open files.
+    On a CPU, it also makes the process keep the memory that it frees. ``timeout_seconds`` is how long to wait for the
+    other ranks. Raises :class:`JoinError` if they do not connect, or if another program holds the port, and ValueError
+    if the ranks and the GPUs do not fit together, or if the host allows too few open files.
     """
     if not dist.is_initialized():
         _allow_files()
         for name, value in _WITHOUT_LAUNCHER.items():
             os.environ.setdefault(name, value)
         try:
-            _meet(timeout_seconds)
+            _connect(timeout_seconds)
         except RuntimeError as error:
             if os.strerror(errno.EMFILE) in str(error):
                 raise _too_few_files() from error
@@ -65,15 +65,14 @@ def join(timeout_seconds: float) -> None:
 
 
 def joined_within(timeout_seconds: float) -> float:
-    """Seconds in which ranks that wait for each other for ``timeout_seconds`` are joined, or never: the connecting
-    itself has no timeout in gloo."""
+    """Seconds after which :func:`join` has failed. gloo itself has no timeout for connecting."""
     return 2 * timeout_seconds + 60
 
 
 def _allow_files() -> None:
-    """As many open files as the host allows: the first rank has several connections to each of the others.
+    """Allows as many open files as the host does: the first rank has several connections to every other rank.
 
-    Raises ValueError where that is too few for one rank alone, in which torch and gloo fail in many ways.
+    Raises ValueError if that is too few even for a single rank. Otherwise torch and gloo would fail in many ways.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):  # the kernel's own limit may be lower
@@ -87,15 +86,15 @@ def _too_few_files() -> ValueError:
     return ValueError(f"a process may have {most} files open on this host, too few for a rank; raise ulimit -n")
 
 
-def _meet(timeout_seconds: float) -> None:
+def _connect(timeout_seconds: float) -> None:
     os.environ.update(_NO_ABORTS)
     rank = int(os.environ["RANK"])
     world_size = int(os.environ["WORLD_SIZE"])
     address, port = store_address()
     if rank == 0 and port and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         _await_port(port)
-    # of a collective; longer than the watchdog takes to name the rank that is late
-    longest = datetime.timedelta(seconds=joined_within(timeout_seconds))
+    # for each collective; longer than the watchdog takes to name the rank that is late
+    collective_timeout = datetime.timedelta(seconds=joined_within(timeout_seconds))
     begin = time.monotonic()
     try:
         store = _store_of_this_start(rank, timeout_seconds)
@@ -105,39 +104,39 @@ def _meet(timeout_seconds: float) -> None:
             store=store,
             rank=rank,
             world_size=world_size,
-            timeout=longest,
-            device_id=device if world_size > 1 else None,  # NCCL connects at once; one rank has nobody to connect to
+            timeout=collective_timeout,
+            device_id=device if world_size > 1 else None,  # with it, NCCL connects now; a single rank has no peer
         )
         if world_size > 1:
             control_group()
     except dist.DistBackendError as error:
-        said = " ".join(str(error).split())
+        detail = " ".join(str(error).split())
         raise JoinError(
-            f"rank {rank} of {world_size}: {backend_name()} could not connect the ranks ({said})"
+            f"rank {rank} of {world_size}: {backend_name()} could not connect the ranks ({detail})"
         ) from error
     except dist.DistError as error:
         first = str(error).partition("\n")[0]
         raise JoinError(
             f"rank {rank} of {world_size} did not meet the others at {address}:{port} "
             f"in {time.monotonic() - begin:.0f} s ({first}); check that all ranks were started, "
-            "and that hosts and firewalls let them reach MASTER_ADDR and MASTER_PORT"
+            "and that they can reach MASTER_ADDR and MASTER_PORT through all firewalls"
         ) from error
     except RuntimeError as error:
         if not is_peer_failure(error):
             raise
-        said = " ".join(str(error).split())
+        detail = " ".join(str(error).split())
         raise JoinError(
-            f"rank {rank} of {world_size} met the others at {address}:{port} and could not connect to them ({said}); "
+            f"rank {rank} of {world_size} met the others at {address}:{port}, but could not connect ({detail}); "
             "unless one of them has ended, set GLOO_SOCKET_IFNAME to the network interface that leads to other hosts"
         ) from error
 
 
 def _store_of_this_start(rank: int, timeout_seconds: float) -> dist.Store:
-    """Where the ranks meet. A job that ended a moment ago may hold one at the same port, in which this rank has met."""
+    """The store where the ranks meet. A store in which this rank is present belongs to a job that has just ended."""
     deadline = time.monotonic() + timeout_seconds
     while True:
         store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_seconds)))
-        with contextlib.suppress(dist.DistError):  # it has gone just now
+        with contextlib.suppress(dist.DistError):  # that store has just gone
             if rank == 0 or not has_met(store, rank):
                 return store
         if time.monotonic() > deadline:
@@ -147,7 +146,7 @@ def _store_of_this_start(rank: int, timeout_seconds: float) -> dist.Store:
 
 
 def _await_port(port: int) -> None:
-    """Waits until the port can be bound; torch's own error does not say which port is taken, or what to do."""
+    """Waits until the port can be bound. torch's own error does not say which port is in use, or what to do."""
     deadline = time.monotonic() + PORT_SECONDS
     while True:
         with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
@@ -166,12 +165,12 @@ def _await_port(port: int) -> None:
 
 
 def store_address() -> tuple[str, int]:
-    """Host and port of the key-value store that the ranks met at."""
+    """Host and port of the key-value store where the ranks meet."""
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def processes_on_host() -> int:
-    """As torchrun or DeepSpeed's launcher tells it, or else Slurm, whose form is 8(x2),4; never more than all."""
-    told = (os.environ.get(key, "") for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_TASKS_PER_NODE"))
-    numbers = [int(number) for value in told for number in re.findall(r"\d+", value)[:1]]
+    """Ranks on this host, as torchrun, DeepSpeed's launcher or Slurm (in the form 8(x2),4) say; at most all ranks."""
+    values = (os.environ.get(key, "") for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_TASKS_PER_NODE"))
+    numbers = [int(number) for value in values for number in re.findall(r"\d+", value)[:1]]
     return max(1, min([*numbers[:1], int(os.environ.get("WORLD_SIZE", "1"))]))

@@ -1,1 +1,1 @@
-"""The only room that touches DeepSpeed: its start, a view into its state, and the merge."""
+"""The only room that imports DeepSpeed: it starts DeepSpeed, gives access to its state, and merges adapters."""

@@ -1,8 +1,7 @@
-"""A DeepSpeed engine as the rest of the program sees it: steps, masters, optimizer state and frozen weights by name."""
+"""The rest of the program's view of a DeepSpeed engine: steps, and masters, optimizer state and weights by name."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from relora_mora.config.schema import TrainConfig
 from relora_mora.distributed.waiting import collective
 from relora_mora.engine.masters import Fragment, owned_fragments, update_parameters
 from relora_mora.engine.matrices import CutMatrices
-from relora_mora.engine.norms import given_norms, gradient_norms, replaced
+from relora_mora.engine.norms import gradient_norms, replaced, step_with_norms
 from relora_mora.engine.slices import MergedSlices
 from relora_mora.engine.start import allow_optimizer, deepspeed_settings, quiet
 from relora_mora.optim.groups import MATRIX_GROUPS, MatrixAdamW, state_of
@@ -28,19 +27,19 @@ from relora_mora.system.seeds import derived_seed
 
 
 class StepDone(NamedTuple):
-    """``loss`` as given to the step; ``grad_norm`` over all parameters, before clipping; ``applied`` by all or none."""
+    """The result of one optimizer step."""
 
-    loss: float
-    grad_norm: float
-    applied: bool
+    loss: float  # as passed to the step
+    grad_norm: float  # over all parameters, before clipping
+    applied: bool  # the same on all ranks
 
 
 class ZeroEngine:
-    """Trains ``module`` on any ZeRO stage. Resets, merges and checkpoints are written against its ``fragments`` only.
+    """Trains ``module`` on any ZeRO stage. Resets, merges and checkpoints only use its ``fragments``.
 
-    ``lm`` is the causal LM inside ``module`` and gives the parameter names. The float32 values of the trainable
-    parameters before DeepSpeed casts them become the masters exactly. Gradients are clipped to the norm ``clip``; 0
-    leaves them as they are.
+    ``lm`` is the causal LM inside ``module``, and parameters have their names in it. The masters are exactly the
+    float32 values that the trainable parameters have before DeepSpeed casts them. Gradients are clipped to the norm
+    ``clip``; 0 means no clipping.
     """
 
     def __init__(
@@ -65,13 +64,13 @@ class ZeroEngine:
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.group_names = [group["name"] for group in optimizer.param_groups]
         self.members = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-        self.moments: dict[str, tuple[str, ...]] = {  # names of each trained parameter's optimizer state
+        self.moments: dict[str, tuple[str, ...]] = {  # names of the optimizer state of each trainable parameter
             name: group["moments"]
             for group, members in zip(optimizer.param_groups, self.members, strict=True)
             for name in members
         }
         trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
-        # in float32 DeepSpeed may take over the storage of the parameters
+        # in float32, DeepSpeed may reuse the storage of the parameters
         initial = {name: p.data if bf16 else p.data.clone() for name, p in trained.items()}
         elements = sum(self.shapes[name].numel() for group in self.members for name in group)
         settings = deepspeed_settings(
@@ -91,62 +90,60 @@ class ZeroEngine:
         for fragment in self.fragments:
             self.fragments_of.setdefault(fragment.name, []).append(fragment)
         self.moments_of_flat = {id(part.flat): self.moments[part.name] for part in self.fragments}
-        self.matrix_states: dict[str, MatrixState] = {}  # of the matrices that this rank updates
-        self.matrix_shapes: dict[str, dict[str, list[int]]] = {}  # in the states of all that have any
+        self.matrix_states: dict[str, MatrixState] = {}  # only for the matrices that this rank updates
+        self.matrix_shapes: dict[str, dict[str, list[int]]] = {}  # for all matrices that have a state
         if isinstance(self.optimizer, MatrixAdamW):
             self._add_matrices(self.optimizer, train.seed)
         self.clear_state()
         self.write_masters(initial)
 
     def _add_matrices(self, optimizer: MatrixAdamW, seed: int) -> None:
-        """Tells the optimizer where the matrices are, and makes the states of those that this rank updates."""
+        """Gives the optimizer access to whole matrices, and creates the states of those that this rank updates."""
         groups = zip(self.group_names, self.members, strict=True)
         names = [name for group, members in groups if group in MATRIX_GROUPS for name in members]
-        ranks = range(self.world_size) if self.stage else [self.rank]  # at stage 0 each has everything
+        ranks = range(self.world_size) if self.stage else [self.rank]  # at stage 0 each rank has everything
         fragments = {rank: self._fragments(rank) for rank in ranks}
         matrices = CutMatrices(names, fragments, self.shapes, rank=self.rank, world_size=self.world_size)
-        kept = {name: optimizer.rule.state_shapes(*self.shapes[name]) for name in names}
+        state_shapes = {name: optimizer.rule.state_shapes(*self.shapes[name]) for name in names}
         for name in matrices.owned:
-            # counts stay with the host, which asks for them
+            # the host reads the counts, so they stay in its memory
             tensors = {
                 key: torch.zeros(shape, dtype=torch.float32, device="cpu" if key == COUNT else self.device)
-                for key, shape in kept[name].items()
+                for key, shape in state_shapes[name].items()
             }
             self.matrix_states[name] = MatrixState(derived_seed(seed, name), tensors)
         self.matrix_shapes = {
-            name: {key: list(shape) for key, shape in shapes.items()} for name, shapes in kept.items() if shapes
+            name: {key: list(shape) for key, shape in shapes.items()} for name, shapes in state_shapes.items() if shapes
         }
         optimizer.states = self.matrix_states
         optimizer.matrices = matrices
 
     def _fragments(self, rank: int) -> list[Fragment]:
-        """What a rank owns; that of another rank with this rank's flat tensors."""
-        optimizer = self.deepspeed.optimizer
-        return list(owned_fragments(optimizer, self.members, self.parameters, self.shapes, rank))
+        """The fragments that a rank owns. Those of another rank refer to the flat tensors of this one."""
+        return list(owned_fragments(self.deepspeed.optimizer, self.members, self.parameters, self.shapes, rank))
 
     # ---- masters and optimizer state --------------------------------------------------------------------------
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer whose state hangs at the flat masters."""
+        """The torch optimizer, whose state is keyed by the flat masters."""
         optimizer = self.deepspeed.optimizer
         return getattr(optimizer, "optimizer", optimizer)
 
     def flats(self, group: str | None = None) -> list[Tensor]:
-        """The flat masters of one parameter group (default: of all), each once."""
+        """The flat masters of one parameter group (default: of all groups), each once."""
         names = set(self.parameters if group is None else self.members[self.group_names.index(group)])
-        found = {id(fragment.flat): fragment.flat for fragment in self.fragments if fragment.name in names}
-        return list(found.values())
+        return list({id(part.flat): part.flat for part in self.fragments if part.name in names}.values())
 
     def state_of(self, flat: Tensor) -> dict[str, Tensor]:
-        """Moments and ``step`` of a flat master: zeros where the optimizer has not made them yet."""
+        """Moments and ``step`` of a flat master. They are zeros if the optimizer has not created them yet."""
         return state_of(self.optimizer, flat, self.moments_of_flat[id(flat)])
 
     @torch.no_grad()
     def clear_state(self, group: str | None = None) -> None:
-        """Forgets the optimizer state of a parameter group (default: of all): moments, counts, states of matrices.
+        """Zeroes the optimizer state of a parameter group (default: of all): moments, counts, states of matrices.
 
-        Also needed at the start: DeepSpeed's wrapper for stage 0 in bf16 has made one step with zero gradients by then.
+        A new engine needs this too: DeepSpeed's wrapper for stage 0 in bf16 starts with one step of zero gradients.
         """
         for flat in self.flats(group):
             for value in self.state_of(flat).values():
@@ -157,7 +154,7 @@ class ZeroEngine:
                 value.zero_()
 
     def group_steps(self) -> dict[str, int]:
-        """Adam's step count of each group on this rank: 0 for a group with another rule, -1 where it owns nothing."""
+        """Adam's step count of each group: 0 if it has another rule, -1 if this rank owns nothing of it."""
         counts = {}
         for group in self.group_names:
             flats = self.flats(group)
@@ -166,44 +163,44 @@ class ZeroEngine:
 
     @torch.no_grad()
     def write_masters(self, values: Mapping[str, Tensor]) -> None:
-        """Sets masters from whole parameters (float32, given on every rank), and the parameters from the masters."""
+        """Sets masters from whole float32 parameters, the same on every rank, and then parameters from masters."""
         for name, value in values.items():
             self.scatter(name, value)
         self.refresh()
 
     @torch.no_grad()
     def scatter(self, name: str, value: Tensor, key: str | None = None) -> int:
-        """Puts this rank's fragments of a whole value into the master of a parameter, or into its moment ``key``.
+        """Writes this rank's fragments of a whole value to the master of a parameter, or to its moment ``key``.
 
-        Returns the number of elements written. The parameters follow with :meth:`refresh`.
+        Returns the number of elements written. Call :meth:`refresh` afterwards to update the parameters.
         """
         written = 0
         for fragment in self.fragments_of.get(name, ()):
             target = fragment.flat if key is None else self.state_of(fragment.flat)[key]
             piece = value.reshape(-1)[fragment.start : fragment.start + fragment.numel]
-            fragment.of(target).copy_(piece, non_blocking=True)  # a value of the host is not waited for
+            fragment.of(target).copy_(piece, non_blocking=True)  # does not wait if the value is in host memory
             written += fragment.numel
         return written
 
     def refresh(self) -> None:
-        """Makes the parameters what the masters say."""
+        """Updates the parameters from the masters."""
         self.drop_merged()
         update_parameters(self.deepspeed.optimizer)
 
     @torch.no_grad()
     def gather(self, name: str, key: str | None = None, to: int | None = None) -> Tensor:
-        """The whole float32 master of a parameter that trains, or its moment ``key``; a collective.
+        """The whole float32 master of a trainable parameter, or its moment ``key``; a collective.
 
-        With ``to`` only that rank gets it, and what others get means nothing. A frozen weight has no master here: its
-        owner has it, in :class:`relora_mora.engine.merging.FrozenMasters`.
+        With ``to``, only that rank gets the value; what the others get is undefined. The masters of frozen weights are
+        not here: :class:`relora_mora.engine.merging.FrozenMasters` has them.
         """
-        assert any(name in group for group in self.members), f"{name} does not train"
+        assert any(name in group for group in self.members), f"{name} is frozen"
         whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self.device)
         for fragment in self.fragments_of.get(name, ()):
             source = fragment.flat if key is None else self.state_of(fragment.flat)[key]
             whole[fragment.start : fragment.start + fragment.numel] = fragment.of(source)
         if self.world_size > 1 and self.stage > 0:
-            # every element has one owner: adding the zeros of the others keeps its bits
+            # every element has one owner, and adding the zeros of the other ranks keeps its bits
             if to is None:
                 dist.all_reduce(whole)
             else:
@@ -211,7 +208,7 @@ class ZeroEngine:
         return whole.view(self.shapes[name])
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Sums over the ranks, as a tensor of the host, which waits for the others here; ``values`` is lost."""
+        """The sum over the ranks, in host memory. The host waits for the other ranks; ``values`` is overwritten."""
         if self.world_size == 1:
             return values.cpu()
         with collective():
@@ -219,19 +216,19 @@ class ZeroEngine:
             return values.cpu()
 
     def broadcast(self, value: Tensor, src: int) -> None:
-        """Gives every rank the value of rank ``src``, in place; a collective."""
+        """Copies the value of rank ``src`` to every rank, in place; a collective."""
         if self.world_size > 1:
             dist.broadcast(value, src=src)
 
     def sum_over_ranks(self, value: float) -> float:
-        """A number's sum over the ranks, exact for whole numbers up to 2^53."""
+        """The sum of a number over the ranks, exact for integers up to 2^53."""
         return float(self.all_reduce(torch.tensor(value, dtype=torch.float64, device=self.device)))
 
     # ---- frozen weights ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def write_weight(self, name: str, value: Tensor | None, owner: int) -> None:
-        """Sets a frozen weight from the owner's float32 value on all ranks; a collective."""
+        """Sets a frozen weight on all ranks from its owner's float32 value; a collective."""
         self.drop_merged()
         parameter = self.parameters[name]
         if self.stage == 3:
@@ -253,7 +250,7 @@ class ZeroEngine:
         return self.deepspeed(*inputs)
 
     def keep_merged(self) -> None:
-        """Has resident layers build their ``W + delta``, those that have none; at stage 3 a collective."""
+        """Builds ``W + delta`` in the resident layers that do not have it yet; at stage 3 a collective."""
         if self.stage == 3:
             self.slices.keep()
             return
@@ -261,7 +258,7 @@ class ZeroEngine:
             layer.keep_merged()
 
     def drop_merged(self) -> None:
-        """No resident layer may go on with the ``W + delta`` of values that are about to change."""
+        """Drops every ``W + delta`` of the resident layers; call it before their values change."""
         if self.stage == 3:
             self.slices.drop()
             return
@@ -275,50 +272,47 @@ class ZeroEngine:
         self.deepspeed.eval()
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
-        """Backward of one micro-batch; ``last`` of the step leaves the averaged gradients for :meth:`step`."""
+        """Backward of one micro-batch. After the ``last`` one of a step, :meth:`step` uses the averaged gradients."""
         self.deepspeed.backward(loss)
         if not last:
             self.deepspeed.step()  # counts the micro-batch
 
     def step(self, rates: list[float], loss: Tensor) -> StepDone:
-        """One optimizer step at a rate per group; ``loss`` [] is a number of the device that the host is to know.
+        """One optimizer step with a learning rate per group. ``loss`` [] is on the device; the host reads it here.
 
-        It is read together with the gradients' norm, before the optimizer: the only time in a step that the host asks
-        the device for a value. Where that norm is not finite, the step is skipped on all ranks, on every stage: torch's
-        optimizer does nothing then, and DeepSpeed writes the parameters that it has.
+        The host reads the loss together with the norm of the gradients, before the optimizer runs. This is the only
+        time in a step that the host waits for a value from the device. If the norm is not finite, all ranks skip the
+        step, on every stage: torch's optimizer does nothing, and DeepSpeed writes the parameters unchanged.
         """
         self.drop_merged()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        plain = self.stage == 0 and not self.bf16  # no optimizer of DeepSpeed's around ours
+        plain = self.stage == 0 and not self.bf16  # DeepSpeed does not wrap our optimizer
         gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None] if plain else []
-        norms = _norm(gradients).view(1) if plain else gradient_norms(self.deepspeed.optimizer)
-        with collective():  # on a GPU the host waits for the others here
-            *read, mean = torch.cat([norms.double(), loss.double().view(1)]).cpu().tolist()
-        if not all(0 <= norm < math.inf for norm in read):
+        if plain:
+            parts = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+            norms = torch.linalg.vector_norm(parts).view(1)
+        else:
+            norms = gradient_norms(self.deepspeed.optimizer)
+        with collective():  # on a GPU, the host waits for the other ranks here
+            *norms_on_host, mean = torch.cat([norms.double(), loss.double().view(1)]).cpu().tolist()
+        if not all(0 <= norm < math.inf for norm in norms_on_host):
             with replaced(self.optimizer, "step", lambda: None):
-                self._deepspeed_step(torch.ones(len(read), dtype=norms.dtype))
+                self._deepspeed_step(torch.ones(len(norms_on_host), dtype=norms.dtype))
             return StepDone(mean, math.inf, applied=False)
         if plain:
-            _clip(gradients, read[0], self.clip)
-        self._deepspeed_step(torch.tensor(read, dtype=norms.dtype))
-        return StepDone(mean, read[0] if plain else float(self.deepspeed.get_global_grad_norm()), applied=True)
+            scale = self.clip / (norms_on_host[0] + 1e-6)
+            if self.clip and scale < 1:
+                for gradient in gradients:
+                    gradient *= scale
+        self._deepspeed_step(torch.tensor(norms_on_host, dtype=norms.dtype))
+        norm = norms_on_host[0] if plain else float(self.deepspeed.get_global_grad_norm())
+        return StepDone(mean, norm, applied=True)
 
     def _deepspeed_step(self, norms: Tensor) -> None:
-        """With these norms [n] on the host."""
-        given = given_norms(self.deepspeed.optimizer, norms) if self.stage or self.bf16 else contextlib.nullcontext()
-        with given:
+        """DeepSpeed's step with these norms [n] on the host."""
+        if self.stage == 0 and not self.bf16:
             self.deepspeed.step()
-
-
-def _norm(gradients: list[Tensor]) -> Tensor:
-    """[] of all together"""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
-
-
-def _clip(gradients: list[Tensor], norm: float, limit: float) -> None:
-    """Scales gradients of this norm down to the limit; 0 is none."""
-    scale = limit / (norm + 1e-6)
-    if limit and scale < 1:
-        for gradient in gradients:
-            gradient *= scale
+            return
+        with step_with_norms(self.deepspeed.optimizer, norms):
+            self.deepspeed.step()

@@ -1,6 +1,6 @@
 """Where DeepSpeed keeps the float32 masters of the trainable parameters, on each ZeRO stage.
 
-They are in flat tensors that differ by stage and precision, and the optimizer's state hangs at those (DeepSpeed 0.19):
+They are in flat tensors, which also key the optimizer's state. Stage and precision decide which ones (DeepSpeed 0.19):
 
 =========  ======================================================================================
 stage      masters
@@ -12,7 +12,7 @@ stage      masters
 3          ``DeepSpeedZeroOptimizer_Stage3.fp32_partitioned_groups_flat[subgroup]``
 =========  ======================================================================================
 
-:class:`Fragment` describes them alike for all stages. This module is the only one that knows the attributes above.
+:class:`Fragment` describes them the same way for all stages. Only this module knows the attributes above.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Fragment:
-    """What one rank owns of one parameter, as a piece of a flat tensor.
+    """The part of one parameter that one rank owns, as a piece of a flat tensor.
 
     ``flat[offset : offset + numel]`` is ``parameter.view(-1)[start : start + numel]``.
     """
@@ -48,7 +48,7 @@ class Fragment:
         return flat.view(-1).narrow(0, self.offset, self.numel)
 
     def of_whole(self, values: Tensor) -> Tensor:
-        """The same piece of the whole parameter's values."""
+        """The same piece of ``values``, which has the size of the whole parameter."""
         return values.view(-1).narrow(0, self.start, self.numel)
 
 
@@ -59,17 +59,17 @@ def owned_fragments(
     shapes: Mapping[str, torch.Size],
     rank: int,
 ) -> Iterator[Fragment]:
-    """The fragments of a rank, with the masters of DeepSpeed's ``optimizer``.
+    """The fragments of a rank in the masters of DeepSpeed's ``optimizer``.
 
-    ``groups`` has the parameter names of each group, in the order of torch's optimizer. ``shapes`` are those of whole
-    parameters, which at stage 3 have none themselves.
+    ``groups`` has the parameter names of each group, in the order of torch's optimizer. ``shapes`` has the shapes of
+    the whole parameters: at stage 3, a parameter does not know its own.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         yield from _stage3_fragments(optimizer, names, shapes, rank)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         flat_groups = zip(
-            optimizer.round_robin_bit16_groups,  # in the order of the flat tensor, which DeepSpeed may change
+            optimizer.round_robin_bit16_groups,  # in the order of the flat tensor: DeepSpeed may reorder parameters
             optimizer.single_partition_of_fp32_groups,
             optimizer.round_robin_bit16_offsets,
             strict=True,
@@ -78,8 +78,8 @@ def owned_fragments(
             yield from _flat_fragments([names[id(p)] for p in members], flat, offsets, shapes, rank)
     elif isinstance(optimizer, BF16_Optimizer):
         for group, flat in zip(groups, optimizer.fp32_groups_flat_partition, strict=True):
-            ends = itertools.accumulate(shapes[name].numel() for name in group)
-            yield from _flat_fragments(group, flat, [0, *ends][:-1], shapes, rank)
+            offsets = itertools.accumulate((shapes[name].numel() for name in group), initial=0)
+            yield from _flat_fragments(group, flat, list(offsets)[:-1], shapes, rank)
     elif isinstance(optimizer, FP16_UnfusedOptimizer):
         for group, masters in zip(groups, optimizer.fp32_groups, strict=True):
             for name, master in zip(group, masters, strict=True):
@@ -93,7 +93,7 @@ def owned_fragments(
 def _flat_fragments(
     names: Sequence[str], flat: Tensor, offsets: Iterable[int], shapes: Mapping[str, torch.Size], rank: int
 ) -> Iterator[Fragment]:
-    """Parameters are laid end to end and cut into equal partitions, one per rank."""
+    """Parameters are concatenated and cut into equal partitions, one per rank."""
     begin = rank * flat.numel()
     end = begin + flat.numel()
     for name, offset in zip(names, offsets, strict=True):
@@ -106,7 +106,7 @@ def _flat_fragments(
 def _stage3_fragments(
     optimizer: Any, names: Mapping[int, str], shapes: Mapping[str, torch.Size], rank: int
 ) -> Iterator[Fragment]:
-    """Every parameter is cut into equal partitions, one per rank; a subgroup lays a rank's partitions end to end."""
+    """Every parameter is cut into equal partitions, one per rank; a subgroup concatenates the partitions of a rank."""
     for flat, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
         offset = 0
         for parameter in parameters:
@@ -121,7 +121,7 @@ def _stage3_fragments(
 
 @torch.no_grad()
 def update_parameters(optimizer: Any) -> None:
-    """Makes the parameters of DeepSpeed's ``optimizer`` what its masters say, wherever they are kept."""
+    """Updates the parameters of DeepSpeed's ``optimizer`` from its masters."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
             optimizer.fp16_partitioned_groups_flat[index].copy_(flat)

@@ -1,8 +1,9 @@
-"""Whole matrices out of flat tensors that ZeRO has cut between the ranks, for optimizers that need them whole.
+"""Gives optimizers whole matrices, which ZeRO has cut into flat tensors on several ranks.
 
-A matrix that lies on one rank is taken where it is. A cut one goes to one of the ranks that hold it, its owner, and
-comes back changed: two all-to-all exchanges for each call of the optimizer, of nothing but the pieces of cut matrices.
-At stages 1 and 2 those are the matrices at the borders between ranks, at stage 3 all, at stage 0 none.
+A matrix that is whole on one rank is updated there. The pieces of a cut matrix go to its owner, one of the ranks that
+hold it, and come back changed. This takes two all-to-all exchanges per call of the optimizer, and only pieces of cut
+matrices are sent. At stages 1 and 2 those are the matrices at the borders between ranks; at stage 3 all matrices are
+cut, and at stage 0 none.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ Update = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 class Piece(NamedTuple):
-    """What a rank holds of a matrix."""
+    """The part of a matrix that a rank holds."""
 
     rank: int
     fragment: Fragment
 
 
 class Matrix(NamedTuple):
-    """Where a matrix lies; the rank ``owner`` changes it."""
+    """Where the pieces of a matrix are; the rank ``owner`` changes it."""
 
     name: str
     shape: torch.Size
@@ -37,10 +38,10 @@ class Matrix(NamedTuple):
 
 
 class CutMatrices:
-    """The matrices ``names`` of an engine, as its optimizer asks for them.
+    """The matrices ``names`` of an engine, for its optimizer.
 
-    ``fragments`` has by rank what that rank owns, in flat tensors of this ``rank``: the engine's order, which is the
-    same on all ranks. ``owned`` are the names of the matrices that this rank changes; at stage 0 each changes all.
+    ``fragments`` has what each rank owns, with flat tensors of this ``rank``, in the engine's order, which is the same
+    on all ranks. ``owned`` has the names of the matrices that this rank changes; at stage 0 every rank changes all.
     """
 
     def __init__(
@@ -69,10 +70,10 @@ class CutMatrices:
 
     @torch.no_grad()
     def replace(self, gradients: Mapping[Tensor, Tensor], update: Update) -> None:
-        """Replaces all matrices in the gradients, by flat tensor, by what ``update`` makes of them, [k, m, n],
-        and of their names.
+        """Replaces all matrices in the gradients, which are keyed by flat tensor.
 
-        A collective where one of them is cut: all ranks call it for the same flat tensors.
+        ``update`` gets stacked matrices [k, m, n] and their names, and returns the new values. This is a collective if
+        a matrix is cut: all ranks call it for the same flat tensors.
         """
         flats = tuple(id(flat) for flat in gradients)
         if flats not in self._exchanges:
@@ -82,7 +83,7 @@ class CutMatrices:
 
 
 class Exchange:
-    """Brings the matrices of some flat tensors to their owners, and back."""
+    """Sends the matrices of some flat tensors to their owners and back."""
 
     def __init__(self, matrices: Sequence[Matrix], rank: int, world_size: int) -> None:
         self.whole = [
@@ -92,7 +93,7 @@ class Exchange:
         ]
         self.cut = [matrix for matrix in matrices if len(matrix.pieces) > 1]
         self.is_needed = bool(self.cut)
-        # by the rank that a piece goes to, and, with the number of its matrix, comes from; some stay where they are
+        # pieces by destination rank and, with the index of their matrix in ``cut``, by source rank (maybe this one)
         self.outgoing: list[list[Fragment]] = [[] for _ in range(world_size)]
         self.incoming: list[list[tuple[int, Fragment]]] = [[] for _ in range(world_size)]
         for number, matrix in enumerate(self.cut):
@@ -105,7 +106,7 @@ class Exchange:
         self.received_from = [sum(part.numel for _, part in parts) for parts in self.incoming]
 
     def replace(self, gradients: Mapping[int, Tensor], update: Update) -> None:
-        """See :meth:`CutMatrices.replace`; gradients by the id of their flat tensor."""
+        """See :meth:`CutMatrices.replace`; here the gradients are keyed by the id of their flat tensor."""
         whole = [(matrix, part.of(gradients[id(part.flat)])) for matrix, part in self.whole]
         if not self.is_needed:
             _change(whole, update)
@@ -129,7 +130,7 @@ class Exchange:
 
 
 def _change(matrices: Iterable[tuple[Matrix, Tensor]], update: Update) -> None:
-    """Replaces matrices, each with its values flattened, by what ``update`` makes of some of one shape at a time."""
+    """Updates matrices, whose values come flattened, in stacks of one shape."""
     of_shape: dict[torch.Size, list[tuple[str, Tensor]]] = {}
     for matrix, values in matrices:
         of_shape.setdefault(matrix.shape, []).append((matrix.name, values.view(matrix.shape)))
@@ -143,14 +144,14 @@ def _change(matrices: Iterable[tuple[Matrix, Tensor]], update: Update) -> None:
 
 
 def _owners(pieces: Mapping[str, Sequence[Piece]], shapes: Mapping[str, torch.Size]) -> dict[str, int]:
-    """The rank that changes each matrix: of those that hold much of it the one with least to do, large ones first."""
+    """The rank that changes each matrix: the least busy of the ranks that hold much of it, largest matrices first."""
     costs = {name: shapes[name].numel() * min(shapes[name]) for name in pieces}
     work: dict[int, int] = {}
     owners: dict[str, int] = {}
     for name in sorted(pieces, key=lambda name: -costs[name]):
-        most = max(piece.fragment.numel for piece in pieces[name])
-        able = [piece.rank for piece in pieces[name] if 2 * piece.fragment.numel >= most]
-        owner = min(able, key=lambda rank: (work.get(rank, 0), rank))
+        largest = max(piece.fragment.numel for piece in pieces[name])
+        candidates = [piece.rank for piece in pieces[name] if 2 * piece.fragment.numel >= largest]
+        owner = min(candidates, key=lambda rank: (work.get(rank, 0), rank))
         work[owner] = work.get(owner, 0) + costs[name]
         owners[name] = owner
     return owners

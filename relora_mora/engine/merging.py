@@ -1,8 +1,8 @@
 """A merge: deltas go into the base, adapters start over, their optimizer state is reset, operators switch.
 
 A bf16 weight loses every delta below about 1/256 of its value. So each frozen weight has a float32 copy, its master, in
-the host memory of one rank, its owner. A merge adds the delta to the master and sends all ranks the rounded result: all
-hold the same bits, and after many merges the base is the sum to float32 rounding.
+the host memory of one rank, its owner. A merge adds the delta to the master and sends the rounded result to all ranks.
+All ranks hold the same bits, and after many merges the base is still the sum up to float32 rounding.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from relora_mora.engine.engine import ZeroEngine
 from relora_mora.operators import Draw, GroupingOperator, Operator
 from relora_mora.system.hardware import uses_cuda
 
-MEASURED_STEPS = 100  # in each of which the effective rank is measured once: singular values take longer than the merge
+MEASURED_STEPS = 100  # how often the effective rank is measured: singular values take longer than the merge
 
 
 class MergeError(RuntimeError):
-    """A merge that was refused, or went wrong; the message says whether the base was written."""
+    """A merge was refused or went wrong. The message says whether the base was written."""
 
     same_on_all_ranks = True
 
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """What one merge did. The dictionaries have a value for each kind of projection, such as ``q_proj``."""
+    """The results of one merge. The dictionaries have a value for each kind of projection, such as ``q_proj``."""
 
     layers: int
     zeroed: int  # adapter elements whose master is zero or freshly drawn
     delta_norm: dict[str, float]  # Frobenius norm over all layers
-    effective_rank: dict[str, float]  # of the layer in the middle of the model, or empty; see methods/layers.py
+    effective_rank: dict[str, float]  # of the middle layer, or empty if not measured; see adapters/layers.py
     operator_before: int | None
     operator_after: int | None
     seconds: float
@@ -49,8 +49,8 @@ class MergeRecord:
 class FrozenMasters:
     """float32 copies of the frozen weights, each on its owner: weight i belongs to rank i mod world size.
 
-    They are in host memory, which is pinned where there is a GPU. That computes the sums of a merge, for a host takes
-    longer to add than to copy both ways.
+    They are in host memory, which is pinned if there is a GPU. The GPU adds the deltas of a merge, because the host
+    takes longer to add than to copy both ways.
     """
 
     def __init__(self, names: Iterable[str], rank: int, world_size: int) -> None:
@@ -63,22 +63,22 @@ class FrozenMasters:
         return [name for name, owner in self.owner.items() if owner == self.rank]
 
     def take(self, value_of: Callable[[str], Tensor]) -> None:
-        """Copies the weights that this rank owns; ``value_of`` gives each by its name."""
+        """Copies the weights that this rank owns; ``value_of`` returns a weight by name."""
         for name in self.owned:
             self.put(name, value_of(name))
 
     def put(self, name: str, value: Tensor) -> None:
-        """Copies one weight, which this rank owns."""
+        """Copies one weight that this rank owns."""
         master = torch.empty(value.shape, dtype=torch.float32, pin_memory=uses_cuda())
         self.weights[name] = master.copy_(value.detach())
 
     def add(self, name: str, delta: Tensor) -> Tensor:
         """Adds to one weight; returns the sum, on the device of ``delta``.
 
-        A GPU is not waited for: the master has its value once what was asked of the device so far is done.
+        The host does not wait for a GPU: the master has its value after the work that is queued on the device.
         """
         master = self.weights[name]
-        total = master.to(delta.device, non_blocking=True).add_(delta)  # in place where that is the same device
+        total = master.to(delta.device, non_blocking=True).add_(delta)  # in place if that is the same device
         if total is not master:
             master.copy_(total, non_blocking=True)
         return total
@@ -90,14 +90,14 @@ class FrozenMasters:
 
 
 class Merger:
-    """Merges and resets of one run. ``base`` has all frozen weights; ``seed`` that of what is drawn at a reset."""
+    """Makes the merges of a run. ``base`` has all frozen weights; a reset draws its random numbers from ``seed``."""
 
     def __init__(self, engine: ZeroEngine, base: FrozenMasters, method: MethodConfig, *, seed: int) -> None:
         self.engine = engine
         self.base = base
         self.method = method
         self.seed = seed
-        self.draw = Draw(seed)  # of the operator in use
+        self.draw = Draw(seed)  # for the operator in use
         self.layers: dict[str, AdapterLinear] = dict(adapter_layers(engine.lm))
         self.parameters = {
             name: [f"{name}.{key}" for key in layer.adapter_names] for name, layer in self.layers.items()
@@ -120,7 +120,7 @@ class Merger:
         return {name: layer.operator for name, layer in self.layers.items() if isinstance(layer, MoRALinear)}
 
     def operator(self) -> int | None:
-        """The operator in use, None for methods without; all layers agree."""
+        """The operator in use, the same in all layers; None for a method without operators."""
         used = {operator.mora_type for operator in self._operators().values()}
         assert len(used) <= 1, f"layers disagree about the operator: {sorted(used)}"
         return used.pop() if used else None
@@ -129,19 +129,21 @@ class Merger:
     def merge(self, step: int, merges_done: int, next_operator: int | None) -> MergeRecord:
         """One merge at the end of ``step``; a collective. ``merges_done`` counts this one.
 
-        Raises :class:`MergeError` on all ranks. Before anything is written: when an adapter is not finite, or the ranks
-        do not hold the layers and elements that the settings ask for. After the merge, which is then saved nowhere:
-        when a product of finite adapters was not finite, or not all elements of the adapters were reset.
+        Raises :class:`MergeError` on all ranks. It does so before anything is written if an adapter is not finite, or
+        if the ranks do not hold the layers and elements that the settings ask for. It does so after the merge, which
+        nothing saves then, if a product of finite adapters is not finite, or if some adapter elements were not reset.
         """
         begin = time.perf_counter()
         before = self.operator()
         self._check_adapters(step)
-        squares, ranks = self._merge_layers(self.measured if self._is_measured(step, merges_done) else set())
-        spoiled = [name for name, square in squares.items() if not math.isfinite(square)]
-        if spoiled:
+        interval = step // MEASURED_STEPS
+        is_measured = merges_done == 1 or interval > (step - self.method.merge_every) // MEASURED_STEPS
+        squares, ranks = self._merge_layers(self.measured if is_measured else set())
+        overflowed = [name for name, square in squares.items() if not math.isfinite(square)]
+        if overflowed:
             raise MergeError(
-                f"step {step}: the delta of {', '.join(spoiled[:3])} is too large for float32; "
-                "the merge is spoiled and was saved nowhere, go back to an earlier checkpoint"
+                f"step {step}: the delta of {', '.join(overflowed[:3])} is too large for float32; "
+                "nothing of this merge was saved, go back to an earlier checkpoint"
             )
         zeroed = self._reset_masters(merges_done)
         used = self._operators()
@@ -150,8 +152,8 @@ class Merger:
         self.engine.refresh()
         if zeroed != self.elements:
             raise MergeError(
-                f"step {step}: merged, and reset {zeroed} of {self.elements} adapter elements; "
-                "this run cannot be trusted from here, go back to an earlier checkpoint"
+                f"step {step}: the merge reset only {zeroed} of {self.elements} adapter elements; "
+                "nothing of it was saved, go back to an earlier checkpoint"
             )
         return MergeRecord(
             layers=len(squares),
@@ -162,11 +164,6 @@ class Merger:
             operator_after=self.operator(),
             seconds=time.perf_counter() - begin,
         )
-
-    def _is_measured(self, step: int, merges_done: int) -> bool:
-        """Whether the effective rank is: at the first merge, and at the first one in each hundred steps."""
-        before = step - self.method.merge_every
-        return merges_done == 1 or step // MEASURED_STEPS > before // MEASURED_STEPS
 
     def _check_adapters(self, step: int) -> None:
         names = {name for parameters in self.parameters.values() for name in parameters}
@@ -192,14 +189,14 @@ class Merger:
             )
 
     def _merge_layers(self, measured: Set[str]) -> tuple[dict[str, float], dict[str, float]]:
-        """Adds every delta to its base; returns each layer's squared norm of the delta, and some effective ranks.
+        """Adds every delta to its base. Returns their squared norms, and the effective ranks of ``measured`` layers.
 
-        In groups of as many layers as there are ranks, so that all owners build their deltas at the same time. What is
-        ``measured`` comes after that, when no rank waits for another's weights; the host reads it once.
+        A group has as many layers as there are ranks, so that all owners build their deltas at the same time. Effective
+        ranks are computed last, when no rank waits for the weights of another, and the host reads all results once.
         """
         engine = self.engine
         names = list(self.layers)
-        found = torch.zeros(2, len(names), dtype=torch.float32, device=engine.device)  # squares, effective ranks
+        results = torch.zeros(2, len(names), dtype=torch.float32, device=engine.device)  # squares, effective ranks
         to_measure: list[tuple[int, list[Tensor]]] = []
         for start in range(0, len(names), engine.world_size):
             group = range(start, min(start + engine.world_size, len(names)))
@@ -212,20 +209,20 @@ class Merger:
                     mine.append((index, values))
             for index, values in mine:
                 delta = self.layers[names[index]].delta_of(*values)
-                found[0, index] = delta.square().sum()
+                results[0, index] = delta.square().sum()
                 sums[f"{names[index]}.weight"] = self.base.add(f"{names[index]}.weight", delta)
             to_measure += [(index, values) for index, values in mine if names[index] in measured]
             for index in group:
                 weight = f"{names[index]}.weight"
                 engine.write_weight(weight, sums.get(weight), self.base.owner[weight])
         for index, values in to_measure:
-            found[1, index] = effective_rank(self.layers[names[index]].singular_values(*values))
-        squares, ranks = engine.all_reduce(found).tolist()
-        of_measured = {name: value for name, value in zip(names, ranks, strict=True) if name in measured}
-        return dict(zip(names, squares, strict=True)), of_measured
+            results[1, index] = effective_rank(self.layers[names[index]].singular_values(*values))
+        squares, ranks = engine.all_reduce(results).tolist()
+        effective_ranks = {name: value for name, value in zip(names, ranks, strict=True) if name in measured}
+        return dict(zip(names, squares, strict=True)), effective_ranks
 
     def _reset_masters(self, merges_done: int) -> int:
-        """Gives every adapter the values of a fresh one; returns the elements written, over all ranks."""
+        """Sets every adapter to the values of a fresh one; returns how many elements all ranks wrote."""
         written = 0
         for layer_name, layer in self.layers.items():
             generator = layer_generator(self.seed, layer_name, merges_done)
@@ -234,13 +231,13 @@ class Merger:
         return self._over_ranks(written)
 
     def _over_ranks(self, elements: int) -> int:
-        """Elements over all ranks; at stage 0 every rank has them all."""
+        """The sum over all ranks; at stage 0 every rank has all elements."""
         return elements if self.engine.stage == 0 else int(self.engine.sum_over_ranks(elements))
 
     def _reset_state(self, merges_done: int, used: Mapping[str, Operator]) -> None:
         """Resets the adapters' optimizer state as ``method.reset`` says (ReLoRA, arXiv 2307.05695, section 3).
 
-        ``used`` has the operators from before the merge, which ``carry`` moves the state of to the new ones.
+        ``used`` has the operators that were in use before the merge: ``carry`` moves their state to the new operators.
         """
         if self.method.reset == "full":
             self.engine.clear_state("adapters")
@@ -254,7 +251,7 @@ class Merger:
                     self._prune(parameter, generator)
 
     def _carry(self, layer_name: str, before: Operator) -> None:
-        """Moves the moments of a layer's square to the operator in use; the same numbers on all ranks."""
+        """Moves the moments of a layer's M to the operator in use; all ranks compute the same numbers."""
         layer = self.layers[layer_name]
         assert isinstance(layer, MoRALinear)
         after = layer.operator
@@ -266,9 +263,9 @@ class Merger:
             self.engine.scatter(parameter, after.carry(moment, before), key)
 
     def _prune(self, parameter: str, generator: torch.Generator) -> None:
-        """Sets ``reset_ratio`` of a parameter's moments to zero: where the first is smallest, or at random elements.
+        """Zeroes the share ``reset_ratio`` of a parameter's moments: where the first is smallest, or at random.
 
-        All moments at the same elements: one with exp_avg and no exp_avg_sq would be moved by exp_avg / eps.
+        All moments are zeroed at the same elements: with exp_avg but no exp_avg_sq, Adam would step by exp_avg / eps.
         """
         moments = {key: self.engine.gather(parameter, key).reshape(-1) for key in self.engine.moments[parameter]}
         first = next(iter(moments.values()))

@@ -1,8 +1,8 @@
-"""The norms of the gradients, on the host before a step.
+"""The norms of the gradients, which the host reads before a step.
 
-Each of DeepSpeed's optimizers reads its norms back from the device, once or for each parameter: to look for numbers
-that are not finite, and to clip. Here they are made as it makes them, so that the engine reads them together with the
-loss, and given to it as numbers of the host. What it does with them is the same to the bit.
+Each of DeepSpeed's optimizers reads norms back from the device, once or for each parameter, to look for non-finite
+numbers and to clip. Here they are computed in the same way as DeepSpeed does, so that the engine can read them
+together with the loss. Then DeepSpeed gets them as numbers on the host, and its results are the same to the bit.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor
 
 @torch.no_grad()
 def gradient_norms(optimizer: Any) -> Tensor:
-    """[n] on the device: the norms, over all ranks, that a step of DeepSpeed's ``optimizer`` begins with.
+    """[n] on the device: the norms over all ranks that a step of DeepSpeed's ``optimizer`` begins with.
 
-    At stage 0 in bf16 they are squared. Where gradients are not finite, one is not finite either, or -1.
+    At stage 0 in bf16 they are squared. If gradients are not finite, at least one norm is not finite or is -1.
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return torch.stack(optimizer._get_norm_groups())
@@ -42,29 +42,29 @@ def gradient_norms(optimizer: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def given_norms(optimizer: Any, norms: Tensor) -> Iterator[None]:
-    """Within, a step of ``optimizer`` takes these [n], finite and on the host, in place of :func:`gradient_norms`."""
+def step_with_norms(optimizer: Any, norms: Tensor) -> Iterator[None]:
+    """Inside, a step of ``optimizer`` uses these norms [n], finite and on the host, and computes none."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        places = [replaced(optimizer, "_get_norm_groups", lambda: list(norms))]
+        patches = [replaced(optimizer, "_get_norm_groups", lambda: list(norms))]
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        places = [replaced(optimizer, "scaled_global_norm", lambda: torch.linalg.vector_norm(norms))]
+        patches = [replaced(optimizer, "scaled_global_norm", lambda: torch.linalg.vector_norm(norms))]
     elif isinstance(optimizer, BF16_Optimizer):
-        places = [replaced(bf16_optimizer, "get_global_norm_of_tensors", lambda *_, **__: norms[0])]
+        patches = [replaced(bf16_optimizer, "get_global_norm_of_tensors", lambda *_, **__: norms[0])]
     else:
         roots = iter([square**0.5 for square in norms.tolist()])
-        places = [
+        patches = [
             replaced(optimizer.overflow_checker, "check", lambda: False),
             replaced(unfused_optimizer, "get_weight_norm", lambda *_, **__: next(roots)),
         ]
     with contextlib.ExitStack() as stack:
-        for place in places:
-            stack.enter_context(place)
+        for patch in patches:
+            stack.enter_context(patch)
         yield
 
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Within, ``owner.name``, a function of a module or a method of an object, is ``function``."""
+    """Inside, ``function`` replaces ``owner.name``: a function of a module or a method of an object."""
     own = vars(owner).get(name)
     setattr(owner, name, function)
     try:

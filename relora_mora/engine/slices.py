@@ -1,8 +1,8 @@
-"""The resident form at ZeRO-3, where no rank holds a whole weight: each builds its own slice of ``W + delta``.
+"""The resident form at ZeRO-3. No rank holds a whole weight, so each builds its own slice of ``W + delta``.
 
-DeepSpeed makes a parameter whole from the slices that the ranks have of it: ``ds_tensor`` [n], elements n rank to
-n (rank + 1) of the flat parameter, padded at its end (DeepSpeed 0.19). With ``W + delta`` in place of W there, whoever
-gathers the weight gets that, and only this module knows W.
+DeepSpeed gathers a parameter from the slices of the ranks: ``ds_tensor`` [n], elements n rank to n (rank + 1) of the
+flat parameter, padded at its end (DeepSpeed 0.19). This module replaces W there, so that a gather yields ``W + delta``,
+and keeps W.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from relora_mora.adapters.layers import AdapterLinear
 from relora_mora.system.hardware import uses_cuda
 
-TOGETHER = 7  # layers whose adapters are gathered at a time, as many as a decoder layer has
+TOGETHER = 7  # linear layers whose adapters are gathered at once: a decoder layer has as many
 
 
 class MergedSlices:
-    """Puts ``W + delta`` in place of W in this rank's slices of the ``layers``, and W back.
+    """Replaces W by ``W + delta`` in this rank's slices of the ``layers``, and puts W back.
 
     ``optimizer`` is DeepSpeed's.
     """
@@ -31,11 +31,11 @@ class MergedSlices:
         self.layers = layers
         self.optimizer = optimizer
         self.rank = rank
-        self.bases: list[Tensor] = []  # slices of W, layer by layer, while their places hold W + delta
+        self.bases: list[Tensor] = []  # this rank's slice of W for each layer, while W + delta replaces it
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Builds ``W + delta`` unless it is there; a collective, since a delta needs whole adapters."""
+        """Builds ``W + delta`` unless it exists; a collective, since a delta needs whole adapters."""
         self._before_gathers()
         if self.bases or not self.layers:
             return
@@ -49,9 +49,9 @@ class MergedSlices:
         self._before_gathers()
 
     def drop(self) -> None:
-        """Puts W back unless it is there."""
+        """Puts W back if ``W + delta`` replaces it."""
         if self.bases:
-            for layer, base in zip(self.layers, self.bases, strict=False):  # an error may have left fewer
+            for layer, base in zip(self.layers, self.bases, strict=False):  # after an error there may be fewer
                 _replace(layer, base, in_place=False)
             self.bases = []
             self._release()
@@ -63,8 +63,9 @@ class MergedSlices:
         self.bases += [_replace(layer, values, in_place=True) for layer, values in zip(layers, merged, strict=True)]
 
     def _merged(self, layer: AdapterLinear) -> Tensor:
-        """``W + delta`` of this rank's slice. What others have is arbitrary in the weight that it is built with."""
-        slice_of_base = _slice(layer)
+        """``W + delta`` for this rank's slice. The rest of the weight that it is computed with is arbitrary."""
+        base_weight: Any = layer.weight
+        slice_of_base = base_weight.ds_tensor.data
         size = slice_of_base.numel()
         elements = layer.out_features * layer.in_features
         begin = min(size * self.rank, elements)
@@ -76,21 +77,21 @@ class MergedSlices:
         return merged
 
     def _release(self) -> None:
-        """Parts with weights that are whole on this rank, as they are now another matrix."""
+        """Partitions weights that are whole on this rank, since their values are out of date now."""
         whole: list[Any] = [layer.weight for layer in self.layers if _is_whole(layer.weight)]
         if whole:
             whole[0].partition(whole)
 
     def _before_gathers(self) -> None:
-        """Has DeepSpeed's gathers, on a stream of their own, find what this one writes into the slices.
+        """Makes DeepSpeed's gathers, which have their own stream, wait until this stream has written the slices.
 
-        They do not wait for it themselves, but where DeepSpeed gathers persistent parameters after a step.
+        By itself DeepSpeed only waits when it gathers persistent parameters after a step.
         """
         if uses_cuda():
             coordinator = self.optimizer.parameter_offload.get_param_coordinator()
             gathers = getattr(coordinator, "_PartitionedParameterCoordinator__allgather_stream", None)
             writes = torch.cuda.current_stream()
-            if gathers is None:  # another DeepSpeed
+            if gathers is None:  # another version of DeepSpeed
                 writes.synchronize()
             else:
                 gathers.wait_stream(writes)
@@ -98,7 +99,7 @@ class MergedSlices:
 
 @contextlib.contextmanager
 def _gathered(parameters: list[Any]) -> Iterator[None]:
-    """They are whole inside. DeepSpeed's own ``GatheredParameters`` has the host wait for the device."""
+    """The parameters are whole inside. DeepSpeed's own ``GatheredParameters`` makes the host wait for the device."""
     if not parameters:
         yield
         return
@@ -110,17 +111,12 @@ def _gathered(parameters: list[Any]) -> Iterator[None]:
 
 
 def _is_whole(parameter: Any) -> bool:
-    """Whether this rank has all of it, as of small parameters between their uses too."""
+    """Whether this rank has all of it. Small parameters stay whole between their uses."""
     return parameter.ds_status is ZeroParamStatus.AVAILABLE
 
 
-def _slice(layer: AdapterLinear) -> Tensor:
-    weight: Any = layer.weight
-    return weight.ds_tensor.data
-
-
 def _replace(layer: AdapterLinear, values: Tensor, *, in_place: bool) -> Tensor:
-    """Another slice of a weight; returns the one that was there."""
+    """Sets this rank's slice of a weight and returns the previous one."""
     weight: Any = layer.weight
     before = weight.ds_tensor.data
     weight.ds_tensor.data = values

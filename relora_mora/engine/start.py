@@ -1,4 +1,4 @@
-"""Starting DeepSpeed: its settings, accelerator and process group, and what is switched off."""
+"""Starts DeepSpeed: its settings, accelerator and process group, and the parts of it that are switched off."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from relora_mora.system.hardware import uses_cuda
 def deepspeed_settings(
     train: TrainConfig, world_size: int, *, clip: float, bf16: bool, trainable: int, on_gpu: bool
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from ours; ``train.deepspeed`` adds what we have no setting for."""
+    """DeepSpeed's configuration, derived from our settings; ``train.deepspeed`` adds to it."""
     zero_optimization = {
         **zero_defaults(train.zero_stage, world_size, trainable, on_gpu=on_gpu),
         **train.deepspeed.get("zero_optimization", {}),
         "stage": train.zero_stage,
     }
-    plain = train.zero_stage == 0 and not bf16  # no optimizer of DeepSpeed's around ours
+    plain = train.zero_stage == 0 and not bf16  # DeepSpeed does not wrap our optimizer
     settings: dict[str, Any] = {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_clipping": 0.0 if plain else clip,  # plain: see ZeroEngine.step
-        "bf16": {"enabled": bf16, "check_grad_overflow": False},  # ZeroEngine.step does
+        "gradient_clipping": 0.0 if plain else clip,  # if plain, ZeroEngine.step clips
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},  # ZeroEngine.step checks
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice at every micro-batch
         "zero_optimization": zero_optimization,
         "steps_per_print": 2**62,
@@ -53,16 +53,14 @@ def deepspeed_settings(
 
 
 if not uses_cuda():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed looks
-
-
-if uses_cuda():  # it reads CUDA_VISIBLE_DEVICES as numbers, which may name MIG parts: so DeepSpeed does without
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed reads it
+else:  # pynvml takes CUDA_VISIBLE_DEVICES for numbers, but it may name MIG parts; DeepSpeed works without pynvml
     from deepspeed.accelerator import cuda_accelerator
 
     cuda_accelerator.pynvml = None
 
 
-COLLECTIVES = (  # methods of DeepSpeed's backend
+COLLECTIVES = (  # methods of DeepSpeed's backend that wait for other ranks
     "all_gather",
     "all_gather_coalesced",
     "all_gather_into_tensor",
@@ -84,31 +82,33 @@ COLLECTIVES = (  # methods of DeepSpeed's backend
 def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
     """Joins the process group, for DeepSpeed as well, and returns (rank, world size).
 
-    See :func:`relora_mora.distributed.join`. DeepSpeed's shared-memory collective is switched off: training does not
-    use it, and it compiles with g++.
+    See :func:`relora_mora.distributed.join.join`. DeepSpeed's shared-memory collective is switched off: training does
+    not use it, and it needs g++ to compile.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed calls collectives by names that torch renames; it says so at every single call
+    # DeepSpeed calls collectives by deprecated names, and torch warns at every call
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
     join(timeout_seconds)
     if not deepspeed.comm.is_initialized():
         with quiet():
             deepspeed.init_distributed(dist_backend=backend_name(), auto_mpi_discovery=False, verbose=False)
-        _flag_collectives(deepspeed.comm.comm.cdb)
+        backend: Any = deepspeed.comm.comm.cdb  # DeepSpeed makes all collectives through its methods
+        for name in COLLECTIVES:
+            setattr(backend, name, _flagged(getattr(backend, name)))
         if uses_cuda():
             _flag_device_waits()
         _import_muon()
-        # DeepSpeed collects garbage while it makes an engine, several times; of what was imported none is
+        # DeepSpeed collects garbage several times while it builds an engine; nothing imported so far is garbage
         gc.freeze()
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def _import_muon() -> None:
-    """Imports DeepSpeed's Muon, as every engine of ZeRO does, without torch's compiler.
+    """Imports DeepSpeed's Muon, which every ZeRO engine imports, without torch's compiler.
 
-    Nothing here trains with it (docs/method.md says why), but its module hands functions to torch.compile, and to
-    import that takes seconds.
+    Nothing here trains with it (docs/method.md says why). But its module passes functions to torch.compile, and that
+    takes seconds to import.
     """
     compile_functions = compiler.compile
     compiler.compile = lambda: lambda function: function
@@ -119,13 +119,13 @@ def _import_muon() -> None:
 
 
 def allow_optimizer(kind: type[torch.optim.Optimizer]) -> None:
-    """Has ZeRO take optimizers of a class, which it looks up in a list."""
+    """Adds a class of optimizers to the list of those that ZeRO accepts."""
     if kind not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(kind)
 
 
 class _FlaggedWork:
-    """The handle of an asynchronous collective; its ``wait`` is flagged."""
+    """The handle of an asynchronous collective. Its ``wait`` is flagged as a wait for other ranks."""
 
     def __init__(self, work: Any) -> None:
         self._work = work
@@ -148,14 +148,8 @@ def _flagged(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _flag_collectives(backend: Any) -> None:
-    """Flags the collectives of DeepSpeed while they wait: it makes all of them through the methods of one object."""
-    for name in COLLECTIVES:
-        setattr(backend, name, _flagged(getattr(backend, name)))
-
-
 def _flag_device_waits() -> None:
-    """Flags the host's waits for the device: NCCL's calls return at once, and DeepSpeed waits for them in these."""
+    """Flags the host's waits for the device: NCCL's calls return at once, and DeepSpeed waits in these functions."""
     owners: tuple[Any, ...] = (torch.cuda, torch.cuda.Stream, torch.cuda.Event)
     for owner in owners:
         owner.synchronize = _flagged(owner.synchronize)
@@ -163,7 +157,7 @@ def _flag_device_waits() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides what DeepSpeed prints of its set-up; its warnings still come through the logger."""
+    """Hides what DeepSpeed prints while it is set up; its warnings still come through the logger."""
     if os.environ.get("DEEPSPEED_LOG_LEVEL"):
         yield
         return

@@ -1,4 +1,4 @@
-"""What joining sets in the environment is that of one test."""
+"""Each test restores the environment, which joining changes."""
 
 from __future__ import annotations
 

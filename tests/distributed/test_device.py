@@ -1,4 +1,4 @@
-"""The device of each rank: which GPU, what does not fit, and that it is bound before the ranks are joined."""
+"""The device of each rank: which GPU it is, what is refused, and that it is bound before the ranks connect."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torch import distributed as dist
 from relora_mora.distributed.collectives import is_device_failure
 from relora_mora.distributed.device import (
     DeviceAssignment,
+    assignment_fault,
     backend_name,
     bind_device,
     device_of_rank,
     gpu_of,
-    seat_fault,
 )
 from relora_mora.system import hardware
 
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes torch see GPUs with these UUIDs; returns what was done, in order."""
+    """Makes torch see GPUs with these UUIDs; returns a list of the calls, in order."""
     done: list[Any] = []
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
 
@@ -42,11 +42,11 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     return show
 
 
-def store_with(*seats: DeviceAssignment) -> dist.Store:
-    """What the ranks from 1 on have told."""
+def store_with(*assignments: DeviceAssignment) -> dist.Store:
+    """A store in which the ranks from 1 on have published their devices."""
     store = dist.HashStore()
-    for rank, seat in enumerate(seats, 1):
-        dist.PrefixStore("seats", store).set(str(rank), json.dumps(seat))
+    for rank, assignment in enumerate(assignments, 1):
+        dist.PrefixStore("devices", store).set(str(rank), json.dumps(assignment))
     return store
 
 
@@ -58,34 +58,34 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one(local_rank: int, vis
 
 
 @pytest.mark.parametrize(
-    ("seats", "says"),
+    ("assignments", "expected"),
     [
         ([("a", 0, 0, None), ("a", 1, 0, None)], None),  # CPUs
         ([("a", 0, 2, "G0"), ("a", 1, 2, "G1"), ("b", 0, 2, "G2"), ("b", 1, 2, "G3")], None),
         ([("a", 0, 1, "G0"), ("a", 1, 1, "G1"), ("a", 2, 1, "G2")], None),  # bound by the launcher
         (
             [("a", 0, 1, "G0"), ("a", 1, 1, "G0")],
-            "ranks 0 and 1 on a see 1 GPU, and it is the same (G0); start one rank",
+            "ranks 0 and 1 on a see only one GPU, the same one (G0); start one rank",
         ),
         (
             [("a", 0, 2, "G0"), ("a", 1, 2, "G1"), ("a", 2, 2, None)],
-            "rank 2 on a has LOCAL_RANK=2, and 2 GPUs are visible",
+            "rank 2 on a has LOCAL_RANK=2, but only 2 GPUs are visible",
         ),
-        ([("a", 0, 1, "G0"), ("b", 0, 0, None)], "rank 1 on b sees no GPU, and rank 0 on a does"),
+        ([("a", 0, 1, "G0"), ("b", 0, 0, None)], "rank 1 on b sees no GPU, but rank 0 on a does"),
         (
             [("a", 0, 0, None, "10.0.0.1"), ("b", 0, 0, None, "127.0.1.1")],
-            "rank 1 on b would listen at 127.0.1.1, which is what that host's name means there and no other",
+            "rank 1 on b would listen at 127.0.1.1, because the name of that host resolves to this address",
         ),
         ([("a", 0, 0, None, "127.0.0.1"), ("a", 1, 0, None, "127.0.0.1")], None),  # one host
         ([("a", 0, 0, None, "10.0.0.1"), ("b", 0, 0, None, None)], None),  # GLOO_SOCKET_IFNAME
     ],
 )
-def test_ranks_whose_gpus_do_not_fit_are_told_so_alike(
-    seats: list[tuple[Any, ...]], says: str | None, gpus: Any, monkeypatch: pytest.MonkeyPatch
+def test_ranks_whose_gpus_do_not_fit_all_raise_the_same_message(
+    assignments: list[tuple[Any, ...]], expected: str | None, gpus: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine, *others = [DeviceAssignment(*seat) for seat in seats]
-    fault = seat_fault([mine, *others])
-    assert (fault is None) == (says is None)
+    mine, *others = [DeviceAssignment(*assignment) for assignment in assignments]
+    fault = assignment_fault([mine, *others])
+    assert (fault is None) == (expected is None)
     gpus(*(f"G{number}" for number in range(mine.visible)))
     monkeypatch.setattr(socket, "gethostname", lambda: mine.host)
     addresses = [] if mine.address is None else [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (mine.address, 0))]
@@ -93,12 +93,12 @@ def test_ranks_whose_gpus_do_not_fit_are_told_so_alike(
     monkeypatch.setattr(socket.socket, "bind", lambda *_: None)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "" if mine.address else "eth0")
     monkeypatch.setenv("LOCAL_RANK", str(mine.local_rank))
-    if says is None:
-        bind_device(store_with(*others), 0, len(seats))
+    if expected is None:
+        bind_device(store_with(*others), 0, len(assignments))
         return
     with pytest.raises(ValueError) as raised:
-        bind_device(store_with(*others), 0, len(seats))
-    assert says in str(raised.value) and str(fault) in str(raised.value)
+        bind_device(store_with(*others), 0, len(assignments))
+    assert expected in str(raised.value) and str(fault) in str(raised.value)
     assert raised.value.same_on_all_ranks  # type: ignore[attr-defined]
 
 
@@ -125,7 +125,7 @@ def test_the_device_is_bound_before_the_ranks_are_joined(gpus: Any, monkeypatch:
     assert done == [1, ("nccl", torch.device("cuda", 1)), "control group"]
 
 
-def test_ds_accelerator_cpu_means_cpus_also_beside_a_gpu(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ds_accelerator_cpu_means_cpus_even_if_there_is_a_gpu(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     done = gpus("G0")
     assert hardware.uses_cuda() and backend_name() == "nccl"
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -135,7 +135,7 @@ def test_ds_accelerator_cpu_means_cpus_also_beside_a_gpu(gpus: Any, monkeypatch:
     assert hardware.device_here() is hardware.CPU
 
 
-def test_asking_for_a_gpu_that_is_not_there_is_one_message(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asking_for_a_missing_gpu_is_one_message(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus()
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -143,8 +143,8 @@ def test_asking_for_a_gpu_that_is_not_there_is_one_message(gpus: Any, monkeypatc
         bind_device(dist.HashStore(), 0, 1)
 
 
-def test_full_memory_is_no_failed_device() -> None:
-    full = torch.AcceleratorError("CUDA error: out of memory")  # also where the host has none left to pin
+def test_full_memory_is_not_a_failed_device() -> None:
+    full = torch.AcceleratorError("CUDA error: out of memory")  # also raised if the host has no memory left to pin
     failed = torch.AcceleratorError("CUDA error: unspecified launch failure")
     assert hardware.ran_out_of_memory(full) and not is_device_failure(full)
     assert is_device_failure(failed) and not hardware.ran_out_of_memory(failed)
@@ -154,12 +154,12 @@ def test_full_memory_is_no_failed_device() -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message",
     [
         "Triton Error [CUDA]: unspecified launch failure",
         "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`",
         "CUDA driver error: unknown error",
     ],
 )
-def test_a_failed_device_is_known_by_what_libraries_say(said: str) -> None:
-    assert is_device_failure(RuntimeError(said)) and not is_device_failure(ValueError(said))
+def test_a_failed_device_is_recognized_by_messages_of_libraries(message: str) -> None:
+    assert is_device_failure(RuntimeError(message)) and not is_device_failure(ValueError(message))

@@ -1,4 +1,4 @@
-"""Where the ranks of a start meet."""
+"""How the ranks of a job find and join each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_ranks_do_not_meet_in_the_store_of_an_earlier_job(monkeypatch: pytest.Mo
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     earlier = _store(port)
-    dist.PrefixStore("seats", earlier).set("1", "")  # rank 1 has met there
+    dist.PrefixStore("devices", earlier).set("1", "")  # rank 1 has published its device there
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
     looked = threading.Event()
@@ -48,11 +48,11 @@ def test_ranks_do_not_meet_in_the_store_of_an_earlier_job(monkeypatch: pytest.Mo
     assert found and found[0].check(["start"])
 
 
-def _let_gloo_fail(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
-    """Lets two ranks meet and not connect."""
+def _let_gloo_fail(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    """Makes gloo fail to connect two ranks that have met."""
 
     def init_process_group(*args: object, **kwargs: object) -> None:
-        raise RuntimeError(said)
+        raise RuntimeError(message)
 
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
@@ -62,20 +62,20 @@ def _let_gloo_fail(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
     monkeypatch.setattr(join, "bind_device", lambda *_: None)
 
 
-def test_ranks_that_meet_and_cannot_connect_are_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_ranks_cannot_connect_the_message_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     _let_gloo_fail(monkeypatch, "Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:144] no error")
     with pytest.raises(
-        join.JoinError, match=r"met the others at node1:0 and could not .*; .*set GLOO_SOCKET_IFNAME"
+        join.JoinError, match=r"met the others at node1:0, but could not .*; .*set GLOO_SOCKET_IFNAME"
     ) as raised:
         join.join(1.0)
     guard = mock.Mock()
     _end_if_lost(guard, raised.value)
-    assert guard.mock_calls == [], "it is no lost rank"
+    assert guard.mock_calls == [], "this is not a lost rank"
 
 
 @pytest.mark.parametrize("most", [24, 1024])
-def test_too_few_open_files_are_no_lost_rank(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """With the exit code of a lost one a job script would start the run again, for ever."""
+def test_too_few_open_files_are_not_a_lost_rank(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """With the exit code of a lost rank, a job script would restart the run forever."""
     _let_gloo_fail(monkeypatch, "[enforce fail at gloo/transport/tcp/device.cc:186] rv != -1. Too many open files")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (most, most))
     monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
@@ -83,4 +83,4 @@ def test_too_few_open_files_are_no_lost_rank(monkeypatch: pytest.MonkeyPatch, mo
     monkeypatch.setattr(join, "bind_device", lambda *_: met.append(None))
     with pytest.raises(ValueError, match=f"may have {most} files open on this host, .*; raise ulimit -n"):
         join.join(1.0)
-    assert len(met) == (most == 1024), "fewer than one rank needs are told before anything is opened"
+    assert len(met) == (most == 1024), "if one rank needs more, that is reported before anything is opened"

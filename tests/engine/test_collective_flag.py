@@ -1,4 +1,4 @@
-"""A rank that waits for another one is known to wait, whatever calls the collective."""
+"""A rank that waits for another one is flagged as waiting, whatever calls the collective."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.distributed
 
 
 def _waiting_for_rank_1(stage: int, moment: str) -> bool:
-    """Rank 1 comes late to a part of a step: it waits until rank 0 was seen in a collective. Whether rank 1 was not."""
+    """Rank 1 is late for one part of a step: it waits until rank 0 is flagged. Whether rank 1 was not flagged."""
     import torch
 
     from relora_mora.distributed.waiting import in_collective
@@ -59,7 +59,7 @@ def test_a_rank_in_a_collective_is_flagged_and_a_late_one_is_not(pools, stage, m
 
 
 def test_waits_for_a_gpu_are_flagged(monkeypatch):
-    """There NCCL's collectives return at once."""
+    """On GPUs, NCCL's collectives return at once."""
     import torch
 
     from relora_mora.distributed.waiting import in_collective

@@ -1,4 +1,4 @@
-"""Muon on every ZeRO stage against a loop of plain torch; and whole matrices out of cut ones."""
+"""Muon on every ZeRO stage, compared with a plain torch loop, and whole matrices from cut ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIM = {"matrices": "muon", "momentum": 0.8, "weight_decay": 0.1, "clip": 0.2, 
 
 
 def _llama() -> Any:
-    return tiny_llama(num_hidden_layers=3, intermediate_size=52)  # with two ranks a border lies within a matrix
+    return tiny_llama(num_hidden_layers=3, intermediate_size=52)  # with two ranks, a border is inside a matrix
 
 
 def _config(world_size: int, stage: int, method: str, zero: dict[str, Any] | None = None, **optim: Any) -> Config:
@@ -49,7 +49,7 @@ def _orthogonal(matrix: Tensor) -> Tensor:
 
 
 class Reference:
-    """Losses and parameters of the same run."""
+    """The same run in plain torch: its losses and parameters."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -140,7 +140,7 @@ def _reference(method: str, **optim: Any) -> tuple[Reference, list[float]]:
 
 
 def trained(world_size: int, stage: int, method: str, bf16: bool = False, **settings: Any) -> dict[str, Any]:
-    """Losses, and what the run ends with: masters, momentum, frozen weights."""
+    """Losses, and at the end of the run the masters, momentum and frozen weights."""
     from tests.tools.tiny import build_rig, whole_weights
 
     rig = build_rig(_config(world_size, stage, method, **settings), bf16=bf16, llama=_llama())
@@ -158,14 +158,14 @@ def trained(world_size: int, stage: int, method: str, bf16: bool = False, **sett
 
 
 def _distance(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
-    """The largest relative distance from the reference, of what has changed."""
+    """The largest distance from the reference, relative to how far the reference is from ``start``."""
     assert found.keys() == expected.keys()
     distances = [
         torch.linalg.vector_norm(found[name] - expected[name])
         / torch.linalg.vector_norm(expected[name] - start.get(name, 0)).clamp(min=1e-12)
         for name in found
     ]
-    return float(torch.stack(distances).max())  # Python's max would pass over NaN
+    return float(torch.stack(distances).max())  # Python's max would ignore NaN
 
 
 CASES = [(2, "remora", stage) for stage in STAGES]
@@ -227,13 +227,13 @@ FLATS = (("m0", "m1", "vector", "m2"), ("m3", "m4", "m5"))
 
 
 def _less_its_mean(matrices: Tensor) -> Tensor:
-    """What no rank can do to a piece, and what tells a matrix from its transpose."""
+    """A change that needs the whole matrix, and differs for its transpose."""
     columns = torch.arange(matrices.shape[2], dtype=matrices.dtype)
     return (matrices - matrices.mean(dim=(1, 2), keepdim=True)) * (1 + columns)
 
 
 def put_together(rank: int, world_size: int, seed: int, together: int) -> tuple[list[Tensor], list[int]]:
-    """Lays parameters end to end, cuts them at random between the ranks, and changes the matrices.
+    """Concatenates parameters, cuts them at random between the ranks, and changes the matrices.
 
     Returns this rank's parts of the result, and how many matrices were changed at once.
     """
@@ -282,7 +282,7 @@ def many_cuts(world_size: int, together: int) -> list[tuple[list[Tensor], list[i
 
 
 @pytest.mark.parametrize("world,together", [(1, 1), (2, 1), (4, 1), (4, 8)])
-def test_matrices_are_whole_wherever_they_were_cut(pools, world, together):
+def test_matrices_are_whole_wherever_they_are_cut(pools, world, together):
     expected = []
     for names in FLATS:
         parts = [_values(name, SHAPES.get(name, torch.Size([6]))) for name in names]
@@ -292,7 +292,7 @@ def test_matrices_are_whole_wherever_they_were_cut(pools, world, together):
         for index, values in enumerate(expected):
             assert torch.equal(torch.cat([parts[index] for parts, _ in of_ranks]), values)
         counts = [count for _, counts in of_ranks for count in counts]
-        assert sum(counts) == len(SHAPES)  # each by one rank
+        assert sum(counts) == len(SHAPES)  # each was changed by one rank
         assert together > 1 or max(counts) == 1
 
 
@@ -310,6 +310,6 @@ def elements_owned(world_size: int) -> int:
     return sum(part.numel for parts in exchange.incoming for _, part in parts)
 
 
-def test_the_ranks_share_the_work_where_all_matrices_are_cut(pools):
+def test_the_ranks_share_the_work_if_all_matrices_are_cut(pools):
     work = pools(2)(elements_owned, 2)
     assert max(work) < 1.2 * min(work)

@@ -1,4 +1,4 @@
-"""GaLore, Fira and APOLLO on every ZeRO stage against a loop of plain torch, which has whole matrices."""
+"""GaLore, Fira and APOLLO on every ZeRO stage, compared with a plain torch loop, which has whole matrices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tools.grids import rest
 
 pytestmark = pytest.mark.distributed
 
-SETTINGS = {"projection_rank": 5, "projection_every": 3, "eps": 1e-4}  # renewed at the first step, the 4th and the 7th
+SETTINGS = {"projection_rank": 5, "projection_every": 3, "eps": 1e-4}  # the projection is renewed at steps 1, 4 and 7
 
 
 def _settings(world_size: int, stage: int, method: str, matrices: str) -> Config:
@@ -26,7 +26,7 @@ def _settings(world_size: int, stage: int, method: str, matrices: str) -> Config
 
 
 class ProjectedReference(Reference):
-    """The rules themselves are compared with their formulas in tests/optim/test_projected.py."""
+    """Uses the rules of the package; tests/optim/test_projected.py compares these with their formulas."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -62,7 +62,7 @@ def _reference(method: str, matrices: str) -> tuple[ProjectedReference, list[flo
 
 
 def trained(world_size: int, stage: int, method: str, matrices: str, bf16: bool = False) -> dict[str, Any]:
-    """Losses, and what the run ends with: masters, and the states that this rank has."""
+    """Losses, and at the end of the run the masters and the states that this rank has."""
     from tests.tools.tiny import build_rig
 
     rig = build_rig(_settings(world_size, stage, method, matrices), bf16=bf16, llama=_llama())
@@ -103,7 +103,7 @@ def test_in_bf16_it_trains_as_plain_torch_does_up_to_rounding(pools, stage):
 
 
 def reset(world_size: int, mode: str) -> list[tuple[int, int]]:
-    """Matrices that have a state, and those whose state is zero, before a merge and after it."""
+    """How many matrices have a state, and how many of these states are zero, before a merge and after it."""
     from tests.tools.tiny import build_rig
 
     config = _config(world_size, 2, "remora", matrices="fira", **SETTINGS)

@@ -32,12 +32,12 @@ def _adapters(rig: Any) -> dict[str, torch.Tensor]:
 
 
 def _largest(values: Iterable[torch.Tensor]) -> float:
-    """NaN where one is: Python's max would pass over it."""
+    """The maximum, or NaN if any value is NaN, which Python's max would ignore."""
     return float(torch.stack(list(values)).max())
 
 
 def _plain_logits(rig: Any) -> torch.Tensor:
-    """Logits of the frozen weights alone, whatever the adapters hold."""
+    """Logits of only the frozen weights, whatever the adapters hold."""
     forwards = {layer: layer.forward for layer in rig.merger.layers.values()}
     for layer in forwards:
         layer.forward = lambda x, layer=layer: F.linear(x, layer.weight)
@@ -54,7 +54,7 @@ def _state(rig: Any, group: str) -> list[dict[str, torch.Tensor]]:
 
 
 def scenario(world_size: int, stage: int, bf16: bool, method: str, threshold: int | None) -> dict[str, Any]:
-    """One merge between steps 4 and 5, looked at from all sides; every value is for the test to judge."""
+    """One merge between steps 4 and 5; returns everything that the test checks."""
     from tests.tools.tiny import build_rig, tiny_config
 
     extra = {} if threshold is None else {"zero_optimization": {"stage3_param_persistence_threshold": threshold}}
@@ -119,7 +119,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("world,stage,bf16,method,threshold", CASES)
-def test_a_merge_from_all_sides(pools, world, stage, bf16, method, threshold):
+def test_a_merge_changes_what_it_should_and_nothing_else(pools, world, stage, bf16, method, threshold):
     ranks = pools(world)(scenario, world, stage, bf16, method, threshold)
     for seen in ranks:
         assert seen["initial_masters_exact"]
@@ -187,7 +187,7 @@ def test_reset_modes(pools, ranks, mode, matrices):
 
 
 def carried(world_size: int, stage: int, matrices: str) -> dict[str, Any]:
-    """How far the moments after a merge are from what the operators make of those before it, relative to these."""
+    """The relative distance of the moments after a merge from the carried moments before it."""
     from tests.tools.tiny import build_rig, tiny_config
 
     method = {"reset": "carry", "operators": [7]}
@@ -222,7 +222,7 @@ def test_carry_moves_the_state_to_the_new_operators(pools, ranks, stage, matrice
 
 
 def largest_moves(world_size: int, stage: int, method: str) -> dict[str, float]:
-    """The largest move of an adapter's element in the first step after each kind of reset, in multiples of the rate."""
+    """For each kind of reset, the largest change of an adapter element in the next step, in multiples of the rate."""
     from relora_mora.optim.groups import group_rates
     from tests.tools.tiny import build_rig, tiny_config
 
@@ -246,9 +246,9 @@ FIRST_STEPS += rest(("relora", 1), ("relora", 2), ("remora", 0), ("remora", 3))
 
 @pytest.mark.parametrize(("method", "stage"), FIRST_STEPS)
 def test_the_first_step_after_any_reset_moves_no_element_by_more_than_twice_the_rate(pools, stage, method):
-    """Adam's step of matching moments is below (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) = 1.17 rates.
+    """Adam's step with matching moments is below (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) = 1.17 rates.
 
-    With four steps' bias corrections it is 1.5 rates.
+    With the bias corrections of four steps it is 1.5 rates.
     """
     for move in pools(2)(largest_moves, 2, stage, method)[0].values():
         assert 0.1 < move < 2.0
@@ -275,7 +275,7 @@ def test_loras_draws_depend_on_seed_layer_and_merge_only(pools):
 
 
 def hundred_merges(world_size: int, bf16: bool) -> dict[str, Any]:
-    """100 merges of adapters drawn at random; the float64 sum of the same deltas beside it."""
+    """100 merges of random adapters, and the float64 sum of the same deltas for comparison."""
     from tests.tools.tiny import build_rig, tiny_config
 
     method = {"operators": [1, 2, 3, 4], "merge_every": 3}
@@ -316,4 +316,4 @@ def test_the_base_is_exact_after_a_hundred_merges(pools, ranks, bf16):
         # 100 additions, each off by at most half a unit in the last place (2^-24); a bf16 base would be off by 2^-9
         assert max(seen["errors"].values()) <= 100 * 2**-24 * seen["largest"]
         assert min(seen["moved"].values()) > 1e-3
-        assert seen["ranked"] == [3, 102, 201, 300], "the first, and one in each hundred steps"
+        assert seen["ranked"] == [3, 102, 201, 300], "the first merge, and one in each hundred steps"

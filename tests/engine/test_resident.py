@@ -1,4 +1,4 @@
-"""The resident form: ``W + delta`` is built once per step, and whatever changes a weight lets go of it."""
+"""The resident form: ``W + delta`` is built once per step, and every change of a weight drops it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.distributed
 
 
 def builds_and_bits(stage: int, bf16: bool, method: dict[str, Any], zero: dict[str, Any]) -> dict[str, Any]:
-    """Steps, evaluations and a merge in both forms; what each built, and all weights after them."""
+    """Runs steps, evaluations and a merge in both forms; returns what each built, and all weights afterwards."""
     from unittest import mock
 
     from relora_mora.adapters.inject import layer_class
@@ -47,7 +47,7 @@ def builds_and_bits(stage: int, bf16: bool, method: dict[str, Any], zero: dict[s
 REMORA = {"name": "remora"}
 CASES: list[Any] = [(stage, stage % 2 == 1, 1, REMORA, {}) for stage in range(4)]
 CASES += rest(*((stage, stage % 2 == 0, 1, REMORA, {}) for stage in range(4)))
-# each rank builds its own slice; by default all of so small a model stays gathered
+# each rank builds its own slice; by default, all of such a small model stays gathered
 CASES += [(3, True, 2, REMORA, {"stage3_param_persistence_threshold": 0})]
 CASES += rest(
     *(
@@ -66,7 +66,7 @@ def test_it_trains_as_the_merged_form_bit_for_bit_and_builds_once_a_step(pools, 
     for seen in pools(ranks)(builds_and_bits, stage, bf16, method, zero):
         torch.testing.assert_close(
             seen["resident", "numbers"], seen["merged", "numbers"], rtol=0, atol=0, equal_nan=True
-        )  # a step was poisoned
+        )  # NaN: one step has a poisoned gradient
         merged, resident = seen["merged", "bits"], seen["resident", "bits"]
         assert all(torch.equal(merged[name], resident[name]) for name in merged)
         assert seen["resident", "builds"] == 6 * 14 and seen["merged", "builds"] == 0  # 4 micro-batches, evaluations
@@ -74,7 +74,7 @@ def test_it_trains_as_the_merged_form_bit_for_bit_and_builds_once_a_step(pools, 
 
 
 def after_changes(stage: int) -> dict[str, tuple[int, bool]]:
-    """For each way to change a weight: how many layers still keep ``W + delta``, and whether the next is right."""
+    """For each way to change a weight: how many layers keep ``W + delta``, and whether the next one is right."""
     from relora_mora.operators import Draw
     from tests.tools.tiny import batch, build_rig, tiny_config, whole_weights
 
@@ -113,6 +113,6 @@ def after_changes(stage: int) -> dict[str, tuple[int, bool]]:
 
 
 @pytest.mark.parametrize("stage,ranks", [(0, 1), (2, 1), (3, 1), (3, 2)])
-def test_whatever_changes_a_weight_lets_go_of_it(pools, stage, ranks):
+def test_every_change_of_a_weight_drops_it(pools, stage, ranks):
     for seen in pools(ranks)(after_changes, stage):
         assert seen == dict.fromkeys(("masters", "base", "operator", "nothing"), (0, True))

@@ -1,4 +1,4 @@
-"""All ZeRO stages compute the same: around a merge, clipping, in bf16, with tied and frozen embeddings."""
+"""All ZeRO stages compute the same: around a merge, with clipping, in bf16, with tied and frozen embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 
 
 def _seven_steps(rig: Any, values: int = 1) -> list[float]:
-    """Losses of seven steps, a merge after the fourth; with two ``values`` the gradient norms as well."""
+    """Losses of seven steps with a merge after the fourth; with two ``values``, the gradient norms as well."""
     out: list[float] = []
     for step in range(1, 8):
         out.extend(rig.step(step)[:values])
@@ -82,7 +82,7 @@ def test_tied_and_frozen_embeddings_on_every_stage(pools, tied):
 def test_stages_clip_alike(pools):
     free = pools(2)(losses, 2, 0)[0]
     plain = pools(2)(losses, 2, 0, clip=0.05)[0]
-    # the norms are those before clipping, and it changed something
+    # the norms are measured before clipping, and clipping had an effect
     assert min(plain[1::2]) > 0.05 and abs(plain[2] - free[1]) > 0
     for stage in (1, 2, 3):
         assert pools(2)(losses, 2, stage, clip=0.05)[0] == pytest.approx(plain, rel=2e-5), stage
@@ -124,20 +124,20 @@ def test_a_nan_on_one_rank_stops_the_step_on_all(pools, ranks, stage, bf16, matr
 
 
 def frozen_masters(stage: int) -> list[str]:
-    """What the engine says when it is asked for the master of a frozen weight."""
+    """The engine's messages if it is asked for the masters of frozen weights."""
     from tests.tools.tiny import build_rig, tiny_config
 
     rig = build_rig(tiny_config(1, train={"zero_stage": stage}))
-    said = []
+    messages = []
     for name in rig.base.owner:
         with pytest.raises(AssertionError) as raised:
             rig.engine.gather(name)
-        said.append(str(raised.value))
-    return said
+        messages.append(str(raised.value))
+    return messages
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_frozen_weight_has_no_master_to_gather(pools, stage):
-    """Zeros would look like one."""
-    [said] = pools(1)(frozen_masters, stage)
-    assert said and all("does not train" in message for message in said)
+    """Zeros would look like a master."""
+    [messages] = pools(1)(frozen_masters, stage)
+    assert messages and all("is frozen" in message for message in messages)

@@ -42,7 +42,7 @@ def test_a_rank_is_bound_to_the_gpu_that_it_sees(monkeypatch: pytest.MonkeyPatch
     assert bind_device(dist.HashStore(), 0, 1) == torch.device("cuda", 0) == device_of_rank()
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"rank 0 on .* has LOCAL_RANK=3, and 2 GPUs are visible; start one rank"):
+    with pytest.raises(ValueError, match=r"rank 0 on .* has LOCAL_RANK=3, but only 2 GPUs are visible; start one rank"):
         bind_device(dist.HashStore(), 0, 1)
 
 

@@ -92,4 +92,4 @@ def test_two_ranks_on_one_gpu_are_one_message(inputs: Path, tokenizer_path: str,
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
     job = Job(write_config(config, tmp_path / "run.yaml"), launcher="torchrun", device="cuda", visible="0")
     assert job.wait() == 1, job.output  # torchrun's own; the ranks end with 2
-    assert job.output.count("see 1 GPU, and it is the same") == 1 and f"exitcode  : {USER_ERROR}" in job.output
+    assert job.output.count("see only one GPU, the same one") == 1 and f"exitcode  : {USER_ERROR}" in job.output
