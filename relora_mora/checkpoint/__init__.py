@@ -1,1 +1,1 @@
-"""Checkpoints: whole or absent, written in the background, readable on any world size and ZeRO stage."""
+"""Checkpoints: complete or absent, written in the background, readable with any world size and ZeRO stage."""

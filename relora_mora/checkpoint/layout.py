@@ -1,4 +1,4 @@
-"""What a checkpoint looks like on disk, and when it exists.
+"""The layout of a checkpoint on disk, and the rules for when it counts.
 
 ::
 
@@ -6,18 +6,18 @@
       latest                                   the name of the newest checkpoint, replaced by rename
       step-00000200/
         manifest.json                          written last: step, settings, data state, size and checksum of every file
-        state-00000-of-00002.safetensors       what rank 0 owned of masters, moments and states of matrices, float32
+        state-00000-of-00002.safetensors       the masters, moments and matrix states that rank 0 owned, float32
         base-00000-of-00002.safetensors        the frozen weights that rank 0 owned, float32
-        tokenizer/...                          what AutoTokenizer loads; damage here does not cost the tensors
+        tokenizer/...                          loaded by AutoTokenizer; if damaged, the tensors can still be used
 
-A folder ``*.tmp`` is being written or removed and does not count. A folder ``*.new`` is whole and about to replace
-``step-N``; it counts, in case a kill came in between.
+A folder ``*.tmp`` is being written or removed and does not count. A folder ``*.new`` is complete and about to replace
+``step-N``. It counts, because a kill can come before the rename.
 
-A tensor of a state file is a piece of one parameter: its key is ``kind|name|start`` with the kind master, exp_avg,
-exp_avg_sq or momentum, the parameter's name, and the index of the first element in the flattened parameter. What an
-optimizer keeps of a whole matrix (``matrix_states`` of the manifest) has kinds of its own; those tensors are whole. A
-reader puts pieces together for any world size and ZeRO stage. Base files are shared between checkpoints by hard links
-until a merge changes the base. Nothing is pickled.
+A tensor in a state file is a piece of one parameter. Its key is ``kind|name|start``: the kind is master, exp_avg,
+exp_avg_sq or momentum, then comes the parameter's name, and then the index of the first element in the flattened
+parameter. The state that an optimizer keeps for a whole matrix (``matrix_states`` in the manifest) has other kinds, and
+its tensors are never cut. A reader combines the pieces for any world size and ZeRO stage. Checkpoints share base files
+by hard links until a merge changes the base. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def step_folder(step: int) -> str:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step in the name of a checkpoint folder, None for other names."""
+    """The step in the name of a checkpoint folder; None for other names."""
     match = re.fullmatch(r"step-([0-9]{8,15})", folder.name)
     return int(match[1]) if match and folder.name == step_folder(int(match[1])) else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Folders below ``checkpoints/`` that are named like checkpoints, whole or not, newest first."""
+    """The folders in ``checkpoints/`` with the name of a checkpoint, complete or not, newest first."""
     if not folder.is_dir():
         return []
     found = [(step, path) for path in folder.iterdir() if path.is_dir() and (step := step_of(path)) is not None]
@@ -63,7 +63,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def list_new(folder: Path) -> list[Path]:
-    """Whole checkpoints that were about to take the place of the folder of their step, newest first."""
+    """Complete checkpoints ``step-N.new`` that were about to be renamed to ``step-N``, newest first."""
     return sorted(
         (path for path in folder.glob(f"step-*{NEW}") if path.is_dir() and step_of(path.with_suffix("")) is not None),
         reverse=True,
@@ -71,7 +71,7 @@ def list_new(folder: Path) -> list[Path]:
 
 
 def put_in_place(new: Path) -> None:
-    """Renames a whole checkpoint ``step-N.new`` to ``step-N``; what had that name is removed only after that."""
+    """Renames a complete checkpoint ``step-N.new`` to ``step-N``. A previous ``step-N`` is only removed afterwards."""
     final = new.with_suffix("")
     aside = _set_aside(final)
     new.rename(final)
@@ -80,7 +80,7 @@ def put_in_place(new: Path) -> None:
 
 
 def discard(checkpoint: Path) -> None:
-    """Removes a checkpoint. However this is cut short, nothing that is left looks like one."""
+    """Removes a checkpoint. If this is interrupted, nothing that is left looks like a checkpoint."""
     remove(_set_aside(checkpoint))
 
 
@@ -95,7 +95,7 @@ def _set_aside(path: Path) -> Path:
 FORMAT = "relora_mora checkpoint"
 VERSION = 2
 MANIFEST = "manifest.json"
-_OF_MODELS = ("config.json", "adapter_config.json")  # what an export has instead
+_MODEL_FILES = ("config.json", "adapter_config.json")  # files of an export, which has no manifest
 LATEST = "latest"
 TOKENIZER = "tokenizer"
 
@@ -103,7 +103,7 @@ Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]  # also exact as a fl
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: what was found, what was expected, what to do."""
+    """A checkpoint cannot be used. The message says what was found, what was expected, and what to do."""
 
 
 def _inside(name: str) -> str:
@@ -114,7 +114,7 @@ def _inside(name: str) -> str:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a checkpoint, as the manifest lists it."""
+    """The manifest's entry for one file of a checkpoint."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     bytes: Count
@@ -123,7 +123,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of a checkpoint but its tensors."""
+    """Everything in a checkpoint except its tensors."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     step: Count
@@ -139,24 +139,24 @@ class Manifest:
     model_config: dict[str, Any]
     tokenizer_fingerprint: str
     data_fingerprint: str
-    data_order: str  # fingerprint of what gives the places in data_state their meaning
+    data_order: str  # fingerprint of what the positions in data_state depend on
     data_state: dict[str, Any]
-    counters: dict[str, Any]  # what the run has counted so far: tokens, skipped steps, ...
+    counters: dict[str, Any]  # counts of the run so far: tokens, skipped steps, ...
     files: dict[Annotated[str, AfterValidator(_inside)], FileEntry]
     data_content: str  # fingerprint of the text of the training data
     eos_token_id: Count  # ends a document; not part of the fingerprint of a Hugging Face tokenizer
-    operator_seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None  # of a drawn operator
-    # of each matrix of which the optimizer keeps more than moments: the kinds of its state, and their shapes
+    operator_seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None  # None unless the operator is drawn
+    # kinds and shapes of the state of each matrix for which the optimizer keeps more than moments
     matrix_states: dict[str, dict[str, list[Count]]]
 
     def dump(self) -> str:
-        """As JSON, with a checksum of its own content beside those of the other files."""
+        """As JSON, with a checksum of the manifest itself."""
         values = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
         return json.dumps({**values, "checksum": content_checksum(values)}, indent=1)
 
     @property
     def draw(self) -> Draw:
-        """Of the operator in use."""
+        """The draw of the operator in use."""
         return Draw(self.operator_seed or 0, self.merges_done)
 
     @property
@@ -165,52 +165,49 @@ class Manifest:
 
     @property
     def tensor_files(self) -> list[str]:
-        """All files but those of the tokenizer: without one of these the checkpoint cannot be used."""
+        """All files except those of the tokenizer. The checkpoint cannot be used without every one of them."""
         return [name for name in self.files if not name.startswith(f"{TOKENIZER}/")]
 
     @property
     def is_good(self) -> bool:
-        """Whether a run can go back to it: not made amid steps with non-finite numbers, or after a loss spike."""
+        """Whether a run can go back to it: not saved amid steps with non-finite numbers or after a loss spike."""
         return not (self.counters.get("bad_steps") or self.counters.get("trouble"))
 
     @property
     def matrices(self) -> str:
-        """What trained the matrices: ``optim.matrices``."""
+        """The optimizer of the matrices: ``optim.matrices``."""
         name: str = self.config.get("optim", {}).get("matrices", "adamw")
         return name
 
     def kinds(self, name: str) -> tuple[str, ...]:
-        """What a state file holds of a parameter that trains."""
-        return ("master", *self.moments(name), *self._state(name))
+        """The kinds of tensors in a state file for a trainable parameter."""
+        return ("master", *self.moments(name), *self.matrix_states.get(name, {}))
 
     def moments(self, name: str) -> tuple[str, ...]:
-        """The optimizer state with a value for each element of a parameter that trains."""
+        """The kinds of optimizer state that have a value for each element of a trainable parameter."""
         return parameter_moments(name, self.matrices)
 
     def numel(self, name: str, kind: str = "master") -> int:
-        """Elements of a trainable or frozen parameter, or of its tensor ``kind``."""
-        shape = None if kind in ("master", "base") else self._state(name).get(kind)
+        """The number of elements of a trainable or frozen parameter, or of its tensor ``kind``."""
+        shape = None if kind in ("master", "base") else self.matrix_states.get(name, {}).get(kind)
         if shape is None:
             shape = self.parameters[name] if name in self.parameters else self.frozen[name]
         return math.prod(shape)
-
-    def _state(self, name: str) -> dict[str, list[int]]:
-        return self.matrix_states.get(name, {})
 
 
 _MANIFEST = TypeAdapter(Manifest)
 
 
 def content_checksum(values: dict[str, Any]) -> str:
-    """xxh3-128 of JSON values, whatever their spacing and the order of keys."""
+    """xxh3-128 of JSON values; spacing and the order of keys do not matter."""
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Reads a manifest.
 
-    Raises :class:`CheckpointError` where it is missing, damaged, or of another version, and OSError where a network
-    file system is gone.
+    Raises :class:`CheckpointError` if it is missing, damaged, or of another version, and OSError if a network file
+    system is gone.
     """
     path = folder / MANIFEST
     try:
@@ -218,18 +215,18 @@ def read_manifest(folder: Path) -> Manifest:
         content = path.read_bytes() if regular else b""
     except OSError as error:
         raise_if_lost(error)
-        model = next((name for name in _OF_MODELS if (folder / name).is_file()), None)
+        model = next((name for name in _MODEL_FILES if (folder / name).is_file()), None)
         if model is not None:
             raise CheckpointError(
-                f"{folder}: holds a model ({model}) and not a checkpoint; give the run or the checkpoint that it was "
-                "exported from"
+                f"{folder}: this is a model (it has {model}), not a checkpoint; give the run or the checkpoint that it "
+                "was exported from"
             ) from error
         raise CheckpointError(
-            f"{folder}: no checkpoint ({MANIFEST}: {error.strerror}); "
+            f"{folder}: not a checkpoint ({MANIFEST}: {error.strerror}); "
             "give a folder such as RUN/checkpoints/step-00001000"
         ) from error
     if not regular:
-        raise CheckpointError(f"{path}: damaged, it is not a file of its own; use an older checkpoint")
+        raise CheckpointError(f"{path}: damaged, it is not a regular file; use an older checkpoint")
     try:
         values = json.loads(content)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -237,38 +234,37 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path}: not the manifest of a {FORMAT}; give a folder such as RUN/checkpoints/step-00001000"
             )
         version = values.get("version")
-        if version != VERSION:  # first: another version may have another checksum
+        if version != VERSION:  # checked first: another version may compute the checksum differently
             raise CheckpointError(
-                f"{path}: format version {version}, this program reads version {VERSION}; use the release that wrote it"
+                f"{path}: format version {version}, expected version {VERSION}; use the release that wrote it"
             )
-        whole = values.pop("checksum", None) == content_checksum(values)
+        intact = values.pop("checksum", None) == content_checksum(values)
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged, it is not JSON ({error}); use an older checkpoint") from error
-    if not whole:
-        raise CheckpointError(f"{path}: damaged, its checksum is not that of its content; use an older checkpoint")
-    return _checked(path, values)
+    if not intact:
+        raise CheckpointError(f"{path}: damaged, its checksum does not match its content; use an older checkpoint")
+    return _validated(path, values)
 
 
-def _checked(path: Path, values: dict[str, Any]) -> Manifest:
+def _validated(path: Path, values: dict[str, Any]) -> Manifest:
     del values["format"], values["version"]
     try:
         manifest = _MANIFEST.validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path}: damaged, {where}: {first['msg']}; use an older checkpoint") from error
+        field = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{path}: damaged, {field}: {first['msg']}; use an older checkpoint") from error
     if manifest.matrices not in list(MATRIX_OPTIMIZERS):
         raise CheckpointError(
-            f"{path}: its matrices trained with {manifest.matrices!r}, and this program knows "
+            f"{path}: its matrices trained with {manifest.matrices!r}, but this program only knows "
             f"{', '.join(MATRIX_OPTIMIZERS)}; use the release that wrote it"
         )
     return manifest
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size and checksum of a file."""
     digest = xxhash.xxh3_128()
     size = 0
     with path.open("rb") as stream:
@@ -279,9 +275,9 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
-    """What is wrong with the first of these files that is missing, not a file, a link, of another size or altered.
+    """The problem with the first of these files that is missing, not a regular file, a link, or not as listed.
 
-    Raises OSError where a network file system is gone.
+    None if there is no problem. Raises OSError if a network file system is gone.
     """
     root = folder.resolve()
     for name in names:
@@ -290,9 +286,9 @@ def damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None
         try:
             status = path.stat()
             if not stat.S_ISREG(status.st_mode):
-                return f"{name}: not a file"
+                return f"{name}: not a regular file"
             if path.resolve() != root / name:
-                return f"{name}: a link, expected a file of the checkpoint's own"
+                return f"{name}: a link, expected a file in the checkpoint's own folder"
             if status.st_size != expected.bytes:
                 return f"{name}: {status.st_size} bytes, expected {expected.bytes}"
             if file_entry(path) != expected:

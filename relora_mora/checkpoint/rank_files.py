@@ -1,4 +1,4 @@
-"""The files that one rank writes of a checkpoint."""
+"""The files of a checkpoint that one rank writes."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.engine.merging import FrozenMasters
 
 
-PLACES_KEPT = 12
+PLACES_KEPT = 12  # paths at which to look for a shared base file
 _T = TypeVar("_T")
 
 
 @dataclass
 class _SharedBase:
-    """The newest base file of this rank, which checkpoints share by hard links until the next merge."""
+    """This rank's newest base file. Checkpoints share it by hard links until the next merge."""
 
     merges_done: int
     entry: FileEntry
-    places: list[Path]  # where it may be, the likeliest first
+    places: list[Path]  # where it may be, most likely first
 
 
 class RankFiles:
-    """Writes what ``engine``'s rank owns: fragments of the masters and moments, states of matrices, frozen weights.
+    """Writes what this rank of ``engine`` owns: fragments of masters and moments, matrix states, frozen weights.
 
-    The first rank adds the tokenizer: content of its files by name, as :func:`read_tokenizer` gives it.
+    The first rank adds ``tokenizer``, the content of the tokenizer's files by name (see :func:`read_tokenizer`).
     """
 
     def __init__(self, engine: ZeroEngine, base: FrozenMasters, tokenizer: Mapping[str, bytes]) -> None:
@@ -55,14 +55,14 @@ class RankFiles:
         self._mode = ordinary_mode()
 
     def adopt_base(self, folder: Path, manifest: Manifest) -> None:
-        """The base is that of this checkpoint, whose file can be shared if it holds what this rank owns."""
+        """The base equals that of this checkpoint. Its file can be shared if it holds exactly what this rank owns."""
         same = manifest.world_size == self.engine.world_size and list(manifest.frozen) == list(self.base.owner)
         entry = manifest.files.get(self.base_name) if same else None
         places = [path / self.base_name for path in _places(folder)]
         self._shared = None if entry is None else _SharedBase(manifest.merges_done, entry, places)
 
     def snapshot(self) -> dict[str, Tensor]:
-        """This rank's fragments, copied to host memory. At stage 0 all ranks own everything, so each takes a share."""
+        """Copies this rank's fragments to host memory. At stage 0 all ranks own everything, so each takes a share."""
         engine = self.engine
         pieces: dict[str, tuple[Fragment | None, Tensor]] = {}
         for fragment in self._share(engine.fragments):
@@ -81,44 +81,41 @@ class RankFiles:
         }
 
     def _share(self, owned: Iterable[_T]) -> Iterator[_T]:
-        """All that this rank owns; at stage 0, where each owns everything, every n-th."""
-        everywhere = self.engine.stage == 0
-        ranks = self.engine.world_size if everywhere else 1
-        return itertools.islice(owned, self.engine.rank if everywhere else 0, None, ranks)
+        """The items that this rank saves: all that it owns, or at stage 0 every n-th."""
+        if self.engine.stage > 0:
+            return iter(owned)
+        return itertools.islice(owned, self.engine.rank, None, self.engine.world_size)
 
     def write(self, work: Path, final: Path, merges_done: int, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
-        """Writes the files into ``work``, which will become ``final``, and syncs them; returns them by name.
+        """Writes the files into ``work``, which will be renamed to ``final``, and syncs them; returns them by name.
 
-        Before it raises an error, it frees the space that they take.
+        If writing fails, it removes its files before it raises the error.
         """
+        files: dict[str, FileEntry] = {}
         try:
-            return self._write(work, final, merges_done, tensors)
+            make_folder(work)
+            if tensors:
+                files[self.state_name] = self._write_tensors(work / self.state_name, tensors)
+            if self.base.owned:
+                files[self.base_name] = self._write_base(work, final, merges_done)
+            if self.engine.rank == 0:
+                write_tokenizer(self.tokenizer, work / TOKENIZER)
+                for name in self.tokenizer:
+                    files[f"{TOKENIZER}/{name}"] = file_entry(work / TOKENIZER / name)
+            written = [work / name for name in files]
+            for path in [*written, *{path.parent for path in written}]:
+                sync(path)
         except Exception:
             for name in (self.state_name, self.base_name):
                 with contextlib.suppress(OSError):
                     (work / name).unlink(missing_ok=True)
             raise
-
-    def _write(self, work: Path, final: Path, merges_done: int, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
-        make_folder(work)
-        files: dict[str, FileEntry] = {}
-        if tensors:
-            files[self.state_name] = self._write_tensors(work / self.state_name, tensors)
-        if self.base.owned:
-            files[self.base_name] = self._write_base(work, final, merges_done)
-        if self.engine.rank == 0:
-            write_tokenizer(self.tokenizer, work / TOKENIZER)
-            for name in self.tokenizer:
-                files[f"{TOKENIZER}/{name}"] = file_entry(work / TOKENIZER / name)
-        written = [work / name for name in files]
-        for path in [*written, *{path.parent for path in written}]:
-            sync(path)
         return files
 
     def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> FileEntry:
         with disk_faults_named(path.parent):
             save_file(tensors, path)
-        path.chmod(self._mode)  # safetensors makes files that only their owner reads
+        path.chmod(self._mode)  # safetensors creates files that only their owner can read
         return file_entry(path)
 
     def _write_base(self, work: Path, final: Path, merges_done: int) -> FileEntry:
@@ -129,7 +126,7 @@ class RankFiles:
         else:
             path.unlink(missing_ok=True)
             entry = self._write_tensors(path, {f"base|{name}|0": self.base.weights[name] for name in self.base.owned})
-        # the file stays in ``work`` until the first rank has renamed that, and may move between two looks
+        # the file is in ``work`` until the first rank renames the folder, which can happen between two attempts
         places = [folder / self.base_name for folder in (*_places(final), work, final)]
         if shared is not None:
             places += shared.places
@@ -138,17 +135,17 @@ class RankFiles:
 
 
 def _places(checkpoint: Path) -> tuple[Path, Path]:
-    """Where a whole checkpoint may be: it may not have its name yet."""
+    """The paths where a complete checkpoint may be: it may still end in ``.new``."""
     return checkpoint, checkpoint.with_name(checkpoint.name + NEW)
 
 
 def host_copies(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Copies in host memory. Those of a GPU go to pinned memory, all at once, and the host waits for them together.
+    """Copies tensors to host memory. A GPU copies to pinned memory, and the host waits once for all its copies.
 
-    Torch keeps pinned memory for the next time, in blocks that are rounded up to a power of two.
+    Torch caches pinned memory for the next save, in blocks that are rounded up to a power of two.
     """
     copies = []
-    device = None  # of a GPU
+    device = None  # the GPU, if there is one
     for tensor in tensors:
         device = tensor.device if tensor.is_cuda else device
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -159,7 +156,7 @@ def host_copies(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _link_any(sources: list[Path], target: Path) -> bool:
-    """Links to the first of these files that exists; False when none does."""
+    """Links to the first of these files that exists; False if none does."""
     for source in sources:
         try:
             _link(source, target)
@@ -170,7 +167,7 @@ def _link_any(sources: list[Path], target: Path) -> bool:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
+    """Makes a hard link, or a copy if the file system has no hard links."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)

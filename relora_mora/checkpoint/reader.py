@@ -1,7 +1,8 @@
-"""Finds the checkpoint that a user names, and reads it into any world size and ZeRO stage."""
+"""Finds the checkpoint that a user names, and loads it into any world size and ZeRO stage."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +24,12 @@ from relora_mora.checkpoint.layout import (
 )
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, same_on_all_ranks
 from relora_mora.system.files import raise_if_lost
+from relora_mora.system.logs import shared_log
+from relora_mora.system.run_folder import RunFolder
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.engine.engine import ZeroEngine
     from relora_mora.engine.merging import FrozenMasters
-import contextlib
-
-from relora_mora.system.logs import shared_log
-from relora_mora.system.run_folder import RunFolder
 
 
 class _Piece(NamedTuple):
@@ -45,8 +44,8 @@ class _Piece(NamedTuple):
 class CheckpointReader:
     """The tensors of one checkpoint, by parameter.
 
-    Raises :class:`CheckpointError` for a file that is not a safetensors file, and where the pieces in the files do not
-    make up each parameter of the manifest exactly once. Checksums are left to :func:`verify`.
+    Raises :class:`CheckpointError` if a file is not a safetensors file, or if the pieces in the files do not cover each
+    parameter of the manifest exactly once. It does not check checksums; :func:`verify` does.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,7 +63,7 @@ class CheckpointReader:
             self._check_complete(kind, name, sorted(pieces))
 
     def _index(self, file: str) -> None:
-        for key in self._open(file).keys():  # noqa: SIM118 - a safetensors handle is no mapping
+        for key in self._open(file).keys():  # noqa: SIM118 - a safetensors handle is not a mapping
             tensor = self._open(file).get_slice(key)
             kind, _, rest = key.partition("|")
             name, _, start = rest.rpartition("|")
@@ -79,7 +78,7 @@ class CheckpointReader:
         end = 0
         for piece in pieces:
             if piece.start < end:
-                raise self._damaged(f"{piece.file}: {piece.key} is there twice or overlaps another piece")
+                raise self._damaged(f"{piece.file}: {piece.key} appears twice or overlaps another piece")
             if piece.start > end:
                 break
             end += piece.numel
@@ -89,10 +88,10 @@ class CheckpointReader:
         if end < numel:
             prefix = "base-" if kind == "base" else "state-"
             files = ", ".join(sorted(file for file in self.manifest.files if file.startswith(prefix))) or "its files"
-            raise self._damaged(f"{files}: without element {end} (of {numel}) of {kind} of {name}")
+            raise self._damaged(f"{files}: element {end} (of {numel}) of {kind} of {name} is missing")
 
-    def _damaged(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.folder}/{what}; use an older checkpoint")
+    def _damaged(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.folder}/{problem}; use an older checkpoint")
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -104,9 +103,9 @@ class CheckpointReader:
         return self._files[file]
 
     def piece(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of a flattened parameter, float32 [numel]; kind as in ``layout``.
+        """Elements [start, start + numel) of a flattened parameter, float32 [numel]; see ``layout`` for the kinds.
 
-        Raises :class:`CheckpointError` where one is not finite: memory that failed before the checksum was made.
+        Raises :class:`CheckpointError` if one is not finite: memory may have failed before the checksum was computed.
         """
         out = torch.empty(numel, dtype=torch.float32)
         for piece in self._pieces[kind, name]:
@@ -125,7 +124,7 @@ class CheckpointReader:
         return out
 
     def weight(self, name: str) -> Tensor:
-        """A whole parameter in float32: the master of a trainable one, the base of a frozen one."""
+        """A whole parameter in float32: the master if it is trainable, the base if it is frozen."""
         kind = "master" if name in self.manifest.parameters else "base"
         shape = (self.manifest.parameters | self.manifest.frozen).get(name)
         if shape is None:
@@ -133,9 +132,9 @@ class CheckpointReader:
         return self.piece(kind, name, 0, self.manifest.numel(name)).view(shape)
 
     def restore(self, engine: ZeroEngine, base: FrozenMasters) -> None:
-        """Gives an engine and its frozen masters the values of this checkpoint; a collective.
+        """Loads this checkpoint into an engine and its frozen masters; a collective.
 
-        Raises :class:`CheckpointError` on all ranks, also where only one cannot read what it needs.
+        Raises :class:`CheckpointError` on all ranks, even if only one cannot read what it needs.
         """
         trained = {name: list(engine.shapes[name]) for names in engine.members for name in names}
         frozen = {name: list(engine.shapes[name]) for name in base.owner}
@@ -146,8 +145,8 @@ class CheckpointReader:
             different = ", ".join(sorted(set(trained) ^ set(saved.parameters))[:3]) or "other shapes or states"
             raise same_on_all_ranks(
                 CheckpointError(
-                    f"{self.folder}: its trainable parameters are not this run's ({different}); "
-                    "resume with the settings it was made with"
+                    f"{self.folder}: its trainable parameters differ from this run's ({different}); "
+                    "resume with the settings that it was saved with"
                 )
             )
         problem: str | None = None
@@ -155,10 +154,10 @@ class CheckpointReader:
             self._read_own(engine, base)
         except CheckpointError as error:
             problem = str(error)
-        first = _first_problem(gather_from_ranks(problem))
-        if first is not None:
-            raise same_on_all_ranks(CheckpointError(first))
-        self._files.clear()  # else a removed checkpoint would hold its disk space until the run ends
+        problems = [text for text in gather_from_ranks(problem) if text is not None]
+        if problems:
+            raise same_on_all_ranks(CheckpointError(problems[0]))
+        self._files.clear()  # else a removed checkpoint would keep its disk space until the run ends
         engine.refresh()
         base.push(engine)
 
@@ -179,19 +178,15 @@ class CheckpointReader:
 
 
 def verify(folder: Path, engine: ZeroEngine | None = None) -> str | None:
-    """What is wrong with a checkpoint, None when it is whole.
+    """The problem with a checkpoint; None if it is complete and intact.
 
-    With an engine it is a collective, and the ranks share the reading. Damage of the tokenizer beside the tensors does
-    not count: see :func:`damaged_tokenizer`.
+    With an engine this is a collective, and the ranks share the reading. Damage of the tokenizer does not count: see
+    :func:`damaged_tokenizer`.
     """
     if engine is None:
         return _damage_of_files(folder) or _damage_of_content(folder)
-    problem = _first_problem(gather_from_ranks(_damage_of_files(folder, engine.rank, engine.world_size)))
-    return problem or from_first_rank(lambda: _damage_of_content(folder))
-
-
-def _first_problem(of_ranks: list[str | None]) -> str | None:
-    return next((problem for problem in of_ranks if problem is not None), None)
+    problems = filter(None, gather_from_ranks(_damage_of_files(folder, engine.rank, engine.world_size)))
+    return next(problems, None) or from_first_rank(lambda: _damage_of_content(folder))
 
 
 def _damage_of_files(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
@@ -200,7 +195,7 @@ def _damage_of_files(folder: Path, rank: int = 0, world_size: int = 1) -> str | 
     except CheckpointError as error:
         return str(error)
     if step_of(folder) not in (None, manifest.step):
-        return f"{MANIFEST}: is that of step {manifest.step}"
+        return f"{MANIFEST}: belongs to step {manifest.step}"
     return damage(folder, manifest, manifest.tensor_files[rank::world_size])
 
 
@@ -215,9 +210,9 @@ def _damage_of_content(folder: Path) -> str | None:
 def newest_whole(
     folder: Path, engine: ZeroEngine | None = None, suits: Callable[[Path], bool] = lambda path: True
 ) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint below ``folder`` that suits and is whole, and what is wrong with newer ones that suit.
+    """The newest complete checkpoint in ``folder`` that suits, and the problems of newer ones that suit.
 
-    With an engine it is a collective.
+    With an engine this is a collective.
     """
 
     def candidates() -> list[Path]:
@@ -233,9 +228,9 @@ def newest_whole(
 
 
 def list_candidates(folder: Path) -> list[Path]:
-    """What may be a checkpoint below ``checkpoints/``, newest first.
+    """The folders in ``checkpoints/`` that may be checkpoints, newest first.
 
-    One that was about to replace another of the same step comes before that.
+    ``step-N.new`` comes before the ``step-N`` that it was about to replace.
     """
     return sorted(
         [*list_checkpoints(folder), *list_new(folder)],
@@ -245,10 +240,9 @@ def list_candidates(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint at ``path``, or the newest whole one where that is a run folder or its ``checkpoints/``.
+    """The checkpoint at ``path``, or the newest complete one if that is a run folder or its ``checkpoints/``.
 
-    A warning names newer ones that are damaged. Raises :class:`CheckpointError` when there is none or when it is
-    damaged.
+    A warning names newer ones that are damaged. Raises :class:`CheckpointError` if there is none or if it is damaged.
     """
     for folder in (path, RunFolder(path).checkpoints):
         while candidates := list_candidates(folder):
@@ -257,12 +251,12 @@ def find_checkpoint(path: Path) -> Path:
                 for reason in skipped:
                     shared_log.warning("%s: passed over %s", folder, reason)
                 return found
-            if list_candidates(folder) == candidates:  # else its run has removed them, and has newer ones
-                raise CheckpointError(f"{folder}: no checkpoint in it is whole: {'; '.join(skipped)}")
+            if list_candidates(folder) == candidates:  # otherwise the run has removed them and written newer ones
+                raise CheckpointError(f"{folder}: all checkpoints in it are damaged: {'; '.join(skipped)}")
     if not path.is_dir():
-        what = "is no folder" if path.exists() else "not found"
+        fault = "not a folder" if path.exists() else "not found"
         raise CheckpointError(
-            f"{path}: {what}; give a run folder, or a checkpoint such as RUN/checkpoints/step-00001000"
+            f"{path}: {fault}; give a run folder, or a checkpoint such as RUN/checkpoints/step-00001000"
         )
     problem = verify(path)
     if problem is not None:
@@ -273,10 +267,10 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def newest_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint at ``path``, or the newest that can be read where that is a run folder or its
-    ``checkpoints/``. Whether the checkpoint's files are whole is not looked at.
+    """The manifest of the checkpoint at ``path``, or the newest readable one if that is a run folder or its
+    ``checkpoints/``. The checkpoint's other files are not checked.
 
-    Raises :class:`CheckpointError` when there is none.
+    Raises :class:`CheckpointError` if there is none.
     """
     for folder in (path, RunFolder(path).checkpoints):
         for checkpoint in list_candidates(folder):

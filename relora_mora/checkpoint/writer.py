@@ -1,9 +1,9 @@
-"""Writes checkpoints in the background, whole or not at all, and removes those that are not kept.
+"""Writes checkpoints in the background, completely or not at all, and removes old ones.
 
-Training pauses only while the state is copied to host memory. Then a thread of every rank writes the rank's own files
-below ``step-N.JOB-ATTEMPT.tmp`` and sends rank 0 their sizes and checksums, or why it failed. Rank 0's thread waits for
-all ranks, writes the manifest and renames the folder, or removes it after a failure. No collective is used, so a slow
-disk cannot hold up training.
+Training only pauses while the state is copied to host memory. Then a thread of every rank writes the rank's files into
+``step-N.JOB-ATTEMPT.tmp`` and sends their sizes and checksums, or the reason why it failed, to rank 0. Rank 0's thread
+waits for all ranks, writes the manifest and renames the folder, or removes it after a failure. There is no collective,
+so a slow disk cannot hold up training.
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ POLL_SECONDS = 0.05
 
 
 class Mailbox:
-    """Messages in the job's key-value store, which works where a disk is full or cannot be written.
+    """Messages in the job's key-value store, which works even if a disk is full or cannot be written.
 
-    ``job`` keeps the messages of one writer apart from those of others; it is the same on all ranks.
+    ``job`` separates the messages of one writer from those of others; it is the same on all ranks.
     """
 
     def __init__(self, job: str) -> None:
         everyone = torch.distributed.group.WORLD
-        assert everyone is not None, "the processes of a run are joined before it is built"
+        assert everyone is not None, "the ranks join before a run is built"
         self._store = torch.distributed.PrefixStore(f"checkpoint/{job}", everyone.get_group_store())
 
     def send(self, about: str, rank: int, message: dict[str, Any]) -> None:
         self._store.set(f"{about}/{rank}", json.dumps(message))
 
     def receive(self, about: str, rank: int, deadline: float) -> dict[str, Any] | None:
-        """Takes a rank's message from the store; None when there is none by ``deadline`` (of ``time.monotonic``)."""
+        """Takes a rank's message from the store; None if there is none by ``deadline`` (of ``time.monotonic``)."""
         key = f"{about}/{rank}"
-        while not self._store.check([key]):  # to wait in the store would block its connection for the main thread
+        while not self._store.check([key]):  # waiting in the store would block its connection for the main thread
             if time.monotonic() > deadline:
                 return None
             time.sleep(POLL_SECONDS)
@@ -77,10 +77,10 @@ class Mailbox:
 
 
 def retire(folder: Path, newest: int, *, keep_last: int, keep_every_steps: int) -> None:
-    """Removes the checkpoints below ``checkpoints/`` up to step ``newest`` that need not be kept.
+    """Removes the checkpoints in ``checkpoints/`` up to step ``newest`` that need not be kept.
 
-    Kept are the ``keep_last`` newest, those whose step is a multiple of ``keep_every_steps``, and the newest one that
-    a run can go back to. Checkpoints of later steps belong to another history and are left alone.
+    It keeps the ``keep_last`` newest, those whose step is a multiple of ``keep_every_steps``, and the newest one that a
+    run can go back to. Checkpoints of later steps belong to another history, so it does not touch them.
     """
     whole: list[tuple[int, Path]] = []  # newest first
     for path in list_checkpoints(folder):
@@ -103,7 +103,7 @@ def _is_good(checkpoint: Path) -> bool:
 
 
 def tidy(folder: Path) -> None:
-    """Finishes or removes what a killed run left half done below ``checkpoints/``."""
+    """Finishes or removes unfinished checkpoints that a killed run left in ``checkpoints/``."""
     for new in list_new(folder):
         if verify(new) is None or not new.with_suffix("").exists():
             put_in_place(new)
@@ -113,18 +113,18 @@ def tidy(folder: Path) -> None:
         remove(path)
 
 
-NAMED_RANKS = 3  # of those that failed
-APPEAR_SECONDS = 10.0  # for a file that another host wrote to be seen on this one
+NAMED_RANKS = 3  # failed ranks that a message names
+APPEAR_SECONDS = 10.0  # for a file that another host wrote to appear on this one
 LATE_SECONDS = 1500.0  # for a rank to write its part; shorter than the watchdog lets a save take
 
 
 class CheckpointWriter:
-    """One per rank, made by all ranks together. What is kept: :func:`relora_mora.checkpoint.writer.retire`.
+    """One per rank, constructed by all ranks together. :func:`retire` decides which checkpoints are kept.
 
-    The files of the folder ``tokenizer`` are read at once and written into every checkpoint, whatever becomes of the
-    folder. ``merge_states`` makes one data state of those of all ranks. On rank 0 ``sync_beside`` is called before a
-    checkpoint gets its name, and ``report`` gets a line for each save that failed. ``last_failure`` is None where the
-    last save went well; on other ranks it covers their own part alone.
+    The files of the folder ``tokenizer`` are read now and written into every checkpoint, even if the folder changes.
+    ``merge_states`` combines the data states of all ranks into one. On rank 0, ``sync_beside`` is called before a
+    checkpoint gets its name, and ``report`` gets a line for each save that fails. ``last_failure`` is None if the last
+    save succeeded; on ranks other than 0 it only covers their own part.
     """
 
     def __init__(
@@ -156,18 +156,24 @@ class CheckpointWriter:
         self._base_free = threading.Event()  # set while no write reads the base
         self._base_free.set()
         self._attempt = 0
-        self._given_up: list[Path] = []  # folders of failed saves: a slow rank may still have written into one
-        self._job = from_first_rank(lambda: _prepare(folder))  # no rank writes before that is done
+        self._given_up: list[Path] = []  # folders of failed saves, into which a slow rank may still write
+
+        def prepare() -> str:
+            make_folder(folder)
+            tidy(folder)
+            return uuid.uuid4().hex
+
+        self._job = from_first_rank(prepare)  # no rank writes before this is done
         self._mailbox = Mailbox(self._job)
 
     def adopt_base(self, manifest: Manifest) -> None:
-        """After a resume from, or a rollback to, a checkpoint of this run: later ones can share its base files."""
+        """Call it after a resume or rollback to a checkpoint of this run: later ones can share its base files."""
         self._files.adopt_base(self.folder / step_folder(manifest.step), manifest)
 
     def save(self, manifest: Manifest, data_state: dict[str, Any]) -> float:
-        """Starts a checkpoint of the present state and returns the seconds that training stood still for it.
+        """Starts a checkpoint of the current state and returns the seconds that training paused for it.
 
-        ``manifest`` comes without files and data state; ``data_state`` is this rank's. All ranks save the same steps.
+        ``manifest`` has no files and no data state yet; ``data_state`` is this rank's. All ranks save the same steps.
         """
         begin = time.perf_counter()
         self.wait()
@@ -181,11 +187,11 @@ class CheckpointWriter:
         return time.perf_counter() - begin
 
     def wait_for_base(self) -> None:
-        """Returns when no write reads the base: a merge may change it."""
+        """Waits until no write reads the base, so that a merge may change it."""
         self._base_free.wait()
 
     def wait(self) -> None:
-        """Returns when this rank's part of the last checkpoint (rank 0: the whole of it) is done."""
+        """Waits until this rank's part of the last checkpoint is written, or on rank 0 all of it."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -194,7 +200,7 @@ class CheckpointWriter:
 
     def _run(self, manifest: Manifest, data_state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         final = self.folder / step_folder(manifest.step)
-        # a rank of an earlier start, whose launcher was killed, may still be writing: not into this folder
+        # a rank of an earlier job whose launcher was killed may still be writing; its folder has another name
         work = final.with_name(f"{final.name}.{self._job[:8]}-{self._attempt}{TEMPORARY}")
         message: dict[str, Any]
         try:
@@ -209,14 +215,14 @@ class CheckpointWriter:
             self._mailbox.send(work.name, self.rank, message)
             if self.rank == 0:
                 failure = self._conclude(work, final, manifest)
-        except Exception as error:  # the store is gone, and the job with it
+        except Exception as error:  # the store is gone, and so is the job
             failure = _reason(error)
         self.last_failure = None if failure is None else f"the checkpoint of step {manifest.step} failed ({failure})"
 
     def _conclude(self, work: Path, final: Path, manifest: Manifest) -> str | None:
-        """Makes the files of all ranks a checkpoint, or removes them and returns why.
+        """Turns the files of all ranks into a checkpoint. If that fails, removes them and returns the reason.
 
-        A rank that is out of time may still be writing.
+        A rank that did not finish in time may still be writing.
         """
         deadline = time.monotonic() + LATE_SECONDS
         late = {"failure": f"did not finish its part in {LATE_SECONDS:.0f} s"}
@@ -247,47 +253,37 @@ class CheckpointWriter:
         write_synced(work / MANIFEST, replace(manifest, files=files, data_state=state).dump())
         self.sync_beside()
         new = final.with_name(final.name + NEW)
-        if new.exists():  # a save of this step that was whole, but could not get its name
+        if new.exists():  # an earlier save of this step that is complete but was not renamed
             put_in_place(new)
         work.rename(new)
         put_in_place(new)
 
     def _tidy_up(self, step: int) -> None:
-        """Updates what a resume does not need; a failure here is reported and the checkpoint is none the worse."""
-
-        def update_latest() -> None:
-            write_synced(self.folder / LATEST, step_folder(step) + "\n")
+        """Updates files that a resume does not need. A failure is reported and does not affect the checkpoint."""
 
         def remove_old() -> None:
             retire(self.folder, step, keep_last=self.keep_last, keep_every_steps=self.keep_every_steps)
             while self._given_up:
                 remove(self._given_up.pop())
 
-        for update in (update_latest, remove_old):
+        for update in (lambda: write_synced(self.folder / LATEST, step_folder(step) + "\n"), remove_old):
             try:
                 update()
             except OSError as error:
                 self.report(
-                    f"the checkpoint of step {step} is whole, "
-                    f"but what is beside it could not be updated ({_reason(error)})"
+                    f"the checkpoint of step {step} is complete, "
+                    f"but {LATEST} or older checkpoints could not be updated ({_reason(error)})"
                 )
 
 
 def _await_file(path: Path, size: int, rank: int, deadline: float) -> None:
-    """Returns when this rank sees a file that another one has written. Raises OSError when it does not appear."""
+    """Waits until this rank sees a file that another one has written. Raises OSError if it does not appear."""
     while not path.is_file() or path.stat().st_size != size:
         if time.monotonic() > deadline:
             raise OSError(
-                f"{path.name}, which rank {rank} has written, is not seen by rank 0: do all hosts share the run folder?"
+                f"rank 0 does not see {path.name}, which rank {rank} has written: do all hosts share the run folder?"
             )
         time.sleep(0.1)
-
-
-def _prepare(folder: Path) -> str:
-    """Makes the folder ready and returns a name for the writers of this job."""
-    make_folder(folder)
-    tidy(folder)
-    return uuid.uuid4().hex
 
 
 def _reason(error: Exception) -> str:

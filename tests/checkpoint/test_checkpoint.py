@@ -1,4 +1,4 @@
-"""The files of a checkpoint: whole ones, damaged ones, those of a stranger, and what a kill leaves behind."""
+"""The files of a checkpoint: complete, damaged, from a stranger, and after a kill."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def _replace(path: Path) -> None:
     path.mkdir()
 
 
-# what is done to a file, and what the line about it says, of manifest.json and of other files
+# what is done to a file, and the message about it, for manifest.json and for other files
 WAYS = {
     "missing": (lambda path: path.unlink(), "No such file", "No such file"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "not JSON", "bytes, expected"),
     "one bit": (
         lambda path: _flip(path, 4 * path.stat().st_size),
-        "its checksum is not|not JSON",
+        "its checksum does not|not JSON",
         "its checksum is not the one",
     ),
     "emptied": (lambda path: path.write_bytes(b""), "not JSON", "0 bytes, expected"),
-    "a directory": (_replace, "not a file", "not a file"),
-    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "not a file", "not a file"),
+    "a directory": (_replace, "not a regular file", "not a regular file"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file", "not a regular file"),
 }
 
 
@@ -74,8 +74,8 @@ def test_a_damaged_tokenizer_is_named_and_does_not_cost_the_tensors(folder, file
     assert damaged_tokenizer(folder / "step-00000010", read_manifest(folder / "step-00000010")) is None
 
 
-def test_weights_below_the_tokenizer_are_none_of_the_checkpoint(folder):
-    """As where a file was put into the run's tokenizer folder."""
+def test_weights_below_the_tokenizer_are_not_part_of_the_checkpoint(folder):
+    """Somebody may have put a file into the run's tokenizer folder."""
     newest = folder / "step-00000015"
     save_file({"x": torch.zeros(1)}, newest / "tokenizer" / "model.safetensors")
     rewrite(
@@ -85,8 +85,8 @@ def test_weights_below_the_tokenizer_are_none_of_the_checkpoint(folder):
     assert newest_whole(folder) == (newest, [])
 
 
-def test_what_is_read_of_a_tokenizer_folder(tmp_path):
-    """Data in files of its own: no code, weights, links, pipes, or names that no manifest may list."""
+def test_only_data_is_read_from_a_tokenizer_folder(tmp_path):
+    """That is, no code, weights, links, pipes, or names that a manifest may not list."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "secret.json").write_text("secret")
     folder = tmp_path / "tokenizer"
@@ -124,14 +124,14 @@ def test_a_resume_does_not_need_latest(folder, latest):
     assert STATE in passed_over(folder)
 
 
-def test_who_names_a_run_hears_which_checkpoints_are_passed_over(folder, caplog):
+def test_a_warning_names_the_checkpoints_that_are_passed_over(folder, caplog):
     (folder / "step-00000015" / STATE).unlink()
     assert find_checkpoint(folder) == folder / "step-00000010"
     [line] = caplog.messages
     assert line.startswith(f"{folder}: passed over step-00000015: {STATE}")
 
 
-def test_checkpoints_that_their_run_replaces_meanwhile_are_not_damaged(folder, monkeypatch):
+def test_checkpoints_that_a_run_replaces_during_the_search_are_not_damaged(folder, monkeypatch):
     looks = []
 
     def newest(place: Path) -> tuple[Path | None, list[str]]:
@@ -146,8 +146,8 @@ def test_checkpoints_that_their_run_replaces_meanwhile_are_not_damaged(folder, m
 
 
 @pytest.mark.parametrize("name", ["manifest.json", STATE])
-def test_a_network_file_system_that_is_gone_is_no_damage(folder, monkeypatch, name):
-    """Else the run would go back to an older checkpoint, and put the newest one aside."""
+def test_a_network_file_system_that_is_gone_is_not_damage(folder, monkeypatch, name):
+    """Otherwise the run would go back to an older checkpoint and put the newest one aside."""
     read = Path.open
 
     def stale(path: Path, *args: Any, **settings: Any) -> Any:
@@ -164,7 +164,7 @@ def test_a_network_file_system_that_is_gone_is_no_damage(folder, monkeypatch, na
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_checkpoint_whose_last_rename_is_missing_is_one(folder):
+def test_a_checkpoint_whose_last_rename_is_missing_counts(folder):
     for step in (5, 10):
         shutil.rmtree(folder / f"step-{step:08d}")
     (folder / "step-00000015").rename(folder / "step-00000015.new")
@@ -190,25 +190,29 @@ def _resuming(name: str, run_dir: Path) -> Config:
     return validate(tree(train={"run_dir": str(run_dir), "resume": name}), "the test")
 
 
-def test_a_folder_is_told_from_the_word_auto(tmp_path):
+def test_a_folder_is_distinguished_from_the_word_auto(tmp_path):
     assert where_to_resume(_resuming("auto", tmp_path)) is None
     assert where_to_resume(_resuming("./auto", tmp_path)) == Path("auto")
 
 
 @pytest.mark.parametrize("place", ["..", "."])
 @pytest.mark.parametrize("link", [STATE, "manifest.json", "tokenizer", "tokenizer/tokenizer.model"])
-def test_a_link_is_no_file_of_a_checkpoint(folder, link, place):
+def test_a_link_is_not_a_file_of_a_checkpoint(folder, link, place):
     newest = folder / "step-00000015"
-    given = newest / link
+    file = newest / link
     elsewhere = newest / place / "elsewhere"
-    given.rename(elsewhere)
-    given.symlink_to(elsewhere.resolve())
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere.resolve())
     if link.startswith("tokenizer"):
         line = damaged_tokenizer(newest, read_manifest(newest))
-        assert line is not None and line.startswith(link) and "a link, expected a file of the checkpoint's own" in line
+        assert (
+            line is not None
+            and line.startswith(link)
+            and "a link, expected a file in the checkpoint's own folder" in line
+        )
     else:
         line = passed_over(folder)
-        assert link in line and ("a link" in line or "not a file of its own" in line)
+        assert link in line and ("a link" in line or "not a regular file" in line)
 
 
 def test_a_checkpoint_folder_may_be_a_link(folder):
@@ -229,11 +233,11 @@ def _pieces(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path]
 
 
 CONTENTS: list[tuple[Callable[[Path], Any], str]] = [
-    (_pieces(lambda t: t.update({"master|a|0": torch.zeros(7)})), "master|a|0 is there twice"),
+    (_pieces(lambda t: t.update({"master|a|0": torch.zeros(7)})), "master|a|0 appears twice"),
     (_pieces(lambda t: t.update({"master|a|5": torch.zeros(7)})), "overlaps"),
-    (_pieces(lambda t: t.update({"master|a|8": t.pop("master|a|7")})), "without element 7 (of 12) of master of a"),
-    (_pieces(lambda t: t.pop("exp_avg|b|0")), "without element 0 (of 2) of exp_avg of b"),
-    (_pieces(lambda t: t.update({"exp_avg_sq|b|0": torch.zeros(1)})), "without element 1 (of 2)"),
+    (_pieces(lambda t: t.update({"master|a|8": t.pop("master|a|7")})), "element 7 (of 12) of master of a is missing"),
+    (_pieces(lambda t: t.pop("exp_avg|b|0")), "element 0 (of 2) of exp_avg of b is missing"),
+    (_pieces(lambda t: t.update({"exp_avg_sq|b|0": torch.zeros(1)})), "element 1 (of 2)"),
     (_pieces(lambda t: t.update({"master|b|2": torch.zeros(3)})), "master|b|2 has 3 elements too many"),
     (_pieces(lambda t: t.update({"master|b|0": torch.zeros(2).bfloat16()})), "(BF16) is not a float32 piece"),
     (_pieces(lambda t: t.update({"master|c|0": torch.zeros(2)})), "master|c|0 (F32) is not a float32 piece"),
@@ -254,7 +258,7 @@ def test_pieces_make_up_every_parameter_once(folder, damage, says):
 
 @pytest.mark.parametrize("key", ["master|a|7", "exp_avg|b|0", "exp_avg_sq|b|0"])
 def test_numbers_that_are_not_finite_are_not_read(folder, key):
-    """Whose checksum is right: no resume, export, evaluation or warm start goes on with them."""
+    """Although their checksum is right: no resume, export, evaluation or warm start may use them."""
     kind, name, _ = key.split("|")
     _pieces(lambda tensors: tensors[key].reshape(-1)[-1:].fill_(math.inf))(folder / "step-00000015")
     reader = CheckpointReader(folder / "step-00000015")
@@ -262,10 +266,10 @@ def test_numbers_that_are_not_finite_are_not_read(folder, key):
         CheckpointError, match=f"{kind} of {name} holds numbers that are not finite; use an older checkpoint"
     ):
         reader.piece(kind, name, 0, reader.manifest.numel(name))
-    assert reader.piece(kind, name, 0, 1).isfinite().all()  # the last one was harmed
+    assert reader.piece(kind, name, 0, 1).isfinite().all()  # only the last element is damaged
 
 
-def test_what_is_not_named_like_a_checkpoint_is_none(tmp_path):
+def test_other_names_are_not_checkpoints(tmp_path):
     others = (
         "step-00000010.tmp",
         "step-00000011.old",
@@ -302,7 +306,7 @@ def test_a_kill_while_a_step_is_replaced_loses_nothing(tmp_path, monkeypatch, da
             raise Killed
         return whole(*args, **kwargs)
 
-    for owner, name in ((os, "unlink"), (os, "rmdir"), (os, "rename")):  # each change of a name counts
+    for owner, name in ((os, "unlink"), (os, "rmdir"), (os, "rename")):  # each change of a name is a moment to kill
         monkeypatch.setattr(owner, name, functools.partial(killed, getattr(owner, name)))
     with pytest.raises(Killed):
         put_in_place(new)
@@ -314,7 +318,7 @@ def test_a_kill_while_a_step_is_replaced_loses_nothing(tmp_path, monkeypatch, da
     assert verify(old) is None and (old / STATE).read_bytes() in contents
 
 
-def test_a_damaged_replacement_does_not_take_the_place_of_what_is_whole(folder):
+def test_a_damaged_replacement_does_not_replace_a_complete_checkpoint(folder):
     shutil.copytree(folder / "step-00000015", folder / "step-00000015.new")
     (folder / "step-00000015.new" / STATE).unlink()
     tidy(folder)

@@ -1,4 +1,4 @@
-"""A run whose newest checkpoints are damaged goes on from the newest whole one, and says why it passed over others."""
+"""If its newest checkpoints are damaged, a run continues from the newest complete one and says why."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.distributed
 
 
 def logged(config: Any) -> list[str]:
-    """Trains; returns this rank's lines of warnings and errors."""
+    """Trains; returns this rank's warnings and errors."""
     from relora_mora.system.logs import log
 
     lines: list[str] = []
@@ -40,7 +40,7 @@ def logged(config: Any) -> list[str]:
 
 
 def _rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
-    """A base file has names in other checkpoints as well: those are to keep what they have."""
+    """Replaces a file and leaves its hard links in other checkpoints as they are."""
     content = path.read_bytes()
     path.unlink()
     path.write_bytes(change(content))
@@ -52,13 +52,13 @@ def _flip(content: bytes) -> bytes:
 
 
 def _other_number(content: bytes) -> bytes:
-    """Still JSON, with the fields it should have."""
+    """JSON with the same fields and another number."""
     changed = content.replace(b'"tokens": 2', b'"tokens": 3')
     assert changed != content
     return changed
 
 
-# step: what is done to it, the file that the line names, what the line says
+# step: what is done to it, the file that the message names, what the message says
 DAMAGES: dict[int, tuple[Callable[[Path], Any], str, str]] = {
     9: (lambda folder: (folder / "manifest.json").unlink(), "manifest.json", "No such file"),
     8: (lambda folder: _rewrite(folder / "manifest.json", _other_number), "manifest.json", "checksum"),
@@ -91,7 +91,7 @@ def test_damaged_checkpoints_are_passed_over_named_and_made_again(pools, tokeniz
     for step, (damage, _, _) in DAMAGES.items():
         damage(checkpoints / f"step-{step:08d}")
     (checkpoints / "latest").write_text("step-00000099\n")
-    (checkpoints / "step-00000010.1.tmp").mkdir()  # what a kill in the middle of a save leaves
+    (checkpoints / "step-00000010.1.tmp").mkdir()  # as after a kill in the middle of a save
     first, _ = pools(2)(logged, config)
     passed_over = [line for line in first if line.startswith("passed over")]
     assert len(passed_over) == len(DAMAGES)
@@ -99,18 +99,18 @@ def test_damaged_checkpoints_are_passed_over_named_and_made_again(pools, tokeniz
         assert line.startswith(f"passed over step-{step:08d}: ") and file in line and says in line, line
     assert [line["step"] for line in metrics(folder) if "train/loss" in line] == list(range(1, 11))
     assert '"step": 4,' in (folder / "starts.jsonl").read_text().splitlines()[-1]
-    kept = [f"abandoned-step-{step:08d}" for step in range(5, 10)]  # for whoever wants to know what happened to them
+    kept = [f"abandoned-step-{step:08d}" for step in range(5, 10)]  # kept so that a user can look into the damage
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         *kept,
         "latest",
         *(f"step-{step:08d}" for step in range(1, 11)),
     ]
-    for step in range(4, 11):  # what was damaged has been made again
+    for step in range(4, 11):  # the damaged checkpoints were written again
         whole, again = (tensors(run / "checkpoints" / f"step-{step:08d}") for run in (never, folder))
         assert set(whole) == set(again) and all(torch.equal(whole[key], again[key]) for key in whole)
 
 
-def test_a_run_with_nothing_but_damaged_checkpoints_does_not_start_anew(pools, tokenizer_path, tmp_path):
+def test_a_run_with_only_damaged_checkpoints_does_not_start_over(pools, tokenizer_path, tmp_path):
     inputs = write_inputs(tmp_path)
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 2)
@@ -133,10 +133,10 @@ def test_a_damaged_tokenizer_does_not_cost_the_weights(pools, tokenizer_path, tm
         and "goes on with tokenizer.path" in first[0]
     )
     assert json.loads((folder / "starts.jsonl").read_text().splitlines()[-1])["step"] == 5
-    assert damaged_tokenizer(*_newest(folder)) is None  # what is written from then on is whole
+    assert damaged_tokenizer(*_newest(folder)) is None  # later checkpoints have an intact tokenizer
 
 
-def test_nothing_that_is_done_to_the_tokenizer_of_a_run_reaches_its_checkpoints(pools, tokenizer_path, tmp_path):
+def test_changes_of_the_tokenizer_of_a_run_do_not_reach_its_checkpoints(pools, tokenizer_path, tmp_path):
     inputs = write_inputs(tmp_path)
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 2)
@@ -145,10 +145,10 @@ def test_nothing_that_is_done_to_the_tokenizer_of_a_run_reaches_its_checkpoints(
     pools(2)(train, config, stop_after=1)
     names = sorted(path.name for path in tokenizer.iterdir())
     for path in tokenizer.iterdir():
-        with path.open("ab") as stream:  # in place, where its other names would follow
+        with path.open("ab") as stream:  # in place, so hard links would change too
             stream.write(b" ")
     assert damaged_tokenizer(*_newest(folder)) is None
-    pools(2)(train, config, stop_after=2)  # the run's tokenizer is mended
+    pools(2)(train, config, stop_after=2)  # the run's tokenizer is restored
     for name in ("evil.py", "model.safetensors", "a\nb.json"):
         (tokenizer / name).write_bytes(b"content")
     (tokenizer / "link.json").symlink_to(inputs / "model.json")
@@ -159,8 +159,8 @@ def test_nothing_that_is_done_to_the_tokenizer_of_a_run_reaches_its_checkpoints(
     assert manifest.step == 3 and sorted(path.name for path in (folder / "tokenizer").iterdir()) == names
 
 
-def test_a_run_puts_its_tokenizer_where_something_else_is(pools, tokenizer_path, other_tokenizer, tmp_path):
-    """A file, and a link to the tokenizer of somebody else, which stays as it is."""
+def test_a_run_replaces_what_is_at_the_path_of_its_tokenizer(pools, tokenizer_path, other_tokenizer, tmp_path):
+    """A file, or a link to another tokenizer, which must not change."""
     inputs = write_inputs(tmp_path)
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder)

@@ -1,4 +1,4 @@
-"""A run that moves to another number of ranks, ZeRO stage and micro-batch size goes on as if it had stayed.
+"""A run that moves to another number of ranks, ZeRO stage and micro-batch size continues as if it had not moved.
 
 The reference is one run per method that never moved, on one rank at stage 0: the same global batches, exactly, and the
 same losses within 1e-5. Runs that never moved differ from each other by up to 3e-7 in 25 steps.
@@ -57,7 +57,7 @@ PAIRS = list(itertools.product(WORLDS, WORLDS))
 
 
 def _chosen(move: Move) -> bool:
-    """One move of each pair of stages, with the pairs of world sizes and the methods in turn."""
+    """One move for each pair of stages, which takes turns with the pairs of world sizes and the methods."""
     number = 4 * move.stage + move.to_stage
     return (move.world, move.to_world) == PAIRS[(number + 6) % 9] and move.method == METHODS[
         (move.stage + 2 * move.to_stage) % 3
@@ -68,7 +68,7 @@ SUBSET = [move for move in MATRIX if _chosen(move)]
 
 
 def followed(config: Any, stop_after: int | None = None) -> Batches:
-    """Trains, and returns what this rank trained on."""
+    """Trains and returns the batches of this rank."""
     from relora_mora.train.loop.loop import Trainer
 
     seen: Batches = {}
@@ -91,7 +91,7 @@ def followed(config: Any, stop_after: int | None = None) -> Batches:
 
 
 class Course:
-    """Runs of this module: what each rank trained on, put together, and the losses in the run folder."""
+    """The runs of this module: the batches of all ranks, and the losses in the run folder."""
 
     def __init__(self, pools: Any, inputs: Path, tokenizer: str, folder: Path, steps: int) -> None:
         self.pools = pools
@@ -139,7 +139,7 @@ def _losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def course(request, pools, tokenizer_path, tmp_path_factory) -> Course:
-    """Of as many steps as the test asks for."""
+    """With as many steps as the test asks for."""
     inputs = write_inputs(tmp_path_factory.mktemp("inputs"))
     return Course(pools, inputs, tokenizer_path, tmp_path_factory.mktemp("runs"), request.param)
 

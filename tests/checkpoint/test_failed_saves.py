@@ -25,10 +25,10 @@ pytestmark = pytest.mark.distributed
 def followed(
     config: Any, *, failing: dict[int, list[int]] | None = None, before: dict[int, list[str]] | None = None
 ) -> dict[str, Any]:
-    """Trains and returns the lines of this rank's log that are errors, and how the run ended.
+    """Trains and returns the errors in this rank's log, and how the run ended.
 
-    In the saves of the steps ``failing[rank]`` that rank's disk is full in the middle of a file. Before the steps in
-    ``before`` the first rank runs a command, when its checkpoint is written.
+    In the saves of the steps ``failing[rank]``, that rank's disk is full in the middle of a file. Before the steps in
+    ``before``, the first rank waits for its checkpoint and then runs a command.
     """
     from relora_mora.checkpoint import rank_files
     from relora_mora.system.logs import log
@@ -73,7 +73,7 @@ def followed(
 
 
 def _steps(folder: Path) -> list[int]:
-    """Steps with a checkpoint, all whole and nothing beside them."""
+    """Steps with a checkpoint. Checks that all are complete and that there is nothing else."""
     found = list_checkpoints(folder / "checkpoints")
     assert all(verify(path) is None for path in found)
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"latest", *(path.name for path in found)}
@@ -84,7 +84,7 @@ def _steps(folder: Path) -> list[int]:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_without_space_costs_one_checkpoint(pools, inputs, tokenizer_path, tmp_path, rank):
     runs = [tmp_path / "never", tmp_path / "failed"]
-    for folder, steps in zip(runs, ([], [4, 8]), strict=True):  # the first that hold a merged base
+    for folder, steps in zip(runs, ([], [4, 8]), strict=True):  # the first saves of a merged base
         first, second = pools(2)(followed, run_config(inputs, tokenizer_path, folder, 2), failing={rank: steps})
     assert first["error"] == second["error"] == "" and second["lines"] == []
     for step, line in zip((4, 8), first["lines"], strict=True):
@@ -145,7 +145,7 @@ def test_a_folder_that_cannot_be_written_is_survived(pools, inputs, tokenizer_pa
 
 
 def saves_of_a_rig(folder: Path, what: str) -> list[str]:
-    """Three saves of the same state by a writer alone; the second one may be troubled."""
+    """Three saves of the same state by a writer without a trainer. The second one may go wrong."""
     from relora_mora.checkpoint import rank_files
     from relora_mora.checkpoint import writer as module
     from relora_mora.checkpoint.layout import Manifest
@@ -182,7 +182,7 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
         return whole_write(self, *args)
 
     def elsewhere(self: Any, work: Path, *args: Any) -> Any:
-        """As on a host whose folder of that name is not the first rank's."""
+        """As on a host that does not share the folder with the first rank."""
         return whole_write(self, folder.with_name("of-another-host") / work.name, *args)
 
     for step in (1, 2, 3):
@@ -219,7 +219,7 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
     return lines
 
 
-def test_a_rank_that_is_late_is_given_up_and_what_it_writes_then_goes(pools, tmp_path):
+def test_a_rank_that_is_late_is_given_up_and_its_files_are_removed(pools, tmp_path):
     first, second = pools(2)(saves_of_a_rig, tmp_path / "checkpoints", "late")
     assert len(first) == 1 and "step 2 failed (rank 1: did not finish its part in 1 s)" in first[0] and second == []
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
@@ -230,12 +230,12 @@ def test_a_rank_that_is_late_is_given_up_and_what_it_writes_then_goes(pools, tmp
     assert verify(tmp_path / "checkpoints" / "step-00000003") is None
 
 
-def test_a_checkpoint_whose_files_lie_elsewhere_is_none(pools, tmp_path):
+def test_a_checkpoint_with_files_elsewhere_fails(pools, tmp_path):
     first, second = pools(2)(saves_of_a_rig, tmp_path / "checkpoints", "elsewhere")
     assert len(first) == 1 and second == []
     assert (
         "step 2 failed" in first[0]
-        and "state-00001-of-00002.safetensors, which rank 1 has written, is not seen by rank 0" in first[0]
+        and "rank 0 does not see state-00001-of-00002.safetensors, which rank 1 has written" in first[0]
     )
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "latest",
@@ -256,7 +256,7 @@ def test_a_base_file_that_was_damaged_on_the_disk_is_not_shared(pools, tmp_path)
     assert len(damaged) == 1 and damaged[0].startswith("base|")
 
 
-def test_what_is_in_the_way_is_replaced_and_not_followed(pools, tmp_path):
+def test_files_and_links_in_the_way_are_replaced_and_not_followed(pools, tmp_path):
     folder = tmp_path / "checkpoints"
     elsewhere = tmp_path / "elsewhere"
     for made in (folder / "step-00000001", elsewhere, folder / "latest"):
@@ -266,7 +266,7 @@ def test_what_is_in_the_way_is_replaced_and_not_followed(pools, tmp_path):
     (folder / "step-00000003").symlink_to(elsewhere)
     first, _ = pools(2)(saves_of_a_rig, folder, "in the way")
     assert len(first) == 3 and all(
-        "is whole, but what is beside it could not be updated (Is a directory" in line for line in first
+        "is complete, but latest or older checkpoints could not be updated (Is a directory" in line for line in first
     )
     for step in (1, 2, 3):
         path = folder / f"step-{step:08d}"
@@ -276,7 +276,7 @@ def test_what_is_in_the_way_is_replaced_and_not_followed(pools, tmp_path):
 
 
 def slow_to_write(config: Any, what: str) -> bool:
-    """Trains with a write of step 3 that takes its time; whether training went on meanwhile.
+    """Trains with a slow write of step 3; returns whether training continued in the meantime.
 
     ``save``: the write waits for the fifth step. ``base``: it waits before it reads the base, and the merge after
     step 4 must not come first.
@@ -316,7 +316,7 @@ def slow_to_write(config: Any, what: str) -> bool:
 
 
 @pytest.mark.parametrize("what", ["save", "base"])
-def test_training_goes_on_beside_a_write_but_no_merge_overtakes_it(pools, inputs, tokenizer_path, tmp_path, what):
+def test_training_continues_during_a_write_but_no_merge_overtakes_it(pools, inputs, tokenizer_path, tmp_path, what):
     quick = tmp_path / "quick"
     slow = tmp_path / "slow"
     settings: dict[str, Any] = {"checkpoint": {"every_steps": 3}, "method": {"merge_every": 5 if what == "save" else 4}}

@@ -1,4 +1,4 @@
-"""Which checkpoints stay."""
+"""Which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ UNREADABLE = "unreadable"
     [
         ({10: GOOD, 20: GOOD, 30: GOOD}, 2, 0, [20, 30]),
         ({10: GOOD, 20: GOOD, 25: GOOD, 30: GOOD}, 1, 20, [20, 30]),
-        ({10: GOOD, 20: GOOD, 30: BAD, 40: BAD}, 1, 0, [20, 40]),  # what a rollback would go to
+        ({10: GOOD, 20: GOOD, 30: BAD, 40: BAD}, 1, 0, [20, 40]),  # a rollback would go to step 20
         ({10: GOOD, 20: UNREADABLE, 30: BAD}, 1, 0, [10, 30]),
         ({10: BAD, 20: BAD}, 1, 0, [20]),
     ],
 )
-def test_what_is_kept(tmp_path, monkeypatch, checkpoints, keep_last, keep_every_steps, kept):
+def test_retention_keeps_the_right_checkpoints(tmp_path, monkeypatch, checkpoints, keep_last, keep_every_steps, kept):
     def read_manifest(folder):
         state = checkpoints[step_of(folder)]
         if state == UNREADABLE:
@@ -37,7 +37,7 @@ def test_what_is_kept(tmp_path, monkeypatch, checkpoints, keep_last, keep_every_
         folder = tmp_path / step_folder(step)
         folder.mkdir()
         (folder / "manifest.json").touch()
-    of_others = [step_folder(newest + 10), step_folder(5), "abandoned-step-00000001"]  # step 5 is not whole
+    of_others = [step_folder(newest + 10), step_folder(5), "abandoned-step-00000001"]  # step 5 is not complete
     for name in of_others:
         (tmp_path / name).mkdir()
     (tmp_path / of_others[0] / "manifest.json").touch()

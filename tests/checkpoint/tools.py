@@ -1,4 +1,4 @@
-"""Small whole checkpoints, and strangers' manifests."""
+"""Small complete checkpoints, and changes to their manifests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOKENIZER = FILES[4:6]
 
 
 def made_checkpoint(folder: Path, step: int, seed: int = 0) -> Path:
-    """A small whole checkpoint: parameter a [4, 3] in two pieces, b [2]; frozen w [2, 2] and v [3]."""
+    """A small complete checkpoint: parameter a [4, 3] in two pieces, b [2]; frozen w [2, 2] and v [3]."""
     (folder / "tokenizer").mkdir(parents=True)
     draw = torch.Generator().manual_seed(step + seed)
     sizes = {FILES[0]: [("a", 0, 7)], FILES[1]: [("a", 7, 5), ("b", 0, 2)]}
@@ -75,14 +75,14 @@ def made_checkpoint(folder: Path, step: int, seed: int = 0) -> Path:
 
 
 def passed_over(folder: Path) -> str:
-    """Why the newest of three was passed over for the second."""
+    """The reason why the newest of three checkpoints was passed over for the second."""
     found, skipped = newest_whole(folder)
     assert found == folder / "step-00000010" and len(skipped) == 1 and skipped[0].startswith("step-00000015: ")
     return skipped[0].removeprefix("step-00000015: ")
 
 
 def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """A manifest with other values and the right checksums, as a stranger can make it."""
+    """Writes a manifest with other values and the right checksums, as a stranger could."""
     values = json.loads((checkpoint / "manifest.json").read_text())
     del values["checksum"]
     change(values)

@@ -186,7 +186,9 @@ def test_every_form_of_a_model_is_scored_alike(run: Path, checkpoint: Path, text
     )  # a stray one makes no foreign model of it
     answer = call(EVALUATE, checkpoint, f"--data={text}", "--data.sequence_length=32")
     assert json.loads(answer.out.splitlines()[-1])["loss"] == losses["run"]
-    refused(call(EXPORT, tmp_path / "float32", tmp_path / "again"), "holds a model (config.json) and not a ch")
+    refused(
+        call(EXPORT, tmp_path / "float32", tmp_path / "again"), "this is a model (it has config.json), not a checkpoint"
+    )
     assert not (tmp_path / "again").exists()
 
 
@@ -345,7 +347,7 @@ def test_a_damaged_tokenizer_that_nothing_can_stand_in_for_is_named(
     )
     shutil.rmtree(run / "tokenizer")
     save_tokenizer(tokenizer_path, run / "tokenizer")  # of other ids
-    with pytest.raises(CheckpointError, match="is not the tokenizer it was made with; copy that one there"):
+    with pytest.raises(CheckpointError, match="is not the tokenizer that it was saved with; copy that tokenizer there"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     refused(

@@ -80,9 +80,9 @@ def test_what_is_no_checkpoint(refuses, tmp_path):
         "nowhere": "not found; give a run folder",
         "dangling": "not found",
         "loop": "not found",
-        "file": "is no folder",
-        "empty": "no checkpoint (manifest.json: No such file or directory)",
-        "run": "no checkpoint in it is whole: step-00000005",
+        "file": "not a folder",
+        "empty": "not a checkpoint (manifest.json: No such file or directory)",
+        "run": "all checkpoints in it are damaged: step-00000005",
         "x" * 300: "File name too long; give a shorter name",
     }.items():
         refuses(tmp_path / name, str(tmp_path / name), message)
@@ -93,7 +93,7 @@ def test_another_format_version(refuses, checkpoint):
     path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
     refuses(
         checkpoint,
-        f"{checkpoint}/manifest.json: format version 3, this program reads version 2; use the release that wrote it",
+        f"{checkpoint}/manifest.json: format version 3, expected version 2; use the release that wrote it",
     )
     change_manifest(checkpoint, format="another checkpoint")
     refuses(checkpoint, f"{checkpoint}/manifest.json: not the manifest of a relora_mora checkpoint")
@@ -142,7 +142,7 @@ def test_a_run_goes_back_to_a_whole_checkpoint_or_names_what_is_wrong(refuses, r
     flip(newest / STATE, -3)
     assert export(run, tmp_path / "out") == older
     (older / BASE).unlink()
-    refuses(run, "no checkpoint in it is whole", f"step-00000005: {STATE}", f"step-00000004: {BASE}")
+    refuses(run, "all checkpoints in it are damaged", f"step-00000005: {STATE}", f"step-00000004: {BASE}")
 
 
 @pytest.mark.parametrize("name", [STATE, "manifest.json", "tokenizer/tokenizer.json"])
