@@ -1,4 +1,4 @@
-"""What watches over one process of a run: signals, launchers, the other ranks, the lock of the run folder."""
+"""Guards one process of a run: signals, launchers, the other ranks, the lock of the run folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from relora_mora.supervise.exits import (
@@ -31,15 +30,16 @@ if TYPE_CHECKING:
     from relora_mora.supervise.watchdog import Watchdog  # needs torch
 
 
-LONG_SECONDS = 1800.0  # for `begin`: what building a model, a merge or the write of a checkpoint may take
-LAUNCHER_SECONDS = 8.0  # to save and exit after the launcher has gone
+LONG_SECONDS = 1800.0  # for `begin`: allowed for building a model, a merge or the write of a checkpoint
+LAUNCHER_SECONDS = 8.0  # to save and exit after a launcher has ended
 POLL_SECONDS = 0.5
 
 
 class Guard:
-    """Made first of all in a process, so that it hears a signal during the imports as well. Main thread, one at a time.
+    """Created before anything else in a process, so that it also handles signals during the imports.
 
-    ``stop_reason`` is None until this process is asked to stop; the trainer looks at it once a step.
+    Create it in the main thread, one at a time. ``stop_reason`` is None until this process is asked to stop. The
+    trainer checks it once per step.
     """
 
     def __init__(self, rank: int = 0, *, signals: bool = True) -> None:
@@ -53,9 +53,9 @@ class Guard:
         self._decided: tuple[int, str] | None = None
         self._recording = threading.Lock()
         self._recorded = False
-        self._ending = threading.Lock()  # taken, for good, by whoever ends the process
+        self._ending = threading.Lock()  # the thread that ends the process takes it and keeps it
         self._closed = threading.Event()
-        self._signals = StopSignals(self._first_signal, self._second_signal) if signals else None
+        self._signals = StopSignals(self._on_first_signal, self._on_second_signal) if signals else None
         self._launchers = Launchers() if signals else None
         self._launcher_deadline: float | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="guard")
@@ -64,25 +64,23 @@ class Guard:
     def __enter__(self) -> Guard:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # ---- called by the main thread ----------------------------------------------------------------------------
 
     def hold(self, lock: RunLock) -> None:
-        """The first rank holds the lock of the run folder; ends are recorded there from now on."""
+        """The first rank holds the lock of the run folder. From now on, the end of the run is recorded there."""
         self._lock = lock
         self.record_in(lock.path.parent)
 
     def record_in(self, folder: Path) -> None:
-        """The run folder is this job's: how it ends is recorded there."""
+        """This job owns the run folder, so its end is recorded there."""
         self._folder = folder
 
     @contextlib.contextmanager
     def bound(self, seconds: float, reason: str) -> Iterator[None]:
-        """Ends the process where the block takes longer; for what is done before a watchdog watches."""
+        """Ends the process if the block takes longer; for work that begins before a watchdog watches."""
         leave = threading.Timer(
             seconds, leave_now, (LOST, lambda: self._say(reason), lambda: self.record(LOST, reason))
         )
@@ -94,35 +92,35 @@ class Guard:
             leave.cancel()
 
     def watch_peers(self, watchdog: Watchdog) -> None:
-        """From now on the failure of another rank ends this process."""
+        """From now on, a failure of another rank ends this process."""
         self._watchdog = watchdog
         self.rank = watchdog.rank
         watchdog.start()
 
-    def begin(self, what: str, within: float | None = None) -> None:
+    def begin(self, action: str, within: float | None = None) -> None:
         """See :meth:`Watchdog.begin`."""
         if self._watchdog is not None:
-            self._watchdog.begin(what, within)
+            self._watchdog.begin(action, within)
 
     def training(self) -> None:
-        """From now on there is something to save: a signal no longer ends the process by itself."""
+        """From now on there is state to save, so a signal no longer ends the process by itself."""
         self._training = True
 
     def record(self, code: int, reason: str) -> None:
-        """Records the end of this run in its folder. The first call counts."""
+        """Records the end of this run in its folder. Only the first call counts."""
         with self._recording:
             if self._folder is not None and not self._recorded:
                 self._recorded = True
                 record_end(self._folder, code=code, reason=reason, rank=self.rank, step=self.step)
-                self._let_go()
+                self._mark_lock_released()
 
-    def _let_go(self) -> None:
-        """The next start need not wonder what became of this one."""
+    def _mark_lock_released(self) -> None:
+        """The next start then knows that this one did not just vanish."""
         if self._lock is not None:
             self._lock.say_released()
 
     def announce_exit(self, code: int, reason: str, *, same_on_all_ranks: bool) -> None:
-        """This rank exits with an error. The others need to hear of it, unless they exit with the same one."""
+        """This rank exits with an error. The others must know, unless they exit with the same error."""
         if self.rank == 0 or not same_on_all_ranks:
             self.record(code, reason)
         if self._watchdog is not None and not same_on_all_ranks:
@@ -130,7 +128,7 @@ class Guard:
             time.sleep(self._linger_seconds())
 
     def peer_failed(self, error: str) -> None:
-        """A collective failed because another rank is gone: names that rank and ends the process."""
+        """Ends the process after a collective failed because another rank is gone, and names that rank."""
         if self._watchdog is not None:
             self.end(self._watchdog.diagnose(error))
         elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self._training:
@@ -138,23 +136,23 @@ class Guard:
             leave_now(LOST, lambda: self._say(reason), lambda: self.record(LOST, reason))
 
     def machine_failed(self, reason: str, *, same_on_all_ranks: bool) -> NoReturn:
-        """A device or disk has failed: ends this process and the others with the code that starts a job again."""
+        """Ends all ranks after a failure of a device or disk, with the code for which a job is started again."""
         if self.rank == 0 or not same_on_all_ranks:
             self._say(reason)
         self.announce_exit(LOST, reason, same_on_all_ranks=same_on_all_ranks)
         leave_now(LOST)
 
     def decide(self, code: int, reason: str) -> None:
-        """The ranks have agreed on how the run ends, and all is written: nothing that happens from here on changes it.
+        """The ranks have agreed on how the run ends, and everything is written. Nothing can change this from now on.
 
-        What is left to do is each rank's own, and may take long.
+        Each rank may still have work of its own, which can take long.
         """
         self._decided = code, reason
         self.stop_watching()
         self._record_decided()
 
     def stop_watching(self) -> None:
-        """The work is done: from now on it is no fault when other ranks exit."""
+        """The work is done: from now on it is not a failure if other ranks exit."""
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None
@@ -170,52 +168,57 @@ class Guard:
     # ---- called by other threads ------------------------------------------------------------------------------
 
     def end(self, failure: PeerFailure) -> None:
-        """Ends the process now, whatever its main thread waits for. The first rank that is left tells the user.
+        """Ends the process now, whatever its main thread is waiting for. The first remaining rank reports the reason.
 
-        Two threads may find out at the same moment: the first of them ends the process for both.
+        Two threads may find a failure at the same moment. The first one ends the process.
         """
         self._leave_if_decided()
         self._ending.acquire()
         run_with_timeout(LAST_SECONDS, lambda: self._report(failure))
         if failure.rank != self.rank and not failure.announced and failure.host == host_id():
             time.sleep(STACKS_SECONDS + 0.5)
-            with contextlib.suppress(OSError):  # a launcher would wait half a minute for a process that does not answer
+            with contextlib.suppress(OSError):  # a launcher would wait half a minute for a process that hangs
                 os.kill(failure.pid, signal.SIGKILL)
-        leave_now(failure.code, self._let_go, linger=self._linger_seconds())
+        leave_now(failure.code, self._mark_lock_released, linger=self._linger_seconds())
 
     def _linger_seconds(self) -> float:
-        """The first rank holds the store, where the others read why the job ends."""
-        watchdog = self._watchdog  # the main thread may take it away
+        """The first rank holds the store, in which the others read why the job ends."""
+        watchdog = self._watchdog  # the main thread may set it to None
         return watchdog.linger_seconds if self.rank == 0 and watchdog is not None else 0.0
 
     def _report(self, failure: PeerFailure) -> None:
-        """Said by the first rank; where that is lost, by the next one, and by the first of another host."""
-        if self.rank not in ({1, _ranks_here()} if failure.rank == 0 else {0}):
+        """The first rank reports it. If that is lost, the next rank does, and the first one on the second host."""
+        reporters = {0}
+        if failure.rank == 0:
+            from relora_mora.distributed.join import processes_on_host  # imports torch, so not at the start
+
+            reporters = {1, processes_on_host()}
+        if self.rank not in reporters:
             return
         self._say(failure.reason)
-        if not failure.announced:  # otherwise that rank has recorded it
+        if not failure.announced:  # otherwise the failed rank has recorded it
             self.record(failure.code, failure.reason)
 
     def folder_lost(self, who: str | None) -> None:
-        """The run folder was removed or moved: saves into a new one, unless another trainer (``who``) has it now."""
+        """The run folder was removed or moved. The run saves into a new one, unless a trainer ``who`` has it now."""
         if who is None:
-            self._ask_to_stop("the run folder was removed or moved")
+            self._request_stop("the run folder was removed or moved")
             return
         self._leave_if_decided()
-        reason = f"another trainer works in the run folder now ({who}): left without saving"
+        reason = f"another trainer works in the run folder now ({who}): exited without saving"
         leave_now(
             USER_ERROR,
             lambda: self._say(reason),
-            lambda: self._tell_peers(USER_ERROR, reason),
+            lambda: self._announce(USER_ERROR, reason),
             linger=self._linger_seconds(),
         )
 
-    def _first_signal(self, number: signal.Signals) -> None:
-        self._ask_to_stop(f"{number.name} to rank {self.rank}")
+    def _on_first_signal(self, number: signal.Signals) -> None:
+        self._request_stop(f"{number.name} to rank {self.rank}")
 
-    def _second_signal(self, number: signal.Signals) -> None:
+    def _on_second_signal(self, number: signal.Signals) -> None:
         self._leave_if_decided()
-        reason = f"a second signal ({number.name}) to rank {self.rank}: left without saving"
+        reason = f"a second signal ({number.name}) to rank {self.rank}: exited without saving"
         leave_now(128 + number, lambda: self._say(reason), lambda: self.record(128 + number, reason))
 
     def _leave_if_decided(self) -> None:
@@ -226,7 +229,7 @@ class Guard:
         if self._decided is not None and self.rank == 0:
             self.record(*self._decided)
 
-    def _ask_to_stop(self, reason: str) -> None:
+    def _request_stop(self, reason: str) -> None:
         self.stop_reason = reason
         if self._training:
             return
@@ -234,19 +237,19 @@ class Guard:
             REQUEUE,
             lambda: self._say(f"{reason} before the first step: nothing to save"),
             lambda: self.record(REQUEUE, reason),
-            lambda: self._tell_peers(REQUEUE, reason),
+            lambda: self._announce(REQUEUE, reason),
             linger=self._linger_seconds(),
         )
 
-    def _tell_peers(self, code: int, reason: str) -> None:
-        watchdog = self._watchdog  # the main thread may take it away
+    def _announce(self, code: int, reason: str) -> None:
+        watchdog = self._watchdog  # the main thread may set it to None
         if watchdog is not None:
             watchdog.announce_exit(code, reason)
 
     def _run(self) -> None:
         """The guard's own thread, until it is closed."""
         while not self._closed.wait(POLL_SECONDS):
-            watchdog = self._watchdog  # the main thread may take it away
+            watchdog = self._watchdog  # the main thread may set it to None
             failure = watchdog.store_hung() if watchdog is not None else None
             if failure is not None:
                 self.end(failure)
@@ -254,26 +257,20 @@ class Guard:
                 self._check_launchers(self._launchers)
 
     def _check_launchers(self, launchers: Launchers) -> None:
-        """Asks for a stop when a launcher is gone, and exits where that has not ended the process in time.
+        """Requests a stop when a launcher has ended, and exits if the process has not ended in time after that.
 
-        Where a stop was asked for before, as by Ctrl-C, which ends launchers at once, there is nothing to add.
+        If a stop was requested before, this adds nothing: for example, Ctrl-C also ends launchers immediately.
         """
         if self._launcher_deadline is None:
             gone = launchers.gone()
             if gone is not None and self.stop_reason is None:
                 self._launcher_deadline = time.monotonic() + LAUNCHER_SECONDS
-                self._ask_to_stop(f"the launcher of rank {self.rank} is gone ({gone})")
+                self._request_stop(f"the launcher of rank {self.rank} is gone ({gone})")
         elif time.monotonic() > self._launcher_deadline:
             self._leave_if_decided()
-            reason = f"{self.stop_reason}; it could not be saved in {LAUNCHER_SECONDS:.0f} s"
+            reason = f"{self.stop_reason}; the run was not saved within {LAUNCHER_SECONDS:.0f} s"
             leave_now(LOST, lambda: self._say(reason), lambda: self.record(LOST, reason))
 
     def _say(self, text: str) -> None:
         prefix = f"[rank {self.rank}] " if self.rank else ""
         say(f"{prefix}the run ended: {text}")
-
-
-def _ranks_here() -> int:
-    from relora_mora.distributed.join import processes_on_host  # with torch, which a guard is made before
-
-    return processes_on_host()

@@ -1,8 +1,8 @@
-"""The launchers above a process: what they set in its environment, and whether they are still alive.
+"""The launchers of a process: the variables that they set in its environment, and whether they are still alive.
 
-The kernel can signal a process whose parent dies (PR_SET_PDEATHSIG), but only the direct parent: not ``deepspeed``
-above its ``launch.py``, and not a parent that died before the process could ask for the signal. Both cases need the
-chain of ancestors, which covers the direct parent as well.
+The kernel can signal a process when its parent dies (PR_SET_PDEATHSIG). But that only works for the direct parent, not
+for ``deepspeed`` above its ``launch.py``, and not for a parent that died before the process could ask for the signal.
+Both cases need the chain of ancestors, which includes the direct parent.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ _FILES = tuple(f"{module.replace('.', '/')}.py" for module in _MODULES)
 class Launchers:
     """The launchers that started this process: ``deepspeed`` and its ``launch.py``, or torchrun. A shell is not one.
 
-    A launcher that was killed before this object was made is noticed too: what it started is now a child of process 1.
+    It also notices a launcher that was killed earlier, because the launcher's child is now a child of process 1.
     """
 
     def __init__(self) -> None:
         self.processes: list[psutil.Process] = []
         self._missing: str | None = None
         child = psutil.Process()
-        has_launcher = _started_by_launcher(sys.argv)
+        # DeepSpeed adds --local_rank, and torchrun sets the variable
+        has_launcher = "TORCHELASTIC_RUN_ID" in os.environ or any(word.startswith("--local_rank") for word in sys.argv)
         for parent in child.parents():
             try:
                 command = parent.cmdline()
@@ -49,7 +50,7 @@ class Launchers:
             self._missing = f"it had started pid {child.pid}"
 
     def gone(self) -> str | None:
-        """Which launcher has ended, None while all are alive."""
+        """The launcher that has ended; None while all are alive."""
         for process in self.processes:
             try:
                 alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -61,23 +62,18 @@ class Launchers:
 
 
 def is_launcher(command: list[str]) -> bool:
-    """Whether a command line is a launcher's: ``python .../bin/deepspeed ...``, ``python -m torch.distributed.run``."""
+    """Whether a launcher has this command line: ``python .../bin/deepspeed``, ``python -m torch.distributed.run``."""
     for index, argument in enumerate(command[:6]):
         if argument == "-m":
             return index + 1 < len(command) and command[index + 1] in _MODULES
         name = Path(argument).name
-        if not argument.startswith("-") and (index > 0 or name in _SCRIPTS):  # the first is the interpreter
+        if not argument.startswith("-") and (index > 0 or name in _SCRIPTS):  # the first argument is the interpreter
             return name in _SCRIPTS or argument.endswith(_FILES)
     return False
 
 
-def _started_by_launcher(arguments: list[str]) -> bool:
-    """Whether a rank is a child of a launcher: DeepSpeed's adds ``--local_rank``, torchrun sets a variable."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or any(argument.startswith("--local_rank") for argument in arguments)
-
-
 def _started_by_deepspeed(command: list[str]) -> bool:
-    """Whether a launch.py is a child of ``deepspeed`` on this host: then it is given ``localhost`` as the only host."""
+    """Whether a launch.py is a child of ``deepspeed`` on this host: then its only host is ``localhost``."""
     for argument in command:
         if argument.startswith("--world_info="):
             try:
@@ -88,7 +84,7 @@ def _started_by_deepspeed(command: list[str]) -> bool:
 
 
 def _is_orphan(process: psutil.Process) -> bool:
-    """Whether the parent has died: Linux makes its children those of process 1."""
+    """Whether the parent has died: Linux then makes process 1 the parent."""
     try:
         return process.pid != 1 and process.ppid() == 1
     except psutil.Error:
@@ -97,15 +93,14 @@ def _is_orphan(process: psutil.Process) -> bool:
 
 _DEFAULTS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 0}
 _DEVICES = ("cpu", "cuda")
-_REMEDY = "the launcher sets it: start with deepspeed, torchrun or python alone, or unset it"
+_REMEDY = "the launcher sets it: start with deepspeed, torchrun or plain python, or unset it"
 
 
 def check_environment() -> tuple[int, int]:
-    """This process's rank and the number of ranks, 0 and 1 without a launcher.
+    """This process's rank and the number of ranks; 0 and 1 without a launcher.
 
-    Raises ValueError, on each rank whose variables are wrong, for what is not a number, numbers that contradict each
-    other, ranks that are told no place to meet, a network interface that this host has not, and a kind of device that
-    is not supported.
+    Raises ValueError on each rank whose variables are wrong: for values that are not numbers, numbers that contradict
+    each other, a missing address or port, a network interface that this host does not have, and an unsupported device.
     """
     numbers = {name: _number(name, default) for name, default in _DEFAULTS.items()}
     rank = numbers["RANK"]
@@ -131,14 +126,14 @@ def _check_meeting(world_size: int) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if os.environ.get(name, "") in ("", "0"):
             raise ValueError(
-                f"WORLD_SIZE={world_size} in the environment, and {name} is not set: the ranks need both to meet; "
+                f"WORLD_SIZE={world_size} in the environment, but {name} is not set: the ranks need both to meet; "
                 "the launcher sets it, and srun passes it on with --export=ALL"
             )
     interfaces = sorted(psutil.net_if_addrs())
-    given = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    if given and not set(given.split(",")).issubset(interfaces):
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if chosen and not set(chosen.split(",")).issubset(interfaces):
         raise ValueError(
-            f"GLOO_SOCKET_IFNAME={given} in the environment: expected a network interface of this host, which has "
+            f"GLOO_SOCKET_IFNAME={chosen} in the environment: expected a network interface of this host, which has "
             f"{', '.join(interfaces)}"
         )
 
@@ -146,5 +141,5 @@ def _check_meeting(world_size: int) -> None:
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{name}={text} in the environment: expected a number from 0 on; {_REMEDY}")
+        raise ValueError(f"{name}={text} in the environment: expected a number of 0 or more; {_REMEDY}")
     return int(text)

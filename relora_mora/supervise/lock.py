@@ -1,10 +1,10 @@
 """One trainer per run folder.
 
-The first rank holds ``RUN/lock`` with ``flock``, which the kernel releases with the process, however that ends. The
-file also says who holds it, and the holder touches it every few seconds: on file systems where flock does not reach
-other hosts, a holder elsewhere is alive as long as the file's modification time moves. A holder whose file was removed
-together with its folder holds nothing any more: another trainer may begin there. Studies claim their runs with the same
-lock, in folders of their own.
+The first rank holds ``RUN/lock`` with ``flock``. The kernel releases it when the process ends in any way. The file also
+names the holder, who touches it every few seconds: on file systems where flock does not work across hosts, a
+holder on another host counts as alive as long as the file's modification time changes. If the file is removed together
+with its folder, the holder has lost the lock, and another trainer may start there. Studies claim their runs with the
+same lock, in their own folders.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from relora_mora.system.files import disk_faults_named
 from relora_mora.system.run_folder import RunFolder
 
 TOUCH_SECONDS = 5.0
-STALE_SECONDS = 4 * TOUCH_SECONDS  # a holder on another host that has not touched the file for so long is gone
-WAIT_SECONDS = 30.0  # ranks whose launcher was killed need up to ten seconds to end
+STALE_SECONDS = 4 * TOUCH_SECONDS  # a holder on another host is gone if it does not touch the file for so long
+WAIT_SECONDS = 30.0  # for the holder to end: ranks whose launcher was killed need up to ten seconds
 POLL_SECONDS = 0.2
 
 
@@ -38,23 +38,23 @@ class LockError(ValueError):
 class RunLock:
     """Held from :meth:`acquire` to :meth:`release` or the end of the process.
 
-    When the file is removed, replaced, or written by another holder while it is held, ``on_loss(who)`` is called once,
-    in a thread of the lock's own: with None, or with who holds it now. Another one takes it from a holder that did not
-    run for a while, where flock does not reach other hosts.
+    If the file is removed, replaced, or written by another holder while it is held, ``on_loss(who)`` is called once in
+    the lock's own thread. ``who`` is the holder now, or None. Another trainer can only take the lock where flock does
+    not work across hosts, and only from a holder that was not running for a while.
     """
 
     def __init__(self, folder: Path, on_loss: Callable[[str | None], object] = lambda who: None) -> None:
         self.path = RunFolder(folder).lock
         self._on_loss = on_loss
         self._handle: int | None = None
-        self._token = uuid.uuid4().hex  # in the file, as long as it is this one's
+        self._token = uuid.uuid4().hex  # the file contains it as long as this object holds the lock
         self._released = threading.Event()
 
     def acquire(self, wait_seconds: float = WAIT_SECONDS) -> str | None:
         """Takes the lock, waiting for another holder to end.
 
-        Returns who held it last where that process ended without releasing it, else None. Raises :class:`LockError`
-        when it is still held after ``wait_seconds``, OSError when the folder cannot be written.
+        Returns the previous holder if it ended without releasing the lock, else None. Raises :class:`LockError` if the
+        lock is still held after ``wait_seconds``, and OSError if the folder cannot be written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -70,7 +70,7 @@ class RunLock:
             os.close(handle)
             raise
         self._handle = handle
-        # in a thread that does nothing else: a network file system may keep it waiting
+        # a thread that does nothing else, because a network file system may block it
         threading.Thread(target=self._touch, args=(handle, os.fstat(handle)), daemon=True, name="lock").start()
         return _who(before) if abandoned else None
 
@@ -82,14 +82,14 @@ class RunLock:
             self._handle = None
 
     def say_released(self) -> None:
-        """Writes that the holder has ended, which it is about to; the lock itself stays until then."""
+        """Writes that the holder has ended, which is about to happen. The lock itself is kept until then."""
         handle = self._handle
         if handle is not None and self._is_own(handle):
             with contextlib.suppress(OSError):
                 self._write(handle, released=True)
 
     def _is_own(self, handle: int) -> bool:
-        """What cannot be read for a while is nobody else's."""
+        """Whether the file is still this holder's. It is if the file cannot be read for the moment."""
         return bool(_read(handle).get("token", self._token) == self._token)
 
     def _write(self, handle: int, *, released: bool) -> None:
@@ -118,11 +118,11 @@ class RunLock:
             except FileNotFoundError:
                 self._on_loss(None)
                 return
-            except OSError:  # a file system that does not answer for a while
+            except OSError:  # the file system does not answer for the moment
                 continue
 
     def _present_holder(self) -> str | None:
-        """None where the file is a copy of its own: the folder was moved to another disk, and a link leads there."""
+        """The holder named in the file at the path now; None if that is a copy of this one's (RUN links to a copy)."""
         handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             content = _read(handle)
@@ -138,23 +138,19 @@ class RunLock:
                 if time.monotonic() > deadline:
                     raise self._held_by(_read(handle)) from None
                 time.sleep(POLL_SECONDS)
-            except OSError:  # a file system without flock: what the file says has to do
-                self._await_end(handle, deadline)
+            except OSError:  # no flock on this file system: wait for a holder on this host, according to the file
+                while (content := _read(handle)) and not content.get("released") and _runs_here(content):
+                    if time.monotonic() > deadline:
+                        raise self._held_by(content) from None
+                    time.sleep(POLL_SECONDS)
                 return
             else:
                 return
 
-    def _await_end(self, handle: int, deadline: float) -> None:
-        """Waits for a holder on this host to end, without flock."""
-        while (content := _read(handle)) and not content.get("released") and _runs_here(content):
-            if time.monotonic() > deadline:
-                raise self._held_by(content)
-            time.sleep(POLL_SECONDS)
-
     def _await_silence(self, handle: int, content: dict[str, Any]) -> None:
-        """Raises when a holder on another host touches the file within the time in which a living one must.
+        """Raises LockError if a holder on another host touches the file within the time in which a live one must.
 
-        That the modification time is long ago proves nothing: the clocks of hosts differ, and jump.
+        An old modification time proves nothing, because the clocks of hosts differ and can jump.
         """
         touched = os.fstat(handle).st_mtime_ns
         deadline = time.monotonic() + STALE_SECONDS
@@ -166,12 +162,12 @@ class RunLock:
     def _held_by(self, content: dict[str, Any]) -> LockError:
         return LockError(
             f"{self.path.parent}: another trainer works on this run ({_who(content)}); "
-            "wait for its end, stop it, or use another train.run_dir"
+            "wait until it ends, stop it, or use another train.run_dir"
         )
 
 
 def _read(handle: int) -> dict[str, Any]:
-    """What the holder has written; empty where nothing readable is there."""
+    """The content of the file; empty if it cannot be read."""
     try:
         content = json.loads(os.pread(handle, 1 << 16, 0))
     except (OSError, ValueError):
@@ -181,7 +177,7 @@ def _read(handle: int) -> dict[str, Any]:
 
 @functools.cache
 def host_id() -> str:
-    """This host since its boot, and the container in which numbers of processes mean something."""
+    """Identifies this host since its boot, and the PID namespace (container) of this process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         processes = str(Path("/proc/self/ns/pid").readlink())
@@ -191,7 +187,7 @@ def host_id() -> str:
 
 
 def _started(pid: int) -> int:
-    """When a process began, in ticks since the boot: a clock that is set does not change it (proc_pid_stat(5), 22)."""
+    """When a process began, in ticks since boot, which setting the clock does not change (proc_pid_stat(5), 22)."""
     return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19])
 
 
@@ -210,9 +206,9 @@ def _who(content: dict[str, Any]) -> str:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a trainer works in a run folder, by what its lock says; nothing is taken, and nobody is disturbed.
+    """Whether a trainer uses a run folder according to its lock. This only reads the file.
 
-    A holder on another host counts as long as it has touched the file lately, by this host's clock.
+    A holder on another host counts if it has touched the file lately, by this host's clock.
     """
     path = RunFolder(folder).lock
     try:

@@ -1,8 +1,9 @@
-"""The thread of each rank that watches the other ranks through the job's key-value store, which works while a
-collective hangs.
+"""A thread of each rank that watches the other ranks through the job's key-value store, which works while a collective
+hangs.
 
-Every rank publishes heartbeats. The first rank reads those of all, the others read the first rank's. Whoever finds a
-rank at fault (see :mod:`relora_mora.supervise.heartbeat`) publishes that; all ranks read it and exit.
+Every rank publishes heartbeats. The first rank reads those of all ranks, and the others read those of the first rank. A
+rank that finds another one at fault (see :mod:`relora_mora.supervise.heartbeat`) publishes that. All ranks read it and
+exit.
 """
 
 from __future__ import annotations
@@ -27,34 +28,34 @@ from relora_mora.supervise.lock import host_id
 from relora_mora.system.process import run_with_timeout
 
 HEARTBEAT_SECONDS = 1.0
-STORE_SECONDS = 15.0  # for an answer of the store; one that takes longer means that its host is gone
-MOST_SECONDS = 2 * HEARTBEAT_SECONDS  # between two looks at a clock; more means that the process did not run
+STORE_SECONDS = 15.0  # for an answer of the store; if it takes longer, its host is gone
+MOST_SECONDS = 2 * HEARTBEAT_SECONDS  # between two reads of a clock; more means that the process did not run
 LEAVE_SECONDS = 5.0  # for a main thread to exit by itself after another rank has announced its exit
-SUSPECT_SECONDS = 4.0  # to find the rank whose heartbeats stopped, when a collective has failed
-LINGER_SECONDS = 2.5  # for the others to read why the rank that holds the store exits
+SUSPECT_SECONDS = 4.0  # to find the rank whose heartbeats stopped, after a collective has failed
+LINGER_SECONDS = 2.5  # for the others to read why the job ends, before the rank with the store exits
 
 
 class RunningClock:
-    """Seconds in which this process ran: while a job is suspended it stands still.
+    """Counts the seconds in which this process was running, so that it stops while a job is suspended.
 
-    Some thread has to look at it all the time.
+    A thread has to read it all the time.
     """
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._looked = time.monotonic()
+        self._read_at = time.monotonic()
         self._lock = threading.Lock()
 
     def __call__(self) -> float:
         with self._lock:
             now = time.monotonic()
-            self._seconds += min(now - self._looked, MOST_SECONDS)
-            self._looked = now
+            self._seconds += min(now - self._read_at, MOST_SECONDS)
+            self._read_at = now
             return self._seconds
 
 
 class _Action(NamedTuple):
-    """What the main thread is doing."""
+    """The current action of the main thread."""
 
     name: str
     number: int
@@ -63,11 +64,11 @@ class _Action(NamedTuple):
 
 
 class Watchdog:
-    """Watches over one rank and, from it, over others. ``address`` is that of the job's store.
+    """Publishes the heartbeats of one rank and watches other ranks. ``address`` is the address of the job's store.
 
-    ``timeout_seconds`` is how long a rank may be silent, or busy with one action; :meth:`begin` can allow more for an
-    action. ``end(failure)`` is called from the thread and must not return. ``stacks`` is the file for the stacks of
-    this rank when it hangs.
+    ``timeout_seconds`` is how long a rank may be silent or busy with one action; :meth:`begin` can allow more for an
+    action. ``end(failure)`` is called from the thread and must not return. If this rank hangs, its stacks go to the
+    file ``stacks``.
     """
 
     def __init__(
@@ -86,17 +87,17 @@ class Watchdog:
         self.end = end
         self.stacks = stacks
         self._now = RunningClock()
-        # a connection of its own: a client of the store answers one caller at a time
+        # its own connection, because a client of the store serves one caller at a time
         store = TCPStore(
             *address, is_master=False, timeout=datetime.timedelta(seconds=STORE_SECONDS), wait_for_workers=False
         )
         self._store = PrefixStore(f"watchdog/{job}", store)
         self._store_lock = threading.Lock()
-        self._asked_at: float | None = None  # while the store has not answered
-        self._interval = max(HEARTBEAT_SECONDS, world_size / 256)  # 256 heartbeats a second at most, to spare the store
+        self._asked_at: float | None = None  # set while a request to the store is unanswered
+        self._interval = max(HEARTBEAT_SECONDS, world_size / 256)  # the store gets at most 256 heartbeats per second
         self.timeout_seconds = max(timeout_seconds, 3 * self._interval)
         self.linger_seconds = max(LINGER_SECONDS, 1.5 * self._interval)
-        self._known: PeerFailure | None = None  # that was published
+        self._known: PeerFailure | None = None  # the failure that was published
         self._action = _Action("started", 0, self._now(), timeout_seconds)
         self._received: dict[int, Received] = {}
         self._heartbeats = 0
@@ -106,25 +107,25 @@ class Watchdog:
         self.beat()
 
     def start(self) -> None:
-        """Begins to watch; after the first heartbeat of all ranks."""
+        """Begins to watch. Call it after the first heartbeat of all ranks."""
         self._thread.start()
 
     # ---- called by the main thread ----------------------------------------------------------------------------
 
-    def begin(self, what: str, within: float | None = None) -> None:
-        """The main thread begins an action, which may take ``within`` seconds where that is more than the timeout.
+    def begin(self, action: str, within: float | None = None) -> None:
+        """The main thread begins an action, which may take ``within`` seconds or the timeout, whichever is longer.
 
-        All ranks call it for the same actions in the same order.
+        All ranks call this for the same actions in the same order.
         """
         limit = max(within or 0.0, self.timeout_seconds)
-        self._action = _Action(what, self._action.number + 1, self._now(), limit)
+        self._action = _Action(action, self._action.number + 1, self._now(), limit)
 
     def announce_exit(self, code: int, reason: str) -> None:
-        """Tells the other ranks that this one exits by itself."""
+        """Announces to the other ranks that this one exits by itself."""
         self._publish(PeerFailure(self.rank, code, reason, announced=True))
 
     def diagnose(self, error: str) -> PeerFailure:
-        """Which rank is at fault, after a collective has failed. Waits a few seconds for heartbeats to stay away."""
+        """Finds the rank at fault after a collective has failed. Waits a few seconds to see whose heartbeats stop."""
         self._suspicious.set()
         deadline = time.monotonic() + self._suspect_seconds + 2 * self._interval
         while time.monotonic() < deadline:
@@ -147,19 +148,18 @@ class Watchdog:
     # ---- called by the guard's thread -------------------------------------------------------------------------
 
     def store_hung(self) -> PeerFailure | None:
-        """That the store has not answered for too long: its client waits without end when the first rank is stopped."""
+        """A failure if the store has not answered for too long: a client waits forever if the first rank is stopped."""
         now = self._now()
         asked_at = self._asked_at
-        if asked_at is None or self._closed.is_set():
+        if asked_at is None or self._closed.is_set() or now - asked_at <= self.timeout_seconds:
             return None
-        seconds = now - asked_at
-        return self._lost(0, f"nothing heard for {seconds:.0f} s") if seconds > self.timeout_seconds else None
+        return self._lost(0, f"its store has not answered for {now - asked_at:.0f} s")
 
     # ---- the watchdog's thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._closed.wait(self._interval):
-            # this thread needs the interpreter: where a C call keeps it, a timer in C exits the process
+            # this thread needs the interpreter; if a C call blocks it, this timer in C ends the process
             faulthandler.dump_traceback_later(
                 1.5 * max(self.timeout_seconds, self._action.limit_seconds) + 10, exit=True
             )
@@ -169,7 +169,7 @@ class Watchdog:
                 failure = self._find_failure()
             except DistError:
                 failure = None if self._closed.is_set() else self._store_lost()
-            except Exception as error:  # nobody would watch this rank any more
+            except Exception as error:  # otherwise nobody would watch this rank any longer
                 reason = f"rank {self.rank} cannot watch the others ({error!r})"
                 failure = self._publish(PeerFailure(self.rank, FAILED, reason, announced=False))
             self._asked_at = None
@@ -177,9 +177,9 @@ class Watchdog:
                 self._exit_for(failure)
 
     def _exit_for(self, failure: PeerFailure) -> None:
-        """Ends this process, unless its main thread does so in time by itself."""
+        """Ends this process, unless its main thread ends it by itself in time."""
         if failure.rank == self.rank and not failure.announced:
-            run_with_timeout(STACKS_SECONDS, self._write_stacks)  # what hangs may be the disk of the run folder
+            run_with_timeout(STACKS_SECONDS, self._write_stacks)  # the disk of the run folder may be what hangs
         grace = time.monotonic() + (LEAVE_SECONDS if failure.announced else 0.0)
         while time.monotonic() < grace:
             if self._closed.wait(0.1):
@@ -191,7 +191,6 @@ class Watchdog:
             faulthandler.dump_traceback(stream, all_threads=True)
 
     def beat(self) -> None:
-        """Publishes a heartbeat."""
         action = self._action
         with self._store_lock:
             self._heartbeats += 1
@@ -208,7 +207,7 @@ class Watchdog:
             self._store.set(f"heartbeat/{self.rank}", json.dumps(asdict(heartbeat)))
 
     def _find_failure(self) -> PeerFailure | None:
-        """What another rank has published, or what is found here and now."""
+        """The failure that another rank has published, or one that this rank finds now."""
         watches_all = self.rank == 0 or self._suspicious.is_set()
         with self._store_lock:
             if self._store.check(["failure"]):
@@ -218,10 +217,10 @@ class Watchdog:
             others = {rank: last for rank, last in self._received.items() if rank != self.rank}
         now = self._now()
         allowed = self._suspect_seconds if self._suspicious.is_set() else self.timeout_seconds
-        found = find_silent(others, allowed, now)
-        if found is None and self.rank == 0:
-            found = find_hung(self._received, now)
-        return None if found is None else self._publish(found)
+        failure = find_silent(others, allowed, now)
+        if failure is None and self.rank == 0:
+            failure = find_hung(self._received, now)
+        return None if failure is None else self._publish(failure)
 
     def _receive(self, ranks: list[int]) -> None:
         now = self._now()
@@ -232,7 +231,7 @@ class Watchdog:
                 self._received[rank] = Received(heartbeat, now)
 
     def _publish(self, failure: PeerFailure) -> PeerFailure:
-        """Tells all ranks of a failure, and returns the one that was published first: that one counts for all."""
+        """Publishes a failure to all ranks. Returns the first one that was published, which counts for all of them."""
         try:
             with self._store_lock:
                 first: Any = self._store.compare_set("failure", "", json.dumps(asdict(failure)))
@@ -246,7 +245,7 @@ class Watchdog:
         return min(max(SUSPECT_SECONDS, 3 * self._interval), self.timeout_seconds)
 
     def _store_lost(self) -> PeerFailure:
-        """The first rank, which holds the store, is gone: for the reason that was published before, or without one."""
+        """The first rank, which holds the store, is gone. A failure that was published before is the reason."""
         return self._known or self._lost(0, "the connection to it broke")
 
     def _lost(self, rank: int, how: str) -> PeerFailure:

@@ -1,4 +1,4 @@
-"""Signals, launchers, the lock of a run folder, and how ends are recorded; each in small processes without torch."""
+"""Signals, launchers, the lock of a run folder, and records of ends, in small processes without torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if sys.argv[1] == "decided":
     guard.record_in(Path(sys.argv[2]))
     guard.decide(75, "saved")
 print("up", flush=True)
-hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)  # one long call, as a collective is: no Python handler runs
+hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)  # one long call, like a collective: no Python handler runs
 """
 
 
@@ -46,7 +46,7 @@ def busy():
     started = []
 
     def start(phase: str, *more: str, on_hangup: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:
-        before = signal.signal(signal.SIGHUP, on_hangup)  # a child has it as well, and pytest may run under nohup
+        before = signal.signal(signal.SIGHUP, on_hangup)  # a child inherits it, and pytest may run under nohup
         try:
             process = subprocess.Popen(
                 [sys.executable, "-c", BUSY, phase, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -78,7 +78,7 @@ def test_a_signal_before_the_first_step_ends_the_process(busy, number):
     )
 
 
-def test_under_nohup_a_hangup_is_nothing(busy):
+def test_under_nohup_a_hangup_does_nothing(busy):
     process = busy("start", on_hangup=signal.SIG_IGN)
     process.send_signal(signal.SIGHUP)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -103,17 +103,17 @@ def test_while_training_the_first_signal_waits_and_a_second_leaves_at_once(busy)
     process.send_signal(signal.SIGSTOP)
     while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
         time.sleep(0.01)
-    # arrive together, as where a launcher passes one on: the same request
+    # they arrive together, as if a launcher passed one on, so they are one request
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
         process.send_signal(number)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1.3)
     _signal_until_it_ends(process)
     code, errors = _ends_within(process, 60)
-    assert code == 143 and "left without saving" in errors
+    assert code == 143 and "exited without saving" in errors
 
 
-def test_what_comes_after_the_end_is_decided_does_not_change_it(busy, tmp_path):
+def test_a_signal_after_the_end_is_decided_does_not_change_it(busy, tmp_path):
     """Closing W&B may take long."""
     process = busy("decided", str(tmp_path))
     _signal_until_it_ends(process)
@@ -131,7 +131,7 @@ def test_what_comes_after_the_end_is_decided_does_not_change_it(busy, tmp_path):
     ],
     ids=["launcher", "peer", "folder"],
 )
-def test_nor_does_what_is_lost_meanwhile(monkeypatch, happens):
+def test_a_loss_after_the_end_is_decided_does_not_change_it(monkeypatch, happens):
     def leave_now(code, *words, linger=0.0):
         raise SystemExit(code)
 
@@ -146,7 +146,7 @@ def test_nor_does_what_is_lost_meanwhile(monkeypatch, happens):
 
 
 def _signal_until_it_ends(process: subprocess.Popen[str]) -> None:
-    """Soon after the first signal another one is the same request."""
+    """A signal that comes soon after the first one is the same request, so this sends several."""
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         process.send_signal(signal.SIGTERM)
@@ -163,12 +163,12 @@ folder = Path(sys.argv[1])
 lock = RunLock(folder)
 lock.acquire()
 guard.hold(lock)
-os.mkfifo(folder / "ends.jsonl")  # to open it takes for ever, as a disk does that is not there any more
+os.mkfifo(folder / "ends.jsonl")  # opening it takes forever, like a disk that is gone
 if sys.argv[2] == "training":
     guard.training()
 print("up", flush=True)
 while True:
-    sys.stderr.write("x" * 2**16)  # a pipe does not hold much, and nobody reads
+    sys.stderr.write("x" * 2**16)  # a pipe holds little, and nobody reads it
 """
 
 
@@ -187,7 +187,7 @@ end()
 """
 
 
-def test_an_end_that_two_threads_find_is_said_once():
+def test_an_end_that_two_threads_find_is_reported_once():
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", BOTH], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (69, "the run ended: rank 1 is gone\n")
@@ -208,12 +208,12 @@ for rank in range(6):
 """
 
 
-@pytest.mark.parametrize("lost,tell", [(4, [0]), (0, [1, 2])])
-def test_one_rank_tells_of_the_end_where_the_host_of_the_first_is_lost_too(lost, tell):
+@pytest.mark.parametrize("lost,reporters", [(4, [0]), (0, [1, 2])])
+def test_an_end_is_reported_even_if_the_whole_first_host_is_lost(lost, reporters):
     two_on_each_host = os.environ | {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2"}
     command = [sys.executable, "-c", ALL_RANKS, str(lost)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=two_on_each_host)
-    prefixes = [f"[rank {rank}] " if rank else "" for rank in tell]
+    prefixes = [f"[rank {rank}] " if rank else "" for rank in reporters]
     assert done.stderr.splitlines() == [f"{prefix}the run ended: gone" for prefix in prefixes]
 
 
@@ -231,16 +231,16 @@ guard.end(PeerFailure(1, 69, "rank 1 is gone", announced=True))
 """
 
 
-def test_the_start_after_an_end_for_a_lost_rank_does_not_wonder_about_it(tmp_path):
+def test_the_start_after_an_end_for_a_lost_rank_finds_the_lock_released(tmp_path):
     done = subprocess.run([sys.executable, "-c", LEFT, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 69
     lock = RunLock(tmp_path)
-    assert lock.acquire(wait_seconds=60) is None, "it ended without saying why"
+    assert lock.acquire(wait_seconds=60) is None, "the lock was not marked as released"
     lock.release()
 
 
 @pytest.mark.parametrize("phase,signals,code", [("start", 1, 75), ("training", 2, 143)])
-def test_a_full_pipe_and_a_disk_that_does_not_answer_keep_nobody(phase, signals, code, tmp_path):
+def test_a_full_pipe_and_a_disk_that_does_not_answer_do_not_prevent_an_end(phase, signals, code, tmp_path):
     command = [sys.executable, "-c", SILENCED, str(tmp_path), phase]
     environment = os.environ | {"PYTHONUNBUFFERED": ""}
     with subprocess.Popen(
@@ -298,7 +298,7 @@ while not Path(sys.argv[1]).exists():
     time.sleep(0.02)
 Path(sys.argv[2]).write_text(str(Launchers().gone()))
 """
-# the name of a launcher, whose child outlives it
+# a script with the name of a launcher, whose child may outlive it
 LAUNCH = """
 import subprocess, sys, time
 subprocess.Popen(COMMAND)
@@ -316,12 +316,12 @@ LOCAL, HOSTS = (
         ([["deepspeed", "leave"]], True),
         ([["deepspeed", "leave"], ["deepspeed", "stay", f"--world_info={LOCAL}"]], True),
         ([["deepspeed", "stay"], ["deepspeed", "stay", f"--world_info={LOCAL}"]], False),
-        ([["shell", "leave"], ["deepspeed", "stay", f"--world_info={HOSTS}"]], False),  # pdsh has started it
+        ([["shell", "leave"], ["deepspeed", "stay", f"--world_info={HOSTS}"]], False),  # pdsh started it
         ([["shell", "leave"]], None),
     ],
 )
-def test_a_launcher_that_is_gone_already_is_missed(chain, gone, tmp_path):
-    """``gone`` None: there was no launcher."""
+def test_a_launcher_that_ended_earlier_is_noticed(chain, gone, tmp_path):
+    """``gone`` is None if there was no launcher."""
     look, ready, answer = (tmp_path / name for name in ("look.py", "ready", "answer"))
     look.write_text(LOOK)
     command = [sys.executable, str(look), str(ready), str(answer), *(["--local_rank=0"] if gone is not None else [])]
@@ -382,13 +382,13 @@ def test_a_lock_is_free_when_its_holder_was_killed(holder, tmp_path):
     assert before is not None and f"pid {holder.pid}" in before
     lock.release()
     again = RunLock(tmp_path)
-    assert again.acquire(wait_seconds=0.5) is None  # released: nobody is missing
+    assert again.acquire(wait_seconds=0.5) is None  # it was released, so there is no holder to report
     again.release()
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_holder_hears_that_its_file_was_removed_or_replaced(replaced, tmp_path, monkeypatch):
-    """Else it would tidy up among the checkpoints of whoever has begun there."""
+def test_a_holder_learns_that_its_file_was_removed_or_replaced(replaced, tmp_path, monkeypatch):
+    """Otherwise it would remove checkpoints of another trainer that has started there."""
     monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
     heard: queue.Queue[str | None] = queue.Queue()
     lock = RunLock(tmp_path / "run", heard.put)
@@ -407,8 +407,8 @@ def test_a_holder_hears_that_its_file_was_removed_or_replaced(replaced, tmp_path
     other.release()
 
 
-def test_a_holder_whose_folder_was_copied_elsewhere_is_no_other_trainer(tmp_path, monkeypatch):
-    """A run is copied to a larger disk while it trains, and the link to its folder set anew."""
+def test_a_holder_whose_folder_was_copied_elsewhere_is_not_another_trainer(tmp_path, monkeypatch):
+    """A run is copied to a larger disk while it trains, and the link to its folder is changed."""
     monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
     heard: queue.Queue[str | None] = queue.Queue()
     run, small, large, link = (tmp_path / name for name in ("run", "small", "large", "link"))
@@ -418,7 +418,7 @@ def test_a_holder_whose_folder_was_copied_elsewhere_is_no_other_trainer(tmp_path
     lock.acquire()
     shutil.copytree(small, large)
     link.symlink_to(large)
-    link.replace(run)  # at once: there is no moment without the file
+    link.replace(run)  # atomic: there is no moment without the file
     assert heard.get(timeout=60) is None
     lock.release()
 
@@ -433,7 +433,7 @@ def test_a_lock_waits_for_its_holder_to_end(holder, tmp_path):
 
 
 def test_a_holder_on_this_host_is_alive_whatever_the_clock_says(holder, tmp_path, monkeypatch):
-    """psutil's time of a start moves with the clock of the system; where flock is not known, the lock rests on it."""
+    """psutil's start times move with the system clock; without flock, the lock depends on the start time."""
     monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 0.0)
     assert is_held(tmp_path)
 
@@ -448,8 +448,8 @@ def _held_elsewhere(folder: Path) -> Path:
     return path
 
 
-def test_a_holder_that_another_took_for_gone_hears_of_it_and_says_nothing_in_its_file(tmp_path, monkeypatch):
-    """It did not run for a while, on a file system where flock does not reach other hosts."""
+def test_a_holder_that_lost_the_lock_learns_it_and_leaves_the_file_alone(tmp_path, monkeypatch):
+    """It was not running for a while, on a file system where flock does not work across hosts."""
     monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     lost: list[str | None] = []
@@ -465,13 +465,13 @@ def test_a_holder_that_another_took_for_gone_hears_of_it_and_says_nothing_in_its
     assert not is_held(tmp_path)
 
 
-@pytest.mark.parametrize("behind_seconds", [0, 3600])
-def test_a_holder_on_another_host_is_alive_while_it_touches_the_file(tmp_path, monkeypatch, behind_seconds):
-    """Also where that host's clock is behind this one's, or this one's has jumped."""
+@pytest.mark.parametrize("lag_seconds", [0, 3600])
+def test_a_holder_on_another_host_is_alive_while_it_touches_the_file(tmp_path, monkeypatch, lag_seconds):
+    """Even if that host's clock lags this host's clock, or this one has jumped."""
     path = _held_elsewhere(tmp_path)
 
     def touch(seconds: float) -> None:
-        there = time.time() - behind_seconds
+        there = time.time() - lag_seconds
         os.utime(path, (there, there))
 
     touch(0.0)
@@ -492,7 +492,7 @@ def test_a_holder_on_another_host_that_touches_nothing_is_gone(tmp_path, monkeyp
     assert sum(slept) > STALE_SECONDS - 0.5
 
 
-def test_ends_are_appended_and_a_folder_that_cannot_be_written_is_no_fault(tmp_path):
+def test_ends_are_appended_and_a_folder_that_cannot_be_written_is_not_an_error(tmp_path):
     record_end(tmp_path, code=75, reason="SIGTERM to rank 1", rank=0, step=7)
     record_end(tmp_path, code=0, reason="done", rank=0, step=9)
     lines = [json.loads(line) for line in (tmp_path / "ends.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Which rank is at fault, from heartbeats alone."""
+"""Finding the rank at fault from heartbeats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOW = 1000.0
 def _received(
     *, actions: int = 5, seconds: float = 1.0, in_collective: bool = False, ago: float = 0.0, limit: float = 60.0
 ) -> Received:
-    """A heartbeat that came ``ago`` seconds ago, from a rank that had been in its last action for ``seconds``."""
+    """A heartbeat that arrived ``ago`` seconds ago, when the rank had been in its last action for ``seconds``."""
     heartbeat = Heartbeat(
         number=7,
         action=f"step {actions}",
@@ -27,38 +27,38 @@ def _received(
     return Received(heartbeat, NOW - ago)
 
 
-def test_a_rank_is_silent_when_its_heartbeats_stay_away_for_longer_than_allowed():
+def test_a_rank_is_silent_if_no_heartbeat_comes_for_longer_than_allowed():
     received = {0: _received(), 1: _received(ago=10.0)}
     assert find_silent(received, 10.0, NOW) is None
     failure = find_silent(received, 9.0, NOW)
     assert failure is not None and (failure.rank, failure.code, failure.announced) == (1, LOST, False)
-    assert failure.reason == "rank 1 is gone (nothing heard for 10 s); the last thing it did: step 5"
+    assert failure.reason == "rank 1 is gone (no heartbeat for 10 s); its last action: step 5"
     assert (failure.host, failure.pid) == ("here", 42)
 
 
 @pytest.mark.parametrize(
     "ranks,cause,says",
     [
-        # nobody is late, also where the others wait
+        # nobody is late, even if the others are waiting
         ([{"seconds": 59}, {"in_collective": True, "seconds": 59}], None, ""),
-        # who has done less is the cause, though the other has waited for longer
+        # the rank with fewer actions is the cause, although the other one has waited for longer
         ([{"actions": 6, "in_collective": True, "seconds": 80}, {"actions": 5, "seconds": 70}], 1, "rank 1 hangs"),
         ([{"actions": 4, "seconds": 61}, {"actions": 5, "in_collective": True}], 0, "rank 0 hangs"),
-        # and may take longer than the others may wait
+        # it may take longer than the limit of a rank that waits for it
         ([{"actions": 6, "in_collective": True, "seconds": 80}, {"seconds": 90, "limit": 1800}], None, ""),
-        # of those that have done as little, the one that waits for nobody
+        # among ranks with equally few actions, the one that does not wait
         (
             [{"in_collective": True, "seconds": 80}, {"seconds": 70}],
             1,
-            "done nothing for 70 s, the last thing was: step 5",
+            "its last action has taken 70 s so far: step 5",
         ),
-        # the time since the heartbeat came counts
-        ([{"seconds": 50, "ago": 11}, {"in_collective": True}], 0, "done nothing for 61 s"),
-        # all in the same collective: none of them
+        # the time since the heartbeat arrived counts
+        ([{"seconds": 50, "ago": 11}, {"in_collective": True}], 0, "has taken 61 s so far"),
+        # all ranks are in the same collective, so no rank is blamed
         ([{"in_collective": True, "seconds": 61}] * 2, 0, "all ranks have waited for each other for 61 s (step 5)"),
     ],
 )
-def test_of_ranks_that_stand_still_the_cause_is_named(ranks, cause, says):
+def test_the_rank_at_fault_is_named_if_ranks_make_no_progress(ranks, cause, says):
     failure = find_hung({rank: _received(**values) for rank, values in enumerate(ranks)}, NOW)
     if cause is None:
         assert failure is None

@@ -1,4 +1,4 @@
-"""Ranks without a launcher, one of which is lost at a bad moment: how the other one ends, and how soon."""
+"""Two ranks without a launcher, and one is lost at a bad moment: how and how soon the other one ends."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.tools.runs import run_config, write_inputs
 pytestmark = [pytest.mark.distributed, pytest.mark.stops]
 
 
-# by the order of their addresses one rank connects and the other accepts; a child keeps the sockets open, as on a host
-# that has lost its power, else the other rank may hear of the end at once
+# one rank connects and the other accepts, depending on the order of their addresses; a child keeps the sockets open, as
+# if the host had lost its power, since otherwise the other rank might notice the end immediately
 KILLED_AS_IT_CONNECTS = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -52,9 +52,9 @@ int connect(int socket, const struct sockaddr *address, socklen_t length) {
 
 
 def both_ranks(config: Path, what: str, **environment: str) -> tuple[list[int], float, str]:
-    """Their exit codes, the seconds from the end of rank 1 to that of rank 0, and the output of both.
+    """Their exit codes, the seconds from the end of rank 1 to the end of rank 0, and the output of both.
 
-    The environment is that of rank 1.
+    Only rank 1 gets ``environment``.
     """
     with config.with_suffix(".log").open("wb") as out:
         job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "VICTIM": what}
@@ -64,7 +64,7 @@ def both_ranks(config: Path, what: str, **environment: str) -> tuple[list[int], 
         own[1] |= environment
         ranks = [subprocess.Popen(command, env={**os.environ, **job, **each}, stdout=out, stderr=out) for each in own]
     try:
-        second = ranks[1].wait(240)  # all of the start, on a busy machine
+        second = ranks[1].wait(240)  # includes the whole start on a busy machine
         begin = time.monotonic()
         first = ranks[0].wait(240)
         return [first, second], time.monotonic() - begin, config.with_suffix(".log").read_text()
@@ -86,7 +86,7 @@ def config(tokenizer_path: str, tmp_path: Path) -> Path:
     return write_config(settings, tmp_path / "run.yaml")
 
 
-def test_a_rank_that_is_lost_while_the_ranks_connect_is_not_waited_for_without_end(config, tmp_path):
+def test_a_rank_that_is_lost_while_the_ranks_connect_is_not_waited_for_forever(config, tmp_path):
     """gloo's own connecting has no timeout."""
     library = tmp_path / "connect.so"
     compiler = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", library]

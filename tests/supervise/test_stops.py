@@ -1,4 +1,4 @@
-"""Signals, lost ranks and launchers: how a job of two processes ends, how fast, and that the same command goes on."""
+"""Signals, lost ranks and launchers: how and how fast a job of two processes ends, and that it continues later."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tools.jobs import Job, checkpoints, ends, last_step, write_config
 from tests.tools.runs import run_config, tensors
 
 pytestmark = pytest.mark.distributed
-also = pytest.mark.stops  # further cases, of make test-stops
+also = pytest.mark.stops  # more cases, only in make test-stops
 STEPS = 100_000
 
 
@@ -68,7 +68,7 @@ def test_a_signal_saves_and_ends_all_ranks(config, number, target, launcher):
     code = job.wait(20)
     job.wait_for_nobody(20 - (time.monotonic() - begin))
     if target.startswith("rank"):
-        assert code == (75 if launcher == "deepspeed" else 1)  # torchrun has a code of its own
+        assert code == (75 if launcher == "deepspeed" else 1)  # torchrun has its own exit code
     else:
         assert code not in (0, None)
     (end,) = ends(run_dir)
@@ -92,7 +92,7 @@ def test_a_signal_during_the_start_ends_it(config):
 
 
 def catches(process: psutil.Process | None, number: signal.Signals) -> bool:
-    """Whether a process runs and has a handler of its own for a signal, as the kernel says it."""
+    """Whether a process runs and handles a signal, according to the kernel."""
     if process is None:
         return False
     status = Path(f"/proc/{process.pid}/status").read_text()
@@ -120,9 +120,7 @@ def test_a_lost_rank_ends_the_job_and_is_named(config, lost, how):
     assert seconds < 30
     job.wait_for_nobody(5)
     (end,) = ends(run_dir)
-    assert (
-        end["code"] == 69 and f"rank {lost} is gone" in end["reason"] and "the last thing it did: step" in end["reason"]
-    )
+    assert end["code"] == 69 and f"rank {lost} is gone" in end["reason"] and "its last action: step" in end["reason"]
     assert end["rank"] == 1 - lost and f"rank {lost} is gone" in job.output
     before = _saved_step(run_dir)
     again = Job(config, "--train.steps=100000")
@@ -166,7 +164,7 @@ def test_two_trainers_never_share_a_run_folder(config):
 
 @also
 def test_an_interrupted_run_is_bit_equal_to_one_that_was_never_stopped(inputs, tokenizer_path, tmp_path):
-    """Stopped by a signal in an evaluation, which is made again."""
+    """A signal stops it during an evaluation, which is then repeated."""
     folders = [tmp_path / "never", tmp_path / "stopped"]
     paths = [
         write_config(

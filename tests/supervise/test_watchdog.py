@@ -1,4 +1,4 @@
-"""The watchdog of one rank, in a process of its own."""
+"""The watchdog of one rank, in its own process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 from relora_mora.supervise.watchdog import Watchdog
 
-faulthandler.dump_traceback_later(60, exit=True)  # of C: it also ends a process whose interpreter is locked
+faulthandler.dump_traceback_later(60, exit=True)  # this timer in C also ends a process whose interpreter is locked
 store = TCPStore("127.0.0.1", 0, is_master=True, timeout=datetime.timedelta(seconds=20), wait_for_workers=False)
 watchdog = Watchdog(0, 1, 60.0, address=("127.0.0.1", store.port), job="test", end=sys.exit, stacks=Path("stacks"))
 
@@ -52,7 +52,7 @@ print("done")
 
 
 def test_a_beat_cannot_lock_the_interpreter():
-    """As ``sys._current_frames`` does in some versions of Python, where a garbage collection begins inside it.
+    """``sys._current_frames`` does in some versions of Python, if a garbage collection begins inside it.
 
     To see that, call BEATS with another argument.
     """
@@ -73,7 +73,7 @@ found = []
 
 
 class Stopping:
-    # a store within a request to which this process is stopped
+    # a store during whose request this process is stopped
 
     def __init__(self, store):
         self.store = store
@@ -88,11 +88,11 @@ class Stopping:
 
 
 def watchdog(rank):
-    made = Watchdog(
+    dog = Watchdog(
         rank, 2, 8.0, address=("127.0.0.1", store.port), job="test", end=found.append, stacks=Path(os.devnull)
     )
-    made.begin("a step")
-    return made
+    dog.begin("a step")
+    return dog
 
 
 first, second = watchdog(0), watchdog(1)
@@ -113,7 +113,7 @@ os._exit(0)
 
 @pytest.mark.stops
 def test_a_job_that_was_suspended_goes_on():
-    """All clocks stood still for it; what it did before counts on."""
+    """All its clocks stop meanwhile, and continue afterwards."""
     command = [sys.executable, "-c", SUSPENDED]
     between_turns, in_a_turn = (
         subprocess.Popen([*command, when], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -121,7 +121,7 @@ def test_a_job_that_was_suspended_goes_on():
     )
     for process in (between_turns, in_a_turn):
         assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
-    time.sleep(9)  # longer than it may stand still, and shorter than the timer in C
+    time.sleep(9)  # longer than the timeout, and shorter than the timer in C
     for process in (between_turns, in_a_turn):
         process.send_signal(signal.SIGCONT)
         assert process.stdin
