@@ -165,7 +165,7 @@ class Manifest:
 
     @property
     def tensor_files(self) -> list[str]:
-        """All files except those of the tokenizer. The checkpoint cannot be used without every one of them."""
+        """All files except those of the tokenizer. If one is missing, the checkpoint cannot be used."""
         return [name for name in self.files if not name.startswith(f"{TOKENIZER}/")]
 
     @property

@@ -110,7 +110,7 @@ def _gpu_fault(assignments: Sequence[DeviceAssignment]) -> str | None:
 
 
 def _gloo_address() -> str | None:
-    """The address that torch's ProcessGroupGloo chooses: that of this host's name, or else the loopback address."""
+    """The address that torch's ProcessGroupGloo chooses: it resolves this host's name, or else uses loopback."""
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return None
     with contextlib.suppress(OSError, UnicodeError):  # a name may be longer than DNS allows

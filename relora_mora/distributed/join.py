@@ -132,7 +132,7 @@ def _connect(timeout_seconds: float) -> None:
 
 
 def _store_of_this_start(rank: int, timeout_seconds: float) -> dist.Store:
-    """The store where the ranks meet. A store in which this rank is present belongs to a job that has just ended."""
+    """The store where the ranks meet. Skips the store of a job that has just ended: this rank is already in it."""
     deadline = time.monotonic() + timeout_seconds
     while True:
         store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_seconds)))

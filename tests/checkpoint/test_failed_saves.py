@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be written is reported once and leaves nothing behind; training goes on, and other saves."""
+"""A checkpoint that cannot be written is reported once and leaves no files; training and other saves continue."""
 
 from __future__ import annotations
 
