@@ -1,4 +1,4 @@
-"""Puts a run where a checkpoint stands."""
+"""Restores a run from a checkpoint, and sets aside what belongs to another history of its folder."""
 
 from __future__ import annotations
 
@@ -17,93 +17,39 @@ from relora_mora.train.state.run_state import RunState
 
 
 def restore(run: Run, reader: CheckpointReader) -> RunState:
-    """Tensors, operators and state of a checkpoint, and the merge that a shorter run left to its export; a collective.
+    """Loads tensors, operator and state of a checkpoint into a run, and makes a merge that is overdue; a collective.
 
-    Raises :class:`CheckpointError` where its merges and the settings disagree.
+    A run leaves out the merge after its last step, and its export includes it instead; a longer run has to make it.
+    Raises :class:`CheckpointError`, before anything changes, if the merges of the checkpoint contradict the settings.
     """
-    folder = RunFolder(Path(run.config.train.run_dir))
     manifest = reader.manifest
-    own = is_own(run, reader)
+    own = _is_own(run, reader)
     state = RunState.load(manifest, own=own)
-    owes_merge = state.trouble is None and lacks_merge(run, reader)  # in trouble the run goes further back
+    is_overdue = state.trouble is None and is_merge_overdue(run, reader)  # a run in trouble goes further back
     reader.restore(run.engine, run.base)
     run.merger.set_operator(manifest.operator, manifest.draw)
     if run.engine.rank == 0:
-        latest = folder.checkpoints / LATEST
-        abandoned = _abandon_checkpoints(folder, after=manifest.step if own else -1)
-        if not own:
-            latest.unlink(missing_ok=True)
-            abandon_records(folder)
-            _take_back_starts(folder, reader.folder)
-        elif abandoned:
-            write_if_possible(
-                latest, f"{step_folder(manifest.step)}\n", without="it names another one; training goes on"
-            )
-    text = (run.checked.data_fingerprint, run.checked.data_content)
-    if (manifest.data_fingerprint, manifest.data_content) != text:
+        _abandon_other_history(RunFolder(Path(run.config.train.run_dir)), reader, own=own)
+    checked = run.checked
+    if (manifest.data_fingerprint, manifest.data_content) != (checked.data_fingerprint, checked.data_content):
         state.health.begin_window()
-    if owes_merge:
-        done = run.schedule.merges_done(state.step)
-        state.made_up = run.merger.merge(state.step, done, run.schedule.operator(state.step))
-        log.info("step %d: merged, which was due here: the run had left it to its export", state.step)
+    if is_overdue:
+        merges_done = run.schedule.merges_done(state.step)
+        state.overdue_merge = run.merger.merge(state.step, merges_done, run.schedule.operator(state.step))
+        log.info("step %d: made the merge that was due here, which the shorter run had left to its export", state.step)
     return state
 
 
-def is_own(run: Run, reader: CheckpointReader) -> bool:
-    """Whether a checkpoint is one of this run's history, and not of another that this one begins from."""
-    named = RunFolder(Path(run.config.train.run_dir)).checkpoints / step_folder(reader.manifest.step)
-    return reader.folder.resolve() in (named.resolve(), named.with_name(named.name + NEW).resolve())
+def _is_own(run: Run, reader: CheckpointReader) -> bool:
+    """Whether a checkpoint belongs to the history of this run, and not to another one that this run begins from."""
+    own = RunFolder(Path(run.config.train.run_dir)).checkpoints / step_folder(reader.manifest.step)
+    return reader.folder.resolve() in (own.resolve(), own.with_name(own.name + NEW).resolve())
 
 
-def _abandon_checkpoints(folder: RunFolder, *, after: int) -> bool:
-    """Renames checkpoints of later steps: they belong to another history, and the next resume must not take them.
+def is_merge_overdue(run: Run, reader: CheckpointReader) -> bool:
+    """Whether the merge after a checkpoint's step is still to be made, because a shorter run ended there without it.
 
-    Each gets a copy of ``starts.jsonl``, which says how it was made. Returns whether there were any.
-    """
-    found = [*list_checkpoints(folder.checkpoints), *list_new(folder.checkpoints)]
-    later = [each for each in found if (step_of(each.with_suffix("")) or 0) > after]
-    starts = folder.starts.read_text(encoding="utf-8", errors="replace") if folder.starts.exists() else ""
-    for other in later:
-        write_if_possible(
-            other / folder.starts.name, starts, without="a run that goes back there will not know what it began with"
-        )
-        _abandon(other, other.with_suffix("").name)
-    return bool(later)
-
-
-def abandon_records(folder: RunFolder) -> None:
-    """Likewise the metrics, starts and scores on tasks of a run that was in the folder before."""
-    for path in (folder.metrics, folder.starts, folder.tasks):
-        if path.exists():
-            _abandon(path, path.name)
-
-
-def _take_back_starts(folder: RunFolder, checkpoint: Path) -> None:
-    """Where a run goes back to a checkpoint that it abandoned: the starts that had made it."""
-    kept = checkpoint / folder.starts.name
-    if checkpoint.parent.resolve() == folder.checkpoints.resolve() and kept.is_file():
-        write_synced(folder.starts, kept.read_text(encoding="utf-8"))
-
-
-def begin_records(folder: RunFolder) -> None:
-    """Where a run begins anew: puts those of an earlier one aside, but for what came before its first step."""
-    files = [path for path in (folder.metrics, folder.starts) if path.exists()]
-    lines = [line for path in files for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    if any('"step": 0,' not in line for line in lines):
-        abandon_records(folder)
-
-
-def _abandon(path: Path, name: str) -> None:
-    names = itertools.chain([name], (f"{number}-{name}" for number in itertools.count(2)))
-    target = next(each for each in (path.with_name(f"abandoned-{name}") for name in names) if not os.path.lexists(each))
-    path.rename(target)
-    log.warning("%s is not of the history that goes on here: renamed to %s", path.name, target.name)
-
-
-def lacks_merge(run: Run, reader: CheckpointReader) -> bool:
-    """Whether the merge of a checkpoint's step is still to be made: a shorter run ended there, and left it out.
-
-    Raises :class:`CheckpointError` where it has merged otherwise than the settings say.
+    Raises :class:`CheckpointError` if the merges or the operator of the checkpoint contradict the settings.
     """
     manifest = reader.manifest
     due = run.schedule.merges_done(manifest.step)
@@ -124,3 +70,63 @@ def lacks_merge(run: Run, reader: CheckpointReader) -> bool:
     else:
         return False
     raise same_on_all_ranks(CheckpointError(f"{reader.folder}: {fault}"))
+
+
+def _abandon_other_history(folder: RunFolder, reader: CheckpointReader, *, own: bool) -> None:
+    """Leaves only the history of the restored checkpoint in the run folder. First rank only.
+
+    Later checkpoints are renamed. If the checkpoint is not ``own``, so are all checkpoints and the records of the run
+    that was in the folder.
+    """
+    step = reader.manifest.step
+    latest = folder.checkpoints / LATEST
+    abandoned = _abandon_checkpoints(folder, after=step if own else -1)
+    if own:
+        if abandoned:
+            write_if_possible(latest, f"{step_folder(step)}\n", without="it names another one; training goes on")
+        return
+    latest.unlink(missing_ok=True)
+    _abandon_records(folder)
+    starts = reader.folder / folder.starts.name
+    if reader.folder.parent.resolve() == folder.checkpoints.resolve() and starts.is_file():
+        # the run returns to a checkpoint that it had abandoned, and to the starts that led to it
+        write_synced(folder.starts, starts.read_text(encoding="utf-8"))
+
+
+def _abandon_checkpoints(folder: RunFolder, *, after: int) -> bool:
+    """Renames the checkpoints of later steps, so that the next resume does not take them.
+
+    Each gets a copy of ``starts.jsonl``, which says how it was made. Returns whether there were any.
+    """
+    checkpoints = [*list_checkpoints(folder.checkpoints), *list_new(folder.checkpoints)]
+    later = [path for path in checkpoints if (step_of(path.with_suffix("")) or 0) > after]
+    starts = folder.starts.read_text(encoding="utf-8", errors="replace") if folder.starts.exists() else ""
+    for path in later:
+        write_if_possible(
+            path / folder.starts.name, starts, without="a run that goes back there will not know what it began with"
+        )
+        _abandon(path, path.with_suffix("").name)
+    return bool(later)
+
+
+def start_records(folder: RunFolder) -> None:
+    """Called when a run starts at step 0: renames the records of an earlier run that has made at least one step."""
+    files = [path for path in (folder.metrics, folder.starts) if path.exists()]
+    lines = [line for path in files for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    if any('"step": 0,' not in line for line in lines):
+        _abandon_records(folder)
+
+
+def _abandon_records(folder: RunFolder) -> None:
+    """Renames the metrics, starts and task scores of the run that was in the folder before."""
+    for path in (folder.metrics, folder.starts, folder.tasks):
+        if path.exists():
+            _abandon(path, path.name)
+
+
+def _abandon(path: Path, name: str) -> None:
+    names = itertools.chain([name], (f"{number}-{name}" for number in itertools.count(2)))
+    targets = (path.with_name(f"abandoned-{each}") for each in names)
+    target = next(each for each in targets if not os.path.lexists(each))
+    path.rename(target)
+    log.warning("%s does not belong to the history that continues here: renamed to %s", path.name, target.name)
