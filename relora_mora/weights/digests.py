@@ -1,4 +1,4 @@
-"""What a run began with, as digests: other weights or text under the same name are noticed, without reading all."""
+"""Digests of a run's inputs, from samples: they show if other weights or text have the same name now."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from relora_mora.tokenizer.folder import TokenizerError
 from relora_mora.tokenizer.identity import tokenizer_fingerprint
 
 FILES = ("manifest.json", "config.json", "adapter_config.json", "*.safetensors", "*.bin")  # of a model or an adapter
-CHANGED = {  # by setting, what is said where its digest is another one
+CHANGED = {  # by setting, how messages describe that its digest has changed
     "model.config": "another model than model.config describes now",
     "model.init_from": "other weights than model.init_from holds now",
     "model.adapter": "other weights than model.adapter holds now",
@@ -29,13 +29,13 @@ CHANGED = {  # by setting, what is said where its digest is another one
     "data.validation": "other text than data.validation holds now",
 }
 
-ABSENT = {name: f"no {name}" for name in ("model.init_from", "model.adapter")}  # where a run began without
+ABSENT = {name: f"no {name}" for name in ("model.init_from", "model.adapter")}  # for a run that began without it
 
 
 def start_digests(config: Config) -> dict[str, str]:
-    """Those of :func:`model_digests`, that of the tokenizer and, of each side, that of the local files of its text.
+    """The digests of model, tokenizer, and local training and validation text, by the names in ``CHANGED``.
 
-    By the names in ``CHANGED``. What is not there, or cannot be read, has none.
+    Files that do not exist or cannot be read have no digest.
     """
     digests = model_digests(config.model)
     with contextlib.suppress(TokenizerError, OSError):
@@ -48,14 +48,14 @@ def start_digests(config: Config) -> dict[str, str]:
 
 
 def model_digests(model: ModelConfig) -> dict[str, str]:
-    """32 hex digits for each of ``model.config``, ``model.init_from`` and ``model.adapter`` that names what is there.
+    """32 hex digits for each of ``model.config``, ``model.init_from`` and ``model.adapter`` that exists.
 
-    They are over names, sizes and samples of the files that hold a model; of a run, those of its newest checkpoint.
-    That of a config is over its content, however it is written.
+    They cover names, sizes and samples of the files of a model; for a run, the files of its newest checkpoint. The
+    digest of a config covers its content and not its formatting.
     """
-    given = {"model.init_from": model.init_from, "model.adapter": model.adapter}
-    found = {name: _files(Path(path)) for name, path in given.items() if path is not None}
-    digests = {name: _digest(files) for name, files in found.items() if files}
+    paths = {"model.init_from": model.init_from, "model.adapter": model.adapter}
+    files = {name: _files(Path(path)) for name, path in paths.items() if path is not None}
+    digests = {name: _digest(each) for name, each in files.items() if each}
     if model.config is not None:
         with contextlib.suppress(OSError, ValueError):
             content = json.loads(Path(model.config).read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def model_digests(model: ModelConfig) -> dict[str, str]:
 
 
 def starts_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of its ``starts.jsonl``; none where it is not there, or was cut off where the disk was full."""
+    """The lines of its ``starts.jsonl``; none if the file does not exist, or was cut off by a full disk."""
     try:
         return read_json_lines(RunFolder(run).starts)
     except (OSError, ValueError):
@@ -72,20 +72,21 @@ def starts_of(run: Path) -> list[dict[str, Any]]:
 
 
 def changed_start(noted: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """In words, what is not as it was when a run began with it; None where nothing is known to be.
+    """Describes the inputs that have changed since a run began with them; None if no change is known.
 
-    ``noted`` is what :func:`relora_mora.system.run_folder.noted_digests` gives: earlier versions noted
-    less. Of what is not there any more there is no digest ``now``.
+    ``noted`` is from :func:`relora_mora.system.run_folder.noted_digests`; earlier versions recorded less. Files that no
+    longer exist have no digest in ``now``.
     """
     changed = [CHANGED[name] for name, digest in noted.items() if now.get(name, digest) != digest]
     return " and ".join(changed) or None
 
 
 def other_weights(checkpoint: Path, model: ModelConfig) -> dict[str, str]:
-    """By setting, in words, what the run of a checkpoint began with, where ``model`` names other weights.
+    """Describes, by setting, what the run of a checkpoint began with if ``model`` names other weights now.
 
-    Empty where that run noted nothing, as an earlier version began it, or another run's checkpoint, and where the
-    weights cannot be read now. Files are compared: a model that was saved again is another one, and a run that went on.
+    Empty if that run recorded nothing, because an earlier version or another run's checkpoint started it, and if the
+    weights cannot be read now. Files are compared, so a model that was saved again differs, and a run that has trained
+    on.
     """
     noted = noted_digests(starts_of(checkpoint.absolute().parent.parent))
     now: dict[str, str] = {}
@@ -110,5 +111,5 @@ def _files(path: Path) -> list[Path]:
 
 
 def _digest(files: list[Path]) -> str:
-    seen = "".join(f"{file.name} {samples_digest(str(file))}\n" for file in files)
-    return xxhash.xxh3_128_hexdigest(seen.encode())
+    content = "".join(f"{file.name} {samples_digest(str(file))}\n" for file in files)
+    return xxhash.xxh3_128_hexdigest(content.encode())

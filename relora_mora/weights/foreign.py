@@ -23,8 +23,8 @@ from relora_mora.system.logs import log
 from relora_mora.tokenizer.load import quiet_transformers
 
 
-def in_short(names: Iterable[str]) -> str:
-    """Names of weights; one that several layers have is named once, with a star for the layer and how often."""
+def abbreviate(names: Iterable[str]) -> str:
+    """Lists names of weights. A name that several layers share appears once, with a star and the number of layers."""
     kinds: dict[str, list[str]] = {}
     for name in sorted(names):
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
@@ -32,28 +32,28 @@ def in_short(names: Iterable[str]) -> str:
 
 
 def bare(name: str) -> str:
-    """A weight's name without those of the models around it."""
+    """A weight's name without the leading ``model.`` of enclosing models."""
     return re.sub(r"^(?:model\.)+", "", name)
 
 
-transformers_logging.disable_progress_bar()  # it would draw one for each file
+transformers_logging.disable_progress_bar()  # it would draw one per file
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a folder is that of a Hugging Face model, not a checkpoint with a stray config.json."""
+    """Whether a folder holds a Hugging Face model. A checkpoint with a stray config.json does not count."""
     return (path / "config.json").exists() and not (path / MANIFEST).exists()
 
 
 def foreign_config(path: Path) -> PreTrainedConfig:
-    """The config of the model in a Hugging Face folder, whose foreign keys transformers ignores.
+    """The config of the model in a Hugging Face folder, without the keys that transformers ignores.
 
-    Where its generation_config.json lists several ids that end an answer, these are its ``eos_token_id``, as for
+    If its generation_config.json lists several ids that end an answer, they become ``eos_token_id``, as in
     transformers. Raises :class:`ConfigError`.
     """
     file = path / "config.json"
     values = read_json(file, "model.init_from")
     if values.get("model_type") is None:
-        fault = f"model.init_from: there is no model_type; say in it which of {', '.join(ARCHITECTURES)} the model is"
+        fault = f"model.init_from: it has no model_type; set it there to one of {', '.join(ARCHITECTURES)}"
         raise ConfigError([fault], str(file))
     keys = architecture_of(values, str(file)).keys
     known = {key: value for key, value in values.items() if key in keys}
@@ -67,13 +67,13 @@ def load_foreign(
 ) -> PreTrainedModel:
     """The model in a Hugging Face folder.
 
-    Raises :class:`CheckpointError`, also for a weight that is missing or has another shape, which transformers would
-    draw at random, and for an adapter beside the model, which it may leave out. A weight that the model has no place
-    for is named in a warning; with ``whole`` it is refused.
+    Raises :class:`CheckpointError`, also if a weight is missing or has another shape, which transformers would draw at
+    random, and if there is an adapter next to the model, which transformers may ignore. A weight that does not belong
+    to the model causes a warning, or with ``whole`` an error.
     """
     if (path / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{path}: holds an adapter of PEFT beside its model; save the model with the adapter merged in"
+            f"{path}: holds a PEFT adapter next to its model; save the model with the adapter merged in"
         )
     try:
         with quiet_transformers():
@@ -85,10 +85,10 @@ def load_foreign(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # of nearly any kind
-        said = " ".join(str(error).split())
+    except Exception as error:  # transformers raises nearly any kind
+        message = " ".join(str(error).split())
         file = _damaged_file(path) or path
-        raise CheckpointError(f"{file}: transformers cannot load it as a causal language model: {said}") from error
+        raise CheckpointError(f"{file}: transformers cannot load it as a causal language model: {message}") from error
     _refuse_weights(
         path,
         {
@@ -99,24 +99,24 @@ def load_foreign(
     )
     if info["unexpected_keys"]:
         log.warning(
-            "%s: its model has no place for these weights, which are left out: %s",
+            "%s: these weights do not belong to its model and are left out: %s",
             path,
-            in_short(info["unexpected_keys"]),
+            abbreviate(info["unexpected_keys"]),
         )
     return model
 
 
 def check_headers(path: Path) -> None:
-    """Looks at names and shapes in the safetensors of a Hugging Face folder, without reading a weight.
+    """Checks names and shapes in the safetensors of a Hugging Face folder, without reading any weight.
 
-    Raises :class:`CheckpointError` where they are not those of the model in its config.json, as :func:`load_foreign`
-    would after it has read them.
+    Raises :class:`CheckpointError` if they do not fit the model in its config.json, as :func:`load_foreign` would after
+    reading the weights.
     """
     found: dict[str, tuple[int, ...]] = {}
     for file in _safetensors(path) if is_foreign(path) else ():
         try:
             with safe_open(file, framework="pt") as tensors:
-                names = tensors.keys()  # a safetensors handle is no mapping
+                names = tensors.keys()  # a safetensors handle is not a mapping
                 found |= {bare(name): tuple(tensors.get_slice(name).get_shape()) for name in names}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
@@ -125,7 +125,7 @@ def check_headers(path: Path) -> None:
     model_config = foreign_config(path)
     expected = {bare(name): (name, shape) for name, shape in _shapes_of(model_config).items()}
     if model_config.tie_word_embeddings and "embed_tokens.weight" not in found and "lm_head.weight" in found:
-        found["embed_tokens.weight"] = found["lm_head.weight"]  # of the two names a file may have either
+        found["embed_tokens.weight"] = found["lm_head.weight"]  # a file may have either of the two names
     _refuse_weights(
         path,
         {
@@ -136,7 +136,7 @@ def check_headers(path: Path) -> None:
 
 
 def _shapes_of(model_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter by its name. One layer is built for all of them, as they have the same shapes."""
+    """The shape of each parameter by its name. Only one layer is built, since all layers have the same shapes."""
     one_layer = deepcopy(model_config)
     one_layer.num_hidden_layers = 1
     shapes = {name: tuple(parameter.shape) for name, parameter in empty_model(one_layer).named_parameters()}
@@ -165,12 +165,11 @@ def _safetensors(path: Path) -> list[Path]:
 
 
 def _refuse_weights(path: Path, wrong: Mapping[str, Sequence[str]]) -> None:
-    """Raises :class:`CheckpointError` where there are any, by what is wrong with them."""
+    """Raises :class:`CheckpointError` if there are any names in ``wrong``, whose keys say what is wrong."""
     if any(wrong.values()):
-        said = "; ".join(f"{what}: {in_short(names)}" for what, names in wrong.items() if names)
+        faults = "; ".join(f"{fault}: {abbreviate(names)}" for fault, names in wrong.items() if names)
         raise CheckpointError(
-            f"{path}: its weights are not those that its config.json asks for; {said}; "
-            "fetch it again, or correct that file"
+            f"{path}: its weights do not fit its config.json; {faults}; fetch it again, or correct that file"
         )
 
 
@@ -185,6 +184,6 @@ def _damaged_file(folder: Path) -> Path | None:
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """How many tokens a model can see at once; None where its config has no limit, which some write as -1."""
+    """The longest input of a model in tokens; None if its config has no limit, which some configs write as -1."""
     positions = getattr(model.config, "max_position_embeddings", None)
     return positions if positions is not None and positions > 0 else None

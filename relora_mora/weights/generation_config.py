@@ -1,4 +1,4 @@
-"""Which tokens end an answer, as ``generate`` of transformers needs to know."""
+"""The tokens that end an answer, for ``generate`` of transformers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def ids_of_roles(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    """The ids of BOS, EOS and padding, by the names that a model's config has for them."""
+    """The ids of BOS, EOS and padding, by their names in a model's config."""
     return {name: getattr(tokenizer, name) for name in ROLES}
 
 
 def generation_config(tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> GenerationConfig:
-    """What ``generate`` of transformers needs for this tokenizer: it stops at EOS, and where a turn ends.
+    """The settings of ``generate`` in transformers for this tokenizer: it stops at EOS and at the end of a turn.
 
-    Where the model's config lists several ids, as instruct models have, those that are special tokens stop it, too.
+    If the model's config lists several ids, as in instruct models, it also stops at those that are special tokens.
     """
     listed = model_config.eos_token_id if isinstance(model_config.eos_token_id, list) else []
     further = [end_of_turn(tokenizer), *sorted(special_tokens(tokenizer) & set(listed))]
@@ -28,7 +28,7 @@ def generation_config(tokenizer: PreTrainedTokenizerBase, model_config: PreTrain
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that are no part of an answer, such as EOS, and the end of a turn where the tokenizer gives it no role."""
+    """Tokens that are not part of an answer, such as EOS, and the end of a turn, even one without a role."""
     added = {token for token, described in tokenizer.added_tokens_decoder.items() if described.special}
     end = end_of_turn(tokenizer)
     return frozenset(added | set(tokenizer.all_special_ids) | ({end} if end is not None else set()))

@@ -1,4 +1,4 @@
-"""Any trained model: the one that a run starts from, one to score text with, one that an adapter makes of its base."""
+"""Loads trained models: the one that a run starts from, one to score text with, and a base with an adapter."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from relora_mora.weights.peft import AdapterFolder, is_adapter
 
 
 def model_config_of(settings: ModelConfig) -> PreTrainedConfig:
-    """The config of a run's model: that of ``model.config`` or else of ``model.init_from``, with the overrides applied.
+    """The config of a run's model from ``model.config``, or else ``model.init_from``, with the overrides applied.
 
-    Raises :class:`ConfigError`, and :class:`CheckpointError` where ``model.init_from`` is neither model nor run.
+    Raises :class:`ConfigError`, and :class:`CheckpointError` if ``model.init_from`` is neither a model nor a run.
     """
     if settings.config is not None:
         return read_model_config(settings)
@@ -42,9 +42,9 @@ def model_config_of(settings: ModelConfig) -> PreTrainedConfig:
 
 
 def start_config(path: Path) -> PreTrainedConfig:
-    """The config of the model in a Hugging Face folder, whose foreign keys transformers ignores, a checkpoint or a run.
+    """The config of the model in a Hugging Face folder, a checkpoint or a run.
 
-    Raises what :func:`model_config_of` raises.
+    Raises the errors of :func:`model_config_of`.
     """
     if is_foreign(path):
         return foreign_config(path)
@@ -52,37 +52,37 @@ def start_config(path: Path) -> PreTrainedConfig:
 
 
 def with_tokenizer(config: Config) -> Config:
-    """With the tokenizer of ``model.init_from`` where ``tokenizer.path`` is null."""
+    """Sets a null ``tokenizer.path`` to the tokenizer of ``model.init_from``."""
     if config.tokenizer.path is not None:
         return config
-    path = tokenizer_beside(Path(str(config.model.init_from)))
+    path = own_tokenizer_path(Path(str(config.model.init_from)))
     return config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"path": str(path)})})
 
 
-def tokenizer_beside(path: Path) -> Path:
-    """Where a Hugging Face folder, a run, its ``checkpoints/`` or a checkpoint has its tokenizer."""
+def own_tokenizer_path(path: Path) -> Path:
+    """The tokenizer folder of a Hugging Face folder, a run, its ``checkpoints/`` or a checkpoint."""
     if is_foreign(path):
         return path
-    return RunFolder(path.parent if list_checkpoints(path) else path).tokenizer  # a checkpoint's has the same name
+    return RunFolder(path.parent if list_checkpoints(path) else path).tokenizer  # it has the same name in a checkpoint
 
 
 def start_weights(path: Path, model_config: PreTrainedConfig) -> dict[str, Tensor]:
-    """The float32 weights of a start, which is a model's folder, a run or a checkpoint, by the names of ours."""
+    """The float32 weights of a Hugging Face folder, a run or a checkpoint, by the parameter names of this package."""
     if is_foreign(path):
         return load_foreign(path, torch.float32, model_class(model_config), whole=True).state_dict()
     return merged_weights(CheckpointReader(find_checkpoint(path)))
 
 
-HF_LENGTH = 2048  # longest sequence that a foreign model is scored with by default
+HF_LENGTH = 2048  # default limit of the sequence length for scoring a foreign model
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A causal LM to score text with.
 
-    ``tokenizer`` is a context manager that gives the tokenizer's folder; ``data`` says how the training text was read.
-    ``checkpoint`` is that of this trainer which the weights are from, and its step. ``of_run``: so are they, or those
-    that an adapter was put on; then the model's config may name other special tokens than the tokenizer.
+    ``tokenizer`` is a context manager for the tokenizer's folder; ``data`` says how the training text was read.
+    ``checkpoint`` is the checkpoint of this trainer that the weights are from, and its step. ``of_run`` is also true
+    for an adapter on such weights; the model's config may then name other special tokens than the tokenizer.
     """
 
     model: PreTrainedModel
@@ -93,19 +93,19 @@ class LoadedModel:
     of_run: bool = False
 
     def data_settings(self, validation: Any, overrides: Mapping[str, str], *, own_tokenizer: bool = True) -> DataConfig:
-        """Settings for reading held-out text: those of training, and over them what a command line gives.
+        """Settings for reading held-out text: the settings of training, overridden by the command line.
 
-        ``validation`` is as the setting of that name, or None for the run's own. Of a run, the revisions hold for its
-        own sources alone, its commits for all. With its ``own_tokenizer`` a run's conversations have the chat template
-        that this took along. Raises :class:`ConfigError`.
+        ``validation`` has the form of the setting ``data.validation``; None means the run's own. A run's revisions
+        apply only to its own sources, its commits to all sources. With ``own_tokenizer``, conversations get the chat
+        template that is saved with the run's tokenizer. Raises :class:`ConfigError`.
         """
-        trained = _by_own_template(self.data) if own_tokenizer else self.data
+        trained = _with_saved_template(self.data) if own_tokenizer else self.data
         given = trained.model_dump(include={*SCORING, "validation", "commits"}) | {"train": "none"}
         if any(name.startswith("data.records") for name in overrides):
             del given["packing"]
         kind = overrides.get("data.records.kind")
         if kind is not None and trained.records is not None and trained.records.kind != kind:
-            given["records"] = None  # columns and template of one kind are none of another
+            given["records"] = None  # columns and template belong to their kind
         if overrides.get("data.packing") == "none":
             del given["document_mask"]
         if validation is None:
@@ -122,8 +122,8 @@ class LoadedModel:
         return data.model_copy(update={"validation": sets})
 
 
-def _by_own_template(data: DataConfig) -> DataConfig:
-    """With null in place of the file of the chat template that the run's tokenizer has from its training."""
+def _with_saved_template(data: DataConfig) -> DataConfig:
+    """Replaces the training's chat template file by null, since the run's tokenizer holds that template."""
     trained = map(data.records_of, data.train_sources)
     file = next((each.template for each in trained if each is not None and each.is_conversation), None)
     if file in (None, CHATML):
@@ -139,12 +139,12 @@ def _by_own_template(data: DataConfig) -> DataConfig:
 
 
 def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
-    """The model of a checkpoint, run folder or Hugging Face folder. Nothing is downloaded and no code of it is run.
+    """The model of a checkpoint, run folder or Hugging Face folder, without downloads and without running its code.
 
     Raises :class:`CheckpointError` for anything else.
     """
     if is_foreign(path):
-        with suppress(ConfigError):  # of another family: only transformers knows its sizes
+        with suppress(ConfigError):  # a model of another family, whose sizes only transformers knows
             check_headers(path)
         model = load_foreign(path, dtype)
         plain = DataConfig(
@@ -165,27 +165,27 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
 
 
 def load_model(path: Path, dtype: torch.dtype, base: Path | None = None) -> LoadedModel:
-    """The model of a checkpoint, run, Hugging Face folder or adapter alone, as :func:`load_any_model` gives it.
+    """The model of a checkpoint, run, Hugging Face folder or adapter without its model; see :func:`load_any_model`.
 
-    ``base`` is the model that an adapter was trained on; by default its config names it. Raises
-    :class:`CheckpointError` where that is not to be found, or does not fit.
+    ``base`` is the model that an adapter was trained on; the default is the one that its config names. Raises
+    :class:`CheckpointError` if the base is not found or does not fit.
     """
     if not is_adapter(path):
         if base is not None:
-            raise CheckpointError(f"--base: {path} is no adapter alone, so it has none; leave it out")
+            raise CheckpointError(f"--base: {path} is not an adapter without its model; omit --base")
         return load_any_model(path, dtype)
     adapter = AdapterFolder(path)
-    under = load_any_model(base or _named_base(adapter), torch.float32)
-    merge_into(under.model, adapter, str(base or adapter.base))
-    for parameter in under.model.parameters():  # not the buffers: rotary frequencies stay in float32
+    loaded = load_any_model(base or _named_base(adapter), torch.float32)
+    merge_into(loaded.model, adapter, str(base or adapter.base))
+    for parameter in loaded.model.parameters():  # not the buffers: rotary frequencies stay in float32
         parameter.data = parameter.data.to(dtype)
-    if (path / GENERATION_CONFIG_NAME).is_file():  # it was trained to stop elsewhere than its base
-        under.model.generation_config = GenerationConfig.from_pretrained(path)
+    if (path / GENERATION_CONFIG_NAME).is_file():  # the adapter was trained to stop at other tokens than its base
+        loaded.model.generation_config = GenerationConfig.from_pretrained(path)
     own: AbstractContextManager[Path] = nullcontext(path)
     return replace(
-        under,
-        tokenizer=own if has_tokenizer(path) else under.tokenizer,
-        description=f"{path} on {under.description}",
+        loaded,
+        tokenizer=own if has_tokenizer(path) else loaded.tokenizer,
+        description=f"{path} on {loaded.description}",
         checkpoint=None,
     )
 
@@ -193,17 +193,18 @@ def load_model(path: Path, dtype: torch.dtype, base: Path | None = None) -> Load
 def _named_base(adapter: AdapterFolder) -> Path:
     if adapter.base is not None and Path(adapter.base).is_dir():
         return Path(adapter.base)
-    named = "it names no model" if adapter.base is None else f"its model {adapter.base} is no folder here"
-    raise CheckpointError(f"{adapter.folder}: an adapter alone, and {named}; give the model's folder with --base")
+    named = "it names no model" if adapter.base is None else f"its model {adapter.base} is not a folder here"
+    raise CheckpointError(
+        f"{adapter.folder}: an adapter without its model, and {named}; give the model's folder with --base"
+    )
 
 
 @torch.no_grad()
 def merge_into(model: PreTrainedModel, adapter: AdapterFolder, named: str) -> None:
-    """Adds every delta to its weight, in place, and sets what trained as a whole.
+    """Adds every delta to its weight, in place, and replaces the modules that trained as a whole.
 
-    ``model`` is in float32; errors call it ``named``.
-
-    Raises :class:`CheckpointError` where the adapter is that of another model; the model is then half changed.
+    ``model`` is in float32; errors call it ``named``. Raises :class:`CheckpointError` if the adapter belongs to another
+    model; the model may then be partly changed.
     """
     adapter.check_head(model)
     modules = dict(model.named_modules())
@@ -212,11 +213,13 @@ def merge_into(model: PreTrainedModel, adapter: AdapterFolder, named: str) -> No
     for name in adapter.layers:
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
-            raise CheckpointError(f"{adapter.file}: {name} is no linear layer of {named}; give its own base")
+            raise CheckpointError(
+                f"{adapter.file}: {name} is not a linear layer of {named}; give the model it was trained on"
+            )
         if not adapter.fits(name, linear.in_features, linear.out_features):
             raise CheckpointError(
-                f"{adapter.file}: {name} has an M of {adapter.layers[name]}, and its rank makes another size of the "
-                f"layer {linear.in_features} -> {linear.out_features} of {named}; give the model that the "
+                f"{adapter.file}: {name} has an M of size {adapter.layers[name]}, which does not fit its rank and "
+                f"the layer {linear.in_features} -> {linear.out_features} of {named}; give the model that the "
                 "adapter was trained on"
             )
         with torch.device("meta"):
@@ -233,8 +236,8 @@ def merge_into(model: PreTrainedModel, adapter: AdapterFolder, named: str) -> No
 def _check_shape(adapter: AdapterFolder, name: str, expected: torch.Tensor | None, named: str) -> None:
     shape = None if expected is None else tuple(expected.shape)
     if adapter.shapes[name] != shape:
-        wanted = "nothing of that name" if shape is None else list(shape)
+        expected_shape = "nothing of that name" if shape is None else list(shape)
         raise CheckpointError(
-            f"{adapter.file}: {name} is {list(adapter.shapes[name])}, and {named} has {wanted}; "
+            f"{adapter.file}: {name} is {list(adapter.shapes[name])}, and {named} has {expected_shape}; "
             "give the model that the adapter was trained on"
         )

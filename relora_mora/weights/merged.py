@@ -15,15 +15,15 @@ from relora_mora.checkpoint.reader import CheckpointReader
 from relora_mora.config.load import stored_config
 from relora_mora.model.config import stored_model_config
 from relora_mora.model.llama import empty_model, put_values
-from relora_mora.weights.foreign import in_short
+from relora_mora.weights.foreign import abbreviate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def checked_model(reader: CheckpointReader) -> PreTrainedModel:
-    """The model that a checkpoint names, with its adapter layers and without values.
+    """The model of a checkpoint with its adapter layers and without values.
 
-    Raises :class:`CheckpointError` where the checkpoint does not hold the tensors of that model.
+    Raises :class:`CheckpointError` if the checkpoint does not hold the tensors of that model.
     """
     manifest = reader.manifest
     config = stored_config(manifest.config, str(reader.folder))
@@ -32,20 +32,20 @@ def checked_model(reader: CheckpointReader) -> PreTrainedModel:
         with torch.device("meta"):
             inject(skeleton, config.method, seed=config.train.seed, mora_type=manifest.operator, draw=manifest.draw)
     expected = {name: list(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    found = manifest.parameters | manifest.frozen
-    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    saved = manifest.parameters | manifest.frozen
+    wrong = sorted(name for name in expected | saved if expected.get(name) != saved.get(name))
     if wrong:
         raise CheckpointError(
-            f"{reader.folder}: does not hold the model it names: {wrong[0]} is {found.get(wrong[0], 'nothing')} there, "
+            f"{reader.folder}: does not hold the model it names: {wrong[0]} is {saved.get(wrong[0], 'missing')}, "
             f"expected {expected.get(wrong[0], 'nothing')}; use another checkpoint"
         )
     return skeleton
 
 
 def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
-    """Every weight of the plain model in float32, ``W + delta`` where there is an adapter.
+    """Every weight of the plain model in float32; ``W + delta`` for layers with an adapter.
 
-    Raises :class:`CheckpointError` where the checkpoint does not hold the tensors of the model it names.
+    Raises :class:`CheckpointError` if the checkpoint does not hold the tensors of the model it names.
     """
     manifest = reader.manifest
     skeleton = checked_model(reader)
@@ -69,7 +69,7 @@ def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     if broken:
         kind = str(dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"{path}: weights too large for {kind} in {in_short(broken)}; choose another type, or an older checkpoint"
+            f"{path}: weights too large for {kind} in {abbreviate(broken)}; choose another type, or an older checkpoint"
         )
     put_values(model, weights)
     model.config.dtype = dtype
@@ -77,14 +77,12 @@ def merged_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 
 def _empty_model(reader: CheckpointReader) -> PreTrainedModel:
-    """The model that a checkpoint names, without values.
-
-    Raises :class:`CheckpointError` where its settings make no model.
-    """
+    """The plain model of a checkpoint without values; raises :class:`CheckpointError` if its config is unusable."""
     try:
         return empty_model(stored_model_config(reader.manifest.model_config))
-    except Exception as error:  # of nearly any kind
-        said = " ".join(str(error).split())
+    except Exception as error:  # transformers raises nearly any kind
+        message = " ".join(str(error).split())
         raise CheckpointError(
-            f"{reader.folder}: transformers makes no model of its model_config: {said}; use another checkpoint"
+            f"{reader.folder}: transformers cannot build a model from its model_config: {message}; "
+            "use another checkpoint"
         ) from error

@@ -1,14 +1,14 @@
-"""A folder that holds an adapter, as PEFT writes it.
+"""Adapter folders in the format of PEFT.
 
 ::
 
     adapter_config.json          which adapter, its scale, the model it belongs to
     adapter_model.safetensors    A [r, in] and B [out, r] of each layer, and whole modules that trained next to them
 
-A key is ``base_model.model.`` and the tensor's name in the model: ``...layers.0.self_attn.q_proj.lora_A.weight``. The
-released MoRA (kongds/MoRA, its ``peft-mora``) says ``use_mora`` and ``mora_type``, keeps M [R, R] under ``lora_A`` and
-the same once more under ``lora_B``; its scale is 1. The file's header names the base model by some numbers of one of
-its weights.
+A key is ``base_model.model.`` plus the tensor's name in the model: ``...layers.0.self_attn.q_proj.lora_A.weight``. The
+released MoRA (kongds/MoRA, its ``peft-mora``) sets ``use_mora`` and ``mora_type``, stores M [R, R] under ``lora_A`` and
+a copy under ``lora_B``, and has a scale of 1. The file's header identifies the base model by a sample of numbers from
+one of its weights.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ from relora_mora.adapters.lora import LoRALinear
 from relora_mora.adapters.mora import MoRALinear
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.config.registry import OPERATORS
-from relora_mora.weights.foreign import has_weights, in_short
+from relora_mora.weights.foreign import abbreviate, has_weights
 
 KEY = "base_weight"
 _SAMPLES = 32
-_TOLERANCE = 2**-8  # of each: a model saved in bf16 or fp16 is the same
-_SMALLEST = 1e-6  # fp16 has no finer steps near zero
+_TOLERANCE = 2**-8  # relative: a model saved in bf16 or fp16 counts as the same
+_SMALLEST = 1e-6  # absolute: fp16 has no finer steps near zero
 
 
-def note_of(name: str, weight: Tensor) -> str:
-    """What a file keeps of a model: the weight's name and numbers of it, evenly over its elements."""
+def base_sample(name: str, weight: Tensor) -> str:
+    """A sample that identifies a base model, as JSON: a weight's name and numbers spread evenly over its elements."""
     return json.dumps({"name": name, "values": _sample(weight).tolist()})
 
 
-def is_of_another(noted: str, weight_of: Callable[[str], Tensor | None]) -> bool:
-    """Whether a note is that of another model than one with these weights. A note that is damaged says nothing."""
+def is_other_base(noted: str, weight_of: Callable[[str], Tensor | None]) -> bool:
+    """Whether a sample is from a model with other weights than these. A damaged sample is ignored."""
     try:
         note = json.loads(noted)
         expected = torch.tensor(note["values"], dtype=torch.float32)
         weight = weight_of(note["name"]) if isinstance(note, Mapping) else None
     except (ValueError, KeyError, TypeError):
         return False
-    found = None if weight is None else _sample(weight)
-    return found is None or not torch.allclose(found, expected, rtol=_TOLERANCE, atol=_SMALLEST)
+    if weight is None:
+        return True
+    return not torch.allclose(_sample(weight), expected, rtol=_TOLERANCE, atol=_SMALLEST)
 
 
 def _sample(weight: Tensor) -> Tensor:
@@ -67,21 +68,21 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 RELEASED_TYPES = (1, 2, 3, 4, 6)  # of kongds/MoRA
 
-# of PEFT's LoraConfig: where an adapter comes from, how it was trained, and what the tensors themselves say
-_SAYS_NOTHING = {
+# keys of PEFT's LoraConfig on an adapter's origin and training, and facts that its tensors show
+_IGNORED_KEYS = {
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("modules_to_save", "lora_dropout", "ensure_weight_tying", "qalora_group_size", "megatron_core"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of an init_lora_weights
 }
 T = TypeVar("T")
-_ROUNDING = 2.0  # of R
+_ROUNDING = 2.0  # largest rounding of R
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _REMEDY = "save the model with the adapter merged in, and give that"
 
 
 class _Settings(BaseModel):
-    """What of ``adapter_config.json`` decides what an adapter computes. Any other key must be one that says nothing."""
+    """The keys of ``adapter_config.json`` that decide what an adapter computes. Others must be in ``_IGNORED_KEYS``."""
 
     model_config = ConfigDict(extra="allow")
     peft_type: Literal["LORA"]
@@ -94,22 +95,21 @@ class _Settings(BaseModel):
     use_mora: bool = False
     mora_type: int = 1
     bias: Literal["none"] = "none"
-    # the others, such as pissa and olora, change the weights of the model as well
+    # other values, such as pissa and olora, also change the weights of the model
     init_lora_weights: Literal[True, False, "gaussian", "orthogonal", "eva"] = True
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter without the weights of its model, whose config.json may be there."""
+    """Whether a folder holds an adapter without the weights of its model. The model's config.json may be there."""
     return (path / CONFIG).exists() and not has_weights(path)
 
 
 class AdapterFolder:
-    """An adapter in a folder; its tensors have the names that the parameters of a run have.
+    """An adapter in a folder. Its tensors have the names of a run's parameters.
 
-    ``shapes`` has them all: those of the layers with adapters (``...q_proj.lora_A``, ``...q_proj.mora_M``), and those
-    of modules that trained as a whole (``lm_head.weight``). ``mora_type`` is None for LoRA. Nothing but JSON and
-    safetensors is read. Raises :class:`CheckpointError` for what is no adapter, and for one that computes something
-    else than ``(W + delta) x``.
+    ``shapes`` has all of them: adapters (``...q_proj.lora_A``, ``...q_proj.mora_M``) and modules that trained as a
+    whole (``lm_head.weight``). ``mora_type`` is None for LoRA. Only JSON and safetensors are read. Raises
+    :class:`CheckpointError` if the folder has no adapter, or one that does not compute ``(W + delta) x``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -124,21 +124,21 @@ class AdapterFolder:
         try:
             self._tensors: Any = safe_open(self.file, framework="pt")
         except (SafetensorError, OSError) as error:
-            said = "No such file" if isinstance(error, FileNotFoundError) else str(error)
-            raise CheckpointError(f"{self.file}: cannot be read ({said}); save the adapter as safetensors") from error
+            reason = "No such file" if isinstance(error, FileNotFoundError) else str(error)
+            raise CheckpointError(f"{self.file}: cannot be read ({reason}); save the adapter as safetensors") from error
         self._index()
         self.layers = self._check_layers()
 
     def _read_settings(self) -> _Settings:
         path = self.folder / CONFIG
-        given = {key: value for key, value in _read_json(path).items() if value is not None}
+        values = {key: value for key, value in _read_json(path).items() if value is not None}
         try:
-            settings = _Settings.model_validate(given)
+            settings = _Settings.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"][:1])
-            raise CheckpointError(f"{path}: {where} is {given.get(where)!r}: {first['msg']}; {_REMEDY}") from error
-        others = [key for key, value in (settings.model_extra or {}).items() if value and key not in _SAYS_NOTHING]
+            key = str(first["loc"][0])
+            raise CheckpointError(f"{path}: {key} is {values.get(key)!r}: {first['msg']}; {_REMEDY}") from error
+        others = [key for key, value in (settings.model_extra or {}).items() if value and key not in _IGNORED_KEYS]
         if others:
             raise CheckpointError(f"{path}: {', '.join(others)}: not supported here; {_REMEDY}")
         if settings.use_mora and settings.mora_type not in RELEASED_TYPES:
@@ -156,7 +156,7 @@ class AdapterFolder:
 
     def _index(self) -> None:
         unknown = []
-        for key in self._tensors.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+        for key in self._tensors.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
             tensor = self._tensors.get_slice(key)
             name = key.removeprefix(PREFIX)
             own = name
@@ -173,54 +173,54 @@ class AdapterFolder:
                 self._keys[own] = key
                 self.shapes[own] = tuple(tensor.get_shape())
         if unknown:
-            raise CheckpointError(f"{self.file}: {in_short(unknown)}: no tensors of LoRA or MoRA; {_REMEDY}")
+            raise CheckpointError(f"{self.file}: {abbreviate(unknown)}: not a tensor of LoRA or MoRA; {_REMEDY}")
 
     def _check_layers(self) -> dict[str, int]:
-        """The rank r, or R, of each layer with an adapter."""
+        """The rank r of LoRA, or the size R of MoRA, of each layer with an adapter."""
         layers: dict[str, int] = {}
         for name, shape in self.shapes.items():
             layer, _, part = name.rpartition(".")
             if part == "mora_M":
                 even = OPERATORS[self.mora_type].even_size if self.mora_type is not None else False
                 fits = len(shape) == 2 and shape[0] == shape[1] and not (even and shape[0] % 2)
-                found = f"M {list(shape)}, expected [R, R]{' with an even R' if even else ''}"
+                shapes = f"M {list(shape)}, expected [R, R]{' with an even R' if even else ''}"
             elif part in ("lora_A", "lora_B"):
                 a = self.shapes.get(f"{layer}.lora_A", ())
                 b = self.shapes.get(f"{layer}.lora_B", ())
                 fits = len(a) == len(b) == 2 and a[0] == b[1]
-                found = f"A {list(a)} and B {list(b)}, expected [r, in] and [out, r]"
+                shapes = f"A {list(a)} and B {list(b)}, expected [r, in] and [out, r]"
             else:
                 continue
             if not fits or 0 in shape:
-                raise CheckpointError(f"{self.file}: {layer} has {found}; save it again")
+                raise CheckpointError(f"{self.file}: {layer} has {shapes}; save it again")
             layers[layer] = shape[1] if part == "lora_B" else shape[0]
         if not layers:
             raise CheckpointError(f"{self.file}: no layer has an adapter; save it again")
         return layers
 
     def check_base(self, weight_of: Callable[[str], Tensor | None], base: str) -> None:
-        """Raises :class:`CheckpointError` where a model has other weights than the one that the adapter was made on.
+        """Raises :class:`CheckpointError` if a model has other weights than the one that the adapter was trained on.
 
-        Adapters that this package has written know that; those of others do not.
+        Only adapters that this package has written identify their base.
         """
         noted = (self._tensors.metadata() or {}).get(KEY)
-        if noted is not None and is_of_another(noted, weight_of):
+        if noted is not None and is_other_base(noted, weight_of):
             remedy = (
                 "it has changed since" if base == self.base else f"give the model that it was trained on ({self.base})"
             )
-            raise CheckpointError(f"{self.file}: was trained on other weights than those of {base}; {remedy}")
+            raise CheckpointError(f"{self.file}: was trained on other weights than {base} has; {remedy}")
 
     def fits(self, layer: str, in_features: int, out_features: int) -> bool:
-        """Whether R of a MoRA layer is what the adapter's rank makes of these sizes, rounded in any way."""
-        rank = _of_layer(self._settings.rank_pattern, layer, self._settings.r)
+        """Whether R of a MoRA layer fits the adapter's rank and these sizes, with any rounding."""
+        rank = _layer_value(self._settings.rank_pattern, layer, self._settings.r)
         if self.mora_type is None or rank is None:
             return True
         return abs(math.sqrt((in_features + out_features) * rank) - self.layers[layer]) <= _ROUNDING
 
     def alpha(self, layer: str) -> float:
-        """LoRA's alpha of a layer: delta is ``alpha / r`` times B A."""
+        """The alpha of a LoRA layer: delta is ``alpha / r`` times B A."""
         settings = self._settings
-        alpha = _of_layer(settings.alpha_pattern, layer, settings.lora_alpha)
+        alpha = _layer_value(settings.alpha_pattern, layer, settings.lora_alpha)
         return alpha * math.sqrt(self.layers[layer]) if settings.use_rslora else alpha
 
     def plain(self) -> Iterator[str]:
@@ -228,40 +228,40 @@ class AdapterFolder:
         return (name for name in self.shapes if name.endswith((".weight", ".bias")))
 
     def check_head(self, model: PreTrainedModel) -> None:
-        """Raises :class:`CheckpointError` for embeddings that are also the head: PEFT changes one of the two alone."""
+        """Raises :class:`CheckpointError` if it changes tied embeddings, since PEFT changes only one of their uses."""
         embedding = model.get_input_embeddings().weight
         if model.get_output_embeddings().weight is embedding and (
             "model.embed_tokens.weight" in self.shapes or "lm_head" in self.layers
         ):
             raise CheckpointError(
-                f"{self.file}: changes embeddings or head of a model in which they are one, and is not that model's "
-                f"adapter alone; {_REMEDY}"
+                f"{self.file}: changes the embeddings or the head of a model that ties them, so it is more than an "
+                f"adapter; {_REMEDY}"
             )
 
     def value(self, name: str) -> Tensor:
-        """A tensor in float32, by a name of ``shapes``. Raises :class:`CheckpointError` where it is not finite."""
+        """A tensor in float32, by a name of ``shapes``. Raises :class:`CheckpointError` if it is not finite."""
         value: Tensor = self._tensors.get_tensor(self._keys[name]).float()
         if not value.isfinite().all():
             raise CheckpointError(f"{self.file}: {name} holds numbers that are not finite; use another adapter")
         copy = self._copies.get(name)
         if copy is not None and not self._tensors.get_tensor(copy).float().equal(value):
-            raise CheckpointError(f"{self.file}: {copy} is no copy of M under lora_A; save it again")
+            raise CheckpointError(f"{self.file}: {copy} is not a copy of M under lora_A; save it again")
         return value
 
     def layer_on(self, name: str, linear: nn.Linear) -> AdapterLinear:
-        """The adapter layer that this adapter makes of a linear, without values; to be called on the meta device."""
+        """The adapter layer for a linear, without values. Call it on the meta device."""
         if self.mora_type is not None:
             return MoRALinear(linear, self.layers[name], self.mora_type)
         return LoRALinear(linear, self.layers[name], self.alpha(name), layer_generator(0, name, 0))
 
 
 def _matches(key: str, layer: str) -> bool:
-    """Whether a key of a pattern is for a layer, as ``peft.utils.other.get_pattern_key`` decides it."""
+    """Whether a key of a pattern matches a layer, by the rule of ``peft.utils.other.get_pattern_key``."""
     return re.match(rf"(.*\.)?({key})$", layer) is not None
 
 
-def _of_layer(pattern: Mapping[str, float], layer: str, default: T) -> float | T:
-    """What PEFT takes for a layer: the value of the first key that matches it."""
+def _layer_value(pattern: Mapping[str, float], layer: str, default: T) -> float | T:
+    """The value for a layer as in PEFT: that of the first key that matches it."""
     return next((value for key, value in pattern.items() if _matches(key, layer)), default)
 
 
@@ -271,6 +271,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}")
     except (OSError, ValueError, RecursionError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path}: cannot be read ({said}); give a folder as PEFT saves an adapter") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"{path}: cannot be read ({reason}); give a folder in which PEFT saved an adapter"
+        ) from error
     return values

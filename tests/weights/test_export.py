@@ -23,7 +23,7 @@ from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.tokenizer.save import save_tokenizer
 from relora_mora.weights.export import _name_rope, export
 from relora_mora.weights.foreign import foreign_config
-from relora_mora.weights.load import load_any_model, tokenizer_beside
+from relora_mora.weights.load import load_any_model, own_tokenizer_path
 from relora_mora.weights.merged import merged_model
 from tests.tools.checkpoints import write_checkpoint
 from tests.tools.commands import EVALUATE, EXPORT, call, refused
@@ -267,11 +267,11 @@ def test_no_name_of_code_gets_into_an_export(checkpoint: Path, clean: dict[str, 
     ("change", "says"),
     [
         ({"model_config": {}}, "does not hold the model it names"),
-        ({"model_config": LLAMA | {"hidden_size": "x"}}, "transformers makes no model of its model_config"),
-        ({"model_config": LLAMA | {"hidden_act": "evil"}}, "transformers makes no model of its model_config"),
+        ({"model_config": LLAMA | {"hidden_size": "x"}}, "transformers cannot build a model from its model_config"),
+        ({"model_config": LLAMA | {"hidden_act": "evil"}}, "transformers cannot build a model from its model_config"),
         (
             {"model_config": LLAMA | {"num_hidden_layers": 3}},
-            "model.layers.2.input_layernorm.weight is nothing there, expected [24]",
+            "model.layers.2.input_layernorm.weight is missing, expected [24]",
         ),
     ],
 )
@@ -360,10 +360,10 @@ def test_a_run_has_its_tokenizer_in_one_place(tmp_path):
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000010"
     checkpoint.mkdir(parents=True)
     for named in (tmp_path / "run", checkpoint.parent):
-        assert tokenizer_beside(named) == tmp_path / "run" / "tokenizer"
-    assert tokenizer_beside(checkpoint) == checkpoint / "tokenizer"
+        assert own_tokenizer_path(named) == tmp_path / "run" / "tokenizer"
+    assert own_tokenizer_path(checkpoint) == checkpoint / "tokenizer"
     (tmp_path / "config.json").write_text("{}")
-    assert tokenizer_beside(tmp_path) == tmp_path
+    assert own_tokenizer_path(tmp_path) == tmp_path
 
 
 def test_a_tokenizer_is_named_as_older_readers_know_it(tokenizer_path: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.tokenizer.save import save_tokenizer
 from relora_mora.weights.export import export
 from relora_mora.weights.load import load_any_model, load_model
-from relora_mora.weights.peft import AdapterFolder, is_of_another, note_of
+from relora_mora.weights.peft import AdapterFolder, base_sample, is_other_base
 from tests.tools.adapter_tools import ALONE, METHODS, adapted, logits, save_base, write_run
 from tests.tools.checkpoints import write_checkpoint
 from tests.tools.commands import EVALUATE, EXPORT, call, refused
@@ -146,7 +146,7 @@ def test_embeddings_without_the_head_that_they_are_too_are_refused(peft, tmp_pat
         LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **given)
     )
     model.save_pretrained(tmp_path / "theirs", save_embedding_layers="modules_to_save" in given)
-    with pytest.raises(CheckpointError, match="changes embeddings or head of a model in which they are one"):
+    with pytest.raises(CheckpointError, match="changes the embeddings or the head of a model that ties them"):
         load_model(tmp_path / "theirs", torch.float32)
 
 
@@ -242,8 +242,8 @@ SQUARE = {"use_mora": True, "mora_type": 1}
         ({"rank_pattern": {"(q_proj": 4}}, GOOD, "rank_pattern has '(q_proj', which is not a regular expression"),
         ({}, {"A": torch.ones(2, 5)}, "model.q has A [2, 5] and B []"),
         ({}, {"A": torch.ones(2, 5), "B": torch.ones(3, 4)}, "model.q has A [2, 5] and B [3, 4]"),
-        ({}, GOOD | {"magnitude_vector": torch.ones(3)}, "no tensors of LoRA or MoRA"),
-        ({}, {"A": torch.ones(2, 5, dtype=torch.int8), "B": GOOD["B"]}, "no tensors of LoRA or MoRA"),
+        ({}, GOOD | {"magnitude_vector": torch.ones(3)}, "not a tensor of LoRA or MoRA"),
+        ({}, {"A": torch.ones(2, 5, dtype=torch.int8), "B": GOOD["B"]}, "not a tensor of LoRA or MoRA"),
         ({}, {}, "no layer has an adapter"),
         (SQUARE | {"mora_type": 5}, {"A": torch.ones(2, 2)}, "mora_type is 5"),
         (SQUARE | {"mora_type": 7}, {"A": torch.ones(2, 2)}, "mora_type is 7, expected one of 1, 2, 3, 4, 6"),
@@ -264,7 +264,7 @@ def test_values_that_cannot_be_are_one_message(tmp_path, harm):
     other = M.clone()
     (M if harm == "nan" else other)[0, 1] = math.nan if harm == "nan" else 2.0
     folder = write_adapter_folder(tmp_path / "adapter", SQUARE, A=M, B=other)
-    with pytest.raises(CheckpointError, match="not finite" if harm == "nan" else "is no copy of M"):
+    with pytest.raises(CheckpointError, match="not finite" if harm == "nan" else "is not a copy of M"):
         AdapterFolder(folder).value("model.q.mora_M")
 
 
@@ -287,12 +287,12 @@ def test_files_that_cannot_be_read_are_one_message(tmp_path, harm):
     ("form", "method", "changes", "says"),
     [
         ("peft", {"name": "full"}, {}, "full trains without adapters"),
-        ("peft", METHODS["lora"] | ALONE, {"model": {}}, "have no model.init_from, so nobody"),
-        ("peft", METHODS["mora1"] | ALONE, {"merges_done": 1}, "1 merge changed the weights"),
+        ("peft", METHODS["lora"] | ALONE, {"model": {}}, "has no model.init_from, so there is no base model"),
+        ("peft", METHODS["mora1"] | ALONE, {"merges_done": 1}, "1 merge changed the base weights"),
         ("peft-mora", METHODS["lora"] | ALONE, {}, "lora is not known to the released MoRA"),
         ("peft-mora", METHODS["mora7"] | ALONE, {}, "operator 7 is not known to the released MoRA"),
         ("peft", METHODS["lora"], {"attention_bias": True}, "biases of layers with adapters were trained"),
-        ("peft", METHODS["lora"], {"tie_word_embeddings": True}, "embeddings that are also the head were trained"),
+        ("peft", METHODS["lora"], {"tie_word_embeddings": True}, "it trained embeddings that are also the head"),
     ],
 )
 def test_a_run_that_is_more_than_its_adapter_is_refused(tokenizer_path, tmp_path, form, method, changes, says):
@@ -322,25 +322,25 @@ def test_a_square_of_another_model_is_told_by_its_rank(base, tokenizer_path, tmp
     (tmp_path / "a.txt").write_text("text\n")
     refused(
         call(EVALUATE, folder, f"--base={wide}", f"--data={tmp_path}/a.txt"),
-        f"{file}: model.layers.0.mlp.down_proj has an M of 16",
+        f"{file}: model.layers.0.mlp.down_proj has an M of size 16",
         f"of {wide}; give the model that the adapter was trained on",
     )
 
 
 def test_a_model_in_fewer_bits_is_the_same_and_one_that_was_trained_is_another():
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 50
-    noted = note_of("w", weight)
+    noted = base_sample("w", weight)
     for dtype in (torch.bfloat16, torch.float16):
-        assert not is_of_another(noted, {"w": weight.to(dtype)}.get)
+        assert not is_other_base(noted, {"w": weight.to(dtype)}.get)
     changed = weight + 0.01 * weight.std() * torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
-    assert is_of_another(noted, {"w": changed}.get)
+    assert is_other_base(noted, {"w": changed}.get)
 
 
 def test_a_large_weight_can_be_noted():
     weight = torch.zeros(5120, 5120, dtype=torch.bfloat16)
     weight[-1, -1] = 1.0
-    noted = note_of("w", weight)
-    assert not is_of_another(noted, {"w": weight}.get) and is_of_another(noted, {"w": torch.zeros(5120, 5120)}.get)
+    noted = base_sample("w", weight)
+    assert not is_other_base(noted, {"w": weight}.get) and is_other_base(noted, {"w": torch.zeros(5120, 5120)}.get)
 
 
 def test_a_pattern_of_ranks_that_is_an_expression_tells_of_another_base(base, tokenizer_path, tmp_path):
@@ -374,7 +374,7 @@ def test_in_half_precision_its_model_is_that_of_the_merged_export(base, tokenize
 
 def test_an_adapter_that_is_no_lora_is_not_written_as_one(base, tokenizer_path, tmp_path, monkeypatch):
     monkeypatch.setattr(LoRALinear, "as_lora", AdapterLinear.as_lora)
-    with pytest.raises(CheckpointError, match="lora has no adapter that PEFT knows; export it with --format=merged"):
+    with pytest.raises(CheckpointError, match="PEFT has no adapter for lora; export it with --format=merged"):
         exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ALONE, "peft")
 
 
@@ -391,17 +391,17 @@ def test_an_adapter_is_scored_on_its_base(base, tokenizer_path, tmp_path):
         losses.append(json.loads(answer.out.splitlines()[-1])["loss"])
     assert len(set(losses)) == 1
     refused(call(EVALUATE, folder), "--data")
-    refused(call(EVALUATE, base, f"--base={base}", f"--data={text}"), "--base", "is no adapter alone")
+    refused(call(EVALUATE, base, f"--base={base}", f"--data={text}"), "--base", "is not an adapter without its model")
     file = folder / "adapter_model.safetensors"
     other = save_base(tmp_path / "other", seed=8)
     refused(
         call(EVALUATE, folder, f"--base={other}", f"--data={text}"),
-        f"{file}: was trained on other weights than those of {other}; give the model that it was trained on ({base})",
+        f"{file}: was trained on other weights than {other} has; give the model that it was trained on ({base})",
     )
     config = folder / "adapter_config.json"
     settings = json.loads(config.read_text())
     config.write_text(json.dumps(settings | {"base_model_name_or_path": str(other)}))
-    refused(call(EVALUATE, folder, f"--data={text}"), f"other weights than those of {other}; it has changed since")
+    refused(call(EVALUATE, folder, f"--data={text}"), f"other weights than {other} has; it has changed since")
     config.write_text(json.dumps(settings))
     save_file(load_file(file), file, metadata={"format": "pt"})  # as PEFT writes it
     narrow = save_base(tmp_path / "narrow", intermediate_size=32)
@@ -411,4 +411,4 @@ def test_an_adapter_is_scored_on_its_base(base, tokenizer_path, tmp_path):
         f"{narrow} has [16, 32]",
     )
     config.write_text(json.dumps(settings | {"base_model_name_or_path": "some/model"}))
-    refused(call(EVALUATE, folder, f"--data={text}"), "its model some/model is no folder here", "--base")
+    refused(call(EVALUATE, folder, f"--data={text}"), "its model some/model is not a folder here", "--base")

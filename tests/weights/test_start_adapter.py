@@ -165,27 +165,31 @@ def refuses(inputs, tokenizer_path, tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "parts"),
     [
-        ("lora", METHODS["mora1"], ["mora here", "is one of LoRA; set method.name=lora"]),
-        ("mora1", METHODS["lora"], ["lora here", "is one of MoRA; set method.name=mora"]),
+        ("lora", METHODS["mora1"], ["mora in the settings", "is a LoRA; set method.name=lora"]),
+        ("mora1", METHODS["lora"], ["lora in the settings", "is a MoRA; set method.name=mora"]),
         (
             "lora",
             {"target_modules": ["q_proj", "v_proj"]},
-            ["q_proj, v_proj here", "set method.target_modules=[down_p"],
+            ["q_proj, v_proj in the settings", "set method.target_modules=[down_p"],
         ),
-        ("mora1", {"operators": [6], "square_multiple": 2}, ["begins with 6 here", "has operator 1"]),
-        ("lora", {"lora_alpha": 4.0}, ["method.lora_alpha: 4 here and 6 in the adapter", "set method.lora_alpha=6"]),
+        ("mora1", {"operators": [6], "square_multiple": 2}, ["begins with 6", "has operator 1; begin with 1"]),
+        (
+            "lora",
+            {"lora_alpha": 4.0},
+            ["method.lora_alpha: 4 in the settings and 6 in the adapter", "set method.lora_alpha=6"],
+        ),
         (
             "lora",
             {"rank": 2},
-            ["lora_A is [4, 40]", "and [2, 40] here (28 ten", "set method.rank=4"],
+            ["lora_A is [4, 40]", "and [2, 40] in this run (28 ten", "set method.rank=4"],
         ),
         (
             "lora_pattern",
             {"rank_pattern": {}},
             ["lora_A", "(8 ten", "set method.rank_pattern={down_proj: 6, gate_proj: 4,"],
         ),
-        ("mora1", {"rank": 5}, ["mora_M is [16, 16]", "and [17, 17] here (14 ten", "R is 16 there"]),
-        ("lora_with_modules", ALONE, ["it brings lm_head.weight with it"]),
+        ("mora1", {"rank": 5}, ["mora_M is [16, 16]", "and [17, 17] in this run (14 ten", "R is 16 in the adapter"]),
+        ("lora_with_modules", ALONE, ["it contains lm_head.weight"]),
     ],
 )
 def test_settings_that_are_not_those_of_the_adapter(refuses, base, adapters, name, changes, parts):
@@ -201,10 +205,15 @@ def test_settings_that_are_not_those_of_the_adapter(refuses, base, adapters, nam
 
 def test_an_adapter_of_another_model(refuses, adapters, tmp_path):
     narrow = save_base(tmp_path / "narrow", intermediate_size=32)
-    said = ("down_proj.lora_A is [4, 40]", str(adapters["lora"]), "and [4, 32] here", "the adapter of another model?")
+    said = (
+        "down_proj.lora_A is [4, 40]",
+        str(adapters["lora"]),
+        "and [4, 32] in this run",
+        "the adapter of another model, give that model",
+    )
     refuses(narrow, adapters["lora"], METHODS["lora"] | ALONE, *said)
     deeper = save_base(tmp_path / "deeper", num_hidden_layers=3)
-    said = ("model.layers.2.mlp.down_proj.lora_A is missing in", "and [4, 40] here (14 tensors differ)")
+    said = ("model.layers.2.mlp.down_proj.lora_A is missing in", "and [4, 40] in this run (14 tensors differ)")
     refuses(deeper, adapters["lora"], METHODS["lora"] | ALONE, *said)
 
 
@@ -224,24 +233,34 @@ def test_scales_are_compared_layer_by_layer(refuses, base, adapters, tmp_path):
     alphas = {"lora_alpha": 6, "alpha_pattern": {"down_proj": 4}}
     crossed = _changed(adapters["lora_pattern"], tmp_path / "crossed", alphas)
     method = METHODS["lora_pattern"] | ALONE | {"lora_alpha": None}
-    refuses(base, crossed, method, "method.lora_alpha: r here and 4, 6 in the adapter; here all layers have one")
+    refuses(
+        base,
+        crossed,
+        method,
+        "method.lora_alpha: r in the settings and 4, 6 in the adapter; a run has one alpha for all layers",
+    )
 
 
 def test_an_adapter_of_some_layers_is_told(refuses, base, adapters, tmp_path):
     some = _changed(adapters["lora"], tmp_path / "some", {}, drop="layers.1.")
-    refuses(base, some, METHODS["lora"] | ALONE, "is missing in", "here all layers of a kind have an adapter")
+    refuses(base, some, METHODS["lora"] | ALONE, "is missing in", "all layers of a kind must have an adapter")
 
 
 def test_a_square_of_another_model(refuses, adapters, tmp_path):
     wide = save_base(tmp_path / "wide", intermediate_size=80)
-    said = ("has an M of 16", str(adapters["mora1"]), "does not make of the layer 24 -> 80", "in model.init_from")
+    said = (
+        "has an M of size 16",
+        str(adapters["mora1"]),
+        "does not fit its rank and the layer 24 -> 80",
+        "in model.init_from",
+    )
     refuses(wide, adapters["mora1"], METHODS["mora1"] | ALONE, *said)
 
 
 def test_an_adapter_of_other_weights_of_the_same_sizes(pools, adapters, inputs, tokenizer_path, tmp_path):
     other = save_base(tmp_path / "base", seed=8)
     config = config_of(inputs, tokenizer_path, tmp_path / "run", other, adapters["mora1"], METHODS["mora1"] | ALONE)
-    with pytest.raises(Exception, match=f"was trained on other weights than those of {other}; give the model"):
+    with pytest.raises(Exception, match=f"was trained on other weights than {other} has; give the model"):
         pools(1)(masters, config)
 
 
