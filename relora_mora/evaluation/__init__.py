@@ -1,1 +1,1 @@
-"""How good a model is: held-out loss, generated answers, tasks of lm-evaluation-harness."""
+"""Evaluation of a model: held-out loss, generated answers, tasks of lm-evaluation-harness."""

@@ -1,4 +1,4 @@
-"""Greedy generation with a causal language model, and how near generated answers come to those of held-out records."""
+"""Greedy generation with a causal language model, and a comparison with the answers of held-out records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from relora_mora.weights.generation_config import special_tokens
 
 @dataclass(frozen=True)
 class Generated:
-    """Of ``answers`` so many are ``exact``, and of their ``characters`` so many agree, place by place."""
+    """Counts over generated answers: how many are ``exact``, and how many of their ``characters`` agree by position."""
 
     answers: int
     exact: int
@@ -28,7 +28,7 @@ class Generated:
 
     @staticmethod
     def of_all(results: Iterable[Generated]) -> Generated:
-        """That of several sets as one."""
+        """The total over several sets."""
         return Generated(*map(sum, zip(*map(astuple, results), strict=True)))
 
     def as_dict(self) -> dict[str, float]:
@@ -46,9 +46,9 @@ class Generated:
         )
 
 
-def agreeing_characters(found: str, expected: str) -> int:
-    """How many characters of ``expected`` stand at the same place in ``found``."""
-    return sum(a == b for a, b in zip(found, expected, strict=False))
+def agreeing_characters(generated: str, expected: str) -> int:
+    """How many characters of ``expected`` are at the same position in ``generated``."""
+    return sum(a == b for a, b in zip(generated, expected, strict=False))
 
 
 @torch.no_grad()
@@ -64,46 +64,47 @@ def generate_answers(
     all_sum: Callable[[Tensor], Tensor] = lambda values: values,
     stop: Callable[[], bool] = lambda: False,
 ) -> Generated | None:
-    """Generates each answer once, whatever the number of ranks, ``batch_size`` at a time on each.
+    """Generates each answer once, for any number of ranks, with batches of ``batch_size`` on each rank.
 
-    As many tokens are generated as the answer has, and those from the first special token on, such as EOS, are left
-    out on both sides; special tokens that an answer begins with, as some templates mark it, are given like the prompt.
-    All ranks make the same number of forward passes, since ZeRO-3 gathers weights in each. ``stop`` and ``all_sum`` are
-    those of :func:`relora_mora.evaluation.loss.evaluate`; where ``stop()`` is true the result is None.
+    As many tokens are generated as the expected answer has. Both texts end before the first special token, such as EOS.
+    If an answer begins with special tokens, as in some templates, they are given as part of the prompt. All ranks make
+    the same number of forward passes, since ZeRO-3 gathers weights in each. ``stop`` and ``all_sum`` are as in
+    :func:`relora_mora.evaluation.loss.evaluate`; if ``stop()`` is true, the result is None.
     """
     counts = torch.zeros(4, dtype=torch.float64)
     special = special_tokens(tokenizer)
-    begun = [_begun(each, special) for each in answers]
-    ordered = sorted(begun, key=lambda each: len(each.prompt))  # little to fill up
+    ordered = sorted(  # batches of similar lengths need little padding
+        (_with_leading_tokens_in_prompt(each, special) for each in answers), key=lambda each: len(each.prompt)
+    )
     per_round = batch_size * world_size
     for first in range(0, len(ordered), per_round):
         if stop():
             return None
-        of_all = ordered[first : first + per_round]
-        own = of_all[rank::world_size]
-        made = own or of_all[:1]
-        prompts = [torch.from_numpy(each.prompt) for each in made]
-        wanted = [len(each.answer) for each in made]
-        with collective():  # at ZeRO-3 a host that reads from its GPU waits for other ranks, as transformers' masks do
-            tokens = greedy(lm, prompts, max(len(each.answer) for each in of_all), device, wanted).tolist()
+        all_ranks = ordered[first : first + per_round]
+        own = all_ranks[rank::world_size]
+        batch = own or all_ranks[:1]  # a rank without an answer takes part in the forward passes
+        prompts = [torch.from_numpy(each.prompt) for each in batch]
+        wanted = [len(each.answer) for each in batch]
+        with collective():  # with ZeRO-3, a host that reads from its GPU (transformers' masks do) waits for other ranks
+            tokens = greedy(lm, prompts, max(len(each.answer) for each in all_ranks), device, wanted).tolist()
         for ids, (_, answer) in zip(tokens, own, strict=False):
             expected = text_of(tokenizer, answer.tolist(), special)
-            found = text_of(tokenizer, ids[: len(answer)], special)
-            same = agreeing_characters(found, expected)
-            counts += counts.new_tensor([1, found == expected, len(expected), same])
+            generated = text_of(tokenizer, ids[: len(answer)], special)
+            same = agreeing_characters(generated, expected)
+            counts += counts.new_tensor([1, generated == expected, len(expected), same])
     return Generated(*map(round, all_sum(counts.to(device)).tolist()))
 
 
-def _begun(answer: Answer, special: Set[int]) -> Answer:
-    """With the special tokens that an answer begins with as the end of its prompt, if it has others."""
+def _with_leading_tokens_in_prompt(answer: Answer, special: Set[int]) -> Answer:
+    """Moves leading special tokens of an answer to the end of its prompt, unless the answer has no other tokens."""
     ids = answer.answer.tolist()
-    begin = next((place for place, token in enumerate(ids) if token not in special), 0)
+    begin = next((index for index, token in enumerate(ids) if token not in special), 0)
     return Answer(np.concatenate([answer.prompt, answer.answer[:begin]]), answer.answer[begin:])
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], special: Set[int]) -> str:
-    """The text up to the first of the ``special`` tokens."""
-    end = next((place for place, token in enumerate(ids) if token in special), len(ids))
+    """The text before the first of the ``special`` tokens."""
+    end = next((index for index, token in enumerate(ids) if token in special), len(ids))
     return str(tokenizer.decode(ids[:end]))
 
 
@@ -115,11 +116,12 @@ def greedy(
     device: torch.device,
     wanted: Sequence[int] | None = None,
 ) -> Tensor:
-    """Prompts [length of each] -> int64 [B, new_tokens], the most probable continuation of each.
+    """Continues B prompts [length of each] with their most probable tokens, int64 [B, new_tokens].
 
-    What ``generate`` of transformers finds, without an end before ``new_tokens``. ``lm`` is in evaluation mode. Of a
-    row the first ``wanted`` tokens are right, and those behind are made at the position of the last of these: a row
-    that fits the model's positions never goes beyond them, which would stretch dynamic rotary embeddings for all.
+    The result is that of ``generate`` in transformers without a stop before ``new_tokens``. ``lm`` is in evaluation
+    mode. Only the first ``wanted`` tokens of a row are valid. Later ones stay at the position of the last valid token,
+    so that a row that fits the model's positions never exceeds them, which would stretch dynamic rotary embeddings for
+    all rows.
     """
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -132,21 +134,21 @@ def greedy(
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     last = positions[:, -1:] + lengths[:, None] - 1
     cache = DynamicCache(config=lm.config)
-    found = []
-    with _attention_with_a_mask(lm), torch.compiler.set_stance("force_eager"):  # each length would be a new program
+    generated = []
+    with _attention_with_a_mask(lm), torch.compiler.set_stance("force_eager"):  # each length would compile again
         for _ in range(new_tokens):
-            # by place: what takes the cache has another name in newer versions of transformers
+            # positional arguments: the cache parameter has another name in newer versions of transformers
             logits = lm(ids, mask, positions, cache, use_cache=True, logits_to_keep=1).logits
             ids = logits[:, -1].argmax(-1, keepdim=True)
-            found.append(ids)
+            generated.append(ids)
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
             positions = torch.minimum(positions[:, -1:] + 1, last)
-    return torch.cat(found, dim=1)
+    return torch.cat(generated, dim=1)
 
 
 @contextlib.contextmanager
 def _attention_with_a_mask(lm: PreTrainedModel) -> Iterator[None]:
-    """The trainer's own attention knows documents by their boundaries, and takes no mask over a prompt's length."""
+    """Switches to sdpa, since the trainer's own attention takes document boundaries and no padding mask."""
     before = lm.config._attn_implementation
     lm.config._attn_implementation = "sdpa"
     try:

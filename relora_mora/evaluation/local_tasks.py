@@ -1,4 +1,4 @@
-"""Tasks of local data: the files in ``tasks/``, and the lines of JSON that they ask for."""
+"""Tasks on local data: their files are in ``tasks/``, and their rows are lines of JSON."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ _FOLDER = Path(__file__).parent / "tasks"
 LOCAL_TASKS = tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
 _NUMBER = re.compile(r"(.*#### )?-?[0-9][0-9,]*(\.[0-9]*)?\s*", re.DOTALL)
 
-# what a field of a row is, in the words of the task's file
+# the kinds of fields that the files of tasks name
 _KINDS: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "text": lambda value, _: isinstance(value, str),
     "text of one line": lambda value, _: isinstance(value, str) and "\n" not in value,
-    "number, alone or behind ####": lambda value, _: isinstance(value, str) and _NUMBER.fullmatch(value) is not None,
-    "answer, alone or behind ####": lambda value, _: (
+    "number, with or without #### before it": lambda value, _: (
+        isinstance(value, str) and _NUMBER.fullmatch(value) is not None
+    ),
+    "answer, with or without #### before it": lambda value, _: (
         isinstance(value, str) and "The answer is" not in value.rpartition("#### ")[2]
     ),
     "list of texts": lambda value, _: isinstance(value, list) and all(isinstance(each, str) for each in value),
@@ -33,7 +35,7 @@ _KINDS: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
 
 
 class HarnessError(ValueError):
-    """A task cannot be run: which, why, what to do."""
+    """A task cannot be run. The message says which, why, and what to do."""
 
 
 def local_task(
@@ -46,9 +48,9 @@ def local_task(
 ) -> dict[str, Any]:
     """The settings of a task of :data:`LOCAL_TASKS` for lm-eval, with its rows.
 
-    ``data`` is their file, or the folder that has it under its name. Where answers are generated, they may have as many
-    tokens as the longest of the first ``limit`` rows (``tokens_of(text)``), or what the task's file says if that is
-    more; but not beyond half of the model's ``positions``, since prompts are cut to what answers leave. Raises
+    ``data`` is the file with the rows, or a folder with that file. Generated answers may have as many tokens as the
+    longest of the first ``limit`` rows (``tokens_of(text)``), or as the task's file allows, if that is more. The former
+    is limited to half of the model's ``positions``, since prompts are cut to what answers leave. Raises
     :class:`HarnessError`.
     """
     settings = _settings(name)
@@ -70,14 +72,14 @@ def local_task(
 
 
 def _make_room(settings: dict[str, Any], lengths: Sequence[int], positions: int | None) -> None:
-    """Lets a task generate answers of these lengths, in tokens, as far as it may; says how many are longer."""
+    """Raises the answer limit of a task to these lengths, in tokens, and warns if some are still longer."""
     generation = settings["generation_kwargs"]
     most = max(lengths) if positions is None else min(max(lengths), positions // 2)
     generation["max_gen_toks"] = max(generation["max_gen_toks"], most)
     longer = sum(length > generation["max_gen_toks"] for length in lengths)
     if longer:
         log.warning(
-            "%s: %d of %d answers have more than %d tokens, which is what the model's %s positions leave",
+            "%s: %d of %d answers have more than %d tokens, the limit for a model with %s positions",
             settings["task"],
             longer,
             len(lengths),
@@ -87,17 +89,17 @@ def _make_room(settings: dict[str, Any], lengths: Sequence[int], positions: int 
 
 
 def local_rows(name: str, data: str | None) -> list[dict[str, Any]]:
-    """The rows of a local task. Raises :class:`HarnessError` where they cannot be used."""
+    """The rows of a local task. Raises :class:`HarnessError` if they cannot be used."""
     about = _settings(name)["metadata"]
     if data is None:
-        raise HarnessError(f"{name}: needs --task_data, a folder with {about['file']}, or that file")
+        raise HarnessError(f"{name}: needs --task_data: give {about['file']}, or its folder")
     path = Path(data)
     if path.is_dir():
         path /= about["file"]
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would split at U+2028, too
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028
     except (OSError, UnicodeError) as error:
-        raise HarnessError(f"{name}: {path} cannot be read ({error}); give its file, or its folder") from error
+        raise HarnessError(f"{name}: {path} cannot be read ({error}); give the file, or its folder") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -105,7 +107,7 @@ def local_rows(name: str, data: str | None) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise HarnessError(f"{name}: {path}, line {number}: is no JSON ({error})") from error
+            raise HarnessError(f"{name}: {path}, line {number}: is not JSON ({error})") from error
         missing = [field for field in about["fields"] if not isinstance(row, dict) or row.get(field) in (None, "")]
         if missing:
             raise HarnessError(
@@ -116,17 +118,16 @@ def local_rows(name: str, data: str | None) -> list[dict[str, Any]]:
                 raise HarnessError(
                     f"{name}: {path}, line {number}: {field} is {json.dumps(row[field]):.80}, expected: {kind}"
                 )
-        rows.append({field: _without_names(row[field]) for field in about["fields"]})
+        values = {field: row[field] for field in about["fields"]}
+        # pairs instead of a mapping: a dataset would give every row the keys of all rows
+        rows.append(
+            {key: list(map(list, each.items())) if isinstance(each, dict) else each for key, each in values.items()}
+        )
     if not rows:
-        raise HarnessError(f"{name}: {path} holds no line")
+        raise HarnessError(f"{name}: {path} has no rows")
     return rows
 
 
 def _settings(name: str) -> dict[str, Any]:
     settings: dict[str, Any] = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     return settings
-
-
-def _without_names(value: Any) -> Any:
-    """Pairs in place of a mapping: a dataset would give every row the names of all."""
-    return [list(pair) for pair in value.items()] if isinstance(value, dict) else value

@@ -26,11 +26,11 @@ Update = Callable[[int, int], object]  # (tokens scored, all tokens)
 
 @dataclass(frozen=True)
 class EvalResult:
-    """``nats`` is the sum over ``tokens`` predicted tokens of text that has ``utf8_bytes`` bytes.
+    """The summed loss ``nats`` over ``tokens`` predicted tokens of a text with ``utf8_bytes`` bytes.
 
-    End-of-document tokens are predicted and counted in ``tokens``; they add no bytes. Where not all of a text is
-    scored, as of records, its bytes are None. Losses compare where ``digest`` is the same
-    (:class:`relora_mora.data.sets.held_out.EvalSet`); that of several texts is one of theirs, in any order.
+    End-of-document tokens are predicted and counted in ``tokens``; they add no bytes. If only part of a text is scored,
+    as with records, its bytes are None. Losses are comparable if ``digest`` is the same
+    (:class:`relora_mora.data.sets.held_out.EvalSet`). The digest of several texts does not depend on their order.
     """
 
     nats: float
@@ -40,7 +40,7 @@ class EvalResult:
 
     @staticmethod
     def of_all(results: Iterable[EvalResult]) -> EvalResult:
-        """That of several texts as one, in which every token weighs the same."""
+        """The total over several texts; every token has the same weight."""
         results = list(results)
         sizes = [each.utf8_bytes for each in results if each.utf8_bytes is not None]
         digests = sorted(each.digest for each in results)
@@ -81,11 +81,10 @@ class EvalResult:
 
 
 def held_out(data: DataConfig, tokenizer_path: str, max_tokens: int | None, answers: int = 0) -> dict[str, EvalSet]:
-    """The sets of ``data.validation`` by name, each of at most ``max_tokens``; without names one, called "".
+    """The sets of ``data.validation`` by name, each with at most ``max_tokens``; a single set without a name is "".
 
-    ``answers``: how many of each set are to be generated.
-
-    Raises the errors of :func:`load_eval_set`, in which a set that has a name is named.
+    ``answers`` is how many answers of each set to generate. Raises the errors of :func:`load_eval_set`, with the name
+    of the set.
     """
     sets = {}
     for name, sources in data.validation_sets.items():
@@ -108,9 +107,9 @@ def held_out(data: DataConfig, tokenizer_path: str, max_tokens: int | None, answ
 def evaluate_sets(
     score: Callable[[EvalSet, Update], EvalResult | None], sets: Mapping[str, EvalSet], progress: Update
 ) -> dict[str, EvalResult] | None:
-    """What ``score`` makes of each set by name; None as soon as it makes None of one, since it was stopped.
+    """The result of ``score`` for each set by name; None as soon as one result is None because it was stopped.
 
-    ``score(set, update)`` is :func:`evaluate` with what it needs; ``progress`` counts the tokens of all sets.
+    ``score(set, update)`` calls :func:`evaluate` with its arguments; ``progress`` counts the tokens of all sets.
     """
     total = sum(data.predicted for data in sets.values())
 
@@ -140,16 +139,16 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     progress: Update = lambda done, total: None,
 ) -> EvalResult | None:
-    """Scores every token of ``data`` once, whatever the number of ranks.
+    """Scores every token of ``data`` once, for any number of ranks.
 
-    ``mean_loss(input_ids [b, T], labels [b, T], boundaries [P + 1] or None)`` gives the mean nats of the labels that
-    are not -100; with boundaries (:func:`document_boundaries`) each document is scored alone.
-    ``all_sum`` sums over the ranks. ``shrinks``: batches of few sequences are no larger than needed.
+    ``mean_loss(input_ids [b, T], labels [b, T], boundaries [P + 1] or None)`` returns the mean nats of the labels that
+    are not -100; with boundaries (:func:`document_boundaries`) each document is scored independently. ``all_sum`` sums
+    over the ranks. ``shrinks``: batches of few sequences are no larger than needed.
 
-    All ranks score the same number of batches, some of them empty, since ZeRO-3 gathers weights in each. Before each
-    batch ``stop`` is asked, with the same answer on all ranks: when it is true, the result is None. After each batch
-    ``progress`` is given the tokens scored so far and all tokens; of several ranks it is an estimate from this one. The
-    host waits for the device, and so at ZeRO-3 for other ranks, in ``all_sum`` alone.
+    All ranks score the same number of batches, some of them empty, since ZeRO-3 gathers weights in each. ``stop`` is
+    called before each batch and returns the same value on all ranks; if it is true, the result is None. ``progress`` is
+    called after each batch with the tokens scored so far, which one of several ranks estimates, and all tokens. The
+    host waits for the device, and thus for other ranks under ZeRO-3, only in ``all_sum``.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     scored = 0
@@ -170,7 +169,7 @@ def evaluate(
 
 @torch.no_grad()
 def is_causal(lm: nn.Module, device: torch.device) -> bool:
-    """Whether a language model predicts a token from those before it alone, unlike an encoder such as BERT."""
+    """Whether a language model predicts a token only from earlier tokens, unlike an encoder such as BERT."""
     pair = torch.tensor([[1, 2, 3], [1, 2, 0]], device=device)
     logits = lm(input_ids=pair, use_cache=False).logits[:, :2].float()
     return torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-3, equal_nan=True)
@@ -179,26 +178,26 @@ def is_causal(lm: nn.Module, device: torch.device) -> bool:
 def causal_lm_loss(lm: nn.Module) -> MeanLoss:
     """``mean_loss`` of any causal language model of transformers.
 
-    Documents that are to be scored alone get rows of their own, since not every model takes a mask between them.
+    With boundaries, each document gets its own row, since not every model supports a mask between documents.
     """
-    of_rows = _loss_of_rows(lm)
+    row_loss = _row_loss(lm)
 
     def mean_loss(input_ids: Tensor, labels: Tensor, boundaries: Tensor | None = None) -> Tensor:
         if boundaries is None:
-            return of_rows(input_ids, labels)
+            return row_loss(input_ids, labels)
         total = torch.zeros((), dtype=torch.float64, device=labels.device)
         for rows, targets in rows_of_documents(input_ids, labels, boundaries):
-            total += of_rows(rows, targets).double() * (targets != IGNORE).sum()
+            total += row_loss(rows, targets).double() * (targets != IGNORE).sum()
         return total / (labels != IGNORE).sum().clamp(min=1)
 
     return mean_loss
 
 
 def rows_of_documents(input_ids: Tensor, labels: Tensor, boundaries: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The documents inside sequences [B, T], each at the start of its own row: (input_ids, labels) [rows, longest].
+    """Splits sequences [B, T] into documents, one per row: batches of (input_ids, labels) [rows, longest].
 
-    Rows are filled up at their end, where a causal model does not look and nothing is scored. A batch of rows has at
-    most as many tokens as the sequences; the longest documents come first.
+    Rows are padded at their end, which a causal model does not see and which is not scored. A batch of rows has at most
+    as many tokens as the sequences; the longest documents come first.
     """
     lengths = boundaries.diff().tolist()
     pieces = list(zip(input_ids.flatten().split(lengths), labels.flatten().split(lengths), strict=True))
@@ -214,8 +213,8 @@ def rows_of_documents(input_ids: Tensor, labels: Tensor, boundaries: Tensor) -> 
         )
 
 
-def _loss_of_rows(lm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean nats of labels [b, T]; in the LLaMA family logits are never whole, others' in float32 in chunks."""
+def _row_loss(lm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Mean nats of labels [b, T], in chunks: of the logits in the LLaMA family, else of their float32 copy."""
     if is_of_family(lm):
         head = lm.get_output_embeddings().weight
         return lambda input_ids, labels: chunked_cross_entropy(

@@ -1,7 +1,7 @@
-"""Whether a generated answer is right, by the rules of the published scripts; but numbers are compared by their value.
+"""Scores generated answers by the rules of the published scripts, except that numbers are compared by their value.
 
-lm-evaluation-harness gives these functions a row and the list of what was generated for it, and averages what they
-return. docs/tasks.md says where the published scripts disagree with each other, and what counts here.
+lm-evaluation-harness calls these functions with a row and the list of texts generated for it, and averages their
+results. docs/tasks.md says where the published scripts disagree, and which rule is used here.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ Scores = dict[str, float]
 
 _NUMBER = re.compile(r"-?([0-9]{1,3}(,[0-9]{3})+|[0-9]+)(\.[0-9]+)?|-?\.[0-9]+")
 _LIKE_A_NUMBER = re.compile(r"-?\$?\.?[0-9][0-9.,/]*")
-_BEHIND_MARK = re.compile(r"#### (-?[0-9.,]+)")
+_AFTER_MARK = re.compile(r"#### (-?[0-9.,]+)")
 
-# what two spellings of one answer of MATH differ in, in this order (Hendrycks et al., arXiv 2103.03874: is_equiv)
+# how spellings of an answer of MATH are made equal, in this order (Hendrycks et al., arXiv 2103.03874: is_equiv)
 _SPELLINGS = [
     (re.compile(pattern, re.DOTALL), spelled)
     for pattern, spelled in (
@@ -40,20 +40,20 @@ _SPELLINGS = [
 
 
 def pair_scores(row: Mapping[str, str], results: list[str]) -> Scores:
-    """Of a pair that is learned by heart."""
-    [found] = results
+    """Scores a pair to memorize."""
+    [generated] = results
     expected = row["completion"]
     return {
-        "exact_match": float(found == expected),
-        "character_accuracy": agreeing_characters(found, expected) / len(expected),
+        "exact_match": float(generated == expected),
+        "character_accuracy": agreeing_characters(generated, expected) / len(expected),
     }
 
 
 def gsm8k_scores(row: Mapping[str, str], results: list[str]) -> Scores:
-    """``strict`` is for the number after the first ####, ``flexible`` for the last number."""
+    """``strict`` compares the number after the first ####, ``flexible`` the last number."""
     [text] = results
     expected = Decimal(row["answer"].rpartition("#### ")[2].replace(",", ""))
-    marked = _BEHIND_MARK.search(text)
+    marked = _AFTER_MARK.search(text)
     numbers = _LIKE_A_NUMBER.findall(text)
     return {
         "exact_match/strict": float(marked is not None and _value(marked[1]) == expected),
@@ -62,20 +62,21 @@ def gsm8k_scores(row: Mapping[str, str], results: list[str]) -> Scores:
 
 
 def metamath_scores(row: Mapping[str, str], results: list[str]) -> Scores:
-    """For the line after the last "The answer is:".
+    """Compares the rest of the line after the last "The answer is:".
 
-    Its first number counts if the answer is a number after ####, as in GSM8K; else all of it, as in MATH.
+    If the expected answer is a number after ####, as in GSM8K, only the first number counts; otherwise, as in MATH, the
+    whole text counts.
     """
     [text] = results
-    _, said, rest = text.rpartition("The answer is")
-    if not said:
+    _, phrase, rest = text.rpartition("The answer is")
+    if not phrase:
         return {"exact_match": 0.0}
-    found = rest.removeprefix(":").strip().partition("\n")[0]
+    answer = rest.removeprefix(":").strip().partition("\n")[0]
     _, mark, expected = row["answer"].rpartition("#### ")
     number = _value(expected.strip()) if mark else None
     if number is None:
-        return {"exact_match": float(_canonical(found) == _canonical(expected))}
-    first = _LIKE_A_NUMBER.search(found)
+        return {"exact_match": float(_canonical(answer) == _canonical(expected))}
+    first = _LIKE_A_NUMBER.search(answer)
     return {"exact_match": float(first is not None and _value(first[0]) == number)}
 
 
@@ -94,6 +95,6 @@ def _canonical(answer: str) -> str | Decimal:
 
 
 def _value(text: str) -> Decimal | None:
-    """``$1,000.00.`` is 1000; None for what is not one number, as ``1,2`` is not."""
+    """The value of a number such as ``$1,000.00.``; None if the text is not a single number, such as ``1,2``."""
     plain = text.replace("$", "").rstrip(".,")
     return Decimal(plain.replace(",", "")) if _NUMBER.fullmatch(plain) else None

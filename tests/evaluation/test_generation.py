@@ -9,7 +9,14 @@ from transformers import AddedToken
 
 from relora_mora.data.rows import Encoded
 from relora_mora.data.sets.held_out import Answer, answer_of
-from relora_mora.evaluation.generation import Generated, _begun, agreeing_characters, generate_answers, greedy, text_of
+from relora_mora.evaluation.generation import (
+    Generated,
+    _with_leading_tokens_in_prompt,
+    agreeing_characters,
+    generate_answers,
+    greedy,
+    text_of,
+)
 from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.model.llama import LossModel
 from relora_mora.tokenizer.load import load_tokenizer
@@ -111,7 +118,7 @@ def test_special_tokens_that_an_answer_begins_with_are_given(lm, tokenizer_path)
     tokenizer = load_tokenizer(tokenizer_path)
     end = tokenizer.eos_token_id
     answers = [Answer(np.asarray([5], np.int32), np.asarray(ids, np.int32)) for ids in ([end, 6, 7, end], [end])]
-    begun = [_begun(answer, special_tokens(tokenizer)) for answer in answers]
+    begun = [_with_leading_tokens_in_prompt(answer, special_tokens(tokenizer)) for answer in answers]
     assert [(each.prompt.tolist(), each.answer.tolist()) for each in begun] == [([5, end], [6, 7, end]), ([5], [end])]
     found = generate_answers(lm, answers[:1], tokenizer=tokenizer, batch_size=1, device=CPU)
     assert found is not None and found.characters > 0

@@ -17,7 +17,7 @@ from launch.uuid_pairs import uuid_pairs
 from relora_mora.config.data import RecordsConfig
 from relora_mora.data.records.passages import passage_of
 from relora_mora.data.shard import Record, RecordFormat
-from relora_mora.evaluation.harness import _loaded, evaluate_tasks, record, table
+from relora_mora.evaluation.harness import _load_tasks, evaluate_tasks, record, table
 from relora_mora.evaluation.local_tasks import LOCAL_TASKS, HarnessError, local_rows, local_task
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.tokenizer.load import load_tokenizer
@@ -97,10 +97,10 @@ def test_a_task_file_has_the_rows_of_a_file_or_of_a_folder(data, name):
     ("content", "said"),
     [
         (None, "local_uuid: .*uuid.jsonl cannot be read"),
-        ("", "holds no line"),
+        ("", "has no rows"),
         ("{}\n", "line 1: has no prompt, completion; a row has prompt, completion"),
         ('{"prompt": "a", "completion": "b"}\n[]\n', "line 2: has no prompt"),
-        ("{", "line 1: is no JSON"),
+        ("{", "line 1: is not JSON"),
     ],
 )
 def test_data_that_does_not_fit_is_named(tmp_path, content, said):
@@ -157,10 +157,22 @@ def test_a_row_is_what_ends_with_a_line_feed(tmp_path):
     [
         ("local_uuid", {"completion": 3}, "completion is 3, expected: text"),
         ("local_uuid", {"completion": "a\nb"}, r'completion is "a\\nb", expected: text of one line'),
-        ("local_gsm8k", {"answer": "It is 4."}, 'answer is "It is 4.", expected: number, alone or behind ####'),
-        ("local_gsm8k", {"answer": "#### 1.2.3"}, 'answer is "#### 1.2.3", expected: number, alone or behind ####'),
-        ("local_gsm8k", {"answer": "#### $4"}, r'answer is "#### \$4", expected: number, alone or behind ####'),
-        ("local_metamath", {"answer": "The answer is: 4"}, '.*4", expected: answer, alone or behind ####'),
+        (
+            "local_gsm8k",
+            {"answer": "It is 4."},
+            'answer is "It is 4.", expected: number, with or without #### before it',
+        ),
+        (
+            "local_gsm8k",
+            {"answer": "#### 1.2.3"},
+            'answer is "#### 1.2.3", expected: number, with or without #### before it',
+        ),
+        (
+            "local_gsm8k",
+            {"answer": "#### $4"},
+            r'answer is "#### \$4", expected: number, with or without #### before it',
+        ),
+        ("local_metamath", {"answer": "The answer is: 4"}, '.*4", expected: answer, with or without #### before it'),
         ("local_medqa", {"question": 7}, "question is 7, expected: text"),
         ("local_medqa", {"options": ["a", "b"]}, r'options is \["a", "b"\], expected: texts by name'),
         ("local_medqa", {"answer_idx": "Z"}, 'answer_idx is "Z", expected: key of options'),
@@ -415,13 +427,13 @@ def test_rows_with_their_answers_stand_before_each_row(model, data):
     assert answer.code == 0 and 0 <= json.loads(answer.out.splitlines()[-1])["tasks"]["local_medqa"]["acc"] <= 1
     refused(
         call(EVALUATE, model, "--tasks=local_uuid", f"--task_data={data}", "--num_fewshot=3"),
-        "--num_fewshot: got 3, and local_uuid has 3 rows with the one that is asked",
+        "--num_fewshot: got 3, and local_uuid has 3 rows including the one that is asked",
     )
     copied = "".join(f"{json.dumps(row)}\n" for row in [ROWS["local_uuid"][0]] * 2 + ROWS["local_uuid"][1:2])
     (data / "uuid.jsonl").write_text(copied)
     refused(
         call(EVALUATE, model, "--tasks=local_uuid", f"--task_data={data}", "--num_fewshot=2"),
-        "local_uuid has 3 rows with the one that is asked and its copies (2 of one)",
+        "local_uuid has 3 rows including the one that is asked and its copies (2 of one)",
     )
 
 
@@ -445,4 +457,4 @@ class _Manager:
 @pytest.mark.parametrize("names", [["all", "history"], ["history", "all"]])
 def test_a_task_of_a_group_that_is_asked_for_too_is_asked_once(names):
     """lm-eval refuses one task twice, with a traceback and when all data are there."""
-    assert _loaded(names, _Manager(), lambda name: {}) == (["the group"], [])
+    assert _load_tasks(names, _Manager(), lambda name: {}) == (["the group"], [])

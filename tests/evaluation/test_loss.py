@@ -288,9 +288,11 @@ def test_what_a_foreign_folder_holds_beside_its_model_is_told(tmp_path, caplog):
     (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
     with caplog.at_level("WARNING"):
         load_any_model(folder, torch.float32)
-    assert "no place for these weights" in caplog.text and "model.layers.1.mlp.up_proj.weight" in caplog.text
+    assert (
+        "these weights do not belong to its model" in caplog.text and "model.layers.1.mlp.up_proj.weight" in caplog.text
+    )
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="an adapter of PEFT beside its model"):
+    with pytest.raises(CheckpointError, match="a PEFT adapter next to its model"):
         load_any_model(folder, torch.float32)
 
 
