@@ -1,1 +1,1 @@
-"""A run from its settings to its end."""
+"""A training run, from its settings to its end."""

@@ -1,6 +1,6 @@
-"""What the commands that train share, from their settings to their exit code.
+"""Code that the training commands share, from their settings to their exit code.
 
-All else is imported inside functions, so that Ctrl-C is answered meanwhile.
+Slow imports happen inside functions, so that Ctrl-C works during them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def train(
 ) -> int:
     """Trains the run of a settings file to its end and returns the exit code (docs/reliability.md).
 
-    ``overrides`` and ``defaults`` are those of :func:`load_config`. With ``show`` it prints so many
-    rows of the training data instead.
+    ``overrides`` and ``defaults`` are passed to :func:`load_config`. With ``show``, it prints that many rows of the
+    training data instead.
     """
     from relora_mora.config.load import load_config
     from relora_mora.supervise.exits import FAILED, LOST
@@ -37,7 +37,7 @@ def train(
     rank, world_size = check_environment()
     guard = Guard(rank)  # before anything that takes time
     settings = load_config(config, overrides, world_size=world_size, defaults=defaults)
-    with many_imports():  # takes seconds: settings are checked before
+    with many_imports():  # takes seconds, so settings are checked first
         from relora_mora.distributed.join import JoinError
         from relora_mora.engine.merging import MergeError
         from relora_mora.train.pretrain import pretrain
@@ -71,12 +71,12 @@ def _show(config: Config, count: int) -> int:
 
 
 def run_to_the_end(main: Callable[..., int]) -> None:
-    """Runs such a command with the arguments of the command line; the process ends here."""
+    """Runs ``main`` with the arguments of the command line. The process exits here."""
     try:
         run(main)
     except SystemExit as end:
         try:
             from relora_mora.supervise.exits import FAILED, leave_process
-        except ModuleNotFoundError:  # which has been said
+        except ModuleNotFoundError:  # run() has reported it
             raise end from None
-        leave_process(end.code if isinstance(end.code, int) else FAILED)  # run() always gives a number
+        leave_process(end.code if isinstance(end.code, int) else FAILED)  # run() always exits with a number

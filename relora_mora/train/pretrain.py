@@ -39,26 +39,28 @@ from relora_mora.system.logs import counted, log, setup_logging
 from relora_mora.system.process import give_back_freed_memory
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import build, warm_up
-from relora_mora.train.begin.check import ResolvedRun, as_before, check, check_agreement, check_shared
+from relora_mora.train.begin.check import ResolvedRun, check, check_agreement, check_shared, with_saved_commits
 from relora_mora.train.begin.run_folder import check_run_folder, keep_run_folder, write_run_folder
 from relora_mora.train.log.loggers import check_loggers
 from relora_mora.train.log.startup import Startup, describe
 from relora_mora.train.loop.loop import Trainer
-from relora_mora.train.state.restore import begin_records
-from relora_mora.train.state.resume import changes_of, resume, where_to_resume
+from relora_mora.train.state.restore import start_records
+from relora_mora.train.state.resume import describe_changes, resume, where_to_resume
 from relora_mora.train.state.rollback import forget_rollbacks
 from relora_mora.train.state.run_state import MemoryShortage, RunState
 from relora_mora.weights.load import with_tokenizer
 
-COUNTING_SECONDS = 86400.0  # a text that takes longer to read once is no text to read some times
+COUNTING_SECONDS = 86400.0  # nobody trains several epochs on a text that takes longer than this to read once
 
 
 def pretrain(config: Config, guard: Guard | None = None) -> int:
     """Trains a run to its end and returns the exit code: 0, or ``REQUEUE`` when a signal stopped it.
 
-    Raises the package's ValueErrors for mistakes of the user, OSError for a run folder that cannot be used,
-    :class:`TrainingError` and :class:`MergeError` when training cannot go on. When another rank is lost the process
-    ends here with ``LOST``. ``guard`` is the process's own where it was made before the imports.
+    ``guard`` is the guard of this process if the command created one before its imports.
+
+    Raises the package's ValueErrors for user mistakes, OSError if the run folder cannot be used, and
+    :class:`TrainingError` or :class:`MergeError` if training cannot continue. If another rank is lost, the process
+    exits here with ``LOST``.
     """
     with guard or Guard(signals=False) as guard:
         try:
@@ -71,7 +73,7 @@ def pretrain(config: Config, guard: Guard | None = None) -> int:
                 USER_ERROR if mistake else FAILED, text, same_on_all_ranks=getattr(error, "same_on_all_ranks", False)
             )
             raise
-        leave_together()  # the first rank holds the store that the others look at
+        leave_together()  # the first rank hosts the store that the other ranks poll
         return code
 
 
@@ -92,11 +94,11 @@ def _run(config: Config, guard: Guard) -> int:
 def _pretrain(config: Config, guard: Guard) -> int:
     startup = Startup()
     startup.done("imports")
-    os.umask(os.umask(0o077) | 0o002)  # nothing of a run is writable for everybody
+    os.umask(os.umask(0o077) | 0o002)  # no file of a run is world-writable
     if config.train.deterministic:
         compute_deterministically()
     longest = joined_within(config.train.peer_timeout_seconds)
-    late = f"the ranks were not joined in {longest:.0f} s: one of them has ended, or hosts do not reach each other"
+    late = f"the ranks did not join within {longest:.0f} s: one of them has exited, or hosts cannot reach each other"
     with guard.bound(longest, late):
         rank, world_size = init_distributed(config.train.peer_timeout_seconds)
     setup_logging(rank)
@@ -105,23 +107,23 @@ def _pretrain(config: Config, guard: Guard) -> int:
     job = from_first_rank(lambda: os.urandom(8).hex())
     if world_size > 1:
         _watch(guard, config, rank, world_size, job)
-    data, datasets = from_first_rank(lambda: _at_commits(config))
+    data, datasets = from_first_rank(lambda: _pin_commits(config))
     remember_datasets(datasets)
     config = on_all_ranks(lambda: with_tokenizer(config.model_copy(update={"data": data})))
     from_first_rank(lambda: check_loggers(config.log))
     from_first_rank(lambda: check_run_folder(folder))
     checked = on_all_ranks(lambda: check(config, world_size))
     check_agreement(checked.identity)
-    versions = from_first_rank(lambda: _asked(checked, data))
+    versions = from_first_rank(lambda: _check_remote_data(checked, data))
     shards = at_versions(checked.shards, versions)
     checked = replace(checked, shards=shards, data_content=checked.data_content + remote_content(shards))
     from_first_rank(lambda: check_lanes(shards, data, config.lanes))
-    if checked.chat_template is not None:  # the run's tokenizer, and that of an export, write what was trained on
+    if checked.chat_template is not None:  # the saved tokenizer, also of an export, writes what the run trains on
         checked.tokenizer.chat_template = checked.chat_template
     lock = from_first_rank(lambda: _lock(guard, folder))
     check_shared(RunFolder(folder).lock, lock)
     guard.record_in(folder)
-    if config.train.epochs is not None:  # takes long: all else that can be wrong has been found
+    if config.train.epochs is not None:  # slow, so it comes after every other check
         guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
         counted = from_first_rank(lambda: _count(config, checked.shards))
         epochs, warmup_fraction = config.train.epochs, config.optim.warmup_fraction
@@ -132,8 +134,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     guard.begin("building the model", within=LONG_SECONDS)
     startup.done("checks")
     begin = from_first_rank(lambda: where_to_resume(config))
-    resumes = begin is not None
-    run = build(checked, rank, world_size, resumes=resumes, done=startup.done)
+    run = build(checked, rank, world_size, resumes=begin is not None, done=startup.done)
     reader = None
     if begin is not None:
         guard.begin("reading the checkpoint", within=LONG_SECONDS)
@@ -142,7 +143,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     else:
         state = RunState(initial_seed=config.train.seed)
         forget_rollbacks(folder, state)
-        from_first_rank(lambda: begin_records(RunFolder(folder)))
+        from_first_rank(lambda: start_records(RunFolder(folder)))
     if checked.compiled:
         warm_up(run, state, guard)
         startup.done("compile")
@@ -150,7 +151,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
         made_with = reader.manifest.config
         from_first_rank(lambda: keep_run_folder(config, made_with))
     else:
-        changed = None if reader is None else changes_of(run, reader)
+        changed = None if reader is None else describe_changes(run, reader)
         from_first_rank(lambda: write_run_folder(checked, run.parameters, world_size, state.step, changed=changed))
     give_back_freed_memory()
     trainer = Trainer(run, state, guard, startup, resumed_from=reader)
@@ -158,19 +159,19 @@ def _pretrain(config: Config, guard: Guard) -> int:
     try:
         return trainer.fit()
     except Exception as error:
-        _end_if_lost(guard, error)  # before close() waits for a checkpoint that the lost rank has no part in any more
+        _end_if_lost(guard, error)  # before close(), which would wait for the lost rank's part of a checkpoint
         if getattr(error, "same_on_all_ranks", False):
-            guard.stop_watching()  # close() may take another rank longer
+            guard.stop_watching()  # close() may take longer on another rank
         raise
     finally:
         trainer.close()
 
 
 def _end_if_lost(guard: Guard, error: Exception) -> None:
-    """Ends the process where another rank is gone, or this rank's device, or a network file system."""
+    """Ends the process if another rank, this rank's device or a network file system is gone."""
     first_line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     same = getattr(error, "same_on_all_ranks", False)
-    if is_peer_failure(error) and not isinstance(error, JoinError):  # which says what it is
+    if is_peer_failure(error) and not isinstance(error, JoinError):  # a JoinError has its own message
         guard.peer_failed(first_line)
     if is_device_failure(error):
         guard.machine_failed(f"the device of rank {guard.rank} failed ({first_line})", same_on_all_ranks=same)
@@ -181,17 +182,17 @@ def _end_if_lost(guard: Guard, error: Exception) -> None:
         )
 
 
-def _at_commits(config: Config) -> tuple[DataConfig, Datasets]:
-    """The data settings with one commit of each revision for the whole run, and what is in sets of text.
+def _pin_commits(config: Config) -> tuple[DataConfig, Datasets]:
+    """The data settings with each revision pinned to one commit for the whole run, and the files of its hub datasets.
 
-    One rank asks the hub.
+    Only one rank asks the hub.
     """
-    data = with_commits(as_before(config))
+    data = with_commits(with_saved_commits(config))
     return data, find_datasets(data)
 
 
 def _count(config: Config, shards: Sequence[Shard]) -> Epochs:
-    """How long the epochs are. One rank reads all of the text."""
+    """Counts the tokens of each epoch. One rank reads the whole text."""
     begin = time.perf_counter()
     log.info("train.epochs: counting the tokens of the training text")
     lanes = config.lanes
@@ -203,12 +204,12 @@ def _count(config: Config, shards: Sequence[Shard]) -> Epochs:
         epochs=math.ceil(config.train.epochs or 1),
         shards=shards,
     )
-    log.info("an epoch of it has %s tokens (%.1f s)", f"{counted.tokens[0]:,}", time.perf_counter() - begin)
+    log.info("an epoch has %s tokens (%.1f s)", f"{counted.tokens[0]:,}", time.perf_counter() - begin)
     return counted
 
 
-def _asked(checked: ResolvedRun, data: DataConfig) -> dict[int, Version]:
-    """What servers say of the training data's versions. One rank asks."""
+def _check_remote_data(checked: ResolvedRun, data: DataConfig) -> dict[int, Version]:
+    """Checks columns and records of remote shards, and asks servers for the shards' versions. Only one rank asks."""
     remote = [shard for shard in checked.shards if shard.is_remote]
     check_columns(remote, data)
     check_records(remote, data, checked.tokenizer)
@@ -225,19 +226,19 @@ def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -
         end=guard.end,
         stacks=RunFolder(Path(config.train.run_dir)).stacks(rank),
     )
-    gather_from_ranks(None)  # every rank has made its first beat
+    gather_from_ranks(None)  # now every rank has sent its first heartbeat
     guard.watch_peers(watch)
     let_ranks_wait()
     guard.begin("checking settings, model and data", within=config.data.timeout_seconds + LONG_SECONDS)
 
 
 def _lock(guard: Guard, folder: Path) -> str:
-    """Takes the lock of the run folder and returns what stands in it."""
+    """Takes the lock of the run folder and returns the content of the lock file."""
     lock = RunLock(folder, guard.folder_lost)
     before = lock.acquire()
     guard.hold(lock)
     if before is not None:
         log.warning(
-            "the trainer before this one (%s) ended without saying why: it was killed, or its machine was", before
+            "the previous trainer (%s) ended without giving a reason: it was killed, or its machine failed", before
         )
     return lock.path.read_text(encoding="utf-8")

@@ -182,7 +182,7 @@ def test_a_checkpoint_whose_last_rename_is_missing_counts(folder):
     for name in (run_dir, run_dir / "checkpoints", folder):
         assert where_to_resume(_resuming(str(name), run_dir)) == run_dir / "checkpoints", "as auto"
     (run_dir / "of-another-stage").mkdir()
-    with pytest.raises(CheckpointError, match="holds what a start with other settings has trained"):
+    with pytest.raises(CheckpointError, match="holds checkpoints of a start with other settings"):
         where_to_resume(_resuming(str(run_dir / "of-another-stage"), run_dir))
 
 

@@ -130,7 +130,7 @@ def test_a_damaged_tokenizer_does_not_cost_the_weights(pools, tokenizer_path, tm
     assert len(first) == 1 and second == []
     assert (
         "step-00000005: tokenizer/tokenizer.model: 0 bytes, expected" in first[0]
-        and "goes on with tokenizer.path" in first[0]
+        and "continues with tokenizer.path" in first[0]
     )
     assert json.loads((folder / "starts.jsonl").read_text().splitlines()[-1])["step"] == 5
     assert damaged_tokenizer(*_newest(folder)) is None  # later checkpoints have an intact tokenizer

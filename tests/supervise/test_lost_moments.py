@@ -94,7 +94,7 @@ def test_a_rank_that_is_lost_while_the_ranks_connect_is_not_waited_for_forever(c
     codes, _, output = both_ranks(
         config, "while it connects", LD_PRELOAD=str(library), CONNECTING=str(tmp_path / "connecting")
     )
-    assert codes == [69, -signal.SIGKILL] and "the ranks were not joined in 10 s: one of them has ended" in output
+    assert codes == [69, -signal.SIGKILL] and "the ranks did not join within 10 s: one of them has exited" in output
 
 
 def test_a_rank_that_is_lost_when_all_is_done_changes_nothing(config):

@@ -84,7 +84,7 @@ def test_what_is_wrong_with_the_data_is_told_where_nothing_can_be_saved_either(t
     def fail(state: RunState) -> None:
         raise TrainingError("the checkpoint failed")
 
-    saving = SimpleNamespace(save_the_end=fail)
+    saving = SimpleNamespace(save_final=fail)
     ends_of_run = Shutdown(tmp_path, saving, Guard(signals=False), lambda: None)  # type: ignore[arg-type]
     with pytest.raises(OSError if kind is OSError else DataError) as raised:
         ends_of_run.fail_for_data(RunState(initial_seed=0, step=3), DataFailed([kind("the disk of the text is gone")]))

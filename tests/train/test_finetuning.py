@@ -245,9 +245,13 @@ def test_weights_that_are_not_the_models_are_told_before_any_text_is_read(pools,
     config = folder / "config.json"
     own = config.read_text()
     config.write_text(json.dumps(json.loads(own) | {"num_hidden_layers": 3}))
-    told(folder, f"{folder}: its weights are not those", "missing: model.layers.2.input_layernorm.weight")
+    told(folder, f"{folder}: its weights do not fit its config.json", "missing: model.layers.2.input_layernorm.weight")
     config.write_text(json.dumps(json.loads(own) | {"intermediate_size": 80}))
-    told(folder, f"{folder}: its weights are not those", "of another shape: model.layers.*.mlp.down_proj.weight (2)")
+    told(
+        folder,
+        f"{folder}: its weights do not fit its config.json",
+        "of another shape: model.layers.*.mlp.down_proj.weight (2)",
+    )
     config.write_text(own)
     (folder / "model.safetensors").write_bytes(b"no weights")
     told(folder, "model.safetensors: cannot be read as safetensors", "fetch it again")

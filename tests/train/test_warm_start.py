@@ -276,7 +276,7 @@ def test_weights_that_do_not_fit_their_config(refuses, tmp_path, harm):
         said = ("not finite in model.layers.1.mlp.up_proj.weight",)
     else:
         weights["lm_head.weight"] = torch.ones(320, 24)
-        said = ("hold another head",)
+        said = ("hold a different head",)
     save_file(weights, file, metadata={"format": "pt"})
     refuses(folder, *said, overrides={"tie_word_embeddings": harm == "own head"})
 
@@ -284,7 +284,7 @@ def test_weights_that_do_not_fit_their_config(refuses, tmp_path, harm):
 def test_an_adapter_beside_the_model(refuses, tmp_path):
     folder = save(tmp_path / "model")
     (folder / "adapter_config.json").write_text("{}")
-    refuses(folder, "holds an adapter of PEFT beside its model; save the model with the adapter merged in")
+    refuses(folder, "holds a PEFT adapter next to its model; save the model with the adapter merged in")
 
 
 @pytest.mark.parametrize("harm", ["folder", "large", "list", "deep"])
@@ -349,10 +349,10 @@ def test_a_resume_and_an_export_tell_of_other_weights_than_the_run_began_with(
     assert not caplog.messages
     [[warning]] = pools(1)(warnings_of, config_of(other), stop_after=3)
     assert warning.startswith(
-        "model.init_from: the run began with other weights than model.init_from holds now; it goes"
+        "model.init_from: the run began with other weights than model.init_from holds now; it continues"
     )
     export(run, tmp_path / "adapter2", form="peft")
-    assert f"{other}, the base that its adapter names, holds other files than the run began with" in caplog.text
+    assert f"{other}, the base that the adapter names, has other files than the run began with" in caplog.text
     shutil.move(run / "checkpoints", tmp_path / "scratch")
     (run / "checkpoints").symlink_to(tmp_path / "scratch")
     [[again]] = pools(1)(warnings_of, config_of(other), stop_after=4)
@@ -366,6 +366,6 @@ def test_a_run_that_began_without_weights_says_that_it_has_no_use_for_any(pools,
     pools(1)(train, run_config(inputs, tokenizer_path, run, model=model, method={"name": "lora"}), stop_after=1)
     again = run_config(inputs, tokenizer_path, run, model=model | {"init_from": str(given)}, method={"name": "lora"})
     [[warning]] = pools(1)(warnings_of, again, stop_after=2)
-    assert warning.startswith("model.init_from: the run began with no model.init_from; it goes on from ")
-    with pytest.raises(CheckpointError, match=r"it began with no model\.init_from, so nobody has the model"):
+    assert warning.startswith("model.init_from: the run began with no model.init_from; it continues from ")
+    with pytest.raises(CheckpointError, match=r"it began with no model\.init_from, so there is no base model"):
         export(run, tmp_path / "adapter", form="peft")

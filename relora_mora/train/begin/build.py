@@ -1,4 +1,4 @@
-"""The parts of a run, built in the order in which they depend on each other, with their initial values."""
+"""Builds the parts of a run in the order of their dependencies, with their initial values."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from relora_mora.system.hardware import uses_cuda
 from relora_mora.system.logs import log, shared_log
 from relora_mora.train.begin.check import ResolvedRun, memory_of_rank
 from relora_mora.train.state.run_state import RunState
-from relora_mora.weights.foreign import in_short
+from relora_mora.weights.foreign import abbreviate
 from relora_mora.weights.load import start_config, start_weights
 from relora_mora.weights.peft import AdapterFolder
 
@@ -48,43 +48,43 @@ from relora_mora.weights.peft import AdapterFolder
 def initial_values(
     lm: PreTrainedModel, base: FrozenMasters, config: Config, world_size: int
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Which rank makes which parameter of the plain model, and what this rank has made, in float32.
+    """The rank that creates each parameter of the plain model, and the float32 values that this rank has created.
 
-    A collective. The ranks draw at the same time, a part each; ``model.init_from`` and ``model.adapter``, whose values
-    take the place of those that the adapters were drawn with, are read by the first rank.
+    A collective. Each rank draws its part of the random values at the same time as the others. The first rank reads
+    ``model.init_from`` and ``model.adapter``; the values of an adapter replace those that its layers were drawn with.
     """
     shapes = {name: p.shape for name, p in lm.named_parameters() if p.is_meta}
-    made: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     if config.model.init_from is not None:
 
         def read() -> list[str]:
-            made.update(_foreign_weights(config, lm, shapes))
+            values.update(_foreign_weights(config, lm, shapes))
             if config.model.adapter is not None:
                 adapter = AdapterFolder(Path(config.model.adapter))
-                adapter.check_base(made.get, config.model.init_from or "model.init_from")
-                made.update((name, adapter.value(name)) for name in adapter.shapes)
-            return list(made)
+                adapter.check_base(values.get, config.model.init_from or "model.init_from")
+                values.update((name, adapter.value(name)) for name in adapter.shapes)
+            return list(values)
 
-        return dict.fromkeys(from_first_rank(read), 0), made
-    maker = dict(base.owner)
+        return dict.fromkeys(from_first_rank(read), 0), values
+    creator = dict(base.owner)
     load = [0] * world_size
     frozen_first = sorted(shapes.items(), key=lambda item: item[0] not in base.owner)
-    for name, shape in frozen_first:  # what trains goes to the rank that has least to do
-        load[maker.setdefault(name, load.index(min(load)))] += shape.numel()
-    return maker, {name: initial_value(lm, name, config.train.seed) for name in shapes if maker[name] == base.rank}
+    for name, shape in frozen_first:  # a trainable one goes to the rank with the least to do
+        load[creator.setdefault(name, load.index(min(load)))] += shape.numel()
+    return creator, {name: initial_value(lm, name, config.train.seed) for name in shapes if creator[name] == base.rank}
 
 
 def write_initial_values(
-    engine: ZeroEngine, base: FrozenMasters, maker: Mapping[str, int], made: dict[str, Tensor]
+    engine: ZeroEngine, base: FrozenMasters, creator: Mapping[str, int], values: dict[str, Tensor]
 ) -> None:
-    """Puts initial values where they belong, one parameter after the other; a collective.
+    """Distributes the initial values, one parameter at a time; a collective.
 
-    What is frozen goes to the base of its owner, and from there to all in the precision that they compute with; of what
-    trains each rank takes the part of the float32 master that it owns.
+    A frozen parameter goes to the base of its owner, and from there to all ranks in their compute precision. Of a
+    trainable parameter, each rank takes its own partition of the float32 master.
     """
-    for name, rank in maker.items():
+    for name, rank in creator.items():
         owner = base.owner.get(name)
-        value = made.pop(name, None)
+        value = values.pop(name, None)
         if engine.world_size > 1 and owner != rank:
             sent = torch.empty(engine.shapes[name], dtype=torch.float32, device=engine.device)
             if value is not None:
@@ -102,9 +102,9 @@ def write_initial_values(
 
 
 def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The float32 weights of ``model.init_from`` by the names of ours.
+    """The float32 weights of ``model.init_from`` by the parameter names of this run's model.
 
-    Raises :class:`ConfigError` where they do not fit, or mean something else in the model that they come from.
+    Raises :class:`ConfigError` if they do not fit, or if they compute something else in the model they come from.
     """
     path = Path(str(config.model.init_from))
     _check_function(start_config(path), lm.config, path)
@@ -112,22 +112,22 @@ def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, t
     embedding = weights["model.embed_tokens.weight"]
     if lm.config.tie_word_embeddings and not torch.equal(embedding, weights.get("lm_head.weight", embedding)):
         fault = (
-            "model.init_from: its config ties the output head to the embeddings, but its files hold another head; "
+            "model.init_from: its config ties the output head to the embeddings, but its files hold a different head; "
             "set tie_word_embeddings to false in its config.json and in model.overrides"
         )
         raise ConfigError([fault], str(path))
     broken = [name for name in shapes if not weights[name].isfinite().all()]
     if broken:
-        fault = f"model.init_from: numbers that are not finite in {in_short(broken)}; use weights that are whole"
+        fault = f"model.init_from: numbers that are not finite in {abbreviate(broken)}; use undamaged weights"
         raise ConfigError([fault], str(path))
     return {name: weights[name] for name in shapes}
 
 
 def _check_function(theirs: PreTrainedConfig, ours: PreTrainedConfig, path: Path) -> None:
-    """Raises :class:`ConfigError` with every difference by which the same weights would compute something else."""
+    """Raises :class:`ConfigError` with every setting that makes the same weights compute something else."""
     faults = [
-        f"model.init_from: {key} is {there!r} there and {here!r} in model.config; "
-        f"set model.overrides.{key}, or leave model.config and overrides out"
+        f"model.init_from: {key} is {there!r} in that model and {here!r} in model.config; "
+        f"set model.overrides.{key}, or omit model.config and model.overrides"
         for key, there, here in function_differences(theirs, ours)
     ]
     if faults:
@@ -136,7 +136,7 @@ def _check_function(theirs: PreTrainedConfig, ours: PreTrainedConfig, path: Path
 
 @dataclass(frozen=True)
 class Run:
-    """What trains. Where it stands is a :class:`RunState`."""
+    """The parts of a run. Its progress is in a :class:`RunState`."""
 
     checked: ResolvedRun
     engine: ZeroEngine
@@ -159,9 +159,10 @@ def build(
     resumes: bool = False,
     done: Callable[[str], None] = lambda part: None,
 ) -> Run:
-    """A run at step 0; a collective. With ``resumes`` nothing is drawn or read: a checkpoint brings all values.
+    """A run at step 0; a collective.
 
-    ``done`` hears which part is finished: model, engine.
+    With ``resumes``, no value is drawn or read, since all values will come from a checkpoint. ``done`` is called with
+    the name of each finished part: "model", "engine".
     """
     config = checked.config
     lm = empty_model(checked.model_config, attention=config.model.attention)
@@ -191,10 +192,10 @@ def build(
     )
     frozen = [name for name, p in lm.named_parameters() if not p.requires_grad]
     base = FrozenMasters(frozen, rank, world_size)
-    # drawn and read while shapes are known; at ZeRO-3 a parameter shows none later
-    maker, made = ({}, {}) if resumes else initial_values(lm, base, config, world_size)
+    # drawn and read while shapes are known: with ZeRO-3, parameters have no shape later
+    creator, values = ({}, {}) if resumes else initial_values(lm, base, config, world_size)
     dtype = torch.bfloat16 if checked.bf16 else torch.float32
-    # zeros take no memory until they are written to: DeepSpeed places, casts and partitions them
+    # zeros use no memory until they are written to; DeepSpeed places, casts and partitions them
     put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
     done("model")
     module = LossModel(lm, compiled=checked.compiled)
@@ -203,7 +204,7 @@ def build(
     )
     done("engine")
     if not resumes:
-        write_initial_values(engine, base, maker, made)
+        write_initial_values(engine, base, creator, values)
         done("model")
     merger = Merger(engine, base, config.method, seed=config.train.seed)
     schedule = make_schedule(config.method, config.optim, config.train.steps)
@@ -212,23 +213,24 @@ def build(
 
 def _add_adapters(lm: PreTrainedModel, config: Config, *, with_values: bool) -> None:
     with contextlib.nullcontext() if with_values else torch.device("meta"):
-        found = inject(lm, config.method, seed=config.train.seed)
-    kinds = ", ".join(f"{len(names)} {kind}" for kind, names in found.items())
+        adapters = inject(lm, config.method, seed=config.train.seed)
+    kinds = ", ".join(f"{len(names)} {kind}" for kind, names in adapters.items())
     used = kernels.describe("cuda" if uses_cuda() else "cpu")
-    log.info("%s adapters on %d layers: %s; %s", config.method.name, sum(map(len, found.values())), kinds, used)
+    log.info("%s adapters on %d layers: %s; %s", config.method.name, sum(map(len, adapters.values())), kinds, used)
 
 
 def warm_up(run: Run, state: RunState, guard: Guard) -> None:
-    """One micro-batch of each kind in training and evaluation with each operator that is still to come, on this rank.
+    """Compiles ahead of time: runs one micro-batch of each kind with each remaining operator, on this rank.
 
-    Nothing of the run changes. Only for layers that torch.compile compiles. An operator that is drawn anew at every
-    merge is another one to the compiler each time, since pieces of groupings are constants of its programs.
+    The kinds are those of training and of evaluation. The state of the run does not change. This is only needed for
+    layers under torch.compile. An operator that every merge draws again counts as a new one each time, since its
+    grouping is a constant of the compiled program.
     """
     config = run.config
     data = config.data
     train_size = config.train.micro_batch_size
     eval_size = config.eval.micro_batch_size or train_size
-    # (training, sequences, whether documents are kept apart) of all batches there will be
+    # (training, sequences, whether documents are masked) of every kind of batch in this run
     batches = {(True, train_size, data.masks_documents_of([source])) for source in data.train_sources}
     batches |= {(False, eval_size, data.masks_documents_of(sources)) for sources in data.validation_sets.values()}
     module = run.engine.module
@@ -249,6 +251,6 @@ def warm_up(run: Run, state: RunState, guard: Guard) -> None:
             module.train(training)
             with torch.set_grad_enabled(training):
                 loss = module(ids, ids, boundaries, float(ids.numel()))
-            if training:  # the gradients go nowhere: no hook of ZeRO hears of them
+            if training:  # autograd.grad discards the gradients without triggering ZeRO's hooks
                 torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
     merger.set_operator(*before)

@@ -1,4 +1,4 @@
-"""What can be checked before anything expensive: settings, model, memory, and that all ranks agree."""
+"""Checks that come before anything expensive: settings, model, memory, and whether all ranks agree."""
 
 from __future__ import annotations
 
@@ -39,31 +39,31 @@ from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.folder import TokenizerError
 from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens, tokenizer_fingerprint
 from relora_mora.tokenizer.save import save_tokenizer
-from relora_mora.train.begin.identity import Identity, unlike
+from relora_mora.train.begin.identity import Identity, describe_differences
 from relora_mora.train.begin.inputs import open_inputs
 from relora_mora.train.begin.start_adapter import check_adapter, check_start
 from relora_mora.weights.foreign import check_headers
-from relora_mora.weights.load import model_config_of, tokenizer_beside
+from relora_mora.weights.load import model_config_of, own_tokenizer_path
 
 
 @dataclass
 class ResolvedRun:
-    """Settings, and what was found where they point: model and tokenizer fit, the data is there."""
+    """The settings of a run and what they refer to. The model and the tokenizer fit, and the data exists."""
 
     config: Config
     model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    chat_template: str | None  # of the first conversations in the training data
+    chat_template: str | None  # that of the first conversations in the training data
     tokenizer_fingerprint: str
     shards: list[Shard]  # of the training data
     data_fingerprint: str
-    data_content: str  # fingerprint of what stands in the shards; of http(s) ones after the first rank has asked
+    data_content: str  # fingerprint of the shards' content; remote ones are added once the first rank has asked
     data_order: str
     bf16: bool
     compiled: bool  # the decoder layers
-    epochs: float | None = None  # train.epochs, in whose place the config has steps once they are counted
-    warmup_fraction: float | None = None  # of a run of epochs, likewise
-    epoch_blocks: Sequence[int] | None = None  # that each of them takes of a lane of whole rows
+    epochs: float | None = None  # train.epochs; once they are counted, the config has train.steps instead
+    warmup_fraction: float | None = None  # optim.warmup_fraction, likewise
+    epoch_blocks: Sequence[int] | None = None  # how many blocks of a lane of whole rows each epoch takes
 
     @property
     def identity(self) -> Identity:
@@ -80,9 +80,9 @@ class ResolvedRun:
 
 
 def saved_settings(run_dir: Path) -> dict[str, Any]:
-    """The settings of the newest start in a run folder, by section; empty where there is none that can be read.
+    """The settings of the newest start in a run folder, by section; empty if none can be read.
 
-    Of a run whose folder was removed while it trained, the newest checkpoint has them.
+    If the folder was removed while the run trained, they come from the newest checkpoint.
     """
     tree: Any = None
     with contextlib.suppress(FileNotFoundError, UnicodeError, yaml.YAMLError):
@@ -93,11 +93,11 @@ def saved_settings(run_dir: Path) -> dict[str, Any]:
     return {name: keys for name, keys in tree.items() if isinstance(keys, dict)} if isinstance(tree, dict) else {}
 
 
-def as_before(config: Config) -> DataConfig:
-    """The data settings with the commits that this run has read before: a resume reads the same data.
+def with_saved_commits(config: Config) -> DataConfig:
+    """The data settings with the commits that this run has read before, so that a resume reads the same data.
 
-    They are in the checkpoint that it goes on from, and in the settings of its start before. A mixture keeps the order
-    of its sources in the checkpoint.
+    The commits are in the checkpoint that the run resumes from and in the settings of its previous start. The sources
+    of a mixture keep the order that they have in the checkpoint.
     """
     run_dir = Path(config.train.run_dir)
     named = config.train.resume not in ("auto", "never")
@@ -111,7 +111,7 @@ def as_before(config: Config) -> DataConfig:
 
 
 def check_model(config: Config) -> PreTrainedConfig:
-    """The model that the settings ask for; raises ValueErrors of the package where it cannot be made."""
+    """The config of the model in the settings; raises ValueErrors of the package if the model cannot be built."""
     check_start(config)
     model_config = model_config_of(config.model)
     check_length(
@@ -128,7 +128,7 @@ def check_model(config: Config) -> PreTrainedConfig:
 
 
 def memory_of_rank() -> float:
-    """Bytes of its GPU, or its part of the host's memory."""
+    """Bytes of this rank's GPU, or its share of the host's memory."""
     return gpu_memory_bytes() if uses_cuda() else host_memory_of_rank()
 
 
@@ -137,7 +137,7 @@ def host_memory_of_rank() -> float:
 
 
 def check(config: Config, world_size: int) -> ResolvedRun:
-    """Reads what is small and compares it; raises ValueErrors of the package with what to do."""
+    """Reads and compares everything that is small; raises ValueErrors of the package that say what to do."""
     data = config.data
     model_config = check_model(config)
     compiled = compiles_here(config.model, config.train.zero_stage, on_gpu=uses_cuda())
@@ -175,15 +175,15 @@ def check(config: Config, world_size: int) -> ResolvedRun:
 
 
 def _check_tokenizer(config: Config, model_type: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Says where a model begins with weights that were trained with other tokens.
+    """Warns if the initial weights were trained with other tokens.
 
-    Raises :class:`TokenizerError` where an export could not be loaded: in the folder of a Qwen2 transformers takes any
-    tokenizer for one of Qwen's.
+    Raises :class:`TokenizerError` if an export could not be loaded: in the folder of a Qwen2 model, transformers treats
+    any tokenizer as one of Qwen's.
     """
     path = config.tokenizer_path
     if config.model.init_from is not None:
-        theirs = tokenizer_beside(Path(config.model.init_from))
-        with contextlib.suppress(TokenizerError):  # it may have none
+        theirs = own_tokenizer_path(Path(config.model.init_from))
+        with contextlib.suppress(TokenizerError):  # the model may come without one
             if not gives_same_tokens(path, theirs, tokenizer):
                 log.warning("%s gives other tokens than %s, which model.init_from was trained with", path, theirs)
     if model_type == "llama":
@@ -197,15 +197,15 @@ APPEAR_SECONDS = 15.0  # for a file that another host has just written
 
 
 def check_agreement(identity: Identity) -> None:
-    """A collective. Raises :class:`ConfigError` on all ranks when one was given, or has found, other things."""
-    found = gather_from_ranks((socket.gethostname(), identity))
-    first_host, first = found[0]
+    """A collective. Raises :class:`ConfigError` on all ranks if one has other settings, or has read other files."""
+    identities = gather_from_ranks((socket.gethostname(), identity))
+    first_host, first = identities[0]
     faults = []
-    for rank, (host, other) in enumerate(found):
-        different = unlike(first, other)
+    for rank, (host, other) in enumerate(identities):
+        different = describe_differences(first, other)
         if different:
             faults.append(
-                f"rank {rank} ({host}): {', '.join(different)}: not as on the first rank ({first_host}); "
+                f"rank {rank} ({host}): {', '.join(different)}: different from the first rank ({first_host}); "
                 "start all ranks with the same command, and give all hosts the same files"
             )
     if faults:
@@ -213,7 +213,7 @@ def check_agreement(identity: Identity) -> None:
 
 
 def check_shared(file: Path, content: str) -> None:
-    """A collective. Raises :class:`ConfigError` on all ranks when one does not see what the first rank wrote."""
+    """A collective. Raises :class:`ConfigError` on all ranks if one does not see what the first rank wrote."""
     deadline = time.monotonic() + APPEAR_SECONDS
     while not (seen := _content(file) == content) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""What makes a run the run it is: compared between the ranks at a start, and with a checkpoint at a resume."""
+"""The identity of a run: the facts that are compared between ranks at a start, and with the checkpoint at a resume."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ FREE_SETTINGS = {
     "data.revision",  # its commit is part of the fingerprint
     "data.commits",
     "data.records",  # part of the fingerprint, and so is the text of its template
-    "data.packing",  # part of the fingerprint where it is not "stream"
+    "data.packing",  # part of the fingerprint if it is not "stream"
     "data.text_column",  # part of the fingerprint
-    "data.sample_by",  # part of the fingerprint where there is a .txt file
+    "data.sample_by",  # part of the fingerprint if there is a .txt file
     "method.form",
     "train.micro_batch_size",
     "train.zero_stage",
@@ -41,18 +41,19 @@ FREE_SETTINGS = {
     "train.deepspeed",
 }
 _DECIDES_WHAT_TRAINS = (*SIZE_SETTINGS, "method.square_size", "method.target_modules", *BESIDE_ADAPTERS)
-# settings that no permission lets differ at a resume, and why
+# settings that train.allow_changes cannot allow to differ at a resume, and why
 FIXED_SETTINGS = {
     **dict.fromkeys(
-        _DECIDES_WHAT_TRAINS, "the checkpoint holds the state of what trained with it; begin anew with model.init_from"
+        _DECIDES_WHAT_TRAINS,
+        "the checkpoint holds the state of what trained with it; start a new run with model.init_from",
     ),
     "method.name": "the checkpoint holds the state of what trained by that method; give another train.run_dir, or "
-    "begin anew with model.init_from",
-    "optim.matrices": "the state of one optimizer means nothing to another; begin anew with model.init_from",
-    "optim.projection_rank": "moments of one rank are none of another; begin anew with model.init_from",
+    "start a new run with model.init_from",
+    "optim.matrices": "one optimizer cannot use the state of another; start a new run with model.init_from",
+    "optim.projection_rank": "moments have the shape of their rank; start a new run with model.init_from",
 }
-ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # what places in the data depend on
-TEXT_SETTINGS = {  # what text it is, and what its rows are
+ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # they decide what a position in the data means
+TEXT_SETTINGS = {  # they decide which text is read, and what its rows are
     "data.train",
     "data.records",
     "data.packing",
@@ -66,15 +67,15 @@ FREE_SECTIONS = {"eval", "checkpoint", "log"}
 
 @dataclass(frozen=True)
 class Identity:
-    """The settings, and what was found where they point. A checkpoint's manifest holds the same fields."""
+    """The settings of a run and what they refer to. A checkpoint's manifest has the same fields."""
 
     config: dict[str, dict[str, Any]]  # all settings
     model_config: dict[str, Any]
     tokenizer_fingerprint: str
-    eos_token_id: int  # ends a document; the fingerprint of a Hugging Face tokenizer does not tell it
+    eos_token_id: int  # ends a document; the fingerprint of a Hugging Face tokenizer does not include it
     data_fingerprint: str
-    data_content: str  # fingerprint of what stands in the training data
-    data_order: str  # fingerprint of what gives places in the data their meaning
+    data_content: str  # fingerprint of the training data's content
+    data_order: str  # fingerprint of everything that decides what a position in the data means
     bf16: bool
 
     @staticmethod
@@ -84,24 +85,24 @@ class Identity:
 
 @dataclass(frozen=True)
 class Change:
-    """One difference that would change the result of a run. ``permission``: what in train.allow_changes allows it."""
+    """A difference that would change the result of a run. ``permission`` in train.allow_changes allows it."""
 
     text: str
     permission: str | None
 
 
-def unlike(first: Identity, other: Identity) -> list[str]:
-    """In words, what another rank was given or has found that the first rank has not."""
-    found = {
+def describe_differences(first: Identity, other: Identity) -> list[str]:
+    """Names what differs between the first rank and another."""
+    labels = {
         "the model's settings": ("model_config",),
         "the tokenizer": ("tokenizer_fingerprint", "eos_token_id"),
         "the training data": ("data_fingerprint", "data_content"),
-        "the precision that is fast": ("bf16",),
+        "the fast precision of the device": ("bf16",),
     }
     names = list(changed_settings(first.config, other.config))
-    for what, keys in found.items():
+    for label, keys in labels.items():
         if any(getattr(first, key) != getattr(other, key) for key in keys):
-            names.append(what)
+            names.append(label)
     return names
 
 
@@ -110,8 +111,11 @@ def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator
     saved = replace(saved, config=_comparable(saved.config))
     now = replace(now, config=_comparable(now.config))
     fixed_settings = _fixed_settings(saved, now)
+    free = FREE_SETTINGS | allowed
     settings = [
-        name for name in changed_settings(saved.config, now.config) if name in fixed_settings or _counts(name, allowed)
+        name
+        for name in changed_settings(saved.config, now.config)
+        if name in fixed_settings or not (name in free or name.partition(".")[0] in FREE_SECTIONS)
     ]
     for name in settings:
         difference = f"{name}: {_value(saved.config, name)!r} in the checkpoint, {_value(now.config, name)!r} now"
@@ -123,11 +127,11 @@ def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator
     if _other_data(saved, now) and "data" not in allowed:
         yield Change("data: other sources, or files that have changed", "data")
     if saved.bf16 != now.bf16 and "train.precision" not in allowed and "train.precision" not in settings:
-        yield Change("train.precision: auto means another precision on this machine", "train.precision")
+        yield Change("train.precision: auto chooses another precision on this machine", "train.precision")
 
 
 def _comparable(config: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """With the number of lanes that null stands for, and with names in one order if their order means nothing."""
+    """Replaces a null number of lanes by its value, and sorts names whose order does not matter."""
     lanes = config["data"]["lanes"] or lanes_of(config["train"]["batch_size"])
     modules = sorted(_value(config, "method.target_modules"))
     return {
@@ -143,7 +147,7 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[str
         before = saved.get(section, {})
         after = now.get(section, {})
         for key in {**before, **after}:
-            default = _default(section, key)  # what an older version did without this setting
+            default = _default(section, key)  # an older version behaved like this without the setting
             if before.get(key, default) != after.get(key, default):
                 yield f"{section}.{key}"
 
@@ -153,13 +157,8 @@ def _default(section: str, key: str) -> Any:
     return None if setting is None or setting.is_required() else setting.get_default()
 
 
-def _counts(name: str, allowed: set[str]) -> bool:
-    section = name.partition(".")[0]
-    return not (section in FREE_SECTIONS or name in FREE_SETTINGS | allowed)
-
-
 def _fixed_settings(saved: Identity, now: Identity) -> dict[str, str]:
-    """Those of ``FIXED_SETTINGS`` that the run uses, and that matter: methods may have the same adapter."""
+    """The ``FIXED_SETTINGS`` that the run uses. ``method.name`` is left out if both methods have the same adapter."""
     before, after = (METHODS[_value(each.config, "method.name")] for each in (saved, now))
     unused = settings_of_others(MATRIX_OPTIMIZERS, MATRIX_OPTIMIZERS[_value(saved.config, "optim.matrices")])
     unused |= settings_of_others(METHODS, before)
@@ -174,11 +173,11 @@ def _value(tree: dict[str, Any], name: str) -> Any:
 
 
 def _weights(identity: Identity) -> dict[str, float] | None:
-    """The shares of a mixture's sources by name; None where the training text is no mixture."""
-    given = _value(identity.config, "data.train")
-    if not isinstance(given, list) or not isinstance(given[0], dict):
+    """The shares of a mixture's sources by name; None if the training text is not a mixture."""
+    train = _value(identity.config, "data.train")
+    if not isinstance(train, list) or not isinstance(train[0], dict):
         return None
-    sources = [TextSource.model_validate(record) for record in given]
+    sources = [TextSource.model_validate(record) for record in train]
     total = sum(source.weight for source in sources)
     return {source.label: source.weight / total for source in sources}
 
@@ -210,10 +209,10 @@ def _tokenizer_changes(saved: Identity, now: Identity, allowed: set[str]) -> Ite
         return
     path = _value(now.config, "tokenizer.path")
     if saved.tokenizer_fingerprint != now.tokenizer_fingerprint:
-        yield Change(f"tokenizer: {path} gives other tokens", "tokenizer")
+        yield Change(f"tokenizer: {path} produces other tokens", "tokenizer")
     if saved.eos_token_id != now.eos_token_id:
         yield Change(
-            f"tokenizer: a document ended with token {saved.eos_token_id}, that of {path} ends with {now.eos_token_id}",
+            f"tokenizer: documents ended with token {saved.eos_token_id}, with {path} they end with {now.eos_token_id}",
             "tokenizer",
         )
 
@@ -226,5 +225,5 @@ def _other_data(saved: Identity, now: Identity) -> bool:
     changed = set(changed_settings(saved.config, now.config))
     if saved.tokenizer_fingerprint == now.tokenizer_fingerprint and not changed & ORDER_SETTINGS:
         return True
-    # the fingerprint contains these, which are named, and says nothing of the text then
+    # the tokenizer and the order explain the other fingerprint, so only the settings show whether the text changed
     return bool(changed & TEXT_SETTINGS)

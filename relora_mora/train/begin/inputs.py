@@ -1,4 +1,4 @@
-"""What a run reads before it starts: tokenizer and text. All that is missing is reported together."""
+"""Opens what a run needs before it starts: tokenizer and text. Reports everything that is missing at once."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ _DEMO = "runs/demo/"  # what configs/run/demo.yaml and tiny_*.yaml read
 class Inputs:
     tokenizer: PreTrainedTokenizerBase
     shards: list[Shard]  # of the training data
-    chat_template: str | None  # of the first conversations in it; the run's tokenizer has it
+    chat_template: str | None  # that of its first conversations; the run's tokenizer gets it
 
 
 def open_inputs(config: Config) -> Inputs:
-    """Loads the tokenizer and finds the shards of both sides.
+    """Loads the tokenizer and finds the shards of training and validation.
 
-    Raises TokenizerError or SourceError for one of them that cannot be used, and ConfigError for several.
+    Raises TokenizerError or SourceError if one of them cannot be used, and ConfigError for several.
     """
     errors: list[tuple[str, TokenizerError | SourceError]] = []
     tokenizer = _attempt(errors, "tokenizer.path", lambda: load_tokenizer(config.tokenizer_path))
     shards = _attempt(errors, "data.train", lambda: _shards(config, "train", tokenizer))
     template = template_in_use(shards, tokenizer) if shards and tokenizer else None
-    of_run = copy(tokenizer)
-    if of_run is not None and template is not None:
-        of_run.chat_template = template
+    run_tokenizer = copy(tokenizer)
+    if run_tokenizer is not None and template is not None:
+        run_tokenizer.chat_template = template
     for name, sources in config.data.validation_sets.items():
         data = config.data.model_copy(update={"validation": sources})
-        alone = config.model_copy(update={"data": data})
-        _attempt(errors, set_setting(name), partial(_shards, alone, "validation", of_run))
+        one_set = config.model_copy(update={"data": data})
+        _attempt(errors, set_setting(name), partial(_shards, one_set, "validation", run_tokenizer))
     if tokenizer is None or shards is None or errors:
-        raise _one_error(errors, config)
+        raise _combined_error(errors)
     return Inputs(tokenizer, shards, template)
 
 
@@ -65,7 +65,7 @@ def _shards(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase | N
         limits = data if split == "train" else None
         check_tokens(shards, tokenizer_path=config.tokenizer_path, eos=tokenizer.eos_token_id, limits=limits)
     if split == "validation":
-        local_content(shards)  # as of the training data, later: what has changed, or is there twice, is refused
+        local_content(shards)  # raises SourceError for damaged tokens, and for tokens listed with their own text
     return shards
 
 
@@ -77,9 +77,12 @@ def _attempt(errors: list[tuple[str, TokenizerError | SourceError]], setting: st
         return None
 
 
-def _one_error(errors: list[tuple[str, TokenizerError | SourceError]], config: Config) -> ValueError:
-    """The error itself; where there are several, a set has to be named, or files of the demo are missing, one error
-    that tells each with its setting, and what makes those files."""
+def _combined_error(errors: list[tuple[str, TokenizerError | SourceError]]) -> ValueError:
+    """The error itself if there is only one and it needs no explanation, else one error with all of them.
+
+    The combined error names the setting of each, such as a validation set, and the command that creates missing files
+    of the demo.
+    """
     [setting, error], *others = errors
     if not others and setting.count(".") == 1 and _DEMO not in str(error):
         return error
@@ -88,6 +91,6 @@ def _one_error(errors: list[tuple[str, TokenizerError | SourceError]], config: C
         fault = f"{setting}: {error}"
         if _DEMO in fault:
             here = "" if str(Path.cwd()) in fault else f"; the current folder is {Path.cwd()}"
-            fault += f" (`make demo`, run in the checkout, makes it{here})"
+            fault += f" (`make demo`, run in the checkout, creates it{here})"
         faults.append(fault)
     return ConfigError(faults, "the settings")

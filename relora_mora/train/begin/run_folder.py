@@ -1,4 +1,4 @@
-"""What makes a run folder explain itself."""
+"""Writes the files that describe a run into its folder."""
 
 from __future__ import annotations
 
@@ -39,29 +39,24 @@ from relora_mora.weights.digests import start_digests
 
 
 def check_run_folder(path: Path) -> None:
-    """Raises :class:`ConfigError` where a run would write over files of something else. First rank only.
+    """Raises :class:`ConfigError` if the run would overwrite files that are not of a run. First rank only.
 
-    A folder that a trainer has held has a lock, and one with checkpoints may have been copied from elsewhere.
+    A folder that a trainer has used has a lock. A folder with checkpoints may have been copied from elsewhere.
     """
     folder = RunFolder(path)
     for place in (path, *path.parents):
         if place.is_symlink() and not place.exists():
-            fault = f"train.run_dir: {place} is a link to what is not there; mount its disk, or remove the link"
+            fault = (
+                f"train.run_dir: {place} is a link to a folder that does not exist; mount its disk, or remove the link"
+            )
             raise ConfigError([fault], "the settings")
     if folder.lock.exists() or list_candidates(folder.checkpoints):
         return
-    written = (
-        folder.config,
-        folder.model_config,
-        folder.tokenizer,
-        folder.metrics,
-        folder.wandb_id,
-        folder.rollbacks,
-    )
-    found = [name.name for name in written if name.exists()]
-    if found:
+    outputs = (folder.config, folder.model_config, folder.tokenizer, folder.metrics, folder.wandb_id, folder.rollbacks)
+    existing = [output.name for output in outputs if output.exists()]
+    if existing:
         fault = (
-            f"train.run_dir: {path} is not the folder of a run, and a run would write over {', '.join(found)} there; "
+            f"train.run_dir: {path} is not the folder of a run, and a run would overwrite {', '.join(existing)} there; "
             "give a new or empty folder"
         )
         raise ConfigError([fault], "the settings")
@@ -77,8 +72,8 @@ def write_run_folder(
 ) -> Path:
     """Writes settings, command, versions, commit, model and tokenizer into the run folder. First rank only.
 
-    ``changed`` says what counts and is not as in the checkpoint that the run resumes; without one it is None, and what
-    the run begins with is noted.
+    ``changed`` describes what differs from the checkpoint that the run resumes. It is None if there is no checkpoint;
+    then the digests of the run's inputs are recorded.
     """
     folder = Path(checked.config.train.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,29 +88,29 @@ def write_run_folder(
 
 
 def keep_run_folder(config: Config, made_with: Mapping[str, Any]) -> None:
-    """Leaves the folder of a run that is done as it is: this start trains nothing. First rank only.
+    """Leaves the folder of a finished run unchanged, because this start trains nothing. First rank only.
 
-    ``made_with`` are the settings in its last checkpoint; where ``config`` has others, that is said.
+    ``made_with`` are the settings in the last checkpoint. A warning names the settings that differ in ``config``.
     """
     unused = [name for name in changed_settings(dict(made_with), parse_yaml(dump(config))) if name not in OPERATIONAL]
     if unused:
         log.warning(
-            "the run is done and keeps the settings that it was made with, in place of %s as given now; "
+            "the run is finished and keeps the settings that it was trained with, ignoring the new %s; "
             "launch/evaluate.py scores it on other text",
             ", ".join(unused),
         )
     names = RunFolder(Path(config.train.run_dir))
-    with contextlib.suppress(ConfigError):  # of an earlier version
+    with contextlib.suppress(ConfigError):  # settings of an earlier version
         before = stored_config(made_with, str(names.config))
         here = {"run_dir": config.train.run_dir, "resume": config.train.resume}
-        # a start that was cut off before it trained may have left others
+        # a start that was interrupted before it trained may have left other settings
         settings = dump(before.model_copy(update={"train": before.train.model_copy(update=here)}))
-        write_if_possible(names.config, settings, without="it stays as the start before this one left it")
+        write_if_possible(names.config, settings, without="it stays as the previous start left it")
 
 
 def _write(folder: Path, checked: ResolvedRun, start: dict[str, Any]) -> None:
     names = RunFolder(folder)
-    write_synced(names.config, dump(checked.config))  # a resume looks there for the revision of the data
+    write_synced(names.config, dump(checked.config))  # a resume takes the commits of the data from it
     write_synced(names.model_config, json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
     tokenizer = names.tokenizer
     if not _holds(tokenizer, checked.tokenizer):  # an earlier start may have had another one, or another chat template
@@ -128,7 +123,7 @@ def _write(folder: Path, checked: ResolvedRun, start: dict[str, Any]) -> None:
 
 
 def _holds(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the files of a tokenizer are in a folder, beside whatever else."""
+    """Whether a folder holds the files of a tokenizer, perhaps among others."""
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as work:
         with disk_faults_named(Path(work)):
             save_tokenizer(tokenizer, work)
@@ -163,14 +158,14 @@ def _start_record(checked: ResolvedRun, parameters: Parameters, world_size: int,
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a checkout that is on the path, and is not installed
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path that is not installed
         return None
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout this package runs from, ``+`` when that has uncommitted code; None outside one."""
+    """The commit of the checkout that this package runs from, with ``+`` for uncommitted code; None outside one."""
     root = Path(__file__).resolve().parents[3]
-    if not (root / "setup.cfg").is_file():  # installed, perhaps into an environment inside of another repository
+    if not (root / "setup.cfg").is_file():  # installed, perhaps into an environment inside another repository
         return None
     try:
         commit = subprocess.run(

@@ -1,4 +1,4 @@
-"""Whether a run can begin with the weights and adapters that its settings name."""
+"""Checks whether a run can begin with the weights and adapters that its settings name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REMEDY = "give a Hugging Face folder of the LLaMA family (`hf download REPO --l
 
 
 def check_start(config: Config) -> None:
-    """Raises :class:`ConfigError` where ``model.init_from`` is no model."""
+    """Raises :class:`ConfigError` if ``model.init_from`` is not a model."""
     if config.model.init_from is None:
         return
     start = Path(config.model.init_from)
@@ -33,7 +33,7 @@ def check_start(config: Config) -> None:
     if not start.exists():
         fault = f"does not exist; {_REMEDY}"
     elif is_adapter(start):
-        fault = "holds an adapter without its model; give that model there, and the adapter in model.adapter"
+        fault = "holds an adapter without its model; give its model there, and the adapter in model.adapter"
     elif not any((start / name).exists() for name in _MODELS) and not list_checkpoints(start):
         fault = f"holds neither a config.json nor checkpoints; {_REMEDY}"
     if fault is not None:
@@ -66,19 +66,19 @@ def _method_faults(adapter: AdapterFolder, method: MethodConfig) -> Iterator[str
     wanted = LORA if adapter.mora_type is None else MORA
     if method.record.adapter is not wanted:
         kind = "LoRA" if wanted is LORA else "MoRA"
-        yield f"method.name: {method.name} here, and the adapter is one of {kind}; set method.name={kind.lower()}"
+        yield f"method.name: {method.name} in the settings, and the adapter is a {kind}; set method.name={kind.lower()}"
         return
     kinds = sorted({name.rpartition(".")[2] for name in adapter.layers})
     if kinds != sorted(method.target_modules):
         here = ", ".join(sorted(method.target_modules))
         yield (
-            f"method.target_modules: {here} here, and {', '.join(kinds)} in the adapter; "
+            f"method.target_modules: {here} in the settings, and {', '.join(kinds)} in the adapter; "
             f"set method.target_modules=[{','.join(kinds)}]"
         )
     if adapter.mora_type is not None and adapter.mora_type != method.cycle[0]:
         yield (
-            f"method.operators: begins with {method.cycle[0]} here, and the adapter has operator {adapter.mora_type}; "
-            "begin with that"
+            f"method.operators: begins with {method.cycle[0]}, and the adapter has operator {adapter.mora_type}; "
+            f"begin with {adapter.mora_type}"
         )
 
 
@@ -90,9 +90,9 @@ def _alpha_faults(adapter: AdapterFolder, method: MethodConfig) -> Iterator[str]
     )
     if adapter.mora_type is None and differ:
         alphas = ", ".join(f"{alpha:.17g}" for alpha in sorted(there))
-        remedy = f"set method.lora_alpha={alphas}" if len(there) == 1 else "here all layers have one"
+        remedy = f"set method.lora_alpha={alphas}" if len(there) == 1 else "a run has one alpha for all layers"
         given = "r" if method.lora_alpha is None else f"{method.lora_alpha:.17g}"
-        yield f"method.lora_alpha: {given} here and {alphas} in the adapter; {remedy}"
+        yield f"method.lora_alpha: {given} in the settings and {alphas} in the adapter; {remedy}"
 
 
 def _tensor_faults(adapter: AdapterFolder, lm: PreTrainedModel) -> Iterator[str]:
@@ -106,44 +106,44 @@ def _tensor_faults(adapter: AdapterFolder, lm: PreTrainedModel) -> Iterator[str]
             name for name, layer in layers.items() if not adapter.fits(name, layer.in_features, layer.out_features)
         ]
         yield _other_sizes(adapter, foreign[0], layers) if foreign else _wrong_shape(adapter, wrong, expected)
-    # a module that trains is kept whole, with biases that do not
+    # a module with a trainable weight is saved as a whole, with biases that do not train
     whole = {name.rpartition(".")[0] for name, parameter in parameters.items() if parameter.requires_grad}
     frozen = sorted(name for name in adapter.plain() if name in parameters and name.rpartition(".")[0] not in whole)
     if frozen:
         yield (
-            f"model.adapter: it brings {frozen[0]} with it, which does not train here; set "
-            "method.train_linears, train_embeddings, train_norms or train_head, as where it was made"
+            f"model.adapter: it contains {frozen[0]}, which does not train in this run; set "
+            "method.train_linears, train_embeddings, train_norms or train_head as in the run that wrote it"
         )
 
 
 def _other_sizes(adapter: AdapterFolder, name: str, layers: Mapping[str, AdapterLinear]) -> str:
     sizes = f"{layers[name].in_features} -> {layers[name].out_features}"
     return (
-        f"model.adapter: {name} has an M of {adapter.layers[name]} in {adapter.file}, which its rank does not make of "
-        f"the layer {sizes} here; give the model that it was trained on in model.init_from ({adapter.base})"
+        f"model.adapter: {name} has an M of size {adapter.layers[name]} in {adapter.file}, which does not fit its rank "
+        f"and the layer {sizes}; give the model that it was trained on in model.init_from ({adapter.base})"
     )
 
 
 def _wrong_shape(adapter: AdapterFolder, wrong: list[str], expected: Mapping[str, tuple[int, ...]]) -> str:
-    """In words, how the first of these tensors differs, and of how many it is the first."""
+    """Describes how the first of these tensors differs, and says how many there are."""
     name = wrong[0]
     rank = adapter.layers.get(name.rpartition(".")[0])
     there = adapter.shapes.get(name)
     here = expected.get(name)
-    remedy = "is it the adapter of another model? then give that in model.init_from"
+    remedy = "if it is the adapter of another model, give that model in model.init_from"
     ranks: dict[str, set[int]] = {}
-    for layer, of_layer in adapter.layers.items():
-        ranks.setdefault(layer.rpartition(".")[2], set()).add(of_layer)
+    for layer, layer_rank in adapter.layers.items():
+        ranks.setdefault(layer.rpartition(".")[2], set()).add(layer_rank)
     kind = name.rpartition(".")[0].rpartition(".")[2]
     if any(len(each) > 1 for each in ranks.values()):
-        remedy = "here all layers of a kind have one rank; merge it into its model, and begin with that"
+        remedy = "all layers of a kind must have the same rank; merge it into its model, and begin with that"
     elif there is None and kind in ranks:
-        remedy = "here all layers of a kind have an adapter; give its own model, or merge it into that and begin there"
+        remedy = "all layers of a kind must have an adapter; give its own model, or merge it into that and begin there"
     elif there and here and rank is not None:
         if adapter.mora_type is not None:
             remedy = (
-                f"R is {rank} there: set method.rank, method.square_rounding (nearest: as the released MoRA) "
-                "and method.square_multiple (1 where R is odd), or method.square_size"
+                f"R is {rank} in the adapter: set method.rank, method.square_rounding (nearest: as the released MoRA) "
+                "and method.square_multiple (1 if R is odd), or method.square_size"
             )
         elif there == ((rank, here[1]) if name.endswith("lora_A") else (here[0], rank)):
             pattern = ", ".join(f"{kind}: {each}" for kind, [each] in ranks.items())
@@ -152,5 +152,5 @@ def _wrong_shape(adapter: AdapterFolder, wrong: list[str], expected: Mapping[str
     more = f" ({len(wrong)} tensors differ)" if len(wrong) > 1 else ""
     return (
         f"model.adapter: {name} is {list(there) if there else 'missing'} in {adapter.file} and "
-        f"{list(here) if here else 'nothing'} here{more}; {remedy}"
+        f"{list(here) if here else 'missing'} in this run{more}; {remedy}"
     )

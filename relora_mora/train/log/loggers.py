@@ -19,17 +19,17 @@ from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.log.metrics import Logger
 from relora_mora.train.log.tensorboard import TensorBoard
 
-ANSWER_SECONDS = 60.0  # for the servers at a start
-FINISH_SECONDS = 20.0  # to send what is left at the end: other ranks wait for this one
-STEP = "step"  # the metric that all others are drawn against
+ANSWER_SECONDS = 60.0  # how long to wait for the servers at a start
+FINISH_SECONDS = 20.0  # to send the rest at the end, while other ranks wait for this one
+STEP = "step"  # the x-axis of all other metrics
 
 
 class WeightsAndBiases:
-    """Logs to ``project``, which may be ENTITY/PROJECT. All else is said by W&B's own environment variables.
+    """Logs to ``project``, which may be ENTITY/PROJECT. W&B's own environment variables decide everything else.
 
-    The run folder keeps the id of the run there, which a resume continues; a run that begins anew has another one. W&B
-    takes nothing back, so steps that are made again after a resume or a rollback have two points each. Where W&B cannot
-    be reached at the start the run is not logged there.
+    The run folder keeps the id of the W&B run, which a resume continues; a run that starts again gets a new id. W&B
+    cannot delete points, so steps that are repeated after a resume or a rollback have two each. If W&B cannot be
+    reached at the start, the run is not logged there.
     """
 
     title = "Weights & Biases"
@@ -45,9 +45,10 @@ class WeightsAndBiases:
             return
         import wandb
 
-        known = self._known_id() if step > 0 else None
+        path = self._files.wandb_id
+        known = path.read_text(encoding="utf-8").strip() if step > 0 and path.exists() else None
         identifier = known or secrets.token_hex(8)
-        write_synced(self._files.wandb_id, identifier + "\n")
+        write_synced(path, identifier + "\n")
         run = wandb.init(
             entity=self._entity or None,
             project=self._project,
@@ -76,17 +77,13 @@ class WeightsAndBiases:
             run_with_timeout(FINISH_SECONDS, self._run.finish)
             self._run = None
 
-    def _known_id(self) -> str | None:
-        path = self._files.wandb_id
-        return path.read_text(encoding="utf-8").strip() or None if path.exists() else None
-
 
 def check_loggers(config: LogConfig) -> None:
-    """Raises :class:`ConfigError` where a package is missing. First rank only, which alone writes."""
+    """Raises :class:`ConfigError` if a package is missing. First rank only, since no other rank writes."""
     if config.wandb is None:
         return
-    found = importlib.util.find_spec("wandb")
-    if found is None or found.origin is None:  # a folder of this name is no package: W&B itself makes one
+    spec = importlib.util.find_spec("wandb")
+    if spec is None or spec.origin is None:  # a folder named wandb, such as W&B itself creates, is not the package
         fault = (
             "log.wandb: the package wandb is not installed; pip install wandb, or pip install -e '.[wandb]' in the "
             "checkout, or set log.wandb=null"
@@ -95,7 +92,7 @@ def check_loggers(config: LogConfig) -> None:
 
 
 def make_loggers(folder: Path, config: LogConfig) -> list[Logger]:
-    """Those that the settings ask for; nothing is opened yet."""
+    """Creates the loggers in the settings without opening them."""
     loggers: list[Logger] = []
     if config.tensorboard:
         loggers.append(TensorBoard(folder))

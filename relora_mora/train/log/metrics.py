@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object a line, and the same numbers for other loggers. First rank only."""
+"""Writes the metrics of a run, one JSON object per line, and passes them on to other loggers. First rank only."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from relora_mora.system.run_folder import RunFolder
 
 
 class Logger(Protocol):
-    """Where metrics go beside ``metrics.jsonl``: a class with these, made in ``loggers.py``.
+    """Another destination of metrics besides ``metrics.jsonl``, created in ``loggers.py``.
 
-    Any of them may raise whatever it likes, at any time: that is said once, and training goes on. The next ``write`` is
-    tried again.
+    Each method may raise any exception at any time. The error is reported once, training goes on, and the next
+    ``write`` tries again.
     """
 
     title: str  # in messages
 
     def open(self, step: int) -> None:
-        """A run begins (0) or goes on behind a step. What was written of later steps will be written again.
+        """A run begins (0) or continues after a step. Later steps will be written again.
 
-        Called before the first ``write``, and again where the run goes back to an earlier step.
+        Called before the first ``write``, and again if the run goes back to an earlier step.
         """
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """The numbers of one event, under the tags of docs/metrics.md; other values than int and float are texts."""
+        """Writes one event, with the tags of docs/metrics.md. Values that are not int or float are text."""
 
     def close(self) -> None:
-        """The process ends; the run may go on in another one."""
+        """The process ends. The run may continue in another one."""
 
 
 class Metrics:
-    """Writes ``metrics.jsonl`` of a run folder, and hands the same to loggers.
+    """Writes ``metrics.jsonl`` in a run folder, and passes the same values to loggers.
 
-    After a resume at ``step``, what an earlier process logged beyond it is dropped from the file, because those steps
-    are made again. If the evaluation or the merge of ``step`` is made again (not ``evaluated``, not ``merged``), its
-    line is dropped, and with it what followed: the checkpoint that has it was not finished. A line that cannot be
-    written (the disk is full) is lost, with a warning, and training goes on.
+    After a resume at ``step``, lines of later steps are dropped from the file, because those steps are repeated. If the
+    evaluation or the merge of ``step`` is repeated (not ``evaluated``, not ``merged``), its line and all lines after it
+    are dropped, since the checkpoint that includes it was not finished. A line that cannot be written, such as on a
+    full disk, is lost with one message, and training goes on.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Metrics:
         self.path = RunFolder(folder).metrics
         self._loggers = loggers
         self._file: int | None = None
-        self._losing: set[str] = set()
+        self._failing: set[str] = set()
         self._step = step
         self._evaluated = evaluated
         self._merged = merged
@@ -63,7 +63,7 @@ class Metrics:
         self._open_loggers()
 
     def go_back(self, step: int, *, merged: bool = True) -> None:
-        """Drops what was logged beyond ``step``: the run goes on from there."""
+        """Drops everything logged after ``step``, because the run continues from there."""
         self._close_file()
         self._step = step
         self._evaluated = True
@@ -72,7 +72,7 @@ class Metrics:
         self._open_loggers()
 
     def _open_file(self) -> int:
-        self._keep_until(self._step)
+        self._drop_after(self._step)
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         return self._file
 
@@ -80,28 +80,28 @@ class Metrics:
         for logger in self._loggers:
             self._try(logger.title, partial(logger.open, self._step))
 
-    def _keep_until(self, step: int) -> None:
+    def _drop_after(self, step: int) -> None:
         if not self.path.exists():
             return
         before = self.path.read_text(encoding="utf-8", errors="replace")
         kept = []
-        made_again = {"eval/seconds": not self._evaluated, "merge/seconds": not self._merged}
-        again = False
+        repeated = {"eval/seconds": not self._evaluated, "merge/seconds": not self._merged}
+        is_repeated = False
         for line in before.splitlines():
             try:
                 values = json.loads(line)
-                of_step = values["step"] == step
-                again = again or (of_step and any(made_again[tag] for tag in made_again.keys() & values.keys()))
-                if 0 < step >= values["step"] and not again:
+                if values["step"] == step and any(repeated[tag] for tag in repeated.keys() & values.keys()):
+                    is_repeated = True
+                if 0 < step >= values["step"] and not is_repeated:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 log.warning("metrics.jsonl: dropped a damaged line")
         text = "".join(kept)
-        if text != before:  # a run that is done writes nothing, where the disk may be full
+        if text != before:  # a finished run writes nothing, since the disk may be full
             write_synced(self.path, text)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line of the file, and the same for each logger."""
+        """Writes one event to the file and to each logger."""
         finite = {
             tag: None if isinstance(value, float) and not math.isfinite(value) else value
             for tag, value in values.items()
@@ -115,23 +115,23 @@ class Metrics:
         try:
             action()
         except Exception as error:
-            if where not in self._losing:
-                said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            if where not in self._failing:
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 log.error(
-                    "%s: metrics cannot be written (%s): they are missing there; training goes on",
+                    "%s: metrics cannot be written (%s) and will be missing there; training goes on",
                     where,
-                    redact(" ".join(said.split()) or type(error).__name__),
+                    redact(" ".join(reason.split()) or type(error).__name__),
                 )
-            self._losing.add(where)
+            self._failing.add(where)
         else:
-            self._losing.discard(where)
+            self._failing.discard(where)
 
     def _append(self, line: bytes) -> None:
-        file = self._open_file() if self._file is None else self._file  # the disk was full when the run went back
+        file = self._open_file() if self._file is None else self._file  # None if the disk was full in go_back
         append_whole(file, line)
 
     def sync(self) -> None:
-        """What is written stays through a power cut, as checkpoints do: they say what has been evaluated."""
+        """Makes the lines so far survive a power cut, as checkpoints do, which record what has been evaluated."""
         handle = self._file
         if handle is not None:
             self._try(self.path.name, lambda: os.fsync(handle))

@@ -1,4 +1,4 @@
-"""How far a run is: a line every log interval, on a terminal with bars below; and what to do with a finished run."""
+"""Shows the progress of a run: log lines, on a terminal also bars, and the commands for a finished run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from relora_mora.system.logs import log, progress_bar
 
 
 class Progress:
-    """Steps made and the time left. Bars are drawn on a terminal only; the lines of :meth:`show` come everywhere.
+    """Shows steps and the time left. Bars appear only on a terminal; the lines of :meth:`show` appear everywhere.
 
-    ``total`` and ``done`` count optimizer steps; with ``show`` False (other ranks, log.progress=false) nothing is said.
+    ``total`` and ``done`` count optimizer steps. With ``show`` False (other ranks, log.progress=false), nothing is
+    shown.
     """
 
     def __init__(self, *, total: int, done: int, show: bool) -> None:
@@ -37,25 +38,24 @@ class Progress:
         self._count_from(done)
 
     def begin(self) -> None:
-        """The first step comes next: the time left is measured from here, since an evaluation before it is not repeated
-        at each step."""
+        """The first step comes next. The time left is measured from here, without an evaluation before that step."""
         self._count_from(self.done)
         self._bar.unpause()
 
     def update(self) -> None:
-        """One more step is made."""
+        """One more step is done."""
         self.done += 1
         self._bar.update()
 
     def go_back(self, done: int) -> None:
-        """The run goes on from an earlier step; the time left is measured anew."""
+        """The run continues from an earlier step. The time left is measured again from there."""
         self.done = done
         self._bar.n = done
         self._bar.refresh()
         self._count_from(done)
 
     def show(self, values: str) -> None:
-        """One line of the log; it stays above the bars."""
+        """Logs one line, which stays above the bars."""
         if not self._show:
             return
         seconds_each = (time.monotonic() - self._begin) / max(1, self.done - self._first)
@@ -63,7 +63,7 @@ class Progress:
         log.info("step %d/%d: %s, %s left", self.done, self.total, values, left)
 
     def evaluation(self) -> AbstractContextManager[Callable[[int, int], None]]:
-        """A second bar, below that of the steps: see :func:`progress_bar`."""
+        """A second bar below the bar of the steps; see :func:`progress_bar`."""
         return progress_bar("evaluation", "token", show=self._show)
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class Progress:
 
 
 def next_commands(run_dir: str) -> str:
-    """The commands for a finished run, one a line."""
+    """The commands for a finished run, one per line."""
     run = shlex.quote(run_dir)
     folder = Path(run_dir)
     export = shlex.quote(str(folder.with_name(f"{folder.name}_export")))

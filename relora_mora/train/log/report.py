@@ -1,4 +1,4 @@
-"""What a run reports: numbers gathered over an interval of steps, and the metrics made of them."""
+"""Counts over an interval of steps, and the metrics computed from them."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from relora_mora.evaluation.loss import EvalResult
 from relora_mora.system.hardware import peak_flops
 from relora_mora.system.logs import log
 
-Write = Callable[[int, Mapping[str, Any]], None]  # (step, metrics of it); on other ranks than the first it does nothing
+Write = Callable[[int, Mapping[str, Any]], None]  # (step, its metrics); does nothing on ranks other than the first
 
 _COUNTED = ("documents", "bad", "retries", *(f"skipped/{reason}" for reason in SKIP_REASONS))
 
 
 @dataclass
 class Interval:
-    """What has been counted since the last line of metrics."""
+    """Counts since the last line of metrics."""
 
-    loss: float = 0.0  # float64, of this rank: summed over the steps that were made
+    loss: float = 0.0  # float64, of this rank; summed over the steps that were applied
     good_steps: int = 0
     grad_norm: float = 0.0
-    # of this process alone, skipped steps included
+    # only of this process, including skipped steps
     steps: int = 0
     step_seconds: float = 0.0
     data_seconds: float = 0.0
-    data_counts: dict[str, int] = field(default_factory=dict)  # what this rank has read up to now
+    data_counts: dict[str, int] = field(default_factory=dict)  # read so far by this rank
 
     def dump(self, world_size: int) -> dict[str, Any]:
-        """What a run that goes on on any number of ranks needs; a collective."""
+        """The part that a checkpoint keeps, independent of the number of ranks; a collective."""
         [loss] = sum_over_hosts([self.loss])
         return {"loss": loss / world_size, "good_steps": self.good_steps, "grad_norm": self.grad_norm}
 
 
 def peak_of_device(config: LogConfig, *, bf16: bool) -> float:
-    """FLOP/s of one device: a setting, known or measured."""
+    """FLOP/s of one device: from the settings, known, or measured."""
     if config.peak_tflops is not None:
         return config.peak_tflops * 1e12
     peak, source = peak_flops(bf16=bf16)
@@ -54,15 +54,15 @@ def loss_metrics(loss: float) -> dict[str, float]:
 
 
 def data_metrics(counts: Mapping[str, int], sources: Sequence[str], sequence_length: int) -> dict[str, int]:
-    """What all ranks have read, each of the named sources of a mixture on its own too; a collective.
+    """What all ranks have read in total and from each source of a mixture; a collective.
 
-    ``retries`` counts since this process started, the rest since step 0.
+    ``retries`` counts since the start of this process, everything else since step 0.
     """
     counted = [*_COUNTED, *(f"blocks/{source}" for source in sources)]
     sums = sum_over_hosts([float(counts.get(name, 0)) for name in counted])
     totals = dict(zip(counted, map(int, sums), strict=True))
-    places = ["epoch", *(f"epoch/{source}" for source in sources)]
-    epoch, *epochs = map(int, least_over_hosts([float(counts[name]) for name in places]))  # of the lane least far
+    names = ["epoch", *(f"epoch/{source}" for source in sources)]
+    epoch, *epochs = map(int, least_over_hosts([float(counts[name]) for name in names]))  # of the slowest lane
     skipped = {
         f"perf/data_skipped/{reason}": totals[f"skipped/{reason}"]
         for reason in SKIP_REASONS
@@ -80,7 +80,7 @@ def data_metrics(counts: Mapping[str, int], sources: Sequence[str], sequence_len
 
 
 def eval_metrics(results: Mapping[str, EvalResult | Generated]) -> dict[str, float | int | str]:
-    """``eval/<name>/loss`` and so on of each set; ``eval/loss`` for the name ""."""
+    """``eval/<name>/loss`` and so on for each set; ``eval/loss`` for the name ""."""
     return {
         f"eval/{name}/{key}" if name else f"eval/{key}": value
         for name, result in results.items()

@@ -1,4 +1,4 @@
-"""How long a start takes, part by part: one line in the log, and once in the metrics."""
+"""Measures how long each part of a start takes, for one line in the log and one in the metrics."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from relora_mora.train.state.run_state import RunState
 class Startup:
     """Seconds of each part on this rank, from the start of the command to the end of the first step.
 
-    ``launcher``: until this process began; ``imports``: Python, imports and settings; ``rendezvous``: the ranks meet;
+    ``launcher``: until this process started; ``imports``: Python, imports and settings; ``rendezvous``: the ranks join;
     ``checks``: settings, tokenizer, hub; ``model``: initial weights; ``engine``: DeepSpeed; ``resume``: the checkpoint;
-    ``compile``: the programs of compiled layers; ``validation_data``: run folder, and the held-out text;
-    ``evaluation``: the one at the start; ``data``: the first batch; ``first_step``. The command is this host's
-    launcher. After the first step nothing is counted any more.
+    ``compile``: the programs of compiled layers; ``validation_data``: run folder and held-out text; ``evaluation``: the
+    one before the first step; ``data``: the first batch; ``first_step``. The command is this host's launcher. Nothing
+    is measured after the first step.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._over = False
         age = _age_of_interpreter()
-        with contextlib.suppress(OSError, ValueError):  # no launcher, or it is gone already
+        with contextlib.suppress(OSError, ValueError):  # no launcher, or it has exited
             self.seconds["launcher"] = max(_age(process.pid) for process in Launchers().processes) - age
         self._last = time.monotonic() - age
 
     def done(self, part: str) -> None:
-        """A part is finished, which began where the one before ended."""
+        """A part is finished. It began when the previous one ended."""
         if self._over:
             return
         now = time.monotonic()
@@ -44,7 +44,7 @@ class Startup:
         self._last = now
 
     def first_step_done(self, step: int, write: Write) -> None:
-        """Reports the start, the first time this is called."""
+        """Reports the start when called for the first time."""
         if self._over:
             return
         self.done("first_step")
@@ -62,7 +62,7 @@ class Startup:
 
 
 def describe(run: Run, state: RunState) -> str:
-    """What runs, where and how, in one line."""
+    """Describes the run, its device and its batch in one line."""
     config = run.config
     engine = run.engine
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
@@ -81,14 +81,14 @@ def describe(run: Run, state: RunState) -> str:
 
 
 def _age_of_interpreter() -> float:
-    """Seconds since Python loaded its logging module, one of its first.
+    """Seconds since Python loaded its logging module, one of the first modules.
 
-    The process may be hours older: a shell that ends with ``exec`` hands its process on.
+    The process itself may be hours older if a shell has replaced itself with ``exec``.
     """
     return logging.makeLogRecord({}).relativeCreated / 1000
 
 
 def _age(pid: int) -> float:
-    """Seconds since a process of this host was started."""
+    """Seconds since a process on this host started."""
     after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / os.sysconf("SC_CLK_TCK")

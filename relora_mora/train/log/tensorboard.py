@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: curves in an order for reading, the settings, and a table that compares runs."""
+"""Writes a run for TensorBoard: curves in a readable order, the settings, and a table that compares runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.system.files import without_disk_errors
 from relora_mora.system.run_folder import RunFolder
 
-# TensorBoard sorts groups by name and opens the first two: eval and train, as all others come after them
+# TensorBoard sorts groups by name and opens the first two; these names make them eval and train
 _GROUPS = {
     "train/tokens": "training data/tokens",
     "train/epoch": "training data/epoch",
@@ -34,7 +34,7 @@ _GROUPS = {
     "merge/": "training merges/",
 }
 _OF_A_SET = re.compile("eval/[^/]+/[^/]+")  # a set of held-out text may be called "seconds"
-# the same at every merge or evaluation, or a single number of a start: no curves
+# not curves: the same number at every merge or evaluation
 NO_CURVES = ("merge/layers", "merge/zeroed_elements", "merge/operator_before", "eval/tokens", "eval/answers")
 LAYOUT = {
     "quality": {
@@ -68,16 +68,16 @@ _COMPARED = (
     "train.seed",
     "data.seed",
 )
-# A chart of TensorBoard takes the lowest and the highest of up to 21 values for outliers and leaves them out: of a few
-# evaluations the best one could not be seen. What is written twice is shown. The evaluation of random weights is
-# written once, since a chart with it would show nothing of the others.
+# TensorBoard treats the lowest and the highest of up to 21 values as outliers and leaves them out of a chart, which
+# would hide the best of a few evaluations. Values that are written twice are shown. The evaluation of random weights is
+# written once, since the other values could not be told apart in a chart with it.
 _FEW = ("eval/", "merge/")
-_EVENTS = "events.out.tfevents."  # the name of an event file, before the second in which it begins: ten digits
+_EVENTS = "events.out.tfevents."  # prefix of an event file's name; the second of its creation follows, in ten digits
 _COSTS = ("perf/tokens_per_second", "perf/peak_memory_gib", "train/tokens")
 
 
 def board_tag(tag: str) -> str | None:
-    """The tag of a curve in TensorBoard, from its tag in metrics.jsonl; None for what is no curve."""
+    """The TensorBoard tag for a tag of metrics.jsonl; None if it is not a curve."""
     if tag in NO_CURVES:
         return None
     if _OF_A_SET.fullmatch(tag):
@@ -89,10 +89,10 @@ def board_tag(tag: str) -> str | None:
 
 
 class TensorBoard:
-    """Writes event files into ``tensorboard/`` of a run folder.
+    """Writes event files to ``tensorboard/`` in a run folder.
 
-    ``open`` and ``write`` raise OSError, at once or at a later call, where the disk fails: a thread writes in the
-    background. The next ``write`` begins another file.
+    A background thread writes. If the disk fails, ``open`` and ``write`` raise OSError, perhaps only at a later call,
+    and the next ``write`` begins a new file.
     """
 
     title = "TensorBoard"
@@ -103,14 +103,16 @@ class TensorBoard:
         self._begins_random = False
 
     def open(self, step: int) -> None:
-        """Hides what earlier files hold beyond ``step``; describes the run where nothing has yet.
+        """Hides values after ``step`` in earlier files, and describes the run if no file does so yet.
 
-        At step 0 they are put aside: of an earlier start, TensorBoard would show the settings, and the values at 0.
+        At step 0, earlier files are renamed; otherwise TensorBoard would show their settings and their values at 0.
         """
         self.close()
         board = self._files.tensorboard
         if step == 0:
-            _abandon(board)
+            for file in board.glob("events.*"):
+                # TensorBoard reads every file with "tfevents" in its name
+                file.rename(file.with_name(f"abandoned-{file.name.replace('tfevents', 'events', 1)}"))
         is_new = step == 0 or not any(board.glob("events.*"))
         self._begin_file(step + 1)
         if is_new:
@@ -119,8 +121,8 @@ class TensorBoard:
             self._describe(config)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One point for every number that is a curve, and two for one of a few (``_FEW``)."""
-        writer = self._writer or self._begin_file(step)  # closed after a fault of the disk
+        """Writes one point for every curve, or two if its tag is in ``_FEW``."""
+        writer = self._writer or self._begin_file(step)  # None after a disk error
         try:
             for tag, value in values.items():
                 shown = board_tag(tag)
@@ -146,26 +148,28 @@ class TensorBoard:
         return self._writer
 
     def _describe(self, config: Config) -> None:
-        """All settings as text and those that tell runs apart in the table of runs, and the custom charts."""
+        """Writes all settings as text, the settings for the table of runs, and the custom charts."""
         assert self._writer is not None
         indented = "".join(f"    {line}\n" for line in dump(config).splitlines())
         self._writer.add_text("run/config", indented, 0)
         self._writer.add_custom_scalars(LAYOUT)
         values = _compared(config)
-        results = dict.fromkeys(_results(config), 0.0)  # the table takes the newest points of these curves
-        # TensorBoard takes the columns of all runs from the first of them: they are there for every method
+        sets = [f"eval/{name}/perplexity" for name in config.data.validation_sets if name]
+        curves = ["eval/perplexity", "eval/loss", *sets, "train/perplexity", *map(str, map(board_tag, _COSTS))]
+        results = dict.fromkeys(curves, 0.0)  # the table shows the newest point of each of these curves
+        # TensorBoard takes the columns of all runs from the first run, so every method has all columns
         columns, _, _ = hparams(values, results)
         unused = unused_settings(config.by_name)
         used = {name: value for name, value in values.items() if name not in unused}
-        _, start, _ = hparams(used, results)  # without the third, the end of the run
+        _, start, _ = hparams(used, results)  # without the third summary, which marks the end of the run
         for summary in (columns, start):
             self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
 
 def _put_before_now(board: Path) -> None:
-    """Renames files of a moment ago, and those of a clock that was ahead, so that they sort before a new one.
+    """Renames files of the current second, or from a clock that was ahead, so that they sort before a new file.
 
-    TensorBoard reads files in the order of their names, and a file hides steps of those that were read before it.
+    TensorBoard reads files in the order of their names, and a file can only hide steps of files read before it.
     """
     before = f"{_EVENTS}{int(time.time()) - 1:010d}"
     for file in board.glob(f"{_EVENTS}*"):
@@ -173,23 +177,11 @@ def _put_before_now(board: Path) -> None:
             file.rename(file.with_name(f"{before}.{file.name.removeprefix(_EVENTS)}"))
 
 
-def _abandon(board: Path) -> None:
-    for file in board.glob("events.*"):
-        # TensorBoard reads whatever has tfevents in its name
-        file.rename(file.with_name(f"abandoned-{file.name.replace('tfevents', 'events', 1)}"))
-
-
 def _compared(config: Config) -> dict[str, Any]:
-    """The settings by which runs are compared; lists as texts."""
+    """The settings in the table of runs, with lists as text."""
     values = {name: attrgetter(name)(config) for name in _COMPARED}
     if config.optim.lr_other is None:
         values["optim.lr_other"] = config.optim.lr
     if config.model.config is None:
         values["model.config"] = config.model.init_from
     return {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _results(config: Config) -> list[str]:
-    """The curves whose newest points the table of runs shows."""
-    sets = [f"eval/{name}/perplexity" for name in config.data.validation_sets if name]
-    return ["eval/perplexity", "eval/loss", *sets, "train/perplexity", *map(str, map(board_tag, _COSTS))]

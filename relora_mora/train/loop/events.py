@@ -1,4 +1,4 @@
-"""What happens between steps: each event owns what it needs, knows when it is due, and is called by the loop."""
+"""Events between steps. Each one owns what it needs and knows when it is due; the loop calls it after every step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def is_due(every_steps: int, step: int) -> bool:
 
 
 class Merging:
-    """Merges the adapters into the frozen weights. ``before`` is called first, where there is something to merge."""
+    """Merges the adapters into the frozen weights. ``before`` is called right before a merge."""
 
     def __init__(self, run: Run, guard: Guard, write: Write, before: Callable[[], None]) -> None:
         self.schedule = run.schedule
@@ -59,22 +59,26 @@ class Merging:
             return
         self.guard.begin(f"step {step}: merge", within=LONG_SECONDS)
         self.before()
-        gather_from_ranks(None)  # waits in the group that lets a slow disk take its time
-        done = self.schedule.merges_done(step)
-        record = self.merger.merge(step, done, self.schedule.operator(step))
+        gather_from_ranks(None)  # waits in the group whose timeout allows for slow disks
+        merges_done = self.schedule.merges_done(step)
+        record = self.merger.merge(step, merges_done, self.schedule.operator(step))
         self.write(step, merge_metrics(record))
-        if not record.effective_rank:  # of frequent merges it is not measured each time; as many lines are enough
+        if not record.effective_rank:  # not measured at every one of frequent merges; log as rarely
             return
         switched = ""
         if record.operator_after is not None:
-            anew = " (drawn anew)" if is_drawn(record.operator_after) else ""
-            switched = f", operator {record.operator_before} -> {record.operator_after}{anew}"
-        log.info(f"step {step}: merge {done}, {counted(record.layers, 'layer')} in {record.seconds:.2f} s{switched}")
+            drawn = " (drawn again)" if is_drawn(record.operator_after) else ""
+            switched = f", operator {record.operator_before} -> {record.operator_after}{drawn}"
+        layers = counted(record.layers, "layer")
+        log.info(f"step {step}: merge {merges_done}, {layers} in {record.seconds:.2f} s{switched}")
 
 
 class Reporting:
-    """A line of metrics over the steps since the last one. Comes before whatever a signal may cut short, and before the
-    checkpoint that a resume begins at: else the line would be lost."""
+    """Writes a line of metrics over the steps since the last one.
+
+    It comes before anything that a signal may interrupt, and before the checkpoint of its step: otherwise a resume
+    would lose the line.
+    """
 
     def __init__(self, run: Run, write: Write, progress: Progress) -> None:
         checked = run.checked
@@ -101,12 +105,14 @@ class Reporting:
             return
         [total] = sum_over_hosts([interval.loss / interval.good_steps])
         loss = total / self.engine.world_size
+        rates = group_rates(self.schedule, self.groups, state.step)
         speed = self._speed(interval)
         self.write(
             state.step,
             {
                 **loss_metrics(loss),
-                **self._rates(state.step),
+                "train/lr": rates[0],
+                **{f"train/lr_{group.name}": rate for group, rate in zip(self.groups[1:], rates[1:], strict=True)},
                 "train/grad_norm": interval.grad_norm,
                 "train/tokens": state.tokens,
                 **speed,
@@ -118,11 +124,6 @@ class Reporting:
             f"loss {loss:.3f}, perplexity {math.exp(min(loss, 700.0)):.1f}, "
             f"{speed['perf/tokens_per_second']:,.0f} tokens/s"
         )
-
-    def _rates(self, step: int) -> dict[str, float]:
-        rates = group_rates(self.schedule, self.groups, step)
-        others = {f"train/lr_{group.name}": rate for group, rate in zip(self.groups[1:], rates[1:], strict=True)}
-        return {"train/lr": rates[0], **others}
 
     def _speed(self, interval: Interval) -> dict[str, float]:
         seconds = interval.step_seconds + interval.data_seconds
@@ -138,7 +139,7 @@ class Reporting:
 
 
 class Evaluating:
-    """The held-out loss of each set and of all; every token once, whatever the number of ranks."""
+    """Evaluates the held-out loss of each set and of all sets. Every token counts once, for any number of ranks."""
 
     def __init__(self, run: Run, guard: Guard, write: Write, progress: Progress) -> None:
         self.config: Config = run.config
@@ -152,25 +153,28 @@ class Evaluating:
         self.compiled = run.checked.compiled
 
     def is_missing(self, state: RunState) -> bool:
-        """Whether the present step is to be evaluated and has not been."""
+        """Whether the current step still needs an evaluation."""
         due = is_due(self.config.eval.every_steps, state.step) or state.step == self.config.train.steps
         return due and state.evaluated != state.step
 
     def is_due_at_start(self, state: RunState) -> bool:
-        """Before the first step, and where the step that the run goes on from has none: a signal cut it short, or the
-        run begins with another one's checkpoint."""
+        """Whether to evaluate before the first step of this start.
+
+        A resumed run does so if its step has no evaluation, because a signal interrupted it or because the run begins
+        with another run's checkpoint.
+        """
         if state.step == 0:
             return self.config.eval.at_start
         return state.trouble is None and self.is_missing(state)
 
     def after_step(self, state: RunState) -> bool:
-        """False when the ranks stop before the end of an evaluation."""
+        """Returns False if the ranks stop during an evaluation."""
         return not self.is_missing(state) or self.evaluate(state)
 
     def read(self) -> None:
-        """Reads the held-out text; a collective, which no signal interrupts.
+        """Reads the held-out text; a collective that no signal interrupts.
 
-        Raises :class:`DataFailed` on all ranks where it cannot be read.
+        Raises :class:`DataFailed` on all ranks if it cannot be read.
         """
         self.guard.begin("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
         try:
@@ -179,7 +183,7 @@ class Evaluating:
             raise DataFailed([error]) from error
 
     def evaluate(self, state: RunState) -> bool:
-        """False when the ranks stop before its end. A collective."""
+        """Returns False if the ranks stop before its end. A collective."""
         begin = time.perf_counter()
         self.engine.eval()
         with self.progress.evaluation() as progress:
@@ -194,7 +198,10 @@ class Evaluating:
         return True
 
     def _held_out(self) -> dict[str, EvalSet]:
-        """With the run's own tokenizer, as ``launch/evaluate.py`` has it: it writes the template that is trained on."""
+        """The held-out sets, read with the tokenizer in the run folder, as ``launch/evaluate.py`` reads them.
+
+        That tokenizer has the chat template that the run trains on.
+        """
         limits = self.config.eval
         tokenizer = RunFolder(Path(self.config.train.run_dir)).tokenizer
         return held_out(self.config.data, str(tokenizer), limits.max_tokens, limits.generate)
@@ -214,11 +221,11 @@ class Evaluating:
         )
 
     def _generate(self, step: int) -> dict[str, Generated] | None:
-        """Of each set that has answers to generate, and of all as ""; None when the ranks stop before the end.
+        """Generates the answers of each set, and adds the total under "". A collective.
 
-        A collective.
+        Returns None if the ranks stop before the end.
         """
-        found: dict[str, Generated] = {}
+        results: dict[str, Generated] = {}
         self.engine.keep_merged()
         for name, data in self.sets.items():
             if not data.answers:
@@ -232,12 +239,12 @@ class Evaluating:
                 rank=self.engine.rank,
                 world_size=self.engine.world_size,
                 all_sum=self.engine.all_reduce,
-                stop=lambda: self._stop(step, within=LONG_SECONDS),  # of a round of as many tokens as an answer has
+                stop=lambda: self._stop(step, within=LONG_SECONDS),  # a round generates the whole length of an answer
             )
             if result is None:
                 return None
-            found[name] = result
-        return {**found, "": Generated.of_all(found.values())} if found else {}
+            results[name] = result
+        return {**results, "": Generated.of_all(results.values())} if results else {}
 
     def _stop(self, step: int, within: float | None = None) -> bool:
         self.guard.begin(f"step {step}: evaluation", within=within)
@@ -258,7 +265,7 @@ class Evaluating:
 
 
 class Saving:
-    """Checkpoints; they are written in the background."""
+    """Saves checkpoints. They are written in the background."""
 
     def __init__(self, run: Run, writer: CheckpointWriter, guard: Guard, write: Write) -> None:
         self.every_steps = run.config.checkpoint.every_steps
@@ -278,10 +285,10 @@ class Saving:
         state.saved = state.step
         self.write(state.step, {"perf/checkpoint_stall_seconds": stall})
 
-    def save_the_end(self, state: RunState) -> None:
-        """Returns when the newest checkpoint is whole and of this step.
+    def save_final(self, state: RunState) -> None:
+        """Makes sure that there is a complete checkpoint of this step.
 
-        A collective. Raises :class:`TrainingError` on all ranks when it could not be written.
+        A collective. Raises :class:`TrainingError` on all ranks if it could not be written.
         """
         if state.step > 0 and state.saved != state.step:
             self.save(state)
@@ -289,16 +296,16 @@ class Saving:
         self.writer.wait()
         failures = [failure for failure in gather_from_ranks(self.writer.last_failure) if failure]
         if failures:
-            remedy = f"see to the disk (df, df -i), and {self.same_command} continues from the newest checkpoint"
+            remedy = f"check the disk (df, df -i); then {self.resume_command} continues from the newest checkpoint"
             raise TrainingError(f"{failures[0]}; {remedy}")
 
     @property
-    def same_command(self) -> str:
-        """What makes the run go on, in words."""
+    def resume_command(self) -> str:
+        """Describes the command that resumes the run."""
         return "the same command" + " with --train.resume=auto" * (self.run.config.train.resume == "never")
 
     def _manifest(self, state: RunState) -> Manifest:
-        """Without files and the place in the data, which the writer adds."""
+        """The manifest of a checkpoint. The writer adds its files and the positions in the data."""
         run = self.run
         engine = run.engine
         identity: dict[str, Any] = vars(run.checked.identity)

@@ -1,9 +1,8 @@
-"""Global batches, each handed out when every rank has its share."""
+"""Loads global batches. A batch is returned once every rank has its share of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.stream.packing import UNSCORED, Batch
@@ -12,12 +11,12 @@ from relora_mora.distributed.collectives import gather_from_ranks, sum_over_host
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.logs import log
 
-WORKER_SECONDS = 60.0  # that a data worker may do nothing, beyond data.timeout_seconds
-POLL_SECONDS = 1.0  # a rank that waits for data looks so often whether the others want to stop
+WORKER_SECONDS = 60.0  # how long a data worker may be silent, in addition to data.timeout_seconds
+POLL_SECONDS = 1.0  # how often a rank that waits for data asks whether the others want to stop
 
 
 class DataFailed(Exception):
-    """The data of some rank has failed. ``failures``: what each of those ranks says; the same on all ranks."""
+    """The data of some rank has failed. ``failures`` has the error of each such rank; it is the same on all ranks."""
 
     def __init__(self, failures: list[Exception]) -> None:
         super().__init__(*failures)
@@ -32,15 +31,6 @@ class LocalBatch:
     scored: int  # tokens with a label in the whole global batch, over all ranks
 
 
-class RankStatus(NamedTuple):
-    """What the ranks tell each other while they wait for data."""
-
-    stop: bool
-    all_ready: bool
-    failed: bool
-    scored: int
-
-
 class BatchLoader:
     def __init__(self, data: TrainStream, config: DataConfig, guard: Guard) -> None:
         self.data = data
@@ -49,10 +39,10 @@ class BatchLoader:
         self.within = self.patience if config.workers else config.timeout_seconds + LONG_SECONDS
 
     def next_batch(self, step: int) -> LocalBatch | None:
-        """The batch for ``step`` when every rank has its share; None when some rank was asked to stop.
+        """The batch for ``step``, once every rank has its share; None if some rank was asked to stop.
 
-        A collective. Raises :class:`DataFailed` on all ranks when the data of one cannot be read, or its worker was
-        killed or hangs.
+        A collective. Raises :class:`DataFailed` on all ranks if one cannot read its data, or if its worker was killed
+        or hangs.
         """
         batch: Batch | None = None
         failure: Exception | None = None
@@ -67,25 +57,21 @@ class BatchLoader:
                     failure = error
             if batch is None and failure is None:
                 failure = self.data.hung(self.patience)
-            meeting = self._meet(ready=batch is not None, failed=failure is not None, scored=scored)
-            if meeting.failed:
-                raise DataFailed([error for error in gather_from_ranks(_told(failure)) if error is not None])
-            if meeting.stop:
+            status = [self.guard.stop_reason is not None, batch is None, failure is not None, scored]
+            stopping, waiting, failing, total_scored = sum_over_hosts([float(value) for value in status])
+            if failing:
+                raise DataFailed([error for error in gather_from_ranks(_portable(failure)) if error is not None])
+            if stopping:
                 return None
-            if meeting.all_ready and batch is not None:
+            if not waiting and batch is not None:
                 break
         for note in batch.notes:
             log.warning("data: %s", note)
-        return LocalBatch(batch, meeting.scored)
-
-    def _meet(self, *, ready: bool, failed: bool, scored: int) -> RankStatus:
-        told = [self.guard.stop_reason is not None, not ready, failed, scored]
-        stops, waiting, failures, total = sum_over_hosts([float(value) for value in told])
-        return RankStatus(stop=stops > 0, all_ready=waiting == 0, failed=failures > 0, scored=int(total))
+        return LocalBatch(batch, int(total_scored))
 
 
-def _told(failure: Exception | None) -> Exception | None:
-    """What other ranks need to know of a failure: its kind and what it says."""
+def _portable(failure: Exception | None) -> Exception | None:
+    """A failure in a form that other ranks can unpickle: its kind and its message."""
     if failure is None or isinstance(failure, OSError):
         return failure
     return (ValueError if isinstance(failure, ValueError) else RuntimeError)(str(failure))

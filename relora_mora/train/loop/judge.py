@@ -1,4 +1,4 @@
-"""Judges each step: was it made, and is its loss like those before it? What is wrong for too long is trouble."""
+"""Monitors each step: was it skipped, and is its loss a spike? Either may force the run back to a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from relora_mora.train.state.run_state import RunState
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step came to on this rank."""
+    """The result of one optimizer step on this rank."""
 
-    loss: float  # nats per scored token of this rank's share; their mean over the ranks is the loss of the step
-    applied: bool  # by all ranks or by none
+    loss: float  # nats per scored token of this rank's share; the mean over the ranks is the loss of the step
+    applied: bool  # the same on all ranks
     grad_norm: float
-    data: list[str]  # where the share stood in the training data, in words, if the step was not applied
+    data: list[str]  # describes the positions of the share in the training data, if the step was not applied
 
 
 class StabilityMonitor:
-    """Sets ``state.trouble`` where a run must go back to an earlier checkpoint.
+    """Sets ``state.trouble`` if a run must go back to an earlier checkpoint.
 
-    ``has_way_back``: whether there is one for a step; a collective.
+    ``can_roll_back(step)`` says whether there is such a checkpoint; a collective.
     """
 
     def __init__(
-        self, config: Config, rank: int, world_size: int, write: Write, has_way_back: Callable[[int], bool]
+        self, config: Config, rank: int, world_size: int, write: Write, can_roll_back: Callable[[int], bool]
     ) -> None:
         self.config = config.train
-        self.begins_stage = {stage.from_step for stage in config.data.stages}
+        self.stage_starts = {stage.from_step for stage in config.data.stages}
         self.rank = rank
         self.world_size = world_size
         self.write = write
-        self.has_way_back = has_way_back
+        self.can_roll_back = can_roll_back
 
     def __call__(self, state: RunState, result: StepResult) -> None:
         """A collective."""
-        if state.step in self.begins_stage:
+        if state.step in self.stage_starts:
             state.health.begin_window()
         if result.applied:
             state.health.good()
@@ -58,26 +58,26 @@ class StabilityMonitor:
             "step %d: loss spike, %.4f is %.1f standard deviations above the mean before", state.step, loss, height
         )
         self.write(state.step, {"train/loss_spike": height, "train/spike_loss": loss})
-        # in place of the last step there is none to make
+        # after the last step, a rollback would have no further step to make
         may_roll_back = self.config.on_spike == "rollback" and state.step < self.config.steps
-        if may_roll_back and self.has_way_back(state.step):
+        if may_roll_back and self.can_roll_back(state.step):
             state.trouble = (
                 f"the loss of step {state.step} ({loss:.4f}) is {height:.1f} standard deviations above the mean"
             )
 
     def _judge_skipped(self, state: RunState, result: StepResult) -> None:
-        """Names the data of the ranks whose loss was not finite."""
+        """Reports the data of the ranks whose loss was not finite."""
         state.skipped_steps += 1
-        named = gather_from_ranks(None if math.isfinite(result.loss) else f"rank {self.rank}: {'; '.join(result.data)}")
-        where = [place for place in named if place] or [f"global batch {state.step}"]
-        in_a_row = state.health.bad(where)
+        own = None if math.isfinite(result.loss) else f"rank {self.rank}: {'; '.join(result.data)}"
+        bad_data = [data for data in gather_from_ranks(own) if data] or [f"global batch {state.step}"]
+        in_a_row = state.health.bad(bad_data)
         shared_log.warning(
             "step %d skipped on all ranks: gradient not finite (norm %s); its data: %s",
             state.step,
             result.grad_norm,
-            " | ".join(where),
+            " | ".join(bad_data),
         )
-        self.write(state.step, {"train/skipped_steps": state.skipped_steps, "train/skipped_data": where})
+        self.write(state.step, {"train/skipped_steps": state.skipped_steps, "train/skipped_data": bad_data})
         if in_a_row >= self.config.max_bad_steps:
             state.trouble = (
                 f"the gradient was not finite for {counted(in_a_row, 'step')} in a row (train.max_bad_steps), "

@@ -1,4 +1,4 @@
-"""The training loop and its ends. What happens when follows from ``step``; ``events`` holds what is periodic."""
+"""The training loop and its ways to end. ``step`` decides what happens when; periodic events are in ``events``."""
 
 from __future__ import annotations
 
@@ -34,12 +34,15 @@ from relora_mora.train.log.startup import Startup
 from relora_mora.train.loop.events import Evaluating, Merging, Reporting, Saving
 from relora_mora.train.loop.feed import BatchLoader, DataFailed, LocalBatch
 from relora_mora.train.loop.judge import StabilityMonitor, StepResult
-from relora_mora.train.state.rollback import roll_back, way_back
+from relora_mora.train.state.rollback import find_rollback_target, roll_back
 from relora_mora.train.state.run_state import DataError, RunState, TrainingError
 
 
 class Shutdown:
-    """Each end returns the exit code or raises, on all ranks alike; ``sync_metrics`` comes before its record."""
+    """Ends a run. Each method returns the exit code or raises, the same on all ranks.
+
+    ``sync_metrics`` is called before the exit is recorded.
+    """
 
     def __init__(self, folder: Path, saving: Saving, guard: Guard, sync_metrics: Callable[[], None]) -> None:
         self.folder = folder
@@ -49,7 +52,7 @@ class Shutdown:
 
     def finish(self, state: RunState) -> int:
         config = self.saving.run.config
-        self.saving.save_the_end(state)
+        self.saving.save_final(state)
         log.info(f"done: {counted(state.step, 'step')}, {state.tokens:,} tokens, {RunFolder(self.folder).checkpoints}")
         log.info(next_commands(config.train.run_dir))
         return self._leave(FINISHED, "done")
@@ -58,19 +61,19 @@ class Shutdown:
         """Some rank was asked to stop."""
         reason = "; ".join(dict.fromkeys(filter(None, gather_from_ranks(self.guard.stop_reason))))
         log.info(f"stopping after step {state.step} ({reason})")
-        self.saving.save_the_end(state)
+        self.saving.save_final(state)
         saved = (
-            f"saved; {self.saving.same_command} continues from here" if state.step else "there is nothing to save yet"
+            f"saved; {self.saving.resume_command} continues from here" if state.step else "there is nothing to save yet"
         )
         log.info(f"{saved} (exit code {REQUEUE})")
         return self._leave(REQUEUE, reason)
 
     def fail_for_data(self, state: RunState, error: DataFailed) -> NoReturn:
-        """The data of some rank has failed: all end with the same error."""
+        """The data of some rank has failed. All ranks raise the same error."""
         saved = f"\nwhat was trained up to step {state.step} is saved" if state.step else ""
         try:
-            self.saving.save_the_end(state)
-        except TrainingError as failed:  # the disk of both may be gone
+            self.saving.save_final(state)
+        except TrainingError as failed:  # data and checkpoints may be on the same lost disk
             saved = f"\n{failed}"
         lost_disk = next((failure for failure in error.failures if isinstance(failure, OSError)), None)
         if lost_disk is not None:
@@ -86,7 +89,7 @@ class Shutdown:
 
 
 class Trainer:
-    """Trains a run from where ``state`` says to its end; ``resumed_from`` is the checkpoint that it was loaded from."""
+    """Trains a run from ``state`` to its end. ``resumed_from`` is the checkpoint that the state was loaded from."""
 
     def __init__(
         self, run: Run, state: RunState, guard: Guard, startup: Startup, resumed_from: CheckpointReader | None = None
@@ -130,76 +133,76 @@ class Trainer:
         first = self.rank == 0
         self.metrics = None
         if first:
-            goes_on = state.saved is not None  # and takes nothing over from a run of another folder
+            continues = state.saved is not None  # False if the checkpoint is in another run's folder
             self.metrics = Metrics(
                 self.folder,
-                step=state.step if goes_on else 0,
+                step=state.step if continues else 0,
                 evaluated=state.evaluated == state.step,
-                merged=state.made_up is None,
+                merged=state.overdue_merge is None,
                 loggers=make_loggers(self.folder, config.log),
             )
         self.progress = Progress(total=config.train.steps, done=state.step, show=first and config.log.progress)
-        self.feed = BatchLoader(self.data, config.data, guard)
+        self.loader = BatchLoader(self.data, config.data, guard)
         self.update_seconds = LONG_SECONDS if config.optim.record.is_slow else None
-        self.judge = StabilityMonitor(config, self.rank, run.engine.world_size, self.write, self._has_way_back)
+        self.monitor = StabilityMonitor(config, self.rank, run.engine.world_size, self.write, self._can_roll_back)
         self.merging = Merging(run, guard, self.write, before=self.writer.wait_for_base)
         self.reporting = Reporting(run, self.write, self.progress)
         self.evaluating = Evaluating(run, guard, self.write, self.progress)
         self.saving = Saving(run, self.writer, guard, self.write)
-        self.ends = Shutdown(self.folder, self.saving, guard, self.sync_metrics)
-        self._write_made_up()
+        self.shutdown = Shutdown(self.folder, self.saving, guard, self.sync_metrics)
+        self._write_overdue_merge()
 
     def fit(self) -> int:
         """Trains to the end, or until some rank is asked to stop; returns the exit code."""
         try:
-            self.evaluating.read()  # takes long where the text is far away, and there is nothing to save yet
+            self.evaluating.read()  # can take long if the text is remote, and there is nothing to save yet
             self.startup.done("validation_data")
             self.guard.training()
             return self._fit()
         except DataFailed as error:
-            self.ends.fail_for_data(self.state, error)
+            self.shutdown.fail_for_data(self.state, error)
 
     def _fit(self) -> int:
         first = None
         if self.evaluating.is_due_at_start(self.state):
             if self.state.step < self.config.train.steps:
-                first = self.next_batch()  # text that cannot be used is told before an evaluation, which can take long
+                first = self.next_batch()  # fails for unusable text before an evaluation, which can take long
                 if first is None:
-                    return self.ends.stop(self.state)
+                    return self.shutdown.stop(self.state)
             if not self.evaluating.evaluate(self.state):
-                return self.ends.stop(self.state)
+                return self.shutdown.stop(self.state)
             self.startup.done("evaluation")
-            self.state.saved = None  # it is saved anew, with this evaluation: the next start makes none
+            self.state.saved = None  # save again with this evaluation, so that the next start does not repeat it
         if self.state.step and self.state.saved is None and self.state.trouble is None:
-            self.saving.save(self.state)  # what began with another run's checkpoint has one of its own
+            self.saving.save(self.state)  # a run that began with another run's checkpoint gets its own
         self.progress.begin()
         while self.state.step < self.config.train.steps or self.state.trouble:
             share = first or self.next_batch()
             first = None
             if share is None:
-                return self.ends.stop(self.state)
+                return self.shutdown.stop(self.state)
             if self.state.trouble:
                 self.roll_back()
-                if self.config.data.is_mixture:  # this batch was drawn for another step
+                if self.config.data.is_mixture:  # the batch was drawn for another step
                     self.data.go_back(self.state.step, self.state.data)
                     continue
             result = self.train_step(share)
-            self.judge(self.state, result)
+            self.monitor(self.state, result)
             if self.state.trouble:
                 continue
             self.merging.after_step(self.state)
             self.reporting.after_step(self.state)
             if not self.evaluating.after_step(self.state):
-                return self.ends.stop(self.state)
+                return self.shutdown.stop(self.state)
             self.saving.after_step(self.state)
         if not self.evaluating.after_step(self.state):
-            return self.ends.stop(self.state)
-        return self.ends.finish(self.state)
+            return self.shutdown.stop(self.state)
+        return self.shutdown.finish(self.state)
 
     def next_batch(self) -> LocalBatch | None:
-        """This rank's share of the next global batch when every rank has its own; None when the ranks stop."""
+        """This rank's share of the next global batch, once every rank has its own; None if the ranks stop."""
         begin = time.perf_counter()
-        share = self.feed.next_batch(self.state.step + 1)
+        share = self.loader.next_batch(self.state.step + 1)
         self.state.interval.data_seconds += time.perf_counter() - begin
         self.startup.done("data")
         return share
@@ -208,7 +211,7 @@ class Trainer:
         """One optimizer step on this rank's share of a global batch.
 
         The loss is the sum over the scored tokens of all ranks and micro-batches, divided by their number. DeepSpeed
-        takes means over micro-batches and ranks, so each micro-batch divides its sum by its share of that number.
+        averages over micro-batches and ranks, so each micro-batch divides its sum by an equal share of that number.
         """
         begin = time.perf_counter()
         state = self.state
@@ -222,7 +225,7 @@ class Trainer:
             torch.manual_seed(derived_seed(self.config.train.seed, "dropout", state.step, self.rank, index))
             loss = self.engine(input_ids, labels, boundaries, tokens)
             losses += loss.detach()
-            # the gradient of a loss that is not finite may be finite; made NaN, it keeps every rank from stepping
+            # a loss that is not finite may have a finite gradient; NaN keeps every rank from stepping
             loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
             self.engine.accumulate(loss, last=index == len(pieces) - 1)
         self.guard.begin(f"step {step}: optimizer", within=self.update_seconds)
@@ -236,22 +239,22 @@ class Trainer:
         interval = state.interval
         interval.data_counts = batch.counts
         interval.steps += 1
-        loss_of_step = done.loss if share.scored else math.nan  # there is none of no token
+        step_loss = done.loss if share.scored else math.nan  # no loss without scored tokens
         if done.applied and share.scored:
-            interval.loss += loss_of_step
+            interval.loss += step_loss
             interval.good_steps += 1
             interval.grad_norm = done.grad_norm
         interval.step_seconds += time.perf_counter() - begin
         self.progress.update()
         self.startup.first_step_done(step, self.write)
-        return StepResult(loss=loss_of_step, applied=done.applied, grad_norm=done.grad_norm, data=data)
+        return StepResult(loss=step_loss, applied=done.applied, grad_norm=done.grad_norm, data=data)
 
-    def _has_way_back(self, step: int) -> bool:
+    def _can_roll_back(self, step: int) -> bool:
         self.guard.begin(f"step {step}: looking for a checkpoint to go back to", within=LONG_SECONDS)
-        return way_back(self.run, step, self.writer) is not None
+        return find_rollback_target(self.run, step, self.writer) is not None
 
     def roll_back(self) -> None:
-        """Back to a checkpoint from before the trouble; the data goes on where it is."""
+        """Goes back to a checkpoint from before the trouble. The data continues where it is."""
         before = self.state
         self.guard.begin(f"step {before.step}: rollback", within=LONG_SECONDS)
         state = roll_back(self.run, before, self.writer)
@@ -260,20 +263,20 @@ class Trainer:
         self.guard.step = state.step
         self.progress.go_back(state.step)
         if self.metrics is not None:
-            self.metrics.go_back(state.step, merged=state.made_up is None)
+            self.metrics.go_back(state.step, merged=state.overdue_merge is None)
         values = {"train/rollbacks": state.rollbacks, "train/rolled_back_from": before.step}
-        # the lines that named the bad data are those of steps that never were
+        # the lines that named the bad data belong to dropped steps
         skipped = {"train/skipped_data": before.health.bad_data} if before.health.bad_data else {}
         self.write(state.step, {**values, **skipped})
-        self._write_made_up()
+        self._write_overdue_merge()
 
-    def _write_made_up(self) -> None:
-        """The merge that loading the state made, as one that follows a step."""
-        if self.state.made_up is not None:
-            self.write(self.state.step, merge_metrics(self.state.made_up))
+    def _write_overdue_merge(self) -> None:
+        """Logs a merge that was made when the state was loaded."""
+        if self.state.overdue_merge is not None:
+            self.write(self.state.step, merge_metrics(self.state.overdue_merge))
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Metrics of a step; the first rank writes them."""
+        """Writes metrics of a step, on the first rank only."""
         if self.metrics is not None:
             self.metrics.write(step, values)
 
@@ -291,7 +294,7 @@ class Trainer:
 
 
 def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """input_ids and labels [micro, T] (boundaries of documents as well where attention is masked), on the device
+    """input_ids and labels [micro, T] on the device, and document boundaries if attention is masked.
 
     The whole share is copied at once.
     """

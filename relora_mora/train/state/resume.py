@@ -1,4 +1,4 @@
-"""Whether and where a run goes on, and whether it may."""
+"""Decides whether and where a run resumes, and whether its settings allow it."""
 
 from __future__ import annotations
 
@@ -25,114 +25,115 @@ from relora_mora.weights.digests import other_weights
 
 
 def where_to_resume(config: Config) -> Path | None:
-    """The checkpoint or run folder that this start goes on from; None where the run begins.
+    """The checkpoint or run folder that this start resumes from; None if the run starts at step 0.
 
-    That is the run's own folder of checkpoints where it goes on from the newest of these.
+    To resume from its newest checkpoint, a run gets its own folder of checkpoints.
 
-    A checkpoint given by name is where a run begins, or one of its own to go back to, once: a start with the same
-    settings goes on from what the one before it has saved. Raises :class:`CheckpointError` where a run would begin
-    beside checkpoints, or where it is not certain what is meant.
+    A checkpoint named in ``train.resume`` is where a run begins, or one of its own that it goes back to. It is used
+    once: a second start with the same settings continues from what the first one saved. Raises
+    :class:`CheckpointError` if a run would start at step 0 in a folder with checkpoints, or if it is ambiguous where
+    it should resume.
     """
     resume = config.train.resume
     folder = RunFolder(Path(config.train.run_dir))
-    holds = bool(list_candidates(folder.checkpoints))
-    if resume == "never" and holds:
+    has_checkpoints = bool(list_candidates(folder.checkpoints))
+    if resume == "never" and has_checkpoints:
         raise CheckpointError(
             f"{folder.checkpoints}: holds checkpoints, and train.resume=never; use another train.run_dir, or "
             "train.resume=auto"
         )
     own = folder.checkpoints.resolve()
     named = Path(resume).absolute()
-    if holds and own in (named.resolve(), RunFolder(named).checkpoints.resolve()):
-        resume = "auto"  # it is this run
+    if has_checkpoints and own in (named.resolve(), RunFolder(named).checkpoints.resolve()):
+        resume = "auto"  # the name is this run's own folder
     if resume not in ("auto", "never"):
         before = saved_settings(folder.path)
         is_own = own in (named.parent.resolve(), named.resolve().parent)
-        if not holds or (is_own and before.get("train", {}).get("resume") != resume):
+        if not has_checkpoints or (is_own and before.get("train", {}).get("resume") != resume):
             return Path(resume)
         if any(changed_settings(before, parse_yaml(dump(config)))):
             if not named.exists():
-                return Path(resume)  # who looks there says so
+                return Path(resume)  # reading it reports that it does not exist
             raise CheckpointError(
-                f"train.resume={resume}: {folder.path} holds what a start with other settings has trained; "
-                "train.resume=auto goes on from that, and another train.run_dir begins at what you named"
+                f"train.resume={resume}: {folder.path} holds checkpoints of a start with other settings; "
+                "train.resume=auto continues from them; to begin at the one you named, give another train.run_dir"
             )
         log.warning(
-            "train.resume=%s: the start before this one, with the same settings, began there, and the run goes on from "
-            "what it saved; to begin there again, give another train.run_dir",
+            "train.resume=%s: the previous start, with the same settings, began there, and the run continues from what "
+            "it saved; to begin there again, give another train.run_dir",
             resume,
         )
-    if resume == "auto" and not holds and (abandoned := sorted(folder.checkpoints.glob("abandoned-*step-*"))):
+    if resume == "auto" and not has_checkpoints and (abandoned := sorted(folder.checkpoints.glob("abandoned-*step-*"))):
         raise CheckpointError(
             f"{folder.checkpoints}: holds {abandoned[-1].name} and no other checkpoint; name one in train.resume, "
-            "or move it away to begin anew"
+            "or move it away to start again"
         )
-    return folder.checkpoints if holds else None
+    return folder.checkpoints if has_checkpoints else None
 
 
 def resume(run: Run, begin: Path) -> tuple[RunState, CheckpointReader]:
-    """Puts a run where its newest checkpoint stands, or the one at ``begin``; a collective.
+    """Restores a run from its newest checkpoint, or from the one at ``begin``; a collective.
 
-    Raises :class:`CheckpointError` when there is no whole one, or when it was made with settings that may not change.
+    Raises :class:`CheckpointError` if no checkpoint is complete, or if a setting differs that must not change.
     """
     config = run.config.train
-    goes_on = begin == RunFolder(Path(config.run_dir)).checkpoints
-    chosen = _newest(run) if goes_on else from_first_rank(lambda: find_checkpoint(begin))
+    continues = begin == RunFolder(Path(config.run_dir)).checkpoints
+    chosen = _newest(run) if continues else from_first_rank(lambda: find_checkpoint(begin))
     reader = CheckpointReader(chosen)
     _check_same_run(run, reader)
     problem = damaged_tokenizer(chosen, reader.manifest) if run.engine.rank == 0 else None
     if problem is not None:
-        log.warning("%s: %s; its tensors are whole, and the run goes on with tokenizer.path", chosen, problem)
+        log.warning("%s: %s; its tensors are intact, and the run continues with tokenizer.path", chosen, problem)
     if run.engine.rank == 0:
         for name, began in other_weights(chosen, run.config.model).items():
-            log.warning("%s: the run began with %s; it goes on from %s, whatever is there", name, began, chosen)
+            log.warning("%s: the run began with %s; it continues from %s and ignores them", name, began, chosen)
     state = restore(run, reader)
     log.info("resumed from %s at step %d", chosen, state.step)
     if reader.manifest.data_order != run.checked.data_order:
         state.data = start_states(run.config.lanes, mixture_names(run.config.data))
-        shared_log.warning("the training data is not what it was (train.allow_changes): it is read from its beginning")
+        shared_log.warning("the training data has changed (train.allow_changes): it is read from its beginning")
     elif reader.manifest.data_content != run.checked.data_content:
         shared_log.warning(
             "the training data has other content under the same names (train.allow_changes): "
-            "reading goes on at the same lines"
+            "reading continues at the same lines"
         )
-    if goes_on:
+    if continues:
         replay_rollbacks(Path(config.run_dir), state, run.checked.data_order)
     else:
         forget_rollbacks(Path(config.run_dir), state)
     return state, reader
 
 
-def changes_of(run: Run, reader: CheckpointReader) -> list[str]:
-    """In words, what counts and is not as in the checkpoint: what ``train.allow_changes`` has allowed."""
+def describe_changes(run: Run, reader: CheckpointReader) -> list[str]:
+    """Describes the changes since the checkpoint that affect the result, which ``train.allow_changes`` has allowed."""
     return [change.text for change in changes_since(Identity.of(reader.manifest), run.checked.identity, set())]
 
 
 def _newest(run: Run) -> Path:
     folder = RunFolder(Path(run.config.train.run_dir)).checkpoints
     chosen, skipped = newest_whole(folder, run.engine)
-    for reason in skipped if run.engine.rank == 0 else ():  # all ranks know the same
+    for reason in skipped if run.engine.rank == 0 else ():  # the same on all ranks
         log.warning("passed over %s", reason)
     if chosen is None:
-        said = f"{folder}: no checkpoint in it is whole; move them away to begin again"
-        raise same_on_all_ranks(CheckpointError(said))
+        fault = f"{folder}: no checkpoint in it is complete; move them away to start again"
+        raise same_on_all_ranks(CheckpointError(fault))
     return chosen
 
 
 def _check_same_run(run: Run, reader: CheckpointReader) -> None:
-    """Raises :class:`CheckpointError` with all differences that would change the result and are not allowed."""
+    """Raises :class:`CheckpointError` with every difference that would change the result and is not allowed."""
     manifest = reader.manifest
     steps = run.config.train.steps
     changes = list(changes_since(Identity.of(manifest), run.checked.identity, set(run.config.train.allow_changes)))
     permissions = sorted({change.permission for change in changes if change.permission is not None})
     faults = []
     for change in changes:
-        alone = change.permission is not None and len(permissions) == 1
-        faults.append(f"{change.text}; {_permission(permissions)}" if alone else change.text)
+        with_flag = change.permission is not None and len(permissions) == 1
+        faults.append(f"{change.text}; {_permission(permissions)}" if with_flag else change.text)
     if manifest.step > 0 and not manifest.data_state:
-        faults.append("data: the checkpoint does not say where in the data it stands")
+        faults.append("data: the checkpoint does not hold its position in the data")
     if manifest.step > steps:
-        faults.append(f"train.steps: the checkpoint is at step {manifest.step} already")
+        faults.append(f"train.steps: the checkpoint is already at step {manifest.step}")
     if not faults:
         return
     lines = [f"{reader.folder}: made with other settings:", *(f"  - {fault}" for fault in faults)]

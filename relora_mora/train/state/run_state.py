@@ -1,6 +1,6 @@
-"""What a run remembers besides its tensors, how a checkpoint holds it, and the errors that end a run.
+"""The state of a run besides its tensors, its form in a checkpoint, and the errors that end a run.
 
-The memory of the last steps is part of the state: a resumed run judges its next step as if it had never stopped.
+The last losses are part of the state, so a resumed run judges its next step as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from relora_mora.train.log.report import Interval
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; the reason is for the user, and the same on all ranks."""
+    """A run cannot continue. The message is for the user, and the same on all ranks."""
 
     same_on_all_ranks = True
 
 
 class DataError(ValueError):
-    """The data of some rank cannot be read; what was trained before is saved."""
+    """The data of some rank cannot be read. What was trained before is saved."""
 
     same_on_all_ranks = True
 
 
 class MemoryShortage(ValueError):
-    """Settings that ask for more memory than there is."""
+    """The settings need more memory than there is."""
 
 
 @dataclass
 class StabilityState:
-    """What the last steps looked like. ``losses`` are those of the last ``spike_window`` good steps, oldest first."""
+    """A summary of the last steps. ``losses`` has the last ``spike_window`` good steps, oldest first."""
 
     losses: list[float] = field(default_factory=list)
-    spikes: int = 0  # in a row, up to the present one
-    bad_steps: int = 0  # in a row, up to the present one
-    bad_data: list[str] = field(default_factory=list)  # theirs, in words
+    spikes: int = 0  # in a row, up to the current step
+    bad_steps: int = 0  # in a row, up to the current step
+    bad_data: list[str] = field(default_factory=list)  # descriptions of the bad steps' data
 
     def bad(self, data: list[str]) -> int:
-        """A step was not made; returns how many in a row."""
+        """Records a skipped step and returns how many there are in a row."""
         self.bad_steps += 1
         self.bad_data = [*self.bad_data, *data]
         return self.bad_steps
@@ -52,16 +52,16 @@ class StabilityState:
         self.bad_data = []
 
     def begin_window(self) -> None:
-        """What comes is not to be judged by what was: the text is another."""
+        """Forgets the losses so far, because the text changes."""
         self.losses = []
         self.spikes = 0
 
     def spike(self, loss: float, config: TrainConfig) -> float | None:
-        """How many standard deviations a loss lies above the window's mean, if those are too many.
+        """How many standard deviations a loss lies above the window's mean, if that is a spike; else None.
 
-        Else the loss joins the window, if it is a number: a step without scored tokens has none. A quarter of the
-        window must be there before anything is judged; after as many spikes in a row the loss has another level, and
-        the window begins anew.
+        A loss that is not a spike joins the window, unless it is NaN: a step without scored tokens has no loss. Nothing
+        is a spike until the window is a quarter full. After that many spikes in a row, the loss has reached another
+        level, and the window starts again.
         """
         if not math.isfinite(loss):
             return None
@@ -72,7 +72,7 @@ class StabilityState:
             height = (loss - mean) / deviation
             if height > config.spike_deviations:
                 self.spikes += 1
-                if self.spikes >= quarter:  # which may have become less at a resume
+                if self.spikes >= quarter:  # a resume may have lowered spike_window
                     self.begin_window()
                 return height
         self.spikes = 0
@@ -82,14 +82,14 @@ class StabilityState:
 
 @dataclass
 class RunState:
-    """Where a run stands. Everything that a resumed run needs to go on as if it had never been stopped.
+    """The progress of a run: everything that a resumed run needs to continue as if it had never stopped.
 
-    ``data`` says where the lanes stand in the training data: those of this rank, or of all ranks when the state has
-    just been loaded.
+    ``data`` has the positions of the lanes in the training data: those of this rank, or those of all ranks if the state
+    has just been loaded.
     """
 
-    initial_seed: int  # of the weights at step 0 of this run, or of the one whose checkpoint it began with
-    step: int = 0  # optimizer steps done, those skipped for bad numbers included
+    initial_seed: int  # of the weights at step 0 of this run, or of the run whose checkpoint it began with
+    step: int = 0  # optimizer steps done, including those skipped for bad numbers
     tokens: int = 0
     skipped_steps: int = 0
     rollbacks: int = 0  # of this run
@@ -99,7 +99,7 @@ class RunState:
     data: dict[str, Any] = field(default_factory=dict)
     saved: int | None = None  # the step of the newest checkpoint in the run folder
     evaluated: int | None = None  # the step of the last evaluation
-    made_up: MergeRecord | None = None  # the merge of this step, where it was made when the state was loaded
+    overdue_merge: MergeRecord | None = None  # the merge of this step, if it was made when the state was loaded
 
     def dump(self, world_size: int) -> dict[str, Any]:
         """The ``counters`` of a checkpoint's manifest; a collective."""
@@ -116,11 +116,11 @@ class RunState:
 
     @staticmethod
     def load(manifest: Manifest, *, own: bool) -> RunState:
-        """The state that a checkpoint holds. ``own``: it is one of this run's folder, so its step is saved there."""
+        """The state in a checkpoint. ``own``: it is in this run's folder, so its step counts as saved."""
         counters = manifest.counters
         health = StabilityState(**{key: counters[key] for key in ("losses", "spikes", "bad_steps", "bad_data")})
         if not own:
-            health.good()  # what was bad, and the way back, are in another folder
+            health.good()  # its bad steps, and the checkpoints to go back to, are in another folder
         step = manifest.step
         return RunState(
             initial_seed=counters["initial_seed"],

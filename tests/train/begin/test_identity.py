@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from relora_mora.model.config import plain_model_config
-from relora_mora.train.begin.identity import Identity, changed_settings, changes_since, unlike
+from relora_mora.train.begin.identity import Identity, changed_settings, changes_since, describe_differences
 from tests.tools.tiny import tiny_config, tiny_llama
 
 
@@ -46,15 +46,15 @@ def test_changed_settings_are_named():
         ({"eos_token_id": 3}, ["the tokenizer"]),
         ({"data_fingerprint": "other"}, ["the training data"]),
         ({"data_content": "other"}, ["the training data"]),
-        ({"bf16": True}, ["the precision that is fast"]),
+        ({"bf16": True}, ["the fast precision of the device"]),
     ],
 )
 def test_ranks_are_told_what_differs(changes, said):
-    assert unlike(identity(), identity(**changes)) == said
+    assert describe_differences(identity(), identity(**changes)) == said
 
 
 def test_ranks_compare_every_setting():
-    assert unlike(identity(), with_setting("data", "workers", 7)) == ["data.workers"]
+    assert describe_differences(identity(), with_setting("data", "workers", 7)) == ["data.workers"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_what_decides_which_parameters_train_is_never_allowed_where_it_is_used()
         return given
 
     [change] = changes_since(rank("remora", 3), rank("remora", 5), {"method.rank"})
-    assert change.permission is None and "begin anew with model.init_from" in change.text
+    assert change.permission is None and "start a new run with model.init_from" in change.text
     assert list(changes_since(rank("full", 3), rank("full", 5), {"method.rank"})) == []
 
 
@@ -163,7 +163,10 @@ def test_another_rank_can_be_allowed_where_nothing_has_that_rank():
     assert change.permission == "optim.projection_rank"
     galore, other = (replace(each, config=_with_matrices(each.config, "galore")) for each in (identity(), changed))
     [change] = changes_since(galore, other, {"optim.projection_rank"})
-    assert change.permission is None and "128 in the checkpoint, 7 now; moments of one rank" in change.text
+    assert (
+        change.permission is None
+        and "128 in the checkpoint, 7 now; moments have the shape of their rank" in change.text
+    )
 
 
 def _with_matrices(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def test_no_file_of_something_else_is_written_over(tmp_path, name):
     (tmp_path / name).write_text("mine")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "epoch=1.ckpt").touch()
-    with pytest.raises(ConfigError, match=f"a run would write over {name} there"):
+    with pytest.raises(ConfigError, match=f"a run would overwrite {name} there"):
         check_run_folder(tmp_path)
     (tmp_path / "lock").touch()
     check_run_folder(tmp_path)

@@ -68,7 +68,7 @@ def test_a_named_start_with_other_settings_puts_nothing_aside(pools, inputs, tok
     if began.endswith("auto"):
         pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=4)
     before = sorted(folder.rglob("*"))
-    with pytest.raises(Exception, match=r"holds what a start with other settings has trained; train\.resume=auto "):
+    with pytest.raises(Exception, match=r"holds checkpoints of a start with other settings; train\.resume=auto "):
         pools(1)(
             train, run_config(inputs, tokenizer_path, folder, train={**there, "micro_batch_size": 1}), stop_after=5
         )

@@ -120,7 +120,7 @@ def test_a_checkpoint_without_a_place_in_the_data_is_refused(pools, inputs, toke
         path = tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "manifest.json"
         path.write_text(json.dumps(values | {"checksum": content_checksum(values)}))
     (message,) = pools(1)(_refused, config)
-    assert "does not say where in the data it stands" in message
+    assert "does not hold its position in the data" in message
 
 
 def test_a_spike_of_the_last_step_is_flagged_and_the_run_is_saved(pools, inputs, tokenizer_path, tmp_path):
@@ -301,8 +301,8 @@ def test_another_end_of_document_is_another_tokenizer(pools, inputs, tokenizer_p
     pools(1)(train, run_config(inputs, str(first), tmp_path / "run"), stop_after=2)
     (message,) = pools(1)(_refused, run_config(inputs, str(other), tmp_path / "run"))
     assert (
-        f"a document ended with token {before}" in message
-        and f"ends with {after}; to allow it: '--train.allow_changes=[tokenizer]'" in message
+        f"documents ended with token {before}" in message
+        and f"they end with {after}; to allow it: '--train.allow_changes=[tokenizer]'" in message
     )
 
 

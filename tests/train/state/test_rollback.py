@@ -214,7 +214,7 @@ def test_a_second_time_ends_the_run_with_a_report(pools, inputs, tokenizer_path,
     messages = pools(2)(faulty, _settings(tmp_path / "run", inputs, tokenizer_path), bad)
     assert messages[0] == messages[1]
     assert "2 steps in a row" in messages[0]
-    assert "train.max_rollbacks=1 lets the run go back no further time" in messages[0]
+    assert "train.max_rollbacks=1 allows no further rollback" in messages[0]
     assert "lower optim.lr" in messages[0]
     end = json.loads((tmp_path / "run" / "ends.jsonl").read_text().splitlines()[-1])
     assert end["code"] == 1 and end["reason"] == messages[0]
@@ -225,7 +225,7 @@ def test_a_second_time_ends_the_run_with_a_report(pools, inputs, tokenizer_path,
 
 def test_without_a_checkpoint_to_go_back_to_the_run_ends(pools, inputs, tokenizer_path, tmp_path):
     messages = pools(2)(faulty, _settings(tmp_path / "run", inputs, tokenizer_path), {2: float("nan"), 3: float("nan")})
-    assert all("no checkpoint of before it" in message for message in messages)
+    assert all("there is no earlier checkpoint" in message for message in messages)
 
 
 @pytest.mark.parametrize("reaction", ["flag", "rollback"])
