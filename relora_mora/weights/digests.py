@@ -54,8 +54,8 @@ def model_digests(model: ModelConfig) -> dict[str, str]:
     digest of a config covers its content and not its formatting.
     """
     paths = {"model.init_from": model.init_from, "model.adapter": model.adapter}
-    files = {name: _files(Path(path)) for name, path in paths.items() if path is not None}
-    digests = {name: _digest(each) for name, each in files.items() if each}
+    found = {name: _digest(Path(path)) for name, path in paths.items() if path is not None}
+    digests = {name: digest for name, digest in found.items() if digest is not None}
     if model.config is not None:
         with contextlib.suppress(OSError, ValueError):
             content = json.loads(Path(model.config).read_text(encoding="utf-8"))
@@ -99,17 +99,14 @@ def other_weights(checkpoint: Path, model: ModelConfig) -> dict[str, str]:
     }
 
 
-def _files(path: Path) -> list[Path]:
+def _digest(path: Path) -> str | None:
+    """The digest of the model or adapter in a folder, or of the newest checkpoint in it; None if there is none."""
     checkpoints = [
         each for folder in (path, RunFolder(path).checkpoints) for each in sorted(folder.glob("step-*[0-9]"))[::-1]
     ]
     for folder in (path, *checkpoints):
         files = [file for pattern in FILES for file in sorted(folder.glob(pattern))]
         if files:
-            return files
-    return []
-
-
-def _digest(files: list[Path]) -> str:
-    content = "".join(f"{file.name} {samples_digest(str(file))}\n" for file in files)
-    return xxhash.xxh3_128_hexdigest(content.encode())
+            samples = "".join(f"{file.name} {samples_digest(str(file))}\n" for file in files)
+            return xxhash.xxh3_128_hexdigest(samples.encode())
+    return None

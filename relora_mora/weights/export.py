@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
 
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters
 from relora_mora.checkpoint.layout import CheckpointError
@@ -155,7 +154,11 @@ def export(path: Path, out: Path, dtype: torch.dtype = torch.float32, form: str 
         with tokenizer_of(checkpoint) as folder:
             tokenizer = load_tokenizer(folder)
             if form == "merged":
-                _write_model(checkpoint, tokenizer, work, dtype)
+                model = merged_model(checkpoint, dtype)
+                model.generation_config = generation_config(tokenizer, model.config)
+                model.config.update({**ids_of_roles(tokenizer), "use_cache": True})
+                model.save_pretrained(work)
+                _name_rope(work / "config.json")
             else:
                 reader = CheckpointReader(checkpoint)
                 write_adapter(reader, work, dtype, released=form == "peft-mora")
@@ -163,14 +166,6 @@ def export(path: Path, out: Path, dtype: torch.dtype = torch.float32, form: str 
                 generation_config(tokenizer, model_config).save_pretrained(work)
             save_tokenizer(tokenizer, work)
     return checkpoint
-
-
-def _write_model(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, out: Path, dtype: torch.dtype) -> None:
-    model = merged_model(checkpoint, dtype)
-    model.generation_config = generation_config(tokenizer, model.config)
-    model.config.update({**ids_of_roles(tokenizer), "use_cache": True})
-    model.save_pretrained(out)
-    _name_rope(out / "config.json")
 
 
 def _name_rope(path: Path) -> None:

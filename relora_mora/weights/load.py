@@ -175,7 +175,10 @@ def load_model(path: Path, dtype: torch.dtype, base: Path | None = None) -> Load
             raise CheckpointError(f"--base: {path} is not an adapter without its model; omit --base")
         return load_any_model(path, dtype)
     adapter = AdapterFolder(path)
-    loaded = load_any_model(base or _named_base(adapter), torch.float32)
+    if base is None and (adapter.base is None or not Path(adapter.base).is_dir()):
+        named = "it names no model" if adapter.base is None else f"its model {adapter.base} is not a folder here"
+        raise CheckpointError(f"{path}: an adapter without its model, and {named}; give the model's folder with --base")
+    loaded = load_any_model(base or Path(str(adapter.base)), torch.float32)
     merge_into(loaded.model, adapter, str(base or adapter.base))
     for parameter in loaded.model.parameters():  # not the buffers: rotary frequencies stay in float32
         parameter.data = parameter.data.to(dtype)
@@ -187,15 +190,6 @@ def load_model(path: Path, dtype: torch.dtype, base: Path | None = None) -> Load
         tokenizer=own if has_tokenizer(path) else loaded.tokenizer,
         description=f"{path} on {loaded.description}",
         checkpoint=None,
-    )
-
-
-def _named_base(adapter: AdapterFolder) -> Path:
-    if adapter.base is not None and Path(adapter.base).is_dir():
-        return Path(adapter.base)
-    named = "it names no model" if adapter.base is None else f"its model {adapter.base} is not a folder here"
-    raise CheckpointError(
-        f"{adapter.folder}: an adapter without its model, and {named}; give the model's folder with --base"
     )
 
 

@@ -104,7 +104,7 @@ def test_a_run_ends_with_an_error_when_its_last_checkpoint_failed(pools, inputs,
     both = pools(2)(followed, config, failing={0: [10], 1: [10]})
     for result in both:
         assert "the checkpoint of step 10 failed" in result["error"] and "No space left on device" in result["error"]
-        assert result["error"].endswith("(df, df -i), and the same command continues from the newest checkpoint")
+        assert result["error"].endswith("(df, df -i); then the same command continues from the newest checkpoint")
     assert (
         len(both[0]["lines"]) == 1
         and "rank 0: No space" in both[0]["lines"][0]

@@ -46,8 +46,8 @@ def prompts() -> list[torch.Tensor]:
 
 def test_prompts_of_all_lengths_go_on_as_each_does_alone_in_transformers(lm):
     lm.generation_config.eos_token_id = None
-    alone = [lm.generate(prompt[None], max_new_tokens=7, do_sample=False, pad_token_id=0)[0] for prompt in prompts()]
-    expected = torch.stack([row[-7:] for row in alone])
+    single = [lm.generate(prompt[None], max_new_tokens=7, do_sample=False, pad_token_id=0)[0] for prompt in prompts()]
+    expected = torch.stack([row[-7:] for row in single])
     assert len(expected.unique()) > 7
     assert torch.equal(greedy(lm, prompts(), 7, CPU), expected)
     wrapped = LossModel(lm)  # as it trains, with attention that takes boundaries in place of masks

@@ -81,7 +81,7 @@ def test_every_task_says_what_it_reads():
 
 
 def pairs(value: Any) -> Any:
-    """A question has its own options alone: rows of a dataset would have the names of all."""
+    """A question has only its own options; rows of a dataset would have the names of all rows."""
     return [list(pair) for pair in value.items()] if isinstance(value, dict) else value
 
 
@@ -115,7 +115,7 @@ def test_data_that_does_not_fit_is_named(tmp_path, content, said):
     [
         ("local_uuid", {"prompt": "a", "completion": "b" * 64}, 64),
         ("local_uuid", {"prompt": "a", "completion": "b" * 65}, 65),
-        ("local_gsm8k", {"question": "a", "answer": "b" * 299 + "#### 1"}, 306),  # behind a space
+        ("local_gsm8k", {"question": "a", "answer": "b" * 299 + "#### 1"}, 306),  # after a space
         ("local_metamath", {"question": "a", "answer": "1"}, 512),
     ],
 )
@@ -133,8 +133,8 @@ def test_long_answers_leave_half_of_the_positions_to_prompts(tmp_path, caplog, p
     (tmp_path / "uuid.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     task = local_task("local_uuid", str(tmp_path), len, positions=positions, limit=limit)
     assert task["generation_kwargs"]["max_gen_toks"] == most
-    told = "local_uuid: 1 of 2 answers have more than"
-    assert (told in caplog.text) == (most < 300 and limit is None)
+    warning = "local_uuid: 1 of 2 answers have more than"
+    assert (warning in caplog.text) == (most < 300 and limit is None)
 
 
 def test_what_stands_before_the_answer_of_gsm8k_may_say_so_too(tmp_path):
@@ -352,7 +352,7 @@ def test_a_right_number_is_found_behind_its_steps(model, data):
 
 
 @needs_lm_eval
-def test_prompts_that_are_cut_are_told(model, data, caplog):
+def test_cut_prompts_cause_a_warning(model, data, caplog):
     small = LlamaForCausalLM.from_pretrained(model)
     small.config.max_position_embeddings = 300
     small.save_pretrained(model)
@@ -370,7 +370,7 @@ def test_prompts_that_are_cut_are_told(model, data, caplog):
 
 @needs_lm_eval
 def test_a_run_and_an_adapter_on_it_score_as_their_exports(tmp_path):
-    """Its answers end with the tokenizer's EOS, 256, also where the model's config names another token, here 2."""
+    """Its answers end with the tokenizer's EOS, 256, even if the model's config names another token, here 2."""
     save_bytes_tokenizer(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     sizes = {"hidden_size": 272, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -412,7 +412,7 @@ def test_what_cannot_be_had_is_said_and_the_rest_runs(model, data, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", offline)
     answer = call(EVALUATE, model, "--tasks=sciq,local_uuid", f"--task_data={data}", "--limit=1")
     assert answer.code == 0 and list(json.loads(answer.out.splitlines()[-1])["tasks"]) == ["local_uuid"]
-    refused(call(EVALUATE, model, "--tasks=sciq"), "sciq: its data cannot be had (no way to the hub)")
+    refused(call(EVALUATE, model, "--tasks=sciq"), "sciq: its data cannot be loaded (no way to the hub)")
     refused(call(EVALUATE, model, "--tasks=local_uuid"), "local_uuid: needs --task_data")
     refused(call(EVALUATE, model, "--tasks=nonsense"), "lm-eval has no task nonsense")
 
@@ -443,7 +443,7 @@ def test_the_prompt_of_metamath_is_the_one_that_was_learned(data):
 
 
 class _Manager:
-    """What lm-eval's loads: a group of two tasks, one of them alone."""
+    """Loads what lm-eval's manager would: a group of two tasks, or one of them by itself."""
 
     def load(self, names: list[str]) -> dict[str, Any]:
         tasks = {"history": "the task of history", "physics": "the task of physics"}

@@ -187,7 +187,7 @@ def _llama(**changes) -> LlamaForCausalLM:
 
 
 def _loss_of_documents(lm, texts: list[str], tokenizer, length: int) -> float:
-    """Each document alone, cut where a sequence of the packed text ends; one forward of plain transformers for each."""
+    """One forward pass of plain transformers per document, each cut at the end of its packed sequence."""
     nats = tokens = place = 0
     for text in texts:
         ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
@@ -281,7 +281,7 @@ def test_a_model_from_elsewhere_names_no_text(tmp_path):
     refused(call(EVALUATE, tmp_path), f"--data: {tmp_path} is not a run", "give text to score")
 
 
-def test_what_a_foreign_folder_holds_beside_its_model_is_told(tmp_path, caplog):
+def test_other_content_of_a_foreign_folder_is_reported(tmp_path, caplog):
     folder = tmp_path / "llama"
     _llama().save_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text())

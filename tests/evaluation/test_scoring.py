@@ -1,4 +1,4 @@
-"""Generated answers against right ones: what counts as right, and where the published scripts say otherwise."""
+"""Scores of generated answers: which ones count as right, and how the published scripts differ."""
 
 from __future__ import annotations
 

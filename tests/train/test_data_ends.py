@@ -63,7 +63,7 @@ def test_a_server_that_stays_away_ends_the_run_with_its_state_saved(pools, input
 
 
 def test_text_on_a_server_that_changes_behind_the_start_is_not_trained_on(pools, inputs, tokenizer_path, tmp_path):
-    """The fingerprint in a checkpoint is that of the text which stood there at the start."""
+    """The fingerprint in a checkpoint is of the text that was there at the start."""
     folder, run_dir = tmp_path / "data", tmp_path / "run"
     write_shards(folder, 2, 8)
 
@@ -80,7 +80,7 @@ def test_text_on_a_server_that_changes_behind_the_start_is_not_trained_on(pools,
 
 
 @pytest.mark.parametrize("kind", [OSError, SourceError])
-def test_what_is_wrong_with_the_data_is_told_where_nothing_can_be_saved_either(tmp_path, kind):
+def test_a_data_fault_is_reported_even_if_nothing_can_be_saved(tmp_path, kind):
     def fail(state: RunState) -> None:
         raise TrainingError("the checkpoint failed")
 
@@ -92,7 +92,7 @@ def test_what_is_wrong_with_the_data_is_told_where_nothing_can_be_saved_either(t
     assert ("the checkpoint failed" in str(raised.value)) == (kind is SourceError)
 
 
-def test_text_that_is_too_little_is_told_before_the_first_evaluation(pools, inputs, tokenizer_path, tmp_path):
+def test_too_little_text_is_reported_before_the_first_evaluation(pools, inputs, tokenizer_path, tmp_path):
     write_shard(tmp_path / "a.json.gz", [b'{"text": "the rank"}'])
     settings = {"data": {"train": str(tmp_path / "a.json.gz")}, "eval": {"at_start": True}}
     [(kind, text)] = pools(1)(ended, run_config(inputs, tokenizer_path, tmp_path / "run", **settings))
@@ -100,7 +100,7 @@ def test_text_that_is_too_little_is_told_before_the_first_evaluation(pools, inpu
     assert not any("eval/loss" in line for line in metrics(tmp_path / "run"))
 
 
-def test_held_out_text_that_cannot_be_read_is_told_before_the_first_step(pools, inputs, tokenizer_path, tmp_path):
+def test_unreadable_held_out_text_is_reported_before_the_first_step(pools, inputs, tokenizer_path, tmp_path):
     text = tmp_path / "held_out.jsonl"
     good = '{"text": "the rank of a matrix"}\n' * 100
     text.write_text(good + "{not json\n" * 100)

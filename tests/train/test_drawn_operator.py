@@ -1,4 +1,4 @@
-"""A run whose operator is drawn anew at every merge: resumes, moves, other seeds, exports and compiled layers."""
+"""A run whose operator is drawn again at every merge: resumes, moves, other seeds, exports and compiled layers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def losses(folder: Path, tag: str = "train/loss") -> dict[int, float]:
 
 
 def cut_at(never: Path, folder: Path, step: int) -> Path:
-    """What a run leaves behind that is killed after a step."""
+    """The files of a run that is killed after a step."""
     shutil.copytree(never, folder)
     for later in range(step + 1, 11):
         shutil.rmtree(checkpoint(folder, later))
@@ -97,7 +97,7 @@ def test_another_seed_counts_from_the_next_merge_on(pools, never, inputs, tokeni
     folder = cut_at(never, tmp_path / "run", 5)
     other = {"seed": 3, "allow_changes": ["train.seed"]}
     pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, method=DRAWN, train=other), stop_after=7)
-    # M was trained with the groupings of the old seed, also where the run is stopped once more
+    # M was trained with the groupings of the old seed, even if the run is stopped again
     pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, method=DRAWN, train=other))
     before, after = losses(never), losses(folder)
     # M is zero after the merge: the step that follows it has the same loss with any grouping

@@ -29,7 +29,7 @@ from tests.tools.tokenizer_tools import save_bytes_tokenizer, save_other_tokeniz
 pytestmark = pytest.mark.distributed
 
 FROZEN = {"train_embeddings": False, "train_norms": False, "train_head": False}
-# kind: what its config has beside the sizes; ZeRO stage, precision and method of its run
+# kind: its config besides the sizes; ZeRO stage, precision and method of its run
 KINDS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "llama": ({"num_key_value_heads": 1, "tie_word_embeddings": True}, 2, "bf16", "remora"),
     "mistral": ({"num_key_value_heads": 1, "sliding_window": None}, 1, "fp32", "relora"),
@@ -95,7 +95,7 @@ def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs
     assert planned.code == 0, planned.err
 
 
-# with those of KINDS, and tests/train/test_records_run.py's, every method is on every stage that differs for it
+# together with KINDS and tests/train/test_records_run.py, every method runs on every stage that matters for it
 ON_STAGES = [("full", 2), ("mora", 0), ("mora", 3), ("lora", 1), ("relora", 0), ("remora", 1)]
 ON_STAGES += rest(("full", 0), ("full", 3), ("mora", 1), ("lora", 3), ("relora", 3), ("remora", 0))
 
@@ -235,8 +235,8 @@ def test_a_tokenizer_that_does_not_fit_the_model(pools, settings, tokenizer_path
     refused(answer, f"{qwen2}: {said}")
 
 
-def test_weights_that_are_not_the_models_are_told_before_any_text_is_read(pools, settings, tmp_path):
-    def told(folder: Path, *parts: str) -> None:
+def test_weights_that_do_not_fit_are_reported_before_any_text_is_read(pools, settings, tmp_path):
+    def check_refusal(folder: Path, *parts: str) -> None:
         (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={folder}")
         refused(answer, *parts)
         assert "counting" not in answer.err and not (tmp_path / "run").exists()
@@ -245,16 +245,18 @@ def test_weights_that_are_not_the_models_are_told_before_any_text_is_read(pools,
     config = folder / "config.json"
     own = config.read_text()
     config.write_text(json.dumps(json.loads(own) | {"num_hidden_layers": 3}))
-    told(folder, f"{folder}: its weights do not fit its config.json", "missing: model.layers.2.input_layernorm.weight")
+    check_refusal(
+        folder, f"{folder}: its weights do not fit its config.json", "missing: model.layers.2.input_layernorm.weight"
+    )
     config.write_text(json.dumps(json.loads(own) | {"intermediate_size": 80}))
-    told(
+    check_refusal(
         folder,
         f"{folder}: its weights do not fit its config.json",
         "of another shape: model.layers.*.mlp.down_proj.weight (2)",
     )
     config.write_text(own)
     (folder / "model.safetensors").write_bytes(b"no weights")
-    told(folder, "model.safetensors: cannot be read as safetensors", "fetch it again")
+    check_refusal(folder, "model.safetensors: cannot be read as safetensors", "fetch it again")
 
 
 def test_files_that_transformers_takes_are_taken(tmp_path):

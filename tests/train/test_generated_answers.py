@@ -108,7 +108,7 @@ def test_a_chat_that_was_learned_stops_by_itself_in_plain_transformers(pools, in
 @pytest.mark.parametrize("stage", [3, *rest((2,))])
 def test_training_does_not_see_what_is_generated(pools, inputs, tokenizer_path, tmp_path, stage):
     runs = {}
-    for count in (0, 5):  # two ranks and one answer at a time: the last round has one for the first rank alone
+    for count in (0, 5):  # two ranks and one answer at a time: the last round has an answer only for the first rank
         runs[count] = tmp_path / f"run{count}"
         sections = {"train": {"zero_stage": stage}, "eval": {"generate": count}}
         pools(2)(train, memory(inputs, tokenizer_path, runs[count], 2, **sections))

@@ -36,7 +36,7 @@ def train_as_the_reference(config: Any) -> None:
 
 
 def _losses(folder: Path) -> list[float]:
-    """Of steps and evaluations; of a set called text alone where there is one."""
+    """Losses of steps and evaluations; if there is a set called text, only of that set."""
     lines = metrics(folder)
     of_sets = "eval/text/loss" if any("eval/text/loss" in line for line in lines) else "eval/loss"
     return [line[key] for line in lines for key in ("train/loss", of_sets) if key in line]

@@ -1,4 +1,4 @@
-"""Held-out text in sets by name: each is scored as if it were alone, and all of them as one text."""
+"""Named sets of held-out text: each is scored independently, and all of them in total."""
 
 from __future__ import annotations
 

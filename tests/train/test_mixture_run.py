@@ -154,7 +154,7 @@ def test_a_source_with_fewer_texts_than_lanes_is_found_long_before_its_stage(poo
     (said,) = pools(1)(_source_refused, _few(inputs, tokenizer_path, tmp_path / "run"))
     assert "lane 7 found no text in few.json: there are fewer documents than lanes" in said
     assert not (tmp_path / "run" / "checkpoints").exists()
-    without = {"data": {"stages": []}}  # and so it is where a run that has begun gets such a stage
+    without = {"data": {"stages": []}}  # the same holds if a resumed run gets such a stage
     pools(1)(train, _few(inputs, tokenizer_path, tmp_path / "run", **without), stop_after=4)
     (said,) = pools(1)(_source_refused, _few(inputs, tokenizer_path, tmp_path / "run", allow_changes=["data.stages"]))
     assert "set the weight of its source few to 0 in data.train and data.stages" in said

@@ -78,7 +78,10 @@ def test_a_resume_with_another_optimizer_is_refused_whatever_is_allowed(pools, c
     for allowed in ([], ["optim.matrices"]):
         changed = config(folder, optim={"matrices": "adamw"}, train={"allow_changes": allowed})
         (message,) = pools(1)(refusal_of, changed)
-        assert "optim.matrices: 'muon' in the checkpoint, 'adamw' now; the state of one" in message
+        assert (
+            "optim.matrices: 'muon' in the checkpoint, 'adamw' now; one optimizer cannot use the state of another"
+            in message
+        )
         assert "to allow" not in message
     (message,) = pools(1)(refusal_of, config(folder, optim={"momentum": 0.5}))
     assert "optim.momentum: 0.9 in the checkpoint, 0.5 now; to allow it: '--train.allow_changes" in message

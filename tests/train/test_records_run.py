@@ -1,4 +1,4 @@
-"""A tiny run on records: it learns answers alone, counts epochs, and goes on bit for bit on another number of ranks."""
+"""A tiny run on records: it learns only answers, counts epochs, and resumes bit by bit on another number of ranks."""
 
 from __future__ import annotations
 
@@ -173,9 +173,7 @@ def test_a_run_can_be_looked_at_before_it_starts(inputs, tokenizer_path, tmp_pat
         ("max_bad_fraction=0", "3 of 120 records cannot be used, more than data.max_bad_fraction (0); the last one: "),
     ],
 )
-def test_what_cannot_be_learned_from_is_told_before_the_model_is_built(
-    inputs, tokenizer_path, tmp_path, override, said
-):
+def test_unusable_records_are_reported_before_the_model_is_built(inputs, tokenizer_path, tmp_path, override, said):
     (tmp_path / "run.yaml").write_text(dump(_config(inputs, tokenizer_path, tmp_path / "run", 1)))
     refused(call(PRETRAIN, tmp_path / "run.yaml", f"--data.{override}"), said)
     assert not (tmp_path / "run").exists()
@@ -191,7 +189,7 @@ def _evaluated(run_dir: Path, **settings: Any) -> dict[str, Any]:
     return answer
 
 
-@pytest.mark.parametrize("named", [True, False], ids=["template named", "that of the run"])
+@pytest.mark.parametrize("named", [True, False], ids=["template named", "template of the run"])
 def test_the_command_scores_the_answers_that_the_run_scored(pools, inputs, tokenizer_path, tmp_path, named):
     held_out = {"source": str(inputs / "validation.jsonl"), **({} if named else {"records": {"kind": "messages"}})}
     config = _config(inputs, tokenizer_path, tmp_path / "run", 1, validation=[held_out])
@@ -217,7 +215,7 @@ def _plain(run_dir: Path, source: str) -> dict[str, Any]:
 
 
 def of_both(counts: list[dict[str, int]]) -> dict[str, int]:
-    """Called by all ranks, of which each has its own counts."""
+    """Called by all ranks; each has its own counts."""
     from torch import distributed
 
     from relora_mora.train.log.report import data_metrics

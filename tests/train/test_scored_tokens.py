@@ -16,7 +16,7 @@ STEPS = 6
 
 
 def mostly_unscored(config: Any) -> None:
-    """Trains where of each sequence only so many tokens are scored as its content says: from one to all."""
+    """Trains on sequences in which only some tokens are scored, from one to all; their content says how many."""
     from relora_mora.data.stream.packing import UNSCORED
     from relora_mora.data.stream.stream import TrainStream
 

@@ -30,7 +30,7 @@ class Reach(NamedTuple):
     plan: bool
 
 
-# every setting stands here: one that is added says what it must reach
+# every setting is listed here; a new one says what it must reach
 REACHES = {
     "model.config": Reach("narrow.json", True, True),
     "model.overrides": Reach({"rms_norm_eps": 0.5}, True, False),
@@ -40,15 +40,15 @@ REACHES = {
     "model.activation_checkpointing": Reach(True, False, True),
     "model.compile": Reach(None, False, True),  # takes a compiler and a minute: tests/kernels/test_kernels.py
     "data.train": Reach("validation.json", False, False),
-    "data.concatenate": Reach(None, False, False),  # of records alone: tests/data/stream/test_concatenation.py
+    "data.concatenate": Reach(None, False, False),  # only of records: tests/data/stream/test_concatenation.py
     "data.stages": Reach(None, False, False),  # of mixtures only: tests/data/stream/test_mixture.py
     "data.validation": Reach("train.json", True, False),
     "data.revision": Reach("v2", False, False),
     "data.commits": Reach({"some/set@main": "0" * 40}, False, False),
     "data.records": Reach(None, True, True),  # of other rows: tests/train/test_records_run.py
-    "data.packing": Reach(None, True, True),  # as above: here a stream is evaluated anew
+    "data.packing": Reach(None, True, True),  # as above: here a stream is evaluated again
     "data.text_column": Reach("url", True, False),
-    "data.sample_by": Reach("line", False, False),  # of .txt alone: tests/data/formats/test_text_files.py
+    "data.sample_by": Reach("line", False, False),  # only of .txt: tests/data/formats/test_text_files.py
     "data.sequence_length": Reach(16, True, True),
     "data.lanes": Reach(2, False, False),
     "data.workers": Reach(1, False, False),

@@ -227,7 +227,7 @@ def test_every_tiny_config_trains_as_shipped(pools, inputs, tokenizer_path, tmp_
 
 
 def rates_of(config: Any) -> list[list[float]]:
-    """Those that each step was made with, a rate for each parameter group."""
+    """The learning rates of each step, one for each parameter group."""
     from relora_mora.engine.engine import ZeroEngine
 
     step = ZeroEngine.step
@@ -243,7 +243,7 @@ def rates_of(config: Any) -> list[list[float]]:
 
 
 def test_each_step_is_made_with_the_rate_of_its_number(pools, inputs, tokenizer_path, tmp_path):
-    """Two steps of warmup, and of the adapters alone two after the merges of steps 4 and 8."""
+    """Two steps of warmup, and for the adapters only, two more after the merges of steps 4 and 8."""
     optim = {"schedule": "constant", "rewarm": "adapters"}
     [rates] = pools(1)(rates_of, run_config(inputs, tokenizer_path, tmp_path / "run", optim=optim, **UNSAVED))
     adapters = [0.01, 0.02, 0.02, 0.02, 0.01, 0.02, 0.02, 0.02, 0.01, 0.02]

@@ -110,7 +110,7 @@ def scored(inputs: Path, tokenizer: str, folder: Path) -> float:
     ("shape", "style"), [*((shape, "new") for shape in SHAPES), *((shape, "old") for shape in OLD)]
 )
 def test_the_first_loss_is_that_of_the_folder(pools, inputs, tokenizer_path, tmp_path, shape, style):
-    if shape == "qwen2":  # beside such a model transformers knows no other tokenizers
+    if shape == "qwen2":  # transformers accepts no other tokenizers next to such a model
         tokenizer_path = str(tmp_path / "tokenizer")
         save_bytes_tokenizer(Path(tokenizer_path))
     folder = save(tmp_path / "model", **SHAPES[shape])
@@ -119,7 +119,7 @@ def test_the_first_loss_is_that_of_the_folder(pools, inputs, tokenizer_path, tmp
         as_old(folder)
     loss = first_loss(pools, inputs, tokenizer_path, tmp_path / "run", folder)
     assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
-    with pytest.MonkeyPatch.context() as patch:  # and that of plain transformers, from whole logits
+    with pytest.MonkeyPatch.context() as patch:  # and of plain transformers, from unchunked logits
         patch.setattr("relora_mora.evaluation.loss.is_of_family", lambda lm: False)
         assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
     export(export_of(pools, inputs, tokenizer_path, tmp_path, folder), tmp_path / "out")
@@ -237,7 +237,7 @@ def test_another_architecture(refuses, tmp_path):
     rewrite(folder, model_type="gpt2")
     refuses(folder, "model_type is 'gpt2', expected one of llama, mistral, qwen2, qwen3")
     rewrite(folder, ("model_type",))
-    refuses(folder, "there is no model_type; say in it which of llama, mistral, qwen2, qwen3 the model is")
+    refuses(folder, "it has no model_type; set it there to one of llama, mistral, qwen2, qwen3")
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_a_run_of_ours_is_compared_as_well(refuses, pools, inputs, tokenizer_pat
 
 
 def warnings_of(config: Config, stop_after: int) -> list[str]:
-    """What a start says of the weights that its settings name."""
+    """The warnings of a start about the weights that its settings name."""
     with mock.patch.object(log, "warning") as warning:  # the trainer puts handlers of its own in the place of any
         train(config, stop_after)
     said = [call.args[0] % call.args[1:] for call in warning.call_args_list]

@@ -82,7 +82,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def _always(tokenizer: Any, token: str) -> LlamaForCausalLM:
-    """A model that says one token, whatever stands before it."""
+    """A model that always predicts the same token."""
     lm = LlamaForCausalLM(LlamaConfig(**LLAMA))
     with torch.no_grad():
         for name, parameter in lm.named_parameters():
@@ -108,7 +108,7 @@ def test_plain_generate_stops_where_a_document_ends(hf_tokenizer: Path, tmp_path
     assert lm.generation_config.use_cache in (True, None) and lm.config.use_cache
 
 
-# how a template ends an answer, and the token at which generation stops beside EOS
+# how a template ends an answer, and the token at which generation stops besides EOS
 ENDS = {
     "chatml": ("{{ m.content }}<|im_end|>\n", "<|im_end|>"),
     "a space before it": ("{{ m.content }} <|im_end|>", "<|im_end|>"),
@@ -386,7 +386,7 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0]
     [None, {"rope_type": "linear", "factor": 4.0}, LONG | {"factor": 2.0, "original_max_position_embeddings": 32}],
 )
 def test_rotary_embeddings_are_named_as_older_readers_know_them(scaling, tmp_path):
-    """transformers 4 takes a base of 10,000 and no scaling where it finds neither key."""
+    """transformers 4 uses a base of 10,000 and no scaling if it finds neither key."""
     parameters = {"rope_theta": 500000.0, **(scaling or {"rope_type": "default"})}
     config = LlamaConfig(**LLAMA | {"rope_parameters": parameters})
     config.save_pretrained(tmp_path)

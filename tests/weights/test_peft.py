@@ -1,4 +1,4 @@
-"""Adapters alone: what PEFT makes of ours, what we make of PEFT's and the released MoRA's, and what is refused."""
+"""Adapters without their model: ours in PEFT, those of PEFT and the released MoRA here, and refusals."""
 
 from __future__ import annotations
 
@@ -314,7 +314,7 @@ def test_a_format_that_is_none_is_refused(tmp_path):
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 
 
-def test_a_square_of_another_model_is_told_by_its_rank(base, tokenizer_path, tmp_path):
+def test_a_square_of_another_model_is_recognized_by_its_rank(base, tokenizer_path, tmp_path):
     folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ALONE, "peft-mora")
     file = folder / "adapter_model.safetensors"
     save_file(load_file(file), file, metadata={"format": "pt"})

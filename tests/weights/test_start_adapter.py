@@ -32,17 +32,17 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base, tokenizer_path, tmp_path_factory) -> dict[str, Path]:
-    """Adapters of ``base``: some methods alone, and lora with the modules that trained beside it."""
+    """Adapters of ``base``: some without other trained modules, and lora also with them."""
     folder = tmp_path_factory.mktemp("adapters")
     found = {}
-    for name, form, beside in (
+    for name, form, others in (
         ("lora", "peft", ALONE),
         ("mora1", "peft-mora", ALONE),
         ("mora6", "peft-mora", ALONE),
         ("lora_with_modules", "peft", {}),
         ("lora_pattern", "peft", ALONE),
     ):
-        method = METHODS[name.removesuffix("_with_modules")] | beside
+        method = METHODS[name.removesuffix("_with_modules")] | others
         write_run(folder / f"run_{name}", adapted(base, method), base, tokenizer_path, method)
         export(folder / f"run_{name}", folder / name, form=form)
         found[name] = folder / name
@@ -193,11 +193,11 @@ def refuses(inputs, tokenizer_path, tmp_path):
     ],
 )
 def test_settings_that_are_not_those_of_the_adapter(refuses, base, adapters, name, changes, parts):
-    beside = {} if name.endswith("modules") else ALONE
+    others = {} if name.endswith("modules") else ALONE
     refuses(
         base,
         adapters[name],
-        METHODS[name.removesuffix("_with_modules")] | beside | changes,
+        METHODS[name.removesuffix("_with_modules")] | others | changes,
         str(adapters[name]),
         *parts,
     )
@@ -241,7 +241,7 @@ def test_scales_are_compared_layer_by_layer(refuses, base, adapters, tmp_path):
     )
 
 
-def test_an_adapter_of_some_layers_is_told(refuses, base, adapters, tmp_path):
+def test_an_adapter_of_some_layers_is_reported(refuses, base, adapters, tmp_path):
     some = _changed(adapters["lora"], tmp_path / "some", {}, drop="layers.1.")
     refuses(base, some, METHODS["lora"] | ALONE, "is missing in", "all layers of a kind must have an adapter")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from relora_mora import kernels
 from relora_mora.adapters.inject import inject
@@ -107,7 +107,13 @@ def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, t
     Raises :class:`ConfigError` if they do not fit, or if they compute something else in the model they come from.
     """
     path = Path(str(config.model.init_from))
-    _check_function(start_config(path), lm.config, path)
+    faults = [
+        f"model.init_from: {key} is {there!r} in that model and {here!r} in model.config; "
+        f"set model.overrides.{key}, or omit model.config and model.overrides"
+        for key, there, here in function_differences(start_config(path), lm.config)
+    ]
+    if faults:
+        raise ConfigError(faults, str(path))
     weights = start_weights(path, lm.config)
     embedding = weights["model.embed_tokens.weight"]
     if lm.config.tie_word_embeddings and not torch.equal(embedding, weights.get("lm_head.weight", embedding)):
@@ -121,17 +127,6 @@ def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, t
         fault = f"model.init_from: numbers that are not finite in {abbreviate(broken)}; use undamaged weights"
         raise ConfigError([fault], str(path))
     return {name: weights[name] for name in shapes}
-
-
-def _check_function(theirs: PreTrainedConfig, ours: PreTrainedConfig, path: Path) -> None:
-    """Raises :class:`ConfigError` with every setting that makes the same weights compute something else."""
-    faults = [
-        f"model.init_from: {key} is {there!r} in that model and {here!r} in model.config; "
-        f"set model.overrides.{key}, or omit model.config and model.overrides"
-        for key, there, here in function_differences(theirs, ours)
-    ]
-    if faults:
-        raise ConfigError(faults, str(path))
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,11 @@ def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator
         fixed = fixed_settings.get(name)
         yield Change(difference, name) if fixed is None else Change(f"{difference}; {fixed}", None)
     yield from _weight_changes(saved, now, allowed)
-    yield from _model_changes(saved, now)
+    before = keys_with(stored_model_config(saved.model_config), FUNCTION, TRAINING)
+    after = keys_with(stored_model_config(now.model_config), FUNCTION, TRAINING)
+    for key, value in after.items():
+        if before.get(key) != value:
+            yield Change(f"model: {key} is {before.get(key)!r} in the checkpoint, {value!r} now", None)
     yield from _tokenizer_changes(saved, now, allowed)
     if _other_data(saved, now) and "data" not in allowed:
         yield Change("data: other sources, or files that have changed", "data")
@@ -194,14 +198,6 @@ def _weight_changes(saved: Identity, now: Identity, allowed: set[str]) -> Iterat
             f"{name} {before[name]:.3g} in the checkpoint, {share:.3g} now" for name, share in after.items()
         )
         yield Change(f"data.train: the shares of its sources: {shown}", "data.train")
-
-
-def _model_changes(saved: Identity, now: Identity) -> Iterator[Change]:
-    before = keys_with(stored_model_config(saved.model_config), FUNCTION, TRAINING)
-    after = keys_with(stored_model_config(now.model_config), FUNCTION, TRAINING)
-    for key, value in after.items():
-        if before.get(key) != value:
-            yield Change(f"model: {key} is {before.get(key)!r} in the checkpoint, {value!r} now", None)
 
 
 def _tokenizer_changes(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:

@@ -69,7 +69,7 @@ def write_run_folder(
     step: int,
     *,
     changed: Sequence[str] | None,
-) -> Path:
+) -> None:
     """Writes settings, command, versions, commit, model and tokenizer into the run folder. First rank only.
 
     ``changed`` describes what differs from the checkpoint that the run resumes. It is None if there is no checkpoint;
@@ -83,8 +83,16 @@ def write_run_folder(
             start[NOTED] = start_digests(checked.config)
         elif changed:
             start[CHANGED] = list(changed)
-        _write(folder, checked, start)
-    return folder
+        names = RunFolder(folder)
+        write_synced(names.config, dump(checked.config))  # a resume takes the commits of the data from it
+        write_synced(names.model_config, json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
+        if not _holds(names.tokenizer, checked.tokenizer):  # an earlier start may have had another one, or its template
+            work = folder / "tokenizer.tmp"
+            remove(work)
+            save_tokenizer(checked.tokenizer, work)
+            remove(names.tokenizer)
+            work.rename(names.tokenizer)
+        append_synced(names.starts, json.dumps(start))
 
 
 def keep_run_folder(config: Config, made_with: Mapping[str, Any]) -> None:
@@ -106,20 +114,6 @@ def keep_run_folder(config: Config, made_with: Mapping[str, Any]) -> None:
         # a start that was interrupted before it trained may have left other settings
         settings = dump(before.model_copy(update={"train": before.train.model_copy(update=here)}))
         write_if_possible(names.config, settings, without="it stays as the previous start left it")
-
-
-def _write(folder: Path, checked: ResolvedRun, start: dict[str, Any]) -> None:
-    names = RunFolder(folder)
-    write_synced(names.config, dump(checked.config))  # a resume takes the commits of the data from it
-    write_synced(names.model_config, json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
-    tokenizer = names.tokenizer
-    if not _holds(tokenizer, checked.tokenizer):  # an earlier start may have had another one, or another chat template
-        work = folder / "tokenizer.tmp"
-        remove(work)
-        save_tokenizer(checked.tokenizer, work)
-        remove(tokenizer)
-        work.rename(tokenizer)
-    append_synced(names.starts, json.dumps(start))
 
 
 def _holds(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:

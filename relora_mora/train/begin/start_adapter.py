@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters.inject import inject
-from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters
+from relora_mora.adapters.layers import adapter_layers, adapter_parameters
 from relora_mora.checkpoint.layout import MANIFEST, list_checkpoints
 from relora_mora.config.load import ConfigError
 from relora_mora.config.registry import LORA, MORA
@@ -105,7 +105,15 @@ def _tensor_faults(adapter: AdapterFolder, lm: PreTrainedModel) -> Iterator[str]
         foreign = [
             name for name, layer in layers.items() if not adapter.fits(name, layer.in_features, layer.out_features)
         ]
-        yield _other_sizes(adapter, foreign[0], layers) if foreign else _wrong_shape(adapter, wrong, expected)
+        if foreign:
+            name = foreign[0]
+            yield (
+                f"model.adapter: {name} has an M of size {adapter.layers[name]} in {adapter.file}, which does not fit "
+                f"its rank and the layer {layers[name].in_features} -> {layers[name].out_features}; give the model "
+                f"that it was trained on in model.init_from ({adapter.base})"
+            )
+        else:
+            yield _wrong_shape(adapter, wrong, expected)
     # a module with a trainable weight is saved as a whole, with biases that do not train
     whole = {name.rpartition(".")[0] for name, parameter in parameters.items() if parameter.requires_grad}
     frozen = sorted(name for name in adapter.plain() if name in parameters and name.rpartition(".")[0] not in whole)
@@ -114,14 +122,6 @@ def _tensor_faults(adapter: AdapterFolder, lm: PreTrainedModel) -> Iterator[str]
             f"model.adapter: it contains {frozen[0]}, which does not train in this run; set "
             "method.train_linears, train_embeddings, train_norms or train_head as in the run that wrote it"
         )
-
-
-def _other_sizes(adapter: AdapterFolder, name: str, layers: Mapping[str, AdapterLinear]) -> str:
-    sizes = f"{layers[name].in_features} -> {layers[name].out_features}"
-    return (
-        f"model.adapter: {name} has an M of size {adapter.layers[name]} in {adapter.file}, which does not fit its rank "
-        f"and the layer {sizes}; give the model that it was trained on in model.init_from ({adapter.base})"
-    )
 
 
 def _wrong_shape(adapter: AdapterFolder, wrong: list[str], expected: Mapping[str, tuple[int, ...]]) -> str:

@@ -63,8 +63,8 @@ class WeightsAndBiases:
         )
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP)
-        where = f"in {Path(run.dir).parent}; wandb sync sends it" if run.offline else f"on {run.url}"
-        log.info("%s: run %s %s", self.title, identifier, where)
+        target = f"in {Path(run.dir).parent}; wandb sync sends it" if run.offline else f"on {run.url}"
+        log.info("%s: run %s %s", self.title, identifier, target)
         self._run = run
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

@@ -111,20 +111,20 @@ class Metrics:
         for logger in self._loggers:
             self._try(logger.title, partial(logger.write, step, values))
 
-    def _try(self, where: str, action: Callable[[], object]) -> None:
+    def _try(self, target: str, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as error:
-            if where not in self._failing:
+            if target not in self._failing:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
                 log.error(
                     "%s: metrics cannot be written (%s) and will be missing there; training goes on",
-                    where,
+                    target,
                     redact(" ".join(reason.split()) or type(error).__name__),
                 )
-            self._failing.add(where)
+            self._failing.add(target)
         else:
-            self._failing.discard(where)
+            self._failing.discard(target)
 
     def _append(self, line: bytes) -> None:
         file = self._open_file() if self._file is None else self._file  # None if the disk was full in go_back

@@ -82,12 +82,9 @@ class Reporting:
 
     def __init__(self, run: Run, write: Write, progress: Progress) -> None:
         checked = run.checked
-        self.tokens_per_step = run.config.tokens_per_step
+        self.config = run.config
         self.flops_per_token = flops_per_token(checked.model_config, run.config).total
         self.peak_flops = peak_of_device(run.config.log, bf16=checked.bf16)
-        self.every_steps = run.config.log.every_steps
-        self.last_step = run.config.train.steps
-        self.sequence_length = run.config.data.sequence_length
         self.sources = mixture_names(run.config.data) if run.config.data.is_mixture else ()
         self.engine = run.engine
         self.groups = run.groups
@@ -97,7 +94,7 @@ class Reporting:
 
     def after_step(self, state: RunState) -> None:
         """A collective."""
-        if not is_due(self.every_steps, state.step) and state.step != self.last_step:
+        if not is_due(self.config.log.every_steps, state.step) and state.step != self.config.train.steps:
             return
         interval = state.interval
         state.interval = Interval()
@@ -117,7 +114,7 @@ class Reporting:
                 "train/tokens": state.tokens,
                 **speed,
                 "perf/peak_memory_gib": peak_memory_bytes() / 2**30,
-                **data_metrics(interval.data_counts, self.sources, self.sequence_length),
+                **data_metrics(interval.data_counts, self.sources, self.config.data.sequence_length),
             },
         )
         self.progress.show(
@@ -127,7 +124,7 @@ class Reporting:
 
     def _speed(self, interval: Interval) -> dict[str, float]:
         seconds = interval.step_seconds + interval.data_seconds
-        tokens_per_second = interval.steps * self.tokens_per_step / seconds
+        tokens_per_second = interval.steps * self.config.tokens_per_step / seconds
         achieved = tokens_per_second * self.flops_per_token / self.engine.world_size
         return {
             "perf/tokens_per_second": tokens_per_second,
@@ -178,7 +175,7 @@ class Evaluating:
         """
         self.guard.begin("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
         try:
-            self.sets = from_first_rank(self._held_out)  # one rank downloads and tokenizes
+            self.sets = from_first_rank(self._held_out)  # only one rank downloads and tokenizes
         except (ValueError, OSError) as error:
             raise DataFailed([error]) from error
 

@@ -105,17 +105,17 @@ def test_ranks_that_were_given_different_things_do_not_train(
 
 
 def with_less_on_the_second(config: Any, other: Any) -> str:
-    """Each rank checks settings of its own, as if a file were on one host alone. Returns the error's text."""
+    """Each rank checks its own settings, as if a file were on only one host. Returns the error's text."""
     from relora_mora.train.pretrain import pretrain
 
     with pytest.raises(ValueError) as caught:
         pretrain(other if os.environ["RANK"] == "1" else config)
-    assert getattr(caught.value, "same_on_all_ranks", False), "the others are not told that this rank is gone"
+    assert getattr(caught.value, "same_on_all_ranks", False), "the others do not learn that this rank is gone"
     return str(caught.value)
 
 
 @pytest.mark.parametrize("what", ["model", "tokenizer"])
-def test_what_is_missing_on_one_host_alone_is_told_by_the_first_rank(
+def test_a_file_missing_on_one_host_is_reported_by_the_first_rank(
     pools, inputs, tokenizer_path, tmp_path, monkeypatch, what
 ):
     gone = str(tmp_path / "gone")

@@ -49,7 +49,7 @@ def test_changed_settings_are_named():
         ({"bf16": True}, ["the fast precision of the device"]),
     ],
 )
-def test_ranks_are_told_what_differs(changes, said):
+def test_ranks_report_what_differs(changes, said):
     assert describe_differences(identity(), identity(**changes)) == said
 
 
@@ -80,7 +80,7 @@ def test_what_only_rounds_needs_no_permission():
         assert list(changes_since(identity(), with_setting(section, key, value), set())) == []
 
 
-def test_other_text_is_named_beside_what_its_places_depend_on():
+def test_other_text_is_reported_together_with_other_order_settings():
     both = with_setting("data", "seed", 7)
     both.config["data"]["text_column"] = "summary"
     both = replace(both, data_order="other")

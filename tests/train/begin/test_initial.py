@@ -66,7 +66,7 @@ def started(config) -> dict[str, Any]:
 
 
 def _check_values(ranks: list[dict[str, Any]], expected: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """float32 where it is kept, and what is computed with, against the plain model"""
+    """Compares the float32 masters and the compute weights with the plain model."""
     assert set().union(*(rank["base"] for rank in ranks)) | set(ranks[0]["masters"]) >= set(expected)
     for rank in ranks:
         assert list(rank["base"]) == rank["owned"]

@@ -56,7 +56,7 @@ def test_other_files_that_are_missing_are_not_those_of_the_demo(config: Config, 
     assert len(raised.value.faults) == 2 and "make demo" not in str(raised.value)
 
 
-def test_a_wrong_column_is_told_with_what_else_is_wrong(config: Config, tmp_path: Path) -> None:
+def test_a_wrong_column_is_reported_with_other_faults(config: Config, tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["text"])
     wrong = changed(config, "data", train=str(path), validation=str(tmp_path / "b.json"), text_column="body")
     with pytest.raises(ConfigError) as raised:
@@ -76,7 +76,7 @@ def test_sets_that_are_missing_are_named_all_at_once(config: Config, tmp_path: P
         assert all(map(str.startswith, raised.value.faults, named))
 
 
-def test_tokens_of_another_tokenizer_are_told_with_what_else_is_wrong(
+def test_tokens_of_another_tokenizer_are_reported_with_other_faults(
     config: Config, other_tokenizer: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "tokens"

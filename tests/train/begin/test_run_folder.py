@@ -46,7 +46,7 @@ def test_a_read_only_run_folder_is_refused_before_the_model_is_built(pools, inpu
 
 
 def test_a_folder_of_something_else_is_refused_and_left_as_it_is(pools, inputs, tokenizer_path, tmp_path):
-    """As where the settings lie in a folder of their own, and are to be trained there."""
+    """The settings file is already in the folder that the run trains in."""
     folder = tmp_path / "mine"
     (folder / "tokenizer").mkdir(parents=True)
     (folder / "tokenizer" / "notes.txt").write_text("my own")
@@ -94,7 +94,9 @@ def test_a_disk_that_is_full_for_a_while_costs_lines_and_checkpoints_only(inputs
 
 def test_a_link_to_what_is_not_there_is_no_run_folder(tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "unmounted")
-    with pytest.raises(ConfigError, match=r"run is a link to what is not there; mount its disk, or remove the link"):
+    with pytest.raises(
+        ConfigError, match=r"run is a link to a folder that does not exist; mount its disk, or remove the link"
+    ):
         check_run_folder(tmp_path / "run")
 
 
@@ -160,7 +162,7 @@ def test_a_run_whose_folder_is_removed_saves_and_ends(inputs, tokenizer_path, tm
 
 @pytest.mark.stops
 def test_a_run_leaves_alone_what_another_trainer_began_in_its_folder(inputs, tokenizer_path, tmp_path):
-    """As where a run is thrown away and begun anew, and its processes were forgotten."""
+    """A run folder is deleted and started again while its old processes still run."""
     run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     job = Job(_config(inputs, tokenizer_path, run_dir, tmp_path / "run.yaml", steps=100_000))
     job.wait_for_step(run_dir, 15)
@@ -173,7 +175,7 @@ def test_a_run_leaves_alone_what_another_trainer_began_in_its_folder(inputs, tok
 
 
 def masking_nothing(config: Path) -> Answer:
-    """Trains on every rank, begun where all files may be written by everybody."""
+    """Trains on every rank under a umask that makes all files world-writable."""
     before = os.umask(0)
     try:
         return call(PRETRAIN, config)

@@ -58,7 +58,7 @@ def _table(root: Path) -> tuple[list[str], dict[str, dict[str, Any]], dict[str, 
 
 @pytest.mark.parametrize("first", ["full", "remora"])
 def test_runs_of_different_methods_are_compared_by_settings_and_newest_results(tmp_path: Path, first: str) -> None:
-    """The columns are those of the run that TensorBoard reads first."""
+    """TensorBoard takes the columns of the run that it reads first."""
     names = {"full": "a_full" if first == "full" else "b_full", "remora": "b_remora" if first == "full" else "a_remora"}
     _run(tmp_path / names["full"], 30.0, method={"name": "full"}, optim={"lr": 0.25})
     _run(tmp_path / names["remora"], 20.0, method={"rank": 7, "operators": [2, 1]}, train={"run_dir": "r", "seed": 3})

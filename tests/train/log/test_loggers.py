@@ -1,4 +1,4 @@
-"""Loggers beside metrics.jsonl: what they are given, that their faults end no run, and Weights & Biases."""
+"""Loggers besides metrics.jsonl: the values they get, faults that do not end a run, and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ needs_wandb = pytest.mark.skipif(
 
 
 class Recorder:
-    """Keeps what it is told. While ``broken`` everything fails, with an error of no particular kind."""
+    """Records its calls. While ``broken``, every call fails with a generic error."""
 
     def __init__(self, *, broken: bool = False) -> None:
         self.title = "a broken recorder" if broken else "a recorder"
@@ -73,7 +73,7 @@ def folder(tmp_path: Path) -> Path:
     return run
 
 
-def test_a_logger_is_told_all_that_the_file_is(folder: Path) -> None:
+def test_a_logger_gets_everything_that_the_file_gets(folder: Path) -> None:
     recorder = Recorder()
     written = Metrics(folder, step=0, loggers=[recorder])
     written.write(1, {"train/loss": 2.0, "train/skipped_data": ["a text"]})
@@ -207,10 +207,10 @@ def test_a_resume_continues_the_run_and_a_new_start_does_not(folder: Path, servi
         logger.open(step)
         logger.open(2)  # a rollback: the run goes on
         logger.close()
-    first, resumed, anew = service.made
-    assert first["id"] == resumed["id"] != anew["id"]
-    assert (first["resume"], resumed["resume"], anew["resume"]) == (None, "allow", None)
-    assert first["entity"] is None and RunFolder(folder).wandb_id.read_text() == anew["id"] + "\n"
+    first, resumed, restarted = service.made
+    assert first["id"] == resumed["id"] != restarted["id"]
+    assert (first["resume"], resumed["resume"], restarted["resume"]) == (None, "allow", None)
+    assert first["entity"] is None and RunFolder(folder).wandb_id.read_text() == restarted["id"] + "\n"
 
 
 def test_a_service_that_cannot_be_reached_is_said_once(
@@ -286,7 +286,7 @@ def _finished(path: Path) -> list[Any]:
 
 
 def _records(path: Path) -> Iterator[Any]:
-    """What a file of W&B holds: records in blocks, as in LevelDB's log, behind a head of seven bytes."""
+    """The records in a W&B file: blocks as in LevelDB's log, after a header of seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     block, head = 32768, struct.Struct("<IHB")

@@ -183,7 +183,7 @@ def test_a_power_cut_costs_no_line_of_what_a_checkpoint_or_an_end_says_is_done(p
     assert [json.loads(line) for line in found["end"].splitlines()] == metrics_of(tmp_path / "run")
 
 
-def test_metrics_that_a_disk_does_not_keep_are_told_once_and_end_nothing(tmp_path, monkeypatch, capfd):
+def test_metrics_that_a_disk_rejects_are_reported_once_and_end_nothing(tmp_path, monkeypatch, capfd):
     metrics = Metrics(tmp_path, step=0)
     metrics.write(1, {"train/loss": 1.0})
     setup_logging(0)
@@ -317,7 +317,7 @@ def test_a_new_start_shows_nothing_of_the_one_before(tmp_path):
 
 def test_the_documents_say_which_numbers_are_no_curves():
     text = (ROOT / "docs" / "metrics.md").read_text()
-    only_in_file = text.partition("Only in `metrics.jsonl`:")[2].partition("\n\n")[0]
+    only_in_file = text.partition("Some tags are only in `metrics.jsonl`.")[2].partition("\n\n")[0]
     tags = set(re.findall(r"`((?:train|eval|merge)/[a-z_]+)`", only_in_file))
     texts = {"train/skipped_data", "eval/digest"}
     assert {tag for tag in tags if board_tag(tag) is None} == tags - texts

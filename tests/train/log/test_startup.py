@@ -1,4 +1,4 @@
-"""The seconds of a start are those of the command, whatever its process did before it became the command."""
+"""The seconds of a start count from the command, whatever its process did before."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tools.tiny import build_rig, tiny_config
 
 def test_what_was_before_an_exec_is_not_counted(tmp_path: Path) -> None:
     functions = "".join(map(inspect.getsource, (startup._age_of_interpreter, startup._age)))
-    script = tmp_path / "script.py"  # of the functions alone: importing the trainer takes longer than all of this
+    script = tmp_path / "script.py"  # only the functions: importing the trainer takes longer than all of this
     imports = "import logging, os, time\nfrom pathlib import Path\n"
     script.write_text(f"{imports}{functions}\nprint(_age_of_interpreter(), _age(os.getpid()))")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Loss spikes and bad steps, judged from the state alone; rollbacks as they are remembered."""
+"""Loss spikes and bad steps, judged only from the state; and the record of rollbacks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_spike_is_measured_in_standard_deviations_and_does_not_join_the_window
     assert health.spike(mean + 10 * deviation, config) == pytest.approx(10)
     assert health.losses == window
     assert health.spike(mean + 3.9 * deviation, config) is None
-    assert health.spike(mean - 10 * deviation, config) is None  # a fall is no spike
+    assert health.spike(mean - 10 * deviation, config) is None  # a drop is not a spike
 
 
 def test_nothing_is_judged_before_a_quarter_of_the_window():
@@ -57,7 +57,7 @@ def test_steps_without_a_loss_do_not_break_a_row_of_spikes():
     rise = [loss for high in _noisy(4, level=6.0) for loss in (high, math.nan)]
     verdicts = [health.spike(loss, config) for loss in [*_noisy(40), *rise]]
     assert [height is not None for height in verdicts[40:]] == [True, False] * 4
-    assert health.losses == [] and health.spikes == 0, "the window begins anew"
+    assert health.losses == [] and health.spikes == 0, "the window starts again"
 
 
 def test_a_saved_health_judges_as_the_one_it_was_saved_from():
@@ -100,10 +100,10 @@ def test_the_note_of_a_rollback_holds_though_that_of_one_before_was_lost(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("way_back", "stages", "rolls"), [(True, False, True), (False, False, False), (True, True, False)]
+    ("has_checkpoint", "stages", "rolls"), [(True, False, True), (False, False, False), (True, True, False)]
 )
-def test_a_spike_calls_for_a_rollback_where_there_is_a_way_back_and_the_text_is_the_same(
-    monkeypatch, way_back, stages, rolls
+def test_a_spike_causes_a_rollback_if_there_is_a_checkpoint_and_the_text_is_the_same(
+    monkeypatch, has_checkpoint, stages, rolls
 ):
     monkeypatch.setattr("relora_mora.train.loop.judge.sum_over_hosts", lambda values: values)
     data: dict[str, Any] = {"train": [{"source": "a", "weight": 1.0}, {"source": "b", "weight": 1.0}]}
@@ -111,7 +111,7 @@ def test_a_spike_calls_for_a_rollback_where_there_is_a_way_back_and_the_text_is_
         data["stages"] = [{"from_step": 41, "weights": {"a": 0.0, "b": 1.0}}]
     given = {"spike_window": 16, "spike_deviations": 4.0, "on_spike": "rollback", "steps": 100}
     config = tiny_config(data=data, train=given)
-    judge = StabilityMonitor(config, 0, 1, lambda step, values: None, lambda step: way_back)
+    judge = StabilityMonitor(config, 0, 1, lambda step, values: None, lambda step: has_checkpoint)
     state = RunState(initial_seed=0)
     for step, loss in enumerate([*_noisy(40), *_noisy(1, level=6.0)], 1):
         state.step = step

@@ -76,7 +76,7 @@ def test_a_named_start_with_other_settings_puts_nothing_aside(pools, inputs, tok
 
 
 def test_a_named_checkpoint_is_where_a_run_begins_once(pools, inputs, tokenizer_path, tmp_path):
-    """The same command goes on from what it has saved, as whatever starts jobs again has no other."""
+    """The same command continues from what it has saved, since a requeued job has no other command."""
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)
     begin = run_config(inputs, tokenizer_path, folder, train={"resume": str(theirs / "checkpoints" / "step-00000002")})
@@ -110,7 +110,7 @@ def test_a_run_whose_folder_was_removed_goes_on_by_the_same_command(pools, input
     assert [line["step"] for line in read_json_lines(folder / "starts.jsonl")] == [4]
 
 
-def test_a_run_does_not_begin_anew_beside_abandoned_checkpoints(pools, inputs, tokenizer_path, tmp_path):
+def test_a_run_does_not_start_again_next_to_abandoned_checkpoints(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=1)
     for path in (folder / "checkpoints").glob("step-*"):
@@ -153,7 +153,7 @@ def test_a_run_that_goes_back_to_an_abandoned_checkpoint_knows_its_history(pools
     before = read_json_lines(starts)
     start(3, 0.5, resume=str(kept / "step-00000001"))
     assert [step for step, _ in changes_since_first(read_json_lines(starts))] == [1]
-    for _ in range(2):  # and once more, where a kill came before a checkpoint of its own
+    for _ in range(2):  # again after a kill before the first checkpoint of its own
         start(4, 0.25, resume=str(kept / "abandoned-step-00000004"))
         shutil.rmtree(kept / "step-00000004")
     now = read_json_lines(starts)
@@ -197,7 +197,7 @@ def test_a_start_that_made_no_step_of_another_history_is_put_aside(pools, inputs
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)
     folder.mkdir()
-    for step in (0, 2):  # begun anew; then from a checkpoint, and neither came to a step
+    for step in (0, 2):  # started again, then from a checkpoint; neither made a step
         (folder / "starts.jsonl").write_text(json.dumps({"step": step, "epochs": None}) + "\n")
         given = {} if step else {"resume": str(theirs)}
         pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given), stop_after=3)

@@ -87,7 +87,7 @@ def test_a_run_taken_over_and_stopped_before_its_first_step_keeps_its_place_in_t
     [
         ("method", "merge_every", 5, "has made 2 merges, with these settings a run at step 4 has made 0"),
         ("method", "operators", [2, 1], "was made with operator 1, the settings say 2 after step 4"),
-        ("train", "steps", 3, "train.steps: the checkpoint is at step 4 already"),
+        ("train", "steps", 3, "train.steps: the checkpoint is already at step 4"),
     ],
 )
 def test_a_resume_that_no_permission_helps_is_refused_and_puts_no_checkpoint_aside(
@@ -335,17 +335,17 @@ def test_another_setting_of_the_data_needs_one_permission(pools, inputs, tokeniz
 
 
 def test_a_shard_that_was_mended_is_read_on_from_the_same_line(pools, inputs, tokenizer_path, tmp_path):
-    mended, folder, never = tmp_path / "mended", tmp_path / "run", tmp_path / "never"
-    shutil.copytree(inputs, mended)
-    pools(1)(train, run_config(mended, tokenizer_path, never))
-    pools(1)(train, run_config(mended, tokenizer_path, folder), stop_after=4)
-    for path in (mended / "train").iterdir():
+    repaired, folder, never = tmp_path / "repaired", tmp_path / "run", tmp_path / "never"
+    shutil.copytree(inputs, repaired)
+    pools(1)(train, run_config(repaired, tokenizer_path, never))
+    pools(1)(train, run_config(repaired, tokenizer_path, folder), stop_after=4)
+    for path in (repaired / "train").iterdir():
         path.write_bytes(
             gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=1)
         )  # the same lines, another size
-    (message,) = pools(1)(_refused, run_config(mended, tokenizer_path, folder))
+    (message,) = pools(1)(_refused, run_config(repaired, tokenizer_path, folder))
     assert "files that have changed" in message
-    pools(1)(train, run_config(mended, tokenizer_path, folder, train={"allow_changes": ["data"]}))
+    pools(1)(train, run_config(repaired, tokenizer_path, folder, train={"allow_changes": ["data"]}))
     assert _equal(*(run / "checkpoints" / "step-00000010" for run in (never, folder))) == []
 
 

@@ -126,7 +126,7 @@ def seeds_of_forwards(config: Any) -> list[int]:
     return seeds
 
 
-def test_dropout_draws_anew_for_every_step_rank_and_micro_batch_and_resumes_bit_equal(
+def test_dropout_draws_again_for_every_step_rank_and_micro_batch_and_resumes_bit_equal(
     pools, inputs, tokenizer_path, tmp_path
 ):
     folders = {name: tmp_path / name for name in ("never", "stopped", "without")}
@@ -221,7 +221,7 @@ def test_a_run_begins_in_a_new_folder_where_another_one_is(pools, inputs, tokeni
     assert _eval_steps(third) == [10] and (third / "checkpoints" / "step-00000010").exists()
 
 
-def test_a_typing_error_beside_checkpoints_is_told_as_one(pools, inputs, tokenizer_path, tmp_path):
+def test_a_typing_error_next_to_checkpoints_is_reported_as_one(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=1)
     (message,) = pools(1)(

@@ -59,7 +59,7 @@ def faulty(
         return batch
 
     def config_start(trainer: Trainer) -> int:
-        """How many batches came before this process: those of the steps, and those that rollbacks skipped."""
+        """How many batches came before this process, including those that rollbacks skipped."""
         skipped = 0
         state = trainer.state
         if state.rollbacks:
@@ -93,7 +93,7 @@ NAN = {4: float("nan"), 5: float("nan")}
         (0, "fp32", "factors"),  # a loss and its gradient
         (2, "bf16", "factors"),
         (3, "fp32", "factors"),
-        (1, "bf16", "added"),  # a loss alone
+        (1, "bf16", "added"),  # only a loss
         *rest((0, "bf16", "factors"), (1, "bf16", "factors")),
     ],
 )
@@ -154,7 +154,7 @@ def test_bad_steps_in_a_row_roll_back_and_skip_their_data(pools, inputs, tokeniz
 
 
 def on_a_full_disk(config: Any, factors: dict[int, float]) -> tuple[str, list[str]]:
-    """Trains as :func:`faulty` where a rollback can write nothing; returns the errors in the log, too."""
+    """Trains as :func:`faulty` while a rollback cannot write; also returns the errors in the log."""
     from relora_mora.system.logs import log
 
     lines: list[str] = []
@@ -181,13 +181,16 @@ def test_a_rollback_on_a_full_disk_skips_the_data_all_the_same(pools, inputs, to
     rolled, reference = tmp_path / "rolled", tmp_path / "reference"
     pools(2)(faulty, _settings(reference, inputs, tokenizer_path), {}, drop=(4, 5))
     settings = _settings(rolled, inputs, tokenizer_path)
-    each_step = settings.checkpoint.model_copy(update={"every_steps": 1})  # that of step 4 is left behind
+    each_step = settings.checkpoint.model_copy(update={"every_steps": 1})  # leaves a checkpoint of step 4
     (error, lines), _ = pools(2)(on_a_full_disk, settings.model_copy(update={"checkpoint": each_step}), NAN)
     assert error == "" and _same(rolled, reference) and not (rolled / "rollbacks.json").exists()
     assert [line.partition(": ")[0] for line in lines] == [
         str(rolled / name) for name in ("rollbacks.json", "checkpoints/latest")
     ]
-    assert "(No space left on device): a kill before the next checkpoint would have the bad data read again" in lines[0]
+    assert (
+        "(No space left on device): after a kill before the next checkpoint, the bad data would be read again"
+        in lines[0]
+    )
 
 
 def test_a_rollback_to_the_end_of_a_shorter_run_makes_its_merge_again(pools, inputs, tokenizer_path, tmp_path):
@@ -246,7 +249,7 @@ def test_a_loss_spike_is_flagged_and_may_roll_back(pools, inputs, tokenizer_path
         assert _same(folder, reference)
 
 
-def test_a_spike_without_a_way_back_is_only_flagged(pools, inputs, tokenizer_path, tmp_path):
+def test_a_spike_without_an_earlier_checkpoint_is_only_reported(pools, inputs, tokenizer_path, tmp_path):
     settings = {"spike_window": 8, "spike_deviations": 20.0, "on_spike": "rollback"}
     config = _settings(tmp_path / "run", inputs, tokenizer_path, **settings)
     never = config.checkpoint.model_copy(update={"every_steps": 0})
