@@ -149,7 +149,6 @@ def _shapes_of(model_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def has_weights(path: Path) -> bool:
-    """Whether a Hugging Face folder holds weights of a whole model."""
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     return any((path / name).exists() for name in names)
 

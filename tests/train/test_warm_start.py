@@ -217,8 +217,8 @@ def test_every_difference_is_named_at_once(refuses, tmp_path):
     refuses(
         folder,
         "3 faults",
-        "hidden_act is 'gelu' there and 'silu'",
-        "rms_norm_eps is 1e-05 there",
+        "hidden_act is 'gelu' in that model and 'silu'",
+        "rms_norm_eps is 1e-05 in that model",
         "'rope_theta': 500.0",
     )
 
@@ -233,7 +233,7 @@ def test_another_number_of_positions_is_the_same_function(inputs, pools, tokeniz
 
 def test_another_architecture(refuses, tmp_path):
     folder = save(tmp_path / "model", model_type="qwen2", num_key_value_heads=2)
-    refuses(folder, "1 fault", "model_type is 'qwen2' there and 'llama' in model.config")
+    refuses(folder, "1 fault", "model_type is 'qwen2' in that model and 'llama' in model.config")
     rewrite(folder, model_type="gpt2")
     refuses(folder, "model_type is 'gpt2', expected one of llama, mistral, qwen2, qwen3")
     rewrite(folder, ("model_type",))
@@ -314,7 +314,7 @@ def test_a_run_of_ours_is_compared_as_well(refuses, pools, inputs, tokenizer_pat
     pools(1)(
         train, run_config(inputs, tokenizer_path, run, model={"overrides": overrides}, train={"steps": 5}), stop_after=1
     )
-    refuses(run, "2 faults", "rms_norm_eps is 0.0001 there", "'rope_theta': 300.0")
+    refuses(run, "2 faults", "rms_norm_eps is 0.0001 in that model", "'rope_theta': 300.0")
     again = run_config(
         inputs, tokenizer_path, tmp_path / "again", model={"overrides": overrides, "init_from": str(run)}
     )

@@ -78,11 +78,8 @@ def _attempt(errors: list[tuple[str, TokenizerError | SourceError]], setting: st
 
 
 def _combined_error(errors: list[tuple[str, TokenizerError | SourceError]]) -> ValueError:
-    """The error itself if there is only one and it needs no explanation, else one error with all of them.
-
-    The combined error names the setting of each, such as a validation set, and the command that creates missing files
-    of the demo.
-    """
+    """The error itself, or one error with the setting of each if there are several, if one is of a named set, or if
+    files of the demo are missing; it then also says what creates them."""
     [setting, error], *others = errors
     if not others and setting.count(".") == 1 and _DEMO not in str(error):
         return error

@@ -107,7 +107,11 @@ class Metrics:
             for tag, value in values.items()
         }
         line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n"
-        self._try(self.path.name, lambda: self._append(line.encode()))
+        # the file is None if the disk was full in go_back
+        self._try(
+            self.path.name,
+            lambda: append_whole(self._open_file() if self._file is None else self._file, line.encode()),
+        )
         for logger in self._loggers:
             self._try(logger.title, partial(logger.write, step, values))
 
@@ -125,10 +129,6 @@ class Metrics:
             self._failing.add(target)
         else:
             self._failing.discard(target)
-
-    def _append(self, line: bytes) -> None:
-        file = self._open_file() if self._file is None else self._file  # None if the disk was full in go_back
-        append_whole(file, line)
 
     def sync(self) -> None:
         """Makes the lines so far survive a power cut, as checkpoints do, which record what has been evaluated."""

@@ -43,7 +43,6 @@ class Progress:
         self._bar.unpause()
 
     def update(self) -> None:
-        """One more step is done."""
         self.done += 1
         self._bar.update()
 

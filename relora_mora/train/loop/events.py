@@ -74,11 +74,8 @@ class Merging:
 
 
 class Reporting:
-    """Writes a line of metrics over the steps since the last one.
-
-    It comes before anything that a signal may interrupt, and before the checkpoint of its step: otherwise a resume
-    would lose the line.
-    """
+    """Writes a line of metrics over the steps since the last one, before the checkpoint and before anything that a
+    signal may interrupt: otherwise a resume would lose the line."""
 
     def __init__(self, run: Run, write: Write, progress: Progress) -> None:
         checked = run.checked
@@ -155,11 +152,8 @@ class Evaluating:
         return due and state.evaluated != state.step
 
     def is_due_at_start(self, state: RunState) -> bool:
-        """Whether to evaluate before the first step of this start.
-
-        A resumed run does so if its step has no evaluation, because a signal interrupted it or because the run begins
-        with another run's checkpoint.
-        """
+        """Whether to evaluate before the first step of this start. A resumed run does so if its step has no evaluation:
+        a signal interrupted it, or the run begins with another run's checkpoint."""
         if state.step == 0:
             return self.config.eval.at_start
         return state.trouble is None and self.is_missing(state)
@@ -195,10 +189,7 @@ class Evaluating:
         return True
 
     def _held_out(self) -> dict[str, EvalSet]:
-        """The held-out sets, read with the tokenizer in the run folder, as ``launch/evaluate.py`` reads them.
-
-        That tokenizer has the chat template that the run trains on.
-        """
+        # as launch/evaluate.py: the tokenizer in the run folder has the chat template of the training
         limits = self.config.eval
         tokenizer = RunFolder(Path(self.config.train.run_dir)).tokenizer
         return held_out(self.config.data, str(tokenizer), limits.max_tokens, limits.generate)

@@ -39,10 +39,7 @@ from relora_mora.train.state.run_state import DataError, RunState, TrainingError
 
 
 class Shutdown:
-    """Ends a run. Each method returns the exit code or raises, the same on all ranks.
-
-    ``sync_metrics`` is called before the exit is recorded.
-    """
+    """Ends a run with the same exit code or error on all ranks. ``sync_metrics`` is called before it is recorded."""
 
     def __init__(self, folder: Path, saving: Saving, guard: Guard, sync_metrics: Callable[[], None]) -> None:
         self.folder = folder
