@@ -49,12 +49,9 @@ class Startup:
             return
         self.done("first_step")
         self._over = True
-        write(step, self.metrics())
-        log.info("start: %s", self)
-
-    def metrics(self) -> dict[str, float]:
         parts = {f"startup/{part}_seconds": seconds for part, seconds in self.seconds.items()}
-        return {**parts, "startup/seconds": sum(self.seconds.values())}
+        write(step, {**parts, "startup/seconds": sum(self.seconds.values())})
+        log.info("start: %s", self)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{part.replace('_', ' ')} {seconds:.1f}" for part, seconds in self.seconds.items())

@@ -153,7 +153,14 @@ class TensorBoard:
         indented = "".join(f"    {line}\n" for line in dump(config).splitlines())
         self._writer.add_text("run/config", indented, 0)
         self._writer.add_custom_scalars(LAYOUT)
-        values = _compared(config)
+        values = {name: attrgetter(name)(config) for name in _COMPARED}
+        if config.optim.lr_other is None:
+            values["optim.lr_other"] = config.optim.lr
+        if config.model.config is None:
+            values["model.config"] = config.model.init_from
+        values = {
+            name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()
+        }
         sets = [f"eval/{name}/perplexity" for name in config.data.validation_sets if name]
         curves = ["eval/perplexity", "eval/loss", *sets, "train/perplexity", *map(str, map(board_tag, _COSTS))]
         results = dict.fromkeys(curves, 0.0)  # the table shows the newest point of each of these curves
@@ -175,13 +182,3 @@ def _put_before_now(board: Path) -> None:
     for file in board.glob(f"{_EVENTS}*"):
         if file.name >= before:
             file.rename(file.with_name(f"{before}.{file.name.removeprefix(_EVENTS)}"))
-
-
-def _compared(config: Config) -> dict[str, Any]:
-    """The settings in the table of runs, with lists as text."""
-    values = {name: attrgetter(name)(config) for name in _COMPARED}
-    if config.optim.lr_other is None:
-        values["optim.lr_other"] = config.optim.lr
-    if config.model.config is None:
-        values["model.config"] = config.model.init_from
-    return {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
