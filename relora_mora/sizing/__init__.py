@@ -1,1 +1,1 @@
-"""What a run needs, computed from shapes: memory, arithmetic, and whether it fits."""
+"""What a run needs, computed from shapes: its memory, its arithmetic, and whether it fits."""

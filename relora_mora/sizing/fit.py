@@ -1,4 +1,4 @@
-"""Whether settings go with a model: adapters beside their weights, the state of training in the memory there is."""
+"""Checks that adapters are smaller than their weights, and that the training state fits into memory."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from relora_mora.sizing.memory import peak_memory, state_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.system.logs import counted
 
-USABLE = 0.9  # of a device's memory: the rest is for the CUDA context, NCCL's buffers and fragmentation
-VECTOR = 8  # elements
-RESIDENT_SHARE = 0.5  # of the memory: a step of a run with resident layers is planned to take no more
+USABLE = 0.9  # share of a device's memory; the CUDA context, NCCL's buffers and fragmentation take the rest
+VECTOR = 8  # bf16 elements in 16 bytes
+RESIDENT_SHARE = 0.5  # the largest share of the memory that a step with resident layers may be planned to take
 
 
 def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None:
-    """Raises :class:`ConfigError` where adapters are larger than the weights beside them, or a square than a layer."""
+    """Raises :class:`ConfigError` if the adapters are larger than their weights, or a square than both widths."""
     if not method.uses_adapters:
         return
     shapes = {kind: shape for kind, shape in linear_shapes(model_config).items() if kind in method.target_modules}
     by_size = method.uses_squares and method.square_size is not None
     setting = "square_size" if by_size else "rank_pattern" if method.rank_pattern else "rank"
     faults = [
-        f"method.{setting}: R of {size} is more than both widths of {kind} ({inputs} -> {outputs}); lower it"
+        f"method.{setting}: R of {size} is larger than both widths of {kind} ({inputs} -> {outputs}); lower it"
         for kind, (inputs, outputs) in shapes.items()
         if method.uses_squares and (by_size or kind in method.rank_pattern)
         if (size := layer_square_size(method.of(kind), inputs, outputs)) > max(inputs, outputs)
@@ -40,27 +40,27 @@ def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None
     adapters = adapter_parameters(method, shapes)
     if adapters > weights and not faults:
         faults.append(
-            f"method.{setting}: the adapters of a layer have {adapters:,} parameters, more than the {weights:,} of the "
-            "weights beside them; lower it, or use method.name=full"
+            f"method.{setting}: the adapters of a layer have {adapters:,} parameters, more than the {weights:,} of its "
+            "weights; lower it, or use method.name=full"
         )
     if faults:
         raise ConfigError(faults, "the settings")
 
 
 def adapter_parameters(method: MethodConfig, shapes: Mapping[str, tuple[int, int]]) -> int:
-    """Parameters of the adapters of one decoder layer, whose linears have these (in, out)."""
+    """The number of adapter parameters in one decoder layer; ``shapes`` are the (in, out) of its linears."""
     layer = layer_class(method)
     return sum(layer.parameters_for(method.of(kind), inputs, outputs) for kind, (inputs, outputs) in shapes.items())
 
 
 def uneven_widths(model_config: PreTrainedConfig) -> list[str]:
-    """Widths that a GPU is slow with: rows in bf16 that are not whole vectors of 16 bytes, each with the next good one.
+    """One note for each width that makes a GPU slow, with the next good width.
 
-    cuBLAS asks for multiples of 16 bytes in all matrices of a product (its documentation, "Tensor Core Usage").
+    cuBLAS wants rows of whole 16-byte vectors in all matrices of a product ("Tensor Core Usage" in its documentation).
     """
     widths = ("hidden_size", "intermediate_size", "vocab_size")
     return [
-        f"{name} of {width:,} is no multiple of {VECTOR}: a GPU is slow with its products; "
+        f"{name} of {width:,} is not a multiple of {VECTOR}: a GPU is slow with its products; "
         f"{-(-width // VECTOR) * VECTOR:,} would be better for a new model"
         for name in widths
         if (width := getattr(model_config, name)) % VECTOR
@@ -68,10 +68,10 @@ def uneven_widths(model_config: PreTrainedConfig) -> list[str]:
 
 
 def check_memory(model_config: PreTrainedConfig, setup: Setup, available: float, on_host: float) -> None:
-    """Raises :class:`ConfigError` when what a rank always has is more than its ``available`` bytes.
+    """Raises :class:`ConfigError` if the permanent state of a rank needs more than its ``available`` bytes.
 
-    That is weights, masters and optimizer state, and its part of the float32 base; the base of a rank on a GPU is in
-    the memory that it has ``on_host``.
+    The state consists of weights, masters, optimizer state, and the rank's part of the float32 base. If the rank uses
+    a GPU, the base has to fit into the ``on_host`` bytes of host memory instead.
     """
     state = state_memory(meta_model(model_config, setup.config.method), setup)
     needed = state.weights + state.masters + state.optimizer + (0 if setup.on_gpu else state.host_base)
@@ -81,23 +81,23 @@ def check_memory(model_config: PreTrainedConfig, setup: Setup, available: float,
     parts = [("weights and optimizer state", needed, available, higher)]
     if setup.on_gpu:
         parts.append(("the base weights in host memory", state.host_base, on_host, ""))
-    for what, size, there, remedy in parts:
-        if size > there:
+    for part, size, limit, remedy in parts:
+        if size > limit:
             fault = (
-                f"model: {what} need {size / 2**30:,.1f} GiB on each of {counted(world_size, 'rank')}, "
-                f"and there are {there / 2**30:,.1f} for each; take a smaller model, or more devices or hosts{remedy}: "
+                f"model: {part} need {size / 2**30:,.1f} GiB on each of {counted(world_size, 'rank')}, "
+                f"and each has {limit / 2**30:,.1f}; take a smaller model, or more devices or hosts{remedy}: "
                 "launch/plan.py says what a run needs"
             )
             raise ConfigError([fault], "the settings")
 
 
 def choose_resident(model: PreTrainedModel, setup: Setup, available: float | None) -> None:
-    """Where ``method.form`` is ``auto``, makes the layers resident that would build ``W + delta`` for each use.
+    """If ``method.form`` is ``auto``, makes layers resident that would otherwise build ``W + delta`` for each use.
 
-    It does so where a step is planned to take at most half of the ``available`` bytes of a rank (None: not known, and
-    taken to be enough), on CPUs only where it has several micro-batches, and not at stage 3, where no gain has been
-    measured. The results are the same bits, so ranks and resumes may choose differently; in compiled layers they are
-    the same up to rounding.
+    This needs a step that is planned to take at most half of the ``available`` bytes of a rank (None: unknown, and
+    assumed to be enough) and, on CPUs, several micro-batches. Layers are never resident at stage 3, because no gain has
+    been measured there. Both forms give the same bits, so ranks and resumes may choose differently; in compiled layers
+    they agree up to rounding.
     """
     if setup.config.method.form != "auto":
         return
@@ -114,9 +114,9 @@ def choose_resident(model: PreTrainedModel, setup: Setup, available: float | Non
 
 
 def stage_advice(model: PreTrainedModel, setup: Setup, available: float) -> str | None:
-    """Where the settings say stage 2 and stage 1 sends less and fits into the ``available`` bytes of a rank: so.
+    """Advice to use stage 1 if the settings say stage 2, and stage 1 sends less and fits into ``available`` bytes.
 
-    On GPUs stage 2 sends beside backward, so that it depends on the network which is faster.
+    On GPUs stage 2 sends gradients during backward, so the network decides which stage is faster.
     """
     if setup.stage != 2 or setup.world_size == 1 or setup.micro_batches == 1:
         return None

@@ -1,10 +1,10 @@
-"""Arithmetic of one token, from the shapes of the layers.
+"""The FLOPs of one token, from the shapes of the layers.
 
-Counted are the matrix products, a multiplication and an addition as two FLOPs; forward and backward together. A linear
-in -> out that trains costs 6 in out: 2 forward, 2 for the input's gradient, 2 for the weight's. A frozen one costs
-4 in out. Attention counts the whole square of positions, as is usual (PaLM, arXiv 2204.02311, appendix B), though
-kernels skip the masked half. The input's gradient is counted for every layer, the first too. Sums and copies of the
-operators, norms, rotary embeddings and the optimizer are memory traffic and not counted.
+Only matrix products count, forward and backward together; a multiplication and an addition are two FLOPs. A trained
+linear in -> out costs 6 in out: 2 forward, 2 for the input's gradient, 2 for the weight's. A frozen one costs 4 in out.
+Attention counts the whole square of positions, as is usual (PaLM, arXiv 2204.02311, appendix B), although kernels skip
+the masked half. The input's gradient is counted for every layer, including the first. The operators' sums and copies,
+norms, rotary embeddings and the optimizer are memory traffic and are not counted.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from relora_mora.optim.groups import set_trainable
 class Flops:
     """FLOPs of one token, forward and backward.
 
-    ``recomputed`` is what activation checkpointing does a second time: part of the work, not of the model's arithmetic,
-    so utilisation ("model FLOPs utilisation") leaves it out.
+    ``recomputed`` is what activation checkpointing computes a second time. The devices do this work, but it does not
+    belong to the model's arithmetic, so "model FLOPs utilisation" leaves it out.
     """
 
     linears: float
@@ -38,17 +38,17 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """What the model's arithmetic needs."""
+        """FLOPs of the model's arithmetic."""
         return self.linears + self.adapters + self.attention + self.head
 
     @property
     def performed(self) -> float:
-        """What the devices do."""
+        """FLOPs that the devices compute."""
         return self.total + self.recomputed
 
 
 def meta_model(model_config: PreTrainedConfig, method: MethodConfig) -> PreTrainedModel:
-    """The model with its adapters and its trainable parameters marked, without memory (on the meta device)."""
+    """Builds the model with adapters and marked trainable parameters on the meta device, which takes no memory."""
     with torch.device("meta"):
         model = model_class(model_config)(model_config)
         if method.uses_adapters:
@@ -58,15 +58,16 @@ def meta_model(model_config: PreTrainedConfig, method: MethodConfig) -> PreTrain
 
 
 def flops_per_token(model_config: PreTrainedConfig, config: Config) -> Flops:
-    """FLOPs of one token in training with these settings; nothing is allocated."""
+    """FLOPs of one training token with these settings; allocates nothing."""
     return flops_of(meta_model(model_config, config.method), model_config, config)
 
 
 def flops_of(model: PreTrainedModel, model_config: PreTrainedConfig, config: Config) -> Flops:
-    """FLOPs of one token for a model with its adapters and its trainable parameters marked.
+    """FLOPs of one token for a model that has its adapters and its trainable parameters marked.
 
-    The cost of type 6's blocks is averaged over the cycle of operators; LoRA's product ``B A``, made once for each use
-    of a layer, is shared by the tokens of a micro-batch; of a resident layer it is made once a step and not counted.
+    The cost of operator 6's blocks is averaged over the cycle of operators. LoRA's product ``B A`` is computed once for
+    each use of a layer, so the tokens of a micro-batch share its cost. A resident layer computes it once a step; that
+    is not counted.
     """
     tokens = config.tokens_per_micro_batch
     linears = adapters = forward = 0.0

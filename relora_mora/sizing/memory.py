@@ -1,43 +1,45 @@
-"""Memory of one device, part by part, and parameters: formulas from shapes, nothing is allocated.
+"""The memory of one device, part by part: formulas from shapes, nothing is allocated.
 
 Symbols: T trainable and F frozen parameters, N ranks, b bytes of the compute type (2 in bf16, 4 in fp32), n tokens of a
-micro-batch, h hidden, f intermediate, q and k widths of queries and keys, V vocabulary, R size of a square matrix.
+micro-batch, h hidden size, f intermediate size, q and k widths of queries and keys, V vocabulary size, R size of a
+square matrix. Activations are bytes per token.
 
-After the sources of DeepSpeed 0.19 and transformers 5.24:
+The formulas follow the sources of DeepSpeed 0.19 and transformers 5.24:
 
 ==============  ======================================================================================================
 part            bytes
 ==============  ======================================================================================================
 weights         b (T + F); stage 3: b (T + F) / N
-merged          ``W + delta`` of resident linears, from a step's first forward to its last backward: b each element
-gathered        stage 3: what forward gathers of other ranks' weights and keeps for backward (DeepSpeed's default reuse
-                distance keeps it), b min(T + F, ``stage3_max_live_parameters``); parameters of at most
-                ``stage3_param_persistence_threshold`` elements always
-masters         float32 copies of what trains: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at stages 1-3
-                DeepSpeed clones them though the parameters are float32 already
-optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N; other optimizers of matrices: ``optimizer.py``
-gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T that stays.
-                Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N; at stage 3 it stays.
-                A step in fp32 on stages 1-3 copies 4 T / N. The reduction of stage 1 in bf16 copies 2 bytes an element
-                of the groups of parameters that go at once (until they have more than 500 M), and 4 more of several
-buffers         one bucket of ``reduce_bucket_size`` elements of b bytes: stages 2 and 3, and 1 in fp32; at stages 1 and
-                2 a second one with ``overlap_comm``
-activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) where queries and keys have norms of their
-                own, b (2 q + 2 k) for attention, with eager attention the weights of each head in float32 and, in
-                bf16, in it; 3 b f for the gated product and
-                the inputs of its linears: b (2 h + f) where they, or LoRA, train; b R for each linear with MoRA, of
-                which only ``C x`` is kept. A compiled layer computes norms and the gated product once more and keeps
-                2 h b and 2 b f for them. With activation checkpointing b h a layer, and one whole layer
-scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 a token, and the head's gradient
-                (4 + b) h V; on a GPU b V a token and 4 h V, or then (4 + b) h V; in backward: the gradients of the
-                gated product, 2 b f a token, or of eager attention's weights, and ``W + delta`` of one linear that is
-                not resident; in the step what an optimizer of whole matrices needs (``optimizer.py``)
+merged          ``W + delta`` of resident linears, b per element, from the first forward to the last backward of a step
+gathered        stage 3: forward gathers other ranks' weights and keeps them for backward (because of DeepSpeed's
+                default reuse distance), b min(T + F, ``stage3_max_live_parameters``); parameters of at most
+                ``stage3_param_persistence_threshold`` elements always stay gathered
+masters         float32 copies of the trainable parameters: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at
+                stages 1-3 DeepSpeed clones them even if the parameters are float32 already
+optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N; other matrix optimizers: ``optimizer.py``
+gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T, which
+                stays. Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N, which stays at
+                stage 3. An fp32 step at stages 1-3 copies 4 T / N. The reduction of stage 1 in bf16 copies 2 bytes per
+                element of the parameter groups that it reduces at once (until these have more than 500 M elements), and
+                4 more bytes if there are several of these groups
+buffers         one bucket of ``reduce_bucket_size`` elements of b bytes at stages 2 and 3, and at 1 in fp32; with
+                ``overlap_comm`` a second one at stages 1 and 2
+activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) if queries and keys have their own norms,
+                and b (2 q + 2 k) for attention; eager attention keeps each head's weights in float32 and, in bf16, a
+                rounded copy; 3 b f for the gated product; and
+                the inputs of its linears: b (2 h + f) if they or their LoRA train, b R for each linear with MoRA, which
+                keeps only ``C x``. A compiled layer recomputes norms and the gated product, and keeps 2 h b and 2 b f
+                for them. With activation checkpointing b h per layer, and one whole layer
+scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 per token, and the head's gradient
+                (4 + b) h V; on a GPU b V per token and 4 h V, and afterwards (4 + b) h V. In backward: the gradients of
+                the gated product, 2 b f per token, or of eager attention's weights, and ``W + delta`` of one linear
+                that is not resident. In the step: the workspace of a matrix optimizer (``optimizer.py``)
 ==============  ======================================================================================================
 
-A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N. Beside a GPU
-it is pinned, and torch rounds its bytes up to a power of two. The first rank reads ``model.init_from`` as a whole, in
-float32, 4 bytes a parameter without adapters, until weights and copies are filled.
-Not counted: the CUDA context, fragmentation, the Python process itself.
+A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N. With a GPU
+the copy is pinned, and torch rounds its bytes up to a power of two. The first rank reads all of ``model.init_from`` in
+float32, 4 bytes per parameter without adapters, until weights and copies are filled.
+The CUDA context, fragmentation and the Python process itself are not counted.
 """
 
 from __future__ import annotations
@@ -60,18 +62,18 @@ from relora_mora.optim.groups import count_parameters, parameter_groups
 from relora_mora.sizing import optimizer
 from relora_mora.sizing.setup import MAX_LIVE_PARAMETERS, Setup
 
-REDUCED_TOGETHER = 500_000_000  # DeepSpeed's: elements, at stage 1 in bf16, of which the last group may have more
+REDUCED_TOGETHER = 500_000_000  # elements that DeepSpeed reduces at once at stage 1 in bf16; the last group may exceed
 
 PARTS = ("weights", "merged", "gathered", "masters", "optimizer", "gradients", "buffers", "activations", "scratch")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device when a step needs most, and of a rank in host memory.
+    """Bytes on one device at the peak of a step, and bytes of a rank in host memory.
 
-    ``host_base``: the float32 copies of frozen weights. ``host_checkpoint``: masters and moments on their way to disk,
-    of which pinned memory may take twice as much. ``host_start``: of the first rank, the weights that a run begins
-    with, until they are in their places.
+    ``host_base``: the float32 copies of frozen weights. ``host_checkpoint``: masters and moments on their way to disk;
+    pinned memory for them may take twice as much. ``host_start``: the initial weights on the first rank, until they
+    have been copied to their places.
     """
 
     phase: str  # loss | backward's start | backward's end | reduction | step
@@ -94,7 +96,7 @@ class Memory:
 
 
 def peak_memory(model: PreTrainedModel, setup: Setup) -> Memory:
-    """Memory of one device when a step needs most: at the loss, in the first layers of backward, or in the update."""
+    """Memory of one device at the peak of a step: the largest of its phases (see ``Memory.phase``)."""
     state = state_memory(model, setup)
     gradients = gradient_memory(group_sizes(model, setup.config.optim), setup)
     before = gradients.between_micro_batches if setup.micro_batches > 1 else gradients.between_steps
@@ -126,7 +128,7 @@ def peak_memory(model: PreTrainedModel, setup: Setup) -> Memory:
 
 
 def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
-    """What stays between steps, gradients apart."""
+    """The state that stays between steps, without gradients."""
     counts = count_parameters(model)
     stage = setup.stage
     moments = optimizer.state_bytes(model, setup.config.optim)
@@ -153,13 +155,13 @@ def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
 
 
 def merged_memory(model: PreTrainedModel, setup: Setup) -> float:
-    """Bytes of ``W + delta`` of all layers that keep it within a step, at stage 3 a slice of each."""
+    """Bytes of ``W + delta`` in all resident layers; at stage 3 each rank has a slice of it."""
     resident = sum(layer.weight.numel() for _, layer in adapter_layers(model) if layer.resident)
     return setup.width * resident / setup.weight_sharers
 
 
 def gathered_memory(model: PreTrainedModel, setup: Setup) -> float:
-    """Bytes of the weights that stage 3 has gathered where it has most of them, at the end of forward."""
+    """Bytes of gathered weights at stage 3 when they are largest, at the end of forward."""
     if setup.weight_sharers == 1:
         return 0
     every = sum(parameter.numel() for parameter in model.parameters())
@@ -167,7 +169,7 @@ def gathered_memory(model: PreTrainedModel, setup: Setup) -> float:
 
 
 def _host_base(model: PreTrainedModel, world_size: int, *, pinned: bool) -> float:
-    """Bytes of the float32 copies on the rank that has most; the i-th frozen weight belongs to rank i mod world size"""
+    """Bytes of float32 copies on the rank with the most; the i-th frozen weight belongs to rank i mod world size."""
     sizes = [4 * parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
     if pinned:
         sizes = [1 << (size - 1).bit_length() for size in sizes]
@@ -176,7 +178,7 @@ def _host_base(model: PreTrainedModel, world_size: int, *, pinned: bool) -> floa
 
 @dataclass(frozen=True)
 class GradientMemory:
-    """Bytes of gradients in five phases; the last two include the copies that are made then."""
+    """Bytes of gradients in five phases; the last two include the copies made in that phase."""
 
     between_steps: float
     between_micro_batches: float
@@ -186,13 +188,13 @@ class GradientMemory:
 
 
 def group_sizes(model: PreTrainedModel, optim: OptimConfig) -> list[int]:
-    """Elements of each group of parameters that the optimizer has."""
+    """The number of elements in each of the optimizer's parameter groups."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return [sum(sizes[name] for name in group.parameters) for group in parameter_groups(model, optim)]
 
 
 def gradient_memory(groups: Sequence[int], setup: Setup) -> GradientMemory:
-    """``groups``: the elements of each group of parameters, in the optimizer's order."""
+    """``groups``: the number of elements of each parameter group, in the optimizer's order."""
     stage = setup.stage
     bf16 = setup.bf16
     whole = 4 * sum(groups)
@@ -221,9 +223,9 @@ def _reduction_copies(groups: Sequence[int]) -> int:
 
 
 def activation_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, float, float]:
-    """Bytes that backward needs of one micro-batch: (kept by forward, needed by one decoder layer, the mask).
+    """Activation bytes of one micro-batch: (kept by forward for backward, needed by one decoder layer, the mask).
 
-    There is one mask for all layers, which forward keeps.
+    All layers share one mask, which forward keeps.
     """
     config = setup.config
     width = setup.width
@@ -257,16 +259,16 @@ def activation_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, floa
 
 
 def _normed_heads(model: PreTrainedModel) -> int:
-    """Heads of queries and keys of a token that have a norm of their own, as in a Qwen3."""
+    """The number of query and key heads that have their own norm, as in Qwen3; 0 if the model has no such norms."""
     attention = model.model.layers[0].self_attn
     shared = model.config.num_key_value_heads
     return model.config.num_attention_heads + shared if hasattr(attention, "q_norm") else 0
 
 
 def _linear_inputs(model: PreTrainedModel, config: Config) -> float:
-    """Elements of one token that a decoder layer's linears keep for their own gradients, averaged over the layers.
+    """Elements per token that the linears of a decoder layer keep for their gradients, averaged over the layers.
 
-    An input that several linears share is kept once; the input of ``o_proj`` is attention's output, which is kept
+    An input that several linears share is kept once. The input of ``o_proj`` is attention's output, which is kept
     anyway.
     """
     elements: dict[tuple[str, str, str], int] = {}
@@ -290,7 +292,7 @@ def _compute_type(setup: Setup) -> torch.dtype:
 
 
 def scratch_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, float]:
-    """Bytes that come and go: (at the loss, in backward)."""
+    """Bytes of temporary memory: (at the loss, in backward)."""
     config = setup.config
     on_gpu = setup.on_gpu
     width = setup.width
@@ -309,7 +311,7 @@ def scratch_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, float]:
             built = max(built, layer.weights_built * layer.weight.numel())
     in_backward = 2 * width * tokens * model.config.intermediate_size
     if config.model.attention == "eager":
-        # in float32 before and behind the softmax, when the gated product and the rounded weights are gone
+        # in float32 before and after the softmax, when the gated product and the rounded weights have been freed
         weights = tokens * model.config.num_attention_heads * config.data.sequence_length
         in_backward = max(in_backward, weights * (6 if setup.bf16 else 8) - 1.5 * in_backward)
     return at_loss, in_backward + width * (built + trains)

@@ -1,4 +1,4 @@
-"""How a run is carried out, as far as its memory, its network and its time depend on that."""
+"""The choices that decide a run's memory, network traffic and time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PERSISTENCE_THRESHOLD = 100_000
 
 @dataclass(frozen=True)
 class Setup:
-    """Settings at a ZeRO stage, which need not be that of ``config``, on so many ranks."""
+    """A run's settings on ``world_size`` ranks, at a ZeRO stage that may differ from the one in ``config``."""
 
     config: Config
     stage: int
@@ -23,7 +23,7 @@ class Setup:
     _: KW_ONLY
     bf16: bool
     on_gpu: bool = False
-    compiled: bool | None = None  # the decoder layers; None: as model.compile says
+    compiled: bool | None = None  # whether decoder layers are compiled; None: as model.compile says
 
     @property
     def width(self) -> int:
@@ -41,7 +41,7 @@ class Setup:
 
     @property
     def micro_batches(self) -> int:
-        """Of a step, on each rank."""
+        """Micro-batches of a step on each rank."""
         return self.config.accumulation_steps(self.world_size)
 
     @property
@@ -54,5 +54,5 @@ class Setup:
         return self.zero("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
 
     def zero(self, name: str, default: int) -> int:
-        """A number of DeepSpeed's ``zero_optimization``, as ``train.deepspeed`` sets it."""
+        """A number from ``zero_optimization`` in ``train.deepspeed``, or the default."""
         return int(self.config.train.deepspeed.get("zero_optimization", {}).get(name, default))

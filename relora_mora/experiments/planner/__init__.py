@@ -1,1 +1,1 @@
-"""What a run needs on a cluster: memory for each stage, network, tokens and time."""
+"""The planner: what a run needs on a cluster in memory for each stage, network, tokens and time."""

@@ -1,17 +1,17 @@
-"""The time of a step on a cluster, by a stated model.
+"""A model of the time of one step on a cluster.
 
-A step takes compute + optimizer + what the network takes and is not hidden:
+A step takes compute + optimizer + network - hidden:
 
-compute    on a GPU by ``compute.py``; FLOPs of the arithmetic / (ranks x peak x utilisation) where that is given
-optimizer  AdamW in float32 reads 16 and writes 12 bytes for each parameter that a rank owns, and writes the weight: at
-           the device's memory bandwidth. Where matrices have another optimizer, its passes and its products
-           (``optimizer.py``), the products at the rate of the arithmetic
-network    bytes that a device sends in a ring (``network.py``) / bandwidth, where the slowest part of the ring
-           decides: from device to device within a host, and from host to host, where a ring's bytes leave each host
-           once. Latency is not counted
-hidden     DeepSpeed sends while it computes at stage 3, and at stage 2 with ``overlap_comm``, the default on GPUs: at
-           stage 3 all of it behind compute, at stage 2 the gradients behind backward, two thirds of compute. Elsewhere
-           it computes, then sends
+compute    on a GPU from ``compute.py``; FLOPs of the arithmetic / (ranks x peak x utilisation) if that is given
+optimizer  AdamW in float32 reads 16 and writes 12 bytes for each parameter that a rank owns, and writes the weight, at
+           the device's memory bandwidth. If matrices have another optimizer: its passes and its products
+           (``optimizer.py``), with the products at the rate of the arithmetic
+network    bytes that a device sends in a ring (``network.py``) / bandwidth. The slowest part of the ring decides: from
+           device to device within a host, or from host to host, where a ring's bytes leave each host once. Latency is
+           not counted
+hidden     DeepSpeed sends while it computes at stage 3, and at stage 2 with ``overlap_comm``, the default on GPUs:
+           compute can hide all traffic of stage 3; backward, two thirds of compute, can hide the gradients of stage 2.
+           Otherwise DeepSpeed computes first, then sends
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BACKWARD_SHARE = 2 / 3
 
 @dataclass(frozen=True)
 class Cluster:
-    """Hosts with equal devices. ``link_gbits``: one host's network, all cards together; None: as the vendor's host."""
+    """Hosts with equal devices. ``link_gbits``: the network of one host, all its cards together; None: the vendor's."""
 
     nodes: int
     devices_per_node: int
@@ -41,11 +41,11 @@ class Cluster:
 
     @property
     def node_gbits(self) -> float:
-        """Network of one host in Gbit/s, 0 where it is not known."""
+        """Network of one host in Gbit/s; 0 if unknown."""
         return self.device.node_gbits * self.devices_per_node if self.link_gbits is None else self.link_gbits
 
     def seconds_to_send(self, size: float) -> float:
-        """For bytes that each device of a ring sends; 0 where no bandwidth is known."""
+        """Seconds for ``size`` bytes that each device of a ring sends; 0 if no bandwidth is known."""
         rates = [self.device.peer_gbytes_per_s * 1e9] if self.devices_per_node > 1 else []
         rates += [self.node_gbits * 1e9 / 8] if self.nodes > 1 else []
         return max([0.0, *(size / rate for rate in rates if rate)])
@@ -53,7 +53,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step, by part; ``hidden`` is the part of ``network`` that passes while the devices compute."""
+    """Seconds of one step, by part; ``hidden`` is the part of ``network`` that overlaps with compute."""
 
     compute: float
     optimizer: float
@@ -75,10 +75,10 @@ def step_time(
     passes: float,
     products: float,
 ) -> StepTime:
-    """Seconds of a step whose arithmetic takes ``compute``.
+    """Seconds of a step whose arithmetic takes ``compute`` seconds.
 
-    The optimizer reads and writes ``passes`` bytes beside the weights of the ``trainable`` parameters, and its matrix
-    products take ``products`` seconds: of all ranks together, who share them from stage 1 on.
+    The optimizer reads and writes ``passes`` bytes in addition to the weights of the ``trainable`` parameters, and its
+    matrix products take ``products`` seconds. Both are totals over all ranks, which share them from stage 1 on.
     """
     stage = setup.stage
     bandwidth = cluster.device.memory_gbytes_per_s * 1e9

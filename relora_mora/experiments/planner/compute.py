@@ -1,9 +1,8 @@
-"""The time in which a GPU computes a micro-batch, calculated from counts; measured on none.
+"""The time that a GPU takes to compute a micro-batch, calculated from counts. It has not been measured on any GPU.
 
-The decoder layers do their matrix products at ``PRODUCTS_RATE`` of the peak and read and write ``moved`` bytes at the
-memory's bandwidth, one after the other. Meanwhile the host launches their kernels one by one; a device that is faster
-than its host waits. Counts are those of tests/fakecuda, for micro-batches of 8,192 tokens; head, loss and optimizer are
-not among them.
+The decoder layers compute their matrix products at ``PRODUCTS_RATE`` of the peak, then read and write ``moved`` bytes
+at the memory's bandwidth. Meanwhile the host launches their kernels one by one; a device that is faster than its host
+waits. The counts come from tests/fakecuda, for micro-batches of 8,192 tokens, without head, loss and optimizer.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from relora_mora.config.registry import LORA, MORA, Adapter
 from relora_mora.sizing.setup import Setup
 from relora_mora.system.devices import Device
 
-PRODUCTS_RATE = 0.6  # of the data sheet's peak: assumed
-# Python, torch and autograd for one operation: measured with tiny tensors on a Zen 4 core (docs/performance.md)
+PRODUCTS_RATE = 0.6  # share of the data sheet's peak, assumed
+# Python, torch and autograd for one operation, measured with tiny tensors on a Zen 4 core (docs/performance.md)
 LAUNCH_SECONDS = 13e-6
-FORWARD = 1 / 3  # of a layer's launches and bytes: what activation checkpointing does a second time, assumed
+FORWARD = 1 / 3  # share of a layer's launches and bytes that activation checkpointing repeats, assumed
 
 
 class LayerWork(NamedTuple):
-    """Of one decoder layer in bf16, forward and backward."""
+    """The work of one decoder layer in bf16, forward and backward."""
 
     launches: float
-    moved: float  # bytes for each token and hidden feature
+    moved: float  # bytes per token and hidden feature
 
 
-# by adapter, and whether W + delta is resident; one that is not here counts as LoRA, of which most is known
+# by (adapter, whether W + delta is resident); an adapter that is missing here counts as LoRA
 EAGER: dict[tuple[Adapter | None, bool], LayerWork] = {
     (None, False): LayerWork(109, 645),
     (LORA, False): LayerWork(158, 705),
@@ -47,19 +46,15 @@ COMPILED: dict[tuple[Adapter | None, bool], LayerWork] = {
 }
 
 
-def _counted(adapter: Adapter | None) -> Adapter | None:
-    return adapter if (adapter, False) in EAGER else LORA
-
-
-def _build(adapter: Adapter | None) -> LayerWork:
-    """Of ``W + delta``, which layers that are not resident build twice."""
+def _build_work(adapter: Adapter | None) -> LayerWork:
+    """The work of building ``W + delta`` once; layers that are not resident build it twice."""
     twice, never = EAGER[adapter, False], EAGER[adapter, True]
     return LayerWork((twice.launches - never.launches) / 2, (twice.moved - never.moved) / 2)
 
 
 @dataclass(frozen=True)
 class ComputeTime:
-    """Seconds of one micro-batch."""
+    """Seconds that one micro-batch takes."""
 
     products: float
     passes: float
@@ -83,16 +78,18 @@ def compute_time(
     flops_per_token: float,
     resident: bool,
 ) -> ComputeTime:
-    """For one micro-batch on a device with ``peak`` FLOP/s; its ``memory_gbytes_per_s`` must be known.
+    """The time of one micro-batch on a device with ``peak`` FLOP/s, whose ``memory_gbytes_per_s`` must be known.
 
-    ``resident``: the adapter layers keep ``W + delta`` for the micro-batches of a step, of which each has its share of
-    the time in which it is built.
+    ``resident``: the adapter layers build ``W + delta`` once for all micro-batches of a step, so each micro-batch gets
+    its share of that time.
     """
     config = setup.config
-    adapter = _counted(config.method.record.adapter)
+    adapter = config.method.record.adapter
+    if (adapter, False) not in EAGER:
+        adapter = LORA
     work = (COMPILED if setup.compiles else EAGER)[adapter, resident]
     if resident:
-        build = _build(adapter)
+        build = _build_work(adapter)
         micro_batches = setup.micro_batches
         work = LayerWork(work.launches + build.launches / micro_batches, work.moved + build.moved / micro_batches)
     layers = model_config.num_hidden_layers * (1 + FORWARD * config.model.activation_checkpointing)

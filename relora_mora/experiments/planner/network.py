@@ -1,27 +1,27 @@
-"""What the ranks send each other in one optimizer step, from shapes: formulas, nothing is sent.
+"""The bytes that the ranks send each other in one optimizer step, from shapes: formulas, nothing is sent.
 
-Symbols: T trainable and F frozen parameters, P = T + F, N ranks, a micro-batches of a step, b bytes of a gradient on
-its way (2 in bf16, 4 in fp32; ``communication_data_type`` in ``train.deepspeed`` goes first), w bytes of a weight.
+Symbols: T trainable and F frozen parameters, P = T + F, N ranks, b bytes of a gradient in transit (2 in bf16, 4 in
+fp32, unless ``communication_data_type`` in ``train.deepspeed`` says otherwise), w bytes of a weight.
 
-After the sources of DeepSpeed 0.19, and counted in two-rank steps by a test:
+The formulas follow the sources of DeepSpeed 0.19, and a test counts two-rank steps:
 
 =====  ================================================================================================================
-stage  tensors given to collectives in one step
+stage  tensors passed to collectives in one step
 =====  ================================================================================================================
 0      all-reduce b T, once: gradients accumulate on each rank
-1      all-reduce b T, once (in bf16 from sums in float32); after the step all-gather w T
-2      all-reduce b T at every micro-batch, of which a rank keeps only its part; after the step all-gather w T. With
-       ``use_multi_rank_bucket_allreduce: false`` reduce each part to its rank (and at stage 1 in fp32)
-3      reduce-scatter b T at every micro-batch. All-gather w P at every micro-batch, in forward; in backward at most
-       P - D / 2 again, where D is ``stage3_max_reuse_distance``: the last layers are kept, their next use is near.
-       Parameters of at most ``stage3_param_persistence_threshold`` elements once a step, and larger adapters of
-       resident layers once more
+1      all-reduce b T, once (in bf16 from float32 sums); all-gather w T after the step
+2      all-reduce b T in every micro-batch; a rank keeps only its part. All-gather w T after the step. With
+       ``use_multi_rank_bucket_allreduce: false`` each part is reduced to its rank (also at stage 1 in fp32)
+3      reduce-scatter b T in every micro-batch. All-gather w P in every forward, and at most P - D / 2 again in
+       backward; D is ``stage3_max_reuse_distance``, and the last layers stay gathered because they are used again soon.
+       Parameters of at most ``stage3_param_persistence_threshold`` elements are gathered once a step, larger adapters
+       of resident layers one more time
 =====  ================================================================================================================
 
-Frozen weights have no gradient: below stage 3 a step moves adapters, embeddings, norms and head only. In a ring of N
-ranks a device sends 2 (N - 1) / N of what is all-reduced and (N - 1) / N of what is gathered, reduced or
-reduce-scattered; gloo's reduce is no ring, and sends more than its all-reduce (docs/clusters.md). Where the ring goes
-through hosts in order, each host sends as much to the next one as each of its devices to its neighbour.
+Frozen weights have no gradient: below stage 3 a step moves only adapters, embeddings, norms and head. In a ring of N
+ranks a device sends 2 (N - 1) / N of the all-reduced bytes and (N - 1) / N of the gathered, reduced or reduce-scattered
+bytes. Gloo's reduce is not a ring and sends more than its all-reduce (docs/clusters.md). If the ring visits hosts in
+order, each host sends as many bytes to the next host as each of its devices to its neighbor.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of the tensors that one rank gives to collectives in a step; a merge's apart.
+    """Bytes of the tensors that one rank passes to collectives in a step; ``merge`` and ``state`` are separate.
 
-    ``all_reduced`` are gradients whose sum every rank gets, ``reduced`` those whose sum only its owner gets;
-    ``gathered`` the weights that training waits for: after the step, or in forward and backward at stage 3. ``merge``
-    is one merge event: adapters to the owners of the base, new weights back; ``state`` are the adapters' moments, which
-    every rank gets whole in it for a reset that keeps some of them. ``exchanged`` are the pieces of matrices that an
-    optimizer needs whole (``optimizer.py``), there and back.
+    ``all_reduced``: gradients whose sum every rank gets. ``reduced``: gradients whose sum only its owner gets.
+    ``gathered``: weights that training waits for, after the step or, at stage 3, in forward and backward. ``merge``: a
+    merge event, adapters to the owners of the base and new weights back. ``state``: the adapters' moments, which every
+    rank gets whole in a merge if the reset keeps some of them. ``exchanged``: the pieces of matrices that an optimizer
+    needs whole (``optimizer.py``), to their owners and back.
     """
 
     ranks: int
@@ -65,7 +65,7 @@ class Traffic:
 
     @property
     def sent_gradients(self) -> float:
-        """Bytes that a device sends in a step for its gradients, in a ring."""
+        """Bytes of gradients that a device sends in a step, in a ring."""
         return (2 * self.all_reduced + self.reduced) * (self.ranks - 1) / self.ranks
 
     @property
@@ -86,7 +86,7 @@ class Traffic:
 
 
 def traffic(model: PreTrainedModel, setup: Setup) -> Traffic:
-    """What one step moves; ``model`` may be on the meta device."""
+    """The traffic of one step; ``model`` may be on the meta device."""
     config = setup.config
     stage = setup.stage
     ranks = setup.world_size
@@ -94,12 +94,12 @@ def traffic(model: PreTrainedModel, setup: Setup) -> Traffic:
     counts = count_parameters(model)
     gradients = _WIDTHS.get(str(config.train.deepspeed.get("communication_data_type")), width) * counts.trainable
     merges = config.method.merges and ranks > 1
-    merge = _merge(model, stage, width) if merges else 0
-    state = _state(counts.adapters, config) if merges and stage else 0
+    merge = _merge_bytes(model, stage, width) if merges else 0
+    state = _state_bytes(counts.adapters, config) if merges and stage else 0
     if stage < 3:
         gradients *= setup.micro_batches if stage == 2 else 1
-        honours = stage == 2 or (stage == 1 and not setup.bf16)  # BF16_Optimizer has its own way
-        to_owners = honours and not setup.zero("use_multi_rank_bucket_allreduce", True)
+        configurable = stage == 2 or (stage == 1 and not setup.bf16)  # BF16_Optimizer ignores this setting
+        to_owners = configurable and not setup.zero("use_multi_rank_bucket_allreduce", True)
         everywhere, to_one = (0.0, gradients) if to_owners else (gradients, 0.0)
         return Traffic(ranks, everywhere, to_one, width * counts.trainable if stage else 0, merge, state)
     every = counts.trainable + counts.frozen
@@ -113,14 +113,14 @@ def traffic(model: PreTrainedModel, setup: Setup) -> Traffic:
 
 
 def _resident_adapters(model: PreTrainedModel) -> Iterator[int]:
-    """Elements of each adapter parameter of the resident layers."""
+    """Number of elements of each adapter parameter in the resident layers."""
     for _, layer in adapter_layers(model):
         if layer.resident:
             yield from (getattr(layer, name).numel() for name in layer.adapter_names)
 
 
-def _merge(model: PreTrainedModel, stage: int, width: int) -> float:
-    """Adapters reduced to the owners in float32, weights broadcast (at stage 3 gathered before), masters written."""
+def _merge_bytes(model: PreTrainedModel, stage: int, width: int) -> float:
+    """Reduces adapters to the owners in float32, broadcasts weights (at stage 3 gathers them first), writes masters."""
     counts = count_parameters(model)
     weights = width * sum(layer.weight.numel() for _, layer in adapter_layers(model))
     if stage == 0:
@@ -128,8 +128,8 @@ def _merge(model: PreTrainedModel, stage: int, width: int) -> float:
     return 4 * counts.adapters + (2 * weights if stage == 3 else weights + width * counts.trainable)
 
 
-def _state(adapters: int, config: Config) -> float:
-    """What of the adapters' moments, in float32, a reset looks at whole."""
+def _state_bytes(adapters: int, config: Config) -> float:
+    """Bytes of the adapters' float32 moments that a reset needs whole."""
     if config.method.reset in ("full", "none"):
         return 0.0
     return 4.0 * adapters * len(group_moments("adapters", config.optim.matrices))

@@ -22,7 +22,7 @@ from relora_mora.sizing.optimizer import passes_bytes, product_flops
 from relora_mora.sizing.setup import Setup
 
 STAGES = (0, 1, 2, 3)
-ASSUMED_UTILISATION = 0.4  # of a CPU; what a GPU reaches is calculated
+ASSUMED_UTILISATION = 0.4  # of a CPU; for a GPU it is calculated
 PROCESS_BYTES = (
     0.45 * 2**30
 )  # resident in a rank's process on a CPU next to its tensors: Python, torch, DeepSpeed, tokenizer (measured)
@@ -31,16 +31,16 @@ FRAGMENTATION = 1.1  # glibc's malloc held 3 to 17 % more than the parts in tiny
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about one run.
+    """All numbers of one planned run.
 
-    ``memory`` and ``network``, [method][stage], compare the methods at the same settings; ``steps``, [stage], is the
-    time of a step of this run.
+    ``memory`` and ``network``, [method][stage], compare the methods with the same settings; ``steps``, [stage], is the
+    time of one step of this run.
     """
 
     parameters: Parameters
     flops: Flops
     matrices: str  # optim.matrices
-    optimizer_flops: float  # its matrix products in a step, of all ranks together
+    optimizer_flops: float  # its matrix products in a step, over all ranks
     memory: dict[str, dict[int, Memory]]
     network: dict[str, dict[int, Traffic]]
     steps: dict[int, StepTime]
@@ -55,7 +55,7 @@ class Plan:
     tokens_per_second: float
     assumption: str
     notes: list[str]  # on the model's widths
-    savings: list[str]  # what would take less memory
+    savings: list[str]  # changes that would need less memory
 
     @property
     def world_size(self) -> int:
@@ -80,14 +80,14 @@ class Plan:
         return max(at_start, FRAGMENTATION * in_training)
 
     def fits(self, stage: int, method: str | None = None) -> bool | None:
-        """Whether a device holds what a rank needs; None where its memory is not known."""
+        """Whether a rank's memory fits into a device; None if the device's memory is unknown."""
         available = self.cluster.device.memory_gb * 1e9
         return self.memory[method or self.method][stage].device <= USABLE * available if available else None
 
     @property
     def sends_less_at_one(self) -> bool:
-        """Whether stage 2 was chosen, and stage 1 sends less (gradients once a step, not per micro-batch), takes no
-        longer and is not known to be too large."""
+        """Whether stage 1 is better than the chosen stage 2: it sends less (gradients once a step, not once per
+        micro-batch), takes no longer, and is not known to be too large."""
         moved = self.network[self.method]
         sends_less = self.zero_stage == 2 and moved[1].sent < moved[2].sent
         return sends_less and self.steps[1].total <= self.steps[2].total and self.fits(1) is not False
@@ -115,7 +115,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Needs:
-    """What a run with some method needs at a ZeRO stage."""
+    """What a run with one method needs at one ZeRO stage."""
 
     setup: Setup
     memory: Memory
@@ -135,12 +135,12 @@ def make_plan(
     tokens_per_second: float | None = None,
     utilisation: float | None = None,
 ) -> Plan:
-    """What the run needs on a cluster.
+    """Plans a run on a cluster.
 
-    ``peak`` is the FLOP/s of one device and where the number comes from; ``log.peak_tflops`` goes first.
-    ``tokens_per_second`` is a measured rate over all devices; without it the time follows from the arithmetic, the
-    peak, memory and network: on a GPU as in ``compute.py``, or at ``utilisation`` of the peak where that is given.
-    Raises ValueError for a utilisation that is not above 1e-6 and at most 1 and for a rate that is not positive.
+    ``peak`` is the FLOP/s of one device and the source of that number; ``log.peak_tflops`` overrides it.
+    ``tokens_per_second`` is a measured rate over all devices. Without it the time follows from the arithmetic, the
+    peak, memory and network: on a GPU as in ``compute.py``, or at ``utilisation`` of the peak if that is given.
+    Raises ValueError if the utilisation is not above 1e-6 and at most 1, or if the rate is not positive.
     """
     if utilisation is not None and not 1e-6 < utilisation <= 1:
         raise ValueError(f"utilisation must be above 1e-6 and at most 1, got {utilisation:g}")
@@ -204,13 +204,13 @@ def make_plan(
 def _methods(
     model_config: PreTrainedConfig, config: Config, cluster: Cluster, *, bf16: bool, on_cpu: bool
 ) -> dict[str, dict[int, _Needs]]:
-    """[method][stage]: of the run's method, and of those that its settings would do for as well."""
+    """[method][stage] for the run's method and for every other method that works with its settings."""
     found: dict[str, dict[int, _Needs]] = {}
     for name in METHODS:
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
         try:
             model = meta_model(model_config, other.method)
-        except ValueError:  # settings that only the run's method uses do not fit the model
+        except ValueError:  # the settings do not fit the model with this method
             continue
         found[name] = {}
         for stage in STAGES:
@@ -234,7 +234,7 @@ def _compute(
     peak: tuple[float, str],
     utilisation: float | None,
 ) -> tuple[dict[int, float], str]:
-    """Seconds of a step's arithmetic, by stage, and what they rest on."""
+    """Seconds of a step's arithmetic, by stage, and the assumption behind them in words."""
     config = own[0].setup.config
     arithmetic = flops.performed * config.tokens_per_step / (cluster.world_size * peak[0])  # seconds at the peak
     device = _of_a_device(peak)

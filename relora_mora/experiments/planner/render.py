@@ -16,7 +16,7 @@ def render(plan: Plan) -> str:
     own = plan.memory[plan.method]
     parts = [
         f"parameters     {counts.total:,} in the model; {plan.method} trains {counts.trainable:,}, "
-        f"of them {counts.adapters:,} in adapters",
+        f"{counts.adapters:,} of them in adapters",
         f"arithmetic     {flops.total / 1e9:.4g} GFLOP a token: "
         + ", ".join(
             f"{name} {getattr(flops, name) / flops.total:.0%}" for name in ("linears", "adapters", "attention", "head")
@@ -31,7 +31,7 @@ def render(plan: Plan) -> str:
         *(f"note           {note}" for note in plan.notes),
         "",
         f"memory of a device ({plan.world_size} in all) in GiB, {plan.method} in {precision}, "
-        f"when a step needs most (* the stage in the settings)",
+        f"at the peak of a step (* the stage in the settings)",
         _table(
             ["stage", *PARTS, "all", "at", "host: fp32 base", "checkpoint", "start"],
             [
@@ -48,26 +48,27 @@ def render(plan: Plan) -> str:
             ],
         ),
         "",
-        "the same for each method, all parts together",
+        "the same for each method, sum of all parts",
         _table(
             ["stage", *plan.memory],
             [[str(stage), *(_gib(stages[stage].device) for stages in plan.memory.values())] for stage in own],
         ),
         *_network(plan),
         "",
-        "not counted: the CUDA context, fragmentation, Python itself; evaluations, checkpoints and merges in the time",
+        "memory leaves out the CUDA context, fragmentation and Python itself; time leaves out evaluations, checkpoints "
+        "and merges",
     ]
     if plan.resident is not None:
         parts.insert(
             -2,
-            f"\nresident memory of the first rank: {_gib(plan.resident)} GiB, of them {_gib(PROCESS_BYTES)} for "
+            f"\nresident memory of the first rank: {_gib(plan.resident)} GiB, including {_gib(PROCESS_BYTES)} for "
             "Python, torch and DeepSpeed, and in training a tenth for malloc's fragmentation",
         )
     return "\n".join(parts)
 
 
 def _optimizer(plan: Plan) -> list[str]:
-    """What whole matrices cost; nothing where AdamW trains all"""
+    """The cost of a matrix optimizer; empty if AdamW trains everything."""
     if not plan.optimizer_flops:
         return []
     share = plan.optimizer_flops / (plan.flops.total * plan.tokens_per_step)
@@ -76,7 +77,7 @@ def _optimizer(plan: Plan) -> list[str]:
 
 
 def _cluster(plan: Plan) -> list[str]:
-    """The devices, and whether they hold the run"""
+    """The devices, and whether the run fits on them."""
     cluster = plan.cluster
     device = plan.cluster.device
     if not device.memory_gb:
@@ -85,7 +86,7 @@ def _cluster(plan: Plan) -> list[str]:
     if fitting:
         verdict = f"fits at ZeRO stage {', '.join(map(str, fitting))}"
         if plan.zero_stage not in fitting:
-            verdict += f"; NOT at {plan.zero_stage}, which the settings say: --train.zero_stage={fitting[0]}"
+            verdict += f"; NOT at {plan.zero_stage} as in the settings: use --train.zero_stage={fitting[0]}"
     else:
         *others, last = plan.savings
         verdict = f"fits at NO stage: {', '.join([*others, f'or {last}']) if others else last}"
@@ -97,7 +98,7 @@ def _cluster(plan: Plan) -> list[str]:
 
 
 def _network(plan: Plan) -> list[str]:
-    """Bytes and time of a step by stage; nothing where there is one rank"""
+    """Bytes and time of a step by stage; empty if there is one rank."""
     cluster = plan.cluster
     moved = plan.network[plan.method]
     if cluster.world_size == 1:
@@ -145,7 +146,7 @@ def _advice(plan: Plan) -> str:
     if not plan.sends_less_at_one:
         return ""
     fits = ", and it fits" if plan.fits(1) else ""
-    return f"stage 2 sends the gradients after each micro-batch, stage 1 once a step{fits}: --train.zero_stage=1"
+    return f"stage 2 sends the gradients after each micro-batch, stage 1 once a step{fits}: try --train.zero_stage=1"
 
 
 def _link(plan: Plan) -> str:
@@ -157,7 +158,7 @@ def _link(plan: Plan) -> str:
     if cluster.nodes > 1 and cluster.node_gbits:
         origin = cluster.device.host if cluster.link_gbits is None else "--link_gbits"
         between = f"{cluster.node_gbits:g} Gbit/s from host to host ({origin})"
-    remedy = ": give --link_gbits" if cluster.nodes > 1 else ""
+    remedy = "; give --link_gbits" if cluster.nodes > 1 else ""
     return ", ".join(filter(None, [within, between])) or f"no bandwidth is known{remedy}"
 
 

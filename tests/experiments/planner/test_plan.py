@@ -168,7 +168,7 @@ def test_widths_that_a_gpu_is_slow_with_are_named() -> None:
     odd = {"model.overrides": "{intermediate_size: 5461}"}
     plan = plan_of(cluster=gpus, **odd)
     assert len(plan.notes) == 1 and f"note           {plan.notes[0]}" in render(plan)
-    assert "intermediate_size of 5,461 is no multiple of 8" in plan.notes[0]
+    assert "intermediate_size of 5,461 is not a multiple of 8" in plan.notes[0]
     assert "5,464 would be better" in plan.notes[0]
     assert plan_of(**odd).notes == []
 
