@@ -14,32 +14,32 @@ KINDS = {
     "steps": "whole training steps of several methods side by side: time, memory, traffic",
     "layers": "the seven linears of a decoder layer, forward and backward",
     "parts": "head and loss, attention, or matrix products by themselves",
-    "data": "text to tokens, beside the bare tokenizer; and tokens made in advance",
-    "trainer": "launch/pretrain.py beside bare loops on the same batches",
+    "data": "the data pipeline on text, compared with the bare tokenizer, and on pre-tokenized data",
+    "trainer": "launch/pretrain.py compared with bare loops on the same batches",
 }
 USAGE = """usage: python -m launch.benchmark KIND ...    (KIND --help lists its arguments)
 
 {kinds}
 
-`steps` measures a job of several ranks where a launcher starts it:
+`steps` measures a job of several ranks if a launcher starts it:
   torchrun --nproc_per_node=2 -m launch.benchmark steps configs/model/llama_130m.json --zero_stage=2
   deepspeed --num_gpus=2 --module launch.benchmark steps configs/model/llama_130m.json --zero_stage=2
 On CPUs put DS_ACCELERATOR=cpu in front.""".format(
-    kinds="\n".join(f"  {kind:8} {what}" for kind, what in KINDS.items())
+    kinds="\n".join(f"  {kind:8} {description}" for kind, description in KINDS.items())
 )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one kind of benchmark and exits, as :func:`relora_mora.cli.command.run` does."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # the first word is not always the first argument: DeepSpeed's launcher puts its --local_rank before it
+    # DeepSpeed's launcher puts its --local_rank before the kind
     kind = next((argument for argument in arguments if not argument.startswith("-")), None)
     if kind is None and {"-h", "--help"} & set(arguments):
         print(USAGE)
         raise SystemExit(0)
     if kind not in KINDS:
-        said = "KIND is missing" if kind is None else f"got {kind!r}"
-        print(f"{said}, expected one of {', '.join(KINDS)}\n\n{USAGE}", file=sys.stderr)
+        fault = "KIND is missing" if kind is None else f"got {kind!r}"
+        print(f"{fault}, expected one of {', '.join(KINDS)}\n\n{USAGE}", file=sys.stderr)
         raise SystemExit(2)
     arguments.remove(kind)
     sleep_soon()  # as the trainer does
@@ -55,5 +55,5 @@ if __name__ == "__main__":
         main()
     except SystemExit as end:
         if isinstance(end.code, int):
-            leave_process(end.code)  # a rank of several may otherwise abort after its work is done
+            leave_process(end.code)  # otherwise one of several ranks may abort after its work is done
         raise

@@ -1,4 +1,4 @@
-"""What the trainer is compared with: the same steps on batches made beforehand. One process."""
+"""The loops that the trainer is compared with: the same steps on batches loaded beforehand, in one process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from relora_mora.train.loop.loop import micro_batches
 
 
 def make_batches(config: Config, steps: int) -> list[Batch]:
-    """The first global batches of the run's training data."""
+    """The first ``steps`` global batches of the run's training data."""
     with TrainStream(
         config.data,
         tokenizer_path=config.tokenizer_path,
@@ -40,7 +40,7 @@ def make_batches(config: Config, steps: int) -> list[Batch]:
 
 class Loop(Protocol):
     def step(self, number: int, batch: Batch) -> float:
-        """Optimizer step ``number`` (the first is 1) on a global batch; returns the loss of its last micro-batch."""
+        """Makes optimizer step ``number`` (from 1) on a global batch; returns the loss of the last micro-batch."""
 
 
 class EngineLoop:
@@ -63,7 +63,7 @@ class EngineLoop:
 
 
 class TorchLoop:
-    """Plain torch: the same model and optimizer without DeepSpeed; float32 masters, float32 sums of gradients."""
+    """The same model and optimizer in plain torch, with float32 masters and float32 gradient sums."""
 
     def __init__(self, checked: ResolvedRun) -> None:
         config = checked.config
@@ -132,7 +132,7 @@ class TorchLoop:
 
 
 def seconds_of(loop: Loop, batches: Sequence[Batch], *, skip: int) -> float:
-    """Makes a step with each batch; the seconds that all but the first ``skip`` take."""
+    """Makes a step with each batch; returns the seconds of all steps except the first ``skip``."""
     begin = time.perf_counter()
     for number, batch in enumerate(batches, 1):
         loop.step(number, batch)

@@ -1,4 +1,4 @@
-"""Counts the bytes of one step: all tensors at the moment of most, what backward keeps, what collectives are given."""
+"""Counts the bytes of one step: tensors at the peak, tensors kept for backward, and payloads of collectives."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ PARTS = ("weights", "optimizer", "gradients", "activations", "rest")
 class _Storage(NamedTuple):
     part: str
     size: int
-    alive: weakref.ref[Any]  # kept, because its callback tells when the storage is freed
+    alive: weakref.ref[Any]  # kept, because its callback reports when the storage is freed
 
 
 class ByteTracker(TorchDispatchMode):
-    """Counts the bytes of one step of a contender, made inside ``with tracker:``. Such a step is slow: do not time it.
+    """Counts the bytes of one step that a contender makes inside ``with tracker:``. The step is slow; do not time it.
 
-    ``peak``: bytes on the device at the moment of most, by part, every storage once. All contenders live in one
-    process, so its resident memory says nothing of a single one: this starts from what the contender held before the
-    step and adds the storages of the tensors that operations return. Scratch memory inside an operation is not seen on
-    a CPU. On CUDA the sum is that of the allocator (``torch.cuda.max_memory_allocated``), and ``rest`` has what the
-    tensors do not explain.
+    ``peak``: bytes on the device at the peak of the step, by part, with each storage counted once. All contenders live
+    in one process, so its resident memory says nothing about a single one. The tracker therefore starts from the
+    tensors that the contender held before the step and adds the storages of the tensors that operations return. Scratch
+    memory inside an operation is not visible on a CPU. On CUDA the total comes from the allocator
+    (``torch.cuda.max_memory_allocated``), and ``rest`` includes bytes that no tensor explains.
 
-    - weights, optimizer: what the contender says these are, between steps
-    - gradients: all else that stays between steps (sums of gradients, DeepSpeed's buffers, batches), and the gradients
-      of this step
-    - activations: what autograd keeps for backward, except parameters
-    - rest: everything else that operations return
+    - weights, optimizer: the tensors that the contender lists for them between steps
+    - gradients: everything else that stays between steps (sums of gradients, DeepSpeed's buffers, batches), and the
+      gradients of this step
+    - activations: tensors that autograd keeps for backward, except parameters
+    - rest: all other results of operations
 
-    ``kept``: the most that activations were. ``layer_kept`` and ``linears_kept``: of that, what one decoder layer in
-    the middle of the model saves, and what its seven linears save. What attention or the activation function saves
-    counts for the linears only where a linear saves it too (at full rank o_proj saves its input, attention's result).
+    ``kept``: the maximum of activations. ``layer_kept`` and ``linears_kept``: the part that one decoder layer in the
+    middle of the model saves, and the part that its seven linears save. A tensor that attention or the activation
+    function saves counts for the linears only if a linear saves it, too (at full rank o_proj saves its input, the
+    result of attention).
 
-    ``sent``: bytes that this rank gives to collectives, by kind; empty with one rank. The payload of a collective is
-    the whole tensor it works on: the input of an all-reduce, reduce or reduce-scatter, the output of an all-gather. On
-    a ring of W ranks each rank then sends (W - 1) / W of the payload, and twice that for an all-reduce.
+    ``sent``: bytes that this rank passes to collectives, by kind; empty with one rank. The payload of a collective is
+    the whole tensor it works on: the input of an all-reduce, reduce or reduce-scatter, or the output of an all-gather.
+    In a ring of W ranks each rank then sends (W - 1) / W of the payload, and twice as much for an all-reduce.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class ByteTracker(TorchDispatchMode):
                 self._layer[key] = known.size
             if self._inside_linear:
                 self._linears[key] = known.size
-        return tensor if tensor.is_leaf else tensor.detach()  # one that refers to its own node would never be freed
+        return tensor if tensor.is_leaf else tensor.detach()  # a tensor that refers to its own node is never freed
 
     def _hooks(self) -> Iterator[Any]:
         for parameter in self.model.parameters():
@@ -174,7 +175,7 @@ class ByteTracker(TorchDispatchMode):
         self._move(gradient, "gradients", out_of=("rest", "activations"))
 
     def _enter_layer(self, *_: Any) -> None:
-        self._layer.clear()  # what the micro-batch before left
+        self._layer.clear()  # bytes of the previous micro-batch
         self._linears.clear()
         self._inside_layer = True
 

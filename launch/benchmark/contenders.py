@@ -1,8 +1,8 @@
-"""What is compared: this trainer's methods on its own engine, and peers from the package index in loops of plain torch.
+"""The contenders: this trainer's methods on its own engine, and peers from the package index in plain torch loops.
 
-Every contender trains the same model, with the same loss in chunks (but ``plain``: transformers' own), on the same
-random tokens. The peers train embeddings, norms and head as well, as pretraining with an adapter method does. In a
-setting of fine-tuning only adapters train, and PEFT's model is called as its users call it, with transformers' loss.
+Every contender trains the same model on the same random tokens, with the same loss in chunks; only ``plain`` uses
+transformers' loss. The peers also train embeddings, norms and head, as pretraining with an adapter method does. For
+fine-tuning only adapters train, and PEFT's model is called as its users call it, with transformers' loss.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from relora_mora.sizing.flops import flops_of
 from relora_mora.sizing.setup import Setup
 from relora_mora.system.hardware import uses_cuda
 
-RATE = 1e-5  # a step costs the same at any rate, and this one keeps the numbers small
+RATE = 1e-5  # small, so that the loss stays finite; a step costs the same at any rate
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contenders share. ``tokens`` are those of a micro-batch on one rank."""
+    """The options that all contenders share. ``tokens``: tokens of a micro-batch on one rank."""
 
     model_config: PreTrainedConfig
     tokens: int
@@ -55,36 +55,35 @@ class Setting:
         """Micro-batches of one step: input_ids and labels [sequences, T]."""
         generator = torch.Generator().manual_seed(self.seed + int(os.environ.get("RANK", "0")))
         size = (self.tokens // self.sequence_length, self.sequence_length + 1)
-        made = []
+        batches = []
         for _ in range(self.accumulation):
             ids = torch.randint(0, self.model_config.vocab_size, size, generator=generator).to(self.device)
-            made.append((ids[:, :-1].contiguous(), ids[:, 1:].contiguous()))
-        return made
+            batches.append((ids[:, :-1].contiguous(), ids[:, 1:].contiguous()))
+        return batches
 
 
 class Contender(Protocol):
     """One method, ready to make optimizer steps."""
 
     model: nn.Module
-    trainable: int  # parameters, on all ranks together
+    trainable: int  # number of parameters over all ranks
 
     def step(self) -> float:
-        """One optimizer step; returns the loss of its last micro-batch."""
+        """Makes one optimizer step; returns the loss of its last micro-batch."""
 
     def parts(self) -> dict[str, list[Tensor]]:
-        """The tensors that stay between steps: weights, optimizer; ``host`` for what is not on the device.
+        """The tensors that stay between steps: weights, optimizer, and ``host`` for tensors that are not on the device.
 
-        At ZeRO stage 3 with several ranks the weights are what is gathered between steps; DeepSpeed's partitions are
-        not listed.
+        At ZeRO stage 3 with several ranks only the weights that stay gathered are listed, without DeepSpeed's
+        partitions.
         """
 
 
 class Ours:
-    """A method of this trainer, on DeepSpeed. ``form`` as in the settings, or ``released``: see
-    :mod:`launch.benchmark.released`.
+    """A method of this trainer, on DeepSpeed.
 
-    ``frozen``: the linears of the decoder train neither themselves nor with adapters. No adapter method can be faster
-    than that.
+    ``form`` is a value of ``method.form``, or ``released`` (:mod:`launch.benchmark.released`). With ``frozen`` neither
+    the decoder's linears nor adapters train; no adapter method can be faster.
     """
 
     def __init__(
@@ -168,7 +167,7 @@ def ours_config(setting: Setting, method: str, form: str, world_size: int, *, co
     if METHODS[method].adapter is not None:
         tree["method"] |= {"rank": setting.rank, "form": "decoupled" if form == "released" else form}
     if form == "released":
-        tree["method"]["operators"] = [RELEASED_TYPE]  # it is measured between two merges
+        tree["method"]["operators"] = [RELEASED_TYPE]  # only one, because the steps between merges are measured
     if "method.square_multiple" in METHODS[method].settings and not setting.finetune:
         tree["method"]["square_multiple"] = setting.square_multiple
     config = validate(tree, "the benchmark", world_size=world_size)
@@ -177,7 +176,7 @@ def ours_config(setting: Setting, method: str, form: str, world_size: int, *, co
 
 
 class Plain:
-    """A loop of plain torch: model, loss, backward, clip, optimizer step."""
+    """A plain torch loop: model, loss, backward, clip, optimizer step."""
 
     def __init__(
         self, setting: Setting, prepare: Callable[[Any], tuple[Any, torch.optim.Optimizer]], *, own_loss: bool = False
@@ -214,15 +213,15 @@ def _trainable(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _tensors_in(thing: Any) -> Iterator[Tensor]:
-    """Tensors of an optimizer's state; GaLore and APOLLO keep their projections inside objects."""
-    if isinstance(thing, Tensor):
-        yield thing
-    elif isinstance(thing, dict):
-        for value in thing.values():
+def _tensors_in(state: Any) -> Iterator[Tensor]:
+    """The tensors in an optimizer's state; GaLore and APOLLO keep their projections inside objects."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict):
+        for value in state.values():
             yield from _tensors_in(value)
-    elif hasattr(thing, "__dict__"):
-        yield from _tensors_in(vars(thing))
+    elif hasattr(state, "__dict__"):
+        yield from _tensors_in(vars(state))
 
 
 def _adamw(lm: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -305,17 +304,20 @@ PACKAGES = {"peft_lora": "peft", "galore": "galore_torch", "apollo": "apollo_tor
 
 
 def chosen(names: list[str], world_size: int) -> list[str]:
-    """The contenders to run. Raises :class:`ConfigError` for names unknown, not installed or for one process."""
-    found = []
+    """Checks the names of the contenders.
+
+    Raises :class:`ConfigError` if a name is unknown, not installed, or limited to one process.
+    """
+    faults = []
     for name in names:
         if name not in CONTENDERS:
-            found.append(f"--methods: {name} is none; use some of {', '.join(CONTENDERS)}")
+            faults.append(f"--methods: unknown method {name}; choose from {', '.join(CONTENDERS)}")
         elif name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
-            found.append(f"--methods: {name} needs {PACKAGES[name]}; pip install -e '.[bench]', or leave it out")
+            faults.append(f"--methods: {name} needs {PACKAGES[name]}; pip install -e '.[bench]', or leave it out")
         elif world_size > 1 and name in PEERS:
-            found.append(f"--methods: {name} runs on one process only, this is a job of {world_size}; leave it out")
+            faults.append(f"--methods: {name} runs only in one process, but this job has {world_size}; leave it out")
     if not names:
-        found.append(f"--methods: names none; use some of {', '.join(CONTENDERS)}")
-    if found:
-        raise ConfigError(found, "the command line")
+        faults.append(f"--methods: got no names; choose from {', '.join(CONTENDERS)}")
+    if faults:
+        raise ConfigError(faults, "the command line")
     return names

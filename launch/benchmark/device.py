@@ -1,4 +1,4 @@
-"""The device that a benchmark measures, and times on it."""
+"""Chooses the device that a benchmark measures, and takes times on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from relora_mora.system.hardware import uses_cuda
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """What ``--device`` says: cpu or cuda, and without it what a run takes; before DeepSpeed is imported."""
+    """The device of ``--device``, or the one that a run would use; call it before DeepSpeed is imported."""
     if name not in (None, "cpu", "cuda"):
         raise ConfigError([f"--device: got {name}, expected cpu or cuda"], "the command line")
     if name is not None:
@@ -26,19 +26,18 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for what a GPU was asked to do."""
+    """Waits until a GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-# some 20 ms of a GPU's clock
-HELD_CYCLES = 40_000_000
+HELD_CYCLES = 40_000_000  # about 20 ms on a GPU
 
 
 def seconds_of(act: Callable[[], object], device: torch.device) -> float:
-    """How long ``act`` takes; on a GPU from the beginning of its first operation to the end of its last.
+    """The seconds that ``act`` takes; on a GPU from the start of its first operation to the end of its last.
 
-    The GPU is held back until the host has queued the operations, so that it waits for no launch between them.
+    The GPU is held back until the host has queued the operations, so that it does not wait for launches.
     """
     if device.type != "cuda":
         begin = time.perf_counter()

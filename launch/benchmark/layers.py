@@ -1,4 +1,4 @@
-"""Forward and backward of the linears of a decoder layer: frozen, trained, and with adapters in each of their forms.
+"""Forward and backward of the linears of a decoder layer: frozen, trained, and with adapters in each form.
 
 python -m launch.benchmark layers configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2]
     [--operator=1] [--device=cuda]
@@ -45,17 +45,17 @@ def main(
 ) -> None:
     """Prints milliseconds of each variant, its ratio to the frozen linears, and the same as one line of JSON.
 
-    Variants take turns, and the median of each counts, so that other work on the machine falls on all of them.
+    Variants take turns, and the median of each counts, so that other work on the machine affects all of them.
 
     Args:
         model: a model's JSON file such as configs/model/llama_130m.json
         tokens: rows of the inputs
         dtype: bf16 or fp32
-        threads: of torch and of the compiled kernels; default: as torch decides
+        threads: threads of torch and of the compiled kernels; default: torch's choice
         rank: LoRA's r; the square matrices have as many parameters
         operator: the type of MoRA's operators, 1, 2, 3, 4, 6 or 7
         repetitions: turns of each variant, after one that does not count
-        device: cpu or cuda; default: what a run takes here
+        device: cpu or cuda; default: the device that a run would use here
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype}, expected {' or '.join(DTYPES)}")
@@ -82,7 +82,7 @@ def main(
 
 
 def linears(model_config: PreTrainedConfig) -> list[tuple[int, tuple[int, ...]]]:
-    """(in, outs) of the linears that share an input: q, k, v; o; gate, up; down"""
+    """(in, outs) of the linears that share an input: q, k, v; o; gate, up; down."""
     queries, keys = attention_widths(model_config)
     hidden = model_config.hidden_size
     wide = model_config.intermediate_size
@@ -90,7 +90,7 @@ def linears(model_config: PreTrainedConfig) -> list[tuple[int, tuple[int, ...]]]
 
 
 class Variant:
-    """One way to compute the linears; all variants start from the same weights and see the same inputs."""
+    """One form of the linears; all variants start from the same weights and get the same inputs."""
 
     def __init__(
         self,
@@ -133,16 +133,16 @@ class Variant:
 
     def milliseconds(self) -> float:
         """The time of one forward and backward."""
-        taken = 0.0
+        seconds = 0.0
         with kernels.disabled() if self.torch_only else contextlib.nullcontext():
             for x, layers, gradients in self.groups:
-                given = x.clone()  # as in a model, where it is the result of another module
-                taken += seconds_of(partial(_there_and_back, layers, given, gradients), self.device)
+                output = x.clone()  # another module's output, as in a model
+                seconds += seconds_of(partial(_forward_and_backward, layers, output, gradients), self.device)
                 x.grad = None
                 for parameter in nn.ModuleList(layers).parameters():
                     parameter.grad = None
-        return 1000 * taken
+        return 1000 * seconds
 
 
-def _there_and_back(layers: Sequence[nn.Module], x: Tensor, gradients: Sequence[Tensor]) -> None:
+def _forward_and_backward(layers: Sequence[nn.Module], x: Tensor, gradients: Sequence[Tensor]) -> None:
     torch.autograd.backward([layer(x) for layer in layers], gradients)

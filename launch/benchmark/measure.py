@@ -1,4 +1,4 @@
-"""Steps of several methods in turns, and of each method one step whose bytes are counted."""
+"""Measures steps of several methods in turns, and counts the bytes of one step of each."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from launch.benchmark.device import synchronize
 from launch.benchmark.turns import relative_spread, take_turns
 from relora_mora.distributed.collectives import sum_over_hosts
 
-_LET_GO_SECONDS = 0.1  # gloo's threads keep the tensors of a collective for a moment after its end
+_RELEASE_SECONDS = 0.1  # gloo's threads keep a collective's tensors for a moment after its end
 
 
 class StepCost(NamedTuple):
-    """What one step took: seconds until the slowest rank was done; of this process, the processor time of all its
-    threads in seconds, and page faults."""
+    """The cost of one step: seconds until the slowest rank was done, and for this process the processor seconds of all
+    its threads and its page faults."""
 
     seconds: float
     processor_seconds: float
@@ -35,10 +35,10 @@ class StepCost(NamedTuple):
 
 @dataclass
 class Result:
-    """One contender. ``loss`` shows that it trains.
+    """The measurements of one contender. ``loss`` shows that it trains.
 
-    Bytes are those of one rank, the first where ranks differ. ``bytes_held``: by part between steps (weights,
-    optimizer, gradients, and ``host`` for what is not on the device). All other bytes: :class:`ByteTracker`.
+    Bytes are those of one rank; if ranks differ, of the first. ``bytes_held`` are bytes between steps by part: weights,
+    optimizer, gradients, and ``host`` for bytes that are not on the device. :class:`ByteTracker` describes the others.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        """Of a step, the median."""
+
         return statistics.median(step.seconds for step in self.steps)
 
     @property
@@ -93,15 +93,15 @@ def run(
     warmup: int,
     show: Callable[[str], None] | None = None,
 ) -> list[Result]:
-    """Builds every contender, makes ``repeats`` rounds of one step each, in turns, and then merges; a collective.
+    """Builds every contender, runs ``repeats`` rounds in which each takes one step, then merges; a collective.
 
-    Bytes are those of a step between the ``warmup`` steps and the rounds. ``show`` gets what torch's profiler says of
-    one more step of each.
+    Bytes are counted in a step between the ``warmup`` steps and the rounds. ``show`` receives the report of torch's
+    profiler on one additional step of each contender.
     """
     built: dict[str, Contender] = {}
     results = {name: Result(name) for name in names}
     for name in names:
-        before = live_tensors()  # kept, so that nothing new gets an address of theirs
+        before = live_tensors()  # kept alive, so that no new tensor gets one of their addresses
         built[name] = CONTENDERS[name](setting)
         for _ in range(warmup):
             results[name].loss = built[name].step()
@@ -127,7 +127,7 @@ def _step_cost(contender: Contender, device: torch.device) -> StepCost:
 
 
 def _merge_seconds(contender: Contender, device: torch.device) -> float | None:
-    """Of the second merge: the first loads libraries. None for what does not merge."""
+    """Seconds of the second merge, because the first one loads libraries. None if the method does not merge."""
     if not isinstance(contender, Ours) or not contender.config.method.merges:
         return None
     operator = contender.config.method.operators[1] if contender.config.method.uses_squares else None
@@ -138,8 +138,8 @@ def _merge_seconds(contender: Contender, device: torch.device) -> float | None:
 
 
 def _seconds(act: Callable[[], object], device: torch.device) -> float:
-    """Until the slowest rank is done."""
-    sum_over_hosts([0.0])  # all begin together
+    """Seconds until the slowest rank is done."""
+    sum_over_hosts([0.0])  # so that all ranks begin together
     begin = time.perf_counter()
     act()
     synchronize(device)
@@ -148,7 +148,7 @@ def _seconds(act: Callable[[], object], device: torch.device) -> float:
 
 
 def _profile(contender: Contender, device: torch.device) -> str:
-    """A table of the operations that take most of a step by themselves."""
+    """A table of the operations whose own time is the largest part of a step."""
     activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:
         contender.step()
@@ -157,16 +157,16 @@ def _profile(contender: Contender, device: torch.device) -> str:
 
 
 def _count_bytes(result: Result, contender: Contender, before: list[Tensor], setting: Setting) -> None:
-    """Makes one step, slowly, and notes its bytes; ``before`` are the tensors that are not the contender's."""
+    """Makes one slow step and records its bytes; ``before`` are the tensors that do not belong to the contender."""
     held = _held(contender, before, setting.device)
     result.bytes_held = {part: sum(storages(tensors).values()) for part, tensors in held.items()}
     tracker = ByteTracker(contender.model, held, setting.device, torch.distributed.get_world_size())
-    held.clear()  # what a step replaces could not be freed while this list refers to it
+    held.clear()  # tensors that the step replaces could not be freed while this dict refers to them
     # compiled layers hide their tensors, so the bytes are those of the same layers in eager mode
     with torch.compiler.set_stance("force_eager"), tracker:
         contender.step()
     result.trainable = contender.trainable
-    if isinstance(contender, Ours):  # the arithmetic of other packages is not known
+    if isinstance(contender, Ours):  # the arithmetic of other packages is unknown
         result.flops_per_step = contender.flops * setting.tokens * setting.accumulation
     result.bytes_at_peak = tracker.peak
     result.bytes_sent = tracker.sent
@@ -176,7 +176,7 @@ def _count_bytes(result: Result, contender: Contender, before: list[Tensor], set
 
 
 def _held(contender: Contender, before: list[Tensor], device: torch.device) -> dict[str, list[Tensor]]:
-    """What the contender keeps between steps, by part; ``gradients`` is all on the device but weights and optimizer."""
+    """The contender's tensors between steps, by part; ``gradients``: all on the device but weights and optimizer."""
     parts = contender.parts()
     known = storages(before) | storages(tensor for tensors in parts.values() for tensor in tensors)
     others = (tensor for tensor in live_tensors() if tensor.untyped_storage().data_ptr() not in known)
@@ -185,15 +185,15 @@ def _held(contender: Contender, before: list[Tensor], device: torch.device) -> d
 
 
 def live_tensors() -> list[Tensor]:
-    """Every tensor of this process. A gradient that nobody has looked at is known to its parameter only."""
-    time.sleep(_LET_GO_SECONDS)
+    """Every tensor of this process, including gradients that only their parameters refer to."""
+    time.sleep(_RELEASE_SECONDS)
     gc.collect()
-    found = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and _has_memory(thing)]
-    return found + [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]
+    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter) and _has_memory(each)]
+    return tensors + [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """False for the fake tensors that torch.compile traces with, some of which stay behind."""
+    """False for fake tensors, some of which remain after torch.compile has traced with them."""
     try:
         tensor.untyped_storage().data_ptr()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""One part of a step by itself: ``loss`` (head and cross-entropy) or ``attention``, in each of the ways that were
+"""One part of a step by itself: ``loss`` (head and cross-entropy) or ``attention``, in each implementation that was
 tried, or the matrix ``products`` of the linears and of MoRA's gradient.
 
 python -m launch.benchmark parts loss configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2]
@@ -28,8 +28,8 @@ from relora_mora.model.loss import chunked_cross_entropy
 from relora_mora.system.hardware import device_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-Draw = Callable[..., Tensor]  # of a shape
-Ways = dict[str, tuple[Callable[[], object], float]]  # what is done, and its FLOPs where they are known
+Draw = Callable[..., Tensor]  # draws a random tensor of a shape
+Ways = dict[str, tuple[Callable[[], object], float]]  # (the computation, its FLOPs or 0 if unknown) by name
 
 
 def main(
@@ -43,28 +43,28 @@ def main(
     repetitions: PositiveInt = 7,
     device: str | None = None,
 ) -> None:
-    """Prints milliseconds of each way, its ratio to the first, and the same as one line of JSON.
+    """Prints milliseconds of each implementation, its ratio to the first, and the same as one line of JSON.
 
-    Loss and attention are forward and backward.
+    Loss and attention are measured forward and backward.
 
-    The ways take turns, and the median of each counts.
+    The implementations take turns, and the median of each counts.
 
     Args:
         part: loss, attention or products
         model: a model's JSON file such as configs/model/llama_130m.json
-        tokens: of a micro-batch
+        tokens: tokens of a micro-batch
         sequence_length: tokens of a sequence
         dtype: bf16 or fp32
-        threads: of torch; default: as torch decides
-        repetitions: turns of each way, after one that does not count
-        device: cpu or cuda; default: what a run takes here
+        threads: threads of torch; default: torch's choice
+        repetitions: turns of each implementation, after one that does not count
+        device: cpu or cuda; default: the device that a run would use here
     """
     if part not in PARTS:
-        raise ValueError(f"got {part}, expected {', '.join(PARTS)}, and then a model's JSON file")
+        raise ValueError(f"got {part}, expected one of {', '.join(PARTS)}, followed by a model's JSON file")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype}, expected {' or '.join(DTYPES)}")
     if tokens % sequence_length:
-        raise ValueError(f"--tokens: {tokens} is no multiple of --sequence_length {sequence_length}")
+        raise ValueError(f"--tokens: {tokens} is not a multiple of --sequence_length {sequence_length}")
     if threads:
         torch.set_num_threads(threads)
     place = chosen_device(device)
@@ -78,10 +78,10 @@ def main(
         f"{part} on {device_name()}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads; "
         f"kernels: {kernels.describe(place.type)}"
     )
-    for name, taken in milliseconds.items():
-        rate = f"{ways[name][1] / taken / 1e9:8.3f} TFLOP/s" if ways[name][1] else ""
-        print(f"{name:42}{taken:10.3f} ms {taken / first:8.3f}{rate}")
-    ratios = {name: taken / first for name, taken in milliseconds.items()}
+    for name, value in milliseconds.items():
+        rate = f"{ways[name][1] / value / 1e9:8.3f} TFLOP/s" if ways[name][1] else ""
+        print(f"{name:42}{value:10.3f} ms {value / first:8.3f}{rate}")
+    ratios = {name: value / first for name, value in milliseconds.items()}
     print(json.dumps({"part": part, "device": device_name(), "milliseconds": milliseconds, "ratio": ratios}))
 
 
@@ -92,7 +92,7 @@ def draws(dtype: torch.dtype, device: torch.device) -> Draw:
 
 
 def loss_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, draw: Draw) -> Ways:
-    """Head and cross-entropy from hidden states [N, H] to the gradients of these and of the head [V, H]."""
+    """Head and cross-entropy, from hidden states [N, H] to their gradients and those of the head [V, H]."""
     hidden = draw(tokens, model.hidden_size).requires_grad_()
     weight = draw(model.vocab_size, model.hidden_size).mul_(0.02).requires_grad_()
     labels = torch.randperm(tokens, generator=torch.Generator().manual_seed(0)).to(hidden.device) % model.vocab_size
@@ -113,10 +113,10 @@ def loss_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, draw: 
         torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight).float(), labels), (hidden, weight))
 
     return {
-        "the three products alone": (products, 6.0 * hidden.numel() * model.vocab_size),
+        "only the three products": (products, 6.0 * hidden.numel() * model.vocab_size),
         "in parts, compiled kernel (the default)": (ours, 0.0),
         "in parts, torch operations": (ours_in_torch, 0.0),
-        "whole logits in float32, as transformers": (whole, 0.0),
+        "whole logits in float32, like transformers": (whole, 0.0),
     }
 
 
@@ -131,7 +131,7 @@ def attention_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, d
         return lambda: torch.autograd.grad(of(), (q, k, v), d_out)
 
     def products() -> None:
-        """the arithmetic of the unmasked half: two products forward, five backward (scores are made again)"""
+        """The arithmetic of the unmasked half: two products forward, five backward (scores are recomputed)."""
         half = sequence_length // 2
         with torch.no_grad():
             scores = q @ k[..., :half, :].mT
@@ -170,7 +170,7 @@ def attention_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, d
 
 
 def product_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, draw: Draw) -> Ways:
-    """The products of each shape of a linear, of its gradients, and of its square matrix's: (D^T dy)^T (C x)."""
+    """The products of each linear shape: forward, its gradients, and the square matrix's gradient (D^T dy)^T (C x)."""
     method = MethodConfig()
     ways: Ways = {}
     queries, _ = attention_widths(model)
@@ -183,7 +183,7 @@ def product_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, dra
         ways |= {
             f"{shape}: x W^T": (partial(torch.matmul, x, weight.T), flops),
             f"{shape}: dy W": (partial(torch.matmul, dy, weight), flops),
-            f"{shape}: dW, where it trains": (partial(torch.matmul, dy.T, x), flops),
+            f"{shape}: dW, if it trains": (partial(torch.matmul, dy.T, x), flops),
             f"{shape}: dM, R = {size}": (partial(torch.matmul, reduced.T, compressed), 2.0 * tokens * size**2),
         }
     return ways

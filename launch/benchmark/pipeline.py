@@ -1,4 +1,4 @@
-"""How fast text becomes blocks, beside the tokenizer alone on the same text."""
+"""The speed at which text becomes blocks, compared with the bare tokenizer on the same text."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from relora_mora.data.stream.packing import Lane
 from relora_mora.data.tokens.folder import make_tokens
 from relora_mora.data.tokens.rows import only_tokens, open_any, or_tokens
 
-# by the one worker that is measured; few, so that its blocks of documents are used up and not only loaded
+# lanes of the one worker that is measured: few, so that it uses its blocks of documents and does not only load them
 LANES_READ = 2
-# a round with tokens made in advance reads so many times as many, since it is that much faster
+# a round with pre-tokenized data reads this many times as many tokens, because it is that much faster
 TIMES_IN_ADVANCE = 20
 IN_ADVANCE = "data/tokens_per_second_in_advance"
 
@@ -32,10 +32,10 @@ def pipeline_throughput(
 ) -> dict[str, float | int]:
     """Tokens per second of one worker (read, decompress, parse, shuffle, tokenize, pack) and of the bare tokenizer.
 
-    Both run in this process on the same documents, in turns, ``rounds`` times over at least ``tokens`` tokens; the
-    fastest round of each counts. Then a worker reads the tokens of these documents, made in advance. ``lanes`` is the
-    number of lanes that share the shards; None: as many as shards, at most 64. Where the training data are tokens, only
-    reading them is measured. Raises SourceError.
+    Both run in this process on the same documents, in turns, for ``rounds`` rounds of at least ``tokens`` tokens; the
+    fastest round of each counts. Then a worker reads the same documents pre-tokenized. ``lanes`` is the number of lanes
+    that share the shards; None: as many as shards, at most 64. If the training data are tokens, only reading them is
+    measured. Raises SourceError.
     """
     from relora_mora.tokenizer.load import encode, load_tokenizer
 
@@ -53,16 +53,16 @@ def pipeline_throughput(
         calls.append(texts)
         return [Encoded(ids) for ids in encode(tokenizer, texts)]
 
-    encode(tokenizer, ["what is built at first use is part of neither"])
+    encode(tokenizer, ["the first call builds caches, and is not measured"])
     pipeline_seconds = []
     bare_seconds = []
-    made = 0
+    count = 0
     for _ in range(rounds):
         calls.clear()
-        read = _lanes(config, shards, lanes, or_tokens(recorded), tokenizer.eos_token_id)
-        pipeline_seconds.append(_seconds_for(read, tokens))
+        text_lanes = _lanes(config, shards, lanes, or_tokens(recorded), tokenizer.eos_token_id)
+        pipeline_seconds.append(_seconds_for(text_lanes, tokens))
         began = time.perf_counter()
-        made = sum(len(ids) + 1 for texts in calls for ids in encode(tokenizer, texts))
+        count = sum(len(ids) + 1 for texts in calls for ids in encode(tokenizer, texts))
         bare_seconds.append(time.perf_counter() - began)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "text.json")
@@ -72,8 +72,8 @@ def pipeline_throughput(
         make_tokens(resolve_shards(str(text)), out, config=plain, tokenizer_path=tokenizer_path, processes=1)
         in_advance = _tokens_per_second(plain, resolve_shards(str(out)), LANES_READ, TIMES_IN_ADVANCE * tokens, rounds)
     return {
-        "data/tokens_per_second_per_worker": made / min(pipeline_seconds),
-        "data/tokens_per_second_tokenizer": made / min(bare_seconds),
+        "data/tokens_per_second_per_worker": count / min(pipeline_seconds),
+        "data/tokens_per_second_tokenizer": count / min(bare_seconds),
         "data/ratio": min(bare_seconds) / min(pipeline_seconds),
         IN_ADVANCE: in_advance,
         **numbers,
@@ -81,10 +81,10 @@ def pipeline_throughput(
 
 
 def _tokens_per_second(config: DataConfig, shards: Sequence[Shard], lanes: int, tokens: int, rounds: int) -> float:
-    """Of a worker that reads tokens made in advance; the fastest round counts."""
-    made = shards[0].tokens
-    assert made is not None, "text"
-    eos = made.making.eos
+    """Tokens per second of a worker that reads pre-tokenized data; the fastest round counts."""
+    token_file = shards[0].tokens
+    assert token_file is not None, "text"
+    eos = token_file.making.eos
     seconds = [_seconds_for(_lanes(config, shards, lanes, only_tokens, eos), tokens) for _ in range(rounds)]
     return tokens / min(seconds)
 
@@ -102,7 +102,7 @@ def _lanes(config: DataConfig, shards: Sequence[Shard], lanes: int, encode: Enco
 
 
 def _seconds_for(lanes: Sequence[Lane[Any]], tokens: int) -> float:
-    """Until the lanes have made at least so many tokens together; closes them."""
+    """Seconds until the lanes together have produced at least ``tokens`` tokens; closes the lanes."""
     began = time.perf_counter()
     for _ in range(-(-tokens // (len(lanes) * lanes[0].sequence_length))):
         for lane in lanes:

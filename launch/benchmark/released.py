@@ -1,4 +1,4 @@
-"""MoRA's type 1 with the operations of the released code, as a contender: the decoupled form in plain autograd."""
+"""A contender with the operations of MoRA's released code, type 1: the decoupled form in plain autograd."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ RELEASED_TYPE = 1
 
 
 class ReleasedLinear(MoRALinear):
-    """``W x + D M C x`` (arXiv 2405.12130, eq. 6), every map an operation on the activations that autograd records.
+    """``W x + D M C x`` (arXiv 2405.12130, eq. 6); autograd records each map as an operation on the activations.
 
-    C: the input is filled up with its first features to whole groups of R, a copy, and the groups are added up. D: the
-    R results are repeated until they are long enough, a copy, and cut. Only operator 1 is computed.
+    C pads the input with its first features to whole groups of R (a copy) and adds up the groups. D repeats the R
+    results until they are long enough (a copy) and cuts them. Only operator 1 is supported.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ class ReleasedLinear(MoRALinear):
         size = self.square_size
         missing = -self.in_features % size
         if missing:
-            times, rest = divmod(missing, self.in_features)  # more than once only where R is more than twice the inputs
+            times, rest = divmod(missing, self.in_features)  # times > 0 only if R is more than twice the inputs
             x = torch.cat([x, *[x] * times, x[..., :rest]], -1)
         compressed = x.view(*x.shape[:-1], x.shape[-1] // size, size).sum(-2)
         changed = F.linear(compressed, self.mora_M)
@@ -36,9 +36,9 @@ class ReleasedLinear(MoRALinear):
 
 
 def use_released_layers(model: nn.Module) -> None:
-    """Puts a layer of the released code's operations in the place of every adapter of a model, with its weight."""
+    """Replaces every adapter layer of a model by a layer with the released code's operations and the same weight."""
     for name, layer in list(adapter_layers(model)):
         assert isinstance(layer, MoRALinear) and layer.operator.mora_type == RELEASED_TYPE
         parent, _, kind = name.rpartition(".")
-        plain: Any = layer  # has what is read of a linear: features, weight, bias
+        plain: Any = layer  # has the attributes of a linear that are read: features, weight, bias
         setattr(model.get_submodule(parent), kind, ReleasedLinear(plain, layer.square_size, RELEASED_TYPE, "decoupled"))

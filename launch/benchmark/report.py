@@ -1,4 +1,4 @@
-"""The results as tables for people and as an object for programs."""
+"""Formats the results as tables for people and as a JSON object for programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COPY_BYTES = 256 * MIB
 
 
 def limits(setting: Setting) -> dict[str, float]:
-    """The most that this machine can do on one rank: matrix products in TFLOP/s, copies in GB/s (read and written)."""
+    """The peak rates of this machine on one rank: matrix products in TFLOP/s, copies in GB/s (read and written)."""
     peak, _ = peak_flops(bf16=setting.bf16)
     source = torch.ones(COPY_BYTES // 4, device=setting.device)
     target = torch.empty_like(source)
@@ -32,7 +32,7 @@ def limits(setting: Setting) -> dict[str, float]:
 def as_json(
     results: list[Result], setting: Setting, world_size: int, machine: dict[str, float], command: list[str]
 ) -> dict[str, Any]:
-    """Everything that was measured; each ``..._ratio`` refers to the first method."""
+    """All measurements; each ``..._ratio`` is relative to the first method."""
     return {
         "command": command,
         "device": device_name(),
@@ -77,7 +77,7 @@ def _fields(result: Result, first: Result, setting: Setting, world_size: int, pe
 
 
 def tables(results: list[Result], setting: Setting, world_size: int, machine: dict[str, float]) -> str:
-    """Time, memory, and what is kept and sent, a line per method; ratios refer to the first. MiB are of one rank."""
+    """Tables of time, memory and traffic, a line per method; ratios are relative to the first. MiB are per rank."""
     head = (
         f"{setting.model_config.num_hidden_layers} layers, hidden {setting.model_config.hidden_size}, vocabulary "
         f"{setting.model_config.vocab_size}; {setting.tokens} tokens x {setting.accumulation} x {world_size} ranks, "
@@ -106,7 +106,7 @@ def _times(results: list[Result], setting: Setting, world_size: int, peak_tflops
 
 def _memory(results: list[Result]) -> Iterator[str]:
     first = results[0]
-    yield "MiB between steps, and at the moment of a step that has most, by part"
+    yield "MiB between steps, and at the peak of a step, by part"
     yield f"{'method':18}{'state':>9}{'ratio':>7}{'host':>9} |{'peak':>9}{'ratio':>7} =" + "".join(
         f"{part:>13}" for part in PARTS
     )
@@ -123,7 +123,7 @@ def _traffic(results: list[Result]) -> Iterator[str]:
     first = results[0]
     yield (
         "MiB kept for backward by the seven linears of a decoder layer, by the whole layer, by the model; "
-        "trained parameters; MiB given to collectives"
+        "trained parameters; MiB passed to collectives"
     )
     yield (
         f"{'method':18}{'linears':>9}{'ratio':>7}{'layer':>9}{'ratio':>7}{'model':>9}{'ratio':>7} |"
@@ -145,7 +145,7 @@ def _tokens_per_second(result: Result, setting: Setting, world_size: int) -> flo
 
 
 def _utilisation(result: Result, peak_tflops: float) -> float:
-    """The share of the machine's matrix products that the method's arithmetic makes up; 0 where that is not known."""
+    """The method's arithmetic as a share of the machine's peak; 0 if the arithmetic is unknown."""
     return result.flops_per_step / result.seconds / (peak_tflops * 1e12)
 
 
@@ -154,10 +154,9 @@ def _mib(size: int) -> str:
 
 
 def _ratio(value: float, reference: float) -> float | None:
-    """None where there is nothing to refer to."""
+
     return value / reference if reference else None
 
 
 def _column(value: float, reference: float) -> str:
-    """The ratio as a column of a table."""
     return f"{value / reference:7.3f}" if reference else f"{'':7}"

@@ -1,6 +1,6 @@
 """Training steps of several methods side by side: ``python -m launch.benchmark steps configs/model/llama_130m.json``.
 
-Under torchrun or DeepSpeed's launcher it measures a job of several ranks.
+Started by torchrun or DeepSpeed's launcher, it measures a job of several ranks.
 """
 
 from __future__ import annotations
@@ -35,38 +35,38 @@ def main(
     profile: bool = False,
     device: str | None = None,
 ) -> int:
-    """Measures whole optimizer steps, in turns, and prints tables and, last, a line of JSON.
+    """Measures whole optimizer steps, in turns, and prints tables and finally a line of JSON.
 
-    Returns 1 where a loss is not finite, because the figures of such steps mean nothing.
+    Returns 1 if a loss is not finite, because the figures of such steps mean nothing.
 
     Args:
         model: a LlamaConfig JSON file
-        methods: separated by commas; ratios refer to the first. full, frozen (the decoder's linears do not train: no
-            adapter method can be faster), remora, remora_merged, remora_resident, remora_decoupled,
+        methods: separated by commas; ratios are relative to the first. full, frozen (the decoder's linears do not
+            train: no adapter method can be faster), remora, remora_merged, remora_resident, remora_decoupled,
             remora_released, remora_r32 (R a multiple of 32), full_compiled, remora_compiled, relora, relora_merged,
             relora_resident, plain, peft_lora, galore, apollo
         tokens: tokens of a micro-batch on one rank
         sequence_length: tokens of a sequence
         accumulation: micro-batches of a step
         zero_stage: DeepSpeed ZeRO stage of this trainer's methods
-        rank: LoRA's r, and what MoRA's square is made of
-        square_multiple: R is rounded down to a multiple of it
-        precision: bf16, fp32, or auto: bf16 where the hardware does it fast
+        rank: LoRA's r, which also decides the size of MoRA's square matrix
+        square_multiple: R is rounded down to a multiple of this number
+        precision: bf16, fp32, or auto: bf16 if the hardware is fast with it
         layers: decoder layers; default: as many as the model has
-        vocab_size: default: that of the model
-        finetune: only adapters train, those of launch/finetune.py; try --methods=peft_lora,lora,mora
+        vocab_size: default: the model's
+        finetune: train only adapters, with the defaults of launch/finetune.py; try --methods=peft_lora,lora,mora
         repeats: measured steps of each method
-        warmup: steps of each method before those
-        profile: show which operations a step of each method spends its time in
-        device: cpu or cuda; default: what a run takes here
+        warmup: steps of each method before the measured ones
+        profile: show in which operations a step of each method spends its time
+        device: cpu or cuda; default: the device that a run would use here
     """
     faults = []
     if tokens % sequence_length:
-        faults.append(f"--tokens: {tokens} is no multiple of --sequence_length {sequence_length}")
+        faults.append(f"--tokens: {tokens} is not a multiple of --sequence_length {sequence_length}")
     if precision not in ("auto", "bf16", "fp32"):
-        faults.append(f"--precision: {precision}, expected auto, bf16 or fp32")
+        faults.append(f"--precision: got {precision}, expected auto, bf16 or fp32")
     if zero_stage not in range(4):
-        faults.append(f"--zero_stage: {zero_stage}, expected 0 to 3")
+        faults.append(f"--zero_stage: got {zero_stage}, expected 0 to 3")
     if faults:
         raise ConfigError(faults, "the command line")
     overrides = {"num_hidden_layers": layers, "vocab_size": vocab_size}

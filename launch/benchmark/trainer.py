@@ -1,9 +1,9 @@
-"""The trainer's own share of the time: tokens per second of launch/pretrain.py against bare loops; one JSON line.
+"""The overhead of the trainer: tokens per second of launch/pretrain.py against bare loops, as one JSON line.
 
     python -m launch.benchmark trainer configs/run/tiny_remora_paper.yaml [--section.key=value ...]
         [--steps=25] [--rounds=3]
 
-The text is that of ``make demo``, which is made where it is missing, unless --data.train names another.
+The text is the one of ``make demo``, which is created if it is missing, unless --data.train names another one.
 """
 
 from __future__ import annotations
@@ -29,37 +29,39 @@ from relora_mora.system.run_folder import RunFolder
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "runs" / "demo"
 OURS = ("train.run_dir", "train.resume", "log.every_steps", "eval.every_steps", "eval.at_start")
-PARTS = 5  # lines of metrics in a round; the steps before the first do not count
+PARTS = 5  # lines of metrics in a round; the steps before the first line do not count
 
 
 def main(config: str, *, steps: int = 25, rounds: PositiveInt = 3, **overrides: str) -> None:
-    """Measures four things in turns, on the same first batches of the same data.
+    """Measures four programs in turns, on the same first batches of the same data.
 
-    trainer: launch/pretrain.py as a process of its own, with data workers, metrics and TensorBoard. saving: the same
-    with a checkpoint in the middle of the round, which tells what one costs. engine: the trainer's model and engine on
-    batches made beforehand, and nothing else. torch: the same in plain torch, AdamW on float32 masters, no DeepSpeed.
-    The ratios are those of the trainer with a checkpoint every checkpoint.every_steps.
+    trainer: launch/pretrain.py in a separate process, with data workers, metrics and TensorBoard. saving: the same with
+    a checkpoint in the middle of the round, which shows the cost of one. engine: only the trainer's model and engine,
+    on batches loaded beforehand. torch: the same in plain torch, AdamW on float32 masters, without DeepSpeed. The
+    ratios are for the trainer with a checkpoint every checkpoint.every_steps.
 
     Args:
         config: a YAML file such as configs/run/tiny_remora_paper.yaml
         steps: optimizer steps of a round; the first fifth does not count
-        rounds: rounds of each; medians count
+        rounds: rounds of each program; the medians count
         overrides: settings as --section.key=value
     """
     faults = [f"--{name}: set by this command; leave it out" for name in OURS if name in overrides]
     if steps < PARTS:
-        faults.append(f"--steps: {steps}, expected at least {PARTS}")
+        faults.append(f"--steps: got {steps}, expected at least {PARTS}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        faults.append("runs on one process; start it with python, without a launcher")
+        faults.append("this benchmark runs in one process; start it with python, without a launcher")
     if faults:
         raise ConfigError(faults, "the command line")
-    given = load_config(config, overrides, world_size=1)  # mistakes are shown before the text is made
-    if given.train.epochs is not None:
-        faults.append("--train.epochs: nothing is counted here; give --train.epochs=null --train.steps=1000")
-    elif steps >= given.train.steps:
-        faults.append(f"--steps: {steps}, expected less than train.steps, {given.train.steps}")
-    if given.optim.matrices != "adamw":
-        faults.append(f"--optim.matrices: {given.optim.matrices}, and the loop of plain torch has AdamW; set adamw")
+    settings = load_config(config, overrides, world_size=1)  # reports mistakes before the text is created
+    if settings.train.epochs is not None:
+        faults.append("--train.epochs: epochs are not supported here; give --train.epochs=null --train.steps=1000")
+    elif steps >= settings.train.steps:
+        faults.append(f"--steps: got {steps}, expected less than train.steps, which is {settings.train.steps}")
+    if settings.optim.matrices != "adamw":
+        faults.append(
+            f"--optim.matrices: got {settings.optim.matrices}, but the loop of plain torch only has AdamW; set adamw"
+        )
     if faults:
         raise ConfigError(faults, "the command line")
     if "data.train" not in overrides:
@@ -88,7 +90,7 @@ def demo_text() -> dict[str, str]:
 
 
 def run_settings(config: str, overrides: dict[str, str], steps: int, folder: Path) -> Config:
-    """The run's settings without evaluations, which would come between the steps of a round."""
+    """The run's settings without evaluations, which would interrupt the steps of a round."""
     changes = {
         "train.run_dir": str(folder / "bare"),
         "train.resume": "auto",
@@ -121,7 +123,7 @@ def measure(config: Config, folder: Path, steps: int, rounds: int) -> dict[str, 
         return rounds_of_trainer[-1].step_seconds
 
     turns = []
-    for seconds in take_turns(  # seconds of a step
+    for seconds in take_turns(  # seconds per step
         {
             "trainer": lambda: trainer(0),
             "saving": lambda: trainer(steps // 2 + 1),
@@ -153,7 +155,7 @@ def measure(config: Config, folder: Path, steps: int, rounds: int) -> dict[str, 
 
 
 class TrainerRound(NamedTuple):
-    """Seconds of one run of launch/pretrain.py: of a step, of the waits for data, of the stalls for a checkpoint."""
+    """Seconds in one run of launch/pretrain.py: per step, of the waits for data, of the stalls for a checkpoint."""
 
     step_seconds: float
     waits: list[float]
@@ -161,7 +163,7 @@ class TrainerRound(NamedTuple):
 
 
 def train(config: Config, run_dir: Path, steps: int, checkpoint_every: int) -> TrainerRound:
-    """Starts the trainer as a user does and stops it when it has made ``steps``; raises ValueError where it fails."""
+    """Starts the trainer as a user does and stops it after ``steps``; raises ValueError if it fails."""
     settings = run_dir.with_suffix(".yaml")
     output = run_dir.with_suffix(".log")
     settings.write_text(dump(config), encoding="utf-8")
@@ -175,8 +177,8 @@ def train(config: Config, run_dir: Path, steps: int, checkpoint_every: int) -> T
             process.terminate()
     lines = metrics(run_dir)
     if process.returncode not in (0, REQUEUE) or not any(line["step"] >= steps for line in lines):
-        said = output.read_text(encoding="utf-8").strip()
-        raise ValueError(f"launch/pretrain.py ended with code {process.returncode}: {said}")
+        log_text = output.read_text(encoding="utf-8").strip()
+        raise ValueError(f"launch/pretrain.py ended with code {process.returncode}: {log_text}")
     lines = [line for line in lines if line["step"] <= steps]
     first, *later = [line for line in lines if "train/loss" in line]
     stalls = "perf/checkpoint_stall_seconds"
@@ -188,7 +190,7 @@ def train(config: Config, run_dir: Path, steps: int, checkpoint_every: int) -> T
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole lines that a run has written so far."""
+    """The complete lines that a run has written so far."""
     path = RunFolder(run_dir).metrics
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

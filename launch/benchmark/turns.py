@@ -1,4 +1,4 @@
-"""Measures several things in turns, so that whatever else the machine does falls on all of them alike."""
+"""Measures several things in turns, so that other work on the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 def take_turns(measures: Mapping[str, Callable[[], T]], *, rounds: int, warmup: int = 0) -> Iterator[dict[str, T]]:
-    """Calls every measure once a round, in the order given, and yields what each returned.
+    """Calls every measure once per round, in order, and yields the results by name.
 
-    The first ``warmup`` rounds, which pay for caches and compilation, are not yielded.
+    The first ``warmup`` rounds, which fill caches and compile, are not yielded.
     """
     for number in range(warmup + rounds):
         measured = {name: measure() for name, measure in measures.items()}
@@ -26,7 +26,7 @@ def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def relative_spread(values: Sequence[float]) -> float:
-    """Half the distance between the quartiles (of fewer than four values: between the extremes) over the median."""
+    """Half the interquartile range over the median; with fewer than four values, half the full range."""
     if len(values) < 4:
         low, high = min(values), max(values)
     else:

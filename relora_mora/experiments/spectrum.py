@@ -1,4 +1,4 @@
-"""Singular values of what a run has added to the weights that it began with."""
+"""Singular values of a run's total update to its initial weights."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ Spectra = dict[str, Tensor]  # [layers, n] by the kind of projection, descending
 
 
 def update_spectra(path: Path) -> Spectra:
-    """The singular values of W - W_0 of every linear of the decoder; W has adapters and merges in it.
+    """The singular values of W - W_0 for every linear of the decoder; W includes merges and the current adapters.
 
-    ``path`` is a run folder (its newest whole checkpoint) or a checkpoint. W_0 are the run's initial weights: drawn
-    again from its seed, or read from its ``model.init_from``, with its ``model.adapter`` merged in. Raises
-    :class:`CheckpointError` if ``path`` is not a checkpoint, and if the files of the initial weights are missing or
-    have changed.
+    ``path`` is a run folder (its newest whole checkpoint counts) or a checkpoint. W_0 are the run's initial weights:
+    drawn again from its seed, or read from its ``model.init_from``, with its ``model.adapter`` merged in. Raises
+    :class:`CheckpointError` if ``path`` is not a checkpoint, or if the files of the initial weights are missing or have
+    changed.
     """
     return spectra_of(CheckpointReader(find_checkpoint(path)))
 
 
 @torch.no_grad()
 def spectra_of(reader: CheckpointReader) -> Spectra:
-    """:func:`update_spectra` of a checkpoint that is open already."""
+    """Like :func:`update_spectra`, for a checkpoint that is already open."""
     weights = merged_weights(reader)
-    found: dict[str, list[Tensor]] = {kind: [] for kind in DECODER_LINEARS}
+    spectra: dict[str, list[Tensor]] = {kind: [] for kind in DECODER_LINEARS}
     linears = tuple(f".{kind}.weight" for kind in DECODER_LINEARS)
-    begin = _initial_weights(reader, [name for name in weights if name.endswith(linears)])
-    for name, before in begin.items():
+    initial = _initial_weights(reader, [name for name in weights if name.endswith(linears)])
+    for name, before in initial.items():
         if before.shape != weights[name].shape:
             raise CheckpointError(
                 f"{reader.folder}: {name} began as {list(before.shape)}, and is {list(weights[name].shape)} now"
             )
-        found[name.split(".")[-2]].append(torch.linalg.svdvals(weights[name] - before))
-    return {kind: torch.stack(layers) for kind, layers in found.items()}
+        spectra[name.split(".")[-2]].append(torch.linalg.svdvals(weights[name] - before))
+    return {kind: torch.stack(layers) for kind, layers in spectra.items()}
 
 
 def spectra_by_step(run: Path) -> Iterator[tuple[int, Spectra]]:
-    """Those of every checkpoint in a run folder, oldest first; raises what :func:`update_spectra` raises."""
+    """Yields (step, spectra) for every checkpoint of a run folder, oldest first; raises as :func:`update_spectra`."""
     for folder in reversed(list_checkpoints(RunFolder(run).checkpoints)):
         yield read_manifest(folder).step, update_spectra(folder)
 
@@ -65,7 +65,7 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
     files = {"model.init_from": config.model.init_from, "model.adapter": config.model.adapter}
     for setting, path in files.items():
         if path is not None and not Path(path).exists():
-            raise CheckpointError(f"{reader.folder}: began with {path} ({setting}), which is not there any more")
+            raise CheckpointError(f"{reader.folder}: began with {path} ({setting}), which no longer exists")
     if others := other_weights(reader.folder, config.model):
         changed = " and ".join(f"{words} ({files[setting]})" for setting, words in others.items())
         raise CheckpointError(f"{reader.folder}: began with {changed}")

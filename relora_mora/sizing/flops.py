@@ -38,12 +38,12 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """FLOPs of the model's arithmetic."""
+
         return self.linears + self.adapters + self.attention + self.head
 
     @property
     def performed(self) -> float:
-        """FLOPs that the devices compute."""
+
         return self.total + self.recomputed
 
 

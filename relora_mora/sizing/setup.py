@@ -41,7 +41,7 @@ class Setup:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a step on each rank."""
+
         return self.config.accumulation_steps(self.world_size)
 
     @property

@@ -76,7 +76,7 @@ def test_what_a_run_began_with_must_be_as_it_was(runs: dict[str, Path], tmp_path
         update_spectra(runs["further"])
     (tmp_path / newest.name).rename(newest)
     source.rename(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match=r"further.*began with .*relora .*, which is not there any more"):
+    with pytest.raises(CheckpointError, match=r"further.*began with .*relora .*, which no longer exists"):
         update_spectra(runs["further"])
     (tmp_path / "moved").rename(source)
     assert _ranks(runs["further"]) == {RANK}

@@ -208,9 +208,9 @@ def test_a_package_that_is_not_installed_is_no_traceback() -> None:
         ("data.sequence_length=65", "more than the model's max_position_embeddings (64)"),
         (
             "method.rank=15",
-            "have 5,404 parameters, more than the 5,184 of the weights beside them; lower it",
+            "have 5,404 parameters, more than the 5,184 of its weights; lower it",
         ),
-        ("method.square_size=41", "method.square_size: R of 41 is more than both widths of"),
+        ("method.square_size=41", "method.square_size: R of 41 is larger than both widths of"),
     ],
 )
 def test_settings_of_a_plan(inputs: Path, setting: str, message: str) -> None:
@@ -324,7 +324,7 @@ def test_files_that_may_not_be_read(inputs: Path, tokenizer_path: str, script: s
         ("model.init_from={}/nowhere", "model.init_from"),
         ("model.overrides.vocab_size=299", "300 token ids, but the model has only 299"),
         ("method.rank=100000", "method.rank: the adapters of a layer have"),
-        ("method.rank_pattern={{k_proj: 14}}", "method.rank_pattern: R of 25 is more than both widths of k_proj (24"),
+        ("method.rank_pattern={{k_proj: 14}}", "method.rank_pattern: R of 25 is larger than both widths of k_proj (24"),
         ("model.overrides={{hidden_size: 65536, num_hidden_layers: 50}}", "weights and optimizer state need"),
     ],
 )

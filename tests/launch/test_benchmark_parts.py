@@ -56,9 +56,9 @@ def test_the_output_ends_with_a_line_of_json(model: str, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sum", "MODEL"], "got sum, expected loss, attention, products"),
+        (["sum", "MODEL"], "got sum, expected one of loss, attention, products"),
         (["loss", "none.json"], "none.json"),
-        (["loss", "MODEL", "--tokens=100"], "--tokens: 100 is no multiple of --sequence_length 512"),
+        (["loss", "MODEL", "--tokens=100"], "--tokens: 100 is not a multiple of --sequence_length 512"),
         (["loss", "MODEL", "--dtype=fp16"], "--dtype: got fp16"),
         (["loss", "MODEL", "--repetitions=0"], "--repetitions: got 0"),
         (["loss", "MODEL", "--device=tpu"], "--device: got tpu, expected cpu or cuda"),

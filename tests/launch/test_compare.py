@@ -139,20 +139,20 @@ def test_studies_may_have_runs_of_one_name(runs: list[Path], tmp_path: Path) -> 
 def test_bad_input_is_one_message(runs: list[Path], tmp_path: Path) -> None:
     refused(call(COMPARE), "no run given")
     refused(call(COMPARE, runs[0], tmp_path / "none"), f"{tmp_path / 'none'}: no run folder")
-    refused(call(COMPARE, runs[0], f"--against={tmp_path}"), "no run folder")
-    refused(call(COMPARE, runs[0], f"--against={runs[1] / 'metrics.jsonl'}"), "no run folder")
+    refused(call(COMPARE, runs[0], f"--against={tmp_path}"), "not a run folder")
+    refused(call(COMPARE, runs[0], f"--against={runs[1] / 'metrics.jsonl'}"), "not a run folder")
     other = write_run(tmp_path / "other", LOSSES, sets=["web"])
     refused(call(COMPARE, runs[0], other), "no validation set in common")
     (runs[1] / "metrics.jsonl").unlink()
     refused(call(COMPARE, *runs), "no metrics yet")
     (tmp_path / "file").write_text("")
-    refused(call(COMPARE, tmp_path / "file"), "holds no run")
+    refused(call(COMPARE, tmp_path / "file"), "has no run")
     (tmp_path / "file").write_text("{}")
     refused(
         call(COMPARE, runs[0], tmp_path / "file"),
-        "line 1: no record of a run",
+        "line 1: not a record of a run",
     )
-    refused(call(COMPARE, runs[0], f"--out={tmp_path / 'file'}"), "is a file, and a folder is needed")
+    refused(call(COMPARE, runs[0], f"--out={tmp_path / 'file'}"), "is a file, expected a folder")
 
 
 def test_without_matplotlib_the_table_alone_can_be_had(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

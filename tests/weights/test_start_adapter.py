@@ -114,7 +114,7 @@ def test_the_adapter_is_not_part_of_what_the_run_adds(pools, inputs, base, adapt
     pools(1)(train, still, stop_after=1)
     assert max(float(values.max()) for values in update_spectra(run).values()) < 1e-4
     moved = shutil.move(adapters[name], tmp_path / "moved")
-    with pytest.raises(CheckpointError, match=rf"began with .*{name} \(model.adapter\), which is not there any more"):
+    with pytest.raises(CheckpointError, match=rf"began with .*{name} \(model.adapter\), which no longer exists"):
         update_spectra(run)
     shutil.move(moved, adapters[name])
 

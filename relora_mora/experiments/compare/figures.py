@@ -1,4 +1,4 @@
-"""Figures of a comparison for print: loss against tokens and time, learning rate, and rank of the updates."""
+"""Printable figures of a comparison: loss against tokens and time, learning rate, and rank of the updates."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; lines and markers tell as much in grey, and come round
-# after other numbers of curves than colours do
+# Okabe and Ito's colors, which color-blind readers can tell apart. Lines and markers do the same in grayscale, and
+# repeat after a different number of curves than colors do.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
@@ -46,23 +46,23 @@ PAPER: Any = {
     "lines.markersize": 3.5,
     "legend.frameon": False,
 }
-WIDTH = 7.0  # inches, of the text of a page
+WIDTH = 7.0  # inches, the text width of a page
 
 
 def styles() -> Iterator[dict[str, Any]]:
-    """Colour, line and marker of each group in turn."""
+    """Yields color, line and marker for each group."""
     for colour, line, marker in zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False):
         yield {"color": colour, "linestyle": line, "marker": marker}
 
 
 Axis = Literal["steps", "tokens", "time"]
 Values = NDArray[np.float64]
-VISIBLE = 0.4  # of the height of a zoomed panel that the last gap between curves fills
+VISIBLE = 0.4  # share of a zoomed panel's height that the final gap between curves fills
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A mean over seeds with the least and the greatest; all [n]. ``x`` is in steps, tokens or seconds."""
+    """A mean over seeds with the lowest and highest value, all [n]. ``x`` is in steps, tokens or seconds."""
 
     steps: list[int]
     x: Values
@@ -74,11 +74,11 @@ class Curve:
 def curve(group: Group, series: Callable[[Run], Series], axis: Axis, *, smooth: bool = False) -> Curve:
     """A metric of a group at the steps that all its runs have; it may be empty.
 
-    ``smooth``: each run's values become centred means over about a twenty-fifth of them.
+    ``smooth``: replaces each run's values by centered means over about a twenty-fifth of them.
     """
-    found = [series(run) for run in group.runs]
-    steps = group.common_steps(found)
-    values = [np.array([each[step] for step in steps], dtype=float) for each in found]
+    of_runs = [series(run) for run in group.runs]
+    steps = group.common_steps(of_runs)
+    values = [np.array([each[step] for step in steps], dtype=float) for each in of_runs]
     if smooth:
         values = [running_mean(each, max(1, len(steps) // 50)) for each in values]
     rows = np.stack(values)
@@ -86,7 +86,7 @@ def curve(group: Group, series: Callable[[Run], Series], axis: Axis, *, smooth: 
 
 
 def positions(group: Group, steps: Sequence[int], axis: Axis) -> Values:
-    """Where steps stand on an axis: themselves, tokens trained on, or seconds of training, a mean over the runs."""
+    """The positions of steps on an axis: steps, tokens trained on, or training seconds (mean over the runs)."""
     if axis == "steps":
         return np.array(steps, dtype=float)
     if axis == "tokens":
@@ -95,15 +95,15 @@ def positions(group: Group, steps: Sequence[int], axis: Axis) -> Values:
 
 
 def running_mean(values: Values, half: int) -> Values:
-    """Centred means over 2 half + 1 values, over fewer near the ends: as many on either side."""
+    """Centered means over 2 half + 1 values, over fewer near the ends, with equally many on either side."""
     reach = [min(half, index, len(values) - 1 - index) for index in range(len(values))]
     return np.array([values[index - near : index + near + 1].mean() for index, near in enumerate(reach)])
 
 
 def parting(curves: Sequence[Curve]) -> float | None:
-    """From where on a panel shows the curves apart: there the gap at the end fills a good part of its height.
+    """The x from which a zoomed panel should start, so that the final gap fills a good part of its height.
 
-    None where there are no two curves to tell apart.
+    None if there are fewer than two curves.
     """
     curves = [each for each in curves if len(each.x) > 1]
     if len(curves) < 2:
@@ -112,25 +112,25 @@ def parting(curves: Sequence[Curve]) -> float | None:
     end = min(each.x[-1] for each in curves)
     at_end = [float(np.interp(end, each.x, each.mean)) for each in curves]
     gap = max(at_end) - min(at_end)
-    places = np.linspace(begin, end, 201)
-    heights = np.max([np.interp(places, each.x, each.mean) for each in curves], axis=0) - min(at_end)
-    shown = places[heights > gap / VISIBLE]
+    grid = np.linspace(begin, end, 201)
+    heights = np.max([np.interp(grid, each.x, each.mean) for each in curves], axis=0) - min(at_end)
+    shown = grid[heights > gap / VISIBLE]
     start = float(shown[-1]) if len(shown) else float(begin)
     return min(max(start, begin + (end - begin) / 4), begin + (end - begin) * 3 / 4)
 
 
-REACH = "reach_"  # begins the name of a figure of reach
+REACH = "reach_"  # prefix of the name of a --reach figure
 LEGEND_LINE = 0.2  # inches
-LABEL_WIDTH = 40  # letters of a line beside a panel
-PAGE_WIDTH = 100  # letters of a line below all panels
+LABEL_WIDTH = 40  # letters in a line next to a panel
+PAGE_WIDTH = 100  # letters in a line below all panels
 TITLES = {"steps": "steps", "tokens": "tokens trained on"}
 UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 MOST_MARKERS = 12
-MOST_MERGES = 25  # of a run, that are marked
+MOST_MERGES = 25  # more merges of a run are not marked
 
 
 def figures_of(groups: Sequence[Group], reach: Reach | None = None, against: Group | None = None) -> dict[str, Figure]:
-    """All figures of a comparison by name; one of ranks where a run has merged, and one of ``reach``."""
+    """All figures of a comparison by name, with ranks if a run has merged, and with ``reach`` if given."""
     figures = {"loss_by_tokens": loss_figure(groups, "tokens"), "loss_by_time": loss_figure(groups, "time")}
     figures["perplexity"] = perplexity_figure(groups, against)
     figures["learning_rate"] = rate_figure(groups)
@@ -143,7 +143,7 @@ def figures_of(groups: Sequence[Group], reach: Reach | None = None, against: Gro
 
 
 def loss_figure(groups: Sequence[Group], axis: Axis) -> Figure:
-    """Loss against tokens or time: a row for each set of held-out text, on the right where the curves part."""
+    """Loss against tokens or time: a row for each held-out set, with an enlarged panel on the right."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -169,15 +169,17 @@ def loss_figure(groups: Sequence[Group], axis: Axis) -> Figure:
             low, high = whole.get_ylim()
             for drawing in drawings:
                 drawing.draw_training(whole)
-            _keep_between(whole, low - (high - low) / 2, high + (high - low) / 2)
+            # losses on a different kind of training text may lie far outside
+            bottom, top = whole.get_ylim()
+            whole.set_ylim(max(bottom, low - (high - low) / 2), min(top, high + (high - low) / 2))
         add_legend(figure, panels[0][0], groups, training=True)
     return figure
 
 
 class Drawing:
-    """The losses of a group on one set of held-out text; ``unit`` is that of the axis, in tokens or seconds.
+    """The losses of a group on one held-out set; ``unit`` is the axis unit, in tokens or seconds.
 
-    Its merges are marked at ``height``, a fraction of the panel's.
+    Merges are marked at ``height``, a fraction of the panel's height.
     """
 
     def __init__(self, group: Group, style: dict[str, Any], axis: Axis, unit: float, name: str, height: float) -> None:
@@ -187,17 +189,11 @@ class Drawing:
         self.axis = axis
         self.unit = unit
         self.by_tokens = curve(group, lambda run: run.evaluations(name), "tokens")
-        self.curve = self._scaled(curve(group, lambda run: run.evaluations(name), axis))
-
-    def _scaled(self, each: Curve) -> Curve:
-        return replace(each, x=each.x / self.unit)
+        evaluations = curve(group, lambda run: run.evaluations(name), axis)
+        self.curve = replace(evaluations, x=evaluations.x / unit)
 
     def draw(self, panel: Axes) -> None:
-        each = self.curve
-        _draw_curve(panel, each, self.group, self.style)
-        self._draw_merges(panel)
-
-    def _draw_merges(self, panel: Axes) -> None:
+        _draw_curve(panel, self.curve, self.group, self.style)
         merges = [step for step in _marked_merges(self.group) if step <= self.curve.steps[-1]]
         if merges:
             x = positions(self.group, merges, self.axis) / self.unit
@@ -212,29 +208,23 @@ class Drawing:
             )
 
     def draw_training(self, panel: Axes) -> None:
-        each = self._scaled(curve(self.group, lambda run: run.series("train/loss"), self.axis, smooth=True))
-        panel.plot(each.x, each.mean, color=self.style["color"], linewidth=0.6, alpha=0.6, zorder=1)
-
-
-def _keep_between(panel: Axes, low: float, high: float) -> None:
-    """Cuts off what lies beyond, as losses on training text of another kind may."""
-    bottom, top = panel.get_ylim()
-    panel.set_ylim(max(bottom, low), min(top, high))
+        losses = curve(self.group, lambda run: run.series("train/loss"), self.axis, smooth=True)
+        panel.plot(losses.x / self.unit, losses.mean, color=self.style["color"], linewidth=0.6, alpha=0.6, zorder=1)
 
 
 def _height_of_merges(group: Group, merging: Sequence[Group]) -> float:
-    """Rows of strokes along the axis, one for each of the groups ``merging``, in the lowest fifth of a panel."""
+    """The height of a group's row of merge marks; the ``merging`` groups share the lowest fifth of a panel."""
     return 0.03 + min(0.05, 0.17 / len(merging)) * merging.index(group) if group in merging else 0.0
 
 
 def _marked_merges(group: Group) -> list[int]:
-    """The steps of a group's merges; none where there are too many to tell apart."""
+    """The steps of a group's merges; empty if there are too many to tell apart."""
     merges = group.runs[0].merges
     return merges if len(merges) <= MOST_MERGES else []
 
 
 def _unit(groups: Sequence[Group], axis: Axis) -> tuple[float, str]:
-    """What a step of the axis is worth, and its title: the largest unit of time of which a run takes two."""
+    """(size, title) of the axis unit; for time the largest unit such that the longest run takes at least two."""
     if axis != "time":
         return 1.0, TITLES[axis]
     longest = max(run.seconds(run.last_step) for group in groups for run in group.runs)
@@ -243,7 +233,7 @@ def _unit(groups: Sequence[Group], axis: Axis) -> tuple[float, str]:
 
 
 def _count_on(panel: Axes, axis: Axis, ticks: int = 5) -> None:
-    """Few ticks, and 150k in place of 150000."""
+    """Sets few ticks, and writes 150k instead of 150000."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     panel.xaxis.set_major_locator(MaxNLocator(ticks))
@@ -252,7 +242,7 @@ def _count_on(panel: Axes, axis: Axis, ticks: int = 5) -> None:
 
 
 def _zoom(whole: Axes, zoomed: Axes, drawings: Sequence[Drawing]) -> None:
-    """Shows in the right panel where the curves part, and marks that place in the left one; hides it for one curve."""
+    """Enlarges the end of the curves in the right panel and marks the region in the left; hides it for one curve."""
     start = parting([each.by_tokens for each in drawings])
     if start is None:
         zoomed.set_visible(False)
@@ -270,10 +260,10 @@ def _zoom(whole: Axes, zoomed: Axes, drawings: Sequence[Drawing]) -> None:
 
 
 def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> Figure:
-    """The last perplexity of each run as a dot, and of each group the mean as a stroke; a panel for each held-out set.
+    """The last perplexity of each run as a dot and each group's mean as a stroke, in a panel for each held-out set.
 
-    The lowest of the last set is at the top. The dashed line is the mean of ``against``, by default the first group.
-    Groups of one run among larger ones say so.
+    The group with the lowest perplexity on the last set is at the top. The dashed line is the mean of ``against``, by
+    default the first group. If other groups are larger, the label of a group with one run says so.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -283,11 +273,11 @@ def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> 
     styled = sorted(zip(groups, styles(), strict=False), key=lambda each: np.mean(perplexities(each[0], sets[-1])))
     groups = [group for group, _ in styled]
     several = any(len(group.runs) > 1 for group in groups)
-    alone = [" (1 seed)" if several and len(group.runs) == 1 else "" for group in groups]
-    names = [f"{group.label}{seeds}{_state(group)}" for group, seeds in zip(groups, alone, strict=True)]
+    seeds = [" (1 seed)" if several and len(group.runs) == 1 else "" for group in groups]
+    names = [f"{group.label}{of_group}{_state(group)}" for group, of_group in zip(groups, seeds, strict=True)]
     labels = [textwrap.fill(name, LABEL_WIDTH) for name in names]
     heights = np.array([label.count("\n") + 1.6 for label in labels])  # in lines
-    places = np.cumsum(heights) - heights / 2
+    rows = np.cumsum(heights) - heights / 2
     line = textwrap.fill(f"dashed: {against.label}", PAGE_WIDTH)
     with matplotlib.rc_context(PAPER):
         figure = Figure(figsize=(WIDTH, 0.8 + 0.15 * (heights.sum() + line.count("\n"))), layout="constrained")
@@ -295,26 +285,26 @@ def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> 
         for panel, name in zip(panels[0], sets, strict=True):
             reference = np.mean(perplexities(against, name))
             panel.axvline(reference, color="#777777", linestyle="--", linewidth=1.0, zorder=1)
-            for place, (group, style) in zip(places, styled, strict=True):
+            for row, (group, style) in zip(rows, styled, strict=True):
                 values = perplexities(group, name)
-                panel.plot(values, [place] * len(values), "o", color=style["color"], markerfacecolor="none")
-                panel.plot(np.mean(values), place, "|", color=style["color"], markersize=11, markeredgewidth=1.5)
+                panel.plot(values, [row] * len(values), "o", color=style["color"], markerfacecolor="none")
+                panel.plot(np.mean(values), row, "|", color=style["color"], markersize=11, markeredgewidth=1.5)
             panel.set_xlabel(f"perplexity on {name}" if name else "validation perplexity")
-        panels[0][0].set_yticks(places, labels)
+        panels[0][0].set_yticks(rows, labels)
         panels[0][0].set_ylim(heights.sum(), 0)  # the first row at the top
         figure.supxlabel(line, fontsize=PAPER["axes.labelsize"])
     return figure
 
 
 def rate_figure(groups: Sequence[Group]) -> Figure:
-    """The learning rate of the linears, or of their adapters, against tokens."""
+    """The learning rate of the linears or their adapters against tokens."""
     figure = metric_figure(groups, Run.rates, "learning rate of the matrices", markers=False)
     figure.axes[0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     return figure
 
 
 def reach_figure(reach: Reach, groups: Sequence[Group]) -> Figure:
-    """The metric against steps, with a line across at each value."""
+    """The metric against steps, with a horizontal line at each value."""
     figure = metric_figure(groups, lambda run: run.series(reach.tag), reach.title, axis="steps")
     for value in reach.values:
         figure.axes[0].axhline(value, color="#777777", linestyle=":", linewidth=1.0, zorder=1)
@@ -329,7 +319,7 @@ def metric_figure(
     axis: Axis = "tokens",
     markers: bool = True,
 ) -> Figure:
-    """Any metric of the runs, with the band of the seeds."""
+    """A metric of the runs, with a band over the seeds."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -349,9 +339,9 @@ def metric_figure(
 def rank_figure(
     groups: Sequence[Group], tag: str = "merge/effective_rank", title: str = "effective rank of a merge"
 ) -> Figure | None:
-    """Effective ranks, a panel for each kind of projection, of the groups that have them; None where there are none.
+    """Effective ranks in a panel for each kind of projection; None if no group has any.
 
-    Those of a merge are of a layer in the middle of the model (docs/method.md).
+    Ranks of a merge are measured in one layer in the middle of the model (docs/method.md).
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -392,7 +382,7 @@ def rank_figure(
 
 
 def _draw_curve(panel: Axes, each: Curve, group: Group, style: dict[str, Any]) -> None:
-    """The mean over the seeds, and their band."""
+    """Draws the mean over the seeds and their band."""
     panel.plot(each.x, each.mean, label=name_of(group), markevery=-(-len(each.x) // MOST_MARKERS), **style)
     if len(group.runs) > 1:
         panel.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.2, linewidth=0)
@@ -413,18 +403,18 @@ def _columns(groups: Sequence[Group]) -> int:
 
 
 def legend_height(groups: Sequence[Group], width: float = WIDTH) -> float:
-    """``width`` of the figure, in inches."""
-    further = sum(len(name_of(group)) // _letters(width) for group in groups)
-    return LEGEND_LINE * (-(-(len(groups) + 2) // _columns(groups)) + further)
+    """The height of the legend of a figure of this width, both in inches."""
+    wrapped = sum(len(name_of(group)) // _letters(width) for group in groups)
+    return LEGEND_LINE * (-(-(len(groups) + 2) // _columns(groups)) + wrapped)
 
 
 def _letters(width: float) -> int:
-    """Of a line below all panels of a figure of that width."""
+    """The number of letters in a line below all panels of a figure of this width."""
     return int(PAGE_WIDTH * width / WIDTH)
 
 
 def add_legend(figure: Figure, panel: Axes, groups: Sequence[Group], *, training: bool = False) -> None:
-    """Below the panels."""
+    """Adds the legend below the panels."""
     from matplotlib.lines import Line2D
 
     handles, labels = panel.get_legend_handles_labels()

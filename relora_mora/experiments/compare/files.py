@@ -1,4 +1,4 @@
-"""What a comparison leaves in a folder: tables as text, and figures as PNG."""
+"""Writes a comparison to a folder: tables as text, and figures as PNG."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ if TYPE_CHECKING:
 
 
 def check_plots(folder: Path) -> None:
-    """Raises :class:`CompareError` where matplotlib is not installed, or there is a file in place of the folder."""
+    """Raises :class:`CompareError` if matplotlib is not installed, or if ``folder`` is a file."""
     if folder.exists() and not folder.is_dir():
-        raise CompareError(f"--out: {folder} is a file, and a folder is needed; give another one")
+        raise CompareError(f"--out: {folder} is a file, expected a folder; give another path")
     if importlib.util.find_spec("matplotlib") is None:
         raise CompareError(
             "--out: plots need matplotlib, which is not installed: pip install matplotlib, or pip install -e '.[plot]' "
-            "in the checkout; without --out the table alone is printed"
+            "in the checkout; without --out only the table is printed"
         )
 
 
 def write_files(folder: Path, texts: Mapping[str, str], figures: Mapping[str, Figure]) -> None:
-    """Texts by the names of their files, figures by those without ``.png``; what is there of these is replaced, each
-    file whole or not at all.
+    """Writes texts by file name and figures by file name without ``.png``; replaces each existing file atomically.
 
-    Older figures of what not every comparison has, ranks and ``--reach``, do not stay beside them.
+    Deletes older figures of ranks and ``--reach`` that this comparison does not have.
     """
     with disk_faults_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,15 +43,15 @@ def write_files(folder: Path, texts: Mapping[str, str], figures: Mapping[str, Fi
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As PNG, whole or not at all."""
+    """Writes a PNG atomically."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    beside = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with matplotlib.rc_context(PAPER):
             FigureCanvasAgg(figure)
-            figure.savefig(beside, format="png", bbox_inches="tight", pad_inches=0.05)
-        beside.replace(path)
+            figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.05)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

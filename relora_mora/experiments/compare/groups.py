@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but their seeds belong together; a label says in what the others differ."""
+"""Groups runs that differ only in their seeds, and labels groups by the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS
 from relora_mora.experiments.compare.runs import CompareError, Run
 
 SEEDS = ("train.seed", "data.seed")
-# how a run is kept, watched and started, or what follows from it: nothing that its numbers depend on
-_APART_SECTIONS = ("checkpoint", "log")
-_APART = {
+# settings that do not affect a run's numbers, or that follow from other settings
+_IGNORED_SECTIONS = ("checkpoint", "log")
+_IGNORED = {
     *SEEDS,
     *OPERATIONAL,
     "eval.at_start",
@@ -33,10 +33,10 @@ _IN_TITLE = ("method.name", "method.operators")
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that share all settings but the seeds: one row of a table, one line of a figure.
+    """Runs that share all settings except the seeds: one row of a table, one line of a figure.
 
-    ``method`` is what papers call the method, ``differs`` the settings in which the groups of a comparison differ, and
-    what its runs did not do by their settings from their first step on.
+    ``method`` is the method's name in papers. ``differs`` lists the settings in which the groups of a comparison
+    differ, and whether a run began at another run's checkpoint or changed settings at a resume.
     """
 
     method: str
@@ -53,49 +53,55 @@ class Group:
 
     @property
     def state(self) -> str:
-        """In words, where a run that has not ended stands; empty when all have."""
-        waiting = [run for run in self.runs if not run.is_finished]
-        if not waiting:
+        """The progress of the unfinished runs in words; empty if all runs have finished."""
+        unfinished = [run for run in self.runs if not run.is_finished]
+        if not unfinished:
             return ""
-        if any(run.has_diverged for run in waiting):
+        if any(run.has_diverged for run in unfinished):
             return "its last loss is not finite"
-        state = "running" if any(run.is_running for run in waiting) else "unfinished"
-        step = min(run.last_step for run in waiting)
-        return f"{state}, step {step:,} of {waiting[0].steps:,}"
+        state = "running" if any(run.is_running for run in unfinished) else "unfinished"
+        step = min(run.last_step for run in unfinished)
+        return f"{state}, step {step:,} of {unfinished[0].steps:,}"
 
     def common_steps(self, series: Sequence[Mapping[int, float]]) -> list[int]:
-        """The steps at which all of these have a value, in order."""
+        """The steps at which all of the series have a value, in order."""
         return sorted(set.intersection(*map(set, series)))
 
 
 def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[str] = ()) -> list[Group]:
-    """The runs in groups, in the order in which they are given.
+    """Groups the runs, in the order in which they are given.
 
-    What was found where the settings point counts, too: numbers of parameters, whether it was bf16, and digests of
-    weights, text and tokenizer. A run with settings and seed of another one is no further seed: it stands alone, and
-    its label says why. ``unnamed`` are settings that groups differ in and are not named after, such as ``optim.lr``. Of
-    groups that differ in the settings ``best`` alone there is one: that with most seeds, or else with the lowest last
-    validation loss (of its worst seed) among those that have finished.
+    Besides settings, the number of parameters, the precision, and the digests of weights, text and tokenizer count.
+    A run with the same settings and the same seed as another is not another seed: it gets a group of its own, whose
+    label says why. Labels leave out the settings in ``unnamed``, such as ``optim.lr``. From groups that differ only in
+    the settings ``best``, the one with the most seeds is kept; among equals, the one with the lowest last validation
+    loss (of its worst seed), where finished groups come first.
 
-    Raises :class:`CompareError` where there is no such setting.
+    Raises :class:`CompareError` if no run has a setting that ``unnamed`` or ``best`` names.
     """
     gathered: dict[str, list[Run]] = {}
     for run in runs:
         settings = json.dumps(compared_settings(run.settings), sort_keys=True, default=str)
         repeat = 0
-        while any(not _goes_with(run, other) for other in gathered.get(f"{repeat}{settings}", ())):
+        while any(
+            _seed(run) == _seed(other) or _differing_notes(run, other)
+            for other in gathered.get(f"{repeat}{settings}", ())
+        ):
             repeat += 1
         gathered.setdefault(f"{repeat}{settings}", []).append(run)
     for option, names in (("unnamed", unnamed), ("best", best)):
         for name in names:
             if not any(name in group[0].settings for group in gathered.values()):
-                raise CompareError(f"--{option}: no run has a setting {name}; docs/settings.md lists them")
+                raise CompareError(f"--{option}: no run has a setting {name}; docs/settings.md lists all settings")
     members = _best(list(gathered.values()), best) if best else list(gathered.values())
     compared = [compared_settings(runs[0].settings) for runs in members]
     names = [name for name in _differing(compared) if name not in unnamed]
-    whole = {name for name in names if _is_one_word(name, compared)}
+    full_paths = {name for name in names if _look_alike(name, compared)}
     parts = [
-        (method_title(each), ", ".join(filter(None, (_differences(each, names, whole), *_histories(runs)))))
+        (
+            method_title(each),
+            ", ".join(filter(None, dict.fromkeys([_differences(each, names, full_paths), *map(_history, runs)]))),
+        )
         for each, runs in zip(compared, members, strict=True)
     ]
     alike = Counter(parts)
@@ -106,24 +112,22 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
     return groups
 
 
-def _own_name(run: Run, before: Iterable[Group], apart: Sequence[str]) -> str:
-    """The name of a run's folder, and why it is no further seed of those before it, settings ``apart`` aside."""
+def _own_name(run: Run, before: Iterable[Group], ignored: Sequence[str]) -> str:
+    """The name of a run's folder, and why the run is not another seed of a group before it, apart from ``ignored``."""
     others = (other for group in before for other in group.runs)
-    alike = [other for other in others if _settings_but(apart, other) == _settings_but(apart, run)]
-    noted = ", ".join(sorted({name for other in alike for name in _noted_otherwise(run, other, apart)}))
-    if noted:
-        return f"{run.folder.name} (other {noted})"
-    is_same = any(_seed(other) == _seed(run) and _settings_but((), other) == _settings_but((), run) for other in alike)
+    alike = [other for other in others if _settings_without(ignored, other) == _settings_without(ignored, run)]
+    differing = ", ".join(sorted({name for other in alike for name in _differing_notes(run, other, ignored)}))
+    if differing:
+        return f"{run.folder.name} (other {differing})"
+    is_same = any(
+        _seed(other) == _seed(run) and compared_settings(other.settings) == compared_settings(run.settings)
+        for other in alike
+    )
     return f"{run.folder.name} (the same seed)" if is_same else run.folder.name
 
 
-def _histories(runs: Iterable[Run]) -> list[str]:
-    """Of seeds that are one row: what one of them noted, or none where none did."""
-    return list(dict.fromkeys(filter(None, map(_history, runs))))
-
-
 def _history(run: Run) -> str:
-    """In words, where it began if not at its start, and what resumes changed; empty for nearly all runs."""
+    """The step at which the run began if not 0, and the changes at its resumes, in words; empty for nearly all runs."""
     changes = [
         f"{' and '.join(dict.fromkeys(text.partition(':')[0] for text in changed))} changed at step {step:,}"
         for step, changed in run.changes
@@ -132,21 +136,16 @@ def _history(run: Run) -> str:
     return ", ".join(began + changes)
 
 
-def _goes_with(run: Run, other: Run) -> bool:
-    """Whether two runs with the same settings are one with two seeds."""
-    return _seed(run) != _seed(other) and not _noted_otherwise(run, other)
-
-
-def _noted_otherwise(run: Run, other: Run, apart: Sequence[str] = ()) -> list[str]:
-    """The settings, but for those ``apart``, of which two runs noted different things, as far as both noted them."""
-    left = _noted(run)
-    right = _noted(other)
-    names = (left.keys() & right.keys()).difference(apart, (name.partition(".")[0] for name in apart))
+def _differing_notes(run: Run, other: Run, ignored: Sequence[str] = ()) -> list[str]:
+    """The settings, without ``ignored``, for which both runs have notes that differ."""
+    left = _notes(run)
+    right = _notes(other)
+    names = (left.keys() & right.keys()).difference(ignored, (name.partition(".")[0] for name in ignored))
     return [name for name in names if left[name] != right[name]]
 
 
-def _noted(run: Run) -> dict[str, Any]:
-    """What settings name or leave open, by the setting, or its section; earlier versions noted less."""
+def _notes(run: Run) -> dict[str, Any]:
+    """What the run found for settings that are names or left open, by setting or section; old versions noted less."""
     noted: dict[str, Any] = {"model": run.parameters.get("total"), "train.precision": run.bf16, **run.began_with}
     noted["data.validation"] = run.scored or None
     if run.starts:
@@ -155,10 +154,12 @@ def _noted(run: Run) -> dict[str, Any]:
 
 
 def _best(members: Sequence[list[Run]], settings: Sequence[str]) -> list[list[Run]]:
+    """The best of the groups that differ only in ``settings``, in the order of ``members``."""
     chosen: list[list[Run]] = []
-    for runs in sorted(members, key=lambda runs: -len(_noted(runs[0]))):  # what noted nothing goes with any
+    for runs in sorted(members, key=lambda runs: -len(_notes(runs[0]))):  # a run without notes matches any other
         for index, others in enumerate(chosen):
-            if _differ_only_in(settings, runs[0], others[0]):
+            alike = _settings_without(settings, runs[0]) == _settings_without(settings, others[0])
+            if alike and not _differing_notes(runs[0], others[0], settings):
                 chosen[index] = min(others, runs, key=_rank)
                 break
         else:
@@ -166,37 +167,29 @@ def _best(members: Sequence[list[Run]], settings: Sequence[str]) -> list[list[Ru
     return sorted(chosen, key=members.index)
 
 
-def _differ_only_in(settings: Sequence[str], run: Run, other: Run) -> bool:
-    return _settings_but(settings, run) == _settings_but(settings, other) and not _noted_otherwise(run, other, settings)
-
-
-def _settings_but(names: Sequence[str], run: Run) -> dict[str, Any]:
+def _settings_without(names: Sequence[str], run: Run) -> dict[str, Any]:
     return {name: value for name, value in compared_settings(run.settings).items() if name not in names}
 
 
 def _rank(runs: Sequence[Run]) -> tuple[int, bool, float]:
-    """The lower, the better: runs with an end that is not finite have not finished."""
-    return -len(runs), not all(run.is_finished for run in runs), _last_loss(runs)
-
-
-def _last_loss(runs: Sequence[Run]) -> float:
+    """Sorts better groups first. A run whose last loss is not finite has not finished."""
     last = [list(run.series("eval/loss").values())[-1:] for run in runs]
-    return max((loss for losses in last for loss in losses), default=math.inf)
+    worst = max((loss for losses in last for loss in losses), default=math.inf)
+    return -len(runs), not all(run.is_finished for run in runs), worst
 
 
 def group_of(groups: Sequence[Group], name: str) -> Group:
-    """The group that a run is in, by the path or the name of its folder; raises CompareError unless it is one run."""
-    found = [(group, run) for group in groups for run in group.runs if run.is_named(name)]
-    if len(found) != 1:
-        folders = ", ".join(str(run.folder) for _, run in found)
-        raise CompareError(
-            f"{name}: is {folders or 'none of the runs, or --best left it out'}; give the path of one run's folder"
-        )
-    return found[0][0]
+    """The group of the run whose folder has this path or name; raises CompareError unless exactly one run matches."""
+    matches = [(group, run) for group in groups for run in group.runs if run.is_named(name)]
+    if len(matches) != 1:
+        folders = ", ".join(str(run.folder) for _, run in matches)
+        fault = f"matches {folders}" if matches else "matches none of the runs, or --best left it out"
+        raise CompareError(f"{name}: {fault}; give the path of one run's folder")
+    return matches[0][0]
 
 
 def method_title(settings: Mapping[str, Any]) -> str:
-    """Full rank, LoRA, ReLoRA, MoRA, ReMoRA (1, 2): a cycle of operators is part of the name."""
+    """The method's title with its cycle of operators if that is longer than one, such as ``ReMoRA (1, 2)``."""
     method = METHODS.get(settings["method.name"])
     title = settings["method.name"] if method is None else method.title
     operators = settings.get("method.operators", ())
@@ -204,13 +197,13 @@ def method_title(settings: Mapping[str, Any]) -> str:
 
 
 def compared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that count: what method and optimizer use, without seeds and what says how a run is kept."""
+    """The settings that method and optimizer use, without seeds and without settings that do not affect numbers."""
     kept = {
         name: value
         for name, value in used_settings(settings).items()
-        if name not in _APART and name.partition(".")[0] not in _APART_SECTIONS
+        if name not in _IGNORED and name.partition(".")[0] not in _IGNORED_SECTIONS
     }
-    if settings.get("train.epochs") is not None:  # how many steps these are depends on the order, so on the seed
+    if settings.get("train.epochs") is not None:  # the number of steps depends on the order, so on the seed
         kept["train.epochs"] = settings["train.epochs"]
         del kept["train.steps"]
         if settings["optim.warmup_fraction"] is not None:
@@ -219,7 +212,7 @@ def compared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that make a difference beside the others; of operators that never alternate, the first."""
+    """The settings that have an effect; only the first of the operators if they never alternate."""
     method = METHODS.get(settings["method.name"])
     unused = unused_settings(settings)
     used = {name: value for name, value in settings.items() if name not in unused}
@@ -233,29 +226,29 @@ def _seed(run: Run) -> tuple[Any, ...]:
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the settings of which several values are in use; of a setting that one method has, that is one value."""
+    """Names of the settings with several values; runs without a setting do not count as a value."""
     names = dict.fromkeys(name for each in settings for name in each if name not in _IN_TITLE)
-    values = {name: {_written(each[name]) for each in settings if name in each} for name in names}
+    values = {name: {_as_text(each[name]) for each in settings if name in each} for name in names}
     operators = {
         json.dumps(each["method.operators"]) for each in settings if len(each.get("method.operators", ())) == 1
     }
     return [name for name in names if len(values[name]) > 1] + ["method.operators"] * (len(operators) > 1)
 
 
-def _written(value: Any) -> str:
-    """The same for sets of held-out text in any order."""
+def _as_text(value: Any) -> str:
+    """JSON in which held-out sets are sorted by name."""
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def _is_one_word(name: str, settings: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a setting's different values look the same when paths are cut short."""
-    values = {_written(each[name]): _shown(each[name]) for each in settings if name in each}
+def _look_alike(name: str, settings: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether different values of a setting look the same when paths are shortened."""
+    values = {_as_text(each[name]): _shown(each[name]) for each in settings if name in each}
     return len(set(values.values())) < len(values)
 
 
-def _differences(settings: Mapping[str, Any], names: Sequence[str], whole: Set[str]) -> str:
-    """Rank 32, lr 0.001; the paths of the settings ``whole`` in full, optimizers by their names alone"""
-    ends = Counter(name.partition(".")[2] for name in names)
+def _differences(settings: Mapping[str, Any], names: Sequence[str], full_paths: Set[str]) -> str:
+    """Such as ``rank 32, lr 0.001``; matrix optimizers only by their names, settings in ``full_paths`` in full."""
+    key_counts = Counter(name.partition(".")[2] for name in names)
     shown = []
     for name in names:
         section, _, key = name.partition(".")
@@ -264,13 +257,13 @@ def _differences(settings: Mapping[str, Any], names: Sequence[str], whole: Set[s
         if name == "optim.matrices" and settings[name] in MATRIX_OPTIMIZERS:
             shown.append(MATRIX_OPTIMIZERS[settings[name]].title)
             continue
-        title = section if key == "name" else key if ends[key] == 1 else f"{section} {key}"
-        shown.append(f"{title.replace('_', ' ')} {_shown(settings[name], whole=name in whole)}")
+        title = section if key == "name" else key if key_counts[key] == 1 else f"{section} {key}"
+        shown.append(f"{title.replace('_', ' ')} {_shown(settings[name], full_path=name in full_paths)}")
     return ", ".join(shown)
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    """Of a source of text, or of what its rows hold, what is not the default; else all."""
+def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The values without defaults if they describe a text source or its records; otherwise all values."""
     for model, key in ((TextSource, "source"), (RecordsConfig, "kind")):
         if key in values:
             defaults = {name: field.get_default() for name, field in model.model_fields.items() if name != key}
@@ -278,14 +271,14 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _shown(value: Any, *, whole: bool = False) -> str:
+def _shown(value: Any, *, full_path: bool = False) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "on", False: "off", None: "default"}[value]
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):
-        return ", ".join(_shown(each, whole=whole) for each in value)
+        return ", ".join(_shown(each, full_path=full_path) for each in value)
     if isinstance(value, dict):
-        value = _given(value)
-        return ", ".join(f"{key} {_shown(inner, whole=whole)}" for key, inner in value.items())
-    return Path(value).stem if isinstance(value, str) and "/" in value and not whole else str(value)
+        shown = _without_defaults(value)
+        return ", ".join(f"{key} {_shown(inner, full_path=full_path)}" for key, inner in shown.items())
+    return Path(value).stem if isinstance(value, str) and "/" in value and not full_path else str(value)

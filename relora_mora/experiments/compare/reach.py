@@ -1,4 +1,4 @@
-"""When a metric reaches some values, for results that are no loss, such as the accuracy of generated answers."""
+"""The steps at which a metric reaches given values, for results other than a loss, such as accuracy of answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FALLING = ("loss", "perplexity", "bits_per_byte")
 
 @dataclass(frozen=True)
 class Reach:
-    """A metric of ``metrics.jsonl`` and values of it."""
+    """A metric of ``metrics.jsonl`` and the values that it should reach."""
 
     tag: str
     values: tuple[float, ...]
@@ -25,16 +25,19 @@ class Reach:
         return self.tag.rpartition("/")[2].replace("_", " ")
 
     def steps(self, run: Run, value: float) -> int | None:
-        """The first step with the value or more; or less, of a loss and its like, and where another began above it."""
+        """The first step at which the run reached the value.
+
+        A metric reaches it from above if it is a loss or similar, or if it is not a share and began above it.
+        """
         series = run.series(self.tag)
-        begin = next(iter(series.values()), math.nan)
+        initial = next(iter(series.values()), math.nan)
         name = self.tag.rpartition("/")[2]
-        falls = name in FALLING or (name not in SHARES and begin > value)
-        beyond = (step for step, now in series.items() if (now <= value if falls else now >= value))
-        return next(beyond, None)
+        falls = name in FALLING or (name not in SHARES and initial > value)
+        reached = (step for step, current in series.items() if (current <= value if falls else current >= value))
+        return next(reached, None)
 
     def last(self, group: Group) -> list[float]:
-        """Of each run; in a group that has not ended, at the last step that all have, of which there may be none."""
+        """The last value of each run; for an unfinished group the values at the last common step, if there is one."""
         series = [run.series(self.tag) for run in group.runs]
         if group.is_finished:
             return [list(each.values())[-1] for each in series]
@@ -43,7 +46,7 @@ class Reach:
 
 
 def parse_reach(text: str, groups: Sequence[Group]) -> Reach:
-    """Reads ``eval/character_accuracy=0.5,0.95``; raises :class:`CompareError` where a run does not have the metric."""
+    """Reads such as ``eval/character_accuracy=0.5,0.95``; raises :class:`CompareError` if a run lacks the metric."""
     tag, _, values = text.partition("=")
     try:
         reach = Reach(tag, tuple(float(value) for value in values.split(",")))
@@ -56,12 +59,12 @@ def parse_reach(text: str, groups: Sequence[Group]) -> Reach:
     for run in (run for group in groups for run in group.runs):
         if not run.series(tag):
             known = sorted({name for line in run.lines for name in line if name.startswith("eval/")})
-            raise CompareError(f"--reach: {run.folder} has no numbers {tag}; it has {', '.join(known)}")
+            raise CompareError(f"--reach: {run.folder} has no metric {tag}; it has {', '.join(known)}")
     return reach
 
 
 def step_cells(reach: Reach, groups: Sequence[Group]) -> dict[str, list[str]]:
-    """Columns of a table: for each value the mean step at which the groups' runs reached it, and the metric's last."""
+    """Columns of a table: for each value the mean step at which a group's runs reached it, and the last value."""
     columns = {
         f"{reach.title} {value:g}, step": [_steps(reach, group, value) for group in groups] for value in reach.values
     }
@@ -72,20 +75,22 @@ def step_cells(reach: Reach, groups: Sequence[Group]) -> dict[str, list[str]]:
 
 
 def reach_notes(reach: Reach, groups: Sequence[Group]) -> list[str]:
-    """What a reader of its columns must know."""
+    """Notes below the table that a reader of these columns needs."""
     of_set, _, name = reach.tag.rpartition("/")
     runs = [run for group in groups for run in group.runs]
     counts = {count for run in runs for count in list(run.series(f"{of_set}/answers").values())[-1:]}
     if name not in SHARES or len(counts) < 2:
         return []
-    return [f"{reach.title}: runs generated different numbers of answers (eval.generate); their shares do not compare."]
+    return [
+        f"{reach.title}: runs generated different numbers of answers (eval.generate); their shares are not comparable."
+    ]
 
 
 def _steps(reach: Reach, group: Group, value: float) -> str:
-    found = [reach.steps(run, value) for run in group.runs]
-    reached = [step for step in found if step is not None]
+    first_steps = [reach.steps(run, value) for run in group.runs]
+    reached = [step for step in first_steps if step is not None]
     if not reached:
         return "not reached"
     steps = Number.of(reached)
     shown = number_cell(replace(steps, mean=round(steps.mean, 1)), ",.10g")  # a mean over seeds may be 4.5
-    return shown if len(reached) == len(found) else f"{shown}; {len(reached)} of {len(found)} runs"
+    return shown if len(reached) == len(first_steps) else f"{shown}; {len(reached)} of {len(first_steps)} runs"

@@ -22,21 +22,21 @@ from relora_mora.system.run_folder import RunFolder, changes_since_first, noted_
 
 
 class CompareError(ValueError):
-    """Folders that hold no runs, or runs with nothing in common; the message says what to give instead."""
+    """A folder without a run, or runs with nothing in common; the message says what to give instead."""
 
 
-RECORDS = "cells.jsonl"  # in the folder of a study
+RECORDS = "cells.jsonl"  # in a study's folder
 _FIELDS = {"name": str, "given": dict, "config": dict, "start": dict, "metrics": list}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of runs, in the order of their lines. Raises :class:`CompareError` where a line is none."""
+    """The records of runs, in file order. Raises :class:`CompareError` if a line is not a record."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return [_record(path, number, line) for number, line in enumerate(lines, start=1)]
 
 
 def json_object(line: str) -> dict[str, Any] | None:
-    """None where the text is none: a kill may have cut it off."""
+    """The object in a line; None if it is not a JSON object, because a kill may have truncated the line."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -45,56 +45,53 @@ def json_object(line: str) -> dict[str, Any] | None:
 
 
 def has_step(line: dict[str, Any]) -> bool:
-    """Whether a line of metrics says of which step it is."""
     return isinstance(line.get("step"), int)
 
 
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     record = json_object(line) or {}
-    if all(isinstance(record.get(key), kind) for key, kind in _FIELDS.items()) and _are_lines(record["metrics"]):
-        return record
+    if all(isinstance(record.get(key), kind) for key, kind in _FIELDS.items()):
+        metrics = record["metrics"]
+        if metrics and all(isinstance(line, dict) and has_step(line) for line in metrics):
+            return record
     raise CompareError(
-        f"{path}, line {number}: no record of a run; give a run folder, or the {RECORDS} of a study, and where this is "
-        "one, copy it again or remove the line"
+        f"{path}, line {number}: not a record of a run; give a run folder or the {RECORDS} of a study; if this is such "
+        "a file, copy it again or remove the line"
     )
 
 
-def _are_lines(metrics: list[Any]) -> bool:
-    return bool(metrics) and all(isinstance(line, dict) and has_step(line) for line in metrics)
-
-
 COUNTS = ("train.steps", "train.batch_size", "data.sequence_length")
-SHARES = ("exact_match", "character_accuracy")  # of answers that were generated
+SHARES = ("exact_match", "character_accuracy")  # shares of the generated answers
 Series = dict[int, float]  # values of a metric by step, in the order of steps
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds. ``settings`` by dotted name, those of the newest start; ``lines`` of metrics.jsonl."""
+    """One run. ``settings``: by dotted name, from the newest start; ``lines``: the lines of metrics.jsonl."""
 
     folder: Path
     settings: Mapping[str, Any]
     lines: list[dict[str, Any]]
     starts: list[dict[str, Any]]
     is_running: bool
-    is_record: bool = False  # of a study; it has a few of the lines
+    is_record: bool = False  # from a study's records, which keep only some of the lines
 
     def series(self, tag: str) -> Series:
-        """A metric by step, without numbers that are not finite; the newest where a step has several.
+        """A metric by step, only finite values; the newest value if a step has several.
 
-        Of evaluations those that scored, or generated, what the last one did: a resume may have taken other held-out
-        text.
+        Only those evaluations count that scored or generated the same as the last one, because a resume may have
+        changed the held-out text.
         """
         lines = [line for line in self.lines if isinstance(line.get(tag), int | float)]
         if tag.startswith("eval/") and lines:
             of_set, _, name = tag.rpartition("/")
             counts = "answers" if name in SHARES else "tokens"
             lines = [line for line in lines if _scored_alike(line, lines[-1], of_set, counts)]
-        found = {line["step"]: line[tag] for line in lines}
-        return {step: value for step, value in found.items() if math.isfinite(value)}
+        values = {line["step"]: line[tag] for line in lines}
+        return {step: value for step, value in values.items() if math.isfinite(value)}
 
     def is_named(self, name: str) -> bool:
-        """Whether that is the path of its folder, or the folder's name."""
+        """Whether ``name`` is the path or the name of the run's folder."""
         return self.folder.name == name or self.folder.resolve() == Path(name).resolve()
 
     @property
@@ -103,22 +100,21 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """The optimizer steps that it is to make."""
         return int(self.settings["train.steps"])
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has evaluated its last step."""
+        """Whether the last step was evaluated, with a finite loss."""
         return self.steps in self.series("eval/loss")
 
     @property
     def has_diverged(self) -> bool:
-        """Whether it has evaluated its last step, and the loss is not a finite number."""
+        """Whether the last step was evaluated, and its loss is not finite."""
         return not self.is_finished and any("eval/loss" in line and line["step"] == self.steps for line in self.lines)
 
     @property
     def validation_sets(self) -> list[str]:
-        """Names of the sets of held-out text of its newest evaluation; "" for one without a name.
+        """Names of the held-out sets in the newest evaluation, "" for a set without a name.
 
         A resume may have changed them. Empty before the first evaluation.
         """
@@ -131,39 +127,38 @@ class Run:
         return sets or ([""] if "eval/loss" in tags else [])
 
     def evaluations(self, name: str) -> Series:
-        """Validation loss of a set, nats per token, by step."""
+        """Validation loss of a set by step, in nats per token."""
         return self.series(f"eval/{name}/loss" if name else "eval/loss")
 
     def scored_tokens(self, name: str) -> int | None:
-        """Tokens that an evaluation of a set scores."""
+        """The number of tokens that an evaluation of a set scores."""
         scored = self.series(f"eval/{name}/tokens" if name else "eval/tokens")
         return int(list(scored.values())[-1]) if scored else None
 
     @cached_property
     def scored(self) -> dict[str, str]:
-        """Digests of what its newest evaluation scored, by the names of the sets; earlier versions noted none."""
+        """Digests of what the newest evaluation scored, by the name of the set; earlier versions noted none."""
         tags = {name: f"eval/{name}/digest" if name else "eval/digest" for name in self.validation_sets}
-        found = {name: [line[tag] for line in self.lines if tag in line] for name, tag in tags.items()}
-        return {name: digests[-1] for name, digests in found.items() if digests}
+        digests = {name: [line[tag] for line in self.lines if tag in line] for name, tag in tags.items()}
+        return {name: of_set[-1] for name, of_set in digests.items() if of_set}
 
     def held_out(self, name: str) -> str:
-        """The text of a set, and the tokenizer, as the settings name them."""
+        """A set's text and the tokenizer, as named in the settings."""
         validation = self.settings.get("data.validation")
         text = validation.get(name) if name and isinstance(validation, dict) else validation
         return json.dumps([text, self.settings.get("tokenizer.path")])
 
     @property
     def merges(self) -> list[int]:
-        """The steps after which it merged."""
         return list(self.series("merge/layers"))
 
     def rates(self) -> Series:
-        """The rate of the matrices by step; where few of the lines are there, as the settings have it."""
+        """The learning rate of the matrices by step; computed from the settings if only some of the lines are kept."""
         return self._scheduled if self.is_record else self.series("train/lr")
 
     @cached_property
     def _scheduled(self) -> Series:
-        from relora_mora.optim.groups import make_schedule  # with torch, which nothing else here needs
+        from relora_mora.optim.groups import make_schedule  # imports torch, which nothing else here needs
 
         def section(name: str, kind: type[BaseModel]) -> dict[str, Any]:
             return {key: self.settings[f"{name}.{key}"] for key in kind.model_fields}
@@ -173,48 +168,50 @@ class Run:
             optim = OptimConfig.model_validate(section("optim", OptimConfig))
         except ValidationError as error:
             fault = error.errors()[0]
-            raise CompareError(f"{self.folder}: its settings have no rates ({fault['loc']}: {fault['msg']})") from None
+            raise CompareError(
+                f"{self.folder}: its settings do not give a learning rate ({fault['loc']}: {fault['msg']})"
+            ) from None
         schedule = make_schedule(method, optim, self.steps)
         return {step: optim.lr * schedule.rate(step) for step in range(1, self.last_step + 1)}
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Numbers of parameters: total, trainable, adapters; empty for runs of versions that did not note them."""
+        """Parameter counts: total, trainable, adapters; empty if the run's version did not note them."""
         return dict(self.starts[-1].get("parameters") or {}) if self.starts else {}
 
     @property
     def bf16(self) -> bool | None:
-        """The precision of its newest start; None for runs of versions that did not note it."""
+        """Whether the newest start used bf16; None if the run's version did not note it."""
         return self.starts[-1].get("bf16") if self.starts else None
 
     @property
     def began_with(self) -> dict[str, str]:
-        """Digests of what settings name, by the setting; empty for runs of versions that noted none.
+        """Digests of the files that settings name, by setting; empty if the run's version did not note them.
 
-        But for held-out text, which a resume may change: see ``scored``.
+        Held-out text, which a resume may change, is in ``scored`` instead.
         """
         return {name: digest for name, digest in noted_digests(self.starts).items() if name != "data.validation"}
 
     @property
     def first_step(self) -> int:
-        """The step at which its first start began: above 0 where that was a resume of another run's checkpoint."""
+        """The step at which the first start began; above 0 if it resumed another run's checkpoint."""
         return int(self.starts[0].get("step", 0)) if self.starts else 0
 
     @property
     def changes(self) -> list[tuple[int, list[str]]]:
-        """What resumes changed that counts, in words, with the steps at which they did."""
+        """(step, changes in words) for each resume that changed something relevant."""
         return changes_since_first(self.starts)
 
     def tokens(self, steps: Any) -> NDArray[np.int64]:
-        """Tokens trained on when so many steps are done: [n] -> [n]"""
+        """Tokens trained on after these steps: [n] -> [n]"""
         known, tokens = self._tokens
         before = np.searchsorted(known, steps, side="right") - 1
         return tokens[before] + (np.asarray(steps) - known[before]) * self._tokens_per_step
 
     def seconds(self, steps: Any) -> NDArray[np.float64]:
-        """Time of the steps and merges until then, in seconds: [n] -> [n]
+        """Seconds of training until these steps: [n] -> [n]
 
-        Evaluations, checkpoints, starts and pauses are left out.
+        Steps and merges count; evaluations, checkpoints, starts and pauses do not.
         """
         return np.asarray(np.interp(steps, *self._clock))
 
@@ -239,18 +236,18 @@ class Run:
             if line.get("perf/tokens_per_second"):
                 now = line.get("train/tokens")
                 if before is None or now is None:
-                    made = (line["step"] - steps[-1]) * self._tokens_per_step
-                else:  # a resume may have changed the batch
-                    made = now - before
+                    tokens = (line["step"] - steps[-1]) * self._tokens_per_step
+                else:  # a resume may have changed the batch size
+                    tokens = now - before
                 before = now
                 steps.append(line["step"])
-                seconds.append(seconds[-1] + made / line["perf/tokens_per_second"] + merging)
+                seconds.append(seconds[-1] + tokens / line["perf/tokens_per_second"] + merging)
                 merging = 0.0
         return np.array(steps), np.array(seconds)
 
 
 def read_runs(path: Path) -> list[Run]:
-    """The run of a run folder, or those that a study has kept in its ``cells.jsonl``, which its folder may stand for.
+    """Reads the run of a run folder, or the runs in a study's ``cells.jsonl`` (``path`` may be the study's folder).
 
     Raises :class:`CompareError` for anything else.
     """
@@ -258,27 +255,27 @@ def read_runs(path: Path) -> list[Run]:
         path /= RECORDS
     if not path.is_file():
         return [read_run(path)]
-    kept = [_kept_run(path, record) for record in read_records(path)]
-    if not kept:
-        raise CompareError(f"{path}: holds no run; give a run folder, or the cells.jsonl of a study that has one done")
-    return kept
+    runs = [_run_of_record(path, record) for record in read_records(path)]
+    if not runs:
+        raise CompareError(f"{path}: has no run; give a run folder, or the cells.jsonl of a study with a finished run")
+    return runs
 
 
 def is_model(folder: Path) -> bool:
-    """Whether it holds an export, which may stand beside the runs of a pattern such as ``runs/*``, and no run."""
+    """Whether the folder is an export and not a run; a pattern such as ``runs/*`` may match exports, too."""
     is_export = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
     return is_export and not RunFolder(folder).config.is_file()
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a run folder, also one in which a trainer is at work.
+    """Reads a run folder; a trainer may still be writing to it.
 
-    Raises :class:`CompareError` where it is none, or has no metrics yet.
+    Raises :class:`CompareError` if it is not a run folder, or has no metrics yet.
     """
     files = RunFolder(folder)
     if not files.config.is_file():
         raise CompareError(
-            f"{folder}: no run folder, as it has no {files.config.name}; give the train.run_dir of a run"
+            f"{folder}: not a run folder, because it has no {files.config.name}; give the train.run_dir of a run"
         )
     lines = [line for line in _json_lines(files.metrics) if has_step(line)]
     if not lines:
@@ -295,44 +292,44 @@ def read_run(folder: Path) -> Run:
     return Run(folder, settings, lines, starts, is_held(folder))
 
 
-def _kept_run(path: Path, record: dict[str, Any]) -> Run:
+def _run_of_record(path: Path, record: dict[str, Any]) -> Run:
     given = record["given"]
     settings = _settings(record["config"], path)
     settings |= _epochs_of(given.get("train", {}).get("epochs"), given.get("optim", {}).get("warmup_fraction"))
     study = path.parent if path.name == RECORDS else path.with_suffix("")
-    folder = study / "runs" / record["name"]  # it need not be there any more
+    folder = study / "runs" / record["name"]  # it may have been deleted
     return Run(folder, settings, record["metrics"], [record["start"]], is_running=False, is_record=True)
 
 
 def _epochs_of(epochs: float | None, warmup_fraction: float | None) -> dict[str, float | None]:
-    """The length and warmup that a run of epochs was given; its config has the steps that they are."""
+    """The epochs and warmup fraction that a run was given; its config has them converted to steps."""
     return {"train.epochs": epochs, "optim.warmup_fraction": None if epochs is None else warmup_fraction}
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file that another process may be writing; none where there is no file."""
+    """The objects of a file that another process may be writing; empty if there is no file."""
     if not path.is_file():
         return []
-    found = map(json_object, path.read_text(encoding="utf-8", errors="replace").splitlines())
-    return [record for record in found if record is not None]
+    objects = map(json_object, path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [each for each in objects if each is not None]
 
 
 def _scored_alike(line: dict[str, Any], other: dict[str, Any], of_set: str, counts: str) -> bool:
-    """Whether two evaluations are of as much, and of the same where both say so; earlier versions noted no digest."""
+    """Whether two evaluations have equal counts, and equal digests if both have one (earlier versions had none)."""
     digests = {line.get(f"{of_set}/digest"), other.get(f"{of_set}/digest")} - {None}
     return len(digests) < 2 and line.get(f"{of_set}/{counts}") == other.get(f"{of_set}/{counts}")
 
 
 def _settings(tree: Any, source: Path) -> dict[str, Any]:
-    """All settings by dotted name. Those that an older version did not know have their defaults."""
+    """All settings by dotted name; settings that an older version did not know get their defaults."""
     sections = {name: keys for name, keys in tree.items() if isinstance(keys, dict)} if isinstance(tree, dict) else {}
     given = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     missing = [name for name in ("method.name", "train.steps") if given.get(name) is None]
     if missing:
-        raise CompareError(f"{source}: without {missing[0]}, which the settings of every run have")
+        raise CompareError(f"{source}: {missing[0]} is missing, which the settings of every run have")
     defaults = {name: setting.get_default() for name, setting in SETTINGS.items() if not setting.is_required()}
     settings = {**defaults, **given}
     for name in COUNTS:
         if not isinstance(settings[name], int) or settings[name] < 1:
-            raise CompareError(f"{source}: {name} is {settings[name]}, expected a whole number from 1 on")
+            raise CompareError(f"{source}: {name} is {settings[name]}, expected a whole number of at least 1")
     return settings

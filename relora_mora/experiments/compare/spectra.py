@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 def rank_columns(spectra: Sequence[Sequence[Spectra]], above: float) -> dict[str, list[str]]:
-    """Columns of a table, from the spectra of each group's runs: means over layers and seeds.
+    """Columns of a table from the spectra of each group's runs, means over layers and seeds.
 
-    For each kind of projection the effective rank, and how many singular values are above ``above``.
+    Each kind of projection gets the effective rank and the number of singular values that are larger than ``above``.
     """
 
     def large(values: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def rank_columns(spectra: Sequence[Sequence[Spectra]], above: float) -> dict[str
 def accumulated_figure(groups: Sequence[Group]) -> Figure | None:
     """The effective rank of W - W_0 at each checkpoint that the runs have kept, means over layers; None without any.
 
-    Raises what :func:`update_spectra` raises.
+    Raises the same errors as :func:`update_spectra`.
     """
     tag = "update/effective_rank"
 
@@ -73,7 +73,7 @@ def _values(group: Sequence[Spectra], kind: str) -> Tensor:
 
 
 def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Sequence[Spectra]]) -> Figure:
-    """A panel for each kind of projection: singular values in their order, means over layers and seeds."""
+    """One panel for each kind of projection: sorted singular values, means over layers and seeds."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -95,6 +95,6 @@ def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Sequence[Spectra]
         for panel in panels[:, 0]:
             panel.set_ylabel("singular value of W - W_0")
         largest = max(float(_values(of_runs, kind).max()) for of_runs in spectra for kind in kinds)
-        panels[0][0].set_ylim(largest * 1e-4, largest * 2)  # what is below is rounding
+        panels[0][0].set_ylim(largest * 1e-4, largest * 2)  # smaller values are rounding errors
         add_legend(figure, panels[0][0], groups)
     return figure

@@ -1,4 +1,4 @@
-"""Rows of a comparison, as Markdown and as JSON."""
+"""The rows of a comparison, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LARGE = 1e7  # a perplexity that needs no decimals
 
 @dataclass(frozen=True)
 class Number:
-    """A mean over seeds, with the least and the greatest of them."""
+    """A mean over seeds, with the lowest and the highest value."""
 
     mean: float
     low: float
@@ -30,41 +30,41 @@ class Number:
 
 @dataclass(frozen=True)
 class Validation:
-    """The last evaluation of a set of held-out text that all runs of a group have made."""
+    """The last evaluation of a held-out set that all runs of a group have."""
 
     loss: Number  # nats per token
     perplexity: Number
-    ratio: float  # of perplexities, to that of the row compared with
+    ratio: float  # of the perplexity to the reference row's
     scored_tokens: int | None
-    digest: str | None  # of what was scored; None where no run of the group has noted it
-    text: str  # what was scored, and the tokenizer, as the settings name them
+    digest: str | None  # of what was scored; None if no run of the group has noted it
+    text: str  # the scored text and the tokenizer, as named in the settings
 
 
 @dataclass(frozen=True)
 class Row:
-    """A group of runs in numbers. Parameters and rates are None where no run has noted them."""
+    """A group of runs in numbers. Parameters and rates are None if no run has noted them."""
 
     label: str
     method: str
     differs: str
     folders: list[str]
     seeds: int
-    state: str  # empty: finished
+    state: str  # empty if finished
     step: int  # of the evaluation
-    tokens: int  # trained on until then
+    tokens: int  # trained on until that step
     total_parameters: int | None
     trainable_parameters: int | None
     adapter_parameters: int | None
-    validation: dict[str, Validation]  # by the name of its set, "" for one without a name
+    validation: dict[str, Validation]  # by the name of the set, "" for a set without a name
     tokens_per_second: Number | None
     peak_memory_gib: Number | None
-    began_with: dict[str, dict[str, str]]  # digests of what settings name, by the setting and its value
+    began_with: dict[str, dict[str, str]]  # digests of the files that settings name, by setting and its value
 
 
 def compare(groups: Sequence[Group], against: Group | None = None) -> list[Row]:
-    """A row for each group; perplexities are compared with those of ``against``, by default the first group.
+    """A row for each group, with perplexities relative to those of ``against``, by default the first group.
 
-    Raises :class:`CompareError` where the runs share no held-out text.
+    Raises :class:`CompareError` if the runs share no held-out text.
     """
     sets = common_sets(groups)
     reference = against or groups[0]
@@ -73,9 +73,9 @@ def compare(groups: Sequence[Group], against: Group | None = None) -> list[Row]:
 
 
 def common_sets(groups: Sequence[Group]) -> list[str]:
-    """Names of the sets of held-out text that all runs were evaluated on, in the order of the first run.
+    """Names of the held-out sets that all runs were evaluated on, in the order of the first run.
 
-    Raises :class:`CompareError` where there is none.
+    Raises :class:`CompareError` if there is none.
     """
     runs = [run for group in groups for run in group.runs]
     for run in runs:
@@ -93,11 +93,11 @@ def common_sets(groups: Sequence[Group]) -> list[str]:
     for name in common:
         for run in runs:
             if not run.evaluations(name):
-                raise CompareError(f"{run.folder}: no loss on {_set_title(name)} is a finite number; leave the run out")
+                raise CompareError(f"{run.folder}: has no finite loss on {_set_title(name)}; leave the run out")
         for group in groups:
             if not group.common_steps([run.evaluations(name) for run in group.runs]):
                 raise CompareError(
-                    f"{group.label}: its seeds have no evaluated step in common; compare them one by one"
+                    f"{group.label}: its seeds have no evaluated step in common; compare them separately"
                 )
     return common
 
@@ -140,25 +140,25 @@ def _row(group: Group, reference: dict[str, float]) -> Row:
 
 
 def _step(group: Group, run: Run, name: str) -> int:
-    """At which a run is judged: its last evaluation when all of the group have ended, until then one that all have."""
+    """The step at which a run is judged: its last evaluation if the group has finished, else the last common one."""
     if group.is_finished:
         return max(run.evaluations(name))
     return group.common_steps([each.evaluations(name) for each in group.runs])[-1]
 
 
 def perplexities(group: Group, name: str) -> list[float]:
-    """Of each run of a group, on a set of held-out text, at the evaluation that it is judged by."""
+    """The perplexity of each run of a group on a held-out set, at the step at which the run is judged."""
     losses = [run.evaluations(name)[_step(group, run, name)] for run in group.runs]
     return [math.exp(min(loss, 700.0)) for loss in losses]
 
 
 def _over_seeds(group: Group, tag: str, over_run: Callable[[list[float]], float]) -> Number | None:
-    found = [list(run.series(tag).values()) for run in group.runs]
-    return Number.of([over_run(values) for values in found if values]) if any(found) else None
+    series = [list(run.series(tag).values()) for run in group.runs]
+    return Number.of([over_run(values) for values in series if values]) if any(series) else None
 
 
 def as_json(rows: Sequence[Row], against: Group | None = None) -> dict[str, Any]:
-    """Everything of the rows, for json.dumps."""
+
     return {"against": rows[0].label if against is None else against.label, "rows": [asdict(row) for row in rows]}
 
 
@@ -168,9 +168,9 @@ def markdown(
     more: Mapping[str, list[str]] | None = None,
     notes: Sequence[str] = (),
 ) -> str:
-    """The table, and below it what a reader must know of it.
+    """The table, with notes below it that a reader needs.
 
-    ``more`` are columns to add, with a cell for each row, and ``notes`` are of these.
+    ``more`` are additional columns, with a cell for each row, and ``notes`` belong to these columns.
     """
     sets = list(rows[0].validation)
     columns: dict[str, list[str]] = {"method": [row.method for row in rows]}
@@ -197,7 +197,7 @@ def markdown(
 
 
 def table_of(columns: Mapping[str, Sequence[str]], *, left: int) -> str:
-    """A table in Markdown, from its columns; the first ``left`` of them are words, the others numbers."""
+    """A Markdown table from its columns; the first ``left`` columns are words, the others are numbers."""
     lines = [
         " | ".join(columns),
         " | ".join(["---"] * left + ["---:"] * (len(columns) - left)),
@@ -208,9 +208,9 @@ def table_of(columns: Mapping[str, Sequence[str]], *, left: int) -> str:
 
 def _notes(rows: Sequence[Row], against: Group | None) -> list[str]:
     compared_with = rows[0].label if against is None else against.label
-    notes = [f"Loss in nats per token of held-out text; ratio: of perplexities, to {compared_with}."]
+    notes = [f"Loss in nats per token of held-out text; ratio: perplexity relative to {compared_with}."]
     if any(row.seeds > 1 for row in rows):
-        notes.append("Means over seeds, with the least and the greatest in parentheses.")
+        notes.append("Means over seeds, with the lowest and the highest value in parentheses.")
     notes += [f"\\* {row.label}: {row.state}." for row in rows if row.state]
     if len({row.tokens for row in rows}) > 1:
         notes.append("The runs were evaluated after unequal numbers of tokens: their ratios do not compare methods.")
@@ -220,7 +220,7 @@ def _notes(rows: Sequence[Row], against: Group | None) -> list[str]:
             for value, digest in row.began_with.get(name, {}).items():
                 known.setdefault(value, set()).add(digest)
         notes += [
-            f"The runs began with different things that {name} calls {value}: they do not compare."
+            f"The runs began with different content of {name}={value}: they are not comparable."
             for value, digests in known.items()
             if len(digests) > 1
         ]
@@ -229,11 +229,11 @@ def _notes(rows: Sequence[Row], against: Group | None) -> list[str]:
         scored = [row.validation[name] for row in rows]
         digests = {each.digest for each in scored}
         if len({each.scored_tokens for each in scored}) > 1 or len(digests - {None}) > 1:
-            notes.append(f"{title}: runs were scored on different tokens; their losses do not compare.")
+            notes.append(f"{title}: runs were scored on different tokens; their losses are not comparable.")
         elif None in digests and len({each.text for each in scored}) > 1:
             notes.append(
-                f"{title}: runs name different data.validation or tokenizer.path; their losses compare only where text "
-                "and tokenizer are the same."
+                f"{title}: runs name different data.validation or tokenizer.path; their losses are comparable only if "
+                "text and tokenizer are the same."
             )
     return notes
 
@@ -243,17 +243,17 @@ def _set_title(name: str) -> str:
 
 
 def count(value: float | None) -> str:
-    """A whole number in three digits and a unit, such as 1.23M."""
+    """A number with three digits and a unit, such as 1.23M."""
     if value is None:
         return "–"
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= 0.9995 * size:  # which three digits round up
+        if value >= 0.9995 * size:  # rounds up to one unit
             return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:,.0f}{unit}"
     return f"{value:g}"
 
 
 def number_cell(number: Number | None, spec: str) -> str:
-    """The mean, with the least and the greatest in parentheses where they look different."""
+    """The mean, with the lowest and the highest value in parentheses if they look different."""
     if number is None:
         return "–"
     shown, low, high = (format(value, spec) for value in (number.mean, number.low, number.high))

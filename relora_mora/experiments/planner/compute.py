@@ -46,15 +46,9 @@ COMPILED: dict[tuple[Adapter | None, bool], LayerWork] = {
 }
 
 
-def _build_work(adapter: Adapter | None) -> LayerWork:
-    """The work of building ``W + delta`` once; layers that are not resident build it twice."""
-    twice, never = EAGER[adapter, False], EAGER[adapter, True]
-    return LayerWork((twice.launches - never.launches) / 2, (twice.moved - never.moved) / 2)
-
-
 @dataclass(frozen=True)
 class ComputeTime:
-    """Seconds that one micro-batch takes."""
+    """Seconds of one micro-batch."""
 
     products: float
     passes: float
@@ -88,10 +82,11 @@ def compute_time(
     if (adapter, False) not in EAGER:
         adapter = LORA
     work = (COMPILED if setup.compiles else EAGER)[adapter, resident]
-    if resident:
-        build = _build_work(adapter)
-        micro_batches = setup.micro_batches
-        work = LayerWork(work.launches + build.launches / micro_batches, work.moved + build.moved / micro_batches)
+    if resident:  # layers that are not resident build W + delta twice in each micro-batch
+        twice, never = EAGER[adapter, False], EAGER[adapter, True]
+        launches = (twice.launches - never.launches) / 2 / setup.micro_batches
+        moved_to_build = (twice.moved - never.moved) / 2 / setup.micro_batches
+        work = LayerWork(work.launches + launches, work.moved + moved_to_build)
     layers = model_config.num_hidden_layers * (1 + FORWARD * config.model.activation_checkpointing)
     tokens = config.tokens_per_micro_batch
     moved = layers * work.moved * (1 if setup.bf16 else 2) * model_config.hidden_size * tokens

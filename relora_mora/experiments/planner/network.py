@@ -26,13 +26,11 @@ order, each host sends as many bytes to the next host as each of its devices to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
-from relora_mora.config.schema import Config
 from relora_mora.optim.groups import count_parameters, group_moments
 from relora_mora.sizing.optimizer import exchanged_bytes
 from relora_mora.sizing.setup import MAX_REUSE_DISTANCE, Setup
@@ -95,7 +93,9 @@ def traffic(model: PreTrainedModel, setup: Setup) -> Traffic:
     gradients = _WIDTHS.get(str(config.train.deepspeed.get("communication_data_type")), width) * counts.trainable
     merges = config.method.merges and ranks > 1
     merge = _merge_bytes(model, stage, width) if merges else 0
-    state = _state_bytes(counts.adapters, config) if merges and stage else 0
+    state = 0.0
+    if merges and stage and config.method.reset not in ("full", "none"):  # these resets do not need whole moments
+        state = 4.0 * counts.adapters * len(group_moments("adapters", config.optim.matrices))
     if stage < 3:
         gradients *= setup.micro_batches if stage == 2 else 1
         configurable = stage == 2 or (stage == 1 and not setup.bf16)  # BF16_Optimizer ignores this setting
@@ -106,17 +106,12 @@ def traffic(model: PreTrainedModel, setup: Setup) -> Traffic:
     small = setup.persistence_threshold
     persistent = sum(p.numel() for p in model.parameters() if p.numel() <= small)
     again = max(0, every - setup.zero("stage3_max_reuse_distance", MAX_REUSE_DISTANCE) / 2)
-    to_build = sum(size for size in _resident_adapters(model) if size > small)
+    resident = [layer for _, layer in adapter_layers(model) if layer.resident]
+    sizes = [getattr(layer, name).numel() for layer in resident for name in layer.adapter_names]
+    to_build = sum(size for size in sizes if size > small)
     gathered = width * (setup.micro_batches * (every - persistent + again) + persistent + to_build)
     exchanged = exchanged_bytes(model, setup)
     return Traffic(ranks, 0, gradients * setup.micro_batches, gathered, merge, state, exchanged)
-
-
-def _resident_adapters(model: PreTrainedModel) -> Iterator[int]:
-    """Number of elements of each adapter parameter in the resident layers."""
-    for _, layer in adapter_layers(model):
-        if layer.resident:
-            yield from (getattr(layer, name).numel() for name in layer.adapter_names)
 
 
 def _merge_bytes(model: PreTrainedModel, stage: int, width: int) -> float:
@@ -126,10 +121,3 @@ def _merge_bytes(model: PreTrainedModel, stage: int, width: int) -> float:
     if stage == 0:
         return weights
     return 4 * counts.adapters + (2 * weights if stage == 3 else weights + width * counts.trainable)
-
-
-def _state_bytes(adapters: int, config: Config) -> float:
-    """Bytes of the adapters' float32 moments that a reset needs whole."""
-    if config.method.reset in ("full", "none"):
-        return 0.0
-    return 4.0 * adapters * len(group_moments("adapters", config.optim.matrices))

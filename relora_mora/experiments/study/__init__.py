@@ -1,1 +1,1 @@
-"""Grids of runs: what is run, the runs in turn, and what is kept of them."""
+"""Studies: grids of runs, how they are run, and the records that are kept of them."""

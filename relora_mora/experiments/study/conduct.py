@@ -1,4 +1,4 @@
-"""A study from its first run to its last, and one run of it made again."""
+"""Runs a whole study, or repeats one of its runs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from relora_mora.experiments.study.runner import Runner
 
 
 class CellsFailed(ValueError):
-    """Some runs ended with an error; the message has the last lines that they printed."""
+    """Some runs failed; the message has the last lines that they printed."""
 
 
 def conduct(study: Study, folder: StudyFolder, program: Path, jobs: int) -> int:
-    """Runs what is not done, ``jobs`` runs at a time, and keeps a record of each; returns how many there are.
+    """Runs every cell that is not done, ``jobs`` at a time, and records each; returns the number of records.
 
-    ``program`` is the script that trains. Raises :class:`ConfigError` before the first run where
-    settings of any are wrong, ValueError where they, or the model to begin with, are not those of runs before,
-    :class:`Stopped` after a signal, and :class:`CellsFailed` when all other runs are done.
+    ``program`` is the script that trains. Before the first run it raises :class:`ConfigError` if any settings are
+    wrong, and ValueError if a cell was begun earlier with other settings or inputs. Raises :class:`Stopped` after a
+    signal, and :class:`CellsFailed` if runs have failed and all others are done.
     """
     cells = first_round(study)
     folder.find_commits(cell_configs(study, cells, folder).values())
@@ -37,29 +37,29 @@ def conduct(study: Study, folder: StudyFolder, program: Path, jobs: int) -> int:
         cells += more
         folder.begin(cell_configs(study, cells, folder), study.threads)  # all of them begin with the same model
         runner.run(more)
-    kept = write_records(cells, folder)
-    if kept < len(cells):
-        raise CellsFailed("\n".join(_last_words(cell, folder) for cell in cells if not folder.is_done(cell)))
-    return kept
+    recorded = write_records(cells, folder)
+    if recorded < len(cells):
+        raise CellsFailed("\n".join(_end_of_log(cell, folder) for cell in cells if not folder.is_done(cell)))
+    return recorded
 
 
 def known_cells(study: Study, folder: StudyFolder) -> list[Cell]:
-    """Those of the first round, and of the second what the results that are there choose."""
+    """The cells of the first round, and those of the second round that the results so far choose."""
     first = first_round(study)
     return [*first, *second_round(study, _results(study, first, folder))]
 
 
 def run_again(study: Study, folder: StudyFolder, name: str, program: Path) -> tuple[int, list[str]]:
-    """Runs a cell that is done a second time, in a folder of its own; one that was cut there goes on.
+    """Runs a finished cell a second time, in a separate folder; an interrupted repetition continues.
 
-    Returns how many numbers were compared, and a line for each that is not exactly the same.
+    Returns how many numbers were compared, and a line for each number that is not exactly the same.
     """
     cells = known_cells(study, folder)
-    found = [cell for cell in cells if cell.name == name and folder.is_done(cell)]
-    if not found:
+    matching = [cell for cell in cells if cell.name == name and folder.is_done(cell)]
+    if not matching:
         done = ", ".join(cell.name for cell in cells if folder.is_done(cell)) or "none"
-        raise ValueError(f"--again: no run {name} that is done; there are: {done}")
-    [cell] = found
+        raise ValueError(f"--again: no finished run is called {name}; finished runs: {done}")
+    [cell] = matching
     folder.begin(cell_configs(study, [cell], folder), study.threads)
     other = StudyFolder(folder.path / "again" / cell.name)
     if other.is_done(cell):
@@ -69,12 +69,12 @@ def run_again(study: Study, folder: StudyFolder, name: str, program: Path) -> tu
     with _bar(1, 0) as bar:
         Runner(study, other, program, 1, bar).run([cell])
     if not other.is_done(cell):
-        raise CellsFailed(_last_words(cell, other))
+        raise CellsFailed(_end_of_log(cell, other))
     return differences(cell, folder, other)
 
 
 def _bar(total: int, done: float) -> tqdm[Never]:
-    """Counts runs, with the time that is left at the speed of this start."""
+    """A progress bar over runs, with the remaining time at the speed since this start."""
     interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a file gets a line each time
     form = "{percentage:3.0f}%|{bar}| {n:.2f} of {total} runs, {remaining} left{postfix}"
     return tqdm(total=total, initial=done, bar_format=form, dynamic_ncols=True, mininterval=interval, miniters=0)
@@ -87,7 +87,7 @@ def _results(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[Cell,
     return {cell: result for cell, result in results.items() if result is not None}
 
 
-def _last_words(cell: Cell, folder: StudyFolder) -> str:
+def _end_of_log(cell: Cell, folder: StudyFolder) -> str:
     log = folder.log(cell)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-    return "\n  ".join([f"{cell.name} is not done; the end of {log}:", *lines])
+    return "\n  ".join([f"{cell.name} did not finish; the end of {log}:", *lines])

@@ -1,4 +1,4 @@
-"""A study: a grid of settings over a base config, read from a YAML file, and its cells, one run each."""
+"""A study is a grid of settings over a base config, read from a YAML file. Each of its cells is one run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from relora_mora.config.schema import SETTINGS, Config
 from relora_mora.config.types import Positive, Seed, Strict, Text
 from relora_mora.config.yaml_text import explain_yaml, parse_yaml
 
-SEEDS = ("train.seed", "data.seed")  # what a seed of the study sets
+SEEDS = ("train.seed", "data.seed")  # the settings that a seed of the study sets
 OF_ANSWERS = ("exact_match", "character_accuracy")
-METRICS = ("loss", "perplexity", "bits_per_byte", *OF_ANSWERS)  # to choose by
-OWN = (*SEEDS, "train.run_dir")  # settings that a study gives
+METRICS = ("loss", "perplexity", "bits_per_byte", *OF_ANSWERS)  # that `choose` accepts
+OWN = (*SEEDS, "train.run_dir")  # settings that the study itself sets
 
 
 class Choice(Strict):
-    """Which values of some settings are best, by a metric of the last evaluation: ``lowest`` or ``highest`` of it."""
+    """Chooses the values of the settings ``over`` by the ``lowest`` or ``highest`` metric of the last evaluation."""
 
     over: list[Text] = Field(min_length=1)
     lowest: Text | None = None
@@ -51,25 +51,25 @@ class Choice(Strict):
         return metric
 
     def faults(self, config: Config) -> list[str]:
-        """Why a run with these settings will have no such metric, as far as settings tell."""
-        _, *given, name = self.metric.split("/")
+        """Reasons why a run with these settings will not have the metric, as far as the settings show."""
+        _, *set_name, name = self.metric.split("/")
         data = config.data
         named = {key: sources for key, sources in data.validation_sets.items() if key}
-        if given and given[0] not in named:
+        if set_name and set_name[0] not in named:
             return [f"choose: {self.metric}: data.validation names {', '.join(named) or 'no sets'}"]
-        sources = named[given[0]] if given else data.sources("validation")
+        sources = named[set_name[0]] if set_name else data.sources("validation")
         records = [data.records_of(source) for source in sources]
         if name in OF_ANSWERS and not (config.eval.generate and any(map(data.has_whole_answers, records))):
-            return [f"choose: {self.metric}: no such answers are generated; set eval.generate (docs/tasks.md)"]
+            return [f"choose: {self.metric}: no answers are generated; set eval.generate (docs/tasks.md)"]
         if name == "bits_per_byte" and not all(each is None or each.is_text for each in records):
-            return [f"choose: {self.metric}: only plain text has that, not records; choose by a loss"]
+            return [f"choose: {self.metric}: only plain text has this metric, records do not; choose by a loss"]
         return []
 
 
 class Study(Strict):
-    """Each entry of ``grid`` maps settings to a value or to a list of them, and stands for all combinations.
+    """Each entry of ``grid`` maps settings to a value or a list of values, and expands to all combinations.
 
-    With ``choose`` the grid is run with the first seed, and with the others only what was chosen.
+    With ``choose`` the whole grid runs with the first seed, and only the chosen cells run with the other seeds.
     """
 
     command: Literal["pretrain", "finetune"] = "pretrain"
@@ -78,11 +78,11 @@ class Study(Strict):
     grid: list[dict[str, Any]] = Field(min_length=1)
     seeds: list[Seed] = Field(default=[0], min_length=1)
     choose: Choice | None = None
-    threads: Positive = 1  # of a run; the last bits of a result depend on it
+    threads: Positive = 1  # per run; the last bits of a result depend on it
 
     @functools.cached_property
     def base_tree(self) -> dict[str, Any]:
-        """What the base config holds, read once: a study goes on with what it began with.
+        """The base config, read only once so that later edits of the file do not reach a study that is running.
 
         Raises ConfigError.
         """
@@ -93,46 +93,46 @@ class Study(Strict):
         names = [*self.settings, *(name for entry in self.grid for name in entry)]
         own = sorted({name for name in names if name in OWN})
         if own:
-            raise ValueError(f"{', '.join(own)}: set by the study itself; seeds stand in `seeds`")
+            raise ValueError(f"{', '.join(own)}: set by the study itself; list seeds in `seeds`")
         dashed = sorted({name for name in names if "-" in name})
         if dashed:
-            raise ValueError(f"{', '.join(dashed)}: no name with '-'; give the setting above it, as a mapping")
+            raise ValueError(f"{', '.join(dashed)}: names cannot contain '-'; give the setting above it, as a mapping")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: {self.seeds} has one twice")
-        empty = sorted({name for entry in self.grid for name, given in entry.items() if given == []})
+            raise ValueError(f"seeds: {self.seeds} has a duplicate; list each seed once")
+        empty = sorted({name for entry in self.grid for name, values in entry.items() if values == []})
         if empty:
             raise ValueError(f"grid: {', '.join(empty)} has an empty list; give it values, or leave it out")
-        flat = sorted({name for entry in self.grid for name, given in entry.items() if _lacks_brackets(name, given)})
+        flat = sorted({name for entry in self.grid for name, values in entry.items() if _lacks_brackets(name, values)})
         if flat:
             raise ValueError(
-                f"grid: the value of {', '.join(flat)} is a list itself: such as [[1, 2]] for the value [1, 2]"
+                f"grid: a value of {', '.join(flat)} is itself a list; write [[1, 2]] for the single value [1, 2]"
             )
         over = self.choose.over if self.choose else []
         missing = [name for name in over if not any(name in entry for entry in self.grid)]
         if missing:
-            raise ValueError(f"choose.over: {', '.join(missing)} stands in no entry of the grid")
+            raise ValueError(f"choose.over: no entry of the grid has {', '.join(missing)}")
         return self
 
 
-def _lacks_brackets(name: str, given: Any) -> bool:
+def _lacks_brackets(name: str, values: Any) -> bool:
     takes_lists = name in SETTINGS and get_origin(SETTINGS[name].annotation) in (list, tuple)
-    return takes_lists and not (isinstance(given, list) and all(isinstance(value, list) for value in given))
+    return takes_lists and not (isinstance(values, list) and all(isinstance(value, list) for value in values))
 
 
 def read_study(path: str | Path) -> Study:
-    """Raises :class:`ConfigError` with every fault of the file; settings of its runs come later."""
+    """Reads a study's file. Raises :class:`ConfigError` with all its faults; the runs' settings are checked later."""
     try:
         tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
         if not isinstance(tree, dict):
             raise ConfigError(["expected a mapping with `base` and `grid`; docs/studies.md has an example"], str(path))
         return Study.model_validate(tree)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"it is not YAML: {explain_yaml(error)}"], str(path)) from None
+        raise ConfigError([f"not valid YAML: {explain_yaml(error)}"], str(path)) from None
     except ValidationError as error:
-        raise ConfigError([_say(item) for item in error.errors()], str(path)) from None
+        raise ConfigError([_describe(item) for item in error.errors()], str(path)) from None
 
 
-def _say(fault: ErrorDetails) -> str:
+def _describe(fault: ErrorDetails) -> str:
     location = fault["loc"]
     text = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
@@ -143,61 +143,58 @@ def _say(fault: ErrorDetails) -> str:
     return f"{'.'.join(map(str, location))}: {text}" if location else text
 
 
-LONGEST_NAME = 200  # file systems allow 255 bytes, and files of a cell have endings
+LONGEST_NAME = 200  # file systems allow 255 bytes, and a cell's files add suffixes
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: its values of the grid, as JSON by the names of settings, and its seed."""
+    """One run: its values from the grid, (setting, JSON) pairs, and its seed."""
 
     name: str
     values: tuple[tuple[str, str], ...]
     seed: int
 
     def overrides(self, study: Study) -> dict[str, str]:
-        """Settings over the base config, as a command line gives them; those of the grid win over the study's."""
+        """Settings over the base config, as on a command line; the grid's win over the study's ``settings``."""
         common = {name: json.dumps(value, ensure_ascii=False) for name, value in study.settings.items()}
         return common | dict(self.values) | dict.fromkeys(SEEDS, str(self.seed))
 
 
 def first_round(study: Study) -> list[Cell]:
-    """The grid with every seed or, where something is to be chosen, with the first."""
+    """The grid with every seed, or only with the first seed if the study has ``choose``."""
     seeds = study.seeds if study.choose is None else study.seeds[:1]
     return _cells(study, [values for entry in study.grid for values in _combinations(entry)], seeds)
 
 
 def second_round(study: Study, results: Mapping[Cell, float]) -> list[Cell]:
-    """What was chosen by ``results`` (the metric of each cell of the first round that ended well), with other seeds.
+    """The cells that ``results`` chooses, with the other seeds.
 
-    Where two results are equal, the one that stands first in the grid is chosen.
+    ``results`` has the metric of each cell of the first round that finished. If two results are equal, the cell that
+    comes first in the grid is chosen.
     """
     return _cells(study, [cell.values for cell in chosen(study, results)], study.seeds[1:])
 
 
 def chosen(study: Study, results: Mapping[Cell, float]) -> list[Cell]:
-    """The best cell of each combination of the settings that are not chosen over."""
+    """The best cell for each combination of the settings outside ``choose.over``."""
     choice = study.choose
     if choice is None:
         return []
     best: dict[tuple[tuple[str, str], ...], Cell] = {}
     for cell, result in results.items():
         rest = _without(cell.values, choice.over)
-        if rest not in best or _better(choice, result, results[best[rest]]):
+        other = results[best[rest]] if rest in best else None
+        if other is None or (result < other if choice.lowest else result > other):
             best[rest] = cell
     return list(best.values())
 
 
 def count(study: Study) -> int:
-    """Cells of both rounds."""
     first = first_round(study)
     if study.choose is None:
         return len(first)
     over = study.choose.over
     return len(first) + len({_without(cell.values, over) for cell in first}) * (len(study.seeds) - 1)
-
-
-def _better(choice: Choice, result: float, other: float) -> bool:
-    return result < other if choice.lowest else result > other
 
 
 def _without(values: tuple[tuple[str, str], ...], names: Iterable[str]) -> tuple[tuple[str, str], ...]:
@@ -206,35 +203,31 @@ def _without(values: tuple[tuple[str, str], ...], names: Iterable[str]) -> tuple
 
 def _combinations(entry: Mapping[str, Any]) -> list[tuple[tuple[str, str], ...]]:
     choices = [
-        [(name, json.dumps(value, ensure_ascii=False)) for value in (given if isinstance(given, list) else [given])]
-        for name, given in entry.items()
+        [(name, json.dumps(value, ensure_ascii=False)) for value in (values if isinstance(values, list) else [values])]
+        for name, values in entry.items()
     ]
     return list(itertools.product(*choices))
 
 
 def _cells(study: Study, combinations: Iterable[tuple[tuple[str, str], ...]], seeds: Iterable[int]) -> list[Cell]:
-    given = list(itertools.product(combinations, list(seeds)))
-    twice = [_name(study, *each) for each, times in Counter(given).items() if times > 1]
-    if twice:
-        raise ValueError(f"the grid names the same run twice: {', '.join(twice)}; leave one of them out")
-    names = [_name(study, *each) for each in given]
-    alike = {name for name, times in Counter(names).items() if times > 1}
-    return [
-        Cell(_with_digest(name, values) if name in alike or len(name) > LONGEST_NAME else name, values, seed)
-        for name, (values, seed) in zip(names, given, strict=True)
-    ]
-
-
-def _with_digest(name: str, values: tuple[tuple[str, str], ...]) -> str:
-    """The name cut short, and told from others by a digest of the values."""
-    settings, _, seed = name.rpartition(",")
-    digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
-    return f"{settings[: LONGEST_NAME - 40]},{digest},{seed}"
+    runs = list(itertools.product(combinations, list(seeds)))
+    repeated = [_name(study, *run) for run, times in Counter(runs).items() if times > 1]
+    if repeated:
+        raise ValueError(f"the grid names the same run twice: {', '.join(repeated)}; leave one of them out")
+    names = [_name(study, *run) for run in runs]
+    ambiguous = {name for name, times in Counter(names).items() if times > 1}
+    cells = []
+    for name, (values, seed) in zip(names, runs, strict=True):
+        if name in ambiguous or len(name) > LONGEST_NAME:
+            digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
+            name = f"{name.rpartition(',')[0][: LONGEST_NAME - 40]},{digest},seed={seed}"
+        cells.append(Cell(name, values, seed))
+    return cells
 
 
 def _name(study: Study, values: tuple[tuple[str, str], ...], seed: int) -> str:
-    """Such as ``name=mora,rank=8,lr=0.002,seed=0``; a folder can have this name."""
-    # with all there are, so that no later entry of a grid changes the names of cells
+    """A name that a folder can have, such as ``name=mora,rank=8,lr=0.002,seed=0``."""
+    # counts all settings that exist, so that another entry in the grid does not change the names of earlier cells
     settings = {name for entry in study.grid for name in entry} | SETTINGS.keys()
     last = Counter(name.rpartition(".")[2] for name in settings)
     parts = []

@@ -1,4 +1,4 @@
-"""The folder of a study: a run folder for each cell, what they print, and what is kept of them."""
+"""A study's folder: a run folder for each cell, with settings, logs and records."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from relora_mora.system.files import write_synced
 from relora_mora.system.run_folder import RunFolder, noted_digests, read_json_lines
 from relora_mora.weights.digests import changed_start, start_digests, starts_of
 
-PLACES = {"train.run_dir"}  # settings that do not matter for a run's numbers
+PLACES = {"train.run_dir"}  # settings that do not affect a run's numbers
 
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """Its runs are complete run folders: they can be resumed, exported and looked at like any other."""
+    """Paths and records of a study. Its runs are complete run folders that can be resumed, exported and so on."""
 
     path: Path
 
@@ -35,14 +35,14 @@ class StudyFolder:
         return RunFolder(self.path / "runs" / cell.name)
 
     def overrides(self, cell: Cell, study: Study) -> dict[str, str]:
-        """The cell's, with its run folder and with what revisions on the hub are for the whole study."""
-        given: dict[str, Any] = {"train.run_dir": str(self.run(cell).path)}
+        """The cell's overrides, plus its run folder and the study's commits of hub revisions."""
+        extra: dict[str, Any] = {"train.run_dir": str(self.run(cell).path)}
         if commits := self.commits():
-            given["data.commits"] = commits
-        return cell.overrides(study) | {name: json.dumps(value, ensure_ascii=False) for name, value in given.items()}
+            extra["data.commits"] = commits
+        return cell.overrides(study) | {name: json.dumps(value, ensure_ascii=False) for name, value in extra.items()}
 
     def commits(self) -> dict[str, str]:
-        """The commit of each revision on the hub, as noted, or as the records of the study hold it."""
+        """The commit of each hub revision, from ``commits.json`` or else from the study's records."""
         if self._commits.exists():
             return dict(json.loads(self._commits.read_text(encoding="utf-8")))
         settings = ({**record["given"], **record["config"]} for record in self.kept().values())
@@ -50,11 +50,11 @@ class StudyFolder:
         return {revision: commit for commits in of_records for revision, commit in commits.items()}
 
     def find_commits(self, configs: Iterable[Config]) -> None:
-        """Notes which commits these settings read; asks the hub, once for the study.
+        """Asks the hub once per study for the commits that these settings read, and writes them down.
 
-        Raises SourceError where it does not answer.
+        Raises SourceError if the hub does not answer.
         """
-        from relora_mora.data.sources.names import with_commits  # here: with all that reads data
+        from relora_mora.data.sources.names import with_commits  # a late import: it loads all data readers
 
         known = self.commits()
         for config in configs:
@@ -71,20 +71,20 @@ class StudyFolder:
         return self.path / "commits.json"
 
     def settings(self, cell: Cell) -> Path:
-        """All settings of a cell, as JSON: the file that its run is started with."""
+        """The JSON file with all settings of a cell, from which its run is started."""
         return self.path / "settings" / f"{cell.name}.json"
 
     def log(self, cell: Cell) -> Path:
-        """What the run printed."""
+
         return self.path / "logs" / f"{cell.name}.txt"
 
     def claim(self, cell: Cell) -> Path:
-        """A folder whose lock is held by the study that runs the cell."""
+        """The folder whose lock is held by the study that runs the cell."""
         return self.path / "claims" / cell.name
 
     @property
     def records(self) -> Path:
-        """One JSON object a line for every run that is done, see :mod:`relora_mora.experiments.study.record`."""
+        """JSON lines, one for each finished run; see :mod:`relora_mora.experiments.study.record`."""
         return self.path / RECORDS
 
     @property
@@ -92,9 +92,9 @@ class StudyFolder:
         return self.path / "compare.md"
 
     def kept(self) -> dict[str, dict[str, Any]]:
-        """The records by the names of their cells. The runs may have been made on another machine.
+        """The records by cell name; another machine may have written them.
 
-        Raises ValueError where the file is damaged.
+        Raises ValueError if the file is damaged.
         """
         try:
             changed = self.records.stat().st_mtime_ns
@@ -103,19 +103,19 @@ class StudyFolder:
         return _kept(self.records, changed)
 
     def has_run(self, cell: Cell) -> bool:
-        """Whether the run ended well and its folder is here."""
+        """Whether the run finished successfully and its folder is here."""
         try:
             ends = read_json_lines(self.run(cell).ends)
-        except (OSError, ValueError):  # not there, or cut off where the disk was full: it is run, and ends again
+        except (OSError, ValueError):  # missing, or truncated because the disk was full: the cell runs again
             return False
         return bool(ends) and ends[-1]["code"] == FINISHED
 
     def is_done(self, cell: Cell) -> bool:
-        """Whether the run ended well, here or where its record was made."""
+        """Whether the run finished successfully, here or on the machine that wrote its record."""
         return cell.name in self.kept() or self.has_run(cell)
 
     def fraction(self, cell: Cell) -> float:
-        """How much of the run is done, from 0 to 1."""
+        """The fraction of the run's steps that are done, from 0 to 1."""
         if self.is_done(cell):
             return 1.0
         run = self.run(cell)
@@ -125,22 +125,25 @@ class StudyFolder:
             return 0.0
 
     def begin(self, configs: Mapping[Cell, Config], threads: int) -> None:
-        """Notes the settings of cells; raises ValueError where one was begun, or is done, with others.
+        """Writes the settings of cells.
 
-        So it does where model, text or tokenizer that one began with are not what they were.
+        Raises ValueError if a cell was begun or finished with other settings, or if its model, text or tokenizer have
+        changed since.
         """
-        from relora_mora.weights.load import with_tokenizer  # here: with torch, which takes seconds
+        from relora_mora.weights.load import with_tokenizer  # a late import: it loads torch, which takes seconds
 
         faults = []
-        digests: dict[str, dict[str, str]] = {}  # by what is read: most cells read the same
+        digests: dict[str, dict[str, str]] = {}  # by inputs, because most cells read the same
         for cell, config in configs.items():
             try:
                 self._check_settings(cell, config, threads)
                 if noted := noted_digests(self._starts(cell)):
-                    read = what_it_reads(config)
-                    if read not in digests:
-                        digests[read] = start_digests(with_tokenizer(config))
-                    self._check_start(cell, noted, digests[read])
+                    inputs = input_key(config)
+                    if inputs not in digests:
+                        digests[inputs] = start_digests(with_tokenizer(config))
+                    changed = changed_start(noted, digests[inputs])
+                    if changed is not None:
+                        faults.append(f"{self.run(cell).path} was begun with {changed}; {self._remedy(cell)}")
             except ValueError as error:
                 faults.append(str(error))
         if faults:
@@ -152,23 +155,23 @@ class StudyFolder:
 
     def _check_settings(self, cell: Cell, config: Config, threads: int) -> None:
         noted = self.given(cell)
-        # a run writes its settings once it has found no fault in them
+        # a run writes its settings only after it has found no fault in them
         begun = self.run(cell).config.exists() or is_held(self.claim(cell)) or cell.name in self.kept()
         if noted is None or not begun:
             return
-        asked = [start["omp_num_threads"] for start in self._starts(cell) if start.get("omp_num_threads")]
-        if "threads" in noted:  # of an earlier version
-            asked.append(str(noted.pop("threads")))
+        old_threads = [start["omp_num_threads"] for start in self._starts(cell) if start.get("omp_num_threads")]
+        if "threads" in noted:  # written by an earlier version
+            old_threads.append(str(noted.pop("threads")))
         try:
-            known = Config.model_validate(noted)  # with the defaults of settings that have come since
+            known = Config.model_validate(noted)  # newer settings get their defaults
         except ValueError as error:
             raise ValueError(
                 f"{self.run(cell).path} was begun with settings that this version does not know; {self._remedy(cell)}"
             ) from error
         names = _differences(tree_of(known), tree_of(config))
-        # what the text is at a commit, a resume compares
+        # a resume compares the text at its commits itself
         changed = {name for name in names if name not in PLACES and not name.startswith("data.commits.")}
-        if any(one != str(threads) for one in asked):
+        if any(each != str(threads) for each in old_threads):
             changed.add("threads")
         if changed:
             raise ValueError(
@@ -176,15 +179,10 @@ class StudyFolder:
                 f"{self._remedy(cell)}"
             )
 
-    def _check_start(self, cell: Cell, noted: Mapping[str, str], now: Mapping[str, str]) -> None:
-        changed = changed_start(noted, now)
-        if changed is not None:
-            raise ValueError(f"{self.run(cell).path} was begun with {changed}; {self._remedy(cell)}")
-
     def given(self, cell: Cell) -> dict[str, Any] | None:
-        """The settings that the cell was begun with; None where it was not begun.
+        """The settings that the cell was begun with; None if it was never begun.
 
-        Raises ValueError where they cannot be read.
+        Raises ValueError if they cannot be read.
         """
         path = self.settings(cell)
         if path.exists():
@@ -196,7 +194,7 @@ class StudyFolder:
         return None if record is None else dict(record["given"])
 
     def _starts(self, cell: Cell) -> list[dict[str, Any]]:
-        """What the run noted when it was started, or what its record has of that; empty where it has not started."""
+        """The run's notes of its starts, or those in its record; empty if it was never started."""
         record = self.kept().get(cell.name)
         return starts_of(self.run(cell).path) or ([] if record is None else [record["start"]])
 
@@ -208,26 +206,26 @@ class StudyFolder:
 
 @functools.lru_cache(maxsize=2)
 def _kept(records: Path, changed: int) -> dict[str, dict[str, Any]]:
-    """``changed`` is the time of the file's last change; it is read once while that stays."""
+    """Reads the records once for each ``changed``, the file's modification time."""
     return {record["name"]: record for record in read_records(records)}
 
 
 @functools.cache
 def _steps(config: Path) -> int:
-    """Of a run that was started: epochs are counted by then."""
+    """The steps of a run that was started, so that epochs have been converted to steps."""
     return int(parse_yaml(config.read_text(encoding="utf-8"))["train"]["steps"])
 
 
 def last_step(run: RunFolder) -> int:
-    """The newest step of the run's metrics; raises OSError or ValueError where there is none yet."""
+    """The newest step in the run's metrics; raises OSError or ValueError if there is none yet."""
     with run.metrics.open("rb") as stream:
         stream.seek(max(0, run.metrics.stat().st_size - 100_000))
         line = stream.read().splitlines()[-1:]
     return int(json.loads(line[0])["step"]) if line else 0
 
 
-def what_it_reads(config: Config) -> str:
-    """Equal for two runs that read the same model, tokenizer and text, in whatever order."""
+def input_key(config: Config) -> str:
+    """A key that is equal for two runs that read the same model, tokenizer and text, in any order."""
     return config.model_dump_json(
         include={"data": True, "tokenizer": True, "model": {"config", "init_from", "adapter"}},
         exclude={"data": {"seed"}},
@@ -235,48 +233,50 @@ def what_it_reads(config: Config) -> str:
 
 
 def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[Cell, Config]:
-    """The settings of every cell; raises ConfigError with the faults of all of them, named once each.
+    """The settings of every cell; raises ConfigError with the faults of all cells, each fault once.
 
-    One that will not have the metric to choose by is a fault, too, and so are runs without held-out text in common.
+    It is also a fault if a run will not have the metric of ``choose``, or if the runs share no held-out text.
     """
     defaults = FINETUNING if study.command == "finetune" else None
     configs = {}
     faults: dict[str, str] = {}
-    alike: dict[str, str] = {}
+    seen: dict[str, str] = {}
     common: set[str] | None = None
     for cell in cells:
         try:
             overrides = folder.overrides(cell, study)
             configs[cell] = config_of(study.base_tree, study.base, overrides, defaults=defaults)
         except ConfigError as error:
-            found = error.faults
+            cell_faults = error.faults
         else:
-            found = [] if study.choose is None else study.choose.faults(configs[cell])
+            cell_faults = [] if study.choose is None else study.choose.faults(configs[cell])
             if configs[cell].train.resume == "never":
-                found.append("train.resume: never, but a run of a study that was cut goes on; leave it out")
+                cell_faults.append("train.resume: never, but a study resumes its interrupted runs; leave it out")
             sets = set(configs[cell].data.validation_sets)
             common = sets if common is None else common & sets
             if not common:
-                found.append("data.validation: no set that all runs have, as a table needs; make a study for each set")
-            other = alike.setdefault(_numbers_of(configs[cell], cell.seed), cell.name)
-            if other != cell.name:
-                found.append(
-                    f"grid: {cell.name} has the settings of {other}, but for those without an effect; leave one out"
+                cell_faults.append(
+                    "data.validation: the runs have no set in common, which a table needs; make a study for each set"
                 )
-        for fault in found:
+            other = seen.setdefault(_effective_settings(configs[cell], cell.seed), cell.name)
+            if other != cell.name:
+                cell_faults.append(
+                    f"grid: {cell.name} and {other} differ only in settings that have no effect; leave one out"
+                )
+        for fault in cell_faults:
             faults.setdefault(fault, cell.name)
     refuse(faults, study)
     return configs
 
 
 def refuse(faults: Mapping[str, str], study: Study) -> None:
-    """Raises ConfigError where there are faults, each with the first cell that has it."""
+    """Raises ConfigError if there are any faults; each names the first cell that has it."""
     if faults:
         raise ConfigError([f"{fault} (in {name})" for fault, name in faults.items()], f"the runs over {study.base}")
 
 
-def _numbers_of(config: Config, seed: int) -> str:
-    """Equal for two runs that have all settings in common, but for those that neither uses."""
+def _effective_settings(config: Config, seed: int) -> str:
+    """A key that is equal for two runs that differ only in settings that neither uses."""
     sections = json.loads(config.model_dump_json())
     settings = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     used = {name: value for name, value in used_settings(settings).items() if name not in PLACES}

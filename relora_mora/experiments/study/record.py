@@ -1,4 +1,4 @@
-"""What is kept of a run when its folder is gone: enough for tables, plots, and to run it again."""
+"""The record that outlives a run's folder: enough for tables and plots, and to run it again."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from relora_mora.experiments.study.folder import StudyFolder
 from relora_mora.system.files import write_synced
 from relora_mora.system.run_folder import CHANGES, NOTED, changes_since_first, noted_digests, read_json_lines
 
-KEPT_LINES = 40  # of a run's training, evenly over its steps, and of what merges did; evaluations are kept whole
+KEPT_LINES = 40  # training lines, evenly over the steps, and as many merge lines; all evaluations are kept
 SPEED = "perf/tokens_per_second"
 OF_TRAINING = ("train/loss", "train/lr", "train/tokens", SPEED, "perf/peak_memory_gib")
 OF_ALL_MERGES = ("merge/layers", "merge/seconds")
-NO_RESULTS = ("seconds", "/digest", "/answers")  # time; what was scored, which earlier versions did not note
-DIGITS = 8  # of a float; float32 has no more
+NO_RESULTS = ("seconds", "/digest", "/answers")  # times, and what was scored, which earlier versions did not note
+DIGITS = 8  # significant digits of a float; float32 has no more
 
 
 def write_records(cells: Sequence[Cell], folder: StudyFolder) -> int:
-    """Writes a line for each cell that is done, by the order given; returns how many.
+    """Writes one line for each finished cell, in the order of ``cells``; returns the number of these lines.
 
-    A line has the cell's ``name`` and ``seed``, ``given`` (all settings that it was begun with), ``config`` (the same,
-    as the run settled them), ``start`` (commit, versions and machine of the last start, without the command, which
-    names places of the machine; the ``step`` of the first) and ``metrics``, lines of ``metrics.jsonl`` without the
-    clock. Lines that are there already stay, also those that name none of the cells; they come last.
+    A line has the cell's ``name`` and ``seed``; ``given``, all settings that it was begun with; ``config``, these
+    settings as the run resolved them; ``start``, the commit, versions and machine of the last start and the ``step`` of
+    the first, without the command because that contains local paths; and ``metrics``, lines of ``metrics.jsonl``
+    without the clock. Existing lines stay; lines of cells outside ``cells`` come last.
     """
     kept = folder.kept()
     new = {cell.name: _record(cell, folder) for cell in cells if cell.name not in kept and folder.has_run(cell)}
     named = {cell.name: None for cell in cells}
-    found = {**kept, **new}
-    lines = [json.dumps(found[name]) + "\n" for name in {**named, **found} if name in found]
+    records = {**kept, **new}
+    lines = [json.dumps(records[name]) + "\n" for name in {**named, **records} if name in records]
     write_synced(folder.records, "".join(lines))
-    return len(found.keys() & named)
+    return len(records.keys() & named)
 
 
 def final_metric(cell: Cell, folder: StudyFolder, metric: str) -> float | None:
-    """The metric of the evaluation at the end; None where it is not finite, or the run is not done.
+    """The metric of the evaluation at the last step; None if it is not finite or the run is not done.
 
-    Raises ValueError where no evaluation has it, or that of the last step is lost.
+    Raises ValueError if no evaluation has the metric, or if the evaluation of the last step is lost.
     """
     if not folder.is_done(cell):
         return None
@@ -50,24 +50,24 @@ def final_metric(cell: Cell, folder: StudyFolder, metric: str) -> float | None:
         lines = read_json_lines(run.metrics)
     else:
         config, lines = (folder.kept()[cell.name][key] for key in ("config", "metrics"))
-    found = [line for line in lines if metric in line]
-    if not found:
-        raise ValueError(f"choose: no line of {run.metrics} has a number {metric}; docs/metrics.md lists them")
-    last = found[-1]
+    lines = [line for line in lines if metric in line]
+    if not lines:
+        raise ValueError(f"choose: no line of {run.metrics} has the metric {metric}; docs/metrics.md lists them")
+    last = lines[-1]
     if last["step"] != config["train"]["steps"]:
         raise ValueError(
-            f"choose: the last {metric} of {run.metrics} is of step {last['step']}, and that of the end, step "
-            f"{config['train']['steps']}, is lost; remove {run.path}, and its line, if any, in {folder.records}: "
-            "the study makes the run again"
+            f"choose: the last {metric} in {run.metrics} is from step {last['step']}, but the run has "
+            f"{config['train']['steps']} steps and its last evaluation is lost; remove {run.path}, and its line, if "
+            f"any, in {folder.records}, so that the study repeats the run"
         )
     return None if last[metric] is None else float(last[metric])
 
 
 def differences(cell: Cell, first: StudyFolder, second: StudyFolder) -> tuple[int, list[str]]:
-    """Compares the numbers of a run in two folders that do not depend on the clock.
+    """Compares those numbers of a run in two folders that do not depend on the clock.
 
-    Where the first has no more than a record of it, those that records keep. Returns how many the first has, and a line
-    for each that is not exactly the same in the second.
+    If the first folder has only a record of the run, the numbers in that record are compared. Returns how many numbers
+    the first folder has, and a line for each that is not exactly the same in the second.
     """
     if first.has_run(cell):
         numbers, others = (_numbers(read_json_lines(folder.run(cell).metrics)) for folder in (first, second))
@@ -108,14 +108,14 @@ def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:
     }
 
 
-def _thinned(lines: list[dict[str, Any]], begin: int) -> list[dict[str, Any]]:
+def _thinned(lines: list[dict[str, Any]], first_step: int) -> list[dict[str, Any]]:
     training = _evenly([number for number, line in enumerate(lines) if "train/loss" in line])
-    speeds = _speeds_over_gaps(lines, training, begin)
+    speeds = _speeds_over_gaps(lines, training, first_step)
     merges = _evenly([number for number, line in enumerate(lines) if "merge/layers" in line])
     result = []
     for number, line in enumerate(lines):
         values = {
-            tag: _rounded(value)
+            tag: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
             for tag, value in {**line, **speeds.get(number, {})}.items()
             if tag.startswith("eval/")
             or (tag.startswith("merge/") and (number in merges or tag in OF_ALL_MERGES))
@@ -126,10 +126,10 @@ def _thinned(lines: list[dict[str, Any]], begin: int) -> list[dict[str, Any]]:
     return result
 
 
-def _speeds_over_gaps(lines: list[dict[str, Any]], kept: Set[int], begin: int) -> dict[int, dict[str, float]]:
-    """Tokens per second of each line that is kept over all steps since the one before, so that times add up."""
-    found = {}
-    before = last_kept = begin
+def _speeds_over_gaps(lines: list[dict[str, Any]], kept: Set[int], first_step: int) -> dict[int, dict[str, float]]:
+    """For each kept line the tokens per second over all steps since the previous kept line, so that times add up."""
+    speeds = {}
+    before = last_kept = first_step
     steps_over_speed = 0.0
     for number, line in enumerate(lines):
         if not line.get(SPEED):
@@ -137,16 +137,12 @@ def _speeds_over_gaps(lines: list[dict[str, Any]], kept: Set[int], begin: int) -
         steps_over_speed += (line["step"] - before) / line[SPEED]
         before = line["step"]
         if number in kept and steps_over_speed:
-            found[number] = {SPEED: (before - last_kept) / steps_over_speed}
+            speeds[number] = {SPEED: (before - last_kept) / steps_over_speed}
             last_kept = before
             steps_over_speed = 0.0
-    return found
+    return speeds
 
 
 def _evenly(numbers: list[int]) -> set[int]:
     every = max(1, -(-len(numbers) // KEPT_LINES))
     return {*numbers[::every], *numbers[-1:]}
-
-
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""Runs the cells of a study: a process each, so many at a time, with one bar over all."""
+"""Runs the cells of a study, one process per cell and several at a time, with one progress bar."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """The study was asked to stop; its runs have ended."""
+    """The study was asked to stop, and its runs have ended."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class _Running:
     cell: Cell
     claim: RunLock
     process: subprocess.Popen[bytes]
-    sent: list[int] = field(default_factory=list)  # signals
+    sent: list[int] = field(default_factory=list)  # signals passed on so far
 
 
 class Runner:
-    """Starts ``program`` for each cell, with the settings that its folder notes, and shows how far all of them are.
+    """Starts ``program`` for each cell with the cell's settings file, and shows the progress of all cells.
 
-    ``note`` is called when some have ended.
+    ``note`` is called each time that runs have ended.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class Runner:
         self._done = 0
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Runs the cells that are not done; those that were cut go on where they were.
+        """Runs the cells that are not done; interrupted cells continue from their last checkpoint.
 
-        Those that another study on the same folder has claimed are left to it, unless it ends before they do. What a
-        run that failed has printed is in its log. Raises :class:`Stopped` after SIGINT or SIGTERM, which every run is
-        sent: a first one saves and ends, a second one ends at once. Where this process is killed, the kernel sends
-        them a first one (Linux).
+        Cells that another study on the same folder has claimed are left to it, unless it ends before they are done. The
+        output of a failed run is in its log. After SIGINT or SIGTERM, which is passed on to every run, this raises
+        :class:`Stopped`; a run saves and ends at the first signal and ends immediately at the second. If this process
+        is killed, the kernel sends each run a first signal (on Linux).
         """
         waiting = [cell for cell in cells if not self.folder.is_done(cell)]
         self._done += len(cells) - len(waiting)
@@ -93,11 +93,11 @@ class Runner:
             raise Stopped
 
     def _start_next(self, waiting: Sequence[Cell], signals: Sequence[int]) -> _Running | None:
-        """Starts the first cell that no other study has claimed."""
+        """Starts the first cell that no other study has claimed; None if there is none."""
         for cell in waiting:
-            if signals:  # a claim may take seconds where the disk knows no locks
+            if signals:  # a claim may take seconds on a disk without locks
                 return None
-            if is_held(self.folder.run(cell).path):  # by a run that outlives its study: it may be saving
+            if is_held(self.folder.run(cell).path):  # a run may outlive its study while it saves
                 continue
             claim = RunLock(self.folder.claim(cell))
             try:
@@ -119,20 +119,20 @@ class Runner:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"OMP_NUM_THREADS": str(self.study.threads), "TOKENIZERS_PARALLELISM": "false"},
-                start_new_session=True,  # Ctrl-C reaches it through the study alone
+                start_new_session=True,  # Ctrl-C reaches it only through the study
             )
         return _Running(cell, claim, process)
 
     def _show(self, waiting: list[Cell], running: list[_Running]) -> None:
-        begun = [*waiting, *(one.cell for one in running)]
-        done = self._done + sum(map(self.folder.fraction, begun))
+        unfinished = [*waiting, *(one.cell for one in running)]
+        done = self._done + sum(map(self.folder.fraction, unfinished))
         self.bar.set_postfix_str(" ".join(one.cell.name for one in running), refresh=False)
         self.bar.update(done - self.bar.n)
 
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that gets each signal that asks for a stop."""
+    """Yields a list that collects the stop signals as they arrive."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -148,9 +148,10 @@ def _stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def _passing_on(signals: list[int], running: list[_Running]) -> Iterator[None]:
-    """Sends each signal on to all runs, also while the study waits for a claim.
+    """Passes each signal on to all runs, even while the study waits for a claim.
 
-    A signal to the whole job reaches the runs as well: only soon after it another one asks for nothing more.
+    If a signal goes to the whole job, the runs get it directly, too. Passing it on soon enough keeps a run from taking
+    it for a second request.
     """
     over = threading.Event()
 

@@ -87,5 +87,5 @@ def test_what_is_no_metric_with_numbers_is_refused(tmp_path: Path, text: str):
 
 
 def test_a_metric_that_no_run_has_is_told_with_those_there_are(tmp_path: Path):
-    with pytest.raises(CompareError, match=rf"has no numbers eval/nothing; it has {ACCURACY}, eval/loss"):
+    with pytest.raises(CompareError, match=rf"has no metric eval/nothing; it has {ACCURACY}, eval/loss"):
         parse_reach("eval/nothing=1", _runs(tmp_path, [0.0]))

@@ -172,12 +172,12 @@ def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:
     damages = ({"metrics": 3}, {"metrics": [{"step": None}]}, {"metrics": [{"eval/loss": 2.0}]}, {"start": None})
     for line in ["{}", *(json.dumps({**record, **damage}) for damage in damages), json.dumps(record)[:-40]]:
         (tmp_path / "cells.jsonl").write_text(json.dumps(record) + f"\n{line}\n")
-        with pytest.raises(CompareError, match=r"cells\.jsonl, line 2: no record of a run"):
+        with pytest.raises(CompareError, match=r"cells\.jsonl, line 2: not a record of a run"):
             read_runs(tmp_path / "cells.jsonl")
 
 
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
-    with pytest.raises(CompareError, match=r"no run folder, as it has no config\.yaml"):
+    with pytest.raises(CompareError, match=r"not a run folder, because it has no config\.yaml"):
         read_run(tmp_path)
     folder = write_run(tmp_path / "a", [9.0])
     RunFolder(folder).metrics.write_text("")
@@ -199,7 +199,7 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
 def test_a_record_whose_settings_make_no_rates_is_told(tmp_path: Path) -> None:
     run = made_run(tmp_path / "a")
     damaged = replace(run, settings={**run.settings, "optim.lr": "fast"}, is_record=True)
-    with pytest.raises(CompareError, match=r"its settings have no rates .*lr"):
+    with pytest.raises(CompareError, match=r"its settings do not give a learning rate .*lr"):
         damaged.rates()
 
 

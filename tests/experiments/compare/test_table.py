@@ -110,13 +110,13 @@ def test_what_was_scored_decides_and_not_what_it_is_called(tmp_path: Path) -> No
         digest: markdown(compare(_groups(tmp_path / digest, {**FULL, "digest": digest}, elsewhere)))
         for digest in ("a text", "another")
     }
-    assert "scored on different tokens" in said["another"] and "do not compare" not in said["a text"]
+    assert "scored on different tokens" in said["another"] and "not comparable" not in said["a text"]
     assert "where text and tokenizer are the same" not in said["a text"]
 
 
 @pytest.mark.parametrize("given", [{"data": {"validation": "other.jsonl"}}, {"tokenizer": {"path": "other"}}])
 def test_as_many_tokens_of_another_text_or_tokenizer_are_told(tmp_path: Path, given: dict[str, Any]) -> None:
-    said = "compare only where text and tokenizer are the same"
+    said = "comparable only if text and tokenizer are the same"
     assert said in markdown(compare(_groups(tmp_path, FULL, given)))
     assert said not in markdown(compare(_groups(tmp_path / "alike", FULL, {})))
 
@@ -127,15 +127,13 @@ def test_other_things_under_one_name_are_told_across_a_sweep(tmp_path: Path) -> 
         starts = RunFolder(run).starts
         noted = {"began_with": {"data.train": digest, "tokenizer.path": "same"}}
         starts.write_text(json.dumps(json.loads(starts.read_text()) | noted) + "\n")
-    told = 'The runs began with different things that data.train calls "a": they do not compare.'
+    told = 'The runs began with different content of data.train="a": they are not comparable.'
     assert told in markdown(compare(group_runs(map(read_run, runs))))
     assert told not in markdown(compare(group_runs(map(read_run, runs[1:]))))
 
 
 def test_a_run_without_a_finite_loss_is_told(tmp_path: Path) -> None:
-    with pytest.raises(
-        CompareError, match=r"run1: no loss on a set without a name is a finite number; leave the run out"
-    ):
+    with pytest.raises(CompareError, match=r"run1: has no finite loss on a set without a name; leave the run out"):
         compare(_groups(tmp_path, {**FULL}, {"losses": [math.nan] * 5}))
 
 

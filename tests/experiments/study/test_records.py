@@ -93,7 +93,7 @@ def test_what_is_no_record_is_told(tmp_path: Path, line: str):
     whole = json.dumps({"name": "a", "given": {}, "config": {}, "start": {}, "metrics": [{"step": 0}]})
     folder.records.write_text(f"{whole}\n{line}\n", encoding="utf-8")
     with pytest.raises(
-        ValueError, match=r"cells\.jsonl, line 2: no record of a run; .* copy it again or remove the line"
+        ValueError, match=r"cells\.jsonl, line 2: not a record of a run; .* copy it again or remove the line"
     ):
         conduct(made_study(), folder, TRAINER, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]

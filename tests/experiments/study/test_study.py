@@ -123,11 +123,11 @@ def test_what_has_failed_is_not_chosen():
         ({"base": BASE, "grid": []}, "grid: "),
         ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "sedes": [1]}, "sedes: unknown; known here: command, base,"),
         ([BASE], "expected a mapping with `base` and `grid`"),
-        ('grid: {data.train: "https://user:swordfish@host/a"}: x', "it is not YAML: "),
+        ('grid: {data.train: "https://user:swordfish@host/a"}: x', "not valid YAML: "),
         ("", "expected a mapping with `base` and `grid`"),
         ({"base": BASE, "grid": {"optim.lr": 1e-3}}, "grid: expected a list of mappings"),
-        ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "seeds": [0, 0]}, "seeds: [0, 0] has one twice"),
-        ({"base": BASE, "grid": [{"method.operators": [1, 2]}]}, "the value of method.operators is a list itself"),
+        ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "seeds": [0, 0]}, "seeds: [0, 0] has a duplicate"),
+        ({"base": BASE, "grid": [{"method.operators": [1, 2]}]}, "a value of method.operators is itself a list"),
         ({"base": BASE, "grid": [{"train.seed": [1, 2]}]}, "train.seed: set by the study itself"),
         ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "choose": {"over": ["optim.lr"]}}, "give `lowest` or `highest`"),
         (
@@ -135,10 +135,10 @@ def test_what_has_failed_is_not_chosen():
             "eval/los: expected eval/NAME or eval/SET/NAME with a name of loss, perplexity,",
         ),
         ({"base": BASE, "grid": [{"optim.lr": []}]}, "grid: optim.lr has an empty list"),
-        ({"base": BASE, "grid": [{"data.validation.my-set": "x"}]}, "data.validation.my-set: no name with '-'"),
+        ({"base": BASE, "grid": [{"data.validation.my-set": "x"}]}, "data.validation.my-set: names cannot contain '-'"),
         (
             {"base": BASE, "grid": [{"optim.lr": 1e-3}], "choose": {"over": ["method.rank"], "lowest": "eval/loss"}},
-            "method.rank stands in no entry of the grid",
+            "no entry of the grid has method.rank",
         ),
     ],
 )
@@ -175,13 +175,13 @@ def test_the_same_run_twice_is_refused():
 )
 def test_so_is_one_by_another_name(tmp_path: Path, grid: list[dict[str, Any]]):
     study = made_study(grid=grid)
-    with pytest.raises(ConfigError, match=r"has the settings of .*, but for those without an effect; leave"):
+    with pytest.raises(ConfigError, match=r"differ only in settings that have no effect; leave"):
         cell_configs(study, first_round(study), StudyFolder(tmp_path))
 
 
 def test_runs_without_held_out_text_in_common_are_told_before_the_first(tmp_path: Path):
     sets = [{"short": "a.json"}, {"short": "b.json", "long": "a.json"}, {"long": "a.json"}]
-    for given, fault in ((sets[:2], None), (sets, "data.validation: no set that all runs have")):
+    for given, fault in ((sets[:2], None), (sets, "data.validation: the runs have no set in common")):
         study = made_study(grid=[{"data.validation": given}])
         with contextlib.nullcontext() if fault is None else pytest.raises(ConfigError, match=fault):
             cell_configs(study, first_round(study), StudyFolder(tmp_path))
@@ -224,9 +224,9 @@ SETS = {"web": "a.txt", "pairs": {"source": "b.jsonl", "records": {"kind": "prom
         ("eval/books/loss", {}, "data.validation names no sets"),
         ("eval//loss", {}, "data.validation names no sets"),
         ("eval/books/loss", {"data.validation": SETS}, "data.validation names web, pairs"),
-        ("eval/exact_match", {}, "no such answers are generated; set eval.generate"),
-        ("eval/web/exact_match", {"data.validation": SETS, "eval.generate": 5}, "no such answers are generated"),
-        ("eval/bits_per_byte", {"data.validation": SETS}, "only plain text has that"),
+        ("eval/exact_match", {}, "no answers are generated; set eval.generate"),
+        ("eval/web/exact_match", {"data.validation": SETS, "eval.generate": 5}, "no answers are generated"),
+        ("eval/bits_per_byte", {"data.validation": SETS}, "only plain text has this metric"),
     ],
 )
 def test_a_metric_that_no_run_will_have_is_told_before_the_first(
@@ -332,7 +332,7 @@ def test_a_run_that_lost_its_last_evaluation_is_not_chosen_by_an_earlier_one(tmp
         conduct(study, folder, TRAINER, 1)
         shutil.rmtree(folder.run(cell).path)
     with pytest.raises(
-        ValueError, match=r"eval/loss of .*metrics.jsonl is of step 500, and that of the end, step 1000, is lost; "
+        ValueError, match=r"eval/loss in .*metrics.jsonl is from step 500, but the run has 1000 steps .* is lost; "
     ):
         final_metric(cell, folder, "eval/loss")
 
@@ -340,7 +340,7 @@ def test_a_run_that_lost_its_last_evaluation_is_not_chosen_by_an_earlier_one(tmp
 def test_a_run_that_fails_is_named_when_the_others_are_done(tmp_path: Path):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": [1.0, 3e-3]}])
     folder = StudyFolder(tmp_path)
-    with pytest.raises(CellsFailed, match=r"lr=1.0,seed=0 is not done; the end of .*\n.*\n  it diverged"):
+    with pytest.raises(CellsFailed, match=r"lr=1.0,seed=0 did not finish; the end of .*\n.*\n  it diverged"):
         conduct(study, folder, TRAINER, 1)
     assert [record["name"] for record in read_json_lines(folder.records)] == ["name=mora,lr=0.003,seed=0"]
 
@@ -463,7 +463,7 @@ def test_a_run_made_again_is_compared_number_by_number(tmp_path: Path):
     numbers, different = run_again(study, folder, "name=lora,lr=0.003,seed=0", TRAINER)
     assert numbers == 2
     assert [line.partition(":")[0] for line in different] == ["eval/loss at step 1000"]
-    with pytest.raises(ValueError, match="--again: no run nothing that is done; there are: name=mora"):
+    with pytest.raises(ValueError, match="--again: no finished run is called nothing; finished runs: name=mora"):
         run_again(study, folder, "nothing", TRAINER)
 
 
@@ -482,7 +482,7 @@ def test_a_run_made_again_that_was_cut_goes_on(tmp_path: Path):
 
 def test_a_study_whose_runs_could_not_go_on_is_refused(tmp_path: Path):
     study = made_study(grid=[{"method.name": "mora"}], settings={"train.resume": "never"})
-    with pytest.raises(ConfigError, match=r"train\.resume: never, but a run of a study that was cut goes on"):
+    with pytest.raises(ConfigError, match=r"train\.resume: never, but a study resumes its interrupted runs"):
         conduct(study, StudyFolder(tmp_path), TRAINER, 1)
 
 
