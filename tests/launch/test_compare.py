@@ -81,7 +81,7 @@ def test_exports_beside_runs_are_left_out(tmp_path: Path) -> None:
     (export / "config.json").write_text("{}")
     answer = call(COMPARE, run, export)
     assert answer.out == call(COMPARE, run).out and answer.err == f"{export}: a model, not a run; left out\n"
-    refused(call(COMPARE, export), f"{export}: no run folder")
+    refused(call(COMPARE, export), f"{export}: not a run folder")
 
 
 def test_a_run_that_diverged_or_has_not_ended_is_not_the_best(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_studies_may_have_runs_of_one_name(runs: list[Path], tmp_path: Path) -> 
 
 def test_bad_input_is_one_message(runs: list[Path], tmp_path: Path) -> None:
     refused(call(COMPARE), "no run given")
-    refused(call(COMPARE, runs[0], tmp_path / "none"), f"{tmp_path / 'none'}: no run folder")
+    refused(call(COMPARE, runs[0], tmp_path / "none"), f"{tmp_path / 'none'}: not a run folder")
     refused(call(COMPARE, runs[0], f"--against={tmp_path}"), "not a run folder")
     refused(call(COMPARE, runs[0], f"--against={runs[1] / 'metrics.jsonl'}"), "not a run folder")
     other = write_run(tmp_path / "other", LOSSES, sets=["web"])
