@@ -1,4 +1,4 @@
-"""Singular values of updates: LoRA's has the rank of its adapters, ReLoRA's of all that it merged, MoRA's up to R."""
+"""Singular values of updates: LoRA's rank is its adapters', ReLoRA's the sum of its merges', MoRA's up to R."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def runs(inputs: Path, tokenizer_path: str, pools: Any) -> dict[str, Path]:
 
 
 def _ranks(run: Path) -> set[int]:
-    """Of the updates of all layers; what is below is rounding."""
+    """The ranks of the updates of all layers; smaller values are rounding errors."""
     spectra = update_spectra(run)
     assert [len(layers) for layers in spectra.values()] == [LAYERS] * 7
     return {int((values > 1e-4 * values[0]).sum()) for layers in spectra.values() for values in layers}
 
 
-def test_an_update_has_the_rank_of_what_trained(runs: dict[str, Path]) -> None:
+def test_an_update_has_the_rank_of_its_adapters(runs: dict[str, Path]) -> None:
     assert _ranks(runs["lora"]) == {RANK}
     assert _ranks(runs["relora"]) == {3 * RANK}, "of two merges, and of the adapter since"
     assert min(_ranks(runs["mora"])) > RANK
 
 
-def test_a_run_is_compared_with_what_it_began_with(runs: dict[str, Path]) -> None:
+def test_a_run_is_compared_with_its_initial_weights(runs: dict[str, Path]) -> None:
     assert _ranks(runs["further"]) == {RANK}
 
 
-def test_a_seed_that_changed_on_the_way_is_not_that_of_the_first_weights(
+def test_a_changed_seed_does_not_change_the_initial_weights(
     inputs: Path, tokenizer_path: str, pools: Any, tmp_path: Path
 ) -> None:
     method = {"name": "lora", "rank": RANK}
@@ -66,7 +66,7 @@ def test_a_seed_that_changed_on_the_way_is_not_that_of_the_first_weights(
     assert _ranks(tmp_path) == {RANK}
 
 
-def test_what_a_run_began_with_must_be_as_it_was(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_initial_weights_must_be_unchanged(runs: dict[str, Path], tmp_path: Path) -> None:
     source = runs["relora"]
     newest = source / "checkpoints" / "step-00000010"
     newest.rename(tmp_path / newest.name)
@@ -82,7 +82,7 @@ def test_what_a_run_began_with_must_be_as_it_was(runs: dict[str, Path], tmp_path
     assert _ranks(runs["further"]) == {RANK}
 
 
-def test_biases_are_no_matrices(inputs: Path, tokenizer_path: str, pools: Any) -> None:
+def test_biases_are_not_matrices(inputs: Path, tokenizer_path: str, pools: Any) -> None:
     biased = {"overrides": {"attention_bias": True}}
     config = run_config(inputs, tokenizer_path, inputs / "biased", method={"name": "lora", "rank": RANK}, model=biased)
     pools(1)(train, config)
@@ -113,7 +113,7 @@ def test_the_command_prints_a_table_and_draws(runs: dict[str, Path], tmp_path: P
     given = (runs["lora"], runs["relora"], runs["relora"] / "../lora")
     answer = call(SPECTRUM, *given, "--checkpoints", f"--out={tmp_path / 'out'}")
     assert answer.code == 0, answer
-    assert "| LoRA |" in answer.out and answer.out.count("| LoRA |") == 1, "a run that stands there twice is one"
+    assert "| LoRA |" in answer.out and answer.out.count("| LoRA |") == 1, "a run that is given twice counts once"
     assert "| ReLoRA |" in answer.out and "| down_proj |" in answer.out
     assert (tmp_path / "out" / "spectrum.md").read_text() == answer.out
     for name in ("spectrum", "effective_rank"):

@@ -72,7 +72,7 @@ FIELDS = {
 
 
 def command(model: str, *arguments: str) -> str:
-    """Runs on every rank: what the command prints there."""
+    """Runs on every rank; returns the command's output."""
     out = io.StringIO()
     with redirect_stdout(out):
         options = {key: _number(value) for key, _, value in (argument.partition("=") for argument in arguments)}
@@ -81,7 +81,7 @@ def command(model: str, *arguments: str) -> str:
 
 
 def command_whose_losses_are_lost(model: str) -> int:
-    """In the pool: the exit code."""
+    """Runs in the pool; returns the exit code."""
     with mock.patch.object(Ours, "step", lambda self: math.nan), redirect_stdout(io.StringIO()):
         return int(
             module_of(SCRIPT).main(model, methods="full", tokens=TOKENS, sequence_length=64, repeats=1, warmup=1)
@@ -99,7 +99,7 @@ def setting(*, bf16: bool = True) -> Setting:
 
 
 def losses_of_the_forms(bf16: bool) -> dict[str, float]:
-    """In the pool: the loss with the same M, which is not zero, in three forms."""
+    """Runs in the pool; returns the loss of three forms with the same nonzero M."""
     found = {}
     for name in ("remora", "remora_decoupled", "remora_released"):
         contender: Any = CONTENDERS[name](setting(bf16=bf16))
@@ -152,7 +152,7 @@ def test_every_field_is_there_and_the_first_is_the_reference(found: dict[str, An
     assert found["remora"]["merge_seconds"] > 0 and found["full"]["merge_seconds"] is None
 
 
-def test_the_state_is_18_bytes_for_what_trains_and_2_for_what_is_frozen(found: dict[str, Any]) -> None:
+def test_the_state_is_18_bytes_per_trainable_and_2_per_frozen_parameter(found: dict[str, Any]) -> None:
     """ZeRO-1 in bf16: weight 2, master 4, moments 8, sum of gradients 4."""
     frozen = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * WIDE)
     for name in ("full", "frozen", "remora", "remora_released", "relora"):
@@ -179,17 +179,17 @@ def test_the_peak_holds_the_state_and_the_activations(found: dict[str, Any]) -> 
         ), name
 
 
-def test_merged_remora_keeps_the_compressed_inputs_only_and_each_once(found: dict[str, Any]) -> None:
+def test_merged_remora_keeps_only_the_compressed_inputs_each_once(found: dict[str, Any]) -> None:
     narrow = square_size(HIDDEN, HIDDEN, RANK)
     wide = square_size(HIDDEN, WIDE, RANK)
     linears = {name: values["bytes_kept_by_its_linears"] for name, values in found.items()}
-    assert linears["full"] == 2 * TOKENS * (3 * HIDDEN + WIDE)  # of q, k, v; of o; of gate, up; of down
+    assert linears["full"] == 2 * TOKENS * (3 * HIDDEN + WIDE)  # inputs of q, k, v; of o; of gate, up; of down
     assert linears["remora"] == 2 * TOKENS * (2 * narrow + 2 * wide)
-    assert linears["remora_decoupled"] == 2 * TOKENS * (4 * narrow + 3 * wide)  # every linear has its own
+    assert linears["remora_decoupled"] == 2 * TOKENS * (4 * narrow + 3 * wide)  # every linear keeps its own input
     assert found["remora"]["bytes_kept_for_backward"] < found["full"]["bytes_kept_for_backward"]
 
 
-def test_frozen_linears_train_in_no_way_and_keep_no_input(found: dict[str, Any]) -> None:
+def test_frozen_linears_do_not_train_and_keep_no_input(found: dict[str, Any]) -> None:
     full, frozen, remora = (found[name] for name in ("full", "frozen", "remora"))
     linears = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * WIDE)
     assert frozen["trainable_parameters"] == full["trainable_parameters"] - linears < remora["trainable_parameters"]
@@ -226,16 +226,16 @@ def test_two_ranks_send_as_the_trainable_fraction(model: str) -> None:
     )
 
 
-def test_figures_of_a_loss_that_is_not_finite_are_no_success(one: Pool, model: str) -> None:
+def test_a_non_finite_loss_is_a_failure(one: Pool, model: str) -> None:
     assert one(command_whose_losses_are_lost, model) == [1]
 
 
-def test_the_tracker_sees_what_comes_and_goes() -> None:
+def test_the_tracker_sees_temporary_tensors() -> None:
     model = CONTENDERS["plain"](setting()).model
     with ByteTracker(model, {"weights": [p.data for p in model.parameters()]}, torch.device("cpu"), 1) as tracker:
         ones = torch.ones(1_000_000)
         del ones
-        twos = torch.ones(500_000).exp()  # two tensors at once, as large as the one before
+        twos = torch.ones(500_000).exp()  # two tensors at once, as large as the previous one
     weights = sum(p.nbytes for p in model.parameters())
     assert tracker.peak == {"weights": weights, "optimizer": 0, "gradients": 0, "activations": 0, "rest": 4_000_000}
     assert tracker.sizes["rest"] == twos.nbytes
@@ -270,5 +270,5 @@ def test_wrong_arguments_of_the_trainers_benchmark(arguments: list[str], message
     refused(call(TRAINER, ROOT / "configs/run/tiny_remora.yaml", *arguments), message)
 
 
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_model(tmp_path: Path) -> None:
     refused(call(SCRIPT, tmp_path / "none.json"), "none.json")

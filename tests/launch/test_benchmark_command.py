@@ -1,4 +1,4 @@
-"""python -m launch.benchmark: its kinds, its help, its place under launchers; and how it takes turns."""
+"""python -m launch.benchmark: its kinds, its help, its use under launchers, and how it takes turns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_help_lists_the_kinds_and_says_how_to_start_several_ranks(capsys: pytest
 
 
 @pytest.mark.parametrize(("argv", "said"), [([], "KIND is missing"), (["stepss", "--help"], "got 'stepss'")])
-def test_what_is_no_kind_is_refused_with_the_usage(
+def test_an_unknown_kind_is_refused_with_the_usage(
     argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code(*argv) == 2
@@ -37,13 +37,13 @@ def test_what_is_no_kind_is_refused_with_the_usage(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_has_help_of_its_own(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_kind_has_its_own_help(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(kind, "--help") == 0
     shown = capsys.readouterr().out
     assert f"python -m launch.benchmark {kind}" in shown and "__main__" not in shown
 
 
-def test_the_local_rank_that_deepspeed_puts_first_is_no_kind(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_local_rank_that_deepspeed_puts_first_is_not_a_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("--local_rank=0", "steps", "model.json", "--repeats=0") == 2
     assert "--repeats: got 0, expected at least 1" in capsys.readouterr().err
 
@@ -76,4 +76,4 @@ def test_turns_are_interleaved_and_the_first_do_not_count() -> None:
 def test_the_spread_is_relative_to_the_median() -> None:
     assert relative_spread([4.0]) == 0.0
     assert relative_spread([3.0, 4.0, 5.0]) == 0.25  # the extremes of few values
-    assert relative_spread([1.0, 3.0, 4.0, 5.0, 99.0]) < 7  # an outlier counts less where there are more
+    assert relative_spread([1.0, 3.0, 4.0, 5.0, 99.0]) < 7  # an outlier counts less among more values

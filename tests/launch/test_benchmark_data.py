@@ -26,7 +26,7 @@ def test_throughput_is_measured(tmp_path, tokenizer_path):
     assert figures.pop("data/tokens_per_second_in_advance") > 0 and figures == {"data/lanes": 5, "data/shards": 5}
 
 
-def test_records_are_no_text(tmp_path, tokenizer_path):
+def test_records_are_not_text(tmp_path, tokenizer_path):
     (tmp_path / "q.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     config = data_config(tmp_path / "q.jsonl", records={"kind": "question"})
     with pytest.raises(SourceError, match=r"q\.jsonl is read as records \(data\.records\), but text is needed here"):

@@ -1,4 +1,4 @@
-"""launch/benchmark/parts.py: the ways it compares compute the same, and its output."""
+"""launch/benchmark/parts.py: its implementations compute the same, and its output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def model(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("part", ["loss", "attention"])
-def test_the_ways_of_a_part_have_the_same_gradients(model: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_implementations_of_a_part_have_the_same_gradients(
+    model: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gradients: list[Any] = []
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: gradients.append(grad(*args, **kwargs)))
@@ -35,7 +37,7 @@ def test_the_ways_of_a_part_have_the_same_gradients(model: str, part: str, monke
     ways = module.PARTS[part](read_model_config(ModelConfig(config=model)), 1024, 512, draw)
     for act, _ in ways.values():
         act()
-    assert len(gradients) == len(ways) - 1, "the products alone have none"
+    assert len(gradients) == len(ways) - 1, "only the products have none"
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
             assert a.abs().max() > 0
@@ -72,7 +74,7 @@ def test_wrong_arguments(model: str, arguments: list[str], message: str) -> None
     ("script", "words"),
     [(SCRIPT, ["loss"]), ("launch/benchmark/layers.py", []), ("launch/benchmark/steps.py", [])],
 )
-def test_a_gpu_that_is_not_there_is_one_message(
+def test_a_missing_gpu_is_one_message(
     model: str, script: str, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # the option wins

@@ -1,4 +1,4 @@
-"""FLOPs from shapes against what torch counts while a model trains."""
+"""Compares FLOPs from shapes with torch's count while a model trains."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_cycle_averages_its_operators() -> None:
 
 
 @pytest.mark.parametrize("name", ["full", "remora", "lora"])
-def test_recomputed_forward_is_counted_apart(name: str) -> None:
+def test_recomputed_forward_is_counted_separately(name: str) -> None:
     config = make_config(method={"name": name}, model={"activation_checkpointing": True})
     flops = flops_per_token(MODEL, config)
     plain = flops_per_token(MODEL, make_config(method={"name": name}))

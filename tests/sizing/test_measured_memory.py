@@ -1,4 +1,4 @@
-"""The planner's memory against the tensors that a real engine holds, on every stage and in both precisions."""
+"""Compares the planner's memory with the tensors of a real engine, at every stage and in both precisions."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def _config(method: str, stage: int, world_size: int, micro_batch_size: int, mat
 def measure(
     method: str, stage: int, bf16: bool, micro_batch_size: int, matrices: str, together: int = memory.REDUCED_TOGETHER
 ) -> dict[str, int]:
-    """Runs on every rank: bytes held after a step, between its micro-batches, in the reduction of gradients as a whole
-    (stage 1 in bf16) and when the last backward is done. ``together`` is DeepSpeed's limit in that reduction."""
+    """Runs on every rank: bytes after a step, between its micro-batches, in the whole gradient reduction (stage 1 in
+    bf16) and after the last backward. ``together`` is DeepSpeed's limit in that reduction."""
     import deepspeed
     from torch import distributed as dist
 
     from relora_mora.engine.norms import replaced
 
-    others = live_tensors()  # kept, so that nothing new gets an address of theirs
-    gc.freeze()  # only what is new is looked at from here on
+    others = live_tensors()  # kept alive, so that no new tensor gets one of their addresses
+    gc.freeze()  # from here on only new objects are examined
     config = _config(method, stage, dist.get_world_size(), micro_batch_size, matrices)
     rig = build_rig(config, bf16=bf16, llama=_llama())
     rig.initial.clear()
@@ -107,7 +107,7 @@ def test_state_and_gradients(
         expected = state.device - state.buffers + getattr(gradients, phase)
         for rank in measured:
             if phase in rank:
-                # the bucket comes and goes; a rank may keep the reduced gradients of its last bucket
+                # the bucket is temporary; a rank may keep the reduced gradients of its last bucket
                 assert expected * 0.97 <= rank[phase] <= (expected + state.buffers) * 1.03, phase
     whole = sum(parameter.numel() for parameter in model.parameters()) * (2 if bf16 else 4)
     live = gathered_memory(model, setup)

@@ -1,4 +1,4 @@
-"""The planner's activations against the tensors that live while a model trains."""
+"""Compares the planner's activations with the tensors that are alive while a model trains."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MODEL = LlamaConfig(**SIZES)
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of the storages that operations make and that are still alive, and their maximum."""
+    """Counts the bytes of live storages that operations allocate, and their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ def test_on_a_gpu_documents_need_no_mask_and_logits_no_copy() -> None:
         return activation_memory(model, Setup(config, 0, 1, compiled=False, **where))[0]
 
     assert kept(masked, bf16=True, on_gpu=True) == kept(plain, bf16=True, on_gpu=True) < kept(masked, bf16=True)
-    assert kept(masked, bf16=False, on_gpu=True) == kept(masked, bf16=False)  # flash attention knows no float32
+    assert kept(masked, bf16=False, on_gpu=True) == kept(masked, bf16=False)  # flash attention does not support float32
     head = MODEL.vocab_size * MODEL.hidden_size
     at_loss = [scratch_memory(model, Setup(plain, 0, 1, bf16=True, on_gpu=on_gpu))[0] for on_gpu in (False, True)]
     assert at_loss == [256 * 512 * 6 + 6 * head, max(256 * 512 * 2 + 4 * head, 6 * head)]
@@ -214,7 +214,7 @@ def test_on_a_gpu_documents_need_no_mask_and_logits_no_copy() -> None:
 @pytest.mark.parametrize("method", ["full", "relora resident", "remora operator 1 resident"])
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 def test_a_layer_keeps_what_was_counted(size: str, method: str, how: str) -> None:
-    """On fake tensors, by tests/fakecuda."""
+    """The counts come from fake tensors (tests/fakecuda)."""
     rows = csv.DictReader((ROOT / "tests/fakecuda/counts.csv").read_text().splitlines())
     [counted] = [row for row in rows if (row["model"], row["method"], row["compiled"]) == (size, method, how)]
     config = make_config({"name": method.split()[0], "operators": [1, 2], "rank": 128}, micro_batch_size=16)
@@ -258,7 +258,7 @@ def test_accumulation_keeps_gradients_through_the_loss() -> None:
     assert gradients[0] == 0 < gradients[1]
 
 
-def test_stage_1_is_advised_where_it_has_the_memory() -> None:
+def test_stage_1_is_advised_if_it_fits() -> None:
     config = make_config({"name": "remora"})
     once, twice = (
         config.model_copy(update={"train": config.train.model_copy(update={"zero_stage": 2, "batch_size": size})})
@@ -271,7 +271,7 @@ def test_stage_1_is_advised_where_it_has_the_memory() -> None:
         return stage_advice(model, Setup(config, config.train.zero_stage, 2, bf16=True, on_gpu=True), available)
 
     assert "train.zero_stage=1" in str(advice(twice, 1.2 * needed))
-    assert advice(twice, needed) is None  # not all of it can be used
+    assert advice(twice, needed) is None  # a part of the memory is not usable
     assert advice(once, 1.2 * needed) is None
 
 
@@ -288,7 +288,7 @@ def test_ranks_on_cpus_share_the_memory_of_their_host(monkeypatch: pytest.Monkey
             check_memory(MODEL, setup, memory_of_rank(), memory_of_rank())
 
 
-def test_beside_a_gpu_the_host_needs_memory_for_the_base_alone() -> None:
+def test_with_a_gpu_the_host_only_needs_memory_for_the_base() -> None:
     config = make_config({"name": "remora"})
     setup = Setup(config, config.train.zero_stage, 4, bf16=True, on_gpu=True)
     model = meta_model(MODEL, config.method)
@@ -302,7 +302,7 @@ def test_beside_a_gpu_the_host_needs_memory_for_the_base_alone() -> None:
         check_memory(MODEL, setup, on_device - 1, state.host_base)
 
 
-def test_auto_keeps_merged_weights_where_it_pays_and_the_memory_is_there() -> None:
+def test_auto_keeps_merged_weights_if_it_pays_and_they_fit() -> None:
     once = make_config({"name": "remora"})
     twice = once.model_copy(update={"train": once.train.model_copy(update={"batch_size": 8})})
     model = meta_model(MODEL, once.method)

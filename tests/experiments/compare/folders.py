@@ -28,8 +28,8 @@ def write_run(
     step_seconds: float = 2.0,
     **sections: dict[str, Any],
 ) -> Path:
-    """A run of 40 steps with a line each, and an evaluation every 10 that gives the next of the losses; without sets it
-    has one without a name. With fewer than five losses it is cut off. ``digest``: of what they score."""
+    """A run of 40 steps with one line each, and an evaluation every 10 steps with the next loss; without ``sets`` the
+    set has no name. With fewer than five losses the run is unfinished. ``digest``: of the scored text."""
     settings: dict[str, dict[str, Any]] = {
         "data": {"sequence_length": 16},
         "method": {"rank": 4, "merge_every": MERGED},

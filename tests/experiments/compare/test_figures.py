@@ -1,4 +1,4 @@
-"""The curves of the figures are those of the data; nothing is said of how they look."""
+"""The curves of the figures agree with the data; their looks are not tested."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def groups(tmp_path: Path) -> list[Group]:
 
 
 def _lines(panel: Any) -> dict[str, tuple[list[float], list[float]]]:
-    """The curves of a panel that a legend names."""
+    """The curves of a panel that are in the legend."""
     return {
         line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
         for line in panel.get_lines()
@@ -72,7 +72,7 @@ def test_curves_of_loss_are_means_over_seeds(groups: list[Group]) -> None:
     assert {1.0, 1.1} <= {round(float(y), 6) for x, y in heights if x == EVALUATIONS[-1]}
 
 
-def test_merges_stand_along_the_axis(groups: list[Group]) -> None:
+def test_merges_are_marked_along_the_axis(groups: list[Group]) -> None:
     panel = loss_figure(groups, "tokens").axes[0]
     [strokes] = [line for line in panel.get_lines() if line.get_marker() == "|"]
     assert list(strokes.get_xdata()) == [20 * TOKENS] and 0 < strokes.get_ydata()[0] < 0.2
@@ -104,7 +104,7 @@ def test_time_is_in_the_unit_that_the_runs_need(groups: list[Group]) -> None:
     assert lines["ReMoRA (1, 2) (2 seeds)"][0][-1] == pytest.approx(85 / 3600)
 
 
-def test_the_second_panel_shows_where_the_curves_part(groups: list[Group]) -> None:
+def test_the_second_panel_enlarges_the_end_of_the_curves(groups: list[Group]) -> None:
     whole, zoomed = loss_figure(groups, "tokens").axes[:2]
     left, right = zoomed.get_xlim()
     low, high = zoomed.get_ylim()
@@ -128,7 +128,7 @@ def test_each_set_has_a_row_of_panels(tmp_path: Path) -> None:
     assert [_lines(panel)["ReMoRA (1, 2)"][1][-1] for panel in panels[::2]] == [1.0, 2.0]
 
 
-def test_the_last_perplexities_are_dots_beside_the_names_of_the_groups_the_lowest_at_the_top(
+def test_the_last_perplexities_are_dots_with_the_lowest_group_at_the_top(
     groups: list[Group],
 ) -> None:
     for against, line in ((None, math.exp(1.2)), (groups[1], (math.exp(1.0) + math.exp(1.1)) / 2)):
@@ -170,7 +170,7 @@ def test_long_names_and_many_merging_rows_do_not_overlap(tmp_path: Path) -> None
 
 
 def test_losses_of_other_text_do_not_stretch_a_panel(groups: list[Group]) -> None:
-    """Training losses here go from 99 down to 60, those of held-out text from 9 to 1."""
+    """Training losses fall from 99 to 60 here, held-out losses from 9 to 1."""
     whole = loss_figure(groups, "tokens").axes[0]
     assert whole.get_ylim()[1] < 15
 
@@ -185,7 +185,7 @@ def test_rates_and_ranks(groups: list[Group]) -> None:
     assert rank_figure(groups[:1]) is None
 
 
-def test_runs_that_merge_other_projections_have_panels_of_their_own(groups: list[Group]) -> None:
+def test_runs_that_merge_other_projections_have_their_own_panels(groups: list[Group]) -> None:
     kinds = {"q_proj": 3.0, "down_proj": 5.0}
     apart = [
         replace(group, runs=tuple(replace(run, lines=[{"step": 10, f"u/{kind}": rank}]) for run in group.runs))
@@ -202,14 +202,14 @@ def test_seeds_without_a_step_in_common_have_no_curve_of_ranks(groups: list[Grou
     assert rank_figure([replace(groups[1], runs=tuple(apart))], "u", "rank") is None
 
 
-def test_a_metric_is_drawn_by_step_with_the_values_that_were_asked_for(groups: list[Group]) -> None:
+def test_a_metric_is_drawn_by_step_with_the_requested_values(groups: list[Group]) -> None:
     [panel] = reach_figure(Reach("eval/loss", (1.5, 3.5)), groups).axes
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("steps", "loss")
     assert _lines(panel)["Full rank"][0] == [0, 10, 20, 30, 40]
     assert [line.get_ydata()[0] for line in panel.get_lines() if line.get_linestyle() == ":"] == [1.5, 3.5]
 
 
-def test_a_run_that_goes_on_is_marked_in_the_legend(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_marked_in_the_legend(tmp_path: Path) -> None:
     groups = group_runs([made_run(tmp_path / "a", LOSSES[:3])])
     assert list(_lines(loss_figure(groups, "tokens").axes[0])) == ["ReMoRA (1, 2) [unfinished, step 20 of 40]"]
 
@@ -261,7 +261,7 @@ def test_a_running_mean_takes_as_many_values_on_either_side() -> None:
     assert list(running_mean(values, 0)) == list(values)
 
 
-def test_curves_part_where_their_last_gap_can_be_seen(tmp_path: Path) -> None:
+def test_the_enlarged_panel_begins_where_the_last_gap_is_visible(tmp_path: Path) -> None:
     def made(name: str, losses: list[float]) -> Any:
         group = group_runs([made_run(tmp_path / name, losses)])[0]
         return curve(group, lambda run: run.evaluations(""), "tokens")
@@ -270,17 +270,17 @@ def test_curves_part_where_their_last_gap_can_be_seen(tmp_path: Path) -> None:
     near = made("b", [9.0, 8.0, 4.0, 2.0, 1.8])
     assert parting([steep]) is None
     place = parting([steep, near])
-    # 0.8 / 0.4 = 2 above the lowest end: where the curves fall below 3, between the evaluations at 20 and 30 steps
+    # 0.8 / 0.4 = 2 above the lowest end: the curves fall below 3 between the evaluations at 20 and 30 steps
     assert place is not None and 24 * TOKENS < place < 26 * TOKENS
 
 
 @pytest.mark.parametrize(
     "losses", [[[9.0], [9.0]], [[9.0], LOSSES], [LOSSES, LOSSES]], ids=["just begun", "one of them", "alike"]
 )
-def test_runs_with_little_to_show_are_drawn_all_the_same(tmp_path: Path, losses: list[list[float]]) -> None:
+def test_runs_with_few_numbers_are_drawn(tmp_path: Path, losses: list[list[float]]) -> None:
     groups = group_runs(made_run(tmp_path / f"run{i}", each, optim={"lr": 0.1 + i}) for i, each in enumerate(losses))
     with warnings.catch_warnings(action="error"):
-        warnings.simplefilter("ignore", ResourceWarning)  # of what other tests left
+        warnings.simplefilter("ignore", ResourceWarning)  # from objects of other tests
         figures = figures_of(groups)
         write_files(tmp_path, {}, figures)
     assert {"loss_by_tokens", "loss_by_time"} <= set(figures)

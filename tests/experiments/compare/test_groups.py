@@ -1,4 +1,4 @@
-"""Which runs belong together, and what tells the others apart."""
+"""Which runs belong together, and how the labels of the others differ."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_methods_are_named_as_in_papers(tmp_path: Path) -> None:
     assert _labels(tmp_path, *runs) == ["Full rank", "LoRA", "MoRA", "ReLoRA", "ReMoRA (1, 2)"]
 
 
-def test_settings_that_are_not_to_be_named_still_tell_runs_apart(tmp_path: Path) -> None:
+def test_unnamed_settings_still_separate_runs(tmp_path: Path) -> None:
     given = [(1e-3, 16), (2e-3, 32), (4e-3, 32)]
     runs = [
         made_run(tmp_path / f"run{rate:g}", optim={"lr": rate}, method={"name": "mora", "rank": rank})
@@ -64,9 +64,7 @@ def test_runs_that_differ_in_seeds_are_one(tmp_path: Path) -> None:
         ({"began_with": {"config": "as earlier versions named it"}}, "model.config"),
     ],
 )
-def test_runs_that_found_something_else_under_the_same_settings_are_not_one(
-    tmp_path: Path, other: dict[str, Any], says_so: str
-):
+def test_runs_with_the_same_settings_but_other_inputs_are_not_one(tmp_path: Path, other: dict[str, Any], says_so: str):
     runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1)]
     noted = {"bf16": False, "began_with": {"model.config": "a model", "data.train": "a text"}}
     for run, changes in zip(runs, (noted, other), strict=True):
@@ -93,21 +91,21 @@ CHANGED = {"step": 10, "changed": ["optim.lr: 0.1 in the checkpoint, 0.2 now", "
         ([{"step": 5}, CHANGED], "begun at a checkpoint of step 5, optim.lr and data changed at step 10"),
     ],
 )
-def test_a_run_that_was_not_always_so_says_so_and_is_no_further_seed(
+def test_a_run_that_changed_at_a_resume_says_so_and_is_not_another_seed(
     tmp_path: Path, starts: list[dict[str, Any]], history: str
 ) -> None:
     plain, other = (write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1))
     RunFolder(other).starts.write_text("".join(json.dumps(start) + "\n" for start in starts))
     assert [group.label for group in group_runs([read_run(other)])] == [f"ReMoRA (1, 2), {history}"]
     silent = write_run(tmp_path / "run2", [9.0, 4.0], train={"seed": 2})
-    RunFolder(silent).starts.unlink()  # it goes with any
+    RunFolder(silent).starts.unlink()  # a run without notes matches any other
     assert [group.label for group in group_runs(map(read_run, (silent, other)))] == [f"ReMoRA (1, 2), {history}"]
     for options in ({}, {"best": ["optim.lr"]}):
         labels = [group.label for group in group_runs(map(read_run, (other, plain)), **options)]
         assert labels == [f"ReMoRA (1, 2), {history}", "ReMoRA (1, 2)"]
 
 
-def test_runs_that_changed_to_the_same_from_different_settings_are_told_apart(tmp_path: Path) -> None:
+def test_runs_that_resumed_with_the_same_from_different_settings_are_separate(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1)]
     for before, run in zip((0.1, 0.3), runs, strict=True):
         change = {"step": 10, "changed": [f"optim.lr: {before} in the checkpoint, 0.2 now"]}
@@ -121,10 +119,10 @@ def test_what_was_changed_and_not_trained_does_not_count(tmp_path: Path) -> None
     change = {"step": 10, "changed": ["optim.lr: 0.1 in the checkpoint, 0.2 now"]}
     histories: list[list[dict[str, Any]]] = [
         [{"step": 0}],
-        [{"step": 0}, change, {"step": 10}],  # the next start began there as before
+        [{"step": 0}, change, {"step": 10}],  # the next start began at the same step
         [{"step": 0}, change, change],
         [{"step": 0}, change],
-        [change, {"step": 20}],  # as it began at another run's checkpoint
+        [change, {"step": 20}],  # because it began at another run's checkpoint
         [{"step": 10}],
     ]
     runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in range(6)]
@@ -138,16 +136,16 @@ def test_what_was_changed_and_not_trained_does_not_count(tmp_path: Path) -> None
     ]
 
 
-def test_a_run_is_compared_with_all_that_were_before_it(tmp_path: Path):
+def test_a_run_is_compared_with_all_earlier_runs(tmp_path: Path):
     runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1, 2)]
-    for run, text in zip(runs[1:], ("one", "another"), strict=True):  # the first noted nothing
+    for run, text in zip(runs[1:], ("one", "another"), strict=True):  # the first run has no notes
         starts = RunFolder(run).starts
         starts.write_text(json.dumps(json.loads(starts.read_text()) | {"began_with": {"data.train": text}}) + "\n")
     labels = [group.label for group in group_runs(map(read_run, runs))]
     assert labels == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run2 (other data.train)"]
 
 
-def test_a_run_that_was_scored_on_other_text_is_no_further_seed(tmp_path: Path) -> None:
+def test_a_run_scored_on_other_text_is_not_another_seed(tmp_path: Path) -> None:
     texts = ("a text", "another", "a text", None)
     runs = [made_run(tmp_path / f"run{seed}", digest=text, train={"seed": seed}) for seed, text in enumerate(texts)]
     for run, text in zip(runs, ("as the settings name it", "something else", None, None), strict=True):
@@ -166,7 +164,7 @@ def test_sets_of_held_out_text_have_no_order(tmp_path: Path) -> None:
     assert _labels(tmp_path / "rates", runs[0], other) == ["ReMoRA (1, 2), lr 0.0005", "ReMoRA (1, 2), lr 0.5"]
 
 
-def test_a_source_is_named_by_what_is_not_a_default(tmp_path: Path) -> None:
+def test_a_source_is_named_without_defaults(tmp_path: Path) -> None:
     pairs = {"source": "q/pairs.jsonl", "records": {"kind": "question", "too_long": "drop"}}
     runs: list[Sections] = [{"data": {"validation": {"a": "a.jsonl", "q": q}}} for q in ("q/q.jsonl", pairs)]
     assert _labels(tmp_path, *runs) == [
@@ -181,7 +179,7 @@ def test_a_run_with_another_seed_is_not_called_the_same(tmp_path: Path) -> None:
     assert labels == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run1"]
 
 
-def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
+def test_a_repeated_seed_is_not_another_seed(tmp_path: Path) -> None:
     runs: list[Sections] = [{"train": {"seed": 1}}, {"train": {"seed": 1}}, {"train": {"seed": 2}}]
     assert _labels(tmp_path, *runs) == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run1 (the same seed)"]
 
@@ -218,12 +216,12 @@ def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
                 "Full rank, APOLLO, projection rank 8",
             ],
         ),
-        # of a setting that an optimizer does not use
+        # a setting that the optimizer does not use
         (
             [{"optim": {"matrices": "galore", "momentum": 0.5}}, {"optim": {"projection_every": 7}}],
             ["ReMoRA (1, 2), GaLore", "ReMoRA (1, 2), AdamW"],
         ),
-        # of a setting that a method does not use
+        # a setting that the method does not use
         ([{"method": {"rank": 2}}, {"method": {"rank": 9, "name": "full"}}], ["ReMoRA (1, 2)", "Full rank"]),
         (
             [{"method": {"rank": 2}}, {"method": {"rank": 3}}, {"method": {"name": "full"}}],
@@ -255,7 +253,7 @@ def test_a_seed_twice_is_no_further_seed(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_label_names_what_differs(tmp_path: Path, runs: list[Sections], expected: list[str]) -> None:
+def test_a_label_names_the_differences(tmp_path: Path, runs: list[Sections], expected: list[str]) -> None:
     assert _labels(tmp_path, *runs) == expected
 
 
@@ -273,7 +271,7 @@ def test_a_group_says_that_a_run_has_diverged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fraction", [0.1, None])
 def test_epochs_of_another_order_may_be_other_steps(tmp_path: Path, fraction: float | None) -> None:
-    """Each seed is judged at its own end."""
+    """Each seed is judged at its own last step."""
     runs = []
     for steps, loss in ((40, 2.0), (30, 1.0)):
         losses = [9.0] * (steps // 10) + [loss]

@@ -49,27 +49,27 @@ def test_a_mean_step_between_two_is_shown_as_it_is(tmp_path: Path):
     assert cell(early, early, late) == "1.3 (1–2)"
 
 
-def test_of_seeds_that_have_not_come_equally_far_the_end_is_where_all_are(tmp_path: Path):
+def test_seeds_of_unequal_progress_end_at_the_last_common_step(tmp_path: Path):
     groups = _runs(tmp_path, [0.0, 0.5, 0.9], [0.0, 0.3])
     cells = step_cells(parse_reach(f"{ACCURACY}=0.5", groups), groups)
     assert cells["character accuracy at the end"] == ["0.400 (0.300–0.500)"]
 
 
-def test_a_metric_that_falls_reaches_what_is_below_its_beginning(tmp_path: Path):
+def test_a_falling_metric_reaches_values_below_its_first(tmp_path: Path):
     folder = write_run(tmp_path / "run", [5.0, 4.0])
     append_metrics(folder, "eval/errors", [9.0, 5.0, 3.0])
     groups = group_runs([read_run(folder)])
     assert step_cells(parse_reach("eval/errors=4", groups), groups)["errors 4, step"] == ["200"]
 
 
-def test_what_is_beyond_the_value_from_the_first_number_on_is_reached(tmp_path: Path):
-    """As of a run that began at another's checkpoint."""
+def test_a_value_reached_by_the_first_number_is_reached(tmp_path: Path):
+    """For example in a run that began at another run's checkpoint."""
     groups = _runs(tmp_path, [0.7, 0.8])
     assert step_cells(parse_reach(f"{ACCURACY}=0.5", groups), groups)["character accuracy 0.5, step"] == ["0"]
     assert step_cells(parse_reach("eval/loss=6", groups), groups)["loss 6, step"] == ["0"]
 
 
-def test_shares_of_unequal_numbers_of_answers_are_told(tmp_path: Path):
+def test_shares_of_unequal_numbers_of_answers_are_reported(tmp_path: Path):
     folders = [write_run(tmp_path / f"{seed}", [5.0, 4.0], train={"seed": seed}) for seed in (0, 1)]
     for folder, answers in zip(folders, (7, 3), strict=True):
         append_metrics(folder, ACCURACY, [0.5, 0.5])
@@ -81,11 +81,11 @@ def test_shares_of_unequal_numbers_of_answers_are_told(tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", ["eval/loss", "eval/loss=", "eval/loss=a"])
-def test_what_is_no_metric_with_numbers_is_refused(tmp_path: Path, text: str):
+def test_text_without_a_metric_and_numbers_is_refused(tmp_path: Path, text: str):
     with pytest.raises(CompareError, match="expected a metric and numbers"):
         parse_reach(text, _runs(tmp_path, [0.0]))
 
 
-def test_a_metric_that_no_run_has_is_told_with_those_there_are(tmp_path: Path):
+def test_an_unknown_metric_is_reported_with_the_known_ones(tmp_path: Path):
     with pytest.raises(CompareError, match=rf"has no metric eval/nothing; it has {ACCURACY}, eval/loss"):
         parse_reach("eval/nothing=1", _runs(tmp_path, [0.0]))

@@ -1,4 +1,4 @@
-"""What a run folder tells: tokens, time, merges, sets of held-out text, and whether the run has ended."""
+"""What can be read from a run folder: tokens, time, merges, held-out sets, and whether the run has finished."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_time_begins_with_another_runs_checkpoint_and_tokens_before_it(tmp_path:
     for line in lines:
         line["step"] += 100
         if "train/tokens" in line:
-            line["train/tokens"] += 100 * TOKENS  # the checkpoint's are counted on
+            line["train/tokens"] += 100 * TOKENS  # counted from the checkpoint's tokens
     files.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = read_run(folder)
     assert run.seconds(110) == 20.0 and run.parameters == {}
     assert [run.tokens(step) for step in (100, 101, 111)] == [100 * TOKENS, 101 * TOKENS, 111 * TOKENS]
 
 
-def test_time_counts_the_tokens_that_were_trained_on_where_a_resume_changed_the_batch(tmp_path: Path) -> None:
+def test_time_counts_the_trained_tokens_if_a_resume_changed_the_batch(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", [9.0, 4.0])
     files = RunFolder(folder)
     config = files.config.read_text()
@@ -59,7 +59,7 @@ def test_time_counts_the_tokens_that_were_trained_on_where_a_resume_changed_the_
 
 
 def test_evaluations_on_other_text_before_a_resume_are_left_out(tmp_path: Path) -> None:
-    """Also where it has as many tokens, or the very set that was added to others."""
+    """Even if it has the same number of tokens, or is one of several sets now."""
     folder = write_run(tmp_path / "a", [9.0, 4.0], sets=["web"], digest="a text")
     with RunFolder(folder).metrics.open("a") as stream:
         for step in (20, 30):
@@ -71,7 +71,7 @@ def test_evaluations_on_other_text_before_a_resume_are_left_out(tmp_path: Path) 
     assert run.scored == {"web": "a text"}
 
 
-def test_evaluations_of_before_digests_were_noted_go_by_their_tokens(tmp_path: Path) -> None:
+def test_evaluations_without_digests_are_matched_by_their_tokens(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", [9.0, 4.0])
     with RunFolder(folder).metrics.open("a") as stream:
         for step, tokens, digest in ((10, 400, None), (20, 500, None), (30, 500, "a text")):
@@ -105,7 +105,7 @@ def test_sets_of_held_out_text(tmp_path: Path, sets: tuple[str, ...], expected: 
 
 
 def test_sets_are_those_of_the_newest_evaluation(tmp_path: Path) -> None:
-    """A resume may go on with other text."""
+    """A resume may continue with other text."""
     folder = write_run(tmp_path / "a", [9.0, 4.0], sets=("old", "both"))
     with RunFolder(folder).metrics.open("a") as stream:
         stream.write('{"step": 20, "eval/loss": 3.0, "eval/new/loss": 2.0, "eval/both/loss": 4.0}\n')
@@ -116,7 +116,7 @@ def test_sets_are_those_of_the_newest_evaluation(tmp_path: Path) -> None:
     assert {name: each.loss.mean for name, each in row.validation.items()} == {"new": 2.0, "both": 4.0}
 
 
-def test_numbers_that_are_not_finite_and_a_line_that_was_cut_off_are_left_out(tmp_path: Path) -> None:
+def test_non_finite_numbers_and_a_truncated_line_are_left_out(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", [9.0, 4.0])
     with RunFolder(folder).metrics.open("a") as stream:
         stream.write('{"step": 11, "train/loss": null}\n{"step": 12, "train/lo')
@@ -176,7 +176,7 @@ def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:
             read_runs(tmp_path / "cells.jsonl")
 
 
-def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+def test_paths_without_a_run_are_reported(tmp_path: Path) -> None:
     with pytest.raises(CompareError, match=r"not a run folder, because it has no config\.yaml"):
         read_run(tmp_path)
     folder = write_run(tmp_path / "a", [9.0])
@@ -196,7 +196,7 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
             read_run(folder)
 
 
-def test_a_record_whose_settings_make_no_rates_is_told(tmp_path: Path) -> None:
+def test_a_record_whose_settings_give_no_rates_is_reported(tmp_path: Path) -> None:
     run = made_run(tmp_path / "a")
     damaged = replace(run, settings={**run.settings, "optim.lr": "fast"}, is_record=True)
     with pytest.raises(CompareError, match=r"its settings do not give a learning rate .*lr"):

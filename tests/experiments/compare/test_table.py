@@ -69,7 +69,7 @@ def test_seeds_are_a_mean_with_its_spread(tmp_path: Path) -> None:
     assert (cells["seeds"], cells["loss"], cells["tokens/s"]) == ("3", "1.4000 (1.0000–2.0000)", "64")
 
 
-def test_sets_that_all_runs_share_have_columns_of_their_own(tmp_path: Path) -> None:
+def test_sets_that_all_runs_share_have_their_own_columns(tmp_path: Path) -> None:
     groups = _groups(tmp_path, {"sets": ["web", "books"], **FULL}, {"sets": ["books", "code"]})
     rows = compare(groups)
     assert [list(row.validation) for row in rows] == [["books"], ["books"]]
@@ -84,19 +84,19 @@ def test_perplexities_are_compared_with_another_row(tmp_path: Path) -> None:
     assert "to ReMoRA (1, 2)" in markdown(rows, groups[1]) and as_json(rows, groups[1])["against"] == "ReMoRA (1, 2)"
 
 
-def test_a_run_that_was_cut_off_is_marked(tmp_path: Path) -> None:
+def test_an_interrupted_run_is_marked(tmp_path: Path) -> None:
     rows = compare(_groups(tmp_path, FULL, {"losses": [9.0, 4.0, 3.5]}))
     table = markdown(rows)
     assert [cells["tokens"] for cells in _cells(table)] == ["5.12k", "2.56k*"]
     assert "\\* ReMoRA (1, 2): unfinished, step 20 of 40." in table and "unequal numbers of tokens" in table
 
 
-def test_seeds_of_unequal_length_are_compared_where_all_are(tmp_path: Path) -> None:
+def test_seeds_of_unequal_length_are_compared_at_a_common_step(tmp_path: Path) -> None:
     [row] = compare(_groups(tmp_path, {}, {"losses": [9.0, 4.0, 3.5], "train": {"seed": 1}}))
     assert row.step == 20 and row.validation[""].loss.high == 3.5 and row.validation[""].loss.low == 3.0
 
 
-def test_losses_on_different_tokens_are_told(tmp_path: Path) -> None:
+def test_losses_on_different_tokens_are_reported(tmp_path: Path) -> None:
     groups = _groups(tmp_path, FULL, {})
     for line in groups[1].runs[0].lines:
         if "eval/tokens" in line:
@@ -104,7 +104,7 @@ def test_losses_on_different_tokens_are_told(tmp_path: Path) -> None:
     assert "scored on different tokens" in markdown(compare(groups))
 
 
-def test_what_was_scored_decides_and_not_what_it_is_called(tmp_path: Path) -> None:
+def test_the_scored_text_decides_and_not_its_name(tmp_path: Path) -> None:
     elsewhere: dict[str, Any] = {"data": {"validation": "other.jsonl"}, "digest": "a text"}
     said = {
         digest: markdown(compare(_groups(tmp_path / digest, {**FULL, "digest": digest}, elsewhere)))
@@ -115,24 +115,24 @@ def test_what_was_scored_decides_and_not_what_it_is_called(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("given", [{"data": {"validation": "other.jsonl"}}, {"tokenizer": {"path": "other"}}])
-def test_as_many_tokens_of_another_text_or_tokenizer_are_told(tmp_path: Path, given: dict[str, Any]) -> None:
+def test_equal_counts_from_another_text_or_tokenizer_are_reported(tmp_path: Path, given: dict[str, Any]) -> None:
     said = "comparable only if text and tokenizer are the same"
     assert said in markdown(compare(_groups(tmp_path, FULL, given)))
     assert said not in markdown(compare(_groups(tmp_path / "alike", FULL, {})))
 
 
-def test_other_things_under_one_name_are_told_across_a_sweep(tmp_path: Path) -> None:
+def test_different_content_under_one_name_is_reported_across_a_sweep(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"{rate}", [9.0, 4.0], optim={"lr": rate}) for rate in (1e-3, 2e-3, 3e-3)]
     for run, digest in zip(runs, ("a", "b", "b"), strict=True):
         starts = RunFolder(run).starts
         noted = {"began_with": {"data.train": digest, "tokenizer.path": "same"}}
         starts.write_text(json.dumps(json.loads(starts.read_text()) | noted) + "\n")
-    told = 'The runs began with different content of data.train="a": they are not comparable.'
-    assert told in markdown(compare(group_runs(map(read_run, runs))))
-    assert told not in markdown(compare(group_runs(map(read_run, runs[1:]))))
+    note = 'The runs began with different content of data.train="a": they are not comparable.'
+    assert note in markdown(compare(group_runs(map(read_run, runs))))
+    assert note not in markdown(compare(group_runs(map(read_run, runs[1:]))))
 
 
-def test_a_run_without_a_finite_loss_is_told(tmp_path: Path) -> None:
+def test_a_run_without_a_finite_loss_is_reported(tmp_path: Path) -> None:
     with pytest.raises(CompareError, match=r"run1: has no finite loss on a set without a name; leave the run out"):
         compare(_groups(tmp_path, {**FULL}, {"losses": [math.nan] * 5}))
 

@@ -1,4 +1,4 @@
-"""The planner's time of a micro-batch on a GPU, and that its numbers are those that were counted."""
+"""The planner's time of a micro-batch on a GPU, whose numbers agree with the counts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_work_of_a_layer_is_what_was_counted(method, resident, how, table):
     width = {"llama_250m": 768, "llama_1_3b": 2048}
     moved = [int(row["moved_mb"]) * 1e6 / TOKENS / width[row["model"]] for row in rows]
     assert work.moved == pytest.approx(sum(moved) / len(moved), rel=0.02)
-    assert moved == pytest.approx([work.moved] * len(moved), rel=0.1)  # it grows as the hidden size does
+    assert moved == pytest.approx([work.moved] * len(moved), rel=0.1)  # it grows like the hidden size
 
 
 def test_a_fast_device_waits_for_its_host_and_a_slow_one_does_not():
@@ -60,7 +60,7 @@ def test_a_fast_device_waits_for_its_host_and_a_slow_one_does_not():
 
 
 @pytest.mark.parametrize("resident", [True, False])
-def test_an_adapter_that_nobody_has_counted_is_taken_for_lora(resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_without_counts_is_treated_as_lora(resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("configs/run/paper_250m_relora.yaml", {}, world_size=1)
     model = read_model_config(config.model)
     h100 = named_device("h100")

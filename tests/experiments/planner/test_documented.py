@@ -1,4 +1,4 @@
-"""The table of plans in docs/clusters.md is what its commands print."""
+"""The table of plans in docs/clusters.md agrees with the output of its commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLUSTERS = {
 
 
 def rows() -> dict[tuple[str, str, str], list[str]]:
-    """What stands behind cluster, method and stage."""
+    """The columns after cluster, method and stage."""
     table = (ROOT / "docs" / "clusters.md").read_text().partition("| model, cluster |")[2].partition("\n\n")[0]
     found = {}
     cluster = ""

@@ -1,4 +1,4 @@
-"""The planner's bytes against what the collectives of real two-rank steps and merges are given."""
+"""Compares the planner's bytes with the payloads of collectives in real two-rank steps and merges."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _config(
 def count(
     method: str, stage: int, bf16: bool, micro_batch_size: int, matrices: str, zero: dict[str, Any]
 ) -> dict[str, int]:
-    """Runs on every rank: bytes given to collectives, by kind, in a step once DeepSpeed knows the order of the layers,
+    """Runs on every rank: bytes passed to collectives, by kind, in a step once DeepSpeed knows the order of the layers,
     and in a merge.
     """
     from deepspeed.comm import comm
@@ -65,7 +65,7 @@ def count(
         def collective(*args: Any, **kwargs: Any) -> Any:
             tensors = [value for value in [*args, *kwargs.values()] if isinstance(value, torch.Tensor)]
             if name == "all_to_all_single":
-                tensors = tensors[1:]  # what is given, not what comes
+                tensors = tensors[1:]  # the input, not the output
             moved[_KINDS[name]] += max(tensor.nbytes for tensor in tensors)
             return whole(*args, **kwargs)
 
@@ -74,7 +74,7 @@ def count(
     with pytest.MonkeyPatch.context() as patch:
         for name in ("all_reduce", "reduce", "broadcast", "all_to_all_single"):
             patch.setattr(dist, name, counting(name, getattr(dist, name)))
-        # DeepSpeed holds these two since it was initialized
+        # DeepSpeed has held these two since its initialization
         for held, name in (
             ("all_gather_function", "all_gather_into_tensor"),
             ("reduce_scatter_function", "reduce_scatter_tensor"),
@@ -101,8 +101,8 @@ CASES += [("remora", 3, True, 2, "adamw", {"stage3_param_persistence_threshold":
 CASES += [(method, 3, True, 2, "muon", {}) for method in ("remora", "full")] + [("full", 0, True, 2, "muon", {})]
 CASES += [("remora", 2, True, 2, "adamw", {"reset": "magnitude"}), ("remora", 3, True, 2, "muon", {"reset": "carry"})]
 CASES += [("remora", 3, True, 2, "adamw", {"form": "resident"})]
-# large models let weights go and fetch them again: DeepSpeed's defaults, as small beside this model as they are beside
-# one of 7b and 1.3b
+# large models release weights and gather them again: DeepSpeed's defaults, as small relative to this model as they are
+# relative to 7b and 1.3b
 CASES += [
     (
         "full",
@@ -138,8 +138,8 @@ def test_bytes_of_a_step_and_a_merge(
     assert sum(exchanged) == 2 * planned.exchanged and max(exchanged) <= 1.1 * min(exchanged)
     least = (
         0.9 if "stage3_max_reuse_distance" in zero else 0.97
-    )  # weights are let go by whole layers: the plan is a bound there
+    )  # weights are released in whole layers, so the plan is a bound
     for rank in measured:
         for kind, size in {**kinds, "merge": planned.merge + planned.state if method == "remora" else 0}.items():
-            # norms and flags are a few bytes, partitions are padded
+            # norms and flags take a few bytes, and partitions are padded
             assert least * size - 200 <= rank.get(kind, 0) <= 1.03 * size + 200, kind

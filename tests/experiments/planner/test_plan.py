@@ -49,23 +49,21 @@ def plan_of(
 
 
 @pytest.mark.parametrize("stage,batch_size,given", [(2, 64, True), (2, 32, False), (1, 64, False)])
-def test_stage_1_is_advised_where_stage_2_sends_gradients_several_times(
-    stage: int, batch_size: int, given: bool
-) -> None:
+def test_stage_1_is_advised_if_stage_2_sends_gradients_several_times(stage: int, batch_size: int, given: bool) -> None:
     settings = {"train.zero_stage": stage, "train.batch_size": batch_size, "train.micro_batch_size": 16}
     plan = plan_of(**{name: str(value) for name, value in settings.items()})
     assert plan.sends_less_at_one == ("--train.zero_stage=1" in render(plan)) == given
 
 
 @pytest.mark.parametrize(("link_gbits", "given"), [(0.1, True), (100.0, False)])
-def test_stage_1_is_not_advised_where_stage_2_hides_what_it_sends(link_gbits: float, given: bool) -> None:
+def test_stage_1_is_not_advised_if_stage_2_hides_its_traffic(link_gbits: float, given: bool) -> None:
     settings = {"train.zero_stage": "2", "train.batch_size": "512", "train.micro_batch_size": "16"}
     plan = plan_of(cluster=Cluster(2, 8, named_device("h100"), link_gbits), **settings)
     assert plan.sends_less_at_one is given
     assert (plan.steps[1].total <= plan.steps[2].total) is given
 
 
-def test_what_is_set_already_is_no_remedy_for_too_little_memory() -> None:
+def test_settings_in_use_are_not_suggested_for_too_little_memory() -> None:
     small = plan_of(**{"train.micro_batch_size": "1", "model.activation_checkpointing": "true"})
     assert plan_of().savings == ["lower train.micro_batch_size", "set model.activation_checkpointing", *small.savings]
     assert small.savings == ["take more or larger devices"]
@@ -81,7 +79,7 @@ def test_parameters_and_tokens() -> None:
     assert (plan.tokens_per_step, plan.tokens) == (4096, 4_096_000)
 
 
-def test_time_follows_from_what_is_known() -> None:
+def test_time_follows_from_the_known_rates() -> None:
     assumed, given, measured = plan_of(), plan_of(utilisation=0.8), plan_of(tokens_per_second=2000.0)
     assert assumed.tokens_per_second == pytest.approx(2 * 0.4e12 / assumed.flops.performed)
     assert given.seconds == pytest.approx(assumed.seconds / 2)
@@ -116,7 +114,7 @@ def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
     assert f"TFLOP a step, {share:.2%} more; the devices share it" in render(muon)
     saved = adamw.memory["remora"][0].optimizer - muon.memory["remora"][0].optimizer
     assert saved == 4 * muon.parameters.adapters
-    # on a CPU, whose memory's bandwidth is not known, what is left are the products
+    # the memory bandwidth of a CPU is unknown, so only the products remain
     assert muon.steps[0].optimizer == pytest.approx(muon.optimizer_flops / 0.4e12)
     assert muon.steps[1].optimizer == pytest.approx(muon.steps[0].optimizer / 2)
     moved = muon.network["remora"]
@@ -214,7 +212,7 @@ def test_devices_are_found_by_their_names() -> None:
     )
 
 
-def test_a_card_has_the_memory_that_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_has_its_stated_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-PCIE-40GB")
@@ -222,7 +220,7 @@ def test_a_card_has_the_memory_that_it_says(monkeypatch: pytest.MonkeyPatch) -> 
     assert (device_here().name, device_here().memory_gb) == ("a100-80gb", 42.0)
 
 
-def test_of_an_unknown_card_only_the_memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_memory_of_an_unknown_card_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L5")
@@ -235,7 +233,7 @@ def test_of_an_unknown_card_only_the_memory_is_known(monkeypatch: pytest.MonkeyP
 
 
 def test_time_of_a_step_on_a_cluster() -> None:
-    """A network that is a hundred times slower: all of it shows at stage 1, at stage 3 what compute does not hide."""
+    """With a hundred times slower network, stage 1 waits for all traffic, and stage 3 for what is not hidden."""
     cluster = Cluster(2, 4, named_device("h100"), link_gbits=80.0)
     plan = plan_of(cluster=cluster, utilisation=0.4, **{"train.batch_size": "64"})
     trainable = plan.parameters.trainable
@@ -260,7 +258,7 @@ def test_time_of_a_step_on_a_cluster() -> None:
     assert plan.seconds == pytest.approx(1000 * plan.steps[2].total)
 
 
-def test_remora_moves_what_it_trains_below_stage_3() -> None:
+def test_remora_sends_only_trainable_parameters_below_stage_3() -> None:
     plan = plan_of()
     assert (
         plan.network["remora"][2].sent / plan.network["full"][2].sent
@@ -319,7 +317,7 @@ def test_settings_that_only_other_methods_use_do_not_keep_a_run_from_its_plan(
     assert run_cli(str(CONFIG), "--world_size=1", *arguments[1:]) == 2
 
 
-def test_float32_and_recomputing_take_their_time_on_a_gpu() -> None:
+def test_float32_and_recomputing_are_slower_on_a_gpu() -> None:
     gpu = Cluster(1, 1, named_device("h100"))
     usual, again = (plan_of(cluster=gpu, **{"model.activation_checkpointing": on}) for on in ("false", "true"))
     assert again.steps[2].compute > 1.2 * usual.steps[2].compute

@@ -1,4 +1,4 @@
-"""A study that is not what it was when its runs began is refused."""
+"""A study that has changed since its runs began is refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("changes", "named"), CHANGES)
-def test_nor_is_it_where_all_runs_are_done(tmp_path: Path, changes: dict[str, Any], named: str):
+def test_a_changed_setting_is_refused_even_if_all_runs_are_done(tmp_path: Path, changes: dict[str, Any], named: str):
     grid = [{"method.name": "mora", "optim.lr": 3e-3}]
     folder = StudyFolder(tmp_path)
     conduct(made_study(grid=grid), folder, TRAINER, 1)
@@ -37,7 +37,7 @@ def test_nor_is_it_where_all_runs_are_done(tmp_path: Path, changes: dict[str, An
         conduct(made_study(grid=grid, **changes), folder, TRAINER, 1)
 
 
-def test_what_was_never_run_may_change(tmp_path: Path):
+def test_cells_that_never_ran_may_change(tmp_path: Path):
     grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
     folder = StudyFolder(tmp_path)
     before = made_study(grid=grid)
@@ -45,8 +45,8 @@ def test_what_was_never_run_may_change(tmp_path: Path):
     assert conduct(made_study(grid=grid, settings={"optim.clip": 3.0}), folder, TRAINER, 1) == 2
 
 
-def test_but_not_while_another_study_begins_it(tmp_path: Path):
-    """The run makes its folder once it has read its model and text."""
+def test_cells_may_not_change_while_another_study_begins_them(tmp_path: Path):
+    """The run creates its folder after it has read its model and text."""
     grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
     folder = StudyFolder(tmp_path)
     before = made_study(grid=grid)
@@ -93,7 +93,7 @@ def test_a_study_goes_on_with_the_base_config_that_it_began_with(tmp_path: Path,
 
 
 @pytest.mark.parametrize("text", ["", "{", "3"])
-def test_settings_that_were_cut_off_are_told(tmp_path: Path, text: str):
+def test_truncated_settings_are_reported(tmp_path: Path, text: str):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
     folder = StudyFolder(tmp_path)
     conduct(study, folder, TRAINER, 1)
@@ -111,7 +111,7 @@ def start(tmp_path: Path) -> Path:
 OTHER_WEIGHTS = r"lr=0.003,seed=0 was begun with other weights than model.init_from holds now; remove .*lr="
 
 
-def test_a_model_to_begin_with_that_has_changed_is_not_mixed_either(tmp_path: Path, start: Path):
+def test_runs_with_a_changed_initial_model_are_not_mixed(tmp_path: Path, start: Path):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
     folder = StudyFolder(tmp_path / "out")
     for _ in range(2):
@@ -130,7 +130,9 @@ def test_a_model_to_begin_with_that_has_changed_is_not_mixed_either(tmp_path: Pa
     assert conduct(study, folder, TRAINER, 1) == 1, "all is done, and the model is needed no more"
 
 
-def test_nor_is_one_that_changes_between_the_rounds(tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_initial_model_may_not_change_between_the_rounds(
+    tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch
+):
     choose = {"over": ["optim.lr"], "lowest": "eval/loss"}
     grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
     study = made_study(grid=grid, seeds=[0, 1], choose=choose, settings={"model.init_from": str(start)})
@@ -146,7 +148,7 @@ def test_nor_is_one_that_changes_between_the_rounds(tmp_path: Path, start: Path,
     assert len(list((folder.path / "runs").iterdir())) == 2
 
 
-def test_nor_is_text_that_has_changed(tmp_path: Path):
+def test_runs_with_changed_text_are_not_mixed(tmp_path: Path):
     text = write_inputs(tmp_path / "text")
     settings = {f"data.{side}": str(text / side / "*.json.gz") for side in ("train", "validation")}
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], seeds=[0, 1], settings=settings)
@@ -154,9 +156,9 @@ def test_nor_is_text_that_has_changed(tmp_path: Path):
     for _ in range(2):
         assert conduct(study, folder, TRAINER, 1) == 2
     write_shards(text / "train", 3, 61)
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError) as refused:
         conduct(study, folder, TRAINER, 1)
-    assert str(told.value).count("was begun with other text than data.train holds now; remove ") == 2
+    assert str(refused.value).count("was begun with other text than data.train holds now; remove ") == 2
     shutil.rmtree(text)
     assert conduct(study, folder, TRAINER, 1) == 2, "all is done, and the text is needed no more"
 
@@ -171,12 +173,12 @@ def test_runs_that_found_a_fault_in_their_settings_have_not_begun(tmp_path: Path
         folder.run(cell).ends.write_text('{"code": 2}\n')
     changed = made_study(grid=grid, settings={"optim.clip": 3.0})
     assert conduct(changed, folder, TRAINER, 1) == 2
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError) as refused:
         conduct(study, folder, TRAINER, 1)
-    assert str(told.value).count("was begun with other settings (optim.clip)") == 2
+    assert str(refused.value).count("was begun with other settings (optim.clip)") == 2
 
 
-def test_a_setting_that_has_come_since_had_its_default(tmp_path: Path):
+def test_a_newer_setting_had_its_default(tmp_path: Path):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
     folder = StudyFolder(tmp_path)
     conduct(study, folder, TRAINER, 1)

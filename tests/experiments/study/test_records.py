@@ -1,4 +1,4 @@
-"""A study goes on from its records alone, as on another machine."""
+"""A study continues from only its records, for example on another machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHOOSE = {"over": ["optim.lr"], "lowest": "eval/loss"}
 
 
 def _moved(study: Study, path: Path, keep: int) -> StudyFolder:
-    """Another folder, with the first records of a study that was conducted."""
+    """Another folder, with the first records of a finished study."""
     first = StudyFolder(path / "here")
     conduct(study, first, TRAINER, 4)
     there = StudyFolder(path / "there")
@@ -30,7 +30,7 @@ def _moved(study: Study, path: Path, keep: int) -> StudyFolder:
     return there
 
 
-def test_what_has_a_record_is_not_run(tmp_path: Path):
+def test_a_cell_with_a_record_is_not_run(tmp_path: Path):
     study = made_study(seeds=[0, 1], choose=CHOOSE)
     folder = _moved(study, tmp_path, 5)
     before = folder.records.read_text(encoding="utf-8")
@@ -41,7 +41,7 @@ def test_what_has_a_record_is_not_run(tmp_path: Path):
     assert names[-2:] == ["name=mora,rank=8,lr=0.003,seed=1", "name=mora,rank=16,lr=0.003,seed=1"]
 
 
-def test_a_record_of_a_run_that_the_grid_names_no_more_stays(tmp_path: Path):
+def test_a_record_that_the_grid_no_longer_names_stays(tmp_path: Path):
     folder = _moved(made_study(), tmp_path, 6)
     kept = read_json_lines(folder.records)
     less = made_study(grid=[{"method.name": "mora", "method.rank": 16, "optim.lr": 3e-3}])
@@ -61,13 +61,13 @@ def test_a_record_of_other_settings_is_refused(tmp_path: Path, changes: dict[str
     assert not (folder.path / "runs").exists()
 
 
-def test_what_a_run_began_with_is_kept_when_it_was_resumed(tmp_path: Path):
+def test_digests_of_the_first_start_are_kept_at_a_resume(tmp_path: Path):
     start = made_start(tmp_path / "start")
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
     folder = StudyFolder(tmp_path / "out")
     conduct(study, folder, TRAINER, 1)
     with folder.run(first_round(study)[0]).starts.open("a") as starts:
-        starts.write('{"command": [], "step": 5}\n')  # of a resume
+        starts.write('{"command": [], "step": 5}\n')  # a resume
     [before] = folder.kept().values()
     folder.records.unlink()
     conduct(study, folder, TRAINER, 1)
@@ -88,7 +88,7 @@ def test_a_record_of_other_weights_is_refused(tmp_path: Path):
     "line",
     ['{"name": "cut', "[1]", '{"name": "a"}', "", '{"name": 1, "given": 2, "config": 3, "start": 4, "metrics": 5}'],
 )
-def test_what_is_no_record_is_told(tmp_path: Path, line: str):
+def test_a_line_that_is_not_a_record_is_reported(tmp_path: Path, line: str):
     folder = StudyFolder(tmp_path)
     whole = json.dumps({"name": "a", "given": {}, "config": {}, "start": {}, "metrics": [{"step": 0}]})
     folder.records.write_text(f"{whole}\n{line}\n", encoding="utf-8")
@@ -99,11 +99,11 @@ def test_what_is_no_record_is_told(tmp_path: Path, line: str):
     assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]
 
 
-def test_a_run_made_again_is_compared_with_its_record(tmp_path: Path):
+def test_a_repeated_run_is_compared_with_its_record(tmp_path: Path):
     study = made_study(grid=[{"method.name": ["mora", "lora"], "optim.lr": 3e-3}])
     folder = _moved(study, tmp_path, 2)
     scored, *others = read_json_lines(folder.records)
-    scored["metrics"][-1] |= {"eval/digest": "0123", "eval/answers": 3}  # which another version did not note
+    scored["metrics"][-1] |= {"eval/digest": "0123", "eval/answers": 3}  # an earlier version did not note these
     folder.records.write_text("".join(json.dumps(record) + "\n" for record in (scored, *others)), encoding="utf-8")
     for _ in range(2):
         assert run_again(study, folder, "name=mora,lr=0.003,seed=0", TRAINER) == (2, [])
@@ -112,9 +112,7 @@ def test_a_run_made_again_is_compared_with_its_record(tmp_path: Path):
 
 
 @pytest.mark.parametrize("records", sorted((ROOT / "docs/studies").glob("*.jsonl")), ids=lambda path: path.stem)
-def test_what_is_kept_in_the_documents_is_of_the_studies_as_they_are(
-    tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_records_in_the_documents_match_the_studies(tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     study = read_study(ROOT / f"configs/study/{records.stem}.yaml")
     folder = StudyFolder(tmp_path)

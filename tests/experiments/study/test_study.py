@@ -66,7 +66,7 @@ def test_settings_of_a_cell_win_over_those_of_the_study():
     assert overrides["train.steps"] == "3"
 
 
-def test_names_are_those_of_folders_and_tell_settings_apart():
+def test_names_suit_folders_and_distinguish_settings():
     grid = [{"method.operators": [[1], [1, 2]]}, {"optim.schedule": "wsd", "eval.every_steps": 3, "log.every_steps": 4}]
     assert _names(made_study(grid=grid)) == [
         "operators=1,seed=0",
@@ -110,7 +110,7 @@ def test_the_order_in_which_an_entry_names_its_settings_does_not_matter_to_the_c
     assert chosen(study, {first: 2.0, second: 1.0}) == [second] and count(study) == 3
 
 
-def test_what_has_failed_is_not_chosen():
+def test_a_failed_run_is_not_chosen():
     study = made_study(seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"})
     cells = first_round(study)
     assert [cell.name for cell in chosen(study, {cells[2]: 9.0})] == [cells[2].name]
@@ -142,7 +142,7 @@ def test_what_has_failed_is_not_chosen():
         ),
     ],
 )
-def test_bad_studies_are_told_before_anything_runs(tmp_path: Path, tree: Any, said: str):
+def test_bad_studies_are_reported_before_anything_runs(tmp_path: Path, tree: Any, said: str):
     path = tmp_path / "study.yaml"
     path.write_text(tree if isinstance(tree, str) else yaml.dump(tree), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"study\.yaml") as error:
@@ -173,13 +173,13 @@ def test_the_same_run_twice_is_refused():
         [{"method.name": "full", "optim.schedule": "constant", "optim.min_ratio": [0.1, 0.2]}],
     ],
 )
-def test_so_is_one_by_another_name(tmp_path: Path, grid: list[dict[str, Any]]):
+def test_the_same_run_under_another_name_is_refused(tmp_path: Path, grid: list[dict[str, Any]]):
     study = made_study(grid=grid)
     with pytest.raises(ConfigError, match=r"differ only in settings that have no effect; leave"):
         cell_configs(study, first_round(study), StudyFolder(tmp_path))
 
 
-def test_runs_without_held_out_text_in_common_are_told_before_the_first(tmp_path: Path):
+def test_runs_without_common_held_out_text_are_reported_first(tmp_path: Path):
     sets = [{"short": "a.json"}, {"short": "b.json", "long": "a.json"}, {"long": "a.json"}]
     for given, fault in ((sets[:2], None), (sets, "data.validation: the runs have no set in common")):
         study = made_study(grid=[{"data.validation": given}])
@@ -205,7 +205,7 @@ def test_all_runs_of_a_study_read_the_same_commit(tmp_path: Path, monkeypatch: p
     assert conduct(study, folder, TRAINER, 1) == 2, "the records hold it, too"
 
 
-def test_faults_of_all_runs_are_told_at_once(tmp_path: Path):
+def test_faults_of_all_runs_are_reported_together(tmp_path: Path):
     study = made_study(grid=[{"method.rank": [8, -1], "optim.lr": [1e-3, 100.0]}])
     with pytest.raises(ConfigError) as error:
         conduct(study, StudyFolder(tmp_path), TRAINER, 1)
@@ -229,7 +229,7 @@ SETS = {"web": "a.txt", "pairs": {"source": "b.jsonl", "records": {"kind": "prom
         ("eval/bits_per_byte", {"data.validation": SETS}, "only plain text has this metric"),
     ],
 )
-def test_a_metric_that_no_run_will_have_is_told_before_the_first(
+def test_a_metric_that_no_run_will_have_is_reported_first(
     tmp_path: Path, metric: str, settings: dict[str, Any], said: str
 ):
     study = made_study(settings=settings, choose={"over": ["optim.lr"], "lowest": metric})
@@ -240,7 +240,7 @@ def test_a_metric_that_no_run_will_have_is_told_before_the_first(
 
 
 @pytest.mark.parametrize("metric", ["eval/loss", "eval/web/loss", "eval/web/bits_per_byte", "eval/pairs/exact_match"])
-def test_one_that_they_will_have_is_not(tmp_path: Path, metric: str):
+def test_a_metric_that_the_runs_will_have_is_accepted(tmp_path: Path, metric: str):
     settings = {"data.validation": SETS, "eval.generate": 5}
     study = made_study(settings=settings, choose={"over": ["optim.lr"], "lowest": metric})
     assert len(cell_configs(study, first_round(study), StudyFolder(tmp_path))) == 6
@@ -269,7 +269,7 @@ def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("starts.jsonl")} == starts
 
 
-def test_a_run_that_is_under_way_counts_by_its_steps(tmp_path: Path):
+def test_an_unfinished_run_counts_by_its_steps(tmp_path: Path):
     folder = StudyFolder(tmp_path)
     [cell] = first_round(made_study(grid=[{"optim.lr": 1e-3}]))
     assert folder.fraction(cell) == 0
@@ -286,7 +286,7 @@ def test_a_run_that_is_under_way_counts_by_its_steps(tmp_path: Path):
 
 
 def test_the_bar_never_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A run that was cut counts while it waits for its turn."""
+    """An interrupted run counts while it waits for its turn."""
     study = made_study(grid=[{"method.name": "mora", "optim.lr": [1e-3, 3e-3]}])
     folder = StudyFolder(tmp_path)
     cut = folder.run(first_round(study)[1])
@@ -319,7 +319,7 @@ def test_a_run_whose_last_evaluation_is_not_finite_is_not_chosen(tmp_path: Path)
 
 @pytest.mark.parametrize("gone", [False, True])
 def test_a_run_that_lost_its_last_evaluation_is_not_chosen_by_an_earlier_one(tmp_path: Path, gone: bool):
-    """A full disk costs lines of metrics, and no run."""
+    """A full disk costs lines of metrics, but not the run."""
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
     folder = StudyFolder(tmp_path)
     conduct(study, folder, TRAINER, 1)
@@ -398,7 +398,7 @@ def test_studies_that_begin_at_once_share_out_the_runs(tmp_path: Path):
 
 @contextlib.contextmanager
 def ending(process: subprocess.Popen[str]) -> Iterator[None]:
-    """It does not outlive the block: a test that fails in there would wait for it."""
+    """Ends with the block, so that a failing test does not wait for it."""
     try:
         yield
     finally:
@@ -406,8 +406,8 @@ def ending(process: subprocess.Popen[str]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("held", "ends"), [("claim", True), ("run", False), *rest(("claim", False))])
-def test_what_another_study_runs_is_left_to_it(tmp_path: Path, held: str, ends: bool):
-    """Unless that ends before the run does. A run may outlive its study, while it saves."""
+def test_cells_that_another_study_runs_are_left_to_it(tmp_path: Path, held: str, ends: bool):
+    """Unless that study ends before the run. A run may outlive its study while it saves."""
     study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [2.5e-3, 3e-3]}]})
     folder = StudyFolder(tmp_path / "out")
     claimed, other = first_round(read_study(study))
@@ -455,7 +455,7 @@ def test_the_runs_of_a_study_that_is_killed_end_with_it(tmp_path: Path):
     assert conduct(read_study(study), folder, TRAINER, 1) == 1
 
 
-def test_a_run_made_again_is_compared_number_by_number(tmp_path: Path):
+def test_a_repeated_run_is_compared_number_by_number(tmp_path: Path):
     study = made_study(grid=[{"method.name": ["mora", "lora"], "optim.lr": 3e-3}])
     folder = StudyFolder(tmp_path)
     conduct(study, folder, TRAINER, 2)
@@ -467,7 +467,7 @@ def test_a_run_made_again_is_compared_number_by_number(tmp_path: Path):
         run_again(study, folder, "nothing", TRAINER)
 
 
-def test_a_run_made_again_that_was_cut_goes_on(tmp_path: Path):
+def test_an_interrupted_repetition_continues(tmp_path: Path):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
     [cell] = first_round(study)
     folder = StudyFolder(tmp_path)

@@ -13,7 +13,7 @@ TRAINER = Path(__file__).with_name("trainer.py")
 RATES = [1e-3, 3e-3, 1e-2]
 
 
-# what is changed of a study, and what the message names
+# a change to a study, and the name in the message
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"settings": {"optim.clip": 3.0}}, "optim.clip"),
     ({"threads": 2}, "threads"),
@@ -21,7 +21,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
 
 
 def made_start(folder: Path) -> Path:
-    """The folder of a model to begin with, as far as the stand-in looks at it."""
+    """The folder of an initial model, with the files that the stand-in reads."""
     folder.mkdir()
     (folder / "config.json").write_text("{}", encoding="utf-8")
     (folder / "model.safetensors").write_bytes(b"a" * 100_000)

@@ -1,4 +1,4 @@
-"""A stand-in for a script that trains: it writes the files of a run folder at once.
+"""A stand-in for a training script, which writes the files of a run folder immediately.
 
 A run ends by itself unless its rate is 1 (it fails) or 2 (it waits to be stopped, and ends well at its second start).
 """
@@ -30,10 +30,10 @@ def main() -> int:
         "command": sys.argv,
         "commit": "abc",
         "host": "here",
-        "threads": min(2, int(os.environ["OMP_NUM_THREADS"])),  # as where there are two cores
+        "threads": min(2, int(os.environ["OMP_NUM_THREADS"])),  # as on a machine with two cores
         "omp_num_threads": os.environ["OMP_NUM_THREADS"],
     }
-    # the import takes as long as all else here
+    # the import takes as long as everything else here
     if settings["model"]["init_from"] or Path(settings["data"]["train"]).is_absolute():
         from relora_mora.config.load import load_config
         from relora_mora.weights.digests import start_digests
