@@ -26,7 +26,7 @@ from relora_mora.train.loop.loop import micro_batches
 
 
 def make_batches(config: Config, steps: int) -> list[Batch]:
-    """The first ``steps`` global batches of the run's training data."""
+
     with TrainStream(
         config.data,
         tokenizer_path=config.tokenizer_path,

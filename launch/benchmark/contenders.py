@@ -91,16 +91,15 @@ class Ours:
     ) -> None:
         from torch import distributed as dist
 
-        config = ours_config(setting, method, form, dist.get_world_size(), compiled=compiled)
+        ranks = dist.get_world_size()
+        config = ours_config(setting, method, form, ranks, compiled=compiled)
         lm = build_model(setting.model_config, seed=setting.seed)
         if config.method.uses_adapters:
             inject(lm, config.method, seed=setting.seed)
         if form == "released":
             use_released_layers(lm)
         set_trainable(lm, config.method)
-        on_gpu = uses_cuda()
-        ranks = dist.get_world_size()
-        choose_resident(lm, Setup(config, setting.zero_stage, ranks, bf16=setting.bf16, on_gpu=on_gpu), None)
+        choose_resident(lm, Setup(config, setting.zero_stage, ranks, bf16=setting.bf16, on_gpu=uses_cuda()), None)
         if frozen:
             for _, linear in decoder_linears(lm):
                 linear.requires_grad_(False)
@@ -108,7 +107,7 @@ class Ours:
         self.flops = flops_of(lm, setting.model_config, config).total
         groups = parameter_groups(lm, config.optim)
         fixed = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
-        self.base = FrozenMasters(fixed, dist.get_rank(), dist.get_world_size())
+        self.base = FrozenMasters(fixed, dist.get_rank(), ranks)
         self.base.take(fixed.__getitem__)
         self.engine = ZeroEngine(
             LossModel(lm, compiled=compiled),
@@ -267,15 +266,8 @@ def _apollo(setting: Setting) -> Contender:
     from apollo_torch import APOLLOAdamW
 
     def prepare(lm: Any) -> tuple[Any, torch.optim.Optimizer]:
-        low_rank = {
-            "rank": setting.rank,
-            "proj": "random",
-            "scale_type": "channel",
-            "scale": 1,
-            "update_proj_gap": 200,
-            "proj_type": "std",
-        }
-        return lm, APOLLOAdamW(_low_rank_groups(lm, **low_rank), lr=RATE)
+        low_rank: dict[str, Any] = {"scale_type": "channel", "scale": 1, "update_proj_gap": 200, "proj_type": "std"}
+        return lm, APOLLOAdamW(_low_rank_groups(lm, rank=setting.rank, proj="random", **low_rank), lr=RATE)
 
     return Plain(setting, prepare)
 

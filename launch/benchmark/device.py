@@ -26,7 +26,7 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has finished its queued work."""
+
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -105,20 +105,6 @@ class Variant:
         self.device = device
         self.torch_only = name.endswith("torch")
         generator = torch.Generator().manual_seed(0)
-        make = self._maker(name, method, operator, generator)
-        self.groups: list[tuple[Tensor, list[nn.Module], list[Tensor]]] = []
-        for inputs, outs in shapes:
-            layers = [make(nn.Linear(inputs, out, bias=False, dtype=dtype)).to(device) for out in outs]
-            MoRALinear.share_input([layer for layer in layers if isinstance(layer, MoRALinear)])
-            x, *gradients = (
-                torch.randn(tokens, width, generator=generator).to(device, dtype) for width in (inputs, *outs)
-            )
-            self.groups.append((x.requires_grad_(), layers, gradients))
-
-    @staticmethod
-    def _maker(
-        name: str, method: MethodConfig, operator: int, generator: torch.Generator
-    ) -> Callable[[nn.Linear], nn.Module]:
         form = "decoupled" if "decoupled" in name else "merged"
 
         def make(linear: nn.Linear) -> nn.Module:
@@ -129,7 +115,14 @@ class Variant:
                 return LoRALinear(linear, method.rank, None, generator, form)
             return linear.requires_grad_(name == "full")
 
-        return make
+        self.groups: list[tuple[Tensor, list[nn.Module], list[Tensor]]] = []
+        for inputs, outs in shapes:
+            layers = [make(nn.Linear(inputs, out, bias=False, dtype=dtype)).to(device) for out in outs]
+            MoRALinear.share_input([layer for layer in layers if isinstance(layer, MoRALinear)])
+            x, *gradients = (
+                torch.randn(tokens, width, generator=generator).to(device, dtype) for width in (inputs, *outs)
+            )
+            self.groups.append((x.requires_grad_(), layers, gradients))
 
     def milliseconds(self) -> float:
         """The time of one forward and backward."""

@@ -67,7 +67,16 @@ def main(config: str, *, steps: int = 25, rounds: PositiveInt = 3, **overrides: 
     if "data.train" not in overrides:
         overrides = demo_text() | overrides
     with tempfile.TemporaryDirectory(prefix="benchmark_trainer-") as folder:
-        print(json.dumps(measure(run_settings(config, overrides, steps, Path(folder)), Path(folder), steps, rounds)))
+        # without evaluations, which would interrupt the steps of a round
+        changes = {
+            "train.run_dir": str(Path(folder, "bare")),
+            "train.resume": "auto",
+            "log.every_steps": str(steps // PARTS),
+            "eval.every_steps": "0",
+            "eval.at_start": "false",
+        }
+        run = load_config(config, overrides | changes, world_size=1)
+        print(json.dumps(measure(run, Path(folder), steps, rounds)))
 
 
 def demo_text() -> dict[str, str]:
@@ -87,18 +96,6 @@ def demo_text() -> dict[str, str]:
         "data.validation": str(DEMO / "data" / "validation" / "*.json.gz"),
         "tokenizer.path": str(DEMO / "tokenizer"),
     }
-
-
-def run_settings(config: str, overrides: dict[str, str], steps: int, folder: Path) -> Config:
-    """The run's settings without evaluations, which would interrupt the steps of a round."""
-    changes = {
-        "train.run_dir": str(folder / "bare"),
-        "train.resume": "auto",
-        "log.every_steps": str(steps // PARTS),
-        "eval.every_steps": "0",
-        "eval.at_start": "false",
-    }
-    return load_config(config, overrides | changes, world_size=1)
 
 
 def measure(config: Config, folder: Path, steps: int, rounds: int) -> dict[str, Any]:

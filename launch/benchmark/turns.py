@@ -21,7 +21,7 @@ def take_turns(measures: Mapping[str, Callable[[], T]], *, rounds: int, warmup: 
 
 
 def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The median of each measure over the rounds."""
+
     return {name: statistics.median(measured[name] for measured in rounds) for name in rounds[0]}
 
 

@@ -233,7 +233,7 @@ def _unit(groups: Sequence[Group], axis: Axis) -> tuple[float, str]:
 
 
 def _count_on(panel: Axes, axis: Axis, ticks: int = 5) -> None:
-    """Sets few ticks, and writes 150k instead of 150000."""
+
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     panel.xaxis.set_major_locator(MaxNLocator(ticks))
@@ -297,7 +297,7 @@ def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> 
 
 
 def rate_figure(groups: Sequence[Group]) -> Figure:
-    """The learning rate of the linears or their adapters against tokens."""
+
     figure = metric_figure(groups, Run.rates, "learning rate of the matrices", markers=False)
     figure.axes[0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     return figure
@@ -382,7 +382,7 @@ def rank_figure(
 
 
 def _draw_curve(panel: Axes, each: Curve, group: Group, style: dict[str, Any]) -> None:
-    """Draws the mean over the seeds and their band."""
+
     panel.plot(each.x, each.mean, label=name_of(group), markevery=-(-len(each.x) // MOST_MARKERS), **style)
     if len(group.runs) > 1:
         panel.fill_between(each.x, each.low, each.high, color=style["color"], alpha=0.2, linewidth=0)
@@ -409,12 +409,11 @@ def legend_height(groups: Sequence[Group], width: float = WIDTH) -> float:
 
 
 def _letters(width: float) -> int:
-    """The number of letters in a line below all panels of a figure of this width."""
     return int(PAGE_WIDTH * width / WIDTH)
 
 
 def add_legend(figure: Figure, panel: Axes, groups: Sequence[Group], *, training: bool = False) -> None:
-    """Adds the legend below the panels."""
+
     from matplotlib.lines import Line2D
 
     handles, labels = panel.get_legend_handles_labels()

@@ -43,7 +43,7 @@ def write_files(folder: Path, texts: Mapping[str, str], figures: Mapping[str, Fi
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG atomically."""
+
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -85,13 +85,19 @@ class Run:
         lines = [line for line in self.lines if isinstance(line.get(tag), int | float)]
         if tag.startswith("eval/") and lines:
             of_set, _, name = tag.rpartition("/")
-            counts = "answers" if name in SHARES else "tokens"
-            lines = [line for line in lines if _scored_alike(line, lines[-1], of_set, counts)]
+            count = f"{of_set}/{'answers' if name in SHARES else 'tokens'}"
+            digest = f"{of_set}/digest"  # earlier versions had none
+            last = lines[-1]
+            lines = [
+                line
+                for line in lines
+                if line.get(count) == last.get(count) and len({line.get(digest), last.get(digest)} - {None}) < 2
+            ]
         values = {line["step"]: line[tag] for line in lines}
         return {step: value for step, value in values.items() if math.isfinite(value)}
 
     def is_named(self, name: str) -> bool:
-        """Whether ``name`` is the path or the name of the run's folder."""
+
         return self.folder.name == name or self.folder.resolve() == Path(name).resolve()
 
     @property
@@ -104,7 +110,6 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the last step was evaluated, with a finite loss."""
         return self.steps in self.series("eval/loss")
 
     @property
@@ -131,7 +136,7 @@ class Run:
         return self.series(f"eval/{name}/loss" if name else "eval/loss")
 
     def scored_tokens(self, name: str) -> int | None:
-        """The number of tokens that an evaluation of a set scores."""
+
         scored = self.series(f"eval/{name}/tokens" if name else "eval/tokens")
         return int(list(scored.values())[-1]) if scored else None
 
@@ -312,12 +317,6 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         return []
     objects = map(json_object, path.read_text(encoding="utf-8", errors="replace").splitlines())
     return [each for each in objects if each is not None]
-
-
-def _scored_alike(line: dict[str, Any], other: dict[str, Any], of_set: str, counts: str) -> bool:
-    """Whether two evaluations have equal counts, and equal digests if both have one (earlier versions had none)."""
-    digests = {line.get(f"{of_set}/digest"), other.get(f"{of_set}/digest")} - {None}
-    return len(digests) < 2 and line.get(f"{of_set}/{counts}") == other.get(f"{of_set}/{counts}")
 
 
 def _settings(tree: Any, source: Path) -> dict[str, Any]:

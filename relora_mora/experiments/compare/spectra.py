@@ -68,8 +68,7 @@ def _mean(group: Sequence[Spectra], kind: str, number: Callable[[Tensor], Tensor
 
 
 def _values(group: Sequence[Spectra], kind: str) -> Tensor:
-    """[layers of all runs, n]"""
-    return torch.cat([spectra[kind] for spectra in group])
+    return torch.cat([spectra[kind] for spectra in group])  # [layers of all runs, n]
 
 
 def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Sequence[Spectra]]) -> Figure:

@@ -17,8 +17,6 @@ LARGE = 1e7  # a perplexity that needs no decimals
 
 @dataclass(frozen=True)
 class Number:
-    """A mean over seeds, with the lowest and the highest value."""
-
     mean: float
     low: float
     high: float

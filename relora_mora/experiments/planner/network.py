@@ -63,7 +63,7 @@ class Traffic:
 
     @property
     def sent_gradients(self) -> float:
-        """Bytes of gradients that a device sends in a step, in a ring."""
+
         return (2 * self.all_reduced + self.reduced) * (self.ranks - 1) / self.ranks
 
     @property

@@ -29,8 +29,7 @@ def conduct(study: Study, folder: StudyFolder, program: Path, jobs: int) -> int:
     cells = first_round(study)
     folder.find_commits(cell_configs(study, cells, folder).values())
     folder.begin(cell_configs(study, cells, folder), study.threads)
-    already = sum(map(folder.fraction, cells))
-    with _bar(count(study), already) as bar:
+    with _bar(count(study), sum(map(folder.fraction, cells))) as bar:
         runner = Runner(study, folder, program, jobs, bar, lambda: write_records(cells, folder))
         runner.run(cells)
         more = second_round(study, _results(study, cells, folder))

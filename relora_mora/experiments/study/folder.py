@@ -115,7 +115,7 @@ class StudyFolder:
         return cell.name in self.kept() or self.has_run(cell)
 
     def fraction(self, cell: Cell) -> float:
-        """The fraction of the run's steps that are done, from 0 to 1."""
+
         if self.is_done(cell):
             return 1.0
         run = self.run(cell)

@@ -27,7 +27,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """The study was asked to stop, and its runs have ended."""
+    """The study was stopped, and its runs have ended."""
 
 
 @dataclass(frozen=True)
