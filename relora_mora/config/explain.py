@@ -93,9 +93,8 @@ def _setting(location: Location) -> str:
     """The dotted name of a setting, without the tags that pydantic adds for the members of a union."""
     inner = location[2:]
     if _record_at(location[:2]) is None:
-        parts = [part for part in inner if isinstance(part, int)]
-    else:
-        parts = [part for part in inner if part not in {*TAGS, "[key]"}]
+        inner = tuple(part for part in inner if isinstance(part, int))
+    parts = [part for part in inner if part not in {*TAGS, "[key]"}]
     return ".".join(map(str, [*location[:2], *parts]))
 
 
