@@ -95,8 +95,8 @@ def main(
     auto = fast_bf16() if chosen == here else not on_cpu
     bf16 = auto if settings.train.precision == "auto" else settings.train.precision == "bf16"
     measured = on_cpu or chosen == here
-    kind = "bf16" if bf16 else "the peak of bf16; float32 is slower, so give log.peak_tflops"
-    peak = peak_flops(bf16=bf16, on_cpu=on_cpu) if measured else (chosen.tflops * 1e12, f"{kind}, {chosen.source}")
+    peak_name = "bf16" if bf16 else "the peak of bf16; float32 is slower, so give log.peak_tflops"
+    peak = peak_flops(bf16=bf16, on_cpu=on_cpu) if measured else (chosen.tflops * 1e12, f"{peak_name}, {chosen.source}")
     if on_cpu:  # measured on all cores, which the host's ranks share
         peak = (peak[0] / cluster.devices_per_node, peak[1])
     plan = make_plan(

@@ -91,10 +91,9 @@ def _expected(item: ErrorDetails) -> str:
 
 def _setting(location: Location) -> str:
     """The dotted name of a setting, without the tags that pydantic adds for the members of a union."""
-    inner = location[2:]
+    parts: list[int | str] = [part for part in location[2:] if part not in {*TAGS, "[key]"}]
     if _record_at(location[:2]) is None:
-        inner = tuple(part for part in inner if isinstance(part, int))
-    parts = [part for part in inner if part not in {*TAGS, "[key]"}]
+        parts = [part for part in location[2:] if isinstance(part, int)]
     return ".".join(map(str, [*location[:2], *parts]))
 
 

@@ -137,7 +137,7 @@ def test_studies_may_have_runs_of_one_name(runs: list[Path], tmp_path: Path) -> 
 
 
 def test_bad_input_is_one_message(runs: list[Path], tmp_path: Path) -> None:
-    refused(call(COMPARE), "no run given")
+    refused(call(COMPARE), "no runs given")
     refused(call(COMPARE, runs[0], tmp_path / "none"), f"{tmp_path / 'none'}: not a run folder")
     refused(call(COMPARE, runs[0], f"--against={tmp_path}"), "not a run folder")
     refused(call(COMPARE, runs[0], f"--against={runs[1] / 'metrics.jsonl'}"), "not a run folder")

@@ -153,7 +153,7 @@ def test_a_second_run_redoes_nothing(
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*.*")}
     monkeypatch.setattr(demo, "docstrings", None)
     demo.main(out=str(out))
-    assert "already there" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*.*")}
     with pytest.raises(demo.DemoTextError, match="was written with --max_bytes=40000000, not 5"):
         demo.main(out=str(out), max_bytes=5)

@@ -127,7 +127,7 @@ def test_the_side_of_an_abstract_follows_from_its_text_and_the_seed(tmp_path: Pa
         (b"no gzip", ("Not a gzipped file",)),
         (gzip.compress(b"<PubmedArticleSet><PubmedArticle>")[:-12], ("ended before the end",)),
         (gzip.compress(b"<PubmedArticleSet><PubmedArticle>"), ("no element found",)),
-        (gzip.compress(b"<html></html>"), ("a <html>", "<PubmedArticleSet>")),
+        (gzip.compress(b"<html></html>"), ("got <html>", "expected <PubmedArticleSet>")),
         (gzip.compress(f"{HEAD}<PubmedArticleSet>&eacute;</PubmedArticleSet>".encode()), ("undefined entity",)),
     ],
     ids=["no gzip", "cut off", "not closed", "another page", "unknown entity"],

@@ -45,7 +45,7 @@ def test_a_seed_gives_the_same_problems(tmp_path: Path) -> None:
 def test_what_cannot_be_held_out_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     for held_out in (0, 20, 30):
         answer = call(REASONING_DATA, tmp_path / "out", "--count=20", f"--held_out={held_out}")
-        refused(answer, f"--held_out: got {held_out} expected at least 1 and less than --count=20")
+        refused(answer, f"--held_out: got {held_out}, expected at least 1 and less than --count=20")
     assert not (tmp_path / "out").exists()
 
 

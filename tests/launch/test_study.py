@@ -97,7 +97,7 @@ def test_the_others_are_in_the_table_where_a_run_has_failed(tmp_path: Path, monk
         raise CellsFailed("name=lora,seed=0 is not done")
 
     monkeypatch.setattr("relora_mora.experiments.study.check.check_inputs", lambda *_: None)
-    monkeypatch.setattr("relora_mora.experiments.study.conduct", failing)
+    monkeypatch.setattr("relora_mora.experiments.study.conduct.conduct", failing)
     result = call(STUDY, ROOT / "configs/study/merges_tiny.yaml", f"--out={tmp_path / 'out'}")
     refused(result, "name=lora,seed=0 is not done")
     assert "| ReMoRA (3, 4) |" in result.out and "| ReMoRA (3, 4) |" in (tmp_path / "out/compare.md").read_text()
