@@ -33,7 +33,7 @@ def test_bad_arguments_are_told_before_anything_runs(tmp_path: Path):
     refused(call(STUDY, study, "--jobs=0"), "--jobs: got 0")
     refused(call(STUDY, study, f"--out={tmp_path / 'out'}"), "nowhere.yaml", "cannot read it")
     study.write_text("grid: [", encoding="utf-8")
-    refused(call(STUDY, study), "study.yaml", "not YAML")
+    refused(call(STUDY, study), "study.yaml", "not valid YAML")
     assert not (tmp_path / "out").exists()
 
 
@@ -94,16 +94,20 @@ def test_the_others_are_in_the_table_where_a_run_has_failed(tmp_path: Path, monk
     def failing(plan: Study, folder: StudyFolder, *_: object) -> int:
         folder.path.mkdir()
         folder.records.write_bytes(records.read_bytes())
-        raise CellsFailed("name=lora,seed=0 is not done")
+        raise CellsFailed("name=lora,seed=0 did not finish")
 
     monkeypatch.setattr("relora_mora.experiments.study.check.check_inputs", lambda *_: None)
     monkeypatch.setattr("relora_mora.experiments.study.conduct.conduct", failing)
     result = call(STUDY, ROOT / "configs/study/merges_tiny.yaml", f"--out={tmp_path / 'out'}")
-    refused(result, "name=lora,seed=0 is not done")
+    refused(result, "name=lora,seed=0 did not finish")
     assert "| ReMoRA (3, 4) |" in result.out and "| ReMoRA (3, 4) |" in (tmp_path / "out/compare.md").read_text()
     assert (tmp_path / "out/loss_by_tokens.png").exists()
 
 
 def test_a_run_that_is_not_done_cannot_be_made_again(tmp_path: Path):
     study = ROOT / "configs/study/smoke.yaml"
-    refused(call(STUDY, study, f"--out={tmp_path}", "--again=nothing"), "--again: no run nothing", "there are: none")
+    refused(
+        call(STUDY, study, f"--out={tmp_path}", "--again=nothing"),
+        "no finished run is called nothing",
+        "finished runs: none",
+    )
