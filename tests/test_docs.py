@@ -148,8 +148,11 @@ def test_every_setting_that_is_named_exists(path: Path) -> None:
 
 
 def test_a_wrong_setting_would_be_found() -> None:
-    assert is_setting("train.steps") and is_setting("model.overrides.vocab_size")
-    assert not is_setting("train.stepps") and not is_setting("trian.steps") and not is_setting("train.steps.more")
+    assert is_setting("train.steps")
+    assert is_setting("model.overrides.vocab_size")
+    assert not is_setting("train.stepps")
+    assert not is_setting("trian.steps")
+    assert not is_setting("train.steps.more")
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
@@ -168,7 +171,8 @@ def test_commands_use_options_that_their_script_takes(path: Path) -> None:
 def test_every_make_target_that_is_named_exists(path: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", path.read_text(), re.MULTILINE))
-    assert targets and {target for pair in named for target in pair if target} <= targets
+    assert targets
+    assert {target for pair in named for target in pair if target} <= targets
 
 
 def test_the_readme_shows_the_message_that_the_program_gives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +213,8 @@ def test_metrics_that_are_described_are_written_and_the_other_way_round() -> Non
     written = set(re.findall(r'"([a-z]+/[a-z_]+)[^"]*"[]:]', "".join(path.read_text() for path in files)))
     table = (ROOT / "docs" / "metrics.md").read_text().partition("| tag |")[2].partition("\n\n")[0]
     described = set(re.findall(r"`([a-z]+/[a-z_]+)", table))
-    assert len(written) > 25 and written - {"train/lr_"} <= described
+    assert len(written) > 25
+    assert written - {"train/lr_"} <= described
     put_together = {
         tag for tag in described if re.match("eval/|launch/|train/lr_|merge/(delta_norm|effective_rank)", tag)
     }
@@ -221,7 +226,8 @@ def test_the_documents_say_what_may_change_at_a_resume() -> None:
     table = text.partition("| may differ |")[2].partition("\n\n")[0]
     first_column = "".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
     named = set(re.findall(r"`([a-z_]+\.[a-z_]+)`", first_column))
-    assert named == FREE_SETTINGS and all(f"`{section}`" in first_column for section in FREE_SECTIONS)
+    assert named == FREE_SETTINGS
+    assert all(f"`{section}`" in first_column for section in FREE_SECTIONS)
 
 
 def test_the_documents_describe_every_field_of_a_manifest() -> None:
@@ -232,7 +238,8 @@ def test_the_documents_describe_every_field_of_a_manifest() -> None:
         if isinstance(node, ast.ClassDef) and node.name == "Manifest"
     ]
     fields = {ast.unparse(node.target) for node in manifest.body if isinstance(node, ast.AnnAssign)}
-    assert "step" in fields and set(re.findall(r"`(\w+)`", table)) >= {*fields, "format", "version"}
+    assert "step" in fields
+    assert set(re.findall(r"`(\w+)`", table)) >= {*fields, "format", "version"}
 
 
 def test_no_tracked_text_names_a_path_of_somebodys_machine() -> None:
@@ -267,7 +274,8 @@ def test_the_hostfile_has_the_form_that_deepspeed_reads() -> None:
         for line in (ROOT / "launch" / "hostfile.example").read_text().splitlines()
         if line and not line.startswith("#")
     ]
-    assert lines and all(re.fullmatch(r"\S+ slots=\d+", line) for line in lines)
+    assert lines
+    assert all(re.fullmatch(r"\S+ slots=\d+", line) for line in lines)
     assert len({line.split()[0] for line in lines}) == len(lines)
 
 
@@ -276,7 +284,8 @@ def test_tensorboard_of_the_compose_file_is_reachable_from_this_machine_only() -
 
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     ports = [port for service in services.values() for port in service.get("ports", [])]
-    assert ports and all(str(port).startswith("127.0.0.1:") for port in ports)
+    assert ports
+    assert all(str(port).startswith("127.0.0.1:") for port in ports)
 
 
 @pytest.mark.parametrize("path", [path for path in INSTRUCTIONS if "kubectl exec" in path.read_text()], ids=name)
@@ -297,7 +306,9 @@ def test_the_image_copies_only_what_the_build_is_given() -> None:
     allowed = {line.removeprefix("!") for line in ignored if line.startswith("!")}
     copied = re.findall(r"^COPY (?!--from)(?:--chmod=\d+ )?(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     sources = {source for line in copied for source in line.split()}
-    assert "*" in ignored and sources == allowed and all((ROOT / source).exists() for source in sources)
+    assert "*" in ignored
+    assert sources == allowed
+    assert all((ROOT / source).exists() for source in sources)
 
 
 def launches(path: Path) -> Iterator[str]:

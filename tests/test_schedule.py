@@ -97,7 +97,8 @@ def test_operators_that_are_left(schedule, step, left):
 
 
 def test_rates_around_a_merge():
-    assert REMORA.rate(1) == 0.1 and REMORA.rate(10) == 1.0
+    assert REMORA.rate(1) == 0.1
+    assert REMORA.rate(10) == 1.0
     top = REMORA.envelope(25)
     # the step that ends a cycle still belongs to it; the released schedule has rate zero there
     assert REMORA.rate(20) == REMORA.envelope(20) > 0.9
@@ -140,9 +141,8 @@ def test_no_step_has_rate_zero_when_the_run_ends_within_a_restart(kind, restart)
         restart_warmup_steps=restart,
     )
     rates = [late.rate(step) for step in range(951, 1000)]  # the last merge is at 950
-    assert (
-        rates == [min(1, (step - 950) / restart) * late.envelope(step) for step in range(951, 1000)] and min(rates) > 0
-    )
+    assert rates == [min(1, (step - 950) / restart) * late.envelope(step) for step in range(951, 1000)]
+    assert min(rates) > 0
 
 
 def test_without_merges_nothing_restarts():

@@ -163,3 +163,16 @@ def _imported_with(package: str, *rooms: str) -> bool:
 def test_the_package_never_imports_the_scripts():
     for _, path in _files():
         assert not {name.split(".")[0] for name in _imports(path)} & {"launch", "tests"}
+
+
+def test_no_test_module_imports_another():
+    """What tests share is in modules of its own; tests/gpu runs tests of other modules again, on a GPU."""
+    tests = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "gpu" not in path.parts]
+    assert len(tests) > 100
+    importing = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in tests
+        for name in _imports(path)
+        if name.startswith("tests.") and name.split(".")[-1].startswith("test_")
+    ]
+    assert importing == []

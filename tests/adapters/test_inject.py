@@ -48,7 +48,8 @@ def test_trainable_is_exactly_what_the_method_says(method):
     }
     adapters = {f"{name}.{key}" for name, layer in adapter_layers(model) for key in layer.adapter_names}
     assert trains == others | (linears if method == "full" else adapters)
-    assert len(linears) == 14 and bool(adapters) == (method != "full")
+    assert len(linears) == 14
+    assert bool(adapters) == (method != "full")
     groups = parameter_groups(model, config.optim)
     assert sorted(name for group in groups for name in group.parameters) == sorted(trains)
     rates = {group.name: group.peak_lr for group in groups}
@@ -66,7 +67,8 @@ def test_a_projection_may_have_a_rank_of_its_own(method):
         kind = name.rpartition(".")[2]
         rank = 5 if kind == "down_proj" else 3
         if method == "lora":
-            assert layer.lora_A.shape == (rank, shapes[kind][0]) and layer.lora_B.shape == (shapes[kind][1], rank)
+            assert layer.lora_A.shape == (rank, shapes[kind][0])
+            assert layer.lora_B.shape == (shapes[kind][1], rank)
         else:
             assert layer.mora_M.shape == (square_size(*shapes[kind], rank),) * 2
     numbers = sum(

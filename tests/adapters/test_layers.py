@@ -63,7 +63,8 @@ def test_the_merged_form_keeps_the_compressed_input_only():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         layer(torch.randn(100, 64, requires_grad=True))
     assert torch.Size([100, 8]) in kept
-    assert torch.Size([100, 64]) not in kept and torch.Size([48, 64]) in kept  # the weight itself, no copy of it
+    assert torch.Size([100, 64]) not in kept
+    assert torch.Size([48, 64]) in kept  # the weight itself, no copy of it
     assert len(kept) == 3
 
 
@@ -86,14 +87,16 @@ def test_a_compiled_layer_keeps_no_weight_for_backward():
     torch._dynamo.reset()
     x = torch.randn(9, 24, requires_grad=True)
     torch.compile(layer, backend=backend, fullgraph=True)(x).sum().backward()
-    assert (9, 10) in kept and (32, 24) not in kept
+    assert (9, 10) in kept
+    assert (32, 24) not in kept
 
 
 @pytest.mark.parametrize("kind,tokens", [("1", 7), ("lora", 42)])
 def test_auto_builds_the_weight_if_there_are_enough_tokens(kind, tokens):
     layer, _ = layers_of(kind, 64, 48, 8, torch.float32)
     layer.form = "auto"
-    assert layer.uses_merged_form(tokens) and not layer.uses_merged_form(tokens - 1)
+    assert layer.uses_merged_form(tokens)
+    assert not layer.uses_merged_form(tokens - 1)
 
 
 @pytest.mark.parametrize("kind", ["lora", "1", "2", "6"])
@@ -114,7 +117,8 @@ def test_dropout_applies_only_to_the_adapters_input(kind):
     spread = ((delta * x) ** 2).sum(-1).mul(0.25 / 0.75).sqrt()
     assert bool(((draws.mean(0) - whole)[0].abs() <= 5 * spread / 4000**0.5 + 1e-12).all())
     torch.testing.assert_close(added.std(0), spread, rtol=0.1, atol=1e-9)
-    assert not layer.uses_merged_form(10**6) and layer.eval().uses_merged_form(10**6)
+    assert not layer.uses_merged_form(10**6)
+    assert layer.eval().uses_merged_form(10**6)
 
 
 @pytest.mark.parametrize("method", ["lora", "mora"])
@@ -150,7 +154,8 @@ def test_sizes_and_draws():
         torch.rand(3, generator=layer_generator(*key)).tolist()
         for key in [(0, "a", 0), (0, "a", 0), (0, "a", 1), (0, "b", 0), (1, "a", 0)]
     ]
-    assert draws[0] == draws[1] and len({tuple(draw) for draw in draws}) == 4
+    assert draws[0] == draws[1]
+    assert len({tuple(draw) for draw in draws}) == 4
 
 
 def test_effective_rank():

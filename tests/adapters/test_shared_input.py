@@ -91,7 +91,8 @@ def test_the_compressed_input_is_computed_once_and_freed_with_the_graph(compress
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True) * 1
     alias = x.view_as(x)  # ZeRO-3 gives each layer an alias
     outputs = [layers[0](x), layers[1](alias)]
-    assert len(compressions) == 1 and compressions[0]() is not None
+    assert len(compressions) == 1
+    assert compressions[0]() is not None
     with torch.no_grad():
         outputs += [layers[0](x), layers[1](x)]
     assert len(compressions) == 1

@@ -70,7 +70,9 @@ def test_a_damaged_tokenizer_is_named_and_does_not_cost_the_tensors(folder, file
     damage(newest / file)
     assert newest_whole(folder) == (newest, [])
     line = damaged_tokenizer(newest, read_manifest(newest))
-    assert line is not None and line.startswith(f"{file}: ") and says in line
+    assert line is not None
+    assert line.startswith(f"{file}: ")
+    assert says in line
     assert damaged_tokenizer(folder / "step-00000010", read_manifest(folder / "step-00000010")) is None
 
 
@@ -142,7 +144,8 @@ def test_checkpoints_that_a_run_replaces_during_the_search_are_not_damaged(folde
         return newest_whole(place)
 
     monkeypatch.setattr("relora_mora.checkpoint.reader.newest_whole", newest)
-    assert find_checkpoint(folder) == folder / "step-00000010" and len(looks) == 2
+    assert find_checkpoint(folder) == folder / "step-00000010"
+    assert len(looks) == 2
 
 
 @pytest.mark.parametrize("name", ["manifest.json", STATE])
@@ -205,14 +208,13 @@ def test_a_link_is_not_a_file_of_a_checkpoint(folder, link, place):
     file.symlink_to(elsewhere.resolve())
     if link.startswith("tokenizer"):
         line = damaged_tokenizer(newest, read_manifest(newest))
-        assert (
-            line is not None
-            and line.startswith(link)
-            and "a link, expected a file in the checkpoint's own folder" in line
-        )
+        assert line is not None
+        assert line.startswith(link)
+        assert "a link, expected a file in the checkpoint's own folder" in line
     else:
         line = passed_over(folder)
-        assert link in line and ("a link" in line or "not a regular file" in line)
+        assert link in line
+        assert "a link" in line or "not a regular file" in line
 
 
 def test_a_checkpoint_folder_may_be_a_link(folder):
@@ -251,7 +253,8 @@ CONTENTS: list[tuple[Callable[[Path], Any], str]] = [
 def test_pieces_make_up_every_parameter_once(folder, damage, says):
     damage(folder / "step-00000015")
     line = passed_over(folder)
-    assert STATE in line and says in line
+    assert STATE in line
+    assert says in line
     with pytest.raises(CheckpointError, match="use an older checkpoint"):
         CheckpointReader(folder / "step-00000015")
 
@@ -312,17 +315,20 @@ def test_a_kill_while_a_step_is_replaced_loses_nothing(tmp_path, monkeypatch, da
         put_in_place(new)
     monkeypatch.undo()
     found, _ = newest_whole(tmp_path)
-    assert found is not None and (found / STATE).read_bytes() in contents
+    assert found is not None
+    assert (found / STATE).read_bytes() in contents
     tidy(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000015"]
-    assert verify(old) is None and (old / STATE).read_bytes() in contents
+    assert verify(old) is None
+    assert (old / STATE).read_bytes() in contents
 
 
 def test_a_damaged_replacement_does_not_replace_a_complete_checkpoint(folder):
     shutil.copytree(folder / "step-00000015", folder / "step-00000015.new")
     (folder / "step-00000015.new" / STATE).unlink()
     tidy(folder)
-    assert newest_whole(folder) == (folder / "step-00000015", []) and not (folder / "step-00000015.new").exists()
+    assert newest_whole(folder) == (folder / "step-00000015", [])
+    assert not (folder / "step-00000015.new").exists()
 
 
 def test_removal_does_not_follow_links(folder):

@@ -107,7 +107,8 @@ def test_damaged_checkpoints_are_passed_over_named_and_made_again(pools, tokeniz
     ]
     for step in range(4, 11):  # the damaged checkpoints were written again
         whole, again = (tensors(run / "checkpoints" / f"step-{step:08d}") for run in (never, folder))
-        assert set(whole) == set(again) and all(torch.equal(whole[key], again[key]) for key in whole)
+        assert set(whole) == set(again)
+        assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
 def test_a_run_with_only_damaged_checkpoints_does_not_start_over(pools, tokenizer_path, tmp_path):
@@ -127,11 +128,10 @@ def test_a_damaged_tokenizer_does_not_cost_the_weights(pools, tokenizer_path, tm
     pools(2)(train, config, stop_after=5)
     (folder / "checkpoints" / "step-00000005" / "tokenizer" / "tokenizer.model").write_bytes(b"")
     first, second = pools(2)(logged, config)
-    assert len(first) == 1 and second == []
-    assert (
-        "step-00000005: tokenizer/tokenizer.model: 0 bytes, expected" in first[0]
-        and "continues with tokenizer.path" in first[0]
-    )
+    assert len(first) == 1
+    assert second == []
+    assert "step-00000005: tokenizer/tokenizer.model: 0 bytes, expected" in first[0]
+    assert "continues with tokenizer.path" in first[0]
     assert json.loads((folder / "starts.jsonl").read_text().splitlines()[-1])["step"] == 5
     assert damaged_tokenizer(*_newest(folder)) is None  # later checkpoints have an intact tokenizer
 
@@ -156,7 +156,8 @@ def test_changes_of_the_tokenizer_of_a_run_do_not_reach_its_checkpoints(pools, t
     assert (tokenizer / "evil.py").exists()
     assert all(problem is None for problem in (verify(path) for path in list_checkpoints(checkpoints)))
     folder, manifest = _newest(folder)
-    assert manifest.step == 3 and sorted(path.name for path in (folder / "tokenizer").iterdir()) == names
+    assert manifest.step == 3
+    assert sorted(path.name for path in (folder / "tokenizer").iterdir()) == names
 
 
 def test_a_run_replaces_what_is_at_the_path_of_its_tokenizer(pools, tokenizer_path, other_tokenizer, tmp_path):
@@ -173,7 +174,8 @@ def test_a_run_replaces_what_is_at_the_path_of_its_tokenizer(pools, tokenizer_pa
         place(folder / "tokenizer")
         pools(1)(train, config, stop_after=step)
         assert is_tokenizer(folder / "tokenizer", tokenizer_fingerprint(tokenizer_path))
-        assert damaged_tokenizer(*_newest(folder)) is None and not (folder / "tokenizer").is_symlink()
+        assert damaged_tokenizer(*_newest(folder)) is None
+        assert not (folder / "tokenizer").is_symlink()
     assert sorted(path.name for path in Path(other_tokenizer).iterdir()) == theirs
 
 

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.tools.grids import STAGES
 from tests.tools.runs import metrics, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed
 
 METHODS = ("full", "relora", "remora")
 WORLDS = (1, 2, 4)
-STAGES = (0, 1, 2, 3)
 MERGE_EVERY = 4
 STOPS = (3, 4, 5)  # before, at and after a merge
 STEPS = 13  # two merges follow
@@ -151,7 +151,8 @@ def _check(course: Course, move: Move, folder: Path) -> None:
     batches = course.run(folder, move.method, move.to_world, move.to_stage, move.micro_batch_size)
     expected, losses = course.reference(move.method)
     assert batches == {step: expected[step] for step in range(move.stop + 1, course.steps + 1)}
-    assert _losses(folder) == pytest.approx(losses, rel=0, abs=1e-5) and len(losses) == course.steps
+    assert _losses(folder) == pytest.approx(losses, rel=0, abs=1e-5)
+    assert len(losses) == course.steps
     merges = [line["step"] for line in metrics(folder) if "merge/layers" in line]
     assert merges == ([] if move.method == "full" else list(range(MERGE_EVERY, course.steps, MERGE_EVERY)))
     shutil.rmtree(folder)
@@ -171,7 +172,8 @@ def test_every_move(course, tmp_path, move):
 
 
 def test_the_moves_cover_what_they_are_meant_to():
-    assert len(MATRIX) == 432 and len(SUBSET) == 16
+    assert len(MATRIX) == 432
+    assert len(SUBSET) == 16
     assert {(move.world, move.to_world) for move in SUBSET} == set(PAIRS)
     assert {(move.stage, move.to_stage) for move in SUBSET} == set(itertools.product(STAGES, STAGES))
     for moves in (SUBSET, MATRIX):

@@ -86,7 +86,8 @@ def test_a_rank_without_space_costs_one_checkpoint(pools, inputs, tokenizer_path
     runs = [tmp_path / "never", tmp_path / "failed"]
     for folder, steps in zip(runs, ([], [4, 8]), strict=True):  # the first saves of a merged base
         first, second = pools(2)(followed, run_config(inputs, tokenizer_path, folder, 2), failing={rank: steps})
-    assert first["error"] == second["error"] == "" and second["lines"] == []
+    assert first["error"] == second["error"] == ""
+    assert second["lines"] == []
     for step, line in zip((4, 8), first["lines"], strict=True):
         assert (
             f"step {step} failed (rank {rank}: No space left on device" in line
@@ -95,7 +96,8 @@ def test_a_rank_without_space_costs_one_checkpoint(pools, inputs, tokenizer_path
     assert _steps(runs[1]) == [1, 2, 3, 5, 6, 7, 9, 10]
     for step in (5, 10):
         never, failed = (tensors(folder / "checkpoints" / f"step-{step:08d}") for folder in runs)
-        assert set(never) == set(failed) and all(torch.equal(never[key], failed[key]) for key in never)
+        assert set(never) == set(failed)
+        assert all(torch.equal(never[key], failed[key]) for key in never)
 
 
 def test_a_run_ends_with_an_error_when_its_last_checkpoint_failed(pools, inputs, tokenizer_path, tmp_path):
@@ -103,13 +105,12 @@ def test_a_run_ends_with_an_error_when_its_last_checkpoint_failed(pools, inputs,
     config = run_config(inputs, tokenizer_path, folder, 2)
     both = pools(2)(followed, config, failing={0: [10], 1: [10]})
     for result in both:
-        assert "the checkpoint of step 10 failed" in result["error"] and "No space left on device" in result["error"]
+        assert "the checkpoint of step 10 failed" in result["error"]
+        assert "No space left on device" in result["error"]
         assert result["error"].endswith("(df, df -i); then the same command continues from the newest checkpoint")
-    assert (
-        len(both[0]["lines"]) == 1
-        and "rank 0: No space" in both[0]["lines"][0]
-        and "rank 1: No space" in both[0]["lines"][0]
-    )
+    assert len(both[0]["lines"]) == 1
+    assert "rank 0: No space" in both[0]["lines"][0]
+    assert "rank 1: No space" in both[0]["lines"][0]
     assert _steps(folder) == list(range(1, 10))
     assert [result["error"] for result in pools(2)(followed, config)] == ["", ""]
     assert _steps(folder) == list(range(1, 11))
@@ -126,9 +127,11 @@ def small_disk(tmp_path) -> Iterator[Path]:
 def test_a_full_disk_is_survived_and_used_again_when_there_is_space(pools, inputs, tokenizer_path, small_disk):
     config = run_config(inputs, tokenizer_path, small_disk.parent, 2)
     first, second = pools(2)(followed, config, before={8: ["mount", "-o", "remount,size=16m", str(small_disk)]})
-    assert first["error"] == second["error"] == "" and second["lines"] == []
+    assert first["error"] == second["error"] == ""
+    assert second["lines"] == []
     steps = _steps(small_disk.parent)
-    assert {1, 2, 8, 9, 10} <= set(steps) and 7 not in steps
+    assert {1, 2, 8, 9, 10} <= set(steps)
+    assert 7 not in steps
     assert len(first["lines"]) == 10 - len(steps)
     assert all(
         f"No space left on device: {small_disk}/step-" in line and " failed (rank " in line for line in first["lines"]
@@ -139,9 +142,12 @@ def test_a_folder_that_cannot_be_written_is_survived(pools, inputs, tokenizer_pa
     config = run_config(inputs, tokenizer_path, small_disk.parent, 2, checkpoint={"keep_last": 2})
     commands = {step: ["mount", "-o", f"remount,{mode}", str(small_disk)] for step, mode in ((4, "ro"), (6, "rw"))}
     first, second = pools(2)(followed, config, before=commands)
-    assert first["error"] == second["error"] == "" and second["lines"] == [] and _steps(small_disk.parent) == [9, 10]
+    assert first["error"] == second["error"] == ""
+    assert second["lines"] == []
+    assert _steps(small_disk.parent) == [9, 10]
     for step, line in zip((4, 5), first["lines"], strict=True):
-        assert f"step {step} failed (rank 0: Read-only file system" in line and "rank 1: Read-only" in line
+        assert f"step {step} failed (rank 0: Read-only file system" in line
+        assert "rank 1: Read-only" in line
 
 
 def saves_of_a_rig(folder: Path, what: str) -> list[str]:
@@ -221,7 +227,9 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
 
 def test_a_rank_that_is_late_is_given_up_and_its_files_are_removed(pools, tmp_path):
     first, second = pools(2)(saves_of_a_rig, tmp_path / "checkpoints", "late")
-    assert len(first) == 1 and "step 2 failed (rank 1: did not finish its part in 1 s)" in first[0] and second == []
+    assert len(first) == 1
+    assert "step 2 failed (rank 1: did not finish its part in 1 s)" in first[0]
+    assert second == []
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "latest",
         "step-00000001",
@@ -232,11 +240,10 @@ def test_a_rank_that_is_late_is_given_up_and_its_files_are_removed(pools, tmp_pa
 
 def test_a_checkpoint_with_files_elsewhere_fails(pools, tmp_path):
     first, second = pools(2)(saves_of_a_rig, tmp_path / "checkpoints", "elsewhere")
-    assert len(first) == 1 and second == []
-    assert (
-        "step 2 failed" in first[0]
-        and "rank 0 does not see state-00001-of-00002.safetensors, which rank 1 has written" in first[0]
-    )
+    assert len(first) == 1
+    assert second == []
+    assert "step 2 failed" in first[0]
+    assert "rank 0 does not see state-00001-of-00002.safetensors, which rank 1 has written" in first[0]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "latest",
         "step-00000001",
@@ -253,7 +260,8 @@ def test_a_base_file_that_was_damaged_on_the_disk_is_not_shared(pools, tmp_path)
     assert problems == {"step-00000002": None, "step-00000003": None}
     found = [tensors(tmp_path / "checkpoints" / f"step-0000000{step}") for step in (1, 2)]
     damaged = [key for key in found[0] if not torch.equal(found[0][key], found[1][key])]
-    assert len(damaged) == 1 and damaged[0].startswith("base|")
+    assert len(damaged) == 1
+    assert damaged[0].startswith("base|")
 
 
 def test_files_and_links_in_the_way_are_replaced_and_not_followed(pools, tmp_path):
@@ -265,13 +273,17 @@ def test_files_and_links_in_the_way_are_replaced_and_not_followed(pools, tmp_pat
     (folder / "step-00000002").write_text("a file")
     (folder / "step-00000003").symlink_to(elsewhere)
     first, _ = pools(2)(saves_of_a_rig, folder, "in the way")
-    assert len(first) == 3 and all(
+    assert len(first) == 3
+    assert all(
         "is complete, but latest or older checkpoints could not be updated (Is a directory" in line for line in first
     )
     for step in (1, 2, 3):
         path = folder / f"step-{step:08d}"
-        assert verify(path) is None and not path.is_symlink() and not (path / "mine").exists()
-    assert (elsewhere / "mine").read_text() == "mine" and len(list(elsewhere.iterdir())) == 1
+        assert verify(path) is None
+        assert not path.is_symlink()
+        assert not (path / "mine").exists()
+    assert (elsewhere / "mine").read_text() == "mine"
+    assert len(list(elsewhere.iterdir())) == 1
     assert {path.name for path in folder.iterdir()} == {"latest", *(f"step-0000000{step}" for step in (1, 2, 3))}
 
 
@@ -324,7 +336,8 @@ def test_training_continues_during_a_write_but_no_merge_overtakes_it(pools, inpu
     assert pools(2)(slow_to_write, run_config(inputs, tokenizer_path, slow, 2, **settings), what) == [True, True]
     for step in (3, 6, 9, 10):
         expected, found = (tensors(folder / "checkpoints" / f"step-{step:08d}") for folder in (quick, slow))
-        assert set(expected) == set(found) and all(torch.equal(expected[key], found[key]) for key in expected)
+        assert set(expected) == set(found)
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
 def test_a_rank_that_fails_frees_its_space(tmp_path, monkeypatch):

@@ -17,11 +17,13 @@ from tests.checkpoint.tools import passed_over, rewrite
 
 
 def test_a_manifest_comes_back_as_it_was(folder):
-    assert verify(folder / "step-00000015") is None and newest_whole(folder) == (folder / "step-00000015", [])
+    assert verify(folder / "step-00000015") is None
+    assert newest_whole(folder) == (folder / "step-00000015", [])
     manifest = read_manifest(folder / "step-00000015")
     (folder / "again").mkdir()
     write_synced(folder / "again" / "manifest.json", manifest.dump())
-    assert read_manifest(folder / "again") == manifest and manifest.data_fingerprint == "größe"
+    assert read_manifest(folder / "again") == manifest
+    assert manifest.data_fingerprint == "größe"
 
 
 def test_every_bit_of_a_manifest_is_protected(folder):
@@ -51,7 +53,8 @@ def test_a_manifest_without_one_of_its_fields_is_refused(folder, field):
         path = folder / "step-00000015" / "manifest.json"
         path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != field}))
     line = passed_over(folder)
-    assert line.startswith("manifest.json: ") and (field in line or field == "format")
+    assert line.startswith("manifest.json: ")
+    assert field in line or field == "format"
 
 
 HOSTILE: list[tuple[str, Callable[[dict], Any], str]] = [

@@ -77,7 +77,9 @@ def made_checkpoint(folder: Path, step: int, seed: int = 0) -> Path:
 def passed_over(folder: Path) -> str:
     """The reason why the newest of three checkpoints was passed over for the second."""
     found, skipped = newest_whole(folder)
-    assert found == folder / "step-00000010" and len(skipped) == 1 and skipped[0].startswith("step-00000015: ")
+    assert found == folder / "step-00000010"
+    assert len(skipped) == 1
+    assert skipped[0].startswith("step-00000015: ")
     return skipped[0].removeprefix("step-00000015: ")
 
 

@@ -223,9 +223,15 @@ def test_any_arguments_start_the_command_or_are_refused(argv: list[str]) -> None
     called = Called()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
         code = called.evaluate(argv)
-    assert code in (0, 2) and bool(called.calls) <= (code == 0) and (code == 0) == (not error.getvalue())
+    assert code in (0, 2)
+    assert bool(called.calls) <= (code == 0)
+    assert (code == 0) == (not error.getvalue())
     for path, data, tokens in called.calls:
-        assert isinstance(path, str) and isinstance(data, str) and type(tokens) is int and path and data
+        assert isinstance(path, str)
+        assert isinstance(data, str)
+        assert type(tokens) is int
+        assert path
+        assert data
 
 
 def test_faults_of_the_program_keep_their_traceback() -> None:

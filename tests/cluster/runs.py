@@ -124,5 +124,6 @@ def same_end(first: Path, second: Path) -> bool:
         assert [line["step"] for line in metrics(run_dir) if "merge/layers" in line] == MERGES
         assert len(losses(run_dir)) == STEPS
     kept = [tensors(run_dir / "checkpoints" / f"step-{STEPS:08d}") for run_dir in (first, second)]
-    assert set(kept[0]) == set(kept[1]) and len(kept[0]) > 50
+    assert set(kept[0]) == set(kept[1])
+    assert len(kept[0]) > 50
     return losses(first) == losses(second) and all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])

@@ -20,7 +20,8 @@ def test_deepspeed_trains_across_both_hosts(pair, make, reference, tmp_path, sta
     before = pair.hosts[1].sent_bytes()
     job = deepspeed(pair.hosts[0], config, f"--hostfile={hostfile}", PRETRAIN, str(config), HOME=str(tmp_path))
     job.wait_for_step(config.parent / "run", 1)
-    assert pair.hosts[0].rank(0).pid and pair.hosts[1].rank(1).pid
+    assert pair.hosts[0].rank(0).pid
+    assert pair.hosts[1].rank(1).pid
     assert job.wait() == 0, job.output
     assert pair.hosts[1].sent_bytes() - before > 1e6
     pair.wait_for_nobody(10)

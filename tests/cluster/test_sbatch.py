@@ -129,9 +129,11 @@ def slurm(tmp_path: Path) -> Slurm:
 def test_the_program_may_be_the_one_for_fine_tuning(slurm: Slurm) -> None:
     """Its settings are checked with its own defaults: no file of tasks names operators and embeddings."""
     done = slurm.start("configs/task/math.yaml", codes="0 0 0 0", PROGRAM="launch/finetune.py")
-    assert done.returncode == 0 and "launch/finetune.py configs/task/math.yaml" in done.stdout
+    assert done.returncode == 0
+    assert "launch/finetune.py configs/task/math.yaml" in done.stdout
     wrong = slurm.start("configs/task/math.yaml", "--method.square_size=33", PROGRAM="launch/finetune.py")
-    assert wrong.returncode == 2 and "set method.square_multiple=1" in wrong.stderr
+    assert wrong.returncode == 2
+    assert "set method.square_multiple=1" in wrong.stderr
 
 
 def test_every_task_is_told_its_place_and_is_the_trainer_itself(slurm: Slurm) -> None:
@@ -169,7 +171,8 @@ def test_every_task_is_told_its_place_and_is_the_trainer_itself(slurm: Slurm) ->
 )
 def test_the_end_that_is_to_blame_decides(slurm: Slurm, codes: str, code: int, requeued: bool) -> None:
     done = slurm.start(codes=codes)
-    assert done.returncode == code and ("requeued 123456" in done.stdout) == requeued
+    assert done.returncode == code
+    assert ("requeued 123456" in done.stdout) == requeued
     assert ("Exited with exit code" in done.stderr) == any(
         0 < int(each) < 128 for each in codes.split()
     )  # Slurm's words are shown
@@ -179,9 +182,8 @@ def test_the_end_that_is_to_blame_decides(slurm: Slurm, codes: str, code: int, r
 def test_starts_that_save_nothing_new_are_counted(slurm: Slurm, codes: str) -> None:
     ends = [slurm.start(codes=codes, saves=3 if start == 0 else None) for start in range(6)]
     assert ["requeued" in end.stdout for end in ends] == [True] * 5 + [False]
-    assert "5 starts in a row have saved nothing after step 3" in ends[-1].stdout and ends[-1].returncode == int(
-        codes.split()[-1]
-    )
+    assert "5 starts in a row have saved nothing after step 3" in ends[-1].stdout
+    assert ends[-1].returncode == int(codes.split()[-1])
 
 
 def test_a_job_that_gets_on_is_requeued_for_ever_and_may_stumble_on_the_way(slurm: Slurm) -> None:
@@ -207,35 +209,42 @@ def test_another_job_with_the_same_logs_begins_to_count_anew(slurm: Slurm) -> No
 
 def test_a_job_that_cannot_be_requeued_says_so_and_keeps_the_code(slurm: Slurm) -> None:
     done = slurm.start(codes="75 75", REQUEUE_CODE="1")
-    assert done.returncode == 75 and "could not be requeued" in done.stdout
+    assert done.returncode == 75
+    assert "could not be requeued" in done.stdout
 
 
 @pytest.mark.parametrize("told", [{"RESTARTS": "1"}, {"RESTARTS": "1", "STATE": "PENDING"}, {"STATE": "CANCELLED"}])
 def test_what_is_left_of_a_start_waits_for_its_end_and_stops_no_other(slurm: Slurm, told: dict[str, str]) -> None:
     """Slurm has lost a node and has put the job into the queue, or has started it elsewhere; or somebody ended it."""
     done = slurm.start(codes="69 69", ENDS="1", **told)
-    assert done.returncode == -signal.SIGTERM and "requeued" not in done.stdout
+    assert done.returncode == -signal.SIGTERM
+    assert "requeued" not in done.stdout
     assert (slurm.folder / "runs" / "slurm" / "123456" / "progress").read_text() == "0 0\n"
 
 
 def test_a_job_that_a_requeued_one_submits_is_at_its_first_start(slurm: Slurm) -> None:
     done = slurm.start(codes="75 75", SLURM_RESTART_COUNT="3")
-    assert "(start 1)" in done.stdout and "requeued 123456" in done.stdout
+    assert "(start 1)" in done.stdout
+    assert "requeued 123456" in done.stdout
 
 
 def test_logs_that_cannot_be_read_do_not_keep_a_job_out_of_the_queue(slurm: Slurm) -> None:
     done = slurm.start(codes="69 69", LOSES_LOGS="1")
-    assert done.returncode == 69 and "requeued 123456" in done.stdout
+    assert done.returncode == 69
+    assert "requeued 123456" in done.stdout
 
 
 def test_a_controller_that_is_away_for_a_while_is_asked_again(slurm: Slurm) -> None:
     done = slurm.start(codes="75 75", AWAY="1")
-    assert done.returncode == 75 and "requeued 123456" in done.stdout and (slurm.folder / "asked").exists()
+    assert done.returncode == 75
+    assert "requeued 123456" in done.stdout
+    assert (slurm.folder / "asked").exists()
 
 
 def test_another_start_takes_another_port(slurm: Slurm) -> None:
     ports = {re.findall(r"at first:(\d+)", slurm.start().stdout)[0] for _ in range(5)}
-    assert len(ports) == 5 and all(20000 <= int(port) < 32000 for port in ports)
+    assert len(ports) == 5
+    assert all(20000 <= int(port) < 32000 for port in ports)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +254,9 @@ def test_a_mistake_in_the_settings_is_told_once_and_starts_nothing(
     slurm: Slurm, setting: str, codes: str, said: str
 ) -> None:
     done = slurm.start(CONFIG, setting, codes=codes)
-    assert done.returncode == 2 and done.stderr.count(said) == 1 and "option" not in done.stdout
+    assert done.returncode == 2
+    assert done.stderr.count(said) == 1
+    assert "option" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -253,7 +264,8 @@ def test_a_mistake_in_the_settings_is_told_once_and_starts_nothing(
 )
 def test_tasks_and_gpus_of_a_node_must_be_as_many(slurm: Slurm, gpus: str, tasks: str, fits: bool) -> None:
     done = slurm.start(SLURM_GPUS_ON_NODE=gpus, SLURM_NTASKS_PER_NODE=tasks)
-    assert done.returncode == (0 if fits else 2) and ("option" in done.stdout) == fits
+    assert done.returncode == (0 if fits else 2)
+    assert ("option" in done.stdout) == fits
     assert fits or f"{tasks} tasks but {gpus} GPUs per node" in done.stderr
 
 
@@ -271,7 +283,8 @@ def test_each_task_of_an_array_puts_its_number_in(slurm: Slurm, name: str) -> No
 )
 def test_an_array_in_one_and_the_same_run_folder_is_refused(slurm: Slurm, arguments: list[str]) -> None:
     done = slurm.start(*arguments, SLURM_ARRAY_JOB_ID="123450", SLURM_ARRAY_TASK_ID="7")
-    assert done.returncode == 2 and "option" not in done.stdout
+    assert done.returncode == 2
+    assert "option" not in done.stdout
     assert "all tasks of the array would use the same run folder" in done.stderr
 
 
@@ -283,7 +296,8 @@ def test_a_config_for_each_task_of_an_array(slurm: Slurm) -> None:
 
 def test_a_python_that_is_not_there_is_told(slurm: Slurm) -> None:
     done = slurm.start(PYTHON="gone/python")
-    assert done.returncode == 2 and f"{slurm.folder} has no gone/python; submit from the checkout" in done.stderr
+    assert done.returncode == 2
+    assert f"{slurm.folder} has no gone/python; submit from the checkout" in done.stderr
 
 
 def test_the_log_says_how_to_see_tensorboard(slurm: Slurm) -> None:
@@ -296,7 +310,8 @@ def test_in_a_container_the_image_runs_the_trainer_and_sees_the_checkout(slurm: 
     done = slurm.start(CONTAINER_IMAGE="image.sif", PYTHON="/none")
     place = ["exec", "--nv", "--bind", str(slurm.folder), "--pwd", str(slurm.folder), "image.sif", "python"]
     called = [path.read_text().splitlines() for path in slurm.folder.glob("apptainer-*")]
-    assert all(words[: len(place)] == place for words in called) and done.returncode == 0
+    assert all(words[: len(place)] == place for words in called)
+    assert done.returncode == 0
     rest = sorted(words[len(place)] for words in called)
     assert rest == ["-P", "launch/pretrain.py", "launch/pretrain.py"]  # the settings, and two ranks
     assert done.stdout.count("launch/pretrain.py configs/run/tiny_remora.yaml --train.run_dir=run") == 2
@@ -307,4 +322,5 @@ def test_without_arguments_it_trains_a_shipped_config_on_the_shipped_number_of_g
     shipped = {name: int(number) for name, number in re.findall(r"^#SBATCH --([a-z-]+)=(\d+)$", text, re.MULTILINE)}
     assert shipped["ntasks-per-node"] == shipped["gpus-per-node"]
     done = slurm.start("--train.seed=2", SLURM_NTASKS=str(shipped["nodes"] * shipped["ntasks-per-node"]))
-    assert done.returncode == 0 and "launch/pretrain.py configs/run/paper_" in done.stdout
+    assert done.returncode == 0
+    assert "launch/pretrain.py configs/run/paper_" in done.stdout

@@ -40,9 +40,9 @@ def test_the_table_compares_each_variant_with_full_rank_on_the_same_link() -> No
 
 
 def test_full_rank_comes_first_and_is_measured_at_every_rate() -> None:
-    assert (
-        next(iter(VARIANTS)) == "full" and next(iter(RATES)) == "none" and set(RATES) - {"none"} == set(slow_links.BITS)
-    )
+    assert next(iter(VARIANTS)) == "full"
+    assert next(iter(RATES)) == "none"
+    assert set(RATES) - {"none"} == set(slow_links.BITS)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -57,8 +57,11 @@ def test_the_model_of_a_variant_is_the_planned_one_with_its_changes(
     link_steps.build(PLAN | {"stage": 1}, **VARIANTS[variant])
     config, llama = built["config"], built["llama"]
     changes = VARIANTS[variant]
-    assert config.method.name == changes["method"] and config.train.zero_stage == 1
-    assert config.train.deepspeed == changes.get("deepspeed", {}) and config.train.batch_size == 2 * PLAN["sequences"]
+    assert config.method.name == changes["method"]
+    assert config.train.zero_stage == 1
+    assert config.train.deepspeed == changes.get("deepspeed", {})
+    assert config.train.batch_size == 2 * PLAN["sequences"]
     plain = read_model_config(ModelConfig(config=PLAN["model"], overrides=PLAN["overrides"]))
-    assert llama.num_hidden_layers == 4 and llama.vocab_size == plain.vocab_size == 8192
+    assert llama.num_hidden_layers == 4
+    assert llama.vocab_size == plain.vocab_size == 8192
     assert llama.tie_word_embeddings is bool(changes.get("overrides", {}).get("tie_word_embeddings", False))

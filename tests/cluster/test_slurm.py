@@ -65,24 +65,29 @@ def test_a_job_that_is_preempted_goes_on_and_ends_bit_equal(slurm, pair, make, r
     wait_for_step(slurm, job, run_dir, 10)
     slurm.run("scancel", "--signal=USR1", job)
     slurm.start_again(job, 1)
-    assert ends(run_dir)[-1]["code"] == 75 and "SIGUSR1" in ends(run_dir)[-1]["reason"]
+    assert ends(run_dir)[-1]["code"] == 75
+    assert "SIGUSR1" in ends(run_dir)[-1]["reason"]
     saved = [ends(run_dir)[-1]["step"]]
     assert 10 <= saved[0] < 30
     wait_for_step(slurm, job, run_dir, 30)
     slurm.run("scontrol", "requeue", job)
     slurm.start_again(job, 2)
-    assert ends(run_dir)[-1]["code"] == 75 and "SIGTERM" in ends(run_dir)[-1]["reason"]
+    assert ends(run_dir)[-1]["code"] == 75
+    assert "SIGTERM" in ends(run_dir)[-1]["reason"]
     saved.append(ends(run_dir)[-1]["step"])
     wait_for_step(slurm, job, run_dir, 50)
     pair.hosts[1].rank(1).send_signal(signal.SIGKILL)
     slurm.start_again(job, 3)
-    assert ends(run_dir)[-1]["code"] == 69 and "rank 1 is gone" in ends(run_dir)[-1]["reason"]
+    assert ends(run_dir)[-1]["code"] == 69
+    assert "rank 1 is gone" in ends(run_dir)[-1]["reason"]
     slurm.wait_for_the_end(job)
     assert same_end(reference(2) / "run", run_dir)
     log = (slurm.checkout / f"slurm-relora_mora-{job}.log").read_text()
     assert re.findall(r"\(start (\d)\)", log) == ["1", "2", "3", "4"]
     began = starts(run_dir)  # what an older checkpoint would begin anew comes out the same
-    assert began[:3] == [0, *saved] and 40 <= began[3] < STEPS and began[3] % SAVE_EVERY == 0
+    assert began[:3] == [0, *saved]
+    assert 40 <= began[3] < STEPS
+    assert began[3] % SAVE_EVERY == 0
 
 
 @pytest.mark.parametrize("end,state", [("exit 2", "FAILED"), ("exit 69", "PENDING"), ("kill -BUS $$", "PENDING")])
@@ -123,7 +128,9 @@ def test_a_job_that_comes_near_its_time_limit_saves_and_goes_on(slurm, make):
     job = slurm.submit("--nodes=2", "--time=7", *CPU_NODES, SCRIPT, str(config))
     slurm.start_again(job, 1, seconds=240)
     [end] = ends(run_dir)
-    assert end["code"] == 75 and "SIGUSR1" in end["reason"] and end["step"] > 0
+    assert end["code"] == 75
+    assert "SIGUSR1" in end["reason"]
+    assert end["step"] > 0
     wait_for_step(slurm, job, run_dir, end["step"] + 5)
     assert len(losses(run_dir)) >= end["step"] + 5, "every step once"
     assert starts(run_dir) == [0, end["step"]]
@@ -163,7 +170,8 @@ def test_a_job_that_lost_a_node_goes_on_when_the_node_is_back(slurm, pair, make,
     pair.hosts[1].link("down")
     wait_until(lambda: "down" in slurm.states(), 60, slurm.states)
     pair.wait_for_nobody(60, but="srun")  # which cannot hear how the rank on the other side ended
-    assert {end["code"] for end in ends(run_dir)} == {69} and last_step(run_dir) < STEPS
+    assert {end["code"] for end in ends(run_dir)} == {69}
+    assert last_step(run_dir) < STEPS
     pair.hosts[1].link("up")
     wait_until(lambda: slurm.states() == ["idle", "idle"], 120, slurm.states)
     slurm.start_again(job, 1)

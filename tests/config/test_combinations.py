@@ -25,7 +25,8 @@ def test_mixtures_and_sets_of_held_out_text() -> None:
         return {"source": "data/web/*.jsonl", **given}
 
     config = validate(tree(data={"train": record(text_column="content")}), "the test")
-    assert config.data.is_mixture and [source.label for source in config.data.train_sources] == ["web"]
+    assert config.data.is_mixture
+    assert [source.label for source in config.data.train_sources] == ["web"]
     config = validate(tree(data={"validation": {"a": "x", "b": ["y", record()]}}), "the test")
     sets = config.data.validation_sets
     assert {name: [source.source for source in sources] for name, sources in sets.items()} == {

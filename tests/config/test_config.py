@@ -150,7 +150,8 @@ def test_paths_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", ["train.tokens", "train.epochs", "optim.warmup_fraction"])
 def test_a_null_takes_nothing_else_of_the_file_back(name: str) -> None:
     given, changed = (load_config(ROOT / "configs/run/tiny_remora.yaml", flags) for flags in ({}, {name: "null"}))
-    assert changed == given and (given.train.steps, given.optim.warmup_steps) == (1000, 100)
+    assert changed == given
+    assert (given.train.steps, given.optim.warmup_steps) == (1000, 100)
 
 
 def test_two_lengths_on_one_command_line_are_a_fault() -> None:
@@ -176,10 +177,13 @@ def test_the_length_of_a_run_is_given_in_steps_or_tokens_or_epochs() -> None:
     )
     settings["optim"] = {"warmup_steps": 10}
     config = validate(settings, "the test")
-    assert config.train.steps == 245 and config.tokens_per_step * 245 >= 1_000_000 > config.tokens_per_step * 244
+    assert config.train.steps == 245
+    assert config.tokens_per_step * 245 >= 1_000_000 > config.tokens_per_step * 244
     assert validate(parse_yaml(dump(config)), "the test") == config  # the same again, now in steps
     (fault,) = faults_of(tree(train={"tokens": 1e12, "steps": 100}))
-    assert fault.startswith("train.tokens: ") and "given only once" in fault and "train.steps" in fault
+    assert fault.startswith("train.tokens: ")
+    assert "given only once" in fault
+    assert "train.steps" in fault
     settings["train"] = {"run_dir": "r", "epochs": 2.5, "batch_size": 8, "micro_batch_size": 8}
     settings["method"] = {"name": "remora", "merge_every": 50_000}  # no fault: the number of steps is unknown
     config = validate(settings, "the test")

@@ -171,7 +171,8 @@ def test_settings_that_are_taken_make_a_plan_or_a_message(changes: dict[str, Any
         assert type(error).__module__.startswith("relora_mora.") or "method." in str(error), error
         assert "; " in str(error), "a remedy"
     else:
-        assert plan.parameters.trainable > 0 and render(plan)
+        assert plan.parameters.trainable > 0
+        assert render(plan)
 
 
 texts_without_nul = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20)

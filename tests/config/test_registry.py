@@ -62,7 +62,8 @@ def test_the_optimizer_that_contributing_adds_is_one(monkeypatch, tmp_path):
 def test_an_optimizer_of_matrices_names_its_rule_and_settings_that_exist(name):
     optim = OptimConfig(matrices=name)
     record = optim.record
-    assert record.name == name and record.title
+    assert record.name == name
+    assert record.title
     assert {setting.removeprefix("optim.") for setting in record.settings} <= OptimConfig.model_fields.keys()
     rule = matrix_rule(optim)
     if rule is None:
@@ -75,7 +76,8 @@ def test_an_optimizer_of_matrices_names_its_rule_and_settings_that_exist(name):
     assert all(moment.any() for moment in {**moments, **state.tensors}.values())
     if name in OF_WHOLE_MATRICES:
         assert moments or state.tensors
-        assert rule.flops(6, 9) > 0 and rule.workspace_bytes(6, 9, on_gpu=False) > 0
+        assert rule.flops(6, 9) > 0
+        assert rule.workspace_bytes(6, 9, on_gpu=False) > 0
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,9 @@ def test_a_token_is_refused_wherever_it_stands(tmp_path: Path, sections: dict[st
 )
 def test_the_login_of_a_url_is_refused(setting: str, source: Any) -> None:
     found = faults_of(tree(data={setting: source}))
-    assert len(found) == 1 and found[0].startswith(f"data.{setting}") and "~/.netrc" in found[0]
+    assert len(found) == 1
+    assert found[0].startswith(f"data.{setting}")
+    assert "~/.netrc" in found[0]
     assert not any(secret in found[0] for secret in SECRETS)
 
 
@@ -94,7 +96,9 @@ def test_the_login_of_a_url_is_refused(setting: str, source: Any) -> None:
 )
 def test_a_signed_url_is_refused(query: str, names: str) -> None:
     found = faults_of(tree(data={"train": f"https://example.org/a.json.gz?{query}"}))
-    assert len(found) == 1 and f"a secret in its query ({names})" in found[0] and "Sign4ture" not in found[0]
+    assert len(found) == 1
+    assert f"a secret in its query ({names})" in found[0]
+    assert "Sign4ture" not in found[0]
     assert secret_in("https://example.org/a.json?signatures=1&tokens=5&design=2") is None
 
 
@@ -111,7 +115,8 @@ def test_a_signed_url_is_refused(query: str, names: str) -> None:
     ],
 )
 def test_what_is_no_secret_is_accepted_and_shown(text: str) -> None:
-    assert secret_in(text) is None and redact(text) == text
+    assert secret_in(text) is None
+    assert redact(text) == text
     assert validate(tree(data={"train": text}), "the test").data.train == text
 
 

@@ -225,7 +225,9 @@ def test_a_task_is_mora_on_adapters_alone(name: str) -> None:
     config = task(name)
     assert not unused_by(config)
     rates, operator = THE_PAPERS[name]
-    assert config.method.name == "mora" and config.optim.lr in rates and config.method.operators[0] == operator
+    assert config.method.name == "mora"
+    assert config.optim.lr in rates
+    assert config.method.operators[0] == operator
     assert not (config.method.train_embeddings or config.method.train_norms or config.method.train_head)
     assert config.train.run_dir == f"runs/{name}"
     text = Path(f"configs/task/{name}.yaml").read_text(encoding="utf-8")
@@ -234,7 +236,8 @@ def test_a_task_is_mora_on_adapters_alone(name: str) -> None:
 
 def test_the_memory_task_asks_for_what_it_learns_in_sequences_of_one_pair() -> None:
     config = task("memory")
-    assert config.data.train == config.data.validation and config.data.packing == "none"
+    assert config.data.train == config.data.validation
+    assert config.data.packing == "none"
     assert config.eval.generate > 0
     begin = newline = end = 1
     assert config.data.sequence_length + 1 >= begin + 36 + newline + 36 + end

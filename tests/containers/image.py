@@ -65,7 +65,8 @@ def root_folder(buildah: Buildah, container: Container) -> Iterator[Path]:
 def test_the_entrypoint_is_the_trainer(container: Container) -> None:
     config = container.buildah.config(IMAGE)
     done = container.run(*config["Entrypoint"], *config["Cmd"])
-    assert "Pretrains a model" in done.stdout and "CONFIG" in done.stdout
+    assert "Pretrains a model" in done.stdout
+    assert "CONFIG" in done.stdout
     assert container.run(*config["Entrypoint"], "missing.yaml", check=False).returncode == 2
 
 
@@ -105,7 +106,8 @@ def test_nothing_of_pips_settings_is_left(buildah: Buildah, root_folder: Path) -
         check=False,
     )
     assert found.returncode == 1, found.stdout  # 1: nothing found, 2: could not look
-    assert not (root_folder / "etc" / "pip.conf").exists() and not list((root_folder / "root").glob(".cache/*"))
+    assert not (root_folder / "etc" / "pip.conf").exists()
+    assert not list((root_folder / "root").glob(".cache/*"))
 
 
 def test_it_trains_as_its_user_and_the_health_check_says_so(
@@ -148,5 +150,6 @@ def test_the_demo_runs_in_it(container: Container) -> None:
     merges = make_schedule(settings.method, settings.optim, settings.train.steps).merges_done(settings.train.steps)
     assert len([line for line in lines if "merge/layers" in line]) == merges > 0
     perplexities = [line["eval/perplexity"] for line in lines if "eval/perplexity" in line]
-    assert perplexities == sorted(perplexities, reverse=True) and perplexities[-1] < perplexities[0] / 10
+    assert perplexities == sorted(perplexities, reverse=True)
+    assert perplexities[-1] < perplexities[0] / 10
     assert (container.runs / "demo" / "export" / "config.json").is_file()

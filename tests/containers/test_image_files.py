@@ -40,7 +40,8 @@ def test_the_compose_file_follows_the_specification(tmp_path: Path) -> None:
     wrong = tmp_path / "compose.yaml"
     wrong.write_text((ROOT / "compose.yaml").read_text().replace("stop_grace_period", "stop_grace_periode"))
     done = follows_the_compose_specification(wrong)
-    assert done.returncode == 1 and "stop_grace_periode" in done.stdout
+    assert done.returncode == 1
+    assert "stop_grace_periode" in done.stdout
 
 
 def test_the_base_image_is_pinned_and_a_build_argument() -> None:
@@ -57,7 +58,8 @@ def test_the_base_image_is_pinned_and_a_build_argument() -> None:
 def test_services_run_as_a_user_without_privileges(name: str) -> None:
     service = SERVICES[name]
     assert service["user"] == "${TRAINER_UID:-10001}:${TRAINER_GID:-10001}"
-    assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
 
 
 def test_packages_in_the_home_of_a_user_do_not_come_before_those_of_the_image() -> None:
@@ -122,7 +124,8 @@ def test_the_trainer_of_the_compose_file_starts_a_rank_on_each_gpu(
     assert sorted(done.stdout.splitlines()) == [
         f"rank {n} of {ranks}: launch/pretrain.py {called}" for n in range(ranks)
     ]
-    assert done.returncode == 75 and service["stop_grace_period"] == "5m"
+    assert done.returncode == 75
+    assert service["stop_grace_period"] == "5m"
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert as_compose_says(device["count"], **given) == str(ranks)
 

@@ -84,11 +84,11 @@ def test_the_numbers_and_names_agree() -> None:
     assert spec["completions"] == spec["parallelism"] == int(ENVIRONMENT["PODS"])
     assert TRAINER["resources"]["limits"]["nvidia.com/gpu"] == int(ENVIRONMENT["RANKS_PER_POD"])
     service = SERVICE["metadata"]["name"]
-    assert ENVIRONMENT["MASTER_ADDR"] == f"{name}-0.{service}" and POD["subdomain"] == service
+    assert ENVIRONMENT["MASTER_ADDR"] == f"{name}-0.{service}"
+    assert POD["subdomain"] == service
     assert [port["port"] for port in SERVICE["spec"]["ports"]] == [int(ENVIRONMENT["MASTER_PORT"])]
-    assert SERVICE["spec"]["clusterIP"] == "None" and SERVICE["spec"]["selector"] == {
-        "batch.kubernetes.io/job-name": name
-    }
+    assert SERVICE["spec"]["clusterIP"] == "None"
+    assert SERVICE["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
     claim = OBJECTS["volume.yaml: PersistentVolumeClaim"]["metadata"]["name"]
     assert {body["claimName"] for body in bodies(list(OBJECTS.values())) if "claimName" in body} == {claim}
     images = {container["image"] for body in bodies(list(OBJECTS.values())) for container in body.get("containers", [])}
@@ -115,13 +115,17 @@ def test_exit_codes_decide_whether_a_pod_is_started_again() -> None:
         (75, 69, 143), "Ignore"
     )
     assert {code: action_after(code) for code in (FAILED, USER_ERROR)} == dict.fromkeys((1, 2), "FailJob")
-    assert action_after(128 + signal.SIGKILL) == "Count" and JOB["spec"]["backoffLimit"] > 0
+    assert action_after(128 + signal.SIGKILL) == "Count"
+    assert JOB["spec"]["backoffLimit"] > 0
     rules = JOB["spec"]["podFailurePolicy"]["rules"]
-    assert rules[0]["action"] == "Ignore" and rules[0]["onPodConditions"][0]["type"] == "DisruptionTarget"
+    assert rules[0]["action"] == "Ignore"
+    assert rules[0]["onPodConditions"][0]["type"] == "DisruptionTarget"
     for rule in rules[1:]:  # what the API demands beyond the schema
         values = rule["onExitCodes"]["values"]
-        assert values == sorted(set(values)) and rule["onExitCodes"]["containerName"] == TRAINER["name"]
-    assert POD["restartPolicy"] == "Never" and POD["terminationGracePeriodSeconds"] >= 120
+        assert values == sorted(set(values))
+        assert rule["onExitCodes"]["containerName"] == TRAINER["name"]
+    assert POD["restartPolicy"] == "Never"
+    assert POD["terminationGracePeriodSeconds"] >= 120
 
 
 def test_the_job_is_complete_with_the_first_pod_that_ends_well() -> None:
@@ -140,7 +144,8 @@ def test_pods_run_as_the_user_of_the_image_and_may_do_nothing_else(pod: dict[str
         f"USER {pod['securityContext']['runAsUser']}:{pod['securityContext']['fsGroup']}\n"
         in (ROOT / "Dockerfile").read_text()
     )
-    assert pod["securityContext"]["runAsNonRoot"] is True and pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["automountServiceAccountToken"] is False
     (container,) = pod["containers"]
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert container["securityContext"] == {
@@ -148,14 +153,14 @@ def test_pods_run_as_the_user_of_the_image_and_may_do_nothing_else(pod: dict[str
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    assert mounted >= {"/app/runs", "/tmp"} and {mount["name"] for mount in container["volumeMounts"]} == {
-        v["name"] for v in pod["volumes"]
-    }
+    assert mounted >= {"/app/runs", "/tmp"}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
 
 
 def test_tensorboard_listens_inside_of_its_pod_only() -> None:
     (container,) = OBJECTS["tensorboard.yaml: Pod"]["spec"]["containers"]
-    assert "--host=localhost" in container["args"] and "ports" not in container
+    assert "--host=localhost" in container["args"]
+    assert "ports" not in container
 
 
 def pod(index: int, *arguments: str, python: Path | str = sys.executable, **environment: str) -> subprocess.Popen[str]:
@@ -237,7 +242,8 @@ def test_sigterm_to_a_pod_reaches_all_its_ranks(fake: Path) -> None:
     saving = [process.stdout.readline() for _ in range(3)]
     process.terminate()  # once more does not end the pod before its ranks
     process.communicate(timeout=20)
-    assert sorted(saving) == [f"rank {n} saves\n" for n in range(3)] and process.returncode == 75
+    assert sorted(saving) == [f"rank {n} saves\n" for n in range(3)]
+    assert process.returncode == 75
 
 
 def test_sigterm_while_the_ranks_are_started_ends_those_that_come_later_too(fake: Path) -> None:
@@ -246,7 +252,8 @@ def test_sigterm_while_the_ranks_are_started_ends_those_that_come_later_too(fake
     process.stdout.readline()  # of some 300
     process.terminate()
     said = process.communicate(timeout=30)[0]
-    assert process.returncode in (75, 143) and action_after(process.returncode) == "Ignore"
+    assert process.returncode in (75, 143)
+    assert action_after(process.returncode) == "Ignore"
     assert said.count(" of 300,") < 299, "it came too late to show anything"
 
 
@@ -267,9 +274,11 @@ def test_sigterm_before_the_first_rank_does_not_look_like_the_end_of_the_run(fak
     process = subprocess.Popen(
         ["bash", tmp_path / "ranks.sh"], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
     process.terminate()
-    assert process.communicate(timeout=20)[0] == "" and action_after(process.returncode) == "Ignore"
+    assert process.communicate(timeout=20)[0] == ""
+    assert action_after(process.returncode) == "Ignore"
 
 
 @pytest.mark.parametrize(
@@ -286,7 +295,8 @@ def test_sigterm_before_the_first_rank_does_not_look_like_the_end_of_the_run(fak
 def test_a_pod_says_which_of_its_variables_is_missing_or_wrong(name: str, value: str, expected: str) -> None:
     process = pod(0, **{name: value})
     said = f"ranks.sh: {name} is '{value}', expected {expected}; see launch/k8s/job.yaml\n"
-    assert process.communicate(timeout=20)[0] == said and process.returncode == 2
+    assert process.communicate(timeout=20)[0] == said
+    assert process.returncode == 2
 
 
 def test_a_wrong_setting_fails_the_job_at_once() -> None:
@@ -303,7 +313,8 @@ def test_a_pod_that_is_alone_is_started_again_until_the_others_come(tokenizer_pa
     with pods(str(write_config(settings, tmp_path / "run.yaml"))) as started:
         os.killpg(started[0].pid, signal.SIGKILL)
         said = started[1].communicate(timeout=120)[0]
-    assert "rank 1 of 2 did not meet the others" in said and action_after(started[1].returncode) == "Ignore"
+    assert "rank 1 of 2 did not meet the others" in said
+    assert action_after(started[1].returncode) == "Ignore"
 
 
 @pytest.mark.stops
@@ -321,7 +332,8 @@ def test_a_drained_pod_is_saved_and_the_same_pods_go_on_to_the_end(tokenizer_pat
         started[1].terminate()
         assert codes_of(started) == [75, 75]
     (end,) = ends(run_dir)
-    assert "SIGTERM to rank 1" in end["reason"] and action_after(end["code"]) == "Ignore"
+    assert "SIGTERM to rank 1" in end["reason"]
+    assert action_after(end["code"]) == "Ignore"
     with pods(config, f"--train.steps={end['step'] + 4}", "--train.allow_changes=[train.steps]") as started:
         assert codes_of(started) == [0, 0]
     assert last_step(run_dir) == end["step"] + 4

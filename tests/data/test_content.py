@@ -41,7 +41,8 @@ def test_it_depends_on_the_content_of_files_and_not_on_their_location(tmp_path):
     for folder in ("here", "there"):
         write_shards(tmp_path / folder, 3, 20)
     first = _local(tmp_path / "here" / "*")
-    assert len(first) == 32 and _local(tmp_path / "there" / "*") == first
+    assert len(first) == 32
+    assert _local(tmp_path / "there" / "*") == first
     path = tmp_path / "there" / "part-00001.json.gz"
     body = bytearray(path.read_bytes())
     body[len(body) // 2] ^= 1  # a small file is read as a whole

@@ -14,7 +14,8 @@ SAVED = (
 
 def test_a_saved_state_is_read_and_written_as_ever():
     cursor, offset = read_state(json.loads(SAVED))
-    assert cursor[:6] == (1, 4, 2, 3, 6, 55) and offset == 17
+    assert cursor[:6] == (1, 4, 2, 3, 6, 55)
+    assert offset == 17
     assert json.dumps(cursor.state(offset)) == SAVED
     assert json.dumps(cursor.after_skipping("not_json").state(17)) == SAVED.replace('"not_json": 2', '"not_json": 3')
     assert read_state(start_states(3)["2"]) == (Cursor(), 0)

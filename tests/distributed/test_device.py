@@ -98,7 +98,8 @@ def test_ranks_whose_gpus_do_not_fit_all_raise_the_same_message(
         return
     with pytest.raises(ValueError) as raised:
         bind_device(store_with(*others), 0, len(assignments))
-    assert expected in str(raised.value) and str(fault) in str(raised.value)
+    assert expected in str(raised.value)
+    assert str(fault) in str(raised.value)
     assert raised.value.same_on_all_ranks  # type: ignore[attr-defined]
 
 
@@ -106,7 +107,8 @@ def test_the_only_visible_gpu_is_bound_whatever_the_local_rank(gpus: Any, monkey
     done = gpus("G3")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert bind_device(dist.HashStore(), 0, 1) == torch.device("cuda", 0) == device_of_rank()
-    assert done == [0] and os.environ["LOCAL_RANK"] == "0"  # DeepSpeed computes on the device of that number
+    assert done == [0]
+    assert os.environ["LOCAL_RANK"] == "0"  # DeepSpeed computes on the device of that number
 
 
 def test_the_device_is_bound_before_the_ranks_are_joined(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,11 +129,16 @@ def test_the_device_is_bound_before_the_ranks_are_joined(gpus: Any, monkeypatch:
 
 def test_ds_accelerator_cpu_means_cpus_even_if_there_is_a_gpu(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     done = gpus("G0")
-    assert hardware.uses_cuda() and backend_name() == "nccl"
+    assert hardware.uses_cuda()
+    assert backend_name() == "nccl"
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert not hardware.uses_cuda() and backend_name() == "gloo" and device_of_rank().type == "cpu"
-    assert bind_device(dist.HashStore(), 0, 1) is None and done == [] and os.environ["LOCAL_RANK"] == "1"
+    assert not hardware.uses_cuda()
+    assert backend_name() == "gloo"
+    assert device_of_rank().type == "cpu"
+    assert bind_device(dist.HashStore(), 0, 1) is None
+    assert done == []
+    assert os.environ["LOCAL_RANK"] == "1"
     assert hardware.device_here() is hardware.CPU
 
 
@@ -146,11 +153,14 @@ def test_asking_for_a_missing_gpu_is_one_message(gpus: Any, monkeypatch: pytest.
 def test_full_memory_is_not_a_failed_device() -> None:
     full = torch.AcceleratorError("CUDA error: out of memory")  # also raised if the host has no memory left to pin
     failed = torch.AcceleratorError("CUDA error: unspecified launch failure")
-    assert hardware.ran_out_of_memory(full) and not is_device_failure(full)
-    assert is_device_failure(failed) and not hardware.ran_out_of_memory(failed)
+    assert hardware.ran_out_of_memory(full)
+    assert not is_device_failure(full)
+    assert is_device_failure(failed)
+    assert not hardware.ran_out_of_memory(failed)
     assert not hardware.ran_out_of_memory(ValueError("out of memory"))
     full_library = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-    assert hardware.ran_out_of_memory(full_library) and not is_device_failure(full_library)
+    assert hardware.ran_out_of_memory(full_library)
+    assert not is_device_failure(full_library)
 
 
 @pytest.mark.parametrize(
@@ -162,4 +172,5 @@ def test_full_memory_is_not_a_failed_device() -> None:
     ],
 )
 def test_a_failed_device_is_recognized_by_messages_of_libraries(message: str) -> None:
-    assert is_device_failure(RuntimeError(message)) and not is_device_failure(ValueError(message))
+    assert is_device_failure(RuntimeError(message))
+    assert not is_device_failure(ValueError(message))

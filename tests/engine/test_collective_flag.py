@@ -72,7 +72,8 @@ def test_waits_for_a_gpu_are_flagged(monkeypatch):
     start._flag_device_waits()
     for owner in owners:
         owner.synchronize()
-    assert flags == [True] * 3 and not in_collective()
+    assert flags == [True] * 3
+    assert not in_collective()
 
 
 def _on_the_host(late: str) -> bool:

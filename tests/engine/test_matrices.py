@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,119 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from relora_mora.adapters.inject import inject
-from relora_mora.adapters.layers import adapter_layers, layer_generator
-from relora_mora.config.schema import Config
-from relora_mora.model.llama import LossModel, build_model
-from relora_mora.optim.groups import group_rates, make_schedule, parameter_groups, set_trainable
-from tests.tools.grids import rest
-from tests.tools.tiny import batch, tiny_config, tiny_llama
+from tests.engine.reference import Reference, distance, losses_of, matrix_config, small_llama
+from tests.tools.grids import STAGES, rest
 
 pytestmark = pytest.mark.distributed
 
-STAGES = (0, 1, 2, 3)
-STEPS = 7  # a merge after the fourth
-OPTIM = {"matrices": "muon", "momentum": 0.8, "weight_decay": 0.1, "clip": 0.2, "lr": 2e-2, "lr_other": 1e-2}
-
-
-def _llama() -> Any:
-    return tiny_llama(num_hidden_layers=3, intermediate_size=52)  # with two ranks, a border is inside a matrix
-
-
-def _config(world_size: int, stage: int, method: str, zero: dict[str, Any] | None = None, **optim: Any) -> Config:
-    train = {"zero_stage": stage, "deepspeed": {"zero_optimization": zero or {}}}
-    return tiny_config(world_size, method={"name": method, "rank": 5}, optim={**OPTIM, **optim}, train=train)
-
 
 # ---- the reference: one process, plain torch ----------------------------------------------------------------------
-
-
-def _orthogonal(matrix: Tensor) -> Tensor:
-    """Five steps of X <- 3.4445 X - 4.775 X X^T X + 2.0315 (X X^T)^2 X in float64."""
-    x = matrix.double()
-    norm = x.square().sum().sqrt()
-    x = x / norm if norm > 0 else x
-    for _ in range(5):
-        cube = x @ x.T @ x
-        x = 3.4445 * x - 4.775 * cube + 2.0315 * (x @ x.T @ cube)
-    return x
-
-
-class Reference:
-    """The same run in plain torch: its losses and parameters."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.lm = build_model(_llama(), seed=config.train.seed)
-        if config.method.uses_adapters:
-            inject(self.lm, config.method, seed=config.train.seed)
-        set_trainable(self.lm, config.method)
-        self.groups = parameter_groups(self.lm, config.optim)
-        self.parameters = {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
-        self.momentum = {
-            name: torch.zeros_like(self.parameters[name])
-            for group in self.groups
-            if group.name in ("adapters", "linears")
-            for name in group.parameters
-        }
-        self.others = [group for group in self.groups if group.parameters[0] not in self.momentum]
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": [self.parameters[name] for name in group.parameters], "weight_decay": group.weight_decay}
-                for group in self.others
-            ],
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-        )
-        self.schedule = make_schedule(config.method, config.optim, config.train.steps)
-        self.module = LossModel(self.lm)
-
-    def step(self, step: int) -> float:
-        self.lm.zero_grad()
-        loss = self.module(*batch(step))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.optim.clip)
-        rates = dict(zip(self.groups, group_rates(self.schedule, self.groups, step), strict=True))
-        for members, group in zip(self.adamw.param_groups, self.others, strict=True):
-            members["lr"] = rates[group]
-        self.adamw.step()
-        for group, rate in rates.items():
-            for name in set(group.parameters) & set(self.momentum):
-                self._step_matrix(name, rate, group.weight_decay)
-        return float(loss.detach())
-
-    @torch.no_grad()
-    def _step_matrix(self, name: str, rate: float, decay: float) -> None:
-        weight = self.parameters[name]
-        assert weight.grad is not None
-        old = self.config.optim.momentum
-        momentum = self.momentum[name] = old * self.momentum[name] + (1 - old) * weight.grad
-        step = old * momentum + (1 - old) * weight.grad if self.config.optim.nesterov else momentum
-        weight *= 1 - rate * decay
-        weight -= rate * 0.2 * math.sqrt(max(weight.shape)) * _orthogonal(step).float()
-
-    @torch.no_grad()
-    def merge(self, step: int) -> None:
-        merges = self.schedule.merges_done(step)
-        for name, layer in adapter_layers(self.lm):
-            values = [getattr(layer, key) for key in layer.adapter_names]
-            layer.weight += layer.delta_of(*values)
-            generator = layer_generator(self.config.train.seed, name, merges)
-            for key, value in zip(layer.adapter_names, values, strict=True):
-                value.copy_(layer.fresh(key, generator))
-                self.momentum[f"{name}.{key}"].zero_()
-            if self.config.method.uses_squares:
-                layer.set_operator(self.schedule.operator(step))
-
-
-def _run(run: Any, merges: bool) -> list[float]:
-    losses = []
-    for step in range(1, STEPS + 1):
-        loss = run.step(step)
-        losses.append(loss if isinstance(loss, float) else loss[0])
-        if merges and run.schedule.merge_after(step):
-            run.merge(step)
-    return losses
 
 
 _references: dict[Any, tuple[Reference, list[float]]] = {}
@@ -131,8 +24,8 @@ _references: dict[Any, tuple[Reference, list[float]]] = {}
 def _reference(method: str, **optim: Any) -> tuple[Reference, list[float]]:
     key = (method, *optim.items())
     if key not in _references:
-        run = Reference(_config(1, 0, method, **optim))
-        _references[key] = run, _run(run, run.config.method.merges)
+        run = Reference(matrix_config(1, 0, method, **optim))
+        _references[key] = run, losses_of(run, run.config.method.merges)
     return _references[key]
 
 
@@ -143,8 +36,8 @@ def trained(world_size: int, stage: int, method: str, bf16: bool = False, **sett
     """Losses, and at the end of the run the masters, momentum and frozen weights."""
     from tests.tools.tiny import build_rig, whole_weights
 
-    rig = build_rig(_config(world_size, stage, method, **settings), bf16=bf16, llama=_llama())
-    losses = _run(rig, rig.config.method.merges)
+    rig = build_rig(matrix_config(world_size, stage, method, **settings), bf16=bf16, llama=small_llama())
+    losses = losses_of(rig, rig.config.method.merges)
     matrices = [name for name, moments in rig.engine.moments.items() if moments == ("momentum",)]
     exchanges = rig.engine.optimizer.matrices._exchanges.values()
     return {
@@ -155,17 +48,6 @@ def trained(world_size: int, stage: int, method: str, bf16: bool = False, **sett
         "cut": any(exchange.is_needed for exchange in exchanges),
         "states": {key for flat in rig.engine.flats("norms") for key in rig.engine.state_of(flat)},
     }
-
-
-def _distance(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
-    """The largest distance from the reference, relative to how far the reference is from ``start``."""
-    assert found.keys() == expected.keys()
-    distances = [
-        torch.linalg.vector_norm(found[name] - expected[name])
-        / torch.linalg.vector_norm(expected[name] - start.get(name, 0)).clamp(min=1e-12)
-        for name in found
-    ]
-    return float(torch.stack(distances).max())  # Python's max would ignore NaN
 
 
 CASES = [(2, "remora", stage) for stage in STAGES]
@@ -181,10 +63,10 @@ def test_every_stage_trains_as_plain_torch_does(pools, world, method, stage):
     masters = {name: parameters[name] for name in reference.parameters}
     for found in pools(world)(trained, world, stage, method):
         assert found["losses"] == pytest.approx(losses, rel=2e-6)
-        assert _distance(found["masters"], masters, start) < 5e-5
-        assert _distance(found["momentum"], reference.momentum, {}) < 2e-5
+        assert distance(found["masters"], masters, start) < 5e-5
+        assert distance(found["momentum"], reference.momentum, {}) < 2e-5
         frozen = {name: value for name, value in parameters.items() if name not in masters}
-        assert _distance(found["frozen"], frozen, start) < 5e-5 if frozen else not found["frozen"]
+        assert distance(found["frozen"], frozen, start) < 5e-5 if frozen else not found["frozen"]
         assert found["cut"] == (world > 1 and stage > 0)
         assert found["states"] == {"exp_avg", "exp_avg_sq", "step"}
 
@@ -208,7 +90,8 @@ def test_without_nesterov(pools, stage):
 )
 def test_with_deepspeeds_own_settings(pools, stage, zero):
     for found in pools(2)(trained, 2, stage, "full", zero=zero):
-        assert found["cut"] and found["losses"] == pytest.approx(_reference("full")[1], rel=2e-6)
+        assert found["cut"]
+        assert found["losses"] == pytest.approx(_reference("full")[1], rel=2e-6)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -304,7 +187,7 @@ def test_several_matrices_of_a_shape_go_together(pools):
 def elements_owned(world_size: int) -> int:
     from tests.tools.tiny import build_rig
 
-    rig = build_rig(_config(world_size, 3, "remora"), llama=_llama())
+    rig = build_rig(matrix_config(world_size, 3, "remora"), llama=small_llama())
     rig.step(1)
     [exchange] = rig.engine.optimizer.matrices._exchanges.values()
     return sum(part.numel for parts in exchange.incoming for _, part in parts)

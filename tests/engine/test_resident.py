@@ -69,7 +69,8 @@ def test_it_trains_as_the_merged_form_bit_for_bit_and_builds_once_a_step(pools, 
         )  # NaN: one step has a poisoned gradient
         merged, resident = seen["merged", "bits"], seen["resident", "bits"]
         assert all(torch.equal(merged[name], resident[name]) for name in merged)
-        assert seen["resident", "builds"] == 6 * 14 and seen["merged", "builds"] == 0  # 4 micro-batches, evaluations
+        assert seen["resident", "builds"] == 6 * 14
+        assert seen["merged", "builds"] == 0  # 4 micro-batches, evaluations
         assert seen["resident", "kept"] == [0] * 6
 
 

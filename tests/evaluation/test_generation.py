@@ -91,7 +91,8 @@ def test_the_last_answer_of_a_record_is_generated():
 
     assert parts(5, 6, 7) == [[0, 1, 2, 3, 4], [5, 6, 7]]
     assert parts(2, 3, 6) == [[0, 1, 2, 3, 4, 5], [6]]
-    assert parts(*ids) is None and parts(5, 6, 7, cut=True) is None
+    assert parts(*ids) is None
+    assert parts(5, 6, 7, cut=True) is None
     assert answer_of(Encoded(ids)) is None
 
 
@@ -121,7 +122,8 @@ def test_special_tokens_that_an_answer_begins_with_are_given(lm, tokenizer_path)
     begun = [_with_leading_tokens_in_prompt(answer, special_tokens(tokenizer)) for answer in answers]
     assert [(each.prompt.tolist(), each.answer.tolist()) for each in begun] == [([5, end], [6, 7, end]), ([5], [end])]
     found = generate_answers(lm, answers[:1], tokenizer=tokenizer, batch_size=1, device=CPU)
-    assert found is not None and found.characters > 0
+    assert found is not None
+    assert found.characters > 0
 
 
 def test_every_answer_is_counted_once_on_any_number_of_ranks(lm, tokenizer_path):
@@ -141,7 +143,8 @@ def test_every_answer_is_counted_once_on_any_number_of_ranks(lm, tokenizer_path)
         ]
         whole = Generated.of_all(results)
         assert (whole.answers, whole.exact, whole.characters) == (4, 3, sum(map(len, expected)))
-        assert lost > 0 and whole.agreeing == whole.characters - lost
+        assert lost > 0
+        assert whole.agreeing == whole.characters - lost
         assert whole.as_dict() == {
             "exact_match": 0.75,
             "character_accuracy": whole.agreeing / whole.characters,

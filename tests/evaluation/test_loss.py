@@ -94,8 +94,11 @@ def test_progress_goes_up_to_all_tokens(source, tokenizer_path, world_size):
         all_sum=lambda totals: torch.tensor([totals[0], data.predicted]),  # as if the other rank had scored the rest
         progress=lambda done, total: steps.append((done, total)),
     )
-    assert len(steps) > 1 and steps == sorted(steps) and {total for _, total in steps} == {data.predicted}
-    assert steps[0][0] == 16 * world_size and steps[-1][0] == data.predicted
+    assert len(steps) > 1
+    assert steps == sorted(steps)
+    assert {total for _, total in steps} == {data.predicted}
+    assert steps[0][0] == 16 * world_size
+    assert steps[-1][0] == data.predicted
 
 
 def test_sets_are_scored_one_after_the_other(source, tokenizer_path, tmp_path):
@@ -119,7 +122,9 @@ def test_sets_are_scored_one_after_the_other(source, tokenizer_path, tmp_path):
     assert EvalResult.of_all(reversed(results.values())).digest == whole.digest
     assert EvalResult.of_all([results["two"]]) == results["two"]
     both = sum(data.predicted for data in sets.values())
-    assert steps == sorted(steps) and {total for _, total in steps} == {both} and steps[-1][0] == both
+    assert steps == sorted(steps)
+    assert {total for _, total in steps} == {both}
+    assert steps[-1][0] == both
     assert evaluate_sets(lambda data, _: results["all"] if data is sets["all"] else None, sets, print) is None, (
         "stopped"
     )
@@ -155,10 +160,12 @@ def test_the_revisions_of_a_run_hold_for_its_own_text():
     (here,) = loaded.data_settings(["a.jsonl"], {}).sources("validation")
     assert here.revision is None  # it is on no hub
     asked = loaded.data_settings(["some/set"], {"data.revision": "v2"})
-    assert asked.revision == "v2" and asked.sources("validation")[0].revision is None
+    assert asked.revision == "v2"
+    assert asked.sources("validation")[0].revision is None
     masked = LoadedModel(_gpt2(), nullcontext(), data.model_copy(update={"document_mask": True}), "a run")
     rows = {"data.records.kind": "question", "data.packing": "none"}
-    assert masked.data_settings(None, {}).document_mask and not masked.data_settings(["a.jsonl"], rows).document_mask
+    assert masked.data_settings(None, {}).document_mask
+    assert not masked.data_settings(["a.jsonl"], rows).document_mask
 
 
 def test_conversations_of_a_run_have_the_template_that_its_tokenizer_took_along():
@@ -238,10 +245,12 @@ def test_rows_of_documents_hold_every_scored_label_once_and_no_more_tokens_than_
     documents = torch.tensor([[1] * 7 + [2] + [3] * 4, [5] * 8 + [6] * 4], dtype=torch.int32)
     seen = []
     for rows, targets in rows_of_documents(ids, labels, document_boundaries(documents)):
-        assert rows.shape == targets.shape and rows.numel() <= ids.numel()
+        assert rows.shape == targets.shape
+        assert rows.numel() <= ids.numel()
         for row, target in zip(rows, targets, strict=True):
             scored = target != -100
-            assert torch.equal(row[scored] + 100, target[scored]) and bool(scored[: scored.sum()].all())
+            assert torch.equal(row[scored] + 100, target[scored])
+            assert bool(scored[: scored.sum()].all())
             seen.append(row[scored].tolist())
     assert sorted(seen) == [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11, 12], [13, 14, 15, 16, 17, 18, 19, 20]]
 
@@ -288,9 +297,8 @@ def test_other_content_of_a_foreign_folder_is_reported(tmp_path, caplog):
     (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
     with caplog.at_level("WARNING"):
         load_any_model(folder, torch.float32)
-    assert (
-        "these weights do not belong to its model" in caplog.text and "model.layers.1.mlp.up_proj.weight" in caplog.text
-    )
+    assert "these weights do not belong to its model" in caplog.text
+    assert "model.layers.1.mlp.up_proj.weight" in caplog.text
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="a PEFT adapter next to its model"):
         load_any_model(folder, torch.float32)

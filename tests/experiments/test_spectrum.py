@@ -99,7 +99,8 @@ def test_the_table_has_means_over_layers() -> None:
 def test_ranks_accumulate_from_merge_to_merge(runs: dict[str, Path]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
     figure = accumulated_figure(group_runs([read_run(runs["relora"]), read_run(runs["lora"])]))
-    assert figure is not None and len([panel for panel in figure.axes if panel.get_visible()]) == 7
+    assert figure is not None
+    assert len([panel for panel in figure.axes if panel.get_visible()]) == 7
     relora, lora = figure.axes[0].get_lines()
     assert list(relora.get_xdata()) == list(lora.get_xdata()) == [8 * 32 * step for step in range(1, 11)]
     assert max(lora.get_ydata()) <= RANK
@@ -114,7 +115,8 @@ def test_the_command_prints_a_table_and_draws(runs: dict[str, Path], tmp_path: P
     answer = call(SPECTRUM, *given, "--checkpoints", f"--out={tmp_path / 'out'}")
     assert answer.code == 0, answer
     assert "| LoRA |" in answer.out and answer.out.count("| LoRA |") == 1, "a run that is given twice counts once"
-    assert "| ReLoRA |" in answer.out and "| down_proj |" in answer.out
+    assert "| ReLoRA |" in answer.out
+    assert "| down_proj |" in answer.out
     assert (tmp_path / "out" / "spectrum.md").read_text() == answer.out
     for name in ("spectrum", "effective_rank"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

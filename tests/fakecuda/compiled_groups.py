@@ -108,7 +108,8 @@ def test_weights_do_not_spill_and_are_read_and_written_in_vectors(
     expand_add(on_device(shape[1], shape[0]), on_device(size, size), operator.inputs, operator.outputs)
     code = code_for(architecture)
     whole = 16 if shape[0] % 8 == 0 else 2
-    assert accesses(code, "st") == {whole} and whole in accesses(code, "ld")
+    assert accesses(code, "st") == {whole}
+    assert whole in accesses(code, "ld")
     used = resources(code, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
 
@@ -122,7 +123,8 @@ def test_what_may_be_loaded_at_once_follows_the_pointer(dtype: torch.dtype) -> N
     compiled = list(triton_launch._compiled.values())
     assert len(compiled) == 2  # 0, 16 and 2048 elements are multiples of 16 bytes
     loads = [accesses({"ptx": kernel.asm["ptx"]}, "ld") for kernel in compiled]
-    assert max(loads[0]) == 16 and loads[1] == {dtype.itemsize}
+    assert max(loads[0]) == 16
+    assert loads[1] == {dtype.itemsize}
 
 
 def test_launches_of_one_shape_share_a_kernel() -> None:
@@ -130,7 +132,8 @@ def test_launches_of_one_shape_share_a_kernel() -> None:
     shapes = [(8, 32), (1, 64), (3, 5), (1, 1)]
     for shape in shapes:
         x = on_device(*shape, 768)
-        assert supports(x) and group_sum(x, grouping).shape == (*shape, 448)
+        assert supports(x)
+        assert group_sum(x, grouping).shape == (*shape, 448)
     assert len(triton_launch._compiled) == 1
     assert group_sum(on_device(0, 768), grouping).shape == (0, 448)
 

@@ -57,7 +57,8 @@ def test_sums_are_those_of_float64(
         x = integers(3, 3, features, dtype=dtype)
         y = triton_groups.group_sums([x], grouping)
         exact = grouping.sum(x.double())
-        assert y.shape == (3, 3, grouping.slots) and y.dtype == dtype
+        assert y.shape == (3, 3, grouping.slots)
+        assert y.dtype == dtype
         # one rounding: at most a unit in the last of 8 places
         torch.testing.assert_close(y.double(), exact, rtol=2**-7 if dtype is torch.bfloat16 else 0, atol=0)
         assert not y[..., slots:].any()
@@ -170,7 +171,8 @@ def test_a_layer_with_them_has_the_gradients_of_the_textbook_form(mora_type: int
         x = torch.randn(3, 5, 50, generator=torch.Generator().manual_seed(1)).requires_grad_()
         y = form(x)
         y.square().sum().backward()
-        assert form.mora_M.grad is not None and form.mora_M.grad.shape == (19, 19)
+        assert form.mora_M.grad is not None
+        assert form.mora_M.grad.shape == (19, 19)
         results.append((y, x.grad, form.mora_M.grad))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

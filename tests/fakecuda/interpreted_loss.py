@@ -40,7 +40,8 @@ def test_losses_and_gradients_are_those_of_float64(
     gradient = torch.autograd.grad(expected.sum() * SCALE, wide)[0]
     quiet = triton_loss.cross_entropy_(logits, labels, SCALE, -100, False)
     losses = triton_loss.cross_entropy_(logits, labels, SCALE, -100, True)
-    assert torch.equal(quiet, losses) and losses.dtype == torch.float32
+    assert torch.equal(quiet, losses)
+    assert losses.dtype == torch.float32
     torch.testing.assert_close(losses.double(), expected, rtol=2e-6, atol=1e-5)
     torch.testing.assert_close(logits.double(), gradient, rtol=tolerance, atol=1e-8)
 
@@ -48,7 +49,8 @@ def test_losses_and_gradients_are_those_of_float64(
 def test_a_label_outside_the_vocabulary_has_no_loss() -> None:
     labels = torch.tensor([3, 21, -1, -100])
     losses = triton_loss.cross_entropy_(torch.zeros(4, 21), labels, SCALE, -100, True)
-    assert losses.isnan().tolist() == [False, True, True, False] and losses[3] == 0
+    assert losses.isnan().tolist() == [False, True, True, False]
+    assert losses[3] == 0
 
 
 @pytest.mark.parametrize("place", [0, 17, 8200])
@@ -68,7 +70,8 @@ def test_tokens_that_are_ruled_out_have_no_gradient(out: slice) -> None:
     loss = triton_loss.cross_entropy_(logits, torch.tensor([label]), torch.tensor(1.0), -100, True)
     left = 8201 - (out.stop - out.start)
     assert loss.item() == pytest.approx(torch.tensor(left).log().item(), rel=1e-6)
-    assert not logits[0, out].any() and logits[0, label].item() == pytest.approx(1 / left - 1, rel=1e-6)
+    assert not logits[0, out].any()
+    assert logits[0, label].item() == pytest.approx(1 / left - 1, rel=1e-6)
 
 
 @pytest.fixture
@@ -86,7 +89,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _addmm(
     total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, beta: int = 1, alpha: int = 1, *, out: Tensor
 ) -> Tensor:
-    assert out.dtype == dtype == torch.float32 and out.data_ptr() == total.data_ptr()
+    assert out.dtype == dtype == torch.float32
+    assert out.data_ptr() == total.data_ptr()
     return out.addmm_(a.to(dtype), b.to(dtype))
 
 

@@ -56,7 +56,8 @@ def test_a_gpu_trains_as_a_cpu(
         folder = tmp_path / str(len(losses))
         where(1)(train, run_config(inputs, tokenizer_path, folder, method={"name": method}))
         losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
-    assert len(losses[0]) == 10 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(losses[0]) == 10
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_what_a_gpu_does_by_default_resumes_bit_equal(
@@ -75,7 +76,8 @@ def test_what_a_gpu_does_by_default_resumes_bit_equal(
             pools(ranks)(train, config, stop_after=4)
         pools(ranks)(train, config)
     first, second = (tensors(folder / "checkpoints" / "step-00000010") for folder in folders)
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_a_command_trains_on_every_gpu(inputs: Path, tokenizer_path: str, tmp_path: Path, ranks: int) -> None:
@@ -83,7 +85,8 @@ def test_a_command_trains_on_every_gpu(inputs: Path, tokenizer_path: str, tmp_pa
     job = Job(write_config(config, tmp_path / "run.yaml"), ranks=ranks, device=DEVICE)
     assert job.wait(300) == 0, job.output
     [start] = read_json_lines(RunFolder(tmp_path / "run").starts)
-    assert start["world_size"] == ranks and ("NVIDIA" in json.dumps(start)) == (DEVICE == "cuda")
+    assert start["world_size"] == ranks
+    assert ("NVIDIA" in json.dumps(start)) == (DEVICE == "cuda")
 
 
 @gpu_only
@@ -92,4 +95,5 @@ def test_two_ranks_on_one_gpu_are_one_message(inputs: Path, tokenizer_path: str,
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
     job = Job(write_config(config, tmp_path / "run.yaml"), launcher="torchrun", device="cuda", visible="0")
     assert job.wait() == 1, job.output  # torchrun's own; the ranks end with 2
-    assert job.output.count("see only one GPU, the same one") == 1 and f"exitcode  : {USER_ERROR}" in job.output
+    assert job.output.count("see only one GPU, the same one") == 1
+    assert f"exitcode  : {USER_ERROR}" in job.output

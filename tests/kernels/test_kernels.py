@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -25,12 +24,8 @@ from relora_mora.kernels import (
     rotated,
     wrapped_interleaved,
 )
+from tests.tools.kernels import compiled_only
 
-# tests/gpu runs these tests on a GPU, whose kernels are compiled at run time
-compiled_only = pytest.mark.skipif(
-    os.environ.get("TEST_DEVICE", "cpu") == "cpu" and not kernels.available(),
-    reason=f"kernels are {kernels.describe()}",
-)
 GROUPINGS = [
     getattr(kernels.grouping, name)
     for name in sorted({name for record in OPERATORS.values() for name in record.groupings})
@@ -94,7 +89,8 @@ def test_sum_and_copy_agree_with_the_matrix_of_the_definition(make, features, sl
     grouping = make(features, slots)
     C = _matrix(make, features, slots)
     x, y = _integers(3, 2, features, dtype=torch.float64), _integers(3, 2, slots, dtype=torch.float64)
-    assert torch.equal(grouping.sum(x), x @ C.T) and torch.equal(grouping.copy(y), y @ C)
+    assert torch.equal(grouping.sum(x), x @ C.T)
+    assert torch.equal(grouping.copy(y), y @ C)
 
 
 def _assert_supported(tensor: torch.Tensor, grouping: Grouping) -> None:
@@ -114,7 +110,8 @@ def test_compiled_sum_rounds_once(make, features, slots, dtype, device):
     grouping, x = make(features, slots), _integers(5, 7, features, dtype=dtype).to(device)
     _assert_supported(x, grouping)
     y = group_sum(x, grouping)
-    assert y.dtype == dtype and torch.equal(y, grouping.sum(x.double()).to(dtype))
+    assert y.dtype == dtype
+    assert torch.equal(y, grouping.sum(x.double()).to(dtype))
 
 
 @pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
@@ -127,7 +124,8 @@ def test_sums_of_several_tensors_stand_side_by_side(make, library, device, monke
         part = x.repeat(*[1] * len(rows), 2)[..., :61]  # a slice of a wider matrix
         for xs in ([x], [x, -x], [x, part, 3 * x]):
             y = group_sums(xs, grouping)
-            assert torch.equal(y, torch.cat([grouping.sum(x) for x in xs], -1)) and y.is_contiguous()
+            assert torch.equal(y, torch.cat([grouping.sum(x) for x in xs], -1))
+            assert y.is_contiguous()
 
 
 @pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
@@ -169,7 +167,8 @@ def test_threads_and_instruction_sets_change_no_bit(slots, dtype):
         torch.set_num_threads(before)
         cpu.load().remora_use(cpu.BEST)
     for index, (total, matrix) in enumerate(results):
-        assert torch.equal(total, results[index % 3][0]) and torch.equal(matrix, results[index % 3][1])
+        assert torch.equal(total, results[index % 3][0])
+        assert torch.equal(matrix, results[index % 3][1])
 
 
 @compiled_only
@@ -237,7 +236,8 @@ def test_torch_compile_sees_through(library, monkeypatch):
     for a, b in zip(compiled(*arguments), _both(*arguments), strict=True):
         assert torch.equal(a, b)
     operators = {torch.ops.relora_mora.group_sums.default, torch.ops.relora_mora.expand_add.default}
-    assert len(graphs) == 1 and graphs[0] & operators == (operators if library else set())
+    assert len(graphs) == 1
+    assert graphs[0] & operators == (operators if library else set())
 
 
 @compiled_only
@@ -294,7 +294,8 @@ def test_an_unsuitable_library_is_not_used(monkeypatch, tmp_path):
             with monkeypatch.context() as patch:
                 patch.setattr(cpu, name, tmp_path / name)
                 patch.setattr(kernels.ops, "_DEVICES", kernels.ops.kernels_here())
-                assert message in kernels.describe() and not kernels.available()
+                assert message in kernels.describe()
+                assert not kernels.available()
                 assert not kernels.supports(torch.zeros(2, 2))
             cpu.load.cache_clear()
     finally:

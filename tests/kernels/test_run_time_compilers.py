@@ -43,12 +43,16 @@ def test_a_missing_compiler_is_reported(language, variable, compiler, monkeypatc
 def test_layers_are_compiled_if_there_is_a_compiler(monkeypatch, tmp_path, caplog):
     with_compiler(monkeypatch, tmp_path, compiler=True, headers=False)
     auto, required = ModelConfig(config="none"), ModelConfig(config="none", compile=True)
-    assert not compiles_here(auto, 1, on_gpu=True) and "no Python.h" in caplog.text and "python3-dev" in caplog.text
+    assert not compiles_here(auto, 1, on_gpu=True)
+    assert "no Python.h" in caplog.text
+    assert "python3-dev" in caplog.text
     with pytest.raises(ConfigError, match=r"no Python\.h; .*, or leave it at auto"):
         compiles_here(required, 1, on_gpu=True)
     with_compiler(monkeypatch, tmp_path, compiler=True, headers=True)
-    assert compiles_here(auto, 1, on_gpu=True) and compiles_here(required, 1, on_gpu=False)
-    assert not compiles_here(auto, 3, on_gpu=True) and not compiles_here(auto, 1, on_gpu=False)
+    assert compiles_here(auto, 1, on_gpu=True)
+    assert compiles_here(required, 1, on_gpu=False)
+    assert not compiles_here(auto, 3, on_gpu=True)
+    assert not compiles_here(auto, 1, on_gpu=False)
 
 
 @pytest.mark.parametrize(

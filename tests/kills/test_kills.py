@@ -173,13 +173,15 @@ def _unused_shared_memory() -> set[Path]:
 def _compare(reference: Path, run_dir: Path) -> None:
     last = f"step-{STEPS:08d}"
     first, second = (tensors(folder / "checkpoints" / last) for folder in (reference, run_dir))
-    assert set(first) == set(second) and len(first) > 50
+    assert set(first) == set(second)
+    assert len(first) > 50
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert names == ["latest", f"step-{STEPS - 2:08d}", last]
     assert all(verify(run_dir / "checkpoints" / name) is None for name in names[1:])
     losses = [_losses(folder) for folder in (reference, run_dir)]
-    assert losses[0] == losses[1] and len(losses[0]) == STEPS
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == STEPS
 
 
 def _losses(run_dir: Path) -> list[tuple[int, float]]:

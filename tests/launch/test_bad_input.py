@@ -174,7 +174,8 @@ def test_outside_the_environment_a_script_says_so(script: str, tmp_path: Path) -
         cwd=tmp_path,
         check=False,
     )
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 1
+    assert done.stdout == ""
     message = "activate the environment (source .venv/bin/activate), or make one (make env)"
     assert done.stderr == f"No module named 'relora_mora': {message}\n"
 
@@ -364,4 +365,5 @@ def test_pretrain_where_the_hub_cannot_be_reached(inputs: Path) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr and all("retrying in" in line for line in retries), (
         done
     )
-    assert message.startswith("hub:allenai/c4 (revision main): gave up after 0.5 s") and "HF_ENDPOINT" in message
+    assert message.startswith("hub:allenai/c4 (revision main): gave up after 0.5 s")
+    assert "HF_ENDPOINT" in message

@@ -70,7 +70,8 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
             (work / "file").write_text("content")
             assert not out.exists()
         assert (out / "file").read_text() == "content"
-    assert left_in(tmp_path) == ["link", "new", "target"] and left_in(tmp_path / "new") == ["folder"]
+    assert left_in(tmp_path) == ["link", "new", "target"]
+    assert left_in(tmp_path / "new") == ["folder"]
     mask = os.umask(0o027)
     with new_folder(tmp_path / "masked"):
         pass
@@ -89,7 +90,8 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
             (work / "file").write_text("content")
             raise error
         assert caught.value is error
-    assert left_in(tmp_path) == ["empty"] and left_in(tmp_path / "empty") == []
+    assert left_in(tmp_path) == ["empty"]
+    assert left_in(tmp_path / "empty") == []
 
 
 @WRITERS

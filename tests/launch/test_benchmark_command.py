@@ -22,7 +22,8 @@ def test_help_lists_the_kinds_and_says_how_to_start_several_ranks(capsys: pytest
     assert exit_code("--help") == 0
     shown = capsys.readouterr()
     assert all(kind in shown.out for kind in KINDS)
-    assert "torchrun" in shown.out and "deepspeed --num_gpus=2 --module" in shown.out
+    assert "torchrun" in shown.out
+    assert "deepspeed --num_gpus=2 --module" in shown.out
     assert shown.err == ""
 
 
@@ -33,14 +34,16 @@ def test_an_unknown_kind_is_refused_with_the_usage(
     assert exit_code(*argv) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith(f"{said}, expected one of steps, layers, parts, data, trainer\n")
-    assert "usage: python -m launch.benchmark KIND" in shown.err and shown.out == ""
+    assert "usage: python -m launch.benchmark KIND" in shown.err
+    assert shown.out == ""
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_its_own_help(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(kind, "--help") == 0
     shown = capsys.readouterr().out
-    assert f"python -m launch.benchmark {kind}" in shown and "__main__" not in shown
+    assert f"python -m launch.benchmark {kind}" in shown
+    assert "__main__" not in shown
 
 
 def test_the_local_rank_that_deepspeed_puts_first_is_not_a_kind(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +60,8 @@ def test_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "launch.benchmark", "nothing"], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    assert done.returncode == 2 and done.stderr.startswith("got 'nothing', expected one of")
+    assert done.returncode == 2
+    assert done.stderr.startswith("got 'nothing', expected one of")
 
 
 def test_turns_are_interleaved_and_the_first_do_not_count() -> None:

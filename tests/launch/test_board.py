@@ -114,7 +114,8 @@ def test_a_point_that_is_written_twice_is_there_twice(tmp_path: Path) -> None:
     points: list[list[float]] = []
     deadline = time.monotonic() + 60
     while not points:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.1)
         with contextlib.suppress(OSError):  # it has not started, or not read the run
             asked = f"http://localhost:{port}/data/plugin/scalars/scalars?run=run&tag=eval/perplexity"

@@ -30,16 +30,20 @@ def test_the_table_is_printed_and_written_with_the_figures(runs: list[Path], tmp
     out = tmp_path / "new" / "out"
     for _ in range(2):  # what is there is replaced
         answer = call(COMPARE, *runs, f"--out={out}")
-        assert answer.code == 0 and answer.err == ""
+        assert answer.code == 0
+        assert answer.err == ""
     assert (out / "compare.md").read_text() == answer.out
-    assert "| Full rank |" in answer.out and "| ReMoRA (1, 2) |" in answer.out
+    assert "| Full rank |" in answer.out
+    assert "| ReMoRA (1, 2) |" in answer.out
     assert json.loads((out / "compare.json").read_text())["rows"][0]["method"] == "Full rank"
     assert len([name for name in left_in(out) if name.endswith(".png")]) == 5
 
 
 def test_a_run_to_compare_with_need_not_be_named_twice(runs: list[Path]) -> None:
     answer = call(COMPARE, runs[0], f"--against={runs[1]}")
-    assert answer.code == 0 and "to ReMoRA (1, 2)." in answer.out and "| Full rank |" in answer.out
+    assert answer.code == 0
+    assert "to ReMoRA (1, 2)." in answer.out
+    assert "| Full rank |" in answer.out
     assert call(COMPARE, *runs, runs[0], f"--against={runs[1]}").out == answer.out, (
         "a run that is named twice counts once"
     )
@@ -48,7 +52,8 @@ def test_a_run_to_compare_with_need_not_be_named_twice(runs: list[Path]) -> None
 def test_a_metric_can_be_asked_for(runs: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
     answer = call(COMPARE, *runs, "--reach=eval/loss=3.5", f"--out={tmp_path / 'out'}")
-    assert answer.code == 0 and "loss 3.5, step" in answer.out
+    assert answer.code == 0
+    assert "loss 3.5, step" in answer.out
     assert {"reach_loss.png", "perplexity.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
     call(COMPARE, *runs, f"--out={tmp_path / 'out'}")
     assert not (tmp_path / "out" / "reach_loss.png").exists(), "one of an earlier comparison does not stay"
@@ -70,7 +75,8 @@ def test_of_rows_that_differ_in_a_setting_the_best_is_left(tmp_path: Path) -> No
     answer = call(COMPARE, *runs, "--best=optim.lr")
     assert answer.code == 0 and "| Full rank | 1 |" in answer.out, "the lower loss, as each has one seed"
     assert "| MoRA | 2 |" in answer.out and answer.out.count("| MoRA |") == 1, "more seeds, whatever the loss"
-    assert f"{math.exp(LOSSES[-1] + 0.1):.2f}" in answer.out and f"{math.exp(LOSSES[-1] + 0.3):.2f}" in answer.out
+    assert f"{math.exp(LOSSES[-1] + 0.1):.2f}" in answer.out
+    assert f"{math.exp(LOSSES[-1] + 0.3):.2f}" in answer.out
     refused(call(COMPARE, *runs, "--best=lr"), "--best: no run has a setting lr")
 
 
@@ -80,7 +86,8 @@ def test_exports_beside_runs_are_left_out(tmp_path: Path) -> None:
     export.mkdir()
     (export / "config.json").write_text("{}")
     answer = call(COMPARE, run, export)
-    assert answer.out == call(COMPARE, run).out and answer.err == f"{export}: a model, not a run; left out\n"
+    assert answer.out == call(COMPARE, run).out
+    assert answer.err == f"{export}: a model, not a run; left out\n"
     refused(call(COMPARE, export), f"{export}: not a run folder")
 
 
@@ -129,7 +136,9 @@ def test_studies_may_have_runs_of_one_name(runs: list[Path], tmp_path: Path) -> 
         given[-1].parent.mkdir()
         given[-1].write_text(json.dumps(record) + "\n")
     answer = call(COMPARE, *given)
-    assert answer.code == 0 and "| Full rank |" in answer.out and "| ReMoRA (1, 2) |" in answer.out
+    assert answer.code == 0
+    assert "| Full rank |" in answer.out
+    assert "| ReMoRA (1, 2) |" in answer.out
     refused(call(COMPARE, *given, "--against=seed=0"), "study_full", "study_remora", "give the path of one")
     second = given[1].parent / "runs/seed=0"
     assert "to ReMoRA (1, 2)." in call(COMPARE, *given, f"--against={second}").out

@@ -57,7 +57,8 @@ def test_without_smollm2_the_model_of_the_demo_learns(
     ran = []
 
     def step(title: str, command: list[str], target: str, folder: Path) -> None:
-        assert command[0] == sys.executable and (target, folder) == ("demo-finetune", finetuning.HOME)
+        assert command[0] == sys.executable
+        assert (target, folder) == ("demo-finetune", finetuning.HOME)
         ran.append(command[1])
         if command[1] == "launch/demo.py":
             save_demo_model(tmp_path / "demo" / "export")
@@ -70,10 +71,13 @@ def test_without_smollm2_the_model_of_the_demo_learns(
     assert ran == [f"launch/{name}.py" for name in ("demo", "uuid_pairs", "finetune", "finetune", "export")]
     out = capsys.readouterr().out
     [line] = [line for line in out.splitlines() if "cannot be had" in line]
-    assert "No matching distribution found for" in line and "`make demo`" in line
-    assert out.count("  before: ") == out.count("  after:  ") == 2 and finetuning.ENGLISH in out
+    assert "No matching distribution found for" in line
+    assert "`make demo`" in line
+    assert out.count("  before: ") == out.count("  after:  ") == 2
+    assert finetuning.ENGLISH in out
     heads, *rows = re.search(r"^ +parameters.*\n.*MoRA.*\n.*LoRA.*$", out, re.MULTILINE)[0].splitlines()
-    assert heads.split("  ")[-1] == "at the end" and all(row.endswith("%") for row in rows)
+    assert heads.split("  ")[-1] == "at the end"
+    assert all(row.endswith("%") for row in rows)
     for method in ("mora", "lora"):
         run = read_run(tmp_path / "home" / "demo" / method)
         assert list(run.series(finetuning.REACHED[0])) == [0, 2, 4]
@@ -93,7 +97,8 @@ def test_a_model_that_is_there_is_used(finetuning: ModuleType, monkeypatch: pyte
     monkeypatch.setattr(finetuning, "_fetch", None)
     save_demo_model(tmp_path / "home" / "smollm2" / "model")
     start = finetuning._start()
-    assert start.model == tmp_path / "home" / "smollm2" / "model" and not start.settings
+    assert start.model == tmp_path / "home" / "smollm2" / "model"
+    assert not start.settings
 
 
 def test_what_draws_is_asked_for_first(finetuning: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +138,9 @@ def test_the_picture_is_drawn(finetuning: ModuleType, groups: list[Group], tmp_p
 def test_settings_are_of_all_pairs_in_every_step(finetuning: ModuleType) -> None:
     config = load_config(finetuning.CONFIG, defaults=FINETUNING)
     assert not unused_by(config)
-    assert config.train.batch_size == finetuning.PAIRS and config.data.lanes == 1
-    assert config.data.train == config.data.validation and config.data.packing == "none"
+    assert config.train.batch_size == finetuning.PAIRS
+    assert config.data.lanes == 1
+    assert config.data.train == config.data.validation
+    assert config.data.packing == "none"
     assert config.eval.generate == finetuning.PAIRS
     assert config.optim.lr == float(finetuning.RATES["mora"])

@@ -18,7 +18,8 @@ from tests.tools.helpers import ROOT
 
 def _script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("demo_text", ROOT / "launch" / "demo_text.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # so that its functions reach other processes
     spec.loader.exec_module(module)

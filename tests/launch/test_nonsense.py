@@ -189,8 +189,6 @@ def test_random_values_of_every_known_key(pools, inputs, tokenizer_path, tmp_pat
 )
 def test_memory_that_runs_out_is_a_message(pools, inputs, tokenizer_path, tmp_path, error):
     [said] = pools(1)(too_large, inputs, tokenizer_path, tmp_path / "run", error)
-    assert (
-        said.startswith("relora_mora.")
-        and "train.micro_batch_size: 4 sequences of 32 tokens" in said
-        and "lower it" in said
-    )
+    assert said.startswith("relora_mora.")
+    assert "train.micro_batch_size: 4 sequences of 32 tokens" in said
+    assert "lower it" in said

@@ -25,12 +25,15 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def test_problems_are_questions_with_a_number_at_the_end_and_none_comes_twice(tmp_path: Path) -> None:
     answer = call(REASONING_DATA, tmp_path / "out", "--count=60", "--held_out=10", "--seed=3")
     train, held_out = (_rows(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "validation"))
-    assert answer.code == 0 and f"{len(train)} training and 10 held-out problems" in answer.out
-    assert 40 < len(train) <= 50 and len(held_out) == 10
+    assert answer.code == 0
+    assert f"{len(train)} training and 10 held-out problems" in answer.out
+    assert 40 < len(train) <= 50
+    assert len(held_out) == 10
     questions = [row["question"] for row in [*train, *held_out]]
     assert len(set(questions)) == len(questions)
     for row in [*train, *held_out]:
-        assert set(row) == {"question", "answer"} and row["question"].strip()
+        assert set(row) == {"question", "answer"}
+        assert row["question"].strip()
         assert re.search(r"\n#### -?[\d.,/]+\s*$", row["answer"]), row["answer"]
 
 
@@ -39,7 +42,8 @@ def test_a_seed_gives_the_same_problems(tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         assert call(REASONING_DATA, tmp_path / name, "--count=20", "--held_out=5", f"--seed={seed}").code == 0
     a, b, c = (_rows(tmp_path / name / "train.jsonl") for name in "abc")
-    assert a == b and a != c
+    assert a == b
+    assert a != c
 
 
 def test_what_cannot_be_held_out_is_refused_before_anything_is_made(tmp_path: Path) -> None:

@@ -100,7 +100,8 @@ def test_the_others_are_in_the_table_where_a_run_has_failed(tmp_path: Path, monk
     monkeypatch.setattr("relora_mora.experiments.study.conduct.conduct", failing)
     result = call(STUDY, ROOT / "configs/study/merges_tiny.yaml", f"--out={tmp_path / 'out'}")
     refused(result, "name=lora,seed=0 did not finish")
-    assert "| ReMoRA (3, 4) |" in result.out and "| ReMoRA (3, 4) |" in (tmp_path / "out/compare.md").read_text()
+    assert "| ReMoRA (3, 4) |" in result.out
+    assert "| ReMoRA (3, 4) |" in (tmp_path / "out/compare.md").read_text()
     assert (tmp_path / "out/loss_by_tokens.png").exists()
 
 

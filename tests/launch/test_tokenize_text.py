@@ -46,8 +46,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_any_number_of_processes_writes_the_same(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
     for processes in (1, 2):
         answer = make(inputs, tmp_path / str(processes), tokenizer_path, processes=processes)
-        assert answer.code == 0 and answer.err == ""
-        assert "tokens of 200 documents" in answer.out and f"--data.train={tmp_path / str(processes)}" in answer.out
+        assert answer.code == 0
+        assert answer.err == ""
+        assert "tokens of 200 documents" in answer.out
+        assert f"--data.train={tmp_path / str(processes)}" in answer.out
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert left_in(tmp_path / "1") == [*(f"{number:05d}.arrow" for number in range(5)), "tokens.json"]
 
@@ -117,7 +119,8 @@ def test_settings_of_a_run_give_text_tokenizer_and_limits(tmp_path: Path, tokeni
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     for split in ("train", "validation"):
         answer = call(TOKENIZE, folder / "run.yaml", tmp_path / f"{split}.tokens", f"--split={split}", "--processes=1")
-        assert answer.code == 0 and f"--data.{split}=" in answer.out
+        assert answer.code == 0
+        assert f"--data.{split}=" in answer.out
         shards = resolve_shards(str(tmp_path / f"{split}.tokens"))
         assert [shard.name for shard in shards] == left_in(folder / split)
         assert {shard.tokens.making.max_line_bytes for shard in shards if shard.tokens} == {12345}
@@ -166,7 +169,8 @@ def test_text_that_cannot_be_used(tmp_path: Path, tokenizer_path: str) -> None:
     refused(call(TOKENIZE, *argv, "--processes=2"), "1.json: 1 of 31 lines are bad, more than data.max_bad_fraction")
     assert "00001.arrow" not in left_in(tmp_path / "out")
     answer = call(TOKENIZE, *argv, "--data.max_bad_fraction=0.5", "--processes=1")
-    assert answer.code == 0 and "1 of 32 rows were bad and skipped" in answer.out
+    assert answer.code == 0
+    assert "1 of 32 rows were bad and skipped" in answer.out
 
 
 def test_a_text_in_another_column(tmp_path: Path, tokenizer_path: str) -> None:
@@ -190,7 +194,8 @@ def test_a_set_by_name_needs_no_torch_either(tmp_path: Path, tokenizer_path: str
     write_shards(tmp_path / "set", 2, 20)
     argv = [TOKENIZE, tmp_path / "set", tmp_path / "out", f"--tokenizer={tokenizer_path}", "--processes=1"]
     done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "") and "tokens of 40 documents" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "tokens of 40 documents" in done.stdout
 
 
 def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path, tokenizer_path: str) -> None:
@@ -239,11 +244,13 @@ def test_ctrl_c_keeps_what_is_finished(much_text: Path, tmp_path: Path, tokenize
     assert (process.returncode, err) == (130, "interrupted\n")
     assert not psutil.wait_procs(children, timeout=30)[1]
     left = set(left_in(out))
-    assert left >= finished | {"tokens.json"} and not any(name.endswith(".tmp") for name in left)
+    assert left >= finished | {"tokens.json"}
+    assert not any(name.endswith(".tmp") for name in left)
     with pytest.raises(ValueError, match="its tokens are not finished"):
         resolve_shards(str(out))
     answer = call(*argv, "--processes=1")
-    assert answer.code == 0 and len(resolve_shards(str(out))) == 4
+    assert answer.code == 0
+    assert len(resolve_shards(str(out))) == 4
 
 
 def test_a_glob_may_begin_with_a_bracket(tmp_path: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:

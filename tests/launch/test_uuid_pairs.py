@@ -13,7 +13,8 @@ UUID_PAIRS = "launch/uuid_pairs.py"
 
 def test_a_seed_gives_the_same_bytes_on_every_machine(tmp_path):
     answer = call(UUID_PAIRS, tmp_path / "new" / "pairs.jsonl", "--pairs=100", "--seed=7")
-    assert answer.code == 0 and "100 pairs" in answer.out
+    assert answer.code == 0
+    assert "100 pairs" in answer.out
     content = (tmp_path / "new" / "pairs.jsonl").read_bytes()
     assert hashlib.sha256(content).hexdigest() == "897798769238468b82d72ac6ae3e86bbfee344d9e85e350874ff1c1a6cde9fd9"
     rows = [json.loads(line) for line in content.splitlines()]
@@ -28,7 +29,8 @@ def test_more_pairs_begin_with_the_same_ones(tmp_path):
     call(UUID_PAIRS, tmp_path / "many", "--pairs=9")
     call(UUID_PAIRS, tmp_path / "other", "--pairs=3", "--seed=1")
     few, many, other = ((tmp_path / name).read_text().splitlines() for name in ("few", "many", "other"))
-    assert many[:3] == few and not set(few) & set(other)
+    assert many[:3] == few
+    assert not set(few) & set(other)
 
 
 def test_the_same_pairs_as_conversations(tmp_path):

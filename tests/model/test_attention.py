@@ -27,7 +27,9 @@ def attend_by_document(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, *, longest: int, dropout: float, scale: float
 ) -> Tensor:
     """The same as ``attention.flash``, document by document."""
-    assert boundaries.dtype == torch.int32 and boundaries[0] == 0 and boundaries[-1] == len(query)
+    assert boundaries.dtype == torch.int32
+    assert boundaries[0] == 0
+    assert boundaries[-1] == len(query)
     outputs = []
     for begin, end in pairwise(boundaries.tolist()):
         assert 0 < end - begin <= longest
@@ -69,7 +71,8 @@ def test_boundaries_keep_documents_apart_as_a_mask_does(
 
 def test_flash_attention_is_for_bf16_and_even_heads_on_gpus() -> None:
     wide = tiny_llama(hidden_size=1024, num_attention_heads=4, num_key_value_heads=4)
-    assert attention.flash_supports(256, torch.bfloat16) and not attention.flash_supports(256, torch.float32)
+    assert attention.flash_supports(256, torch.bfloat16)
+    assert not attention.flash_supports(256, torch.float32)
     assert not attention.flash_supports(12, torch.bfloat16)
     assert not attention.flash_supports(264, torch.bfloat16)
     lm = LossModel(build_model(wide, seed=1)).lm

@@ -44,7 +44,8 @@ def test_without_labels_the_loss_is_zero():
     hidden = torch.randn(1, 3, 4, requires_grad=True)
     loss = chunked_cross_entropy(hidden, torch.randn(5, 4), torch.full((1, 3), -100))
     loss.backward()
-    assert loss == 0 and not hidden.grad.any()
+    assert loss == 0
+    assert not hidden.grad.any()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -88,7 +89,8 @@ def test_evaluation_computes_no_gradients():
     kept: list[torch.Tensor] = []
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         loss = chunked_cross_entropy(hidden, weight, labels)
-    assert not loss.requires_grad and kept == []
+    assert not loss.requires_grad
+    assert kept == []
     assert loss.item() == pytest.approx(chunked_cross_entropy(hidden, weight, labels).item(), rel=1e-6)
     assert loss.item() == chunked_cross_entropy(hidden, weight, labels.int()).item()
 
@@ -100,7 +102,8 @@ def test_initial_weights_follow_from_the_seed_without_using_the_global_generator
     assert torch.equal(torch.random.get_rng_state(), before)
     same = [torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True)]
     other = [torch.equal(x, y) for x, y in zip(a.parameters(), c.parameters(), strict=True) if x.ndim == 2]
-    assert all(same) and not any(other)
+    assert all(same)
+    assert not any(other)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -121,7 +124,8 @@ def test_masked_attention_sees_only_one_document(attention):
     early[:, 12:] = -100
     assert model(ids, early, documents).item() == pytest.approx(model(later, early, documents).item(), abs=1e-6)
     plain = [model(x, labels).item() for x in (ids, other)]
-    assert masked[0] == pytest.approx(masked[1], abs=1e-6) and abs(plain[0] - plain[1]) > 1e-4
+    assert masked[0] == pytest.approx(masked[1], abs=1e-6)
+    assert abs(plain[0] - plain[1]) > 1e-4
     no = -math.inf
     assert document_mask(torch.tensor([[0, 0, 1]]), torch.float32).tolist() == [
         [[[0.0, no, no], [0.0, 0.0, no], [no, no, 0.0]]]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from relora_mora import kernels
 from relora_mora.kernels import cpu, cross_entropy_
 from relora_mora.model.loss import CHUNK_BYTES, chunked_cross_entropy, loss_chunk
-from tests.kernels.test_kernels import compiled_only
+from tests.tools.kernels import compiled_only
 
 SCALE = torch.tensor(0.25)
 
@@ -40,7 +40,8 @@ def test_loss_and_gradient_are_those_of_float64(vocabulary, dtype, tolerance, sp
     scale = SCALE.to(device)
     loss, _ = cross_entropy_(logits.clone(), labels, ignore=-100, scale=scale, gradient=False)
     again, actual = cross_entropy_(logits, labels, ignore=-100, scale=scale, gradient=True)
-    assert torch.equal(loss, again) and actual.dtype == dtype
+    assert torch.equal(loss, again)
+    assert actual.dtype == dtype
     torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=1e-5)
     # the torch fallback takes exp of a difference from log sum exp, whose rounding error is 1e-5 at 200
     torch.testing.assert_close(actual.double(), gradient, rtol=tolerance if by_kernel else tolerance + 2e-5, atol=1e-7)
@@ -61,7 +62,8 @@ def test_threads_change_no_bit_and_instruction_sets_change_only_rounding(dtype):
         cpu.load().remora_use(cpu.BEST)
     for index, (loss, gradient) in enumerate(results):
         if index < 3:
-            assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
+            assert torch.equal(loss, results[0][0])
+            assert torch.equal(gradient, results[0][1])
         torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
         torch.testing.assert_close(gradient, results[0][1], rtol=1e-6 if dtype is torch.float32 else 2**-7, atol=1e-9)
 
@@ -75,11 +77,13 @@ def test_a_nonfinite_logit_makes_the_result_nonfinite(bad, dtype, place):
     logits[0, place] = bad
     if bad == float("-inf"):  # a token that is ruled out, which is fine unless it is the label
         loss, gradient = cross_entropy_(logits.clone(), torch.tensor([3]), ignore=-100, scale=SCALE, gradient=True)
-        assert loss.item() == pytest.approx(torch.tensor(20.0).log().item(), rel=1e-6) and gradient[0, place] == 0
+        assert loss.item() == pytest.approx(torch.tensor(20.0).log().item(), rel=1e-6)
+        assert gradient[0, place] == 0
         assert cross_entropy_(logits, torch.tensor([place]), ignore=-100, scale=SCALE, gradient=True)[0] == float("inf")
         return
     loss, gradient = cross_entropy_(logits, torch.tensor([3]), ignore=-100, scale=SCALE, gradient=True)
-    assert not loss.isfinite() and not gradient.isfinite().any()
+    assert not loss.isfinite()
+    assert not gradient.isfinite().any()
 
 
 @compiled_only
@@ -110,10 +114,13 @@ def test_chunks_are_equal_parts_below_the_limit():
         assert (
             chunk == 128 or tokens - (parts - 1) * chunk > chunk - parts
         )  # the last one is about as long as the others
-    assert loss_chunk(100, 50, 4) == 128 and loss_chunk(4096, 32100, 2) == 2048
-    assert loss_chunk(8192, 32000, 2, on_gpu=True) == 2731 and loss_chunk(8192, 128_256, 2, on_gpu=True) == 2048
+    assert loss_chunk(100, 50, 4) == 128
+    assert loss_chunk(4096, 32100, 2) == 2048
+    assert loss_chunk(8192, 32000, 2, on_gpu=True) == 2731
+    assert loss_chunk(8192, 128_256, 2, on_gpu=True) == 2048
 
 
 def test_in_place_is_for_plain_cpu_tensors_only():
     assert kernels.supports(torch.zeros(2, 2)) == kernels.available()
-    assert not kernels.supports(torch.zeros(2, 2).double()) and not kernels.supports(torch.empty(2, 2, device="meta"))
+    assert not kernels.supports(torch.zeros(2, 2).double())
+    assert not kernels.supports(torch.empty(2, 2, device="meta"))

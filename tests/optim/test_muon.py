@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import weakref
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from relora_mora.config.schema import OptimConfig
 from relora_mora.optim.groups import matrix_rule
 from relora_mora.optim.muon import Muon, orthogonalize
+from tests.tools.memory import PeakBytes
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (12, 12), (5, 31), (31, 5), (64, 24)]
 
@@ -32,7 +29,8 @@ def test_singular_values_become_about_one_and_singular_vectors_do_not_change(sha
         off = rotated - torch.diag(rotated.diagonal())
         assert off.abs().max() < 2e-4
         large = rotated.diagonal()[values > 0.02 * values[0]]
-        assert large.min() > 0.6 and rotated.diagonal().max() < 1.3
+        assert large.min() > 0.6
+        assert rotated.diagonal().max() < 1.3
 
 
 def test_matrices_in_a_batch_do_not_affect_each_other():
@@ -79,35 +77,10 @@ def test_flops_are_what_torch_counts(shape):
     assert counter.get_total_flops() == Muon.flops(*shape)
 
 
-class _Peak(TorchDispatchMode):
-    """Measures the peak of the bytes that results of operations occupy; ``inputs`` are addresses not to count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.allocated = self.peak = 0
-        self.known: set[int] = set()
-        self.inputs: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in filter(torch.is_tensor, tree_leaves(result)):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.known | self.inputs:
-                self.known.add(storage.data_ptr())
-                self.allocated += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.data_ptr(), storage.nbytes())
-        self.peak = max(self.peak, self.allocated)
-        return result
-
-    def _free(self, address: int, size: int) -> None:
-        self.known.discard(address)
-        self.allocated -= size
-
-
 @pytest.mark.parametrize("shape", [(64, 64), (40, 120), (120, 40)])
 def test_workspace_bytes_are_what_an_update_allocates(shape):
     matrices = _matrices(shape, 1)
-    with _Peak() as peak:
+    with PeakBytes() as peak:
         peak.inputs = {matrices.untyped_storage().data_ptr()}
         Muon(OptimConfig()).update(matrices)
     assert peak.peak == pytest.approx(Muon.workspace_bytes(*shape, on_gpu=False), rel=0.01)

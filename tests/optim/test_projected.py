@@ -19,7 +19,7 @@ from relora_mora.optim.groups import matrix_rule
 from relora_mora.optim.projected import Apollo, _Projected
 from relora_mora.optim.rules import MatrixState
 from relora_mora.system.seeds import derived_seed
-from tests.optim.test_muon import _Peak
+from tests.tools.memory import PeakBytes
 
 RULES = ("galore", "fira", "apollo")
 SHAPES = [(12, 12), (5, 31), (31, 5), (24, 16)]
@@ -160,7 +160,8 @@ def test_an_initial_zero_gradient_makes_no_step_and_does_not_limit_later_ones(na
     assert not rule.update(torch.zeros(1, 5, 7), [state]).any()
     gradient = torch.randn(1, 5, 7, generator=torch.Generator().manual_seed(0))
     update = rule.update(gradient, [state])
-    assert update.isfinite().all() and torch.linalg.vector_norm(update) > 0.1
+    assert update.isfinite().all()
+    assert torch.linalg.vector_norm(update) > 0.1
 
 
 @pytest.mark.parametrize("done", [0, EVERY, 2 * EVERY])
@@ -179,7 +180,8 @@ def test_a_matrix_whose_projection_is_due_waits_for_a_gradient(name, shape, done
     for gradient in after:
         expected = rule.update(gradient.clone()[None], [state])[0]
         assert torch.equal(rule.update(gradient.clone()[None], [waited])[0], expected)
-        assert expected.any(dim=0).all() and expected.any(dim=1).all()
+        assert expected.any(dim=0).all()
+        assert expected.any(dim=1).all()
     assert all(torch.equal(value, waited.tensors[key]) for key, value in state.tensors.items())
 
 
@@ -227,7 +229,7 @@ def test_workspace_bytes_are_what_an_update_allocates(name, rank, shape):
     rule = _rule(name, projection_rank=rank)
     state = _state(rule, shape)
     matrices = torch.randn(1, *shape)
-    with _Peak() as peak:
+    with PeakBytes() as peak:
         peak.inputs = {tensor.untyped_storage().data_ptr() for tensor in (matrices, *state.tensors.values())}
         rule.update(matrices, [state])
     assert peak.peak == pytest.approx(rule.workspace_bytes(*shape, on_gpu=False), rel=0.03)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import weakref
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import LlamaConfig, PreTrainedConfig
 
 from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import adapter_layers
-from relora_mora.config.load import ConfigError, validate
+from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config, ModelConfig
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.model.config import read_model_config
@@ -29,6 +25,7 @@ from relora_mora.sizing.flops import meta_model
 from relora_mora.sizing.memory import activation_memory, merged_memory, peak_memory, scratch_memory, state_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.train.begin.check import memory_of_rank
+from tests.sizing.tools import LiveTensors, make_config
 from tests.tools.helpers import ROOT
 
 SIZES = {
@@ -42,45 +39,6 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 MODEL = LlamaConfig(**SIZES)
-
-
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of live storages that operations allocate, and their maximum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, Any] = {}
-        self.now = self.most = 0
-
-    def add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.live:
-            self.live[key] = weakref.ref(storage, lambda _: self._drop(key, size))
-            self.now += size
-            self.most = max(self.most, self.now)
-
-    def _drop(self, key: int, size: int) -> None:
-        if self.live.pop(key, None) is not None:
-            self.now -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in tree_iter(out):
-            if isinstance(value, Tensor):
-                self.add(value)
-        return out
-
-
-def make_config(method: dict[str, Any], model: dict[str, Any] | None = None, micro_batch_size: int = 4) -> Config:
-    tree = {
-        "model": {"config": "x", **(model or {})},
-        "tokenizer": {"path": "x"},
-        "data": {"train": "x", "validation": "x", "sequence_length": 64},
-        "method": {"rank": 16, **method},
-        "train": {"run_dir": "x", "batch_size": micro_batch_size, "micro_batch_size": micro_batch_size},
-    }
-    return validate(tree, "the test")
 
 
 def build(config: Config, bf16: bool, model_config: PreTrainedConfig = MODEL) -> LossModel:
@@ -314,13 +272,16 @@ def test_auto_keeps_merged_weights_if_it_pays_and_they_fit() -> None:
     assert kept(twice) == 7 * MODEL.num_hidden_layers
     needed = peak_memory(model, Setup(twice, 1, 1, bf16=True))
     assert needed.merged == 2 * sum(layer.weight.numel() for _, layer in adapter_layers(model))
-    assert kept(twice, available=2 * needed.device) and not kept(twice, available=2 * needed.device - 1)
+    assert kept(twice, available=2 * needed.device)
+    assert not kept(twice, available=2 * needed.device - 1)
     on_gpu = Setup(twice, 1, 1, bf16=True, on_gpu=True)
     compiled = peak_memory(model, on_gpu).device
     eager = peak_memory(model, replace(on_gpu, compiled=False)).device
     choose_resident(model, replace(on_gpu, compiled=False), 2 * compiled)
-    assert compiled < eager and not any(layer.resident for _, layer in adapter_layers(model))
-    assert kept(once, on_gpu=True) and not any((kept(once), kept(twice, stage=3), kept(twice, stage=3, on_gpu=True)))
+    assert compiled < eager
+    assert not any(layer.resident for _, layer in adapter_layers(model))
+    assert kept(once, on_gpu=True)
+    assert not any((kept(once), kept(twice, stage=3), kept(twice, stage=3, on_gpu=True)))
 
 
 def test_at_stage_3_a_rank_keeps_a_slice_of_each_merged_weight() -> None:

@@ -54,7 +54,8 @@ def busy():
         finally:
             signal.signal(signal.SIGHUP, before)
         started.append(process)
-        assert process.stdout and process.stdout.readline() == "up\n"
+        assert process.stdout
+        assert process.stdout.readline() == "up\n"
         return process
 
     yield start
@@ -92,10 +93,12 @@ def test_a_launcher_that_ends_after_a_request_to_stop_sets_no_deadline():
         guard.training()
         guard.stop_reason = "SIGINT to rank 0"
         guard._check_launchers(gone)
-        assert guard.stop_reason == "SIGINT to rank 0" and guard._launcher_deadline is None
+        assert guard.stop_reason == "SIGINT to rank 0"
+        assert guard._launcher_deadline is None
         guard.stop_reason = None
         guard._check_launchers(gone)
-        assert "is gone" in (guard.stop_reason or "") and guard._launcher_deadline is not None
+        assert "is gone" in (guard.stop_reason or "")
+        assert guard._launcher_deadline is not None
 
 
 def test_while_training_the_first_signal_waits_and_a_second_leaves_at_once(busy):
@@ -110,7 +113,8 @@ def test_while_training_the_first_signal_waits_and_a_second_leaves_at_once(busy)
         process.wait(1.3)
     _signal_until_it_ends(process)
     code, errors = _ends_within(process, 60)
-    assert code == 143 and "exited without saving" in errors
+    assert code == 143
+    assert "exited without saving" in errors
 
 
 def test_a_signal_after_the_end_is_decided_does_not_change_it(busy, tmp_path):
@@ -363,7 +367,8 @@ def holder(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout and process.stdout.readline() == "held\n"
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
     process.wait()
@@ -379,7 +384,8 @@ def test_a_lock_is_free_when_its_holder_was_killed(holder, tmp_path):
     holder.wait()
     lock = RunLock(tmp_path)
     before = lock.acquire(wait_seconds=60)
-    assert before is not None and f"pid {holder.pid}" in before
+    assert before is not None
+    assert f"pid {holder.pid}" in before
     lock.release()
     again = RunLock(tmp_path)
     assert again.acquire(wait_seconds=0.5) is None  # it was released, so there is no holder to report
@@ -458,7 +464,9 @@ def test_a_holder_that_lost_the_lock_learns_it_and_leaves_the_file_alone(tmp_pat
     first.acquire()
     second = RunLock(tmp_path)
     second.acquire()
-    assert heard.wait(30) and lost[0] and f"pid {os.getpid()}" in lost[0]
+    assert heard.wait(30)
+    assert lost[0]
+    assert f"pid {os.getpid()}" in lost[0]
     first.release()
     assert is_held(tmp_path)
     second.release()

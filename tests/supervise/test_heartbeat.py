@@ -31,7 +31,8 @@ def test_a_rank_is_silent_if_no_heartbeat_comes_for_longer_than_allowed():
     received = {0: _received(), 1: _received(ago=10.0)}
     assert find_silent(received, 10.0, NOW) is None
     failure = find_silent(received, 9.0, NOW)
-    assert failure is not None and (failure.rank, failure.code, failure.announced) == (1, LOST, False)
+    assert failure is not None
+    assert (failure.rank, failure.code, failure.announced) == (1, LOST, False)
     assert failure.reason == "rank 1 is gone (no heartbeat for 10 s); its last action: step 5"
     assert (failure.host, failure.pid) == ("here", 42)
 
@@ -63,5 +64,7 @@ def test_the_rank_at_fault_is_named_if_ranks_make_no_progress(ranks, cause, says
     if cause is None:
         assert failure is None
     else:
-        assert failure is not None and failure.rank == cause and says in failure.reason
+        assert failure is not None
+        assert failure.rank == cause
+        assert says in failure.reason
         assert failure.reason.endswith("; train.peer_timeout_seconds allows 60 s")

@@ -37,7 +37,8 @@ def config(inputs, tokenizer_path, tmp_path) -> Path:
 
 def _saved_step(run_dir: Path) -> int:
     chosen, passed_over = newest_whole(run_dir / "checkpoints")
-    assert chosen is not None and not passed_over
+    assert chosen is not None
+    assert not passed_over
     return int(chosen.name[5:])
 
 
@@ -72,7 +73,8 @@ def test_a_signal_saves_and_ends_all_ranks(config, number, target, launcher):
     else:
         assert code not in (0, None)
     (end,) = ends(run_dir)
-    assert end["code"] == 75 and end["step"] == _saved_step(run_dir) >= 25
+    assert end["code"] == 75
+    assert end["step"] == _saved_step(run_dir) >= 25
     assert {"rank 0": number.name, "rank 1": f"{number.name} to rank 1", "launch.py": "rank", "launcher": "rank"}[
         target
     ] in end["reason"]
@@ -120,8 +122,11 @@ def test_a_lost_rank_ends_the_job_and_is_named(config, lost, how):
     assert seconds < 30
     job.wait_for_nobody(5)
     (end,) = ends(run_dir)
-    assert end["code"] == 69 and f"rank {lost} is gone" in end["reason"] and "its last action: step" in end["reason"]
-    assert end["rank"] == 1 - lost and f"rank {lost} is gone" in job.output
+    assert end["code"] == 69
+    assert f"rank {lost} is gone" in end["reason"]
+    assert "its last action: step" in end["reason"]
+    assert end["rank"] == 1 - lost
+    assert f"rank {lost} is gone" in job.output
     before = _saved_step(run_dir)
     again = Job(config, "--train.steps=100000")
     again.wait_for_step(run_dir, before + 20)
@@ -155,7 +160,8 @@ def test_two_trainers_never_share_a_run_folder(config):
     first.wait_for_step(run_dir, 5)
     second = Job(config)  # on another port
     assert second.wait(90) == 2
-    assert "another trainer works on this run" in second.output and "Traceback" not in second.output
+    assert "another trainer works on this run" in second.output
+    assert "Traceback" not in second.output
     assert first.process.poll() is None
     assert last_step(run_dir) > 5
     first.rank(0).send_signal(signal.SIGTERM)
@@ -188,4 +194,5 @@ def test_an_interrupted_run_is_bit_equal_to_one_that_was_never_stopped(inputs, t
     assert job.wait(20) == 75
     assert Job(paths[1]).wait() == 0
     first, second = (tensors(folder / "checkpoints" / "step-00000060") for folder in folders)
-    assert set(first) == set(second) and all((first[key] == second[key]).all() for key in first)
+    assert set(first) == set(second)
+    assert all((first[key] == second[key]).all() for key in first)

@@ -27,7 +27,8 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_synced(path, "after")
-    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("write", [write_synced, append_synced])
@@ -71,7 +72,9 @@ def test_processes_that_write_a_file_at_once_do_not_disturb_each_other(tmp_path,
 
     monkeypatch.setattr(os, "fsync", meanwhile)
     write_synced(path, "own")
-    assert written == ["other"] and path.read_text() == "own" and list(tmp_path.iterdir()) == [path]
+    assert written == ["other"]
+    assert path.read_text() == "own"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_link_is_removed_and_what_it_points_to_stays(tmp_path):

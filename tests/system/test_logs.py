@@ -26,7 +26,8 @@ def test_a_terminal_shows_how_much_is_done_and_no_bar_is_left(monkeypatch):
             if "/1.00k" in stream.getvalue():
                 break
             time.sleep(0.01)  # it is drawn again ten times a second
-    assert "/1.00k [" in stream.getvalue() and stream.getvalue().endswith(" \r")
+    assert "/1.00k [" in stream.getvalue()
+    assert stream.getvalue().endswith(" \r")
 
 
 @pytest.mark.parametrize("stream,show", [(io.StringIO(), True), (_Terminal(), False)])

@@ -144,7 +144,8 @@ def test_the_same_tokens_are_known_in_another_form(folder: Path, tmp_path: Path)
     (tmp_path / "export" / MODEL_FILE).unlink()
     assert tokenizer_fingerprint(tmp_path / "export") != tokenizer_fingerprint(folder)
     for path in (folder, folder / MODEL_FILE):
-        assert gives_same_tokens(path, tmp_path / "export") and gives_same_tokens(tmp_path / "export", path)
+        assert gives_same_tokens(path, tmp_path / "export")
+        assert gives_same_tokens(tmp_path / "export", path)
     assert not gives_same_tokens(folder, _hugging_face(folder, tmp_path / "hf"))
 
 
@@ -349,7 +350,8 @@ def test_what_transformers_would_read_otherwise_next_to_a_model_is_not_saved(tmp
     (out / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(TokenizerError, match=r"saved next to a model of type qwen2, .* gives other ids") as caught:
         save_tokenizer(path, out)
-    assert str(caught.value).startswith(f"{path}: ") and str(out) not in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert str(out) not in str(caught.value)
 
 
 def test_dropout_of_merges_is_switched_off(tmp_path: Path) -> None:
@@ -461,10 +463,10 @@ def test_a_chat_template_and_the_beginning_of_texts_go_with_a_sentencepiece_mode
     assert plain.apply_chat_template(conversation)["input_ids"] == [bos, *text, tokenizer.eos_token_id]
     assert plain("the rank").input_ids == [bos, *text]
     again = load_tokenizer(tmp_path / "saved")
-    assert again.chat_template == tokenizer.chat_template and again("the rank").input_ids == [bos, *text]
-    assert encode(again, ["a</s>b"]) == encode(tokenizer, ["a</s>b"]) and tokenizer.eos_token_id not in encode(
-        again, ["a</s>b"]
-    )
+    assert again.chat_template == tokenizer.chat_template
+    assert again("the rank").input_ids == [bos, *text]
+    assert encode(again, ["a</s>b"]) == encode(tokenizer, ["a</s>b"])
+    assert tokenizer.eos_token_id not in encode(again, ["a</s>b"])
     assert is_tokenizer(tmp_path / "saved", tokenizer_fingerprint(folder))
     (tmp_path / "saved" / "chat_template.jinja").unlink()
     config = tmp_path / "saved" / "tokenizer_config.json"
@@ -492,7 +494,8 @@ def test_how_texts_begin_and_are_padded_goes_with_a_sentencepiece_model_without_
         [text] = encode(load_tokenizer(folder), ["the rank"])
         assert tokenizer("the rank").input_ids == [tokenizer.bos_token_id, *text]
         batch = tokenizer(["the rank of a matrix", "the"], padding=True)["input_ids"]
-        assert batch[1][0] == tokenizer.pad_token_id == 0 and tokenizer.model_max_length == 4096
+        assert batch[1][0] == tokenizer.pad_token_id == 0
+        assert tokenizer.model_max_length == 4096
 
 
 @pytest.mark.parametrize(

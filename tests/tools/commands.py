@@ -46,7 +46,8 @@ def module_of(script: str) -> ModuleType:
     """launch/evaluate.py and the like as a module."""
     path = ROOT / script
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

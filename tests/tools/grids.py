@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+STAGES = (0, 1, 2, 3)  # of ZeRO
+
 
 def rest(*cases: Any) -> list[Any]:
     """Cases that ``make test-elastic`` runs, and ``make test`` leaves out: others have each of their values, here or in

@@ -144,3 +144,11 @@ def assert_resumes_are_bit_equal(pool: Any, config: Callable[..., Config], folde
         assert found.keys() == expected.keys()
         assert [key for key, value in found.items() if not torch.equal(value, expected[key])] == []
         assert losses(resumed) == losses(never)
+
+
+def different_tensors(a: Path, b: Path) -> list[str]:
+    """Keys of tensors that differ in any bit."""
+    first, second = tensors(a), tensors(b)
+    assert set(first) == set(second)
+    assert first
+    return [key for key in first if not torch.equal(first[key], second[key])]

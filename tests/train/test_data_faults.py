@@ -48,13 +48,16 @@ def test_a_run_on_a_faulty_network_ends_with_the_same_weights(pools, tokenizer_p
             sections = {"data": data, "train": {"steps": STEPS}, "checkpoint": {"every_steps": STEPS}}
             config = run_config(inputs, tokenizer_path, tmp_path / name, 2, **sections)
             pools(2)(_train, config)
-        assert 0.05 < len(server.faults) / len(server.requests) < 0.2 and len(server.faults) >= 10
+        assert 0.05 < len(server.faults) / len(server.requests) < 0.2
+        assert len(server.faults) >= 10
     first, second = (tensors(tmp_path / name / "checkpoints" / f"step-{STEPS:08d}") for name in ("clean", "faulty"))
-    assert set(first) == set(second) and all(torch.equal(first[key], second[key]) for key in first)
+    assert set(first) == set(second)
+    assert all(torch.equal(first[key], second[key]) for key in first)
     clean, faulty = (
         [line for line in metrics(tmp_path / name) if "train/loss" in line] for name in ("clean", "faulty")
     )
-    assert [line["train/loss"] for line in clean] == [line["train/loss"] for line in faulty] and len(clean) == STEPS
+    assert [line["train/loss"] for line in clean] == [line["train/loss"] for line in faulty]
+    assert len(clean) == STEPS
     assert clean[-1]["perf/data_retries"] == 0 < faulty[-1]["perf/data_retries"] <= len(server.faults)
     counted = [key for key in clean[-1] if key.startswith(("perf/data_bad", "perf/data_skipped", "train/documents"))]
     assert {key: clean[-1][key] for key in counted} == {key: faulty[-1][key] for key in counted}

@@ -15,7 +15,7 @@ from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.evaluation.loss import causal_lm_loss, evaluate
 from relora_mora.weights.merged import merged_model
 from tests.tools.runs import metrics, run_config, tensors, train
-from tests.train.test_golden_loss import compiled_graphs, compiler_only
+from tests.train.compiled import compiled_graphs, compiler_only
 
 pytestmark = pytest.mark.distributed
 DRAWN: dict[str, Any] = {"operators": [7]}
@@ -65,7 +65,8 @@ def drawn(config: Any) -> dict[int, list[list[int]]]:
 def test_every_merge_draws_other_groupings_and_all_ranks_the_same(pools, inputs, tokenizer_path, tmp_path):
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, method=DRAWN)
     first, second = pools(2)(drawn, config)
-    assert first == second and set(first) == {0, 1, 2}
+    assert first == second
+    assert set(first) == {0, 1, 2}
     sizes = [[(numbers[0], numbers[1]) for numbers in groupings] for groupings in first.values()]
     assert sizes[0] == sizes[1] == sizes[2]  # the same shapes in the same order
     for a, b in ((0, 1), (1, 2), (0, 2)):
@@ -80,7 +81,8 @@ def test_a_resume_is_bit_equal(pools, never, inputs, tokenizer_path, tmp_path, s
     pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, method=DRAWN))
     expected = tensors(checkpoint(never, 10))
     found = tensors(checkpoint(folder, 10))
-    assert set(found) == set(expected) and [key for key in found if not found[key].equal(expected[key])] == []
+    assert set(found) == set(expected)
+    assert [key for key in found if not found[key].equal(expected[key])] == []
     assert losses(folder) == losses(never)
 
 

@@ -71,7 +71,8 @@ def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs
     left_by_a_kill(never, killed, 5)
     pools(2)(train, tuned(inputs, folder, killed, 2, **sections))
     first, second = (tensors(run / "checkpoints" / "step-00000010") for run in (never, killed))
-    assert set(first) == set(second) and [key for key in first if not torch.equal(first[key], second[key])] == []
+    assert set(first) == set(second)
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
     assert {key.split("|")[1].rsplit(".", 1)[1] for key in first if key.startswith("master|")} <= {
         "mora_M",
         "lora_A",
@@ -161,12 +162,15 @@ def test_a_file_that_names_model_text_and_folder_is_enough(pools, settings, tmp_
     (answer,) = pools(1)(call, FINETUNE, settings, "--train.batch_size=8", "--data.lanes=2")
     assert answer.code == 0, answer.err
     saved = yaml.safe_load(RunFolder(tmp_path / "run").config.read_text())
-    assert saved["method"]["name"] == "mora" and saved["method"]["operators"][0] == 6
+    assert saved["method"]["name"] == "mora"
+    assert saved["method"]["operators"][0] == 6
     assert not any(saved["method"][key] for key in FROZEN)
     steps = saved["train"]["steps"]  # of three epochs
-    assert 0 < saved["optim"]["warmup_steps"] == round(0.03 * steps) and saved["optim"]["warmup_fraction"] is None
+    assert 0 < saved["optim"]["warmup_steps"] == round(0.03 * steps)
+    assert saved["optim"]["warmup_fraction"] is None
     losses = [line["eval/loss"] for line in metrics(tmp_path / "run") if "eval/loss" in line]
-    assert len(losses) == 2 and losses[1] < losses[0]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
     same = load_config(RunFolder(tmp_path / "run").config)  # complete: no defaults of a program are needed
     assert same.model_dump() == saved | {"optim": same.optim.model_dump()}
 
@@ -239,7 +243,8 @@ def test_weights_that_do_not_fit_are_reported_before_any_text_is_read(pools, set
     def check_refusal(folder: Path, *parts: str) -> None:
         (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={folder}")
         refused(answer, *parts)
-        assert "counting" not in answer.err and not (tmp_path / "run").exists()
+        assert "counting" not in answer.err
+        assert not (tmp_path / "run").exists()
 
     folder = save(tmp_path / "start", num_key_value_heads=1)
     config = folder / "config.json"
@@ -286,4 +291,5 @@ def test_defaults_give_way_to_what_is_said_in_another_way(settings):
     assert (config.train.steps, config.train.epochs) == (1, None)
     assert (config.optim.warmup_steps, config.optim.warmup_fraction) == (0, None)
     lora = load_config(settings, {"method.name": "lora"}, defaults=FINETUNING)
-    assert "operators" not in lora.method.model_fields_set and lora.method.rank == FINETUNING["method"]["rank"]
+    assert "operators" not in lora.method.model_fields_set
+    assert lora.method.rank == FINETUNING["method"]["rank"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from relora_mora.system.process import missing_to_compile
 from tests.tools.grids import rest
 from tests.tools.runs import metrics, run_config, train
+from tests.train.compiled import compiled_graphs, compiler_only
 
 pytestmark = pytest.mark.distributed
 
@@ -92,7 +91,8 @@ def test_the_losses_are_the_references(golden, pools, tokenizer_path, tmp_path, 
     config = _config(golden.inputs, tokenizer_path, tmp_path / "run", method, precision, **sections)
     pools(1)(train_without_kernels if way == "torch only" else train, config)
     losses = _losses(tmp_path / "run")
-    assert len(losses) == len(expected) > 12 and losses == pytest.approx(expected, rel=TOLERANCE[precision])
+    assert len(losses) == len(expected) > 12
+    assert losses == pytest.approx(expected, rel=TOLERANCE[precision])
     assert expected[0] - expected[-1] > 0.05  # it trains
 
 
@@ -101,12 +101,6 @@ def train_without_kernels(config: Any) -> None:
 
     with kernels.disabled():
         train(config)
-
-
-compiler_only = pytest.mark.skipif(
-    missing_to_compile("C" if os.environ.get("TEST_DEVICE") == "cuda" else "C++") is not None,
-    reason="torch.compile needs a compiler",
-)
 
 
 @compiler_only
@@ -126,22 +120,3 @@ def test_compiled_layers_train_as_the_reference(golden, pools, tokenizer_path, t
     assert 0 < at_start == at_end  # no merge and no evaluation waits for a compiler
     losses = _losses(tmp_path / "run")
     assert losses == pytest.approx(golden(method, "fp32"), rel=TOLERANCE["fp32"])
-
-
-def compiled_graphs(config: Any) -> tuple[int, int]:
-    """Trains, and counts the programs that torch.compile made: before the first step, and in all."""
-    from torch._dynamo.utils import counters
-
-    from relora_mora.train.begin.build import warm_up
-
-    def programs() -> int:
-        """Those of forward and backward, whether they were in the compiler's cache or not."""
-        return sum(counters["inductor"][f"fxgraph_cache_{found}"] for found in ("hit", "miss", "bypass"))
-
-    at_start = []
-    torch._dynamo.reset()
-    counters.clear()
-    with mock.patch("relora_mora.train.pretrain.warm_up", lambda *args: at_start.append(warm_up(*args) or programs())):
-        train(config)
-    assert not counters["graph_break"], dict(counters["graph_break"])
-    return at_start[0], programs()

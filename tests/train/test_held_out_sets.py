@@ -59,7 +59,8 @@ def together(pools, inputs, tokenizer_path, tmp_path_factory) -> dict[int, tuple
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_each_set_is_scored_as_if_alone(pools, inputs, tokenizer_path, tmp_path, together, world_size):
     _, seen = together[world_size]
-    assert [line["step"] for line in seen] == [0, 1] and seen[0] != seen[1]
+    assert [line["step"] for line in seen] == [0, 1]
+    assert seen[0] != seen[1]
     for name, source in _sets(inputs).items():
         alone = _run(pools, inputs, tokenizer_path, tmp_path / name, world_size, source)
         for line, of_set in zip(alone, seen, strict=True):
@@ -94,7 +95,8 @@ def test_the_command_scores_the_text_of_the_run(inputs, together):
     answer = call(EVALUATE, folder, "--max_tokens=200")
     assert answer.code == 0, answer.err
     values = json.loads(answer.out.splitlines()[-1])
-    assert list(values) == [*KEYS, "sets"] and list(values["sets"]) == ["books", "web"]
+    assert list(values) == [*KEYS, "sets"]
+    assert list(values["sets"]) == ["books", "web"]
     for prefix, of_text in (("eval", values), *((f"eval/{name}", one) for name, one in values["sets"].items())):
         assert of_text["loss"] == pytest.approx(lines[-1][f"{prefix}/loss"], abs=2e-5)
         assert [of_text[key] for key in KEYS[-2:]] == [lines[-1][f"{prefix}/{key}"] for key in KEYS[-2:]]
@@ -108,7 +110,8 @@ def test_the_command_takes_sets_and_records(inputs, together):
     folder, _ = together[1]
     of_run = call(EVALUATE, folder)
     given = call(EVALUATE, folder, f"--data={json.dumps(_sets(inputs))}")
-    assert given.out == of_run.out and given.code == 0
+    assert given.out == of_run.out
+    assert given.code == 0
     shared = {"web": str(inputs / "web.json"), "books": {"source": str(inputs / "books.json"), "text_column": "text"}}
     answer = call(EVALUATE, folder, f"--data={json.dumps(shared)}", "--data.text_column=body")
     assert json.loads(answer.out.splitlines()[-1])["sets"] == json.loads(of_run.out.splitlines()[-1])["sets"]

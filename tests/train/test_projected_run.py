@@ -96,7 +96,8 @@ def test_a_projection_waits_for_a_scored_step(pools, config, tmp_path, matrices,
     one_rank, run = tmp_path / "one_rank", tmp_path / "run"
     pools(1)(partly_unscored, config(one_rank, optim={"matrices": matrices}, train=train_settings | {"zero_stage": 0}))
     pools(2)(partly_unscored, make(run))
-    assert len(losses(run)) == 5 and losses(run) == pytest.approx(losses(one_rank), rel=0, abs=1e-5)
+    assert len(losses(run)) == 5
+    assert losses(run) == pytest.approx(losses(one_rank), rel=0, abs=1e-5)
     for waits, before, after in ((True, 1, 2), (False, 2, 3), (True, 5, 7), (False, 7, 8), (False, 8, 9)):
         assert set(_equal(_linears(run, before), _linears(run, after))) == {waits}, f"steps {before} to {after}"
     assert max(float(value.abs().max()) for value in _linears(run, 10).values()) < 0.2
@@ -137,7 +138,8 @@ def test_a_checkpoint_holds_the_state_of_each_matrix_once(pools, config, tmp_pat
         kind, name, start = key.split("|")
         found.setdefault(name, set()).add(kind)
         if "down_proj" in name and kind.startswith("proj"):  # [24, 40]
-            assert start == "0" and list(value.shape) == ([24, 4] if kind == "projection" else [4, 40])
+            assert start == "0"
+            assert list(value.shape) == ([24, 4] if kind == "projection" else [4, 40])
     assert len(found) == 2 * 7 + 2 + 5  # linears, embeddings and head, norms
     for name, kinds in found.items():
         of_matrix = {"master", "projected_avg", "projected_avg_sq", "updates"} | more
@@ -151,7 +153,9 @@ def test_a_resume_with_another_rank_or_rule_is_refused_whatever_is_allowed(pools
         for allowed in ([], [f"optim.{name}"]):
             changed = {"matrices": "galore", name: value}
             (message,) = pools(1)(refusal_of, config(folder, optim=changed, train={"allow_changes": allowed}))
-            assert f"optim.{name}: " in message and f"{value!r} now; " in message and "model.init_from" in message
+            assert f"optim.{name}: " in message
+            assert f"{value!r} now; " in message
+            assert "model.init_from" in message
             assert "to allow" not in message
     (message,) = pools(1)(refusal_of, config(folder, optim={"matrices": "galore", "projection_every": 9}))
     assert "optim.projection_every: 3 in the checkpoint, 9 now; to allow it: '--train.allow_changes" in message

@@ -77,7 +77,8 @@ def test_a_cut_off_run_goes_on_bit_for_bit(pools, inputs, tokenizer_path, tmp_pa
     pools(2)(train, cut)
     expected = tensors(whole / "checkpoints" / f"step-{STEPS:08d}")
     found = tensors(tmp_path / "cut" / "checkpoints" / f"step-{STEPS:08d}")
-    assert expected.keys() == found.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert _seen(tmp_path / "cut") == _seen(whole)
     losses = [line["train/loss"] for line in _seen(whole) if "train/loss" in line]
     assert losses[-1] < losses[0] < math.log(320) + 0.3
@@ -131,7 +132,8 @@ def test_steps_inside_of_a_prompt_say_nothing_of_the_loss(pools, inputs, tokeniz
     evaluation = config.eval.model_copy(update={"every_steps": 0, "at_start": False, "max_tokens": 64})
     pools(1)(train, config.model_copy(update={"train": sizes, "checkpoint": seldom, "eval": evaluation}))
     losses = [line["train/loss"] for line in metrics(tmp_path / "run") if "train/loss" in line]
-    assert 0 < len(losses) < 12 and min(losses) > 0.5
+    assert 0 < len(losses) < 12
+    assert min(losses) > 0.5
 
 
 def test_epochs_of_records_are_counted(pools, inputs, tokenizer_path, tmp_path):
@@ -140,7 +142,8 @@ def test_epochs_of_records_are_counted(pools, inputs, tokenizer_path, tmp_path):
     pools(1)(train, config)
     last = [line for line in metrics(tmp_path / "run") if "train/documents" in line][-1]
     # seven of the eight lanes have 15 records, and the other one 12
-    assert last["step"] == 15 and last["train/documents"] == 120 - 3
+    assert last["step"] == 15
+    assert last["train/documents"] == 120 - 3
     assert last["perf/data_skipped/no_answer"] == last["perf/data_bad_lines"] == 3
 
 
@@ -148,9 +151,11 @@ def test_a_run_can_be_looked_at_before_it_starts(inputs, tokenizer_path, tmp_pat
     config = _config(inputs, tokenizer_path, tmp_path / "run", 1)
     (tmp_path / "run.yaml").write_text(dump(config))
     answer = call(PRETRAIN, tmp_path / "run.yaml", "--show=1")
-    assert answer.code == 0 and not (tmp_path / "run").exists()
+    assert answer.code == 0
+    assert not (tmp_path / "run").exists()
     first, conversation, *_, share = answer.out.replace("·", "").splitlines()
-    assert first.startswith("--- row 1: ") and conversation == "u:the rank 0a:[matrix ]"
+    assert first.startswith("--- row 1: ")
+    assert conversation == "u:the rank 0a:[matrix ]"
     assert share.endswith("tokens are scored (the first 117 rows, 3 left out: no_answer)")
     refused(call(PRETRAIN, tmp_path / "run.yaml", "--show=0"), "--show: got 0, expected at least 1")
     wrong = "--data.records.kind=sharegpt"
@@ -202,7 +207,8 @@ def test_the_command_scores_the_answers_that_the_run_scored(pools, inputs, token
     finally:
         aside.rename(inputs / "own.jinja")
     assert seen["loss"] == pytest.approx(lines[-1]["eval/loss"], rel=1e-5)
-    assert seen["tokens"] == lines[-1]["eval/tokens"] and "bits_per_byte" not in seen
+    assert seen["tokens"] == lines[-1]["eval/tokens"]
+    assert "bits_per_byte" not in seen
     [everything] = pools(1)(_evaluated, tmp_path / "run", **{"data.records.score": "all"})
     assert (everything["tokens"] > seen["tokens"]) is named
     (inputs / "text.jsonl").write_text("\n".join(json.dumps({"text": "the rank"}) for _ in range(9)))

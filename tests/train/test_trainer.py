@@ -51,7 +51,8 @@ def test_every_method_learns_and_explains_itself(finished, method):
     folder = finished[method]
     lines = metrics(folder)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
-    assert len(losses) == 10 and losses[-1] < losses[0] - 0.5
+    assert len(losses) == 10
+    assert losses[-1] < losses[0] - 0.5
     merges = [line["step"] for line in lines if "merge/layers" in line]
     assert merges == ([4, 8] if METHODS[method].merges else [])
     if method == "remora":
@@ -60,13 +61,17 @@ def test_every_method_learns_and_explains_itself(finished, method):
         ]
         assert switches == [(1, 2), (2, 1)]
     last = next(line for line in reversed(lines) if "train/loss" in line)
-    assert last["train/tokens"] == 10 * 8 * 32 and last["perf/tokens_per_second"] > 0 and 0 < last["perf/mfu"] < 1
+    assert last["train/tokens"] == 10 * 8 * 32
+    assert last["perf/tokens_per_second"] > 0
+    assert 0 < last["perf/mfu"] < 1
     assert last["train/perplexity"] == pytest.approx(math.exp(last["train/loss"]))
     for name in ("config.yaml", "model.json", "starts.jsonl", "tokenizer/tokenizer.model", "checkpoints/latest"):
         assert (folder / name).exists(), name
     assert list((folder / "tensorboard").glob("events.*"))
     start = json.loads((folder / "starts.jsonl").read_text().splitlines()[0])
-    assert start["world_size"] == 2 and start["step"] == 0 and "torch" in start["versions"]
+    assert start["world_size"] == 2
+    assert start["step"] == 0
+    assert "torch" in start["versions"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -77,9 +82,8 @@ def test_the_export_is_the_model_that_was_trained(finished, inputs, tokenizer_pa
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     lm = AutoModelForCausalLM.from_pretrained(out)
-    assert type(lm).__name__ == "LlamaForCausalLM" and not any(
-        "mora" in name or "lora" in name for name, _ in lm.named_parameters()
-    )
+    assert type(lm).__name__ == "LlamaForCausalLM"
+    assert not any("mora" in name or "lora" in name for name, _ in lm.named_parameters())
     config = run_config(inputs, tokenizer_path, tmp_path / "unused")
     data = load_eval_set(
         config.data.validation, config=config.data, tokenizer_path=tokenizer_path, sequence_length=32, max_tokens=200
@@ -159,7 +163,9 @@ def test_documents_can_be_kept_apart(pools, inputs, tokenizer_path, tmp_path):
             train, run_config(inputs, tokenizer_path, folder, 2, data={"document_mask": on}, **UNSAVED), stop_after=2
         )
         losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
-    assert len(losses[1]) == 2 and losses[0][0] != losses[1][0] and losses[0] == pytest.approx(losses[1], abs=0.3)
+    assert len(losses[1]) == 2
+    assert losses[0][0] != losses[1][0]
+    assert losses[0] == pytest.approx(losses[1], abs=0.3)
 
 
 def test_retention_keeps_the_last_and_the_multiples(pools, inputs, tokenizer_path, tmp_path):

@@ -38,7 +38,8 @@ def model(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", HARMS)
 def test_another_config_or_weights_are_noticed(model: Path, name: str):
     before = _digest(model)
-    assert before is not None and len(before) == 32
+    assert before is not None
+    assert len(before) == 32
     (model / "README.md").write_text("other words")
     assert _digest(model) == before
     (model / name).write_bytes(HARMS[name])

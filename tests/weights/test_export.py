@@ -105,7 +105,8 @@ def test_plain_generate_stops_where_a_document_ends(hf_tokenizer: Path, tmp_path
         values = json.loads((tmp_path / "out" / file).read_text())
         assert {key: values[key] for key in expected} == expected
         assert values.get("use_cache", True), f"{file}: generates without a cache"
-    assert lm.generation_config.use_cache in (True, None) and lm.config.use_cache
+    assert lm.generation_config.use_cache in (True, None)
+    assert lm.config.use_cache
 
 
 # how a template ends an answer, and the token at which generation stops besides EOS
@@ -127,7 +128,8 @@ def test_plain_generate_stops_at_further_ends_that_the_start_lists(hf_tokenizer:
     lm.config.eos_token_id = [5, end]  # 5 is a word of this tokenizer
     export(write_checkpoint(tmp_path / "checkpoint", lm, tmp_path / "tokenizer"), tmp_path / "out")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert lm.generation_config.eos_token_id == [300, end] and lm.config.eos_token_id == 300
+    assert lm.generation_config.eos_token_id == [300, end]
+    assert lm.config.eos_token_id == 300
     assert foreign_config(tmp_path / "out").eos_token_id == [300, end], "for a run that starts from it"
     assert lm.generate(torch.tensor([[5]]), max_new_tokens=5, do_sample=False).tolist() == [[5, end]]
 
@@ -167,7 +169,8 @@ def test_an_export_has_the_logits_of_the_merged_model(
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out").to(device)
     ids = torch.arange(64, device=device).reshape(2, 32)
     with torch.no_grad():
-        assert lm.dtype == dtype and torch.equal(lm(ids).logits, merged_model(checkpoint, dtype).to(device)(ids).logits)
+        assert lm.dtype == dtype
+        assert torch.equal(lm(ids).logits, merged_model(checkpoint, dtype).to(device)(ids).logits)
         if dtype == torch.float32:
             assert torch.equal(lm(ids).logits, copy.deepcopy(model).to(device)(ids).logits)
 
@@ -341,10 +344,8 @@ def test_a_damaged_tokenizer_that_nothing_can_stand_in_for_is_named(
     (checkpoint / "tokenizer" / "tokenizer.json").write_text("{}")
     with load_any_model(run, torch.float32).tokenizer as folder:
         assert tokenizer_fingerprint(folder) == tokenizer_fingerprint(hf_tokenizer)
-    assert (
-        "tokenizer/tokenizer.json: 2 bytes, expected" in caplog.text
-        and f"the tokenizer in {run / 'tokenizer'}" in caplog.text
-    )
+    assert "tokenizer/tokenizer.json: 2 bytes, expected" in caplog.text
+    assert f"the tokenizer in {run / 'tokenizer'}" in caplog.text
     shutil.rmtree(run / "tokenizer")
     save_tokenizer(tokenizer_path, run / "tokenizer")  # of other ids
     with pytest.raises(CheckpointError, match="is not the tokenizer that it was saved with; copy that tokenizer there"):
@@ -372,10 +373,12 @@ def test_a_tokenizer_is_named_as_older_readers_know_it(tokenizer_path: str, tmp_
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom_id|>"]})
     save_tokenizer(tokenizer, tmp_path)
     written = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert written["tokenizer_class"] != "TokenizersBackend" and "extra_special_tokens" not in written
+    assert written["tokenizer_class"] != "TokenizersBackend"
+    assert "extra_special_tokens" not in written
     assert "<|eom_id|>" in written["additional_special_tokens"]
     read = AutoTokenizer.from_pretrained(tmp_path)
-    assert "<|eom_id|>" in read.all_special_tokens and read.special_tokens_map == tokenizer.special_tokens_map
+    assert "<|eom_id|>" in read.all_special_tokens
+    assert read.special_tokens_map == tokenizer.special_tokens_map
 
 
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}

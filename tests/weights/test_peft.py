@@ -187,7 +187,8 @@ def test_the_released_mora_finds_our_matrices(base, tokenizer_path, tmp_path, na
         assert released_size(module.in_features, module.out_features, rank, operator) == len(M)
         assert all(tensors[f"base_model.model.{layer}.lora_{each}.weight"].equal(M) for each in "AB")
     read = AdapterFolder(folder)
-    assert read.mora_type == operator and read.base == str(base)
+    assert read.mora_type == operator
+    assert read.base == str(base)
     assert all(read.value(f"{layer}.mora_M").equal(module.mora_M) for layer, module in layers.items())
     export(tmp_path / "run", tmp_path / "merged")
     merged = logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged"))
@@ -255,7 +256,8 @@ def test_what_is_no_such_adapter_is_one_message(tmp_path, settings, factors, say
     folder = write_adapter_folder(tmp_path / "adapter", settings, **factors)
     with pytest.raises(CheckpointError) as caught:
         AdapterFolder(folder)
-    assert says in str(caught.value) and str(folder) in str(caught.value)
+    assert says in str(caught.value)
+    assert str(folder) in str(caught.value)
 
 
 @pytest.mark.parametrize("harm", ["nan", "no copy"])
@@ -340,7 +342,8 @@ def test_a_large_weight_can_be_noted():
     weight = torch.zeros(5120, 5120, dtype=torch.bfloat16)
     weight[-1, -1] = 1.0
     noted = base_sample("w", weight)
-    assert not is_other_base(noted, {"w": weight}.get) and is_other_base(noted, {"w": torch.zeros(5120, 5120)}.get)
+    assert not is_other_base(noted, {"w": weight}.get)
+    assert is_other_base(noted, {"w": torch.zeros(5120, 5120)}.get)
 
 
 def test_a_pattern_of_ranks_that_is_an_expression_tells_of_another_base(base, tokenizer_path, tmp_path):

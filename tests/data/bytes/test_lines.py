@@ -58,9 +58,14 @@ def test_skipping_is_the_same_as_taking(tmp_path, suffix):
     path = write_shard(tmp_path / f"a{suffix}", some_texts(5000))
     expected = _lines(path)
     with closing(ShardLines(Shard("a", str(path)), max_line_bytes=1000, timeout_seconds=1.0)) as lines:
-        assert lines.skip(3) and lines.take() == expected[3]
-        assert lines.skip(4000) and lines.take() == expected[4004] and lines.row == 4005
-        assert lines.skip(994) and not lines.skip(2) and lines.take() is None
+        assert lines.skip(3)
+        assert lines.take() == expected[3]
+        assert lines.skip(4000)
+        assert lines.take() == expected[4004]
+        assert lines.row == 4005
+        assert lines.skip(994)
+        assert not lines.skip(2)
+        assert lines.take() is None
 
 
 @pytest.mark.parametrize("suffix", [".json", ".gz", ".zst"])

@@ -132,9 +132,11 @@ def test_faults_at_a_tenth_of_the_requests_leave_the_stream_of_tokens_as_it_is(t
         server.retry_after["429"] = "0"
         lane = make_lane(data_config([f"{server.url}/{name}" for name in names]), 1, 0)
         assert [lane.next_block().tokens.tolist() for _ in range(blocks)] == expected
-        assert 0.05 < len(server.faults) / len(server.requests) < 0.15 and set(server.faults) == set(FAULTS)
+        assert 0.05 < len(server.faults) / len(server.requests) < 0.15
+        assert set(server.faults) == set(FAULTS)
         assert RETRIES.retries - before >= len(server.faults) - 1  # the last one may not have happened yet
-    assert lane.state()["epoch"] >= 1 and not lane.state()["skipped"]
+    assert lane.state()["epoch"] >= 1
+    assert not lane.state()["skipped"]
 
 
 def test_a_server_that_stays_away(tmp_path, shard):
@@ -202,7 +204,8 @@ def test_a_lasting_fault_is_not_retried(tmp_path, status, message, monkeypatch):
         began = time.monotonic()
         with pytest.raises(SourceError, match=message):
             _read(server)
-        assert time.monotonic() - began < 2 and len(server.requests) == 1
+        assert time.monotonic() - began < 2
+        assert len(server.requests) == 1
 
 
 def test_a_truncated_and_a_corrupt_shard_over_http(tmp_path):
@@ -211,7 +214,8 @@ def test_a_truncated_and_a_corrupt_shard_over_http(tmp_path):
     with serving(tmp_path) as server:
         config = data_config(f"{server.url}/cut.json.gz")
         texts = list(iter_texts(config.train, split="train", config=config))
-    assert texts == [str(n) for n in range(len(texts))] and 10_000 < len(texts) < 20_000
+    assert texts == [str(n) for n in range(len(texts))]
+    assert 10_000 < len(texts) < 20_000
 
 
 @pytest.mark.parametrize("suffix", [".json.gz", ".jsonl.zst"])
@@ -225,7 +229,8 @@ def test_damage_is_not_retried(tmp_path, suffix):
         lane = make_lane(data_config(f"{server.url}/a{suffix}", **settings), 1, 0)
         while lane.state()["epoch"] < 1:
             lane.next_block()
-    assert RETRIES.retries == before and lane.state()["skipped"]["corrupt"] == 1
+    assert RETRIES.retries == before
+    assert lane.state()["skipped"]["corrupt"] == 1
     damage = rf"http\S+/a{suffix}: line \d+ is where the compressed shard is damaged; the rest of it is lost; skipped"
     assert any(re.fullmatch(damage, note) for note in lane.rows.notes)
     body = path.read_bytes()  # the same bytes on a disk: the same decision
@@ -250,7 +255,8 @@ def test_waits_double_with_jitter_up_to_a_bound(monkeypatch):
                 raise TransientError("busy")
 
         retrying(ask, "a", 1e6, sleep=waits.append)
-        assert RETRIES.retries - before == failures and random.getstate() == state
+        assert RETRIES.retries - before == failures
+        assert random.getstate() == state
         return waits
 
     waits = waits_of(12)
@@ -272,7 +278,9 @@ def test_retry_after_is_honored_and_read():
         return "done"
 
     assert retrying(ask, "a", 100.0, sleep=waits.append) == "done"
-    assert waits[0] == 7.0 and waits[1] < 1 and 99 < waits[2] <= 100
+    assert waits[0] == 7.0
+    assert waits[1] < 1
+    assert 99 < waits[2] <= 100
     assert retry_after_seconds({"Retry-After": "12"}) == 12
     assert 50 < retry_after_seconds({"Retry-After": formatdate(time.time() + 60, usegmt=True)}) <= 61
     assert (
@@ -296,7 +304,8 @@ class TestHub:
 
     def test_c4_is_read_from_a_mirror(self, hub):
         shards = resolve_shards("allenai/c4", "main", split="train")
-        assert len(shards) == 1024 and shards[0].name.startswith(f"hub:allenai/c4@{COMMIT}/")
+        assert len(shards) == 1024
+        assert shards[0].name.startswith(f"hub:allenai/c4@{COMMIT}/")
         assert hub.paths == ["/api/datasets/allenai/c4/revision/main"]  # the commit, once; nothing is listed
         source = "hub:allenai/c4/en/c4-train.{00000..00001}-of-01024.json.gz"
         assert list(iter_texts(source, split="train", config=data_config(source))) == some_texts(
@@ -309,7 +318,8 @@ class TestHub:
         source = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"
         list(iter_texts(source, split="train", config=data_config(source)))
         sent = [headers["authorization"] for path, headers in hub.requests if "/resolve/" in path]
-        assert sent and set(sent) == {"Bearer hf_secret"}
+        assert sent
+        assert set(sent) == {"Bearer hf_secret"}
 
     def test_the_token_goes_to_the_hub_and_nowhere_else(self, hub, tmp_path):
         source = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"
@@ -321,13 +331,16 @@ class TestHub:
         hub.requests.clear()
         url = f"{hub.url}/en/c4-train.00000-of-01024.json.gz"
         list(iter_texts(url, split="train", config=data_config(url)))
-        assert hub.requests and all("authorization" not in headers for _, headers in hub.requests)
+        assert hub.requests
+        assert all("authorization" not in headers for _, headers in hub.requests)
 
     def test_the_commit_of_a_revision_is_asked_for_once(self, hub):
         known = with_commits(data_config("allenai/c4"))
-        assert known.commits == {"allenai/c4@main": COMMIT} and len(hub.paths) == 1
+        assert known.commits == {"allenai/c4@main": COMMIT}
+        assert len(hub.paths) == 1
         assert configured_shards(known, "train")[0].name.startswith(f"hub:allenai/c4@{COMMIT}/")
-        assert with_commits(known) == known and len(hub.paths) == 1
+        assert with_commits(known) == known
+        assert len(hub.paths) == 1
         others = data_config("a.json").model_copy(update={"commits": known.commits})
         assert with_commits(others).commits == {} and len(hub.paths) == 1, "of what it does not read it knows nothing"
         DataConfig(train="a.json", validation="a.json", commits={"allenai/c4@v1@2": COMMIT})
@@ -353,10 +366,8 @@ class TestHub:
         with pytest.raises(SourceError, match=r"gave up after 0\.3 s") as caught:
             resolve_shards("allenai/c4", "main", timeout_seconds=0.3)
         text = str(caught.value)
-        assert (
-            f"network to {hub.url}, name a mirror with HF_ENDPOINT, give local files by path" in text
-            and "\n" not in text
-        )
+        assert f"network to {hub.url}, name a mirror with HF_ENDPOINT, give local files by path" in text
+        assert "\n" not in text
         hub.fault = lambda n: "503"
         with pytest.raises(SourceError, match=r"status 503.*HF_ENDPOINT"):  # a file, too
             RemoteBytes(resolve_shards("hub:allenai/c4/en/a.json", COMMIT)[0], 3.0).read(9)

@@ -129,7 +129,8 @@ def test_a_file_without_rows_is_empty(tmp_path, body):
     check_columns(resolve_shards(str(path)), config)
     notes = []
     with closing(open_rows(config, Shard("a.csv", str(path)), note=notes.append)) as rows:
-        assert rows.take(1) == [] and rows.is_empty
+        assert rows.take(1) == []
+        assert rows.is_empty
     assert notes == ["a.csv is empty; skipped"]
 
 

@@ -196,7 +196,8 @@ def test_faults_at_a_third_of_the_requests_leave_the_tokens_as_they_are(suffix, 
                 assert np.array_equal(lane.next_block().tokens, expected.next_block().tokens)
                 assert lane.state() == expected.state()
             lane.close()
-        assert len(server.faults) > 0.2 * len(server.requests) and set(server.faults) == set(FAULTS)
+        assert len(server.faults) > 0.2 * len(server.requests)
+        assert set(server.faults) == set(FAULTS)
     assert RETRIES.retries - before > len(server.faults) / 2
 
 
@@ -276,7 +277,9 @@ def test_a_lanes_share_of_a_file_is_judged_as_the_file_is(suffix, tmp_path):
     config = data_config(path, max_line_bytes=30_000)
     [shard] = resolve_shards(str(path))
     with closing(open_rows(config, shard, phase=0, stride=6)) as rows:
-        assert len(rows.take(1000)) == 120 and rows.take(1) == [] and rows.bad == 2
+        assert len(rows.take(1000)) == 120
+        assert rows.take(1) == []
+        assert rows.bad == 2
 
 
 def test_a_file_that_cannot_be_opened_is_one_message(tmp_path):
@@ -292,7 +295,8 @@ except SourceError as error:
     print(error)
 """
     said = subprocess.run([sys.executable, "-X", "dev", "-c", program], capture_output=True, text=True, check=True)
-    assert "cannot be read (No such file or directory)" in said.stdout and "Exception ignored" not in said.stderr
+    assert "cannot be read (No such file or directory)" in said.stdout
+    assert "Exception ignored" not in said.stderr
 
 
 def test_records_in_string_views_are_read_if_lanes_share_a_group(tmp_path):

@@ -54,7 +54,8 @@ def test_only_bad_lines_are_surely_bad(entry):
     row = parse_line(entry)
     assert isinstance(row, str) or row.reason in SKIP_REASONS
     if surely_bad(entry):
-        assert isinstance(row, Skipped) and row.reason in BAD_REASONS
+        assert isinstance(row, Skipped)
+        assert row.reason in BAD_REASONS
 
 
 @pytest.mark.parametrize("column", ["content", "größe", "a/b", 'quo"ted', "tab\t"])

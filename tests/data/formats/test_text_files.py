@@ -102,8 +102,10 @@ def test_files_without_text(tmp_path):
     }
     blank, utf16 = Skipped("blank_line"), Skipped("utf16")
     assert found["document"] == [[], [blank], [utf16]]
-    assert found["paragraph"][:2] == [[], []] and set(found["paragraph"][2]) == {utf16}
-    assert found["line"][1] == [blank, Skipped("empty_text"), blank] and set(found["line"][2]) >= {utf16}
+    assert found["paragraph"][:2] == [[], []]
+    assert set(found["paragraph"][2]) == {utf16}
+    assert found["line"][1] == [blank, Skipped("empty_text"), blank]
+    assert set(found["line"][2]) >= {utf16}
     with pytest.raises(SourceError, match=r"c\.txt: \d of \d paragraphs are bad, .*is UTF-16"):
         _texts(tmp_path / "c.txt")
 

@@ -123,7 +123,8 @@ def test_held_out_records_score_their_answers(tokenizer, tokenizer_path, tmp_pat
     held_out = _held_out(path, tokenizer_path, packing=packing, records={"kind": "messages", "template": "chatml"})
     rows = [encoded(tokenizer, {"messages": row["messages"]}, kind="messages", template="chatml") for row in ROWS]
     assert held_out.predicted == sum(row.scored.sum() for row in rows)
-    assert held_out.documents == 3 and held_out.utf8_bytes is None
+    assert held_out.documents == 3
+    assert held_out.utf8_bytes is None
     assert (held_out.document_ids is not None) == (packing in (None, "whole"))
     seen = []
     for _, labels, _ in held_out.batches(0, 1, 2):
@@ -137,10 +138,12 @@ def test_whole_texts_score_what_a_stream_scores(tokenizer_path, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in ("the rank", "matrix over", "one")))
     stream, whole, one = (_held_out(path, tokenizer_path, packing=packing) for packing in ("stream", "whole", "none"))
-    assert stream.predicted == whole.predicted == one.predicted and stream.utf8_bytes == whole.utf8_bytes == 22
+    assert stream.predicted == whole.predicted == one.predicted
+    assert stream.utf8_bytes == whole.utf8_bytes == 22
     assert (len(whole.tokens), len(one.tokens)) == (1, 3)
     cut = _held_out(path, tokenizer_path, length=4, packing="whole")
-    assert cut.utf8_bytes is None and cut.predicted < whole.predicted
+    assert cut.utf8_bytes is None
+    assert cut.predicted < whole.predicted
 
 
 def test_too_many_records_that_cannot_be_used_end_an_evaluation(tokenizer_path, tmp_path):
@@ -170,7 +173,8 @@ def test_what_is_trained_on_is_shown(tokenizer_path, tmp_path, capsys):
         Config(model={"config": "c"}, tokenizer={"path": tokenizer_path}, data=data, train={"run_dir": "r"}), 2
     )
     output = capsys.readouterr().out.replace("·", "")
-    assert "--- row 2: 9 of " in output and "--- row 3" not in output
+    assert "--- row 2: 9 of " in output
+    assert "--- row 3" not in output
     assert "Question: the rank 1?\\n\nAnswer:[ one\\n\nmore</s>]\n" in output
     assert output.endswith("tokens are scored (the first 5 rows)\n")
     with path.open("a") as stream:

@@ -47,7 +47,8 @@ def test_the_answer_and_the_end_after_it_are_scored(tokenizer, form):
     asked = tokenizer(prompt).input_ids
     assert row.ids[: len(asked)].tolist() == asked
     in_stream = encoded(tokenizer, fields, "stream", kind=kind)  # a stream adds the EOS after each row itself
-    assert list(in_stream.ids) == row.ids[:-1].tolist() and list(in_stream.scored) == row.scored[:-1].tolist()
+    assert list(in_stream.ids) == row.ids[:-1].tolist()
+    assert list(in_stream.scored) == row.scored[:-1].tolist()
 
 
 def test_a_tokenizer_that_begins_texts_with_bos_begins_records_with_it(tokenizer_path):
@@ -58,7 +59,8 @@ def test_a_tokenizer_that_begins_texts_with_bos_begins_records_with_it(tokenizer
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
     row = encoded(tokenizer, FORMS["question"][0], kind="question")
-    assert row.ids[0] == tokenizer.bos_token_id and not row.scored[0]
+    assert row.ids[0] == tokenizer.bos_token_id
+    assert not row.scored[0]
     assert (
         row.ids[1:].tolist()
         == encoded(load_tokenizer(tokenizer_path), FORMS["question"][0], kind="question").ids.tolist()
@@ -95,7 +97,8 @@ def test_every_turn_of_the_assistant_is_scored_with_its_end(tokenizer):
         (False, "\n"),
     ]
     everything = encoded(tokenizer, {"messages": CONVERSATION}, kind="messages", template="chatml", score="all")
-    assert everything.scored is None and list(everything.ids) == list(row.ids)
+    assert everything.scored is None
+    assert list(everything.ids) == list(row.ids)
 
 
 def test_sharegpt_is_the_same_conversation(tokenizer):
@@ -108,7 +111,8 @@ def test_sharegpt_is_the_same_conversation(tokenizer):
         {"conversations": json.dumps(turns)},  # as in CSV
     ):
         row = encoded(tokenizer, fields, kind="sharegpt", template="chatml")
-        assert np.array_equal(row.ids, expected.ids) and np.array_equal(row.scored, expected.scored)
+        assert np.array_equal(row.ids, expected.ids)
+        assert np.array_equal(row.scored, expected.scored)
     weighed = [turn | {"weight": int(at != 2)} for at, turn in enumerate(turns)]
     row = encoded(tokenizer, {"conversations": weighed}, kind="sharegpt", template="chatml")
     assert [text for is_scored, text in parts(tokenizer, row) if is_scored] == ["the same</s>"]
@@ -140,7 +144,9 @@ def test_a_bad_record_is_reported_with_its_place(tokenizer, kind, fields, reason
     settings = {"template": "chatml"} if kind in ("messages", "sharegpt") else {}
     row = encoded(tokenizer, fields, kind=kind, **settings)
     assert row == Skipped(reason)
-    assert row.detail.startswith("a.jsonl, line 1, ") and said in row.detail and str(fields)[:50] in row.detail
+    assert row.detail.startswith("a.jsonl, line 1, ")
+    assert said in row.detail
+    assert str(fields)[:50] in row.detail
 
 
 def test_an_answer_without_weight_is_not_learned(tokenizer, tmp_path):
@@ -148,7 +154,8 @@ def test_an_answer_without_weight_is_not_learned(tokenizer, tmp_path):
     plain = encoded(tokenizer, {"messages": CONVERSATION}, kind="messages", template="chatml")
     row = encoded(tokenizer, {"messages": weighed}, kind="messages", template="chatml")
     scored = [text for is_scored, text in parts(tokenizer, plain) if is_scored]
-    assert len(scored) == 2 and [text for is_scored, text in parts(tokenizer, row) if is_scored] == scored[1:]
+    assert len(scored) == 2
+    assert [text for is_scored, text in parts(tokenizer, row) if is_scored] == scored[1:]
     assert list(row.ids) == list(plain.ids)
     half = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x", "weight": 0.5}]
     assert 'with the "weight" 0.5' in encoded(tokenizer, {"messages": half}, kind="messages", template="chatml").detail
@@ -168,7 +175,8 @@ def test_a_record_longer_than_a_sequence_is_cut_at_its_end_or_dropped(tokenizer)
         if most <= answer:  # no token of the answer is left
             assert cut == Skipped("over_length")
             continue
-        assert list(cut.ids) == row.ids[:most].tolist() and list(cut.scored) == row.scored[:most].tolist()
+        assert list(cut.ids) == row.ids[:most].tolist()
+        assert list(cut.scored) == row.scored[:most].tolist()
         assert cut.cut == (most < count)
         dropped = encoded(tokenizer, fields, length=most - 1, kind="question", too_long="drop")
         assert dropped == Skipped("over_length") if most < count else list(dropped.ids) == row.ids.tolist()

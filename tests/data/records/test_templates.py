@@ -91,7 +91,8 @@ def test_an_answer_that_the_template_does_not_mark_is_reported(tokenizer, tmp_pa
     path = tmp_path / "own.jinja"
     path.write_text("{{ messages[0].content }}{% if false %}{% generation %}x{% endgeneration %}{% endif %}")
     row = encoded(tokenizer, {"messages": CONVERSATION}, kind="messages", template=str(path))
-    assert row == Skipped("no_answer") and f"has an answer that the template {path} does not mark" in row.detail
+    assert row == Skipped("no_answer")
+    assert f"has an answer that the template {path} does not mark" in row.detail
 
 
 def test_a_missing_template_is_refused(tmp_path):
@@ -117,7 +118,8 @@ def test_a_message_that_calls_a_tool_need_not_have_content(tokenizer, tmp_path):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "matrix"}}]}
     messages = [{"role": "user", "content": "rank"}, call, {"role": "tool", "content": "over"}]
     row = encoded(tokenizer, {"messages": messages}, kind="messages", template=str(path))
-    assert isinstance(row, Encoded) and tokenizer.decode(row.ids) == "rankmatrixover"
+    assert isinstance(row, Encoded)
+    assert tokenizer.decode(row.ids) == "rankmatrixover"
     assert tokenizer.decode(np.array(row.ids)[row.scored]) == "matrix"
 
 
@@ -169,7 +171,8 @@ def test_tools_and_calls_of_them_are_written(tokenizer, tmp_path, as_json):
 )
 def test_tools_that_a_template_leaves_out_are_reported(tokenizer, fields):
     row = encoded(tokenizer, fields, kind="messages", template="chatml")
-    assert row == Skipped("template_failed") and "has tools, which the template chatml does not write" in row.detail
+    assert row == Skipped("template_failed")
+    assert "has tools, which the template chatml does not write" in row.detail
 
 
 def test_a_record_that_the_template_refuses_is_reported(tokenizer, tmp_path):
@@ -178,5 +181,7 @@ def test_a_record_that_the_template_refuses_is_reported(tokenizer, tmp_path):
     held = RecordFormat.of(RecordsConfig(kind="messages", template=str(path)))
     records = [Record({"messages": CONVERSATION[first:]}, f"row {first}", held) for first in range(2)]
     refused, good = record_encoder(tokenizer, held)(records)
-    assert refused == Skipped("template_failed") and "row 0, is refused" in refused.detail
-    assert "begin with the user" in refused.detail and isinstance(good, Encoded)
+    assert refused == Skipped("template_failed")
+    assert "row 0, is refused" in refused.detail
+    assert "begin with the user" in refused.detail
+    assert isinstance(good, Encoded)

@@ -105,10 +105,8 @@ def test_marks_that_are_never_reached_leave_nothing_to_learn(tmp_path, tokenizer
         "{% for m in messages %}{% if m.role == 'model' %}{% generation %}x{% endgeneration %}{% endif %}x{% endfor %}"
     )
     said = _error_of(_config(path, template), tokenizer)
-    assert (
-        "a.jsonl, line 30, has an answer that the template " in said
-        and "own.jinja does not mark: {'messages': " in said
-    )
+    assert "a.jsonl, line 30, has an answer that the template " in said
+    assert "own.jinja does not mark: {'messages': " in said
 
 
 @pytest.mark.parametrize("packing", ["whole", "none"])
@@ -149,7 +147,8 @@ def test_a_small_set_is_checked_as_a_whole_and_a_large_one_by_its_first_rows(tmp
     rows = [_conversation(number, "system" if number == 20 else "user") for number in range(50)]
     path = _written(tmp_path / "a.jsonl", rows)
     said = _error_of(_config(path), tokenizer)
-    assert said.startswith("1 of 50 records cannot be used") and "a.jsonl, line 21, is refused by the template " in said
+    assert said.startswith("1 of 50 records cannot be used")
+    assert "a.jsonl, line 21, is refused by the template " in said
     assert "(the system must come first)" in said
     for config in (_config(path, max_bad_fraction=0.02), _config(_written(path, [*rows, *rows[:20] * 48]))):
         check_records(configured_shards(config, "train"), config, tokenizer)
@@ -178,8 +177,10 @@ def test_a_row_that_a_template_refuses_is_named_and_does_not_end_the_run(tmp_pat
     with _stream(config, tokenizer_path) as stream:
         batches = [next(stream) for _ in range(1200 // 4)]
     notes = [note for batch in batches for note in batch.notes]
-    assert "a.jsonl, line 301, is refused by the template " in notes[0] and "(the system must come first): " in notes[0]
-    assert notes[0].endswith("; skipped") and len(notes) <= 3
+    assert "a.jsonl, line 301, is refused by the template " in notes[0]
+    assert "(the system must come first): " in notes[0]
+    assert notes[0].endswith("; skipped")
+    assert len(notes) <= 3
     assert batches[-1].counts["skipped/template_failed"] >= 3
 
 

@@ -59,7 +59,8 @@ def test_the_digest_depends_only_on_the_tokens(path, texts, tokenizer_path, tmp_
     assert whole.digest == _load(plain, tokenizer_path, length=8).digest
     assert whole.digest != _load(path, tokenizer_path, whole.predicted - 1).digest
     backwards = _load(write_shard(tmp_path / "c.json", texts[::-1]), tokenizer_path)
-    assert backwards.digest != whole.digest and backwards.predicted == whole.predicted
+    assert backwards.digest != whole.digest
+    assert backwards.predicted == whole.predicted
 
 
 def test_max_tokens_cuts_between_documents(path, texts, tokenizer_path):
@@ -84,13 +85,15 @@ def test_every_token_is_scored_once_on_any_number_of_ranks(path, tokenizer_path,
         counts.append(len(batches))
         for inputs, labels, documents in batches:
             assert documents is None
-            assert inputs.shape == labels.shape == (rows, 16) and inputs.dtype == labels.dtype == torch.int64
+            assert inputs.shape == labels.shape == (rows, 16)
+            assert inputs.dtype == labels.dtype == torch.int64
             for row, targets in zip(inputs.tolist(), labels.tolist(), strict=True):
                 known = [(token, target) for token, target in zip(row, targets, strict=True) if target != UNSCORED]
                 if known:
                     scored[tuple(known)] += 1
                 assert row[len(known) :] == [held_out.eos] * (16 - len(known))
-    assert len(set(counts)) == 1 and counts[0] >= 1
+    assert len(set(counts)) == 1
+    assert counts[0] >= 1
     tokens = _stream(held_out)
     blocks = [
         list(zip(tokens[at : at + 16], tokens[at + 1 : at + 17], strict=False))
@@ -109,7 +112,8 @@ def test_documents_are_numbered_as_in_training(path, tokenizer_path):
     )
     seen = 0
     for inputs, _, documents in held_out.batches(0, 1, 4):
-        assert documents is not None and documents.shape == inputs.shape
+        assert documents is not None
+        assert documents.shape == inputs.shape
         for row, numbers in zip(inputs.tolist(), documents.tolist(), strict=True):
             assert numbers == [row[: at + 1].count(held_out.eos) for at in range(16)]
             seen = max(seen, numbers[-1])
@@ -119,7 +123,8 @@ def test_documents_are_numbered_as_in_training(path, tokenizer_path):
 def test_less_text_than_one_batch(tmp_path, tokenizer_path):
     held_out = _load(write_shard(tmp_path / "a.json", ["rank"]), tokenizer_path)
     batches = [list(held_out.batches(rank, 3, 4)) for rank in range(3)]
-    assert [len(of_rank) for of_rank in batches] == [1, 1, 1] and 0 < held_out.predicted < 16
+    assert [len(of_rank) for of_rank in batches] == [1, 1, 1]
+    assert 0 < held_out.predicted < 16
     scored = [int((labels != UNSCORED).sum()) for ((_, labels, _),) in batches]
     assert scored == [held_out.predicted, 0, 0]
 

@@ -154,7 +154,8 @@ def test_a_readme_that_makes_no_sense_is_one_message(tmp_path, card, said):
     (tmp_path / "set" / "README.md").write_text(card.replace("{}", str(outside)), encoding="utf-8")
     with pytest.raises(SourceError) as caught:
         resolve_shards(str(tmp_path / "set"))
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_without_text_is_refused(tmp_path):
@@ -214,7 +215,8 @@ def test_one_process_asks_and_the_others_get_the_answer(tmp_path, hub, monkeypat
     remember_datasets(found)
     monkeypatch.setattr(named_sets, "_find", lambda *given: pytest.fail("asked again"))
     before = len(hub.paths)
-    assert resolve_shards(config.train[:2], COMMIT) == expected and len(hub.paths) == before
+    assert resolve_shards(config.train[:2], COMMIT) == expected
+    assert len(hub.paths) == before
     with pytest.raises(SourceError, match="no configuration xx"):
         resolve_shards(config.train, COMMIT)
 

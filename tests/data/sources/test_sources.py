@@ -101,7 +101,8 @@ def test_files_with_the_same_name_have_unique_labels(tmp_path):
             while rows.take(9):
                 pass
     [single] = resolve_shards(f"{tmp_path}/a/x/data.jsonl")
-    assert single.label == "data.jsonl" and single == shards[0]
+    assert single.label == "data.jsonl"
+    assert single == shards[0]
 
 
 @pytest.mark.parametrize("pattern", ["part-{0..3}.json", "part-{0..3}*.json"])

@@ -151,7 +151,8 @@ def test_without_a_count_each_lane_begins_its_next_epoch_at_once(path, tokenizer
             batch = next(stream)
             assert (batch.labels != UNSCORED).any(dim=1).all(), "no sequence is empty"
             seen.update(_answers(batch, tokenizer))
-    assert set(seen.values()) <= {EPOCHS - 1, EPOCHS, EPOCHS + 1} and set(seen) == set(EXPECTED)
+    assert set(seen.values()) <= {EPOCHS - 1, EPOCHS, EPOCHS + 1}
+    assert set(seen) == set(EXPECTED)
 
 
 def test_numbers_of_used_and_skipped_records_are_logged(tokenizer_path, tmp_path, caplog):
@@ -164,7 +165,8 @@ def test_numbers_of_used_and_skipped_records_are_logged(tokenizer_path, tmp_path
         epoch = _count(_config(tmp_path / "a.jsonl", "whole"), tokenizer_path)
     [said] = [message for message in caplog.messages if " sequences, " in message]
     found = re.fullmatch(r"18 records in (\d+) sequences, (\d+) % full(.*)", said)
-    assert found is not None and found[3] == "; no_answer: 1; over_length: 1; cut: 1"
+    assert found is not None
+    assert found[3] == "; no_answer: 1; over_length: 1; cut: 1"
     tokenizer = load_tokenizer(tokenizer_path)
     texts = [row["prompt"] + row["completion"] for at, row in enumerate(rows) if at not in (3, 7, 8)]
     tokens = LENGTH + 1 + sum(len(tokenizer(text).input_ids) + 1 for text in texts)

@@ -111,10 +111,12 @@ def test_a_mixture_reads_each_source_as_if_it_were_the_only_one(folder, tokenize
             sources = itertools.chain(*mixture.sources(step, range(4)))
             for number, (row, source) in enumerate(zip(rows, sources, strict=True)):
                 assert row == next(given[source, number // 2])
-        assert batch.counts["blocks/web"] == 72 and batch.counts["blocks/books"] == 24
+        assert batch.counts["blocks/web"] == 72
+        assert batch.counts["blocks/books"] == 24
         assert batch.counts["epoch/web"] == batch.counts["epoch"] == 0
         said = stream.describe(batch.state)
-        assert len(said) == 8 and said[1].startswith("lane 0, web: epoch 0, part-0000")
+        assert len(said) == 8
+        assert said[1].startswith("lane 0, web: epoch 0, part-0000")
         json.dumps(batch.state)
 
 
@@ -126,8 +128,10 @@ def test_weights_are_part_of_the_fingerprint_but_not_of_the_order(folder):
         given = {"tokenizer_fingerprint": "t", "batch_lanes": 4, "shards": configured_shards(one, "train")}
         prints.append(fingerprints(one, **given))
     (whole, order), (of_weights, order_of_weights), (of_names, order_of_names) = prints
-    assert whole != of_weights and order == order_of_weights
-    assert whole != of_names and order != order_of_names
+    assert whole != of_weights
+    assert order == order_of_weights
+    assert whole != of_names
+    assert order != order_of_names
 
 
 @pytest.mark.parametrize("workers", [0, 1])

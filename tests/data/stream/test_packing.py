@@ -201,7 +201,8 @@ def test_a_source_is_closed_with_its_lane():
     lane.rows.open_rows = open_rows
     lane.next_block()
     lane.close()
-    assert opened and all(rows.closed for rows in opened)
+    assert opened
+    assert all(rows.closed for rows in opened)
 
 
 def test_the_labels_of_a_batch_are_unscored_where_the_row_function_says_so(tmp_path, tokenizer_path, monkeypatch):
@@ -230,7 +231,8 @@ def test_the_labels_of_a_batch_are_unscored_where_the_row_function_says_so(tmp_p
     ]
     for before, after in zip(plain, masked, strict=True):
         scored = torch.tensor(np.stack([lane.next_block().scored for lane in lanes for _ in range(2)]))
-        assert torch.equal(after.input_ids, before.input_ids) and after.state == before.state
+        assert torch.equal(after.input_ids, before.input_ids)
+        assert after.state == before.state
         assert not (before.labels == UNSCORED).any()
         assert torch.equal(after.labels, torch.where(scored, before.labels, UNSCORED))
         assert 0.3 < scored.float().mean() < 0.8
@@ -249,4 +251,5 @@ def test_rows_go_to_a_tokenizer_in_groups(monkeypatch, rows, threads, calls):
     """A call needs dozens of times the memory of its text."""
     monkeypatch.setattr("relora_mora.data.rows.CALL_CHARACTERS", 9)
     made = list(in_calls(rows, 3, len, threads))
-    assert list(map(len, made)) == calls and list(itertools.chain(*made)) == rows
+    assert list(map(len, made)) == calls
+    assert list(itertools.chain(*made)) == rows

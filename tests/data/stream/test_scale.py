@@ -101,8 +101,10 @@ def test_every_rank_has_the_same_share_and_no_row_is_given_twice(four_steps):
     blocks, states = four_steps
     documents = blocks[:, :, 1:].reshape(4, LANES, 2, TOKENS)  # two to a block
     given = Counter(map(tuple, documents[..., :2].reshape(-1, 2).tolist()))
-    assert len(given) == 4 * LANES * 2 and set(given.values()) == {1}
-    assert {state["documents"] for state in states.values()} == {8} and len(states) == LANES
+    assert len(given) == 4 * LANES * 2
+    assert set(given.values()) == {1}
+    assert {state["documents"] for state in states.values()} == {8}
+    assert len(states) == LANES
     shares = [sum(1 / part.stride for part in plan.parts) for plan in plan_lanes(LANES, FILES)]
     of_ranks = [sum(shares[rank::RANKS]) for rank in range(RANKS)]
     assert max(of_ranks) / min(of_ranks) < 1.04

@@ -113,12 +113,14 @@ def test_every_record_once_in_every_epoch(path, tokenizer, packing, lanes):
         for _ in range(_blocks(config, tokenizer, lanes, number)):
             epochs[0] += _numbers(lane.next_block(), tokenizer)
         share = lane.state()["documents"]
-        assert lane.state()["epoch"] == 0 and share == len(epochs[0])
+        assert lane.state()["epoch"] == 0
+        assert share == len(epochs[0])
         while len(epochs[1]) < share:
             epochs[1] += _numbers(lane.next_block(), tokenizer)
             assert lane.state()["documents"] == share + len(epochs[1])
         assert lane.state()["epoch"] == 1
-        assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
+        assert sorted(epochs[0]) == sorted(epochs[1])
+        assert epochs[0] != epochs[1]
         seen += epochs[0]
     assert sorted(seen) == list(range(RECORDS))
 
@@ -219,7 +221,8 @@ def test_labels_are_the_answers(path, tokenizer, tokenizer_path):
             text = tokenizer.decode(inputs[here].tolist())
             answer = tokenizer.decode([int(label) for label in labels[here] if label != UNSCORED])
             if answer:
-                assert answer.endswith("</s>") and answer.removesuffix("</s>").strip("matrix ") == ""
+                assert answer.endswith("</s>")
+                assert answer.removesuffix("</s>").strip("matrix ") == ""
                 assert text.removesuffix("</s>").endswith(answer.removesuffix("</s>"))
 
 
@@ -248,7 +251,8 @@ def test_an_epoch_is_counted_in_the_blocks_of_its_lanes(path, tokenizer, tokeniz
     config = _config(path, packing)
     epoch = count_epochs(config, tokenizer_path, lanes=lanes)
     blocks = [_blocks(config, tokenizer, lanes, number) for number in range(lanes)]
-    assert epoch.blocks == [max(blocks)] and epoch.tokens == [max(blocks) * lanes * LENGTH]
+    assert epoch.blocks == [max(blocks)]
+    assert epoch.tokens == [max(blocks) * lanes * LENGTH]
     if packing == "none":
         assert sum(blocks) == RECORDS
 
@@ -284,7 +288,8 @@ def test_records_that_cannot_be_used_are_counted_alike_after_a_resume(tmp_path, 
             for batch in batches[at:]:
                 again = next(resumed)
                 assert all(map(torch.equal, _tensors(again), _tensors(batch)))
-                assert again.state == batch.state and again.counts == batch.counts
+                assert again.state == batch.state
+                assert again.counts == batch.counts
     notes = [note for batch in batches for note in batch.notes]
     assert any(note.startswith("a.jsonl, line 4, has no answer to learn: {'prompt': '3 ") for note in notes)
 

@@ -48,7 +48,8 @@ def test_signals_that_ask_a_job_to_stop_do_nothing_and_close_ends_a_worker_at_on
             next(stream)
         began = time.monotonic()
         pid = worker.pid
-    assert time.monotonic() - began < 2 and not psutil.pid_exists(pid)
+    assert time.monotonic() - began < 2
+    assert not psutil.pid_exists(pid)
 
 
 def test_a_killed_worker_is_one_clear_error_that_stays_and_close_leaves_no_process(source, tokenizer_path):
@@ -63,7 +64,8 @@ def test_a_killed_worker_is_one_clear_error_that_stays_and_close_leaves_no_proce
             ):
                 for _ in range(100):
                     next(stream)
-        assert stream.ready(0.0) and psutil.pid_exists(pids[0])
+        assert stream.ready(0.0)
+        assert psutil.pid_exists(pids[0])
     assert not any(psutil.pid_exists(pid) for pid in pids)  # a zombie still has its pid
 
 
@@ -125,7 +127,8 @@ def _gone(pids, within_seconds=5.0):
 def test_a_trainer_that_fails_without_closing_leaves_no_worker(source, tokenizer_path):
     with _trainer(source, tokenizer_path) as (trainer, pids):
         _, errors = trainer.communicate(timeout=60)
-        assert trainer.returncode == 1 and f"data worker {pids[0]} was killed by signal 9" in errors.splitlines()[-1]
+        assert trainer.returncode == 1
+        assert f"data worker {pids[0]} was killed by signal 9" in errors.splitlines()[-1]
         assert _gone(pids)
 
 
@@ -137,7 +140,8 @@ def test_workers_die_with_a_killed_trainer_also_while_they_wait_for_the_network(
         end = time.monotonic() + 60
         while len(server.requests) < 4 and time.monotonic() < end:
             time.sleep(0.02)
-        assert len(server.requests) >= 4 and all(map(_lives, pids))
+        assert len(server.requests) >= 4
+        assert all(map(_lives, pids))
         trainer.kill()
         assert _gone(pids)
 
@@ -177,4 +181,5 @@ def test_an_error_is_the_same_with_and_without_workers_and_stays(tmp_path, token
             with pytest.raises(SourceError):
                 next(stream)
         seen.append((made, str(error.value)))
-    assert seen[0] == seen[1] and 20 < seen[0][0] < 1000
+    assert seen[0] == seen[1]
+    assert 20 < seen[0][0] < 1000

@@ -448,7 +448,8 @@ def test_rows_and_reasons_survive_writing_and_reading(tmp_path):
             writer.write(row, number)
         writer.close()
     tokens = MappedTokens(str(tmp_path / "a.arrow"))
-    assert tokens.head == head and tokens.rows == 95
+    assert tokens.head == head
+    assert tokens.rows == 95
     for numbers in (range(95), range(3, 95, 7), range(60, 61), range(94, 95), range(5, 5)):
         found = list(tokens.take(numbers))
         assert [_plain(row) for row in found] == [_plain(rows[number]) for number in numbers]

@@ -63,9 +63,8 @@ def test_curves_of_loss_are_means_over_seeds(groups: list[Group]) -> None:
     for panel in figure.axes:
         lines = _lines(panel)
         assert list(lines) == ["Full rank", "ReMoRA (1, 2) (2 seeds)"]
-        assert lines["Full rank"][0] == EVALUATIONS and lines["Full rank"][1] == pytest.approx(
-            [9.2, 4.2, 3.2, 2.2, 1.2]
-        )
+        assert lines["Full rank"][0] == EVALUATIONS
+        assert lines["Full rank"][1] == pytest.approx([9.2, 4.2, 3.2, 2.2, 1.2])
         assert lines["ReMoRA (1, 2) (2 seeds)"][1] == pytest.approx([9.05, 4.05, 3.05, 2.05, 1.05])
     [band] = [each for each in figure.axes[0].collections if hasattr(each, "get_paths")]
     heights = band.get_paths()[0].vertices
@@ -75,7 +74,8 @@ def test_curves_of_loss_are_means_over_seeds(groups: list[Group]) -> None:
 def test_merges_are_marked_along_the_axis(groups: list[Group]) -> None:
     panel = loss_figure(groups, "tokens").axes[0]
     [strokes] = [line for line in panel.get_lines() if line.get_marker() == "|"]
-    assert list(strokes.get_xdata()) == [20 * TOKENS] and 0 < strokes.get_ydata()[0] < 0.2
+    assert list(strokes.get_xdata()) == [20 * TOKENS]
+    assert 0 < strokes.get_ydata()[0] < 0.2
     assert strokes.get_transform() == panel.get_xaxis_transform()
 
 
@@ -86,7 +86,9 @@ def test_rates_of_a_record_are_those_of_its_settings(groups: list[Group]) -> Non
     peak = run.settings["optim.lr"]
     assert list(rates) == [*range(1, record.last_step + 1)]
     # the end of warmup; a merge after step 20 and two steps of warmup, which meet the cosine again
-    assert rates[2] == peak and rates[21] == pytest.approx(rates[22] / 2) and rates[22] < rates[20] < peak
+    assert rates[2] == peak
+    assert rates[21] == pytest.approx(rates[22] / 2)
+    assert rates[22] < rates[20] < peak
 
 
 def test_merges_too_many_to_tell_apart_are_not_marked(groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +168,8 @@ def test_long_names_and_many_merging_rows_do_not_overlap(tmp_path: Path) -> None
     [legend] = figure.legends
     assert legend.get_window_extent().width <= figure.bbox.width
     heights = [line.get_ydata()[0] for line in figure.axes[0].get_lines() if line.get_marker() == "|"]
-    assert len(set(heights)) == 12 and max(heights) < 0.2
+    assert len(set(heights)) == 12
+    assert max(heights) < 0.2
 
 
 def test_losses_of_other_text_do_not_stretch_a_panel(groups: list[Group]) -> None:
@@ -178,9 +181,12 @@ def test_losses_of_other_text_do_not_stretch_a_panel(groups: list[Group]) -> Non
 def test_rates_and_ranks(groups: list[Group]) -> None:
     [rates] = rate_figure(groups).axes
     x, y = _lines(rates)["Full rank"]
-    assert len(x) == 40 and x[-1] == 40 * TOKENS and y[3] == 1e-3 / 4
+    assert len(x) == 40
+    assert x[-1] == 40 * TOKENS
+    assert y[3] == 1e-3 / 4
     figure = rank_figure(groups)
-    assert figure is not None and [panel.get_title() for panel in figure.axes] == ["q_proj"]
+    assert figure is not None
+    assert [panel.get_title() for panel in figure.axes] == ["q_proj"]
     assert _lines(figure.axes[0]) == {"ReMoRA (1, 2) (2 seeds)": ([20 * TOKENS], [7.5])}
     assert rank_figure(groups[:1]) is None
 
@@ -192,7 +198,8 @@ def test_runs_that_merge_other_projections_have_their_own_panels(groups: list[Gr
         for group, (kind, rank) in zip(groups[:2], kinds.items(), strict=True)
     ]
     figure = rank_figure(apart, "u", "rank")
-    assert figure is not None and [panel.get_title() for panel in figure.axes] == list(kinds)
+    assert figure is not None
+    assert [panel.get_title() for panel in figure.axes] == list(kinds)
     assert [[list(y) for _, y in _lines(panel).values()] for panel in figure.axes] == [[[3.0]], [[5.0]]]
 
 
@@ -271,7 +278,8 @@ def test_the_enlarged_panel_begins_where_the_last_gap_is_visible(tmp_path: Path)
     assert parting([steep]) is None
     place = parting([steep, near])
     # 0.8 / 0.4 = 2 above the lowest end: the curves fall below 3 between the evaluations at 20 and 30 steps
-    assert place is not None and 24 * TOKENS < place < 26 * TOKENS
+    assert place is not None
+    assert 24 * TOKENS < place < 26 * TOKENS
 
 
 @pytest.mark.parametrize(

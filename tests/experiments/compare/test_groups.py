@@ -46,8 +46,10 @@ def test_runs_that_differ_in_seeds_are_one(tmp_path: Path) -> None:
         for train, data in ((0, 0), (1, 0), (0, 1))
     ]
     [group] = group_runs(runs)
-    assert group.label == "ReMoRA (1, 2)" and list(group.runs) == runs
-    assert group_of([group], str(tmp_path / "run10")) is group and group_of([group], "run10") is group
+    assert group.label == "ReMoRA (1, 2)"
+    assert list(group.runs) == runs
+    assert group_of([group], str(tmp_path / "run10")) is group
+    assert group_of([group], "run10") is group
     with pytest.raises(CompareError, match="matches none of the runs"):
         group_of([group], str(tmp_path))
     twin = made_run(tmp_path / "study/run10", train={"seed": 7})

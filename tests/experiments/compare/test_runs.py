@@ -24,7 +24,8 @@ def test_tokens_and_time_of_a_step(tmp_path: Path) -> None:
     run = made_run(tmp_path / "a")
     assert [run.tokens(step) for step in (0, 7, 40)] == [0, 7 * TOKENS, 40 * TOKENS]
     assert [run.seconds(step) for step in (0, 7, 19, 20, 40)] == [0, 14, 38, 45, 85], "a merge after step 20 takes 5 s"
-    assert run.merges == [20] and run.parameters == PARAMETERS
+    assert run.merges == [20]
+    assert run.parameters == PARAMETERS
 
 
 def test_tokens_beyond_the_last_line_follow_from_the_batch(tmp_path: Path) -> None:
@@ -43,7 +44,8 @@ def test_time_begins_with_another_runs_checkpoint_and_tokens_before_it(tmp_path:
             line["train/tokens"] += 100 * TOKENS  # counted from the checkpoint's tokens
     files.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = read_run(folder)
-    assert run.seconds(110) == 20.0 and run.parameters == {}
+    assert run.seconds(110) == 20.0
+    assert run.parameters == {}
     assert [run.tokens(step) for step in (100, 101, 111)] == [100 * TOKENS, 101 * TOKENS, 111 * TOKENS]
 
 
@@ -67,7 +69,8 @@ def test_evaluations_on_other_text_before_a_resume_are_left_out(tmp_path: Path) 
             line |= {"eval/web/loss": 2.0, "eval/web/tokens": 500, "eval/web/digest": "a text"}
             stream.write(json.dumps({"step": step, **line}) + "\n")
     run = read_run(folder)
-    assert run.evaluations("") == {20: 3.0, 30: 3.0} and run.evaluations("web") == {0: 9.0, 10: 4.0, 20: 2.0, 30: 2.0}
+    assert run.evaluations("") == {20: 3.0, 30: 3.0}
+    assert run.evaluations("web") == {0: 9.0, 10: 4.0, 20: 2.0, 30: 2.0}
     assert run.scored == {"web": "a text"}
 
 
@@ -87,7 +90,8 @@ def test_shares_of_other_answers_before_a_resume_are_left_out(tmp_path: Path) ->
             line = {"step": step, "eval/loss": 3.0, "eval/exact_match": 0.5, "eval/answers": answers}
             stream.write(json.dumps(line) + "\n")
     run = read_run(folder)
-    assert run.series("eval/exact_match") == {20: 0.5, 30: 0.5} and 10 in run.series("eval/loss")
+    assert run.series("eval/exact_match") == {20: 0.5, 30: 0.5}
+    assert 10 in run.series("eval/loss")
 
 
 @pytest.mark.parametrize(("sets", "expected"), [((), [""]), (("web", "loss"), ["web", "loss"])])
@@ -120,7 +124,8 @@ def test_non_finite_numbers_and_a_truncated_line_are_left_out(tmp_path: Path) ->
     folder = write_run(tmp_path / "a", [9.0, 4.0])
     with RunFolder(folder).metrics.open("a") as stream:
         stream.write('{"step": 11, "train/loss": null}\n{"step": 12, "train/lo')
-    assert max(read_run(folder).series("train/loss")) == 10 and read_run(folder).last_step == 11
+    assert max(read_run(folder).series("train/loss")) == 10
+    assert read_run(folder).last_step == 11
 
 
 def test_settings_that_an_older_version_did_not_know_have_their_defaults(tmp_path: Path) -> None:
@@ -133,7 +138,8 @@ def test_settings_that_an_older_version_did_not_know_have_their_defaults(tmp_pat
 def test_a_run_is_finished_unfinished_or_running(tmp_path: Path) -> None:
     assert made_run(tmp_path / "whole").is_finished
     cut = made_run(tmp_path / "cut", [9.0, 4.0])
-    assert not cut.is_finished and not cut.is_running
+    assert not cut.is_finished
+    assert not cut.is_running
     lock = RunLock(cut.folder)
     lock.acquire()
     assert read_run(cut.folder).is_running
@@ -163,7 +169,9 @@ def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:
     (tmp_path / "cells.jsonl").write_text(json.dumps(record) + "\n" + json.dumps({**record, "name": "other"}) + "\n")
     kept, other = read_runs(tmp_path / "cells.jsonl")
     assert (kept.folder, other.folder) == (tmp_path / "runs/cell", tmp_path / "runs/other")
-    assert kept.is_finished and kept.parameters == PARAMETERS and kept.seconds(40) == 85
+    assert kept.is_finished
+    assert kept.parameters == PARAMETERS
+    assert kept.seconds(40) == 85
     assert kept.settings["train.epochs"] == 3.0, "the config has their steps"
     assert [run.folder for run in read_runs(tmp_path)] == [kept.folder, other.folder], "by the study's folder"
     for copy in ("first", "second"):

@@ -38,10 +38,14 @@ def test_a_row_has_the_last_evaluation_and_what_it_cost(tmp_path: Path) -> None:
         1_234_567,
         54_321,
     )
-    assert remora.validation[""].loss.mean == 1.0 and remora.validation[""].perplexity.mean == math.e
-    assert full.validation[""].ratio == 1.0 and remora.validation[""].ratio == math.exp(-0.5)
-    assert remora.tokens_per_second is not None and remora.tokens_per_second.mean == TOKENS / 4
-    assert remora.peak_memory_gib is not None and remora.peak_memory_gib.mean == 1.4
+    assert remora.validation[""].loss.mean == 1.0
+    assert remora.validation[""].perplexity.mean == math.e
+    assert full.validation[""].ratio == 1.0
+    assert remora.validation[""].ratio == math.exp(-0.5)
+    assert remora.tokens_per_second is not None
+    assert remora.tokens_per_second.mean == TOKENS / 4
+    assert remora.peak_memory_gib is not None
+    assert remora.peak_memory_gib.mean == 1.4
     cells = _cells(markdown([full, remora]))
     assert cells[1] == {
         "method": "ReMoRA (1, 2)",
@@ -81,19 +85,23 @@ def test_perplexities_are_compared_with_another_row(tmp_path: Path) -> None:
     groups = _groups(tmp_path, {**FULL, "losses": [9.0, 4.0, 3.0, 2.0, 2.0]}, {})
     rows = compare(groups, groups[1])
     assert [row.validation[""].ratio for row in rows] == pytest.approx([math.e, 1.0])
-    assert "to ReMoRA (1, 2)" in markdown(rows, groups[1]) and as_json(rows, groups[1])["against"] == "ReMoRA (1, 2)"
+    assert "to ReMoRA (1, 2)" in markdown(rows, groups[1])
+    assert as_json(rows, groups[1])["against"] == "ReMoRA (1, 2)"
 
 
 def test_an_interrupted_run_is_marked(tmp_path: Path) -> None:
     rows = compare(_groups(tmp_path, FULL, {"losses": [9.0, 4.0, 3.5]}))
     table = markdown(rows)
     assert [cells["tokens"] for cells in _cells(table)] == ["5.12k", "2.56k*"]
-    assert "\\* ReMoRA (1, 2): unfinished, step 20 of 40." in table and "unequal numbers of tokens" in table
+    assert "\\* ReMoRA (1, 2): unfinished, step 20 of 40." in table
+    assert "unequal numbers of tokens" in table
 
 
 def test_seeds_of_unequal_length_are_compared_at_a_common_step(tmp_path: Path) -> None:
     [row] = compare(_groups(tmp_path, {}, {"losses": [9.0, 4.0, 3.5], "train": {"seed": 1}}))
-    assert row.step == 20 and row.validation[""].loss.high == 3.5 and row.validation[""].loss.low == 3.0
+    assert row.step == 20
+    assert row.validation[""].loss.high == 3.5
+    assert row.validation[""].loss.low == 3.0
 
 
 def test_losses_on_different_tokens_are_reported(tmp_path: Path) -> None:
@@ -110,7 +118,8 @@ def test_the_scored_text_decides_and_not_its_name(tmp_path: Path) -> None:
         digest: markdown(compare(_groups(tmp_path / digest, {**FULL, "digest": digest}, elsewhere)))
         for digest in ("a text", "another")
     }
-    assert "scored on different tokens" in said["another"] and "not comparable" not in said["a text"]
+    assert "scored on different tokens" in said["another"]
+    assert "not comparable" not in said["a text"]
     assert "where text and tokenizer are the same" not in said["a text"]
 
 
@@ -144,7 +153,8 @@ def test_a_perplexity_beyond_all_bounds_takes_little_room(tmp_path: Path) -> Non
 def test_json_has_every_number_of_the_rows(tmp_path: Path) -> None:
     rows = compare(_groups(tmp_path, FULL, {}))
     read = json.loads(json.dumps(as_json(rows)))
-    assert read["against"] == "Full rank" and [row["label"] for row in read["rows"]] == ["Full rank", "ReMoRA (1, 2)"]
+    assert read["against"] == "Full rank"
+    assert [row["label"] for row in read["rows"]] == ["Full rank", "ReMoRA (1, 2)"]
     assert read["rows"][1]["validation"][""]["loss"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert read["rows"][1]["folders"] == [str(tmp_path / "run1")]
 
@@ -153,7 +163,8 @@ def test_a_run_of_an_older_version_has_no_parameters(tmp_path: Path) -> None:
     run = made_run(tmp_path / "a")
     run.starts.clear()
     rows = compare(group_runs([run]))
-    assert rows[0].trainable_parameters is None and _cells(markdown(rows))[0]["trainable"] == "–"
+    assert rows[0].trainable_parameters is None
+    assert _cells(markdown(rows))[0]["trainable"] == "–"
 
 
 def test_runs_without_held_out_text_in_common_are_refused(tmp_path: Path) -> None:

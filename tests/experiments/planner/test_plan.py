@@ -109,7 +109,8 @@ def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
     adamw, muon = plan_of(), plan_of(**{"optim.matrices": "muon"})
     # R of the four squares of attention and of the three of the MLP, in each of four layers
     assert muon.optimizer_flops == 4 * (4 * 30 * 128**3 + 3 * 30 * 173**3)
-    assert adamw.optimizer_flops == 0 and "muon" not in render(adamw)
+    assert adamw.optimizer_flops == 0
+    assert "muon" not in render(adamw)
     share = muon.optimizer_flops / (muon.flops.total * muon.tokens_per_step)
     assert f"TFLOP a step, {share:.2%} more; the devices share it" in render(muon)
     saved = adamw.memory["remora"][0].optimizer - muon.memory["remora"][0].optimizer
@@ -118,7 +119,8 @@ def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
     assert muon.steps[0].optimizer == pytest.approx(muon.optimizer_flops / 0.4e12)
     assert muon.steps[1].optimizer == pytest.approx(muon.steps[0].optimizer / 2)
     moved = muon.network["remora"]
-    assert moved[3].exchanged == pytest.approx(8 * muon.parameters.adapters / 2) and moved[2].exchanged == 0
+    assert moved[3].exchanged == pytest.approx(8 * muon.parameters.adapters / 2)
+    assert moved[2].exchanged == 0
 
 
 @pytest.mark.parametrize("matrices,projections,norms", [("galore", 1, 0), ("fira", 1, 1), ("apollo", 0, 1)])
@@ -165,7 +167,8 @@ def test_widths_that_a_gpu_is_slow_with_are_named() -> None:
     assert plan_of(cluster=gpus).notes == []
     odd = {"model.overrides": "{intermediate_size: 5461}"}
     plan = plan_of(cluster=gpus, **odd)
-    assert len(plan.notes) == 1 and f"note           {plan.notes[0]}" in render(plan)
+    assert len(plan.notes) == 1
+    assert f"note           {plan.notes[0]}" in render(plan)
     assert "intermediate_size of 5,461 is not a multiple of 8" in plan.notes[0]
     assert "5,464 would be better" in plan.notes[0]
     assert plan_of(**odd).notes == []
@@ -181,7 +184,8 @@ def test_devices_are_found_by_their_names() -> None:
         ("NVIDIA L40S", "l40s"),
     ]:
         found = device_of_name(cuda_name)
-        assert found is not None and found.name == name
+        assert found is not None
+        assert found.name == name
         assert named_device(name.upper()) is found
     others = [
         "NVIDIA GeForce GTX 1080",
@@ -228,8 +232,10 @@ def test_only_the_memory_of_an_unknown_card_is_known(monkeypatch: pytest.MonkeyP
     card = device_here()
     assert (card.name, card.memory_gb, card.tflops) == ("NVIDIA L5", 12.0, 0)
     plan = plan_of(cluster=Cluster(2, 1, card, link_gbits=8.0))
-    assert plan.fits(1) is True and plan.fits(1, "full") is True
-    assert plan.steps[1].network == pytest.approx(plan.network["remora"][1].sent / 1e9) and plan.steps[1].optimizer == 0
+    assert plan.fits(1) is True
+    assert plan.fits(1, "full") is True
+    assert plan.steps[1].network == pytest.approx(plan.network["remora"][1].sent / 1e9)
+    assert plan.steps[1].optimizer == 0
 
 
 def test_time_of_a_step_on_a_cluster() -> None:
@@ -243,7 +249,8 @@ def test_time_of_a_step_on_a_cluster() -> None:
     )  # all-reduced and gathered in bf16, at 10 GB/s
     assert one.optimizer == pytest.approx(30 * trainable / 8 / 3350e9)
     assert one.compute == pytest.approx(plan.flops.total * plan.tokens_per_step / (8 * 0.4e12))
-    assert one.hidden == 0 and one.total == one.compute + one.optimizer + one.network
+    assert one.hidden == 0
+    assert one.total == one.compute + one.optimizer + one.network
     three = plan.steps[3]
     assert three.hidden == min(three.network, three.compute) > 0
     waiting = plan_of(
@@ -313,7 +320,8 @@ def test_settings_that_only_other_methods_use_do_not_keep_a_run_from_its_plan(
 ) -> None:
     arguments = ["--method.name=full", "--method.rank=33", setting]
     assert run_cli(str(CONFIG), "--world_size=1", *arguments, "--json") == 0
-    assert "full" in (planned := json.loads(capsys.readouterr().out)["memory"]) and "remora" not in planned
+    assert "full" in (planned := json.loads(capsys.readouterr().out)["memory"])
+    assert "remora" not in planned
     assert run_cli(str(CONFIG), "--world_size=1", *arguments[1:]) == 2
 
 
@@ -343,13 +351,16 @@ def test_command_line_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
         == 0
     )
     out = capsys.readouterr().out
-    assert "2 x 8 a10g, 24 GB each" in out and "100 Gbit/s from host to host" in out
-    assert "fits at ZeRO stage 1, 2, 3 (within 90%" in out and "0 too large" in out
+    assert "2 x 8 a10g, 24 GB each" in out
+    assert "100 Gbit/s from host to host" in out
+    assert "fits at ZeRO stage 1, 2, 3 (within 90%" in out
+    assert "0 too large" in out
     assert run_cli(config, "--nodes=1", "--gpus-per-node=2", "--device=a10g") == 0
     assert "fits at NO stage: lower train.micro_batch_size" in capsys.readouterr().out
     assert run_cli(config, "--nodes=2", "--gpus_per_node=8", "--device=h100", "--link_gbits=10", "--json") == 0
     values = json.loads(capsys.readouterr().out)
-    assert values["world_size"] == 16 and values["memory"]["full"]["2"]["fits"] is True
+    assert values["world_size"] == 16
+    assert values["memory"]["full"]["2"]["fits"] is True
     assert values["steps"]["1"]["network"] == pytest.approx(values["network"]["full"]["1"]["sent"] / 1.25e9)
 
 

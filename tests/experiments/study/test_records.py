@@ -150,7 +150,8 @@ def test_of_many_merges_and_steps_some_are_kept_whole(tmp_path: Path):
     }
     assert kept["merge/layers"] == kept["merge/seconds"] == list(range(1001, 1101))
     assert kept["merge/delta_norm/q_proj"] == [*range(1001, 1101, 3)]
-    assert kept["train/loss"] == [500, *range(1003, 1101, 3), 1100] and kept["eval/loss"] == [1000]
+    assert kept["train/loss"] == [500, *range(1003, 1101, 3), 1100]
+    assert kept["eval/loss"] == [1000]
     run = [line for line in record["metrics"] if "train/loss" in line]
     gaps = [line["step"] - before for before, line in zip([0, *kept["train/loss"]], run, strict=False)]
     seconds = sum(gap / line["perf/tokens_per_second"] for gap, line in zip(gaps, run, strict=True))

@@ -78,8 +78,10 @@ def test_names_suit_folders_and_distinguish_settings():
 def test_names_that_are_too_long_or_alike_have_a_digest():
     plain, dotted, long = _names(made_study(grid=[{"tokenizer.path": ["a/b", "a/_b", "x" * 300]}]))
     assert len({plain, dotted, long}) == 3
-    assert re.fullmatch(r"path=a_b,[0-9a-f]{8},seed=0", plain) and re.fullmatch(r"path=a_b,[0-9a-f]{8},seed=0", dotted)
-    assert re.fullmatch(r"path=x+,[0-9a-f]{8},seed=0", long) and len(long) <= LONGEST_NAME
+    assert re.fullmatch(r"path=a_b,[0-9a-f]{8},seed=0", plain)
+    assert re.fullmatch(r"path=a_b,[0-9a-f]{8},seed=0", dotted)
+    assert re.fullmatch(r"path=x+,[0-9a-f]{8},seed=0", long)
+    assert len(long) <= LONGEST_NAME
 
 
 def test_the_best_of_a_grid_is_run_with_the_other_seeds():
@@ -107,7 +109,8 @@ def test_the_order_in_which_an_entry_names_its_settings_does_not_matter_to_the_c
     ]
     study = made_study(grid=grid, seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"})
     first, second = first_round(study)
-    assert chosen(study, {first: 2.0, second: 1.0}) == [second] and count(study) == 3
+    assert chosen(study, {first: 2.0, second: 1.0}) == [second]
+    assert count(study) == 3
 
 
 def test_a_failed_run_is_not_chosen():
@@ -147,7 +150,8 @@ def test_bad_studies_are_reported_before_anything_runs(tmp_path: Path, tree: Any
     path.write_text(tree if isinstance(tree, str) else yaml.dump(tree), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"study\.yaml") as error:
         read_study(path)
-    assert said in str(error.value) and "swordfish" not in str(error.value)
+    assert said in str(error.value)
+    assert "swordfish" not in str(error.value)
 
 
 def test_the_same_run_twice_is_refused():
@@ -303,7 +307,8 @@ def test_the_bar_never_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Runner, "_show", noted)
     conduct(study, folder, TRAINER, 1)
     assert seen == sorted(seen)
-    assert seen[0] >= 0.5 and seen[-1] == pytest.approx(2)
+    assert seen[0] >= 0.5
+    assert seen[-1] == pytest.approx(2)
 
 
 def test_a_run_whose_last_evaluation_is_not_finite_is_not_chosen(tmp_path: Path):
@@ -476,8 +481,10 @@ def test_an_interrupted_repetition_continues(tmp_path: Path):
     again = StudyFolder(tmp_path / "again" / cell.name).run(cell)
     (again.path / "mark").touch()
     again.ends.unlink()
-    assert run_again(study, folder, cell.name, TRAINER) == (2, []) and (again.path / "mark").exists()
-    assert run_again(study, folder, cell.name, TRAINER) == (2, []) and not (again.path / "mark").exists()
+    assert run_again(study, folder, cell.name, TRAINER) == (2, [])
+    assert (again.path / "mark").exists()
+    assert run_again(study, folder, cell.name, TRAINER) == (2, [])
+    assert not (again.path / "mark").exists()
 
 
 def test_a_study_whose_runs_could_not_go_on_is_refused(tmp_path: Path):

@@ -54,9 +54,12 @@ def test_a_data_worker_that_hangs_ends_the_run_with_its_state_saved(pools, input
         "eval": {"every_steps": 0, "at_start": False},
     }
     first, second = pools(2)(with_a_stopped_worker, run_config(inputs, tokenizer_path, folder, 2, **settings))
-    assert first == second and "data worker " in first and " hangs: it has done nothing for " in first
+    assert first == second
+    assert "data worker " in first
+    assert " hangs: it has done nothing for " in first
     step = metrics(folder)[-1]["step"]
-    assert step >= 3 and (folder / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+    assert step >= 3
+    assert (folder / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
 
 
 def of_two_hosts(config: Any, other: Any, *, finds: str = "") -> str:
@@ -95,12 +98,10 @@ def test_ranks_that_were_given_different_things_do_not_train(
         of_two_hosts, config, different, finds=what if what in ("fingerprints", "local_content") else ""
     )
     expected = {"settings": "optim.lr", "tokenizer": "the tokenizer"}.get(what, "the training data")
-    assert (
-        first == second
-        and "rank 1 (" in first
-        and expected in first
-        and "start all ranks with the same command" in first
-    )
+    assert first == second
+    assert "rank 1 (" in first
+    assert expected in first
+    assert "start all ranks with the same command" in first
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -124,9 +125,14 @@ def test_a_file_missing_on_one_host_is_reported_by_the_first_rank(
     section = getattr(config, what).model_copy(update=changed)
     other = config.model_copy(update={what: section})
     first, second = pools(2)(with_less_on_the_second, config, other)
-    assert first == second and first.startswith("rank 1 (") and gone in first and "rank 0" not in first
+    assert first == second
+    assert first.startswith("rank 1 (")
+    assert gone in first
+    assert "rank 0" not in first
     first, second = pools(2)(with_less_on_the_second, other, other)
-    assert first == second and gone in first and "rank" not in first
+    assert first == second
+    assert gone in first
+    assert "rank" not in first
     assert not (tmp_path / "run").exists()
 
 
@@ -155,7 +161,10 @@ def test_what_several_ranks_find_becomes_one_end(pools):
     ):
         assert pools(2)(together, errors) == expected
     for kind, text, same in pools(2)(together, [None, ValueError("gone")]):
-        assert kind == "RanksError" and same and text.startswith("rank 1 (") and text.endswith("not all ranks: gone")
+        assert kind == "RanksError"
+        assert same
+        assert text.startswith("rank 1 (")
+        assert text.endswith("not all ranks: gone")
 
 
 def on_folders_of_their_own(config: Any) -> str:
@@ -174,4 +183,6 @@ def on_folders_of_their_own(config: Any) -> str:
 
 def test_a_run_folder_that_the_hosts_do_not_share_is_refused(pools, inputs, tokenizer_path, tmp_path):
     first, second = pools(2)(on_folders_of_their_own, run_config(inputs, tokenizer_path, tmp_path / "run", 2))
-    assert first == second and "train.run_dir: " in first and "put it on a file system that all hosts share" in first
+    assert first == second
+    assert "train.run_dir: " in first
+    assert "put it on a file system that all hosts share" in first

@@ -248,7 +248,8 @@ def test_an_export_to_what_is_there_already(run_folder, tmp_path):
     }.items():
         refused(call(EXPORT, run_folder, tmp_path / out), str(tmp_path / out), message)
     refused(call(EXPORT, run_folder, run_folder), "exists and is not empty")
-    assert left_in(tmp_path) == ["file", "full"] and left_in(tmp_path / "full") == ["mine"]
+    assert left_in(tmp_path) == ["file", "full"]
+    assert left_in(tmp_path / "full") == ["mine"]
 
 
 def test_an_export_to_a_full_disk(run_folder, exported, tmp_path):

@@ -107,8 +107,11 @@ def test_foreign_weights_are_read_by_the_first_rank(pools, inputs, tokenizer_pat
     ranks = pools(2)(started, config)
     setup = Setup(config, config.train.zero_stage, 2, bf16=True)
     planned = state_memory(meta_model(LlamaConfig(**LLAMA), config.method), setup)
-    assert ranks[0]["held"] == [planned.host_start] and ranks[1]["held"] == [0]
-    assert ranks[0]["read"] and not ranks[1]["read"] and not ranks[0]["drawn"]
+    assert ranks[0]["held"] == [planned.host_start]
+    assert ranks[1]["held"] == [0]
+    assert ranks[0]["read"]
+    assert not ranks[1]["read"]
+    assert not ranks[0]["drawn"]
     _check_values(ranks, {name: p.detach() for name, p in foreign.named_parameters()}, torch.bfloat16)
 
 
@@ -159,7 +162,8 @@ def test_one_rank_asks_the_hub_for_all(pools, inputs, tokenizer_path, tmp_path):
             "so does a run that begins with its checkpoint"
         )
     saved = parse_yaml((tmp_path / "run" / "config.yaml").read_text())["data"]
-    assert saved["commits"] == {"some/train@main": COMMIT} and saved["revision"] == "main"
+    assert saved["commits"] == {"some/train@main": COMMIT}
+    assert saved["revision"] == "main"
 
 
 def test_one_rank_asks_what_is_in_a_set_and_the_others_read_it(pools, inputs, tokenizer_path, tmp_path):
@@ -193,8 +197,10 @@ def test_a_start_says_once_what_it_took(pools, inputs, tokenizer_path, tmp_path)
         "evaluation",
         "first_step",
     )
-    assert line["step"] == 1 and set(parts) == {f"startup/{name}_seconds" for name in names}
-    assert all(value >= 0 for value in parts.values()) and sum(parts.values()) == pytest.approx(line["startup/seconds"])
+    assert line["step"] == 1
+    assert set(parts) == {f"startup/{name}_seconds" for name in names}
+    assert all(value >= 0 for value in parts.values())
+    assert sum(parts.values()) == pytest.approx(line["startup/seconds"])
     pools(2)(train, config, stop_after=5)
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "startup/resume_seconds" in line] == [4]

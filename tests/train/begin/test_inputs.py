@@ -46,14 +46,17 @@ def test_without_the_demo_everything_is_named_with_its_command(tmp_path: Path, m
         "data.validation",
     ]
     for fault in raised.value.faults:
-        assert "runs/demo/" in fault and "`make demo`" in fault and str(tmp_path) in fault
+        assert "runs/demo/" in fault
+        assert "`make demo`" in fault
+        assert str(tmp_path) in fault
 
 
 def test_other_files_that_are_missing_are_not_those_of_the_demo(config: Config, tmp_path: Path) -> None:
     missing = changed(config, "data", train=str(tmp_path / "a.json"), validation=str(tmp_path / "b.json"))
     with pytest.raises(ConfigError) as raised:
         open_inputs(missing)
-    assert len(raised.value.faults) == 2 and "make demo" not in str(raised.value)
+    assert len(raised.value.faults) == 2
+    assert "make demo" not in str(raised.value)
 
 
 def test_a_wrong_column_is_reported_with_other_faults(config: Config, tmp_path: Path) -> None:
@@ -125,4 +128,5 @@ def test_one_fault_alone_keeps_its_own_error(config: Config, tmp_path: Path) -> 
 
 def test_inputs_that_are_there(config: Config) -> None:
     inputs = open_inputs(config)
-    assert inputs.tokenizer.eos_token_id is not None and inputs.shards
+    assert inputs.tokenizer.eos_token_id is not None
+    assert inputs.shards

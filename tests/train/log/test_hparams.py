@@ -65,9 +65,13 @@ def test_runs_of_different_methods_are_compared_by_settings_and_newest_results(t
     columns, settings, results = _table(tmp_path)
     assert {"method.name", "method.rank", "method.operators", "optim.lr", "train.seed"} <= set(columns)
     full, remora = settings[names["full"]], settings[names["remora"]]
-    assert full["method.name"] == "full" and full["optim.lr"] == full["optim.lr_other"] == 0.25
-    assert "method.rank" not in full and "method.merge_every" not in full
-    assert remora["method.rank"] == 7 and remora["method.operators"] == "2, 1" and remora["train.seed"] == 3
+    assert full["method.name"] == "full"
+    assert full["optim.lr"] == full["optim.lr_other"] == 0.25
+    assert "method.rank" not in full
+    assert "method.merge_every" not in full
+    assert remora["method.rank"] == 7
+    assert remora["method.operators"] == "2, 1"
+    assert remora["train.seed"] == 3
     for run, perplexity in (("full", 30.0), ("remora", 20.0)):
         assert results[names[run]] == {
             "eval/perplexity": perplexity,

@@ -151,8 +151,11 @@ def test_without_the_package_a_run_does_not_begin(monkeypatch: pytest.MonkeyPatc
 )
 def test_what_is_no_project_is_refused_and_no_key_is_shown(given: object, expected: str) -> None:
     faults = faults_of(tree(log={"wandb": given}))
-    assert len(faults) == 1 and faults[0].startswith("log.wandb: ") and expected in faults[0]
-    assert OLD_KEY not in faults[0] and NEW_KEY not in faults[0]
+    assert len(faults) == 1
+    assert faults[0].startswith("log.wandb: ")
+    assert expected in faults[0]
+    assert OLD_KEY not in faults[0]
+    assert NEW_KEY not in faults[0]
 
 
 class Service:
@@ -196,9 +199,11 @@ def test_a_run_has_its_project_name_and_settings(folder: Path, service: Service)
     logger.close()
     [made] = service.made
     assert (made["entity"], made["project"], made["name"]) == ("lab", "small", "small run")
-    assert made["config"]["optim"]["lr"] == 0.25 and made["dir"] == str(folder)
+    assert made["config"]["optim"]["lr"] == 0.25
+    assert made["dir"] == str(folder)
     assert service.metrics == [("step", None), ("*", "step")]
-    assert service.rows == [{"step": 3, "train/loss": 1.5}] and service.finished.is_set()
+    assert service.rows == [{"step": 3, "train/loss": 1.5}]
+    assert service.finished.is_set()
 
 
 def test_a_resume_continues_the_run_and_a_new_start_does_not(folder: Path, service: Service) -> None:
@@ -210,7 +215,8 @@ def test_a_resume_continues_the_run_and_a_new_start_does_not(folder: Path, servi
     first, resumed, restarted = service.made
     assert first["id"] == resumed["id"] != restarted["id"]
     assert (first["resume"], resumed["resume"], restarted["resume"]) == (None, "allow", None)
-    assert first["entity"] is None and RunFolder(folder).wandb_id.read_text() == restarted["id"] + "\n"
+    assert first["entity"] is None
+    assert RunFolder(folder).wandb_id.read_text() == restarted["id"] + "\n"
 
 
 def test_a_service_that_cannot_be_reached_is_said_once(
@@ -224,7 +230,9 @@ def test_a_service_that_cannot_be_reached_is_said_once(
     for step in (1, 2):
         written.write(step, {"train/loss": 1.0})
     written.close()
-    assert len(said.records) == 1 and "Weights & Biases" in said.text and "no answer" in said.text
+    assert len(said.records) == 1
+    assert "Weights & Biases" in said.text
+    assert "no answer" in said.text
     assert len(metrics(folder)) == 2
 
 
@@ -264,7 +272,8 @@ def test_offline_the_files_hold_the_run_over_a_resume_and_no_key(folder: Path, m
     assert all("train/skipped_data" not in row for part in rows for row in part)
     runs = [next(record.run for record in part if record.HasField("run")) for part in parts]
     assert {run.run_id for run in runs} == {RunFolder(folder).wandb_id.read_text().strip()}
-    assert {run.project for run in runs} == {"small"} and {run.display_name for run in runs} == {"small run"}
+    assert {run.project for run in runs} == {"small"}
+    assert {run.display_name for run in runs} == {"small run"}
     assert all(_values(run.config.update)["optim"]["lr"] == 0.25 for run in runs)
     for path in folder.rglob("*"):
         assert path.is_dir() or OLD_KEY.encode() not in path.read_bytes(), path

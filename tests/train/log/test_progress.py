@@ -46,7 +46,8 @@ def test_every_line_stays(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPat
     assert [line.rpartition(",")[0] for line in lines] == ["step 2/4: loss 5.0", "step 3/4: loss 4.0"]
     assert all(re.search(r"\d\d:\d\d left$", line) for line in lines)
     on_terminal = isinstance(stderr, Terminal)
-    assert ("evaluation:" in said) is on_terminal and ("\r" in said) is on_terminal
+    assert ("evaluation:" in said) is on_terminal
+    assert ("\r" in said) is on_terminal
 
 
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
@@ -62,7 +63,8 @@ def test_after_a_rollback_the_bar_stands_where_the_run_does(monkeypatch: pytest.
     for _ in range(8):
         progress.update()
     progress.go_back(3)
-    assert progress.done == 3 and "3/10" in stderr.getvalue().rpartition("\r")[2]
+    assert progress.done == 3
+    assert "3/10" in stderr.getvalue().rpartition("\r")[2]
     progress.close()
     assert stderr.getvalue().rpartition("\r")[0].rpartition("\r")[2].isspace(), "no bar stays below the last line"
 

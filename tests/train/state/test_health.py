@@ -75,9 +75,11 @@ def test_a_saved_health_judges_as_the_one_it_was_saved_from():
 
 def test_bad_steps_count_in_a_row():
     health = StabilityState()
-    assert [health.bad(["a"]), health.bad(["b", "c"])] == [1, 2] and health.bad_data == ["a", "b", "c"]
+    assert [health.bad(["a"]), health.bad(["b", "c"])] == [1, 2]
+    assert health.bad_data == ["a", "b", "c"]
     health.good()
-    assert health.bad(["d"]) == 1 and health.bad_data == ["d"]
+    assert health.bad(["d"]) == 1
+    assert health.bad_data == ["d"]
 
 
 def test_rollbacks_come_back_and_a_damaged_file_is_no_empty_one(tmp_path):
@@ -121,4 +123,5 @@ def test_a_spike_causes_a_rollback_if_there_is_a_checkpoint_and_the_text_is_the_
 
 def test_a_shorter_window_ends_a_row_of_spikes_that_is_longer_already():
     health, config = StabilityState(losses=_noisy(16), spikes=20), _config()
-    assert health.spike(9.0, config) is not None and health.losses == []
+    assert health.spike(9.0, config) is not None
+    assert health.losses == []

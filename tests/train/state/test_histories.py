@@ -11,7 +11,7 @@ import pytest
 
 from relora_mora.system.run_folder import RunFolder, changes_since_first, noted_digests, read_json_lines
 from tests.tools.runs import metrics, run_config, train
-from tests.train.state.test_rollback import NAN, _same, _settings, faulty
+from tests.train.state.faults import NAN, fault_settings, faulty, same_run
 
 pytestmark = pytest.mark.distributed
 
@@ -22,39 +22,40 @@ def rollbacks(folder: Path) -> list[tuple[int, int]]:
 
 def test_a_kill_after_a_rollback_on_other_data_changes_nothing(pools, inputs, tokenizer_path, tmp_path):
     def on_other_data(folder: Path) -> Any:
-        config = _settings(folder, inputs, tokenizer_path, allow_changes=["data.seed"])
+        config = fault_settings(folder, inputs, tokenizer_path, allow_changes=["data.seed"])
         return config.model_copy(update={"data": config.data.model_copy(update={"seed": 5})})
 
     reference, killed = tmp_path / "reference", tmp_path / "killed"
-    pools(2)(train, _settings(reference, inputs, tokenizer_path), stop_after=3)
+    pools(2)(train, fault_settings(reference, inputs, tokenizer_path), stop_after=3)
     shutil.copytree(reference, killed)
     pools(2)(faulty, on_other_data(reference), {}, drop=(4, 5))
     pools(2)(faulty, on_other_data(killed), NAN, stop_at=(1, 4))
     assert rollbacks(killed) == [(3, 5)]
     assert pools(2)(faulty, on_other_data(killed), {}) == ["", ""]  # what is skipped is not read, however good
-    assert _same(killed, reference)
+    assert same_run(killed, reference)
 
 
 def test_a_rollback_is_no_place_in_data_that_is_read_after_it(pools, inputs, tokenizer_path, tmp_path):
     reference, killed = tmp_path / "reference", tmp_path / "killed"
-    pools(2)(train, _settings(reference, inputs, tokenizer_path), stop_after=3)
-    pools(2)(faulty, _settings(killed, inputs, tokenizer_path), NAN, stop_at=(1, 4))
+    pools(2)(train, fault_settings(reference, inputs, tokenizer_path), stop_after=3)
+    pools(2)(faulty, fault_settings(killed, inputs, tokenizer_path), NAN, stop_at=(1, 4))
     assert rollbacks(killed) == [(3, 5)]
     for folder in (reference, killed):
-        config = _settings(folder, inputs, tokenizer_path, allow_changes=["data.seed"])
+        config = fault_settings(folder, inputs, tokenizer_path, allow_changes=["data.seed"])
         pools(2)(train, config.model_copy(update={"data": config.data.model_copy(update={"seed": 5})}))
-    assert _same(killed, reference)
+    assert same_run(killed, reference)
 
 
 def test_rollbacks_of_a_run_that_was_moved_away_are_none_of_the_new_one(pools, inputs, tokenizer_path, tmp_path):
     clean, folder = tmp_path / "clean", tmp_path / "run"
-    pools(2)(faulty, _settings(clean, inputs, tokenizer_path), {})
-    pools(2)(faulty, _settings(folder, inputs, tokenizer_path), NAN)
+    pools(2)(faulty, fault_settings(clean, inputs, tokenizer_path), {})
+    pools(2)(faulty, fault_settings(folder, inputs, tokenizer_path), NAN)
     assert rollbacks(folder) == [(3, 5)]
     shutil.rmtree(folder / "checkpoints")
-    pools(2)(train, _settings(folder, inputs, tokenizer_path), stop_after=3)
-    assert pools(2)(faulty, _settings(folder, inputs, tokenizer_path), {}) == ["", ""]
-    assert not (folder / "rollbacks.json").exists() and _same(folder, clean)
+    pools(2)(train, fault_settings(folder, inputs, tokenizer_path), stop_after=3)
+    assert pools(2)(faulty, fault_settings(folder, inputs, tokenizer_path), {}) == ["", ""]
+    assert not (folder / "rollbacks.json").exists()
+    assert same_run(folder, clean)
 
 
 @pytest.mark.parametrize("began", ["by itself", "there", "there, and goes on by auto"])
@@ -157,7 +158,8 @@ def test_a_run_that_goes_back_to_an_abandoned_checkpoint_knows_its_history(pools
         start(4, 0.25, resume=str(kept / "abandoned-step-00000004"))
         shutil.rmtree(kept / "step-00000004")
     now = read_json_lines(starts)
-    assert now[:2] == before and [line["step"] for line in now] == [0, 2, 4]
+    assert now[:2] == before
+    assert [line["step"] for line in now] == [0, 2, 4]
     assert noted_digests(now) == noted_digests(before) != {}
     assert changes_since_first(now) == changes_since_first(before) != []
 
@@ -181,7 +183,8 @@ def test_a_checkpoint_without_its_last_rename_is_of_the_history(pools, inputs, t
     before = metrics(folder)
     pools(1)(train, config, stop_after=4)
     assert metrics(folder)[: len(before)] == before
-    assert not list((folder / "checkpoints").glob("abandoned-*")) and newest.is_dir()
+    assert not list((folder / "checkpoints").glob("abandoned-*"))
+    assert newest.is_dir()
 
 
 def test_a_run_that_is_shortened_to_where_it_stands_is_evaluated(pools, inputs, tokenizer_path, tmp_path):

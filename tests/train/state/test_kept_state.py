@@ -15,9 +15,8 @@ import pytest
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.tokens.folder import make_tokens
 from tests.tools.faulty_server import serving
-from tests.tools.runs import Stopped, metrics, run_config, train, write_inputs
-from tests.train.state.test_resume import _equal
-from tests.train.state.test_rollback import NAN, _same, _settings, faulty, spiked
+from tests.tools.runs import Stopped, different_tensors, metrics, run_config, train, write_inputs
+from tests.train.state.faults import NAN, fault_settings, faulty, same_run, spiked
 
 pytestmark = pytest.mark.distributed
 SPIKES = {"spike_window": 8, "spike_deviations": 20.0, "on_spike": "rollback"}
@@ -79,7 +78,7 @@ def test_a_run_taken_over_and_stopped_before_its_first_step_keeps_its_place_in_t
     assert pools(2)(stopped, taken) == [75, 75]
     assert _manifest(second, 5)["data_state"] == _manifest(first, 5)["data_state"]
     pools(2)(train, run_config(inputs, tokenizer_path, second, 2))
-    assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in (never, second))) == []
+    assert different_tensors(*(folder / "checkpoints" / "step-00000010" for folder in (never, second))) == []
 
 
 @pytest.mark.parametrize(
@@ -105,7 +104,8 @@ def test_a_resume_that_no_permission_helps_is_refused_and_puts_no_checkpoint_asi
     }
     back[section][setting] = value
     (message,) = pools(1)(_refused, run_config(inputs, tokenizer_path, tmp_path / "run", **back))
-    assert expected in message and "step-00000004" in message
+    assert expected in message
+    assert "step-00000004" in message
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == checkpoints
 
 
@@ -125,21 +125,22 @@ def test_a_checkpoint_without_a_place_in_the_data_is_refused(pools, inputs, toke
 
 def test_a_spike_of_the_last_step_is_flagged_and_the_run_is_saved(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
-    assert pools(2)(spiked, _settings(folder, inputs, tokenizer_path, **SPIKES), 10) == ["", ""]
+    assert pools(2)(spiked, fault_settings(folder, inputs, tokenizer_path, **SPIKES), 10) == ["", ""]
     assert [line["step"] for line in metrics(folder) if "train/loss_spike" in line] == [10]
-    assert _manifest(folder, 10)["step"] == 10 and not (folder / "rollbacks.json").exists()
+    assert _manifest(folder, 10)["step"] == 10
+    assert not (folder / "rollbacks.json").exists()
 
 
 def test_a_stop_right_after_a_spike_changes_nothing_of_the_rollback(pools, inputs, tokenizer_path, tmp_path):
     reference, folder = tmp_path / "reference", tmp_path / "run"
-    pools(2)(faulty, _settings(reference, inputs, tokenizer_path, **SPIKES), {}, drop=(7, 8))
-    config = _settings(folder, inputs, tokenizer_path, **SPIKES)
+    pools(2)(faulty, fault_settings(reference, inputs, tokenizer_path, **SPIKES), {}, drop=(7, 8))
+    config = fault_settings(folder, inputs, tokenizer_path, **SPIKES)
     assert pools(2)(stopped, config, where="spike", number=8) == [75, 75]
     saved = _manifest(folder, 8)
     assert "standard deviations" in saved["counters"]["trouble"]
     assert (saved["merges_done"], saved["operator"]) == (1, 2), "the merge of step 8 was not made"
     assert pools(2)(faulty, config, {}) == ["", ""]
-    assert _same(folder, reference)
+    assert same_run(folder, reference)
     (entry,) = json.loads((folder / "rollbacks.json").read_text())
     assert (entry["step"], entry["at"]) == (6, 8)
 
@@ -204,7 +205,7 @@ def test_a_line_of_metrics_over_several_steps_is_the_same_after_a_stop(pools, in
 
 def test_the_checkpoint_to_go_back_to_outlives_the_bad_steps(pools, inputs, tokenizer_path, tmp_path):
     """Step 6 is the first of a row and is saved: retention would keep only it."""
-    config = _settings(tmp_path / "run", inputs, tokenizer_path)
+    config = fault_settings(tmp_path / "run", inputs, tokenizer_path)
     config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep_last": 1})})
     assert pools(2)(faulty, config, {6: float("nan"), 7: float("nan")}) == ["", ""]
     (entry,) = json.loads((tmp_path / "run" / "rollbacks.json").read_text())
@@ -215,30 +216,31 @@ def test_the_checkpoint_to_go_back_to_outlives_the_bad_steps(pools, inputs, toke
 def test_two_rollbacks_to_the_same_step_are_both_remembered(pools, inputs, tokenizer_path, tmp_path):
     bad = {number: float("nan") for number in (4, 5, 6, 7)}
     reference, killed = tmp_path / "reference", tmp_path / "killed"
-    pools(2)(faulty, _settings(reference, inputs, tokenizer_path), {}, drop=(4, 5, 6, 7))
-    config = _settings(killed, inputs, tokenizer_path, max_rollbacks=2)
+    pools(2)(faulty, fault_settings(reference, inputs, tokenizer_path), {}, drop=(4, 5, 6, 7))
+    config = fault_settings(killed, inputs, tokenizer_path, max_rollbacks=2)
     pools(2)(faulty, config, bad, stop_at=(2, 5))
     assert [entry["step"] for entry in json.loads((killed / "rollbacks.json").read_text())] == [3, 3]
     assert pools(2)(faulty, config, bad) == ["", ""]
-    assert _same(killed, reference)
+    assert same_run(killed, reference)
     assert not [line for line in metrics(killed) if "train/skipped_steps" in line], "nothing bad was read again"
 
 
 def test_who_goes_back_by_name_starts_another_history(pools, inputs, tokenizer_path, tmp_path):
     """Rollbacks after that checkpoint are forgotten, and a checkpoint that was about to get its name is abandoned."""
     clean, folder = tmp_path / "clean", tmp_path / "run"
-    pools(2)(faulty, _settings(clean, inputs, tokenizer_path), {})
-    pools(2)(faulty, _settings(folder, inputs, tokenizer_path), NAN)
+    pools(2)(faulty, fault_settings(clean, inputs, tokenizer_path), {})
+    pools(2)(faulty, fault_settings(folder, inputs, tokenizer_path), NAN)
     third = folder / "checkpoints" / "step-00000003"
     shutil.copytree(folder / "checkpoints" / "step-00000009", folder / "checkpoints" / "step-00000009.new")
-    again = _settings(folder, inputs, tokenizer_path, resume=str(third))
+    again = fault_settings(folder, inputs, tokenizer_path, resume=str(third))
     assert pools(2)(stopped, again) == [75, 75]
     assert not (folder / "rollbacks.json").exists()
     assert (folder / "checkpoints" / "latest").read_text() == "step-00000003\n"
     names = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert "abandoned-step-00000009" in names and not names & {"step-00000009", "step-00000009.new", "step-00000010"}
-    assert pools(2)(faulty, _settings(folder, inputs, tokenizer_path), {}) == ["", ""]
-    assert _same(folder, clean)
+    assert "abandoned-step-00000009" in names
+    assert not names & {"step-00000009", "step-00000009.new", "step-00000010"}
+    assert pools(2)(faulty, fault_settings(folder, inputs, tokenizer_path), {}) == ["", ""]
+    assert same_run(folder, clean)
 
 
 # ---- another tokenizer, other data ------------------------------------------------------------------------------
@@ -269,11 +271,9 @@ def test_the_tokenizer_in_a_checkpoint_is_the_one_of_its_fingerprint(
         assert tokenizer_fingerprint(place / "tokenizer") == expected
     assert _manifest(folder, 2)["tokenizer_fingerprint"] == expected
     (message,) = pools(1)(_refused, run_config(inputs, other_tokenizer, folder))
-    assert (
-        "tokenizer" in message
-        and "--train.allow_changes=[tokenizer]" in message
-        and "allow_changes=[data]" not in message
-    )
+    assert "tokenizer" in message
+    assert "--train.allow_changes=[tokenizer]" in message
+    assert "allow_changes=[data]" not in message
     pools(1)(train, run_config(inputs, other_tokenizer, folder, train={"allow_changes": ["tokenizer"]}), stop_after=3)
     assert tokenizer_fingerprint(folder / "checkpoints" / "step-00000003" / "tokenizer") == tokenizer_fingerprint(
         other_tokenizer
@@ -300,10 +300,8 @@ def test_another_end_of_document_is_another_tokenizer(pools, inputs, tokenizer_p
     assert before != after
     pools(1)(train, run_config(inputs, str(first), tmp_path / "run"), stop_after=2)
     (message,) = pools(1)(_refused, run_config(inputs, str(other), tmp_path / "run"))
-    assert (
-        f"documents ended with token {before}" in message
-        and f"they end with {after}; to allow it: '--train.allow_changes=[tokenizer]'" in message
-    )
+    assert f"documents ended with token {before}" in message
+    assert f"they end with {after}; to allow it: '--train.allow_changes=[tokenizer]'" in message
 
 
 def test_other_data_is_refused_and_when_allowed_read_from_its_beginning(pools, inputs, tokenizer_path, tmp_path):
@@ -312,7 +310,8 @@ def test_other_data_is_refused_and_when_allowed_read_from_its_beginning(pools, i
         path.unlink()  # a smaller source: old places may not exist in it
     pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=6)
     (message,) = pools(1)(_refused, run_config(other, tokenizer_path, folder))
-    assert "data: other sources" in message and "--train.allow_changes=[data]" in message
+    assert "data: other sources" in message
+    assert "--train.allow_changes=[data]" in message
     pools(1)(train, run_config(other, tokenizer_path, folder, train={"allow_changes": ["data"]}), stop_after=8)
     assert len(_manifest(folder, 8)["counters"]["losses"]) == 2  # no spike is judged by losses of the other text
     pools(1)(train, run_config(other, tokenizer_path, fresh), stop_after=2)
@@ -326,7 +325,8 @@ def test_another_setting_of_the_data_needs_one_permission(pools, inputs, tokeniz
     pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
     changed = {"seed": 5, "max_bad_fraction": 0.5}
     (message,) = pools(1)(_refused, run_config(inputs, tokenizer_path, folder, data=changed))
-    assert "data.seed: " in message and message.count("to allow it") == 1
+    assert "data.seed: " in message
+    assert message.count("to allow it") == 1
     pools(1)(
         train,
         run_config(inputs, tokenizer_path, folder, data=changed, train={"allow_changes": ["data.seed"]}),
@@ -346,7 +346,7 @@ def test_a_shard_that_was_mended_is_read_on_from_the_same_line(pools, inputs, to
     (message,) = pools(1)(_refused, run_config(repaired, tokenizer_path, folder))
     assert "files that have changed" in message
     pools(1)(train, run_config(repaired, tokenizer_path, folder, train={"allow_changes": ["data"]}))
-    assert _equal(*(run / "checkpoints" / "step-00000010" for run in (never, folder))) == []
+    assert different_tensors(*(run / "checkpoints" / "step-00000010" for run in (never, folder))) == []
 
 
 def test_text_goes_on_as_tokens_made_in_advance_and_back(pools, inputs, tokenizer_path, tmp_path):
@@ -361,9 +361,10 @@ def test_text_goes_on_as_tokens_made_in_advance_and_back(pools, inputs, tokenize
     pools(1)(train, text, stop_after=3)
     pools(1)(train, run_config(inputs, tokenizer_path, folder, data=tokens), stop_after=7)
     pools(1)(train, text)
-    assert _equal(*(run / "checkpoints" / "step-00000010" for run in (never, folder))) == []
+    assert different_tensors(*(run / "checkpoints" / "step-00000010" for run in (never, folder))) == []
     losses = [[line["eval/loss"] for line in metrics(run) if "eval/loss" in line] for run in (never, folder)]
-    assert losses[0] == losses[1] and len(losses[0]) == 3
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
 
 
 def _plain_copy(inputs: Path, folder: Path) -> Path:
@@ -389,9 +390,8 @@ def test_other_text_of_the_same_names_and_sizes_is_refused_and_when_allowed_read
     pools(1)(train, run_config(swapped, tokenizer_path, folder), stop_after=5)  # a copy is the same
     _swap_letters(swapped)
     (message,) = pools(1)(_refused, run_config(swapped, tokenizer_path, folder))
-    assert (
-        message.count("  - ") == 1 and "files that have changed; to allow it: '--train.allow_changes=[data]'" in message
-    )
+    assert message.count("  - ") == 1
+    assert "files that have changed; to allow it: '--train.allow_changes=[data]'" in message
     changed = {"data": {"seed": 5}, "train": {"allow_changes": ["data.seed"]}}
     (message,) = pools(1)(_refused, run_config(swapped, tokenizer_path, folder, **changed))
     assert "files that have changed" in message  # a setting that differs explains no other text
@@ -412,7 +412,8 @@ def test_the_first_rank_asks_a_server_for_all_what_stands_in_its_files(pools, in
         pools(2)(train, config, stop_after=3)
         _swap_letters(served)
         first, second = pools(2)(_refused, config)
-        assert first == second and "files that have changed; to allow it: '--train.allow_changes=[data]'" in first
+        assert first == second
+        assert "files that have changed; to allow it: '--train.allow_changes=[data]'" in first
         assert len(server.heads) == 9
 
 

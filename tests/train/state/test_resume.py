@@ -12,7 +12,7 @@ import torch
 
 from relora_mora.config.registry import METHODS
 from tests.tools.grids import rest
-from tests.tools.runs import left_by_a_kill, metrics, refusal_of, run_config, tensors, train
+from tests.tools.runs import different_tensors, left_by_a_kill, metrics, refusal_of, run_config, train
 
 pytestmark = pytest.mark.distributed
 
@@ -20,13 +20,6 @@ pytestmark = pytest.mark.distributed
 def _sections(stage: int, bf16: bool, method: str = "remora") -> dict:
     training = {"zero_stage": stage, "precision": "bf16" if bf16 else "fp32", "deterministic": True}  # for tests/gpu
     return {"train": training, "method": {"name": method}}
-
-
-def _equal(a: Path, b: Path) -> list[str]:
-    """Keys of tensors that differ in any bit."""
-    first, second = tensors(a), tensors(b)
-    assert set(first) == set(second) and first
-    return [key for key in first if not torch.equal(first[key], second[key])]
 
 
 CASES = [(0, False), (1, True), (2, False), (3, True), *rest((0, True), (1, False), (2, True), (3, False))]
@@ -50,16 +43,18 @@ def test_a_resume_before_at_and_after_a_merge_is_bit_equal(pools, ranks, inputs,
         assert max((run_dir / "checkpoints").glob("step-*")).name == f"step-{stop:08d}"
         # how often it saves must not matter either
         pool(train, run_config(inputs, tokenizer_path, run_dir, ranks, checkpoint={"every_steps": 0}, **sections))
-        assert _equal(never / "checkpoints" / "step-00000007", run_dir / "checkpoints" / "step-00000007") == []
+        assert different_tensors(*(each / "checkpoints" / "step-00000007" for each in (never, run_dir))) == []
         losses = [
             [line["train/loss"] for line in metrics(folder) if "train/loss" in line] for folder in (never, run_dir)
         ]
-        assert losses[0] == losses[1] and len(losses[0]) == 7
+        assert losses[0] == losses[1]
+        assert len(losses[0]) == 7
         evals = [
             [(line["step"], line["eval/loss"]) for line in metrics(folder) if "eval/loss" in line]
             for folder in (never, run_dir)
         ]
-        assert evals[0] == evals[1] and [step for step, _ in evals[0]] == [0, 3, 6, 7]
+        assert evals[0] == evals[1]
+        assert [step for step, _ in evals[0]] == [0, 3, 6, 7]
         shutil.rmtree(run_dir)
 
 
@@ -70,7 +65,7 @@ def test_every_method_resumes_bit_equal(pools, ranks, inputs, tokenizer_path, tm
         if folder.name == "killed":
             left_by_a_kill(folders[0], folder, 4)
         pools(ranks)(train, run_config(inputs, tokenizer_path, folder, ranks, **_sections(2, True, method)))
-    assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
+    assert different_tensors(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
 
 
 def builds(config: Any, **options: Any) -> int:
@@ -101,12 +96,13 @@ def test_resident_layers_give_the_bits_of_the_merged_form_also_after_a_resume(
         built.append(pools(world_size)(builds, config))
     # 14 layers, once for each step, which an evaluation shares with the step that follows, and for the one at the end
     assert built == [[times * 14] * world_size for times in (0, 5 + 1, 5 + 1)]
-    assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
+    assert different_tensors(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
     logged = [
         [line[key] for line in metrics(folder) for key in ("train/loss", "eval/loss") if key in line]
         for folder in folders
     ]
-    assert logged[0] == logged[1] and len(logged[0]) == 13
+    assert logged[0] == logged[1]
+    assert len(logged[0]) == 13
 
 
 def seeds_of_forwards(config: Any) -> list[int]:
@@ -141,9 +137,9 @@ def test_dropout_draws_again_for_every_step_rank_and_micro_batch_and_resumes_bit
     assert len({*seeds[0], *seeds[1]}) == 40
     pools(2)(train, configs["stopped"], stop_after=4)
     assert pools(2)(seeds_of_forwards, configs["stopped"]) == [of_rank[8:] for of_rank in seeds]
-    assert _equal(*(folders[name] / "checkpoints" / "step-00000010" for name in ("never", "stopped"))) == []
+    assert different_tensors(*(folders[name] / "checkpoints" / "step-00000010" for name in ("never", "stopped"))) == []
     pools(2)(train, configs["without"])
-    assert _equal(*(folders[name] / "checkpoints" / "step-00000010" for name in ("never", "without"))) != []
+    assert different_tensors(*(folders[name] / "checkpoints" / "step-00000010" for name in ("never", "without"))) != []
 
 
 def test_base_files_are_shared_between_merges(pools, inputs, tokenizer_path, tmp_path):
@@ -201,9 +197,10 @@ def test_a_run_goes_back_and_does_not_return_to_what_it_left(pools, inputs, toke
         "step-00000008",
         "abandoned-step-00000009",
         "abandoned-step-00000010",
-    } <= names and "step-00000010" not in names
+    } <= names
+    assert "step-00000010" not in names
     pool(train, plain)
-    assert _equal(finished, folder / "checkpoints" / "step-00000010") == []
+    assert different_tensors(finished, folder / "checkpoints" / "step-00000010") == []
     assert _eval_steps(folder) == [0, 5, 10]
 
 
@@ -218,7 +215,8 @@ def test_a_run_begins_in_a_new_folder_where_another_one_is(pools, inputs, tokeni
     # a finished run, into yet another folder: there is nothing to train, but the folder is complete
     third = tmp_path / "third"
     pools(2)(train, run_config(inputs, tokenizer_path, third, 2, train={"resume": str(second)}))
-    assert _eval_steps(third) == [10] and (third / "checkpoints" / "step-00000010").exists()
+    assert _eval_steps(third) == [10]
+    assert (third / "checkpoints" / "step-00000010").exists()
 
 
 def test_a_typing_error_next_to_checkpoints_is_reported_as_one(pools, inputs, tokenizer_path, tmp_path):
@@ -253,7 +251,8 @@ def test_a_checkpoint_comes_after_the_evaluation_and_the_line_of_metrics_of_its_
     pools(1)(train, config)
     tags = {"train/loss": "loss", "eval/loss": "eval", "perf/checkpoint_stall_seconds": "save"}
     lines = [kind for line in metrics(folder) for tag, kind in tags.items() if tag in line]
-    assert lines[-3:] == ["loss", "eval", "save"] and _eval_steps(folder) == [0, 10]
+    assert lines[-3:] == ["loss", "eval", "save"]
+    assert _eval_steps(folder) == [0, 10]
     assert lines.count("loss") == 10
 
 
@@ -268,7 +267,7 @@ def test_a_longer_run_makes_up_for_the_merge_that_the_last_step_left_out(
     pools(2)(train, run_config(inputs, tokenizer_path, short, 2, train={"steps": 8}, **settings))
     assert [line["step"] for line in metrics(short) if "merge/layers" in line] == [4]
     pools(2)(train, run_config(inputs, tokenizer_path, short, 2, train={"allow_changes": ["train.steps"]}, **settings))
-    assert _equal(*(folder / "checkpoints" / "step-00000010" for folder in (long, short))) == []
+    assert different_tensors(*(folder / "checkpoints" / "step-00000010" for folder in (long, short))) == []
     assert _merges(short) == _merges(long) != []
 
 

@@ -3,13 +3,11 @@ that."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import shutil
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,74 +15,10 @@ import pytest
 import torch
 
 from tests.tools.grids import rest
-from tests.tools.runs import Stopped, metrics, run_config, tensors
+from tests.tools.runs import metrics, run_config, tensors
+from tests.train.state.faults import NAN, fault_settings, faulty, same_run, spiked
 
 pytestmark = pytest.mark.distributed
-
-
-def faulty(
-    config: Any,
-    factors: dict[int, float],
-    rank: int = 1,
-    *,
-    added: dict[int, float] | None = None,
-    drop: tuple[int, ...] = (),
-    stop_at: tuple[int, int] | None = None,
-) -> str:
-    """Trains on every rank, with the loss of ``rank`` multiplied at some global batches (numbered from 1, in the order
-    of the stream).
-
-    What is ``added`` to the loss changes no gradient. ``drop`` leaves batches out of the stream; ``stop_at``
-    (rollbacks, step) cuts the run off as a kill would. Returns the error's text.
-    """
-    from relora_mora.model.llama import LossModel
-    from relora_mora.train.loop.loop import Trainer
-    from relora_mora.train.pretrain import pretrain
-    from relora_mora.train.state.run_state import TrainingError
-
-    next_batch, forward, seen = Trainer.next_batch, LossModel.forward, {}
-
-    def numbered(self: Trainer) -> Any:
-        batch = next_batch(self)
-        if not hasattr(self, "data_numbers"):
-            self.data_numbers = config_start(self)
-        number = self.data_numbers = self.data_numbers + 1
-        while number in drop and batch is not None:
-            self.state.data = batch.batch.state
-            batch = next_batch(self)
-            number = self.data_numbers = number + 1
-        seen["number"] = number
-        if stop_at == (self.state.rollbacks, self.state.step):
-            raise Stopped
-        return batch
-
-    def config_start(trainer: Trainer) -> int:
-        """How many batches came before this process, including those that rollbacks skipped."""
-        skipped = 0
-        state = trainer.state
-        if state.rollbacks:
-            entries = json.loads((trainer.folder / "rollbacks.json").read_text())[: state.rollbacks]
-            skipped = sum(entry["at"] - entry["step"] for entry in entries)
-        return state.step + skipped
-
-    def poisoned(self: LossModel, *batch: Any) -> torch.Tensor:
-        loss = forward(self, *batch)
-        if not self.training or int(os.environ["RANK"]) != rank:
-            return loss
-        return loss * factors.get(seen["number"], 1.0) + (added or {}).get(seen["number"], 0.0)
-
-    Trainer.next_batch, LossModel.forward = numbered, poisoned  # type: ignore[method-assign]
-    try:
-        with contextlib.suppress(Stopped):
-            pretrain(config)
-    except TrainingError as error:
-        return str(error)
-    finally:
-        Trainer.next_batch, LossModel.forward = next_batch, forward  # type: ignore[method-assign]
-    return ""
-
-
-NAN = {4: float("nan"), 5: float("nan")}
 
 
 @pytest.mark.parametrize(
@@ -108,49 +42,34 @@ def test_one_rank_with_nan_skips_the_step_on_all_and_is_named(
     before, after = (tensors(folder / "checkpoints" / f"step-{step:08d}") for step in (3, 4))
     masters = [key for key in before if key.startswith("master|")]
     merged = {key for key in masters if "mora_M" in key}  # the merge after step 4 is made all the same
-    assert masters and all(torch.equal(before[key], after[key]) for key in masters if key not in merged)
+    assert masters
+    assert all(torch.equal(before[key], after[key]) for key in masters if key not in merged)
     (line,) = [line for line in metrics(folder) if "train/skipped_steps" in line]
-    assert line["step"] == 4 and line["train/skipped_steps"] == 1
+    assert line["step"] == 4
+    assert line["train/skipped_steps"] == 1
     (place,) = line["train/skipped_data"]
-    assert place.startswith("rank 1: lane 1: from epoch 0") and ".json.gz" in place
+    assert place.startswith("rank 1: lane 1: from epoch 0")
+    assert ".json.gz" in place
     assert [line["step"] for line in metrics(folder) if "train/loss" in line] == [1, 2, 3, 5, 6, 7, 8, 9, 10]
-
-
-def _settings(folder: Path, inputs: Path, tokenizer: str, **train: Any) -> Any:
-    given = {"precision": "bf16", "max_bad_steps": 2, **train}
-    return run_config(
-        inputs, tokenizer, folder, 2, train=given, checkpoint={"every_steps": 3}, method={"merge_every": 4}
-    )
-
-
-def _same(a: Path, b: Path) -> bool:
-    first, second = tensors(a / "checkpoints" / "step-00000010"), tensors(b / "checkpoints" / "step-00000010")
-    state = [
-        json.loads((f / "checkpoints" / "step-00000010" / "manifest.json").read_text())["data_state"] for f in (a, b)
-    ]
-    return (
-        set(first) == set(second)
-        and all(torch.equal(first[key], second[key]) for key in first)
-        and state[0] == state[1]
-    )
 
 
 def test_bad_steps_in_a_row_roll_back_and_skip_their_data(pools, inputs, tokenizer_path, tmp_path):
     rolled, killed, reference = tmp_path / "rolled", tmp_path / "killed", tmp_path / "reference"
-    pools(2)(faulty, _settings(reference, inputs, tokenizer_path), {}, drop=(4, 5))
-    pools(2)(faulty, _settings(rolled, inputs, tokenizer_path), NAN)
-    assert _same(rolled, reference)
+    pools(2)(faulty, fault_settings(reference, inputs, tokenizer_path), {}, drop=(4, 5))
+    pools(2)(faulty, fault_settings(rolled, inputs, tokenizer_path), NAN)
+    assert same_run(rolled, reference)
     (entry,) = json.loads((rolled / "rollbacks.json").read_text())
-    assert (entry["step"], entry["at"]) == (3, 5) and "2 steps in a row" in entry["reason"]
+    assert (entry["step"], entry["at"]) == (3, 5)
+    assert "2 steps in a row" in entry["reason"]
     (line,) = [line for line in metrics(rolled) if "train/rollbacks" in line]
     assert (line["step"], line["train/rolled_back_from"]) == (3, 5)
     assert [place[:14] for place in line["train/skipped_data"]] == ["rank 1: lane 1"] * 2
     assert [line["step"] for line in metrics(rolled) if "train/loss" in line] == list(range(1, 11))
     # a kill after the rollback and before the next checkpoint: the data is skipped all the same
-    pools(2)(faulty, _settings(killed, inputs, tokenizer_path), NAN, stop_at=(1, 5))
+    pools(2)(faulty, fault_settings(killed, inputs, tokenizer_path), NAN, stop_at=(1, 5))
     assert not (killed / "checkpoints" / "step-00000006").exists()
-    pools(2)(faulty, _settings(killed, inputs, tokenizer_path), {})  # bad data would roll back once more
-    assert _same(killed, reference)
+    pools(2)(faulty, fault_settings(killed, inputs, tokenizer_path), {})  # bad data would roll back once more
+    assert same_run(killed, reference)
 
 
 def on_a_full_disk(config: Any, factors: dict[int, float]) -> tuple[str, list[str]]:
@@ -179,11 +98,13 @@ def on_a_full_disk(config: Any, factors: dict[int, float]) -> tuple[str, list[st
 
 def test_a_rollback_on_a_full_disk_skips_the_data_all_the_same(pools, inputs, tokenizer_path, tmp_path):
     rolled, reference = tmp_path / "rolled", tmp_path / "reference"
-    pools(2)(faulty, _settings(reference, inputs, tokenizer_path), {}, drop=(4, 5))
-    settings = _settings(rolled, inputs, tokenizer_path)
+    pools(2)(faulty, fault_settings(reference, inputs, tokenizer_path), {}, drop=(4, 5))
+    settings = fault_settings(rolled, inputs, tokenizer_path)
     each_step = settings.checkpoint.model_copy(update={"every_steps": 1})  # leaves a checkpoint of step 4
     (error, lines), _ = pools(2)(on_a_full_disk, settings.model_copy(update={"checkpoint": each_step}), NAN)
-    assert error == "" and _same(rolled, reference) and not (rolled / "rollbacks.json").exists()
+    assert error == ""
+    assert same_run(rolled, reference)
+    assert not (rolled / "rollbacks.json").exists()
     assert [line.partition(": ")[0] for line in lines] == [
         str(rolled / name) for name in ("rollbacks.json", "checkpoints/latest")
     ]
@@ -196,16 +117,16 @@ def test_a_rollback_on_a_full_disk_skips_the_data_all_the_same(pools, inputs, to
 def test_a_rollback_to_the_end_of_a_shorter_run_makes_its_merge_again(pools, inputs, tokenizer_path, tmp_path):
     """A run of eight steps leaves the merge of step 8 to its export; a run of ten makes it when it begins there."""
     rolled, reference = tmp_path / "rolled", tmp_path / "reference"
-    shorter = _settings(rolled, inputs, tokenizer_path, steps=8)
+    shorter = fault_settings(rolled, inputs, tokenizer_path, steps=8)
     pools(2)(faulty, shorter, {})
     shutil.copytree(rolled, reference)
     allowed = {"allow_changes": ["train.steps"]}
-    pools(2)(faulty, _settings(reference, inputs, tokenizer_path, **allowed), {}, drop=(9, 10))
+    pools(2)(faulty, fault_settings(reference, inputs, tokenizer_path, **allowed), {}, drop=(9, 10))
     bad = {9: float("nan"), 10: float("nan")}
-    pools(2)(faulty, _settings(rolled, inputs, tokenizer_path, **allowed), bad)
+    pools(2)(faulty, fault_settings(rolled, inputs, tokenizer_path, **allowed), bad)
     (entry,) = json.loads((rolled / "rollbacks.json").read_text())
     assert (entry["step"], entry["at"]) == (8, 10)
-    assert _same(rolled, reference)
+    assert same_run(rolled, reference)
     for folder in (rolled, reference):
         manifest = json.loads((folder / "checkpoints" / "step-00000009" / "manifest.json").read_text())
         assert (manifest["merges_done"], manifest["operator"]) == (2, 1), folder
@@ -214,20 +135,22 @@ def test_a_rollback_to_the_end_of_a_shorter_run_makes_its_merge_again(pools, inp
 
 def test_a_second_time_ends_the_run_with_a_report(pools, inputs, tokenizer_path, tmp_path):
     bad = {number: float("inf") for number in (4, 5, 9, 10)}
-    messages = pools(2)(faulty, _settings(tmp_path / "run", inputs, tokenizer_path), bad)
+    messages = pools(2)(faulty, fault_settings(tmp_path / "run", inputs, tokenizer_path), bad)
     assert messages[0] == messages[1]
     assert "2 steps in a row" in messages[0]
     assert "train.max_rollbacks=1 allows no further rollback" in messages[0]
     assert "lower optim.lr" in messages[0]
     end = json.loads((tmp_path / "run" / "ends.jsonl").read_text().splitlines()[-1])
-    assert end["code"] == 1 and end["reason"] == messages[0]
-    more = _settings(tmp_path / "more", inputs, tokenizer_path, max_rollbacks=2)
+    assert end["code"] == 1
+    assert end["reason"] == messages[0]
+    more = fault_settings(tmp_path / "more", inputs, tokenizer_path, max_rollbacks=2)
     assert pools(2)(faulty, more, bad) == ["", ""]
     assert len(json.loads((tmp_path / "more" / "rollbacks.json").read_text())) == 2
 
 
 def test_without_a_checkpoint_to_go_back_to_the_run_ends(pools, inputs, tokenizer_path, tmp_path):
-    messages = pools(2)(faulty, _settings(tmp_path / "run", inputs, tokenizer_path), {2: float("nan"), 3: float("nan")})
+    config = fault_settings(tmp_path / "run", inputs, tokenizer_path)
+    messages = pools(2)(faulty, config, {2: float("nan"), 3: float("nan")})
     assert all("there is no earlier checkpoint" in message for message in messages)
 
 
@@ -235,44 +158,27 @@ def test_without_a_checkpoint_to_go_back_to_the_run_ends(pools, inputs, tokenize
 def test_a_loss_spike_is_flagged_and_may_roll_back(pools, inputs, tokenizer_path, tmp_path, reaction, monkeypatch):
     folder, reference = tmp_path / "run", tmp_path / "reference"
     settings = {"spike_window": 8, "spike_deviations": 20.0, "on_spike": reaction}
-    config = _settings(folder, inputs, tokenizer_path, **settings)
+    config = fault_settings(folder, inputs, tokenizer_path, **settings)
     assert pools(2)(spiked, config, 8) == ["", ""]
     lines = metrics(folder)
     flagged = [(line["step"], line["train/loss_spike"]) for line in lines if "train/loss_spike" in line]
     if reaction == "flag":
-        assert [step for step, _ in flagged] == [8] and flagged[0][1] > 20
+        assert [step for step, _ in flagged] == [8]
+        assert flagged[0][1] > 20
         assert not (folder / "rollbacks.json").exists()
     else:
         (entry,) = json.loads((folder / "rollbacks.json").read_text())
-        assert (entry["step"], entry["at"]) == (6, 8) and "standard deviations" in entry["reason"]
-        pools(2)(faulty, _settings(reference, inputs, tokenizer_path, **settings), {}, drop=(7, 8))
-        assert _same(folder, reference)
+        assert (entry["step"], entry["at"]) == (6, 8)
+        assert "standard deviations" in entry["reason"]
+        pools(2)(faulty, fault_settings(reference, inputs, tokenizer_path, **settings), {}, drop=(7, 8))
+        assert same_run(folder, reference)
 
 
 def test_a_spike_without_an_earlier_checkpoint_is_only_reported(pools, inputs, tokenizer_path, tmp_path):
     settings = {"spike_window": 8, "spike_deviations": 20.0, "on_spike": "rollback"}
-    config = _settings(tmp_path / "run", inputs, tokenizer_path, **settings)
+    config = fault_settings(tmp_path / "run", inputs, tokenizer_path, **settings)
     never = config.checkpoint.model_copy(update={"every_steps": 0})
     assert pools(2)(spiked, config.model_copy(update={"checkpoint": never}), 8) == ["", ""]
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines if "train/loss_spike" in line] == [8]
     assert not (tmp_path / "run" / "rollbacks.json").exists()
-
-
-def spiked(config: Any, number: int) -> str:
-    """Trains with the loss of rank 1 raised at one global batch, as a bad batch would; its gradient is as before."""
-    from relora_mora.train.loop.loop import Trainer
-
-    train_step = Trainer.train_step
-
-    def raised(self: Trainer, share: Any) -> Any:
-        result = train_step(self, share)
-        if self.rank == 1 and self.data_numbers == number:  # counted by faulty()
-            result = replace(result, loss=result.loss + 1000.0)
-        return result
-
-    Trainer.train_step = raised  # type: ignore[method-assign]
-    try:
-        return faulty(config, {})
-    finally:
-        Trainer.train_step = train_step  # type: ignore[method-assign]

@@ -1,0 +1,117 @@
+"""Runs whose losses are made wrong at chosen batches."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.tools.runs import Stopped, run_config, tensors
+
+
+def faulty(
+    config: Any,
+    factors: dict[int, float],
+    rank: int = 1,
+    *,
+    added: dict[int, float] | None = None,
+    drop: tuple[int, ...] = (),
+    stop_at: tuple[int, int] | None = None,
+) -> str:
+    """Trains on every rank, with the loss of ``rank`` multiplied at some global batches (numbered from 1, in the order
+    of the stream).
+
+    What is ``added`` to the loss changes no gradient. ``drop`` leaves batches out of the stream; ``stop_at``
+    (rollbacks, step) cuts the run off as a kill would. Returns the error's text.
+    """
+    from relora_mora.model.llama import LossModel
+    from relora_mora.train.loop.loop import Trainer
+    from relora_mora.train.pretrain import pretrain
+    from relora_mora.train.state.run_state import TrainingError
+
+    next_batch, forward, seen = Trainer.next_batch, LossModel.forward, {}
+
+    def numbered(self: Trainer) -> Any:
+        batch = next_batch(self)
+        if not hasattr(self, "data_numbers"):
+            self.data_numbers = config_start(self)
+        number = self.data_numbers = self.data_numbers + 1
+        while number in drop and batch is not None:
+            self.state.data = batch.batch.state
+            batch = next_batch(self)
+            number = self.data_numbers = number + 1
+        seen["number"] = number
+        if stop_at == (self.state.rollbacks, self.state.step):
+            raise Stopped
+        return batch
+
+    def config_start(trainer: Trainer) -> int:
+        """How many batches came before this process, including those that rollbacks skipped."""
+        skipped = 0
+        state = trainer.state
+        if state.rollbacks:
+            entries = json.loads((trainer.folder / "rollbacks.json").read_text())[: state.rollbacks]
+            skipped = sum(entry["at"] - entry["step"] for entry in entries)
+        return state.step + skipped
+
+    def poisoned(self: LossModel, *batch: Any) -> torch.Tensor:
+        loss = forward(self, *batch)
+        if not self.training or int(os.environ["RANK"]) != rank:
+            return loss
+        return loss * factors.get(seen["number"], 1.0) + (added or {}).get(seen["number"], 0.0)
+
+    Trainer.next_batch, LossModel.forward = numbered, poisoned  # type: ignore[method-assign]
+    try:
+        with contextlib.suppress(Stopped):
+            pretrain(config)
+    except TrainingError as error:
+        return str(error)
+    finally:
+        Trainer.next_batch, LossModel.forward = next_batch, forward  # type: ignore[method-assign]
+    return ""
+
+
+NAN = {4: float("nan"), 5: float("nan")}
+
+
+def fault_settings(folder: Path, inputs: Path, tokenizer: str, **train: Any) -> Any:
+    given = {"precision": "bf16", "max_bad_steps": 2, **train}
+    return run_config(
+        inputs, tokenizer, folder, 2, train=given, checkpoint={"every_steps": 3}, method={"merge_every": 4}
+    )
+
+
+def same_run(a: Path, b: Path) -> bool:
+    first, second = tensors(a / "checkpoints" / "step-00000010"), tensors(b / "checkpoints" / "step-00000010")
+    state = [
+        json.loads((f / "checkpoints" / "step-00000010" / "manifest.json").read_text())["data_state"] for f in (a, b)
+    ]
+    return (
+        set(first) == set(second)
+        and all(torch.equal(first[key], second[key]) for key in first)
+        and state[0] == state[1]
+    )
+
+
+def spiked(config: Any, number: int) -> str:
+    """Trains with the loss of rank 1 raised at one global batch, as a bad batch would; its gradient is as before."""
+    from relora_mora.train.loop.loop import Trainer
+
+    train_step = Trainer.train_step
+
+    def raised(self: Trainer, share: Any) -> Any:
+        result = train_step(self, share)
+        if self.rank == 1 and self.data_numbers == number:  # counted by faulty()
+            result = replace(result, loss=result.loss + 1000.0)
+        return result
+
+    Trainer.train_step = raised  # type: ignore[method-assign]
+    try:
+        return faulty(config, {})
+    finally:
+        Trainer.train_step = train_step  # type: ignore[method-assign]
