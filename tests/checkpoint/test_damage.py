@@ -118,7 +118,7 @@ def test_a_run_with_only_damaged_checkpoints_does_not_start_over(pools, tokenize
     pools(2)(train, config, stop_after=1)
     (folder / "checkpoints" / "step-00000001" / "state-00001-of-00002.safetensors").unlink()
     messages = pools(2)(_refused, config)
-    assert all("no checkpoint in it is whole" in message for message in messages)
+    assert all("all checkpoints in it are damaged" in message for message in messages)
 
 
 def test_a_damaged_tokenizer_does_not_cost_the_weights(pools, tokenizer_path, tmp_path):

@@ -280,7 +280,7 @@ def test_the_command_scores_a_foreign_model_and_ends_with_json(source, tokenizer
     values = json.loads(done.stdout.splitlines()[-1])
     assert set(values) == {"loss", "perplexity", "bits_per_byte", "tokens", "digest"}
     assert abs(values["loss"] - math.log(320)) < 0.2
-    refused(call(EVALUATE, tmp_path, f"--data={source}"), "no checkpoint")
+    refused(call(EVALUATE, tmp_path, f"--data={source}"), "not a checkpoint")
     refused(call(EVALUATE, tmp_path, f"--data={tmp_path}/typo.json"), "no file matches")
     refused(call(EVALUATE, tmp_path, f"--data={source}", f"--tokenizer={tmp_path}/typo"), "typo: not found")
 
@@ -364,7 +364,7 @@ def test_documents_that_longrope_would_turn_by_the_longest_are_refused(source, t
     lm = _llama(rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors})
     lm.save_pretrained(tmp_path)
     given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--data.document_mask=true")
-    refused(call(EVALUATE, tmp_path, *given), "behind 16 positions the longrope of", "give at most 16")
+    refused(call(EVALUATE, tmp_path, *given), "beyond 16 positions the longrope of", "give at most 16")
     assert call(EVALUATE, tmp_path, *given, "--data.sequence_length=16").code == 0
 
 

@@ -70,7 +70,7 @@ def test_without_smollm2_the_model_of_the_demo_learns(
     assert finetuning.main() == 0
     assert ran == [f"launch/{name}.py" for name in ("demo", "uuid_pairs", "finetune", "finetune", "export")]
     out = capsys.readouterr().out
-    [line] = [line for line in out.splitlines() if "cannot be had" in line]
+    [line] = [line for line in out.splitlines() if "is not available here" in line]
     assert "No matching distribution found for" in line
     assert "`make demo`" in line
     assert out.count("  before: ") == out.count("  after:  ") == 2

@@ -45,7 +45,7 @@ def test_epochs_are_counted_and_the_run_ends_when_they_are_read(pools, tokenizer
     settings["method"]["merge_every"] = steps
     again = run_config(inputs, tokenizer_path, tmp_path / "other", 1, **settings)
     (said,) = pools(1)(_refused, again)
-    assert f"with {steps} steps for {2 * tokens:,} tokens of all epochs" in said
+    assert f"with {steps} steps for the {2 * tokens:,} tokens of all epochs" in said
     assert "method.merge_every" in said
 
 

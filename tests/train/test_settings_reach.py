@@ -34,7 +34,7 @@ class Reach(NamedTuple):
 REACHES = {
     "model.config": Reach("narrow.json", True, True),
     "model.overrides": Reach({"rms_norm_eps": 0.5}, True, False),
-    "model.init_from": Reach("export", True, False),
+    "model.init_from": Reach("export", True, True),
     "model.adapter": Reach(None, True, False),  # needs an adapter of the model: tests/adapters
     "model.attention": Reach("eager", False, True),
     "model.activation_checkpointing": Reach(True, False, True),

@@ -115,7 +115,7 @@ def _newest(run: Run) -> Path:
     for reason in skipped if run.engine.rank == 0 else ():  # the same on all ranks
         log.warning("passed over %s", reason)
     if chosen is None:
-        fault = f"{folder}: no checkpoint in it is complete; move them away to start again"
+        fault = f"{folder}: all checkpoints in it are damaged; move them away to start again"
         raise same_on_all_ranks(CheckpointError(fault))
     return chosen
 
