@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -176,3 +177,10 @@ def test_no_test_module_imports_another():
         if name.startswith("tests.") and name.split(".")[-1].startswith("test_")
     ]
     assert importing == []
+
+
+def test_what_runs_on_a_gpu_names_tests_that_exist():
+    names = [path.stem for path in sorted((ROOT / "tests" / "gpu").glob("*.py")) if not path.stem.startswith("_")]
+    assert {"algebra", "evaluation", "training"} <= set(names)
+    for name in names:
+        importlib.import_module(f"tests.gpu.{name}")

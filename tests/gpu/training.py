@@ -17,14 +17,14 @@ from relora_mora.supervise.exits import USER_ERROR
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.engine.test_matrices import test_in_bf16_every_stage_trains_as_plain_torch_does_up_to_rounding
 from tests.engine.test_resets import (
-    test_a_merge_from_all_sides,
+    test_a_merge_changes_what_it_should_and_nothing_else,
     test_carry_moves_the_state_to_the_new_operators,
     test_reset_modes,
     test_the_base_is_exact_after_a_hundred_merges,
 )
 from tests.engine.test_resident import (
+    test_every_change_of_a_weight_drops_it,
     test_it_trains_as_the_merged_form_bit_for_bit_and_builds_once_a_step,
-    test_whatever_changes_a_weight_lets_go_of_it,
 )
 from tests.engine.test_stages import (
     test_a_nan_on_one_rank_stops_the_step_on_all,

@@ -6,7 +6,6 @@ import errno
 import functools
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +53,7 @@ def without_text(whole: Callable[..., Any]) -> Callable[..., Any]:
 def victim(*args: Any, **kwargs: Any) -> int:
     from relora_mora.checkpoint.rank_files import RankFiles
     from relora_mora.data.stream.stream import TrainStream
+    from relora_mora.train import pretrain
     from relora_mora.train.loop.loop import Trainer
 
     train_step = Trainer.train_step
@@ -67,13 +67,13 @@ def victim(*args: Any, **kwargs: Any) -> int:
         return step
 
     if os.environ["VICTIM"] == "while it connects":
-        sys.modules["relora_mora.train.pretrain"].joined_within = lambda _: 10.0  # type: ignore[attr-defined]
+        pretrain.joined_within = lambda _: 10.0  # type: ignore[assignment]
     if os.environ["RANK"] == "1":
         match os.environ["VICTIM"]:
             case "while it connects":
                 torch.distributed.init_process_group = connecting(torch.distributed.init_process_group)
             case "at the end":
-                sys.modules["relora_mora.train.pretrain"].leave_together = killed  # type: ignore[attr-defined]
+                pretrain.leave_together = killed  # type: ignore[assignment]
             case "in a save":
                 RankFiles.write = killed_later  # type: ignore[method-assign]
             case "device":
