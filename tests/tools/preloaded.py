@@ -10,7 +10,7 @@ with many_imports():
     import pytest  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import relora_mora.train  # noqa: F401
+    import relora_mora.train.pretrain  # noqa: F401
     from relora_mora.checkpoint import writer
 
 writer.POLL_SECONDS = 0.005  # tiny runs save at every step
