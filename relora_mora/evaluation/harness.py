@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -200,17 +200,14 @@ def _quiet() -> Iterator[None]:
             each.setLevel(level)
 
 
-TaskScores = Mapping[str, Mapping[str, float]]
-
-
-def table(results: TaskScores) -> str:
+def table(results: Results) -> str:
     rows = [(task, metric, f"{value:.4f}") for task, numbers in results.items() for metric, value in numbers.items()]
     rows = [("task", "metric", "value"), *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
 
 
-def record(run: Path, step: int, results: TaskScores, *, num_fewshot: int | None, limit: int | None) -> None:
+def record(run: Path, step: int, results: Results, *, num_fewshot: int | None, limit: int | None) -> None:
     """Appends a line to ``tasks.jsonl`` in a run folder, and adds points to its TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 

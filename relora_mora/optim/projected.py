@@ -77,7 +77,7 @@ class _Projected(ABC):
         if optim.projection_scale is not None:
             self.scale = optim.projection_scale
 
-    def update_moments(self, gradient: Tensor, moments: Mapping[str, Tensor]) -> None:  # noqa: B027 - there is nothing to add
+    def update_moments(self, gradient: Tensor, moments: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Does nothing: the projection needs the whole gradient."""
 
     def update(self, matrices: Tensor, states: Sequence[MatrixState]) -> Tensor:

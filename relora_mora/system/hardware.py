@@ -134,4 +134,5 @@ def compute_deterministically() -> None:
     torch.use_deterministic_algorithms(True)
     if hasattr(inductor, "deterministic"):  # from torch 2.10 on: the compiler then selects nothing by timing it
         inductor.deterministic = True
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads such memory
+    # nothing reads such memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
