@@ -310,7 +310,12 @@ def test_what_does_not_fit_the_model_is_said(model, data, tmp_path):
     small = LlamaForCausalLM.from_pretrained(model)
     small.config.max_position_embeddings = 256
     small.save_pretrained(model)
-    refused(call(EVALUATE, model, *task), "local_gsm8k: its answers have up to 256 tokens", "256 positions", "leave the task out")
+    refused(
+        call(EVALUATE, model, *task),
+        "local_gsm8k: its answers have up to 256 tokens",
+        "256 positions",
+        "leave the task out",
+    )
     refused(call(EVALUATE, tmp_path / "none", "--tasks=local_uuid", "--task_data=nowhere"), "nowhere cannot be read")
 
 
