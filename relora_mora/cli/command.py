@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from relora_mora.cli.arguments import Command, help_text, read_arguments
-from relora_mora.system.files import ENDINGS, place_of, remove_and_end, remove_unfinished
-from relora_mora.system.process import run_with_timeout, say
+from relora_mora.system.files import place_of, remove_and_end, remove_unfinished
+from relora_mora.system.process import WakeupPipe, run_with_timeout, say
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 GRACE_SECONDS = 3.0
@@ -24,9 +24,9 @@ GRACE_SECONDS = 3.0
 class Interrupts:
     """While a command runs, SIGINT raises KeyboardInterrupt; if the command does not end in time, the process exits.
 
-    Python runs a signal handler between two bytecodes of the main thread, but a library may compute for minutes before
-    the next one, and an import may swallow the exception. The handler in C, however, immediately writes to a pipe,
-    which a thread of ours reads. If the command sets its own handler, as the trainer does, this class does nothing.
+    A library may compute for minutes before the main thread hears of the signal, and an import may swallow the
+    exception, so a thread reads the signals from a :class:`WakeupPipe`. If the command sets its own handler, as the
+    trainer does, this class does nothing.
 
     The thread also ends the process if it does not end in time after a SIGTERM or SIGHUP, which ``new_folder`` handles.
     """
@@ -35,51 +35,37 @@ class Interrupts:
         self.received = False
         self._ended = threading.Event()
         self._reported = threading.Lock()  # taken by the first thread that reports the interrupt
-        self._writer: int | None = None
+        self._pipe: WakeupPipe | None = None
 
     def __enter__(self) -> Interrupts:
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            reader, self._writer = os.pipe()
-            os.set_blocking(self._writer, False)
             signal.signal(signal.SIGINT, self._handle)
-            signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-            threading.Thread(target=self._read, args=(reader,), daemon=True, name="interrupts").start()
+            self._pipe = WakeupPipe(self._on_signal, "interrupts")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        if self._writer is None:
+        if self._pipe is None:
             return
         if signal.getsignal(signal.SIGINT) == self._handle:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        current = signal.set_wakeup_fd(-1)
-        if current not in (-1, self._writer):  # the command has set its own
-            signal.set_wakeup_fd(current, warn_on_full_buffer=False)
-        os.close(self._writer)
+        self._pipe.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = True
         raise KeyboardInterrupt
 
-    def _read(self, reader: int) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # so that the main thread can defer it by blocking it
-        while numbers := os.read(reader, 64):
-            if (
-                signal.SIGINT in numbers
-                and signal.getsignal(signal.SIGINT) == self._handle
-                and not self._ended.wait(GRACE_SECONDS)
-            ):
-                run_with_timeout(GRACE_SECONDS, self.say)
-                run_with_timeout(GRACE_SECONDS, remove_unfinished)
-                os._exit(INTERRUPTED)
-            for number in set(ENDINGS) & set(numbers):
-                if signal.getsignal(number) is remove_and_end and not self._ended.wait(GRACE_SECONDS):
-                    run_with_timeout(GRACE_SECONDS, remove_unfinished)
-                    os._exit(128 + number)
-        os.close(reader)
+    def _on_signal(self, number: int) -> None:
+        handler = self._handle if number == signal.SIGINT else remove_and_end
+        if signal.getsignal(number) != handler or self._ended.wait(GRACE_SECONDS):
+            return
+        if number == signal.SIGINT:
+            run_with_timeout(GRACE_SECONDS, self.say)
+        run_with_timeout(GRACE_SECONDS, remove_unfinished)
+        os._exit(128 + number)
 
     def say(self) -> None:
         """Reports the interrupt once, even if the main thread and this object's thread call it at the same time."""

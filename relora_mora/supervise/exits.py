@@ -12,14 +12,13 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from relora_mora.system.files import append_synced
-from relora_mora.system.process import run_with_timeout
+from relora_mora.system.process import WakeupPipe, run_with_timeout
 from relora_mora.system.run_folder import RunFolder
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -30,9 +29,6 @@ SAME_REQUEST_SECONDS = 1.0
 class StopSignals:
     """Calls ``on_first(signal)`` and, for a signal more than a second later, ``on_second(signal)``, in its own thread.
 
-    Python runs signal handlers between two bytecodes of the main thread, which may be in a collective for minutes. But
-    the interpreter's C handler writes the number of the signal to the wakeup pipe immediately, and a thread reads it.
-    Waiting for blocked signals (sigwait) would need no pipe, but every child process would inherit the blocked signals.
     If SIGHUP is ignored, as under nohup, it stays ignored. Main thread only.
     """
 
@@ -40,31 +36,26 @@ class StopSignals:
         self._on_first = on_first
         self._on_second = on_second
         self._first_at: float | None = None
-        reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)  # without a Python handler, C writes nothing to the pipe
-        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._read, args=(reader,), daemon=True, name="signals").start()
+        self._pipe = WakeupPipe(self._on_signal, "signals")
 
-    def _read(self, reader: int) -> None:
-        while numbers := os.read(reader, 64):
-            for number in [signal.Signals(number) for number in numbers if number in STOP_SIGNALS]:
-                now = time.monotonic()
-                if self._first_at is None:
-                    self._first_at = now
-                    self._on_first(number)
-                elif now - self._first_at > SAME_REQUEST_SECONDS:
-                    self._on_second(number)
-        os.close(reader)
+    def _on_signal(self, number: int) -> None:
+        if number not in STOP_SIGNALS:
+            return
+        now = time.monotonic()
+        if self._first_at is None:
+            self._first_at = now
+            self._on_first(signal.Signals(number))
+        elif now - self._first_at > SAME_REQUEST_SECONDS:
+            self._on_second(signal.Signals(number))
 
     def close(self) -> None:
         """Ignores signals from now on, since the end of the process is decided."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        signal.set_wakeup_fd(-1)
-        os.close(self._writer)
+        self._pipe.close()
 
 
 FINISHED = 0

@@ -1,4 +1,4 @@
-"""This process: its threads, memory, parent and slow imports, and calls that may block."""
+"""This process: its threads, signals, memory, parent and slow imports, and calls that may block."""
 
 from __future__ import annotations
 
@@ -38,6 +38,35 @@ def run_with_timeout(seconds: float, action: Callable[[], object]) -> None:
     with contextlib.suppress(RuntimeError):  # the machine has no threads left
         thread.start()
         thread.join(seconds)
+
+
+class WakeupPipe:
+    """Calls ``on_signal(number)`` in a thread of its own as soon as a signal arrives that has a handler in Python.
+
+    Python runs signal handlers between two bytecodes of the main thread, which may be in a library for minutes. But the
+    interpreter's C handler writes the number of the signal to the wakeup pipe immediately, and the thread reads it.
+    Waiting for blocked signals (sigwait) would need no pipe, but every child process would inherit the blocked signals.
+    A process has one such pipe: a new one takes the place of the one before. Main thread only.
+    """
+
+    def __init__(self, on_signal: Callable[[int], None], name: str) -> None:
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._read, args=(reader, on_signal), daemon=True, name=name).start()
+
+    def _read(self, reader: int, on_signal: Callable[[int], None]) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # so that the main thread can defer it by blocking it
+        while numbers := os.read(reader, 64):
+            for number in numbers:
+                on_signal(number)
+        os.close(reader)
+
+    def close(self) -> None:
+        current = signal.set_wakeup_fd(-1)
+        if current not in (-1, self._writer):  # a newer pipe
+            signal.set_wakeup_fd(current, warn_on_full_buffer=False)
+        os.close(self._writer)
 
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
