@@ -22,6 +22,7 @@ by hard links until a merge changes the base. Nothing is pickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -265,13 +266,9 @@ def _validated(path: Path, values: dict[str, Any]) -> Manifest:
 
 
 def file_entry(path: Path) -> FileEntry:
-    digest = xxhash.xxh3_128()
-    size = 0
     with path.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            digest.update(piece)
-            size += len(piece)
-    return FileEntry(size, digest.hexdigest())
+        digest = hashlib.file_digest(stream, xxhash.xxh3_128)
+        return FileEntry(stream.tell(), digest.hexdigest())
 
 
 def damage(folder: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
