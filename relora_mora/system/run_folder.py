@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,6 @@ def changes_since_first(starts: Sequence[Mapping[str, Any]]) -> list[tuple[int, 
     return list(changes.items())
 
 
-def noted_digests(starts: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """The digests noted by the latest start that read weights; empty if none did. A resume reads no weights.
-
-    Earlier versions noted settings of the model without the section's name.
-    """
-    noted = [start[NOTED] for start in starts if NOTED in start]
-    digests = noted[-1] if noted else {}
-    return {name if "." in name else f"model.{name}": digest for name, digest in digests.items()}
+def noted_digests(starts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The digests noted by the latest start that read weights; empty if none did. A resume reads no weights."""
+    return next((start[NOTED] for start in reversed(starts) if NOTED in start), {})

@@ -74,8 +74,8 @@ def starts_of(run: Path) -> list[dict[str, Any]]:
 def changed_start(noted: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """Describes the inputs that have changed since a run began with them; None if no change is known.
 
-    ``noted`` is from :func:`relora_mora.system.run_folder.noted_digests`; earlier versions recorded less. Files that no
-    longer exist have no digest in ``now``.
+    ``noted`` is from :func:`relora_mora.system.run_folder.noted_digests`. Files that no longer exist have no digest in
+    ``now``.
     """
     changed = [CHANGED[name] for name, digest in noted.items() if now.get(name, digest) != digest]
     return " and ".join(changed) or None
@@ -84,9 +84,8 @@ def changed_start(noted: Mapping[str, str], now: Mapping[str, str]) -> str | Non
 def other_weights(checkpoint: Path, model: ModelConfig) -> dict[str, str]:
     """Describes, by setting, what the run of a checkpoint began with if ``model`` names other weights now.
 
-    Empty if that run recorded nothing, because an earlier version or another run's checkpoint started it, and if the
-    weights cannot be read now. Files are compared, so a model that was saved again differs, and a run that has trained
-    on.
+    Empty if that run recorded nothing, because another run's checkpoint started it, and if the weights cannot be read
+    now. Files are compared, so a model that was saved again differs, and a run that has trained on.
     """
     noted = noted_digests(starts_of(checkpoint.absolute().parent.parent))
     now: dict[str, str] = {}

@@ -99,7 +99,7 @@ def test_a_run_is_compared_with_its_newest_start_that_read_weights(tmp_path: Pat
     run = tmp_path / "run"
     assert noted_digests(starts_of(run)) == {}
     noted = model_digests(given)
-    starts = [{"began_with": {"init_from": "0" * 32}}, {"began_with": noted}, {"step": 5}]
+    starts = [{"began_with": {"model.init_from": "0" * 32}}, {"began_with": noted}, {"step": 5}]
     lines = "".join(json.dumps(start) + "\n" for start in starts)
     _write(run, **{"starts.jsonl": lines})
     assert noted_digests(starts_of(run)) == noted

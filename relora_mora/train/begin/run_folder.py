@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import importlib.metadata
 import json
@@ -108,12 +107,11 @@ def keep_run_folder(config: Config, made_with: Mapping[str, Any]) -> None:
             ", ".join(unused),
         )
     names = RunFolder(Path(config.train.run_dir))
-    with contextlib.suppress(ConfigError):  # settings of an earlier version
-        before = stored_config(made_with, str(names.config))
-        here = {"run_dir": config.train.run_dir, "resume": config.train.resume}
-        # a start that was interrupted before it trained may have left other settings
-        settings = dump(before.model_copy(update={"train": before.train.model_copy(update=here)}))
-        write_if_possible(names.config, settings, without="it stays as the previous start left it")
+    before = stored_config(made_with, str(names.config))
+    here = {"run_dir": config.train.run_dir, "resume": config.train.resume}
+    # a start that was interrupted before it trained may have left other settings
+    settings = dump(before.model_copy(update={"train": before.train.model_copy(update=here)}))
+    write_if_possible(names.config, settings, without="it stays as the previous start left it")
 
 
 def _holds(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:

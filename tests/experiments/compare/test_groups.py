@@ -63,7 +63,7 @@ def test_runs_that_differ_in_seeds_are_one(tmp_path: Path) -> None:
         ({"parameters": {"total": 2_000_000}}, "model"),
         ({"bf16": True}, "train.precision"),
         ({"began_with": {"data.train": "other text"}}, "data.train"),
-        ({"began_with": {"config": "as earlier versions named it"}}, "model.config"),
+        ({"began_with": {"model.config": "another model"}}, "model.config"),
     ],
 )
 def test_runs_with_the_same_settings_but_other_inputs_are_not_one(tmp_path: Path, other: dict[str, Any], says_so: str):
