@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.registry import METHODS
 from relora_mora.config.schema import Config
 from relora_mora.experiments.planner.cluster import Cluster, StepTime, step_time
-from relora_mora.experiments.planner.compute import PRODUCTS_RATE, compute_time
+from relora_mora.experiments.planner.compute import PRODUCTS_RATE, ComputeTime, compute_time
 from relora_mora.experiments.planner.network import Traffic, traffic
 from relora_mora.optim.groups import Parameters, count_parameters
 from relora_mora.sizing.fit import USABLE, choose_resident, uneven_widths
@@ -23,54 +23,72 @@ from relora_mora.sizing.setup import Setup
 
 STAGES = (0, 1, 2, 3)
 ASSUMED_UTILISATION = 0.4  # of a CPU; for a GPU it is calculated
-PROCESS_BYTES = (
-    0.45 * 2**30
-)  # resident in a rank's process on a CPU next to its tensors: Python, torch, DeepSpeed, tokenizer (measured)
+# resident in a rank's process on a CPU next to its tensors: Python, torch, DeepSpeed, tokenizer (measured)
+PROCESS_BYTES = 0.45 * 2**30
 FRAGMENTATION = 1.1  # glibc's malloc held 3 to 17 % more than the parts in tiny runs (measured on two cores)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All numbers of one planned run.
+class Time:
+    """``steps``: one step of the run at each ZeRO stage. ``assumption``: in words, where the rate comes from."""
 
-    ``memory`` and ``network``, [method][stage], compare the methods with the same settings; ``steps``, [stage], is the
-    time of one step of this run.
-    """
-
-    parameters: Parameters
-    flops: Flops
-    matrices: str  # optim.matrices
-    optimizer_flops: float  # its matrix products in a step, over all ranks
-    memory: dict[str, dict[int, Memory]]
-    network: dict[str, dict[int, Traffic]]
     steps: dict[int, StepTime]
-    method: str
-    zero_stage: int
-    cluster: Cluster
-    bf16: bool
-    on_cpu: bool
-    merge_every: int
-    tokens_per_step: int
-    tokens: int
+    tokens: int  # of all steps
     tokens_per_second: float
     assumption: str
-    notes: list[str]  # on the model's widths
-    savings: list[str]  # changes that would need less memory
-
-    @property
-    def world_size(self) -> int:
-        return self.cluster.world_size
 
     @property
     def seconds(self) -> float:
         """Time of all steps, without evaluations, checkpoints and merges."""
         return self.tokens / self.tokens_per_second
 
+
+@dataclass(frozen=True)
+class Plan:
+    """All numbers of one planned run.
+
+    ``memory`` and ``network``, [method][stage], compare the methods with the same settings.
+    """
+
+    config: Config
+    cluster: Cluster
+    bf16: bool
+    on_cpu: bool
+    parameters: Parameters
+    flops: Flops  # of a token
+    optimizer_flops: float  # matrix products of the optimizer in a step, over all ranks
+    memory: dict[str, dict[int, Memory]]
+    network: dict[str, dict[int, Traffic]]
+    time: Time
+    notes: list[str]  # on the model's widths
+
+    @property
+    def method(self) -> str:
+        return self.config.method.name
+
+    @property
+    def zero_stage(self) -> int:
+        return self.config.train.zero_stage
+
+    @property
+    def merge_every(self) -> int:
+        """Steps between merges; 0 if the method does not merge."""
+        return self.config.method.merge_every if self.config.method.merges else 0
+
+    @property
+    def savings(self) -> list[str]:
+        """Changes that would need less memory."""
+        return [
+            *(["lower train.micro_batch_size"] if self.config.train.micro_batch_size > 1 else []),
+            *([] if self.config.model.activation_checkpointing else ["set model.activation_checkpointing"]),
+            "take more or larger devices",
+        ]
+
     @property
     def resident(self) -> float | None:
         """Bytes of the first rank's process on a CPU, in training or at its start; None on other devices.
 
-        In training a tenth of them is for malloc's fragmentation. What a run begins with comes in few large pieces.
+        In training a tenth of them is for malloc's fragmentation. The initial weights come in a few large pieces.
         """
         if not self.on_cpu:
             return None
@@ -86,31 +104,56 @@ class Plan:
 
     @property
     def sends_less_at_one(self) -> bool:
-        """Whether stage 1 is better than the chosen stage 2: it sends less (gradients once a step, not once per
-        micro-batch), takes no longer, and is not known to be too large."""
+        """Whether stage 1 is better than the chosen stage 2.
+
+        Stage 1 must send less (gradients once a step, not once per micro-batch), take no longer, and not be known to be
+        too large.
+        """
         moved = self.network[self.method]
+        steps = self.time.steps
         sends_less = self.zero_stage == 2 and moved[1].sent < moved[2].sent
-        return sends_less and self.steps[1].total <= self.steps[2].total and self.fits(1) is not False
+        return sends_less and steps[1].total <= steps[2].total and self.fits(1) is not False
 
     def as_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        values["flops"] |= {"total": self.flops.total, "performed": self.flops.performed}
-        values["memory"] = {
-            method: {
-                str(stage): {**asdict(memory), "device": memory.device, "fits": self.fits(stage, method)}
-                for stage, memory in stages.items()
-            }
-            for method, stages in self.memory.items()
+        """All numbers for JSON; sizes in bytes, times in seconds."""
+        return {
+            "parameters": asdict(self.parameters),
+            "flops": _with(self.flops, "total", "performed"),
+            "matrices": self.config.optim.matrices,
+            "optimizer_flops": self.optimizer_flops,
+            "memory": {
+                method: {
+                    str(stage): {**_with(memory, "device"), "fits": self.fits(stage, method)}
+                    for stage, memory in stages.items()
+                }
+                for method, stages in self.memory.items()
+            },
+            "network": {
+                method: {str(stage): _with(moved, "sent", "sent_in_merge") for stage, moved in stages.items()}
+                for method, stages in self.network.items()
+            },
+            "steps": {str(stage): _with(step, "total") for stage, step in self.time.steps.items()},
+            "method": self.method,
+            "zero_stage": self.zero_stage,
+            "cluster": asdict(self.cluster),
+            "bf16": self.bf16,
+            "on_cpu": self.on_cpu,
+            "merge_every": self.merge_every,
+            "tokens_per_step": self.config.tokens_per_step,
+            "tokens": self.time.tokens,
+            "tokens_per_second": self.time.tokens_per_second,
+            "assumption": self.time.assumption,
+            "notes": self.notes,
+            "savings": self.savings,
+            "world_size": self.cluster.world_size,
+            "seconds": self.time.seconds,
+            "resident": self.resident,
         }
-        values["network"] = {
-            method: {
-                str(stage): {**asdict(moved), "sent": moved.sent, "sent_in_merge": moved.sent_in_merge}
-                for stage, moved in stages.items()
-            }
-            for method, stages in self.network.items()
-        }
-        values["steps"] = {str(stage): {**asdict(time), "total": time.total} for stage, time in self.steps.items()}
-        return {**values, "world_size": self.world_size, "seconds": self.seconds, "resident": self.resident}
+
+
+def _with(numbers: Flops | Memory | Traffic | StepTime, *totals: str) -> dict[str, Any]:
+    """The fields, and these properties."""
+    return asdict(numbers) | {name: getattr(numbers, name) for name in totals}
 
 
 @dataclass(frozen=True)
@@ -120,8 +163,7 @@ class _Needs:
     setup: Setup
     memory: Memory
     network: Traffic
-    resident: bool
-    performed: float  # FLOPs of a token
+    micro_batch: ComputeTime | None  # None if the device's memory bandwidth is unknown
 
 
 def make_plan(
@@ -149,62 +191,34 @@ def make_plan(
     if config.log.peak_tflops is not None:
         peak = config.log.peak_tflops * 1e12, "log.peak_tflops"
     model = meta_model(model_config, config.method)
-    methods = _methods(model_config, config, cluster, bf16=bf16, on_cpu=on_cpu)
-    own = methods[config.method.name]
     flops = flops_of(model, model_config, config)
-    compute, assumption = _compute(own, model_config, cluster, flops, peak, utilisation)
-    optimizer_flops = product_flops(model, config.optim)
-    counts = count_parameters(model)
-    rate = utilisation or (ASSUMED_UTILISATION if on_cpu else PRODUCTS_RATE)
-    steps = {
-        stage: step_time(
-            cluster,
-            needs.setup,
-            needs.network,
-            compute=compute[stage],
-            trainable=counts.trainable,
-            passes=passes_bytes(model, config.optim),
-            products=optimizer_flops / (peak[0] * rate),
-        )
-        for stage, needs in own.items()
-    }
-    if tokens_per_second is None:
-        speed = config.tokens_per_step / steps[config.train.zero_stage].total
-    else:
-        speed = tokens_per_second
-        reached = f"{speed * flops.total / (cluster.world_size * peak[0]):.1%} of {_of_a_device(peak)}"
-        assumption = f"the measured rate, which is {reached}"
+    needs = _needs(model_config, config, cluster, peak, bf16=bf16, on_cpu=on_cpu)
     return Plan(
-        parameters=counts,
-        flops=flops,
-        matrices=config.optim.matrices,
-        optimizer_flops=optimizer_flops,
-        memory={name: {stage: needs.memory for stage, needs in each.items()} for name, each in methods.items()},
-        network={name: {stage: needs.network for stage, needs in each.items()} for name, each in methods.items()},
-        steps=steps,
-        method=config.method.name,
-        zero_stage=config.train.zero_stage,
-        cluster=cluster,
-        bf16=bf16,
-        on_cpu=on_cpu,
-        merge_every=config.method.merge_every if config.method.merges else 0,
-        tokens_per_step=config.tokens_per_step,
-        tokens=config.tokens_per_step * config.train.steps,
-        tokens_per_second=speed,
-        assumption=assumption,
+        config,
+        cluster,
+        bf16,
+        on_cpu,
+        count_parameters(model),
+        flops,
+        product_flops(model, config.optim),
+        memory={name: {stage: each.memory for stage, each in stages.items()} for name, stages in needs.items()},
+        network={name: {stage: each.network for stage, each in stages.items()} for name, stages in needs.items()},
+        time=_time(needs[config.method.name], model, cluster, flops, peak, tokens_per_second, utilisation),
         notes=[] if on_cpu else uneven_widths(model_config),
-        savings=[
-            *(["lower train.micro_batch_size"] if config.train.micro_batch_size > 1 else []),
-            *([] if config.model.activation_checkpointing else ["set model.activation_checkpointing"]),
-            "take more or larger devices",
-        ],
     )
 
 
-def _methods(
-    model_config: PreTrainedConfig, config: Config, cluster: Cluster, *, bf16: bool, on_cpu: bool
+def _needs(
+    model_config: PreTrainedConfig,
+    config: Config,
+    cluster: Cluster,
+    peak: tuple[float, str],
+    *,
+    bf16: bool,
+    on_cpu: bool,
 ) -> dict[str, dict[int, _Needs]]:
     """[method][stage] for the run's method and for every other method that works with its settings."""
+    device = cluster.device
     found: dict[str, dict[int, _Needs]] = {}
     for name in METHODS:
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
@@ -215,49 +229,60 @@ def _methods(
         found[name] = {}
         for stage in STAGES:
             setup = Setup(other, stage, cluster.world_size, bf16=bf16, on_gpu=not on_cpu)
-            choose_resident(model, setup, cluster.device.memory_gb * 1e9 or None)
-            found[name][stage] = _Needs(
-                setup,
-                peak_memory(model, setup),
-                traffic(model, setup),
-                resident=any(layer.resident for _, layer in adapter_layers(model)),
-                performed=flops_of(model, model_config, other).performed,
-            )
+            choose_resident(model, setup, device.memory_gb * 1e9 or None)
+            micro_batch = None
+            if device.memory_gbytes_per_s:
+                micro_batch = compute_time(
+                    model_config,
+                    setup,
+                    device,
+                    peak=peak[0],
+                    flops_per_token=flops_of(model, model_config, other).performed,
+                    resident=any(layer.resident for _, layer in adapter_layers(model)),
+                )
+            found[name][stage] = _Needs(setup, peak_memory(model, setup), traffic(model, setup), micro_batch)
     return found
 
 
-def _compute(
+def _time(
     own: Mapping[int, _Needs],
-    model_config: PreTrainedConfig,
+    model: PreTrainedModel,
     cluster: Cluster,
     flops: Flops,
     peak: tuple[float, str],
+    tokens_per_second: float | None,
     utilisation: float | None,
-) -> tuple[dict[int, float], str]:
-    """Seconds of a step's arithmetic, by stage, and the assumption behind them in words."""
+) -> Time:
+    """The time of the run whose needs at each stage are ``own``."""
     config = own[0].setup.config
-    arithmetic = flops.performed * config.tokens_per_step / (cluster.world_size * peak[0])  # seconds at the peak
-    device = _of_a_device(peak)
-    if utilisation is not None or not cluster.device.memory_gbytes_per_s:
-        used = ASSUMED_UTILISATION if utilisation is None else utilisation
-        said = "assuming" if utilisation is None else "at"
-        return dict.fromkeys(STAGES, arithmetic / used), f"{said} {used:.0%} of {device}"
-    times = {
-        stage: compute_time(
-            model_config,
+    chosen = config.train.zero_stage
+    of_peak = f"of {peak[0] / 1e12:.4g} TFLOP/s a device ({peak[1]})"
+    cluster_peak = cluster.world_size * peak[0]
+    arithmetic = flops.performed * config.tokens_per_step / cluster_peak  # seconds at the peak
+    times = {stage: needs.micro_batch for stage, needs in own.items() if needs.micro_batch}
+    if times and utilisation is None:
+        compute = {stage: time.total * own[stage].setup.micro_batches for stage, time in times.items()}
+        reached = f"{arithmetic / compute[chosen]:.0%} {of_peak}"
+        assumption = f"calculated, {reached} while it computes ({times[chosen]})"
+    else:
+        used = utilisation or ASSUMED_UTILISATION
+        compute = dict.fromkeys(own, arithmetic / used)
+        assumption = f"{'at' if utilisation else 'assuming'} {used:.0%} {of_peak}"
+    products_rate = utilisation or (PRODUCTS_RATE if own[0].setup.on_gpu else ASSUMED_UTILISATION)
+    steps = {
+        stage: step_time(
+            cluster,
             needs.setup,
-            cluster.device,
-            peak=peak[0],
-            flops_per_token=needs.performed,
-            resident=needs.resident,
+            needs.network,
+            compute=compute[stage],
+            trainable=count_parameters(model).trainable,
+            passes=passes_bytes(model, config.optim),
+            products=product_flops(model, config.optim) / (peak[0] * products_rate),
         )
         for stage, needs in own.items()
     }
-    compute = {stage: time.total * own[stage].setup.micro_batches for stage, time in times.items()}
-    chosen = config.train.zero_stage
-    reached = f"{arithmetic / compute[chosen]:.0%} of {device}"
-    return compute, f"calculated, {reached} while it computes ({times[chosen]})"
-
-
-def _of_a_device(peak: tuple[float, str]) -> str:
-    return f"{peak[0] / 1e12:.4g} TFLOP/s a device ({peak[1]})"
+    if tokens_per_second is None:
+        tokens_per_second = config.tokens_per_step / steps[chosen].total
+    else:
+        assumption = f"the measured rate, which is {tokens_per_second * flops.total / cluster_peak:.1%} {of_peak}"
+    return Time(steps, config.tokens_per_step * config.train.steps, tokens_per_second, assumption)

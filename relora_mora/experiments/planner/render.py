@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from relora_mora.experiments.planner.cluster import Cluster
 from relora_mora.experiments.planner.plan import PROCESS_BYTES, Plan
 from relora_mora.sizing.fit import USABLE
 from relora_mora.sizing.memory import PARTS
@@ -10,76 +11,60 @@ from relora_mora.system.logs import counted
 
 def render(plan: Plan) -> str:
     """The plan as text for a terminal."""
-    counts = plan.parameters
-    flops = plan.flops
-    precision = "bf16" if plan.bf16 else "fp32"
     own = plan.memory[plan.method]
-    parts = [
-        f"parameters     {counts.total:,} in the model; {plan.method} trains {counts.trainable:,}, "
-        f"{counts.adapters:,} of them in adapters",
-        f"arithmetic     {flops.total / 1e9:.4g} GFLOP a token: "
-        + ", ".join(
-            f"{name} {getattr(flops, name) / flops.total:.0%}" for name in ("linears", "adapters", "attention", "head")
-        )
-        + (f"; {flops.recomputed / 1e9:.4g} more for activation checkpointing" if flops.recomputed else ""),
-        *_optimizer(plan),
-        f"data           {plan.tokens_per_step:,} tokens a step, {plan.tokens:,} in all, "
-        f"{flops.total * plan.tokens:.3g} FLOP",
-        f"time           {duration(plan.seconds)} at {plan.tokens_per_second:,.0f} tokens/s on "
-        f"{counted(plan.world_size, 'device')}, {plan.assumption}",
-        *_cluster(plan),
-        *(f"note           {note}" for note in plan.notes),
-        "",
-        f"memory of a device ({plan.world_size} in all) in GiB, {plan.method} in {precision}, "
-        f"at the peak of a step (* the stage in the settings)",
-        _table(
-            ["stage", *PARTS, "all", "at", "host: fp32 base", "checkpoint", "start"],
-            [
-                [
-                    _stage(plan, stage),
-                    *(_gib(getattr(memory, part)) for part in PARTS),
-                    _gib(memory.device),
-                    memory.phase,
-                    _gib(memory.host_base),
-                    _gib(memory.host_checkpoint),
-                    _gib(memory.host_start),
-                ]
-                for stage, memory in own.items()
-            ],
-        ),
-        "",
-        "the same for each method, sum of all parts",
-        _table(
-            ["stage", *plan.memory],
-            [[str(stage), *(_gib(stages[stage].device) for stages in plan.memory.values())] for stage in own],
-        ),
-        *_network(plan),
-        "",
-        "memory leaves out the CUDA context, fragmentation and Python itself; time leaves out evaluations, checkpoints "
-        "and merges",
+    sums = [[str(stage), *(_gib(stages[stage].device) for stages in plan.memory.values())] for stage in own]
+    sections = [
+        _summary(plan),
+        _memory(plan),
+        f"the same for each method, sum of all parts\n{_table(['stage', *plan.memory], sums)}",
+        _network(plan),
     ]
     if plan.resident is not None:
-        parts.insert(
-            -2,
-            f"\nresident memory of the first rank: {_gib(plan.resident)} GiB, including {_gib(PROCESS_BYTES)} for "
-            "Python, torch and DeepSpeed, and in training a tenth for malloc's fragmentation",
+        sections.append(
+            f"resident memory of the first rank: {_gib(plan.resident)} GiB, including {_gib(PROCESS_BYTES)} for "
+            "Python, torch and DeepSpeed, and in training a tenth for malloc's fragmentation"
         )
-    return "\n".join(parts)
+    sections.append(
+        "memory leaves out the CUDA context, fragmentation and Python itself; time leaves out evaluations, checkpoints "
+        "and merges"
+    )
+    return "\n\n".join(filter(None, sections))
 
 
-def _optimizer(plan: Plan) -> list[str]:
-    """The cost of a matrix optimizer; empty if AdamW trains everything."""
-    if not plan.optimizer_flops:
-        return []
-    share = plan.optimizer_flops / (plan.flops.total * plan.tokens_per_step)
-    who = "each device does all of it" if plan.zero_stage == 0 else "the devices share it"
-    return [f"optimizer      {plan.matrices}: {plan.optimizer_flops / 1e12:.3g} TFLOP a step, {share:.2%} more; {who}"]
+def _summary(plan: Plan) -> str:
+    counts = plan.parameters
+    flops = plan.flops
+    time = plan.time
+    tokens_per_step = plan.config.tokens_per_step
+    parts = (
+        f"{name} {getattr(flops, name) / flops.total:.0%}" for name in ("linears", "adapters", "attention", "head")
+    )
+    again = f"; {flops.recomputed / 1e9:.4g} more for activation checkpointing" if flops.recomputed else ""
+    lines = [
+        f"parameters     {counts.total:,} in the model; {plan.method} trains {counts.trainable:,}, "
+        f"{counts.adapters:,} of them in adapters",
+        f"arithmetic     {flops.total / 1e9:.4g} GFLOP a token: {', '.join(parts)}{again}",
+    ]
+    if plan.optimizer_flops:
+        share = plan.optimizer_flops / (flops.total * tokens_per_step)
+        who = "each device does all of it" if plan.zero_stage == 0 else "the devices share it"
+        work = f"{plan.optimizer_flops / 1e12:.3g} TFLOP a step, {share:.2%} more"
+        lines.append(f"optimizer      {plan.config.optim.matrices}: {work}; {who}")
+    lines += [
+        f"data           {tokens_per_step:,} tokens a step, {time.tokens:,} in all, "
+        f"{flops.total * time.tokens:.3g} FLOP",
+        f"time           {duration(time.seconds)} at {time.tokens_per_second:,.0f} tokens/s on "
+        f"{counted(plan.cluster.world_size, 'device')}, {time.assumption}",
+        *_devices(plan),
+        *(f"note           {note}" for note in plan.notes),
+    ]
+    return "\n".join(lines)
 
 
-def _cluster(plan: Plan) -> list[str]:
-    """The devices, and whether the run fits on them."""
+def _devices(plan: Plan) -> list[str]:
+    """The devices, and whether the run fits on them; empty if their memory is unknown."""
     cluster = plan.cluster
-    device = plan.cluster.device
+    device = cluster.device
     if not device.memory_gb:
         return []
     fitting = [stage for stage in plan.memory[plan.method] if plan.fits(stage)]
@@ -97,69 +82,72 @@ def _cluster(plan: Plan) -> list[str]:
     ]
 
 
-def _network(plan: Plan) -> list[str]:
+def _memory(plan: Plan) -> str:
+    precision = "bf16" if plan.bf16 else "fp32"
+    rows = [
+        [
+            _stage(plan, stage),
+            *(_gib(getattr(memory, part)) for part in PARTS),
+            _gib(memory.device),
+            memory.phase,
+            *map(_gib, (memory.host_base, memory.host_checkpoint, memory.host_start)),
+        ]
+        for stage, memory in plan.memory[plan.method].items()
+    ]
+    return (
+        f"memory of a device ({plan.cluster.world_size} in all) in GiB, {plan.method} in {precision}, "
+        f"at the peak of a step (* the stage in the settings)\n"
+        + _table(["stage", *PARTS, "all", "at", "host: fp32 base", "checkpoint", "start"], rows)
+    )
+
+
+def _network(plan: Plan) -> str:
     """Bytes and time of a step by stage; empty if there is one rank."""
     cluster = plan.cluster
-    moved = plan.network[plan.method]
     if cluster.world_size == 1:
-        return []
-    link = _link(plan)
+        return ""
+    traffic = plan.network[plan.method]
     rows = []
-    for stage, step in plan.steps.items():
-        traffic = moved[stage]
-        # a ring's bytes leave each host once
-        per_host = traffic.sent if cluster.nodes > 1 else 0
-        given = (traffic.all_reduced, traffic.reduced, traffic.gathered)
-        row = [
-            _stage(plan, stage),
-            *map(_gb, given),
-            _gb(traffic.sent),
-            _gb(per_host),
-            _gb(plan.network["full"][stage].sent),
-        ]
-        parts = (step.compute, step.optimizer, step.network, step.hidden, step.total)
+    for stage, step in plan.time.steps.items():
+        moved = traffic[stage]
+        per_host = moved.sent if cluster.nodes > 1 else 0  # a ring's bytes leave each host once
+        full = plan.network["full"][stage].sent
+        sizes = (moved.all_reduced, moved.reduced, moved.gathered, moved.sent, per_host, full)
+        times = (step.compute, step.optimizer, step.network, step.hidden, step.total)
         rows.append(
             [
-                *row,
-                *(f"{seconds:.3g}" if seconds else "-" for seconds in parts),
-                duration(plan.tokens / plan.tokens_per_step * step.total),
+                _stage(plan, stage),
+                *map(_gb, sizes),
+                *(f"{seconds:.3g}" if seconds else "-" for seconds in times),
+                duration(plan.config.train.steps * step.total),
             ]
         )
     columns = ["stage", "all-reduced", "reduced", "gathered", "a device sends", "a host sends", "full: a device"]
     columns += ["compute s", "optimizer s", "network s", "hidden s", "step s", "all steps"]
-    own = moved[plan.zero_stage]
-    merges = (
-        f"a merge: a device sends {_gb(own.sent_in_merge)} GB at stage {plan.zero_stage}, "
-        f"{_gb(own.sent_in_merge / plan.merge_every)} GB for each step between merges"
-        if plan.merge_every
-        else ""
-    )
-    return [
-        "",
-        f"one step in GB (1e9 bytes) and seconds, calculated; {link}",
-        _table(columns, rows),
-        *filter(None, [merges, _advice(plan)]),
-    ]
+    lines = [f"one step in GB (1e9 bytes) and seconds, calculated; {_link(cluster)}", _table(columns, rows)]
+    if plan.merge_every:
+        sent = traffic[plan.zero_stage].sent_in_merge
+        lines.append(
+            f"a merge: a device sends {_gb(sent)} GB at stage {plan.zero_stage}, "
+            f"{_gb(sent / plan.merge_every)} GB for each step between merges"
+        )
+    if plan.sends_less_at_one:
+        fits = ", and it fits" if plan.fits(1) else ""
+        lines.append(
+            f"stage 2 sends the gradients after each micro-batch, stage 1 once a step{fits}: try --train.zero_stage=1"
+        )
+    return "\n".join(lines)
 
 
-def _advice(plan: Plan) -> str:
-    if not plan.sends_less_at_one:
-        return ""
-    fits = ", and it fits" if plan.fits(1) else ""
-    return f"stage 2 sends the gradients after each micro-batch, stage 1 once a step{fits}: try --train.zero_stage=1"
-
-
-def _link(plan: Plan) -> str:
-    cluster = plan.cluster
-    within = (
-        f"{cluster.device.peer_gbytes_per_s:g} GB/s from device to device" if cluster.device.peer_gbytes_per_s else ""
-    )
-    between = ""
+def _link(cluster: Cluster) -> str:
+    """The bandwidths in words."""
+    within = cluster.device.peer_gbytes_per_s
+    links = [f"{within:g} GB/s from device to device"] if within else []
     if cluster.nodes > 1 and cluster.node_gbits:
         origin = cluster.device.host if cluster.link_gbits is None else "--link_gbits"
-        between = f"{cluster.node_gbits:g} Gbit/s from host to host ({origin})"
+        links.append(f"{cluster.node_gbits:g} Gbit/s from host to host ({origin})")
     remedy = "; give --link_gbits" if cluster.nodes > 1 else ""
-    return ", ".join(filter(None, [within, between])) or f"no bandwidth is known{remedy}"
+    return ", ".join(links) or f"no bandwidth is known{remedy}"
 
 
 def _stage(plan: Plan, stage: int) -> str:

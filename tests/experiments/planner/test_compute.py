@@ -105,11 +105,12 @@ def test_a_given_utilisation_replaces_the_calculation():
             utilisation=utilisation,
         )
 
-    calculated = plan()
+    calculated = plan().time
     given = plan(0.4)
-    arithmetic = given.flops.performed * given.tokens_per_step / peak
-    assert given.steps[1].compute == pytest.approx(arithmetic / 0.4)
-    assert calculated.steps[1].compute != given.steps[1].compute
+    arithmetic = given.flops.performed * given.config.tokens_per_step / peak
+    assert given.time.steps[1].compute == pytest.approx(arithmetic / 0.4)
+    assert calculated.steps[1].compute != given.time.steps[1].compute
     # ZeRO-3 is never compiled
-    assert calculated.steps[1].compute < plan(compiled="false").steps[1].compute == calculated.steps[3].compute
+    eager = plan(compiled="false").time
+    assert calculated.steps[1].compute < eager.steps[1].compute == calculated.steps[3].compute
     assert f"calculated, {arithmetic / calculated.steps[1].compute:.0%} of 989 TFLOP/s" in calculated.assumption

@@ -60,7 +60,7 @@ def test_stage_1_is_not_advised_if_stage_2_hides_its_traffic(link_gbits: float, 
     settings = {"train.zero_stage": "2", "train.batch_size": "512", "train.micro_batch_size": "16"}
     plan = plan_of(cluster=Cluster(2, 8, named_device("h100"), link_gbits), **settings)
     assert plan.sends_less_at_one is given
-    assert (plan.steps[1].total <= plan.steps[2].total) is given
+    assert (plan.time.steps[1].total <= plan.time.steps[2].total) is given
 
 
 def test_settings_in_use_are_not_suggested_for_too_little_memory() -> None:
@@ -76,17 +76,17 @@ def test_parameters_and_tokens() -> None:
     lora = 32 * 4 * (4 * 512 + 3 * (256 + 688))
     assert 0.98 * lora < plan.parameters.adapters <= lora
     assert plan.parameters.trainable == 2 * 8192 * 256 + 9 * 256 + plan.parameters.adapters
-    assert (plan.tokens_per_step, plan.tokens) == (4096, 4_096_000)
+    assert (plan.config.tokens_per_step, plan.time.tokens) == (4096, 4_096_000)
 
 
 def test_time_follows_from_the_known_rates() -> None:
     assumed, given, measured = plan_of(), plan_of(utilisation=0.8), plan_of(tokens_per_second=2000.0)
-    assert assumed.tokens_per_second == pytest.approx(2 * 0.4e12 / assumed.flops.performed)
-    assert given.seconds == pytest.approx(assumed.seconds / 2)
-    assert measured.seconds == 2048.0
-    assert "assuming 40% of 1 TFLOP/s a device (the test)" in assumed.assumption
-    assert f"{2000 * measured.flops.total / 2e12:.1%}" in measured.assumption
-    assert plan_of(**{"log.peak_tflops": "2.0"}).seconds == pytest.approx(assumed.seconds / 2)
+    assert assumed.time.tokens_per_second == pytest.approx(2 * 0.4e12 / assumed.flops.performed)
+    assert given.time.seconds == pytest.approx(assumed.time.seconds / 2)
+    assert measured.time.seconds == 2048.0
+    assert "assuming 40% of 1 TFLOP/s a device (the test)" in assumed.time.assumption
+    assert f"{2000 * measured.flops.total / 2e12:.1%}" in measured.time.assumption
+    assert plan_of(**{"log.peak_tflops": "2.0"}).time.seconds == pytest.approx(assumed.time.seconds / 2)
 
 
 @pytest.mark.parametrize(("name", "value"), [("utilisation", 0.0), ("utilisation", 1.5), ("tokens_per_second", 0.0)])
@@ -111,13 +111,13 @@ def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
     assert muon.optimizer_flops == 4 * (4 * 30 * 128**3 + 3 * 30 * 173**3)
     assert adamw.optimizer_flops == 0
     assert "muon" not in render(adamw)
-    share = muon.optimizer_flops / (muon.flops.total * muon.tokens_per_step)
+    share = muon.optimizer_flops / (muon.flops.total * muon.config.tokens_per_step)
     assert f"TFLOP a step, {share:.2%} more; the devices share it" in render(muon)
     saved = adamw.memory["remora"][0].optimizer - muon.memory["remora"][0].optimizer
     assert saved == 4 * muon.parameters.adapters
     # the memory bandwidth of a CPU is unknown, so only the products remain
-    assert muon.steps[0].optimizer == pytest.approx(muon.optimizer_flops / 0.4e12)
-    assert muon.steps[1].optimizer == pytest.approx(muon.steps[0].optimizer / 2)
+    assert muon.time.steps[0].optimizer == pytest.approx(muon.optimizer_flops / 0.4e12)
+    assert muon.time.steps[1].optimizer == pytest.approx(muon.time.steps[0].optimizer / 2)
     moved = muon.network["remora"]
     assert moved[3].exchanged == pytest.approx(8 * muon.parameters.adapters / 2)
     assert moved[2].exchanged == 0
@@ -234,8 +234,8 @@ def test_only_the_memory_of_an_unknown_card_is_known(monkeypatch: pytest.MonkeyP
     plan = plan_of(cluster=Cluster(2, 1, card, link_gbits=8.0))
     assert plan.fits(1) is True
     assert plan.fits(1, "full") is True
-    assert plan.steps[1].network == pytest.approx(plan.network["remora"][1].sent / 1e9)
-    assert plan.steps[1].optimizer == 0
+    assert plan.time.steps[1].network == pytest.approx(plan.network["remora"][1].sent / 1e9)
+    assert plan.time.steps[1].optimizer == 0
 
 
 def test_time_of_a_step_on_a_cluster() -> None:
@@ -243,26 +243,26 @@ def test_time_of_a_step_on_a_cluster() -> None:
     cluster = Cluster(2, 4, named_device("h100"), link_gbits=80.0)
     plan = plan_of(cluster=cluster, utilisation=0.4, **{"train.batch_size": "64"})
     trainable = plan.parameters.trainable
-    one = plan.steps[1]
+    one = plan.time.steps[1]
     assert one.network == pytest.approx(
         (2 * 2 + 2) * trainable * 7 / 8 / 10e9
     )  # all-reduced and gathered in bf16, at 10 GB/s
     assert one.optimizer == pytest.approx(30 * trainable / 8 / 3350e9)
-    assert one.compute == pytest.approx(plan.flops.total * plan.tokens_per_step / (8 * 0.4e12))
+    assert one.compute == pytest.approx(plan.flops.total * plan.config.tokens_per_step / (8 * 0.4e12))
     assert one.hidden == 0
     assert one.total == one.compute + one.optimizer + one.network
-    three = plan.steps[3]
+    three = plan.time.steps[3]
     assert three.hidden == min(three.network, three.compute) > 0
     waiting = plan_of(
         cluster=cluster, **{"train.batch_size": "64", "train.deepspeed": "{zero_optimization: {overlap_comm: false}}"}
     )
-    assert waiting.steps[2].hidden == 0 < plan.steps[2].hidden
+    assert waiting.time.steps[2].hidden == 0 < plan.time.steps[2].hidden
     slow = plan_of(cluster=Cluster(2, 4, named_device("h100"), link_gbits=0.8), **{"train.batch_size": "64"})
-    assert slow.steps[1].network == pytest.approx(100 * one.network)
-    assert slow.steps[3].total == pytest.approx(slow.steps[3].network + slow.steps[3].optimizer)
+    assert slow.time.steps[1].network == pytest.approx(100 * one.network)
+    assert slow.time.steps[3].total == pytest.approx(slow.time.steps[3].network + slow.time.steps[3].optimizer)
     within = plan_of(cluster=Cluster(1, 8, named_device("h100")), **{"train.batch_size": "64"})
-    assert within.steps[1].network == pytest.approx(one.network * 10 / 450)
-    assert plan.seconds == pytest.approx(1000 * plan.steps[2].total)
+    assert within.time.steps[1].network == pytest.approx(one.network * 10 / 450)
+    assert plan.time.seconds == pytest.approx(1000 * plan.time.steps[2].total)
 
 
 def test_remora_sends_only_trainable_parameters_below_stage_3() -> None:
@@ -328,12 +328,12 @@ def test_settings_that_only_other_methods_use_do_not_keep_a_run_from_its_plan(
 def test_float32_and_recomputing_are_slower_on_a_gpu() -> None:
     gpu = Cluster(1, 1, named_device("h100"))
     usual, again = (plan_of(cluster=gpu, **{"model.activation_checkpointing": on}) for on in ("false", "true"))
-    assert again.steps[2].compute > 1.2 * usual.steps[2].compute
+    assert again.time.steps[2].compute > 1.2 * usual.time.steps[2].compute
     config = load_config(CONFIG, world_size=1)
     single = make_plan(
         read_model_config(config.model), config, cluster=gpu, bf16=False, on_cpu=False, peak=(1e12, "the test")
     )
-    assert single.steps[2].compute > usual.steps[2].compute
+    assert single.time.steps[2].compute > usual.time.steps[2].compute
 
 
 def test_command_line_for_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
