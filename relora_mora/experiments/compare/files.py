@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relora_mora.experiments.compare.figures import PAPER, REACH
+from relora_mora.experiments.compare.curves import PAPER
+from relora_mora.experiments.compare.figures import REACH
 from relora_mora.experiments.compare.runs import CompareError
 from relora_mora.system.files import disk_faults_named, write_synced
 

@@ -13,7 +13,7 @@ from typing import Any
 from relora_mora.config.checks.combinations import OPERATIONAL, unused_settings
 from relora_mora.config.data import RecordsConfig, TextSource
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS
-from relora_mora.experiments.compare.runs import CompareError, Run
+from relora_mora.experiments.compare.runs import CompareError, Run, Series
 
 SEEDS = ("train.seed", "data.seed")
 # settings that do not affect a run's numbers, or that follow from other settings
@@ -63,9 +63,10 @@ class Group:
         step = min(run.last_step for run in unfinished)
         return f"{state}, step {step:,} of {unfinished[0].steps:,}"
 
-    def common_steps(self, series: Sequence[Mapping[int, float]]) -> list[int]:
-        """The steps at which all of the series have a value, in order."""
-        return sorted(set.intersection(*map(set, series)))
+
+def common_steps(series: Iterable[Series]) -> list[int]:
+    """The steps at which all of the series have a value, in order."""
+    return sorted(set.intersection(*map(set, series)))
 
 
 def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[str] = ()) -> list[Group]:
@@ -132,7 +133,7 @@ def _history(run: Run) -> str:
         f"{' and '.join(dict.fromkeys(text.partition(':')[0] for text in changed))} changed at step {step:,}"
         for step, changed in run.changes
     ]
-    began = [f"begun at a checkpoint of step {run.first_step:,}"] if run.first_step else []
+    began = [f"started from a checkpoint of step {run.first_step:,}"] if run.first_step else []
     return ", ".join(began + changes)
 
 
@@ -145,7 +146,7 @@ def _differing_notes(run: Run, other: Run, ignored: Sequence[str] = ()) -> list[
 
 
 def _notes(run: Run) -> dict[str, Any]:
-    """What the run found for settings that are names or left open, by setting or section; old versions noted less."""
+    """What the run found for settings that are names or left open, by setting or section; kept records have less."""
     noted: dict[str, Any] = {"model": run.parameters.get("total"), "train.precision": run.bf16, **run.began_with}
     noted["data.validation"] = run.scored or None
     if run.starts:

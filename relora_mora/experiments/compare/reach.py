@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from relora_mora.experiments.compare.groups import Group
+from relora_mora.experiments.compare.groups import Group, common_steps
 from relora_mora.experiments.compare.runs import SHARES, CompareError, Run
 from relora_mora.experiments.compare.table import Number, number_cell
 
@@ -41,7 +41,7 @@ class Reach:
         series = [run.series(self.tag) for run in group.runs]
         if group.is_finished:
             return [list(each.values())[-1] for each in series]
-        common = group.common_steps(series)[-1:]
+        common = common_steps(series)[-1:]
         return [each[step] for each in series for step in common]
 
 

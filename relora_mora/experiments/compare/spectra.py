@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from relora_mora.adapters.layers import effective_rank
-from relora_mora.experiments.compare.figures import (
-    PAPER,
-    WIDTH,
-    add_legend,
-    legend_height,
-    name_of,
-    rank_figure,
-    styles,
-)
+from relora_mora.experiments.compare.curves import figure_of_kinds, name_of, styles
+from relora_mora.experiments.compare.figures import rank_figure
 from relora_mora.experiments.compare.groups import Group
 from relora_mora.experiments.compare.runs import Run
 from relora_mora.experiments.spectrum import Spectra, spectra_by_step
@@ -73,27 +66,15 @@ def _values(group: Sequence[Spectra], kind: str) -> Tensor:
 
 def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Sequence[Spectra]]) -> Figure:
     """One panel for each kind of projection: sorted singular values, means over layers and seeds."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     kinds = list(spectra[0][0])
-    rows = -(-len(kinds) // 4)
-    with matplotlib.rc_context(PAPER):
-        figure = Figure(figsize=(WIDTH, 1.8 * rows + legend_height(groups)), layout="constrained")
-        panels: Any = figure.subplots(rows, min(4, len(kinds)), sharey=True, squeeze=False)
+    with figure_of_kinds(kinds, groups, "singular value of W - W_0", sharex=False) as (figure, panels):
         for panel, kind in zip(panels.flat, kinds, strict=False):
-            panel.set_title(kind)
             for group, of_runs, style in zip(groups, spectra, styles(), strict=False):
                 values = _values(of_runs, kind).double().mean(0).tolist()
                 places = range(1, len(values) + 1)
                 panel.plot(places, values, label=name_of(group), **{**style, "markevery": max(1, len(values) // 6)})
             panel.set_yscale("log")
             panel.set_xlabel("index")
-        for panel in panels.flat[len(kinds) :]:
-            panel.set_visible(False)
-        for panel in panels[:, 0]:
-            panel.set_ylabel("singular value of W - W_0")
         largest = max(float(_values(of_runs, kind).max()) for of_runs in spectra for kind in kinds)
         panels[0][0].set_ylim(largest * 1e-4, largest * 2)  # smaller values are rounding errors
-        add_legend(figure, panels[0][0], groups)
     return figure

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from statistics import mean, median
 from typing import Any
 
-from relora_mora.experiments.compare.groups import Group
+from relora_mora.experiments.compare.groups import Group, common_steps
 from relora_mora.experiments.compare.runs import CompareError, Run
 
 LARGE = 1e7  # a perplexity that needs no decimals
@@ -93,7 +93,7 @@ def common_sets(groups: Sequence[Group]) -> list[str]:
             if not run.evaluations(name):
                 raise CompareError(f"{run.folder}: has no finite loss on {_set_title(name)}; leave the run out")
         for group in groups:
-            if not group.common_steps([run.evaluations(name) for run in group.runs]):
+            if not common_steps([run.evaluations(name) for run in group.runs]):
                 raise CompareError(
                     f"{group.label}: its seeds have no evaluated step in common; compare them separately"
                 )
@@ -106,8 +106,8 @@ def _row(group: Group, reference: dict[str, float]) -> Row:
     parameters = next((run.parameters for run in group.runs if run.parameters), {})
     validation = {}
     for name, compared_with in reference.items():
+        loss = Number.of(_losses(group, name))
         perplexity = Number.of(perplexities(group, name))
-        loss = Number.of([run.evaluations(name)[_step(group, run, name)] for run in group.runs])
         ratio = perplexity.mean / compared_with
         digest = next((run.scored[name] for run in group.runs if name in run.scored), None)
         validation[name] = Validation(loss, perplexity, ratio, first.scored_tokens(name), digest, first.held_out(name))
@@ -137,17 +137,20 @@ def _row(group: Group, reference: dict[str, float]) -> Row:
     )
 
 
+def perplexities(group: Group, name: str) -> list[float]:
+    """The perplexity of each run of a group on a held-out set, at the step at which the run is judged."""
+    return [math.exp(min(loss, 700.0)) for loss in _losses(group, name)]
+
+
+def _losses(group: Group, name: str) -> list[float]:
+    return [run.evaluations(name)[_step(group, run, name)] for run in group.runs]
+
+
 def _step(group: Group, run: Run, name: str) -> int:
     """The step at which a run is judged: its last evaluation if the group has finished, else the last common one."""
     if group.is_finished:
         return max(run.evaluations(name))
-    return group.common_steps([each.evaluations(name) for each in group.runs])[-1]
-
-
-def perplexities(group: Group, name: str) -> list[float]:
-    """The perplexity of each run of a group on a held-out set, at the step at which the run is judged."""
-    losses = [run.evaluations(name)[_step(group, run, name)] for run in group.runs]
-    return [math.exp(min(loss, 700.0)) for loss in losses]
+    return common_steps([each.evaluations(name) for each in group.runs])[-1]
 
 
 def _over_seeds(group: Group, tag: str, over_run: Callable[[list[float]], float]) -> Number | None:
@@ -156,7 +159,6 @@ def _over_seeds(group: Group, tag: str, over_run: Callable[[list[float]], float]
 
 
 def as_json(rows: Sequence[Row], against: Group | None = None) -> dict[str, Any]:
-
     return {"against": rows[0].label if against is None else against.label, "rows": [asdict(row) for row in rows]}
 
 

@@ -12,20 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from relora_mora.experiments.compare.curves import curve, running_mean, styles
 from relora_mora.experiments.compare.figures import (
-    curve,
     figures_of,
-    loss_figure,
-    parting,
     perplexity_figure,
     rank_figure,
     rate_figure,
     reach_figure,
-    running_mean,
-    styles,
 )
 from relora_mora.experiments.compare.files import write_files
 from relora_mora.experiments.compare.groups import Group, group_runs
+from relora_mora.experiments.compare.losses import loss_figure, parting
 from relora_mora.experiments.compare.reach import Reach
 from relora_mora.experiments.compare.runs import Run
 from tests.experiments.compare.folders import TOKENS, made_run
@@ -92,7 +89,7 @@ def test_rates_of_a_record_are_those_of_its_settings(groups: list[Group]) -> Non
 
 
 def test_merges_too_many_to_tell_apart_are_not_marked(groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relora_mora.experiments.compare.figures.MOST_MERGES", 0)
+    monkeypatch.setattr("relora_mora.experiments.compare.losses.MOST_MERGES", 0)
     figure = loss_figure(groups, "tokens")
     assert not [line for line in figure.axes[0].get_lines() if line.get_marker() == "|"]
     assert "merge" not in [text.get_text() for text in figure.legends[0].get_texts()]

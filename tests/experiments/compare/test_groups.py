@@ -89,8 +89,8 @@ CHANGED = {"step": 10, "changed": ["optim.lr: 0.1 in the checkpoint, 0.2 now", "
     ("starts", "history"),
     [
         ([{"step": 0}, CHANGED], "optim.lr and data changed at step 10"),
-        ([{"step": 10}], "begun at a checkpoint of step 10"),
-        ([{"step": 5}, CHANGED], "begun at a checkpoint of step 5, optim.lr and data changed at step 10"),
+        ([{"step": 10}], "started from a checkpoint of step 10"),
+        ([{"step": 5}, CHANGED], "started from a checkpoint of step 5, optim.lr and data changed at step 10"),
     ],
 )
 def test_a_run_that_changed_at_a_resume_says_so_and_is_not_another_seed(
