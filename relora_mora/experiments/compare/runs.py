@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,11 +32,26 @@ _FIELDS = {"name": str, "given": dict, "config": dict, "start": dict, "metrics":
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of runs, in file order. Raises :class:`CompareError` if a line is not a record."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [_record(path, number, line) for number, line in enumerate(lines, start=1)]
+    records = [_json_object(line) or {} for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    for number, record in enumerate(records, start=1):
+        has_fields = all(isinstance(record.get(key), kind) for key, kind in _FIELDS.items())
+        if not (has_fields and record["metrics"] and all(map(_has_step, record["metrics"]))):
+            raise CompareError(
+                f"{path}, line {number}: not a record of a run; give a run folder or the {RECORDS} of a study; if this "
+                "is such a file, copy it again or remove the line"
+            )
+    return records
 
 
-def json_object(line: str) -> dict[str, Any] | None:
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that another process may be writing; empty if there is no file."""
+    if not path.is_file():
+        return []
+    objects = map(_json_object, path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [each for each in objects if each is not None]
+
+
+def _json_object(line: str) -> dict[str, Any] | None:
     """The object in a line; None if it is not a JSON object, because a kill may have truncated the line."""
     try:
         value = json.loads(line)
@@ -44,20 +60,8 @@ def json_object(line: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def has_step(line: dict[str, Any]) -> bool:
-    return isinstance(line.get("step"), int)
-
-
-def _record(path: Path, number: int, line: str) -> dict[str, Any]:
-    record = json_object(line) or {}
-    if all(isinstance(record.get(key), kind) for key, kind in _FIELDS.items()):
-        metrics = record["metrics"]
-        if metrics and all(isinstance(line, dict) and has_step(line) for line in metrics):
-            return record
-    raise CompareError(
-        f"{path}, line {number}: not a record of a run; give a run folder or the {RECORDS} of a study; if this is such "
-        "a file, copy it again or remove the line"
-    )
+def _has_step(line: Any) -> bool:
+    return isinstance(line, dict) and isinstance(line.get("step"), int)
 
 
 COUNTS = ("train.steps", "train.batch_size", "data.sequence_length")
@@ -79,25 +83,18 @@ class Run:
     def series(self, tag: str) -> Series:
         """A metric by step, only finite values; the newest value if a step has several.
 
-        Only those evaluations count that scored or generated the same as the last one, because a resume may have
+        Of evaluations, only those count that scored or generated the same as the last one, because a resume may have
         changed the held-out text.
         """
         lines = [line for line in self.lines if isinstance(line.get(tag), int | float)]
-        if tag.startswith("eval/") and lines:
+        if tag.startswith("eval/"):
             of_set, _, name = tag.rpartition("/")
-            count = f"{of_set}/{'answers' if name in SHARES else 'tokens'}"
-            digest = f"{of_set}/digest"  # earlier versions had none
-            last = lines[-1]
-            lines = [
-                line
-                for line in lines
-                if line.get(count) == last.get(count) and len({line.get(digest), last.get(digest)} - {None}) < 2
-            ]
+            scored = (f"{of_set}/{'answers' if name in SHARES else 'tokens'}", f"{of_set}/digest")
+            lines = [line for line in lines if all(line.get(key) == lines[-1].get(key) for key in scored)]
         values = {line["step"]: line[tag] for line in lines}
         return {step: value for step, value in values.items() if math.isfinite(value)}
 
     def is_named(self, name: str) -> bool:
-
         return self.folder.name == name or self.folder.resolve() == Path(name).resolve()
 
     @property
@@ -123,29 +120,24 @@ class Run:
 
         A resume may have changed them. Empty before the first evaluation.
         """
-        tags = next((list(line) for line in reversed(self.lines) if "eval/loss" in line), [])
-        sets = [
-            tag.split("/")[1]
-            for tag in tags
-            if tag.startswith("eval/") and tag.count("/") == 2 and tag.endswith("/loss")
-        ]
-        return sets or ([""] if "eval/loss" in tags else [])
+        tags: dict[str, Any] = next((line for line in reversed(self.lines) if "eval/loss" in line), {})
+        sets = [tag.split("/")[1] for tag in tags if re.fullmatch("eval/[^/]*/loss", tag)]
+        return sets or ([""] if tags else [])
 
     def evaluations(self, name: str) -> Series:
         """Validation loss of a set by step, in nats per token."""
-        return self.series(f"eval/{name}/loss" if name else "eval/loss")
+        return self.series(_tag(name, "loss"))
 
     def scored_tokens(self, name: str) -> int | None:
-
-        scored = self.series(f"eval/{name}/tokens" if name else "eval/tokens")
+        scored = self.series(_tag(name, "tokens"))
         return int(list(scored.values())[-1]) if scored else None
 
     @cached_property
     def scored(self) -> dict[str, str]:
-        """Digests of what the newest evaluation scored, by the name of the set; earlier versions noted none."""
-        tags = {name: f"eval/{name}/digest" if name else "eval/digest" for name in self.validation_sets}
-        digests = {name: [line[tag] for line in self.lines if tag in line] for name, tag in tags.items()}
-        return {name: of_set[-1] for name, of_set in digests.items() if of_set}
+        """Digests of what the newest evaluation scored, by the name of the set; not all kept records have them."""
+        newest = {tag: value for line in self.lines for tag, value in line.items()}
+        digests = {name: newest.get(_tag(name, "digest")) for name in self.validation_sets}
+        return {name: digest for name, digest in digests.items() if digest is not None}
 
     def held_out(self, name: str) -> str:
         """A set's text and the tokenizer, as named in the settings."""
@@ -181,17 +173,17 @@ class Run:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Parameter counts: total, trainable, adapters; empty if the run's version did not note them."""
+        """Parameter counts: total, trainable, adapters; empty if the run has not noted them."""
         return dict(self.starts[-1].get("parameters") or {}) if self.starts else {}
 
     @property
     def bf16(self) -> bool | None:
-        """Whether the newest start used bf16; None if the run's version did not note it."""
+        """Whether the newest start used bf16; None if the run has not noted it."""
         return self.starts[-1].get("bf16") if self.starts else None
 
     @property
     def began_with(self) -> dict[str, str]:
-        """Digests of the files that settings name, by setting; empty if the run's version did not note them.
+        """Digests of the files that settings name, by setting; empty if the run has not noted them.
 
         Held-out text, which a resume may change, is in ``scored`` instead.
         """
@@ -251,6 +243,10 @@ class Run:
         return np.array(steps), np.array(seconds)
 
 
+def _tag(of_set: str, metric: str) -> str:
+    return f"eval/{of_set}/{metric}" if of_set else f"eval/{metric}"
+
+
 def read_runs(path: Path) -> list[Run]:
     """Reads the run of a run folder, or the runs in a study's ``cells.jsonl`` (``path`` may be the study's folder).
 
@@ -282,7 +278,7 @@ def read_run(folder: Path) -> Run:
         raise CompareError(
             f"{folder}: not a run folder, because it has no {files.config.name}; give the train.run_dir of a run"
         )
-    lines = [line for line in _json_lines(files.metrics) if has_step(line)]
+    lines = [line for line in _json_lines(files.metrics) if _has_step(line)]
     if not lines:
         raise CompareError(
             f"{folder}: no metrics yet ({files.metrics.name}); leave it out, or wait for its first lines"
@@ -311,16 +307,8 @@ def _epochs_of(epochs: float | None, warmup_fraction: float | None) -> dict[str,
     return {"train.epochs": epochs, "optim.warmup_fraction": None if epochs is None else warmup_fraction}
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file that another process may be writing; empty if there is no file."""
-    if not path.is_file():
-        return []
-    objects = map(json_object, path.read_text(encoding="utf-8", errors="replace").splitlines())
-    return [each for each in objects if each is not None]
-
-
 def _settings(tree: Any, source: Path) -> dict[str, Any]:
-    """All settings by dotted name; settings that an older version did not know get their defaults."""
+    """All settings by dotted name; settings that are newer than the run get their defaults."""
     sections = {name: keys for name, keys in tree.items() if isinstance(keys, dict)} if isinstance(tree, dict) else {}
     given = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     missing = [name for name in ("method.name", "train.steps") if given.get(name) is None]

@@ -45,9 +45,8 @@ class StudyFolder:
         """The commit of each hub revision, from ``commits.json`` or else from the study's records."""
         if self._commits.exists():
             return dict(json.loads(self._commits.read_text(encoding="utf-8")))
-        settings = ({**record["given"], **record["config"]} for record in self.kept().values())
-        of_records = (each.get("data", {}).get("commits", {}) for each in settings)
-        return {revision: commit for commits in of_records for revision, commit in commits.items()}
+        given = [record["given"]["data"].get("commits", {}) for record in self.kept().values()]
+        return {revision: commit for commits in given for revision, commit in commits.items()}
 
     def find_commits(self, configs: Iterable[Config]) -> None:
         """Asks the hub once per study for the commits that these settings read, and writes them down.
@@ -159,9 +158,6 @@ class StudyFolder:
         begun = self.run(cell).config.exists() or is_held(self.claim(cell)) or cell.name in self.kept()
         if noted is None or not begun:
             return
-        old_threads = [start["omp_num_threads"] for start in self._starts(cell) if start.get("omp_num_threads")]
-        if "threads" in noted:  # written by an earlier version
-            old_threads.append(str(noted.pop("threads")))
         try:
             known = Config.model_validate(noted)  # newer settings get their defaults
         except ValueError as error:
@@ -171,7 +167,7 @@ class StudyFolder:
         names = _differences(tree_of(known), tree_of(config))
         # a resume compares the text at its commits itself
         changed = {name for name in names if name not in PLACES and not name.startswith("data.commits.")}
-        if any(each != str(threads) for each in old_threads):
+        if any(start.get("omp_num_threads") not in (None, "", str(threads)) for start in self._starts(cell)):
             changed.add("threads")
         if changed:
             raise ValueError(

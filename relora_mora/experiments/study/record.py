@@ -16,14 +16,14 @@ KEPT_LINES = 40  # training lines, evenly over the steps, and as many merge line
 SPEED = "perf/tokens_per_second"
 OF_TRAINING = ("train/loss", "train/lr", "train/tokens", SPEED, "perf/peak_memory_gib")
 OF_ALL_MERGES = ("merge/layers", "merge/seconds")
-NO_RESULTS = ("seconds", "/digest", "/answers")  # times, and what was scored, which earlier versions did not note
+NO_RESULTS = ("seconds", "/digest", "/answers")  # times, and what was scored, which not all kept records have
 DIGITS = 8  # significant digits of a float; float32 has no more
 
 
 def write_records(cells: Sequence[Cell], folder: StudyFolder) -> int:
     """Writes one line for each finished cell, in the order of ``cells``; returns the number of these lines.
 
-    A line has the cell's ``name`` and ``seed``; ``given``, all settings that it was begun with; ``config``, these
+    A line has the cell's ``name`` and ``seed``; ``given``, all settings that it was started with; ``config``, these
     settings as the run resolved them; ``start``, the commit, versions and machine of the last start and the ``step`` of
     the first, without the command because that contains local paths; and ``metrics``, lines of ``metrics.jsonl``
     without the clock. Existing lines stay; lines of cells outside ``cells`` come last.
