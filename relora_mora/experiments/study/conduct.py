@@ -23,7 +23,7 @@ def conduct(study: Study, folder: StudyFolder, program: Path, jobs: int) -> int:
     """Runs every cell that is not done, ``jobs`` at a time, and records each; returns the number of records.
 
     ``program`` is the script that trains. Before the first run it raises :class:`ConfigError` if any settings are
-    wrong, and ValueError if a cell was begun earlier with other settings or inputs. Raises :class:`Stopped` after a
+    wrong, and ValueError if a cell was started earlier with other settings or inputs. Raises :class:`Stopped` after a
     signal, and :class:`CellsFailed` if runs have failed and all others are done.
     """
     cells = first_round(study)

@@ -21,10 +21,10 @@ from relora_mora.config.load import ConfigError, read_tree
 from relora_mora.config.schema import SETTINGS, Config
 from relora_mora.config.types import Positive, Seed, Strict, Text
 from relora_mora.config.yaml_text import explain_yaml, parse_yaml
+from relora_mora.experiments.compare.groups import SEEDS
+from relora_mora.experiments.compare.runs import SHARES
 
-SEEDS = ("train.seed", "data.seed")  # the settings that a seed of the study sets
-OF_ANSWERS = ("exact_match", "character_accuracy")
-METRICS = ("loss", "perplexity", "bits_per_byte", *OF_ANSWERS)  # that `choose` accepts
+METRICS = ("loss", "perplexity", "bits_per_byte", *SHARES)  # that `choose` accepts
 OWN = (*SEEDS, "train.run_dir")  # settings that the study itself sets
 
 
@@ -59,7 +59,7 @@ class Choice(Strict):
             return [f"choose: {self.metric}: data.validation names {', '.join(named) or 'no sets'}"]
         sources = named[set_name[0]] if set_name else data.sources("validation")
         records = [data.records_of(source) for source in sources]
-        if name in OF_ANSWERS and not (config.eval.generate and any(map(data.has_whole_answers, records))):
+        if name in SHARES and not (config.eval.generate and any(map(data.has_whole_answers, records))):
             return [f"choose: {self.metric}: no answers are generated; set eval.generate (docs/tasks.md)"]
         if name == "bits_per_byte" and not all(each is None or each.is_text for each in records):
             return [f"choose: {self.metric}: only plain text has this metric, records do not; choose by a loss"]

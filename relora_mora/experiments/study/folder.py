@@ -74,7 +74,6 @@ class StudyFolder:
         return self.path / "settings" / f"{cell.name}.json"
 
     def log(self, cell: Cell) -> Path:
-
         return self.path / "logs" / f"{cell.name}.txt"
 
     def claim(self, cell: Cell) -> Path:
@@ -114,7 +113,7 @@ class StudyFolder:
         return cell.name in self.kept() or self.has_run(cell)
 
     def fraction(self, cell: Cell) -> float:
-
+        """The share of its steps that the cell has done."""
         if self.is_done(cell):
             return 1.0
         run = self.run(cell)
@@ -126,7 +125,7 @@ class StudyFolder:
     def begin(self, configs: Mapping[Cell, Config], threads: int) -> None:
         """Writes the settings of cells.
 
-        Raises ValueError if a cell was begun or finished with other settings, or if its model, text or tokenizer have
+        Raises ValueError if a cell was started or finished with other settings, or if its model, text or tokenizer have
         changed since.
         """
         from relora_mora.weights.load import with_tokenizer  # a late import: it loads torch, which takes seconds
@@ -142,7 +141,7 @@ class StudyFolder:
                         digests[inputs] = start_digests(with_tokenizer(config))
                     changed = changed_start(noted, digests[inputs])
                     if changed is not None:
-                        faults.append(f"{self.run(cell).path} was begun with {changed}; {self._remedy(cell)}")
+                        faults.append(f"{self.run(cell).path} was started with {changed}; {self._remedy(cell)}")
             except ValueError as error:
                 faults.append(str(error))
         if faults:
@@ -155,14 +154,14 @@ class StudyFolder:
     def _check_settings(self, cell: Cell, config: Config, threads: int) -> None:
         noted = self.given(cell)
         # a run writes its settings only after it has found no fault in them
-        begun = self.run(cell).config.exists() or is_held(self.claim(cell)) or cell.name in self.kept()
-        if noted is None or not begun:
+        has_started = self.run(cell).config.exists() or is_held(self.claim(cell)) or cell.name in self.kept()
+        if noted is None or not has_started:
             return
         try:
             known = Config.model_validate(noted)  # newer settings get their defaults
         except ValueError as error:
             raise ValueError(
-                f"{self.run(cell).path} was begun with settings that this version does not know; {self._remedy(cell)}"
+                f"{self.run(cell).path} was started with settings that this version does not know; {self._remedy(cell)}"
             ) from error
         names = _differences(tree_of(known), tree_of(config))
         # a resume compares the text at its commits itself
@@ -171,12 +170,12 @@ class StudyFolder:
             changed.add("threads")
         if changed:
             raise ValueError(
-                f"{self.run(cell).path} was begun with other settings ({', '.join(sorted(changed))}); "
+                f"{self.run(cell).path} was started with other settings ({', '.join(sorted(changed))}); "
                 f"{self._remedy(cell)}"
             )
 
     def given(self, cell: Cell) -> dict[str, Any] | None:
-        """The settings that the cell was begun with; None if it was never begun.
+        """The settings that the cell was started with; None if it was never started.
 
         Raises ValueError if they cannot be read.
         """

@@ -24,7 +24,7 @@ def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
     folder = StudyFolder(tmp_path)
     with pytest.raises(CellsFailed):
         conduct(made_study(grid=grid, settings={"method.name": "mora"}), folder, TRAINER, 1)
-    with pytest.raises(ValueError, match=r"begun with other settings \(optim.clip\); remove .*lr=1.0,seed=0"):
+    with pytest.raises(ValueError, match=r"started with other settings \(optim.clip\); remove .*lr=1.0,seed=0"):
         conduct(made_study(grid=grid, settings={"method.name": "mora", "optim.clip": 3.0}), folder, TRAINER, 1)
 
 
@@ -33,7 +33,7 @@ def test_a_changed_setting_is_refused_even_if_all_runs_are_done(tmp_path: Path, 
     grid = [{"method.name": "mora", "optim.lr": 3e-3}]
     folder = StudyFolder(tmp_path)
     conduct(made_study(grid=grid), folder, TRAINER, 1)
-    with pytest.raises(ValueError, match=rf"begun with other settings \({named}\); remove .*lr=0.003,seed=0"):
+    with pytest.raises(ValueError, match=rf"started with other settings \({named}\); remove .*lr=0.003,seed=0"):
         conduct(made_study(grid=grid, **changes), folder, TRAINER, 1)
 
 
@@ -54,7 +54,7 @@ def test_cells_may_not_change_while_another_study_begins_them(tmp_path: Path):
     claim = RunLock(folder.claim(first_round(before)[0]))
     claim.acquire()
     after = made_study(grid=grid, settings={"optim.clip": 3.0})
-    with pytest.raises(ValueError, match=r"begun with other settings \(optim.clip\)"):
+    with pytest.raises(ValueError, match=r"started with other settings \(optim.clip\)"):
         folder.begin(cell_configs(after, first_round(after), folder), 1)
     claim.release()
 
@@ -67,7 +67,7 @@ def test_a_start_that_is_refused_changes_nothing(tmp_path: Path):
     folder.begin(cell_configs(study, [first, second], folder), 1)
     claim = RunLock(folder.claim(first))
     claim.acquire()
-    with pytest.raises(ValueError, match="begun with other settings"):
+    with pytest.raises(ValueError, match="started with other settings"):
         conduct(made_study(grid=grid, settings={"optim.clip": 3.0}), folder, TRAINER, 1)
     claim.release()
     assert (folder.given(second) or {})["optim"]["clip"] == 1.0
@@ -88,7 +88,7 @@ def test_a_study_goes_on_with_the_base_config_that_it_began_with(tmp_path: Path,
     folder = StudyFolder(tmp_path / "out")
     assert conduct(made_study(base=str(base), grid=grid, seeds=[0, 1], choose=choose), folder, TRAINER, 1) == 3
     assert {record["config"]["train"]["steps"] for record in folder.kept().values()} == {1000}
-    with pytest.raises(ValueError, match=r"begun with other settings \(train.steps\)"):
+    with pytest.raises(ValueError, match=r"started with other settings \(train.steps\)"):
         conduct(made_study(base=str(base), grid=grid, seeds=[0, 1], choose=choose), folder, TRAINER, 1)
 
 
@@ -108,7 +108,7 @@ def start(tmp_path: Path) -> Path:
     return made_start(tmp_path / "start")
 
 
-OTHER_WEIGHTS = r"lr=0.003,seed=0 was begun with other weights than model.init_from holds now; remove .*lr="
+OTHER_WEIGHTS = r"lr=0.003,seed=0 was started with other weights than model.init_from holds now; remove .*lr="
 
 
 def test_runs_with_a_changed_initial_model_are_not_mixed(tmp_path: Path, start: Path):
@@ -158,7 +158,7 @@ def test_runs_with_changed_text_are_not_mixed(tmp_path: Path):
     write_shards(text / "train", 3, 61)
     with pytest.raises(ValueError) as refused:
         conduct(study, folder, TRAINER, 1)
-    assert str(refused.value).count("was begun with other text than data.train holds now; remove ") == 2
+    assert str(refused.value).count("was started with other text than data.train holds now; remove ") == 2
     shutil.rmtree(text)
     assert conduct(study, folder, TRAINER, 1) == 2, "all is done, and the text is needed no more"
 
@@ -175,7 +175,7 @@ def test_runs_that_found_a_fault_in_their_settings_have_not_begun(tmp_path: Path
     assert conduct(changed, folder, TRAINER, 1) == 2
     with pytest.raises(ValueError) as refused:
         conduct(study, folder, TRAINER, 1)
-    assert str(refused.value).count("was begun with other settings (optim.clip)") == 2
+    assert str(refused.value).count("was started with other settings (optim.clip)") == 2
 
 
 def test_a_newer_setting_had_its_default(tmp_path: Path):
@@ -188,8 +188,8 @@ def test_a_newer_setting_had_its_default(tmp_path: Path):
     path.write_text(json.dumps(noted), encoding="utf-8")
     assert conduct(study, folder, TRAINER, 1) == 1
     path.write_text(json.dumps(noted), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"begun with other settings \(optim.matrices\)"):
+    with pytest.raises(ValueError, match=r"started with other settings \(optim.matrices\)"):
         conduct(made_study(grid=study.grid, settings={"optim.matrices": "muon"}), folder, TRAINER, 1)
     path.write_text(json.dumps(noted | {"data": noted["data"] | {"gone_since": 1}}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"begun with settings that this version does not know; remove"):
+    with pytest.raises(ValueError, match=r"started with settings that this version does not know; remove"):
         conduct(study, folder, TRAINER, 1)

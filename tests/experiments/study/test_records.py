@@ -55,7 +55,9 @@ def test_a_record_that_the_grid_no_longer_names_stays(tmp_path: Path):
 @pytest.mark.parametrize(("changes", "named"), CHANGES)
 def test_a_record_of_other_settings_is_refused(tmp_path: Path, changes: dict[str, Any], named: str):
     folder = _moved(made_study(), tmp_path, 1)
-    said = rf"rank=8,lr=0.001,seed=0 was begun with other settings \({named}\); remove .* and its line in .*cells.jsonl"
+    said = (
+        rf"rank=8,lr=0.001,seed=0 was started with other settings \({named}\); remove .* and its line in .*cells.jsonl"
+    )
     with pytest.raises(ValueError, match=said):
         conduct(made_study(**changes), folder, TRAINER, 1)
     assert not (folder.path / "runs").exists()
