@@ -121,18 +121,18 @@ def rank_figure(
 
     Ranks of a merge are measured in one layer in the middle of the model (docs/method.md).
     """
-    having = {
-        kind: [each for each in groups if common_steps([run.series(f"{tag}/{kind}") for run in each.runs])]
+    measured = {
+        kind: [group for group in groups if common_steps([run.series(f"{tag}/{kind}") for run in group.runs])]
         for kind in DECODER_LINEARS
     }
-    kinds = [kind for kind in DECODER_LINEARS if having[kind]]
+    kinds = [kind for kind in DECODER_LINEARS if measured[kind]]
     if not kinds:
         return None
-    shown = [group for group in groups if any(group in of_kind for of_kind in having.values())]
+    shown = [group for group in groups if any(group in of_kind for of_kind in measured.values())]
     with figure_of_kinds(kinds, shown, title, sharex=True) as (figure, panels):
         for panel, kind in zip(panels.flat, kinds, strict=False):
             for group, style in styled(groups):
-                if group in having[kind]:
+                if group in measured[kind]:
                     curve(group, partial(Run.series, tag=f"{tag}/{kind}"), "tokens").draw(panel, group, style)
             panel.xaxis.set_tick_params(labelbottom=True)
             set_ticks(panel, "tokens", ticks=3)

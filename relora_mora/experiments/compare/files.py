@@ -44,7 +44,6 @@ def write_files(folder: Path, texts: Mapping[str, str], figures: Mapping[str, Fi
 
 
 def save(figure: Figure, path: Path) -> None:
-
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,47 +82,43 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
     """
     gathered: dict[str, list[Run]] = {}
     for run in runs:
-        settings = json.dumps(compared_settings(run.settings), sort_keys=True, default=str)
+        key = _as_text(_compared_settings(run))
         repeat = 0
         while any(
-            _seed(run) == _seed(other) or _differing_notes(run, other)
-            for other in gathered.get(f"{repeat}{settings}", ())
+            _seed(run) == _seed(other) or _differing_notes(run, other) for other in gathered.get(f"{repeat}{key}", ())
         ):
             repeat += 1
-        gathered.setdefault(f"{repeat}{settings}", []).append(run)
+        gathered.setdefault(f"{repeat}{key}", []).append(run)
     for option, names in (("unnamed", unnamed), ("best", best)):
         for name in names:
             if not any(name in group[0].settings for group in gathered.values()):
                 raise CompareError(f"--{option}: no run has a setting {name}; docs/settings.md lists all settings")
     members = _best(list(gathered.values()), best) if best else list(gathered.values())
-    compared = [compared_settings(runs[0].settings) for runs in members]
+    compared = [_compared_settings(runs[0]) for runs in members]
     names = [name for name in _differing(compared) if name not in unnamed]
     full_paths = {name for name in names if _look_alike(name, compared)}
-    parts = [
-        (
-            method_title(each),
-            ", ".join(filter(None, dict.fromkeys([_differences(each, names, full_paths), *map(_history, runs)]))),
-        )
-        for each, runs in zip(compared, members, strict=True)
-    ]
-    alike = Counter(parts)
     groups: list[Group] = []
-    for (method, differs), runs in zip(parts, members, strict=True):
-        own_name = _own_name(runs[0], groups, [*unnamed, *best]) if alike[method, differs] > 1 else ""
-        groups.append(Group(method, ", ".join(filter(None, (differs, own_name))), tuple(runs)))
+    for settings, of_group in zip(compared, members, strict=True):
+        differs = dict.fromkeys([_differences(settings, names, full_paths), *map(_history, of_group)])
+        groups.append(Group(_method_title(settings), ", ".join(filter(None, differs)), tuple(of_group)))
+    alike = Counter(group.label for group in groups)
+    for index, group in enumerate(groups):
+        if alike[group.label] > 1:
+            own_name = _own_name(group.runs[0], groups[:index], [*unnamed, *best])
+            groups[index] = replace(group, differs=", ".join(filter(None, (group.differs, own_name))))
     return groups
 
 
 def _own_name(run: Run, before: Iterable[Group], ignored: Sequence[str]) -> str:
     """The name of a run's folder, and why the run is not another seed of a group before it, apart from ``ignored``."""
     others = (other for group in before for other in group.runs)
-    alike = [other for other in others if _settings_without(ignored, other) == _settings_without(ignored, run)]
+    settings = _compared_settings(run, ignored)
+    alike = [other for other in others if _compared_settings(other, ignored) == settings]
     differing = ", ".join(sorted({name for other in alike for name in _differing_notes(run, other, ignored)}))
     if differing:
         return f"{run.folder.name} (other {differing})"
     is_same = any(
-        _seed(other) == _seed(run) and compared_settings(other.settings) == compared_settings(run.settings)
-        for other in alike
+        _seed(other) == _seed(run) and _compared_settings(other) == _compared_settings(run) for other in alike
     )
     return f"{run.folder.name} (the same seed)" if is_same else run.folder.name
 
@@ -159,17 +155,13 @@ def _best(members: Sequence[list[Run]], settings: Sequence[str]) -> list[list[Ru
     chosen: list[list[Run]] = []
     for runs in sorted(members, key=lambda runs: -len(_notes(runs[0]))):  # a run without notes matches any other
         for index, others in enumerate(chosen):
-            alike = _settings_without(settings, runs[0]) == _settings_without(settings, others[0])
+            alike = _compared_settings(runs[0], settings) == _compared_settings(others[0], settings)
             if alike and not _differing_notes(runs[0], others[0], settings):
                 chosen[index] = min(others, runs, key=_rank)
                 break
         else:
             chosen.append(runs)
     return sorted(chosen, key=members.index)
-
-
-def _settings_without(names: Sequence[str], run: Run) -> dict[str, Any]:
-    return {name: value for name, value in compared_settings(run.settings).items() if name not in names}
 
 
 def _rank(runs: Sequence[Run]) -> tuple[int, bool, float]:
@@ -189,7 +181,7 @@ def group_of(groups: Sequence[Group], name: str) -> Group:
     return matches[0][0]
 
 
-def method_title(settings: Mapping[str, Any]) -> str:
+def _method_title(settings: Mapping[str, Any]) -> str:
     """The method's title with its cycle of operators if that is longer than one, such as ``ReMoRA (1, 2)``."""
     method = METHODS.get(settings["method.name"])
     title = settings["method.name"] if method is None else method.title
@@ -197,8 +189,9 @@ def method_title(settings: Mapping[str, Any]) -> str:
     return f"{title} ({_shown(operators)})" if len(operators) > 1 else title
 
 
-def compared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that method and optimizer use, without seeds and without settings that do not affect numbers."""
+def _compared_settings(run: Run, ignored: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings that the run uses, without ``ignored``, seeds, and settings that do not affect numbers."""
+    settings = run.settings
     kept = {
         name: value
         for name, value in used_settings(settings).items()
@@ -209,7 +202,7 @@ def compared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         del kept["train.steps"]
         if settings["optim.warmup_fraction"] is not None:
             del kept["optim.warmup_steps"]
-    return kept
+    return {name: value for name, value in kept.items() if name not in ignored}
 
 
 def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

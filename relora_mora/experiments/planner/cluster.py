@@ -41,7 +41,6 @@ class Cluster:
 
     @property
     def node_gbits(self) -> float:
-
         return self.device.node_gbits * self.devices_per_node if self.link_gbits is None else self.link_gbits
 
     def seconds_to_send(self, size: float) -> float:

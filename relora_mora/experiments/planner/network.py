@@ -63,7 +63,6 @@ class Traffic:
 
     @property
     def sent_gradients(self) -> float:
-
         return (2 * self.all_reduced + self.reduced) * (self.ranks - 1) / self.ranks
 
     @property
