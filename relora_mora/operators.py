@@ -10,8 +10,6 @@ Shapes: ``in`` and ``out`` are the layer's features, ``R`` the size of the squar
 groups, ``B`` blocks of ``R`` features (type 6), ``...`` any leading dimensions.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -177,7 +175,7 @@ class GroupingOperator(Operator):
     def add_delta(self, weight: Tensor, M: Tensor, after: Tensor | None = None) -> Tensor:
         return expand_add(weight, M, self.inputs, self.outputs, after)
 
-    def carry(self, moment: Tensor, before: GroupingOperator) -> Tensor:
+    def carry(self, moment: Tensor, before: "GroupingOperator") -> Tensor:
         """Estimates a moment [R, R] of M's gradient under this operator from that moment under ``before``.
 
         dM = D^T dW C^T sums elements of the weight's gradient. Each element is assumed to be an equal share of its sum

@@ -4,8 +4,6 @@ Nothing here has state, so a resume at any step sees exactly the same as an unin
 next step at ``step + 1``, and what happens at the end of step ``s`` at ``s``.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Sequence

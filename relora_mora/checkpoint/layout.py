@@ -20,8 +20,6 @@ its tensors are never cut. A reader combines the pieces for any world size and Z
 by hard links until a merge changes the base. Nothing is pickled.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """The files of a checkpoint that one rank writes."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os
@@ -44,7 +42,7 @@ class RankFiles:
     The first rank adds ``tokenizer``, the content of the tokenizer's files by name (see :func:`read_tokenizer`).
     """
 
-    def __init__(self, engine: ZeroEngine, base: FrozenMasters, tokenizer: Mapping[str, bytes]) -> None:
+    def __init__(self, engine: "ZeroEngine", base: "FrozenMasters", tokenizer: Mapping[str, bytes]) -> None:
         self.engine = engine
         self.base = base
         self.tokenizer = tokenizer

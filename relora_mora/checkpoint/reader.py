@@ -1,7 +1,5 @@
 """Finds the checkpoint that a user names, and loads it into any world size and ZeRO stage."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable
@@ -131,7 +129,7 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder}: has no parameter {name}")
         return self.piece(kind, name, 0, self.manifest.numel(name)).view(shape)
 
-    def restore(self, engine: ZeroEngine, base: FrozenMasters) -> None:
+    def restore(self, engine: "ZeroEngine", base: "FrozenMasters") -> None:
         """Loads this checkpoint into an engine and its frozen masters; a collective.
 
         Raises :class:`CheckpointError` on all ranks, even if only one cannot read what it needs.
@@ -161,7 +159,7 @@ class CheckpointReader:
         engine.refresh()
         base.push(engine)
 
-    def _read_own(self, engine: ZeroEngine, base: FrozenMasters) -> None:
+    def _read_own(self, engine: "ZeroEngine", base: "FrozenMasters") -> None:
         groups = {
             name: group for group, names in zip(engine.group_names, engine.members, strict=True) for name in names
         }
@@ -177,7 +175,7 @@ class CheckpointReader:
         base.take(self.weight)
 
 
-def verify(folder: Path, engine: ZeroEngine | None = None) -> str | None:
+def verify(folder: Path, engine: "ZeroEngine | None" = None) -> str | None:
     """The problem with a checkpoint; None if it is complete and intact.
 
     With an engine this is a collective, and the ranks share the reading. Damage of the tokenizer does not count: see
@@ -208,7 +206,7 @@ def _damage_of_content(folder: Path) -> str | None:
 
 
 def newest_whole(
-    folder: Path, engine: ZeroEngine | None = None, suits: Callable[[Path], bool] = lambda path: True
+    folder: Path, engine: "ZeroEngine | None" = None, suits: Callable[[Path], bool] = lambda path: True
 ) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint in ``folder`` that suits, and the problems of newer ones that suit.
 

@@ -1,7 +1,5 @@
 """The tokenizer in a checkpoint: which files are copied, and what replaces them if they are damaged."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import stat

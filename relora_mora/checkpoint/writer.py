@@ -6,8 +6,6 @@ waits for all ranks, writes the manifest and renames the folder, or removes it a
 so a slow disk cannot hold up training.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 import time
@@ -130,8 +128,8 @@ class CheckpointWriter:
     def __init__(
         self,
         folder: Path,
-        engine: ZeroEngine,
-        base: FrozenMasters,
+        engine: "ZeroEngine",
+        base: "FrozenMasters",
         *,
         tokenizer: Path,
         keep_last: int,

@@ -9,8 +9,6 @@ This module changes what fire does by itself:
 - fire shows help in a pager, on stderr: here help is printed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

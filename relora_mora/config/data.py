@@ -1,7 +1,5 @@
 """The settings of data: where text comes from, what a row holds, and how rows become sequences."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """Data settings for commands that train no model: sources, and ``--data.KEY=VALUE`` flags."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Set
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Explains pydantic's errors to a user, and finds out which settings can still be checked despite them."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 from typing import Any, get_args

@@ -1,7 +1,5 @@
 """The length of a run and of its warmup: each can be given in several ways, and becomes a number of steps."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Set
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Reads a run's settings: defaults, YAML file, then ``--section.key=value``. All faults are reported together."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,7 +73,7 @@ class ConfigError(ValueError):
 
     same_on_host = True  # raised before the ranks have met; the first rank of each host shows it
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str], str]]:
+    def __reduce__(self) -> "tuple[type[ConfigError], tuple[list[str], str]]":
         return type(self), (self.faults, self.source)  # the error is sent between ranks
 
     def __init__(self, faults: list[str], source: str) -> None:

@@ -4,8 +4,6 @@ Settings are checked against these records before anything slow is imported, so 
 package. A record names its code as ``package.module:object``, which is imported when a model is built.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal

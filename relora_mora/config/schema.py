@@ -3,8 +3,6 @@
 ``Strict`` refuses unknown keys and wrong types. Checks that involve several settings are in ``checks``.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field

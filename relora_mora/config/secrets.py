@@ -1,7 +1,5 @@
 """Finds tokens and passwords in settings, which are saved and logged, and hides them in messages."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Writes the settings as a Markdown page: ``python -m relora_mora.config.table > docs/settings.md``."""
 
-from __future__ import annotations
-
 import sys
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin

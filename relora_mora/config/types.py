@@ -1,7 +1,5 @@
 """Building blocks of settings: strings and numbers with limits, and models that refuse unknown keys."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any, NamedTuple
 

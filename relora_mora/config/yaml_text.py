@@ -1,7 +1,5 @@
 """The YAML of settings: YAML 1.2 numbers, names as keys, no duplicate keys, and only plain values."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """The limits on bad rows and unusable records, beyond which a run ends."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 

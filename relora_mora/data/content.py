@@ -3,8 +3,6 @@
 Files on the hub need none, because their commit is part of their name.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools
@@ -202,7 +200,7 @@ def _opened(path: str) -> Iterator[int]:
         raise unreadable(path, error, "check the path and its permissions") from error
 
 
-def _version_at_server(shard: Shard, *, session: requests.Session, timeout_seconds: float) -> Version:
+def _version_at_server(shard: Shard, *, session: "requests.Session", timeout_seconds: float) -> Version:
     from relora_mora.data.bytes.retry import retrying
     from relora_mora.data.bytes.transport import check_status, send, version_of
 

@@ -1,7 +1,5 @@
 """Errors about text, and the reasons for which a row is skipped."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 from collections.abc import Iterable

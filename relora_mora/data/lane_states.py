@@ -1,7 +1,5 @@
 """The positions of lanes: a handful of numbers per lane, as checkpoints store them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,16 +19,16 @@ class Cursor(NamedTuple):
     documents: int = 0  # finished since the start of the run
     skipped: tuple[int, ...] = (0,) * len(SKIP_REASONS)  # per reason, since the start of the run
 
-    def after_document(self) -> Cursor:
+    def after_document(self) -> "Cursor":
         """The position after the document at this place, in the same block."""
         # _replace would take three times as long, and this is called for every document
         return Cursor(self.epoch, self.place, self.block, self.item + 1, self.bad, self.documents + 1, self.skipped)
 
-    def after_skipping(self, reason: str) -> Cursor:
+    def after_skipping(self, reason: str) -> "Cursor":
         """The same place with one more skipped row counted."""
         return self.after_passing(reason, 1, documents=0)
 
-    def after_passing(self, reason: str, count: int, *, documents: int) -> Cursor:
+    def after_passing(self, reason: str, count: int, *, documents: int) -> "Cursor":
         """The same place with ``count`` more rows for a reason; ``documents`` fewer count as finished documents."""
         at = SKIP_REASONS.index(reason)
         counts = self.skipped

@@ -1,7 +1,5 @@
 """A lane reads its own share of the shards, shuffled in blocks, epoch after epoch without end."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ rows of a shard (``OpenRows``), the other tokenizes rows and marks the scored to
 opens shards of every format, and ``encoders.py`` has the functions that tokenize.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple, Protocol, TypeVar
 

@@ -1,7 +1,5 @@
 """A shard is one file of text, with its location, its version and the format of its rows."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -23,11 +21,11 @@ class Version(NamedTuple):
     size: int | None  # bytes; a server's answer may be wrong here
 
     @staticmethod
-    def on_disk(status: os.stat_result) -> Version:
+    def on_disk(status: os.stat_result) -> "Version":
         """Leaves out the inode: on FAT, SMB and FUSE a file gets a new one after the kernel has forgotten it."""
         return Version(None, str(status.st_mtime_ns), status.st_size)
 
-    def is_other_than(self, other: Version) -> bool:
+    def is_other_than(self, other: "Version") -> bool:
         """Whether the two certainly differ. A field that one of them lacks is not compared."""
         if self.etag and other.etag:
             return self.etag != other.etag
@@ -77,7 +75,7 @@ class RecordFormat:
         return fields
 
     @staticmethod
-    def of(settings: RecordsConfig) -> RecordFormat:
+    def of(settings: RecordsConfig) -> "RecordFormat":
         """Raises SourceError for a template that cannot be read."""
         path = settings.template
         if path in (None, CHATML):

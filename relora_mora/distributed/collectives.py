@@ -1,7 +1,5 @@
 """Collectives through host memory, and what the errors of collectives mean."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import functools

@@ -1,7 +1,5 @@
 """Which device each rank computes on. A rank binds it before the process group exists, because NCCL needs it."""
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 import json

@@ -1,7 +1,5 @@
 """Joins the ranks of a run."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import errno

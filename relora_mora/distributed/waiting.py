@@ -5,8 +5,6 @@ allocates memory, and a garbage collection that this starts can wait for the sam
 3.11.7).
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

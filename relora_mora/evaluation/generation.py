@@ -1,7 +1,5 @@
 """Greedy generation with a causal language model, and a comparison with the answers of held-out records."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import astuple, dataclass
@@ -27,7 +25,7 @@ class Generated:
     agreeing: int
 
     @staticmethod
-    def of_all(results: Iterable[Generated]) -> Generated:
+    def of_all(results: "Iterable[Generated]") -> "Generated":
         """The total over several sets."""
         return Generated(*map(sum, zip(*map(astuple, results), strict=True)))
 

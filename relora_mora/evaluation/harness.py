@@ -1,7 +1,5 @@
 """Runs tasks of lm-evaluation-harness, which is imported only here, and reports their scores."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """Tasks on local data: their files are in ``tasks/``, and their rows are lines of JSON."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence

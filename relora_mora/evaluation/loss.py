@@ -1,7 +1,5 @@
 """Held-out loss in nats per predicted token, perplexity, and bits per UTF-8 byte of the text."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +37,7 @@ class EvalResult:
     digest: str
 
     @staticmethod
-    def of_all(results: Iterable[EvalResult]) -> EvalResult:
+    def of_all(results: "Iterable[EvalResult]") -> "EvalResult":
         """The total over several texts; every token has the same weight."""
         results = list(results)
         sizes = [each.utf8_bytes for each in results if each.utf8_bytes is not None]

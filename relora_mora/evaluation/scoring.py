@@ -4,8 +4,6 @@ lm-evaluation-harness calls these functions with a row and the list of texts gen
 results. docs/tasks.md says where the published scripts disagree, and which rule is used here.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal

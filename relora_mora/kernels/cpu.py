@@ -3,8 +3,6 @@
 The library shares torch's OpenMP threads (see kernels.c), so torch must be loaded first.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import zlib

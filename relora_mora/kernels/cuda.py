@@ -1,7 +1,5 @@
 """Kernels for NVIDIA's GPUs, written in Triton: whether they work here, and their names. Does not import Triton."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 A grouping maps ``features`` to ``slots``. ``sum`` adds up the features of each slot, and ``copy`` is its transpose.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -62,11 +60,11 @@ class Grouping:
         object.__setattr__(self, "numbers", numbers)
 
     @staticmethod
-    def of_numbers(numbers: Sequence[int]) -> Grouping:
+    def of_numbers(numbers: Sequence[int]) -> "Grouping":
         """Decodes :attr:`numbers`."""
         return _of_numbers(tuple(numbers))
 
-    def padded(self, multiple: int) -> Grouping:
+    def padded(self, multiple: int) -> "Grouping":
         """The grouping with empty slots added, up to a multiple."""
         return replace(self, slots=-(-self.slots // multiple) * multiple)
 

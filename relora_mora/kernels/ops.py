@@ -8,8 +8,6 @@ This uses ``torch.library.define`` because the wrapper of ``torch.library.custom
 (docs/performance.md).
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The same as the kernels in torch operations: the fallback on every device, and the reference in tests."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

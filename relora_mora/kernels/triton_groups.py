@@ -5,8 +5,6 @@ order, and rounded once. Row offsets have 64 bits. Block sizes come from a formu
 shape is always computed in the same way.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any

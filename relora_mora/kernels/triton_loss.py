@@ -6,8 +6,6 @@ cache: with this many threads, two programs fit on a multiprocessor, and the row
 an A100 or H100 up to about 80,000 logits in bfloat16 (calculated).
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

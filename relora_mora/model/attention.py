@@ -3,8 +3,6 @@
 Shapes: ``B`` sequences, ``T`` tokens, ``N = B * T``, ``P`` documents, ``D`` features of a head.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

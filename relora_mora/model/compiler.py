@@ -1,7 +1,5 @@
 """torch.compile for the decoder layers: when it is used and what it needs."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

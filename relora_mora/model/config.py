@@ -3,8 +3,6 @@
 ``config_keys`` has the rule for each key.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -4,8 +4,6 @@
 honored or refused: values that would be ignored or do harm are refused.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping

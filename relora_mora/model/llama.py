@@ -4,8 +4,6 @@ The wrapper computes the loss from hidden states in chunks of tokens, so that fl
 exist as a whole. Shapes: ``B`` sequences, ``T`` tokens, ``H`` hidden size, ``V`` vocabulary, ``N = B * T``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import TypeGuard

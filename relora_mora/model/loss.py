@@ -1,7 +1,5 @@
 """The output head with its loss, computed in chunks of tokens so that float32 logits [N, V] never exist as a whole."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

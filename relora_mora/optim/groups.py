@@ -1,7 +1,5 @@
 """Parameter groups and their optimizer: which parameters train, with which rule, and at which rate."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ NS brings the singular values of U to about one, so the step's elements have a r
 AdamW's. The factor and the decay come from Moonlight (arXiv 2502.16982, section 2.2).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

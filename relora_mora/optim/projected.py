@@ -43,8 +43,6 @@ limiter, eps is added before that, and Fira's a applies to the remainder too. Ou
 - Decay comes before the step, as in AdamW. All arithmetic is in float32.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

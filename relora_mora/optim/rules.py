@@ -1,7 +1,5 @@
 """The interface of optimizers that step whole matrices, and the state that they keep."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Checks that adapters are smaller than their weights, and that the training state fits into memory."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 

@@ -7,8 +7,6 @@ the masked half. The input's gradient is counted for every layer, including the 
 norms, rotary embeddings and the optimizer are memory traffic and are not counted.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -42,8 +42,6 @@ float32, 4 bytes per parameter without adapters, until weights and copies are fi
 The CUDA context, fragmentation and the Python process itself are not counted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

@@ -15,8 +15,6 @@ scratch   the rule's workspace for the matrices that it updates at once, and the
 ========  ============================================================================================================
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

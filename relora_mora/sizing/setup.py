@@ -1,7 +1,5 @@
 """The choices that decide a run's memory, network traffic and time."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass
 
 from relora_mora.config.schema import Config

@@ -1,7 +1,5 @@
 """Guards one process of a run: signals, launchers, the other ranks, the lock of the run folder."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -61,7 +59,7 @@ class Guard:
         self._thread = threading.Thread(target=self._run, daemon=True, name="guard")
         self._thread.start()
 
-    def __enter__(self) -> Guard:
+    def __enter__(self) -> "Guard":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -91,7 +89,7 @@ class Guard:
         finally:
             leave.cancel()
 
-    def watch_peers(self, watchdog: Watchdog) -> None:
+    def watch_peers(self, watchdog: "Watchdog") -> None:
         """From now on, a failure of another rank ends this process."""
         self._watchdog = watchdog
         self.rank = watchdog.rank

@@ -4,8 +4,6 @@ The ranks do the same actions in the same order. So among ranks that make no pro
 actions is the cause. If several have begun equally few, it is one that is not waiting for the others in a collective.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ for ``deepspeed`` above its ``launch.py``, and not for a parent that died before
 Both cases need the chain of ancestors, which includes the direct parent.
 """
 
-from __future__ import annotations
-
 import base64
 import os
 import sys

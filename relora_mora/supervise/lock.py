@@ -7,8 +7,6 @@ with its folder, the holder has lost the lock, and another trainer may start the
 same lock, in their own folders.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import functools

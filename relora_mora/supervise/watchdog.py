@@ -6,8 +6,6 @@ rank that finds another one at fault (see :mod:`relora_mora.supervise.heartbeat`
 exit.
 """
 
-from __future__ import annotations
-
 import datetime
 import faulthandler
 import json

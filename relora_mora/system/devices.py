@@ -1,7 +1,5 @@
 """The accelerators that the planner knows, from their vendors' data sheets."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

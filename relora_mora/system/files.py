@@ -1,7 +1,5 @@
 """Writes files and folders completely or not at all, so that they survive a power cut; errors name the path."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

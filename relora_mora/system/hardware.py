@@ -1,7 +1,5 @@
 """What the machine can do: fast precisions, peak rates, memory and deterministic kernels."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

@@ -1,7 +1,5 @@
 """This package's log and progress bars, both on stderr, and counts in words."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys

@@ -1,7 +1,5 @@
 """This process: its threads, signals, memory, parent and slow imports, and calls that may block."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc

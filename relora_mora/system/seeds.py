@@ -1,7 +1,5 @@
 """Seeds for everything random."""
 
-from __future__ import annotations
-
 import hashlib
 
 

@@ -1,7 +1,5 @@
 """The files of a tokenizer's folder: a sentencepiece model, and the Hugging Face files next to it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +56,7 @@ def sentencepiece_file(path: Path) -> Path | None:
     return model
 
 
-def open_sentencepiece(path: str | Path) -> SentencePieceProcessor:
+def open_sentencepiece(path: str | Path) -> "SentencePieceProcessor":
     """sentencepiece's own tokenizer for a ``.model`` file; raises :class:`TokenizerError` if it is not such a file."""
     processor = _processor(Path(path))
     if processor is None:
@@ -100,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def read_tokenizer(file: Path) -> Tokenizer:
+def read_tokenizer(file: Path) -> "Tokenizer":
     """The tokenizer in a ``tokenizer.json``; raises :class:`TokenizerError` if it cannot be read."""
     from tokenizers import Tokenizer
 
@@ -113,7 +111,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
     return tokenizer
 
 
-def make_exact(tokenizer: Tokenizer) -> None:
+def make_exact(tokenizer: "Tokenizer") -> None:
     """Turns off truncation, padding and dropout, which may have been on when the tokenizer was saved."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -137,7 +135,7 @@ def is_ordinary(token: str, folder: Path, model: Path | None) -> bool:
     return token not in added and token in _names(described, folder)
 
 
-def _pieces(processor: SentencePieceProcessor) -> dict[str, int]:
+def _pieces(processor: "SentencePieceProcessor") -> dict[str, int]:
     return {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
 
 
@@ -153,7 +151,7 @@ def _names(described: dict[str, Any], folder: Path) -> dict[str, int]:
         ) from error
 
 
-def _continues_like_model(described: dict[str, Any], folder: Path, processor: SentencePieceProcessor) -> bool:
+def _continues_like_model(described: dict[str, Any], folder: Path, processor: "SentencePieceProcessor") -> bool:
     """Whether ``tokenizer.json`` gives text after a special token the same ids as text at the beginning.
 
     A sentencepiece model does. A newer Llama or Mistral adds no space there in the conversations of its training.
@@ -169,7 +167,7 @@ def _continues_like_model(described: dict[str, Any], folder: Path, processor: Se
     )
 
 
-def _processor(model: Path) -> SentencePieceProcessor | None:
+def _processor(model: Path) -> "SentencePieceProcessor | None":
     from sentencepiece import SentencePieceProcessor
 
     content = model.read_bytes()

@@ -1,7 +1,5 @@
 """Identifies a tokenizer, and checks whether it fits a model."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +16,13 @@ if TYPE_CHECKING:
 _IRRELEVANT = ("version", "truncation", "padding", "post_processor", "decoder")  # they do not change a text's ids
 
 
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The largest id plus one: the rows that a model's embedding needs. ``len(tokenizer)`` ignores gaps in the ids."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, vocab_size_of_model: int, *, trained: bool = True
+    tokenizer: "PreTrainedTokenizerBase", vocab_size_of_model: int, *, trained: bool = True
 ) -> str | None:
     """Raises :class:`TokenizerError` if the ids exceed the model's; returns a remark if many embeddings are unused.
 
@@ -48,7 +46,7 @@ def check_vocabulary(
     return None
 
 
-def tokenizer_fingerprint(path: str | Path, loaded: PreTrainedTokenizerBase | None = None) -> str:
+def tokenizer_fingerprint(path: str | Path, loaded: "PreTrainedTokenizerBase | None" = None) -> str:
     """A hash (16 hex digits) of everything that decides the ids; the same for a folder and its ``tokenizer.model``.
 
     It describes the loaded tokenizer, because a ``tokenizer.json`` can be written in several ways, and transformers
@@ -70,7 +68,7 @@ def tokenizer_fingerprint(path: str | Path, loaded: PreTrainedTokenizerBase | No
     return xxhash.xxh64(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def gives_same_tokens(path: str | Path, other: str | Path, loaded: PreTrainedTokenizerBase | None = None) -> bool:
+def gives_same_tokens(path: str | Path, other: str | Path, loaded: "PreTrainedTokenizerBase | None" = None) -> bool:
     """Whether two tokenizers give the same ids, judging by their vocabularies and hard texts.
 
     They may even if their fingerprints differ: one has a ``tokenizer.model``, the other only a ``tokenizer.json``.

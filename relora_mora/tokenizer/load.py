@@ -1,7 +1,5 @@
 """Loads tokenizers so that they are exact and never parse special tokens in text."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -56,7 +54,7 @@ HARD_TEXTS = (
 )
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a folder with ``tokenizer.model``, a ``.model`` file, or a Hugging Face tokenizer folder.
 
     If a folder has both ``tokenizer.model`` and ``tokenizer.json``, the model decides the ids, unless
@@ -88,7 +86,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
     """The ids of each text, without special tokens: none is added, and none is parsed in the text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -135,7 +133,7 @@ def auto_tokenizer(folder: Path, kind: Any = None, *, named: Path | None = None,
     return tokenizer
 
 
-def _from_model(model: Path, path: Path) -> PreTrainedTokenizerBase:
+def _from_model(model: Path, path: Path) -> "PreTrainedTokenizerBase":
     # in a folder of its own, because other files next to it would change the class
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
         shutil.copyfile(model, Path(folder, MODEL_FILE))
@@ -147,7 +145,7 @@ def _from_model(model: Path, path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _apply_hugging_face_files(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Path) -> None:
+def _apply_hugging_face_files(tokenizer: "PreTrainedTokenizerBase", folder: Path, model: Path) -> None:
     """Adds what Hugging Face files next to a sentencepiece model define.
 
     These are added tokens, the tokens for the end of a document, padding and the beginning of texts, the chat template,
@@ -170,7 +168,7 @@ def _apply_hugging_face_files(tokenizer: PreTrainedTokenizerBase, folder: Path, 
         tokenizer.backend_tokenizer.post_processor = processor  # type: ignore[attr-defined]
 
 
-def _post_processor(tokenizer: PreTrainedTokenizerBase, folder: Path, described: Mapping[str, Any]) -> Any:
+def _post_processor(tokenizer: "PreTrainedTokenizerBase", folder: Path, described: Mapping[str, Any]) -> Any:
     """The post-processor that adds special tokens to a text, as ``AutoTokenizer`` would set it; None if none does."""
     from tokenizers import processors
 
@@ -185,7 +183,7 @@ def _post_processor(tokenizer: PreTrainedTokenizerBase, folder: Path, described:
     return processors.TemplateProcessing(single=[*filter(None, (begin, "$A", end))], special_tokens=around)
 
 
-def _add_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Path) -> None:
+def _add_tokens(tokenizer: "PreTrainedTokenizerBase", folder: Path, model: Path) -> None:
     from transformers import AddedToken
 
     for number, settings in added_tokens(folder, model).items():
@@ -198,7 +196,7 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Path) -
             )
 
 
-def _name_special(tokenizer: PreTrainedTokenizerBase, folder: Path, described: Mapping[str, Any]) -> None:
+def _name_special(tokenizer: "PreTrainedTokenizerBase", folder: Path, described: Mapping[str, Any]) -> None:
     """Sets the special tokens and padding from ``tokenizer_config.json``, in which a token is text or an AddedToken."""
     for name in ("bos_token", "eos_token", "pad_token"):
         entry = described.get(name)
@@ -217,7 +215,7 @@ def _name_special(tokenizer: PreTrainedTokenizerBase, folder: Path, described: M
         tokenizer.init_kwargs[name] = value  # saved with the tokenizer
 
 
-def _check_ids(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
+def _check_ids(tokenizer: "PreTrainedTokenizerBase", model: Path) -> None:
     reference = open_sentencepiece(model)
     for text, ids in zip(HARD_TEXTS, encode(tokenizer, HARD_TEXTS), strict=True):
         if ids != reference.encode(text):
@@ -227,7 +225,7 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
             )
 
 
-def _from_folder(path: Path) -> PreTrainedTokenizerBase:
+def _from_folder(path: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in ``tokenizer.json``, or what ``AutoTokenizer`` loads if that file is missing.
 
     ``AutoTokenizer`` chooses a class by names in the folder. Some classes, such as Qwen2Tokenizer, use only the
@@ -246,7 +244,7 @@ def _from_folder(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_end(tokenizer: PreTrainedTokenizerBase, path: Path, model: Path | None) -> None:
+def _check_end(tokenizer: "PreTrainedTokenizerBase", path: Path, model: Path | None) -> None:
     """Raises :class:`TokenizerError` if text could have the token that ends a document."""
     end, number = str(tokenizer.eos_token), tokenizer.eos_token_id
     written = {end, tokenizer.decode([number])}  # "Ġthe" and " the"

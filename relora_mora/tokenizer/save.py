@@ -1,7 +1,5 @@
 """Saves a tokenizer as a folder that plain transformers can load."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | Path) -> None:
+def save_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerBase", out: str | Path) -> None:
     """Writes a folder from which plain ``AutoTokenizer.from_pretrained(out)`` gives the same ids.
 
     ``tokenizer.model`` is copied, too. If there is a chat template, which writes special tokens as text, plain
@@ -52,7 +50,7 @@ def save_tokenizer(tokenizer: str | Path | PreTrainedTokenizerBase, out: str | P
         raise TokenizerError(f"{tokenizer.name_or_path}: saved{context}, transformers gives other ids for it; {remedy}")
 
 
-def _save(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+def _save(tokenizer: "PreTrainedTokenizerBase", out: Path) -> None:
     splits = tokenizer.split_special_tokens
     try:
         tokenizer.split_special_tokens = tokenizer.chat_template is None

@@ -3,8 +3,6 @@
 Slow imports happen inside functions, so that Ctrl-C works during them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +52,7 @@ def train(
         return LOST
 
 
-def _show(config: Config, count: int) -> int:
+def _show(config: "Config", count: int) -> int:
     with many_imports():
         from relora_mora.data.sets.show import show_records
         from relora_mora.tokenizer.identity import check_vocabulary

@@ -1,7 +1,5 @@
 """One call per rank: joins the ranks, checks the settings, builds the run, and trains it to its end."""
 
-from __future__ import annotations
-
 import math
 import os
 import time

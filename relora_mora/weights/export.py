@@ -1,7 +1,5 @@
 """Exports a checkpoint as a plain LLaMA or as an adapter without its base; neither needs this package."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Models in Hugging Face folders that this trainer did not write."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy

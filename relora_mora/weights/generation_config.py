@@ -1,7 +1,5 @@
 """The tokens that end an answer, for ``generate`` of transformers."""
 
-from __future__ import annotations
-
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from relora_mora.data.records.chat import end_of_turn

@@ -1,7 +1,5 @@
 """Loads trained models: the one that a run starts from, one to score text with, and a base with an adapter."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Checkpoints as plain models, with the adapters merged in."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -11,8 +11,6 @@ a copy under ``lora_B``, and has a scale of 1. The file's header identifies the 
 one of its weights.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

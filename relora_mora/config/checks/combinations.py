@@ -1,7 +1,5 @@
 """Combinations of settings that cannot work, each with its remedy. Pure functions of the settings."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Faults in the settings of data: mixtures, records, packing, and the length of a run."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any

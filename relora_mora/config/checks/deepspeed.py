@@ -1,7 +1,5 @@
 """DeepSpeed's own settings: our defaults, the keys that a user may set, and faults in ``train.deepspeed``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 

@@ -1,7 +1,5 @@
 """Faults in the settings of methods: adapters with their sizes and forms, and merges."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

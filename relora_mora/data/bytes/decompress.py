@@ -1,7 +1,5 @@
 """Decompresses a shard into pieces of bounded size. Its bytes, not its name, show whether it is plain, gzip or zstd."""
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -96,7 +94,7 @@ def _gunzip(read: Read) -> Iterator[bytes]:
         raise DamagedShardError("truncated")
 
 
-def _zlib_piece(decompressor: zlib._Decompress, data: bytes) -> bytes:
+def _zlib_piece(decompressor: "zlib._Decompress", data: bytes) -> bytes:
     try:
         return decompressor.decompress(data, PIECE_BYTES)
     except zlib.error as error:
@@ -107,7 +105,7 @@ def _unzstd(read: Read, name: str) -> Iterator[bytes]:
     """Any number of zstd frames. Memory grows with the text, up to the window of a frame, which is at most 2 GiB."""
     import zstandard
 
-    def frame() -> zstandard.ZstdDecompressionObj:
+    def frame() -> "zstandard.ZstdDecompressionObj":
         return zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES).decompressobj()
 
     decompressor = frame()

@@ -3,8 +3,6 @@
 Requests use the same transport and retries as all others.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from urllib.parse import parse_qs, quote, urlsplit

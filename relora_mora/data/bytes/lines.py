@@ -4,8 +4,6 @@ A fault in a shard becomes a skipped line at a fixed place, so every later decis
 shard is read.
 """
 
-from __future__ import annotations
-
 from relora_mora.data.bytes.decompress import DamagedShardError, ShardBytes, decompress, foreign_format
 from relora_mora.data.bytes.local import LocalBytes
 from relora_mora.data.errors import Skipped

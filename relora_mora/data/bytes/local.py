@@ -1,7 +1,5 @@
 """Reads a file on a disk, either in order or at the positions that pyarrow asks for."""
 
-from __future__ import annotations
-
 import io
 import os
 from abc import abstractmethod

@@ -4,8 +4,6 @@ A reader knows its position in the file. Whatever happens to a connection, the n
 (Range). This is below the decompressor, which never notices.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import time

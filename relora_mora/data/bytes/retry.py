@@ -1,7 +1,5 @@
 """Retries with jittered exponential back-off. Retry-After is honored, and a source is given up after a set time."""
 
-from __future__ import annotations
-
 import logging
 import random
 import time

@@ -3,8 +3,6 @@
 A fault that may pass is a TransientError, any other a SourceError. Neither contains a url, which may hold a secret.
 """
 
-from __future__ import annotations
-
 import http.client
 import urllib.request
 from collections.abc import Mapping

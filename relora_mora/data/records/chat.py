@@ -1,7 +1,5 @@
 """Renders conversations as text with a chat template, and locates their answers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -36,7 +34,7 @@ _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATE = "26 Jul 2024"
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat) -> str:
+def chat_template(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> str:
     """The chat template for records in this format. Raises SourceError if there is none or it cannot be used."""
     name = record_format.settings.template
     if name == CHATML:
@@ -62,13 +60,13 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, record_format: RecordForma
     return template
 
 
-def template_name(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat) -> str:
+def template_name(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> str:
     """How messages refer to the template of these records."""
     name = record_format.settings.template
     return f"the template {name}" if name else f"the chat template of {tokenizer.name_or_path}"
 
 
-def template_in_use(shards: Iterable[Shard], tokenizer: PreTrainedTokenizerBase) -> str | None:
+def template_in_use(shards: Iterable[Shard], tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """The template of the first shard of conversations, or None if there is none. Raises SourceError."""
     for shard in shards:
         if shard.records is not None and shard.records.settings.is_conversation:
@@ -76,7 +74,7 @@ def template_in_use(shards: Iterable[Shard], tokenizer: PreTrainedTokenizerBase)
     return None
 
 
-def chatml(tokenizer: PreTrainedTokenizerBase) -> str:
+def chatml(tokenizer: "PreTrainedTokenizerBase") -> str:
     """ChatML for a tokenizer: a turn ends in ``<|im_end|>`` if the tokenizer has that token, and otherwise in its EOS.
 
     An answer therefore always ends in one token, at which generation can stop.
@@ -85,7 +83,7 @@ def chatml(tokenizer: PreTrainedTokenizerBase) -> str:
     return _CHATML.replace("END_OF_TURN", f"'{_END}'" if has_end else "eos_token")
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The special token that the tokenizer's chat template writes after an answer, or None."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if tokenizer.chat_template is None or backend is None:
@@ -102,7 +100,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
-def render(tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, *, marked: bool) -> Passage:
+def render(tokenizer: "PreTrainedTokenizerBase", template: str, conversation: Conversation, *, marked: bool) -> Passage:
     """Renders a conversation exactly as transformers' ``apply_chat_template`` does.
 
     If ``marked``, the answers are the spans that the template marks; otherwise the whole text is one answer. Raises

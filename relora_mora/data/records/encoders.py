@@ -1,7 +1,5 @@
 """Encodes rows (plain text, records, pre-tokenized text) for a stream, or as whole rows with begin and end tokens."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,7 @@ def packing_of(config: DataConfig, shards: Sequence[Shard]) -> Packing:
 
 
 def encoder_of(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     formats: Iterable[RecordFormat | None],
     packing: Packing,
     sequence_length: int,
@@ -52,7 +50,7 @@ def encoder_of(
 
 
 def _encoder(
-    tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat | None, packing: Packing, sequence_length: int
+    tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat | None, packing: Packing, sequence_length: int
 ) -> Encode[Any]:
     eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
     if record_format is None or record_format.is_text:
@@ -72,7 +70,7 @@ def whole_texts(encode: Encode[Any], eos: int, record_format: RecordFormat | Non
     return _whole(encode, [eos], [eos], sequence_length, drops=drops)
 
 
-def record_encoder(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat) -> Encode[Record]:
+def record_encoder(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> Encode[Record]:
     """Encodes records; only the tokens of their answers are scored, unless ``data.records.score`` is ``all``."""
     from jinja2 import TemplateSyntaxError
 
@@ -129,14 +127,14 @@ def record_encoder(tokenizer: PreTrainedTokenizerBase, record_format: RecordForm
     return encode
 
 
-def _renders_as(text: str, tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation) -> bool:
+def _renders_as(text: str, tokenizer: "PreTrainedTokenizerBase", template: str, conversation: Conversation) -> bool:
     try:
         return render(tokenizer, template, conversation, marked=False).text == text
     except Exception:  # the template rejects the conversation, so it does read the part that was left out
         return False
 
 
-def how_written(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat) -> list[Any]:
+def how_written(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> list[Any]:
     """What decides the tokens of records besides how the tokenizer encodes plain text, as values that JSON can hold."""
     if record_format.settings.is_conversation:
         return [chat_template(tokenizer, record_format), tokenizer.special_tokens_map]
@@ -144,7 +142,7 @@ def how_written(tokenizer: PreTrainedTokenizerBase, record_format: RecordFormat)
 
 
 def _tokens(
-    tokenizer: PreTrainedTokenizerBase, passages: Sequence[Passage], *, parse_special: bool, scores_all: bool
+    tokenizer: "PreTrainedTokenizerBase", passages: Sequence[Passage], *, parse_special: bool, scores_all: bool
 ) -> list[Encoded]:
     """Tokenizes passages. As in transformers' ``assistant_masks``, a token is scored if it covers part of an answer.
 
@@ -167,7 +165,7 @@ def _tokens(
     return rows
 
 
-def own_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def own_prefix(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The tokens that the tokenizer itself puts before a text, such as BOS, so a prompt begins as at inference."""
     backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     plain = backend.encode("a", add_special_tokens=False).ids

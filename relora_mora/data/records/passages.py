@@ -1,7 +1,5 @@
 """Builds the messages of a conversation, or a text with its answer, from the fields of a record."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -37,7 +35,7 @@ class Conversation(NamedTuple):
     messages: list[Message]
     tools: list[dict[str, Any]]
 
-    def without_tools(self) -> Iterator[Conversation]:
+    def without_tools(self) -> "Iterator[Conversation]":
         """Variants without tool descriptions and without tool calls, each only if there is something to leave out."""
         if self.tools:
             yield Conversation(self.messages, [])

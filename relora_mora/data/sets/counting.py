@@ -1,7 +1,5 @@
 """Counts the tokens of an epoch, which a run with ``train.epochs`` needs before it can plan its schedule."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections import Counter

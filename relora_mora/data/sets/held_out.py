@@ -1,7 +1,5 @@
 """Held-out sets of text or records, which score the same tokens on any number of ranks, and the answers to generate."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import logging
@@ -81,7 +79,7 @@ class EvalSet:
 
     def batches(
         self, rank: int, world_size: int, micro_batch_size: int, *, shrinks: bool = True
-    ) -> Iterator[EvalBatch]:
+    ) -> "Iterator[EvalBatch]":
         """(input_ids, labels, document_ids), each [micro_batch_size, sequence_length].
 
         Labels are already shifted, and ``UNSCORED`` for tokens that are not scored; document_ids are as in training.

@@ -1,7 +1,5 @@
 """Reads and tokenizes the rows of shards once, in order, for evaluation, for counting and to show them."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +32,7 @@ class TokenizedRow(NamedTuple):
 def rows_in_order(
     shards: Sequence[Shard],
     config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     packing: Packing,
     counts: RecordsFound | None = None,
 ) -> Iterator[TokenizedRow]:

@@ -1,7 +1,5 @@
 """Checks the first rows before a run: that they fit the settings and can be learned from. Also shows them."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import logging
@@ -70,7 +68,7 @@ def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
             raise SourceError(f"{shard.label}: none of its first {len(first)} lines can be used; one {reason}{hint}")
 
 
-def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Tokenizes the first rows of each source of records, or of whole texts, and checks them as a run does.
 
     These are 1,000 rows, or fewer if they are long; from a server, only rows of the first file. Raises SourceError if
@@ -83,7 +81,7 @@ def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTra
             _check_rows(group, config, tokenizer)
 
 
-def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
     encode = encoder_of(tokenizer, [shards[0].records], packing_of(config, shards), config.sequence_length)
     checked = shards[:1] if shards[0].is_remote else shards
     counts = RecordsFound()
@@ -186,7 +184,7 @@ def show_records(config: Config, count: int) -> None:
 
 
 def _show_source(
-    source: str, shards: Sequence[Shard], config: DataConfig, tokenizer: PreTrainedTokenizerBase, count: int
+    source: str, shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrainedTokenizerBase", count: int
 ) -> None:
     packing = packing_of(config, shards)
     in_stream = packing == "stream"
@@ -220,7 +218,7 @@ def _show_source(
     _print(f"{name}{scored / max(1, tokens):.1%} of {tokens:,} tokens are scored (the first {rows:,} rows{without})")
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, ids: Ids, scored: Scored, *, colour: bool) -> str:
+def marked(tokenizer: "PreTrainedTokenizerBase", ids: Ids, scored: Scored, *, colour: bool) -> str:
     """The text of each token, with scored tokens marked; line breaks are both shown and kept."""
     begin, end = (_GREEN, _PLAIN) if colour else ("[", "]")
     parts = []

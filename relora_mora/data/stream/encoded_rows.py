@@ -1,7 +1,5 @@
 """Tokenizes the rows of a lane in groups. Rows that cannot be used are skipped and counted; too many are an error."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Generic, NamedTuple
 

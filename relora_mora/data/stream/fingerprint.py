@@ -1,7 +1,5 @@
 """Fingerprints of a training stream: a run resumes only on a stream whose blocks are decided by the same things."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,7 @@ def fingerprints(
     tokenizer_fingerprint: str,
     batch_lanes: int,
     shards: Sequence[Shard],
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> tuple[str, str]:
     """Two fingerprints of 32 hex digits: of the blocks of a stream, and of the meaning of a saved position.
 
@@ -62,7 +60,7 @@ def fingerprints(
 
 
 def _record_order(
-    config: DataConfig, shards: Sequence[Shard], tokenizer: PreTrainedTokenizerBase | None
+    config: DataConfig, shards: Sequence[Shard], tokenizer: "PreTrainedTokenizerBase | None"
 ) -> dict[str, Any]:
     """The additional entries for records, and for rows that are not packed as a stream."""
     order: dict[str, Any] = {}

@@ -3,8 +3,6 @@
 There is no state to save, so a run may move to any number of ranks, and weights may change at a resume.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from bisect import bisect_right
@@ -29,7 +27,7 @@ class Weights:
     shares: tuple[Fraction, ...]
 
     @staticmethod
-    def of(weights: Mapping[str, float], before: int) -> Weights:
+    def of(weights: Mapping[str, float], before: int) -> "Weights":
         ordered = sorted(weights, key=lambda name: -weights[name])
         total = sum(map(Fraction, weights.values()))
         return Weights(before, tuple(ordered), tuple(Fraction(weights[name]) / total for name in ordered))

@@ -5,8 +5,6 @@ The tokens of a lane are EOS, document, EOS, document, EOS, ... Block k is the `
 predicted exactly once.
 """
 
-from __future__ import annotations
-
 import itertools
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -41,9 +39,9 @@ class Batch:
     this batch.
     """
 
-    input_ids: torch.Tensor  # int64 [n, T]
-    labels: torch.Tensor  # int64 [n, T]
-    document_ids: torch.Tensor | None  # int32 [n, T]; None unless attention stays within a document
+    input_ids: "torch.Tensor"  # int64 [n, T]
+    labels: "torch.Tensor"  # int64 [n, T]
+    document_ids: "torch.Tensor | None"  # int32 [n, T]; None unless attention stays within a document
     state: LaneStates
     counts: dict[str, int]  # see counts_of; plus retries of this process and its workers since the stream was built
     notes: list[str]  # for the log: lines that were skipped, a few per shard
@@ -58,7 +56,7 @@ def document_ids(input_ids: npt.NDArray[Any], eos: int) -> npt.NDArray[np.int32]
     return np.cumsum(input_ids == eos, axis=-1, dtype=np.int32)
 
 
-def document_boundaries(ids: torch.Tensor) -> torch.Tensor:
+def document_boundaries(ids: "torch.Tensor") -> "torch.Tensor":
     """Document ids [B, T], on the CPU -> int32 [P + 1]: the offset of each document in all N = B T tokens, then N.
 
     The first token of each sequence begins a document.

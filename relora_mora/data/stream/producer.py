@@ -1,7 +1,5 @@
 """Produces the blocks of some lanes for each global batch, in the trainer's process or in a worker."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,7 +122,7 @@ class Producer:
         return encode, int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
 
     @functools.cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         from relora_mora.tokenizer.load import load_tokenizer
 
         return load_tokenizer(self.assignment.tokenizer_path)

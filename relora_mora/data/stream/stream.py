@@ -1,7 +1,5 @@
 """The training stream: this rank's share of every global batch, the same for any number of ranks and workers."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -197,7 +195,7 @@ class TrainStream:
         """Calls :func:`describe_position` with the lanes, shards and settings of this stream."""
         return describe_position(state, lanes=self._lanes_of_all, shards=self._shards, config=self.config, since=since)
 
-    def __enter__(self) -> TrainStream:
+    def __enter__(self) -> "TrainStream":
         return self
 
     def __exit__(

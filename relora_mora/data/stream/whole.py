@@ -10,8 +10,6 @@ finished an epoch produces blocks without rows until the others have finished it
 together.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic

@@ -4,8 +4,6 @@ It ignores the signals that ask a job to stop, because the trainer still needs b
 kills it (``worker_process.py``), and it also dies with its parent.
 """
 
-from __future__ import annotations
-
 import os
 import queue
 import signal

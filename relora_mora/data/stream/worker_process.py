@@ -4,8 +4,6 @@ The process is a fresh interpreter. It is not a fork, because the trainer has th
 not multiprocessing's spawn, which would import the trainer's script again, and with it torch and deepspeed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """Checks before a run starts that pre-tokenized text fits its tokenizer and limits, and counts its tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Pre-tokenizes a text into a folder: one file per shard, several at a time. A second call skips finished files."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import functools

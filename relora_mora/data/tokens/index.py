@@ -3,8 +3,6 @@
 The folder holds a file of tokens for each shard of the text, in the same order, and ``tokens.json``, the index.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ The file is in Arrow's IPC format and has a row for each row of the text: ``toke
 are therefore the same as when the text itself is read.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 from bisect import bisect_right
@@ -43,7 +41,7 @@ class Header(NamedTuple):
         return json.dumps([self.making.model_dump(), self.text.model_dump(), self.groups]).encode()
 
     @staticmethod
-    def load(data: bytes) -> Header:
+    def load(data: bytes) -> "Header":
         making, text, groups = json.loads(data)
         return Header(TokenizationSpec(**making), SourceText(**text), groups)
 

@@ -1,7 +1,5 @@
 """Tokenizes one shard of text into a file, in bounded memory. The file appears only once it is complete."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager

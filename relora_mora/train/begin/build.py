@@ -1,7 +1,5 @@
 """Builds the parts of a run in the order of their dependencies, with their initial values."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

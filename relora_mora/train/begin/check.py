@@ -1,7 +1,5 @@
 """Checks that come before anything expensive: settings, model, memory, and whether all ranks agree."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket

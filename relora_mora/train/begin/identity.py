@@ -1,7 +1,5 @@
 """The identity of a run: the facts that are compared between ranks at a start, and with the checkpoint at a resume."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -79,7 +77,7 @@ class Identity:
     bf16: bool
 
     @staticmethod
-    def of(manifest: Manifest) -> Identity:
+    def of(manifest: Manifest) -> "Identity":
         return Identity(**{field.name: getattr(manifest, field.name) for field in fields(Identity)})
 
 

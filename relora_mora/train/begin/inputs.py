@@ -1,7 +1,5 @@
 """Opens what a run needs before it starts: tokenizer and text. Reports everything that is missing at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass

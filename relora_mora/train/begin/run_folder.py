@@ -1,7 +1,5 @@
 """Writes the files that describe a run into its folder."""
 
-from __future__ import annotations
-
 import filecmp
 import importlib.metadata
 import json

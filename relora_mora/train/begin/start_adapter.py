@@ -1,7 +1,5 @@
 """Checks whether a run can begin with the weights and adapters that its settings name."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The loggers that a run writes its metrics to, next to ``metrics.jsonl``: TensorBoard, Weights & Biases."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import secrets

@@ -1,7 +1,5 @@
 """Writes the metrics of a run, one JSON object per line, and passes them on to other loggers. First rank only."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Shows the progress of a run: log lines, on a terminal also bars, and the commands for a finished run."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 import time

@@ -1,7 +1,5 @@
 """Counts over an interval of steps, and the metrics computed from them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Measures how long each part of a start takes, for one line in the log and one in the metrics."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

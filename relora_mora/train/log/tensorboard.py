@@ -1,7 +1,5 @@
 """Writes a run for TensorBoard: curves in a readable order, the settings, and a table that compares runs."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import threading

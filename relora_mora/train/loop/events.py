@@ -1,7 +1,5 @@
 """Events between steps. Each one owns what it needs and knows when it is due; the loop calls it after every step."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Loads global batches. A batch is returned once every rank has its share of it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from relora_mora.config.data import DataConfig

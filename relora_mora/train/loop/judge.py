@@ -1,7 +1,5 @@
 """Monitors each step: was it skipped, and is its loss a spike? Either may force the run back to a checkpoint."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The training loop and its ways to end. ``step`` decides what happens when; periodic events are in ``events``."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

@@ -1,7 +1,5 @@
 """Restores a run from a checkpoint, and sets aside what belongs to another history of its folder."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from pathlib import Path

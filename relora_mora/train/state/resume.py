@@ -1,7 +1,5 @@
 """Decides whether and where a run resumes, and whether its settings allow it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from relora_mora.checkpoint.layout import CheckpointError

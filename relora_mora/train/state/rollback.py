@@ -4,8 +4,6 @@ Each rollback is written to ``rollbacks.json`` in the run folder. A run that is 
 from an earlier checkpoint then skips the same data.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path

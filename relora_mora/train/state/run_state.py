@@ -3,8 +3,6 @@
 The last losses are part of the state, so a resumed run judges its next step as if it had never stopped.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -115,7 +113,7 @@ class RunState:
         }
 
     @staticmethod
-    def load(manifest: Manifest, *, own: bool) -> RunState:
+    def load(manifest: Manifest, *, own: bool) -> "RunState":
         """The state in a checkpoint. ``own``: it is in this run's folder, so its step counts as saved."""
         counters = manifest.counters
         health = StabilityState(**{key: counters[key] for key in ("losses", "spikes", "bad_steps", "bad_data")})
