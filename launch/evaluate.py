@@ -214,7 +214,7 @@ def _score_tasks(
     from relora_mora.system.hardware import uses_cuda
     from relora_mora.system.run_folder import RunFolder
     from relora_mora.tokenizer.load import load_tokenizer
-    from relora_mora.weights.generation_config import generation_config
+    from relora_mora.weights.export import generation_config
 
     lm: Any = loaded.model  # torch's types do not know that a model accepts a device
     lm = lm.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()

@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from relora_mora.checkpoint.layout import (
-    MANIFEST,
-    CheckpointError,
-    Manifest,
-    damage,
-    list_checkpoints,
-    list_new,
-    read_manifest,
-    step_of,
-)
+from relora_mora.checkpoint import layout
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, same_on_all_ranks
 from relora_mora.system.files import raise_if_lost
 from relora_mora.system.logs import shared_log
@@ -48,7 +38,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest: Manifest = read_manifest(folder)
+        self.manifest: layout.Manifest = layout.read_manifest(folder)
         self._files: dict[str, Any] = {}
         self._pieces: dict[tuple[str, str], list[_Piece]] = {
             (kind, name): [] for name in self.manifest.parameters for kind in self.manifest.kinds(name)
@@ -88,8 +78,8 @@ class CheckpointReader:
             files = ", ".join(sorted(file for file in self.manifest.files if file.startswith(prefix))) or "its files"
             raise self._damaged(f"{files}: element {end} (of {numel}) of {kind} of {name} is missing")
 
-    def _damaged(self, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self.folder}/{problem}; use an older checkpoint")
+    def _damaged(self, problem: str) -> layout.CheckpointError:
+        return layout.CheckpointError(f"{self.folder}/{problem}; use an older checkpoint")
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -100,7 +90,7 @@ class CheckpointReader:
                 raise self._damaged(f"{file}: cannot be read ({error})") from error
         return self._files[file]
 
-    def piece(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+    def piece(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
         """Elements [start, start + numel) of a flattened parameter, float32 [numel]; see ``layout`` for the kinds.
 
         Raises :class:`CheckpointError` if one is not finite: memory may have failed before the checksum was computed.
@@ -116,17 +106,17 @@ class CheckpointReader:
                     raise self._damaged(f"{piece.file}: cannot be read ({error})") from error
                 out[left - start : right - start] = values[left - piece.start : right - piece.start]
         if not out.isfinite().all():
-            raise CheckpointError(
+            raise layout.CheckpointError(
                 f"{self.folder}: {kind} of {name} holds numbers that are not finite; use an older checkpoint"
             )
         return out
 
-    def weight(self, name: str) -> Tensor:
+    def weight(self, name: str) -> torch.Tensor:
         """A whole parameter in float32: the master if it is trainable, the base if it is frozen."""
         kind = "master" if name in self.manifest.parameters else "base"
         shape = (self.manifest.parameters | self.manifest.frozen).get(name)
         if shape is None:
-            raise CheckpointError(f"{self.folder}: has no parameter {name}")
+            raise layout.CheckpointError(f"{self.folder}: has no parameter {name}")
         return self.piece(kind, name, 0, self.manifest.numel(name)).view(shape)
 
     def restore(self, engine: "ZeroEngine", base: "FrozenMasters") -> None:
@@ -142,7 +132,7 @@ class CheckpointReader:
         if ours != (saved.parameters, saved.frozen, moments, saved.matrix_states, set(saved.group_steps)):
             different = ", ".join(sorted(set(trained) ^ set(saved.parameters))[:3]) or "other shapes or states"
             raise same_on_all_ranks(
-                CheckpointError(
+                layout.CheckpointError(
                     f"{self.folder}: its trainable parameters differ from this run's ({different}); "
                     "resume with the settings that it was saved with"
                 )
@@ -150,11 +140,11 @@ class CheckpointReader:
         problem: str | None = None
         try:
             self._read_own(engine, base)
-        except CheckpointError as error:
+        except layout.CheckpointError as error:
             problem = str(error)
         problems = [text for text in gather_from_ranks(problem) if text is not None]
         if problems:
-            raise same_on_all_ranks(CheckpointError(problems[0]))
+            raise same_on_all_ranks(layout.CheckpointError(problems[0]))
         self._files.clear()  # else a removed checkpoint would keep its disk space until the run ends
         engine.refresh()
         base.push(engine)
@@ -189,18 +179,18 @@ def verify(folder: Path, engine: "ZeroEngine | None" = None) -> str | None:
 
 def _damage_of_files(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
     try:
-        manifest = read_manifest(folder)
-    except CheckpointError as error:
+        manifest = layout.read_manifest(folder)
+    except layout.CheckpointError as error:
         return str(error)
-    if step_of(folder) not in (None, manifest.step):
-        return f"{MANIFEST}: belongs to step {manifest.step}"
-    return damage(folder, manifest, manifest.tensor_files[rank::world_size])
+    if layout.step_of(folder) not in (None, manifest.step):
+        return f"{layout.MANIFEST}: belongs to step {manifest.step}"
+    return layout.damage(folder, manifest, manifest.tensor_files[rank::world_size])
 
 
 def _damage_of_content(folder: Path) -> str | None:
     try:
         CheckpointReader(folder)
-    except CheckpointError as error:
+    except layout.CheckpointError as error:
         return str(error)
     return None
 
@@ -231,8 +221,8 @@ def list_candidates(folder: Path) -> list[Path]:
     ``step-N.new`` comes before the ``step-N`` that it was about to replace.
     """
     return sorted(
-        [*list_checkpoints(folder), *list_new(folder)],
-        key=lambda path: (step_of(path.with_suffix("")) or 0, path.name),
+        [*layout.list_checkpoints(folder), *layout.list_new(folder)],
+        key=lambda path: (layout.step_of(path.with_suffix("")) or 0, path.name),
         reverse=True,
     )
 
@@ -250,21 +240,21 @@ def find_checkpoint(path: Path) -> Path:
                     shared_log.warning("%s: passed over %s", folder, reason)
                 return found
             if list_candidates(folder) == candidates:  # otherwise the run has removed them and written newer ones
-                raise CheckpointError(f"{folder}: all checkpoints in it are damaged: {'; '.join(skipped)}")
+                raise layout.CheckpointError(f"{folder}: all checkpoints in it are damaged: {'; '.join(skipped)}")
     if not path.is_dir():
         fault = "not a folder" if path.exists() else "not found"
-        raise CheckpointError(
+        raise layout.CheckpointError(
             f"{path}: {fault}; give a run folder, or a checkpoint such as RUN/checkpoints/step-00001000"
         )
     problem = verify(path)
     if problem is not None:
-        raise CheckpointError(
+        raise layout.CheckpointError(
             problem if problem.startswith(str(path)) else f"{path}: {problem}; use an older checkpoint"
         )
     return path
 
 
-def newest_manifest(path: Path) -> Manifest:
+def newest_manifest(path: Path) -> layout.Manifest:
     """The manifest of the checkpoint at ``path``, or the newest readable one if that is a run folder or its
     ``checkpoints/``. The checkpoint's other files are not checked.
 
@@ -272,6 +262,6 @@ def newest_manifest(path: Path) -> Manifest:
     """
     for folder in (path, RunFolder(path).checkpoints):
         for checkpoint in list_candidates(folder):
-            with contextlib.suppress(CheckpointError):
-                return read_manifest(checkpoint)
-    return read_manifest(path)
+            with contextlib.suppress(layout.CheckpointError):
+                return layout.read_manifest(checkpoint)
+    return layout.read_manifest(path)

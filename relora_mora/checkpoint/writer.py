@@ -16,24 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from relora_mora.checkpoint.layout import (
-    LATEST,
-    MANIFEST,
-    NEW,
-    TEMPORARY,
-    CheckpointError,
-    FileEntry,
-    Manifest,
-    discard,
-    list_checkpoints,
-    list_new,
-    put_in_place,
-    read_manifest,
-    step_folder,
-    step_of,
-)
+from relora_mora.checkpoint import layout
 from relora_mora.checkpoint.rank_files import RankFiles
 from relora_mora.checkpoint.reader import verify
 from relora_mora.checkpoint.tokenizer import read_tokenizer
@@ -81,33 +65,33 @@ def retire(folder: Path, newest: int, *, keep_last: int, keep_every_steps: int) 
     run can go back to. Checkpoints of later steps belong to another history, so it does not touch them.
     """
     whole: list[tuple[int, Path]] = []  # newest first
-    for path in list_checkpoints(folder):
-        step = step_of(path)
-        if step is not None and step <= newest and (path / MANIFEST).exists():
+    for path in layout.list_checkpoints(folder):
+        step = layout.step_of(path)
+        if step is not None and step <= newest and (path / layout.MANIFEST).exists():
             whole.append((step, path))
     kept = {path for step, path in whole if keep_every_steps and step % keep_every_steps == 0}
     kept |= {path for _, path in whole[:keep_last]}
     good = next((path for _, path in whole if _is_good(path)), None)
     for _, path in whole:
         if path not in kept and path != good:
-            discard(path)
+            layout.discard(path)
 
 
 def _is_good(checkpoint: Path) -> bool:
     try:
-        return read_manifest(checkpoint).is_good
-    except CheckpointError:
+        return layout.read_manifest(checkpoint).is_good
+    except layout.CheckpointError:
         return False
 
 
 def tidy(folder: Path) -> None:
     """Finishes or removes unfinished checkpoints that a killed run left in ``checkpoints/``."""
-    for new in list_new(folder):
+    for new in layout.list_new(folder):
         if verify(new) is None or not new.with_suffix("").exists():
-            put_in_place(new)
+            layout.put_in_place(new)
         else:
             remove(new)
-    for path in folder.glob(f"*{TEMPORARY}"):
+    for path in folder.glob(f"*{layout.TEMPORARY}"):
         remove(path)
 
 
@@ -164,11 +148,11 @@ class CheckpointWriter:
         self._job = from_first_rank(prepare)  # no rank writes before this is done
         self._mailbox = Mailbox(self._job)
 
-    def adopt_base(self, manifest: Manifest) -> None:
+    def adopt_base(self, manifest: layout.Manifest) -> None:
         """Call it after a resume or rollback to a checkpoint of this run: later ones can share its base files."""
-        self._files.adopt_base(self.folder / step_folder(manifest.step), manifest)
+        self._files.adopt_base(self.folder / layout.step_folder(manifest.step), manifest)
 
-    def save(self, manifest: Manifest, data_state: dict[str, Any]) -> float:
+    def save(self, manifest: layout.Manifest, data_state: dict[str, Any]) -> float:
         """Starts a checkpoint of the current state and returns the seconds that training paused for it.
 
         ``manifest`` has no files and no data state yet; ``data_state`` is this rank's. All ranks save the same steps.
@@ -196,10 +180,10 @@ class CheckpointWriter:
 
     # ---- the writing thread -----------------------------------------------------------------------------------
 
-    def _run(self, manifest: Manifest, data_state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        final = self.folder / step_folder(manifest.step)
+    def _run(self, manifest: layout.Manifest, data_state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        final = self.folder / layout.step_folder(manifest.step)
         # a rank of an earlier job whose launcher was killed may still be writing; its folder has another name
-        work = final.with_name(f"{final.name}.{self._job[:8]}-{self._attempt}{TEMPORARY}")
+        work = final.with_name(f"{final.name}.{self._job[:8]}-{self._attempt}{layout.TEMPORARY}")
         message: dict[str, Any]
         try:
             files = self._files.write(work, final, manifest.merges_done, tensors)
@@ -217,7 +201,7 @@ class CheckpointWriter:
             failure = _reason(error)
         self.last_failure = None if failure is None else f"the checkpoint of step {manifest.step} failed ({failure})"
 
-    def _conclude(self, work: Path, final: Path, manifest: Manifest) -> str | None:
+    def _conclude(self, work: Path, final: Path, manifest: layout.Manifest) -> str | None:
         """Turns the files of all ranks into a checkpoint. If that fails, removes them and returns the reason.
 
         A rank that did not finish in time may still be writing.
@@ -241,20 +225,20 @@ class CheckpointWriter:
         self.report(f"the checkpoint of step {manifest.step} failed ({failure}); earlier checkpoints are as they were")
         return failure
 
-    def _commit(self, work: Path, final: Path, manifest: Manifest, parts: list[dict[str, Any]]) -> None:
-        files = {name: FileEntry(**entry) for part in parts for name, entry in part["files"].items()}
+    def _commit(self, work: Path, final: Path, manifest: layout.Manifest, parts: list[dict[str, Any]]) -> None:
+        files = {name: layout.FileEntry(**entry) for part in parts for name, entry in part["files"].items()}
         deadline = time.monotonic() + APPEAR_SECONDS
         for rank, part in enumerate(parts):
             for name in part["files"]:
                 _await_file(work / name, files[name].bytes, rank, deadline)
         state = self.merge_states([part["data_state"] for part in parts])
-        write_synced(work / MANIFEST, replace(manifest, files=files, data_state=state).dump())
+        write_synced(work / layout.MANIFEST, replace(manifest, files=files, data_state=state).dump())
         self.sync_beside()
-        new = final.with_name(final.name + NEW)
+        new = final.with_name(final.name + layout.NEW)
         if new.exists():  # an earlier save of this step that is complete but was not renamed
-            put_in_place(new)
+            layout.put_in_place(new)
         work.rename(new)
-        put_in_place(new)
+        layout.put_in_place(new)
 
     def _tidy_up(self, step: int) -> None:
         """Updates files that a resume does not need. A failure is reported and does not affect the checkpoint."""
@@ -264,13 +248,13 @@ class CheckpointWriter:
             while self._given_up:
                 remove(self._given_up.pop())
 
-        for update in (lambda: write_synced(self.folder / LATEST, step_folder(step) + "\n"), remove_old):
+        for update in (lambda: write_synced(self.folder / layout.LATEST, layout.step_folder(step) + "\n"), remove_old):
             try:
                 update()
             except OSError as error:
                 self.report(
                     f"the checkpoint of step {step} is complete, "
-                    f"but {LATEST} or older checkpoints could not be updated ({_reason(error)})"
+                    f"but {layout.LATEST} or older checkpoints could not be updated ({_reason(error)})"
                 )
 
 

@@ -8,18 +8,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from relora_mora.config import lengths
 from relora_mora.config.checks.combinations import faults, secret_faults
 from relora_mora.config.data import CHATML, RecordsConfig, TextSource, map_records
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
-from relora_mora.config.lengths import (
-    ALTERNATIVES,
-    settled,
-    tree_of,
-    with_counted_epochs,
-    with_steps,
-    without_nulls,
-    without_replaced,
-)
 from relora_mora.config.registry import METHODS, settings_of_others
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
@@ -57,7 +49,7 @@ def with_defaults(tree: Mapping[str, Any], defaults: Mapping[str, Mapping[str, A
         own = tree.get(section) or {}
         if not isinstance(own, dict):
             continue  # a fault, which is reported later
-        alternatives = ALTERNATIVES.get(section, ())
+        alternatives = lengths.ALTERNATIVES.get(section, ())
         has_length = any(own.get(key) is not None for key in alternatives)
         added = {
             key: value
@@ -133,7 +125,7 @@ def config_of(
     path = Path(from_home(str(path)))
     tree = dict(tree)
     override_faults = put_overrides(tree, overrides or {})
-    tree = without_replaced(tree, set(overrides or {}))
+    tree = lengths.without_replaced(tree, set(overrides or {}))
     tree = with_defaults(tree, defaults or {})
     source = f"{path} and the command line" if overrides else str(path)
     config = validate(tree, source, override_faults, world_size)
@@ -155,13 +147,13 @@ def validate(
     found = [*(found or []), *map(str, secret_faults(tree))]
     unknown: set[str] = set()
     config: Config | None
-    tree = without_nulls(tree)
+    tree = lengths.without_nulls(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         found.extend(explain(error))
         unknown = doubtful(error)
-        for section, (steps, *others) in ALTERNATIVES.items():
+        for section, (steps, *others) in lengths.ALTERNATIVES.items():
             if unknown.intersection(f"{section}.{name}" for name in others):
                 unknown.add(f"{section}.{steps}")
         config = substitute_defaults(tree, error)
@@ -170,14 +162,14 @@ def validate(
             unknown.add("train.steps")
             if config.optim.warmup_fraction is not None:
                 unknown.add("optim.warmup_steps")
-        config = with_steps(config)
+        config = lengths.with_steps(config)
     for fault in faults(config, world_size) if config is not None else ():
         # a fault that involves a setting with a wrong value would be about its default, which nobody asked for
         if not unknown.intersection({*fault.settings, *(name.split(".")[0] for name in fault.settings)}):
             found.append(str(fault))
     if found or config is None:
         raise ConfigError(found, source)
-    return settled(config)
+    return lengths.settled(config)
 
 
 def stored_config(tree: Mapping[str, Any], source: str) -> Config:
@@ -196,7 +188,7 @@ def with_epochs(config: Config, tokens: float, world_size: int) -> Config:
 
     Raises :class:`ConfigError` if other settings do not fit a run of this length.
     """
-    config = with_counted_epochs(config, tokens)
+    config = lengths.with_counted_epochs(config, tokens)
     found = [str(fault) for fault in faults(config, world_size)]
     if found:
         steps = counted(config.train.steps, "step")
@@ -206,7 +198,7 @@ def with_epochs(config: Config, tokens: float, world_size: int) -> Config:
 
 def dump(config: Config) -> str:
     """The settings as YAML that :func:`load_config` reads back to the same settings."""
-    return dump_yaml(tree_of(config))
+    return dump_yaml(lengths.tree_of(config))
 
 
 def put_overrides(tree: dict[str, Any], overrides: Mapping[str, str]) -> list[str]:

@@ -6,13 +6,12 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from relora_mora.data.records.chat import special_tokens
 from relora_mora.data.sets.held_out import Answer
 from relora_mora.distributed.waiting import collective
 from relora_mora.system.hardware import to_device
-from relora_mora.weights.generation_config import special_tokens
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def generate_answers(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
-    all_sum: Callable[[Tensor], Tensor] = lambda values: values,
+    all_sum: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
     stop: Callable[[], bool] = lambda: False,
 ) -> Generated | None:
     """Generates each answer once, for any number of ranks, with batches of ``batch_size`` on each rank.
@@ -109,11 +108,11 @@ def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], special: Set[int
 @torch.no_grad()
 def greedy(
     lm: PreTrainedModel,
-    prompts: Sequence[Tensor],
+    prompts: Sequence[torch.Tensor],
     new_tokens: int,
     device: torch.device,
     wanted: Sequence[int] | None = None,
-) -> Tensor:
+) -> torch.Tensor:
     """Continues B prompts [length of each] with their most probable tokens, int64 [B, new_tokens].
 
     The result is that of ``generate`` in transformers without a stop before ``new_tokens``. ``lm`` is in evaluation

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from relora_mora.kernels import reference
 from relora_mora.kernels.cuda import MOST_PIECES
@@ -162,7 +161,7 @@ def _add_kernel(
     tl.store(result + output * inputs + feature, total.to(result.dtype.element_ty), mask=valid)
 
 
-def group_sums(xs: Sequence[Tensor], grouping: Grouping) -> Tensor:
+def group_sums(xs: Sequence[torch.Tensor], grouping: Grouping) -> torch.Tensor:
     """At most three tensors [..., features] -> [..., n * slots]"""
     first = xs[0]
     if not works_on(first.device) or len(grouping.pieces) > MOST_PIECES:
@@ -184,7 +183,7 @@ def group_sums(xs: Sequence[Tensor], grouping: Grouping) -> Tensor:
     return y
 
 
-def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Grouping) -> Tensor:
+def expand_add(weight: torch.Tensor, square: torch.Tensor, inputs: Grouping, outputs: Grouping) -> torch.Tensor:
     """weight [out, in] + D square C [out, in]; ``outputs.once`` must hold"""
     if not works_on(weight.device) or max(len(inputs.pieces), len(outputs.pieces)) > MOST_PIECES:
         return reference.expand_add(weight, square, inputs, outputs)

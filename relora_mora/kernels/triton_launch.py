@@ -9,7 +9,6 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from relora_mora.kernels.cuda import OLDEST
@@ -27,7 +26,7 @@ def works_on(device: torch.device) -> bool:
 def launch(
     kernel: Any,
     grid: tuple[int, int, int],
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[torch.Tensor, ...],
     numbers: tuple[int, ...],
     constants: dict[str, Any],
     *,

@@ -15,18 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from relora_mora.config.load import ConfigError, relative_to
 from relora_mora.config.schema import ModelConfig
-from relora_mora.model.config_keys import (
-    ALIAS,
-    ARCHITECTURES,
-    EXPORT,
-    FUNCTION,
-    NOTHING,
-    ONLY,
-    ROPE_KEYS,
-    ROPE_VALUES,
-    TRAINING,
-    Architecture,
-)
+from relora_mora.model import config_keys
 
 LARGEST_FILE = 16 * 2**20  # bytes; a config has a few thousand
 LARGEST_MODEL = 2**42  # parameters
@@ -93,7 +82,7 @@ def read_json(path: Path, setting: str) -> dict[str, Any]:
     return values
 
 
-def architecture_of(values: Mapping[str, Any], source: str) -> Architecture:
+def architecture_of(values: Mapping[str, Any], source: str) -> config_keys.Architecture:
     """The architecture for a config's ``model_type``, by default a LLaMA.
 
     Raises :class:`ConfigError` if the type is not in the family.
@@ -101,13 +90,13 @@ def architecture_of(values: Mapping[str, Any], source: str) -> Architecture:
     kind = values.get("model_type")
     if kind is None:
         kind = "llama"
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in config_keys.ARCHITECTURES:
         fault = (
-            f"model: model_type is {_shown(kind)}, expected one of {', '.join(ARCHITECTURES)}; "
+            f"model: model_type is {_shown(kind)}, expected one of {', '.join(config_keys.ARCHITECTURES)}; "
             "other kinds of models are not supported"
         )
         raise ConfigError([fault], source)
-    return ARCHITECTURES[kind]
+    return config_keys.ARCHITECTURES[kind]
 
 
 def parse_model_config(values: Mapping[str, Any], source: str) -> PreTrainedConfig:
@@ -126,13 +115,15 @@ def parse_model_config(values: Mapping[str, Any], source: str) -> PreTrainedConf
     faults += [f"model: {key} is {_shown(values[key])}, expected {keys[key].expected}" for key in bad]
     kept: dict[str, Any] = {}
     for key, value in values.items():
-        use = keys[key].use if key in keys else NOTHING
+        use = keys[key].use if key in keys else config_keys.NOTHING
         # null is a value only for keys that an export carries over; otherwise it means the default of the config class
-        if use == EXPORT or (use in (FUNCTION, TRAINING, ALIAS) and value is not None):
+        if use == config_keys.EXPORT or (
+            use in (config_keys.FUNCTION, config_keys.TRAINING, config_keys.ALIAS) and value is not None
+        ):
             kept[key] = value
     if values.get("num_key_value_heads", 0) is None:  # in transformers this means the number of attention heads
         kept["num_key_value_heads"] = kept.get("num_attention_heads", defaults["num_attention_heads"])
-    if all(keys[key].use not in (FUNCTION, ALIAS, EXPORT) for key in bad):
+    if all(keys[key].use not in (config_keys.FUNCTION, config_keys.ALIAS, config_keys.EXPORT) for key in bad):
         faults += [*_unify_length(kept), *_unify_rope(kept), *_shape_faults(kept, defaults)]
     if faults:
         raise ConfigError(faults, source)
@@ -163,16 +154,19 @@ def stored_model_config(values: Mapping[str, Any]) -> PreTrainedConfig:
     """
     architecture = architecture_of(values, "the manifest")
     uses = {key: architecture.keys[key].use for key in values if key in architecture.keys}
-    return _build(architecture, {key: values[key] for key, use in uses.items() if use not in (NOTHING, ONLY)})
+    return _build(
+        architecture,
+        {key: values[key] for key, use in uses.items() if use not in (config_keys.NOTHING, config_keys.ONLY)},
+    )
 
 
-def _build(architecture: Architecture, values: Mapping[str, Any]) -> PreTrainedConfig:
+def _build(architecture: config_keys.Architecture, values: Mapping[str, Any]) -> PreTrainedConfig:
     return architecture.config_class(**{key: value for key, value in values.items() if key != "model_type"})
 
 
 def keys_with(model_config: PreTrainedConfig, *uses: str) -> dict[str, Any]:
     """The keys of a config that have one of these uses, normalized so that two configs can be compared."""
-    keys = ARCHITECTURES[model_config.model_type].keys
+    keys = config_keys.ARCHITECTURES[model_config.model_type].keys
     values = {key: getattr(model_config, key, None) for key, rule in keys.items() if rule.use in uses}
     rope = values.get("rope_parameters")
     if rope is not None:
@@ -188,8 +182,8 @@ def function_differences(theirs: PreTrainedConfig, ours: PreTrainedConfig) -> li
     """
     if theirs.model_type != ours.model_type:
         return [("model_type", theirs.model_type, ours.model_type)]
-    there = keys_with(theirs, FUNCTION)
-    here = keys_with(ours, FUNCTION)
+    there = keys_with(theirs, config_keys.FUNCTION)
+    here = keys_with(ours, config_keys.FUNCTION)
     if here["rope_parameters"]["rope_type"] not in _STRETCHED:
         here["max_position_embeddings"] = there["max_position_embeddings"]
     return [(key, there[key], here[key]) for key in here if there[key] != here[key]]
@@ -226,10 +220,10 @@ def _unify_rope(values: dict[str, Any]) -> Iterator[str]:
                 both = f"{_shown(rope[key])} and, in {name}, {_shown(value)}"
                 yield f"model: {key} of rotary embeddings is {both}; keep one, in rope_parameters"
     kind = rope.setdefault("rope_type", "default")
-    if kind not in list(ROPE_KEYS):
-        yield f"model: rope_parameters: rope_type is {_shown(kind)}, expected one of {', '.join(ROPE_KEYS)}"
+    if kind not in list(config_keys.ROPE_KEYS):
+        yield f"model: rope_parameters: rope_type is {_shown(kind)}, expected one of {', '.join(config_keys.ROPE_KEYS)}"
         return
-    required, optional = ROPE_KEYS[kind]
+    required, optional = config_keys.ROPE_KEYS[kind]
     # transformers also accepts this key outside of rope_parameters, and ignores it for rope types that do not have it
     original = values.pop(_ORIGINAL, None)
     if original is not None and _ORIGINAL in optional and rope.setdefault(_ORIGINAL, original) != original:
@@ -237,11 +231,11 @@ def _unify_rope(values: dict[str, Any]) -> Iterator[str]:
     for key in required:
         if key not in rope:
             yield f"model: rope_parameters: {key} is missing; the rope_type {kind} needs it"
-    for key in rope:
+    for key, value in rope.items():
         if key not in ("rope_type", "rope_theta", "partial_rotary_factor", *required, *optional):
             yield f"model: rope_parameters: {key} is not a key of the rope_type {kind}; leave it out"
-        elif key in ROPE_VALUES and not ROPE_VALUES[key].accepts(rope[key]):
-            yield f"model: rope_parameters: {key} is {_shown(rope[key])}, expected {ROPE_VALUES[key].expected}"
+        elif (allowed := config_keys.ROPE_VALUES.get(key)) and not allowed.accepts(value):
+            yield f"model: rope_parameters: {key} is {_shown(value)}, expected {allowed.expected}"
     rope.pop("partial_rotary_factor", None)
     values["rope_parameters"] = rope
 

@@ -1,25 +1,32 @@
 """A model of the LLaMA family, built from its config and a seed, and a wrapper that computes its training loss.
 
-The wrapper computes the loss from hidden states in chunks of tokens, so that float32 logits [tokens, vocabulary] never
-exist as a whole. Shapes: ``B`` sequences, ``T`` tokens, ``H`` hidden size, ``V`` vocabulary, ``N = B * T``.
+On NVIDIA's GPUs, attention inside documents is flash attention without a mask. torch.compile compiles each decoder
+layer as one program. The wrapper computes the loss from hidden states in chunks of tokens, so that float32 logits
+[tokens, vocabulary] never exist as a whole. Shapes: ``B`` sequences, ``T`` tokens, ``H`` hidden size, ``V`` vocabulary,
+``N = B * T``, ``P`` documents, ``D`` features of a head.
 """
 
 import math
 from collections.abc import Mapping
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import ModelConfig
-from relora_mora.model.attention import SDPA_OR_DOCUMENTS, needs_no_mask
-from relora_mora.model.compiler import compile_layers
+from relora_mora.model.config import head_width
 from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.model.loss import LossHead
+from relora_mora.system.logs import log
+from relora_mora.system.process import missing_to_compile
 from relora_mora.system.seeds import derived_seed
+
+SDPA_OR_DOCUMENTS = "relora_mora_sdpa_or_documents"  # the name that ``attend`` has for layers of transformers
+RECOMPILE_LIMIT = 64  # programs of one layer: training, evaluation and each batch size have their own
 
 
 def check_attention(settings: ModelConfig, *, bf16: bool) -> None:
@@ -153,3 +160,111 @@ def document_positions(boundaries: Tensor, shape: torch.Size) -> tuple[Tensor, T
     token = torch.arange(shape.numel(), device=boundaries.device)
     document = torch.searchsorted(boundaries, token, right=True) - 1
     return document.view(shape), (token - boundaries[document]).view(shape)
+
+
+def flash_supports(width: int, dtype: torch.dtype) -> bool:
+    """Whether torch's flash attention for sequences of various lengths supports heads of ``width`` features."""
+    return dtype is torch.bfloat16 and width % 8 == 0 and width <= 256
+
+
+def needs_no_mask(model_config: PreTrainedConfig, hidden: Tensor) -> bool:
+    """Whether :func:`attend` keeps documents apart without a mask, for hidden states of this device and dtype."""
+    return (
+        hidden.is_cuda
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+        and model_config._attn_implementation == SDPA_OR_DOCUMENTS
+        and flash_supports(head_width(model_config), hidden.dtype)
+    )
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    boundaries: Tensor | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """query [B, heads, T, D], key and value [B, fewer heads, T, D] -> [B, T, heads, D], causal.
+
+    With ``boundaries`` (:func:`document_boundaries`), tokens attend only within their document. Otherwise this is
+    transformers' attention with torch's ``scaled_dot_product_attention``. If that cannot use flash attention on a GPU,
+    keys and values are repeated for every head: before torch 2.15 no other fused kernel accepts fewer key heads, and
+    the fallback keeps [T, T] of each head.
+    """
+    if boundaries is None:
+        if query.is_cuda and attention_mask is None and not flash_supports(query.shape[-1], query.dtype):
+            repeats = query.shape[1] // key.shape[1]
+            key, value = (repeat_kv(x, repeats) for x in (key, value))
+        result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return result
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    sequences, length = query.shape[:2]
+    output = flash(
+        query.flatten(0, 1),
+        key.flatten(0, 1),
+        value.flatten(0, 1),
+        boundaries,
+        longest=length,
+        dropout=settings["dropout"],
+        scale=settings["scaling"],
+    )
+    return output.unflatten(0, (sequences, length)), None
+
+
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, *, longest: int, dropout: float, scale: float
+) -> Tensor:
+    """query [N, heads, D], key and value [N, fewer heads, D], boundaries int32 [P + 1] -> [N, heads, D].
+
+    ``torch.nn.attention.varlen`` calls the same operator, but it appeared in torch 2.10, has changed its arguments
+    since, has no dropout, and its wrapper costs the host 150 us more per layer (docs/performance.md).
+    """
+    output: Tensor
+    output, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, boundaries, boundaries, longest, longest, dropout, True, False, scale=scale
+    )
+    return output
+
+
+AttentionInterface.register(SDPA_OR_DOCUMENTS, attend)
+
+
+def compiles(settings: ModelConfig, zero_stage: int, *, on_gpu: bool) -> bool:
+    """Whether the decoder layers are compiled: as ``model.compile`` says; ``auto`` means on CUDA with ZeRO 0 to 2."""
+    return on_gpu and zero_stage < 3 if settings.compile == "auto" else settings.compile
+
+
+def compiles_here(settings: ModelConfig, zero_stage: int, *, on_gpu: bool) -> bool:
+    """As :func:`compiles`, but false, with a warning, if ``auto`` finds no compiler or no Python headers.
+
+    A CPU needs a C++ compiler, a GPU a C compiler (for Triton). Raises :class:`ConfigError` if ``model.compile`` is
+    true and the compiler or the headers are missing.
+    """
+    if not compiles(settings, zero_stage, on_gpu=on_gpu):
+        return False
+    missing = missing_to_compile("C" if on_gpu else "C++")
+    if missing is None:
+        return True
+    fault = f"model.compile: torch.compile does not work here: {missing}"
+    if settings.compile == "auto":
+        log.warning("%s; until then, the layers run uncompiled, which is slower", fault)
+        return False
+    raise ConfigError([f"{fault}, or leave it at auto"], "the settings")
+
+
+def allow_programs(count: int) -> None:
+    """Lets torch.compile create up to ``count`` programs of one layer; each operator of a run has its own."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, count)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, count)
+
+
+def compile_layers(layers: nn.ModuleList) -> None:
+    """Compiles each decoder layer as one program, for each shape and operator at its first use."""
+    allow_programs(RECOMPILE_LIMIT)
+    for layer in layers:
+        layer.compile(dynamic=False)

@@ -15,7 +15,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from relora_mora.config.schema import OptimConfig
 
@@ -31,7 +30,7 @@ class Muon:
         self.momentum = optim.momentum
         self.nesterov = optim.nesterov
 
-    def update_moments(self, gradient: Tensor, moments: Mapping[str, Tensor]) -> None:
+    def update_moments(self, gradient: torch.Tensor, moments: Mapping[str, torch.Tensor]) -> None:
         momentum = moments["momentum"]
         momentum.lerp_(gradient, 1 - self.momentum)
         if self.nesterov:
@@ -39,7 +38,7 @@ class Muon:
         else:
             gradient.copy_(momentum)
 
-    def update(self, matrices: Tensor, states: object = None) -> Tensor:
+    def update(self, matrices: torch.Tensor, states: object = None) -> torch.Tensor:
         rows, columns = matrices.shape[-2:]
         return 0.2 * math.sqrt(max(rows, columns)) * orthogonalize(matrices)
 
@@ -58,7 +57,7 @@ class Muon:
         return (2 if on_gpu else 4) * (2 * short * long + 2 * short * short)
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """[k, m, n] -> approximately U V^T of each matrix U S V^T; the singular values are 0.7 to 1.2 instead of 1.
 
     Uses Newton-Schulz iterations of fifth order, X <- a X + (b G + c G^2) X with G = X X^T, in float32, or in bf16 on

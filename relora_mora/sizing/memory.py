@@ -16,7 +16,7 @@ gathered        stage 3: forward gathers other ranks' weights and keeps them for
                 ``stage3_param_persistence_threshold`` elements always stay gathered
 masters         float32 copies of the trainable parameters: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at
                 stages 1-3 DeepSpeed clones them even if the parameters are float32 already
-optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N; other matrix optimizers: ``optimizer.py``
+optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N; other matrix optimizers: ``work.py``
 gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T, which
                 stays. Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N, which stays at
                 stage 3. An fp32 step at stages 1-3 copies 4 T / N. The reduction of stage 1 in bf16 copies 2 bytes per
@@ -33,7 +33,7 @@ activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) if quer
 scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 per token, and the head's gradient
                 (4 + b) h V; on a GPU b V per token and 4 h V, and afterwards (4 + b) h V. In backward: the gradients of
                 the gated product, 2 b f per token, or of eager attention's weights, and ``W + delta`` of one linear
-                that is not resident. In the step: the workspace of a matrix optimizer (``optimizer.py``)
+                that is not resident. In the step: the workspace of a matrix optimizer (``work.py``)
 ==============  ======================================================================================================
 
 A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N. With a GPU
@@ -53,11 +53,11 @@ from relora_mora.adapters.inject import INPUTS, decoder_linears
 from relora_mora.adapters.layers import INPUT, AdapterLinear, Kept, adapter_layers
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.schema import Config, OptimConfig
-from relora_mora.model.attention import flash_supports
 from relora_mora.model.config import attention_widths, head_width
+from relora_mora.model.llama import flash_supports
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
 from relora_mora.optim.groups import count_parameters, parameter_groups
-from relora_mora.sizing import optimizer
+from relora_mora.sizing import work
 from relora_mora.sizing.setup import MAX_LIVE_PARAMETERS, Setup
 
 REDUCED_TOGETHER = 500_000_000  # elements that DeepSpeed reduces at once at stage 1 in bf16; the last group may exceed
@@ -119,7 +119,7 @@ def peak_memory(model: PreTrainedModel, setup: Setup) -> Memory:
             state,
             phase="step",
             gradients=gradients.in_step,
-            scratch=optimizer.scratch_bytes(model, setup),
+            scratch=work.scratch_bytes(model, setup),
         ),
     ]
     return max(phases, key=lambda memory: memory.device)
@@ -129,7 +129,7 @@ def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
     """The state that stays between steps, without gradients."""
     counts = count_parameters(model)
     stage = setup.stage
-    moments = optimizer.state_bytes(model, setup.config.optim)
+    moments = work.state_bytes(model, setup.config.optim)
     defaults = zero_defaults(stage, setup.world_size, counts.trainable, on_gpu=setup.on_gpu)
     bucket = min(counts.trainable, setup.zero("reduce_bucket_size", defaults["reduce_bucket_size"]))
     overlaps = stage < 3 and setup.zero("overlap_comm", defaults.get("overlap_comm", False))

@@ -9,16 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from relora_mora.supervise.exits import (
-    LAST_SECONDS,
-    LOST,
-    REQUEUE,
-    STACKS_SECONDS,
-    USER_ERROR,
-    StopSignals,
-    leave_now,
-    record_end,
-)
+from relora_mora.supervise import exits
 from relora_mora.supervise.heartbeat import PeerFailure
 from relora_mora.supervise.launchers import Launchers
 from relora_mora.supervise.lock import RunLock, host_id
@@ -53,7 +44,7 @@ class Guard:
         self._recorded = False
         self._ending = threading.Lock()  # the thread that ends the process takes it and keeps it
         self._closed = threading.Event()
-        self._signals = StopSignals(self._on_first_signal, self._on_second_signal) if signals else None
+        self._signals = exits.StopSignals(self._on_first_signal, self._on_second_signal) if signals else None
         self._launchers = Launchers() if signals else None
         self._launcher_deadline: float | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="guard")
@@ -80,7 +71,7 @@ class Guard:
     def bound(self, seconds: float, reason: str) -> Iterator[None]:
         """Ends the process if the block takes longer; for work that begins before a watchdog watches."""
         leave = threading.Timer(
-            seconds, leave_now, (LOST, lambda: self._say(reason), lambda: self.record(LOST, reason))
+            seconds, exits.leave_now, (exits.LOST, lambda: self._say(reason), lambda: self.record(exits.LOST, reason))
         )
         leave.daemon = True
         leave.start()
@@ -109,7 +100,7 @@ class Guard:
         with self._recording:
             if self._folder is not None and not self._recorded:
                 self._recorded = True
-                record_end(self._folder, code=code, reason=reason, rank=self.rank, step=self.step)
+                exits.record_end(self._folder, code=code, reason=reason, rank=self.rank, step=self.step)
                 self._mark_lock_released()
 
     def _mark_lock_released(self) -> None:
@@ -131,14 +122,14 @@ class Guard:
             self.end(self._watchdog.diagnose(error))
         elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self._training:
             reason = f"another rank was lost at the start ({error})"
-            leave_now(LOST, lambda: self._say(reason), lambda: self.record(LOST, reason))
+            exits.leave_now(exits.LOST, lambda: self._say(reason), lambda: self.record(exits.LOST, reason))
 
     def machine_failed(self, reason: str, *, same_on_all_ranks: bool) -> NoReturn:
         """Ends all ranks after a failure of a device or disk, with the code for which a job is started again."""
         if self.rank == 0 or not same_on_all_ranks:
             self._say(reason)
-        self.announce_exit(LOST, reason, same_on_all_ranks=same_on_all_ranks)
-        leave_now(LOST)
+        self.announce_exit(exits.LOST, reason, same_on_all_ranks=same_on_all_ranks)
+        exits.leave_now(exits.LOST)
 
     def decide(self, code: int, reason: str) -> None:
         """The ranks have agreed on how the run ends, and everything is written. Nothing can change this from now on.
@@ -172,12 +163,12 @@ class Guard:
         """
         self._leave_if_decided()
         self._ending.acquire()
-        run_with_timeout(LAST_SECONDS, lambda: self._report(failure))
+        run_with_timeout(exits.LAST_SECONDS, lambda: self._report(failure))
         if failure.rank != self.rank and not failure.announced and failure.host == host_id():
-            time.sleep(STACKS_SECONDS + 0.5)
+            time.sleep(exits.STACKS_SECONDS + 0.5)
             with contextlib.suppress(OSError):  # a launcher would wait half a minute for a process that hangs
                 os.kill(failure.pid, signal.SIGKILL)
-        leave_now(failure.code, self._mark_lock_released, linger=self._linger_seconds())
+        exits.leave_now(failure.code, self._mark_lock_released, linger=self._linger_seconds())
 
     def _linger_seconds(self) -> float:
         """The first rank holds the store, in which the others read why the job ends."""
@@ -204,10 +195,10 @@ class Guard:
             return
         self._leave_if_decided()
         reason = f"another trainer works in the run folder now ({who}): exited without saving"
-        leave_now(
-            USER_ERROR,
+        exits.leave_now(
+            exits.USER_ERROR,
             lambda: self._say(reason),
-            lambda: self._announce(USER_ERROR, reason),
+            lambda: self._announce(exits.USER_ERROR, reason),
             linger=self._linger_seconds(),
         )
 
@@ -217,11 +208,11 @@ class Guard:
     def _on_second_signal(self, number: signal.Signals) -> None:
         self._leave_if_decided()
         reason = f"a second signal ({number.name}) to rank {self.rank}: exited without saving"
-        leave_now(128 + number, lambda: self._say(reason), lambda: self.record(128 + number, reason))
+        exits.leave_now(128 + number, lambda: self._say(reason), lambda: self.record(128 + number, reason))
 
     def _leave_if_decided(self) -> None:
         if self._decided is not None:
-            leave_now(self._decided[0], self._record_decided, linger=self._linger_seconds())
+            exits.leave_now(self._decided[0], self._record_decided, linger=self._linger_seconds())
 
     def _record_decided(self) -> None:
         if self._decided is not None and self.rank == 0:
@@ -231,11 +222,11 @@ class Guard:
         self.stop_reason = reason
         if self._training:
             return
-        leave_now(
-            REQUEUE,
+        exits.leave_now(
+            exits.REQUEUE,
             lambda: self._say(f"{reason} before the first step: nothing to save"),
-            lambda: self.record(REQUEUE, reason),
-            lambda: self._announce(REQUEUE, reason),
+            lambda: self.record(exits.REQUEUE, reason),
+            lambda: self._announce(exits.REQUEUE, reason),
             linger=self._linger_seconds(),
         )
 
@@ -267,7 +258,7 @@ class Guard:
         elif time.monotonic() > self._launcher_deadline:
             self._leave_if_decided()
             reason = f"{self.stop_reason}; the run was not saved within {LAUNCHER_SECONDS:.0f} s"
-            leave_now(LOST, lambda: self._say(reason), lambda: self.record(LOST, reason))
+            exits.leave_now(exits.LOST, lambda: self._say(reason), lambda: self.record(exits.LOST, reason))
 
     def _say(self, text: str) -> None:
         prefix = f"[rank {self.rank}] " if self.rank else ""

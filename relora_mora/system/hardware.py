@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch._inductor import config as inductor
 
 from relora_mora.system.devices import CPU, Device, device_of_name
@@ -30,7 +29,7 @@ def fast_bf16() -> bool:
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copies a tensor from the host to a device without making the host wait.
 
     The copy to a GPU starts from pinned memory, which torch does not reuse before the copy is done.

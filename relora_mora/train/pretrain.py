@@ -11,20 +11,12 @@ from relora_mora.config.data import DataConfig
 from relora_mora.config.load import with_epochs
 from relora_mora.config.schema import Config
 from relora_mora.data.content import at_versions, remote_content, remote_versions
-from relora_mora.data.sets.counting import Epochs, count_epochs
+from relora_mora.data.sets.reading import Epochs, count_epochs
 from relora_mora.data.sets.show import check_columns, check_lanes, check_records
 from relora_mora.data.shard import Shard, Version
 from relora_mora.data.sources.named_sets import Datasets, find_datasets, remember_datasets
 from relora_mora.data.sources.names import with_commits
-from relora_mora.distributed.collectives import (
-    from_first_rank,
-    gather_from_ranks,
-    is_device_failure,
-    is_peer_failure,
-    leave_together,
-    let_ranks_wait,
-    on_all_ranks,
-)
+from relora_mora.distributed import collectives
 from relora_mora.distributed.join import JoinError, joined_within, store_address
 from relora_mora.engine.start import init_distributed
 from relora_mora.supervise.exits import FAILED, USER_ERROR
@@ -40,11 +32,10 @@ from relora_mora.train.begin.build import build, warm_up
 from relora_mora.train.begin.check import ResolvedRun, check, check_agreement, check_shared, with_saved_commits
 from relora_mora.train.begin.run_folder import check_run_folder, keep_run_folder, write_run_folder
 from relora_mora.train.log.loggers import check_loggers
-from relora_mora.train.log.startup import Startup, describe
+from relora_mora.train.log.progress import Startup, describe
 from relora_mora.train.loop.loop import Trainer
-from relora_mora.train.state.restore import start_records
+from relora_mora.train.state.restore import forget_rollbacks, start_records
 from relora_mora.train.state.resume import describe_changes, resume, where_to_resume
-from relora_mora.train.state.rollback import forget_rollbacks
 from relora_mora.train.state.run_state import MemoryShortage, RunState
 from relora_mora.weights.load import with_tokenizer
 
@@ -71,7 +62,7 @@ def pretrain(config: Config, guard: Guard | None = None) -> int:
                 USER_ERROR if mistake else FAILED, text, same_on_all_ranks=getattr(error, "same_on_all_ranks", False)
             )
             raise
-        leave_together()  # the first rank hosts the store that the other ranks poll
+        collectives.leave_together()  # the first rank hosts the store that the other ranks poll
         return code
 
 
@@ -102,28 +93,28 @@ def _pretrain(config: Config, guard: Guard) -> int:
     setup_logging(rank)
     startup.done("rendezvous")
     folder = Path(config.train.run_dir)
-    job = from_first_rank(lambda: os.urandom(8).hex())
+    job = collectives.from_first_rank(lambda: os.urandom(8).hex())
     if world_size > 1:
         _watch(guard, config, rank, world_size, job)
-    data, datasets = from_first_rank(lambda: _pin_commits(config))
+    data, datasets = collectives.from_first_rank(lambda: _pin_commits(config))
     remember_datasets(datasets)
-    config = on_all_ranks(lambda: with_tokenizer(config.model_copy(update={"data": data})))
-    from_first_rank(lambda: check_loggers(config.log))
-    from_first_rank(lambda: check_run_folder(folder))
-    checked = on_all_ranks(lambda: check(config, world_size))
+    config = collectives.on_all_ranks(lambda: with_tokenizer(config.model_copy(update={"data": data})))
+    collectives.from_first_rank(lambda: check_loggers(config.log))
+    collectives.from_first_rank(lambda: check_run_folder(folder))
+    checked = collectives.on_all_ranks(lambda: check(config, world_size))
     check_agreement(checked.identity)
-    versions = from_first_rank(lambda: _check_remote_data(checked, data))
+    versions = collectives.from_first_rank(lambda: _check_remote_data(checked, data))
     shards = at_versions(checked.shards, versions)
     checked = replace(checked, shards=shards, data_content=checked.data_content + remote_content(shards))
-    from_first_rank(lambda: check_lanes(shards, data, config.lanes))
+    collectives.from_first_rank(lambda: check_lanes(shards, data, config.lanes))
     if checked.chat_template is not None:  # the saved tokenizer, also of an export, writes what the run trains on
         checked.tokenizer.chat_template = checked.chat_template
-    lock = from_first_rank(lambda: _lock(guard, folder))
+    lock = collectives.from_first_rank(lambda: _lock(guard, folder))
     check_shared(RunFolder(folder).lock, lock)
     guard.record_in(folder)
     if config.train.epochs is not None:  # slow, so it comes after every other check
         guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
-        counted = from_first_rank(lambda: _count(config, checked.shards))
+        counted = collectives.from_first_rank(lambda: _count(config, checked.shards))
         epochs, warmup_fraction = config.train.epochs, config.optim.warmup_fraction
         config = with_epochs(config, counted.tokens_of(epochs), world_size)
         checked = replace(
@@ -131,7 +122,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
         )
     guard.begin("building the model", within=LONG_SECONDS)
     startup.done("checks")
-    begin = from_first_rank(lambda: where_to_resume(config))
+    begin = collectives.from_first_rank(lambda: where_to_resume(config))
     run = build(checked, rank, world_size, resumes=begin is not None, done=startup.done)
     reader = None
     if begin is not None:
@@ -141,16 +132,18 @@ def _pretrain(config: Config, guard: Guard) -> int:
     else:
         state = RunState(initial_seed=config.train.seed)
         forget_rollbacks(folder, state)
-        from_first_rank(lambda: start_records(RunFolder(folder)))
+        collectives.from_first_rank(lambda: start_records(RunFolder(folder)))
     if checked.compiled:
         warm_up(run, state, guard)
         startup.done("compile")
     if reader is not None and state.step == config.train.steps and state.evaluated == state.step:
         made_with = reader.manifest.config
-        from_first_rank(lambda: keep_run_folder(config, made_with))
+        collectives.from_first_rank(lambda: keep_run_folder(config, made_with))
     else:
         changed = None if reader is None else describe_changes(run, reader)
-        from_first_rank(lambda: write_run_folder(checked, run.parameters, world_size, state.step, changed=changed))
+        collectives.from_first_rank(
+            lambda: write_run_folder(checked, run.parameters, world_size, state.step, changed=changed)
+        )
     give_back_freed_memory()
     trainer = Trainer(run, state, guard, startup, resumed_from=reader)
     log.info("%s", describe(run, state))
@@ -169,9 +162,9 @@ def _end_if_lost(guard: Guard, error: Exception) -> None:
     """Ends the process if another rank, this rank's device or a network file system is gone."""
     first_line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     same = getattr(error, "same_on_all_ranks", False)
-    if is_peer_failure(error) and not isinstance(error, JoinError):  # a JoinError has its own message
+    if collectives.is_peer_failure(error) and not isinstance(error, JoinError):  # a JoinError has its own message
         guard.peer_failed(first_line)
-    if is_device_failure(error):
+    if collectives.is_device_failure(error):
         guard.machine_failed(f"the device of rank {guard.rank} failed ({first_line})", same_on_all_ranks=same)
     if isinstance(error, OSError) and error.errno in LOST_DISK:
         whose = "" if same else f" rank {guard.rank}"
@@ -224,9 +217,9 @@ def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -
         end=guard.end,
         stacks=RunFolder(Path(config.train.run_dir)).stacks(rank),
     )
-    gather_from_ranks(None)  # now every rank has sent its first heartbeat
+    collectives.gather_from_ranks(None)  # now every rank has sent its first heartbeat
     guard.watch_peers(watch)
-    let_ranks_wait()
+    collectives.let_ranks_wait()
     guard.begin("checking settings, model and data", within=config.data.timeout_seconds + LONG_SECONDS)
 
 

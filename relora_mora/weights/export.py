@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters
 from relora_mora.checkpoint.layout import CheckpointError
@@ -14,6 +15,7 @@ from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
 from relora_mora.checkpoint.tokenizer import tokenizer_of
 from relora_mora.config.load import stored_config
 from relora_mora.config.schema import MethodConfig, ModelConfig
+from relora_mora.data.records.chat import end_of_turn, special_tokens
 from relora_mora.model.config import stored_model_config
 from relora_mora.system.files import new_folder
 from relora_mora.system.logs import counted, log
@@ -21,10 +23,11 @@ from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.tokenizer.save import save_tokenizer
 from relora_mora.weights.digests import ABSENT, other_weights
 from relora_mora.weights.foreign import abbreviate
-from relora_mora.weights.generation_config import generation_config, ids_of_roles
 from relora_mora.weights.merged import checked_model, merged_model
 from relora_mora.weights.peft import CONFIG, KEY, PREFIX, RELEASED_TYPES, WEIGHTS, base_sample
 
+FORMATS = ("merged", "peft", "peft-mora")
+ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MERGED = "export it with --format=merged"
 
 
@@ -135,9 +138,6 @@ def _settings(method: MethodConfig, ranks: Mapping[str, float], *, released: boo
     }
 
 
-FORMATS = ("merged", "peft", "peft-mora")
-
-
 def export(path: Path, out: Path, dtype: torch.dtype = torch.float32, form: str = "merged") -> Path:
     """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns the checkpoint it used.
 
@@ -164,6 +164,24 @@ def export(path: Path, out: Path, dtype: torch.dtype = torch.float32, form: str 
                 generation_config(tokenizer, model_config).save_pretrained(work)
             save_tokenizer(tokenizer, work)
     return checkpoint
+
+
+def ids_of_roles(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """The ids of BOS, EOS and padding, by their names in a model's config."""
+    return {name: getattr(tokenizer, name) for name in ROLES}
+
+
+def generation_config(tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> GenerationConfig:
+    """The settings of ``generate`` in transformers for this tokenizer: it stops at EOS and at the end of a turn.
+
+    If the model's config lists several ids, as in instruct models, it also stops at those that are special tokens.
+    """
+    listed = model_config.eos_token_id if isinstance(model_config.eos_token_id, list) else []
+    further = [end_of_turn(tokenizer), *sorted(special_tokens(tokenizer) & set(listed))]
+    ends = dict.fromkeys([tokenizer.eos_token_id, *(end for end in further if end is not None)])
+    config = GenerationConfig(**ids_of_roles(tokenizer))
+    config.eos_token_id = list(ends) if len(ends) > 1 else tokenizer.eos_token_id
+    return config
 
 
 def _name_rope(path: Path) -> None:

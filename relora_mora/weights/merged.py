@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from relora_mora.adapters.inject import inject
@@ -40,7 +39,7 @@ def checked_model(reader: CheckpointReader) -> PreTrainedModel:
     return skeleton
 
 
-def merged_weights(reader: CheckpointReader) -> dict[str, Tensor]:
+def merged_weights(reader: CheckpointReader) -> dict[str, torch.Tensor]:
     """Every weight of the plain model in float32; ``W + delta`` for layers with an adapter.
 
     Raises :class:`CheckpointError` if the checkpoint does not hold the tensors of the model it names.

@@ -31,7 +31,7 @@ def test_retention_keeps_the_right_checkpoints(tmp_path, monkeypatch, checkpoint
             raise CheckpointError("damaged")
         return SimpleNamespace(is_good=state == GOOD)
 
-    monkeypatch.setattr(writer, "read_manifest", read_manifest)
+    monkeypatch.setattr(writer.layout, "read_manifest", read_manifest)
     newest = max(checkpoints)
     for step in checkpoints:
         folder = tmp_path / step_folder(step)

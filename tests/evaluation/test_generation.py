@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AddedToken
 
+from relora_mora.data.records.chat import special_tokens
 from relora_mora.data.rows import Encoded
 from relora_mora.data.sets.held_out import Answer, answer_of
 from relora_mora.evaluation.generation import (
@@ -20,7 +21,6 @@ from relora_mora.evaluation.generation import (
 from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.model.llama import LossModel
 from relora_mora.tokenizer.load import load_tokenizer
-from relora_mora.weights.generation_config import special_tokens
 from tests.tools.runs import LLAMA
 
 KINDS = {

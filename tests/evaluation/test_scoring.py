@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from relora_mora.evaluation.scoring import gsm8k_scores, metamath_scores, pair_scores
+from relora_mora.evaluation.local_tasks import gsm8k_scores, metamath_scores, pair_scores
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install -e '.[eval]'"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from relora_mora import kernels
-from relora_mora.model import attention, llama
+from relora_mora.model import llama
 from relora_mora.model.llama import LossModel, build_model
 from tests.adapters.test_layers import test_all_forms_agree
 from tests.gpu.conftest import gpu_only
@@ -44,8 +44,8 @@ def test_flash_attention_keeps_documents_apart_as_a_mask_does(
     sizes = {"num_attention_heads": 4, "num_key_value_heads": kv_heads, "head_dim": 16}
     model = LossModel(build_model(tiny_llama(**sizes), seed=1)).to(device, torch.bfloat16)
     calls = []
-    real = attention.flash
-    monkeypatch.setattr(attention, "flash", lambda *given, **named: calls.append(1) or real(*given, **named))
+    real = llama.flash
+    monkeypatch.setattr(llama, "flash", lambda *given, **named: calls.append(1) or real(*given, **named))
     flash = loss_and_gradients(model, documents, device)
     assert len(calls) == model.lm.config.num_hidden_layers
     monkeypatch.setattr(llama, "needs_no_mask", lambda *_: False)

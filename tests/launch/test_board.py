@@ -16,7 +16,7 @@ from urllib.request import urlopen
 import pytest
 
 from relora_mora.config.load import dump, validate
-from relora_mora.train.log.tensorboard import TensorBoard, board_tag
+from relora_mora.train.log.loggers import TensorBoard, board_tag
 from tests.tools.commands import BOARD, call, module_of, refused
 from tests.tools.config_tools import tree
 from tests.tools.helpers import ROOT

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relora_mora.data.stream.packing import document_boundaries
-from relora_mora.model import attention, llama
+from relora_mora.model import llama
 from relora_mora.model.llama import LossModel, build_model
 from tests.tools.tiny import batch, tiny_llama
 
@@ -26,7 +26,7 @@ DOCUMENTS = {
 def attend_by_document(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, *, longest: int, dropout: float, scale: float
 ) -> Tensor:
-    """The same as ``attention.flash``, document by document."""
+    """The same as ``llama.flash``, document by document."""
     assert boundaries.dtype == torch.int32
     assert boundaries[0] == 0
     assert boundaries[-1] == len(query)
@@ -61,7 +61,7 @@ def test_boundaries_keep_documents_apart_as_a_mask_does(
     masked = loss_and_gradients(model, documents)
     calls = []
     monkeypatch.setattr(
-        attention, "flash", lambda *arguments, **named: calls.append(1) or attend_by_document(*arguments, **named)
+        llama, "flash", lambda *arguments, **named: calls.append(1) or attend_by_document(*arguments, **named)
     )
     monkeypatch.setattr(llama, "needs_no_mask", lambda *_: True)
     for a, b in zip(loss_and_gradients(model, documents), masked, strict=True):
@@ -71,13 +71,13 @@ def test_boundaries_keep_documents_apart_as_a_mask_does(
 
 def test_flash_attention_is_for_bf16_and_even_heads_on_gpus() -> None:
     wide = tiny_llama(hidden_size=1024, num_attention_heads=4, num_key_value_heads=4)
-    assert attention.flash_supports(256, torch.bfloat16)
-    assert not attention.flash_supports(256, torch.float32)
-    assert not attention.flash_supports(12, torch.bfloat16)
-    assert not attention.flash_supports(264, torch.bfloat16)
+    assert llama.flash_supports(256, torch.bfloat16)
+    assert not llama.flash_supports(256, torch.float32)
+    assert not llama.flash_supports(12, torch.bfloat16)
+    assert not llama.flash_supports(264, torch.bfloat16)
     lm = LossModel(build_model(wide, seed=1)).lm
-    assert lm.config._attn_implementation == attention.SDPA_OR_DOCUMENTS
-    assert not attention.needs_no_mask(lm.config, torch.zeros(1, dtype=torch.bfloat16))
+    assert lm.config._attn_implementation == llama.SDPA_OR_DOCUMENTS
+    assert not llama.needs_no_mask(lm.config, torch.zeros(1, dtype=torch.bfloat16))
 
 
 def test_the_operator_accepts_our_arguments() -> None:

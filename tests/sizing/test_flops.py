@@ -13,7 +13,7 @@ from relora_mora.config.registry import METHODS
 from relora_mora.config.schema import Config
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import set_trainable
-from relora_mora.sizing.flops import Flops, flops_per_token
+from relora_mora.sizing.work import Flops, flops_per_token
 
 MODEL = LlamaConfig(
     hidden_size=48,

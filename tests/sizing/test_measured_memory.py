@@ -11,9 +11,9 @@ from transformers import LlamaConfig
 from launch.benchmark.measure import live_tensors, storages
 from relora_mora.config.schema import Config
 from relora_mora.sizing import memory
-from relora_mora.sizing.flops import meta_model
 from relora_mora.sizing.memory import gathered_memory, gradient_memory, group_sizes, state_memory
 from relora_mora.sizing.setup import Setup
+from relora_mora.sizing.work import meta_model
 from tests.tools.grids import rest
 from tests.tools.pool import Pools
 from tests.tools.tiny import build_rig, tiny_config, tiny_llama

@@ -21,9 +21,9 @@ from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import count_parameters, set_trainable
 from relora_mora.sizing.fit import check_memory, choose_resident, stage_advice
-from relora_mora.sizing.flops import meta_model
 from relora_mora.sizing.memory import activation_memory, merged_memory, peak_memory, scratch_memory, state_memory
 from relora_mora.sizing.setup import Setup
+from relora_mora.sizing.work import meta_model
 from relora_mora.train.begin.check import memory_of_rank
 from tests.sizing.tools import LiveTensors, make_config
 from tests.tools.helpers import ROOT

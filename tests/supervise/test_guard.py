@@ -139,7 +139,7 @@ def test_a_loss_after_the_end_is_decided_does_not_change_it(monkeypatch, happens
     def leave_now(code, *words, linger=0.0):
         raise SystemExit(code)
 
-    monkeypatch.setattr("relora_mora.supervise.guard.leave_now", leave_now)
+    monkeypatch.setattr("relora_mora.supervise.exits.leave_now", leave_now)
     with Guard(signals=False) as guard:
         guard.training()
         guard._launcher_deadline = 0.0

@@ -11,8 +11,8 @@ import pytest
 
 from relora_mora.data.errors import SourceError
 from relora_mora.supervise.guard import Guard
-from relora_mora.train.loop.feed import DataFailed
 from relora_mora.train.loop.loop import Shutdown
+from relora_mora.train.loop.step import DataFailed
 from relora_mora.train.state.run_state import DataError, RunState, TrainingError
 from tests.tools.data_tools import write_shard, write_shards
 from tests.tools.faulty_server import serving

@@ -8,7 +8,7 @@ import pytest
 
 from relora_mora.config.load import ConfigError
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sets.counting import count_epochs
+from relora_mora.data.sets.reading import count_epochs
 from tests.tools.runs import metrics, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed

@@ -61,8 +61,8 @@ UNSCORED_STEPS = (1, 2, 6, 7, 9)  # projections are due in the steps 1 to 3 and 
 def partly_unscored(config: Any) -> None:
     """Trains, but no token of those steps is scored, as within a long prompt."""
     from relora_mora.data.stream.packing import UNSCORED
-    from relora_mora.train.loop.feed import LocalBatch
     from relora_mora.train.loop.loop import Trainer
+    from relora_mora.train.loop.step import LocalBatch
 
     whole_step = Trainer.train_step
 

@@ -11,8 +11,7 @@ import sys
 from typing import Any
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bytes.decompress import BOM
-from relora_mora.data.bytes.lines import ShardLines
+from relora_mora.data.bytes.lines import BOM, ShardLines
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.formats.columns import check_names
 from relora_mora.data.formats.json_lines import decode_text

@@ -8,8 +8,7 @@ import re
 from typing import Any
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bytes.decompress import BOM
-from relora_mora.data.bytes.lines import ShardLines
+from relora_mora.data.bytes.lines import BOM, ShardLines
 from relora_mora.data.errors import Skipped, SourceError, names_of
 from relora_mora.data.shard import Shard
 

@@ -1,4 +1,4 @@
-"""Renders conversations as text with a chat template, and locates their answers."""
+"""Renders conversations as text with a chat template, and locates their answers and the tokens that end them."""
 
 import re
 from collections.abc import Iterable
@@ -98,6 +98,13 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     backend.encode_special_tokens = False
     ids = backend.encode(suffix, add_special_tokens=False).ids
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Tokens that are not part of an answer, such as EOS, and the end of a turn, even one without a role."""
+    added = {token for token, described in tokenizer.added_tokens_decoder.items() if described.special}
+    end = end_of_turn(tokenizer)
+    return frozenset(added | set(tokenizer.all_special_ids) | ({end} if end is not None else set()))
 
 
 def render(tokenizer: "PreTrainedTokenizerBase", template: str, conversation: Conversation, *, marked: bool) -> Passage:

@@ -16,11 +16,12 @@ from relora_mora.data.content import at_versions, local_content, remote_content,
 from relora_mora.data.errors import SourceError
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.rows import Encoded
-from relora_mora.data.sets.rows_in_order import TokenizedRow, rows_in_order
+from relora_mora.data.sets.reading import TokenizedRow, rows_in_order
 from relora_mora.data.sources.resolve import shards_of
 from relora_mora.data.stream.packing import UNSCORED, DocumentIds, Mask, Tokens, document_ids, joined, with_end
 from relora_mora.data.stream.whole import block_of, groups_of, packed
 from relora_mora.data.tokens.checks import check_tokens
+from relora_mora.tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -122,8 +123,6 @@ def load_eval_set(
     even if it is longer. The first ``answers`` answers in these documents are kept for generation. Raises SourceError
     if there is no document.
     """
-    from relora_mora.tokenizer.load import load_tokenizer
-
     tokenizer = load_tokenizer(tokenizer_path)
     eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
     config = config.model_copy(update={"sequence_length": sequence_length})

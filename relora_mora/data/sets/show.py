@@ -22,12 +22,13 @@ from relora_mora.data.lane_states import Cursor
 from relora_mora.data.lanes import LanePlan, LaneRows, lane_plans
 from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import Ids, Scored, calls_of
-from relora_mora.data.sets.rows_in_order import rows_in_order
+from relora_mora.data.sets.reading import rows_in_order
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.mixture import mixture_names, shards_of_source
 from relora_mora.data.stream.packing import with_end
 from relora_mora.data.tokens.rows import open_any
+from relora_mora.tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -173,8 +174,6 @@ def show_records(config: Config, count: int) -> None:
     Tokens are separated by ``·``; those that are scored are green on a terminal, else in brackets. Raises SourceError
     and TokenizerError.
     """
-    from relora_mora.tokenizer.load import load_tokenizer
-
     tokenizer = load_tokenizer(config.tokenizer_path)
     shards = configured_shards(config.data, "train")
     check_columns(shards, config.data)

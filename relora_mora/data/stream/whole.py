@@ -5,7 +5,7 @@ block goes into another block of its group. A group ends when its tokens fill at
 the end of an epoch, so an epoch consists of whole blocks. A position is the beginning of a group, and how many of its
 blocks and rows were produced.
 
-Lanes have unequal numbers of blocks. If the largest number of each epoch is known (``counting.py``), a lane that has
+Lanes have unequal numbers of blocks. If the largest number of each epoch is known (``reading.py``), a lane that has
 finished an epoch produces blocks without rows until the others have finished it too, so all lanes begin an epoch
 together.
 """

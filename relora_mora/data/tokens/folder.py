@@ -24,21 +24,12 @@ from relora_mora.data.formats.json_lines import is_encodable
 from relora_mora.data.formats.kinds import TEXT
 from relora_mora.data.sets.show import check_columns
 from relora_mora.data.shard import Shard
-from relora_mora.data.tokens.index import (
-    INDEX,
-    FileStats,
-    Index,
-    SourceText,
-    TokenizationSpec,
-    file_in,
-    is_token_folder,
-    read_index,
-    total_of,
-    write_index,
-)
+from relora_mora.data.tokens import index
 from relora_mora.data.tokens.rows import Header, MappedTokens
 from relora_mora.data.tokens.writer import UNFINISHED, totals_of, write_tokens
 from relora_mora.system.logs import log, progress_bar
+from relora_mora.tokenizer.identity import tokenizer_fingerprint, vocabulary_size
+from relora_mora.tokenizer.load import load_tokenizer
 
 Progress = Callable[[int, float], object]  # the number of a shard, and the fraction of it that is done
 _PROGRESS_SECONDS = 0.5  # between two reports of a process
@@ -71,7 +62,7 @@ def make_tokens(
     config: DataConfig,
     tokenizer_path: str,
     processes: int,
-) -> FileStats:
+) -> index.FileStats:
     """Tokenizes the shards whose files are missing in ``out``; returns the totals of the whole folder.
 
     Shows a progress bar in bytes of text, or in shards if a size is unknown. Only the limits of ``config`` matter.
@@ -87,11 +78,11 @@ def make_tokens(
             raise SourceError(f"{shard.location!a}: its name is not UTF-8, and the index stores it; rename the file")
     check_columns(shards, config)
     shards = at_versions(shards, remote_versions(shards, config.timeout_seconds))
-    index = _plan_index(shards, config, tokenizer_path)
-    with _locked_folder(out, index):
+    planned = _plan_index(shards, config, tokenizer_path)
+    with _locked_folder(out, planned):
         jobs = [
-            Job(number, file_in(out, number), shard, Header(index.making, text, None))
-            for number, (shard, text) in enumerate(zip(shards, index.texts, strict=True))
+            Job(number, index.file_in(out, number), shard, Header(planned.making, text, None))
+            for number, (shard, text) in enumerate(zip(shards, planned.texts, strict=True))
         ]
         done = {job.number: totals for job in jobs if (totals := _finished(job)) is not None}
         left = [job for job in jobs if job.number not in done]
@@ -104,53 +95,50 @@ def make_tokens(
                 tokenize = _tokenize_function(task)
                 done |= {job.number: tokenize(job, functools.partial(report, job.number)) for job in left}
         files = [done[job.number] for job in jobs]
-        write_index(out, index.model_copy(update={"files": files}))
-    return total_of(files)
+        index.write_index(out, planned.model_copy(update={"files": files}))
+    return index.total_of(files)
 
 
-def _plan_index(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> Index:
-    from relora_mora.tokenizer.identity import tokenizer_fingerprint
-    from relora_mora.tokenizer.load import load_tokenizer
-
+def _plan_index(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> index.Index:
     eos = int(load_tokenizer(tokenizer_path).eos_token_id)  # type: ignore[arg-type]
     texts = [
-        SourceText(name=s.name, size=s.size, text_column=s.text_column, origin=s.origin, content=digest)
+        index.SourceText(name=s.name, size=s.size, text_column=s.text_column, origin=s.origin, content=digest)
         for s, digest in zip(shards, content_digests(shards), strict=True)
     ]
-    making = TokenizationSpec(
+    making = index.TokenizationSpec(
         tokenizer=tokenizer_fingerprint(tokenizer_path),
         eos=eos,
         max_line_bytes=config.max_line_bytes,
         sample_by=config.sample_by if any(shard.format is TEXT for shard in shards) else None,
     )
-    return Index(making=making, texts=texts)
+    return index.Index(making=making, texts=texts)
 
 
 @contextlib.contextmanager
-def _locked_folder(out: Path, index: Index) -> Iterator[None]:
+def _locked_folder(out: Path, planned: index.Index) -> Iterator[None]:
     """Creates the folder with its index, or opens an unfinished one, and locks it against other commands.
 
     Raises SourceError if the folder belongs to another text, tokenizer or limits, or if another command writes to it.
     """
-    if is_token_folder(out):
-        existing = read_index(out)
+    if index.is_token_folder(out):
+        existing = index.read_index(out)
         difference = ""
-        if existing.making != index.making:
+        if existing.making != planned.making:
             difference = "made by another tokenizer, or with another max_line_bytes or sample_by"
-        elif existing.texts != index.texts:
-            difference = f"of another text, or of this text before it changed{_earlier_commit(existing, index)}"
+        elif existing.texts != planned.texts:
+            difference = f"of another text, or of this text before it changed{_earlier_commit(existing, planned)}"
         if difference:
             raise SourceError(f"{out} holds tokens {difference}; give another folder, or remove this one")
     else:
         if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
             raise FileExistsError(f"{out}: exists and holds something else; give a new folder, or remove it")
         out.mkdir(parents=True, exist_ok=True)
-        write_index(out, index)
-    with (out / INDEX).open("r+b") as lock:
+        index.write_index(out, planned)
+    with (out / index.INDEX).open("r+b") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # a command that started at the same time may have replaced the index
-            in_use = not os.path.samestat(os.fstat(lock.fileno()), (out / INDEX).stat())
+            in_use = not os.path.samestat(os.fstat(lock.fileno()), (out / index.INDEX).stat())
         except BlockingIOError:
             in_use = True
         except OSError as error:
@@ -167,14 +155,14 @@ def _locked_folder(out: Path, index: Index) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
-def _earlier_commit(existing: Index, index: Index) -> str:
+def _earlier_commit(existing: index.Index, planned: index.Index) -> str:
     """A hint for messages, if the folder holds an earlier commit of the same set."""
-    names = [[_COMMIT.sub("@/", text.name) for text in each.texts] for each in (existing, index)]
+    names = [[_COMMIT.sub("@/", text.name) for text in each.texts] for each in (existing, planned)]
     commit = _COMMIT.search(existing.texts[0].name)
     return f" (to continue with that commit: --data.revision={commit[1]})" if commit and names[0] == names[1] else ""
 
 
-def _finished(job: Job) -> FileStats | None:
+def _finished(job: Job) -> index.FileStats | None:
     """The totals of a file that an earlier call finished, or None. Raises SourceError if the file is damaged."""
     if not job.path.exists():
         return None
@@ -218,15 +206,12 @@ def _threads(count: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _tokenize_function(task: Task) -> Callable[[Job, Callable[[float], object]], FileStats]:
-    from relora_mora.tokenizer.identity import vocabulary_size
-    from relora_mora.tokenizer.load import load_tokenizer
-
+def _tokenize_function(task: Task) -> Callable[[Job, Callable[[float], object]], index.FileStats]:
     tokenizer = load_tokenizer(task.tokenizer_path)
     encode = text_encoder(tokenizer)
     vocabulary = vocabulary_size(tokenizer)
 
-    def tokenize(job: Job, progress: Callable[[float], object]) -> FileStats:
+    def tokenize(job: Job, progress: Callable[[float], object]) -> index.FileStats:
         return write_tokens(
             job.path,
             job.shard,
@@ -241,8 +226,8 @@ def _tokenize_function(task: Task) -> Callable[[Job, Callable[[float], object]],
     return tokenize
 
 
-def _in_processes(task: Task, jobs: Sequence[Job], processes: int, report: Progress) -> dict[int, FileStats]:
-    done: dict[int, FileStats] = {}
+def _in_processes(task: Task, jobs: Sequence[Job], processes: int, report: Progress) -> dict[int, index.FileStats]:
+    done: dict[int, index.FileStats] = {}
     waiting = list(reversed(jobs))
     with _workers(task, processes) as connections:
         busy: dict[Connection, Job] = {}
@@ -262,12 +247,12 @@ def _in_processes(task: Task, jobs: Sequence[Job], processes: int, report: Progr
                     ) from None
                 if isinstance(answer, Exception):
                     raise answer
-                if isinstance(answer, FileStats):
+                if isinstance(answer, index.FileStats):
                     done[job.number] = answer
                     del busy[connection]
                     if waiting:
                         busy[connection] = _start(connection, waiting.pop())
-                report(job.number, 1.0 if isinstance(answer, FileStats) else answer)
+                report(job.number, 1.0 if isinstance(answer, index.FileStats) else answer)
     return done
 
 

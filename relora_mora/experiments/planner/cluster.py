@@ -5,7 +5,7 @@ A step takes compute + optimizer + network - hidden:
 compute    on a GPU from ``compute.py``; FLOPs of the arithmetic / (ranks x peak x utilisation) if that is given
 optimizer  AdamW in float32 reads 16 and writes 12 bytes for each parameter that a rank owns, and writes the weight, at
            the device's memory bandwidth. If matrices have another optimizer: its passes and its products
-           (``optimizer.py``), with the products at the rate of the arithmetic
+           (``work.py``), with the products at the rate of the arithmetic
 network    bytes that a device sends in a ring (``network.py``) / bandwidth. The slowest part of the ring decides: from
            device to device within a host, or from host to host, where a ring's bytes leave each host once. Latency is
            not counted

@@ -32,8 +32,8 @@ from transformers import PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.optim.groups import count_parameters, group_moments
-from relora_mora.sizing.optimizer import exchanged_bytes
 from relora_mora.sizing.setup import MAX_REUSE_DISTANCE, Setup
+from relora_mora.sizing.work import exchanged_bytes
 
 _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}
 
@@ -46,7 +46,7 @@ class Traffic:
     ``gathered``: weights that training waits for, after the step or, at stage 3, in forward and backward. ``merge``: a
     merge event, adapters to the owners of the base and new weights back. ``state``: the adapters' moments, which every
     rank gets whole in a merge if the reset keeps some of them. ``exchanged``: the pieces of matrices that an optimizer
-    needs whole (``optimizer.py``), to their owners and back.
+    needs whole (``work.py``), to their owners and back.
     """
 
     ranks: int

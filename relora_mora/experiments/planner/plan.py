@@ -16,10 +16,9 @@ from relora_mora.experiments.planner.compute import PRODUCTS_RATE, ComputeTime, 
 from relora_mora.experiments.planner.network import Traffic, traffic
 from relora_mora.optim.groups import Parameters, count_parameters
 from relora_mora.sizing.fit import USABLE, choose_resident, uneven_widths
-from relora_mora.sizing.flops import Flops, flops_of, meta_model
 from relora_mora.sizing.memory import Memory, peak_memory
-from relora_mora.sizing.optimizer import passes_bytes, product_flops
 from relora_mora.sizing.setup import Setup
+from relora_mora.sizing.work import Flops, flops_of, meta_model, passes_bytes, product_flops
 
 STAGES = (0, 1, 2, 3)
 ASSUMED_UTILISATION = 0.4  # of a CPU; for a GPU it is calculated

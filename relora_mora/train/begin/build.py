@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from relora_mora import kernels
@@ -17,9 +16,8 @@ from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.distributed.collectives import from_first_rank
 from relora_mora.engine.engine import ZeroEngine
 from relora_mora.engine.merging import FrozenMasters, Merger
-from relora_mora.model.compiler import allow_programs
 from relora_mora.model.config import function_differences
-from relora_mora.model.llama import LossModel, empty_model, initial_value, put_values
+from relora_mora.model.llama import LossModel, allow_programs, empty_model, initial_value, put_values
 from relora_mora.operators import Draw
 from relora_mora.optim.groups import (
     ParameterGroup,
@@ -45,14 +43,14 @@ from relora_mora.weights.peft import AdapterFolder
 
 def initial_values(
     lm: PreTrainedModel, base: FrozenMasters, config: Config, world_size: int
-) -> tuple[dict[str, int], dict[str, Tensor]]:
+) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
     """The rank that creates each parameter of the plain model, and the float32 values that this rank has created.
 
     A collective. Each rank draws its part of the random values at the same time as the others. The first rank reads
     ``model.init_from`` and ``model.adapter``; the values of an adapter replace those that its layers were drawn with.
     """
     shapes = {name: p.shape for name, p in lm.named_parameters() if p.is_meta}
-    values: dict[str, Tensor] = {}
+    values: dict[str, torch.Tensor] = {}
     if config.model.init_from is not None:
 
         def read() -> list[str]:
@@ -73,7 +71,7 @@ def initial_values(
 
 
 def write_initial_values(
-    engine: ZeroEngine, base: FrozenMasters, creator: Mapping[str, int], values: dict[str, Tensor]
+    engine: ZeroEngine, base: FrozenMasters, creator: Mapping[str, int], values: dict[str, torch.Tensor]
 ) -> None:
     """Distributes the initial values, one parameter at a time; a collective.
 
@@ -99,7 +97,7 @@ def write_initial_values(
     engine.refresh()
 
 
-def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
     """The float32 weights of ``model.init_from`` by the parameter names of this run's model.
 
     Raises :class:`ConfigError` if they do not fit, or if they compute something else in the model they come from.

@@ -26,9 +26,8 @@ from relora_mora.data.stream.fingerprint import fingerprints
 from relora_mora.data.stream.mixture import in_saved_order
 from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
 from relora_mora.distributed.join import processes_on_host
-from relora_mora.model.compiler import compiles_here
 from relora_mora.model.config import check_length, plain_model_config
-from relora_mora.model.llama import check_attention
+from relora_mora.model.llama import check_attention, compiles_here
 from relora_mora.sizing.fit import check_adapters, check_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.system.hardware import fast_bf16, gpu_memory_bytes, host_memory_bytes, uses_cuda

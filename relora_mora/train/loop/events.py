@@ -16,23 +16,15 @@ from relora_mora.distributed.collectives import from_first_rank, gather_from_ran
 from relora_mora.evaluation.generation import Generated, generate_answers
 from relora_mora.evaluation.loss import EvalResult, Update, evaluate, evaluate_sets, held_out
 from relora_mora.optim.groups import group_rates
-from relora_mora.sizing.flops import flops_per_token
+from relora_mora.sizing.work import flops_per_token
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.hardware import peak_memory_bytes
 from relora_mora.system.logs import counted, log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
+from relora_mora.train.log import report
 from relora_mora.train.log.progress import Progress
-from relora_mora.train.log.report import (
-    Interval,
-    Write,
-    data_metrics,
-    eval_metrics,
-    loss_metrics,
-    merge_metrics,
-    peak_of_device,
-)
-from relora_mora.train.loop.feed import DataFailed
+from relora_mora.train.loop.step import DataFailed
 from relora_mora.train.state.run_state import RunState, TrainingError
 
 
@@ -44,7 +36,7 @@ def is_due(every_steps: int, step: int) -> bool:
 class Merging:
     """Merges the adapters into the frozen weights. ``before`` is called right before a merge."""
 
-    def __init__(self, run: Run, guard: Guard, write: Write, before: Callable[[], None]) -> None:
+    def __init__(self, run: Run, guard: Guard, write: report.Write, before: Callable[[], None]) -> None:
         self.schedule = run.schedule
         self.merger = run.merger
         self.guard = guard
@@ -60,7 +52,7 @@ class Merging:
         gather_from_ranks(None)  # waits in the group whose timeout allows for slow disks
         merges_done = self.schedule.merges_done(step)
         record = self.merger.merge(step, merges_done, self.schedule.operator(step))
-        self.write(step, merge_metrics(record))
+        self.write(step, report.merge_metrics(record))
         if not record.effective_rank:  # not measured at every one of frequent merges; log as rarely
             return
         switched = ""
@@ -75,11 +67,11 @@ class Reporting:
     """Writes a line of metrics over the steps since the last one, before the checkpoint and before anything that a
     signal may interrupt: otherwise a resume would lose the line."""
 
-    def __init__(self, run: Run, write: Write, progress: Progress) -> None:
+    def __init__(self, run: Run, write: report.Write, progress: Progress) -> None:
         checked = run.checked
         self.config = run.config
         self.flops_per_token = flops_per_token(checked.model_config, run.config).total
-        self.peak_flops = peak_of_device(run.config.log, bf16=checked.bf16)
+        self.peak_flops = report.peak_of_device(run.config.log, bf16=checked.bf16)
         self.sources = mixture_names(run.config.data) if run.config.data.is_mixture else ()
         self.engine = run.engine
         self.groups = run.groups
@@ -92,7 +84,7 @@ class Reporting:
         if not is_due(self.config.log.every_steps, state.step) and state.step != self.config.train.steps:
             return
         interval = state.interval
-        state.interval = Interval()
+        state.interval = report.Interval()
         if not interval.good_steps:
             return
         [total] = sum_over_hosts([interval.loss / interval.good_steps])
@@ -102,14 +94,14 @@ class Reporting:
         self.write(
             state.step,
             {
-                **loss_metrics(loss),
+                **report.loss_metrics(loss),
                 "train/lr": rates[0],
                 **{f"train/lr_{group.name}": rate for group, rate in zip(self.groups[1:], rates[1:], strict=True)},
                 "train/grad_norm": interval.grad_norm,
                 "train/tokens": state.tokens,
                 **speed,
                 "perf/peak_memory_gib": peak_memory_bytes() / 2**30,
-                **data_metrics(interval.data_counts, self.sources, self.config.data.sequence_length),
+                **report.data_metrics(interval.data_counts, self.sources, self.config.data.sequence_length),
             },
         )
         self.progress.show(
@@ -117,7 +109,7 @@ class Reporting:
             f"{speed['perf/tokens_per_second']:,.0f} tokens/s"
         )
 
-    def _speed(self, interval: Interval) -> dict[str, float]:
+    def _speed(self, interval: report.Interval) -> dict[str, float]:
         seconds = interval.step_seconds + interval.data_seconds
         tokens_per_second = interval.steps * self.config.tokens_per_step / seconds
         achieved = tokens_per_second * self.flops_per_token / self.engine.world_size
@@ -133,7 +125,7 @@ class Reporting:
 class Evaluating:
     """Evaluates the held-out loss of each set and of all sets. Every token counts once, for any number of ranks."""
 
-    def __init__(self, run: Run, guard: Guard, write: Write, progress: Progress) -> None:
+    def __init__(self, run: Run, guard: Guard, write: report.Write, progress: Progress) -> None:
         self.config: Config = run.config
         self.micro_batch_size = run.config.eval.micro_batch_size or run.config.train.micro_batch_size
         self.tokenizer = run.checked.tokenizer
@@ -240,7 +232,7 @@ class Evaluating:
         self, step: int, results: Mapping[str, EvalResult], generated: Mapping[str, Generated], seconds: float
     ) -> None:
         whole = EvalResult.of_all(results.values())
-        metrics = eval_metrics(results) | eval_metrics({"": whole}) | eval_metrics(generated)
+        metrics = report.eval_metrics(results) | report.eval_metrics({"": whole}) | report.eval_metrics(generated)
         self.write(step, {**metrics, "eval/seconds": seconds})
         for name, result in results.items():
             if name:
@@ -253,7 +245,7 @@ class Evaluating:
 class Saving:
     """Saves checkpoints. They are written in the background."""
 
-    def __init__(self, run: Run, writer: CheckpointWriter, guard: Guard, write: Write) -> None:
+    def __init__(self, run: Run, writer: CheckpointWriter, guard: Guard, write: report.Write) -> None:
         self.every_steps = run.config.checkpoint.every_steps
         self.run = run
         self.writer = writer

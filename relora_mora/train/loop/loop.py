@@ -25,14 +25,11 @@ from relora_mora.system.run_folder import RunFolder
 from relora_mora.system.seeds import derived_seed
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log.loggers import make_loggers
-from relora_mora.train.log.metrics import Metrics
-from relora_mora.train.log.progress import Progress, next_commands
-from relora_mora.train.log.report import merge_metrics
-from relora_mora.train.log.startup import Startup
+from relora_mora.train.log.progress import Progress, Startup, next_commands
+from relora_mora.train.log.report import Metrics, merge_metrics
 from relora_mora.train.loop.events import Evaluating, Merging, Reporting, Saving
-from relora_mora.train.loop.feed import BatchLoader, DataFailed, LocalBatch
-from relora_mora.train.loop.judge import StabilityMonitor, StepResult
-from relora_mora.train.state.rollback import find_rollback_target, roll_back
+from relora_mora.train.loop.step import BatchLoader, DataFailed, LocalBatch, StabilityMonitor, StepResult
+from relora_mora.train.state.restore import find_rollback_target, roll_back
 from relora_mora.train.state.run_state import DataError, RunState, TrainingError
 
 

@@ -16,8 +16,7 @@ from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
 from relora_mora.train.begin.check import saved_settings
 from relora_mora.train.begin.identity import Identity, changed_settings, changes_since
-from relora_mora.train.state.restore import restore
-from relora_mora.train.state.rollback import forget_rollbacks, replay_rollbacks
+from relora_mora.train.state.restore import forget_rollbacks, replay_rollbacks, restore
 from relora_mora.train.state.run_state import RunState
 from relora_mora.weights.digests import other_weights
 

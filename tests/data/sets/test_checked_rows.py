@@ -14,7 +14,7 @@ import pytest
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sets.counting import count_epochs
+from relora_mora.data.sets.reading import count_epochs
 from relora_mora.data.sets.show import check_columns, check_records
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.stream import TrainStream

@@ -11,8 +11,7 @@ import pytest
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.lane_states import merge_states
-from relora_mora.data.sets.counting import count_epochs
-from relora_mora.data.sets.rows_in_order import rows_in_order
+from relora_mora.data.sets.reading import count_epochs, rows_in_order
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.fingerprint import fingerprints
 from relora_mora.data.stream.packing import UNSCORED, Batch

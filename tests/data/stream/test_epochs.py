@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from relora_mora.data.lane_states import merge_states, start_states
-from relora_mora.data.sets.counting import count_epochs
+from relora_mora.data.sets.reading import count_epochs
 from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.data.stream.stream import TrainStream
 from relora_mora.data.stream.whole import of_epoch
@@ -161,7 +161,7 @@ def test_numbers_of_used_and_skipped_records_are_logged(tokenizer_path, tmp_path
     rows[7]["prompt"] = "the rank " * LENGTH
     rows[8]["completion"] = " matrix" * 2 * LENGTH
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with caplog.at_level("INFO", "relora_mora.data.sets.counting"):
+    with caplog.at_level("INFO", "relora_mora.data.sets.reading"):
         epoch = _count(_config(tmp_path / "a.jsonl", "whole"), tokenizer_path)
     [said] = [message for message in caplog.messages if " sequences, " in message]
     found = re.fullmatch(r"18 records in (\d+) sequences, (\d+) % full(.*)", said)

@@ -18,7 +18,7 @@ from relora_mora.data.lane_states import merge_states
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import Encoded
-from relora_mora.data.sets.counting import count_epochs
+from relora_mora.data.sets.reading import count_epochs
 from relora_mora.data.shard import Record
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.packing import UNSCORED, Block

@@ -15,7 +15,7 @@ from relora_mora.experiments.planner.cluster import Cluster
 from relora_mora.experiments.planner.plan import FRAGMENTATION, PROCESS_BYTES, STAGES, Plan, make_plan
 from relora_mora.experiments.planner.render import duration, render
 from relora_mora.model.config import read_model_config
-from relora_mora.sizing.flops import flops_per_token
+from relora_mora.sizing.work import flops_per_token
 from relora_mora.system.devices import CPU, DEVICES, device_of_name, named_device
 from relora_mora.system.hardware import device_here
 from tests.tools.commands import PLAN, call

@@ -17,13 +17,13 @@ pytestmark = pytest.mark.distributed
 def with_a_stopped_worker(config: Any) -> str:
     """Rank 1 stops its data worker after step 3, as a debugger or a disk that does not answer would. Returns the
     error's text."""
-    from relora_mora.train.loop import feed
+    from relora_mora.train.loop import step as loading
     from relora_mora.train.loop.loop import Trainer
     from relora_mora.train.pretrain import pretrain
     from relora_mora.train.state.run_state import TrainingError
 
     train_step = Trainer.train_step
-    before = feed.WORKER_SECONDS
+    before = loading.WORKER_SECONDS
 
     def step(self: Trainer, share: Any) -> Any:
         result = train_step(self, share)
@@ -32,14 +32,14 @@ def with_a_stopped_worker(config: Any) -> str:
         return result
 
     Trainer.train_step = step  # type: ignore[method-assign]
-    feed.WORKER_SECONDS = 0.0
+    loading.WORKER_SECONDS = 0.0
     try:
         pretrain(config)
     except TrainingError as error:
         return str(error)
     finally:
         Trainer.train_step = train_step  # type: ignore[method-assign]
-        feed.WORKER_SECONDS = before
+        loading.WORKER_SECONDS = before
     return ""
 
 

@@ -14,8 +14,8 @@ from tensorboard.plugins.hparams import api_pb2, get_experiment, list_session_gr
 from tensorboard.plugins.hparams.backend_context import Context
 
 from relora_mora.config.load import dump, validate
-from relora_mora.train.log.metrics import Metrics
-from relora_mora.train.log.tensorboard import TensorBoard
+from relora_mora.train.log.loggers import TensorBoard
+from relora_mora.train.log.report import Metrics
 from tests.tools.config_tools import tree
 
 

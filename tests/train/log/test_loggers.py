@@ -22,9 +22,8 @@ from relora_mora.config.load import ConfigError, dump, validate
 from relora_mora.config.schema import LogConfig
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.train.log import loggers
-from relora_mora.train.log.loggers import WeightsAndBiases, check_loggers, make_loggers
-from relora_mora.train.log.metrics import Metrics
-from relora_mora.train.log.tensorboard import TensorBoard
+from relora_mora.train.log.loggers import TensorBoard, WeightsAndBiases, check_loggers, make_loggers
+from relora_mora.train.log.report import Metrics
 from tests.tools.config_tools import faults_of, tree
 from tests.tools.runs import metrics, run_config, train, write_inputs
 

@@ -17,8 +17,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from relora_mora.config.load import dump, validate
 from relora_mora.system.logs import log, setup_logging, shared_log
-from relora_mora.train.log.metrics import Metrics
-from relora_mora.train.log.tensorboard import LAYOUT, NO_CURVES, TensorBoard, board_tag
+from relora_mora.train.log.loggers import LAYOUT, NO_CURVES, TensorBoard, board_tag
+from relora_mora.train.log.report import Metrics
 from tests.tools.config_tools import tree
 from tests.tools.helpers import ROOT
 from tests.tools.runs import metrics as metrics_of
@@ -129,7 +129,7 @@ def test_a_disk_that_is_full_when_a_run_goes_back_costs_lines_and_no_step_is_the
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     with monkeypatch.context() as disk:
-        disk.setattr("relora_mora.train.log.metrics.write_synced", full)
+        disk.setattr("relora_mora.train.log.report.write_synced", full)
         metrics.go_back(1)
         metrics.write(2, {"train/loss": 2.0})
     metrics.write(3, {"train/loss": 3.0})
@@ -165,8 +165,8 @@ def after_a_power_cut(config: Any) -> dict[str, str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", sync)
-        patch.setattr(writer, "put_in_place", name)
-        patch.setattr(guard, "record_end", end)
+        patch.setattr(writer.layout, "put_in_place", name)
+        patch.setattr(guard.exits, "record_end", end)
         pretrain(config)
     return found
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.train.log import startup
+from relora_mora.train.log import progress
 from tests.tools.pool import Pool
 from tests.tools.tiny import build_rig, tiny_config
 
 
 def test_what_was_before_an_exec_is_not_counted(tmp_path: Path) -> None:
-    functions = "".join(map(inspect.getsource, (startup._age_of_interpreter, startup._age)))
+    functions = "".join(map(inspect.getsource, (progress._age_of_interpreter, progress._age)))
     script = tmp_path / "script.py"  # only the functions: importing the trainer takes longer than all of this
     imports = "import logging, os, time\nfrom pathlib import Path\n"
     script.write_text(f"{imports}{functions}\nprint(_age_of_interpreter(), _age(os.getpid()))")
@@ -28,7 +28,7 @@ def test_what_was_before_an_exec_is_not_counted(tmp_path: Path) -> None:
 
 
 def test_without_an_exec_both_are_about_the_same() -> None:
-    assert 0 < startup._age_of_interpreter() <= startup._age(os.getpid())
+    assert 0 < progress._age_of_interpreter() <= progress._age(os.getpid())
 
 
 def has_imported_the_compiler() -> bool:

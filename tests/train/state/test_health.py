@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from relora_mora.config.schema import TrainConfig
-from relora_mora.train.loop.judge import StabilityMonitor, StepResult
-from relora_mora.train.state import rollback
-from relora_mora.train.state.rollback import Rollback, dump_rollbacks, read_rollbacks, replay_rollbacks
+from relora_mora.train.loop.step import StabilityMonitor, StepResult
+from relora_mora.train.state import restore
+from relora_mora.train.state.restore import Rollback, dump_rollbacks, read_rollbacks, replay_rollbacks
 from relora_mora.train.state.run_state import RunState, StabilityState
 from tests.tools.tiny import tiny_config
 
@@ -93,7 +93,7 @@ def test_rollbacks_come_back_and_a_damaged_file_is_no_empty_one(tmp_path):
 
 
 def test_the_note_of_a_rollback_holds_though_that_of_one_before_was_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(rollback, "from_first_rank", lambda read: read())
+    monkeypatch.setattr(restore, "from_first_rank", lambda read: read())
     second = Rollback(2, 8, 11, "why", {"0": {"row": 13}}, "order")
     (tmp_path / "rollbacks.json").write_text(dump_rollbacks([second]))
     state = RunState(initial_seed=0, step=8, rollbacks=1, data={"0": {"row": 8}})
@@ -107,7 +107,7 @@ def test_the_note_of_a_rollback_holds_though_that_of_one_before_was_lost(tmp_pat
 def test_a_spike_causes_a_rollback_if_there_is_a_checkpoint_and_the_text_is_the_same(
     monkeypatch, has_checkpoint, stages, rolls
 ):
-    monkeypatch.setattr("relora_mora.train.loop.judge.sum_over_hosts", lambda values: values)
+    monkeypatch.setattr("relora_mora.train.loop.step.sum_over_hosts", lambda values: values)
     data: dict[str, Any] = {"train": [{"source": "a", "weight": 1.0}, {"source": "b", "weight": 1.0}]}
     if stages:
         data["stages"] = [{"from_step": 41, "weights": {"a": 0.0, "b": 1.0}}]
