@@ -24,6 +24,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     import torch
 
+    from relora_mora.config.data import DataConfig
     from relora_mora.data.sets.held_out import EvalSet
     from relora_mora.evaluation.loss import EvalResult
     from relora_mora.weights.load import LoadedModel
@@ -79,11 +80,7 @@ def main(
     with many_imports():  # takes seconds, so arguments are checked first
         import torch
 
-        from relora_mora.config.data import set_setting
-        from relora_mora.data.errors import SourceError
-        from relora_mora.data.sources.names import hub_repo
-        from relora_mora.data.sources.resolve import shards_of
-        from relora_mora.evaluation.loss import EvalResult, held_out, is_causal
+        from relora_mora.evaluation.loss import EvalResult, held_out
         from relora_mora.system.hardware import uses_cuda
         from relora_mora.system.logs import counted
         from relora_mora.tokenizer.load import load_tokenizer
@@ -99,19 +96,13 @@ def main(
 
         names = [name.strip() for name in tasks.split(",")]
         check_tasks(names, task_data, num_fewshot)
-    if tasks is None and sources is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
+    elif sources is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
         raise ValueError(f"--data: {model} is not a run and names no text; give text to score, e.g. allenai/c4")
     # missing files are reported before a large model is read
     if tokenizer is not None:
         load_tokenizer(tokenizer)
     if sources is not None:
-        for name, set_sources in text.validation_sets.items():
-            if any(hub_repo(source) or "://" in source.source for source in set_sources):
-                continue
-            try:
-                shards_of(set_sources, text, "validation")
-            except SourceError as error:
-                raise SourceError(f"{set_setting(name)}: {error}" if name else str(error)) from error
+        _check_files(text)
     loaded = load_model(Path(model), DTYPES[precision], None if base is None else Path(base))
     if tasks is not None:
         _score_tasks(loaded, tokenizer, names, micro_batch_size, **task_options)
@@ -124,18 +115,11 @@ def main(
     with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
         sets = held_out(settings, str(tokenizer_path), max_tokens)
     device = torch.device("cuda" if uses_cuda() else "cpu")
-    lm: Any = loaded.model  # torch's types do not know that a model accepts a device
-    lm = lm.to(device).eval()
-    if not is_causal(lm, device):
-        raise ValueError(
-            f"{model}: {type(lm).__name__} predicts a token from the token itself and later ones; "
-            "give a causal language model"
-        )
+    lm = _causal_model(loaded, model, device)
     tokens = sum(each.predicted for each in sets.values())
-    documents = sum(each.documents for each in sets.values())
+    documents = counted(sum(each.documents for each in sets.values()), "document")
     print(
-        f"{loaded.description}: {tokens:,} tokens of {counted(documents, 'document')} in sequences of "
-        f"{settings.sequence_length}"
+        f"{loaded.description}: {tokens:,} tokens of {documents} in sequences of {settings.sequence_length}"
         f"{', each document by itself' if masked else ''}",
         file=sys.stderr,
     )
@@ -150,6 +134,22 @@ def main(
         return
     print(_table({**results, "all sets": total}), file=sys.stderr)
     print(json.dumps({**total.as_dict(), "sets": {name: result.as_dict() for name, result in results.items()}}))
+
+
+def _check_files(text: DataConfig) -> None:
+    """Raises SourceError if files of the text on this host are missing."""
+    from relora_mora.config.data import set_setting
+    from relora_mora.data.errors import SourceError
+    from relora_mora.data.sources.names import hub_repo
+    from relora_mora.data.sources.resolve import shards_of
+
+    for name, sources in text.validation_sets.items():
+        if any(hub_repo(source) or "://" in source.source for source in sources):
+            continue
+        try:
+            shards_of(sources, text, "validation")
+        except SourceError as error:
+            raise SourceError(f"{set_setting(name)}: {error}" if name else str(error)) from error
 
 
 def _check_length(length: int, loaded: LoadedModel, name: str, *, masked: bool) -> None:
@@ -168,6 +168,20 @@ def _check_length(length: int, loaded: LoadedModel, name: str, *, masked: bool) 
             f"--data.sequence_length: got {length}, but beyond {longest} positions the longrope of {name} rotates all "
             f"documents of a batch according to the longest one; give at most {longest}, or unmask documents"
         )
+
+
+def _causal_model(loaded: LoadedModel, name: str, device: torch.device) -> torch.nn.Module:
+    """The model on the device. Raises ValueError if the model, called ``name``, is not causal."""
+    from relora_mora.evaluation.loss import is_causal
+
+    lm: Any = loaded.model  # torch's types do not know that a model accepts a device
+    lm = lm.to(device).eval()
+    if not is_causal(lm, device):
+        raise ValueError(
+            f"{name}: {type(lm).__name__} predicts a token from the token itself and later ones; "
+            "give a causal language model"
+        )
+    return lm
 
 
 def _score(

@@ -46,7 +46,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from relora_mora.adapters.inject import INPUTS, decoder_linears
@@ -227,33 +226,20 @@ def activation_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, floa
     """
     config = setup.config
     width = setup.width
-    model_config = model.config
-    hidden = model_config.hidden_size
-    intermediate = model_config.intermediate_size
-    length = config.data.sequence_length
-    heads = model_config.num_attention_heads
-    tokens = config.tokens_per_micro_batch
+    hidden = model.config.hidden_size
     of_norm = 4 + (width if config.method.train_norms else 0)
-    normed = hidden * of_norm + 4  # of the final norm, which is not compiled
-    of_norm = width if setup.compiles else of_norm
-    queries, keys = attention_widths(model_config)
-    heads_normed = _normed_heads(model) * (queries // heads * of_norm + 4)
-    eager = config.model.attention == "eager"
-    fused = setup.on_gpu and config.model.attention == "sdpa"
-    flash = fused and flash_supports(head_width(model_config), _compute_type(setup))
-    masked = eager or (config.data.masks_documents and not flash)
-    if masked or (fused and not flash):
-        keys = queries  # keys and values are repeated for every head
-    layer: float = 2 * (hidden * of_norm + 4) + heads_normed
-    layer += width * (2 * queries + 2 * keys) + 4 * heads + (2 if setup.compiles else 3) * width * intermediate
-    if eager:
-        layer += heads * length * (6 if setup.bf16 else 4)  # softmax in float32, and its rounded copy
-    layer += width * _linear_inputs(model, config)
-    mask = width * length if masked else 0
-    layers = model_config.num_hidden_layers
-    kept = layers * (width * hidden if config.model.activation_checkpointing else layer)
-    ends = normed + 2 * width * hidden  # the final norm, the head's input and its gradient
-    return tokens * (kept + ends + mask), tokens * layer, tokens * mask
+    final_norm = hidden * of_norm + 4  # it is not compiled
+    if setup.compiles:
+        of_norm = width
+    norms = 2 * (hidden * of_norm + 4) + _normed_heads(model) * (head_width(model.config) * of_norm + 4)
+    attention, mask = _attention_activations(model, setup)
+    gated_product = (2 if setup.compiles else 3) * width * model.config.intermediate_size
+    layer = norms + attention + gated_product + width * _linear_inputs(model, config)
+    of_layer = width * hidden if config.model.activation_checkpointing else layer
+    ends = final_norm + 2 * width * hidden  # and the head's input with its gradient
+    tokens = config.tokens_per_micro_batch
+    kept = model.config.num_hidden_layers * of_layer + ends + mask
+    return tokens * kept, tokens * layer, tokens * mask
 
 
 def _normed_heads(model: PreTrainedModel) -> int:
@@ -261,6 +247,24 @@ def _normed_heads(model: PreTrainedModel) -> int:
     attention = model.model.layers[0].self_attn
     shared = model.config.num_key_value_heads
     return model.config.num_attention_heads + shared if hasattr(attention, "q_norm") else 0
+
+
+def _attention_activations(model: PreTrainedModel, setup: Setup) -> tuple[int, int]:
+    """Bytes per token: (kept by the attention of a layer, of the mask)."""
+    config = setup.config
+    heads = model.config.num_attention_heads
+    length = config.data.sequence_length
+    queries, keys = attention_widths(model.config)
+    eager = config.model.attention == "eager"
+    fused = setup.on_gpu and config.model.attention == "sdpa"
+    flash = fused and flash_supports(head_width(model.config), _compute_type(setup))
+    masked = eager or (config.data.masks_documents and not flash)
+    if masked or (fused and not flash):
+        keys = queries  # keys and values are repeated for every head
+    kept = setup.width * (2 * queries + 2 * keys) + 4 * heads
+    if eager:
+        kept += heads * length * (6 if setup.bf16 else 4)  # softmax in float32, and its rounded copy
+    return kept, setup.width * length if masked else 0
 
 
 def _linear_inputs(model: PreTrainedModel, config: Config) -> float:
@@ -279,7 +283,7 @@ def _linear_inputs(model: PreTrainedModel, config: Config) -> float:
     return sum(elements.values()) / model.config.num_hidden_layers
 
 
-def _kept(layer: nn.Linear | AdapterLinear, config: Config) -> list[Kept]:
+def _kept(layer: torch.nn.Linear | AdapterLinear, config: Config) -> list[Kept]:
     if isinstance(layer, AdapterLinear):
         return layer.kept(config.tokens_per_micro_batch, config.method.cycle)
     return [Kept(INPUT, layer.in_features, shared=True)] if layer.weight.requires_grad else []

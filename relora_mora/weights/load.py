@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -64,7 +63,7 @@ def own_tokenizer_path(path: Path) -> Path:
     return RunFolder(path.parent if list_checkpoints(path) else path).tokenizer  # it has the same name in a checkpoint
 
 
-def start_weights(path: Path, model_config: PreTrainedConfig) -> dict[str, Tensor]:
+def start_weights(path: Path, model_config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """The float32 weights of a Hugging Face folder, a run or a checkpoint, by the parameter names of this package."""
     if is_foreign(path):
         return load_foreign(path, torch.float32, model_class(model_config), whole=True).state_dict()
@@ -99,18 +98,16 @@ class LoadedModel:
         """
         trained = _with_saved_template(self.data) if own_tokenizer else self.data
         given = trained.model_dump(include={*SCORING, "validation", "commits"}) | {"train": "none"}
-        if any(name.startswith("data.records") for name in overrides):
-            del given["packing"]
-        kind = overrides.get("data.records.kind")
-        if kind is not None and trained.records is not None and trained.records.kind != kind:
-            given["records"] = None  # columns and template belong to their kind
-        if overrides.get("data.packing") == "none":
-            del given["document_mask"]
+        _drop_replaced(given, overrides)
         if validation is None:
             return read_data(given, overrides, SCORING)
         del given["revision"]
         data = read_data({**given, "validation": validation}, overrides, SCORING)
-        own = [] if "data.revision" in overrides else filter(hub_repo, self.data.sources("validation"))
+        return data if "data.revision" in overrides else self._with_own_revisions(data)
+
+    def _with_own_revisions(self, data: DataConfig) -> DataConfig:
+        """Held-out sources without a revision get the one that the run has for the same source on the hub."""
+        own = filter(hub_repo, self.data.sources("validation"))
         known = {source.source: source.revision or self.data.revision for source in own}
 
         def pinned(source: TextSource) -> TextSource:
@@ -118,6 +115,17 @@ class LoadedModel:
 
         sets = {name: [pinned(source) for source in sources] for name, sources in data.validation_sets.items()}
         return data.model_copy(update={"validation": sets})
+
+
+def _drop_replaced(given: dict[str, Any], overrides: Mapping[str, str]) -> None:
+    """Drops settings that depend on others, if the command line sets these."""
+    if any(name.startswith("data.records") for name in overrides):
+        del given["packing"]
+    kind = overrides.get("data.records.kind")
+    if kind is not None and given["records"] is not None and given["records"]["kind"] != kind:
+        given["records"] = None  # columns and template belong to their kind
+    if overrides.get("data.packing") == "none":
+        del given["document_mask"]
 
 
 def _with_saved_template(data: DataConfig) -> DataConfig:
@@ -203,17 +211,7 @@ def merge_into(model: PreTrainedModel, adapter: AdapterFolder, named: str) -> No
     parameters = dict(model.named_parameters())
     adapter.check_base(parameters.get, named)
     for name in adapter.layers:
-        linear = modules.get(name)
-        if not isinstance(linear, nn.Linear):
-            raise CheckpointError(
-                f"{adapter.file}: {name} is not a linear layer of {named}; give the model it was trained on"
-            )
-        if not adapter.fits(name, linear.in_features, linear.out_features):
-            raise CheckpointError(
-                f"{adapter.file}: {name} has an M of size {adapter.layers[name]}, which does not fit its rank and "
-                f"the layer {linear.in_features} -> {linear.out_features} of {named}; give the model that the "
-                "adapter was trained on"
-            )
+        linear = _linear_of(adapter, name, modules.get(name), named)
         with torch.device("meta"):
             layer = adapter.layer_on(name, linear)
         names = [f"{name}.{key}" for key in layer.adapter_names]
@@ -223,6 +221,21 @@ def merge_into(model: PreTrainedModel, adapter: AdapterFolder, named: str) -> No
     for name in adapter.plain():
         _check_shape(adapter, name, parameters.get(name), named)
         parameters[name].copy_(adapter.value(name))
+
+
+def _linear_of(adapter: AdapterFolder, name: str, module: torch.nn.Module | None, named: str) -> torch.nn.Linear:
+    """The linear layer of an adapter's layer. Raises :class:`CheckpointError` if ``module`` is not one that it fits."""
+    if not isinstance(module, torch.nn.Linear):
+        raise CheckpointError(
+            f"{adapter.file}: {name} is not a linear layer of {named}; give the model it was trained on"
+        )
+    if not adapter.fits(name, module.in_features, module.out_features):
+        raise CheckpointError(
+            f"{adapter.file}: {name} has an M of size {adapter.layers[name]}, which does not fit its rank and "
+            f"the layer {module.in_features} -> {module.out_features} of {named}; give the model that the "
+            "adapter was trained on"
+        )
+    return module
 
 
 def _check_shape(adapter: AdapterFolder, name: str, expected: torch.Tensor | None, named: str) -> None:

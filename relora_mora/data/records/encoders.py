@@ -1,7 +1,8 @@
 """Encodes rows (plain text, records, pre-tokenized text) for a stream, or as whole rows with begin and end tokens."""
 
+import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,50 +73,21 @@ def whole_texts(encode: Encode[Any], eos: int, record_format: RecordFormat | Non
 
 def record_encoder(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> Encode[Record]:
     """Encodes records; only the tokens of their answers are scored, unless ``data.records.score`` is ``all``."""
-    from jinja2 import TemplateSyntaxError
-
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise SourceError(
             f"{tokenizer.name_or_path} does not report the character offsets of its tokens, which records need; "
             "give a tokenizer with a tokenizer.json, or a sentencepiece model"
         )
     settings = record_format.settings
-    scores_all = settings.score == "all"
-    template = chat_template(tokenizer, record_format) if settings.is_conversation else None
-    label = template_name(tokenizer, record_format)
-
-    def passage(record: Record) -> Passage | Skipped:
-        if template is None:
-            return passage_of(settings.kind, record)
-        conversation = conversation_of(settings.kind, record)
-        if isinstance(conversation, Skipped):
-            return conversation
-        try:
-            rendered = render(tokenizer, template, conversation, marked=not scores_all)
-        except TemplateSyntaxError as error:
-            raise SourceError(
-                f"{label} is not valid Jinja: line {error.lineno}: {error.message}; correct it, or set "
-                "data.records.template to another one"
-            ) from error
-        except Exception as error:  # a template may raise anything
-            reason = " ".join(str(error).split())
-            return Skipped("template_failed", record.describe(f"is refused by {label} ({reason:.200})"))
-        if not rendered.answers and any(message["role"] == "assistant" for message in conversation.messages):
-            return Skipped("no_answer", record.describe(f"has an answer that {label} does not mark"))
-        if any(_renders_as(rendered.text, tokenizer, template, other) for other in conversation.without_tools()):
-            return Skipped("template_failed", record.describe(f"has tools, which {label} does not write"))
-        learned = conversation.learned()
-        if scores_all or all(learned):
-            return rendered
-        if len(rendered.answers) != len(learned):
-            fault = f"has a weight, and {label} marks {len(rendered.answers)} of its {len(learned)} answers"
-            return Skipped("template_failed", record.describe(fault))
-        return rendered._replace(answers=list(itertools.compress(rendered.answers, learned)))
+    passage: Callable[[Record], Passage | Skipped] = functools.partial(passage_of, settings.kind)
+    if settings.is_conversation:
+        passage = _renderer(tokenizer, record_format)
 
     def encode(records: list[Record]) -> list[Encoded | Skipped]:
         passages = [passage(record) for record in records]
         usable = [each for each in passages if isinstance(each, Passage)]
-        encoded = iter(_tokens(tokenizer, usable, parse_special=template is not None, scores_all=scores_all))
+        parse_special = settings.is_conversation
+        encoded = iter(_tokens(tokenizer, usable, parse_special=parse_special, scores_all=settings.score == "all"))
         rows: list[Encoded | Skipped] = []
         for record, each in zip(records, passages, strict=True):
             row = each if isinstance(each, Skipped) else next(encoded)
@@ -125,6 +97,45 @@ def record_encoder(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFo
         return rows
 
     return encode
+
+
+def _renderer(
+    tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat
+) -> Callable[[Record], Passage | Skipped]:
+    """A function that renders the conversation of a record with the answers to score, if its template does so."""
+    from jinja2 import TemplateSyntaxError
+
+    scores_all = record_format.settings.score == "all"
+    template = chat_template(tokenizer, record_format)
+    label = template_name(tokenizer, record_format)
+
+    def rendered(record: Record) -> Passage | Skipped:
+        conversation = conversation_of(record_format.settings.kind, record)
+        if isinstance(conversation, Skipped):
+            return conversation
+        try:
+            passage = render(tokenizer, template, conversation, marked=not scores_all)
+        except TemplateSyntaxError as error:
+            raise SourceError(
+                f"{label} is not valid Jinja: line {error.lineno}: {error.message}; correct it, or set "
+                "data.records.template to another one"
+            ) from error
+        except Exception as error:  # a template may raise anything
+            reason = " ".join(str(error).split())
+            return Skipped("template_failed", record.describe(f"is refused by {label} ({reason:.200})"))
+        if not passage.answers and any(message["role"] == "assistant" for message in conversation.messages):
+            return Skipped("no_answer", record.describe(f"has an answer that {label} does not mark"))
+        if any(_renders_as(passage.text, tokenizer, template, other) for other in conversation.without_tools()):
+            return Skipped("template_failed", record.describe(f"has tools, which {label} does not write"))
+        learned = conversation.learned()
+        if scores_all or all(learned):
+            return passage
+        if len(passage.answers) != len(learned):
+            fault = f"has a weight, and {label} marks {len(passage.answers)} of its {len(learned)} answers"
+            return Skipped("template_failed", record.describe(fault))
+        return passage._replace(answers=list(itertools.compress(passage.answers, learned)))
+
+    return rendered
 
 
 def _renders_as(text: str, tokenizer: "PreTrainedTokenizerBase", template: str, conversation: Conversation) -> bool:
