@@ -84,9 +84,9 @@ def main(
         from relora_mora.system.hardware import uses_cuda
         from relora_mora.system.logs import counted
         from relora_mora.tokenizer.load import load_tokenizer
+        from relora_mora.weights.export import DTYPES
         from relora_mora.weights.foreign import is_foreign
         from relora_mora.weights.load import load_model
-        from relora_mora.weights.merged import DTYPES
         from relora_mora.weights.peft import is_adapter
 
     if precision not in DTYPES:

@@ -22,8 +22,7 @@ def main(checkpoint: str, out: str, *, dtype: str = "float32", format: str = "me
             adapter, in the format of the released MoRA code
     """
     with many_imports():
-        from relora_mora.weights.export import FORMATS, export
-        from relora_mora.weights.merged import DTYPES
+        from relora_mora.weights.export import DTYPES, FORMATS, export
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: got {dtype}, expected one of {', '.join(DTYPES)}")

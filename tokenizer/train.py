@@ -22,9 +22,9 @@ from typing import Any
 try:
     from relora_mora.cli.command import run
     from relora_mora.system.files import new_folder
-    from relora_mora.tokenizer.folder import MODEL_FILE, TokenizerError, open_sentencepiece
+    from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError, open_sentencepiece
+    from relora_mora.tokenizer.identity import save_tokenizer
     from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer
-    from relora_mora.tokenizer.save import save_tokenizer
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
 

@@ -14,7 +14,7 @@ from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.schema import Config
 from relora_mora.data.stream.packing import Batch
 from relora_mora.data.stream.stream import TrainStream
-from relora_mora.distributed.device import device_of_rank
+from relora_mora.distributed.join import device_of_rank
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import group_rates, make_schedule, parameter_groups, set_trainable
 from relora_mora.sizing.fit import choose_resident

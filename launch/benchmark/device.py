@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from relora_mora.config.load import ConfigError
-from relora_mora.distributed.device import device_of_rank
+from relora_mora.distributed.join import device_of_rank
 from relora_mora.system.hardware import uses_cuda
 
 

@@ -79,7 +79,7 @@ def main(
     from launch.benchmark.contenders import Setting, chosen
     from launch.benchmark.measure import run as measure
     from launch.benchmark.report import as_json, limits, tables
-    from relora_mora.distributed.device import device_of_rank
+    from relora_mora.distributed.join import device_of_rank
     from relora_mora.engine.start import init_distributed
     from relora_mora.model.config import read_model_config
     from relora_mora.system.hardware import fast_bf16

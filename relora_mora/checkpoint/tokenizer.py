@@ -11,7 +11,7 @@ from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError, Manifest, 
 from relora_mora.system.files import disk_faults_named
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
-from relora_mora.tokenizer.folder import TokenizerError
+from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.tokenizer.identity import is_tokenizer
 
 SUFFIXES = (".jinja", ".json", ".model", ".spm", ".txt")  # only data: no code, no weights

@@ -15,7 +15,7 @@ TooLong = Literal["cut", "drop"]
 Packing = Literal["stream", "whole", "none"]
 
 # The fields of each kind, read from columns or keys of the same names unless data.records.columns maps them to others.
-FIELDS: dict[Kind, tuple[str, ...]] = {
+_FIELDS: dict[Kind, tuple[str, ...]] = {
     "messages": ("messages",),
     "alpaca": ("instruction", "output"),
     "sharegpt": ("conversations",),
@@ -24,7 +24,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     "text": ("text",),
 }
 # fields that a row may lack
-OPTIONAL_FIELDS: dict[Kind, tuple[str, ...]] = {
+_OPTIONAL_FIELDS: dict[Kind, tuple[str, ...]] = {
     "messages": ("tools",),
     "alpaca": ("input",),
     "sharegpt": ("system", "tools"),
@@ -59,12 +59,12 @@ class RecordsConfig(Strict):
     @property
     def required(self) -> dict[str, str]:
         """Key or column of each field that a row must have."""
-        return {field: self.columns.get(field, field) for field in FIELDS[self.kind]}
+        return {field: self.columns.get(field, field) for field in _FIELDS[self.kind]}
 
     @property
     def optional(self) -> dict[str, str]:
         """Key or column of each field that a row may lack."""
-        return {field: self.columns.get(field, field) for field in OPTIONAL_FIELDS.get(self.kind, ())}
+        return {field: self.columns.get(field, field) for field in _OPTIONAL_FIELDS.get(self.kind, ())}
 
 
 _NAME = re.compile(r"[\w.-]{1,64}")

@@ -21,8 +21,7 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.schema import TrainConfig
-from relora_mora.distributed.device import backend_name
-from relora_mora.distributed.join import join
+from relora_mora.distributed.join import backend_name, join
 from relora_mora.distributed.waiting import collective
 from relora_mora.system.hardware import uses_cuda
 

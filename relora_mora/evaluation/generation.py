@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from relora_mora.data.records.chat import special_tokens
+from relora_mora.data.records.passages import special_tokens
 from relora_mora.data.sets.held_out import Answer
 from relora_mora.distributed.waiting import collective
 from relora_mora.system.hardware import to_device

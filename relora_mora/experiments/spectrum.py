@@ -15,8 +15,8 @@ from relora_mora.config.schema import DECODER_LINEARS
 from relora_mora.model.llama import empty_model, initial_value, put_values
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.weights.digests import other_weights
+from relora_mora.weights.export import checked_model, merged_weights
 from relora_mora.weights.load import merge_into, start_weights
-from relora_mora.weights.merged import checked_model, merged_weights
 from relora_mora.weights.peft import AdapterFolder
 
 Spectra = dict[str, Tensor]  # [layers, n] by the kind of projection, descending; float32

@@ -1,4 +1,4 @@
-"""Identifies a tokenizer, and checks whether it fits a model."""
+"""Identifies a tokenizer, checks whether it fits a model, and saves it as a folder that plain transformers can load."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from relora_mora.tokenizer.folder import TokenizerError, added_tokens, check_exists, sentencepiece_file
-from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer
+from relora_mora.tokenizer import files
+from relora_mora.tokenizer.load import HARD_TEXTS, auto_tokenizer, encode, load_tokenizer, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ def check_vocabulary(
         remedy = f"set --model.overrides='{{vocab_size: {size}}}', or use a smaller tokenizer"
         if trained:
             remedy = "use the tokenizer that the model was trained with"
-        raise TokenizerError(
+        raise files.TokenizerError(
             f"{name}: {size} token ids, but the model has only {vocab_size_of_model} (vocab_size); {remedy}"
         )
     unused = vocab_size_of_model - size
@@ -54,9 +54,9 @@ def tokenizer_fingerprint(path: str | Path, loaded: "PreTrainedTokenizerBase | N
     Raises :class:`TokenizerError` like that function.
     """
     path = Path(path)
-    check_exists(path)
-    model = sentencepiece_file(path)
-    if model is not None and not (path.is_dir() and added_tokens(path, model)):
+    files.check_exists(path)
+    model = files.sentencepiece_file(path)
+    if model is not None and not (path.is_dir() and files.added_tokens(path, model)):
         return xxhash.xxh64(model.read_bytes()).hexdigest()
     tokenizer = load_tokenizer(path) if loaded is None else loaded
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -88,3 +88,56 @@ def is_tokenizer(path: str | Path, fingerprint: str) -> bool:
         return tokenizer_fingerprint(path, load_tokenizer(path)) == fingerprint
     except (ValueError, OSError):
         return False
+
+
+def save_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerBase", out: str | Path) -> None:
+    """Writes a folder from which plain ``AutoTokenizer.from_pretrained(out)`` gives the same ids.
+
+    ``tokenizer.model`` is copied, too. If there is a chat template, which writes special tokens as text, plain
+    transformers will parse them in text again. ``tokenizer`` is a path as for :func:`load_tokenizer`, or its result.
+    ``out`` may already hold a model with its ``config.json``. Raises :class:`TokenizerError` if transformers refuses to
+    write the folder, or the folder gives other ids.
+    """
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer)
+    out = Path(out)
+    model = files.sentencepiece_file(Path(tokenizer.name_or_path)) if Path(tokenizer.name_or_path).exists() else None
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with quiet_transformers():
+            _save(tokenizer, out)
+            if model is not None and model.resolve() != (out / files.MODEL_FILE).resolve():
+                # not copyfile, whose error for a full disk names the file that it reads
+                (out / files.MODEL_FILE).write_bytes(model.read_bytes())
+            saved = auto_tokenizer(out)
+        written = [saved.encode(text, add_special_tokens=False, split_special_tokens=True) for text in HARD_TEXTS]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # transformers' errors for wrong types
+        reason = " ".join(str(error).split()).replace(str(out), tokenizer.name_or_path)
+        raise files.TokenizerError(
+            f"{tokenizer.name_or_path}: transformers cannot save it ({reason}); fix its tokenizer_config.json"
+        ) from error
+    if written != encode(tokenizer, HARD_TEXTS) or saved.eos_token_id != tokenizer.eos_token_id:
+        context, remedy = "", "report this with the tokenizer"
+        kind = (files.read_json(out / "config.json") or {}).get("model_type")
+        if kind is not None:
+            context, remedy = f" next to a model of type {kind}", "use a tokenizer for that type of model"
+        raise files.TokenizerError(
+            f"{tokenizer.name_or_path}: saved{context}, transformers gives other ids for it; {remedy}"
+        )
+
+
+def _save(tokenizer: "PreTrainedTokenizerBase", out: Path) -> None:
+    splits = tokenizer.split_special_tokens
+    try:
+        tokenizer.split_special_tokens = tokenizer.chat_template is None
+        tokenizer.save_pretrained(str(out))
+    finally:
+        tokenizer.split_special_tokens = splits
+    # replace two names that only transformers 5 knows by those of transformers 4, which other tools know
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

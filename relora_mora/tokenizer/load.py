@@ -8,19 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relora_mora.tokenizer.folder import (
-    EXPECTED,
-    MODEL_FILE,
-    TokenizerError,
-    added_tokens,
-    check_exists,
-    is_ordinary,
-    make_exact,
-    open_sentencepiece,
-    read_json,
-    read_tokenizer,
-    sentencepiece_file,
-)
+from relora_mora.tokenizer import files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,9 +56,9 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     token, or its ids differ from sentencepiece's.
     """
     path = Path(path)
-    check_exists(path)
+    files.check_exists(path)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    model = sentencepiece_file(path)
+    model = files.sentencepiece_file(path)
     with quiet_transformers():
         tokenizer = _from_folder(path) if model is None else _from_model(model, path)
         if model is not None and path.is_dir():
@@ -79,7 +67,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
         remedy = "name one as eos_token in tokenizer_config.json"
         if model is not None:
             remedy = "train the sentencepiece model with an eos_id, as tokenizer/train.py does"
-        raise TokenizerError(f"{path}: this tokenizer has no end-of-document token (eos); {remedy}")
+        raise files.TokenizerError(f"{path}: this tokenizer has no end-of-document token (eos); {remedy}")
     if model is not None:
         _check_ids(tokenizer, model)
     _check_end(tokenizer, path, model)
@@ -124,7 +112,9 @@ def auto_tokenizer(folder: Path, kind: Any = None, *, named: Path | None = None,
     except Exception as error:  # transformers raises nearly any kind of error here
         name = named or folder
         reason = " ".join(str(error).split()).replace(str(folder), str(name))
-        raise TokenizerError(f"{name}: transformers cannot load this tokenizer ({reason}); {EXPECTED}") from error
+        raise files.TokenizerError(
+            f"{name}: transformers cannot load this tokenizer ({reason}); {files.EXPECTED}"
+        ) from error
     # arguments of this call and names of code, which must not get into tokenizer_config.json
     for key in ("is_local", "local_files_only", "auto_map"):
         tokenizer.init_kwargs.pop(key, None)
@@ -136,7 +126,7 @@ def auto_tokenizer(folder: Path, kind: Any = None, *, named: Path | None = None,
 def _from_model(model: Path, path: Path) -> "PreTrainedTokenizerBase":
     # in a folder of its own, because other files next to it would change the class
     with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
-        shutil.copyfile(model, Path(folder, MODEL_FILE))
+        shutil.copyfile(model, Path(folder, files.MODEL_FILE))
         tokenizer = auto_tokenizer(Path(folder), named=path, split_special_tokens=True)
     tokenizer.name_or_path = str(path)
     tokenizer.init_kwargs["name_or_path"] = str(path)
@@ -151,7 +141,7 @@ def _apply_hugging_face_files(tokenizer: "PreTrainedTokenizerBase", folder: Path
     These are added tokens, the tokens for the end of a document, padding and the beginning of texts, the chat template,
     and how texts are padded.
     """
-    described = read_json(folder / "tokenizer_config.json") or {}
+    described = files.read_json(folder / "tokenizer_config.json") or {}
     _add_tokens(tokenizer, folder, model)
     _name_special(tokenizer, folder, described)
     template = folder / "chat_template.jinja"
@@ -159,7 +149,7 @@ def _apply_hugging_face_files(tokenizer: "PreTrainedTokenizerBase", folder: Path
         try:
             tokenizer.chat_template = template.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise TokenizerError(f"{template}: not UTF-8 ({error.reason}); convert it") from error
+            raise files.TokenizerError(f"{template}: not UTF-8 ({error.reason}); convert it") from error
     else:
         chat_template = described.get("chat_template")
         tokenizer.chat_template = chat_template if isinstance(chat_template, str) else None
@@ -174,7 +164,7 @@ def _post_processor(tokenizer: "PreTrainedTokenizerBase", folder: Path, describe
 
     file = folder / "tokenizer.json"
     if file.is_file():
-        return read_tokenizer(file).post_processor
+        return files.read_tokenizer(file).post_processor
     begin = tokenizer.bos_token if described.get("add_bos_token") is True else None
     end = tokenizer.eos_token if described.get("add_eos_token") is True else None
     if begin is None and end is None:
@@ -186,13 +176,13 @@ def _post_processor(tokenizer: "PreTrainedTokenizerBase", folder: Path, describe
 def _add_tokens(tokenizer: "PreTrainedTokenizerBase", folder: Path, model: Path) -> None:
     from transformers import AddedToken
 
-    for number, settings in added_tokens(folder, model).items():
+    for number, settings in files.added_tokens(folder, model).items():
         tokenizer.add_tokens([AddedToken(**{"normalized": False, **settings})])
         token = settings["content"]
         if tokenizer.convert_tokens_to_ids(token) != number:
-            raise TokenizerError(
+            raise files.TokenizerError(
                 f"{folder}: the token {token!r} has the id {number}, which is not the next one after those of "
-                f"{MODEL_FILE}; save the tokenizer again, with a tokenizer.json"
+                f"{files.MODEL_FILE}; save the tokenizer again, with a tokenizer.json"
             )
 
 
@@ -204,7 +194,7 @@ def _name_special(tokenizer: "PreTrainedTokenizerBase", folder: Path, described:
         if token in tokenizer.get_vocab():
             setattr(tokenizer, name, token)
         elif token is not None and name == "eos_token":
-            raise TokenizerError(
+            raise files.TokenizerError(
                 f"{folder}: eos_token in tokenizer_config.json is {token!r}, which is not one of its tokens; correct it"
             )
     side, longest = described.get("padding_side"), described.get("model_max_length")
@@ -216,10 +206,10 @@ def _name_special(tokenizer: "PreTrainedTokenizerBase", folder: Path, described:
 
 
 def _check_ids(tokenizer: "PreTrainedTokenizerBase", model: Path) -> None:
-    reference = open_sentencepiece(model)
+    reference = files.open_sentencepiece(model)
     for text, ids in zip(HARD_TEXTS, encode(tokenizer, HARD_TEXTS), strict=True):
         if ids != reference.encode(text):
-            raise TokenizerError(
+            raise files.TokenizerError(
                 f"{model}: with transformers this model gives other ids than with sentencepiece, e.g. for {text!r}; "
                 "update transformers, or train a tokenizer with tokenizer/train.py"
             )
@@ -234,13 +224,13 @@ def _from_folder(path: Path) -> "PreTrainedTokenizerBase":
     from transformers import PreTrainedTokenizerFast
 
     described = (path / "tokenizer.json").is_file()
-    if not described or "auto_map" in (read_json(path / "tokenizer_config.json") or {}):
+    if not described or "auto_map" in (files.read_json(path / "tokenizer_config.json") or {}):
         tokenizer = auto_tokenizer(path, split_special_tokens=True)  # refuses code from the folder
     if described:
         tokenizer = auto_tokenizer(path, PreTrainedTokenizerFast, split_special_tokens=True)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        make_exact(backend)
+        files.make_exact(backend)
     return tokenizer
 
 
@@ -249,8 +239,8 @@ def _check_end(tokenizer: "PreTrainedTokenizerBase", path: Path, model: Path | N
     end, number = str(tokenizer.eos_token), tokenizer.eos_token_id
     written = {end, tokenizer.decode([number])}  # "Ġthe" and " the"
     texts = [f"{before}{text}{after}" for text in written for before, after in (("", ""), ("a", "b"), ("a ", " b"))]
-    if is_ordinary(end, path, model) or any(number in ids for ids in encode(tokenizer, texts)):
-        raise TokenizerError(
+    if files.is_ordinary(end, path, model) or any(number in ids for ids in encode(tokenizer, texts)):
+        raise files.TokenizerError(
             f"{path}: ordinary text can contain the end-of-document token {end!r} (id {number}), so crawled text could "
             "end a document; set eos_token in tokenizer_config.json to a special token (tokenizer.json lists them "
             "under added_tokens), or train a tokenizer with tokenizer/train.py"

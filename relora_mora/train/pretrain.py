@@ -103,8 +103,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     collectives.from_first_rank(lambda: check_run_folder(folder))
     checked = collectives.on_all_ranks(lambda: check(config, world_size))
     check_agreement(checked.identity)
-    versions = collectives.from_first_rank(lambda: _check_remote_data(checked, data))
-    shards = at_versions(checked.shards, versions)
+    shards = at_versions(checked.shards, collectives.from_first_rank(lambda: _check_remote_data(checked, data)))
     checked = replace(checked, shards=shards, data_content=checked.data_content + remote_content(shards))
     collectives.from_first_rank(lambda: check_lanes(shards, data, config.lanes))
     if checked.chat_template is not None:  # the saved tokenizer, also of an export, writes what the run trains on

@@ -16,7 +16,7 @@ from relora_mora.data.content import local_content, samples_digest
 from relora_mora.data.errors import SourceError
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.system.run_folder import RunFolder, noted_digests, read_json_lines
-from relora_mora.tokenizer.folder import TokenizerError
+from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.tokenizer.identity import tokenizer_fingerprint
 
 FILES = ("manifest.json", "config.json", "adapter_config.json", "*.safetensors", "*.bin")  # of a model or an adapter

@@ -21,9 +21,9 @@ from relora_mora.data.sources.names import hub_repo
 from relora_mora.model.config import parse_model_config, plain_model_config, read_model_config, stored_model_config
 from relora_mora.model.llama import model_class
 from relora_mora.system.run_folder import RunFolder
-from relora_mora.tokenizer.folder import has_tokenizer
+from relora_mora.tokenizer.files import has_tokenizer
+from relora_mora.weights.export import merged_model, merged_weights
 from relora_mora.weights.foreign import check_headers, foreign_config, is_foreign, load_foreign, positions_of
-from relora_mora.weights.merged import merged_model, merged_weights
 from relora_mora.weights.peft import AdapterFolder, is_adapter
 
 

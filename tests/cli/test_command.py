@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from relora_mora.cli.command import run
 from relora_mora.config.load import ConfigError
 from relora_mora.distributed.collectives import same_on_all_ranks
-from relora_mora.tokenizer.folder import TokenizerError
+from relora_mora.tokenizer.files import TokenizerError
 from tests.tools.commands import PRETRAIN, call, refused
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from relora_mora.data.lane_states import Cursor, counts_of, merge_states, read_state, start_states
+from relora_mora.data.lanes import Cursor, counts_of, merge_states, read_state, start_states
 
 SAVED = (
     '{"epoch": 1, "place": 4, "block": 2, "item": 3, "bad": 6, "documents": 55, '

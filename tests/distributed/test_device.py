@@ -14,7 +14,7 @@ import torch
 from torch import distributed as dist
 
 from relora_mora.distributed.collectives import is_device_failure
-from relora_mora.distributed.device import (
+from relora_mora.distributed.join import (
     DeviceAssignment,
     assignment_fault,
     backend_name,

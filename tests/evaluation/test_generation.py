@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AddedToken
 
-from relora_mora.data.records.chat import special_tokens
+from relora_mora.data.records.passages import special_tokens
 from relora_mora.data.rows import Encoded
 from relora_mora.data.sets.held_out import Answer, answer_of
 from relora_mora.evaluation.generation import (

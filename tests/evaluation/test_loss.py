@@ -38,8 +38,8 @@ from relora_mora.evaluation.loss import (
     rows_of_documents,
 )
 from relora_mora.model.llama import LossModel, build_model, empty_model
+from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.tokenizer.load import load_tokenizer
-from relora_mora.tokenizer.save import save_tokenizer
 from relora_mora.weights.load import LoadedModel, load_any_model
 from tests.tools.commands import EVALUATE, Answer, call, refused
 from tests.tools.data_tools import data_config, write_shard

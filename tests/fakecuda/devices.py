@@ -14,7 +14,7 @@ import torch
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from relora_mora.distributed.device import bind_device, device_of_rank
+from relora_mora.distributed.join import bind_device, device_of_rank
 from relora_mora.system.hardware import compute_deterministically
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.fakecuda.watch import Watch

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from relora_mora.data.errors import SourceError
-from relora_mora.tokenizer.folder import TokenizerError
+from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.tokenizer.identity import vocabulary_size
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.tools.tokenizer_tools import own_text, training

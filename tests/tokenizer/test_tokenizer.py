@@ -21,16 +21,16 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from relora_mora.tokenizer import load as loading
-from relora_mora.tokenizer.folder import MODEL_FILE, TokenizerError, open_sentencepiece, read_tokenizer
+from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError, open_sentencepiece, read_tokenizer
 from relora_mora.tokenizer.identity import (
     check_vocabulary,
     gives_same_tokens,
     is_tokenizer,
+    save_tokenizer,
     tokenizer_fingerprint,
     vocabulary_size,
 )
 from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer
-from relora_mora.tokenizer.save import save_tokenizer
 from tests.tools.shared import SHARED, needs_shared
 from tests.tools.tokenizer_tools import own_text, save_other_tokenizer, train_tokenizer, training
 

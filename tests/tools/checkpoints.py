@@ -10,8 +10,7 @@ from transformers import LlamaForCausalLM
 
 from relora_mora.checkpoint.layout import Manifest, file_entry
 from relora_mora.system.files import write_synced
-from relora_mora.tokenizer.identity import tokenizer_fingerprint
-from relora_mora.tokenizer.save import save_tokenizer
+from relora_mora.tokenizer.identity import save_tokenizer, tokenizer_fingerprint
 from tests.tools.commands import left_in
 from tests.tools.runs import run_config
 

@@ -13,7 +13,7 @@ import torch
 
 from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.evaluation.loss import causal_lm_loss, evaluate
-from relora_mora.weights.merged import merged_model
+from relora_mora.weights.export import merged_model
 from tests.tools.runs import metrics, run_config, tensors, train
 from tests.train.compiled import compiled_graphs, compiler_only
 

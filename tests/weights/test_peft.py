@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers
 from relora_mora.adapters.lora import LoRALinear
 from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.tokenizer.load import load_tokenizer
-from relora_mora.tokenizer.save import save_tokenizer
 from relora_mora.weights.export import export
 from relora_mora.weights.load import load_any_model, load_model
 from relora_mora.weights.peft import AdapterFolder, base_sample, is_other_base

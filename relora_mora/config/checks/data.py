@@ -4,16 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from relora_mora.config.data import (
-    CONVERSATIONS,
-    FIELDS,
-    OPTIONAL_FIELDS,
-    DataConfig,
-    RecordsConfig,
-    TextSource,
-    is_mixture,
-    set_setting,
-)
+from relora_mora.config.data import CONVERSATIONS, DataConfig, RecordsConfig, TextSource, is_mixture, set_setting
 from relora_mora.config.lengths import ALTERNATIVES
 from relora_mora.config.schema import Config
 from relora_mora.config.types import Fault
@@ -203,14 +194,14 @@ def generation_faults(config: Config) -> Iterator[Fault]:
 
 def _faults_of(setting: str, records: RecordsConfig) -> Iterator[Fault]:
     section = ".".join(setting.split(".")[:2])
-    known = (*FIELDS[records.kind], *OPTIONAL_FIELDS.get(records.kind, ()))
+    known = (*records.required, *records.optional)
     unknown = [field for field in records.columns if field not in known]
     if unknown:
         yield Fault(
             (f"{setting}.columns", section),
             f"{', '.join(unknown)}: not a field of {records.kind}; its fields are {', '.join(known)}",
         )
-    if records.template is not None and records.kind not in CONVERSATIONS:
+    if records.template is not None and not records.is_conversation:
         yield Fault(
             (f"{setting}.template", section),
             f"a template is only for {' and '.join(CONVERSATIONS)}, but the kind is {records.kind}; leave it out",
@@ -225,7 +216,7 @@ def _stream_faults(data: DataConfig, setting: str, records: RecordsConfig) -> It
             "with data.packing=stream a row continues in the next sequence, so no row is too long; "
             "leave it out, or set data.packing=whole",
         )
-    if data.document_mask and records.kind in CONVERSATIONS:
+    if data.document_mask and records.is_conversation:
         yield Fault(
             ("data.document_mask", "data.packing", "data.records", section),
             "with data.packing=stream it finds documents by their end token, which conversations also contain inside; "

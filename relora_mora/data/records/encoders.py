@@ -10,8 +10,7 @@ import numpy as np
 from relora_mora.config.data import DataConfig, Packing
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.formats.file_rows import text_encoder
-from relora_mora.data.records.chat import chat_template, render, template_name
-from relora_mora.data.records.passages import Conversation, Passage, conversation_of, passage_of
+from relora_mora.data.records import passages
 from relora_mora.data.rows import Encode, Encoded
 from relora_mora.data.shard import Record, RecordFormat, Shard
 from relora_mora.data.tokens.rows import or_tokens
@@ -79,17 +78,17 @@ def record_encoder(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFo
             "give a tokenizer with a tokenizer.json, or a sentencepiece model"
         )
     settings = record_format.settings
-    passage: Callable[[Record], Passage | Skipped] = functools.partial(passage_of, settings.kind)
+    passage: Callable[[Record], passages.Passage | Skipped] = functools.partial(passages.passage_of, settings.kind)
     if settings.is_conversation:
         passage = _renderer(tokenizer, record_format)
 
     def encode(records: list[Record]) -> list[Encoded | Skipped]:
-        passages = [passage(record) for record in records]
-        usable = [each for each in passages if isinstance(each, Passage)]
+        made = [passage(record) for record in records]
+        usable = [each for each in made if isinstance(each, passages.Passage)]
         parse_special = settings.is_conversation
         encoded = iter(_tokens(tokenizer, usable, parse_special=parse_special, scores_all=settings.score == "all"))
         rows: list[Encoded | Skipped] = []
-        for record, each in zip(records, passages, strict=True):
+        for record, each in zip(records, made, strict=True):
             row = each if isinstance(each, Skipped) else next(encoded)
             if isinstance(row, Encoded) and not (len(row.ids) if row.scored is None else any(row.scored)):
                 row = Skipped("no_answer", record.describe("has no answer to learn"))
@@ -101,20 +100,20 @@ def record_encoder(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFo
 
 def _renderer(
     tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat
-) -> Callable[[Record], Passage | Skipped]:
+) -> Callable[[Record], passages.Passage | Skipped]:
     """A function that renders the conversation of a record with the answers to score, if its template does so."""
     from jinja2 import TemplateSyntaxError
 
     scores_all = record_format.settings.score == "all"
-    template = chat_template(tokenizer, record_format)
-    label = template_name(tokenizer, record_format)
+    template = passages.chat_template(tokenizer, record_format)
+    label = passages.template_name(tokenizer, record_format)
 
-    def rendered(record: Record) -> Passage | Skipped:
-        conversation = conversation_of(record_format.settings.kind, record)
+    def rendered(record: Record) -> passages.Passage | Skipped:
+        conversation = passages.conversation_of(record_format.settings.kind, record)
         if isinstance(conversation, Skipped):
             return conversation
         try:
-            passage = render(tokenizer, template, conversation, marked=not scores_all)
+            passage = passages.render(tokenizer, template, conversation, marked=not scores_all)
         except TemplateSyntaxError as error:
             raise SourceError(
                 f"{label} is not valid Jinja: line {error.lineno}: {error.message}; correct it, or set "
@@ -138,9 +137,11 @@ def _renderer(
     return rendered
 
 
-def _renders_as(text: str, tokenizer: "PreTrainedTokenizerBase", template: str, conversation: Conversation) -> bool:
+def _renders_as(
+    text: str, tokenizer: "PreTrainedTokenizerBase", template: str, conversation: passages.Conversation
+) -> bool:
     try:
-        return render(tokenizer, template, conversation, marked=False).text == text
+        return passages.render(tokenizer, template, conversation, marked=False).text == text
     except Exception:  # the template rejects the conversation, so it does read the part that was left out
         return False
 
@@ -148,12 +149,12 @@ def _renders_as(text: str, tokenizer: "PreTrainedTokenizerBase", template: str, 
 def how_written(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> list[Any]:
     """What decides the tokens of records besides how the tokenizer encodes plain text, as values that JSON can hold."""
     if record_format.settings.is_conversation:
-        return [chat_template(tokenizer, record_format), tokenizer.special_tokens_map]
+        return [passages.chat_template(tokenizer, record_format), tokenizer.special_tokens_map]
     return [own_prefix(tokenizer)]
 
 
 def _tokens(
-    tokenizer: "PreTrainedTokenizerBase", passages: Sequence[Passage], *, parse_special: bool, scores_all: bool
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[passages.Passage], *, parse_special: bool, scores_all: bool
 ) -> list[Encoded]:
     """Tokenizes passages. As in transformers' ``assistant_masks``, a token is scored if it covers part of an answer.
 
@@ -162,9 +163,9 @@ def _tokens(
     """
     backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     backend.encode_special_tokens = not parse_special
-    encodings = backend.encode_batch([passage.text for passage in passages], add_special_tokens=False)
+    encodings = backend.encode_batch([passage.text for passage in texts], add_special_tokens=False)
     rows = []
-    for passage, encoding in zip(passages, encodings, strict=True):
+    for passage, encoding in zip(texts, encodings, strict=True):
         if scores_all:
             rows.append(Encoded(encoding.ids))
             continue

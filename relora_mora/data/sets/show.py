@@ -18,8 +18,7 @@ from relora_mora.data.content import THREADS
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.formats.file_rows import open_rows
 from relora_mora.data.formats.kinds import JSON_LINES, TEXT
-from relora_mora.data.lane_states import Cursor
-from relora_mora.data.lanes import LanePlan, LaneRows, lane_plans
+from relora_mora.data.lanes import Cursor, LanePlan, LaneRows, lane_plans
 from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import Ids, Scored, calls_of
 from relora_mora.data.sets.reading import rows_in_order

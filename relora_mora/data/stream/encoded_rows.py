@@ -5,8 +5,7 @@ from typing import Generic, NamedTuple
 
 from relora_mora.data.bad_rows import NOTES_PER_REASON, TOO_LONG, too_many_records
 from relora_mora.data.errors import ENCODING_REASONS, Skipped, SourceError
-from relora_mora.data.lane_states import Cursor
-from relora_mora.data.lanes import LaneRows
+from relora_mora.data.lanes import Cursor, LaneRows
 from relora_mora.data.rows import Encode, Encoded, Row
 
 # limits of one call of encode: large enough to make the call cheap, small enough that a resume repeats little

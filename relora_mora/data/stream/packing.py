@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relora_mora.data.errors import SourceError
-from relora_mora.data.lane_states import Cursor, LaneStates
-from relora_mora.data.lanes import LaneRows
+from relora_mora.data.lanes import Cursor, LaneRows, LaneStates
 from relora_mora.data.rows import Encode, Encoded, Row, Scored
 from relora_mora.data.stream.encoded_rows import EncodedRows
 

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from relora_mora.config.data import DataConfig, Packing
 from relora_mora.data.bytes.retry import RETRIES
-from relora_mora.data.lane_states import LaneStates, lane_state, state_key
-from relora_mora.data.lanes import EpochLimit, LaneRows, lane_plans
+from relora_mora.data.lanes import EpochLimit, LaneRows, LaneStates, lane_plans, lane_state, state_key
 from relora_mora.data.records.encoders import encoder_of, packing_of, whole_texts
 from relora_mora.data.rows import Encode
 from relora_mora.data.shard import Shard
@@ -36,7 +35,7 @@ class Assignment:
     blocks_per_lane: int
     batch: int  # index of the first global batch
     states: Mapping[str, Mapping[str, Any]]  # of these lanes; empty at the start of a run
-    epoch_blocks: Sequence[int] | None = None  # see counting.Epochs; None: lanes do not wait for each other
+    epoch_blocks: Sequence[int] | None = None  # see reading.Epochs; None: lanes do not wait for each other
 
 
 @dataclass

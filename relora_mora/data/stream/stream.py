@@ -11,8 +11,16 @@ import numpy.typing as npt
 from relora_mora.config.data import DataConfig
 from relora_mora.data.bytes.retry import RETRIES
 from relora_mora.data.errors import WorkerError
-from relora_mora.data.lane_states import Cursor, LaneStates, check_states, counts_of, merge_states, read_key
-from relora_mora.data.lanes import LanePlan, lane_plans
+from relora_mora.data.lanes import (
+    Cursor,
+    LanePlan,
+    LaneStates,
+    check_states,
+    counts_of,
+    lane_plans,
+    merge_states,
+    read_key,
+)
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards

@@ -17,8 +17,7 @@ from typing import Any, Generic
 import numpy as np
 
 from relora_mora.data.errors import SourceError
-from relora_mora.data.lane_states import Cursor
-from relora_mora.data.lanes import EpochsReached, LaneRows, seeded_order
+from relora_mora.data.lanes import Cursor, EpochsReached, LaneRows, seeded_order
 from relora_mora.data.rows import Encode, Encoded, Row
 from relora_mora.data.stream.encoded_rows import EncodedRows
 from relora_mora.data.stream.packing import Block

@@ -33,9 +33,8 @@ from relora_mora.sizing.setup import Setup
 from relora_mora.system.hardware import fast_bf16, gpu_memory_bytes, host_memory_bytes, uses_cuda
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
-from relora_mora.tokenizer.folder import TokenizerError
-from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens, tokenizer_fingerprint
-from relora_mora.tokenizer.save import save_tokenizer
+from relora_mora.tokenizer.files import TokenizerError
+from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens, save_tokenizer, tokenizer_fingerprint
 from relora_mora.train.begin.identity import Identity, describe_differences
 from relora_mora.train.begin.inputs import open_inputs
 from relora_mora.train.begin.start_adapter import check_adapter, check_start

@@ -14,12 +14,12 @@ from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.data.content import local_content
 from relora_mora.data.errors import SourceError
-from relora_mora.data.records.chat import template_in_use
+from relora_mora.data.records.passages import template_in_use
 from relora_mora.data.sets.show import check_columns, check_records
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.tokens.checks import check_tokens
-from relora_mora.tokenizer.folder import TokenizerError
+from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.tokenizer.load import load_tokenizer
 
 T = TypeVar("T")

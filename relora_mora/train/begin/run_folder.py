@@ -29,7 +29,7 @@ from relora_mora.system.files import append_synced, disk_faults_named, remove, w
 from relora_mora.system.hardware import device_name
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import CHANGED, NOTED, RunFolder
-from relora_mora.tokenizer.save import save_tokenizer
+from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.train.begin.check import ResolvedRun
 from relora_mora.train.begin.identity import changed_settings
 from relora_mora.weights.digests import start_digests

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from relora_mora.checkpoint.reader import CheckpointReader
 from relora_mora.checkpoint.writer import CheckpointWriter
-from relora_mora.data.lane_states import merge_states
+from relora_mora.data.lanes import merge_states
 from relora_mora.data.stream.packing import Batch, document_boundaries
 from relora_mora.data.stream.stream import TrainStream
 from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks

@@ -15,7 +15,7 @@ from typing import Any
 from relora_mora.checkpoint import layout
 from relora_mora.checkpoint.reader import CheckpointReader, newest_whole
 from relora_mora.checkpoint.writer import CheckpointWriter
-from relora_mora.data.lane_states import merge_states
+from relora_mora.data.lanes import merge_states
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, same_on_all_ranks
 from relora_mora.system.files import write_if_possible, write_synced
 from relora_mora.system.logs import counted, log, shared_log

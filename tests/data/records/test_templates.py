@@ -10,8 +10,8 @@ import pytest
 
 from relora_mora.config.data import RecordsConfig
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.records.chat import chatml
 from relora_mora.data.records.encoders import record_encoder
+from relora_mora.data.records.passages import chatml
 from relora_mora.data.rows import Encoded
 from relora_mora.data.shard import Record, RecordFormat
 from relora_mora.tokenizer.load import load_tokenizer

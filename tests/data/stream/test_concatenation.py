@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.lane_states import merge_states
+from relora_mora.data.lanes import merge_states
 from relora_mora.data.sets.reading import count_epochs, rows_in_order
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.fingerprint import fingerprints

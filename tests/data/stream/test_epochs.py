@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from relora_mora.data.lane_states import merge_states, start_states
+from relora_mora.data.lanes import merge_states, start_states
 from relora_mora.data.sets.reading import count_epochs
 from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.data.stream.stream import TrainStream

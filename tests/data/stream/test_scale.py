@@ -11,8 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from relora_mora.data.lane_states import merge_states
-from relora_mora.data.lanes import LaneRows, plan_lanes
+from relora_mora.data.lanes import LaneRows, merge_states, plan_lanes
 from relora_mora.data.rows import Encoded
 from relora_mora.data.shard import Shard
 from relora_mora.data.stream import encoded_rows

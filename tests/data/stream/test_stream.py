@@ -9,7 +9,7 @@ import torch
 
 from relora_mora.data.bytes.retry import RETRIES
 from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, SourceError
-from relora_mora.data.lane_states import counts_of, merge_states
+from relora_mora.data.lanes import counts_of, merge_states
 from relora_mora.data.stream.packing import document_ids
 from relora_mora.data.stream.stream import TrainStream
 from tests.tools.data_tools import data_config, line, write_shard, write_shards

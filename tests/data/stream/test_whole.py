@@ -14,8 +14,7 @@ import torch
 
 from relora_mora.config.load import ConfigError, load_config, validate
 from relora_mora.data.errors import SourceError
-from relora_mora.data.lane_states import merge_states
-from relora_mora.data.lanes import LaneRows, plan_lanes
+from relora_mora.data.lanes import LaneRows, merge_states, plan_lanes
 from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import Encoded
 from relora_mora.data.sets.reading import count_epochs

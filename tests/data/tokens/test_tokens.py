@@ -18,7 +18,7 @@ from relora_mora.config.data import DataConfig
 from relora_mora.data.content import at_versions, local_content, remote_content, remote_versions
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.formats.file_rows import iter_texts, open_rows
-from relora_mora.data.lane_states import merge_states
+from relora_mora.data.lanes import merge_states
 from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.data.sources.resolve import resolve_shards
 from relora_mora.data.stream.fingerprint import fingerprints

@@ -13,7 +13,7 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.tokens.folder import make_tokens
 from relora_mora.evaluation.loss import held_out
-from relora_mora.tokenizer.folder import TokenizerError
+from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.train.begin.inputs import open_inputs
 from tests.tools.data_tools import write_parquet
 from tests.tools.helpers import ROOT

@@ -147,7 +147,7 @@ def after_a_power_cut(config: Any) -> dict[str, str]:
     path = Path(config.train.run_dir) / "metrics.jsonl"
     found: dict[str, str] = {}
     survives = ""
-    fsync, put_in_place, record_end = os.fsync, writer.put_in_place, guard.record_end
+    fsync, put_in_place, record_end = os.fsync, writer.layout.put_in_place, guard.exits.record_end
 
     def sync(handle: int) -> None:
         nonlocal survives
