@@ -73,7 +73,7 @@ def victim(*args: Any, **kwargs: Any) -> int:
             case "while it connects":
                 torch.distributed.init_process_group = connecting(torch.distributed.init_process_group)
             case "at the end":
-                pretrain.leave_together = killed  # type: ignore[assignment]
+                pretrain.collectives.leave_together = killed  # type: ignore[assignment]
             case "in a save":
                 RankFiles.write = killed_later  # type: ignore[method-assign]
             case "device":
