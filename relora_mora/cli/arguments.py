@@ -15,10 +15,9 @@ import inspect
 import io
 import itertools
 import re
-import typing
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge
 
@@ -41,10 +40,10 @@ def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.
     """The values to call ``command`` with; raises ConfigError with all faults of the command line."""
     words = _without_local_rank(argv)
     _raise(_faults_of_words(words, name))
-    hints = typing.get_type_hints(command)
+    hints = get_type_hints(command)
     _raise(_faults_of_flags(words, hints))
     arguments = _parsed(command, words, name)
-    limited = typing.get_type_hints(command, include_extras=True)
+    limited = get_type_hints(command, include_extras=True)
     faults = []
     for parameter in arguments.signature.parameters.values():
         if parameter.name in arguments.arguments and parameter.kind is not parameter.VAR_KEYWORD:
@@ -102,7 +101,7 @@ def _faults_of_flags(words: list[str], hints: dict[str, Any]) -> list[str]:
     faults = []
     for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
         expected = hints.get(word.removeprefix("--").replace("-", "_"))
-        holds_bool = expected is bool or bool in typing.get_args(expected)
+        holds_bool = expected is bool or bool in get_args(expected)
         if word.startswith("--") and following.startswith("--") and expected is not None and not holds_bool:
             faults.append(f"{word}: has no value; give it as {word}=VALUE")
     return faults
@@ -147,7 +146,7 @@ def _typed(value: Any, expected: Any) -> Any:
         return tuple(_typed(each, expected) for each in value)
     if value == "":
         raise ValueError("empty; give a value")
-    if isinstance(value, str) and (expected is str or str in typing.get_args(expected)):
+    if isinstance(value, str) and (expected is str or str in get_args(expected)):
         return from_home(value)  # a shell expands ~ in `--out ~/a`, but not in `--out=~/a`
     if not isinstance(value, str):
         return value
@@ -166,10 +165,10 @@ def _typed(value: Any, expected: Any) -> Any:
 
 def _name_of(expected: Any) -> str:
     """The name of a type, for messages."""
-    if typing.get_origin(expected) is typing.Literal:
-        return " or ".join(map(str, typing.get_args(expected)))
-    if typing.get_origin(expected) is Annotated:
-        return _name_of(typing.get_args(expected)[0])
+    if get_origin(expected) is Literal:
+        return " or ".join(map(str, get_args(expected)))
+    if get_origin(expected) is Annotated:
+        return _name_of(get_args(expected)[0])
     if expected is type(None):
         return "null"
-    return " or ".join(map(_name_of, typing.get_args(expected))) or str(getattr(expected, "__name__", expected))
+    return " or ".join(map(_name_of, get_args(expected))) or str(getattr(expected, "__name__", expected))

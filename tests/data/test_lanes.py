@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relora_mora.data.content import RULE
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lanes import plan_lanes, seeded_order
-from relora_mora.data.stream.fingerprint import RULE
 from tests.tools.data_tools import (
     EOS,
     assert_resumes_anywhere,
@@ -54,7 +54,7 @@ def test_the_order_depends_only_on_the_key():
 
 
 def test_blocks_and_states_are_what_they_have_always_been(tmp_path):
-    """A change that moves a token needs another ``fingerprint.RULE``, because checkpoints hold positions."""
+    """A change that moves a token needs another ``content.RULE``, because checkpoints hold positions."""
     write_shards(tmp_path, 2, 30)
     digest = hashlib.sha256(RULE.encode())
     for number in range(3):

@@ -24,8 +24,8 @@ from relora_mora.data.rows import Ids, Scored, calls_of
 from relora_mora.data.sets.reading import rows_in_order
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards
-from relora_mora.data.stream.mixture import mixture_names, shards_of_source
 from relora_mora.data.stream.packing import with_end
+from relora_mora.data.stream.producer import mixture_names, shards_of_source
 from relora_mora.data.tokens.rows import open_any
 from relora_mora.tokenizer.load import load_tokenizer
 

@@ -20,10 +20,9 @@ from relora_mora.config.data import DataConfig
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.config.yaml_text import parse_yaml
-from relora_mora.data.content import local_content
+from relora_mora.data.content import fingerprints, local_content
 from relora_mora.data.shard import Shard
-from relora_mora.data.stream.fingerprint import fingerprints
-from relora_mora.data.stream.mixture import in_saved_order
+from relora_mora.data.stream.producer import in_saved_order
 from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
 from relora_mora.distributed.join import processes_on_host
 from relora_mora.model.config import check_length, plain_model_config

@@ -10,7 +10,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -144,7 +143,7 @@ class Progress:
         left = tqdm.format_interval(seconds_each * (self.total - self.done))
         log.info("step %d/%d: %s, %s left", self.done, self.total, values, left)
 
-    def evaluation(self) -> AbstractContextManager[Callable[[int, int], None]]:
+    def evaluation(self) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
         """A second bar below the bar of the steps; see :func:`progress_bar`."""
         return progress_bar("evaluation", "token", show=self._show)
 

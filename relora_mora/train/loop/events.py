@@ -11,7 +11,7 @@ from relora_mora.checkpoint.writer import CheckpointWriter
 from relora_mora.config.registry import is_drawn
 from relora_mora.config.schema import Config
 from relora_mora.data.sets.held_out import EvalSet
-from relora_mora.data.stream.mixture import mixture_names
+from relora_mora.data.stream.producer import mixture_names
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, sum_over_hosts
 from relora_mora.evaluation.generation import Generated, generate_answers
 from relora_mora.evaluation.loss import EvalResult, Update, evaluate, evaluate_sets, held_out

@@ -9,7 +9,7 @@ from relora_mora.config.load import dump
 from relora_mora.config.schema import Config
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.data.lanes import start_states
-from relora_mora.data.stream.mixture import mixture_names
+from relora_mora.data.stream.producer import mixture_names
 from relora_mora.distributed.collectives import from_first_rank, same_on_all_ranks
 from relora_mora.system.logs import log, shared_log
 from relora_mora.system.run_folder import RunFolder

@@ -14,13 +14,12 @@ import pytest
 
 from relora_mora.config.data import TextSource
 from relora_mora.data.bytes.remote import RemoteBytes
-from relora_mora.data.content import local_content
+from relora_mora.data.content import fingerprints, local_content
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats.file_rows import open_rows
 from relora_mora.data.formats.kinds import format_of
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards, expand_braces, resolve_shards
-from relora_mora.data.stream.fingerprint import fingerprints
 from tests.tools.commands import permissions_count, public_folder
 from tests.tools.data_tools import data_config, write_shard, write_shards
 
@@ -31,7 +30,7 @@ def test_importing_the_package_is_light():
     heavy = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "requests", "huggingface_hub")
     modules = ", ".join(
         f"relora_mora.data.{name}"
-        for name in ("sets.counting", "sets.held_out", "sets.show", "stream.stream", "tokens.folder")
+        for name in ("sets.reading", "sets.held_out", "sets.show", "stream.stream", "tokens.folder")
     )
     code = f"import {modules}, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,13 +15,12 @@ import pytest
 import torch
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.content import at_versions, local_content, remote_content, remote_versions
+from relora_mora.data.content import at_versions, fingerprints, local_content, remote_content, remote_versions
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.formats.file_rows import iter_texts, open_rows
 from relora_mora.data.lanes import merge_states
 from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.data.sources.resolve import resolve_shards
-from relora_mora.data.stream.fingerprint import fingerprints
 from relora_mora.data.stream.stream import TrainStream, describe_position
 from relora_mora.data.tokens import folder as token_folder
 from relora_mora.data.tokens import writer as token_writer
