@@ -112,7 +112,7 @@ def commands(text: str) -> Iterator[list[str]]:
             yield line.removeprefix("$ ").split("  #")[0].split()
 
 
-def test_the_documents_are_there() -> None:
+def test_the_documents_exist() -> None:
     assert {name(path) for path in DOCUMENTS} >= set(REQUIRED)
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
@@ -207,7 +207,7 @@ def test_the_readme_reads_lines_of_json_and_folders_of_text(tmp_path: Path) -> N
     assert list(iter_texts(config.train, split="train", config=config)) == texts
 
 
-def test_metrics_that_are_described_are_written_and_the_other_way_round() -> None:
+def test_described_metrics_are_the_written_ones() -> None:
     files = [path for path in sorted((ROOT / "relora_mora" / "train").rglob("*.py")) if path.name != "loggers.py"]
     # keys of dictionaries
     written = set(re.findall(r'"([a-z]+/[a-z_]+)[^"]*"[]:]', "".join(path.read_text() for path in files)))
@@ -242,7 +242,7 @@ def test_the_documents_describe_every_field_of_a_manifest() -> None:
     assert set(re.findall(r"`(\w+)`", table)) >= {*fields, "format", "version"}
 
 
-def test_no_tracked_text_names_a_path_of_somebodys_machine() -> None:
+def test_no_tracked_text_has_a_path_of_somebodys_machine() -> None:
     home = re.compile(r"(?<![\w.])/(?:home|root|Users|work|mnt|scratch)/(?!\.cache/pip)[\w.-]+")
     listed = subprocess.run(
         [
@@ -294,14 +294,14 @@ def test_a_pod_is_waited_for_before_it_is_used(path: Path) -> None:
     assert 0 < text.find("kubectl wait --for=condition=Ready") < text.find("kubectl exec")
 
 
-def test_a_job_is_gone_before_it_is_started_again() -> None:
+def test_a_job_is_deleted_before_it_is_started_again() -> None:
     """The old pods hold the run folder: the ranks of a new Job would end with 2, and it with them."""
     for path in (ROOT / "launch" / "k8s" / "job.yaml", ROOT / "docs" / "containers.md"):
         again = "kubectl delete job relora-mora --ignore-not-found --cascade=foreground --wait"
         assert again in path.read_text() and "kubectl replace" not in path.read_text(), name(path)
 
 
-def test_the_image_copies_only_what_the_build_is_given() -> None:
+def test_the_image_copies_only_files_that_the_build_gets() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     allowed = {line.removeprefix("!") for line in ignored if line.startswith("!")}
     copied = re.findall(r"^COPY (?!--from)(?:--chmod=\d+ )?(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)

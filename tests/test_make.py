@@ -38,7 +38,7 @@ def test_an_environment_is_made_once(checkout: Path) -> None:
 
 
 @pytest.mark.parametrize("checkout", ["plain", "with space"], indirect=True)
-def test_one_that_was_copied_with_its_checkout_is_refused(checkout: Path, tmp_path: Path) -> None:
+def test_an_environment_copied_with_its_checkout_is_refused(checkout: Path, tmp_path: Path) -> None:
     make(checkout, "env")
     copy = shutil.copytree(checkout, tmp_path / "copy")
     refused = make(copy, "env")

@@ -106,7 +106,7 @@ def test_every_block_of_operator_6_reads_inputs_and_reaches_outputs(inputs, outp
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("mora_type", MORA_TYPES)
 @pytest.mark.parametrize("inputs,outputs,size", [(13, 29, 4), (24, 40, 13), (768, 2048, 443)])
-def test_an_operator_in_the_types_of_training_is_that_in_float64(
+def test_an_operator_in_the_types_of_training_agrees_with_float64(
     mora_type, inputs, outputs, size, dtype, tolerance, device
 ):
     size += size % 2 if OPERATORS[mora_type].even_size else 0

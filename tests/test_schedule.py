@@ -92,7 +92,7 @@ def test_no_merge_comes_after_the_last_step_that_may_merge(until):
         (dataclasses.replace(REMORA, operators=()), 0, [(None, 0)]),
     ],
 )
-def test_operators_that_are_left(schedule, step, left):
+def test_operators_left_at_a_step(schedule, step, left):
     assert schedule.operators_left(step) == left
 
 

@@ -138,11 +138,11 @@ def test_one_function_decides_between_cpu_and_gpu():
     assert asking == [PACKAGE / "system" / "hardware.py"]
 
 
-def test_what_trains_nothing_does_without_deepspeed():
+def test_code_that_does_not_train_does_not_import_deepspeed():
     assert not _imported_with("deepspeed", "checkpoint", "evaluation", "sizing", "weights", "experiments/planner")
 
 
-def test_what_checks_settings_does_without_torch():
+def test_code_that_checks_settings_does_not_import_torch():
     """A mistake is told at once; importing torch takes seconds."""
     assert not _imported_with(
         "torch", "cli", "config", "data", "tokenizer", "experiments/compare/files.py", "experiments/study/conduct.py"
@@ -179,7 +179,7 @@ def test_no_test_module_imports_another():
     assert importing == []
 
 
-def test_what_runs_on_a_gpu_names_tests_that_exist():
+def test_the_gpu_list_names_tests_that_exist():
     names = [path.stem for path in sorted((ROOT / "tests" / "gpu").glob("*.py")) if not path.stem.startswith("_")]
     assert {"algebra", "evaluation", "training"} <= set(names)
     for name in names:

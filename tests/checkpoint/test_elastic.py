@@ -160,7 +160,7 @@ def _check(course: Course, move: Move, folder: Path) -> None:
 
 @pytest.mark.parametrize("course", [STEPS], indirect=True)
 @pytest.mark.parametrize("move", SUBSET, ids=str)
-def test_a_moved_run_goes_on_as_if_it_had_stayed(course, tmp_path, move):
+def test_a_moved_run_continues_as_if_it_had_not_moved(course, tmp_path, move):
     _check(course, move, tmp_path / "run")
 
 
@@ -171,7 +171,7 @@ def test_every_move(course, tmp_path, move):
     _check(course, move, tmp_path / "run")
 
 
-def test_the_moves_cover_what_they_are_meant_to():
+def test_the_moves_cover_all_ranks_and_stages():
     assert len(MATRIX) == 432
     assert len(SUBSET) == 16
     assert {(move.world, move.to_world) for move in SUBSET} == set(PAIRS)

@@ -138,7 +138,7 @@ def test_nothing_starts_with_bad_arguments(
     assert "Traceback" not in error
 
 
-def test_a_stray_argument_beside_overrides(called: Called) -> None:
+def test_a_stray_argument_among_overrides(called: Called) -> None:
     assert called.pretrain(["c", "stray", "--a.b=1"]) == 2
     assert called.calls == []
 
@@ -247,7 +247,7 @@ def test_faults_of_the_program_keep_their_traceback() -> None:
         run(of_ours, [])
 
 
-def test_what_every_rank_finds_is_said_once(
+def test_a_fault_of_every_rank_is_reported_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "3")
@@ -262,7 +262,7 @@ def test_what_every_rank_finds_is_said_once(
     assert capsys.readouterr().err == "[rank 3] 1 fault in c:\n  - no such file on this host\n"
 
 
-def test_ctrl_c_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_shows_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
         signal.raise_signal(signal.SIGINT)
 
@@ -311,7 +311,7 @@ def _ended_inside_a_folder(tmp_path: Path, code: str, number: signal.Signals) ->
         "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",  # as libraries do that compute for minutes
     ],
 )
-def test_ctrl_c_ends_what_does_not_hear_of_it(tmp_path: Path, code: str) -> None:
+def test_ctrl_c_ends_code_that_swallows_it(tmp_path: Path, code: str) -> None:
     assert _ended_inside_a_folder(tmp_path, code, signal.SIGINT) == (130, "interrupted\n")
 
 
@@ -322,13 +322,13 @@ def test_ctrl_c_ends_what_does_not_hear_of_it(tmp_path: Path, code: str) -> None
         (signal.SIGHUP, "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)", 128 + signal.SIGHUP),
     ],
 )
-def test_a_command_that_is_ended_leaves_no_folder_behind(
+def test_an_interrupted_command_leaves_no_temporary_folder(
     tmp_path: Path, number: signal.Signals, code: str, ends_with: int
 ) -> None:
     assert _ended_inside_a_folder(tmp_path, code, number) == (ends_with, "")
 
 
-def test_a_handler_of_the_command_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_handler_of_the_command_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     heard: list[int] = []
 
     def main() -> int:

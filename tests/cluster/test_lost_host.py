@@ -13,7 +13,7 @@ pytestmark = pytest.mark.cluster
 ALLOWED = 10.0  # train.peer_timeout_seconds
 
 
-def test_a_cut_link_ends_the_job_on_both_hosts_and_one_of_them_goes_on_alone(pair, make, reference, tmp_path):
+def test_a_cut_link_ends_the_job_on_both_hosts_and_one_host_continues(pair, make, reference, tmp_path):
     config = make(2, peer_timeout_seconds=ALLOWED)
     run_dir = config.parent / "run"
     (tmp_path / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")

@@ -136,7 +136,7 @@ def test_the_program_may_be_the_one_for_fine_tuning(slurm: Slurm) -> None:
     assert "set method.square_multiple=1" in wrong.stderr
 
 
-def test_every_task_is_told_its_place_and_is_the_trainer_itself(slurm: Slurm) -> None:
+def test_every_task_gets_its_rank_and_is_the_trainer_itself(slurm: Slurm) -> None:
     called = f"launch/pretrain.py {CONFIG} --method.operators=[1, 2] --train.micro_batch_size=4"
     done = slurm.start(CONFIG, "--method.operators=[1, 2]", "--train.micro_batch_size=4", codes="0 0 0 0")
     assert done.returncode == 0
@@ -169,7 +169,7 @@ def test_every_task_is_told_its_place_and_is_the_trainer_itself(slurm: Slurm) ->
         ("127 69", 127, False),
     ],
 )
-def test_the_end_that_is_to_blame_decides(slurm: Slurm, codes: str, code: int, requeued: bool) -> None:
+def test_the_first_failure_decides_the_exit_code(slurm: Slurm, codes: str, code: int, requeued: bool) -> None:
     done = slurm.start(codes=codes)
     assert done.returncode == code
     assert ("requeued 123456" in done.stdout) == requeued
@@ -186,12 +186,12 @@ def test_starts_that_save_nothing_new_are_counted(slurm: Slurm, codes: str) -> N
     assert ends[-1].returncode == int(codes.split()[-1])
 
 
-def test_a_job_that_gets_on_is_requeued_for_ever_and_may_stumble_on_the_way(slurm: Slurm) -> None:
+def test_a_job_that_makes_progress_is_always_requeued(slurm: Slurm) -> None:
     for start in range(12):
         assert "requeued" in slurm.start(codes="75 75", saves=None if start % 5 else start + 1).stdout, start
 
 
-def test_a_start_that_slurm_ended_itself_counts_when_it_got_on(slurm: Slurm) -> None:
+def test_a_start_ended_by_slurm_counts_if_it_made_progress(slurm: Slurm) -> None:
     for _ in range(4):
         assert "requeued" in slurm.start(codes="69 69").stdout
     latest = slurm.folder / "run" / "checkpoints" / "latest"
@@ -200,7 +200,7 @@ def test_a_start_that_slurm_ended_itself_counts_when_it_got_on(slurm: Slurm) -> 
     assert "requeued" in slurm.start(codes="69 69").stdout
 
 
-def test_another_job_with_the_same_logs_begins_to_count_anew(slurm: Slurm) -> None:
+def test_another_job_with_the_same_logs_counts_from_the_beginning(slurm: Slurm) -> None:
     for _ in range(4):
         slurm.start(codes="69 69")
     slurm.restarts = 0
@@ -214,7 +214,7 @@ def test_a_job_that_cannot_be_requeued_says_so_and_keeps_the_code(slurm: Slurm) 
 
 
 @pytest.mark.parametrize("told", [{"RESTARTS": "1"}, {"RESTARTS": "1", "STATE": "PENDING"}, {"STATE": "CANCELLED"}])
-def test_what_is_left_of_a_start_waits_for_its_end_and_stops_no_other(slurm: Slurm, told: dict[str, str]) -> None:
+def test_leftovers_of_a_start_wait_for_its_end_and_stop_no_other(slurm: Slurm, told: dict[str, str]) -> None:
     """Slurm has lost a node and has put the job into the queue, or has started it elsewhere; or somebody ended it."""
     done = slurm.start(codes="69 69", ENDS="1", **told)
     assert done.returncode == -signal.SIGTERM
@@ -222,7 +222,7 @@ def test_what_is_left_of_a_start_waits_for_its_end_and_stops_no_other(slurm: Slu
     assert (slurm.folder / "runs" / "slurm" / "123456" / "progress").read_text() == "0 0\n"
 
 
-def test_a_job_that_a_requeued_one_submits_is_at_its_first_start(slurm: Slurm) -> None:
+def test_a_job_submitted_by_a_requeued_one_is_at_its_first_start(slurm: Slurm) -> None:
     done = slurm.start(codes="75 75", SLURM_RESTART_COUNT="3")
     assert "(start 1)" in done.stdout
     assert "requeued 123456" in done.stdout
@@ -234,7 +234,7 @@ def test_logs_that_cannot_be_read_do_not_keep_a_job_out_of_the_queue(slurm: Slur
     assert "requeued 123456" in done.stdout
 
 
-def test_a_controller_that_is_away_for_a_while_is_asked_again(slurm: Slurm) -> None:
+def test_a_controller_that_is_away_for_a_while_is_retried(slurm: Slurm) -> None:
     done = slurm.start(codes="75 75", AWAY="1")
     assert done.returncode == 75
     assert "requeued 123456" in done.stdout
@@ -250,7 +250,7 @@ def test_another_start_takes_another_port(slurm: Slurm) -> None:
 @pytest.mark.parametrize(
     "setting,codes,said", [("--train.stepps=3", "0 0", "did you mean steps?"), ("--train.seed=3", "0 0 0 0", "4 ranks")]
 )
-def test_a_mistake_in_the_settings_is_told_once_and_starts_nothing(
+def test_a_mistake_in_the_settings_is_reported_once_and_starts_nothing(
     slurm: Slurm, setting: str, codes: str, said: str
 ) -> None:
     done = slurm.start(CONFIG, setting, codes=codes)
@@ -281,7 +281,7 @@ def test_each_task_of_an_array_puts_its_number_in(slurm: Slurm, name: str) -> No
     "arguments",
     [[CONFIG], [CONFIG, "--train.seed=$SLURM_ARRAY_TASK_ID"], [CONFIG, "--train.seed", "$SLURM_ARRAY_TASK_ID"]],
 )
-def test_an_array_in_one_and_the_same_run_folder_is_refused(slurm: Slurm, arguments: list[str]) -> None:
+def test_an_array_with_a_single_run_folder_is_refused(slurm: Slurm, arguments: list[str]) -> None:
     done = slurm.start(*arguments, SLURM_ARRAY_JOB_ID="123450", SLURM_ARRAY_TASK_ID="7")
     assert done.returncode == 2
     assert "option" not in done.stdout
@@ -294,7 +294,7 @@ def test_a_config_for_each_task_of_an_array(slurm: Slurm) -> None:
     assert "launch/pretrain.py 7.yaml" in done.stdout, done.stderr
 
 
-def test_a_python_that_is_not_there_is_told(slurm: Slurm) -> None:
+def test_a_missing_python_is_reported(slurm: Slurm) -> None:
     done = slurm.start(PYTHON="gone/python")
     assert done.returncode == 2
     assert f"{slurm.folder} has no gone/python; submit from the checkout" in done.stderr

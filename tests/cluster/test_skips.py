@@ -10,7 +10,7 @@ from tests.cluster.hosts import skip
 from tests.tools.helpers import ROOT
 
 
-def test_a_skip_is_a_failure_where_the_tests_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skip_is_a_failure_if_the_tests_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NEED_CLUSTER", raising=False)
     with pytest.raises(pytest.skip.Exception, match="no pdsh"):
         skip("no pdsh")
@@ -19,7 +19,7 @@ def test_a_skip_is_a_failure_where_the_tests_are_needed(monkeypatch: pytest.Monk
         skip("no pdsh")
 
 
-def test_they_are_needed_in_ci_and_have_no_other_way_to_be_left_out() -> None:
+def test_cluster_tests_are_needed_in_ci_and_cannot_be_left_out() -> None:
     assert re.search(
         r"^part cluster env NEED_CLUSTER=1 make test-cluster$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE
     )

@@ -46,7 +46,7 @@ def test_full_rank_comes_first_and_is_measured_at_every_rate() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_model_of_a_variant_is_the_planned_one_with_its_changes(
+def test_the_model_of_a_variant_is_the_planned_model_with_its_changes(
     variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.cluster import link_steps

@@ -57,7 +57,7 @@ def test_a_job_finishes_with_a_log_per_rank(slurm, make, reference):
     assert f"job {job} (start 1): 2 nodes (node[1-2])" in (slurm.checkout / f"slurm-relora_mora-{job}.log").read_text()
 
 
-def test_a_job_that_is_preempted_goes_on_and_ends_bit_equal(slurm, pair, make, reference):
+def test_a_preempted_job_continues_and_ends_bit_equal(slurm, pair, make, reference):
     """By the signal that --signal=USR1@300 sends to the tasks, by Slurm's own requeue, and by the loss of a rank."""
     config = make(2)
     run_dir = config.parent / "run"
@@ -91,7 +91,7 @@ def test_a_job_that_is_preempted_goes_on_and_ends_bit_equal(slurm, pair, make, r
 
 
 @pytest.mark.parametrize("end,state", [("exit 2", "FAILED"), ("exit 69", "PENDING"), ("kill -BUS $$", "PENDING")])
-def test_what_one_rank_ended_with_is_not_hidden_by_the_kill_of_another(slurm, make, tmp_path, end, state):
+def test_the_exit_code_of_a_failed_rank_is_not_hidden_by_the_kill_of_another(slurm, make, tmp_path, end, state):
     """srun's own code is 137 each time, and its words about each task are what the job decides by."""
     config = make(2)
     trainer = tmp_path / "python"
@@ -117,7 +117,7 @@ kill -KILL $$
     )
 
 
-def test_a_job_that_comes_near_its_time_limit_saves_and_goes_on(slurm, make):
+def test_a_job_near_its_time_limit_saves_and_is_requeued(slurm, make):
     """By Slurm's own signal, which the shipped line asks for: five minutes before the limit, here two after the start,
     or up to one more early.
 
@@ -157,7 +157,7 @@ def test_an_array_trains_a_seed_per_task_and_requeues_each_by_itself(slurm, make
 
 
 @pytest.mark.parametrize("batch_node", ["node1", "node2"])
-def test_a_job_that_lost_a_node_goes_on_when_the_node_is_back(slurm, pair, make, reference, batch_node):
+def test_a_job_that_lost_a_node_continues_when_the_node_is_back(slurm, pair, make, reference, batch_node):
     """node2, which has a rank only, or the batch script and srun as well: then Slurm has to requeue the job, and to end
     what is left there."""
     config = make(2, peer_timeout_seconds=10.0)

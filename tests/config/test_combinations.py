@@ -15,7 +15,7 @@ from tests.tools.helpers import ROOT
 
 
 @pytest.mark.parametrize("operators", ["[7]", "[1, 7]", "[7, 7]"])
-def test_an_operator_that_is_drawn_anew_may_follow_itself(operators: str) -> None:
+def test_a_drawn_operator_may_follow_itself(operators: str) -> None:
     config = load_config(ROOT / "configs/run/tiny_remora.yaml", {"method.operators": operators})
     assert config.method.cycle == tuple(json.loads(operators))
 
@@ -106,7 +106,7 @@ MIXTURE = [{"source": "a/*.json", "weight": 1}, {"source": "b/*.json", "weight":
         ({"validation": [{"source": "x", "name": "a"}]}, "data.validation.0.name: a is for the sources of a mix"),
     ],
 )
-def test_mixtures_that_cannot_be(data: dict[str, Any], says: str) -> None:
+def test_impossible_mixtures_are_refused(data: dict[str, Any], says: str) -> None:
     (fault,) = faults_of(tree(data=data))
     assert fault.startswith(says), fault
 
@@ -236,7 +236,7 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
 @pytest.mark.parametrize(
     ("sections_given", "world_size", "message"), COMBINATIONS, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_combination_that_cannot_work(
+def test_impossible_combinations_are_refused(
     sections_given: dict[str, dict[str, Any]], world_size: int | None, message: str
 ) -> None:
     found = faults_of(tree(**sections_given), world_size)
@@ -265,7 +265,7 @@ def test_combination_that_cannot_work(
     ],
     ids=str,
 )
-def test_combination_at_the_border_that_works(sections_given: dict[str, dict[str, Any]]) -> None:
+def test_combinations_at_the_boundary_are_accepted(sections_given: dict[str, dict[str, Any]]) -> None:
     config = validate(tree(**sections_given), "the test", world_size=2)
     given = {(section, key): value for section, settings in sections_given.items() for key, value in settings.items()}
     assert {place: getattr(getattr(config, place[0]), place[1]) for place in given} == given

@@ -18,19 +18,19 @@ from tests.tools.helpers import ROOT
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_misspelt_setting_gets_a_suggestion(name: str) -> None:
+def test_a_misspelled_setting_gets_a_suggestion(name: str) -> None:
     section, key = name.split(".")
     values_of = tree()
     values_of.setdefault(section, {})[f"{key}x"] = 1
     assert any(fault.startswith(f"{section}.{key}x: unknown; did you mean ") for fault in faults_of(values_of))
 
 
-def test_a_length_that_is_wrong_says_nothing_of_the_default_beside_it() -> None:
+def test_a_wrong_length_does_not_conflict_with_the_default_of_another() -> None:
     found = faults_of(tree(optim={"warmup_steps": 2, "warmup_fraction": "3%"}, train={"tokens": "many"}))
     assert sorted(fault.partition(":")[0] for fault in found) == ["optim.warmup_fraction", "train.tokens"]
 
 
-def test_epochs_are_read_again_as_such() -> None:
+def test_epochs_survive_a_dump() -> None:
     config = validate(tree(train={"epochs": 2.0}, optim={"warmup_fraction": 0.1}), "the test")
     assert validate(parse_yaml(dump(config)), "its own dump") == config
 
@@ -40,7 +40,7 @@ def test_suggestions_and_lists() -> None:
     assert faults_of({**tree(), "trian": {}}) == ["trian: unknown; did you mean train?"]
 
 
-def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_reported_together(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -74,14 +74,14 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
     ), str(error.value)
 
 
-def test_nothing_is_said_about_defaults_in_the_place_of_faulty_settings() -> None:
+def test_defaults_that_replace_faulty_settings_are_not_reported() -> None:
     # with the default of 10,000 steps a merge every 20,000 would be a fault; the number of steps is unknown here
     assert len(faults_of(tree(train={"steps": "many"}, method={"merge_every": 20_000}))) == 1
     assert len(faults_of(tree(train={"stepss": 90_000}, method={"merge_every": 20_000}))) == 1
     assert len(faults_of(tree(method={"merge_every": 20_000}))) == 1
 
 
-def test_a_whole_number_with_an_exponent_is_told_as_it_is_to_be_written() -> None:
+def test_a_whole_number_with_an_exponent_is_refused_with_the_right_form() -> None:
     [fault] = faults_of(tree(train={"steps": 1e2}))
     assert fault.startswith("train.steps: got 100.0; write 100 (")
 
@@ -104,7 +104,7 @@ def test_one_line_for_a_setting_of_two_types() -> None:
         ({"train.tokens": "null", "optim.warmup_steps": "null"}, 10_000, 3, 1000),
     ],
 )
-def test_the_command_line_gives_the_length_in_its_own_way(
+def test_the_command_line_may_give_the_length_in_another_unit(
     overrides: dict[str, str], steps: int, epochs: float | None, warmup: int
 ) -> None:
     config = load_config(ROOT / "configs/task/math.yaml", overrides, defaults=FINETUNING)
@@ -134,12 +134,12 @@ def test_a_whole_setting_and_a_part_of_it_may_be_given_in_any_order(tmp_path: Pa
         assert load_config(_file(tmp_path), dict(given)).data.validation == {"y": "c", "x": "b"}
 
 
-def test_an_empty_override_is_no_null(tmp_path: Path) -> None:
+def test_an_empty_override_is_not_null(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--model\.init_from: empty; give a value, or null"):
         load_config(_file(tmp_path), {"model.init_from": ""})
 
 
-def test_paths_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     path = _file(tmp_path, train={"run_dir": "~/run"}, tokenizer={"path": "~/t"})
     config = load_config(path, {"train.resume": "~/other", "model.init_from": "~/m"})
@@ -148,7 +148,7 @@ def test_paths_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", ["train.tokens", "train.epochs", "optim.warmup_fraction"])
-def test_a_null_takes_nothing_else_of_the_file_back(name: str) -> None:
+def test_a_null_override_does_not_remove_other_settings_of_the_file(name: str) -> None:
     given, changed = (load_config(ROOT / "configs/run/tiny_remora.yaml", flags) for flags in ({}, {name: "null"}))
     assert changed == given
     assert (given.train.steps, given.optim.warmup_steps) == (1000, 100)
@@ -159,7 +159,7 @@ def test_two_lengths_on_one_command_line_are_a_fault() -> None:
         load_config(ROOT / "configs/task/math.yaml", {"train.tokens": "1e6", "train.epochs": "2"})
 
 
-def test_what_a_checkpoint_was_made_with_need_not_be_possible_today() -> None:
+def test_settings_of_a_checkpoint_need_not_be_possible_today() -> None:
     """Its weights can be used whatever the checks of a run have become."""
     before = validate(tree(), "the test")
     settings = before.model_dump(mode="json")
@@ -277,7 +277,7 @@ def test_settings_of_other_methods_are_named() -> None:
     assert not unused_by(validate(tree(), "t"))
 
 
-def test_settings_that_others_make_useless_are_named() -> None:
+def test_settings_without_effect_are_named() -> None:
     for sections, unused in (
         ({"method": {"name": "mora", "square_size": 8, "rank": 4}}, {"method.rank": "method.square_size"}),
         ({"method": {"name": "lora", "rank": 4}}, {}),
@@ -292,7 +292,7 @@ def test_settings_that_others_make_useless_are_named() -> None:
         assert unused_by(validate(tree(**sections), "the test")) == unused
 
 
-def test_a_rate_of_what_does_not_train_is_not_used() -> None:
+def test_the_rate_of_frozen_parameters_is_not_used() -> None:
     alone = {"name": "mora", "train_embeddings": False, "train_norms": False, "train_head": False}
     for method, unused in ((alone, ["optim.lr_other"]), ({**alone, "train_norms": True}, []), ({"name": "full"}, [])):
         assert list(unused_by(validate(tree(method=method, optim={"lr_other": 1e-3}), "the test"))) == unused

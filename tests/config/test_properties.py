@@ -153,7 +153,7 @@ likely = st.fixed_dictionaries(
 
 @settings(many, max_examples=40)
 @given(changes=likely)
-def test_settings_that_are_taken_make_a_plan_or_a_message(changes: dict[str, Any]) -> None:
+def test_accepted_settings_give_a_plan_or_a_message(changes: dict[str, Any]) -> None:
     given_tree = tree()
     for name, value in changes.items():
         section, key = name.split(".")

@@ -56,7 +56,7 @@ def hides_secrets(error: BaseException) -> str:
     ],
     ids=str,
 )
-def test_a_token_is_refused_wherever_it_stands(tmp_path: Path, sections: dict[str, dict[str, Any]]) -> None:
+def test_a_token_is_refused_in_any_setting(tmp_path: Path, sections: dict[str, dict[str, Any]]) -> None:
     given_tree = tree(**{name: value for name, value in sections.items() if isinstance(value, dict)}) | {
         name: value for name, value in sections.items() if not isinstance(value, dict)
     }
@@ -114,7 +114,7 @@ def test_a_signed_url_is_refused(query: str, names: str) -> None:
         "me@home:runs",
     ],
 )
-def test_what_is_no_secret_is_accepted_and_shown(text: str) -> None:
+def test_text_that_is_not_a_secret_is_accepted_and_shown(text: str) -> None:
     assert secret_in(text) is None
     assert redact(text) == text
     assert validate(tree(data={"train": text}), "the test").data.train == text
@@ -136,7 +136,7 @@ def test_what_is_no_secret_is_accepted_and_shown(text: str) -> None:
         f"a: {LOGIN}: b: [",
     ],
 )
-def test_what_is_no_yaml_is_explained_without_the_secret(tmp_path: Path, text: str) -> None:
+def test_invalid_yaml_is_explained_without_the_secret(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:

@@ -52,7 +52,7 @@ def stem(path: Path) -> str:
     return path.stem
 
 
-def test_all_sizes_and_runs_are_there() -> None:
+def test_all_sizes_and_runs_exist() -> None:
     assert {path.stem.removeprefix("llama_") for path in MODELS} == set(PARAMETERS)
     groups = [f"{group}_{method}" for group in ("paper_250m", "paper_1_3b", "tiny") for method in METHODS]
     assert {path.stem for path in RUNS} == {*groups, "demo", "study_full", "tiny_remora_paper"}
@@ -94,7 +94,7 @@ def test_run_loads(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", RUNS, ids=stem)
-def test_run_says_what_its_name_says(path: Path) -> None:
+def test_the_settings_of_a_run_match_its_name(path: Path) -> None:
     config = load_config(path)
     if path.stem != "demo":
         assert path.stem.removesuffix("_paper").endswith(f"_{config.method.name}")
@@ -143,7 +143,7 @@ def test_methods_of_a_group_differ_in_nothing_else(group: str) -> None:
     assert all(values == settings["full"] for values in settings.values())
 
 
-def test_frequent_merges_are_beside_those_of_the_paper() -> None:
+def test_tiny_remora_differs_from_the_papers_run_only_in_its_merges() -> None:
     here, paper = (
         load_config(f"configs/run/{name}.yaml").model_dump() for name in ("tiny_remora", "tiny_remora_paper")
     )
@@ -201,7 +201,7 @@ def task(name: str, **overrides: str) -> Config:
     return load_config(f"configs/task/{name}.yaml", overrides, world_size=8, defaults=FINETUNING)
 
 
-def test_all_tasks_are_there() -> None:
+def test_all_tasks_exist() -> None:
     assert {path.stem for path in TASKS} == set(WHAT_TASKS_ARE)
 
 
@@ -221,7 +221,7 @@ def test_a_task_can_be_learned_by_every_method(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("name", WHAT_TASKS_ARE)
-def test_a_task_is_mora_on_adapters_alone(name: str) -> None:
+def test_a_task_trains_only_mora_adapters(name: str) -> None:
     config = task(name)
     assert not unused_by(config)
     rates, operator = THE_PAPERS[name]
@@ -234,7 +234,7 @@ def test_a_task_is_mora_on_adapters_alone(name: str) -> None:
     assert f"launch/finetune.py configs/task/{name}.yaml" in text
 
 
-def test_the_memory_task_asks_for_what_it_learns_in_sequences_of_one_pair() -> None:
+def test_the_memory_task_generates_its_training_pairs_one_per_sequence() -> None:
     config = task("memory")
     assert config.data.train == config.data.validation
     assert config.data.packing == "none"

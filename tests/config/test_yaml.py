@@ -31,7 +31,7 @@ from tests.tools.config_tools import same, tree
         ("{a: 1, b:, 'c:d': , e: null}", {"a": 1, "b": None, "c:d": None, "e": None}),
     ],
 )
-def test_numbers_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+def test_numbers_are_read_as_in_yaml_1_2(text: str, value: Any) -> None:
     assert same(parse_yaml(text), value)
 
 
@@ -63,12 +63,12 @@ def test_numbers_are_those_of_yaml_1_2(text: str, value: Any) -> None:
     ],
     ids=lambda text: text[:20],
 )
-def test_yaml_that_is_refused(text: str) -> None:
+def test_unsupported_yaml_is_refused(text: str) -> None:
     with pytest.raises(yaml.YAMLError):
         parse_yaml(text)
 
 
-def test_a_file_that_never_ends_is_refused() -> None:
+def test_an_endless_file_is_refused() -> None:
     with pytest.raises(ConfigError, match="longer than"):
         load_config("/dev/zero")
 
@@ -96,7 +96,7 @@ def test_rates_may_be_written_with_exponents(tmp_path: Path) -> None:
     )
 
 
-def test_paths_are_found_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_found_next_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs"
     folder.mkdir()
@@ -109,7 +109,7 @@ def test_paths_are_found_beside_the_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("text", [None, "- a", "3", "a: [", "\x00"])
-def test_files_that_are_no_settings(tmp_path: Path, text: str | None) -> None:
+def test_files_that_are_not_settings(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "run.yaml"
     if text is not None:
         path.write_text(text)
@@ -119,7 +119,7 @@ def test_files_that_are_no_settings(tmp_path: Path, text: str | None) -> None:
     assert str(path) in str(error.value)
 
 
-def test_a_pattern_without_quotes_of_its_own_says_how_to_give_it(tmp_path: Path) -> None:
+def test_a_pattern_without_quotes_is_refused_with_the_right_form(tmp_path: Path) -> None:
     """The shell has taken one pair; for YAML a star begins an alias."""
     (tmp_path / "run.yaml").write_text("")
     with pytest.raises(ConfigError, match=re.escape("""give text with special characters as --data.train='"..."'""")):
@@ -138,7 +138,7 @@ def test_overrides_below_a_value_are_refused(tmp_path: Path) -> None:
     assert config.train.deepspeed == {"zero_optimization": {"reduce_bucket_size": 5}}
 
 
-def test_text_behind_a_hash_is_not_cut_off_in_silence(tmp_path: Path) -> None:
+def test_text_after_a_hash_is_not_dropped_silently(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree()), encoding="utf-8")
     for cut in ("run #2", "!!str run #2"):

@@ -87,7 +87,7 @@ def test_there_is_a_compiler_only_for_triton(container: Container, tool: str) ->
     assert found == (cuda and tool not in ("g++", "make"))
 
 
-def test_nothing_of_pips_settings_is_left(buildah: Buildah, root_folder: Path) -> None:
+def test_no_settings_of_pip_are_left(buildah: Buildah, root_folder: Path) -> None:
     inspected = buildah("inspect", "--type=image", IMAGE).stdout
     values = {
         CANARY,
@@ -110,7 +110,7 @@ def test_nothing_of_pips_settings_is_left(buildah: Buildah, root_folder: Path) -
     assert not list((root_folder / "root").glob(".cache/*"))
 
 
-def test_it_trains_as_its_user_and_the_health_check_says_so(
+def test_it_trains_as_its_user_and_the_health_check_passes(
     container: Container, root_folder: Path, tokenizer_path: str
 ) -> None:
     config = container.buildah.config(IMAGE)

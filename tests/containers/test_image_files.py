@@ -62,7 +62,7 @@ def test_services_run_as_a_user_without_privileges(name: str) -> None:
     assert service["security_opt"] == ["no-new-privileges:true"]
 
 
-def test_packages_in_the_home_of_a_user_do_not_come_before_those_of_the_image() -> None:
+def test_packages_of_the_image_come_before_those_in_a_home_folder() -> None:
     """apptainer mounts the home, and the image's environment of Python sees site-packages outside of it."""
     final = (ROOT / "Dockerfile").read_text().rpartition("\nFROM ")[2]
     assert "--system-site-packages" in (ROOT / "Dockerfile").read_text()
@@ -73,7 +73,7 @@ def test_packages_in_the_home_of_a_user_do_not_come_before_those_of_the_image() 
     ("cuda", "headers", "installed"),
     [("None", True, ""), ("'13.0'", True, "gcc libc6-dev"), ("'13.0'", False, "gcc libc6-dev python3-dev")],
 )
-def test_an_image_for_gpus_has_what_triton_compiles_with(
+def test_an_image_for_gpus_has_the_compiler_that_triton_needs(
     tmp_path: Path, cuda: str, headers: bool, installed: str
 ) -> None:
     """The command of the Dockerfile, with torch, Python's headers and apt-get as the test wants them."""
@@ -130,7 +130,7 @@ def test_the_trainer_of_the_compose_file_starts_a_rank_on_each_gpu(
     assert as_compose_says(device["count"], **given) == str(ranks)
 
 
-def test_the_health_check_sees_a_run_that_writes_metrics_and_no_other(tmp_path: Path) -> None:
+def test_the_health_check_passes_only_if_a_run_writes_metrics(tmp_path: Path) -> None:
     """The command of the Dockerfile, in a folder of this machine."""
     found = re.search(r'^    CMD \["sh", "-c", "(.+)"\]$', (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert found is not None

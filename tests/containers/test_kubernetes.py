@@ -63,7 +63,7 @@ def test_the_files_follow_the_schema(name: str, version: str) -> None:
     check(OBJECTS[name], version)
 
 
-def test_a_misspelt_field_would_be_found_wherever_it_stands() -> None:
+def test_a_misspelled_field_is_found_at_any_depth() -> None:
     """In every mapping of the Job whose keys are given by the schema (labels and the like have keys of their own)."""
     changed = copy.deepcopy(JOB)
     free = [place["requests"] for place in bodies(changed) if "requests" in place] + [
@@ -128,7 +128,7 @@ def test_exit_codes_decide_whether_a_pod_is_started_again() -> None:
     assert POD["terminationGracePeriodSeconds"] >= 120
 
 
-def test_the_job_is_complete_with_the_first_pod_that_ends_well() -> None:
+def test_the_job_is_complete_when_the_first_pod_succeeds() -> None:
     """A rank ends with 0 behind a barrier after the last save. A pod that is lost then is made again, waits for peers
     that will not come, ends with 69, and so on: of the codes above none ends that."""
     assert JOB["spec"]["successPolicy"] == {"rules": [{"succeededCount": 1}]}
@@ -139,7 +139,7 @@ def test_the_job_is_complete_with_the_first_pod_that_ends_well() -> None:
 
 
 @pytest.mark.parametrize("pod", [POD, OBJECTS["tensorboard.yaml: Pod"]["spec"]], ids=["trainer", "tensorboard"])
-def test_pods_run_as_the_user_of_the_image_and_may_do_nothing_else(pod: dict[str, Any]) -> None:
+def test_pods_run_as_the_user_of_the_image_without_privileges(pod: dict[str, Any]) -> None:
     assert (
         f"USER {pod['securityContext']['runAsUser']}:{pod['securityContext']['fsGroup']}\n"
         in (ROOT / "Dockerfile").read_text()
@@ -157,7 +157,7 @@ def test_pods_run_as_the_user_of_the_image_and_may_do_nothing_else(pod: dict[str
     assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
 
 
-def test_tensorboard_listens_inside_of_its_pod_only() -> None:
+def test_tensorboard_listens_only_inside_its_pod() -> None:
     (container,) = OBJECTS["tensorboard.yaml: Pod"]["spec"]["containers"]
     assert "--host=localhost" in container["args"]
     assert "ports" not in container
@@ -212,7 +212,7 @@ def fake(tmp_path: Path) -> Path:
     return tmp_path / "fake_python"
 
 
-def test_every_rank_of_a_pod_is_told_its_place(fake: Path) -> None:
+def test_every_rank_of_a_pod_gets_its_number(fake: Path) -> None:
     process = pod(1, python=fake, CODES=" ".join(["0"] * 16))
     said = sorted(process.communicate(timeout=20)[0].splitlines(), key=lambda line: int(line.split()[1]))
     called = f"launch/pretrain.py {TRAINER['args'][0]}"
@@ -227,7 +227,7 @@ def test_every_rank_of_a_pod_is_told_its_place(fake: Path) -> None:
     "codes,code",
     [("0 0", 0), ("0 69", 69), ("69 137", 137), ("1 69", 1), ("75 75", 75), ("2 2", 2), ("69 139", 139), ("75 1", 1)],
 )
-def test_the_code_of_a_pod_is_that_of_the_rank_that_is_to_blame(fake: Path, codes: str, code: int) -> None:
+def test_a_pod_exits_with_the_code_of_the_rank_that_failed(fake: Path, codes: str, code: int) -> None:
     process = pod(0, python=fake, RANKS_PER_POD="2", CODES=codes)
     process.communicate(timeout=20)
     assert process.returncode == code
@@ -246,7 +246,7 @@ def test_sigterm_to_a_pod_reaches_all_its_ranks(fake: Path) -> None:
     assert process.returncode == 75
 
 
-def test_sigterm_while_the_ranks_are_started_ends_those_that_come_later_too(fake: Path) -> None:
+def test_sigterm_while_ranks_are_started_also_ends_later_ranks(fake: Path) -> None:
     process = pod(0, python=fake, RANKS_PER_POD="300", CODES=" ".join(["0"] * 300), WAITS="600")
     assert process.stdout is not None
     process.stdout.readline()  # of some 300
@@ -257,7 +257,7 @@ def test_sigterm_while_the_ranks_are_started_ends_those_that_come_later_too(fake
     assert said.count(" of 300,") < 299, "it came too late to show anything"
 
 
-def test_sigterm_before_the_first_rank_does_not_look_like_the_end_of_the_run(fake: Path, tmp_path: Path) -> None:
+def test_sigterm_before_the_first_rank_is_not_reported_as_success(fake: Path, tmp_path: Path) -> None:
     """A loop before the first one stands for a slow start."""
     text = (FOLDER / "ranks.sh").read_text()
     begin = "for ((local_rank = 0;"
@@ -292,21 +292,21 @@ def test_sigterm_before_the_first_rank_does_not_look_like_the_end_of_the_run(fak
         ("MASTER_PORT", "http", "a number from 0 on"),
     ],
 )
-def test_a_pod_says_which_of_its_variables_is_missing_or_wrong(name: str, value: str, expected: str) -> None:
+def test_a_pod_names_a_missing_or_wrong_variable(name: str, value: str, expected: str) -> None:
     process = pod(0, **{name: value})
     said = f"ranks.sh: {name} is '{value}', expected {expected}; see launch/k8s/job.yaml\n"
     assert process.communicate(timeout=20)[0] == said
     assert process.returncode == 2
 
 
-def test_a_wrong_setting_fails_the_job_at_once() -> None:
+def test_a_wrong_setting_fails_the_job_immediately() -> None:
     with pods(TRAINER["args"][0], "--train.stepps=3") as started:
         assert [action_after(code) for code in codes_of(started)] == ["FailJob", "FailJob"]
 
 
 @pytest.mark.distributed
 @pytest.mark.stops  # of make test-stops
-def test_a_pod_that_is_alone_is_started_again_until_the_others_come(tokenizer_path: str, tmp_path: Path) -> None:
+def test_a_pod_is_restarted_until_the_other_pods_are_there(tokenizer_path: str, tmp_path: Path) -> None:
     settings = run_config(
         write_inputs(tmp_path), tokenizer_path, tmp_path / "run", 2, train={"peer_timeout_seconds": 5.0}
     )
@@ -319,7 +319,7 @@ def test_a_pod_that_is_alone_is_started_again_until_the_others_come(tokenizer_pa
 
 @pytest.mark.stops
 @pytest.mark.distributed
-def test_a_drained_pod_is_saved_and_the_same_pods_go_on_to_the_end(tokenizer_path: str, tmp_path: Path) -> None:
+def test_a_drained_pod_saves_and_the_same_pods_finish_the_run(tokenizer_path: str, tmp_path: Path) -> None:
     inputs, run_dir = write_inputs(tmp_path / "inputs"), tmp_path / "run"
     settings = run_config(
         inputs, tokenizer_path, run_dir, 2, train={"steps": 100_000}, checkpoint={"every_steps": 20, "keep_last": 2}

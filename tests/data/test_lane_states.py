@@ -12,7 +12,7 @@ SAVED = (
 )
 
 
-def test_a_saved_state_is_read_and_written_as_ever():
+def test_the_form_of_a_saved_state_does_not_change():
     cursor, offset = read_state(json.loads(SAVED))
     assert cursor[:6] == (1, 4, 2, 3, 6, 55)
     assert offset == 17

@@ -53,7 +53,7 @@ def test_the_order_depends_only_on_the_key():
     assert seeded_order(100, 1, 2) != seeded_order(100, 2, 1)
 
 
-def test_blocks_and_states_are_what_they_have_always_been(tmp_path):
+def test_blocks_and_states_do_not_change(tmp_path):
     """A change that moves a token needs another ``content.RULE``, because checkpoints hold positions."""
     write_shards(tmp_path, 2, 30)
     digest = hashlib.sha256(RULE.encode())
@@ -126,7 +126,7 @@ def test_the_text_of_another_column(tmp_path):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=30), st.integers(2, 40), st.integers(1, 7), st.data())
-def test_any_lengths_any_place(tmp_path_factory, lengths, sequence_length, shuffle, data):
+def test_a_resume_anywhere_with_documents_of_any_lengths(tmp_path_factory, lengths, sequence_length, shuffle, data):
     path = write_shard(
         tmp_path_factory.mktemp("any") / "a.json", [f"{n}" + "x" * length for n, length in enumerate(lengths)]
     )

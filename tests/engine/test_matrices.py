@@ -165,7 +165,7 @@ def many_cuts(world_size: int, together: int) -> list[tuple[list[Tensor], list[i
 
 
 @pytest.mark.parametrize("world,together", [(1, 1), (2, 1), (4, 1), (4, 8)])
-def test_matrices_are_whole_wherever_they_are_cut(pools, world, together):
+def test_matrices_are_whole_for_every_cut(pools, world, together):
     expected = []
     for names in FLATS:
         parts = [_values(name, SHAPES.get(name, torch.Size([6]))) for name in names]
@@ -179,7 +179,7 @@ def test_matrices_are_whole_wherever_they_are_cut(pools, world, together):
         assert together > 1 or max(counts) == 1
 
 
-def test_several_matrices_of_a_shape_go_together(pools):
+def test_matrices_of_one_shape_are_updated_together(pools):
     [runs] = pools(1)(many_cuts, 1, 8)
     assert all(sorted(counts) == [1, 1, 2, 2] for _, counts in runs)
 

@@ -60,7 +60,7 @@ def merge_with_a_part_missing(world_size: int, stage: int, what: str) -> str:
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("what", ["layer", "shard of one rank"])
-def test_a_merge_that_would_not_reach_everything_does_not_begin(pools, stage, what):
+def test_a_merge_that_would_miss_something_does_not_begin(pools, stage, what):
     messages = pools(2)(merge_with_a_part_missing, 2, stage, what)
     assert messages[0] == messages[1]
     assert "nothing was merged" in messages[0]

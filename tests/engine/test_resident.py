@@ -62,7 +62,7 @@ CASES += [
 
 
 @pytest.mark.parametrize("stage,bf16,ranks,method,zero", CASES)
-def test_it_trains_as_the_merged_form_bit_for_bit_and_builds_once_a_step(pools, stage, bf16, ranks, method, zero):
+def test_resident_layers_train_like_the_merged_form_and_build_once_a_step(pools, stage, bf16, ranks, method, zero):
     for seen in pools(ranks)(builds_and_bits, stage, bf16, method, zero):
         torch.testing.assert_close(
             seen["resident", "numbers"], seen["merged", "numbers"], rtol=0, atol=0, equal_nan=True
@@ -114,6 +114,6 @@ def after_changes(stage: int) -> dict[str, tuple[int, bool]]:
 
 
 @pytest.mark.parametrize("stage,ranks", [(0, 1), (2, 1), (3, 1), (3, 2)])
-def test_every_change_of_a_weight_drops_it(pools, stage, ranks):
+def test_every_change_of_a_weight_drops_the_resident_one(pools, stage, ranks):
     for seen in pools(ranks)(after_changes, stage):
         assert seen == dict.fromkeys(("masters", "base", "operator", "nothing"), (0, True))

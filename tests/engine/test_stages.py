@@ -78,7 +78,7 @@ def test_tied_and_frozen_embeddings_on_every_stage(pools, tied):
         assert pools(2)(tied_or_frozen, 2, stage, tied)[0] == pytest.approx(plain, rel=1e-6), stage
 
 
-def test_stages_clip_alike(pools):
+def test_stages_clip_the_same_way(pools):
     free = pools(2)(losses, 2, 0)[0]
     plain = pools(2)(losses, 2, 0, clip=0.05)[0]
     # the norms are measured before clipping, and clipping had an effect

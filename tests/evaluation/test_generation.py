@@ -44,7 +44,7 @@ def prompts() -> list[torch.Tensor]:
     return [torch.randint(3, 320, (length,), generator=generator) for length in (5, 1, 9, 4)]
 
 
-def test_prompts_of_all_lengths_go_on_as_each_does_alone_in_transformers(lm):
+def test_a_batch_of_prompts_generates_what_transformers_does_for_each(lm):
     lm.generation_config.eos_token_id = None
     single = [lm.generate(prompt[None], max_new_tokens=7, do_sample=False, pad_token_id=0)[0] for prompt in prompts()]
     expected = torch.stack([row[-7:] for row in single])
@@ -75,7 +75,7 @@ def test_rows_that_fit_never_go_beyond_the_positions_of_the_model():
     assert not torch.equal(lm.model.rotary_emb.inv_freq, before)
 
 
-def test_characters_agree_place_by_place():
+def test_characters_are_compared_at_the_same_positions():
     assert agreeing_characters("abcd", "abXd") == 3
     assert agreeing_characters("bcd", "abcd") == 0
     assert agreeing_characters("abcdef", "abc") == 3
@@ -103,7 +103,7 @@ def test_text_ends_at_a_special_token(tokenizer_path):
     assert text_of(tokenizer, [*ids, end, *ids], {end}) == text_of(tokenizer, ids, {end}) == "the rank"
 
 
-def test_the_end_of_a_turn_is_no_part_of_an_answer(tokenizer_path):
+def test_the_end_of_a_turn_is_not_part_of_an_answer(tokenizer_path):
     tokenizer = load_tokenizer(tokenizer_path)
     tokenizer.add_tokens([AddedToken("<|im_end|>", special=True), AddedToken("<|eot|>", special=False)])
     ids = tokenizer("the rank", add_special_tokens=False).input_ids
@@ -115,7 +115,7 @@ def test_the_end_of_a_turn_is_no_part_of_an_answer(tokenizer_path):
     assert named in special_tokens(tokenizer)
 
 
-def test_special_tokens_that_an_answer_begins_with_are_given(lm, tokenizer_path):
+def test_leading_special_tokens_of_an_answer_are_given(lm, tokenizer_path):
     tokenizer = load_tokenizer(tokenizer_path)
     end = tokenizer.eos_token_id
     answers = [Answer(np.asarray([5], np.int32), np.asarray(ids, np.int32)) for ids in ([end, 6, 7, end], [end])]
@@ -152,7 +152,7 @@ def test_every_answer_is_counted_once_on_any_number_of_ranks(lm, tokenizer_path)
         }
 
 
-def test_it_stops_before_a_batch_when_it_is_asked_to(lm, tokenizer_path):
+def test_generation_stops_before_the_next_batch_when_asked_to(lm, tokenizer_path):
     tokenizer = load_tokenizer(tokenizer_path)
     answer = Answer(np.array([5], np.int32), np.array([6], np.int32))
     settings = {"tokenizer": tokenizer, "batch_size": 1, "device": CPU}

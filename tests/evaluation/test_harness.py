@@ -76,7 +76,7 @@ def nats(lm: LlamaForCausalLM, tokenizer: Any, prompt: str, answer: str) -> floa
     return sum(float(chances[0, place - 1, ids[0, place]]) for place in range(len(before), ids.shape[1]))
 
 
-def test_every_task_says_what_it_reads():
+def test_every_task_describes_its_data():
     assert set(ROWS) == set(LOCAL_TASKS)
 
 
@@ -103,7 +103,7 @@ def test_a_task_file_has_the_rows_of_a_file_or_of_a_folder(data, name):
         ("{", "line 1: is not JSON"),
     ],
 )
-def test_data_that_does_not_fit_is_named(tmp_path, content, said):
+def test_unsuitable_data_is_named(tmp_path, content, said):
     if content is not None:
         (tmp_path / "uuid.jsonl").write_text(content)
     with pytest.raises(HarnessError, match=said):
@@ -137,13 +137,13 @@ def test_long_answers_leave_half_of_the_positions_to_prompts(tmp_path, caplog, p
     assert (warning in caplog.text) == (most < 300 and limit is None)
 
 
-def test_what_stands_before_the_answer_of_gsm8k_may_say_so_too(tmp_path):
+def test_steps_of_a_gsm8k_answer_may_contain_the_answer_phrase(tmp_path):
     row = {"question": "How many?", "answer": "The answer is 5*2 = <<5*2=10>>10 apples.\n#### 10"}
     (tmp_path / "metamath.jsonl").write_text(json.dumps(row))
     assert local_rows("local_metamath", str(tmp_path)) == [row]
 
 
-def test_a_row_is_what_ends_with_a_line_feed(tmp_path):
+def test_only_a_line_feed_ends_a_row(tmp_path):
     """JSON may hold U+2028 as it is; a byte order mark and blank lines are none of the rows."""
     text = "a\u2028b\u0085c"
     rows = [{"prompt": text, "completion": "x"}, {"prompt": "y", "completion": "z"}]
@@ -188,7 +188,7 @@ def test_a_row_of_another_kind_is_named(tmp_path, name, change, said):
         local_task(name, str(file), len)
 
 
-def test_a_run_keeps_what_its_tasks_gave(tmp_path):
+def test_a_run_keeps_the_scores_of_its_tasks(tmp_path):
     results = {"local_uuid": {"exact_match": 0.5, "character_accuracy": 0.75}}
     for step in (10, 20):
         record(tmp_path, step, results, num_fewshot=None, limit=None)
@@ -211,7 +211,7 @@ def test_a_run_keeps_what_its_tasks_gave(tmp_path):
     assert table(results).splitlines()[1].split() == ["local_uuid", "exact_match", "0.5000"]
 
 
-def test_a_score_is_kept_whole_or_not_at_all(tmp_path):
+def test_a_score_is_written_completely_or_not_at_all(tmp_path):
     """Half a line would take the next score with it."""
     tasks = RunFolder(tmp_path).tasks
     before = '{"step": 1}\n' * 10_000
@@ -225,7 +225,7 @@ def test_a_score_is_kept_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_score_that_tensorboard_has_no_room_for_is_kept_and_said_once(tmp_path):
+def test_a_score_that_tensorboard_cannot_write_is_kept_and_reported_once(tmp_path):
     before = set(threading.enumerate())
     with files_end_at(1000), pytest.raises(OSError, match=f": '{RunFolder(tmp_path).tensorboard}'"):
         record(tmp_path, 2, {"local_uuid": {f"metric_{n}": 0.5 for n in range(20)}}, num_fewshot=None, limit=None)
@@ -234,7 +234,7 @@ def test_a_score_that_tensorboard_has_no_room_for_is_kept_and_said_once(tmp_path
         writing.join()  # as the thread ends, pytest has its exception
 
 
-def test_options_that_have_no_use_are_refused(model):
+def test_options_without_effect_are_refused(model):
     refused(call(EVALUATE, model, "--tasks=local_uuid", "--data=x.jsonl"), "--data: only used for text")
     for option in ("--data.document_mask=true", "--data.records.kind=prompt"):
         refused(call(EVALUATE, model, "--tasks=local_uuid", option), f"{option.partition('=')[0]}: only used for text")
@@ -244,7 +244,7 @@ def test_options_that_have_no_use_are_refused(model):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
-def test_without_lm_eval_one_line_says_how_to_get_it(model):
+def test_without_lm_eval_the_message_says_how_to_install_it(model):
     refused(call(EVALUATE, model, "--tasks=local_uuid"), "--tasks: lm-evaluation-harness is not installed", "[eval]")
 
 
@@ -252,7 +252,7 @@ def test_without_lm_eval_one_line_says_how_to_get_it(model):
 
 
 @needs_lm_eval
-def test_tasks_give_what_counting_by_hand_gives(model, data):
+def test_scores_of_tasks_equal_a_count_by_hand(model, data):
     answer = call(EVALUATE, model, f"--tasks={','.join(LOCAL_TASKS)}", f"--task_data={data}")
     assert answer.code == 0, answer.err
     found = json.loads(answer.out.splitlines()[-1])["tasks"]
@@ -300,7 +300,7 @@ def test_texts_begin_as_in_training(model, data, monkeypatch):
 
 
 @needs_lm_eval
-def test_what_does_not_fit_the_model_is_said(model, data, tmp_path):
+def test_a_tokenizer_or_task_that_does_not_fit_the_model_is_refused(model, data, tmp_path):
     save_bytes_tokenizer(tmp_path / "wider")
     wider = load_tokenizer(tmp_path / "wider")
     wider.add_tokens([f"more{number}" for number in range(50)])
@@ -320,7 +320,7 @@ def test_what_does_not_fit_the_model_is_said(model, data, tmp_path):
 
 
 @needs_lm_eval
-def test_a_right_number_is_found_behind_its_steps(model, data):
+def test_answer_after_reasoning_steps_is_found(model, data):
     class Says(LlamaForCausalLM):
         said = "So 4 and 1,000 make it.\n#### 1004."
 
@@ -412,7 +412,7 @@ def test_a_run_and_an_adapter_on_it_score_as_their_exports(tmp_path):
 
 
 @needs_lm_eval
-def test_what_cannot_be_had_is_said_and_the_rest_runs(model, data, monkeypatch):
+def test_unavailable_task_is_reported_and_others_run(model, data, monkeypatch):
     import datasets
 
     def offline(*_: Any, **__: Any) -> None:
@@ -428,7 +428,7 @@ def test_what_cannot_be_had_is_said_and_the_rest_runs(model, data, monkeypatch):
 
 
 @needs_lm_eval
-def test_rows_with_their_answers_stand_before_each_row(model, data):
+def test_few_shot_examples_come_before_each_row(model, data):
     answer = call(
         EVALUATE, model, "--tasks=local_medqa, local_uuid", f"--task_data={data}", "--num_fewshot=2", "--limit=2"
     )
@@ -446,7 +446,7 @@ def test_rows_with_their_answers_stand_before_each_row(model, data):
     )
 
 
-def test_the_prompt_of_metamath_is_the_one_that_was_learned(data):
+def test_the_prompt_of_metamath_is_the_one_used_in_training(data):
     asked = str(local_task("local_metamath", str(data), len)["doc_to_text"])
     alpaca = RecordFormat(RecordsConfig(kind="alpaca"))
     learned = passage_of("alpaca", Record({"instruction": "{{question}}", "output": "x"}, "a row", alpaca))
@@ -464,6 +464,6 @@ class _Manager:
 
 
 @pytest.mark.parametrize("names", [["all", "history"], ["history", "all"]])
-def test_a_task_of_a_group_that_is_asked_for_too_is_asked_once(names):
+def test_a_task_that_is_also_in_a_group_runs_once(names):
     """lm-eval refuses one task twice, with a traceback and when all data are there."""
     assert _load_tasks(names, _Manager(), lambda name: {}) == (["the group"], [])

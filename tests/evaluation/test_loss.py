@@ -59,7 +59,7 @@ def _gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=64)).eval()
 
 
-def test_every_token_counts_once_whatever_the_batch(source, tokenizer_path):
+def test_every_token_counts_once_with_any_batch_size(source, tokenizer_path):
     lm = _gpt2()
     tokens = sum(len(load_tokenizer(tokenizer_path)(text, add_special_tokens=False).input_ids) + 1 for text in TEXTS)
     results = []
@@ -101,7 +101,7 @@ def test_progress_goes_up_to_all_tokens(source, tokenizer_path, world_size):
     assert steps[-1][0] == data.predicted
 
 
-def test_sets_are_scored_one_after_the_other(source, tokenizer_path, tmp_path):
+def test_sets_are_scored_in_turn(source, tokenizer_path, tmp_path):
     other = write_shard(tmp_path / "other.json", TEXTS[:2])
     config = data_config(source, sequence_length=8).model_copy(
         update={"validation": {"all": str(source), "two": [str(other)]}}
@@ -133,7 +133,7 @@ def test_sets_are_scored_one_after_the_other(source, tokenizer_path, tmp_path):
         held_out(config, tokenizer_path, max_tokens=None)
 
 
-def test_what_a_command_is_given_as_text():
+def test_the_text_that_a_command_scores():
     """A glob may begin with a bracket, and a range with a brace."""
     for source in ("[ab]*.json", "{00..15}.json.gz", "a: b.json", "allenai/c4", "*.json"):
         assert parse_typed(source, "--data") == source
@@ -143,7 +143,7 @@ def test_what_a_command_is_given_as_text():
     assert parse_typed("[{source: b, text_column: body}, c]", "--data") == [record, "c"]
 
 
-def test_the_revisions_of_a_run_hold_for_its_own_text():
+def test_the_revisions_of_a_run_apply_only_to_its_own_text():
     commits = ["a" * 40, "b" * 40]
     own = {"c4": "allenai/c4", "web": [{"source": "some/set", "revision": commits[1]}]}
     data = DataConfig(train="allenai/c4", validation=own | {"here": "a.jsonl"}, revision=commits[0])
@@ -168,7 +168,7 @@ def test_the_revisions_of_a_run_hold_for_its_own_text():
     assert not masked.data_settings(["a.jsonl"], rows).document_mask
 
 
-def test_conversations_of_a_run_have_the_template_that_its_tokenizer_took_along():
+def test_conversations_of_a_run_use_the_template_saved_with_its_tokenizer():
     """The file may be another by now. Another tokenizer has no template of the run."""
     records = {"kind": "messages", "template": "chat.jinja"}
     data = DataConfig(train="a.jsonl", validation="b.jsonl", records=records)
@@ -180,7 +180,7 @@ def test_conversations_of_a_run_have_the_template_that_its_tokenizer_took_along(
 @pytest.mark.parametrize(
     "own", [{"kind": "messages", "template": "chatml"}, {"kind": "alpaca", "columns": {"output": "a"}}]
 )
-def test_records_of_another_kind_than_a_run_s_own_have_nothing_of_these(own):
+def test_records_of_another_kind_do_not_use_the_settings_of_the_run(own):
     data = DataConfig(train="a.jsonl", validation="b.jsonl", records=own)
     loaded = LoadedModel(_gpt2(), nullcontext(), data, "a run")
     for kind in ("question", "text"):
@@ -211,7 +211,7 @@ def _loss_of_documents(lm, texts: list[str], tokenizer, length: int) -> float:
 
 @pytest.mark.parametrize("make", [_gpt2, _llama])
 @pytest.mark.parametrize("length,micro", [(8, 3), (64, 1)])
-def test_with_a_document_mask_each_document_is_scored_alone(source, tokenizer_path, make, length, micro):
+def test_with_a_document_mask_each_document_is_scored_separately(source, tokenizer_path, make, length, micro):
     lm = make()
     data = load_eval_set(
         str(source),
@@ -285,7 +285,7 @@ def test_the_command_scores_a_foreign_model_and_ends_with_json(source, tokenizer
     refused(call(EVALUATE, tmp_path, f"--data={source}", f"--tokenizer={tmp_path}/typo"), "typo: not found")
 
 
-def test_a_model_from_elsewhere_names_no_text(tmp_path):
+def test_a_foreign_model_does_not_name_its_text(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     refused(call(EVALUATE, tmp_path), f"--data: {tmp_path} is not a run", "give text to score")
 
@@ -352,14 +352,14 @@ def test_a_model_that_sees_what_it_predicts_is_refused(source, tokenizer_path, t
         assert is_causal(lm, torch.device("cpu"))
 
 
-def test_documents_that_are_always_alone_cannot_be_scored_in_sequences(source, tokenizer_path, tmp_path):
+def test_records_packed_whole_cannot_be_scored_without_a_document_mask(source, tokenizer_path, tmp_path):
     _gpt2().save_pretrained(tmp_path)
     given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--data.document_mask=false")
     answer = call(EVALUATE, tmp_path, *given, "--data.records={kind: prompt}")
     refused(answer, "--data.document_mask: records that are packed whole are always masked")
 
 
-def test_documents_that_longrope_would_turn_by_the_longest_are_refused(source, tokenizer_path, tmp_path):
+def test_documents_too_long_for_longropes_first_factors_are_refused(source, tokenizer_path, tmp_path):
     factors = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "original_max_position_embeddings": 16}
     lm = _llama(rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors})
     lm.save_pretrained(tmp_path)
@@ -368,7 +368,7 @@ def test_documents_that_longrope_would_turn_by_the_longest_are_refused(source, t
     assert call(EVALUATE, tmp_path, *given, "--data.sequence_length=16").code == 0
 
 
-def test_a_loss_that_is_no_number_is_no_result(source, tokenizer_path, tmp_path):
+def test_a_nonfinite_loss_is_not_a_result(source, tokenizer_path, tmp_path):
     lm = _gpt2()
     with torch.no_grad():
         lm.transformer.ln_f.weight[0] = math.nan

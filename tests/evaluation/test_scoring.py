@@ -112,14 +112,14 @@ def test_answers_of_metamath(before, answer, said, right, _):
     assert metamath_scores({"answer": answer}, [said]) == {"exact_match": 0}
 
 
-def test_a_pair_is_compared_place_by_place():
+def test_a_pair_is_compared_character_by_character():
     assert pair_scores({"completion": "abcd"}, ["abcd"]) == {"exact_match": 1.0, "character_accuracy": 1.0}
     assert pair_scores({"completion": "abcd"}, ["abXdefg"]) == {"exact_match": 0.0, "character_accuracy": 0.75}
 
 
 @needs_lm_eval
 @pytest.mark.parametrize(("answer", "said", "right", "theirs"), GSM8K)
-def test_what_gsm8k_of_lm_eval_says(answer, said, right, theirs):
+def test_gsm8k_scores_agree_with_lm_eval(answer, said, right, theirs):
     import lm_eval
     from lm_eval.api.metrics import exact_match_fn
     from lm_eval.filters.extraction import RegexFilter
@@ -140,7 +140,7 @@ def test_what_gsm8k_of_lm_eval_says(answer, said, right, theirs):
 
 @needs_lm_eval
 @pytest.mark.parametrize(("answer", "said", "right", "theirs"), [row for row in METAMATH if "####" not in row[0]])
-def test_what_is_equiv_of_math_says(answer, said, right, theirs):
+def test_metamath_scores_agree_with_is_equiv(answer, said, right, theirs):
     """lm-eval has the function with which MetaMath's eval_math.py compares, after one full stop was removed."""
     from lm_eval.tasks.hendrycks_math.utils import is_equiv
 

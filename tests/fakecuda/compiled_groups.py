@@ -88,7 +88,7 @@ def test_sums_do_not_spill_and_are_stored_in_vectors(
         (1, (5461, 2048), {2}),  # no row but the first begins at a multiple of four bytes
     ],
 )
-def test_sums_load_in_vectors_where_groups_are_aligned(
+def test_sums_load_in_vectors_if_groups_are_aligned(
     mora_type: int, shape: tuple[int, int], bytes_at_once: set[int]
 ) -> None:
     for tensors in (1, 2):
@@ -115,7 +115,7 @@ def test_weights_do_not_spill_and_are_read_and_written_in_vectors(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_may_be_loaded_at_once_follows_the_pointer(dtype: torch.dtype) -> None:
+def test_the_width_of_a_load_follows_from_the_pointer(dtype: torch.dtype) -> None:
     grouping = operator_of(1, (2048, 2048)).padded_inputs
     memory = on_device(65 * 2048, dtype=dtype)
     for offset in (0, 1, 16, 2048, 3):
@@ -145,7 +145,7 @@ def test_products_are_added_without_rounding_whatever_triton_does_by_default(mon
     assert launched.metadata.enable_fp_fusion
 
 
-def test_an_older_gpu_takes_the_operations_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_gpu_uses_the_operations_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     triton_launch.works_on.cache_clear()
     operator = operator_of(1, (768, 768))

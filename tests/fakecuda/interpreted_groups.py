@@ -50,7 +50,7 @@ def integers(*shape: int, dtype: torch.dtype = torch.float32, bound: int = 100) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", GROUPINGS)
 @pytest.mark.parametrize("features,slots", SIZES)
-def test_sums_are_those_of_float64(
+def test_sums_agree_with_float64(
     features: int, slots: int, make: Callable[[int, int], Grouping], dtype: torch.dtype
 ) -> None:
     for grouping in (make(features, slots), make(features, slots).padded(16)):
@@ -90,7 +90,7 @@ def test_any_layout_is_read_as_it_is() -> None:
     assert torch.equal(triton_groups.expand_add(weight, square, grouping, grouping), expected)
 
 
-def test_sums_of_several_tensors_stand_side_by_side() -> None:
+def test_sums_of_several_tensors_are_concatenated() -> None:
     base = integers(5, 3, 61)
     for grouping in (contiguous(61, 16), interleaved(61, 19).padded(16)):
         for xs in (
@@ -103,7 +103,7 @@ def test_sums_of_several_tensors_stand_side_by_side() -> None:
             assert torch.equal(y, torch.cat([grouping.sum(x) for x in xs], -1))
 
 
-def test_rows_lie_any_number_of_elements_apart() -> None:
+def test_rows_may_have_any_stride() -> None:
     far = 2**31 + 16
     memory = torch.empty(far + 64, dtype=torch.bfloat16)  # most of it is never touched
     x = memory.as_strided((2, 64), (far, 1))
@@ -111,7 +111,7 @@ def test_rows_lie_any_number_of_elements_apart() -> None:
     assert torch.equal(triton_groups.group_sums([x], interleaved(64, 32)), interleaved(64, 32).sum(x))
 
 
-def test_what_is_not_finite_stays_so() -> None:
+def test_nonfinite_values_stay_nonfinite() -> None:
     x = torch.tensor([[float("inf"), 1.0, float("nan"), 2.0, float("inf"), float("-inf"), 3e38, 3e38]])
     y = triton_groups.group_sums([x], contiguous(8, 4))
     assert y.nan_to_num(7, 8, 9).tolist() == [[8, 7, 7, 8]]
@@ -157,7 +157,7 @@ def kernels_of_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("kernels_of_gpus")
 @pytest.mark.parametrize("mora_type", [1, 2, 3, 4, 7])
-def test_a_layer_with_them_has_the_gradients_of_the_textbook_form(mora_type: int) -> None:
+def test_a_layer_with_these_kernels_has_the_gradients_of_the_textbook_form(mora_type: int) -> None:
     torch.manual_seed(0)
     layer = MoRALinear(nn.Linear(50, 61, bias=False), 19, mora_type, "merged")
     nn.init.normal_(layer.mora_M, std=0.3)

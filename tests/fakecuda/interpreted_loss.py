@@ -31,7 +31,7 @@ def case(vocabulary: int, dtype: torch.dtype, spread: float = 3.0) -> tuple[Tens
 @pytest.mark.parametrize("spread", [0.1, 3.0, 60.0])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2**-7)])
 @pytest.mark.parametrize("vocabulary", [1, 5, 31, 8192, 32000, 50257])
-def test_losses_and_gradients_are_those_of_float64(
+def test_losses_and_gradients_agree_with_float64(
     vocabulary: int, dtype: torch.dtype, tolerance: float, spread: float
 ) -> None:
     logits, labels = case(vocabulary, dtype, spread)
@@ -55,7 +55,7 @@ def test_a_label_outside_the_vocabulary_has_no_loss() -> None:
 
 @pytest.mark.parametrize("place", [0, 17, 8200])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_logit_that_is_not_finite_is_seen(bad: float, place: int) -> None:
+def test_a_nonfinite_logit_is_noticed(bad: float, place: int) -> None:
     logits = torch.zeros(1, 8201)
     logits[0, place] = bad
     assert not triton_loss.cross_entropy_(logits, torch.tensor([3]), SCALE, -100, True).isfinite().any()
@@ -98,7 +98,7 @@ def _addmm(
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("chunk", [3, 7, 100])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_head_and_loss_are_those_of_plain_cross_entropy(
+def test_head_and_loss_agree_with_plain_cross_entropy(
     dtype: torch.dtype, tolerance: float, chunk: int, adds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model, "ADDS_TO_FLOAT32", adds)
@@ -121,7 +121,7 @@ def test_head_and_loss_are_those_of_plain_cross_entropy(
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_gradients_are_given_once() -> None:
+def test_a_second_backward_is_refused() -> None:
     """They are scaled in place, so a second backward would scale them again."""
     hidden, weight = torch.randn(4, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
     loss = chunked_cross_entropy(hidden, weight, torch.arange(4))

@@ -101,7 +101,7 @@ def test_a_step_stays_on_the_device(
     ("method", "reset"), [("remora operator 1", "full"), ("remora operator 1", "carry"), ("relora", "full")]
 )
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_step_and_a_merge_join_what_the_device_and_the_host_have(
+def test_a_step_and_a_merge_combine_tensors_of_the_device_and_the_host(
     stage: int, method: str, reset: str, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the tools of the tests that tests/gpu runs. Numbers read back are 0, so counts over ranks are told."""
@@ -138,12 +138,12 @@ def test_a_step_in_float32_waits_no_more_often(stage: int, fake: FakeTensorMode)
     assert len(watch.syncs) == 1 + WAITS_OF_DEEPSPEED[stage], watch.syncs
 
 
-def test_stage_2_waits_once_where_nothing_is_reduced_beside_backward(fake: FakeTensorMode) -> None:
+def test_stage_2_waits_once_if_nothing_is_reduced_during_backward(fake: FakeTensorMode) -> None:
     _, watch = train_steps(2, "remora operator 1", fake, bf16=True, overlap_comm=False)
     assert len(watch.syncs) == 1, watch.syncs
 
 
-def test_no_batch_is_waited_for(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_does_not_wait_for_a_batch(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[Tensor] = []
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     boundaries = torch.zeros(3, dtype=torch.int32)  # it would look at the values of fake tensors
@@ -157,7 +157,7 @@ def test_no_batch_is_waited_for(fake: FakeTensorMode, monkeypatch: pytest.Monkey
     assert watch.syncs == []
 
 
-def test_an_evaluation_waits_at_its_end_alone(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_waits_only_at_its_end(fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     tokens = np.zeros((4, 17), dtype=np.int32)
     data = EvalSet(tokens, np.ones((4, 16), dtype=bool), None, 64, "", documents=4, eos=0)

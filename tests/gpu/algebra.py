@@ -14,15 +14,15 @@ from tests.gpu.conftest import gpu_only
 from tests.kernels.test_kernels import (
     test_compiled_sum_rounds_once,
     test_expand_add_rounds_once,
-    test_sums_of_several_tensors_stand_side_by_side,
+    test_sums_of_several_tensors_are_concatenated,
 )
 from tests.model.test_attention import DOCUMENTS, loss_and_gradients
 from tests.model.test_llama import (
-    test_chunked_loss_and_gradients_are_those_of_plain_cross_entropy,
+    test_chunked_loss_and_gradients_equal_plain_cross_entropy,
     test_the_wrapped_model_has_transformers_loss_and_gradients,
 )
-from tests.model.test_loss import test_loss_and_gradient_are_those_of_float64
-from tests.test_operators import test_an_operator_in_the_types_of_training_is_that_in_float64
+from tests.model.test_loss import test_loss_and_gradient_agree_with_float64
+from tests.test_operators import test_an_operator_in_the_types_of_training_agrees_with_float64
 from tests.tools.tiny import tiny_llama
 from tests.weights.test_export import (
     checkpoint,
@@ -30,7 +30,7 @@ from tests.weights.test_export import (
     model,
     run,
     test_an_export_has_the_logits_of_the_merged_model,
-    test_every_form_of_a_model_is_scored_alike,
+    test_every_form_of_a_model_has_the_same_loss,
     text,
 )
 
@@ -38,7 +38,7 @@ from tests.weights.test_export import (
 @gpu_only
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS.keys())
-def test_flash_attention_keeps_documents_apart_as_a_mask_does(
+def test_flash_attention_separates_documents_like_a_mask(
     documents: list[list[int]], kv_heads: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {"num_attention_heads": 4, "num_key_value_heads": kv_heads, "head_dim": 16}

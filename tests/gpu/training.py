@@ -23,8 +23,8 @@ from tests.engine.test_resets import (
     test_the_base_is_exact_after_a_hundred_merges,
 )
 from tests.engine.test_resident import (
-    test_every_change_of_a_weight_drops_it,
-    test_it_trains_as_the_merged_form_bit_for_bit_and_builds_once_a_step,
+    test_every_change_of_a_weight_drops_the_resident_one,
+    test_resident_layers_train_like_the_merged_form_and_build_once_a_step,
 )
 from tests.engine.test_stages import (
     test_a_nan_on_one_rank_stops_the_step_on_all,
@@ -42,7 +42,7 @@ from tests.train.state.test_resume import (
 from tests.train.test_golden_loss import (
     golden,
     test_compiled_layers_train_as_the_reference,
-    test_the_losses_are_the_references,
+    test_losses_equal_the_reference,
 )
 from tests.train.test_muon_run import config, test_a_resume_is_bit_equal
 

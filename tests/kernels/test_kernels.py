@@ -116,7 +116,7 @@ def test_compiled_sum_rounds_once(make, features, slots, dtype, device):
 
 @pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
 @pytest.mark.parametrize("make", GROUPINGS)
-def test_sums_of_several_tensors_stand_side_by_side(make, library, device, monkeypatch):
+def test_sums_of_several_tensors_are_concatenated(make, library, device, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     grouping = make(61, 16)
     for rows in ((2, 3), (0,), ()):

@@ -133,7 +133,7 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 @pytest.mark.parametrize("stage,share", [(2, 0.7), (3, 0.3)])
-def test_a_run_that_is_killed_ends_as_one_that_was_not(tokenizer_path, tmp_path, stage, share):
+def test_a_killed_run_ends_like_an_uninterrupted_one(tokenizer_path, tmp_path, stage, share):
     rng = random.Random(f"{SEED}/{stage}")
     unused = _unused_shared_memory()
     inputs = write_inputs(tmp_path / "inputs")

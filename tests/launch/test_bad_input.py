@@ -147,11 +147,11 @@ def test_numbers_and_choices_out_of_range(script: str, argv: list[str], message:
     ],
 )
 @pytest.mark.parametrize("script", [PLAN, BENCHMARK])
-def test_files_that_are_no_settings(inputs: Path, script: str, name: str, message: str) -> None:
+def test_files_that_are_not_settings(inputs: Path, script: str, name: str, message: str) -> None:
     refused(call(script, inputs / name), str(inputs / name), message)
 
 
-def test_in_another_folder_the_message_says_where_relative_paths_start(
+def test_in_another_folder_the_message_names_the_base_of_relative_paths(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -180,7 +180,7 @@ def test_outside_the_environment_a_script_says_so(script: str, tmp_path: Path) -
     assert done.stderr == f"No module named 'relora_mora': {message}\n"
 
 
-def test_a_package_that_is_not_installed_is_no_traceback() -> None:
+def test_a_missing_package_is_not_a_traceback() -> None:
     def main() -> None:
         import a_package_that_nobody_has  # noqa: F401
 
@@ -234,7 +234,7 @@ def test_settings_of_a_plan(inputs: Path, setting: str, message: str) -> None:
     ],
 )
 @pytest.mark.parametrize("script", [BENCHMARK, TRAIN])
-def test_sources_that_hold_no_text(inputs: Path, tmp_path: Path, script: str, name: str, message: str) -> None:
+def test_sources_without_text(inputs: Path, tmp_path: Path, script: str, name: str, message: str) -> None:
     source = name if "://" in name else inputs / name
     if script == BENCHMARK:
         answer = call(script, inputs / "run.yaml", f"--data.train={source}", "--tokens=100")
@@ -257,7 +257,7 @@ def test_sources_that_hold_no_text(inputs: Path, tmp_path: Path, script: str, na
         ("rubbish.model", "not a sentencepiece model"),
     ],
 )
-def test_what_is_no_tokenizer(inputs: Path, name: str, message: str) -> None:
+def test_a_folder_that_is_not_a_tokenizer(inputs: Path, name: str, message: str) -> None:
     answer = call(BENCHMARK, inputs / "run.yaml", f"--tokenizer.path={inputs / name}", "--tokens=100")
     refused(answer, str(inputs / name), message, "expected a folder with tokenizer.model")
 
@@ -329,7 +329,7 @@ def test_files_that_may_not_be_read(inputs: Path, tokenizer_path: str, script: s
         ("model.overrides={{hidden_size: 65536, num_hidden_layers: 50}}", "weights and optimizer state need"),
     ],
 )
-def test_what_the_trainer_checks_first(inputs: Path, setting: str, message: str) -> None:
+def test_faults_that_the_trainer_finds_first(inputs: Path, setting: str, message: str) -> None:
     from relora_mora.train.begin.check import check
 
     def main(config: str, **overrides: str) -> None:
@@ -355,7 +355,7 @@ def test_pretrain_as_a_program(inputs: Path) -> None:
     assert not (inputs / "run").exists()
 
 
-def test_pretrain_where_the_hub_cannot_be_reached(inputs: Path) -> None:
+def test_pretrain_if_the_hub_cannot_be_reached(inputs: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     settings = ["--data.train=allenai/c4", "--data.timeout_seconds=0.5"]
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), str(inputs / "run.yaml"), *settings]

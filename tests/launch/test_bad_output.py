@@ -162,7 +162,7 @@ def test_a_run_folder_on_a_full_disk(tokenizer_path: str, tmp_path: Path, room: 
 
 
 @WRITERS
-def test_places_that_cannot_be_written_to(inputs: Path, tmp_path: Path, script: str) -> None:
+def test_output_folders_that_cannot_be_written(inputs: Path, tmp_path: Path, script: str) -> None:
     with disk(tmp_path / "disk", "ro") as folder:
         refused(
             write_output(script, inputs, folder / "out"), f"{folder / 'out'}: Read-only file system; choose a place"
@@ -177,7 +177,7 @@ def test_places_that_cannot_be_written_to(inputs: Path, tmp_path: Path, script: 
 
 
 @pytest.mark.parametrize("code", ["print('x')", "print('x' * 100_000)", "print('x', flush=True)"])
-def test_a_full_disk_behind_the_output(tmp_path: Path, code: str) -> None:
+def test_a_full_disk_under_the_standard_output(tmp_path: Path, code: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"from relora_mora.cli.command import run\ndef main() -> None:\n    {code}\nrun(main)\n")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
@@ -209,7 +209,7 @@ def interrupt(argv: list[str], until: Callable[[int], bool], seconds: float = 0.
     return process.returncode, err
 
 
-def test_ctrl_c_is_heard_before_what_takes_long_to_import() -> None:
+def test_ctrl_c_works_before_long_imports() -> None:
     """A command handles it from its call of ``run`` on: before that, Python shows a traceback."""
     code = (
         "import runpy, sys\n"

@@ -135,7 +135,7 @@ def found(printed: str) -> dict[str, Any]:
     return json.loads(printed.splitlines()[-1])["methods"]
 
 
-def test_every_field_is_there_and_the_first_is_the_reference(found: dict[str, Any], printed: str) -> None:
+def test_every_field_is_reported_and_the_first_is_the_reference(found: dict[str, Any], printed: str) -> None:
     assert list(found) == list(METHODS)
     for name, values in found.items():
         assert set(values) == FIELDS, name
@@ -211,7 +211,7 @@ def test_the_released_operations_are_the_same_function(one: Pool) -> None:
     assert rounded["remora_released"] == pytest.approx(rounded["remora_decoupled"], rel=1e-2)
 
 
-def test_two_ranks_send_as_the_trainable_fraction(model: str) -> None:
+def test_two_ranks_send_the_trainable_fraction(model: str) -> None:
     pool = Pool(2)
     try:
         first, second = pool(command, model, "methods=full,remora", "zero_stage=2", "precision=bf16")

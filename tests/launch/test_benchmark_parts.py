@@ -88,7 +88,7 @@ def test_adapters_larger_than_the_weights_are_not_measured(model: str, kind: str
     refused(call(f"launch/benchmark/{kind}.py", model, "--rank=64"), "rank: the adapters of a layer have", "lower it")
 
 
-def test_the_linears_of_a_layer_share_what_they_share_in_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_linears_of_a_layer_share_inputs_as_in_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = module_of("launch/benchmark/layers.py")
     made: list[int] = []
     compress = GroupingOperator.compress_for_gradient

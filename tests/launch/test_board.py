@@ -51,7 +51,7 @@ def test_runs_are_named_after_their_folders(runs: Path, tmp_path: Path) -> None:
     assert _linked(runs / "tiny", tmp_path / "one") == {"tiny": tiny}
 
 
-def test_runs_behind_links_are_found_once_and_odd_names_made_fit(runs: Path, tmp_path: Path) -> None:
+def test_linked_runs_are_found_once_and_odd_names_are_adjusted(runs: Path, tmp_path: Path) -> None:
     _write_events(tmp_path / "scratch" / ("x" * 200) / ("y" * 200))
     (runs / "big").symlink_to(tmp_path / "scratch")
     (tmp_path / "scratch" / "loop").symlink_to(runs)
@@ -67,7 +67,7 @@ def test_runs_behind_links_are_found_once_and_odd_names_made_fit(runs: Path, tmp
     ]
 
 
-def test_a_new_run_is_linked_beside_the_others(runs: Path, tmp_path: Path) -> None:
+def test_a_new_run_is_linked_next_to_the_others(runs: Path, tmp_path: Path) -> None:
     _write_events(runs / "sweep-seed-2")
     before = _linked(runs, tmp_path / "links")
     assert _linked(runs, tmp_path / "links") == before
@@ -91,7 +91,7 @@ def test_the_page_pins_curves_that_are_written() -> None:
     assert [board_tag(tag) for tag in tags] == tags
 
 
-def test_a_port_that_is_taken_or_none_is_told_before_an_address_is_shown(runs: Path) -> None:
+def test_an_invalid_or_used_port_is_reported_before_an_address_is_shown(runs: Path) -> None:
     _write_events(runs / "one")
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
@@ -101,7 +101,7 @@ def test_a_port_that_is_taken_or_none_is_told_before_an_address_is_shown(runs: P
     refused(call(SCRIPT, runs, "--port=70000"), "--port=70000: cannot listen there")
 
 
-def test_a_point_that_is_written_twice_is_there_twice(tmp_path: Path) -> None:
+def test_a_point_written_twice_is_shown_twice(tmp_path: Path) -> None:
     """TensorBoard's fast loader would drop the second one, and its charts the best of a few evaluations."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump(validate(tree(), "the test")))

@@ -39,7 +39,7 @@ def test_the_table_is_printed_and_written_with_the_figures(runs: list[Path], tmp
     assert len([name for name in left_in(out) if name.endswith(".png")]) == 5
 
 
-def test_a_run_to_compare_with_need_not_be_named_twice(runs: list[Path]) -> None:
+def test_the_run_to_compare_with_need_not_be_named_twice(runs: list[Path]) -> None:
     answer = call(COMPARE, runs[0], f"--against={runs[1]}")
     assert answer.code == 0
     assert "to ReMoRA (1, 2)." in answer.out
@@ -59,7 +59,7 @@ def test_a_metric_can_be_asked_for(runs: list[Path], tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "reach_loss.png").exists(), "one of an earlier comparison does not stay"
 
 
-def test_of_rows_that_differ_in_a_setting_the_best_is_left(tmp_path: Path) -> None:
+def test_only_the_best_of_rows_that_differ_in_one_setting_is_shown(tmp_path: Path) -> None:
     given = [("full", 1e-3, 0, 0.2), ("full", 2e-3, 0, 0.1), ("mora", 1e-3, 0, 0.0), ("mora", 2e-3, 0, 0.3)]
     given += [("mora", 2e-3, 1, 0.3)]
     runs = [
@@ -80,7 +80,7 @@ def test_of_rows_that_differ_in_a_setting_the_best_is_left(tmp_path: Path) -> No
     refused(call(COMPARE, *runs, "--best=lr"), "--best: no run has a setting lr")
 
 
-def test_exports_beside_runs_are_left_out(tmp_path: Path) -> None:
+def test_exports_among_runs_are_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", LOSSES)
     export = tmp_path / "run_export"
     export.mkdir()
@@ -97,7 +97,7 @@ def test_a_run_that_diverged_or_has_not_ended_is_not_the_best(tmp_path: Path) ->
     assert f"{math.exp(3.3):.2f}" in call(COMPARE, *runs[::-1], "--best=optim.lr").out
 
 
-def test_the_tables_in_the_documents_are_those_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tables_in_the_documents_match_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     lines = subprocess.run(["make", "-n", "study"], capture_output=True, text=True, check=True).stdout.splitlines()
     commands = [shlex.split(line) for line in lines if COMPARE in line]
@@ -109,7 +109,7 @@ def test_the_tables_in_the_documents_are_those_of_the_records(monkeypatch: pytes
     assert not kept
 
 
-def test_rows_are_not_named_after_what_is_unnamed(tmp_path: Path) -> None:
+def test_rows_are_not_named_after_unnamed_settings(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / name, LOSSES, optim={"lr": lr}, method={"name": name})
         for name, lr in (("full", 1e-3), ("mora", 2e-3))
@@ -164,7 +164,7 @@ def test_bad_input_is_one_message(runs: list[Path], tmp_path: Path) -> None:
     refused(call(COMPARE, runs[0], f"--out={tmp_path / 'file'}"), "is a file, expected a folder")
 
 
-def test_without_matplotlib_the_table_alone_can_be_had(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_table_is_still_available(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused(call(COMPARE, *runs, "--out=out"), "pip install matplotlib", "without --out only the table is printed")
     assert call(COMPARE, *runs).code == 0

@@ -30,7 +30,7 @@ run(main, [])
 """
 
 
-def test_after_ctrl_c_a_step_has_the_time_that_it_takes_to_save(tmp_path: Path) -> None:
+def test_after_ctrl_c_a_step_has_enough_time_to_save(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", DEMO, STEP, str(tmp_path)],
         cwd=ROOT,

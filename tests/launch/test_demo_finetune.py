@@ -93,7 +93,7 @@ def test_without_smollm2_the_model_of_the_demo_learns(
     assert metrics.read_bytes() == before
 
 
-def test_a_model_that_is_there_is_used(finetuning: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_existing_model_is_used(finetuning: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(finetuning, "_fetch", None)
     save_demo_model(tmp_path / "home" / "smollm2" / "model")
     start = finetuning._start()
@@ -101,7 +101,7 @@ def test_a_model_that_is_there_is_used(finetuning: ModuleType, monkeypatch: pyte
     assert not start.settings
 
 
-def test_what_draws_is_asked_for_first(finetuning: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matplotlib_is_required_before_anything_runs(finetuning: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetuning.importlib.util, "find_spec", lambda _: None)
     refused(run_main(finetuning.main), "matplotlib: not installed", "make demo-finetune")
     assert not finetuning.HOME.exists()

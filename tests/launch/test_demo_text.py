@@ -201,7 +201,7 @@ def test_examples_and_code_are_dropped() -> None:
         ("Das ist ein Satz, der nicht auf Englisch geschrieben wurde und deshalb hier fehlen soll. " * 5, False),
     ],
 )
-def test_what_counts_as_english(text: str, english: bool) -> None:
+def test_text_that_counts_as_english(text: str, english: bool) -> None:
     assert demo.is_english(text) is english
 
 

@@ -140,7 +140,7 @@ def test_nonsense_is_refused(pools, inputs, tokenizer_path, tmp_path, changes):
     assert check(pools, inputs, tokenizer_path, tmp_path, [changes]) == ["refused"]
 
 
-def test_more_sequences_at_once_than_there_is_text_for(pools, inputs, tokenizer_path, tmp_path):
+def test_more_sequences_than_there_is_text_for(pools, inputs, tokenizer_path, tmp_path):
     assert check(pools, inputs, tokenizer_path, tmp_path, [{"eval": {"micro_batch_size": 100000000}}]) == ["step"]
 
 
@@ -187,7 +187,7 @@ def test_random_values_of_every_known_key(pools, inputs, tokenizer_path, tmp_pat
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
 )
-def test_memory_that_runs_out_is_a_message(pools, inputs, tokenizer_path, tmp_path, error):
+def test_running_out_of_memory_is_one_message(pools, inputs, tokenizer_path, tmp_path, error):
     [said] = pools(1)(too_large, inputs, tokenizer_path, tmp_path / "run", error)
     assert said.startswith("relora_mora.")
     assert "train.micro_batch_size: 4 sequences of 32 tokens" in said

@@ -84,7 +84,7 @@ def test_an_abstract_as_text(tmp_path: Path, filler: list[str], inside: str, exp
     assert found == ([] if expected is None else [expected])
 
 
-def test_newer_files_replace_and_delete_what_older_ones_have(tmp_path: Path, filler: list[str]) -> None:
+def test_newer_files_replace_and_delete_abstracts_of_older_ones(tmp_path: Path, filler: list[str]) -> None:
     (tmp_path / "a").mkdir()
     deletion = "<DeleteCitation><PMID Version='1'>{}</PMID></DeleteCitation>"
     write(tmp_path, "pubmed1.xml.gz", *(plain(number, f"old {number}") for number in range(1, 7)), *filler)
@@ -132,13 +132,13 @@ def test_the_side_of_an_abstract_follows_from_its_text_and_the_seed(tmp_path: Pa
     ],
     ids=["no gzip", "cut off", "not closed", "another page", "unknown entity"],
 )
-def test_what_is_no_dump_is_named(tmp_path: Path, content: bytes, parts: tuple[str, ...]) -> None:
+def test_a_file_that_is_not_a_dump_is_named(tmp_path: Path, content: bytes, parts: tuple[str, ...]) -> None:
     (tmp_path / "pubmed1.xml.gz").write_bytes(content)
     refused(call(PUBMED, tmp_path / "out", f"--data={tmp_path}/*.xml.gz"), "pubmed1.xml.gz", *parts)
     assert left_in(tmp_path) == ["pubmed1.xml.gz"]
 
 
-def test_what_cannot_be_written(tmp_path: Path) -> None:
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     write(tmp_path, "pubmed1.xml.gz", plain(1, "only one"))
     data = f"--data={tmp_path}/*.xml.gz"
     refused(call(PUBMED, tmp_path / "out", data), "1 training and 0 held-out abstracts")

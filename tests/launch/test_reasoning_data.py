@@ -22,7 +22,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 @needs_package
-def test_problems_are_questions_with_a_number_at_the_end_and_none_comes_twice(tmp_path: Path) -> None:
+def test_problems_are_distinct_questions_with_a_number_at_the_end(tmp_path: Path) -> None:
     answer = call(REASONING_DATA, tmp_path / "out", "--count=60", "--held_out=10", "--seed=3")
     train, held_out = (_rows(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "validation"))
     assert answer.code == 0
@@ -46,7 +46,7 @@ def test_a_seed_gives_the_same_problems(tmp_path: Path) -> None:
     assert a != c
 
 
-def test_what_cannot_be_held_out_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+def test_an_impossible_held_out_size_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     for held_out in (0, 20, 30):
         answer = call(REASONING_DATA, tmp_path / "out", "--count=20", f"--held_out={held_out}")
         refused(answer, f"--held_out: got {held_out}, expected at least 1 and less than --count=20")
@@ -54,5 +54,5 @@ def test_what_cannot_be_held_out_is_refused_before_anything_is_made(tmp_path: Pa
 
 
 @pytest.mark.skipif(is_there, reason="reasoning-gym is installed")
-def test_without_the_package_the_message_says_how_to_get_it(tmp_path: Path) -> None:
+def test_without_the_package_the_message_says_how_to_install_it(tmp_path: Path) -> None:
     refused(call(REASONING_DATA, tmp_path / "out"), "reasoning-gym is not installed; run pip install -e '.[math]'")

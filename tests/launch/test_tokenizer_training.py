@@ -61,7 +61,7 @@ def test_sample_is_bounded_seeded_and_uniform() -> None:
     assert training.sample(iter([]), max_bytes=1, seed=0) == ([], 0)
 
 
-def test_training_is_the_same_whatever_the_threads() -> None:
+def test_training_does_not_depend_on_the_number_of_threads() -> None:
     def pieces(threads: int) -> list[tuple[str, float]]:
         model = sentencepiece.SentencePieceProcessor(
             model_proto=training.train(own_text(), vocab_size=900, character_coverage=0.9995, threads=threads)
@@ -128,7 +128,7 @@ def test_training_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "training on 3 of the 3 documents read" in capsys.readouterr().out
 
 
-def test_what_a_fault_of_the_data_asks_to_raise_can_be_raised(tmp_path: Path) -> None:
+def test_the_limit_named_in_a_data_fault_can_be_raised(tmp_path: Path) -> None:
     lines = [json.dumps({"text": text}) for text in own_text()[:50]]
     (tmp_path / "text.jsonl").write_text("\n".join([*lines, *(["not JSON"] * 5)]), encoding="utf-8")
     wanted = {"data": str(tmp_path / "text.jsonl"), "out": str(tmp_path / "out"), "vocab_size": 400}
@@ -138,7 +138,7 @@ def test_what_a_fault_of_the_data_asks_to_raise_can_be_raised(tmp_path: Path) ->
     assert vocabulary_size(load_tokenizer(tmp_path / "out")) == 400
 
 
-def test_the_text_may_stand_in_another_column(tmp_path: Path) -> None:
+def test_the_text_may_be_in_another_column(tmp_path: Path) -> None:
     for column in ("text", "content"):
         lines = [json.dumps({column: text}) for text in own_text()[:50]]
         (tmp_path / f"{column}.jsonl").write_text("\n".join(lines), encoding="utf-8")

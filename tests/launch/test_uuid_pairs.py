@@ -43,7 +43,7 @@ def test_the_same_pairs_as_conversations(tmp_path):
         assert answer == {"role": "assistant", "content": pair["completion"]}
 
 
-def test_what_cannot_be_written(tmp_path):
+def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "there").write_text("mine")
     refused(call(UUID_PAIRS, tmp_path / "there"), "there", "File exists")
     assert (tmp_path / "there").read_text() == "mine"

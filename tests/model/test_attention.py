@@ -51,7 +51,7 @@ def loss_and_gradients(model: LossModel, documents: list[list[int]], device: tor
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS.keys())
-def test_boundaries_keep_documents_apart_as_a_mask_does(
+def test_boundaries_separate_documents_like_a_mask(
     documents: list[list[int]], kv_heads: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = build_model(tiny_llama(num_attention_heads=4, num_key_value_heads=kv_heads), seed=1)

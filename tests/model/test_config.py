@@ -250,7 +250,7 @@ def test_activations_without_parameters_work(path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_no_key_of_transformers_is_forgotten(kind: str) -> None:
+def test_every_key_of_transformers_is_handled(kind: str) -> None:
     assert set(ARCHITECTURES[kind].config_class().to_dict()) <= set(ARCHITECTURES[kind].keys)
 
 

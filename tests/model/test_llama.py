@@ -22,7 +22,7 @@ from tests.tools.tiny import batch, tiny_config, tiny_llama
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_chunked_loss_and_gradients_are_those_of_plain_cross_entropy(chunk, dtype, tolerance, device):
+def test_chunked_loss_and_gradients_equal_plain_cross_entropy(chunk, dtype, tolerance, device):
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 10, 6, dtype=dtype).to(device), torch.randn(11, 6, dtype=dtype).to(device)
     labels = torch.randint(0, 11, (2, 10)).to(device)
@@ -71,7 +71,7 @@ class NoValueIsRead(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_hidden_states_are_those_of_transformers_and_no_value_is_read_back(attention):
+def test_hidden_states_equal_transformers_and_no_value_is_read_back(attention):
     lm = build_model(tiny_llama(), seed=5, attention=attention)
     ids, labels = batch(0)
     expected = lm.model(ids, use_cache=False).last_hidden_state

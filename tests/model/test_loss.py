@@ -32,7 +32,7 @@ def _case(rows: int, vocabulary: int, dtype: torch.dtype, spread: float = 3.0) -
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
 @pytest.mark.parametrize("vocabulary", [1, 5, 16, 31, 500, 32100])
 @pytest.mark.parametrize("spread", [0.1, 3.0, 60.0])
-def test_loss_and_gradient_are_those_of_float64(vocabulary, dtype, tolerance, spread, library, device, monkeypatch):
+def test_loss_and_gradient_agree_with_float64(vocabulary, dtype, tolerance, spread, library, device, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     logits, labels = (tensor.to(device) for tensor in _case(13, vocabulary, dtype, spread))
     by_kernel = kernels.supports(logits)

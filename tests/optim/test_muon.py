@@ -45,7 +45,7 @@ def test_a_zero_matrix_stays_zero():
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", [(24, 24), (12, 40), (40, 12)])
-def test_it_steps_as_torchs_muon_does(shape, nesterov):
+def test_steps_equal_torchs_muon(shape, nesterov):
     """They agree up to a few percent of the step, since torch's Muon iterates in bf16."""
     gradients = _matrices(shape, 4)
     weight = torch.nn.Parameter(torch.zeros(shape))

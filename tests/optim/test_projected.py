@@ -119,7 +119,7 @@ class Reference:
 @pytest.mark.parametrize(
     "name,scale,used", [("galore", None, 0.25), ("fira", None, 0.25), ("fira", 0.6, 0.6), ("apollo", None, 1.0)]
 )
-def test_it_steps_as_the_formulas_say(name, scale, used, shape):
+def test_steps_follow_the_formulas(name, scale, used, shape):
     reference = Reference(name, _optim(name), used)
     for actual, gradient in zip(_updates(_rule(name, projection_scale=scale), shape), _gradients(shape), strict=True):
         expected = reference.step(gradient)
@@ -257,7 +257,7 @@ def _released(package: str, module: str, patch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", RULES)
-def test_it_steps_as_the_released_package_does(name, shape, monkeypatch):
+def test_steps_equal_the_released_package(name, shape, monkeypatch):
     package, module, settings = PACKAGES[name]
     adamw = _released(package, module, monkeypatch)
     weight = torch.nn.Parameter(torch.zeros(shape))

@@ -101,7 +101,7 @@ def test_a_launcher_that_ends_after_a_request_to_stop_sets_no_deadline():
         assert guard._launcher_deadline is not None
 
 
-def test_while_training_the_first_signal_waits_and_a_second_leaves_at_once(busy):
+def test_while_training_the_first_signal_waits_and_a_second_exits_immediately(busy):
     process = busy("training")
     process.send_signal(signal.SIGSTOP)
     while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
@@ -393,7 +393,7 @@ def test_a_lock_is_free_when_its_holder_was_killed(holder, tmp_path):
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_holder_learns_that_its_file_was_removed_or_replaced(replaced, tmp_path, monkeypatch):
+def test_a_holder_notices_that_its_file_was_removed_or_replaced(replaced, tmp_path, monkeypatch):
     """Otherwise it would remove checkpoints of another trainer that has started there."""
     monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
     heard: queue.Queue[str | None] = queue.Queue()
@@ -454,7 +454,7 @@ def _held_elsewhere(folder: Path) -> Path:
     return path
 
 
-def test_a_holder_that_lost_the_lock_learns_it_and_leaves_the_file_alone(tmp_path, monkeypatch):
+def test_a_holder_that_lost_the_lock_notices_and_does_not_touch_the_file(tmp_path, monkeypatch):
     """It was not running for a while, on a file system where flock does not work across hosts."""
     monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)

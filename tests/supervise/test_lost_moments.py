@@ -86,7 +86,7 @@ def config(tokenizer_path: str, tmp_path: Path) -> Path:
     return write_config(settings, tmp_path / "run.yaml")
 
 
-def test_a_rank_that_is_lost_while_the_ranks_connect_is_not_waited_for_forever(config, tmp_path):
+def test_the_wait_for_a_rank_lost_while_connecting_is_limited(config, tmp_path):
     """gloo's own connecting has no timeout."""
     library = tmp_path / "connect.so"
     compiler = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", library]
@@ -98,20 +98,20 @@ def test_a_rank_that_is_lost_while_the_ranks_connect_is_not_waited_for_forever(c
     assert "the ranks did not join within 10 s: one of them has exited" in output
 
 
-def test_a_rank_that_is_lost_when_all_is_done_changes_nothing(config):
+def test_a_rank_lost_after_the_end_changes_nothing(config):
     codes, seconds, output = both_ranks(config, "at the end")
     assert codes == [0, -signal.SIGKILL] and seconds < 35, output
     assert [end["code"] for end in ends(config.parent / "run")] == [0]
 
 
-def test_a_rank_that_is_lost_in_a_save_ends_the_other_at_once(config):
+def test_a_rank_lost_during_a_save_ends_the_other_immediately(config):
     codes, seconds, output = both_ranks(config, "in a save")
     assert codes == [69, -signal.SIGKILL], output
     assert seconds < 25
     assert "rank 1 is gone" in output
 
 
-def test_text_on_a_disk_that_is_gone_ends_the_job_with_its_state_saved_and_the_code_that_starts_it_again(config):
+def test_a_lost_data_disk_saves_the_state_and_exits_with_the_restart_code(config):
     codes, _, output = both_ranks(config, "text")
     assert codes == [69, 69], output
     run_dir = config.parent / "run"
@@ -128,7 +128,7 @@ def test_text_on_a_disk_that_is_gone_ends_the_job_with_its_state_saved_and_the_c
         ("disk", "a disk or network failed rank 1 (Stale file handle: metrics.jsonl)"),
     ],
 )
-def test_a_machine_that_fails_ends_the_job_with_the_code_that_starts_it_again(config, what, reason):
+def test_a_failed_machine_exits_with_the_restart_code(config, what, reason):
     codes, _, output = both_ranks(config, what)
     assert codes == [69, 69], output
     [end] = ends(config.parent / "run")

@@ -169,7 +169,7 @@ def test_two_trainers_never_share_a_run_folder(config):
 
 
 @also
-def test_an_interrupted_run_is_bit_equal_to_one_that_was_never_stopped(inputs, tokenizer_path, tmp_path):
+def test_an_interrupted_run_is_bit_equal_to_an_uninterrupted_one(inputs, tokenizer_path, tmp_path):
     """A signal stops it during an evaluation, which is then repeated."""
     folders = [tmp_path / "never", tmp_path / "stopped"]
     paths = [

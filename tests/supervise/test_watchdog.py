@@ -112,7 +112,7 @@ os._exit(0)
 
 
 @pytest.mark.stops
-def test_a_job_that_was_suspended_goes_on():
+def test_a_suspended_job_continues():
     """All its clocks stop meanwhile, and continue afterwards."""
     command = [sys.executable, "-c", SUSPENDED]
     between_turns, in_a_turn = (

@@ -53,7 +53,7 @@ print(before - resident())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
-def test_what_a_start_needed_is_given_back():
+def test_memory_of_the_start_is_returned_to_the_system():
     run = subprocess.run(
         [sys.executable, "-c", GIVEN_BACK],
         capture_output=True,

@@ -17,7 +17,7 @@ FULL = errno.ENOSPC
 MISSING = errno.ENOENT
 
 
-def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+def test_a_failed_write_does_not_change_the_file(tmp_path, monkeypatch):
     path = tmp_path / "latest"
     write_synced(path, "before")
 
@@ -55,7 +55,7 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "before\n"
 
 
-def test_processes_that_write_a_file_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):
+def test_processes_can_write_one_file_at_the_same_time(tmp_path, monkeypatch):
     path = tmp_path / "latest"
     script = (
         "from pathlib import Path; from relora_mora.system.files import write_synced; "
@@ -100,7 +100,7 @@ def test_a_link_is_removed_and_what_it_points_to_stays(tmp_path):
         (Exception("(os error 2)"), None),
     ],
 )
-def test_whose_fault_an_error_is(error, number):
+def test_errors_of_the_disk_are_recognized(error, number):
     assert disk_errno(error, Path("out")) == number
 
 

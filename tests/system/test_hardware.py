@@ -9,7 +9,7 @@ import pytest
 from relora_mora.system import hardware
 
 
-def test_the_speed_of_a_cpu_is_measured_there_also_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_speed_of_a_cpu_is_measured_even_if_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "uses_cuda", lambda: True)
     monkeypatch.setattr(hardware.torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     of_gpu, source = hardware.peak_flops(bf16=True)
@@ -36,7 +36,7 @@ def test_the_speed_of_a_cpu_is_measured_there_also_beside_a_gpu(monkeypatch: pyt
         pytest.param(None, {"memory.max": "4096\n"}, None, id="not-linux"),
     ],
 )
-def test_the_memory_of_a_host_is_what_control_groups_leave_of_it(
+def test_the_memory_of_a_host_is_limited_by_control_groups(
     tmp_path: Path, groups: str | None, limits: dict[str, str], bound: int | None
 ) -> None:
     for name, text in limits.items():

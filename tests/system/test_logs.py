@@ -16,7 +16,7 @@ class _Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_shows_how_much_is_done_and_no_bar_is_left(monkeypatch):
+def test_a_terminal_shows_progress_and_no_bar_remains(monkeypatch):
     stream = _Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     with progress_bar("evaluation", "token") as update:
@@ -31,7 +31,7 @@ def test_a_terminal_shows_how_much_is_done_and_no_bar_is_left(monkeypatch):
 
 
 @pytest.mark.parametrize("stream,show", [(io.StringIO(), True), (_Terminal(), False)])
-def test_a_file_and_who_asks_for_none_see_no_bar(monkeypatch, stream, show):
+def test_a_file_or_a_disabled_bar_shows_no_bar(monkeypatch, stream, show):
     monkeypatch.setattr(sys, "stderr", stream)
     with progress_bar("evaluation", "token", show=show) as update:
         update(5, 10)

@@ -24,7 +24,7 @@ NAMES = {
 }
 
 
-def test_the_names_stay():
+def test_the_names_do_not_change():
     files = {name for name, value in vars(RunFolder).items() if isinstance(value, RunFile)}
     assert {name: getattr(RunFolder(Path("runs/a")), name) for name in files} == {
         name: Path("runs/a", file) for name, file in NAMES.items()

@@ -28,7 +28,7 @@ def _spins(**environment: str) -> int:
     return int(said[1]) if said[1].isdigit() else sys.maxsize
 
 
-def test_threads_sleep_soon_but_where_the_environment_says_otherwise():
+def test_idle_threads_sleep_soon_unless_the_environment_says_otherwise():
     assert _spins() == 3000
     assert _spins(OMP_WAIT_POLICY="active") > 10**9
     assert _spins(GOMP_SPINCOUNT="7") == 7

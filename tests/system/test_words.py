@@ -8,5 +8,5 @@ from relora_mora.system.logs import counted
 
 
 @pytest.mark.parametrize(("number", "said"), [(0, "0 merges"), (1, "1 merge"), (2, "2 merges"), (1200, "1,200 merges")])
-def test_only_one_has_no_s(number: int, said: str) -> None:
+def test_words_are_plural_except_for_one(number: int, said: str) -> None:
     assert counted(number, "merge") == said

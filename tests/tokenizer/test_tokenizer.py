@@ -77,7 +77,7 @@ def test_ten_thousand_documents_are_exact(documents: list[str], tmp_path: Path) 
     assert _plain(exported, documents[::10]) == reference[::10]
 
 
-def test_hard_texts_are_exact_on_every_way(folder: Path, tmp_path: Path) -> None:
+def test_hard_texts_are_exact_on_every_path(folder: Path, tmp_path: Path) -> None:
     texts = [*HARD_TEXTS, *(text + other for text in HARD_TEXTS for other in HARD_TEXTS), "".join(HARD_TEXTS)]
     reference = open_sentencepiece(folder / MODEL_FILE).encode(texts)
     LlamaConfig().save_pretrained(str(tmp_path / "export"))  # its model_type must not decide the tokenizer's class
@@ -344,7 +344,7 @@ def test_a_tokenizer_json_decides_next_to_any_model(tmp_path: Path, model_type: 
     assert tokenizer_fingerprint(tmp_path / "saved") == tokenizer_fingerprint(path)
 
 
-def test_what_transformers_would_read_otherwise_next_to_a_model_is_not_saved(tmp_path: Path) -> None:
+def test_files_that_transformers_would_read_differently_are_not_saved(tmp_path: Path) -> None:
     path, out = save_other_tokenizer(tmp_path / "given"), tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text('{"model_type": "qwen2"}')
@@ -380,7 +380,7 @@ def test_a_conversion_with_other_ids_is_refused(folder: Path, monkeypatch: pytes
         load_tokenizer(folder)
 
 
-def test_what_is_no_tokenizer_is_explained(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_tokenizer_is_explained(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("words.txt", "noise.model", "nothing.model"):
         (tmp_path / name).write_bytes(b"" if name == "nothing.model" else b"no model")
@@ -502,9 +502,7 @@ def test_how_texts_begin_and_are_padded_goes_with_a_sentencepiece_model_without_
     ("file", "content"),
     [("chat_template.jinja", b"\xff\xfe"), ("tokenizer.json", b'{"version": "1.0", "model": {"type": "Newer"}}')],
 )
-def test_files_beside_a_model_that_cannot_be_read_are_named(
-    folder: Path, tmp_path: Path, file: str, content: bytes
-) -> None:
+def test_unreadable_files_next_to_a_model_are_named(folder: Path, tmp_path: Path, file: str, content: bytes) -> None:
     shutil.copy(folder / MODEL_FILE, tmp_path)
     (tmp_path / file).write_bytes(content)
     with pytest.raises(TokenizerError, match=re.escape(str(tmp_path / file))):
@@ -530,7 +528,7 @@ def with_turns(folder: Path, tmp_path: Path) -> Path:
     return out
 
 
-def test_tokens_beside_a_sentencepiece_model_are_added(with_turns: Path, folder: Path, tmp_path: Path) -> None:
+def test_tokens_next_to_a_sentencepiece_model_are_added(with_turns: Path, folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(with_turns)
     assert (vocabulary_size(tokenizer), tokenizer.eos_token, tokenizer.eos_token_id) == (1002, "<|im_end|>", 1000)
     text = "<|im_start|>user\nhi  <|im_end|> "

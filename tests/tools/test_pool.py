@@ -45,7 +45,7 @@ def _rank_0_fails() -> None:
         (_rank_1_dies, r"(?s)rank 1 ended with code 7 in _rank_1_dies.*rank 0:.* in _rank_1_dies\n"),
     ],
 )
-def test_workers_that_hang_or_die_are_told_with_their_stacks(function, said):
+def test_workers_that_hang_or_die_are_reported_with_their_stacks(function, said):
     pool = Pool(2)
     pool(os.getpid)
     pool.idle_seconds = 3

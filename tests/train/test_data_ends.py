@@ -38,7 +38,7 @@ def ended(config: Any) -> tuple[str, str]:
     return "", ""
 
 
-def test_a_server_that_stays_away_ends_the_run_with_its_state_saved(pools, inputs, tokenizer_path, tmp_path):
+def test_a_lasting_server_failure_ends_the_run_with_its_state_saved(pools, inputs, tokenizer_path, tmp_path):
     never, run_dir = tmp_path / "never", tmp_path / "run"
     write_shards(tmp_path / "data", 4, 8)  # an epoch of some twenty steps, so that shards are opened all the time
     with serving(tmp_path / "data") as server:
@@ -65,7 +65,7 @@ def test_a_server_that_stays_away_ends_the_run_with_its_state_saved(pools, input
     assert different_tensors(never / "checkpoints" / "step-00000040", run_dir / "checkpoints" / "step-00000040") == []
 
 
-def test_text_on_a_server_that_changes_behind_the_start_is_not_trained_on(pools, inputs, tokenizer_path, tmp_path):
+def test_text_that_changes_on_the_server_after_the_start_is_not_trained_on(pools, inputs, tokenizer_path, tmp_path):
     """The fingerprint in a checkpoint is of the text that was there at the start."""
     folder, run_dir = tmp_path / "data", tmp_path / "run"
     write_shards(folder, 2, 8)

@@ -37,7 +37,7 @@ def switched() -> set[bool]:
     }
 
 
-def test_cpus_are_left_alone(switches: pytest.MonkeyPatch) -> None:
+def test_nothing_is_switched_on_cpus(switches: pytest.MonkeyPatch) -> None:
     switches.setenv("DS_ACCELERATOR", "cpu")
     compute_deterministically()
     assert switched() == {False}
@@ -62,7 +62,7 @@ def test_a_run_on_gpus_is_switched_before_the_ranks_meet(switches: pytest.Monkey
     assert seen == [{deterministic}]
 
 
-def test_no_kernel_adds_up_in_an_order_that_changes() -> None:
+def test_no_kernel_sums_in_a_varying_order() -> None:
     """torch knows its own kernels only."""
     kernels = sorted((ROOT / "relora_mora").rglob("*.py"))
     assert [path.name for path in kernels if "tl.atomic" in path.read_text(encoding="utf-8")] == []

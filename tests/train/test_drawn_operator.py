@@ -86,16 +86,14 @@ def test_a_resume_is_bit_equal(pools, never, inputs, tokenizer_path, tmp_path, s
     assert losses(folder) == losses(never)
 
 
-def test_a_move_to_other_ranks_and_another_stage_goes_on_with_the_same_groupings(
-    pools, never, inputs, tokenizer_path, tmp_path
-):
+def test_a_move_to_other_ranks_and_another_stage_keeps_the_groupings(pools, never, inputs, tokenizer_path, tmp_path):
     folder = cut_at(never, tmp_path / "run", 5)
     config = run_config(inputs, tokenizer_path, folder, 1, method=DRAWN, train={"zero_stage": 0})
     pools(1)(train, config)
     assert losses(folder) == pytest.approx(losses(never), abs=1e-5)
 
 
-def test_another_seed_counts_from_the_next_merge_on(pools, never, inputs, tokenizer_path, tmp_path):
+def test_another_seed_applies_from_the_next_merge_on(pools, never, inputs, tokenizer_path, tmp_path):
     folder = cut_at(never, tmp_path / "run", 5)
     other = {"seed": 3, "allow_changes": ["train.seed"]}
     pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, method=DRAWN, train=other), stop_after=7)

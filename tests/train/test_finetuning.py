@@ -118,7 +118,7 @@ def test_every_method_is_tuned_on_every_stage(pools, inputs, tmp_path, method, s
     assert not torch.allclose(logits(tmp_path / "out"), logits(folder), atol=1e-3)
 
 
-def test_a_run_its_checkpoint_and_its_export_are_starts_with_one_loss(pools, inputs, tmp_path):
+def test_a_run_its_checkpoint_and_its_export_give_the_same_first_loss(pools, inputs, tmp_path):
     """Each with its own config and tokenizer, and none needs the folder that the run began from."""
     folder = save(tmp_path / "model", "qwen2", num_key_value_heads=2)
     run = tmp_path / "run"
@@ -264,7 +264,7 @@ def test_weights_that_do_not_fit_are_reported_before_any_text_is_read(pools, set
     check_refusal(folder, "model.safetensors: cannot be read as safetensors", "fetch it again")
 
 
-def test_files_that_transformers_takes_are_taken(tmp_path):
+def test_files_that_transformers_accepts_are_accepted(tmp_path):
     folder = save(tmp_path / "tied", num_key_value_heads=1, tie_word_embeddings=True)
     file = folder / "model.safetensors"
     weights = load_file(file)
@@ -286,7 +286,7 @@ def test_files_that_transformers_takes_are_taken(tmp_path):
         check_headers(folder)
 
 
-def test_defaults_give_way_to_what_is_said_in_another_way(settings):
+def test_defaults_yield_to_settings_with_the_same_meaning(settings):
     config = load_config(settings, {"train.tokens": "4096", "optim.warmup_steps": "0"}, defaults=FINETUNING)
     assert (config.train.steps, config.train.epochs) == (1, None)
     assert (config.optim.warmup_steps, config.optim.warmup_fraction) == (0, None)

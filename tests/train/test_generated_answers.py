@@ -107,7 +107,7 @@ def test_a_chat_that_was_learned_stops_by_itself_in_plain_transformers(pools, in
 
 
 @pytest.mark.parametrize("stage", [3, *rest((2,))])
-def test_training_does_not_see_what_is_generated(pools, inputs, tokenizer_path, tmp_path, stage):
+def test_generation_does_not_affect_training(pools, inputs, tokenizer_path, tmp_path, stage):
     runs = {}
     for count in (0, 5):  # two ranks and one answer at a time: the last round has an answer only for the first rank
         runs[count] = tmp_path / f"run{count}"
@@ -120,7 +120,7 @@ def test_training_does_not_see_what_is_generated(pools, inputs, tokenizer_path, 
     assert len(generated(runs[5])) == 3
 
 
-def test_sets_have_numbers_of_their_own(pools, inputs, tokenizer_path, tmp_path):
+def test_each_set_has_its_own_numbers(pools, inputs, tokenizer_path, tmp_path):
     text = {"source": str(inputs / "validation" / "*.json.gz"), "records": {"kind": "text"}}
     sets = {"pairs": str(inputs / "pairs.jsonl"), "plain": text}
     pools(1)(train, memory(inputs, tokenizer_path, tmp_path / "run", data={"validation": sets}, train={"steps": 6}))
@@ -130,7 +130,7 @@ def test_sets_have_numbers_of_their_own(pools, inputs, tokenizer_path, tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"records": None}, {"records": {"kind": "prompt", "score": "all"}}])
-def test_where_there_are_no_answers_none_can_be_generated(inputs, tokenizer_path, tmp_path, changes):
+def test_generation_without_answers_is_refused(inputs, tokenizer_path, tmp_path, changes):
     with pytest.raises(ConfigError, match=r"eval\.generate: there are no answers to generate"):
         memory(inputs, tokenizer_path, tmp_path / "run", data={**changes, "packing": None})
     with pytest.raises(ConfigError, match=r"eval\.generate"):

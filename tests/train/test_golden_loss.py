@@ -83,7 +83,7 @@ CASES += rest(*((*case, ("fp32", "bf16")[number % 2]) for number, case in enumer
 
 
 @pytest.mark.parametrize(("method", "way", "precision"), CASES)
-def test_the_losses_are_the_references(golden, pools, tokenizer_path, tmp_path, method, precision, way):
+def test_losses_equal_the_reference(golden, pools, tokenizer_path, tmp_path, method, precision, way):
     expected = golden(method, precision)
     sections: dict[str, dict[str, Any]] = {"model": {"activation_checkpointing": way == "checkpointing"}}
     if method != "full" and way != "checkpointing":

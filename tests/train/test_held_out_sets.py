@@ -57,7 +57,7 @@ def together(pools, inputs, tokenizer_path, tmp_path_factory) -> dict[int, tuple
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_each_set_is_scored_as_if_alone(pools, inputs, tokenizer_path, tmp_path, together, world_size):
+def test_each_set_is_scored_independently(pools, inputs, tokenizer_path, tmp_path, together, world_size):
     _, seen = together[world_size]
     assert [line["step"] for line in seen] == [0, 1]
     assert seen[0] != seen[1]
@@ -70,7 +70,7 @@ def test_each_set_is_scored_as_if_alone(pools, inputs, tokenizer_path, tmp_path,
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_whole_is_that_of_one_text(inputs, tokenizer_path, together, tmp_path, world_size):
+def test_the_total_equals_the_loss_of_one_text(inputs, tokenizer_path, together, tmp_path, world_size):
     config = run_config(inputs, tokenizer_path, tmp_path, data={"validation": _sets(inputs)})
     size = sum(each.utf8_bytes for each in held_out(config.data, tokenizer_path, config.eval.max_tokens).values())
     for line in together[world_size][1]:
@@ -82,7 +82,7 @@ def test_the_whole_is_that_of_one_text(inputs, tokenizer_path, together, tmp_pat
         assert line["eval/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-12)
 
 
-def test_the_command_says_where_the_tokenizer_is_another_one(together, tokenizer_path, other_tokenizer):
+def test_the_command_reports_a_set_with_another_tokenizer(together, tokenizer_path, other_tokenizer):
     folder, _ = together[2]
     for tokenizer, is_another in ((tokenizer_path, False), (other_tokenizer, True)):
         answer = call(EVALUATE, folder, "--max_tokens=200", f"--tokenizer={tokenizer}")

@@ -49,7 +49,7 @@ def test_epochs_are_counted_and_the_run_ends_when_they_are_read(pools, tokenizer
     assert "method.merge_every" in said
 
 
-def test_nothing_is_counted_where_something_is_missing(pools, tokenizer_path, tmp_path):
+def test_nothing_is_counted_if_something_is_missing(pools, tokenizer_path, tmp_path):
     inputs = write_inputs(tmp_path / "inputs")
     (inputs / "train" / "bad.json").write_text("counting would stop here\n")
     data = {"train": f"{inputs}/train/*", "validation": f"{inputs}/nowhere.json"}

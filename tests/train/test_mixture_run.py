@@ -77,7 +77,7 @@ def _end(run_dir: Path) -> Path:
     return run_dir / "checkpoints" / "step-00000010"
 
 
-def test_a_resume_goes_on_with_the_same_blocks_and_every_source_is_counted(
+def test_a_resume_continues_with_the_same_blocks_and_every_source_is_counted(
     pools, inputs, tokenizer_path, tmp_path, never
 ):
     config = _config(inputs, tokenizer_path, tmp_path / "run")
@@ -92,7 +92,7 @@ def test_a_resume_goes_on_with_the_same_blocks_and_every_source_is_counted(
     assert counted[1]["train/epoch/rows"] == 0
 
 
-def test_a_kill_after_a_rollback_changes_nothing_of_what_is_drawn(pools, inputs, tokenizer_path, tmp_path):
+def test_a_kill_after_a_rollback_does_not_change_the_drawn_sources(pools, inputs, tokenizer_path, tmp_path):
     rolled, killed = tmp_path / "rolled", tmp_path / "killed"
     pools(2)(_bad_at, _config(inputs, tokenizer_path, rolled), (4, 5))
     assert [line["step"] for line in metrics(rolled) if "train/rollbacks" in line] == [3]
@@ -111,7 +111,7 @@ def _refused(config: Any) -> str:
     return str(error.value)
 
 
-def test_weights_change_where_that_is_allowed(pools, inputs, tokenizer_path, tmp_path, never):
+def test_weights_change_if_allowed(pools, inputs, tokenizer_path, tmp_path, never):
     folder = tmp_path / "run"
     pools(2)(train, _config(inputs, tokenizer_path, folder), stop_after=4)
     (said, _) = pools(2)(_refused, _config(inputs, tokenizer_path, folder, weight=5.0))

@@ -46,7 +46,7 @@ MOVES = [(1, 0, 2, 3), (2, 2, 4, 1), (4, 3, 1, 0), *rest((2, 3, 1, 2), (4, 1, 2,
 
 
 @pytest.mark.parametrize("world,stage,to_world,to_stage", MOVES)
-def test_a_moved_run_goes_on_as_if_it_had_stayed(
+def test_a_moved_run_continues_as_if_it_had_not_moved(
     pools, config, tmp_path_factory, tmp_path, world, stage, to_world, to_stage
 ):
     folder = tmp_path / "run"
@@ -72,7 +72,7 @@ def test_a_checkpoint_holds_one_moment_of_matrices(pools, config, tmp_path):
         assert found == ({"master", "momentum"} if "mora_M" in name else {"master", "exp_avg", "exp_avg_sq"}), name
 
 
-def test_a_resume_with_another_optimizer_is_refused_whatever_is_allowed(pools, config, tmp_path):
+def test_a_resume_with_another_optimizer_cannot_be_allowed(pools, config, tmp_path):
     folder = tmp_path / "run"
     pools(1)(train, config(folder), stop_after=1)
     for allowed in ([], ["optim.matrices"]):

@@ -111,7 +111,7 @@ MOVES = [(1, 0, 2, 3), (2, 3, 1, 2), (2, 1, 4, 2), (2, 0, 1, 1)]
 
 
 @pytest.mark.parametrize("world,stage,to_world,to_stage", MOVES)
-def test_a_moved_run_goes_on_as_if_it_had_stayed(
+def test_a_moved_run_continues_as_if_it_had_not_moved(
     pools, config, tmp_path_factory, tmp_path, world, stage, to_world, to_stage
 ):
     folder = tmp_path / "run"
@@ -146,7 +146,7 @@ def test_a_checkpoint_holds_the_state_of_each_matrix_once(pools, config, tmp_pat
         assert kinds == (of_matrix if "_proj" in name else {"master", "exp_avg", "exp_avg_sq"}), name
 
 
-def test_a_resume_with_another_rank_or_rule_is_refused_whatever_is_allowed(pools, config, tmp_path):
+def test_a_resume_with_another_rank_or_rule_cannot_be_allowed(pools, config, tmp_path):
     folder = tmp_path / "run"
     pools(1)(train, config(folder, optim={"matrices": "galore"}), stop_after=1)
     for name, value in (("projection_rank", 5), ("matrices", "fira")):

@@ -69,7 +69,7 @@ def _seen(run_dir: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line]
 
 
-def test_a_cut_off_run_goes_on_bit_for_bit(pools, inputs, tokenizer_path, tmp_path):
+def test_an_interrupted_run_continues_bit_for_bit(pools, inputs, tokenizer_path, tmp_path):
     whole = tmp_path / "whole"
     pools(2)(train, _config(inputs, tokenizer_path, whole, 2))
     cut = _config(inputs, tokenizer_path, tmp_path / "cut", 2)
@@ -87,7 +87,7 @@ def test_a_cut_off_run_goes_on_bit_for_bit(pools, inputs, tokenizer_path, tmp_pa
     assert not any("eval/bits_per_byte" in line for line in metrics(whole))
 
 
-def test_fewer_ranks_go_on_with_the_same_records(pools, inputs, tokenizer_path, tmp_path):
+def test_fewer_ranks_continue_with_the_same_records(pools, inputs, tokenizer_path, tmp_path):
     on_two = _config(inputs, tokenizer_path, tmp_path / "run", 2)
     pools(2)(train, on_two, 3)
     pools(1)(train, on_two)
@@ -110,9 +110,7 @@ def test_another_template_is_other_data(pools, inputs, tokenizer_path, tmp_path)
     pools(1)(train, other)
 
 
-def test_an_early_end_and_another_template_give_the_tokenizer_of_the_second_start(
-    pools, inputs, tokenizer_path, tmp_path
-):
+def test_a_new_start_with_another_template_replaces_the_saved_tokenizer(pools, inputs, tokenizer_path, tmp_path):
     template = inputs / "second.jinja"
     template.write_text((inputs / "own.jinja").read_text().replace("':'", "'='"))
     for name in ("own.jinja", "second.jinja"):
@@ -122,7 +120,7 @@ def test_an_early_end_and_another_template_give_the_tokenizer_of_the_second_star
         assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
-def test_steps_inside_of_a_prompt_say_nothing_of_the_loss(pools, inputs, tokenizer_path, tmp_path):
+def test_steps_inside_a_prompt_report_no_loss(pools, inputs, tokenizer_path, tmp_path):
     rows = [{"prompt": f"{number} " + "the rank " * 10, "completion": "matrix"} for number in range(30)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = {"train": str(tmp_path / "a.jsonl"), "validation": str(tmp_path / "a.jsonl"), "records": {"kind": "prompt"}}
@@ -147,7 +145,7 @@ def test_epochs_of_records_are_counted(pools, inputs, tokenizer_path, tmp_path):
     assert last["perf/data_skipped/no_answer"] == last["perf/data_bad_lines"] == 3
 
 
-def test_a_run_can_be_looked_at_before_it_starts(inputs, tokenizer_path, tmp_path):
+def test_rows_of_a_run_can_be_shown_before_it_starts(inputs, tokenizer_path, tmp_path):
     config = _config(inputs, tokenizer_path, tmp_path / "run", 1)
     (tmp_path / "run.yaml").write_text(dump(config))
     answer = call(PRETRAIN, tmp_path / "run.yaml", "--show=1")
@@ -229,7 +227,7 @@ def of_both(counts: list[dict[str, int]]) -> dict[str, int]:
     return data_metrics(counts[distributed.get_rank()], ["a"], 4)
 
 
-def test_passes_over_the_text_are_those_of_the_lane_that_is_least_far_of_all_ranks(pools):
+def test_epochs_done_are_those_of_the_slowest_lane_of_all_ranks(pools):
     counts = [{"epoch": 2, "epoch/a": 1, "documents": 5}, {"epoch": 1, "epoch/a": 3, "documents": 6}]
     for found in pools(2)(of_both, counts):
         assert (found["train/epoch"], found["train/epoch/a"], found["train/documents"]) == (1, 1, 11)

@@ -199,7 +199,7 @@ def test_what_training_sees_is_evaluated_and_exported(pools, inputs, tokenizer_p
 
 
 @pytest.mark.parametrize("name", [*CHANGED, *PLANNED])
-def test_what_changes_the_plan(inputs, tokenizer_path, tmp_path, name):
+def test_settings_that_change_the_plan(inputs, tokenizer_path, tmp_path, name):
     with mock.patch.dict(REACHES, {key: REACHES[key]._replace(value=value) for key, value in PLANNED.items()}):
         plans = [_plan(_config(inputs, tokenizer_path, tmp_path, *changed)) for changed in ((), (name,))]
     assert (plans[0] != plans[1]) == REACHES[name].plan

@@ -47,7 +47,7 @@ def finished(pools, inputs, tokenizer_path, tmp_path_factory) -> dict[str, Path]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns_and_explains_itself(finished, method):
+def test_every_method_learns_and_documents_its_run(finished, method):
     folder = finished[method]
     lines = metrics(folder)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
@@ -248,7 +248,7 @@ def rates_of(config: Any) -> list[list[float]]:
     return rates
 
 
-def test_each_step_is_made_with_the_rate_of_its_number(pools, inputs, tokenizer_path, tmp_path):
+def test_each_step_uses_the_rate_of_its_number(pools, inputs, tokenizer_path, tmp_path):
     """Two steps of warmup, and for the adapters only, two more after the merges of steps 4 and 8."""
     optim = {"schedule": "constant", "rewarm": "adapters"}
     [rates] = pools(1)(rates_of, run_config(inputs, tokenizer_path, tmp_path / "run", optim=optim, **UNSAVED))

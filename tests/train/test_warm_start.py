@@ -109,7 +109,7 @@ def scored(inputs: Path, tokenizer: str, folder: Path) -> float:
 @pytest.mark.parametrize(
     ("shape", "style"), [*((shape, "new") for shape in SHAPES), *((shape, "old") for shape in OLD)]
 )
-def test_the_first_loss_is_that_of_the_folder(pools, inputs, tokenizer_path, tmp_path, shape, style):
+def test_the_first_loss_is_the_loss_of_the_folder(pools, inputs, tokenizer_path, tmp_path, shape, style):
     if shape == "qwen2":  # transformers accepts no other tokenizers next to such a model
         tokenizer_path = str(tmp_path / "tokenizer")
         save_bytes_tokenizer(Path(tokenizer_path))
@@ -205,12 +205,12 @@ def refuses(inputs, tokenizer_path, tmp_path) -> Callable[..., None]:
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_a_model_that_computes_something_else(refuses, tmp_path, changes):
+def test_a_model_that_computes_something_else_is_refused(refuses, tmp_path, changes):
     folder = save(tmp_path / "model", **changes)
     refuses(folder, *(f"model.init_from: {key} is " for key in changes), "in model.config")
 
 
-def test_every_difference_is_named_at_once(refuses, tmp_path):
+def test_all_differences_are_named_together(refuses, tmp_path):
     folder = save(tmp_path / "model", hidden_act="gelu", rms_norm_eps=1e-5)
     as_old(folder)
     rewrite(folder, rope_theta=500.0)
@@ -231,7 +231,7 @@ def test_another_number_of_positions_is_the_same_function(inputs, pools, tokeniz
     assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
 
 
-def test_another_architecture(refuses, tmp_path):
+def test_another_architecture_is_refused(refuses, tmp_path):
     folder = save(tmp_path / "model", model_type="qwen2", num_key_value_heads=2)
     refuses(folder, "1 fault", "model_type is 'qwen2' in that model and 'llama' in model.config")
     rewrite(folder, model_type="gpt2")
@@ -249,14 +249,14 @@ def test_another_architecture(refuses, tmp_path):
         ("partial_rotary_factor", 0.5),
     ],
 )
-def test_a_config_with_what_cannot_be_done_here(refuses, tmp_path, key, value):
+def test_a_config_with_unsupported_values_is_refused(refuses, tmp_path, key, value):
     folder = save(tmp_path / "model")
     rewrite(folder, **{key: value})
     refuses(folder, f"{key} is ")
 
 
 @pytest.mark.parametrize("harm", ["left over", "missing", "another shape", "nan", "own head"])
-def test_weights_that_do_not_fit_their_config(refuses, tmp_path, harm):
+def test_weights_that_do_not_fit_their_config_are_refused(refuses, tmp_path, harm):
     folder = save(tmp_path / "model", tie_word_embeddings=harm == "own head")
     file = folder / "model.safetensors"
     weights = load_file(file)
@@ -281,14 +281,14 @@ def test_weights_that_do_not_fit_their_config(refuses, tmp_path, harm):
     refuses(folder, *said, overrides={"tie_word_embeddings": harm == "own head"})
 
 
-def test_an_adapter_beside_the_model(refuses, tmp_path):
+def test_an_adapter_next_to_the_model(refuses, tmp_path):
     folder = save(tmp_path / "model")
     (folder / "adapter_config.json").write_text("{}")
     refuses(folder, "holds a PEFT adapter next to its model; save the model with the adapter merged in")
 
 
 @pytest.mark.parametrize("harm", ["folder", "large", "list", "deep"])
-def test_a_config_that_is_none(refuses, tmp_path, harm):
+def test_a_file_that_is_not_a_config_is_refused(refuses, tmp_path, harm):
     folder = save(tmp_path / "model")
     path = folder / "config.json"
     path.unlink()
@@ -308,7 +308,7 @@ def test_a_config_that_is_none(refuses, tmp_path, harm):
     refuses(folder, f"model.init_from: {said}" if harm == "list" else said)
 
 
-def test_a_run_of_ours_is_compared_as_well(refuses, pools, inputs, tokenizer_path, tmp_path):
+def test_a_run_of_this_trainer_is_compared_too(refuses, pools, inputs, tokenizer_path, tmp_path):
     run = tmp_path / "other"
     overrides = {"rms_norm_eps": 1e-4, "rope_theta": 300.0}
     pools(1)(
@@ -329,9 +329,7 @@ def warnings_of(config: Config, stop_after: int) -> list[str]:
     return [message for message in said if message.startswith("model.")]
 
 
-def test_a_resume_and_an_export_tell_of_other_weights_than_the_run_began_with(
-    pools, inputs, tokenizer_path, tmp_path, caplog
-):
+def test_a_resume_and_an_export_report_changed_initial_weights(pools, inputs, tokenizer_path, tmp_path, caplog):
     base = save(tmp_path / "base")
     other = save(tmp_path / "other", initializer_range=0.3)
     run = tmp_path / "run"
@@ -359,7 +357,7 @@ def test_a_resume_and_an_export_tell_of_other_weights_than_the_run_began_with(
     assert again.startswith("model.init_from: the run began with other weights")
 
 
-def test_a_run_that_began_without_weights_says_that_it_has_no_use_for_any(pools, inputs, tokenizer_path, tmp_path):
+def test_a_run_without_initial_weights_reports_that_it_ignores_them(pools, inputs, tokenizer_path, tmp_path):
     run = tmp_path / "run"
     given = save(tmp_path / "given")
     model = {"config": str(given / "config.json")}

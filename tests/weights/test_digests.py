@@ -46,7 +46,7 @@ def test_another_config_or_weights_are_noticed(model: Path, name: str):
     assert _digest(model) != before
 
 
-def test_a_run_stands_for_its_newest_checkpoint(tmp_path: Path):
+def test_a_run_is_represented_by_its_newest_checkpoint(tmp_path: Path):
     run = tmp_path / "run"
     for step in (9, 10):
         _write(run / "checkpoints" / f"step-{step:08d}", **{"manifest.json": f"of step {step}"})
@@ -58,7 +58,7 @@ def test_a_run_stands_for_its_newest_checkpoint(tmp_path: Path):
     assert _digest(run) == _digest(run / "checkpoints" / "step-00000009") != _digest(tmp_path / "aside")
 
 
-def test_what_is_not_there_has_none(tmp_path: Path, model: Path):
+def test_a_missing_path_has_no_digest(tmp_path: Path, model: Path):
     adapter = _write(tmp_path / "adapter", **{"adapter_config.json": "{}"})
     assert model_digests(ModelConfig(init_from=str(tmp_path / "none"))) == {}
     assert set(model_digests(ModelConfig(init_from=str(model), adapter=str(adapter)))) == {
@@ -78,7 +78,7 @@ def test_what_is_not_there_has_none(tmp_path: Path, model: Path):
         ("tokenizer.model", "another tokenizer than tokenizer.path holds now"),
     ],
 )
-def test_so_are_other_text_and_another_tokenizer(
+def test_other_text_and_another_tokenizer_are_noticed(
     tmp_path: Path, tokenizer_path: str, other_tokenizer: str, file: str, said: str
 ):
     folder = write_inputs(tmp_path)

@@ -173,7 +173,7 @@ def test_an_export_has_the_logits_of_the_merged_model(
             assert torch.equal(lm(ids).logits, copy.deepcopy(model).to(device)(ids).logits)
 
 
-def test_every_form_of_a_model_is_scored_alike(run: Path, checkpoint: Path, text: str, tmp_path: Path) -> None:
+def test_every_form_of_a_model_has_the_same_loss(run: Path, checkpoint: Path, text: str, tmp_path: Path) -> None:
     assert call(EXPORT, run, tmp_path / "float32").code == 0
     assert call(EXPORT, checkpoint, tmp_path / "bfloat16", "--dtype=bfloat16").code == 0
     losses = {}
@@ -203,7 +203,7 @@ def clean(run: Path, tmp_path: Path) -> dict[str, bytes]:
     return contents(tmp_path / "clean")
 
 
-def test_what_lies_beside_a_tokenizer_stays_there(
+def test_other_files_next_to_a_tokenizer_are_not_exported(
     checkpoint: Path, clean: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "secret").write_text("{{ secret }}")
@@ -230,7 +230,7 @@ def test_what_lies_beside_a_tokenizer_stays_there(
     assert contents(tmp_path / "out") == clean
 
 
-def test_what_a_manifest_lists_does_not_replace_the_model(
+def test_files_listed_in_a_manifest_do_not_replace_the_model(
     checkpoint: Path, clean: dict[str, bytes], tmp_path: Path
 ) -> None:
     names = [f"tokenizer/{name}" for name in ("model.safetensors", "config.json", "generation_config.json", "evil.py")]
@@ -244,7 +244,7 @@ def test_what_a_manifest_lists_does_not_replace_the_model(
     assert contents(tmp_path / "out") == clean
 
 
-def test_no_name_of_code_gets_into_an_export(checkpoint: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
+def test_an_export_does_not_name_code(checkpoint: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
     code = {
         "auto_map": {"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.Tokenizer", None]},
         "trust_remote_code": True,
@@ -283,7 +283,7 @@ def test_a_manifest_with_another_model_is_one_message(
     refused(call(EXPORT, checkpoint, tmp_path / "out"), str(checkpoint), says)
 
 
-def test_a_tokenizer_that_cannot_be_saved_is_named_by_its_place(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_saved_is_named_by_its_path(checkpoint: Path, tmp_path: Path) -> None:
     path = checkpoint / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))
     change_manifest(
@@ -313,7 +313,7 @@ def test_weights_that_a_type_cannot_hold_are_refused(
 
 
 @pytest.mark.parametrize("harm", ["changed", "gone", "link"])
-def test_the_tokenizer_of_the_run_stands_in_for_a_damaged_one(
+def test_the_tokenizer_of_the_run_replaces_a_damaged_one(
     run: Path, checkpoint: Path, clean: dict[str, bytes], text: str, tmp_path: Path, harm: str
 ) -> None:
     path = checkpoint / "tokenizer" / "tokenizer.json"
@@ -330,7 +330,7 @@ def test_the_tokenizer_of_the_run_stands_in_for_a_damaged_one(
         assert call(EVALUATE, given, f"--data={text}").code == 0
 
 
-def test_a_damaged_tokenizer_that_nothing_can_stand_in_for_is_named(
+def test_a_damaged_tokenizer_without_a_replacement_is_named(
     run: Path,
     checkpoint: Path,
     tokenizer_path: str,
@@ -365,7 +365,7 @@ def test_a_run_has_its_tokenizer_in_one_place(tmp_path):
     assert own_tokenizer_path(tmp_path) == tmp_path
 
 
-def test_a_tokenizer_is_named_as_older_readers_know_it(tokenizer_path: str, tmp_path: Path) -> None:
+def test_a_tokenizer_has_the_class_name_that_older_readers_know(tokenizer_path: str, tmp_path: Path) -> None:
     """transformers 4 knows no TokenizersBackend, and takes a list of extra_special_tokens for a mapping."""
     tokenizer = load_tokenizer(tokenizer_path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom_id|>"]})
@@ -386,7 +386,7 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0]
     "scaling",
     [None, {"rope_type": "linear", "factor": 4.0}, LONG | {"factor": 2.0, "original_max_position_embeddings": 32}],
 )
-def test_rotary_embeddings_are_named_as_older_readers_know_them(scaling, tmp_path):
+def test_rotary_embeddings_have_the_names_that_older_readers_know(scaling, tmp_path):
     """transformers 4 uses a base of 10,000 and no scaling if it finds neither key."""
     parameters = {"rope_theta": 500000.0, **(scaling or {"rope_type": "default"})}
     config = LlamaConfig(**LLAMA | {"rope_parameters": parameters})

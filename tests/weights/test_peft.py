@@ -117,7 +117,7 @@ def test_peft_computes_what_a_run_of_another_family_does(peft, tokenizer_path, t
         {"r": 2, "layers_to_transform": [1]},
     ],
 )
-def test_what_peft_saves_is_what_it_computes(peft, base, tokenizer_path, tmp_path, settings):
+def test_an_adapter_saved_by_peft_computes_the_same_here(peft, base, tokenizer_path, tmp_path, settings):
     targets = {"target_modules": ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"]}
     config = peft.LoraConfig(**(targets | settings), init_lora_weights=False, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config).eval()
@@ -140,7 +140,7 @@ def test_what_peft_saves_is_what_it_computes(peft, base, tokenizer_path, tmp_pat
     ],
     ids=str,
 )
-def test_embeddings_without_the_head_that_they_are_too_are_refused(peft, tmp_path, given):
+def test_tied_embeddings_without_the_head_are_refused(peft, tmp_path, given):
     base = save_base(tmp_path / "base", tie_word_embeddings=True)
     model = peft.get_peft_model(
         LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **given)
@@ -195,14 +195,14 @@ def test_the_released_mora_finds_our_matrices(base, tokenizer_path, tmp_path, na
     assert logits(load_model(folder, torch.float32).model).equal(merged)
 
 
-def test_the_rank_that_is_written_gives_every_size_back():
+def test_the_written_rank_gives_the_size_of_every_square():
     for inputs, outputs in ((576, 576), (576, 192), (4096, 11008), (1, 1), (8192, 28672), (2048, 5461)):
         for size in range(1, 3000):
             assert released_size(inputs, outputs, size**2 / (inputs + outputs), 1) == size
 
 
 @needs_shared
-def test_what_the_released_mora_saves_is_what_it_computes(tmp_path):
+def test_an_adapter_saved_by_the_released_mora_computes_the_same_here(tmp_path):
     golden = np.load(SHARED / "golden" / "mora_operators.npz")
     for number, case in enumerate(sorted({key.split("/")[0] for key in golden.files})):
         kind = int(golden[f"{case}/type"])
@@ -252,7 +252,7 @@ SQUARE = {"use_mora": True, "mora_type": 1}
         (SQUARE | {"mora_type": 6}, {"A": torch.ones(3, 3)}, "model.q has M [3, 3], expected [R, R] with an even R"),
     ],
 )
-def test_what_is_no_such_adapter_is_one_message(tmp_path, settings, factors, says):
+def test_a_folder_that_is_not_such_an_adapter_is_one_message(tmp_path, settings, factors, says):
     folder = write_adapter_folder(tmp_path / "adapter", settings, **factors)
     with pytest.raises(CheckpointError) as caught:
         AdapterFolder(folder)
@@ -261,7 +261,7 @@ def test_what_is_no_such_adapter_is_one_message(tmp_path, settings, factors, say
 
 
 @pytest.mark.parametrize("harm", ["nan", "no copy"])
-def test_values_that_cannot_be_are_one_message(tmp_path, harm):
+def test_impossible_values_are_one_message(tmp_path, harm):
     M = torch.ones(2, 2)
     other = M.clone()
     (M if harm == "nan" else other)[0, 1] = math.nan if harm == "nan" else 2.0
@@ -271,7 +271,7 @@ def test_values_that_cannot_be_are_one_message(tmp_path, harm):
 
 
 @pytest.mark.parametrize("harm", ["config", "list", "gone", "pickle"])
-def test_files_that_cannot_be_read_are_one_message(tmp_path, harm):
+def test_unreadable_files_are_one_message(tmp_path, harm):
     folder = write_adapter_folder(tmp_path / "adapter", {}, **GOOD)
     if harm in ("config", "list"):
         (folder / "adapter_config.json").write_text("[]" if harm == "list" else "{")
@@ -297,7 +297,7 @@ def test_files_that_cannot_be_read_are_one_message(tmp_path, harm):
         ("peft", METHODS["lora"], {"tie_word_embeddings": True}, "it trained embeddings that are also the head"),
     ],
 )
-def test_a_run_that_is_more_than_its_adapter_is_refused(tokenizer_path, tmp_path, form, method, changes, says):
+def test_a_run_that_trains_more_than_its_adapter_is_refused(tokenizer_path, tmp_path, form, method, changes, says):
     of_model = {key: changes[key] for key in changes if key in ("attention_bias", "tie_word_embeddings")}
     base = save_base(tmp_path / "base", **of_model)
     lm = adapted(base, method) if method["name"] != "full" else LlamaForCausalLM.from_pretrained(base)
@@ -309,7 +309,7 @@ def test_a_run_that_is_more_than_its_adapter_is_refused(tokenizer_path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_format_that_is_none_is_refused(tmp_path):
+def test_an_unknown_format_is_refused(tmp_path):
     refused(call(EXPORT, tmp_path, tmp_path / "out", "--format=gguf"), "--format: got gguf, expected one of merged")
 
 
@@ -329,7 +329,7 @@ def test_a_square_of_another_model_is_recognized_by_its_rank(base, tokenizer_pat
     )
 
 
-def test_a_model_in_fewer_bits_is_the_same_and_one_that_was_trained_is_another():
+def test_a_model_in_fewer_bits_is_the_same_and_a_trained_one_is_not():
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 50
     noted = base_sample("w", weight)
     for dtype in (torch.bfloat16, torch.float16):
@@ -338,7 +338,7 @@ def test_a_model_in_fewer_bits_is_the_same_and_one_that_was_trained_is_another()
     assert is_other_base(noted, {"w": changed}.get)
 
 
-def test_a_large_weight_can_be_noted():
+def test_a_change_in_a_large_weight_is_noticed():
     weight = torch.zeros(5120, 5120, dtype=torch.bfloat16)
     weight[-1, -1] = 1.0
     noted = base_sample("w", weight)
@@ -346,7 +346,7 @@ def test_a_large_weight_can_be_noted():
     assert is_other_base(noted, {"w": torch.zeros(5120, 5120)}.get)
 
 
-def test_a_pattern_of_ranks_that_is_an_expression_tells_of_another_base(base, tokenizer_path, tmp_path):
+def test_a_regular_expression_for_ranks_decides_which_base_fits(base, tokenizer_path, tmp_path):
     folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ALONE, "peft-mora")
     config = folder / "adapter_config.json"
     settings = json.loads(config.read_text())
@@ -364,7 +364,7 @@ def test_a_base_saved_in_another_precision_is_the_same(base, tokenizer_path, tmp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_its_model_is_that_of_the_merged_export(base, tokenizer_path, tmp_path, dtype):
+def test_in_half_precision_the_model_equals_the_merged_export(base, tokenizer_path, tmp_path, dtype):
     """Also between the weights: rotary frequencies stay in float32."""
     folder = exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ALONE, "peft")
     export(tmp_path / "run", tmp_path / "merged")
@@ -375,7 +375,7 @@ def test_in_half_precision_its_model_is_that_of_the_merged_export(base, tokenize
     assert torch.equal(logits(found), logits(expected))
 
 
-def test_an_adapter_that_is_no_lora_is_not_written_as_one(base, tokenizer_path, tmp_path, monkeypatch):
+def test_an_adapter_that_is_not_lora_is_not_written_as_lora(base, tokenizer_path, tmp_path, monkeypatch):
     monkeypatch.setattr(LoRALinear, "as_lora", AdapterLinear.as_lora)
     with pytest.raises(CheckpointError, match="PEFT has no adapter for lora; export it with --format=merged"):
         exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ALONE, "peft")

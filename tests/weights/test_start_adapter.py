@@ -91,7 +91,7 @@ def test_a_run_begins_with_the_values_in_the_file(
         assert all(value.equal(adapter.value(key)) for key, value in found.items())
 
 
-def test_a_whole_linear_with_a_frozen_bias_is_taken_in(pools, inputs, tokenizer_path, tmp_path):
+def test_a_fully_trained_linear_with_a_frozen_bias_is_loaded(pools, inputs, tokenizer_path, tmp_path):
     base = save_base(tmp_path / "base", attention_bias=True)
     method = METHODS["lora"] | ALONE | {"target_modules": ["q_proj"], "train_linears": True}
     write_run(tmp_path / "run", adapted(base, method), base, tokenizer_path, method)
@@ -120,7 +120,7 @@ def test_the_adapter_is_not_part_of_what_the_run_adds(pools, inputs, base, adapt
 
 
 @pytest.mark.parametrize("name", ["lora", "mora6"])
-def test_the_first_loss_is_that_of_the_adapter_and_the_last_that_of_its_export(
+def test_the_first_loss_is_the_adapters_and_the_last_is_its_exports(
     pools, inputs, base, adapters, tokenizer_path, tmp_path, name
 ):
     peft = pytest.importorskip("peft", reason="PEFT is not installed (pip install '.[dev]')")
@@ -192,7 +192,7 @@ def refuses(inputs, tokenizer_path, tmp_path):
         ("lora_with_modules", ALONE, ["it contains lm_head.weight"]),
     ],
 )
-def test_settings_that_are_not_those_of_the_adapter(refuses, base, adapters, name, changes, parts):
+def test_settings_that_differ_from_the_adapters_are_refused(refuses, base, adapters, name, changes, parts):
     others = {} if name.endswith("modules") else ALONE
     refuses(
         base,
@@ -203,7 +203,7 @@ def test_settings_that_are_not_those_of_the_adapter(refuses, base, adapters, nam
     )
 
 
-def test_an_adapter_of_another_model(refuses, adapters, tmp_path):
+def test_an_adapter_of_another_model_is_refused(refuses, adapters, tmp_path):
     narrow = save_base(tmp_path / "narrow", intermediate_size=32)
     said = (
         "down_proj.lora_A is [4, 40]",
@@ -246,7 +246,7 @@ def test_an_adapter_of_some_layers_is_reported(refuses, base, adapters, tmp_path
     refuses(base, some, METHODS["lora"] | ALONE, "is missing in", "all layers of a kind must have an adapter")
 
 
-def test_a_square_of_another_model(refuses, adapters, tmp_path):
+def test_a_square_of_another_model_is_refused(refuses, adapters, tmp_path):
     wide = save_base(tmp_path / "wide", intermediate_size=80)
     said = (
         "has an M of size 16",
@@ -257,14 +257,14 @@ def test_a_square_of_another_model(refuses, adapters, tmp_path):
     refuses(wide, adapters["mora1"], METHODS["mora1"] | ALONE, *said)
 
 
-def test_an_adapter_of_other_weights_of_the_same_sizes(pools, adapters, inputs, tokenizer_path, tmp_path):
+def test_an_adapter_of_other_weights_of_the_same_sizes_is_refused(pools, adapters, inputs, tokenizer_path, tmp_path):
     other = save_base(tmp_path / "base", seed=8)
     config = config_of(inputs, tokenizer_path, tmp_path / "run", other, adapters["mora1"], METHODS["mora1"] | ALONE)
     with pytest.raises(Exception, match=f"was trained on other weights than {other} has; give the model"):
         pools(1)(masters, config)
 
 
-def test_an_adapter_is_no_model_to_begin_with(base, adapters, inputs, tokenizer_path, tmp_path):
+def test_an_adapter_is_not_an_initial_model(base, adapters, inputs, tokenizer_path, tmp_path):
     from relora_mora.train.begin.start_adapter import check_start
 
     model = {"config": str(base / "config.json"), "init_from": str(adapters["lora"])}
@@ -272,7 +272,7 @@ def test_an_adapter_is_no_model_to_begin_with(base, adapters, inputs, tokenizer_
         check_start(run_config(inputs, tokenizer_path, tmp_path, model=model))
 
 
-def test_an_adapter_that_was_trained_elsewhere_is_said(base, adapters, inputs, tokenizer_path, tmp_path, caplog):
+def test_an_adapter_trained_on_a_model_elsewhere_is_reported(base, adapters, inputs, tokenizer_path, tmp_path, caplog):
     from relora_mora.model.config import read_model_config
     from relora_mora.train.begin.start_adapter import check_adapter
 

@@ -83,7 +83,7 @@ GZIP_PARTS = st.tuples(st.binary(max_size=300) | st.just(b"line\n" * 40_000), st
 @example(parts=[(_skippable(0, 5), b""), (zstandard.compress(b"text"), b"text")])
 @example(parts=[(_skippable(15, 70_000), b"")])
 @example(parts=[(_long(b"text", 31), b"text")])
-def test_any_row_of_frames_and_members_is_the_text_in_them(tmp_path_factory, parts):
+def test_any_sequence_of_frames_and_members_gives_their_text(tmp_path_factory, parts):
     path = tmp_path_factory.mktemp("any") / "a.json"
     path.write_bytes(b"".join(frame for frame, _ in parts))
     text = b"".join(text for _, text in parts)

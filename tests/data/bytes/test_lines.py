@@ -69,7 +69,7 @@ def test_skipping_is_the_same_as_taking(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".json", ".gz", ".zst"])
-def test_a_long_line_is_never_held(tmp_path, suffix):
+def test_a_long_line_is_never_held_in_memory(tmp_path, suffix):
     # 64 MB on one line, which a compressed shard holds in a few kB
     path = write_shard(tmp_path / f"a{suffix}", [b"first", b"x" * (1 << 26), b"y" * 1000, b"z" * 1001, b"last"])
     tracemalloc.start()

@@ -116,7 +116,7 @@ def test_a_server_that_comes_up_late(tmp_path, shard):
     assert RETRIES.retries - before > 3
 
 
-def test_faults_at_a_tenth_of_the_requests_leave_the_stream_of_tokens_as_it_is(tmp_path, monkeypatch):
+def test_faults_at_a_tenth_of_the_requests_do_not_change_the_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(transport, "STALL_SECONDS", 0.2)
     names = [f"{n}{suffix}" for n in range(10) for suffix in (*JSON_LINES, ".txt", ".txt.gz", ".csv.zst")]
     for seed, name in enumerate(names):
@@ -139,7 +139,7 @@ def test_faults_at_a_tenth_of_the_requests_leave_the_stream_of_tokens_as_it_is(t
     assert not lane.state()["skipped"]
 
 
-def test_a_server_that_stays_away(tmp_path, shard):
+def test_a_server_that_stays_unreachable(tmp_path, shard):
     with serving(tmp_path, lambda n: "503" if n else "reset") as server:
         config = data_config(f"{server.url}/a.json.gz", timeout_seconds=0.5)
         began = time.monotonic()
@@ -345,7 +345,7 @@ class TestHub:
         assert with_commits(others).commits == {} and len(hub.paths) == 1, "of what it does not read it knows nothing"
         DataConfig(train="a.json", validation="a.json", commits={"allenai/c4@v1@2": COMMIT})
 
-    def test_what_the_hub_does_not_know(self, hub):
+    def test_revisions_and_files_unknown_to_the_hub(self, hub):
         with pytest.raises(SourceError, match="has no revision 'nowhere'"):
             resolve_shards("allenai/c4", "nowhere")
         hub.fault = lambda n: "503" if n % 2 else None
@@ -361,7 +361,7 @@ class TestHub:
         assert len(hub.faults) == (0 if fault == "cut_range" else 2)
 
     @pytest.mark.parametrize("fault", ["refuse", "truncate"])
-    def test_a_hub_without_an_answer_is_one_line_with_its_address_and_the_ways_around_it(self, hub, fault):
+    def test_an_unreachable_hub_is_one_line_with_its_address_and_remedies(self, hub, fault):
         hub.fault = lambda n: fault
         with pytest.raises(SourceError, match=r"gave up after 0\.3 s") as caught:
             resolve_shards("allenai/c4", "main", timeout_seconds=0.3)
@@ -372,7 +372,7 @@ class TestHub:
         with pytest.raises(SourceError, match=r"status 503.*HF_ENDPOINT"):  # a file, too
             RemoteBytes(resolve_shards("hub:allenai/c4/en/a.json", COMMIT)[0], 3.0).read(9)
 
-    def test_a_login_that_fails_on_its_way_may_pass(self, hub, monkeypatch):
+    def test_a_login_is_retried_after_a_network_fault(self, hub, monkeypatch):
         class OtherTransportError(Exception):
             pass
 
@@ -398,12 +398,12 @@ class TestHub:
         assert "secret" not in str(caught.value)
 
     @pytest.mark.parametrize("revision", ["main", COMMIT])
-    def test_an_endpoint_that_is_no_address(self, hub, monkeypatch, revision):
+    def test_an_endpoint_that_is_not_an_address(self, hub, monkeypatch, revision):
         monkeypatch.setenv("HF_ENDPOINT", "mirror.example.org")
         with pytest.raises(SourceError, match=r"HF_ENDPOINT: got 'mirror\.example\.org'"):
             resolve_shards("allenai/c4", revision)
 
-    def test_the_hub_stays_away(self, hub):
+    def test_the_hub_stays_unreachable(self, hub):
         hub.fault = lambda n: "503"
         with pytest.raises(SourceError, match=r"hub:allenai/c4 \(revision main\): gave up after 0.3 s"):
             resolve_shards("allenai/c4", "main", timeout_seconds=0.3)

@@ -73,7 +73,7 @@ def test_files_and_streams_of_every_kind_of_string_and_compression(tmp_path, wri
 
 
 @pytest.mark.parametrize("new", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
-def test_dictionaries_that_grow_are_those_before_a_batch(tmp_path, new):
+def test_a_batch_uses_the_dictionaries_before_it(tmp_path, new):
     path = tmp_path / "a.arrow"
     parts = [["a", "b"], ["a", "b", "c"], ["d"] if new is pyarrow.ipc.new_stream else ["a", "b", "c", "d"]]
     arrays = [pyarrow.DictionaryArray.from_arrays(range(len(part)), pyarrow.array(part)) for part in parts]
@@ -152,7 +152,7 @@ def saved(tmp_path):
     return texts
 
 
-def test_what_save_to_disk_wrote(tmp_path, saved, monkeypatch):
+def test_a_folder_written_by_save_to_disk_is_read(tmp_path, saved, monkeypatch):
     assert _texts(tmp_path / "one") == saved["train"]
     assert _texts(tmp_path / "both") == saved["train"]
     assert _texts(tmp_path / "both", "validation") == saved["validation"]
@@ -181,7 +181,7 @@ def test_a_set_without_rows_is_refused(tmp_path):
             resolve_shards(str(tmp_path / name))
 
 
-def test_a_folder_of_save_to_disk_that_is_not_whole_is_one_message(tmp_path, saved):
+def test_an_incomplete_folder_of_save_to_disk_is_one_message(tmp_path, saved):
     (tmp_path / "one" / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(SourceError, match=r"save_to_disk, and data-00001-of-00002\.arrow is missing .*; copy or write"):
         resolve_shards(str(tmp_path / "one"))

@@ -42,7 +42,7 @@ def _written(row, end):
     lanes=st.integers(1, 3),
     skip=st.integers(0, 2),
 )
-def test_what_csv_writes_is_read_back(tmp_path_factory, texts, end, limit, lanes, skip):
+def test_text_written_by_csv_is_read_back(tmp_path_factory, texts, end, limit, lanes, skip):
     rows = [_written([n, text, "x"], end) for n, text in enumerate(texts)]
     # nothing of a longer line is kept, so the end of its row is not known
     assume(all(len(line) <= limit for row in rows for line in row.split(b"\n")))
@@ -58,7 +58,7 @@ def test_what_csv_writes_is_read_back(tmp_path_factory, texts, end, limit, lanes
         assert _rows(path, lanes, lane, start, max_line_bytes=limit) == own[start:]
 
 
-def test_a_long_row_is_never_held(tmp_path):
+def test_a_long_row_is_never_held_in_memory(tmp_path):
     long = ['x,"' + f'{"a line, and":200}""quotes""\n' * 20_000 + '",', 'x,"' + f"{'no quotes':200}\n" * 20_000 + '",']
     path = write_shard(tmp_path / "a.csv.gz", ["first", *map(str.encode, long), "last"])
     tracemalloc.start()
@@ -69,7 +69,7 @@ def test_a_long_row_is_never_held(tmp_path):
     assert peak < 1 << 22
 
 
-def test_a_text_that_is_longer_than_csv_takes_by_itself(tmp_path):
+def test_a_text_longer_than_the_default_limit_of_csv(tmp_path):
     path = write_shard(tmp_path / "a.csv", ["x" * 200_000, "y"])
     assert _rows(path) == ["x" * 200_000, "y"]
 

@@ -44,7 +44,7 @@ def suffix(request):
 
 @pytest.mark.parametrize("group_rows", [1, 7, 1000])
 @pytest.mark.parametrize("lanes", [1, 2, 3, 8])
-def test_lanes_that_share_a_file_have_each_row_once_and_get_to_any(suffix, tmp_path, group_rows, lanes):
+def test_lanes_that_share_a_file_have_each_row_once_and_can_skip_to_any(suffix, tmp_path, group_rows, lanes):
     texts = some_texts(60)
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, group_rows=group_rows)
     found = [rows_of(path, lanes, lane) for lane in range(lanes)]
@@ -176,7 +176,7 @@ def test_a_file_that_changed_is_refused(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
-def test_faults_at_a_third_of_the_requests_leave_the_tokens_as_they_are(suffix, tmp_path, short_waits, lanes):
+def test_faults_at_a_third_of_the_requests_do_not_change_the_tokens(suffix, tmp_path, short_waits, lanes):
     names = [f"{n}{suffix}" for n in range(12 // lanes)]
     for seed, name in enumerate(names):
         texts = [random.Random(f"{seed} {n}").randbytes(400).hex() for n in range(120)]
@@ -247,7 +247,7 @@ def test_a_server_without_ranges_is_refused_with_the_remedy(suffix, tmp_path, sh
         make_lane(data_config(f"{server.url}/a{suffix}"), 1, 0).next_block()
 
 
-def test_a_server_that_stays_away(suffix, tmp_path, short_waits, monkeypatch):
+def test_a_server_that_stays_unreachable(suffix, tmp_path, short_waits, monkeypatch):
     monkeypatch.setattr(retry.tenacity, "stop_after_delay", lambda _: retry.tenacity.stop_after_attempt(5))
     monkeypatch.setattr(transport, "STALL_SECONDS", 30.0)
     WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(1000), group_rows=100)
@@ -258,7 +258,7 @@ def test_a_server_that_stays_away(suffix, tmp_path, short_waits, monkeypatch):
             epoch_tokens(lane)
 
 
-def test_a_place_in_words(suffix, tmp_path, tokenizer_path):
+def test_a_position_is_described_in_words(suffix, tmp_path, tokenizer_path):
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(60))
     with TrainStream(
         data_config(path), tokenizer_path=tokenizer_path, batch_size=2, lanes=2, rank=0, world_size=1
@@ -269,7 +269,7 @@ def test_a_place_in_words(suffix, tmp_path, tokenizer_path):
     assert words[1] == f"lane 1: epoch 0, a{suffix}, {place} and {state['1']['offset']} tokens of the next document"
 
 
-def test_a_lanes_share_of_a_file_is_judged_as_the_file_is(suffix, tmp_path):
+def test_bad_rows_in_a_lanes_share_are_judged_by_the_whole_file(suffix, tmp_path):
     texts = some_texts(600)
     for row in (0, 6):
         texts[row] = "long " * 9000

@@ -37,7 +37,7 @@ def _rows(path, **settings):
 
 @pytest.mark.parametrize("sample_by", DOCUMENTS)
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n"])
-def test_what_a_document_is(tmp_path, sample_by, end):
+def test_text_is_split_into_documents(tmp_path, sample_by, end):
     (tmp_path / "a.txt").write_bytes(BODY + end)
     expected = list(DOCUMENTS[sample_by])
     if sample_by == "document" and end == b"\n\n":
@@ -46,7 +46,7 @@ def test_what_a_document_is(tmp_path, sample_by, end):
 
 
 @pytest.mark.parametrize("sample_by", DOCUMENTS)
-def test_documents_are_those_of_datasets(tmp_path, sample_by):
+def test_documents_equal_those_of_datasets(tmp_path, sample_by):
     import datasets
 
     path = tmp_path / "a.txt"
@@ -65,7 +65,7 @@ def test_a_resume_anywhere_gives_the_very_next_block(tmp_path, sample_by):
 
 
 @pytest.mark.parametrize("sample_by", ["paragraph", "document"])
-def test_a_long_document_is_never_held(tmp_path, sample_by):
+def test_a_long_document_is_never_held_in_memory(tmp_path, sample_by):
     path = write_shard(
         tmp_path / "a.txt.gz", ["first", f"{'many words on a line':200}\n".encode() * 20_000 + b"end", "last"]
     )
@@ -111,7 +111,7 @@ def test_files_without_text(tmp_path):
 
 
 @pytest.mark.parametrize("name,body", [("a.txt.gz", "größer\n\ntext"), ("a.csv.gz", "id,text\n1,größer\n2,text\n")])
-def test_what_a_server_unpacked_is_read_too(tmp_path, monkeypatch, name, body):
+def test_text_that_a_server_decompressed_is_read(tmp_path, monkeypatch, name, body):
     (tmp_path / name).write_text(body, encoding="utf-8")
     with serving(tmp_path) as server:
         assert _texts(f"{server.url}/{name}") == ["größer", "text"]
@@ -120,7 +120,7 @@ def test_what_a_server_unpacked_is_read_too(tmp_path, monkeypatch, name, body):
         _texts(tmp_path / name)
 
 
-def test_a_place_in_words(tmp_path, tokenizer_path):
+def test_a_position_is_described_in_words(tmp_path, tokenizer_path):
     config = data_config(write_shard(tmp_path / "a.txt", some_texts(60)))
     with TrainStream(config, tokenizer_path=tokenizer_path, batch_size=2, lanes=2, rank=0, world_size=1) as stream:
         state = next(stream).state

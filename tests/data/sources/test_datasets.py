@@ -171,7 +171,7 @@ def test_a_wrong_name_is_not_a_dataset(tmp_path, monkeypatch):
         resolve_shards("data/tain")
 
 
-def test_what_the_hub_does_not_have(hub, tmp_path):
+def test_missing_sets_on_the_hub_are_named(hub, tmp_path):
     (tmp_path / "set").mkdir()
     hub.RequestHandlerClass.do_GET, do_get = (
         lambda handler: handler._answer(404, b"", {}),
@@ -193,7 +193,7 @@ def test_faults_on_the_way_do_not_change_what_is_found(tmp_path, hub, fault):
     assert hub.faults or fault == "cut_range"
 
 
-def test_the_stream_over_a_bad_network_is_that_of_the_files(tmp_path, hub):
+def test_the_stream_over_a_bad_network_equals_the_files(tmp_path, hub):
     _write_set(tmp_path / "set")
     here = make_lane(data_config(tmp_path / "set" / "en" / "train-*"), 1, 0)
     kinds = itertools.cycle(FAULTS)

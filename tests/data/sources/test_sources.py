@@ -210,12 +210,12 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
         ),
     ],
 )
-def test_what_names_no_shard_is_refused(source, message):
+def test_a_source_without_shards_is_refused(source, message):
     with pytest.raises(SourceError, match=re.escape(message)):
         resolve_shards(source, COMMIT)
 
 
-def test_pipes_and_links_to_themselves_are_no_shards(tmp_path):
+def test_pipes_and_links_to_themselves_are_not_shards(tmp_path):
     write_shard(tmp_path / "a.json", ["text"])
     os.mkfifo(tmp_path / "pipe.json")
     assert [shard.name for shard in resolve_shards(f"{tmp_path}/*.json")] == ["a.json"]
@@ -229,7 +229,7 @@ def test_pipes_and_links_to_themselves_are_no_shards(tmp_path):
             resolve_shards(f"{tmp_path}/{name}")
 
 
-def test_what_may_not_be_read_is_one_message():
+def test_an_unreadable_source_is_one_message():
     with public_folder() as folder:
         write_shard(folder / "closed" / "a.json", ["text"])
         write_shard(folder / "b.json", ["text"]).chmod(0)
@@ -313,7 +313,7 @@ def test_the_suffix_decides_the_format(name, expected):
     assert (found and found.name) == expected
 
 
-def test_the_fingerprints_are_what_they_have_always_been():
+def test_fingerprints_do_not_change():
     """Checkpoints hold them."""
     config = data_config("unused")
     shards = [Shard("a.json", "/x/a.json", size=3), Shard("b", "http://x/b")]

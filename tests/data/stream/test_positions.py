@@ -25,7 +25,7 @@ def _source(folder, shards, rows):
 
 
 @pytest.mark.parametrize("lanes,shards,shuffle", [(1, 3, 4), (2, 5, 1), (3, 1, 4), (3, 2, 1)])
-def test_what_is_named_is_what_was_read(tmp_path, lanes, shards, shuffle):
+def test_the_described_position_is_the_one_that_was_read(tmp_path, lanes, shards, shuffle):
     config = _source(tmp_path, shards, 22).model_copy(update={"shuffle_documents": shuffle})
     for number in range(lanes):
         lane = make_lane(config, lanes, number)
@@ -51,7 +51,7 @@ def test_what_is_named_is_what_was_read(tmp_path, lanes, shards, shuffle):
         assert state["epoch"] >= 1
 
 
-def test_the_words_of_a_step(tmp_path, tokenizer_path):
+def test_the_description_of_a_steps_data(tmp_path, tokenizer_path):
     config = _source(tmp_path, 1, 22).model_copy(update={"shuffle_documents": 8, "workers": 0})
     with TrainStream(config, tokenizer_path=tokenizer_path, batch_size=4, lanes=2, rank=1, world_size=2) as stream:
         first = next(stream).state

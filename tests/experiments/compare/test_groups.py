@@ -117,7 +117,7 @@ def test_runs_that_resumed_with_the_same_from_different_settings_are_separate(tm
     assert second == "ReMoRA (1, 2), optim.lr changed at step 10, run1 (other settings before a resume)"
 
 
-def test_what_was_changed_and_not_trained_does_not_count(tmp_path: Path) -> None:
+def test_changes_without_a_trained_step_do_not_count(tmp_path: Path) -> None:
     change = {"step": 10, "changed": ["optim.lr: 0.1 in the checkpoint, 0.2 now"]}
     histories: list[list[dict[str, Any]]] = [
         [{"step": 0}],

@@ -86,9 +86,7 @@ def of_two_hosts(config: Any, other: Any, *, finds: str = "") -> str:
 
 
 @pytest.mark.parametrize("what", ["settings", "fingerprints", "local_content", "tokenizer"])
-def test_ranks_that_were_given_different_things_do_not_train(
-    pools, inputs, tokenizer_path, other_tokenizer, tmp_path, what
-):
+def test_ranks_with_different_inputs_do_not_train(pools, inputs, tokenizer_path, other_tokenizer, tmp_path, what):
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
     optim = {"lr": 1e-3} if what == "settings" else {}
     different = run_config(
@@ -152,7 +150,7 @@ def together(errors: list[Exception | None]) -> tuple[str, str, bool]:
         return type(error).__name__, str(error), getattr(error, "same_on_all_ranks", False)
 
 
-def test_what_several_ranks_find_becomes_one_end(pools):
+def test_faults_of_several_ranks_become_one_end(pools):
     stale = OSError(errno.ESTALE, "Stale file handle", "a.json")
     for errors, expected in (
         ([None, None], [("done", "", False)] * 2),

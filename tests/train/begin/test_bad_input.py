@@ -70,7 +70,7 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-def test_what_is_no_checkpoint(refuses, tmp_path):
+def test_a_path_that_is_not_a_checkpoint(refuses, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_bytes(RUBBISH)
     (tmp_path / "dangling").symlink_to("nowhere")
@@ -100,7 +100,7 @@ def test_another_format_version(refuses, checkpoint):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", RUBBISH, None, "folder", "dangling"])
-def test_a_manifest_that_is_something_else(refuses, checkpoint, content):
+def test_a_manifest_with_other_content(refuses, checkpoint, content):
     path = checkpoint / "manifest.json"
     path.unlink()
     if isinstance(content, bytes):
@@ -217,7 +217,7 @@ def test_a_model_whose_json_is_something_else(exported, inputs, tmp_path, name, 
         (["--data={}/validation/*.json.gz", "--data.sequence_length=65"], "--data.sequence_length: got 65"),
     ],
 )
-def test_what_is_scored(run_folder, inputs, argv, message):
+def test_wrong_text_to_score_is_refused(run_folder, inputs, argv, message):
     answer = call(EVALUATE, run_folder, *(argument.format(inputs) for argument in argv))
     refused(answer, message, notes=sum(line.endswith("; skipped") for line in answer.err.splitlines()))
 
@@ -237,7 +237,7 @@ def test_more_sequences_at_once_than_there_are_or_than_fit(run_folder, inputs, m
 # ---- output ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_export_to_what_is_there_already(run_folder, tmp_path):
+def test_an_export_to_an_existing_path(run_folder, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("keep")
     (tmp_path / "file").write_text("keep")
@@ -273,7 +273,7 @@ def test_an_export_to_a_disk_that_is_read_only(run_folder, tmp_path):
         refused(call(EXPORT, run_folder, folder / "out"), f"{folder / 'out'}: Read-only file system; choose a place")
 
 
-def test_scoring_needs_no_place_to_write(run_folder, inputs, tmp_path):
+def test_scoring_does_not_need_a_writable_disk(run_folder, inputs, tmp_path):
     with disk(tmp_path / "disk", "size=8m") as folder:
         shutil.copytree(run_folder, folder / "run")
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)

@@ -75,7 +75,7 @@ def test_a_change_is_named_until_it_is_allowed(other, permission):
     assert list(changes_since(identity(), other, {permission})) == []
 
 
-def test_what_only_rounds_needs_no_permission():
+def test_changes_of_rounding_need_no_permission():
     for section, key, value in (("method", "form", "decoupled"), ("model", "attention", "eager")):
         assert list(changes_since(identity(), with_setting(section, key, value), set())) == []
 
@@ -89,7 +89,7 @@ def test_other_text_is_reported_together_with_other_order_settings():
     assert [change.permission for change in changes_since(identity(), seed, set())] == ["data.seed"]
 
 
-def test_what_decides_which_parameters_train_is_never_allowed_where_it_is_used():
+def test_a_setting_that_decides_which_parameters_train_cannot_be_allowed_if_used():
     def rank(method: str, value: int) -> Identity:
         given = identity(config=tiny_config(method={"name": method}).model_dump(mode="json"))
         given.config["method"]["rank"] = value
@@ -101,7 +101,7 @@ def test_what_decides_which_parameters_train_is_never_allowed_where_it_is_used()
     assert list(changes_since(rank("full", 3), rank("full", 5), {"method.rank"})) == []
 
 
-def test_other_names_of_sources_are_other_data_whatever_their_weights():
+def test_sources_with_other_names_are_other_data_for_any_weights():
     def mixture(name: str, order: str, weight: float = 1.0) -> Identity:
         records = [{"source": "a", "name": name, "weight": weight}, {"source": "b", "weight": 1.0}]
         return replace(with_setting("data", "train", records), data_order=order, data_fingerprint=f"{order}{weight}")
@@ -113,7 +113,7 @@ def test_other_names_of_sources_are_other_data_whatever_their_weights():
     assert list(changes_since(mixture("web", "1"), mixture("web", "1", 3.0), {"data.train"})) == []
 
 
-def test_the_order_of_projections_means_nothing():
+def test_the_order_of_projections_has_no_effect():
     names = identity().config["method"]["target_modules"]
     assert list(changes_since(identity(), with_setting("method", "target_modules", names[::-1]), set())) == []
     [change] = changes_since(identity(), with_setting("method", "target_modules", names[1:]), set())
@@ -130,7 +130,7 @@ def test_weights_with_the_same_shares_are_no_change():
     assert list(changes_since(mixture(0.1, 0.1, 0.5), mixture(1.0, 1.0, 5.0), set())) == []
 
 
-def test_lanes_are_compared_as_they_are():
+def test_lanes_are_compared_by_their_resulting_number():
     def lanes(batch_size: int, given: int | None, order: str) -> Identity:
         config = tiny_config().model_dump(mode="json")
         config["train"]["batch_size"], config["data"]["lanes"] = batch_size, given
@@ -160,7 +160,7 @@ def test_another_optimizer_cannot_be_allowed():
     assert "'adamw' in the checkpoint, 'muon' now" in change.text
 
 
-def test_another_rank_can_be_allowed_where_nothing_has_that_rank():
+def test_another_rank_can_be_allowed_if_no_layer_has_it():
     changed = with_setting("optim", "projection_rank", 7)
     assert list(changes_since(identity(), changed, {"optim.projection_rank"})) == []
     [change] = changes_since(identity(), changed, set())
@@ -176,6 +176,6 @@ def _with_matrices(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["data.workers", "train.zero_stage", "eval.every_steps", "log.progress"])
-def test_how_a_run_is_done_may_change(name):
+def test_operational_settings_may_change(name):
     section, key = name.split(".")
     assert list(changes_since(identity(), with_setting(section, key, "another"), set())) == []

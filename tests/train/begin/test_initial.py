@@ -180,7 +180,7 @@ def test_one_rank_asks_what_is_in_a_set_and_the_others_read_it(pools, inputs, to
         assert {f"/blobs/{split}-0.parquet" for split in ("train", "validation")} <= set(server.paths)
 
 
-def test_a_start_says_once_what_it_took(pools, inputs, tokenizer_path, tmp_path):
+def test_the_parts_of_a_start_are_logged_once(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 2)
     pools(2)(train, config, stop_after=3)

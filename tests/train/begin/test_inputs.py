@@ -36,7 +36,9 @@ def changed(config: Config, section: str, **values: Any) -> Config:
     return config.model_copy(update={section: inner})
 
 
-def test_without_the_demo_everything_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_files_of_the_demo_are_named_with_their_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as raised:
         open_inputs(settings())
@@ -51,7 +53,7 @@ def test_without_the_demo_everything_is_named_with_its_command(tmp_path: Path, m
         assert str(tmp_path) in fault
 
 
-def test_other_files_that_are_missing_are_not_those_of_the_demo(config: Config, tmp_path: Path) -> None:
+def test_other_missing_files_are_not_called_files_of_the_demo(config: Config, tmp_path: Path) -> None:
     missing = changed(config, "data", train=str(tmp_path / "a.json"), validation=str(tmp_path / "b.json"))
     with pytest.raises(ConfigError) as raised:
         open_inputs(missing)
@@ -69,7 +71,7 @@ def test_a_wrong_column_is_reported_with_other_faults(config: Config, tmp_path: 
     assert train.startswith('data.train: a.parquet has no column "body"; set data.text_column to one of id, text, url')
 
 
-def test_sets_that_are_missing_are_named_all_at_once(config: Config, tmp_path: Path) -> None:
+def test_all_missing_sets_are_named_together(config: Config, tmp_path: Path) -> None:
     gone = {name: str(tmp_path / f"{name}.json") for name in ("books", "web")}
     for sets in (gone, {"books": gone["books"], "there": config.data.train}):
         with pytest.raises(ConfigError) as raised:
@@ -98,7 +100,7 @@ def test_tokens_of_another_tokenizer_are_reported_with_other_faults(
         open_inputs(changed(config, "data", validation=str(out)))
 
 
-def test_held_out_tokens_that_changed_or_stand_beside_their_text_are_refused(config: Config, tmp_path: Path) -> None:
+def test_held_out_tokens_that_changed_or_accompany_their_text_are_refused(config: Config, tmp_path: Path) -> None:
     out = tmp_path / "tokens"
     shards = configured_shards(config.data, "train")
     make_tokens(shards, out, config=config.data, tokenizer_path=config.tokenizer_path, processes=1)
@@ -119,14 +121,14 @@ def _refused_everywhere(config: Config, message: str) -> None:
         held_out(config.data, config.tokenizer_path, None)
 
 
-def test_one_fault_alone_keeps_its_own_error(config: Config, tmp_path: Path) -> None:
+def test_a_single_fault_keeps_its_own_error(config: Config, tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="not found"):
         open_inputs(changed(config, "tokenizer", path=str(tmp_path / "none")))
     with pytest.raises(SourceError, match="no file matches"):
         open_inputs(changed(config, "data", validation=str(tmp_path / "none.json")))
 
 
-def test_inputs_that_are_there(config: Config) -> None:
+def test_existing_inputs_are_accepted(config: Config) -> None:
     inputs = open_inputs(config)
     assert inputs.tokenizer.eos_token_id is not None
     assert inputs.shards

@@ -47,7 +47,7 @@ def test_a_read_only_run_folder_is_refused_before_the_model_is_built(pools, inpu
     assert "adapters on" not in said
 
 
-def test_a_folder_of_something_else_is_refused_and_left_as_it_is(pools, inputs, tokenizer_path, tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused_and_not_changed(pools, inputs, tokenizer_path, tmp_path):
     """The settings file is already in the folder that the run trains in."""
     folder = tmp_path / "mine"
     (folder / "tokenizer").mkdir(parents=True)
@@ -66,7 +66,7 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(pools, inputs, 
 
 
 @pytest.mark.parametrize("name", ["wandb-id.txt", "rollbacks.json"])
-def test_no_file_of_something_else_is_written_over(tmp_path, name):
+def test_foreign_files_are_not_overwritten(tmp_path, name):
     (tmp_path / name).write_text("mine")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "epoch=1.ckpt").touch()
@@ -96,7 +96,7 @@ def test_a_disk_that_is_full_for_a_while_costs_lines_and_checkpoints_only(inputs
         assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000250\n"
 
 
-def test_a_link_to_what_is_not_there_is_no_run_folder(tmp_path):
+def test_a_broken_link_is_not_a_run_folder(tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "unmounted")
     with pytest.raises(
         ConfigError, match=r"run is a link to a folder that does not exist; mount its disk, or remove the link"
@@ -104,7 +104,7 @@ def test_a_link_to_what_is_not_there_is_no_run_folder(tmp_path):
         check_run_folder(tmp_path / "run")
 
 
-def test_what_a_resume_changed_is_noted_and_a_finished_run_keeps_its_settings(pools, inputs, tokenizer_path, tmp_path):
+def test_changes_at_a_resume_are_noted_and_a_finished_run_keeps_its_settings(pools, inputs, tokenizer_path, tmp_path):
     def start(stop_after=None, **sections):
         pools(1)(train, run_config(inputs, tokenizer_path, tmp_path / "run", **sections), stop_after=stop_after)
         return read_json_lines(RunFolder(tmp_path / "run").starts)[-1]
@@ -137,7 +137,7 @@ def on_a_full_disk(config: Path) -> Answer:
         return call(PRETRAIN, config)
 
 
-def test_a_run_that_is_done_stays_done_where_the_disk_is_full(pools, inputs, tokenizer_path, tmp_path):
+def test_a_finished_run_stays_finished_on_a_full_disk(pools, inputs, tokenizer_path, tmp_path):
     config = _config(inputs, tokenizer_path, tmp_path / "run", tmp_path / "run.yaml")
     assert [answer.code for answer in pools(2)(call, PRETRAIN, config)] == [0, 0]
     names = RunFolder(tmp_path / "run")
@@ -167,7 +167,7 @@ def test_a_run_whose_folder_is_removed_saves_and_ends(inputs, tokenizer_path, tm
 
 
 @pytest.mark.stops
-def test_a_run_leaves_alone_what_another_trainer_began_in_its_folder(inputs, tokenizer_path, tmp_path):
+def test_a_run_does_not_touch_what_another_trainer_began_in_its_folder(inputs, tokenizer_path, tmp_path):
     """A run folder is deleted and started again while its old processes still run."""
     run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     job = Job(_config(inputs, tokenizer_path, run_dir, tmp_path / "run.yaml", steps=100_000))
@@ -189,7 +189,7 @@ def masking_nothing(config: Path) -> Answer:
         os.umask(before)
 
 
-def test_nothing_of_a_run_is_writable_for_everybody(pools, inputs, tokenizer_path, tmp_path):
+def test_no_file_of_a_run_is_writable_for_everybody(pools, inputs, tokenizer_path, tmp_path):
     (answer,) = pools(1)(masking_nothing, _config(inputs, tokenizer_path, tmp_path / "run", tmp_path / "run.yaml"))
     assert answer.code == 0, answer
     paths = list((tmp_path / "run").rglob("*"))

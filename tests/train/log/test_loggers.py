@@ -122,7 +122,7 @@ def test_a_logger_that_fails_ends_no_run(pools: Any, tokenizer_path: str, tmp_pa
     assert read_json_lines(RunFolder(tmp_path / "run").ends)[-1]["code"] == 0
 
 
-def test_the_settings_say_which_loggers_there_are(tmp_path: Path) -> None:
+def test_the_settings_choose_the_loggers(tmp_path: Path) -> None:
     assert make_loggers(tmp_path, LogConfig(tensorboard=False)) == []
     both = make_loggers(tmp_path, LogConfig(wandb="lab/small"))
     assert [type(logger) for logger in both] == [TensorBoard, WeightsAndBiases]
@@ -148,7 +148,7 @@ def test_without_the_package_a_run_does_not_begin(monkeypatch: pytest.MonkeyPatc
         (True, "valid string"),
     ],
 )
-def test_what_is_no_project_is_refused_and_no_key_is_shown(given: object, expected: str) -> None:
+def test_an_invalid_project_is_refused_and_no_key_is_shown(given: object, expected: str) -> None:
     faults = faults_of(tree(log={"wandb": given}))
     assert len(faults) == 1
     assert faults[0].startswith("log.wandb: ")
@@ -218,7 +218,7 @@ def test_a_resume_continues_the_run_and_a_new_start_does_not(folder: Path, servi
     assert RunFolder(folder).wandb_id.read_text() == restarted["id"] + "\n"
 
 
-def test_a_service_that_cannot_be_reached_is_said_once(
+def test_an_unreachable_service_is_reported_once(
     folder: Path, service: Service, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def init(**given: Any) -> None:
@@ -235,7 +235,7 @@ def test_a_service_that_cannot_be_reached_is_said_once(
     assert len(metrics(folder)) == 2
 
 
-def test_an_end_waits_for_the_service_only_so_long(
+def test_the_wait_for_the_service_at_the_end_is_limited(
     folder: Path, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended, finished = threading.Event(), threading.Event()
@@ -254,7 +254,7 @@ def test_an_end_waits_for_the_service_only_so_long(
 
 
 @needs_wandb
-def test_offline_the_files_hold_the_run_over_a_resume_and_no_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_files_hold_the_run_across_a_resume_and_no_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", OLD_KEY)
     for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):

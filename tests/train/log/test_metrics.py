@@ -69,7 +69,7 @@ def test_a_resume_drops_what_was_logged_beyond_it(tmp_path):
 
 
 @pytest.mark.parametrize("ahead_seconds", [(3600,), (7200, 3600), (3600, 7200), 11 * (0,)])
-def test_what_is_resumed_is_shown_whatever_the_clock_said_before(tmp_path, monkeypatch, ahead_seconds):
+def test_points_of_a_resume_replace_earlier_ones_for_any_clock(tmp_path, monkeypatch, ahead_seconds):
     """TensorBoard reads files by the second in their names, those of one second by a number, 10 before 9; and a file
     hides steps of those that were read before it."""
     _write_config(tmp_path)
@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_written_for_a_while_costs_lines_and_no_tracebac
     assert "Traceback" not in said + capfd.readouterr().err
 
 
-def test_a_disk_that_is_full_when_a_run_goes_back_costs_lines_and_no_step_is_there_twice(tmp_path, monkeypatch):
+def test_a_full_disk_at_a_rollback_loses_lines_and_duplicates_no_step(tmp_path, monkeypatch):
     metrics = Metrics(tmp_path, step=0)
     for step in (1, 2, 3):
         metrics.write(step, {"train/loss": 1.0})
@@ -172,7 +172,7 @@ def after_a_power_cut(config: Any) -> dict[str, str]:
 
 
 @pytest.mark.distributed
-def test_a_power_cut_costs_no_line_of_what_a_checkpoint_or_an_end_says_is_done(pools, inputs, tokenizer_path, tmp_path):
+def test_a_power_cut_loses_no_line_before_a_checkpoint_or_the_end(pools, inputs, tokenizer_path, tmp_path):
     """Else the same command would not evaluate again, and the evaluation would be lost for good."""
     config = run_config(inputs, tokenizer_path, tmp_path / "run", checkpoint={"every_steps": 5})
     [found] = pools(1)(after_a_power_cut, config)
@@ -183,7 +183,7 @@ def test_a_power_cut_costs_no_line_of_what_a_checkpoint_or_an_end_says_is_done(p
     assert [json.loads(line) for line in found["end"].splitlines()] == metrics_of(tmp_path / "run")
 
 
-def test_metrics_that_a_disk_rejects_are_reported_once_and_end_nothing(tmp_path, monkeypatch, capfd):
+def test_metrics_that_a_disk_rejects_are_reported_once_and_do_not_end_the_run(tmp_path, monkeypatch, capfd):
     metrics = Metrics(tmp_path, step=0)
     metrics.write(1, {"train/loss": 1.0})
     setup_logging(0)
@@ -197,13 +197,13 @@ def test_metrics_that_a_disk_rejects_are_reported_once_and_end_nothing(tmp_path,
     assert capfd.readouterr().err.count("metrics.jsonl: metrics cannot be written (Disk quota exceeded)") == 1
 
 
-def test_bytes_that_a_disk_has_spoilt_cost_a_line(tmp_path):
+def test_corrupt_bytes_lose_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\xff\x00p": 2}\n{"step": 3}\n')
     Metrics(tmp_path, step=5).close()
     assert [line["step"] for line in _lines(tmp_path)] == [1, 3]
 
 
-def test_what_all_ranks_know_is_said_by_the_first(capsys):
+def test_the_first_rank_logs_what_concerns_all_ranks(capsys):
     for rank, shown in ((0, True), (1, False)):
         setup_logging(rank)
         shared_log.warning("skipped")
@@ -303,7 +303,7 @@ def test_the_best_of_a_few_evaluations_is_shown(tmp_path, evaluations, start):
     assert [line["eval/perplexity"] for line in _lines(tmp_path)] == values
 
 
-def test_a_new_start_shows_nothing_of_the_one_before(tmp_path):
+def test_a_new_start_shows_no_points_of_the_previous_one(tmp_path):
     for rate in (0.5, 0.25):
         _write_config(tmp_path, optim={"lr": rate})
         metrics = Metrics(tmp_path, step=0, loggers=[TensorBoard(tmp_path)])
@@ -316,7 +316,7 @@ def test_a_new_start_shows_nothing_of_the_one_before(tmp_path):
     assert len(list((tmp_path / "tensorboard").glob("abandoned-events.*"))) == 1
 
 
-def test_the_documents_say_which_numbers_are_no_curves():
+def test_the_documents_say_which_numbers_are_not_curves():
     text = (ROOT / "docs" / "metrics.md").read_text()
     only_in_file = text.partition("Some tags are only in `metrics.jsonl`.")[2].partition("\n\n")[0]
     tags = set(re.findall(r"`((?:train|eval|merge)/[a-z_]+)`", only_in_file))

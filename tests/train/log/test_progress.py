@@ -38,7 +38,7 @@ def run_of_two_steps(*, show: bool = True) -> None:
 
 
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
-def test_every_line_stays(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_line_of_the_log_is_kept(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = set_stderr(kind(), monkeypatch)
     run_of_two_steps()
     said = stderr.getvalue()
@@ -51,13 +51,13 @@ def test_every_line_stays(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
-def test_other_ranks_say_nothing(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_print_nothing(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = set_stderr(kind(), monkeypatch)
     run_of_two_steps(show=False)
     assert stderr.getvalue() == ""
 
 
-def test_after_a_rollback_the_bar_stands_where_the_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_rollback_the_bar_goes_back_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = set_stderr(Terminal(), monkeypatch)
     progress = Progress(total=10, done=0, show=True)
     for _ in range(8):
@@ -69,7 +69,7 @@ def test_after_a_rollback_the_bar_stands_where_the_run_does(monkeypatch: pytest.
     assert stderr.getvalue().rpartition("\r")[0].rpartition("\r")[2].isspace(), "no bar stays below the last line"
 
 
-def test_what_comes_before_the_first_step_is_not_in_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_before_the_first_step_does_not_count_in_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 600.0, 602.0])  # made, the first step comes next, the line
     stderr = set_stderr(io.StringIO(), monkeypatch)
     monkeypatch.setattr("relora_mora.train.log.progress.time.monotonic", lambda: next(clock))

@@ -15,7 +15,7 @@ from tests.tools.pool import Pool
 from tests.tools.tiny import build_rig, tiny_config
 
 
-def test_what_was_before_an_exec_is_not_counted(tmp_path: Path) -> None:
+def test_time_before_an_exec_is_not_counted(tmp_path: Path) -> None:
     functions = "".join(map(inspect.getsource, (progress._age_of_interpreter, progress._age)))
     script = tmp_path / "script.py"  # only the functions: importing the trainer takes longer than all of this
     imports = "import logging, os, time\nfrom pathlib import Path\n"
@@ -27,7 +27,7 @@ def test_what_was_before_an_exec_is_not_counted(tmp_path: Path) -> None:
     assert 0 < of_python <= of_the_process - 0.9
 
 
-def test_without_an_exec_both_are_about_the_same() -> None:
+def test_without_an_exec_the_interpreter_is_younger_than_its_process() -> None:
     assert 0 < progress._age_of_interpreter() <= progress._age(os.getpid())
 
 
@@ -37,7 +37,7 @@ def has_imported_the_compiler() -> bool:
 
 
 @pytest.mark.distributed
-def test_an_engine_does_without_torchs_compiler():
+def test_an_engine_does_not_import_torchs_compiler():
     """Seconds of each start."""
     pool = Pool(1)  # of its own: other tests compile
     try:

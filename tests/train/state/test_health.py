@@ -45,7 +45,7 @@ def test_nothing_is_judged_before_a_quarter_of_the_window():
     assert health.spike(10_000.0, config) is not None
 
 
-def test_a_rise_that_lasts_is_a_new_level_after_a_quarter_of_a_window():
+def test_a_lasting_rise_is_a_new_level_after_a_quarter_of_a_window():
     health, config = StabilityState(), _config()
     verdicts = [health.spike(loss, config) for loss in [*_noisy(40), 9.0, *_noisy(3), *_noisy(40, level=6.0)]]
     assert [number for number, height in enumerate(verdicts) if height is not None] == [40, 44, 45, 46, 47]
@@ -60,7 +60,7 @@ def test_steps_without_a_loss_do_not_break_a_row_of_spikes():
     assert health.losses == [] and health.spikes == 0, "the window starts again"
 
 
-def test_a_saved_health_judges_as_the_one_it_was_saved_from():
+def test_a_restored_health_judges_like_the_saved_one():
     config, losses = _config(), [*_noisy(30), 9.0, *_noisy(5), 9.0]
     whole, verdicts = StabilityState(), []
     for loss in losses:
@@ -82,7 +82,7 @@ def test_bad_steps_count_in_a_row():
     assert health.bad_data == ["d"]
 
 
-def test_rollbacks_come_back_and_a_damaged_file_is_no_empty_one(tmp_path):
+def test_rollbacks_are_read_back_and_a_damaged_file_is_not_an_empty_one(tmp_path):
     assert read_rollbacks(tmp_path) == []
     rollbacks = [Rollback(1, 3, 5, "why", {"0": {"row": 1}}, "order")]
     (tmp_path / "rollbacks.json").write_text(dump_rollbacks(rollbacks))
@@ -92,7 +92,7 @@ def test_rollbacks_come_back_and_a_damaged_file_is_no_empty_one(tmp_path):
         read_rollbacks(tmp_path)
 
 
-def test_the_note_of_a_rollback_holds_though_that_of_one_before_was_lost(tmp_path, monkeypatch):
+def test_the_note_of_a_rollback_is_valid_if_an_earlier_note_was_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(restore, "from_first_rank", lambda read: read())
     second = Rollback(2, 8, 11, "why", {"0": {"row": 13}}, "order")
     (tmp_path / "rollbacks.json").write_text(dump_rollbacks([second]))
@@ -121,7 +121,7 @@ def test_a_spike_causes_a_rollback_if_there_is_a_checkpoint_and_the_text_is_the_
     assert bool(state.trouble) is rolls
 
 
-def test_a_shorter_window_ends_a_row_of_spikes_that_is_longer_already():
+def test_a_shorter_window_ends_a_longer_row_of_spikes():
     health, config = StabilityState(losses=_noisy(16), spikes=20), _config()
     assert health.spike(9.0, config) is not None
     assert health.losses == []

@@ -35,7 +35,7 @@ def test_a_kill_after_a_rollback_on_other_data_changes_nothing(pools, inputs, to
     assert same_run(killed, reference)
 
 
-def test_a_rollback_is_no_place_in_data_that_is_read_after_it(pools, inputs, tokenizer_path, tmp_path):
+def test_a_rollback_does_not_apply_to_data_that_changed_after_it(pools, inputs, tokenizer_path, tmp_path):
     reference, killed = tmp_path / "reference", tmp_path / "killed"
     pools(2)(train, fault_settings(reference, inputs, tokenizer_path), stop_after=3)
     pools(2)(faulty, fault_settings(killed, inputs, tokenizer_path), NAN, stop_at=(1, 4))
@@ -46,7 +46,7 @@ def test_a_rollback_is_no_place_in_data_that_is_read_after_it(pools, inputs, tok
     assert same_run(killed, reference)
 
 
-def test_rollbacks_of_a_run_that_was_moved_away_are_none_of_the_new_one(pools, inputs, tokenizer_path, tmp_path):
+def test_rollbacks_of_a_moved_run_do_not_apply_to_a_new_one(pools, inputs, tokenizer_path, tmp_path):
     clean, folder = tmp_path / "clean", tmp_path / "run"
     pools(2)(faulty, fault_settings(clean, inputs, tokenizer_path), {})
     pools(2)(faulty, fault_settings(folder, inputs, tokenizer_path), NAN)
@@ -59,7 +59,9 @@ def test_rollbacks_of_a_run_that_was_moved_away_are_none_of_the_new_one(pools, i
 
 
 @pytest.mark.parametrize("began", ["by itself", "there", "there, and goes on by auto"])
-def test_a_named_start_with_other_settings_puts_nothing_aside(pools, inputs, tokenizer_path, tmp_path, began):
+def test_a_start_from_a_named_checkpoint_with_other_settings_moves_nothing(
+    pools, inputs, tokenizer_path, tmp_path, began
+):
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)
     there = {"resume": str(theirs)}
@@ -76,7 +78,7 @@ def test_a_named_start_with_other_settings_puts_nothing_aside(pools, inputs, tok
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_named_checkpoint_is_where_a_run_begins_once(pools, inputs, tokenizer_path, tmp_path):
+def test_a_run_begins_from_a_named_checkpoint_only_once(pools, inputs, tokenizer_path, tmp_path):
     """The same command continues from what it has saved, since a requeued job has no other command."""
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)
@@ -93,7 +95,7 @@ def test_a_named_checkpoint_is_where_a_run_begins_once(pools, inputs, tokenizer_
 
 
 @pytest.mark.parametrize("named", ["another run", "a checkpoint of its own"])
-def test_a_run_whose_folder_was_removed_goes_on_by_the_same_command(pools, inputs, tokenizer_path, tmp_path, named):
+def test_the_same_command_continues_a_run_whose_folder_was_removed(pools, inputs, tokenizer_path, tmp_path, named):
     """It leaves a checkpoint there and nothing else."""
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
     checkpoints = folder / "checkpoints"
@@ -164,7 +166,7 @@ def test_a_run_that_goes_back_to_an_abandoned_checkpoint_knows_its_history(pools
     assert changes_since_first(now) == changes_since_first(before) != []
 
 
-def test_a_run_that_begins_with_a_checkpoint_has_one_of_its_own_at_once(pools, inputs, tokenizer_path, tmp_path):
+def test_a_run_that_begins_from_a_checkpoint_saves_one_immediately(pools, inputs, tokenizer_path, tmp_path):
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=5)
     given = {"resume": str(theirs), "max_bad_steps": 2}
@@ -174,7 +176,7 @@ def test_a_run_that_begins_with_a_checkpoint_has_one_of_its_own_at_once(pools, i
     assert [line["step"] for line in metrics(folder) if "eval/loss" in line] == [5, 10]
 
 
-def test_a_checkpoint_without_its_last_rename_is_of_the_history(pools, inputs, tokenizer_path, tmp_path):
+def test_a_checkpoint_without_its_last_rename_belongs_to_the_history(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder)
     pools(1)(train, config, stop_after=3)
@@ -187,7 +189,7 @@ def test_a_checkpoint_without_its_last_rename_is_of_the_history(pools, inputs, t
     assert newest.is_dir()
 
 
-def test_a_run_that_is_shortened_to_where_it_stands_is_evaluated(pools, inputs, tokenizer_path, tmp_path):
+def test_a_run_shortened_to_its_current_step_is_evaluated(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     mora = {"method": {"name": "mora"}}
     pools(1)(train, run_config(inputs, tokenizer_path, folder, **mora), stop_after=3)
@@ -196,7 +198,7 @@ def test_a_run_that_is_shortened_to_where_it_stands_is_evaluated(pools, inputs, 
     assert [line["step"] for line in metrics(folder) if "eval/loss" in line] == [0, 3]
 
 
-def test_a_start_that_made_no_step_of_another_history_is_put_aside(pools, inputs, tokenizer_path, tmp_path):
+def test_an_earlier_start_without_steps_is_moved_aside(pools, inputs, tokenizer_path, tmp_path):
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)
     folder.mkdir()
@@ -208,7 +210,7 @@ def test_a_start_that_made_no_step_of_another_history_is_put_aside(pools, inputs
         shutil.rmtree(folder / "checkpoints")
 
 
-def test_metrics_of_a_run_whose_checkpoints_were_removed_are_put_aside(pools, inputs, tokenizer_path, tmp_path):
+def test_metrics_of_a_run_whose_checkpoints_were_removed_are_moved_aside(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder)
     pools(1)(train, config, stop_after=2)

@@ -68,7 +68,7 @@ def _manifest(run_dir: Path, step: int) -> dict[str, Any]:
     return found
 
 
-def test_a_run_taken_over_and_stopped_before_its_first_step_keeps_its_place_in_the_data(
+def test_a_resume_in_a_new_folder_that_stops_before_its_first_step_keeps_its_data_position(
     pools, inputs, tokenizer_path, tmp_path
 ):
     never, first, second = (tmp_path / name for name in ("never", "first", "second"))
@@ -89,7 +89,7 @@ def test_a_run_taken_over_and_stopped_before_its_first_step_keeps_its_place_in_t
         ("train", "steps", 3, "train.steps: the checkpoint is already at step 4"),
     ],
 )
-def test_a_resume_that_no_permission_helps_is_refused_and_puts_no_checkpoint_aside(
+def test_a_resume_that_cannot_be_allowed_is_refused_and_moves_no_checkpoint(
     pools, inputs, tokenizer_path, tmp_path, section, setting, value, expected
 ):
     config = run_config(inputs, tokenizer_path, tmp_path / "run", method={"merge_every": 2})
@@ -109,7 +109,7 @@ def test_a_resume_that_no_permission_helps_is_refused_and_puts_no_checkpoint_asi
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == checkpoints
 
 
-def test_a_checkpoint_without_a_place_in_the_data_is_refused(pools, inputs, tokenizer_path, tmp_path):
+def test_a_checkpoint_without_a_data_position_is_refused(pools, inputs, tokenizer_path, tmp_path):
     from relora_mora.checkpoint.layout import content_checksum
 
     config = run_config(inputs, tokenizer_path, tmp_path / "run")
@@ -131,7 +131,7 @@ def test_a_spike_of_the_last_step_is_flagged_and_the_run_is_saved(pools, inputs,
     assert not (folder / "rollbacks.json").exists()
 
 
-def test_a_stop_right_after_a_spike_changes_nothing_of_the_rollback(pools, inputs, tokenizer_path, tmp_path):
+def test_a_stop_right_after_a_spike_does_not_change_the_rollback(pools, inputs, tokenizer_path, tmp_path):
     reference, folder = tmp_path / "reference", tmp_path / "run"
     pools(2)(faulty, fault_settings(reference, inputs, tokenizer_path, **SPIKES), {}, drop=(7, 8))
     config = fault_settings(folder, inputs, tokenizer_path, **SPIKES)
@@ -145,7 +145,7 @@ def test_a_stop_right_after_a_spike_changes_nothing_of_the_rollback(pools, input
     assert (entry["step"], entry["at"]) == (6, 8)
 
 
-def test_a_last_evaluation_that_was_stopped_is_made_at_the_resume(pools, inputs, tokenizer_path, tmp_path):
+def test_a_resume_repeats_a_last_evaluation_that_was_stopped(pools, inputs, tokenizer_path, tmp_path):
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, eval={"every_steps": 0, "at_start": False})
     assert pools(2)(stopped, config, where="evaluation") == [75, 75]
     assert not [line for line in metrics(tmp_path / "run") if "eval/loss" in line]
@@ -153,7 +153,7 @@ def test_a_last_evaluation_that_was_stopped_is_made_at_the_resume(pools, inputs,
     assert [line["step"] for line in metrics(tmp_path / "run") if "eval/loss" in line] == [10]
 
 
-def test_an_evaluation_that_was_made_up_and_not_saved_has_its_lines_once(pools, inputs, tokenizer_path, tmp_path):
+def test_a_repeated_evaluation_that_was_not_saved_has_its_lines_once(pools, inputs, tokenizer_path, tmp_path):
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, eval={"every_steps": 0, "at_start": False})
     assert pools(2)(stopped, config, where="evaluation") == [75, 75]
     pools(2)(killed_in_the_save, config)
@@ -225,7 +225,7 @@ def test_two_rollbacks_to_the_same_step_are_both_remembered(pools, inputs, token
     assert not [line for line in metrics(killed) if "train/skipped_steps" in line], "nothing bad was read again"
 
 
-def test_who_goes_back_by_name_starts_another_history(pools, inputs, tokenizer_path, tmp_path):
+def test_a_resume_from_a_named_checkpoint_starts_another_history(pools, inputs, tokenizer_path, tmp_path):
     """Rollbacks after that checkpoint are forgotten, and a checkpoint that was about to get its name is abandoned."""
     clean, folder = tmp_path / "clean", tmp_path / "run"
     pools(2)(faulty, fault_settings(clean, inputs, tokenizer_path), {})
@@ -303,7 +303,7 @@ def test_another_end_of_document_is_another_tokenizer(pools, inputs, tokenizer_p
     assert f"they end with {after}; to allow it: '--train.allow_changes=[tokenizer]'" in message
 
 
-def test_other_data_is_refused_and_when_allowed_read_from_its_beginning(pools, inputs, tokenizer_path, tmp_path):
+def test_other_data_needs_permission_and_is_read_from_its_beginning(pools, inputs, tokenizer_path, tmp_path):
     other, folder, fresh = write_inputs(tmp_path / "other"), tmp_path / "run", tmp_path / "fresh"
     for path in sorted((other / "train").iterdir())[1:]:
         path.unlink()  # a smaller source: old places may not exist in it
@@ -333,7 +333,7 @@ def test_another_setting_of_the_data_needs_one_permission(pools, inputs, tokeniz
     )
 
 
-def test_a_shard_that_was_mended_is_read_on_from_the_same_line(pools, inputs, tokenizer_path, tmp_path):
+def test_a_fixed_shard_is_continued_from_the_same_line(pools, inputs, tokenizer_path, tmp_path):
     repaired, folder, never = tmp_path / "repaired", tmp_path / "run", tmp_path / "never"
     shutil.copytree(inputs, repaired)
     pools(1)(train, run_config(repaired, tokenizer_path, never))
@@ -348,7 +348,7 @@ def test_a_shard_that_was_mended_is_read_on_from_the_same_line(pools, inputs, to
     assert different_tensors(*(run / "checkpoints" / "step-00000010" for run in (never, folder))) == []
 
 
-def test_text_goes_on_as_tokens_made_in_advance_and_back(pools, inputs, tokenizer_path, tmp_path):
+def test_a_run_can_switch_between_text_and_pre_tokenized_text(pools, inputs, tokenizer_path, tmp_path):
     never, folder = tmp_path / "never", tmp_path / "run"
     text = run_config(inputs, tokenizer_path, folder)
     tokens = {}
@@ -379,7 +379,7 @@ def _swap_letters(folder: Path) -> None:
         path.write_bytes(path.read_bytes().replace(b"merge", b"rerge"))
 
 
-def test_other_text_of_the_same_names_and_sizes_is_refused_and_when_allowed_read_on_from_the_same_lines(
+def test_other_text_of_the_same_names_and_sizes_needs_permission_and_keeps_its_lines(
     pools, inputs, tokenizer_path, tmp_path
 ):
     first = _plain_copy(inputs, tmp_path / "first")
@@ -401,7 +401,7 @@ def test_other_text_of_the_same_names_and_sizes_is_refused_and_when_allowed_read
     pools(1)(train, run_config(swapped, tokenizer_path, folder), stop_after=7)  # no change any more
 
 
-def test_the_first_rank_asks_a_server_for_all_what_stands_in_its_files(pools, inputs, tokenizer_path, tmp_path):
+def test_the_first_rank_asks_the_server_for_the_content_of_all_files(pools, inputs, tokenizer_path, tmp_path):
     served, folder = _plain_copy(inputs, tmp_path / "served"), tmp_path / "run"
     with serving(served) as server:
         data = {"train": f"{server.url}/train/part-{{00000..00002}}.json.gz"}
@@ -424,7 +424,7 @@ def begun(pools, inputs, tokenizer_path, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_method_with_the_same_adapter_goes_on_where_that_is_allowed(pools, inputs, tokenizer_path, tmp_path):
+def test_a_method_with_the_same_adapter_continues_if_allowed(pools, inputs, tokenizer_path, tmp_path):
     """With its moments and its place in the data; from then on it merges."""
     folder = tmp_path / "run"
     lora = {"name": "lora", "merge_every": 4}
@@ -456,6 +456,6 @@ def test_a_method_with_the_same_adapter_goes_on_where_that_is_allowed(pools, inp
         ),
     ],
 )
-def test_what_would_change_the_result_is_refused(pools, inputs, tokenizer_path, begun, what, change, says):
+def test_settings_that_would_change_the_result_are_refused(pools, inputs, tokenizer_path, begun, what, change, says):
     (message,) = pools(1)(_refused, run_config(inputs, tokenizer_path, begun, **change))
     assert says in message, message

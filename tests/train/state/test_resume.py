@@ -81,7 +81,7 @@ def builds(config: Any, **options: Any) -> int:
 @pytest.mark.parametrize(
     "method,stage,form", [("remora", 2, "auto"), ("relora", 0, "resident"), ("remora", 3, "resident")]
 )
-def test_resident_layers_give_the_bits_of_the_merged_form_also_after_a_resume(
+def test_resident_layers_equal_the_merged_form_bit_for_bit_after_a_resume(
     pools, inputs, tokenizer_path, tmp_path, method, stage, form
 ):
     world_size = 2 if stage == 3 else 1
@@ -182,7 +182,7 @@ def _eval_steps(folder: Path) -> list[int]:
     return [line["step"] for line in metrics(folder) if "eval/loss" in line]
 
 
-def test_a_run_goes_back_and_does_not_return_to_what_it_left(pools, inputs, tokenizer_path, tmp_path):
+def test_a_run_that_goes_back_does_not_return_to_abandoned_checkpoints(pools, inputs, tokenizer_path, tmp_path):
     pool, folder = pools(2), tmp_path / "run"
     plain = run_config(inputs, tokenizer_path, folder, 2)
     pool(train, plain)
@@ -205,7 +205,7 @@ def test_a_run_goes_back_and_does_not_return_to_what_it_left(pools, inputs, toke
 
 
 @pytest.mark.parametrize("give", ["run", "checkpoint"])
-def test_a_run_begins_in_a_new_folder_where_another_one_is(pools, inputs, tokenizer_path, tmp_path, give):
+def test_a_run_in_a_new_folder_begins_from_another_run(pools, inputs, tokenizer_path, tmp_path, give):
     first, second = tmp_path / "first", tmp_path / "second"
     pools(2)(train, run_config(inputs, tokenizer_path, first, 2), stop_after=5)
     origin = first if give == "run" else first / "checkpoints" / "step-00000005"
@@ -219,7 +219,7 @@ def test_a_run_begins_in_a_new_folder_where_another_one_is(pools, inputs, tokeni
     assert (third / "checkpoints" / "step-00000010").exists()
 
 
-def test_a_typing_error_next_to_checkpoints_is_reported_as_one(pools, inputs, tokenizer_path, tmp_path):
+def test_a_misspelled_resume_path_is_not_called_a_damaged_checkpoint(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=1)
     (message,) = pools(1)(
@@ -257,9 +257,7 @@ def test_a_checkpoint_comes_after_the_evaluation_and_the_line_of_metrics_of_its_
 
 
 @pytest.mark.parametrize("method", ["remora", "relora"])
-def test_a_longer_run_makes_up_for_the_merge_that_the_last_step_left_out(
-    pools, inputs, tokenizer_path, tmp_path, method
-):
+def test_a_longer_run_does_the_merge_that_the_last_step_left_out(pools, inputs, tokenizer_path, tmp_path, method):
     long, short = tmp_path / "long", tmp_path / "short"
     constant = {"schedule": "constant"}  # else another train.steps changes the rates
     settings = {"method": {"name": method}, "optim": constant}

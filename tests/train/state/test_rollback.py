@@ -96,7 +96,7 @@ def on_a_full_disk(config: Any, factors: dict[int, float]) -> tuple[str, list[st
         return faulty(config, factors), lines
 
 
-def test_a_rollback_on_a_full_disk_skips_the_data_all_the_same(pools, inputs, tokenizer_path, tmp_path):
+def test_a_rollback_on_a_full_disk_still_skips_the_data(pools, inputs, tokenizer_path, tmp_path):
     rolled, reference = tmp_path / "rolled", tmp_path / "reference"
     pools(2)(faulty, fault_settings(reference, inputs, tokenizer_path), {}, drop=(4, 5))
     settings = fault_settings(rolled, inputs, tokenizer_path)
@@ -133,7 +133,7 @@ def test_a_rollback_to_the_end_of_a_shorter_run_makes_its_merge_again(pools, inp
         assert [line["step"] for line in metrics(folder) if "merge/layers" in line] == [4, 8], folder
 
 
-def test_a_second_time_ends_the_run_with_a_report(pools, inputs, tokenizer_path, tmp_path):
+def test_one_rollback_too_many_ends_the_run_with_a_report(pools, inputs, tokenizer_path, tmp_path):
     bad = {number: float("inf") for number in (4, 5, 9, 10)}
     messages = pools(2)(faulty, fault_settings(tmp_path / "run", inputs, tokenizer_path), bad)
     assert messages[0] == messages[1]
@@ -148,7 +148,7 @@ def test_a_second_time_ends_the_run_with_a_report(pools, inputs, tokenizer_path,
     assert len(json.loads((tmp_path / "more" / "rollbacks.json").read_text())) == 2
 
 
-def test_without_a_checkpoint_to_go_back_to_the_run_ends(pools, inputs, tokenizer_path, tmp_path):
+def test_without_a_checkpoint_for_a_rollback_the_run_ends(pools, inputs, tokenizer_path, tmp_path):
     config = fault_settings(tmp_path / "run", inputs, tokenizer_path)
     messages = pools(2)(faulty, config, {2: float("nan"), 3: float("nan")})
     assert all("there is no earlier checkpoint" in message for message in messages)

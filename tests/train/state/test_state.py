@@ -46,7 +46,7 @@ def test_an_evaluation_that_was_cut_short_is_missing_after_the_load():
     assert RunState.load(manifest(replace(STATE, evaluated=6)), own=True).evaluated is None
 
 
-def test_what_another_run_saved_and_evaluated_is_not_this_runs():
+def test_saves_and_evaluations_of_another_run_do_not_count():
     state = RunState.load(manifest(STATE), own=False)
     assert (state.saved, state.evaluated, state.rollbacks, state.trouble, state.step) == (None, None, 0, None, 7)
     assert (state.health.bad_steps, state.health.bad_data, state.health.losses) == (0, [], [3.0, 2.0])
