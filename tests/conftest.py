@@ -44,7 +44,7 @@ def no_job_outlives_its_test() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def logging_is_put_back() -> Iterator[None]:
-    """``setup_logging`` takes the log away from whoever listens to it later."""
+    """``setup_logging`` replaces the handlers, so later tests would see no log."""
     before = [(each, each.handlers[:], each.level, each.propagate) for each in map(logging.getLogger, LOGS)]
     yield
     for each, handlers, level, propagate in before:
@@ -95,7 +95,7 @@ def pools() -> Iterator[Pools]:
 
 @pytest.fixture(scope="session")
 def ranks() -> int:
-    """How many ranks a test starts that does with one, too; tests/gpu has fewer where there is one GPU."""
+    """The number of ranks of a test that also works with one; tests/gpu gives fewer if there is only one GPU."""
     return 2
 
 

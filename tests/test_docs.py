@@ -43,7 +43,7 @@ SCRIPTS = (
     "launch/tokenize_text.py",
     "tokenizer/train.py",
 )
-# DOCUMENTS is no test by itself: a glob that matches nothing would make all of them pass
+# a glob that matches nothing would make all tests of DOCUMENTS pass
 REQUIRED = (
     "README.md",
     "CHANGELOG.md",
@@ -97,7 +97,7 @@ def is_setting(dotted: str) -> bool:
 
 
 def blocks(text: str) -> list[str]:
-    """What stands in fenced blocks of commands."""
+    """The contents of fenced blocks of commands."""
     return [
         block
         for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
@@ -330,7 +330,7 @@ def launches(path: Path) -> Iterator[str]:
 
 
 def ranks_of(command: str) -> int | None:
-    """How many ranks a command line starts; None where it takes all GPUs there are."""
+    """How many ranks a command line starts; None if it takes all GPUs."""
     given = {option: int(number) for option, number in re.findall(r"(?:--|\b)([\w-]+)[= ](\d+)\b", command)}
     if "sbatch" in command:
         text = (ROOT / "launch" / "slurm" / "pretrain.sbatch").read_text()

@@ -1,4 +1,4 @@
-"""How make takes an environment for its own, with a stand-in for Python that installs nothing."""
+"""How make recognizes its own environment, with a stand-in for Python that installs nothing."""
 
 from __future__ import annotations
 

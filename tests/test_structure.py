@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.tools.helpers import ROOT
 
 PACKAGE = ROOT / "relora_mora"
-# a package or module imports only what stands in a line above its own
+# a package or module imports only from lines above its own
 LAYERS = [
     ["system"],
     ["config", "distributed", "kernels"],
@@ -143,7 +143,7 @@ def test_code_that_does_not_train_does_not_import_deepspeed():
 
 
 def test_code_that_checks_settings_does_not_import_torch():
-    """A mistake is told at once; importing torch takes seconds."""
+    """A mistake is reported immediately; importing torch takes seconds."""
     assert not _imported_with(
         "torch", "cli", "config", "data", "tokenizer", "experiments/compare/files.py", "experiments/study/conduct.py"
     )

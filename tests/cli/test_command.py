@@ -281,7 +281,7 @@ def test_ctrl_c_shows_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def _ended_inside_a_folder(tmp_path: Path, code: str, number: signal.Signals) -> tuple[int, str]:
-    """Exit code and errors of a command that gets a signal while ``code`` runs; it leaves nothing of its folder."""
+    """Exit code and errors of a command that gets a signal while ``code`` runs; its temporary folder must be gone."""
     script = tmp_path / "script.py"
     script.write_text(
         "import hashlib, time\nfrom pathlib import Path\n"
@@ -420,7 +420,7 @@ def test_as_a_program(tmp_path: Path) -> None:
 def test_nonsense_in_the_environment_is_one_message(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, str], message: str
 ) -> None:
-    """Also on a rank that is not the first: nobody else may be there to say it."""
+    """Ranks other than the first report it too, because no other rank may be running."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():

@@ -226,7 +226,7 @@ class Pair:
         wait_until(lambda: not left(), seconds, lambda: f"left: {left()}")
 
     def clear(self) -> None:
-        """After a test: the link is up, and nothing of a job runs."""
+        """After a test: the link is up, and no process of a job runs."""
         for host in self.hosts:
             host.link("up")
         for process in self.trainers():

@@ -17,7 +17,7 @@ from tests.tools.runs import metrics, run_config, tensors
 
 STEPS, MERGES, SAVE_EVERY = 75, [30, 60], 10
 PRETRAIN, FOLLOWER = "launch/pretrain.py", "tests/cluster/follower.py"
-# what a user of CPUs sets, and where follower.py finds this checkout; everything else is as a login gives it
+# what a user of CPUs sets, and where follower.py finds this checkout; a login sets the rest
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -76,7 +76,7 @@ def deepspeed(host: Host, config: Path, *arguments: str, **environment: str) -> 
 
 
 def on_one_host(host: Host, config: Path, ranks: int) -> Command:
-    """With torchrun; what the ranks train on is written to ``followed`` beside the configuration."""
+    """With torchrun; what the ranks train on is written to ``followed`` next to the configuration."""
     launcher = [str(BIN / "torchrun"), "--master_port=29501", f"--nproc_per_node={ranks}"]
     return Command(
         host, config.parent / "one_host.log", *launcher, FOLLOWER, str(config), FOLLOWED=str(config.parent / "followed")

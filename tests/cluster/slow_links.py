@@ -1,7 +1,7 @@
 """Step times of two hosts over slow links: ``make bench-cluster``, as root. Prints the table of docs/clusters.md.
 
-Both hosts are on this machine and share its cores, so the time without a limit is that of arithmetic on one core a
-rank.
+Both hosts are on this machine and share its cores, so the time without a limit is the time of the arithmetic
+with one core per rank.
 """
 
 from __future__ import annotations

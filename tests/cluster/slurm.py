@@ -10,7 +10,7 @@ from tests.cluster.hosts import NAMES, Host, Pair, command_of, wait_until
 from tests.cluster.runs import ENVIRONMENT
 
 NEEDED = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "munged")
-NODE_LOST_SECONDS = 10  # SlurmdTimeout: 300 where nobody changes it
+NODE_LOST_SECONDS = 10  # SlurmdTimeout: 300 by default
 _CONF = """ClusterName=test
 SlurmctldHost={names[0]}
 SlurmUser=root
@@ -91,7 +91,7 @@ class Slurm:
         return dict(word.split("=", 1) for word in words if "=" in word)[name]
 
     def start_again(self, job: str, restarts: int, seconds: float = 60) -> None:
-        """Waits until a job is back in the queue, where it would stay for two minutes, and has it start now.
+        """Waits until a job is back in the queue, then starts it immediately; Slurm would hold it for two minutes.
 
         A node that still runs a part of it would refuse it and be drained.
         """
@@ -125,7 +125,7 @@ class Slurm:
         wait_until(completed, seconds, lambda: self.logs(job))
 
     def logs(self, job: str = "") -> str:
-        """The ends of the daemons' logs, and of those of a job."""
+        """The last lines of the logs of the daemons and of a job."""
         paths = [
             *self.folder.glob("*.log"),
             *self.checkout.glob("*.log"),

@@ -17,7 +17,7 @@ from tests.tools.helpers import ROOT
 SCRIPT = ROOT / "launch" / "slurm" / "pretrain.sbatch"
 CONFIG = "configs/run/tiny_remora.yaml"
 RUN = (CONFIG, "--train.run_dir=run")
-# a task per code in CODES; its messages and its own code are those of Slurm's
+# a task per code in CODES; its messages and its exit code imitate Slurm's
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do echo "option $1"; shift; done
 rank=0 highest=0
@@ -85,7 +85,7 @@ class Slurm:
     def start(
         self, *arguments: str, codes: str = "0 0", saves: int | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """With the arguments of RUN where there are none; ``saves`` is the step that the trainer saves."""
+        """With the arguments of RUN if none are given; ``saves`` is the step that the trainer saves."""
         variables = {
             "SLURM_JOB_ID": "123456",
             "SLURM_JOB_NODELIST": "n[1-2]",
@@ -146,7 +146,7 @@ def test_every_task_gets_its_rank_and_is_the_trainer_itself(slurm: Slurm) -> Non
     assert tasks == [
         f"process {process[str(n)]} is task {n} {n % 2} of 4 at first:23456 with 8 cores: {called}" for n in range(4)
     ]
-    assert "option --kill-on-bad-exit=0" in done.stdout  # else the first end hides the code of the others
+    assert "option --kill-on-bad-exit=0" in done.stdout  # otherwise the first end hides the codes of the others
     assert {path.name for path in (slurm.folder / "runs" / "slurm" / "123456").iterdir()} == {"progress", "srun.log"}
 
 
@@ -215,7 +215,7 @@ def test_a_job_that_cannot_be_requeued_says_so_and_keeps_the_code(slurm: Slurm) 
 
 @pytest.mark.parametrize("told", [{"RESTARTS": "1"}, {"RESTARTS": "1", "STATE": "PENDING"}, {"STATE": "CANCELLED"}])
 def test_leftovers_of_a_start_wait_for_its_end_and_stop_no_other(slurm: Slurm, told: dict[str, str]) -> None:
-    """Slurm has lost a node and has put the job into the queue, or has started it elsewhere; or somebody ended it."""
+    """Slurm lost a node and requeued the job or started it on other nodes, or somebody canceled it."""
     done = slurm.start(codes="69 69", ENDS="1", **told)
     assert done.returncode == -signal.SIGTERM
     assert "requeued" not in done.stdout

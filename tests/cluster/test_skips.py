@@ -1,4 +1,4 @@
-"""On a machine that cannot be two hosts the cluster tests are skipped, but not where they are to run."""
+"""The cluster tests are skipped on a machine that cannot be two hosts, unless they are required."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_a_preempted_job_continues_and_ends_bit_equal(slurm, pair, make, referen
     assert same_end(reference(2) / "run", run_dir)
     log = (slurm.checkout / f"slurm-relora_mora-{job}.log").read_text()
     assert re.findall(r"\(start (\d)\)", log) == ["1", "2", "3", "4"]
-    began = starts(run_dir)  # what an older checkpoint would begin anew comes out the same
+    began = starts(run_dir)  # a start from an older checkpoint would give the same result
     assert began[:3] == [0, *saved]
     assert 40 <= began[3] < STEPS
     assert began[3] % SAVE_EVERY == 0

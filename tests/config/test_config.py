@@ -1,4 +1,4 @@
-"""Settings: what is accepted, what is refused and how it is said."""
+"""Settings: what is accepted, what is refused, and the messages."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_all_faults_are_reported_together(tmp_path: Path) -> None:
             "data.train",  # a number
             "data.lanes",  # does not divide the batch
             "data.lanes",  # cannot be shared by three ranks
-            "method.nmae",  # misspelt
+            "method.nmae",  # misspelled
             "method.operators.1",  # no such operator
             "optim.lr",  # a word
             "tokenizer.path",  # missing
@@ -160,7 +160,7 @@ def test_two_lengths_on_one_command_line_are_a_fault() -> None:
 
 
 def test_settings_of_a_checkpoint_need_not_be_possible_today() -> None:
-    """Its weights can be used whatever the checks of a run have become."""
+    """Its weights can be used even if today's checks of a run would refuse its settings."""
     before = validate(tree(), "the test")
     settings = before.model_dump(mode="json")
     settings["train"]["deepspeed"] = {"flops_profiler": {"enabled": True}}

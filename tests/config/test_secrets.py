@@ -159,7 +159,7 @@ def test_a_token_in_any_file_is_refused_or_ignored(tmp_path: Path, before: str, 
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree()) + f"method: {{}}\n{before}{TOKEN}{after}")
     try:
-        assert TOKEN not in dump(load_config(path))  # it stood in a comment
+        assert TOKEN not in dump(load_config(path))  # it was in a comment
     except ConfigError as error:
         hides_secrets(error)
 

@@ -1,7 +1,7 @@
 """Images without an engine: a base image made by debootstrap, the Dockerfile built on it and its containers run with
 buildah, as root.
 
-Everything stands in one folder, also what buildah would keep below /var. Isolation is chroot: it needs no namespaces
+Everything is in one folder, including what buildah would keep below /var. Isolation is chroot: it needs no namespaces
 that a container on a test machine may not make, so processes see this machine's network and process numbers.
 """
 
@@ -64,8 +64,8 @@ class Buildah:
     def make_base(self) -> str:
         """The smallest Debian with Python and pip, which is what the Dockerfile asks of a base image.
 
-        Its release and its Python are this machine's, so that wheels which pip finds here fit: Debian's Python where
-        that is it, else a copy of the one that runs here, in a folder of its own as conda has it.
+        Its release and its Python are this machine's, so that wheels which pip finds here fit: Debian's Python if
+        that runs here, otherwise a copy of the running Python in a separate folder, as conda has it.
         """
         tree, packages, debians = self.folder / "tree", "python3,ca-certificates", sys.base_prefix == "/usr"
         suite = platform.freedesktop_os_release().get("VERSION_CODENAME", "stable")

@@ -129,7 +129,7 @@ def test_it_trains_as_its_user_and_the_health_check_passes(
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 11))
     assert {path.stat().st_uid for path in (container.runs / "tiny").rglob("*")} == {UID}
     assert container.run(*health).returncode == 0
-    # with a read-only file system it works as well: nothing was written elsewhere
+    # with a read-only file system it works too: nothing was written outside the mounts
     written = [path for path in _owned(root_folder) if not path.is_relative_to(root_folder / "tmp")]
     assert not [path for path in written if path != root_folder / "app" / "runs"]
 

@@ -1,4 +1,4 @@
-"""What can be said about the image and the compose file without building them."""
+"""Checks of the image and the compose file that need no build."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def as_compose_says(text: str, **variables: str) -> str:
 def test_the_trainer_of_the_compose_file_starts_a_rank_on_each_gpu(
     tmp_path: Path, given: dict[str, str], ranks: int, called: str
 ) -> None:
-    """And ends with their code: its process is no launcher that would kill them half a minute after SIGTERM."""
+    """And ends with their code: its process is not a launcher, which would kill them half a minute after SIGTERM."""
     service = SERVICES["trainer"]
     (tmp_path / "python").write_text('#!/bin/bash\necho "rank $RANK of $WORLD_SIZE:" "$@"\nexit 75\n')
     (tmp_path / "python").chmod(0o755)

@@ -36,7 +36,7 @@ SERVICE, JOB = OBJECTS["job.yaml: Service"], OBJECTS["job.yaml: Job"]
 POD = JOB["spec"]["template"]["spec"]
 TRAINER = POD["containers"][0]
 ENVIRONMENT = {entry["name"]: entry["value"] for entry in TRAINER["env"] if "value" in entry}
-# stands for the trainer: says where it is, ends as the test wants
+# takes the trainer's place: prints its rank and ends as the test wants
 FAKE = """#!/bin/bash
 trap 'trap "" TERM; echo "rank $RANK saves"; sleep 1; exit 75' TERM
 echo "rank $RANK of $WORLD_SIZE, local $LOCAL_RANK of $LOCAL_WORLD_SIZE, store $MASTER_ADDR:$MASTER_PORT:" "$@"
@@ -129,8 +129,8 @@ def test_exit_codes_decide_whether_a_pod_is_started_again() -> None:
 
 
 def test_the_job_is_complete_when_the_first_pod_succeeds() -> None:
-    """A rank ends with 0 behind a barrier after the last save. A pod that is lost then is made again, waits for peers
-    that will not come, ends with 69, and so on: of the codes above none ends that."""
+    """A rank ends with 0 after a barrier that follows the last save. A pod lost after that is created again, waits
+    for peers that will not come, and ends with 69 again and again: none of the codes above stops it."""
     assert JOB["spec"]["successPolicy"] == {"rules": [{"succeededCount": 1}]}
     wrong = copy.deepcopy(JOB)
     wrong["spec"]["successPolicy"]["rules"][0]["succeedCount"] = 1
@@ -179,7 +179,7 @@ def pod(index: int, *arguments: str, python: Path | str = sys.executable, **envi
 
 @contextlib.contextmanager
 def pods(*arguments: str, **environment: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Two pods with a rank each that find each other on this machine; nothing of them is left."""
+    """Two pods with a rank each that find each other on this machine; no process of them remains."""
     changed = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -238,7 +238,7 @@ def test_sigterm_to_a_pod_reaches_all_its_ranks(fake: Path) -> None:
     assert process.stdout is not None
     for _ in range(3):
         process.stdout.readline()
-    process.terminate()  # the first process of the pod alone, as kubelet does
+    process.terminate()  # only the first process of the pod, as kubelet does
     saving = [process.stdout.readline() for _ in range(3)]
     process.terminate()  # once more does not end the pod before its ranks
     process.communicate(timeout=20)
@@ -258,7 +258,7 @@ def test_sigterm_while_ranks_are_started_also_ends_later_ranks(fake: Path) -> No
 
 
 def test_sigterm_before_the_first_rank_is_not_reported_as_success(fake: Path, tmp_path: Path) -> None:
-    """A loop before the first one stands for a slow start."""
+    """A loop before the first rank simulates a slow start."""
     text = (FOLDER / "ranks.sh").read_text()
     begin = "for ((local_rank = 0;"
     assert text.count(begin) == 1

@@ -1,4 +1,4 @@
-"""A rank that waits for another one is flagged as waiting, whatever calls the collective."""
+"""A rank that waits for another one is flagged as waiting for every caller of a collective."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_rank_in_a_collective_is_flagged_and_a_late_one_is_not(pools, stage, m
 
 
 def test_waits_for_a_gpu_are_flagged(monkeypatch):
-    """On GPUs, NCCL's collectives return at once."""
+    """On GPUs, NCCL's collectives return immediately."""
     import torch
 
     from relora_mora.distributed.waiting import in_collective

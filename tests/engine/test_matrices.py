@@ -118,7 +118,7 @@ def _less_its_mean(matrices: Tensor) -> Tensor:
 def put_together(rank: int, world_size: int, seed: int, together: int) -> tuple[list[Tensor], list[int]]:
     """Concatenates parameters, cuts them at random between the ranks, and changes the matrices.
 
-    Returns this rank's parts of the result, and how many matrices were changed at once.
+    Returns this rank's parts of the result, and how many matrices were changed together.
     """
     from relora_mora.engine import matrices
     from relora_mora.engine.masters import Fragment

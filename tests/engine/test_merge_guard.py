@@ -1,4 +1,4 @@
-"""A merge that cannot be right does not begin or ends the run, and nothing of it is saved."""
+"""A merge that cannot be right does not begin or ends the run, and its result is not saved."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def _largest(values: Iterable[torch.Tensor]) -> float:
 
 
 def _plain_logits(rig: Any) -> torch.Tensor:
-    """Logits of only the frozen weights, whatever the adapters hold."""
+    """Logits of the frozen weights only, without the adapters."""
     forwards = {layer: layer.forward for layer in rig.merger.layers.values()}
     for layer in forwards:
         layer.forward = lambda x, layer=layer: F.linear(x, layer.weight)

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: ours of local data against counting by hand; what is missing is said in one line."""
+"""Tasks of lm-evaluation-harness: local tasks against a count by hand, and one-line messages for what is missing."""
 
 from __future__ import annotations
 

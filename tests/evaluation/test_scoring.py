@@ -15,7 +15,7 @@ needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install -e '.[eval]'"
 )
 
-# right answer, generated text, (strict, flexible), and what lm-eval's task gsm8k says if that is something else
+# right answer, generated text, (strict, flexible), and the result of lm-eval's task gsm8k if it differs
 GSM8K: list[tuple[str, str, tuple[int, int], tuple[int, int] | None]] = [
     ("18", "So 9 * 2 = 18\n#### 18", (1, 1), None),
     ("18", "#### 18.", (1, 1), None),
@@ -43,7 +43,7 @@ GSM8K: list[tuple[str, str, tuple[int, int], tuple[int, int] | None]] = [
     ("18", "", (0, 0), None),
 ]
 # right answer (after ####: of GSM8K), the line after "The answer is: ", whether it is right, and what eval_gsm8k.py or
-# eval_math.py of MetaMath says if that is something else
+# eval_math.py of MetaMath gives if it differs
 METAMATH: list[tuple[str, str, int, int | None]] = [
     ("#### 18", "18", 1, None),
     ("#### 18", "18.0", 1, None),

@@ -2,7 +2,7 @@
 
     python -m tests.fakecuda ENVIRONMENT [-m pytest ...]
 
-The environment, 5.3 GB, is made at the first call: it takes two minutes where the packages come fast. Where it cannot
+The environment, 5.3 GB, is made at the first call, which takes two minutes with a fast download. If it cannot
 be made, the command is not run; the last line says "skipped" and why, and the exit code is 0.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(__file__).with_name("device.c")
-# ===: the build that the index calls by this version alone, which is for CUDA; never 2.13.0+cpu
+# ===: the build with exactly this version in the index, which is for CUDA; never 2.13.0+cpu
 PACKAGES = [["torch===2.13.0"], ["--editable", str(ROOT), "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]]
 GIGABYTES = 9  # with what pip unpacks on its way
 
@@ -59,7 +59,7 @@ def obstacle(folder: Path, *, installed: bool) -> str | None:
 
 
 def install(folder: Path, python: Path) -> str | None:
-    """Makes the environment; returns what pip said if it failed."""
+    """Makes the environment; returns pip's output if it failed."""
     print(f"installing a CUDA build of torch into {folder} (5.3 GB, minutes, the first time)", flush=True)
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     for packages in PACKAGES:
@@ -72,7 +72,7 @@ def install(folder: Path, python: Path) -> str | None:
 
 
 def build(python: Path, library: Path) -> None:
-    """Compiles the stand-in for CUDA with the headers of torch's runtime, and with what these need from Triton's."""
+    """Compiles the stand-in for CUDA with the headers of torch's runtime, and the headers of Triton that these need."""
     packages = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))"],
         stdout=subprocess.PIPE,

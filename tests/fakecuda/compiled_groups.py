@@ -72,7 +72,7 @@ def test_sums_do_not_spill_and_are_stored_in_vectors(
     assert accesses(code, "st") == {16}
     used = resources(code, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
-    assert used["REG"] * THREADS * 3 <= REGISTERS  # at least three programs at once
+    assert used["REG"] * THREADS * 3 <= REGISTERS  # at least three programs at the same time
 
 
 @pytest.mark.parametrize(

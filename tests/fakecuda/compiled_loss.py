@@ -49,7 +49,7 @@ def test_rows_are_read_and_written_in_vectors_and_nothing_spills(
     assert len(single.findall(code["ptx"])) == 4
     used = resources(code, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
-    assert used["REG"] * 32 * _WARPS * 2 <= 65536  # two rows at once on a multiprocessor
+    assert used["REG"] * 32 * _WARPS * 2 <= 65536  # two rows at the same time on a multiprocessor
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])

@@ -1,4 +1,4 @@
-"""On a machine with a GPU: a run that is told to train on CPUs does, a rank is bound to the GPU that it sees, and
+"""On a machine with a GPU: a run that asks for CPUs trains on them, a rank is bound to the GPU that it sees, and
 train.deterministic takes other kernels of torch.
 
 Run by ``make test-fakecuda``.
@@ -25,7 +25,7 @@ from tests.tools.runs import metrics, run_config, write_inputs
 
 
 def test_ds_accelerator_cpu_trains_on_cpus(tokenizer_path: str, tmp_path: Path) -> None:
-    """The stand-in computes nothing: numbers that fall were made on the CPU."""
+    """The stand-in computes nothing, so falling losses come from the CPU."""
     assert torch.cuda.is_available()
     config = run_config(write_inputs(tmp_path), tokenizer_path, tmp_path / "run", 2)
     job = Job(write_config(config, tmp_path / "run.yaml"))
@@ -49,7 +49,7 @@ def test_a_rank_is_bound_to_the_gpu_that_it_sees(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("deterministic,kernel", [(False, "cudnn"), (True, "flash")])
 def test_a_deterministic_run_takes_flash_attention(deterministic: bool, kernel: str) -> None:
-    """torch chooses by device and switches, which is no matter of numbers."""
+    """torch chooses by device and switches; the numbers do not matter."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with arithmetic_put_back(), fake, Watch() as watch:
         if deterministic:

@@ -1,4 +1,4 @@
-"""What a mask between documents costs a layer on CUDA, beside the same layer without one.
+"""What a mask between documents costs a layer on CUDA, compared with the same layer without a mask.
 
 Run by ``make test-fakecuda``.
 """

@@ -1,7 +1,7 @@
-"""Launches, bytes and kept memory against the tables beside this file: less is told, more is an error.
+"""Launches, bytes and kept memory against the tables next to this file: less is reported, more is an error.
 
 Run by ``make test-fakecuda``; ``make count-fakecuda > tests/fakecuda/counts.csv`` writes the table of layers again,
-``make count-fakecuda COUNT=loss > tests/fakecuda/loss.csv`` that of head and loss.
+``make count-fakecuda COUNT=loss > tests/fakecuda/loss.csv`` the table of head and loss.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The sums and copies of GPUs on CPU tensors, in Triton's interpreter: run by ``make test-fakecuda`` with
 TRITON_INTERPRET=1.
 
-The interpreter cuts float32 off where a GPU rounds it to bfloat16; what is exact in bfloat16 it leaves as it is.
+The interpreter truncates float32 to bfloat16, and a GPU rounds it; values that are exact in bfloat16 do not change.
 """
 
 from __future__ import annotations

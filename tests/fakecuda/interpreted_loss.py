@@ -1,6 +1,6 @@
 """The loss of GPUs on CPU tensors, in Triton's interpreter: run by ``make test-fakecuda`` with TRITON_INTERPRET=1.
 
-The interpreter cuts float32 off where a GPU rounds it to bfloat16.
+The interpreter truncates float32 to bfloat16, and a GPU rounds it.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ LAUNCH = re.compile(r"^\s*(?!#).*?(triton_\w+\.run\(|extern_kernels\.\w+\(|torch
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one layer and micro-batch. ``adapters_mb``: ``moved_mb`` less that of the frozen layer; MB are 1e6 bytes."""
+    """Of one layer and micro-batch. ``adapters_mb``: ``moved_mb`` minus the frozen layer's; MB are 1e6 bytes."""
 
     model: str
     method: str
@@ -173,7 +173,7 @@ def _only_waited_for(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
 
 
 def _made(graph: torch.fx.GraphModule) -> list[torch.Tensor]:
-    """The outputs that are no inputs."""
+    """The outputs that are not inputs."""
     output = next(node for node in graph.graph.nodes if node.op == "output")
     made = [node for node in output.args[0] if getattr(node, "op", "placeholder") != "placeholder"]
     return [node.meta["val"] for node in made if isinstance(node.meta.get("val"), torch.Tensor)]

@@ -1,5 +1,5 @@
 """A whole optimizer step on CUDA as the first of two ranks, on fake tensors: nothing on the wrong device, and the host
-waits for the device once, and where DeepSpeed makes it wait.
+waits for the device once, and whenever DeepSpeed makes it wait.
 
 Run by ``make test-fakecuda``. Communication is torch's fake process group; numbers read back are 0.
 """
@@ -42,7 +42,7 @@ REFUSED = re.compile(
 RANKS = 2
 MICRO_BATCHES = 2
 STEPS = 3
-# at the end of each backward, for the stream that reduces beside it; at stage 3 after the step, for small parameters
+# at the end of each backward, for the stream that reduces; at stage 3 after the step, for small parameters
 WAITS_OF_DEEPSPEED = {0: 0, 1: 0, 2: MICRO_BATCHES, 3: MICRO_BATCHES + 1}
 
 
@@ -104,7 +104,7 @@ def test_a_step_stays_on_the_device(
 def test_a_step_and_a_merge_combine_tensors_of_the_device_and_the_host(
     stage: int, method: str, reset: str, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the tools of the tests that tests/gpu runs. Numbers read back are 0, so counts over ranks are told."""
+    """With the tools of the tests that tests/gpu runs. Numbers read back are 0, so counts over ranks are given."""
     monkeypatch.setattr(Merger, "_over_ranks", lambda merger, _: merger.elements)
     config = tiny_config(
         RANKS, method={"name": method.split()[0], "reset": reset}, train={"zero_stage": stage, "precision": "bf16"}

@@ -32,8 +32,8 @@ class Watch(TorchDispatchMode):
     launches  operations on CUDA tensors by name, but views and allocations. An operation of several kernels (backward
               of attention, a sum over a large tensor) counts once, so this is a lower bound
     bytes     theirs: each input and output once, what is written in place once more, a broadcast dimension once
-    syncs     where the host waits for the device, as "file:line operation" of the innermost lines of this project and
-              of whatever it called: for a value, all work, a stream, an event or a copy. Every value read back is 0: no
+    syncs     waits of the host for the device, as "file:line operation" of the innermost lines of this project and of
+              the code it called: for a value, all work, a stream, an event or a copy. Every value read back is 0: no
               overflow, no gradient
     """
 
@@ -113,7 +113,7 @@ def _onto_itself(name: str, args: Any) -> bool:
 
 
 def size_of(tensor: Tensor) -> int:
-    """Bytes of memory behind a tensor: those of a broadcast dimension count once."""
+    """Bytes of memory of a tensor; a broadcast dimension counts once."""
     size = tensor.element_size()
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
         size *= length if stride or length == 1 else 1

@@ -50,7 +50,7 @@ def test_flash_attention_separates_documents_like_a_mask(
     assert len(calls) == model.lm.config.num_hidden_layers
     monkeypatch.setattr(llama, "needs_no_mask", lambda *_: False)
     for a, b in zip(flash, loss_and_gradients(model, documents, device), strict=True):
-        assert (a - b).norm() <= 0.03 * b.norm() + 1e-6  # of one token alone nothing reaches queries and keys
+        assert (a - b).norm() <= 0.03 * b.norm() + 1e-6  # a single token gives queries and keys no gradient
 
 
 @gpu_only

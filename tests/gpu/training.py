@@ -1,5 +1,5 @@
-"""Losses, merges, resets, resumes and commands on one GPU and, where there are two, on two with NCCL: the tests of
-these, with other ``pools``.
+"""Losses, merges, resets, resumes and commands on one GPU and, if there are two, on two with NCCL: the same
+tests with other ``pools``.
 
 Run by ``make test-gpu``.
 """

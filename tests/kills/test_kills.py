@@ -84,7 +84,7 @@ class Loop:
         waits = rng.random() < 0.7
         if waits or target in ("all ranks", "rank 0", "rank 1"):
             job.wait_for_nobody(45 if target.startswith("rank") else 12)
-        # else the next start meets what is left of this one, and waits for it
+        # otherwise the next start finds processes of this one and waits for them
         self.kills[f"{phase}: {target}"] += 1
         return True
 

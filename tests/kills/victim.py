@@ -1,4 +1,4 @@
-"""launch/pretrain.py that says in a file what it is doing, and takes its time where it matters, so that a kill can be
+"""launch/pretrain.py that writes what it is doing into a file and slows down at critical moments, so that a kill can be
 aimed."""
 
 from __future__ import annotations

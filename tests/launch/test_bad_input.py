@@ -37,7 +37,7 @@ RUBBISH = bytes(range(256)) * 4
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> Path:
-    """Text, a model's config, settings that name them, and all kinds of things that are something else."""
+    """Text, a model's config, settings that name them, and all kinds of files with other content."""
     folder = write_inputs(tmp_path_factory.mktemp("inputs"))
     settings = {
         "model": {"config": str(folder / "model.json")},

@@ -1,4 +1,4 @@
-"""What a command writes is whole or absent, on any disk, and Ctrl-C ends it at once."""
+"""What a command writes is whole or absent, on any disk, and Ctrl-C ends it immediately."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ def test_the_tracker_sees_temporary_tensors() -> None:
     with ByteTracker(model, {"weights": [p.data for p in model.parameters()]}, torch.device("cpu"), 1) as tracker:
         ones = torch.ones(1_000_000)
         del ones
-        twos = torch.ones(500_000).exp()  # two tensors at once, as large as the previous one
+        twos = torch.ones(500_000).exp()  # two tensors at the same time, as large as the previous one
     weights = sum(p.nbytes for p in model.parameters())
     assert tracker.peak == {"weights": weights, "optimizer": 0, "gradients": 0, "activations": 0, "rest": 4_000_000}
     assert tracker.sizes["rest"] == twos.nbytes

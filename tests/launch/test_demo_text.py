@@ -91,7 +91,7 @@ def test_every_docstring_is_found_once_and_nothing_is_imported(
     assert {document["text"] for document in found} == {_prose(number) for number in (*range(600), 9006)}
     counts = demo.write(found, tmp_path / "out", 10**9)
     assert len(found) == 602
-    assert counts["train"]["documents"] + counts["validation"]["documents"] == 601  # one stood there twice
+    assert counts["train"]["documents"] + counts["validation"]["documents"] == 601  # one appeared twice
 
 
 def test_shards_are_c4_and_held_out_by_file(tree: Path, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_more_sequences_than_there_is_text_for(pools, inputs, tokenizer_path, tm
 def _override(draw: random.Random, key: str) -> Any:
     if key in ("rope_parameters", "rope_scaling"):
         return draw.choice([*ROPES, *ROPES, None, "linear"])
-    sizes = SMALL[:6] if key == "num_hidden_layers" else SMALL  # hundreds of layers are no nonsense, but take minutes
+    sizes = SMALL[:6] if key == "num_hidden_layers" else SMALL  # hundreds of layers are valid, but take minutes
     return draw.choice(ODD if draw.random() < 0.4 else [*sizes, True, False])
 
 

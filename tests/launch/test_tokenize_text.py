@@ -229,10 +229,10 @@ def test_ctrl_c_keeps_what_is_finished(much_text: Path, tmp_path: Path, tokenize
     while True:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         children = psutil.Process(process.pid).children()
-        with contextlib.suppress(psutil.NoSuchProcess):  # one that ended meanwhile
+        with contextlib.suppress(psutil.NoSuchProcess):  # one may have ended already
             workers = [child for child in children if "spawn_main" in "".join(child.cmdline())]
             for worker in workers:
-                worker.suspend()  # else they may have finished before the signal
+                worker.suspend()  # otherwise they may have finished before the signal
             if list(out.glob("*.arrow")) and list(out.glob("*.arrow.tmp")):
                 break
             for worker in workers:

@@ -87,7 +87,7 @@ def test_under_nohup_a_hangup_does_nothing(busy):
 
 
 def test_a_launcher_that_ends_after_a_request_to_stop_sets_no_deadline():
-    """Ctrl-C ends ``deepspeed`` at once, and ranks that save take as long as they need."""
+    """Ctrl-C ends ``deepspeed`` immediately, and ranks that save take as long as they need."""
     gone = SimpleNamespace(gone=lambda: "deepspeed")
     with Guard(signals=False) as guard:
         guard.training()
@@ -455,7 +455,7 @@ def _held_elsewhere(folder: Path) -> Path:
 
 
 def test_a_holder_that_lost_the_lock_notices_and_does_not_touch_the_file(tmp_path, monkeypatch):
-    """It was not running for a while, on a file system where flock does not work across hosts."""
+    """It was suspended for a while, on a file system whose flock does not work across hosts."""
     monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     lost: list[str | None] = []

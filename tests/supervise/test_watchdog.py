@@ -113,7 +113,7 @@ os._exit(0)
 
 @pytest.mark.stops
 def test_a_suspended_job_continues():
-    """All its clocks stop meanwhile, and continue afterwards."""
+    """All its clocks stop during that time and then continue."""
     command = [sys.executable, "-c", SUSPENDED]
     between_turns, in_a_turn = (
         subprocess.Popen([*command, when], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -90,7 +90,7 @@ def test_a_link_is_removed_and_what_it_points_to_stays(tmp_path):
 @pytest.mark.parametrize(
     "error,number",
     [
-        (OSError(MISSING, "No such file", "out/a/b"), MISSING),  # below the folder, whatever it is
+        (OSError(MISSING, "No such file", "out/a/b"), MISSING),  # any path below the folder
         (OSError(MISSING, "No such file", "elsewhere"), None),
         (OSError(FULL, "No space"), FULL),  # a write names no file
         (OSError(MISSING, "No such file"), None),  # but this was no write

@@ -1,4 +1,4 @@
-"""Bars on a terminal, and nothing of them elsewhere."""
+"""Bars on a terminal and only there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_terminal_shows_progress_and_no_bar_remains(monkeypatch):
     stream = _Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     with progress_bar("evaluation", "token") as update:
-        assert "evaluation" in stream.getvalue()  # at once
+        assert "evaluation" in stream.getvalue()  # immediately
         for done in range(1, 1001):
             update(done, 1000)
             if "/1.00k" in stream.getvalue():

@@ -56,7 +56,7 @@ def documents() -> list[str]:
 
 
 def _plain(folder: Path, texts: list[str]) -> list[list[int]]:
-    """Ids as a user of the exported folder gets them, with nothing said about special tokens."""
+    """Ids as a user of the exported folder gets them, without arguments about special tokens."""
     return AutoTokenizer.from_pretrained(str(folder))(texts)["input_ids"]
 
 
@@ -270,7 +270,7 @@ def test_turns_of_a_newer_llama_are_tokenized_as_by_transformers(tmp_path: Path)
 
 
 def test_padding_in_a_file_does_not_change_which_tokenizer_it_is(tmp_path: Path) -> None:
-    """It is left to whoever makes batches; folders of fine-tuned models often have it."""
+    """Padding is the job of the code that makes batches; folders of fine-tuned models often have it."""
     given, plain, padded = (tmp_path / name for name in ("given", "plain", "padded"))
     train_tokenizer(given)
     for folder in (plain, padded):

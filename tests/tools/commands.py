@@ -34,7 +34,7 @@ TRAIN = "tokenizer/train.py"
 
 
 class Answer(NamedTuple):
-    """What a command said, and its exit code."""
+    """The output of a command and its exit code."""
 
     code: int
     out: str
@@ -78,7 +78,7 @@ def refused(answer: Answer, *parts: str, notes: int = 0) -> None:
 
 @contextlib.contextmanager
 def disk(folder: Path, options: str) -> Iterator[Path]:
-    """A small disk of its own at ``folder``; the test is skipped where nothing can be mounted."""
+    """A separate small disk at ``folder``; the test is skipped if nothing can be mounted."""
     if shutil.which("mount") is None:
         pytest.skip("a disk cannot be mounted here: no mount command")
     folder.mkdir(exist_ok=True)
@@ -117,7 +117,7 @@ def permissions_count() -> Iterator[None]:
 
 @contextlib.contextmanager
 def public_folder() -> Iterator[Path]:
-    """A folder that everybody may look into; those of pytest are for their owner."""
+    """A folder that everybody can read; pytest's folders are only for their owner."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)

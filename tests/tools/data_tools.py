@@ -89,12 +89,12 @@ def csv_row(text: str) -> bytes:
 
 
 WRITE_GROUPS = {".parquet": write_parquet, ".arrow": write_arrow}
-# by format: how a text is written, what stands before all of them, and what behind each
+# by format: how a text is written, what comes before the first, and what comes after each
 _WRITTEN = {".csv": (csv_row, b"url,text,id\n", b"\n"), ".txt": (str.encode, b"", b"\n\n")}
 
 
 def write_shard(path: Path, lines: Iterable[bytes | str]) -> Path:
-    """A shard of raw lines (bytes) or texts (str; Parquet and Arrow hold these alone), in the format of its suffix."""
+    """A shard of raw lines (bytes) or texts (str; Parquet and Arrow hold only these), in the format of its suffix."""
     if path.suffix in WRITE_GROUPS:
         return WRITE_GROUPS[path.suffix](path, lines)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def assert_resumes_anywhere(config: DataConfig, lanes: int) -> None:
 
 
 def rows_of(path, lanes=1, lane=0, skip=0, **settings):
-    """All rows of a lane's share of a file behind the first ``skip``."""
+    """All rows of a lane's share of a file after the first ``skip``."""
     config = data_config(path, **settings)
     with closing(open_rows(config, Shard(path.name, str(path)), stride=lanes, phase=lane)) as rows:
         assert rows.skip(skip)

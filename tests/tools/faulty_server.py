@@ -1,4 +1,4 @@
-"""A file server on loopback that misbehaves on a schedule, and stands in for the datasets hub."""
+"""A file server on loopback that misbehaves on a schedule, and can replace the datasets hub."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ class FaultyServer(ThreadingHTTPServer):
                 self.faults.append(fault)
             return fault
 
-    def handle_error(self, request, client_address):  # a client that leaves early is no error here
+    def handle_error(self, request, client_address):  # a client that leaves early is not an error here
         pass
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: FaultyServer
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else a small body waits 40 ms behind its headers
+    disable_nagle_algorithm = True  # otherwise a small body waits 40 ms after its headers
 
     def log_message(self, *args):
         pass

@@ -27,5 +27,5 @@ def arithmetic_put_back() -> Iterator[None]:
 
 
 def python_path() -> str:
-    """PYTHONPATH with this checkout, and with what was there: packages may lie beside those of the interpreter."""
+    """PYTHONPATH with this checkout before its current value, which may name folders of packages."""
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

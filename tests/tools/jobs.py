@@ -27,13 +27,13 @@ _OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def _script(name: str) -> list[str]:
-    """A launcher's command; packages that lie elsewhere bring none."""
+    """A launcher's command; packages outside the environment install no script."""
     module = {"deepspeed": "deepspeed.launcher.runner", "torchrun": "torch.distributed.run"}[name]
     return [str(BIN / name)] if (BIN / name).exists() else [sys.executable, "-m", module]
 
 
 def lives(process: psutil.Process) -> bool:
-    """Runs, and is no zombie; it may go at any moment."""
+    """Whether a process runs and is not a zombie; it may end at any moment."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -49,14 +49,14 @@ RUNNING: list[Job] = []
 
 
 def kill_all() -> None:
-    """After a test: whatever it left."""
+    """Ends all jobs that a test left."""
     while RUNNING:
         RUNNING.pop().kill()
 
 
 class Job:
     """A run of launch/pretrain.py (or ``script``) on ``ranks`` processes, started with deepspeed, torchrun or
-    python, on the CPU or on those of the GPUs that are ``visible``."""
+    python, on the CPU or on the GPUs that are ``visible``."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The oldest versions that setup.cfg allows, as constraints for pip. Run by `make test-oldest`; needs Python alone."""
+"""The oldest versions that setup.cfg allows, as constraints for pip. Run by `make test-oldest`; needs only Python."""
 
 from __future__ import annotations
 

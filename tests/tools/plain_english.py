@@ -31,7 +31,7 @@ def faults(name: str, text: str) -> list[str]:
     """What is over its limit in a text, whose ``name`` the messages use."""
     lines = text.count("\n") + 1
     words = re.sub(r"\s+", " ", text)  # a word may be at the end of a line
-    words = re.sub(r"\b([Tt]here) is no ", r"\1 are no ", words)  # only "it is no LoRA" is hard to read
+    words = re.sub(r"\b([Tt]here) is no ", r"\1 are no ", words)  # "there is no" is fine
     rates = {word: 10_000 * words.count(word) / lines for word in LIMITS}
     return [
         f'"{word.strip()}" {rate:.1f} times per 10,000 lines of {name}, at most {LIMITS[word]}'

@@ -33,7 +33,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 class PoolError(RuntimeError):
-    """The workers cannot be used any more: one has died, or all of them hang. Says where each of them stood."""
+    """The workers cannot be used any more: one has died, or all of them hang. The message has each one's stack."""
 
 
 def _serve(rank: int, world_size: int, port: int, device: str, pipe: Connection, stacks: Path) -> None:
@@ -65,7 +65,7 @@ def _serve(rank: int, world_size: int, port: int, device: str, pipe: Connection,
 
 
 def _share_of_a_processor() -> float:
-    """What a process gets of one beside the others that run: 1 on a quiet machine."""
+    """The share of a processor that a process gets: 1 on a quiet machine."""
     processors = len(os.sched_getaffinity(0))
     return min(1.0, processors / max(os.getloadavg()[0], 1.0))
 
@@ -75,7 +75,7 @@ class Pool:
     no tensor of a GPU. ``device``: cpu or cuda.
 
     Workers that have used no processor for ``idle_seconds`` hang. Then, and when one has died, the others are ended and
-    :class:`PoolError` says where they stood; ``is_broken`` is true from then on.
+    :class:`PoolError` has their stacks; ``is_broken`` is true from then on.
     """
 
     def __init__(self, world_size: int, idle_seconds: float = IDLE_SECONDS, device: str = "cpu") -> None:
@@ -124,7 +124,7 @@ class Pool:
             now = time.monotonic()
             if now - looked_at < LOOK_SECONDS and now - begin < LONGEST_SECONDS:
                 continue
-            busy_at += max(0.0, now - looked_at - 2 * LOOK_SECONDS)  # all stood still, this process too
+            busy_at += max(0.0, now - looked_at - 2 * LOOK_SECONDS)  # all were suspended, this process too
             looked_at = now
             now_used = self._processor_seconds()
             if now_used - used > BUSY_FRACTION * _share_of_a_processor() * (now - busy_at):
@@ -142,7 +142,7 @@ class Pool:
             try:
                 worker = psutil.Process(process.pid)
                 total += sum(sum(each.cpu_times()[:4]) for each in [worker, *worker.children(recursive=True)])
-            except psutil.Error:  # gone: its answer or its end is seen elsewhere
+            except psutil.Error:  # gone: its answer or its end is handled by the caller
                 continue
         return total
 

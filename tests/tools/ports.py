@@ -8,7 +8,7 @@ import socket
 
 
 def free_port() -> int:
-    """One of those that Linux does not hand out by itself, so that nothing else has it when it is bound."""
+    """A port outside the range that Linux assigns automatically, so that it is free when it is bound."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -115,13 +115,13 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def losses(run_dir: Path) -> list[float]:
-    """Of training, each step's."""
+    """The training loss of each step."""
     return [line["train/loss"] for line in metrics(run_dir) if "train/loss" in line]
 
 
 def left_by_a_kill(whole: Path, folder: Path, step: int) -> None:
-    """Makes the run folder that a run with a checkpoint of every step leaves behind when it is killed right after the
-    save of a step, from one that was not killed."""
+    """Copies a whole run with a checkpoint of every step, and removes everything that a kill right after the save of a
+    step would have prevented."""
     shutil.copytree(whole, folder)
     for checkpoint in (folder / "checkpoints").glob("step-*"):
         if checkpoint.name > f"step-{step:08d}":

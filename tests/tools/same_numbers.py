@@ -51,7 +51,7 @@ def main() -> None:
         before = folder / "before"
         subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", before, commit], check=True)
         try:
-            kernels = ROOT / "relora_mora" / "kernels" / "_kernels.so"  # used where its source is that commit's
+            kernels = ROOT / "relora_mora" / "kernels" / "_kernels.so"  # used if its source equals that commit's
             if kernels.exists():
                 shutil.copy2(kernels, before / "relora_mora" / "kernels")
             different = compare(before, folder)

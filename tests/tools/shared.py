@@ -1,4 +1,4 @@
-"""Data beside the checkout that some tests need."""
+"""Data next to the checkout that some tests need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool that other tests use: what hangs or dies in it is told soon, with where it stood."""
+"""The pool that other tests use: workers that hang or die are reported soon, with their stacks."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def save_bytes_tokenizer(folder: Path) -> None:
 def save_other_tokenizer(folder: Path, **config: Any) -> Path:
     """Puts a tokenizer.json into a folder that joins digits, and accents as they are: no class of a model does so.
 
-    ``config`` is that of the tokenizer; the end of a document is ``<|endoftext|>``.
+    ``config`` is the tokenizer's; the end of a document is ``<|endoftext|>``.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -76,7 +76,7 @@ def save_other_tokenizer(folder: Path, **config: Any) -> Path:
 
 
 def own_text() -> list[str]:
-    """Enough text for a small vocabulary wherever the tests run: the project's own sources."""
+    """Enough text for a small vocabulary on every machine: the project's own sources."""
     return [
         path.read_text(encoding="utf-8")
         for folder in ("relora_mora", "tests")

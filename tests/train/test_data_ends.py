@@ -1,4 +1,4 @@
-"""Data that fails for good in the middle of a run: all ranks save, say why, and go on when it is back."""
+"""Data that fails for good in the middle of a run: all ranks save, say why, and continue when it is back."""
 
 from __future__ import annotations
 

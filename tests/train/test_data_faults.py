@@ -1,4 +1,4 @@
-"""A run whose data comes from a bad network, with bad lines in it, is the run that it would have been."""
+"""A run whose data comes from a bad network, with bad lines in it, trains as with good data."""
 
 from __future__ import annotations
 

@@ -45,11 +45,11 @@ def test_nothing_is_switched_on_cpus(switches: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_run_on_gpus_is_switched_before_the_ranks_meet(switches: pytest.MonkeyPatch, deterministic: bool) -> None:
-    """Later NCCL and cuBLAS would not hear of it."""
+    """Later, NCCL and cuBLAS would ignore it."""
     seen = []
 
     class StopHere(Exception):
-        """The ranks would meet now."""
+        """The ranks would connect now."""
 
     def meet(timeout_seconds: float) -> tuple[int, int]:
         seen.append(switched())

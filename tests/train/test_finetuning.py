@@ -1,4 +1,4 @@
-"""Fine-tuning: a folder, an export, a run or a checkpoint goes on as it is, and what comes out is loaded by anybody."""
+"""Fine-tuning: a folder, an export, a run or a checkpoint trains on unchanged, and anybody can load the result."""
 
 from __future__ import annotations
 

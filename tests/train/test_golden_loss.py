@@ -1,4 +1,4 @@
-"""Every way to be faster trains as the reference: decoupled adapters, torch only, cross-entropy over whole logits."""
+"""Every faster way trains like the reference: decoupled adapters, torch only, cross-entropy over whole logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.train.compiled import compiled_graphs, compiler_only
 
 pytestmark = pytest.mark.distributed
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 4e-3}  # relative; in bf16 the two ways round at other places
+TOLERANCE = {"fp32": 1e-5, "bf16": 4e-3}  # relative; in bf16 the two ways round differently
 
 
 def _plain(
@@ -43,7 +43,7 @@ def _losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def golden(pools, tmp_path_factory, tokenizer_path):
-    """Losses of the reference, by method and precision, made when first asked for."""
+    """Losses of the reference, by method and precision, computed at the first request."""
     from tests.tools.runs import write_inputs
 
     inputs, known = write_inputs(tmp_path_factory.mktemp("golden")), {}

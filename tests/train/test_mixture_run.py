@@ -96,7 +96,7 @@ def test_a_kill_after_a_rollback_does_not_change_the_drawn_sources(pools, inputs
     rolled, killed = tmp_path / "rolled", tmp_path / "killed"
     pools(2)(_bad_at, _config(inputs, tokenizer_path, rolled), (4, 5))
     assert [line["step"] for line in metrics(rolled) if "train/rollbacks" in line] == [3]
-    # a stage is one of steps: what is drawn for steps 4 and 5 is of the first one, whatever was drawn before
+    # a stage covers steps: steps 4 and 5 draw from the first stage, no matter what was drawn before
     counted = {line["step"]: line for line in metrics(rolled) if "train/tokens" in line}
     assert counted[10]["train/tokens/lines"] == (30 + 12) * 32
     assert counted[10]["train/tokens/rows"] == (50 + 4) * 32

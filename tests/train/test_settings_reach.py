@@ -181,7 +181,7 @@ def unchanged(pools, inputs, tokenizer_path, tmp_path_factory) -> dict[str, floa
     return seen
 
 
-# what is read to train and not to evaluate, changed all at once
+# settings that only training reads, all changed together
 ONLY_TRAINED = tuple(name for name in CHANGED if name.startswith("data.") and not REACHES[name].evaluation)
 ALONE = [(name,) for name in CHANGED if name not in ONLY_TRAINED]
 

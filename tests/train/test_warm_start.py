@@ -323,7 +323,7 @@ def test_a_run_of_this_trainer_is_compared_too(refuses, pools, inputs, tokenizer
 
 def warnings_of(config: Config, stop_after: int) -> list[str]:
     """The warnings of a start about the weights that its settings name."""
-    with mock.patch.object(log, "warning") as warning:  # the trainer puts handlers of its own in the place of any
+    with mock.patch.object(log, "warning") as warning:  # the trainer replaces all handlers with its own
         train(config, stop_after)
     said = [call.args[0] % call.args[1:] for call in warning.call_args_list]
     return [message for message in said if message.startswith("model.")]

@@ -1,4 +1,4 @@
-"""Exports: what plain transformers makes of them, what gets into them, and what replaces a damaged tokenizer."""
+"""Exports: what plain transformers does with them, what they contain, and what replaces a damaged tokenizer."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# ---- what transformers makes of it ------------------------------------------------------------------------------
+# ---- what transformers does with it ------------------------------------------------------------------------------
 
 
 def _always(tokenizer: Any, token: str) -> LlamaForCausalLM:
@@ -90,7 +90,7 @@ def _always(tokenizer: Any, token: str) -> LlamaForCausalLM:
 
 
 def test_plain_generate_stops_where_a_document_ends(hf_tokenizer: Path, tmp_path: Path) -> None:
-    """A model that always says that the document ends, with a tokenizer whose end is not LlamaConfig's."""
+    """A model that always predicts the end of the document, with a tokenizer whose end is not LlamaConfig's."""
     tokenizer = load_tokenizer(hf_tokenizer)
     ends = _always(tokenizer, tokenizer.eos_token)
     export(write_checkpoint(tmp_path / "checkpoint", ends, hf_tokenizer), tmp_path / "out")
@@ -184,7 +184,7 @@ def test_every_form_of_a_model_has_the_same_loss(run: Path, checkpoint: Path, te
     assert losses["run"] == losses[checkpoint.name] == losses["float32"] == pytest.approx(losses["bfloat16"], abs=1e-2)
     (checkpoint / "config.json").write_text(
         json.dumps({"model_type": "llama"})
-    )  # a stray one makes no foreign model of it
+    )  # a stray config does not make it a foreign model
     answer = call(EVALUATE, checkpoint, f"--data={text}", "--data.sequence_length=32")
     assert json.loads(answer.out.splitlines()[-1])["loss"] == losses["run"]
     refused(
@@ -193,7 +193,7 @@ def test_every_form_of_a_model_has_the_same_loss(run: Path, checkpoint: Path, te
     assert not (tmp_path / "again").exists()
 
 
-# ---- what gets into it ---------------------------------------------------------------------------------------------
+# ---- what it contains ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Adapters without their model: ours in PEFT, those of PEFT and the released MoRA here, and refusals."""
+"""Adapters without their model: ours in PEFT, adapters of PEFT and of the released MoRA here, and refusals."""
 
 from __future__ import annotations
 

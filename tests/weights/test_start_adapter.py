@@ -1,4 +1,4 @@
-"""Runs that begin with an adapter, and what becomes of theirs."""
+"""Runs that begin with an adapter, and the adapters that they export."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_an_adapter_of_another_model_is_refused(refuses, adapters, tmp_path):
 
 
 def _changed(adapter: Path, out: Path, config: dict[str, Any], drop: str = "") -> Path:
-    """A copy whose config says something else, without some tensors."""
+    """A copy with another config and without some tensors."""
     shutil.copytree(adapter, out)
     settings = json.loads((out / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps(settings | config))

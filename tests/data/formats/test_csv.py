@@ -44,7 +44,7 @@ def _written(row, end):
 )
 def test_text_written_by_csv_is_read_back(tmp_path_factory, texts, end, limit, lanes, skip):
     rows = [_written([n, text, "x"], end) for n, text in enumerate(texts)]
-    # nothing of a longer line is kept, so the end of its row is not known
+    # a longer line is not kept, so the end of its row is not known
     assume(all(len(line) <= limit for row in rows for line in row.split(b"\n")))
     path = tmp_path_factory.mktemp("csv") / "a.csv"
     path.write_bytes(_written(["id", "text", ""], end) + b"".join(rows))

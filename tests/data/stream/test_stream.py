@@ -165,7 +165,7 @@ def test_counts_and_notes_arrive(tmp_path, tokenizer_path):
             assert batch.counts["documents"] >= 2
             assert batch.counts["retries"] == 0
             assert counts_of(batch.state)["documents"] == batch.counts["documents"]
-            # the same names on every rank, whatever each one has read, because sums over ranks rely on that
+            # the same names on every rank, no matter what each has read, because sums over ranks rely on that
             assert list(batch.counts) == [
                 "documents",
                 "epoch",

@@ -1,4 +1,4 @@
-"""What a study runs, chooses, keeps and says, with a stand-in for the trainer; and one with the trainer itself."""
+"""What a study runs, chooses, keeps and prints, with a stand-in for the trainer; and one with the trainer itself."""
 
 from __future__ import annotations
 

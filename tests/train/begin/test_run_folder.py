@@ -83,7 +83,7 @@ def test_a_disk_that_is_full_for_a_while_costs_lines_and_checkpoints_only(inputs
         job = Job(_config(inputs, tokenizer_path, run_dir, tmp_path / "run.yaml", steps=250))
         job.wait_for_step(run_dir, 15)
         subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=4k"], capture_output=True, check=False)
-        # three checkpoints, so thirty steps: whatever room the last block of the metrics had is used up
+        # three checkpoints, so thirty steps: the room in the last block of the metrics is used up
         job.wait_until(
             lambda: "metrics cannot be written" in job.output and job.output.count("the checkpoint of step") >= 3
         )

@@ -70,8 +70,8 @@ def test_a_resume_drops_what_was_logged_beyond_it(tmp_path):
 
 @pytest.mark.parametrize("ahead_seconds", [(3600,), (7200, 3600), (3600, 7200), 11 * (0,)])
 def test_points_of_a_resume_replace_earlier_ones_for_any_clock(tmp_path, monkeypatch, ahead_seconds):
-    """TensorBoard reads files by the second in their names, those of one second by a number, 10 before 9; and a file
-    hides steps of those that were read before it."""
+    """TensorBoard orders files by the second in their names, then by a number, 10 before 9; and a file hides steps of
+    files that were read before it."""
     _write_config(tmp_path)
     now = time.time()
     for start, ahead in enumerate((*ahead_seconds, 0)):

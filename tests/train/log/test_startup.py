@@ -1,4 +1,4 @@
-"""The seconds of a start count from the command, whatever its process did before."""
+"""The seconds of a start count from the command, no matter what its process did before."""
 
 from __future__ import annotations
 

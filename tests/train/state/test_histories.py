@@ -96,7 +96,7 @@ def test_a_run_begins_from_a_named_checkpoint_only_once(pools, inputs, tokenizer
 
 @pytest.mark.parametrize("named", ["another run", "a checkpoint of its own"])
 def test_the_same_command_continues_a_run_whose_folder_was_removed(pools, inputs, tokenizer_path, tmp_path, named):
-    """It leaves a checkpoint there and nothing else."""
+    """It leaves only a checkpoint there."""
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
     checkpoints = folder / "checkpoints"
     pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)

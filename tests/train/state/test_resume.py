@@ -259,7 +259,7 @@ def test_a_checkpoint_comes_after_the_evaluation_and_the_line_of_metrics_of_its_
 @pytest.mark.parametrize("method", ["remora", "relora"])
 def test_a_longer_run_does_the_merge_that_the_last_step_left_out(pools, inputs, tokenizer_path, tmp_path, method):
     long, short = tmp_path / "long", tmp_path / "short"
-    constant = {"schedule": "constant"}  # else another train.steps changes the rates
+    constant = {"schedule": "constant"}  # otherwise another train.steps changes the rates
     settings = {"method": {"name": method}, "optim": constant}
     pools(2)(train, run_config(inputs, tokenizer_path, long, 2, **settings))
     pools(2)(train, run_config(inputs, tokenizer_path, short, 2, train={"steps": 8}, **settings))

@@ -1,5 +1,4 @@
-"""Numbers gone wrong on one rank: no rank steps, the run goes back and skips the data, and a kill changes nothing of
-that."""
+"""Bad numbers on one rank: no rank steps, the run goes back and skips the data, and a kill changes nothing."""
 
 from __future__ import annotations
 
