@@ -367,14 +367,14 @@ def test_the_package_of_another_checkout_is_named(tmp_path: Path) -> None:
     script = tmp_path / "launch/script.py"
     script.write_text("from relora_mora.cli.command import run\ndef main() -> None:\n    pass\nrun(main)\n")
 
-    def said(rank: str) -> str:
+    def error_of(rank: str) -> str:
         environment = os.environ | {"LOCAL_RANK": rank}
         return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment).stderr
 
-    assert said("0") == "", "the package is installed, and there is none next to the script"
+    assert error_of("0") == "", "the package is installed, and there is none next to the script"
     (tmp_path / "relora_mora/__init__.py").touch()
-    assert f"not the one in {tmp_path / 'relora_mora'}; remove the environment" in said("0")
-    assert said("1") == ""
+    assert f"not the one in {tmp_path / 'relora_mora'}; remove the environment" in error_of("0")
+    assert error_of("1") == ""
 
 
 def test_as_a_program(tmp_path: Path) -> None:

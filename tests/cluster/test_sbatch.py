@@ -248,14 +248,15 @@ def test_another_start_takes_another_port(slurm: Slurm) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting,codes,said", [("--train.stepps=3", "0 0", "did you mean steps?"), ("--train.seed=3", "0 0 0 0", "4 ranks")]
+    "setting,codes,message",
+    [("--train.stepps=3", "0 0", "did you mean steps?"), ("--train.seed=3", "0 0 0 0", "4 ranks")],
 )
 def test_a_mistake_in_the_settings_is_reported_once_and_starts_nothing(
-    slurm: Slurm, setting: str, codes: str, said: str
+    slurm: Slurm, setting: str, codes: str, message: str
 ) -> None:
     done = slurm.start(CONFIG, setting, codes=codes)
     assert done.returncode == 2
-    assert done.stderr.count(said) == 1
+    assert done.stderr.count(message) == 1
     assert "option" not in done.stdout
 
 

@@ -72,8 +72,8 @@ def test_the_entrypoint_is_the_trainer(container: Container) -> None:
 
 def test_the_user_is_not_root_and_the_kernels_are_compiled(container: Container) -> None:
     assert container.run("id", "-u").stdout.strip() == str(UID)
-    said = container.run("python", "-c", "from relora_mora.kernels import describe; print(describe())").stdout
-    assert said.startswith("compiled, ")
+    output = container.run("python", "-c", "from relora_mora.kernels import describe; print(describe())").stdout
+    assert output.startswith("compiled, ")
     where = container.run("python", "-c", "import relora_mora; print(relora_mora.__file__)").stdout
     assert where.startswith("/opt/venv/")
     assert container.run("python", "-c", "import site; print(site.ENABLE_USER_SITE)").stdout.strip() == "False"

@@ -87,13 +87,13 @@ def test_an_image_for_gpus_has_the_compiler_that_triton_needs(
     (tmp_path / "torch.py").write_text(f"class version:\n    cuda = {cuda}\n")
     (tmp_path / "sysconfig.py").write_text(f"def get_path(name):\n    return {str(tmp_path / 'include')!r}\n")
     (tmp_path / "python").symlink_to(sys.executable)
-    (tmp_path / "apt-get").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n')
+    (tmp_path / "apt-get").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
     (tmp_path / "apt-get").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(tmp_path)}
     subprocess.run(["sh", "-c", command], env=environment, check=True)
-    said = (tmp_path / "said").read_text().splitlines() if installed else []
-    assert said == ([] if not installed else ["update", f"install -y --no-install-recommends {installed}"])
-    assert (tmp_path / "said").exists() == bool(installed)
+    calls = (tmp_path / "calls").read_text().splitlines() if installed else []
+    assert calls == ([] if not installed else ["update", f"install -y --no-install-recommends {installed}"])
+    assert (tmp_path / "calls").exists() == bool(installed)
 
 
 def as_compose_says(text: str, **variables: str) -> str:

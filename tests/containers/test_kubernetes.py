@@ -200,8 +200,8 @@ def pods(*arguments: str, **environment: str) -> Iterator[list[subprocess.Popen[
 
 
 def codes_of(started: list[subprocess.Popen[str]]) -> list[int]:
-    said = [process.communicate(timeout=120)[0] for process in started]
-    print(*said, sep="\n")
+    outputs = [process.communicate(timeout=120)[0] for process in started]
+    print(*outputs, sep="\n")
     return [process.returncode for process in started]
 
 
@@ -214,9 +214,9 @@ def fake(tmp_path: Path) -> Path:
 
 def test_every_rank_of_a_pod_gets_its_number(fake: Path) -> None:
     process = pod(1, python=fake, CODES=" ".join(["0"] * 16))
-    said = sorted(process.communicate(timeout=20)[0].splitlines(), key=lambda line: int(line.split()[1]))
+    lines = sorted(process.communicate(timeout=20)[0].splitlines(), key=lambda line: int(line.split()[1]))
     called = f"launch/pretrain.py {TRAINER['args'][0]}"
-    assert said == [
+    assert lines == [
         f"rank {8 + n} of 16, local {n} of 8, store relora-mora-0.relora-mora:29500: {called}"
         for n in range(int(ENVIRONMENT["RANKS_PER_POD"]))
     ]
@@ -251,10 +251,10 @@ def test_sigterm_while_ranks_are_started_also_ends_later_ranks(fake: Path) -> No
     assert process.stdout is not None
     process.stdout.readline()  # of some 300
     process.terminate()
-    said = process.communicate(timeout=30)[0]
+    output = process.communicate(timeout=30)[0]
     assert process.returncode in (75, 143)
     assert action_after(process.returncode) == "Ignore"
-    assert said.count(" of 300,") < 299, "it came too late to show anything"
+    assert output.count(" of 300,") < 299, "it came too late to show anything"
 
 
 def test_sigterm_before_the_first_rank_is_not_reported_as_success(fake: Path, tmp_path: Path) -> None:
@@ -294,8 +294,8 @@ def test_sigterm_before_the_first_rank_is_not_reported_as_success(fake: Path, tm
 )
 def test_a_pod_names_a_missing_or_wrong_variable(name: str, value: str, expected: str) -> None:
     process = pod(0, **{name: value})
-    said = f"ranks.sh: {name} is '{value}', expected {expected}; see launch/k8s/job.yaml\n"
-    assert process.communicate(timeout=20)[0] == said
+    message = f"ranks.sh: {name} is '{value}', expected {expected}; see launch/k8s/job.yaml\n"
+    assert process.communicate(timeout=20)[0] == message
     assert process.returncode == 2
 
 
@@ -312,8 +312,8 @@ def test_a_pod_is_restarted_until_the_other_pods_are_there(tokenizer_path: str, 
     )
     with pods(str(write_config(settings, tmp_path / "run.yaml"))) as started:
         os.killpg(started[0].pid, signal.SIGKILL)
-        said = started[1].communicate(timeout=120)[0]
-    assert "rank 1 of 2 did not meet the others" in said
+        output = started[1].communicate(timeout=120)[0]
+    assert "rank 1 of 2 did not meet the others" in output
     assert action_after(started[1].returncode) == "Ignore"
 
 

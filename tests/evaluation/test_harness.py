@@ -94,7 +94,7 @@ def test_a_task_file_has_the_rows_of_a_file_or_of_a_folder(data, name):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (None, "local_uuid: .*uuid.jsonl cannot be read"),
         ("", "has no rows"),
@@ -103,10 +103,10 @@ def test_a_task_file_has_the_rows_of_a_file_or_of_a_folder(data, name):
         ("{", "line 1: is not JSON"),
     ],
 )
-def test_unsuitable_data_is_named(tmp_path, content, said):
+def test_unsuitable_data_is_named(tmp_path, content, message):
     if content is not None:
         (tmp_path / "uuid.jsonl").write_text(content)
-    with pytest.raises(HarnessError, match=said):
+    with pytest.raises(HarnessError, match=message):
         local_task("local_uuid", str(tmp_path), len)
 
 
@@ -153,7 +153,7 @@ def test_only_a_line_feed_ends_a_row(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "message"),
     [
         ("local_uuid", {"completion": 3}, "completion is 3, expected: text"),
         ("local_uuid", {"completion": "a\nb"}, r'completion is "a\\nb", expected: text of one line'),
@@ -180,11 +180,11 @@ def test_only_a_line_feed_ends_a_row(tmp_path):
         ("local_pubmedqa", {"CONTEXTS": "One."}, 'CONTEXTS is "One.", expected: list of texts'),
     ],
 )
-def test_a_row_of_another_kind_is_named(tmp_path, name, change, said):
+def test_a_row_of_another_kind_is_named(tmp_path, name, change, message):
     rows = [ROWS[name][0], {**ROWS[name][0], **change}]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    with pytest.raises(HarnessError, match=f"{name}: .*rows.jsonl, line 2: {said}"):
+    with pytest.raises(HarnessError, match=f"{name}: .*rows.jsonl, line 2: {message}"):
         local_task(name, str(file), len)
 
 
@@ -322,10 +322,10 @@ def test_a_tokenizer_or_task_that_does_not_fit_the_model_is_refused(model, data,
 @needs_lm_eval
 def test_answer_after_reasoning_steps_is_found(model, data):
     class Says(LlamaForCausalLM):
-        said = "So 4 and 1,000 make it.\n#### 1004."
+        generated = "So 4 and 1,000 make it.\n#### 1004."
 
         def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-            ids = torch.tensor([load_tokenizer(model)(self.said).input_ids] * len(input_ids))
+            ids = torch.tensor([load_tokenizer(model)(self.generated).input_ids] * len(input_ids))
             return torch.cat([input_ids, ids], dim=1)
 
     lm = Says.from_pretrained(model).eval()
@@ -334,11 +334,11 @@ def test_answer_after_reasoning_steps_is_found(model, data):
     assert evaluate_tasks(lm, tokenizer, ["local_gsm8k"], **settings) == {
         "local_gsm8k": {"exact_match/strict": 1.0, "exact_match/flexible": 1.0}
     }
-    Says.said = "#### 1004.00"
+    Says.generated = "#### 1004.00"
     assert evaluate_tasks(lm, tokenizer, ["local_gsm8k"], **settings)["local_gsm8k"]["exact_match/strict"] == 1.0
-    Says.said = "It is $1,004.00."
+    Says.generated = "It is $1,004.00."
     assert evaluate_tasks(lm, tokenizer, ["local_gsm8k"], **settings)["local_gsm8k"]["exact_match/flexible"] == 1.0
-    for said, right in {
+    for generated, right in {
         "The answer is: 1004.0%": 0.5,
         "The answer is: 10,04": 0.0,
         "2 and 2.\nThe answer is: 1004": 0.5,
@@ -346,14 +346,14 @@ def test_answer_after_reasoning_steps_is_found(model, data):
         "#### 1004": 0.0,
         "The answer is: 1004\nThe answer is: 4": 0.0,
     }.items():
-        Says.said = said
+        Says.generated = generated
         assert evaluate_tasks(lm, tokenizer, ["local_metamath"], **settings) == {
             "local_metamath": {"exact_match": right}
         }
     (data / "metamath.jsonl").write_text(json.dumps({"question": "Which interval?", "answer": "[0,2]"}) + "\n")
-    Says.said = "The answer is: [0,2]"
+    Says.generated = "The answer is: [0,2]"
     assert evaluate_tasks(lm, tokenizer, ["local_metamath"], **settings)["local_metamath"]["exact_match"] == 1.0
-    Says.said = ROWS["local_uuid"][1]["completion"] + "\nmore"
+    Says.generated = ROWS["local_uuid"][1]["completion"] + "\nmore"
     found = evaluate_tasks(lm, tokenizer, ["local_uuid"], **settings)["local_uuid"]
     assert found["exact_match"] == pytest.approx(1 / 3)
     assert found["character_accuracy"] < 1

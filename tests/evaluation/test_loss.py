@@ -311,12 +311,12 @@ def test_sizes_are_compared_before_a_model_is_built(tmp_path, monkeypatch):
     built = []
     monkeypatch.setattr("relora_mora.weights.foreign.quiet_transformers", lambda: pytest.fail("the model is built"))
     monkeypatch.setattr("relora_mora.weights.foreign.empty_model", lambda of: built.append(of) or empty_model(of))
-    for changes, said in (
+    for changes, message in (
         ({"num_hidden_layers": 4000}, r"missing: model.layers.\*.input_layernorm.weight \(3998\)"),
         ({"vocab_size": 8_000_000}, "of another shape: lm_head.weight, model.embed_tokens.weight"),
     ):
         (folder / "config.json").write_text(json.dumps(settings | changes))
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             load_any_model(folder, torch.float32)
     assert [config.num_hidden_layers for config in built] == [1, 1], "it takes seconds for thousands of layers"
 

@@ -95,21 +95,21 @@ METAMATH: list[tuple[str, str, int, int | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("answer", "said", "right", "_"), GSM8K)
+@pytest.mark.parametrize(("answer", "generated", "right", "_"), GSM8K)
 @pytest.mark.parametrize("steps", ["", "Two and two.\n#### "])
-def test_answers_of_gsm8k(steps, answer, said, right, _):
-    scores = gsm8k_scores({"answer": steps + answer}, [said])
+def test_answers_of_gsm8k(steps, answer, generated, right, _):
+    scores = gsm8k_scores({"answer": steps + answer}, [generated])
     assert scores == {"exact_match/strict": right[0], "exact_match/flexible": right[1]}
 
 
-@pytest.mark.parametrize(("answer", "said", "right", "_"), METAMATH)
+@pytest.mark.parametrize(("answer", "generated", "right", "_"), METAMATH)
 @pytest.mark.parametrize(
     "before", ["The answer is: ", "It is 1. The answer is: 7\nNo. The answer is: ", "The answer is "]
 )
-def test_answers_of_metamath(before, answer, said, right, _):
-    assert metamath_scores({"answer": answer}, [before + said]) == {"exact_match": right}
-    assert metamath_scores({"answer": answer}, [before + said + "\nIs it 5?"]) == {"exact_match": right}
-    assert metamath_scores({"answer": answer}, [said]) == {"exact_match": 0}
+def test_answers_of_metamath(before, answer, generated, right, _):
+    assert metamath_scores({"answer": answer}, [before + generated]) == {"exact_match": right}
+    assert metamath_scores({"answer": answer}, [before + generated + "\nIs it 5?"]) == {"exact_match": right}
+    assert metamath_scores({"answer": answer}, [generated]) == {"exact_match": 0}
 
 
 def test_a_pair_is_compared_character_by_character():
@@ -118,8 +118,8 @@ def test_a_pair_is_compared_character_by_character():
 
 
 @needs_lm_eval
-@pytest.mark.parametrize(("answer", "said", "right", "theirs"), GSM8K)
-def test_gsm8k_scores_agree_with_lm_eval(answer, said, right, theirs):
+@pytest.mark.parametrize(("answer", "generated", "right", "theirs"), GSM8K)
+def test_gsm8k_scores_agree_with_lm_eval(answer, generated, right, theirs):
     import lm_eval
     from lm_eval.api.metrics import exact_match_fn
     from lm_eval.filters.extraction import RegexFilter
@@ -131,7 +131,7 @@ def test_gsm8k_scores_agree_with_lm_eval(answer, said, right, theirs):
     found = []
     for kind in task["filter_list"]:
         extract = RegexFilter(**{key: value for key, value in kind["filter"][0].items() if key != "function"})
-        [[number]] = extract.apply([[said]], [{}])
+        [[number]] = extract.apply([[generated]], [{}])
         found.append(
             int(exact_match_fn(predictions=[number], references=[f"#### {answer}"], **settings)["exact_match"])
         )
@@ -139,9 +139,9 @@ def test_gsm8k_scores_agree_with_lm_eval(answer, said, right, theirs):
 
 
 @needs_lm_eval
-@pytest.mark.parametrize(("answer", "said", "right", "theirs"), [row for row in METAMATH if "####" not in row[0]])
-def test_metamath_scores_agree_with_is_equiv(answer, said, right, theirs):
+@pytest.mark.parametrize(("answer", "generated", "right", "theirs"), [row for row in METAMATH if "####" not in row[0]])
+def test_metamath_scores_agree_with_is_equiv(answer, generated, right, theirs):
     """lm-eval has the function with which MetaMath's eval_math.py compares, after one full stop was removed."""
     from lm_eval.tasks.hendrycks_math.utils import is_equiv
 
-    assert is_equiv(said.removesuffix("."), answer) == (right if theirs is None else theirs)
+    assert is_equiv(generated.removesuffix("."), answer) == (right if theirs is None else theirs)

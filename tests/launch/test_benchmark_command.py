@@ -27,13 +27,13 @@ def test_help_lists_the_kinds_and_says_how_to_start_several_ranks(capsys: pytest
     assert shown.err == ""
 
 
-@pytest.mark.parametrize(("argv", "said"), [([], "KIND is missing"), (["stepss", "--help"], "got 'stepss'")])
+@pytest.mark.parametrize(("argv", "message"), [([], "KIND is missing"), (["stepss", "--help"], "got 'stepss'")])
 def test_an_unknown_kind_is_refused_with_the_usage(
-    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code(*argv) == 2
     shown = capsys.readouterr()
-    assert shown.err.startswith(f"{said}, expected one of steps, layers, parts, data, trainer\n")
+    assert shown.err.startswith(f"{message}, expected one of steps, layers, parts, data, trainer\n")
     assert "usage: python -m launch.benchmark KIND" in shown.err
     assert shown.out == ""
 

@@ -23,9 +23,9 @@ def _spins(**environment: str) -> int:
         check=True,
         env={**inherited, **environment, "OMP_DISPLAY_ENV": "verbose"},
     )
-    said = re.search(r"GOMP_SPINCOUNT = '(\w+)'", run.stderr)
-    assert said is not None, "the wheels of torch for Linux bring GNU's OpenMP"
-    return int(said[1]) if said[1].isdigit() else sys.maxsize
+    match = re.search(r"GOMP_SPINCOUNT = '(\w+)'", run.stderr)
+    assert match is not None, "the wheels of torch for Linux bring GNU's OpenMP"
+    return int(match[1]) if match[1].isdigit() else sys.maxsize
 
 
 def test_idle_threads_sleep_soon_unless_the_environment_says_otherwise():

@@ -7,6 +7,6 @@ import pytest
 from relora_mora.system.logs import counted
 
 
-@pytest.mark.parametrize(("number", "said"), [(0, "0 merges"), (1, "1 merge"), (2, "2 merges"), (1200, "1,200 merges")])
-def test_words_are_plural_except_for_one(number: int, said: str) -> None:
-    assert counted(number, "merge") == said
+@pytest.mark.parametrize(("number", "text"), [(0, "0 merges"), (1, "1 merge"), (2, "2 merges"), (1200, "1,200 merges")])
+def test_words_are_plural_except_for_one(number: int, text: str) -> None:
+    assert counted(number, "merge") == text

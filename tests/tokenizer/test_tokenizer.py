@@ -542,15 +542,15 @@ def test_tokens_next_to_a_sentencepiece_model_are_added(with_turns: Path, folder
 
 
 @pytest.mark.parametrize(
-    ("added", "eos", "said"),
+    ("added", "eos", "message"),
     [
         ({"<x>": 1001}, "</s>", "'<x>' has the id 1001, which is not the next one"),
         ({"a": "b"}, "</s>", "its added tokens cannot be read"),
         ({"<x>": 1000}, "<end>", "eos_token in tokenizer_config.json is '<end>', which is not one of its tokens"),
     ],
 )
-def test_tokens_that_cannot_be_added_are_named(with_turns: Path, added: dict[str, Any], eos: str, said: str) -> None:
+def test_tokens_that_cannot_be_added_are_named(with_turns: Path, added: dict[str, Any], eos: str, message: str) -> None:
     (with_turns / "added_tokens.json").write_text(json.dumps(added))
     (with_turns / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": eos}}))
-    with pytest.raises(TokenizerError, match=said):
+    with pytest.raises(TokenizerError, match=message):
         load_tokenizer(with_turns)

@@ -38,18 +38,18 @@ def _rank_0_fails() -> None:
 
 
 @pytest.mark.parametrize(
-    "function,said",
+    "function,message",
     [
         (_rank_0_fails, r"(?s)no answer to _rank_0_fails.*rank 0 had failed:.*what went wrong.*rank 1:.* in barrier\n"),
         (_rank_1_hangs, r"(?s)no answer to _rank_1_hangs.*rank 0:.* in barrier\n.*rank 1:.* in _rank_1_hangs\n"),
         (_rank_1_dies, r"(?s)rank 1 ended with code 7 in _rank_1_dies.*rank 0:.* in _rank_1_dies\n"),
     ],
 )
-def test_workers_that_hang_or_die_are_reported_with_their_stacks(function, said):
+def test_workers_that_hang_or_die_are_reported_with_their_stacks(function, message):
     pool = Pool(2)
     pool(os.getpid)
     pool.idle_seconds = 3
-    with pytest.raises(PoolError, match=said):
+    with pytest.raises(PoolError, match=message):
         pool(function)
     assert pool.is_broken
     assert not any(process.is_alive() for process in pool.processes)

@@ -232,11 +232,11 @@ def test_a_tokenizer_that_does_not_fit_the_model(pools, settings, tokenizer_path
         )
     qwen2 = save(tmp_path / "qwen2", "qwen2", num_key_value_heads=1)
     (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={qwen2}", f"--tokenizer.path={tokenizer_path}")
-    said = "saved next to a model of type qwen2, transformers gives other ids for it; use a tokenizer for that"
-    refused(answer, f"{tokenizer_path}: {said}", notes=1)
+    message = "saved next to a model of type qwen2, transformers gives other ids for it; use a tokenizer for that"
+    refused(answer, f"{tokenizer_path}: {message}", notes=1)
     save_other_tokenizer(qwen2)
     (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={qwen2}")
-    refused(answer, f"{qwen2}: {said}")
+    refused(answer, f"{qwen2}: {message}")
 
 
 def test_weights_that_do_not_fit_are_reported_before_any_text_is_read(pools, settings, tmp_path):

@@ -44,9 +44,9 @@ def test_epochs_are_counted_and_the_run_ends_when_they_are_read(pools, tokenizer
     assert abs(last["train/documents"] - 2 * 180) < 8
     settings["method"]["merge_every"] = steps
     again = run_config(inputs, tokenizer_path, tmp_path / "other", 1, **settings)
-    (said,) = pools(1)(_refused, again)
-    assert f"with {steps} steps for the {2 * tokens:,} tokens of all epochs" in said
-    assert "method.merge_every" in said
+    (message,) = pools(1)(_refused, again)
+    assert f"with {steps} steps for the {2 * tokens:,} tokens of all epochs" in message
+    assert "method.merge_every" in message
 
 
 def test_nothing_is_counted_if_something_is_missing(pools, tokenizer_path, tmp_path):
@@ -54,8 +54,8 @@ def test_nothing_is_counted_if_something_is_missing(pools, tokenizer_path, tmp_p
     (inputs / "train" / "bad.json").write_text("counting would stop here\n")
     data = {"train": f"{inputs}/train/*", "validation": f"{inputs}/nowhere.json"}
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 1, data=data, train={"steps": None, "epochs": 1.0})
-    (said,) = pools(1)(_missing, config)
-    assert "no file matches" in said
+    (message,) = pools(1)(_missing, config)
+    assert "no file matches" in message
     (inputs / "empty.json").touch()
     empty = run_config(inputs, tokenizer_path, tmp_path / "run", 1, data={"train": f"{inputs}/empty.json"})
     with pytest.raises(SourceError, match=r"the training data .*empty\.json holds no text"):

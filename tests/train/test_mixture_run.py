@@ -114,9 +114,9 @@ def _refused(config: Any) -> str:
 def test_weights_change_if_allowed(pools, inputs, tokenizer_path, tmp_path, never):
     folder = tmp_path / "run"
     pools(2)(train, _config(inputs, tokenizer_path, folder), stop_after=4)
-    (said, _) = pools(2)(_refused, _config(inputs, tokenizer_path, folder, weight=5.0))
-    assert "data.train: the shares of its sources: lines 0.75 in the checkpoint, 0.375 now" in said
-    assert "'--train.allow_changes=[data.train]'" in said
+    (message, _) = pools(2)(_refused, _config(inputs, tokenizer_path, folder, weight=5.0))
+    assert "data.train: the shares of its sources: lines 0.75 in the checkpoint, 0.375 now" in message
+    assert "'--train.allow_changes=[data.train]'" in message
     pools(2)(train, _config(inputs, tokenizer_path, folder, weight=5.0, allow_changes=["data.train"]))
     counted = {line["step"]: line for line in metrics(folder) if "train/tokens" in line}
     assert counted[5]["train/tokens/lines"] == (24 + 3) * 32
@@ -160,14 +160,16 @@ def _source_refused(config: Any) -> str:
 
 
 def test_a_source_with_fewer_texts_than_lanes_is_found_long_before_its_stage(pools, inputs, tokenizer_path, tmp_path):
-    (said,) = pools(1)(_source_refused, _few(inputs, tokenizer_path, tmp_path / "run"))
-    assert "lane 7 found no text in few.json: there are fewer documents than lanes" in said
+    (message,) = pools(1)(_source_refused, _few(inputs, tokenizer_path, tmp_path / "run"))
+    assert "lane 7 found no text in few.json: there are fewer documents than lanes" in message
     assert not (tmp_path / "run" / "checkpoints").exists()
     without = {"data": {"stages": []}}  # the same holds if a resumed run gets such a stage
     pools(1)(train, _few(inputs, tokenizer_path, tmp_path / "run", **without), stop_after=4)
-    (said,) = pools(1)(_source_refused, _few(inputs, tokenizer_path, tmp_path / "run", allow_changes=["data.stages"]))
-    assert "set the weight of its source few to 0 in data.train and data.stages" in said
-    assert "--train.allow_changes=[data.train,data.stages]" in said
+    (message,) = pools(1)(
+        _source_refused, _few(inputs, tokenizer_path, tmp_path / "run", allow_changes=["data.stages"])
+    )
+    assert "set the weight of its source few to 0 in data.train and data.stages" in message
+    assert "--train.allow_changes=[data.train,data.stages]" in message
     data = {"stages": [{"from_step": 6, "weights": {"lines": 2.0, "few": 0.0}}]}
     allow = ["data.train", "data.stages"]
     pools(1)(train, _few(inputs, tokenizer_path, tmp_path / "run", data=data, allow_changes=allow))

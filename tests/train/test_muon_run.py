@@ -87,7 +87,7 @@ def test_a_resume_with_another_optimizer_cannot_be_allowed(pools, config, tmp_pa
     assert "optim.momentum: 0.9 in the checkpoint, 0.5 now; to allow it: '--train.allow_changes" in message
 
 
-def said(config: Any) -> list[str]:
+def logged(config: Any) -> list[str]:
     """What the check of a run's settings logs."""
     from relora_mora.train.begin import check
 
@@ -97,8 +97,8 @@ def said(config: Any) -> list[str]:
 
 
 def test_settings_that_the_optimizer_does_not_use_are_named(pools, config, tmp_path):
-    (messages,) = pools(1)(said, config(tmp_path / "run", optim={"matrices": "adamw"}))
+    (messages,) = pools(1)(logged, config(tmp_path / "run", optim={"matrices": "adamw"}))
     assert messages == ["optim.matrices=adamw does not use optim.momentum"]
-    (messages,) = pools(1)(said, config(tmp_path / "muon", method={"name": "full"}))
+    (messages,) = pools(1)(logged, config(tmp_path / "muon", method={"name": "full"}))
     assert "method full does not use optim.restart_warmup_steps" in messages
     assert not any("optim.matrices" in message for message in messages)

@@ -162,7 +162,7 @@ def test_rows_of_a_run_can_be_shown_before_it_starts(inputs, tokenizer_path, tmp
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         (
             "records={kind: text}",
@@ -176,9 +176,9 @@ def test_rows_of_a_run_can_be_shown_before_it_starts(inputs, tokenizer_path, tmp
         ("max_bad_fraction=0", "3 of 120 records cannot be used, more than data.max_bad_fraction (0); the last one: "),
     ],
 )
-def test_unusable_records_are_reported_before_the_model_is_built(inputs, tokenizer_path, tmp_path, override, said):
+def test_unusable_records_are_reported_before_the_model_is_built(inputs, tokenizer_path, tmp_path, override, message):
     (tmp_path / "run.yaml").write_text(dump(_config(inputs, tokenizer_path, tmp_path / "run", 1)))
-    refused(call(PRETRAIN, tmp_path / "run.yaml", f"--data.{override}"), said)
+    refused(call(PRETRAIN, tmp_path / "run.yaml", f"--data.{override}"), message)
     assert not (tmp_path / "run").exists()
 
 

@@ -261,24 +261,24 @@ def test_weights_that_do_not_fit_their_config_are_refused(refuses, tmp_path, har
     file = folder / "model.safetensors"
     weights = load_file(file)
     name = "model.layers.1.mlp.up_proj.weight"
-    said: tuple[str, ...] = (name,)
+    messages: tuple[str, ...] = (name,)
     if harm == "left over":
         for layer in range(2):
             weights[f"model.layers.{layer}.self_attn.q_proj.bias"] = torch.ones(24)
         weights["v_head.weight"] = torch.ones(1, 24)
-        said = ("left over: model.layers.*.self_attn.q_proj.bias (2), v_head.weight",)
+        messages = ("left over: model.layers.*.self_attn.q_proj.bias (2), v_head.weight",)
     elif harm == "missing":
         del weights[name]
     elif harm == "another shape":
         weights[name] = weights[name][:4].clone()
     elif harm == "nan":
         weights[name][3, 5] = float("nan")
-        said = ("not finite in model.layers.1.mlp.up_proj.weight",)
+        messages = ("not finite in model.layers.1.mlp.up_proj.weight",)
     else:
         weights["lm_head.weight"] = torch.ones(320, 24)
-        said = ("hold a different head",)
+        messages = ("hold a different head",)
     save_file(weights, file, metadata={"format": "pt"})
-    refuses(folder, *said, overrides={"tie_word_embeddings": harm == "own head"})
+    refuses(folder, *messages, overrides={"tie_word_embeddings": harm == "own head"})
 
 
 def test_an_adapter_next_to_the_model(refuses, tmp_path):
@@ -299,13 +299,13 @@ def test_a_file_that_is_not_a_config_is_refused(refuses, tmp_path, harm):
             stream.truncate(2**30)
     else:
         path.write_text("[]" if harm == "list" else "[" * 100_000)
-    said = {
+    message = {
         "folder": "Is a directory",
         "large": "more than 16,777,216 bytes",
         "list": "holds a list",
         "deep": "not JSON",
     }[harm]
-    refuses(folder, f"model.init_from: {said}" if harm == "list" else said)
+    refuses(folder, f"model.init_from: {message}" if harm == "list" else message)
 
 
 def test_a_run_of_this_trainer_is_compared_too(refuses, pools, inputs, tokenizer_path, tmp_path):
@@ -325,8 +325,8 @@ def warnings_of(config: Config, stop_after: int) -> list[str]:
     """The warnings of a start about the weights that its settings name."""
     with mock.patch.object(log, "warning") as warning:  # the trainer replaces all handlers with its own
         train(config, stop_after)
-    said = [call.args[0] % call.args[1:] for call in warning.call_args_list]
-    return [message for message in said if message.startswith("model.")]
+    messages = [call.args[0] % call.args[1:] for call in warning.call_args_list]
+    return [message for message in messages if message.startswith("model.")]
 
 
 def test_a_resume_and_an_export_report_changed_initial_weights(pools, inputs, tokenizer_path, tmp_path, caplog):

@@ -96,8 +96,8 @@ def test_plain_generate_stops_where_a_document_ends(hf_tokenizer: Path, tmp_path
     export(write_checkpoint(tmp_path / "checkpoint", ends, hf_tokenizer), tmp_path / "out")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     inputs = AutoTokenizer.from_pretrained(tmp_path / "out")("the rank", add_special_tokens=False, return_tensors="pt")
-    said = lm.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs.input_ids.shape[1] :]
-    assert said.tolist() == [300]
+    generated = lm.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    assert generated.tolist() == [300]
     expected = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": 300, "pad_token_id": 301}
     for file in ("config.json", "generation_config.json"):
         values = json.loads((tmp_path / "out" / file).read_text())
@@ -144,8 +144,8 @@ def test_plain_generate_stops_where_the_template_ends_an_answer(hf_tokenizer: Pa
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     plain = AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = torch.tensor([plain("the rank", add_special_tokens=False).input_ids])
-    said = lm.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
-    assert plain.decode(said) == "<|im_end|>" * (1 if stop else 5)
+    generated = lm.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert plain.decode(generated) == "<|im_end|>" * (1 if stop else 5)
     ends = lm.generation_config.eos_token_id
     assert ends == ([300, tokenizer.convert_tokens_to_ids(stop)] if stop else 300)
 
@@ -302,9 +302,9 @@ def test_weights_that_a_type_cannot_hold_are_refused(
     checkpoint = tmp_path / "step-00000005"
     write_checkpoint(checkpoint, large, hf_tokenizer)
     save_tokenizer(hf_tokenizer, checkpoint / "tokenizer")
-    said = (str(checkpoint), "too large for float16 in model.layers.1.mlp.up_proj.weight")
-    refused(call(EXPORT, checkpoint, tmp_path / "out", "--dtype=float16"), *said)
-    refused(call(EVALUATE, checkpoint, f"--data={text}", "--precision=float16"), *said)
+    messages = (str(checkpoint), "too large for float16 in model.layers.1.mlp.up_proj.weight")
+    refused(call(EXPORT, checkpoint, tmp_path / "out", "--dtype=float16"), *messages)
+    refused(call(EVALUATE, checkpoint, f"--data={text}", "--precision=float16"), *messages)
     assert not (tmp_path / "out").exists()
     assert call(EXPORT, checkpoint, tmp_path / "out", "--dtype=bfloat16").code == 0
 

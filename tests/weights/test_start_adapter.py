@@ -205,16 +205,16 @@ def test_settings_that_differ_from_the_adapters_are_refused(refuses, base, adapt
 
 def test_an_adapter_of_another_model_is_refused(refuses, adapters, tmp_path):
     narrow = save_base(tmp_path / "narrow", intermediate_size=32)
-    said = (
+    messages = (
         "down_proj.lora_A is [4, 40]",
         str(adapters["lora"]),
         "and [4, 32] in this run",
         "the adapter of another model, give that model",
     )
-    refuses(narrow, adapters["lora"], METHODS["lora"] | ALONE, *said)
+    refuses(narrow, adapters["lora"], METHODS["lora"] | ALONE, *messages)
     deeper = save_base(tmp_path / "deeper", num_hidden_layers=3)
-    said = ("model.layers.2.mlp.down_proj.lora_A is missing in", "and [4, 40] in this run (14 tensors differ)")
-    refuses(deeper, adapters["lora"], METHODS["lora"] | ALONE, *said)
+    messages = ("model.layers.2.mlp.down_proj.lora_A is missing in", "and [4, 40] in this run (14 tensors differ)")
+    refuses(deeper, adapters["lora"], METHODS["lora"] | ALONE, *messages)
 
 
 def _changed(adapter: Path, out: Path, config: dict[str, Any], drop: str = "") -> Path:
@@ -248,13 +248,13 @@ def test_an_adapter_of_some_layers_is_reported(refuses, base, adapters, tmp_path
 
 def test_a_square_of_another_model_is_refused(refuses, adapters, tmp_path):
     wide = save_base(tmp_path / "wide", intermediate_size=80)
-    said = (
+    messages = (
         "has an M of size 16",
         str(adapters["mora1"]),
         "does not fit its rank and the layer 24 -> 80",
         "in model.init_from",
     )
-    refuses(wide, adapters["mora1"], METHODS["mora1"] | ALONE, *said)
+    refuses(wide, adapters["mora1"], METHODS["mora1"] | ALONE, *messages)
 
 
 def test_an_adapter_of_other_weights_of_the_same_sizes_is_refused(pools, adapters, inputs, tokenizer_path, tmp_path):

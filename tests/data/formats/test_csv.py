@@ -95,7 +95,7 @@ def test_the_header(tmp_path, bom, head):
 
 
 @pytest.mark.parametrize(
-    "body,said",
+    "body,message",
     [
         (b"id,body,url\n", 'has no column "text"; set data.text_column to one of id, body, url'),
         ("größe,x\n".encode(), 'has no column "text"; set data.text_column to one of größe, x'),
@@ -110,12 +110,12 @@ def test_the_header(tmp_path, bom, head):
         (b'"text\n', "its header is not CSV; the first row of CSV names the columns: repair or drop the file"),
     ],
 )
-def test_a_wrong_header_is_found_before_training(tmp_path, body, said):
+def test_a_wrong_header_is_found_before_training(tmp_path, body, message):
     path = tmp_path / "a.csv"
     path.write_bytes(body + b"1,2,3\n")
     with pytest.raises(SourceError) as caught:
         check_columns(resolve_shards(str(path)), data_config(path))
-    assert f"a.csv{':' * said.startswith('its')} {said}" in str(caught.value)
+    assert f"a.csv{':' * message.startswith('its')} {message}" in str(caught.value)
     with pytest.raises(SourceError) as again:
         _rows(path)
     assert str(again.value) == str(caught.value)

@@ -111,17 +111,17 @@ def test_another_column_and_held_out_text(suffix, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "column,said",
+    "column,message",
     [
         ("body", 'a{} has no column "body"; set data.text_column to one of id, text, url'),
         ("id", 'a{}: the column "id" holds int64, not strings; set data.text_column to one of those that do (text'),
     ],
 )
-def test_a_wrong_column_is_refused_with_a_list_of_columns(suffix, tmp_path, column, said):
+def test_a_wrong_column_is_refused_with_a_list_of_columns(suffix, tmp_path, column, message):
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", ["text"])
     with pytest.raises(SourceError) as caught:
         check_columns(resolve_shards(str(path), text_column=column), data_config(path))
-    assert said.format(suffix) in str(caught.value)
+    assert message.format(suffix) in str(caught.value)
     with pytest.raises(SourceError) as again:
         make_lane(data_config(path, text_column=column), 1, 0).next_block()
     assert str(again.value) == str(caught.value)
@@ -133,10 +133,10 @@ def test_a_column_of_bytes_is_refused_with_a_remedy(suffix, tmp_path, kind, reco
     values = pyarrow.array([b"text"], "binary")
     values = values.cast(kind) if isinstance(kind, str) else values.dictionary_encode()
     config = data_config(WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", values), records=records)
-    said = (
+    message = (
         rf'a\{suffix}: the column "text" holds bytes .*, not strings; .*column\.cast\("string"\)\), otherwise set data'
     )
-    with pytest.raises(SourceError, match=said):
+    with pytest.raises(SourceError, match=message):
         check_columns(configured_shards(config, "train"), config)
 
 
@@ -253,8 +253,8 @@ def test_a_server_that_stays_unreachable(suffix, tmp_path, short_waits, monkeypa
     WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(1000), group_rows=100)
     with serving(tmp_path, lambda n: "503" if n > 2 else None) as server:
         lane = make_lane(data_config(f"{server.url}/a{suffix}", timeout_seconds=300.0), 1, 0)
-        said = rf"a\{suffix} at byte \d+: gave up after 300 s and 5 attempts .*status 503"
-        with pytest.raises(SourceError, match=said):
+        message = rf"a\{suffix} at byte \d+: gave up after 300 s and 5 attempts .*status 503"
+        with pytest.raises(SourceError, match=message):
             epoch_tokens(lane)
 
 
@@ -294,9 +294,9 @@ try:
 except SourceError as error:
     print(error)
 """
-    said = subprocess.run([sys.executable, "-X", "dev", "-c", program], capture_output=True, text=True, check=True)
-    assert "cannot be read (No such file or directory)" in said.stdout
-    assert "Exception ignored" not in said.stderr
+    done = subprocess.run([sys.executable, "-X", "dev", "-c", program], capture_output=True, text=True, check=True)
+    assert "cannot be read (No such file or directory)" in done.stdout
+    assert "Exception ignored" not in done.stderr
 
 
 def test_records_in_string_views_are_read_if_lanes_share_a_group(tmp_path):

@@ -127,8 +127,8 @@ def test_a_position_is_described_in_words(tmp_path, tokenizer_path):
     shards = resolve_shards(config.train)
     for sample_by in DOCUMENTS:
         given = config.model_copy(update={"sample_by": sample_by})
-        said, _ = describe_position(state, lanes=2, shards=shards, config=given)
-        assert f" of {sample_by}s 1 to 15 in steps of 2" in said
+        position, _ = describe_position(state, lanes=2, shards=shards, config=given)
+        assert f" of {sample_by}s 1 to 15 in steps of 2" in position
 
 
 def test_fewer_documents_than_lanes_are_refused(tmp_path, tokenizer_path):

@@ -68,12 +68,12 @@ def test_every_format_with_columns_holds_records(tokenizer, tmp_path, suffix):
 def test_a_missing_column_is_reported(tokenizer, tmp_path, suffix):
     path = _write(tmp_path / f"a{suffix}")
     shards = resolve_shards(str(path), records=RecordsConfig(kind="sharegpt", template="chatml"))
-    said = (
+    message = (
         r'a\.jsonl: 3 of 3 lines are bad, .* line 3 has no "conversations" \(data\.records\.columns\), only messages'
         if suffix == ".jsonl"
         else 'no column "conversations"; set data.records.columns to one of messages, id'
     )
-    with pytest.raises(SourceError, match=said):
+    with pytest.raises(SourceError, match=message):
         check_records(shards, data_config(path), tokenizer)
 
 
@@ -192,8 +192,8 @@ def test_pre_tokenizing_and_training_of_tokenizers_take_only_text(tokenizer_path
     path = _write(tmp_path / "a.jsonl")
     config = data_config(path, records={"kind": "messages", "template": "chatml"})
     shards = configured_shards(config, "train")
-    said = r"a\.jsonl is read as records \(data\.records\), but text is needed here; set data\.records=null"
-    with pytest.raises(SourceError, match=said):
+    message = r"a\.jsonl is read as records \(data\.records\), but text is needed here; set data\.records=null"
+    with pytest.raises(SourceError, match=message):
         make_tokens(shards, tmp_path / "out", config=config, tokenizer_path=tokenizer_path, processes=1)
-    with pytest.raises(SourceError, match=said):
+    with pytest.raises(SourceError, match=message):
         list(iter_texts(str(path), split="train", config=config))

@@ -139,13 +139,13 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("kind,fields,reason,said", BAD)
-def test_a_bad_record_is_reported_with_its_place(tokenizer, kind, fields, reason, said):
+@pytest.mark.parametrize("kind,fields,reason,message", BAD)
+def test_a_bad_record_is_reported_with_its_place(tokenizer, kind, fields, reason, message):
     settings = {"template": "chatml"} if kind in ("messages", "sharegpt") else {}
     row = encoded(tokenizer, fields, kind=kind, **settings)
     assert row == Skipped(reason)
     assert row.detail.startswith("a.jsonl, line 1, ")
-    assert said in row.detail
+    assert message in row.detail
     assert str(fields)[:50] in row.detail
 
 

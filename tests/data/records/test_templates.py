@@ -61,7 +61,7 @@ def test_the_tokenizers_own_template_is_used(tokenizer_path):
 
 
 @pytest.mark.parametrize(
-    "template,score,said",
+    "template,score,message",
     [
         (None, "answers", r"has no chat template; set data\.records\.template to chatml or a \.jinja file"),
         (
@@ -78,12 +78,12 @@ def test_the_tokenizers_own_template_is_used(tokenizer_path):
         ("{% for %}", "all", "is not valid Jinja"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_refused(tokenizer, tmp_path, template, score, said):
+def test_a_template_that_cannot_be_used_is_refused(tokenizer, tmp_path, template, score, message):
     name = None
     if template is not None:
         name = str(tmp_path / "own.jinja")
         Path(name).write_text(template)
-    with pytest.raises(SourceError, match=said):
+    with pytest.raises(SourceError, match=message):
         encoded(tokenizer, {"messages": CONVERSATION}, kind="messages", template=name, score=score)
 
 

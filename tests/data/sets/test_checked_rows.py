@@ -93,10 +93,10 @@ def test_a_column_of_messages_that_is_read_as_text_is_reported(tmp_path, tokeniz
 
 def test_conversations_in_another_form_are_shown(tmp_path, tokenizer):
     rows = [{"messages": [{"from": "human", "value": "the"}, {"from": "gpt", "value": "rank"}]} for _ in range(30)]
-    said = _error_of(_config(_written(tmp_path / "a.jsonl", rows)), tokenizer)
-    assert said.startswith("30 of 30 records cannot be used, more than data.max_bad_fraction (0.01); the last one: ")
-    assert """a.jsonl, line 30, has a message 1 with the "role" None, expected one of system, user""" in said
-    assert "{'messages': [{'from': 'human'" in said
+    message = _error_of(_config(_written(tmp_path / "a.jsonl", rows)), tokenizer)
+    assert message.startswith("30 of 30 records cannot be used, more than data.max_bad_fraction (0.01); the last one: ")
+    assert """a.jsonl, line 30, has a message 1 with the "role" None, expected one of system, user""" in message
+    assert "{'messages': [{'from': 'human'" in message
 
 
 def test_marks_that_are_never_reached_leave_nothing_to_learn(tmp_path, tokenizer):
@@ -104,9 +104,9 @@ def test_marks_that_are_never_reached_leave_nothing_to_learn(tmp_path, tokenizer
     template = (
         "{% for m in messages %}{% if m.role == 'model' %}{% generation %}x{% endgeneration %}{% endif %}x{% endfor %}"
     )
-    said = _error_of(_config(path, template), tokenizer)
-    assert "a.jsonl, line 30, has an answer that the template " in said
-    assert "own.jinja does not mark: {'messages': " in said
+    message = _error_of(_config(path, template), tokenizer)
+    assert "a.jsonl, line 30, has an answer that the template " in message
+    assert "own.jinja does not mark: {'messages': " in message
 
 
 @pytest.mark.parametrize("packing", ["whole", "none"])
@@ -114,10 +114,10 @@ def test_records_that_are_all_too_long_are_reported(tmp_path, tokenizer, packing
     rows = [{"prompt": "the rank " * 40, "completion": "matrix"} for _ in range(30)]
     path = _written(tmp_path / "a.jsonl", rows)
     config = data_config(path, records={"kind": "prompt"}, packing=packing, sequence_length=64)
-    said = _error_of(config, tokenizer)
-    assert said.startswith("a.jsonl: no record can be used (over_length: 30); for instance a.jsonl, line 30, has ")
-    assert " tokens, more than data.sequence_length (64): {'prompt': 'the rank" in said
-    assert said.endswith("; raise data.sequence_length")
+    message = _error_of(config, tokenizer)
+    assert message.startswith("a.jsonl: no record can be used (over_length: 30); for instance a.jsonl, line 30, has ")
+    assert " tokens, more than data.sequence_length (64): {'prompt': 'the rank" in message
+    assert message.endswith("; raise data.sequence_length")
     _written(path, [*rows * 40])
     assert "no record can be used among the first 1,024 (over_length: 1,024)" in _error_of(config, tokenizer)
 
@@ -127,8 +127,8 @@ def test_many_records_that_are_too_long_cause_a_warning(tmp_path, tokenizer, cap
     config = data_config(_written(tmp_path / "a.jsonl", rows), records={"kind": "prompt"}, sequence_length=64)
     with caplog.at_level(logging.WARNING):
         check_records(configured_shards(config, "train"), config, tokenizer)
-    [said] = caplog.messages
-    assert said.startswith(
+    [message] = caplog.messages
+    assert message.startswith(
         "a.jsonl: 29 of the first 30 records are too long and left out, for instance a.jsonl, line 30"
     )
     caplog.clear()
@@ -146,10 +146,10 @@ def test_whole_texts_that_are_all_too_long_are_reported(tmp_path, tokenizer):
 def test_a_small_set_is_checked_as_a_whole_and_a_large_one_by_its_first_rows(tmp_path, tokenizer):
     rows = [_conversation(number, "system" if number == 20 else "user") for number in range(50)]
     path = _written(tmp_path / "a.jsonl", rows)
-    said = _error_of(_config(path), tokenizer)
-    assert said.startswith("1 of 50 records cannot be used")
-    assert "a.jsonl, line 21, is refused by the template " in said
-    assert "(the system must come first)" in said
+    message = _error_of(_config(path), tokenizer)
+    assert message.startswith("1 of 50 records cannot be used")
+    assert "a.jsonl, line 21, is refused by the template " in message
+    assert "(the system must come first)" in message
     for config in (_config(path, max_bad_fraction=0.02), _config(_written(path, [*rows, *rows[:20] * 48]))):
         check_records(configured_shards(config, "train"), config, tokenizer)
 

@@ -163,8 +163,8 @@ def test_numbers_of_used_and_skipped_records_are_logged(tokenizer_path, tmp_path
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with caplog.at_level("INFO", "relora_mora.data.sets.reading"):
         epoch = _count(_config(tmp_path / "a.jsonl", "whole"), tokenizer_path)
-    [said] = [message for message in caplog.messages if " sequences, " in message]
-    found = re.fullmatch(r"18 records in (\d+) sequences, (\d+) % full(.*)", said)
+    [message] = [message for message in caplog.messages if " sequences, " in message]
+    found = re.fullmatch(r"18 records in (\d+) sequences, (\d+) % full(.*)", message)
     assert found is not None
     assert found[3] == "; no_answer: 1; over_length: 1; cut: 1"
     tokenizer = load_tokenizer(tokenizer_path)
@@ -180,18 +180,18 @@ def test_lanes_that_wait_long_cause_a_warning(tokenizer_path, tmp_path, caplog):
         (tmp_path / f"part-{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     epoch = _count(_config(tmp_path / "*.jsonl", "none"), tokenizer_path)
     assert epoch.blocks == [40]
-    [said] = caplog.messages
-    assert said.startswith("69 % of the sequences of an epoch are empty: 4 lanes wait for the one with the most")
-    assert said.endswith("; lower data.lanes")
+    [message] = caplog.messages
+    assert message.startswith("69 % of the sequences of an epoch are empty: 4 lanes wait for the one with the most")
+    assert message.endswith("; lower data.lanes")
 
 
 def test_an_end_that_does_not_fill_a_batch_causes_a_warning(tokenizer_path, tmp_path, caplog):
     rows = [{"prompt": "the", "completion": _completion(number)} for number in range(3)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     count_epochs(_config(tmp_path / "a.jsonl", "none"), tokenizer_path, lanes=1, blocks_per_lane=8)
-    [said] = caplog.messages
-    assert said.startswith("62 % of the sequences of an epoch are empty: the end of an epoch does not fill a global")
-    assert said.endswith("; lower train.batch_size")
+    [message] = caplog.messages
+    assert message.startswith("62 % of the sequences of an epoch are empty: the end of an epoch does not fill a global")
+    assert message.endswith("; lower train.batch_size")
 
 
 def test_a_stream_whose_lanes_have_unequal_shares_causes_a_warning(tokenizer_path, tmp_path, caplog):
@@ -199,8 +199,8 @@ def test_a_stream_whose_lanes_have_unequal_shares_causes_a_warning(tokenizer_pat
         (tmp_path / f"part-{part}.jsonl").write_text((json.dumps({"text": "the rank"}) + "\n") * size)
     config = data_config(tmp_path / "*.jsonl", sequence_length=LENGTH)
     count_epochs(config, tokenizer_path, lanes=LANES)
-    [said] = caplog.messages
-    assert said.startswith("lanes have unequal shares of 2 files: about 40 % of the text is read only after")
+    [message] = caplog.messages
+    assert message.startswith("lanes have unequal shares of 2 files: about 40 % of the text is read only after")
     caplog.clear()
     count_epochs(config.model_copy(update={"concatenate": True}), tokenizer_path, lanes=LANES)
     assert not caplog.messages

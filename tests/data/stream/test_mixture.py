@@ -114,9 +114,9 @@ def test_a_mixture_reads_each_source_as_if_it_were_the_only_one(folder, tokenize
         assert batch.counts["blocks/web"] == 72
         assert batch.counts["blocks/books"] == 24
         assert batch.counts["epoch/web"] == batch.counts["epoch"] == 0
-        said = stream.describe(batch.state)
-        assert len(said) == 8
-        assert said[1].startswith("lane 0, web: epoch 0, part-0000")
+        positions = stream.describe(batch.state)
+        assert len(positions) == 8
+        assert positions[1].startswith("lane 0, web: epoch 0, part-0000")
         json.dumps(batch.state)
 
 
@@ -165,8 +165,8 @@ def test_positions_of_a_batch_name_the_sources_that_it_took_from(folder):
     place = {"epoch": 0, "place": 0, "block": 0, "item": 2, "bad": 0, "documents": 2, "skipped": {}, "offset": 3}
     before = {"0/web": {**place, "blocks": 1}, "0/books": {**place, "blocks": 1}}
     after = {"0/web": {**place, "item": 3, "blocks": 2}, "0/books": before["0/books"]}
-    (said,) = describe_position(after, lanes=4, shards=shards, config=config, since=before)
-    assert said.startswith("lane 0, web: from ")
+    (position,) = describe_position(after, lanes=4, shards=shards, config=config, since=before)
+    assert position.startswith("lane 0, web: from ")
 
 
 def test_a_wrong_column_is_reported_with_its_source(folder):

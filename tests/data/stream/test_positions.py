@@ -35,16 +35,16 @@ def test_the_described_position_is_the_one_that_was_read(tmp_path, lanes, shards
             if not lane.state()["documents"]:
                 continue
             state = lane.state()
-            (said,) = describe_position(
+            (position,) = describe_position(
                 {str(number): state}, lanes=lanes, shards=resolve_shards(config.train), config=config
             )
-            match = SENTENCE.fullmatch(said)
-            assert match and match.group(1, 2) == (str(number), str(state["epoch"])), said
+            match = SENTENCE.fullmatch(position)
+            assert match and match.group(1, 2) == (str(number), str(state["epoch"])), position
             name, row, _ = documents_in(tokens)[-1].split(" ")  # the last one that was finished
             lines = range(
                 int(match["first"] or match["line"]), int(match["last"] or match["line"]) + 1, int(match["step"] or 1)
             )
-            assert len(lines) == shuffle and match[3] == name and int(row) + 1 in lines, (said, name, row)
+            assert len(lines) == shuffle and match[3] == name and int(row) + 1 in lines, (position, name, row)
             assert int(match["tokens"] or 0) == len(tokens) - 1 - max(
                 at for at, token in enumerate(tokens) if token == EOS
             )

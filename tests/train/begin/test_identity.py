@@ -39,7 +39,7 @@ def test_changed_settings_are_named():
 
 
 @pytest.mark.parametrize(
-    "changes,said",
+    "changes,message",
     [
         ({}, []),
         ({"tokenizer_fingerprint": "other"}, ["the tokenizer"]),
@@ -49,8 +49,8 @@ def test_changed_settings_are_named():
         ({"bf16": True}, ["the fast precision of the device"]),
     ],
 )
-def test_ranks_report_what_differs(changes, said):
-    assert describe_differences(identity(), identity(**changes)) == said
+def test_ranks_report_what_differs(changes, message):
+    assert describe_differences(identity(), identity(**changes)) == message
 
 
 def test_ranks_compare_every_setting():

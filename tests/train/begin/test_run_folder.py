@@ -41,10 +41,10 @@ def test_a_read_only_run_folder_is_refused_before_the_model_is_built(pools, inpu
         config = _config(inputs, tokenizer_path, folder / "run", tmp_path / "run.yaml")
         answers = pools(2)(call, PRETRAIN, config)
     assert [answer.code for answer in answers] == [2, 2]
-    said = "".join(answer.out + answer.err for answer in answers)
-    assert said.count("Read-only file system") == 1
-    assert "Traceback" not in said
-    assert "adapters on" not in said
+    output = "".join(answer.out + answer.err for answer in answers)
+    assert output.count("Read-only file system") == 1
+    assert "Traceback" not in output
+    assert "adapters on" not in output
 
 
 def test_a_folder_that_is_not_a_run_is_refused_and_not_changed(pools, inputs, tokenizer_path, tmp_path):
@@ -57,10 +57,10 @@ def test_a_folder_that_is_not_a_run_is_refused_and_not_changed(pools, inputs, to
     for _ in range(2):
         answers = pools(2)(call, PRETRAIN, config)
         assert [answer.code for answer in answers] == [2, 2]
-        said = "".join(answer.out + answer.err for answer in answers)
-        assert said.count(f"{folder} is not the folder of a run") == 1, said
-        assert "config.yaml, tokenizer there; give a new or empty folder" in said
-        assert "Traceback" not in said
+        output = "".join(answer.out + answer.err for answer in answers)
+        assert output.count(f"{folder} is not the folder of a run") == 1, output
+        assert "config.yaml, tokenizer there; give a new or empty folder" in output
+        assert "Traceback" not in output
         assert {path: path.read_bytes() for path in before} == before
         assert {path.name for path in folder.iterdir()} - {"ends.jsonl"} == {"config.yaml", "tokenizer"}
 
@@ -111,15 +111,15 @@ def test_changes_at_a_resume_are_noted_and_a_finished_run_keeps_its_settings(poo
 
     changed = {"optim": {"lr": 0.25}, "train": {"allow_changes": ["optim.lr"]}}
     assert "changed" not in start(stop_after=5)
-    [said] = start(**changed)["changed"]
-    assert said.startswith("optim.lr: ")
-    assert said.endswith(" in the checkpoint, 0.25 now")
+    [change] = start(**changed)["changed"]
+    assert change.startswith("optim.lr: ")
+    assert change.endswith(" in the checkpoint, 0.25 now")
     config = RunFolder(tmp_path / "run").config
     trained_with = config.read_text()
     longer = run_config(inputs, tokenizer_path, tmp_path / "run", optim={"lr": 0.25}, train={"steps": 99})
     config.write_text(dump(longer))  # as of a start that was killed before it trained
     other = {"optim": {"lr": 0.5}, "train": {"allow_changes": ["optim.lr"]}}
-    assert start(**other, eval={"max_tokens": 7})["changed"] == [said], "no start is noted"
+    assert start(**other, eval={"max_tokens": 7})["changed"] == [change], "no start is noted"
     assert config.read_text() == trained_with
 
 

@@ -58,7 +58,7 @@ class Recorder:
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO)
     return caplog
 
@@ -92,7 +92,7 @@ def test_a_logger_gets_everything_that_the_file_gets(folder: Path) -> None:
 
 
 def test_a_logger_that_fails_costs_neither_the_file_nor_other_loggers(
-    folder: Path, said: pytest.LogCaptureFixture
+    folder: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     broken, whole = Recorder(broken=True), Recorder()
     written = Metrics(folder, step=0, loggers=[broken, whole])
@@ -105,7 +105,7 @@ def test_a_logger_that_fails_costs_neither_the_file_nor_other_loggers(
     written.close()
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4] == [event[0] for event in whole.events[1:-1]]
     assert broken.events == [(2, {"train/loss": 2.0})]
-    messages = [record.getMessage() for record in said.records]
+    messages = [record.getMessage() for record in logged.records]
     assert len(messages) == 2, "once for each time that it begins to fail"
     assert "a broken recorder: metrics cannot be written (the server said no)" in messages[0]
 
@@ -219,7 +219,7 @@ def test_a_resume_continues_the_run_and_a_new_start_does_not(folder: Path, servi
 
 
 def test_an_unreachable_service_is_reported_once(
-    folder: Path, service: Service, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    folder: Path, service: Service, logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def init(**given: Any) -> None:
         raise ConnectionError("no answer")
@@ -229,9 +229,9 @@ def test_an_unreachable_service_is_reported_once(
     for step in (1, 2):
         written.write(step, {"train/loss": 1.0})
     written.close()
-    assert len(said.records) == 1
-    assert "Weights & Biases" in said.text
-    assert "no answer" in said.text
+    assert len(logged.records) == 1
+    assert "Weights & Biases" in logged.text
+    assert "no answer" in logged.text
     assert len(metrics(folder)) == 2
 
 

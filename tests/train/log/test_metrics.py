@@ -103,9 +103,9 @@ def test_a_folder_that_cannot_be_written_for_a_while_costs_lines_and_no_tracebac
     board.rename(tmp_path / "away")
     board.write_text("")  # in its place
     setup_logging(0)
-    said, step, deadline = "", 2, time.monotonic() + 30
-    while "metrics cannot be written" not in said:  # a thread finds that out
-        said += capfd.readouterr().err
+    output, step, deadline = "", 2, time.monotonic() + 30
+    while "metrics cannot be written" not in output:  # a thread finds that out
+        output += capfd.readouterr().err
         assert time.monotonic() < deadline
         metrics.write(step, {"train/loss": 1.0})
         step += 1
@@ -117,7 +117,7 @@ def test_a_folder_that_cannot_be_written_for_a_while_costs_lines_and_no_tracebac
     metrics.close()
     assert _board(tmp_path, "train/loss")[-2:] == [(step, 2.0), (step + 1, 3.0)]
     assert [line["step"] for line in _lines(tmp_path)] == list(range(1, step + 2))
-    assert "Traceback" not in said + capfd.readouterr().err
+    assert "Traceback" not in output + capfd.readouterr().err
 
 
 def test_a_full_disk_at_a_rollback_loses_lines_and_duplicates_no_step(tmp_path, monkeypatch):

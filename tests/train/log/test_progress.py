@@ -41,13 +41,13 @@ def run_of_two_steps(*, show: bool = True) -> None:
 def test_every_line_of_the_log_is_kept(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = set_stderr(kind(), monkeypatch)
     run_of_two_steps()
-    said = stderr.getvalue()
-    lines = re.findall(r"\d\d:\d\d:\d\d (step .*)\n", said)
+    output = stderr.getvalue()
+    lines = re.findall(r"\d\d:\d\d:\d\d (step .*)\n", output)
     assert [line.rpartition(",")[0] for line in lines] == ["step 2/4: loss 5.0", "step 3/4: loss 4.0"]
     assert all(re.search(r"\d\d:\d\d left$", line) for line in lines)
     on_terminal = isinstance(stderr, Terminal)
-    assert ("evaluation:" in said) is on_terminal
-    assert ("\r" in said) is on_terminal
+    assert ("evaluation:" in output) is on_terminal
+    assert ("\r" in output) is on_terminal
 
 
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
