@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -16,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig
 
 from relora_mora.tokenizer import load as loading
 from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError, open_sentencepiece, read_tokenizer
@@ -35,15 +33,6 @@ from tests.tools.shared import SHARED, needs_shared
 from tests.tools.tokenizer_tools import own_text, save_other_tokenizer, train_tokenizer, training
 
 EOS = 2
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained tokenizer of 1,000 ids, as tokenizer/train.py writes it."""
-    out = tmp_path_factory.mktemp("tokenizer") / "trained"
-    documents = own_text()
-    training.write(training.train(documents, vocab_size=1000, character_coverage=0.9995), out, documents)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -285,46 +274,6 @@ def test_padding_in_a_file_does_not_change_which_tokenizer_it_is(tmp_path: Path)
     assert (tmp_path / "out" / MODEL_FILE).exists()
 
 
-def test_a_tokenizer_that_finds_the_end_in_text_is_refused(tmp_path: Path) -> None:
-    from tokenizers import models, pre_tokenizers
-
-    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "end": 2, "?": 3}, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="end").save_pretrained(str(tmp_path / "words"))
-    backend.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(TokenizerError, match="no end-of-document token"):
-        load_tokenizer(tmp_path)
-    json_file = tmp_path / "words" / "tokenizer.json"
-    description = json.loads(json_file.read_text())
-    description["added_tokens"][0]["special"] = False
-    json_file.write_text(json.dumps(description))
-    with pytest.raises(TokenizerError, match=r"text can contain the end-of-document token 'end' \(id 2\)"):
-        load_tokenizer(tmp_path / "words")
-
-
-END_IN_TEXT = ["\u010a", "\u0120the", "e", "he"]  # in the vocabulary, a newline and a space are written as letters
-
-
-@pytest.mark.parametrize(
-    ("token", "listed"), [*((token, listed) for token in END_IN_TEXT for listed in (False, True)), ("\u00c3", False)]
-)
-def test_an_end_that_is_a_piece_of_text_is_refused(tmp_path: Path, token: str, listed: bool) -> None:
-    """``listed``: as an added token, which transformers makes of it when it saves the tokenizer."""
-    path = save_other_tokenizer(tmp_path / "pieces", eos_token=token)
-    if listed:
-        PreTrainedTokenizerFast.from_pretrained(path).save_pretrained(path)
-    with pytest.raises(TokenizerError, match=f"{path}: .* contain the end-of-document token '{token}'"):
-        load_tokenizer(path)
-
-
-@pytest.mark.parametrize("token", ["\u2581the", "<0x0A>", "<unk>"])
-def test_an_end_that_is_a_piece_of_a_sentencepiece_model_is_refused(folder: Path, tmp_path: Path, token: str) -> None:
-    shutil.copy(folder / MODEL_FILE, tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
-    with pytest.raises(TokenizerError, match=f"text can contain the end-of-document token '{token}'"):
-        load_tokenizer(tmp_path)
-
-
 def _as_described(folder: Path, texts: Sequence[str]) -> list[list[int]]:
     """Ids of what a tokenizer.json says, by the package that wrote it."""
     described = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -367,60 +316,6 @@ def test_dropout_of_merges_is_switched_off(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "saved/tokenizer.json").read_text())["model"]["dropout"] is None
 
 
-def test_a_conversion_with_other_ids_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loading.auto_tokenizer
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        tokenizer = real(*args, **kwargs)
-        tokenizer.backend_tokenizer.normalizer = None
-        return tokenizer
-
-    monkeypatch.setattr(loading, "auto_tokenizer", broken)
-    with pytest.raises(TokenizerError, match="other ids than with sentencepiece"):
-        load_tokenizer(folder)
-
-
-def test_a_folder_that_is_not_a_tokenizer_is_explained(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for name in ("words.txt", "noise.model", "nothing.model"):
-        (tmp_path / name).write_bytes(b"" if name == "nothing.model" else b"no model")
-    for name, message in {
-        "missing": "not found",
-        "empty": "this folder has no tokenizer",
-        "words.txt": "not a sentencepiece .model file",
-        "noise.model": "not a sentencepiece model",
-        "nothing.model": "not a sentencepiece model",
-    }.items():
-        for function in (load_tokenizer, tokenizer_fingerprint):
-            with pytest.raises(TokenizerError, match=message) as caught:
-                function(tmp_path / name)
-            assert name in str(caught.value)
-            assert "expected a folder with tokenizer.model" in str(caught.value)
-
-
-@pytest.mark.parametrize("content", [b"[]", b"{", bytes(range(256)), b"{}", b'{"model": {"vocab": 3}}'])
-def test_a_damaged_tokenizer_json_is_named(folder: Path, tmp_path: Path, content: bytes) -> None:
-    single = tmp_path / "single"
-    both = shutil.copytree(folder, tmp_path / "both")
-    single.mkdir()
-    is_object = content.endswith(b"}")  # with an object, only load_tokenizer is called for the single file
-    for path, functions in ((single, [load_tokenizer]), (both, [load_tokenizer, tokenizer_fingerprint])):
-        (path / "tokenizer.json").write_bytes(content)
-        for function in functions if is_object else (load_tokenizer, tokenizer_fingerprint):
-            with pytest.raises(TokenizerError) as caught:
-                function(path)
-            assert str(path) in str(caught.value)
-
-
-def test_a_model_without_an_end_is_refused(tmp_path: Path) -> None:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(own_text()[0].splitlines()), model_prefix=str(tmp_path / "x"), vocab_size=320,
-        model_type="bpe", byte_fallback=True, eos_id=-1, normalization_rule_name="identity", minloglevel=2,
-    )  # fmt: skip
-    with pytest.raises(TokenizerError, match="no end-of-document token"):
-        load_tokenizer(tmp_path / "x.model")
-
-
 def test_vocabulary_against_the_model(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     assert vocabulary_size(tokenizer) == 1000
@@ -447,110 +342,3 @@ def test_loading_is_silent_and_offline(folder: Path) -> None:
     }
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_a_chat_template_and_the_beginning_of_texts_go_with_a_sentencepiece_model(folder: Path, tmp_path: Path) -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = load_tokenizer(folder)
-    bos = tokenizer.bos_token_id
-    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    save_tokenizer(tokenizer, tmp_path / "saved")
-    plain = AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
-    conversation = [{"role": "user", "content": "the rank"}]
-    [text] = encode(tokenizer, ["the rank"])
-    assert plain.apply_chat_template(conversation)["input_ids"] == [bos, *text, tokenizer.eos_token_id]
-    assert plain("the rank").input_ids == [bos, *text]
-    again = load_tokenizer(tmp_path / "saved")
-    assert again.chat_template == tokenizer.chat_template
-    assert again("the rank").input_ids == [bos, *text]
-    assert encode(again, ["a</s>b"]) == encode(tokenizer, ["a</s>b"])
-    assert tokenizer.eos_token_id not in encode(again, ["a</s>b"])
-    assert is_tokenizer(tmp_path / "saved", tokenizer_fingerprint(folder))
-    (tmp_path / "saved" / "chat_template.jinja").unlink()
-    config = tmp_path / "saved" / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "older"}))
-    assert load_tokenizer(tmp_path / "saved").chat_template == "older"
-
-
-def test_how_texts_begin_and_are_padded_goes_with_a_sentencepiece_model_without_tokenizer_json(
-    folder: Path, tmp_path: Path
-) -> None:
-    """Folders of the first LLaMA models are so."""
-    start = tmp_path / "start"
-    start.mkdir()
-    shutil.copy(folder / MODEL_FILE, start)
-    described = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "pad_token": "<unk>",
-        "padding_side": "left",
-        "model_max_length": 4096,
-    }
-    (start / "tokenizer_config.json").write_text(json.dumps(described))
-    save_tokenizer(start, tmp_path / "saved")
-    for tokenizer in (load_tokenizer(start), AutoTokenizer.from_pretrained(str(tmp_path / "saved"))):
-        [text] = encode(load_tokenizer(folder), ["the rank"])
-        assert tokenizer("the rank").input_ids == [tokenizer.bos_token_id, *text]
-        batch = tokenizer(["the rank of a matrix", "the"], padding=True)["input_ids"]
-        assert batch[1][0] == tokenizer.pad_token_id == 0
-        assert tokenizer.model_max_length == 4096
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [("chat_template.jinja", b"\xff\xfe"), ("tokenizer.json", b'{"version": "1.0", "model": {"type": "Newer"}}')],
-)
-def test_unreadable_files_next_to_a_model_are_named(folder: Path, tmp_path: Path, file: str, content: bytes) -> None:
-    shutil.copy(folder / MODEL_FILE, tmp_path)
-    (tmp_path / file).write_bytes(content)
-    with pytest.raises(TokenizerError, match=re.escape(str(tmp_path / file))):
-        load_tokenizer(tmp_path)
-
-
-def _special(token: str) -> dict[str, Any]:
-    return {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
-
-
-@pytest.fixture
-def with_turns(folder: Path, tmp_path: Path) -> Path:
-    """Tokens of ChatML next to a sentencepiece model, as saved before there was a tokenizer.json."""
-    out = tmp_path / "with_turns"
-    out.mkdir()
-    shutil.copy(folder / MODEL_FILE, out)
-    (out / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 1000, "<|im_start|>": 1001}))
-    described = {
-        "eos_token": "<|im_end|>",
-        "added_tokens_decoder": {"2": _special("</s>"), "1001": _special("<|im_start|>")},
-    }
-    (out / "tokenizer_config.json").write_text(json.dumps(described))
-    return out
-
-
-def test_tokens_next_to_a_sentencepiece_model_are_added(with_turns: Path, folder: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(with_turns)
-    assert (vocabulary_size(tokenizer), tokenizer.eos_token, tokenizer.eos_token_id) == (1002, "<|im_end|>", 1000)
-    text = "<|im_start|>user\nhi  <|im_end|> "
-    assert encode(tokenizer, [text])[0] == open_sentencepiece(folder / MODEL_FILE).encode(text), "no text has them"
-    parsed = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
-    assert parsed[0] == 1001 and 1000 in parsed, "what a chat template writes has"
-    assert not is_tokenizer(folder, tokenizer_fingerprint(with_turns))
-    save_tokenizer(tokenizer, tmp_path / "saved")
-    assert is_tokenizer(tmp_path / "saved", tokenizer_fingerprint(with_turns))
-    assert load_tokenizer(tmp_path / "saved").eos_token_id == 1000
-
-
-@pytest.mark.parametrize(
-    ("added", "eos", "message"),
-    [
-        ({"<x>": 1001}, "</s>", "'<x>' has the id 1001, which is not the next one"),
-        ({"a": "b"}, "</s>", "its added tokens cannot be read"),
-        ({"<x>": 1000}, "<end>", "eos_token in tokenizer_config.json is '<end>', which is not one of its tokens"),
-    ],
-)
-def test_tokens_that_cannot_be_added_are_named(with_turns: Path, added: dict[str, Any], eos: str, message: str) -> None:
-    (with_turns / "added_tokens.json").write_text(json.dumps(added))
-    (with_turns / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": eos}}))
-    with pytest.raises(TokenizerError, match=message):
-        load_tokenizer(with_turns)

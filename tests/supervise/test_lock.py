@@ -1,0 +1,167 @@
+"""The lock of a run folder: one trainer at a time, on this host and on others."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from relora_mora.supervise.lock import STALE_SECONDS, LockError, RunLock, is_held
+
+HOLD = """
+import sys
+from pathlib import Path
+from relora_mora.supervise.lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+lock.acquire()
+print("held", flush=True)
+sys.stdin.readline()
+lock.release()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_held_lock_is_refused_and_names_its_holder(holder, tmp_path):
+    with pytest.raises(LockError, match=rf"pid {holder.pid}.*use another train\.run_dir"):
+        RunLock(tmp_path).acquire(wait_seconds=0.5)
+
+
+def test_a_lock_is_free_when_its_holder_was_killed(holder, tmp_path):
+    holder.kill()
+    holder.wait()
+    lock = RunLock(tmp_path)
+    before = lock.acquire(wait_seconds=60)
+    assert before is not None
+    assert f"pid {holder.pid}" in before
+    lock.release()
+    again = RunLock(tmp_path)
+    assert again.acquire(wait_seconds=0.5) is None  # it was released, so there is no holder to report
+    again.release()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_holder_notices_that_its_file_was_removed_or_replaced(replaced, tmp_path, monkeypatch):
+    """Otherwise it would remove checkpoints of another trainer that has started there."""
+    monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
+    heard: queue.Queue[str | None] = queue.Queue()
+    lock = RunLock(tmp_path / "run", heard.put)
+    other = RunLock(tmp_path / "other")
+    lock.acquire()
+    other.acquire()
+    with pytest.raises(queue.Empty):
+        heard.get(timeout=0.3)
+    if replaced:
+        other.path.rename(lock.path)
+        assert f"pid {os.getpid()}" in str(heard.get(timeout=60))
+    else:
+        lock.path.unlink()
+        assert heard.get(timeout=60) is None
+    lock.release()
+    other.release()
+
+
+def test_a_holder_whose_folder_was_copied_elsewhere_is_not_another_trainer(tmp_path, monkeypatch):
+    """A run is copied to a larger disk while it trains, and the link to its folder is changed."""
+    monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
+    heard: queue.Queue[str | None] = queue.Queue()
+    run, small, large, link = (tmp_path / name for name in ("run", "small", "large", "link"))
+    small.mkdir()
+    run.symlink_to(small)
+    lock = RunLock(run, heard.put)
+    lock.acquire()
+    shutil.copytree(small, large)
+    link.symlink_to(large)
+    link.replace(run)  # atomic: there is no moment without the file
+    assert heard.get(timeout=60) is None
+    lock.release()
+
+
+def test_a_lock_waits_for_its_holder_to_end(holder, tmp_path):
+    assert holder.stdin
+    holder.stdin.write("\n")
+    holder.stdin.flush()
+    lock = RunLock(tmp_path)
+    assert lock.acquire(wait_seconds=60) is None
+    lock.release()
+
+
+def test_a_holder_on_this_host_is_alive_whatever_the_clock_says(holder, tmp_path, monkeypatch):
+    """psutil's start times move with the system clock; without flock, the lock depends on the start time."""
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 0.0)
+    assert is_held(tmp_path)
+
+
+def _held_elsewhere(folder: Path) -> Path:
+    path = folder / "lock"
+    path.write_text(
+        json.dumps(
+            {"host": "other", "host_id": "other/boot", "pid": 1, "started": 1.0, "since": "then", "released": False}
+        )
+    )
+    return path
+
+
+def test_a_holder_that_lost_the_lock_notices_and_does_not_touch_the_file(tmp_path, monkeypatch):
+    """It was suspended for a while, on a file system whose flock does not work across hosts."""
+    monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    lost: list[str | None] = []
+    heard = threading.Event()
+    first = RunLock(tmp_path, lambda who: (lost.append(who), heard.set()))
+    first.acquire()
+    second = RunLock(tmp_path)
+    second.acquire()
+    assert heard.wait(30)
+    assert lost[0]
+    assert f"pid {os.getpid()}" in lost[0]
+    first.release()
+    assert is_held(tmp_path)
+    second.release()
+    assert not is_held(tmp_path)
+
+
+@pytest.mark.parametrize("lag_seconds", [0, 3600])
+def test_a_holder_on_another_host_is_alive_while_it_touches_the_file(tmp_path, monkeypatch, lag_seconds):
+    """Even if that host's clock lags this host's clock, or this one has jumped."""
+    path = _held_elsewhere(tmp_path)
+
+    def touch(seconds: float) -> None:
+        there = time.time() - lag_seconds
+        os.utime(path, (there, there))
+
+    touch(0.0)
+    monkeypatch.setattr(time, "sleep", touch)
+    with pytest.raises(LockError, match="host other, pid 1"):
+        RunLock(tmp_path).acquire()
+
+
+def test_a_holder_on_another_host_that_touches_nothing_is_gone(tmp_path, monkeypatch):
+    _held_elsewhere(tmp_path)
+    now = time.monotonic()
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(time, "monotonic", lambda: now + sum(slept))
+    lock = RunLock(tmp_path)
+    assert "host other" in str(lock.acquire())
+    lock.release()
+    assert sum(slept) > STALE_SECONDS - 0.5

@@ -1,0 +1,115 @@
+"""Tokenizers that are refused: ambiguous ends of documents, other ids, and damaged files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from relora_mora.tokenizer import load as loading
+from relora_mora.tokenizer.folder import MODEL_FILE, TokenizerError
+from relora_mora.tokenizer.identity import (
+    tokenizer_fingerprint,
+)
+from relora_mora.tokenizer.load import load_tokenizer
+from tests.tools.tokenizer_tools import own_text, save_other_tokenizer
+
+
+def test_a_tokenizer_that_finds_the_end_in_text_is_refused(tmp_path: Path) -> None:
+    from tokenizers import models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "end": 2, "?": 3}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="end").save_pretrained(str(tmp_path / "words"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="no end-of-document token"):
+        load_tokenizer(tmp_path)
+    json_file = tmp_path / "words" / "tokenizer.json"
+    description = json.loads(json_file.read_text())
+    description["added_tokens"][0]["special"] = False
+    json_file.write_text(json.dumps(description))
+    with pytest.raises(TokenizerError, match=r"text can contain the end-of-document token 'end' \(id 2\)"):
+        load_tokenizer(tmp_path / "words")
+
+
+END_IN_TEXT = ["\u010a", "\u0120the", "e", "he"]  # in the vocabulary, a newline and a space are written as letters
+
+
+@pytest.mark.parametrize(
+    ("token", "listed"), [*((token, listed) for token in END_IN_TEXT for listed in (False, True)), ("\u00c3", False)]
+)
+def test_an_end_that_is_a_piece_of_text_is_refused(tmp_path: Path, token: str, listed: bool) -> None:
+    """``listed``: as an added token, which transformers makes of it when it saves the tokenizer."""
+    path = save_other_tokenizer(tmp_path / "pieces", eos_token=token)
+    if listed:
+        PreTrainedTokenizerFast.from_pretrained(path).save_pretrained(path)
+    with pytest.raises(TokenizerError, match=f"{path}: .* contain the end-of-document token '{token}'"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("token", ["\u2581the", "<0x0A>", "<unk>"])
+def test_an_end_that_is_a_piece_of_a_sentencepiece_model_is_refused(folder: Path, tmp_path: Path, token: str) -> None:
+    shutil.copy(folder / MODEL_FILE, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    with pytest.raises(TokenizerError, match=f"text can contain the end-of-document token '{token}'"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_conversion_with_other_ids_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loading.auto_tokenizer
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        tokenizer = real(*args, **kwargs)
+        tokenizer.backend_tokenizer.normalizer = None
+        return tokenizer
+
+    monkeypatch.setattr(loading, "auto_tokenizer", broken)
+    with pytest.raises(TokenizerError, match="other ids than with sentencepiece"):
+        load_tokenizer(folder)
+
+
+def test_a_folder_that_is_not_a_tokenizer_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("words.txt", "noise.model", "nothing.model"):
+        (tmp_path / name).write_bytes(b"" if name == "nothing.model" else b"no model")
+    for name, message in {
+        "missing": "not found",
+        "empty": "this folder has no tokenizer",
+        "words.txt": "not a sentencepiece .model file",
+        "noise.model": "not a sentencepiece model",
+        "nothing.model": "not a sentencepiece model",
+    }.items():
+        for function in (load_tokenizer, tokenizer_fingerprint):
+            with pytest.raises(TokenizerError, match=message) as caught:
+                function(tmp_path / name)
+            assert name in str(caught.value)
+            assert "expected a folder with tokenizer.model" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", bytes(range(256)), b"{}", b'{"model": {"vocab": 3}}'])
+def test_a_damaged_tokenizer_json_is_named(folder: Path, tmp_path: Path, content: bytes) -> None:
+    single = tmp_path / "single"
+    both = shutil.copytree(folder, tmp_path / "both")
+    single.mkdir()
+    is_object = content.endswith(b"}")  # with an object, only load_tokenizer is called for the single file
+    for path, functions in ((single, [load_tokenizer]), (both, [load_tokenizer, tokenizer_fingerprint])):
+        (path / "tokenizer.json").write_bytes(content)
+        for function in functions if is_object else (load_tokenizer, tokenizer_fingerprint):
+            with pytest.raises(TokenizerError) as caught:
+                function(path)
+            assert str(path) in str(caught.value)
+
+
+def test_a_model_without_an_end_is_refused(tmp_path: Path) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(own_text()[0].splitlines()), model_prefix=str(tmp_path / "x"), vocab_size=320,
+        model_type="bpe", byte_fallback=True, eos_id=-1, normalization_rule_name="identity", minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(TokenizerError, match="no end-of-document token"):
+        load_tokenizer(tmp_path / "x.model")
