@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 from relora_mora.supervise.exits import STOP_SIGNALS
+from tests.tools.helpers import ROOT
 from tests.tools.jobs import kill_all
 from tests.tools.pool import Pools
 from tests.tools.tokenizer_tools import train_tokenizer
@@ -60,6 +61,12 @@ def signals_are_put_back() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs in the root of the repository, as paths in the shipped configs expect."""
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(scope="session")

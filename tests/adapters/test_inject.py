@@ -17,6 +17,7 @@ from relora_mora.model.llama import build_model
 from relora_mora.operators import square_size
 from relora_mora.optim.groups import parameter_groups, set_trainable
 from relora_mora.sizing.fit import adapter_parameters
+from tests.tools.adapter_tools import ADAPTERS_ONLY
 from tests.tools.tiny import tiny_config, tiny_llama
 
 
@@ -77,18 +78,15 @@ def test_a_projection_may_have_a_rank_of_its_own(method):
     assert numbers == 2 * adapter_parameters(config.method, shapes)  # two decoder layers, as planned
 
 
-ALONE = {"train_embeddings": False, "train_norms": False, "train_head": False}
-
-
 @pytest.mark.parametrize(
     ("method", "groups"),
     [
-        (ALONE, ["adapters"]),
-        (ALONE | {"target_modules": ["q_proj"]}, ["adapters"]),
-        (ALONE | {"target_modules": ["q_proj"], "train_linears": True}, ["adapters", "linears"]),
-        (ALONE | {"target_modules": ["q_proj"], "train_norms": True}, ["adapters", "linears", "norms"]),
+        (ADAPTERS_ONLY, ["adapters"]),
+        (ADAPTERS_ONLY | {"target_modules": ["q_proj"]}, ["adapters"]),
+        (ADAPTERS_ONLY | {"target_modules": ["q_proj"], "train_linears": True}, ["adapters", "linears"]),
+        (ADAPTERS_ONLY | {"target_modules": ["q_proj"], "train_norms": True}, ["adapters", "linears", "norms"]),
         ({"target_modules": ["q_proj"], "train_linears": False}, ["adapters", "embeddings", "norms"]),
-        (ALONE | {"name": "lora", "target_modules": ["q_proj"]}, ["adapters"]),
+        (ADAPTERS_ONLY | {"name": "lora", "target_modules": ["q_proj"]}, ["adapters"]),
     ],
 )
 def test_everything_except_the_adapters_can_be_frozen(method: dict[str, Any], groups: list[str]):

@@ -24,6 +24,7 @@ from relora_mora.config.schema import Config
 from relora_mora.train.state.resume import where_to_resume
 from tests.checkpoint.tools import FILES, STATE, TOKENIZER, made_checkpoint, passed_over, rewrite
 from tests.tools.config_tools import tree
+from tests.tools.runs import checkpoint_at
 
 
 def _flip(path: Path, bit: int) -> None:
@@ -178,7 +179,7 @@ def test_a_checkpoint_whose_last_rename_is_missing_counts(folder):
     with pytest.raises(CheckpointError, match=r"holds checkpoints, and train\.resume=never"):
         where_to_resume(_resuming("never", run_dir))
     assert where_to_resume(_resuming("auto", run_dir)) == run_dir / "checkpoints"
-    own = run_dir / "checkpoints" / "step-00000015"
+    own = checkpoint_at(run_dir, 15)
     (run_dir / "best").symlink_to(own)
     for name in (own, run_dir / "best"):
         assert where_to_resume(_resuming(str(name), run_dir)) == name, "to go back to it"

@@ -15,27 +15,24 @@ from relora_mora.checkpoint.layout import Manifest, list_checkpoints, read_manif
 from relora_mora.checkpoint.reader import verify
 from relora_mora.checkpoint.tokenizer import damaged_tokenizer
 from relora_mora.tokenizer.identity import is_tokenizer, tokenizer_fingerprint
-from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+from tests.tools.runs import (
+    checkpoint_at,
+    log_lines,
+    logged_steps,
+    refusal_of,
+    run_config,
+    tensors,
+    train,
+    write_inputs,
+)
 
 pytestmark = pytest.mark.distributed
 
 
 def logged(config: Any) -> list[str]:
     """Trains; returns this rank's warnings and errors."""
-    from relora_mora.system.logs import log
-
-    lines: list[str] = []
-
-    def keep(record: Any) -> bool:
-        if record.levelname in ("WARNING", "ERROR"):
-            lines.append(record.getMessage())
-        return True
-
-    log.addFilter(keep)
-    try:
+    with log_lines("WARNING", "ERROR") as lines:
         train(config)
-    finally:
-        log.removeFilter(keep)
     return lines
 
 
@@ -97,7 +94,7 @@ def test_damaged_checkpoints_are_passed_over_named_and_made_again(pools, tokeniz
     assert len(passed_over) == len(DAMAGES)
     for line, (step, (_, file, says)) in zip(passed_over, DAMAGES.items(), strict=True):
         assert line.startswith(f"passed over step-{step:08d}: ") and file in line and says in line, line
-    assert [line["step"] for line in metrics(folder) if "train/loss" in line] == list(range(1, 11))
+    assert logged_steps(folder) == list(range(1, 11))
     assert '"step": 4,' in (folder / "starts.jsonl").read_text().splitlines()[-1]
     kept = [f"abandoned-step-{step:08d}" for step in range(5, 10)]  # kept so that a user can look into the damage
     assert sorted(path.name for path in checkpoints.iterdir()) == [
@@ -106,7 +103,7 @@ def test_damaged_checkpoints_are_passed_over_named_and_made_again(pools, tokeniz
         *(f"step-{step:08d}" for step in range(1, 11)),
     ]
     for step in range(4, 11):  # the damaged checkpoints were written again
-        whole, again = (tensors(run / "checkpoints" / f"step-{step:08d}") for run in (never, folder))
+        whole, again = (tensors(checkpoint_at(run, step)) for run in (never, folder))
         assert set(whole) == set(again)
         assert all(torch.equal(whole[key], again[key]) for key in whole)
 
@@ -116,8 +113,8 @@ def test_a_run_with_only_damaged_checkpoints_does_not_start_over(pools, tokenize
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 2)
     pools(2)(train, config, stop_after=1)
-    (folder / "checkpoints" / "step-00000001" / "state-00001-of-00002.safetensors").unlink()
-    messages = pools(2)(_refused, config)
+    (checkpoint_at(folder, 1) / "state-00001-of-00002.safetensors").unlink()
+    messages = pools(2)(refusal_of, config)
     assert all("all checkpoints in it are damaged" in message for message in messages)
 
 
@@ -126,7 +123,7 @@ def test_a_damaged_tokenizer_does_not_cost_the_weights(pools, tokenizer_path, tm
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 2)
     pools(2)(train, config, stop_after=5)
-    (folder / "checkpoints" / "step-00000005" / "tokenizer" / "tokenizer.model").write_bytes(b"")
+    (checkpoint_at(folder, 5) / "tokenizer" / "tokenizer.model").write_bytes(b"")
     first, second = pools(2)(logged, config)
     assert len(first) == 1
     assert second == []
@@ -182,12 +179,3 @@ def test_a_run_replaces_what_is_at_the_path_of_its_tokenizer(pools, tokenizer_pa
 def _newest(run_dir: Path) -> tuple[Path, Manifest]:
     folder = list_checkpoints(run_dir / "checkpoints")[0]
     return folder, read_manifest(folder)
-
-
-def _refused(config: Any) -> str:
-    from relora_mora.checkpoint.layout import CheckpointError
-    from relora_mora.train.pretrain import pretrain
-
-    with pytest.raises(CheckpointError) as caught:
-        pretrain(config)
-    return str(caught.value)

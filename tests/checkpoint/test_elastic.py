@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.tools.grids import STAGES
-from tests.tools.runs import metrics, run_config, train, write_inputs
+from tests.tools.runs import logged_steps, logged_values, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed
 
@@ -120,7 +120,7 @@ class Course:
     def reference(self, method: str) -> tuple[Batches, list[float]]:
         if method not in self.references:
             folder = self.folder / f"reference-{method}"
-            self.references[method] = self.run(folder, method, 1, 0, 2), _losses(folder)
+            self.references[method] = self.run(folder, method, 1, 0, 2), logged_values(folder)
         return self.references[method]
 
     def origin(self, method: str, world: int, stage: int) -> Path:
@@ -131,10 +131,6 @@ class Course:
             assert batches == {step: self.reference(method)[0][step] for step in range(1, max(STOPS) + 1)}
             self.origins[method, world, stage] = folder
         return self.origins[method, world, stage]
-
-
-def _losses(folder: Path) -> list[float]:
-    return [line["train/loss"] for line in metrics(folder) if "train/loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +147,9 @@ def _check(course: Course, move: Move, folder: Path) -> None:
     batches = course.run(folder, move.method, move.to_world, move.to_stage, move.micro_batch_size)
     expected, losses = course.reference(move.method)
     assert batches == {step: expected[step] for step in range(move.stop + 1, course.steps + 1)}
-    assert _losses(folder) == pytest.approx(losses, rel=0, abs=1e-5)
+    assert logged_values(folder) == pytest.approx(losses, rel=0, abs=1e-5)
     assert len(losses) == course.steps
-    merges = [line["step"] for line in metrics(folder) if "merge/layers" in line]
+    merges = logged_steps(folder, "merge/layers")
     assert merges == ([] if move.method == "full" else list(range(MERGE_EVERY, course.steps, MERGE_EVERY)))
     shutil.rmtree(folder)
 

@@ -16,8 +16,9 @@ import torch
 
 from relora_mora.checkpoint.layout import list_checkpoints
 from relora_mora.checkpoint.reader import verify
+from tests.tools.checkpoints import made_manifest
 from tests.tools.commands import disk
-from tests.tools.runs import run_config, tensors, train
+from tests.tools.runs import checkpoint_at, log_lines, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
 
@@ -31,21 +32,14 @@ def followed(
     ``before``, the first rank waits for its checkpoint and then runs a command.
     """
     from relora_mora.checkpoint import rank_files
-    from relora_mora.system.logs import log
     from relora_mora.train.loop.loop import Trainer
     from relora_mora.train.state.run_state import TrainingError
 
     rank = int(os.environ["RANK"])
     steps = (failing or {}).get(rank, [])
     commands = (before or {}) if rank == 0 else {}
-    lines: list[str] = []
     whole_save = rank_files.save_file
     whole_batch = Trainer.next_batch
-
-    def keep(record: Any) -> bool:
-        if record.levelname == "ERROR":
-            lines.append(record.getMessage())
-        return True
 
     def save_file(tensors: Any, path: Path) -> None:
         if any(path.parent.name.startswith(f"step-{step:08d}.") for step in steps):
@@ -61,8 +55,7 @@ def followed(
         return whole_batch(self)
 
     error = ""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log, "filters", [*log.filters, keep])
+    with log_lines("ERROR") as lines, pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank_files, "save_file", save_file)
         patch.setattr(Trainer, "next_batch", next_batch)
         try:
@@ -95,7 +88,7 @@ def test_a_rank_without_space_costs_one_checkpoint(pools, inputs, tokenizer_path
         ), line
     assert _steps(runs[1]) == [1, 2, 3, 5, 6, 7, 9, 10]
     for step in (5, 10):
-        never, failed = (tensors(folder / "checkpoints" / f"step-{step:08d}") for folder in runs)
+        never, failed = (tensors(checkpoint_at(folder, step)) for folder in runs)
         assert set(never) == set(failed)
         assert all(torch.equal(never[key], failed[key]) for key in never)
 
@@ -154,7 +147,6 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
     """Three saves of the same state by a writer without a trainer. The second one may go wrong."""
     from relora_mora.checkpoint import rank_files
     from relora_mora.checkpoint import writer as module
-    from relora_mora.checkpoint.layout import Manifest
     from relora_mora.checkpoint.writer import CheckpointWriter
     from tests.tools.tiny import build_rig, tiny_config
 
@@ -201,23 +193,8 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
             base = folder / "step-00000001" / "base-00000-of-00002.safetensors"
             base.write_bytes(base.read_bytes()[:-1] + b"\xff")
         shapes = {name: list(shape) for name, shape in rig.engine.shapes.items()}
-        values: dict[str, Any] = {
-            "step": step,
-            "merges_done": 0,
-            "operator": 1,
-            "world_size": 2,
-            "zero_stage": 2,
-            "bf16": False,
-        }
-        values |= {"group_steps": {}, "config": {}, "model_config": {}, "data_state": {}, "counters": {}, "files": {}}
-        values |= {"operator_seed": None, "matrix_states": {}, "eos_token_id": 2, "data_content": ""}
-        values |= {
-            "tokenizer_fingerprint": "",
-            "data_fingerprint": "",
-            "data_order": "",
-            "frozen": {name: shapes.pop(name) for name in rig.base.owner},
-        }
-        writer.save(Manifest(**values, parameters=shapes), {})
+        frozen = {name: shapes.pop(name) for name in rig.base.owner}
+        writer.save(made_manifest(step=step, operator=1, world_size=2, frozen=frozen, parameters=shapes), {})
         writer.wait()
         rank_files.RankFiles.write = whole_write
         rig.engine.sum_over_ranks(0)
@@ -235,7 +212,7 @@ def test_a_rank_that_is_late_is_given_up_and_its_files_are_removed(pools, tmp_pa
         "step-00000001",
         "step-00000003",
     ]
-    assert verify(tmp_path / "checkpoints" / "step-00000003") is None
+    assert verify(checkpoint_at(tmp_path, 3)) is None
 
 
 def test_a_checkpoint_with_files_elsewhere_fails(pools, tmp_path):
@@ -335,7 +312,7 @@ def test_training_continues_during_a_write_but_no_merge_overtakes_it(pools, inpu
     pools(2)(followed, run_config(inputs, tokenizer_path, quick, 2, **settings))
     assert pools(2)(slow_to_write, run_config(inputs, tokenizer_path, slow, 2, **settings), what) == [True, True]
     for step in (3, 6, 9, 10):
-        expected, found = (tensors(folder / "checkpoints" / f"step-{step:08d}") for folder in (quick, slow))
+        expected, found = (tensors(checkpoint_at(folder, step)) for folder in (quick, slow))
         assert set(expected) == set(found)
         assert all(torch.equal(expected[key], found[key]) for key in expected)
 

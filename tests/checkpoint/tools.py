@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from relora_mora.checkpoint.layout import Manifest, content_checksum, file_entry
+from relora_mora.checkpoint.layout import file_entry
 from relora_mora.checkpoint.reader import newest_whole
 from relora_mora.system.files import write_synced
+from tests.tools.checkpoints import made_manifest, rewrite_manifest
 
 STATE = "state-00001-of-00002.safetensors"
 
@@ -47,13 +47,10 @@ def made_checkpoint(folder: Path, step: int, seed: int = 0) -> Path:
     save_file({"base|v|0": torch.rand(3, generator=draw)}, folder / FILES[3])
     (folder / FILES[4]).write_bytes(b"pieces")
     (folder / FILES[5]).write_text("{}")
-    manifest = Manifest(
+    manifest = made_manifest(
         step=step,
-        merges_done=0,
         operator=1,
         world_size=2,
-        zero_stage=2,
-        bf16=False,
         group_steps={"adapters": step},
         parameters={"a": [4, 3], "b": [2]},
         frozen={"w": [2, 2], "v": [3]},
@@ -62,10 +59,6 @@ def made_checkpoint(folder: Path, step: int, seed: int = 0) -> Path:
         tokenizer_fingerprint="t",
         data_fingerprint="größe",
         data_content="text",
-        data_order="",
-        eos_token_id=2,
-        operator_seed=None,
-        matrix_states={},
         data_state={"0": {"row": 3}},
         counters={"tokens": 1},
         files={name: file_entry(folder / name) for name in FILES[:-1]},
@@ -84,10 +77,11 @@ def passed_over(folder: Path) -> str:
 
 
 def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Writes a manifest with other values and the right checksums, as a stranger could."""
-    values = json.loads((checkpoint / "manifest.json").read_text())
-    del values["checksum"]
-    change(values)
-    for name in [name for name in values.get("files", ()) if (checkpoint / name).is_file()]:
-        values["files"][name] |= dataclasses.asdict(file_entry(checkpoint / name))
-    (checkpoint / "manifest.json").write_text(json.dumps({**values, "checksum": content_checksum(values)}))
+    """Writes a manifest with other values and the right checksums of all files."""
+
+    def changed(values: dict[str, Any]) -> None:
+        change(values)
+        for name in [name for name in values.get("files", ()) if (checkpoint / name).is_file()]:
+            values["files"][name] |= dataclasses.asdict(file_entry(checkpoint / name))
+
+    rewrite_manifest(checkpoint, changed)

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import psutil
 import pytest
 
-from tests.tools.jobs import lives
+from tests.tools.jobs import command_of, lives
 
 NAMES = ("node1", "node2")
 NEEDED = ("unshare", "nsenter", "setpriv", "mount", "ip", "sshd", "ssh-keygen", "pdsh")
@@ -240,13 +240,6 @@ class Pair:
 
 def _pid_namespace(pid: int) -> Path:
     return Path(f"/proc/{pid}/ns/pid").readlink()
-
-
-def command_of(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 def wait_until(true: Callable[[], Any], seconds: float, otherwise: str | Callable[[], str]) -> Any:

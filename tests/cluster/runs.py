@@ -13,7 +13,7 @@ import torch
 from tests.cluster.hosts import Host, wait_until
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import BIN, last_step, write_config
-from tests.tools.runs import metrics, run_config, tensors
+from tests.tools.runs import checkpoint_at, logged_steps, logged_values, run_config, tensors
 
 STEPS, MERGES, SAVE_EVERY = 75, [30, 60], 10
 PRETRAIN, FOLLOWER = "launch/pretrain.py", "tests/cluster/follower.py"
@@ -103,9 +103,10 @@ def starts(run_dir: Path) -> list[int]:
 
 
 def losses(run_dir: Path) -> list[float]:
-    lines = [line for line in metrics(run_dir) if "train/loss" in line]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["train/loss"] for line in lines]
+    """The losses of a run, which must have one line for each step."""
+    values = logged_values(run_dir)
+    assert logged_steps(run_dir) == list(range(1, len(values) + 1))
+    return values
 
 
 def followed(prefix: Path) -> dict[int, list[str]]:
@@ -121,9 +122,9 @@ def followed(prefix: Path) -> dict[int, list[str]]:
 def same_end(first: Path, second: Path) -> bool:
     """Two whole runs: equal losses, merges, and bits of weights and optimizer."""
     for run_dir in (first, second):
-        assert [line["step"] for line in metrics(run_dir) if "merge/layers" in line] == MERGES
+        assert logged_steps(run_dir, "merge/layers") == MERGES
         assert len(losses(run_dir)) == STEPS
-    kept = [tensors(run_dir / "checkpoints" / f"step-{STEPS:08d}") for run_dir in (first, second)]
+    kept = [tensors(checkpoint_at(run_dir, STEPS)) for run_dir in (first, second)]
     assert set(kept[0]) == set(kept[1])
     assert len(kept[0]) > 50
     return losses(first) == losses(second) and all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])

@@ -6,8 +6,9 @@ import os
 import time
 from pathlib import Path
 
-from tests.cluster.hosts import NAMES, Host, Pair, command_of, wait_until
+from tests.cluster.hosts import NAMES, Host, Pair, wait_until
 from tests.cluster.runs import ENVIRONMENT
+from tests.tools.jobs import command_of
 
 NEEDED = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "munged")
 NODE_LOST_SECONDS = 10  # SlurmdTimeout: 300 by default

@@ -13,49 +13,21 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from launch.uuid_pairs import uuid_pairs
 from relora_mora.config.data import RecordsConfig
 from relora_mora.data.records.passages import passage_of
 from relora_mora.data.shard import Record, RecordFormat
 from relora_mora.evaluation.harness import _load_tasks, evaluate_tasks, record, table
-from relora_mora.evaluation.local_tasks import LOCAL_TASKS, HarnessError, local_rows, local_task
+from relora_mora.evaluation.local_tasks import LOCAL_TASKS, local_task
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import export
+from tests.evaluation.tools import ROWS
 from tests.tools.checkpoints import write_checkpoint
 from tests.tools.commands import EVALUATE, call, files_end_at, refused
+from tests.tools.data_tools import write_json_lines
+from tests.tools.runs import checkpoint_at
+from tests.tools.shared import needs_lm_eval
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
-
-ROWS: dict[str, list[dict[str, Any]]] = {
-    "local_pubmedqa": [
-        {"QUESTION": f"Is it {number}?", "CONTEXTS": ["One.", "Two."], "final_decision": answer}
-        for number, answer in enumerate(["yes", "no", "maybe", "yes"])
-    ],
-    "local_medqa": [
-        {"question": f"Which {number}?", "options": {"A": "a", "B": "b", "C": "c", "D": "d"}, "answer_idx": answer}
-        for number, answer in enumerate("ABC")
-    ]
-    + [{"question": "Which 3?", "options": {"D": "d", "E": "e"}, "answer_idx": "E"}],
-    "local_gsm8k": [{"question": "How many?", "answer": "Two and two.\n#### 1,004"}],
-    "local_metamath": [
-        {"question": "How many?", "answer": "#### 1,004"},
-        {"question": "What part?", "answer": "\\frac{1}{2}"},
-    ],
-    "local_uuid": list(uuid_pairs(3, 0)),
-}
-needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install -e '.[eval]'"
-)
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for name, rows in ROWS.items():
-        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
-        (folder / f"{name.removeprefix('local_')}.jsonl").write_text(lines)
-    return folder
 
 
 @pytest.fixture
@@ -74,118 +46,6 @@ def nats(lm: LlamaForCausalLM, tokenizer: Any, prompt: str, answer: str) -> floa
     with torch.no_grad():
         chances = lm(ids).logits.log_softmax(-1)
     return sum(float(chances[0, place - 1, ids[0, place]]) for place in range(len(before), ids.shape[1]))
-
-
-def test_every_task_describes_its_data():
-    assert set(ROWS) == set(LOCAL_TASKS)
-
-
-def pairs(value: Any) -> Any:
-    """A question has only its own options; rows of a dataset would have the names of all rows."""
-    return [list(pair) for pair in value.items()] if isinstance(value, dict) else value
-
-
-@pytest.mark.parametrize("name", LOCAL_TASKS)
-def test_a_task_file_has_the_rows_of_a_file_or_of_a_folder(data, name):
-    file = data / f"{name.removeprefix('local_')}.jsonl"
-    expected = [{key: pairs(value) for key, value in row.items()} for row in ROWS[name]]
-    for given in (data, file):
-        assert local_task(name, str(given), len)["custom_dataset"]()["test"].to_list() == expected
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "local_uuid: .*uuid.jsonl cannot be read"),
-        ("", "has no rows"),
-        ("{}\n", "line 1: has no prompt, completion; a row has prompt, completion"),
-        ('{"prompt": "a", "completion": "b"}\n[]\n', "line 2: has no prompt"),
-        ("{", "line 1: is not JSON"),
-    ],
-)
-def test_unsuitable_data_is_named(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "uuid.jsonl").write_text(content)
-    with pytest.raises(HarnessError, match=message):
-        local_task("local_uuid", str(tmp_path), len)
-
-
-@pytest.mark.parametrize(
-    ("name", "row", "most"),
-    [
-        ("local_uuid", {"prompt": "a", "completion": "b" * 64}, 64),
-        ("local_uuid", {"prompt": "a", "completion": "b" * 65}, 65),
-        ("local_gsm8k", {"question": "a", "answer": "b" * 299 + "#### 1"}, 306),  # after a space
-        ("local_metamath", {"question": "a", "answer": "1"}, 512),
-    ],
-)
-def test_an_answer_may_be_as_long_as_the_longest_of_the_rows(tmp_path, name, row, most):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[name][0]) + "\n" + json.dumps(row))
-    task = local_task(name, str(tmp_path / "rows.jsonl"), len)
-    assert task["generation_kwargs"]["max_gen_toks"] == most
-
-
-@pytest.mark.parametrize(
-    ("positions", "limit", "most"), [(1000, None, 300), (400, None, 200), (100, None, 64), (400, 1, 64)]
-)
-def test_long_answers_leave_half_of_the_positions_to_prompts(tmp_path, caplog, positions, limit, most):
-    rows = [{"prompt": "a", "completion": "b" * length} for length in (10, 300)]
-    (tmp_path / "uuid.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    task = local_task("local_uuid", str(tmp_path), len, positions=positions, limit=limit)
-    assert task["generation_kwargs"]["max_gen_toks"] == most
-    warning = "local_uuid: 1 of 2 answers have more than"
-    assert (warning in caplog.text) == (most < 300 and limit is None)
-
-
-def test_steps_of_a_gsm8k_answer_may_contain_the_answer_phrase(tmp_path):
-    row = {"question": "How many?", "answer": "The answer is 5*2 = <<5*2=10>>10 apples.\n#### 10"}
-    (tmp_path / "metamath.jsonl").write_text(json.dumps(row))
-    assert local_rows("local_metamath", str(tmp_path)) == [row]
-
-
-def test_only_a_line_feed_ends_a_row(tmp_path):
-    """JSON may hold U+2028 as it is; a byte order mark and blank lines are none of the rows."""
-    text = "a\u2028b\u0085c"
-    rows = [{"prompt": text, "completion": "x"}, {"prompt": "y", "completion": "z"}]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    (tmp_path / "uuid.jsonl").write_text("\ufeff" + "\n\n".join(lines) + "\n", encoding="utf-8")
-    assert local_rows("local_uuid", str(tmp_path)) == rows
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("local_uuid", {"completion": 3}, "completion is 3, expected: text"),
-        ("local_uuid", {"completion": "a\nb"}, r'completion is "a\\nb", expected: text of one line'),
-        (
-            "local_gsm8k",
-            {"answer": "It is 4."},
-            'answer is "It is 4.", expected: number, with or without #### before it',
-        ),
-        (
-            "local_gsm8k",
-            {"answer": "#### 1.2.3"},
-            'answer is "#### 1.2.3", expected: number, with or without #### before it',
-        ),
-        (
-            "local_gsm8k",
-            {"answer": "#### $4"},
-            r'answer is "#### \$4", expected: number, with or without #### before it',
-        ),
-        ("local_metamath", {"answer": "The answer is: 4"}, '.*4", expected: answer, with or without #### before it'),
-        ("local_medqa", {"question": 7}, "question is 7, expected: text"),
-        ("local_medqa", {"options": ["a", "b"]}, r'options is \["a", "b"\], expected: texts by name'),
-        ("local_medqa", {"answer_idx": "Z"}, 'answer_idx is "Z", expected: key of options'),
-        ("local_pubmedqa", {"final_decision": "Yes"}, 'final_decision is "Yes", expected: yes or no or maybe'),
-        ("local_pubmedqa", {"CONTEXTS": "One."}, 'CONTEXTS is "One.", expected: list of texts'),
-    ],
-)
-def test_a_row_of_another_kind_is_named(tmp_path, name, change, message):
-    rows = [ROWS[name][0], {**ROWS[name][0], **change}]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    with pytest.raises(HarnessError, match=f"{name}: .*rows.jsonl, line 2: {message}"):
-        local_task(name, str(file), len)
 
 
 def test_a_run_keeps_the_scores_of_its_tasks(tmp_path):
@@ -394,8 +254,8 @@ def test_a_run_and_an_adapter_on_it_score_as_their_exports(tmp_path):
             lm.lm_head.weight[256, tokenizer(last).input_ids[0]] = 1.0
         lm.lm_head.weight[tokenizer("z").input_ids[0], 256] = 1.0
     pairs = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "defg"}]
-    (tmp_path / "uuid.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
-    checkpoint = write_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000005", lm, tmp_path / "tokenizer")
+    write_json_lines(tmp_path / "uuid.jsonl", pairs)
+    checkpoint = write_checkpoint(checkpoint_at(tmp_path / "run", 5), lm, tmp_path / "tokenizer")
     export(checkpoint, tmp_path / "export")
     adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
     (tmp_path / "adapter").mkdir()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from relora_mora.evaluation.local_tasks import gsm8k_scores, metamath_scores, pair_scores
-
-needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install -e '.[eval]'"
-)
+from relora_mora.evaluation.scoring import gsm8k_scores, metamath_scores, pair_scores
+from tests.tools.shared import needs_lm_eval
 
 # right answer, generated text, (strict, flexible), and the result of lm-eval's task gsm8k if it differs
 GSM8K: list[tuple[str, str, tuple[int, int], tuple[int, int] | None]] = [

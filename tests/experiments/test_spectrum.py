@@ -14,7 +14,7 @@ from relora_mora.experiments.compare.runs import read_run
 from relora_mora.experiments.compare.spectra import accumulated_figure, rank_columns
 from relora_mora.experiments.spectrum import update_spectra
 from tests.tools.commands import call, refused
-from tests.tools.runs import run_config, train, write_inputs
+from tests.tools.runs import checkpoint_at, run_config, train, write_inputs
 
 SPECTRUM = "launch/spectrum.py"
 RANK = 3
@@ -68,7 +68,7 @@ def test_a_changed_seed_does_not_change_the_initial_weights(
 
 def test_initial_weights_must_be_unchanged(runs: dict[str, Path], tmp_path: Path) -> None:
     source = runs["relora"]
-    newest = source / "checkpoints" / "step-00000010"
+    newest = checkpoint_at(source, 10)
     newest.rename(tmp_path / newest.name)
     with pytest.raises(
         CheckpointError, match=r"further.*began with other weights than model.init_from holds now .*relora"

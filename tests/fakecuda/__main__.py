@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.tools.helpers import ROOT
+
 SOURCE = Path(__file__).with_name("device.c")
 # ===: the build with exactly this version in the index, which is for CUDA; never 2.13.0+cpu
 PACKAGES = [["torch===2.13.0"], ["--editable", str(ROOT), "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]]

@@ -21,7 +21,7 @@ from tests.fakecuda.watch import Watch
 from tests.tools.helpers import arithmetic_put_back
 from tests.tools.jobs import Job, write_config
 from tests.tools.pool import Pools
-from tests.tools.runs import metrics, run_config, write_inputs
+from tests.tools.runs import logged_values, run_config, write_inputs
 
 
 def test_ds_accelerator_cpu_trains_on_cpus(tokenizer_path: str, tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_ds_accelerator_cpu_trains_on_cpus(tokenizer_path: str, tmp_path: Path) 
     config = run_config(write_inputs(tmp_path), tokenizer_path, tmp_path / "run", 2)
     job = Job(write_config(config, tmp_path / "run.yaml"))
     assert job.wait() == 0, job.output
-    losses = [line["train/loss"] for line in metrics(tmp_path / "run") if "train/loss" in line]
+    losses = logged_values(tmp_path / "run")
     assert len(losses) == 10
     assert losses[0] - losses[-1] > 0.05
     [start] = read_json_lines(RunFolder(tmp_path / "run").starts)

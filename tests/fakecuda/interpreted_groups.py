@@ -7,6 +7,7 @@ The interpreter truncates float32 to bfloat16, and a GPU rounds it; values that 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -24,7 +25,9 @@ from relora_mora.kernels import (
     triton_groups,
     wrapped_interleaved,
 )
+from tests.tools import kernels as shared
 
+integers = functools.partial(shared.integers, bound=100)
 GROUPINGS = [interleaved, wrapped_interleaved, contiguous, rotated]
 # whole and broken groups, slots than features, powers of two, more than a block of slots and of repeats
 SIZES = [
@@ -40,11 +43,6 @@ SIZES = [
     (2048, 724),
     (5461, 980),
 ]
-
-
-def integers(*shape: int, dtype: torch.dtype = torch.float32, bound: int = 100) -> Tensor:
-    """Sums of these are exact in float32."""
-    return torch.randint(-bound, bound + 1, shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -34,7 +34,7 @@ from tests.engine.test_stages import (
 from tests.gpu.conftest import DEVICE, gpu_only
 from tests.tools.jobs import Job, write_config
 from tests.tools.pool import Pools
-from tests.tools.runs import metrics, run_config, tensors, train
+from tests.tools.runs import checkpoint_at, logged_values, run_config, tensors, train
 from tests.train.state.test_resume import (
     test_a_resume_before_at_and_after_a_merge_is_bit_equal,
     test_every_method_resumes_bit_equal,
@@ -55,7 +55,7 @@ def test_a_gpu_trains_as_a_cpu(
     for where in (pools, cpu_pools):
         folder = tmp_path / str(len(losses))
         where(1)(train, run_config(inputs, tokenizer_path, folder, method={"name": method}))
-        losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
+        losses.append(logged_values(folder))
     assert len(losses[0]) == 10
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -75,7 +75,7 @@ def test_what_a_gpu_does_by_default_resumes_bit_equal(
         if folder.name == "stopped":
             pools(ranks)(train, config, stop_after=4)
         pools(ranks)(train, config)
-    first, second = (tensors(folder / "checkpoints" / "step-00000010") for folder in folders)
+    first, second = (tensors(checkpoint_at(folder, 10)) for folder in folders)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 

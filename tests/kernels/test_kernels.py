@@ -24,7 +24,7 @@ from relora_mora.kernels import (
     rotated,
     wrapped_interleaved,
 )
-from tests.tools.kernels import compiled_only
+from tests.tools.kernels import compiled_only, integers
 
 GROUPINGS = [
     getattr(kernels.grouping, name)
@@ -45,11 +45,6 @@ SIZES = [
     (5000, 2),
     (1, 1),
 ]
-
-
-def _integers(*shape: int, dtype: torch.dtype, bound: int = 255) -> torch.Tensor:
-    """Integers whose sums are exact in float32 but need rounding in bfloat16 beyond 256."""
-    return torch.randint(-bound, bound + 1, shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
 def _contiguous_slot(feature: int, features: int, slots: int) -> int:
@@ -88,7 +83,7 @@ def _matrix(make, features: int, slots: int) -> torch.Tensor:
 def test_sum_and_copy_agree_with_the_matrix_of_the_definition(make, features, slots):
     grouping = make(features, slots)
     C = _matrix(make, features, slots)
-    x, y = _integers(3, 2, features, dtype=torch.float64), _integers(3, 2, slots, dtype=torch.float64)
+    x, y = integers(3, 2, features, dtype=torch.float64), integers(3, 2, slots, dtype=torch.float64)
     assert torch.equal(grouping.sum(x), x @ C.T)
     assert torch.equal(grouping.copy(y), y @ C)
 
@@ -107,7 +102,7 @@ def _assert_supported(tensor: torch.Tensor, grouping: Grouping) -> None:
 @pytest.mark.parametrize("make", GROUPINGS)
 @pytest.mark.parametrize("features,slots", SIZES)
 def test_compiled_sum_rounds_once(make, features, slots, dtype, device):
-    grouping, x = make(features, slots), _integers(5, 7, features, dtype=dtype).to(device)
+    grouping, x = make(features, slots), integers(5, 7, features, dtype=dtype).to(device)
     _assert_supported(x, grouping)
     y = group_sum(x, grouping)
     assert y.dtype == dtype
@@ -120,7 +115,7 @@ def test_sums_of_several_tensors_are_concatenated(make, library, device, monkeyp
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     grouping = make(61, 16)
     for rows in ((2, 3), (0,), ()):
-        x = _integers(*rows, 61, dtype=torch.float32).to(device)
+        x = integers(*rows, 61, dtype=torch.float32).to(device)
         part = x.repeat(*[1] * len(rows), 2)[..., :61]  # a slice of a wider matrix
         for xs in ([x], [x, -x], [x, part, 3 * x]):
             y = group_sums(xs, grouping)
@@ -139,8 +134,8 @@ def test_expand_add_rounds_once(inputs, outputs, out_features, in_features, slot
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     # torch rounds between the two slots of a feature, so the sums must be exact in its dtype
     rounds_once = kernels.supports(torch.zeros(1, dtype=dtype, device=device))
-    weight = _integers(out_features, in_features, dtype=dtype, bound=255 if rounds_once else 60).to(device)
-    M = _integers(slots, slots, dtype=dtype, bound=255 if rounds_once else 60).to(device)
+    weight = integers(out_features, in_features, dtype=dtype, bound=255 if rounds_once else 60).to(device)
+    M = integers(slots, slots, dtype=dtype, bound=255 if rounds_once else 60).to(device)
     columns, rows = inputs(in_features, slots), outputs(out_features, slots)
     exact = weight.double() + rows.copy(columns.copy(M.double()).mT).mT
     assert torch.equal(expand_add(weight, M, columns, rows), exact.to(dtype))
@@ -174,7 +169,7 @@ def test_threads_and_instruction_sets_change_no_bit(slots, dtype):
 @compiled_only
 def test_any_memory_layout_is_read_correctly():
     grouping = contiguous(40, 12)
-    base = _integers(6, 90, dtype=torch.float32)
+    base = integers(6, 90, dtype=torch.float32)
     for x in (
         base[:, 3:43],
         base.T[:40].T,
@@ -184,7 +179,7 @@ def test_any_memory_layout_is_read_correctly():
         base[:0, :40],
     ):
         assert torch.equal(group_sum(x, grouping), grouping.sum(x))
-    weight, M = _integers(40, 40, dtype=torch.float32).T, _integers(12, 12, dtype=torch.float32).T
+    weight, M = integers(40, 40, dtype=torch.float32).T, integers(12, 12, dtype=torch.float32).T
     assert torch.equal(
         expand_add(weight, M, grouping, grouping), expand_add(weight.contiguous(), M.contiguous(), grouping, grouping)
     )
@@ -222,9 +217,9 @@ def test_torch_compile_sees_through(library, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     torch._dynamo.reset()
     arguments = (
-        _integers(3, 10, dtype=torch.float32),
-        _integers(10, 10, dtype=torch.float32),
-        _integers(4, 4, dtype=torch.float32),
+        integers(3, 10, dtype=torch.float32),
+        integers(10, 10, dtype=torch.float32),
+        integers(4, 4, dtype=torch.float32),
     )
     graphs = []
 
@@ -247,12 +242,12 @@ def test_operators_pass_torchs_checks(make, dtype):
     """They cover the schema, the fake implementation, and equal results when compiled, even with dynamic sizes."""
     operators = torch.ops.relora_mora
     inputs, outputs = make(61, 16), contiguous(50, 16)
-    x = _integers(3, 2, 61, dtype=dtype)
+    x = integers(3, 2, 61, dtype=dtype)
     torch.library.opcheck(operators.group_sums.default, ([x, -x], inputs.numbers))
-    matrices = _integers(50, 61, dtype=dtype), _integers(16, 16, dtype=dtype)
+    matrices = integers(50, 61, dtype=dtype), integers(16, 16, dtype=dtype)
     torch.library.opcheck(operators.expand_add.default, (*matrices, inputs.numbers, outputs.numbers))
     torch.library.opcheck(operators.rotary_add.default, matrices)
-    logits = _integers(7, 30, dtype=dtype)
+    logits = integers(7, 30, dtype=dtype)
     torch.library.opcheck(
         operators.cross_entropy_.default,
         (logits, torch.tensor([3, -100, 0, 1, 2, 29, 5]), torch.tensor(0.5), -100, True),

@@ -21,7 +21,7 @@ import torch
 from relora_mora.checkpoint.reader import verify
 from relora_mora.config.schema import Config
 from tests.tools.helpers import ROOT
-from tests.tools.jobs import Job, write_config
+from tests.tools.jobs import Job, command_of, write_config
 from tests.tools.runs import run_config, tensors, write_inputs
 
 pytestmark = pytest.mark.kills
@@ -101,10 +101,10 @@ class Loop:
     def _kill(self, job: Job, target: str) -> None:
         found = [process for process in job.processes() if process.pid == job.process.pid]
         if target == "launch.py":
-            found = [p for p in job.processes() if "deepspeed.launcher.launch" in _command(p)] or found
+            found = [p for p in job.processes() if "deepspeed.launcher.launch" in command_of(p)] or found
         elif target != "deepspeed":
-            ranks = [p for p in job.processes() if "RANK" in _environment(p) and "victim.py" in " ".join(_command(p))]
-            ranks = [p for p in ranks if "deepspeed.launcher.launch" not in _command(p)]
+            ranks = [p for p in job.processes() if "RANK" in _environment(p) and "victim.py" in " ".join(command_of(p))]
+            ranks = [p for p in ranks if "deepspeed.launcher.launch" not in command_of(p)]
             wanted = {"all ranks": ("0", "1"), "rank 0": ("0",), "rank 1": ("1",)}[target]
             found = [p for p in ranks if _environment(p)["RANK"] in wanted] or found
         for process in found:
@@ -123,13 +123,6 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return process.environ()
     except psutil.Error:
         return {}
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 @pytest.mark.parametrize("stage,share", [(2, 0.7), (3, 0.3)])

@@ -29,10 +29,8 @@ from tests.tools.commands import (
     refused,
     run_main,
 )
-from tests.tools.helpers import ROOT
+from tests.tools.helpers import ROOT, RUBBISH
 from tests.tools.runs import write_inputs
-
-RUBBISH = bytes(range(256)) * 4
 
 
 @pytest.fixture(scope="module")

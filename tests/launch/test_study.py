@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from relora_mora.experiments.study.folder import StudyFolder
 from tests.experiments.study.tools import TRAINER, made_study
 from tests.tools.adapter_tools import save_base
 from tests.tools.commands import call, refused
+from tests.tools.data_tools import write_json_lines
 from tests.tools.helpers import ROOT
 from tests.tools.runs import write_inputs
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
@@ -53,7 +53,7 @@ def test_a_run_that_takes_text_and_tokenizer_of_its_model_finds_them(tmp_path: P
     start = save_base(tmp_path / "start", max_position_embeddings=128)
     save_bytes_tokenizer(start)
     data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(f"{json.dumps(pair)}\n" for pair in uuid_pairs(4, 0)), encoding="utf-8")
+    write_json_lines(data, uuid_pairs(4, 0))
     study = Study.model_validate(
         {
             "command": "finetune",

@@ -14,7 +14,7 @@ import pytest
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import ends, write_config
 from tests.tools.ports import free_port
-from tests.tools.runs import run_config, write_inputs
+from tests.tools.runs import checkpoint_at, run_config, write_inputs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.stops]
 
@@ -118,7 +118,7 @@ def test_a_lost_data_disk_saves_the_state_and_exits_with_the_restart_code(config
     [end] = ends(run_dir)
     assert (end["code"], end["step"]) == (69, 3)
     assert "a disk or network failed (Stale file handle: part-1.json.gz)" in end["reason"]
-    assert (run_dir / "checkpoints" / "step-00000003").exists()
+    assert checkpoint_at(run_dir, 3).exists()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from relora_mora.checkpoint.reader import newest_whole
 from tests.tools.jobs import Job, checkpoints, ends, last_step, write_config
-from tests.tools.runs import run_config, tensors
+from tests.tools.runs import checkpoint_at, run_config, tensors
 
 pytestmark = pytest.mark.distributed
 also = pytest.mark.stops  # more cases, only in make test-stops
@@ -193,6 +193,6 @@ def test_an_interrupted_run_is_bit_equal_to_an_uninterrupted_one(inputs, tokeniz
     job.rank(1).send_signal(signal.SIGTERM)
     assert job.wait(20) == 75
     assert Job(paths[1]).wait() == 0
-    first, second = (tensors(folder / "checkpoints" / "step-00000060") for folder in folders)
+    first, second = (tensors(checkpoint_at(folder, 60)) for folder in folders)
     assert set(first) == set(second)
     assert all((first[key] == second[key]).all() for key in first)

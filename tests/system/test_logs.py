@@ -9,15 +9,11 @@ import time
 import pytest
 
 from relora_mora.system.logs import progress_bar
-
-
-class _Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+from tests.tools.helpers import Terminal
 
 
 def test_a_terminal_shows_progress_and_no_bar_remains(monkeypatch):
-    stream = _Terminal()
+    stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     with progress_bar("evaluation", "token") as update:
         assert "evaluation" in stream.getvalue()  # immediately
@@ -30,7 +26,7 @@ def test_a_terminal_shows_progress_and_no_bar_remains(monkeypatch):
     assert stream.getvalue().endswith(" \r")
 
 
-@pytest.mark.parametrize("stream,show", [(io.StringIO(), True), (_Terminal(), False)])
+@pytest.mark.parametrize("stream,show", [(io.StringIO(), True), (Terminal(), False)])
 def test_a_file_or_a_disabled_bar_shows_no_bar(monkeypatch, stream, show):
     monkeypatch.setattr(sys, "stderr", stream)
     with progress_bar("evaluation", "token", show=show) as update:

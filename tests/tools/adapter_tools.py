@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from relora_mora.adapters.inject import inject
@@ -15,7 +17,7 @@ from relora_mora.optim.groups import set_trainable
 from tests.tools.checkpoints import write_checkpoint
 from tests.tools.runs import LLAMA
 
-ALONE = {"train_embeddings": False, "train_norms": False, "train_head": False}
+ADAPTERS_ONLY = {"train_embeddings": False, "train_norms": False, "train_head": False}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "rank": 4, "lora_alpha": 6.0},
     **{f"mora{operator}": {"name": "mora", "rank": 4, "operators": [operator]} for operator in (1, 2, 3, 4, 7)},
@@ -56,6 +58,15 @@ def write_run(folder: Path, lm: PreTrainedModel, base: Path, tokenizer: str, met
     """A checkpoint of that model."""
     [operator] = {getattr(getattr(layer, "operator", None), "mora_type", None) for _, layer in adapter_layers(lm)}
     return write_checkpoint(folder, lm, tokenizer, operator=operator, method=method, model={"init_from": str(base)})
+
+
+def write_adapter_folder(folder: Path, settings: dict[str, Any], **factors: torch.Tensor) -> Path:
+    """An adapter of one layer, ``model.q``."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | settings))
+    tensors = {f"base_model.model.model.q.lora_{name}.weight": value for name, value in factors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ import numpy as np
 import zstandard
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.formats.file_rows import open_rows
+from relora_mora.data.bytes.lines import ShardLines
+from relora_mora.data.formats.file_rows import iter_texts, open_rows
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.rows import Encoded
 from relora_mora.data.shard import Shard
@@ -48,6 +49,13 @@ def _table(texts: Iterable[str | None], column: str) -> Any:
 
     values = texts if isinstance(texts, pyarrow.Array) else pyarrow.array(list(texts), "string")
     return pyarrow.table({"id": range(len(values)), column: values, "url": ["x"] * len(values)})
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> Path:
+    """A file with a line of JSON for each row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
 
 
 def write_parquet(
@@ -168,9 +176,21 @@ def assert_resumes_anywhere(config: DataConfig, lanes: int) -> None:
                 assert resumed.state() == state
 
 
-def rows_of(path, lanes=1, lane=0, skip=0, **settings):
-    """All rows of a lane's share of a file after the first ``skip``."""
-    config = data_config(path, **settings)
-    with closing(open_rows(config, Shard(path.name, str(path)), stride=lanes, phase=lane)) as rows:
-        assert rows.skip(skip)
+def rows_of(path: Path, lanes: int = 1, lane: int = 0, skip: int = 0, **settings: Any) -> list[Any]:
+    """All rows of a lane's share of a file after the first ``skip``, including those without text."""
+    config = data_config(path, **{"max_bad_fraction": 1.0, **settings})
+    shard = Shard(path.name, str(path))
+    with closing(open_rows(config, shard, stride=lanes, phase=lane)) as rows:
+        assert rows.skip(skip) or not shard.format.in_groups  # lines may end before the last lane's turn
         return [row for part in iter(lambda: rows.take(5), []) for row in part]
+
+
+def texts_of(source: Path | str, split: str = "train", **settings: Any) -> list[str]:
+    """All texts of one side of the data."""
+    return list(iter_texts(str(source), split=split, config=data_config(source, **settings)))
+
+
+def lines_of(path: Path, limit: int = 1000) -> list[Any]:
+    """All lines of a file; those longer than ``limit`` bytes are skipped."""
+    with closing(ShardLines(Shard(path.name, str(path)), max_line_bytes=limit, timeout_seconds=1.0)) as lines:
+        return list(iter(lines.take, None))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
+RUBBISH = bytes(range(256)) * 4  # the content of no file format
 
 
 @contextlib.contextmanager
@@ -24,6 +26,13 @@ def arithmetic_put_back() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
     torch.backends.cuda.enable_cudnn_sdp(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def python_path() -> str:

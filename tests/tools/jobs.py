@@ -32,6 +32,14 @@ def _script(name: str) -> list[str]:
     return [str(BIN / name)] if (BIN / name).exists() else [sys.executable, "-m", module]
 
 
+def command_of(process: psutil.Process) -> list[str]:
+    """The command line of a process; empty if it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 def lives(process: psutil.Process) -> bool:
     """Whether a process runs and is not a zombie; it may end at any moment."""
     try:

@@ -1,10 +1,11 @@
-"""Marks for tests that need compiled kernels."""
+"""What tests of kernels share."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+import torch
 
 from relora_mora import kernels
 
@@ -13,3 +14,8 @@ compiled_only = pytest.mark.skipif(
     os.environ.get("TEST_DEVICE", "cpu") == "cpu" and not kernels.available(),
     reason=f"kernels are {kernels.describe()}",
 )
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.float32, bound: int = 255) -> torch.Tensor:
+    """Integers whose sums are exact in float32 but need rounding in bfloat16 beyond 256."""
+    return torch.randint(-bound, bound + 1, shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)

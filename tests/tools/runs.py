@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from relora_mora.checkpoint.layout import CheckpointError, step_folder
 from relora_mora.config.load import validate
 from relora_mora.config.schema import Config
+from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.tools.data_tools import write_shards
 
@@ -89,16 +94,41 @@ def train(config: Config, stop_after: int | None = None) -> None:
         Trainer.train_step = whole_step  # type: ignore[method-assign]
 
 
-def refusal_of(config: Config) -> str:
-    """What a start of the trainer says of the checkpoint that it should go on from, and does not."""
-    from relora_mora.checkpoint.layout import CheckpointError
+def refusal_of(config: Config, error: type[ValueError] = CheckpointError) -> str:
+    """Starts the trainer, which must raise this error; returns its message."""
     from relora_mora.train.pretrain import pretrain
 
-    try:
+    with pytest.raises(error) as caught:
         pretrain(config)
-    except CheckpointError as error:
-        return str(error)
-    raise AssertionError("it was not refused")
+    return str(caught.value)
+
+
+@contextlib.contextmanager
+def log_lines(*levels: str) -> Iterator[list[str]]:
+    """Collects the messages of these levels, such as "ERROR", that this process logs."""
+    lines: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelname in levels:
+            lines.append(record.getMessage())
+        return True
+
+    log.addFilter(keep)
+    try:
+        yield lines
+    finally:
+        log.removeFilter(keep)
+
+
+def checkpoint_at(run_dir: Path, step: int) -> Path:
+    """The folder of a run's checkpoint."""
+    return RunFolder(run_dir).checkpoints / step_folder(step)
+
+
+def manifest_at(run_dir: Path, step: int) -> dict[str, Any]:
+    """The manifest of a run's checkpoint."""
+    values: dict[str, Any] = json.loads((checkpoint_at(run_dir, step) / "manifest.json").read_text())
+    return values
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -114,9 +144,14 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return read_json_lines(RunFolder(run_dir).metrics)
 
 
-def losses(run_dir: Path) -> list[float]:
-    """The training loss of each step."""
-    return [line["train/loss"] for line in metrics(run_dir) if "train/loss" in line]
+def logged_values(run_dir: Path, name: str = "train/loss") -> list[Any]:
+    """The numbers of a metric in the order of its lines."""
+    return [line[name] for line in metrics(run_dir) if name in line]
+
+
+def logged_steps(run_dir: Path, name: str = "train/loss") -> list[int]:
+    """The steps of the lines that have a metric."""
+    return [line["step"] for line in metrics(run_dir) if name in line]
 
 
 def left_by_a_kill(whole: Path, folder: Path, step: int) -> None:
@@ -124,7 +159,7 @@ def left_by_a_kill(whole: Path, folder: Path, step: int) -> None:
     step would have prevented."""
     shutil.copytree(whole, folder)
     for checkpoint in (folder / "checkpoints").glob("step-*"):
-        if checkpoint.name > f"step-{step:08d}":
+        if checkpoint.name > step_folder(step):
             shutil.rmtree(checkpoint)
 
 
@@ -133,17 +168,16 @@ def assert_resumes_are_bit_equal(pool: Any, config: Callable[..., Config], folde
     ``config`` makes its settings for a run folder, and changes of their sections."""
     never = folder / "never"
     settings = config(never)
-    last = f"step-{settings.train.steps:08d}"
     pool(train, settings)
-    expected = tensors(never / "checkpoints" / last)
+    expected = tensors(checkpoint_at(never, settings.train.steps))
     for stop in (3, 4):
         resumed = folder / f"stop{stop}"
         left_by_a_kill(never, resumed, stop)
         pool(train, config(resumed, checkpoint={"every_steps": 0}))
-        found = tensors(resumed / "checkpoints" / last)
+        found = tensors(checkpoint_at(resumed, settings.train.steps))
         assert found.keys() == expected.keys()
         assert [key for key, value in found.items() if not torch.equal(value, expected[key])] == []
-        assert losses(resumed) == losses(never)
+        assert logged_values(resumed) == logged_values(never)
 
 
 def different_tensors(a: Path, b: Path) -> list[str]:

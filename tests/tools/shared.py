@@ -1,6 +1,8 @@
-"""Data next to the checkout that some tests need."""
+"""Data next to the checkout, and packages, that some tests need."""
 
 from __future__ import annotations
+
+import importlib.util
 
 import pytest
 
@@ -9,5 +11,8 @@ from tests.tools.helpers import ROOT
 SHARED = ROOT.parent / "shared"
 
 needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason=f"the shared test data is not beside the checkout ({SHARED.name}/)"
+    not SHARED.is_dir(), reason=f"the shared test data is not next to the checkout ({SHARED.name}/)"
+)
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install -e '.[eval]'"
 )

@@ -17,7 +17,7 @@ from relora_mora.train.state.run_state import DataError, RunState, TrainingError
 from tests.tools.data_tools import write_shard, write_shards
 from tests.tools.faulty_server import serving
 from tests.tools.jobs import Job, ends, last_step, write_config
-from tests.tools.runs import different_tensors, metrics, run_config
+from tests.tools.runs import checkpoint_at, different_tensors, logged_steps, metrics, run_config
 
 pytestmark = pytest.mark.distributed
 
@@ -57,12 +57,12 @@ def test_a_lasting_server_failure_ends_the_run_with_its_state_saved(pools, input
         assert "check the network" in text
         step = int(text.rpartition("what was trained up to step ")[2].split()[0])
         assert 0 < step < 40
-        assert (run_dir / "checkpoints" / f"step-{step:08d}").exists()
+        assert checkpoint_at(run_dir, step).exists()
         assert ends(run_dir)[-1]["code"] == 2
         assert ends(run_dir)[-1]["step"] == step
         server.fault = lambda n: None
         assert pools(2)(ended, run_config(inputs, tokenizer_path, run_dir, 2, **patient)) == [("", "")] * 2
-    assert different_tensors(never / "checkpoints" / "step-00000040", run_dir / "checkpoints" / "step-00000040") == []
+    assert different_tensors(checkpoint_at(never, 40), checkpoint_at(run_dir, 40)) == []
 
 
 def test_text_that_changes_on_the_server_after_the_start_is_not_trained_on(pools, inputs, tokenizer_path, tmp_path):
@@ -124,7 +124,7 @@ def test_unreadable_held_out_text_is_reported_before_the_first_step(pools, input
     assert metrics(folder) == []
     text.write_text(good)
     assert pools(2)(ended, config) == [("", "")] * 2
-    assert [line["step"] for line in metrics(folder) if "eval/loss" in line] == [4, 8, 10]
+    assert logged_steps(folder, "eval/loss") == [4, 8, 10]
 
 
 def test_too_many_bad_lines_stop_all_ranks_at_the_same_step(pools, inputs, tokenizer_path, tmp_path):
@@ -143,7 +143,7 @@ def test_too_many_bad_lines_stop_all_ranks_at_the_same_step(pools, inputs, token
     assert "part-1.json.gz" in answers[0][1]
     assert "more than data.max_bad_fraction" in answers[0][1]
     last = metrics(run_dir)[-1]["step"]
-    assert (run_dir / "checkpoints" / f"step-{last:08d}").exists()
+    assert checkpoint_at(run_dir, last).exists()
     again = pools(2)(ended, config)  # the same decision
     assert again[0][1].splitlines()[0] == answers[0][1].splitlines()[0]
 
@@ -174,5 +174,5 @@ def test_a_killed_data_worker_ends_the_job_with_its_state_saved(inputs, tokenize
     assert "lower data.workers" in job.output
     assert "Traceback" not in job.output
     step = ends(run_dir)[-1]["step"]
-    assert (run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+    assert (checkpoint_at(run_dir, step) / "manifest.json").exists()
     assert step > 4

@@ -13,7 +13,7 @@ from relora_mora.data.bytes import retry
 from relora_mora.data.bytes.retry import RETRIES
 from tests.tools.data_tools import some_texts, write_shard
 from tests.tools.faulty_server import FAULTS, serving
-from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+from tests.tools.runs import checkpoint_at, metrics, run_config, tensors, train, write_inputs
 
 pytestmark = pytest.mark.distributed
 
@@ -50,7 +50,7 @@ def test_a_run_on_a_faulty_network_ends_with_the_same_weights(pools, tokenizer_p
             pools(2)(_train, config)
         assert 0.05 < len(server.faults) / len(server.requests) < 0.2
         assert len(server.faults) >= 10
-    first, second = (tensors(tmp_path / name / "checkpoints" / f"step-{STEPS:08d}") for name in ("clean", "faulty"))
+    first, second = (tensors(checkpoint_at(tmp_path / name, STEPS)) for name in ("clean", "faulty"))
     assert set(first) == set(second)
     assert all(torch.equal(first[key], second[key]) for key in first)
     clean, faulty = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,19 +28,11 @@ def never(pools: Any, inputs: Path, tokenizer_path: str, tmp_path_factory: pytes
     return folder
 
 
-def checkpoint(folder: Path, step: int) -> Path:
-    return folder / "checkpoints" / f"step-{step:08d}"
-
-
-def losses(folder: Path, tag: str = "train/loss") -> dict[int, float]:
-    return {line["step"]: line[tag] for line in metrics(folder) if tag in line}
-
-
 def cut_at(never: Path, folder: Path, step: int) -> Path:
     """The files of a run that is killed after a step."""
     shutil.copytree(never, folder)
     for later in range(step + 1, 11):
-        shutil.rmtree(checkpoint(folder, later))
+        shutil.rmtree(checkpoint_at(folder, later))
     return folder
 
 
@@ -72,25 +63,25 @@ def test_every_merge_draws_other_groupings_and_all_ranks_the_same(pools, inputs,
     for a, b in ((0, 1), (1, 2), (0, 2)):
         same = [one == other for one, other in zip(first[a], first[b], strict=True)]
         assert sum(same) < len(same) / 2  # widths of a single run have one grouping only
-    assert json.loads((checkpoint(tmp_path / "run", 5) / "manifest.json").read_text())["operator_seed"] == 0
+    assert manifest_at(tmp_path / "run", 5)["operator_seed"] == 0
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5])
 def test_a_resume_is_bit_equal(pools, never, inputs, tokenizer_path, tmp_path, stop):
     folder = cut_at(never, tmp_path / "run", stop)
     pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, method=DRAWN))
-    expected = tensors(checkpoint(never, 10))
-    found = tensors(checkpoint(folder, 10))
+    expected = tensors(checkpoint_at(never, 10))
+    found = tensors(checkpoint_at(folder, 10))
     assert set(found) == set(expected)
     assert [key for key in found if not found[key].equal(expected[key])] == []
-    assert losses(folder) == losses(never)
+    assert logged_values(folder) == logged_values(never)
 
 
 def test_a_move_to_other_ranks_and_another_stage_keeps_the_groupings(pools, never, inputs, tokenizer_path, tmp_path):
     folder = cut_at(never, tmp_path / "run", 5)
     config = run_config(inputs, tokenizer_path, folder, 1, method=DRAWN, train={"zero_stage": 0})
     pools(1)(train, config)
-    assert losses(folder) == pytest.approx(losses(never), abs=1e-5)
+    assert logged_values(folder) == pytest.approx(logged_values(never), abs=1e-5)
 
 
 def test_another_seed_applies_from_the_next_merge_on(pools, never, inputs, tokenizer_path, tmp_path):
@@ -99,12 +90,10 @@ def test_another_seed_applies_from_the_next_merge_on(pools, never, inputs, token
     pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, method=DRAWN, train=other), stop_after=7)
     # M was trained with the groupings of the old seed, even if the run is stopped again
     pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, method=DRAWN, train=other))
-    before, after = losses(never), losses(folder)
+    before, after = logged_values(never), logged_values(folder)
     # M is zero after the merge: the step that follows it has the same loss with any grouping
-    assert [step for step in range(1, 11) if before[step] != after[step]] == [10]
-    seeds = [
-        json.loads((checkpoint(folder, step) / "manifest.json").read_text())["operator_seed"] for step in (6, 7, 8, 10)
-    ]
+    assert [step for step in range(1, 11) if before[step - 1] != after[step - 1]] == [10]
+    seeds = [manifest_at(folder, step)["operator_seed"] for step in (6, 7, 8, 10)]
     assert seeds == [0, 0, 3, 3]
 
 
@@ -114,9 +103,10 @@ def test_an_export_has_the_loss_of_the_run(never, inputs, tokenizer_path, tmp_pa
     data = load_eval_set(
         config.data.validation, config=config.data, tokenizer_path=tokenizer_path, sequence_length=32, max_tokens=200
     )
-    model = merged_model(checkpoint(never, step))
+    model = merged_model(checkpoint_at(never, step))
     found = evaluate(causal_lm_loss(model), data, micro_batch_size=3, device=torch.device("cpu"))
-    assert found.loss == pytest.approx(losses(never, "eval/loss")[step], abs=2e-5)
+    logged = dict(zip(logged_steps(never, "eval/loss"), logged_values(never, "eval/loss"), strict=True))
+    assert found.loss == pytest.approx(logged[step], abs=2e-5)
 
 
 def test_without_merges_it_is_drawn_once_and_from_the_seed(pools, inputs, tokenizer_path, tmp_path):
@@ -138,4 +128,4 @@ def test_all_programs_are_made_before_the_first_step(pools, never, inputs, token
     config = run_config(inputs, tokenizer_path, folder, 1, method=DRAWN, model={"compile": True})
     [(at_start, at_end)] = pools(1)(compiled_graphs, config)
     assert 0 < at_start == at_end
-    assert losses(folder) == pytest.approx(losses(never), abs=1e-4)
+    assert logged_values(folder) == pytest.approx(logged_values(never), abs=1e-4)

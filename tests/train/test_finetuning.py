@@ -20,15 +20,15 @@ from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.weights.export import export
 from relora_mora.weights.foreign import check_headers, load_foreign
+from tests.tools.adapter_tools import ADAPTERS_ONLY
 from tests.tools.commands import EVALUATE, FINETUNE, PLAN, call, refused
 from tests.tools.grids import rest
 from tests.tools.helpers import ROOT
-from tests.tools.runs import LLAMA, left_by_a_kill, metrics, run_config, tensors, train
+from tests.tools.runs import LLAMA, checkpoint_at, left_by_a_kill, logged_values, run_config, tensors, train
 from tests.tools.tokenizer_tools import save_bytes_tokenizer, save_other_tokenizer
 
 pytestmark = pytest.mark.distributed
 
-FROZEN = {"train_embeddings": False, "train_norms": False, "train_head": False}
 # kind: its config besides the sizes; ZeRO stage, precision and method of its run
 KINDS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "llama": ({"num_key_value_heads": 1, "tie_word_embeddings": True}, 2, "bf16", "remora"),
@@ -50,7 +50,7 @@ def save(folder: Path, kind: str = "llama", **changes: Any) -> Path:
 
 def tuned(inputs: Path, folder: Path, run_dir: Path, world_size: int = 1, **sections: dict[str, Any]) -> Config:
     """A run of ten steps that takes config and tokenizer from the folder, with merges after 4 and 8."""
-    method = {**FROZEN, "dropout": 0.1, **sections.pop("method", {})}
+    method = {**ADAPTERS_ONLY, "dropout": 0.1, **sections.pop("method", {})}
     model = {"config": None, "init_from": str(folder)}
     return run_config(inputs, None, run_dir, world_size, model=model, method=method, **sections)
 
@@ -70,7 +70,7 @@ def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs
     killed = tmp_path / "killed"
     left_by_a_kill(never, killed, 5)
     pools(2)(train, tuned(inputs, folder, killed, 2, **sections))
-    first, second = (tensors(run / "checkpoints" / "step-00000010") for run in (never, killed))
+    first, second = (tensors(checkpoint_at(run, 10)) for run in (never, killed))
     assert set(first) == set(second)
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
     assert {key.split("|")[1].rsplit(".", 1)[1] for key in first if key.startswith("master|")} <= {
@@ -84,7 +84,7 @@ def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs
     assert type(AutoModelForCausalLM.from_pretrained(out)) is ARCHITECTURES[kind].model_class
     assert AutoTokenizer.from_pretrained(out)("a b").input_ids == AutoTokenizer.from_pretrained(folder)("a b").input_ids
     assert not torch.allclose(logits(out), logits(folder), atol=1e-3)
-    last = [line["eval/loss"] for line in metrics(never) if "eval/loss" in line][-1]
+    last = logged_values(never, "eval/loss")[-1]
     answers = [
         json.loads(call(EVALUATE, *of, "--data.sequence_length=32", "--max_tokens=200").out.splitlines()[-1])["loss"]
         for of in ((never,), (out, f"--data={inputs}/validation/*.json.gz"))
@@ -112,7 +112,7 @@ def test_every_method_is_tuned_on_every_stage(pools, inputs, tmp_path, method, s
     sections = {"train": {"zero_stage": stage, "precision": "bf16", "steps": 6}, "method": settings}
     never = tmp_path / "never"
     pools(2)(train, tuned(inputs, folder, never, 2, **sections))
-    losses = [line["eval/loss"] for line in metrics(never) if "eval/loss" in line]
+    losses = logged_values(never, "eval/loss")
     assert losses[-1] < losses[0]
     export(never, tmp_path / "out")
     assert not torch.allclose(logits(tmp_path / "out"), logits(folder), atol=1e-3)
@@ -125,13 +125,11 @@ def test_a_run_its_checkpoint_and_its_export_give_the_same_first_loss(pools, inp
     pools(1)(train, tuned(inputs, folder, run, train={"steps": 5}))
     export(run, tmp_path / "out")
     shutil.rmtree(folder)
-    last = [line["eval/loss"] for line in metrics(run) if "eval/loss" in line][-1]
-    for number, start in enumerate([run, run / "checkpoints" / "step-00000005", tmp_path / "out"]):
+    last = logged_values(run, "eval/loss")[-1]
+    for number, start in enumerate([run, checkpoint_at(run, 5), tmp_path / "out"]):
         again = tmp_path / f"again{number}"
         pools(1)(train, tuned(inputs, start, again), stop_after=0)
-        assert next(line["eval/loss"] for line in metrics(again) if "eval/loss" in line) == pytest.approx(
-            last, abs=1e-5
-        )
+        assert logged_values(again, "eval/loss")[0] == pytest.approx(last, abs=1e-5)
         assert yaml.safe_load(RunFolder(again).config.read_text())["tokenizer"]["path"] is not None
 
 
@@ -164,11 +162,11 @@ def test_a_file_that_names_model_text_and_folder_is_enough(pools, settings, tmp_
     saved = yaml.safe_load(RunFolder(tmp_path / "run").config.read_text())
     assert saved["method"]["name"] == "mora"
     assert saved["method"]["operators"][0] == 6
-    assert not any(saved["method"][key] for key in FROZEN)
+    assert not any(saved["method"][key] for key in ADAPTERS_ONLY)
     steps = saved["train"]["steps"]  # of three epochs
     assert 0 < saved["optim"]["warmup_steps"] == round(0.03 * steps)
     assert saved["optim"]["warmup_fraction"] is None
-    losses = [line["eval/loss"] for line in metrics(tmp_path / "run") if "eval/loss" in line]
+    losses = logged_values(tmp_path / "run", "eval/loss")
     assert len(losses) == 2
     assert losses[1] < losses[0]
     same = load_config(RunFolder(tmp_path / "run").config)  # complete: no defaults of a program are needed

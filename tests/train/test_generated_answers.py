@@ -15,8 +15,9 @@ from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import export
+from tests.tools.data_tools import write_json_lines
 from tests.tools.grids import rest
-from tests.tools.runs import metrics, run_config, tensors, train, write_inputs
+from tests.tools.runs import checkpoint_at, metrics, run_config, tensors, train, write_inputs
 
 pytestmark = pytest.mark.distributed
 
@@ -31,7 +32,7 @@ def inputs(tmp_path_factory) -> Path:
         {"prompt": f"{row['prompt'][:7]}\n", "completion": row["completion"][: 4 + number]}
         for number, row in enumerate(uuid_pairs(PAIRS, 0))
     ]
-    (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_json_lines(folder / "pairs.jsonl", rows)
     return folder
 
 
@@ -113,7 +114,7 @@ def test_generation_does_not_affect_training(pools, inputs, tokenizer_path, tmp_
         runs[count] = tmp_path / f"run{count}"
         sections = {"train": {"zero_stage": stage}, "eval": {"generate": count}}
         pools(2)(train, memory(inputs, tokenizer_path, runs[count], 2, **sections))
-    without, with_answers = (tensors(runs[count] / "checkpoints" / "step-00000006") for count in (0, 5))
+    without, with_answers = (tensors(checkpoint_at(runs[count], 6)) for count in (0, 5))
     assert without.keys() == with_answers.keys()
     assert all(torch.equal(with_answers[key], without[key]) for key in without)
     assert not generated(runs[0])

@@ -14,18 +14,6 @@ from tests.tools.runs import metrics, run_config, train, write_inputs
 pytestmark = pytest.mark.distributed
 
 
-def _refused(config) -> str:
-    with pytest.raises(ConfigError) as error:
-        train(config)
-    return str(error.value)
-
-
-def _missing(config) -> str:
-    with pytest.raises(SourceError) as error:
-        train(config)
-    return str(error.value)
-
-
 def test_epochs_are_counted_and_the_run_ends_when_they_are_read(pools, tokenizer_path, tmp_path):
     inputs = write_inputs(tmp_path / "inputs")
     settings = {
@@ -44,7 +32,7 @@ def test_epochs_are_counted_and_the_run_ends_when_they_are_read(pools, tokenizer
     assert abs(last["train/documents"] - 2 * 180) < 8
     settings["method"]["merge_every"] = steps
     again = run_config(inputs, tokenizer_path, tmp_path / "other", 1, **settings)
-    (message,) = pools(1)(_refused, again)
+    (message,) = pools(1)(refusal_of, again, ConfigError)
     assert f"with {steps} steps for the {2 * tokens:,} tokens of all epochs" in message
     assert "method.merge_every" in message
 
@@ -54,7 +42,7 @@ def test_nothing_is_counted_if_something_is_missing(pools, tokenizer_path, tmp_p
     (inputs / "train" / "bad.json").write_text("counting would stop here\n")
     data = {"train": f"{inputs}/train/*", "validation": f"{inputs}/nowhere.json"}
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 1, data=data, train={"steps": None, "epochs": 1.0})
-    (message,) = pools(1)(_missing, config)
+    (message,) = pools(1)(refusal_of, config, SourceError)
     assert "no file matches" in message
     (inputs / "empty.json").touch()
     empty = run_config(inputs, tokenizer_path, tmp_path / "run", 1, data={"train": f"{inputs}/empty.json"})

@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 
-from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.data.errors import SourceError
 from tests.tools.data_tools import some_texts, write_shard, write_shards
 from tests.tools.runs import (
     Stopped,
+    checkpoint_at,
     different_tensors,
     left_by_a_kill,
-    losses,
+    logged_steps,
+    logged_values,
     metrics,
+    refusal_of,
     run_config,
     train,
     write_inputs,
@@ -74,7 +76,7 @@ def never(pools, inputs, tokenizer_path, tmp_path_factory) -> Path:
 
 
 def _end(run_dir: Path) -> Path:
-    return run_dir / "checkpoints" / "step-00000010"
+    return checkpoint_at(run_dir, 10)
 
 
 def test_a_resume_continues_with_the_same_blocks_and_every_source_is_counted(
@@ -95,7 +97,7 @@ def test_a_resume_continues_with_the_same_blocks_and_every_source_is_counted(
 def test_a_kill_after_a_rollback_does_not_change_the_drawn_sources(pools, inputs, tokenizer_path, tmp_path):
     rolled, killed = tmp_path / "rolled", tmp_path / "killed"
     pools(2)(_bad_at, _config(inputs, tokenizer_path, rolled), (4, 5))
-    assert [line["step"] for line in metrics(rolled) if "train/rollbacks" in line] == [3]
+    assert logged_steps(rolled, "train/rollbacks") == [3]
     # a stage covers steps: steps 4 and 5 draw from the first stage, no matter what was drawn before
     counted = {line["step"]: line for line in metrics(rolled) if "train/tokens" in line}
     assert counted[10]["train/tokens/lines"] == (30 + 12) * 32
@@ -105,16 +107,10 @@ def test_a_kill_after_a_rollback_does_not_change_the_drawn_sources(pools, inputs
     assert different_tensors(_end(rolled), _end(killed)) == []
 
 
-def _refused(config: Any) -> str:
-    with pytest.raises(CheckpointError) as error:
-        train(config)
-    return str(error.value)
-
-
 def test_weights_change_if_allowed(pools, inputs, tokenizer_path, tmp_path, never):
     folder = tmp_path / "run"
     pools(2)(train, _config(inputs, tokenizer_path, folder), stop_after=4)
-    (message, _) = pools(2)(_refused, _config(inputs, tokenizer_path, folder, weight=5.0))
+    (message, _) = pools(2)(refusal_of, _config(inputs, tokenizer_path, folder, weight=5.0))
     assert "data.train: the shares of its sources: lines 0.75 in the checkpoint, 0.375 now" in message
     assert "'--train.allow_changes=[data.train]'" in message
     pools(2)(train, _config(inputs, tokenizer_path, folder, weight=5.0, allow_changes=["data.train"]))
@@ -138,7 +134,7 @@ def test_sources_may_be_listed_in_another_order_at_a_resume(pools, inputs, token
     left_by_a_kill(tmp_path / "never", tmp_path / "run", 4)
     pools(1)(train, config(tmp_path / "run", -1))
     assert different_tensors(_end(tmp_path / "never"), _end(tmp_path / "run")) == []
-    assert losses(tmp_path / "run") == losses(tmp_path / "never")
+    assert logged_values(tmp_path / "run") == logged_values(tmp_path / "never")
 
 
 def _few(inputs: Path, tokenizer: str, run_dir: Path, **settings: Any) -> Any:
@@ -153,20 +149,14 @@ def _few(inputs: Path, tokenizer: str, run_dir: Path, **settings: Any) -> Any:
     return run_config(inputs, tokenizer, run_dir, data=data, train=settings)
 
 
-def _source_refused(config: Any) -> str:
-    with pytest.raises(SourceError) as error:
-        train(config)
-    return str(error.value)
-
-
 def test_a_source_with_fewer_texts_than_lanes_is_found_long_before_its_stage(pools, inputs, tokenizer_path, tmp_path):
-    (message,) = pools(1)(_source_refused, _few(inputs, tokenizer_path, tmp_path / "run"))
+    (message,) = pools(1)(refusal_of, _few(inputs, tokenizer_path, tmp_path / "run"), SourceError)
     assert "lane 7 found no text in few.json: there are fewer documents than lanes" in message
     assert not (tmp_path / "run" / "checkpoints").exists()
     without = {"data": {"stages": []}}  # the same holds if a resumed run gets such a stage
     pools(1)(train, _few(inputs, tokenizer_path, tmp_path / "run", **without), stop_after=4)
     (message,) = pools(1)(
-        _source_refused, _few(inputs, tokenizer_path, tmp_path / "run", allow_changes=["data.stages"])
+        refusal_of, _few(inputs, tokenizer_path, tmp_path / "run", allow_changes=["data.stages"]), SourceError
     )
     assert "set the weight of its source few to 0 in data.train and data.stages" in message
     assert "--train.allow_changes=[data.train,data.stages]" in message

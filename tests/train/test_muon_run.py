@@ -10,7 +10,15 @@ from unittest import mock
 import pytest
 
 from tests.tools.grids import rest
-from tests.tools.runs import assert_resumes_are_bit_equal, losses, refusal_of, run_config, tensors, train
+from tests.tools.runs import (
+    assert_resumes_are_bit_equal,
+    checkpoint_at,
+    logged_values,
+    refusal_of,
+    run_config,
+    tensors,
+    train,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -52,18 +60,18 @@ def test_a_moved_run_continues_as_if_it_had_not_moved(
     folder = tmp_path / "run"
     reference = tmp_path_factory.getbasetemp() / "muon-that-never-moved"
     small = {"micro_batch_size": 1, "steps": 9}  # a merge or a renewal follows the move
-    if not (reference / "checkpoints" / "step-00000009").exists():
+    if not checkpoint_at(reference, 9).exists():
         pools(1)(train, config(reference, train={"zero_stage": 0} | small))
     pools(world)(train, config(folder, world, train={"zero_stage": stage} | small), stop_after=5)
     pools(to_world)(train, config(folder, to_world, train=small | {"zero_stage": to_stage, "micro_batch_size": 2}))
-    assert losses(folder) == pytest.approx(losses(reference), rel=0, abs=1e-5)
-    assert len(losses(folder)) == 9
+    assert logged_values(folder) == pytest.approx(logged_values(reference), rel=0, abs=1e-5)
+    assert len(logged_values(folder)) == 9
 
 
 def test_a_checkpoint_holds_one_moment_of_matrices(pools, config, tmp_path):
     pools(2)(train, config(tmp_path / "run", 2), stop_after=1)
     kinds: dict[str, set[str]] = {}
-    for key in tensors(tmp_path / "run" / "checkpoints" / "step-00000001"):
+    for key in tensors(checkpoint_at(tmp_path / "run", 1)):
         kind, name, _ = key.split("|")
         if kind != "base":
             kinds.setdefault(name, set()).add(kind)
@@ -87,7 +95,7 @@ def test_a_resume_with_another_optimizer_cannot_be_allowed(pools, config, tmp_pa
     assert "optim.momentum: 0.9 in the checkpoint, 0.5 now; to allow it: '--train.allow_changes" in message
 
 
-def logged(config: Any) -> list[str]:
+def logged_settings(config: Any) -> list[str]:
     """What the check of a run's settings logs."""
     from relora_mora.train.begin import check
 
@@ -97,8 +105,8 @@ def logged(config: Any) -> list[str]:
 
 
 def test_settings_that_the_optimizer_does_not_use_are_named(pools, config, tmp_path):
-    (messages,) = pools(1)(logged, config(tmp_path / "run", optim={"matrices": "adamw"}))
+    (messages,) = pools(1)(logged_settings, config(tmp_path / "run", optim={"matrices": "adamw"}))
     assert messages == ["optim.matrices=adamw does not use optim.momentum"]
-    (messages,) = pools(1)(logged, config(tmp_path / "muon", method={"name": "full"}))
+    (messages,) = pools(1)(logged_settings, config(tmp_path / "muon", method={"name": "full"}))
     assert "method full does not use optim.restart_warmup_steps" in messages
     assert not any("optim.matrices" in message for message in messages)

@@ -14,8 +14,9 @@ from relora_mora.config.registry import MATRIX_OPTIMIZERS
 from tests.tools.grids import rest
 from tests.tools.runs import (
     assert_resumes_are_bit_equal,
+    checkpoint_at,
     left_by_a_kill,
-    losses,
+    logged_values,
     refusal_of,
     run_config,
     tensors,
@@ -79,7 +80,7 @@ def partly_unscored(config: Any) -> None:
 
 def _linears(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Their masters in a checkpoint, by key."""
-    found = tensors(run / "checkpoints" / f"step-{step:08d}")
+    found = tensors(checkpoint_at(run, step))
     return {key: value for key, value in found.items() if key.startswith("master|") and "_proj" in key}
 
 
@@ -96,8 +97,8 @@ def test_a_projection_waits_for_a_scored_step(pools, config, tmp_path, matrices,
     one_rank, run = tmp_path / "one_rank", tmp_path / "run"
     pools(1)(partly_unscored, config(one_rank, optim={"matrices": matrices}, train=train_settings | {"zero_stage": 0}))
     pools(2)(partly_unscored, make(run))
-    assert len(losses(run)) == 5
-    assert losses(run) == pytest.approx(losses(one_rank), rel=0, abs=1e-5)
+    assert len(logged_values(run)) == 5
+    assert logged_values(run) == pytest.approx(logged_values(one_rank), rel=0, abs=1e-5)
     for waits, before, after in ((True, 1, 2), (False, 2, 3), (True, 5, 7), (False, 7, 8), (False, 8, 9)):
         assert set(_equal(_linears(run, before), _linears(run, after))) == {waits}, f"steps {before} to {after}"
     assert max(float(value.abs().max()) for value in _linears(run, 10).values()) < 0.2
@@ -118,13 +119,13 @@ def test_a_moved_run_continues_as_if_it_had_not_moved(
     reference = tmp_path_factory.getbasetemp() / "fira-that-never-moved"
     fira = {"matrices": "fira"}
     small = {"micro_batch_size": 1, "steps": 9}  # a merge or a renewal follows the move
-    if not (reference / "checkpoints" / "step-00000009").exists():
+    if not checkpoint_at(reference, 9).exists():
         pools(1)(train, config(reference, optim=fira, train={"zero_stage": 0} | small))
     pools(world)(train, config(folder, world, optim=fira, train={"zero_stage": stage} | small), stop_after=5)
     large = small | {"micro_batch_size": 2}
     pools(to_world)(train, config(folder, to_world, optim=fira, train={"zero_stage": to_stage} | large))
-    assert losses(folder) == pytest.approx(losses(reference), rel=0, abs=1e-5)
-    assert len(losses(folder)) == 9
+    assert logged_values(folder) == pytest.approx(logged_values(reference), rel=0, abs=1e-5)
+    assert len(logged_values(folder)) == 9
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -134,7 +135,7 @@ def test_a_checkpoint_holds_the_state_of_each_matrix_once(pools, config, tmp_pat
         train, config(tmp_path / "run", 2, optim={"matrices": matrices}, train={"zero_stage": stage}), stop_after=1
     )
     found: dict[str, set[str]] = {}
-    for key, value in tensors(tmp_path / "run" / "checkpoints" / "step-00000001").items():
+    for key, value in tensors(checkpoint_at(tmp_path / "run", 1)).items():
         kind, name, start = key.split("|")
         found.setdefault(name, set()).add(kind)
         if "down_proj" in name and kind.startswith("proj"):  # [24, 40]

@@ -15,7 +15,8 @@ import torch
 from relora_mora.config.load import dump
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.tools.commands import PRETRAIN, call, refused
-from tests.tools.runs import LLAMA, metrics, run_config, tensors, train
+from tests.tools.data_tools import write_json_lines
+from tests.tools.runs import LLAMA, checkpoint_at, logged_values, metrics, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
 STEPS = 6
@@ -35,7 +36,7 @@ def inputs(tmp_path_factory) -> Path:
             }
             for number in numbers
         ]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        write_json_lines(folder / f"{name}.jsonl", rows)
     (folder / "own.jinja").write_text(
         "{% for m in messages %}{{ m.role[0] + ':' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
         "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
@@ -75,8 +76,8 @@ def test_an_interrupted_run_continues_bit_for_bit(pools, inputs, tokenizer_path,
     cut = _config(inputs, tokenizer_path, tmp_path / "cut", 2)
     pools(2)(train, cut, 3)
     pools(2)(train, cut)
-    expected = tensors(whole / "checkpoints" / f"step-{STEPS:08d}")
-    found = tensors(tmp_path / "cut" / "checkpoints" / f"step-{STEPS:08d}")
+    expected = tensors(checkpoint_at(whole, STEPS))
+    found = tensors(checkpoint_at(tmp_path / "cut", STEPS))
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert _seen(tmp_path / "cut") == _seen(whole)
@@ -122,14 +123,14 @@ def test_a_new_start_with_another_template_replaces_the_saved_tokenizer(pools, i
 
 def test_steps_inside_a_prompt_report_no_loss(pools, inputs, tokenizer_path, tmp_path):
     rows = [{"prompt": f"{number} " + "the rank " * 10, "completion": "matrix"} for number in range(30)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_json_lines(tmp_path / "a.jsonl", rows)
     data = {"train": str(tmp_path / "a.jsonl"), "validation": str(tmp_path / "a.jsonl"), "records": {"kind": "prompt"}}
     config = _config(inputs, tokenizer_path, tmp_path / "run", 1, **data, lanes=1, packing="stream", sequence_length=16)
     sizes = config.train.model_copy(update={"batch_size": 1, "micro_batch_size": 1, "steps": 16})
     seldom = config.checkpoint.model_copy(update={"every_steps": 0})
     evaluation = config.eval.model_copy(update={"every_steps": 0, "at_start": False, "max_tokens": 64})
     pools(1)(train, config.model_copy(update={"train": sizes, "checkpoint": seldom, "eval": evaluation}))
-    losses = [line["train/loss"] for line in metrics(tmp_path / "run") if "train/loss" in line]
+    losses = logged_values(tmp_path / "run")
     assert 0 < len(losses) < 12
     assert min(losses) > 0.5
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tools.runs import metrics, run_config, tensors, train
+from tests.tools.runs import checkpoint_at, logged_values, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
 STEPS = 6
@@ -50,7 +50,7 @@ def at_once(pools, inputs, tokenizer_path, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_is_the_mean_over_its_scored_tokens(pools, inputs, tokenizer_path, tmp_path, at_once, stage):
     folder = run(pools, inputs, tokenizer_path, tmp_path / "run", 2, micro_batch_size=1, zero_stage=stage)
-    losses = [[line["train/loss"] for line in metrics(of) if "train/loss" in line] for of in (at_once, folder)]
+    losses = [logged_values(of) for of in (at_once, folder)]
     assert len(losses[0]) == STEPS
     assert losses[1] == pytest.approx(losses[0], rel=2e-5)
     expected = _masters(at_once)
@@ -61,7 +61,7 @@ def test_a_step_is_the_mean_over_its_scored_tokens(pools, inputs, tokenizer_path
 def _masters(run_dir: Path) -> dict[str, torch.Tensor]:
     """Whole float32 masters by parameter, flat."""
     pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for key, value in tensors(run_dir / "checkpoints" / f"step-{STEPS:08d}").items():
+    for key, value in tensors(checkpoint_at(run_dir, STEPS)).items():
         kind, name, start = key.split("|")
         if kind == "master":
             pieces.setdefault(name, []).append((int(start), value.flatten()))

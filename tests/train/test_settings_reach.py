@@ -16,7 +16,7 @@ import torch
 from relora_mora.config.data import DataConfig
 from relora_mora.config.schema import Config, ModelConfig
 from tests.tools.data_tools import some_texts, write_shard
-from tests.tools.runs import LLAMA, metrics, run_config, train
+from tests.tools.runs import LLAMA, logged_values, run_config, train
 
 pytestmark = pytest.mark.distributed
 
@@ -114,7 +114,7 @@ def evaluations(config: Config) -> dict[str, float]:
 
     train(config)
     run_dir = Path(config.train.run_dir)
-    before, after = (line["eval/loss"] for line in metrics(run_dir) if "eval/loss" in line)
+    before, after = logged_values(run_dir, "eval/loss")
     out = run_dir / "export"
     export(run_dir, out)
     return {
@@ -183,10 +183,12 @@ def unchanged(pools, inputs, tokenizer_path, tmp_path_factory) -> dict[str, floa
 
 # settings that only training reads, all changed together
 ONLY_TRAINED = tuple(name for name in CHANGED if name.startswith("data.") and not REACHES[name].evaluation)
-ALONE = [(name,) for name in CHANGED if name not in ONLY_TRAINED]
+EACH_OTHER = [(name,) for name in CHANGED if name not in ONLY_TRAINED]
 
 
-@pytest.mark.parametrize("names", [(), ONLY_TRAINED, *ALONE], ids=lambda names: names[0] if len(names) == 1 else None)
+@pytest.mark.parametrize(
+    "names", [(), ONLY_TRAINED, *EACH_OTHER], ids=lambda names: names[0] if len(names) == 1 else None
+)
 def test_what_training_sees_is_evaluated_and_exported(pools, inputs, tokenizer_path, tmp_path, unchanged, names):
     seen = unchanged
     if names:

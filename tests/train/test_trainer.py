@@ -20,7 +20,7 @@ from relora_mora.weights.digests import start_digests
 from relora_mora.weights.export import export
 from tests.tools.commands import PRETRAIN, call
 from tests.tools.helpers import ROOT
-from tests.tools.runs import metrics, run_config, tensors, train
+from tests.tools.runs import checkpoint_at, logged_steps, logged_values, metrics, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
 UNSAVED: dict[str, dict[str, Any]] = {"checkpoint": {"every_steps": 0}}  # but at the end
@@ -112,11 +112,11 @@ def test_a_warm_start_begins_with_the_weights_of_the_other_run(
     folder = tmp_path / "warm"
     config = run_config(inputs, tokenizer_path, folder, 2, model={"init_from": str(given)})
     pools(2)(train, config, stop_after=1)
-    before = [line["eval/loss"] for line in metrics(origin) if "eval/loss" in line][-1]
-    after = next(line["eval/loss"] for line in metrics(folder) if "eval/loss" in line)
+    before = logged_values(origin, "eval/loss")[-1]
+    after = logged_values(folder, "eval/loss")[0]
     assert after == pytest.approx(before, abs=2e-5)
     pools(2)(train, config, stop_after=2)  # resumes: no second start
-    assert [line["step"] for line in metrics(folder) if "eval/loss" in line] == [0]
+    assert logged_steps(folder, "eval/loss") == [0]
     began, resumed = read_json_lines(folder / "starts.jsonl")
     assert began["began_with"] == start_digests(config)
     assert "began_with" not in resumed, "it has not read them"
@@ -140,7 +140,7 @@ def test_micro_batches_do_not_change_the_result(pools, inputs, tokenizer_path, t
     for micro in (1, 4):
         folder = tmp_path / f"micro{micro}"
         pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, train={"micro_batch_size": micro}, **UNSAVED))
-        losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
+        losses.append(logged_values(folder))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -151,7 +151,7 @@ def test_activation_checkpointing_does_not_change_the_result(pools, inputs, toke
         folder = tmp_path / f"{on}"
         sections = {"model": {"activation_checkpointing": on}, "train": {"zero_stage": stage}, **UNSAVED}
         pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, **sections))
-        losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
+        losses.append(logged_values(folder))
     assert losses[0] == losses[1]
 
 
@@ -162,7 +162,7 @@ def test_documents_can_be_kept_apart(pools, inputs, tokenizer_path, tmp_path):
         pools(2)(
             train, run_config(inputs, tokenizer_path, folder, 2, data={"document_mask": on}, **UNSAVED), stop_after=2
         )
-        losses.append([line["train/loss"] for line in metrics(folder) if "train/loss" in line])
+        losses.append(logged_values(folder))
     assert len(losses[1]) == 2
     assert losses[0][0] != losses[1][0]
     assert losses[0] == pytest.approx(losses[1], abs=0.3)
@@ -173,7 +173,7 @@ def test_retention_keeps_the_last_and_the_multiples(pools, inputs, tokenizer_pat
     pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, checkpoint={"keep_last": 2, "keep_every_steps": 4}))
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert kept == ["latest", *(f"step-{step:08d}" for step in (4, 8, 9, 10))]
-    assert tensors(folder / "checkpoints" / "step-00000004")
+    assert tensors(checkpoint_at(folder, 4))
 
 
 def test_mistakes_end_before_anything_is_loaded_without_a_traceback(pools, inputs, tokenizer_path, tmp_path):

@@ -21,7 +21,7 @@ from relora_mora.model.llama import empty_model
 from relora_mora.system.logs import log
 from relora_mora.weights.export import export
 from tests.tools.commands import EVALUATE, call
-from tests.tools.runs import LLAMA, metrics, run_config, train
+from tests.tools.runs import LLAMA, logged_values, run_config, train
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 pytestmark = pytest.mark.distributed
@@ -93,7 +93,7 @@ def as_old(folder: Path) -> None:
 def first_loss(pools: Any, inputs: Path, tokenizer: str, run: Path, folder: Path) -> float:
     model = {"config": str(folder / "config.json"), "init_from": str(folder)}
     pools(1)(train, run_config(inputs, tokenizer, run, model=model), stop_after=0)
-    return next(line["eval/loss"] for line in metrics(run) if "eval/loss" in line)
+    return logged_values(run, "eval/loss")[0]
 
 
 def scored(inputs: Path, tokenizer: str, folder: Path) -> float:
@@ -227,7 +227,7 @@ def test_another_number_of_positions_is_the_same_function(inputs, pools, tokeniz
     folder = save(tmp_path / "model", max_position_embeddings=128)
     config = run_config(inputs, tokenizer_path, tmp_path / "run", model={"init_from": str(folder)})
     pools(1)(train, config, stop_after=0)
-    loss = next(line["eval/loss"] for line in metrics(tmp_path / "run") if "eval/loss" in line)
+    loss = logged_values(tmp_path / "run", "eval/loss")[0]
     assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
 
 

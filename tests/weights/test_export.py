@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,11 @@ from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import _name_rope, export, merged_model
 from relora_mora.weights.foreign import foreign_config
 from relora_mora.weights.load import load_any_model, own_tokenizer_path
-from tests.tools.checkpoints import write_checkpoint
+from relora_mora.weights.merged import merged_model
+from tests.tools.checkpoints import rewrite_manifest, write_checkpoint
 from tests.tools.commands import EVALUATE, EXPORT, call, refused
 from tests.tools.data_tools import write_shard
-from tests.tools.runs import LLAMA
-
-
-def change_manifest(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """As a stranger can write it, with the right checksum."""
-    path = checkpoint / "manifest.json"
-    values = json.loads(path.read_text())
-    del values["checksum"]
-    change(values)
-    path.write_text(json.dumps(values | {"checksum": content_checksum(values)}))
+from tests.tools.runs import LLAMA, checkpoint_at
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +49,13 @@ def model() -> LlamaForCausalLM:
 def run(model: LlamaForCausalLM, hf_tokenizer: Path, tmp_path: Path) -> Path:
     """A run folder with one checkpoint."""
     save_tokenizer(hf_tokenizer, tmp_path / "run" / "tokenizer")
-    write_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000005", model, hf_tokenizer)
+    write_checkpoint(checkpoint_at(tmp_path / "run", 5), model, hf_tokenizer)
     return tmp_path / "run"
 
 
 @pytest.fixture
 def checkpoint(run: Path) -> Path:
-    return run / "checkpoints" / "step-00000005"
+    return checkpoint_at(run, 5)
 
 
 @pytest.fixture
@@ -236,7 +227,7 @@ def test_files_listed_in_a_manifest_do_not_replace_the_model(
     names = [f"tokenizer/{name}" for name in ("model.safetensors", "config.json", "generation_config.json", "evil.py")]
     for name in names:
         (checkpoint / name).write_text('{"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "llama"}')
-    change_manifest(
+    rewrite_manifest(
         checkpoint,
         lambda values: values["files"].update({name: asdict(file_entry(checkpoint / name)) for name in names}),
     )
@@ -259,7 +250,7 @@ def test_an_export_does_not_name_code(checkpoint: Path, clean: dict[str, bytes],
         }
         values["files"]["tokenizer/tokenizer_config.json"] = asdict(file_entry(path))
 
-    change_manifest(checkpoint, change)
+    rewrite_manifest(checkpoint, change)
     export(checkpoint, tmp_path / "out")
     assert contents(tmp_path / "out") == clean
 
@@ -279,14 +270,14 @@ def test_an_export_does_not_name_code(checkpoint: Path, clean: dict[str, bytes],
 def test_a_manifest_with_another_model_is_one_message(
     checkpoint: Path, tmp_path: Path, change: dict[str, Any], says: str
 ) -> None:
-    change_manifest(checkpoint, lambda values: values.update(change))
+    rewrite_manifest(checkpoint, lambda values: values.update(change))
     refused(call(EXPORT, checkpoint, tmp_path / "out"), str(checkpoint), says)
 
 
 def test_a_tokenizer_that_cannot_be_saved_is_named_by_its_path(checkpoint: Path, tmp_path: Path) -> None:
     path = checkpoint / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "x"}))
-    change_manifest(
+    rewrite_manifest(
         checkpoint, lambda values: values["files"].update({f"tokenizer/{path.name}": asdict(file_entry(path))})
     )
     refused(call(EXPORT, checkpoint, tmp_path / "out"), f"{checkpoint / 'tokenizer'}: transformers cannot save it")
@@ -356,7 +347,7 @@ def test_a_damaged_tokenizer_without_a_replacement_is_named(
 
 
 def test_a_run_has_its_tokenizer_in_one_place(tmp_path):
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000010"
+    checkpoint = checkpoint_at(tmp_path / "run", 10)
     checkpoint.mkdir(parents=True)
     for named in (tmp_path / "run", checkpoint.parent):
         assert own_tokenizer_path(named) == tmp_path / "run" / "tokenizer"

@@ -22,9 +22,16 @@ from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import export
 from relora_mora.weights.load import load_any_model, load_model
 from relora_mora.weights.peft import AdapterFolder, base_sample, is_other_base
-from tests.tools.adapter_tools import ALONE, METHODS, adapted, logits, save_base, write_run
-from tests.tools.checkpoints import write_checkpoint
-from tests.tools.commands import EVALUATE, EXPORT, call, refused
+from tests.tools.adapter_tools import (
+    ADAPTERS_ONLY,
+    METHODS,
+    adapted,
+    logits,
+    save_base,
+    write_adapter_folder,
+    write_run,
+)
+from tests.tools.commands import EVALUATE, call, refused
 from tests.tools.data_tools import write_shard
 from tests.tools.shared import SHARED, needs_shared
 
@@ -34,11 +41,6 @@ ROUNDING = 2e-5  # of logits of up to 5
 @pytest.fixture(scope="session")
 def peft() -> Any:
     return pytest.importorskip("peft", reason="PEFT is not installed (pip install '.[dev]')")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"))
 
 
 def exported(folder: Path, base: Path, tokenizer: str, method: dict[str, Any], form: str) -> Path:
@@ -52,7 +54,7 @@ def exported(folder: Path, base: Path, tokenizer: str, method: dict[str, Any], f
 
 @pytest.mark.parametrize(("name", "whole"), [*((name, False) for name in METHODS), ("lora", True), ("mora1", True)])
 def test_peft_computes_what_the_run_does(peft, base, tokenizer_path, tmp_path, name, whole):
-    method = METHODS[name] | ({} if whole else ALONE)
+    method = METHODS[name] | ({} if whole else ADAPTERS_ONLY)
     lm = adapted(base, method)
     checkpoint = write_run(tmp_path / "run", lm, base, tokenizer_path, method)
     for form in ("merged", "peft"):
@@ -82,7 +84,7 @@ def test_an_answer_ends_where_the_merged_model_ends_it(base, tokenizer_path, tmp
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}"
     save_tokenizer(tokenizer, tmp_path / "tokenizer")
-    method = METHODS["mora1"] | ALONE
+    method = METHODS["mora1"] | ADAPTERS_ONLY
     checkpoint = write_run(tmp_path / "run", adapted(base, method), base, tmp_path / "tokenizer", method)
     export(checkpoint, tmp_path / "merged")
     export(checkpoint, tmp_path / form, form=form)
@@ -97,7 +99,7 @@ def test_an_answer_ends_where_the_merged_model_ends_it(base, tokenizer_path, tmp
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
 def test_peft_computes_what_a_run_of_another_family_does(peft, tokenizer_path, tmp_path, kind):
     base = save_base(tmp_path / "base", kind, tie_word_embeddings=True)
-    method = METHODS["mora1"] | ALONE | {"dropout": 0.1}
+    method = METHODS["mora1"] | ADAPTERS_ONLY | {"dropout": 0.1}
     lm = adapted(base, method)
     export(write_run(tmp_path / "run", lm, base, tokenizer_path, method), tmp_path / "peft", form="peft")
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft").eval()
@@ -153,7 +155,7 @@ def test_tied_embeddings_without_the_head_are_refused(peft, tmp_path, given):
 def test_a_whole_linear_keeps_its_frozen_bias(peft, tokenizer_path, tmp_path):
     """PEFT takes modules that were saved whole with all of their parameters."""
     base = save_base(tmp_path / "base", attention_bias=True)
-    method = METHODS["lora"] | ALONE | {"target_modules": ["q_proj"], "train_linears": True}
+    method = METHODS["lora"] | ADAPTERS_ONLY | {"target_modules": ["q_proj"], "train_linears": True}
     folder = exported(tmp_path, base, tokenizer_path, method, "peft")
     names = load_file(folder / "adapter_model.safetensors")
     kept = {name.split(".", 6)[6] for name in names if ".0.self_attn.k_proj." in name}
@@ -173,7 +175,7 @@ def released_size(inputs: int, outputs: int, rank: float, mora_type: int) -> int
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name]["name"] == "mora" and name != "mora7"])
 def test_the_released_mora_finds_our_matrices(base, tokenizer_path, tmp_path, name):
-    method = METHODS[name] | ALONE
+    method = METHODS[name] | ADAPTERS_ONLY
     folder = exported(tmp_path, base, tokenizer_path, method, "peft-mora")
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -214,110 +216,11 @@ def test_an_adapter_saved_by_the_released_mora_computes_the_same_here(tmp_path):
         assert (layer.delta_of(AdapterFolder(folder).value("model.q.mora_M")) - delta).abs().max() < 1e-5
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------
-
-
-def write_adapter_folder(folder: Path, settings: dict[str, Any], **factors: torch.Tensor) -> Path:
-    """An adapter of one layer, ``model.q``."""
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | settings))
-    tensors = {f"base_model.model.model.q.lora_{name}.weight": value for name, value in factors.items()}
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
-
-
-GOOD = {"A": torch.ones(2, 5), "B": torch.ones(3, 2)}
-SQUARE = {"use_mora": True, "mora_type": 1}
-
-
-@pytest.mark.parametrize(
-    ("settings", "factors", "says"),
-    [
-        ({"peft_type": "IA3"}, GOOD, "peft_type is 'IA3'"),
-        ({"use_dora": True}, GOOD, "use_dora: not supported here"),
-        ({"new_kind": {"of": "adapter"}}, GOOD, "new_kind: not supported here"),
-        ({"bias": "all"}, GOOD, "bias is 'all'"),
-        ({"init_lora_weights": "pissa"}, GOOD, "init_lora_weights is 'pissa'"),
-        ({"lora_alpha": "much"}, GOOD, "lora_alpha is 'much'"),
-        ({"alpha_pattern": {"*_proj": 4}}, GOOD, "alpha_pattern has '*_proj', which is not a regular expression"),
-        ({"rank_pattern": {"(q_proj": 4}}, GOOD, "rank_pattern has '(q_proj', which is not a regular expression"),
-        ({}, {"A": torch.ones(2, 5)}, "model.q has A [2, 5] and B []"),
-        ({}, {"A": torch.ones(2, 5), "B": torch.ones(3, 4)}, "model.q has A [2, 5] and B [3, 4]"),
-        ({}, GOOD | {"magnitude_vector": torch.ones(3)}, "not a tensor of LoRA or MoRA"),
-        ({}, {"A": torch.ones(2, 5, dtype=torch.int8), "B": GOOD["B"]}, "not a tensor of LoRA or MoRA"),
-        ({}, {}, "no layer has an adapter"),
-        (SQUARE | {"mora_type": 5}, {"A": torch.ones(2, 2)}, "mora_type is 5"),
-        (SQUARE | {"mora_type": 7}, {"A": torch.ones(2, 2)}, "mora_type is 7, expected one of 1, 2, 3, 4, 6"),
-        (SQUARE, {"A": torch.ones(2, 3)}, "model.q has M [2, 3], expected [R, R]"),
-        (SQUARE | {"mora_type": 6}, {"A": torch.ones(3, 3)}, "model.q has M [3, 3], expected [R, R] with an even R"),
-    ],
-)
-def test_a_folder_that_is_not_such_an_adapter_is_one_message(tmp_path, settings, factors, says):
-    folder = write_adapter_folder(tmp_path / "adapter", settings, **factors)
-    with pytest.raises(CheckpointError) as caught:
-        AdapterFolder(folder)
-    assert says in str(caught.value)
-    assert str(folder) in str(caught.value)
-
-
-@pytest.mark.parametrize("harm", ["nan", "no copy"])
-def test_impossible_values_are_one_message(tmp_path, harm):
-    M = torch.ones(2, 2)
-    other = M.clone()
-    (M if harm == "nan" else other)[0, 1] = math.nan if harm == "nan" else 2.0
-    folder = write_adapter_folder(tmp_path / "adapter", SQUARE, A=M, B=other)
-    with pytest.raises(CheckpointError, match="not finite" if harm == "nan" else "is not a copy of M"):
-        AdapterFolder(folder).value("model.q.mora_M")
-
-
-@pytest.mark.parametrize("harm", ["config", "list", "gone", "pickle"])
-def test_unreadable_files_are_one_message(tmp_path, harm):
-    folder = write_adapter_folder(tmp_path / "adapter", {}, **GOOD)
-    if harm in ("config", "list"):
-        (folder / "adapter_config.json").write_text("[]" if harm == "list" else "{")
-    else:
-        file = folder / "adapter_model.safetensors"
-        file.unlink()
-        if harm == "pickle":
-            torch.save(GOOD, file)
-    with pytest.raises(CheckpointError, match="cannot be read") as caught:
-        AdapterFolder(folder)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("form", "method", "changes", "says"),
-    [
-        ("peft", {"name": "full"}, {}, "full trains without adapters"),
-        ("peft", METHODS["lora"] | ALONE, {"model": {}}, "has no model.init_from, so there is no base model"),
-        ("peft", METHODS["mora1"] | ALONE, {"merges_done": 1}, "1 merge changed the base weights"),
-        ("peft-mora", METHODS["lora"] | ALONE, {}, "lora is not known to the released MoRA"),
-        ("peft-mora", METHODS["mora7"] | ALONE, {}, "operator 7 is not known to the released MoRA"),
-        ("peft", METHODS["lora"], {"attention_bias": True}, "biases of layers with adapters were trained"),
-        ("peft", METHODS["lora"], {"tie_word_embeddings": True}, "it trained embeddings that are also the head"),
-    ],
-)
-def test_a_run_that_trains_more_than_its_adapter_is_refused(tokenizer_path, tmp_path, form, method, changes, says):
-    of_model = {key: changes[key] for key in changes if key in ("attention_bias", "tie_word_embeddings")}
-    base = save_base(tmp_path / "base", **of_model)
-    lm = adapted(base, method) if method["name"] != "full" else LlamaForCausalLM.from_pretrained(base)
-    checkpoint = tmp_path / "run"
-    of_run = {"model": {"init_from": str(base)}} | {key: value for key, value in changes.items() if key not in of_model}
-    operator = method["operators"][0] if method["name"] == "mora" else None
-    write_checkpoint(checkpoint, lm, tokenizer_path, operator=operator, method=method, **of_run)
-    refused(call(EXPORT, checkpoint, tmp_path / "out", f"--format={form}"), says, "--format=merged")
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_unknown_format_is_refused(tmp_path):
-    refused(call(EXPORT, tmp_path, tmp_path / "out", "--format=gguf"), "--format: got gguf, expected one of merged")
-
-
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 
 
 def test_a_square_of_another_model_is_recognized_by_its_rank(base, tokenizer_path, tmp_path):
-    folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ALONE, "peft-mora")
+    folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ADAPTERS_ONLY, "peft-mora")
     file = folder / "adapter_model.safetensors"
     save_file(load_file(file), file, metadata={"format": "pt"})
     wide = save_base(tmp_path / "wide", intermediate_size=80)
@@ -347,7 +250,7 @@ def test_a_change_in_a_large_weight_is_noticed():
 
 
 def test_a_regular_expression_for_ranks_decides_which_base_fits(base, tokenizer_path, tmp_path):
-    folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ALONE, "peft-mora")
+    folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ADAPTERS_ONLY, "peft-mora")
     config = folder / "adapter_config.json"
     settings = json.loads(config.read_text())
     assert not AdapterFolder(folder).fits("model.layers.0.mlp.up_proj", 24, 80)
@@ -358,7 +261,7 @@ def test_a_regular_expression_for_ranks_decides_which_base_fits(base, tokenizer_
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_base_saved_in_another_precision_is_the_same(base, tokenizer_path, tmp_path, dtype):
-    folder = exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ALONE, "peft")
+    folder = exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ADAPTERS_ONLY, "peft")
     AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(tmp_path / "half")
     load_model(folder, torch.float32, tmp_path / "half")
 
@@ -366,7 +269,7 @@ def test_a_base_saved_in_another_precision_is_the_same(base, tokenizer_path, tmp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_the_model_equals_the_merged_export(base, tokenizer_path, tmp_path, dtype):
     """Also between the weights: rotary frequencies stay in float32."""
-    folder = exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ALONE, "peft")
+    folder = exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ADAPTERS_ONLY, "peft")
     export(tmp_path / "run", tmp_path / "merged")
     found = load_model(folder, dtype).model
     expected = load_any_model(tmp_path / "merged", dtype).model
@@ -378,12 +281,12 @@ def test_in_half_precision_the_model_equals_the_merged_export(base, tokenizer_pa
 def test_an_adapter_that_is_not_lora_is_not_written_as_lora(base, tokenizer_path, tmp_path, monkeypatch):
     monkeypatch.setattr(LoRALinear, "as_lora", AdapterLinear.as_lora)
     with pytest.raises(CheckpointError, match="PEFT has no adapter for lora; export it with --format=merged"):
-        exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ALONE, "peft")
+        exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ADAPTERS_ONLY, "peft")
 
 
 def test_an_adapter_is_scored_on_its_base(base, tokenizer_path, tmp_path):
     text = write_shard(tmp_path / "text" / "a.json", ["the rank of a merge", "one more matrix of the same rank"])
-    folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ALONE, "peft")
+    folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ADAPTERS_ONLY, "peft")
     export(tmp_path / "run", tmp_path / "merged")
     losses = []
     described = shutil.copytree(folder, tmp_path / "described")

@@ -18,16 +18,11 @@ from relora_mora.config.schema import Config
 from relora_mora.experiments.spectrum import update_spectra
 from relora_mora.weights.export import export
 from relora_mora.weights.peft import AdapterFolder
-from tests.tools.adapter_tools import ALONE, METHODS, adapted, logits, save_base, write_run
+from tests.tools.adapter_tools import ADAPTERS_ONLY, METHODS, adapted, logits, save_base, write_run
 from tests.tools.commands import EVALUATE, call
-from tests.tools.runs import metrics, run_config, train
+from tests.tools.runs import logged_values, run_config, train
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +31,11 @@ def adapters(base, tokenizer_path, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("adapters")
     found = {}
     for name, form, others in (
-        ("lora", "peft", ALONE),
-        ("mora1", "peft-mora", ALONE),
-        ("mora6", "peft-mora", ALONE),
+        ("lora", "peft", ADAPTERS_ONLY),
+        ("mora1", "peft-mora", ADAPTERS_ONLY),
+        ("mora6", "peft-mora", ADAPTERS_ONLY),
         ("lora_with_modules", "peft", {}),
-        ("lora_pattern", "peft", ALONE),
+        ("lora_pattern", "peft", ADAPTERS_ONLY),
     ):
         method = METHODS[name.removesuffix("_with_modules")] | others
         write_run(folder / f"run_{name}", adapted(base, method), base, tokenizer_path, method)
@@ -82,7 +77,7 @@ def masters(config: Config) -> dict[str, torch.Tensor]:
 def test_a_run_begins_with_the_values_in_the_file(
     pools, inputs, base, adapters, tokenizer_path, tmp_path, name, stage, precision, world
 ):
-    method = METHODS[name.removesuffix("_with_modules")] | ({} if name.endswith("modules") else ALONE)
+    method = METHODS[name.removesuffix("_with_modules")] | ({} if name.endswith("modules") else ADAPTERS_ONLY)
     started = {"zero_stage": stage, "precision": precision}
     config = config_of(inputs, tokenizer_path, tmp_path / "run", base, adapters[name], method, world, **started)
     adapter = AdapterFolder(adapters[name])
@@ -93,7 +88,7 @@ def test_a_run_begins_with_the_values_in_the_file(
 
 def test_a_fully_trained_linear_with_a_frozen_bias_is_loaded(pools, inputs, tokenizer_path, tmp_path):
     base = save_base(tmp_path / "base", attention_bias=True)
-    method = METHODS["lora"] | ALONE | {"target_modules": ["q_proj"], "train_linears": True}
+    method = METHODS["lora"] | ADAPTERS_ONLY | {"target_modules": ["q_proj"], "train_linears": True}
     write_run(tmp_path / "run", adapted(base, method), base, tokenizer_path, method)
     export(tmp_path / "run", tmp_path / "peft", form="peft")
     config = config_of(inputs, tokenizer_path, tmp_path / "again", base, tmp_path / "peft", method)
@@ -109,7 +104,7 @@ def test_a_fully_trained_linear_with_a_frozen_bias_is_loaded(pools, inputs, toke
 def test_the_adapter_is_not_part_of_what_the_run_adds(pools, inputs, base, adapters, tokenizer_path, tmp_path, name):
     """A run that hardly trains has added hardly anything."""
     run = tmp_path / "run"
-    config = config_of(inputs, tokenizer_path, run, base, adapters[name], METHODS[name] | ALONE)
+    config = config_of(inputs, tokenizer_path, run, base, adapters[name], METHODS[name] | ADAPTERS_ONLY)
     still = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 1e-7})})
     pools(1)(train, still, stop_after=1)
     assert max(float(values.max()) for values in update_spectra(run).values()) < 1e-4
@@ -125,12 +120,12 @@ def test_the_first_loss_is_the_adapters_and_the_last_is_its_exports(
 ):
     peft = pytest.importorskip("peft", reason="PEFT is not installed (pip install '.[dev]')")
     run = tmp_path / "run"
-    config = config_of(inputs, tokenizer_path, run, base, adapters[name], METHODS[name] | ALONE)
+    config = config_of(inputs, tokenizer_path, run, base, adapters[name], METHODS[name] | ADAPTERS_ONLY)
     pools(1)(train, config, stop_after=2)
     pools(1)(train, config)  # goes on at step 2
     for form in ("merged", "peft"):
         export(run, tmp_path / form, form=form)
-    first, last = (line["eval/loss"] for line in metrics(run) if "eval/loss" in line)
+    first, last = logged_values(run, "eval/loss")
     scored = []
     for folder in (adapters[name], tmp_path / "peft", tmp_path / "merged"):
         options = (f"--data={inputs}/validation/*.json.gz", "--data.sequence_length=32", "--max_tokens=200")
@@ -189,11 +184,11 @@ def refuses(inputs, tokenizer_path, tmp_path):
             ["lora_A", "(8 ten", "set method.rank_pattern={down_proj: 6, gate_proj: 4,"],
         ),
         ("mora1", {"rank": 5}, ["mora_M is [16, 16]", "and [17, 17] in this run (14 ten", "R is 16 in the adapter"]),
-        ("lora_with_modules", ALONE, ["it contains lm_head.weight"]),
+        ("lora_with_modules", ADAPTERS_ONLY, ["it contains lm_head.weight"]),
     ],
 )
 def test_settings_that_differ_from_the_adapters_are_refused(refuses, base, adapters, name, changes, parts):
-    others = {} if name.endswith("modules") else ALONE
+    others = {} if name.endswith("modules") else ADAPTERS_ONLY
     refuses(
         base,
         adapters[name],
@@ -211,10 +206,10 @@ def test_an_adapter_of_another_model_is_refused(refuses, adapters, tmp_path):
         "and [4, 32] in this run",
         "the adapter of another model, give that model",
     )
-    refuses(narrow, adapters["lora"], METHODS["lora"] | ALONE, *messages)
+    refuses(narrow, adapters["lora"], METHODS["lora"] | ADAPTERS_ONLY, *messages)
     deeper = save_base(tmp_path / "deeper", num_hidden_layers=3)
     messages = ("model.layers.2.mlp.down_proj.lora_A is missing in", "and [4, 40] in this run (14 tensors differ)")
-    refuses(deeper, adapters["lora"], METHODS["lora"] | ALONE, *messages)
+    refuses(deeper, adapters["lora"], METHODS["lora"] | ADAPTERS_ONLY, *messages)
 
 
 def _changed(adapter: Path, out: Path, config: dict[str, Any], drop: str = "") -> Path:
@@ -232,7 +227,7 @@ def test_scales_are_compared_layer_by_layer(refuses, base, adapters, tmp_path):
     """Here each is 1; there 6 of rank 4 and 4 of rank 6, which are the same numbers."""
     alphas = {"lora_alpha": 6, "alpha_pattern": {"down_proj": 4}}
     crossed = _changed(adapters["lora_pattern"], tmp_path / "crossed", alphas)
-    method = METHODS["lora_pattern"] | ALONE | {"lora_alpha": None}
+    method = METHODS["lora_pattern"] | ADAPTERS_ONLY | {"lora_alpha": None}
     refuses(
         base,
         crossed,
@@ -243,7 +238,7 @@ def test_scales_are_compared_layer_by_layer(refuses, base, adapters, tmp_path):
 
 def test_an_adapter_of_some_layers_is_reported(refuses, base, adapters, tmp_path):
     some = _changed(adapters["lora"], tmp_path / "some", {}, drop="layers.1.")
-    refuses(base, some, METHODS["lora"] | ALONE, "is missing in", "all layers of a kind must have an adapter")
+    refuses(base, some, METHODS["lora"] | ADAPTERS_ONLY, "is missing in", "all layers of a kind must have an adapter")
 
 
 def test_a_square_of_another_model_is_refused(refuses, adapters, tmp_path):
@@ -254,12 +249,14 @@ def test_a_square_of_another_model_is_refused(refuses, adapters, tmp_path):
         "does not fit its rank and the layer 24 -> 80",
         "in model.init_from",
     )
-    refuses(wide, adapters["mora1"], METHODS["mora1"] | ALONE, *messages)
+    refuses(wide, adapters["mora1"], METHODS["mora1"] | ADAPTERS_ONLY, *messages)
 
 
 def test_an_adapter_of_other_weights_of_the_same_sizes_is_refused(pools, adapters, inputs, tokenizer_path, tmp_path):
     other = save_base(tmp_path / "base", seed=8)
-    config = config_of(inputs, tokenizer_path, tmp_path / "run", other, adapters["mora1"], METHODS["mora1"] | ALONE)
+    config = config_of(
+        inputs, tokenizer_path, tmp_path / "run", other, adapters["mora1"], METHODS["mora1"] | ADAPTERS_ONLY
+    )
     with pytest.raises(Exception, match=f"was trained on other weights than {other} has; give the model"):
         pools(1)(masters, config)
 
@@ -277,6 +274,8 @@ def test_an_adapter_trained_on_a_model_elsewhere_is_reported(base, adapters, inp
     from relora_mora.train.begin.start_adapter import check_adapter
 
     other = save_base(tmp_path / "other")
-    config = config_of(inputs, tokenizer_path, tmp_path / "run", other, adapters["lora"], METHODS["lora"] | ALONE)
+    config = config_of(
+        inputs, tokenizer_path, tmp_path / "run", other, adapters["lora"], METHODS["lora"] | ADAPTERS_ONLY
+    )
     check_adapter(config, read_model_config(config.model))
     assert f"was trained on {base}, and model.init_from is {other}" in caplog.text

@@ -8,31 +8,23 @@ import struct
 import subprocess
 import sys
 import zlib
-from contextlib import closing
 
 import pytest
 import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from relora_mora.data.bytes.lines import ShardLines
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.formats.file_rows import iter_texts
-from relora_mora.data.shard import Shard
-from tests.tools.data_tools import data_config, line, some_texts, write_shard
+from tests.tools.data_tools import data_config, line, lines_of, some_texts, write_shard
 from tests.tools.helpers import ROOT
-
-
-def _lines(path, limit=1000):
-    with closing(ShardLines(Shard(path.name, str(path)), max_line_bytes=limit, timeout_seconds=1.0)) as lines:
-        return list(iter(lines.take, None))
 
 
 @pytest.mark.parametrize("suffix", [".json", ".json.gz", ".jsonl.zst"])
 def test_every_format_gives_the_same_lines(tmp_path, suffix):
     texts = some_texts(3000)
     path = write_shard(tmp_path / f"a{suffix}", texts)
-    assert [json.loads(entry)["text"] for entry in _lines(path)] == texts
+    assert [json.loads(entry)["text"] for entry in lines_of(path)] == texts
     assert list(iter_texts(str(path), split="train", config=data_config(path))) == texts
 
 
@@ -41,7 +33,7 @@ def test_several_gzip_members_and_zstd_frames(tmp_path):
         gzip.compress(b"one\ntw") + gzip.compress(b"o\n") + gzip.compress(b"") + gzip.compress(b"three") + b"\0" * 9
     )
     (tmp_path / "a.zst").write_bytes(zstandard.compress(b"one\ntw") + zstandard.compress(b"o\nthree"))
-    assert _lines(tmp_path / "a.gz") == _lines(tmp_path / "a.zst") == [b"one", b"two", b"three"]
+    assert lines_of(tmp_path / "a.gz") == lines_of(tmp_path / "a.zst") == [b"one", b"two", b"three"]
 
 
 def _skippable(number: int, size: int) -> bytes:
@@ -87,7 +79,7 @@ def test_any_sequence_of_frames_and_members_gives_their_text(tmp_path_factory, p
     path = tmp_path_factory.mktemp("any") / "a.json"
     path.write_bytes(b"".join(frame for frame, _ in parts))
     text = b"".join(text for _, text in parts)
-    assert _lines(path, limit=1 << 20) == [*text.split(b"\n")[:-1], *filter(None, [text.split(b"\n")[-1]])]
+    assert lines_of(path, limit=1 << 20) == [*text.split(b"\n")[:-1], *filter(None, [text.split(b"\n")[-1]])]
 
 
 def test_no_memory_for_the_window_is_not_damage(tmp_path):
@@ -96,9 +88,9 @@ def test_no_memory_for_the_window_is_not_damage(tmp_path):
     code = f"""
 import resource, zstandard
 from pathlib import Path
-from tests.data.bytes.test_decompress import _lines
+from tests.data.bytes.test_decompress import lines_of
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-_lines(Path({str(path)!r}))
+lines_of(Path({str(path)!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     *_, message = done.stderr.splitlines()
@@ -120,20 +112,20 @@ def test_text_after_a_byte_order_mark_and_blanks_whatever_the_name(tmp_path, nam
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_shard_that_breaks_off_or_is_damaged(tmp_path, suffix):
     whole = write_shard(tmp_path / f"a{suffix}", some_texts(4000))
-    expected = _lines(whole)
+    expected = lines_of(whole)
     body = whole.read_bytes()
     cut = tmp_path / f"cut{suffix}"
     cut.write_bytes(body[: len(body) // 2])
-    lines = _lines(cut)
+    lines = lines_of(cut)
     assert lines[-1] == Skipped("truncated")
     assert 1000 < len(lines) < 3000
     assert lines[:-1] == expected[: len(lines) - 1]
     damaged = tmp_path / f"damaged{suffix}"
     damaged.write_bytes(body[: len(body) // 2] + b"\xff" * 100 + body[len(body) // 2 + 100 :])
-    assert isinstance(_lines(damaged)[-1], Skipped)
-    assert _lines(damaged) == _lines(damaged)
+    assert isinstance(lines_of(damaged)[-1], Skipped)
+    assert lines_of(damaged) == lines_of(damaged)
     damaged.write_bytes(b"junk" + body[4:])
     with pytest.raises(SourceError, match=r"lines are bad, more than data\.max_bad_fraction"):
         list(iter_texts(str(damaged), split="train", config=data_config(damaged)))
     damaged.write_bytes(b"")
-    assert _lines(damaged) == []
+    assert lines_of(damaged) == []

@@ -19,12 +19,7 @@ from relora_mora.data.formats.file_rows import iter_texts
 from relora_mora.data.sets.show import check_columns
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import resolve_shards
-from tests.tools.data_tools import data_config, line, some_texts, write_shard
-
-
-def _lines(path, limit=1000):
-    with closing(ShardLines(Shard(path.name, str(path)), max_line_bytes=limit, timeout_seconds=1.0)) as lines:
-        return list(iter(lines.take, None))
+from tests.tools.data_tools import data_config, line, lines_of, some_texts, write_shard
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.gz", "compressed.gz", "compressed.zst"])
@@ -56,7 +51,7 @@ def test_one_array_in_json_is_one_message_before_training(tmp_path, name, indent
 @pytest.mark.parametrize("suffix", [".json", ".gz", ".zst"])
 def test_skipping_is_the_same_as_taking(tmp_path, suffix):
     path = write_shard(tmp_path / f"a{suffix}", some_texts(5000))
-    expected = _lines(path)
+    expected = lines_of(path)
     with closing(ShardLines(Shard("a", str(path)), max_line_bytes=1000, timeout_seconds=1.0)) as lines:
         assert lines.skip(3)
         assert lines.take() == expected[3]
@@ -73,7 +68,7 @@ def test_a_long_line_is_never_held_in_memory(tmp_path, suffix):
     # 64 MB on one line, which a compressed shard holds in a few kB
     path = write_shard(tmp_path / f"a{suffix}", [b"first", b"x" * (1 << 26), b"y" * 1000, b"z" * 1001, b"last"])
     tracemalloc.start()
-    lines = _lines(path, limit=1000)
+    lines = lines_of(path, limit=1000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert lines == [b"first", Skipped("too_long"), b"y" * 1000, Skipped("too_long"), b"last"]
@@ -94,7 +89,7 @@ def test_too_many_lanes_for_the_files_that_may_be_open(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(SourceError, match=r"a\.json .* \(Too many open files\); raise ulimit -n, or lower data\.lanes"):
-        _lines(path)
+        lines_of(path)
 
 
 @pytest.mark.parametrize("change", [-1000, 1000])

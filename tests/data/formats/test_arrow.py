@@ -21,12 +21,8 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.formats.file_rows import iter_texts, open_rows
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import resolve_shards
-from tests.tools.data_tools import data_config, some_texts, write_arrow, write_shard
+from tests.tools.data_tools import data_config, some_texts, texts_of, write_arrow, write_shard
 from tests.tools.faulty_server import COMMIT, serving
-
-
-def _texts(source, split="train"):
-    return list(iter_texts(str(source), split=split, config=data_config(source)))
 
 
 def _as_polars_writes(path):
@@ -63,7 +59,7 @@ def test_files_and_streams_of_every_kind_of_string_and_compression(tmp_path, wri
     if written == "file of polars":
         _as_polars_writes(path)
     local_content(resolve_shards(str(path)))
-    assert _texts(path) == [text for text in texts if text]
+    assert texts_of(path) == [text for text in texts if text]
     found = []
     for lane in range(5):
         with closing(open_rows(data_config(path), Shard("a.arrow", str(path)), stride=5, phase=lane)) as rows:
@@ -82,7 +78,7 @@ def test_a_batch_uses_the_dictionaries_before_it(tmp_path, new):
     with new(str(path), schema, options=options) as writer:
         for array in arrays:
             writer.write_batch(pyarrow.record_batch([array], schema=schema))
-    assert _texts(path) == [text for part in parts for text in part]
+    assert texts_of(path) == [text for part in parts for text in part]
     with closing(open_rows(data_config(path), Shard("a.arrow", str(path)), stride=3, phase=1)) as rows:
         assert rows.take(9) == parts[1]
 
@@ -99,7 +95,7 @@ def test_any_cut_and_any_changed_byte_is_text_or_one_message(tmp_path, stream):
         damaged[rng.randrange(len(body)) if place is None else place] ^= 255
         path.write_bytes(damaged)
         try:
-            _texts(path)
+            texts_of(path)
         except SourceError as error:
             assert "a.arrow" in str(error)
     for _ in range(50):
@@ -107,7 +103,7 @@ def test_any_cut_and_any_changed_byte_is_text_or_one_message(tmp_path, stream):
         with pytest.raises(SourceError, match=r"is not Arrow or was cut short"):
             local_content(resolve_shards(str(path)))
         with pytest.raises(SourceError, match=r"a\.arrow: its schema cannot be read .*: fetch or write it again"):
-            _texts(path)
+            texts_of(path)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -134,7 +130,7 @@ def test_a_file_on_a_server_is_read_by_the_thread_that_asks_for_it(tmp_path, sho
     read_at = RemoteFile.read_at
     monkeypatch.setattr(RemoteFile, "read_at", lambda *args: threads.add(threading.current_thread()) or read_at(*args))
     with serving(tmp_path, lambda n: "503" if n % 3 == 1 else None) as server:
-        assert _texts(f"{server.url}/a.arrow") == texts
+        assert texts_of(f"{server.url}/a.arrow") == texts
     assert threads == {threading.current_thread()}
 
 
@@ -153,10 +149,10 @@ def saved(tmp_path):
 
 
 def test_a_folder_written_by_save_to_disk_is_read(tmp_path, saved, monkeypatch):
-    assert _texts(tmp_path / "one") == saved["train"]
-    assert _texts(tmp_path / "both") == saved["train"]
-    assert _texts(tmp_path / "both", "validation") == saved["validation"]
-    assert _texts(f"{tmp_path}/both::validation") == saved["validation"]
+    assert texts_of(tmp_path / "one") == saved["train"]
+    assert texts_of(tmp_path / "both") == saved["train"]
+    assert texts_of(tmp_path / "both", "validation") == saved["validation"]
+    assert texts_of(f"{tmp_path}/both::validation") == saved["validation"]
     refused = {"one": "has no split validation; its splits are train", "both::dev": "splits are train, validation"}
     for name, said in refused.items():
         with pytest.raises(SourceError, match=said):

@@ -16,15 +16,7 @@ from relora_mora.data.formats.file_rows import iter_texts, open_rows
 from relora_mora.data.sets.show import check_columns
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import resolve_shards
-from tests.tools.data_tools import data_config, some_texts, write_shard
-
-
-def _rows(path, lanes=1, lane=0, skip=0, **changes):
-    """All rows of a lane after the first ``skip``, including those without text."""
-    config = data_config(path, max_bad_fraction=1.0, **changes)
-    with closing(open_rows(config, Shard(path.name, str(path)), stride=lanes, phase=lane)) as rows:
-        rows.skip(skip)
-        return [row for part in iter(lambda: rows.take(3), []) for row in part]
+from tests.tools.data_tools import data_config, rows_of, some_texts, write_shard
 
 
 def _written(row, end):
@@ -55,14 +47,14 @@ def test_text_written_by_csv_is_read_back(tmp_path_factory, texts, end, limit, l
     for lane in range(lanes):
         own = expected[lane::lanes]
         start = min(skip, len(own))
-        assert _rows(path, lanes, lane, start, max_line_bytes=limit) == own[start:]
+        assert rows_of(path, lanes, lane, start, max_line_bytes=limit) == own[start:]
 
 
 def test_a_long_row_is_never_held_in_memory(tmp_path):
     long = ['x,"' + f'{"a line, and":200}""quotes""\n' * 20_000 + '",', 'x,"' + f"{'no quotes':200}\n" * 20_000 + '",']
     path = write_shard(tmp_path / "a.csv.gz", ["first", *map(str.encode, long), "last"])
     tracemalloc.start()
-    rows = _rows(path, max_line_bytes=1000)
+    rows = rows_of(path, max_line_bytes=1000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert rows == ["first", Skipped("too_long"), Skipped("too_long"), "last"]
@@ -71,19 +63,19 @@ def test_a_long_row_is_never_held_in_memory(tmp_path):
 
 def test_a_text_longer_than_the_default_limit_of_csv(tmp_path):
     path = write_shard(tmp_path / "a.csv", ["x" * 200_000, "y"])
-    assert _rows(path) == ["x" * 200_000, "y"]
+    assert rows_of(path) == ["x" * 200_000, "y"]
 
 
 def test_a_quote_that_is_never_closed_makes_every_line_after_it_bad(tmp_path):
     """This shows the limit on bad rows how much of the file is lost."""
     path = write_shard(tmp_path / "a.csv", ["first", b'x,"' + b"\n".join(map(str.encode, some_texts(5)))])
-    assert _rows(path) == ["first", *[Skipped("not_csv")] * 5]
+    assert rows_of(path) == ["first", *[Skipped("not_csv")] * 5]
 
 
 def test_an_open_quote_makes_every_line_up_to_the_next_one_bad(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('text,id\nfirst,0\n"open,1\n' + "lost,2\n" * 50 + '"ok",3\nlast,4\n')
-    assert _rows(path) == ["first", *[Skipped("not_csv")] * 52, "last"]
+    assert rows_of(path) == ["first", *[Skipped("not_csv")] * 52, "last"]
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
@@ -91,7 +83,7 @@ def test_an_open_quote_makes_every_line_up_to_the_next_one_bad(tmp_path):
 def test_the_header(tmp_path, bom, head):
     path = tmp_path / "a.csv"
     path.write_bytes(bom + head + b'\r\nx 5" disk,x 5" disk\r\n"1","1"')
-    assert [row for row in _rows(path) if isinstance(row, str)] == ['x 5" disk', "1"]
+    assert [row for row in rows_of(path) if isinstance(row, str)] == ['x 5" disk', "1"]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +109,7 @@ def test_a_wrong_header_is_found_before_training(tmp_path, body, message):
         check_columns(resolve_shards(str(path)), data_config(path))
     assert f"a.csv{':' * message.startswith('its')} {message}" in str(caught.value)
     with pytest.raises(SourceError) as again:
-        _rows(path)
+        rows_of(path)
     assert str(again.value) == str(caught.value)
 
 

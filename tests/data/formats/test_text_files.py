@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import gzip
 import tracemalloc
-from contextlib import closing
 
 import pytest
 
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.formats.file_rows import iter_texts, open_rows
 from relora_mora.data.sources.resolve import resolve_shards
 from relora_mora.data.stream.stream import TrainStream, describe_position
-from tests.tools.data_tools import assert_resumes_anywhere, data_config, some_texts, write_shard
+from tests.tools.data_tools import assert_resumes_anywhere, data_config, rows_of, some_texts, texts_of, write_shard
 from tests.tools.faulty_server import serving
 
 BODY = b"\xef\xbb\xbf  first line\r\nsecond\r\n\r\n \t\r\nthird\n\n\nthe last"
@@ -23,18 +21,6 @@ DOCUMENTS = {
 }
 
 
-def _texts(path, **settings):
-    return list(iter_texts(str(path), split="train", config=data_config(path, **settings)))
-
-
-def _rows(path, **settings):
-    """All rows, including skipped ones."""
-    config = data_config(path, max_bad_fraction=1.0, **settings)
-    (shard,) = resolve_shards(str(path))
-    with closing(open_rows(config, shard)) as rows:
-        return [row for part in iter(lambda: rows.take(3), []) for row in part]
-
-
 @pytest.mark.parametrize("sample_by", DOCUMENTS)
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n"])
 def test_text_is_split_into_documents(tmp_path, sample_by, end):
@@ -42,7 +28,7 @@ def test_text_is_split_into_documents(tmp_path, sample_by, end):
     expected = list(DOCUMENTS[sample_by])
     if sample_by == "document" and end == b"\n\n":
         expected[-1] += "\n"  # only the last newline belongs to no line
-    assert _texts(tmp_path / "a.txt", sample_by=sample_by) == expected
+    assert texts_of(tmp_path / "a.txt", sample_by=sample_by) == expected
 
 
 @pytest.mark.parametrize("sample_by", DOCUMENTS)
@@ -54,7 +40,7 @@ def test_documents_equal_those_of_datasets(tmp_path, sample_by):
     reference = datasets.load_dataset(
         "text", data_files=str(path), sample_by=sample_by, split="train", cache_dir=str(tmp_path / "cache")
     )
-    assert _texts(path, sample_by=sample_by) == [text for text in reference["text"] if text]
+    assert texts_of(path, sample_by=sample_by) == [text for text in reference["text"] if text]
 
 
 @pytest.mark.parametrize("sample_by", DOCUMENTS)
@@ -70,7 +56,7 @@ def test_a_long_document_is_never_held_in_memory(tmp_path, sample_by):
         tmp_path / "a.txt.gz", ["first", f"{'many words on a line':200}\n".encode() * 20_000 + b"end", "last"]
     )
     tracemalloc.start()
-    rows = _rows(path, sample_by=sample_by, max_line_bytes=1000)
+    rows = rows_of(path, sample_by=sample_by, max_line_bytes=1000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     too_long = Skipped("too_long")
@@ -80,14 +66,14 @@ def test_a_long_document_is_never_held_in_memory(tmp_path, sample_by):
 
 def test_the_limit_is_on_the_bytes_of_a_document(tmp_path):
     path = write_shard(tmp_path / "a.txt", ["é\n" * 9 + "é", "é\n" * 9 + "éx"])
-    assert _rows(path, max_line_bytes=29) == ["é\n" * 9 + "é", Skipped("too_long")]
+    assert rows_of(path, max_line_bytes=29) == ["é\n" * 9 + "é", Skipped("too_long")]
 
 
 def test_the_document_at_which_a_shard_breaks_off_is_lost(tmp_path):
     path = write_shard(tmp_path / "a.txt.gz", some_texts(2000))
     path.write_bytes(path.read_bytes()[:-5000])
     for sample_by in ("paragraph", "document"):
-        *whole, last = _rows(path, sample_by=sample_by, max_line_bytes=1 << 20)
+        *whole, last = rows_of(path, sample_by=sample_by, max_line_bytes=1 << 20)
         assert whole == (some_texts(2000)[: len(whole)] if sample_by == "paragraph" else [])
         assert last == Skipped("truncated")
 
@@ -97,7 +83,7 @@ def test_files_without_text(tmp_path):
     (tmp_path / "b.txt").write_bytes(b" \n\n\t\n")
     (tmp_path / "c.txt").write_text("text in UTF-16\n\nand more", encoding="utf-16")
     found = {
-        sample_by: [_rows(tmp_path / name, sample_by=sample_by) for name in ("a.txt", "b.txt", "c.txt")]
+        sample_by: [rows_of(tmp_path / name, sample_by=sample_by) for name in ("a.txt", "b.txt", "c.txt")]
         for sample_by in DOCUMENTS
     }
     blank, utf16 = Skipped("blank_line"), Skipped("utf16")
@@ -107,17 +93,17 @@ def test_files_without_text(tmp_path):
     assert found["line"][1] == [blank, Skipped("empty_text"), blank]
     assert set(found["line"][2]) >= {utf16}
     with pytest.raises(SourceError, match=r"c\.txt: \d of \d paragraphs are bad, .*is UTF-16"):
-        _texts(tmp_path / "c.txt")
+        texts_of(tmp_path / "c.txt")
 
 
 @pytest.mark.parametrize("name,body", [("a.txt.gz", "größer\n\ntext"), ("a.csv.gz", "id,text\n1,größer\n2,text\n")])
 def test_text_that_a_server_decompressed_is_read(tmp_path, monkeypatch, name, body):
     (tmp_path / name).write_text(body, encoding="utf-8")
     with serving(tmp_path) as server:
-        assert _texts(f"{server.url}/{name}") == ["größer", "text"]
+        assert texts_of(f"{server.url}/{name}") == ["größer", "text"]
     (tmp_path / name).write_bytes(gzip.compress(body.encode())[2:])  # no gzip, and no text
     with pytest.raises(SourceError, match=r"holds a raw NUL byte|has no column"):
-        _texts(tmp_path / name)
+        texts_of(tmp_path / name)
 
 
 def test_a_position_is_described_in_words(tmp_path, tokenizer_path):

@@ -19,7 +19,7 @@ from relora_mora.data.sources.resolve import configured_shards, resolve_shards
 from relora_mora.data.tokens.folder import make_tokens
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.record_tools import CONVERSATION, encoded
-from tests.tools.data_tools import data_config
+from tests.tools.data_tools import data_config, write_json_lines
 
 ROWS = [
     {"messages": CONVERSATION[1:3], "id": 1},
@@ -42,7 +42,7 @@ def _write(path: Path) -> Path:
         cells = ['"' + json.dumps(row["messages"]).replace('"', '""') + f'",{row["id"]}' for row in ROWS]
         path.write_text("\n".join(["messages,id", *cells]) + "\n")
     else:
-        path.write_text("\n".join(map(json.dumps, ROWS)))
+        write_json_lines(path, ROWS)
     return path
 
 
@@ -149,7 +149,7 @@ def test_whole_texts_score_what_a_stream_scores(tokenizer_path, tmp_path):
 def test_too_many_records_that_cannot_be_used_end_an_evaluation(tokenizer_path, tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [*ROWS, {"messages": CONVERSATION[:1], "id": 4}]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    write_json_lines(path, rows)
     records = {"kind": "messages", "template": "chatml"}
     with pytest.raises(
         SourceError, match=r"1 of 4 records cannot be used, .*; the last one: a\.jsonl, line 4, has no answer"

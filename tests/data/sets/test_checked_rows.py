@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.sets.reading import count_epochs
 from relora_mora.data.sets.show import check_columns, check_records
 from relora_mora.data.sources.resolve import configured_shards
-from relora_mora.data.stream.stream import TrainStream
-from relora_mora.tokenizer.load import load_tokenizer
-from tests.tools.data_tools import data_config
+from tests.data.stream_tools import stream_of
+from tests.tools.data_tools import data_config, write_json_lines
 
 REFUSES_LATER_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
@@ -29,11 +27,6 @@ REFUSES_LATER_SYSTEM = (
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_path):
-    return load_tokenizer(tokenizer_path)
-
-
 def _conversation(number: int, role: str = "user") -> dict[str, Any]:
     messages = [
         {"role": "user", "content": f"the rank {number}"},
@@ -41,11 +34,6 @@ def _conversation(number: int, role: str = "user") -> dict[str, Any]:
         {"role": "assistant", "content": " matrix"},
     ]
     return {"messages": messages}
-
-
-def _written(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 def _config(path: Path, template: str = REFUSES_LATER_SYSTEM, **settings: Any) -> DataConfig:
@@ -64,7 +52,7 @@ def _error_of(config: DataConfig, tokenizer: Any) -> str:
 
 def test_records_that_are_read_as_text_are_reported_with_their_keys(tmp_path, tokenizer):
     for count in (3, 30):
-        path = _written(tmp_path / "a.jsonl", [_conversation(number) for number in range(count)])
+        path = write_json_lines(tmp_path / "a.jsonl", [_conversation(number) for number in range(count)])
         bad = min(count, 11)
         assert _error_of(data_config(path), tokenizer).startswith(
             f"a.jsonl: {bad} of {bad} lines are bad, more than data.max_bad_fraction (0.01); "
@@ -74,7 +62,7 @@ def test_records_that_are_read_as_text_are_reported_with_their_keys(tmp_path, to
 
 
 def test_first_lines_that_are_all_bad_are_reported_whatever_is_allowed(tmp_path, tokenizer):
-    path = _written(tmp_path / "a.jsonl", [_conversation(number) for number in range(30)])
+    path = write_json_lines(tmp_path / "a.jsonl", [_conversation(number) for number in range(30)])
     assert _error_of(data_config(path, max_bad_fraction=1.0), tokenizer) == (
         'a.jsonl: none of its first 16 lines can be used; one has no "text", only messages '
         "(set data.text_column to the key of the texts, or data.records if the lines are records)"
@@ -93,14 +81,14 @@ def test_a_column_of_messages_that_is_read_as_text_is_reported(tmp_path, tokeniz
 
 def test_conversations_in_another_form_are_shown(tmp_path, tokenizer):
     rows = [{"messages": [{"from": "human", "value": "the"}, {"from": "gpt", "value": "rank"}]} for _ in range(30)]
-    message = _error_of(_config(_written(tmp_path / "a.jsonl", rows)), tokenizer)
+    message = _error_of(_config(write_json_lines(tmp_path / "a.jsonl", rows)), tokenizer)
     assert message.startswith("30 of 30 records cannot be used, more than data.max_bad_fraction (0.01); the last one: ")
     assert """a.jsonl, line 30, has a message 1 with the "role" None, expected one of system, user""" in message
     assert "{'messages': [{'from': 'human'" in message
 
 
 def test_marks_that_are_never_reached_leave_nothing_to_learn(tmp_path, tokenizer):
-    path = _written(tmp_path / "a.jsonl", [_conversation(number) for number in range(30)])
+    path = write_json_lines(tmp_path / "a.jsonl", [_conversation(number) for number in range(30)])
     template = (
         "{% for m in messages %}{% if m.role == 'model' %}{% generation %}x{% endgeneration %}{% endif %}x{% endfor %}"
     )
@@ -112,19 +100,19 @@ def test_marks_that_are_never_reached_leave_nothing_to_learn(tmp_path, tokenizer
 @pytest.mark.parametrize("packing", ["whole", "none"])
 def test_records_that_are_all_too_long_are_reported(tmp_path, tokenizer, packing):
     rows = [{"prompt": "the rank " * 40, "completion": "matrix"} for _ in range(30)]
-    path = _written(tmp_path / "a.jsonl", rows)
+    path = write_json_lines(tmp_path / "a.jsonl", rows)
     config = data_config(path, records={"kind": "prompt"}, packing=packing, sequence_length=64)
     message = _error_of(config, tokenizer)
     assert message.startswith("a.jsonl: no record can be used (over_length: 30); for instance a.jsonl, line 30, has ")
     assert " tokens, more than data.sequence_length (64): {'prompt': 'the rank" in message
     assert message.endswith("; raise data.sequence_length")
-    _written(path, [*rows * 40])
+    write_json_lines(path, [*rows * 40])
     assert "no record can be used among the first 1,024 (over_length: 1,024)" in _error_of(config, tokenizer)
 
 
 def test_many_records_that_are_too_long_cause_a_warning(tmp_path, tokenizer, caplog):
     rows = [{"prompt": "the rank " * (40 if number else 1), "completion": "matrix"} for number in range(30)]
-    config = data_config(_written(tmp_path / "a.jsonl", rows), records={"kind": "prompt"}, sequence_length=64)
+    config = data_config(write_json_lines(tmp_path / "a.jsonl", rows), records={"kind": "prompt"}, sequence_length=64)
     with caplog.at_level(logging.WARNING):
         check_records(configured_shards(config, "train"), config, tokenizer)
     [message] = caplog.messages
@@ -132,25 +120,25 @@ def test_many_records_that_are_too_long_cause_a_warning(tmp_path, tokenizer, cap
         "a.jsonl: 29 of the first 30 records are too long and left out, for instance a.jsonl, line 30"
     )
     caplog.clear()
-    _written(tmp_path / "a.jsonl", [*rows, *[rows[0]] * 30])
+    write_json_lines(tmp_path / "a.jsonl", [*rows, *[rows[0]] * 30])
     check_records(configured_shards(config, "train"), config, tokenizer)
     assert caplog.messages == []
 
 
 def test_whole_texts_that_are_all_too_long_are_reported(tmp_path, tokenizer):
-    path = _written(tmp_path / "a.jsonl", [{"text": "the rank " * 40}])
+    path = write_json_lines(tmp_path / "a.jsonl", [{"text": "the rank " * 40}])
     config = data_config(path, packing="whole", records={"kind": "text", "too_long": "drop"}, sequence_length=64)
     assert "no record can be used (over_length: 1); for instance a text has " in _error_of(config, tokenizer)
 
 
 def test_a_small_set_is_checked_as_a_whole_and_a_large_one_by_its_first_rows(tmp_path, tokenizer):
     rows = [_conversation(number, "system" if number == 20 else "user") for number in range(50)]
-    path = _written(tmp_path / "a.jsonl", rows)
+    path = write_json_lines(tmp_path / "a.jsonl", rows)
     message = _error_of(_config(path), tokenizer)
     assert message.startswith("1 of 50 records cannot be used")
     assert "a.jsonl, line 21, is refused by the template " in message
     assert "(the system must come first)" in message
-    for config in (_config(path, max_bad_fraction=0.02), _config(_written(path, [*rows, *rows[:20] * 48]))):
+    for config in (_config(path, max_bad_fraction=0.02), _config(write_json_lines(path, [*rows, *rows[:20] * 48]))):
         check_records(configured_shards(config, "train"), config, tokenizer)
 
 
@@ -166,15 +154,11 @@ def test_half_a_surrogate_pair_in_messages_that_are_a_text_is_a_bad_record(tmp_p
     assert """a.csv, row 1, has a "messages" with half of a surrogate pair""" in _error_of(_config(path), tokenizer)
 
 
-def _stream(config: DataConfig, tokenizer_path: str) -> TrainStream:
-    return TrainStream(config, tokenizer_path=tokenizer_path, batch_size=4, lanes=4, rank=0, world_size=1)
-
-
 def test_a_row_that_a_template_refuses_is_named_and_does_not_end_the_run(tmp_path, tokenizer_path):
     rows = [_conversation(number, "system" if number == 300 else "user") for number in range(400)]
-    config = _config(_written(tmp_path / "a.jsonl", rows), packing="none")
+    config = _config(write_json_lines(tmp_path / "a.jsonl", rows), packing="none")
     assert count_epochs(config, tokenizer_path, lanes=4).blocks == [100]
-    with _stream(config, tokenizer_path) as stream:
+    with stream_of(config, tokenizer_path, batch_size=4) as stream:
         batches = [next(stream) for _ in range(1200 // 4)]
     notes = [note for batch in batches for note in batch.notes]
     assert "a.jsonl, line 301, is refused by the template " in notes[0]
@@ -186,15 +170,15 @@ def test_a_row_that_a_template_refuses_is_named_and_does_not_end_the_run(tmp_pat
 
 def test_bad_rows_allowed_in_the_first_epoch_are_allowed_in_every_epoch(tmp_path, tokenizer_path):
     rows = [_conversation(number, "system" if number % 40 == 7 else "user") for number in range(160)]
-    config = _config(_written(tmp_path / "a.jsonl", rows), packing="none", shuffle_documents=1)
-    with _stream(config, tokenizer_path) as stream:  # one lane has all four bad rows, in each epoch
+    config = _config(write_json_lines(tmp_path / "a.jsonl", rows), packing="none", shuffle_documents=1)
+    with stream_of(config, tokenizer_path, batch_size=4) as stream:  # one lane has all four bad rows, in each epoch
         batch = next(itertools.islice(stream, 400, None))
     assert batch.counts["skipped/template_failed"] > 40
 
 
 def test_counting_epochs_checks_all_records_together(tmp_path, tokenizer_path):
     rows = [_conversation(number, "system" if number % 51 == 7 else "user") for number in range(1400)]
-    config = _config(_written(tmp_path / "a.jsonl", rows), packing="none")
+    config = _config(write_json_lines(tmp_path / "a.jsonl", rows), packing="none")
     with pytest.raises(
         SourceError, match=r"28 of 1,400 records cannot be used, .* is refused by the template .*own.jinja"
     ):

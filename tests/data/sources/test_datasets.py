@@ -12,11 +12,10 @@ import pytest
 from relora_mora.config.data import TextSource
 from relora_mora.data.bytes import retry, transport
 from relora_mora.data.errors import SourceError
-from relora_mora.data.formats.file_rows import iter_texts
 from relora_mora.data.sources import named_sets
 from relora_mora.data.sources.named_sets import find_datasets, remember_datasets
 from relora_mora.data.sources.resolve import resolve_shards
-from tests.tools.data_tools import data_config, make_lane, some_texts, write_shard
+from tests.tools.data_tools import data_config, make_lane, some_texts, texts_of, write_shard
 from tests.tools.faulty_server import COMMIT, FAULTS, serving
 
 CARD = """---
@@ -66,17 +65,13 @@ def hub(tmp_path, monkeypatch):
         yield server
 
 
-def _texts(source, split="train"):
-    return list(iter_texts(source, split=split, config=data_config(source)))
-
-
 @pytest.mark.parametrize("where", ["hub", "folder"])
 def test_configurations_and_splits_by_name(tmp_path, hub, where):
     texts = _write_set(tmp_path / "set")
     place = "some/set" if where == "hub" else str(tmp_path / "set")
-    assert _texts(f"{place}:en") == texts["en/train"]
-    assert _texts(f"{place}:en:test", "validation") == texts["en/test"]
-    assert _texts(f"{place}:fr") == texts["fr/train"]
+    assert texts_of(f"{place}:en") == texts["en/train"]
+    assert texts_of(f"{place}:en:test", "validation") == texts["en/test"]
+    assert texts_of(f"{place}:fr") == texts["fr/train"]
     if where == "hub":
         names = [shard.name for shard in resolve_shards("some/set:en")]
         assert names == [f"hub:some/set@{COMMIT}/en/train-{n}.parquet" for n in range(4)]
@@ -95,10 +90,10 @@ def test_a_folder_without_a_card_has_the_splits_in_its_file_names(tmp_path):
     for split in ("train", "validation"):
         write_shard(tmp_path / "plain" / "data" / f"{split}-00000-of-00001.parquet", [split])
     place = str(tmp_path / "plain")
-    assert (_texts(place), _texts(place, "validation")) == (["train"], ["validation"])
+    assert (texts_of(place), texts_of(place, "validation")) == (["train"], ["validation"])
     write_shard(tmp_path / "flat" / "b.jsonl", ["b"])
     write_shard(tmp_path / "flat" / "a.jsonl", ["a"])
-    assert _texts(str(tmp_path / "flat")) == ["a", "b"]
+    assert texts_of(str(tmp_path / "flat")) == ["a", "b"]
     with pytest.raises(SourceError, match=r"flat has no split validation; .* train: name one as .*/flat::train"):
         resolve_shards(str(tmp_path / "flat"), split="validation")
 
@@ -118,7 +113,7 @@ def test_a_file_that_datasets_ignores_is_named(tmp_path, name):
         SourceError, match=rf"set: datasets would read .* more/y\.jsonl, but leave out .* {re.escape(repr(name))}"
     ):
         resolve_shards(str(tmp_path / "set"))
-    assert sorted(_texts(f"{tmp_path}/set/**/*.[jJ]*")) == sorted(["z.jsonl", "more/y.jsonl", name])
+    assert sorted(texts_of(f"{tmp_path}/set/**/*.[jJ]*")) == sorted(["z.jsonl", "more/y.jsonl", name])
     if name.lower() != name:
         [shard] = resolve_shards([TextSource(source=str(tmp_path / "set"), data_files="*.jsonl")])
         assert shard.name == "z.jsonl"
@@ -136,7 +131,7 @@ def test_a_folder_of_any_format(tmp_path, suffix):
     for split in ("train", "test"):
         write_shard(tmp_path / "set" / split / f"0{suffix}", [split])
     place = str(tmp_path / "set")
-    assert (_texts(place), _texts(f"{place}::test")) == (["train"], ["test"])
+    assert (texts_of(place), texts_of(f"{place}::test")) == (["train"], ["test"])
 
 
 @pytest.mark.parametrize(

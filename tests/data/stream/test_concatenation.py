@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,19 +14,12 @@ from relora_mora.data.lanes import merge_states
 from relora_mora.data.sets.reading import count_epochs, rows_in_order
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.packing import UNSCORED, Batch
-from relora_mora.data.stream.stream import TrainStream
 from relora_mora.tokenizer.load import load_tokenizer
+from tests.data.stream_tools import BATCH, LANES, count_of, stream_of
+from tests.tools.data_tools import write_json_lines
 
 LENGTH = 96
-LANES = 4
-BATCH = 8
 EPOCHS = 2
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -39,28 +31,23 @@ def sources(tmp_path_factory) -> list[dict[str, Any]]:
     turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"yes {n}"}] for n in range(9)]
     texts = [{"text": f"text number {n} is whole"} for n in range(12)]
     asked = {"kind": "question", "columns": {"question": "q"}}
+    chat = {"kind": "messages", "template": "chatml"}
+    chats = [{"messages": turn} for turn in turns]
+
+    def source(file: str, rows: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
+        return {"source": str(write_json_lines(folder / file, rows)), **settings}
+
     return [
-        {"source": _write(folder / "a" / "rows.jsonl", questions), "records": asked, "name": "questions"},
-        {"source": _write(folder / "b" / "rows.jsonl", prompts), "records": {"kind": "prompt"}, "name": "prompts"},
-        {"source": _write(folder / "chats.jsonl", [{"messages": turn} for turn in turns]),
-         "records": {"kind": "messages", "template": "chatml"}},
-        {"source": _write(folder / "texts.jsonl", texts)},
-    ]  # fmt: skip
+        source("a/rows.jsonl", questions, records=asked, name="questions"),
+        source("b/rows.jsonl", prompts, records={"kind": "prompt"}, name="prompts"),
+        source("chats.jsonl", chats, records=chat),
+        source("texts.jsonl", texts),
+    ]
 
 
 def _config(sources: Any, packing: str = "none", **settings: Any) -> DataConfig:
     given = {"concatenate": True, "packing": packing, "sequence_length": LENGTH, "workers": 0, **settings}
     return DataConfig(train=sources, validation="unused", **given)
-
-
-def _stream(config: DataConfig, tokenizer: str, rank: int = 0, ranks: int = 1, **settings: Any) -> TrainStream:
-    return TrainStream(
-        config, tokenizer_path=tokenizer, batch_size=BATCH, lanes=LANES, rank=rank, world_size=ranks, **settings
-    )
-
-
-def _count(config: DataConfig, tokenizer: str) -> Any:
-    return count_epochs(config, tokenizer, lanes=LANES, blocks_per_lane=BATCH // LANES, epochs=EPOCHS)
 
 
 def _scored(batch: Batch) -> Counter[tuple[int, ...]]:
@@ -84,10 +71,10 @@ def _read_separately(sources: Any, packing: str, tokenizer_path: str) -> Counter
 
 def test_every_row_of_every_source_is_learned_once_in_each_epoch(sources, tokenizer_path):
     config = _config(sources)
-    epoch = _count(config, tokenizer_path)
+    epoch = count_of(config, tokenizer_path, EPOCHS)
     expected = _read_separately(sources, "none", tokenizer_path)
     assert expected.total() == 23 + 31 + 9 + 12
-    with _stream(config, tokenizer_path, epoch_blocks=epoch.blocks) as stream:
+    with stream_of(config, tokenizer_path, epoch_blocks=epoch.blocks) as stream:
         for blocks in epoch.blocks:
             seen = sum((_scored(next(stream)) for _ in range(blocks * LANES // BATCH)), Counter())
             assert seen == expected
@@ -97,13 +84,11 @@ def test_a_stream_comes_once_in_an_epoch_except_at_its_ends(tokenizer_path, tmp_
     """Files of different sizes: all lanes share each of them."""
     tokenizer = load_tokenizer(tokenizer_path)
     sizes = {"large": 180, "small": 20}
-    given = [
-        {"source": _write(tmp_path / f"{name}.jsonl", [{"text": f"<{name} {n:03}>"} for n in range(size)])}
-        for name, size in sizes.items()
-    ]
+    rows = {name: [{"text": f"<{name} {n:03}>"} for n in range(size)] for name, size in sizes.items()}
+    given = [{"source": str(write_json_lines(tmp_path / f"{name}.jsonl", rows[name]))} for name in sizes]
     config = _config(given, "stream")
-    steps = _count(config, tokenizer_path).tokens[0] // (BATCH * LENGTH)
-    with _stream(config, tokenizer_path) as stream:
+    steps = count_of(config, tokenizer_path, EPOCHS).tokens[0] // (BATCH * LENGTH)
+    with stream_of(config, tokenizer_path) as stream:
         batches = [next(stream) for _ in range(steps)]
     lanes: list[list[int]] = [[] for _ in range(LANES)]
     for batch in batches:
@@ -120,16 +105,16 @@ def test_a_stream_comes_once_in_an_epoch_except_at_its_ends(tokenizer_path, tmp_
 @pytest.mark.parametrize("packing", ["whole", "stream"])
 def test_stops_and_other_numbers_of_ranks_change_nothing(sources, tokenizer_path, packing):
     config = _config(sources, packing)
-    epoch = _count(config, tokenizer_path)
+    epoch = count_of(config, tokenizer_path, EPOCHS)
     steps = int(epoch.tokens_of(EPOCHS)) // (BATCH * LENGTH)
-    with _stream(config, tokenizer_path, epoch_blocks=epoch.blocks) as stream:
+    with stream_of(config, tokenizer_path, epoch_blocks=epoch.blocks) as stream:
         expected = [next(stream) for _ in range(steps)]
     state = None
     step = 0
     while step < steps:
         ranks = 1 + step % 2
         parts = [
-            _stream(config, tokenizer_path, rank, ranks, state=state, step=step, epoch_blocks=epoch.blocks)
+            stream_of(config, tokenizer_path, rank, ranks, state=state, step=step, epoch_blocks=epoch.blocks)
             for rank in range(ranks)
         ]
         for _ in range(min(5, steps - step)):
@@ -145,14 +130,14 @@ def test_stops_and_other_numbers_of_ranks_change_nothing(sources, tokenizer_path
 def test_an_epoch_is_counted_correctly_if_files_have_the_same_name(tokenizer_path, tmp_path):
     answers = [" rank"] * LANES + [" matrix" * (LENGTH // 3)] * LANES  # a lane reads one file of each length
     paths = [
-        _write(tmp_path / str(n) / "rows.jsonl", [{"prompt": f"{n}", "completion": answer}] * 10)
+        str(write_json_lines(tmp_path / str(n) / "rows.jsonl", [{"prompt": f"{n}", "completion": answer}] * 10))
         for n, answer in enumerate(answers)
     ]
     config = _config(paths, "whole", concatenate=False, records={"kind": "prompt"})
-    counted = _count(config, tokenizer_path)
+    counted = count_of(config, tokenizer_path, EPOCHS)
     [first] = count_epochs(config, tokenizer_path, lanes=LANES, blocks_per_lane=BATCH // LANES).blocks
     assert set(counted.blocks) == {first}
-    with _stream(config, tokenizer_path, epoch_blocks=counted.blocks) as stream:
+    with stream_of(config, tokenizer_path, epoch_blocks=counted.blocks) as stream:
         batches = [next(stream) for _ in range(EPOCHS * first * LANES // BATCH)]
     assert batches[-1].counts["documents"] == EPOCHS * 10 * len(paths)
     assert batches[-1].counts["epoch"] == EPOCHS - 1

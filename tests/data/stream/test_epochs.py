@@ -17,12 +17,11 @@ from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.data.stream.stream import TrainStream
 from relora_mora.data.stream.whole import of_epoch
 from relora_mora.tokenizer.load import load_tokenizer
-from tests.tools.data_tools import data_config
+from tests.data.stream_tools import BATCH, LANES, count_of, stream_of
+from tests.tools.data_tools import data_config, write_json_lines
 from tests.tools.grids import rest
 
 LENGTH = 48
-LANES = 4
-BATCH = 8
 EPOCHS = 3
 SIZES = (50, 31, 6)  # of the files: lanes have unequal shares of each
 
@@ -40,7 +39,7 @@ def path(request, tmp_path_factory) -> Path:
     rows[9]["completion"] = ""  # has no answer
     for part, size in enumerate(SIZES if request.param == "many" else (sum(SIZES),)):
         begin = sum(SIZES[:part])
-        (folder / f"part-{part}.jsonl").write_text("\n".join(map(json.dumps, rows[begin : begin + size])) + "\n")
+        write_json_lines(folder / f"part-{part}.jsonl", rows[begin : begin + size])
     return folder / "*.jsonl"
 
 
@@ -48,16 +47,6 @@ def _config(path: Path, packing: str, **settings: Any) -> Any:
     records = {"kind": "prompt"}
     given = {"packing": packing, "records": records, "sequence_length": LENGTH, "max_bad_fraction": 0.1, **settings}
     return data_config(path, **given)
-
-
-def _stream(config: Any, tokenizer: str, rank: int = 0, ranks: int = 1, **settings: Any) -> TrainStream:
-    return TrainStream(
-        config, tokenizer_path=tokenizer, batch_size=BATCH, lanes=LANES, rank=rank, world_size=ranks, **settings
-    )
-
-
-def _count(config: Any, tokenizer: str) -> Any:
-    return count_epochs(config, tokenizer, lanes=LANES, blocks_per_lane=BATCH // LANES, epochs=EPOCHS)
 
 
 def _answers(batch: Batch, tokenizer: Any) -> list[str]:
@@ -74,9 +63,9 @@ EXPECTED = [_completion(number) for number in range(sum(SIZES)) if number != 9]
 def test_every_record_is_learned_once_in_every_epoch(path, tokenizer_path, packing, state):
     config = _config(path, packing)
     tokenizer = load_tokenizer(tokenizer_path)
-    epoch = _count(config, tokenizer_path)
+    epoch = count_of(config, tokenizer_path, EPOCHS)
     assert list(epoch.tokens) == [blocks * LANES * LENGTH for blocks in epoch.blocks]
-    with _stream(config, tokenizer_path, epoch_blocks=epoch.blocks, state=state) as stream:
+    with stream_of(config, tokenizer_path, epoch_blocks=epoch.blocks, state=state) as stream:
         for number in range(EPOCHS):
             blocks = of_epoch(epoch.blocks, number)
             assert blocks % (BATCH // LANES) == 0
@@ -90,7 +79,7 @@ def test_every_record_is_learned_once_in_every_epoch(path, tokenizer_path, packi
 def test_no_batch_is_empty_if_an_epoch_packs_into_fewer_blocks_than_another(tmp_path, tokenizer_path):
     draw = random.Random(0)
     rows = [{"prompt": "the" + " rank" * draw.randint(1, 7), "completion": " matrix"} for _ in range(800)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_json_lines(tmp_path / "a.jsonl", rows)
     config = _config(tmp_path / "a.jsonl", "whole", shuffle_documents=1000)
     counted = count_epochs(config, tokenizer_path, lanes=BATCH, epochs=EPOCHS)
     assert min(counted.blocks) < max(counted.blocks)
@@ -114,20 +103,20 @@ def test_no_batch_is_empty_if_an_epoch_packs_into_fewer_blocks_than_another(tmp_
 def test_stops_and_other_numbers_of_ranks_change_nothing(path, tokenizer_path, packing, workers):
     config = _config(path, packing, workers=workers)
     tokenizer = load_tokenizer(tokenizer_path)
-    epoch = _count(config, tokenizer_path)
+    epoch = count_of(config, tokenizer_path, EPOCHS)
     steps = int(epoch.tokens_of(EPOCHS)) // (BATCH * LENGTH)
     between_stops = 13 if workers else 3  # a worker takes a second to start
     seen: Counter[str] = Counter()
     state = None
     step = 0
-    with _stream(_config(path, packing), tokenizer_path, epoch_blocks=epoch.blocks) as stream:
+    with stream_of(_config(path, packing), tokenizer_path, epoch_blocks=epoch.blocks) as stream:
         expected = [next(stream).state for _ in range(steps)]
     while step < steps:
         ranks = 1 + step % 2
         # a resumed run takes the numbers from its state, because its saved settings have steps and not epochs
         given = epoch.blocks if state is None else None
         parts = [
-            _stream(config, tokenizer_path, rank, ranks, state=state, step=step, epoch_blocks=given)
+            stream_of(config, tokenizer_path, rank, ranks, state=state, step=step, epoch_blocks=given)
             for rank in range(ranks)
         ]
         for _ in range(min(between_stops, steps - step)):
@@ -146,7 +135,7 @@ def test_without_a_count_each_lane_begins_its_next_epoch_at_once(path, tokenizer
     config = _config(path, "none")
     tokenizer = load_tokenizer(tokenizer_path)
     seen: Counter[str] = Counter()
-    with _stream(config, tokenizer_path) as stream:
+    with stream_of(config, tokenizer_path) as stream:
         for _ in range(EPOCHS * len(EXPECTED) // BATCH):
             batch = next(stream)
             assert (batch.labels != UNSCORED).any(dim=1).all(), "no sequence is empty"
@@ -177,8 +166,8 @@ def test_numbers_of_used_and_skipped_records_are_logged(tokenizer_path, tmp_path
 def test_lanes_that_wait_long_cause_a_warning(tokenizer_path, tmp_path, caplog):
     for part, size in enumerate((40, 3, 3, 3)):  # a file for each lane
         rows = [{"prompt": "the", "completion": _completion(number)} for number in range(size)]
-        (tmp_path / f"part-{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    epoch = _count(_config(tmp_path / "*.jsonl", "none"), tokenizer_path)
+        write_json_lines(tmp_path / f"part-{part}.jsonl", rows)
+    epoch = count_of(_config(tmp_path / "*.jsonl", "none"), tokenizer_path, EPOCHS)
     assert epoch.blocks == [40]
     [message] = caplog.messages
     assert message.startswith("69 % of the sequences of an epoch are empty: 4 lanes wait for the one with the most")
@@ -187,7 +176,7 @@ def test_lanes_that_wait_long_cause_a_warning(tokenizer_path, tmp_path, caplog):
 
 def test_an_end_that_does_not_fill_a_batch_causes_a_warning(tokenizer_path, tmp_path, caplog):
     rows = [{"prompt": "the", "completion": _completion(number)} for number in range(3)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_json_lines(tmp_path / "a.jsonl", rows)
     count_epochs(_config(tmp_path / "a.jsonl", "none"), tokenizer_path, lanes=1, blocks_per_lane=8)
     [message] = caplog.messages
     assert message.startswith("62 % of the sequences of an epoch are empty: the end of an epoch does not fill a global")

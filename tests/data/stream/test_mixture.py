@@ -12,8 +12,10 @@ from relora_mora.data.content import fingerprints
 from relora_mora.data.errors import SourceError
 from relora_mora.data.sets.show import check_columns, check_lanes
 from relora_mora.data.sources.resolve import configured_shards
-from relora_mora.data.stream.producer import Mixture
-from relora_mora.data.stream.stream import TrainStream, describe_position
+from relora_mora.data.stream.fingerprint import fingerprints
+from relora_mora.data.stream.mixture import Mixture
+from relora_mora.data.stream.stream import describe_position
+from tests.data.stream_tools import stream_of
 from tests.tools.data_tools import data_config, some_texts, write_parquet, write_shard, write_shards
 from tests.tools.faulty_server import serving
 
@@ -87,15 +89,11 @@ def _records(folder, **of_books):
     ]
 
 
-def _stream(config, tokenizer_path, **settings):
-    return TrainStream(config, tokenizer_path=tokenizer_path, batch_size=8, lanes=4, rank=0, world_size=1, **settings)
-
-
 def test_a_mixture_reads_each_source_as_if_it_were_the_only_one(folder, tokenizer_path):
     """Every lane has the same blocks of a source as without the other sources."""
     single = {}
     for name, record in zip(("web", "books"), _records(folder), strict=True):
-        with _stream(data_config([record]), tokenizer_path) as stream:
+        with stream_of(data_config([record]), tokenizer_path) as stream:
             single[name] = [[tuple(row) for row in next(stream).input_ids.tolist()] for _ in range(12)]
     config = data_config(_records(folder))
     mixture = Mixture(config, 4, 2)
@@ -104,7 +102,7 @@ def test_a_mixture_reads_each_source_as_if_it_were_the_only_one(folder, tokenize
         for name in single
         for lane in range(4)
     }
-    with _stream(config, tokenizer_path) as stream:
+    with stream_of(config, tokenizer_path) as stream:
         for step in range(12):
             batch = next(stream)
             rows = [tuple(row) for row in batch.input_ids.tolist()]
@@ -138,14 +136,14 @@ def test_weights_are_part_of_the_fingerprint_but_not_of_the_order(folder):
 def test_a_source_is_read_as_often_as_it_may_be(folder, tokenizer_path, workers):
     config = data_config(_records(folder, max_epochs=2), workers=workers)
     with (
-        _stream(config, tokenizer_path) as stream,
+        stream_of(config, tokenizer_path) as stream,
         pytest.raises(SourceError, match=r"source books has been read 2 times.*max_epochs.*at_max_epochs: warn"),
     ):
         for _ in range(500):
             batch = next(stream)
     assert batch.counts["epoch/books"] == 1
     warns = data_config(_records(folder, max_epochs=1, at_max_epochs="warn"), workers=workers)
-    with _stream(warns, tokenizer_path) as stream:
+    with stream_of(warns, tokenizer_path) as stream:
         batches = [next(stream) for _ in range(300)]
     (first,) = [batch for batch in batches if batch.notes]  # once per process, and not when the rows are read ahead
     assert "books has been read once" in first.notes[0]
@@ -153,10 +151,10 @@ def test_a_source_is_read_as_often_as_it_may_be(folder, tokenizer_path, workers)
 
 
 def test_states_of_other_sources_are_refused(folder, tokenizer_path):
-    with _stream(data_config(_records(folder)), tokenizer_path) as stream:
+    with stream_of(data_config(_records(folder)), tokenizer_path) as stream:
         state = next(stream).state
     with pytest.raises(SourceError, match="belongs to other sources"):
-        _stream(data_config(_records(folder, name="novels")), tokenizer_path, state=state)
+        stream_of(data_config(_records(folder, name="novels")), tokenizer_path, state=state)
 
 
 def test_positions_of_a_batch_name_the_sources_that_it_took_from(folder):

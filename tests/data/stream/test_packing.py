@@ -18,8 +18,8 @@ from relora_mora.data.records import encoders
 from relora_mora.data.rows import Encoded, in_calls
 from relora_mora.data.shard import Shard
 from relora_mora.data.stream.packing import UNSCORED, Block, Lane
-from relora_mora.data.stream.stream import TrainStream
 from relora_mora.tokenizer.load import encode, load_tokenizer
+from tests.data.stream_tools import stream_of
 from tests.tools.data_tools import EOS, data_config, make_lane, write_shard
 
 ANSWERS_FROM = 100  # tokens from here on are in answers, lower ones in questions
@@ -214,7 +214,7 @@ def test_the_labels_of_a_batch_are_unscored_where_the_row_function_says_so(tmp_p
         return [Encoded(ids, [at >= len(ids) // 2 for at in range(len(ids))]) for ids in encode(tokenizer, texts)]
 
     def batches():
-        with TrainStream(config, tokenizer_path=tokenizer_path, batch_size=8, lanes=4, rank=0, world_size=1) as stream:
+        with stream_of(config, tokenizer_path) as stream:
             return [next(stream) for _ in range(3)]
 
     plain = batches()

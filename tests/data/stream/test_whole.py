@@ -21,11 +21,10 @@ from relora_mora.data.sets.reading import count_epochs
 from relora_mora.data.shard import Record
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.packing import UNSCORED, Block
-from relora_mora.data.stream.stream import TrainStream
 from relora_mora.data.stream.whole import CountedLane, PackedLane, block_of, first_fit
 from relora_mora.data.tokens.rows import open_any
-from relora_mora.tokenizer.load import load_tokenizer
-from tests.tools.data_tools import EOS, data_config
+from tests.data.stream_tools import stream_of
+from tests.tools.data_tools import EOS, data_config, write_json_lines
 
 LENGTH = 48
 RECORDS = 90
@@ -41,13 +40,8 @@ def path(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("records")
     for part in range(3):
         rows = [_row(number) for number in range(part, RECORDS, 3)]
-        (folder / f"part-{part}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        write_json_lines(folder / f"part-{part}.jsonl", rows)
     return folder / "*.jsonl"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_path):
-    return load_tokenizer(tokenizer_path)
 
 
 def _config(path: Path, packing: str = "whole", **settings: Any) -> Any:
@@ -171,12 +165,6 @@ def test_a_position_beyond_its_group_is_refused(path, tokenizer):
         _lane(_config(path), tokenizer, 1, 0, {**lane.state(), "offset": 99})
 
 
-def _stream(config: Any, tokenizer_path: str, rank: int = 0, ranks: int = 1, **settings: Any) -> TrainStream:
-    return TrainStream(
-        config, tokenizer_path=tokenizer_path, batch_size=8, lanes=4, rank=rank, world_size=ranks, **settings
-    )
-
-
 def _tensors(batch: Any) -> list[torch.Tensor]:
     return [part for part in (batch.input_ids, batch.labels, batch.document_ids) if part is not None]
 
@@ -184,12 +172,12 @@ def _tensors(batch: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("packing", ["whole", "none"])
 def test_a_run_continues_on_two_ranks(path, tokenizer_path, packing):
     config = _config(path, packing)
-    with _stream(config, tokenizer_path) as stream:
+    with stream_of(config, tokenizer_path) as stream:
         whole = [next(stream) for _ in range(9)]
     assert (whole[0].document_ids is not None) == (packing == "whole")
     for at in (1, 4):
         state = merge_states([whole[at - 1].state])
-        parts = [_stream(config, tokenizer_path, rank, 2, state=state, step=at) for rank in range(2)]
+        parts = [stream_of(config, tokenizer_path, rank, 2, state=state, step=at) for rank in range(2)]
         for batch in whole[at:]:
             here = [next(part) for part in parts]
             by_lane = [_tensors(one) for one in here]
@@ -203,7 +191,7 @@ def test_a_run_continues_on_two_ranks(path, tokenizer_path, packing):
 
 
 def test_workers_give_the_same_batches(path, tokenizer_path):
-    with _stream(_config(path), tokenizer_path) as here, _stream(_config(path, workers=1), tokenizer_path) as there:
+    with stream_of(_config(path), tokenizer_path) as here, stream_of(_config(path, workers=1), tokenizer_path) as there:
         for _ in range(4):
             one = next(here)
             other = next(there)
@@ -212,7 +200,7 @@ def test_workers_give_the_same_batches(path, tokenizer_path):
 
 
 def test_labels_are_the_answers(path, tokenizer, tokenizer_path):
-    with _stream(_config(path), tokenizer_path) as stream:
+    with stream_of(_config(path), tokenizer_path) as stream:
         batch = next(stream)
     for inputs, labels, documents in zip(*_tensors(batch), strict=True):
         for number in documents.unique():
@@ -233,7 +221,7 @@ def test_sources_of_text_and_of_records_are_mixed(path, tokenizer, tokenizer_pat
     ]
     config = data_config("x", train=train, sequence_length=LENGTH)
     assert config.masks_documents
-    with _stream(config, tokenizer_path) as stream:
+    with stream_of(config, tokenizer_path) as stream:
         batch = next(stream)
     kinds = Counter()
     for inputs, labels, documents in zip(*_tensors(batch), strict=True):
@@ -274,7 +262,7 @@ def test_records_that_cannot_be_used_are_counted_alike_after_a_resume(tmp_path, 
     source = tmp_path / "a.jsonl"
     source.write_text("\n".join(map(json.dumps, _usable(range(60)))))
     config = _config(source, packing, max_bad_fraction=0.2)
-    with _stream(config, tokenizer_path) as stream:
+    with stream_of(config, tokenizer_path) as stream:
         batches = [next(stream) for _ in range(12)]
     last = batches[-1].counts
     assert last["skipped/no_answer"] == last["bad"] > 0
@@ -283,7 +271,7 @@ def test_records_that_cannot_be_used_are_counted_alike_after_a_resume(tmp_path, 
     if packing == "none":
         assert last["documents"] == 8 * len(batches)
     for at in (2, 7):
-        with _stream(config, tokenizer_path, state=batches[at - 1].state, step=at) as resumed:
+        with stream_of(config, tokenizer_path, state=batches[at - 1].state, step=at) as resumed:
             for batch in batches[at:]:
                 again = next(resumed)
                 assert all(map(torch.equal, _tensors(again), _tensors(batch)))

@@ -21,9 +21,7 @@ TOKENS = 8192
 COUNTS = list(csv.DictReader((ROOT / "tests/fakecuda/counts.csv").read_text().splitlines()))
 
 
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 @pytest.mark.parametrize(("how", "table"), [("eager", EAGER), ("compiled", COMPILED)])

@@ -24,9 +24,7 @@ from tests.tools.helpers import ROOT
 CONFIG = ROOT / "configs" / "run" / "tiny_remora_paper.yaml"
 
 
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 TWO = Cluster(1, 2, CPU)

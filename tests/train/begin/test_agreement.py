@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.tools.runs import metrics, run_config
+from tests.tools.runs import checkpoint_at, metrics, run_config
 
 pytestmark = pytest.mark.distributed
 
@@ -59,7 +59,7 @@ def test_a_data_worker_that_hangs_ends_the_run_with_its_state_saved(pools, input
     assert " hangs: it has done nothing for " in first
     step = metrics(folder)[-1]["step"]
     assert step >= 3
-    assert (folder / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+    assert (checkpoint_at(folder, step) / "manifest.json").exists()
 
 
 def of_two_hosts(config: Any, other: Any, *, finds: str = "") -> str:

@@ -3,7 +3,6 @@ stays."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -14,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from relora_mora.checkpoint.layout import content_checksum
+from relora_mora.checkpoint.layout import VERSION
 from relora_mora.weights.export import export
+from tests.tools.checkpoints import rewrite_manifest
 from tests.tools.commands import EVALUATE, EXPORT, call, disk, left_in, permissions_count, public_folder, refused
-from tests.tools.runs import run_config, train
+from tests.tools.helpers import RUBBISH
+from tests.tools.runs import checkpoint_at, run_config, train
 
 pytestmark = pytest.mark.distributed
-RUBBISH = bytes(range(256)) * 4
 STATE, BASE = "state-00000-of-00001.safetensors", "base-00000-of-00001.safetensors"
 
 
@@ -38,7 +38,7 @@ def run_folder(pools, inputs, tokenizer_path, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def checkpoint(run_folder, tmp_path) -> Path:
-    return shutil.copytree(run_folder / "checkpoints" / "step-00000005", tmp_path / "checkpoint")
+    return shutil.copytree(checkpoint_at(run_folder, 5), tmp_path / "checkpoint")
 
 
 @pytest.fixture
@@ -56,14 +56,6 @@ def refuses(inputs, tmp_path) -> Callable[..., None]:
     return check
 
 
-def change_manifest(checkpoint: Path, **changes: Any) -> None:
-    """As a program of another version would have written it."""
-    path = checkpoint / "manifest.json"
-    values = json.loads(path.read_text()) | changes
-    values["checksum"] = content_checksum({key: value for key, value in values.items() if key != "checksum"})
-    path.write_text(json.dumps(values))
-
-
 def flip(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 1
@@ -75,7 +67,7 @@ def test_a_path_that_is_not_a_checkpoint(refuses, tmp_path):
     (tmp_path / "file").write_bytes(RUBBISH)
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / "run" / "checkpoints" / "step-00000005").mkdir(parents=True)
+    checkpoint_at(tmp_path / "run", 5).mkdir(parents=True)
     for name, message in {
         "nowhere": "not found; give a run folder",
         "dangling": "not found",
@@ -90,12 +82,13 @@ def test_a_path_that_is_not_a_checkpoint(refuses, tmp_path):
 
 def test_another_format_version(refuses, checkpoint):
     path = checkpoint / "manifest.json"
-    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
+    path.write_text(path.read_text().replace(f'"version": {VERSION}', f'"version": {VERSION + 1}'))
     refuses(
         checkpoint,
-        f"{checkpoint}/manifest.json: format version 3, expected version 2; use the release that wrote it",
+        f"{checkpoint}/manifest.json: format version {VERSION + 1}, expected version {VERSION}",
+        "use the release that wrote it",
     )
-    change_manifest(checkpoint, format="another checkpoint")
+    rewrite_manifest(checkpoint, lambda values: values.update(format="another checkpoint"))
     refuses(checkpoint, f"{checkpoint}/manifest.json: not the manifest of a relora_mora checkpoint")
 
 
@@ -138,7 +131,7 @@ def test_a_damaged_file(refuses, checkpoint, name, harm):
 
 def test_a_run_goes_back_to_a_whole_checkpoint_or_names_what_is_wrong(refuses, run_folder, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
-    newest, older = run / "checkpoints" / "step-00000005", run / "checkpoints" / "step-00000004"
+    newest, older = checkpoint_at(run, 5), checkpoint_at(run, 4)
     flip(newest / STATE, -3)
     assert export(run, tmp_path / "out") == older
     (older / BASE).unlink()

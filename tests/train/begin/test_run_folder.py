@@ -18,7 +18,7 @@ from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.train.begin.run_folder import check_run_folder
 from tests.tools.commands import PRETRAIN, Answer, call, disk
 from tests.tools.jobs import Job, ends, write_config
-from tests.tools.runs import metrics, run_config, train
+from tests.tools.runs import logged_steps, run_config, train
 
 pytestmark = pytest.mark.distributed
 
@@ -89,7 +89,7 @@ def test_a_disk_that_is_full_for_a_while_costs_lines_and_checkpoints_only(inputs
         )
         ballast.unlink()
         assert job.wait() == 0, job.output
-        steps = [line["step"] for line in metrics(run_dir) if "train/loss" in line]
+        steps = logged_steps(run_dir)
         assert steps[-1] == 250
         assert len(steps) < 250
         assert ends(run_dir)[-1]["code"] == 0

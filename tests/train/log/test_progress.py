@@ -11,12 +11,7 @@ import pytest
 
 from relora_mora.system.logs import setup_logging
 from relora_mora.train.log.progress import Progress, next_commands
-from tests.tools.helpers import ROOT
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+from tests.tools.helpers import ROOT, Terminal
 
 
 def set_stderr(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.tools.runs import Stopped, run_config, tensors
+from tests.tools.runs import Stopped, checkpoint_at, manifest_at, run_config, tensors
 
 
 def faulty(
@@ -87,10 +87,8 @@ def fault_settings(folder: Path, inputs: Path, tokenizer: str, **train: Any) -> 
 
 
 def same_run(a: Path, b: Path) -> bool:
-    first, second = tensors(a / "checkpoints" / "step-00000010"), tensors(b / "checkpoints" / "step-00000010")
-    state = [
-        json.loads((f / "checkpoints" / "step-00000010" / "manifest.json").read_text())["data_state"] for f in (a, b)
-    ]
+    first, second = tensors(checkpoint_at(a, 10)), tensors(checkpoint_at(b, 10))
+    state = [manifest_at(f, 10)["data_state"] for f in (a, b)]
     return (
         set(first) == set(second)
         and all(torch.equal(first[key], second[key]) for key in first)

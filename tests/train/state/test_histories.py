@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from relora_mora.system.run_folder import RunFolder, changes_since_first, noted_digests, read_json_lines
-from tests.tools.runs import metrics, run_config, train
+from tests.tools.runs import checkpoint_at, logged_steps, metrics, run_config, train
 from tests.train.state.faults import NAN, fault_settings, faulty, same_run
 
 pytestmark = pytest.mark.distributed
@@ -82,11 +82,11 @@ def test_a_run_begins_from_a_named_checkpoint_only_once(pools, inputs, tokenizer
     """The same command continues from what it has saved, since a requeued job has no other command."""
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)
-    begin = run_config(inputs, tokenizer_path, folder, train={"resume": str(theirs / "checkpoints" / "step-00000002")})
+    begin = run_config(inputs, tokenizer_path, folder, train={"resume": str(checkpoint_at(theirs, 2))})
     pools(1)(train, begin, stop_after=4)
     pools(1)(train, begin, stop_after=5)
     assert [json.loads(line)["step"] for line in (folder / "starts.jsonl").read_text().splitlines()] == [2, 4]
-    back = run_config(inputs, tokenizer_path, folder, train={"resume": str(folder / "checkpoints" / "step-00000003")})
+    back = run_config(inputs, tokenizer_path, folder, train={"resume": str(checkpoint_at(folder, 3))})
     pools(1)(train, back, stop_after=4)
     pools(1)(train, back, stop_after=5)
     assert [json.loads(line)["step"] for line in (folder / "starts.jsonl").read_text().splitlines()] == [2, 4, 3, 4]
@@ -173,14 +173,14 @@ def test_a_run_that_begins_from_a_checkpoint_saves_one_immediately(pools, inputs
     begin = run_config(inputs, tokenizer_path, folder, train=given, checkpoint={"every_steps": 100})
     assert pools(1)(faulty, begin, {7: float("nan"), 8: float("nan")}, rank=0) == [""]  # and goes back to it
     assert rollbacks(folder) == [(5, 8)]
-    assert [line["step"] for line in metrics(folder) if "eval/loss" in line] == [5, 10]
+    assert logged_steps(folder, "eval/loss") == [5, 10]
 
 
 def test_a_checkpoint_without_its_last_rename_belongs_to_the_history(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder)
     pools(1)(train, config, stop_after=3)
-    newest = folder / "checkpoints" / "step-00000003"
+    newest = checkpoint_at(folder, 3)
     newest.rename(newest.with_name(f"{newest.name}.new"))
     before = metrics(folder)
     pools(1)(train, config, stop_after=4)
@@ -195,7 +195,7 @@ def test_a_run_shortened_to_its_current_step_is_evaluated(pools, inputs, tokeniz
     pools(1)(train, run_config(inputs, tokenizer_path, folder, **mora), stop_after=3)
     given = {"steps": 3, "allow_changes": ["train.steps"]}
     pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given, **mora))
-    assert [line["step"] for line in metrics(folder) if "eval/loss" in line] == [0, 3]
+    assert logged_steps(folder, "eval/loss") == [0, 3]
 
 
 def test_an_earlier_start_without_steps_is_moved_aside(pools, inputs, tokenizer_path, tmp_path):

@@ -12,7 +12,17 @@ import torch
 
 from relora_mora.config.registry import METHODS
 from tests.tools.grids import rest
-from tests.tools.runs import different_tensors, left_by_a_kill, metrics, refusal_of, run_config, train
+from tests.tools.runs import (
+    checkpoint_at,
+    different_tensors,
+    left_by_a_kill,
+    logged_steps,
+    logged_values,
+    metrics,
+    refusal_of,
+    run_config,
+    train,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -43,10 +53,8 @@ def test_a_resume_before_at_and_after_a_merge_is_bit_equal(pools, ranks, inputs,
         assert max((run_dir / "checkpoints").glob("step-*")).name == f"step-{stop:08d}"
         # how often it saves must not matter either
         pool(train, run_config(inputs, tokenizer_path, run_dir, ranks, checkpoint={"every_steps": 0}, **sections))
-        assert different_tensors(*(each / "checkpoints" / "step-00000007" for each in (never, run_dir))) == []
-        losses = [
-            [line["train/loss"] for line in metrics(folder) if "train/loss" in line] for folder in (never, run_dir)
-        ]
+        assert different_tensors(*(checkpoint_at(each, 7) for each in (never, run_dir))) == []
+        losses = [logged_values(folder) for folder in (never, run_dir)]
         assert losses[0] == losses[1]
         assert len(losses[0]) == 7
         evals = [
@@ -65,7 +73,7 @@ def test_every_method_resumes_bit_equal(pools, ranks, inputs, tokenizer_path, tm
         if folder.name == "killed":
             left_by_a_kill(folders[0], folder, 4)
         pools(ranks)(train, run_config(inputs, tokenizer_path, folder, ranks, **_sections(2, True, method)))
-    assert different_tensors(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
+    assert different_tensors(*(checkpoint_at(folder, 10) for folder in folders)) == []
 
 
 def builds(config: Any, **options: Any) -> int:
@@ -96,7 +104,7 @@ def test_resident_layers_equal_the_merged_form_bit_for_bit_after_a_resume(
         built.append(pools(world_size)(builds, config))
     # 14 layers, once for each step, which an evaluation shares with the step that follows, and for the one at the end
     assert built == [[times * 14] * world_size for times in (0, 5 + 1, 5 + 1)]
-    assert different_tensors(*(folder / "checkpoints" / "step-00000010" for folder in folders)) == []
+    assert different_tensors(*(checkpoint_at(folder, 10) for folder in folders)) == []
     logged = [
         [line[key] for line in metrics(folder) for key in ("train/loss", "eval/loss") if key in line]
         for folder in folders
@@ -137,9 +145,9 @@ def test_dropout_draws_again_for_every_step_rank_and_micro_batch_and_resumes_bit
     assert len({*seeds[0], *seeds[1]}) == 40
     pools(2)(train, configs["stopped"], stop_after=4)
     assert pools(2)(seeds_of_forwards, configs["stopped"]) == [of_rank[8:] for of_rank in seeds]
-    assert different_tensors(*(folders[name] / "checkpoints" / "step-00000010" for name in ("never", "stopped"))) == []
+    assert different_tensors(*(checkpoint_at(folders[name], 10) for name in ("never", "stopped"))) == []
     pools(2)(train, configs["without"])
-    assert different_tensors(*(folders[name] / "checkpoints" / "step-00000010" for name in ("never", "without"))) != []
+    assert different_tensors(*(checkpoint_at(folders[name], 10) for name in ("never", "without"))) != []
 
 
 def test_base_files_are_shared_between_merges(pools, inputs, tokenizer_path, tmp_path):
@@ -149,8 +157,7 @@ def test_base_files_are_shared_between_merges(pools, inputs, tokenizer_path, tmp
     pools(2)(train, config)
     for rank in range(2):
         inode = {
-            s: (folder / "checkpoints" / f"step-{s:08d}" / f"base-0000{rank}-of-00002.safetensors").stat().st_ino
-            for s in range(1, 11)
+            s: (checkpoint_at(folder, s) / f"base-0000{rank}-of-00002.safetensors").stat().st_ino for s in range(1, 11)
         }
         assert len({inode[step] for step in (1, 2, 3)}) == 1
         assert len({inode[step] for step in (4, 5, 6, 7)}) == 1  # the resume after 6 goes on sharing
@@ -179,7 +186,7 @@ def test_another_config_is_refused_with_all_differences(pools, inputs, tokenizer
 
 
 def _eval_steps(folder: Path) -> list[int]:
-    return [line["step"] for line in metrics(folder) if "eval/loss" in line]
+    return logged_steps(folder, "eval/loss")
 
 
 def test_a_run_that_goes_back_does_not_return_to_abandoned_checkpoints(pools, inputs, tokenizer_path, tmp_path):
@@ -187,10 +194,8 @@ def test_a_run_that_goes_back_does_not_return_to_abandoned_checkpoints(pools, in
     plain = run_config(inputs, tokenizer_path, folder, 2)
     pool(train, plain)
     finished = tmp_path / "finished"
-    shutil.copytree(folder / "checkpoints" / "step-00000010", finished)
-    back = run_config(
-        inputs, tokenizer_path, folder, 2, train={"resume": str(folder / "checkpoints" / "step-00000006")}
-    )
+    shutil.copytree(checkpoint_at(folder, 10), finished)
+    back = run_config(inputs, tokenizer_path, folder, 2, train={"resume": str(checkpoint_at(folder, 6))})
     pool(train, back, stop_after=8)
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert {
@@ -200,7 +205,7 @@ def test_a_run_that_goes_back_does_not_return_to_abandoned_checkpoints(pools, in
     } <= names
     assert "step-00000010" not in names
     pool(train, plain)
-    assert different_tensors(finished, folder / "checkpoints" / "step-00000010") == []
+    assert different_tensors(finished, checkpoint_at(folder, 10)) == []
     assert _eval_steps(folder) == [0, 5, 10]
 
 
@@ -208,15 +213,15 @@ def test_a_run_that_goes_back_does_not_return_to_abandoned_checkpoints(pools, in
 def test_a_run_in_a_new_folder_begins_from_another_run(pools, inputs, tokenizer_path, tmp_path, give):
     first, second = tmp_path / "first", tmp_path / "second"
     pools(2)(train, run_config(inputs, tokenizer_path, first, 2), stop_after=5)
-    origin = first if give == "run" else first / "checkpoints" / "step-00000005"
+    origin = first if give == "run" else checkpoint_at(first, 5)
     pools(2)(train, run_config(inputs, tokenizer_path, second, 2, train={"resume": str(origin)}))
-    assert [line["step"] for line in metrics(second) if "train/loss" in line] == [6, 7, 8, 9, 10]
+    assert logged_steps(second) == [6, 7, 8, 9, 10]
     assert sorted(path.name for path in (second / "checkpoints").iterdir())[-1] == "step-00000010"
     # a finished run, into yet another folder: there is nothing to train, but the folder is complete
     third = tmp_path / "third"
     pools(2)(train, run_config(inputs, tokenizer_path, third, 2, train={"resume": str(second)}))
     assert _eval_steps(third) == [10]
-    assert (third / "checkpoints" / "step-00000010").exists()
+    assert checkpoint_at(third, 10).exists()
 
 
 def test_a_misspelled_resume_path_is_not_called_a_damaged_checkpoint(pools, inputs, tokenizer_path, tmp_path):
@@ -231,7 +236,7 @@ def test_a_misspelled_resume_path_is_not_called_a_damaged_checkpoint(pools, inpu
 @pytest.mark.parametrize("what", ["missing", "damaged"])
 def test_a_checkpoint_that_cannot_be_resumed_ends_all_ranks(pools, inputs, tokenizer_path, tmp_path, what):
     folder = tmp_path / "run"
-    given = folder / "checkpoints" / "step-00000002"
+    given = checkpoint_at(folder, 2)
     if what == "damaged":
         pools(2)(train, run_config(inputs, tokenizer_path, folder, 2), stop_after=2)
         (given / "state-00001-of-00002.safetensors").write_bytes(b"")
@@ -263,9 +268,9 @@ def test_a_longer_run_does_the_merge_that_the_last_step_left_out(pools, inputs, 
     settings = {"method": {"name": method}, "optim": constant}
     pools(2)(train, run_config(inputs, tokenizer_path, long, 2, **settings))
     pools(2)(train, run_config(inputs, tokenizer_path, short, 2, train={"steps": 8}, **settings))
-    assert [line["step"] for line in metrics(short) if "merge/layers" in line] == [4]
+    assert logged_steps(short, "merge/layers") == [4]
     pools(2)(train, run_config(inputs, tokenizer_path, short, 2, train={"allow_changes": ["train.steps"]}, **settings))
-    assert different_tensors(*(folder / "checkpoints" / "step-00000010" for folder in (long, short))) == []
+    assert different_tensors(*(checkpoint_at(folder, 10) for folder in (long, short))) == []
     assert _merges(short) == _merges(long) != []
 
 

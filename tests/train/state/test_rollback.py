@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.tools.grids import rest
-from tests.tools.runs import metrics, run_config, tensors
+from tests.tools.runs import checkpoint_at, log_lines, logged_steps, manifest_at, metrics, run_config, tensors
 from tests.train.state.faults import NAN, fault_settings, faulty, same_run, spiked
 
 pytestmark = pytest.mark.distributed
@@ -38,7 +38,7 @@ def test_one_rank_with_nan_skips_the_step_on_all_and_is_named(
         inputs, tokenizer_path, folder, 2, train={"zero_stage": stage, "precision": precision, "max_bad_steps": 3}
     )
     assert pools(2)(faulty, config, **{"factors": {}, what: {4: float("nan")}}) == ["", ""]
-    before, after = (tensors(folder / "checkpoints" / f"step-{step:08d}") for step in (3, 4))
+    before, after = (tensors(checkpoint_at(folder, step)) for step in (3, 4))
     masters = [key for key in before if key.startswith("master|")]
     merged = {key for key in masters if "mora_M" in key}  # the merge after step 4 is made all the same
     assert masters
@@ -49,7 +49,7 @@ def test_one_rank_with_nan_skips_the_step_on_all_and_is_named(
     (place,) = line["train/skipped_data"]
     assert place.startswith("rank 1: lane 1: from epoch 0")
     assert ".json.gz" in place
-    assert [line["step"] for line in metrics(folder) if "train/loss" in line] == [1, 2, 3, 5, 6, 7, 8, 9, 10]
+    assert logged_steps(folder) == [1, 2, 3, 5, 6, 7, 8, 9, 10]
 
 
 def test_bad_steps_in_a_row_roll_back_and_skip_their_data(pools, inputs, tokenizer_path, tmp_path):
@@ -63,25 +63,17 @@ def test_bad_steps_in_a_row_roll_back_and_skip_their_data(pools, inputs, tokeniz
     (line,) = [line for line in metrics(rolled) if "train/rollbacks" in line]
     assert (line["step"], line["train/rolled_back_from"]) == (3, 5)
     assert [place[:14] for place in line["train/skipped_data"]] == ["rank 1: lane 1"] * 2
-    assert [line["step"] for line in metrics(rolled) if "train/loss" in line] == list(range(1, 11))
+    assert logged_steps(rolled) == list(range(1, 11))
     # a kill after the rollback and before the next checkpoint: the data is skipped all the same
     pools(2)(faulty, fault_settings(killed, inputs, tokenizer_path), NAN, stop_at=(1, 5))
-    assert not (killed / "checkpoints" / "step-00000006").exists()
+    assert not checkpoint_at(killed, 6).exists()
     pools(2)(faulty, fault_settings(killed, inputs, tokenizer_path), {})  # bad data would roll back once more
     assert same_run(killed, reference)
 
 
 def on_a_full_disk(config: Any, factors: dict[int, float]) -> tuple[str, list[str]]:
     """Trains as :func:`faulty` while a rollback cannot write; also returns the errors in the log."""
-    from relora_mora.system.logs import log
-
-    lines: list[str] = []
     fsync = os.fsync
-
-    def keep(record: Any) -> bool:
-        if record.levelname == "ERROR":
-            lines.append(record.getMessage())
-        return True
 
     def full(handle: int) -> None:
         name = Path(f"/proc/self/fd/{handle}").readlink().name
@@ -89,8 +81,7 @@ def on_a_full_disk(config: Any, factors: dict[int, float]) -> tuple[str, list[st
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(handle)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log, "filters", [*log.filters, keep])
+    with log_lines("ERROR") as lines, pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", full)
         return faulty(config, factors), lines
 
@@ -127,9 +118,9 @@ def test_a_rollback_to_the_end_of_a_shorter_run_makes_its_merge_again(pools, inp
     assert (entry["step"], entry["at"]) == (8, 10)
     assert same_run(rolled, reference)
     for folder in (rolled, reference):
-        manifest = json.loads((folder / "checkpoints" / "step-00000009" / "manifest.json").read_text())
+        manifest = manifest_at(folder, 9)
         assert (manifest["merges_done"], manifest["operator"]) == (2, 1), folder
-        assert [line["step"] for line in metrics(folder) if "merge/layers" in line] == [4, 8], folder
+        assert logged_steps(folder, "merge/layers") == [4, 8], folder
 
 
 def test_one_rollback_too_many_ends_the_run_with_a_report(pools, inputs, tokenizer_path, tmp_path):

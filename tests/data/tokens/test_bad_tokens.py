@@ -1,0 +1,182 @@
+"""Pre-tokenized text of another tokenizer, other limits or another commit, and damaged files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+
+import numpy as np
+import pyarrow
+import pytest
+
+from relora_mora.config.data import DataConfig
+from relora_mora.data.content import local_content
+from relora_mora.data.errors import Skipped, SourceError
+from relora_mora.data.formats.file_rows import iter_texts
+from relora_mora.data.sets.held_out import load_eval_set
+from relora_mora.data.sources.resolve import resolve_shards
+from relora_mora.data.tokens import folder as token_folder
+from relora_mora.data.tokens import writer as token_writer
+from relora_mora.data.tokens.checks import check_tokens
+from relora_mora.data.tokens.index import INDEX, Index, SourceText, TokenizationSpec
+from relora_mora.data.tokens.rows import Header, MappedTokens
+from relora_mora.tokenizer.load import load_tokenizer
+from tests.data.tokens.tools import LIMITS, batches_of
+from tests.tools.data_tools import data_config, write_shards
+
+
+def test_the_files_of_a_folder_are_not_text(folder):
+    with pytest.raises(SourceError, match=r"odd\.tokens is a pre-tokenized folder, not text; give the folder itself"):
+        resolve_shards(str(folder / ".json.gz" / "odd.tokens" / "*.arrow"))
+
+
+def test_another_tokenizer_and_other_limits_are_refused(folder, tokenizer_path, other_tokenizer):
+    source = str(folder / ".json.gz" / "bad.tokens")
+    shards = resolve_shards(source)
+    config = data_config(source, **LIMITS)
+    eos = load_tokenizer(tokenizer_path).eos_token_id
+    check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos, limits=config)
+    with pytest.raises(
+        SourceError, match=r"bad\.tokens holds tokens of another tokenizer than .*give the tokenizer that"
+    ):
+        check_tokens(shards, tokenizer_path=other_tokenizer, eos=eos)
+    with pytest.raises(SourceError, match="of another tokenizer"):
+        check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos + 1)
+    with pytest.raises(SourceError, match=r"of up to 150 bytes, and data\.max_line_bytes is 99; set it to 150"):
+        check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos, limits=_with(config, max_line_bytes=99))
+    with pytest.raises(
+        SourceError, match=r"0\.json\.gz in .*: \d+ of 26 rows were bad, more than data\.max_bad_fraction"
+    ):
+        check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos, limits=_with(config, max_bad_fraction=0.1))
+    with pytest.raises(SourceError, match="of another tokenizer"):
+        load_eval_set(source, config=config, tokenizer_path=other_tokenizer, sequence_length=9, max_tokens=None)
+    with pytest.raises(SourceError, match="holds tokens, but text is needed here"):
+        list(iter_texts(source, split="train", config=config))
+
+
+def _with(config: DataConfig, **changes) -> DataConfig:
+    return config.model_copy(update=changes)
+
+
+@pytest.mark.parametrize("place,hint", [("hub:some/set@{}/a.json", True), ("a/{}/a.json", False)])
+def test_tokens_of_an_earlier_commit_can_be_continued_by_naming_it(tmp_path, place, hint):
+    making = TokenizationSpec(tokenizer="t", eos=2, max_line_bytes=100)
+    earlier, now = (
+        Index(
+            making=making,
+            texts=[
+                SourceText(name=place.format(letter * 40), size=1, text_column="text", origin="hub", content=letter)
+            ],
+        )
+        for letter in "ab"
+    )
+    with token_folder._locked_folder(tmp_path / "tokens", earlier):
+        pass
+    with (
+        pytest.raises(SourceError, match="before it changed") as raised,
+        token_folder._locked_folder(tmp_path / "tokens", now),
+    ):
+        pass
+    assert (f"--data.revision={'a' * 40})" in str(raised.value)) == hint
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """Tokens that a test may damage."""
+    return shutil.copytree(folder / ".json.gz" / "few.tokens", tmp_path / "tokens")
+
+
+def _read_all(source, tokenizer_path):
+    local_content(resolve_shards(str(source)))
+    batches_of(source, tokenizer_path, steps=8)
+
+
+def _change(path, at):
+    body = bytearray(path.read_bytes())
+    body[at] ^= 255
+    path.write_bytes(body)
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(copy, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+
+    monkeypatch.setattr(pyarrow, "memory_map", refuse)
+    with pytest.raises(
+        SourceError, match=r"00001\.arrow .* \(Too many open files\); raise ulimit -n, or lower data\.lanes"
+    ):
+        MappedTokens(str(copy / "00001.arrow"))
+
+
+@pytest.mark.parametrize("at", [0, 9, 3000, -20, "cut", "empty", "gone", "swapped"])
+def test_a_damaged_file_is_named(copy, tokenizer_path, at):
+    path = copy / "00001.arrow"
+    if at == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif at == "empty":
+        path.write_bytes(b"")
+    elif at == "gone":
+        path.unlink()
+    elif at == "swapped":
+        shutil.copy(copy / "00002.arrow", path)
+    else:
+        _change(path, at)
+    with pytest.raises(SourceError, match=r"00001\.arrow .*(make it again|check the path)"):
+        _read_all(copy, tokenizer_path)
+    if at in ("cut", "empty", "gone", "swapped"):  # also if the content is not checked first
+        with pytest.raises(SourceError, match=r"00001\.arrow "):
+            batches_of(copy, tokenizer_path, steps=8)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"files": None}, "its tokens are not finished; run .*again"),
+        ({"files": []}, r"tokens\.json is damaged \(0 files of 3 shards\)"),
+        ({"version": 2}, r"tokens\.json is damaged, or of another version \(version: "),
+        ({"making": 7}, r"tokens\.json is damaged, or of another version \(making"),
+        (None, r"tokens\.json is damaged, or of another version \(Invalid JSON"),
+    ],
+)
+def test_a_damaged_index_is_named(copy, change, message):
+    index = json.loads((copy / INDEX).read_text())
+    (copy / INDEX).write_text("{" if change is None else json.dumps(index | change))
+    with pytest.raises(SourceError, match=message):
+        resolve_shards(str(copy))
+
+
+def test_a_folder_of_text_with_a_file_of_that_name_is_not_a_token_folder(tmp_path):
+    write_shards(tmp_path, 1, 3, suffix=".json")
+    (tmp_path / INDEX).write_text('{"tokens": 3}')
+    assert "part-00000.json" in [shard.name for shard in resolve_shards(str(tmp_path))]
+
+
+def test_rows_and_reasons_survive_writing_and_reading(tmp_path):
+    """Large ids, rows without tokens, many batches, and reading rows by number."""
+    rows = [np.arange(n % 5, dtype=np.uint32) + (70_000 if n % 2 else 0) for n in range(95)]
+    rows[13] = rows[60] = Skipped("no_text")
+    head = Header(
+        TokenizationSpec(tokenizer="t", eos=2, max_line_bytes=9),
+        SourceText(name="a", size=None, text_column="text", origin="hub", content=""),
+        [90, 5],
+    )
+    with pytest.MonkeyPatch.context() as patch, (tmp_path / "a.arrow").open("wb") as stream:
+        patch.setattr(token_writer, "BATCH_TOKENS", 20)
+        writer = token_writer.TokenWriter(stream, head, vocabulary=80_000)
+        for number, row in enumerate(rows):
+            writer.write(row, number)
+        writer.close()
+    tokens = MappedTokens(str(tmp_path / "a.arrow"))
+    assert tokens.head == head
+    assert tokens.rows == 95
+    for numbers in (range(95), range(3, 95, 7), range(60, 61), range(94, 95), range(5, 5)):
+        found = list(tokens.take(numbers))
+        assert [_plain(row) for row in found] == [_plain(rows[number]) for number in numbers]
+        assert tokens.bad_among(numbers) == sum(number in (13, 60) for number in numbers)
+    assert [size for _, size in tokens.documents()] == [number for number in range(95) if number not in (13, 60)]
+
+
+def _plain(row):
+    return row.reason if isinstance(row, Skipped) else row.tolist()

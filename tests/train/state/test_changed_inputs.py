@@ -1,0 +1,232 @@
+"""A resume with another tokenizer, other text or other settings: what is refused, and what is allowed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.tokens.folder import make_tokens
+from tests.tools.faulty_server import serving
+from tests.tools.runs import (
+    checkpoint_at,
+    different_tensors,
+    logged_steps,
+    logged_values,
+    manifest_at,
+    refusal_of,
+    run_config,
+    train,
+    write_inputs,
+)
+
+pytestmark = pytest.mark.distributed
+
+
+def test_the_tokenizer_in_a_checkpoint_is_the_one_of_its_fingerprint(
+    pools, inputs, tokenizer_path, other_tokenizer, tmp_path
+):
+    from relora_mora.tokenizer.identity import tokenizer_fingerprint
+
+    folder = tmp_path / "run"
+    pools(1)(
+        train, run_config(inputs, other_tokenizer, folder), stop_after=0
+    )  # the wrong one, noticed before the first checkpoint
+    assert tokenizer_fingerprint(folder / "tokenizer") == tokenizer_fingerprint(other_tokenizer)
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
+    expected = tokenizer_fingerprint(tokenizer_path)
+    for place in (folder, checkpoint_at(folder, 2)):
+        assert tokenizer_fingerprint(place / "tokenizer") == expected
+    assert manifest_at(folder, 2)["tokenizer_fingerprint"] == expected
+    (message,) = pools(1)(refusal_of, run_config(inputs, other_tokenizer, folder))
+    assert "tokenizer" in message
+    assert "--train.allow_changes=[tokenizer]" in message
+    assert "allow_changes=[data]" not in message
+    pools(1)(train, run_config(inputs, other_tokenizer, folder, train={"allow_changes": ["tokenizer"]}), stop_after=3)
+    assert tokenizer_fingerprint(checkpoint_at(folder, 3) / "tokenizer") == tokenizer_fingerprint(other_tokenizer)
+
+
+def test_another_end_of_document_is_another_tokenizer(pools, inputs, tokenizer_path, tmp_path):
+    """With the same vocabulary, so that the fingerprint of the Hugging Face folder is the same."""
+    from relora_mora.tokenizer.folder import MODEL_FILE
+    from relora_mora.tokenizer.identity import tokenizer_fingerprint
+    from relora_mora.tokenizer.load import load_tokenizer
+    from relora_mora.tokenizer.save import save_tokenizer
+
+    first = tmp_path / "first"
+    save_tokenizer(tokenizer_path, first)
+    (first / MODEL_FILE).unlink()
+    other = tmp_path / "other"
+    shutil.copytree(first, other)
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    settings["eos_token"] = settings["bos_token"] = "<s>"
+    (other / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert tokenizer_fingerprint(first) == tokenizer_fingerprint(other)
+    before, after = (load_tokenizer(folder).eos_token_id for folder in (first, other))
+    assert before != after
+    pools(1)(train, run_config(inputs, str(first), tmp_path / "run"), stop_after=2)
+    (message,) = pools(1)(refusal_of, run_config(inputs, str(other), tmp_path / "run"))
+    assert f"documents ended with token {before}" in message
+    assert f"they end with {after}; to allow it: '--train.allow_changes=[tokenizer]'" in message
+
+
+def test_other_data_needs_permission_and_is_read_from_its_beginning(pools, inputs, tokenizer_path, tmp_path):
+    other, folder, fresh = write_inputs(tmp_path / "other"), tmp_path / "run", tmp_path / "fresh"
+    for path in sorted((other / "train").iterdir())[1:]:
+        path.unlink()  # a smaller source: old places may not exist in it
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=6)
+    (message,) = pools(1)(refusal_of, run_config(other, tokenizer_path, folder))
+    assert "data: other sources" in message
+    assert "--train.allow_changes=[data]" in message
+    pools(1)(train, run_config(other, tokenizer_path, folder, train={"allow_changes": ["data"]}), stop_after=8)
+    assert len(manifest_at(folder, 8)["counters"]["losses"]) == 2  # no spike is judged by losses of the other text
+    pools(1)(train, run_config(other, tokenizer_path, fresh), stop_after=2)
+    assert manifest_at(folder, 8)["data_state"] == manifest_at(fresh, 2)["data_state"]
+    pools(1)(train, run_config(other, tokenizer_path, folder))  # no change any more
+    assert manifest_at(folder, 10)["step"] == 10
+
+
+def test_another_setting_of_the_data_needs_one_permission(pools, inputs, tokenizer_path, tmp_path):
+    folder = tmp_path / "run"
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
+    changed = {"seed": 5, "max_bad_fraction": 0.5}
+    (message,) = pools(1)(refusal_of, run_config(inputs, tokenizer_path, folder, data=changed))
+    assert "data.seed: " in message
+    assert message.count("to allow it") == 1
+    pools(1)(
+        train,
+        run_config(inputs, tokenizer_path, folder, data=changed, train={"allow_changes": ["data.seed"]}),
+        stop_after=3,
+    )
+
+
+def test_a_fixed_shard_is_continued_from_the_same_line(pools, inputs, tokenizer_path, tmp_path):
+    repaired, folder, never = tmp_path / "repaired", tmp_path / "run", tmp_path / "never"
+    shutil.copytree(inputs, repaired)
+    pools(1)(train, run_config(repaired, tokenizer_path, never))
+    pools(1)(train, run_config(repaired, tokenizer_path, folder), stop_after=4)
+    for path in (repaired / "train").iterdir():
+        path.write_bytes(
+            gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=1)
+        )  # the same lines, another size
+    (message,) = pools(1)(refusal_of, run_config(repaired, tokenizer_path, folder))
+    assert "files that have changed" in message
+    pools(1)(train, run_config(repaired, tokenizer_path, folder, train={"allow_changes": ["data"]}))
+    assert different_tensors(*(checkpoint_at(run, 10) for run in (never, folder))) == []
+
+
+def test_a_run_can_switch_between_text_and_pre_tokenized_text(pools, inputs, tokenizer_path, tmp_path):
+    never, folder = tmp_path / "never", tmp_path / "run"
+    text = run_config(inputs, tokenizer_path, folder)
+    tokens = {}
+    for split in ("train", "validation"):
+        tokens[split] = str(tmp_path / split)
+        shards = configured_shards(text.data, split)
+        make_tokens(shards, Path(tokens[split]), config=text.data, tokenizer_path=tokenizer_path, processes=1)
+    pools(1)(train, run_config(inputs, tokenizer_path, never))
+    pools(1)(train, text, stop_after=3)
+    pools(1)(train, run_config(inputs, tokenizer_path, folder, data=tokens), stop_after=7)
+    pools(1)(train, text)
+    assert different_tensors(*(checkpoint_at(run, 10) for run in (never, folder))) == []
+    losses = [logged_values(run, "eval/loss") for run in (never, folder)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+
+
+def _plain_copy(inputs: Path, folder: Path) -> Path:
+    """The same inputs with training text that is not compressed, so that its letters can change and its size not."""
+    shutil.copytree(inputs, folder)
+    for path in (folder / "train").iterdir():
+        path.write_bytes(gzip.decompress(path.read_bytes()))
+    return folder
+
+
+def _swap_letters(folder: Path) -> None:
+    for path in (folder / "train").iterdir():
+        path.write_bytes(path.read_bytes().replace(b"merge", b"rerge"))
+
+
+def test_other_text_of_the_same_names_and_sizes_needs_permission_and_keeps_its_lines(
+    pools, inputs, tokenizer_path, tmp_path
+):
+    first = _plain_copy(inputs, tmp_path / "first")
+    swapped = _plain_copy(inputs, tmp_path / "swapped")
+    folder = tmp_path / "run"
+    pools(1)(train, run_config(first, tokenizer_path, folder), stop_after=4)
+    pools(1)(train, run_config(swapped, tokenizer_path, folder), stop_after=5)  # a copy is the same
+    _swap_letters(swapped)
+    (message,) = pools(1)(refusal_of, run_config(swapped, tokenizer_path, folder))
+    assert message.count("  - ") == 1
+    assert "files that have changed; to allow it: '--train.allow_changes=[data]'" in message
+    changed = {"data": {"seed": 5}, "train": {"allow_changes": ["data.seed"]}}
+    (message,) = pools(1)(refusal_of, run_config(swapped, tokenizer_path, folder, **changed))
+    assert "files that have changed" in message  # a setting that differs explains no other text
+    allowed = run_config(swapped, tokenizer_path, folder, train={"allow_changes": ["data"]})
+    pools(1)(train, allowed, stop_after=6)
+    before, after = (manifest_at(folder, step)["data_state"] for step in (5, 6))
+    assert all(after[lane]["documents"] >= before[lane]["documents"] > 0 for lane in before)
+    pools(1)(train, run_config(swapped, tokenizer_path, folder), stop_after=7)  # no change any more
+
+
+def test_the_first_rank_asks_the_server_for_the_content_of_all_files(pools, inputs, tokenizer_path, tmp_path):
+    served, folder = _plain_copy(inputs, tmp_path / "served"), tmp_path / "run"
+    with serving(served) as server:
+        data = {"train": f"{server.url}/train/part-{{00000..00002}}.json.gz"}
+        config = run_config(inputs, tokenizer_path, folder, 2, data=data)
+        pools(2)(train, config, stop_after=2)
+        assert sorted(server.heads) == [f"/train/part-0000{n}.json.gz" for n in range(3)]
+        pools(2)(train, config, stop_after=3)
+        _swap_letters(served)
+        first, second = pools(2)(refusal_of, config)
+        assert first == second
+        assert "files that have changed; to allow it: '--train.allow_changes=[data]'" in first
+        assert len(server.heads) == 9
+
+
+@pytest.fixture(scope="module")
+def begun(pools, inputs, tokenizer_path, tmp_path_factory) -> Path:
+    """A run of one step."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=1)
+    return folder
+
+
+def test_a_method_with_the_same_adapter_continues_if_allowed(pools, inputs, tokenizer_path, tmp_path):
+    """With its moments and its place in the data; from then on it merges."""
+    folder = tmp_path / "run"
+    lora = {"name": "lora", "merge_every": 4}
+    pools(1)(train, run_config(inputs, tokenizer_path, folder, method=lora), stop_after=3)
+    relora = run_config(
+        inputs, tokenizer_path, folder, method=lora | {"name": "relora"}, train={"allow_changes": ["method.name"]}
+    )
+    pools(1)(train, relora)
+    assert logged_steps(folder) == list(range(1, 11))
+    assert logged_steps(folder, "merge/layers") == [4, 8]
+
+
+@pytest.mark.parametrize(
+    "what,change,says",
+    [
+        ("model", {"model": {"overrides": {"rms_norm_eps": 1e-3}}}, "model: rms_norm_eps is"),
+        ("operators", {"method": {"operators": [2, 1]}}, "method.operators: [1, 2] in the checkpoint, [2, 1] now"),
+        ("precision", {"train": {"precision": "bf16"}}, "train.precision: 'fp32' in the checkpoint, 'bf16' now"),
+        ("sequence", {"data": {"sequence_length": 16}}, "data.sequence_length: 32 in the checkpoint, 16 now"),
+        (
+            "method",
+            {"method": {"name": "mora", "merge_every": 2000}},
+            "to allow these changes: '--train.allow_changes=[method.merge_every,method.name]'",
+        ),
+        (
+            "another adapter",
+            {"method": {"name": "relora"}, "train": {"allow_changes": ["method.name"]}},
+            "method.name: 'remora' in the checkpoint, 'relora' now; the checkpoint holds the state of what trained by",
+        ),
+    ],
+)
+def test_settings_that_would_change_the_result_are_refused(pools, inputs, tokenizer_path, begun, what, change, says):
+    (message,) = pools(1)(refusal_of, run_config(inputs, tokenizer_path, begun, **change))
+    assert says in message, message
