@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from relora_mora.checkpoint.layout import CheckpointError, Manifest, read_manifest
+from relora_mora.checkpoint.layout import VERSION, CheckpointError, Manifest, read_manifest
 from relora_mora.checkpoint.reader import newest_whole, verify
+from relora_mora.config.registry import MATRIX_OPTIMIZERS
 from relora_mora.system.files import write_synced
 from tests.checkpoint.tools import passed_over, rewrite
 
@@ -86,13 +87,13 @@ HOSTILE: list[tuple[str, Callable[[dict], Any], str]] = [
     (
         "other optimizer",
         lambda values: values["config"]["optim"].update(matrices=["x"]),
-        "trained with ['x'], but this program only knows adamw, muon, galore, fira, apollo; use the release",
+        f"trained with ['x'], but this program only knows {', '.join(MATRIX_OPTIMIZERS)}; use the release",
     ),
     ("matrices of Muon", lambda values: values["config"]["optim"].update(matrices="muon"), "is not a float32 piece"),
     ("a matrix's state", lambda values: values.update(matrix_states={"a": {"updates": []}}), "(of 1) of updates of a"),
     ("shape of a state", lambda values: values.update(matrix_states={"a": {"x": [-1]}}), "matrix_states.a.x.0"),
     ("unknown field", lambda values: values.update(trust_me=1), "trust_me"),
-    ("another version", lambda values: values.update(version=99), "format version 99, expected version 2"),
+    ("another version", lambda values: values.update(version=99), f"format version 99, expected version {VERSION}"),
     ("another step", lambda values: values.update(step=14), "manifest.json: belongs to step 14"),
     ("no files", lambda values: values.update(files={}), "element 0 (of"),
 ]

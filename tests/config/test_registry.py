@@ -44,7 +44,7 @@ def test_an_operator_names_its_code_and_groupings(mora_type):
 def test_the_optimizer_that_contributing_adds_is_one(monkeypatch, tmp_path):
     """Its code is taken from the page, as a reader would take it."""
     diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    [module] = [diff for diff in diffs if diff.startswith("+++ optim/signum.py\n")]
+    [module] = [diff for diff in diffs if diff.startswith("+++ relora_mora/optim/signum.py\n")]
     [record] = [diff for diff in diffs if 'MatrixOptimizer("signum"' in diff]
     (tmp_path / "signum.py").write_text("\n".join(line[1:] for line in module.splitlines()[1:]))
     monkeypatch.syspath_prepend(tmp_path)
