@@ -55,7 +55,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("file", [name for name in FILES if name not in TOKENIZER])
-def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(folder, file, way):
+def test_a_damaged_checkpoint_is_skipped_for_an_older_one(folder, file, way):
     damage, of_manifest, of_others = WAYS[way]
     damage(folder / "step-00000015" / file)
     line = passed_over(folder)
@@ -127,7 +127,7 @@ def test_a_resume_does_not_need_latest(folder, latest):
     assert STATE in passed_over(folder)
 
 
-def test_a_warning_names_the_checkpoints_that_are_passed_over(folder, caplog):
+def test_a_warning_names_the_skipped_checkpoints(folder, caplog):
     (folder / "step-00000015" / STATE).unlink()
     assert find_checkpoint(folder) == folder / "step-00000010"
     [line] = caplog.messages

@@ -77,7 +77,7 @@ DAMAGES: dict[int, tuple[Callable[[Path], Any], str, str]] = {
 }
 
 
-def test_damaged_checkpoints_are_passed_over_named_and_made_again(pools, tokenizer_path, tmp_path):
+def test_damaged_checkpoints_are_skipped_named_and_written_again(pools, tokenizer_path, tmp_path):
     inputs = write_inputs(tmp_path)
     never = tmp_path / "never"
     folder = tmp_path / "run"

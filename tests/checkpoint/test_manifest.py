@@ -17,7 +17,7 @@ from relora_mora.system.files import write_synced
 from tests.checkpoint.tools import passed_over, rewrite
 
 
-def test_a_manifest_comes_back_as_it_was(folder):
+def test_a_manifest_survives_writing_and_reading(folder):
     assert verify(folder / "step-00000015") is None
     assert newest_whole(folder) == (folder / "step-00000015", [])
     manifest = read_manifest(folder / "step-00000015")

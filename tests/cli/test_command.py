@@ -168,7 +168,7 @@ def _fail_with(error: Exception) -> int:
         ValueError("given, expected, remedy"),  # raised by a file of the project, as this one is
     ],
 )
-def test_mistakes_of_the_user_are_one_message(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_of_the_user_give_one_message(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     assert _fail_with(error) == 2
     captured = capsys.readouterr()
     assert captured.err == f"{error}\n"
@@ -331,7 +331,7 @@ def test_as_a_program(tmp_path: Path) -> None:
         ({"DS_ACCELERATOR": "tpu"}, "DS_ACCELERATOR=tpu in the environment: expected one of cpu, cuda"),
     ],
 )
-def test_nonsense_in_the_environment_is_one_message(
+def test_nonsense_in_the_environment_gives_one_message(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, str], message: str
 ) -> None:
     """Ranks other than the first report it too, because no other rank may be running."""

@@ -207,7 +207,7 @@ def test_another_job_with_the_same_logs_counts_from_the_beginning(slurm: Slurm) 
     assert "requeued" in slurm.start(codes="69 69").stdout
 
 
-def test_a_job_that_cannot_be_requeued_says_so_and_keeps_the_code(slurm: Slurm) -> None:
+def test_a_job_that_cannot_be_requeued_reports_it_and_keeps_the_code(slurm: Slurm) -> None:
     done = slurm.start(codes="75 75", REQUEUE_CODE="1")
     assert done.returncode == 75
     assert "could not be requeued" in done.stdout

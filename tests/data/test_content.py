@@ -178,7 +178,7 @@ def test_faults_of_the_network_pass(tmp_path, monkeypatch, fault):
         assert faulty == _remote(server)
 
 
-def test_a_lasting_fault_is_one_message(tmp_path):
+def test_a_lasting_fault_gives_one_message(tmp_path):
     write_shards(tmp_path, 3, 20)
     with serving(tmp_path) as server:
         with pytest.raises(
@@ -192,7 +192,7 @@ def test_a_lasting_fault_is_one_message(tmp_path):
             _remote(server, timeout_seconds=0.3)
 
 
-def test_several_are_asked_for_at_once(tmp_path, monkeypatch):
+def test_several_files_are_requested_in_parallel(tmp_path, monkeypatch):
     write_shards(tmp_path, 3, 20)
     together = threading.Barrier(3, timeout=20)
     monkeypatch.setattr(content, "THREADS", 3)

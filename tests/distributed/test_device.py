@@ -103,7 +103,7 @@ def test_ranks_whose_gpus_do_not_fit_all_raise_the_same_message(
     assert raised.value.same_on_all_ranks  # type: ignore[attr-defined]
 
 
-def test_the_only_visible_gpu_is_bound_whatever_the_local_rank(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_only_visible_gpu_is_bound_for_any_local_rank(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     done = gpus("G3")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert bind_device(dist.HashStore(), 0, 1) == torch.device("cuda", 0) == device_of_rank()
@@ -142,7 +142,7 @@ def test_ds_accelerator_cpu_means_cpus_even_if_there_is_a_gpu(gpus: Any, monkeyp
     assert hardware.device_here() is hardware.CPU
 
 
-def test_asking_for_a_missing_gpu_is_one_message(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asking_for_a_missing_gpu_gives_one_message(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus()
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setenv("LOCAL_RANK", "0")

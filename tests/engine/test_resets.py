@@ -118,7 +118,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("world,stage,bf16,method,threshold", CASES)
-def test_a_merge_changes_what_it_should_and_nothing_else(pools, world, stage, bf16, method, threshold):
+def test_a_merge_changes_only_what_it_should(pools, world, stage, bf16, method, threshold):
     ranks = pools(world)(scenario, world, stage, bf16, method, threshold)
     for seen in ranks:
         assert seen["initial_masters_exact"]

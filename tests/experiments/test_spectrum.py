@@ -122,7 +122,7 @@ def test_the_command_prints_a_table_and_draws(runs: dict[str, Path], tmp_path: P
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bad_input_is_one_message(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_bad_input_gives_one_message(runs: dict[str, Path], tmp_path: Path) -> None:
     refused(call(SPECTRUM), "no runs given")
     refused(call(SPECTRUM, runs["lora"], "--checkpoints"), "--checkpoints: plots a figure")
     refused(call(SPECTRUM, tmp_path / "none"), "not a run folder")

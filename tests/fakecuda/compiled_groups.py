@@ -138,7 +138,7 @@ def test_launches_of_one_shape_share_a_kernel() -> None:
     assert group_sum(on_device(0, 768), grouping).shape == (0, 448)
 
 
-def test_products_are_added_without_rounding_whatever_triton_does_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_added_without_rounding_for_any_default_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
     group_sum(on_device(8, 768), operator_of(1, (768, 768)).padded_inputs)
     [launched] = triton_launch._compiled.values()

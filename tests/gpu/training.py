@@ -17,7 +17,7 @@ from relora_mora.supervise.exits import USER_ERROR
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.engine.test_matrices import test_in_bf16_every_stage_trains_as_plain_torch_does_up_to_rounding
 from tests.engine.test_resets import (
-    test_a_merge_changes_what_it_should_and_nothing_else,
+    test_a_merge_changes_only_what_it_should,
     test_carry_moves_the_state_to_the_new_operators,
     test_reset_modes,
     test_the_base_is_exact_after_a_hundred_merges,
@@ -60,7 +60,7 @@ def test_a_gpu_trains_as_a_cpu(
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_what_a_gpu_does_by_default_resumes_bit_equal(
+def test_default_settings_of_a_gpu_resume_bit_equal(
     pools: Pools, ranks: int, inputs: Path, tokenizer_path: str, tmp_path: Path
 ) -> None:
     """Compiled layers, which the other runs leave out, with attention inside documents by flash attention."""
@@ -90,7 +90,7 @@ def test_a_command_trains_on_every_gpu(inputs: Path, tokenizer_path: str, tmp_pa
 
 
 @gpu_only
-def test_two_ranks_on_one_gpu_are_one_message(inputs: Path, tokenizer_path: str, tmp_path: Path) -> None:
+def test_two_ranks_on_one_gpu_give_one_message(inputs: Path, tokenizer_path: str, tmp_path: Path) -> None:
     """``make test-fakecuda`` runs it, too."""
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
     job = Job(write_config(config, tmp_path / "run.yaml"), launcher="torchrun", device="cuda", visible="0")

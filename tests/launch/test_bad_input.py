@@ -162,7 +162,7 @@ def test_in_another_folder_the_message_names_the_base_of_relative_paths(
 
 
 @pytest.mark.parametrize("script", [PRETRAIN, EVALUATE, EXPORT, PLAN, BOARD, COMPARE, DEMO_TEXT, TRAIN])
-def test_outside_the_environment_a_script_says_so(script: str, tmp_path: Path) -> None:
+def test_outside_the_environment_a_script_reports_it(script: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(  # -S: without site-packages
         [sys.executable, "-S", ROOT / script],

@@ -75,7 +75,7 @@ def test_wrong_arguments(model: str, arguments: list[str], message: str) -> None
     ("script", "words"),
     [(SCRIPT, ["loss"]), ("launch/benchmark/layers.py", []), ("launch/benchmark/steps.py", [])],
 )
-def test_a_missing_gpu_is_one_message(
+def test_a_missing_gpu_gives_one_message(
     model: str, script: str, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # the option wins

@@ -145,7 +145,7 @@ def test_studies_may_have_runs_of_one_name(runs: list[Path], tmp_path: Path) -> 
     assert "to ReMoRA (1, 2)." in call(COMPARE, runs[0], given[1], "--against=seed=0").out
 
 
-def test_bad_input_is_one_message(runs: list[Path], tmp_path: Path) -> None:
+def test_bad_input_gives_one_message(runs: list[Path], tmp_path: Path) -> None:
     refused(call(COMPARE), "no runs given")
     refused(call(COMPARE, runs[0], tmp_path / "none"), f"{tmp_path / 'none'}: not a run folder")
     refused(call(COMPARE, runs[0], f"--against={tmp_path}"), "not a run folder")

@@ -187,7 +187,7 @@ def test_random_values_of_every_known_key(pools, inputs, tokenizer_path, tmp_pat
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
 )
-def test_running_out_of_memory_is_one_message(pools, inputs, tokenizer_path, tmp_path, error):
+def test_running_out_of_memory_gives_one_message(pools, inputs, tokenizer_path, tmp_path, error):
     [message] = pools(1)(too_large, inputs, tokenizer_path, tmp_path / "run", error)
     assert message.startswith("relora_mora.")
     assert "train.micro_batch_size: 4 sequences of 32 tokens" in message

@@ -215,7 +215,7 @@ def much_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_ctrl_c_keeps_what_is_finished(much_text: Path, tmp_path: Path, tokenizer_path: str) -> None:
+def test_ctrl_c_keeps_finished_files(much_text: Path, tmp_path: Path, tokenizer_path: str) -> None:
     out = tmp_path / "out"
     argv = [TOKENIZE, f"{much_text}/*.json", str(out), f"--tokenizer={tokenizer_path}"]
     process = subprocess.Popen(

@@ -185,7 +185,7 @@ def test_a_layer_keeps_what_was_counted(size: str, method: str, how: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "remora"])
-def test_parameters_are_those_of_the_real_model(name: str) -> None:
+def test_parameters_equal_the_real_models(name: str) -> None:
     config = make_config({"name": name, "target_modules": ["q_proj", "up_proj"], "train_head": False})
     model = build(config, False).lm
     counts = count_parameters(model)

@@ -105,7 +105,7 @@ def test_a_lock_waits_for_its_holder_to_end(holder, tmp_path):
     lock.release()
 
 
-def test_a_holder_on_this_host_is_alive_whatever_the_clock_says(holder, tmp_path, monkeypatch):
+def test_a_holder_on_this_host_is_alive_for_any_clock(holder, tmp_path, monkeypatch):
     """psutil's start times move with the system clock; without flock, the lock depends on the start time."""
     monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 0.0)
     assert is_held(tmp_path)

@@ -77,7 +77,7 @@ def test_processes_can_write_one_file_at_the_same_time(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_link_is_removed_and_what_it_points_to_stays(tmp_path):
+def test_a_link_is_removed_without_its_target(tmp_path):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "file").touch()
     for name, target in (("folder", "theirs"), ("file", "theirs/file"), ("dangling", "nowhere")):
@@ -104,7 +104,7 @@ def test_errors_of_the_disk_are_recognized(error, number):
     assert disk_errno(error, Path("out")) == number
 
 
-def test_an_error_without_a_name_gets_the_folders(tmp_path):
+def test_an_error_without_a_file_name_gets_the_folders_name(tmp_path):
     with pytest.raises(OSError, match="No space") as caught, disk_faults_named(tmp_path):
         raise OSError(FULL, "No space left on device")
     assert place_of(caught.value) == str(tmp_path)

@@ -42,7 +42,7 @@ SQUARE = {"use_mora": True, "mora_type": 1}
         (SQUARE | {"mora_type": 6}, {"A": torch.ones(3, 3)}, "model.q has M [3, 3], expected [R, R] with an even R"),
     ],
 )
-def test_a_folder_that_is_not_such_an_adapter_is_one_message(tmp_path, settings, factors, says):
+def test_a_folder_that_is_not_an_adapter_gives_one_message(tmp_path, settings, factors, says):
     folder = write_adapter_folder(tmp_path / "adapter", settings, **factors)
     with pytest.raises(CheckpointError) as caught:
         AdapterFolder(folder)
@@ -51,7 +51,7 @@ def test_a_folder_that_is_not_such_an_adapter_is_one_message(tmp_path, settings,
 
 
 @pytest.mark.parametrize("harm", ["nan", "no copy"])
-def test_impossible_values_are_one_message(tmp_path, harm):
+def test_impossible_values_give_one_message(tmp_path, harm):
     M = torch.ones(2, 2)
     other = M.clone()
     (M if harm == "nan" else other)[0, 1] = math.nan if harm == "nan" else 2.0
@@ -61,7 +61,7 @@ def test_impossible_values_are_one_message(tmp_path, harm):
 
 
 @pytest.mark.parametrize("harm", ["config", "list", "gone", "pickle"])
-def test_unreadable_files_are_one_message(tmp_path, harm):
+def test_unreadable_files_give_one_message(tmp_path, harm):
     folder = write_adapter_folder(tmp_path / "adapter", {}, **GOOD)
     if harm in ("config", "list"):
         (folder / "adapter_config.json").write_text("[]" if harm == "list" else "{")

@@ -267,7 +267,7 @@ def test_an_export_does_not_name_code(checkpoint: Path, clean: dict[str, bytes],
         ),
     ],
 )
-def test_a_manifest_with_another_model_is_one_message(
+def test_a_manifest_with_another_model_gives_one_message(
     checkpoint: Path, tmp_path: Path, change: dict[str, Any], says: str
 ) -> None:
     rewrite_manifest(checkpoint, lambda values: values.update(change))

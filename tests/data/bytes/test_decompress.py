@@ -100,7 +100,7 @@ lines_of(Path({str(path)!r}))
 
 @pytest.mark.parametrize("name", ["a.json", "a.gz", "a.zst", "compressed.gz", "compressed.zst"])
 @pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b"\xef\xbb\xbf \n\n", b"\n \t\n", b" " * 70_000])
-def test_text_after_a_byte_order_mark_and_blanks_whatever_the_name(tmp_path, name, before):
+def test_text_after_a_byte_order_mark_and_blanks_for_any_file_name(tmp_path, name, before):
     path = tmp_path / name
     body = before + line("text") + b"\n"
     if name.startswith("compressed"):

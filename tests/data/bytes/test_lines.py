@@ -93,7 +93,7 @@ def test_too_many_lanes_for_the_files_that_may_be_open(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [-1000, 1000])
-def test_a_file_that_changes_while_it_is_read_stops_at_once(tmp_path, change):
+def test_a_file_that_changes_while_it_is_read_is_refused_immediately(tmp_path, change):
     path = write_shard(tmp_path / "a.json", some_texts(20_000))
     (shard,) = resolve_shards(str(path))
     message = r"a\.json changed since the start: [\d,]+ bytes then, [\d,]+ now; use data that does not change"

@@ -177,7 +177,7 @@ def test_a_set_without_rows_is_refused(tmp_path):
             resolve_shards(str(tmp_path / name))
 
 
-def test_an_incomplete_folder_of_save_to_disk_is_one_message(tmp_path, saved):
+def test_an_incomplete_folder_of_save_to_disk_gives_one_message(tmp_path, saved):
     (tmp_path / "one" / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(SourceError, match=r"save_to_disk, and data-00001-of-00002\.arrow is missing .*; copy or write"):
         resolve_shards(str(tmp_path / "one"))

@@ -208,7 +208,7 @@ def test_empty_shards_are_skipped_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize("lanes", [1, 4])
-def test_the_fraction_of_bad_lines_is_the_shards_whatever_the_lanes(tmp_path, lanes):
+def test_the_fraction_of_bad_lines_does_not_depend_on_the_lanes(tmp_path, lanes):
     texts = [f"text {n}" for n in range(200)]
     path = write_shard(tmp_path / "a.json", [*texts[:100], b"bad", b"bad", *texts[100:]])
     allowed = data_config(path, max_bad_fraction=0.01)
@@ -218,7 +218,7 @@ def test_the_fraction_of_bad_lines_is_the_shards_whatever_the_lanes(tmp_path, la
             epoch_tokens(make_lane(data_config(path, max_bad_fraction=0.009), lanes, number))
 
 
-def test_the_stop_comes_after_the_same_blocks_also_when_resumed(tmp_path):
+def test_a_resumed_stream_stops_after_the_same_blocks(tmp_path):
     path = write_shard(tmp_path / "a.json", [*[f"text {n}" for n in range(1200)], *[b"bad"] * 30])
     config = data_config(path, max_bad_fraction=0.01)
 
@@ -240,7 +240,7 @@ def test_the_stop_comes_after_the_same_blocks_also_when_resumed(tmp_path):
         assert blocks_until_stop(states[at])[0] == blocks[at:]
 
 
-def test_a_truncated_shard_goes_on_in_the_next(tmp_path):
+def test_after_a_truncated_shard_the_next_is_read(tmp_path):
     written = write_shards(tmp_path, 2, 2000)
     first = tmp_path / "part-00000.json.gz"
     first.write_bytes(first.read_bytes()[:-3000])

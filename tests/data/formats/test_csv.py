@@ -126,7 +126,7 @@ def test_a_file_without_rows_is_empty(tmp_path, body):
     assert notes == ["a.csv is empty; skipped"]
 
 
-def test_the_fraction_of_bad_rows_is_the_files_whatever_the_lanes(tmp_path):
+def test_the_fraction_of_bad_rows_does_not_depend_on_the_lanes(tmp_path):
     path = write_shard(tmp_path / "a.csv", [*some_texts(50), b"a,b", *some_texts(49)])
     config = data_config(path, max_bad_fraction=0.001)
     for lane in range(3):

@@ -282,7 +282,7 @@ def test_bad_rows_in_a_lanes_share_are_judged_by_the_whole_file(suffix, tmp_path
         assert rows.bad == 2
 
 
-def test_a_file_that_cannot_be_opened_is_one_message(tmp_path):
+def test_a_file_that_cannot_be_opened_gives_one_message(tmp_path):
     """From Python 3.13 on a failing finalizer is always reported; before, only in development mode."""
     program = f"""
 from relora_mora.data.errors import SourceError

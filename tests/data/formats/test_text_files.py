@@ -32,7 +32,7 @@ def test_text_is_split_into_documents(tmp_path, sample_by, end):
 
 
 @pytest.mark.parametrize("sample_by", DOCUMENTS)
-def test_documents_equal_those_of_datasets(tmp_path, sample_by):
+def test_documents_agree_with_datasets(tmp_path, sample_by):
     import datasets
 
     path = tmp_path / "a.txt"

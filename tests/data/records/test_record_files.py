@@ -165,7 +165,7 @@ def test_held_out_records_that_are_all_too_long_are_named_as_such(tokenizer_path
         _held_out(path, tokenizer_path, 4, records={"kind": "question"})
 
 
-def test_what_is_trained_on_is_shown(tokenizer_path, tmp_path, capsys):
+def test_training_rows_are_shown(tokenizer_path, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"question": f"the rank {n}?", "answer": "one\nmore"}) for n in range(5)))
     data = data_config(path, records={"kind": "question"}, sequence_length=64)

@@ -26,7 +26,7 @@ LLAMA_3 = (
 
 @pytest.mark.parametrize("template", ["chatml", LLAMA_3])
 @pytest.mark.parametrize("has_end", [False, True])
-def test_masks_equal_those_of_transformers(tokenizer_path, tmp_path, template, has_end):
+def test_masks_agree_with_transformers(tokenizer_path, tmp_path, template, has_end):
     tokenizer = load_tokenizer(tokenizer_path)
     if has_end:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})

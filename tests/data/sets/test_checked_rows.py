@@ -61,7 +61,7 @@ def test_records_that_are_read_as_text_are_reported_with_their_keys(tmp_path, to
         )
 
 
-def test_first_lines_that_are_all_bad_are_reported_whatever_is_allowed(tmp_path, tokenizer):
+def test_bad_first_lines_are_reported_for_any_limit(tmp_path, tokenizer):
     path = write_json_lines(tmp_path / "a.jsonl", [_conversation(number) for number in range(30)])
     assert _error_of(data_config(path, max_bad_fraction=1.0), tokenizer) == (
         'a.jsonl: none of its first 16 lines can be used; one has no "text", only messages '

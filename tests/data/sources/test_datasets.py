@@ -143,7 +143,7 @@ def test_a_folder_of_any_format(tmp_path, suffix):
         ("---\nconfigs:\n- config_name: a\n  data_files: gone/*\n---\n", "holds no text files"),
     ],
 )
-def test_a_readme_that_makes_no_sense_is_one_message(tmp_path, card, said):
+def test_a_nonsensical_readme_gives_one_message(tmp_path, card, said):
     outside = write_shard(tmp_path / "outside.jsonl", ["text"])
     write_shard(tmp_path / "set" / "a.jsonl", ["text"])
     (tmp_path / "set" / "README.md").write_text(card.replace("{}", str(outside)), encoding="utf-8")
@@ -180,7 +180,7 @@ def test_missing_sets_on_the_hub_are_named(hub, tmp_path):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_on_the_way_do_not_change_what_is_found(tmp_path, hub, fault):
+def test_network_faults_do_not_change_what_is_found(tmp_path, hub, fault):
     _write_set(tmp_path / "set")
     expected = resolve_shards("some/set:en")
     hub.fault = lambda n: fault if n % 3 == 1 else None

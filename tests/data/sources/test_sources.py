@@ -229,7 +229,7 @@ def test_pipes_and_links_to_themselves_are_not_shards(tmp_path):
             resolve_shards(f"{tmp_path}/{name}")
 
 
-def test_an_unreadable_source_is_one_message():
+def test_an_unreadable_source_gives_one_message():
     with public_folder() as folder:
         write_shard(folder / "closed" / "a.json", ["text"])
         write_shard(folder / "b.json", ["text"]).chmod(0)

@@ -131,7 +131,7 @@ def test_stops_and_other_numbers_of_ranks_change_nothing(path, tokenizer_path, p
     assert seen == Counter(dict.fromkeys(EXPECTED, EPOCHS))
 
 
-def test_without_a_count_each_lane_begins_its_next_epoch_at_once(path, tokenizer_path):
+def test_without_a_count_each_lane_begins_its_next_epoch_immediately(path, tokenizer_path):
     config = _config(path, "none")
     tokenizer = load_tokenizer(tokenizer_path)
     seen: Counter[str] = Counter()

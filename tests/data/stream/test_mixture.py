@@ -61,7 +61,7 @@ def test_a_stage_from_the_first_step_on_replaces_the_weights():
     assert {name for step in range(6) for [name] in mixture.sources(step, range(4))} == {"b"}
 
 
-def test_a_stage_begins_at_its_step_whatever_was_drawn_before():
+def test_a_stage_begins_at_its_step_no_matter_what_was_drawn_before():
     weights = {"a": 3, "b": 1}
     stages = [{"from_step": 5, "weights": {"a": 0, "b": 1}}, {"from_step": 7, "weights": {"a": 1, "b": 1}}]
     mixture = Mixture(_mixture_config(weights, stages=stages), 4, 1)

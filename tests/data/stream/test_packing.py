@@ -205,7 +205,7 @@ def test_a_source_is_closed_with_its_lane():
     assert all(rows.closed for rows in opened)
 
 
-def test_the_labels_of_a_batch_are_unscored_where_the_row_function_says_so(tmp_path, tokenizer_path, monkeypatch):
+def test_labels_are_unscored_if_the_row_function_says_so(tmp_path, tokenizer_path, monkeypatch):
     path = write_shard(tmp_path / "a.json", [f"the rank of a merge {n}" * (n % 3 + 1) for n in range(60)])
     config = data_config(path)
     tokenizer = load_tokenizer(tokenizer_path)

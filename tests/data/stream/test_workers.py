@@ -35,7 +35,7 @@ def _stream(source, tokenizer_path, **changes):
     return TrainStream(config, tokenizer_path=tokenizer_path, batch_size=8, lanes=8, rank=0, world_size=1)
 
 
-def test_signals_that_ask_a_job_to_stop_do_nothing_and_close_ends_a_worker_at_once(source, tokenizer_path):
+def test_signals_do_not_stop_a_worker_and_close_ends_it_immediately(source, tokenizer_path):
     with _stream(source, tokenizer_path, workers=1) as stream:
         (worker,) = stream._producers
         for number in STOPS:

@@ -26,7 +26,7 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name,lanes", [("few", 8), ("many", 4), ("bad", 2), ("bad", 16), ("odd", 1)])
-def test_batches_states_and_counts_equal_those_of_the_text(folder, tokenizer_path, kind, name, lanes):
+def test_tokens_give_the_batches_states_and_counts_of_the_text(folder, tokenizer_path, kind, name, lanes):
     place = folder / kind
     text = batches_of(place / name / "*", tokenizer_path, steps=30, lanes=lanes)
     tokens = batches_of(place / f"{name}.tokens", tokenizer_path, steps=30, lanes=lanes)
@@ -147,7 +147,7 @@ def test_a_run_reads_tokens_without_a_tokenizer(folder, tokenizer_path, monkeypa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fingerprints_equal_those_of_the_text(folder, tokenizer_path, kind):
+def test_tokens_have_the_fingerprints_of_their_text(folder, tokenizer_path, kind):
     found = tokenizer_fingerprint(tokenizer_path)
     seen = []
     for source in (folder / kind / "few" / "*", folder / kind / "few.tokens"):

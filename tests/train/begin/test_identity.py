@@ -120,7 +120,7 @@ def test_the_order_of_projections_has_no_effect():
     assert change.text.startswith("method.target_modules: ")
 
 
-def test_weights_with_the_same_shares_are_no_change():
+def test_weights_with_the_same_shares_are_not_a_change():
     def mixture(*weights: float) -> Identity:
         named = zip("abc", weights, strict=False)
         records = [{"source": name, "name": name, "weight": weight} for name, weight in named]

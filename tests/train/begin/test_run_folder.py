@@ -77,7 +77,7 @@ def test_foreign_files_are_not_overwritten(tmp_path, name):
 
 
 @pytest.mark.stops
-def test_a_disk_that_is_full_for_a_while_costs_lines_and_checkpoints_only(inputs, tokenizer_path, tmp_path):
+def test_a_disk_that_is_full_for_a_while_loses_only_lines_and_checkpoints(inputs, tokenizer_path, tmp_path):
     with disk(tmp_path / "disk", "size=32m") as folder:
         run_dir, ballast = folder / "run", folder / "ballast"
         job = Job(_config(inputs, tokenizer_path, run_dir, tmp_path / "run.yaml", steps=250))

@@ -91,7 +91,7 @@ def test_a_logger_gets_everything_that_the_file_gets(folder: Path) -> None:
     assert [line["train/loss"] for line in metrics(folder)] == [2.0, 0.5]
 
 
-def test_a_logger_that_fails_costs_neither_the_file_nor_other_loggers(
+def test_a_failing_logger_does_not_affect_the_file_or_other_loggers(
     folder: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     broken, whole = Recorder(broken=True), Recorder()
@@ -116,7 +116,7 @@ def _train_with_a_broken_logger(inputs: Path, tokenizer: str, run_dir: Path) -> 
 
 
 @pytest.mark.distributed
-def test_a_logger_that_fails_ends_no_run(pools: Any, tokenizer_path: str, tmp_path: Path) -> None:
+def test_a_failing_logger_does_not_end_the_run(pools: Any, tokenizer_path: str, tmp_path: Path) -> None:
     pools(1)(_train_with_a_broken_logger, write_inputs(tmp_path), tokenizer_path, tmp_path / "run")
     assert logged_steps(tmp_path / "run") == [1, 2, 3, 4, 5]
     assert read_json_lines(RunFolder(tmp_path / "run").ends)[-1]["code"] == 0

@@ -95,7 +95,7 @@ def test_a_new_start_begins_an_empty_file(tmp_path):
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_a_folder_that_cannot_be_written_for_a_while_costs_lines_and_no_traceback(tmp_path, capfd):
+def test_a_folder_that_is_unwritable_for_a_while_loses_lines_without_a_traceback(tmp_path, capfd):
     _write_config(tmp_path)
     metrics = Metrics(tmp_path, step=0, loggers=[TensorBoard(tmp_path)])
     metrics.write(1, {"train/loss": 1.0})

@@ -247,9 +247,7 @@ def test_a_checkpoint_that_cannot_be_resumed_ends_all_ranks(pools, inputs, token
     )
 
 
-def test_a_checkpoint_comes_after_the_evaluation_and_the_line_of_metrics_of_its_step(
-    pools, inputs, tokenizer_path, tmp_path
-):
+def test_a_checkpoint_follows_the_evaluation_and_metrics_of_its_step(pools, inputs, tokenizer_path, tmp_path):
     """A kill right after it must not lose them."""
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 1, eval={"every_steps": 0})
