@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.tools.grids import STAGES
-from tests.tools.runs import logged_steps, logged_values, run_config, train, write_inputs
+from tests.tools.runs import copy_cut_at, logged_steps, logged_values, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed
 
@@ -142,8 +142,7 @@ def course(request, pools, tokenizer_path, tmp_path_factory) -> Course:
 
 def _check(course: Course, move: Move, folder: Path) -> None:
     origin = course.origin(move.method, move.world, move.stage)
-    later = [f"step-{step:08d}" for step in STOPS if step > move.stop]
-    shutil.copytree(origin, folder, ignore=shutil.ignore_patterns(*later))
+    copy_cut_at(origin, folder, move.stop)
     batches = course.run(folder, move.method, move.to_world, move.to_stage, move.micro_batch_size)
     expected, losses = course.reference(move.method)
     assert batches == {step: expected[step] for step in range(move.stop + 1, course.steps + 1)}

@@ -213,10 +213,10 @@ def test_a_job_that_cannot_be_requeued_reports_it_and_keeps_the_code(slurm: Slur
     assert "could not be requeued" in done.stdout
 
 
-@pytest.mark.parametrize("told", [{"RESTARTS": "1"}, {"RESTARTS": "1", "STATE": "PENDING"}, {"STATE": "CANCELLED"}])
-def test_leftovers_of_a_start_wait_for_its_end_and_stop_no_other(slurm: Slurm, told: dict[str, str]) -> None:
+@pytest.mark.parametrize("state", [{"RESTARTS": "1"}, {"RESTARTS": "1", "STATE": "PENDING"}, {"STATE": "CANCELLED"}])
+def test_leftovers_of_a_start_wait_for_its_end_and_stop_no_other(slurm: Slurm, state: dict[str, str]) -> None:
     """Slurm lost a node and requeued the job or started it on other nodes, or somebody canceled it."""
-    done = slurm.start(codes="69 69", ENDS="1", **told)
+    done = slurm.start(codes="69 69", ENDS="1", **state)
     assert done.returncode == -signal.SIGTERM
     assert "requeued" not in done.stdout
     assert (slurm.folder / "runs" / "slurm" / "123456" / "progress").read_text() == "0 0\n"

@@ -159,9 +159,9 @@ class Pool:
             with contextlib.suppress(EOFError, OSError):
                 if pipe.poll() and not (answer := pipe.recv())[0]:
                     reason += f"\nrank {rank} had failed:\n{answer[1]}"
-        told = [f"rank {rank}:\n{stacks.read_text()}" for rank, stacks in enumerate(self._stacks) if stacks.exists()]
+        texts = [f"rank {rank}:\n{stacks.read_text()}" for rank, stacks in enumerate(self._stacks) if stacks.exists()]
         self.close()
-        return PoolError("\n".join([reason, *told]))
+        return PoolError("\n".join([reason, *texts]))
 
     def close(self) -> None:
         """Ends the workers, which have nothing to lose: to leave politely takes them seconds."""

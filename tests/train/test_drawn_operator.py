@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,8 +11,17 @@ import torch
 
 from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.evaluation.loss import causal_lm_loss, evaluate
-from relora_mora.weights.export import merged_model
-from tests.tools.runs import metrics, run_config, tensors, train
+from relora_mora.weights.merged import merged_model
+from tests.tools.runs import (
+    checkpoint_at,
+    copy_cut_at,
+    logged_steps,
+    logged_values,
+    manifest_at,
+    run_config,
+    tensors,
+    train,
+)
 from tests.train.compiled import compiled_graphs, compiler_only
 
 pytestmark = pytest.mark.distributed
@@ -25,14 +33,6 @@ def never(pools: Any, inputs: Path, tokenizer_path: str, tmp_path_factory: pytes
     """A run on two ranks that was never stopped."""
     folder = tmp_path_factory.mktemp("runs") / "never"
     pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, method=DRAWN))
-    return folder
-
-
-def cut_at(never: Path, folder: Path, step: int) -> Path:
-    """The files of a run that is killed after a step."""
-    shutil.copytree(never, folder)
-    for later in range(step + 1, 11):
-        shutil.rmtree(checkpoint_at(folder, later))
     return folder
 
 
@@ -68,7 +68,7 @@ def test_every_merge_draws_other_groupings_and_all_ranks_the_same(pools, inputs,
 
 @pytest.mark.parametrize("stop", [3, 4, 5])
 def test_a_resume_is_bit_equal(pools, never, inputs, tokenizer_path, tmp_path, stop):
-    folder = cut_at(never, tmp_path / "run", stop)
+    folder = copy_cut_at(never, tmp_path / "run", stop)
     pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, method=DRAWN))
     expected = tensors(checkpoint_at(never, 10))
     found = tensors(checkpoint_at(folder, 10))
@@ -78,14 +78,14 @@ def test_a_resume_is_bit_equal(pools, never, inputs, tokenizer_path, tmp_path, s
 
 
 def test_a_move_to_other_ranks_and_another_stage_keeps_the_groupings(pools, never, inputs, tokenizer_path, tmp_path):
-    folder = cut_at(never, tmp_path / "run", 5)
+    folder = copy_cut_at(never, tmp_path / "run", 5)
     config = run_config(inputs, tokenizer_path, folder, 1, method=DRAWN, train={"zero_stage": 0})
     pools(1)(train, config)
     assert logged_values(folder) == pytest.approx(logged_values(never), abs=1e-5)
 
 
 def test_another_seed_applies_from_the_next_merge_on(pools, never, inputs, tokenizer_path, tmp_path):
-    folder = cut_at(never, tmp_path / "run", 5)
+    folder = copy_cut_at(never, tmp_path / "run", 5)
     other = {"seed": 3, "allow_changes": ["train.seed"]}
     pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, method=DRAWN, train=other), stop_after=7)
     # M was trained with the groupings of the old seed, even if the run is stopped again

@@ -24,7 +24,7 @@ from tests.tools.adapter_tools import ADAPTERS_ONLY
 from tests.tools.commands import EVALUATE, FINETUNE, PLAN, call, refused
 from tests.tools.grids import rest
 from tests.tools.helpers import ROOT
-from tests.tools.runs import LLAMA, checkpoint_at, left_by_a_kill, logged_values, run_config, tensors, train
+from tests.tools.runs import LLAMA, checkpoint_at, copy_cut_at, logged_values, run_config, tensors, train
 from tests.tools.tokenizer_tools import save_bytes_tokenizer, save_other_tokenizer
 
 pytestmark = pytest.mark.distributed
@@ -68,7 +68,7 @@ def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs
     never = tmp_path / "never"
     pools(2)(train, tuned(inputs, folder, never, 2, **sections))
     killed = tmp_path / "killed"
-    left_by_a_kill(never, killed, 5)
+    copy_cut_at(never, killed, 5)
     pools(2)(train, tuned(inputs, folder, killed, 2, **sections))
     first, second = (tensors(checkpoint_at(run, 10)) for run in (never, killed))
     assert set(first) == set(second)

@@ -13,8 +13,8 @@ from tests.tools.data_tools import some_texts, write_shard, write_shards
 from tests.tools.runs import (
     Stopped,
     checkpoint_at,
+    copy_cut_at,
     different_tensors,
-    left_by_a_kill,
     logged_steps,
     logged_values,
     metrics,
@@ -131,7 +131,7 @@ def test_sources_may_be_listed_in_another_order_at_a_resume(pools, inputs, token
         return run_config(inputs, tokenizer_path, run_dir, data={"train": sources[::step], "stages": stages})
 
     pools(1)(train, config(tmp_path / "never", 1))
-    left_by_a_kill(tmp_path / "never", tmp_path / "run", 4)
+    copy_cut_at(tmp_path / "never", tmp_path / "run", 4)
     pools(1)(train, config(tmp_path / "run", -1))
     assert different_tensors(_end(tmp_path / "never"), _end(tmp_path / "run")) == []
     assert logged_values(tmp_path / "run") == logged_values(tmp_path / "never")

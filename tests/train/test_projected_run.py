@@ -15,7 +15,7 @@ from tests.tools.grids import rest
 from tests.tools.runs import (
     assert_resumes_are_bit_equal,
     checkpoint_at,
-    left_by_a_kill,
+    copy_cut_at,
     logged_values,
     refusal_of,
     run_config,
@@ -103,7 +103,7 @@ def test_a_projection_waits_for_a_scored_step(pools, config, tmp_path, matrices,
         assert set(_equal(_linears(run, before), _linears(run, after))) == {waits}, f"steps {before} to {after}"
     assert max(float(value.abs().max()) for value in _linears(run, 10).values()) < 0.2
     resumed = tmp_path / "resumed"
-    left_by_a_kill(run, resumed, 6)
+    copy_cut_at(run, resumed, 6)
     pools(2)(partly_unscored, make(resumed, checkpoint={"every_steps": 0}))
     assert all(_equal(_linears(resumed, 10), _linears(run, 10)))
 

@@ -14,8 +14,8 @@ from relora_mora.config.registry import METHODS
 from tests.tools.grids import rest
 from tests.tools.runs import (
     checkpoint_at,
+    copy_cut_at,
     different_tensors,
-    left_by_a_kill,
     logged_steps,
     logged_values,
     metrics,
@@ -49,7 +49,7 @@ def test_a_resume_before_at_and_after_a_merge_is_bit_equal(pools, ranks, inputs,
         if stop == 3:
             pool(train, run_config(inputs, tokenizer_path, run_dir, ranks, **sections), stop_after=stop)
         else:
-            left_by_a_kill(never, run_dir, stop)
+            copy_cut_at(never, run_dir, stop)
         assert max((run_dir / "checkpoints").glob("step-*")).name == f"step-{stop:08d}"
         # how often it saves must not matter either
         pool(train, run_config(inputs, tokenizer_path, run_dir, ranks, checkpoint={"every_steps": 0}, **sections))
@@ -71,7 +71,7 @@ def test_every_method_resumes_bit_equal(pools, ranks, inputs, tokenizer_path, tm
     folders = [tmp_path / "never", tmp_path / "killed"]
     for folder in folders:
         if folder.name == "killed":
-            left_by_a_kill(folders[0], folder, 4)
+            copy_cut_at(folders[0], folder, 4)
         pools(ranks)(train, run_config(inputs, tokenizer_path, folder, ranks, **_sections(2, True, method)))
     assert different_tensors(*(checkpoint_at(folder, 10) for folder in folders)) == []
 
