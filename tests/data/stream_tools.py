@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.sets.counting import count_epochs
+from relora_mora.data.sets.reading import count_epochs
 from relora_mora.data.stream.stream import TrainStream
 
 BATCH, LANES = 8, 4

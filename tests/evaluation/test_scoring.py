@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from relora_mora.evaluation.scoring import gsm8k_scores, metamath_scores, pair_scores
+from relora_mora.evaluation.local_tasks import gsm8k_scores, metamath_scores, pair_scores
 from tests.tools.shared import needs_lm_eval
 
 # right answer, generated text, (strict, flexible), and the result of lm-eval's task gsm8k if it differs

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from relora_mora.tokenizer import load as loading
-from relora_mora.tokenizer.folder import MODEL_FILE, TokenizerError
+from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError
 from relora_mora.tokenizer.identity import (
     tokenizer_fingerprint,
 )

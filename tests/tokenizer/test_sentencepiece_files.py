@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from relora_mora.tokenizer.folder import MODEL_FILE, TokenizerError, open_sentencepiece
+from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError, open_sentencepiece
 from relora_mora.tokenizer.identity import (
     is_tokenizer,
+    save_tokenizer,
     tokenizer_fingerprint,
     vocabulary_size,
 )
 from relora_mora.tokenizer.load import encode, load_tokenizer
-from relora_mora.tokenizer.save import save_tokenizer
 
 
 def test_a_chat_template_and_the_beginning_of_texts_go_with_a_sentencepiece_model(folder: Path, tmp_path: Path) -> None:

@@ -18,12 +18,10 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig
 
-from relora_mora.tokenizer import load as loading
 from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError, open_sentencepiece, read_tokenizer
 from relora_mora.tokenizer.identity import (
     check_vocabulary,
     gives_same_tokens,
-    is_tokenizer,
     save_tokenizer,
     tokenizer_fingerprint,
     vocabulary_size,

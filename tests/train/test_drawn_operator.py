@@ -11,7 +11,7 @@ import torch
 
 from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.evaluation.loss import causal_lm_loss, evaluate
-from relora_mora.weights.merged import merged_model
+from relora_mora.weights.export import merged_model
 from tests.tools.runs import (
     checkpoint_at,
     copy_cut_at,

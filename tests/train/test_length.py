@@ -9,7 +9,7 @@ import pytest
 from relora_mora.config.load import ConfigError
 from relora_mora.data.errors import SourceError
 from relora_mora.data.sets.reading import count_epochs
-from tests.tools.runs import metrics, run_config, train, write_inputs
+from tests.tools.runs import metrics, refusal_of, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed
 

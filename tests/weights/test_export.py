@@ -16,13 +16,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from relora_mora.checkpoint.layout import CheckpointError, content_checksum, file_entry
+from relora_mora.checkpoint.layout import CheckpointError, file_entry
 from relora_mora.tokenizer.identity import save_tokenizer, tokenizer_fingerprint
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import _name_rope, export, merged_model
 from relora_mora.weights.foreign import foreign_config
 from relora_mora.weights.load import load_any_model, own_tokenizer_path
-from relora_mora.weights.merged import merged_model
 from tests.tools.checkpoints import rewrite_manifest, write_checkpoint
 from tests.tools.commands import EVALUATE, EXPORT, call, refused
 from tests.tools.data_tools import write_shard

@@ -149,9 +149,9 @@ def test_numbers_of_used_and_skipped_records_are_logged(tokenizer_path, tmp_path
     rows[3]["completion"] = ""
     rows[7]["prompt"] = "the rank " * LENGTH
     rows[8]["completion"] = " matrix" * 2 * LENGTH
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_json_lines(tmp_path / "a.jsonl", rows)
     with caplog.at_level("INFO", "relora_mora.data.sets.reading"):
-        epoch = _count(_config(tmp_path / "a.jsonl", "whole"), tokenizer_path)
+        epoch = count_of(_config(tmp_path / "a.jsonl", "whole"), tokenizer_path, EPOCHS)
     [message] = [message for message in caplog.messages if " sequences, " in message]
     found = re.fullmatch(r"18 records in (\d+) sequences, (\d+) % full(.*)", message)
     assert found is not None

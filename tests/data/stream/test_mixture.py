@@ -12,8 +12,7 @@ from relora_mora.data.content import fingerprints
 from relora_mora.data.errors import SourceError
 from relora_mora.data.sets.show import check_columns, check_lanes
 from relora_mora.data.sources.resolve import configured_shards
-from relora_mora.data.stream.fingerprint import fingerprints
-from relora_mora.data.stream.mixture import Mixture
+from relora_mora.data.stream.producer import Mixture
 from relora_mora.data.stream.stream import describe_position
 from tests.data.stream_tools import stream_of
 from tests.tools.data_tools import data_config, some_texts, write_parquet, write_shard, write_shards

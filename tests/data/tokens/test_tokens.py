@@ -8,7 +8,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from relora_mora.data.content import at_versions, local_content, remote_content, remote_versions
+from relora_mora.data.content import at_versions, fingerprints, local_content, remote_content, remote_versions
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.formats.file_rows import open_rows
 from relora_mora.data.sets.held_out import load_eval_set

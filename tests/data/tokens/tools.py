@@ -7,7 +7,7 @@ import json
 
 import torch
 
-from relora_mora.data.lane_states import merge_states
+from relora_mora.data.lanes import merge_states
 from relora_mora.data.sources.resolve import resolve_shards
 from relora_mora.data.stream.stream import TrainStream
 from relora_mora.data.tokens.folder import make_tokens

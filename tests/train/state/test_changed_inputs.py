@@ -52,10 +52,9 @@ def test_the_tokenizer_in_a_checkpoint_is_the_one_of_its_fingerprint(
 
 def test_another_end_of_document_is_another_tokenizer(pools, inputs, tokenizer_path, tmp_path):
     """With the same vocabulary, so that the fingerprint of the Hugging Face folder is the same."""
-    from relora_mora.tokenizer.folder import MODEL_FILE
-    from relora_mora.tokenizer.identity import tokenizer_fingerprint
+    from relora_mora.tokenizer.files import MODEL_FILE
+    from relora_mora.tokenizer.identity import save_tokenizer, tokenizer_fingerprint
     from relora_mora.tokenizer.load import load_tokenizer
-    from relora_mora.tokenizer.save import save_tokenizer
 
     first = tmp_path / "first"
     save_tokenizer(tokenizer_path, first)
