@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Set
 from typing import NamedTuple
 
 import deepspeed
@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.schema import TrainConfig
 from relora_mora.distributed.waiting import collective
-from relora_mora.engine.masters import Fragment, owned_fragments, update_parameters
 from relora_mora.engine.matrices import CutMatrices
 from relora_mora.engine.norms import gradient_norms, replaced, step_with_norms
 from relora_mora.engine.slices import MergedSlices
 from relora_mora.engine.start import allow_optimizer, deepspeed_settings, quiet
-from relora_mora.optim.groups import MATRIX_GROUPS, MatrixAdamW, state_of
+from relora_mora.engine.zero_state import ZeroState
+from relora_mora.optim.groups import MATRIX_GROUPS, MatrixAdamW
 from relora_mora.optim.rules import COUNT, MatrixState
 from relora_mora.system.hardware import uses_cuda
 from relora_mora.system.seeds import derived_seed
@@ -34,13 +34,15 @@ class StepDone(NamedTuple):
     applied: bool  # the same on all ranks
 
 
-class ZeroEngine:
-    """Trains ``module`` on any ZeRO stage. Resets, merges and checkpoints only use its ``fragments``.
+class ZeroEngine(ZeroState):
+    """Trains ``module`` on any ZeRO stage.
 
     ``lm`` is the causal LM inside ``module``, and parameters have their names in it. The masters are exactly the
     float32 values that the trainable parameters have before DeepSpeed casts them. Gradients are clipped to the norm
     ``clip``; 0 means no clipping.
     """
+
+    lm: PreTrainedModel
 
     def __init__(
         self,
@@ -53,43 +55,35 @@ class ZeroEngine:
         bf16: bool,
     ) -> None:
         self.module = module
-        self.lm = lm
-        self.stage = train.zero_stage
         self.clip = clip
         self.bf16 = bf16
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-        self.parameters: dict[str, nn.Parameter] = dict(lm.named_parameters())
-        self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        parameters = dict(lm.named_parameters())
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        names = {id(parameter): name for name, parameter in parameters.items()}
         self.group_names = [group["name"] for group in optimizer.param_groups]
         self.members = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-        self.moments: dict[str, tuple[str, ...]] = {  # names of the optimizer state of each trainable parameter
+        moments: dict[str, tuple[str, ...]] = {
             name: group["moments"]
             for group, members in zip(optimizer.param_groups, self.members, strict=True)
             for name in members
         }
-        trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         # in float32, DeepSpeed may reuse the storage of the parameters
         initial = {name: p.data if bf16 else p.data.clone() for name, p in trained.items()}
-        elements = sum(self.shapes[name].numel() for group in self.members for name in group)
+        elements = sum(shapes[name].numel() for name in moments)
         settings = deepspeed_settings(
-            train, self.world_size, clip=clip, bf16=bf16, trainable=elements, on_gpu=uses_cuda()
+            train, dist.get_world_size(), clip=clip, bf16=bf16, trainable=elements, on_gpu=uses_cuda()
         )
         allow_optimizer(type(optimizer))
         with quiet():
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        self.device = self.deepspeed.device
+        zero = self.deepspeed.optimizer
+        super().__init__(lm, zero, shapes, moments, self.deepspeed.device, train.zero_stage)
         self.adapters = [layer for _, layer in adapter_layers(lm)]
         for layer in self.adapters:
             layer.gathered = train.zero_stage == 3
         resident = [layer for layer in self.adapters if layer.resident]
-        self.slices = MergedSlices(resident, self.deepspeed.optimizer, self.rank)
-        self.fragments = self._fragments(self.rank)
-        self.fragments_of: dict[str, list[Fragment]] = {}
-        for fragment in self.fragments:
-            self.fragments_of.setdefault(fragment.name, []).append(fragment)
-        self.moments_of_flat = {id(part.flat): self.moments[part.name] for part in self.fragments}
+        self.slices = MergedSlices(resident, zero, self.rank)
         self.matrix_states: dict[str, MatrixState] = {}  # only for the matrices that this rank updates
         self.matrix_shapes: dict[str, dict[str, list[int]]] = {}  # for all matrices that have a state
         if isinstance(self.optimizer, MatrixAdamW):
@@ -102,7 +96,7 @@ class ZeroEngine:
         groups = zip(self.group_names, self.members, strict=True)
         names = [name for group, members in groups if group in MATRIX_GROUPS for name in members]
         ranks = range(self.world_size) if self.stage else [self.rank]  # at stage 0 each rank has everything
-        fragments = {rank: self._fragments(rank) for rank in ranks}
+        fragments = {rank: self.fragments_of_rank(rank) for rank in ranks}
         matrices = CutMatrices(names, fragments, self.shapes, rank=self.rank, world_size=self.world_size)
         state_shapes = {name: optimizer.rule.state_shapes(*self.shapes[name]) for name in names}
         for name in matrices.owned:
@@ -118,129 +112,25 @@ class ZeroEngine:
         optimizer.states = self.matrix_states
         optimizer.matrices = matrices
 
-    def _fragments(self, rank: int) -> list[Fragment]:
-        """The fragments that a rank owns. Those of another rank refer to the flat tensors of this one."""
-        return list(owned_fragments(self.deepspeed.optimizer, self.members, self.parameters, self.shapes, rank))
-
-    # ---- masters and optimizer state --------------------------------------------------------------------------
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer, whose state is keyed by the flat masters."""
-        optimizer = self.deepspeed.optimizer
-        return getattr(optimizer, "optimizer", optimizer)
-
-    def flats(self, group: str | None = None) -> list[Tensor]:
-        """The flat masters of one parameter group (default: of all groups), each once."""
-        names = set(self.parameters if group is None else self.members[self.group_names.index(group)])
-        return list({id(part.flat): part.flat for part in self.fragments if part.name in names}.values())
-
-    def state_of(self, flat: Tensor) -> dict[str, Tensor]:
-        """Moments and ``step`` of a flat master. They are zeros if the optimizer has not created them yet."""
-        return state_of(self.optimizer, flat, self.moments_of_flat[id(flat)])
-
     @torch.no_grad()
-    def clear_state(self, group: str | None = None) -> None:
-        """Zeroes the optimizer state of a parameter group (default: of all): moments, counts, states of matrices.
+    def clear_state(self, names: Set[str] | None = None) -> None:
+        """As in the base class, with the states of matrices.
 
         A new engine needs this too: DeepSpeed's wrapper for stage 0 in bf16 starts with one step of zero gradients.
         """
-        for flat in self.flats(group):
-            for value in self.state_of(flat).values():
-                value.zero_()
-        cleared = self.parameters if group is None else self.members[self.group_names.index(group)]
-        for name in self.matrix_states.keys() & set(cleared):
-            for value in self.matrix_states[name].tensors.values():
-                value.zero_()
+        super().clear_state(names)
+        for name, state in self.matrix_states.items():
+            if names is None or name in names:
+                for value in state.tensors.values():
+                    value.zero_()
 
     def group_steps(self) -> dict[str, int]:
         """Adam's step count of each group: 0 if it has another rule, -1 if this rank owns nothing of it."""
         counts = {}
-        for group in self.group_names:
-            flats = self.flats(group)
+        for group, members in zip(self.group_names, self.members, strict=True):
+            flats = self.flats(set(members))
             counts[group] = int(self.state_of(flats[0])["step"].item()) if flats else -1
         return counts
-
-    @torch.no_grad()
-    def write_masters(self, values: Mapping[str, Tensor]) -> None:
-        """Sets masters from whole float32 parameters, the same on every rank, and then parameters from masters."""
-        for name, value in values.items():
-            self.scatter(name, value)
-        self.refresh()
-
-    @torch.no_grad()
-    def scatter(self, name: str, value: Tensor, key: str | None = None) -> int:
-        """Writes this rank's fragments of a whole value to the master of a parameter, or to its moment ``key``.
-
-        Returns the number of elements written. Call :meth:`refresh` afterwards to update the parameters.
-        """
-        written = 0
-        for fragment in self.fragments_of.get(name, ()):
-            target = fragment.flat if key is None else self.state_of(fragment.flat)[key]
-            piece = value.reshape(-1)[fragment.start : fragment.start + fragment.numel]
-            fragment.of(target).copy_(piece, non_blocking=True)  # does not wait if the value is in host memory
-            written += fragment.numel
-        return written
-
-    def refresh(self) -> None:
-        """Updates the parameters from the masters."""
-        self.drop_merged()
-        update_parameters(self.deepspeed.optimizer)
-
-    @torch.no_grad()
-    def gather(self, name: str, key: str | None = None, to: int | None = None) -> Tensor:
-        """The whole float32 master of a trainable parameter, or its moment ``key``; a collective.
-
-        With ``to``, only that rank gets the value; what the others get is undefined. The masters of frozen weights are
-        not here: :class:`relora_mora.engine.merging.FrozenMasters` has them.
-        """
-        assert any(name in group for group in self.members), f"{name} is frozen"
-        whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self.device)
-        for fragment in self.fragments_of.get(name, ()):
-            source = fragment.flat if key is None else self.state_of(fragment.flat)[key]
-            whole[fragment.start : fragment.start + fragment.numel] = fragment.of(source)
-        if self.world_size > 1 and self.stage > 0:
-            # every element has one owner, and adding the zeros of the other ranks keeps its bits
-            if to is None:
-                dist.all_reduce(whole)
-            else:
-                dist.reduce(whole, dst=to)
-        return whole.view(self.shapes[name])
-
-    def all_reduce(self, values: Tensor) -> Tensor:
-        """The sum over the ranks, in host memory. The host waits for the other ranks; ``values`` is overwritten."""
-        if self.world_size == 1:
-            return values.cpu()
-        with collective():
-            dist.all_reduce(values)
-            return values.cpu()
-
-    def broadcast(self, value: Tensor, src: int) -> None:
-        """Copies the value of rank ``src`` to every rank, in place; a collective."""
-        if self.world_size > 1:
-            dist.broadcast(value, src=src)
-
-    def sum_over_ranks(self, value: float) -> float:
-        """The sum of a number over the ranks, exact for integers up to 2^53."""
-        return float(self.all_reduce(torch.tensor(value, dtype=torch.float64, device=self.device)))
-
-    # ---- frozen weights ---------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def write_weight(self, name: str, value: Tensor | None, owner: int) -> None:
-        """Sets a frozen weight on all ranks from its owner's float32 value; a collective."""
-        self.drop_merged()
-        parameter = self.parameters[name]
-        if self.stage == 3:
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner):
-                if self.rank == owner:
-                    assert value is not None
-                    parameter.data.copy_(value)
-            return
-        if self.rank == owner:
-            assert value is not None
-            parameter.data.copy_(value)
-        self.broadcast(parameter.data, owner)
 
     # ---- steps ------------------------------------------------------------------------------------------------
 

@@ -54,15 +54,13 @@ class Fragment:
 
 def owned_fragments(
     optimizer: Any,
-    groups: Sequence[Sequence[str]],
     parameters: Mapping[str, nn.Parameter],
     shapes: Mapping[str, torch.Size],
     rank: int,
 ) -> Iterator[Fragment]:
     """The fragments of a rank in the masters of DeepSpeed's ``optimizer``.
 
-    ``groups`` has the parameter names of each group, in the order of torch's optimizer. ``shapes`` has the shapes of
-    the whole parameters: at stage 3, a parameter does not know its own.
+    ``shapes`` has the shapes of the whole parameters: at stage 3, a parameter does not know its own.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
@@ -77,17 +75,18 @@ def owned_fragments(
         for members, flat, offsets in flat_groups:
             yield from _flat_fragments([names[id(p)] for p in members], flat, offsets, shapes, rank)
     elif isinstance(optimizer, BF16_Optimizer):
-        for group, flat in zip(groups, optimizer.fp32_groups_flat_partition, strict=True):
-            offsets = itertools.accumulate((shapes[name].numel() for name in group), initial=0)
-            yield from _flat_fragments(group, flat, list(offsets)[:-1], shapes, rank)
+        for group, flat in zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True):
+            members = [names[id(p)] for p in group]
+            offsets = itertools.accumulate((shapes[name].numel() for name in members), initial=0)
+            yield from _flat_fragments(members, flat, list(offsets)[:-1], shapes, rank)
     elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        for group, masters in zip(groups, optimizer.fp32_groups, strict=True):
-            for name, master in zip(group, masters, strict=True):
-                yield Fragment(name, 0, master.numel(), master, 0)
+        for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for p, master in zip(group, masters, strict=True):
+                yield Fragment(names[id(p)], 0, master.numel(), master, 0)
     else:
-        for group in groups:
-            for name in group:
-                yield Fragment(name, 0, shapes[name].numel(), parameters[name], 0)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                yield Fragment(names[id(p)], 0, p.numel(), p, 0)
 
 
 def _flat_fragments(

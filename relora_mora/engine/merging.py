@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from torch import Tensor
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, effective_rank, layer_generator
 from relora_mora.adapters.mora import MoRALinear
 from relora_mora.config.schema import MethodConfig
-from relora_mora.distributed.collectives import gather_from_ranks
-from relora_mora.engine.engine import ZeroEngine
+from relora_mora.engine.protocol import Engine
 from relora_mora.operators import Draw, GroupingOperator, Operator
 from relora_mora.system.hardware import uses_cuda
 
@@ -56,6 +54,7 @@ class FrozenMasters:
     def __init__(self, names: Iterable[str], rank: int, world_size: int) -> None:
         self.owner = {name: index % world_size for index, name in enumerate(names)}
         self.rank = rank
+        self.world_size = world_size
         self.weights: dict[str, Tensor] = {}
 
     @property
@@ -83,7 +82,7 @@ class FrozenMasters:
             master.copy_(total, non_blocking=True)
         return total
 
-    def push(self, engine: ZeroEngine) -> None:
+    def push(self, engine: Engine) -> None:
         """Sets every rank's frozen weights from the owners' copies; a collective."""
         for name, owner in self.owner.items():
             engine.write_weight(name, self.weights.get(name), owner)
@@ -92,13 +91,14 @@ class FrozenMasters:
 class Merger:
     """Makes the merges of a run. ``base`` has all frozen weights; a reset draws its random numbers from ``seed``."""
 
-    def __init__(self, engine: ZeroEngine, base: FrozenMasters, method: MethodConfig, *, seed: int) -> None:
+    def __init__(self, engine: Engine, base: FrozenMasters, method: MethodConfig, *, seed: int) -> None:
         self.engine = engine
         self.base = base
         self.method = method
         self.seed = seed
         self.draw = Draw(seed)  # for the operator in use
         self.layers: dict[str, AdapterLinear] = dict(adapter_layers(engine.lm))
+        self.expected = len(self.layers)
         self.parameters = {
             name: [f"{name}.{key}" for key in layer.adapter_names] for name, layer in self.layers.items()
         }
@@ -166,25 +166,18 @@ class Merger:
         )
 
     def _check_adapters(self, step: int) -> None:
-        names = {name for parameters in self.parameters.values() for name in parameters}
-        lm: Any = self.engine.lm
-        layers = len(self.method.target_modules) * lm.config.num_hidden_layers
-        fragments = [fragment for fragment in self.engine.fragments if fragment.name in names]
-        held = self._over_ranks(sum(fragment.numel for fragment in fragments))
-        if len(self.layers) != layers or held != self.elements:
+        names = [name for parameters in self.parameters.values() for name in parameters]
+        held, broken = self.engine.held(names)
+        held //= self.engine.copies
+        if len(self.layers) != self.expected or held != self.elements:
             raise MergeError(
-                f"step {step}: there are {len(self.layers)} layers to merge, expected {layers}, "
+                f"step {step}: there are {len(self.layers)} layers to merge, expected {self.expected}, "
                 f"and the ranks hold {held} adapter elements, expected {self.elements}; "
                 "nothing was merged, go back to an earlier checkpoint"
             )
-        finite = (
-            torch.stack([part.of(part.flat).isfinite().all() for part in fragments]).cpu().tolist() if fragments else []
-        )
-        own = {part.name for part, good in zip(fragments, finite, strict=True) if not good}
-        if self.engine.sum_over_ranks(len(own)):
-            bad = sorted(set().union(*gather_from_ranks(own)))
+        if broken:
             raise MergeError(
-                f"step {step}: the delta to merge is not finite ({', '.join(bad[:3])}); "
+                f"step {step}: the delta to merge is not finite ({', '.join(broken[:3])}); "
                 "nothing was merged, go back to an earlier checkpoint"
             )
 
@@ -228,11 +221,8 @@ class Merger:
             generator = layer_generator(self.seed, layer_name, merges_done)
             for key, parameter in zip(layer.adapter_names, self.parameters[layer_name], strict=True):
                 written += self.engine.scatter(parameter, layer.fresh(key, generator))
-        return self._over_ranks(written)
-
-    def _over_ranks(self, elements: int) -> int:
-        """The sum over all ranks; at stage 0 every rank has all elements."""
-        return elements if self.engine.stage == 0 else int(self.engine.sum_over_ranks(elements))
+        total = self.engine.all_reduce(torch.tensor(written, dtype=torch.float64, device=self.engine.device))
+        return int(total) // self.engine.copies
 
     def _reset_state(self, merges_done: int, used: Mapping[str, Operator]) -> None:
         """Resets the adapters' optimizer state as ``method.reset`` says (ReLoRA, arXiv 2307.05695, section 3).
@@ -240,7 +230,7 @@ class Merger:
         ``used`` has the operators that were in use before the merge: ``carry`` moves their state to the new operators.
         """
         if self.method.reset == "full":
-            self.engine.clear_state("adapters")
+            self.engine.clear_state({name for names in self.parameters.values() for name in names})
         elif self.method.reset == "carry":
             for layer_name, before in used.items():
                 self._carry(layer_name, before)
@@ -258,7 +248,7 @@ class Merger:
         assert isinstance(before, GroupingOperator)
         assert isinstance(after, GroupingOperator)
         [parameter] = self.parameters[layer_name]
-        for key in self.engine.moments[parameter]:
+        for key in self.engine.moments_of(parameter):
             moment = self.engine.gather(parameter, key)
             self.engine.scatter(parameter, after.carry(moment, before), key)
 
@@ -267,7 +257,7 @@ class Merger:
 
         All moments are zeroed at the same elements: with exp_avg but no exp_avg_sq, Adam would step by exp_avg / eps.
         """
-        moments = {key: self.engine.gather(parameter, key).reshape(-1) for key in self.engine.moments[parameter]}
+        moments = {key: self.engine.gather(parameter, key).reshape(-1) for key in self.engine.moments_of(parameter)}
         first = next(iter(moments.values()))
         drop = round(self.method.reset_ratio * first.numel())
         if self.method.reset == "magnitude":

@@ -46,7 +46,11 @@ def trained(world_size: int, stage: int, method: str, bf16: bool = False, **sett
         "momentum": {name: rig.gather(name, "momentum") for name in matrices},
         "frozen": whole_weights(rig.engine, rig.base.owner),
         "cut": any(exchange.is_needed for exchange in exchanges),
-        "states": {key for flat in rig.engine.flats("norms") for key in rig.engine.state_of(flat)},
+        "states": {
+            key
+            for flat in rig.engine.flats({name for name in rig.engine.parameters if "norm" in name})
+            for key in rig.engine.state_of(flat)
+        },
     }
 
 

@@ -48,7 +48,8 @@ def _plain_logits(rig: Any) -> torch.Tensor:
 
 
 def _state(rig: Any, group: str) -> list[dict[str, torch.Tensor]]:
-    states = [rig.engine.state_of(flat) for flat in rig.engine.flats(group)]
+    names = set(rig.engine.members[rig.engine.group_names.index(group)])
+    states = [rig.engine.state_of(flat) for flat in rig.engine.flats(names)]
     return [{key: value.clone().cpu() for key, value in state.items()} for state in states]
 
 

@@ -1,0 +1,189 @@
+"""Parameters, optimizer state and frozen weights of a training loop in plain torch: one process, DDP or FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from relora_mora.distributed.waiting import collective
+
+STARTS_AT_ZERO = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+
+
+class TorchState:
+    """What ``optimizer`` trains of ``lm``, with the parameters' names in it.
+
+    All ranks of ``group`` train the same model. Its parameters are plain tensors, which every rank has (one process,
+    DDP), or DTensors (``fully_shard``). ``names`` are the parameters to merge and reset.
+
+    Without an optimizer, parameters can only be read. Raises ValueError if it does not train all of ``names``.
+    """
+
+    def __init__(
+        self, lm: nn.Module, optimizer: torch.optim.Optimizer | None, names: Sequence[str], group: Any = None
+    ) -> None:
+        self.lm = lm
+        self.group = group
+        self.parameters = dict(lm.named_parameters())
+        self.names = list(names)
+        self.rank = distributed.get_rank(group) if distributed.is_initialized() else 0
+        self.world_size = distributed.get_world_size(group) if distributed.is_initialized() else 1
+        first = self.parameters[names[0]]
+        self.device: torch.device = first.device
+        self.copies = self.world_size // _shards(first)
+        self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        if optimizer is None:
+            return
+        self.optimizer = optimizer
+        trained = {id(parameter) for members in optimizer.param_groups for parameter in members["params"]}
+        missing = [name for name in names if id(self.parameters[name]) not in trained]
+        if missing:
+            raise ValueError(
+                f"{type(optimizer).__name__} does not train {len(missing)} of {len(names)} adapter parameters "
+                f"({missing[0]}, ...); make the optimizer after attach() and fully_shard(), from parameter_groups()"
+            )
+
+    def moments_of(self, name: str) -> Sequence[str]:
+        """The names of a parameter's state that has one value per element; empty before its first step.
+
+        Raises ValueError for other state, unless that is a number.
+        """
+        parameter = self.parameters[name]
+        keys = []
+        for key, value in self.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                keys.append(key)
+            elif not (value is None or isinstance(value, int | float) or torch.as_tensor(value).numel() == 1):
+                raise ValueError(
+                    f"{type(self.optimizer).__name__} keeps {key!r} of {name}, which has no value per element; "
+                    "use reset='full', which starts the state again, or an optimizer such as AdamW"
+                )
+        return keys
+
+    def check_state(self, *, only_restarts: bool) -> None:
+        """Raises ValueError if the optimizer, after its first step, has state that a merge cannot reset.
+
+        With ``only_restarts``, merges start it again and never change it.
+        """
+        kind = type(self.optimizer).__name__
+        parameters = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        if kind == "ZeroRedundancyOptimizer" or len(self.optimizer.state) == 1 < parameters:
+            raise ValueError(
+                f"{kind} does not keep the state of each parameter on each rank, so a merge cannot reset it"
+            )
+        if not only_restarts:
+            for name in self.names:
+                self.moments_of(name)
+
+    def clear_state(self, names: Set[str]) -> None:
+        """See :func:`restart_state`."""
+        for name in names:
+            restart_state(self.optimizer, self.parameters[name])
+
+    @torch.no_grad()
+    def held(self, names: Sequence[str]) -> tuple[int, list[str]]:
+        """How many elements of these parameters all ranks hold together, and which have values that are not finite."""
+        local = [_local(self.parameters[name]) for name in names]
+        bad = torch.stack([~part.isfinite().all() for part in local]).double()
+        counts = torch.cat([bad.new_tensor([sum(part.numel() for part in local)]), bad])
+        elements, *of_names = self.all_reduce(counts).tolist()
+        return int(elements), [name for name, count in zip(names, of_names, strict=True) if count]
+
+    @torch.no_grad()
+    def gather(self, name: str, key: str | None = None, to: int | None = None) -> Tensor:
+        """A whole parameter or its moment ``key``, in float32; a collective. All ranks get it."""
+        value = self.parameters[name] if key is None else self.optimizer.state[self.parameters[name]][key]
+        return self.whole(value).to(torch.float32, copy=True)
+
+    @torch.no_grad()
+    def read_weight(self, name: str) -> Tensor:
+        """A whole parameter as the model has it; a collective if it is sharded."""
+        return self.whole(self.parameters[name])
+
+    def is_whole(self, name: str) -> bool:
+        """Whether every rank has the whole parameter."""
+        return not isinstance(self.parameters[name], DTensor)
+
+    def whole(self, value: Tensor) -> Tensor:
+        """A tensor that may be sharded; a collective if it is."""
+        with collective():
+            return value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()
+
+    @torch.no_grad()
+    def scatter(self, name: str, value: Tensor, key: str | None = None) -> int:
+        """Writes this rank's part of a whole value; returns its number of elements."""
+        target = self.parameters[name] if key is None else self.optimizer.state[self.parameters[name]][key]
+        return _write(target, value.to(self.device).view(self.shapes[name]))
+
+    @torch.no_grad()
+    def write_weight(self, name: str, value: Tensor | None, owner: int) -> None:
+        """Sets a frozen weight on all ranks from its owner's float32 value; a collective."""
+        weight = self.parameters[name]
+        rounded = torch.empty(self.shapes[name], dtype=weight.dtype, device=self.device)
+        if self.rank == owner:
+            assert value is not None
+            rounded.copy_(value)
+        if self.world_size > 1:
+            with collective():
+                distributed.broadcast(rounded, group=self.group, group_src=owner)
+        _write(weight, rounded)
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """The sum over the ranks, in host memory; ``values`` is overwritten."""
+        if self.world_size > 1:
+            with collective():
+                distributed.all_reduce(values, group=self.group)
+        return values.cpu()
+
+    def refresh(self) -> None:
+        """Nothing to do: the model computes with the values that the optimizer changes."""
+
+    def drop_merged(self) -> None:
+        """Nothing to do: no layer keeps ``W + delta``."""
+
+
+def restart_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """Makes the optimizer state of a parameter as it is before its first step.
+
+    That is zeros for Adam and its like, where the entries stay, so that a checkpoint that is saved now has them. Any
+    other state is removed, and the optimizer makes it again at its next step.
+    """
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    if not state.keys() <= STARTS_AT_ZERO:
+        del optimizer.state[parameter]
+        return
+    for key, value in state.items():
+        state[key] = value.zero_() if isinstance(value, Tensor) else 0
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local().detach() if isinstance(value, DTensor) else value.detach()
+
+
+def _write(target: Tensor, value: Tensor) -> int:
+    """Copies a whole value, the same on all ranks, to a tensor that may be sharded; returns this rank's elements."""
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).to_local()
+    part = _local(target)
+    part.copy_(value)
+    return part.numel()
+
+
+def _shards(parameter: Tensor) -> int:
+    """The number of parts that a parameter is cut into."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    mesh = parameter.device_mesh
+    cuts = [
+        mesh.size(dim) for dim, placement in enumerate(parameter.placements) if not isinstance(placement, Replicate)
+    ]
+    if len(cuts) > 1:
+        raise ValueError(
+            f"a parameter is sharded as {parameter.placements}: adapters with tensor parallelism are not supported; "
+            "use fully_shard() alone, with one mesh dimension that shards"
+        )
+    return cuts[0] if cuts else 1

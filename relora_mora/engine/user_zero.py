@@ -1,0 +1,89 @@
+"""A DeepSpeed engine that somebody else has made, such as accelerate or a training loop of the user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from relora_mora.engine.torch_state import restart_state
+from relora_mora.engine.zero_state import ZeroState
+
+
+class UserZero(ZeroState):
+    """DeepSpeed's optimizer ``zero`` of ``lm``, with whichever torch optimizer is inside.
+
+    Raises ValueError if the optimizer does not train all of ``names``, the parameters to merge and reset, or if it
+    trains other parameters in the same groups.
+    """
+
+    def __init__(self, lm: nn.Module, zero: Any, names: Sequence[str]) -> None:
+        parameters = dict(lm.named_parameters())
+        shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in parameters.items()}
+        moments: dict[str, tuple[str, ...]] = {name: () for name, p in parameters.items() if p.requires_grad}
+        super().__init__(lm, zero, shapes, moments, parameters[names[0]].device, _stage(zero))
+        self._check_groups(set(names))
+
+    def _check_groups(self, names: Set[str]) -> None:
+        held, _ = self.held(sorted(names))
+        expected = sum(self.shapes[name].numel() for name in names)
+        if held // self.copies != expected:
+            raise ValueError(
+                f"DeepSpeed's optimizer trains {held // self.copies:,} of {expected:,} adapter elements; "
+                "call attach() before deepspeed.initialize(), and make the optimizer from parameter_groups()"
+            )
+        flats = {id(flat) for flat in self.flats(names)}
+        mixed = [part.name for part in self.fragments if id(part.flat) in flats and part.name not in names]
+        if mixed:
+            raise ValueError(
+                f"the optimizer has adapters and other parameters ({mixed[0]}, ...) in one group, and DeepSpeed keeps "
+                "one step count per group, so a merge cannot reset that of the adapters; make the optimizer from "
+                "parameter_groups()"
+            )
+
+    def moments_of(self, name: str) -> Sequence[str]:
+        """See :class:`relora_mora.engine.protocol.Engine`; the same on all ranks, also on those that hold nothing."""
+        flats = [part.flat for part in self.fragments_of.get(name, self.fragments)]
+        return [key for key, value in self.state_of(flats[0]).items() if _is_moment(value, flats[0])] if flats else []
+
+    @torch.no_grad()
+    def read_weight(self, name: str) -> Tensor:
+        """A whole parameter as the model has it, on every rank; a collective at stage 3."""
+        parameter = self.parameters[name]
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+            return parameter.data.clone()
+
+    def is_whole(self, name: str) -> bool:
+        """Whether every rank has the whole parameter."""
+        return self.stage < 3
+
+    def state_of(self, flat: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.optimizer.state[flat]
+        return state
+
+    @torch.no_grad()
+    def clear_state(self, names: Set[str] | None = None) -> None:
+        """See :func:`restart_state`; also zeroes a step count that the optimizer keeps for a whole group."""
+        flats = self.flats(names)
+        for flat in flats:
+            restart_state(self.optimizer, flat)
+        cleared = {id(flat) for flat in flats}
+        for group in self.optimizer.param_groups:
+            if "step" in group and any(id(flat) in cleared for flat in group["params"]):
+                group["step"] = 0
+
+
+def _is_moment(value: Any, flat: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == flat.shape
+
+
+def _stage(zero: Any) -> int:
+    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        return 3
+    return 1 if isinstance(zero, DeepSpeedZeroOptimizer | BF16_Optimizer) else 0

@@ -1,0 +1,181 @@
+"""Masters, optimizer state and frozen weights by name, however DeepSpeed has cut them: a view of its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from torch import Tensor, nn
+
+from relora_mora.distributed.waiting import collective
+from relora_mora.engine.masters import Fragment, owned_fragments, update_parameters
+from relora_mora.optim.groups import state_of
+
+
+class ZeroState:
+    """What DeepSpeed's optimizer ``zero`` holds of ``lm``, with the parameters' names in it.
+
+    ``moments`` has the names of the optimizer state of each trainable parameter. Resets, merges and checkpoints only
+    use the ``fragments``.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        zero: Any,
+        shapes: Mapping[str, torch.Size],
+        moments: Mapping[str, tuple[str, ...]],
+        device: torch.device,
+        stage: int,
+    ) -> None:
+        self.lm = lm
+        self.zero = zero
+        self.shapes = shapes
+        self.moments = moments
+        self.device = device
+        self.stage = stage
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.copies = 1 if stage else self.world_size  # ranks that hold each element of a master
+        self.parameters: dict[str, nn.Parameter] = dict(lm.named_parameters())
+        self.fragments = self.fragments_of_rank(self.rank)
+        self.fragments_of: dict[str, list[Fragment]] = {}
+        for fragment in self.fragments:
+            self.fragments_of.setdefault(fragment.name, []).append(fragment)
+        self._moments_of_flat = {id(part.flat): moments[part.name] for part in self.fragments}
+
+    def fragments_of_rank(self, rank: int) -> list[Fragment]:
+        """The fragments that a rank owns. Those of another rank refer to the flat tensors of this one."""
+        return list(owned_fragments(self.zero, self.parameters, self.shapes, rank))
+
+    # ---- masters and optimizer state --------------------------------------------------------------------------
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer, whose state is keyed by the flat masters."""
+        optimizer: torch.optim.Optimizer = getattr(self.zero, "optimizer", self.zero)
+        return optimizer
+
+    def flats(self, names: Set[str] | None = None) -> list[Tensor]:
+        """The flat masters of these parameters (default: of all), each once."""
+        parts = (part for part in self.fragments if names is None or part.name in names)
+        return list({id(part.flat): part.flat for part in parts}.values())
+
+    def moments_of(self, name: str) -> Sequence[str]:
+        """The names of a trainable parameter's optimizer state that has one value per element."""
+        return self.moments[name]
+
+    def state_of(self, flat: Tensor) -> dict[str, Tensor]:
+        """Moments and ``step`` of a flat master. They are zeros if the optimizer has not created them yet."""
+        return state_of(self.optimizer, flat, self._moments_of_flat[id(flat)])
+
+    @torch.no_grad()
+    def clear_state(self, names: Set[str] | None = None) -> None:
+        """Zeroes the optimizer state of these parameters (default: of all): moments and step counts.
+
+        All other parameters must be in other groups of the optimizer: a flat master has one step count.
+        """
+        for flat in self.flats(names):
+            for value in self.state_of(flat).values():
+                value.zero_()
+
+    def held(self, names: Sequence[str]) -> tuple[int, list[str]]:
+        """How many elements of these masters all ranks hold together, and which have values that are not finite.
+
+        A collective; the host waits for the device once.
+        """
+        number = {name: index for index, name in enumerate(names, start=1)}
+        counts = torch.zeros(1 + len(names), dtype=torch.float64, device=self.device)
+        for part in self.fragments:
+            if part.name in number:
+                counts[0] += part.numel
+                counts[number[part.name]] += ~part.of(part.flat).isfinite().all()
+        elements, *bad = self.all_reduce(counts).tolist()
+        return int(elements), [name for name, count in zip(names, bad, strict=True) if count]
+
+    @torch.no_grad()
+    def write_masters(self, values: Mapping[str, Tensor]) -> None:
+        """Sets masters from whole float32 parameters, the same on every rank, and then parameters from masters."""
+        for name, value in values.items():
+            self.scatter(name, value)
+        self.refresh()
+
+    @torch.no_grad()
+    def scatter(self, name: str, value: Tensor, key: str | None = None) -> int:
+        """Writes this rank's fragments of a whole value to the master of a parameter, or to its moment ``key``.
+
+        Returns the number of elements written. Call :meth:`refresh` afterwards to update the parameters.
+        """
+        written = 0
+        for fragment in self.fragments_of.get(name, ()):
+            target = fragment.flat if key is None else self.state_of(fragment.flat)[key]
+            piece = value.reshape(-1)[fragment.start : fragment.start + fragment.numel]
+            fragment.of(target).copy_(piece, non_blocking=True)  # does not wait if the value is in host memory
+            written += fragment.numel
+        return written
+
+    def refresh(self) -> None:
+        """Updates the parameters from the masters."""
+        self.drop_merged()
+        update_parameters(self.zero)
+
+    @torch.no_grad()
+    def gather(self, name: str, key: str | None = None, to: int | None = None) -> Tensor:
+        """The whole float32 master of a trainable parameter, or its moment ``key``; a collective.
+
+        With ``to``, only that rank gets the value; what the others get is undefined. The masters of frozen weights are
+        not here: :class:`relora_mora.engine.merging.FrozenMasters` has them.
+        """
+        assert name in self.moments, f"{name} is frozen"
+        whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self.device)
+        for fragment in self.fragments_of.get(name, ()):
+            source = fragment.flat if key is None else self.state_of(fragment.flat)[key]
+            whole[fragment.start : fragment.start + fragment.numel] = fragment.of(source)
+        if self.world_size > 1 and self.stage > 0:
+            # every element has one owner, and adding the zeros of the other ranks keeps its bits
+            if to is None:
+                dist.all_reduce(whole)
+            else:
+                dist.reduce(whole, dst=to)
+        return whole.view(self.shapes[name])
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """The sum over the ranks, in host memory. The host waits for the other ranks; ``values`` is overwritten."""
+        if self.world_size == 1:
+            return values.cpu()
+        with collective():
+            dist.all_reduce(values)
+            return values.cpu()
+
+    def broadcast(self, value: Tensor, src: int) -> None:
+        """Copies the value of rank ``src`` to every rank, in place; a collective."""
+        if self.world_size > 1:
+            dist.broadcast(value, src=src)
+
+    def sum_over_ranks(self, value: float) -> float:
+        """The sum of a number over the ranks, exact for integers up to 2^53."""
+        return float(self.all_reduce(torch.tensor(value, dtype=torch.float64, device=self.device)))
+
+    # ---- frozen weights ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def write_weight(self, name: str, value: Tensor | None, owner: int) -> None:
+        """Sets a frozen weight on all ranks from its owner's float32 value; a collective."""
+        self.drop_merged()
+        parameter = self.parameters[name]
+        if self.stage == 3:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner):
+                if self.rank == owner:
+                    assert value is not None
+                    parameter.data.copy_(value)
+            return
+        if self.rank == owner:
+            assert value is not None
+            parameter.data.copy_(value)
+        self.broadcast(parameter.data, owner)
+
+    def drop_merged(self) -> None:
+        """Drops what was computed from weights and adapters; for engines that keep such things."""
