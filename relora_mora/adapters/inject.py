@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pkgutil import resolve_name
 
 from torch import nn
@@ -31,19 +31,11 @@ def inject(
     start of a run). Raises ValueError if a target name matches no layer, or if an operator cannot be built for a
     layer's shape.
     """
-    layer = layer_class(method)
     by_kind: dict[str, list[str]] = {kind: [] for kind in method.target_modules}
-    by_input: dict[tuple[str, str], list[AdapterLinear]] = {}
-    for name, module in list(decoder_linears(model)):
-        parent_name, _, kind = name.rpartition(".")
+    for name, module in decoder_linears(model):
+        kind = name.rpartition(".")[2]
         if kind in by_kind and isinstance(module, nn.Linear):
-            generator = layer_generator(seed, name, 0)
-            adapter = layer.from_settings(module, method.of(kind), generator, mora_type, draw or Draw(seed))
-            assert all(adapter.get_parameter(key).dim() == 2 for key in adapter.adapter_names), "not a matrix"
-            assert not [*adapter.buffers()], "a resume restores only parameters"
-            setattr(model.get_submodule(parent_name), kind, adapter)
             by_kind[kind].append(name)
-            by_input.setdefault((parent_name, INPUTS.get(kind, kind)), []).append(adapter)
     unmatched = [kind for kind, names in by_kind.items() if not names]
     if unmatched:
         present = sorted({name.rpartition(".")[2] for name, _ in decoder_linears(model)})
@@ -51,9 +43,39 @@ def inject(
             f"method.target_modules: no linear of the decoder is named {', '.join(unmatched)}; it has "
             f"{', '.join(present)}"
         )
+    targets = {name for names in by_kind.values() for name in names}
+    in_order = [name for name, _ in decoder_linears(model) if name in targets]
+    replace_linears(model, in_order, method, seed=seed, mora_type=mora_type, draw=draw)
+    return by_kind
+
+
+def replace_linears(
+    model: nn.Module,
+    names: Iterable[str],
+    method: MethodConfig,
+    *,
+    seed: int,
+    mora_type: int | None = None,
+    draw: Draw | None = None,
+) -> dict[str, AdapterLinear]:
+    """Replaces linears by name with adapter layers in place, and returns these; see :func:`inject`."""
+    layer = layer_class(method)
+    replaced: dict[str, AdapterLinear] = {}
+    by_input: dict[tuple[str, str], list[AdapterLinear]] = {}
+    for name in names:
+        parent_name, _, kind = name.rpartition(".")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        generator = layer_generator(seed, name, 0)
+        adapter = layer.from_settings(linear, method.of(kind), generator, mora_type, draw or Draw(seed))
+        assert all(adapter.get_parameter(key).dim() == 2 for key in adapter.adapter_names), "not a matrix"
+        assert not [*adapter.buffers()], "a resume restores only parameters"
+        setattr(model.get_submodule(parent_name), kind, adapter)
+        replaced[name] = adapter
+        by_input.setdefault((parent_name, INPUTS.get(kind, kind)), []).append(adapter)
     for layers in by_input.values():
         layer.share_input(layers)
-    return by_kind
+    return replaced
 
 
 def layer_class(method: MethodConfig) -> type[AdapterLinear]:

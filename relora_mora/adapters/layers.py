@@ -136,12 +136,20 @@ class AdapterLinear(nn.Module):
         """x [..., in] -> ``delta x`` [..., out], without building ``delta``"""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]"""
+        """x [..., in] -> [..., out]
+
+        The products are in the dtype of x, or in that of autocast. W and the adapter may have others.
+        """
+        device = x.device.type
+        if torch.is_autocast_enabled(device):  # it would cast in forward, but not in the backward of the merged form
+            with torch.autocast(device, enabled=False):
+                return self.forward(x.to(torch.get_autocast_dtype(device)))
         if self.multiplies_merged(x):
             y = self._merged(x)
         else:
-            y = F.linear(x, self.weight) + self._delta(F.dropout(x, self.dropout) if self.drops else x)
-        return y if self.bias is None else y + self.bias
+            base = F.linear(x, self.weight.to(x.dtype))
+            y = base + self._delta(F.dropout(x, self.dropout) if self.drops else x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def multiplies_merged(self, x: Tensor) -> bool:
         """Whether x [..., in] is multiplied with ``W + delta``."""

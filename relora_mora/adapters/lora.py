@@ -55,7 +55,7 @@ class LoRALinear(AdapterLinear):
         return self.scale * (B @ A)
 
     def build_merged(self, weight: Tensor) -> Tensor:
-        return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scale)
+        return _add_product(weight, self.lora_A, self.lora_B, self.scale)
 
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
         if name == "lora_B":
@@ -89,7 +89,7 @@ class LoRALinear(AdapterLinear):
         return _MergedLoRA.apply(x, self.weight, self.lora_A, self.lora_B, self.built, self.scale)
 
     def _delta(self, x: Tensor) -> Tensor:
-        return self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.lora_rank}, scale={self.scale:g}"
@@ -107,7 +107,8 @@ class _MergedLoRA(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, A, B, merged)
         ctx.scale = scale
-        return F.linear(x, torch.addmm(weight, B, A, alpha=scale) if merged is None else merged)
+        built = _add_product(weight, A, B, scale) if merged is None else merged
+        return F.linear(x, built.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
@@ -116,9 +117,15 @@ class _MergedLoRA(torch.autograd.Function):
         scale = ctx.scale
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ (torch.addmm(weight, B, A, alpha=scale) if merged is None else merged)
+            built = _add_product(weight, A, B, scale) if merged is None else merged
+            dx = dy @ built.to(dy.dtype)
         x = x.reshape(-1, x.shape[-1])
         dy = dy.reshape(-1, dy.shape[-1])
-        dA = scale * ((dy @ B).T @ x) if ctx.needs_input_grad[2] else None
-        dB = scale * (dy.T @ (x @ A.T)) if ctx.needs_input_grad[3] else None
+        dA = scale * ((dy @ B.to(dy.dtype)).T @ x) if ctx.needs_input_grad[2] else None
+        dB = scale * (dy.T @ (x @ A.to(x.dtype).T)) if ctx.needs_input_grad[3] else None
         return dx, None, dA, dB, None, None
+
+
+def _add_product(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """weight + scale B A [out, in], in the dtype of the weight"""
+    return torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype), alpha=scale)

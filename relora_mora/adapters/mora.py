@@ -89,7 +89,7 @@ class MoRALinear(AdapterLinear):
         return self.operator.delta(*parameters)
 
     def build_merged(self, weight: Tensor) -> Tensor:
-        return self.operator.add_delta(weight, self.mora_M)
+        return self.operator.add_delta(weight, self.mora_M.to(weight.dtype))
 
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
         return torch.zeros(self.square_size, self.square_size)
@@ -128,7 +128,7 @@ class MoRALinear(AdapterLinear):
         return self.multiplies_merged(x) and (self.gathered or self.mora_M.requires_grad)
 
     def _delta(self, x: Tensor) -> Tensor:
-        return self.operator.decompress(F.linear(self.operator.compress(x), self.mora_M))
+        return self.operator.decompress(F.linear(self.operator.compress(x), self.mora_M.to(x.dtype)))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.operator}"
@@ -222,7 +222,8 @@ class _MergedMoRA(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, M, merged)
         ctx.operator = operator
-        return F.linear(x, operator.add_delta(weight, M) if merged is None else merged)
+        built = operator.add_delta(weight, M.to(weight.dtype)) if merged is None else merged
+        return F.linear(x, built.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, Tensor | None]:
@@ -230,5 +231,6 @@ class _MergedMoRA(torch.autograd.Function):
         dy = grads[0]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ (ctx.operator.add_delta(weight, M, after=dy) if merged is None else merged)
+            built = ctx.operator.add_delta(weight, M.to(weight.dtype), after=dy) if merged is None else merged
+            dx = dy @ built.to(dy.dtype)
         return dx, None, None, None, None, dy if ctx.needs_input_grad[5] else None
