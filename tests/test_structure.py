@@ -19,6 +19,7 @@ LAYERS = [
     ["adapters", "data", "model"],
     ["optim"],
     ["sizing", "engine"],
+    ["library"],
     ["checkpoint"],
     ["weights"],
     ["evaluation"],

@@ -12,9 +12,17 @@ from relora_mora.system.logs import counted
 def method_faults(config: Config) -> Iterator[Fault]:
     yield from _target_faults(config)
     yield from _pattern_faults(config)
-    yield from _layer_faults(config)
+    yield from own_faults(config.method)
     yield from _adapter_faults(config)
     yield from _merge_faults(config)
+
+
+def own_faults(method: MethodConfig) -> Iterator[Fault]:
+    """What is wrong with the settings of a method whatever it trains."""
+    yield from _layer_faults(method)
+    if method.merges:
+        yield from _cycle_faults(method)
+        yield from _carry_faults(method)
 
 
 def _target_faults(config: Config) -> Iterator[Fault]:
@@ -47,8 +55,7 @@ def _pattern_faults(config: Config) -> Iterator[Fault]:
         )
 
 
-def _layer_faults(config: Config) -> Iterator[Fault]:
-    method = config.method
+def _layer_faults(method: MethodConfig) -> Iterator[Fault]:
     size = method.square_size
     multiple = method.square_multiple
     if method.dropout and method.form in ("merged", "resident") and method.uses_adapters:
@@ -95,11 +102,7 @@ def _adapter_faults(config: Config) -> Iterator[Fault]:
         )
 
 
-def _merge_faults(config: Config) -> Iterator[Fault]:
-    method = config.method
-    optim = config.optim
-    if not method.merges:
-        return
+def _cycle_faults(method: MethodConfig) -> Iterator[Fault]:
     cycle = method.cycle
     if any(a == b and not is_drawn(a) for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)):
         yield Fault(
@@ -112,13 +115,19 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
             ("method.reset_ratio", "method.reset", "method.name"),
             f"0 with method.reset={method.reset} resets nothing; use method.reset=none",
         )
+
+
+def _merge_faults(config: Config) -> Iterator[Fault]:
+    method = config.method
+    optim = config.optim
+    if not method.merges:
+        return
     if method.reset not in ("full", "none") and not optim.record.moments:
         yield Fault(
             ("method.reset", "optim.matrices", "method.name"),
             f"{method.reset} changes element-wise moments, but {optim.matrices} has none; "
             "use method.reset=full or none",
         )
-    yield from _carry_faults(method)
     every = method.merge_every
     if every < optim.warmup_steps and optim.restart_warmup_steps:
         yield Fault(

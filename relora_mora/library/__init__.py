@@ -1,0 +1,1 @@
+"""ReMoRA in a training loop of one's own; see docs/library.md."""

@@ -1,0 +1,374 @@
+"""Adapters in a model and a training loop that know nothing about this package."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from relora_mora.adapters.inject import replace_linears
+from relora_mora.adapters.layers import AdapterLinear, adapter_layers, layer_generator
+from relora_mora.adapters.mora import MoRALinear
+from relora_mora.config.registry import ScheduleKind
+from relora_mora.config.schema import MethodConfig
+from relora_mora.engine.merging import Merger, MergeRecord
+from relora_mora.engine.torch_state import TorchState
+from relora_mora.library.masters import LoopEngine, LoopMasters
+from relora_mora.library.targets import target_linears
+from relora_mora.operators import Draw, make_operator
+from relora_mora.schedule import Schedule
+
+FILE = "remora.safetensors"
+ENDLESS = 2**62  # steps
+
+
+def attach(
+    model: nn.Module,
+    method: MethodConfig,
+    *,
+    seed: int = 0,
+    targets: str | Sequence[str] | None = None,
+    process_group: Any = None,
+) -> AttachedAdapters:
+    """Replaces linears of ``model`` with adapter layers in place, whose weights are frozen.
+
+    ``method`` is what :func:`LoRA`, :func:`ReLoRA`, :func:`MoRA` or :func:`ReMoRA` returns. ``targets`` chooses the
+    linears: a regular expression that the whole name must match, or a list of names or of their last parts, such as
+    ``["q_proj"]``; None means all but the output head. All other parameters keep their ``requires_grad``. The adapters
+    are float32. All random values come from ``seed`` and the names of the layers.
+
+    Call it before DDP, ``fully_shard`` or ``deepspeed.initialize``, and make the optimizer afterwards. With several
+    ranks, all ranks of ``process_group`` (default: all) train this model.
+
+    Raises ValueError if a target matches nothing or cannot have an adapter, or if an operator does not fit a layer.
+    """
+    if any(True for _ in adapter_layers(model)):
+        raise ValueError("the model has adapters already; attach() once")
+    names = target_linears(model, targets)
+    layers = replace_linears(model, names, method, seed=seed)
+    for name, layer in layers.items():
+        if isinstance(layer, MoRALinear):
+            for mora_type in method.cycle:
+                make_operator(mora_type, layer.in_features, layer.out_features, layer.square_size)  # or it raises
+        layer.gathered = True  # each layer only uses parameters of its own, whatever shards them
+        generator = layer_generator(seed, name, 0)
+        for key in layer.adapter_names:
+            value = layer.fresh(key, generator).to(layer.weight.device)
+            setattr(layer, key, nn.Parameter(value))
+        layer.train(model.training)
+    return AttachedAdapters(model, method, seed, process_group)
+
+
+class AttachedAdapters:
+    """The adapters of a model: their parameter groups, rates, merges and state. Made by :func:`attach`.
+
+    ``step`` is the number of optimizer steps done.
+    """
+
+    def __init__(self, model: nn.Module, method: MethodConfig, seed: int, process_group: Any) -> None:
+        self.model = model
+        self.method = method
+        self.seed = seed
+        self.step = 0
+        self.process_group = process_group
+        self.draw = Draw(seed)
+        self.clock = Schedule(
+            kind="constant",
+            total_steps=ENDLESS,
+            warmup_steps=0,
+            min_ratio=1.0,
+            merge_every=method.merge_every if method.merges else 0,
+            merge_until_step=method.merge_until_step,
+            operators=method.cycle,
+        )
+        self._checked = False
+
+    @functools.cached_property
+    def _masters(self) -> LoopMasters:
+        """Made at its first use, when ``torch.distributed`` has been initialized."""
+        return LoopMasters([f"{name}.weight" for name in self.layers], self.process_group)
+
+    @property
+    def layers(self) -> dict[str, AdapterLinear]:
+        """The adapter layers by name."""
+        return dict(adapter_layers(self.model))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the adapters' parameters in the model."""
+        return [f"{name}.{key}" for name, layer in self.layers.items() for key in layer.adapter_names]
+
+    @property
+    def operator(self) -> int | None:
+        """The operator in use, or None for LoRA."""
+        return next((x.operator.mora_type for x in self.layers.values() if isinstance(x, MoRALinear)), None)
+
+    # ---- optimizer and rates ----------------------------------------------------------------------------------
+
+    def parameter_groups(
+        self, lr: float, lr_other: float | None = None, *, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """The parameters that train, for a torch optimizer: adapters at ``lr``, all others at ``lr_other`` (or ``lr``).
+
+        Norms, biases and other vectors have no weight decay.
+        """
+        adapters = set(self.names)
+        other = lr if lr_other is None else lr_other
+        groups: dict[str, list[nn.Parameter]] = {"adapters": [], "matrices": [], "vectors": []}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                kind = "adapters" if name in adapters else "matrices" if parameter.dim() > 1 else "vectors"
+                groups[kind].append(parameter)
+        return [
+            {
+                "name": kind,
+                "params": parameters,
+                "lr": lr if kind == "adapters" else other,
+                "weight_decay": 0.0 if kind == "vectors" else weight_decay,
+            }
+            for kind, parameters in groups.items()
+            if parameters
+        ]
+
+    def schedule(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        total_steps: int,
+        warmup_steps: int,
+        restart_warmup_steps: int = 0,
+        kind: ScheduleKind = "cosine",
+        min_ratio: float = 0.1,
+        decay_steps: int = 0,
+        rewarm: Literal["all", "adapters"] = "all",
+    ) -> LambdaLR:
+        """The schedule of the trainer: a warmup, a decay to ``min_ratio``, and a warmup after each merge.
+
+        ``kind`` is ``cosine``, ``linear``, ``wsd`` (``decay_steps`` long) or ``constant``. ``rewarm`` says which groups
+        warm up after a merge. All lengths are in optimizer steps. There is no merge after the last step, which
+        :meth:`merged` makes anyway. Call ``step()`` of the result after each step of the optimizer.
+        """
+        if not 0 <= warmup_steps < total_steps or restart_warmup_steps < 0:
+            raise ValueError(
+                f"a schedule needs 0 <= warmup_steps < total_steps and restart_warmup_steps >= 0, got {warmup_steps=}, "
+                f"{total_steps=}, {restart_warmup_steps=}"
+            )
+        self.clock = dataclasses.replace(
+            self.clock,
+            kind=kind,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            min_ratio=min_ratio,
+            decay_steps=decay_steps,
+            restart_warmup_steps=restart_warmup_steps if self.method.merges else 0,
+        )
+        rates = [_rates(self.clock, rewarm=again) for again in self._rewarms(optimizer, rewarm)]
+        return LambdaLR(optimizer, rates)
+
+    def rewarm(
+        self,
+        scheduler: LambdaLR,
+        *,
+        total_steps: int,
+        restart_warmup_steps: int,
+        rewarm: Literal["all", "adapters"] = "all",
+    ) -> None:
+        """Adds a warmup after each merge to the schedule of somebody else, such as the one of Hugging Face's Trainer.
+
+        Raises ValueError for a scheduler that is not a ``LambdaLR``: the others compute a rate from the one before.
+        """
+        if not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"a warmup after merges needs a LambdaLR, got {type(scheduler).__name__}; use schedule(), or "
+                "restart_warmup_steps=0"
+            )
+        steps = restart_warmup_steps if self.method.merges else 0
+        self.clock = dataclasses.replace(self.clock, total_steps=total_steps, restart_warmup_steps=steps)
+        again = self._rewarms(scheduler.optimizer, rewarm)
+        scheduler.lr_lambdas = [
+            _rates(_Rewarmed(**vars(self.clock), curve=curve), rewarm=group)
+            for curve, group in zip(scheduler.lr_lambdas, again, strict=True)
+        ]
+
+    def _rewarms(self, optimizer: torch.optim.Optimizer, rewarm: str) -> Iterator[bool]:
+        adapters = {id(self.model.get_parameter(name)) for name in self.names}
+        for group in optimizer.param_groups:
+            yield rewarm == "all" or any(id(parameter) in adapters for parameter in group["params"])
+
+    # ---- merges -----------------------------------------------------------------------------------------------
+
+    def after_step(self, optimizer: Any) -> MergeRecord | None:
+        """Call it after every step of ``optimizer``: merges, switches the operator and resets the state when it is due.
+
+        ``optimizer`` is the one that trains the model; with DeepSpeed, its engine or the engine's optimizer. Returns
+        what a merge did. With several ranks, all of them call it.
+
+        Raises ValueError at the first step if the optimizer cannot be reset, and :class:`MergeError` if a merge cannot
+        be made.
+        """
+        self.step += 1
+        if not self._checked:
+            self._engine(optimizer)
+            self._checked = True
+        if not self.clock.merge_after(self.step):
+            return None
+        engine = self._engine(optimizer)
+        self._masters.prepare(engine)
+        merger = Merger(engine, self._masters, self.method, seed=self.seed)
+        done = self.clock.merges_done(self.step)
+        record = merger.merge(self.step, done, self.clock.operator(self.step))
+        self.draw = merger.draw
+        return record
+
+    def _engine(self, optimizer: Any) -> LoopEngine:
+        """The view of whatever trains the model; without an optimizer, of the model alone."""
+        while type(optimizer).__module__.startswith("accelerate."):
+            optimizer = optimizer.optimizer
+        if type(optimizer).__name__ == "DeepSpeedEngine":
+            optimizer = optimizer.optimizer
+        if type(optimizer).__module__.startswith("deepspeed.runtime."):
+            from relora_mora.engine.user_zero import UserZero  # which imports DeepSpeed
+
+            return UserZero(self.model, optimizer, self.names)
+        if optimizer is None and any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+            raise ValueError("DeepSpeed has sharded the model: give the engine, as in after_step()")
+        engine = TorchState(self.model, optimizer, self.names, self.process_group)
+        if optimizer is not None:
+            engine.check_state(only_restarts=self.method.reset == "full" or not self.method.merges)
+        return engine
+
+    @torch.no_grad()
+    def merged_state_dict(self, optimizer: Any = None) -> dict[str, Tensor]:
+        """The state of the model without adapters, ``W + delta`` rounded once to the dtype of W; a collective.
+
+        If the model is sharded, only the first rank gets it, in host memory. With DeepSpeed it needs ``optimizer``, as
+        in :meth:`after_step`.
+        """
+        engine = self._engine(optimizer)
+        layers = {f"{name}.weight": (name, layer) for name, layer in self.layers.items()}
+        adapters = set(self.names)
+        sharded = not all(engine.is_whole(name) for name, _ in self.model.named_parameters())
+        result: dict[str, Tensor] = {}
+        for key, held in self.model.state_dict().items():
+            if key in adapters:
+                continue
+            value = engine.read_weight(key) if key in engine.shapes else held
+            if key in layers:
+                name, layer = layers[key]
+                values = [engine.gather(f"{name}.{parameter}") for parameter in layer.adapter_names]
+                value = (self._masters.exact(key, engine) + layer.delta_of(*values)).to(value.dtype)
+            if not sharded:
+                result[key] = value.detach().clone()
+            elif engine.rank == 0:
+                result[key] = value.detach().cpu()
+        return result
+
+    @torch.no_grad()
+    def merged(self, optimizer: Any = None) -> nn.Module:
+        """A copy of the model with plain linears; see :meth:`merged_state_dict`. Raises ValueError if it is sharded."""
+        state = self.merged_state_dict(optimizer)
+        if not all(self._engine(optimizer).is_whole(name) for name, _ in self.model.named_parameters()):
+            raise ValueError("the model is sharded: load merged_state_dict() into a new model on the first rank")
+        for layer in self.layers.values():
+            if isinstance(layer, MoRALinear):
+                layer.shared_input.pending = None  # tensors of the last forward cannot be copied
+        plain = copy.deepcopy(self.model)
+        plain.__dict__.pop("forward", None)  # accelerate's, which calls the original
+        for name, layer in list(adapter_layers(plain)):
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            linear.train(layer.training)
+            plain.set_submodule(name, linear)
+        plain.load_state_dict(state, assign=True)
+        return plain.requires_grad_(True)
+
+    # ---- state ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs besides the states of the model and its optimizer; a collective.
+
+        ``base`` has the float32 values of frozen weights that the model itself does not have exactly, on the first
+        rank.
+        """
+        engine = TorchState(self.model, None, self.names, self.process_group)
+        base = {name: self._masters.exact(name, engine) for name in self._masters.kept}
+        return {
+            "method": self.method.name,
+            "seed": self.seed,
+            "step": self.step,
+            "merges_done": self.draw.merges_done,
+            "operator": self.operator,
+            "base": {name: value.cpu() for name, value in base.items()} if engine.rank == 0 else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from the state that was saved together with the model's and the optimizer's.
+
+        Call it after these are loaded, and after :meth:`schedule` if there is one. Raises ValueError if the state
+        belongs to another method, seed, or course of merges; nothing changes then.
+        """
+        step = int(state["step"])
+        expected = {
+            "method": self.method.name,
+            "seed": self.seed,
+            "merges_done": self.clock.merges_done(step),
+            "operator": self.clock.operator(step),
+        }
+        wrong = [
+            f"{key} is {state[key]!r}, expected {value!r}" for key, value in expected.items() if state[key] != value
+        ]
+        if wrong:
+            raise ValueError(
+                f"the state at step {step} does not fit: {'; '.join(wrong)}; call attach() and schedule() with the "
+                "values that the state was made with"
+            )
+        self.step = step
+        self.draw = Draw(self.seed, state["merges_done"])
+        for layer in self.layers.values():
+            if isinstance(layer, MoRALinear):
+                layer.set_operator(state["operator"], self.draw)
+        self._masters.load(state["base"])
+
+    def save(self, folder: str | Path) -> None:
+        """Writes :meth:`state_dict` to ``remora.safetensors`` in a folder, on the first rank; a collective."""
+        state = self.state_dict()
+        if self._masters.rank == 0:
+            path = Path(folder) / FILE
+            temporary = path.with_suffix(".tmp")
+            base = state.pop("base")
+            safetensors.torch.save_file(base, temporary, metadata={"state": json.dumps(state)})
+            temporary.replace(path)
+
+    def load(self, folder: str | Path) -> None:
+        """Reads what :meth:`save` has written. Raises FileNotFoundError if there is nothing."""
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: there is no state of the adapters; resume from a folder that has one")
+        with safetensors.safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            self.load_state_dict(state | {"base": {name: file.get_tensor(name) for name in file.keys()}})  # noqa: SIM118
+
+
+class _Rewarmed(Schedule):
+    """A schedule whose envelope is somebody else's rate, ``curve(step - 1)``."""
+
+    def __init__(self, *, curve: Callable[[int], float], **settings: Any) -> None:
+        super().__init__(**settings)
+        object.__setattr__(self, "curve", curve)
+
+    def envelope(self, step: int) -> float:
+        return self.curve(step - 1)  # type: ignore[attr-defined]
+
+
+def _rates(clock: Schedule, *, rewarm: bool) -> Callable[[int], float]:
+    return lambda done: clock.rate(done + 1, rewarm=rewarm)

@@ -1,0 +1,177 @@
+"""The callback for Hugging Face's Trainer: it merges, resumes exactly, and leaves checkpoints loadable."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import relora_mora as rm
+
+STEPS, MERGE_EVERY = 10, 4
+WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
+
+
+def trained(folder: Path, kind: str = "plain", *, resume: bool = False, dtype: str = "float32", **settings: Any) -> Any:
+    """Trains a tiny LLaMA with merges after steps 4 and 8; returns losses and rates by step, adapters, trainer."""
+    from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+    from tests.tools.tiny import LENGTH, VOCABULARY, tiny_llama
+
+    torch.manual_seed(0)
+    lm = LlamaForCausalLM(tiny_llama()).to(getattr(torch, dtype))
+    remora = rm.attach(lm, rm.ReMoRA(rank=3, merge_every=MERGE_EVERY), seed=0)
+    rows = torch.randint(0, VOCABULARY, (64, LENGTH), generator=torch.Generator().manual_seed(1))
+    extra: dict[str, Any] = {}
+    if kind == "fsdp2":
+        settings["fsdp"] = True
+        settings["fsdp_config"] = {
+            "fsdp_version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "reshard_after_forward": True,
+            "state_dict_type": "SHARDED_STATE_DICT",
+        }
+    if kind.startswith("zero"):
+        settings["deepspeed"] = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "zero_optimization": {"stage": int(kind[-1])},
+            "zero_allow_untested_optimizer": True,
+        }
+        extra["optimizer_cls_and_kwargs"] = (torch.optim.AdamW, {"params": remora.parameter_groups(lr=1e-2)})
+    args = TrainingArguments(
+        str(folder),
+        **{
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_steps": 1,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "report_to": [],
+            "use_cpu": not kind.startswith("zero"),  # accelerate has no DeepSpeed with it
+            "disable_tqdm": True,
+            **settings,
+        },
+    )
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    extra["eval_dataset"] = data[:8]
+    callback = rm.ReMoRACallback(remora, restart_warmup_steps=2)
+    trainer = Trainer(lm, args, train_dataset=data, callbacks=[callback], **extra)
+    trainer.train(resume_from_checkpoint=resume or None)
+    steps = {
+        line["step"]: (line["loss"], line["learning_rate"]) for line in trainer.state.log_history if "loss" in line
+    }
+    return steps, remora, trainer
+
+
+def keep(folder: Path, to: Path, step: int) -> None:
+    """Copies the checkpoint of a step, as if the run had stopped there."""
+    shutil.copytree(folder / f"checkpoint-{step}", to / f"checkpoint-{step}")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resume_is_bit_equal_before_and_after_a_merge(tmp_path, dtype):
+    whole, remora, _ = trained(tmp_path / "whole", dtype=dtype)
+    assert (remora.step, remora.draw.merges_done, remora.operator) == (STEPS, 2, 1)
+    rates = [rate for _, rate in whole.values()]
+    assert rates == pytest.approx([0, 0.01, 0.01, 0.01, 0.005, 0.01, 0.01, 0.01, 0.005, 0.01])
+    end = load_file(tmp_path / "whole" / f"checkpoint-{STEPS}" / "model.safetensors")
+    for step in (2, 4, 6):
+        folder = tmp_path / f"from {step}"
+        keep(tmp_path / "whole", folder, step)
+        resumed, _, _ = trained(folder, resume=True, dtype=dtype)
+        assert resumed == whole, step
+        again = load_file(folder / f"checkpoint-{STEPS}" / "model.safetensors")
+        assert all(torch.equal(value, again[name]) for name, value in end.items()), step
+
+
+def test_the_state_of_another_step_or_none_is_refused(tmp_path):
+    trained(tmp_path / "whole")
+    keep(tmp_path / "whole", tmp_path / "cut", 6)
+    state = tmp_path / "cut" / "checkpoint-6" / "remora.safetensors"
+    shutil.copy(tmp_path / "whole" / "checkpoint-4" / "remora.safetensors", state)
+    with pytest.raises(ValueError, match="of step 4, the Trainer's is of step 6"):
+        trained(tmp_path / "cut", resume=True)
+    state.unlink()
+    with pytest.raises(FileNotFoundError, match="there is no state of the adapters"):
+        trained(tmp_path / "cut", resume=True)
+
+
+def test_the_best_checkpoint_comes_back_with_its_operator(tmp_path):
+    best = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "greater_is_better": True}
+    _, remora, trainer = trained(tmp_path, max_steps=6, load_best_model_at_end=True, **best)
+    step = trainer.state.best_global_step  # the highest loss: an early one
+    assert step == remora.step < MERGE_EVERY
+    assert remora.operator == 1
+    saved = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+    assert all(torch.equal(value, remora.model.state_dict()[name]) for name, value in saved.items())
+
+
+def test_the_merged_model_is_a_plain_one(tmp_path):
+    from transformers import LlamaForCausalLM
+
+    _, remora, _ = trained(tmp_path)
+    plain = remora.merged()
+    plain.save_pretrained(tmp_path / "plain")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "plain")
+    ids = torch.arange(16)[None]
+    assert torch.equal(again(ids).logits, plain(ids).logits)
+    assert (again(ids).logits - remora.model(ids).logits).abs().max() < 1e-5
+
+
+@contextlib.contextmanager
+def accelerate_on_cpus() -> Iterator[None]:
+    """accelerate only knows FSDP on GPUs, and leaves its state and variables behind."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
+
+    init = AcceleratorState.__init__
+
+    def with_fsdp(state: Any, *given: Any, fsdp_plugin: Any = None, **settings: Any) -> None:
+        init(state, *given, fsdp_plugin=fsdp_plugin, **settings)
+        if fsdp_plugin is not None:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = fsdp_plugin
+
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch.object(AcceleratorState, "__init__", with_fsdp),
+    ):
+        yield
+    for kind in (AcceleratorState, GradientState, PartialState):
+        kind._reset_state()
+
+
+def on_ranks(folder: Path, kind: str) -> Any:
+    """Runs on every rank: a run, and one that resumes at step 6."""
+    results = []
+    for name, resume in (("whole", False), ("cut", True)):
+        with accelerate_on_cpus():
+            steps, _, trainer = trained(folder / name, kind, resume=resume)
+        torch.distributed.barrier()
+        if not resume and torch.distributed.get_rank() == 0:
+            keep(folder / "whole", folder / "cut", 6)
+        torch.distributed.barrier()
+        results.append((steps, type(trainer.model_wrapped).__name__))
+    return results
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_ranks_of_a_trainer_resume_exactly(pools, tmp_path, kind):
+    ((whole, wrapper), (resumed, _)), _ = pools(2)(on_ranks, tmp_path, kind)
+    assert wrapper == WRAPPERS.get(kind, "DeepSpeedEngine")
+    assert list(whole) == list(range(1, STEPS + 1))
+    assert resumed == whole

@@ -1,0 +1,36 @@
+"""The library is light to import: the package alone is nothing, and no name of it brings DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import relora_mora as rm
+
+HEAVY = ("torch", "deepspeed", "transformers", "datasets")
+
+
+def loaded(code: str) -> list[str]:
+    """Which heavy packages are loaded after this code, in a new process."""
+    program = f"import json, sys\n{code}\nprint(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
+    return list(json.loads(answer.stdout))
+
+
+def test_the_package_alone_loads_nothing():
+    assert loaded("import relora_mora") == []
+
+
+def test_no_name_loads_deepspeed():
+    names = [name for name in rm.__all__ if name != "ReMoRACallback"]
+    assert loaded(f"import relora_mora\nfor name in {names}: getattr(relora_mora, name)") == ["torch"]
+    assert "deepspeed" not in loaded("import relora_mora; relora_mora.ReMoRACallback")
+
+
+def test_every_name_is_there_and_others_are_refused():
+    assert all(getattr(rm, name).__name__ == name for name in rm.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'attached'"):
+        rm.attached  # noqa: B018

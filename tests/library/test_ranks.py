@@ -1,0 +1,129 @@
+"""DDP, FSDP2 and a DeepSpeed engine of the user train as one process does, and all ranks keep the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.distributed
+
+STEPS, MERGE_EVERY, BATCH = 10, 4, 8
+
+
+def _tiny_lm() -> Any:
+    from transformers import LlamaForCausalLM
+
+    from tests.tools.tiny import tiny_llama
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_llama())
+
+
+def _wrapped(kind: str, lm: Any, remora: Any, world: int) -> tuple[Any, Any, Any]:
+    """The model to call, the optimizer, and what ``after_step`` gets."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = lm
+    if kind == "ddp":
+        model = DistributedDataParallel(lm)
+    if kind == "fsdp2":
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in lm.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(lm, mesh=mesh)
+    # a large epsilon: with a small one, Adam turns a difference of one bit into a step of another sign
+    optimizer = torch.optim.AdamW(remora.parameter_groups(lr=2e-2, lr_other=1e-2), eps=1e-3)
+    if kind.startswith("zero"):
+        import deepspeed
+
+        zero = {"stage": int(kind[-1]), "stage3_param_persistence_threshold": 0}
+        settings = {
+            "train_batch_size": BATCH,
+            "train_micro_batch_size_per_gpu": BATCH // world,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+        }
+        model, _, _, _ = deepspeed.initialize(model=lm, optimizer=optimizer, config=settings)
+        return model, optimizer, model
+    return model, optimizer, optimizer
+
+
+def trained(kind: str, reset: str, world: int, folder: Path | None = None) -> dict[str, Any]:
+    """Ten steps with two merges; with a folder, a save after the first merge and a resume in new objects."""
+    import relora_mora as rm
+    from tests.tools.tiny import LENGTH, VOCABULARY
+
+    rank = torch.distributed.get_rank()
+
+    def parts() -> tuple[Any, ...]:
+        lm = _tiny_lm()
+        remora = rm.attach(lm, rm.ReMoRA(rank=3, merge_every=MERGE_EVERY, reset=reset), seed=1)  # type: ignore[arg-type]
+        model, optimizer, stepped = _wrapped(kind, lm, remora, world)
+        schedule = remora.schedule(optimizer, total_steps=STEPS, warmup_steps=1, restart_warmup_steps=2)
+        return lm, remora, model, optimizer, stepped, schedule
+
+    lm, remora, model, optimizer, stepped, schedule = parts()
+    losses = []
+    for step in range(1, STEPS + 1):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)[rank::world]
+        loss = model(input_ids=ids, labels=ids).loss
+        if stepped is model:
+            model.backward(loss)
+            model.step()
+        else:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        schedule.step()
+        remora.after_step(stepped)
+        mean = loss.detach().clone()
+        torch.distributed.all_reduce(mean)
+        losses.append(float(mean) / world)
+        if folder is not None and step == 6:
+            saved = (lm.state_dict(), optimizer.state_dict(), schedule.state_dict())
+            remora.save(folder)
+            torch.distributed.barrier()
+            lm, remora, model, optimizer, stepped, schedule = parts()
+            for part, state in zip((lm, optimizer, schedule), saved, strict=True):
+                part.load_state_dict(state)
+            remora.load(folder)
+    state = remora.merged_state_dict(stepped)
+    return {"losses": losses, "merged": state, "merges": remora.draw.merges_done, "operator": remora.operator}
+
+
+@pytest.mark.parametrize(
+    ("kind", "reset"),
+    [
+        ("ddp", "full"),
+        ("ddp", "magnitude"),
+        ("fsdp2", "full"),
+        ("fsdp2", "carry"),
+        ("zero1", "full"),
+        ("zero3", "full"),
+    ],
+)
+def test_ranks_train_as_one_process(pools, kind, reset):
+    [alone] = pools(1)(trained, "plain", reset, 1)
+    first, second = pools(2)(trained, kind, reset, 2)
+    assert (first["merges"], first["operator"]) == (2, 1)
+    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-6)
+    for name, value in alone["merged"].items():
+        assert first["merged"][name].sub(value).abs().max() < 1e-6, name
+    if kind in ("ddp", "zero1"):
+        assert all(torch.equal(value, second["merged"][name]) for name, value in first["merged"].items())
+    else:
+        assert second["merged"] == {}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_resume_between_merges_is_bit_equal(pools, tmp_path, kind):
+    whole, _ = pools(2)(trained, kind, "full", 2)
+    resumed, _ = pools(2)(trained, kind, "full", 2, tmp_path)
+    assert resumed["losses"] == whole["losses"]
+    assert all(torch.equal(value, resumed["merged"][name]) for name, value in whole["merged"].items())
