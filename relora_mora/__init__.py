@@ -4,8 +4,6 @@ The names below are the library (docs/library.md). Each is imported when it is u
 neither torch nor DeepSpeed.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """Puts adapter layers into a model that knows nothing about them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pkgutil import resolve_name
 

@@ -6,8 +6,6 @@ of several passes. ``resident`` builds it once and keeps it until a weight chang
 the readable reference, and the only form that allows dropout.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple, Self

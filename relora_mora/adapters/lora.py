@@ -1,7 +1,5 @@
 """LoRA's adapter: ``delta = (alpha / r) B A`` (arXiv 2106.09685, eq. 3)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """MoRA's adapter: ``delta = D M C`` (arXiv 2405.12130, eq. 6), a square M between parameter-free operators."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 

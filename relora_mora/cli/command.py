@@ -1,7 +1,5 @@
 """Runs a command: arguments, exit code, Ctrl-C, and a message instead of a traceback for a user's mistake."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -37,7 +35,7 @@ class Interrupts:
         self._reported = threading.Lock()  # taken by the first thread that reports the interrupt
         self._pipe: WakeupPipe | None = None
 
-    def __enter__(self) -> Interrupts:
+    def __enter__(self) -> "Interrupts":
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._handle)

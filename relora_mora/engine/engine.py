@@ -1,7 +1,5 @@
 """The rest of the program's view of a DeepSpeed engine: steps, and masters, optimizer state and weights by name."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Set
 from typing import NamedTuple

@@ -15,8 +15,6 @@ stage      masters
 :class:`Fragment` describes them the same way for all stages. Only this module knows the attributes above.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

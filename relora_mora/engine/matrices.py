@@ -6,8 +6,6 @@ matrices are sent. At stages 1 and 2 those are the matrices at the borders betwe
 cut, and at stage 0 none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ the host memory of one rank, its owner. A merge adds the delta to the master and
 All ranks hold the same bits, and after many merges the base is still the sum up to float32 rounding.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Set

@@ -5,8 +5,6 @@ numbers and to clip. Here they are computed in the same way as DeepSpeed does, s
 together with the loss. Then DeepSpeed gets them as numbers on the host, and its results are the same to the bit.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -4,8 +4,6 @@ A merge works on whole float32 values by name. An engine knows where they are: i
 of DDP, in the shards of FSDP2, or in the flat partitions of DeepSpeed's ZeRO stages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence, Set
 from typing import Protocol
 

@@ -5,8 +5,6 @@ flat parameter, padded at its end (DeepSpeed 0.19). This module replaces W there
 and keeps W.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Starts DeepSpeed: its settings, accelerator and process group, and the parts of it that are switched off."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc

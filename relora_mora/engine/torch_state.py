@@ -1,7 +1,5 @@
 """Parameters, optimizer state and frozen weights of a training loop in plain torch: one process, DDP or FSDP2."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence, Set
 from typing import Any
 

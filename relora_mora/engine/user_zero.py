@@ -1,7 +1,5 @@
 """A DeepSpeed engine that somebody else has made, such as accelerate or a training loop of the user."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence, Set
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Masters, optimizer state and frozen weights by name, however DeepSpeed has cut them: a view of its optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Singular values of a run's total update to its initial weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

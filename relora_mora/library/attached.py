@@ -1,7 +1,5 @@
 """Adapters in a model and a training loop that know nothing about this package."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools
@@ -39,7 +37,7 @@ def attach(
     seed: int = 0,
     targets: str | Sequence[str] | None = None,
     process_group: Any = None,
-) -> AttachedAdapters:
+) -> "AttachedAdapters":
     """Replaces linears of ``model`` with adapter layers in place, whose weights are frozen.
 
     ``method`` is what :func:`LoRA`, :func:`ReLoRA`, :func:`MoRA` or :func:`ReMoRA` returns. ``targets`` chooses the

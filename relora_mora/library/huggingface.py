@@ -1,7 +1,5 @@
 """ReMoRA in the Trainer of Hugging Face's transformers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The exact values of frozen weights in a training loop of one's own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """The methods by name, for :func:`relora_mora.attach`. Each function returns the settings of one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 

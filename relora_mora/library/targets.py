@@ -1,7 +1,5 @@
 """Which linears of a model get an adapter, and why some cannot."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ The first stop signal requests an orderly stop. A later one makes the process ex
 is doing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The names of all files in a run folder, in one place."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ class RunFile:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __get__(self, folder: RunFolder, _: type[RunFolder]) -> Path:
+    def __get__(self, folder: "RunFolder", _: "type[RunFolder]") -> Path:
         return folder.path / self.name
 
 

@@ -1,7 +1,5 @@
 """Digests of a run's inputs, from samples: they show if other weights or text have the same name now."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Mapping

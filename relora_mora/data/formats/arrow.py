@@ -5,8 +5,6 @@ walk over the messages finds every record batch without reading their bodies. A 
 its record batches. The bytes before the first of them depend on the writer; pyarrow's file reader handles them.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager

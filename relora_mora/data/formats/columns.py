@@ -1,7 +1,5 @@
 """Files that pyarrow reads: the columns that are used, and groups of rows that can be read separately."""
 
-from __future__ import annotations
-
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence

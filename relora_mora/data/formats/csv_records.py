@@ -3,8 +3,6 @@
 Python's ``csv`` splits the rows, in its strict mode.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 import sys

@@ -1,7 +1,5 @@
 """Reads plain text files: a document is a line, a paragraph or the whole file (``data.sample_by``)."""
 
-from __future__ import annotations
-
 from relora_mora.config.data import DataConfig
 from relora_mora.data.bytes.lines import ShardLines
 from relora_mora.data.errors import Skipped

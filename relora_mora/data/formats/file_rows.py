@@ -1,7 +1,5 @@
 """Opens the rows of shards of every format: texts or records. In plain text every document is a row."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -78,7 +76,7 @@ def check_is_text(shard: Shard) -> None:
         )
 
 
-def text_encoder(tokenizer: PreTrainedTokenizerBase) -> EncodeTexts:
+def text_encoder(tokenizer: "PreTrainedTokenizerBase") -> EncodeTexts:
     """A function that tokenizes texts. All tokens are scored."""
     from relora_mora.tokenizer.load import encode
 

@@ -1,7 +1,5 @@
 """Reads JSON lines: each line gives a text, a record, or the reason why it has none."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re

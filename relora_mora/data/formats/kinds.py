@@ -1,7 +1,5 @@
 """The formats of text: their file names, and how lanes share a file. ``file_rows`` has a reader for each."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 

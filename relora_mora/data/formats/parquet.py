@@ -4,8 +4,6 @@ The footer gives the number of rows in each row group, so a position is found wi
 the column chunks that are used are read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Formats that are read from the beginning of a file. Lanes that share a shard take its rows in turn."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 

@@ -6,8 +6,6 @@ text: the answer depends only on the names, and a set on the hub is resolved lik
 ``save_to_disk`` contain files that list their content.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Names of sets of text, on the datasets hub or in local folders, and the commit at which each repository is read."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping
@@ -118,7 +116,7 @@ class Commits:
         self.known = dict(known)  # by REPO@REVISION
 
     @staticmethod
-    def of(config: DataConfig) -> Commits:
+    def of(config: DataConfig) -> "Commits":
         return Commits(config.revision, config.timeout_seconds, config.commits)
 
     def at(self, repo: str, revision: str | None = None) -> str:

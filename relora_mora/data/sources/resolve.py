@@ -1,7 +1,5 @@
 """Resolves sources of text into an ordered list of shards."""
 
-from __future__ import annotations
-
 import glob
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Curves of groups of runs, and the look of all figures: size, colors, panels and legends, for print."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +67,7 @@ def styled(groups: Iterable[Group]) -> Iterator[tuple[Group, dict[str, Any]]]:
 
 
 @contextmanager
-def paper_figure(height: float, width: float = WIDTH) -> Iterator[Figure]:
+def paper_figure(height: float, width: float = WIDTH) -> "Iterator[Figure]":
     """An empty figure of this size in inches; what is drawn in the block has the style of ``PAPER``."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -81,7 +79,7 @@ def paper_figure(height: float, width: float = WIDTH) -> Iterator[Figure]:
 @contextmanager
 def figure_of_kinds(
     kinds: Sequence[str], groups: Sequence[Group], title: str, *, sharex: bool
-) -> Iterator[tuple[Figure, Any]]:
+) -> "Iterator[tuple[Figure, Any]]":
     """A figure with a panel for each kind of projection, and its panels [rows, columns]. The block draws the curves."""
     rows = -(-len(kinds) // IN_A_ROW)
     with paper_figure(1.8 * rows + legend_height(groups)) as figure:
@@ -111,7 +109,7 @@ def legend_height(groups: Sequence[Group], width: float = WIDTH) -> float:
     return LEGEND_LINE * (-(-(len(groups) + 2) // _columns(groups)) + wrapped)
 
 
-def add_legend(figure: Figure, panel: Axes, groups: Sequence[Group], more: Sequence[Line2D] = ()) -> None:
+def add_legend(figure: "Figure", panel: "Axes", groups: Sequence[Group], more: "Sequence[Line2D]" = ()) -> None:
     """Adds the legend of the curves in ``panel`` below all panels; ``more`` are entries that come last."""
     handles, labels = panel.get_legend_handles_labels()
     labels = [
@@ -140,7 +138,7 @@ class Curve:
     low: Values
     high: Values
 
-    def draw(self, panel: Axes, group: Group, style: dict[str, Any]) -> None:
+    def draw(self, panel: "Axes", group: Group, style: dict[str, Any]) -> None:
         """Draws the mean, and a band over the seeds."""
         panel.plot(self.x, self.mean, label=name_of(group), markevery=-(-len(self.x) // MOST_MARKERS), **style)
         if len(group.runs) > 1:
@@ -185,7 +183,7 @@ def unit_of(groups: Sequence[Group], axis: Axis) -> tuple[float, str]:
     return size, f"time of steps and merges, {unit}"
 
 
-def set_ticks(panel: Axes, axis: Axis, ticks: int = 5) -> None:
+def set_ticks(panel: "Axes", axis: Axis, ticks: int = 5) -> None:
     """Puts about this many ticks on the horizontal axis; tokens are written like ``1.5M``."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 

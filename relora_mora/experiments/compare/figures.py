@@ -1,7 +1,5 @@
 """Figures of a comparison: losses, last perplexities, learning rates, ranks of merges, and any other metric."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -39,7 +37,9 @@ REACH = "reach_"  # prefix of the name of a --reach figure
 LABEL_LETTERS = 40  # in a line next to a panel
 
 
-def figures_of(groups: Sequence[Group], reach: Reach | None = None, against: Group | None = None) -> dict[str, Figure]:
+def figures_of(
+    groups: Sequence[Group], reach: Reach | None = None, against: Group | None = None
+) -> "dict[str, Figure]":
     """All figures of a comparison by name, with ranks if a run has merged, and with ``reach`` if given."""
     figures = {"loss_by_tokens": loss_figure(groups, "tokens"), "loss_by_time": loss_figure(groups, "time")}
     figures["perplexity"] = perplexity_figure(groups, against)
@@ -52,7 +52,7 @@ def figures_of(groups: Sequence[Group], reach: Reach | None = None, against: Gro
     return figures
 
 
-def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> Figure:
+def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> "Figure":
     """The last perplexity of each run as a dot and each group's mean as a stroke, in a panel for each held-out set.
 
     The group with the lowest perplexity on the last set is at the top. The dashed line is the mean of ``against``, by
@@ -85,13 +85,13 @@ def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> 
     return figure
 
 
-def rate_figure(groups: Sequence[Group]) -> Figure:
+def rate_figure(groups: Sequence[Group]) -> "Figure":
     figure = _metric_figure(groups, Run.rates, "learning rate of the matrices", "tokens", markers=False)
     figure.axes[0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     return figure
 
 
-def reach_figure(reach: Reach, groups: Sequence[Group]) -> Figure:
+def reach_figure(reach: Reach, groups: Sequence[Group]) -> "Figure":
     """The metric against steps, with a horizontal line at each value."""
     figure = _metric_figure(groups, partial(Run.series, tag=reach.tag), reach.title, "steps")
     for value in reach.values:
@@ -101,7 +101,7 @@ def reach_figure(reach: Reach, groups: Sequence[Group]) -> Figure:
 
 def _metric_figure(
     groups: Sequence[Group], series: Callable[[Run], Series], title: str, axis: Axis, *, markers: bool = True
-) -> Figure:
+) -> "Figure":
     width = WIDTH * 0.6
     with paper_figure(2.4 + legend_height(groups, width), width) as figure:
         panel = figure.subplots()
@@ -116,7 +116,7 @@ def _metric_figure(
 
 def rank_figure(
     groups: Sequence[Group], tag: str = "merge/effective_rank", title: str = "effective rank of a merge"
-) -> Figure | None:
+) -> "Figure | None":
     """Effective ranks in a panel for each kind of projection; None if no group has any.
 
     Ranks of a merge are measured in one layer in the middle of the model (docs/method.md).

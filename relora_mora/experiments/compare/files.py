@@ -1,7 +1,5 @@
 """Writes a comparison to a folder: tables as text, and figures as PNG."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +25,7 @@ def check_plots(folder: Path) -> None:
         )
 
 
-def write_files(folder: Path, texts: Mapping[str, str], figures: Mapping[str, Figure]) -> None:
+def write_files(folder: Path, texts: Mapping[str, str], figures: "Mapping[str, Figure]") -> None:
     """Writes texts by file name and figures by file name without ``.png``; replaces each existing file atomically.
 
     Deletes older figures of ranks and ``--reach`` that this comparison does not have.
@@ -43,7 +41,7 @@ def write_files(folder: Path, texts: Mapping[str, str], figures: Mapping[str, Fi
                 older.unlink(missing_ok=True)
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: "Figure", path: Path) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -1,7 +1,5 @@
 """Groups runs that differ only in their seeds, and labels groups by the settings in which they differ."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

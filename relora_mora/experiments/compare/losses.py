@@ -1,7 +1,5 @@
 """The figure of losses against tokens or time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -34,7 +32,7 @@ TRAINING: Any = {"linewidth": 0.6}
 MERGE: Any = {"linestyle": "", "marker": "|", "markersize": 5, "markeredgewidth": 1.2}
 
 
-def loss_figure(groups: Sequence[Group], axis: Axis) -> Figure:
+def loss_figure(groups: Sequence[Group], axis: Axis) -> "Figure":
     """Loss against tokens or time: a row for each held-out set, with an enlarged panel on the right."""
     from matplotlib.lines import Line2D
 
@@ -85,7 +83,7 @@ class Drawing:
         evaluations = curve(group, lambda run: run.evaluations(name), axis)
         self.curve = replace(evaluations, x=evaluations.x / unit)
 
-    def draw(self, panel: Axes) -> None:
+    def draw(self, panel: "Axes") -> None:
         self.curve.draw(panel, self.group, self.style)
         merges = [step for step in _marked_merges(self.group) if step <= self.curve.steps[-1]]
         if merges:
@@ -93,7 +91,7 @@ class Drawing:
             along = panel.get_xaxis_transform()
             panel.plot(x, [self.height] * len(x), color=self.style["color"], transform=along, **MERGE)
 
-    def draw_training(self, panel: Axes) -> None:
+    def draw_training(self, panel: "Axes") -> None:
         losses = curve(self.group, lambda run: run.series("train/loss"), self.axis, smooth=True)
         panel.plot(losses.x / self.unit, losses.mean, color=self.style["color"], alpha=0.6, zorder=1, **TRAINING)
 
@@ -109,7 +107,7 @@ def _height_of_merges(group: Group, merging: Sequence[Group]) -> float:
     return 0.03 + min(0.05, 0.17 / len(merging)) * merging.index(group) if group in merging else 0.0
 
 
-def _zoom(whole: Axes, zoomed: Axes, drawings: Sequence[Drawing]) -> None:
+def _zoom(whole: "Axes", zoomed: "Axes", drawings: Sequence[Drawing]) -> None:
     """Enlarges the end of the curves in the right panel and marks the region in the left; hides it for one curve."""
     start = parting([each.by_tokens for each in drawings])
     if start is None:

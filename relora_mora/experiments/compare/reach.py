@@ -1,7 +1,5 @@
 """The steps at which a metric reaches given values, for results other than a loss, such as accuracy of answers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

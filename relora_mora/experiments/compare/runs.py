@@ -1,7 +1,5 @@
 """One run, read from its folder or from a study's records: settings, metrics over steps, tokens and time."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Singular values of the updates of several runs: a table and a figure."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -35,7 +33,7 @@ def rank_columns(spectra: Sequence[Sequence[Spectra]], above: float) -> dict[str
     }
 
 
-def accumulated_figure(groups: Sequence[Group]) -> Figure | None:
+def accumulated_figure(groups: Sequence[Group]) -> "Figure | None":
     """The effective rank of W - W_0 at each checkpoint that the runs have kept, means over layers; None without any.
 
     Raises the same errors as :func:`update_spectra`.
@@ -64,7 +62,7 @@ def _values(group: Sequence[Spectra], kind: str) -> Tensor:
     return torch.cat([spectra[kind] for spectra in group])  # [layers of all runs, n]
 
 
-def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Sequence[Spectra]]) -> Figure:
+def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Sequence[Spectra]]) -> "Figure":
     """One panel for each kind of projection: sorted singular values, means over layers and seeds."""
     kinds = list(spectra[0][0])
     with figure_of_kinds(kinds, groups, "singular value of W - W_0", sharex=False) as (figure, panels):

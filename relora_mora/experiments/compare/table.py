@@ -1,7 +1,5 @@
 """The rows of a comparison, as Markdown and as JSON."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +20,7 @@ class Number:
     high: float
 
     @staticmethod
-    def of(values: Sequence[float]) -> Number:
+    def of(values: Sequence[float]) -> "Number":
         return Number(mean(values), min(values), max(values))
 
 

@@ -14,8 +14,6 @@ hidden     DeepSpeed sends while it computes at stage 3, and at stage 2 with ``o
            Otherwise DeepSpeed computes first, then sends
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from relora_mora.config.checks.deepspeed import zero_defaults

@@ -5,8 +5,6 @@ at the memory's bandwidth. Meanwhile the host launches their kernels one by one;
 waits. The counts come from tests/fakecuda, for micro-batches of 8,192 tokens, without head, loss and optimizer.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -24,8 +24,6 @@ bytes. Gloo's reduce is not a ring and sends more than its all-reduce (docs/clus
 order, each host sends as many bytes to the next host as each of its devices to its neighbor.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel

@@ -1,7 +1,5 @@
 """A run's plan, from its settings and the cluster it is to run on."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any

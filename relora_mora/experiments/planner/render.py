@@ -1,7 +1,5 @@
 """A plan as text for a terminal."""
 
-from __future__ import annotations
-
 from relora_mora.experiments.planner.cluster import Cluster
 from relora_mora.experiments.planner.plan import PROCESS_BYTES, Plan
 from relora_mora.sizing.fit import USABLE

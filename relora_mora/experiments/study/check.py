@@ -1,7 +1,5 @@
 """Checks the inputs of all runs of a study before the first run starts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from relora_mora.config.load import ConfigError

@@ -1,7 +1,5 @@
 """Runs a whole study, or repeats one of its runs."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from pathlib import Path

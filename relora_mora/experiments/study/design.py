@@ -1,7 +1,5 @@
 """A study is a grid of settings over a base config, read from a YAML file. Each of its cells is one run."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools
@@ -36,7 +34,7 @@ class Choice(Strict):
     highest: Text | None = None
 
     @model_validator(mode="after")
-    def _one_metric(self) -> Choice:
+    def _one_metric(self) -> "Choice":
         if (self.lowest is None) == (self.highest is None):
             raise ValueError("give `lowest` or `highest`, with a metric such as eval/loss")
         parts = self.metric.split("/")
@@ -89,7 +87,7 @@ class Study(Strict):
         return read_tree(self.base)
 
     @model_validator(mode="after")
-    def _settings_that_fit(self) -> Study:
+    def _settings_that_fit(self) -> "Study":
         names = [*self.settings, *(name for entry in self.grid for name in entry)]
         own = sorted({name for name in names if name in OWN})
         if own:

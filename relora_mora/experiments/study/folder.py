@@ -1,7 +1,5 @@
 """A study's folder: a run folder for each cell, with settings, logs and records."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Iterable, Mapping

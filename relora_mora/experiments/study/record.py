@@ -1,7 +1,5 @@
 """The record that outlives a run's folder: enough for tables and plots, and to run it again."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence, Set
 from typing import Any

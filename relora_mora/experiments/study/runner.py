@@ -1,7 +1,5 @@
 """Runs the cells of a study, one process per cell and several at a time, with one progress bar."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
