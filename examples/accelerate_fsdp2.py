@@ -1,7 +1,8 @@
 """ReMoRA with accelerate and FSDP2: the weights, adapters and optimizer state are sharded over two processes.
 
 torchrun --nproc-per-node 2 examples/accelerate_fsdp2.py
-accelerate launch --cpu --num_processes 2 examples/accelerate_fsdp2.py
+
+accelerate shards on GPUs only; on CPUs, each process has a copy.
 """
 
 import argparse
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import relora_mora as rm
@@ -25,13 +27,15 @@ rows = torch.tensor(list(text)).unfold(0, LENGTH, LENGTH)  # [N, LENGTH]
 config = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 
 plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
-accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+accelerator = Accelerator(cpu=not torch.cuda.is_available(), fsdp_plugin=plugin)
 torch.manual_seed(0)
 model = LlamaForCausalLM(config)
 remora = rm.attach(model, rm.ReMoRA(rank=16, operators=(1, 2), merge_every=args.merge_every))  # before prepare()
 optimizer = torch.optim.AdamW(remora.parameter_groups(lr=5e-3, lr_other=2e-3))
 loader = torch.utils.data.DataLoader(rows, batch_size=8, shuffle=True)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+layout = "sharded" if any(isinstance(parameter, DTensor) for parameter in model.parameters()) else "copied"
+accelerator.print(f"the parameters are {layout}")
 # accelerate would step a prepared schedule once for each process
 schedule = remora.schedule(optimizer, total_steps=args.steps, warmup_steps=args.steps // 10, restart_warmup_steps=5)
 
@@ -54,7 +58,7 @@ while remora.step < args.steps:
 
 state = remora.merged_state_dict()  # on the first rank
 with torch.no_grad():
-    logits = model(input_ids=rows[:1]).logits
+    logits = model(input_ids=rows[:1].to(accelerator.device)).logits.cpu()
 if accelerator.is_main_process:
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(state)

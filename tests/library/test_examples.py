@@ -58,7 +58,9 @@ def test_huggingface_trainer(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_accelerate_fsdp2() -> None:
-    check(start("accelerate_fsdp2.py", launcher=TORCHRUN), learns=True)
+    output = start("accelerate_fsdp2.py", launcher=(*TORCHRUN, "tests/tools/fsdp_on_cpus.py"))
+    check(output, learns=True)
+    assert "the parameters are sharded" in output
 
 
 @pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import relora_mora as rm
+from tests.tools.fsdp_on_cpus import fsdp_on_cpus
 
 STEPS, MERGE_EVERY = 10, 4
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
@@ -131,34 +128,11 @@ def test_the_merged_model_is_a_plain_one(tmp_path):
     assert (again(ids).logits - remora.model(ids).logits).abs().max() < 1e-5
 
 
-@contextlib.contextmanager
-def accelerate_on_cpus() -> Iterator[None]:
-    """accelerate only knows FSDP on GPUs, and leaves its state and variables behind."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-    from accelerate.utils import DistributedType
-
-    init = AcceleratorState.__init__
-
-    def with_fsdp(state: Any, *given: Any, fsdp_plugin: Any = None, **settings: Any) -> None:
-        init(state, *given, fsdp_plugin=fsdp_plugin, **settings)
-        if fsdp_plugin is not None:
-            state.distributed_type = DistributedType.FSDP
-            state.fsdp_plugin = fsdp_plugin
-
-    with (
-        mock.patch.dict(os.environ),
-        mock.patch.object(AcceleratorState, "__init__", with_fsdp),
-    ):
-        yield
-    for kind in (AcceleratorState, GradientState, PartialState):
-        kind._reset_state()
-
-
 def on_ranks(folder: Path, kind: str) -> Any:
     """Runs on every rank: a run, and one that resumes at step 6."""
     results = []
     for name, resume in (("whole", False), ("cut", True)):
-        with accelerate_on_cpus():
+        with fsdp_on_cpus():
             steps, _, trainer = trained(folder / name, kind, resume=resume)
         torch.distributed.barrier()
         if not resume and torch.distributed.get_rank() == 0:

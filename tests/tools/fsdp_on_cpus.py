@@ -1,0 +1,37 @@
+"""accelerate with FSDP on CPUs, which it only knows on GPUs. As a program, it runs a script so: SCRIPT [ARGUMENTS]."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import runpy
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+
+@contextlib.contextmanager
+def fsdp_on_cpus() -> Iterator[None]:
+    """Inside, an FSDP plugin is used on CPUs as well. Afterwards accelerate has no state, and no variables are left."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
+
+    init = AcceleratorState.__init__
+
+    def with_fsdp(state: Any, *given: Any, fsdp_plugin: Any = None, **settings: Any) -> None:
+        init(state, *given, fsdp_plugin=fsdp_plugin, **settings)
+        if fsdp_plugin is not None:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = fsdp_plugin
+
+    with mock.patch.dict(os.environ), mock.patch.object(AcceleratorState, "__init__", with_fsdp):
+        yield
+    for kind in (AcceleratorState, GradientState, PartialState):
+        kind._reset_state()
+
+
+if __name__ == "__main__":
+    sys.argv = sys.argv[1:]
+    with fsdp_on_cpus():
+        runpy.run_path(sys.argv[0], run_name="__main__")
