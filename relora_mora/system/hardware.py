@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch._inductor import config as inductor
 
 from relora_mora.system.devices import CPU, Device, device_of_name
 
@@ -125,6 +124,8 @@ def compute_deterministically() -> None:
     """
     if not uses_cuda():
         return
+    from torch._inductor import config as inductor  # which imports the compiler: seconds
+
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts; torch refuses products without
     os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # transformers passes it to the package flash-attn
     torch.backends.cuda.enable_cudnn_sdp(False)
