@@ -36,7 +36,8 @@ def _ended_inside_a_folder(tmp_path: Path, code: str, number: signal.Signals) ->
     """Exit code and errors of a command that gets a signal while ``code`` runs; its temporary folder must be gone."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import hashlib, time\nfrom pathlib import Path\n"
+        "import hashlib, signal, time\nfrom pathlib import Path\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest may run under nohup\n"
         "import relora_mora.cli.command\nfrom relora_mora.cli.command import run\n"
         "from relora_mora.system.files import new_folder\n"
         "relora_mora.cli.command.GRACE_SECONDS = 0.5\n"
@@ -51,7 +52,7 @@ def _ended_inside_a_folder(tmp_path: Path, code: str, number: signal.Signals) ->
     while "pbkdf2" in code and psutil.Process(process.pid).cpu_times().user < used + 0.2:
         time.sleep(0.02)  # before, Python itself would still hear the signal
     process.send_signal(number)
-    _, error = process.communicate(timeout=10)
+    _, error = process.communicate(timeout=60)
     assert list((tmp_path / "out").iterdir()) == []
     return process.returncode, error
 
