@@ -70,7 +70,7 @@ def run_again(study: Study, folder: StudyFolder, name: str, program: Path) -> tu
     return differences(cell, folder, other)
 
 
-def _bar(total: int, done: float) -> tqdm[Never]:
+def _bar(total: int, done: float) -> "tqdm[Never]":
     """A progress bar over runs, with the remaining time at the speed since this start."""
     interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a file gets a line each time
     form = "{percentage:3.0f}%|{bar}| {n:.2f} of {total} runs, {remaining} left{postfix}"

@@ -48,7 +48,7 @@ class Runner:
         folder: StudyFolder,
         program: Path,
         jobs: int,
-        bar: tqdm[Never],
+        bar: "tqdm[Never]",
         note: Callable[[], object] = lambda: None,
     ) -> None:
         self.study = study
