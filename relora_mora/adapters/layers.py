@@ -191,6 +191,12 @@ class AdapterLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, form={self.form}{dropout}"
 
 
+def refuse_second_derivatives() -> None:
+    """Called in the backward of a merged form, which computes no graph of itself."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # autograd was called with create_graph
+        raise RuntimeError("the merged form of an adapter has no second derivatives; use the form decoupled")
+
+
 def layer_generator(seed: int, layer: str, merges_done: int) -> torch.Generator:
     """The random generator of a layer: the same on every rank, world size and resume."""
     return torch.Generator().manual_seed(derived_seed(seed, layer, merges_done))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.adapters.layers import DROPPED, INPUT, AdapterLinear, Flops, Kept
+from relora_mora.adapters.layers import DROPPED, INPUT, AdapterLinear, Flops, Kept, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw
 
@@ -110,6 +110,7 @@ class _MergedLoRA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
+        refuse_second_derivatives()
         x, weight, A, B, merged = ctx.saved_tensors
         dy = grads[0]
         scale = ctx.scale

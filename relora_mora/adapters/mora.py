@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.adapters.layers import AdapterLinear, Flops, Kept
+from relora_mora.adapters.layers import AdapterLinear, Flops, Kept, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw, Operator, make_operator, square_size
 
@@ -197,6 +197,7 @@ class _SquareGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         (compressed,) = ctx.saved_tensors
         squares = iter(ctx.operator.square_gradients(compressed, [dy for dy in grads if dy is not None]))
         return None, None, None, *(None if dy is None else next(squares) for dy in grads)
@@ -225,6 +226,7 @@ class _MergedMoRA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, Tensor | None]:
+        refuse_second_derivatives()
         weight, M, merged = ctx.saved_tensors
         dy = grads[0]
         dx = None

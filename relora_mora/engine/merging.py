@@ -256,6 +256,8 @@ class Merger:
         All moments are zeroed at the same elements: with exp_avg but no exp_avg_sq, Adam would step by exp_avg / eps.
         """
         moments = {key: self.engine.gather(parameter, key).reshape(-1) for key in self.engine.moments_of(parameter)}
+        if not moments:
+            return
         first = next(iter(moments.values()))
         drop = round(self.method.reset_ratio * first.numel())
         if self.method.reset == "magnitude":

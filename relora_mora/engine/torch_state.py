@@ -32,6 +32,8 @@ class TorchState:
         self.world_size = distributed.get_world_size(group) if distributed.is_initialized() else 1
         first = self.parameters[names[0]]
         self.device: torch.device = first.device
+        if any(self.parameters[name].device != self.device for name in names):
+            raise ValueError("the adapters are on several devices; put the whole model on one, or shard it over ranks")
         self.copies = self.world_size // _shards(first)
         self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         if optimizer is None:
@@ -71,7 +73,8 @@ class TorchState:
         parameters = sum(len(group["params"]) for group in self.optimizer.param_groups)
         if kind == "ZeroRedundancyOptimizer" or len(self.optimizer.state) == 1 < parameters:
             raise ValueError(
-                f"{kind} does not keep the state of each parameter on each rank, so a merge cannot reset it"
+                f"{kind} does not keep the state of each parameter on each rank, so a merge cannot reset it; use an "
+                "optimizer that does, such as AdamW"
             )
         if not only_restarts:
             for name in self.names:

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +16,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from relora_mora.adapters.inject import replace_linears
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, layer_generator
-from relora_mora.adapters.mora import MoRALinear
+from relora_mora.adapters.mora import MoRALinear, layer_square_size
 from relora_mora.config.registry import ScheduleKind
 from relora_mora.config.schema import MethodConfig
 from relora_mora.engine.merging import Merger, MergeRecord
 from relora_mora.engine.torch_state import TorchState
 from relora_mora.library.masters import LoopEngine, LoopMasters
+from relora_mora.library.rates import Rewarmed, check_rates, rate_of_step
 from relora_mora.library.targets import target_linears
 from relora_mora.operators import Draw, make_operator
 from relora_mora.schedule import Schedule
@@ -50,14 +51,21 @@ def attach(
 
     Raises ValueError if a target matches nothing or cannot have an adapter, or if an operator does not fit a layer.
     """
+    if not isinstance(method, MethodConfig):
+        raise ValueError(f"method: expected what ReMoRA(...) or another method returns, got {method!r}")
     if any(True for _ in adapter_layers(model)):
         raise ValueError("the model has adapters already; attach() once")
     names = target_linears(model, targets)
-    layers = replace_linears(model, names, method, seed=seed)
-    for name, layer in layers.items():
-        if isinstance(layer, MoRALinear):
-            for mora_type in method.cycle:
-                make_operator(mora_type, layer.in_features, layer.out_features, layer.square_size)  # or it raises
+    kinds = {name.rpartition(".")[2] for name in names}
+    unknown = [kind for kind in method.rank_pattern if kind not in kinds]
+    if unknown:
+        raise ValueError(f"rank_pattern: no target is named {', '.join(unknown)}; they are {', '.join(sorted(kinds))}")
+    for name in names if method.uses_squares else ():  # before the model changes
+        linear: Any = model.get_submodule(name)
+        size = layer_square_size(method.of(name.rpartition(".")[2]), linear.in_features, linear.out_features)
+        for mora_type in method.cycle:
+            make_operator(mora_type, linear.in_features, linear.out_features, size)
+    for name, layer in replace_linears(model, names, method, seed=seed).items():
         layer.gathered = True  # each layer only uses parameters of its own, whatever shards them
         generator = layer_generator(seed, name, 0)
         for key in layer.adapter_names:
@@ -118,9 +126,15 @@ class AttachedAdapters:
     ) -> list[dict[str, Any]]:
         """The parameters that train, for a torch optimizer: adapters at ``lr``, all others at ``lr_other`` (or ``lr``).
 
-        Norms, biases and other vectors have no weight decay.
+        Norms, biases and other vectors have no weight decay. Raises ValueError if weights of adapter layers train.
         """
         adapters = set(self.names)
+        frozen = [f"{name}.weight" for name, layer in self.layers.items() if layer.weight.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"{len(frozen)} weights of adapter layers ({frozen[0]}, ...) require gradients, but they are frozen "
+                "between merges; call requires_grad_() of the model before attach()"
+            )
         other = lr if lr_other is None else lr_other
         groups: dict[str, list[nn.Parameter]] = {"adapters": [], "matrices": [], "vectors": []}
         for name, parameter in self.model.named_parameters():
@@ -156,12 +170,7 @@ class AttachedAdapters:
         warm up after a merge. All lengths are in optimizer steps. There is no merge after the last step, which
         :meth:`merged` makes anyway. Call ``step()`` of the result after each step of the optimizer.
         """
-        if not 0 <= warmup_steps < total_steps or restart_warmup_steps < 0:
-            raise ValueError(
-                f"a schedule needs 0 <= warmup_steps < total_steps and restart_warmup_steps >= 0, got {warmup_steps=}, "
-                f"{total_steps=}, {restart_warmup_steps=}"
-            )
-        self.clock = dataclasses.replace(
+        clock = dataclasses.replace(
             self.clock,
             kind=kind,
             total_steps=total_steps,
@@ -170,8 +179,10 @@ class AttachedAdapters:
             decay_steps=decay_steps,
             restart_warmup_steps=restart_warmup_steps if self.method.merges else 0,
         )
-        rates = [_rates(self.clock, rewarm=again) for again in self._rewarms(optimizer, rewarm)]
-        return LambdaLR(optimizer, rates)
+        check_rates(clock)
+        groups = self._rewarms(optimizer, rewarm)
+        self.clock = clock
+        return LambdaLR(optimizer, [rate_of_step(clock, rewarm=group) for group in groups])
 
     def rewarm(
         self,
@@ -185,23 +196,30 @@ class AttachedAdapters:
 
         Raises ValueError for a scheduler that is not a ``LambdaLR``: the others compute a rate from the one before.
         """
+        steps = restart_warmup_steps if self.method.merges else 0
+        clock = dataclasses.replace(self.clock, total_steps=total_steps, restart_warmup_steps=steps)
+        check_rates(clock)
+        self.clock = clock
+        if not steps:
+            return
         if not isinstance(scheduler, LambdaLR):
             raise ValueError(
                 f"a warmup after merges needs a LambdaLR, got {type(scheduler).__name__}; use schedule(), or "
                 "restart_warmup_steps=0"
             )
-        steps = restart_warmup_steps if self.method.merges else 0
-        self.clock = dataclasses.replace(self.clock, total_steps=total_steps, restart_warmup_steps=steps)
-        again = self._rewarms(scheduler.optimizer, rewarm)
+        groups = self._rewarms(scheduler.optimizer, rewarm)
         scheduler.lr_lambdas = [
-            _rates(_Rewarmed(**vars(self.clock), curve=curve), rewarm=group)
-            for curve, group in zip(scheduler.lr_lambdas, again, strict=True)
+            rate_of_step(Rewarmed(**vars(clock), curve=curve), rewarm=group)
+            for curve, group in zip(scheduler.lr_lambdas, groups, strict=True)
         ]
 
-    def _rewarms(self, optimizer: torch.optim.Optimizer, rewarm: str) -> Iterator[bool]:
+    def _rewarms(self, optimizer: torch.optim.Optimizer, rewarm: str) -> list[bool]:
+        """Which groups of the optimizer warm up after a merge."""
+        if rewarm not in ("all", "adapters"):
+            raise ValueError(f"rewarm: expected all or adapters, got {rewarm!r}")
         adapters = {id(self.model.get_parameter(name)) for name in self.names}
-        for group in optimizer.param_groups:
-            yield rewarm == "all" or any(id(parameter) in adapters for parameter in group["params"])
+        groups = [any(id(parameter) in adapters for parameter in group["params"]) for group in optimizer.param_groups]
+        return [rewarm == "all" or group for group in groups]
 
     # ---- merges -----------------------------------------------------------------------------------------------
 
@@ -216,7 +234,7 @@ class AttachedAdapters:
         """
         self.step += 1
         if not self._checked:
-            self._engine(optimizer)
+            self._engine(optimizer, for_step=True)
             self._checked = True
         if not self.clock.merge_after(self.step):
             return None
@@ -228,8 +246,10 @@ class AttachedAdapters:
         self.draw = merger.draw
         return record
 
-    def _engine(self, optimizer: Any) -> LoopEngine:
+    def _engine(self, optimizer: Any, *, for_step: bool = False) -> LoopEngine:
         """The view of whatever trains the model; without an optimizer, of the model alone."""
+        if optimizer is None and for_step:
+            raise ValueError("after_step() needs the optimizer that trains the model, got None")
         while type(optimizer).__module__.startswith("accelerate."):
             optimizer = optimizer.optimizer
         if type(optimizer).__name__ == "DeepSpeedEngine":
@@ -242,7 +262,7 @@ class AttachedAdapters:
             raise ValueError("DeepSpeed has sharded the model: give the engine, as in after_step()")
         engine = TorchState(self.model, optimizer, self.names, self.process_group)
         if optimizer is not None:
-            engine.check_state(only_restarts=self.method.reset == "full" or not self.method.merges)
+            engine.check_state(only_restarts=self.method.reset in ("full", "none") or not self.method.merges)
         return engine
 
     @torch.no_grad()
@@ -281,13 +301,17 @@ class AttachedAdapters:
             if isinstance(layer, MoRALinear):
                 layer.shared_input.pending = None  # tensors of the last forward cannot be copied
         plain = copy.deepcopy(self.model)
-        plain.__dict__.pop("forward", None)  # accelerate's, which calls the original
+        if "_original_forward" in vars(plain):
+            del plain.forward  # accelerate's, which calls the model that was copied
         for name, layer in list(adapter_layers(plain)):
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-            linear.train(layer.training)
+            like: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+            sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+            linear = nn.utils.skip_init(nn.Linear, *sizes, **like).train(layer.training)
+            if layer.bias is not None:
+                linear.bias.requires_grad_(layer.bias.requires_grad)
             plain.set_submodule(name, linear)
-        plain.load_state_dict(state, assign=True)
-        return plain.requires_grad_(True)
+        plain.load_state_dict(state)
+        return plain
 
     # ---- state ------------------------------------------------------------------------------------------------
 
@@ -315,6 +339,9 @@ class AttachedAdapters:
         Call it after these are loaded, and after :meth:`schedule` if there is one. Raises ValueError if the state
         belongs to another method, seed, or course of merges; nothing changes then.
         """
+        missing = {"method", "seed", "step", "merges_done", "operator", "base"} - set(state)
+        if missing:
+            raise ValueError(f"this is not a state of adapters: it has no {', '.join(sorted(missing))}")
         step = int(state["step"])
         expected = {
             "method": self.method.name,
@@ -329,6 +356,13 @@ class AttachedAdapters:
             raise ValueError(
                 f"the state at step {step} does not fit: {'; '.join(wrong)}; call attach() and schedule() with the "
                 "values that the state was made with"
+            )
+        weights = {f"{name}.weight": layer.weight for name, layer in self.layers.items()}
+        unexact = [name for name, weight in weights.items() if weight.dtype != torch.float32]
+        if (state["merges_done"] and set(unexact) - set(state["base"])) or set(state["base"]) - set(weights):
+            raise ValueError(
+                f"the state has float32 values of {len(state['base'])} frozen weights, and the model needs them of "
+                f"{len(unexact)}; load the file that the first rank saved, into a model of the same dtype"
             )
         self.step = step
         self.draw = Draw(self.seed, state["merges_done"])
@@ -355,18 +389,3 @@ class AttachedAdapters:
         with safetensors.safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["state"])
             self.load_state_dict(state | {"base": {name: file.get_tensor(name) for name in file.keys()}})  # noqa: SIM118
-
-
-class _Rewarmed(Schedule):
-    """A schedule whose envelope is somebody else's rate, ``curve(step - 1)``."""
-
-    def __init__(self, *, curve: Callable[[int], float], **settings: Any) -> None:
-        super().__init__(**settings)
-        object.__setattr__(self, "curve", curve)
-
-    def envelope(self, step: int) -> float:
-        return self.curve(step - 1)  # type: ignore[attr-defined]
-
-
-def _rates(clock: Schedule, *, rewarm: bool) -> Callable[[int], float]:
-    return lambda done: clock.rate(done + 1, rewarm=rewarm)

@@ -52,7 +52,8 @@ class ReMoRACallback(TrainerCallback):
         """Merges if it is due."""
         record = self.remora.after_step(parts["optimizer"])
         if record is not None:
-            log.info("step %d: merged %d layers in %.2f s", self.remora.step, record.layers, record.seconds)
+            switch = f", operator {record.operator_before} -> {record.operator_after}" if record.operator_after else ""
+            log.info("step %d: merged %d layers in %.2f s%s", state.global_step, record.layers, record.seconds, switch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Writes the state of the adapters next to that of the model."""

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 # modules that multiply with the weights of their linears themselves: an adapter there would be ignored
 READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def target_linears(model: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
@@ -34,10 +35,10 @@ def target_linears(model: nn.Module, targets: str | Sequence[str] | None) -> lis
         ends = tuple(f".{target}" for target in targets)
         chosen = [name for name in modules if f".{name}".endswith(ends)]
         unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in chosen)]
-    if unmatched:
+    if unmatched or not chosen:
         linears = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
         raise ValueError(
-            f"targets: the model has no module that matches {', '.join(unmatched)}; it has linears named "
+            f"targets: the model has no module that matches {', '.join(unmatched) or targets}; it has linears named "
             f"{', '.join(linears) or '(none)'}"
         )
     shared = _shared_weights(model)
@@ -52,19 +53,25 @@ def _fault(modules: dict[str, nn.Module], name: str, shared: set[int]) -> str | 
     module = modules[name]
     if not isinstance(module, nn.Linear):
         return "it is not an nn.Linear"
+    if not name:
+        return "it is the whole model; put it into a module, such as nn.Sequential"
     if _is_read_directly(modules, name):
         return "the module around it reads its weight without calling it"
     weight = module.weight
     if isinstance(weight, DTensor):
         return "its weight is a DTensor; call attach() before fully_shard(); tensor parallelism is not supported"
     if type(module) is not nn.Linear:
-        return "only plain nn.Linear layers are supported, not quantized or parallel ones; load the model without them"
+        return (
+            "only a plain nn.Linear is supported, not a quantized, parametrized or parallel one; load the model without"
+        )
+    if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
+        return "its hooks, or a forward of its own, would be lost; remove them first"
     if weight.is_meta:
         return "its weight is on the meta device; load the weights first"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weight is {weight.dtype}; float32, bfloat16 and float16 are supported"
     if id(weight) in shared:
-        return "its weight is shared with another module, and a merge would change both"
+        return "its weight is shared with another module, and a merge would change both; leave it out of targets"
     return None
 
 

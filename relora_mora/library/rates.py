@@ -1,0 +1,45 @@
+"""The trainer's learning rates for the schedulers of torch."""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+from relora_mora.config.registry import ScheduleKind
+from relora_mora.schedule import Schedule
+
+
+class Rewarmed(Schedule):
+    """A schedule whose envelope is the rate of somebody else, ``curve(step - 1)``."""
+
+    def __init__(self, *, curve: Callable[[int], float], **settings: Any) -> None:
+        super().__init__(**settings)
+        object.__setattr__(self, "curve", curve)
+
+    def envelope(self, step: int) -> float:
+        return self.curve(step - 1)  # type: ignore[attr-defined]
+
+
+def rate_of_step(clock: Schedule, *, rewarm: bool) -> Callable[[int], float]:
+    """What a ``LambdaLR`` calls with the number of steps done: the multiplier of the next step."""
+    return lambda done: clock.rate(done + 1, rewarm=rewarm)
+
+
+def check_rates(clock: Schedule) -> None:
+    """Raises ValueError with the name of the argument, what was given, and what is possible."""
+    total, warmup, every = clock.total_steps, clock.warmup_steps, clock.merge_every
+    if clock.kind not in get_args(ScheduleKind):
+        raise ValueError(f"kind: expected one of {', '.join(get_args(ScheduleKind))}, got {clock.kind!r}")
+    if not 0 <= warmup < total:
+        raise ValueError(f"warmup_steps: expected 0 to total_steps - 1 = {total - 1}, got {warmup}")
+    if not 0 <= clock.min_ratio <= 1:
+        raise ValueError(f"min_ratio: expected 0 to 1, got {clock.min_ratio}")
+    if clock.kind == "wsd" and not 0 < clock.decay_steps <= total - warmup:
+        raise ValueError(f"decay_steps: wsd needs 1 to {total - warmup} steps, got {clock.decay_steps}")
+    if every >= total:
+        raise ValueError(f"merge_every: {every} means no merge in {total} steps; lower it, or use MoRA or LoRA")
+    if every and not 0 <= clock.restart_warmup_steps <= every:
+        raise ValueError(f"restart_warmup_steps: expected 0 to merge_every = {every}, got {clock.restart_warmup_steps}")
+    if clock.restart_warmup_steps and every < warmup:
+        raise ValueError(
+            f"merge_every: the first merge (step {every}) comes before the warmup ends (step {warmup}); raise it, or "
+            "use restart_warmup_steps=0"
+        )

@@ -1,0 +1,158 @@
+"""Uses of the library that its examples do not show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import relora_mora as rm
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+
+
+def steps(remora: rm.AttachedAdapters, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for _ in range(count):
+        remora.model(torch.ones(3, 16)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        remora.after_step(optimizer)
+
+
+@pytest.mark.parametrize("method", [rm.MoRA(2, form="merged"), rm.LoRA(2, form="merged")])
+def test_second_derivatives_are_refused_in_the_merged_form(method):
+    model = mlp()
+    rm.attach(model, method)
+    x = torch.randn(3, 16, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no second derivatives; use the form decoupled"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("build", [rm.MoRA, rm.LoRA])
+def test_the_decoupled_form_has_second_derivatives(build):
+    model = mlp().double()
+    remora = rm.attach(model.float(), build(2, form="decoupled"))
+    for name in remora.names:
+        nn.init.normal_(model.get_parameter(name), std=0.1)
+    x = torch.randn(3, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert all(model.get_parameter(name).grad.abs().sum() > 0 for name in remora.names)
+
+
+@pytest.mark.parametrize("reset", ["magnitude", "random"])
+def test_an_optimizer_without_moments_has_nothing_to_reset(reset):
+    remora = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2, reset=reset))
+    steps(remora, torch.optim.SGD(remora.parameter_groups(lr=0.1)), 5)
+    assert remora.draw.merges_done == 2
+
+
+def test_a_tied_head_stays_tied_in_the_merged_model():
+    from transformers import LlamaForCausalLM
+
+    from tests.tools.tiny import tiny_llama
+
+    remora = rm.attach(LlamaForCausalLM(tiny_llama(tie_word_embeddings=True)), rm.ReMoRA(2))
+    plain: Any = remora.merged()
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    assert plain.lm_head.weight is not remora.model.lm_head.weight
+
+
+def test_frozen_parameters_stay_frozen_in_the_merged_model():
+    model = mlp()
+    model[2].bias.requires_grad_(False)
+    plain = rm.attach(model, rm.LoRA(2)).merged()
+    assert [name for name, parameter in plain.named_parameters() if not parameter.requires_grad] == ["2.bias"]
+
+
+def test_a_compiled_model_merges_into_one_that_runs():
+    model = torch.compile(mlp(), backend="eager")
+    remora = rm.attach(model, rm.ReMoRA(2, merge_every=2))
+    steps(remora, torch.optim.AdamW(remora.parameter_groups(lr=0.01)), 3)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(remora.merged()(x), model(x))
+
+
+def test_a_failed_attach_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(4, 4))
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match="square_multiple: 8 is more than R of a 4 -> 4 layer"):
+        rm.attach(model, rm.ReMoRA(2, square_multiple=8))
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    rm.attach(model, rm.ReMoRA(2))
+
+
+def hooked() -> nn.Module:
+    model = mlp()
+    model[0].register_forward_hook(lambda *given: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (lambda: nn.Linear(16, 16), {}, "it is the whole model; put it into a module"),
+        (mlp, {"targets": []}, r"no module that matches \[\]; it has linears named 0, 2"),
+        (hooked, {}, "its hooks, or a forward of its own, would be lost"),
+        (mlp, {"method": rm.ReMoRA}, "method: expected what ReMoRA"),
+        (
+            mlp,
+            {"method": rm.ReMoRA(2, rank_pattern={"q_proj": 4})},
+            "rank_pattern: no target is named q_proj; they are 0, 2",
+        ),
+    ],
+)
+def test_what_attach_refuses(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rm.attach(make(), **{"method": rm.ReMoRA(2), **arguments})
+
+
+SCHEDULE = {"total_steps": 40, "warmup_steps": 4, "restart_warmup_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "cosin"}, "kind: expected one of cosine, linear, wsd, constant, got 'cosin'"),
+        ({"warmup_steps": 40}, "warmup_steps: expected 0 to total_steps - 1 = 39, got 40"),
+        ({"min_ratio": -3}, "min_ratio: expected 0 to 1, got -3"),
+        ({"kind": "wsd"}, "decay_steps: wsd needs 1 to 36 steps, got 0"),
+        ({"rewarm": "adapter"}, "rewarm: expected all or adapters, got 'adapter'"),
+        ({"restart_warmup_steps": 11}, "restart_warmup_steps: expected 0 to merge_every = 10, got 11"),
+        ({"total_steps": 10}, "merge_every: 10 means no merge in 10 steps"),
+        ({"warmup_steps": 12}, r"the first merge \(step 10\) comes before the warmup ends \(step 12\)"),
+    ],
+)
+def test_schedules_that_are_refused(changes, message):
+    remora = rm.attach(mlp(), rm.ReMoRA(2, merge_every=10))
+    optimizer = torch.optim.AdamW(remora.parameter_groups(lr=0.01))
+    with pytest.raises(ValueError, match=message):
+        remora.schedule(optimizer, **{**SCHEDULE, **changes})
+    remora.schedule(optimizer, **SCHEDULE)
+
+
+def test_base_weights_that_train_are_refused():
+    remora = rm.attach(mlp(), rm.ReMoRA(2))
+    remora.model.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"2 weights of adapter layers \(0.weight, ...\) require gradients"):
+        remora.parameter_groups(lr=0.01)
+
+
+def test_a_step_without_an_optimizer_is_refused():
+    with pytest.raises(ValueError, match="needs the optimizer that trains the model, got None"):
+        rm.attach(mlp(), rm.ReMoRA(2)).after_step(None)
+
+
+def test_a_state_of_another_dtype_is_refused():
+    remora = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2))
+    steps(remora, torch.optim.AdamW(remora.parameter_groups(lr=0.01)), 3)
+    other = rm.attach(mlp().bfloat16(), rm.ReMoRA(2, merge_every=2))
+    with pytest.raises(ValueError, match="float32 values of 0 frozen weights, and the model needs them of 2"):
+        other.load_state_dict(remora.state_dict())
+    with pytest.raises(ValueError, match="not a state of adapters: it has no base, merges_done"):
+        other.load_state_dict({"step": 1, "seed": 0, "method": "remora", "operator": 1})
