@@ -107,9 +107,9 @@ class Operator(ABC):
         """A matrix with the nonzero singular values of delta(M), smaller than delta(M) if the operator knows one."""
         return self.delta(M)
 
-    @abstractmethod
     def add_delta(self, weight: Tensor, M: Tensor, after: Tensor | None = None) -> Tensor:
         """weight + delta(M) [out, in], a new tensor; not differentiable. See ``kernels.expand_add`` for ``after``."""
+        return weight + self.delta(M)
 
     def compress_for_gradient(self, x: Tensor) -> Tensor:
         """C x in the form that :meth:`square_gradients` expects"""

@@ -91,7 +91,7 @@ def test_a_setting(remora: Path) -> None:
 
 @distributed
 def test_an_operator(remora: Path) -> None:
-    assert logged_values(remora, "merge/operator_before") == [8, 1]
+    assert logged_values(remora, "merge/operator_before") == [99, 1]
 
 
 @distributed

@@ -21,7 +21,7 @@ def main(folder: Path, tokenizer: str) -> None:
             tokenizer,
             folder / "remora",
             data={name: str(path) for name, path in logs.items()},
-            method={"operators": [8, 1]},
+            method={"operators": [99, 1]},
             optim={"schedule": "inverse_sqrt"},
             log={"every_steps": 5, "first_steps": 2, "csv": True},
         )

@@ -67,4 +67,6 @@ def copy_with_recipes(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
+    if Path(sys.argv[1]).exists():
+        sys.exit(f"{sys.argv[1]} exists; give a folder that does not")
     copy_with_recipes(Path(sys.argv[1]))
