@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import math
 import re
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from tests.tools.helpers import ROOT, python_path
+from tests.tools.fsdp_on_cpus import fsdp_on_cpus
+from tests.tools.helpers import ROOT
+from tests.tools.pool import Pools
 
+pytestmark = pytest.mark.distributed
 STEPS = ("--steps", "12", "--merge-every", "5")  # with merges after steps 5 and 10
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SAME = 1e-5
 
 
-def start(script: str, *options: object, launcher: tuple[str, ...] = ()) -> str:
-    """What an example prints, which must succeed."""
-    command = [sys.executable, *launcher, f"examples/{script}", *STEPS, *map(str, options)]
-    environment = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run_script(script: str, options: tuple[str, ...]) -> str:
+    """Runs on each rank: what a script prints, with FSDP if it asks for it. The ranks stay joined."""
+    output = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", [script, *options]),
+        mock.patch("torch.distributed.destroy_process_group"),
+        contextlib.redirect_stdout(output),
+        fsdp_on_cpus(),
+    ):
+        try:
+            runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, end.code
+    return output.getvalue()
+
+
+@pytest.fixture
+def start(pools: Pools) -> Callable[..., str]:
+    """Starts an example on a number of ranks, and returns what the first one prints."""
+    return lambda script, *options, ranks=1: pools(ranks)(run_script, script, (*STEPS, *map(str, options)))[0]
 
 
 def losses(output: str) -> list[float]:
@@ -42,7 +61,7 @@ def check(output: str, *, learns: bool) -> None:
     assert float(difference) < SAME
 
 
-def test_plain_loop_and_its_resume(tmp_path: Path) -> None:
+def test_plain_loop_and_its_resume(start: Callable[..., str], tmp_path: Path) -> None:
     saved = ("--checkpoint", tmp_path / "runs" / "plain_loop.pt")
     whole = start("plain_loop.py")
     check(whole, learns=True)
@@ -51,20 +70,19 @@ def test_plain_loop_and_its_resume(tmp_path: Path) -> None:
     assert begun + start("plain_loop.py", *saved, "--resume") == whole
 
 
-def test_huggingface_trainer(tmp_path: Path) -> None:
+def test_huggingface_trainer(start: Callable[..., str], tmp_path: Path) -> None:
     check(start("huggingface_trainer.py", "--output-dir", tmp_path), learns=True)
     assert (tmp_path / "model.safetensors").is_file()
 
 
-@pytest.mark.distributed
-def test_accelerate_fsdp2() -> None:
-    output = start("accelerate_fsdp2.py", launcher=(*TORCHRUN, "tests/tools/fsdp_on_cpus.py"))
+def test_accelerate_fsdp2(start: Callable[..., str]) -> None:
+    output = start("accelerate_fsdp2.py", ranks=2)
     check(output, learns=True)
     assert "the parameters are sharded" in output
 
 
 @pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers")
-def test_diffusion_unet() -> None:
+def test_diffusion_unet(start: Callable[..., str]) -> None:
     check(start("diffusion_unet.py"), learns=True)
 
 

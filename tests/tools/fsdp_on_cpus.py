@@ -1,11 +1,9 @@
-"""accelerate with FSDP on CPUs, which it only knows on GPUs. As a program, it runs a script so: SCRIPT [ARGUMENTS]."""
+"""accelerate with FSDP on CPUs, which it only knows on GPUs."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import runpy
-import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -29,9 +27,3 @@ def fsdp_on_cpus() -> Iterator[None]:
         yield
     for kind in (AcceleratorState, GradientState, PartialState):
         kind._reset_state()
-
-
-if __name__ == "__main__":
-    sys.argv = sys.argv[1:]
-    with fsdp_on_cpus():
-        runpy.run_path(sys.argv[0], run_name="__main__")
