@@ -17,7 +17,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import Tensor, distributed, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from relora_mora.adapters.layers import adapter_layers, adapter_parameters
@@ -136,10 +136,12 @@ def test_a_step_and_a_merge_combine_tensors_of_the_device_and_the_host(
 def _as_if_all_elements_were_counted(engine: ZeroEngine, values: Tensor, whole: Any = ZeroEngine.all_reduce) -> Tensor:
     """The counts of a merge come first in what it sums, and the numbers that follow are about faults."""
     elements = sum(engine.shapes[name].numel() for name in adapter_parameters(engine.lm))
-    counted = torch.zeros_like(whole(engine, values), device="cpu")
-    if counted.dim() < 2:
-        counted.view(-1)[0] = elements * engine.copies
-    return counted
+    shape = whole(engine, values).shape
+    with unset_fake_temporarily():
+        counted = torch.zeros(shape)
+        if counted.dim() < 2:
+            counted.view(-1)[0] = elements * engine.copies
+        return counted
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
