@@ -10,14 +10,14 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import Tensor, distributed, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from relora_mora.adapters.layers import adapter_layers, adapter_parameters
@@ -106,7 +106,7 @@ def test_a_step_and_a_merge_combine_tensors_of_the_device_and_the_host(
     stage: int, method: str, reset: str, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the tools of the tests that tests/gpu runs. Numbers read back are 0, so counts over ranks are given."""
-    monkeypatch.setattr(ZeroEngine, "all_reduce", _as_if_all_elements_were_counted)
+    monkeypatch.setattr(ZeroEngine, "all_reduce", _all_elements_counted)
     config = tiny_config(
         RANKS, method={"name": method.split()[0], "reset": reset}, train={"zero_stage": stage, "precision": "bf16"}
     )
@@ -133,15 +133,26 @@ def test_a_step_and_a_merge_combine_tensors_of_the_device_and_the_host(
     assert len(waits) == 3, waits  # are the adapters finite; what was merged; how much was reset
 
 
-def _as_if_all_elements_were_counted(engine: ZeroEngine, values: Tensor, whole: Any = ZeroEngine.all_reduce) -> Tensor:
-    """The counts of a merge come first in what it sums, and the numbers that follow are about faults."""
+class _Counted(NamedTuple):
+    """What all_reduce returns, without a tensor: the counts of a merge come first in its sums, then those of faults."""
+
+    first: int
+    shape: torch.Size
+
+    def tolist(self) -> list[Any]:
+        rows, *columns = self.shape
+        return [[0.0] * columns[0]] * rows if columns else [self.first] + [0] * (rows - 1)
+
+    def __int__(self) -> int:
+        return self.first
+
+    def __float__(self) -> float:
+        return float(self.first)
+
+
+def _all_elements_counted(engine: ZeroEngine, values: Tensor, whole: Any = ZeroEngine.all_reduce) -> _Counted:
     elements = sum(engine.shapes[name].numel() for name in adapter_parameters(engine.lm))
-    shape = whole(engine, values).shape
-    with unset_fake_temporarily():
-        counted = torch.zeros(shape)
-        if counted.dim() < 2:
-            counted.view(-1)[0] = elements * engine.copies
-        return counted
+    return _Counted(elements * engine.copies, whole(engine, values).shape)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
