@@ -156,3 +156,37 @@ def test_a_state_of_another_dtype_is_refused():
         other.load_state_dict(remora.state_dict())
     with pytest.raises(ValueError, match="not a state of adapters: it has no base, merges_done"):
         other.load_state_dict({"step": 1, "seed": 0, "method": "remora", "operator": 1})
+
+
+def test_accelerate_saves_and_loads_the_adapters(tmp_path):
+    from accelerate import Accelerator
+
+    from tests.tools.fsdp_on_cpus import fsdp_on_cpus
+
+    def parts(accelerator: Accelerator) -> tuple[rm.AttachedAdapters, Any]:
+        remora = rm.attach(mlp().bfloat16(), rm.ReMoRA(2, merge_every=2))
+        accelerator.register_for_checkpointing(remora)
+        _, optimizer = accelerator.prepare(remora.model, torch.optim.AdamW(remora.parameter_groups(lr=0.01)))
+        return remora, optimizer
+
+    def train(remora: rm.AttachedAdapters, optimizer: Any, until: int) -> None:
+        while remora.step < until:
+            inputs = torch.randn(3, 16, generator=torch.Generator().manual_seed(remora.step), dtype=torch.float32)
+            remora.model(inputs.bfloat16()).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            remora.after_step(optimizer)
+
+    with fsdp_on_cpus():
+        accelerator = Accelerator(cpu=True)
+        whole, optimizer = parts(accelerator)
+        train(whole, optimizer, 3)
+        accelerator.save_state(str(tmp_path))
+        train(whole, optimizer, 7)
+        accelerator = Accelerator(cpu=True)
+        resumed, optimizer = parts(accelerator)
+        accelerator.load_state(str(tmp_path))
+        assert (resumed.step, resumed.operator) == (3, 2)
+        train(resumed, optimizer, 7)
+    expected = whole.merged_state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.merged_state_dict().items())
