@@ -13,7 +13,7 @@ import torch
 from tests.cluster.hosts import Host, wait_until
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import BIN, last_step, write_config
-from tests.tools.runs import checkpoint_at, logged_steps, logged_values, run_config, tensors
+from tests.tools.runs import checkpoint_at, logged_steps, metrics, run_config, tensors
 
 STEPS, MERGES, SAVE_EVERY = 75, [30, 60], 10
 PRETRAIN, FOLLOWER = "launch/pretrain.py", "tests/cluster/follower.py"
@@ -104,9 +104,9 @@ def starts(run_dir: Path) -> list[int]:
 
 def losses(run_dir: Path) -> list[float]:
     """The losses of a run, which must have one line for each step."""
-    values = logged_values(run_dir)
-    assert logged_steps(run_dir) == list(range(1, len(values) + 1))
-    return values
+    lines = [line for line in metrics(run_dir) if "train/loss" in line]  # once: the run may still write
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["train/loss"] for line in lines]
 
 
 def followed(prefix: Path) -> dict[int, list[str]]:
