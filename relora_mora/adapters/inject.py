@@ -30,10 +30,12 @@ def inject(
     layer's shape.
     """
     by_kind: dict[str, list[str]] = {kind: [] for kind in method.target_modules}
+    targets = []
     for name, module in decoder_linears(model):
         kind = name.rpartition(".")[2]
         if kind in by_kind and isinstance(module, nn.Linear):
             by_kind[kind].append(name)
+            targets.append(name)
     unmatched = [kind for kind, names in by_kind.items() if not names]
     if unmatched:
         present = sorted({name.rpartition(".")[2] for name, _ in decoder_linears(model)})
@@ -41,9 +43,7 @@ def inject(
             f"method.target_modules: no linear of the decoder is named {', '.join(unmatched)}; it has "
             f"{', '.join(present)}"
         )
-    targets = {name for names in by_kind.values() for name in names}
-    in_order = [name for name, _ in decoder_linears(model) if name in targets]
-    replace_linears(model, in_order, method, seed=seed, mora_type=mora_type, draw=draw)
+    replace_linears(model, targets, method, seed=seed, mora_type=mora_type, draw=draw)
     return by_kind
 
 

@@ -7,7 +7,7 @@ the readable reference, and the only form that allows dropout.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, KeysView, Sequence
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -136,7 +136,7 @@ class AdapterLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]
 
-        The products are in the dtype of x, or in that of autocast. W and the adapter may have others.
+        The products are in the dtype of x, or of autocast. W and the adapter may have others.
         """
         device = x.device.type
         if torch.is_autocast_enabled(device):  # it would cast in forward, but not in the backward of the merged form
@@ -209,9 +209,9 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
             yield name, module
 
 
-def adapter_parameters(model: nn.Module) -> set[str]:
-    """The names of all adapters' trainable parameters."""
-    return {f"{name}.{key}" for name, layer in adapter_layers(model) for key in layer.adapter_names}
+def adapter_parameters(model: nn.Module) -> KeysView[str]:
+    """The names of all adapters' trainable parameters, in the order of the model."""
+    return dict.fromkeys(f"{name}.{key}" for name, layer in adapter_layers(model) for key in layer.adapter_names).keys()
 
 
 def effective_rank(singular_values: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """MoRA's adapter: ``delta = D M C`` (arXiv 2405.12130, eq. 6), a square M between parameter-free operators."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -130,6 +130,20 @@ class MoRALinear(AdapterLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.operator}"
+
+
+def operator_in_use(layers: Iterable[AdapterLinear]) -> int | None:
+    """The operator in use, the same in all layers; None for a method without operators."""
+    used = {layer.operator.mora_type for layer in layers if isinstance(layer, MoRALinear)}
+    assert len(used) <= 1, f"layers disagree about the operator: {sorted(used)}"
+    return used.pop() if used else None
+
+
+def set_operators(layers: Iterable[AdapterLinear], mora_type: int | None, draw: Draw) -> None:
+    """Switches the operator of all layers that have one."""
+    for layer in layers:
+        if mora_type is not None and isinstance(layer, MoRALinear):
+            layer.set_operator(mora_type, draw)
 
 
 class _SharedInput:

@@ -87,6 +87,13 @@ def owned_fragments(
                 yield Fragment(names[id(p)], 0, p.numel(), p, 0)
 
 
+def stage_of(optimizer: Any) -> int:
+    """3, 1 if the masters are cut in flat partitions (also stage 2), or 0, for DeepSpeed's ``optimizer``."""
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return 3
+    return 1 if isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer) else 0
+
+
 def _flat_fragments(
     names: Sequence[str], flat: Tensor, offsets: Iterable[int], shapes: Mapping[str, torch.Size], rank: int
 ) -> Iterator[Fragment]:

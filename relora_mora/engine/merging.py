@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, effective_rank, layer_generator
-from relora_mora.adapters.mora import MoRALinear
+from relora_mora.adapters.mora import MoRALinear, operator_in_use, set_operators
 from relora_mora.config.schema import MethodConfig
 from relora_mora.engine.protocol import Engine
 from relora_mora.operators import Draw, GroupingOperator, Operator
@@ -109,19 +109,14 @@ class Merger:
     def set_operator(self, mora_type: int | None, draw: Draw) -> None:
         self.engine.drop_merged()
         self.draw = draw
-        if mora_type is not None:
-            for layer in self.layers.values():
-                if isinstance(layer, MoRALinear):
-                    layer.set_operator(mora_type, draw)
+        set_operators(self.layers.values(), mora_type, draw)
 
     def _operators(self) -> dict[str, Operator]:
         return {name: layer.operator for name, layer in self.layers.items() if isinstance(layer, MoRALinear)}
 
     def operator(self) -> int | None:
-        """The operator in use, the same in all layers; None for a method without operators."""
-        used = {operator.mora_type for operator in self._operators().values()}
-        assert len(used) <= 1, f"layers disagree about the operator: {sorted(used)}"
-        return used.pop() if used else None
+        """See :func:`relora_mora.adapters.mora.operator_in_use`."""
+        return operator_in_use(self.layers.values())
 
     @torch.no_grad()
     def merge(self, step: int, merges_done: int, next_operator: int | None) -> MergeRecord:

@@ -1,4 +1,4 @@
-"""What a merge needs of whatever trains the model.
+"""What a merge needs of the engine that trains the model.
 
 A merge works on whole float32 values by name. An engine knows where they are: in a process of plain torch, on the ranks
 of DDP, in the shards of FSDP2, or in the flat partitions of DeepSpeed's ZeRO stages.
@@ -59,13 +59,13 @@ class Engine(Protocol):
         """Sets a frozen weight on all ranks from its owner's float32 value."""
 
     def clear_state(self, names: Set[str]) -> None:
-        """Makes the optimizer state of these parameters that of a new optimizer."""
+        """Resets the optimizer state of these parameters, as in a new optimizer."""
 
     def refresh(self) -> None:
         """Makes the model compute with the values of :meth:`scatter`."""
 
     def drop_merged(self) -> None:
-        """Drops whatever was computed from weights and adapters, before these change."""
+        """Drops what was computed from weights and adapters, before these change."""
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over the ranks, in host memory; ``values`` is overwritten."""

@@ -1,13 +1,11 @@
 """Parameters, optimizer state and frozen weights of a training loop in plain torch: one process, DDP or FSDP2."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-
-from relora_mora.distributed.waiting import collective
 
 STARTS_AT_ZERO = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
@@ -28,8 +26,7 @@ class TorchState:
         self.group = group
         self.parameters = dict(lm.named_parameters())
         self.names = list(names)
-        self.rank = distributed.get_rank(group) if distributed.is_initialized() else 0
-        self.world_size = distributed.get_world_size(group) if distributed.is_initialized() else 1
+        self.rank, self.world_size = rank_and_size(group)
         first = self.parameters[names[0]]
         self.device: torch.device = first.device
         if any(self.parameters[name].device != self.device for name in names):
@@ -52,17 +49,16 @@ class TorchState:
 
         Raises ValueError for other state, unless that is a number.
         """
-        parameter = self.parameters[name]
-        keys = []
-        for key, value in self.optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                keys.append(key)
-            elif not (value is None or isinstance(value, int | float) or torch.as_tensor(value).numel() == 1):
+        state = self.optimizer.state.get(self.parameters[name], {})
+        moments = moments_in(state, self.shapes[name])
+        for key, value in state.items():
+            is_number = value is None or isinstance(value, int | float) or torch.as_tensor(value).numel() == 1
+            if key not in moments and not is_number:
                 raise ValueError(
                     f"{type(self.optimizer).__name__} keeps {key!r} of {name}, which has no value per element; "
                     "use reset='full', which starts the state again, or an optimizer such as AdamW"
                 )
-        return keys
+        return moments
 
     def check_state(self, *, only_restarts: bool) -> None:
         """Raises ValueError if the optimizer, after its first step, has state that a merge cannot reset.
@@ -111,8 +107,7 @@ class TorchState:
 
     def whole(self, value: Tensor) -> Tensor:
         """A tensor that may be sharded; a collective if it is."""
-        with collective():
-            return value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()
+        return value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()
 
     @torch.no_grad()
     def scatter(self, name: str, value: Tensor, key: str | None = None) -> int:
@@ -129,15 +124,13 @@ class TorchState:
             assert value is not None
             rounded.copy_(value)
         if self.world_size > 1:
-            with collective():
-                distributed.broadcast(rounded, group=self.group, group_src=owner)
+            distributed.broadcast(rounded, group=self.group, group_src=owner)
         _write(weight, rounded)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over the ranks, in host memory; ``values`` is overwritten."""
         if self.world_size > 1:
-            with collective():
-                distributed.all_reduce(values, group=self.group)
+            distributed.all_reduce(values, group=self.group)
         return values.cpu()
 
     def refresh(self) -> None:
@@ -145,6 +138,18 @@ class TorchState:
 
     def drop_merged(self) -> None:
         """Nothing to do: no layer keeps ``W + delta``."""
+
+
+def rank_and_size(group: Any) -> tuple[int, int]:
+    """This process's rank and the number of ranks in a process group; (0, 1) without ``torch.distributed``."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(group), distributed.get_world_size(group)
+
+
+def moments_in(state: Mapping[str, Any], shape: torch.Size) -> list[str]:
+    """The names of the state of a parameter of this shape that has one value per element."""
+    return [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == shape]
 
 
 def restart_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:

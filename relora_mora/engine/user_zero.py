@@ -5,12 +5,10 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from relora_mora.engine.torch_state import restart_state
+from relora_mora.engine.masters import stage_of
+from relora_mora.engine.torch_state import moments_in, restart_state
 from relora_mora.engine.zero_state import ZeroState
 
 
@@ -25,7 +23,7 @@ class UserZero(ZeroState):
         parameters = dict(lm.named_parameters())
         shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in parameters.items()}
         moments: dict[str, tuple[str, ...]] = {name: () for name, p in parameters.items() if p.requires_grad}
-        super().__init__(lm, zero, shapes, moments, parameters[names[0]].device, _stage(zero))
+        super().__init__(lm, zero, shapes, moments, parameters[names[0]].device, stage_of(zero))
         self._check_groups(set(names))
 
     def _check_groups(self, names: Set[str]) -> None:
@@ -41,14 +39,14 @@ class UserZero(ZeroState):
         if mixed:
             raise ValueError(
                 f"the optimizer has adapters and other parameters ({mixed[0]}, ...) in one group, and DeepSpeed keeps "
-                "one step count per group, so a merge cannot reset that of the adapters; make the optimizer from "
+                "one step count per group, so a merge cannot reset the adapters' count; make the optimizer from "
                 "parameter_groups()"
             )
 
     def moments_of(self, name: str) -> Sequence[str]:
         """See :class:`relora_mora.engine.protocol.Engine`; the same on all ranks, also on those that hold nothing."""
         flats = [part.flat for part in self.fragments_of.get(name, self.fragments)]
-        return [key for key, value in self.state_of(flats[0]).items() if _is_moment(value, flats[0])] if flats else []
+        return moments_in(self.state_of(flats[0]), flats[0].shape) if flats else []
 
     @torch.no_grad()
     def read_weight(self, name: str) -> Tensor:
@@ -75,13 +73,3 @@ class UserZero(ZeroState):
         for group in self.optimizer.param_groups:
             if "step" in group and any(id(flat) in cleared for flat in group["params"]):
                 group["step"] = 0
-
-
-def _is_moment(value: Any, flat: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == flat.shape
-
-
-def _stage(zero: Any) -> int:
-    if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
-        return 3
-    return 1 if isinstance(zero, DeepSpeedZeroOptimizer | BF16_Optimizer) else 0

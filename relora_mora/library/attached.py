@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from relora_mora.adapters.inject import replace_linears
-from relora_mora.adapters.layers import AdapterLinear, adapter_layers, layer_generator
-from relora_mora.adapters.mora import MoRALinear, layer_square_size
+from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters, layer_generator
+from relora_mora.adapters.mora import MoRALinear, layer_square_size, operator_in_use, set_operators
 from relora_mora.config.registry import ScheduleKind
 from relora_mora.config.schema import MethodConfig
 from relora_mora.engine.merging import Merger, MergeRecord
@@ -66,7 +66,7 @@ def attach(
         for mora_type in method.cycle:
             make_operator(mora_type, linear.in_features, linear.out_features, size)
     for name, layer in replace_linears(model, names, method, seed=seed).items():
-        layer.gathered = True  # each layer only uses parameters of its own, whatever shards them
+        layer.gathered = True  # each layer only uses its own parameters, so any sharding works
         generator = layer_generator(seed, name, 0)
         for key in layer.adapter_names:
             value = layer.fresh(key, generator).to(layer.weight.device)
@@ -112,12 +112,12 @@ class AttachedAdapters:
     @property
     def names(self) -> list[str]:
         """The names of the adapters' parameters in the model."""
-        return [f"{name}.{key}" for name, layer in self.layers.items() for key in layer.adapter_names]
+        return list(adapter_parameters(self.model))
 
     @property
     def operator(self) -> int | None:
         """The operator in use, or None for LoRA."""
-        return next((x.operator.mora_type for x in self.layers.values() if isinstance(x, MoRALinear)), None)
+        return operator_in_use(self.layers.values())
 
     # ---- optimizer and rates ----------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class AttachedAdapters:
 
         Norms, biases and other vectors have no weight decay. Raises ValueError if weights of adapter layers train.
         """
-        adapters = set(self.names)
+        adapters = adapter_parameters(self.model)
         frozen = [f"{name}.weight" for name, layer in self.layers.items() if layer.weight.requires_grad]
         if frozen:
             raise ValueError(
@@ -232,9 +232,11 @@ class AttachedAdapters:
         Raises ValueError at the first step if the optimizer cannot be reset, and :class:`MergeError` if a merge cannot
         be made.
         """
+        if optimizer is None:
+            raise ValueError("after_step() needs the optimizer that trains the model, got None")
         self.step += 1
         if not self._checked:
-            self._engine(optimizer, for_step=True)
+            self._engine(optimizer)
             self._checked = True
         if not self.clock.merge_after(self.step):
             return None
@@ -246,10 +248,8 @@ class AttachedAdapters:
         self.draw = merger.draw
         return record
 
-    def _engine(self, optimizer: Any, *, for_step: bool = False) -> LoopEngine:
-        """The view of whatever trains the model; without an optimizer, of the model alone."""
-        if optimizer is None and for_step:
-            raise ValueError("after_step() needs the optimizer that trains the model, got None")
+    def _engine(self, optimizer: Any) -> LoopEngine:
+        """How merges see the model and what trains it; without an optimizer they can only read."""
         while type(optimizer).__module__.startswith("accelerate."):
             optimizer = optimizer.optimizer
         if type(optimizer).__name__ == "DeepSpeedEngine":
@@ -272,10 +272,12 @@ class AttachedAdapters:
         If the model is sharded, only the first rank gets it, in host memory. With DeepSpeed it needs ``optimizer``, as
         in :meth:`after_step`.
         """
-        engine = self._engine(optimizer)
+        return self._merged_values(self._engine(optimizer))
+
+    def _merged_values(self, engine: LoopEngine) -> dict[str, Tensor]:
         layers = {f"{name}.weight": (name, layer) for name, layer in self.layers.items()}
-        adapters = set(self.names)
-        sharded = not all(engine.is_whole(name) for name, _ in self.model.named_parameters())
+        adapters = adapter_parameters(self.model)
+        sharded = self._is_sharded(engine)
         result: dict[str, Tensor] = {}
         for key, held in self.model.state_dict().items():
             if key in adapters:
@@ -294,9 +296,10 @@ class AttachedAdapters:
     @torch.no_grad()
     def merged(self, optimizer: Any = None) -> nn.Module:
         """A copy of the model with plain linears; see :meth:`merged_state_dict`. Raises ValueError if it is sharded."""
-        state = self.merged_state_dict(optimizer)
-        if not all(self._engine(optimizer).is_whole(name) for name, _ in self.model.named_parameters()):
+        engine = self._engine(optimizer)
+        if self._is_sharded(engine):
             raise ValueError("the model is sharded: load merged_state_dict() into a new model on the first rank")
+        state = self._merged_values(engine)
         for layer in self.layers.values():
             if isinstance(layer, MoRALinear):
                 layer.shared_input.pending = None  # tensors of the last forward cannot be copied
@@ -312,6 +315,9 @@ class AttachedAdapters:
             plain.set_submodule(name, linear)
         plain.load_state_dict(state)
         return plain
+
+    def _is_sharded(self, engine: LoopEngine) -> bool:
+        return not all(engine.is_whole(name) for name, _ in self.model.named_parameters())
 
     # ---- state ------------------------------------------------------------------------------------------------
 
@@ -366,9 +372,7 @@ class AttachedAdapters:
             )
         self.step = step
         self.draw = Draw(self.seed, state["merges_done"])
-        for layer in self.layers.values():
-            if isinstance(layer, MoRALinear):
-                layer.set_operator(state["operator"], self.draw)
+        set_operators(self.layers.values(), state["operator"], self.draw)
         self._masters.load(state["base"])
 
     def save(self, folder: str | Path) -> None:
@@ -388,4 +392,4 @@ class AttachedAdapters:
             raise FileNotFoundError(f"{path}: there is no state of the adapters; resume from a folder that has one")
         with safetensors.safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["state"])
-            self.load_state_dict(state | {"base": {name: file.get_tensor(name) for name in file.keys()}})  # noqa: SIM118
+        self.load_state_dict(state | {"base": safetensors.torch.load_file(path)})

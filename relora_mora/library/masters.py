@@ -8,6 +8,7 @@ from torch import Tensor, distributed
 
 from relora_mora.engine.merging import FrozenMasters
 from relora_mora.engine.protocol import Engine
+from relora_mora.engine.torch_state import rank_and_size
 
 
 class LoopEngine(Engine, Protocol):
@@ -28,10 +29,7 @@ class LoopMasters(FrozenMasters):
     """
 
     def __init__(self, names: Sequence[str], group: Any) -> None:
-        several = distributed.is_initialized()
-        super().__init__(
-            names, *((distributed.get_rank(group), distributed.get_world_size(group)) if several else (0, 1))
-        )
+        super().__init__(names, *rank_and_size(group))
         self.group = group
         self.kept: list[str] = []
         self.engine: LoopEngine

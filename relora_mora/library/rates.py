@@ -1,21 +1,21 @@
 """The trainer's learning rates for the schedulers of torch."""
 
 from collections.abc import Callable
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import get_args
 
 from relora_mora.config.registry import ScheduleKind
 from relora_mora.schedule import Schedule
 
 
+@dataclass(frozen=True, kw_only=True)
 class Rewarmed(Schedule):
     """A schedule whose envelope is the rate of somebody else, ``curve(step - 1)``."""
 
-    def __init__(self, *, curve: Callable[[int], float], **settings: Any) -> None:
-        super().__init__(**settings)
-        object.__setattr__(self, "curve", curve)
+    curve: Callable[[int], float]
 
     def envelope(self, step: int) -> float:
-        return self.curve(step - 1)  # type: ignore[attr-defined]
+        return self.curve(step - 1)
 
 
 def rate_of_step(clock: Schedule, *, rewarm: bool) -> Callable[[int], float]:
@@ -25,7 +25,9 @@ def rate_of_step(clock: Schedule, *, rewarm: bool) -> Callable[[int], float]:
 
 def check_rates(clock: Schedule) -> None:
     """Raises ValueError with the name of the argument, what was given, and what is possible."""
-    total, warmup, every = clock.total_steps, clock.warmup_steps, clock.merge_every
+    total = clock.total_steps
+    warmup = clock.warmup_steps
+    every = clock.merge_every
     if clock.kind not in get_args(ScheduleKind):
         raise ValueError(f"kind: expected one of {', '.join(get_args(ScheduleKind))}, got {clock.kind!r}")
     if not 0 <= warmup < total:

@@ -4,7 +4,7 @@ A checkpoint is exported as a plain LLaMA or as an adapter without its base; nei
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,7 @@ def _check_exportable(reader: CheckpointReader, model: ModelConfig, method: Meth
         )
 
 
-def _whole_modules(reader: CheckpointReader, layers: Mapping[str, AdapterLinear], adapters: set[str]) -> set[str]:
+def _whole_modules(reader: CheckpointReader, layers: Mapping[str, AdapterLinear], adapters: Set[str]) -> set[str]:
     """The modules with trained parameters that are not adapters."""
     modules = {name.rpartition(".")[0] for name in set(reader.manifest.parameters) - adapters}
     with_biases = sorted(modules & set(layers))

@@ -62,7 +62,7 @@ def trained(kind: str, reset: str, world: int, folder: Path | None = None) -> di
 
     def parts() -> tuple[Any, ...]:
         lm = _tiny_lm()
-        remora = rm.attach(lm, rm.ReMoRA(rank=3, merge_every=MERGE_EVERY, reset=reset), seed=1)  # type: ignore[arg-type]
+        remora = rm.attach(lm, rm.ReMoRA(rank=3, merge_every=MERGE_EVERY, reset=reset), seed=1)
         model, optimizer, stepped = _wrapped(kind, lm, remora, world)
         schedule = remora.schedule(optimizer, total_steps=STEPS, warmup_steps=1, restart_warmup_steps=2)
         return lm, remora, model, optimizer, stepped, schedule
@@ -109,11 +109,11 @@ def trained(kind: str, reset: str, world: int, folder: Path | None = None) -> di
     ],
 )
 def test_ranks_train_as_one_process(pools, kind, reset):
-    [alone] = pools(1)(trained, "plain", reset, 1)
+    [single] = pools(1)(trained, "plain", reset, 1)
     first, second = pools(2)(trained, kind, reset, 2)
     assert (first["merges"], first["operator"]) == (2, 1)
-    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-6)
-    for name, value in alone["merged"].items():
+    assert first["losses"] == pytest.approx(single["losses"], rel=1e-6)
+    for name, value in single["merged"].items():
         assert first["merged"][name].sub(value).abs().max() < 1e-6, name
     if kind in ("ddp", "zero1"):
         assert all(torch.equal(value, second["merged"][name]) for name, value in first["merged"].items())

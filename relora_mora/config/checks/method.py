@@ -18,7 +18,7 @@ def method_faults(config: Config) -> Iterator[Fault]:
 
 
 def own_faults(method: MethodConfig) -> Iterator[Fault]:
-    """What is wrong with the settings of a method whatever it trains."""
+    """Faults in the settings of a method that do not depend on the rest of the run."""
     yield from _layer_faults(method)
     if method.merges:
         yield from _cycle_faults(method)
