@@ -26,6 +26,8 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip.conf,t
 
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY relora_mora relora_mora
+# relora_mora/configs is a link
+COPY configs configs
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     python3 -m pip --python /opt/venv/bin/python install --no-deps .
 

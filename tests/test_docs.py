@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from relora_mora.commands import NAMES, main_of
 from relora_mora.config.explain import model_in
 from relora_mora.config.schema import Config
 from relora_mora.data.formats.file_rows import iter_texts
@@ -21,15 +23,6 @@ from tests.tools.documents import DOCUMENTS, INSTRUCTIONS, blocks, name
 from tests.tools.helpers import ROOT
 
 SECTIONS = Config.model_fields
-SCRIPTS = (
-    "launch/board.py",
-    "launch/compare.py",
-    "launch/evaluate.py",
-    "launch/export.py",
-    "launch/plan.py",
-    "launch/tokenize_text.py",
-    "tokenizer/train.py",
-)
 # a glob that matches nothing would make all tests of DOCUMENTS pass
 REQUIRED = (
     "README.md",
@@ -47,10 +40,9 @@ def syntax(path: str) -> list[ast.stmt]:
     return ast.parse((ROOT / path).read_text()).body
 
 
-def options(script: str) -> set[str]:
-    """Names of the parameters of a script's ``main``."""
-    [main] = [node for node in syntax(script) if isinstance(node, ast.FunctionDef) and node.name == "main"]
-    return {argument.arg for argument in [*main.args.args, *main.args.kwonlyargs]}
+def options(command: str) -> set[str]:
+    """Names of the parameters of a command of relora-mora."""
+    return set(inspect.signature(main_of(command)).parameters)
 
 
 def anchors(text: str) -> set[str]:
@@ -125,15 +117,21 @@ def test_a_wrong_setting_would_be_found() -> None:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
-def test_commands_use_options_that_their_script_takes(path: Path) -> None:
+def test_commands_use_options_that_they_take(path: Path) -> None:
     for words in commands(path.read_text()):
-        for script in SCRIPTS:
-            if script not in words or words[0] != "python":
-                continue
-            takes = options(script)
-            for word in words[words.index(script) + 1 :]:
-                option = re.match(r"--([\w.]+)", word)
-                assert option is None or "." in option[1] or option[1] in takes, f"{name(path)}: {script} has no {word}"
+        if words[:1] != ["relora-mora"]:
+            continue
+        command = words[1]
+        assert command in NAMES, f"{name(path)}: relora-mora {command}"
+        for word in words[2:]:
+            option = re.match(r"--([\w.]+)", word)
+            taken = option is None or "." in option[1] or option[1] in options(command)
+            assert taken, f"{name(path)}: relora-mora {command} has no {word}"
+
+
+def test_the_readme_uses_commands() -> None:
+    used = {words[1] for words in commands((ROOT / "README.md").read_text()) if words[:1] == ["relora-mora"]}
+    assert used >= {"pretrain", "train-tokenizer", "evaluate", "export"}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
@@ -149,7 +147,7 @@ def test_the_readme_shows_the_message_that_the_program_gives(monkeypatch: pytest
 
     monkeypatch.chdir(ROOT)
     shown = re.search(
-        r"^\$ python launch/pretrain\.py (\S+) (.+)\n((?:.+\n)+?)```", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^\$ relora-mora pretrain (\S+) (.+)\n((?:.+\n)+?)```", (ROOT / "README.md").read_text(), re.MULTILINE
     )
     assert shown is not None
     overrides = dict(word.removeprefix("--").split("=", 1) for word in shown[2].split())

@@ -22,7 +22,8 @@ def launches(path: Path) -> Iterator[str]:
     else:
         found = ["\n".join(re.findall(r"^#   +(.+)$", text, re.MULTILINE))]
     starts_one = re.compile(
-        r"(?=.*configs/run/\S+\.yaml).*(?:launch/pretrain\.py|pretrain\.sbatch|docker (?:run|compose))"
+        r"(?=.*configs/run/\S+\.yaml)"
+        r".*(?:launch/pretrain\.py|relora-mora pretrain|pretrain\.sbatch|docker (?:run|compose))"
     )
     for block in found:
         for line in re.sub(r"\\\n *", "", block).splitlines():
@@ -67,7 +68,7 @@ def test_launches_of_every_kind_are_found() -> None:
         "torchrun",
         "deepspeed --num",
         "deepspeed --host",
-        "python",
+        "relora-mora pretrain",
         "GPUS=",
         "docker run",
     )

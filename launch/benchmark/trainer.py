@@ -81,15 +81,16 @@ def main(config: str, *, steps: int = 25, rounds: PositiveInt = 3, **overrides: 
 
 def demo_text() -> dict[str, str]:
     """The text and the tokenizer of ``make demo``, as settings."""
-    commands = [["launch/demo_text.py", f"--out={DEMO / 'data'}"]]
+    commands = [["relora_mora.commands.demo_text", f"--out={DEMO / 'data'}"]]
     if not (DEMO / "tokenizer" / "tokenizer.model").exists():
         text = DEMO / "data" / "train" / "*.json.gz"
         out = DEMO / "tokenizer"
-        commands.append(["tokenizer/train.py", f"--data={text}", f"--out={out}", "--vocab_size=8192"])
-    for script, *arguments in commands:
-        if subprocess.run([sys.executable, str(ROOT / script), *arguments], stdout=sys.stderr, check=False).returncode:
+        commands.append(["relora_mora", "train-tokenizer", f"--data={text}", f"--out={out}", "--vocab_size=8192"])
+    for command in commands:
+        if subprocess.run([sys.executable, "-m", *command], stdout=sys.stderr, check=False).returncode:
             raise ValueError(
-                f"{script} failed, see above; give other text with --data.train, --data.validation and --tokenizer.path"
+                f"{command[0]} failed, see above; "
+                "give other text with --data.train, --data.validation and --tokenizer.path"
             )
     return {
         "data.train": str(DEMO / "data" / "train" / "*.json.gz"),

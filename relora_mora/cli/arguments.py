@@ -6,7 +6,7 @@ This module changes what fire does by itself:
 - fire turns ``1e5`` into a float and ``a,b`` into a tuple: here arguments stay text unless annotated otherwise;
 - fire accepts a positional argument for any parameter: here a parameter with a default is always a flag;
 - fire treats ``-`` and ``--`` as separators, and uses the last value of a repeated flag: here both are refused;
-- fire shows help in a pager, on stderr: here help is printed.
+- fire shows help in a pager, on stderr: here ``help.py`` makes a text that is printed.
 """
 
 import contextlib
@@ -29,16 +29,9 @@ NonNegativeInt = Annotated[int, Ge(0)]
 _LOCAL_RANK = ("--local_rank", "--local-rank")
 
 
-def help_text(command: Command, name: str) -> str:
-    """The text for ``--help``, from the signature and the docstring."""
-    from fire import helptext, trace
-
-    return str(helptext.HelpText(command, trace=trace.FireTrace(command, name=name)))
-
-
 def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.BoundArguments:
     """The values to call ``command`` with; raises ConfigError with all faults of the command line."""
-    words = _without_local_rank(argv)
+    words = without_local_rank(argv)
     _raise(_faults_of_words(words, name))
     hints = get_type_hints(command)
     _raise(_faults_of_flags(words, hints))
@@ -63,7 +56,7 @@ def _raise(faults: list[str]) -> None:
         raise ConfigError(faults, "the command line")
 
 
-def _without_local_rank(argv: Iterable[str]) -> list[str]:
+def without_local_rank(argv: Iterable[str]) -> list[str]:
     """Drops ``--local_rank=N``, which DeepSpeed's launcher adds although LOCAL_RANK is in the environment."""
     kept = []
     words = iter(argv)

@@ -10,8 +10,10 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import NoReturn
 
-from relora_mora.cli.arguments import Command, help_text, read_arguments
+from relora_mora.cli.arguments import Command, read_arguments
+from relora_mora.cli.help import help_text
 from relora_mora.system.files import place_of, remove_and_end, remove_unfinished
 from relora_mora.system.process import WakeupPipe, run_with_timeout, say
 
@@ -89,7 +91,7 @@ _REMEDIES = {
 }
 
 
-def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None = None) -> None:
+def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:
     """Calls ``command`` with the arguments of the command line, then exits with the int that it returns, or with 0.
 
     Arguments stay text. A parameter with another annotation, such as ``int | None``, is read as YAML and checked

@@ -15,6 +15,7 @@ from relora_mora.config.explain import doubtful, explain, substitute_defaults
 from relora_mora.config.registry import METHODS, settings_of_others
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
+from relora_mora.config.shipped import MODELS, exists, find_config, nearest
 from relora_mora.config.yaml_text import MOST_CHARACTERS, dump_yaml, explain_yaml, parse_yaml
 from relora_mora.system.files import from_home
 from relora_mora.system.logs import counted
@@ -93,7 +94,7 @@ def load_config(
 
 def read_tree(path: str | Path) -> dict[str, Any]:
     """The content of a settings file, by section; raises :class:`ConfigError` if it cannot be read."""
-    path = Path(from_home(str(path)))
+    path = find_config(path)
     try:
         with path.open(encoding="utf-8") as stream:
             tree = parse_yaml(stream.read(MOST_CHARACTERS + 1))
@@ -104,8 +105,8 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         fault = f"it holds a {type(tree).__name__}, expected sections such as `train:`"
     except OSError as error:
         fault = (
-            f"cannot read it ({error.strerror}); give the path of a YAML file such as configs/run/tiny_remora.yaml"
-            + relative_to(path)
+            f"cannot read it ({error.strerror}); give a YAML file, or a name that relora-mora configs lists, "
+            f"such as tiny_remora{nearest(path)}{relative_to(path)}"
         )
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         fault = f"it is not YAML: {explain_yaml(error)}"
@@ -122,7 +123,7 @@ def config_of(
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
     """Like :func:`load_config`, for a file that has been read."""
-    path = Path(from_home(str(path)))
+    path = find_config(path)
     tree = dict(tree)
     override_faults = put_overrides(tree, overrides or {})
     tree = lengths.without_replaced(tree, set(overrides or {}))
@@ -241,9 +242,13 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
 
     def resolve(value: str | None) -> str | None:
         value = home(value)
-        if value is None or _exists(Path(value)):
+        if value is None or exists(Path(value)):
             return value
-        return str(folder / value) if _exists(folder / value) else value
+        return str(folder / value) if exists(folder / value) else value
+
+    def resolve_model(value: str | None) -> str | None:
+        found = resolve(value)
+        return None if found is None else str(find_config(found, MODELS))
 
     def resolve_template(records: RecordsConfig | None) -> RecordsConfig | None:
         if records is None or records.template in (None, CHATML):
@@ -258,7 +263,7 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
         update={
             "model": config.model.model_copy(
                 update={
-                    "config": resolve(config.model.config),
+                    "config": resolve_model(config.model.config),
                     "init_from": home(config.model.init_from),
                     "adapter": home(config.model.adapter),
                 }
@@ -270,10 +275,3 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
             "data": config.data.model_copy(update={**data, "records": resolve_template(config.data.records)}),
         }
     )
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # the name is too long, or no file can have it
-        return False

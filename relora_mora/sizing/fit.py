@@ -84,7 +84,7 @@ def check_memory(model_config: PreTrainedConfig, setup: Setup, available: float,
             fault = (
                 f"model: {part} need {size / 2**30:,.1f} GiB on each of {counted(world_size, 'rank')}, "
                 f"and each has {limit / 2**30:,.1f}; take a smaller model, or more devices or hosts{remedy}: "
-                "launch/plan.py says what a run needs"
+                "relora-mora plan says what a run needs"
             )
             raise ConfigError([fault], "the settings")
 
@@ -123,5 +123,5 @@ def stage_advice(model: PreTrainedModel, setup: Setup, available: float) -> str 
     return (
         f"train.zero_stage=2 sends the gradients after each of the {setup.micro_batches} micro-batches of a step, "
         "train.zero_stage=1 once, and there is memory for it"
-        + ("; launch/plan.py with --link_gbits says which is faster" if setup.on_gpu else "")
+        + ("; relora-mora plan with --link_gbits says which is faster" if setup.on_gpu else "")
     )

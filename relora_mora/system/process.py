@@ -95,6 +95,17 @@ if __name__ == "__main__":
 _SPINS = "3000"  # tens of microseconds; GNU's default is a hundred times as many
 
 
+def own_command() -> str:
+    """How a shell starts ``relora-mora`` of this environment."""
+    script = Path(sys.executable).with_name("relora-mora")
+    if not script.exists():
+        return f"{sys.executable} -m relora_mora"
+    found = shutil.which("relora-mora")
+    if found is not None and script.samefile(found):
+        return "relora-mora"
+    return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
+
+
 def sleep_soon() -> None:
     """Makes OpenMP's threads sleep soon while they wait for each other, unless the environment sets OMP_WAIT_POLICY.
 

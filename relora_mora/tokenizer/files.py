@@ -26,10 +26,12 @@ def has_tokenizer(folder: Path) -> bool:
 def check_exists(path: Path) -> None:
     if path.is_dir():
         if not has_tokenizer(path):
-            raise TokenizerError(f"{path}: this folder has no tokenizer; {EXPECTED}; tokenizer/train.py trains one")
+            raise TokenizerError(
+                f"{path}: this folder has no tokenizer; {EXPECTED}; relora-mora train-tokenizer trains one"
+            )
     elif not path.exists():
         raise TokenizerError(
-            f"{path}: not found; {EXPECTED}; tokenizer/train.py trains one, "
+            f"{path}: not found; {EXPECTED}; relora-mora train-tokenizer trains one, "
             "`hf download REPO --local-dir DIR` fetches one"
         )
     elif path.suffix != ".model":

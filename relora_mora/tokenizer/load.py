@@ -66,7 +66,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     if tokenizer.eos_token_id is None:
         remedy = "name one as eos_token in tokenizer_config.json"
         if model is not None:
-            remedy = "train the sentencepiece model with an eos_id, as tokenizer/train.py does"
+            remedy = "train the sentencepiece model with an eos_id, as relora-mora train-tokenizer does"
         raise files.TokenizerError(f"{path}: this tokenizer has no end-of-document token (eos); {remedy}")
     if model is not None:
         _check_ids(tokenizer, model)
@@ -211,7 +211,7 @@ def _check_ids(tokenizer: "PreTrainedTokenizerBase", model: Path) -> None:
         if ids != reference.encode(text):
             raise files.TokenizerError(
                 f"{model}: with transformers this model gives other ids than with sentencepiece, e.g. for {text!r}; "
-                "update transformers, or train a tokenizer with tokenizer/train.py"
+                "update transformers, or train a tokenizer with relora-mora train-tokenizer"
             )
 
 
@@ -243,5 +243,5 @@ def _check_end(tokenizer: "PreTrainedTokenizerBase", path: Path, model: Path | N
         raise files.TokenizerError(
             f"{path}: ordinary text can contain the end-of-document token {end!r} (id {number}), so crawled text could "
             "end a document; set eos_token in tokenizer_config.json to a special token (tokenizer.json lists them "
-            "under added_tokens), or train a tokenizer with tokenizer/train.py"
+            "under added_tokens), or train a tokenizer with relora-mora train-tokenizer"
         )

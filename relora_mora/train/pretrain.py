@@ -76,7 +76,7 @@ def _run(config: Config, guard: Guard) -> int:
         raise MemoryShortage(
             f"train.micro_batch_size: {sequences} of {config.data.sequence_length} "
             "tokens, the model and its optimizer need more memory than the device or its host has; lower it, or see "
-            "what a run needs with launch/plan.py"
+            "what a run needs with relora-mora plan"
         ) from error
 
 

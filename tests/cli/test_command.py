@@ -146,7 +146,7 @@ def test_help_shows_the_arguments_and_starts_nothing(called: Called, capsys: pyt
         shown = capsys.readouterr().out
         assert "Trains." in shown
         assert "the settings" in shown
-        assert "steps" in shown
+        assert "CONFIG" in shown
     assert called.calls == []
 
 
@@ -268,7 +268,8 @@ def test_streams_that_cannot_be_written_do_not_change_the_exit_code(
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "from relora_mora.train.command import run_to_the_end\ndef main(a: str) -> int:\n    print(a)\n    return 0\n"
+        "from relora_mora.commands.pretrain import run_to_the_end\n"
+        "def main(a: str) -> int:\n    print(a)\n    return 0\n"
         "run_to_the_end(main)\n"
     )
     shell = f"{sys.executable} {script} {words} {streams}"

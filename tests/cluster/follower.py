@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from launch.pretrain import main
 from relora_mora.cli.command import run
+from relora_mora.commands.pretrain import main
 
 
 @functools.wraps(main)

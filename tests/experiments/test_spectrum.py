@@ -16,7 +16,7 @@ from relora_mora.experiments.spectrum import update_spectra
 from tests.tools.commands import call, refused
 from tests.tools.runs import checkpoint_at, run_config, train, write_inputs
 
-SPECTRUM = "launch/spectrum.py"
+SPECTRUM = "spectrum"
 RANK = 3
 LAYERS = 2
 

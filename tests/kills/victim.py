@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.pretrain import main
 from relora_mora.cli.command import run
+from relora_mora.commands.pretrain import main
 
 PHASES = Path(os.environ["VICTIM_PHASES"])
 

@@ -14,13 +14,10 @@ import yaml
 from relora_mora.config.load import load_config
 from tests.tools.commands import (
     BENCHMARK,
-    BOARD,
-    COMPARE,
     DEMO_TEXT,
     EVALUATE,
     EXPORT,
     PLAN,
-    PRETRAIN,
     TRAIN,
     call,
     left_in,
@@ -154,14 +151,14 @@ def test_in_another_folder_the_message_names_the_base_of_relative_paths(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     started = f"(relative paths start from the current folder, {tmp_path})"
-    refused(call(PLAN, "configs/run/tiny_remora.yaml"), "cannot read it", started)
-    refused(call(PLAN, inputs / "run.yaml", "--model.config=configs/model/llama_9m.json"), "cannot read it", started)
+    refused(call(PLAN, "configs/run/mine.yaml"), "cannot read it", started)
+    refused(call(PLAN, inputs / "run.yaml", "--model.config=configs/model/mine.json"), "cannot read it", started)
     absolute = call(PLAN, tmp_path / "none.yaml")
     refused(absolute, "cannot read it")
     assert "relative" not in absolute.err
 
 
-@pytest.mark.parametrize("script", [PRETRAIN, EVALUATE, EXPORT, PLAN, BOARD, COMPARE, DEMO_TEXT, TRAIN])
+@pytest.mark.parametrize("script", ["launch/pretrain.py", "launch/tokenize_text.py", "tokenizer/train.py"])
 def test_outside_the_environment_a_script_reports_it(script: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(  # -S: without site-packages

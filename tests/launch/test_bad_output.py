@@ -218,7 +218,7 @@ def test_ctrl_c_works_before_long_imports() -> None:
         "    for package in ('numpy', 'pydantic', 'torch', 'transformers'):\n"
         "        assert package not in sys.modules, f'{script} imports {package}'\n"
     )
-    scripts = [*sorted((ROOT / "launch").glob("*.py")), ROOT / TRAIN]
+    scripts = [*(ROOT / "launch").glob("*.py"), *(ROOT / "relora_mora" / "commands").glob("*.py")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "launch")))}
     subprocess.run([sys.executable, "-c", code, *map(str, scripts)], env=environment, check=True)
 
@@ -226,7 +226,7 @@ def test_ctrl_c_works_before_long_imports() -> None:
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.5])
 def test_ctrl_c_while_processes_start_and_read(tmp_path: Path, delay: float) -> None:
     """Else each of them would show a traceback of its own, or keep the lock that the others wait for."""
-    argv = [str(ROOT / DEMO_TEXT), f"--out={tmp_path / 'out'}", "--processes=4"]
+    argv = ["-m", DEMO_TEXT, f"--out={tmp_path / 'out'}", "--processes=4"]
     assert interrupt(argv, lambda pid: len(psutil.Process(pid).children()) > 3, delay) == (130, "interrupted\n")
     assert left_in(tmp_path) == []
 
@@ -239,7 +239,7 @@ def test_ctrl_c_while_sentencepiece_trains(tmp_path: Path, delay: float) -> None
         " ".join("".join(draw.choices("abcdefghijklm", k=draw.randint(2, 9))) for _ in range(200)) for _ in range(4000)
     ]
     source = write_shard(tmp_path / "text" / "a.json", texts)
-    argv = [str(ROOT / TRAIN), f"--data={source}", f"--out={tmp_path / 'out' / 'tokenizer'}", "--vocab_size=20000"]
+    argv = ["-m", "relora_mora", TRAIN, f"--data={source}", f"--out={tmp_path / 'out/tokenizer'}", "--vocab_size=20000"]
     assert interrupt(argv, lambda pid: "_sentencepiece" in Path(f"/proc/{pid}/maps").read_text(), delay) == (
         130,
         "interrupted\n",
@@ -248,5 +248,5 @@ def test_ctrl_c_while_sentencepiece_trains(tmp_path: Path, delay: float) -> None
 
 
 def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:
-    argv = [str(ROOT / EVALUATE), str(tmp_path), "--data=d"]
+    argv = ["-m", "relora_mora", EVALUATE, str(tmp_path), "--data=d"]
     assert interrupt(argv, lambda pid: "libtorch" in Path(f"/proc/{pid}/maps").read_text()) == (130, "interrupted\n")

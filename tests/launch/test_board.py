@@ -19,7 +19,6 @@ from relora_mora.config.load import dump, validate
 from relora_mora.train.log.loggers import TensorBoard, board_tag
 from tests.tools.commands import BOARD, call, module_of, refused
 from tests.tools.config_tools import tree
-from tests.tools.helpers import ROOT
 from tests.tools.ports import free_port
 
 SCRIPT = BOARD
@@ -110,7 +109,7 @@ def test_a_point_written_twice_is_shown_twice(tmp_path: Path) -> None:
     board.write(5, {"eval/perplexity": 2.0})
     board.close()
     port = free_port()
-    process = subprocess.Popen([sys.executable, str(ROOT / BOARD), str(tmp_path), f"--port={port}"])
+    process = subprocess.Popen([sys.executable, "-m", "relora_mora", BOARD, str(tmp_path), f"--port={port}"])
     points: list[list[float]] = []
     deadline = time.monotonic() + 60
     while not points:

@@ -20,8 +20,7 @@ time.sleep(60)
 """
 DEMO = """
 import sys
-sys.path.insert(0, "launch")
-import demo
+from relora_mora.commands import demo
 from relora_mora.cli.command import run
 def main():
     demo.step("a step", [sys.executable, "-c", sys.argv[1], sys.argv[2]])
@@ -49,4 +48,4 @@ def test_after_ctrl_c_a_step_has_enough_time_to_save(tmp_path: Path) -> None:
     assert (tmp_path / "saved").exists()
     assert "the next step" not in out
     assert process.returncode == 130
-    assert err.startswith("stopped; `make demo` continues from here")
+    assert err.startswith("stopped; the same command continues from here")

@@ -56,19 +56,20 @@ def test_without_smollm2_the_model_of_the_demo_learns(
 ) -> None:
     ran = []
 
-    def step(title: str, command: list[str], target: str, folder: Path) -> None:
+    def step(title: str, command: list[str], again: str, folder: Path) -> None:
         assert command[0] == sys.executable
-        assert (target, folder) == ("demo-finetune", finetuning.HOME)
-        ran.append(command[1])
-        if command[1] == "launch/demo.py":
+        assert (again, folder) == ("`make demo-finetune`", finetuning.HOME)
+        name, *arguments = command[1:] if command[1] != "-m" else command[3:]
+        ran.append(name)
+        if name == "demo":
             save_demo_model(tmp_path / "demo" / "export")
             return
-        (answer,) = pools(1)(call, *command[1:])
+        (answer,) = pools(1)(call, name, *arguments)
         assert answer.code == 0, answer
 
     monkeypatch.setattr(finetuning.demo, "step", step)
     assert finetuning.main() == 0
-    assert ran == [f"launch/{name}.py" for name in ("demo", "uuid_pairs", "finetune", "finetune", "export")]
+    assert ran == ["demo", "launch/uuid_pairs.py", "finetune", "finetune", "export"]
     out = capsys.readouterr().out
     [line] = [line for line in out.splitlines() if "is not available here" in line]
     assert "No matching distribution found for" in line
@@ -89,7 +90,7 @@ def test_without_smollm2_the_model_of_the_demo_learns(
     before = metrics.read_bytes()
     ran.clear()
     assert finetuning.main() == 0
-    assert ran == ["launch/finetune.py"] * 2  # which find that all steps are done
+    assert ran == ["finetune"] * 2  # which find that all steps are done
     assert metrics.read_bytes() == before
 
 

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from relora_mora.commands import demo_text as demo
 from relora_mora.config.data import DataConfig
 from relora_mora.data.formats.file_rows import iter_texts
 from tests.tools.helpers import ROOT
 
-
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo_text", ROOT / "launch" / "demo_text.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # so that its functions reach other processes
-    spec.loader.exec_module(module)
-    return module
-
-
-demo = _script()
 SENTENCE = (
     "This is what the function number {} does with the values that are given to it, "
     "and it is not to be called when they are not known. "

@@ -22,7 +22,7 @@ from tests.tools.helpers import ROOT
 from tests.tools.runs import write_inputs
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
-STUDY = "launch/study.py"
+STUDY = "study"
 
 
 def test_bad_arguments_are_reported_before_anything_runs(tmp_path: Path):

@@ -25,7 +25,7 @@ from tests.tools.data_tools import data_config, line, some_texts, write_parquet,
 from tests.tools.helpers import ROOT
 from tests.tools.runs import write_inputs
 
-TOKENIZE = "launch/tokenize_text.py"
+TOKENIZE = "tokenize"
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,9 @@ def test_a_full_disk(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
 def test_a_set_by_name_does_not_need_torch(tmp_path: Path, tokenizer_path: str) -> None:
     write_shards(tmp_path / "set", 2, 20)
     argv = [TOKENIZE, tmp_path / "set", tmp_path / "out", f"--tokenizer={tokenizer_path}", "--processes=1"]
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "relora_mora", *map(str, argv)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "tokens of 40 documents" in done.stdout
 
@@ -219,7 +221,7 @@ def test_ctrl_c_keeps_finished_files(much_text: Path, tmp_path: Path, tokenizer_
     out = tmp_path / "out"
     argv = [TOKENIZE, f"{much_text}/*.json", str(out), f"--tokenizer={tokenizer_path}"]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / argv[0]), *argv[1:], "--processes=2"],
+        [sys.executable, "-m", "relora_mora", *argv, "--processes=2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

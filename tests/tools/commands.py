@@ -21,16 +21,17 @@ from typing import Any, NamedTuple
 import pytest
 
 from relora_mora.cli.command import run
+from relora_mora.commands import NAMES, main_of
 from tests.tools.helpers import ROOT
 
 NOBODY = 65534
-EVALUATE, EXPORT, PLAN = "launch/evaluate.py", "launch/export.py", "launch/plan.py"
-PRETRAIN, FINETUNE = "launch/pretrain.py", "launch/finetune.py"
-BOARD = "launch/board.py"
-COMPARE = "launch/compare.py"
+EVALUATE, EXPORT, PLAN = "evaluate", "export", "plan"
+PRETRAIN, FINETUNE = "pretrain", "finetune"
+BOARD = "board"
+COMPARE = "compare"
+TRAIN = "train-tokenizer"
 BENCHMARK = "launch/benchmark/data.py"
-DEMO_TEXT = "launch/demo_text.py"
-TRAIN = "tokenizer/train.py"
+DEMO_TEXT = "relora_mora.commands.demo_text"
 
 
 class Answer(NamedTuple):
@@ -42,9 +43,13 @@ class Answer(NamedTuple):
 
 
 @functools.cache
-def module_of(script: str) -> ModuleType:
-    """launch/evaluate.py and the like as a module."""
-    path = ROOT / script
+def module_of(command: str) -> ModuleType:
+    """The module of a command of relora-mora, a module by its own name, or a script such as launch/pubmed.py."""
+    if command in NAMES:
+        return sys.modules[main_of(command).__module__]
+    if "/" not in command:
+        return importlib.import_module(command)
+    path = ROOT / command
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -54,9 +59,10 @@ def module_of(script: str) -> ModuleType:
     return module
 
 
-def call(script: str, *argv: object) -> Answer:
-    """Runs a command in this process. What is a fault of the program is raised here, as it would show a traceback."""
-    return run_main(module_of(script).main, *argv)
+def call(command: str, *argv: object) -> Answer:
+    """Runs a command or a script in this process. What is a fault of the program is raised here, as it would show a
+    traceback."""
+    return run_main(module_of(command).main, *argv)
 
 
 def run_main(main: Callable[..., Any], *argv: object) -> Answer:

@@ -13,9 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from launch.pretrain import main
-from relora_mora.cli.command import run
-from relora_mora.supervise.exits import leave_process
+from relora_mora.commands.pretrain import main, run_to_the_end
 
 
 def killed(*args: Any, **kwargs: Any) -> NoReturn:
@@ -86,7 +84,4 @@ def victim(*args: Any, **kwargs: Any) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        run(victim)
-    except SystemExit as end:
-        leave_process(end.code)  # type: ignore[arg-type]
+    run_to_the_end(victim)

@@ -184,7 +184,7 @@ def test_unusable_records_are_reported_before_the_model_is_built(inputs, tokeniz
 
 
 def _evaluated(run_dir: Path, **settings: Any) -> dict[str, Any]:
-    from launch.evaluate import main
+    from relora_mora.commands.evaluate import main
 
     output = io.StringIO()
     with contextlib.redirect_stdout(output):

@@ -126,7 +126,7 @@ def evaluations(config: Config) -> dict[str, float]:
 
 
 def _command_on(run_dir: Path, config: Config) -> float:
-    from launch.evaluate import main
+    from relora_mora.commands.evaluate import main
 
     output = io.StringIO()
     with contextlib.redirect_stdout(output):

@@ -16,7 +16,7 @@ from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.system.files import write_synced
 
 INDEX = "tokens.json"
-COMMAND = "python launch/tokenize_text.py"
+COMMAND = "relora-mora tokenize"
 
 
 class TokenizationSpec(Strict):

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Never
 
 from tqdm import tqdm
@@ -17,11 +17,12 @@ class CellsFailed(ValueError):
     """Some runs failed; the message has the last lines that they printed."""
 
 
-def conduct(study: Study, folder: StudyFolder, program: Path, jobs: int) -> int:
+def conduct(study: Study, folder: StudyFolder, program: Sequence[str], jobs: int) -> int:
     """Runs every cell that is not done, ``jobs`` at a time, and records each; returns the number of records.
 
-    ``program`` is the script that trains. Before the first run it raises :class:`ConfigError` if any settings are
-    wrong, and ValueError if a cell was started earlier with other settings or inputs. Raises :class:`Stopped` after a
+    ``program`` is the command that trains, as arguments of Python. Before the first run it raises
+    :class:`ConfigError` if any settings are wrong, and ValueError if a cell was started earlier with other settings or
+    inputs. Raises :class:`Stopped` after a
     signal, and :class:`CellsFailed` if runs have failed and all others are done.
     """
     cells = first_round(study)
@@ -46,7 +47,7 @@ def known_cells(study: Study, folder: StudyFolder) -> list[Cell]:
     return [*first, *second_round(study, _results(study, first, folder))]
 
 
-def run_again(study: Study, folder: StudyFolder, name: str, program: Path) -> tuple[int, list[str]]:
+def run_again(study: Study, folder: StudyFolder, name: str, program: Sequence[str]) -> tuple[int, list[str]]:
     """Runs a finished cell a second time, in a separate folder; an interrupted repetition continues.
 
     Returns how many numbers were compared, and a line for each number that is not exactly the same.

@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 
 from relora_mora.config.load import ConfigError, read_tree
 from relora_mora.config.schema import SETTINGS, Config
+from relora_mora.config.shipped import find_config
 from relora_mora.config.types import Positive, Seed, Strict, Text
 from relora_mora.config.yaml_text import explain_yaml, parse_yaml
 from relora_mora.experiments.compare.groups import SEEDS
@@ -120,7 +121,7 @@ def _lacks_brackets(name: str, values: Any) -> bool:
 def read_study(path: str | Path) -> Study:
     """Reads a study's file. Raises :class:`ConfigError` with all its faults; the runs' settings are checked later."""
     try:
-        tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        tree = parse_yaml(find_config(path).read_text(encoding="utf-8"))
         if not isinstance(tree, dict):
             raise ConfigError(["expected a mapping with `base` and `grid`; docs/studies.md has an example"], str(path))
         return Study.model_validate(tree)

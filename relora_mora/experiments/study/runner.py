@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Never
 
@@ -37,16 +36,16 @@ class _Running:
 
 
 class Runner:
-    """Starts ``program`` for each cell with the cell's settings file, and shows the progress of all cells.
+    """Starts a program for each cell with the cell's settings file, and shows the progress of all cells.
 
-    ``note`` is called each time that runs have ended.
+    ``program`` is what Python gets as arguments. ``note`` is called each time that runs have ended.
     """
 
     def __init__(
         self,
         study: Study,
         folder: StudyFolder,
-        program: Path,
+        program: Sequence[str],
         jobs: int,
         bar: "tqdm[Never]",
         note: Callable[[], object] = lambda: None,
@@ -112,7 +111,7 @@ class Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             process = subprocess.Popen(
-                ending_with_me([str(self.program), str(self.folder.settings(cell))]),
+                ending_with_me([*self.program, str(self.folder.settings(cell))]),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

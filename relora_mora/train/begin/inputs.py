@@ -23,7 +23,7 @@ from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.tokenizer.load import load_tokenizer
 
 T = TypeVar("T")
-_DEMO = "runs/demo/"  # what configs/run/demo.yaml and tiny_*.yaml read
+_DEMO = "runs/demo/"  # what shipped settings such as tiny_remora read
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _combined_error(errors: list[tuple[str, TokenizerError | SourceError]]) -> V
     for setting, error in errors:
         fault = f"{setting}: {error}"
         if _DEMO in fault:
-            here = "" if str(Path.cwd()) in fault else f"; the current folder is {Path.cwd()}"
-            fault += f" (`make demo`, run in the checkout, creates it{here})"
+            here = "" if str(Path.cwd()) in fault else f", {Path.cwd()}"
+            fault += f" (relora-mora demo creates it in the current folder{here})"
         faults.append(fault)
     return ConfigError(faults, "the settings")

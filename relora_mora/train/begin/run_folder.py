@@ -101,7 +101,7 @@ def keep_run_folder(config: Config, made_with: Mapping[str, Any]) -> None:
     if unused:
         log.warning(
             "the run is finished and keeps the settings that it was trained with, ignoring the new %s; "
-            "launch/evaluate.py scores it on other text",
+            "relora-mora evaluate scores it on other text",
             ", ".join(unused),
         )
     names = RunFolder(Path(config.train.run_dir))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from relora_mora.supervise.launchers import Launchers
 from relora_mora.system.logs import counted, log, progress_bar
+from relora_mora.system.process import own_command
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log.report import Write
 from relora_mora.train.state.run_state import RunState
@@ -157,14 +158,15 @@ class Progress:
 
 def next_commands(run_dir: str) -> str:
     """The commands for a finished run, one per line."""
+    program = own_command()
     run = shlex.quote(run_dir)
     folder = Path(run_dir)
     export = shlex.quote(str(folder.with_name(f"{folder.name}_export")))
     return "\n".join(
         [
             "next:",
-            f"  python launch/evaluate.py {run}",
-            f"  python launch/export.py {run} {export}",
-            f"  python launch/board.py {shlex.quote(str(folder.parent))}    # TensorBoard",
+            f"  {program} evaluate {run}",
+            f"  {program} export {run} {export}",
+            f"  {program} board {shlex.quote(str(folder.parent))}    # TensorBoard",
         ]
     )

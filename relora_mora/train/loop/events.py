@@ -179,7 +179,7 @@ class Evaluating:
         return True
 
     def _held_out(self) -> dict[str, EvalSet]:
-        # as launch/evaluate.py: the tokenizer in the run folder has the chat template of the training
+        # as relora-mora evaluate: the tokenizer in the run folder has the chat template of the training
         limits = self.config.eval
         tokenizer = RunFolder(Path(self.config.train.run_dir)).tokenizer
         return held_out(self.config.data, str(tokenizer), limits.max_tokens, limits.generate)

@@ -294,8 +294,8 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 def run_cli(*arguments: str) -> int:
-    from launch import plan as script
     from relora_mora.cli.command import run
+    from relora_mora.commands import plan as script
 
     with pytest.raises(SystemExit) as end:
         run(script.main, list(arguments))

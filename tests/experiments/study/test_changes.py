@@ -14,7 +14,7 @@ from relora_mora.experiments.study.design import first_round, second_round
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs
 from relora_mora.supervise.lock import RunLock
 from relora_mora.system.run_folder import read_json_lines
-from tests.experiments.study.tools import BASE, CHANGES, TRAINER, made_start, made_study
+from tests.experiments.study.tools import BASE, CHANGES, PROGRAM, made_start, made_study
 from tests.tools.data_tools import write_shards
 from tests.tools.runs import write_inputs
 
@@ -23,18 +23,18 @@ def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
     grid = [{"optim.lr": [1.0]}]
     folder = StudyFolder(tmp_path)
     with pytest.raises(CellsFailed):
-        conduct(made_study(grid=grid, settings={"method.name": "mora"}), folder, TRAINER, 1)
+        conduct(made_study(grid=grid, settings={"method.name": "mora"}), folder, PROGRAM, 1)
     with pytest.raises(ValueError, match=r"started with other settings \(optim.clip\); remove .*lr=1.0,seed=0"):
-        conduct(made_study(grid=grid, settings={"method.name": "mora", "optim.clip": 3.0}), folder, TRAINER, 1)
+        conduct(made_study(grid=grid, settings={"method.name": "mora", "optim.clip": 3.0}), folder, PROGRAM, 1)
 
 
 @pytest.mark.parametrize(("changes", "named"), CHANGES)
 def test_a_changed_setting_is_refused_even_if_all_runs_are_done(tmp_path: Path, changes: dict[str, Any], named: str):
     grid = [{"method.name": "mora", "optim.lr": 3e-3}]
     folder = StudyFolder(tmp_path)
-    conduct(made_study(grid=grid), folder, TRAINER, 1)
+    conduct(made_study(grid=grid), folder, PROGRAM, 1)
     with pytest.raises(ValueError, match=rf"started with other settings \({named}\); remove .*lr=0.003,seed=0"):
-        conduct(made_study(grid=grid, **changes), folder, TRAINER, 1)
+        conduct(made_study(grid=grid, **changes), folder, PROGRAM, 1)
 
 
 def test_cells_that_never_ran_may_change(tmp_path: Path):
@@ -42,7 +42,7 @@ def test_cells_that_never_ran_may_change(tmp_path: Path):
     folder = StudyFolder(tmp_path)
     before = made_study(grid=grid)
     folder.begin(cell_configs(before, first_round(before), folder), 1)
-    assert conduct(made_study(grid=grid, settings={"optim.clip": 3.0}), folder, TRAINER, 1) == 2
+    assert conduct(made_study(grid=grid, settings={"optim.clip": 3.0}), folder, PROGRAM, 1) == 2
 
 
 def test_cells_may_not_change_while_another_study_begins_them(tmp_path: Path):
@@ -68,7 +68,7 @@ def test_a_start_that_is_refused_changes_nothing(tmp_path: Path):
     claim = RunLock(folder.claim(first))
     claim.acquire()
     with pytest.raises(ValueError, match="started with other settings"):
-        conduct(made_study(grid=grid, settings={"optim.clip": 3.0}), folder, TRAINER, 1)
+        conduct(made_study(grid=grid, settings={"optim.clip": 3.0}), folder, PROGRAM, 1)
     claim.release()
     assert (folder.given(second) or {})["optim"]["clip"] == 1.0
 
@@ -86,21 +86,21 @@ def test_a_study_goes_on_with_the_base_config_that_it_began_with(tmp_path: Path,
 
     monkeypatch.setitem(conduct.__globals__, "second_round", changed)
     folder = StudyFolder(tmp_path / "out")
-    assert conduct(made_study(base=str(base), grid=grid, seeds=[0, 1], choose=choose), folder, TRAINER, 1) == 3
+    assert conduct(made_study(base=str(base), grid=grid, seeds=[0, 1], choose=choose), folder, PROGRAM, 1) == 3
     assert {record["config"]["train"]["steps"] for record in folder.kept().values()} == {1000}
     with pytest.raises(ValueError, match=r"started with other settings \(train.steps\)"):
-        conduct(made_study(base=str(base), grid=grid, seeds=[0, 1], choose=choose), folder, TRAINER, 1)
+        conduct(made_study(base=str(base), grid=grid, seeds=[0, 1], choose=choose), folder, PROGRAM, 1)
 
 
 @pytest.mark.parametrize("text", ["", "{", "3"])
 def test_truncated_settings_are_reported(tmp_path: Path, text: str):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
     folder = StudyFolder(tmp_path)
-    conduct(study, folder, TRAINER, 1)
+    conduct(study, folder, PROGRAM, 1)
     [settings] = (tmp_path / "settings").iterdir()
     settings.write_text(text)
     with pytest.raises(ValueError, match=r"lr=0\.003,seed=0\.json does not hold the settings of a run; remove "):
-        conduct(study, folder, TRAINER, 1)
+        conduct(study, folder, PROGRAM, 1)
 
 
 @pytest.fixture
@@ -115,19 +115,19 @@ def test_runs_with_a_changed_initial_model_are_not_mixed(tmp_path: Path, start: 
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
     folder = StudyFolder(tmp_path / "out")
     for _ in range(2):
-        assert conduct(study, folder, TRAINER, 1) == 1
+        assert conduct(study, folder, PROGRAM, 1) == 1
     (start / "model.safetensors").write_bytes(b"b" * 100_000)
     with pytest.raises(ValueError, match=OTHER_WEIGHTS):
-        conduct(study, folder, TRAINER, 1)
+        conduct(study, folder, PROGRAM, 1)
     with pytest.raises(ValueError, match=OTHER_WEIGHTS):
-        run_again(study, folder, "name=mora,lr=0.003,seed=0", TRAINER)
+        run_again(study, folder, "name=mora,lr=0.003,seed=0", PROGRAM)
     kept = folder.run(first_round(study)[0]).starts
     [line] = read_json_lines(kept)
     kept.write_text(json.dumps({**line, "began_with": {}}) + "\n", encoding="utf-8")
-    assert conduct(study, folder, TRAINER, 1) == 1, "an earlier version did not note it"
+    assert conduct(study, folder, PROGRAM, 1) == 1, "an earlier version did not note it"
     kept.write_text(json.dumps(line) + "\n", encoding="utf-8")
     shutil.rmtree(start)
-    assert conduct(study, folder, TRAINER, 1) == 1, "all is done, and the model is needed no more"
+    assert conduct(study, folder, PROGRAM, 1) == 1, "all is done, and the model is needed no more"
 
 
 def test_an_initial_model_may_not_change_between_the_rounds(
@@ -144,7 +144,7 @@ def test_an_initial_model_may_not_change_between_the_rounds(
     monkeypatch.setitem(conduct.__globals__, "second_round", changed)
     folder = StudyFolder(tmp_path / "out")
     with pytest.raises(ValueError, match=OTHER_WEIGHTS):
-        conduct(study, folder, TRAINER, 1)
+        conduct(study, folder, PROGRAM, 1)
     assert len(list((folder.path / "runs").iterdir())) == 2
 
 
@@ -154,13 +154,13 @@ def test_runs_with_changed_text_are_not_mixed(tmp_path: Path):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], seeds=[0, 1], settings=settings)
     folder = StudyFolder(tmp_path / "out")
     for _ in range(2):
-        assert conduct(study, folder, TRAINER, 1) == 2
+        assert conduct(study, folder, PROGRAM, 1) == 2
     write_shards(text / "train", 3, 61)
     with pytest.raises(ValueError) as refused:
-        conduct(study, folder, TRAINER, 1)
+        conduct(study, folder, PROGRAM, 1)
     assert str(refused.value).count("was started with other text than data.train holds now; remove ") == 2
     shutil.rmtree(text)
-    assert conduct(study, folder, TRAINER, 1) == 2, "all is done, and the text is needed no more"
+    assert conduct(study, folder, PROGRAM, 1) == 2, "all is done, and the text is needed no more"
 
 
 def test_runs_that_found_a_fault_in_their_settings_have_not_begun(tmp_path: Path):
@@ -172,24 +172,24 @@ def test_runs_that_found_a_fault_in_their_settings_have_not_begun(tmp_path: Path
         folder.run(cell).path.mkdir(parents=True)
         folder.run(cell).ends.write_text('{"code": 2}\n')
     changed = made_study(grid=grid, settings={"optim.clip": 3.0})
-    assert conduct(changed, folder, TRAINER, 1) == 2
+    assert conduct(changed, folder, PROGRAM, 1) == 2
     with pytest.raises(ValueError) as refused:
-        conduct(study, folder, TRAINER, 1)
+        conduct(study, folder, PROGRAM, 1)
     assert str(refused.value).count("was started with other settings (optim.clip)") == 2
 
 
 def test_a_newer_setting_had_its_default(tmp_path: Path):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
     folder = StudyFolder(tmp_path)
-    conduct(study, folder, TRAINER, 1)
+    conduct(study, folder, PROGRAM, 1)
     path = folder.settings(first_round(study)[0])
     noted = json.loads(path.read_text(encoding="utf-8"))
     del noted["optim"]["matrices"]
     path.write_text(json.dumps(noted), encoding="utf-8")
-    assert conduct(study, folder, TRAINER, 1) == 1
+    assert conduct(study, folder, PROGRAM, 1) == 1
     path.write_text(json.dumps(noted), encoding="utf-8")
     with pytest.raises(ValueError, match=r"started with other settings \(optim.matrices\)"):
-        conduct(made_study(grid=study.grid, settings={"optim.matrices": "muon"}), folder, TRAINER, 1)
+        conduct(made_study(grid=study.grid, settings={"optim.matrices": "muon"}), folder, PROGRAM, 1)
     path.write_text(json.dumps(noted | {"data": noted["data"] | {"gone_since": 1}}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"started with settings that this version does not know; remove"):
-        conduct(study, folder, TRAINER, 1)
+        conduct(study, folder, PROGRAM, 1)

@@ -13,7 +13,7 @@ from relora_mora.experiments.study.conduct import conduct, run_again
 from relora_mora.experiments.study.design import Cell, Study, first_round, read_study
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs
 from relora_mora.system.run_folder import read_json_lines
-from tests.experiments.study.tools import CHANGES, TRAINER, made_start, made_study
+from tests.experiments.study.tools import CHANGES, PROGRAM, made_start, made_study
 from tests.tools.helpers import ROOT
 
 CHOOSE = {"over": ["optim.lr"], "lowest": "eval/loss"}
@@ -22,7 +22,7 @@ CHOOSE = {"over": ["optim.lr"], "lowest": "eval/loss"}
 def _moved(study: Study, path: Path, keep: int) -> StudyFolder:
     """Another folder, with the first records of a finished study."""
     first = StudyFolder(path / "here")
-    conduct(study, first, TRAINER, 4)
+    conduct(study, first, PROGRAM, 4)
     there = StudyFolder(path / "there")
     there.path.mkdir()
     lines = first.records.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -34,7 +34,7 @@ def test_a_cell_with_a_record_is_not_run(tmp_path: Path):
     study = made_study(seeds=[0, 1], choose=CHOOSE)
     folder = _moved(study, tmp_path, 5)
     before = folder.records.read_text(encoding="utf-8")
-    assert conduct(study, folder, TRAINER, 4) == 8
+    assert conduct(study, folder, PROGRAM, 4) == 8
     names = [record["name"] for record in read_json_lines(folder.records)]
     assert folder.records.read_text(encoding="utf-8").startswith(before)
     assert {path.name for path in (folder.path / "runs").iterdir()} == set(names[5:])
@@ -45,7 +45,7 @@ def test_a_record_that_the_grid_no_longer_names_stays(tmp_path: Path):
     folder = _moved(made_study(), tmp_path, 6)
     kept = read_json_lines(folder.records)
     less = made_study(grid=[{"method.name": "mora", "method.rank": 16, "optim.lr": 3e-3}])
-    assert conduct(less, folder, TRAINER, 1) == 1
+    assert conduct(less, folder, PROGRAM, 1) == 1
     assert [record["name"] for record in read_json_lines(folder.records)] == [
         "name=mora,rank=16,lr=0.003,seed=0",
         *(record["name"] for record in kept if record["name"] != "name=mora,rank=16,lr=0.003,seed=0"),
@@ -59,7 +59,7 @@ def test_a_record_of_other_settings_is_refused(tmp_path: Path, changes: dict[str
         rf"rank=8,lr=0.001,seed=0 was started with other settings \({named}\); remove .* and its line in .*cells.jsonl"
     )
     with pytest.raises(ValueError, match=said):
-        conduct(made_study(**changes), folder, TRAINER, 1)
+        conduct(made_study(**changes), folder, PROGRAM, 1)
     assert not (folder.path / "runs").exists()
 
 
@@ -67,12 +67,12 @@ def test_digests_of_the_first_start_are_kept_at_a_resume(tmp_path: Path):
     start = made_start(tmp_path / "start")
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
     folder = StudyFolder(tmp_path / "out")
-    conduct(study, folder, TRAINER, 1)
+    conduct(study, folder, PROGRAM, 1)
     with folder.run(first_round(study)[0]).starts.open("a") as starts:
         starts.write('{"command": [], "step": 5}\n')  # a resume
     [before] = folder.kept().values()
     folder.records.unlink()
-    conduct(study, folder, TRAINER, 1)
+    conduct(study, folder, PROGRAM, 1)
     [record] = folder.kept().values()
     assert record["start"]["began_with"] == before["start"]["began_with"] != {}
 
@@ -83,7 +83,7 @@ def test_a_record_of_other_weights_is_refused(tmp_path: Path):
     folder = _moved(study, tmp_path, 1)
     (start / "model.safetensors").write_bytes(b"b" * 100_000)
     with pytest.raises(ValueError, match=r"other weights than model.init_from holds now; .*its line in .*cells.jsonl"):
-        conduct(study, folder, TRAINER, 1)
+        conduct(study, folder, PROGRAM, 1)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_line_that_is_not_a_record_is_reported(tmp_path: Path, line: str):
     with pytest.raises(
         ValueError, match=r"cells\.jsonl, line 2: not a record of a run; .* copy it again or remove the line"
     ):
-        conduct(made_study(), folder, TRAINER, 1)
+        conduct(made_study(), folder, PROGRAM, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]
 
 
@@ -108,8 +108,8 @@ def test_a_repeated_run_is_compared_with_its_record(tmp_path: Path):
     scored["metrics"][-1] |= {"eval/digest": "0123", "eval/answers": 3}  # an earlier version did not note these
     folder.records.write_text("".join(json.dumps(record) + "\n" for record in (scored, *others)), encoding="utf-8")
     for _ in range(2):
-        assert run_again(study, folder, "name=mora,lr=0.003,seed=0", TRAINER) == (2, [])
-    _, different = run_again(study, folder, "name=lora,lr=0.003,seed=0", TRAINER)
+        assert run_again(study, folder, "name=mora,lr=0.003,seed=0", PROGRAM) == (2, [])
+    _, different = run_again(study, folder, "name=lora,lr=0.003,seed=0", PROGRAM)
     assert [line.partition(":")[0] for line in different] == ["eval/loss at step 1000"]
 
 
@@ -134,7 +134,7 @@ def all_rounds(study: Study) -> list[Cell]:
 def test_of_many_merges_and_steps_some_are_kept_whole(tmp_path: Path):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
     folder = StudyFolder(tmp_path)
-    conduct(study, folder, TRAINER, 1)
+    conduct(study, folder, PROGRAM, 1)
     folder.records.unlink()
     [cell] = first_round(study)
     merge = {"merge/layers": 28, "merge/seconds": 0.5, "merge/delta_norm/q_proj": 1.0}
@@ -145,7 +145,7 @@ def test_of_many_merges_and_steps_some_are_kept_whole(tmp_path: Path):
     [begun, *others] = read_json_lines(folder.run(cell).metrics)
     lines = [{**begun, "perf/tokens_per_second": 1000.0}, *others]
     folder.run(cell).metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    assert conduct(study, folder, TRAINER, 1) == 1
+    assert conduct(study, folder, PROGRAM, 1) == 1
     [record] = read_json_lines(folder.records)
     kept = {
         tag: [line["step"] for line in record["metrics"] if tag in line] for tag in (*merge, "train/loss", "eval/loss")

@@ -35,7 +35,7 @@ from relora_mora.experiments.study.record import final_metric
 from relora_mora.experiments.study.runner import POLL_SECONDS, Runner
 from relora_mora.supervise.lock import RunLock
 from relora_mora.system.run_folder import read_json_lines
-from tests.experiments.study.tools import BASE, RATES, TRAINER, made_study
+from tests.experiments.study.tools import BASE, PROGRAM, RATES, TRAINER, made_study
 from tests.tools.grids import rest
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import lives
@@ -198,21 +198,21 @@ def test_all_runs_of_a_study_read_the_same_commit(tmp_path: Path, monkeypatch: p
         grid=[{"method.name": "mora"}], settings={"data.validation": "some/set", "optim.lr": 2.5e-3}, seeds=[0, 1]
     )
     folder = StudyFolder(tmp_path)
-    assert conduct(study, folder, TRAINER, 1) == 2
+    assert conduct(study, folder, PROGRAM, 1) == 2
     noted = {record["given"]["data"]["commits"]["some/set@main"] for record in read_json_lines(folder.records)}
     assert noted == {"a" * 40}
     name = first_round(study)[0].name
     again = StudyFolder(tmp_path / "again" / name)
-    run_again(study, folder, name, TRAINER)
+    run_again(study, folder, name, PROGRAM)
     assert again.commits() == {"some/set@main": "a" * 40}
     (tmp_path / "commits.json").unlink()
-    assert conduct(study, folder, TRAINER, 1) == 2, "the records hold it, too"
+    assert conduct(study, folder, PROGRAM, 1) == 2, "the records hold it, too"
 
 
 def test_faults_of_all_runs_are_reported_together(tmp_path: Path):
     study = made_study(grid=[{"method.rank": [8, -1], "optim.lr": [1e-3, 100.0]}])
     with pytest.raises(ConfigError) as error:
-        conduct(study, StudyFolder(tmp_path), TRAINER, 1)
+        conduct(study, StudyFolder(tmp_path), PROGRAM, 1)
     assert len(error.value.faults) == 2
     assert "method.rank" in error.value.faults[1]
     assert "(in rank=-1,lr=0.001,seed=0)" in error.value.faults[1]
@@ -238,7 +238,7 @@ def test_a_metric_that_no_run_will_have_is_reported_first(
 ):
     study = made_study(settings=settings, choose={"over": ["optim.lr"], "lowest": metric})
     with pytest.raises(ConfigError) as error:
-        conduct(study, StudyFolder(tmp_path), TRAINER, 1)
+        conduct(study, StudyFolder(tmp_path), PROGRAM, 1)
     assert [fault.startswith(f"choose: {metric}: {said}") for fault in error.value.faults] == [True]
     assert not any(tmp_path.iterdir())
 
@@ -253,7 +253,7 @@ def test_a_metric_that_the_runs_will_have_is_accepted(tmp_path: Path, metric: st
 def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
     study = made_study(seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"}, threads=3)
     folder = StudyFolder(tmp_path)
-    assert conduct(study, folder, TRAINER, 4) == 8
+    assert conduct(study, folder, PROGRAM, 4) == 8
     records = read_json_lines(folder.records)
     best = records[-1]
     assert best["name"] == "name=mora,rank=16,lr=0.003,seed=1"
@@ -269,7 +269,7 @@ def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
 
     starts = {path: path.read_bytes() for path in tmp_path.rglob("starts.jsonl")}
     assert len(starts) == 8
-    assert conduct(study, folder, TRAINER, 1) == 8
+    assert conduct(study, folder, PROGRAM, 1) == 8
     assert {path: path.read_bytes() for path in tmp_path.rglob("starts.jsonl")} == starts
 
 
@@ -305,7 +305,7 @@ def test_the_bar_never_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         seen.append(self.bar.n)
 
     monkeypatch.setattr(Runner, "_show", noted)
-    conduct(study, folder, TRAINER, 1)
+    conduct(study, folder, PROGRAM, 1)
     assert seen == sorted(seen)
     assert seen[0] >= 0.5
     assert seen[-1] == pytest.approx(2)
@@ -327,14 +327,14 @@ def test_a_run_that_lost_its_last_evaluation_is_not_chosen_by_an_earlier_one(tmp
     """A full disk costs lines of metrics, but not the run."""
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
     folder = StudyFolder(tmp_path)
-    conduct(study, folder, TRAINER, 1)
+    conduct(study, folder, PROGRAM, 1)
     [cell] = first_round(study)
     metrics = folder.run(cell).metrics
     assert final_metric(cell, folder, "eval/loss") == 0.0
     metrics.write_text('{"step": 500, "eval/loss": 2.0}\n{"step": 1000, "train/loss": 1.0}\n', encoding="utf-8")
     if gone:
         folder.records.unlink()
-        conduct(study, folder, TRAINER, 1)
+        conduct(study, folder, PROGRAM, 1)
         shutil.rmtree(folder.run(cell).path)
     with pytest.raises(
         ValueError, match=r"eval/loss in .*metrics.jsonl is from step 500, but the run has 1000 steps .* is lost; "
@@ -346,7 +346,7 @@ def test_a_run_that_fails_is_named_when_the_others_are_done(tmp_path: Path):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": [1.0, 3e-3]}])
     folder = StudyFolder(tmp_path)
     with pytest.raises(CellsFailed, match=r"lr=1.0,seed=0 did not finish; the end of .*\n.*\n  it diverged"):
-        conduct(study, folder, TRAINER, 1)
+        conduct(study, folder, PROGRAM, 1)
     assert [record["name"] for record in read_json_lines(folder.records)] == ["name=mora,lr=0.003,seed=0"]
 
 
@@ -364,7 +364,7 @@ from relora_mora.experiments.study.design import read_study
 from relora_mora.experiments.study.folder import StudyFolder
 from relora_mora.experiments.study.runner import Stopped
 try:
-    print(conduct(read_study(sys.argv[1]), StudyFolder(Path(sys.argv[2])), Path(sys.argv[3]), 2))
+    print(conduct(read_study(sys.argv[1]), StudyFolder(Path(sys.argv[2])), [sys.argv[3]], 2))
 except Stopped:
     print("stopped")
 """
@@ -385,7 +385,7 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number
     assert said == "stopped\n"
     assert not folder.is_done(waiting)
     assert [record["name"] for record in read_json_lines(folder.records)] == [cell.name for cell in others]
-    assert conduct(read_study(study), folder, TRAINER, 1) == 3
+    assert conduct(read_study(study), folder, PROGRAM, 1) == 3
     assert len(folder.run(waiting).starts.read_text(encoding="utf-8").splitlines()) == 2
     assert read_json_lines(folder.records)[0]["start"]["step"] == 0, "the axis of time begins where the run began"
 
@@ -457,40 +457,40 @@ def test_the_runs_of_a_study_that_is_killed_end_with_it(tmp_path: Path):
     if lives(trainer):
         trainer.kill()
         pytest.fail("the run goes on without its study")
-    assert conduct(read_study(study), folder, TRAINER, 1) == 1
+    assert conduct(read_study(study), folder, PROGRAM, 1) == 1
 
 
 def test_a_repeated_run_is_compared_number_by_number(tmp_path: Path):
     study = made_study(grid=[{"method.name": ["mora", "lora"], "optim.lr": 3e-3}])
     folder = StudyFolder(tmp_path)
-    conduct(study, folder, TRAINER, 2)
-    assert run_again(study, folder, "name=mora,lr=0.003,seed=0", TRAINER) == (2, [])
-    numbers, different = run_again(study, folder, "name=lora,lr=0.003,seed=0", TRAINER)
+    conduct(study, folder, PROGRAM, 2)
+    assert run_again(study, folder, "name=mora,lr=0.003,seed=0", PROGRAM) == (2, [])
+    numbers, different = run_again(study, folder, "name=lora,lr=0.003,seed=0", PROGRAM)
     assert numbers == 2
     assert [line.partition(":")[0] for line in different] == ["eval/loss at step 1000"]
     with pytest.raises(ValueError, match="--again: no finished run is called nothing; finished runs: name=mora"):
-        run_again(study, folder, "nothing", TRAINER)
+        run_again(study, folder, "nothing", PROGRAM)
 
 
 def test_an_interrupted_repetition_continues(tmp_path: Path):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
     [cell] = first_round(study)
     folder = StudyFolder(tmp_path)
-    conduct(study, folder, TRAINER, 1)
-    run_again(study, folder, cell.name, TRAINER)
+    conduct(study, folder, PROGRAM, 1)
+    run_again(study, folder, cell.name, PROGRAM)
     again = StudyFolder(tmp_path / "again" / cell.name).run(cell)
     (again.path / "mark").touch()
     again.ends.unlink()
-    assert run_again(study, folder, cell.name, TRAINER) == (2, [])
+    assert run_again(study, folder, cell.name, PROGRAM) == (2, [])
     assert (again.path / "mark").exists()
-    assert run_again(study, folder, cell.name, TRAINER) == (2, [])
+    assert run_again(study, folder, cell.name, PROGRAM) == (2, [])
     assert not (again.path / "mark").exists()
 
 
 def test_a_study_whose_runs_could_not_go_on_is_refused(tmp_path: Path):
     study = made_study(grid=[{"method.name": "mora"}], settings={"train.resume": "never"})
     with pytest.raises(ConfigError, match=r"train\.resume: never, but a study resumes its interrupted runs"):
-        conduct(study, StudyFolder(tmp_path), TRAINER, 1)
+        conduct(study, StudyFolder(tmp_path), PROGRAM, 1)
 
 
 def test_every_study_can_be_run(tmp_path: Path):

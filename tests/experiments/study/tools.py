@@ -10,6 +10,7 @@ from tests.tools.helpers import ROOT
 
 BASE = str(ROOT / "configs/run/tiny_mora.yaml")
 TRAINER = Path(__file__).with_name("trainer.py")
+PROGRAM = [str(TRAINER)]  # as arguments of Python
 RATES = [1e-3, 3e-3, 1e-2]
 
 

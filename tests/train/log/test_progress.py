@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
+from relora_mora.commands import NAMES
 from relora_mora.system.logs import setup_logging
 from relora_mora.train.log.progress import Progress, next_commands
-from tests.tools.helpers import ROOT, Terminal
+from tests.tools.helpers import Terminal
 
 
 def set_stderr(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
@@ -75,13 +76,14 @@ def test_time_before_the_first_step_does_not_count_in_the_time_left(monkeypatch:
     assert stderr.getvalue().endswith("loss 5.0, 01:00 left\n")
 
 
-def test_the_next_commands_are_words_of_a_shell_and_their_scripts_exist() -> None:
+def test_the_next_commands_are_words_of_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relora_mora.train.log.progress.own_command", lambda: "relora-mora")
     first, *lines = next_commands("runs/my run").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     assert first == "next:"
     assert words == [
-        ["python", "launch/evaluate.py", "runs/my run"],
-        ["python", "launch/export.py", "runs/my run", "runs/my run_export"],
-        ["python", "launch/board.py", "runs"],
+        ["relora-mora", "evaluate", "runs/my run"],
+        ["relora-mora", "export", "runs/my run", "runs/my run_export"],
+        ["relora-mora", "board", "runs"],
     ]
-    assert all((ROOT / script).is_file() for _, script, *_ in words)
+    assert all(command in NAMES for _, command, *_ in words)

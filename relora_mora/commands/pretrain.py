@@ -1,16 +1,35 @@
-"""Code that the training commands share, from their settings to their exit code.
+"""Pretrains a model. It is also what the commands that train share, from their settings to their exit code."""
 
-Slow imports happen inside functions, so that Ctrl-C works during them.
-"""
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
-
+from relora_mora.cli.arguments import PositiveInt
 from relora_mora.cli.command import run
 from relora_mora.system.process import many_imports, say
 
 if TYPE_CHECKING:
     from relora_mora.config.schema import Config
+
+
+def main(config: str, *, show: PositiveInt | None = None, **overrides: str) -> int:
+    """Pretrains a model.
+
+    Start it on several GPUs with deepspeed --module relora_mora pretrain ..., with torchrun, or in a Slurm job.
+
+    Exit codes: 0 done, 1 training cannot continue, 2 a mistake in settings or data, 69 another rank or the launcher is
+    gone, 75 stopped by a signal with everything saved. After 69 and 75, start it again.
+
+    Arguments:
+        config: a YAML file, or the name of a shipped one (relora-mora configs)
+        overrides: settings, e.g. --train.steps=100; docs/settings.md lists them
+
+    Options:
+        show: print this many rows of the training data as tokens, with the scored part marked, and train nothing
+
+    Example:
+        relora-mora pretrain tiny_remora --train.steps=100
+    """
+    return train(config, overrides, show=show)
 
 
 def train(
@@ -68,10 +87,10 @@ def _show(config: "Config", count: int) -> int:
     return 0
 
 
-def run_to_the_end(main: Callable[..., int]) -> None:
-    """Runs ``main`` with the arguments of the command line. The process exits here."""
+def run_to_the_end(main: Callable[..., int], argv: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:
+    """Runs ``main`` like :func:`run`, for a command that trains. The process exits here."""
     try:
-        run(main)
+        run(main, argv, name=name)
     except SystemExit as end:
         try:
             from relora_mora.supervise.exits import FAILED, leave_process

@@ -1,12 +1,8 @@
-"""Writes English text from this machine in C4's file format, for `make demo`; needs no network.
-
-    python launch/demo_text.py --out=runs/demo/data
+"""Writes English text from this machine in C4's file format, for the demo; needs no network.
 
 The text is the language reference in ``pydoc_data.topics`` and the docstrings of the standard library and the installed
 packages, read with ``ast`` (nothing is imported). The result depends only on the installed files.
 """
-
-from __future__ import annotations
 
 import ast
 import contextlib
@@ -25,12 +21,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-try:
-    from relora_mora.cli.arguments import PositiveInt
-    from relora_mora.cli.command import run
-    from relora_mora.system.files import new_folder
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: activate the environment (source .venv/bin/activate), or make one (make env)") from None
+from relora_mora.cli.arguments import PositiveInt
+from relora_mora.cli.command import run
+from relora_mora.system.files import new_folder
 
 MARKER = "demo_text.json"
 TIMESTAMP = "1970-01-01T00:00:00Z"  # docstrings have no crawl time; a constant makes the files reproducible
@@ -58,7 +51,7 @@ class DemoTextError(ValueError):
 def main(out: str = "runs/demo/data", max_bytes: PositiveInt = 40_000_000, processes: int | None = None) -> None:
     """Writes English text from this machine as json.gz shards: OUT/train (8) and OUT/validation (1).
 
-    Args:
+    Options:
         out: the folder to write; a complete one is left unchanged
         max_bytes: most bytes of UTF-8 text; if there is more, a sample of the documents is kept
         processes: number of processes that read source files; default: one per core, at most 8

@@ -1,0 +1,47 @@
+"""The command ``relora-mora``, also ``python -m relora_mora``. It finds the command by its name and runs it."""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from relora_mora import __version__
+from relora_mora.cli.arguments import without_local_rank
+from relora_mora.cli.command import USER_ERROR, run
+from relora_mora.cli.help import overview
+from relora_mora.commands import COMMANDS, NAMES, main_of
+from relora_mora.commands.pretrain import run_to_the_end
+from relora_mora.system.process import say
+
+PROGRAM = "relora-mora"
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command that the first argument names."""
+    command, *words = without_local_rank(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("--help", "-h", "help"):
+        print(overview(PROGRAM, {title: {name: main_of(name) for name in names} for title, names in COMMANDS.items()}))
+        raise SystemExit(0)
+    if command == "--version":
+        print(f"{PROGRAM} {__version__}")
+        raise SystemExit(0)
+    if command not in NAMES:
+        near = difflib.get_close_matches(command, NAMES, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(NAMES)}"
+        say(f"{command}: unknown command; {remedy}")
+        raise SystemExit(USER_ERROR)
+    start(command, words, name=f"{PROGRAM} {command}")
+
+
+def start(command: str, argv: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:
+    """Runs one command and ends the process; ``name`` is what messages call it, by default the script's name."""
+    if command == "tokenize":
+        sys.modules["torch"] = None  # type: ignore[assignment] # else transformers imports it, which takes seconds
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    runner = run_to_the_end if command in ("pretrain", "finetune") else run
+    runner(main_of(command), argv, name=name)
+
+
+if __name__ == "__main__":
+    main()

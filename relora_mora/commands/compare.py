@@ -1,0 +1,67 @@
+"""Compares runs in a table, and in figures."""
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(
+    *runs: str,
+    out: str | None = None,
+    against: str | None = None,
+    reach: str | None = None,
+    unnamed: str = "",
+    best: str = "",
+) -> None:
+    """Prints a Markdown table of runs, and draws figures of them.
+
+    Runs that differ only in the seed share a row with their mean.
+
+    Arguments:
+        runs: run folders, or the cells.jsonl of a study; perplexities are also given as multiples of the first run's
+
+    Options:
+        out: a folder for compare.md, compare.json and plots as PNG; it is created if needed, and these files in it are
+            replaced
+        against: the run folder, or the name of a study's run, to compare with instead of the first run
+        reach: a metric and values, such as eval/character_accuracy=0.5,0.95: adds the steps at which the metric reached
+            these values, and a plot of the metric
+        unnamed: settings to leave out of the names of rows, such as optim.lr,optim.restart_warmup_steps
+        best: settings such as optim.lr; of rows that differ only in these settings, keeps the one with the most seeds
+            or else the lowest validation loss
+
+    Example:
+        relora-mora compare runs/tiny_full runs/tiny_remora --out=compared
+    """
+    from relora_mora.experiments.compare.figures import figures_of
+    from relora_mora.experiments.compare.files import check_plots, write_files
+    from relora_mora.experiments.compare.groups import group_of, group_runs
+    from relora_mora.experiments.compare.reach import parse_reach, reach_notes, step_cells
+    from relora_mora.experiments.compare.runs import CompareError, is_model, read_run, read_runs
+    from relora_mora.experiments.compare.table import as_json, compare, markdown
+
+    if not runs:
+        raise CompareError("no runs given; give run folders, e.g. runs/full runs/remora")
+    if out is not None:
+        check_plots(Path(out))
+    folders = [Path(name) for name in runs]
+    models = [folder for folder in folders if is_model(folder)]
+    if len(models) < len(folders):
+        folders = [folder for folder in folders if folder not in models]
+        for model in models:
+            print(f"{model}: a model, not a run; left out", file=sys.stderr)
+    by_folder = {each.folder.resolve(): each for folder in folders for each in read_runs(folder)}
+    if against is not None and not any(each.is_named(against) for each in by_folder.values()):
+        by_folder[Path(against).resolve()] = read_run(Path(against))
+    settings = [[name.strip() for name in option.split(",") if name.strip()] for option in (unnamed, best)]
+    groups = group_runs(by_folder.values(), *settings)
+    reference = None if against is None else group_of(groups, against)
+    rows = compare(groups, reference)
+    reached = None if reach is None else parse_reach(reach, groups)
+    columns, notes = ({}, []) if reached is None else (step_cells(reached, groups), reach_notes(reached, groups))
+    table = markdown(rows, reference, columns, notes)
+    print(table, end="", flush=True)
+    if out is None:
+        return
+    texts = {"compare.md": table, "compare.json": json.dumps(as_json(rows, reference), indent=1) + "\n"}
+    write_files(Path(out), texts, figures_of(groups, reached, reference))

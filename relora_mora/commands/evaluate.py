@@ -1,0 +1,293 @@
+"""Evaluates a checkpoint, an export or any Hugging Face causal LM: its held-out loss, or its scores in lm-eval tasks.
+
+The output ends with a line of JSON.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relora_mora.cli.arguments import NonNegativeInt, PositiveInt
+from relora_mora.system.process import many_imports
+
+if TYPE_CHECKING:
+    import torch
+
+    from relora_mora.config.data import DataConfig
+    from relora_mora.data.sets.held_out import EvalSet
+    from relora_mora.evaluation.loss import EvalResult
+    from relora_mora.weights.load import LoadedModel
+
+
+def main(
+    model: str,
+    *,
+    data: str | None = None,
+    base: str | None = None,
+    tokenizer: str | None = None,
+    max_tokens: PositiveInt | None = None,
+    micro_batch_size: PositiveInt = 8,
+    precision: str = "float32",
+    tasks: str | None = None,
+    task_data: str | None = None,
+    num_fewshot: NonNegativeInt | None = None,
+    limit: PositiveInt | None = None,
+    **overrides: str,
+) -> None:
+    """Scores text or tasks with a model.
+
+    Several sets of text are scored separately and all together. The last line of the output is JSON.
+
+    Arguments:
+        model: a checkpoint or run folder of this trainer, the folder of any Hugging Face causal language model, or the
+            folder of an adapter in the format of PEFT or of the released MoRA code
+        overrides: how the text is read, as --data.KEY=VALUE, for instance --data.sequence_length=512,
+            --data.document_mask=true or --data.records.kind=question. The defaults are the settings of the training,
+            or else those in docs/settings.md, with the model's maximum up to 2048 as sequence_length
+
+    Model:
+        base: the model that an adapter was trained on; default: the folder that its config names
+        tokenizer: folder or .model file; default: the model's own
+        precision: float32, bfloat16 or float16
+        micro_batch_size: sequences per forward pass
+
+    Text:
+        data: source of the text, or YAML of sets by name as in data.validation; default: the run's held-out text
+        max_tokens: predicted tokens to score in each set, in whole documents; default: all
+
+    Tasks:
+        tasks: names of lm-evaluation-harness tasks, separated by commas, to score instead of text; docs/tasks.md
+        task_data: the rows of local tasks: a folder or a file of JSON lines
+        num_fewshot: rows with their answers before each row of a task; default: what the task defines, else none
+        limit: rows of each task to score; default: all
+
+    Example:
+        relora-mora evaluate runs/demo/run --data='runs/demo/data/validation/*.json.gz'
+    """
+    from relora_mora.config.data_flags import SCORING, check_names, parse_typed, read_data
+
+    check_names(overrides, SCORING)
+    task_options: dict[str, Any] = {"task_data": task_data, "num_fewshot": num_fewshot, "limit": limit}
+    text_options = {"data": data, "max_tokens": max_tokens, **overrides}
+    unused = [name for name, value in (task_options if tasks is None else text_options).items() if value is not None]
+    if unused:
+        reason = "only used with --tasks" if tasks is None else "only used for text, and --tasks scores no text"
+        raise ValueError(f"--{unused[0]}: {reason}; leave it out")
+    sources = None if data is None else parse_typed(data, "--data")
+    # parts of data.records may override the run's own settings, which are not known before the run is read
+    early = {name: value for name, value in overrides.items() if not name.startswith("data.records.")}
+    text = read_data({"train": "none", "validation": "none" if sources is None else sources}, early, SCORING)
+    with many_imports():  # takes seconds, so arguments are checked first
+        import torch
+
+        from relora_mora.evaluation.loss import EvalResult, held_out
+        from relora_mora.system.hardware import uses_cuda
+        from relora_mora.system.logs import counted
+        from relora_mora.tokenizer.load import load_tokenizer
+        from relora_mora.weights.export import DTYPES
+        from relora_mora.weights.foreign import is_foreign
+        from relora_mora.weights.load import load_model
+        from relora_mora.weights.peft import is_adapter
+
+    if precision not in DTYPES:
+        raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
+    if tasks is not None:
+        from relora_mora.evaluation.harness import check_tasks
+
+        names = [name.strip() for name in tasks.split(",")]
+        check_tasks(names, task_data, num_fewshot)
+    elif sources is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
+        raise ValueError(f"--data: {model} is not a run and names no text; give text to score, e.g. allenai/c4")
+    # missing files are reported before a large model is read
+    if tokenizer is not None:
+        load_tokenizer(tokenizer)
+    if sources is not None:
+        _check_files(text)
+    loaded = load_model(Path(model), DTYPES[precision], None if base is None else Path(base))
+    if tasks is not None:
+        _score_tasks(loaded, tokenizer, names, micro_batch_size, **task_options)
+        return
+    settings = loaded.data_settings(sources, overrides, own_tokenizer=tokenizer is None)
+    masked = settings.masks_documents_of(settings.sources("validation"))
+    if "data.document_mask" in overrides and masked and not settings.document_mask:
+        raise ValueError("--data.document_mask: records that are packed whole are always masked; leave it out")
+    _check_length(settings.sequence_length, loaded, model, masked=masked)
+    with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
+        sets = held_out(settings, str(tokenizer_path), max_tokens)
+    device = torch.device("cuda" if uses_cuda() else "cpu")
+    lm = _causal_model(loaded, model, device)
+    tokens = sum(each.predicted for each in sets.values())
+    documents = counted(sum(each.documents for each in sets.values()), "document")
+    print(
+        f"{loaded.description}: {tokens:,} tokens of {documents} in sequences of {settings.sequence_length}"
+        f"{', each document by itself' if masked else ''}",
+        file=sys.stderr,
+    )
+    results = _score(lm, sets, micro_batch_size, device)
+    total = EvalResult.of_all(results.values())
+    if not math.isfinite(total.loss):
+        raise ValueError(
+            f"{model}: its loss in {precision} is {total.loss}; choose another --precision, or undamaged weights"
+        )
+    if "" in results:
+        print(json.dumps(total.as_dict()))
+        return
+    print(_table({**results, "all sets": total}), file=sys.stderr)
+    print(json.dumps({**total.as_dict(), "sets": {name: result.as_dict() for name, result in results.items()}}))
+
+
+def _check_files(text: "DataConfig") -> None:
+    """Raises SourceError if files of the text on this host are missing."""
+    from relora_mora.config.data import set_setting
+    from relora_mora.data.errors import SourceError
+    from relora_mora.data.sources.names import hub_repo
+    from relora_mora.data.sources.resolve import shards_of
+
+    for name, sources in text.validation_sets.items():
+        if any(hub_repo(source) or "://" in source.source for source in sources):
+            continue
+        try:
+            shards_of(sources, text, "validation")
+        except SourceError as error:
+            raise SourceError(f"{set_setting(name)}: {error}" if name else str(error)) from error
+
+
+def _check_length(length: int, loaded: "LoadedModel", name: str, *, masked: bool) -> None:
+    """Raises ValueError for sequences that are longer than the model supports."""
+    from relora_mora.model.config import length_of_documents
+    from relora_mora.weights.foreign import positions_of
+
+    positions = positions_of(loaded.model)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"--data.sequence_length: got {length}, but {name} has {positions} positions; give at most {positions}"
+        )
+    longest = length_of_documents(loaded.model.config.get_text_config()) if masked else None
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"--data.sequence_length: got {length}, but beyond {longest} positions the longrope of {name} rotates all "
+            f"documents of a batch according to the longest one; give at most {longest}, or unmask documents"
+        )
+
+
+def _causal_model(loaded: "LoadedModel", name: str, device: "torch.device") -> "torch.nn.Module":
+    """The model on the device. Raises ValueError if the model, called ``name``, is not causal."""
+    from relora_mora.evaluation.loss import is_causal
+
+    lm: Any = loaded.model  # torch's types do not know that a model accepts a device
+    lm = lm.to(device).eval()
+    if not is_causal(lm, device):
+        raise ValueError(
+            f"{name}: {type(lm).__name__} predicts a token from the token itself and later ones; "
+            "give a causal language model"
+        )
+    return lm
+
+
+def _score(
+    lm: "torch.nn.Module", sets: Mapping[str, "EvalSet"], micro_batch_size: int, device: "torch.device"
+) -> dict[str, "EvalResult"]:
+    from relora_mora.evaluation.loss import causal_lm_loss, evaluate, evaluate_sets
+    from relora_mora.system.hardware import ran_out_of_memory
+    from relora_mora.system.logs import progress_bar
+
+    rows = min(micro_batch_size, max(each.blocks for each in sets.values()))
+    mean_loss = causal_lm_loss(lm)
+    try:
+        with progress_bar("evaluation", "token") as progress:
+            results = evaluate_sets(
+                lambda each, update: evaluate(mean_loss, each, micro_batch_size=rows, device=device, progress=update),
+                sets,
+                progress,
+            )
+    except (MemoryError, RuntimeError) as error:
+        if ran_out_of_memory(error):
+            [length] = {each.scored.shape[1] for each in sets.values()}
+            raise ValueError(
+                f"--micro_batch_size: {rows} x {length} tokens need more memory than available; lower it"
+            ) from error
+        raise
+    assert results is not None, "nothing stops the evaluation"
+    return results
+
+
+def _score_tasks(
+    loaded: "LoadedModel",
+    tokenizer: str | None,
+    names: list[str],
+    batch_size: int,
+    *,
+    task_data: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+) -> None:
+    """Prints the results of tasks and, for a checkpoint in a run folder, records them there."""
+    import torch
+
+    from relora_mora.evaluation.harness import evaluate_tasks, record, table
+    from relora_mora.system.hardware import uses_cuda
+    from relora_mora.system.run_folder import RunFolder
+    from relora_mora.tokenizer.load import load_tokenizer
+    from relora_mora.weights.export import generation_config
+
+    lm: Any = loaded.model  # torch's types do not know that a model accepts a device
+    lm = lm.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
+    with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
+        loaded_tokenizer = load_tokenizer(tokenizer_path)
+    if loaded.of_run:
+        lm.generation_config = generation_config(loaded_tokenizer, lm.config)  # as in its export
+    results = evaluate_tasks(
+        lm, loaded_tokenizer, names, data=task_data, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
+    )
+    print(f"{loaded.description}\n{table(results)}", file=sys.stderr)
+    print(json.dumps({"tasks": results}), flush=True)
+    if loaded.checkpoint is not None:
+        checkpoint, step = loaded.checkpoint
+        places = (Path(os.path.abspath(checkpoint)), checkpoint.resolve())  # noqa: PTH100 - any folder may be a link
+        runs = (place.parent.parent for place in places)
+        run = next((run for run in runs if RunFolder(run).config.is_file()), None)
+        if run is not None:
+            record(run, step, results, num_fewshot=num_fewshot, limit=limit)
+
+
+@contextlib.contextmanager
+def _tokenizer_of(loaded: "LoadedModel", other: str | None) -> Iterator[Path]:
+    """The folder of the model's own tokenizer, or ``other`` instead; checks that its ids fit the model."""
+    from relora_mora.checkpoint.layout import read_manifest
+    from relora_mora.checkpoint.tokenizer import damaged_tokenizer
+    from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens
+    from relora_mora.tokenizer.load import load_tokenizer
+
+    vocab_size = loaded.model.config.get_text_config().vocab_size
+    if other is None:
+        with loaded.tokenizer as own:
+            check_vocabulary(load_tokenizer(own), vocab_size)
+            yield own
+        return
+    tokenizer = load_tokenizer(other)
+    check_vocabulary(tokenizer, vocab_size)
+    checkpoint = None if loaded.checkpoint is None else loaded.checkpoint[0]
+    if checkpoint is None or damaged_tokenizer(checkpoint, read_manifest(checkpoint)) is None:
+        with contextlib.suppress(ValueError), loaded.tokenizer as own:  # the model may have no tokenizer
+            if not gives_same_tokens(other, own, tokenizer):
+                print(
+                    f"{other} gives other tokens than the model's own tokenizer: the numbers below are meaningful only "
+                    "if the model was trained with it",
+                    file=sys.stderr,
+                )
+    yield Path(other)
+
+
+def _table(results: Mapping[str, "EvalResult"]) -> str:
+    width = max(map(len, results))
+    rows = [
+        f"{name:<{width}} {result.tokens:>15,} {result.loss:>10.4f} {result.perplexity:>12.2f} "
+        f"{'' if result.bits_per_byte is None else f'{result.bits_per_byte:.4f}':>15}"
+        for name, result in results.items()
+    ]
+    return "\n".join([f"{'':<{width}} {'tokens':>15} {'loss':>10} {'perplexity':>12} {'bits per byte':>15}", *rows])

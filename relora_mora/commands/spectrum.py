@@ -1,0 +1,65 @@
+"""Measures the rank of the weight updates of runs."""
+
+from pathlib import Path
+
+from relora_mora.system.process import many_imports
+
+
+def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bool = False) -> None:
+    """Prints the effective rank of what training added to the weights.
+
+    For each projection, it prints the effective rank of W - W_0 and the number of its large singular values.
+    W is the weight in each run's newest checkpoint, including adapters and merges; W_0 is the run's initial weight.
+    Numbers are means over layers, and over runs that differ only in the seed.
+
+    Arguments:
+        runs: run folders
+
+    Options:
+        out: a folder for spectrum.md and spectrum.png; it is created if needed, and these files in it are replaced
+        above: singular values above this count as large
+        checkpoints: also plot the effective rank at every checkpoint that the runs have kept (effective_rank.png)
+
+    Example:
+        relora-mora spectrum runs/tiny_lora runs/tiny_remora --out=spectra
+    """
+    from relora_mora.experiments.compare.files import check_plots, write_files
+    from relora_mora.experiments.compare.groups import group_runs
+    from relora_mora.experiments.compare.runs import CompareError, read_run
+    from relora_mora.experiments.compare.table import table_of
+
+    if not runs:
+        raise CompareError("no runs given; give run folders, e.g. runs/lora runs/remora")
+    if not above >= 0:
+        raise CompareError(f"--above: got {above}, but singular values are not negative; give a number >= 0")
+    if out is not None:
+        check_plots(Path(out))
+    elif checkpoints:
+        raise CompareError("--checkpoints: plots a figure, which needs a folder; give --out")
+    groups = group_runs({Path(name).resolve(): read_run(Path(name)) for name in runs}.values())
+    with many_imports():
+        from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
+        from relora_mora.experiments.compare.spectra import accumulated_figure, rank_columns, spectrum_figure
+        from relora_mora.experiments.spectrum import spectra_of
+    # open files stay readable if a run that continues removes its checkpoint
+    readers = [[CheckpointReader(find_checkpoint(each.folder)) for each in group.runs] for group in groups]
+    steps = [sorted({reader.manifest.step for reader in group_readers}) for group_readers in readers]
+    for group, group_steps in zip(groups, steps, strict=True):
+        if len(group_steps) > 1:
+            raise CompareError(
+                f"{group.label}: its seeds have their newest checkpoints at different steps "
+                f"({', '.join(map(str, group_steps))}); give runs with checkpoints at the same step"
+            )
+    spectra = [[spectra_of(reader) for reader in group_readers] for group_readers in readers]
+    columns = {"method": [group.method for group in groups], "settings": [group.differs for group in groups]}
+    columns |= {"seeds": [str(len(group.runs)) for group in groups], "step": [str(step) for [step] in steps]}
+    notes = [f"Effective rank of W - W_0; singular values above {above:g}. Means over layers and seeds."]
+    notes += [f"{group.label}: {group.state}." for group in groups if group.state]
+    table = table_of(columns | rank_columns(spectra, above), left=2) + "".join(f"\n{note}\n" for note in notes)
+    print(table, end="", flush=True)
+    if out is None:
+        return
+    figures = {"spectrum": spectrum_figure(groups, spectra)}
+    if checkpoints and (ranks := accumulated_figure(groups)) is not None:
+        figures["effective_rank"] = ranks
+    write_files(Path(out), {"spectrum.md": table}, figures)

@@ -1,0 +1,75 @@
+"""Runs a grid of settings over a base config (docs/studies.md)."""
+
+import sys
+from pathlib import Path
+
+from relora_mora.cli.arguments import PositiveInt
+
+
+def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1, again: str | None = None) -> int:
+    """Runs a grid of settings, and writes a table and figures.
+
+    It runs everything that is not done yet; an interrupted run continues where it stopped. Each run has a complete run
+    folder in OUT/runs, its output is in OUT/logs, and finished runs have a record in OUT/cells.jsonl. The table is
+    OUT/compare.md.
+
+    Arguments:
+        study: a YAML file, or the name of a shipped one (relora-mora configs)
+
+    Options:
+        out: the folder of the study; default: runs/studies/NAME
+        jobs: number of runs at the same time
+        again: the name of a finished run, to run it again and compare all its numbers
+
+    Example:
+        relora-mora study memory_tiny --jobs=2
+    """
+    from relora_mora.experiments.compare.files import check_plots
+    from relora_mora.experiments.compare.runs import CompareError
+    from relora_mora.experiments.study.conduct import CellsFailed, conduct, run_again
+    from relora_mora.experiments.study.design import read_study
+    from relora_mora.experiments.study.folder import StudyFolder
+    from relora_mora.experiments.study.runner import Stopped
+    from relora_mora.supervise.exits import REQUEUE
+
+    plan = read_study(study)
+    folder = StudyFolder(Path(out or f"runs/studies/{Path(study).stem}"))
+    program = ["-m", "relora_mora", plan.command]
+    try:
+        if again is not None:
+            numbers, different = run_again(plan, folder, again, program)
+            print("".join(f"{line}\n" for line in different), end="")
+            print(f"different: {len(different)} of {numbers:,} numbers")
+            return 1 if different else 0
+        check_plots(folder.path)
+        from relora_mora.experiments.study.check import check_inputs  # loads torch, which takes seconds
+
+        check_inputs(plan, folder)
+        cells = conduct(plan, folder, program, jobs)
+    except Stopped:
+        sys.stderr.write("stopped; run the same command again to continue\n")
+        return REQUEUE
+    except CellsFailed:
+        if folder.kept():
+            try:
+                _write_table(folder.records, folder.table)
+            except CompareError as error:
+                sys.stderr.write(f"{error}\n")
+        raise
+    _write_table(folder.records, folder.table)
+    print(f"done: {cells}; {folder.records}, {folder.table}")
+    return 0
+
+
+def _write_table(records: Path, file: Path) -> None:
+    """Prints the table of the finished runs, and writes it as ``file``, with their figures next to it."""
+    from relora_mora.experiments.compare.figures import figures_of
+    from relora_mora.experiments.compare.files import write_files
+    from relora_mora.experiments.compare.groups import group_runs
+    from relora_mora.experiments.compare.runs import read_runs
+    from relora_mora.experiments.compare.table import compare, markdown
+
+    groups = group_runs(read_runs(records))
+    table = markdown(compare(groups))
+    write_files(file.parent, {file.name: table}, figures_of(groups))
+    print(table, end="", flush=True)

@@ -1,0 +1,237 @@
+"""Trains a sentencepiece BPE tokenizer with byte fallback on any source that the trainer can read.
+
+The folder it writes gives exactly sentencepiece's ids in ``AutoTokenizer.from_pretrained``. See tokenizer/README.md.
+"""
+
+import heapq
+import io
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from relora_mora.system.files import new_folder
+from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError, open_sentencepiece
+from relora_mora.tokenizer.identity import save_tokenizer
+from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer
+
+# sentencepiece silently drops longer "sentences": two thirds of a web corpus, if it gets whole documents
+SENTENCE_BYTES = 4192
+# it also drops every sentence with one of these: its marks for a space and for unknown characters, and NUL
+_CUT = re.compile("[\n\0\u2581\u2585]")
+_LINE_CHARACTERS = SENTENCE_BYTES // 4  # UTF-8 takes at most 4 bytes
+_CHECKED_DOCUMENTS = 1000
+_META_PIECES = 3 + 256  # unk, bos, eos, bytes
+_MOST_PIECES = 10_000_000
+_MOST_THREADS = 512
+
+SETTINGS: dict[str, Any] = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "unk_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "pad_id": -1,
+    # together these ensure decode(encode(text)) == text, and that the ids of a text's parts decode to the parts
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+    "required_chars": "\u2581",  # means a space; after training on text without spaces, it would have no token
+    "max_sentence_length": SENTENCE_BYTES,
+    "input_sentence_size": 0,  # use everything, because this module already draws a sample of documents
+    "minloglevel": 2,
+}
+
+
+def main(
+    data: str,
+    out: str,
+    vocab_size: int = 32000,
+    seed: int = 0,
+    max_documents: int = 1_000_000,
+    max_bytes: int = 256 * 1024 * 1024,
+    character_coverage: float = 0.99995,
+    threads: int | None = None,
+    **overrides: str,
+) -> None:
+    """Trains a tokenizer on a text.
+
+    It is a sentencepiece BPE tokenizer with byte fallback, in a folder that transformers loads.
+
+    Arguments:
+        data: a source of text as in a run's data.train (path, glob, url, hub:OWNER/NAME/PATTERN, allenai/c4), or a YAML
+            list of them
+        out: the folder to write; it must be new or empty
+        overrides: how the text is read, as --data.KEY=VALUE, for instance --data.sample_by=document;
+            docs/settings.md lists them
+
+    Tokenizer:
+        vocab_size: number of token ids, including unk, bos, eos (0, 1, 2) and the 256 bytes
+        character_coverage: fraction of the text's characters that get a piece of their own; others become bytes
+
+    Sample of the text:
+        max_documents: read at most this many documents, from the first shard on; 0: all
+        max_bytes: train on a random sample of at most this many bytes of the documents read; it is held in memory
+        seed: seed of the sample of documents
+
+    Speed:
+        threads: number of training threads (the result does not depend on it); default: one per core, at most 16
+
+    Example:
+        relora-mora train-tokenizer --data='texts/*.txt' --data.sample_by=document --out=tokenizers/mine
+    """
+    from relora_mora.config.data_flags import READING, parse_typed, read_data
+    from relora_mora.data.formats.file_rows import iter_texts
+
+    started = time.monotonic()
+    _check_settings(vocab_size, max_documents, max_bytes, character_coverage, threads)
+    config = read_data({"train": parse_typed(data, "--data"), "validation": "none"}, overrides, READING)
+    if len({source.weight for source in config.train_sources}) > 1:
+        raise TokenizerError("--data: sources are read one after the other, without weights; leave the weights out")
+    with new_folder(Path(out)) as folder:
+        texts = iter_texts(config.train, split="train", config=config)
+        limit = min(max_documents, sys.maxsize) or None
+        documents, read = sample(islice(texts, limit), max_bytes=max_bytes, seed=seed)
+        if not documents:
+            reason = "it has no text" if not read else f"none of its {read:,} documents fits --max_bytes={max_bytes}"
+            raise TokenizerError(f"{data}: {reason}; give a source with text to train on")
+        sampled = sum(len(text.encode()) for text in documents)
+        print(f"training on {len(documents):,} of the {read:,} documents read, {sampled / 1e6:,.1f} MB", flush=True)
+        model = train(documents, vocab_size=vocab_size, character_coverage=character_coverage, threads=threads)
+        bytes_per_token = write(model, folder, documents[:: len(documents) // _CHECKED_DOCUMENTS + 1])
+    seconds = time.monotonic() - started
+    print(
+        f"wrote {out}: {vocab_size:,} token ids, {bytes_per_token:.2f} bytes per token, {seconds:.1f} s\n"
+        f"use it with --tokenizer.path={out} and a model whose vocab_size is at least {vocab_size}"
+    )
+
+
+def sample(texts: Iterable[str], *, max_bytes: int, seed: int) -> tuple[list[str], int]:
+    """A uniform random sample of at most ``max_bytes`` of UTF-8, in the order read, and the number of texts read.
+
+    Each document draws a number, and those with the smallest numbers are kept. This takes one pass and only the
+    sample's memory. A document that exceeds the limit by itself is left out.
+    """
+    draw = random.Random(seed)
+    total = 0
+    read = 0
+    kept: list[tuple[float, int, int, str]] = []  # heap of (-number drawn, position, bytes, text): largest number first
+    for read, text in enumerate(texts, start=1):
+        size = len(text.encode())
+        key = draw.random()
+        if size > max_bytes or (total + size > max_bytes and kept and key > -kept[0][0]):
+            continue
+        heapq.heappush(kept, (-key, read, size, text))
+        total += size
+        while total > max_bytes:
+            total -= heapq.heappop(kept)[2]
+    return [text for _, _, _, text in sorted(kept, key=lambda item: item[1])], read
+
+
+def sentences(documents: Iterable[str]) -> Iterator[str]:
+    """The documents' lines, cut at characters for which sentencepiece drops a line; long lines are cut at a space."""
+    for document in documents:
+        for line in _CUT.split(document):
+            begin = 0
+            while len(line) - begin > _LINE_CHARACTERS:
+                space = line.rfind(" ", begin + 1, begin + _LINE_CHARACTERS)
+                end = space if space > 0 else begin + _LINE_CHARACTERS
+                yield line[begin:end]
+                begin = end
+            if begin < len(line):
+                yield line[begin:]
+
+
+def train(
+    documents: Iterable[str], *, vocab_size: int, character_coverage: float = 0.99995, threads: int | None = None
+) -> bytes:
+    """The content of a ``tokenizer.model``; raises TokenizerError if ``vocab_size`` does not fit the text."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences(documents),
+            model_writer=model,
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            num_threads=threads or min(16, os.cpu_count() or 1),
+            **SETTINGS,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise TokenizerError(_explain(str(error), vocab_size)) from error
+    return model.getvalue()
+
+
+def write(model: bytes, out: Path, documents: list[str]) -> float:
+    """Checks the model on the documents and on hard texts, then writes the folder; returns UTF-8 bytes per token."""
+    from relora_mora.data.rows import in_calls
+
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / MODEL_FILE
+    file.write_bytes(model)
+    tokenizer = load_tokenizer(file)
+    reference = open_sentencepiece(file)
+
+    def checked(texts: Sequence[str]) -> int:
+        """The number of their tokens; raises TokenizerError if the ids are not exact."""
+        all_ids = encode(tokenizer, texts)
+        for text, ids in zip(texts, all_ids, strict=True):
+            exact = text.replace("\u2581", " ")  # sentencepiece's mark for a space is the only character that is lost
+            if ids != reference.encode(text) or tokenizer.decode(ids) != exact:
+                fault = f"the trained tokenizer is not exact for the text {text[:80]!r}"
+                raise TokenizerError(f"{fault}; update sentencepiece and transformers")
+        return sum(map(len, all_ids))
+
+    checked(HARD_TEXTS)
+    tokens = sum(map(checked, in_calls(documents, _CHECKED_DOCUMENTS, len)))
+    save_tokenizer(tokenizer, out)
+    return sum(len(text.encode()) for text in documents) / max(1, tokens)
+
+
+def _check_settings(
+    vocab_size: int, max_documents: int, max_bytes: int, character_coverage: float, threads: int | None
+) -> None:
+    if vocab_size > _MOST_PIECES:
+        raise TokenizerError(f"--vocab_size={vocab_size}: give at most {_MOST_PIECES}, e.g. 32000")
+    if vocab_size <= _META_PIECES:
+        raise TokenizerError(
+            f"--vocab_size={vocab_size}: unk, bos, eos and the 256 bytes already take {_META_PIECES}; "
+            "give a larger size, e.g. 32000"
+        )
+    if max_documents < 0 or max_bytes < 1:
+        raise TokenizerError(
+            f"--max_documents={max_documents} --max_bytes={max_bytes}: "
+            "give at least one byte, and documents >= 0 (0: all)"
+        )
+    if not 0.9 <= character_coverage <= 1:
+        raise TokenizerError(
+            f"--character_coverage={character_coverage}: give a fraction between 0.9 and 1, e.g. 0.9995"
+        )
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise TokenizerError(f"--threads={threads}: give at least 1 and at most {_MOST_THREADS}, or leave it out")
+
+
+def _explain(message: str, vocab_size: int) -> str:
+    """Explains sentencepiece's message for a vocabulary that does not fit the text, with the remedy."""
+    if high := re.search(r"Vocabulary size too high .* value <= (\d+)", message):
+        return (
+            f"--vocab_size={vocab_size}: this text has only {high[1]} different pieces; "
+            f"give more text (--max_bytes, --max_documents, --data), or --vocab_size={high[1]} at most"
+        )
+    if low := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"--vocab_size={vocab_size}: this text's characters and the bytes already take {low[1]} pieces; "
+            "give a larger size, or a lower --character_coverage such as 0.9995 "
+            "(rarer characters then become bytes)"
+        )
+    if "sentences_.empty()" in message:
+        return "no line of this text can be used to train a tokenizer; give a source with text"
+    return f"sentencepiece cannot train on this text: {message}"

@@ -1,0 +1,42 @@
+"""The files in ``configs/``, which come with the package, by name: ``tiny_remora``, ``llama_130m``."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from relora_mora.system.files import from_home
+
+FOLDER = Path(__file__).resolve().parent.parent / "configs"
+SETTINGS = ("run", "task", "study")  # folders; a name is in one of them only
+MODELS = ("model",)
+
+
+def shipped_files(kinds: Sequence[str]) -> dict[str, Path]:
+    """The shipped files of these folders by name."""
+    return {path.stem: path for kind in kinds for path in sorted((FOLDER / kind).iterdir())}
+
+
+def find_config(given: str | Path, kinds: Sequence[str] = SETTINGS) -> Path:
+    """The file that a user means by a path, or by the name of a shipped file in these folders.
+
+    A file that exists wins. A path that begins with ``configs/`` exists in a checkout; elsewhere it is the shipped
+    file. If there is no such file, the path is returned as it is.
+    """
+    path = Path(from_home(str(given)))
+    if exists(path):
+        return path
+    name = path.stem if path.parts[:1] == ("configs",) else str(path)
+    return shipped_files(kinds).get(name, path)
+
+
+def nearest(given: str | Path) -> str:
+    """An addition to the message for a file that does not exist: a name that is spelled similarly, if there is one."""
+    near = difflib.get_close_matches(Path(given).stem, shipped_files(SETTINGS), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # the name is too long, or no file can have it
+        return False

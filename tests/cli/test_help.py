@@ -1,0 +1,138 @@
+"""The help of relora-mora: every argument of every command in one group, and examples that can be started."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from typing import Literal
+
+import pytest
+
+from relora_mora.__main__ import main
+from relora_mora.cli.arguments import PositiveInt, read_arguments
+from relora_mora.cli.help import help_text
+from relora_mora.commands import COMMANDS, NAMES, main_of
+
+
+def command(path: str, *, rows: PositiveInt | None = None, kind: Literal["a", "b"] = "a", fast: bool = False) -> None:
+    """Does one thing.
+
+    It takes a while.
+
+    Arguments:
+        path: what it reads,
+            line by line
+
+    Speed:
+        rows: at once
+        kind: of rows
+        fast: or else slow
+
+    Example:
+        do one --fast
+    """
+
+
+def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def test_the_docstring_is_shown_as_a_user_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert help_text(command, "do") == (
+        "Usage: do PATH [OPTIONS]\n\n"
+        "Does one thing.\n\n"
+        "It takes a while.\n\n"
+        "Arguments:\n"
+        "  PATH                      what it reads, line by line\n\n"
+        "Speed:\n"
+        "  --rows=N                  at once\n"
+        "  --kind=a|b                of rows (default: a)\n"
+        "  --fast                    or else slow\n\n"
+        "Example:\n"
+        "  do one --fast"
+    )
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_lines_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = help_text(main_of("plan"), "relora-mora plan").partition("Example:")[0].splitlines()[1:]
+    assert max(map(len, lines)) <= max(min(columns, 100), 28 + 20)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_argument_of_a_command_is_in_one_group(name: str) -> None:
+    doc = inspect.getdoc(main_of(name)) or ""
+    entries = re.findall(r"^ {4}(\w+): ", doc.partition("Example:")[0], re.MULTILINE)
+    documented = [parameter for parameter in inspect.signature(main_of(name)).parameters if parameter != "words"]
+    assert sorted(entries) == sorted(documented)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_has_an_example_that_it_reads(name: str) -> None:
+    text = help_text(main_of(name), f"relora-mora {name}")
+    [line] = text.partition("Example:\n")[2].strip().splitlines()
+    words = shlex.split(re.sub(r"source <\((.*)\)", r"\1", line))
+    assert words[:2] == ["relora-mora", name]
+    read_arguments(main_of(name), words[2:], name)
+
+
+def test_the_overview_has_every_command_under_a_heading(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = printed(capsys, "--help")
+    assert code == 0
+    assert all(re.search(rf"^  {name} +\w", out, re.MULTILINE) for name in NAMES)
+    assert all(f"\n{title}:\n" in out for title in COMMANDS)
+    assert printed(capsys)[1] == out
+
+
+def test_help_imports_neither_torch_nor_pydantic() -> None:
+    code = (
+        "import sys\nfrom relora_mora.__main__ import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'pydantic', 'transformers', 'numpy', 'deepspeed', 'fire'} & set(sys.modules)))"
+    )
+    for words in (["--help"], ["plan", "--help"], ["evaluate", "-h"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+        assert done.stdout.endswith("\n[]\n")
+
+
+def test_a_command_that_does_not_exist_is_named_with_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "pretrian", "x.yaml")[::2] == (2, "pretrian: unknown command; did you mean pretrain?\n")
+    code, _, err = printed(capsys, "zzz")
+    assert code == 2
+    assert all(name in err for name in NAMES)
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    import relora_mora
+
+    assert printed(capsys, "--version")[:2] == (0, f"relora-mora {relora_mora.__version__}\n")
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=0"])
+def test_the_local_rank_of_deepspeeds_launcher_may_come_first(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, flag, "plan", "--help")[1].startswith("Usage: relora-mora plan CONFIG")
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    script = subprocess.run(
+        [sys.executable, "-m", "relora_mora", "completion"], capture_output=True, text=True, check=True
+    ).stdout
+
+    def completed(*words: str) -> set[str]:
+        line = " ".join(words)
+        ask = (
+            f"{script}\nCOMP_WORDS=({line} ''); COMP_CWORD={len(words)}; COMP_LINE='{line} '\n"
+            "_complete-relora-mora; echo ${COMPREPLY[@]}"
+        )
+        return set(subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout.split())
+
+    assert completed("relora-mora") >= set(NAMES)
+    assert "--gpus-per-node" in completed("relora-mora", "plan")

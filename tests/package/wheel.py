@@ -1,0 +1,132 @@
+"""The wheel in an empty environment and an empty folder, without the sources in reach: make test-package."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from relora_mora import __version__
+from relora_mora.commands import NAMES
+from relora_mora.supervise.exits import REQUEUE
+from relora_mora.system.run_folder import RunFolder, read_json_lines
+from tests.tools.helpers import ROOT
+from tests.tools.ports import free_port
+
+TEXT = "--data=runs/demo/data/validation/*"
+SHORT = ["--train.steps=40", "--optim.warmup_steps=4", "--method.merge_every=10", "--eval.every_steps=20"]
+
+
+class Installed:
+    """An environment with the wheel, and the empty folder in which its commands are started."""
+
+    def __init__(self, environment: Path, folder: Path) -> None:
+        self.bin = environment / "bin"
+        self.folder = folder
+        outside = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        self.environment = {name: value for name, value in os.environ.items() if name not in outside}
+        self.environment |= {"PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+        self.environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+    def start(self, program: str, *arguments: str) -> subprocess.Popen[str]:
+        words = [str(self.bin / program), *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(words, cwd=self.folder, env=self.environment, **pipes)  # type: ignore[call-overload]
+
+    def run(self, program: str, *arguments: str) -> str:
+        """The output of a program that must end with 0."""
+        process = self.start(program, *arguments)
+        out, _ = process.communicate()
+        assert process.returncode == 0, out
+        return str(out)
+
+    def losses(self, run: str) -> dict[int, float]:
+        lines = read_json_lines(RunFolder(self.folder / run).metrics)
+        return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    environment = tmp_path_factory.mktemp("installed") / "venv"
+    [wheel] = (ROOT / "dist").glob("*.whl")
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    subprocess.run([environment / "bin" / "pip", "install", "--quiet", wheel], check=True)
+    print(f"\ninstalled {wheel.name} and its dependencies in {time.monotonic() - begin:.0f} s")
+    return Installed(environment, tmp_path_factory.mktemp("empty"))
+
+
+@pytest.fixture(scope="module")
+def demo(installed: Installed) -> str:
+    """The output of a shortened demo, whose text and tokenizer the shipped settings read."""
+    return installed.run("relora-mora", "demo", *SHORT)
+
+
+def test_the_package_and_its_kernels_come_from_the_wheel(installed: Installed) -> None:
+    code = "import relora_mora.kernels as k; assert k.available(), k.describe(); print(relora_mora.__file__)"
+    assert Path(installed.run("python", "-c", code).strip()).is_relative_to(installed.bin.parent)
+
+
+def test_every_command_has_help(installed: Installed) -> None:
+    seconds = []
+    for name in NAMES:
+        begin = time.monotonic()
+        assert f"Usage: relora-mora {name}" in installed.run("relora-mora", name, "--help")
+        seconds.append(time.monotonic() - begin)
+    print(f"\n--help takes {statistics.median(seconds):.2f} s (median of {len(seconds)} commands)")
+    assert installed.run("relora-mora", "--version") == f"relora-mora {__version__}\n"
+
+
+def test_a_shipped_config_is_found_by_its_name(installed: Installed) -> None:
+    arguments = ["--nodes=1", "--gpus_per_node=8", "--device=h100", "--json"]
+    plan = json.loads(installed.run("relora-mora", "plan", "paper_250m_remora", *arguments))
+    assert plan
+    assert "tiny_remora" in installed.run("relora-mora", "configs")
+    installed.run("relora-mora", "configs", "copy", "tiny_remora", "mine.yaml")
+    installed.run("relora-mora", "plan", "mine.yaml")
+
+
+def test_the_demo_goes_to_its_end(installed: Installed, demo: str) -> None:
+    assert "3 merges, after steps 10 to 30" in demo
+    assert (installed.folder / "runs/demo/export/config.json").is_file()
+    assert "perplexity" in installed.run("relora-mora", "evaluate", "runs/demo/export", TEXT)
+
+
+@pytest.mark.usefixtures("demo")
+def test_a_stopped_run_goes_on(installed: Installed) -> None:
+    words = ["pretrain", "tiny_remora", *SHORT]
+    process = installed.start("relora-mora", *words, "--train.run_dir=runs/mine")
+    while not (installed.folder / "runs/mine/metrics.jsonl").exists() or not installed.losses("runs/mine"):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate()
+    assert process.returncode == REQUEUE, out
+    stopped = max(installed.losses("runs/mine"))
+    assert stopped < 40
+    installed.run("relora-mora", *words, "--train.run_dir=runs/mine")
+    installed.run("relora-mora", *words, "--train.run_dir=runs/whole")
+    assert installed.losses("runs/mine") == installed.losses("runs/whole")
+
+
+@pytest.mark.usefixtures("demo")
+def test_launchers_start_the_same_run(installed: Installed) -> None:
+    words = ["relora_mora", "pretrain", "tiny_remora", *SHORT, "--eval.max_tokens=1024"]
+    port = f"--master_port={free_port()}"
+    installed.run("deepspeed", "--num_gpus=2", port, "--module", *words, "--train.run_dir=runs/deepspeed")
+    installed.run("torchrun", "--standalone", "--nproc_per_node=2", "--module", *words, "--train.run_dir=runs/torchrun")
+    assert installed.losses("runs/deepspeed") == installed.losses("runs/torchrun")
+    assert max(installed.losses("runs/deepspeed")) == 40
+
+
+def test_the_example_of_a_loop_runs(installed: Installed) -> None:
+    shutil.copy(ROOT / "examples" / "plain_loop.py", installed.folder)
+    assert "the merged model has the same output" in installed.run("python", "plain_loop.py")
