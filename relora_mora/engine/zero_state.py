@@ -153,10 +153,6 @@ class ZeroState:
         if self.world_size > 1:
             dist.broadcast(value, src=src)
 
-    def sum_over_ranks(self, value: float) -> float:
-        """The sum of a number over the ranks, exact for integers up to 2^53."""
-        return float(self.all_reduce(torch.tensor(value, dtype=torch.float64, device=self.device)))
-
     # ---- frozen weights ---------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -197,7 +197,7 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
         writer.save(made_manifest(step=step, operator=1, world_size=2, frozen=frozen, parameters=shapes), {})
         writer.wait()
         rank_files.RankFiles.write = whole_write
-        rig.engine.sum_over_ranks(0)
+        rig.engine.all_reduce(torch.zeros(1))
     patch.undo()
     return lines
 

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from tests.tools.tiny import build_rig, tiny_config
 
@@ -15,7 +16,6 @@ pytestmark = pytest.mark.distributed
 
 def _waiting_for_rank_1(stage: int, moment: str) -> bool:
     """Rank 1 is late for one part of a step: it waits until rank 0 is flagged. Whether rank 1 was not flagged."""
-    import torch
 
     from relora_mora.distributed.waiting import in_collective
 
@@ -47,7 +47,7 @@ def _waiting_for_rank_1(stage: int, moment: str) -> bool:
     rig.engine.accumulate(loss, last=True)
     rig.engine.step([0.0 for _ in rig.groups], loss)
     come_late("sum")
-    rig.engine.sum_over_ranks(1.0)
+    rig.engine.all_reduce(torch.ones(1))
     return rank == 0 or free == [True]
 
 
@@ -60,7 +60,6 @@ def test_a_rank_in_a_collective_is_flagged_and_a_late_one_is_not(pools, stage, m
 
 def test_waits_for_a_gpu_are_flagged(monkeypatch):
     """On GPUs, NCCL's collectives return immediately."""
-    import torch
 
     from relora_mora.distributed.waiting import in_collective
     from relora_mora.engine import start
@@ -77,7 +76,6 @@ def test_waits_for_a_gpu_are_flagged(monkeypatch):
 
 
 def _on_the_host(late: str) -> bool:
-    import torch
 
     from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, sum_over_hosts
     from relora_mora.distributed.waiting import in_collective

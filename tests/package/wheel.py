@@ -1,4 +1,7 @@
-"""The wheel in an empty environment and an empty folder, without the sources in reach: make test-package."""
+"""The wheel in an empty environment and an empty folder, without the sources in reach: make test-package.
+
+WHEEL_ENVIRONMENT names an environment to use again instead of a new one.
+"""
 
 from __future__ import annotations
 
@@ -55,11 +58,14 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    environment = tmp_path_factory.mktemp("installed") / "venv"
+    environment = Path(os.environ.get("WHEEL_ENVIRONMENT") or tmp_path_factory.mktemp("installed") / "venv")
     [wheel] = (ROOT / "dist").glob("*.whl")
     begin = time.monotonic()
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    subprocess.run([environment / "bin" / "pip", "install", "--quiet", wheel], check=True)
+    if not environment.exists():
+        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    pip = [environment / "bin" / "pip", "install", "--quiet"]
+    subprocess.run([*pip, wheel], check=True)
+    subprocess.run([*pip, "--force-reinstall", "--no-deps", wheel], check=True)  # of an environment that existed
     print(f"\ninstalled {wheel.name} and its dependencies in {time.monotonic() - begin:.0f} s")
     return Installed(environment, tmp_path_factory.mktemp("empty"))
 
@@ -71,7 +77,7 @@ def demo(installed: Installed) -> str:
 
 
 def test_the_package_and_its_kernels_come_from_the_wheel(installed: Installed) -> None:
-    code = "import relora_mora.kernels as k; assert k.available(), k.describe(); print(relora_mora.__file__)"
+    code = "import relora_mora.kernels as k; assert k.available(), k.describe(); print(k.__file__)"
     assert Path(installed.run("python", "-c", code).strip()).is_relative_to(installed.bin.parent)
 
 
