@@ -102,7 +102,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
             return {}
         if isinstance(tree, dict):
             return tree
-        fault = f"it holds a {type(tree).__name__}, expected sections such as `train:`"
+        fault = f"it holds a {type(tree).__name__}, expected names and values, such as `train:`"
     except OSError as error:
         fault = (
             f"cannot read it ({error.strerror}); give a YAML file, or a name that relora-mora configs lists, "

@@ -72,7 +72,7 @@ def read_json(path: Path, setting: str) -> dict[str, Any]:
             raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
         values = json.loads(content)
     except OSError as error:
-        fault = f"{setting}: cannot read it ({error.strerror}); give a file such as configs/model/llama_130m.json"
+        fault = f"{setting}: cannot read it ({error.strerror}); give a file, or a name such as llama_130m"
         raise ConfigError([fault + relative_to(path)], str(path)) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"{setting}: not JSON ({error}); give the config.json of a LLaMA"], str(path)) from error

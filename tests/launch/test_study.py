@@ -14,7 +14,7 @@ from relora_mora.experiments.study.check import check_inputs
 from relora_mora.experiments.study.conduct import CellsFailed, conduct
 from relora_mora.experiments.study.design import Study
 from relora_mora.experiments.study.folder import StudyFolder
-from tests.experiments.study.tools import TRAINER, made_study
+from tests.experiments.study.tools import PROGRAM, made_study
 from tests.tools.adapter_tools import save_base
 from tests.tools.commands import call, refused
 from tests.tools.data_tools import write_json_lines
@@ -33,7 +33,7 @@ def test_bad_arguments_are_reported_before_anything_runs(tmp_path: Path):
     refused(call(STUDY, study, "--jobs=0"), "--jobs: got 0")
     refused(call(STUDY, study, f"--out={tmp_path / 'out'}"), "nowhere.yaml", "cannot read it")
     study.write_text("grid: [", encoding="utf-8")
-    refused(call(STUDY, study), "study.yaml", "not valid YAML")
+    refused(call(STUDY, study), "study.yaml", "not YAML")
     assert not (tmp_path / "out").exists()
 
 
@@ -81,7 +81,7 @@ def test_missing_inputs_of_the_second_round_are_reported_after_the_first(tmp_pat
     grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
     folder = StudyFolder(tmp_path / "out")
     first, both = (made_study(grid=grid, seeds=seeds, choose=choose, settings=settings) for seeds in ([0], [0, 1]))
-    assert conduct(first, folder, TRAINER, 2) == 2
+    assert conduct(first, folder, PROGRAM, 2) == 2
     shutil.rmtree(text)
     check_inputs(first, folder)
     with pytest.raises(ConfigError, match=r"data\.train: .*text/train.*\(in name=mora,lr=0\.003,seed=1\)"):

@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from relora_mora.config.load import ConfigError, read_tree
 from relora_mora.config.schema import SETTINGS, Config
-from relora_mora.config.shipped import find_config
 from relora_mora.config.types import Positive, Seed, Strict, Text
-from relora_mora.config.yaml_text import explain_yaml, parse_yaml
 from relora_mora.experiments.compare.groups import SEEDS
 from relora_mora.experiments.compare.runs import SHARES
 
@@ -120,13 +117,9 @@ def _lacks_brackets(name: str, values: Any) -> bool:
 
 def read_study(path: str | Path) -> Study:
     """Reads a study's file. Raises :class:`ConfigError` with all its faults; the runs' settings are checked later."""
+    tree = read_tree(path)
     try:
-        tree = parse_yaml(find_config(path).read_text(encoding="utf-8"))
-        if not isinstance(tree, dict):
-            raise ConfigError(["expected a mapping with `base` and `grid`; docs/studies.md has an example"], str(path))
         return Study.model_validate(tree)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"not valid YAML: {explain_yaml(error)}"], str(path)) from None
     except ValidationError as error:
         raise ConfigError([_describe(item) for item in error.errors()], str(path)) from None
 
