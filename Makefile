@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:  # half an environment is none
 
-.PHONY: demo demo-finetune test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda count-fakecuda test-gpu wheels packages test-package release bench-cluster bench-smoke study study-smoke lint types checks format env dev clean
+.PHONY: demo demo-finetune test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda count-fakecuda test-gpu wheels packages test-package release bench-cluster bench-smoke study study-smoke docs lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/python launch/demo.py
@@ -66,7 +66,7 @@ wheels: | $(VENV)/bin/python  ## all packages as files in wheels/, for machines 
 
 PACK := .venv-pack/bin
 packages: .venv-pack/.installed  ## the source package and the wheel, checked, in dist/
-	rm -rf dist build
+	rm -rf dist
 	$(PACK)/python -m build --outdir dist/built .
 	PATH="$(CURDIR)/$(PACK):$$PATH" $(PACK)/auditwheel repair --wheel-dir dist dist/built/*.whl  # names the C library that it needs
 	mv dist/built/*.tar.gz dist && rm -r dist/built
@@ -144,6 +144,15 @@ versions:
 test-fast: $(VENV)/.installed-dev  ## unit tests only
 	$(PYTEST) -m "not distributed and not elastic and not stops and not kills and not cluster"
 
+docs: .venv-docs/.installed  ## the documentation site in build/site, from .venv-docs; REPO_URL=https://... makes links to source files
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+.venv-docs/.installed: setup.cfg
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet $$($(PYTHON) -c "import configparser; setup = configparser.ConfigParser(); \
+	  setup.read('setup.cfg'); print(setup['options.extras_require']['docs'])")
+	@touch $@
+
 lint: $(VENV)/.installed-dev  ## format, lint, and words that make text hard to read
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -192,4 +201,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-fakecuda .venv-extras .venv-pack .venv-wheel build dist wheels *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-fakecuda .venv-extras .venv-pack .venv-wheel .venv-docs build dist wheels *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

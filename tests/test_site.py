@@ -1,0 +1,105 @@
+"""The documentation site, without building it: its pages, and where links lead. `make docs` finds broken links."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+import relora_mora
+from tests.tools.documents import DOCUMENTS, name
+from tests.tools.helpers import ROOT
+
+REPOSITORY = "https://example.org/us/it"
+PAGES = {"README.md", "docs/data.md", "examples/README.md", "examples/loop.md", "docs/method.svg"}
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs/site/hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def paths(nav: list[Any]) -> Iterator[str]:
+    for entry in nav:
+        for page in entry.values() if isinstance(entry, dict) else [entry]:
+            yield from [page] if isinstance(page, str) else paths(page)
+
+
+@pytest.fixture(scope="module")
+def nav(hooks: ModuleType) -> list[str]:
+    text = re.search(r"^nav:\n(?:(?: .*)?\n)+", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert text is not None
+    return list(paths(hooks.expand(yaml.safe_load(text[0])["nav"])))
+
+
+def test_every_page_is_in_the_navigation_once(hooks: ModuleType, nav: list[str]) -> None:
+    pages = {hooks.page_of(path) for path in hooks.uris(*hooks.PAGES)}
+    assert pages >= {name(path) for path in DOCUMENTS}
+    assert sorted(nav) == sorted({*pages, "api.md"})
+
+
+def test_the_navigation_has_the_reading_order_of_the_readme(nav: list[str]) -> None:
+    order = re.findall(r"\]\(([^)#]+\.md)\)", (ROOT / "README.md").read_text().partition("in reading order\n")[2])
+    assert len(order) > 15
+    assert [page for page in nav if page in order] == order
+
+
+def test_pages_that_do_not_exist_yet_get_their_place(
+    hooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    nav = ["README.md", {"Guides": ["guides/*.md"]}, {"More": ["more*.md", {"Scripts": ["*.py"]}]}]
+    assert hooks.expand(nav) == ["README.md"]
+    (tmp_path / "guides").mkdir()
+    for file in ("guides/two.md", "guides/one.md", "loop.py"):
+        (tmp_path / file).touch()
+    expected = ["README.md", {"Guides": ["guides/one.md", "guides/two.md"]}, {"More": [{"Scripts": ["loop.md"]}]}]
+    assert hooks.expand(nav) == expected
+
+
+@pytest.mark.parametrize(
+    ("page", "target", "leads_to"),
+    [
+        ("README.md", "docs/data.md#lanes", "docs/data.md#lanes"),
+        ("docs/data.md", "#lanes", "#lanes"),
+        ("docs/data.md", "https://arxiv.org/abs/2405.12130", "https://arxiv.org/abs/2405.12130"),
+        ("docs/data.md", "../examples", "../examples/README.md"),
+        ("docs/data.md", "../examples/loop.py", "../examples/loop.md"),
+        ("docs/data.md", "../relora_mora/schedule.py", f"{REPOSITORY}/blob/HEAD/relora_mora/schedule.py"),
+        ("docs/data.md", "../relora_mora/schedule.py#L10", f"{REPOSITORY}/blob/HEAD/relora_mora/schedule.py#L10"),
+        ("README.md", "relora_mora/engine", f"{REPOSITORY}/tree/HEAD/relora_mora/engine"),
+        ("README.md", "relora_mora/missing.py", "relora_mora/missing.py"),  # MkDocs finds that it is broken
+    ],
+)
+def test_links_lead_to_pages_or_to_the_repository(hooks: ModuleType, page: str, target: str, leads_to: str) -> None:
+    assert hooks.link(page, target, REPOSITORY, PAGES.__contains__) == leads_to
+    unknown = hooks.link(page, target, "", PAGES.__contains__)
+    assert unknown == (None if leads_to.startswith(REPOSITORY) else leads_to)
+
+
+def test_only_links_in_prose_are_rewritten(hooks: ModuleType) -> None:
+    fence = "```python\nx = [a](relora_mora/schedule.py)\n```\n"
+    text = "`[b](relora_mora)` [c](relora_mora), [`d`](relora_mora) and [e](docs/data.md)\n![f](docs/method.svg)\n"
+    there = f"{REPOSITORY}/tree/HEAD/relora_mora"
+    image = "[![f](docs/method.svg)](docs/method.svg)\n"
+    assert hooks.rewrite(fence + text, "README.md", REPOSITORY, PAGES.__contains__) == (
+        f"{fence}`[b](relora_mora)` [c]({there}), [`d`]({there}) and [e](docs/data.md)\n{image}"
+    )
+    assert hooks.rewrite(fence + text, "README.md", "", PAGES.__contains__) == (
+        f"{fence}`[b](relora_mora)` c, `d` and [e](docs/data.md)\n{image}"
+    )
+
+
+def test_the_api_page_has_every_name_of_the_library() -> None:
+    names = re.findall(r"^::: relora_mora\.(\w+)$", (ROOT / "docs/site/api.md").read_text(), re.MULTILINE)
+    assert sorted(names) == sorted(relora_mora.__all__)
