@@ -18,7 +18,10 @@ PAGES = (
     *("configs/README.md", "tokenizer/README.md", "examples/README.md", "examples/*.py"),
     *("docs/*.md", "docs/tutorials/**/*.md", "docs/studies/*/compare.md"),
 )
-IMAGES = ("docs/*.svg", "docs/*.png", "docs/studies/*/*.png", "docs/tutorials/**/*.png")
+IMAGES = (
+    *("docs/*.svg", "docs/*.png", "docs/studies/*/*.png"),
+    *("docs/tutorials/**/*.svg", "docs/tutorials/**/*.png"),
+)
 
 
 def uris(*patterns: str) -> list[str]:
@@ -98,6 +101,7 @@ def on_files(files: Any, config: Any) -> None:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     uri = page.file.src_uri
-    if not markdown.startswith("# "):  # tables of studies
+    if not markdown.startswith("# "):  # a table of a study
+        page.meta["search"] = {"boost": 0.1}  # after the pages that explain
         markdown = f"# {posixpath.basename(posixpath.dirname(uri))}\n\n{markdown}"
     return rewrite(markdown, uri, config.repo_url or "", lambda path: files.get_file_from_path(path) is not None)

@@ -34,9 +34,12 @@ class MergeRecord:
     """The results of one merge. The dictionaries have a value for each kind of projection, such as ``q_proj``."""
 
     layers: int
-    zeroed: int  # adapter elements whose master is zero or freshly drawn
-    delta_norm: dict[str, float]  # Frobenius norm over all layers
-    effective_rank: dict[str, float]  # of the middle layer, or empty if not measured; see adapters/layers.py
+    zeroed: int
+    """Adapter elements whose master is zero or freshly drawn."""
+    delta_norm: dict[str, float]
+    """Frobenius norm over all layers."""
+    effective_rank: dict[str, float]
+    """That of the middle layer, or empty if not measured; see adapters/layers.py."""
     operator_before: int | None
     operator_after: int | None
     seconds: float
