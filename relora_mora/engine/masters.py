@@ -1,6 +1,6 @@
 """Where DeepSpeed keeps the float32 masters of the trainable parameters, on each ZeRO stage.
 
-They are in flat tensors, which also key the optimizer's state. Stage and precision decide which ones (DeepSpeed 0.19):
+They are in flat tensors, which also key the optimizer's state. Stage and precision decide which ones:
 
 =========  ======================================================================================
 stage      masters
@@ -12,7 +12,7 @@ stage      masters
 3          ``DeepSpeedZeroOptimizer_Stage3.fp32_partitioned_groups_flat[subgroup]``
 =========  ======================================================================================
 
-:class:`Fragment` describes them the same way for all stages. Only this module knows the attributes above.
+:class:`Fragment` describes them the same way for all stages.
 """
 
 import itertools
@@ -21,11 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
+
+from relora_mora.engine import internals
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,9 @@ def owned_fragments(
     ``shapes`` has the shapes of the whole parameters: at stage 3, a parameter does not know its own.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+    if isinstance(optimizer, internals.DeepSpeedZeroOptimizer_Stage3):
         yield from _stage3_fragments(optimizer, names, shapes, rank)
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+    elif isinstance(optimizer, internals.DeepSpeedZeroOptimizer):
         flat_groups = zip(
             optimizer.round_robin_bit16_groups,  # in the order of the flat tensor: DeepSpeed may reorder parameters
             optimizer.single_partition_of_fp32_groups,
@@ -72,12 +70,12 @@ def owned_fragments(
         )
         for members, flat, offsets in flat_groups:
             yield from _flat_fragments([names[id(p)] for p in members], flat, offsets, shapes, rank)
-    elif isinstance(optimizer, BF16_Optimizer):
+    elif isinstance(optimizer, internals.BF16_Optimizer):
         for group, flat in zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True):
             members = [names[id(p)] for p in group]
             offsets = itertools.accumulate((shapes[name].numel() for name in members), initial=0)
             yield from _flat_fragments(members, flat, list(offsets)[:-1], shapes, rank)
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+    elif isinstance(optimizer, internals.FP16_UnfusedOptimizer):
         for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for p, master in zip(group, masters, strict=True):
                 yield Fragment(names[id(p)], 0, master.numel(), master, 0)
@@ -89,9 +87,9 @@ def owned_fragments(
 
 def stage_of(optimizer: Any) -> int:
     """3, 1 if the masters are cut in flat partitions (also stage 2), or 0, for DeepSpeed's ``optimizer``."""
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+    if isinstance(optimizer, internals.DeepSpeedZeroOptimizer_Stage3):
         return 3
-    return 1 if isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer) else 0
+    return 1 if isinstance(optimizer, internals.DeepSpeedZeroOptimizer | internals.BF16_Optimizer) else 0
 
 
 def _flat_fragments(
@@ -126,7 +124,7 @@ def _stage3_fragments(
 @torch.no_grad()
 def update_parameters(optimizer: Any) -> None:
     """Updates the parameters of DeepSpeed's ``optimizer`` from its masters."""
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+    if isinstance(optimizer, internals.DeepSpeedZeroOptimizer_Stage3):
         for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
             optimizer.fp16_partitioned_groups_flat[index].copy_(flat)
             optimizer._unflatten_partitioned_parameters(index)
@@ -134,9 +132,9 @@ def update_parameters(optimizer: Any) -> None:
         if persistent:  # small parameters stay gathered and would keep their old values
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
+    elif isinstance(optimizer, internals.DeepSpeedZeroOptimizer | internals.BF16_Optimizer):
         optimizer.update_lp_params()
-    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+    elif isinstance(optimizer, internals.FP16_UnfusedOptimizer):
         for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for parameter, master in zip(parameters, masters, strict=True):
                 parameter.data.copy_(master)

@@ -10,13 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from deepspeed.runtime import bf16_optimizer
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16 import unfused_optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
+
+from relora_mora.engine import internals
 
 
 @torch.no_grad()
@@ -25,16 +21,16 @@ def gradient_norms(optimizer: Any) -> Tensor:
 
     At stage 0 in bf16 they are squared. If gradients are not finite, at least one norm is not finite or is -1.
     """
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+    if isinstance(optimizer, internals.DeepSpeedZeroOptimizer_Stage3):
         return torch.stack(optimizer._get_norm_groups())
-    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+    if isinstance(optimizer, internals.DeepSpeedZeroOptimizer):
         groups = range(len(optimizer.bit16_groups))
         parts = [(optimizer.averaged_gradients[i], optimizer.params_in_partition[i]) for i in groups]
         return torch.stack([optimizer.get_grad_norm_direct(*part) for part in parts])
-    if isinstance(optimizer, BF16_Optimizer):
+    if isinstance(optimizer, internals.BF16_Optimizer):
         gradients, _ = optimizer.get_grads_for_norm()
-        return bf16_optimizer.get_global_norm_of_tensors(input_tensors=gradients).view(1)
-    assert isinstance(optimizer, FP16_UnfusedOptimizer)
+        return internals.bf16_optimizer.get_global_norm_of_tensors(input_tensors=gradients).view(1)
+    assert isinstance(optimizer, internals.FP16_UnfusedOptimizer)
     members = [[p.grad for p in group if p.grad is not None] for group in optimizer.fp16_groups]
     return torch.stack([sum(gradient.float().norm() ** 2.0 for gradient in group) for group in members])
 
@@ -42,17 +38,17 @@ def gradient_norms(optimizer: Any) -> Tensor:
 @contextlib.contextmanager
 def step_with_norms(optimizer: Any, norms: Tensor) -> Iterator[None]:
     """Inside, a step of ``optimizer`` uses these norms [n], finite and on the host, and computes none."""
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+    if isinstance(optimizer, internals.DeepSpeedZeroOptimizer_Stage3):
         patches = [replaced(optimizer, "_get_norm_groups", lambda: list(norms))]
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+    elif isinstance(optimizer, internals.DeepSpeedZeroOptimizer):
         patches = [replaced(optimizer, "scaled_global_norm", lambda: torch.linalg.vector_norm(norms))]
-    elif isinstance(optimizer, BF16_Optimizer):
-        patches = [replaced(bf16_optimizer, "get_global_norm_of_tensors", lambda *_, **__: norms[0])]
+    elif isinstance(optimizer, internals.BF16_Optimizer):
+        patches = [replaced(internals.bf16_optimizer, "get_global_norm_of_tensors", lambda *_, **__: norms[0])]
     else:
         roots = iter([square**0.5 for square in norms.tolist()])
         patches = [
             replaced(optimizer.overflow_checker, "check", lambda: False),
-            replaced(unfused_optimizer, "get_weight_norm", lambda *_, **__: next(roots)),
+            replaced(internals.unfused_optimizer, "get_weight_norm", lambda *_, **__: next(roots)),
         ]
     with contextlib.ExitStack() as stack:
         for patch in patches:

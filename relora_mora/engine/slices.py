@@ -1,7 +1,7 @@
 """The resident form at ZeRO-3. No rank holds a whole weight, so each builds its own slice of ``W + delta``.
 
 DeepSpeed gathers a parameter from the slices of the ranks: ``ds_tensor`` [n], elements n rank to n (rank + 1) of the
-flat parameter, padded at its end (DeepSpeed 0.19). This module replaces W there, so that a gather yields ``W + delta``,
+flat parameter, padded at its end. This module replaces W there, so that a gather yields ``W + delta``,
 and keeps W.
 """
 
@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
 from relora_mora.adapters.layers import AdapterLinear
+from relora_mora.engine.internals import GATHER_STREAM, ZeroParamStatus
 from relora_mora.system.hardware import uses_cuda
 
 TOGETHER = 7  # linear layers whose adapters are gathered at once: a decoder layer has as many
@@ -87,12 +87,7 @@ class MergedSlices:
         """
         if uses_cuda():
             coordinator = self.optimizer.parameter_offload.get_param_coordinator()
-            gathers = getattr(coordinator, "_PartitionedParameterCoordinator__allgather_stream", None)
-            writes = torch.cuda.current_stream()
-            if gathers is None:  # another version of DeepSpeed
-                writes.synchronize()
-            else:
-                gathers.wait_stream(writes)
+            getattr(coordinator, GATHER_STREAM).wait_stream(torch.cuda.current_stream())
 
 
 @contextlib.contextmanager

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
-from deepspeed.runtime import compiler
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.schema import TrainConfig
 from relora_mora.distributed.join import backend_name, join
 from relora_mora.distributed.waiting import collective
+from relora_mora.engine.internals import COLLECTIVES, compiler, cuda_accelerator, deepspeed_imports, zero_utils
 from relora_mora.system.hardware import uses_cuda
 
 
@@ -52,28 +50,7 @@ def deepspeed_settings(
 if not uses_cuda():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed reads it
 else:  # pynvml takes CUDA_VISIBLE_DEVICES for numbers, but it may name MIG parts; DeepSpeed works without pynvml
-    from deepspeed.accelerator import cuda_accelerator
-
     cuda_accelerator.pynvml = None
-
-
-COLLECTIVES = (  # methods of DeepSpeed's backend that wait for other ranks
-    "all_gather",
-    "all_gather_coalesced",
-    "all_gather_into_tensor",
-    "all_gather_object",
-    "all_reduce",
-    "all_reduce_coalesced",
-    "all_to_all_single",
-    "barrier",
-    "broadcast",
-    "broadcast_object_list",
-    "gather",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "scatter",
-)
 
 
 def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
@@ -110,15 +87,16 @@ def _import_muon() -> None:
     compile_functions = compiler.compile
     compiler.compile = lambda: lambda function: function
     try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        with deepspeed_imports():
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         compiler.compile = compile_functions
 
 
 def allow_optimizer(kind: type[torch.optim.Optimizer]) -> None:
     """Adds a class of optimizers to the list of those that ZeRO accepts."""
-    if kind not in ZERO_SUPPORTED_OPTIMIZERS:
-        ZERO_SUPPORTED_OPTIMIZERS.append(kind)
+    if kind not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
+        zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(kind)
 
 
 class _FlaggedWork:

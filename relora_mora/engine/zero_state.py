@@ -9,6 +9,7 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from relora_mora.distributed.waiting import collective
+from relora_mora.engine.internals import check_objects
 from relora_mora.engine.masters import Fragment, owned_fragments, update_parameters
 from relora_mora.optim.groups import state_of
 
@@ -29,6 +30,9 @@ class ZeroState:
         device: torch.device,
         stage: int,
     ) -> None:
+        check_objects(zero)
+        if stage == 3:
+            check_objects(zero.parameter_offload.get_param_coordinator(), next(lm.parameters()))
         self.lm = lm
         self.zero = zero
         self.shapes = shapes
