@@ -140,6 +140,7 @@ versions:
 	.venv-$(KIND)/bin/python -m pip list --format=freeze
 	.venv-$(KIND)/bin/python -m pytest -m "not distributed and not elastic and not stops and not kills and not cluster"
 	.venv-$(KIND)/bin/python -m pytest $(VERSION_TESTS)
+	.venv-$(KIND)/bin/python -m tests.tools.versions $(KIND)
 
 test-fast: $(VENV)/.installed-dev  ## unit tests only
 	$(PYTEST) -m "not distributed and not elastic and not stops and not kills and not cluster"

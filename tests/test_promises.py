@@ -1,0 +1,88 @@
+"""docs/promises.md names what the code has."""
+
+from __future__ import annotations
+
+import configparser
+import importlib
+import re
+import subprocess
+
+import pytest
+
+import relora_mora
+from relora_mora.checkpoint import layout
+from relora_mora.cli import command
+from relora_mora.data.tokens.index import Index
+from relora_mora.supervise import exits
+from tests.tools import versions
+from tests.tools.helpers import ROOT
+
+TEXT = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    return TEXT.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def codes(text: str) -> set[int]:
+    return {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)}
+
+
+def test_exit_codes() -> None:
+    of_code = {value for value in vars(exits).values() if type(value) is int}
+    assert codes(section("Exit codes")) == of_code | {command.USER_ERROR, command.INTERRUPTED}
+    reliability = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert codes(reliability.partition("## How a run ends")[2].partition("\n## ")[0]) == of_code
+
+
+def test_names_to_import() -> None:
+    listed, modules = section("Names to import").split("The modules")
+    assert re.findall(r"`relora_mora\.(\w+)`", listed) == sorted(relora_mora.__all__)
+    for name in re.findall(r"`relora_mora\.(\w+)`", modules):
+        importlib.import_module(f"relora_mora.{name}")
+
+
+def test_commands() -> None:
+    paths = [path for folder in ("launch", "tokenizer") for path in (ROOT / folder).glob("*.py")]
+    scripts = {path.relative_to(ROOT).as_posix() for path in paths}
+    assert set(re.findall(r"`((?:launch|tokenizer)/\w+\.py)`", section("Commands"))) == scripts
+
+
+def test_versions_of_formats() -> None:
+    text = " ".join(section("Checkpoints").split())
+    assert f"the version of its format, which is {layout.VERSION} now" in text
+    assert f"a version of its own, which is {Index.model_fields['version'].default}" in text
+
+
+def test_allowed_versions() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    requirements = [f"Python{setup['options']['python_requires']}", *setup["options"]["install_requires"].split()]
+    listed = re.findall(r"^\| (\w+) \| ([<>=\d.,]+) \|$", section("Tested versions"), re.MULTILINE)
+    assert [package for package, _ in listed] == ["Python", *versions.PACKAGES]
+    assert {package + allowed for package, allowed in listed} <= set(requirements)
+
+
+def test_a_run_replaces_its_own_line_and_no_other() -> None:
+    begin, end = f"text\n\n{versions.HEAD}", "\ntext\n"
+    rows = ["| 0.1 | oldest | a |\n", "| 0.1 | newest | b |\n", "| 0.2 | oldest | c |\n"]
+    text = begin + end
+    for row in rows:
+        text = versions.with_line(text, row)
+    assert text == begin + "".join(rows) + end
+    again = "| 0.1 | newest | d |\n"
+    assert versions.with_line(text, again) == begin + rows[0] + rows[2] + again + end
+
+
+def test_lines_of_runs_have_the_columns_of_the_table() -> None:
+    assert versions.HEAD in TEXT
+    columns = versions.HEAD.partition("\n")[0].count("|")
+    for line in [versions.line_of("oldest"), *TEXT.partition(versions.HEAD)[2].splitlines()]:
+        assert line.count("|") == columns
+
+
+@pytest.mark.parametrize("kind", ["oldest", "newest"])
+def test_make_writes_the_line_after_the_tests(kind: str) -> None:
+    shown = subprocess.run(["make", "-n", f"test-{kind}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    last = [line for line in shown.splitlines() if "python" in line][-1]
+    assert last.strip() == f".venv-{kind}/bin/python -m tests.tools.versions {kind}"
