@@ -85,9 +85,11 @@ def _kind(kind: str) -> Combination:
     return _tuned(method, stage, precision)
 
 
-def _started(name: str, stage: int, precision: str, **_: Any) -> Combination:
+def _started(name: str, stage: int, **_: Any) -> Combination:
+    """The first values of a run, which makes no step."""
     method = ADAPTERS[name.removesuffix("_with_modules")]
-    return runs(method["name"], stage, precision, start="a model and its adapter", **_operators(method))
+    begins = {"method": method["name"], "ZeRO stage": str(stage), "start": "a model and its adapter"}
+    return begins | _operators(method)
 
 
 _RESETS = tuple(DIMENSIONS["reset"])
@@ -120,7 +122,7 @@ TRAINING = [
     ),
     Evidence(
         "tests/engine/test_resets.py::test_the_base_is_exact_after_a_hundred_merges",
-        lambda bf16: trains("remora", 2, bf16, operators="1, 2, 3, 4"),
+        lambda bf16: {"method": "remora", "operators": "1, 2, 3, 4", "reset": "full"},  # merges only
     ),
     Evidence(
         "tests/engine/test_resident.py::test_resident_layers_train_like_the_merged_form_and_build_once_a_step",
