@@ -156,18 +156,23 @@ def _holds(combination: Combination, pairs: Iterable[tuple[Place, Place]]) -> bo
 
 def disagreements(combinations: Iterable[Combination]) -> Iterator[str]:
     """Combinations that are refused without a refused pair, or accepted with one."""
-    for combination in filter(is_plain, combinations):
+    for combination in combinations:
         message = refusal(combination)
         if (message is not None) != _holds(combination, refused_pairs()):
             yield f"{combination}: {message}"
 
 
 def combinations_of(dimensions: Iterable[str]) -> Iterator[Combination]:
-    names = list(dimensions)
-    for values in itertools.product(*(DIMENSIONS[name] for name in names)):
-        yield dict(zip(names, values, strict=True))
+    """Every combination of these dimensions, for each method without those that it ignores."""
+    names = set(dimensions)
+    for method in DIMENSIONS["method"] if "method" in names else [USUAL["method"]]:
+        used = [name for name in DIMENSIONS if name in names - {"method"} and not ignores(method, name)]
+        for values in itertools.product(*(DIMENSIONS[name] for name in used)):
+            yield {"method": method, **dict(zip(used, values, strict=True))}
 
 
 if __name__ == "__main__":
     found = list(disagreements(combinations_of(DIMENSIONS)))
-    sys.exit("\n".join(found[:20]) or f"{len(refused_pairs())} refused pairs explain every refusal")
+    if found:
+        sys.exit("\n".join(found[:20]))
+    print(f"{len(refused_pairs())} refused pairs explain every refusal")
