@@ -16,4 +16,4 @@ def main(shell: Literal["bash", "fish"] = "bash") -> None:
     """
     from fire.completion import Script
 
-    print(Script("relora-mora", {name: main_of(name) for name in NAMES}, shell=shell))
+    print(Script("relora-mora", {name: main_of(name) for name in NAMES}, None, shell))

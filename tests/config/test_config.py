@@ -11,10 +11,10 @@ import yaml
 
 from relora_mora.config.checks.combinations import unused_by
 from relora_mora.config.load import FINETUNING, ConfigError, dump, load_config, stored_config, validate, with_epochs
-from relora_mora.config.table import settings_page
 from relora_mora.config.yaml_text import parse_yaml
 from tests.tools.config_tools import SETTINGS, faults_of, tree
 from tests.tools.helpers import ROOT
+from tests.tools.settings_page import settings_page
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -306,5 +306,5 @@ def test_derived_quantities() -> None:
 
 def test_settings_page_is_up_to_date() -> None:
     page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    assert page == settings_page(), "run: python -m relora_mora.config.table > docs/settings.md"
+    assert page == settings_page(), "run: python -m tests.tools.settings_page > docs/settings.md"
     assert all(f"`{name}`" in page for name in SETTINGS)

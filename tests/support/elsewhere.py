@@ -32,7 +32,7 @@ TRAINED: dict[str, tuple[dict[str, Any], int]] = {
 
 
 def export_refusal(combination: Combination) -> str | None:
-    """The message with which ``launch/export.py --format=FORM`` refuses a checkpoint."""
+    """The message with which ``relora-mora export --format=FORM`` refuses a checkpoint."""
     trained, form = combination["checkpoint of"], combination["format"]
     if form == "merged":
         return None  # every checkpoint has it

@@ -1,4 +1,6 @@
-"""Writes the settings as a Markdown page: ``python -m relora_mora.config.table > docs/settings.md``."""
+"""Writes the settings as a Markdown page: ``python -m tests.tools.settings_page > docs/settings.md``."""
+
+from __future__ import annotations
 
 import sys
 import types
@@ -16,7 +18,7 @@ from relora_mora.config.types import LARGEST
 _HEAD = """\
 # Settings
 
-Written by `python -m relora_mora.config.table > docs/settings.md` from `relora_mora/config/schema.py`; do not edit it.
+Written by `python -m tests.tools.settings_page > docs/settings.md` from `relora_mora/config/schema.py`; do not edit it.
 
 A run starts from the defaults, then reads its YAML file, then `--section.key=value` from the command
 line; the last one wins. The value of a flag is YAML, too: `--optim.lr=4e-4`,
