@@ -126,8 +126,6 @@ class StudyFolder:
         Raises ValueError if a cell was started or finished with other settings, or if its model, text or tokenizer have
         changed since.
         """
-        from relora_mora.weights.load import with_tokenizer  # a late import: it loads torch, which takes seconds
-
         faults = []
         digests: dict[str, dict[str, str]] = {}  # by inputs, because most cells read the same
         for cell, config in configs.items():
@@ -136,6 +134,9 @@ class StudyFolder:
                 if noted := noted_digests(self._starts(cell)):
                     inputs = input_key(config)
                     if inputs not in digests:
+                        # a late import: it loads torch, which takes seconds
+                        from relora_mora.weights.load import with_tokenizer
+
                         digests[inputs] = start_digests(with_tokenizer(config))
                     changed = changed_start(noted, digests[inputs])
                     if changed is not None:
