@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -62,6 +63,8 @@ def _serve(rank: int, world_size: int, port: int, device: str, pipe: Connection,
             pipe.send((True, function(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        gc.collect()
+        gc.freeze()  # DeepSpeed keeps thousands of objects of each run
 
 
 def _share_of_a_processor() -> float:
