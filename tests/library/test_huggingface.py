@@ -133,7 +133,7 @@ def on_ranks(folder: Path, kind: str) -> Any:
     results = []
     for name, resume in (("whole", False), ("cut", True)):
         with fsdp_on_cpus():
-            steps, _, trainer = trained(folder / name, kind, resume=resume)
+            steps, _, trainer = trained(folder / name, kind, resume=resume, save_steps=6)
         torch.distributed.barrier()
         if not resume and torch.distributed.get_rank() == 0:
             keep(folder / "whole", folder / "cut", 6)

