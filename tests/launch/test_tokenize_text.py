@@ -211,7 +211,7 @@ def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path, tokenizer_path: str
 def much_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small shards, then large ones."""
     folder = tmp_path_factory.mktemp("much")
-    texts = some_texts(2000, words=200)
+    texts = some_texts(1000, words=200)
     for number in range(4):
         write_shard(folder / f"{number}.json", texts[:20] if number < 2 else texts * 2)
     return folder
