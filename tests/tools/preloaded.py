@@ -3,6 +3,7 @@ else.
 """
 
 import gc
+import os
 
 from relora_mora.system.process import many_imports
 
@@ -13,6 +14,8 @@ with many_imports():
     import relora_mora.train.pretrain  # noqa: F401
     from relora_mora.checkpoint import writer
 
-writer.POLL_SECONDS = 0.005  # tiny runs save at every step
+# tiny runs save at every step, and no test cuts the power
+writer.POLL_SECONDS = 0.005
+os.fsync = lambda handle: None  # type: ignore[assignment]
 
 gc.freeze()  # a collection would write to memory that the workers share
