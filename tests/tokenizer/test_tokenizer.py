@@ -39,7 +39,7 @@ def documents() -> list[str]:
     for shard in sorted((SHARED / "data/c4like/train").glob("*.json.gz")):
         with gzip.open(shard, "rt", encoding="utf-8") as lines:
             found += [json.loads(line)["text"] for line in lines]
-    return sorted(found, key=len)[:10_000]  # the shorter half, whole: the test takes seconds
+    return sorted(found, key=len)[:10_000:3]  # of the shorter half, whole: the test takes seconds
 
 
 def _plain(folder: Path, texts: list[str]) -> list[list[int]]:
@@ -48,13 +48,13 @@ def _plain(folder: Path, texts: list[str]) -> list[list[int]]:
 
 
 @needs_shared
-def test_ten_thousand_documents_are_exact(documents: list[str], tmp_path: Path) -> None:
+def test_thousands_of_documents_are_exact(documents: list[str], tmp_path: Path) -> None:
     out = tmp_path / "trained"
-    bytes_per_token = training.write(training.train(documents[::5], vocab_size=8192), out, documents[-100:])
+    bytes_per_token = training.write(training.train(documents[::2], vocab_size=8192), out, documents[-100:])
     assert 3 < bytes_per_token < 6
     reference = open_sentencepiece(out / MODEL_FILE).encode(documents)
     tokenizer = load_tokenizer(out)
-    assert len(documents) == 10_000
+    assert len(documents) == 3334
     assert encode(tokenizer, documents) == reference
     assert not any(EOS in ids or 0 in ids or 1 in ids for ids in reference)
     decoded = tokenizer.batch_decode(reference)
