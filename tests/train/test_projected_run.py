@@ -89,7 +89,7 @@ def _equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     return [torch.equal(value, expected[key]) for key, value in found.items()]
 
 
-@pytest.mark.parametrize("matrices,stage", [("fira", 0), ("galore", 1), *rest(("galore", 2)), ("fira", 3)])
+@pytest.mark.parametrize("matrices,stage", [("fira", 0), ("galore", 1), *rest(("galore", 2), ("fira", 3))])
 def test_a_projection_waits_for_a_scored_step(pools, config, tmp_path, matrices, stage):
     """On every stage, and also after a resume within the wait."""
     train_settings = {"steps": 10, "micro_batch_size": 1}

@@ -19,6 +19,7 @@ from relora_mora.system.run_folder import read_json_lines
 from relora_mora.weights.digests import start_digests
 from relora_mora.weights.export import export
 from tests.tools.commands import PRETRAIN, call
+from tests.tools.grids import rest
 from tests.tools.helpers import ROOT
 from tests.tools.runs import checkpoint_at, logged_steps, logged_values, metrics, run_config, tensors, train
 
@@ -144,7 +145,7 @@ def test_micro_batches_do_not_change_the_result(pools, inputs, tokenizer_path, t
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [3, *rest((2,))])
 def test_activation_checkpointing_does_not_change_the_result(pools, inputs, tokenizer_path, tmp_path, stage):
     losses = []
     for on in (False, True):

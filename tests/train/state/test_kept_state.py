@@ -14,6 +14,7 @@ from tests.tools.checkpoints import rewrite_manifest
 from tests.tools.runs import (
     Stopped,
     checkpoint_at,
+    copy_cut_at,
     different_tensors,
     logged_steps,
     manifest_at,
@@ -74,7 +75,7 @@ def test_a_resume_in_a_new_folder_that_stops_before_its_first_step_keeps_its_dat
 ):
     never, first, second = (tmp_path / name for name in ("never", "first", "second"))
     pools(2)(train, run_config(inputs, tokenizer_path, never, 2))
-    pools(2)(train, run_config(inputs, tokenizer_path, first, 2), stop_after=5)
+    copy_cut_at(never, first, 5)
     taken = run_config(inputs, tokenizer_path, second, 2, train={"resume": str(first)})
     assert pools(2)(stopped, taken) == [75, 75]
     assert manifest_at(second, 5)["data_state"] == manifest_at(first, 5)["data_state"]
@@ -188,11 +189,11 @@ def train_without_text(config: Any) -> None:
 def test_a_line_of_metrics_over_several_steps_is_the_same_after_a_stop(pools, inputs, tokenizer_path, tmp_path):
     found = []
     for stop in (None, 3, 7):
-        config = run_config(inputs, tokenizer_path, tmp_path / f"run{stop}", 2, log={"every_steps": 5})
+        folder = tmp_path / f"run{stop}"
         if stop:
-            pools(2)(train, config, stop_after=stop)
-        pools(2)(train, config)
-        lines = [line for line in metrics(tmp_path / f"run{stop}") if "train/loss" in line]
+            copy_cut_at(tmp_path / "runNone", folder, stop)
+        pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, log={"every_steps": 5}))
+        lines = [line for line in metrics(folder) if "train/loss" in line]
         found.append([(line["step"], line["train/loss"], line["train/grad_norm"]) for line in lines])
     assert [line[0] for line in found[0]] == [5, 10]
     for lines in found[1:]:
