@@ -80,7 +80,6 @@ def measure(
             if index == 0 and len(micro) > 1:
                 result["between_micro_batches"] = held()
     result["after_backward"] = held()
-    gc.unfreeze()
     return result
 
 
