@@ -247,8 +247,8 @@ def largest_moves(world_size: int, stage: int, method: str) -> dict[str, float]:
     return moves
 
 
-FIRST_STEPS = [("relora", 0), ("relora", 3), ("remora", 1), ("remora", 2)]
-FIRST_STEPS += rest(("relora", 1), ("relora", 2), ("remora", 0), ("remora", 3))
+FIRST_STEPS = [("relora", 0), ("remora", 1), ("remora", 2)]
+FIRST_STEPS += rest(("relora", 1), ("relora", 2), ("relora", 3), ("remora", 0), ("remora", 3))
 
 
 @pytest.mark.parametrize(("method", "stage"), FIRST_STEPS)

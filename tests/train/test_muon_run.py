@@ -36,8 +36,8 @@ def config(inputs, tokenizer_path):
     return make
 
 
-CASES = [("remora", 0, True), ("remora", 2, False), ("full", 3, True)]
-CASES += rest(("relora", 1, True), ("remora", 1, False), ("remora", 3, False))
+CASES = [("remora", 0, True), ("full", 2, False)]
+CASES += rest(("relora", 1, True), ("remora", 1, False), ("remora", 2, False), ("remora", 3, False), ("full", 3, True))
 
 
 @pytest.mark.parametrize("method,stage,bf16", CASES)
