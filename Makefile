@@ -31,7 +31,7 @@ test-kill: $(VENV)/.installed-dev  ## KILLS=100 kills at random moments; KILL_SE
 	KILLS=$(KILLS) $(BIN)/python -m pytest -s -m kills
 
 test-stops: $(VENV)/.installed-dev  ## every signal, launcher and lost rank
-	$(BIN)/python -m pytest -m stops
+	$(BIN)/python -m pytest -n 2 -m stops
 
 test-cluster: $(VENV)/.installed-dev  ## two hosts with ssh, and Slurm, in namespaces of this machine (root)
 	$(BIN)/python -m pytest -m cluster -rs

@@ -159,7 +159,7 @@ def test_two_trainers_never_share_a_run_folder(config):
     first = Job(config)
     first.wait_for_step(run_dir, 5)
     second = Job(config)  # on another port
-    assert second.wait(90) == 2
+    assert second.wait(180) == 2
     assert "another trainer works on this run" in second.output
     assert "Traceback" not in second.output
     assert first.process.poll() is None
