@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import math
+import os
 import re
 import runpy
 import sys
@@ -22,6 +24,7 @@ from tests.tools.pool import Pools
 pytestmark = pytest.mark.distributed
 STEPS = ("--steps", "12", "--merge-every", "5")  # with merges after steps 5 and 10
 SAME = 1e-5
+NOTEBOOK = json.loads((ROOT / "examples" / "tiny_remora.ipynb").read_text(encoding="utf-8"))
 
 
 def run_script(script: str, options: tuple[str, ...]) -> str:
@@ -86,8 +89,54 @@ def test_diffusion_unet(start: Callable[..., str]) -> None:
     check(start("diffusion_unet.py"), learns=True)
 
 
+def run_notebook(steps: int) -> str:
+    """Runs in a process of a pool: what the code cells print. No window opens."""
+    output = io.StringIO()
+    names = {"__name__": "__main__"}
+    with mock.patch.dict(os.environ, {"STEPS": str(steps), "MPLBACKEND": "agg"}), contextlib.redirect_stdout(output):
+        for cell in NOTEBOOK["cells"]:
+            if cell["cell_type"] == "code":
+                exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+        from matplotlib import pyplot
+
+        assert pyplot.get_fignums() == [1, 2, 3, 4]
+        assert all(axes.has_data() for number in (1, 2, 3, 4) for axes in pyplot.figure(number).axes)
+        pyplot.close("all")
+    return output.getvalue()
+
+
+def test_the_notebook(pools: Pools) -> None:
+    [output] = pools(1)(run_notebook, 12)  # with a merge after every second step
+    assert re.findall(r"step (\d+): .* operator (\d -> \d)", output) == [
+        ("2", "1 -> 2"),
+        ("4", "2 -> 1"),
+        ("6", "1 -> 2"),
+        ("8", "2 -> 1"),
+        ("10", "1 -> 2"),
+    ]
+    ranks = list(map(int, re.findall(r"rank (\d+) of 256", output)))
+    assert ranks[0] <= 128 < ranks[1] <= 256
+    assert "the merged weight is W + D M C up to 0e+00" in output
+
+
+def test_the_notebook_is_stored_without_outputs() -> None:
+    assert (NOTEBOOK["nbformat"], NOTEBOOK["nbformat_minor"]) == (4, 5)
+    cells = NOTEBOOK["cells"]
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    for cell in cells:
+        code = {"outputs": [], "execution_count": None} if cell["cell_type"] == "code" else {}
+        assert cell == {
+            "cell_type": cell["cell_type"],
+            "id": cell["id"],
+            "metadata": {},
+            "source": cell["source"],
+            **code,
+        }
+        assert cell["cell_type"] in ("code", "markdown") and all(isinstance(line, str) for line in cell["source"])
+
+
 def test_the_readme_lists_every_example() -> None:
     lines = (ROOT / "examples" / "README.md").read_text(encoding="utf-8").splitlines()
-    for path in (ROOT / "examples").glob("*.py"):
+    for path in [*(ROOT / "examples").glob("*.py"), *(ROOT / "examples").glob("*.ipynb")]:
         [line] = [line for line in lines if line.startswith(f"| [{path.name}]")]
         assert f"examples/{path.name}`" in line

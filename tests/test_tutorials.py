@@ -1,0 +1,109 @@
+"""The tutorials do what they say. Their blocks run in order, with changes that make them short."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from relora_mora.system.run_folder import RunFolder, read_json_lines
+from tests.tools.commands import call, module_of
+from tests.tools.helpers import ROOT
+from tests.tools.jobs import ends
+from tests.tools.pool import Pools
+from tests.tools.runs import LLAMA, logged_steps, logged_values
+from tests.tools.tokenizer_tools import save_bytes_tokenizer
+from tests.tools.tutorials import check_shown, follow
+
+pytestmark = pytest.mark.distributed
+SMOLLM2 = "launch/smollm2.py"
+EXTRAS = all(importlib.util.find_spec(name) for name in module_of(SMOLLM2).PACKAGES)
+
+
+def follow_page(pools: Pools, name: str, folder: Path, changes: Mapping[str, str]) -> list[str]:
+    """The outputs of a page's blocks."""
+    page = (ROOT / "docs" / "tutorials" / name).read_text(encoding="utf-8")
+    [outputs] = pools(1)(follow, page, folder, changes)
+    return list(outputs)
+
+
+def test_pretrain_on_your_own_text(pools: Pools, tmp_path: Path) -> None:
+    changes = {
+        'glob("*.py")': 'glob("[a-c]*.py")',
+        "--vocab_size=8192": "--vocab_size=1000",
+        "sequence_length: 256": "sequence_length: 32",
+        "merge_every: 10 ": "merge_every: 2 ",
+        "warmup_steps: 30": "warmup_steps: 4",
+        "steps: 200": "steps: 20",
+        "every_steps: 50": "every_steps: 10",
+        "max_tokens: 32768": "max_tokens: 2048",
+        "Ctrl-C after: step 100:": "Ctrl-C after: step 10:",
+    }
+    follow_page(pools, "pretrain.md", tmp_path, changes)
+    run = tmp_path / "runs" / "mine"
+    stopped, finished = ends(run)
+    assert (stopped["code"], finished["code"]) == (75, 0)
+    assert 10 <= stopped["step"] < finished["step"] == 20
+    assert logged_steps(run, "eval/loss") == [0, 10, 20]
+    losses = logged_values(run, "eval/loss")
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "runs" / "mine_export" / "model.safetensors").is_file()
+
+
+def test_remora_in_your_own_loop(pools: Pools, tmp_path: Path) -> None:
+    changes = {
+        '"hidden_size": 128, "intermediate_size": 256': '"hidden_size": 32, "intermediate_size": 64',
+        "rank=16": "rank=4",
+    }
+    follow_page(pools, "loop.md", tmp_path, changes)
+
+
+def test_continue_pretraining_smollm2(pools: Pools, tmp_path: Path) -> None:
+    """With the real model if its packages are installed, otherwise with a tiny one of the same layout."""
+    model = tmp_path / "downloaded"
+    if EXTRAS:
+        assert call(SMOLLM2, model).code == 0
+    else:
+        sizes = LLAMA | {"num_key_value_heads": 1, "tie_word_embeddings": True}
+        LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(model)
+        save_bytes_tokenizer(model)
+    folder = tmp_path / "reader"
+    folder.mkdir()
+    changes = {
+        "hf download HuggingFaceTB/SmolLM2-135M --local-dir models/smollm2": (
+            f"mkdir models && cp -r '{model}' models/smollm2"
+        ),
+        "rank: 32": "rank: 4",
+        "sequence_length: 256": "sequence_length: 32",
+        "sequence_length=256": "sequence_length=32",
+        "merge_every: 20": "merge_every: 2",
+        "warmup_steps: 6": "warmup_steps: 2",
+        "warmup_steps: 3": "warmup_steps: 1",
+        "steps: 60": "steps: 5",
+        "every_steps: 20": "every_steps: 5",
+        "max_tokens: 4096": "max_tokens: 256",
+        "max_tokens=4096": "max_tokens=256",
+        "max_new_tokens=60": "max_new_tokens=4",
+    }
+    outputs = follow_page(pools, "smollm2.md", folder, changes)
+    run = RunFolder(folder / "runs" / "headers")
+    [*_, last] = [line for line in read_json_lines(run.metrics) if "eval/english/loss" in line]
+    [scored] = [json.loads(line) for output in outputs for line in output.splitlines() if line.startswith('{"loss"')]
+    for name in ("headers", "english"):
+        assert scored["sets"][name]["digest"] == last[f"eval/{name}/digest"]
+        assert scored["sets"][name]["loss"] == pytest.approx(last[f"eval/{name}/loss"], abs=0.05)  # in bfloat16
+
+
+def test_output_that_no_command_gives_is_found() -> None:
+    check_shown("step 3: loss 1.5\n...\n", "step 17: loss 2e-3\nand more\n")
+    with pytest.raises(AssertionError, match="step 3: lost"):
+        check_shown("step 3: lost 1.5\n", "step 17: loss 2e-3\n")
+
+
+def test_a_change_that_changes_nothing_is_found(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="the page does not have 300"):
+        follow("200 steps", tmp_path, {"300": "3"})
