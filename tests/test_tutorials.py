@@ -15,6 +15,7 @@ from tests.tools.commands import call, module_of
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import ends
 from tests.tools.pool import Pools
+from tests.tools.ports import free_port
 from tests.tools.runs import LLAMA, logged_steps, logged_values
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 from tests.tools.tutorials import check_shown, follow
@@ -42,6 +43,7 @@ def test_pretrain_on_your_own_text(pools: Pools, tmp_path: Path) -> None:
         "every_steps: 50": "every_steps: 10",
         "max_tokens: 32768": "max_tokens: 2048",
         "Ctrl-C after: step 100:": "Ctrl-C after: step 10:",
+        "board runs": f"board runs --port={free_port()}",
     }
     follow_page(pools, "pretrain.md", tmp_path, changes)
     run = tmp_path / "runs" / "mine"
