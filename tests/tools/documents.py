@@ -8,7 +8,13 @@ from pathlib import Path
 from tests.tools.helpers import ROOT
 
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/*.md"), *ROOT.glob("tokenizer/*.md")]
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("docs/tutorials/*.md"),
+        *ROOT.glob("configs/*.md"),
+        *ROOT.glob("tokenizer/*.md"),
+    ]
 )
 # files whose comments are instructions to a user, too
 INSTRUCTIONS = [

@@ -24,7 +24,7 @@ LIMITS = {
     " that of ": 5,
 }
 CODE = ("relora_mora/**/*.py", "launch/**/*.py", "tokenizer/*.py")
-DOCS = ("*.md", "docs/**/*.md", "configs/**/*.md", "tokenizer/*.md")
+DOCS = ("*.md", "docs/*.md", "docs/tutorials/*.md", "configs/**/*.md", "tokenizer/*.md")
 
 
 def faults(name: str, text: str) -> list[str]:
