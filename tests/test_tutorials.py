@@ -35,8 +35,8 @@ def follow_page(pools: Pools, name: str, folder: Path, changes: Mapping[str, str
 def test_pretrain_on_your_own_text(pools: Pools, tmp_path: Path) -> None:
     changes = {
         'glob("*.py")': 'glob("[a-c]*.py")',
-        "--vocab_size=8192": "--vocab_size=1000",
-        "sequence_length: 256": "sequence_length: 32",
+        "--vocab_size=8192": "--vocab_size=500",
+        "sequence_length: 256": "sequence_length: 32\n  workers: 0",
         "merge_every: 10 ": "merge_every: 2 ",
         "warmup_steps: 30": "warmup_steps: 4",
         "steps: 200": "steps: 20",
@@ -80,7 +80,7 @@ def test_continue_pretraining_smollm2(pools: Pools, tmp_path: Path) -> None:
             f"mkdir models && cp -r '{model}' models/smollm2"
         ),
         "rank: 32": "rank: 4",
-        "sequence_length: 256": "sequence_length: 32",
+        "sequence_length: 256": "sequence_length: 32\n  workers: 0",
         "sequence_length=256": "sequence_length=32",
         "merge_every: 20": "merge_every: 2",
         "warmup_steps: 6": "warmup_steps: 2",
