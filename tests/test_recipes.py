@@ -18,7 +18,7 @@ from tests.tools.runs import checkpoint_at, logged_steps, logged_values, manifes
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 RECIPES = CONTRIBUTING.partition("## How to add")[2]
 # recipes whose result needs a GPU, a server or many lines
-WITHOUT_EXAMPLE = {"A kernel for another device", "A data source", "A task", "A test"}
+WITHOUT_EXAMPLE = {"A kernel for another device", "A data source", "A page", "A task", "A test"}
 
 distributed = pytest.mark.distributed
 

@@ -49,7 +49,7 @@ def test_missing_files_of_the_demo_are_named_with_their_commands(
     ]
     for fault in raised.value.faults:
         assert "runs/demo/" in fault
-        assert "`make demo`" in fault
+        assert "(relora-mora demo creates it" in fault
         assert str(tmp_path) in fault
 
 
@@ -58,7 +58,7 @@ def test_other_missing_files_are_not_called_files_of_the_demo(config: Config, tm
     with pytest.raises(ConfigError) as raised:
         open_inputs(missing)
     assert len(raised.value.faults) == 2
-    assert "make demo" not in str(raised.value)
+    assert "relora-mora demo" not in str(raised.value)
 
 
 def test_a_wrong_column_is_reported_with_other_faults(config: Config, tmp_path: Path) -> None:
