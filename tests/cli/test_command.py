@@ -190,7 +190,7 @@ def test_errors_of_the_system_name_the_file_and_a_remedy(capsys: pytest.CaptureF
         assert capsys.readouterr().err == f"{message}\n"
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     argv=st.lists(
         st.text(max_size=8)

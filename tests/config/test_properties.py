@@ -22,7 +22,7 @@ from tests.tools.config_tools import SECTIONS, SETTINGS, same, tree
 from tests.tools.tiny import tiny_llama
 
 many = settings(
-    max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 words = st.text(max_size=12)
@@ -179,7 +179,7 @@ texts_without_nul = st.text(st.characters(exclude_characters="\0", exclude_categ
 awkward = st.sampled_from(["4e-4", "1e5", "08", "1_000", "yes", "2026-11-24", "~", "-.inf", "null", "0o7", "="])
 
 
-@settings(many, max_examples=300)
+@settings(many, max_examples=150)
 @given(texts=st.lists(texts_without_nul | awkward, min_size=2, max_size=12))
 def test_texts_survive_a_dump(texts: list[str]) -> None:
     config = validate(

@@ -149,7 +149,7 @@ def test_invalid_yaml_is_explained_without_the_secret(tmp_path: Path, text: str)
 
 
 @settings(
-    max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(
     before=st.text(alphabet="ab:-[]{}&*!|>'\"#, \n", max_size=90),

@@ -39,6 +39,7 @@ from tests.tools.helpers import ROOT
 from tests.tools.runs import LLAMA, run_config
 
 pytestmark = pytest.mark.usefixtures("little_text")
+LATER = pytest.mark.stops  # make test-stops
 WRITERS = pytest.mark.parametrize("script", [DEMO_TEXT, TRAIN])
 
 
@@ -223,7 +224,7 @@ def test_ctrl_c_works_before_long_imports() -> None:
     subprocess.run([sys.executable, "-c", code, *map(str, scripts)], env=environment, check=True)
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("delay", [pytest.param(0.0, marks=LATER), 0.1, pytest.param(0.5, marks=LATER)])
 def test_ctrl_c_while_processes_start_and_read(tmp_path: Path, delay: float) -> None:
     """Else each of them would show a traceback of its own, or keep the lock that the others wait for."""
     argv = ["-m", DEMO_TEXT, f"--out={tmp_path / 'out'}", "--processes=4"]
@@ -231,7 +232,7 @@ def test_ctrl_c_while_processes_start_and_read(tmp_path: Path, delay: float) -> 
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("delay", [0.1, 1.0])
+@pytest.mark.parametrize("delay", [0.1, pytest.param(1.0, marks=LATER)])
 def test_ctrl_c_while_sentencepiece_trains(tmp_path: Path, delay: float) -> None:
     """It reads text first, when it would mistake Ctrl-C for a fault of the text, and then computes without checking."""
     draw = random.Random(0)

@@ -217,6 +217,7 @@ def much_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.stops
 def test_ctrl_c_keeps_finished_files(much_text: Path, tmp_path: Path, tokenizer_path: str) -> None:
     out = tmp_path / "out"
     argv = [TOKENIZE, f"{much_text}/*.json", str(out), f"--tokenizer={tokenizer_path}"]

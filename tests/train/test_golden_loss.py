@@ -104,7 +104,7 @@ def train_without_kernels(config: Any) -> None:
 
 
 @compiler_only
-@pytest.mark.parametrize("method,stage", [("remora", 1), ("relora", 2), *rest(("full", 0))])
+@pytest.mark.parametrize("method,stage", [("remora", 1), *rest(("relora", 2), ("full", 0))])
 def test_compiled_layers_train_as_the_reference(golden, pools, tokenizer_path, tmp_path, method, stage):
     sections: dict[str, Any] = {"model": {"compile": True}, "train": {"zero_stage": stage}}
     if method == "full":  # a second kind of batches, less than a micro-batch of it

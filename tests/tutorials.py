@@ -1,4 +1,4 @@
-"""The tutorials do what they say. Their blocks run in order, with changes that make them short."""
+"""The tutorials do what they say. Their blocks run in order, with changes that make them short: `make test-extras`."""
 
 from __future__ import annotations
 
