@@ -44,7 +44,7 @@ class ModelConfig(Strict):
     config: Text | None = Field(
         None,
         description="a LlamaConfig JSON file (or a Mistral, Qwen2 or Qwen3 config), relative to the current folder "
-        "or else to this YAML file; null: the config of init_from",
+        "or else to this YAML file, or the name of a shipped one; null: the config of init_from",
     )
     overrides: dict[str, Any] = Field({}, description="keys of that config to replace, e.g. {hidden_size: 256}")
     init_from: Text | None = Field(

@@ -24,7 +24,7 @@ in bash.
 
 def commands_page() -> str:
     """The whole page, a section for each command."""
-    os.environ["COLUMNS"] = "98"  # the width of a block on a page
+    os.environ["COLUMNS"] = "88"  # the width of a block on a page
     parts = [_HEAD]
     for title, names in COMMANDS.items():
         parts.append(f"## {title}\n")
