@@ -202,4 +202,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-fakecuda .venv-extras .venv-pack .venv-wheel .venv-docs build dist wheels *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-fakecuda .venv-extras .venv-pack .venv-docs build dist wheels *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
