@@ -62,11 +62,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     environment = Path(os.environ.get("WHEEL_ENVIRONMENT") or tmp_path_factory.mktemp("installed") / "venv")
     [wheel] = (ROOT / "dist").glob("*.whl")
     begin = time.monotonic()
+    options = ["--force-reinstall", "--no-deps"] if environment.exists() else []
     if not environment.exists():
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-    pip = [environment / "bin" / "pip", "install", "--quiet"]
-    subprocess.run([*pip, wheel], check=True)
-    subprocess.run([*pip, "--force-reinstall", "--no-deps", wheel], check=True)  # of an environment that existed
+    subprocess.run([environment / "bin" / "pip", "install", "--quiet", *options, wheel], check=True)
     print(f"\ninstalled {wheel.name} and its dependencies in {time.monotonic() - begin:.0f} s")
     return Installed(environment, tmp_path_factory.mktemp("empty"))
 

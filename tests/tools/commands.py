@@ -25,8 +25,11 @@ from relora_mora.commands import NAMES, main_of
 from tests.tools.helpers import ROOT
 
 NOBODY = 65534
-EVALUATE, EXPORT, PLAN = "evaluate", "export", "plan"
-PRETRAIN, FINETUNE = "pretrain", "finetune"
+EVALUATE = "evaluate"
+EXPORT = "export"
+PLAN = "plan"
+PRETRAIN = "pretrain"
+FINETUNE = "finetune"
 BOARD = "board"
 COMPARE = "compare"
 TRAIN = "train-tokenizer"
