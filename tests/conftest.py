@@ -32,6 +32,11 @@ gc.disable()  # until all tests are imported: collections would look at torch an
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes come first: at the end, processes that have nothing left wait for the longest file."""
+    items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()

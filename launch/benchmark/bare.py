@@ -17,7 +17,7 @@ from relora_mora.data.stream.stream import TrainStream
 from relora_mora.distributed.join import device_of_rank
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import group_rates, make_schedule, parameter_groups, set_trainable
-from relora_mora.sizing.fit import choose_resident
+from relora_mora.sizing.fit import choose_forms
 from relora_mora.sizing.setup import Setup
 from relora_mora.system.hardware import uses_cuda
 from relora_mora.train.begin.build import build
@@ -76,7 +76,7 @@ class TorchLoop:
         setup = Setup(
             config, config.train.zero_stage, 1, bf16=checked.bf16, on_gpu=uses_cuda(), compiled=checked.compiled
         )
-        choose_resident(lm, setup, memory_of_rank())
+        choose_forms(lm, setup, memory_of_rank())
         self.layers = [layer for _, layer in adapter_layers(lm)]
         self.groups = parameter_groups(lm, config.optim)
         self.schedule = make_schedule(config.method, config.optim, config.train.steps)

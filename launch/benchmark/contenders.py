@@ -27,7 +27,7 @@ from relora_mora.engine.engine import ZeroEngine
 from relora_mora.engine.merging import FrozenMasters, Merger
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import build_optimizer, parameter_groups, set_trainable
-from relora_mora.sizing.fit import check_adapters, choose_resident
+from relora_mora.sizing.fit import check_adapters, choose_forms
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import flops_of
 from relora_mora.system.hardware import uses_cuda
@@ -87,19 +87,26 @@ class Ours:
     """
 
     def __init__(
-        self, setting: Setting, method: str, form: str = "auto", *, compiled: bool = False, frozen: bool = False
+        self,
+        setting: Setting,
+        method: str,
+        form: str = "auto",
+        *,
+        base: str | None = None,
+        compiled: bool = False,
+        frozen: bool = False,
     ) -> None:
         from torch import distributed as dist
 
         ranks = dist.get_world_size()
-        config = ours_config(setting, method, form, ranks, compiled=compiled)
+        config = ours_config(setting, method, form, ranks, base=base, compiled=compiled)
         lm = build_model(setting.model_config, seed=setting.seed)
         if config.method.uses_adapters:
             inject(lm, config.method, seed=setting.seed)
         if form == "released":
             use_released_layers(lm)
         set_trainable(lm, config.method)
-        choose_resident(lm, Setup(config, setting.zero_stage, ranks, bf16=setting.bf16, on_gpu=uses_cuda()), None)
+        choose_forms(lm, Setup(config, setting.zero_stage, ranks, bf16=setting.bf16, on_gpu=uses_cuda()), None)
         if frozen:
             for _, linear in decoder_linears(lm):
                 linear.requires_grad_(False)
@@ -140,7 +147,9 @@ class Ours:
         }
 
 
-def ours_config(setting: Setting, method: str, form: str, world_size: int, *, compiled: bool = False) -> Config:
+def ours_config(
+    setting: Setting, method: str, form: str, world_size: int, *, base: str | None = None, compiled: bool = False
+) -> Config:
     sequences = setting.tokens // setting.sequence_length
     batch = sequences * setting.accumulation * world_size
     tree: dict[str, dict[str, Any]] = {
@@ -164,7 +173,7 @@ def ours_config(setting: Setting, method: str, form: str, world_size: int, *, co
     if setting.finetune:
         tree = with_defaults(tree, {"method": FINETUNING["method"]})
     if METHODS[method].adapter is not None:
-        tree["method"] |= {"rank": setting.rank, "form": "decoupled" if form == "released" else form}
+        tree["method"] |= {"rank": setting.rank, "form": "decoupled" if form == "released" else form, "base": base}
     if form == "released":
         tree["method"]["operators"] = [RELEASED_TYPE]  # only one, because the steps between merges are measured
     if "method.square_multiple" in METHODS[method].settings and not setting.finetune:
@@ -282,6 +291,9 @@ OURS: dict[str, Callable[[Setting], Contender]] = {
     "remora_decoupled": lambda setting: Ours(setting, "remora", "decoupled"),
     "remora_released": lambda setting: Ours(setting, "mora", "released"),
     "remora_r32": lambda setting: Ours(replace(setting, square_multiple=32), "remora"),
+    "remora_int8": lambda setting: Ours(setting, "remora", base="int8"),
+    "remora_int8_decoupled": lambda setting: Ours(setting, "remora", "decoupled", base="int8"),
+    "relora_int8": lambda setting: Ours(setting, "relora", base="int8"),
     "full_compiled": lambda setting: Ours(setting, "full", compiled=True),
     "remora_compiled": lambda setting: Ours(setting, "remora", compiled=True),
 }

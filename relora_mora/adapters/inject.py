@@ -5,7 +5,8 @@ from pkgutil import resolve_name
 
 from torch import nn
 
-from relora_mora.adapters.layers import AdapterLinear, layer_generator
+from relora_mora.adapters.layers import AdapterLinear, adapter_layers, layer_generator
+from relora_mora.adapters.stored import PLAIN, EightBits, Rounded, Stored
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw
 
@@ -74,6 +75,25 @@ def replace_linears(
     for layers in by_input.values():
         layer.share_input(layers)
     return replaced
+
+
+def choose_storage(model: nn.Module, method: MethodConfig, *, bf16: bool, on_gpu: bool) -> None:
+    """Decides how the weights under adapters are stored; they change when :meth:`AdapterLinear.pack` is called."""
+    for _, layer in adapter_layers(model):
+        layer.stored = storage_of(layer, method, bf16=bf16, on_gpu=on_gpu)
+
+
+def storage_of(layer: AdapterLinear, method: MethodConfig, *, bf16: bool, on_gpu: bool) -> Stored:
+    """How ``method.base`` stores the weight of a layer, in a model that computes in bf16 or in float32."""
+    if method.eight_bits is not None:
+        return EightBits.of(
+            method.eight_bits,
+            layer.out_features,
+            layer.in_features,
+            multiplies=method.base_products,
+            on_gpu=on_gpu,
+        )
+    return Rounded() if method.base == "bf16" and not bf16 else PLAIN
 
 
 def layer_class(method: MethodConfig) -> type[AdapterLinear]:

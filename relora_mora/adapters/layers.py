@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relora_mora.adapters.stored import PLAIN, EightBits, FrozenProduct, Stored
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw
 from relora_mora.system.seeds import derived_seed
@@ -63,6 +64,7 @@ class AdapterLinear(nn.Module):
         self.merged_weight: Tensor | None = None  # the current W + delta; never saved
         self.gathered = False  # ZeRO-3: its parameters exist only while it runs
         self.in_place = False  # ZeRO-3: the weight itself is W + delta, see engine/slices.py
+        self.stored: Stored = PLAIN  # how W is stored, and the resident W + delta too
         self.weight: Tensor = linear.weight
         self.weight.requires_grad_(False)
         self.bias: Tensor | None = linear.bias
@@ -142,12 +144,16 @@ class AdapterLinear(nn.Module):
         if torch.is_autocast_enabled(device):  # it would cast in forward, but not in the backward of the merged form
             with torch.autocast(device, enabled=False):
                 return self.forward(x.to(torch.get_autocast_dtype(device)))
-        if self.multiplies_merged(x):
-            y = self._merged(x)
-        else:
-            base = F.linear(x, self.weight.to(x.dtype))
-            y = base + self._delta(F.dropout(x, self.dropout) if self.drops else x)
+        y = self._merged(x) if self.multiplies_merged(x) else self._decoupled(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _decoupled(self, x: Tensor) -> Tensor:
+        """x [..., in] -> ``W x + delta x`` [..., out], with dropout of the second x"""
+        if isinstance(self.stored, EightBits):
+            base = FrozenProduct.apply(x, self.weight, self.stored)
+        else:
+            base = self.stored.linear(x, self.weight)
+        return base + self._delta(F.dropout(x, self.dropout) if self.drops else x)
 
     def multiplies_merged(self, x: Tensor) -> bool:
         """Whether x [..., in] is multiplied with ``W + delta``."""
@@ -162,7 +168,11 @@ class AdapterLinear(nn.Module):
     def keep_merged(self) -> None:
         """Builds ``W + delta`` if the layer is resident and has none. It is used until :meth:`drop_merged`."""
         if self.resident and self.merged_weight is None:
-            self.merged_weight = self.build_merged(self.weight)
+            self.merged_weight = self.build_stored(self.weight)
+
+    def build_stored(self, weight: Tensor) -> Tensor:
+        """``W + delta`` with the current values, stored as W is; ``weight`` is the stored W."""
+        return self.stored.encode(self.build_merged(self.stored.dense(weight, torch.float32)))
 
     def drop_merged(self) -> None:
         """Must be called whenever W, the adapter or its operator changes."""
@@ -177,24 +187,27 @@ class AdapterLinear(nn.Module):
     def uses_merged_form(self, tokens: int) -> bool:
         """``auto`` builds ``W + delta`` if it has few elements compared to the activations [tokens, in + out].
 
-        Never in training with dropout, since the adapter and the weight then see different inputs.
+        If products are in 8 bits, ``auto`` uses ``W + delta`` only if it is resident, because rounding it for each use
+        takes longer than the decoupled form. Never in training with dropout, since the adapter and the weight then see
+        different inputs.
         """
         if self.drops:
             return False
+        if self.form == "auto" and self.stored.multiplies:
+            return self.resident
         if self.form == "auto":
             activations = tokens * (self.in_features + self.out_features)
             return activations >= self.break_even * self.in_features * self.out_features
         return self.form != "decoupled"
 
+    def pack(self) -> None:
+        """Stores W as ``stored`` says from now on. In 8 bits the parameter ``weight`` becomes a tensor of bytes."""
+        if self.stored is not PLAIN:
+            self.weight = nn.Parameter(self.stored.encode(self.weight.detach()), requires_grad=False)
+
     def extra_repr(self) -> str:
         dropout = f", dropout={self.dropout:g}" if self.dropout else ""
         return f"{self.in_features} -> {self.out_features}, form={self.form}{dropout}"
-
-
-def refuse_second_derivatives() -> None:
-    """Called in the backward of a merged form, which computes no graph of itself."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # autograd was called with create_graph
-        raise RuntimeError("the merged form of an adapter has no second derivatives; use the form decoupled")
 
 
 def layer_generator(seed: int, layer: str, merges_done: int) -> torch.Generator:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.adapters.layers import DROPPED, INPUT, AdapterLinear, Flops, Kept, refuse_second_derivatives
+from relora_mora.adapters.layers import DROPPED, INPUT, AdapterLinear, Flops, Kept
+from relora_mora.adapters.stored import Stored, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw
 
@@ -84,7 +85,7 @@ class LoRALinear(AdapterLinear):
         return [x, Kept("A x", self.lora_rank, shared=False), *self._kept_by_dropout()]
 
     def _merged(self, x: Tensor) -> Tensor:
-        return _MergedLoRA.apply(x, self.weight, self.lora_A, self.lora_B, self.built, self.scale)
+        return _MergedLoRA.apply(x, self.weight, self.lora_A, self.lora_B, self.built, self.scale, self.stored)
 
     def _delta(self, x: Tensor) -> Tensor:
         return self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
@@ -101,28 +102,40 @@ class _MergedLoRA(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, merged: Tensor | None, scale: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        A: Tensor,
+        B: Tensor,
+        merged: Tensor | None,
+        scale: float,
+        stored: Stored,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, A, B, merged)
         ctx.scale = scale
-        built = _add_product(weight, A, B, scale) if merged is None else merged
-        return F.linear(x, built.to(x.dtype))
+        ctx.stored = stored
+        if merged is not None:
+            return stored.linear(x, merged)
+        return F.linear(x, _add_product(stored.dense(weight, x.dtype), A, B, scale).to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None, None]:
         refuse_second_derivatives()
         x, weight, A, B, merged = ctx.saved_tensors
         dy = grads[0]
         scale = ctx.scale
         dx = None
-        if ctx.needs_input_grad[0]:
-            built = _add_product(weight, A, B, scale) if merged is None else merged
-            dx = dy @ built.to(dy.dtype)
+        if ctx.needs_input_grad[0] and merged is not None:
+            dx = ctx.stored.linear_transposed(dy, merged)
+        elif ctx.needs_input_grad[0]:
+            dx = dy @ _add_product(ctx.stored.dense(weight, dy.dtype), A, B, scale).to(dy.dtype)
         x = x.reshape(-1, x.shape[-1])
         dy = dy.reshape(-1, dy.shape[-1])
         dA = scale * ((dy @ B.to(dy.dtype)).T @ x) if ctx.needs_input_grad[2] else None
         dB = scale * (dy.T @ (x @ A.to(x.dtype).T)) if ctx.needs_input_grad[3] else None
-        return dx, None, dA, dB, None, None
+        return dx, None, dA, dB, None, None, None
 
 
 def _add_product(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.adapters.layers import AdapterLinear, Flops, Kept, refuse_second_derivatives
+from relora_mora.adapters.layers import AdapterLinear, Flops, Kept
+from relora_mora.adapters.stored import EightBits, Stored, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
-from relora_mora.operators import Draw, Operator, make_operator, square_size
+from relora_mora.operators import Draw, GroupingOperator, Operator, make_operator, square_size
 
 
 def layer_square_size(method: MethodConfig, in_features: int, out_features: int) -> int:
@@ -115,7 +116,7 @@ class MoRALinear(AdapterLinear):
 
     def _merged(self, x: Tensor) -> Tensor:
         handle = self.shared_input.handle(self, x) if torch.is_grad_enabled() and self.mora_M.requires_grad else None
-        return _MergedMoRA.apply(x, self.weight, self.mora_M, self.built, self.operator, handle)
+        return _MergedMoRA.apply(x, self.weight, self.mora_M, self.built, self.operator, handle, self.stored)
 
     def needs_handle(self, x: Tensor) -> bool:
         """Whether this layer will need a handle when it is called with this x.
@@ -124,6 +125,11 @@ class MoRALinear(AdapterLinear):
         treat M as a parameter of the first layer and gather it there. M always trains under ZeRO-3.
         """
         return self.multiplies_merged(x) and (self.gathered or self.mora_M.requires_grad)
+
+    def _decoupled(self, x: Tensor) -> Tensor:
+        if isinstance(self.stored, EightBits) and isinstance(self.operator, GroupingOperator) and not self.drops:
+            return _DecoupledMoRA.apply(x, self.weight, self.mora_M, self.operator, self.stored)
+        return super()._decoupled(x)
 
     def _delta(self, x: Tensor) -> Tensor:
         return self.operator.decompress(F.linear(self.operator.compress(x), self.mora_M.to(x.dtype)))
@@ -232,19 +238,52 @@ class _MergedMoRA(torch.autograd.Function):
         merged: Tensor | None,
         operator: Operator,
         handle: Tensor | None,
+        stored: Stored,
     ) -> Tensor:
         ctx.save_for_backward(weight, M, merged)
         ctx.operator = operator
-        built = operator.add_delta(weight, M.to(weight.dtype)) if merged is None else merged
-        return F.linear(x, built.to(x.dtype))
+        ctx.stored = stored
+        if merged is not None:
+            return stored.linear(x, merged)
+        dense = stored.dense(weight, x.dtype)
+        return F.linear(x, operator.add_delta(dense, M.to(dense.dtype)).to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, Tensor | None, None]:
         refuse_second_derivatives()
         weight, M, merged = ctx.saved_tensors
         dy = grads[0]
         dx = None
+        if ctx.needs_input_grad[0] and merged is not None:
+            dx = ctx.stored.linear_transposed(dy, merged)
+        elif ctx.needs_input_grad[0]:
+            dense = ctx.stored.dense(weight, dy.dtype)
+            dx = dy @ ctx.operator.add_delta(dense, M.to(dense.dtype), after=dy).to(dy.dtype)
+        return dx, None, None, None, None, dy if ctx.needs_input_grad[5] else None, None
+
+
+class _DecoupledMoRA(torch.autograd.Function):
+    """``W x + D M C x`` with W in 8 bits. The passes that scale the sums of both products also add the copies of D."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, M: Tensor, operator: GroupingOperator, stored: EightBits
+    ) -> Tensor:
+        compressed = operator.compress(x)
+        ctx.save_for_backward(weight, M, compressed)
+        ctx.operator = operator
+        ctx.stored = stored
+        return stored.linear(x, weight, F.linear(compressed, M.to(x.dtype)), operator.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+        refuse_second_derivatives()
+        weight, M, compressed = ctx.saved_tensors
+        dy = grads[0]
+        reduced = ctx.operator.decompress_transposed(dy)
+        dx = dM = None
         if ctx.needs_input_grad[0]:
-            built = ctx.operator.add_delta(weight, M.to(weight.dtype), after=dy) if merged is None else merged
-            dx = dy @ built.to(dy.dtype)
-        return dx, None, None, None, None, dy if ctx.needs_input_grad[5] else None
+            dx = ctx.stored.linear_transposed(dy, weight, reduced @ M.to(dy.dtype), ctx.operator.inputs)
+        if ctx.needs_input_grad[2]:
+            dM = reduced.flatten(0, -2).mT @ compressed.flatten(0, -2)
+        return dx, None, dM, None, None

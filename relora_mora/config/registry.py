@@ -14,6 +14,8 @@ ADAPTER_SETTINGS = (
     "method.form",
     "method.target_modules",
     "method.train_linears",
+    "method.base",
+    "method.base_products",
     "method.dropout",
 )
 MERGE_SETTINGS = (

@@ -112,6 +112,15 @@ class MethodConfig(Strict):
     form: Literal["auto", "merged", "resident", "decoupled"] = Field(
         "auto", description="how an adapter layer computes its output: see docs/method.md"
     )
+    base: Literal["bf16", "int8", "fp8"] | None = Field(
+        None,
+        description="how a weight under an adapter is stored on the device; int8, fp8: 8 bits and a scale per output "
+        "feature; null: as the rest of the model; see docs/method.md",
+    )
+    base_products: bool = Field(
+        True,
+        description="base int8, fp8: multiply in 8 bits too; false: only store them, for devices without such units",
+    )
     dropout: Decay = Field(
         0.0, description="dropout of an adapter's input, as in LoRA; layers then train in decoupled form; 0: none"
     )
@@ -130,6 +139,11 @@ class MethodConfig(Strict):
     def record(self) -> Method:
         """The method's record in the registry."""
         return METHODS[self.name]
+
+    @property
+    def eight_bits(self) -> str | None:
+        """``int8`` or ``fp8`` if weights under adapters are stored in 8 bits, otherwise None."""
+        return self.base if self.base in ("int8", "fp8") and self.uses_adapters else None
 
     def of(self, projection: str) -> Self:
         """The settings for the layers of one projection, such as ``q_proj``."""

@@ -56,8 +56,10 @@ class ZeroEngine(ZeroState):
         self.module = module
         self.clip = clip
         self.bf16 = bf16
+        shapes = {name: parameter.shape for name, parameter in lm.named_parameters()}
+        for _, layer in adapter_layers(lm):
+            layer.pack()
         parameters = dict(lm.named_parameters())
-        shapes = {name: parameter.shape for name, parameter in parameters.items()}
         names = {id(parameter): name for name, parameter in parameters.items()}
         self.group_names = [group["name"] for group in optimizer.param_groups]
         self.members = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from relora_mora.adapters.layers import AdapterLinear
+from relora_mora.adapters.stored import PLAIN
 from relora_mora.engine.internals import GATHER_STREAM, ZeroParamStatus
 from relora_mora.system.hardware import uses_cuda
 
@@ -56,22 +57,29 @@ class MergedSlices:
 
     def _put(self, layers: Sequence[AdapterLinear]) -> None:
         parameters = [getattr(layer, name) for layer in layers for name in layer.adapter_names]
+        parameters += [layer.weight for layer in layers if layer.stored is not PLAIN]
         with _gathered([parameter for parameter in parameters if not _is_whole(parameter)]):
             merged = [self._merged(layer) for layer in layers]
         self.bases += [_replace(layer, values, in_place=True) for layer, values in zip(layers, merged, strict=True)]
 
     def _merged(self, layer: AdapterLinear) -> Tensor:
-        """``W + delta`` for this rank's slice. The rest of the weight that it is computed with is arbitrary."""
+        """``W + delta`` for this rank's slice. If W is not stored as it is, all of W is here.
+
+        Otherwise the rest of the weight that the slice is computed with is arbitrary.
+        """
         base_weight: Any = layer.weight
         slice_of_base = base_weight.ds_tensor.data
         size = slice_of_base.numel()
-        elements = layer.out_features * layer.in_features
+        elements = base_weight.ds_numel
         begin = min(size * self.rank, elements)
         end = min(begin + size, elements)
-        weight = slice_of_base.new_empty(layer.out_features, layer.in_features)
-        weight.view(-1)[begin:end] = slice_of_base[: end - begin]
+        if layer.stored is PLAIN:
+            weight = slice_of_base.new_empty(layer.out_features, layer.in_features)
+            weight.view(-1)[begin:end] = slice_of_base[: end - begin]
+        else:
+            weight = base_weight.data
         merged = slice_of_base.clone()  # with its padding
-        merged[: end - begin] = layer.build_merged(weight).view(-1)[begin:end]
+        merged[: end - begin] = layer.build_stored(weight).view(-1)[begin:end]
         return merged
 
     def _release(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
+from relora_mora.adapters.layers import adapter_layers
 from relora_mora.distributed.waiting import collective
 from relora_mora.engine.internals import check_objects
 from relora_mora.engine.masters import Fragment, owned_fragments, update_parameters
@@ -43,6 +44,7 @@ class ZeroState:
         self.world_size = dist.get_world_size()
         self.copies = 1 if stage else self.world_size  # ranks that hold each element of a master
         self.parameters: dict[str, nn.Parameter] = dict(lm.named_parameters())
+        self.layers = {f"{name}.weight": layer for name, layer in adapter_layers(lm)}
         self.fragments = self.fragments_of_rank(self.rank)
         self.fragments_of: dict[str, list[Fragment]] = {}
         for fragment in self.fragments:
@@ -164,6 +166,8 @@ class ZeroState:
         """Sets a frozen weight on all ranks from its owner's float32 value; a collective."""
         self.drop_merged()
         parameter = self.parameters[name]
+        if value is not None and name in self.layers:
+            value = self.layers[name].stored.encode(value.to(self.device))
         if self.stage == 3:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner):
                 if self.rank == owner:

@@ -1,4 +1,4 @@
-"""Sums and copies along groupings, and cross-entropy over logits, each in one pass over memory.
+"""Sums and copies along groupings, cross-entropy over logits, and both ends of a product in 8 bits, in one pass each.
 
 CPUs have the kernels of kernels.c, and NVIDIA's GPUs those in triton_*.py. They are operators of torch
 (``torch.ops.relora_mora``), so torch.compile can call them inside a compiled layer. On other devices, and while
@@ -15,7 +15,10 @@ from relora_mora.kernels.ops import (
     expand_add,
     group_sum,
     group_sums,
+    multiply_rows,
+    quantize_rows,
     rotary_add,
+    scale_rows,
     supports,
 )
 
@@ -30,8 +33,11 @@ __all__ = [
     "group_sum",
     "group_sums",
     "interleaved",
+    "multiply_rows",
+    "quantize_rows",
     "rotary_add",
     "rotated",
+    "scale_rows",
     "supports",
     "wrapped_interleaved",
 ]

@@ -55,6 +55,22 @@ class _LossJob(ctypes.Structure):
     ]
 
 
+class _QuantizeJob(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "columns", "values", "scales")),
+        *((name, ctypes.c_int64) for name in ("features", "padded", "x_stride")),
+    ]
+
+
+class _ScaleJob(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("sums", "rows", "columns", "slots_of", "y")),
+        *((name, ctypes.c_int64) for name in ("features", "slots", "sums_stride", "slots_stride")),
+        ("pieces", ctypes.POINTER(_Piece)),
+        ("n_pieces", ctypes.c_int64),
+    ]
+
+
 @functools.cache
 def load() -> ctypes.CDLL | str:
     """The library, or the reason why there is none."""
@@ -72,7 +88,10 @@ def load() -> ctypes.CDLL | str:
     arguments: list[Any] = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64]
     library.remora_sum.argtypes = library.remora_add.argtypes = arguments
     library.remora_loss.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    rows: list[Any] = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64]
+    library.remora_quantize.argtypes = library.remora_scale.argtypes = rows
     library.remora_sum.restype = library.remora_add.restype = library.remora_loss.restype = None
+    library.remora_quantize.restype = library.remora_scale.restype = None
     return library
 
 
@@ -180,3 +199,59 @@ def cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: int, g
     )
     library.remora_loss(_TYPES[logits.dtype], ctypes.byref(job), len(logits), _threads(logits.numel()))
     return losses
+
+
+def quantize_rows(x: Tensor, columns: Tensor | None, padded: int) -> tuple[Tensor, Tensor]:
+    """x [n, features], columns [features] -> int8 [n, padded], scales [n]"""
+    library = _loaded()
+    x = as_rows(x)
+    n, features = x.shape
+    values = torch.empty(n, padded, dtype=torch.int8)
+    scales = torch.empty(n)
+    job = _QuantizeJob(
+        x.data_ptr(),
+        _address(columns),
+        values.data_ptr(),
+        scales.data_ptr(),
+        features,
+        padded,
+        x.stride(0),
+    )
+    threads = _threads(x.numel())
+    scratch = torch.empty(threads, features + 16)
+    library.remora_quantize(_TYPES[x.dtype], ctypes.byref(job), n, threads, scratch.data_ptr(), scratch.shape[1])
+    return values, scales
+
+
+def scale_rows(
+    sums: Tensor, rows: Tensor, columns: Tensor | None, slots_of: Tensor | None, grouping: Grouping, dtype: torch.dtype
+) -> Tensor:
+    """sums int32 [n, >= features], rows [n], columns [features], slots_of [n, slots] -> [n, features]"""
+    library = _loaded()
+    n = len(sums)
+    y = torch.empty(n, grouping.features, dtype=dtype)
+    pieces = _pieces(grouping)
+    if slots_of is not None:
+        slots_of = as_rows(slots_of)
+        assert slots_of.dtype == dtype
+    job = _ScaleJob(
+        sums.data_ptr(),
+        rows.data_ptr(),
+        _address(columns),
+        _address(slots_of),
+        y.data_ptr(),
+        grouping.features,
+        grouping.slots,
+        sums.stride(0),
+        0 if slots_of is None else slots_of.stride(0),
+        pieces,
+        len(pieces),
+    )
+    threads = _threads(y.numel())
+    scratch = torch.empty(threads, grouping.slots + grouping.features + 16)
+    library.remora_scale(_TYPES[dtype], ctypes.byref(job), n, threads, scratch.data_ptr(), scratch.shape[1])
+    return y
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

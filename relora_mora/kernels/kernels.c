@@ -1,5 +1,5 @@
-/* Sums and copies along groupings (see grouping.py), and the loss of a language model's head, for CPUs: each one pass over its
-   matrices.
+/* Sums and copies along groupings (see grouping.py), the loss of a language model's head, and both ends of a product in 8 bits, for
+   CPUs: each one pass over its matrices.
 
    The rows of a matrix are shared among threads, and a row is always worked on in the same order, so the bits of a result do
    not depend on the number of threads. bfloat16 adds up in float32 and is rounded once, to nearest even.
@@ -10,6 +10,7 @@
 
 #ifndef ROW
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -47,6 +48,27 @@ typedef struct {
     int gradient;
 } loss_job;
 
+typedef struct {
+    const void *x;        /* [rows, features] */
+    const float *columns; /* [features], factors of x; or NULL */
+    int8_t *values;       /* [rows, padded] */
+    float *scales;        /* [rows] */
+    int64_t features, padded, x_stride;
+} quantize_job;
+
+typedef struct {
+    const int32_t *sums;  /* [rows, features] */
+    const float *rows;    /* [rows] */
+    const float *columns; /* [features], or NULL */
+    const void *slots_of; /* [rows, slots], or NULL: nothing is added */
+    void *y;              /* [rows, features] */
+    int64_t features, slots, sums_stride, slots_stride;
+    const piece *pieces;
+    int64_t n_pieces;
+} scale_job;
+
+typedef void quantize_rows(const quantize_job *, int64_t begin, int64_t end, float *scratch);
+typedef void scale_rows(const scale_job *, int64_t begin, int64_t end, float *scratch);
 typedef void loss_rows(const loss_job *, int64_t begin, int64_t end);
 typedef void sum_rows(const sum_job *, int64_t begin, int64_t end, float *scratch);
 typedef void add_rows(const add_job *, int64_t begin, int64_t end, float *scratch);
@@ -113,10 +135,14 @@ static const struct isa {
     sum_rows *sum[2];
     add_rows *add[2];
     loss_rows *loss[2];
-} plain = {"plain", {sum_bf16_plain, sum_f32_plain}, {add_bf16_plain, add_f32_plain}, {loss_bf16_plain, loss_f32_plain}}
+    quantize_rows *quantize[2];
+    scale_rows *scale[2];
+}
+#define BOTH(name, isa) {name##_bf16_##isa, name##_f32_##isa}
+#define ALL(isa) {#isa, BOTH(sum, isa), BOTH(add, isa), BOTH(loss, isa), BOTH(quantize, isa), BOTH(scale, isa)}
+plain = ALL(plain)
 #if defined(__x86_64__) && defined(__GNUC__)
-, avx2 = {"avx2", {sum_bf16_avx2, sum_f32_avx2}, {add_bf16_avx2, add_f32_avx2}, {loss_bf16_avx2, loss_f32_avx2}}
-, avx512 = {"avx512", {sum_bf16_avx512, sum_f32_avx512}, {add_bf16_avx512, add_f32_avx512}, {loss_bf16_avx512, loss_f32_avx512}}
+, avx2 = ALL(avx2), avx512 = ALL(avx512)
 #endif
 ;
 
@@ -173,6 +199,28 @@ void remora_loss(int type, const loss_job *job, int64_t n, int threads) {
     }
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int t = 0; t < threads; t++) rows(job, n * t / threads, n * (t + 1) / threads);
+}
+
+/* values [rows, padded] = x columns / scales, to the nearest whole number of -127 to 127, zero beyond the features; scratch: threads x width floats */
+void remora_quantize(int type, const quantize_job *job, int64_t n, int threads, float *scratch, int64_t width) {
+    quantize_rows *const rows = best()->quantize[type];
+    if (threads == 1) {
+        rows(job, 0, n, scratch);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; t++) rows(job, n * t / threads, n * (t + 1) / threads, scratch + t * width);
+}
+
+/* y [rows, features] = sums rows columns + the copies of slots_of; scratch: threads x width floats */
+void remora_scale(int type, const scale_job *job, int64_t n, int threads, float *scratch, int64_t width) {
+    scale_rows *const rows = best()->scale[type];
+    if (threads == 1) {
+        rows(job, 0, n, scratch);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int t = 0; t < threads; t++) rows(job, n * t / threads, n * (t + 1) / threads, scratch + t * width);
 }
 
 #elif !defined(TYPE)
@@ -268,17 +316,21 @@ static void ROW(copy_distant)(const float *restrict row, float *restrict wide, i
         for (int64_t s = 0; s < slots; s++) wide[k * slots + s] += row[s];
 }
 
+/* wide [features] = the copies of the slots */
+static void ROW(copy)(const piece *pieces, int64_t n, const element *restrict slots_of, int64_t slots, int64_t features, float *restrict row, float *restrict wide) {
+    for (int64_t s = 0; s < slots; s++) row[s] = WIDEN(slots_of[s]);
+    memset(wide, 0, features * sizeof(float));
+    for (int64_t i = 0; i < n; i++) {
+        const piece p = pieces[i];
+        (p.neighbours ? ROW(copy_neighbours) : ROW(copy_distant))(row + p.slot, wide + p.feature, p.slots, p.repeats);
+    }
+}
+
 /* begin and end count rows of the square; each serves all outputs of its slot */
 static void ROW(add)(const add_job *job, int64_t begin, int64_t end, float *restrict scratch) {
     float *restrict row = scratch, *restrict wide = scratch + job->slots;
     for (int64_t r = begin; r < end; r++) {
-        const element *restrict square = (const element *)job->square + r * job->square_stride;
-        for (int64_t s = 0; s < job->slots; s++) row[s] = WIDEN(square[s]);
-        memset(wide, 0, job->inputs * sizeof(float));
-        for (int64_t i = 0; i < job->n_in; i++) {
-            const piece p = job->in_pieces[i];
-            (p.neighbours ? ROW(copy_neighbours) : ROW(copy_distant))(row + p.slot, wide + p.feature, p.slots, p.repeats);
-        }
+        ROW(copy)(job->in_pieces, job->n_in, (const element *)job->square + r * job->square_stride, job->slots, job->inputs, row, wide);
         for (int64_t i = 0; i < job->n_out; i++) {
             const piece p = job->out_pieces[i];
             if (r < p.slot || r >= p.slot + p.slots) continue;
@@ -367,6 +419,55 @@ static void ROW(loss)(const loss_job *job, int64_t begin, int64_t end) {
         }
         float chosen[LANES] = {given - highest};
         x[label] = NARROW((ROW(exponential)(*(ROW(vector) *)chosen)[0] / sum - 1.0f) * job->scale);
+    }
+}
+
+/* a scale is never below the smallest normal number, so its reciprocal is finite; NaN and infinity stay in it */
+static void ROW(quantize)(const quantize_job *job, int64_t begin, int64_t end, float *restrict wide) {
+    const int64_t n = job->features;
+    for (int64_t r = begin; r < end; r++) {
+        const element *restrict x = (const element *)job->x + r * job->x_stride;
+        int8_t *restrict values = job->values + r * job->padded;
+        if (job->columns)
+            for (int64_t f = 0; f < n; f++) wide[f] = WIDEN(x[f]) * job->columns[f];
+        else
+            for (int64_t f = 0; f < n; f++) wide[f] = WIDEN(x[f]);
+        int32_t most = 0; /* the bits of positive numbers have the order of the numbers, and NaN is above infinity */
+        for (int64_t f = 0; f < n; f++) {
+            int32_t bits;
+            memcpy(&bits, wide + f, sizeof bits);
+            bits &= 0x7fffffff;
+            most = bits > most ? bits : most;
+        }
+        float scale;
+        memcpy(&scale, &most, sizeof scale);
+        scale /= 127.0f;
+        if (scale < FLT_MIN) scale = FLT_MIN;
+        const float inverse = 1.0f / scale;
+        for (int64_t f = 0; f < n; f++) values[f] = (int8_t)(int32_t)rintf(wide[f] * inverse);
+        memset(values + n, 0, job->padded - n);
+        job->scales[r] = scale;
+    }
+}
+
+static void ROW(scale)(const scale_job *job, int64_t begin, int64_t end, float *restrict scratch) {
+    const int64_t n = job->features;
+    const float *restrict columns = job->columns;
+    float *restrict row = scratch, *restrict wide = scratch + job->slots;
+    for (int64_t r = begin; r < end; r++) {
+        const int32_t *restrict sums = job->sums + r * job->sums_stride;
+        element *restrict y = (element *)job->y + r * n;
+        const float factor = job->rows[r];
+        if (job->slots_of) {
+            ROW(copy)(job->pieces, job->n_pieces, (const element *)job->slots_of + r * job->slots_stride, job->slots, n, row, wide);
+            if (columns)
+                for (int64_t f = 0; f < n; f++) y[f] = NARROW((float)sums[f] * factor * columns[f] + wide[f]);
+            else
+                for (int64_t f = 0; f < n; f++) y[f] = NARROW((float)sums[f] * factor + wide[f]);
+        } else if (columns)
+            for (int64_t f = 0; f < n; f++) y[f] = NARROW((float)sums[f] * factor * columns[f]);
+        else
+            for (int64_t f = 0; f < n; f++) y[f] = NARROW((float)sums[f] * factor);
     }
 }
 

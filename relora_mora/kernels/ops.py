@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from relora_mora.kernels import cpu, cuda, reference
 from relora_mora.kernels.grouping import Grouping
 
 LIBRARY = torch.library.Library("relora_mora", "DEF")
+FEWEST_ROWS = 32  # that a GPU multiplies in 8 bits
 _ANY_LAYOUT = torch.Tag.flexible_layout  # tells the compiler not to copy inputs into another layout
 LIBRARY.define("group_sums(Tensor[] xs, int[] grouping) -> Tensor", tags=_ANY_LAYOUT)
 LIBRARY.define(
@@ -26,6 +28,14 @@ LIBRARY.define(
     tags=_ANY_LAYOUT,
 )
 LIBRARY.define("rotary_add(Tensor weight, Tensor square, Tensor? after=None) -> Tensor", tags=_ANY_LAYOUT)
+LIBRARY.define(
+    "quantize_rows(Tensor x, ScalarType kind, Tensor? columns, int padded) -> (Tensor, Tensor)", tags=_ANY_LAYOUT
+)
+LIBRARY.define(
+    "scale_rows(Tensor sums, Tensor rows, Tensor? columns, Tensor? slots_of, int[] grouping, ScalarType dtype)"
+    " -> Tensor",
+    tags=_ANY_LAYOUT,
+)
 LIBRARY.define("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor scale, int ignore, bool gradient) -> Tensor")
 
 
@@ -60,6 +70,33 @@ def _fake_cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: 
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
+def _fake_quantize_rows(x: Tensor, kind: torch.dtype, columns: Tensor | None, padded: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(len(x), padded, dtype=kind), x.new_empty(len(x), dtype=torch.float32)
+
+
+def _quantize_on_cpu(x: Tensor, kind: torch.dtype, columns: Tensor | None, padded: int) -> tuple[Tensor, Tensor]:
+    if kind is not torch.int8:
+        return reference.quantize_rows(x, kind, columns, padded)
+    return cpu.quantize_rows(x, columns, padded)
+
+
+def _fake_scale_rows(
+    sums: Tensor,
+    rows: Tensor,
+    columns: Tensor | None,
+    slots_of: Tensor | None,
+    grouping: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return sums.new_empty(len(sums), Grouping.of_numbers(grouping).features, dtype=dtype)
+
+
+def _scale_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda sums, rows, columns, slots_of, grouping, dtype: function(
+        sums, rows, columns, slots_of, Grouping.of_numbers(grouping), dtype
+    )
+
+
 def _sum_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(xs: Sequence[Tensor], grouping: Sequence[int]) -> Tensor:
         assert all(x.shape == xs[0].shape for x in xs)  # kernels read only the first shape
@@ -76,6 +113,8 @@ def _add_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 _cuda_group_sums = cuda.kernel("relora_mora.kernels.triton_groups:group_sums")
 _cuda_expand_add = cuda.kernel("relora_mora.kernels.triton_groups:expand_add")
+_cuda_quantize_rows = cuda.kernel("relora_mora.kernels.triton_eight:quantize_rows")
+_cuda_scale_rows = cuda.kernel("relora_mora.kernels.triton_eight:scale_rows")
 _cuda_cross_entropy_ = cuda.kernel("relora_mora.kernels.triton_loss:cross_entropy_")
 
 # the implementations of each operator: fake, CPU, CUDA
@@ -83,6 +122,8 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., 
     "group_sums": (_fake_group_sums, _sum_by(cpu.group_sums), _sum_by(_cuda_group_sums)),
     "expand_add": (_fake_add, _add_by(cpu.expand_add), _add_by(_cuda_expand_add)),
     "rotary_add": (_fake_add, reference.rotary_add, reference.rotary_add),
+    "quantize_rows": (_fake_quantize_rows, _quantize_on_cpu, _cuda_quantize_rows),
+    "scale_rows": (_fake_scale_rows, _scale_by(cpu.scale_rows), _scale_by(_cuda_scale_rows)),
     "cross_entropy_": (_fake_cross_entropy_, cpu.cross_entropy_, _cuda_cross_entropy_),
 }
 
@@ -94,6 +135,8 @@ for _name, (_fake, _on_cpu, _on_cuda) in _KERNELS.items():
 _group_sums = torch.ops.relora_mora.group_sums.default
 _expand_add = torch.ops.relora_mora.expand_add.default
 _rotary_add = torch.ops.relora_mora.rotary_add.default
+_quantize_rows = torch.ops.relora_mora.quantize_rows.default
+_scale_rows = torch.ops.relora_mora.scale_rows.default
 _cross_entropy_ = torch.ops.relora_mora.cross_entropy_.default
 
 
@@ -148,6 +191,73 @@ def rotary_add(weight: Tensor, square: Tensor, after: Tensor | None = None) -> T
     layer's square for all layers.
     """
     return _rotary_add(weight, square, after)
+
+
+def quantize_rows(
+    x: Tensor, kind: torch.dtype, columns: Tensor | None = None, padded: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [n, m] -> 8-bit values [n, ``padded`` (default m)] and float32 scales [n]: ``x columns = values * scales``.
+
+    ``columns`` [m] are float32 factors of x. The largest element of a row becomes the largest value of ``kind`` (int8:
+    127, float8_e4m3fn: 448), and the others are rounded to the nearest value, ties to even. The columns beyond m are
+    zero. The scale of a row with a number that is not finite is not finite either; its values are arbitrary then.
+    """
+    padded = x.shape[1] if padded is None else padded
+    if supports(x) and not _compiler_fuses(x):
+        values, scales = _quantize_rows(x, kind, columns, padded)
+        return values, scales
+    return reference.quantize_rows(x, kind, columns, padded)
+
+
+def multiply_rows(
+    values: Tensor,
+    rows: Tensor,
+    matrix: Tensor,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+    grouping: Grouping,
+    slots_of: Tensor | None = None,
+) -> Tensor:
+    """values [n, k] and rows [n] of :func:`quantize_rows`, matrix [k, p] of the same kind -> [n, m] in ``dtype``.
+
+    The result is ``values matrix * rows * columns``, without columns beyond m, plus the copies of slots_of [n, slots],
+    if any. ``grouping`` has m features; columns [p] (None: 1) are float32. Sums are exact for int8, and float32 for
+    float8_e4m3fn. On a GPU all sizes but n must be multiples of 16.
+    """
+    n = len(values)
+    if values.is_cuda and n < FEWEST_ROWS:
+        values = F.pad(values, (0, 0, 0, FEWEST_ROWS - n))
+    if values.dtype is torch.int8:
+        return scale_rows(torch._int_mm(values, matrix)[:n], rows, columns, dtype, grouping, slots_of)
+    if not values.is_cuda:
+        return scale_rows(values.float() @ matrix.float(), rows, columns, dtype, grouping, slots_of)
+    scales = rows if n == len(values) else F.pad(rows, (0, len(values) - n))
+    columns = rows.new_ones(matrix.shape[1]) if columns is None else columns
+    by_column = matrix if matrix.stride(0) == 1 else matrix.mT.contiguous().mT  # the layout that matrix units read
+    product = torch._scaled_mm(values, by_column, scales.unsqueeze(1), columns.unsqueeze(0), out_dtype=torch.bfloat16)
+    y = product[:n, : grouping.features].to(dtype)
+    return y if slots_of is None else y + grouping.copy(slots_of)
+
+
+def scale_rows(
+    sums: Tensor,
+    rows: Tensor,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+    grouping: Grouping,
+    slots_of: Tensor | None = None,
+) -> Tensor:
+    """sums [n, p] -> ``sums * rows * columns`` [n, m]; see :func:`multiply_rows`."""
+    supported = sums.dtype is torch.int32 and supports(rows) and dtype in _DEVICES[sums.device.type]
+    if supported and not _compiler_fuses(sums):
+        result: Tensor = _scale_rows(sums, rows, columns, slots_of, grouping.numbers, dtype)
+        return result
+    return reference.scale_rows(sums, rows, columns, dtype, grouping, slots_of)
+
+
+def _compiler_fuses(x: Tensor) -> bool:
+    """Whether a compiler can compute torch operations on x together with their neighbors, which a kernel cannot."""
+    return x.is_cuda and torch.compiler.is_compiling()
 
 
 def cross_entropy_(

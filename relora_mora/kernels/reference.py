@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from relora_mora.kernels.grouping import Grouping, Piece
@@ -46,6 +47,36 @@ def cross_entropy(
     probabilities = wide.sub_(log_sum).exp_()
     probabilities.scatter_add_(-1, index, torch.full_like(log_sum, -1.0))
     return losses, probabilities.mul_(keep * scale).to(logits.dtype)
+
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # its reciprocal is finite
+
+
+def quantize_rows(x: Tensor, kind: torch.dtype, columns: Tensor | None, padded: int) -> tuple[Tensor, Tensor]:
+    """See ``ops.quantize_rows``."""
+    wide = x.float() if columns is None else x.float() * columns
+    scales = (wide.abs().amax(-1) / LARGEST[kind]).clamp(min=SMALLEST_SCALE)
+    values = wide * scales.reciprocal().unsqueeze(-1)
+    values = F.pad(values.round() if kind is torch.int8 else values, (0, padded - x.shape[1]))
+    return values.to(kind), scales
+
+
+def scale_rows(
+    sums: Tensor,
+    rows: Tensor,
+    columns: Tensor | None,
+    dtype: torch.dtype,
+    grouping: Grouping,
+    slots_of: Tensor | None,
+) -> Tensor:
+    """See ``ops.scale_rows``."""
+    result = sums[:, : grouping.features].float() * rows.unsqueeze(-1)
+    if columns is not None:
+        result = result * columns[: grouping.features]
+    if slots_of is not None:
+        result = result + grouping.copy(slots_of.float())
+    return result.to(dtype)
 
 
 ROPE_BASE = 10000.0

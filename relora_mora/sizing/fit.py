@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from relora_mora.adapters.inject import layer_class
+from relora_mora.adapters.inject import choose_storage, layer_class
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.adapters.mora import layer_square_size
+from relora_mora.adapters.stored import Plain
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import MethodConfig
 from relora_mora.model.config import linear_shapes
@@ -89,21 +90,28 @@ def check_memory(model_config: PreTrainedConfig, setup: Setup, available: float,
             raise ConfigError([fault], "the settings")
 
 
-def choose_resident(model: PreTrainedModel, setup: Setup, available: float | None) -> None:
-    """If ``method.form`` is ``auto``, makes layers resident that would otherwise build ``W + delta`` for each use.
+def choose_forms(model: PreTrainedModel, setup: Setup, available: float | None) -> None:
+    """Decides how adapter layers store their weights and, if ``method.form`` is ``auto``, which layers are resident.
 
-    This needs a step that is planned to take at most half of the ``available`` bytes of a rank (None: unknown, and
-    assumed to be enough) and, on CPUs, several micro-batches. Layers are never resident at stage 3, because no gain has
-    been measured there. Both forms give the same bits, so ranks and resumes may choose differently; in compiled layers
-    they agree up to rounding.
+    Layers are resident only if a step is planned to take at most half of the ``available`` bytes of a rank (None:
+    unknown, and assumed to be enough). With products in 8 bits that is the faster form. Otherwise layers become
+    resident that would build ``W + delta`` for each use, on CPUs if there are several micro-batches. Layers are never
+    resident at stage 3, because no gain has been measured there. If products are not in 8 bits, both forms give the
+    same bits, so ranks and resumes may choose differently; in compiled layers they agree up to rounding.
     """
-    if setup.config.method.form != "auto":
+    method = setup.config.method
+    choose_storage(model, method, bf16=setup.bf16, on_gpu=setup.on_gpu)
+    if method.form != "auto":
         return
     tokens = setup.config.tokens_per_micro_batch
-    pays = setup.stage < 3 and (setup.on_gpu or setup.micro_batches > 1)
+    pays = setup.on_gpu or setup.micro_batches > 1
     layers = [layer for _, layer in adapter_layers(model)]
     for layer in layers:
-        layer.resident = pays and layer.uses_merged_form(tokens)
+        if layer.stored.multiplies:
+            layer.resident = not layer.drops
+        else:
+            layer.resident = pays and isinstance(layer.stored, Plain) and layer.uses_merged_form(tokens)
+        layer.resident = layer.resident and setup.stage < 3
     if available is None or not any(layer.resident for layer in layers):
         return
     needed = peak_memory(model, setup).device

@@ -9,10 +9,12 @@ The formulas follow the sources of DeepSpeed 0.19 and transformers 5.24:
 ==============  ======================================================================================================
 part            bytes
 ==============  ======================================================================================================
-weights         b (T + F); stage 3: b (T + F) / N
-merged          ``W + delta`` of resident linears, b per element, from the first forward to the last backward of a step
+weights         b (T + F); stage 3: b (T + F) / N. If weights under adapters are stored in 8 bits, each output feature
+                of in weights takes in + 4 bytes
+merged          ``W + delta`` of resident linears, stored as W is, from the first forward to the last backward of a step
 gathered        stage 3: forward gathers other ranks' weights and keeps them for backward (because of DeepSpeed's
-                default reuse distance), b min(T + F, ``stage3_max_live_parameters``); parameters of at most
+                default reuse distance), the bytes of T + F, at most those of ``stage3_max_live_parameters``
+                parameters; parameters of at most
                 ``stage3_param_persistence_threshold`` elements always stay gathered
 masters         float32 copies of the trainable parameters: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at
                 stages 1-3 DeepSpeed clones them even if the parameters are float32 already
@@ -33,7 +35,8 @@ activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) if quer
 scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 per token, and the head's gradient
                 (4 + b) h V; on a GPU b V per token and 4 h V, and afterwards (4 + b) h V. In backward: the gradients of
                 the gated product, 2 b f per token, or of eager attention's weights, and ``W + delta`` of one linear
-                that is not resident. In the step: the workspace of a matrix optimizer (``work.py``)
+                that is not resident; with products in 8 bits, the sums of the widest linear, (4 + b) f per token. In
+                the step: the workspace of a matrix optimizer (``work.py``)
 ==============  ======================================================================================================
 
 A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N. With a GPU
@@ -48,7 +51,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
-from relora_mora.adapters.inject import INPUTS, decoder_linears
+from relora_mora.adapters.inject import INPUTS, decoder_linears, storage_of
 from relora_mora.adapters.layers import INPUT, AdapterLinear, Kept, adapter_layers
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.schema import Config, OptimConfig
@@ -136,7 +139,7 @@ def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
     persistent = sum(p.numel() for p in model.parameters() if p.numel() <= setup.persistence_threshold)
     return Memory(
         phase="between steps",
-        weights=setup.width * (counts.trainable + counts.frozen) / setup.weight_sharers,
+        weights=weight_bytes(model, setup) / setup.weight_sharers,
         merged=0,
         gathered=setup.width * persistent if setup.weight_sharers > 1 else 0,
         masters=4 * counts.trainable / setup.sharers if setup.bf16 or stage > 0 else 0,
@@ -151,10 +154,23 @@ def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
     )
 
 
+def weight_bytes(model: PreTrainedModel, setup: Setup) -> int:
+    """Bytes of all parameters as the model computes with them."""
+    counts = count_parameters(model)
+    saved = sum(setup.width * layer.weight.numel() - stored_bytes(layer, setup) for _, layer in adapter_layers(model))
+    return setup.width * (counts.trainable + counts.frozen) - saved
+
+
+def stored_bytes(layer: AdapterLinear, setup: Setup) -> int:
+    """Bytes of the weight under an adapter, or of its ``W + delta`` if that is resident."""
+    stored = storage_of(layer, setup.config.method, bf16=setup.bf16, on_gpu=setup.on_gpu)
+    return stored.bytes_of(layer.weight.numel(), setup.width)
+
+
 def merged_memory(model: PreTrainedModel, setup: Setup) -> float:
     """Bytes of ``W + delta`` in all resident layers; at stage 3 each rank has a slice of it."""
-    resident = sum(layer.weight.numel() for _, layer in adapter_layers(model) if layer.resident)
-    return setup.width * resident / setup.weight_sharers
+    resident = sum(stored_bytes(layer, setup) for _, layer in adapter_layers(model) if layer.resident)
+    return resident / setup.weight_sharers
 
 
 def gathered_memory(model: PreTrainedModel, setup: Setup) -> float:
@@ -162,7 +178,8 @@ def gathered_memory(model: PreTrainedModel, setup: Setup) -> float:
     if setup.weight_sharers == 1:
         return 0
     every = sum(parameter.numel() for parameter in model.parameters())
-    return setup.width * min(every, setup.zero("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
+    live = min(every, setup.zero("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
+    return weight_bytes(model, setup) * live / every
 
 
 def _host_base(model: PreTrainedModel, world_size: int, *, pinned: bool) -> float:
@@ -308,10 +325,12 @@ def scratch_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, float]:
     logits = chunk * vocabulary * logit
     at_loss = max(logits + 4 * trains, rounded) if on_gpu else logits + rounded
     built = 0.0
-    for _, layer in decoder_linears(model):
-        if isinstance(layer, AdapterLinear) and not layer.resident and layer.uses_merged_form(tokens):
+    multiplies = False
+    for _, layer in adapter_layers(model):
+        multiplies = multiplies or layer.stored.multiplies
+        if not layer.resident and layer.uses_merged_form(tokens):
             built = max(built, layer.weights_built * layer.weight.numel())
-    in_backward = 2 * width * tokens * model.config.intermediate_size
+    in_backward = (4 + width if multiplies else 2 * width) * tokens * model.config.intermediate_size
     if config.model.attention == "eager":
         # in float32 before and after the softmax, when the gated product and the rounded weights have been freed
         weights = tokens * model.config.num_attention_heads * config.data.sequence_length

@@ -134,6 +134,8 @@ likely = st.fixed_dictionaries(
         "method.merge_every": st.integers(1, 300),
         "method.merge_until_step": st.none() | st.integers(1, 300),
         "method.form": st.sampled_from(["auto", "merged", "resident", "decoupled"]),
+        "method.base": st.sampled_from([None, "bf16", "int8", "fp8"]),
+        "method.base_products": st.booleans(),
         "method.train_embeddings": st.booleans(),
         "method.target_modules": st.lists(
             st.sampled_from(["q_proj", "o_proj", "up_proj", "x_proj"]), min_size=1, max_size=2, unique=True

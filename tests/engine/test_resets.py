@@ -281,11 +281,11 @@ def test_loras_draws_depend_on_seed_layer_and_merge_only(pools):
     assert len(set(draws[0].values())) == len(draws[0])
 
 
-def hundred_merges(world_size: int, bf16: bool) -> dict[str, Any]:
+def hundred_merges(world_size: int, bf16: bool, base: str | None) -> dict[str, Any]:
     """100 merges of random adapters, and the float64 sum of the same deltas for comparison."""
-    from tests.tools.tiny import build_rig, tiny_config
+    from tests.tools.tiny import build_rig, tiny_config, whole_weights
 
-    method = {"operators": [1, 2, 3, 4], "merge_every": 3}
+    method = {"operators": [1, 2, 3, 4], "merge_every": 3, "base": base}
     rig = build_rig(tiny_config(world_size, train={"zero_stage": 2}, method=method), bf16=bf16)
     ranked = []
     reference = {name: rig.initial[name].double() for name in rig.base.owned}
@@ -304,8 +304,13 @@ def hundred_merges(world_size: int, bf16: bool) -> dict[str, Any]:
         ranked += [3 * merge] if record.effective_rank else []
     errors = {name: float((rig.base.weights[name].double() - reference[name]).abs().max()) for name in reference}
     moved = {name: float((reference[name] - rig.initial[name].double()).abs().max()) for name in reference}
+    weights = whole_weights(rig.engine, rig.base.owner)
+    dense = {name: rig.engine.layers[name].stored.dense(weights[name], torch.float32).double() for name in reference}
     return {
         "errors": errors,
+        "rounding": max(
+            float(((dense[n] - value).abs() / value.abs().amax(1, True)).max()) for n, value in reference.items()
+        ),
         "moved": moved,
         "ranked": ranked,
         "largest": max(float(value.abs().max()) for value in reference.values()),
@@ -313,9 +318,9 @@ def hundred_merges(world_size: int, bf16: bool) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_the_base_is_exact_after_a_hundred_merges(pools, ranks, bf16):
-    found = pools(ranks)(hundred_merges, ranks, bf16)
+@pytest.mark.parametrize("bf16,base", [(False, None), (True, None), (True, "int8")])
+def test_the_base_is_exact_after_a_hundred_merges(pools, ranks, bf16, base):
+    found = pools(ranks)(hundred_merges, ranks, bf16, base)
     assert all(seen["bits"] == found[0]["bits"] for seen in found)
     owned = [name for seen in found for name in seen["errors"]]
     assert len(owned) == len(set(owned)) == 14
@@ -323,4 +328,6 @@ def test_the_base_is_exact_after_a_hundred_merges(pools, ranks, bf16):
         # 100 additions, each off by at most half a unit in the last place (2^-24); a bf16 base would be off by 2^-9
         assert max(seen["errors"].values()) <= 100 * 2**-24 * seen["largest"]
         assert min(seen["moved"].values()) > 1e-3
+        if base == "int8":  # one rounding of the sum: half a step of a row's scale
+            assert 0.9 * 0.5 / 127 < seen["rounding"] < (1 + 1e-3) * 0.5 / 127
         assert seen["ranked"] == [3, 102, 201, 300], "the first merge, and one in each hundred steps"

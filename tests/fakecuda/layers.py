@@ -24,7 +24,7 @@ from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaForCausalLM
 
-from relora_mora.adapters.inject import inject
+from relora_mora.adapters.inject import choose_storage, inject
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.schema import MethodConfig, ModelConfig
 from relora_mora.model.config import read_model_config
@@ -42,12 +42,15 @@ METHODS = {
     "remora operator 2": MethodConfig(name="remora", operators=[2]),
     "remora operator 1 resident": MethodConfig(name="remora", operators=[1], form="resident"),
     "remora operator 2 resident": MethodConfig(name="remora", operators=[2], form="resident"),
+    "remora operator 1 int8": MethodConfig(name="remora", operators=[1], base="int8", form="decoupled"),
+    "remora operator 1 int8 resident": MethodConfig(name="remora", operators=[1], base="int8", form="resident"),
+    "remora operator 1 fp8 resident": MethodConfig(name="remora", operators=[1], base="fp8", form="resident"),
     "relora": MethodConfig(name="relora"),
     "relora resident": MethodConfig(name="relora", form="resident"),
 }
 # folding constants looks at values, padding of products is decided by timing them, a program in a cache is not written
 NOTHING_RUNS = {"joint_graph_constant_folding": False, "shape_padding": False, "force_disable_caches": True}
-LAUNCH = re.compile(r"^\s*(?!#).*?(triton_\w+\.run\(|extern_kernels\.\w+\(|torch\.ops\.[\w.]+\()")
+LAUNCH = re.compile(r"^\s*(?!#).*?(triton_\w+\.run\(|extern_kernels\.\w+\(|torch\.ops\.(?!aten\.view\.)[\w.]+\()")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def model_with(
     if METHODS[method].uses_adapters:
         with torch.device("meta"):
             inject(lm, METHODS[method], seed=0)
+        choose_storage(lm, METHODS[method], bf16=dtype is torch.bfloat16, on_gpu=True)
     set_trainable(lm, METHODS[method])
     if method == "frozen":
         for linear in lm.model.layers.modules():
@@ -84,6 +88,7 @@ def model_with(
         for key, buffer in list(lm.model.rotary_emb.named_buffers()):
             setattr(lm.model.rotary_emb, key, torch.empty(buffer.shape, device="cuda"))
         for _, layer in adapter_layers(lm):
+            layer.pack()
             layer.keep_merged()
     return LossModel(lm)
 

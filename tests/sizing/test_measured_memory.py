@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from launch.benchmark.measure import live_tensors, storages
 from relora_mora.config.schema import Config
 from relora_mora.sizing import memory
-from relora_mora.sizing.memory import gathered_memory, gradient_memory, group_sizes, state_memory
+from relora_mora.sizing.memory import gathered_memory, gradient_memory, group_sizes, state_memory, weight_bytes
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
 from tests.tools.grids import rest
@@ -26,10 +26,11 @@ def _llama() -> LlamaConfig:
 
 
 def _config(method: str, stage: int, world_size: int, micro_batch_size: int, matrices: str) -> Config:
+    name, _, base = method.partition(" ")
     zero = {"reduce_bucket_size": 10_000, "stage3_param_persistence_threshold": 0}
     return tiny_config(
         world_size,
-        method={"name": method, "rank": 16},
+        method={"name": name, "rank": 16, "base": base or None},
         optim={"matrices": matrices},
         train={"zero_stage": stage, "micro_batch_size": micro_batch_size, "deepspeed": {"zero_optimization": zero}},
     )
@@ -88,6 +89,7 @@ CASES += rest(*(("remora", stage, stage % 2 == 0, 2, 2, "adamw") for stage in (0
 CASES += [("full", 0, True, 2, 2, "adamw"), ("full", 3, True, 1, 8, "adamw"), ("remora", 1, True, 1, 8, "adamw")]
 CASES += [("full", stage, stage % 2 == 1, 2, 2, "muon") for stage in (0, 3)] + [("remora", 2, True, 2, 2, "muon")]
 CASES += rest(*(("full", stage, stage % 2 == 1, 2, 2, "muon") for stage in (1, 2)))
+CASES += [("remora int8", 2, True, 2, 2, "adamw"), ("remora int8", 3, True, 2, 2, "adamw")]
 CASES += [("full", 0, True, 2, 2, "apollo"), ("full", 2, False, 2, 2, "galore"), ("full", 3, True, 2, 2, "fira")]
 
 
@@ -108,7 +110,9 @@ def test_state_and_gradients(
             if phase in rank:
                 # the bucket is temporary; a rank may keep the reduced gradients of its last bucket
                 assert expected * 0.97 <= rank[phase] <= (expected + state.buffers) * 1.03, phase
-    whole = sum(parameter.numel() for parameter in model.parameters()) * (2 if bf16 else 4)
+    whole = weight_bytes(model, setup)
+    if " " not in method:
+        assert whole == sum(parameter.numel() for parameter in model.parameters()) * (2 if bf16 else 4)
     live = gathered_memory(model, setup)
     assert all(rank["at_loss"] == whole for rank in measured)
     assert live in (0, whole)

@@ -20,7 +20,7 @@ from relora_mora.model.config import read_model_config
 from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import count_parameters, set_trainable
-from relora_mora.sizing.fit import check_memory, choose_resident, stage_advice
+from relora_mora.sizing.fit import check_memory, choose_forms, stage_advice
 from relora_mora.sizing.memory import activation_memory, merged_memory, peak_memory, scratch_memory, state_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
@@ -266,7 +266,7 @@ def test_auto_keeps_merged_weights_if_it_pays_and_they_fit() -> None:
     model = meta_model(MODEL, once.method)
 
     def kept(config: Config, stage: int = 1, available: float | None = None, *, on_gpu: bool = False) -> int:
-        choose_resident(model, Setup(config, stage, 1, bf16=True, on_gpu=on_gpu), available)
+        choose_forms(model, Setup(config, stage, 1, bf16=True, on_gpu=on_gpu), available)
         return sum(layer.resident for _, layer in adapter_layers(model))
 
     assert kept(twice) == 7 * MODEL.num_hidden_layers
@@ -277,7 +277,7 @@ def test_auto_keeps_merged_weights_if_it_pays_and_they_fit() -> None:
     on_gpu = Setup(twice, 1, 1, bf16=True, on_gpu=True)
     compiled = peak_memory(model, on_gpu).device
     eager = peak_memory(model, replace(on_gpu, compiled=False)).device
-    choose_resident(model, replace(on_gpu, compiled=False), 2 * compiled)
+    choose_forms(model, replace(on_gpu, compiled=False), 2 * compiled)
     assert compiled < eager
     assert not any(layer.resident for _, layer in adapter_layers(model))
     assert kept(once, on_gpu=True)

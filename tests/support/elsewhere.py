@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
+import torch
 
 import relora_mora as rm
+from relora_mora.adapters import stored
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.config.load import ConfigError
 from relora_mora.config.registry import METHODS
@@ -233,6 +235,14 @@ TABLES = (
 )
 
 
+def _refused_base(base: str, capability: tuple[int, int], name: str) -> str:
+    """The message with which a GPU refuses ``method.base`` in float32."""
+    gpu = mock.patch.multiple(torch.cuda, get_device_capability=lambda: capability, get_device_name=lambda: name)
+    with gpu, pytest.raises(ConfigError) as refused:
+        stored.check_device(MethodConfig(base=base), bf16=False, on_gpu=True)
+    return refused.value.faults[0]
+
+
 def other_refusals() -> dict[str, str]:
     """Refusals that depend on the machine, or on who trains."""
     with pytest.raises(ConfigError) as no_flash:
@@ -244,5 +254,7 @@ def other_refusals() -> dict[str, str]:
     return {
         "model.compile=true if something is missing (its name is in place of ...)": no_compiler.value.faults[0],
         "model.attention=flash_attention_2 without a GPU": no_flash.value.faults[0],
+        "method.base=int8 on an old GPU": _refused_base("int8", (7, 5), "Tesla T4"),
+        "method.base=fp8 with train.precision=fp32 on a GPU": _refused_base("fp8", (9, 0), "NVIDIA H100"),
         'form="resident" in the library': str(resident.value),
     }

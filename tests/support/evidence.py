@@ -81,8 +81,8 @@ def _tuned(method: str, stage: int, precision: str, operators: list[int] | None 
 
 
 def _kind(kind: str) -> Combination:
-    _, stage, precision, method = importlib.import_module("tests.train.test_finetuning").KINDS[kind]
-    return _tuned(method, stage, precision)
+    _, stage, precision, method, base = importlib.import_module("tests.train.test_finetuning").KINDS[kind]
+    return _tuned(method, stage, precision) | {"base": base or "null"}
 
 
 def _started(name: str, stage: int, **_: Any) -> Combination:
@@ -90,6 +90,16 @@ def _started(name: str, stage: int, **_: Any) -> Combination:
     method = ADAPTERS[name.removesuffix("_with_modules")]
     begins = {"method": method["name"], "ZeRO stage": str(stage), "start": "a model and its adapter"}
     return begins | _operators(method)
+
+
+def _base(method: Mapping[str, Any]) -> dict[str, str]:
+    """The name, base and form of a method's settings."""
+    stored = "" if method.get("base_products", True) else ", only stored"
+    return {
+        "method": method.get("name", "remora"),
+        "base": f"{method['base']}{stored}",
+        "form": method.get("form", "auto"),
+    }
 
 
 _RESETS = tuple(DIMENSIONS["reset"])
@@ -122,7 +132,20 @@ TRAINING = [
     ),
     Evidence(
         "tests/engine/test_resets.py::test_the_base_is_exact_after_a_hundred_merges",
-        lambda bf16: {"method": "remora", "operators": "1, 2, 3, 4", "reset": "full"},  # merges only
+        lambda bf16, base: {  # merges only
+            "method": "remora",
+            "operators": "1, 2, 3, 4",
+            "reset": "full",
+            "base": base or "null",
+        },
+    ),
+    Evidence(
+        "tests/engine/test_base.py::test_stored_weights_are_the_rounded_masters",
+        lambda stage, bf16, method, **_: trains(stage=stage, precision=bf16, **_base(method)),
+    ),
+    Evidence(
+        "tests/train/state/test_base_run.py::test_resumes_are_bit_equal",
+        lambda stage, method, **_: runs(stage=stage, precision="bf16", **_base(method)),
     ),
     Evidence(
         "tests/engine/test_resident.py::test_resident_layers_train_like_the_merged_form_and_build_once_a_step",
@@ -152,7 +175,9 @@ TRAINING = [
     ),
     Evidence(
         "tests/sizing/test_measured_memory.py::test_state_and_gradients",
-        lambda method, stage, bf16, matrices, **_: trains(method, stage, bf16, optimizer=matrices),
+        lambda method, stage, bf16, matrices, **_: trains(
+            method.partition(" ")[0], stage, bf16, optimizer=matrices, base=method.partition(" ")[2] or "null"
+        ),
     ),
     Evidence(
         "tests/checkpoint/test_elastic.py::test_a_moved_run_continues_as_if_it_had_not_moved",
@@ -187,6 +212,10 @@ TRAINING = [
         lambda: [runs("remora", 2, "fp32", data=each) for each in ("text", "text, masked")],
     ),
     Evidence("tests/train/test_golden_loss.py::test_losses_equal_the_reference", _golden),
+    Evidence(
+        "tests/train/test_golden_loss.py::test_weights_in_8_bits_train_nearly_as_the_reference",
+        lambda base, form, precision: runs("remora", 1, precision, base=base, form=form),
+    ),
     Evidence(
         "tests/train/test_golden_loss.py::test_compiled_layers_train_as_the_reference",
         lambda method, stage: runs(method, stage, "fp32", compile="yes"),

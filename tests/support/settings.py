@@ -39,6 +39,12 @@ DIMENSIONS: dict[str, dict[str, dict[str, Any]]] = {
     "ZeRO stage": {str(stage): {"train.zero_stage": stage} for stage in STAGES},
     "precision": {name: {"train.precision": name} for name in ("bf16", "fp32")},
     "optimizer": {name: {"optim.matrices": name} for name in MATRIX_OPTIMIZERS},
+    "base": {
+        "null": {},
+        "int8": {"method.base": "int8"},
+        "fp8": {"method.base": "fp8"},
+        "int8, only stored": {"method.base": "int8", "method.base_products": False},
+    },
     "form": {name: {"method.form": name} for name in _choices("form")},
     "dropout": {"0": {}, "0.1": {"method.dropout": 0.1}},
     "reset": {name: {"method.reset": name} for name in _choices("reset")},

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from relora_mora.adapters.inject import inject
+from relora_mora.adapters.inject import choose_storage, inject
 from relora_mora.config.load import validate
 from relora_mora.config.schema import Config
 from relora_mora.engine.merging import FrozenMasters, Merger
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import build_optimizer, make_schedule, parameter_groups, set_trainable
+from relora_mora.system.hardware import uses_cuda
 
 VOCABULARY, LENGTH, BATCH = 64, 16, 8
 
@@ -108,6 +109,7 @@ def build_rig(config: Config, *, bf16: bool = False, llama: LlamaConfig | None =
     lm = build_model(llama or tiny_llama(), seed=config.train.seed)
     if config.method.uses_adapters:
         inject(lm, config.method, seed=config.train.seed)
+        choose_storage(lm, config.method, bf16=bf16, on_gpu=uses_cuda())
     set_trainable(lm, config.method)
     groups = parameter_groups(lm, config.optim)
     initial = {name: p.detach().clone() for name, p in lm.named_parameters()}

@@ -103,6 +103,23 @@ def train_without_kernels(config: Any) -> None:
         train(config)
 
 
+BASES = [("int8", "resident", "bf16"), *rest(("int8", "decoupled", "fp32"), ("fp8", "decoupled", "bf16"))]
+
+
+@pytest.mark.parametrize("base,form,precision", BASES)
+def test_weights_in_8_bits_train_nearly_as_the_reference(
+    golden, pools, tokenizer_path, tmp_path, base, form, precision
+):
+    found = {}
+    for way in (train, train_without_kernels):
+        settings = {"method_sections": {"base": base, "form": form}}
+        config = _config(golden.inputs, tokenizer_path, tmp_path / way.__name__, "remora", precision, **settings)
+        pools(1)(way, config)
+        found[way] = _losses(tmp_path / way.__name__)
+    assert found[train] == pytest.approx(found[train_without_kernels], rel=TOLERANCE["bf16"])
+    assert found[train] == pytest.approx(golden("remora", precision), rel=2e-2)
+
+
 @compiler_only
 @pytest.mark.parametrize("method,stage", [("remora", 1), *rest(("relora", 2), ("full", 0))])
 def test_compiled_layers_train_as_the_reference(golden, pools, tokenizer_path, tmp_path, method, stage):

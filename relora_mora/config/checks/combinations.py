@@ -55,6 +55,8 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
         unused["optim.rewarm"] = "optim.restart_warmup_steps=0"
     if settings["optim.schedule"] == "constant":
         unused["optim.min_ratio"] = "optim.schedule=constant"
+    if settings["method.base"] not in ("int8", "fp8"):
+        unused["method.base_products"] = f"method.base={settings['method.base'] or 'null'}"
     if record is not None and record.adapter is not None:
         if not any(settings[name] for name in BESIDE_ADAPTERS):
             unused["optim.lr_other"] = "a run that trains only adapters"

@@ -20,6 +20,7 @@ def method_faults(config: Config) -> Iterator[Fault]:
 def own_faults(method: MethodConfig) -> Iterator[Fault]:
     """Faults in the settings of a method that do not depend on the rest of the run."""
     yield from _layer_faults(method)
+    yield from _base_faults(method)
     if method.merges:
         yield from _cycle_faults(method)
         yield from _carry_faults(method)
@@ -52,6 +53,24 @@ def _pattern_faults(config: Config) -> Iterator[Fault]:
         yield Fault(
             ("method.rank_pattern", "method.square_size", "method.name"),
             f"method.square_size={method.square_size} is R of every layer, so ranks have no effect; remove one of them",
+        )
+
+
+def _base_faults(method: MethodConfig) -> Iterator[Fault]:
+    base = method.eight_bits
+    if base is None:
+        return
+    if method.form == "merged" and method.base_products:
+        yield Fault(
+            ("method.form", "method.base", "method.base_products", "method.name"),
+            f"merged rounds W + delta to {base} for each use, which takes longer than its products save; use "
+            "method.form=auto, or method.base_products=false",
+        )
+    if method.form == "resident" and not method.base_products:
+        yield Fault(
+            ("method.form", "method.base", "method.base_products", "method.name"),
+            f"resident keeps W + delta in the compute type next to the weights in {base}, which takes more memory than "
+            "method.base=null; use method.form=auto or method.base_products=true",
         )
 
 

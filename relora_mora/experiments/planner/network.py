@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.optim.groups import count_parameters, group_moments
+from relora_mora.sizing.memory import stored_bytes, weight_bytes
 from relora_mora.sizing.setup import MAX_REUSE_DISTANCE, Setup
 from relora_mora.sizing.work import exchanged_bytes
 
@@ -89,7 +90,7 @@ def traffic(model: PreTrainedModel, setup: Setup) -> Traffic:
     counts = count_parameters(model)
     gradients = _WIDTHS.get(str(config.train.deepspeed.get("communication_data_type")), width) * counts.trainable
     merges = config.method.merges and ranks > 1
-    merge = _merge_bytes(model, stage, width) if merges else 0
+    merge = _merge_bytes(model, setup) if merges else 0
     state = 0.0
     if merges and stage and config.method.reset not in ("full", "none"):  # these resets do not need whole moments
         state = 4.0 * counts.adapters * len(group_moments("adapters", config.optim.matrices))
@@ -106,15 +107,16 @@ def traffic(model: PreTrainedModel, setup: Setup) -> Traffic:
     resident = [layer for _, layer in adapter_layers(model) if layer.resident]
     sizes = [getattr(layer, name).numel() for layer in resident for name in layer.adapter_names]
     to_build = sum(size for size in sizes if size > small)
-    gathered = width * (setup.micro_batches * (every - persistent + again) + persistent + to_build)
+    mean_width = weight_bytes(model, setup) / every
+    gathered = mean_width * setup.micro_batches * (every - persistent + again) + width * (persistent + to_build)
     exchanged = exchanged_bytes(model, setup)
     return Traffic(ranks, 0, gradients * setup.micro_batches, gathered, merge, state, exchanged)
 
 
-def _merge_bytes(model: PreTrainedModel, stage: int, width: int) -> float:
+def _merge_bytes(model: PreTrainedModel, setup: Setup) -> float:
     """Reduces adapters to the owners in float32, broadcasts weights (at stage 3 gathers them first), writes masters."""
     counts = count_parameters(model)
-    weights = width * sum(layer.weight.numel() for _, layer in adapter_layers(model))
-    if stage == 0:
+    weights = sum(stored_bytes(layer, setup) for _, layer in adapter_layers(model))
+    if setup.stage == 0:
         return weights
-    return 4 * counts.adapters + (2 * weights if stage == 3 else weights + width * counts.trainable)
+    return 4 * counts.adapters + (2 * weights if setup.stage == 3 else weights + setup.width * counts.trainable)

@@ -13,10 +13,10 @@ from relora_mora.experiments.planner.cluster import Cluster, StepTime, step_time
 from relora_mora.experiments.planner.compute import PRODUCTS_RATE, ComputeTime, compute_time
 from relora_mora.experiments.planner.network import Traffic, traffic
 from relora_mora.optim.groups import Parameters, count_parameters
-from relora_mora.sizing.fit import USABLE, choose_resident, uneven_widths
+from relora_mora.sizing.fit import USABLE, choose_forms, uneven_widths
 from relora_mora.sizing.memory import Memory, peak_memory
 from relora_mora.sizing.setup import Setup
-from relora_mora.sizing.work import Flops, flops_of, meta_model, passes_bytes, product_flops
+from relora_mora.sizing.work import Flops, flops_in_8_bits, flops_of, meta_model, passes_bytes, product_flops
 
 STAGES = (0, 1, 2, 3)
 ASSUMED_UTILISATION = 0.4  # of a CPU; for a GPU it is calculated
@@ -226,7 +226,7 @@ def _needs(
         found[name] = {}
         for stage in STAGES:
             setup = Setup(other, stage, cluster.world_size, bf16=bf16, on_gpu=not on_cpu)
-            choose_resident(model, setup, device.memory_gb * 1e9 or None)
+            choose_forms(model, setup, device.memory_gb * 1e9 or None)
             micro_batch = None
             if device.memory_gbytes_per_s:
                 micro_batch = compute_time(
@@ -236,6 +236,7 @@ def _needs(
                     peak=peak[0],
                     flops_per_token=flops_of(model, model_config, other).performed,
                     resident=any(layer.resident for _, layer in adapter_layers(model)),
+                    in_8_bits=flops_in_8_bits(model, other),
                 )
             found[name][stage] = _Needs(setup, peak_memory(model, setup), traffic(model, setup), micro_batch)
     return found

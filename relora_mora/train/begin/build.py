@@ -29,7 +29,7 @@ from relora_mora.optim.groups import (
     set_trainable,
 )
 from relora_mora.schedule import Schedule
-from relora_mora.sizing.fit import choose_resident, stage_advice, uneven_widths
+from relora_mora.sizing.fit import choose_forms, stage_advice, uneven_widths
 from relora_mora.sizing.setup import Setup
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.hardware import uses_cuda
@@ -167,7 +167,7 @@ def build(
     setup = Setup(
         config, config.train.zero_stage, world_size, bf16=checked.bf16, on_gpu=on_gpu, compiled=checked.compiled
     )
-    choose_resident(lm, setup, available)
+    choose_forms(lm, setup, available)
     advice = stage_advice(lm, setup, available)
     if advice:
         shared_log.warning(advice)

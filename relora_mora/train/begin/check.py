@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from relora_mora.adapters.stored import check_device
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.checkpoint.reader import newest_manifest
 from relora_mora.config.checks.combinations import unused_by
@@ -137,8 +138,9 @@ def check(config: Config, world_size: int) -> ResolvedRun:
     model_config = check_model(config)
     compiled = compiles_here(config.model, config.train.zero_stage, on_gpu=uses_cuda())
     bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
-    check_attention(config.model, bf16=bf16)
     on_gpu = uses_cuda()
+    check_attention(config.model, bf16=bf16)
+    check_device(config.method, bf16=bf16, on_gpu=on_gpu)
     setup = Setup(config, config.train.zero_stage, world_size, bf16=bf16, on_gpu=on_gpu, compiled=compiled)
     check_memory(model_config, setup, memory_of_rank(), host_memory_of_rank())
     inputs = open_inputs(config)

@@ -33,6 +33,8 @@ FREE_SETTINGS = {
     "data.text_column",  # part of the fingerprint
     "data.sample_by",  # part of the fingerprint if there is a .txt file
     "method.form",
+    "method.base",
+    "method.base_products",
     "train.micro_batch_size",
     "train.zero_stage",
     "train.deterministic",

@@ -26,12 +26,19 @@ pytestmark = pytest.mark.usefixtures("at_root")
 
 @pytest.mark.parametrize(("how", "table"), [("eager", EAGER), ("compiled", COMPILED)])
 @pytest.mark.parametrize(
-    "method,resident", [("full", False), ("relora", False), ("relora", True), ("remora", False), ("remora", True)]
+    "method,base,resident",
+    [
+        ("full", None, False),
+        *((method, None, resident) for method in ("relora", "remora") for resident in (False, True)),
+        *(("remora", "int8", resident) for resident in (False, True)),
+        ("remora", "fp8", True),
+    ],
 )
-def test_work_of_a_layer_is_what_was_counted(method, resident, how, table):
-    work = table[METHODS[method].adapter, resident]
+def test_work_of_a_layer_is_what_was_counted(method, base, resident, how, table):
+    work = table[METHODS[method].adapter, base, resident]
     rows = [row for row in COUNTS if row["method"].split()[0] == method and row["compiled"] == how]
     rows = [row for row in rows if row["method"].endswith(" resident") == resident]
+    rows = [row for row in rows if ({"int8", "fp8"} & {*row["method"].split()} or {None}) == {base}]
     assert work.launches == max(int(row["launches"]) for row in rows)
     width = {"llama_250m": 768, "llama_1_3b": 2048}
     moved = [int(row["moved_mb"]) * 1e6 / TOKENS / width[row["model"]] for row in rows]
@@ -70,6 +77,20 @@ def test_an_adapter_without_counts_is_treated_as_lora(resident: bool, monkeypatc
     of_lora = seconds()
     monkeypatch.setitem(METHODS, "relora", replace(METHODS["relora"], adapter=Adapter("new:Layer")))
     assert seconds() == of_lora
+
+
+@pytest.mark.parametrize("base", ["int8", "fp8"])
+@pytest.mark.parametrize("form", ["resident", "decoupled"])
+def test_products_in_8_bits_take_half_as_long(base: str, form: str) -> None:
+    seconds = []
+    for settings in ({}, {"method.base": base, "method.form": form}):
+        config = load_config("configs/run/paper_250m_remora.yaml", settings, world_size=1)
+        setup = Setup(config, 1, 1, bf16=True, on_gpu=True)
+        h100 = named_device("h100")
+        model = read_model_config(config.model)
+        given = {"peak": 1e15, "flops_per_token": 1e9, "resident": form == "resident"}
+        seconds.append(compute_time(model, setup, h100, in_8_bits=8e8 if settings else 0, **given).products)
+    assert seconds[1] == pytest.approx(0.6 * seconds[0])
 
 
 @pytest.mark.parametrize("compiled", [True, False])

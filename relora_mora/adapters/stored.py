@@ -1,0 +1,208 @@
+"""How an adapter layer stores its frozen weight W [out, in], and multiplies with it.
+
+The weight is in the compute type or in 8 bits. Its truth is the float32 master in host memory (``engine/merging.py``):
+the stored form is made from the master each time, so rounding errors do not add up over merges.
+
+In 8 bits, a row of W is 8-bit values times one float32 scale, and both products can multiply 8-bit values::
+
+    y = W x      x is quantized per token; the scale of an output feature multiplies the sum
+    dx = W^T dy  that scale multiplies dy before dy is quantized per token, so the same stored W serves both products
+
+This is SwitchBack (Wortsman et al. 2023, arXiv 2304.13013) without its third product: W has no gradient. Sums are
+int32, or float32 for fp8. The gradients of an adapter use the x and dy that are not rounded.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import MethodConfig
+from relora_mora.kernels import Grouping, contiguous, multiply_rows, quantize_rows
+from relora_mora.system.logs import log
+
+KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+OLDEST = {"int8": (8, 0), "fp8": (8, 9)}  # compute capabilities of the GPUs whose matrix units multiply them
+ALIGNED = 16  # rows and columns of a GPU's 8-bit matrices are multiples of this
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The weight is stored as it is, in the compute type."""
+
+    multiplies = False
+
+    def bytes_of(self, elements: int, width: int) -> int:
+        """Bytes of a weight in a model whose compute type has ``width`` bytes."""
+        return width * elements
+
+    def encode(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def dense(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        return stored
+
+    def linear(self, x: Tensor, stored: Tensor) -> Tensor:
+        return F.linear(x, stored.to(x.dtype))
+
+    def linear_transposed(self, dy: Tensor, stored: Tensor) -> Tensor:
+        return dy @ stored.to(dy.dtype)
+
+
+@dataclass(frozen=True)
+class Rounded(Plain):
+    """The weight is stored in bf16, in a model that computes in float32."""
+
+    def bytes_of(self, elements: int, width: int) -> int:
+        return 2 * elements
+
+    def encode(self, weight: Tensor) -> Tensor:
+        return weight.to(torch.bfloat16)
+
+    def dense(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        return stored.to(dtype)
+
+
+@dataclass(frozen=True)
+class EightBits:
+    """The weight is stored as one tensor of bytes [out * in + 4 * out]: 8-bit values, then float32 scales.
+
+    ``kind`` is a key of ``KINDS``. With ``multiplies`` products multiply the 8-bit values, otherwise they multiply the
+    weight in the dtype of x. On GPUs the stored matrix is padded with zeros to multiples of 16.
+    """
+
+    kind: str
+    multiplies: bool
+    out_features: int
+    in_features: int
+    padded_out: int
+    padded_in: int
+
+    @classmethod
+    def of(cls, kind: str, out_features: int, in_features: int, *, multiplies: bool, on_gpu: bool) -> "EightBits":
+        padded = (-(-size // ALIGNED) * ALIGNED if on_gpu else size for size in (out_features, in_features))
+        return cls(kind, multiplies, out_features, in_features, *padded)
+
+    def bytes_of(self, elements: int, width: int) -> int:
+        return self._scales_start + 4 * self.padded_out
+
+    @property
+    def _scales_start(self) -> int:
+        return -(-self.padded_out * self.padded_in // ALIGNED) * ALIGNED
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """weight [out, in] -> the stored tensor, on the same device"""
+        values, scales = quantize_rows(weight, KINDS[self.kind], padded=self.padded_in)
+        stored = torch.zeros(self._scales_start + 4 * self.padded_out, dtype=torch.uint8, device=weight.device)
+        stored[: values.numel()] = values.view(torch.uint8).view(-1)
+        end = self._scales_start + 4 * self.out_features
+        stored[self._scales_start : end] = scales.view(torch.uint8)
+        return stored
+
+    def parts(self, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the stored tensor: values [padded out, padded in] and float32 scales [padded out]."""
+        values = stored[: self.padded_out * self.padded_in].view(KINDS[self.kind])
+        return values.view(self.padded_out, self.padded_in), stored[self._scales_start :].view(torch.float32)
+
+    def dense(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in ``dtype``."""
+        values, scales = (part[: self.out_features] for part in self.parts(stored))
+        return (values[:, : self.in_features].float() * scales.unsqueeze(1)).to(dtype)
+
+    def linear(
+        self, x: Tensor, stored: Tensor, slots_of: Tensor | None = None, grouping: Grouping | None = None
+    ) -> Tensor:
+        """x [..., in] -> W x [..., out], plus the copies of slots_of [..., slots] to the features of a grouping"""
+        if not self.multiplies:
+            return _with_copies(F.linear(x, self.dense(stored, x.dtype)), slots_of, grouping)
+        values, scales = self.parts(stored)
+        return _multiply(x, None, values.mT, scales, self.out_features, slots_of, grouping)
+
+    def linear_transposed(
+        self, dy: Tensor, stored: Tensor, slots_of: Tensor | None = None, grouping: Grouping | None = None
+    ) -> Tensor:
+        """dy [..., out] -> W^T dy [..., in], plus the copies of slots_of [..., slots] to the features of a grouping"""
+        if not self.multiplies:
+            return _with_copies(dy @ self.dense(stored, dy.dtype), slots_of, grouping)
+        values, scales = self.parts(stored)
+        return _multiply(dy, scales[: self.out_features], values, None, self.in_features, slots_of, grouping)
+
+
+def _multiply(
+    x: Tensor,
+    before: Tensor | None,
+    matrix: Tensor,
+    after: Tensor | None,
+    features: int,
+    slots_of: Tensor | None,
+    grouping: Grouping | None,
+) -> Tensor:
+    """x [..., m] times before [m], in 8 bits, times matrix [>= m, n], times after [n] -> [..., features <= n]"""
+    values, rows = quantize_rows(x.reshape(-1, x.shape[-1]), matrix.dtype, before, len(matrix))
+    slots = None if slots_of is None else slots_of.reshape(-1, slots_of.shape[-1])
+    grouping = grouping or contiguous(features, features)
+    return multiply_rows(values, rows, matrix, after, x.dtype, grouping, slots).view(*x.shape[:-1], features)
+
+
+def _with_copies(y: Tensor, slots_of: Tensor | None, grouping: Grouping | None) -> Tensor:
+    return y if slots_of is None or grouping is None else y + grouping.copy(slots_of)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """``W x`` for a weight that is stored in 8 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stored: Tensor, form: EightBits) -> Tensor:
+        ctx.save_for_backward(stored)
+        ctx.form = form
+        return form.linear(x, stored)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        refuse_second_derivatives()
+        (stored,) = ctx.saved_tensors
+        return ctx.form.linear_transposed(grads[0], stored) if ctx.needs_input_grad[0] else None, None, None
+
+
+def refuse_second_derivatives() -> None:
+    """Called in the backward of a function that computes no graph of itself."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # autograd was called with create_graph
+        raise RuntimeError(
+            "the merged form of an adapter and weights in 8 bits have no second derivatives; use the form decoupled, "
+            "and base=None"
+        )
+
+
+def check_device(method: MethodConfig, *, bf16: bool, on_gpu: bool) -> None:
+    """Raises :class:`ConfigError` if this machine cannot multiply in 8 bits as ``method.base`` says.
+
+    A CPU computes fp8 in float32, with the same rounding. Without :attr:`EightBits.multiplies` every device works.
+    """
+    kind = method.eight_bits
+    if kind is None or not method.base_products:
+        return
+    if not on_gpu:
+        if kind == "fp8":
+            log.warning("method.base: this CPU multiplies fp8 in float32, which is slow; use int8 unless you study fp8")
+        return
+    capability = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    fault = None
+    if capability < OLDEST[kind]:
+        needed = ".".join(map(str, OLDEST[kind]))
+        other = "method.base=int8, or " if kind == "fp8" and capability >= OLDEST["int8"] else ""
+        fault = (
+            f"method.base: {kind} products need a GPU of compute capability {needed}, and {name} has "
+            f"{'.'.join(map(str, capability))}; use {other}method.base_products=false"
+        )
+    elif kind == "fp8" and not bf16:
+        fault = "method.base: the results of fp8 products are in bf16; use train.precision=bf16, or method.base=int8"
+    if fault:
+        raise ConfigError([fault], "the settings")
+
+
+Stored = Plain | EightBits
+PLAIN = Plain()

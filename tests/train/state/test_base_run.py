@@ -1,0 +1,69 @@
+"""Runs whose frozen weights are stored in 8 bits: resumes are bit-equal, and ``method.base`` may change at a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tools.grids import rest
+from tests.tools.runs import (
+    checkpoint_at,
+    copy_cut_at,
+    different_tensors,
+    logged_values,
+    run_config,
+    tensors,
+    train,
+)
+
+pytestmark = pytest.mark.distributed
+
+
+def _sections(stage: int, **method: Any) -> dict[str, Any]:
+    return {"train": {"zero_stage": stage, "precision": "bf16"}, "method": {"merge_every": 3, **method}}
+
+
+CASES = [
+    (2, 3, {"base": "int8"}),
+    *rest(
+        (1, 2, {"base": "int8"}),
+        (2, 1, {"base": "int8", "form": "decoupled"}),
+        (2, 2, {"base": "int8", "base_products": False}),
+    ),
+    *rest((2, 0, {"base": "fp8"}), (2, 2, {"base": "int8", "name": "relora"})),
+]
+
+
+@pytest.mark.parametrize("world,stage,method", CASES)
+def test_resumes_are_bit_equal(pools, inputs, tokenizer_path, tmp_path, world, stage, method):
+    folders = [tmp_path / "never", tmp_path / "killed"]
+    for folder in folders:
+        if folder.name == "killed":
+            copy_cut_at(folders[0], folder, 4)
+        pools(world)(train, run_config(inputs, tokenizer_path, folder, world, **_sections(stage, **method)))
+    assert different_tensors(*(checkpoint_at(folder, 10) for folder in folders)) == []
+    losses = [logged_values(folder) for folder in folders]
+    assert losses[0] == losses[1]
+
+
+def _base(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in tensors(checkpoint_at(folder, step)).items() if "base" in key}
+
+
+def test_the_base_may_change_at_every_resume_and_loses_nothing(pools, inputs, tokenizer_path, tmp_path):
+    run_dir = tmp_path / "run"
+    before: dict[str, torch.Tensor] = {}
+    for steps, base, form in ((4, None, "auto"), (5, "int8", "auto"), (7, "fp8", "decoupled"), (8, None, "merged")):
+        sections = _sections(2, base=base, form=form)
+        config = run_config(inputs, tokenizer_path, run_dir, 1, **sections)
+        pools(1)(train, config, stop_after=steps)
+        after = _base(run_dir, steps)
+        assert len(after) == 14
+        merged = steps == 7  # steps 3 and 6 merge
+        assert not before or all(torch.equal(before[key], after[key]) != merged for key in after)
+        before = after
+    values = logged_values(run_dir)
+    assert len(values) == 8
