@@ -1,11 +1,16 @@
-"""The tutorials do what they say. Their blocks run in order, with changes that make them short: `make test-extras`."""
+"""The tutorials and the notebook do what they say, with changes that make them short: `make test-extras`."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,6 +27,7 @@ from tests.tools.tutorials import check_shown, follow
 
 pytestmark = pytest.mark.distributed
 SMOLLM2 = "launch/smollm2.py"
+NOTEBOOK = ROOT / "examples" / "tiny_remora.ipynb"
 EXTRAS = all(importlib.util.find_spec(name) for name in module_of(SMOLLM2).PACKAGES)
 
 
@@ -109,3 +115,33 @@ def test_output_that_no_command_gives_is_found() -> None:
 def test_a_change_that_changes_nothing_is_found(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="the page does not have 300"):
         follow("200 steps", tmp_path, {"300": "3"})
+
+
+def run_notebook(steps: int) -> str:
+    """Runs in a process of a pool: what the code cells print. No window opens."""
+    output = io.StringIO()
+    names = {"__name__": "__main__"}
+    with mock.patch.dict(os.environ, {"STEPS": str(steps), "MPLBACKEND": "agg"}), contextlib.redirect_stdout(output):
+        for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+        from matplotlib import pyplot
+
+        assert pyplot.get_fignums() == [1, 2, 3, 4]
+        assert all(axes.has_data() for number in (1, 2, 3, 4) for axes in pyplot.figure(number).axes)
+        pyplot.close("all")
+    return output.getvalue()
+
+
+def test_the_notebook(pools: Pools) -> None:
+    [output] = pools(1)(run_notebook, 12)  # with a merge after every second step
+    assert re.findall(r"step (\d+): .* operator (\d -> \d)", output) == [
+        ("2", "1 -> 2"),
+        ("4", "2 -> 1"),
+        ("6", "1 -> 2"),
+        ("8", "2 -> 1"),
+        ("10", "1 -> 2"),
+    ]
+    ranks = list(map(int, re.findall(r"rank (\d+) of 256", output)))
+    assert ranks[0] <= 128 < ranks[1] <= 192
+    assert "the merged weight is W + D M C up to 0e+00" in output

@@ -7,7 +7,6 @@ import importlib.util
 import io
 import json
 import math
-import os
 import re
 import runpy
 import sys
@@ -87,36 +86,6 @@ def test_accelerate_fsdp2(start: Callable[..., str]) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers")
 def test_diffusion_unet(start: Callable[..., str]) -> None:
     check(start("diffusion_unet.py"), learns=True)
-
-
-def run_notebook(steps: int) -> str:
-    """Runs in a process of a pool: what the code cells print. No window opens."""
-    output = io.StringIO()
-    names = {"__name__": "__main__"}
-    with mock.patch.dict(os.environ, {"STEPS": str(steps), "MPLBACKEND": "agg"}), contextlib.redirect_stdout(output):
-        for cell in NOTEBOOK["cells"]:
-            if cell["cell_type"] == "code":
-                exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
-        from matplotlib import pyplot
-
-        assert pyplot.get_fignums() == [1, 2, 3, 4]
-        assert all(axes.has_data() for number in (1, 2, 3, 4) for axes in pyplot.figure(number).axes)
-        pyplot.close("all")
-    return output.getvalue()
-
-
-def test_the_notebook(pools: Pools) -> None:
-    [output] = pools(1)(run_notebook, 12)  # with a merge after every second step
-    assert re.findall(r"step (\d+): .* operator (\d -> \d)", output) == [
-        ("2", "1 -> 2"),
-        ("4", "2 -> 1"),
-        ("6", "1 -> 2"),
-        ("8", "2 -> 1"),
-        ("10", "1 -> 2"),
-    ]
-    ranks = list(map(int, re.findall(r"rank (\d+) of 256", output)))
-    assert ranks[0] <= 128 < ranks[1] <= 192
-    assert "the merged weight is W + D M C up to 0e+00" in output
 
 
 def test_the_notebook_is_stored_without_outputs() -> None:

@@ -14,8 +14,7 @@ from relora_mora.checkpoint.reader import newest_whole
 from tests.tools.jobs import Job, checkpoints, ends, last_step, write_config
 from tests.tools.runs import checkpoint_at, run_config, tensors
 
-pytestmark = pytest.mark.distributed
-also = pytest.mark.stops  # more cases, only in make test-stops
+pytestmark = [pytest.mark.distributed, pytest.mark.stops]
 STEPS = 100_000
 
 
@@ -46,12 +45,12 @@ def _saved_step(run_dir: Path) -> int:
     "number,target,launcher",
     [
         (signal.SIGTERM, "rank 1", "deepspeed"),
-        pytest.param(signal.SIGINT, "rank 0", "torchrun", marks=also),
-        pytest.param(signal.SIGUSR1, "rank 1", "torchrun", marks=also),
-        pytest.param(signal.SIGTERM, "launch.py", "deepspeed", marks=also),
-        pytest.param(signal.SIGINT, "launch.py", "deepspeed", marks=also),
-        pytest.param(signal.SIGTERM, "launcher", "deepspeed", marks=also),
-        pytest.param(signal.SIGTERM, "launcher", "torchrun", marks=also),
+        (signal.SIGINT, "rank 0", "torchrun"),
+        (signal.SIGUSR1, "rank 1", "torchrun"),
+        (signal.SIGTERM, "launch.py", "deepspeed"),
+        (signal.SIGINT, "launch.py", "deepspeed"),
+        (signal.SIGTERM, "launcher", "deepspeed"),
+        (signal.SIGTERM, "launcher", "torchrun"),
     ],
 )
 def test_a_signal_saves_and_ends_all_ranks(config, number, target, launcher):
@@ -84,7 +83,6 @@ def test_a_signal_saves_and_ends_all_ranks(config, number, target, launcher):
     )
 
 
-@also
 def test_a_signal_during_the_start_ends_it(config):
     job = Job(config)
     job.wait_until(lambda: catches(job.find_rank(1), signal.SIGTERM))
@@ -105,10 +103,10 @@ def catches(process: psutil.Process | None, number: signal.Signals) -> bool:
 @pytest.mark.parametrize(
     "how,lost",
     [
-        pytest.param("killed", 1, marks=also),
-        pytest.param("killed", 0, marks=also),
-        pytest.param("hangs", 1, marks=also),
-        pytest.param("hangs", 0, marks=also),
+        ("killed", 1),
+        ("killed", 0),
+        ("hangs", 1),
+        ("hangs", 0),
     ],
 )
 def test_a_lost_rank_ends_the_job_and_is_named(config, lost, how):
@@ -134,7 +132,6 @@ def test_a_lost_rank_ends_the_job_and_is_named(config, lost, how):
     assert again.wait(20) == 75
 
 
-@also
 @pytest.mark.parametrize("target", ["launch.py", "launcher"])
 def test_ranks_end_with_their_launcher_and_the_same_command_waits_for_them(config, target):
     run_dir = config.parent / "run"
@@ -153,7 +150,6 @@ def test_ranks_end_with_their_launcher_and_the_same_command_waits_for_them(confi
     assert len((run_dir / "starts.jsonl").read_text().splitlines()) == 2
 
 
-@also
 def test_two_trainers_never_share_a_run_folder(config):
     run_dir = config.parent / "run"
     first = Job(config)
@@ -168,7 +164,6 @@ def test_two_trainers_never_share_a_run_folder(config):
     assert first.wait(20) == 75
 
 
-@also
 def test_an_interrupted_run_is_bit_equal_to_an_uninterrupted_one(inputs, tokenizer_path, tmp_path):
     """A signal stops it during an evaluation, which is then repeated."""
     folders = [tmp_path / "never", tmp_path / "stopped"]

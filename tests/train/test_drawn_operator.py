@@ -122,6 +122,7 @@ def test_without_merges_it_is_drawn_once_and_from_the_seed(pools, inputs, tokeni
     assert groupings[0] != groupings[1]
 
 
+@pytest.mark.elastic
 @compiler_only
 def test_all_programs_are_made_before_the_first_step(pools, never, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
