@@ -6,11 +6,13 @@ next step at ``step + 1``, and what happens at the end of step ``s`` at ``s``.
 
 import functools
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
 from relora_mora.config.registry import ScheduleKind, is_drawn
+from relora_mora.config.stretches import MergeStretch, last_merge, merge_steps
 
 
 def cosine(step: int, *, total_steps: int, warmup_steps: int, min_ratio: float) -> float:
@@ -57,7 +59,8 @@ def lr_multiplier(
 class Schedule:
     """Everything about a run that depends only on ``step`` and the settings.
 
-    ``merge_every=0`` means that the method never merges, ``merge_until_step=None`` that it merges until the end.
+    ``merges`` are the stretches in which the method merges, none if it never does; ``merge_until_step=None`` means that
+    it merges until the end.
     ``operators`` is the cycle of mora types, empty for other methods. ``decay_steps`` is the length of the linear decay
     at the end of ``wsd``; no other kind uses it.
     """
@@ -67,7 +70,7 @@ class Schedule:
     warmup_steps: int
     min_ratio: float
     decay_steps: int = 0
-    merge_every: int = 0
+    merges: Sequence[MergeStretch] = ()
     merge_until_step: int | None = None
     restart_warmup_steps: int = 0
     operators: Sequence[int] = ()
@@ -110,17 +113,15 @@ class Schedule:
 
     def merge_after(self, step: int) -> bool:
         """Whether there is a merge at the end of step ``step``. Not after the last step, since the export merges."""
-        return bool(self.merge_every) and 0 < step <= self._last_step_to_merge and step % self.merge_every == 0
+        return step > 0 and last_merge(self._merge_steps, step) == step
 
     def merges_done(self, step: int) -> int:
         """The number of merges done after ``step`` steps, including a merge at the end of that step."""
-        if not self.merge_every or step <= 0:
-            return 0
-        return min(step, self._last_step_to_merge) // self.merge_every
+        return sum(bisect_right(steps, step) for steps in self._merge_steps)
 
     def steps_since_merge(self, step: int) -> int:
         """Steps since the last merge, or since the start if there was none."""
-        return step - self.merges_done(step) * self.merge_every
+        return step - last_merge(self._merge_steps, step)
 
     def operator(self, step: int) -> int | None:
         """The mora type in use after ``step`` steps and the merge at their end; None without operators."""
@@ -137,10 +138,9 @@ class Schedule:
             left.setdefault((operator, done if is_drawn(operator) else 0), done)
         return [(operator, done) for (operator, _), done in left.items()]
 
-    @property
-    def _last_step_to_merge(self) -> int:
-        last = self.total_steps - 1
-        return last if self.merge_until_step is None else min(self.merge_until_step, last)
+    @functools.cached_property
+    def _merge_steps(self) -> list[Sequence[int]]:
+        return merge_steps(self.merges, self.total_steps, self.merge_until_step)
 
     def _operator_after(self, merges_done: int) -> int | None:
         return self.operators[merges_done % len(self.operators)] if self.operators else None

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from relora_mora.config.data import DataConfig
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, MatrixOptimizer, Method, ScheduleKind
+from relora_mora.config.stretches import MergeStretch
 from relora_mora.config.types import (
     LARGEST,
     LONGEST_SECONDS,
@@ -124,8 +125,10 @@ class MethodConfig(Strict):
     dropout: Decay = Field(
         0.0, description="dropout of an adapter's input, as in LoRA; layers then train in decoupled form; 0: none"
     )
-    merge_every: Positive = Field(
-        2000, description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)})"
+    merge_every: Positive | Annotated[list[MergeStretch], Field(min_length=1)] = Field(
+        2000,
+        description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)}), or stretches "
+        "with intervals of their own, e.g. [{until: 8, every: 2}, {every: 6}] or [{every: 10, growth: 1.5}]",
     )
     merge_until_step: Positive | None = Field(None, description="the last step that may merge; null: the last but one")
     reset: Literal["full", "magnitude", "random", "none", "carry"] = Field(
@@ -169,6 +172,13 @@ class MethodConfig(Strict):
     @property
     def merges(self) -> bool:
         return self.record.merges
+
+    @property
+    def stretches(self) -> list[MergeStretch]:
+        """The stretches of ``merge_every``; none if the method does not merge."""
+        if not self.merges:
+            return []
+        return [MergeStretch(every=self.merge_every)] if isinstance(self.merge_every, int) else self.merge_every
 
     @property
     def cycle(self) -> tuple[int, ...]:

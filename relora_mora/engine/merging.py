@@ -16,6 +16,7 @@ from torch import Tensor
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, effective_rank, layer_generator
 from relora_mora.adapters.mora import MoRALinear, operator_in_use, set_operators
 from relora_mora.config.schema import MethodConfig
+from relora_mora.config.stretches import last_merge, merge_steps
 from relora_mora.engine.protocol import Engine
 from relora_mora.operators import Draw, GroupingOperator, Operator
 from relora_mora.system.hardware import uses_cuda
@@ -132,8 +133,8 @@ class Merger:
         begin = time.perf_counter()
         before = self.operator()
         self._check_adapters(step)
-        interval = step // MEASURED_STEPS
-        is_measured = merges_done == 1 or interval > (step - self.method.merge_every) // MEASURED_STEPS
+        before_it = last_merge(merge_steps(self.method.stretches, step, None), step)
+        is_measured = merges_done == 1 or step // MEASURED_STEPS > before_it // MEASURED_STEPS
         squares, ranks = self._merge_layers(self.measured if is_measured else set())
         overflowed = [name for name, square in squares.items() if not math.isfinite(square)]
         if overflowed:

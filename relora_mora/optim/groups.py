@@ -205,7 +205,7 @@ def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Sched
         warmup_steps=optim.warmup_steps,
         min_ratio=optim.min_ratio,
         decay_steps=optim.decay_of(steps),
-        merge_every=method.merge_every if method.merges else 0,
+        merges=method.stretches,
         merge_until_step=method.merge_until_step,
         restart_warmup_steps=optim.restart_warmup_steps if method.merges else 0,
         operators=method.cycle,

@@ -197,6 +197,42 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     ),
     ({"method": {"name": "relora", "merge_every": 10_000}}, None, "use method.name=lora"),
     (
+        {"method": {"merge_every": [{"every": 2000}, {"every": 3000}]}},
+        None,
+        "method.merge_every: each stretch ends after the one before it, and only the last may have until: null; got "
+        "until: null",
+    ),
+    (
+        {"method": {"merge_every": [{"until": 4000, "every": 2000}, {"until": 4000, "every": 3000}]}},
+        None,
+        "got until: 4000 and then 4000",
+    ),
+    (
+        {"method": {"merge_every": [{"until": 4000, "every": 2000}, {"every": 2001}, {"every": 7000, "until": 9000}]}},
+        None,
+        "got until: null",
+    ),
+    (
+        {"method": {"merge_every": [{"until": 4000, "every": 2000}, {"every": 7000, "until": 6999}, {"every": 4100}]}},
+        None,
+        "no merge in the stretch with every: 7000; lower it, raise its until, or remove the stretch",
+    ),
+    (
+        {"method": {"merge_every": [{"until": 4040, "every": 2020}, {"every": 2030}]}},
+        None,
+        "method.merge_every: 20 steps between merges, fewer than optim.restart_warmup_steps (50)",
+    ),
+    (
+        {"method": {"merge_every": [{"every": 900, "until": 1000}, {"every": 5000}]}},
+        None,
+        "method.merge_every: the first merge (step 900) comes before the warmup ends (step 1000)",
+    ),
+    (
+        {"method": {"merge_every": [{"every": 9999, "until": 9998}]}},
+        None,
+        "method.merge_every: no stretch has a merge in a run of 10,000 steps; lower every, or use method.name=mora",
+    ),
+    (
         {"method": {"merge_until_step": 1999}},
         None,
         "method.merge_until_step: 1999 comes before the first merge (step 2000); raise it, or use method.name=mora",

@@ -1,10 +1,12 @@
 """Faults in the settings of methods: adapters with their sizes and forms, and merges."""
 
+import itertools
 import math
 from collections.abc import Iterator
 
 from relora_mora.config.registry import OPERATORS, is_drawn
 from relora_mora.config.schema import DECODER_LINEARS, Config, MethodConfig
+from relora_mora.config.stretches import merge_steps, shortest_interval
 from relora_mora.config.types import Fault
 from relora_mora.system.logs import counted
 
@@ -22,6 +24,7 @@ def own_faults(method: MethodConfig) -> Iterator[Fault]:
     yield from _layer_faults(method)
     yield from _base_faults(method)
     if method.merges:
+        yield from _stretch_faults(method)
         yield from _cycle_faults(method)
         yield from _carry_faults(method)
 
@@ -147,31 +150,63 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
             f"{method.reset} changes element-wise moments, but {optim.matrices} has none; "
             "use method.reset=full or none",
         )
-    every = method.merge_every
-    if every < optim.warmup_steps and optim.restart_warmup_steps:
+    steps = merge_steps(method.stretches, config.train.steps, method.merge_until_step)
+    first = next((group[0] for group in steps if group), None)
+    if first is None:
+        yield from _no_merge_faults(config)
+        return
+    if first < optim.warmup_steps and optim.restart_warmup_steps:
         yield Fault(
             ("method.merge_every", "optim.warmup_steps", "method.name"),
-            f"the first merge (step {every}) comes before the warmup ends (step {optim.warmup_steps}); raise it, "
+            f"the first merge (step {first}) comes before the warmup ends (step {optim.warmup_steps}); raise it, "
             "or set optim.restart_warmup_steps=0",
         )
-    if every < optim.restart_warmup_steps:
+    interval = shortest_interval(steps) or first
+    if interval < optim.restart_warmup_steps:
         yield Fault(
             ("method.merge_every", "optim.restart_warmup_steps", "method.name"),
-            f"{counted(every, 'step')} between merges, fewer than optim.restart_warmup_steps "
+            f"{counted(interval, 'step')} between merges, fewer than optim.restart_warmup_steps "
             f"({optim.restart_warmup_steps}); raise it or lower optim.restart_warmup_steps",
         )
+    empty = [stretch for stretch, group in zip(method.stretches, steps, strict=True) if not group]
+    if empty:
+        yield Fault(
+            ("method.merge_every", "method.merge_until_step", "train.steps", "method.name"),
+            f"no merge in the stretch with every: {empty[0].every}; lower it, raise its until, or remove the stretch",
+        )
+
+
+def _no_merge_faults(config: Config) -> Iterator[Fault]:
+    method = config.method
+    every = method.stretches[0].every
+    without = f"use method.name={method.record.without_merges}"
     if every >= config.train.steps:
         yield Fault(
             ("method.merge_every", "train.steps", "method.name"),
-            f"{every} means no merge in a run of {counted(config.train.steps, 'step')}; lower it, "
-            f"or use method.name={method.record.without_merges}",
+            f"{every} means no merge in a run of {counted(config.train.steps, 'step')}; lower it, or {without}",
         )
-    if method.merge_until_step is not None and method.merge_until_step < every:
+    elif method.merge_until_step is not None and method.merge_until_step < every:
         yield Fault(
             ("method.merge_until_step", "method.merge_every", "method.name"),
-            f"{method.merge_until_step} comes before the first merge (step {every}); raise it, "
-            f"or use method.name={method.record.without_merges}",
+            f"{method.merge_until_step} comes before the first merge (step {every}); raise it, or {without}",
         )
+    else:
+        yield Fault(
+            ("method.merge_every", "method.merge_until_step", "train.steps", "method.name"),
+            f"no stretch has a merge in a run of {counted(config.train.steps, 'step')}; lower every, or {without}",
+        )
+
+
+def _stretch_faults(method: MethodConfig) -> Iterator[Fault]:
+    ends = [stretch.until for stretch in method.stretches]
+    for before, end in itertools.pairwise(ends):
+        if before is None or (end is not None and end <= before):
+            text = "null" if before is None else f"{before} and then {end}"
+            yield Fault(
+                ("method.merge_every", "method.name"),
+                f"each stretch ends after the one before it, and only the last may have until: null; got until: {text}",
+            )
+            return
 
 
 def _carry_faults(method: MethodConfig) -> Iterator[Fault]:

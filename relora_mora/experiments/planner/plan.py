@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.registry import METHODS
 from relora_mora.config.schema import Config
+from relora_mora.config.stretches import last_merge, merge_steps
 from relora_mora.experiments.planner.cluster import Cluster, StepTime, step_time
 from relora_mora.experiments.planner.compute import PRODUCTS_RATE, ComputeTime, compute_time
 from relora_mora.experiments.planner.network import Traffic, traffic
@@ -68,9 +69,12 @@ class Plan:
         return self.config.train.zero_stage
 
     @property
-    def merge_every(self) -> int:
-        """Steps between merges; 0 if the method does not merge."""
-        return self.config.method.merge_every if self.config.method.merges else 0
+    def merge_every(self) -> float:
+        """Steps between merges, on average up to the last one; 0 if there are none."""
+        method = self.config.method
+        steps = merge_steps(method.stretches, self.config.train.steps, method.merge_until_step)
+        merges = sum(map(len, steps))
+        return last_merge(steps, self.config.train.steps) / merges if merges else 0
 
     @property
     def savings(self) -> list[str]:
