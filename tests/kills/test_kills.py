@@ -40,7 +40,7 @@ def _config(inputs: Path, tokenizer: str, run_dir: Path, stage: int) -> Config:
         run_dir,
         2,
         train={"steps": STEPS, "precision": "bf16", "zero_stage": stage, "peer_timeout_seconds": 30.0},
-        method={"merge_every": 3},
+        method={"merge_every": 3, "base": "int8" if stage == 3 else None},
         checkpoint={"every_steps": 2, "keep_last": 2},
         eval={"every_steps": 4, "max_tokens": 300},
         data={"workers": 1},
