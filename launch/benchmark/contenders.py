@@ -296,6 +296,8 @@ OURS: dict[str, Callable[[Setting], Contender]] = {
     "relora_int8": lambda setting: Ours(setting, "relora", base="int8"),
     "full_compiled": lambda setting: Ours(setting, "full", compiled=True),
     "remora_compiled": lambda setting: Ours(setting, "remora", compiled=True),
+    "remora_int8_compiled": lambda setting: Ours(setting, "remora", base="int8", compiled=True),
+    "remora_fp8_compiled": lambda setting: Ours(setting, "remora", base="fp8", compiled=True),
 }
 PEERS: dict[str, Callable[[Setting], Contender]] = {
     "plain": lambda setting: Plain(setting, _adamw, own_loss=True),

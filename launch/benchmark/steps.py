@@ -44,7 +44,8 @@ def main(
         methods: separated by commas; ratios are relative to the first. full, frozen (the decoder's linears do not
             train: no adapter method can be faster), remora, remora_merged, remora_resident, remora_decoupled,
             remora_released, remora_r32 (R a multiple of 32), remora_int8, remora_int8_decoupled, full_compiled,
-            remora_compiled, relora, relora_merged, relora_resident, relora_int8, plain, peft_lora, galore, apollo
+            remora_compiled, remora_int8_compiled, remora_fp8_compiled, relora, relora_merged, relora_resident,
+            relora_int8, plain, peft_lora, galore, apollo
         tokens: tokens of a micro-batch on one rank
         sequence_length: tokens of a sequence
         accumulation: micro-batches of a step

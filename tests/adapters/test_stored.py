@@ -60,12 +60,17 @@ CASES = [(kind, form, base) for kind in ("lora", "mora") for form in ("resident"
 
 
 @pytest.mark.parametrize("kind,form,base", CASES)
-def test_values_and_gradients_are_those_of_the_rounded_factors(kind, form, base):
-    layer = _layer(kind, form, _eight(base))
+def test_values_and_gradients_are_those_of_the_rounded_factors(kind, form, base, device):
+    if base == "fp8" and device.type == "cuda":
+        pytest.skip("on a GPU, the results of fp8 products are in bf16")
+    layer = _layer(kind, form, _eight(base, on_gpu=device.type == "cuda")).to(device)
     layer.keep_merged()
     x, dy = _inputs()
-    y = layer(x)
-    y.backward(dy)
+    on_device = x.detach().to(device).requires_grad_()
+    y = layer(on_device)
+    y.backward(dy.to(device))
+    y, x.grad = y.cpu(), on_device.grad.cpu()
+    layer = layer.cpu()
 
     plain = _layer(kind, "decoupled", None)
     parameters = [p.detach().double() for name, p in plain.named_parameters() if p.requires_grad and name != "bias"]

@@ -23,7 +23,7 @@ def steps_and_weights(world_size: int, stage: int, bf16: bool, method: dict[str,
     def stored() -> dict[str, torch.Tensor]:
         weights = whole_weights(rig.engine, rig.base.owner)
         for name in rig.base.owned:
-            expected = rig.engine.layers[name].stored.encode(rig.base.weights[name])
+            expected = rig.engine.layers[name].stored.encode(rig.base.weights[name].to(rig.engine.device)).cpu()
             rounded.append(weights[name].dtype == expected.dtype and torch.equal(weights[name], expected))
         return weights
 

@@ -26,8 +26,16 @@ MEASURED = {
     "cuda": ("configs/model/llama_250m.json", ["--tokens=8192"]),
     "cpu": ("configs/model/llama_tiny.json", ["--tokens=1024"]),
 }
-STEPS = ["--repeats=5", "--warmup=2", "--methods=full,remora,remora_merged,remora_decoupled,relora,frozen,plain"]
-COMPILED = ["--repeats=5", "--warmup=2", "--methods=full_compiled,remora_compiled"]
+STEPS = [
+    "--repeats=5",
+    "--warmup=2",
+    "--methods=full,remora,remora_merged,remora_decoupled,remora_int8,relora,frozen,plain",
+]
+COMPILED = [
+    "--repeats=5",
+    "--warmup=2",
+    "--methods=full_compiled,remora_compiled,remora_int8_compiled,remora_fp8_compiled",
+]
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from relora_mora import kernels
 from relora_mora.model import llama
 from relora_mora.model.llama import LossModel, build_model
 from tests.adapters.test_layers import test_all_forms_agree
+from tests.adapters.test_stored import test_values_and_gradients_are_those_of_the_rounded_factors
 from tests.gpu.conftest import gpu_only
 from tests.kernels.test_kernels import (
     test_compiled_sum_rounds_once,

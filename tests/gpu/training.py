@@ -15,6 +15,7 @@ import torch
 
 from relora_mora.supervise.exits import USER_ERROR
 from relora_mora.system.run_folder import RunFolder, read_json_lines
+from tests.engine.test_base import test_stored_weights_are_the_rounded_masters
 from tests.engine.test_matrices import test_in_bf16_every_stage_trains_as_plain_torch_does_up_to_rounding
 from tests.engine.test_resets import (
     test_a_merge_changes_only_what_it_should,
@@ -35,6 +36,7 @@ from tests.gpu.conftest import DEVICE, gpu_only
 from tests.tools.jobs import Job, write_config
 from tests.tools.pool import Pools
 from tests.tools.runs import checkpoint_at, logged_values, run_config, tensors, train
+from tests.train.state.test_base_run import test_resumes_are_bit_equal
 from tests.train.state.test_resume import (
     test_a_resume_before_at_and_after_a_merge_is_bit_equal,
     test_every_method_resumes_bit_equal,
