@@ -58,10 +58,9 @@ def main(config: str, *, steps: int = 25, rounds: PositiveInt = 3, **overrides: 
         faults.append("--train.epochs: epochs are not supported here; give --train.epochs=null --train.steps=1000")
     elif steps >= settings.train.steps:
         faults.append(f"--steps: got {steps}, expected less than train.steps, which is {settings.train.steps}")
-    if settings.optim.matrices != "adamw":
-        faults.append(
-            f"--optim.matrices: got {settings.optim.matrices}, but the loop of plain torch only has AdamW; set adamw"
-        )
+    for name in ("matrices", "others"):
+        if (value := getattr(settings.optim, name)) != "adamw":
+            faults.append(f"--optim.{name}: got {value}, but the loop of plain torch only has AdamW; set adamw")
     if faults:
         raise ConfigError(faults, "the command line")
     if "data.train" not in overrides:

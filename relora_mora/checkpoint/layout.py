@@ -6,7 +6,8 @@
       latest                                   the name of the newest checkpoint, replaced by rename
       step-00000200/
         manifest.json                          written last: step, settings, data state, size and checksum of every file
-        state-00000-of-00002.safetensors       the masters, moments and matrix states that rank 0 owned, float32
+        state-00000-of-00002.safetensors       the masters, moments and matrix states that rank 0 owned, float32; codes
+                                               of 8-bit moments have 8 bits
         base-00000-of-00002.safetensors        the frozen weights that rank 0 owned, float32
         tokenizer/...                          loaded by AutoTokenizer; if damaged, the tensors can still be used
 
@@ -34,9 +35,9 @@ from typing import Annotated, Any
 import xxhash
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
-from relora_mora.config.registry import MATRIX_OPTIMIZERS
+from relora_mora.config.registry import MATRIX_OPTIMIZERS, optimizer_of
 from relora_mora.operators import Draw
-from relora_mora.optim.groups import parameter_moments
+from relora_mora.optim.groups import group_of
 from relora_mora.system.files import raise_if_lost, remove, sync
 
 NEW = ".new"
@@ -173,10 +174,10 @@ class Manifest:
         return not (self.counters.get("bad_steps") or self.counters.get("trouble"))
 
     @property
-    def matrices(self) -> str:
-        """The optimizer of the matrices: ``optim.matrices``."""
-        name: str = self.config.get("optim", {}).get("matrices", "adamw")
-        return name
+    def optimizers(self) -> dict[str, str]:
+        """The values of ``optim.matrices`` and ``optim.others``."""
+        saved = self.config.get("optim", {})
+        return {setting: saved.get(setting, "adamw") for setting in ("matrices", "others")}
 
     def kinds(self, name: str) -> tuple[str, ...]:
         """The kinds of tensors in a state file for a trainable parameter."""
@@ -184,7 +185,7 @@ class Manifest:
 
     def moments(self, name: str) -> tuple[str, ...]:
         """The kinds of optimizer state that have a value for each element of a trainable parameter."""
-        return parameter_moments(name, self.matrices)
+        return optimizer_of(group_of(name), **self.optimizers).moments
 
     def numel(self, name: str, kind: str = "master") -> int:
         """The number of elements of a trainable or frozen parameter, or of its tensor ``kind``."""
@@ -255,11 +256,12 @@ def _validated(path: Path, values: dict[str, Any]) -> Manifest:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: damaged, {field}: {first['msg']}; use an older checkpoint") from error
-    if manifest.matrices not in list(MATRIX_OPTIMIZERS):
-        raise CheckpointError(
-            f"{path}: its matrices trained with {manifest.matrices!r}, but this program only knows "
-            f"{', '.join(MATRIX_OPTIMIZERS)}; use the release that wrote it"
-        )
+    for setting, name in manifest.optimizers.items():
+        if name not in list(MATRIX_OPTIMIZERS):
+            raise CheckpointError(
+                f"{path}: trained with optim.{setting}={name!r}, but this program only knows "
+                f"{', '.join(MATRIX_OPTIMIZERS)}; use the release that wrote it"
+            )
     return manifest
 
 

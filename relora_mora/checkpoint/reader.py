@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from relora_mora.checkpoint import layout
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, same_on_all_ranks
+from relora_mora.optim.rules import state_dtype
 from relora_mora.system.files import raise_if_lost
 from relora_mora.system.logs import shared_log
 from relora_mora.system.run_folder import RunFolder
@@ -18,6 +19,10 @@ from relora_mora.system.run_folder import RunFolder
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.engine.engine import ZeroEngine
     from relora_mora.engine.merging import FrozenMasters
+
+
+# of tensors in a file: safetensors' names, and ours with an article
+_TYPES = {torch.float32: ("F32", "a float32"), torch.int8: ("I8", "an int8"), torch.uint8: ("U8", "a uint8")}
 
 
 class _Piece(NamedTuple):
@@ -56,9 +61,10 @@ class CheckpointReader:
             kind, _, rest = key.partition("|")
             name, _, start = rest.rpartition("|")
             well_formed = (kind, name) in self._pieces and start.isascii() and start.isdigit()
-            if not well_formed or tensor.get_dtype() != "F32":
+            dtype, piece = _TYPES[state_dtype(kind)]
+            if not well_formed or tensor.get_dtype() != dtype:
                 raise self._damaged(
-                    f"{file}: {key} ({tensor.get_dtype()}) is not a float32 piece of a parameter in the manifest"
+                    f"{file}: {key} ({tensor.get_dtype()}) is not {piece} piece of a parameter in the manifest"
                 )
             self._pieces[kind, name].append(_Piece(int(start), math.prod(tensor.get_shape()), file, key))
 
@@ -93,6 +99,7 @@ class CheckpointReader:
     def piece(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
         """Elements [start, start + numel) of a flattened parameter, float32 [numel]; see ``layout`` for the kinds.
 
+        Codes of 8 bits are exact in float32, too.
         Raises :class:`CheckpointError` if one is not finite: memory may have failed before the checksum was computed.
         """
         out = torch.empty(numel, dtype=torch.float32)

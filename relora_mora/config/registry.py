@@ -127,11 +127,12 @@ def is_drawn(operator: int | None) -> bool:
 
 @dataclass(frozen=True)
 class MatrixOptimizer:
-    """A value of ``optim.matrices``: the optimizer of the decoder's linears or their adapters. AdamW trains the rest.
+    """A value of ``optim.matrices``, the optimizer of the decoder's linears or their adapters.
 
     ``title`` is its name in papers. ``moments`` names its element-wise state tensors; a rule may also keep state per
     matrix. ``rule`` builds a :class:`relora_mora.optim.rules.MatrixRule` from the settings in ``optim``; None for
     AdamW. ``settings`` lists those that not every optimizer uses. ``is_slow``: the watchdog allows minutes for a step.
+    ``bytes_per_element``: what the element-wise passes of a step read and write, on a GPU.
     """
 
     name: str
@@ -140,12 +141,14 @@ class MatrixOptimizer:
     rule: str | None = None
     settings: tuple[str, ...] = ()
     is_slow: bool = False
+    bytes_per_element: int = 44  # Muon's momentum, Nesterov's, decay and step, each in its own pass
 
 
 MATRIX_OPTIMIZERS = {
     optimizer.name: optimizer
     for optimizer in (
-        MatrixOptimizer("adamw", "AdamW", ("exp_avg", "exp_avg_sq")),
+        # reads master, both moments, gradient; writes master, both moments
+        MatrixOptimizer("adamw", "AdamW", ("exp_avg", "exp_avg_sq"), bytes_per_element=28),
         MatrixOptimizer(
             "muon", "Muon", ("momentum",), "relora_mora.optim.muon:Muon", ("optim.momentum", "optim.nesterov")
         ),
@@ -155,13 +158,25 @@ MATRIX_OPTIMIZERS = {
         ),
         MatrixOptimizer("fira", "Fira", (), "relora_mora.optim.projected:Fira", PROJECTION_SETTINGS, is_slow=True),
         MatrixOptimizer("apollo", "APOLLO", (), "relora_mora.optim.projected:Apollo", PROJECTION_SETTINGS),
+        MatrixOptimizer(
+            "apollo_mini", "APOLLO-Mini", (), "relora_mora.optim.projected:ApolloMini", ("optim.projection_every",)
+        ),
+        MatrixOptimizer("adamw8bit", "8-bit AdamW", (), "relora_mora.optim.quantized:AdamW8bit", bytes_per_element=228),
     )
 }
+OTHERS = ("adamw", "adamw8bit", "apollo_mini")  # values of optim.others, the optimizer of embeddings and head
+
+
+def optimizer_of(group: str, *, matrices: str, others: str) -> MatrixOptimizer:
+    """The optimizer of a parameter group; AdamW always trains norms."""
+    name = {"adapters": matrices, "linears": matrices, "embeddings": others}.get(group, "adamw")
+    return MATRIX_OPTIMIZERS[name]
 
 
 def settings_of_others(
-    records: Mapping[str, Method] | Mapping[str, MatrixOptimizer], own: Method | MatrixOptimizer | None
+    records: Mapping[str, Method] | Mapping[str, MatrixOptimizer], *own: Method | MatrixOptimizer | None
 ) -> set[str]:
-    """The settings that some of the records use, but not ``own``; empty if ``own`` is None."""
+    """The settings that some of the records use, but none of ``own``; empty if one of these is None."""
     used = {setting for record in records.values() for setting in record.settings}
-    return set() if own is None else used.difference(own.settings)
+    known = [record for record in own if record is not None]
+    return set() if len(known) < len(own) else used.difference(*(record.settings for record in known))

@@ -9,7 +9,16 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from relora_mora.config.data import DataConfig
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, MatrixOptimizer, Method, ScheduleKind
+from relora_mora.config.registry import (
+    MATRIX_OPTIMIZERS,
+    METHODS,
+    OPERATORS,
+    OTHERS,
+    MatrixOptimizer,
+    Method,
+    ScheduleKind,
+    optimizer_of,
+)
 from relora_mora.config.stretches import MergeStretch
 from relora_mora.config.types import (
     LARGEST,
@@ -30,10 +39,12 @@ if TYPE_CHECKING:
     MatrixOptimizerName = str
     MethodName = str
     MoraType = int
+    OtherOptimizerName = str
 else:  # a type checker does not accept choices that are known only at run time
     MatrixOptimizerName = Literal[tuple(MATRIX_OPTIMIZERS)]
     MethodName = Literal[tuple(METHODS)]
     MoraType = Literal[tuple(OPERATORS)]
+    OtherOptimizerName = Literal[OTHERS]
 
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -189,7 +200,10 @@ class MethodConfig(Strict):
 
 
 class OptimConfig(Strict):
-    """One peak learning rate for linears or their adapters, one for embeddings, norms and head (trained by AdamW)."""
+    """One peak learning rate and optimizer for linears or their adapters, and one for embeddings and head.
+
+    Norms have the rate of embeddings, and always AdamW.
+    """
 
     lr: Rate = Field(5e-4, description="peak learning rate of the decoder's linears (full) or adapters (other methods)")
     lr_other: Rate | None = Field(
@@ -200,12 +214,17 @@ class OptimConfig(Strict):
     matrices: MatrixOptimizerName = Field(
         "adamw", description="optimizer of the decoder's linears (full) or adapters (other methods): see docs/method.md"
     )
+    others: OtherOptimizerName = Field(
+        "adamw", description="optimizer of embeddings and head: adamw8bit and apollo_mini keep less state"
+    )
     momentum: Decay = Field(0.95, description="Muon: momentum")
     nesterov: bool = Field(True, description="Muon: use Nesterov momentum")
     projection_rank: Positive = Field(
         128, description="GaLore, Fira, APOLLO: rank r of a gradient's projection, at most the gradient's shorter side"
     )
-    projection_every: Positive = Field(200, description="GaLore, Fira, APOLLO: steps between new projections")
+    projection_every: Positive = Field(
+        200, description="GaLore, Fira, APOLLO, APOLLO-Mini: steps between new projections"
+    )
     projection_scale: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = Field(
         None,
         description="GaLore, Fira: factor of the projected step, null: 0.25; APOLLO: the step is multiplied by its "
@@ -237,10 +256,9 @@ class OptimConfig(Strict):
         """Steps of the final decay of ``wsd`` in a run of ``steps``."""
         return self.decay_steps or max(1, steps // 10)
 
-    @property
-    def record(self) -> MatrixOptimizer:
-        """The matrix optimizer's record in the registry."""
-        return MATRIX_OPTIMIZERS[self.matrices]
+    def of_group(self, group: str) -> MatrixOptimizer:
+        """The optimizer of a parameter group."""
+        return optimizer_of(group, matrices=self.matrices, others=self.others)
 
 
 class TrainConfig(Strict):

@@ -19,8 +19,8 @@ from relora_mora.engine.norms import gradient_norms, replaced, step_with_norms
 from relora_mora.engine.slices import MergedSlices
 from relora_mora.engine.start import allow_optimizer, deepspeed_settings, quiet
 from relora_mora.engine.zero_state import ZeroState
-from relora_mora.optim.groups import MATRIX_GROUPS, MatrixAdamW
-from relora_mora.optim.rules import COUNT, MatrixState
+from relora_mora.optim.groups import MatrixAdamW
+from relora_mora.optim.rules import MatrixRule, MatrixState, new_state
 from relora_mora.system.hardware import uses_cuda
 from relora_mora.system.seeds import derived_seed
 
@@ -95,24 +95,22 @@ class ZeroEngine(ZeroState):
 
     def _add_matrices(self, optimizer: MatrixAdamW, seed: int) -> None:
         """Gives the optimizer access to whole matrices, and creates the states of those that this rank updates."""
-        groups = zip(self.group_names, self.members, strict=True)
-        names = [name for group, members in groups if group in MATRIX_GROUPS for name in members]
         ranks = range(self.world_size) if self.stage else [self.rank]  # at stage 0 each rank has everything
         fragments = {rank: self.fragments_of_rank(rank) for rank in ranks}
-        matrices = CutMatrices(names, fragments, self.shapes, rank=self.rank, world_size=self.world_size)
-        state_shapes = {name: optimizer.rule.state_shapes(*self.shapes[name]) for name in names}
-        for name in matrices.owned:
-            # the host reads the counts, so they stay in its memory
-            tensors = {
-                key: torch.zeros(shape, dtype=torch.float32, device="cpu" if key == COUNT else self.device)
-                for key, shape in state_shapes[name].items()
+        of_rule: dict[MatrixRule, list[str]] = {}
+        for group, members in zip(self.group_names, self.members, strict=True):
+            if group in optimizer.rules:
+                of_rule.setdefault(optimizer.rules[group], []).extend(members)
+        for rule, names in of_rule.items():
+            matrices = CutMatrices(names, fragments, self.shapes, rank=self.rank, world_size=self.world_size)
+            shapes = {name: rule.state_shapes(*self.shapes[name]) for name in names}
+            for name in matrices.owned:
+                self.matrix_states[name] = new_state(derived_seed(seed, name), shapes[name], self.device)
+            self.matrix_shapes |= {
+                name: {key: list(shape) for key, shape in kept.items()} for name, kept in shapes.items() if kept
             }
-            self.matrix_states[name] = MatrixState(derived_seed(seed, name), tensors)
-        self.matrix_shapes = {
-            name: {key: list(shape) for key, shape in shapes.items()} for name, shapes in state_shapes.items() if shapes
-        }
+            optimizer.matrices[rule] = matrices
         optimizer.states = self.matrix_states
-        optimizer.matrices = matrices
 
     @torch.no_grad()
     def clear_state(self, names: Set[str] | None = None) -> None:
@@ -127,7 +125,7 @@ class ZeroEngine(ZeroState):
                     value.zero_()
 
     def group_steps(self) -> dict[str, int]:
-        """Adam's step count of each group: 0 if it has another rule, -1 if this rank owns nothing of it."""
+        """AdamW's step count of each group: 0 if it has another rule, -1 if this rank owns nothing of it."""
         counts = {}
         for group, members in zip(self.group_names, self.members, strict=True):
             flats = self.flats(set(members))

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers, adapter_parameters
-from relora_mora.config.registry import MATRIX_OPTIMIZERS
 from relora_mora.config.schema import MethodConfig, OptimConfig
 from relora_mora.optim.rules import MatrixRule, MatrixState
 from relora_mora.schedule import Schedule
 
-ADAMW = MATRIX_OPTIMIZERS["adamw"]
-MATRIX_GROUPS = ("adapters", "linears")  # groups whose parameters are all matrices
+GROUPS = ("adapters", "linears", "embeddings", "norms")
+HEAD = "lm_head"
 GPU_BATCH = 2**22  # elements that a rule updates together
 
 
@@ -35,12 +34,12 @@ class Parameters:
 class ParameterGroup:
     """Parameters that share a rate and the kind of optimizer state. A merge resets the group ``adapters``."""
 
-    name: str  # adapters | linears | embeddings | norms
+    name: str  # one of GROUPS
     parameters: tuple[str, ...]
     peak_lr: float
     weight_decay: float
     rewarms: bool
-    moments: tuple[str, ...] = ADAMW.moments
+    moments: tuple[str, ...]
 
 
 class WholeMatrices(Protocol):
@@ -70,14 +69,15 @@ def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
     under_adapters = {f"{name}.weight" for name, _ in adapter_layers(model)}
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():
-        kind = "adapters" if name in adapters else _kind(name)
-        train = {
-            "adapters": True,
-            "linears": method.trains_linears and name not in under_adapters,
-            "embeddings": method.train_embeddings or (tied and method.train_head),
-            "head": method.train_head,
-            "norms": method.train_norms,
-        }[kind]
+        if name.startswith(HEAD):
+            train = method.train_head
+        else:
+            train = {
+                "adapters": True,
+                "linears": method.trains_linears and name not in under_adapters,
+                "embeddings": method.train_embeddings or (tied and method.train_head),
+                "norms": method.train_norms,
+            }["adapters" if name in adapters else group_of(name)]
         parameter.requires_grad_(train)
 
 
@@ -88,59 +88,59 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
     """
     other = optim.lr if optim.lr_other is None else optim.lr_other
     adapters = adapter_parameters(model)
-    members: dict[str, list[str]] = {"adapters": [], "linears": [], "embeddings": [], "norms": []}
+    members: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = "adapters" if name in adapters else _kind(name)
-            members["embeddings" if kind == "head" else kind].append(name)
+            members["adapters" if name in adapters else group_of(name)].append(name)
     main = "adapters" if adapters else "linears"
     return [
         ParameterGroup(
-            name=kind,
+            name=group,
             parameters=tuple(names),
-            peak_lr=optim.lr if kind == main else other,
-            weight_decay=0.0 if kind == "norms" else optim.weight_decay,
-            rewarms=optim.rewarm == "all" or kind == "adapters",
-            moments=group_moments(kind, optim.matrices),
+            peak_lr=optim.lr if group == main else other,
+            weight_decay=0.0 if group == "norms" else optim.weight_decay,
+            rewarms=optim.rewarm == "all" or group == "adapters",
+            moments=optim.of_group(group).moments,
         )
-        for kind, names in members.items()
+        for group, names in members.items()
         if names
     ]
 
 
 class MatrixAdamW(torch.optim.AdamW):
-    """AdamW, except that the matrix groups step by a :class:`MatrixRule`.
+    """AdamW, except that some groups step by a :class:`MatrixRule`: ``rules`` has their names.
 
-    The matrix groups do not step until ``matrices`` is set, because DeepSpeed steps while it builds an engine.
+    They do not step until ``matrices`` has what their rule steps, because DeepSpeed steps while it builds an engine.
     ``states`` holds, by name, the state of the matrices that this rank owns.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], rule: MatrixRule, **settings: Any) -> None:
+    def __init__(self, groups: list[dict[str, Any]], rules: Mapping[str, MatrixRule], **settings: Any) -> None:
         super().__init__(groups, **settings)
-        self.rule = rule
-        self.matrices: WholeMatrices | None = None
+        self.rules = rules
+        self.matrices: dict[MatrixRule, WholeMatrices] = {}
         self.states: dict[str, MatrixState] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Steps all parameters that have gradients and overwrites the gradients of matrices; ignores ``closure``."""
         groups = self.param_groups
-        self._step_matrices([group for group in groups if group["name"] in MATRIX_GROUPS])
-        self.param_groups = [group for group in groups if group["name"] not in MATRIX_GROUPS]
+        for rule, matrices in self.matrices.items():
+            self._step_matrices(rule, matrices, [group for group in groups if self.rules.get(group["name"]) is rule])
+        self.param_groups = [group for group in groups if group["name"] not in self.rules]
         try:
             super().step()
         finally:
             self.param_groups = groups
 
-    def _step_matrices(self, groups: list[dict[str, Any]]) -> None:
+    def _step_matrices(self, rule: MatrixRule, matrices: WholeMatrices, groups: list[dict[str, Any]]) -> None:
         rates = {flat: group for group in groups for flat in group["params"] if flat.grad is not None}
-        if self.matrices is None or not rates:
+        if not rates:
             return
         for flat, group in rates.items():
-            self.rule.update_moments(flat.grad, state_of(self, flat, group["moments"]))
-        self.matrices.replace(
+            rule.update_moments(flat.grad, state_of(self, flat, group["moments"]))
+        matrices.replace(
             {flat: flat.grad for flat in rates},
-            lambda matrices, names: self.rule.update(matrices, [self.states[name] for name in names]),
+            lambda stack, names: rule.update(stack, [self.states[name] for name in names]),
         )
         for flat, group in rates.items():
             if group["weight_decay"]:
@@ -148,11 +148,11 @@ class MatrixAdamW(torch.optim.AdamW):
             flat.add_(flat.grad, alpha=-group["lr"])
 
 
-def matrix_rule(optim: OptimConfig) -> MatrixRule | None:
-    """The rule of ``optim.matrices``; None for AdamW."""
-    name = optim.record.rule
-    rule: MatrixRule | None = None if name is None else resolve_name(name)(optim)
-    return rule
+def matrix_rules(optim: OptimConfig) -> dict[str, MatrixRule]:
+    """The rules of the groups whose optimizer has one. Groups with the same optimizer share the object."""
+    names = {group: optim.of_group(group).rule for group in GROUPS}
+    rules: dict[str, MatrixRule] = {name: resolve_name(name)(optim) for name in names.values() if name is not None}
+    return {group: rules[name] for group, name in names.items() if name is not None}
 
 
 def matrices_at_once(shape: Sequence[int], *, on_gpu: bool) -> int:
@@ -173,23 +173,8 @@ def build_optimizer(model: nn.Module, groups: list[ParameterGroup], optim: Optim
         for group in groups
     ]
     settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps, "fused": True}
-    rule = matrix_rule(optim)
-    return torch.optim.AdamW(members, **settings) if rule is None else MatrixAdamW(members, rule, **settings)
-
-
-def group_moments(group: str, matrices: str) -> tuple[str, ...]:
-    """The names of a group's optimizer state; ``matrices`` is the value of ``optim.matrices``."""
-    return (MATRIX_OPTIMIZERS[matrices] if group in MATRIX_GROUPS else ADAMW).moments
-
-
-def parameter_moments(name: str, matrices: str) -> tuple[str, ...]:
-    """As :func:`group_moments`, for one trainable parameter."""
-    return (MATRIX_OPTIMIZERS[matrices] if is_matrix(name) else ADAMW).moments
-
-
-def is_matrix(name: str) -> bool:
-    """Whether a parameter belongs to a matrix group: the weight of a decoder linear, or an adapter's parameter."""
-    return _kind(name) in MATRIX_GROUPS
+    rules = matrix_rules(optim)
+    return MatrixAdamW(members, rules, **settings) if rules else torch.optim.AdamW(members, **settings)
 
 
 def group_rates(schedule: Schedule, groups: list[ParameterGroup], step: int) -> list[float]:
@@ -212,12 +197,10 @@ def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Sched
     )
 
 
-def _kind(name: str) -> str:
-    """embeddings, head, norms or linears, according to the parameter names of transformers' LLaMA family"""
-    if "embed_tokens" in name:
+def group_of(name: str) -> str:
+    """The group of a parameter, from its name in transformers' LLaMA family; ``linears`` for an adapter's too."""
+    if "embed_tokens" in name or name.startswith(HEAD):
         return "embeddings"
-    if name.startswith("lm_head"):
-        return "head"
     if "norm" in name or name.endswith(".bias"):
         return "norms"
     return "linears"

@@ -1,8 +1,8 @@
-"""GaLore, Fira and APOLLO: Adam on a projection of a matrix's gradient, so that its moments are small.
+"""GaLore, Fira, APOLLO and APOLLO-Mini: Adam on a projection of a matrix's gradient, so that its moments are small.
 
 Let G [s, l] be the gradient, transposed if the matrix has at least as many rows as columns, so that s <= l. Let
 r = min(``optim.projection_rank``, s), and let b1 and b2 be the betas. At step t of a matrix, counted from its last
-reset, all three compute, with element-wise products and quotients::
+reset, all of them compute, with element-wise products and quotients::
 
     P   = [s, r], renewed at t = 1 and whenever ``optim.projection_every`` steps have passed
     R   = P^T G                              [r, l]
@@ -14,19 +14,22 @@ reset, all three compute, with element-wise products and quotients::
 
 With a = ``optim.projection_scale``, the update to subtract at a rate of 1 is:
 
-======  ==============================================================================================================
-GaLore  c a P N, with P the first r left singular vectors of G (arXiv 2403.03507, algorithm 2)
-Fira    c (a P N + limit((G - a P R) phi)), with the same P (arXiv 2410.01623)
-APOLLO  c sqrt(a) limit(G phi), with P drawn from a normal distribution of variance 1 / r (arXiv 2412.05270)
-======  ==============================================================================================================
+===========  =========================================================================================================
+GaLore       c a P N, with P the first r left singular vectors of G (arXiv 2403.03507, algorithm 2)
+Fira         c (a P N + limit((G - a P R) phi)), with the same P (arXiv 2410.01623)
+APOLLO       c sqrt(a) limit(G phi), with P drawn from a normal distribution of variance 1 / r (arXiv 2412.05270)
+APOLLO-Mini  the same with r = 1, a = 128, and one number for the whole matrix, phi = |N| / (|R| + 1e-8) (section 4.2
+             there)
+===========  =========================================================================================================
 
 limit() is Fira's norm-growth limiter: if a matrix's norm exceeds 1.01 times the norm (+ 1e-8) that limit() returned in
 the previous step, the matrix is scaled down to 1.01 times that norm. The default of a (null) is 0.25, and 1 for APOLLO,
 for which a = s / r gives the paper's factor of sqrt(s / r).
 
-The formulas match the released packages galore-torch 1.0, fira 1.0.2 and apollo-torch 1.0.3
-(``scale_type="channel"``, ``scale_front=False``), also if the papers leave a choice: the bias is corrected after the
-limiter, eps is added before that, and Fira's a applies to the remainder too. Our code differs in these points:
+The formulas match the released packages galore-torch 1.0, fira 1.0.2 and apollo-torch 1.0.3 (with
+``scale_front=False``; ``scale_type="channel"`` for APOLLO, ``"tensor"`` for APOLLO-Mini), also if the papers leave a
+choice: the bias is corrected after the limiter, eps is added before that, and Fira's a applies to the remainder too.
+Our code differs in these points:
 
 - The sign of a singular vector is arbitrary, but the moments that survive a renewal depend on it. We choose the sign
   that gives a nonnegative product with the column of P that the vector replaces. The packages keep the sign that the
@@ -34,7 +37,7 @@ limiter, eps is added before that, and Fira's a applies to the remainder too. Ou
 - APOLLO draws P again in each step, from (``train.seed``, the parameter's name, the number of the renewal), so P is not
   stored. The draws depend on the kind of device. The packages draw by a parameter's position in the optimizer, and
   store P.
-- r is at most s for APOLLO too.
+- r is at most s for APOLLO too. r and a of APOLLO-Mini are fixed; in the package they are settings.
 - P is never computed from a zero gradient, as in a step without scored tokens, or for LoRA's A while B is zero. If P is
   due then, the matrix waits: its state does not change, its step is zero and is not counted, and P is computed from the
   next nonzero gradient. The packages use the vectors that the SVD of a zero matrix returns.
@@ -59,12 +62,13 @@ SMALL = 1e-8  # added to a norm in a denominator
 
 
 class _Projected(ABC):
-    """The common part of the three rules; see :class:`relora_mora.optim.rules.MatrixRule`."""
+    """The common part of these rules; see :class:`relora_mora.optim.rules.MatrixRule`."""
 
     scale = 0.25
     keeps_projection = True
     keeps_norm = False
     products = 2  # matrix products, each of 2 r s l FLOPs
+    new_update = True  # the update [s, l] is not computed in the gradient's place
     projected_buffers = 1  # [r, l] matrices that exist in addition to the update
 
     def __init__(self, optim: OptimConfig) -> None:
@@ -109,13 +113,13 @@ class _Projected(ABC):
     def workspace_bytes(self, rows: int, columns: int, *, on_gpu: bool) -> int:
         short, long = sorted((rows, columns))
         projected = min(self.rank, short) * long
-        step_elements = max(short * long + self.projected_buffers * projected, 3 * projected)
+        step_elements = max(self.new_update * short * long + self.projected_buffers * projected, 3 * projected)
         svd_elements = short * long + short * short if self.keeps_projection else 0
         return 4 * max(step_elements, svd_elements)
 
     @abstractmethod
     def _step(self, gradient: Tensor, state: MatrixState, done: int) -> Tensor:
-        """The update [s, l] at a rate of 1 for a gradient [s, l], after ``done`` steps."""
+        """The update [s, l] at a rate of 1 for a gradient [s, l], which it may overwrite, after ``done`` steps."""
 
     def _singular(self, gradient: Tensor, state: MatrixState, done: int) -> Tensor:
         """P [s, r], renewed if it is due"""
@@ -175,10 +179,12 @@ class Apollo(_Projected):
     keeps_projection = False
     keeps_norm = True
     products = 1
+    new_update = False
+    normed: int | None = 0  # the dimension that phi takes norms over; None for both
 
     def _step(self, gradient: Tensor, state: MatrixState, done: int) -> Tensor:
         projected = self._drawn(len(gradient), state.seed, done, gradient.device).mT @ gradient
-        step = gradient * _growth(self._adam(projected, state), projected)
+        step = gradient.mul_(_growth(self._adam(projected, state), projected, self.normed))
         _limit(step, state.tensors["limited_norm"])
         return step.mul_(math.sqrt(self.scale) * self._correction(done))
 
@@ -189,9 +195,20 @@ class Apollo(_Projected):
         return torch.randn(short, rank, generator=generator, device=device).div_(math.sqrt(rank))
 
 
-def _growth(adam: Tensor, projected: Tensor) -> Tensor:
-    """N and R [r, l] -> phi [l]"""
-    return torch.linalg.vector_norm(adam, dim=0) / (torch.linalg.vector_norm(projected, dim=0) + SMALL)
+class ApolloMini(Apollo):
+    """The gradient, scaled as Adam scales a random projection of rank 1."""
+
+    normed = None
+
+    def __init__(self, optim: OptimConfig) -> None:
+        super().__init__(optim)
+        self.rank = 1
+        self.scale = 128.0
+
+
+def _growth(adam: Tensor, projected: Tensor, normed: int | None = 0) -> Tensor:
+    """N and R [r, l] -> phi, [l] or []"""
+    return torch.linalg.vector_norm(adam, dim=normed) / (torch.linalg.vector_norm(projected, dim=normed) + SMALL)
 
 
 def _limit(step: Tensor, last: Tensor) -> None:

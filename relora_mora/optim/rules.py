@@ -4,20 +4,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-COUNT = "updates"  # the state tensor that counts a matrix's steps; it is in host memory
+COUNT = "updates"  # the state tensor that counts a matrix's steps; it is in host memory, because the host reads it
+_CODES = {"exp_avg_codes": torch.int8, "exp_avg_sq_codes": torch.uint8}
+
+
+def state_dtype(key: str) -> torch.dtype:
+    """The type of a state tensor: float32, unless it has codes of 8 bits."""
+    return _CODES.get(key, torch.float32)
 
 
 @dataclass(frozen=True)
 class MatrixState:
-    """A rule's float32 state of one whole matrix, on the rank that updates it. It is zero at first and after a reset.
+    """A rule's state of one whole matrix, on the rank that updates it. It is zero at first and after a reset.
 
     ``seed`` belongs to the matrix and determines the rule's random draws.
     """
 
     seed: int
     tensors: dict[str, Tensor]
+
+
+def new_state(seed: int, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str = "cpu") -> MatrixState:
+    """The initial state with the ``shapes`` that :meth:`MatrixRule.state_shapes` returns."""
+    return MatrixState(
+        seed,
+        {
+            key: torch.zeros(shape, dtype=state_dtype(key), device="cpu" if key == COUNT else device)
+            for key, shape in shapes.items()
+        },
+    )
 
 
 class MatrixRule(Protocol):
@@ -37,7 +55,10 @@ class MatrixRule(Protocol):
         """
 
     def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        """The shapes in a matrix's :class:`MatrixState`; empty for a rule that needs only its moments."""
+        """The shapes in a matrix's :class:`MatrixState`, whose types :func:`state_dtype` knows.
+
+        Empty for a rule that needs only its moments.
+        """
 
     def flops(self, rows: int, columns: int) -> float:
         """FLOPs of :meth:`update` for one matrix."""

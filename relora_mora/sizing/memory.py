@@ -18,7 +18,7 @@ gathered        stage 3: forward gathers other ranks' weights and keeps them for
                 ``stage3_param_persistence_threshold`` elements always stay gathered
 masters         float32 copies of the trainable parameters: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at
                 stages 1-3 DeepSpeed clones them even if the parameters are float32 already
-optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N; other matrix optimizers: ``work.py``
+optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N; other optimizers: ``work.py``
 gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T, which
                 stays. Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N, which stays at
                 stage 3. An fp32 step at stages 1-3 copies 4 T / N. The reduction of stage 1 in bf16 copies 2 bytes per
@@ -131,7 +131,6 @@ def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
     """The state that stays between steps, without gradients."""
     counts = count_parameters(model)
     stage = setup.stage
-    moments = work.state_bytes(model, setup.config.optim)
     defaults = zero_defaults(stage, setup.world_size, counts.trainable, on_gpu=setup.on_gpu)
     bucket = min(counts.trainable, setup.zero("reduce_bucket_size", defaults["reduce_bucket_size"]))
     overlaps = stage < 3 and setup.zero("overlap_comm", defaults.get("overlap_comm", False))
@@ -143,13 +142,14 @@ def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
         merged=0,
         gathered=setup.width * persistent if setup.weight_sharers > 1 else 0,
         masters=4 * counts.trainable / setup.sharers if setup.bf16 or stage > 0 else 0,
-        optimizer=moments / setup.sharers,
+        optimizer=work.state_bytes(model, setup.config.optim, setup.sharers),
         gradients=0,
         buffers=setup.width * bucket * buckets,
         activations=0,
         scratch=0,
         host_base=_host_base(model, setup.world_size, pinned=setup.on_gpu),
-        host_checkpoint=(4 * counts.trainable + moments) / setup.world_size,
+        host_checkpoint=4 * counts.trainable / setup.world_size
+        + work.state_bytes(model, setup.config.optim, setup.world_size),
         host_start=0 if setup.config.model.init_from is None else 4 * counts.total,
     )
 

@@ -6,23 +6,27 @@ frozen one costs 4 in out. Attention counts the whole square of positions, as is
 B), although kernels skip the masked half. The input's gradient is counted for every layer, including the first. The
 operators' sums and copies, norms, rotary embeddings and the optimizer are memory traffic and are not counted.
 
-The optimizer: if matrices have their own rule (``optim.matrices``), T counts their parameters and N the ranks:
+The optimizer: if matrices have their own rule (``optim.matrices``, ``optim.others``), T counts their parameters, N the
+ranks, and O the parameters of the matrices that the busiest rank updates: T / N, or the largest matrix if that is more,
+as with embeddings and head on more than two ranks:
 
 ========  ============================================================================================================
 state     4 bytes for each moment of an element: 8 with AdamW, 4 with Muon. GaLore, Fira and APOLLO with rank r keep
-          8 r l for a matrix with sides s <= l; GaLore and Fira keep 4 r s more for the projection. At stages 1-3 a rank
-          has 1 / N of it, as if matrices were shared evenly
+          8 r l for a matrix with sides s <= l; GaLore and Fira keep 4 r s more for the projection. APOLLO-Mini has
+          r = 1. 8-bit AdamW keeps 2 bytes for each element, and 8 for each block of a row. At stages 1-3 a rank has
+          1 / N of the moments, and the rest for O
 products  the rule's FLOPs for each matrix, on one rank; at stage 0 on every rank. The singular vectors that GaLore and
           Fira compute once in ``optim.projection_every`` steps are left out
 exchange  stage 3: 4 T / N bytes of a rank's pieces go to the owners of the matrices, and 4 T / N come back. Stages 1
-          and 2 exchange only the matrices at the borders between ranks, which are not counted
-scratch   the rule's workspace for the matrices that it updates at once, and their copies if there are several;
-          stage 3: what is sent, what is received, and the whole matrices of a rank, 12 T / N
+          and 2 exchange matrices of more than T / N elements, and some at the borders between ranks, which are not
+          counted
+scratch   the rule's workspace for the matrices that it updates at once, and their copies if there are several; what is
+          sent, what is received, and the whole matrices of a rank, 4 T / N + 8 O if all are exchanged. Rules take turns
 ========  ============================================================================================================
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +37,8 @@ from relora_mora.adapters.layers import AdapterLinear, adapter_layers
 from relora_mora.config.schema import Config, MethodConfig, OptimConfig
 from relora_mora.model.config import attention_widths
 from relora_mora.model.llama import model_class
-from relora_mora.optim.groups import is_matrix, matrices_at_once, matrix_rule, parameter_moments, set_trainable
+from relora_mora.optim.groups import group_of, matrices_at_once, matrix_rules, set_trainable
+from relora_mora.optim.rules import MatrixRule, state_dtype
 from relora_mora.sizing.setup import Setup
 
 
@@ -112,56 +117,73 @@ def flops_in_8_bits(model: PreTrainedModel, config: Config) -> float:
     return 2.0 * products * weights
 
 
-ADAM_BYTES = 28  # reads master, both moments, gradient; writes master, both moments
-RULE_BYTES = 44  # per element outside the products: momentum, Nesterov, decay and step, each in its own pass
-
-
-def state_bytes(model: PreTrainedModel, optim: OptimConfig) -> int:
-    """Bytes of optimizer state over all ranks; counted once at stage 0, where each rank has all of it."""
-    rule = matrix_rule(optim)
-    of_elements = sum(4 * numel * len(parameter_moments(name, optim.matrices)) for name, numel in _trained(model))
-    kept = [] if rule is None else [shape for sizes in _matrices(model) for shape in rule.state_shapes(*sizes).values()]
-    return of_elements + 4 * sum(map(math.prod, kept))
+def state_bytes(model: PreTrainedModel, optim: OptimConfig, ranks: int) -> float:
+    """Bytes of optimizer state on the rank with the most of it, if ``ranks`` share it."""
+    of_elements = sum(4 * numel * len(optim.of_group(group_of(name)).moments) for name, numel in _trained(model))
+    of_matrices = (
+        _largest_share([_kept_bytes(rule, shape) for shape in shapes], ranks)
+        for rule, shapes in _matrices(model, optim).items()
+    )
+    return of_elements / ranks + sum(of_matrices)
 
 
 def passes_bytes(model: PreTrainedModel, optim: OptimConfig) -> int:
     """Bytes that the element-wise passes of a step read and write over all ranks, except the weights for compute."""
-    of_matrices = ADAM_BYTES if matrix_rule(optim) is None else RULE_BYTES
-    return sum(numel * (of_matrices if is_matrix(name) else ADAM_BYTES) for name, numel in _trained(model))
+    return sum(numel * optim.of_group(group_of(name)).bytes_per_element for name, numel in _trained(model))
 
 
 def product_flops(model: PreTrainedModel, optim: OptimConfig) -> float:
     """FLOPs of a step for all matrices, each counted once; 0 with AdamW."""
-    rule = matrix_rule(optim)
-    return 0.0 if rule is None else sum(rule.flops(*shape) for shape in _matrices(model))
+    return sum((rule.flops(*shape) for rule, shapes in _matrices(model, optim).items() for shape in shapes), 0.0)
 
 
 def exchanged_bytes(model: PreTrainedModel, setup: Setup) -> float:
-    """Bytes that a rank gives to the exchanges of sharded matrices in a step."""
-    if setup.weight_sharers == 1 or matrix_rule(setup.config.optim) is None:
-        return 0
-    return 8 * sum(shape.numel() for shape in _matrices(model)) / setup.world_size
+    """Bytes that a rank gives to the exchanges of cut matrices in a step, averaged over the ranks."""
+    every = _matrices(model, setup.config.optim).values()
+    return 8 * sum(sum(_cut_sizes(shapes, setup)) for shapes in every) / setup.world_size
 
 
 def scratch_bytes(model: PreTrainedModel, setup: Setup) -> float:
     """Bytes of temporary memory while matrices are updated."""
     on_gpu = setup.on_gpu
-    rule = matrix_rule(setup.config.optim)
-    if rule is None:
-        return 0
-    shapes = list(_matrices(model))
-    largest = 0
-    for shape in set(shapes):
-        count = min(shapes.count(shape), matrices_at_once(shape, on_gpu=on_gpu))
-        copied = 4 * shape.numel() if count > 1 else 0
-        largest = max(largest, count * (copied + rule.workspace_bytes(*shape, on_gpu=on_gpu)))
-    return largest + 1.5 * exchanged_bytes(model, setup)
+    needed = [0.0]
+    for rule, shapes in _matrices(model, setup.config.optim).items():
+        largest = 0
+        for shape in set(shapes):
+            count = min(shapes.count(shape), matrices_at_once(shape, on_gpu=on_gpu))
+            copied = 4 * shape.numel() if count > 1 else 0
+            largest = max(largest, count * (copied + rule.workspace_bytes(*shape, on_gpu=on_gpu)))
+        cut = _cut_sizes(shapes, setup)
+        needed.append(largest + 4 * sum(cut) / setup.world_size + 8 * _largest_share(cut, setup.world_size))
+    return max(needed)
+
+
+def _cut_sizes(shapes: Sequence[torch.Size], setup: Setup) -> list[int]:
+    """The elements of each of a rule's matrices that ZeRO is sure to cut."""
+    sizes = [shape.numel() for shape in shapes]
+    partition = sum(sizes) / setup.sharers
+    return sizes if setup.weight_sharers > 1 else [size for size in sizes if size > partition]
+
+
+def _kept_bytes(rule: MatrixRule, shape: torch.Size) -> int:
+    """Bytes of a rule's state of one matrix, without its moments."""
+    return sum(math.prod(kept) * state_dtype(key).itemsize for key, kept in rule.state_shapes(*shape).items())
+
+
+def _largest_share(sizes: Sequence[float], ranks: int) -> float:
+    """The largest sum on a rank if ``ranks`` share things of these sizes, which cannot be divided."""
+    return max([sum(sizes) / ranks, *sizes])
 
 
 def _trained(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
     return ((name, parameter.numel()) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def _matrices(model: PreTrainedModel) -> Iterator[torch.Size]:
-    named = model.named_parameters()
-    return (parameter.shape for name, parameter in named if parameter.requires_grad and is_matrix(name))
+def _matrices(model: PreTrainedModel, optim: OptimConfig) -> dict[MatrixRule, list[torch.Size]]:
+    """The shapes of the matrices that each rule updates."""
+    rules = matrix_rules(optim)
+    found: dict[MatrixRule, list[torch.Size]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and group_of(name) in rules:
+            found.setdefault(rules[group_of(name)], []).append(parameter.shape)
+    return found

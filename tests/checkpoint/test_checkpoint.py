@@ -235,6 +235,17 @@ def _pieces(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path]
     return damage
 
 
+def _coded(codes: torch.Tensor) -> Callable[[Path], None]:
+    """Adds codes for the moments of a matrix."""
+
+    def damage(checkpoint: Path) -> None:
+        tensors = load_file(checkpoint / STATE) | {"exp_avg_codes|a|0": codes}
+        save_file(tensors, checkpoint / STATE)
+        rewrite(checkpoint, lambda values: values.update(matrix_states={"a": {"exp_avg_codes": [4, 3]}}))
+
+    return damage
+
+
 CONTENTS: list[tuple[Callable[[Path], Any], str]] = [
     (_pieces(lambda t: t.update({"master|a|0": torch.zeros(7)})), "master|a|0 appears twice"),
     (_pieces(lambda t: t.update({"master|a|5": torch.zeros(7)})), "overlaps"),
@@ -246,6 +257,9 @@ CONTENTS: list[tuple[Callable[[Path], Any], str]] = [
     (_pieces(lambda t: t.update({"master|c|0": torch.zeros(2)})), "master|c|0 (F32) is not a float32 piece"),
     (_pieces(lambda t: t.update({"master|b|-1": torch.zeros(2)})), "is not a float32 piece"),
     (_pieces(lambda t: t.update({"b": torch.zeros(2)})), "is not a float32 piece"),
+    (_coded(torch.zeros(4, 3)), "exp_avg_codes|a|0 (F32) is not an int8 piece"),
+    (_coded(torch.zeros(4, 3, dtype=torch.uint8)), "exp_avg_codes|a|0 (U8) is not an int8 piece"),
+    (_coded(torch.zeros(4, 2, dtype=torch.int8)), "element 8 (of 12) of exp_avg_codes of a is missing"),
     (lambda path: (torch.save({"a": 1}, path / STATE), rewrite(path, lambda values: None)), "cannot be read"),
 ]
 

@@ -87,7 +87,12 @@ HOSTILE: list[tuple[str, Callable[[dict], Any], str]] = [
     (
         "other optimizer",
         lambda values: values["config"]["optim"].update(matrices=["x"]),
-        f"trained with ['x'], but this program only knows {', '.join(MATRIX_OPTIMIZERS)}; use the release",
+        f"optim.matrices=['x'], but this program only knows {', '.join(MATRIX_OPTIMIZERS)}; use the release",
+    ),
+    (
+        "optimizer of others",
+        lambda values: values["config"]["optim"].update(others="x"),
+        "trained with optim.others='x'",
     ),
     ("matrices of Muon", lambda values: values["config"]["optim"].update(matrices="muon"), "is not a float32 piece"),
     ("a matrix's state", lambda values: values.update(matrix_states={"a": {"updates": []}}), "(of 1) of updates of a"),

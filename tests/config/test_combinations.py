@@ -181,6 +181,11 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
         "optim.projection_rank: apollo divides each column of a step by the norm of its projection",
     ),
     (
+        {"method": {"reset": "random"}, "optim": {"matrices": "adamw8bit"}},
+        None,
+        "random changes element-wise moments, but adamw8bit has none",
+    ),
+    (
         {"method": {"merge_every": 999}},
         None,
         "method.merge_every: the first merge (step 999) comes before the warmup ends (step 1000)",
@@ -294,6 +299,7 @@ def test_impossible_combinations_are_refused(
         {"method": {"reset": "full", "reset_ratio": 0.0}},
         {"optim": {"warmup_steps": 0}},
         {"optim": {"matrices": "apollo", "projection_rank": 2}},
+        {"optim": {"matrices": "apollo_mini", "projection_rank": 1}},
         {"optim": {"matrices": "fira", "projection_rank": 1}},
         {"optim": {"schedule": "wsd", "decay_steps": 9000}},
         {"data": {"lanes": 1024}},

@@ -250,6 +250,7 @@ def test_the_page_names_every_default_of_fine_tuning() -> None:
         ("method", "operators", [5]),
         ("method", "name", "galore"),
         ("optim", "matrices", "adafactor"),
+        ("optim", "others", "muon"),
         ("optim", "projection_rank", 0),
         ("optim", "projection_every", 0),
         ("optim", "projection_scale", 0.0),
@@ -274,6 +275,10 @@ def test_settings_of_other_methods_are_named() -> None:
         "optim.projection_scale"
     ]
     assert not unused_by(validate(tree(optim={"matrices": "apollo", "projection_scale": 0.5}), "t"))
+    assert not unused_by(validate(tree(optim={"others": "apollo_mini", "projection_every": 9}), "t"))
+    assert unused_by(validate(tree(optim={"others": "apollo_mini", "projection_rank": 9}), "t")) == {
+        "optim.projection_rank": "optim.matrices=adamw with optim.others=apollo_mini"
+    }
     assert not unused_by(validate(tree(), "t"))
 
 
@@ -283,6 +288,17 @@ def test_settings_without_effect_are_named() -> None:
         ({"method": {"name": "lora", "rank": 4}}, {}),
         ({"optim": {"schedule": "constant", "min_ratio": 0.2}}, {"optim.min_ratio": "optim.schedule=constant"}),
         ({"method": {"reset_ratio": 0.5}}, {"method.reset_ratio": "method.reset=full"}),
+        (
+            {
+                "method": {"train_embeddings": False, "train_head": False},
+                "optim": {"others": "apollo_mini", "projection_every": 9},
+            },
+            {
+                "optim.others": "a run that trains neither embeddings nor head",
+                "optim.projection_every": "optim.matrices=adamw",
+            },
+        ),
+        ({"method": {"train_embeddings": False}, "optim": {"others": "apollo_mini"}}, {}),
         ({"method": {"reset": "random", "reset_ratio": 0.5}}, {}),
         (
             {"optim": {"restart_warmup_steps": 0, "rewarm": "adapters"}},

@@ -16,11 +16,17 @@ from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, M
 from relora_mora.config.schema import Config, MethodConfig, OptimConfig
 from relora_mora.kernels import grouping
 from relora_mora.operators import Operator
-from relora_mora.optim.groups import matrix_rule
-from relora_mora.optim.rules import MatrixRule, MatrixState
+from relora_mora.optim.groups import matrix_rules
+from relora_mora.optim.rules import MatrixRule, new_state
 from tests.tools.helpers import ROOT
 
-OF_WHOLE_MATRICES = ("muon", "galore", "fira", "apollo")  # one that goes element by element may cost and keep nothing
+OF_WHOLE_MATRICES = (
+    "muon",
+    "galore",
+    "fira",
+    "apollo",
+    "apollo_mini",
+)  # one that goes element by element may cost and keep nothing
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -61,16 +67,16 @@ def test_the_optimizer_that_contributing_adds_is_one(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", MATRIX_OPTIMIZERS)
 def test_an_optimizer_of_matrices_names_its_rule_and_settings_that_exist(name):
     optim = OptimConfig(matrices=name)
-    record = optim.record
+    record = optim.of_group("linears")
     assert record.name == name
     assert record.title
     assert {setting.removeprefix("optim.") for setting in record.settings} <= OptimConfig.model_fields.keys()
-    rule = matrix_rule(optim)
+    rule = matrix_rules(optim).get("linears")
     if rule is None:
         return
     moments = {key: torch.zeros(6, 9) for key in record.moments}
     gradient = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    state = MatrixState(0, {key: torch.zeros(shape) for key, shape in rule.state_shapes(6, 9).items()})
+    state = new_state(0, rule.state_shapes(6, 9))
     rule.update_moments(gradient, moments)
     assert rule.update(gradient[None], [state]).shape == (1, 6, 9)
     assert all(moment.any() for moment in {**moments, **state.tensors}.values())

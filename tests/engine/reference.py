@@ -12,7 +12,7 @@ from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import adapter_layers, layer_generator
 from relora_mora.config.schema import Config
 from relora_mora.model.llama import LossModel, build_model
-from relora_mora.optim.groups import group_rates, make_schedule, parameter_groups, set_trainable
+from relora_mora.optim.groups import group_rates, make_schedule, matrix_rules, parameter_groups, set_trainable
 from tests.tools.tiny import batch, tiny_config, tiny_llama
 
 STEPS = 7  # a merge after the fourth
@@ -52,12 +52,9 @@ class Reference:
         set_trainable(self.lm, config.method)
         self.groups = parameter_groups(self.lm, config.optim)
         self.parameters = {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
-        self.momentum = {
-            name: torch.zeros_like(self.parameters[name])
-            for group in self.groups
-            if group.name in ("adapters", "linears")
-            for name in group.parameters
-        }
+        rules = matrix_rules(config.optim)
+        self.rules = {name: rules[each.name] for each in self.groups if each.name in rules for name in each.parameters}
+        self.momentum = {name: torch.zeros_like(self.parameters[name]) for name in self.rules}
         self.others = [group for group in self.groups if group.parameters[0] not in self.momentum]
         self.adamw = torch.optim.AdamW(
             [

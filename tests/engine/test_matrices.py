@@ -39,7 +39,8 @@ def trained(world_size: int, stage: int, method: str, bf16: bool = False, **sett
     rig = build_rig(matrix_config(world_size, stage, method, **settings), bf16=bf16, llama=small_llama())
     losses = losses_of(rig, rig.config.method.merges)
     matrices = [name for name, moments in rig.engine.moments.items() if moments == ("momentum",)]
-    exchanges = rig.engine.optimizer.matrices._exchanges.values()
+    [cut_matrices] = rig.engine.optimizer.matrices.values()
+    exchanges = cut_matrices._exchanges.values()
     return {
         "losses": losses,
         "masters": {name: rig.gather(name) for name in rig.engine.moments},
@@ -193,7 +194,8 @@ def elements_owned(world_size: int) -> int:
 
     rig = build_rig(matrix_config(world_size, 3, "remora"), llama=small_llama())
     rig.step(1)
-    [exchange] = rig.engine.optimizer.matrices._exchanges.values()
+    [cut_matrices] = rig.engine.optimizer.matrices.values()
+    [exchange] = cut_matrices._exchanges.values()
     return sum(part.numel for parts in exchange.incoming for _, part in parts)
 
 

@@ -49,14 +49,15 @@ from tests.train.test_golden_loss import (
 from tests.train.test_muon_run import config, test_a_resume_is_bit_equal
 
 
-@pytest.mark.parametrize("method", ["full", "remora"])
+@pytest.mark.parametrize("method,others", [("full", "adamw"), ("remora", "adamw"), ("remora", "adamw8bit")])
 def test_a_gpu_trains_as_a_cpu(
-    method: str, pools: Pools, cpu_pools: Pools, inputs: Path, tokenizer_path: str, tmp_path: Path
+    method: str, others: str, pools: Pools, cpu_pools: Pools, inputs: Path, tokenizer_path: str, tmp_path: Path
 ) -> None:
     losses = []
     for where in (pools, cpu_pools):
         folder = tmp_path / str(len(losses))
-        where(1)(train, run_config(inputs, tokenizer_path, folder, method={"name": method}))
+        sections = {"method": {"name": method}, "optim": {"others": others}}
+        where(1)(train, run_config(inputs, tokenizer_path, folder, **sections))
         losses.append(logged_values(folder))
     assert len(losses[0]) == 10
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from relora_mora.config.schema import OptimConfig
-from relora_mora.optim.groups import matrix_rule
+from relora_mora.optim.groups import matrix_rules
 from relora_mora.optim.muon import Muon, orthogonalize
 from tests.tools.memory import PeakBytes
 
@@ -87,5 +87,7 @@ def test_workspace_bytes_are_what_an_update_allocates(shape):
 
 
 def test_the_settings_name_the_rule():
-    assert isinstance(matrix_rule(OptimConfig(matrices="muon")), Muon)
-    assert matrix_rule(OptimConfig()) is None
+    rules = matrix_rules(OptimConfig(matrices="muon"))
+    assert rules.keys() == {"adapters", "linears"}
+    assert all(isinstance(rule, Muon) for rule in rules.values())
+    assert matrix_rules(OptimConfig()) == {}

@@ -1,4 +1,7 @@
-"""GaLore, Fira and APOLLO on whole matrices, compared with their formulas in float64 and the released packages."""
+"""GaLore, Fira, APOLLO and APOLLO-Mini on whole matrices.
+
+They are compared with their formulas in float64 and with the released packages.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from relora_mora.config.schema import OptimConfig
-from relora_mora.optim.groups import matrix_rule
+from relora_mora.optim.groups import matrix_rules
 from relora_mora.optim.projected import Apollo, _Projected
-from relora_mora.optim.rules import MatrixState
+from relora_mora.optim.rules import MatrixState, new_state
 from relora_mora.system.seeds import derived_seed
 from tests.tools.memory import PeakBytes
 
-RULES = ("galore", "fira", "apollo")
+RULES = ("galore", "fira", "apollo", "apollo_mini")
 SHAPES = [(12, 12), (5, 31), (31, 5), (24, 16)]
 STEPS = 7
 EVERY = 3  # renewals at the steps 1, 4 and 7
@@ -34,13 +37,13 @@ def _optim(name: str, **settings: Any) -> OptimConfig:
 
 
 def _rule(name: str, **settings: Any) -> _Projected:
-    rule = matrix_rule(_optim(name, **settings))
+    rule = matrix_rules(_optim(name, **settings))["linears"]
     assert isinstance(rule, _Projected)
     return rule
 
 
 def _state(rule: _Projected, shape: tuple[int, int]) -> MatrixState:
-    return MatrixState(SEED, {key: torch.zeros(size) for key, size in rule.state_shapes(*shape).items()})
+    return new_state(SEED, rule.state_shapes(*shape))
 
 
 def _gradients(shape: tuple[int, int]) -> list[Tensor]:
@@ -77,7 +80,7 @@ class Reference:
         gradient = gradient.double()
         rows, columns = gradient.shape
         right = rows >= columns
-        rank = min(self.optim.projection_rank, rows, columns)
+        rank = 1 if self.name == "apollo_mini" else min(self.optim.projection_rank, rows, columns)
         if self.steps % self.optim.projection_every == 0:
             self.projection = self._projection(gradient, right, rank)
         self.steps += 1
@@ -91,7 +94,7 @@ class Reference:
         correction = math.sqrt(1 - b2**self.steps) / (1 - b1**self.steps)
         if self.name == "galore":
             return correction * self.scale * back(adam)
-        along = 1 if right else 0
+        along = (0, 1) if self.name == "apollo_mini" else 1 if right else 0
         growth = (adam**2).sum(along, keepdim=True) ** 0.5 / ((small**2).sum(along, keepdim=True) ** 0.5 + 1e-8)
         if self.name == "fira":
             return correction * (
@@ -100,7 +103,7 @@ class Reference:
         return correction * math.sqrt(self.scale) * self._limited(gradient * growth)
 
     def _projection(self, gradient: Tensor, right: bool, rank: int) -> Tensor:
-        if self.name != "apollo":
+        if not self.name.startswith("apollo"):
             left, _, transposed = torch.linalg.svd(gradient)
             vectors = transposed[:rank].T if right else left[:, :rank]
             return vectors if self.projection is None else _with_signs_of(self.projection, vectors)
@@ -117,7 +120,15 @@ class Reference:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    "name,scale,used", [("galore", None, 0.25), ("fira", None, 0.25), ("fira", 0.6, 0.6), ("apollo", None, 1.0)]
+    "name,scale,used",
+    [
+        ("galore", None, 0.25),
+        ("fira", None, 0.25),
+        ("fira", 0.6, 0.6),
+        ("apollo", None, 1.0),
+        ("apollo_mini", None, 128.0),
+        ("apollo_mini", 0.6, 128.0),
+    ],
 )
 def test_steps_follow_the_formulas(name, scale, used, shape):
     reference = Reference(name, _optim(name), used)
@@ -185,7 +196,7 @@ def test_a_matrix_whose_projection_is_due_waits_for_a_gradient(name, shape, done
     assert all(torch.equal(value, waited.tensors[key]) for key, value in state.tensors.items())
 
 
-@pytest.mark.parametrize("name", ["fira", "apollo"])
+@pytest.mark.parametrize("name", ["fira", "apollo", "apollo_mini"])
 def test_a_zero_gradient_does_not_change_the_limiter(name):
     rule = _rule(name)
     state = _state(rule, (5, 31))
@@ -224,7 +235,9 @@ def test_flops_are_what_torch_counts(name, shape):
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (160, 480), (480, 160)])
-@pytest.mark.parametrize("name,rank", [("galore", 64), ("fira", 64), ("apollo", 64), ("apollo", 150)])
+@pytest.mark.parametrize(
+    "name,rank", [("galore", 64), ("fira", 64), ("apollo", 64), ("apollo", 150), ("apollo_mini", 64)]
+)
 def test_workspace_bytes_are_what_an_update_allocates(name, rank, shape):
     rule = _rule(name, projection_rank=rank)
     state = _state(rule, shape)
@@ -241,6 +254,7 @@ PACKAGES = {
     "galore": ("galore_torch", "adamw", {"scale": 0.3}),
     "fira": ("fira", "fira_adamw", {"alpha": 0.3}),
     "apollo": ("apollo_torch", "apollo", {"scale": 0.3, "proj": "random", "scale_type": "channel"}),
+    "apollo_mini": ("apollo_torch", "apollo", {"rank": 1, "scale": 128, "proj": "random", "scale_type": "tensor"}),
 }
 
 
@@ -271,7 +285,7 @@ def test_steps_equal_the_released_package(name, shape, monkeypatch):
         theirs.step()
         projection = theirs.state[weight]["projector"].ortho_matrix
         projection = projection if shape[0] < shape[1] else projection.T
-        if name == "apollo":
+        if name.startswith("apollo"):
             monkeypatch.setattr(Apollo, "_drawn", lambda *_, p=projection: p)
         else:  # with the signs of the package's SVD
             monkeypatch.setattr(_Projected, "_singular", lambda *_, p=projection: p)

@@ -25,19 +25,25 @@ def _llama() -> LlamaConfig:
     )
 
 
-def _config(method: str, stage: int, world_size: int, micro_batch_size: int, matrices: str) -> Config:
+def _config(method: str, stage: int, world_size: int, micro_batch_size: int, matrices: str, others: str) -> Config:
     name, _, base = method.partition(" ")
     zero = {"reduce_bucket_size": 10_000, "stage3_param_persistence_threshold": 0}
     return tiny_config(
         world_size,
         method={"name": name, "rank": 16, "base": base or None},
-        optim={"matrices": matrices},
+        optim={"matrices": matrices, "others": others},
         train={"zero_stage": stage, "micro_batch_size": micro_batch_size, "deepspeed": {"zero_optimization": zero}},
     )
 
 
 def measure(
-    method: str, stage: int, bf16: bool, micro_batch_size: int, matrices: str, together: int = memory.REDUCED_TOGETHER
+    method: str,
+    stage: int,
+    bf16: bool,
+    micro_batch_size: int,
+    matrices: str,
+    others: str,
+    together: int = memory.REDUCED_TOGETHER,
 ) -> dict[str, int]:
     """Runs on every rank: bytes after a step, between its micro-batches, in the whole gradient reduction (stage 1 in
     bf16) and after the last backward. ``together`` is DeepSpeed's limit in that reduction."""
@@ -46,19 +52,19 @@ def measure(
 
     from relora_mora.engine.norms import replaced
 
-    others = live_tensors()  # kept alive, so that no new tensor gets one of their addresses
+    before = live_tensors()  # kept alive, so that no new tensor gets one of their addresses
     gc.freeze()  # from here on only new objects are examined
-    config = _config(method, stage, dist.get_world_size(), micro_batch_size, matrices)
+    config = _config(method, stage, dist.get_world_size(), micro_batch_size, matrices, others)
     rig = build_rig(config, bf16=bf16, llama=_llama())
     rig.initial.clear()
     by_groups = rig.engine.deepspeed.allreduce_no_retain
     rig.engine.deepspeed.allreduce_no_retain = lambda *args, **given: by_groups(
         *args, **given | {"numel_per_bucket": together}
     )
-    others += rig.base.weights.values()
+    before += rig.base.weights.values()
 
     def held() -> int:
-        known = storages(others)
+        known = storages(before)
         return sum(size for address, size in storages(live_tensors()).items() if address not in known)
 
     for step in (1, 2):
@@ -84,21 +90,31 @@ def measure(
     return result
 
 
-CASES = [("remora", stage, stage % 2 == 1, 2, 2, "adamw") for stage in (0, 1, 2, 3)]
-CASES += rest(*(("remora", stage, stage % 2 == 0, 2, 2, "adamw") for stage in (0, 1, 2, 3)))
-CASES += [("full", 0, True, 2, 2, "adamw"), ("full", 3, True, 1, 8, "adamw"), ("remora", 1, True, 1, 8, "adamw")]
-CASES += [("full", stage, stage % 2 == 1, 2, 2, "muon") for stage in (0, 3)] + [("remora", 2, True, 2, 2, "muon")]
-CASES += rest(*(("full", stage, stage % 2 == 1, 2, 2, "muon") for stage in (1, 2)))
-CASES += [("remora int8", 2, True, 2, 2, "adamw"), ("remora int8", 3, True, 2, 2, "adamw")]
-CASES += [("full", 0, True, 2, 2, "apollo"), ("full", 2, False, 2, 2, "galore"), ("full", 3, True, 2, 2, "fira")]
+ADAMW = ("adamw", "adamw")
+MUON = ("muon", "adamw")
+CASES = [("remora", stage, stage % 2 == 1, 2, 2, *ADAMW) for stage in (0, 1, 2, 3)]
+CASES += rest(*(("remora", stage, stage % 2 == 0, 2, 2, *ADAMW) for stage in (0, 1, 2, 3)))
+CASES += [("full", 0, True, 2, 2, *ADAMW), ("full", 3, True, 1, 8, *ADAMW), ("remora", 1, True, 1, 8, *ADAMW)]
+CASES += [("full", stage, stage % 2 == 1, 2, 2, *MUON) for stage in (0, 3)] + [("remora", 2, True, 2, 2, *MUON)]
+CASES += rest(*(("full", stage, stage % 2 == 1, 2, 2, *MUON) for stage in (1, 2)))
+CASES += [("remora int8", 2, True, 2, 2, *ADAMW), ("remora int8", 3, True, 2, 2, *ADAMW)]
+CASES += [("full", 0, True, 2, 2, "apollo", "apollo_mini"), ("full", 2, False, 2, 2, "galore", "adamw")]
+CASES += [("full", 3, True, 2, 2, "fira", "adamw8bit"), ("remora", 2, True, 2, 2, "adamw8bit", "apollo_mini")]
 
 
-@pytest.mark.parametrize(("method", "stage", "bf16", "world_size", "micro_batch_size", "matrices"), CASES)
+@pytest.mark.parametrize(("method", "stage", "bf16", "world_size", "micro_batch_size", "matrices", "others"), CASES)
 def test_state_and_gradients(
-    pools: Pools, method: str, stage: int, bf16: bool, world_size: int, micro_batch_size: int, matrices: str
+    pools: Pools,
+    method: str,
+    stage: int,
+    bf16: bool,
+    world_size: int,
+    micro_batch_size: int,
+    matrices: str,
+    others: str,
 ) -> None:
-    measured = pools(world_size)(measure, method, stage, bf16, micro_batch_size, matrices)
-    config = _config(method, stage, world_size, micro_batch_size, matrices)
+    measured = pools(world_size)(measure, method, stage, bf16, micro_batch_size, matrices, others)
+    config = _config(method, stage, world_size, micro_batch_size, matrices, others)
     model = meta_model(_llama(), config.method)
     setup = Setup(config, stage, world_size, bf16=bf16)
     state = state_memory(model, setup)
@@ -124,13 +140,13 @@ def test_state_and_gradients(
 def test_groups_of_parameters_are_reduced_together_up_to_a_limit(
     pools: Pools, monkeypatch: pytest.MonkeyPatch, groups: int
 ) -> None:
-    config = _config("remora", 1, 1, 8, "adamw")
+    config = _config("remora", 1, 1, 8, *ADAMW)
     model = meta_model(_llama(), config.method)
     sizes = group_sizes(model, config.optim)
     limit = sum(sizes[:groups]) - 1
     monkeypatch.setattr(memory, "REDUCED_TOGETHER", limit)
     planned = gradient_memory(sizes, Setup(config, 1, 1, bf16=True))
-    [measured] = pools(1)(measure, "remora", 1, True, 8, "adamw", limit)
+    [measured] = pools(1)(measure, "remora", 1, True, 8, *ADAMW, limit)
     copies = planned.in_reduction - planned.after_backward
     assert copies == (2 * max(sizes) if groups == 1 else 6 * sum(sizes[:2]))
     assert measured["in_reduction"] - measured["after_backward"] == pytest.approx(copies, rel=0.03)

@@ -163,11 +163,19 @@ TRAINING = [
     ),
     Evidence(
         "tests/engine/test_projected_matrices.py::test_every_stage_trains_as_plain_torch_does",
-        lambda method, stage, matrices, **_: trains(method, stage, "fp32", optimizer=matrices),
+        lambda method, stage, matrices, others, **_: trains(
+            method, stage, "fp32", optimizer=matrices, embeddings=others
+        ),
+    ),
+    Evidence(
+        "tests/engine/test_projected_matrices.py::test_eight_bits_train_on_every_stage_as_in_plain_torch",
+        lambda method, stage, matrices, others, **_: trains(
+            method, stage, "fp32", optimizer=matrices, embeddings=others
+        ),
     ),
     Evidence(
         "tests/engine/test_projected_matrices.py::test_in_bf16_it_trains_as_plain_torch_does_up_to_rounding",
-        lambda stage: trains("full", stage, "bf16", optimizer="fira"),
+        lambda stage: trains("full", stage, "bf16", optimizer="fira", embeddings="apollo_mini"),
     ),
     Evidence(
         "tests/engine/test_projected_matrices.py::test_a_merge_drops_the_states_of_adapters_or_keeps_them",
@@ -175,8 +183,13 @@ TRAINING = [
     ),
     Evidence(
         "tests/sizing/test_measured_memory.py::test_state_and_gradients",
-        lambda method, stage, bf16, matrices, **_: trains(
-            method.partition(" ")[0], stage, bf16, optimizer=matrices, base=method.partition(" ")[2] or "null"
+        lambda method, stage, bf16, matrices, others, **_: trains(
+            method.partition(" ")[0],
+            stage,
+            bf16,
+            optimizer=matrices,
+            embeddings=others,
+            base=method.partition(" ")[2] or "null",
         ),
     ),
     Evidence(
@@ -234,7 +247,9 @@ TRAINING = [
     ),
     Evidence(
         "tests/train/test_projected_run.py::test_a_resume_is_bit_equal",
-        lambda method, stage, bf16, matrices, **_: runs(method, stage, bf16, optimizer=matrices),
+        lambda method, stage, bf16, matrices, others, **_: runs(
+            method, stage, bf16, optimizer=matrices, embeddings=others
+        ),
     ),
     Evidence(
         "tests/train/test_drawn_operator.py::test_a_resume_is_bit_equal",

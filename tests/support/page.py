@@ -46,6 +46,8 @@ TABLES = (
     Table("Methods and ZeRO stages", ("method", "precision"), "ZeRO stage"),
     Table("Optimizers and methods", ("optimizer",), "method"),
     Table("Optimizers and ZeRO stages", ("optimizer",), "ZeRO stage"),
+    Table("Optimizers of embeddings and head, and methods", ("embeddings",), "method"),
+    Table("Optimizers of embeddings and head, and ZeRO stages", ("embeddings",), "ZeRO stage"),
     Table("Forms and methods", ("form",), "method"),
     Table("Forms and ZeRO stages", ("form",), "ZeRO stage"),
     Table("Forms and dropout", ("form",), "dropout"),

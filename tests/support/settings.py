@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from relora_mora.config.checks.combinations import faults
 from relora_mora.config.load import validate
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, settings_of_others
+from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, OTHERS, settings_of_others
 from relora_mora.config.schema import Config, MethodConfig
 from tests.tools.grids import STAGES
 
@@ -39,6 +39,7 @@ DIMENSIONS: dict[str, dict[str, dict[str, Any]]] = {
     "ZeRO stage": {str(stage): {"train.zero_stage": stage} for stage in STAGES},
     "precision": {name: {"train.precision": name} for name in ("bf16", "fp32")},
     "optimizer": {name: {"optim.matrices": name} for name in MATRIX_OPTIMIZERS},
+    "embeddings": {name: {"optim.others": name} for name in OTHERS},
     "base": {
         "null": {},
         "int8": {"method.base": "int8"},

@@ -46,7 +46,7 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
 
     ``settings`` are all settings of a run, by dotted name. An unknown method or optimizer is assumed to use all.
     """
-    matrices, method = settings["optim.matrices"], settings["method.name"]
+    matrices, others, method = (settings[name] for name in ("optim.matrices", "optim.others", "method.name"))
     record = METHODS.get(method)
     unused: dict[str, str] = {}
     if settings["method.reset"] not in ("magnitude", "random"):
@@ -55,6 +55,9 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
         unused["optim.rewarm"] = "optim.restart_warmup_steps=0"
     if settings["optim.schedule"] == "constant":
         unused["optim.min_ratio"] = "optim.schedule=constant"
+    if not (settings["method.train_embeddings"] or settings["method.train_head"]):
+        unused["optim.others"] = "a run that trains neither embeddings nor head"
+        others = "adamw"
     if settings["method.base"] not in ("int8", "fp8"):
         unused["method.base_products"] = f"method.base={settings['method.base'] or 'null'}"
     if record is not None and record.adapter is not None:
@@ -62,12 +65,10 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
             unused["optim.lr_other"] = "a run that trains only adapters"
         if record.adapter.has_square and settings["method.square_size"] is not None:
             unused |= dict.fromkeys(SIZE_SETTINGS, "method.square_size")
-    for records, own, cause in (
-        (MATRIX_OPTIMIZERS, MATRIX_OPTIMIZERS.get(matrices), f"optim.matrices={matrices}"),
-        (METHODS, record, f"method {method}"),
-    ):
-        unused |= dict.fromkeys(settings_of_others(records, own), cause)
-    return unused
+    optimizers = map(MATRIX_OPTIMIZERS.get, (matrices, others))
+    cause = f"optim.matrices={matrices}" + ("" if others == "adamw" else f" with optim.others={others}")
+    unused |= dict.fromkeys(settings_of_others(MATRIX_OPTIMIZERS, *optimizers), cause)
+    return unused | dict.fromkeys(settings_of_others(METHODS, record), f"method {method}")
 
 
 def secret_faults(tree: Mapping[str, Any]) -> Iterator[Fault]:
@@ -102,8 +103,8 @@ def _optimizer_faults(config: Config) -> Iterator[Fault]:
         yield Fault(
             ("optim.projection_rank", "optim.matrices"),
             "apollo divides each column of a step by the norm of its projection; at rank 1 that is a single number, "
-            "often close to zero, and some columns would step a thousand times too far; use 2 or more (APOLLO-Mini, "
-            "with rank 1 and one scale per matrix, is not implemented)",
+            "often close to zero, and some columns would step a thousand times too far; use 2 or more, or "
+            "optim.matrices=apollo_mini, which has rank 1 and scales the matrix as a whole",
         )
     if optim.warmup_steps >= steps:
         yield Fault(

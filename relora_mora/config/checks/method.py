@@ -144,7 +144,7 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
     optim = config.optim
     if not method.merges:
         return
-    if method.reset not in ("full", "none") and not optim.record.moments:
+    if method.reset not in ("full", "none") and not optim.of_group("adapters").moments:
         yield Fault(
             ("method.reset", "optim.matrices", "method.name"),
             f"{method.reset} changes element-wise moments, but {optim.matrices} has none; "

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
-from relora_mora.optim.groups import count_parameters, group_moments
+from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.memory import stored_bytes, weight_bytes
 from relora_mora.sizing.setup import MAX_REUSE_DISTANCE, Setup
 from relora_mora.sizing.work import exchanged_bytes
@@ -93,13 +93,15 @@ def traffic(model: PreTrainedModel, setup: Setup) -> Traffic:
     merge = _merge_bytes(model, setup) if merges else 0
     state = 0.0
     if merges and stage and config.method.reset not in ("full", "none"):  # these resets do not need whole moments
-        state = 4.0 * counts.adapters * len(group_moments("adapters", config.optim.matrices))
+        state = 4.0 * counts.adapters * len(config.optim.of_group("adapters").moments)
+    exchanged = exchanged_bytes(model, setup)
     if stage < 3:
         gradients *= setup.micro_batches if stage == 2 else 1
         configurable = stage == 2 or (stage == 1 and not setup.bf16)  # BF16_Optimizer ignores this setting
         to_owners = configurable and not setup.zero("use_multi_rank_bucket_allreduce", True)
         everywhere, to_one = (0.0, gradients) if to_owners else (gradients, 0.0)
-        return Traffic(ranks, everywhere, to_one, width * counts.trainable if stage else 0, merge, state)
+        gathered = width * counts.trainable if stage else 0
+        return Traffic(ranks, everywhere, to_one, gathered, merge, state, exchanged)
     every = counts.trainable + counts.frozen
     small = setup.persistence_threshold
     persistent = sum(p.numel() for p in model.parameters() if p.numel() <= small)
@@ -109,7 +111,6 @@ def traffic(model: PreTrainedModel, setup: Setup) -> Traffic:
     to_build = sum(size for size in sizes if size > small)
     mean_width = weight_bytes(model, setup) / every
     gathered = mean_width * setup.micro_batches * (every - persistent + again) + width * (persistent + to_build)
-    exchanged = exchanged_bytes(model, setup)
     return Traffic(ranks, 0, gradients * setup.micro_batches, gathered, merge, state, exchanged)
 
 

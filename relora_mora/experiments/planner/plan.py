@@ -121,6 +121,7 @@ class Plan:
             "parameters": asdict(self.parameters),
             "flops": _with(self.flops, "total", "performed"),
             "matrices": self.config.optim.matrices,
+            "others": self.config.optim.others,
             "optimizer_flops": self.optimizer_flops,
             "memory": {
                 method: {

@@ -47,7 +47,11 @@ def _summary(plan: Plan) -> str:
         share = plan.optimizer_flops / (flops.total * tokens_per_step)
         who = "each device does all of it" if plan.zero_stage == 0 else "the devices share it"
         work = f"{plan.optimizer_flops / 1e12:.3g} TFLOP a step, {share:.2%} more"
-        lines.append(f"optimizer      {plan.config.optim.matrices}: {work}; {who}")
+        optim = plan.config.optim
+        names = (
+            optim.matrices if optim.others == "adamw" else f"{optim.matrices}, {optim.others} of embeddings and head"
+        )
+        lines.append(f"optimizer      {names}: {work}; {who}")
     lines += [
         f"data           {tokens_per_step:,} tokens a step, {time.tokens:,} in all, "
         f"{flops.total * time.tokens:.3g} FLOP",

@@ -49,7 +49,10 @@ FIXED_SETTINGS = {
     ),
     "method.name": "the checkpoint holds the state of what trained by that method; give another train.run_dir, or "
     "start a new run with model.init_from",
-    "optim.matrices": "one optimizer cannot use the state of another; start a new run with model.init_from",
+    **dict.fromkeys(
+        ("optim.matrices", "optim.others"),
+        "one optimizer cannot use the state of another; start a new run with model.init_from",
+    ),
     "optim.projection_rank": "moments have the shape of their rank; start a new run with model.init_from",
 }
 ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # they decide what a position in the data means
@@ -164,8 +167,8 @@ def _default(section: str, key: str) -> Any:
 def _fixed_settings(saved: Identity, now: Identity) -> dict[str, str]:
     """The ``FIXED_SETTINGS`` that the run uses. ``method.name`` is left out if both methods have the same adapter."""
     before, after = (METHODS[_value(each.config, "method.name")] for each in (saved, now))
-    unused = settings_of_others(MATRIX_OPTIMIZERS, MATRIX_OPTIMIZERS[_value(saved.config, "optim.matrices")])
-    unused |= settings_of_others(METHODS, before)
+    optimizers = (MATRIX_OPTIMIZERS[_value(saved.config, name)] for name in ("optim.matrices", "optim.others"))
+    unused = settings_of_others(MATRIX_OPTIMIZERS, *optimizers) | settings_of_others(METHODS, before)
     if before.adapter is after.adapter:
         unused.add("method.name")
     return {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}

@@ -145,6 +145,7 @@ _COMPARED = (
     "optim.matrices",
     "optim.momentum",
     "optim.projection_rank",
+    "optim.others",
     "optim.lr",
     "optim.lr_other",
     "optim.schedule",

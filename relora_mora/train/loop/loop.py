@@ -135,7 +135,7 @@ class Trainer:
             )
         self.progress = Progress(total=config.train.steps, done=state.step, show=first and config.log.progress)
         self.loader = BatchLoader(self.data, config.data, guard)
-        self.update_seconds = LONG_SECONDS if config.optim.record.is_slow else None
+        self.update_seconds = LONG_SECONDS if config.optim.of_group("linears").is_slow else None
         self.monitor = StabilityMonitor(config, self.rank, run.engine.world_size, self.write, self._can_roll_back)
         self.merging = Merging(run, guard, self.write, before=self.writer.wait_for_base)
         self.reporting = Reporting(run, self.write, self.progress)

@@ -40,17 +40,24 @@ def _config(
     stage: int,
     micro_batch_size: int,
     matrices: str,
+    others: str = "adamw",
     reset: str = "full",
     form: str = "auto",
     **zero: Any,
 ) -> Config:
     train = {"zero_stage": stage, "micro_batch_size": micro_batch_size, "deepspeed": {"zero_optimization": zero}}
     given = {"name": method, "rank": 16, "reset": reset, "form": form}
-    return tiny_config(2, method=given, optim={"matrices": matrices}, train=train)
+    return tiny_config(2, method=given, optim={"matrices": matrices, "others": others}, train=train)
 
 
 def count(
-    method: str, stage: int, bf16: bool, micro_batch_size: int, matrices: str, zero: dict[str, Any]
+    method: str,
+    stage: int,
+    bf16: bool,
+    micro_batch_size: int,
+    matrices: str,
+    zero: dict[str, Any],
+    tied: bool = False,
 ) -> dict[str, int]:
     """Runs on every rank: bytes passed to collectives, by kind, in a step once DeepSpeed knows the order of the layers,
     and in a merge.
@@ -58,7 +65,8 @@ def count(
     from deepspeed.comm import comm
     from torch import distributed as dist
 
-    rig = build_rig(_config(method, stage, micro_batch_size, matrices, **zero), bf16=bf16, llama=tiny_llama(**LLAMA))
+    llama = tiny_llama(**LLAMA, tie_word_embeddings=tied)
+    rig = build_rig(_config(method, stage, micro_batch_size, matrices, **zero), bf16=bf16, llama=llama)
     moved: Counter[str] = Counter()
 
     def counting(name: str, whole: Any) -> Any:
@@ -101,6 +109,7 @@ CASES += [("remora", 3, True, 2, "adamw", {"stage3_param_persistence_threshold":
 CASES += [(method, 3, True, 2, "muon", {}) for method in ("remora", "full")] + [("full", 0, True, 2, "muon", {})]
 CASES += [("remora", 2, True, 2, "adamw", {"reset": "magnitude"}), ("remora", 3, True, 2, "muon", {"reset": "carry"})]
 CASES += [("remora", 3, True, 2, "adamw", {"form": "resident"})]
+CASES += [("remora", 3, True, 2, "muon", {"others": "apollo_mini"})]
 # large models release weights and gather them again: DeepSpeed's defaults, as small relative to this model as they are
 # relative to 7b and 1.3b
 CASES += [
@@ -144,3 +153,14 @@ def test_bytes_of_a_step_and_a_merge(
         for kind, size in {**kinds, "merge": planned.merge + planned.state if method == "remora" else 0}.items():
             # norms and flags take a few bytes, and partitions are padded
             assert least * size - 200 <= rank.get(kind, 0) <= 1.03 * size + 200, kind
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_matrix_that_is_larger_than_a_ranks_part_is_exchanged_below_stage_3(pools: Pools, tied: bool) -> None:
+    """Each of two ranks has one of two matrices of the same size, or half of a single one."""
+    measured = pools(2)(count, "full", 2, True, 2, "adamw", {"others": "adamw8bit"}, tied)
+    config = _config("full", 2, 2, "adamw", others="adamw8bit")
+    model = meta_model(tiny_llama(**LLAMA, tie_word_embeddings=tied), config.method)
+    planned = traffic(model, Setup(config, 2, 2, bf16=True)).exchanged
+    assert (planned > 0) == tied
+    assert sum(rank.get("exchanged", 0) for rank in measured) == 2 * planned

@@ -137,6 +137,12 @@ def test_moments_of_a_projection_are_counted(matrices: str, projections: int, no
     assert f"optimizer      {matrices}: " in render(plan)
 
 
+def test_the_optimizer_of_embeddings_and_head_is_named() -> None:
+    plan = plan_of(**{"optim.others": "apollo_mini"})
+    assert "optimizer      adamw, apollo_mini of embeddings and head: " in render(plan)
+    assert plan.as_dict()["others"] == "apollo_mini"
+
+
 def test_text_names_every_part() -> None:
     plan = plan_of()
     text = render(plan)

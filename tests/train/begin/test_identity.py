@@ -149,15 +149,17 @@ def test_another_model_cannot_be_allowed():
     assert "rms_norm_eps" in change.text
 
 
-def test_another_optimizer_cannot_be_allowed():
-    [change] = changes_since(identity(), with_setting("optim", "matrices", "muon"), {"optim.matrices"})
+@pytest.mark.parametrize("setting,value", [("matrices", "muon"), ("others", "adamw8bit")])
+def test_another_optimizer_cannot_be_allowed(setting, value):
+    changed = with_setting("optim", setting, value)
+    [change] = changes_since(identity(), changed, {f"optim.{setting}"})
     assert change.permission is None
-    assert "'adamw' in the checkpoint, 'muon' now" in change.text
+    assert f"optim.{setting}: 'adamw' in the checkpoint, '{value}' now; one optimizer" in change.text
     older = identity()
-    del older.config["optim"]["matrices"]  # as a version without it wrote
+    del older.config["optim"][setting]  # as a version without it wrote
     assert list(changes_since(older, identity(), set())) == []
-    [change] = changes_since(older, with_setting("optim", "matrices", "muon"), set())
-    assert "'adamw' in the checkpoint, 'muon' now" in change.text
+    [change] = changes_since(older, changed, set())
+    assert f"'adamw' in the checkpoint, '{value}' now" in change.text
 
 
 def test_another_rank_can_be_allowed_if_no_layer_has_it():

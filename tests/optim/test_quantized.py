@@ -1,0 +1,220 @@
+"""8-bit AdamW on whole matrices, compared with its formulas in float64 and with AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from relora_mora.config.registry import MATRIX_OPTIMIZERS
+from relora_mora.config.schema import OptimConfig
+from relora_mora.optim import quantized
+from relora_mora.optim.quantized import AdamW8bit
+from relora_mora.optim.rules import MatrixState, new_state
+from tests.tools.memory import PeakBytes
+
+GOLDEN = (1 + math.sqrt(5)) / 2  # its fractional part is 1 / GOLDEN
+
+
+def _rule(**settings: Any) -> AdamW8bit:
+    return AdamW8bit(OptimConfig(**{"betas": (0.8, 0.9), "eps": 1e-6, **settings}))
+
+
+def _state(rule: AdamW8bit, shape: tuple[int, int]) -> MatrixState:
+    return new_state(0, rule.state_shapes(*shape))
+
+
+def _draw(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _adam(gradients: Iterable[Tensor], betas: tuple[float, float], eps: float = 1e-6) -> Iterable[Tensor]:
+    """The updates of torch's Adam at a rate of 1, in float64."""
+    weight = None
+    for gradient in gradients:
+        if weight is None:
+            weight = torch.nn.Parameter(torch.zeros_like(gradient, dtype=torch.float64))
+            optimizer = torch.optim.Adam([weight], lr=1.0, betas=betas, eps=eps)
+        before = weight.detach().clone()
+        weight.grad = gradient.double()
+        optimizer.step()
+        yield before - weight.detach()
+
+
+# ---- the formulas ---------------------------------------------------------------------------------------------------
+
+
+def _reference(
+    gradient: Tensor, before: dict[str, Tensor], block: int, step: int
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """From a gradient and the state before it: the update, the exact codes before rounding, and the scales."""
+    kept = {key: value.double() for key, value in before.items()}
+    first = kept["exp_avg_codes"] * kept["exp_avg_codes"].abs() * kept["exp_avg_scales"].repeat_interleave(block, dim=1)
+    second = (kept["exp_avg_sq_codes"] * kept["exp_avg_sq_scales"].repeat_interleave(block, dim=1)) ** 2
+    first = 0.8 * first + 0.2 * gradient.double()
+    second = 0.9 * second + 0.1 * gradient.double() ** 2
+    update = first / (1 - 0.8**step) / ((second / (1 - 0.9**step)) ** 0.5 + 1e-6)
+    exact, scales = {}, {}
+    for key, values, largest in (("exp_avg", first, 127**2), ("exp_avg_sq", second**0.5, 255)):
+        blocks = values.reshape(len(values), -1, block)
+        scales[key] = blocks.abs().amax(dim=2) / largest
+        exact[key] = (blocks / scales[key][:, :, None]).reshape(values.shape)
+    exact["exp_avg"] = exact["exp_avg"].sign() * exact["exp_avg"].abs() ** 0.5
+    return update, exact, scales
+
+
+@pytest.mark.parametrize("shape,block", [((7, 24), 24), ((5, 600), 200), ((3, 37), 37), ((4, 512), 256), ((1, 16), 16)])
+def test_a_step_follows_the_formulas(shape, block):
+    rule = _rule()
+    state = _state(rule, shape)
+    sizes = 10 ** _draw(shape, 1).clamp(-1.5, 1.5)
+    for step in range(1, 8):
+        before = {key: value.clone() for key, value in state.tensors.items()}
+        gradient = sizes * _draw(shape, 1 + step)
+        update, exact, scales = _reference(gradient, before, block, step)
+        assert torch.allclose(rule.update(gradient[None], [state])[0].double(), update, rtol=2e-5, atol=1e-6)
+        assert int(state.tensors["updates"]) == step
+        for key, smallest in (("exp_avg", 0), ("exp_avg_sq", 1)):
+            assert torch.allclose(state.tensors[f"{key}_scales"].double(), scales[key], rtol=1e-5, atol=0)
+            shifted = exact[key].abs() + step * GOLDEN % 1
+            codes = state.tensors[f"{key}_codes"].double()
+            expected = exact[key].sign() * shifted.floor().clamp(min=smallest)
+            is_at_border = (shifted - shifted.round()).abs() < 1e-3  # float32 may fall on the other side
+            assert torch.equal(codes[~is_at_border], expected[~is_at_border])
+            assert (codes - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("columns,block", [(768, 256), (640, 160), (4096, 256), (24, 24), (443, 443), (5461, 127)])
+def test_blocks_divide_a_row(columns, block):
+    assert _rule().state_shapes(9, columns)["exp_avg_scales"] == (9, columns // block)
+
+
+# ---- what they are for ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("betas,drift", [((0.9, 0.95), 0.03), ((0.9, 0.999), 0.08)])
+def test_updates_stay_close_to_adam(betas, drift):
+    """Over elements that differ by up to a factor of 30 within a block."""
+    shape, steps = (16, 256), 400
+    rule = _rule(betas=betas)
+    state = _state(rule, shape)
+    sizes = 30 ** -torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    gradients = [sizes * (0.3 + _draw(shape, step)) for step in range(steps)]
+    errors, walked, expected = [], torch.zeros(shape), torch.zeros(shape, dtype=torch.float64)
+    for gradient, update in zip(gradients, _adam(gradients, betas), strict=True):
+        found = rule.update(gradient.clone()[None], [state])[0]
+        errors.append(torch.linalg.vector_norm(found - update) / torch.linalg.vector_norm(update))
+        walked += found
+        expected += update
+    assert max(errors) < 0.12
+    assert torch.linalg.vector_norm(walked - expected) < drift * torch.linalg.vector_norm(expected)
+
+
+def test_a_moment_that_changes_by_less_than_a_code_per_step_changes_at_the_right_rate():
+    """Half of the gradients become ten times smaller. With a beta of 0.999, a code of 255 changes by 0.13 per step."""
+    rule = _rule(betas=(0.9, 0.999))
+    state = _state(rule, (1, 64))
+    gradient = torch.ones(1, 64)
+    for step in range(1500):
+        if step == 500:
+            gradient[:, ::2] = 0.1
+        update = rule.update(gradient.clone()[None], [state])[0]
+    part = (1 - 0.999**500) * 0.999**1000
+    squares = torch.full((64,), 1 - 0.999**1500, dtype=torch.float64)
+    squares[::2] = part + 0.01 * (1 - 0.999**1000)
+    expected = gradient[0].double() / (squares / (1 - 0.999**1500)).sqrt()
+    assert torch.allclose(update[0].double(), expected, rtol=0.05)
+
+
+def test_no_element_makes_a_much_larger_step_than_the_largest_of_adam():
+    """Elements are up to 1e8 times smaller than the largest of their block, and gradients come and go."""
+    betas = (0.9, 0.95)
+    rule = _rule(betas=betas, eps=1e-20)
+    state = _state(rule, (64, 256))
+    sizes = 10 ** (-8 * torch.rand(64, 256, generator=torch.Generator().manual_seed(3)))
+    largest = 0.0
+    for step in range(200):
+        rare = torch.rand(64, 256, generator=torch.Generator().manual_seed(step)) < 0.2 + 0.6 * (step % 7 == 0)
+        largest = max(largest, float(rule.update((sizes * rare * _draw((64, 256), step))[None], [state]).abs().max()))
+    # Cauchy and Schwarz: the largest step of Adam, after its bias correction
+    most = (1 - betas[0]) / math.sqrt((1 - betas[1]) * (1 - betas[0] ** 2 / betas[1]))
+    assert largest < 2 * most
+
+
+def test_without_a_gradient_there_is_no_step():
+    rule = _rule()
+    state = _state(rule, (3, 20))
+    for _ in range(3):
+        assert not rule.update(torch.zeros(1, 3, 20), [state]).any()
+    update = rule.update(_draw((1, 3, 20), 0), [state])
+    assert update.isfinite().all()
+    assert update.any(dim=2).all()
+
+
+def test_rows_without_a_gradient_forget_as_adams_do():
+    """As the embeddings of tokens that are not in the batch."""
+    rule = _rule()
+    state = _state(rule, (2, 32))
+    gradients = [_draw((2, 32), step) * torch.tensor([[1.0], [step < 5]]) for step in range(40)]
+    *_, expected = _adam(gradients, (0.8, 0.9))
+    *_, found = [rule.update(gradient[None], [state])[0] for gradient in gradients]
+    size = torch.linalg.vector_norm
+    assert size(found[1] - expected[1]) < 0.05 * size(expected[1])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10])
+def test_rows_that_are_decoded_together_do_not_matter(monkeypatch, rows):
+    rule = _rule()
+    states = [_state(rule, (10, 48)) for _ in range(2)]
+    for step in range(4):
+        gradient = _draw((1, 10, 48), step)
+        monkeypatch.setattr(quantized, "AT_ONCE", rows * 48)
+        found = rule.update(gradient.clone(), states[:1])
+        monkeypatch.undo()
+        assert torch.equal(found, rule.update(gradient, states[1:]))
+    assert all(torch.equal(value, states[1].tensors[key]) for key, value in states[0].tensors.items())
+
+
+@pytest.mark.parametrize("shape", [(64, 768), (2000, 768)])
+def test_workspace_bytes_are_what_an_update_allocates(shape):
+    rule = _rule()
+    state = _state(rule, shape)
+    matrices = torch.randn(1, *shape)
+    with PeakBytes() as peak:
+        peak.inputs = {tensor.untyped_storage().data_ptr() for tensor in (matrices, *state.tensors.values())}
+        rule.update(matrices, [state])
+    assert peak.peak == pytest.approx(rule.workspace_bytes(*shape, on_gpu=False), rel=0.03)
+
+
+class MovedBytes(TorchDispatchMode):
+    """Counts the bytes that operations read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            sources = args[1:] if func is torch.ops.aten.copy_.default else args
+            read = {each.data_ptr(): each.nbytes for each in tree_leaves(sources) if isinstance(each, Tensor)}
+            self.total += sum(read.values()) + result.nbytes
+        return result
+
+
+def test_the_plan_knows_the_bytes_of_a_step():
+    rule = _rule()
+    shape = 64, 512
+    state = _state(rule, shape)
+    weight, gradient = _draw(shape, 0), _draw(shape, 1)
+    with MovedBytes() as moved:
+        update = rule.update(gradient[None], [state])[0]
+        weight.mul_(0.9).add_(update, alpha=-0.1)
+    planned = MATRIX_OPTIMIZERS["adamw8bit"].bytes_per_element
+    assert moved.total / weight.numel() == pytest.approx(planned, rel=0.02)

@@ -1,0 +1,46 @@
+"""The plan of an optimizer of embeddings and head: its state, its arithmetic, what is exchanged, and its scratch."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import LlamaConfig
+
+from relora_mora.config.schema import Config, OptimConfig
+from relora_mora.sizing import work
+from relora_mora.sizing.setup import Setup
+from tests.sizing.tools import make_config
+
+VOCABULARY, HIDDEN = 4096, 128
+ELEMENTS = VOCABULARY * HIDDEN
+MODEL = LlamaConfig(hidden_size=HIDDEN, intermediate_size=352, num_hidden_layers=1, vocab_size=VOCABULARY)
+# bytes for one of the two matrices; a row is one block
+KEPT = {"apollo_mini": 4 * (2 * VOCABULARY + 2), "adamw8bit": 2 * ELEMENTS + 8 * VOCABULARY + 4}
+
+
+def _config(others: str) -> Config:
+    return make_config({"name": "remora"}).model_copy(update={"optim": OptimConfig(others=others)})
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("others", KEPT)
+def test_each_matrix_has_one_owner(others: str, ranks: int) -> None:
+    """So more than two ranks do not share the state evenly."""
+    before, config = _config("adamw"), _config(others)
+    model = work.meta_model(MODEL, config.method)
+    saved = work.state_bytes(model, before.optim, ranks) - work.state_bytes(model, config.optim, ranks)
+    assert saved == 2 * 8 * ELEMENTS / ranks - max(2 / ranks, 1) * KEPT[others]
+    assert work.product_flops(model, before.optim) == 0
+    assert work.product_flops(model, config.optim) == (2 * 2 * ELEMENTS if others == "apollo_mini" else 0)
+
+
+@pytest.mark.parametrize(
+    "ranks,stage,is_cut", [(1, 3, False), (2, 0, False), (2, 2, False), (4, 1, True), (2, 3, True)]
+)
+def test_a_matrix_that_is_cut_is_exchanged(ranks: int, stage: int, is_cut: bool) -> None:
+    config = _config("apollo_mini")
+    model = work.meta_model(MODEL, config.method)
+    setup = Setup(config, stage, ranks, bf16=True)
+    assert work.exchanged_bytes(model, setup) == is_cut * 8 * 2 * ELEMENTS / ranks
+    workspace = 4 * 3 * VOCABULARY  # the projected gradient, and Adam's step on it
+    pieces, whole = 2 * 4 * ELEMENTS / ranks, 4 * ELEMENTS
+    assert work.scratch_bytes(model, setup) == workspace + is_cut * (pieces + 2 * whole)
