@@ -108,6 +108,7 @@ study: $(VENV)/.installed-dev  ## tables and figures of the studies in the docum
 	$(COMPARE) docs/studies/memory_tiny.jsonl --best=optim.lr $(REACH) --out=docs/studies/memory_tiny
 	$(COMPARE) docs/studies/memory_1000_tiny.jsonl --best=optim.lr $(REACH) --out=docs/studies/memory_1000_tiny
 	$(COMPARE) docs/studies/merges_tiny.jsonl --out=docs/studies/merges_tiny
+	$(COMPARE) docs/studies/base_tiny.jsonl --against=base=bf16,form=resident,seed=0 --unnamed=$(UNNAMED) --out=docs/studies/base_tiny
 	$(COMPARE) docs/studies/length_tiny.jsonl --out=docs/studies/length_tiny
 	$(COMPARE) docs/studies/larger_35m.jsonl --out=docs/studies/larger_35m
 	$(COMPARE) docs/studies/ablations_tiny.jsonl --out=docs/studies/ablations_tiny

@@ -78,6 +78,8 @@ class TorchLoop:
         )
         choose_forms(lm, setup, memory_of_rank())
         self.layers = [layer for _, layer in adapter_layers(lm)]
+        for layer in self.layers:
+            layer.pack()
         self.groups = parameter_groups(lm, config.optim)
         self.schedule = make_schedule(config.method, config.optim, config.train.steps)
         self.clip = config.optim.clip

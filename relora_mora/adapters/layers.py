@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.adapters.stored import PLAIN, EightBits, FrozenProduct, Stored
+from relora_mora.adapters.stored import PLAIN, FrozenProduct, Stored
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw
 from relora_mora.system.seeds import derived_seed
@@ -65,6 +65,7 @@ class AdapterLinear(nn.Module):
         self.gathered = False  # ZeRO-3: its parameters exist only while it runs
         self.in_place = False  # ZeRO-3: the weight itself is W + delta, see engine/slices.py
         self.stored: Stored = PLAIN  # how W is stored, and the resident W + delta too
+        self.packed = False  # whether it is stored so already
         self.weight: Tensor = linear.weight
         self.weight.requires_grad_(False)
         self.bias: Tensor | None = linear.bias
@@ -149,10 +150,10 @@ class AdapterLinear(nn.Module):
 
     def _decoupled(self, x: Tensor) -> Tensor:
         """x [..., in] -> ``W x + delta x`` [..., out], with dropout of the second x"""
-        if isinstance(self.stored, EightBits):
-            base = FrozenProduct.apply(x, self.weight, self.stored)
-        else:
+        if self.stored is PLAIN:
             base = self.stored.linear(x, self.weight)
+        else:
+            base = FrozenProduct.apply(x, self.weight, self.stored)
         return base + self._delta(F.dropout(x, self.dropout) if self.drops else x)
 
     def multiplies_merged(self, x: Tensor) -> bool:
@@ -200,10 +201,15 @@ class AdapterLinear(nn.Module):
             return activations >= self.break_even * self.in_features * self.out_features
         return self.form != "decoupled"
 
-    def pack(self) -> None:
-        """Stores W as ``stored`` says from now on. In 8 bits the parameter ``weight`` becomes a tensor of bytes."""
-        if self.stored is not PLAIN:
-            self.weight = nn.Parameter(self.stored.encode(self.weight.detach()), requires_grad=False)
+    def pack(self, *, empty: bool = False) -> None:
+        """Stores W as ``stored`` says from now on. In 8 bits the parameter ``weight`` becomes a tensor of bytes.
+
+        ``empty``: the values will be written later.
+        """
+        if self.stored is not PLAIN and not self.packed:
+            change = self.stored.empty if empty else self.stored.encode
+            self.weight = nn.Parameter(change(self.weight.detach()), requires_grad=False)
+            self.packed = True
 
     def extra_repr(self) -> str:
         dropout = f", dropout={self.dropout:g}" if self.dropout else ""

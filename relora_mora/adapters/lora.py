@@ -130,7 +130,7 @@ class _MergedLoRA(torch.autograd.Function):
         if ctx.needs_input_grad[0] and merged is not None:
             dx = ctx.stored.linear_transposed(dy, merged)
         elif ctx.needs_input_grad[0]:
-            dx = dy @ _add_product(ctx.stored.dense(weight, dy.dtype), A, B, scale).to(dy.dtype)
+            dx = dy @ _add_product(ctx.stored.dense(weight, dy.dtype, after=dy), A, B, scale).to(dy.dtype)
         x = x.reshape(-1, x.shape[-1])
         dy = dy.reshape(-1, dy.shape[-1])
         dA = scale * ((dy @ B.to(dy.dtype)).T @ x) if ctx.needs_input_grad[2] else None

@@ -257,7 +257,7 @@ class _MergedMoRA(torch.autograd.Function):
         if ctx.needs_input_grad[0] and merged is not None:
             dx = ctx.stored.linear_transposed(dy, merged)
         elif ctx.needs_input_grad[0]:
-            dense = ctx.stored.dense(weight, dy.dtype)
+            dense = ctx.stored.dense(weight, dy.dtype, after=dy)
             dx = dy @ ctx.operator.add_delta(dense, M.to(dense.dtype), after=dy).to(dy.dtype)
         return dx, None, None, None, None, dy if ctx.needs_input_grad[5] else None, None
 
@@ -285,5 +285,5 @@ class _DecoupledMoRA(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = ctx.stored.linear_transposed(dy, weight, reduced @ M.to(dy.dtype), ctx.operator.inputs)
         if ctx.needs_input_grad[2]:
-            dM = reduced.flatten(0, -2).mT @ compressed.flatten(0, -2)
+            dM = reduced.reshape(-1, reduced.shape[-1]).mT @ compressed.reshape(-1, compressed.shape[-1])
         return dx, None, dM, None, None

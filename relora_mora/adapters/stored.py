@@ -21,7 +21,7 @@ from torch import Tensor
 
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import MethodConfig
-from relora_mora.kernels import Grouping, contiguous, multiply_rows, quantize_rows
+from relora_mora.kernels import Grouping, contiguous, dense, multiply_rows, quantize_rows
 from relora_mora.system.logs import log
 
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -42,7 +42,12 @@ class Plain:
     def encode(self, weight: Tensor) -> Tensor:
         return weight
 
-    def dense(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+    def empty(self, weight: Tensor) -> Tensor:
+        """Zeros in place of the stored tensor, which take no memory until something is written."""
+        return torch.zeros_like(weight)
+
+    def dense(self, stored: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+        """The weight [out, in], in ``dtype`` if it is stored in another one; see ``kernels.dense`` for ``after``."""
         return stored
 
     def linear(self, x: Tensor, stored: Tensor) -> Tensor:
@@ -62,8 +67,17 @@ class Rounded(Plain):
     def encode(self, weight: Tensor) -> Tensor:
         return weight.to(torch.bfloat16)
 
-    def dense(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        return stored.to(dtype)
+    def empty(self, weight: Tensor) -> Tensor:
+        return torch.zeros(weight.shape, dtype=torch.bfloat16)
+
+    def dense(self, stored: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+        return dense(stored, None, dtype, after)
+
+    def linear(self, x: Tensor, stored: Tensor) -> Tensor:
+        return F.linear(x, self.dense(stored, x.dtype))
+
+    def linear_transposed(self, dy: Tensor, stored: Tensor) -> Tensor:
+        return dy @ self.dense(stored, dy.dtype, after=dy)
 
 
 @dataclass(frozen=True)
@@ -96,21 +110,25 @@ class EightBits:
     def encode(self, weight: Tensor) -> Tensor:
         """weight [out, in] -> the stored tensor, on the same device"""
         values, scales = quantize_rows(weight, KINDS[self.kind], padded=self.padded_in)
-        stored = torch.zeros(self._scales_start + 4 * self.padded_out, dtype=torch.uint8, device=weight.device)
+        stored = self.empty(weight)
         stored[: values.numel()] = values.view(torch.uint8).view(-1)
         end = self._scales_start + 4 * self.out_features
         stored[self._scales_start : end] = scales.view(torch.uint8)
         return stored
+
+    def empty(self, weight: Tensor) -> Tensor:
+        """A stored tensor of zeros, on the device of a weight [out, in]"""
+        return torch.zeros(self._scales_start + 4 * self.padded_out, dtype=torch.uint8, device=weight.device)
 
     def parts(self, stored: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the stored tensor: values [padded out, padded in] and float32 scales [padded out]."""
         values = stored[: self.padded_out * self.padded_in].view(KINDS[self.kind])
         return values.view(self.padded_out, self.padded_in), stored[self._scales_start :].view(torch.float32)
 
-    def dense(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] in ``dtype``."""
+    def dense(self, stored: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+        """The weight [out, in] in ``dtype``; see ``kernels.dense`` for ``after``."""
         values, scales = (part[: self.out_features] for part in self.parts(stored))
-        return (values[:, : self.in_features].float() * scales.unsqueeze(1)).to(dtype)
+        return dense(values[:, : self.in_features], scales, dtype, after)
 
     def linear(
         self, x: Tensor, stored: Tensor, slots_of: Tensor | None = None, grouping: Grouping | None = None
@@ -126,7 +144,7 @@ class EightBits:
     ) -> Tensor:
         """dy [..., out] -> W^T dy [..., in], plus the copies of slots_of [..., slots] to the features of a grouping"""
         if not self.multiplies:
-            return _with_copies(dy @ self.dense(stored, dy.dtype), slots_of, grouping)
+            return _with_copies(dy @ self.dense(stored, dy.dtype, after=dy), slots_of, grouping)
         values, scales = self.parts(stored)
         return _multiply(dy, scales[: self.out_features], values, None, self.in_features, slots_of, grouping)
 
@@ -152,10 +170,10 @@ def _with_copies(y: Tensor, slots_of: Tensor | None, grouping: Grouping | None) 
 
 
 class FrozenProduct(torch.autograd.Function):
-    """``W x`` for a weight that is stored in 8 bits."""
+    """``W x`` for a weight that is not stored as it is. Backward keeps the stored tensor only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stored: Tensor, form: EightBits) -> Tensor:
+    def forward(ctx: Any, x: Tensor, stored: Tensor, form: "Stored") -> Tensor:
         ctx.save_for_backward(stored)
         ctx.form = form
         return form.linear(x, stored)
@@ -177,31 +195,40 @@ def refuse_second_derivatives() -> None:
 
 
 def check_device(method: MethodConfig, *, bf16: bool, on_gpu: bool) -> None:
-    """Raises :class:`ConfigError` if this machine cannot multiply in 8 bits as ``method.base`` says.
+    """Raises :class:`ConfigError` if this machine cannot compute as ``method.base`` says.
 
     A CPU computes fp8 in float32, with the same rounding. Without :attr:`EightBits.multiplies` every device works.
     """
     kind = method.eight_bits
+    if method.base == "bf16" and not bf16 and method.form == "resident" and method.uses_adapters:
+        fault = (
+            "method.form: resident would round W + delta to method.base=bf16, which loses small deltas; "
+            "use method.form=auto"
+        )
+        raise ConfigError([fault], "the settings")
     if kind is None or not method.base_products:
         return
     if not on_gpu:
+        slow = "method.base: this CPU multiplies %s; use %s"
         if kind == "fp8":
-            log.warning("method.base: this CPU multiplies fp8 in float32, which is slow; use int8 unless you study fp8")
+            log.warning(slow, "fp8 in float32, which is slow", "int8 unless you study fp8")
+        elif not torch.cpu._is_vnni_supported():
+            log.warning(slow, "int8 without AVX512-VNNI, which is slow", "method.base_products=false to save memory")
         return
     capability = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
-    fault = None
+    problem = None
     if capability < OLDEST[kind]:
         needed = ".".join(map(str, OLDEST[kind]))
         other = "method.base=int8, or " if kind == "fp8" and capability >= OLDEST["int8"] else ""
-        fault = (
+        problem = (
             f"method.base: {kind} products need a GPU of compute capability {needed}, and {name} has "
             f"{'.'.join(map(str, capability))}; use {other}method.base_products=false"
         )
     elif kind == "fp8" and not bf16:
-        fault = "method.base: the results of fp8 products are in bf16; use train.precision=bf16, or method.base=int8"
-    if fault:
-        raise ConfigError([fault], "the settings")
+        problem = "method.base: the results of fp8 products are in bf16; use train.precision=bf16, or method.base=int8"
+    if problem:
+        raise ConfigError([problem], "the settings")
 
 
 Stored = Plain | EightBits

@@ -10,6 +10,7 @@ from relora_mora.kernels.cpu import available
 from relora_mora.kernels.grouping import Grouping, contiguous, interleaved, rotated, wrapped_interleaved
 from relora_mora.kernels.ops import (
     cross_entropy_,
+    dense,
     describe,
     disabled,
     expand_add,
@@ -27,6 +28,7 @@ __all__ = [
     "available",
     "contiguous",
     "cross_entropy_",
+    "dense",
     "describe",
     "disabled",
     "expand_add",

@@ -28,6 +28,7 @@ LIBRARY.define(
     tags=_ANY_LAYOUT,
 )
 LIBRARY.define("rotary_add(Tensor weight, Tensor square, Tensor? after=None) -> Tensor", tags=_ANY_LAYOUT)
+LIBRARY.define("dense(Tensor values, Tensor? scales, ScalarType dtype, Tensor? after) -> Tensor", tags=_ANY_LAYOUT)
 LIBRARY.define(
     "quantize_rows(Tensor x, ScalarType kind, Tensor? columns, int padded) -> (Tensor, Tensor)", tags=_ANY_LAYOUT
 )
@@ -68,6 +69,10 @@ def _fake_add(weight: Tensor, *others: Any) -> Tensor:
 
 def _fake_cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: int, gradient: bool) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+def _fake_dense(values: Tensor, scales: Tensor | None, dtype: torch.dtype, after: Tensor | None) -> Tensor:
+    return values.new_empty(values.shape, dtype=dtype)
 
 
 def _fake_quantize_rows(x: Tensor, kind: torch.dtype, columns: Tensor | None, padded: int) -> tuple[Tensor, Tensor]:
@@ -122,6 +127,7 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., 
     "group_sums": (_fake_group_sums, _sum_by(cpu.group_sums), _sum_by(_cuda_group_sums)),
     "expand_add": (_fake_add, _add_by(cpu.expand_add), _add_by(_cuda_expand_add)),
     "rotary_add": (_fake_add, reference.rotary_add, reference.rotary_add),
+    "dense": (_fake_dense, reference.dense, reference.dense),
     "quantize_rows": (_fake_quantize_rows, _quantize_on_cpu, _cuda_quantize_rows),
     "scale_rows": (_fake_scale_rows, _scale_by(cpu.scale_rows), _scale_by(_cuda_scale_rows)),
     "cross_entropy_": (_fake_cross_entropy_, cpu.cross_entropy_, _cuda_cross_entropy_),
@@ -135,6 +141,7 @@ for _name, (_fake, _on_cpu, _on_cuda) in _KERNELS.items():
 _group_sums = torch.ops.relora_mora.group_sums.default
 _expand_add = torch.ops.relora_mora.expand_add.default
 _rotary_add = torch.ops.relora_mora.rotary_add.default
+_dense = torch.ops.relora_mora.dense.default
 _quantize_rows = torch.ops.relora_mora.quantize_rows.default
 _scale_rows = torch.ops.relora_mora.scale_rows.default
 _cross_entropy_ = torch.ops.relora_mora.cross_entropy_.default
@@ -191,6 +198,15 @@ def rotary_add(weight: Tensor, square: Tensor, after: Tensor | None = None) -> T
     layer's square for all layers.
     """
     return _rotary_add(weight, square, after)
+
+
+def dense(values: Tensor, scales: Tensor | None, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+    """values [n, m] times float32 scales [n] (None: 1), in ``dtype``; not differentiable.
+
+    It is an operator so that a compiler computes it again in backward; see :func:`expand_add` for ``after``.
+    """
+    result: Tensor = _dense(values, scales, dtype, after)
+    return result
 
 
 def quantize_rows(

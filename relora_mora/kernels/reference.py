@@ -49,6 +49,13 @@ def cross_entropy(
     return losses, probabilities.mul_(keep * scale).to(logits.dtype)
 
 
+def dense(values: Tensor, scales: Tensor | None, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+    """See ``ops.dense``; ``after`` is not read."""
+    if scales is None:
+        return values.to(dtype, copy=True)
+    return values.float().mul_(scales.unsqueeze(1)).to(dtype)
+
+
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # its reciprocal is finite
 

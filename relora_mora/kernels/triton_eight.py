@@ -18,7 +18,8 @@ from relora_mora.kernels.grouping import Grouping, as_rows
 from relora_mora.kernels.triton_groups import _flat, _slot_of
 from relora_mora.kernels.triton_launch import launch, power_of_two, works_on
 
-_LONGEST = 16384  # elements of a row that a program keeps: 32 for each of its threads
+_LONGEST = 32768  # elements of a row that a program keeps: 64 for each of its threads
+_WARPS = 16
 _ELEMENTS = 2048  # elements that a program scales
 _BLOCK = 256  # features
 _SMALLEST = reference.SMALLEST_SCALE
@@ -116,7 +117,7 @@ def quantize_rows(x: Tensor, kind: torch.dtype, columns: Tensor | None, padded: 
             "BLOCK": power_of_two(padded),
         }
         factors = scales if columns is None else columns
-        launch(_quantize_kernel, (n, 1, 1), (x, factors, values, scales), (), constants, warps=8)
+        launch(_quantize_kernel, (n, 1, 1), (x, factors, values, scales), (), constants, warps=_WARPS)
     return values, scales
 
 

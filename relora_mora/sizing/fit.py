@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from relora_mora.adapters.inject import choose_storage, layer_class
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.adapters.mora import layer_square_size
-from relora_mora.adapters.stored import Plain
+from relora_mora.adapters.stored import PLAIN
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import MethodConfig
 from relora_mora.model.config import linear_shapes
@@ -110,7 +110,7 @@ def choose_forms(model: PreTrainedModel, setup: Setup, available: float | None) 
         if layer.stored.multiplies:
             layer.resident = not layer.drops
         else:
-            layer.resident = pays and isinstance(layer.stored, Plain) and layer.uses_merged_form(tokens)
+            layer.resident = pays and layer.stored is PLAIN and layer.uses_merged_form(tokens)
         layer.resident = layer.resident and setup.stage < 3
     if available is None or not any(layer.resident for layer in layers):
         return

@@ -53,6 +53,7 @@ from transformers import PreTrainedModel
 
 from relora_mora.adapters.inject import INPUTS, decoder_linears, storage_of
 from relora_mora.adapters.layers import INPUT, AdapterLinear, Kept, adapter_layers
+from relora_mora.adapters.stored import PLAIN
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.schema import Config, OptimConfig
 from relora_mora.model.config import attention_widths, head_width
@@ -324,12 +325,16 @@ def scratch_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, float]:
     rounded = (4 + width) * trains
     logits = chunk * vocabulary * logit
     at_loss = max(logits + 4 * trains, rounded) if on_gpu else logits + rounded
-    built = 0.0
+    built = 0.0  # elements of the compute type
     multiplies = False
     for _, layer in adapter_layers(model):
         multiplies = multiplies or layer.stored.multiplies
+        builds = 0.0
         if not layer.resident and layer.uses_merged_form(tokens):
-            built = max(built, layer.weights_built * layer.weight.numel())
+            builds = layer.weights_built
+        if layer.stored is not PLAIN and not layer.stored.multiplies:
+            builds += 1 + 4 / width  # W in the compute type, and in float32 before that
+        built = max(built, builds * layer.weight.numel())
     in_backward = (4 + width if multiplies else 2 * width) * tokens * model.config.intermediate_size
     if config.model.attention == "eager":
         # in float32 before and after the softmax, when the gated product and the rounded weights have been freed

@@ -88,6 +88,7 @@ DEVICES = (
         "10 Gbit/s for 4, assumed",
     ),
 )
+WITHOUT_FP8 = ("a100-40gb", "a100-80gb", "a10g", "rtx3090")  # compute capabilities of 8.0 and 8.6
 _ALIASES = {
     "a100": "a100-80gb",
     "h100-sxm": "h100",

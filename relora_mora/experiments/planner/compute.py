@@ -50,7 +50,7 @@ COMPILED: Work = {
     (MORA, "int8", True): LayerWork(53, 417),
     (MORA, "fp8", True): LayerWork(64, 312),
 }
-FASTER_IN_8_BITS = 2  # peak of int8 and fp8 products over that of bf16, in every data sheet from the A100 on
+FASTER_IN_8_BITS = 2  # peak of int8 and fp8 products over that of bf16, in the data sheets of all cards that have them
 
 
 @dataclass(frozen=True)

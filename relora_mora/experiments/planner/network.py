@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
+from relora_mora.adapters.stored import PLAIN
 from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.memory import stored_bytes, weight_bytes
 from relora_mora.sizing.setup import MAX_REUSE_DISTANCE, Setup
@@ -109,8 +110,11 @@ def traffic(model: PreTrainedModel, setup: Setup) -> Traffic:
     resident = [layer for _, layer in adapter_layers(model) if layer.resident]
     sizes = [getattr(layer, name).numel() for layer in resident for name in layer.adapter_names]
     to_build = sum(size for size in sizes if size > small)
+    to_round = sum(stored_bytes(layer, setup) for layer in resident if layer.stored is not PLAIN)
     mean_width = weight_bytes(model, setup) / every
-    gathered = mean_width * setup.micro_batches * (every - persistent + again) + width * (persistent + to_build)
+    gathered = (
+        mean_width * setup.micro_batches * (every - persistent + again) + width * (persistent + to_build) + to_round
+    )
     return Traffic(ranks, 0, gradients * setup.micro_batches, gathered, merge, state, exchanged)
 
 

@@ -18,6 +18,7 @@ from relora_mora.sizing.fit import USABLE, choose_forms, uneven_widths
 from relora_mora.sizing.memory import Memory, peak_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import Flops, flops_in_8_bits, flops_of, meta_model, passes_bytes, product_flops
+from relora_mora.system.devices import WITHOUT_FP8, Device
 
 STAGES = (0, 1, 2, 3)
 ASSUMED_UTILISATION = 0.4  # of a CPU; for a GPU it is calculated
@@ -206,8 +207,19 @@ def make_plan(
         memory={name: {stage: each.memory for stage, each in stages.items()} for name, stages in needs.items()},
         network={name: {stage: each.network for stage, each in stages.items()} for name, stages in needs.items()},
         time=_time(needs[config.method.name], model, cluster, flops, peak, tokens_per_second, utilisation),
-        notes=[] if on_cpu else uneven_widths(model_config),
+        notes=[] if on_cpu else [*_fp8_notes(config, cluster.device), *uneven_widths(model_config)],
     )
+
+
+def _fp8_notes(config: Config, device: Device) -> list[str]:
+    """What the start of a run on this device would say about its products in fp8."""
+    method = config.method
+    if method.eight_bits != "fp8" or not method.base_products or device.name not in WITHOUT_FP8:
+        return []
+    return [
+        f"a run with method.base=fp8 is refused here: {device.name} has no fp8 products; "
+        "use method.base=int8, or method.base_products=false"
+    ]
 
 
 def _needs(

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from relora_mora import kernels
 from relora_mora.adapters.inject import inject
+from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.data.stream.packing import document_boundaries
-from relora_mora.distributed.collectives import from_first_rank
+from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks
 from relora_mora.engine.engine import ZeroEngine
 from relora_mora.engine.merging import FrozenMasters, Merger
 from relora_mora.model.config import function_differences
@@ -163,11 +164,12 @@ def build(
         _add_adapters(lm, config, with_values=not resumes)
     set_trainable(lm, config.method)
     on_gpu = uses_cuda()
-    available = memory_of_rank()
+    available = min(gather_from_ranks(memory_of_rank()))  # all ranks choose the same forms
     setup = Setup(
         config, config.train.zero_stage, world_size, bf16=checked.bf16, on_gpu=on_gpu, compiled=checked.compiled
     )
     choose_forms(lm, setup, available)
+    _log_storage(lm, config)
     advice = stage_advice(lm, setup, available)
     if advice:
         shared_log.warning(advice)
@@ -188,6 +190,8 @@ def build(
     dtype = torch.bfloat16 if checked.bf16 else torch.float32
     # zeros use no memory until they are written to; DeepSpeed places, casts and partitions them
     put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
+    for _, layer in adapter_layers(lm):
+        layer.pack(empty=True)
     done("model")
     module = LossModel(lm, compiled=checked.compiled)
     engine = ZeroEngine(
@@ -200,6 +204,14 @@ def build(
     merger = Merger(engine, base, config.method, seed=config.train.seed)
     schedule = make_schedule(config.method, config.optim, config.train.steps)
     return Run(checked, engine, base, merger, groups, schedule, counts)
+
+
+def _log_storage(lm: PreTrainedModel, config: Config) -> None:
+    if config.method.eight_bits is None:
+        return
+    resident = any(layer.resident for _, layer in adapter_layers(lm))
+    form = "only stored" if not config.method.base_products else "resident" if resident else "decoupled"
+    log.info("weights under adapters: %s, %s", config.method.eight_bits, form)
 
 
 def _add_adapters(lm: PreTrainedModel, config: Config, *, with_values: bool) -> None:
