@@ -172,6 +172,10 @@ def test_a_set_without_rows_is_refused(tmp_path):
     empty = datasets.Dataset.from_dict({"text": []})
     empty.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": empty}).save_to_disk(tmp_path / "both")
+    for state in tmp_path.rglob("state.json"):  # datasets 4.0 writes a file without rows, later versions no file
+        for file in state.parent.glob("*.arrow"):
+            file.unlink()
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": []}))
     for name in ("one", "both"):
         with pytest.raises(SourceError, match=rf"{name}: its split train has no rows \(save_to_disk\); give a set or"):
             resolve_shards(str(tmp_path / name))
