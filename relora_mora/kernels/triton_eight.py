@@ -18,8 +18,8 @@ from relora_mora.kernels.grouping import Grouping, as_rows
 from relora_mora.kernels.triton_groups import _flat, _slot_of
 from relora_mora.kernels.triton_launch import launch, power_of_two, works_on
 
-_LONGEST = 32768  # elements of a row that a program keeps: 64 for each of its threads
-_WARPS = 16
+_LONGEST = 16384  # elements of a row that a program keeps: at most 32 for each of its threads
+_TOGETHER = 512  # longer rows that torch operations quantize at a time, because they need float32 copies
 _ELEMENTS = 2048  # elements that a program scales
 _BLOCK = 256  # features
 _SMALLEST = reference.SMALLEST_SCALE
@@ -100,12 +100,14 @@ def _scale_kernel(
 def quantize_rows(x: Tensor, kind: torch.dtype, columns: Tensor | None, padded: int) -> tuple[Tensor, Tensor]:
     """x [n, features], columns [features] -> values [n, padded], scales [n]"""
     if not works_on(x.device) or padded > _LONGEST or (kind is not torch.int8 and not _converts(x.device)):
-        return reference.quantize_rows(x, kind, columns, padded)
+        parts = [reference.quantize_rows(rows, kind, columns, padded) for rows in x.split(_TOGETHER)]
+        return torch.cat([values for values, _ in parts]), torch.cat([scales for _, scales in parts])
     x = as_rows(x)
     n, features = x.shape
     values = torch.empty(n, padded, dtype=kind, device=x.device)
     scales = torch.empty(n, dtype=torch.float32, device=x.device)
     if n:
+        block = power_of_two(padded)
         constants = {
             "features": features,
             "padded": padded,
@@ -114,10 +116,10 @@ def quantize_rows(x: Tensor, kind: torch.dtype, columns: Tensor | None, padded: 
             "largest": reference.LARGEST[kind],
             "smallest": _SMALLEST,
             "rounds": _ROUNDS,
-            "BLOCK": power_of_two(padded),
+            "BLOCK": block,
         }
         factors = scales if columns is None else columns
-        launch(_quantize_kernel, (n, 1, 1), (x, factors, values, scales), (), constants, warps=_WARPS)
+        launch(_quantize_kernel, (n, 1, 1), (x, factors, values, scales), (), constants, warps=max(8, block // 1024))
     return values, scales
 
 

@@ -19,7 +19,7 @@ def _rows(n: int, features: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("features,padded", [(1, 1), (5, 16), (768, 768), (2560, 2560), (5461, 5472)])
+@pytest.mark.parametrize("features,padded", [(1, 1), (5, 16), (768, 768), (2560, 2560), (5461, 5472), (16_400, 16_416)])
 def test_rows_have_the_bits_of_torch(features: int, padded: int, dtype: torch.dtype) -> None:
     x = _rows(5, features, dtype)
     x[1] = 0
