@@ -42,6 +42,7 @@ CELLS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     ),
 }
 RESUMED_AT = 3
+KERNELS = Path("relora_mora", "kernels", "_kernels.so")
 
 
 def main() -> None:
@@ -51,9 +52,10 @@ def main() -> None:
         before = folder / "before"
         subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", before, commit], check=True)
         try:
-            kernels = ROOT / "relora_mora" / "kernels" / "_kernels.so"  # used if its source equals that commit's
-            if kernels.exists():
-                shutil.copy2(kernels, before / "relora_mora" / "kernels")
+            if (ROOT / KERNELS).exists():  # otherwise both use torch operations
+                build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+                subprocess.run(build, cwd=before, check=True, stderr=subprocess.DEVNULL)
+                assert (before / KERNELS).exists(), "the kernels of that commit cannot be compiled here"
             different = compare(before, folder)
         finally:
             subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", before], check=True)
