@@ -57,7 +57,8 @@ class ZeroEngine(ZeroState):
         self.clip = clip
         self.bf16 = bf16
         shapes = {name: parameter.shape for name, parameter in lm.named_parameters()}
-        for _, layer in adapter_layers(lm):
+        for name, layer in adapter_layers(lm):
+            shapes[f"{name}.weight"] = torch.Size((layer.out_features, layer.in_features))  # not of what is stored
             layer.pack()
         parameters = dict(lm.named_parameters())
         names = {id(parameter): name for name, parameter in parameters.items()}

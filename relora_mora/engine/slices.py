@@ -70,7 +70,7 @@ class MergedSlices:
         base_weight: Any = layer.weight
         slice_of_base = base_weight.ds_tensor.data
         size = slice_of_base.numel()
-        elements = base_weight.ds_numel
+        elements = base_weight.ds_shape.numel()
         begin = min(size * self.rank, elements)
         end = min(begin + size, elements)
         if layer.stored is PLAIN:
