@@ -47,5 +47,6 @@ def test_a_compiled_layer_keeps_no_weight_for_backward() -> None:
     table = rows_of(Path(__file__).with_name("counts.csv").read_text())
     for model, method, how in table:
         resident = table.get((model, f"{method} resident", how))
-        if method.startswith("remora") and how == "compiled" and resident is not None:
+        rebuilds = method.startswith("remora") and "int8" not in method  # which is decoupled
+        if rebuilds and how == "compiled" and resident is not None:
             assert table[model, method, how]["kept_mib"] <= resident["kept_mib"]
