@@ -68,7 +68,7 @@ def _fold(x: Tensor, width: int) -> Tensor:
     return folded
 
 
-def _product(reduced: Tensor, compressed: Tensor) -> Tensor:
+def transposed_product(reduced: Tensor, compressed: Tensor) -> Tensor:
     """reduced^T compressed [m, n], of reduced [..., m] and compressed [..., n]"""
     return reduced.reshape(-1, reduced.shape[-1]).T @ compressed.reshape(-1, compressed.shape[-1])
 
@@ -124,7 +124,7 @@ class Operator(ABC):
 
     def square_gradients(self, compressed: Tensor, dys: Sequence[Tensor]) -> Sequence[Tensor]:
         """dM [R, R] = (D^T dy)^T (C x) for each dy [..., out], from compressed = ``compress_for_gradient(x)``."""
-        return [_product(self.decompress_transposed(dy), compressed) for dy in dys]
+        return [transposed_product(self.decompress_transposed(dy), compressed) for dy in dys]
 
     def __repr__(self) -> str:
         return (
@@ -190,7 +190,7 @@ class GroupingOperator(Operator):
 
     def square_gradients(self, compressed: Tensor, dys: Sequence[Tensor]) -> Sequence[Tensor]:
         reduced = group_sums(dys, self.padded_outputs if dys[0].is_cuda else self.outputs)
-        products = _product(reduced, compressed).unflatten(0, (len(dys), -1))
+        products = transposed_product(reduced, compressed).unflatten(0, (len(dys), -1))
         return products[:, : self.square_size, : self.square_size].contiguous().unbind()
 
 

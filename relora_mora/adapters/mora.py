@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from relora_mora.adapters.layers import AdapterLinear, Flops, Kept
 from relora_mora.adapters.stored import EightBits, Stored, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
-from relora_mora.operators import Draw, GroupingOperator, Operator, make_operator, square_size
+from relora_mora.operators import Draw, GroupingOperator, Operator, make_operator, square_size, transposed_product
 
 
 def layer_square_size(method: MethodConfig, in_features: int, out_features: int) -> int:
@@ -285,5 +285,5 @@ class _DecoupledMoRA(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = ctx.stored.linear_transposed(dy, weight, reduced @ M.to(dy.dtype), ctx.operator.inputs)
         if ctx.needs_input_grad[2]:
-            dM = reduced.reshape(-1, reduced.shape[-1]).mT @ compressed.reshape(-1, compressed.shape[-1])
+            dM = transposed_product(reduced, compressed)
         return dx, None, dM, None, None

@@ -51,10 +51,10 @@ class Plain:
         return stored
 
     def linear(self, x: Tensor, stored: Tensor) -> Tensor:
-        return F.linear(x, stored.to(x.dtype))
+        return F.linear(x, self.dense(stored, x.dtype).to(x.dtype))
 
     def linear_transposed(self, dy: Tensor, stored: Tensor) -> Tensor:
-        return dy @ stored.to(dy.dtype)
+        return dy @ self.dense(stored, dy.dtype, after=dy).to(dy.dtype)
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,6 @@ class Rounded(Plain):
 
     def dense(self, stored: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
         return dense(stored, None, dtype, after)
-
-    def linear(self, x: Tensor, stored: Tensor) -> Tensor:
-        return F.linear(x, self.dense(stored, x.dtype))
-
-    def linear_transposed(self, dy: Tensor, stored: Tensor) -> Tensor:
-        return dy @ self.dense(stored, dy.dtype, after=dy)
 
 
 @dataclass(frozen=True)
@@ -101,6 +95,10 @@ class EightBits:
         return cls(kind, multiplies, out_features, in_features, *padded)
 
     def bytes_of(self, elements: int, width: int) -> int:
+        return self._size
+
+    @property
+    def _size(self) -> int:
         return self._scales_start + 4 * self.padded_out
 
     @property
@@ -118,7 +116,7 @@ class EightBits:
 
     def empty(self, weight: Tensor) -> Tensor:
         """A stored tensor of zeros, on the device of a weight [out, in]"""
-        return torch.zeros(self._scales_start + 4 * self.padded_out, dtype=torch.uint8, device=weight.device)
+        return torch.zeros(self._size, dtype=torch.uint8, device=weight.device)
 
     def parts(self, stored: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the stored tensor: values [padded out, padded in] and float32 scales [padded out]."""

@@ -9,6 +9,7 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from relora_mora.adapters.layers import adapter_layers
+from relora_mora.adapters.stored import PLAIN
 from relora_mora.distributed.waiting import collective
 from relora_mora.engine.internals import check_objects
 from relora_mora.engine.masters import Fragment, owned_fragments, update_parameters
@@ -166,8 +167,9 @@ class ZeroState:
         """Sets a frozen weight on all ranks from its owner's float32 value; a collective."""
         self.drop_merged()
         parameter = self.parameters[name]
-        if value is not None and name in self.layers:
-            value = self.layers[name].stored.encode(value.to(self.device))
+        stored = self.layers[name].stored if name in self.layers else PLAIN
+        if value is not None and stored is not PLAIN:
+            value = stored.encode(value.to(self.device))
         if self.stage == 3:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner):
                 if self.rank == owner:
