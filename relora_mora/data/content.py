@@ -21,9 +21,8 @@ import xxhash
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import SourceError, unreadable
-from relora_mora.data.formats.kinds import TEXT
 from relora_mora.data.records.encoders import how_written, packing_of
-from relora_mora.data.shard import Shard, Version
+from relora_mora.data.shard import TEXT, Shard, Version
 from relora_mora.data.tokens.index import COMMAND
 
 if TYPE_CHECKING:

@@ -245,7 +245,7 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     (
         {"method": {"name": "full"}, "optim": {"warmup_steps": 10_000}},
         None,
-        "optim.warmup_steps: 10,000 warmup steps leave no other steps",
+        "optim.warmup_steps: a warmup of 10,000 steps leaves no other steps",
     ),
     ({"optim": {"decay_steps": 100}}, None, "optim.decay_steps: only the schedule wsd uses it, got cosine"),
     (

@@ -109,8 +109,8 @@ def _optimizer_faults(config: Config) -> Iterator[Fault]:
     if optim.warmup_steps >= steps:
         yield Fault(
             ("optim.warmup_steps", "train.steps"),
-            f"{counted(optim.warmup_steps, 'warmup step')} leave no other steps in a run of {counted(steps, 'step')}; "
-            "lower it or raise train.steps",
+            f"a warmup of {counted(optim.warmup_steps, 'step')} leaves no other steps in a run of "
+            f"{counted(steps, 'step')}; lower it or raise train.steps",
         )
     if optim.schedule != "wsd":
         if optim.decay_steps is None:

@@ -10,7 +10,6 @@ from relora_mora.config.data import DataConfig
 from relora_mora.data.bad_rows import BadRowLimit
 from relora_mora.data.bytes.local import LocalFile, RandomAccessFile
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError, names_of
-from relora_mora.data.formats.json_lines import decode_text
 from relora_mora.data.lanes import plan_lanes
 from relora_mora.data.shard import Record, Shard
 from relora_mora.system.files import LOST_DISK
@@ -143,6 +142,16 @@ def utf8(column: Any) -> Any:
         return utf8(column.dictionary).take(column.indices)
     values = column.cast(pyarrow.binary_view()) if pyarrow.types.is_string_view(column.type) else column
     return values.cast(pyarrow.large_binary())
+
+
+def decode_text(text: bytes) -> str | Skipped:
+    """The string that a text's bytes encode, or the reason why there is none."""
+    if not text:
+        return Skipped("empty_text")
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return Skipped("invalid_utf8")
 
 
 def _open(shard: Shard, timeout_seconds: float) -> RandomAccessFile:

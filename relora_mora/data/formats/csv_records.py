@@ -11,8 +11,7 @@ from typing import Any
 from relora_mora.config.data import DataConfig
 from relora_mora.data.bytes.lines import BOM, ShardLines
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
-from relora_mora.data.formats.columns import check_names
-from relora_mora.data.formats.json_lines import decode_text
+from relora_mora.data.formats.columns import check_names, decode_text
 from relora_mora.data.shard import Shard
 
 # csv sees each byte as the character with the same number, so lengths count bytes and no encoding error can occur

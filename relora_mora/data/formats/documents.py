@@ -3,7 +3,8 @@
 from relora_mora.config.data import DataConfig
 from relora_mora.data.bytes.lines import ShardLines
 from relora_mora.data.errors import Skipped
-from relora_mora.data.formats.json_lines import BLANK, decode_text
+from relora_mora.data.formats.columns import decode_text
+from relora_mora.data.formats.json_lines import BLANK
 from relora_mora.data.shard import Shard
 
 

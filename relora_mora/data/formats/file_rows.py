@@ -12,11 +12,10 @@ from relora_mora.data.formats.columns import ColumnFile, GroupRows
 from relora_mora.data.formats.csv_records import CsvRecords
 from relora_mora.data.formats.documents import TextDocuments
 from relora_mora.data.formats.json_lines import JsonLines
-from relora_mora.data.formats.kinds import ARROW, CSV, JSON_LINES, PARQUET, TEXT, Format
 from relora_mora.data.formats.parquet import ParquetColumn
 from relora_mora.data.formats.turns import Entries, TurnRows
 from relora_mora.data.rows import Encoded, EncodeTexts, Rows
-from relora_mora.data.shard import Shard
+from relora_mora.data.shard import ARROW, CSV, JSON_LINES, PARQUET, TEXT, Format, Shard
 from relora_mora.data.sources.resolve import shards_of
 
 if TYPE_CHECKING:

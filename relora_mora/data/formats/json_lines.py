@@ -72,16 +72,6 @@ def _parse(line: bytes | Skipped, foreign_format: str | None) -> tuple[str, Any]
         return Skipped("long_integer")
 
 
-def decode_text(text: bytes) -> str | Skipped:
-    """The string that a text's bytes encode, or the reason why there is none."""
-    if not text:
-        return Skipped("empty_text")
-    try:
-        return text.decode()
-    except UnicodeDecodeError:
-        return Skipped("invalid_utf8")
-
-
 def surely_bad(line: bytes | Skipped, *, column: str = "text") -> bool:
     """Whether ``parse_line`` would find a bad row, as far as this shows without parsing. Never true for a good line.
 

@@ -17,12 +17,11 @@ from relora_mora.data.bad_rows import JUDGED_FROM_ROWS, OTHER_KEYS, TOO_LONG, Re
 from relora_mora.data.content import THREADS
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.formats.file_rows import open_rows
-from relora_mora.data.formats.kinds import JSON_LINES, TEXT
 from relora_mora.data.lanes import Cursor, LanePlan, LaneRows, lane_plans
 from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import Ids, Scored, calls_of
 from relora_mora.data.sets.reading import rows_in_order
-from relora_mora.data.shard import Shard
+from relora_mora.data.shard import JSON_LINES, TEXT, Shard
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.packing import with_end
 from relora_mora.data.stream.producer import mixture_names, shards_of_source

@@ -18,7 +18,7 @@ from typing import Any
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import SourceError, unreadable
-from relora_mora.data.formats.kinds import format_of
+from relora_mora.data.shard import format_of
 from relora_mora.data.sources.names import SPLITS, Commits, DatasetName, dataset_name
 
 Key = tuple[DatasetName, str, str]  # split and commit

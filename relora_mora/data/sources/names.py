@@ -8,7 +8,7 @@ from pathlib import Path
 
 from relora_mora.config.data import DataConfig, Split, TextSource
 from relora_mora.data.errors import SourceError
-from relora_mora.data.formats.kinds import format_of
+from relora_mora.data.shard import format_of
 from relora_mora.data.tokens.index import is_token_folder
 from relora_mora.system.files import from_home
 

@@ -12,8 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from relora_mora.config.data import DataConfig, RecordsConfig, Split, TextSource, as_sources, is_mixture
 from relora_mora.data.errors import SourceError, unreadable
-from relora_mora.data.formats.kinds import ARROW, SUFFIXES, TEXT, format_of
-from relora_mora.data.shard import RecordFormat, Shard, Version
+from relora_mora.data.shard import ARROW, SUFFIXES, TEXT, RecordFormat, Shard, Version, format_of
 from relora_mora.data.sources.named_sets import dataset_files
 from relora_mora.data.sources.names import C4, Commits, DatasetName, dataset_name, hub_parts, hub_source, is_hub
 from relora_mora.data.tokens.index import file_in, finished_index, is_token_folder

@@ -21,9 +21,8 @@ from relora_mora.data.content import at_versions, content_digests, remote_versio
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.formats.file_rows import check_is_text, text_encoder
 from relora_mora.data.formats.json_lines import is_encodable
-from relora_mora.data.formats.kinds import TEXT
 from relora_mora.data.sets.show import check_columns
-from relora_mora.data.shard import Shard
+from relora_mora.data.shard import TEXT, Shard
 from relora_mora.data.tokens import index
 from relora_mora.data.tokens.rows import Header, MappedTokens
 from relora_mora.data.tokens.writer import UNFINISHED, totals_of, write_tokens

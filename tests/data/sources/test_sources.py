@@ -17,8 +17,7 @@ from relora_mora.data.bytes.remote import RemoteBytes
 from relora_mora.data.content import fingerprints, local_content
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats.file_rows import open_rows
-from relora_mora.data.formats.kinds import format_of
-from relora_mora.data.shard import Shard
+from relora_mora.data.shard import Shard, format_of
 from relora_mora.data.sources.resolve import configured_shards, expand_braces, resolve_shards
 from tests.tools.commands import permissions_count, public_folder
 from tests.tools.data_tools import data_config, write_shard, write_shards
