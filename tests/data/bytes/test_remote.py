@@ -13,8 +13,7 @@ from email.utils import formatdate
 
 import pytest
 
-from relora_mora.config.data import DataConfig
-from relora_mora.data.bytes import retry, transport
+from relora_mora.data.bytes import transport
 from relora_mora.data.bytes.remote import RemoteBytes
 from relora_mora.data.bytes.retry import (
     FIRST_WAIT_SECONDS,
@@ -27,19 +26,11 @@ from relora_mora.data.bytes.retry import (
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats.file_rows import iter_texts
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.names import with_commits
-from relora_mora.data.sources.resolve import configured_shards, resolve_shards
 from tests.tools.data_tools import data_config, documents_in, make_lane, some_texts, write_shard, write_shards
-from tests.tools.faulty_server import COMMIT, FAULTS, serving
+from tests.tools.faulty_server import FAULTS, serving
 
 JSON_LINES = (".json", ".json.gz", ".jsonl.zst")
 WAITING = ("stall", "429")
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
-    monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -289,124 +280,6 @@ def test_retry_after_is_honored_and_read():
         == retry_after_seconds({"Retry-After": "\xb2"})
         == 0
     )
-
-
-class TestHub:
-    @pytest.fixture
-    def hub(self, tmp_path, monkeypatch):
-        for split, count in (("train", 1024), ("validation", 8)):
-            for n in range(2):
-                write_shard(tmp_path / "en" / f"c4-{split}.{n:05d}-of-{count:05d}.json.gz", some_texts(20, seed=n))
-        with serving(tmp_path) as server:
-            monkeypatch.setenv("HF_ENDPOINT", server.url)
-            monkeypatch.setenv("HF_TOKEN", "hf_secret")
-            yield server
-
-    def test_c4_is_read_from_a_mirror(self, hub):
-        shards = resolve_shards("allenai/c4", "main", split="train")
-        assert len(shards) == 1024
-        assert shards[0].name.startswith(f"hub:allenai/c4@{COMMIT}/")
-        assert hub.paths == ["/api/datasets/allenai/c4/revision/main"]  # the commit, once; nothing is listed
-        source = "hub:allenai/c4/en/c4-train.{00000..00001}-of-01024.json.gz"
-        assert list(iter_texts(source, split="train", config=data_config(source))) == some_texts(
-            20, seed=0
-        ) + some_texts(20, seed=1)
-
-    def test_a_login_in_netrc_does_not_take_the_place_of_the_token(self, hub, tmp_path, monkeypatch):
-        (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
-        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-        source = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"
-        list(iter_texts(source, split="train", config=data_config(source)))
-        sent = [headers["authorization"] for path, headers in hub.requests if "/resolve/" in path]
-        assert sent
-        assert set(sent) == {"Bearer hf_secret"}
-
-    def test_the_token_goes_to_the_hub_and_nowhere_else(self, hub, tmp_path):
-        source = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"
-        list(iter_texts(source, split="train", config=data_config(source)))
-        assert all(
-            headers["authorization"] == "Bearer hf_secret" for path, headers in hub.requests if "/resolve/" in path
-        )
-        assert "hf_secret" not in repr(resolve_shards(source))
-        hub.requests.clear()
-        url = f"{hub.url}/en/c4-train.00000-of-01024.json.gz"
-        list(iter_texts(url, split="train", config=data_config(url)))
-        assert hub.requests
-        assert all("authorization" not in headers for _, headers in hub.requests)
-
-    def test_the_commit_of_a_revision_is_asked_for_once(self, hub):
-        known = with_commits(data_config("allenai/c4"))
-        assert known.commits == {"allenai/c4@main": COMMIT}
-        assert len(hub.paths) == 1
-        assert configured_shards(known, "train")[0].name.startswith(f"hub:allenai/c4@{COMMIT}/")
-        assert with_commits(known) == known
-        assert len(hub.paths) == 1
-        others = data_config("a.json").model_copy(update={"commits": known.commits})
-        assert with_commits(others).commits == {} and len(hub.paths) == 1, "of what it does not read it knows nothing"
-        DataConfig(train="a.json", validation="a.json", commits={"allenai/c4@v1@2": COMMIT})
-
-    def test_revisions_and_files_unknown_to_the_hub(self, hub):
-        with pytest.raises(SourceError, match="has no revision 'nowhere'"):
-            resolve_shards("allenai/c4", "nowhere")
-        hub.fault = lambda n: "503" if n % 2 else None
-        assert len(resolve_shards("allenai/c4", "main")) == 1024
-
-    @pytest.mark.parametrize("fault", FAULTS)
-    def test_faults_pass_while_the_commit_is_asked_for(self, hub, monkeypatch, fault):
-        monkeypatch.setattr(transport, "STALL_SECONDS", 0.3)
-        hub.fault = lambda n: fault if n < 2 else None
-        hub.stall_seconds = 1.0
-        hub.retry_after["429"] = "0"
-        assert len(resolve_shards("allenai/c4", "main", timeout_seconds=60.0)) == 1024
-        assert len(hub.faults) == (0 if fault == "cut_range" else 2)
-
-    @pytest.mark.parametrize("fault", ["refuse", "truncate"])
-    def test_an_unreachable_hub_is_one_line_with_its_address_and_remedies(self, hub, fault):
-        hub.fault = lambda n: fault
-        with pytest.raises(SourceError, match=r"gave up after 0\.3 s") as caught:
-            resolve_shards("allenai/c4", "main", timeout_seconds=0.3)
-        text = str(caught.value)
-        assert f"network to {hub.url}, name a mirror with HF_ENDPOINT, give local files by path" in text
-        assert "\n" not in text
-        hub.fault = lambda n: "503"
-        with pytest.raises(SourceError, match=r"status 503.*HF_ENDPOINT"):  # a file, too
-            RemoteBytes(resolve_shards("hub:allenai/c4/en/a.json", COMMIT)[0], 3.0).read(9)
-
-    def test_a_login_is_retried_after_a_network_fault(self, hub, monkeypatch):
-        class OtherTransportError(Exception):
-            pass
-
-        def login():
-            if next(failures, None):
-                raise OtherTransportError
-            return {"authorization": "Bearer renewed"}
-
-        monkeypatch.setattr("huggingface_hub.utils.build_hf_headers", login)
-        failures = iter([True] * 2)
-        resolve_shards("allenai/c4", "main")
-        assert hub.requests[-1][1]["authorization"] == "Bearer renewed"
-        failures = iter(itertools.repeat(True))
-        with pytest.raises(SourceError, match=r"no login to the hub \(OtherTransportError\)"):
-            resolve_shards("allenai/c4", "main", timeout_seconds=0.3)
-
-    @pytest.mark.parametrize("token", ["hf_\u201csecret\u201d", "folder"])
-    def test_a_token_that_cannot_be_read_or_sent(self, hub, monkeypatch, tmp_path, token):
-        monkeypatch.setenv("HF_TOKEN", "" if token == "folder" else token)
-        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path))
-        with pytest.raises(SourceError, match="hf auth login") as caught:
-            resolve_shards("allenai/c4", "main", timeout_seconds=60.0)
-        assert "secret" not in str(caught.value)
-
-    @pytest.mark.parametrize("revision", ["main", COMMIT])
-    def test_an_endpoint_that_is_not_an_address(self, hub, monkeypatch, revision):
-        monkeypatch.setenv("HF_ENDPOINT", "mirror.example.org")
-        with pytest.raises(SourceError, match=r"HF_ENDPOINT: got 'mirror\.example\.org'"):
-            resolve_shards("allenai/c4", revision)
-
-    def test_the_hub_stays_unreachable(self, hub):
-        hub.fault = lambda n: "503"
-        with pytest.raises(SourceError, match=r"hub:allenai/c4 \(revision main\): gave up after 0.3 s"):
-            resolve_shards("allenai/c4", "main", timeout_seconds=0.3)
 
 
 def test_a_lane_reads_over_http_what_it_reads_from_disk(tmp_path):
