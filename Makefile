@@ -105,18 +105,18 @@ FULL_RANK := --against=name=full,lr=0.0005,seed=0
 TUNED := name=full,lr=0.002,lr_other=0.032,seed=0
 REACH := --reach=eval/character_accuracy=0.5,0.95
 study: $(VENV)/.installed-dev  ## tables and figures of the studies in the documents, from what is kept of their runs
-	$(COMPARE) docs/studies/memory_tiny.jsonl --best=optim.lr $(REACH) --out=docs/studies/memory_tiny
-	$(COMPARE) docs/studies/memory_1000_tiny.jsonl --best=optim.lr $(REACH) --out=docs/studies/memory_1000_tiny
-	$(COMPARE) docs/studies/merges_tiny.jsonl --out=docs/studies/merges_tiny
-	$(COMPARE) docs/studies/base_tiny.jsonl --against=base=bf16,form=resident,seed=0 --unnamed=$(UNNAMED) --out=docs/studies/base_tiny
-	$(COMPARE) docs/studies/length_tiny.jsonl --out=docs/studies/length_tiny
-	$(COMPARE) docs/studies/larger_35m.jsonl --out=docs/studies/larger_35m
-	$(COMPARE) docs/studies/ablations_tiny.jsonl --out=docs/studies/ablations_tiny
-	$(COMPARE) docs/studies/embeddings_tiny.jsonl --against=$(TUNED) --out=docs/studies/embeddings_tiny
-	$(COMPARE) $(addprefix docs/studies/,paper_tiny.jsonl muon_tiny.jsonl projected_tiny.jsonl) --best=optim.lr $(FULL_RANK) --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny
-	$(COMPARE) docs/studies/biomedical_tiny.jsonl --best=optim.lr --out=docs/studies/biomedical_tiny
-	$(COMPARE) docs/studies/math_tiny.jsonl --best=optim.lr --out=docs/studies/math_tiny
-	$(COMPARE) docs/studies/math_smollm2.jsonl --out=docs/studies/math_smollm2
+	$(COMPARE) docs/studies/memory_tiny.jsonl.gz --best=optim.lr $(REACH) --out=docs/studies/memory_tiny
+	$(COMPARE) docs/studies/memory_1000_tiny.jsonl.gz --best=optim.lr $(REACH) --out=docs/studies/memory_1000_tiny
+	$(COMPARE) docs/studies/merges_tiny.jsonl.gz --out=docs/studies/merges_tiny
+	$(COMPARE) docs/studies/base_tiny.jsonl.gz --against=base=bf16,form=resident,seed=0 --unnamed=$(UNNAMED) --out=docs/studies/base_tiny
+	$(COMPARE) docs/studies/length_tiny.jsonl.gz --out=docs/studies/length_tiny
+	$(COMPARE) docs/studies/larger_35m.jsonl.gz --out=docs/studies/larger_35m
+	$(COMPARE) docs/studies/ablations_tiny.jsonl.gz --out=docs/studies/ablations_tiny
+	$(COMPARE) docs/studies/embeddings_tiny.jsonl.gz --against=$(TUNED) --out=docs/studies/embeddings_tiny
+	$(COMPARE) $(addprefix docs/studies/,paper_tiny.jsonl.gz muon_tiny.jsonl.gz projected_tiny.jsonl.gz) --best=optim.lr $(FULL_RANK) --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny
+	$(COMPARE) docs/studies/biomedical_tiny.jsonl.gz --best=optim.lr --out=docs/studies/biomedical_tiny
+	$(COMPARE) docs/studies/math_tiny.jsonl.gz --best=optim.lr --out=docs/studies/math_tiny
+	$(COMPARE) docs/studies/math_smollm2.jsonl.gz --out=docs/studies/math_smollm2
 
 SMOKE := $(BIN)/python launch/study.py configs/study/smoke.yaml
 study-smoke: $(VENV)/.installed-dev  ## a study of six short runs, and one of them again with the same numbers

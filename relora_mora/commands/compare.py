@@ -18,7 +18,8 @@ def main(
     Runs that differ only in the seed share a row with their mean.
 
     Arguments:
-        runs: run folders, or the cells.jsonl of a study; perplexities are also given as multiples of the first run's
+        runs: run folders, or the cells.jsonl of a study, also compressed (NAME.jsonl.gz); perplexities are also given
+            as multiples of the first run's
 
     Options:
         out: a folder for compare.md, compare.json and plots as PNG; it is created if needed, and these files in it are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 from pathlib import Path
 
@@ -89,11 +90,11 @@ def test_missing_inputs_of_the_second_round_are_reported_after_the_first(tmp_pat
 
 
 def test_the_table_has_the_other_runs_if_one_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    records = ROOT / "docs/studies/merges_tiny.jsonl"
+    records = ROOT / "docs/studies/merges_tiny.jsonl.gz"
 
     def failing(plan: Study, folder: StudyFolder, *_: object) -> int:
         folder.path.mkdir()
-        folder.records.write_bytes(records.read_bytes())
+        folder.records.write_bytes(gzip.decompress(records.read_bytes()))
         raise CellsFailed("name=lora,seed=0 did not finish")
 
     monkeypatch.setattr("relora_mora.experiments.study.check.check_inputs", lambda *_: None)

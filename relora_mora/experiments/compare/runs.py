@@ -1,8 +1,10 @@
 """One run, read from its folder or from a study's records: settings, metrics over steps, tokens and time."""
 
+import gzip
 import json
 import math
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,12 +27,16 @@ class CompareError(ValueError):
 
 
 RECORDS = "cells.jsonl"  # in a study's folder
+COMPRESSED = ".gz"
 _FIELDS = {"name": str, "given": dict, "config": dict, "start": dict, "metrics": list}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of runs, in file order. Raises :class:`CompareError` if a line is not a record."""
-    records = [_json_object(line) or {} for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    """The records of runs, in file order; the file may be compressed, with a name that ends in .gz.
+
+    Raises :class:`CompareError` if a line is not a record.
+    """
+    records = [_json_object(line) or {} for line in _bytes(path).decode("utf-8", errors="replace").splitlines()]
     for number, record in enumerate(records, start=1):
         has_fields = all(isinstance(record.get(key), kind) for key, kind in _FIELDS.items())
         if not (has_fields and record["metrics"] and all(map(_has_step, record["metrics"]))):
@@ -39,6 +45,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 "is such a file, copy it again or remove the line"
             )
     return records
+
+
+def _bytes(path: Path) -> bytes:
+    data = path.read_bytes()
+    if path.suffix != COMPRESSED:
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise CompareError(f"{path}: cannot be decompressed ({error}); copy it again, or give the {RECORDS}") from None
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -246,8 +262,9 @@ def _tag(of_set: str, metric: str) -> str:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """Reads the run of a run folder, or the runs in a study's ``cells.jsonl`` (``path`` may be the study's folder).
+    """Reads the run of a run folder, or the runs in a study's ``cells.jsonl``.
 
+    ``path`` may also be the study's folder, or a compressed copy of the records, such as ``NAME.jsonl.gz``.
     Raises :class:`CompareError` for anything else.
     """
     if (path / RECORDS).is_file() and not RunFolder(path).config.is_file():
@@ -295,7 +312,8 @@ def _run_of_record(path: Path, record: dict[str, Any]) -> Run:
     given = record["given"]
     settings = _settings(record["config"], path)
     settings |= _epochs_of(given.get("train", {}).get("epochs"), given.get("optim", {}).get("warmup_fraction"))
-    study = path.parent if path.name == RECORDS else path.with_suffix("")
+    file = path.with_name(path.name.removesuffix(COMPRESSED))
+    study = file.parent if file.name == RECORDS else file.with_suffix("")
     folder = study / "runs" / record["name"]  # it may have been deleted
     return Run(folder, settings, record["metrics"], [record["start"]], is_running=False, is_record=True)
 

@@ -10,10 +10,13 @@ from relora_mora.experiments.study.folder import StudyFolder
 from relora_mora.system.files import write_synced
 from relora_mora.system.run_folder import CHANGES, NOTED, changes_since_first, noted_digests, read_json_lines
 
-KEPT_LINES = 40  # training lines, evenly over the steps, and as many merge lines; all evaluations are kept
+# what tables, figures and `choose` read
+KEPT_LINES = 40  # training lines, evenly over the steps, and as many ranks of merges; all evaluations are kept
 SPEED = "perf/tokens_per_second"
-OF_TRAINING = ("train/loss", "train/lr", "train/tokens", SPEED, "perf/peak_memory_gib")
+OF_TRAINING = ("train/loss", "train/tokens", SPEED, "perf/peak_memory_gib")
 OF_ALL_MERGES = ("merge/layers", "merge/seconds")
+RANKS = "merge/effective_rank/"
+NOT_KEPT = ("command", "host")  # of a start, because they are local
 NO_RESULTS = ("seconds", "/digest", "/answers")  # times, and what was scored, which not all kept records have
 DIGITS = 8  # significant digits of a float; float32 has no more
 
@@ -23,8 +26,8 @@ def write_records(cells: Sequence[Cell], folder: StudyFolder) -> int:
 
     A line has the cell's ``name`` and ``seed``; ``given``, all settings that it was started with; ``config``, these
     settings as the run resolved them; ``start``, the commit, versions and machine of the last start and the ``step`` of
-    the first, without the command because that contains local paths; and ``metrics``, lines of ``metrics.jsonl``
-    without the clock. Existing lines stay; lines of cells outside ``cells`` come last.
+    the first; and ``metrics``, the part of ``metrics.jsonl`` that tables and figures need. Existing lines stay; lines
+    of cells outside ``cells`` come last.
     """
     kept = folder.kept()
     new = {cell.name: _record(cell, folder) for cell in cells if cell.name not in kept and folder.has_run(cell)}
@@ -71,6 +74,7 @@ def differences(cell: Cell, first: StudyFolder, second: StudyFolder) -> tuple[in
         numbers, others = (_numbers(read_json_lines(folder.run(cell).metrics)) for folder in (first, second))
     else:
         numbers = _numbers(first.kept()[cell.name]["metrics"])
+        numbers = {key: value for key, value in numbers.items() if is_kept(key[1])}  # earlier versions kept more
         others = _numbers(_record(cell, second)["metrics"])
     return len(numbers), [
         f"{tag} at step {step}: {numbers.get((step, tag))} and {others.get((step, tag))}"
@@ -101,9 +105,14 @@ def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:
         "seed": cell.seed,
         "given": folder.given(cell),
         "config": parse_yaml(run.config.read_text(encoding="utf-8")),
-        "start": {key: value for key, value in start.items() if key != "command"},
+        "start": {key: value for key, value in start.items() if key not in NOT_KEPT},
         "metrics": _thinned(read_json_lines(run.metrics), starts[0]["step"]),
     }
+
+
+def is_kept(tag: str) -> bool:
+    is_result = tag.startswith(("eval/", RANKS)) and tag != "eval/seconds"
+    return is_result or tag in (*OF_TRAINING, *OF_ALL_MERGES)
 
 
 def _thinned(lines: list[dict[str, Any]], first_step: int) -> list[dict[str, Any]]:
@@ -115,9 +124,9 @@ def _thinned(lines: list[dict[str, Any]], first_step: int) -> list[dict[str, Any
         values = {
             tag: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
             for tag, value in {**line, **speeds.get(number, {})}.items()
-            if tag.startswith("eval/")
-            or (tag.startswith("merge/") and (number in merges or tag in OF_ALL_MERGES))
-            or (number in training and tag in OF_TRAINING)
+            if is_kept(tag)
+            and (number in training or tag not in OF_TRAINING)
+            and (number in merges or not tag.startswith(RANKS))
         }
         if values:
             result.append({"step": line["step"], **values})

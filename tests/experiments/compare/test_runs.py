@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -176,6 +177,14 @@ def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:
     for copy in ("first", "second"):
         (tmp_path / f"{copy}.jsonl").write_text(json.dumps(record) + "\n")
         assert read_runs(tmp_path / f"{copy}.jsonl")[0].folder == tmp_path / copy / "runs/cell"
+    whole = gzip.compress((tmp_path / "first.jsonl").read_bytes())
+    (tmp_path / "third.jsonl.gz").write_bytes(whole)
+    [compressed] = read_runs(tmp_path / "third.jsonl.gz")
+    assert compressed == replace(kept, folder=tmp_path / "third/runs/cell")
+    for damaged in (whole[:-9], b"{}\n", whole[:20] + b"damage" + whole[26:]):
+        (tmp_path / "third.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(CompareError, match=r"third\.jsonl\.gz: cannot be decompressed"):
+            read_runs(tmp_path / "third.jsonl.gz")
     damages = ({"metrics": 3}, {"metrics": [{"step": None}]}, {"metrics": [{"eval/loss": 2.0}]}, {"start": None})
     for line in ["{}", *(json.dumps({**record, **damage}) for damage in damages), json.dumps(record)[:-40]]:
         (tmp_path / "cells.jsonl").write_text(json.dumps(record) + f"\n{line}\n")

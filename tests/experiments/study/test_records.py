@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from relora_mora.experiments.study.conduct import conduct, run_again
 from relora_mora.experiments.study.design import Cell, Study, first_round, read_study
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs
+from relora_mora.experiments.study.record import is_kept
 from relora_mora.system.run_folder import read_json_lines
 from tests.experiments.study.tools import CHANGES, PROGRAM, made_start, made_study
 from tests.tools.helpers import ROOT
@@ -106,6 +107,7 @@ def test_a_repeated_run_is_compared_with_its_record(tmp_path: Path):
     folder = _moved(study, tmp_path, 2)
     scored, *others = read_json_lines(folder.records)
     scored["metrics"][-1] |= {"eval/digest": "0123", "eval/answers": 3}  # an earlier version did not note these
+    scored["metrics"].insert(0, {"step": 500, "train/lr": 1e-3})  # which an earlier version kept
     folder.records.write_text("".join(json.dumps(record) + "\n" for record in (scored, *others)), encoding="utf-8")
     for _ in range(2):
         assert run_again(study, folder, "name=mora,lr=0.003,seed=0", PROGRAM) == (2, [])
@@ -113,14 +115,17 @@ def test_a_repeated_run_is_compared_with_its_record(tmp_path: Path):
     assert [line.partition(":")[0] for line in different] == ["eval/loss at step 1000"]
 
 
-@pytest.mark.parametrize("records", sorted((ROOT / "docs/studies").glob("*.jsonl")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("records", sorted((ROOT / "docs/studies").glob("*.jsonl.gz")), ids=lambda path: path.name)
 def test_records_in_the_documents_match_the_studies(tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    study = read_study(ROOT / f"configs/study/{records.stem}.yaml")
+    study = read_study(ROOT / f"configs/study/{records.name.removesuffix('.jsonl.gz')}.yaml")
     folder = StudyFolder(tmp_path)
-    shutil.copy(records, folder.records)
+    assert records.read_bytes()[3:8] == bytes(5), "made with gzip -n: no name and no time, so always the same bytes"
+    folder.records.write_bytes(gzip.decompress(records.read_bytes()))
     kept = [cell for cell in all_rounds(study) if cell.name in folder.kept()]
     assert len(kept) == len(folder.kept())
+    tags = {tag for record in folder.kept().values() for line in record["metrics"] for tag in line}
+    assert [tag for tag in tags if not is_kept(tag)] == ["step"], "a study would write less today"
     folder.begin(cell_configs(study, kept, folder), study.threads)
 
 
@@ -137,11 +142,18 @@ def test_of_many_merges_and_steps_some_are_kept_whole(tmp_path: Path):
     conduct(study, folder, PROGRAM, 1)
     folder.records.unlink()
     [cell] = first_round(study)
-    merge = {"merge/layers": 28, "merge/seconds": 0.5, "merge/delta_norm/q_proj": 1.0}
+    merge = {"merge/layers": 28, "merge/seconds": 0.5, "merge/effective_rank/q_proj": 9.0}
     with folder.run(cell).metrics.open("a", encoding="utf-8") as stream:
         for step in range(1001, 1101):
-            training = {"train/loss": 4.0, "perf/tokens_per_second": 100.0 if step == 1050 else 1000.0}
-            stream.writelines(json.dumps({"step": step, **line}) + "\n" for line in (merge, training))
+            training = {
+                "train/loss": 4.0,
+                "train/lr": 1e-3,
+                "perf/tokens_per_second": 100.0 if step == 1050 else 1000.0,
+            }
+            stream.writelines(
+                json.dumps({"step": step, **line}) + "\n"
+                for line in ({**merge, "merge/delta_norm/q_proj": 1.0}, training)
+            )
     [begun, *others] = read_json_lines(folder.run(cell).metrics)
     lines = [{**begun, "perf/tokens_per_second": 1000.0}, *others]
     folder.run(cell).metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -151,9 +163,10 @@ def test_of_many_merges_and_steps_some_are_kept_whole(tmp_path: Path):
         tag: [line["step"] for line in record["metrics"] if tag in line] for tag in (*merge, "train/loss", "eval/loss")
     }
     assert kept["merge/layers"] == kept["merge/seconds"] == list(range(1001, 1101))
-    assert kept["merge/delta_norm/q_proj"] == [*range(1001, 1101, 3)]
+    assert kept["merge/effective_rank/q_proj"] == [*range(1001, 1101, 3)]
     assert kept["train/loss"] == [500, *range(1003, 1101, 3), 1100]
     assert kept["eval/loss"] == [1000]
+    assert not any("train/lr" in line or "merge/delta_norm/q_proj" in line for line in record["metrics"])
     run = [line for line in record["metrics"] if "train/loss" in line]
     gaps = [line["step"] - before for before, line in zip([0, *kept["train/loss"]], run, strict=False)]
     seconds = sum(gap / line["perf/tokens_per_second"] for gap, line in zip(gaps, run, strict=True))
