@@ -11,6 +11,7 @@ from typing import Any
 from relora_mora.config.checks.combinations import OPERATIONAL, unused_settings
 from relora_mora.config.data import RecordsConfig, TextSource
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS
+from relora_mora.config.stretches import MergeStretch
 from relora_mora.experiments.compare.runs import CompareError, Run, Series
 
 SEEDS = ("train.seed", "data.seed")
@@ -250,13 +251,15 @@ def _differences(settings: Mapping[str, Any], names: Sequence[str], full_paths: 
             shown.append(MATRIX_OPTIMIZERS[settings[name]].title)
             continue
         title = section if key == "name" else key if key_counts[key] == 1 else f"{section} {key}"
-        shown.append(f"{title.replace('_', ' ')} {_shown(settings[name], full_path=name in full_paths)}")
+        title = title.replace("_", " ")
+        value = _shown(settings[name], full_path=name in full_paths)
+        shown.append(f"{title} {value.removeprefix(title.rpartition(' ')[2] + ' ')}")  # not "merge every every 10"
     return ", ".join(shown)
 
 
 def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """The values without defaults if they describe a text source or its records; otherwise all values."""
-    for model, key in ((TextSource, "source"), (RecordsConfig, "kind")):
+    """The values without defaults if they describe a text source, its records or merges; otherwise all values."""
+    for model, key in ((TextSource, "source"), (RecordsConfig, "kind"), (MergeStretch, "every")):
         if key in values:
             defaults = {name: field.get_default() for name, field in model.model_fields.items() if name != key}
             return {name: each for name, each in values.items() if name not in defaults or each != defaults[name]}

@@ -175,6 +175,15 @@ def test_a_source_is_named_without_defaults(tmp_path: Path) -> None:
     ]
 
 
+def test_stretches_of_merges_are_named_without_defaults(tmp_path: Path) -> None:
+    clocks = (10, [{"every": 10, "growth": 1.3}], [{"every": 5, "until": 20, "growth": None}, {"every": 30}])
+    assert _labels(tmp_path, *({"method": {"merge_every": every}} for every in clocks)) == [
+        "ReMoRA (1, 2), merge every 10",
+        "ReMoRA (1, 2), merge every 10, growth 1.3",
+        "ReMoRA (1, 2), merge every 5, until 20, every 30",
+    ]
+
+
 def test_a_run_with_another_seed_is_not_called_the_same(tmp_path: Path) -> None:
     runs = [made_run(tmp_path / f"run{seed}", digest=f"{seed}", train={"seed": seed}) for seed in (0, 1)]
     labels = [group.label for group in group_runs(runs, unnamed=["data.validation"])]
