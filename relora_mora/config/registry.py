@@ -26,6 +26,7 @@ MERGE_SETTINGS = (
     "optim.restart_warmup_steps",
     "optim.rewarm",
 )
+MUON_SETTINGS = ("optim.momentum", "optim.nesterov")
 PROJECTION_SETTINGS = ("optim.projection_rank", "optim.projection_every", "optim.projection_scale")
 
 
@@ -149,9 +150,11 @@ MATRIX_OPTIMIZERS = {
     for optimizer in (
         # reads master, both moments, gradient; writes master, both moments
         MatrixOptimizer("adamw", "AdamW", ("exp_avg", "exp_avg_sq"), bytes_per_element=28),
+        MatrixOptimizer("muon", "Muon", ("momentum",), "relora_mora.optim.muon:Muon", MUON_SETTINGS),
         MatrixOptimizer(
-            "muon", "Muon", ("momentum",), "relora_mora.optim.muon:Muon", ("optim.momentum", "optim.nesterov")
+            "polar_muon", "Muon with Polar Express", ("momentum",), "relora_mora.optim.muon:PolarMuon", MUON_SETTINGS
         ),
+        MatrixOptimizer("normuon", "NorMuon", ("momentum",), "relora_mora.optim.muon:NorMuon", MUON_SETTINGS),
         # a new projection takes the singular vectors of every matrix
         MatrixOptimizer(
             "galore", "GaLore", (), "relora_mora.optim.projected:GaLore", PROJECTION_SETTINGS, is_slow=True
@@ -160,6 +163,14 @@ MATRIX_OPTIMIZERS = {
         MatrixOptimizer("apollo", "APOLLO", (), "relora_mora.optim.projected:Apollo", PROJECTION_SETTINGS),
         MatrixOptimizer(
             "apollo_mini", "APOLLO-Mini", (), "relora_mora.optim.projected:ApolloMini", ("optim.projection_every",)
+        ),
+        MatrixOptimizer(
+            "sumo",
+            "SUMO",
+            (),
+            "relora_mora.optim.projected:Sumo",
+            ("optim.momentum", *PROJECTION_SETTINGS),
+            is_slow=True,  # it takes the singular vectors of every momentum in each step
         ),
         MatrixOptimizer("adamw8bit", "8-bit AdamW", (), "relora_mora.optim.quantized:AdamW8bit", bytes_per_element=228),
     )

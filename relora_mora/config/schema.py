@@ -217,24 +217,28 @@ class OptimConfig(Strict):
     others: OtherOptimizerName = Field(
         "adamw", description="optimizer of embeddings and head: adamw8bit and apollo_mini keep less state"
     )
-    momentum: Decay = Field(0.95, description="Muon: momentum")
-    nesterov: bool = Field(True, description="Muon: use Nesterov momentum")
+    momentum: Decay = Field(0.95, description="Muon, NorMuon, SUMO: momentum")
+    nesterov: bool = Field(True, description="Muon, NorMuon: use Nesterov momentum")
     projection_rank: Positive = Field(
-        128, description="GaLore, Fira, APOLLO: rank r of a gradient's projection, at most the gradient's shorter side"
+        128,
+        description="GaLore, Fira, APOLLO, SUMO: rank r of a gradient's projection, at most the gradient's shorter "
+        "side",
     )
     projection_every: Positive = Field(
-        200, description="GaLore, Fira, APOLLO, APOLLO-Mini: steps between new projections"
+        200, description="GaLore, Fira, APOLLO, APOLLO-Mini, SUMO: steps between new projections"
     )
     projection_scale: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = Field(
         None,
-        description="GaLore, Fira: factor of the projected step, null: 0.25; APOLLO: the step is multiplied by its "
-        "square root, null: 1",
+        description="GaLore, Fira: factor of the projected step, null: 0.25; SUMO: the same, null: 0.2; APOLLO: the "
+        "step is multiplied by its square root, null: 1",
     )
     betas: tuple[Decay, Decay] = Field(
-        (0.9, 0.95), strict=False, description="betas of AdamW, and of Adam on a projection"
+        (0.9, 0.95),
+        strict=False,
+        description="betas of AdamW, and of Adam on a projection; the second one is also NorMuon's",
     )
     eps: Annotated[float, Field(ge=1e-20, lt=10, allow_inf_nan=False)] = Field(
-        1e-8, description="epsilon of AdamW, and of Adam on a projection"
+        1e-8, description="epsilon of AdamW, of Adam on a projection, and of NorMuon"
     )
     weight_decay: Decay = Field(0.0, description="decoupled weight decay of everything except norms and biases")
     clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(

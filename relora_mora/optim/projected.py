@@ -1,8 +1,9 @@
-"""GaLore, Fira, APOLLO and APOLLO-Mini: Adam on a projection of a matrix's gradient, so that its moments are small.
+"""Adam on a projection of a matrix's gradient, so that its moments are small: GaLore, Fira, APOLLO and APOLLO-Mini.
+SUMO orthogonalizes the momentum of a projection.
 
 Let G [s, l] be the gradient, transposed if the matrix has at least as many rows as columns, so that s <= l. Let
 r = min(``optim.projection_rank``, s), and let b1 and b2 be the betas. At step t of a matrix, counted from its last
-reset, all of them compute, with element-wise products and quotients::
+reset, all of them except SUMO compute, with element-wise products and quotients::
 
     P   = [s, r], renewed at t = 1 and whenever ``optim.projection_every`` steps have passed
     R   = P^T G                              [r, l]
@@ -44,6 +45,24 @@ Our code differs in these points:
 - limit() compares with the last norm above zero, and does not limit before there is one. In the packages, a matrix has
   to grow from 1e-8 again after a zero gradient.
 - Decay comes before the step, as in AdamW. All arithmetic is in float32.
+
+SUMO (arXiv 2505.24749, algorithm 1) has GaLore's P. With momentum mu = ``optim.momentum``, a step is::
+
+    M  <- P^T P_old M                        [r, l], only if P was renewed: the momentum in the new subspace
+    M  <- mu M + (1 - mu) P^T G
+    O   = U V^T, of the singular value decomposition M = U S V^T
+    a sqrt(max(m, n)) P limit(O)             the update; a is 0.2 by default
+
+At r = s, this is Muon without Nesterov's momentum, and with exact singular values of 1. It differs from the paper:
+
+- The paper's P multiplies the longer side, so its M is [r, s]. Both have the same amount of state.
+- M is a mean of gradients instead of their sum. O does not depend on that.
+- Singular values of M that are zero up to rounding stay zero, since their singular vectors are arbitrary. So O may have
+  a norm below sqrt(r), and limit() allows it to grow by a factor of 1.1 per step, as in the paper.
+- The paper names the factor sqrt(max(m, n)), but not a, which is Moonlight's, as for Muon.
+- The paper also steps by the remainder G - P P^T G as it is. Its size follows the gradient's size, and not that of the
+  rest of the step: with clipped gradients it is next to nothing. We leave it out.
+- P is computed by a full SVD and not by a random one. Zero gradients are treated as above.
 """
 
 import math
@@ -65,6 +84,7 @@ class _Projected(ABC):
     """The common part of these rules; see :class:`relora_mora.optim.rules.MatrixRule`."""
 
     scale = 0.25
+    moments: tuple[str, ...] = ("projected_avg", "projected_avg_sq")  # [r, l]
     keeps_projection = True
     keeps_norm = False
     products = 2  # matrix products, each of 2 r s l FLOPs
@@ -99,7 +119,7 @@ class _Projected(ABC):
     def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         short, long = sorted((rows, columns))
         rank = min(self.rank, short)
-        shapes: dict[str, tuple[int, ...]] = {"projected_avg": (rank, long), "projected_avg_sq": (rank, long)}
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(self.moments, (rank, long))
         if self.keeps_projection:
             shapes["projection"] = (short, rank)
         if self.keeps_norm:
@@ -206,15 +226,52 @@ class ApolloMini(Apollo):
         self.scale = 128.0
 
 
+class Sumo(_Projected):
+    """Muon inside the subspace, with an exact orthogonalization, and nothing outside it."""
+
+    scale = 0.2
+    moments = ("projected_avg",)
+    keeps_norm = True
+    growth = 1.1
+
+    def __init__(self, optim: OptimConfig) -> None:
+        super().__init__(optim)
+        self.momentum = optim.momentum
+
+    def flops(self, rows: int, columns: int) -> float:
+        """FLOPs of the products, without the SVDs: one of [r, l] in every step, and that of a renewal."""
+        rank = min(self.rank, rows, columns)
+        return super().flops(rows, columns) + 2.0 * rank * rank * max(rows, columns)
+
+    def _step(self, gradient: Tensor, state: MatrixState, done: int) -> Tensor:
+        momentum, projection = (state.tensors[key] for key in ("projected_avg", "projection"))
+        renewed = done > 0 and done % self.every == 0
+        before = projection.clone() if renewed else None
+        self._singular(gradient, state, done)
+        if before is not None:
+            momentum.copy_(projection.mT @ before @ momentum)
+        momentum.lerp_(projection.mT @ gradient, 1 - self.momentum)
+        orthogonal = _orthogonal(momentum)
+        _limit(orthogonal, state.tensors["limited_norm"], self.growth)
+        return (projection @ orthogonal).mul_(self.scale * math.sqrt(gradient.shape[1]))
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """U S V^T -> U V^T, without the vectors of singular values that are zero up to rounding"""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    left *= values > values[0] * max(matrix.shape) * torch.finfo(values.dtype).eps
+    return left @ right
+
+
 def _growth(adam: Tensor, projected: Tensor, normed: int | None = 0) -> Tensor:
     """N and R [r, l] -> phi, [l] or []"""
     return torch.linalg.vector_norm(adam, dim=normed) / (torch.linalg.vector_norm(projected, dim=normed) + SMALL)
 
 
-def _limit(step: Tensor, last: Tensor) -> None:
+def _limit(step: Tensor, last: Tensor, growth: float = NORM_GROWTH) -> None:
     """limit() in place. ``last`` [] holds the last norm above zero that it returned, and is updated."""
     norm = torch.linalg.vector_norm(step)
-    excess = (norm / (last + SMALL)).clamp(min=NORM_GROWTH) / NORM_GROWTH
+    excess = (norm / (last + SMALL)).clamp(min=growth) / growth
     divisor = torch.where(last > 0, excess, 1.0)
     step.div_(divisor)
     last.copy_(torch.where(norm > 0, norm / divisor, last))

@@ -169,11 +169,13 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     ({"method": {"operators": [2, 6], "reset": "carry", "square_multiple": 2}}, None, "and 6 is not"),
     *(
         (
-            {"method": {"reset": reset}, "optim": {"matrices": "galore"}},
+            {"method": {"reset": reset}, "optim": {"matrices": matrices}},
             None,
-            f"method.reset: {reset} changes element-wise moments, but galore has none; use method.reset=full or none",
+            f"method.reset: {reset} changes element-wise moments, but {matrices} has none; "
+            "use method.reset=full or none",
         )
         for reset in ("magnitude", "random", "carry")
+        for matrices in ("galore", "sumo")
     ),
     (
         {"optim": {"matrices": "apollo", "projection_rank": 1}},

@@ -22,10 +22,13 @@ from tests.tools.helpers import ROOT
 
 OF_WHOLE_MATRICES = (
     "muon",
+    "polar_muon",
+    "normuon",
     "galore",
     "fira",
     "apollo",
     "apollo_mini",
+    "sumo",
 )  # one that goes element by element may cost and keep nothing
 
 

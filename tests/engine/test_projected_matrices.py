@@ -1,4 +1,4 @@
-"""GaLore, Fira, APOLLO, APOLLO-Mini and 8-bit AdamW on every ZeRO stage, compared with a plain torch loop, which has
+"""The optimizers that keep a state of whole matrices, on every ZeRO stage, compared with a plain torch loop, which has
 whole matrices."""
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ class ProjectedReference(Reference):
     @torch.no_grad()
     def _step_matrix(self, name: str, rate: float, decay: float) -> None:
         weight = self.parameters[name]
+        rule, gradient = self.rules[name], weight.grad.clone()
+        rule.update_moments(gradient, {"momentum": self.momentum[name]})
         weight *= 1 - rate * decay
-        weight -= rate * self.rules[name].update(weight.grad.clone()[None], [self.states[name]])[0]
+        weight -= rate * rule.update(gradient[None], [self.states[name]])[0]
 
     def merge(self, step: int) -> None:
         super().merge(step)
@@ -70,7 +72,7 @@ def trained(world_size: int, stage: int, method: str, matrices: str, others: str
         "losses": losses,
         "masters": {name: rig.gather(name) for name in rig.engine.moments},
         "states": {name: state.tensors for name, state in rig.engine.matrix_states.items()},
-        "moments": {name: moments for name, moments in rig.engine.moments.items() if not moments},
+        "by_rules": {name for name, moments in rig.engine.moments.items() if "exp_avg" not in moments},
     }
 
 
@@ -78,6 +80,13 @@ BOTH = ("fira", "apollo_mini")  # they exchange matrices in turn
 CASES: list[Any] = [(2, "full", 0, *BOTH), (2, "full", 3, *BOTH), *rest((2, "full", 1, *BOTH), (2, "full", 2, *BOTH))]
 CASES += [(2, "full", 3, "galore", "adamw"), (1, "relora", 1, "galore", "adamw"), (2, "full", 2, "apollo", "adamw")]
 CASES += [(2, "remora", 3, "apollo", "apollo_mini"), (2, "remora", 1, "apollo_mini", "apollo_mini")]
+CASES += [
+    (2, "remora", 3, "normuon", "adamw"),
+    (2, "full", 0, "normuon", "adamw"),
+    (1, "relora", 2, "normuon", "adamw"),
+]
+CASES += [(2, "full", 2, "sumo", "adamw"), (2, "remora", 1, "sumo", "adamw"), (1, "relora", 3, "sumo", "adamw")]
+CASES += rest((2, "full", 1, "normuon", "adamw"), (2, "full", 0, "sumo", "adamw"))
 EIGHT_BITS: list[Any] = [(2, "full", stage, "adamw", "adamw8bit") for stage in (0, 2, 3)]
 EIGHT_BITS += [(2, "full", 1, "adamw8bit", "adamw8bit"), *rest((2, "full", 1, "adamw", "adamw8bit"))]
 
@@ -91,7 +100,7 @@ def test_every_stage_trains_as_plain_torch_does(pools, world, method, stage, mat
     for found in pools(world)(trained, world, stage, method, matrices, others):
         assert found["losses"] == pytest.approx(losses, rel=2e-6)
         assert distance(found["masters"], masters, start) < 5e-5
-        assert found["moments"].keys() == reference.states.keys()
+        assert found["by_rules"] == reference.states.keys()
         owners.update(list(found["states"]))
         for name, state in found["states"].items():
             assert distance(state, reference.states[name].tensors, {}) < 2e-4, name
@@ -126,12 +135,13 @@ def test_in_bf16_it_trains_as_plain_torch_does_up_to_rounding(pools, stage):
         assert found["losses"] == pytest.approx(losses, rel=3e-3)
 
 
-def reset(world_size: int, mode: str) -> list[tuple[int, int]]:
+def reset(world_size: int, mode: str, matrices: str) -> list[tuple[int, int]]:
     """How many matrices have a state, and how many of these states are zero, before a merge and after it."""
     from tests.tools.tiny import build_rig
 
-    config = matrix_config(world_size, 2, "remora", matrices="fira", **SETTINGS)
-    config = config.model_copy(update={"method": config.method.model_copy(update={"reset": mode})})
+    config = matrix_config(world_size, 2, "remora", matrices=matrices, **SETTINGS)
+    method = {"reset": mode, "reset_ratio": 0.5, "operators": [1, 2]}
+    config = config.model_copy(update={"method": config.method.model_copy(update=method)})
     rig = build_rig(config, llama=small_llama())
     rig.step(1)
     counts = []
@@ -143,9 +153,13 @@ def reset(world_size: int, mode: str) -> list[tuple[int, int]]:
     return counts
 
 
-@pytest.mark.parametrize("mode", ["full", "none"])
-def test_a_merge_drops_the_states_of_adapters_or_keeps_them(pools, mode):
-    for (held, zero), after in pools(2)(reset, 2, mode):
+RESETS = [(mode, matrices) for matrices in ("fira", "normuon", "sumo") for mode in ("full", "none")]
+RESETS += [("carry", "normuon"), *rest(("random", "normuon"), ("magnitude", "normuon"))]  # only momentum changes
+
+
+@pytest.mark.parametrize("mode,matrices", RESETS)
+def test_a_merge_drops_the_states_of_adapters_or_keeps_them(pools, mode, matrices):
+    for (held, zero), after in pools(2)(reset, 2, mode, matrices):
         assert held > 0
         assert zero == 0
         assert after == (held, held if mode == "full" else 0)

@@ -1,6 +1,6 @@
-"""GaLore, Fira, APOLLO and APOLLO-Mini on whole matrices.
+"""GaLore, Fira, APOLLO, APOLLO-Mini and SUMO on whole matrices.
 
-They are compared with their formulas in float64 and with the released packages.
+They are compared with their formulas in float64 and, except SUMO, with the released packages.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from relora_mora.optim.rules import MatrixState, new_state
 from relora_mora.system.seeds import derived_seed
 from tests.tools.memory import PeakBytes
 
-RULES = ("galore", "fira", "apollo", "apollo_mini")
+RULES = ("galore", "fira", "apollo", "apollo_mini", "sumo")
 SHAPES = [(12, 12), (5, 31), (31, 5), (24, 16)]
 STEPS = 7
 EVERY = 3  # renewals at the steps 1, 4 and 7
@@ -63,6 +63,15 @@ def _with_signs_of(before: Tensor, vectors: Tensor) -> Tensor:
     return torch.stack([new if old @ new >= 0 else -new for old, new in zip(before.T, vectors.T, strict=True)], dim=1)
 
 
+def _polar(matrix: Tensor) -> Tensor:
+    """(X X^T)^(-1/2) X by an eigendecomposition, without the directions that X does not have."""
+    if len(matrix) > matrix.shape[1]:
+        return _polar(matrix.T).T
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    inverse = torch.where(values > 1e-10 * values.max(), values.clamp(min=1e-300) ** -0.5, 0.0)
+    return vectors * inverse @ vectors.T @ matrix
+
+
 # ---- the formulas, without transposing matrices ---------------------------------------------------------------------
 
 
@@ -75,18 +84,25 @@ class Reference:
         self.scale = scale
         self.steps = 0
         self.projection = self.first = self.second = self.last = None
+        self.growth = 1.1 if name == "sumo" else 1.01
 
     def step(self, gradient: Tensor) -> Tensor:
         gradient = gradient.double()
         rows, columns = gradient.shape
         right = rows >= columns
         rank = 1 if self.name == "apollo_mini" else min(self.optim.projection_rank, rows, columns)
+        before = self.projection
         if self.steps % self.optim.projection_every == 0:
             self.projection = self._projection(gradient, right, rank)
         self.steps += 1
         to = (lambda g: g @ self.projection) if right else (lambda g: self.projection.T @ g)
         back = (lambda r: r @ self.projection.T) if right else (lambda r: self.projection @ r)
         small = to(gradient)
+        if self.name == "sumo":
+            if self.first is not None:  # the momentum in the whole space, then in the new subspace
+                self.first = to(self.first @ before.T if right else before @ self.first)
+            self.first = (0 if self.first is None else self.optim.momentum * self.first) + small
+            return self.scale * max(gradient.shape) ** 0.5 * back(self._limited(_polar(self.first)))
         b1, b2 = self.optim.betas
         self.first = (0 if self.first is None else b1 * self.first) + (1 - b1) * small
         self.second = (0 if self.second is None else b2 * self.second) + (1 - b2) * small**2
@@ -112,8 +128,8 @@ class Reference:
 
     def _limited(self, step: Tensor) -> Tensor:
         norm = (step**2).sum() ** 0.5
-        if self.last is not None and norm > 1.01 * (self.last + 1e-8):
-            step = step * (1.01 * (self.last + 1e-8) / norm)
+        if self.last is not None and norm > self.growth * (self.last + 1e-8):
+            step = step * (self.growth * (self.last + 1e-8) / norm)
         self.last = (step**2).sum() ** 0.5
         return step
 
@@ -128,6 +144,8 @@ class Reference:
         ("apollo", None, 1.0),
         ("apollo_mini", None, 128.0),
         ("apollo_mini", 0.6, 128.0),
+        ("sumo", None, 0.2),
+        ("sumo", 0.6, 0.6),
     ],
 )
 def test_steps_follow_the_formulas(name, scale, used, shape):
@@ -155,6 +173,28 @@ def test_galore_of_full_rank_is_adam_in_another_basis():
         assert torch.allclose(before - weight, update, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sumo_of_full_rank_is_muon_with_exact_singular_values(shape):
+    """Renewals do not matter, because P^T P_old is a rotation."""
+    momentum = torch.zeros(shape).double()
+    for update, gradient in zip(_updates(_rule("sumo", projection_rank=64), shape), _gradients(shape), strict=True):
+        momentum = 0.95 * momentum + 0.05 * gradient
+        expected = 0.2 * math.sqrt(max(shape)) * _polar(momentum)
+        assert torch.linalg.vector_norm(update - expected) < 1e-4 * torch.linalg.vector_norm(expected)
+
+
+def test_sumo_does_not_step_in_directions_without_momentum_and_turns_to_new_ones_slowly():
+    """A singular value of zero has arbitrary vectors. The norm of a step grows by at most a tenth."""
+    rule = _rule("sumo", projection_every=1)
+    state = _state(rule, (5, 31))
+    first, full = torch.ones(5, 1) * torch.linspace(1, 2, 31), _gradients((5, 31))[0]
+    one = rule.update(first.clone()[None], [state])[0]
+    assert torch.allclose(one, 0.2 * math.sqrt(31) * first / torch.linalg.vector_norm(first), atol=1e-5)
+    norms = [torch.linalg.vector_norm(rule.update(full.clone()[None], [state])) for _ in range(12)]
+    grown = torch.stack(norms) / torch.linalg.vector_norm(one)
+    assert torch.allclose(grown, torch.tensor([min(1.1**step, 2.0) for step in range(1, 13)]), rtol=1e-4)
+
+
 def test_apollos_draws_depend_only_on_seed_and_renewal():
     rule = _rule("apollo")
     draws = [rule._drawn(6, seed, done, torch.device("cpu")) for seed, done in [(1, 0), (1, 2), (1, 3), (2, 0)]]
@@ -177,7 +217,7 @@ def test_an_initial_zero_gradient_makes_no_step_and_does_not_limit_later_ones(na
 
 @pytest.mark.parametrize("done", [0, EVERY, 2 * EVERY])
 @pytest.mark.parametrize("shape", [(5, 31), (31, 5)])
-@pytest.mark.parametrize("name", ["galore", "fira"])
+@pytest.mark.parametrize("name", ["galore", "fira", "sumo"])
 def test_a_matrix_whose_projection_is_due_waits_for_a_gradient(name, shape, done):
     """LoRA's A has none while B is zero. Vectors of a zero matrix would stay for projection_every steps."""
     rule = _rule(name, projection_rank=2)
@@ -236,7 +276,7 @@ def test_flops_are_what_torch_counts(name, shape):
 
 @pytest.mark.parametrize("shape", [(256, 256), (160, 480), (480, 160)])
 @pytest.mark.parametrize(
-    "name,rank", [("galore", 64), ("fira", 64), ("apollo", 64), ("apollo", 150), ("apollo_mini", 64)]
+    "name,rank", [("galore", 64), ("fira", 64), ("apollo", 64), ("apollo", 150), ("apollo_mini", 64), ("sumo", 64)]
 )
 def test_workspace_bytes_are_what_an_update_allocates(name, rank, shape):
     rule = _rule(name, projection_rank=rank)
@@ -270,7 +310,7 @@ def _released(package: str, module: str, patch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", PACKAGES)
 def test_steps_equal_the_released_package(name, shape, monkeypatch):
     package, module, settings = PACKAGES[name]
     adamw = _released(package, module, monkeypatch)

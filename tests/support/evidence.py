@@ -162,6 +162,10 @@ TRAINING = [
         lambda stage: trains("remora", stage, "bf16", optimizer="muon"),
     ),
     Evidence(
+        "tests/engine/test_matrices.py::test_with_polar_express",
+        lambda method, stage, **_: trains(method, stage, "fp32", optimizer="polar_muon"),
+    ),
+    Evidence(
         "tests/engine/test_projected_matrices.py::test_every_stage_trains_as_plain_torch_does",
         lambda method, stage, matrices, others, **_: trains(
             method, stage, "fp32", optimizer=matrices, embeddings=others
@@ -179,7 +183,7 @@ TRAINING = [
     ),
     Evidence(
         "tests/engine/test_projected_matrices.py::test_a_merge_drops_the_states_of_adapters_or_keeps_them",
-        lambda mode: trains("remora", 2, "fp32", optimizer="fira", reset=mode),
+        lambda mode, matrices: trains("remora", 2, "fp32", optimizer=matrices, reset=mode),
     ),
     Evidence(
         "tests/sizing/test_measured_memory.py::test_state_and_gradients",

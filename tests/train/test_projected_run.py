@@ -1,4 +1,4 @@
-"""Runs with GaLore, Fira, APOLLO, APOLLO-Mini and 8-bit AdamW.
+"""Runs with the optimizers that keep a state of whole matrices, and Muon with Polar Express.
 
 They resume to the bit, move between ranks and stages, and keep their rank.
 """
@@ -46,6 +46,7 @@ CASES = [(2, "full", "fira", "adamw8bit", 0, True), (2, "full", "galore", "apoll
 CASES += [(2, "full", "fira", "adamw8bit", 3, True), (1, "remora", "apollo", "adamw8bit", 1, True)]
 TRIED = {"adamw", "muon", *(case[2] for case in CASES)}  # test_resume.py and test_muon_run.py have the first two
 CASES += [(2, "full", matrices, "adamw", 2, True) for matrices in MATRIX_OPTIMIZERS if matrices not in TRIED]
+CASES += rest((2, "remora", "normuon", "adamw", 3, False), (1, "remora", "sumo", "adamw", 1, True))
 
 
 @pytest.mark.parametrize("world,method,matrices,others,stage,bf16", CASES)
@@ -92,7 +93,7 @@ def _equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     return [torch.equal(value, expected[key]) for key, value in found.items()]
 
 
-@pytest.mark.parametrize("matrices,stage", [("fira", 0), ("galore", 1), *rest(("galore", 2), ("fira", 3))])
+@pytest.mark.parametrize("matrices,stage", [("fira", 0), ("galore", 1), *rest(("galore", 2), ("fira", 3), ("sumo", 2))])
 def test_a_projection_waits_for_a_scored_step(pools, config, tmp_path, matrices, stage):
     """On every stage, and also after a resume within the wait."""
     train_settings = {"steps": 10, "micro_batch_size": 1}
@@ -133,7 +134,9 @@ def test_a_moved_run_continues_as_if_it_had_not_moved(
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize("matrices,others", [("galore", "adamw8bit"), ("apollo", "apollo_mini")])
+@pytest.mark.parametrize(
+    "matrices,others", [("galore", "adamw8bit"), ("apollo", "apollo_mini"), ("normuon", "adamw"), ("sumo", "adamw")]
+)
 def test_a_checkpoint_holds_the_state_of_each_matrix_once(pools, config, tmp_path, matrices, others, stage):
     optim = {"matrices": matrices, "others": others}
     pools(2)(train, config(tmp_path / "run", 2, optim=optim, train={"zero_stage": stage}), stop_after=1)
@@ -141,15 +144,16 @@ def test_a_checkpoint_holds_the_state_of_each_matrix_once(pools, config, tmp_pat
     for key, value in tensors(checkpoint_at(tmp_path / "run", 1)).items():
         kind, name, start = key.split("|")
         found.setdefault(name, set()).add(kind)
-        if "down_proj" in name and kind.startswith("proj"):  # [24, 40]
+        if "down_proj" in name and kind.startswith(("proj", "row")):  # [24, 40]
             assert start == "0"
-            assert list(value.shape) == ([24, 4] if kind == "projection" else [4, 40])
+            assert list(value.shape) == {"projection": [24, 4], "row_avg_sq": [24]}.get(kind, [4, 40])
     assert len(found) == 2 * 7 + 2 + 5  # linears, embeddings and head, norms
     moments = {"exp_avg", "exp_avg_sq"}
     projected = {"projected_avg", "projected_avg_sq", "updates"}
     codes = {f"{moment}_{part}" for moment in moments for part in ("codes", "scales")} | {"updates"}
     of_optimizer = {"apollo": projected | {"limited_norm"}, "galore": projected | {"projection"}, "adamw8bit": codes}
-    of_optimizer["apollo_mini"] = of_optimizer["apollo"]
+    of_optimizer |= {"apollo_mini": of_optimizer["apollo"], "adamw": moments, "normuon": {"momentum", "row_avg_sq"}}
+    of_optimizer["sumo"] = {"projected_avg", "projection", "limited_norm", "updates"}
     for name, kinds in found.items():
         expected = of_optimizer[matrices if "_proj" in name else others] if "norm" not in name else moments
         assert kinds == {"master"} | expected, name

@@ -121,19 +121,31 @@ def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
     assert moved[2].exchanged == 0
 
 
-@pytest.mark.parametrize("matrices,projections,norms", [("galore", 1, 0), ("fira", 1, 1), ("apollo", 0, 1)])
-def test_moments_of_a_projection_are_counted(matrices: str, projections: int, norms: int) -> None:
+def test_normuon_keeps_a_number_of_each_row_more_than_muon() -> None:
+    muon, normuon = (plan_of(**{"optim.matrices": name}) for name in ("muon", "normuon"))
+    for stage, share in ((0, 1), (1, 2), (2, 2), (3, 2)):
+        more = normuon.memory["remora"][stage].optimizer - muon.memory["remora"][stage].optimizer
+        assert more == 4 * 4 * (4 * 128 + 3 * 173) / share
+    assert normuon.optimizer_flops == muon.optimizer_flops
+
+
+@pytest.mark.parametrize(
+    "matrices,moments,projections,norms",
+    [("galore", 2, 1, 0), ("fira", 2, 1, 1), ("apollo", 2, 0, 1), ("sumo", 1, 1, 1)],
+)
+def test_moments_of_a_projection_are_counted(matrices: str, moments: int, projections: int, norms: int) -> None:
     adamw = plan_of(**{"method.name": "full"})
     plan = plan_of(**{"method.name": "full", "optim.matrices": matrices, "optim.projection_rank": "64"})
-    # four layers with hidden 256 and intermediate 688: two moments [64, 256] or [64, 688], and a projection [256, 64]
-    attention, mlp = (2 * 64 * long + projections * 256 * 64 + norms + 1 for long in (256, 688))
+    # four layers with hidden 256 and intermediate 688: moments [64, 256] or [64, 688], and a projection [256, 64]
+    attention, mlp = (moments * 64 * long + projections * 256 * 64 + norms + 1 for long in (256, 688))
     of_adamw = 8 * 4 * (4 * 256 * 256 + 3 * 256 * 688)
     kept = 4 * 4 * (4 * attention + 3 * mlp)
     for stage, share in ((0, 1), (1, 2), (2, 2), (3, 2)):
         saved = adamw.memory["full"][stage].optimizer - plan.memory["full"][stage].optimizer
         assert saved == (of_adamw - kept) / share
-    products = {"galore": 2, "fira": 3, "apollo": 1}[matrices]
-    assert plan.optimizer_flops == products * 4 * 2 * 64 * (4 * 256 * 256 + 3 * 256 * 688)
+    products = {"galore": 2, "fira": 3, "apollo": 1, "sumo": 2}[matrices]
+    inside = 4 * 2 * 64 * 64 * (4 * 256 + 3 * 688) if matrices == "sumo" else 0  # U V^T of the momentum
+    assert plan.optimizer_flops == products * 4 * 2 * 64 * (4 * 256 * 256 + 3 * 256 * 688) + inside
     assert f"optimizer      {matrices}: " in render(plan)
 
 
