@@ -241,6 +241,11 @@ class OptimConfig(Strict):
         1e-8, description="epsilon of AdamW, of Adam on a projection, and of NorMuon"
     )
     weight_decay: Decay = Field(0.0, description="decoupled weight decay of everything except norms and biases")
+    cautious_decay: bool = Field(
+        False,
+        description="weight decay only of the elements that their step also brings closer to zero; applies to matrices "
+        "whose optimizer is not AdamW (optim.matrices, optim.others)",
+    )
     clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         1.0, description="clip the global gradient norm to this; 0: off"
     )

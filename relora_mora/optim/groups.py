@@ -111,12 +111,15 @@ class MatrixAdamW(torch.optim.AdamW):
     """AdamW, except that some groups step by a :class:`MatrixRule`: ``rules`` has their names.
 
     They do not step until ``matrices`` has what their rule steps, because DeepSpeed steps while it builds an engine.
-    ``states`` holds, by name, the state of the matrices that this rank owns.
+    ``states`` holds, by name, the state of the matrices that this rank owns. ``cautious_decay`` is about these groups.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], rules: Mapping[str, MatrixRule], **settings: Any) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], rules: Mapping[str, MatrixRule], cautious_decay: bool, **settings: Any
+    ) -> None:
         super().__init__(groups, **settings)
         self.rules = rules
+        self.cautious_decay = cautious_decay
         self.matrices: dict[MatrixRule, WholeMatrices] = {}
         self.states: dict[str, MatrixState] = {}
 
@@ -144,7 +147,9 @@ class MatrixAdamW(torch.optim.AdamW):
         )
         for flat, group in rates.items():
             if group["weight_decay"]:
-                flat.mul_(1 - group["lr"] * group["weight_decay"])
+                kept = 1 - group["lr"] * group["weight_decay"]
+                # cautious weight decay (arXiv 2510.12402, algorithm 1): an element decays unless its step opposes that
+                flat.mul_(torch.where(flat * flat.grad >= 0, kept, 1.0) if self.cautious_decay else kept)
             flat.add_(flat.grad, alpha=-group["lr"])
 
 
@@ -174,7 +179,11 @@ def build_optimizer(model: nn.Module, groups: list[ParameterGroup], optim: Optim
     ]
     settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps, "fused": True}
     rules = matrix_rules(optim)
-    return MatrixAdamW(members, rules, **settings) if rules else torch.optim.AdamW(members, **settings)
+    return (
+        MatrixAdamW(members, rules, optim.cautious_decay, **settings)
+        if rules
+        else torch.optim.AdamW(members, **settings)
+    )
 
 
 def group_rates(schedule: Schedule, groups: list[ParameterGroup], step: int) -> list[float]:

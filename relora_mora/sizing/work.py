@@ -11,17 +11,19 @@ ranks, and O the parameters of the matrices that the busiest rank updates: T / N
 as with embeddings and head on more than two ranks:
 
 ========  ============================================================================================================
-state     4 bytes for each moment of an element: 8 with AdamW, 4 with Muon. GaLore, Fira and APOLLO with rank r keep
-          8 r l for a matrix with sides s <= l; GaLore and Fira keep 4 r s more for the projection. APOLLO-Mini has
-          r = 1. 8-bit AdamW keeps 2 bytes for each element, and 8 for each block of a row. At stages 1-3 a rank has
-          1 / N of the moments, and the rest for O
-products  the rule's FLOPs for each matrix, on one rank; at stage 0 on every rank. The singular vectors that GaLore and
-          Fira compute once in ``optim.projection_every`` steps are left out
+state     4 bytes for each moment of an element: 8 with AdamW, 4 with Muon and NorMuon, which keeps 4 for each row too.
+          GaLore, Fira and APOLLO with rank r keep 8 r l for a matrix with sides s <= l, and SUMO 4 r l; all but APOLLO
+          keep 4 r s more for the projection. APOLLO-Mini has r = 1. 8-bit AdamW keeps 2 bytes for each element, and 8
+          for each block of a row. At stages 1-3 a rank has 1 / N of the moments, and the rest for O
+products  the rule's FLOPs for each matrix, on one rank; at stage 0 on every rank. The singular vectors that GaLore,
+          Fira and SUMO compute once in ``optim.projection_every`` steps are left out, and so are those of momentum that
+          SUMO computes in every step
 exchange  stage 3: 4 T / N bytes of a rank's pieces go to the owners of the matrices, and 4 T / N come back. Stages 1
           and 2 exchange matrices of more than T / N elements, and some at the borders between ranks, which are not
           counted
 scratch   the rule's workspace for the matrices that it updates at once, and their copies if there are several; what is
-          sent, what is received, and the whole matrices of a rank, 4 T / N + 8 O if all are exchanged. Rules take turns
+          sent, what is received, and the whole matrices of a rank, 4 T / N + 8 O if all are exchanged. Rules take
+          turns. Cautious decay follows: 5 T / N, or at stage 0 5 bytes for each element of the largest matrix
 ========  ============================================================================================================
 """
 
@@ -40,6 +42,8 @@ from relora_mora.model.llama import model_class
 from relora_mora.optim.groups import group_of, matrices_at_once, matrix_rules, set_trainable
 from relora_mora.optim.rules import MatrixRule, state_dtype
 from relora_mora.sizing.setup import Setup
+
+CAUTIOUS_BYTES = 26  # what the passes of cautious decay read and write for an element more than those of plain decay
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,12 @@ def state_bytes(model: PreTrainedModel, optim: OptimConfig, ranks: int) -> float
 
 def passes_bytes(model: PreTrainedModel, optim: OptimConfig) -> int:
     """Bytes that the element-wise passes of a step read and write over all ranks, except the weights for compute."""
-    return sum(numel * optim.of_group(group_of(name)).bytes_per_element for name, numel in _trained(model))
+    of_rules = optim.cautious_decay and optim.weight_decay > 0
+    records = ((optim.of_group(group_of(name)), numel) for name, numel in _trained(model))
+    return sum(
+        numel * (record.bytes_per_element + CAUTIOUS_BYTES * (of_rules and record.rule is not None))
+        for record, numel in records
+    )
 
 
 def product_flops(model: PreTrainedModel, optim: OptimConfig) -> float:
@@ -146,14 +155,18 @@ def exchanged_bytes(model: PreTrainedModel, setup: Setup) -> float:
 def scratch_bytes(model: PreTrainedModel, setup: Setup) -> float:
     """Bytes of temporary memory while matrices are updated."""
     on_gpu = setup.on_gpu
+    optim = setup.config.optim
     needed = [0.0]
-    for rule, shapes in _matrices(model, setup.config.optim).items():
+    for rule, shapes in _matrices(model, optim).items():
         largest = 0
         for shape in set(shapes):
             count = min(shapes.count(shape), matrices_at_once(shape, on_gpu=on_gpu))
             copied = 4 * shape.numel() if count > 1 else 0
             largest = max(largest, count * (copied + rule.workspace_bytes(*shape, on_gpu=on_gpu)))
         cut = _cut_sizes(shapes, setup)
+        if optim.cautious_decay and optim.weight_decay:
+            sizes = [shape.numel() for shape in shapes]
+            needed.append(5 * (sum(sizes) / setup.sharers if setup.stage else max(sizes)))
         needed.append(largest + 4 * sum(cut) / setup.world_size + 8 * _largest_share(cut, setup.world_size))
     return max(needed)
 

@@ -275,6 +275,8 @@ def test_settings_of_other_methods_are_named() -> None:
         "optim.projection_scale"
     ]
     assert not unused_by(validate(tree(optim={"matrices": "apollo", "projection_scale": 0.5}), "t"))
+    assert not unused_by(validate(tree(optim={"matrices": "sumo", "projection_scale": 0.5, "momentum": 0.9}), "t"))
+    assert list(unused_by(validate(tree(optim={"matrices": "sumo", "nesterov": False}), "t"))) == ["optim.nesterov"]
     assert not unused_by(validate(tree(optim={"others": "apollo_mini", "projection_every": 9}), "t"))
     assert unused_by(validate(tree(optim={"others": "apollo_mini", "projection_rank": 9}), "t")) == {
         "optim.projection_rank": "optim.matrices=adamw with optim.others=apollo_mini"
@@ -300,6 +302,16 @@ def test_settings_without_effect_are_named() -> None:
         ),
         ({"method": {"train_embeddings": False}, "optim": {"others": "apollo_mini"}}, {}),
         ({"method": {"reset": "random", "reset_ratio": 0.5}}, {}),
+        ({"optim": {"matrices": "muon", "weight_decay": 0.1, "cautious_decay": True}}, {}),
+        ({"optim": {"others": "adamw8bit", "weight_decay": 0.1, "cautious_decay": True}}, {}),
+        (
+            {"optim": {"matrices": "muon", "cautious_decay": True}},
+            {"optim.cautious_decay": "optim.weight_decay=0"},
+        ),
+        (
+            {"optim": {"weight_decay": 0.1, "cautious_decay": True}},
+            {"optim.cautious_decay": "optim.matrices=adamw"},
+        ),
         (
             {"optim": {"restart_warmup_steps": 0, "rewarm": "adapters"}},
             {"optim.rewarm": "optim.restart_warmup_steps=0"},

@@ -13,6 +13,7 @@ from relora_mora.adapters.layers import adapter_layers, layer_generator
 from relora_mora.config.schema import Config
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import group_rates, make_schedule, matrix_rules, parameter_groups, set_trainable
+from relora_mora.optim.muon import POLAR_EXPRESS, SAFETY
 from tests.tools.tiny import batch, tiny_config, tiny_llama
 
 STEPS = 7  # a merge after the fourth
@@ -30,14 +31,14 @@ def matrix_config(world_size: int, stage: int, method: str, zero: dict[str, Any]
     return tiny_config(world_size, method={"name": method, "rank": 5}, optim={**OPTIM, **optim}, train=train)
 
 
-def _orthogonal(matrix: Tensor) -> Tensor:
-    """Five steps of X <- 3.4445 X - 4.775 X X^T X + 2.0315 (X X^T)^2 X in float64."""
+def _orthogonal(matrix: Tensor, polar: bool) -> Tensor:
+    """Five steps of X <- a X + b X X^T X + c (X X^T)^2 X in float64."""
     x = matrix.double()
-    norm = x.square().sum().sqrt()
+    norm = x.square().sum().sqrt() * (SAFETY if polar else 1)
     x = x / norm if norm > 0 else x
-    for _ in range(5):
+    for a, b, c in POLAR_EXPRESS if polar else [(3.4445, -4.775, 2.0315)] * 5:
         cube = x @ x.T @ x
-        x = 3.4445 * x - 4.775 * cube + 2.0315 * (x @ x.T @ cube)
+        x = a * x + b * cube + c * (x @ x.T @ cube)
     return x
 
 
@@ -88,8 +89,10 @@ class Reference:
         old = self.config.optim.momentum
         momentum = self.momentum[name] = old * self.momentum[name] + (1 - old) * weight.grad
         step = old * momentum + (1 - old) * weight.grad if self.config.optim.nesterov else momentum
-        weight *= 1 - rate * decay
-        weight -= rate * 0.2 * math.sqrt(max(weight.shape)) * _orthogonal(step).float()
+        polar = self.config.optim.matrices == "polar_muon"
+        update = 0.2 * math.sqrt(max(weight.shape)) * _orthogonal(step, polar).float()
+        decays = update * weight >= 0 if self.config.optim.cautious_decay else 1
+        weight -= rate * decay * weight * decays + rate * update
 
     @torch.no_grad()
     def merge(self, step: int) -> None:

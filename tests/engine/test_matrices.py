@@ -1,4 +1,5 @@
-"""Muon on every ZeRO stage, compared with a plain torch loop, and whole matrices from cut ones."""
+"""Muon on every ZeRO stage, also with Polar Express, compared with a plain torch loop, and whole matrices from cut
+ones."""
 
 from __future__ import annotations
 
@@ -82,6 +83,25 @@ def test_without_nesterov(pools, stage):
     assert losses != pytest.approx(_reference("remora")[1], rel=2e-6)
     [found] = pools(1)(trained, 1, stage, "remora", nesterov=False)
     assert found["losses"] == pytest.approx(losses, rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    "world,method,stage", [(2, "full", 0), (2, "remora", 3), *rest((2, "full", 1), (1, "remora", 2))]
+)
+def test_with_polar_express(pools, world, method, stage):
+    losses = _reference(method, matrices="polar_muon")[1]
+    assert losses != pytest.approx(_reference(method)[1], rel=2e-6)
+    for found in pools(world)(trained, world, stage, method, matrices="polar_muon"):
+        assert found["losses"] == pytest.approx(losses, rel=2e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 3, *rest((1,), (2,))])
+def test_with_cautious_decay(pools, stage):
+    cautious = {"weight_decay": 0.9, "cautious_decay": True}
+    losses = _reference("full", **cautious)[1]
+    assert losses != pytest.approx(_reference("full", weight_decay=0.9)[1], rel=2e-6)
+    for found in pools(2)(trained, 2, stage, "full", **cautious):
+        assert found["losses"] == pytest.approx(losses, rel=2e-6)
 
 
 @pytest.mark.parametrize(

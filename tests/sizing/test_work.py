@@ -44,3 +44,20 @@ def test_a_matrix_that_is_cut_is_exchanged(ranks: int, stage: int, is_cut: bool)
     workspace = 4 * 3 * VOCABULARY  # the projected gradient, and Adam's step on it
     pieces, whole = 2 * 4 * ELEMENTS / ranks, 4 * ELEMENTS
     assert work.scratch_bytes(model, setup) == workspace + is_cut * (pieces + 2 * whole)
+
+
+@pytest.mark.parametrize("ranks,stage,elements", [(1, 0, ELEMENTS), (1, 2, 2 * ELEMENTS), (4, 2, ELEMENTS / 2)])
+def test_cautious_decay_needs_memory_and_passes(ranks: int, stage: int, elements: float) -> None:
+    """It needs more memory than the rule itself, unless matrices are exchanged."""
+    plain = _config("adamw8bit")
+    scratch, passes = [], []
+    for decay, cautious in ((0.1, False), (0.0, True), (0.1, True)):
+        settings = {"weight_decay": decay, "cautious_decay": cautious}
+        config = plain.model_copy(update={"optim": plain.optim.model_copy(update=settings)})
+        model = work.meta_model(MODEL, config.method)
+        scratch.append(work.scratch_bytes(model, Setup(config, stage, ranks, bf16=True)))
+        passes.append(work.passes_bytes(model, config.optim))
+    assert scratch[0] == scratch[1]
+    assert scratch[2] == max(scratch[0], 5 * elements)
+    assert scratch[2] > scratch[0] or ranks == 4
+    assert [each - passes[0] for each in passes] == [0, 0, 2 * ELEMENTS * work.CAUTIOUS_BYTES]

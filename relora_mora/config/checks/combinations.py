@@ -58,6 +58,10 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
     if not (settings["method.train_embeddings"] or settings["method.train_head"]):
         unused["optim.others"] = "a run that trains neither embeddings nor head"
         others = "adamw"
+    if settings["optim.weight_decay"] == 0:
+        unused["optim.cautious_decay"] = "optim.weight_decay=0"
+    elif matrices == others == "adamw":
+        unused["optim.cautious_decay"] = "optim.matrices=adamw"
     if settings["method.base"] not in ("int8", "fp8"):
         unused["method.base_products"] = f"method.base={settings['method.base'] or 'null'}"
     if record is not None and record.adapter is not None:
