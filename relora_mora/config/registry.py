@@ -36,16 +36,17 @@ class Adapter:
 
     ``layer`` names a subclass of :class:`AdapterLinear`, which defines the arithmetic, the memory and the number of
     parameters. ``settings`` lists the settings that not every adapter uses. ``has_square``: the adapter is a square
-    matrix between the operators of ``method.operators``.
+    matrix between the operators of ``method.operators``. ``has_pair``: it is LoRA's A and B.
     """
 
     layer: str
     settings: tuple[str, ...] = ()
     has_square: bool = False
+    has_pair: bool = False
 
 
 _RANK_SETTINGS = ("method.rank", "method.rank_pattern")
-LORA = Adapter("relora_mora.adapters.lora:LoRALinear", (*_RANK_SETTINGS, "method.lora_alpha"))
+LORA = Adapter("relora_mora.adapters.lora:LoRALinear", (*_RANK_SETTINGS, "method.lora_alpha"), has_pair=True)
 MORA = Adapter(
     "relora_mora.adapters.mora:MoRALinear",
     (*_RANK_SETTINGS, "method.square_size", "method.square_rounding", "method.square_multiple", "method.operators"),
@@ -133,6 +134,8 @@ class MatrixOptimizer:
     ``title`` is its name in papers. ``moments`` names its element-wise state tensors; a rule may also keep state per
     matrix. ``rule`` builds a :class:`relora_mora.optim.rules.MatrixRule` from the settings in ``optim``; None for
     AdamW. ``settings`` lists those that not every optimizer uses. ``is_slow``: the watchdog allows minutes for a step.
+    ``of_single``: the optimizer is a :class:`relora_mora.optim.rules.PairRule`, and this one is that of linears without
+    an adapter; both have the same moments.
     ``bytes_per_element``: what the element-wise passes of a step read and write, on a GPU.
     """
 
@@ -142,6 +145,7 @@ class MatrixOptimizer:
     rule: str | None = None
     settings: tuple[str, ...] = ()
     is_slow: bool = False
+    of_single: str | None = None
     bytes_per_element: int = 44  # Muon's momentum, Nesterov's, decay and step, each in its own pass
 
 
@@ -155,6 +159,14 @@ MATRIX_OPTIMIZERS = {
             "polar_muon", "Muon with Polar Express", ("momentum",), "relora_mora.optim.muon:PolarMuon", MUON_SETTINGS
         ),
         MatrixOptimizer("normuon", "NorMuon", ("momentum",), "relora_mora.optim.muon:NorMuon", MUON_SETTINGS),
+        MatrixOptimizer(
+            "lora_muon",
+            "LoRA-Muon",
+            ("momentum",),
+            "relora_mora.optim.lora_muon:LoRAMuon",
+            MUON_SETTINGS,
+            of_single="muon",
+        ),
         # a new projection takes the singular vectors of every matrix
         MatrixOptimizer(
             "galore", "GaLore", (), "relora_mora.optim.projected:GaLore", PROJECTION_SETTINGS, is_slow=True
@@ -180,7 +192,8 @@ OTHERS = ("adamw", "adamw8bit", "apollo_mini")  # values of optim.others, the op
 
 def optimizer_of(group: str, *, matrices: str, others: str) -> MatrixOptimizer:
     """The optimizer of a parameter group; AdamW always trains norms."""
-    name = {"adapters": matrices, "linears": matrices, "embeddings": others}.get(group, "adamw")
+    single = MATRIX_OPTIMIZERS[matrices].of_single or matrices
+    name = {"adapters": matrices, "linears": single, "embeddings": others}.get(group, "adamw")
     return MATRIX_OPTIMIZERS[name]
 
 

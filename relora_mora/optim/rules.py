@@ -1,8 +1,8 @@
-"""The interface of optimizers that step whole matrices, and the state that they keep."""
+"""The interfaces of optimizers that step whole matrices, and the state that they keep."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,13 @@ def new_state(seed: int, shapes: Mapping[str, tuple[int, ...]], device: torch.de
     )
 
 
+class Unit(NamedTuple):
+    """The matrices that a rule updates together, by name: one, or LoRA's A and B, whose delta is ``scale`` B A."""
+
+    names: tuple[str, ...]
+    scale: float = 1.0
+
+
 class MatrixRule(Protocol):
     """The interface of the class that ``MatrixOptimizer.rule`` names.
 
@@ -65,3 +72,37 @@ class MatrixRule(Protocol):
 
     def workspace_bytes(self, rows: int, columns: int, *, on_gpu: bool) -> int:
         """Bytes that :meth:`update` needs in addition to one matrix."""
+
+
+@runtime_checkable
+class PairRule(Protocol):
+    """The interface of a rule that updates A [r, in] and B [out, r] of a LoRA layer together.
+
+    It sees their values too, which ZeRO sends to the owner along with what :meth:`update_moments` leaves. Weight decay
+    lambda at a rate eta multiplies A and B by s = sqrt(1 - eta lambda) and divides their updates by s, so that the
+    product B A decays by 1 - eta lambda, and its update does not.
+    """
+
+    def update_moments(self, gradient: Tensor, moments: Mapping[str, Tensor]) -> None:
+        """As for :class:`MatrixRule`."""
+
+    def update_pairs(
+        self, steps: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], scale: float, rate: float
+    ) -> tuple[Tensor, Tensor]:
+        """Updates A and B of k layers of one shape, whose delta is ``scale`` B A.
+
+        ``steps`` are A's [k, r, in] and B's [k, out, r] after :meth:`update_moments`, and ``values`` their current
+        values. Returns the updates to subtract times ``rate``.
+        """
+
+    def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """As for :class:`MatrixRule`."""
+
+    def flops(self, lora_rank: int, in_features: int, out_features: int) -> float:
+        """FLOPs of :meth:`update_pairs` for one pair."""
+
+    def workspace_bytes(self, lora_rank: int, in_features: int, out_features: int, *, on_gpu: bool) -> int:
+        """Bytes that :meth:`update_pairs` needs in addition to its arguments, for one pair."""
+
+
+Rule = MatrixRule | PairRule

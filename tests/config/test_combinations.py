@@ -182,6 +182,20 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
         None,
         "optim.projection_rank: apollo divides each column of a step by the norm of its projection",
     ),
+    *(
+        (
+            {"method": {"name": name}, "optim": {"matrices": "lora_muon"}},
+            None,
+            f"optim.matrices: lora_muon updates LoRA's A and B together, but the method {name} has no such pairs; "
+            "use optim.matrices=muon, or method.name=lora or relora",
+        )
+        for name in ("full", "mora", "remora")
+    ),
+    (
+        {"method": {"name": "lora"}, "optim": {"matrices": "lora_muon", "weight_decay": 0.1, "cautious_decay": True}},
+        None,
+        "optim.cautious_decay: lora_muon decays the product of LoRA's A and B as a whole",
+    ),
     (
         {"method": {"reset": "random"}, "optim": {"matrices": "adamw8bit"}},
         None,
@@ -302,6 +316,7 @@ def test_impossible_combinations_are_refused(
         {"optim": {"warmup_steps": 0}},
         {"optim": {"matrices": "apollo", "projection_rank": 2}},
         {"optim": {"matrices": "apollo_mini", "projection_rank": 1}},
+        {"method": {"name": "relora"}, "optim": {"matrices": "lora_muon"}},
         {"optim": {"matrices": "fira", "projection_rank": 1}},
         {"optim": {"schedule": "wsd", "decay_steps": 9000}},
         {"data": {"lanes": 1024}},

@@ -17,7 +17,7 @@ from relora_mora.config.schema import Config, MethodConfig, OptimConfig
 from relora_mora.kernels import grouping
 from relora_mora.operators import Operator
 from relora_mora.optim.groups import matrix_rules
-from relora_mora.optim.rules import MatrixRule, new_state
+from relora_mora.optim.rules import MatrixRule, PairRule, new_state
 from tests.tools.helpers import ROOT
 
 OF_WHOLE_MATRICES = (
@@ -70,13 +70,17 @@ def test_the_optimizer_that_contributing_adds_is_one(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", MATRIX_OPTIMIZERS)
 def test_an_optimizer_of_matrices_names_its_rule_and_settings_that_exist(name):
     optim = OptimConfig(matrices=name)
-    record = optim.of_group("linears")
+    record = optim.of_group("adapters")
     assert record.name == name
+    single = optim.of_group("linears")
+    assert single.name == (record.of_single or name)
+    assert single.moments == record.moments  # a checkpoint does not tell the two groups apart
     assert record.title
     assert {setting.removeprefix("optim.") for setting in record.settings} <= OptimConfig.model_fields.keys()
-    rule = matrix_rules(optim).get("linears")
-    if rule is None:
-        return
+    rule = matrix_rules(optim).get("adapters")
+    assert isinstance(rule, PairRule) == (single is not record)
+    if rule is None or isinstance(rule, PairRule):
+        return  # tests/optim/test_lora_muon.py has the other
     moments = {key: torch.zeros(6, 9) for key in record.moments}
     gradient = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     state = new_state(0, rule.state_shapes(6, 9))

@@ -31,7 +31,7 @@ def matrix_config(world_size: int, stage: int, method: str, zero: dict[str, Any]
     return tiny_config(world_size, method={"name": method, "rank": 5}, optim={**OPTIM, **optim}, train=train)
 
 
-def _orthogonal(matrix: Tensor, polar: bool) -> Tensor:
+def orthogonal(matrix: Tensor, polar: bool = False) -> Tensor:
     """Five steps of X <- a X + b X X^T X + c (X X^T)^2 X in float64."""
     x = matrix.double()
     norm = x.square().sum().sqrt() * (SAFETY if polar else 1)
@@ -85,14 +85,19 @@ class Reference:
     @torch.no_grad()
     def _step_matrix(self, name: str, rate: float, decay: float) -> None:
         weight = self.parameters[name]
-        assert weight.grad is not None
-        old = self.config.optim.momentum
-        momentum = self.momentum[name] = old * self.momentum[name] + (1 - old) * weight.grad
-        step = old * momentum + (1 - old) * weight.grad if self.config.optim.nesterov else momentum
+        step = self._average(name)
         polar = self.config.optim.matrices == "polar_muon"
-        update = 0.2 * math.sqrt(max(weight.shape)) * _orthogonal(step, polar).float()
+        update = 0.2 * math.sqrt(max(weight.shape)) * orthogonal(step, polar).float()
         decays = update * weight >= 0 if self.config.optim.cautious_decay else 1
         weight -= rate * decay * weight * decays + rate * update
+
+    def _average(self, name: str) -> Tensor:
+        """The momentum, after this step's gradient; with Nesterov's."""
+        gradient = self.parameters[name].grad
+        assert gradient is not None
+        old = self.config.optim.momentum
+        momentum = self.momentum[name] = old * self.momentum[name] + (1 - old) * gradient
+        return old * momentum + (1 - old) * gradient if self.config.optim.nesterov else momentum
 
     @torch.no_grad()
     def merge(self, step: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from relora_mora.optim.rules import Unit
 from tests.engine.reference import Reference, distance, losses_of, matrix_config, small_llama
 from tests.tools.grids import STAGES, rest
 
@@ -132,6 +133,7 @@ SHAPES = {
     f"m{number}": torch.Size(shape) for number, shape in enumerate([(3, 4), (5, 5), (2, 9), (5, 5), (7, 1), (3, 4)])
 }
 FLATS = (("m0", "m1", "vector", "m2"), ("m3", "m4", "m5"))
+UNITS = {1: [Unit((name,)) for name in SHAPES], 2: [Unit(("m0", "m2")), Unit(("m1", "m3")), Unit(("m4", "m5"))]}
 
 
 def _less_its_mean(matrices: Tensor) -> Tensor:
@@ -140,10 +142,18 @@ def _less_its_mean(matrices: Tensor) -> Tensor:
     return (matrices - matrices.mean(dim=(1, 2), keepdim=True)) * (1 + columns)
 
 
-def put_together(rank: int, world_size: int, seed: int, together: int) -> tuple[list[Tensor], list[int]]:
+def _changed(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """What becomes of the matrices of a unit: each also changes by the mean of the other."""
+    return [_less_its_mean(stack) + other.mean() for stack, other in zip(stacks, reversed(stacks), strict=True)]
+
+
+def put_together(
+    rank: int, world_size: int, seed: int, together: int, size: int
+) -> tuple[list[Tensor], list[int], list[int]]:
     """Concatenates parameters, cuts them at random between the ranks, and changes the matrices.
 
-    Returns this rank's parts of the result, and how many matrices were changed together.
+    Units have ``size`` matrices, and pairs need values, which are minus the gradients. Returns this rank's parts of the
+    result, how many units were changed together, and how many elements it sent in each exchange.
     """
     from relora_mora.engine import matrices
     from relora_mora.engine.masters import Fragment
@@ -156,8 +166,9 @@ def put_together(rank: int, world_size: int, seed: int, together: int) -> tuple[
         values = torch.cat([_values(name, shapes[name]).view(-1) for name in names])
         cuts = torch.randint(0, len(values) + 1, (world_size - 1,), generator=generator).sort().values.tolist()
         begins, ends = [0, *cuts], [*cuts, len(values)]
-        flat = torch.zeros(ends[rank] - begins[rank])
-        gradients[flat] = values[begins[rank] : ends[rank]].clone()
+        gradient = values[begins[rank] : ends[rank]].clone()
+        flat = -gradient
+        gradients[flat] = gradient
         offset = 0
         for name in names:
             for other, (begin, end) in enumerate(zip(begins, ends, strict=True)):
@@ -166,47 +177,80 @@ def put_together(rank: int, world_size: int, seed: int, together: int) -> tuple[
                     fragments[other].append(Fragment(name, left - offset, right - left, flat, left - begin))
             offset += shapes[name].numel()
     counts: list[int] = []
+    sent: list[int] = []
+    all_to_all = matrices.dist.all_to_all_single
 
-    def update(stack: Tensor, names: Sequence[str]) -> Tensor:
-        assert all(torch.equal(matrix, _values(name, SHAPES[name])) for matrix, name in zip(stack, names, strict=True))
-        counts.append(len(stack))
-        return _less_its_mean(stack)
+    def update(stacks: Sequence[Tensor], units: Sequence[Unit]) -> list[Tensor]:
+        for unit, *of_unit in zip(units, *stacks, strict=True):
+            expected = [_values(name, SHAPES[name]) for name in unit.names]
+            assert all(map(torch.equal, of_unit, expected + [-each for each in expected] * (size - 1)))
+            assert len(of_unit) == size**2
+        counts.append(len(units))
+        changed = [_changed([stack[None] for stack in of_unit]) for of_unit in zip(*stacks[:size], strict=True)]
+        return [torch.cat(column) for column in zip(*changed, strict=True)]
+
+    def exchange(received: Tensor, given: Tensor, *sizes: Any) -> Any:
+        sent.append(given.numel())
+        return all_to_all(received, given, *sizes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matrices, "matrices_at_once", lambda shape, on_gpu: together)
-        cut = matrices.CutMatrices(list(SHAPES), fragments, shapes, rank=rank, world_size=world_size)
+        patch.setattr(matrices, "units_at_once", lambda shapes, on_gpu: together)
+        patch.setattr(matrices.dist, "all_to_all_single", exchange)
+        cut = matrices.CutMatrices(
+            UNITS[size], fragments, shapes, rank=rank, world_size=world_size, with_values=size > 1
+        )
         cut.replace(gradients, update)
-    return list(gradients.values()), counts
+    of_unit = {
+        unit: {other for other in fragments for part in fragments[other] if part.name in unit.names}
+        for unit in UNITS[size]
+    }
+    cut_names = {name for unit, ranks in of_unit.items() if len(ranks) > 1 for name in unit.names}
+    assert (
+        sent[:-1] == [sum(part.numel for part in fragments[rank] if part.name in cut_names)] * size
+        if sent
+        else not cut_names
+    )
+    assert not sent or len(sent) == 1 + size
+    return list(gradients.values()), counts, sent
 
 
 def _values(name: str, shape: torch.Size) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(map(ord, name))))
 
 
-def many_cuts(world_size: int, together: int) -> list[tuple[list[Tensor], list[int]]]:
+def many_cuts(world_size: int, together: int, size: int) -> list[tuple[list[Tensor], list[int], list[int]]]:
     from torch import distributed as dist
 
-    return [put_together(dist.get_rank(), world_size, seed, together) for seed in range(40)]
+    return [put_together(dist.get_rank(), world_size, seed, together, size) for seed in range(40)]
 
 
-@pytest.mark.parametrize("world,together", [(1, 1), (2, 1), (4, 1), (4, 8)])
-def test_matrices_are_whole_for_every_cut(pools, world, together):
-    expected = []
-    for names in FLATS:
-        parts = [_values(name, SHAPES.get(name, torch.Size([6]))) for name in names]
-        changed = [part if part.dim() == 1 else _less_its_mean(part[None])[0] for part in parts]
-        expected.append(torch.cat([part.reshape(-1) for part in changed]))
-    for of_ranks in zip(*pools(world)(many_cuts, world, together), strict=True):
+@pytest.mark.parametrize(
+    "world,together,size", [(1, 1, 1), (2, 1, 1), (4, 1, 1), (4, 8, 1), (1, 8, 2), (2, 1, 2), (4, 8, 2)]
+)
+def test_matrices_are_whole_for_every_cut(pools, world, together, size):
+    """Only pieces of cut units are sent: once, and back, and once more for the values that pairs need."""
+    changed = {}
+    for unit in UNITS[size]:
+        stacks = [_values(name, SHAPES[name])[None] for name in unit.names]
+        changed |= dict(zip(unit.names, _changed(stacks), strict=True))
+    expected = [
+        torch.cat([changed.get(name, _values(name, torch.Size([6]))).reshape(-1) for name in names]) for names in FLATS
+    ]
+    for of_ranks in zip(*pools(world)(many_cuts, world, together, size), strict=True):
         for index, values in enumerate(expected):
-            assert torch.equal(torch.cat([parts[index] for parts, _ in of_ranks]), values)
-        counts = [count for _, counts in of_ranks for count in counts]
-        assert sum(counts) == len(SHAPES)  # each was changed by one rank
+            assert torch.equal(torch.cat([parts[index] for parts, _, _ in of_ranks]), values)
+        counts = [count for _, counts, _ in of_ranks for count in counts]
+        assert sum(counts) == len(UNITS[size])  # each was changed by one rank
         assert together > 1 or max(counts) == 1
+        for exchanges in [sent for _, _, sent in of_ranks]:
+            assert len(exchanges) == len(of_ranks[0][2])
+        if of_ranks[0][2]:  # what is sent comes back
+            assert sum(sent[0] for _, _, sent in of_ranks) == sum(sent[-1] for _, _, sent in of_ranks)
 
 
 def test_matrices_of_one_shape_are_updated_together(pools):
-    [runs] = pools(1)(many_cuts, 1, 8)
-    assert all(sorted(counts) == [1, 1, 2, 2] for _, counts in runs)
+    [runs] = pools(1)(many_cuts, 1, 8, 1)
+    assert all(sorted(counts) == [1, 1, 2, 2] for _, counts, _ in runs)
 
 
 def elements_owned(world_size: int) -> int:
@@ -216,7 +260,7 @@ def elements_owned(world_size: int) -> int:
     rig.step(1)
     [cut_matrices] = rig.engine.optimizer.matrices.values()
     [exchange] = cut_matrices._exchanges.values()
-    return sum(part.numel for parts in exchange.incoming for _, part in parts)
+    return sum(part.numel for parts in exchange.incoming for part in parts)
 
 
 def test_the_ranks_share_the_work_if_all_matrices_are_cut(pools):

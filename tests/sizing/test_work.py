@@ -1,4 +1,4 @@
-"""The plan of an optimizer of embeddings and head: its state, its arithmetic, what is exchanged, and its scratch."""
+"""The plan of optimizers of whole matrices: their state, their arithmetic, what is exchanged, and their scratch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 from transformers import LlamaConfig
 
 from relora_mora.config.schema import Config, OptimConfig
+from relora_mora.optim.lora_muon import LoRAMuon
 from relora_mora.sizing import work
 from relora_mora.sizing.setup import Setup
 from tests.sizing.tools import make_config
@@ -43,7 +44,26 @@ def test_a_matrix_that_is_cut_is_exchanged(ranks: int, stage: int, is_cut: bool)
     assert work.exchanged_bytes(model, setup) == is_cut * 8 * 2 * ELEMENTS / ranks
     workspace = 4 * 3 * VOCABULARY  # the projected gradient, and Adam's step on it
     pieces, whole = 2 * 4 * ELEMENTS / ranks, 4 * ELEMENTS
-    assert work.scratch_bytes(model, setup) == workspace + is_cut * (pieces + 2 * whole)
+    assert work.scratch_bytes(model, setup) == (pieces + 2 * whole if is_cut else workspace)
+
+
+@pytest.mark.parametrize("ranks,stage", [(1, 3), (2, 2), (2, 3)])
+def test_a_pair_is_exchanged_with_its_values(ranks: int, stage: int) -> None:
+    config = make_config({"name": "lora", "rank": 16})
+    config = config.model_copy(update={"optim": OptimConfig(matrices="lora_muon")})
+    model = work.meta_model(MODEL, config.method)
+    setup = Setup(config, stage, ranks, bf16=True)
+    shapes = [(128, 128)] * 4 + [(128, 352)] * 2 + [(352, 128)]
+    elements = sum(16 * (into + out) for into, out in shapes)
+    assert work.product_flops(model, config.optim) == sum(LoRAMuon.flops(16, *shape) for shape in shapes)
+    is_cut = ranks > 1 and stage == 3
+    assert work.exchanged_bytes(model, setup) == is_cut * 12 * elements / ranks
+    of_muon = OptimConfig(matrices="muon")
+    assert work.state_bytes(model, config.optim, ranks) == work.state_bytes(model, of_muon, ranks)
+    assert work.passes_bytes(model, config.optim) == work.passes_bytes(model, of_muon)
+    workspace = max(LoRAMuon.workspace_bytes(16, *shape, on_gpu=False) for shape in shapes)
+    sent = whole = 4 * elements / ranks
+    assert work.scratch_bytes(model, setup) == (2 * whole + max(sent + whole, workspace) if is_cut else workspace)
 
 
 @pytest.mark.parametrize("ranks,stage,elements", [(1, 0, ELEMENTS), (1, 2, 2 * ELEMENTS), (4, 2, ELEMENTS / 2)])

@@ -166,6 +166,18 @@ TRAINING = [
         lambda method, stage, **_: trains(method, stage, "fp32", optimizer="polar_muon"),
     ),
     Evidence(
+        "tests/engine/test_pairs.py::test_every_stage_trains_as_plain_torch_does",
+        lambda method, stage, **_: trains(method, stage, "fp32", optimizer="lora_muon"),
+    ),
+    Evidence(
+        "tests/engine/test_pairs.py::test_in_bf16_pairs_train_as_in_plain_torch_up_to_rounding",
+        lambda stage: trains("relora", stage, "bf16", optimizer="lora_muon"),
+    ),
+    Evidence(
+        "tests/engine/test_pairs.py::test_a_step_after_any_reset_is_bounded",
+        lambda mode, **_: trains("relora", 2, "fp32", optimizer="lora_muon", reset=mode),
+    ),
+    Evidence(
         "tests/engine/test_projected_matrices.py::test_every_stage_trains_as_plain_torch_does",
         lambda method, stage, matrices, others, **_: trains(
             method, stage, "fp32", optimizer=matrices, embeddings=others
@@ -245,8 +257,8 @@ TRAINING = [
     Evidence("tests/weights/test_start_adapter.py::test_a_run_begins_with_the_values_in_the_file", _started),
     Evidence(
         "tests/train/test_muon_run.py::test_a_resume_is_bit_equal",
-        lambda method, stage, bf16: runs(
-            method, stage, bf16, optimizer="muon", **({} if method == "full" else {"reset": "random"})
+        lambda matrices, method, stage, bf16: runs(
+            method, stage, bf16, optimizer=matrices, **({"reset": "random"} if method.startswith("re") else {})
         ),
     ),
     Evidence(

@@ -44,7 +44,7 @@ def config(inputs, tokenizer_path):
 
 CASES = [(2, "full", "fira", "adamw8bit", 0, True), (2, "full", "galore", "apollo_mini", 2, False)]
 CASES += [(2, "full", "fira", "adamw8bit", 3, True), (1, "remora", "apollo", "adamw8bit", 1, True)]
-TRIED = {"adamw", "muon", *(case[2] for case in CASES)}  # test_resume.py and test_muon_run.py have the first two
+TRIED = {"adamw", "muon", "lora_muon", *(case[2] for case in CASES)}  # test_resume.py and test_muon_run.py have these
 CASES += [(2, "full", matrices, "adamw", 2, True) for matrices in MATRIX_OPTIMIZERS if matrices not in TRIED]
 CASES += rest((2, "remora", "normuon", "adamw", 3, False), (1, "remora", "sumo", "adamw", 1, True))
 
