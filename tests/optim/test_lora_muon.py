@@ -135,8 +135,8 @@ def _train(pair: Pair, scale: float, steps: int, rates: Sequence[float], **optim
 @pytest.mark.parametrize("shape", SHAPES)
 def test_steps_with_momentum_and_decay_are_those_of_the_formula(exact, shape, nesterov):
     """From B = 0 on, with a rate that rises."""
-    scale, decay, old = 0.5, 0.3, 0.9
-    rates = [2e-3, 4e-3, 6e-3, 6e-3, 6e-3]
+    scale, decay, old = 0.5, 0.9, 0.9
+    rates = [2e-2, 4e-2, 6e-2, 6e-2, 6e-2]
     pair = _pair(*shape)[0], torch.zeros(shape[2], shape[0])
     found = _train(pair, scale, 5, rates, momentum=old, nesterov=nesterov, weight_decay=decay)
     A, B = (each.double() for each in pair)

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import OptimConfig
+from relora_mora.operators import make_operator
+from relora_mora.optim import muon
 from relora_mora.optim.groups import matrix_rules
 from relora_mora.optim.muon import POLAR_EXPRESS, SAFETY, Muon, NorMuon, PolarMuon, orthogonalize
 from relora_mora.optim.rules import MatrixState, new_state
@@ -252,3 +255,78 @@ def test_the_settings_name_the_rule(name):
     assert rules.keys() == {"adapters", "linears"}
     assert {type(rule) for rule in rules.values()} == {RULES[name]}
     assert matrix_rules(OptimConfig()) == {}
+
+
+# ---- the step of M as a step of W = D M C -------------------------------------------------------------------------
+
+GROUPINGS = [kind for kind, record in OPERATORS.items() if record.groupings]  # 1 to 4, and 7
+EVEN = [(12, 20, 4), (32, 64, 16), (64, 32, 16), (24, 24, 24), (9, 30, 3)]  # in, out, R
+UNEVEN = [(77, 77, 44), (128, 352, 87), (96, 256, 80), (256, 96, 80)]
+
+
+def _operator_matrices(kind: int, in_features: int, out_features: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """D [out, R] and C [R, in], in float64."""
+    operator = make_operator(kind, in_features, out_features, size)
+    D = operator.decompress(torch.eye(size, dtype=torch.float64)).mT
+    return D, operator.compress(torch.eye(in_features, dtype=torch.float64)).mT
+
+
+def _step_of_the_weight(kind: int, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Muon's step of M as a step of W, for a gradient of W at random; and this gradient within the space of D M C.
+
+    These are all matrices that projections onto the columns of D and the rows of C leave alone.
+    """
+    D, C = _operator_matrices(kind, *shape)
+    gradient = torch.randn(shape[1], shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    step = D @ Muon(OptimConfig()).update((D.mT @ gradient @ C.mT)[None])[0] @ C
+    return step, D @ torch.linalg.pinv(D) @ gradient @ torch.linalg.pinv(C) @ C
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """U V^T of U S V^T in place of Newton-Schulz iterations."""
+
+    def sign(matrices: torch.Tensor) -> torch.Tensor:
+        left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+        return left @ right
+
+    monkeypatch.setattr(muon, "orthogonalize", sign)
+
+
+@pytest.mark.parametrize("kind", GROUPINGS)
+def test_an_operators_matrices_are_orthogonal_exactly_if_r_divides_both_widths(kind):
+    """D^T D = out / R, and C C^T = in / R."""
+    for width in range(1, 13):
+        for size in range(1, 15):
+            D, C = _operator_matrices(kind, width, width, size)
+            for gram in (D.mT @ D, C @ C.mT):
+                is_orthogonal = torch.equal(gram, width / size * torch.eye(size, dtype=torch.float64))
+                assert is_orthogonal == (width % size == 0), (width, size)
+
+
+@pytest.mark.parametrize("shape", EVEN)
+@pytest.mark.parametrize("kind", GROUPINGS)
+def test_with_even_groups_muons_step_of_m_is_steepest_for_w(exact, kind, shape):
+    """The steepest step of W within the operator's space under the spectral norm is the sign of its gradient there."""
+    in_features, out_features, size = shape
+    step, gradient = _step_of_the_weight(kind, shape)
+    norm = 0.2 * math.sqrt(in_features * out_features / size)
+    left, values, right = torch.linalg.svd(gradient)
+    assert torch.allclose(step, norm * left[:, :size] @ right[:size], rtol=0, atol=1e-10)
+    assert float((gradient * step).sum()) == pytest.approx(norm * float(values.sum()), rel=1e-10)
+    assert math.sqrt(float(step.square().mean())) == pytest.approx(0.2, rel=1e-10)
+
+
+@pytest.mark.parametrize("shape", UNEVEN)
+@pytest.mark.parametrize("kind", GROUPINGS)
+def test_with_uneven_groups_it_is_so_only_approximately(exact, kind, shape):
+    """It descends at 62 to 90 % of the steepest rate, with singular values that differ; the mean square is close."""
+    in_features, out_features, size = shape
+    step, gradient = _step_of_the_weight(kind, shape)
+    values = torch.linalg.svdvals(step)[:size] / (0.2 * math.sqrt(in_features * out_features / size))
+    steepest = float(torch.linalg.matrix_norm(step, ord=2) * torch.linalg.matrix_norm(gradient, ord="nuc"))
+    assert 0.62 < float((gradient * step).sum()) / steepest < 0.9
+    assert 0.4 < values[-1] < 0.9 < 1.1 < values[0] < 2
+    wraps = OPERATORS[kind].groupings[0].startswith("wrapped")
+    mean = math.sqrt(float(step.square().mean())) / 0.2
+    assert (1.05 < mean < 1.3) if wraps else mean == pytest.approx(1, abs=0.01)
