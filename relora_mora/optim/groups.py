@@ -121,7 +121,7 @@ class MatrixAdamW(torch.optim.AdamW):
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], rules: Mapping[str, Rule], cautious_decay: bool, **settings: Any
+        self, groups: list[dict[str, Any]], rules: Mapping[str, Rule], cautious_decay: bool = False, **settings: Any
     ) -> None:
         super().__init__(groups, **settings)
         self.rules = rules

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from relora_mora.config.schema import OptimConfig
 from relora_mora.optim.groups import MatrixAdamW, ParameterGroup, build_optimizer
-from relora_mora.optim.rules import new_state
+from relora_mora.optim.rules import Unit, new_state
 
 RATE, DECAY, STEPS = 0.25, 0.5, 4  # their product and one less it are exact
 
@@ -20,7 +20,7 @@ class Whole:
 
     def replace(self, gradients: dict[Tensor, Tensor], update: Any) -> None:
         for gradient in gradients.values():
-            gradient.copy_(update(gradient[None].clone(), ["weight"])[0])
+            gradient.copy_(update([gradient[None].clone()], [Unit(("weight",))])[0][0])
 
 
 def _trained(matrices: str, weight_decay: float, cautious_decay: bool) -> tuple[list[Tensor], list[Tensor]]:
