@@ -61,6 +61,7 @@ class Schedule:
 
     ``merges`` are the stretches in which the method merges, none if it never does; ``merge_until_step=None`` means that
     it merges until the end.
+    ``full_steps``: the step after which the adapters begin, if that is not the start of the run; no merge comes before.
     ``operators`` is the cycle of mora types, empty for other methods. ``decay_steps`` is the length of the linear decay
     at the end of ``wsd``; no other kind uses it.
     """
@@ -72,6 +73,7 @@ class Schedule:
     decay_steps: int = 0
     merges: Sequence[MergeStretch] = ()
     merge_until_step: int | None = None
+    full_steps: int = 0
     restart_warmup_steps: int = 0
     operators: Sequence[int] = ()
 
@@ -100,12 +102,15 @@ class Schedule:
     def rate(self, step: int, *, rewarm: bool = True) -> float:
         """The multiplier of the peak rate in step number ``step`` (the first is 1).
 
-        The step that ends a cycle has the envelope's rate. The n-th step after a merge has n / restart_warmup_steps of
-        the envelope at the end of the restart warmup, or of the envelope at this step if the run ends by then. So no
-        batch is spent at rate zero, except the last one if ``min_ratio`` is 0.
+        The step that ends a cycle has the envelope's rate. The n-th step after a restart, which is a merge or the start
+        of the adapters after ``full_steps``, has n / restart_warmup_steps of the envelope at the end of the restart
+        warmup, or of the envelope at this step if the run ends by then. So no batch is spent at rate zero, except the
+        last one if ``min_ratio`` is 0.
         """
-        since = self.steps_since_merge(step - 1) + 1
-        if not rewarm or not self.merges_done(step - 1) or since >= self.restart_warmup_steps:
+        began = self.full_steps if step > self.full_steps else 0
+        restart = max(began, last_merge(self._merge_steps, step - 1))
+        since = step - restart
+        if not rewarm or not restart or since >= self.restart_warmup_steps:
             return self.envelope(step)
         if step - since + self.restart_warmup_steps >= self.total_steps:
             return since / self.restart_warmup_steps * self.envelope(step)
@@ -140,7 +145,7 @@ class Schedule:
 
     @functools.cached_property
     def _merge_steps(self) -> list[Sequence[int]]:
-        return merge_steps(self.merges, self.total_steps, self.merge_until_step)
+        return merge_steps(self.merges, self.total_steps, self.merge_until_step, after=self.full_steps)
 
     def _operator_after(self, merges_done: int) -> int | None:
         return self.operators[merges_done % len(self.operators)] if self.operators else None

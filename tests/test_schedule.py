@@ -158,6 +158,30 @@ def test_without_merges_nothing_restarts():
     assert plain.steps_since_merge(50) == 50
 
 
+@pytest.mark.parametrize("full_steps,merges", [(19, [20, 40, 60, 80]), (20, [40, 60, 80]), (53, [60, 80])])
+def test_adapters_that_begin_later_merge_later_and_restart_the_rate(full_steps, merges):
+    clock = dataclasses.replace(REMORA, full_steps=full_steps)
+    assert [step for step in range(101) if clock.merge_after(step)] == merges
+    assert clock.merges_done(merges[0]) == 1
+    assert [clock.operator(step) for step in (full_steps, merges[0], merges[1])] == [1, 2, 3]
+    at_full_rank = dataclasses.replace(REMORA, merges=(), restart_warmup_steps=0)
+    first = range(1, full_steps + 1)
+    assert [clock.rate(step) for step in first] == [at_full_rank.rate(step) for step in first]
+    if full_steps != 19:  # else the first merge interrupts the restart warmup
+        end = clock.envelope(full_steps + 5)
+        restart = [clock.rate(full_steps + since) for since in (1, 2, 3, 4, 5)]
+        assert restart == pytest.approx([end / 5, 2 * end / 5, 3 * end / 5, 4 * end / 5, end])
+        assert clock.rate(full_steps + 6) == clock.envelope(full_steps + 6)
+    assert clock.rate(full_steps + 1, rewarm=False) == clock.envelope(full_steps + 1)
+    assert clock.rate(merges[0] + 1) == REMORA.rate(merges[0] + 1), "a merge restarts it as always"
+
+
+def test_without_a_restart_warmup_the_start_of_adapters_leaves_the_rate_as_it_is():
+    plain = Schedule(kind="cosine", total_steps=100, warmup_steps=10, min_ratio=0.1)
+    later = dataclasses.replace(plain, full_steps=30)
+    assert [later.rate(step) for step in range(1, 101)] == [plain.rate(step) for step in range(1, 101)]
+
+
 STRETCHES = [
     ([{"until": 8, "every": 2}, {"every": 6}], [2, 4, 6, 8, 12, 18], 2),
     ([{"until": 9, "every": 3}, {"every": 5}], [3, 6, 9, 10, 15], 1),

@@ -121,6 +121,9 @@ class MethodConfig(Strict):
     train_embeddings: bool = Field(True, description="train the input embeddings")
     train_norms: bool = Field(True, description="train the norms, and the biases if the model has any")
     train_head: bool = Field(True, description="train the output head")
+    full_steps: NotNegative = Field(
+        0, description="train the decoder's linears at full rank in the first n steps; then the adapters begin; 0: none"
+    )
     form: Literal["auto", "merged", "resident", "decoupled"] = Field(
         "auto", description="how an adapter layer computes its output: see docs/method.md"
     )
@@ -210,6 +213,9 @@ class OptimConfig(Strict):
         None,
         description="peak learning rate of embeddings, norms and head, and of linears without an adapter (other "
         "methods); null: as lr",
+    )
+    lr_full: Rate | None = Field(
+        None, description="peak learning rate of the decoder's linears in the first method.full_steps; null: as lr"
     )
     matrices: MatrixOptimizerName = Field(
         "adamw", description="optimizer of the decoder's linears (full) or adapters (other methods): see docs/method.md"

@@ -22,8 +22,13 @@ class MergeStretch(Strict):
     )
 
 
-def merge_steps(stretches: Sequence[MergeStretch], total: int, until: int | None) -> list[Sequence[int]]:
-    """The steps of each stretch that merge in a run of ``total`` steps, up to ``until``; without the last step."""
+def merge_steps(
+    stretches: Sequence[MergeStretch], total: int, until: int | None, *, after: int = 0
+) -> list[Sequence[int]]:
+    """The steps of each stretch that merge in a run of ``total`` steps, up to ``until``; without the last step.
+
+    There is no merge up to step ``after``, before the adapters begin.
+    """
     last = total - 1 if until is None else min(until, total - 1)
     steps: list[Sequence[int]] = []
     begin = 0
@@ -34,7 +39,7 @@ def merge_steps(stretches: Sequence[MergeStretch], total: int, until: int | None
         else:
             steps.append(_growing(begin, end, stretch.every, stretch.growth))
         begin = max(begin, end)
-    return steps
+    return [group[bisect_right(group, after) :] for group in steps]
 
 
 def _growing(begin: int, end: int, every: int, growth: float) -> list[int]:

@@ -16,7 +16,8 @@ from relora_mora.config.schema import MethodConfig, OptimConfig
 from relora_mora.optim.rules import MatrixState, PairRule, Rule, Unit
 from relora_mora.schedule import Schedule
 
-GROUPS = ("adapters", "linears", "embeddings", "norms")
+ADAPTERS = "adapters"
+GROUPS = (ADAPTERS, "linears", "embeddings", "norms")
 HEAD = "lm_head"
 GPU_BATCH = 2**22  # elements that a rule updates together
 
@@ -223,6 +224,7 @@ def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Sched
         decay_steps=optim.decay_of(steps),
         merges=method.stretches,
         merge_until_step=method.merge_until_step,
+        full_steps=method.full_steps if method.uses_adapters else 0,
         restart_warmup_steps=optim.restart_warmup_steps if method.merges else 0,
         operators=method.cycle,
     )

@@ -254,6 +254,31 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
         "method.merge_every: no stretch has a merge in a run of 10,000 steps; lower every, or use method.name=mora",
     ),
     (
+        {"method": {"full_steps": 10_000}},
+        None,
+        "method.full_steps: 10,000 steps at full rank leave none for the adapters in a run of 10,000 steps",
+    ),
+    (
+        {"method": {"full_steps": 8000}},
+        None,
+        "method.full_steps: no merge follows the first 8,000 steps in a run of 10,000 steps; lower it, or use",
+    ),
+    (
+        {"method": {"full_steps": 1951}},
+        None,
+        "method.merge_every: 49 steps between merges, or after method.full_steps=1951, fewer than optim.restart_warmup",
+    ),
+    (
+        {"method": {"full_steps": 4000, "merge_every": [{"until": 4000, "every": 2000}, {"every": 3000}]}},
+        None,
+        "method.merge_every: no merge in the stretch with every: 2000 after method.full_steps=4000; lower it",
+    ),
+    (
+        {"method": {"full_steps": 100}, "model": {"adapter": "a", "init_from": "b"}},
+        None,
+        "method.full_steps: an adapter fits only the weights that it was trained on",
+    ),
+    (
         {"method": {"merge_until_step": 1999}},
         None,
         "method.merge_until_step: 1999 comes before the first merge (step 2000); raise it, or use method.name=mora",
@@ -306,6 +331,9 @@ def test_impossible_combinations_are_refused(
     [
         {"method": {"merge_every": 1000}},
         {"method": {"merge_every": 9999}},
+        {"method": {"full_steps": 1950}},
+        {"method": {"full_steps": 7999}, "optim": {"restart_warmup_steps": 0}},
+        {"method": {"name": "lora", "full_steps": 9999}},
         {"method": {"merge_every": 50}, "optim": {"warmup_steps": 50}},
         {"method": {"merge_every": 10}, "optim": {"warmup_steps": 50, "restart_warmup_steps": 0}},
         {"method": {"name": "mora", "merge_every": 1, "operators": [1, 6]}},

@@ -16,6 +16,7 @@ def method_faults(config: Config) -> Iterator[Fault]:
     yield from _pattern_faults(config)
     yield from own_faults(config.method)
     yield from _adapter_faults(config)
+    yield from _full_steps_faults(config)
     yield from _merge_faults(config)
 
 
@@ -124,6 +125,24 @@ def _adapter_faults(config: Config) -> Iterator[Fault]:
         )
 
 
+def _full_steps_faults(config: Config) -> Iterator[Fault]:
+    steps = config.method.full_steps
+    if not steps or not config.method.uses_adapters:
+        return
+    if steps >= config.train.steps:
+        yield Fault(
+            ("method.full_steps", "train.steps", "method.name"),
+            f"{counted(steps, 'step')} at full rank leave none for the adapters in a run of "
+            f"{counted(config.train.steps, 'step')}; lower it, raise train.steps, or use method.name=full",
+        )
+    if config.model.adapter is not None:
+        yield Fault(
+            ("method.full_steps", "model.adapter", "method.name"),
+            "an adapter fits only the weights that it was trained on, and the first steps change them; remove one of "
+            "the two",
+        )
+
+
 def _cycle_faults(method: MethodConfig) -> Iterator[Fault]:
     cycle = method.cycle
     if any(a == b and not is_drawn(a) for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)):
@@ -150,7 +169,10 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
             f"{method.reset} changes element-wise moments, but {optim.matrices} has none; "
             "use method.reset=full or none",
         )
-    steps = merge_steps(method.stretches, config.train.steps, method.merge_until_step)
+    begin = method.full_steps
+    if begin >= config.train.steps:
+        return
+    steps = merge_steps(method.stretches, config.train.steps, method.merge_until_step, after=begin)
     first = next((group[0] for group in steps if group), None)
     if first is None:
         yield from _no_merge_faults(config)
@@ -161,18 +183,21 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
             f"the first merge (step {first}) comes before the warmup ends (step {optim.warmup_steps}); raise it, "
             "or set optim.restart_warmup_steps=0",
         )
-    interval = shortest_interval(steps) or first
+    interval = shortest_interval([[begin], *steps] if begin else steps) or first
     if interval < optim.restart_warmup_steps:
+        before = f"between merges, or after method.full_steps={begin}" if begin else "between merges"
         yield Fault(
-            ("method.merge_every", "optim.restart_warmup_steps", "method.name"),
-            f"{counted(interval, 'step')} between merges, fewer than optim.restart_warmup_steps "
+            ("method.merge_every", "optim.restart_warmup_steps", "method.full_steps", "method.name"),
+            f"{counted(interval, 'step')} {before}, fewer than optim.restart_warmup_steps "
             f"({optim.restart_warmup_steps}); raise it or lower optim.restart_warmup_steps",
         )
     empty = [stretch for stretch, group in zip(method.stretches, steps, strict=True) if not group]
     if empty:
+        late = f" after method.full_steps={begin}" if begin else ""
         yield Fault(
-            ("method.merge_every", "method.merge_until_step", "train.steps", "method.name"),
-            f"no merge in the stretch with every: {empty[0].every}; lower it, raise its until, or remove the stretch",
+            ("method.merge_every", "method.merge_until_step", "method.full_steps", "train.steps", "method.name"),
+            f"no merge in the stretch with every: {empty[0].every}{late}; lower it, raise its until, or remove the "
+            "stretch",
         )
 
 
@@ -189,6 +214,12 @@ def _no_merge_faults(config: Config) -> Iterator[Fault]:
         yield Fault(
             ("method.merge_until_step", "method.merge_every", "method.name"),
             f"{method.merge_until_step} comes before the first merge (step {every}); raise it, or {without}",
+        )
+    elif method.full_steps:
+        yield Fault(
+            ("method.full_steps", "method.merge_every", "method.merge_until_step", "train.steps", "method.name"),
+            f"no merge follows the first {counted(method.full_steps, 'step')} in a run of "
+            f"{counted(config.train.steps, 'step')}; lower it, or {without}",
         )
     else:
         yield Fault(

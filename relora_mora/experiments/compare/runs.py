@@ -183,7 +183,11 @@ class Run:
                 f"{self.folder}: its settings do not give a learning rate ({fault['loc']}: {fault['msg']})"
             ) from None
         schedule = make_schedule(method, optim, self.steps)
-        return {step: optim.lr * schedule.rate(step) for step in range(1, self.last_step + 1)}
+        in_full_rank = optim.lr if optim.lr_full is None else optim.lr_full
+        return {
+            step: (optim.lr if step > schedule.full_steps else in_full_rank) * schedule.rate(step)
+            for step in range(1, self.last_step + 1)
+        }
 
     @property
     def parameters(self) -> dict[str, int]:

@@ -141,6 +141,7 @@ _COMPARED = (
     "method.operators",
     "method.merge_every",
     "method.merge_until_step",
+    "method.full_steps",
     "method.reset",
     "optim.matrices",
     "optim.momentum",
