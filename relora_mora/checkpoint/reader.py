@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -126,16 +126,20 @@ class CheckpointReader:
             raise layout.CheckpointError(f"{self.folder}: has no parameter {name}")
         return self.piece(kind, name, 0, self.manifest.numel(name)).view(shape)
 
-    def restore(self, engine: "ZeroEngine", base: "FrozenMasters") -> None:
+    def restore(self, engine: "ZeroEngine", base: "FrozenMasters", *, new: Set[str] = frozenset()) -> None:
         """Loads this checkpoint into an engine and its frozen masters; a collective.
 
-        Raises :class:`CheckpointError` on all ranks, even if only one cannot read what it needs.
+        Parameters that begin to train here (``new``) and their state stay as they are. Weights that have trained up to
+        here may be frozen from here on. Raises :class:`CheckpointError` on all ranks, even if only one cannot read what
+        it needs.
         """
-        trained = {name: list(engine.shapes[name]) for names in engine.members for name in names}
+        trained = {name: list(engine.shapes[name]) for names in engine.members for name in names if name not in new}
         frozen = {name: list(engine.shapes[name]) for name in base.owner}
         moments = {name: self.manifest.moments(name) for name in trained}
-        ours = (trained, frozen, engine.moments, engine.matrix_shapes, set(engine.group_names))
-        saved = self.manifest
+        matrices = {name: shapes for name, shapes in engine.matrix_shapes.items() if name not in new}
+        groups = {name for name, names in zip(engine.group_names, engine.members, strict=True) if set(names) - new}
+        ours = (trained, frozen, {name: engine.moments[name] for name in trained}, matrices, groups)
+        saved = layout.with_frozen(self.manifest, base.owner.keys()) if new else self.manifest
         if ours != (saved.parameters, saved.frozen, moments, saved.matrix_states, set(saved.group_steps)):
             different = ", ".join(sorted(set(trained) ^ set(saved.parameters))[:3]) or "other shapes or states"
             raise same_on_all_ranks(
@@ -146,7 +150,7 @@ class CheckpointReader:
             )
         problem: str | None = None
         try:
-            self._read_own(engine, base)
+            self._read_own(engine, base, new)
         except layout.CheckpointError as error:
             problem = str(error)
         problems = [text for text in gather_from_ranks(problem) if text is not None]
@@ -156,31 +160,33 @@ class CheckpointReader:
         engine.refresh()
         base.push(engine)
 
-    def _read_own(self, engine: "ZeroEngine", base: "FrozenMasters") -> None:
+    def _read_own(self, engine: "ZeroEngine", base: "FrozenMasters", new: Set[str]) -> None:
         groups = {
             name: group for group, names in zip(engine.group_names, engine.members, strict=True) for name in names
         }
         for fragment in engine.fragments:
+            if fragment.name in new:
+                continue
             state = engine.state_of(fragment.flat)
             for kind in ("master", *self.manifest.moments(fragment.name)):
                 target = fragment.of(fragment.flat.data if kind == "master" else state[kind])
                 target.copy_(self.piece(kind, fragment.name, fragment.start, fragment.numel))
             state["step"].fill_(float(self.manifest.group_steps[groups[fragment.name]]))
         for name, matrix in engine.matrix_states.items():
-            for kind, value in matrix.tensors.items():
+            for kind, value in matrix.tensors.items() if name not in new else ():
                 value.copy_(self.piece(kind, name, 0, value.numel()).view(value.shape))
         base.take(self.weight)
 
 
-def verify(folder: Path, engine: "ZeroEngine | None" = None) -> str | None:
+def verify(folder: Path, ranks: tuple[int, int] | None = None) -> str | None:
     """The problem with a checkpoint; None if it is complete and intact.
 
-    With an engine this is a collective, and the ranks share the reading. Damage of the tokenizer does not count: see
-    :func:`damaged_tokenizer`.
+    With ``ranks``, which is this rank and their number, this is a collective, and the ranks share the reading. Damage
+    of the tokenizer does not count: see :func:`damaged_tokenizer`.
     """
-    if engine is None:
+    if ranks is None:
         return _damage_of_files(folder) or _damage_of_content(folder)
-    problems = filter(None, gather_from_ranks(_damage_of_files(folder, engine.rank, engine.world_size)))
+    problems = filter(None, gather_from_ranks(_damage_of_files(folder, *ranks)))
     return next(problems, None) or from_first_rank(lambda: _damage_of_content(folder))
 
 
@@ -203,19 +209,19 @@ def _damage_of_content(folder: Path) -> str | None:
 
 
 def newest_whole(
-    folder: Path, engine: "ZeroEngine | None" = None, suits: Callable[[Path], bool] = lambda path: True
+    folder: Path, ranks: tuple[int, int] | None = None, suits: Callable[[Path], bool] = lambda path: True
 ) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint in ``folder`` that suits, and the problems of newer ones that suit.
 
-    With an engine this is a collective.
+    With ``ranks`` this is a collective; see :func:`verify`.
     """
 
     def candidates() -> list[Path]:
         return [path for path in list_candidates(folder) if suits(path)]
 
     skipped: list[str] = []
-    for candidate in candidates() if engine is None else from_first_rank(candidates):
-        problem = verify(candidate, engine)
+    for candidate in candidates() if ranks is None else from_first_rank(candidates):
+        problem = verify(candidate, ranks)
         if problem is None:
             return candidate, skipped
         skipped.append(f"{candidate.name}: {problem.removeprefix(f'{candidate}/').removeprefix(f'{candidate}: ')}")

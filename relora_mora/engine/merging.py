@@ -122,6 +122,21 @@ class Merger:
         """See :func:`relora_mora.adapters.mora.operator_in_use`."""
         return operator_in_use(self.layers.values())
 
+    @property
+    def adapters(self) -> set[str]:
+        """The names of all adapters' trainable parameters."""
+        return {name for names in self.parameters.values() for name in names}
+
+    @torch.no_grad()
+    def begin(self, mora_type: int | None) -> None:
+        """Makes the adapters those of a run's start, with the first operator and without optimizer state; a collective.
+
+        The model computes with them after ``refresh`` of the engine.
+        """
+        self.set_operator(mora_type, Draw(self.seed))
+        self._reset_masters(merges_done=0)
+        self.engine.clear_state(self.adapters)
+
     @torch.no_grad()
     def merge(self, step: int, merges_done: int, next_operator: int | None) -> MergeRecord:
         """One merge at the end of ``step``; a collective. ``merges_done`` counts this one.
@@ -227,7 +242,7 @@ class Merger:
         ``used`` has the operators that were in use before the merge: ``carry`` moves their state to the new operators.
         """
         if self.method.reset == "full":
-            self.engine.clear_state({name for names in self.parameters.values() for name in names})
+            self.engine.clear_state(self.adapters)
         elif self.method.reset == "carry":
             for layer_name, before in used.items():
                 self._carry(layer_name, before)

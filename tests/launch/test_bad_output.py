@@ -17,7 +17,6 @@ import psutil
 import pytest
 from transformers import LlamaConfig
 
-from relora_mora.optim.groups import Parameters
 from relora_mora.supervise.lock import RunLock
 from relora_mora.system.files import new_folder
 from relora_mora.tokenizer.load import load_tokenizer
@@ -157,7 +156,7 @@ def test_a_run_folder_on_a_full_disk(tokenizer_path: str, tmp_path: Path, room: 
         lock = RunLock(folder / "run")
         with pytest.raises(OSError, match="No space left on device") as error:
             lock.acquire()
-            write_run_folder(checked, Parameters(0, 0, 0, 0), 1, 0, changed=None)  # type: ignore[arg-type]
+            write_run_folder(checked, 1, 0, changed=None)  # type: ignore[arg-type]
         lock.release()
         assert str(error.value.filename).startswith(str(folder / "run"))
 

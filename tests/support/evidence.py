@@ -61,6 +61,12 @@ def _operators(method: Mapping[str, Any]) -> dict[str, str]:
     return {"operators": "6, 1"} if method.get("operators") == [6] else {}
 
 
+def _from_full_rank(stage: int, precision: str, sections: Mapping[str, Mapping[str, str]]) -> Combination:
+    method, optim = (sections.get(section, {}) for section in ("method", "optim"))
+    others = {"optimizer": optim.get("matrices", "adamw"), "base": method.get("base", "null")}
+    return runs(method.get("name", "remora"), stage, precision, start="full rank", **others)
+
+
 def _on_all_stages(**others: Any) -> list[Combination]:
     return [trains(stage=stage, **others) for stage in STAGES]
 
@@ -219,6 +225,13 @@ TRAINING = [
     Evidence(
         "tests/train/state/test_resume.py::test_a_resume_before_at_and_after_a_merge_is_bit_equal",
         lambda stage, bf16: runs("remora", stage, bf16),
+    ),
+    Evidence(
+        "tests/train/test_full_steps.py::test_a_resume_before_at_and_after_the_switch_is_bit_equal", _from_full_rank
+    ),
+    Evidence(
+        "tests/train/test_full_steps.py::test_losses_equal_a_reference_that_keeps_the_moments_of_everything_else",
+        lambda method: runs(method, 2, "fp32", start="full rank"),
     ),
     Evidence(
         "tests/train/state/test_resume.py::test_every_method_resumes_bit_equal",

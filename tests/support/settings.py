@@ -68,6 +68,7 @@ DIMENSIONS: dict[str, dict[str, dict[str, Any]]] = {
         "random": {},
         "a model": _MODEL,
         "a model and its adapter": {**_MODEL, "model.adapter": "an-adapter"},
+        "full rank": {"method.full_steps": 50},
     },
 }
 USUAL: Combination = {name: next(iter(values)) for name, values in DIMENSIONS.items()}

@@ -109,11 +109,16 @@ def describe_differences(first: Identity, other: Identity) -> list[str]:
     return names
 
 
-def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
-    """The differences between a checkpoint and a run that would change the result and are not in ``allowed``."""
+def changes_since(
+    saved: Identity, now: Identity, allowed: set[str], *, at_full_rank: int | None = None
+) -> Iterator[Change]:
+    """The differences between a checkpoint and a run that would change the result and are not in ``allowed``.
+
+    ``at_full_rank`` is the step of a checkpoint that has no adapters, so that settings of adapters may still change.
+    """
     saved = replace(saved, config=_comparable(saved.config))
     now = replace(now, config=_comparable(now.config))
-    fixed_settings = _fixed_settings(saved, now)
+    fixed_settings = _fixed_settings(saved, now, at_full_rank)
     free = FREE_SETTINGS | allowed
     settings = [
         name
@@ -164,14 +169,25 @@ def _default(section: str, key: str) -> Any:
     return None if setting is None or setting.is_required() else setting.get_default()
 
 
-def _fixed_settings(saved: Identity, now: Identity) -> dict[str, str]:
-    """The ``FIXED_SETTINGS`` that the run uses. ``method.name`` is left out if both methods have the same adapter."""
+def _fixed_settings(saved: Identity, now: Identity, at_full_rank: int | None) -> dict[str, str]:
+    """The ``FIXED_SETTINGS`` that the run uses. ``method.name`` is left out if both methods have the same adapter.
+
+    Adapters that begin later (``method.full_steps``) may replace those of the checkpoint's settings.
+    """
     before, after = (METHODS[_value(each.config, "method.name")] for each in (saved, now))
+    if at_full_rank is not None:
+        before = METHODS["full"]
     optimizers = (MATRIX_OPTIMIZERS[_value(saved.config, name)] for name in ("optim.matrices", "optim.others"))
     unused = settings_of_others(MATRIX_OPTIMIZERS, *optimizers) | settings_of_others(METHODS, before)
-    if before.adapter is after.adapter:
+    full_steps = 0 if after.adapter is None else _value(now.config, "method.full_steps")
+    if before.adapter is after.adapter or (at_full_rank is not None and full_steps):
         unused.add("method.name")
-    return {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}
+    fixed = {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}
+    if at_full_rank is None and after.adapter is not None:
+        fixed["method.full_steps"] = "the adapters of the checkpoint began as its settings say; start a new run"
+    elif at_full_rank is not None and full_steps and full_steps < at_full_rank:
+        fixed["method.full_steps"] = f"the checkpoint of step {at_full_rank} has no adapters yet; give that or more"
+    return fixed
 
 
 def _value(tree: dict[str, Any], name: str) -> Any:

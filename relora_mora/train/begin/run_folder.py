@@ -24,7 +24,8 @@ from relora_mora.config.load import ConfigError, dump, stored_config
 from relora_mora.config.schema import Config
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.model.config import plain_model_config
-from relora_mora.optim.groups import Parameters
+from relora_mora.optim.groups import count_parameters
+from relora_mora.sizing.work import meta_model
 from relora_mora.system.files import append_synced, disk_faults_named, remove, write_if_possible, write_synced
 from relora_mora.system.hardware import device_name
 from relora_mora.system.logs import log
@@ -61,7 +62,6 @@ def check_run_folder(path: Path) -> None:
 
 def write_run_folder(
     checked: ResolvedRun,
-    parameters: Parameters,
     world_size: int,
     step: int,
     *,
@@ -75,7 +75,7 @@ def write_run_folder(
     folder = Path(checked.config.train.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with disk_faults_named(folder):
-        start = _start_record(checked, parameters, world_size, step)
+        start = _start_record(checked, world_size, step)
         if changed is None:
             start[NOTED] = start_digests(checked.config)
         elif changed:
@@ -123,7 +123,8 @@ def _holds(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
         )
 
 
-def _start_record(checked: ResolvedRun, parameters: Parameters, world_size: int, step: int) -> dict[str, Any]:
+def _start_record(checked: ResolvedRun, world_size: int, step: int) -> dict[str, Any]:
+    parameters = count_parameters(meta_model(checked.model_config, checked.config.method))
     packages = ("relora_mora", "torch", "deepspeed", "transformers", "safetensors")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -4,13 +4,13 @@ The first rank writes them, one JSON object per line, and passes them on to othe
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,31 +52,29 @@ class Logger(Protocol):
 class Metrics:
     """Writes ``metrics.jsonl`` in a run folder, and passes the same values to loggers.
 
-    After a resume at ``step``, lines of later steps are dropped from the file, because those steps are repeated. If the
-    evaluation or the merge of ``step`` is repeated (not ``evaluated``, not ``merged``), its line and all lines after it
-    are dropped, since the checkpoint that includes it was not finished. A line that cannot be written, such as on a
+    After a resume at ``step``, lines of later steps are dropped from the file, because those steps are repeated. If an
+    event of ``step`` is repeated, which has one of the tags in ``repeated``, its line and all lines after it are
+    dropped, since the checkpoint that includes it was not finished. A line that cannot be written, such as on a
     full disk, is lost with one message, and training goes on.
     """
 
     def __init__(
-        self, folder: Path, *, step: int, evaluated: bool = True, merged: bool = True, loggers: Sequence[Logger] = ()
+        self, folder: Path, *, step: int, repeated: Set[str] = frozenset(), loggers: Sequence[Logger] = ()
     ) -> None:
         self.path = RunFolder(folder).metrics
         self._loggers = loggers
         self._file: int | None = None
         self._failing: set[str] = set()
         self._step = step
-        self._evaluated = evaluated
-        self._merged = merged
+        self._repeated = repeated
         self._open_file()
         self._open_loggers()
 
-    def go_back(self, step: int, *, merged: bool = True) -> None:
+    def go_back(self, step: int, *, repeated: Set[str] = frozenset()) -> None:
         """Drops everything logged after ``step``, because the run continues from there."""
         self._close_file()
         self._step = step
-        self._evaluated = True
-        self._merged = merged
+        self._repeated = repeated
         self._try(self.path.name, self._open_file)
         self._open_loggers()
 
@@ -87,19 +85,18 @@ class Metrics:
 
     def _open_loggers(self) -> None:
         for logger in self._loggers:
-            self._try(logger.title, partial(logger.open, self._step))
+            self._try(logger.title, functools.partial(logger.open, self._step))
 
     def _drop_after(self, step: int) -> None:
         if not self.path.exists():
             return
         before = self.path.read_text(encoding="utf-8", errors="replace")
         kept = []
-        repeated = {"eval/seconds": not self._evaluated, "merge/seconds": not self._merged}
         is_repeated = False
         for line in before.splitlines():
             try:
                 values = json.loads(line)
-                if values["step"] == step and any(repeated[tag] for tag in repeated.keys() & values.keys()):
+                if values["step"] == step and not self._repeated.isdisjoint(values):
                     is_repeated = True
                 if 0 < step >= values["step"] and not is_repeated:
                     kept.append(line + "\n")
@@ -122,7 +119,7 @@ class Metrics:
             lambda: append_whole(self._open_file() if self._file is None else self._file, line.encode()),
         )
         for logger in self._loggers:
-            self._try(logger.title, partial(logger.write, step, values))
+            self._try(logger.title, functools.partial(logger.write, step, values))
 
     def _try(self, target: str, action: Callable[[], object]) -> None:
         try:
@@ -186,6 +183,11 @@ def peak_of_device(config: LogConfig, *, bf16: bool) -> float:
     """FLOP/s of one device: from the settings, known, or measured."""
     if config.peak_tflops is not None:
         return config.peak_tflops * 1e12
+    return _peak_here(bf16=bf16)
+
+
+@functools.cache
+def _peak_here(*, bf16: bool) -> float:
     peak, source = peak_flops(bf16=bf16)
     log.info("peak of one device: %.3g TFLOP/s (%s)", peak / 1e12, source)
     return peak

@@ -15,7 +15,7 @@ from relora_mora.checkpoint.writer import CheckpointWriter
 from relora_mora.data.lanes import merge_states
 from relora_mora.data.stream.packing import Batch, document_boundaries
 from relora_mora.data.stream.stream import TrainStream
-from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
+from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks, sum_over_hosts
 from relora_mora.optim.groups import group_rates
 from relora_mora.supervise.exits import FINISHED, REQUEUE
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
@@ -26,7 +26,7 @@ from relora_mora.system.seeds import derived_seed
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log.loggers import make_loggers
 from relora_mora.train.log.progress import Progress, Startup, next_commands
-from relora_mora.train.log.report import Metrics, merge_metrics
+from relora_mora.train.log.report import Metrics
 from relora_mora.train.loop.events import Evaluating, Merging, Reporting, Saving
 from relora_mora.train.loop.step import BatchLoader, DataFailed, LocalBatch, StabilityMonitor, StepResult
 from relora_mora.train.state.restore import find_rollback_target, roll_back
@@ -126,11 +126,11 @@ class Trainer:
         self.metrics = None
         if first:
             continues = state.saved is not None  # False if the checkpoint is in another run's folder
+            not_evaluated = {"eval/seconds"} if state.evaluated != state.step else set()
             self.metrics = Metrics(
                 self.folder,
                 step=state.step if continues else 0,
-                evaluated=state.evaluated == state.step,
-                merged=state.overdue_merge is None,
+                repeated=state.done_at_load.keys() | not_evaluated,
                 loggers=make_loggers(self.folder, config.log),
             )
         self.progress = Progress(total=config.train.steps, done=state.step, show=first and config.log.progress)
@@ -142,10 +142,13 @@ class Trainer:
         self.evaluating = Evaluating(run, guard, self.write, self.progress)
         self.saving = Saving(run, self.writer, guard, self.write)
         self.shutdown = Shutdown(self.folder, self.saving, guard, self.sync_metrics)
-        self._write_overdue_merge()
+        self._write_done_at_load()
 
-    def fit(self) -> int:
-        """Trains to the end, or until some rank is asked to stop; returns the exit code."""
+    def fit(self) -> int | None:
+        """Trains to the end of the phase, or until some rank is asked to stop.
+
+        Returns the exit code, or None if another phase follows; then there is a complete checkpoint of this step.
+        """
         try:
             self.evaluating.read()  # can take long if the text is remote, and there is nothing to save yet
             self.startup.done("validation_data")
@@ -154,7 +157,7 @@ class Trainer:
         except DataFailed as error:
             self.shutdown.fail_for_data(self.state, error)
 
-    def _fit(self) -> int:
+    def _fit(self) -> int | None:
         first = None
         if self.evaluating.is_due_at_start(self.state):
             if self.state.step < self.config.train.steps:
@@ -168,7 +171,7 @@ class Trainer:
         if self.state.step and self.state.saved is None and self.state.trouble is None:
             self.saving.save(self.state)  # a run that began with another run's checkpoint gets its own
         self.progress.begin()
-        while self.state.step < self.config.train.steps or self.state.trouble:
+        while self.state.step < self.run.phase.end or self.state.trouble:
             share = first or self.next_batch()
             first = None
             if share is None:
@@ -189,7 +192,11 @@ class Trainer:
             self.saving.after_step(self.state)
         if not self.evaluating.after_step(self.state):
             return self.shutdown.stop(self.state)
-        return self.shutdown.finish(self.state)
+        if self.state.step == self.config.train.steps:
+            return self.shutdown.finish(self.state)
+        self.saving.save_final(self.state)
+        [stopping] = sum_over_hosts([float(self.guard.stop_reason is not None)])
+        return self.shutdown.stop(self.state) if stopping else None
 
     def next_batch(self) -> LocalBatch | None:
         """This rank's share of the next global batch, once every rank has its own; None if the ranks stop."""
@@ -255,17 +262,16 @@ class Trainer:
         self.guard.step = state.step
         self.progress.go_back(state.step)
         if self.metrics is not None:
-            self.metrics.go_back(state.step, merged=state.overdue_merge is None)
+            self.metrics.go_back(state.step, repeated=state.done_at_load.keys())
         values = {"train/rollbacks": state.rollbacks, "train/rolled_back_from": before.step}
         # the lines that named the bad data belong to dropped steps
         skipped = {"train/skipped_data": before.health.bad_data} if before.health.bad_data else {}
         self.write(state.step, {**values, **skipped})
-        self._write_overdue_merge()
+        self._write_done_at_load()
 
-    def _write_overdue_merge(self) -> None:
-        """Logs a merge that was made when the state was loaded."""
-        if self.state.overdue_merge is not None:
-            self.write(self.state.step, merge_metrics(self.state.overdue_merge))
+    def _write_done_at_load(self) -> None:
+        if self.state.done_at_load:
+            self.write(self.state.step, self.state.done_at_load)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes metrics of a step, on the first rank only."""

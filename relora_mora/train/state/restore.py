@@ -21,21 +21,31 @@ from relora_mora.system.files import write_if_possible, write_synced
 from relora_mora.system.logs import counted, log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
+from relora_mora.train.log.report import merge_metrics
 from relora_mora.train.state.run_state import RunState, TrainingError
 
 
 def restore(run: Run, reader: CheckpointReader) -> RunState:
-    """Loads tensors, operator and state of a checkpoint into a run, and makes a merge that is overdue; a collective.
+    """Loads tensors, operator and state of a checkpoint into a run; a collective.
 
-    A run leaves out the merge after its last step, and its export includes it instead; a longer run has to make it.
-    Raises :class:`CheckpointError`, before anything changes, if the merges of the checkpoint contradict the settings.
+    It also begins the adapters if the checkpoint ends the steps at full rank, and makes a merge that is overdue. A run
+    leaves out the merge after its last step, and its export includes it instead; a longer run has to make it. Raises
+    :class:`CheckpointError`, before anything changes, if the merges of the checkpoint contradict the settings.
     """
     manifest = reader.manifest
     own = _is_own(run, reader)
     state = RunState.load(manifest, own=own)
-    is_overdue = state.trouble is None and is_merge_overdue(run, reader)  # a run in trouble goes further back
-    reader.restore(run.engine, run.base)
-    run.merger.set_operator(manifest.operator, manifest.draw)
+    begins = bool(run.merger.layers) and not manifest.has_adapters
+    is_overdue = False
+    if begins:
+        run.merger.begin(run.schedule.operator(state.step))
+        reader.restore(run.engine, run.base, new=run.merger.adapters)
+        state.done_at_load = {"train/adapters_began": run.merger.elements}
+        log.info("step %d: the adapters begin", state.step)
+    else:
+        is_overdue = state.trouble is None and is_merge_overdue(run, reader)  # a run in trouble goes further back
+        reader.restore(run.engine, run.base)
+        run.merger.set_operator(manifest.operator, manifest.draw)
     if run.engine.rank == 0:
         _abandon_other_history(RunFolder(Path(run.config.train.run_dir)), reader, own=own)
     checked = run.checked
@@ -43,7 +53,8 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
         state.health.begin_window()
     if is_overdue:
         merges_done = run.schedule.merges_done(state.step)
-        state.overdue_merge = run.merger.merge(state.step, merges_done, run.schedule.operator(state.step))
+        record = run.merger.merge(state.step, merges_done, run.schedule.operator(state.step))
+        state.done_at_load = merge_metrics(record)
         log.info("step %d: made the merge that was due here, which the shorter run had left to its export", state.step)
     return state
 
@@ -157,7 +168,9 @@ def find_rollback_target(run: Run, step: int, writer: CheckpointWriter) -> Path 
     writer.wait()
     gather_from_ranks(None)  # once the first rank has waited, the newest checkpoint is complete
     checkpoints = RunFolder(Path(run.config.train.run_dir)).checkpoints
-    chosen, _ = newest_whole(checkpoints, run.engine, lambda path: _is_good_before(path, step))
+    begin = run.schedule.full_steps  # the adapters began at this step, and the run cannot go back to before that
+    ranks = run.engine.rank, run.engine.world_size
+    chosen, _ = newest_whole(checkpoints, ranks, lambda path: _is_good_between(path, begin, step))
     return chosen
 
 
@@ -176,11 +189,15 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
         )
     chosen = find_rollback_target(run, state.step, writer)
     if chosen is None:
+        begin = run.schedule.full_steps
+        since = f" since the adapters began after step {begin}" if begin else ""
         raise TrainingError(
-            f"{state.trouble}; there is no earlier checkpoint to go back to: lower optim.lr or checkpoint.every_steps"
+            f"{state.trouble}; there is no earlier checkpoint{since} to go back to: lower optim.lr or "
+            "checkpoint.every_steps"
         )
     reader = CheckpointReader(chosen)
-    is_merge_overdue(run, reader)  # raises CheckpointError before anything is written
+    if reader.manifest.has_adapters:
+        is_merge_overdue(run, reader)  # raises CheckpointError before anything is written
     rollback = Rollback(
         number=state.rollbacks + 1,
         step=reader.manifest.step,
@@ -257,10 +274,10 @@ def dump_rollbacks(rollbacks: list[Rollback]) -> str:
     return json.dumps([asdict(rollback) for rollback in rollbacks], indent=1) + "\n"
 
 
-def _is_good_before(folder: Path, step: int) -> bool:
-    """Whether a checkpoint was made before a step, and while nothing was wrong."""
+def _is_good_between(folder: Path, begin: int, step: int) -> bool:
+    """Whether a checkpoint was made from step ``begin`` on and before ``step``, and while nothing was wrong."""
     try:
         manifest = layout.read_manifest(folder)
     except ValueError:
         return False
-    return manifest.step < step and manifest.is_good
+    return begin <= manifest.step < step and manifest.is_good

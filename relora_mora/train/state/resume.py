@@ -14,8 +14,8 @@ from relora_mora.distributed.collectives import from_first_rank, same_on_all_ran
 from relora_mora.system.logs import log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
-from relora_mora.train.begin.check import saved_settings
-from relora_mora.train.begin.identity import Identity, changed_settings, changes_since
+from relora_mora.train.begin.check import ResolvedRun, saved_settings
+from relora_mora.train.begin.identity import Change, Identity, changed_settings, changes_since
 from relora_mora.train.state.restore import forget_rollbacks, replay_rollbacks, restore
 from relora_mora.train.state.run_state import RunState
 from relora_mora.weights.digests import other_weights
@@ -68,24 +68,38 @@ def where_to_resume(config: Config) -> Path | None:
     return folder.checkpoints if has_checkpoints else None
 
 
-def resume(run: Run, begin: Path) -> tuple[RunState, CheckpointReader]:
-    """Restores a run from its newest checkpoint, or from the one at ``begin``; a collective.
+def is_own_history(config: Config, begin: Path) -> bool:
+    """Whether a run that resumes at ``begin`` continues from its newest checkpoint."""
+    return begin == RunFolder(Path(config.train.run_dir)).checkpoints
+
+
+def open_checkpoint(checked: ResolvedRun, begin: Path, rank: int, world_size: int) -> CheckpointReader:
+    """The newest checkpoint of a run, or the one at ``begin``; a collective.
 
     Raises :class:`CheckpointError` if no checkpoint is complete, or if a setting differs that must not change.
     """
-    config = run.config.train
-    continues = begin == RunFolder(Path(config.run_dir)).checkpoints
-    chosen = _newest(run) if continues else from_first_rank(lambda: find_checkpoint(begin))
+    config = checked.config
+    if is_own_history(config, begin):
+        chosen = _newest(begin, rank, world_size)
+    else:
+        chosen = from_first_rank(lambda: find_checkpoint(begin))
     reader = CheckpointReader(chosen)
-    _check_same_run(run, reader)
-    problem = damaged_tokenizer(chosen, reader.manifest) if run.engine.rank == 0 else None
-    if problem is not None:
-        log.warning("%s: %s; its tensors are intact, and the run continues with tokenizer.path", chosen, problem)
-    if run.engine.rank == 0:
-        for name, began in other_weights(chosen, run.config.model).items():
+    _check_same_run(checked, reader)
+    if rank == 0:
+        problem = damaged_tokenizer(chosen, reader.manifest)
+        if problem is not None:
+            log.warning("%s: %s; its tensors are intact, and the run continues with tokenizer.path", chosen, problem)
+        for name, began in other_weights(chosen, config.model).items():
             log.warning("%s: the run began with %s; it continues from %s and ignores them", name, began, chosen)
+    return reader
+
+
+def resume(run: Run, reader: CheckpointReader, *, continues: bool) -> RunState:
+    """Restores a run from a checkpoint; a collective.
+
+    ``continues``: it is the newest one of this run. Otherwise another history begins with it.
+    """
     state = restore(run, reader)
-    log.info("resumed from %s at step %d", chosen, state.step)
     if reader.manifest.data_order != run.checked.data_order:
         state.data = start_states(run.config.lanes, mixture_names(run.config.data))
         shared_log.warning("the training data has changed (train.allow_changes): it is read from its beginning")
@@ -94,22 +108,28 @@ def resume(run: Run, begin: Path) -> tuple[RunState, CheckpointReader]:
             "the training data has other content under the same names (train.allow_changes): "
             "reading continues at the same lines"
         )
+    folder = Path(run.config.train.run_dir)
     if continues:
-        replay_rollbacks(Path(config.run_dir), state, run.checked.data_order)
+        replay_rollbacks(folder, state, run.checked.data_order)
     else:
-        forget_rollbacks(Path(config.run_dir), state)
-    return state, reader
+        forget_rollbacks(folder, state)
+    return state
 
 
-def describe_changes(run: Run, reader: CheckpointReader) -> list[str]:
+def describe_changes(checked: ResolvedRun, reader: CheckpointReader) -> list[str]:
     """Describes the changes since the checkpoint that affect the result, which ``train.allow_changes`` has allowed."""
-    return [change.text for change in changes_since(Identity.of(reader.manifest), run.checked.identity, set())]
+    return [change.text for change in _changes(checked, reader, set())]
 
 
-def _newest(run: Run) -> Path:
-    folder = RunFolder(Path(run.config.train.run_dir)).checkpoints
-    chosen, skipped = newest_whole(folder, run.engine)
-    for reason in skipped if run.engine.rank == 0 else ():  # the same on all ranks
+def _changes(checked: ResolvedRun, reader: CheckpointReader, allowed: set[str]) -> list[Change]:
+    manifest = reader.manifest
+    at_full_rank = None if manifest.has_adapters else manifest.step
+    return list(changes_since(Identity.of(manifest), checked.identity, allowed, at_full_rank=at_full_rank))
+
+
+def _newest(folder: Path, rank: int, world_size: int) -> Path:
+    chosen, skipped = newest_whole(folder, (rank, world_size))
+    for reason in skipped if rank == 0 else ():  # the same on all ranks
         log.warning("passed over %s", reason)
     if chosen is None:
         fault = f"{folder}: all checkpoints in it are damaged; move them away to start again"
@@ -117,11 +137,11 @@ def _newest(run: Run) -> Path:
     return chosen
 
 
-def _check_same_run(run: Run, reader: CheckpointReader) -> None:
+def _check_same_run(checked: ResolvedRun, reader: CheckpointReader) -> None:
     """Raises :class:`CheckpointError` with every difference that would change the result and is not allowed."""
     manifest = reader.manifest
-    steps = run.config.train.steps
-    changes = list(changes_since(Identity.of(manifest), run.checked.identity, set(run.config.train.allow_changes)))
+    config = checked.config.train
+    changes = _changes(checked, reader, set(config.allow_changes))
     permissions = sorted({change.permission for change in changes if change.permission is not None})
     faults = []
     for change in changes:
@@ -129,7 +149,7 @@ def _check_same_run(run: Run, reader: CheckpointReader) -> None:
         faults.append(f"{change.text}; {_permission(permissions)}" if with_flag else change.text)
     if manifest.step > 0 and not manifest.data_state:
         faults.append("data: the checkpoint does not hold its position in the data")
-    if manifest.step > steps:
+    if manifest.step > config.steps:
         faults.append(f"train.steps: the checkpoint is already at step {manifest.step}")
     if not faults:
         return

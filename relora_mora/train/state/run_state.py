@@ -10,7 +10,6 @@ from typing import Any
 
 from relora_mora.checkpoint.layout import Manifest
 from relora_mora.config.schema import TrainConfig
-from relora_mora.engine.merging import MergeRecord
 from relora_mora.train.log.report import Interval
 
 
@@ -97,7 +96,8 @@ class RunState:
     data: dict[str, Any] = field(default_factory=dict)
     saved: int | None = None  # the step of the newest checkpoint in the run folder
     evaluated: int | None = None  # the step of the last evaluation
-    overdue_merge: MergeRecord | None = None  # the merge of this step, if it was made when the state was loaded
+    # metrics of what was done at this step when the state was loaded: an overdue merge, or the start of the adapters
+    done_at_load: dict[str, Any] = field(default_factory=dict)
 
     def dump(self, world_size: int) -> dict[str, Any]:
         """The ``counters`` of a checkpoint's manifest; a collective."""

@@ -49,9 +49,10 @@ def started(config) -> dict[str, Any]:
         rank = dist.get_rank()
         world_size = dist.get_world_size()
         begin = resume.where_to_resume(config)
-        run = build.build(check.check(config, world_size), rank, world_size, resumes=begin is not None)
+        checked = check.check(config, world_size)
+        run = build.build(checked, rank, world_size, resumes=begin is not None)
         if begin is not None:
-            resume.resume(run, begin)
+            resume.resume(run, resume.open_checkpoint(checked, begin, rank, world_size), continues=True)
     engine = run.engine
     masters = {name: engine.gather(name) for names in engine.members for name in names}
     return {
