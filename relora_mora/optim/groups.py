@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers, adapter_parameters
 from relora_mora.adapters.lora import LoRALinear
-from relora_mora.config.schema import MethodConfig, OptimConfig
+from relora_mora.config.optim import OptimConfig
+from relora_mora.config.schema import MethodConfig
 from relora_mora.optim.rules import MatrixState, PairRule, Rule, Unit
 from relora_mora.schedule import Schedule
 

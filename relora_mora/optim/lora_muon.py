@@ -32,7 +32,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from relora_mora.config.schema import OptimConfig
+from relora_mora.config.optim import OptimConfig
 from relora_mora.optim.muon import Muon, orthogonalize
 
 DAMPING = 1e-5  # is added to a Gram matrix, relative to its mean eigenvalue: float32 products have such errors

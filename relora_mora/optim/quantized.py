@@ -33,7 +33,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from relora_mora.config.schema import OptimConfig
+from relora_mora.config.optim import OptimConfig
 from relora_mora.optim.rules import COUNT, MatrixState
 
 LARGEST_BLOCK = 256

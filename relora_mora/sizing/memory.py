@@ -55,7 +55,8 @@ from relora_mora.adapters.inject import INPUTS, decoder_linears, storage_of
 from relora_mora.adapters.layers import INPUT, AdapterLinear, Kept, adapter_layers
 from relora_mora.adapters.stored import PLAIN
 from relora_mora.config.checks.deepspeed import zero_defaults
-from relora_mora.config.schema import Config, OptimConfig
+from relora_mora.config.optim import OptimConfig
+from relora_mora.config.schema import Config
 from relora_mora.model.config import attention_widths, head_width
 from relora_mora.model.llama import flash_supports
 from relora_mora.model.loss import bytes_per_logit, loss_chunk

@@ -38,7 +38,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters.inject import decoder_linears, inject
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters
-from relora_mora.config.schema import Config, MethodConfig, OptimConfig
+from relora_mora.config.optim import OptimConfig
+from relora_mora.config.schema import Config, MethodConfig
 from relora_mora.model.config import attention_widths
 from relora_mora.model.llama import model_class
 from relora_mora.optim.groups import group_of, matrix_rules, set_trainable, units_at_once, units_of

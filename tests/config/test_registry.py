@@ -12,8 +12,9 @@ import torch
 
 from relora_mora.adapters.inject import layer_class
 from relora_mora.adapters.layers import AdapterLinear
+from relora_mora.config.optim import OptimConfig
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, MatrixOptimizer
-from relora_mora.config.schema import Config, MethodConfig, OptimConfig
+from relora_mora.config.schema import Config, MethodConfig
 from relora_mora.kernels import grouping
 from relora_mora.operators import Operator
 from relora_mora.optim.groups import matrix_rules

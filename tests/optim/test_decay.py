@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relora_mora.config.schema import OptimConfig
+from relora_mora.config.optim import OptimConfig
 from relora_mora.optim.groups import MatrixAdamW, ParameterGroup, build_optimizer
 from relora_mora.optim.rules import Unit, new_state
 

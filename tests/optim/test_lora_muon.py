@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from relora_mora.config.schema import OptimConfig
+from relora_mora.config.optim import OptimConfig
 from relora_mora.optim import lora_muon
 from relora_mora.optim.groups import MatrixAdamW
 from relora_mora.optim.lora_muon import LoRAMuon

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from relora_mora.config.optim import OptimConfig
 from relora_mora.config.registry import OPERATORS
-from relora_mora.config.schema import OptimConfig
 from relora_mora.operators import make_operator
 from relora_mora.optim import muon
 from relora_mora.optim.groups import matrix_rules

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from relora_mora.config.schema import OptimConfig
+from relora_mora.config.optim import OptimConfig
 from relora_mora.optim.groups import matrix_rules
 from relora_mora.optim.projected import Apollo, _Projected
 from relora_mora.optim.rules import MatrixState, new_state

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from relora_mora.config.optim import OptimConfig
 from relora_mora.config.registry import MATRIX_OPTIMIZERS
-from relora_mora.config.schema import OptimConfig
 from relora_mora.optim import quantized
 from relora_mora.optim.quantized import AdamW8bit
 from relora_mora.optim.rules import MatrixState, new_state

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import LlamaConfig
 
-from relora_mora.config.schema import Config, OptimConfig
+from relora_mora.config.optim import OptimConfig
+from relora_mora.config.schema import Config
 from relora_mora.optim.lora_muon import LoRAMuon
 from relora_mora.sizing import work
 from relora_mora.sizing.setup import Setup

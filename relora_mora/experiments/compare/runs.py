@@ -16,7 +16,8 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from relora_mora.config.schema import SETTINGS, MethodConfig, OptimConfig
+from relora_mora.config.optim import OptimConfig
+from relora_mora.config.schema import SETTINGS, MethodConfig
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.supervise.lock import is_held
 from relora_mora.system.run_folder import RunFolder, changes_since_first, noted_digests
