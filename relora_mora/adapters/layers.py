@@ -36,6 +36,7 @@ class Kept(NamedTuple):
 
 
 INPUT = "x"  # ``Kept.what`` of the layer's input
+SPARSE_VALUES = "sparse_values"  # the adapter parameter that is a list of elements, not a map; AdamW always trains it
 DROPPED = "dropped x"  # ``Kept.what`` of the input after one adapter's dropout
 
 
@@ -53,6 +54,8 @@ class AdapterLinear(nn.Module):
     break_even: ClassVar[float]
     # the number of [out, in] tensors that exist at once while the merged form builds W + delta
     weights_built: ClassVar[int] = 1
+    # whether backward needs such a tensor in every form, for the gradient of the weight
+    dense_gradient: ClassVar[bool] = False
 
     def __init__(self, linear: nn.Linear, form: str, dropout: float = 0.0) -> None:
         super().__init__()
@@ -105,6 +108,10 @@ class AdapterLinear(nn.Module):
     @abstractmethod
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
         """The float32 value of a parameter at the start of a cycle. Fresh parameters have a delta of zero."""
+
+    def initial_weight(self) -> Tensor | None:
+        """The float32 W [out, in] of a run that draws its weights; None: as in the model without adapters."""
+        return None
 
     @abstractmethod
     def singular_values(self, *parameters: Tensor) -> Tensor:

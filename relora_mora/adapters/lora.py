@@ -14,6 +14,9 @@ from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw
 
 
+PAIR = ("lora_A", "lora_B")
+
+
 class LoRALinear(AdapterLinear):
     """``W + scale B A`` with A [r, in] and B [out, r]."""
 
@@ -47,14 +50,14 @@ class LoRALinear(AdapterLinear):
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        return ("lora_A", "lora_B")
+        return PAIR
 
     def delta_of(self, *parameters: Tensor) -> Tensor:
         A, B = parameters
         return self.scale * (B @ A)
 
     def build_merged(self, weight: Tensor) -> Tensor:
-        return _add_product(weight, self.lora_A, self.lora_B, self.scale)
+        return add_product(weight, self.lora_A, self.lora_B, self.scale)
 
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
         if name == "lora_B":
@@ -66,7 +69,7 @@ class LoRALinear(AdapterLinear):
         A, B = parameters
         return torch.linalg.svdvals(self.scale * (torch.linalg.qr(B)[1] @ torch.linalg.qr(A.mT)[1].mT))
 
-    def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor] | None:
         A, B = parameters
         return A, B
 
@@ -116,7 +119,7 @@ class _MergedLoRA(torch.autograd.Function):
         ctx.stored = stored
         if merged is not None:
             return stored.linear(x, merged)
-        return F.linear(x, _add_product(stored.dense(weight, x.dtype), A, B, scale).to(x.dtype))
+        return F.linear(x, add_product(stored.dense(weight, x.dtype), A, B, scale).to(x.dtype))
 
     @staticmethod
     def backward(
@@ -130,7 +133,7 @@ class _MergedLoRA(torch.autograd.Function):
         if ctx.needs_input_grad[0] and merged is not None:
             dx = ctx.stored.linear_transposed(dy, merged)
         elif ctx.needs_input_grad[0]:
-            dx = dy @ _add_product(ctx.stored.dense(weight, dy.dtype, after=dy), A, B, scale).to(dy.dtype)
+            dx = dy @ add_product(ctx.stored.dense(weight, dy.dtype, after=dy), A, B, scale).to(dy.dtype)
         x = x.reshape(-1, x.shape[-1])
         dy = dy.reshape(-1, dy.shape[-1])
         dA = scale * ((dy @ B.to(dy.dtype)).T @ x) if ctx.needs_input_grad[2] else None
@@ -138,6 +141,6 @@ class _MergedLoRA(torch.autograd.Function):
         return dx, None, dA, dB, None, None, None
 
 
-def _add_product(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def add_product(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """weight + scale B A [out, in], in the dtype of the weight"""
     return torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype), alpha=scale)

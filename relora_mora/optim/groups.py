@@ -1,7 +1,7 @@
 """Parameter groups and their optimizer: which parameters train, with which rule, and at which rate."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, Protocol
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from relora_mora.adapters.layers import adapter_layers, adapter_parameters
-from relora_mora.adapters.lora import LoRALinear
+from relora_mora.adapters.layers import SPARSE_VALUES, adapter_layers, adapter_parameters
+from relora_mora.adapters.lora import PAIR, LoRALinear
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import MethodConfig
 from relora_mora.optim.rules import MatrixState, PairRule, Rule, Unit
 from relora_mora.schedule import Schedule
 
 ADAPTERS = "adapters"
-GROUPS = (ADAPTERS, "linears", "embeddings", "norms")
+GROUPS = (ADAPTERS, "values", "linears", "embeddings", "norms")
 HEAD = "lm_head"
 GPU_BATCH = 2**22  # elements that a rule updates together
 
@@ -35,7 +35,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a rate and the kind of optimizer state. A merge resets the group ``adapters``."""
+    """Parameters that share a rate and the kind of optimizer state. A merge resets ``adapters`` and ``values``."""
 
     name: str  # one of GROUPS
     parameters: tuple[str, ...]
@@ -82,10 +82,11 @@ def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
         else:
             train = {
                 "adapters": True,
+                "values": True,
                 "linears": method.trains_linears and name not in under_adapters,
                 "embeddings": method.train_embeddings or (tied and method.train_head),
                 "norms": method.train_norms,
-            }["adapters" if name in adapters else group_of(name)]
+            }[group_of(name, adapters)]
         parameter.requires_grad_(train)
 
 
@@ -99,15 +100,15 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
     members: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members["adapters" if name in adapters else group_of(name)].append(name)
-    main = "adapters" if adapters else "linears"
+            members[group_of(name, adapters)].append(name)
+    main = ("adapters", "values") if adapters else ("linears",)
     return [
         ParameterGroup(
             name=group,
             parameters=tuple(names),
-            peak_lr=optim.lr if group == main else other,
+            peak_lr=optim.lr if group in main else other,
             weight_decay=0.0 if group == "norms" else optim.weight_decay,
-            rewarms=optim.rewarm == "all" or group == "adapters",
+            rewarms=optim.rewarm == "all" or group in ("adapters", "values"),
             moments=optim.of_group(group).moments,
         )
         for group, names in members.items()
@@ -181,7 +182,7 @@ def units_of(rule: Rule, names: Iterable[str], model: nn.Module) -> Iterator[Uni
         return
     for name, layer in adapter_layers(model):
         assert isinstance(layer, LoRALinear)
-        yield Unit(tuple(f"{name}.{key}" for key in layer.adapter_names), layer.scale)
+        yield Unit(tuple(f"{name}.{key}" for key in PAIR), layer.scale)
 
 
 def units_at_once(shapes: Iterable[Sequence[int]], *, on_gpu: bool) -> int:
@@ -231,8 +232,15 @@ def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Sched
     )
 
 
-def group_of(name: str) -> str:
-    """The group of a parameter, from its name in transformers' LLaMA family; ``linears`` for an adapter's too."""
+def group_of(name: str, adapters: Container[str] = ()) -> str:
+    """The group of a parameter, from its name in transformers' LLaMA family.
+
+    Without the names of ``adapters``, A, B and M count as ``linears``.
+    """
+    if name.endswith(f".{SPARSE_VALUES}"):
+        return "values"
+    if name in adapters:
+        return "adapters"
     if "embed_tokens" in name or name.startswith(HEAD):
         return "embeddings"
     if "norm" in name or name.endswith(".bias"):

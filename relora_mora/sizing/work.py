@@ -223,7 +223,7 @@ def _units(model: PreTrainedModel, optim: OptimConfig) -> dict[Rule, list[Shapes
     shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
     names: dict[Rule, list[str]] = {}
     for name in shapes:
-        group = "adapters" if name in adapters else group_of(name)
+        group = group_of(name, adapters)
         if group in rules:
             names.setdefault(rules[group], []).append(name)
     return {

@@ -87,6 +87,17 @@ def test_it_starts_with_a_delta_of_zero_and_has_only_its_parameters(name: str) -
     assert sum(value.numel() for value in fresh) == layer.parameters_for(method, INPUTS, OUTPUTS)
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_it_has_its_first_values_even_if_the_weight_has_none_yet(name: str) -> None:
+    """A run adds the adapters to a model on meta; whatever is still on meta then is drawn as a weight of the model."""
+    linear = nn.Linear(INPUTS, OUTPUTS, bias=False, device="meta")
+    method = MethodConfig(name=name, rank=3)
+    layer = layer_class(method).from_settings(linear, method, torch.Generator().manual_seed(1), None, Draw(0))
+    values = values_of(layer)
+    assert not any(value.is_meta for value in values)
+    assert not layer.delta_of(*values).any()
+
+
 @pytest.mark.parametrize("stray", ["buffer", "vector"])
 def test_a_layer_that_a_resume_could_not_restore_is_refused(stray: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = LoRALinear.__init__
