@@ -13,7 +13,6 @@ from relora_mora.adapters.stored import Stored, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw
 
-
 PAIR = ("lora_A", "lora_B")
 
 

@@ -13,9 +13,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from relora_mora.adapters.inject import inject, replace_linears
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.adapters.sltrain import SLTrainLinear, support, values_per_row
+from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import MethodConfig, OptimConfig
 from relora_mora.model.llama import empty_model
 from relora_mora.optim.groups import parameter_groups, set_trainable
+from relora_mora.sizing.fit import check_adapters
 from tests.tools.tiny import tiny_llama
 
 CPU = torch.device("cpu")
@@ -127,3 +129,8 @@ def test_compiled_layers_of_one_shape_share_a_program():
         for plain, other in zip(*gradients, strict=True):
             torch.testing.assert_close(plain, other)
     assert counter.frame_count == 1
+
+
+def test_more_values_than_the_weights_have_are_refused_with_both_settings():
+    with pytest.raises(ConfigError, match=r"lower it or method\.sparse_density, or use method\.name=full"):
+        check_adapters(tiny_llama(), MethodConfig(name="sltrain", rank=2, sparse_density=1.0))

@@ -9,14 +9,18 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
 import relora_mora as rm
 from relora_mora.adapters import stored
+from relora_mora.adapters.inject import layer_class
+from relora_mora.adapters.layers import AdapterLinear
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.config.load import ConfigError
 from relora_mora.config.registry import METHODS
 from relora_mora.config.schema import MethodConfig, ModelConfig
 from relora_mora.model import llama
+from relora_mora.operators import Draw
 from relora_mora.train.begin import start_adapter
 from relora_mora.weights import export
 from tests.support.evidence import Evidence
@@ -30,7 +34,13 @@ TRAINED: dict[str, tuple[dict[str, Any], int]] = {
     **{name: (method, 0) for name, method in _PLAIN.items()},
     "relora": ({"name": "relora"}, 1),
     "remora": ({"name": "remora"}, 1),
+    "sltrain": ({"name": "sltrain"}, 0),
 }
+
+
+def _layer(method: MethodConfig) -> AdapterLinear:
+    linear = nn.Linear(16, 16, bias=False)
+    return layer_class(method).from_settings(linear, method, torch.Generator(), None, Draw())
 
 
 def export_refusal(combination: Combination) -> str | None:
@@ -46,6 +56,9 @@ def export_refusal(combination: Combination) -> str | None:
     with mock.patch.object(export, "other_weights", lambda *_: {}):
         try:
             export._check_exportable(reader, ModelConfig(init_from="a-model"), method, released=form == "peft-mora")
+            if form == "peft":
+                layer = _layer(method)
+                export._as_lora(reader, method, layer, [layer.get_parameter(key) for key in layer.adapter_names])
         except CheckpointError as error:
             return str(error).partition(": ")[2]
     return None
@@ -103,6 +116,7 @@ KINDS = {
 TRAINED_BY = {"a loop": KINDS, "Trainer": {kind: f"Trainer, {name}" for kind, name in KINDS.items()}}
 _MERGING = {"relora": rm.ReLoRA, "remora": rm.ReMoRA}
 ADAPTED = tuple(name for name, method in METHODS.items() if method.adapter is not None)
+ATTACHED = tuple(name for name in ADAPTED if hasattr(rm, METHODS[name].title))
 
 
 def _attached(by: str, kind: str, method: str = "remora", **others: str) -> Combination:
@@ -229,7 +243,7 @@ TABLES = (
         adapter_refusal,
     ),
     Table("Exports", "checkpoint of", TRAINED, "format", export.FORMATS, EXPORTS, export_refusal),
-    Table("The library and training loops", "trained by", [*_LOOPS, "accelerate, FSDP2"], "method", ADAPTED, LIBRARY),
+    Table("The library and training loops", "trained by", [*_LOOPS, "accelerate, FSDP2"], "method", ATTACHED, LIBRARY),
     Table("The library and resets", "method", _MERGING, "reset", DIMENSIONS["reset"], LIBRARY, reset_refusal),
     Table("Ways to start a run", "started by", STARTED_BY, "what it does", EVENTS, STARTS),
 )

@@ -297,32 +297,8 @@ TRAINING = [
         lambda **_: runs("remora", 2, "fp32", operators="7"),
     ),
     Evidence(
-        "tests/train/test_sltrain_run.py::test_a_resume_is_bit_equal",
-        lambda stage, matrices: runs("sltrain", stage, "fp32", optimizer=matrices),
-    ),
-    Evidence(
-        "tests/train/test_sltrain_run.py::test_every_stage_trains_the_same",
-        lambda: [runs("sltrain", stage, "fp32", optimizer="muon") for stage in STAGES],
-    ),
-    Evidence(
-        "tests/train/test_sltrain_run.py::test_on_a_trained_model_it_begins_with_that_model",
-        lambda: runs("sltrain", 2, "fp32", start="a model"),
-    ),
-    Evidence(
         "tests/train/test_drawn_operator.py::test_without_merges_it_is_drawn_once_and_from_the_seed",
         lambda: runs("mora", 2, "fp32", operators="7"),
-    ),
-    Evidence(
-        "tests/train/test_sltrain_run.py::test_a_resume_is_bit_equal",
-        lambda stage, matrices: runs("sltrain", stage, "fp32", optimizer=matrices),
-    ),
-    Evidence(
-        "tests/train/test_sltrain_run.py::test_every_stage_trains_the_same",
-        lambda: [runs("sltrain", stage, "fp32", optimizer="muon") for stage in STAGES],
-    ),
-    Evidence(
-        "tests/train/test_sltrain_run.py::test_on_a_trained_model_it_begins_with_that_model",
-        lambda: runs("sltrain", 2, "fp32", start="a model"),
     ),
     Evidence(
         "tests/train/test_drawn_operator.py::test_all_programs_are_made_before_the_first_step",

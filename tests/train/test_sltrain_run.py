@@ -42,7 +42,7 @@ def config(inputs, tokenizer_path):
     return make
 
 
-CASES = [(0, "adamw"), (3, "muon"), *rest((1, "muon"), (2, "adamw"))]
+CASES = [(0, "adamw"), (3, "muon"), (1, "lora_muon"), *rest((2, "adamw"), (3, "lora_muon"))]
 
 
 @pytest.mark.parametrize("stage,matrices", CASES)
