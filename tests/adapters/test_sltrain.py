@@ -14,7 +14,8 @@ from relora_mora.adapters.inject import inject, replace_linears
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.adapters.sltrain import SLTrainLinear, support, values_per_row
 from relora_mora.config.load import ConfigError
-from relora_mora.config.schema import MethodConfig, OptimConfig
+from relora_mora.config.optim import OptimConfig
+from relora_mora.config.schema import MethodConfig
 from relora_mora.model.llama import empty_model
 from relora_mora.optim.groups import parameter_groups, set_trainable
 from relora_mora.sizing.fit import check_adapters

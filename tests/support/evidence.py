@@ -289,6 +289,10 @@ TRAINING = [
         lambda: [runs("sltrain", stage, "fp32", optimizer="muon") for stage in STAGES],
     ),
     Evidence(
+        "tests/train/test_sltrain_run.py::test_after_a_start_at_full_rank_it_adds_to_the_trained_weights",
+        lambda: runs("sltrain", 3, "fp32", start="full rank"),
+    ),
+    Evidence(
         "tests/train/test_sltrain_run.py::test_on_a_trained_model_it_begins_with_that_model",
         lambda: runs("sltrain", 2, "fp32", start="a model"),
     ),

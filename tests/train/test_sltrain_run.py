@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from relora_mora.adapters.sltrain import values_per_row
 from relora_mora.checkpoint.reader import CheckpointReader
 from relora_mora.experiments.spectrum import update_spectra
+from relora_mora.model.llama import empty_model, initial_value
 from relora_mora.weights.export import merged_weights
 from tests.tools.grids import STAGES, rest
 from tests.tools.runs import (
@@ -94,6 +96,21 @@ def test_a_checkpoint_holds_values_only_and_begins_sparse(pools, config, tmp_pat
     other = config(folder, 1, train={"seed": 1, "allow_changes": ["train.seed"]})
     [message] = pools(1)(refusal_of, other)
     assert "train.seed: 0 in the checkpoint, 1 now; it decides which elements of the sparse matrices train" in message
+
+
+def test_after_a_start_at_full_rank_it_adds_to_the_trained_weights(pools, config, tmp_path):
+    method = {"full_steps": 2}
+    assert_resumes_are_bit_equal(pools(2), partial(config, method=method, train={"zero_stage": 3}), tmp_path)
+    folder = tmp_path / "never"
+    trained = CheckpointReader(checkpoint_at(folder, 2)).weight(f"{QUERIES}.weight")
+    assert (trained != 0).all()
+    last = CheckpointReader(checkpoint_at(folder, 6))
+    assert torch.equal(last.weight(f"{QUERIES}.weight"), trained)
+    assert (last.weight(f"{QUERIES}.sparse_values") != 0).all()
+    # the run began with the weights that any run draws, and not with a sparse matrix
+    drawn = initial_value(empty_model(LlamaConfig(**LLAMA)), f"{QUERIES}.weight", seed=0)
+    expected = torch.linalg.svdvals(merged_weights(last)[f"{QUERIES}.weight"] - drawn)
+    torch.testing.assert_close(update_spectra(folder)["q_proj"][1], expected)
 
 
 def test_on_a_trained_model_it_begins_with_that_model(pools, config, tmp_path):
