@@ -56,6 +56,7 @@ class AdapterLinear(nn.Module):
     weights_built: ClassVar[int] = 1
     # whether backward needs such a tensor in every form, for the gradient of the weight
     dense_gradient: ClassVar[bool] = False
+    index_bytes = 0  # of temporary tensors of whole numbers, in forward and in backward
 
     def __init__(self, linear: nn.Linear, form: str, dropout: float = 0.0) -> None:
         super().__init__()

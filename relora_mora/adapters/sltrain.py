@@ -45,6 +45,9 @@ class SLTrainLinear(LoRALinear):
     ) -> None:
         super().__init__(linear, lora_rank, alpha, generator, form, dropout)
         self.row_values = values_per_row(density, self.in_features)
+        self.index_bytes = (
+            3 * 8 * self.out_features * self.row_values
+        )  # a place, and its number before and after a step
         self.seed = generator.initial_seed()
         # not a number, for which torch.compile would make a program for each layer
         self.support_seed = torch.tensor(self.seed & _BITS_32, device="cpu")

@@ -159,6 +159,10 @@ class MatrixOptimizer:
     of_single: str | None = None
     bytes_per_element: int = 44  # Muon's momentum, Nesterov's, decay and step, each in its own pass
 
+    def suits(self, method: Method) -> bool:
+        """Whether the method trains what this optimizer steps; ``full`` does not, if that is pairs."""
+        return self.of_single is None or (method.adapter is not None and method.adapter.has_pair)
+
 
 MATRIX_OPTIMIZERS = {
     optimizer.name: optimizer

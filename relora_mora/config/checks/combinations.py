@@ -105,15 +105,15 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
 def _optimizer_faults(config: Config) -> Iterator[Fault]:
     optim = config.optim
     steps = config.train.steps
-    adapter = config.method.record.adapter
-    if MATRIX_OPTIMIZERS[optim.matrices].of_single and not (adapter and adapter.has_pair):
-        methods = [method.name for method in METHODS.values() if method.adapter and method.adapter.has_pair]
+    record = MATRIX_OPTIMIZERS[optim.matrices]
+    if not record.suits(config.method.record):
+        methods = [method.name for method in METHODS.values() if record.suits(method)]
         yield Fault(
             ("optim.matrices", "method.name"),
             f"{optim.matrices} updates LoRA's A and B together, but the method {config.method.name} has no such pairs; "
-            f"use optim.matrices={MATRIX_OPTIMIZERS[optim.matrices].of_single}, or method.name={' or '.join(methods)}",
+            f"use optim.matrices={record.of_single}, or method.name={' or '.join(methods)}",
         )
-    if MATRIX_OPTIMIZERS[optim.matrices].of_single and optim.cautious_decay and optim.weight_decay:
+    if record.of_single and optim.cautious_decay and optim.weight_decay:
         yield Fault(
             ("optim.cautious_decay", "optim.matrices"),
             f"{optim.matrices} decays the product of LoRA's A and B as a whole, so it cannot leave out elements; "

@@ -272,7 +272,9 @@ def _needs(
     """[method][stage] for the run's method and for every other method that works with its settings."""
     device = cluster.device
     found: dict[str, dict[int, _Needs]] = {}
-    for name in METHODS:
+    for name, method in METHODS.items():
+        if not (config.optim.of_group("adapters").suits(method) or method.adapter is None):
+            continue
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
         try:
             model = meta_model(model_config, other.method)

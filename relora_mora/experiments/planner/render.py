@@ -125,6 +125,7 @@ def _network(plan: Plan) -> str:
     if cluster.world_size == 1:
         return ""
     traffic = plan.network[plan.method]
+    counts = [plan.full_steps, plan.config.train.steps - plan.full_steps][-len(plan.times) :]  # steps of each phase
     rows = []
     for stage, step in plan.time.steps.items():
         moved = traffic[stage]
@@ -137,7 +138,7 @@ def _network(plan: Plan) -> str:
                 _stage(plan, stage),
                 *map(_gb, sizes),
                 *(f"{seconds:.3g}" if seconds else "-" for seconds in times),
-                duration(plan.config.train.steps * step.total),
+                duration(sum(time.steps[stage].total * count for time, count in zip(plan.times, counts, strict=True))),
             ]
         )
     columns = ["stage", "all-reduced", "reduced", "gathered", "a device sends", "a host sends", "full: a device"]

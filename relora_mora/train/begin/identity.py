@@ -194,7 +194,7 @@ def _fixed_settings(saved: Identity, now: Identity, at_full_rank: int | None) ->
     fixed = {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}
     if at_full_rank is None and after.adapter is not None:
         fixed["method.full_steps"] = "the adapters of the checkpoint began as its settings say; start a new run"
-    elif at_full_rank is not None and full_steps and full_steps < at_full_rank:
+    elif at_full_rank is not None and after.adapter is not None and full_steps < at_full_rank:
         fixed["method.full_steps"] = f"the checkpoint of step {at_full_rank} has no adapters yet; give that or more"
     return fixed
 

@@ -138,6 +138,7 @@ LAYOUT = {
 _COMPARED = (
     "method.name",
     "method.rank",
+    "method.sparse_density",
     "method.operators",
     "method.merge_every",
     "method.merge_until_step",
@@ -149,6 +150,8 @@ _COMPARED = (
     "optim.others",
     "optim.lr",
     "optim.lr_other",
+    "optim.lr_full",
+    "optim.cautious_decay",
     "optim.schedule",
     "optim.warmup_steps",
     "optim.restart_warmup_steps",

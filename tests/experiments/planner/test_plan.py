@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from relora_mora.config.load import load_config
-from relora_mora.config.registry import METHODS
+from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS
 from relora_mora.experiments.planner.cluster import Cluster
 from relora_mora.experiments.planner.plan import FRAGMENTATION, PROCESS_BYTES, STAGES, Plan, make_plan
 from relora_mora.experiments.planner.render import duration, render
 from relora_mora.model.config import read_model_config
 from relora_mora.sizing.fit import USABLE
-from relora_mora.sizing.work import flops_per_token
 from relora_mora.system.devices import CPU, DEVICES, Device, device_of_name, named_device
 from relora_mora.system.hardware import device_here
 from tests.tools.commands import PLAN, call
@@ -103,6 +102,15 @@ def test_every_method_on_every_stage() -> None:
     assert remora.optimizer < full.optimizer
     assert full.host_base == 0 < remora.host_base
     assert plan.memory["mora"][1].activations < plan.memory["lora"][1].activations
+
+
+@pytest.mark.parametrize("matrices", MATRIX_OPTIMIZERS)
+def test_every_optimizer_next_to_the_methods_that_it_suits(matrices: str) -> None:
+    plan = plan_of(**{"method.name": "lora", "optim.matrices": matrices})
+    suited = {name for name, method in METHODS.items() if MATRIX_OPTIMIZERS[matrices].suits(method)}
+    assert set(plan.memory) == suited | {"full"}
+    assert "lora" in suited
+    assert (suited == {"lora", "relora", "sltrain"}) == (matrices == "lora_muon")
 
 
 def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
@@ -266,6 +274,10 @@ def test_the_first_steps_at_full_rank_have_their_own_memory_and_time() -> None:
     assert each[0] != each[1]
     assert whole.seconds == pytest.approx(100 * each[0] + (steps - 100) * each[1])
     assert "full rank      the first 100 steps: " in render(whole)
+    for stage in STAGES:
+        spent = [plan.time.steps[stage].total for plan in (full, adapters)]
+        row = [line for line in render(whole).splitlines() if line.split()[:1] in ([f"{stage}*"], [str(stage)])][-1]
+        assert row.endswith(f"  {duration(100 * spent[0] + (steps - 100) * spent[1])}")
     assert "full rank      " not in render(adapters)
     card = Device("a card", "a card", 0, 0, 0, 0, 0, "the test", "")
     memory = plan_of(cluster=Cluster(1, 2, card)).memory
@@ -333,36 +345,6 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def run_cli(*arguments: str) -> int:
-    from relora_mora.cli.command import run
-    from relora_mora.commands import plan as script
-
-    with pytest.raises(SystemExit) as end:
-        run(script.main, list(arguments))
-    return int(end.value.code or 0)
-
-
-def test_command_line_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli(str(CONFIG), "--world_size=2", "--train.steps=2000", "--tokens_per_second=4096", "--json") == 0
-    values = json.loads(capsys.readouterr().out)
-    config = load_config(CONFIG)
-    assert values["tokens"] == 8_192_000
-    assert values["seconds"] == 2000
-    assert values["flops"]["total"] == flops_per_token(read_model_config(config.model), config).total
-    assert values["memory"]["remora"]["2"]["device"] > values["memory"]["remora"]["2"]["activations"] > 0
-
-
-@pytest.mark.parametrize("setting", ["--method.operators=[6]", "--method.square_multiple=4096"])
-def test_settings_that_only_other_methods_use_do_not_keep_a_run_from_its_plan(
-    capsys: pytest.CaptureFixture[str], setting: str
-) -> None:
-    arguments = ["--method.name=full", "--method.rank=33", setting]
-    assert run_cli(str(CONFIG), "--world_size=1", *arguments, "--json") == 0
-    assert "full" in (planned := json.loads(capsys.readouterr().out)["memory"])
-    assert "remora" not in planned
-    assert run_cli(str(CONFIG), "--world_size=1", *arguments[1:]) == 2
-
-
 def test_float32_and_recomputing_are_slower_on_a_gpu() -> None:
     gpu = Cluster(1, 1, named_device("h100"))
     usual, again = (plan_of(cluster=gpu, **{"model.activation_checkpointing": on}) for on in ("false", "true"))
@@ -372,53 +354,6 @@ def test_float32_and_recomputing_are_slower_on_a_gpu() -> None:
         read_model_config(config.model), config, cluster=gpu, bf16=False, on_cpu=False, peak=(1e12, "the test")
     )
     assert single.time.steps[2].compute > usual.time.steps[2].compute
-
-
-def test_command_line_for_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli(str(ROOT / "configs/run/paper_250m_remora.yaml"), "--world_size=32", "--device=cuda") == 0
-    out = capsys.readouterr().out
-    assert "remora in bf16" in out
-    assert "resident" not in out
-    assert "5,242,880,000 in all" in out
-
-
-def test_command_line_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
-    config = str(ROOT / "configs/run/paper_1_3b_full.yaml")
-    assert (
-        run_cli(config, "--nodes", "2", "--gpus-per-node=8", "--device=A10G", "--model.activation_checkpointing=true")
-        == 0
-    )
-    out = capsys.readouterr().out
-    assert "2 x 8 a10g, 24 GB each" in out
-    assert "100 Gbit/s from host to host" in out
-    assert "fits at ZeRO stage 1, 2, 3 (within 90%" in out
-    assert "0 too large" in out
-    assert run_cli(config, "--nodes=1", "--gpus-per-node=2", "--device=a10g") == 0
-    assert "fits at NO stage: lower train.micro_batch_size" in capsys.readouterr().out
-    assert run_cli(config, "--nodes=2", "--gpus_per_node=8", "--device=h100", "--link_gbits=10", "--json") == 0
-    values = json.loads(capsys.readouterr().out)
-    assert values["world_size"] == 16
-    assert values["memory"]["full"]["2"]["fits"] is True
-    assert values["steps"]["1"]["network"] == pytest.approx(values["network"]["full"]["1"]["sent"] / 1.25e9)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--world_size=3"], "not a multiple of train.micro_batch_size 8 x 3 ranks"),
-        (["--world_size=0"], "--world_size: got 0"),
-        (["--device=tpu"], "got 'tpu', expected cuda, cpu or one of a100, a100-40gb"),
-        (["--nodes=2"], "--gpus_per_node: missing with --nodes=2"),
-        (["--nodes=2", "--world_size=2"], "--world_size: given together with --nodes"),
-        (["--link_gbits=-1"], "--link_gbits: got -1"),
-        (["--link_gbits=10"], "--link_gbits: a single host does not use its network"),
-        (["--train.stepss=3"], "did you mean steps?"),
-        (["--data.sequence_length=4096"], "max_position_embeddings"),
-    ],
-)
-def test_command_line_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    assert run_cli(str(CONFIG), *arguments) == 2
-    assert message in capsys.readouterr().err
 
 
 def test_ranks_on_one_host_share_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
