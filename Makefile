@@ -103,7 +103,7 @@ COMPARE := $(BIN)/python launch/compare.py
 UNNAMED := optim.lr,optim.momentum,optim.restart_warmup_steps,method.operators
 FULL_RANK := --against=name=full,lr=0.0005,seed=0
 TUNED := name=full,lr=0.002,lr_other=0.032,seed=0
-FULL_RANK_MUON := name=full,matrices=muon,lr=0.002,seed=0
+FULL_RANK_MUON := name=full,matrices=muon,lr=0.003,seed=0
 REACH := --reach=eval/character_accuracy=0.5,0.95
 study: $(VENV)/.installed-dev  ## tables and figures of the studies in the documents, from what is kept of their runs
 	$(COMPARE) docs/studies/memory_tiny.jsonl.gz --best=optim.lr $(REACH) --out=docs/studies/memory_tiny

@@ -245,15 +245,18 @@ def _differences(settings: Mapping[str, Any], names: Sequence[str], full_paths: 
     shown = []
     for name in names:
         section, _, key = name.partition(".")
-        if settings.get(name) in (None, {}) or (name == "method.operators" and len(settings[name]) > 1):
+        value = settings.get(name)
+        if value in (None, {}) or (name == "method.operators" and len(settings[name]) > 1):
+            continue
+        if name == "method.full_steps" and value == 0:  # as in runs from before this setting
             continue
         if name == "optim.matrices" and settings[name] in MATRIX_OPTIMIZERS:
             shown.append(MATRIX_OPTIMIZERS[settings[name]].title)
             continue
         title = section if key == "name" else key if key_counts[key] == 1 else f"{section} {key}"
         title = title.replace("_", " ")
-        value = _shown(settings[name], full_path=name in full_paths)
-        shown.append(f"{title} {value.removeprefix(title.rpartition(' ')[2] + ' ')}")  # not "merge every every 10"
+        text = _shown(value, full_path=name in full_paths)
+        shown.append(f"{title} {text.removeprefix(title.rpartition(' ')[2] + ' ')}")  # not "merge every every 10"
     return ", ".join(shown)
 
 

@@ -184,6 +184,15 @@ def test_stretches_of_merges_are_named_without_defaults(tmp_path: Path) -> None:
     ]
 
 
+def test_only_a_start_at_full_rank_is_named(tmp_path: Path) -> None:
+    runs: list[Sections] = [{"method": {"full_steps": steps}} for steps in (0, 100, 250)]
+    assert _labels(tmp_path, *runs) == [
+        "ReMoRA (1, 2)",
+        "ReMoRA (1, 2), full steps 100",
+        "ReMoRA (1, 2), full steps 250",
+    ]
+
+
 def test_a_run_with_another_seed_is_not_called_the_same(tmp_path: Path) -> None:
     runs = [made_run(tmp_path / f"run{seed}", digest=f"{seed}", train={"seed": seed}) for seed in (0, 1)]
     labels = [group.label for group in group_runs(runs, unnamed=["data.validation"])]
