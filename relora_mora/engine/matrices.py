@@ -168,7 +168,7 @@ def _change(units: Iterable[tuple[Placed, list[Tensor]]], update: Update) -> Non
     for placed, flat in units:
         repeated = placed.shapes * (len(flat) // len(placed.shapes))
         matrices = [values.view(shape) for values, shape in zip(flat, repeated, strict=True)]
-        alike.setdefault((placed.shapes, placed.unit.scale), []).append((placed.unit, matrices))
+        alike.setdefault((placed.shapes, placed.unit.product_scale), []).append((placed.unit, matrices))
     for (shapes, _), members in alike.items():
         count = units_at_once(shapes, on_gpu=members[0][1][0].is_cuda)
         for start in range(0, len(members), count):

@@ -157,7 +157,7 @@ class MatrixAdamW(torch.optim.AdamW):
                 [stack] = stacks
                 return [rule.update(stack, [self.states[unit.names[0]] for unit in units])]
             A, B, *values = stacks
-            return rule.update_pairs((A, B), (values[0], values[1]), units[0].scale, groups[0]["lr"])
+            return rule.update_pairs((A, B), (values[0], values[1]), units[0].product_scale, groups[0]["lr"])
 
         matrices.replace({flat: flat.grad for flat in rates}, update)
         for flat, group in rates.items():

@@ -39,10 +39,10 @@ def new_state(seed: int, shapes: Mapping[str, tuple[int, ...]], device: torch.de
 
 
 class Unit(NamedTuple):
-    """The matrices that a rule updates together, by name: one, or LoRA's A and B, whose delta is ``scale`` B A."""
+    """The matrices that a rule updates together, by name: one, or LoRA's A and B with ``product_scale`` B A."""
 
     names: tuple[str, ...]
-    scale: float = 1.0
+    product_scale: float = 1.0
 
 
 class MatrixRule(Protocol):

@@ -52,7 +52,8 @@ def stem(path: Path) -> str:
 
 def test_all_sizes_and_runs_exist() -> None:
     assert {path.stem.removeprefix("llama_") for path in MODELS} == set(PARAMETERS)
-    groups = [f"{group}_{method}" for group in ("paper_250m", "paper_1_3b", "tiny") for method in METHODS]
+    groups = [f"tiny_{method}" for method in METHODS]
+    groups += [f"{size}_{method}" for size in ("paper_250m", "paper_1_3b") for method in METHODS if method != "sltrain"]
     assert {path.stem for path in RUNS} == {*groups, "demo", "study_full", "tiny_remora_paper"}
 
 
