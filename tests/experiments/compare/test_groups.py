@@ -185,11 +185,11 @@ def test_stretches_of_merges_are_named_without_defaults(tmp_path: Path) -> None:
 
 
 def test_only_a_start_at_full_rank_is_named(tmp_path: Path) -> None:
-    runs: list[Sections] = [{"method": {"full_steps": steps}} for steps in (0, 100, 250)]
+    runs: list[Sections] = [{"method": {"full_steps": steps}} for steps in (0, 5, 8)]
     assert _labels(tmp_path, *runs) == [
         "ReMoRA (1, 2)",
-        "ReMoRA (1, 2), full steps 100",
-        "ReMoRA (1, 2), full steps 250",
+        "ReMoRA (1, 2), full steps 5",
+        "ReMoRA (1, 2), full steps 8",
     ]
 
 
