@@ -145,8 +145,8 @@ class MatrixOptimizer:
     ``title`` is its name in papers. ``moments`` names its element-wise state tensors; a rule may also keep state per
     matrix. ``rule`` builds a :class:`relora_mora.optim.rules.MatrixRule` from the settings in ``optim``; None for
     AdamW. ``settings`` lists those that not every optimizer uses. ``is_slow``: the watchdog allows minutes for a step.
-    ``of_single``: the optimizer is a :class:`relora_mora.optim.rules.PairRule`, and this one is that of linears without
-    an adapter; both have the same moments.
+    ``of_single``: the optimizer is a :class:`relora_mora.optim.rules.PairRule`, and this one trains linears without an
+    adapter; both have the same moments.
     ``bytes_per_element``: what the element-wise passes of a step read and write, on a GPU.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -113,6 +113,9 @@ class Reference:
                 layer.set_operator(self.schedule.operator(step))
 
 
+_Reference = TypeVar("_Reference", bound=Reference)
+
+
 def losses_of(run: Any, merges: bool) -> list[float]:
     losses = []
     for step in range(1, STEPS + 1):
@@ -121,6 +124,18 @@ def losses_of(run: Any, merges: bool) -> list[float]:
         if merges and run.schedule.merge_after(step):
             run.merge(step)
     return losses
+
+
+_finished: dict[tuple[type, str], tuple[Any, list[float]]] = {}
+
+
+def reference_of(kind: type[_Reference], config: Config) -> tuple[_Reference, list[float]]:
+    """A finished reference run with these settings, and its losses. Equal settings share one run."""
+    key = (kind, config.model_dump_json())
+    if key not in _finished:
+        run = kind(config)
+        _finished[key] = run, losses_of(run, config.method.merges)
+    return _finished[key]
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:

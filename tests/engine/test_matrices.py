@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from relora_mora.optim.rules import Unit
-from tests.engine.reference import Reference, distance, losses_of, matrix_config, small_llama
+from tests.engine.reference import Reference, distance, losses_of, matrix_config, reference_of, small_llama
 from tests.tools.grids import STAGES, rest
 
 pytestmark = pytest.mark.distributed
@@ -20,15 +20,8 @@ pytestmark = pytest.mark.distributed
 # ---- the reference: one process, plain torch ----------------------------------------------------------------------
 
 
-_references: dict[Any, tuple[Reference, list[float]]] = {}
-
-
 def _reference(method: str, **optim: Any) -> tuple[Reference, list[float]]:
-    key = (method, *optim.items())
-    if key not in _references:
-        run = Reference(matrix_config(1, 0, method, **optim))
-        _references[key] = run, losses_of(run, run.config.method.merges)
-    return _references[key]
+    return reference_of(Reference, matrix_config(1, 0, method, **optim))
 
 
 # ---- the engine ---------------------------------------------------------------------------------------------------

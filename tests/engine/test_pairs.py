@@ -13,7 +13,7 @@ from torch import Tensor
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.schema import Config
 from relora_mora.optim.muon import Muon
-from tests.engine.reference import Reference, distance, losses_of, matrix_config, orthogonal, small_llama
+from tests.engine.reference import Reference, distance, losses_of, matrix_config, orthogonal, reference_of, small_llama
 from tests.tools.grids import STAGES, rest
 
 pytestmark = pytest.mark.distributed
@@ -55,15 +55,8 @@ def _inverse_root(gram: Tensor) -> Tensor:
     return vectors @ torch.diag(values.rsqrt()) @ vectors.mT
 
 
-_references: dict[Any, tuple[PairReference, list[float]]] = {}
-
-
 def _reference(method: str, **optim: Any) -> tuple[PairReference, list[float]]:
-    key = (method, *optim.items())
-    if key not in _references:
-        run = PairReference(_settings(1, 0, method, **optim))
-        _references[key] = run, losses_of(run, run.config.method.merges)
-    return _references[key]
+    return reference_of(PairReference, _settings(1, 0, method, **optim))
 
 
 def trained(world_size: int, stage: int, method: str, bf16: bool = False, **settings: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.schema import Config
 from relora_mora.optim.rules import MatrixState, new_state
 from relora_mora.system.seeds import derived_seed
-from tests.engine.reference import Reference, distance, losses_of, matrix_config, small_llama
+from tests.engine.reference import Reference, distance, losses_of, matrix_config, reference_of, small_llama
 from tests.tools.grids import rest
 
 pytestmark = pytest.mark.distributed
@@ -52,14 +52,8 @@ class ProjectedReference(Reference):
         self._forget(f"{name}.{key}" for name, layer in adapter_layers(self.lm) for key in layer.adapter_names)
 
 
-_references: dict[Any, tuple[ProjectedReference, list[float]]] = {}
-
-
 def _reference(*settings: str) -> tuple[ProjectedReference, list[float]]:
-    if settings not in _references:
-        run = ProjectedReference(_settings(1, 0, *settings))
-        _references[settings] = run, losses_of(run, run.config.method.merges)
-    return _references[settings]
+    return reference_of(ProjectedReference, _settings(1, 0, *settings))
 
 
 def trained(world_size: int, stage: int, method: str, matrices: str, others: str, bf16: bool = False) -> dict[str, Any]:
