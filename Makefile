@@ -17,9 +17,10 @@ demo-finetune: $(VENV)/.installed-plot  ## set up, then teach SmolLM2-135M-Instr
 WHEELS ?=
 PIP_INSTALL := $(BIN)/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS))
 
-# files are shared out over three processes: two of them compute while the third waits
+# files are shared out over three processes: two of them compute while the third waits; and many tests start Python, which would
+# compile the package and the tests again if it kept no bytecode
 JOBS ?= 3
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 test: $(VENV)/.installed-dev  ## all tests but those of the targets below
 	$(PYTEST)
 

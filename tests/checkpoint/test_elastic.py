@@ -56,15 +56,18 @@ MATRIX = [Move(*values) for values in itertools.product(METHODS, WORLDS, STAGES,
 PAIRS = list(itertools.product(WORLDS, WORLDS))
 
 
-def _chosen(move: Move) -> bool:
-    """One move for each pair of stages, which takes turns with the pairs of world sizes and the methods."""
-    number = 4 * move.stage + move.to_stage
-    return (move.world, move.to_world) == PAIRS[(number + 6) % 9] and move.method == METHODS[
-        (move.stage + 2 * move.to_stage) % 3
-    ]
-
-
-SUBSET = [move for move in MATRIX if _chosen(move)]
+# each pair of world sizes once
+SUBSET = [
+    Move("remora", 1, 1, 1, 0),
+    Move("full", 1, 2, 2, 1),
+    Move("relora", 1, 0, 4, 2),
+    Move("full", 2, 2, 1, 3),
+    Move("remora", 2, 1, 2, 2),
+    Move("full", 2, 3, 4, 2),
+    Move("relora", 4, 1, 1, 3),
+    Move("remora", 4, 3, 2, 0),
+    Move("relora", 4, 0, 4, 1),
+]
 
 
 def followed(config: Any, stop_after: int | None = None) -> Batches:
@@ -168,9 +171,10 @@ def test_every_move(course, tmp_path, move):
 
 def test_the_moves_cover_all_ranks_and_stages():
     assert len(MATRIX) == 432
-    assert len(SUBSET) == 16
-    assert {(move.world, move.to_world) for move in SUBSET} == set(PAIRS)
-    assert {(move.stage, move.to_stage) for move in SUBSET} == set(itertools.product(STAGES, STAGES))
+    assert [(move.world, move.to_world) for move in SUBSET] == PAIRS
+    for stages in ([move.stage for move in SUBSET], [move.to_stage for move in SUBSET]):
+        assert min(Counter(stages)[stage] for stage in STAGES) >= 2
+    assert all(move.stage != move.to_stage for move in SUBSET)
     for moves in (SUBSET, MATRIX):
         assert {(move.method, move.stop) for move in moves} == set(itertools.product(METHODS, STOPS))
         assert min(Counter(move.method for move in moves).values()) >= len(moves) // 3

@@ -49,11 +49,9 @@ INT8 = {"base": "int8"}
 CASES = [
     (2, 2, False, INT8),
     *[(2, stage, True, {**INT8, "form": "resident"}) for stage in (1, 3)],
-    (2, 3, True, INT8),
     (2, 3, True, {"base": "fp8", "name": "relora"}),
-    *rest(
-        (1, 3, True, INT8), (2, 2, True, {**INT8, "base_products": False}), (2, 0, True, {**INT8, "form": "resident"})
-    ),
+    *rest((2, 3, True, INT8), (1, 3, True, INT8)),
+    *rest((2, 2, True, {**INT8, "base_products": False}), (2, 0, True, {**INT8, "form": "resident"})),
     *rest(
         *((2, stage, bf16, {"base": base}) for stage in STAGES for bf16 in (False, True) for base in ("int8", "fp8"))
     ),

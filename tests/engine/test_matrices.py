@@ -51,8 +51,9 @@ def trained(world_size: int, stage: int, method: str, bf16: bool = False, **sett
 
 
 CASES = [(2, "remora", stage) for stage in STAGES]
-CASES += [(2, "full", 1), (2, "full", 3), (2, "relora", 0), (2, "relora", 2), (1, "remora", 0), (1, "remora", 3)]
-CASES += rest((2, "full", 0), (2, "full", 2), (2, "relora", 1), (2, "relora", 3), (1, "remora", 1), (1, "remora", 2))
+CASES += [(2, "full", 1), (2, "full", 3), (2, "relora", 2), (1, "remora", 3)]
+CASES += rest(*((2, name, stage) for name in ("full", "relora") for stage in STAGES if (2, name, stage) not in CASES))
+CASES += rest((1, "remora", 0), (1, "remora", 1), (1, "remora", 2))
 
 
 @pytest.mark.parametrize("world,method,stage", CASES)
@@ -71,7 +72,7 @@ def test_every_stage_trains_as_plain_torch_does(pools, world, method, stage):
         assert found["states"] == {"exp_avg", "exp_avg_sq", "step"}
 
 
-@pytest.mark.parametrize("stage", [0, 3, *rest((1,), (2,))])
+@pytest.mark.parametrize("stage", [3, *rest((0,), (1,), (2,))])
 def test_without_nesterov(pools, stage):
     losses = _reference("remora", nesterov=False)[1]
     assert losses != pytest.approx(_reference("remora")[1], rel=2e-6)
@@ -89,7 +90,7 @@ def test_with_polar_express(pools, world, method, stage):
         assert found["losses"] == pytest.approx(losses, rel=2e-6)
 
 
-@pytest.mark.parametrize("stage", [0, 3, *rest((1,), (2,))])
+@pytest.mark.parametrize("stage", [3, *rest((0,), (1,), (2,))])
 def test_with_cautious_decay(pools, stage):
     cautious = {"weight_decay": 0.9, "cautious_decay": True}
     losses = _reference("full", **cautious)[1]
@@ -102,7 +103,7 @@ def test_with_cautious_decay(pools, stage):
     "stage,zero",
     [
         (1, {"round_robin_gradients": True}),
-        (2, {"round_robin_gradients": True}),
+        *rest((2, {"round_robin_gradients": True})),
         (2, {"overlap_comm": True, "reduce_bucket_size": 1000}),
         (3, {"sub_group_size": 1000, "reduce_bucket_size": 1000}),
     ],
@@ -113,7 +114,7 @@ def test_with_deepspeeds_own_settings(pools, stage, zero):
         assert found["losses"] == pytest.approx(_reference("full")[1], rel=2e-6)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [1, 3, *rest((0,), (2,))])
 def test_in_bf16_every_stage_trains_as_plain_torch_does_up_to_rounding(pools, ranks, stage):
     losses = _reference("remora")[1]
     for found in pools(ranks)(trained, ranks, stage, "remora", bf16=True):

@@ -14,7 +14,7 @@ from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.schema import Config
 from relora_mora.optim.muon import Muon
 from tests.engine.reference import Reference, distance, losses_of, matrix_config, orthogonal, reference_of, small_llama
-from tests.tools.grids import STAGES, rest
+from tests.tools.grids import rest
 
 pytestmark = pytest.mark.distributed
 
@@ -75,8 +75,9 @@ def trained(world_size: int, stage: int, method: str, bf16: bool = False, **sett
     }
 
 
-CASES = [(2, "relora", stage) for stage in STAGES] + [(1, "relora", 0), (2, "lora", 3)]
-CASES += rest((1, "relora", 1), (1, "relora", 2), (1, "relora", 3), (2, "lora", 0), (2, "lora", 1), (2, "lora", 2))
+CASES = [(2, "relora", 0), (2, "lora", 1), (2, "relora", 2), (2, "relora", 3), (1, "relora", 3)]
+CASES += rest((2, "relora", 1), (2, "lora", 0), (2, "lora", 2), (2, "lora", 3))
+CASES += rest((1, "relora", 0), (1, "relora", 1), (1, "relora", 2))
 
 
 @pytest.mark.parametrize("world,method,stage", CASES)
@@ -96,7 +97,7 @@ def test_every_stage_trains_as_plain_torch_does(pools, world, method, stage):
     assert len(owners) == len(reference.momentum) * (world if stage == 0 else 1)
 
 
-@pytest.mark.parametrize("stage", [0, 3, *rest((1,), (2,))])
+@pytest.mark.parametrize("stage", [3, *rest((0,), (1,), (2,))])
 def test_without_nesterov(pools, stage):
     losses = _reference("relora", nesterov=False)[1]
     assert losses != pytest.approx(_reference("relora")[1], rel=2e-6)
@@ -111,7 +112,7 @@ def test_with_deepspeeds_own_settings(pools, stage, zero):
         assert found["losses"] == pytest.approx(_reference("relora")[1], rel=2e-6)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [2, 3, *rest((0,), (1,))])
 def test_in_bf16_pairs_train_as_in_plain_torch_up_to_rounding(pools, ranks, stage):
     losses = _reference("relora")[1]
     for found in pools(ranks)(trained, ranks, stage, "relora", bf16=True):

@@ -108,13 +108,13 @@ def scenario(world_size: int, stage: int, bf16: bool, method: str, threshold: in
 
 
 CASES = [
-    *[(2, stage, bf16, "remora", None) for stage in STAGES for bf16 in (False, True)],
-    *[(1, stage, stage % 2 == 0, "remora", None) for stage in (0, 3)],
-    *rest(*((1, stage, stage % 2 == 1, "remora", None) for stage in STAGES)),
-    *rest(*((1, stage, stage % 2 == 0, "remora", None) for stage in (1, 2))),
-    *[(2, 3, bf16, "remora", 0) for bf16 in (False, True)],
-    *[(2, stage, True, "relora", None) for stage in (0, 3)],
-    *rest(*((2, stage, True, "relora", None) for stage in (1, 2))),
+    *[(2, stage, stage % 2 == 0, "remora", None) for stage in STAGES],
+    *rest(*((2, stage, stage % 2 == 1, "remora", None) for stage in STAGES)),
+    (1, 3, False, "remora", None),
+    *rest(*((1, stage, bf16, "remora", None) for stage in (0, 1, 2) for bf16 in (False, True))),
+    *[(2, 3, True, "remora", 0), (2, 3, True, "relora", None)],
+    *rest((1, 3, True, "remora", None), (2, 3, False, "remora", 0)),
+    *rest(*((2, stage, True, "relora", None) for stage in (0, 1, 2))),
 ]
 
 
@@ -318,7 +318,7 @@ def hundred_merges(world_size: int, bf16: bool, base: str | None) -> dict[str, A
     }
 
 
-@pytest.mark.parametrize("bf16,base", [(False, None), (True, None), (True, "int8")])
+@pytest.mark.parametrize("bf16,base", [(False, None), (True, "int8"), *rest((True, None))])
 def test_the_base_is_exact_after_a_hundred_merges(pools, ranks, bf16, base):
     found = pools(ranks)(hundred_merges, ranks, bf16, base)
     assert all(seen["bits"] == found[0]["bits"] for seen in found)

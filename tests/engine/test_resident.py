@@ -56,7 +56,7 @@ CASES += rest(
     )
 )
 CASES += [
-    (3, True, 2, {"name": "relora"}, {}),
+    *rest((3, True, 2, {"name": "relora"}, {})),
     (3, True, 2, {"name": "mora", "operators": [6], "square_multiple": 2}, {}),
 ]
 

@@ -94,10 +94,10 @@ ADAMW = ("adamw", "adamw")
 MUON = ("muon", "adamw")
 CASES = [("remora", stage, stage % 2 == 1, 2, 2, *ADAMW) for stage in (0, 1, 2, 3)]
 CASES += rest(*(("remora", stage, stage % 2 == 0, 2, 2, *ADAMW) for stage in (0, 1, 2, 3)))
-CASES += [("full", 0, True, 2, 2, *ADAMW), ("full", 3, True, 1, 8, *ADAMW), ("remora", 1, True, 1, 8, *ADAMW)]
-CASES += [("full", stage, stage % 2 == 1, 2, 2, *MUON) for stage in (0, 3)] + [("remora", 2, True, 2, 2, *MUON)]
-CASES += rest(*(("full", stage, stage % 2 == 1, 2, 2, *MUON) for stage in (1, 2)))
-CASES += [("remora int8", 2, True, 2, 2, *ADAMW), ("remora int8", 3, True, 2, 2, *ADAMW)]
+CASES += [("full", 0, True, 2, 2, *ADAMW), ("remora", 1, True, 1, 8, *ADAMW), *rest(("full", 3, True, 1, 8, *ADAMW))]
+CASES += [("full", 3, True, 2, 2, *MUON), ("remora", 2, True, 2, 2, *MUON), ("remora int8", 3, True, 2, 2, *ADAMW)]
+CASES += rest(*(("full", stage, stage % 2 == 1, 2, 2, *MUON) for stage in (0, 1, 2)))
+CASES += rest(("remora int8", 2, True, 2, 2, *ADAMW))
 CASES += [("full", 0, True, 2, 2, "apollo", "apollo_mini"), ("full", 2, False, 2, 2, "galore", "adamw")]
 CASES += [("full", 3, True, 2, 2, "fira", "adamw8bit"), ("remora", 2, True, 2, 2, "adamw8bit", "apollo_mini")]
 CASES += [("relora", 3, True, 2, 2, "lora_muon", "adamw"), ("sltrain", 1, True, 2, 2, *MUON)]

@@ -10,7 +10,7 @@ import functools
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -61,7 +61,9 @@ def _operators(method: Mapping[str, Any]) -> dict[str, str]:
     return {"operators": "6, 1"} if method.get("operators") == [6] else {}
 
 
-def _from_full_rank(stage: int, precision: str, sections: Mapping[str, Mapping[str, str]]) -> Combination:
+def _from_full_rank(
+    stage: int, precision: str, sections: Mapping[str, Mapping[str, str]], stops: Sequence[int]
+) -> Combination:
     method, optim = (sections.get(section, {}) for section in ("method", "optim"))
     others = {"optimizer": optim.get("matrices", "adamw"), "base": method.get("base", "null")}
     return runs(method.get("name", "remora"), stage, precision, start="full rank", **others)
@@ -224,7 +226,7 @@ TRAINING = [
     ),
     Evidence(
         "tests/train/state/test_resume.py::test_a_resume_before_at_and_after_a_merge_is_bit_equal",
-        lambda stage, bf16: runs("remora", stage, bf16),
+        lambda stage, bf16, stops: runs("remora", stage, bf16),
     ),
     Evidence(
         "tests/train/test_full_steps.py::test_a_resume_before_at_and_after_the_switch_is_bit_equal", _from_full_rank

@@ -172,23 +172,28 @@ def test_adapters_begin_on_exactly_the_weights_that_were_trained(
     assert logged_steps(folder, "train/adapters_began") == [FULL]
 
 
+GALORE = {"optim": {"matrices": "galore", "projection_rank": 4, "projection_every": 2}}
+MUON = {"method": {"target_modules": ["q_proj", "up_proj"]}, "optim": {"matrices": "muon"}}
+INT8, RELORA = {"method": {"base": "int8"}}, {"method": {"name": "relora"}}
+BEFORE, AFTER = FULL - 1, FULL + 1
 SWITCHES: list[Any] = [
-    (0, "fp32", {}),
-    (1, "bf16", {"optim": {"matrices": "galore", "projection_rank": 4, "projection_every": 2}}),
-    (2, "fp32", {"method": {"target_modules": ["q_proj", "up_proj"]}, "optim": {"matrices": "muon"}}),
-    (3, "bf16", {}),
-    *rest((2, "bf16", {"method": {"base": "int8"}}), (2, "bf16", {"method": {"name": "relora"}})),
+    (0, "fp32", {}, (FULL,)),
+    (1, "bf16", GALORE, (BEFORE,)),
+    (2, "fp32", MUON, (AFTER,)),
+    (3, "bf16", {}, (BEFORE, FULL, AFTER)),
+    *rest((0, "fp32", {}, (BEFORE, AFTER)), (1, "bf16", GALORE, (FULL, AFTER)), (2, "fp32", MUON, (BEFORE, FULL))),
+    *rest(*((2, "bf16", sections, (BEFORE, FULL, AFTER)) for sections in (INT8, RELORA))),
 ]
 
 
-@pytest.mark.parametrize("stage,precision,sections", SWITCHES)
+@pytest.mark.parametrize("stage,precision,sections,stops", SWITCHES)
 def test_a_resume_before_at_and_after_the_switch_is_bit_equal(
-    pools, ranks, inputs, tokenizer_path, tmp_path, stage, precision, sections
+    pools, ranks, inputs, tokenizer_path, tmp_path, stage, precision, sections, stops
 ):
     training = {"zero_stage": stage, "precision": precision, "deterministic": True}
     never = tmp_path / "never"
     pools(ranks)(train, full_start(inputs, tokenizer_path, never, ranks, train=training, **sections))
-    for stop in (FULL - 1, FULL, FULL + 1):
+    for stop in stops:
         run_dir = copy_cut_at(never, tmp_path / f"stop{stop}", stop)
         unsaved = full_start(
             inputs, tokenizer_path, run_dir, ranks, train=training, checkpoint={"every_steps": 0}, **sections

@@ -21,6 +21,7 @@ from relora_mora.model.llama import empty_model
 from relora_mora.system.logs import log
 from relora_mora.weights.export import export
 from tests.tools.commands import EVALUATE, call
+from tests.tools.grids import rest
 from tests.tools.runs import LLAMA, logged_values, run_config, train
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
@@ -106,9 +107,11 @@ def scored(inputs: Path, tokenizer: str, folder: Path) -> float:
     return json.loads(call(EVALUATE, folder, *argv).out.splitlines()[-1])["loss"]
 
 
-@pytest.mark.parametrize(
-    ("shape", "style"), [*((shape, "new") for shape in SHAPES), *((shape, "old") for shape in OLD)]
-)
+CASES: list[Any] = [(shape, "old" if shape in OLD else "new") for shape in SHAPES]
+CASES += rest(*((shape, "new") for shape in OLD))
+
+
+@pytest.mark.parametrize(("shape", "style"), CASES)
 def test_the_first_loss_is_the_loss_of_the_folder(pools, inputs, tokenizer_path, tmp_path, shape, style):
     if shape == "qwen2":  # transformers accepts no other tokenizers next to such a model
         tokenizer_path = str(tmp_path / "tokenizer")

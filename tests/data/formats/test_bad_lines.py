@@ -154,7 +154,7 @@ def _until_stop(lane, blocks):
     return [*states, lane.state()], made, None
 
 
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     kinds=st.lists(st.sampled_from(["text", "text", "text", *{**LINES, **ROWS}]), min_size=1, max_size=40),
     suffix=st.sampled_from([".json", ".json.gz", ".jsonl.zst", ".csv", ".csv.gz", ".txt", ".txt.zst"]),

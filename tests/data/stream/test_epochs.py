@@ -105,7 +105,7 @@ def test_stops_and_other_numbers_of_ranks_change_nothing(path, tokenizer_path, p
     tokenizer = load_tokenizer(tokenizer_path)
     epoch = count_of(config, tokenizer_path, EPOCHS)
     steps = int(epoch.tokens_of(EPOCHS)) // (BATCH * LENGTH)
-    between_stops = 13 if workers else 3  # a worker takes a second to start
+    between_stops = 13 if workers else 5  # a worker takes a second to start
     seen: Counter[str] = Counter()
     state = None
     step = 0

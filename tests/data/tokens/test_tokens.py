@@ -20,12 +20,17 @@ from relora_mora.tokenizer.identity import tokenizer_fingerprint
 from tests.data.tokens.tools import BATCH, KINDS, LIMITS, batches_of, make
 from tests.tools.data_tools import data_config, some_texts, write_parquet, write_shard, write_shards
 from tests.tools.faulty_server import serving
+from tests.tools.grids import rest
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name,lanes", [("few", 8), ("many", 4), ("bad", 2), ("bad", 16), ("odd", 1)])
+JSON, PARQUET = KINDS
+CASES = [(JSON, "few", 8), (JSON, "bad", 16), (JSON, "odd", 1), (PARQUET, "many", 4), (PARQUET, "bad", 2)]
+CASES += rest((PARQUET, "few", 8), (PARQUET, "bad", 16), (PARQUET, "odd", 1), (JSON, "many", 4), (JSON, "bad", 2))
+
+
+@pytest.mark.parametrize("kind,name,lanes", CASES)
 def test_tokens_give_the_batches_states_and_counts_of_the_text(folder, tokenizer_path, kind, name, lanes):
     place = folder / kind
     text = batches_of(place / name / "*", tokenizer_path, steps=30, lanes=lanes)

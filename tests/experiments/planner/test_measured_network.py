@@ -103,10 +103,10 @@ CASES += [("full", 0, True, 2, "adamw", {}), ("full", 3, True, 2, "adamw", {})]
 CASES += rest(("full", 1, True, 2, "adamw", {}), ("full", 2, True, 2, "adamw", {}))
 CASES += [("remora", 2, False, 4, "adamw", {}), *rest(*(("remora", stage, False, 4, "adamw", {}) for stage in (1, 3)))]
 EACH_RANK = {"use_multi_rank_bucket_allreduce": False}
-CASES += [("remora", stage, stage == 1, 2, "adamw", EACH_RANK) for stage in (1, 2)]
-CASES += rest(*(("remora", stage, stage == 2, 2, "adamw", EACH_RANK) for stage in (1, 2)))
+CASES += [("remora", 1, True, 2, "adamw", EACH_RANK)]
+CASES += rest(*(("remora", *case, 2, "adamw", EACH_RANK) for case in ((1, False), (2, False), (2, True))))
 CASES += [("remora", 3, True, 2, "adamw", {"stage3_param_persistence_threshold": 2000})]
-CASES += [(method, 3, True, 2, "muon", {}) for method in ("remora", "full")] + [("full", 0, True, 2, "muon", {})]
+CASES += [("full", 0, True, 2, "muon", {}), ("remora", 3, True, 2, "muon", {}), *rest(("full", 3, True, 2, "muon", {}))]
 CASES += [("remora", 2, True, 2, "adamw", {"reset": "magnitude"}), ("remora", 3, True, 2, "muon", {"reset": "carry"})]
 CASES += [("remora", 3, True, 2, "adamw", {"form": "resident"})]
 CASES += [("remora", 3, True, 2, "muon", {"others": "apollo_mini"})]
