@@ -47,9 +47,7 @@ def deepspeed_settings(
     return {**train.deepspeed, **settings}
 
 
-if not uses_cuda():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed reads it
-else:  # pynvml takes CUDA_VISIBLE_DEVICES for numbers, but it may name MIG parts; DeepSpeed works without pynvml
+if uses_cuda():  # pynvml takes CUDA_VISIBLE_DEVICES for numbers, but it may name MIG parts; DeepSpeed works without it
     cuda_accelerator.pynvml = None
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -136,3 +139,15 @@ def test_a_module_that_moved_is_named_the_same_way() -> None:
         from deepspeed.runtime.zero.stage3 import moved  # noqa: F401
     with pytest.raises(ModuleNotFoundError), internals.deepspeed_imports():
         import not_installed  # noqa: F401
+
+
+def test_deepspeed_starts_on_a_cpu_without_a_warning():
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import relora_mora.engine.start"],
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout + done.stderr == ""
