@@ -11,6 +11,7 @@ from relora_mora.config.phases import phases_of
 from relora_mora.config.registry import METHODS
 from relora_mora.config.schema import Config
 from relora_mora.config.stretches import last_merge, merge_steps
+from relora_mora.experiments.ladder import rate_notes
 from relora_mora.experiments.planner.cluster import Cluster, StepTime, step_time
 from relora_mora.experiments.planner.compute import PRODUCTS_RATE, ComputeTime, compute_time
 from relora_mora.experiments.planner.network import Traffic, traffic
@@ -61,7 +62,7 @@ class Plan:
     memory: dict[str, dict[int, Memory]]
     network: dict[str, dict[int, Traffic]]
     times: list[Time]  # of the run's phases
-    notes: list[str]  # on the model's widths
+    notes: list[str]  # on the learning rates and on the model's widths
 
     @property
     def method(self) -> str:
@@ -245,7 +246,10 @@ def make_plan(
         memory={name: {stage: each.memory for stage, each in stages.items()} for name, stages in needs.items()},
         network={name: {stage: each.network for stage, each in stages.items()} for name, stages in needs.items()},
         times=times,
-        notes=[] if on_cpu else [*_fp8_notes(config, cluster.device), *uneven_widths(model_config)],
+        notes=[
+            *rate_notes(config, model_config.hidden_size),
+            *([] if on_cpu else [*_fp8_notes(config, cluster.device), *uneven_widths(model_config)]),
+        ],
     )
 
 

@@ -1,0 +1,180 @@
+"""Settings for a model of any size from one number, its depth. Learning rates are tuned at depth 4 and scaled.
+
+``configs/README.md`` derives the rules of the rates, and says what was checked.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from relora_mora.config.registry import METHODS
+from relora_mora.config.schema import Config
+
+Settings = dict[str, dict[str, Any]]
+
+# optim.lr by (method.name, optim.matrices), and optim.lr_other: the best of those that docs/experiments.md tried in
+# runs of TOKENS, with WIDTH features and TOKENS_PER_STEP
+TUNED = {
+    ("full", "adamw"): 2e-3,
+    ("full", "muon"): 3e-3,
+    ("lora", "adamw"): 1e-3,
+    ("lora", "muon"): 4e-3,
+    ("remora", "muon"): 3e-3,
+}
+TUNED_OTHER = 3.2e-2
+WIDTH = 256
+TOKENS_PER_STEP = 2048
+TOKENS = 1000 * TOKENS_PER_STEP
+
+# a rate changes with these powers of width, tokens of a step, and tokens of the run
+WIDTH_POWERS = {"adamw": -1.0, "muon": -0.5}
+OTHER_WIDTH_POWER = -0.5
+BATCH_POWER = 0.5
+TOKENS_POWER = -1 / 3
+
+DEEPEST = 64
+FEWEST_STEPS = 100
+SIMILAR = 1.5  # rates within this factor are not worth a note
+
+
+class Rate(NamedTuple):
+    """A tuned rate, and the factors that scale it to another width and another run."""
+
+    tuned: float
+    for_width: float
+    for_run: float
+
+    @property
+    def value(self) -> float:
+        return float(f"{math.prod(self):.2g}")
+
+    def __str__(self) -> str:
+        factors = f"{self.tuned:g} x {self.for_width:.3g} for the width x {self.for_run:.3g} for batch and tokens"
+        return f"{self.value:g} = {factors}"
+
+
+def scaled_rates(method: str, matrices: str, *, width: int, tokens_per_step: int, tokens: float) -> dict[str, Rate]:
+    """The scaled ``optim.lr`` and ``optim.lr_other`` by name; empty if none was tuned with this method and optimizer.
+
+    ``width``: the hidden size.
+    """
+    if (method, matrices) not in TUNED:
+        return {}
+    wider = width / WIDTH
+    for_run = (tokens_per_step / TOKENS_PER_STEP) ** BATCH_POWER * (tokens / TOKENS) ** TOKENS_POWER
+    return {
+        "optim.lr": Rate(TUNED[method, matrices], wider ** WIDTH_POWERS[matrices], for_run),
+        "optim.lr_other": Rate(TUNED_OTHER, wider**OTHER_WIDTH_POWER, for_run),
+    }
+
+
+def rate_notes(config: Config, width: int) -> list[str]:
+    """A note if a run from scratch has a rate that is far from the scaled one; else none."""
+    optim = config.optim
+    if config.model.init_from is not None or optim.others != "adamw":
+        return []
+    tokens = config.tokens_per_step * config.train.steps
+    scaled = scaled_rates(
+        config.method.name, optim.matrices, width=width, tokens_per_step=config.tokens_per_step, tokens=tokens
+    )
+    own = {"optim.lr": optim.lr, "optim.lr_other": optim.lr if optim.lr_other is None else optim.lr_other}
+    far = [
+        f"{name} {own[name]:g}; tuned at 7M and scaled to this run: {rate.value:g}"
+        for name, rate in scaled.items()
+        if not 1 / SIMILAR <= own[name] / rate.value <= SIMILAR
+    ]
+    return [f"learning rates: {', '.join(far)} (relora-mora configs size)"] if far else []
+
+
+def model_of(depth: int, vocab_size: int) -> dict[str, int]:
+    """The shape of the LLaMA of this depth: depth 4 is ``llama_tiny``, depth 12 is ``llama_130m``."""
+    width = 64 * depth
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": 16 * math.ceil(width / 6),  # 8/3 of the width, rounded up to a multiple of 16
+        "num_hidden_layers": depth,
+        "num_attention_heads": depth,
+        "num_key_value_heads": depth,
+    }
+
+
+def parameters_of(model: dict[str, int]) -> int:
+    """All parameters of a LLaMA with untied embeddings."""
+    width, layers = model["hidden_size"], model["num_hidden_layers"]
+    layer = 4 * width * width + 3 * width * model["intermediate_size"] + 2 * width
+    return 2 * model["vocab_size"] * width + layers * layer + width
+
+
+def train_of(tokens: float, sequence_length: int) -> dict[str, int]:
+    """Steps and sequences of a run of about ``tokens``, with a batch that grows as their square root.
+
+    Raises ValueError if they are too few.
+    """
+    sequences = TOKENS_PER_STEP * math.sqrt(tokens / TOKENS) / sequence_length
+    micro_batch_size = max(1, min(8, round(sequences)))
+    batch_size = micro_batch_size * max(1, round(sequences / micro_batch_size))
+    steps = math.ceil(tokens / (batch_size * sequence_length))
+    if steps < FEWEST_STEPS:
+        raise ValueError(
+            f"{tokens:,.0f} tokens are {steps} steps of {batch_size} x {sequence_length} tokens; "
+            f"give enough --tokens for {FEWEST_STEPS} steps"
+        )
+    return {"steps": steps, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
+
+
+def settings_of(
+    *,
+    depth: int,
+    method: str = "remora",
+    matrices: str = "muon",
+    tokens: float | None = None,
+    tokens_per_parameter: float = 20,
+    sequence_length: int = 256,
+    vocab_size: int = 8192,
+) -> tuple[list[str], Settings]:
+    """Comments and settings of a run: model, method, rates, batch and steps, with everything that follows from them.
+
+    Raises ValueError for a depth above 64, for a method and optimizer without a tuned rate, and for too few tokens.
+    """
+    if not 1 <= depth <= DEEPEST:
+        raise ValueError(f"--depth: got {depth}, expected 1 to {DEEPEST}")
+    model = model_of(depth, vocab_size)
+    parameters = parameters_of(model)
+    if tokens is None:
+        tokens = tokens_per_parameter * parameters
+    train = train_of(tokens, sequence_length)
+    steps = train["steps"]
+    tokens_per_step = train["batch_size"] * sequence_length
+    tokens = steps * tokens_per_step
+    rates = scaled_rates(method, matrices, width=model["hidden_size"], tokens_per_step=tokens_per_step, tokens=tokens)
+    if not rates:
+        known = ", ".join(f"{name} with {optimizer}" for name, optimizer in TUNED)
+        raise ValueError(f"--method={method} --matrices={matrices}: no rate was tuned for it; expected {known}")
+    record = METHODS[method]
+    own: dict[str, Any] = {"name": method} | ({"rank": 8 * depth} if record.adapter else {})
+    if record.merges:
+        own |= {"operators": [1, 2], "merge_every": 10, "merge_until_step": steps // 4, "reset": "carry"}
+    optim: dict[str, Any] = {name.removeprefix("optim."): rate.value for name, rate in rates.items()}
+    optim |= {"matrices": matrices, "betas": [0.9, 0.95], "weight_decay": 0.0, "clip": 1.0}
+    optim |= {"schedule": "cosine", "min_ratio": 0.1, "warmup_steps": steps // 10}
+    optim |= {"momentum": 0.9} if matrices == "muon" else {}
+    optim |= {"restart_warmup_steps": 0} if record.merges else {}
+    every = {"every_steps": steps // 5}
+    settings: Settings = {
+        "model": {"config": "llama_tiny", "overrides": model | {"max_position_embeddings": sequence_length}},
+        "tokenizer": {"path": "runs/demo/tokenizer"},
+        "data": {
+            "train": "runs/demo/data/train/*.json.gz",
+            "validation": "runs/demo/data/validation/*.json.gz",
+            "sequence_length": sequence_length,
+        },
+        "method": own,
+        "optim": optim,
+        "train": {"run_dir": f"runs/depth_{depth}_{method}_{matrices}", **train},
+        "eval": every | {"max_tokens": 262_144},
+        "checkpoint": every,
+    }
+    return [
+        f"{record.title} with {matrices} at depth {depth}: {parameters:,} parameters, {tokens:,} tokens.",
+        *(f"{name} {rate}" for name, rate in rates.items()),
+    ], settings
