@@ -88,9 +88,11 @@ def _write_size(target: str, given: dict[str, Any]) -> str:
     for name in ("tokens", "tokens_per_parameter"):
         if name in given and not 0 < given[name] < math.inf:
             raise ValueError(f"--{name}: got {given[name]:g}, expected a finite number above 0")
+    if "tokens" in given and "tokens_per_parameter" in given:
+        raise ValueError("--tokens: given together with --tokens_per_parameter; give one of them")
     (title, *rates), settings = settings_of(**given)
     config_of(settings, target)
-    command = " ".join(["relora-mora configs size", target, *(f"--{name}={value}" for name, value in given.items())])
+    command = " ".join(["relora-mora configs size PATH", *(f"--{name}={value}" for name, value in given.items())])
     comments = [
         title,
         f"Written by: {command}",

@@ -6,7 +6,7 @@
 import math
 from typing import Any, NamedTuple
 
-from relora_mora.config.registry import METHODS
+from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS
 from relora_mora.config.schema import Config
 
 Settings = dict[str, dict[str, Any]]
@@ -77,12 +77,12 @@ def rate_notes(config: Config, width: int) -> list[str]:
         config.method.name, optim.matrices, width=width, tokens_per_step=config.tokens_per_step, tokens=tokens
     )
     own = {"optim.lr": optim.lr, "optim.lr_other": optim.lr if optim.lr_other is None else optim.lr_other}
-    far = [
-        f"{name} {own[name]:g}; tuned at 7M and scaled to this run: {rate.value:g}"
-        for name, rate in scaled.items()
-        if not 1 / SIMILAR <= own[name] / rate.value <= SIMILAR
-    ]
-    return [f"learning rates: {', '.join(far)} (relora-mora configs size)"] if far else []
+    far = {name: rate for name, rate in scaled.items() if not 1 / SIMILAR <= own[name] / rate.value <= SIMILAR}
+    if not far:
+        return []
+    here = " and ".join(f"{name} {own[name]:g}" for name in far)
+    there = " and ".join(f"{rate.value:g}" for rate in far.values())
+    return [f"learning rates: {here}; tuned at 7M and scaled to this run: {there} (configs/README.md)"]
 
 
 def model_of(depth: int, vocab_size: int) -> dict[str, int]:
@@ -175,6 +175,7 @@ def settings_of(
         "checkpoint": every,
     }
     return [
-        f"{record.title} with {matrices} at depth {depth}: {parameters:,} parameters, {tokens:,} tokens.",
+        f"{record.title} with {MATRIX_OPTIMIZERS[matrices].title} at depth {depth}: {parameters:,} parameters, "
+        f"{tokens:,} tokens.",
         *(f"{name} {rate}" for name, rate in rates.items()),
     ], settings

@@ -157,7 +157,7 @@ def test_the_plan_names_rates_that_are_far_from_the_scaled_ones() -> None:
     assert call("configs", "size", "mine.yaml", "--depth=4", "--tokens=2.048e6").code == 0
     answer = call(PLAN, "mine.yaml", "--world_size=1", "--optim.lr=1e-2", "--optim.lr_other=null")
     assert answer.out.count("learning rates") == 1
-    assert "optim.lr 0.01; tuned at 7M and scaled to this run: 0.003, optim.lr_other 0.01; tuned" in answer.out
+    assert "optim.lr 0.01 and optim.lr_other 0.01; tuned at 7M and scaled to this run: 0.003 and 0.032" in answer.out
 
 
 @pytest.mark.parametrize(
@@ -185,6 +185,7 @@ def test_there_is_no_note_about_similar_rates_or_without_a_tuned_one(setting: di
         (["--depth=4", "--tokens=1000"], "1,000 tokens are 4 steps of 1 x 256 tokens; give enough --tokens for 100"),
         (["--depth=4", "--tokens=-1"], "--tokens: got -1, expected a finite number above 0"),
         (["--depth=4", "--tokens_per_parameter=.inf"], "--tokens_per_parameter: got inf, expected a finite number"),
+        (["--depth=4", "--tokens=2e6", "--tokens_per_parameter=20"], "--tokens: given together with --tokens_per"),
         ([], "got size mine.yaml; give nothing, or: copy NAME PATH, or: size PATH --depth=N"),
     ],
 )
