@@ -122,7 +122,8 @@ def test_rates_scale_with_width_batch_and_tokens() -> None:
     assert scaled(width=4) == pytest.approx([1 / 2, 1 / 2])
     assert scaled("adamw", width=4) == pytest.approx([1 / 4, 1 / 2])
     assert scaled(batch=4) == pytest.approx([2, 2])
-    assert scaled(tokens=8) == pytest.approx([1 / 2, 1 / 2])
+    assert scaled(tokens=16) == pytest.approx([1 / 2, 1 / 2])
+    assert scaled(batch=4, tokens=16) == pytest.approx([1, 1])
 
 
 def test_the_batch_grows_as_the_square_root_of_the_tokens() -> None:
