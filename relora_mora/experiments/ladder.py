@@ -12,7 +12,7 @@ from relora_mora.config.schema import Config
 Settings = dict[str, dict[str, Any]]
 
 # optim.lr by (method.name, optim.matrices), and optim.lr_other: the best of those that docs/experiments.md tried in
-# runs of TOKENS, with WIDTH features and TOKENS_PER_STEP
+# runs of TOKENS, with WIDTH features, LAYERS and TOKENS_PER_STEP
 TUNED = {
     ("full", "adamw"): 2e-3,
     ("full", "muon"): 3e-3,
@@ -22,12 +22,14 @@ TUNED = {
 }
 TUNED_OTHER = 3.2e-2
 WIDTH = 256
+LAYERS = 4
 TOKENS_PER_STEP = 2048
 TOKENS = 1000 * TOKENS_PER_STEP
 
-# a rate changes with these powers of width, tokens of a step, and tokens of the run
+# a rate changes with these powers of width, layers, tokens of a step, and tokens of the run
 WIDTH_POWERS = {"adamw": -1.0, "muon": -0.5}
-OTHER_WIDTH_POWER = -0.5
+OTHER_WIDTH_POWER = -0.5  # embeddings, norms and head
+LAYERS_POWER = -0.5  # only of optim.lr
 BATCH_POWER = 0.5
 TOKENS_POWER = -0.25
 
@@ -37,10 +39,10 @@ SIMILAR = 1.5  # rates within this factor are not worth a note
 
 
 class Rate(NamedTuple):
-    """A tuned rate, and the factors that scale it to another width and another run."""
+    """A tuned rate, and the factors that scale it to another model and another run."""
 
     tuned: float
-    for_width: float
+    for_model: float
     for_run: float
 
     @property
@@ -48,11 +50,13 @@ class Rate(NamedTuple):
         return float(f"{math.prod(self):.2g}")
 
     def __str__(self) -> str:
-        factors = f"{self.tuned:g} x {self.for_width:.3g} for the width x {self.for_run:.3g} for batch and tokens"
+        factors = f"{self.tuned:g} x {self.for_model:.3g} for the model x {self.for_run:.3g} for batch and tokens"
         return f"{self.value:g} = {factors}"
 
 
-def scaled_rates(method: str, matrices: str, *, width: int, tokens_per_step: int, tokens: float) -> dict[str, Rate]:
+def scaled_rates(
+    method: str, matrices: str, *, width: int, layers: int, tokens_per_step: int, tokens: float
+) -> dict[str, Rate]:
     """The scaled ``optim.lr`` and ``optim.lr_other`` by name; empty if none was tuned with this method and optimizer.
 
     ``width``: the hidden size.
@@ -60,21 +64,26 @@ def scaled_rates(method: str, matrices: str, *, width: int, tokens_per_step: int
     if (method, matrices) not in TUNED:
         return {}
     wider = width / WIDTH
+    for_matrices = wider ** WIDTH_POWERS[matrices] * (layers / LAYERS) ** LAYERS_POWER
     for_run = (tokens_per_step / TOKENS_PER_STEP) ** BATCH_POWER * (tokens / TOKENS) ** TOKENS_POWER
     return {
-        "optim.lr": Rate(TUNED[method, matrices], wider ** WIDTH_POWERS[matrices], for_run),
+        "optim.lr": Rate(TUNED[method, matrices], for_matrices, for_run),
         "optim.lr_other": Rate(TUNED_OTHER, wider**OTHER_WIDTH_POWER, for_run),
     }
 
 
-def rate_notes(config: Config, width: int) -> list[str]:
+def rate_notes(config: Config, *, width: int, layers: int) -> list[str]:
     """A note if a run from scratch has a rate that is far from the scaled one; else none."""
     optim = config.optim
     if config.model.init_from is not None or optim.others != "adamw":
         return []
-    tokens = config.tokens_per_step * config.train.steps
     scaled = scaled_rates(
-        config.method.name, optim.matrices, width=width, tokens_per_step=config.tokens_per_step, tokens=tokens
+        config.method.name,
+        optim.matrices,
+        width=width,
+        layers=layers,
+        tokens_per_step=config.tokens_per_step,
+        tokens=config.tokens_per_step * config.train.steps,
     )
     own = {"optim.lr": optim.lr, "optim.lr_other": optim.lr if optim.lr_other is None else optim.lr_other}
     far = {name: rate for name, rate in scaled.items() if not 1 / SIMILAR <= own[name] / rate.value <= SIMILAR}
@@ -146,7 +155,8 @@ def settings_of(
     steps = train["steps"]
     tokens_per_step = train["batch_size"] * sequence_length
     tokens = steps * tokens_per_step
-    rates = scaled_rates(method, matrices, width=model["hidden_size"], tokens_per_step=tokens_per_step, tokens=tokens)
+    width = model["hidden_size"]
+    rates = scaled_rates(method, matrices, width=width, layers=depth, tokens_per_step=tokens_per_step, tokens=tokens)
     if not rates:
         known = ", ".join(f"{name} with {optimizer}" for name, optimizer in TUNED)
         raise ValueError(f"--method={method} --matrices={matrices}: no rate was tuned for it; expected {known}")

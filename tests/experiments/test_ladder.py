@@ -111,16 +111,18 @@ def scaled(matrices: str = "muon", **changes: float) -> list[float]:
         "full",
         matrices,
         width=int(ladder.WIDTH * changes.get("width", 1)),
+        layers=int(ladder.LAYERS * changes.get("layers", 1)),
         tokens_per_step=int(ladder.TOKENS_PER_STEP * changes.get("batch", 1)),
         tokens=ladder.TOKENS * changes.get("tokens", 1),
     )
-    return [rate.for_width * rate.for_run for rate in rates.values()]
+    return [rate.for_model * rate.for_run for rate in rates.values()]
 
 
-def test_rates_scale_with_width_batch_and_tokens() -> None:
+def test_rates_scale_with_the_model_the_batch_and_the_tokens() -> None:
     assert scaled() == scaled("adamw") == [1, 1]
     assert scaled(width=4) == pytest.approx([1 / 2, 1 / 2])
     assert scaled("adamw", width=4) == pytest.approx([1 / 4, 1 / 2])
+    assert scaled(layers=4) == scaled("adamw", layers=4) == pytest.approx([1 / 2, 1])
     assert scaled(batch=4) == pytest.approx([2, 2])
     assert scaled(tokens=16) == pytest.approx([1 / 2, 1 / 2])
     assert scaled(batch=4, tokens=16) == pytest.approx([1, 1])
@@ -147,7 +149,7 @@ def test_settings_of_a_size_can_be_used(method: str, matrices: str) -> None:
     assert config.train.batch_size % config.train.micro_batch_size == 0
     parameters = ladder.parameters_of(ladder.model_of(6, 8192))
     assert 0 <= config.tokens_per_step * config.train.steps - 20 * parameters < config.tokens_per_step
-    assert ladder.rate_notes(config, 384) == []
+    assert ladder.rate_notes(config, width=384, layers=6) == []
     head = Path("mine.yaml").read_text(encoding="utf-8").partition("model:")[0]
     assert all(line.startswith("# ") for line in head.splitlines())
     assert f"{parameters:,} parameters" in head
@@ -173,8 +175,9 @@ def test_the_plan_names_rates_that_are_far_from_the_scaled_ones() -> None:
 )
 def test_there_is_no_note_about_similar_rates_or_without_a_tuned_one(setting: dict[str, str]) -> None:
     assert call("configs", "size", "mine.yaml", "--depth=4", "--tokens=2.048e6").code == 0
-    assert ladder.rate_notes(load_config("mine.yaml", {"optim.lr": "1"}), 256)
-    assert ladder.rate_notes(load_config("mine.yaml", setting), 256) == []
+    tuned = {"width": ladder.WIDTH, "layers": ladder.LAYERS}
+    assert ladder.rate_notes(load_config("mine.yaml", {"optim.lr": "1"}), **tuned)
+    assert ladder.rate_notes(load_config("mine.yaml", setting), **tuned) == []
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def make_plan(
         network={name: {stage: each.network for stage, each in stages.items()} for name, stages in needs.items()},
         times=times,
         notes=[
-            *rate_notes(config, model_config.hidden_size),
+            *rate_notes(config, width=model_config.hidden_size, layers=model_config.num_hidden_layers),
             *([] if on_cpu else [*_fp8_notes(config, cluster.device), *uneven_widths(model_config)]),
         ],
     )
