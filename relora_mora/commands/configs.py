@@ -1,6 +1,5 @@
 """Lists and copies the settings that come with the package, and writes settings for a model size."""
 
-import math
 import shutil
 import textwrap
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 from relora_mora.cli.arguments import PositiveInt
 from relora_mora.config.shipped import MODELS, SETTINGS, shipped_files
 
+MOST_TOKENS = 1e15
 TITLES = {
     "run": "Runs, for relora-mora pretrain NAME",
     "task": "Tasks, for relora-mora finetune NAME",
@@ -37,7 +37,7 @@ def main(
         depth: layers and heads; the hidden size is 64 times as much. 4 has 7 million parameters, 8 has 34, 12 is
             llama_130m
         method: remora (the default), lora or full
-        matrices: optimizer of the decoder's linears or their adapters: muon (the default) or adamw
+        matrices: optimizer of the decoder's linears or their adapters: muon (the default); adamw for lora and full
         tokens: tokens of the whole run, e.g. 2e6, instead of tokens_per_parameter
         tokens_per_parameter: the same for each parameter of the model; default: 20
         sequence_length: tokens of a sequence; default: 256
@@ -86,26 +86,20 @@ def _write_size(target: str, given: dict[str, Any]) -> str:
     from relora_mora.experiments.ladder import settings_of
 
     for name in ("tokens", "tokens_per_parameter"):
-        if name in given and not 0 < given[name] < math.inf:
-            raise ValueError(f"--{name}: got {given[name]:g}, expected a finite number above 0")
+        if name in given and not 0 < given[name] <= MOST_TOKENS:
+            raise ValueError(f"--{name}: got {given[name]:g}, expected a number above 0, and at most {MOST_TOKENS:g}")
     if "tokens" in given and "tokens_per_parameter" in given:
         raise ValueError("--tokens: given together with --tokens_per_parameter; give one of them")
-    (title, *rates), settings = settings_of(**given)
+    comments, settings = settings_of(**given)
     config_of(settings, target)
     command = " ".join(["relora-mora configs size PATH", *(f"--{name}={value}" for name, value in given.items())])
-    comments = [
-        title,
-        f"Written by: {command}",
-        "The rates were tuned at depth 4 and scaled; configs/README.md has the rule:",
-        *(f"  {rate}" for rate in rates),
-        "Text and tokenizer come from `make demo`; change them in data and tokenizer.",
-    ]
-    Path(target).write_text("".join(f"# {line}\n" for line in comments) + dump_yaml(settings), encoding="utf-8")
-    return title
+    lines = [f"written by: {command}", *comments]
+    Path(target).write_text("".join(f"# {line}\n" for line in lines) + dump_yaml(settings), encoding="utf-8")
+    return comments[0]
 
 
 def _refuse_existing(target: str) -> None:
-    if Path(target).exists():
+    if Path(target).exists() or Path(target).is_symlink():
         raise ValueError(f"{target}: already exists; give a new path, or remove it")
 
 

@@ -12,10 +12,10 @@ from relora_mora.config.schema import Config
 Settings = dict[str, dict[str, Any]]
 
 # optim.lr by (method.name, optim.matrices), and optim.lr_other: the best of those that docs/experiments.md tried in
-# runs of TOKENS, with WIDTH features, LAYERS and TOKENS_PER_STEP
+# runs of TOKENS, with WIDTH features, LAYERS and TOKENS_PER_STEP; configs/README.md has the number of rates
 TUNED = {
     ("full", "adamw"): 2e-3,
-    ("full", "muon"): 3e-3,
+    ("full", "muon"): 4e-3,
     ("lora", "adamw"): 1e-3,
     ("lora", "muon"): 4e-3,
     ("remora", "muon"): 3e-3,
@@ -35,7 +35,11 @@ TOKENS_POWER = -0.25
 
 DEEPEST = 64
 FEWEST_STEPS = 100
-SIMILAR = 1.5  # rates within this factor are not worth a note
+SMALLEST_VOCABULARY = 256
+DEMO_VOCABULARY = 8192
+SIMILAR = 3  # rates within this factor are not worth a note
+CHECKED_WIDTHS = (256, 512)
+CHECKED_FACTORS = (2, 4)  # between the tokens of a step and those of the tuned run, and the same for the whole run
 
 
 class Rate(NamedTuple):
@@ -59,12 +63,12 @@ def scaled_rates(
 ) -> dict[str, Rate]:
     """The scaled ``optim.lr`` and ``optim.lr_other`` by name; empty if none was tuned with this method and optimizer.
 
-    ``width``: the hidden size.
+    ``width``: the hidden size. A model below the tuned one has its rates, because higher ones have not been tried.
     """
     if (method, matrices) not in TUNED:
         return {}
-    wider = width / WIDTH
-    for_matrices = wider ** WIDTH_POWERS[matrices] * (layers / LAYERS) ** LAYERS_POWER
+    wider = max(1, width / WIDTH)
+    for_matrices = wider ** WIDTH_POWERS[matrices] * max(1, layers / LAYERS) ** LAYERS_POWER
     for_run = (tokens_per_step / TOKENS_PER_STEP) ** BATCH_POWER * (tokens / TOKENS) ** TOKENS_POWER
     return {
         "optim.lr": Rate(TUNED[method, matrices], for_matrices, for_run),
@@ -73,17 +77,26 @@ def scaled_rates(
 
 
 def rate_notes(config: Config, *, width: int, layers: int) -> list[str]:
-    """A note if a run from scratch has a rate that is far from the scaled one; else none."""
+    """A note if a run from scratch has a rate that is far from the scaled one; else none.
+
+    There is none about runs whose size, batch or length is far from those for which the rule was checked.
+    """
     optim = config.optim
-    if config.model.init_from is not None or optim.others != "adamw":
+    tokens_per_step = config.tokens_per_step
+    tokens = tokens_per_step * config.train.steps
+    factors = (tokens_per_step / TOKENS_PER_STEP, tokens / TOKENS)
+    checked = all(1 / most <= factor <= most for factor, most in zip(factors, CHECKED_FACTORS, strict=True))
+    if not CHECKED_WIDTHS[0] <= width <= CHECKED_WIDTHS[1] or not checked:
+        return []
+    if config.model.init_from is not None or optim.others != "adamw" or config.method.full_steps:
         return []
     scaled = scaled_rates(
         config.method.name,
         optim.matrices,
         width=width,
         layers=layers,
-        tokens_per_step=config.tokens_per_step,
-        tokens=config.tokens_per_step * config.train.steps,
+        tokens_per_step=tokens_per_step,
+        tokens=tokens,
     )
     own = {"optim.lr": optim.lr, "optim.lr_other": optim.lr if optim.lr_other is None else optim.lr_other}
     far = {name: rate for name, rate in scaled.items() if not 1 / SIMILAR <= own[name] / rate.value <= SIMILAR}
@@ -117,18 +130,19 @@ def parameters_of(model: dict[str, int]) -> int:
 def train_of(tokens: float, sequence_length: int) -> dict[str, int]:
     """Steps and sequences of a run of about ``tokens``, with a batch that grows as their square root.
 
-    Raises ValueError if they are too few.
+    The batch is rounded to a multiple of 64 sequences, so that up to eight ranks can share it; a small one to a
+    multiple of 8, or to 1, 2 or 4. Raises ValueError if there are too few tokens.
     """
     sequences = TOKENS_PER_STEP * math.sqrt(tokens / TOKENS) / sequence_length
-    micro_batch_size = max(1, min(8, round(sequences)))
-    batch_size = micro_batch_size * max(1, round(sequences / micro_batch_size))
+    unit = next((unit for unit in (64, 8, 4, 2) if sequences >= unit), 1)
+    batch_size = unit * max(1, round(sequences / unit))
     steps = math.ceil(tokens / (batch_size * sequence_length))
     if steps < FEWEST_STEPS:
         raise ValueError(
-            f"{tokens:,.0f} tokens are {steps} steps of {batch_size} x {sequence_length} tokens; "
-            f"give enough --tokens for {FEWEST_STEPS} steps"
+            f"--tokens: {tokens:,.0f} tokens are too few for {FEWEST_STEPS} steps of {batch_size} x {sequence_length} "
+            f"tokens; give at least --tokens={FEWEST_STEPS * batch_size * sequence_length}"
         )
-    return {"steps": steps, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
+    return {"steps": steps, "batch_size": batch_size, "micro_batch_size": min(batch_size, 8)}
 
 
 def settings_of(
@@ -143,10 +157,13 @@ def settings_of(
 ) -> tuple[list[str], Settings]:
     """Comments and settings of a run: model, method, rates, batch and steps, with everything that follows from them.
 
-    Raises ValueError for a depth above 64, for a method and optimizer without a tuned rate, and for too few tokens.
+    Raises ValueError for a depth above 64, for a small vocabulary, for a method and optimizer without a tuned rate, and
+    for too few tokens.
     """
     if not 1 <= depth <= DEEPEST:
         raise ValueError(f"--depth: got {depth}, expected 1 to {DEEPEST}")
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(f"--vocab_size: got {vocab_size}, expected at least {SMALLEST_VOCABULARY}")
     model = model_of(depth, vocab_size)
     parameters = parameters_of(model)
     if tokens is None:
@@ -180,12 +197,16 @@ def settings_of(
         },
         "method": own,
         "optim": optim,
-        "train": {"run_dir": f"runs/depth_{depth}_{method}_{matrices}", **train},
+        "train": {"run_dir": f"runs/depth_{depth}_{method}_{matrices}_{tokens // 10**6}m", **train},
         "eval": every | {"max_tokens": 262_144},
         "checkpoint": every,
     }
+    title = f"{record.title} with {MATRIX_OPTIMIZERS[matrices].title} at depth {depth}"
+    demo = "text and tokenizer come from `make demo`"
     return [
-        f"{record.title} with {MATRIX_OPTIMIZERS[matrices].title} at depth {depth}: {parameters:,} parameters, "
-        f"{tokens:,} tokens.",
-        *(f"{name} {rate}" for name, rate in rates.items()),
+        f"{title}: {parameters:,} parameters, {tokens:,} tokens",
+        "the rates were tuned at depth 4 and scaled, with a rule of which little was checked; see configs/README.md:",
+        *(f"  {name} {rate}" for name, rate in rates.items()),
+        demo if vocab_size == DEMO_VOCABULARY else f"set tokenizer.path to one with {vocab_size:,} pieces, and data",
+        f"on more ranks, lower train.micro_batch_size if {train['batch_size']} is not a multiple of it times the ranks",
     ], settings

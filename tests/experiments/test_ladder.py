@@ -88,7 +88,9 @@ def test_depth_4_is_the_best_run_of_the_study_with_most_rates(method: str, matri
         ]
         for study in ("embeddings_tiny", "tuned_tiny")
     ]
-    tuned = best(max(found, key=len))
+    most = max(found, key=len)
+    assert (len({record["given"]["optim"]["lr"] for record in most}) > 1) == ((method, matrices) != ("lora", "adamw"))
+    tuned = best(most)
     assert settings["optim"]["lr"] == tuned["optim"]["lr"]
     assert (tuned["train"]["steps"], tuned["model"]["overrides"]) == (1000, {})
     assert tuned["data"]["sequence_length"] * tuned["train"]["batch_size"] == ladder.TOKENS_PER_STEP
@@ -125,15 +127,28 @@ def test_rates_scale_with_the_model_the_batch_and_the_tokens() -> None:
     assert scaled(layers=4) == scaled("adamw", layers=4) == pytest.approx([1 / 2, 1])
     assert scaled(batch=4) == pytest.approx([2, 2])
     assert scaled(tokens=16) == pytest.approx([1 / 2, 1 / 2])
+    assert scaled(width=1 / 4, layers=1 / 4) == scaled("adamw", width=1 / 4, layers=1 / 4) == [1, 1]
     assert scaled(batch=4, tokens=16) == pytest.approx([1, 1])
 
 
 def test_the_batch_grows_as_the_square_root_of_the_tokens() -> None:
-    for factor in (1, 4, 100):
+    for factor in (1, 4, 16, 96):
         train = ladder.train_of(factor**2 * ladder.TOKENS, 256)
         assert (train["batch_size"], train["steps"]) == (8 * factor, 1000 * factor)
     short = ladder.train_of(ladder.TOKENS, 1024)
     assert (short["batch_size"], short["micro_batch_size"], short["steps"]) == (2, 2, 1000)
+
+
+@pytest.mark.parametrize("sequence_length", [256, 1000])
+def test_up_to_eight_ranks_can_share_a_batch(sequence_length: int) -> None:
+    for depth in range(4, ladder.DEEPEST + 1):
+        tokens = 20 * ladder.parameters_of(ladder.model_of(depth, 8192))
+        train = ladder.train_of(tokens, sequence_length)
+        exact = ladder.TOKENS_PER_STEP * (tokens / ladder.TOKENS) ** 0.5
+        assert train["batch_size"] % 8 == 0
+        assert train["batch_size"] * sequence_length == pytest.approx(exact, rel=0.35)
+        if train["batch_size"] >= 64:
+            assert train["batch_size"] % (8 * train["micro_batch_size"]) == 0
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -150,7 +165,7 @@ def test_settings_of_a_size_can_be_used(method: str, matrices: str) -> None:
     parameters = ladder.parameters_of(ladder.model_of(6, 8192))
     assert 0 <= config.tokens_per_step * config.train.steps - 20 * parameters < config.tokens_per_step
     assert ladder.rate_notes(config, width=384, layers=6) == []
-    head = Path("mine.yaml").read_text(encoding="utf-8").partition("model:")[0]
+    head = Path("mine.yaml").read_text(encoding="utf-8").partition("\nmodel:")[0]
     assert all(line.startswith("# ") for line in head.splitlines())
     assert f"{parameters:,} parameters" in head
     assert f"optim.lr {config.optim.lr:g} = {ladder.TUNED[method, matrices]:g} x " in head
@@ -171,13 +186,29 @@ def test_the_plan_names_rates_that_are_far_from_the_scaled_ones() -> None:
         {"optim.lr": "1", "optim.matrices": "normuon"},
         {"optim.lr": "1", "optim.others": "adamw8bit"},
         {"optim.lr": "1", "model.init_from": "weights"},
+        {"optim.lr": "1", "train.batch_size": "64"},
+        {"optim.lr": "1", "train.steps": "5000"},
+        {"optim.lr": "1", "method.full_steps": "5"},
     ],
 )
 def test_there_is_no_note_about_similar_rates_or_without_a_tuned_one(setting: dict[str, str]) -> None:
     assert call("configs", "size", "mine.yaml", "--depth=4", "--tokens=2.048e6").code == 0
     tuned = {"width": ladder.WIDTH, "layers": ladder.LAYERS}
-    assert ladder.rate_notes(load_config("mine.yaml", {"optim.lr": "1"}), **tuned)
+    config = load_config("mine.yaml", {"optim.lr": "1"})
+    assert ladder.rate_notes(config, **tuned)
+    assert ladder.rate_notes(config, width=2 * ladder.CHECKED_WIDTHS[1], layers=ladder.LAYERS) == []
     assert ladder.rate_notes(load_config("mine.yaml", setting), **tuned) == []
+
+
+def test_of_the_shipped_runs_only_the_untuned_base_of_the_studies_gets_a_note() -> None:
+    noted = []
+    for path in sorted((ROOT / "configs" / "run").glob("*.yaml")):
+        config = load_config(str(path))
+        if config.model.config is not None:
+            model = read_model_config(config.model)
+            if ladder.rate_notes(config, width=model.hidden_size, layers=model.num_hidden_layers):
+                noted.append(path.stem)
+    assert noted == ["study_full"]
 
 
 @pytest.mark.parametrize(
@@ -186,9 +217,13 @@ def test_there_is_no_note_about_similar_rates_or_without_a_tuned_one(setting: di
         (["--depth=0"], "--depth: got 0, expected at least 1"),
         (["--depth=65"], "--depth: got 65, expected 1 to 64"),
         (["--depth=4", "--method=mora"], "--method=mora --matrices=muon: no rate was tuned for it; expected full with"),
-        (["--depth=4", "--tokens=1000"], "1,000 tokens are 4 steps of 1 x 256 tokens; give enough --tokens for 100"),
-        (["--depth=4", "--tokens=-1"], "--tokens: got -1, expected a finite number above 0"),
-        (["--depth=4", "--tokens_per_parameter=.inf"], "--tokens_per_parameter: got inf, expected a finite number"),
+        (
+            ["--depth=4", "--tokens=1000"],
+            "too few for 100 steps of 1 x 256 tokens; give at least --tokens=25600",
+        ),
+        (["--depth=4", "--vocab_size=1"], "--vocab_size: got 1, expected at least 256"),
+        (["--depth=4", "--tokens=-1"], "--tokens: got -1, expected a number above 0, and at most 1e+15"),
+        (["--depth=4", "--tokens_per_parameter=.inf"], "--tokens_per_parameter: got inf, expected a number above 0"),
         (["--depth=4", "--tokens=2e6", "--tokens_per_parameter=20"], "--tokens: given together with --tokens_per"),
         ([], "got size mine.yaml; give nothing, or: copy NAME PATH, or: size PATH --depth=N"),
     ],
