@@ -104,7 +104,7 @@ COMPARE := $(BIN)/python launch/compare.py
 UNNAMED := optim.lr,optim.momentum,optim.restart_warmup_steps,method.operators
 FULL_RANK := --against=name=full,lr=0.0005,seed=0
 TUNED := name=full,lr=0.002,lr_other=0.032,seed=0
-FULL_RANK_MUON := name=full,matrices=muon,lr=0.003,seed=0
+FULL_RANK_MUON := name=full,matrices=muon,lr=0.004,seed=0
 REACH := --reach=eval/character_accuracy=0.5,0.95
 study: $(VENV)/.installed-dev  ## tables and figures of the studies in the documents, from what is kept of their runs
 	$(COMPARE) docs/studies/memory_tiny.jsonl.gz --best=optim.lr $(REACH) --out=docs/studies/memory_tiny
@@ -121,6 +121,7 @@ study: $(VENV)/.installed-dev  ## tables and figures of the studies in the docum
 	$(COMPARE) docs/studies/math_tiny.jsonl.gz --best=optim.lr --out=docs/studies/math_tiny
 	$(COMPARE) docs/studies/math_smollm2.jsonl.gz --out=docs/studies/math_smollm2
 	$(COMPARE) docs/studies/tuned_tiny.jsonl.gz --best=optim.lr --against=$(FULL_RANK_MUON) --unnamed=optim.restart_warmup_steps --out=docs/studies/tuned_tiny
+	$(COMPARE) $(addprefix docs/studies/,tuned_tiny.jsonl.gz tuned_seeds_tiny.jsonl.gz) --unnamed=optim.restart_warmup_steps --out=docs/studies/tuned_seeds_tiny
 
 SMOKE := $(BIN)/python launch/study.py configs/study/smoke.yaml
 study-smoke: $(VENV)/.installed-dev  ## a study of six short runs, and one of them again with the same numbers
