@@ -23,6 +23,7 @@ pytestmark = pytest.mark.distributed
 
 Tree = dict[str, dict[str, Any]]
 EXTREMES = [0, 1, -1, 2**31, 2**63, 2**53, 10**30, 1e-6, 0.5, 1e6, 1e300, 1e9, 1e-300]
+FEW = [0, -1, 2**63, 0.5, 1e300]
 SMALL = [1, 2, 3, 4, 6, 8, 12, 16, 24, 48, 64, 320]
 ODD = [None, True, False, "", "4", "maybe", "gelu", [], [1], [1.0] * 6, {}, {"a": 1}, math.nan, math.inf, *EXTREMES]
 ROPES = [
@@ -105,7 +106,7 @@ def numbers() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("section", sorted({section for section, _ in numbers()}))
 def test_extremes_of_every_number(pools, inputs, tokenizer_path, tmp_path, section):
-    values = EXTREMES if "NONSENSE_EXAMPLES" in os.environ else EXTREMES[::2]
+    values = EXTREMES if "NONSENSE_EXAMPLES" in os.environ else FEW
     cases = [{section: {key: value}} for place, key in numbers() if place == section for value in values]
     found = check(pools, inputs, tokenizer_path, tmp_path, cases)
     assert {"step", "refused"} == set(found)

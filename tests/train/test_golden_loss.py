@@ -78,7 +78,10 @@ WAYS = [
     *(("relora", way) for way in OF_ADAPTERS),
 ]
 # one precision after the other: each method has both, and each way of adapters
-CASES: list[Any] = [(*case, ("bf16", "fp32")[number % 2]) for number, case in enumerate(WAYS)]
+EACH: list[Any] = [(*case, ("bf16", "fp32")[number % 2]) for number, case in enumerate(WAYS)]
+SLOW = [("full", "torch only"), ("full", "checkpointing"), ("relora", "torch only")]  # remora has both ways
+CASES = [case for case in EACH if case[:2] not in SLOW]
+CASES += rest(*(case for case in EACH if case[:2] in SLOW))
 CASES += rest(*((*case, ("fp32", "bf16")[number % 2]) for number, case in enumerate(WAYS)))
 
 

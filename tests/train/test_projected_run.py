@@ -45,7 +45,10 @@ def config(inputs, tokenizer_path):
 CASES = [(2, "full", "galore", "apollo_mini", 0, False)]
 CASES += [(2, "full", "fira", "adamw8bit", 3, True), (1, "remora", "apollo", "adamw8bit", 1, True)]
 TRIED = {"adamw", "muon", "lora_muon", *(case[2] for case in CASES)}  # test_resume.py and test_muon_run.py have these
-CASES += [(2, "full", matrices, "adamw", 2, True) for matrices in MATRIX_OPTIMIZERS if matrices not in TRIED]
+OTHERS = [(2, "full", matrices, "adamw", 2, True) for matrices in MATRIX_OPTIMIZERS if matrices not in TRIED]
+ELSEWHERE = ("polar_muon", "adamw8bit")  # one keeps what Muon keeps, and Fira's case has the other
+CASES += [case for case in OTHERS if case[2] not in ELSEWHERE]
+CASES += rest(*(case for case in OTHERS if case[2] in ELSEWHERE))
 CASES += rest((2, "full", "fira", "adamw8bit", 0, True), (2, "full", "galore", "apollo_mini", 2, False))
 CASES += rest((2, "remora", "normuon", "adamw", 3, False), (1, "remora", "sumo", "adamw", 1, True))
 
