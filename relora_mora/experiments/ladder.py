@@ -153,7 +153,7 @@ def settings_of(
     tokens: float | None = None,
     tokens_per_parameter: float = 20,
     sequence_length: int = 256,
-    vocab_size: int = 8192,
+    vocab_size: int = DEMO_VOCABULARY,
 ) -> tuple[list[str], Settings]:
     """Comments and settings of a run: model, method, rates, batch and steps, with everything that follows from them.
 

@@ -57,8 +57,8 @@ def test_a_resume_is_bit_equal(pools, ranks, config, tmp_path, matrices, method,
 
 
 MOVES = [("muon", 4, 3, 1, 0), ("lora_muon", 1, 0, 2, 3)]
-MOVES += rest(("muon", 2, 2, 4, 1), ("muon", 1, 0, 2, 3), ("lora_muon", 4, 2, 2, 1))
-MOVES += rest(("muon", 2, 3, 1, 2), ("muon", 4, 1, 2, 0), ("lora_muon", 2, 3, 1, 2), ("lora_muon", 4, 1, 2, 0))
+MOVES += rest(("muon", 2, 2, 4, 1), ("muon", 1, 0, 2, 3), ("muon", 2, 3, 1, 2), ("muon", 4, 1, 2, 0))
+MOVES += rest(("lora_muon", 4, 2, 2, 1), ("lora_muon", 2, 3, 1, 2), ("lora_muon", 4, 1, 2, 0))
 
 
 @pytest.mark.parametrize("matrices,world,stage,to_world,to_stage", MOVES)

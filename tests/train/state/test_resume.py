@@ -32,8 +32,9 @@ def _sections(stage: int, bf16: bool, method: str = "remora") -> dict:
     return {"train": training, "method": {"name": method}}
 
 
-CASES = [(0, False, (2, 3, 4)), (1, True, (4,)), (2, False, (2,)), (3, True, (2, 3, 4))]
-CASES += rest((0, True, (2, 3, 4)), (1, False, (2, 3, 4)), (2, True, (2, 3, 4)), (3, False, (2, 3, 4)))
+STOPS = (2, 3, 4)  # before, at and after the merge
+CASES = [(0, False, STOPS), (1, True, (4,)), (2, False, (2,)), (3, True, STOPS)]
+CASES += rest((0, True, STOPS), (1, False, STOPS), (2, True, STOPS), (3, False, STOPS))
 CASES += rest((1, True, (2, 3)), (2, False, (3, 4)))
 
 
