@@ -1,5 +1,5 @@
 """One part of a step by itself: ``loss`` (head and cross-entropy) or ``attention``, in each implementation that was
-tried, or the matrix ``products`` of the linears and of MoRA's gradient.
+tried, or the matrix ``products`` of the linears, in int8 too, and of MoRA's gradient.
 
 python -m launch.benchmark parts loss configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2]
     [--device=cuda]
@@ -21,11 +21,13 @@ from launch.benchmark.device import chosen_device, seconds_of
 from launch.benchmark.turns import medians, take_turns
 from relora_mora import kernels
 from relora_mora.adapters.mora import layer_square_size
+from relora_mora.adapters.stored import EightBits
 from relora_mora.cli.arguments import PositiveInt
 from relora_mora.config.schema import MethodConfig, ModelConfig
 from relora_mora.model.config import attention_widths, read_model_config
 from relora_mora.model.loss import chunked_cross_entropy
 from relora_mora.system.hardware import device_name
+from relora_mora.system.process import keep_freed_memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Draw = Callable[..., Tensor]  # draws a random tensor of a shape
@@ -67,6 +69,7 @@ def main(
         raise ValueError(f"--tokens: {tokens} is not a multiple of --sequence_length {sequence_length}")
     if threads:
         torch.set_num_threads(threads)
+    keep_freed_memory()  # as in training
     place = chosen_device(device)
     draw = draws(DTYPES[dtype], place)
     ways = PARTS[part](read_model_config(ModelConfig(config=model)), tokens, sequence_length, draw)
@@ -170,7 +173,10 @@ def attention_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, d
 
 
 def product_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, draw: Draw) -> Ways:
-    """The products of each linear shape: forward, its gradients, and the square matrix's gradient (D^T dy)^T (C x)."""
+    """The products of each linear shape: forward, its gradients, and the square matrix's gradient (D^T dy)^T (C x).
+
+    The first two again in int8, with the passes that quantize x or dy and scale the sums, and the product by itself.
+    """
     method = MethodConfig()
     ways: Ways = {}
     queries, _ = attention_widths(model)
@@ -185,6 +191,15 @@ def product_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, dra
             f"{shape}: dy W": (partial(torch.matmul, dy, weight), flops),
             f"{shape}: dW, if it trains": (partial(torch.matmul, dy.T, x), flops),
             f"{shape}: dM, R = {size}": (partial(torch.matmul, reduced.T, compressed), 2.0 * tokens * size**2),
+        }
+        form = EightBits.of("int8", outputs, inputs, multiplies=True, on_gpu=x.is_cuda)
+        stored = form.encode(weight)
+        values, _ = form.parts(stored)
+        quantized, _ = kernels.quantize_rows(x, values.dtype, padded=values.shape[1])
+        ways |= {
+            f"{shape}: x W^T in int8, with its passes": (partial(form.linear, x, stored), flops),
+            f"{shape}: its product by itself": (partial(torch._int_mm, quantized, values.mT), flops),
+            f"{shape}: dy W in int8, with its passes": (partial(form.linear_transposed, dy, stored), flops),
         }
     return ways
 

@@ -134,8 +134,6 @@ def _kind(value: Any) -> str:
     return "sources" if any(isinstance(item, TextSource | Mapping) for item in value) else "texts"
 
 
-# Tags of union members. They appear in pydantic's error locations and mean nothing to a user.
-TAGS = {"text", "texts", "sources", "sets"}
 _Text = Annotated[Text, Tag("text")]
 _Texts = Annotated[list[Text], Field(min_length=1), Tag("texts")]
 _Records = Annotated[list[TextSource], Field(min_length=1), Tag("sources")]

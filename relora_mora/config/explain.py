@@ -7,9 +7,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from relora_mora.config.data import TAGS
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
+from relora_mora.config.types import TAGS
 
 Location = tuple[int | str, ...]
 

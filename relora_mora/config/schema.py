@@ -15,7 +15,7 @@ from relora_mora.config.registry import (
     OPERATORS,
     Method,
 )
-from relora_mora.config.stretches import MergeStretch
+from relora_mora.config.stretches import Intervals, MergeStretch
 from relora_mora.config.types import (
     LARGEST,
     LONGEST_SECONDS,
@@ -133,7 +133,7 @@ class MethodConfig(Strict):
     dropout: Decay = Field(
         0.0, description="dropout of an adapter's input, as in LoRA; layers then train in decoupled form; 0: none"
     )
-    merge_every: Positive | Annotated[list[MergeStretch], Field(min_length=1)] = Field(
+    merge_every: Intervals = Field(
         2000,
         description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)}), or stretches "
         "with intervals of their own, e.g. [{until: 8, every: 2}, {every: 6}] or [{every: 10, growth: 1.5}]",

@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from relora_mora.config.types import Positive, Strict
 
@@ -20,6 +20,13 @@ class MergeStretch(Strict):
         description="each interval is this many times as long as the one before, rounded; the first has `every` steps "
         "from the beginning of the stretch; null: all have `every` steps",
     )
+
+
+# One interval, or stretches. Only the faults of the form that was given are reported.
+Intervals = Annotated[
+    Annotated[Positive, Tag("interval")] | Annotated[list[MergeStretch], Field(min_length=1), Tag("stretches")],
+    Discriminator(lambda value: "stretches" if isinstance(value, list) else "interval"),
+]
 
 
 def merge_steps(

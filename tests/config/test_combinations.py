@@ -111,6 +111,21 @@ def test_impossible_mixtures_are_refused(data: dict[str, Any], says: str) -> Non
     assert fault.startswith(says), fault
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (0, "method.merge_every: got 0; input should be greater than or equal to 1"),
+        ("often", "method.merge_every: got 'often'; input should be a valid integer"),
+        ([], "method.merge_every: got []; list should have at least 1 item"),
+        ([{"every": 0}], "method.merge_every.0.every: got 0; input should be greater than or equal to 1"),
+        ([{"evry": 5, "every": 5}], "method.merge_every.0.evry: unknown; did you mean every?"),
+    ],
+)
+def test_a_wrong_interval_is_one_fault(given: object, says: str) -> None:
+    (fault,) = faults_of(tree(method={"merge_every": given}))
+    assert fault.startswith(says), fault
+
+
 COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     ({"method": {"target_modules": ["q_proj", "qq_proj"]}}, None, "method.target_modules: qq_proj is not a linear"),
     ({"method": {"target_modules": ["q_proj", "q_proj"]}}, None, "method.target_modules: duplicate name"),
@@ -241,7 +256,22 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     (
         {"method": {"merge_every": [{"until": 4000, "every": 2000}, {"every": 7000, "until": 6999}, {"every": 4100}]}},
         None,
-        "no merge in the stretch with every: 7000; lower it, raise its until, or remove the stretch",
+        "no merge in the stretch with every: 7000, which has the steps 4001 to 6999; lower it, raise its until, or",
+    ),
+    (
+        {"method": {"merge_until_step": 5000, "merge_every": [{"until": 6000, "every": 2000}, {"every": 3000}]}},
+        None,
+        "the stretch with every: 3000 begins after step 5000, but the last step that may merge is 5000 (method.",
+    ),
+    (
+        {"method": {"merge_every": [{"until": 20_000, "every": 2000}, {"every": 3000}]}},
+        None,
+        "but the last step that may merge is 9999 (train.steps); lower the until before it, raise train.steps, or",
+    ),
+    (
+        {"method": {"merge_until_step": 5500, "merge_every": [{"until": 4000, "every": 2000}, {"every": 3000}]}},
+        None,
+        "every: 3000, which has the steps 4001 to 5500; lower it, raise method.merge_until_step, or remove the stretch",
     ),
     (
         {"method": {"merge_every": [{"until": 4040, "every": 2020}, {"every": 2030}]}},
@@ -276,7 +306,12 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
     (
         {"method": {"full_steps": 4000, "merge_every": [{"until": 4000, "every": 2000}, {"every": 3000}]}},
         None,
-        "method.merge_every: no merge in the stretch with every: 2000 after method.full_steps=4000; lower it",
+        "method.merge_every: the stretch with every: 2000 ends at step 4000, but the adapters begin after step 4000",
+    ),
+    (
+        {"method": {"full_steps": 4000, "merge_until_step": 4000}},
+        None,
+        "method.merge_until_step: 4000 ends merges before the adapters begin (after method.full_steps=4000); raise it",
     ),
     (
         {"method": {"full_steps": 100}, "model": {"adapter": "a", "init_from": "b"}},

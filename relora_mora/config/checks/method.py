@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from relora_mora.config.registry import LORA, MORA, OPERATORS, is_drawn
 from relora_mora.config.schema import DECODER_LINEARS, Config, MethodConfig
@@ -167,7 +167,7 @@ def _cycle_faults(method: MethodConfig) -> Iterator[Fault]:
 def _merge_faults(config: Config) -> Iterator[Fault]:
     method = config.method
     optim = config.optim
-    if not method.merges:
+    if not method.merges or any(_stretch_faults(method)):
         return
     if method.reset not in ("full", "none") and not optim.of_group("adapters").moments:
         yield Fault(
@@ -197,14 +197,36 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
             f"{counted(interval, 'step')} {before}, fewer than optim.restart_warmup_steps "
             f"({optim.restart_warmup_steps}); raise it or lower optim.restart_warmup_steps",
         )
-    empty = [stretch for stretch, group in zip(method.stretches, steps, strict=True) if not group]
-    if empty:
-        late = f" after method.full_steps={begin}" if begin else ""
-        yield Fault(
-            ("method.merge_every", "method.merge_until_step", "method.full_steps", "train.steps", "method.name"),
-            f"no merge in the stretch with every: {empty[0].every}{late}; lower it, raise its until, or remove the "
-            "stretch",
-        )
+    yield from _empty_stretch_faults(config, steps)
+
+
+def _empty_stretch_faults(config: Config, steps: Sequence[Sequence[int]]) -> Iterator[Fault]:
+    """The first stretch without a merge; ``steps`` has the merges of each stretch."""
+    method = config.method
+    limit, setting = config.train.steps - 1, "train.steps"
+    if method.merge_until_step is not None and method.merge_until_step < limit:
+        limit, setting = method.merge_until_step, "method.merge_until_step"
+    begin = 0
+    for stretch, merges in zip(method.stretches, steps, strict=True):
+        end = min(stretch.until or limit, limit)
+        if not merges:
+            name = f"the stretch with every: {stretch.every}"
+            raised = setting if end == limit else "its until"
+            if end <= method.full_steps:
+                text = f"{name} ends at step {end}, but the adapters begin after step {method.full_steps}"
+                remedy = f"raise {raised}, lower method.full_steps"
+            elif begin >= end:
+                text = f"{name} begins after step {begin}, but the last step that may merge is {limit} ({setting})"
+                remedy = f"lower the until before it, raise {setting}"
+            else:
+                text = f"no merge in {name}, which has the steps {max(begin, method.full_steps) + 1} to {end}"
+                remedy = f"lower it, raise {raised}"
+            yield Fault(
+                ("method.merge_every", "method.merge_until_step", "method.full_steps", "train.steps", "method.name"),
+                f"{text}; {remedy}, or remove the stretch",
+            )
+            return
+        begin = end
 
 
 def _no_merge_faults(config: Config) -> Iterator[Fault]:
@@ -220,6 +242,12 @@ def _no_merge_faults(config: Config) -> Iterator[Fault]:
         yield Fault(
             ("method.merge_until_step", "method.merge_every", "method.name"),
             f"{method.merge_until_step} comes before the first merge (step {every}); raise it, or {without}",
+        )
+    elif method.merge_until_step is not None and method.merge_until_step <= method.full_steps:
+        yield Fault(
+            ("method.merge_until_step", "method.full_steps", "method.name"),
+            f"{method.merge_until_step} ends merges before the adapters begin (after method.full_steps="
+            f"{method.full_steps}); raise it, lower method.full_steps, or {without}",
         )
     elif method.full_steps:
         yield Fault(

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.phases import phases_of
-from relora_mora.config.registry import METHODS
+from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS
 from relora_mora.config.schema import Config
 from relora_mora.config.stretches import last_merge, merge_steps
 from relora_mora.experiments.ladder import rate_notes
@@ -247,10 +247,21 @@ def make_plan(
         network={name: {stage: each.network for stage, each in stages.items()} for name, stages in needs.items()},
         times=times,
         notes=[
+            *(_svd_notes(config) if tokens_per_second is None else []),
             *rate_notes(config, width=model_config.hidden_size, layers=model_config.num_hidden_layers),
             *([] if on_cpu else [*_fp8_notes(config, cluster.device), *uneven_widths(model_config)]),
         ],
     )
+
+
+def _svd_notes(config: Config) -> list[str]:
+    """What the time leaves out, if it is not measured."""
+    record = MATRIX_OPTIMIZERS[config.optim.matrices]
+    if not record.is_slow:
+        return []
+    return [
+        f"the time is too short: it leaves out the singular vectors that {record.title} computes; measure some steps"
+    ]
 
 
 def _fp8_notes(config: Config, device: Device) -> list[str]:

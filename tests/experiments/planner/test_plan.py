@@ -200,6 +200,13 @@ def test_widths_that_a_gpu_is_slow_with_are_named() -> None:
     assert plan_of(**odd).notes == []
 
 
+def test_a_calculated_time_without_singular_vectors_says_so() -> None:
+    fira = {"optim.matrices": "fira"}
+    (note,) = plan_of(**fira).notes
+    assert "it leaves out the singular vectors that Fira computes" in note
+    assert plan_of(tokens_per_second=1000, **fira).notes == []
+
+
 def test_devices_are_found_by_their_names() -> None:
     for cuda_name, name in [
         ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
