@@ -36,8 +36,8 @@ class OptimConfig(Strict):
     others: OtherOptimizerName = Field(
         "adamw", description="optimizer of embeddings and head: adamw8bit and apollo_mini keep less state"
     )
-    momentum: Decay = Field(0.95, description="Muon, NorMuon, LoRA-Muon, SUMO: momentum")
-    nesterov: bool = Field(True, description="Muon, NorMuon, LoRA-Muon: use Nesterov momentum")
+    momentum: Decay = Field(0.95, description="Muon and its variants, SUMO: momentum")
+    nesterov: bool = Field(True, description="Muon and its variants: use Nesterov momentum")
     projection_rank: Positive = Field(
         128,
         description="GaLore, Fira, APOLLO, SUMO: rank r of a gradient's projection, at most the gradient's shorter "

@@ -35,7 +35,7 @@ TOKENS_POWER = -0.25
 
 DEEPEST = 64
 FEWEST_STEPS = 100
-SMALLEST_VOCABULARY = 256
+VOCABULARIES = (256, 10_000_000)  # the smallest and the largest one
 DEMO_VOCABULARY = 8192
 SIMILAR = 3  # rates within this factor are not worth a note
 CHECKED_WIDTHS = (256, 512)
@@ -139,8 +139,8 @@ def train_of(tokens: float, sequence_length: int) -> dict[str, int]:
     steps = math.ceil(tokens / (batch_size * sequence_length))
     if steps < FEWEST_STEPS:
         raise ValueError(
-            f"--tokens: {tokens:,.0f} tokens are too few for {FEWEST_STEPS} steps of {batch_size} x {sequence_length} "
-            f"tokens; give at least --tokens={FEWEST_STEPS * batch_size * sequence_length}"
+            f"{tokens:,.0f} tokens are too few for {FEWEST_STEPS} steps of {batch_size} x {sequence_length} tokens; "
+            f"give at least --tokens={FEWEST_STEPS * batch_size * sequence_length}"
         )
     return {"steps": steps, "batch_size": batch_size, "micro_batch_size": min(batch_size, 8)}
 
@@ -157,13 +157,14 @@ def settings_of(
 ) -> tuple[list[str], Settings]:
     """Comments and settings of a run: model, method, rates, batch and steps, with everything that follows from them.
 
-    Raises ValueError for a depth above 64, for a small vocabulary, for a method and optimizer without a tuned rate, and
+    Raises ValueError for a depth or a vocabulary out of range, for a method and optimizer without a tuned rate, and
     for too few tokens.
     """
     if not 1 <= depth <= DEEPEST:
         raise ValueError(f"--depth: got {depth}, expected 1 to {DEEPEST}")
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(f"--vocab_size: got {vocab_size}, expected at least {SMALLEST_VOCABULARY}")
+    smallest, largest = VOCABULARIES
+    if not smallest <= vocab_size <= largest:
+        raise ValueError(f"--vocab_size: got {vocab_size}, expected {smallest} to {largest}")
     model = model_of(depth, vocab_size)
     parameters = parameters_of(model)
     if tokens is None:

@@ -219,9 +219,10 @@ def test_of_the_shipped_runs_only_the_untuned_base_of_the_studies_gets_a_note() 
         (["--depth=4", "--method=mora"], "--method=mora --matrices=muon: no rate was tuned for it; expected full with"),
         (
             ["--depth=4", "--tokens=1000"],
-            "too few for 100 steps of 1 x 256 tokens; give at least --tokens=25600",
+            "1,000 tokens are too few for 100 steps of 1 x 256 tokens; give at least --tokens=25600",
         ),
-        (["--depth=4", "--vocab_size=1"], "--vocab_size: got 1, expected at least 256"),
+        (["--depth=4", "--vocab_size=1"], "--vocab_size: got 1, expected 256 to 10000000"),
+        (["--depth=4", f"--vocab_size={10**15}"], "expected 256 to 10000000"),
         (["--depth=4", "--tokens=-1"], "--tokens: got -1, expected a number above 0, and at most 1e+15"),
         (["--depth=4", "--tokens_per_parameter=.inf"], "--tokens_per_parameter: got inf, expected a number above 0"),
         (["--depth=4", "--tokens=2e6", "--tokens_per_parameter=20"], "--tokens: given together with --tokens_per"),
