@@ -188,8 +188,22 @@ def refuse_second_derivatives() -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # autograd was called with create_graph
         raise RuntimeError(
             "the merged form of an adapter and weights in 8 bits have no second derivatives; use the form decoupled, "
-            "and base=None"
+            "and weights that are not in 8 bits"
         )
+
+
+def check_precision(method: MethodConfig, *, bf16: bool, on_gpu: bool) -> None:
+    """Raises :class:`ConfigError` if ``method.base`` does not work in this precision."""
+    problem = None
+    if method.base == "bf16" and not bf16 and method.form == "resident" and method.uses_adapters:
+        problem = (
+            "method.form: resident would round W + delta to method.base=bf16, which loses small deltas; "
+            "use method.form=auto"
+        )
+    elif method.eight_bits == "fp8" and method.base_products and on_gpu and not bf16:
+        problem = "method.base: the results of fp8 products are in bf16; use train.precision=bf16, or method.base=int8"
+    if problem:
+        raise ConfigError([problem], "the settings")
 
 
 def check_device(method: MethodConfig, *, bf16: bool, on_gpu: bool) -> None:
@@ -197,15 +211,12 @@ def check_device(method: MethodConfig, *, bf16: bool, on_gpu: bool) -> None:
 
     A CPU computes fp8 in float32, with the same rounding. Without :attr:`EightBits.multiplies` every device works.
     """
-    kind = method.eight_bits
-    if method.base == "bf16" and not bf16 and method.form == "resident" and method.uses_adapters:
-        fault = (
-            "method.form: resident would round W + delta to method.base=bf16, which loses small deltas; "
-            "use method.form=auto"
-        )
-        raise ConfigError([fault], "the settings")
-    if kind is None or not method.base_products:
-        return
+    if method.eight_bits is not None and method.base_products:
+        _check_products(method.eight_bits, on_gpu=on_gpu)
+    check_precision(method, bf16=bf16, on_gpu=on_gpu)
+
+
+def _check_products(kind: str, *, on_gpu: bool) -> None:
     if not on_gpu:
         slow = "method.base: this CPU multiplies %s; use %s"
         if kind == "fp8":
@@ -214,18 +225,14 @@ def check_device(method: MethodConfig, *, bf16: bool, on_gpu: bool) -> None:
             log.warning(slow, "int8 without AVX512-VNNI, which is slow", "method.base_products=false to save memory")
         return
     capability = torch.cuda.get_device_capability()
-    name = torch.cuda.get_device_name()
-    problem = None
     if capability < OLDEST[kind]:
         needed = ".".join(map(str, OLDEST[kind]))
         other = "method.base=int8, or " if kind == "fp8" and capability >= OLDEST["int8"] else ""
         problem = (
-            f"method.base: {kind} products need a GPU of compute capability {needed}, and {name} has "
-            f"{'.'.join(map(str, capability))}; use {other}method.base_products=false"
+            f"method.base: {kind} products need a GPU of compute capability {needed}, and "
+            f"{torch.cuda.get_device_name()} has {'.'.join(map(str, capability))}; "
+            f"use {other}method.base_products=false"
         )
-    elif kind == "fp8" and not bf16:
-        problem = "method.base: the results of fp8 products are in bf16; use train.precision=bf16, or method.base=int8"
-    if problem:
         raise ConfigError([problem], "the settings")
 
 

@@ -63,6 +63,7 @@ def main(
     if link_gbits is not None and nodes is None:
         raise ValueError("--link_gbits: a single host does not use its network; give --nodes, or leave it out")
     with many_imports():  # takes seconds, so arguments are checked first
+        from relora_mora.adapters.stored import check_precision
         from relora_mora.experiments.planner.cluster import Cluster
         from relora_mora.experiments.planner.plan import make_plan
         from relora_mora.experiments.planner.render import render
@@ -93,6 +94,7 @@ def main(
     check_adapters(model_config, settings.method)
     auto = fast_bf16() if chosen == here else not on_cpu
     bf16 = auto if settings.train.precision == "auto" else settings.train.precision == "bf16"
+    check_precision(settings.method, bf16=bf16, on_gpu=not on_cpu)
     measured = on_cpu or chosen == here
     peak_name = "bf16" if bf16 else "the peak of bf16; float32 is slower, so give log.peak_tflops"
     peak = peak_flops(bf16=bf16, on_cpu=on_cpu) if measured else (chosen.tflops * 1e12, f"{peak_name}, {chosen.source}")

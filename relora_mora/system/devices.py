@@ -77,6 +77,17 @@ DEVICES = (
         "10 Gbit/s for 4, assumed",
     ),
     Device(
+        "rtx4080",
+        "RTX 4080",
+        97,
+        16,
+        717,
+        _PCIE4,
+        2.5,
+        "NVIDIA Ada white paper, fp32 sums",
+        "10 Gbit/s for 4, assumed",
+    ),
+    Device(
         "rtx3090",
         "RTX 3090",
         71,
@@ -94,11 +105,12 @@ _ALIASES = {
     "h100-sxm": "h100",
     "h200-sxm": "h200",
     "4090": "rtx4090",
+    "4080": "rtx4080",
     "3090": "rtx3090",
     "cuda": "a100-80gb",  # what a plan for CUDA assumes on a machine without it
 }
 CPU = Device("cpu", "", 0, 0, 0, 0, 0, "", "")
-_OTHER_CARD = r"(?! (?:NVL|Ti|D|Laptop)\b)"  # cards with the same first words but a data sheet of their own
+_OTHER_CARD = r"(?! (?:NVL|Ti|D|SUPER|Laptop)\b)"  # cards with the same first words but a data sheet of their own
 
 
 def named_device(name: str) -> Device:

@@ -39,7 +39,7 @@ class Move(NamedTuple):
 
     @property
     def stop(self) -> int:
-        places = METHODS.index(self.method) + WORLDS.index(self.world) + WORLDS.index(self.to_world)
+        places = (*METHODS, "int8").index(self.method) + WORLDS.index(self.world) + WORLDS.index(self.to_world)
         return STOPS[(places + self.stage + self.to_stage) % 3]
 
     @property
@@ -54,6 +54,7 @@ class Move(NamedTuple):
 
 MATRIX = [Move(*values) for values in itertools.product(METHODS, WORLDS, STAGES, WORLDS, STAGES)]
 PAIRS = list(itertools.product(WORLDS, WORLDS))
+IN_8_BITS = {"name": "remora", "base": "int8", "form": "decoupled"}
 
 
 # each pair of world sizes once
@@ -111,7 +112,7 @@ class Course:
             self.tokenizer,
             folder,
             world,
-            method={"name": method, "merge_every": MERGE_EVERY},
+            method={"merge_every": MERGE_EVERY} | (IN_8_BITS if method == "int8" else {"name": method}),
             train={"steps": self.steps, "batch_size": BATCH, "micro_batch_size": micro, "zero_stage": stage},
             eval={"at_start": False, "every_steps": 0, "max_tokens": 64},
             checkpoint={"every_steps": 1 if stop else 0},
@@ -143,13 +144,13 @@ def course(request, pools, tokenizer_path, tmp_path_factory) -> Course:
     return Course(pools, inputs, tokenizer_path, tmp_path_factory.mktemp("runs"), request.param)
 
 
-def _check(course: Course, move: Move, folder: Path) -> None:
+def _check(course: Course, move: Move, folder: Path, tolerance: float = 1e-5) -> None:
     origin = course.origin(move.method, move.world, move.stage)
     copy_cut_at(origin, folder, move.stop)
     batches = course.run(folder, move.method, move.to_world, move.to_stage, move.micro_batch_size)
     expected, losses = course.reference(move.method)
     assert batches == {step: expected[step] for step in range(move.stop + 1, course.steps + 1)}
-    assert logged_values(folder) == pytest.approx(losses, rel=0, abs=1e-5)
+    assert logged_values(folder) == pytest.approx(losses, rel=0, abs=tolerance)
     assert len(losses) == course.steps
     merges = logged_steps(folder, "merge/layers")
     assert merges == ([] if move.method == "full" else list(range(MERGE_EVERY, course.steps, MERGE_EVERY)))
@@ -179,3 +180,11 @@ def test_the_moves_cover_all_ranks_and_stages():
         assert {(move.method, move.stop) for move in moves} == set(itertools.product(METHODS, STOPS))
         assert min(Counter(move.method for move in moves).values()) >= len(moves) // 3
         assert {move.micro_batch_size for move in moves} == {1, 2, 4, 8}
+
+
+@pytest.mark.elastic
+@pytest.mark.parametrize("course", [STEPS], indirect=True)
+@pytest.mark.parametrize("world,stage,to_world,to_stage", [(2, 2, 1, 3), (1, 3, 4, 1)])
+def test_a_run_with_weights_in_8_bits_moves(course, tmp_path, world, stage, to_world, to_stage):
+    """If sums differ in their last bits, some values round to the next of 127 steps: losses differed by up to 8e-4."""
+    _check(course, Move("int8", world, stage, to_world, to_stage), tmp_path / "run", tolerance=3e-3)

@@ -27,13 +27,16 @@ class LayerWork(NamedTuple):
     moved: float  # bytes per token and hidden feature
 
 
-# by (adapter, method.base if products are in 8 bits, whether W + delta is resident); what is missing counts as LoRA,
-# and with products in 8 bits as MoRA
+# by (adapter, method.base if products are in 8 bits, whether W + delta is resident); what is missing counts as LoRA, and
+# fp8 that is not resident as int8
 Work = dict[tuple[Adapter | None, str | None, bool], LayerWork]
 EAGER: Work = {
     (None, None, False): LayerWork(109, 645),
     (LORA, None, False): LayerWork(158, 705),
     (LORA, None, True): LayerWork(144, 688),
+    (LORA, "int8", False): LayerWork(200, 1134),
+    (LORA, "int8", True): LayerWork(172, 884),
+    (LORA, "fp8", True): LayerWork(172, 728),
     (MORA, None, False): LayerWork(132, 678),
     (MORA, None, True): LayerWork(118, 660),
     (MORA, "int8", False): LayerWork(165, 914),
@@ -44,6 +47,9 @@ COMPILED: Work = {
     (None, None, False): LayerWork(35, 277),
     (LORA, None, False): LayerWork(77, 331),
     (LORA, None, True): LayerWork(70, 322),
+    (LORA, "int8", False): LayerWork(78, 529),
+    (LORA, "int8", True): LayerWork(79, 445),
+    (LORA, "fp8", True): LayerWork(90, 328),
     (MORA, None, False): LayerWork(58, 311),
     (MORA, None, True): LayerWork(44, 293),
     (MORA, "int8", False): LayerWork(76, 494),
@@ -92,7 +98,7 @@ def compute_time(
         adapter = LORA
     base = config.method.eight_bits if config.method.base_products else None
     table = COMPILED if setup.compiles else EAGER
-    work = table[adapter, None, resident] if base is None else table[MORA, base if resident else "int8", resident]
+    work = table[adapter, base if base is None or resident else "int8", resident]
     if resident:  # layers that are not resident build W + delta twice in each micro-batch
         twice, never = EAGER[adapter, None, False], EAGER[adapter, None, True]
         launches = (twice.launches - never.launches) / 2 / setup.micro_batches

@@ -47,6 +47,20 @@ def test_settings_that_only_other_methods_use_do_not_keep_a_run_from_its_plan(
     assert run_cli(str(CONFIG), "--world_size=1", *arguments[1:]) == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--method.base=fp8"], "method.base: the results of fp8 products are in bf16; use train.precision=bf16"),
+        (["--method.base=bf16", "--method.form=resident"], "method.form: resident would round W + delta"),
+    ],
+)
+def test_a_precision_that_a_run_refuses_has_no_plan(
+    capsys: pytest.CaptureFixture[str], settings: list[str], message: str
+) -> None:
+    assert run_cli(str(CONFIG), "--world_size=1", "--device=h100", "--train.precision=fp32", *settings) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_command_line_for_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(str(ROOT / "configs/run/paper_250m_remora.yaml"), "--world_size=32", "--device=cuda") == 0
     out = capsys.readouterr().out

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.usefixtures("at_root")
     [
         ("full", None, False),
         *((method, None, resident) for method in ("relora", "remora") for resident in (False, True)),
-        *(("remora", "int8", resident) for resident in (False, True)),
-        ("remora", "fp8", True),
+        *((method, "int8", resident) for method in ("relora", "remora") for resident in (False, True)),
+        *((method, "fp8", True) for method in ("relora", "remora")),
     ],
 )
 def test_work_of_a_layer_is_what_was_counted(method, base, resident, how, table):

@@ -230,6 +230,7 @@ def test_devices_are_found_by_their_names() -> None:
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 4080 SUPER",
     ]
     assert [device_of_name(other) for other in others] == [None] * len(others)
     for alias, name in (
