@@ -59,16 +59,29 @@ class AdamW8bit:
         block = _block(columns)
         rows = max(1, (AT_ONCE_ON_GPU if matrices.is_cuda else AT_ONCE) // columns)
         for matrix, state in zip(matrices, states, strict=True):
-            count = state.tensors[COUNT]
-            count += 1
+            numbers = self._numbers(state.tensors[COUNT].add_(1).double())
             kept = (state.tensors[key] for key in self.state_shapes(1, columns) if key != COUNT)
             blocks = (each.unflatten(1, (columns // block, -1)).split(rows) for each in (matrix, *kept))
             for gradient, codes, scales, root_codes, root_scales in zip(*blocks, strict=True):
-                self._step(gradient, codes, scales, root_codes, root_scales, int(count))
+                self._step(gradient, codes, scales, root_codes, root_scales, *numbers)
         return matrices
 
+    def _numbers(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The factor of the root, what is added to it, and the offset of rounding; they stay on the device."""
+        first, second = self.betas
+        correction = 1 - first**step
+        return correction / torch.sqrt(1 - second**step), correction * self.eps, step * GOLDEN % 1
+
     def _step(
-        self, gradient: Tensor, codes: Tensor, scales: Tensor, root_codes: Tensor, root_scales: Tensor, step: int
+        self,
+        gradient: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        root_codes: Tensor,
+        root_scales: Tensor,
+        factor: Tensor,
+        epsilon: Tensor,
+        offset: Tensor,
     ) -> None:
         """Overwrites gradients [rows, blocks, elements] with updates; the scales are [rows, blocks, 1]."""
         first, second = self.betas
@@ -76,10 +89,8 @@ class AdamW8bit:
         average.mul_(average.abs()).mul_(scales).lerp_(gradient, 1 - first)
         root = root_codes.float().mul_(root_scales * math.sqrt(second)).square_()
         root.addcmul_(gradient, gradient, value=1 - second).sqrt_()
-        correction = 1 - first**step
-        torch.mul(root, correction / math.sqrt(1 - second**step), out=gradient).add_(correction * self.eps)
+        torch.mul(root, factor, out=gradient).add_(epsilon)
         torch.div(average, gradient, out=gradient)
-        offset = step * GOLDEN % 1
         _rescale(root, root_scales, 255)
         root_codes.copy_(root.add_(offset).clamp_(1, 255))
         size = torch.abs(average, out=root)

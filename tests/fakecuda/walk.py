@@ -74,17 +74,18 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
 
 
 @pytest.mark.parametrize(
-    "method,matrices",
-    [(method, "adamw") for method in ("full", "remora operator 1", "remora operator 1 resident", "relora")]
-    + [("remora operator 1", "muon")],
+    "method,matrices,others",
+    [(method, "adamw", "adamw") for method in ("full", "remora operator 1", "remora operator 1 resident", "relora")]
+    + [("remora operator 1", "muon", "adamw"), ("remora operator 1 int8", "muon", "adamw8bit")]
+    + [("remora operator 1 int8 resident", "muon", "apollo_mini"), ("relora int8 resident", "adamw", "adamw")],
 )
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_stays_on_the_device(
-    stage: int, method: str, matrices: str, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
+    stage: int, method: str, matrices: str, others: str, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[str] = []
     monkeypatch.setattr(torch.cuda.Stream, "wait_stream", lambda *_: waits.append(sys._getframe(1).f_code.co_filename))
-    engine, watch = train_steps(stage, method, fake, bf16=True, matrices=matrices)
+    engine, watch = train_steps(stage, method, fake, bf16=True, matrices=matrices, others=others)
     # DeepSpeed's gathers find what was written before each forward, and W + delta each time that it is built
     expected = STEPS * (MICRO_BATCHES + ("resident" in method)) if stage == 3 else 0
     assert sum(name.endswith("engine/slices.py") for name in waits) == expected
@@ -209,13 +210,20 @@ def test_a_checkpoint_waits_once_for_its_copies(stage: int, fake: FakeTensorMode
 
 
 def train_steps(
-    stage: int, method: str, fake: FakeTensorMode, *, bf16: bool, matrices: str = "adamw", **zero: bool
+    stage: int,
+    method: str,
+    fake: FakeTensorMode,
+    *,
+    bf16: bool,
+    matrices: str = "adamw",
+    others: str = "adamw",
+    **zero: bool,
 ) -> tuple[ZeroEngine, Watch]:
     """The engine, and what it did in the last step: DeepSpeed's timer, if it were on, would wait from the third on."""
     precision = "bf16" if bf16 else "fp32"
     train = {"zero_stage": stage, "precision": precision, "batch_size": 2 * RANKS * MICRO_BATCHES}
     train |= {"deepspeed": {"zero_optimization": zero}}
-    config = tiny_config(RANKS, train=train, optim={"matrices": matrices})
+    config = tiny_config(RANKS, train=train, optim={"matrices": matrices, "others": others})
     module = model_with("llama_tiny", method, 2, fake)
     for _, layer in adapter_layers(module.lm):
         layer.drop_merged()  # the engine keeps them
