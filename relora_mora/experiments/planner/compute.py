@@ -27,7 +27,7 @@ class LayerWork(NamedTuple):
     moved: float  # bytes per token and hidden feature
 
 
-# by (adapter, method.base if products are in 8 bits, whether W + delta is resident); what is missing counts as LoRA, and
+# by (adapter, method.base if products are in 8 bits, whether W + delta is resident); other adapters count as LoRA, and
 # fp8 that is not resident as int8
 Work = dict[tuple[Adapter | None, str | None, bool], LayerWork]
 EAGER: Work = {
