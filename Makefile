@@ -105,6 +105,7 @@ UNNAMED := optim.lr,optim.momentum,optim.restart_warmup_steps,method.operators
 FULL_RANK := --against=name=full,lr=0.0005,seed=0
 TUNED := name=full,lr=0.002,lr_other=0.032,seed=0
 FULL_RANK_MUON := name=full,matrices=muon,lr=0.004,seed=0
+TUNED_UNNAMED := optim.restart_warmup_steps,method.reset,optim.projection_rank
 REACH := --reach=eval/character_accuracy=0.5,0.95
 study: $(VENV)/.installed-dev  ## tables and figures of the studies in the documents, from what is kept of their runs
 	$(COMPARE) docs/studies/memory_tiny.jsonl.gz --best=optim.lr $(REACH) --out=docs/studies/memory_tiny
@@ -114,13 +115,14 @@ study: $(VENV)/.installed-dev  ## tables and figures of the studies in the docum
 	$(COMPARE) docs/studies/length_tiny.jsonl.gz --out=docs/studies/length_tiny
 	$(COMPARE) docs/studies/larger_35m.jsonl.gz --out=docs/studies/larger_35m
 	$(COMPARE) docs/studies/ladder_tiny.jsonl.gz --out=docs/studies/ladder_tiny
+	$(COMPARE) docs/studies/tuned_17m.jsonl.gz --out=docs/studies/tuned_17m
 	$(COMPARE) docs/studies/ablations_tiny.jsonl.gz --out=docs/studies/ablations_tiny
 	$(COMPARE) docs/studies/embeddings_tiny.jsonl.gz --against=$(TUNED) --out=docs/studies/embeddings_tiny
 	$(COMPARE) $(addprefix docs/studies/,paper_tiny.jsonl.gz muon_tiny.jsonl.gz projected_tiny.jsonl.gz) --best=optim.lr $(FULL_RANK) --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny
 	$(COMPARE) docs/studies/biomedical_tiny.jsonl.gz --best=optim.lr --out=docs/studies/biomedical_tiny
 	$(COMPARE) docs/studies/math_tiny.jsonl.gz --best=optim.lr --out=docs/studies/math_tiny
 	$(COMPARE) docs/studies/math_smollm2.jsonl.gz --out=docs/studies/math_smollm2
-	$(COMPARE) docs/studies/tuned_tiny.jsonl.gz --best=optim.lr --against=$(FULL_RANK_MUON) --unnamed=optim.restart_warmup_steps --out=docs/studies/tuned_tiny
+	$(COMPARE) docs/studies/tuned_tiny.jsonl.gz --best=optim.lr --against=$(FULL_RANK_MUON) --unnamed=$(TUNED_UNNAMED) --out=docs/studies/tuned_tiny
 	$(COMPARE) $(addprefix docs/studies/,tuned_tiny.jsonl.gz tuned_seeds_tiny.jsonl.gz) --unnamed=optim.restart_warmup_steps --out=docs/studies/tuned_seeds_tiny
 
 SMOKE := $(BIN)/python launch/study.py configs/study/smoke.yaml
