@@ -46,10 +46,11 @@ NOT_COMPARED = ("lr", "lr_other", "run_dir")
 
 
 def same_run(given: dict[str, Any], settings: ladder.Settings) -> bool:
-    """Whether a kept run had these settings in everything but its rates and its folder."""
+    """Whether a kept run had these settings in everything but its rates and its folder, and one rank."""
     own = {
         (section, key): value for section in ("method", "optim", "train") for key, value in settings[section].items()
     }
+    own["method", "rank_pattern"] = {}
     return all(given[section][key] == value for (section, key), value in own.items() if key not in NOT_COMPARED)
 
 
