@@ -21,7 +21,7 @@ from launch.benchmark.device import chosen_device, seconds_of
 from launch.benchmark.turns import medians, take_turns
 from relora_mora import kernels
 from relora_mora.adapters.mora import layer_square_size
-from relora_mora.adapters.stored import EightBits
+from relora_mora.adapters.stored import OLDEST, EightBits
 from relora_mora.cli.arguments import PositiveInt
 from relora_mora.config.schema import MethodConfig, ModelConfig
 from relora_mora.model.config import attention_widths, read_model_config
@@ -175,7 +175,7 @@ def attention_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, d
 def product_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, draw: Draw) -> Ways:
     """The products of each linear shape: forward, its gradients, and the square matrix's gradient (D^T dy)^T (C x).
 
-    The first two again in int8, with the passes that quantize x or dy and scale the sums, and the product by itself.
+    The first two again in int8, if the device has such products.
     """
     method = MethodConfig()
     ways: Ways = {}
@@ -192,16 +192,22 @@ def product_ways(model: PreTrainedConfig, tokens: int, sequence_length: int, dra
             f"{shape}: dW, if it trains": (partial(torch.matmul, dy.T, x), flops),
             f"{shape}: dM, R = {size}": (partial(torch.matmul, reduced.T, compressed), 2.0 * tokens * size**2),
         }
-        form = EightBits.of("int8", outputs, inputs, multiplies=True, on_gpu=x.is_cuda)
-        stored = form.encode(weight)
-        values, _ = form.parts(stored)
-        quantized, _ = kernels.quantize_rows(x, values.dtype, padded=values.shape[1])
-        ways |= {
-            f"{shape}: x W^T in int8, with its passes": (partial(form.linear, x, stored), flops),
-            f"{shape}: its product by itself": (partial(torch._int_mm, quantized, values.mT), flops),
-            f"{shape}: dy W in int8, with its passes": (partial(form.linear_transposed, dy, stored), flops),
-        }
+        if not x.is_cuda or torch.cuda.get_device_capability() >= OLDEST["int8"]:
+            ways |= {f"{shape}: {name}": (act, flops) for name, act in _int8_products(x, weight, dy).items()}
     return ways
+
+
+def _int8_products(x: Tensor, weight: Tensor, dy: Tensor) -> dict[str, Callable[[], object]]:
+    """W x and W^T dy with the passes that quantize x or dy and scale the sums, and a product by itself."""
+    form = EightBits.of("int8", *weight.shape, multiplies=True, on_gpu=x.is_cuda)
+    stored = form.encode(weight)
+    values, _ = form.parts(stored)
+    quantized, _ = kernels.quantize_rows(x, values.dtype, padded=values.shape[1])
+    return {
+        "x W^T in int8, with its passes": partial(form.linear, x, stored),
+        "its product by itself": partial(torch._int_mm, quantized, values.mT),
+        "dy W in int8, with its passes": partial(form.linear_transposed, dy, stored),
+    }
 
 
 PARTS: dict[str, Callable[[PreTrainedConfig, int, int, Draw], Ways]] = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_mora.system.files import new_folder
-from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError, open_sentencepiece
+from relora_mora.tokenizer.files import MODEL_FILE, MOST_PIECES, TokenizerError, open_sentencepiece
 from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer
 
@@ -27,7 +27,6 @@ _CUT = re.compile("[\n\0\u2581\u2585]")
 _LINE_CHARACTERS = SENTENCE_BYTES // 4  # UTF-8 takes at most 4 bytes
 _CHECKED_DOCUMENTS = 1000
 _META_PIECES = 3 + 256  # unk, bos, eos, bytes
-_MOST_PIECES = 10_000_000
 _MOST_THREADS = 512
 
 SETTINGS: dict[str, Any] = {
@@ -199,8 +198,8 @@ def write(model: bytes, out: Path, documents: list[str]) -> float:
 def _check_settings(
     vocab_size: int, max_documents: int, max_bytes: int, character_coverage: float, threads: int | None
 ) -> None:
-    if vocab_size > _MOST_PIECES:
-        raise TokenizerError(f"--vocab_size={vocab_size}: give at most {_MOST_PIECES}, e.g. 32000")
+    if vocab_size > MOST_PIECES:
+        raise TokenizerError(f"--vocab_size={vocab_size}: give at most {MOST_PIECES}, e.g. 32000")
     if vocab_size <= _META_PIECES:
         raise TokenizerError(
             f"--vocab_size={vocab_size}: unk, bos, eos and the 256 bytes already take {_META_PIECES}; "

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS
 from relora_mora.config.schema import Config
+from relora_mora.tokenizer.files import MOST_PIECES
 
 Settings = dict[str, dict[str, Any]]
 
@@ -35,7 +36,7 @@ TOKENS_POWER = -0.25
 
 DEEPEST = 64
 FEWEST_STEPS = 100
-VOCABULARIES = (256, 10_000_000)  # the smallest and the largest one
+SMALLEST_VOCABULARY = 256
 DEMO_VOCABULARY = 8192
 SIMILAR = 3  # rates within this factor are not worth a note
 CHECKED_WIDTHS = (256, 512)
@@ -162,9 +163,8 @@ def settings_of(
     """
     if not 1 <= depth <= DEEPEST:
         raise ValueError(f"--depth: got {depth}, expected 1 to {DEEPEST}")
-    smallest, largest = VOCABULARIES
-    if not smallest <= vocab_size <= largest:
-        raise ValueError(f"--vocab_size: got {vocab_size}, expected {smallest} to {largest}")
+    if not SMALLEST_VOCABULARY <= vocab_size <= MOST_PIECES:
+        raise ValueError(f"--vocab_size: got {vocab_size}, expected {SMALLEST_VOCABULARY} to {MOST_PIECES}")
     model = model_of(depth, vocab_size)
     parameters = parameters_of(model)
     if tokens is None:

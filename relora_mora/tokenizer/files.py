@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 
 MODEL_FILE = "tokenizer.model"
+MOST_PIECES = 10_000_000  # of a vocabulary
 EXPECTED = "expected a folder with tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder"
 _VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 

@@ -21,6 +21,8 @@ from tests.tools.runs import copy_cut_at, logged_steps, logged_values, run_confi
 pytestmark = pytest.mark.distributed
 
 METHODS = ("full", "relora", "remora")
+SETTINGS = {method: {"name": method} for method in METHODS}
+SETTINGS["int8"] = {"name": "remora", "base": "int8", "form": "decoupled"}
 WORLDS = (1, 2, 4)
 MERGE_EVERY = 4
 STOPS = (3, 4, 5)  # before, at and after a merge
@@ -39,7 +41,7 @@ class Move(NamedTuple):
 
     @property
     def stop(self) -> int:
-        places = (*METHODS, "int8").index(self.method) + WORLDS.index(self.world) + WORLDS.index(self.to_world)
+        places = list(SETTINGS).index(self.method) + WORLDS.index(self.world) + WORLDS.index(self.to_world)
         return STOPS[(places + self.stage + self.to_stage) % 3]
 
     @property
@@ -54,7 +56,6 @@ class Move(NamedTuple):
 
 MATRIX = [Move(*values) for values in itertools.product(METHODS, WORLDS, STAGES, WORLDS, STAGES)]
 PAIRS = list(itertools.product(WORLDS, WORLDS))
-IN_8_BITS = {"name": "remora", "base": "int8", "form": "decoupled"}
 
 
 # each pair of world sizes once
@@ -112,7 +113,7 @@ class Course:
             self.tokenizer,
             folder,
             world,
-            method={"merge_every": MERGE_EVERY} | (IN_8_BITS if method == "int8" else {"name": method}),
+            method=SETTINGS[method] | {"merge_every": MERGE_EVERY},
             train={"steps": self.steps, "batch_size": BATCH, "micro_batch_size": micro, "zero_stage": stage},
             eval={"at_start": False, "every_steps": 0, "max_tokens": 64},
             checkpoint={"every_steps": 1 if stop else 0},
