@@ -1,0 +1,101 @@
+"""The tables of docs/experiments.md: perplexities are those of the kept runs, and ratios follow from them."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from statistics import mean
+
+import pytest
+
+from relora_mora.experiments.compare.groups import common_steps, group_runs
+from relora_mora.experiments.compare.runs import read_runs
+from tests.tools.helpers import ROOT
+
+STUDIES = {path.name.removesuffix(".jsonl.gz") for path in (ROOT / "docs" / "studies").glob("*_*.jsonl.gz")}
+TOGETHER = [{"tuned_tiny", "tuned_seeds_tiny"}]  # seeds of the same rows, on the same kind of machine
+PERPLEXITY = re.compile(r"(?<![\d.])\d{3}\.\d(?![\d%])")
+NOT_KEPT = ("A small state for embeddings and head", "The gradient that the operators lose")  # as these sections say
+
+
+@dataclass
+class Table:
+    section: str
+    header: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+
+    def of_one_method(self, row: list[str]) -> list[set[str]]:
+        """The row's perplexities, in sets that belong to one method: its columns by step and text, and each other."""
+        steps = "(step )?[0-9,]+" if any(name.startswith("step ") for name in self.header) else ""
+        together: set[str] = set()
+        found = [together]
+        for name, cell in zip(self.header, row, strict=True):
+            numbers = set(PERPLEXITY.findall(cell)) if "not kept" not in cell else set()
+            if name in ("C4", "c4like") or (steps and re.fullmatch(steps, name)):
+                together |= numbers
+            else:
+                found.append(numbers)
+        return [numbers for numbers in found if numbers]
+
+
+def read_tables() -> list[Table]:
+    tables: list[Table] = []
+    section = before = ""
+    for line in (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        if line.startswith("#"):
+            section = line.strip("# ")
+        elif line.startswith("|") and not before.startswith("|"):
+            tables.append(Table(section, cells))
+        elif line.startswith("|") and not set(line) <= set("|-"):
+            tables[-1].rows.append(cells)
+        before = line
+    return [table for table in tables if table.section not in NOT_KEPT]
+
+
+TABLES = [table for table in read_tables() if any(map(table.of_one_method, table.rows))]
+with_names = pytest.mark.parametrize("table", TABLES, ids=[f"{i}. {table.section}" for i, table in enumerate(TABLES)])
+
+
+@cache
+def kept() -> list[set[str]]:
+    """For each method in the kept studies, the perplexities of its seeds and their means, at every kept step."""
+    sources = [*TOGETHER, *({study} for study in STUDIES.difference(*TOGETHER))]
+    found: list[set[str]] = []
+    for studies in sources:
+        runs = [run for study in studies for run in read_runs(ROOT / "docs" / "studies" / f"{study}.jsonl.gz")]
+        for group in group_runs(runs):
+            values: set[str] = set()
+            for name in group.runs[0].validation_sets:
+                losses = [run.evaluations(name) for run in group.runs]
+                for step in common_steps(losses):
+                    perplexities = [math.exp(loss[step]) for loss in losses]
+                    values.update(f"{value:.1f}" for value in [*perplexities, mean(perplexities)])
+            found.append(values)
+    return found
+
+
+@with_names
+def test_perplexities_are_those_of_kept_runs(table: Table) -> None:
+    for row in table.rows:
+        for numbers in table.of_one_method(row):
+            assert any(numbers <= of_method for of_method in kept()), f"{sorted(numbers)} of {row}"
+
+
+def ratios(table: Table) -> list[tuple[float, float]]:
+    """(perplexity, ratio) of the rows; the ratio's column is next to that of the perplexity."""
+    at = next((i for i, name in enumerate(table.header) if name.startswith("ratio")), None)
+    with_both = [row for row in table.rows if at and row[at - 1] and row[at]]
+    return [(float(PERPLEXITY.findall(row[at - 1])[0]), float(row[at])) for row in with_both] if at else []
+
+
+@pytest.mark.parametrize("table", [table for table in TABLES if ratios(table)], ids=lambda table: table.section)
+def test_ratios_follow_from_perplexities(table: Table) -> None:
+    found = ratios(table)
+    assert len(found) > 1
+    references = [perplexity for perplexity, ratio in found if ratio == 1]
+    for perplexity, ratio in found:
+        rounding = 0.0005 + 0.05 * (1 + ratio) / min(references)
+        assert any(abs(perplexity / reference - ratio) <= rounding for reference in references), (perplexity, ratio)
