@@ -11,7 +11,7 @@ STARTS_AT_ZERO = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
 
 class TorchState:
-    """What ``optimizer`` trains of ``lm``, with the parameters' names in it.
+    """What ``optimizer`` trains of ``lm``: a ``LoopEngine`` (library/masters.py), which documents the methods.
 
     All ranks of ``group`` train the same model. Its parameters are plain tensors, which every rank has (one process,
     DDP), or DTensors (``fully_shard``). ``names`` are the parameters to merge and reset.
@@ -32,7 +32,7 @@ class TorchState:
         if any(self.parameters[name].device != self.device for name in names):
             raise ValueError("the adapters are on several devices; put the whole model on one, or shard it over ranks")
         self.copies = self.world_size // _shards(first)
-        self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        self.shapes = whole_shapes(lm)
         if optimizer is None:
             return
         self.optimizer = optimizer
@@ -77,13 +77,11 @@ class TorchState:
                 self.moments_of(name)
 
     def clear_state(self, names: Set[str]) -> None:
-        """See :func:`restart_state`."""
         for name in names:
             restart_state(self.optimizer, self.parameters[name])
 
     @torch.no_grad()
     def held(self, names: Sequence[str]) -> tuple[int, list[str]]:
-        """How many elements of these parameters all ranks hold together, and which have values that are not finite."""
         local = [_local(self.parameters[name]) for name in names]
         bad = torch.stack([~part.isfinite().all() for part in local]).double()
         counts = torch.cat([bad.new_tensor([sum(part.numel() for part in local)]), bad])
@@ -98,11 +96,9 @@ class TorchState:
 
     @torch.no_grad()
     def read_weight(self, name: str) -> Tensor:
-        """A whole parameter as the model has it; a collective if it is sharded."""
         return self.whole(self.parameters[name])
 
     def is_whole(self, name: str) -> bool:
-        """Whether every rank has the whole parameter."""
         return not isinstance(self.parameters[name], DTensor)
 
     def whole(self, value: Tensor) -> Tensor:
@@ -111,13 +107,11 @@ class TorchState:
 
     @torch.no_grad()
     def scatter(self, name: str, value: Tensor, key: str | None = None) -> int:
-        """Writes this rank's part of a whole value; returns its number of elements."""
         target = self.parameters[name] if key is None else self.optimizer.state[self.parameters[name]][key]
         return _write(target, value.to(self.device).view(self.shapes[name]))
 
     @torch.no_grad()
     def write_weight(self, name: str, value: Tensor | None, owner: int) -> None:
-        """Sets a frozen weight on all ranks from its owner's float32 value; a collective."""
         weight = self.parameters[name]
         rounded = torch.empty(self.shapes[name], dtype=weight.dtype, device=self.device)
         if self.rank == owner:
@@ -128,7 +122,6 @@ class TorchState:
         _write(weight, rounded)
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """The sum over the ranks, in host memory; ``values`` is overwritten."""
         if self.world_size > 1:
             distributed.all_reduce(values, group=self.group)
         return values.cpu()
@@ -138,6 +131,11 @@ class TorchState:
 
     def drop_merged(self) -> None:
         """Nothing to do: no layer keeps ``W + delta``."""
+
+
+def whole_shapes(lm: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of the whole parameters, also of those that DeepSpeed's ZeRO-3 has cut into parts."""
+    return {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in lm.named_parameters()}
 
 
 def rank_and_size(group: Any) -> tuple[int, int]:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from relora_mora.engine.masters import stage_of
-from relora_mora.engine.torch_state import moments_in, restart_state
+from relora_mora.engine.torch_state import moments_in, restart_state, whole_shapes
 from relora_mora.engine.zero_state import ZeroState
 
 
 class UserZero(ZeroState):
-    """DeepSpeed's optimizer ``zero`` of ``lm``, with whichever torch optimizer is inside.
+    """DeepSpeed's optimizer ``zero`` of ``lm``, with whichever torch optimizer is inside: a ``LoopEngine``.
 
     Raises ValueError if the optimizer does not train all of ``names``, the parameters to merge and reset, or if it
     trains other parameters in the same groups.
@@ -21,9 +21,8 @@ class UserZero(ZeroState):
 
     def __init__(self, lm: nn.Module, zero: Any, names: Sequence[str]) -> None:
         parameters = dict(lm.named_parameters())
-        shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in parameters.items()}
         moments: dict[str, tuple[str, ...]] = {name: () for name, p in parameters.items() if p.requires_grad}
-        super().__init__(lm, zero, shapes, moments, parameters[names[0]].device, stage_of(zero))
+        super().__init__(lm, zero, whole_shapes(lm), moments, parameters[names[0]].device, stage_of(zero))
         self._check_groups(set(names))
 
     def _check_groups(self, names: Set[str]) -> None:
@@ -50,13 +49,11 @@ class UserZero(ZeroState):
 
     @torch.no_grad()
     def read_weight(self, name: str) -> Tensor:
-        """A whole parameter as the model has it, on every rank; a collective at stage 3."""
         parameter = self.parameters[name]
         with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
             return parameter.data.clone()
 
     def is_whole(self, name: str) -> bool:
-        """Whether every rank has the whole parameter."""
         return self.stage < 3
 
     def state_of(self, flat: Tensor) -> dict[str, Any]:

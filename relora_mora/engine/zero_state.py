@@ -17,7 +17,7 @@ from relora_mora.optim.groups import state_of
 
 
 class ZeroState:
-    """What DeepSpeed's optimizer ``zero`` holds of ``lm``, with the parameters' names in it.
+    """What DeepSpeed's optimizer ``zero`` holds of ``lm``: a :class:`relora_mora.engine.protocol.Engine`.
 
     ``moments`` has the names of the optimizer state of each trainable parameter. Resets, merges and checkpoints only
     use the ``fragments``.
@@ -70,7 +70,6 @@ class ZeroState:
         return list({id(part.flat): part.flat for part in parts}.values())
 
     def moments_of(self, name: str) -> Sequence[str]:
-        """The names of a trainable parameter's optimizer state that has one value per element."""
         return self.moments[name]
 
     def state_of(self, flat: Tensor) -> dict[str, Tensor]:
@@ -88,10 +87,7 @@ class ZeroState:
                 value.zero_()
 
     def held(self, names: Sequence[str]) -> tuple[int, list[str]]:
-        """How many elements of these masters all ranks hold together, and which have values that are not finite.
-
-        A collective; the host waits for the device once.
-        """
+        """See the protocol. The host waits for the device once."""
         number = {name: index for index, name in enumerate(names, start=1)}
         counts = torch.zeros(1 + len(names), dtype=torch.float64, device=self.device)
         for part in self.fragments:
@@ -110,10 +106,6 @@ class ZeroState:
 
     @torch.no_grad()
     def scatter(self, name: str, value: Tensor, key: str | None = None) -> int:
-        """Writes this rank's fragments of a whole value to the master of a parameter, or to its moment ``key``.
-
-        Returns the number of elements written. Call :meth:`refresh` afterwards to update the parameters.
-        """
         written = 0
         for fragment in self.fragments_of.get(name, ()):
             target = fragment.flat if key is None else self.state_of(fragment.flat)[key]
@@ -129,11 +121,7 @@ class ZeroState:
 
     @torch.no_grad()
     def gather(self, name: str, key: str | None = None, to: int | None = None) -> Tensor:
-        """The whole float32 master of a trainable parameter, or its moment ``key``; a collective.
-
-        With ``to``, only that rank gets the value; what the others get is undefined. The masters of frozen weights are
-        not here: :class:`relora_mora.engine.merging.FrozenMasters` has them.
-        """
+        """See the protocol. The masters of frozen weights are in ``FrozenMasters`` (engine/merging.py)."""
         assert name in self.moments, f"{name} is frozen"
         whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self.device)
         for fragment in self.fragments_of.get(name, ()):
@@ -148,7 +136,6 @@ class ZeroState:
         return whole.view(self.shapes[name])
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """The sum over the ranks, in host memory. The host waits for the other ranks; ``values`` is overwritten."""
         if self.world_size == 1:
             return values.cpu()
         with collective():
@@ -164,7 +151,6 @@ class ZeroState:
 
     @torch.no_grad()
     def write_weight(self, name: str, value: Tensor | None, owner: int) -> None:
-        """Sets a frozen weight on all ranks from its owner's float32 value; a collective."""
         self.drop_merged()
         parameter = self.parameters[name]
         stored = self.layers[name].stored if name in self.layers else PLAIN

@@ -42,7 +42,7 @@ def trained(folder: Path, kind: str = "plain", *, resume: bool = False, dtype: s
         settings["deepspeed"] = {
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
-            "zero_optimization": {"stage": int(kind[-1])},
+            "zero_optimization": {"stage": int(kind[-1]), "stage3_param_persistence_threshold": 0},  # cuts all
             "zero_allow_untested_optimizer": True,
         }
         extra["optimizer_cls_and_kwargs"] = (torch.optim.AdamW, {"params": remora.parameter_groups(lr=1e-2)})
