@@ -145,7 +145,8 @@ def _report(seconds: float) -> None:
     merges = [line["step"] for line in lines if "merge/layers" in line]
     say(f"done in {seconds:.0f} s")
     print(f"validation perplexity: {', '.join(evaluations)}")
-    print(f"{len(merges)} merges, after steps {merges[0]} to {merges[-1]}")
+    if merges:  # the method may be another one
+        print(f"{len(merges)} merges, after steps {merges[0]} to {merges[-1]}")
     print(f"""
 Look at the curves:       {program} board {DEMO / "run"}
 Score any text:           {program} evaluate {DEMO / "export"} --data='{DEMO}/data/validation/*.json.gz'

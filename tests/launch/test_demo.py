@@ -9,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from relora_mora.commands import demo
 from tests.tools.helpers import ROOT
 
 STEP = """
@@ -49,3 +52,14 @@ def test_after_ctrl_c_a_step_has_enough_time_to_save(tmp_path: Path) -> None:
     assert "the next step" not in out
     assert process.returncode == 130
     assert err.startswith("stopped; the same command continues from here")
+
+
+def test_a_method_without_merges_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "DEMO", tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 200, "eval/perplexity": 150.0}\n', encoding="utf-8")
+    demo._report(173.2)
+    said = capsys.readouterr().out
+    assert "validation perplexity: step 200: 150.0\n\nLook at the curves" in said
