@@ -7,7 +7,7 @@ next step at ``step + 1``, and what happens at the end of step ``s`` at ``s``.
 import functools
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -19,40 +19,6 @@ def cosine(step: int, *, total_steps: int, warmup_steps: int, min_ratio: float) 
     """A cosine from 1 at ``warmup_steps`` to ``min_ratio`` at ``total_steps``."""
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def rewarmed(envelope: Callable[[int], float], step: int, since: int, warmup_steps: int) -> float:
-    """The value ``since`` steps after a restart, on a line from 0 that meets the envelope after ``warmup_steps``."""
-    return since / warmup_steps * envelope(step - since + warmup_steps)
-
-
-def lr_multiplier(
-    step: int,
-    *,
-    total_steps: int,
-    warmup_steps: int,
-    restart_every: int,
-    restart_warmup_steps: int,
-    min_ratio: float,
-    offset: int = 0,
-) -> float:
-    """ReLoRA's cosine with restarts (Guitaricet/relora, ``training_utils.py``), as a multiple of the peak rate.
-
-    The rate warms up linearly over ``warmup_steps`` and then follows a cosine from 1 to ``min_ratio`` at
-    ``total_steps``. Every ``restart_every`` steps it drops to zero and rises on a line that meets the cosine
-    ``restart_warmup_steps`` later. ``offset`` (ReLoRA's ``adjust_step``) shifts the cosine and the restarts, but not
-    the warmup. There is no restart before the unshifted step reaches ``restart_every``; 0 means no restarts.
-
-    Runs use :class:`Schedule` instead. It has the same two formulas, but no step runs at rate zero except the last one
-    if ``min_ratio`` is 0.
-    """
-    if step < warmup_steps:
-        return step / max(1, warmup_steps)
-    curve = functools.partial(cosine, total_steps=total_steps, warmup_steps=warmup_steps, min_ratio=min_ratio)
-    shifted = step + offset
-    if restart_every and step >= restart_every and shifted % restart_every < restart_warmup_steps:
-        return rewarmed(curve, shifted, shifted % restart_every, restart_warmup_steps)
-    return curve(shifted)
 
 
 @dataclass(frozen=True)
@@ -112,9 +78,8 @@ class Schedule:
         since = step - restart
         if not rewarm or not restart or since >= self.restart_warmup_steps:
             return self.envelope(step)
-        if step - since + self.restart_warmup_steps >= self.total_steps:
-            return since / self.restart_warmup_steps * self.envelope(step)
-        return rewarmed(self.envelope, step, since, self.restart_warmup_steps)
+        end = step - since + self.restart_warmup_steps
+        return since / self.restart_warmup_steps * self.envelope(step if end >= self.total_steps else end)
 
     def merge_after(self, step: int) -> bool:
         """Whether there is a merge at the end of step ``step``. Not after the last step, since the export merges."""
@@ -123,10 +88,6 @@ class Schedule:
     def merges_done(self, step: int) -> int:
         """The number of merges done after ``step`` steps, including a merge at the end of that step."""
         return sum(bisect_right(steps, step) for steps in self._merge_steps)
-
-    def steps_since_merge(self, step: int) -> int:
-        """Steps since the last merge, or since the start if there was none."""
-        return step - last_merge(self._merge_steps, step)
 
     def operator(self, step: int) -> int | None:
         """The mora type in use after ``step`` steps and the merge at their end; None without operators."""

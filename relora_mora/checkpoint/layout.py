@@ -222,6 +222,15 @@ def content_checksum(values: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
 
 
+def good_step(folder: Path) -> int | None:
+    """The step of a checkpoint if a run can go back to it; None if it is damaged or was saved amid trouble."""
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:
+        return None
+    return manifest.step if manifest.is_good else None
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Reads a manifest.
 

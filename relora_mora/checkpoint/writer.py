@@ -71,17 +71,10 @@ def retire(folder: Path, newest: int, *, keep_last: int, keep_every_steps: int) 
             whole.append((step, path))
     kept = {path for step, path in whole if keep_every_steps and step % keep_every_steps == 0}
     kept |= {path for _, path in whole[:keep_last]}
-    good = next((path for _, path in whole if _is_good(path)), None)
+    good = next((path for _, path in whole if layout.good_step(path) is not None), None)
     for _, path in whole:
         if path not in kept and path != good:
             layout.discard(path)
-
-
-def _is_good(checkpoint: Path) -> bool:
-    try:
-        return layout.read_manifest(checkpoint).is_good
-    except layout.CheckpointError:
-        return False
 
 
 def tidy(folder: Path) -> None:

@@ -9,12 +9,12 @@ import yaml
 from pydantic import ValidationError
 
 from relora_mora.config import lengths
-from relora_mora.config.checks.combinations import faults, secret_faults
+from relora_mora.config.checks.combinations import faults
 from relora_mora.config.data import CHATML, RecordsConfig, TextSource, map_records
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
 from relora_mora.config.registry import METHODS, settings_of_others
 from relora_mora.config.schema import Config
-from relora_mora.config.secrets import redact
+from relora_mora.config.secrets import redact, secrets_in
 from relora_mora.config.shipped import MODELS, exists, find_config, nearest
 from relora_mora.config.yaml_text import MOST_CHARACTERS, dump_yaml, explain_yaml, parse_yaml
 from relora_mora.system.files import from_home
@@ -145,7 +145,8 @@ def validate(
 
     Raises :class:`ConfigError` with the faults already ``found`` and all others.
     """
-    found = [*(found or []), *map(str, secret_faults(tree))]
+    # settings are saved in config.yaml, logs and checkpoints, so they may have no tokens and passwords
+    found = [*(found or []), *(f"{name}: {text}" for name, text in secrets_in(tree))]
     unknown: set[str] = set()
     config: Config | None
     tree = lengths.without_nulls(tree)

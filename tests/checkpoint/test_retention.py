@@ -29,7 +29,7 @@ def test_retention_keeps_the_right_checkpoints(tmp_path, monkeypatch, checkpoint
         state = checkpoints[step_of(folder)]
         if state == UNREADABLE:
             raise CheckpointError("damaged")
-        return SimpleNamespace(is_good=state == GOOD)
+        return SimpleNamespace(step=step_of(folder), is_good=state == GOOD)
 
     monkeypatch.setattr(writer.layout, "read_manifest", read_manifest)
     newest = max(checkpoints)

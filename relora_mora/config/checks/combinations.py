@@ -8,7 +8,6 @@ from relora_mora.config.checks.deepspeed import deepspeed_faults
 from relora_mora.config.checks.method import method_faults
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
 from relora_mora.config.schema import SETTINGS, Config
-from relora_mora.config.secrets import secrets_in
 from relora_mora.config.types import Fault
 from relora_mora.system.logs import counted
 
@@ -75,12 +74,6 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
     cause = f"optim.matrices={matrices}" + ("" if others == "adamw" else f" with optim.others={others}")
     unused |= dict.fromkeys(settings_of_others(MATRIX_OPTIMIZERS, *optimizers), cause)
     return unused | dict.fromkeys(settings_of_others(METHODS, record), f"method {method}")
-
-
-def secret_faults(tree: Mapping[str, Any]) -> Iterator[Fault]:
-    """Finds tokens and passwords, because settings are saved in config.yaml, logs and checkpoints."""
-    for name, text in secrets_in(tree):
-        yield Fault((name,), text)
 
 
 def faults(config: Config, world_size: int | None) -> Iterator[Fault]:

@@ -9,9 +9,10 @@ import sys
 from typing import Any
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bytes.lines import BOM, ShardLines
+from relora_mora.data.bytes.lines import BOM
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.formats.columns import check_names, decode_text
+from relora_mora.data.formats.turns import FromLines
 from relora_mora.data.shard import Shard
 
 # csv sees each byte as the character with the same number, so lengths count bytes and no encoding error can occur
@@ -20,20 +21,18 @@ _OTHER_DELIMITERS = ";\t|"
 _INSIDE = re.compile(rb'([^"])[^"]+([^"])')
 
 
-class CsvRecords:
+class CsvRecords(FromLines[list[str] | Skipped]):
     """The rows of a shard (see ``turns.Entries``). ``max_line_bytes`` limits the bytes of each in the file.
 
     Raises SourceError if the header cannot be read or does not name each of the columns once.
     """
 
     def __init__(self, shard: Shard, config: DataConfig) -> None:
+        super().__init__(shard, config)
         csv.field_size_limit(sys.maxsize)  # csv has one limit per process; we limit rows ourselves
-        self.row = 0
-        self._limit = config.max_line_bytes
         self._bytes = 0  # of the current row so far
         self._taken = 0  # lines of the current row so far
         self._lost = 0  # remaining lines of a row that is not CSV
-        self._lines = ShardLines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
         self._reader = csv.reader(iter(self._line, None), strict=True)
         try:
             names = self._header(shard)
@@ -43,18 +42,6 @@ class CsvRecords:
         self._shard = shard
         self._width = len(names)
         self._columns = {name: at for at, name in enumerate(names) if name in shard.columns}
-
-    @property
-    def progress(self) -> float:
-        return self._lines.progress
-
-    def skip(self, count: int) -> bool:
-        return all(self.take() is not None for _ in range(count))
-
-    def take(self) -> list[str] | Skipped | None:
-        row = self._next()
-        self.row += row is not None
-        return row
 
     def content(self, entry: list[str] | Skipped) -> str | dict[str, Any] | Skipped:
         if isinstance(entry, Skipped):
@@ -70,12 +57,6 @@ class CsvRecords:
         return bad or self._shard.records.fields_of(
             {name: "" if isinstance(text, Skipped) else text for name, text in texts.items()}
         )
-
-    def seems_good(self, entry: list[str] | Skipped) -> bool:
-        return False
-
-    def close(self) -> None:
-        self._lines.close()
 
     def _next(self) -> list[str] | Skipped | None:
         """The next row. An open quote swallows all lines up to the next quote, so each of them counts as a bad row."""

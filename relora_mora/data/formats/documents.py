@@ -1,36 +1,22 @@
 """Reads plain text files: a document is a line, a paragraph or the whole file (``data.sample_by``)."""
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bytes.lines import ShardLines
 from relora_mora.data.errors import Skipped
 from relora_mora.data.formats.columns import decode_text
 from relora_mora.data.formats.json_lines import BLANK
+from relora_mora.data.formats.turns import FromLines
 from relora_mora.data.shard import Shard
 
 
-class TextDocuments:
+class TextDocuments(FromLines[bytes | Skipped]):
     """The documents of a shard (see ``turns.Entries``), with ``\\n`` as the line end and none at the end of a document.
 
     Blank lines, which hold at most ASCII white space, separate paragraphs. ``max_line_bytes`` limits a document.
     """
 
     def __init__(self, shard: Shard, config: DataConfig) -> None:
-        self.row = 0
+        super().__init__(shard, config)
         self._sample_by = config.sample_by
-        self._limit = config.max_line_bytes
-        self._lines = ShardLines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
-
-    @property
-    def progress(self) -> float:
-        return self._lines.progress
-
-    def skip(self, count: int) -> bool:
-        return all(self.take() is not None for _ in range(count))
-
-    def take(self) -> bytes | Skipped | None:
-        document = self._line() if self._sample_by == "line" else self._joined_lines()
-        self.row += document is not None
-        return document
 
     def content(self, entry: bytes | Skipped) -> str | Skipped:
         if isinstance(entry, Skipped):
@@ -41,11 +27,8 @@ class TextDocuments:
         text = text.removeprefix("\ufeff")
         return text if text.strip(BLANK) else Skipped("blank_line")
 
-    def seems_good(self, entry: bytes | Skipped) -> bool:
-        return False
-
-    def close(self) -> None:
-        self._lines.close()
+    def _next(self) -> bytes | Skipped | None:
+        return self._line() if self._sample_by == "line" else self._joined_lines()
 
     def _line(self) -> bytes | Skipped | None:
         line = self._lines.take()

@@ -5,6 +5,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.bad_rows import BadRowLimit
+from relora_mora.data.bytes.lines import ShardLines
 from relora_mora.data.errors import BAD_REASONS, Skipped
 from relora_mora.data.shard import Record, Shard
 
@@ -35,6 +36,36 @@ class Entries(Protocol[Entry]):
         """Whether another lane's entry counts as good without being decoded; if False, it is decoded to decide."""
 
     def close(self) -> None: ...
+
+
+class FromLines(Generic[Entry]):
+    """Entries that are made of the lines of a shard; see :class:`Entries`."""
+
+    def __init__(self, shard: Shard, config: DataConfig) -> None:
+        self.row = 0
+        self._limit = config.max_line_bytes
+        self._lines = ShardLines(shard, max_line_bytes=config.max_line_bytes, timeout_seconds=config.timeout_seconds)
+
+    @property
+    def progress(self) -> float:
+        return self._lines.progress
+
+    def skip(self, count: int) -> bool:
+        return all(self.take() is not None for _ in range(count))
+
+    def take(self) -> Entry | None:
+        entry = self._next()
+        self.row += entry is not None
+        return entry
+
+    def seems_good(self, entry: Entry) -> bool:
+        return False
+
+    def close(self) -> None:
+        self._lines.close()
+
+    def _next(self) -> Entry | None:
+        raise NotImplementedError
 
 
 class TurnRows(Generic[Entry]):

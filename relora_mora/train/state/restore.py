@@ -170,7 +170,7 @@ def find_rollback_target(run: Run, step: int, writer: CheckpointWriter) -> Path 
     checkpoints = RunFolder(Path(run.config.train.run_dir)).checkpoints
     begin = run.schedule.full_steps  # the adapters began at this step, and the run cannot go back to before that
     ranks = run.engine.rank, run.engine.world_size
-    chosen, _ = newest_whole(checkpoints, ranks, lambda path: _is_good_between(path, begin, step))
+    chosen, _ = newest_whole(checkpoints, ranks, lambda path: layout.good_step(path) in range(begin, step))
     return chosen
 
 
@@ -272,12 +272,3 @@ def read_rollbacks(folder: Path) -> list[Rollback]:
 
 def dump_rollbacks(rollbacks: list[Rollback]) -> str:
     return json.dumps([asdict(rollback) for rollback in rollbacks], indent=1) + "\n"
-
-
-def _is_good_between(folder: Path, begin: int, step: int) -> bool:
-    """Whether a checkpoint was made from step ``begin`` on and before ``step``, and while nothing was wrong."""
-    try:
-        manifest = layout.read_manifest(folder)
-    except ValueError:
-        return False
-    return begin <= manifest.step < step and manifest.is_good
