@@ -19,13 +19,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from relora_mora.system.files import from_home
 
 Command = Callable[..., Any]
 PositiveInt = Annotated[int, Ge(1)]  # types of commands' parameters
 NonNegativeInt = Annotated[int, Ge(0)]
+Processes = Annotated[int, Ge(1), Le(1024)]
+Precision = Literal["float32", "bfloat16", "float16"]
 _LOCAL_RANK = ("--local_rank", "--local-rank")
 
 
@@ -151,8 +153,10 @@ def _typed(value: Any, expected: Any) -> Any:
     try:
         return TypeAdapter(expected).validate_python(parse_yaml(value), strict=True)
     except (yaml.YAMLError, ValidationError) as error:
-        if isinstance(error, ValidationError) and "ge" in (limits := error.errors()[0].get("ctx", {})):
-            raise ValueError(f"got {value}, expected at least {limits['ge']}") from None
+        context = error.errors()[0].get("ctx", {}) if isinstance(error, ValidationError) else {}
+        for name, words in (("ge", "at least"), ("le", "at most")):
+            if name in context:
+                raise ValueError(f"got {value}, expected {words} {context[name]}") from None
         raise ValueError(f"got {value!r}, expected {_name_of(expected)}") from None
 
 

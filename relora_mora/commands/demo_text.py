@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from relora_mora.cli.arguments import PositiveInt
+from relora_mora.cli.arguments import PositiveInt, Processes
 from relora_mora.cli.command import run
 from relora_mora.system.files import new_folder
 
@@ -30,7 +30,6 @@ TIMESTAMP = "1970-01-01T00:00:00Z"  # docstrings have no crawl time; a constant 
 TRAIN_SHARDS = 8
 VALIDATION_FRACTION = 0.02
 MIN_CHARACTERS = 200
-MOST_PROCESSES = 256
 _MAX_FILE_BYTES = 1_000_000  # longer modules are generated tables, which are skipped
 _SKIPPED_FOLDERS = {"tests", "test", "testing", "idlelib", "lib2to3", "site-packages", "__pycache__"}
 _COMMON_WORD = re.compile(
@@ -48,7 +47,7 @@ class DemoTextError(ValueError):
     """The text cannot be written; the message says why and what to do."""
 
 
-def main(out: str = "runs/demo/data", max_bytes: PositiveInt = 40_000_000, processes: int | None = None) -> None:
+def main(out: str = "runs/demo/data", max_bytes: PositiveInt = 40_000_000, processes: Processes | None = None) -> None:
     """Writes English text from this machine as json.gz shards: OUT/train (8) and OUT/validation (1).
 
     Options:
@@ -57,8 +56,6 @@ def main(out: str = "runs/demo/data", max_bytes: PositiveInt = 40_000_000, proce
         processes: number of processes that read source files; default: one per core, at most 8
     """
     target = Path(out)
-    if processes is not None and not 1 <= processes <= MOST_PROCESSES:
-        raise DemoTextError(f"--processes={processes}: give at least 1 and at most {MOST_PROCESSES}, or leave it out")
     done = finished(target, max_bytes)
     if done is not None:
         print(f"{target}: already exists, {_summary(done)}")

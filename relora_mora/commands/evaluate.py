@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from relora_mora.cli.arguments import NonNegativeInt, PositiveInt
+from relora_mora.cli.arguments import NonNegativeInt, PositiveInt, Precision
 from relora_mora.system.process import many_imports
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def main(
     tokenizer: str | None = None,
     max_tokens: PositiveInt | None = None,
     micro_batch_size: PositiveInt = 8,
-    precision: str = "float32",
+    precision: Precision = "float32",
     tasks: str | None = None,
     task_data: str | None = None,
     num_fewshot: NonNegativeInt | None = None,
@@ -53,7 +53,7 @@ def main(
     Model:
         base: the model that an adapter was trained on; default: the folder that its config names
         tokenizer: folder or .model file; default: the model's own
-        precision: float32, bfloat16 or float16
+        precision: the precision of the weights
         micro_batch_size: sequences per forward pass
 
     Text:
@@ -89,13 +89,10 @@ def main(
         from relora_mora.system.hardware import uses_cuda
         from relora_mora.system.logs import counted
         from relora_mora.tokenizer.load import load_tokenizer
-        from relora_mora.weights.export import DTYPES
         from relora_mora.weights.foreign import is_foreign
         from relora_mora.weights.load import load_model
         from relora_mora.weights.peft import is_adapter
 
-    if precision not in DTYPES:
-        raise ValueError(f"--precision: got {precision}, expected one of {', '.join(DTYPES)}")
     if tasks is not None:
         from relora_mora.evaluation.harness import check_tasks
 
@@ -108,7 +105,7 @@ def main(
         load_tokenizer(tokenizer)
     if sources is not None:
         _check_files(text)
-    loaded = load_model(Path(model), DTYPES[precision], None if base is None else Path(base))
+    loaded = load_model(Path(model), getattr(torch, precision), None if base is None else Path(base))
     if tasks is not None:
         _score_tasks(loaded, tokenizer, names, micro_batch_size, **task_options)
         return

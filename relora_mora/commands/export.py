@@ -1,11 +1,19 @@
 """Exports a checkpoint as a plain LLaMA for AutoModelForCausalLM and AutoTokenizer, or only its adapter for PEFT."""
 
 from pathlib import Path
+from typing import Literal
 
+from relora_mora.cli.arguments import Precision
 from relora_mora.system.process import many_imports
 
 
-def main(checkpoint: str, out: str, *, dtype: str = "float32", format: str = "merged") -> None:
+def main(
+    checkpoint: str,
+    out: str,
+    *,
+    dtype: Precision = "float32",
+    format: Literal["merged", "peft", "peft-mora"] = "merged",
+) -> None:
     """Exports a checkpoint as a plain LLaMA, or only its adapter for PEFT.
 
     Arguments:
@@ -13,7 +21,7 @@ def main(checkpoint: str, out: str, *, dtype: str = "float32", format: str = "me
         out: the folder to write; it must be new or empty
 
     Options:
-        dtype: float32, bfloat16 or float16
+        dtype: the precision of the weights
         format: merged: the whole model with merged adapters; peft: only the adapter, as LoRA; peft-mora: only the
             adapter, in the format of the released MoRA code
 
@@ -21,11 +29,9 @@ def main(checkpoint: str, out: str, *, dtype: str = "float32", format: str = "me
         relora-mora export runs/demo/run runs/demo_exported --dtype=bfloat16
     """
     with many_imports():
-        from relora_mora.weights.export import DTYPES, FORMATS, export
+        import torch
 
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype: got {dtype}, expected one of {', '.join(DTYPES)}")
-    if format not in FORMATS:
-        raise ValueError(f"--format: got {format}, expected one of {', '.join(FORMATS)}")
-    exported = export(Path(checkpoint), Path(out), DTYPES[dtype], format)
+        from relora_mora.weights.export import export
+
+    exported = export(Path(checkpoint), Path(out), getattr(torch, dtype), format)
     print(f"exported {exported} to {out} ({format}, {dtype})")

@@ -4,15 +4,13 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from relora_mora.cli.arguments import Processes
 from relora_mora.config.shipped import find_config
 
 if TYPE_CHECKING:
     from relora_mora.config.data import DataConfig
-
-
-MOST_PROCESSES = 1024
 
 
 def main(
@@ -20,8 +18,8 @@ def main(
     out: str,
     *,
     tokenizer: str | None = None,
-    split: str = "train",
-    processes: int | None = None,
+    split: Literal["train", "validation"] = "train",
+    processes: Processes | None = None,
     finetune: bool = False,
     **overrides: str,
 ) -> None:
@@ -38,17 +36,13 @@ def main(
 
     Options:
         tokenizer: folder or .model file; default: the tokenizer in the settings
-        split: train or validation: which text of the settings, or which split of a named set
+        split: which text of the settings, or which split of a named set
         processes: number of processes, each of which tokenizes one shard at a time; default: one per core
         finetune: the settings are for relora-mora finetune and its defaults
 
     Example:
         relora-mora tokenize paper_250m_remora tokens/c4 --processes=8
     """
-    if split not in ("train", "validation"):
-        raise ValueError(f"--split: got {split!r}, expected train or validation")
-    if processes is not None and not 1 <= processes <= MOST_PROCESSES:
-        raise ValueError(f"--processes: got {processes}, expected 1 to {MOST_PROCESSES}, or leave it out")
     from relora_mora.config.data import is_mixture
     from relora_mora.data.sources.resolve import configured_shards
     from relora_mora.data.tokens.folder import make_tokens
@@ -62,7 +56,7 @@ def main(
             f"{source}: data.{split} names several sources; tokenize each into a folder of its own "
             "(SOURCE OUT --tokenizer=...), and give these folders as sources"
         )
-    shards = configured_shards(data, "train" if split == "train" else "validation")
+    shards = configured_shards(data, split)
     totals = make_tokens(
         shards,
         Path(out),

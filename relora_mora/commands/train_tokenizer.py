@@ -13,8 +13,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Le
+
+from relora_mora.cli.arguments import NonNegativeInt, PositiveInt, Processes
 from relora_mora.system.files import new_folder
 from relora_mora.tokenizer.files import MODEL_FILE, MOST_PIECES, TokenizerError, open_sentencepiece
 from relora_mora.tokenizer.identity import save_tokenizer
@@ -26,8 +29,7 @@ SENTENCE_BYTES = 4192
 _CUT = re.compile("[\n\0\u2581\u2585]")
 _LINE_CHARACTERS = SENTENCE_BYTES // 4  # UTF-8 takes at most 4 bytes
 _CHECKED_DOCUMENTS = 1000
-_META_PIECES = 3 + 256  # unk, bos, eos, bytes
-_MOST_THREADS = 512
+_FEWEST_PIECES = 3 + 256 + 1  # unk, bos, eos, bytes, and one more
 
 SETTINGS: dict[str, Any] = {
     "model_type": "bpe",
@@ -52,12 +54,12 @@ SETTINGS: dict[str, Any] = {
 def main(
     data: str,
     out: str,
-    vocab_size: int = 32000,
+    vocab_size: Annotated[int, Ge(_FEWEST_PIECES), Le(MOST_PIECES)] = 32000,
     seed: int = 0,
-    max_documents: int = 1_000_000,
-    max_bytes: int = 256 * 1024 * 1024,
-    character_coverage: float = 0.99995,
-    threads: int | None = None,
+    max_documents: NonNegativeInt = 1_000_000,
+    max_bytes: PositiveInt = 256 * 1024 * 1024,
+    character_coverage: Annotated[float, Ge(0.9), Le(1)] = 0.99995,
+    threads: Processes | None = None,
     **overrides: str,
 ) -> None:
     """Trains a tokenizer on a text.
@@ -72,7 +74,7 @@ def main(
             docs/settings.md lists them
 
     Tokenizer:
-        vocab_size: number of token ids, including unk, bos, eos (0, 1, 2) and the 256 bytes
+        vocab_size: number of token ids, including unk, bos, eos (0, 1, 2) and the 256 bytes; at least 260
         character_coverage: fraction of the text's characters that get a piece of their own; others become bytes
 
     Sample of the text:
@@ -90,7 +92,6 @@ def main(
     from relora_mora.data.formats.file_rows import iter_texts
 
     started = time.monotonic()
-    _check_settings(vocab_size, max_documents, max_bytes, character_coverage, threads)
     config = read_data({"train": parse_typed(data, "--data"), "validation": "none"}, overrides, READING)
     if len({source.weight for source in config.train_sources}) > 1:
         raise TokenizerError("--data: sources are read one after the other, without weights; leave the weights out")
@@ -193,29 +194,6 @@ def write(model: bytes, out: Path, documents: list[str]) -> float:
     tokens = sum(map(checked, in_calls(documents, _CHECKED_DOCUMENTS, len)))
     save_tokenizer(tokenizer, out)
     return sum(len(text.encode()) for text in documents) / max(1, tokens)
-
-
-def _check_settings(
-    vocab_size: int, max_documents: int, max_bytes: int, character_coverage: float, threads: int | None
-) -> None:
-    if vocab_size > MOST_PIECES:
-        raise TokenizerError(f"--vocab_size={vocab_size}: give at most {MOST_PIECES}, e.g. 32000")
-    if vocab_size <= _META_PIECES:
-        raise TokenizerError(
-            f"--vocab_size={vocab_size}: unk, bos, eos and the 256 bytes already take {_META_PIECES}; "
-            "give a larger size, e.g. 32000"
-        )
-    if max_documents < 0 or max_bytes < 1:
-        raise TokenizerError(
-            f"--max_documents={max_documents} --max_bytes={max_bytes}: "
-            "give at least one byte, and documents >= 0 (0: all)"
-        )
-    if not 0.9 <= character_coverage <= 1:
-        raise TokenizerError(
-            f"--character_coverage={character_coverage}: give a fraction between 0.9 and 1, e.g. 0.9995"
-        )
-    if threads is not None and not 1 <= threads <= _MOST_THREADS:
-        raise TokenizerError(f"--threads={threads}: give at least 1 and at most {_MOST_THREADS}, or leave it out")
 
 
 def _explain(message: str, vocab_size: int) -> str:

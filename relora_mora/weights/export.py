@@ -30,8 +30,6 @@ from relora_mora.weights.digests import ABSENT, other_weights
 from relora_mora.weights.foreign import abbreviate
 from relora_mora.weights.peft import CONFIG, KEY, PREFIX, RELEASED_TYPES, WEIGHTS, base_sample
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FORMATS = ("merged", "peft", "peft-mora")
 ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MERGED = "export it with --format=merged"
 
@@ -222,7 +220,8 @@ def _settings(method: MethodConfig, ranks: Mapping[str, float], *, released: boo
 def export(path: Path, out: Path, dtype: torch.dtype = torch.float32, form: str = "merged") -> Path:
     """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns the checkpoint it used.
 
-    ``form`` is one of ``FORMATS``: the whole model, or only its adapter (:func:`write_adapter`). Special tokens and
+    ``form`` is ``merged`` for the whole model, or ``peft`` or ``peft-mora`` for only its adapter
+    (:func:`write_adapter`). Special tokens and
     their ids come from the tokenizer; ``generate`` of transformers also stops at the chat template's end of a turn. No
     file of the checkpoint is copied; model and tokenizer are written again. The folder appears complete or not at all.
     Raises :class:`CheckpointError` if ``path`` is not a checkpoint or its adapter cannot be exported, and

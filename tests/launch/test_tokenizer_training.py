@@ -105,15 +105,8 @@ def test_training_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert vocabulary_size(load_tokenizer(out)) == 700
     with pytest.raises(FileExistsError, match="exists and is not empty"):
         training.main(**wanted)
-    for change, message in [
-        ({"vocab_size": 259}, "take 259; give a larger size"),
-        ({"max_bytes": 0}, "at least one byte"),
-        ({"max_bytes": 5}, r"none of its \d+ documents fits"),
-        ({"character_coverage": 1.5}, "between 0.9 and 1"),
-        ({"threads": 0}, "at least 1"),
-    ]:
-        with pytest.raises(TokenizerError, match=message):
-            training.main(**(wanted | {"out": str(tmp_path / "other")} | change))
+    with pytest.raises(TokenizerError, match=r"none of its \d+ documents fits"):
+        training.main(**(wanted | {"out": str(tmp_path / "other"), "max_bytes": 5}))
     training.main(
         **(
             wanted

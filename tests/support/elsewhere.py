@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 from unittest import mock
 
 import pytest
@@ -16,6 +16,7 @@ from relora_mora.adapters import stored
 from relora_mora.adapters.inject import layer_class
 from relora_mora.adapters.layers import AdapterLinear
 from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.commands.export import main as export_command
 from relora_mora.config.load import ConfigError
 from relora_mora.config.registry import METHODS
 from relora_mora.config.schema import MethodConfig, ModelConfig
@@ -231,6 +232,7 @@ class Table(NamedTuple):
     refusal: Callable[[Combination], str | None] = lambda combination: None
 
 
+_FORMATS = get_args(get_type_hints(export_command)["format"])
 _LOOPS = [name for kinds in TRAINED_BY.values() for name in kinds.values()]
 TABLES = (
     Table(
@@ -242,7 +244,7 @@ TABLES = (
         ADAPTERS_TO_BEGIN_WITH,
         adapter_refusal,
     ),
-    Table("Exports", "checkpoint of", TRAINED, "format", export.FORMATS, EXPORTS, export_refusal),
+    Table("Exports", "checkpoint of", TRAINED, "format", _FORMATS, EXPORTS, export_refusal),
     Table("The library and training loops", "trained by", [*_LOOPS, "accelerate, FSDP2"], "method", ATTACHED, LIBRARY),
     Table("The library and resets", "method", _MERGING, "reset", DIMENSIONS["reset"], LIBRARY, reset_refusal),
     Table("Ways to start a run", "started by", STARTED_BY, "what it does", EVENTS, STARTS),
