@@ -37,6 +37,7 @@ def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.
     _raise(_faults_of_words(words, name))
     hints = get_type_hints(command)
     _raise(_faults_of_flags(words, hints))
+    words = _with_values(words, hints)
     arguments = _parsed(command, words, name)
     limited = get_type_hints(command, include_extras=True)
     faults = []
@@ -95,11 +96,24 @@ def _faults_of_flags(words: list[str], hints: dict[str, Any]) -> list[str]:
     """Refuses flags without a value for parameters that are not bool; fire would set them to ``True``."""
     faults = []
     for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
-        expected = hints.get(word.removeprefix("--").replace("-", "_"))
+        expected = _hint_of(word, hints)
         holds_bool = expected is bool or bool in get_args(expected)
-        if word.startswith("--") and following.startswith("--") and expected is not None and not holds_bool:
+        if following.startswith("--") and expected is not None and not holds_bool:
             faults.append(f"{word}: has no value; give it as {word}=VALUE")
     return faults
+
+
+def _with_values(words: list[str], hints: dict[str, Any]) -> list[str]:
+    """Gives bool flags without a value the value that they mean; fire would take the next argument for it."""
+    return [
+        f"{word}=true" if _hint_of(word, hints) is bool and following.lower() not in ("true", "false") else word
+        for word, following in itertools.zip_longest(words, words[1:], fillvalue="")
+    ]
+
+
+def _hint_of(word: str, hints: dict[str, Any]) -> Any:
+    """The type of a flag's value; None for other words."""
+    return hints.get(word.removeprefix("--").replace("-", "_")) if word.startswith("--") else None
 
 
 def _parsed(command: Command, words: list[str], name: str) -> inspect.BoundArguments:

@@ -35,7 +35,7 @@ def main(
         relora-mora compare runs/tiny_full runs/tiny_remora --out=compared
     """
     from relora_mora.experiments.compare.figures import figures_of
-    from relora_mora.experiments.compare.files import check_plots, write_files
+    from relora_mora.experiments.compare.files import TABLE, check_plots, write_comparison
     from relora_mora.experiments.compare.groups import group_of, group_runs
     from relora_mora.experiments.compare.reach import parse_reach, reach_notes, step_cells
     from relora_mora.experiments.compare.runs import CompareError, is_model, read_run, read_runs
@@ -64,5 +64,5 @@ def main(
     print(table, end="", flush=True)
     if out is None:
         return
-    texts = {"compare.md": table, "compare.json": json.dumps(as_json(rows, reference), indent=1) + "\n"}
-    write_files(Path(out), texts, figures_of(groups, reached, reference))
+    texts = {TABLE: table, "compare.json": json.dumps(as_json(rows, reference), indent=1) + "\n"}
+    write_comparison(Path(out), texts, figures_of(groups, reached, reference))

@@ -5,6 +5,7 @@ A second run continues where the first one ended.
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,9 +66,10 @@ def main(**overrides: str) -> int:
         f"3/5 pretraining with ReMoRA, DeepSpeed ZeRO-2: {CONFIG}",
         [*launcher, "--module", "relora_mora", "pretrain", CONFIG, *settings],
     )
-    if (export / "config.json").exists():
+    if _is_newer(export / "config.json", RunFolder(DEMO / "run").checkpoints / "latest"):
         say(f"4/5 export: {export} already exists")
     else:
+        shutil.rmtree(export, ignore_errors=True)
         step(
             "4/5 export: a plain LLaMA with merged adapters",
             [*COMMAND, "export", str(DEMO / "run"), str(export)],
@@ -76,6 +78,11 @@ def main(**overrides: str) -> int:
     _generate()
     _report(time.monotonic() - begin)
     return 0
+
+
+def _is_newer(file: Path, other: Path) -> bool:
+    """Whether the file exists, and was not written before the other one."""
+    return file.exists() and other.exists() and file.stat().st_mtime >= other.stat().st_mtime
 
 
 def _ranks() -> int:

@@ -60,8 +60,8 @@ def main(
             f"--gpus_per_node: missing with --nodes={nodes}; give the number of devices per host, "
             "e.g. --gpus_per_node=8"
         )
-    if link_gbits is not None and nodes is None:
-        raise ValueError("--link_gbits: a single host does not use its network; give --nodes, or leave it out")
+    if link_gbits is not None and (nodes or 1) == 1:
+        raise ValueError("--link_gbits: a single host does not use its network; give --nodes above 1, or leave it out")
     with many_imports():  # takes seconds, so arguments are checked first
         from relora_mora.adapters.stored import check_precision
         from relora_mora.experiments.planner.cluster import Cluster

@@ -18,7 +18,7 @@ def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bo
     Options:
         out: a folder for spectrum.md and spectrum.png; it is created if needed, and these files in it are replaced
         above: singular values above this count as large
-        checkpoints: also plot the effective rank at every checkpoint that the runs have kept (effective_rank.png)
+        checkpoints: also plot the effective rank at every checkpoint that the runs have kept (accumulated_rank.png)
 
     Example:
         relora-mora spectrum runs/tiny_lora runs/tiny_remora --out=spectra
@@ -61,5 +61,5 @@ def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bo
         return
     figures = {"spectrum": spectrum_figure(groups, spectra)}
     if checkpoints and (ranks := accumulated_figure(groups)) is not None:
-        figures["effective_rank"] = ranks
+        figures["accumulated_rank"] = ranks
     write_files(Path(out), {"spectrum.md": table}, figures)

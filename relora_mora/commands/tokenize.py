@@ -10,7 +10,7 @@ from relora_mora.cli.arguments import Processes
 from relora_mora.config.shipped import find_config
 
 if TYPE_CHECKING:
-    from relora_mora.config.data import DataConfig
+    from relora_mora.config.data import DataConfig, Split
 
 
 def main(
@@ -49,7 +49,7 @@ def main(
     from relora_mora.system.logs import counted
 
     started = time.monotonic()
-    data, tokenizer = _settings(source, tokenizer, overrides, finetune=finetune)
+    data, tokenizer = _settings(source, split, tokenizer, overrides, finetune=finetune)
     named = len(data.train_sources) if is_mixture(data.train) else 1
     if (named if split == "train" else len(data.validation_sets)) > 1:
         raise ValueError(
@@ -74,14 +74,14 @@ def main(
 
 
 def _settings(
-    source: str, tokenizer: str | None, overrides: dict[str, str], *, finetune: bool
+    source: str, split: "Split", tokenizer: str | None, overrides: dict[str, str], *, finetune: bool
 ) -> tuple["DataConfig", str]:
     """Text and tokenizer, either from the settings of a run or from the arguments."""
     from relora_mora.config.data_flags import READING, check_names, parse_typed, read_data
     from relora_mora.config.load import FINETUNING, load_config
 
     check_names(overrides, READING)
-    if source.endswith((".yaml", ".yml")) or find_config(source) != Path(source):
+    if source.endswith((".yaml", ".yml")) or (find_config(source) != Path(source) and not Path(source).is_dir()):
         paths = {} if tokenizer is None else {"tokenizer.path": json.dumps(tokenizer, ensure_ascii=False)}
         config = load_config(source, {**overrides, **paths}, defaults=FINETUNING if finetune else None)
         return config.data, config.tokenizer_path
@@ -92,4 +92,4 @@ def _settings(
             "--tokenizer: missing; give the folder or .model file of the run, or settings (.yaml) as the source"
         )
     text = parse_typed(source, "SOURCE")
-    return read_data({"train": text, "validation": text}, overrides, READING), tokenizer
+    return read_data({"train": "none", "validation": "none"} | {split: text}, overrides, READING), tokenizer

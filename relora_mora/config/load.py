@@ -146,6 +146,10 @@ def validate(
     Raises :class:`ConfigError` with the faults already ``found`` and all others.
     """
     # settings are saved in config.yaml, logs and checkpoints, so they may have no tokens and passwords
+    if "grid" in tree:
+        raise ConfigError(
+            ["grid: this is a study, and not the settings of a run; start it with relora-mora study"], source
+        )
     found = [*(found or []), *(f"{name}: {text}" for name, text in secrets_in(tree))]
     unknown: set[str] = set()
     config: Config | None
@@ -227,10 +231,12 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
     if " #" in plain and value != plain and plain[0] not in "'\"|>":  # not quoted and not a block
         return f"--{name}={text}: in YAML, ' #' begins a comment; give such text as --{name}='\"...\"'"
     node = tree
-    for key in [section, *keys[:-1]]:
+    parents = [section, *keys[:-1]]
+    for depth, key in enumerate(parents, start=1):
         inner = node.get(key)
         if inner is not None and not isinstance(inner, dict):
-            return f"--{name}: {key} is {inner!r} in the file, so it has no keys; set --{key} as a whole"
+            whole = ".".join(parents[:depth])
+            return f"--{name}: {whole} is {inner!r} in the file, so it has no keys; set --{whole} as a whole"
         node[key] = dict(inner or {})  # a copy, because an alias elsewhere in the file may refer to the same dict
         node = node[key]
     node[keys[-1]] = value

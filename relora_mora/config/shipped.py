@@ -19,11 +19,11 @@ def shipped_files(kinds: Sequence[str]) -> dict[str, Path]:
 def find_config(given: str | Path, kinds: Sequence[str] = SETTINGS) -> Path:
     """The file that a user means by a path, or by the name of a shipped file in these folders.
 
-    A file that exists wins. A path that begins with ``configs/`` exists in a checkout; elsewhere it is the shipped
-    file. If there is no such file, the path is returned as it is.
+    A file that exists wins, but not a folder. A path that begins with ``configs/`` exists in a checkout; elsewhere it
+    is the shipped file. If there is no such file, the path is returned as it is.
     """
     path = Path(from_home(str(given)))
-    if exists(path):
+    if exists(path) and not path.is_dir():
         return path
     name = path.stem if path.parts[:1] == ("configs",) else str(path)
     return shipped_files(kinds).get(name, path)

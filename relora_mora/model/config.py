@@ -60,7 +60,10 @@ def read_model_config(settings: ModelConfig) -> PreTrainedConfig:
     """
     assert settings.config is not None
     path = Path(settings.config)
-    return parse_model_config(read_json(path, "model.config") | settings.overrides, str(path))
+    return parse_model_config(
+        read_json(path, "model.config") | settings.overrides,
+        f"{path} with model.overrides" if settings.overrides else str(path),
+    )
 
 
 def read_json(path: Path, setting: str) -> dict[str, Any]:

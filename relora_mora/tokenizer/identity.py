@@ -31,7 +31,7 @@ def check_vocabulary(
     size = vocabulary_size(tokenizer)
     name = tokenizer.name_or_path or "the tokenizer"
     if size > vocab_size_of_model:
-        remedy = f"set --model.overrides='{{vocab_size: {size}}}', or use a smaller tokenizer"
+        remedy = f"set --model.overrides.vocab_size={size}, or use a smaller tokenizer"
         if trained:
             remedy = "use the tokenizer that the model was trained with"
         raise files.TokenizerError(

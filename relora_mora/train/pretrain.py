@@ -39,6 +39,7 @@ from relora_mora.train.log.progress import Startup, describe
 from relora_mora.train.loop.loop import Trainer
 from relora_mora.train.state.restore import forget_rollbacks, start_records
 from relora_mora.train.state.resume import (
+    check_resume,
     describe_changes,
     is_own_history,
     open_checkpoint,
@@ -84,8 +85,8 @@ def _run(config: Config, guard: Guard) -> int:
         sequences = counted(config.train.micro_batch_size, "sequence")
         raise MemoryShortage(
             f"train.micro_batch_size: {sequences} of {config.data.sequence_length} "
-            "tokens, the model and its optimizer need more memory than the device or its host has; lower it, or see "
-            "what a run needs with relora-mora plan"
+            "tokens, the model and its optimizer need more memory than the device or its host has; lower it (or "
+            "eval.micro_batch_size, if it happened in an evaluation), or see what a run needs with relora-mora plan"
         ) from error
 
 
@@ -120,6 +121,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     lock = collectives.from_first_rank(lambda: _lock(guard, folder))
     check_shared(RunFolder(folder).lock, lock)
     guard.record_in(folder)
+    collectives.from_first_rank(lambda: check_resume(config))
     if config.train.epochs is not None:  # slow, so it comes after every other check
         guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
         counted = collectives.from_first_rank(lambda: _count(config, checked.shards))

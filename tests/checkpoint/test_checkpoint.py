@@ -21,7 +21,7 @@ from relora_mora.checkpoint.tokenizer import damaged_tokenizer, read_tokenizer
 from relora_mora.checkpoint.writer import tidy
 from relora_mora.config.load import validate
 from relora_mora.config.schema import Config
-from relora_mora.train.state.resume import where_to_resume
+from relora_mora.train.state.resume import check_resume, where_to_resume
 from tests.checkpoint.tools import FILES, STATE, TOKENIZER, made_checkpoint, passed_over, rewrite
 from tests.tools.config_tools import tree
 from tests.tools.runs import checkpoint_at
@@ -177,7 +177,7 @@ def test_a_checkpoint_whose_last_rename_is_missing_counts(folder):
     run_dir.mkdir()
     (run_dir / "checkpoints").symlink_to(folder)
     with pytest.raises(CheckpointError, match=r"holds checkpoints, and train\.resume=never"):
-        where_to_resume(_resuming("never", run_dir))
+        check_resume(_resuming("never", run_dir))
     assert where_to_resume(_resuming("auto", run_dir)) == run_dir / "checkpoints"
     own = checkpoint_at(run_dir, 15)
     (run_dir / "best").symlink_to(own)
@@ -197,6 +197,9 @@ def _resuming(name: str, run_dir: Path) -> Config:
 def test_a_folder_is_distinguished_from_the_word_auto(tmp_path):
     assert where_to_resume(_resuming("auto", tmp_path)) is None
     assert where_to_resume(_resuming("./auto", tmp_path)) == Path("auto")
+    check_resume(_resuming("auto", tmp_path))
+    with pytest.raises(CheckpointError, match="auto: not found; give a run folder"):
+        check_resume(_resuming("./auto", tmp_path))
 
 
 @pytest.mark.parametrize("place", ["..", "."])

@@ -154,6 +154,15 @@ def test_a_null_override_does_not_remove_other_settings_of_the_file(name: str) -
     assert (given.train.steps, given.optim.warmup_steps) == (1000, 100)
 
 
+def test_a_source_that_may_end_before_the_epochs_is_a_fault() -> None:
+    given = {"train.epochs": "2", "data.train": "[{source: a, max_epochs: 1}]"}
+    with pytest.raises(ConfigError, match=r"data.train.0.max_epochs: 1 may end the run before its last step; remove it"):
+        load_config(ROOT / "configs/task/math.yaml", given)
+    load_config(
+        ROOT / "configs/task/math.yaml", given | {"data.train": "[{source: a, max_epochs: 1, at_max_epochs: warn}]"}
+    )
+
+
 def test_two_lengths_on_one_command_line_are_a_fault() -> None:
     with pytest.raises(ConfigError, match=r"train\.tokens and train\.epochs are set"):
         load_config(ROOT / "configs/task/math.yaml", {"train.tokens": "1e6", "train.epochs": "2"})

@@ -40,6 +40,12 @@ def test_a_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert find_config("configs/run/tiny_full.yaml") == Path("configs/run/tiny_full.yaml")
 
 
+def test_a_name_wins_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny_remora").mkdir()
+    assert find_config("tiny_remora") == FOLDER / "run/tiny_remora.yaml"
+
+
 @pytest.mark.parametrize("given", ["llama_tiny", "chatml", "other/tiny_remora.yaml", "tiny.yaml", "\0", "a" * 300])
 def test_other_paths_stay_as_they_are(given: str) -> None:
     assert find_config(given) == Path(given)

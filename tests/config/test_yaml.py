@@ -131,6 +131,8 @@ def test_overrides_below_a_value_are_refused(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(tree()))
     with pytest.raises(ConfigError, match="so it has no keys"):
         load_config(path, {"train.run_dir.x": "3"})
+    with pytest.raises(ConfigError, match=r"data.train is 'x' in the file, so it has no keys; set --data.train as a"):
+        load_config(path, {"data.train": "x", "data.train.0.weight": "3"})
     config = load_config(
         path, {"model.overrides.hidden_size": "64", "train.deepspeed.zero_optimization.reduce_bucket_size": "5"}
     )

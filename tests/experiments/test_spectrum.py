@@ -118,7 +118,7 @@ def test_the_command_prints_a_table_and_draws(runs: dict[str, Path], tmp_path: P
     assert "| ReLoRA |" in answer.out
     assert "| down_proj |" in answer.out
     assert (tmp_path / "out" / "spectrum.md").read_text() == answer.out
-    for name in ("spectrum", "effective_rank"):
+    for name in ("spectrum", "accumulated_rank"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

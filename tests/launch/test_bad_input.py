@@ -102,6 +102,11 @@ def test_arguments(script: str, argv: list[str], message: str) -> None:
         (EVALUATE, ["m", "--data=d", "--precision=int8"], "--precision: got 'int8', expected float32 or bfloat16 or"),
         (EXPORT, ["c", "o", "--dtype=int8"], "--dtype: got 'int8', expected float32 or bfloat16 or float16"),
         (PLAN, ["c.yaml", "--world_size=0"], "--world_size: got 0, expected at least 1"),
+        (
+            PLAN,
+            ["--json", "c.yaml", "--world_size=0"],
+            "--world_size: got 0, expected at least 1",
+        ),  # c.yaml is no value
         (PLAN, ["c.yaml", "--tokens_per_second=.inf"], "--tokens_per_second: got inf"),
         (PLAN, ["c.yaml", "--device=tpu"], "--device: got 'tpu', expected cuda, cpu"),
         (BENCHMARK, ["c.yaml", "--tokens=0"], "--tokens: got 0, expected at least 1"),
@@ -114,7 +119,11 @@ def test_arguments(script: str, argv: list[str], message: str) -> None:
         (TRAIN, ["--data=d", "--out=o", f"--vocab_size={10**12}"], "expected at most 10000000"),
         (TRAIN, ["--data=d", "--out=o", "--max_bytes=0"], "--max_bytes: got 0, expected at least 1"),
         (TRAIN, ["--data=d", "--out=o", "--max_documents=-1"], "--max_documents: got -1, expected at least 0"),
-        (TRAIN, ["--data=d", "--out=o", "--character_coverage=.nan"], "--character_coverage: got .nan, expected at most 1"),
+        (
+            TRAIN,
+            ["--data=d", "--out=o", "--character_coverage=.nan"],
+            "--character_coverage: got .nan, expected at most 1",
+        ),
         (TRAIN, ["--data=d", "--out=o", "--data.max_bad_fraction=7"], "data.max_bad_fraction: got 7"),
         (TRAIN, ["--data=d", "--out=o", "--data.timeout_seconds=.inf"], "data.timeout_seconds: got inf"),
         (
@@ -318,7 +327,10 @@ def test_files_that_may_not_be_read(inputs: Path, tokenizer_path: str, script: s
         ("data.train={}/nowhere.json", "no file matches"),
         ("data.validation={}/folder", "holds no text files; check its content, or give its files by path"),
         ("model.init_from={}/nowhere", "model.init_from"),
-        ("model.overrides.vocab_size=299", "300 token ids, but the model has only 299"),
+        (
+            "model.overrides.vocab_size=299",
+            "only 299 (vocab_size); set --model.overrides.vocab_size=300, or use a smaller",
+        ),
         ("method.rank=100000", "method.rank: the adapters of a layer have"),
         ("method.rank_pattern={{k_proj: 14}}", "method.rank_pattern: R of 25 is larger than both widths of k_proj (24"),
         ("model.overrides={{hidden_size: 65536, num_hidden_layers: 50}}", "weights and optimizer state need"),

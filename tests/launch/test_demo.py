@@ -54,6 +54,17 @@ def test_after_ctrl_c_a_step_has_enough_time_to_save(tmp_path: Path) -> None:
     assert err.startswith("stopped; the same command continues from here")
 
 
+def test_a_longer_run_is_exported_again(tmp_path: Path) -> None:
+    export, checkpoint = tmp_path / "config.json", tmp_path / "latest"
+    assert not demo._is_newer(export, checkpoint)
+    for file, seconds in ((export, 20), (checkpoint, 10)):
+        file.touch()
+        os.utime(file, (seconds, seconds))
+    assert demo._is_newer(export, checkpoint)
+    os.utime(checkpoint, (30, 30))
+    assert not demo._is_newer(export, checkpoint)
+
+
 def test_a_method_without_merges_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,6 +33,13 @@ def length_faults(config: Config) -> Iterator[Fault]:
             "each source of a mixture has epochs of its own; set data.concatenate=true to read each source once per "
             "epoch, or give train.tokens or train.steps, and max_epochs to limit how often a source is read",
         )
+    elif config.train.epochs is not None:
+        for number, source in enumerate(config.data.train_sources):
+            if source.max_epochs is not None and source.at_max_epochs == "stop":
+                setting = f"data.train.{number}.max_epochs"
+                yield Fault(
+                    (setting, "train.epochs"), f"{source.max_epochs:g} may end the run before its last step; remove it"
+                )
 
 
 def data_faults(config: Config) -> Iterator[Fault]:

@@ -14,31 +14,38 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def check_plots(folder: Path) -> None:
+TABLE = "compare.md"
+
+
+def check_plots(folder: Path, otherwise: str = "; without --out only the table is printed") -> None:
     """Raises :class:`CompareError` if matplotlib is not installed, or if ``folder`` is a file."""
     if folder.exists() and not folder.is_dir():
         raise CompareError(f"--out: {folder} is a file, expected a folder; give another path")
     if importlib.util.find_spec("matplotlib") is None:
         raise CompareError(
             "--out: plots need matplotlib, which is not installed: pip install matplotlib, or pip install -e '.[plot]' "
-            "in the checkout; without --out only the table is printed"
+            f"in the checkout{otherwise}"
         )
 
 
-def write_files(folder: Path, texts: Mapping[str, str], figures: "Mapping[str, Figure]") -> None:
-    """Writes texts by file name and figures by file name without ``.png``; replaces each existing file atomically.
+def write_comparison(folder: Path, texts: Mapping[str, str], figures: "Mapping[str, Figure]") -> None:
+    """Like :func:`write_files`. Deletes figures that the comparison before had in this folder, and this one has not."""
+    had_one = (folder / TABLE).exists()
+    write_files(folder, texts, figures)
+    if had_one:
+        for older in (folder / "effective_rank.png", *folder.glob(f"{REACH}*.png")):
+            if older.stem not in figures:
+                older.unlink(missing_ok=True)
 
-    Deletes older figures of ranks and ``--reach`` that this comparison does not have.
-    """
+
+def write_files(folder: Path, texts: Mapping[str, str], figures: "Mapping[str, Figure]") -> None:
+    """Writes texts by file name and figures by file name without ``.png``; replaces each existing file atomically."""
     with disk_faults_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             write_synced(folder / name, text)
         for name, figure in figures.items():
             save(figure, folder / f"{name}.png")
-        for older in (folder / "effective_rank.png", *folder.glob(f"{REACH}*.png")):
-            if older.stem not in figures:
-                older.unlink(missing_ok=True)
 
 
 def save(figure: "Figure", path: Path) -> None:

@@ -89,7 +89,9 @@ class Study(Strict):
         names = [*self.settings, *(name for entry in self.grid for name in entry)]
         own = sorted({name for name in names if name in OWN})
         if own:
-            raise ValueError(f"{', '.join(own)}: set by the study itself; list seeds in `seeds`")
+            raise ValueError(
+                f"{', '.join(own)}: set by the study itself; list seeds in `seeds`, and give its folder as --out"
+            )
         dashed = sorted({name for name in names if "-" in name})
         if dashed:
             raise ValueError(f"{', '.join(dashed)}: names cannot contain '-'; give the setting above it, as a mapping")
@@ -110,8 +112,13 @@ class Study(Strict):
         return self
 
 
+LISTS_OF_PARTS = ("data.train", "method.merge_every")  # one text or number, or a list of mappings
+
+
 def _lacks_brackets(name: str, values: Any) -> bool:
     takes_lists = name in SETTINGS and get_origin(SETTINGS[name].annotation) in (list, tuple)
+    if isinstance(values, list) and name in LISTS_OF_PARTS:
+        takes_lists = any(isinstance(value, dict) for value in values)
     return takes_lists and not (isinstance(values, list) and all(isinstance(value, list) for value in values))
 
 

@@ -21,16 +21,8 @@ from relora_mora.train.state.run_state import RunState
 from relora_mora.weights.digests import other_weights
 
 
-def where_to_resume(config: Config) -> Path | None:
-    """The checkpoint or run folder that this start resumes from; None if the run starts at step 0.
-
-    To resume from its newest checkpoint, a run gets its own folder of checkpoints.
-
-    A checkpoint named in ``train.resume`` is where a run begins, or one of its own that it goes back to. It is used
-    once: a second start with the same settings continues from what the first one saved. Raises
-    :class:`CheckpointError` if a run would start at step 0 in a folder with checkpoints, or if it is ambiguous where
-    it should resume.
-    """
+def check_resume(config: Config) -> None:
+    """Raises :class:`CheckpointError` for a ``train.resume`` that is wrong whatever the other settings are."""
     resume = config.train.resume
     folder = RunFolder(Path(config.train.run_dir))
     has_checkpoints = bool(list_candidates(folder.checkpoints))
@@ -39,6 +31,24 @@ def where_to_resume(config: Config) -> Path | None:
             f"{folder.checkpoints}: holds checkpoints, and train.resume=never; use another train.run_dir, or "
             "train.resume=auto"
         )
+    if resume not in ("auto", "never") and not has_checkpoints and not Path(resume).exists():
+        raise CheckpointError(
+            f"{resume}: not found; give a run folder, or a checkpoint such as RUN/checkpoints/step-00001000"
+        )
+
+
+def where_to_resume(config: Config) -> Path | None:
+    """The checkpoint or run folder that this start resumes from; None if the run starts at step 0.
+
+    To resume from its newest checkpoint, a run gets its own folder of checkpoints.
+
+    A checkpoint named in ``train.resume`` is where a run begins, or one of its own that it goes back to. It is used
+    once: a second start with the same settings continues from what the first one saved. Raises
+    :class:`CheckpointError` if it is ambiguous where the run should resume.
+    """
+    resume = config.train.resume
+    folder = RunFolder(Path(config.train.run_dir))
+    has_checkpoints = bool(list_candidates(folder.checkpoints))
     own = folder.checkpoints.resolve()
     named = Path(resume).absolute()
     if has_checkpoints and own in (named.resolve(), RunFolder(named).checkpoints.resolve()):

@@ -20,7 +20,7 @@ from relora_mora.experiments.compare.figures import (
     rate_figure,
     reach_figure,
 )
-from relora_mora.experiments.compare.files import write_files
+from relora_mora.experiments.compare.files import TABLE, write_comparison, write_files
 from relora_mora.experiments.compare.groups import Group, group_runs
 from relora_mora.experiments.compare.losses import loss_figure, parting
 from relora_mora.experiments.compare.reach import Reach
@@ -219,9 +219,10 @@ def test_an_unfinished_run_is_marked_in_the_legend(tmp_path: Path) -> None:
 
 
 def test_an_older_figure_of_ranks_does_not_stay(groups: list[Group], tmp_path: Path) -> None:
-    write_files(tmp_path, {}, figures_of(groups))
-    assert "effective_rank.png" in left_in(tmp_path)
-    write_files(tmp_path, {}, figures_of(groups[:1]))
+    (tmp_path / "reach_of_mine.png").touch()
+    write_comparison(tmp_path, {TABLE: "a table"}, figures_of(groups))
+    assert {"effective_rank.png", "reach_of_mine.png"} <= set(left_in(tmp_path))
+    write_comparison(tmp_path, {TABLE: "a table"}, figures_of(groups[:1]))
     assert "effective_rank.png" not in left_in(tmp_path)
 
 

@@ -118,6 +118,8 @@ def test_a_failed_run_is_not_chosen():
         ({"base": BASE, "grid": {"optim.lr": 1e-3}}, "grid: expected a list of mappings"),
         ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "seeds": [0, 0]}, "seeds: [0, 0] has a duplicate"),
         ({"base": BASE, "grid": [{"method.operators": [1, 2]}]}, "a value of method.operators is itself a list"),
+        ({"base": BASE, "grid": [{"data.train": [{"source": "a"}]}]}, "a value of data.train is itself a list"),
+        ({"base": BASE, "grid": [{"method.merge_every": [{"every": 6}]}]}, "a value of method.merge_every is itself a"),
         ({"base": BASE, "grid": [{"train.seed": [1, 2]}]}, "train.seed: set by the study itself"),
         ({"base": BASE, "grid": [{"optim.lr": 1e-3}], "choose": {"over": ["optim.lr"]}}, "give `lowest` or `highest`"),
         (
