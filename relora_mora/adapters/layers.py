@@ -8,7 +8,7 @@ the readable reference, and the only form that allows dropout.
 
 from abc import abstractmethod
 from collections.abc import Iterator, KeysView, Sequence
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from relora_mora.adapters.stored import PLAIN, FrozenProduct, Stored
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw
 from relora_mora.system.seeds import derived_seed
+
+HOST: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
 class Flops(NamedTuple):

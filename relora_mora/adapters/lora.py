@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.adapters.layers import DROPPED, INPUT, AdapterLinear, Flops, Kept
+from relora_mora.adapters.layers import DROPPED, HOST, INPUT, AdapterLinear, Flops, Kept
 from relora_mora.adapters.stored import Stored, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw
@@ -60,8 +60,8 @@ class LoRALinear(AdapterLinear):
 
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
         if name == "lora_B":
-            return torch.zeros(self.out_features, self.lora_rank)
-        A = torch.empty(self.lora_rank, self.in_features)
+            return torch.zeros(self.out_features, self.lora_rank, **HOST)
+        A = torch.empty(self.lora_rank, self.in_features, **HOST)
         return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
 
     def singular_values(self, *parameters: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.adapters.layers import AdapterLinear, Flops, Kept
+from relora_mora.adapters.layers import HOST, AdapterLinear, Flops, Kept
 from relora_mora.adapters.stored import EightBits, Stored, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw, GroupingOperator, Operator, make_operator, square_size, transposed_product
@@ -91,7 +91,7 @@ class MoRALinear(AdapterLinear):
         return self.operator.add_delta(weight, self.mora_M.to(weight.dtype))
 
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
-        return torch.zeros(self.square_size, self.square_size)
+        return torch.zeros(self.square_size, self.square_size, **HOST)
 
     def singular_values(self, *parameters: Tensor) -> Tensor:
         return torch.linalg.svdvals(self.operator.core(*parameters))[: self.square_size * self.operator.blocks]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.adapters.layers import SPARSE_VALUES, Flops, Kept
+from relora_mora.adapters.layers import HOST, SPARSE_VALUES, Flops, Kept
 from relora_mora.adapters.lora import LoRALinear, add_product
 from relora_mora.adapters.stored import Stored, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
@@ -78,7 +78,7 @@ class SLTrainLinear(LoRALinear):
 
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
         if name == SPARSE_VALUES:
-            return torch.zeros(self.out_features, self.row_values)
+            return torch.zeros(self.out_features, self.row_values, **HOST)
         return super().fresh(name, generator)
 
     def initial_weight(self) -> Tensor:

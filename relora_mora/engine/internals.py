@@ -46,6 +46,7 @@ with deepspeed_imports():
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.fp16 import unfused_optimizer
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero import utils as zero_utils
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -99,6 +100,12 @@ OBJECTS: dict[type, Uses] = {
         "fp16_groups": "the parameters, by group",
         "fp32_groups": "their masters",
         "overflow_checker.check": "replaced during a step",
+    },
+    FP16_Optimizer: {
+        "optimizer": "the user's optimizer",
+        "fp16_groups": "the parameters, by group",
+        "fp16_groups_flat": "their storage",
+        "fp32_groups_flat": "their masters",
     },
     BF16_Optimizer: {
         "optimizer": "our optimizer",

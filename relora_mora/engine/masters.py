@@ -6,7 +6,8 @@ They are in flat tensors, which also key the optimizer's state. Stage and precis
 stage      masters
 =========  ======================================================================================
 0, fp32    the parameters themselves
-0, bf16    ``FP16_UnfusedOptimizer.fp32_groups[group][i]``
+0, bf16    ``FP16_UnfusedOptimizer.fp32_groups[group][i]``, or for DeepSpeed's FusedAdam
+           ``FP16_Optimizer.fp32_groups_flat[group]``
 1, bf16    ``BF16_Optimizer.fp32_groups_flat_partition[group]`` (gradients accumulate in float32)
 1, 2       ``DeepSpeedZeroOptimizer.single_partition_of_fp32_groups[group]``
 3          ``DeepSpeedZeroOptimizer_Stage3.fp32_partitioned_groups_flat[subgroup]``
@@ -24,6 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from relora_mora.engine import internals
+
+OUTSIDE = "(outside the model)"
+Piece = tuple[Tensor, int, int, Tensor, int]
 
 
 @dataclass(frozen=True)
@@ -48,19 +52,20 @@ class Fragment:
         return values.view(-1).narrow(0, self.start, self.numel)
 
 
-def owned_fragments(
-    optimizer: Any,
-    parameters: Mapping[str, nn.Parameter],
-    shapes: Mapping[str, torch.Size],
-    rank: int,
-) -> Iterator[Fragment]:
+def owned_fragments(optimizer: Any, parameters: Mapping[str, nn.Parameter], rank: int) -> Iterator[Fragment]:
     """The fragments of a rank in the masters of DeepSpeed's ``optimizer``.
 
-    ``shapes`` has the shapes of the whole parameters: at stage 3, a parameter does not know its own.
+    Those of parameters that are not in ``parameters`` have the name ``OUTSIDE``.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
+    for parameter, start, numel, flat, offset in _pieces(optimizer, rank):
+        yield Fragment(names.get(id(parameter), OUTSIDE), start, numel, flat, offset)
+
+
+def _pieces(optimizer: Any, rank: int) -> Iterator[Piece]:
+    """Each parameter with start, number of elements, flat tensor and offset, as in :class:`Fragment`."""
     if isinstance(optimizer, internals.DeepSpeedZeroOptimizer_Stage3):
-        yield from _stage3_fragments(optimizer, names, shapes, rank)
+        yield from _stage3_pieces(optimizer, rank)
     elif isinstance(optimizer, internals.DeepSpeedZeroOptimizer):
         flat_groups = zip(
             optimizer.round_robin_bit16_groups,  # in the order of the flat tensor: DeepSpeed may reorder parameters
@@ -69,20 +74,21 @@ def owned_fragments(
             strict=True,
         )
         for members, flat, offsets in flat_groups:
-            yield from _flat_fragments([names[id(p)] for p in members], flat, offsets, shapes, rank)
+            yield from _flat_pieces(members, flat, offsets, rank)
     elif isinstance(optimizer, internals.BF16_Optimizer):
-        for group, flat in zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True):
-            members = [names[id(p)] for p in group]
-            offsets = itertools.accumulate((shapes[name].numel() for name in members), initial=0)
-            yield from _flat_fragments(members, flat, list(offsets)[:-1], shapes, rank)
+        for members, flat in zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True):
+            yield from _flat_pieces(members, flat, _offsets(members), rank)
+    elif isinstance(optimizer, internals.FP16_Optimizer):
+        for members, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+            yield from _flat_pieces(members, flat, _offsets(members), 0)  # every rank has all
     elif isinstance(optimizer, internals.FP16_UnfusedOptimizer):
         for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for p, master in zip(group, masters, strict=True):
-                yield Fragment(names[id(p)], 0, master.numel(), master, 0)
+                yield p, 0, master.numel(), master, 0
     else:
         for group in optimizer.param_groups:
             for p in group["params"]:
-                yield Fragment(names[id(p)], 0, p.numel(), p, 0)
+                yield p, 0, p.numel(), p, 0
 
 
 def stage_of(optimizer: Any) -> int:
@@ -92,32 +98,32 @@ def stage_of(optimizer: Any) -> int:
     return 1 if isinstance(optimizer, internals.DeepSpeedZeroOptimizer | internals.BF16_Optimizer) else 0
 
 
-def _flat_fragments(
-    names: Sequence[str], flat: Tensor, offsets: Iterable[int], shapes: Mapping[str, torch.Size], rank: int
-) -> Iterator[Fragment]:
+def _offsets(members: Sequence[Tensor]) -> list[int]:
+    """Where each of these parameters begins if they are concatenated."""
+    return list(itertools.accumulate((p.numel() for p in members), initial=0))[:-1]
+
+
+def _flat_pieces(members: Sequence[Tensor], flat: Tensor, offsets: Iterable[int], rank: int) -> Iterator[Piece]:
     """Parameters are concatenated and cut into equal partitions, one per rank."""
     begin = rank * flat.numel()
     end = begin + flat.numel()
-    for name, offset in zip(names, offsets, strict=True):
+    for p, offset in zip(members, offsets, strict=True):
         left = max(begin, offset)
-        right = min(end, offset + shapes[name].numel())
+        right = min(end, offset + p.numel())
         if left < right:
-            yield Fragment(name, left - offset, right - left, flat, left - begin)
+            yield p, left - offset, right - left, flat, left - begin
 
 
-def _stage3_fragments(
-    optimizer: Any, names: Mapping[int, str], shapes: Mapping[str, torch.Size], rank: int
-) -> Iterator[Fragment]:
+def _stage3_pieces(optimizer: Any, rank: int) -> Iterator[Piece]:
     """Every parameter is cut into equal partitions, one per rank; a subgroup concatenates the partitions of a rank."""
     for flat, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
         offset = 0
         for parameter in parameters:
-            name = names[id(parameter)]
             size = parameter.partition_numel()
             start = rank * size
-            owned = max(0, min(size, shapes[name].numel() - start))  # the last partitions may be padding
+            owned = max(0, min(size, parameter.ds_shape.numel() - start))  # the last partitions may be padding
             if owned:
-                yield Fragment(name, start, owned, flat, offset)
+                yield parameter, start, owned, flat, offset
             offset += size
 
 
@@ -134,6 +140,9 @@ def update_parameters(optimizer: Any) -> None:
             persistent[0].all_gather(persistent)
     elif isinstance(optimizer, internals.DeepSpeedZeroOptimizer | internals.BF16_Optimizer):
         optimizer.update_lp_params()
+    elif isinstance(optimizer, internals.FP16_Optimizer):
+        for values, masters in zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True):
+            values.copy_(masters)  # the parameters are views of these
     elif isinstance(optimizer, internals.FP16_UnfusedOptimizer):
         for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for parameter, master in zip(parameters, masters, strict=True):

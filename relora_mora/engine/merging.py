@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from relora_mora.adapters.layers import AdapterLinear, adapter_layers, effective_rank, layer_generator
+from relora_mora.adapters.layers import HOST, AdapterLinear, adapter_layers, effective_rank, layer_generator
 from relora_mora.adapters.mora import MoRALinear, operator_in_use, set_operators
 from relora_mora.config.schema import MethodConfig
 from relora_mora.config.stretches import last_merge, merge_steps
@@ -70,7 +70,7 @@ class FrozenMasters:
 
     def put(self, name: str, value: Tensor) -> None:
         """Copies one weight that this rank owns."""
-        master = torch.empty(value.shape, dtype=torch.float32, pin_memory=uses_cuda())
+        master = torch.empty(value.shape, pin_memory=uses_cuda(), **HOST)
         self.weights[name] = master.copy_(value.detach())
 
     def add(self, name: str, delta: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ class Merger:
         if self.method.reset == "magnitude":
             chosen = first.abs().topk(drop, largest=False).indices
         else:
-            chosen = torch.randperm(first.numel(), generator=generator)[:drop].to(self.engine.device)
+            chosen = torch.randperm(first.numel(), generator=generator, device="cpu")[:drop].to(self.engine.device)
         for key, moment in moments.items():
             moment[chosen] = 0.0
             self.engine.scatter(parameter, moment, key)

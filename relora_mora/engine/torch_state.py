@@ -60,25 +60,34 @@ class TorchState:
                 )
         return moments
 
-    def check_state(self, *, only_restarts: bool) -> None:
+    def check_state(self, *, restarts: bool, changes: bool) -> None:
         """Raises ValueError if the optimizer, after its first step, has state that a merge cannot reset.
 
-        With ``only_restarts``, merges start it again and never change it.
+        ``restarts``: merges start it again. ``changes``: they change its values.
         """
         kind = type(self.optimizer).__name__
-        parameters = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        groups = self.optimizer.param_groups
+        parameters = sum(len(group["params"]) for group in groups)
         if kind == "ZeroRedundancyOptimizer" or len(self.optimizer.state) == 1 < parameters:
             raise ValueError(
                 f"{kind} does not keep the state of each parameter on each rank, so a merge cannot reset it; use an "
                 "optimizer that does, such as AdamW"
             )
-        if not only_restarts:
+        adapters = {id(self.parameters[name]) for name in self.names}
+        mixed = [group for group in groups if len({id(parameter) in adapters for parameter in group["params"]}) > 1]
+        if restarts and any("step" in group for group in mixed):
+            raise ValueError(
+                f"{kind} keeps one step count per group, and a group has adapters and other parameters, so a merge "
+                "cannot reset the adapters' count; make the optimizer from parameter_groups()"
+            )
+        if changes:
             for name in self.names:
                 self.moments_of(name)
 
     def clear_state(self, names: Set[str]) -> None:
         for name in names:
             restart_state(self.optimizer, self.parameters[name])
+        restart_counts(self.optimizer, {id(self.parameters[name]) for name in names})
 
     @torch.no_grad()
     def held(self, names: Sequence[str]) -> tuple[int, list[str]]:
@@ -162,6 +171,13 @@ def restart_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
         return
     for key, value in state.items():
         state[key] = value.zero_() if isinstance(value, Tensor) else 0
+
+
+def restart_counts(optimizer: torch.optim.Optimizer, parameters: Set[int]) -> None:
+    """Zeroes the step count that some optimizers keep for a whole group, if it has one of these (ids of) parameters."""
+    for group in optimizer.param_groups:
+        if "step" in group and any(id(parameter) in parameters for parameter in group["params"]):
+            group["step"] = 0
 
 
 def _local(value: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from relora_mora.engine.masters import stage_of
-from relora_mora.engine.torch_state import moments_in, restart_state, whole_shapes
+from relora_mora.engine.masters import OUTSIDE, stage_of
+from relora_mora.engine.torch_state import moments_in, restart_counts, restart_state, whole_shapes
 from relora_mora.engine.zero_state import ZeroState
 
 
@@ -22,6 +22,7 @@ class UserZero(ZeroState):
     def __init__(self, lm: nn.Module, zero: Any, names: Sequence[str]) -> None:
         parameters = dict(lm.named_parameters())
         moments: dict[str, tuple[str, ...]] = {name: () for name, p in parameters.items() if p.requires_grad}
+        moments[OUTSIDE] = ()
         super().__init__(lm, zero, whole_shapes(lm), moments, parameters[names[0]].device, stage_of(zero))
         self._check_groups(set(names))
 
@@ -67,6 +68,4 @@ class UserZero(ZeroState):
         for flat in flats:
             restart_state(self.optimizer, flat)
         cleared = {id(flat) for flat in flats}
-        for group in self.optimizer.param_groups:
-            if "step" in group and any(id(flat) in cleared for flat in group["params"]):
-                group["step"] = 0
+        restart_counts(self.optimizer, cleared)

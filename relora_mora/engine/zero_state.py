@@ -54,7 +54,7 @@ class ZeroState:
 
     def fragments_of_rank(self, rank: int) -> list[Fragment]:
         """The fragments that a rank owns. Those of another rank refer to the flat tensors of this one."""
-        return list(owned_fragments(self.zero, self.parameters, self.shapes, rank))
+        return list(owned_fragments(self.zero, self.parameters, rank))
 
     # ---- masters and optimizer state --------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from relora_mora.schedule import Schedule
 
 FILE = "remora.safetensors"
 ENDLESS = 2**62  # steps
+ADAPTERS = "adapters"  # a group of parameters
 
 
 def attach(
@@ -98,6 +99,7 @@ class AttachedAdapters:
             operators=method.cycle,
         )
         self._checked = False
+        self._owes_merge = False
 
     @functools.cached_property
     def _masters(self) -> LoopMasters:
@@ -136,16 +138,16 @@ class AttachedAdapters:
                 "between merges; call requires_grad_() of the model before attach()"
             )
         other = lr if lr_other is None else lr_other
-        groups: dict[str, list[nn.Parameter]] = {"adapters": [], "matrices": [], "vectors": []}
+        groups: dict[str, list[nn.Parameter]] = {ADAPTERS: [], "matrices": [], "vectors": []}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                kind = "adapters" if name in adapters else "matrices" if parameter.dim() > 1 else "vectors"
+                kind = ADAPTERS if name in adapters else "matrices" if parameter.dim() > 1 else "vectors"
                 groups[kind].append(parameter)
         return [
             {
                 "name": kind,
                 "params": parameters,
-                "lr": lr if kind == "adapters" else other,
+                "lr": lr if kind == ADAPTERS else other,
                 "weight_decay": 0.0 if kind == "vectors" else weight_decay,
             }
             for kind, parameters in groups.items()
@@ -218,9 +220,16 @@ class AttachedAdapters:
         """Which groups of the optimizer warm up after a merge."""
         if rewarm not in ("all", "adapters"):
             raise ValueError(f"rewarm: expected all or adapters, got {rewarm!r}")
+        if rewarm == "all":
+            return [True for _ in optimizer.param_groups]
         adapters = {id(self.model.get_parameter(name)) for name in self.names}
-        groups = [any(id(parameter) in adapters for parameter in group["params"]) for group in optimizer.param_groups]
-        return [rewarm == "all" or group for group in groups]
+        groups = [  # DeepSpeed puts flat tensors in place of the parameters, but keeps the names of groups
+            group.get("name") == ADAPTERS or any(id(parameter) in adapters for parameter in group["params"])
+            for group in optimizer.param_groups
+        ]
+        if not any(groups):
+            raise ValueError("rewarm: no group of the optimizer has adapters; make it from parameter_groups()")
+        return groups
 
     # ---- merges -----------------------------------------------------------------------------------------------
 
@@ -235,12 +244,29 @@ class AttachedAdapters:
         """
         if optimizer is None:
             raise ValueError("after_step() needs the optimizer that trains the model, got None")
+        if self._owes_merge:
+            raise ValueError("the run that is continued left out the merge after its last step; call catch_up() first")
         self.step += 1
         if not self._checked:
             self._engine(optimizer)
             self._checked = True
-        if not self.clock.merge_after(self.step):
-            return None
+        return self._merge(optimizer) if self.clock.merge_after(self.step) else None
+
+    def catch_up(self, optimizer: Any, schedule: LambdaLR) -> MergeRecord | None:
+        """Call it after :meth:`load` to continue a finished run for more steps than it had.
+
+        Makes the merge that the run left out because it came after its last step, and returns what it did; None if
+        there is none. Sets the rates of the next step, which the run computed from its own length.
+        """
+        owes, self._owes_merge = self._owes_merge, False
+        record = self._merge(optimizer) if owes else None
+        rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        for group, peak, multiplier in rates:
+            group["lr"] = peak * multiplier(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+        return record
+
+    def _merge(self, optimizer: Any) -> MergeRecord:
         engine = self._engine(optimizer)
         self._masters.prepare(engine)
         merger = Merger(engine, self._masters, self.method, seed=self.seed)
@@ -263,7 +289,8 @@ class AttachedAdapters:
             raise ValueError("DeepSpeed has sharded the model: give the engine, as in after_step()")
         engine = TorchState(self.model, optimizer, self.names, self.process_group)
         if optimizer is not None:
-            engine.check_state(only_restarts=self.method.reset in ("full", "none") or not self.method.merges)
+            reset = self.method.reset if self.method.merges else "none"
+            engine.check_state(restarts=reset == "full", changes=reset not in ("full", "none"))
         return engine
 
     @torch.no_grad()
@@ -273,34 +300,44 @@ class AttachedAdapters:
         If the model is sharded, only the first rank gets it, in host memory. With DeepSpeed it needs ``optimizer``, as
         in :meth:`after_step`.
         """
-        return self._merged_values(self._engine(optimizer))
+        held = self.model.state_dict(keep_vars=True)
+        return self._merged_values(held, self._engine(optimizer))
 
-    def _merged_values(self, engine: LoopEngine) -> dict[str, Tensor]:
+    def _merged_values(self, held: Mapping[str, Tensor], engine: LoopEngine) -> dict[str, Tensor]:
+        """``held`` is the state of the model, taken before ``engine`` is made: it makes FSDP2 shard what is whole."""
+        # a key differs from the name if a parameter is tied, or in a wrapper such as torch's for checkpointing
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         layers = {f"{name}.weight": (name, layer) for name, layer in self.layers.items()}
         adapters = adapter_parameters(self.model)
         sharded = self._is_sharded(engine)
         result: dict[str, Tensor] = {}
-        for key, held in self.model.state_dict().items():
-            if key in adapters:
+        for key, value in held.items():
+            weight = names.get(id(value), key)
+            if weight in adapters:
                 continue
-            value = engine.read_weight(key) if key in engine.shapes else held
-            if key in layers:
-                name, layer = layers[key]
+            value = engine.read_weight(weight) if weight in engine.shapes else value
+            if weight in layers:
+                name, layer = layers.pop(weight)
                 values = [engine.gather(f"{name}.{parameter}") for parameter in layer.adapter_names]
-                value = (self._masters.exact(key, engine) + layer.delta_of(*values)).to(value.dtype)
+                value = (self._masters.exact(weight, engine) + layer.delta_of(*values)).to(value.dtype)
             if not sharded:
                 result[key] = value.detach().clone()
             elif engine.rank == 0:
                 result[key] = value.detach().cpu()
+        if layers:
+            raise ValueError(
+                f"the model's state_dict() lacks {len(layers)} weights with adapters ({next(iter(layers))})"
+            )
         return result
 
     @torch.no_grad()
     def merged(self, optimizer: Any = None) -> nn.Module:
         """A copy of the model with plain linears; see :meth:`merged_state_dict`. Raises ValueError if it is sharded."""
+        held = self.model.state_dict(keep_vars=True)
         engine = self._engine(optimizer)
         if self._is_sharded(engine):
             raise ValueError("the model is sharded: load merged_state_dict() into a new model on the first rank")
-        state = self._merged_values(engine)
+        state = self._merged_values(held, engine)
         for layer in self.layers.values():
             if isinstance(layer, MoRALinear):
                 layer.shared_input.pending = None  # tensors of the last forward cannot be copied
@@ -330,14 +367,20 @@ class AttachedAdapters:
         rank.
         """
         engine = TorchState(self.model, None, self.names, self.process_group)
-        base = {name: self._masters.exact(name, engine) for name in self._masters.kept}
+        base: dict[str, Tensor] = {}
+        for name in self._masters.kept:
+            value = self._masters.exact(name, engine)
+            if engine.rank == 0:
+                base[name] = value.cpu()
+            del value  # only one weight at a time is whole on a device
         return {
             "method": self.method.name,
             "seed": self.seed,
             "step": self.step,
+            "total_steps": self.clock.total_steps,
             "merges_done": self.draw.merges_done,
             "operator": self.operator,
-            "base": {name: value.cpu() for name, value in base.items()} if engine.rank == 0 else {},
+            "base": base,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -350,11 +393,13 @@ class AttachedAdapters:
         if missing:
             raise ValueError(f"this is not a state of adapters: it has no {', '.join(sorted(missing))}")
         step = int(state["step"])
+        owes_merge = state.get("total_steps") == step and self.clock.merge_after(step)
+        before = step - 1 if owes_merge else step
         expected = {
             "method": self.method.name,
             "seed": self.seed,
-            "merges_done": self.clock.merges_done(step),
-            "operator": self.clock.operator(step),
+            "merges_done": self.clock.merges_done(before),
+            "operator": self.clock.operator(before),
         }
         wrong = [
             f"{key} is {state[key]!r}, expected {value!r}" for key, value in expected.items() if state[key] != value
@@ -372,6 +417,7 @@ class AttachedAdapters:
                 f"{len(unexact)}; load the file that the first rank saved, into a model of the same dtype"
             )
         self.step = step
+        self._owes_merge = owes_merge
         self.draw = Draw(self.seed, state["merges_done"])
         set_operators(self.layers.values(), state["operator"], self.draw)
         self._masters.load(state["base"])

@@ -34,9 +34,9 @@ class ReMoRACallback(TrainerCallback):
         remora = self.remora
         if remora.step and not state.global_step:
             raise ValueError(f"the adapters have made {remora.step} steps already; attach() to a new model")
-        scheduler = parts["lr_scheduler"]
+        scheduler = getattr(parts["lr_scheduler"], "scheduler", parts["lr_scheduler"])
         remora.rewarm(
-            getattr(scheduler, "scheduler", scheduler),
+            scheduler,
             total_steps=state.max_steps,
             restart_warmup_steps=self.restart_warmup_steps,
         )
@@ -47,6 +47,7 @@ class ReMoRACallback(TrainerCallback):
                     f"the state of the adapters is of step {remora.step}, the Trainer's is of step "
                     f"{state.global_step}; give the folder of both: ReMoRACallback(remora, checkpoint=...)"
                 )
+            remora.catch_up(parts["optimizer"], scheduler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Merges if it is due."""

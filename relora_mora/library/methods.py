@@ -102,6 +102,8 @@ def _method(name: str, rank: int, form: Form, rank_pattern: Mapping[str, int] | 
             f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {fault['input']!r}" for fault in error.errors()
         ]
         raise ValueError(f"{name}: {'; '.join(faults)}") from None
+    if method.square_size is not None and method.rank_pattern:
+        raise ValueError("rank_pattern: square_size is R of every layer, so ranks have no effect; give one of the two")
     for fault in own_faults(method):
         raise ValueError(str(fault))
     return method

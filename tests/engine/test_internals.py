@@ -59,13 +59,19 @@ def names_of_objects(stage: int, bf16: bool) -> dict[str, set[str]]:
     return {type(each).__name__: set(dir(each)) for each in objects}
 
 
+def names_of_fused() -> dict[str, set[str]]:
+    """Those of the optimizer in which DeepSpeed wraps its FusedAdam, which our own engine never has."""
+    zero = internals.FP16_Optimizer(torch.optim.AdamW(nn.Linear(2, 2).parameters()), low_precision_dtype=torch.bfloat16)
+    return {type(zero).__name__: set(dir(zero)) - {"deepspeed"}}  # which our engine has, too
+
+
 @pytest.fixture(scope="module")
 def of_deepspeed(pools: Any) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for stage in STAGES:
         for bf16 in (False, True):
             found |= pools(1)(names_of_objects, stage, bf16)[0]
-    return found
+    return found | pools(1)(names_of_fused)[0]
 
 
 @pytest.mark.distributed

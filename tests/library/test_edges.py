@@ -16,11 +16,13 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
 
 
-def steps(remora: rm.AttachedAdapters, optimizer: torch.optim.Optimizer, count: int) -> None:
+def steps(remora: rm.AttachedAdapters, optimizer: torch.optim.Optimizer, count: int, schedule: Any = None) -> None:
     for _ in range(count):
         remora.model(torch.ones(3, 16)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        if schedule is not None:
+            schedule.step()
         remora.after_step(optimizer)
 
 
@@ -190,3 +192,87 @@ def test_accelerate_saves_and_loads_the_adapters(tmp_path):
         train(resumed, optimizer, 7)
     expected = whole.merged_state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.merged_state_dict().items())
+
+
+def test_a_longer_run_continues_a_finished_one_exactly():
+    """The last step of a run does not merge, so the run that continues it does."""
+
+    def parts(total_steps):
+        remora = rm.attach(mlp(), rm.ReMoRA(2, merge_every=5))
+        optimizer = torch.optim.AdamW(remora.parameter_groups(lr=0.02))
+        schedule = remora.schedule(
+            optimizer, total_steps=total_steps, warmup_steps=0, restart_warmup_steps=2, kind="constant"
+        )
+        return remora, optimizer, schedule
+
+    whole, optimizer, schedule = parts(20)
+    steps(whole, optimizer, 20, schedule)
+    first, optimizer, schedule = parts(10)
+    steps(first, optimizer, 10, schedule)
+    assert (first.draw.merges_done, first.operator) == (1, 2)
+    second, later, longer = parts(20)
+    second.model.load_state_dict(first.model.state_dict())
+    later.load_state_dict(optimizer.state_dict())
+    longer.load_state_dict(schedule.state_dict())
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match=r"left out the merge after its last step; call catch_up\(\) first"):
+        second.after_step(later)
+    assert second.catch_up(later, longer).operator_after == 1
+    assert second.catch_up(later, longer) is None
+    steps(second, later, 10, longer)
+    merged = second.merged_state_dict()
+    assert all(torch.equal(value, merged[name]) for name, value in whole.merged_state_dict().items())
+
+
+@pytest.mark.parametrize("method", [rm.ReMoRA(2), rm.ReLoRA(2)])
+def test_adapters_are_float32_whatever_the_defaults_of_torch_are(method):
+    model = mlp()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        remora = rm.attach(model, method)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    values = [model.get_parameter(name) for name in remora.names]
+    assert {value.dtype for value in values} == {torch.float32}
+    again = rm.attach(mlp(), method)
+    assert all(map(torch.equal, values, (again.model.get_parameter(name) for name in again.names)))
+
+
+def test_layers_in_a_wrapper_are_merged():
+    """Wrappers such as torch's for activation checkpointing change the names of modules, but not those of the state."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = nn.Sequential(mlp(), nn.Linear(16, 4))
+    remora = rm.attach(model, rm.ReMoRA(2, merge_every=2))
+    model[0] = checkpoint_wrapper(model[0])
+    steps(remora, torch.optim.AdamW(remora.parameter_groups(lr=0.02)), 3)
+    plain = nn.Sequential(mlp(), nn.Linear(16, 4))
+    plain.load_state_dict(remora.merged_state_dict())
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(plain(x), model(x))
+    torch.testing.assert_close(remora.merged()(x), model(x))
+
+
+class CountsPerGroup(torch.optim.SGD):
+    """Like apex's FusedAdam, it keeps the number of steps in the group."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+        return super().step(closure)
+
+
+def test_a_merge_resets_the_step_count_of_a_group():
+    remora = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2))
+    optimizer = CountsPerGroup(remora.parameter_groups(lr=0.02), momentum=0.9)
+    steps(remora, optimizer, 3)
+    assert {group["name"]: group["step"] for group in optimizer.param_groups} == {"adapters": 1, "vectors": 3}
+
+
+def test_a_step_count_that_adapters_share_with_other_parameters() -> None:
+    model = mlp()
+    remora = rm.attach(model, rm.ReMoRA(2, merge_every=3))
+    optimizer = CountsPerGroup([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"CountsPerGroup keeps one step count per group.*parameter_groups\(\)"):
+        remora.after_step(optimizer)

@@ -143,6 +143,15 @@ def on_ranks(folder: Path, kind: str) -> Any:
     return results
 
 
+def test_a_longer_run_continues_a_finished_one_exactly(tmp_path: Path) -> None:
+    """The last of 8 steps does not merge, so the run that continues it does."""
+    whole, _, _ = trained(tmp_path / "whole")
+    trained(tmp_path / "longer", max_steps=8)
+    longer, remora, _ = trained(tmp_path / "longer", resume=True)
+    assert remora.draw.merges_done == 2
+    assert longer == whole
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["fsdp2", "zero3", *rest(("ddp",), ("zero2",))])
 def test_ranks_of_a_trainer_resume_exactly(pools, tmp_path, kind):

@@ -121,9 +121,120 @@ def test_ranks_train_as_one_process(pools, kind, reset):
         assert second["merged"] == {}
 
 
+class TiedLM(torch.nn.Module):
+    """Embeddings that are the output head, and two linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(8, 16)
+        self.body = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 16))
+        self.head = torch.nn.Linear(16, 8, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.embed(ids)))
+
+
+def tied(kind: str, *, of_part: bool = False) -> dict[str, Any]:
+    """Trains three steps; the outputs before a merge, and those of the merged state in a plain model."""
+    import relora_mora as rm
+
+    lm, ids = TiedLM(), torch.arange(8)
+    remora = rm.attach(lm.body if of_part else lm, rm.ReMoRA(2, merge_every=2), targets=None if of_part else ["0", "2"])
+    if kind == "fsdp2":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(lm)
+    groups = remora.parameter_groups(lr=0.05)
+    if of_part:
+        groups.append({"params": [lm.embed.weight], "lr": 0.05})
+    optimizer: Any = torch.optim.AdamW(groups)
+    model, stepped = lm, optimizer
+    if kind != "fsdp2":
+        import deepspeed
+
+        settings = {
+            "train_batch_size": 2,
+            "zero_optimization": {"stage": int(kind[-1]), "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+        }
+        model, _, _, _ = deepspeed.initialize(model=lm, optimizer=optimizer, config=settings)
+        stepped = model
+    schedule = remora.schedule(
+        optimizer, total_steps=9, warmup_steps=0, restart_warmup_steps=2, kind="constant", rewarm="adapters"
+    )
+    rates = []
+    for _ in range(3):
+        loss = model(ids).square().mean()
+        if kind == "fsdp2":
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            model.backward(loss)
+            model.step()
+        rates.append([round(group["lr"], 6) for group in optimizer.param_groups])
+        schedule.step()
+        remora.after_step(stepped)
+    with torch.no_grad():
+        outputs = model(ids)  # an evaluation, after which FSDP2 leaves parameters whole
+    state = remora.merged_state_dict(stepped)
+    if torch.distributed.get_rank() == 0:
+        plain = TiedLM()
+        (plain.body if of_part else plain).load_state_dict(state)
+        if of_part:
+            return {"merged": set(state), "rates": rates}
+        with torch.no_grad():
+            return {"difference": float((plain(ids) - outputs).abs().max()), "rates": rates}
+    return {}
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "zero1", "zero3"])
+def test_a_model_with_tied_weights_is_merged_after_an_evaluation(pools, kind):
+    first, _ = pools(2)(tied, kind)
+    assert first["difference"] < 1e-5
+    assert [rates[0] for rates in first["rates"]] == [0.05, 0.05, 0.025], "the adapters warm up after the merge"
+    assert all(rate == 0.05 for rates in first["rates"] for rate in rates[1:])
+
+
+def test_deepspeed_may_train_more_than_the_part_with_adapters(pools):
+    first, _ = pools(2)(tied, "zero1", of_part=True)
+    assert first["merged"] == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_resume_between_merges_is_bit_equal(pools, tmp_path, kind):
     whole, _ = pools(2)(trained, kind, "full", 2)
     resumed, _ = pools(2)(trained, kind, "full", 2, tmp_path)
     assert resumed["losses"] == whole["losses"]
     assert all(torch.equal(value, resumed["merged"][name]) for name, value in whole["merged"].items())
+
+
+def fused(*_: Any) -> list[float]:
+    """Two steps with the optimizer in which DeepSpeed wraps its FusedAdam at stage 0; the adapters' largest values."""
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+
+    import relora_mora as rm
+
+    lm, ids = TiedLM(), torch.arange(8)
+    remora = rm.attach(lm, rm.ReMoRA(2, merge_every=2), targets=["0", "2"])
+    lm.to(torch.bfloat16)
+    optimizer: Any = torch.optim.AdamW(remora.parameter_groups(lr=0.05))
+    zero = FP16_Optimizer(optimizer, low_precision_dtype=torch.bfloat16)
+    largest = []
+    for _ in range(3):
+        zero.backward(lm(ids).float().square().mean())
+        zero.step()
+        zero.zero_grad()
+        remora.after_step(zero)
+        largest.append(max(float(lm.get_parameter(name).detach().abs().max()) for name in remora.names))
+    assert [int(state["step"]) for state in optimizer.state.values()] == [1, 4, 4], "it made one step when it was built"
+    return largest
+
+
+def test_the_wrapper_of_a_fused_optimizer_is_merged(pools):
+    [(first, after_merge, last)] = pools(1)(fused)
+    assert first > 0
+    assert after_merge == 0
+    assert last > 0

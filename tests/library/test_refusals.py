@@ -134,6 +134,18 @@ def test_an_optimizer_made_before_attach() -> None:
         remora.after_step(optimizer)
 
 
+def test_no_group_of_adapters_to_warm_up_again() -> None:
+    remora = rm.attach(mlp(), METHOD)
+    optimizer = torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=0.1)
+    with pytest.raises(ValueError, match=r"rewarm: no group of the optimizer has adapters; .*parameter_groups\(\)"):
+        remora.schedule(optimizer, total_steps=10, warmup_steps=0, rewarm="adapters")
+
+
+def test_ranks_by_name_next_to_a_size_for_all() -> None:
+    with pytest.raises(ValueError, match="rank_pattern: square_size is R of every layer"):
+        rm.ReMoRA(2, square_size=8, rank_pattern={"q_proj": 4})
+
+
 def test_an_optimizer_with_one_state_for_all_parameters() -> None:
     model = mlp()
     remora = rm.attach(model, METHOD)
