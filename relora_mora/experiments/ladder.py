@@ -198,7 +198,7 @@ def settings_of(
         },
         "method": own,
         "optim": optim,
-        "train": {"run_dir": f"runs/depth_{depth}_{method}_{matrices}_{tokens // 10**6}m", **train},
+        "train": {"run_dir": f"runs/depth_{depth}_{method}_{matrices}_{tokens}_tokens", **train},
         "eval": every | {"max_tokens": 262_144},
         "checkpoint": every,
     }
