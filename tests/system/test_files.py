@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.system.files import append_synced, disk_errno, disk_faults_named, place_of, remove, write_synced
+from relora_mora.system.files import append_synced, disk_errno, disk_faults_named, place_of, remove, sync, write_synced
 from tests.tools.helpers import ROOT
 
 FULL = errno.ENOSPC
@@ -111,3 +111,14 @@ def test_an_error_without_a_file_name_gets_the_folders_name(tmp_path):
     with pytest.raises(OSError, match="No space") as caught, disk_faults_named(tmp_path):
         raise OSError(FULL, "No space left on device", str(tmp_path / "a"))
     assert place_of(caught.value) == str(tmp_path / "a")
+
+
+def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch):
+    def refused(handle):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refused)
+    sync(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Invalid argument"):
+        sync(tmp_path / "file")

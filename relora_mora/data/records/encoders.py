@@ -179,9 +179,7 @@ def _tokens(
 
 def own_prefix(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The tokens that the tokenizer itself puts before a text, such as BOS, so a prompt begins as at inference."""
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-    plain = backend.encode("a", add_special_tokens=False).ids
-    whole = backend.encode("a", add_special_tokens=True).ids
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     return whole[: next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)]
 
 

@@ -7,6 +7,7 @@ not multiprocessing's spawn, which would import the trainer's script again, and 
 import contextlib
 import os
 import signal
+import site
 import subprocess
 import sys
 import time
@@ -40,7 +41,9 @@ class WorkerProcess:
     def __init__(self, assignment: Assignment) -> None:
         self._connection, theirs = Pipe()
         environment = os.environ | _ENVIRONMENT
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
+        if str(_PACKAGE_ROOT) not in (*site.getsitepackages(), site.getusersitepackages()):  # a checkout
+            roots = filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")])
+            environment["PYTHONPATH"] = os.pathsep.join(roots)
         # the child inherits the blocked signals, so none of them can end it before it ignores them
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
         try:
