@@ -116,6 +116,7 @@ study: $(VENV)/.installed-dev  ## tables and figures of the studies in the docum
 	$(COMPARE) docs/studies/larger_35m.jsonl.gz --out=docs/studies/larger_35m
 	$(COMPARE) docs/studies/ladder_tiny.jsonl.gz --out=docs/studies/ladder_tiny
 	$(COMPARE) docs/studies/tuned_17m.jsonl.gz --out=docs/studies/tuned_17m
+	$(COMPARE) docs/studies/tuned_length_tiny.jsonl.gz --out=docs/studies/tuned_length_tiny
 	$(COMPARE) docs/studies/ablations_tiny.jsonl.gz --out=docs/studies/ablations_tiny
 	$(COMPARE) docs/studies/embeddings_tiny.jsonl.gz --against=$(TUNED) --out=docs/studies/embeddings_tiny
 	$(COMPARE) $(addprefix docs/studies/,paper_tiny.jsonl.gz muon_tiny.jsonl.gz projected_tiny.jsonl.gz) --best=optim.lr $(FULL_RANK) --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny

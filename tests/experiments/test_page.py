@@ -84,18 +84,21 @@ def test_perplexities_are_those_of_kept_runs(table: Table) -> None:
             assert any(numbers <= of_method for of_method in kept()), f"{sorted(numbers)} of {row}"
 
 
-def ratios(table: Table) -> list[tuple[float, float]]:
-    """(perplexity, ratio) of the rows; the ratio's column is next to that of the perplexity."""
-    at = next((i for i, name in enumerate(table.header) if name.startswith("ratio")), None)
-    with_both = [row for row in table.rows if at and row[at - 1] and row[at]]
-    return [(float(PERPLEXITY.findall(row[at - 1])[0]), float(row[at])) for row in with_both] if at else []
+def ratios(table: Table) -> list[list[tuple[float, float]]]:
+    """(perplexity, ratio) of the rows, for each column of ratios; that of the perplexities is next to it."""
+    columns = [at for at, name in enumerate(table.header) if name.startswith("ratio")]
+    with_both = [[row for row in table.rows if row[at - 1] and row[at]] for at in columns]
+    return [
+        [(float(PERPLEXITY.findall(row[at - 1])[0]), float(row[at])) for row in rows]
+        for at, rows in zip(columns, with_both, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("table", [table for table in TABLES if ratios(table)], ids=lambda table: table.section)
 def test_ratios_follow_from_perplexities(table: Table) -> None:
-    found = ratios(table)
-    assert len(found) > 1
-    references = [perplexity for perplexity, ratio in found if ratio == 1]
-    for perplexity, ratio in found:
-        rounding = 0.0005 + 0.05 * (1 + ratio) / min(references)
-        assert any(abs(perplexity / reference - ratio) <= rounding for reference in references), (perplexity, ratio)
+    for found in ratios(table):
+        assert len(found) > 1
+        references = [perplexity for perplexity, ratio in found if ratio == 1]
+        for perplexity, ratio in found:
+            rounding = 0.0005 + 0.05 * (1 + ratio) / min(references)
+            assert any(abs(perplexity / each - ratio) <= rounding for each in references), (perplexity, ratio)
