@@ -148,8 +148,6 @@ def test_a_second_run_redoes_nothing(
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(demo.DemoTextError, match="is not a complete demo text"):
         demo.main(out=str(out))
-    with pytest.raises(demo.DemoTextError, match="give at least 1"):
-        demo.main(out=str(tmp_path / "new"), processes=0)
 
 
 def test_examples_and_code_are_dropped() -> None:
