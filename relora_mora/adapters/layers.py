@@ -19,6 +19,7 @@ from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw
 from relora_mora.system.seeds import derived_seed
 
+ADAPTERS = "adapters"  # their group in an optimizer
 HOST: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 

@@ -35,9 +35,10 @@ from typing import Annotated, Any
 import xxhash
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
+from relora_mora.adapters.layers import ADAPTERS
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, optimizer_of
 from relora_mora.operators import Draw
-from relora_mora.optim.groups import ADAPTERS, group_of
+from relora_mora.optim.groups import group_of
 from relora_mora.system.files import raise_if_lost, remove, sync
 
 NEW = ".new"

@@ -240,6 +240,15 @@ def list_candidates(folder: Path) -> list[Path]:
     )
 
 
+def check_folder(path: Path) -> None:
+    """Raises :class:`CheckpointError` if there is no folder, so neither a run nor a checkpoint."""
+    if not path.is_dir():
+        fault = "not a folder" if path.exists() else "not found"
+        raise layout.CheckpointError(
+            f"{path}: {fault}; give a run folder, or a checkpoint such as RUN/checkpoints/step-00001000"
+        )
+
+
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint at ``path``, or the newest complete one if that is a run folder or its ``checkpoints/``.
 
@@ -254,11 +263,7 @@ def find_checkpoint(path: Path) -> Path:
                 return found
             if list_candidates(folder) == candidates:  # otherwise the run has removed them and written newer ones
                 raise layout.CheckpointError(f"{folder}: all checkpoints in it are damaged: {'; '.join(skipped)}")
-    if not path.is_dir():
-        fault = "not a folder" if path.exists() else "not found"
-        raise layout.CheckpointError(
-            f"{path}: {fault}; give a run folder, or a checkpoint such as RUN/checkpoints/step-00001000"
-        )
+    check_folder(path)
     problem = verify(path)
     if problem is not None:
         raise layout.CheckpointError(

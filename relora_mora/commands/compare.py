@@ -35,10 +35,10 @@ def main(
         relora-mora compare runs/tiny_full runs/tiny_remora --out=compared
     """
     from relora_mora.experiments.compare.figures import figures_of
-    from relora_mora.experiments.compare.files import TABLE, check_plots, write_comparison
+    from relora_mora.experiments.compare.files import check_plots, write_comparison
     from relora_mora.experiments.compare.groups import group_of, group_runs
     from relora_mora.experiments.compare.reach import parse_reach, reach_notes, step_cells
-    from relora_mora.experiments.compare.runs import CompareError, is_model, read_run, read_runs
+    from relora_mora.experiments.compare.runs import TABLE, CompareError, is_model, read_run, read_runs
     from relora_mora.experiments.compare.table import as_json, compare, markdown
 
     if not runs:

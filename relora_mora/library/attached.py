@@ -1,6 +1,5 @@
 """Adapters in a model and a training loop that know nothing about this package."""
 
-import copy
 import dataclasses
 import functools
 import json
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from relora_mora.adapters.inject import replace_linears
-from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters, layer_generator
-from relora_mora.adapters.mora import MoRALinear, layer_square_size, operator_in_use, set_operators
+from relora_mora.adapters.layers import ADAPTERS, AdapterLinear, adapter_layers, adapter_parameters, layer_generator
+from relora_mora.adapters.mora import layer_square_size, operator_in_use, set_operators
 from relora_mora.config.registry import ScheduleKind
 from relora_mora.config.schema import MethodConfig
 from relora_mora.engine.merging import Merger, MergeRecord
 from relora_mora.engine.torch_state import TorchState
 from relora_mora.library.masters import LoopEngine, LoopMasters
+from relora_mora.library.merged import is_sharded, merged_values, plain_copy
 from relora_mora.library.rates import Rewarmed, check_rates, rate_of_step
 from relora_mora.library.targets import target_linears
 from relora_mora.operators import Draw, make_operator
@@ -29,7 +29,6 @@ from relora_mora.schedule import Schedule
 
 FILE = "remora.safetensors"
 ENDLESS = 2**62  # steps
-ADAPTERS = "adapters"  # a group of parameters
 
 
 def attach(
@@ -301,61 +300,16 @@ class AttachedAdapters:
         in :meth:`after_step`.
         """
         held = self.model.state_dict(keep_vars=True)
-        return self._merged_values(held, self._engine(optimizer))
-
-    def _merged_values(self, held: Mapping[str, Tensor], engine: LoopEngine) -> dict[str, Tensor]:
-        """``held`` is the state of the model, taken before ``engine`` is made: it makes FSDP2 shard what is whole."""
-        # a key differs from the name if a parameter is tied, or in a wrapper such as torch's for checkpointing
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        layers = {f"{name}.weight": (name, layer) for name, layer in self.layers.items()}
-        adapters = adapter_parameters(self.model)
-        sharded = self._is_sharded(engine)
-        result: dict[str, Tensor] = {}
-        for key, value in held.items():
-            weight = names.get(id(value), key)
-            if weight in adapters:
-                continue
-            value = engine.read_weight(weight) if weight in engine.shapes else value
-            if weight in layers:
-                name, layer = layers.pop(weight)
-                values = [engine.gather(f"{name}.{parameter}") for parameter in layer.adapter_names]
-                value = (self._masters.exact(weight, engine) + layer.delta_of(*values)).to(value.dtype)
-            if not sharded:
-                result[key] = value.detach().clone()
-            elif engine.rank == 0:
-                result[key] = value.detach().cpu()
-        if layers:
-            raise ValueError(
-                f"the model's state_dict() lacks {len(layers)} weights with adapters ({next(iter(layers))})"
-            )
-        return result
+        return merged_values(held, self._engine(optimizer), self._masters)
 
     @torch.no_grad()
     def merged(self, optimizer: Any = None) -> nn.Module:
         """A copy of the model with plain linears; see :meth:`merged_state_dict`. Raises ValueError if it is sharded."""
         held = self.model.state_dict(keep_vars=True)
         engine = self._engine(optimizer)
-        if self._is_sharded(engine):
+        if is_sharded(engine):
             raise ValueError("the model is sharded: load merged_state_dict() into a new model on the first rank")
-        state = self._merged_values(held, engine)
-        for layer in self.layers.values():
-            if isinstance(layer, MoRALinear):
-                layer.shared_input.pending = None  # tensors of the last forward cannot be copied
-        plain = copy.deepcopy(self.model)
-        if "_original_forward" in vars(plain):
-            del plain.forward  # accelerate's, which calls the model that was copied
-        for name, layer in list(adapter_layers(plain)):
-            like: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-            sizes = (layer.in_features, layer.out_features, layer.bias is not None)
-            linear = nn.utils.skip_init(nn.Linear, *sizes, **like).train(layer.training)
-            if layer.bias is not None:
-                linear.bias.requires_grad_(layer.bias.requires_grad)
-            plain.set_submodule(name, linear)
-        plain.load_state_dict(state)
-        return plain
-
-    def _is_sharded(self, engine: LoopEngine) -> bool:
-        return not all(engine.is_whole(name) for name, _ in self.model.named_parameters())
+        return plain_copy(self.model, merged_values(held, engine, self._masters))
 
     # ---- state ------------------------------------------------------------------------------------------------
 

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from relora_mora.adapters.layers import SPARSE_VALUES, adapter_layers, adapter_parameters
+from relora_mora.adapters.layers import ADAPTERS, SPARSE_VALUES, adapter_layers, adapter_parameters
 from relora_mora.adapters.lora import PAIR, LoRALinear
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import MethodConfig
 from relora_mora.optim.rules import MatrixState, PairRule, Rule, Unit
 from relora_mora.schedule import Schedule
 
-ADAPTERS = "adapters"
 GROUPS = (ADAPTERS, "values", "linears", "embeddings", "norms")
 HEAD = "lm_head"
 GPU_BATCH = 2**22  # elements that a rule updates together

@@ -1,5 +1,6 @@
 """Formats that are read from the beginning of a file. Lanes that share a shard take its rows in turn."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -38,7 +39,7 @@ class Entries(Protocol[Entry]):
     def close(self) -> None: ...
 
 
-class FromLines(Generic[Entry]):
+class FromLines(ABC, Generic[Entry]):
     """Entries that are made of the lines of a shard; see :class:`Entries`."""
 
     def __init__(self, shard: Shard, config: DataConfig) -> None:
@@ -64,8 +65,9 @@ class FromLines(Generic[Entry]):
     def close(self) -> None:
         self._lines.close()
 
+    @abstractmethod
     def _next(self) -> Entry | None:
-        raise NotImplementedError
+        """The next entry, which ``take`` counts; None at the end."""
 
 
 class TurnRows(Generic[Entry]):

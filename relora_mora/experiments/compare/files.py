@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING
 
 from relora_mora.experiments.compare.curves import PAPER
 from relora_mora.experiments.compare.figures import REACH
-from relora_mora.experiments.compare.runs import CompareError
+from relora_mora.experiments.compare.runs import TABLE, CompareError
 from relora_mora.system.files import disk_faults_named, write_synced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-TABLE = "compare.md"
 
 
 def check_plots(folder: Path, otherwise: str = "; without --out only the table is printed") -> None:

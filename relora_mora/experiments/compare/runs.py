@@ -28,6 +28,7 @@ class CompareError(ValueError):
 
 
 RECORDS = "cells.jsonl"  # in a study's folder
+TABLE = "compare.md"  # in that of a study or a comparison
 COMPRESSED = ".gz"
 _FIELDS = {"name": str, "given": dict, "config": dict, "start": dict, "metrics": list}
 

@@ -12,7 +12,7 @@ from relora_mora.config.load import FINETUNING, ConfigError, config_of
 from relora_mora.config.schema import Config
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.experiments.compare.groups import used_settings
-from relora_mora.experiments.compare.runs import RECORDS, read_records
+from relora_mora.experiments.compare.runs import RECORDS, TABLE, read_records
 from relora_mora.experiments.study.design import Cell, Study
 from relora_mora.supervise.exits import FINISHED
 from relora_mora.supervise.lock import is_held
@@ -85,7 +85,7 @@ class StudyFolder:
 
     @property
     def table(self) -> Path:
-        return self.path / "compare.md"
+        return self.path / TABLE
 
     def kept(self) -> dict[str, dict[str, Any]]:
         """The records by cell name; another machine may have written them.

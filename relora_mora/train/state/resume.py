@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from relora_mora.checkpoint.layout import CheckpointError
-from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, list_candidates, newest_whole
+from relora_mora.checkpoint.reader import CheckpointReader, check_folder, find_checkpoint, list_candidates, newest_whole
 from relora_mora.checkpoint.tokenizer import damaged_tokenizer
 from relora_mora.config.load import dump
 from relora_mora.config.schema import Config
@@ -31,10 +31,8 @@ def check_resume(config: Config) -> None:
             f"{folder.checkpoints}: holds checkpoints, and train.resume=never; use another train.run_dir, or "
             "train.resume=auto"
         )
-    if resume not in ("auto", "never") and not has_checkpoints and not Path(resume).exists():
-        raise CheckpointError(
-            f"{resume}: not found; give a run folder, or a checkpoint such as RUN/checkpoints/step-00001000"
-        )
+    if resume not in ("auto", "never") and not has_checkpoints:
+        check_folder(Path(resume))
 
 
 def where_to_resume(config: Config) -> Path | None:

@@ -20,11 +20,11 @@ from relora_mora.experiments.compare.figures import (
     rate_figure,
     reach_figure,
 )
-from relora_mora.experiments.compare.files import TABLE, write_comparison, write_files
+from relora_mora.experiments.compare.files import write_comparison, write_files
 from relora_mora.experiments.compare.groups import Group, group_runs
 from relora_mora.experiments.compare.losses import loss_figure, parting
 from relora_mora.experiments.compare.reach import Reach
-from relora_mora.experiments.compare.runs import Run
+from relora_mora.experiments.compare.runs import TABLE, Run
 from tests.experiments.compare.folders import TOKENS, made_run
 from tests.tools.commands import files_end_at, left_in
 
