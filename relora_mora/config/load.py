@@ -145,11 +145,11 @@ def validate(
 
     Raises :class:`ConfigError` with the faults already ``found`` and all others.
     """
-    # settings are saved in config.yaml, logs and checkpoints, so they may have no tokens and passwords
     if "grid" in tree:
         raise ConfigError(
             ["grid: this is a study, and not the settings of a run; start it with relora-mora study"], source
         )
+    # settings are saved in config.yaml, logs and checkpoints, so they may have no tokens and passwords
     found = [*(found or []), *(f"{name}: {text}" for name, text in secrets_in(tree))]
     unknown: set[str] = set()
     config: Config | None
