@@ -12,7 +12,6 @@ groups, ``B`` blocks of ``R`` features (type 6), ``...`` any leading dimensions.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from functools import lru_cache
 from pkgutil import resolve_name
 from typing import NamedTuple
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from relora_mora.config.registry import OPERATORS, is_drawn
-from relora_mora.kernels import Grouping, expand_add, group_sum, group_sums, grouping, reference, rotary_add
+from relora_mora.kernels import Grouping, expand_add, group_sum, grouping, reference, rotary_add
 from relora_mora.system.seeds import derived_seed
 
 MORA_TYPES = tuple(OPERATORS)
@@ -112,7 +111,7 @@ class Operator(ABC):
         return weight + self.delta(M)
 
     def compress_for_gradient(self, x: Tensor) -> Tensor:
-        """C x in the form that :meth:`square_gradients` expects"""
+        """C x in the form that :meth:`square_gradient` expects"""
         return self.compress(x)
 
     def factors(self, M: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,9 +121,9 @@ class Operator(ABC):
         B = self.decompress(torch.eye(len(A), dtype=M.dtype).view(-1, *compressed.shape[1:])).T
         return A, B
 
-    def square_gradients(self, compressed: Tensor, dys: Sequence[Tensor]) -> Sequence[Tensor]:
-        """dM [R, R] = (D^T dy)^T (C x) for each dy [..., out], from compressed = ``compress_for_gradient(x)``."""
-        return [transposed_product(self.decompress_transposed(dy), compressed) for dy in dys]
+    def square_gradient(self, compressed: Tensor, dy: Tensor) -> Tensor:
+        """dM [R, R] = (D^T dy)^T (C x), from dy [..., out] and compressed = ``compress_for_gradient(x)``."""
+        return transposed_product(self.decompress_transposed(dy), compressed)
 
     def __repr__(self) -> str:
         return (
@@ -188,10 +187,9 @@ class GroupingOperator(Operator):
     def compress_for_gradient(self, x: Tensor) -> Tensor:
         return group_sum(x, self.padded_inputs if x.is_cuda else self.inputs)
 
-    def square_gradients(self, compressed: Tensor, dys: Sequence[Tensor]) -> Sequence[Tensor]:
-        reduced = group_sums(dys, self.padded_outputs if dys[0].is_cuda else self.outputs)
-        products = transposed_product(reduced, compressed).unflatten(0, (len(dys), -1))
-        return products[:, : self.square_size, : self.square_size].contiguous().unbind()
+    def square_gradient(self, compressed: Tensor, dy: Tensor) -> Tensor:
+        reduced = group_sum(dy, self.padded_outputs if dy.is_cuda else self.outputs)
+        return transposed_product(reduced, compressed)[: self.square_size, : self.square_size].contiguous()
 
 
 def _grouping(name: str, features: int, size: int, side: str, draw: Draw | None) -> Grouping:

@@ -132,9 +132,9 @@ class Variant:
                 return LoRALinear(linear, method.rank, None, generator, form)
             return linear.requires_grad_(name == "full")
 
-        self.groups: list[tuple[Tensor, list[nn.Module], list[Tensor]]] = []
+        self.groups: list[tuple[Tensor, _SameInput, list[Tensor]]] = []
         for inputs, outs in shapes:
-            layers = [make(nn.Linear(inputs, out, bias=False, dtype=dtype)).to(device) for out in outs]
+            layers = _SameInput(make(nn.Linear(inputs, out, bias=False, dtype=dtype)).to(device) for out in outs)
             for layer in layers:
                 if isinstance(layer, AdapterLinear):
                     if name.endswith("int8"):
@@ -143,7 +143,7 @@ class Variant:
                         )
                         layer.pack()
                     layer.keep_merged()
-            MoRALinear.share_input([layer for layer in layers if isinstance(layer, MoRALinear)])
+            MoRALinear.share_input(layers, [layer for layer in layers if isinstance(layer, MoRALinear)])
             x, *gradients = (
                 torch.randn(tokens, width, generator=generator).to(device, dtype) for width in (inputs, *outs)
             )
@@ -157,10 +157,17 @@ class Variant:
                 output = x.clone()  # another module's output, as in a model
                 seconds += seconds_of(partial(_forward_and_backward, layers, output, gradients), self.device)
                 x.grad = None
-                for parameter in nn.ModuleList(layers).parameters():
+                for parameter in layers.parameters():
                     parameter.grad = None
         return 1000 * seconds
 
 
-def _forward_and_backward(layers: Sequence[nn.Module], x: Tensor, gradients: Sequence[Tensor]) -> None:
-    torch.autograd.backward([layer(x) for layer in layers], gradients)
+class _SameInput(nn.ModuleList):
+    """Layers of a module that calls all of them with the same input."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self]
+
+
+def _forward_and_backward(layers: _SameInput, x: Tensor, gradients: Sequence[Tensor]) -> None:
+    torch.autograd.backward(layers(x), gradients)

@@ -5,7 +5,8 @@ from pkgutil import resolve_name
 
 from torch import nn
 
-from relora_mora.adapters.layers import AdapterLinear, adapter_layers, layer_generator
+from relora_mora.adapters.layers import AdapterLinear, adapter_layers, all_names, layer_generator
+from relora_mora.adapters.scope import Caller
 from relora_mora.adapters.stored import PLAIN, EightBits, Rounded, Stored
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw
@@ -59,6 +60,7 @@ def replace_linears(
 ) -> dict[str, AdapterLinear]:
     """Replaces linears by name with adapter layers in place, and returns these; see :func:`inject`."""
     layer = layer_class(method)
+    places = all_names(model)
     replaced: dict[str, AdapterLinear] = {}
     by_input: dict[tuple[str, str], list[AdapterLinear]] = {}
     for name in names:
@@ -69,12 +71,29 @@ def replace_linears(
         adapter = layer.from_settings(linear, method.of(kind), generator, mora_type, draw or Draw(seed))
         assert all(adapter.get_parameter(key).dim() == 2 for key in adapter.adapter_names), "not a matrix"
         assert not [*adapter.buffers()], "a resume restores only parameters"
-        setattr(model.get_submodule(parent_name), kind, adapter)
+        for place in places[linear]:
+            model.set_submodule(place, adapter)
         replaced[name] = adapter
         by_input.setdefault((parent_name, INPUTS.get(kind, kind)), []).append(adapter)
-    for layers in by_input.values():
-        layer.share_input(layers)
+    for (parent_name, _), layers in by_input.items():
+        if len(layers) > 1:
+            layer.share_input(model.get_submodule(parent_name), layers)
     return replaced
+
+
+def watch_callers(model: nn.Module) -> None:
+    """Lets code of the model read the weights of adapter layers during a forward; see :attr:`AdapterLinear.weight`."""
+    names = all_names(model)
+    callers: dict[nn.Module, Caller] = {}
+    for first_name, layer in adapter_layers(model):
+        layer.name = first_name
+        for name in names[layer]:
+            while name:  # from the inside to the whole model, whose name is empty
+                name = name.rpartition(".")[0]
+                module = model.get_submodule(name)
+                if module not in callers:
+                    callers[module] = Caller(module)
+                layer.callers += (callers[module],)
 
 
 def choose_storage(model: nn.Module, method: MethodConfig, *, bf16: bool, on_gpu: bool) -> None:

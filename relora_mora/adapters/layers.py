@@ -8,12 +8,13 @@ the readable reference, and the only form that allows dropout.
 
 from abc import abstractmethod
 from collections.abc import Iterator, KeysView, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from relora_mora.adapters.scope import Caller
 from relora_mora.adapters.stored import PLAIN, FrozenProduct, Stored
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw
@@ -69,12 +70,13 @@ class AdapterLinear(nn.Module):
         self.dropout = dropout
         self.resident = form == "resident"
         self.merged_weight: Tensor | None = None  # the current W + delta; never saved
-        self.gathered = False  # ZeRO-3: its parameters exist only while it runs
         self.in_place = False  # ZeRO-3: the weight itself is W + delta, see engine/slices.py
         self.stored: Stored = PLAIN  # how W is stored, and the resident W + delta too
         self.packed = False  # whether it is stored so already
-        self.weight: Tensor = linear.weight
-        self.weight.requires_grad_(False)
+        self.name = ""  # in the model, for messages
+        self.callers: tuple[Caller, ...] = ()  # the modules around this one, innermost first; see weight
+        self.register_parameter("weight", cast(nn.Parameter, linear.weight))
+        self.base_weight.requires_grad_(False)
         self.bias: Tensor | None = linear.bias
 
     @classmethod
@@ -88,8 +90,8 @@ class AdapterLinear(nn.Module):
         """
 
     @classmethod
-    def share_input(cls, layers: Sequence[Self]) -> None:
-        """Called with the layers that see the same input, in the order of their calls. A subclass may ignore it."""
+    def share_input(cls, parent: nn.Module, layers: Sequence[Self]) -> None:
+        """Called with the layers in ``parent`` that see the same input. A subclass may ignore it."""
 
     @classmethod
     @abstractmethod
@@ -147,11 +149,43 @@ class AdapterLinear(nn.Module):
     def _delta(self, x: Tensor) -> Tensor:
         """x [..., in] -> ``delta x`` [..., out], without building ``delta``"""
 
+    @property
+    def base_weight(self) -> Tensor:
+        """The frozen W [out, in] as it is stored; the layer's own code reads only this."""
+        return cast(Tensor, self._parameters["weight"])
+
+    @property
+    def weight(self) -> Tensor:
+        """W [out, in] as it is stored. In a forward of the model: ``W + delta``, which trains the adapter.
+
+        Some models multiply with the weights of their linears themselves, such as ``nn.MultiheadAttention`` or a tied
+        decoder. The forward counts from the call of a module around this layer; see :class:`Caller`.
+        """
+        if "weight" not in self._parameters:
+            raise AttributeError("weight")  # while the layer is built
+        for caller in self.callers:
+            if caller.depth:
+                return self._merged_for(caller)
+        return self.base_weight
+
+    def _merged_for(self, caller: Caller) -> Tensor:
+        assert self.stored is PLAIN
+        assert not self.in_place
+        parameters = [self.get_parameter(name).float() for name in self.adapter_names]
+        grad = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):  # or nobody could see that it is written to
+            weight = (self.base_weight.float() + self.delta_of(*parameters)).to(self.base_weight.dtype)
+        if not torch.compiler.is_compiling():
+            caller.record(self.name, weight)
+        return weight
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]
 
         The products are in the dtype of x, or of autocast. W and the adapter may have others.
         """
+        if not x.is_floating_point():
+            raise TypeError(f"an adapter layer, as nn.Linear, needs an input of floating-point numbers, got {x.dtype}")
         device = x.device.type
         if torch.is_autocast_enabled(device):  # it would cast in forward, but not in the backward of the merged form
             with torch.autocast(device, enabled=False):
@@ -162,9 +196,9 @@ class AdapterLinear(nn.Module):
     def _decoupled(self, x: Tensor) -> Tensor:
         """x [..., in] -> ``W x + delta x`` [..., out], with dropout of the second x"""
         if self.stored is PLAIN:
-            base = self.stored.linear(x, self.weight)
+            base = self.stored.linear(x, self.base_weight)
         else:
-            base = FrozenProduct.apply(x, self.weight, self.stored)
+            base = FrozenProduct.apply(x, self.base_weight, self.stored)
         return base + self._delta(F.dropout(x, self.dropout) if self.drops else x)
 
     def multiplies_merged(self, x: Tensor) -> bool:
@@ -180,7 +214,7 @@ class AdapterLinear(nn.Module):
     def keep_merged(self) -> None:
         """Builds ``W + delta`` if the layer is resident and has none. It is used until :meth:`drop_merged`."""
         if self.resident and self.merged_weight is None:
-            self.merged_weight = self.build_stored(self.weight)
+            self.merged_weight = self.build_stored(self.base_weight)
 
     def build_stored(self, weight: Tensor) -> Tensor:
         """``W + delta`` with the current values, stored as W is; ``weight`` is the stored W."""
@@ -194,7 +228,7 @@ class AdapterLinear(nn.Module):
     @property
     def built(self) -> Tensor | None:
         """W + delta, if it has been built already."""
-        return self.weight if self.in_place else self.merged_weight
+        return self.base_weight if self.in_place else self.merged_weight
 
     def uses_merged_form(self, tokens: int) -> bool:
         """``auto`` builds ``W + delta`` if it has few elements compared to the activations [tokens, in + out].
@@ -203,7 +237,7 @@ class AdapterLinear(nn.Module):
         takes longer than the decoupled form. Never in training with dropout, since the adapter and the weight then see
         different inputs.
         """
-        if self.drops:
+        if self.drops or torch.jit.is_tracing():  # a trace has no functions that only Python knows
             return False
         if self.form == "auto" and self.stored.multiplies:
             return self.resident
@@ -219,7 +253,8 @@ class AdapterLinear(nn.Module):
         """
         if self.stored is not PLAIN and not self.packed:
             change = self.stored.empty if empty else self.stored.encode
-            self.weight = nn.Parameter(change(self.weight.detach()), requires_grad=False)
+            packed = change(self.base_weight.detach())
+            self.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
             self.packed = True
 
     def extra_repr(self) -> str:
@@ -237,6 +272,14 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, AdapterLinear):
             yield name, module
+
+
+def all_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The names of each module: several, if a model uses one module in several places."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
 
 
 def adapter_parameters(model: nn.Module) -> KeysView[str]:

@@ -1,13 +1,14 @@
 """MoRA's adapter: ``delta = D M C`` (arXiv 2405.12130, eq. 6), a square M between parameter-free operators."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relora_mora.adapters.layers import HOST, AdapterLinear, Flops, Kept
+from relora_mora.adapters.scope import Scope
 from relora_mora.adapters.stored import EightBits, Stored, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw, GroupingOperator, Operator, make_operator, square_size, transposed_product
@@ -51,8 +52,7 @@ class MoRALinear(AdapterLinear):
         super().__init__(linear, form, dropout)
         self.square_size = size
         self.mora_M = nn.Parameter(torch.zeros(size, size, dtype=linear.weight.dtype))
-        self.shared_input = _SharedInput()
-        self.following: tuple[MoRALinear, ...] = ()  # layers with the same input that are called after this one
+        self.shared_input: SharedInput | None = None
         self.set_operator(mora_type, draw)
 
     operator: Operator
@@ -69,12 +69,17 @@ class MoRALinear(AdapterLinear):
         return layer_square_size(method, in_features, out_features) ** 2
 
     @classmethod
-    def share_input(cls, layers: Sequence[Self]) -> None:
-        """At most three layers. Those that are called must be in one backward and in one checkpointed region."""
-        shared = _SharedInput()
-        for index, layer in enumerate(layers):
+    def share_input(cls, parent: nn.Module, layers: Sequence[Self]) -> None:
+        shared = SharedInput(parent)
+        for layer in layers:
             layer.shared_input = shared
-            layer.following = tuple(layers[index + 1 :])
+
+    def get_extra_state(self) -> Tensor:
+        """The operator in use, so that whoever loads M also gets what M means."""
+        return torch.tensor(self.operator.mora_type, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.set_operator(int(state))
 
     def set_operator(self, mora_type: int, draw: Draw | None = None) -> None:
         self.operator = make_operator(mora_type, self.in_features, self.out_features, self.square_size, draw)
@@ -115,20 +120,19 @@ class MoRALinear(AdapterLinear):
         return [make_operator(kind, self.in_features, self.out_features, self.square_size).blocks for kind in cycle]
 
     def _merged(self, x: Tensor) -> Tensor:
-        handle = self.shared_input.handle(self, x) if torch.is_grad_enabled() and self.mora_M.requires_grad else None
-        return _MergedMoRA.apply(x, self.weight, self.mora_M, self.built, self.operator, handle, self.stored)
+        compressed = self._compressed(x) if torch.is_grad_enabled() and self.mora_M.requires_grad else None
+        return _MergedMoRA.apply(x, self.base_weight, self.mora_M, self.built, self.operator, compressed, self.stored)
 
-    def needs_handle(self, x: Tensor) -> bool:
-        """Whether this layer will need a handle when it is called with this x.
-
-        The first layer of a group calls this in its own forward. Under ZeRO-3 that must not touch M, or DeepSpeed would
-        treat M as a parameter of the first layer and gather it there. M always trains under ZeRO-3.
-        """
-        return self.multiplies_merged(x) and (self.gathered or self.mora_M.requires_grad)
+    @torch.no_grad()
+    def _compressed(self, x: Tensor) -> Tensor:
+        """C x as :meth:`Operator.square_gradient` takes it"""
+        if self.shared_input is None or torch.compiler.is_compiling():  # a compiler finds equal sums itself
+            return self.operator.compress_for_gradient(x)
+        return self.shared_input.compress(x, self.operator)
 
     def _decoupled(self, x: Tensor) -> Tensor:
         if isinstance(self.stored, EightBits) and isinstance(self.operator, GroupingOperator) and not self.drops:
-            return _DecoupledMoRA.apply(x, self.weight, self.mora_M, self.operator, self.stored)
+            return _DecoupledMoRA.apply(x, self.base_weight, self.mora_M, self.operator, self.stored)
         return super()._decoupled(x)
 
     def _delta(self, x: Tensor) -> Tensor:
@@ -152,81 +156,43 @@ def set_operators(layers: Iterable[AdapterLinear], mora_type: int | None, draw: 
             layer.set_operator(mora_type, draw)
 
 
-class _SharedInput:
-    """Computes C x once for MoRA layers with the same input x and operator, and all their dM in one autograd node.
+class SharedInput(Scope):
+    """C x for MoRA layers with the same input: computed once, and kept only while the module around them runs.
 
-    The first layer that is called opens a node for itself and the layers that follow. Each layer gets a handle from the
-    node when it is called. A handle has the shape of y but no memory of its own, and its gradient is dy. When the node
-    has every dy, it computes all dM. Under ZeRO-3 each layer has its own node, because autograd needs M when the node
-    is opened and when dM is stored; C x is still computed once.
+    The entry holds its input, so no other tensor can be taken for it.
     """
 
-    def __init__(self) -> None:
-        self.pending: _PendingInput | None = None  # while not all layers have been called
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.last: tuple[Tensor, int, Operator, Tensor] | None = None
 
-    def handle(self, layer: MoRALinear, x: Tensor) -> Tensor:
-        """x [..., in] -> a handle [..., out] for this layer"""
-        pending = self.pending
-        if pending is None or not pending.is_for(layer, x):
-            operator = layer.operator
-            with torch.no_grad():
-                compressed = operator.compress_for_gradient(x)
-            following = [other for other in layer.following if other.operator is operator and other.needs_handle(x)]
-            pending = _PendingInput(x, x._version, operator, compressed, [layer, *following], [])
-        while pending.layers[0] is not layer:  # skip layers that were not called
-            del pending.layers[:1], pending.handles[:1]
-        if not pending.handles:
-            members = [layer] if layer.gathered else pending.layers
-            squares = [member.mora_M for member in members]
-            pending.handles.extend(_SquareGradients.apply(pending.compressed, x.shape[:-1], pending.operator, *squares))
-        del pending.layers[0]
-        self.pending = pending if pending.layers else None
-        return pending.handles.pop(0)
+    def compress(self, x: Tensor, operator: Operator) -> Tensor:
+        """x [..., in] -> C x [..., R]"""
+        if self.last is not None:
+            of, version, used, compressed = self.last
+            if used is operator and x._version == version and _is_alias(x, of):
+                return compressed
+        compressed = operator.compress_for_gradient(x)
+        if self.depth:
+            self.last = x, x._version, operator, compressed
+        return compressed
+
+    def close(self) -> None:
+        self.last = None
 
 
-class _PendingInput(NamedTuple):
-    """An input x with its version, its C x, the layers that have not been called yet, and their handles, if any."""
-
-    x: Tensor
-    version: int
-    operator: Operator
-    compressed: Tensor
-    layers: list[MoRALinear]
-    handles: list[Tensor]
-
-    def is_for(self, layer: MoRALinear, x: Tensor) -> bool:
-        """Whether the layer is still to be called and C x belongs to this x: the same tensor, or an alias (ZeRO-3)."""
-        if self.operator is not layer.operator or not any(other is layer for other in self.layers):
-            return False
-        if torch.compiler.is_compiling():
-            return x is self.x
-        same_memory = x.untyped_storage()._cdata == self.x.untyped_storage()._cdata
-        layout, own_layout = ((t.storage_offset(), t.shape, t.stride(), t.dtype) for t in (x, self.x))
-        return same_memory and x._version == self.version and layout == own_layout
-
-
-class _SquareGradients(torch.autograd.Function):
-    """Returns one handle [..., out] per M; computes all dM from the handles' gradients dy and C x [..., R]."""
-
-    @staticmethod
-    def forward(ctx: Any, compressed: Tensor, rows: Any, operator: Operator, *squares: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(compressed)
-        ctx.operator = operator
-        ctx.set_materialize_grads(False)
-        return tuple(compressed.new_empty(()).expand(*rows, operator.out_features) for _ in squares)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives()
-        (compressed,) = ctx.saved_tensors
-        squares = iter(ctx.operator.square_gradients(compressed, [dy for dy in grads if dy is not None]))
-        return None, None, None, *(None if dy is None else next(squares) for dy in grads)
+def _is_alias(x: Tensor, of: Tensor) -> bool:
+    """Whether both are one tensor, or ZeRO-3 has given each layer an alias of it."""
+    same_memory = x.untyped_storage()._cdata == of.untyped_storage()._cdata
+    layout, other = ((t.storage_offset(), t.shape, t.stride(), t.dtype) for t in (x, of))
+    return same_memory and layout == other
 
 
 class _MergedMoRA(torch.autograd.Function):
-    """``x (W + D M C)^T`` without saving x: W is frozen, and the handle passes dy to the node that computes dM.
+    """``x (W + D M C)^T`` without saving x: W is frozen, and dM = (D^T dy)^T (C x).
 
     ``merged`` is ``W + D M C`` if it is resident. Otherwise it is built in forward and again in backward.
+    ``compressed`` is C x, or None if M does not train.
     """
 
     @staticmethod
@@ -237,10 +203,10 @@ class _MergedMoRA(torch.autograd.Function):
         M: Tensor,
         merged: Tensor | None,
         operator: Operator,
-        handle: Tensor | None,
+        compressed: Tensor | None,
         stored: Stored,
     ) -> Tensor:
-        ctx.save_for_backward(weight, M, merged)
+        ctx.save_for_backward(weight, M, merged, compressed)
         ctx.operator = operator
         ctx.stored = stored
         if merged is not None:
@@ -249,9 +215,9 @@ class _MergedMoRA(torch.autograd.Function):
         return F.linear(x, operator.add_delta(dense, M.to(dense.dtype)).to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None, None]:
         refuse_second_derivatives()
-        weight, M, merged = ctx.saved_tensors
+        weight, M, merged, compressed = ctx.saved_tensors
         dy = grads[0]
         dx = None
         if ctx.needs_input_grad[0] and merged is not None:
@@ -259,7 +225,8 @@ class _MergedMoRA(torch.autograd.Function):
         elif ctx.needs_input_grad[0]:
             dense = ctx.stored.dense(weight, dy.dtype, after=dy)
             dx = dy @ ctx.operator.add_delta(dense, M.to(dense.dtype), after=dy).to(dy.dtype)
-        return dx, None, None, None, None, dy if ctx.needs_input_grad[5] else None, None
+        dM = ctx.operator.square_gradient(compressed, dy) if ctx.needs_input_grad[2] else None
+        return dx, None, dM, None, None, None, None
 
 
 class _DecoupledMoRA(torch.autograd.Function):

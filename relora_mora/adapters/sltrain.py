@@ -110,7 +110,7 @@ class SLTrainLinear(LoRALinear):
 
     def _merged(self, x: Tensor) -> Tensor:
         parameters = (self.lora_A, self.lora_B, self.sparse_values, self.support_seed)
-        return _MergedSLTrain.apply(x, self.weight, *parameters, self.built, self.scale, self.stored)
+        return _MergedSLTrain.apply(x, self.base_weight, *parameters, self.built, self.scale, self.stored)
 
     def _delta(self, x: Tensor) -> Tensor:
         S = self._add_values(x.new_zeros(self.out_features, self.in_features), self.sparse_values)

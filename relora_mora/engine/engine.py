@@ -83,8 +83,6 @@ class ZeroEngine(ZeroState):
         zero = self.deepspeed.optimizer
         super().__init__(lm, zero, shapes, moments, self.deepspeed.device, train.zero_stage)
         self.adapters = [layer for _, layer in adapter_layers(lm)]
-        for layer in self.adapters:
-            layer.gathered = train.zero_stage == 3
         resident = [layer for layer in self.adapters if layer.resident]
         self.slices = MergedSlices(resident, zero, self.rank)
         self.matrix_states: dict[str, MatrixState] = {}  # only for the matrices that this rank updates

@@ -94,21 +94,25 @@ OBJECTS: dict[type, Uses] = {
         "destroy": "removes the hooks that keep the model alive",
         "device": "the device of the parameters",
         "get_global_grad_norm": "the norm of the last step",
+        "was_step_applied": "whether a user's step was not skipped",
     },
     FP16_UnfusedOptimizer: {
         "optimizer": "our optimizer",
+        "overflow": "whether a user's step was skipped",
         "fp16_groups": "the parameters, by group",
         "fp32_groups": "their masters",
         "overflow_checker.check": "replaced during a step",
     },
     FP16_Optimizer: {
         "optimizer": "the user's optimizer",
+        "overflow": "whether a user's step was skipped",
         "fp16_groups": "the parameters, by group",
         "fp16_groups_flat": "their storage",
         "fp32_groups_flat": "their masters",
     },
     BF16_Optimizer: {
         "optimizer": "our optimizer",
+        "overflow": "whether a user's step was skipped",
         "bf16_groups": "the parameters, by group",
         "fp32_groups_flat_partition": "this rank's masters",
         "get_grads_for_norm": "the gradients to measure before a step",
@@ -116,6 +120,7 @@ OBJECTS: dict[type, Uses] = {
     },
     DeepSpeedZeroOptimizer: {
         "optimizer": "our optimizer",
+        "overflow": "whether a user's step was skipped",
         "round_robin_bit16_groups": "the parameters in the order of the flat masters",
         "round_robin_bit16_offsets": "where each begins",
         "single_partition_of_fp32_groups": "this rank's masters",
@@ -128,6 +133,7 @@ OBJECTS: dict[type, Uses] = {
     },
     DeepSpeedZeroOptimizer_Stage3: {
         "optimizer": "our optimizer",
+        "overflow": "whether a user's step was skipped",
         "fp16_groups": "the parameters of each subgroup",
         "fp32_partitioned_groups_flat": "this rank's masters",
         "fp16_partitioned_groups_flat": "this rank's slices of the parameters, set from the masters",

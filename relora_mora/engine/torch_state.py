@@ -67,8 +67,7 @@ class TorchState:
         """
         kind = type(self.optimizer).__name__
         groups = self.optimizer.param_groups
-        parameters = sum(len(group["params"]) for group in groups)
-        if kind == "ZeroRedundancyOptimizer" or len(self.optimizer.state) == 1 < parameters:
+        if kind == "ZeroRedundancyOptimizer" or _is_joint(self.optimizer):
             raise ValueError(
                 f"{kind} does not keep the state of each parameter on each rank, so a merge cannot reset it; use an "
                 "optimizer that does, such as AdamW"
@@ -156,17 +155,18 @@ def rank_and_size(group: Any) -> tuple[int, int]:
 
 def moments_in(state: Mapping[str, Any], shape: torch.Size) -> list[str]:
     """The names of the state of a parameter of this shape that has one value per element."""
-    return [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == shape]
+    return [key for key, value in state.items() if _is_plain(value) and value.shape == shape]
 
 
 def restart_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     """Makes the optimizer state of a parameter as it is before its first step.
 
     That is zeros for Adam and its like, where the entries stay, so that a checkpoint that is saved now has them. Any
-    other state is removed, and the optimizer makes it again at its next step.
+    other state is removed, such as moments in 8 bits, and the optimizer makes it again at its next step.
     """
     state: dict[str, Any] = optimizer.state.get(parameter, {})
-    if not state.keys() <= STARTS_AT_ZERO:
+    kept = state.keys() <= STARTS_AT_ZERO and all(_is_plain(v) or not isinstance(v, Tensor) for v in state.values())
+    if not kept:
         del optimizer.state[parameter]
         return
     for key, value in state.items():
@@ -178,6 +178,19 @@ def restart_counts(optimizer: torch.optim.Optimizer, parameters: Set[int]) -> No
     for group in optimizer.param_groups:
         if "step" in group and any(id(parameter) in parameters for parameter in group["params"]):
             group["step"] = 0
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor that can be read and written like any other, not one that packs its values itself."""
+    return type(value) in (Tensor, nn.Parameter, DTensor)
+
+
+def _is_joint(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer keeps one state for all parameters together, as L-BFGS does: vectors as long as all."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    total = sum(parameter.numel() for parameter in trained)
+    [state] = optimizer.state.values() if len(optimizer.state) == 1 < len(trained) else [{}]
+    return any(isinstance(value, Tensor) and value.numel() == total for value in state.values())
 
 
 def _local(value: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ The library shares torch's OpenMP threads (see kernels.c), so torch must be load
 import ctypes
 import functools
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,29 +120,27 @@ def _threads(elements: int) -> int:
     return max(1, min(torch.get_num_threads(), elements // _GRAIN))
 
 
-def group_sums(xs: Sequence[Tensor], grouping: Grouping) -> Tensor:
-    """n tensors [..., features] -> [..., n * slots]"""
+def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
+    """x [..., features] -> [..., slots]"""
     library = _loaded()
-    first = xs[0]
     pieces = _pieces(grouping)
-    y = torch.empty(first.numel() // grouping.features, len(xs), grouping.slots, dtype=first.dtype)
-    threads = _threads(first.numel())
+    rows = as_rows(x)
+    y = torch.empty(*x.shape[:-1], grouping.slots, dtype=x.dtype)
+    threads = _threads(x.numel())
     scratch = torch.empty(threads, grouping.slots + 16)
-    for index, x in enumerate(xs):
-        rows = as_rows(x)
-        job = _SumJob(
-            rows.data_ptr(),
-            y[:, index].data_ptr(),
-            rows.shape[0],
-            rows.shape[1],
-            grouping.slots,
-            rows.stride(0),
-            y.stride(0),
-            pieces,
-            len(pieces),
-        )
-        library.remora_sum(_TYPES[x.dtype], ctypes.byref(job), threads, scratch.data_ptr(), scratch.shape[1])
-    return y.view(*first.shape[:-1], len(xs) * grouping.slots)
+    job = _SumJob(
+        rows.data_ptr(),
+        y.data_ptr(),
+        rows.shape[0],
+        rows.shape[1],
+        grouping.slots,
+        rows.stride(0),
+        grouping.slots,
+        pieces,
+        len(pieces),
+    )
+    library.remora_sum(_TYPES[x.dtype], ctypes.byref(job), threads, scratch.data_ptr(), scratch.shape[1])
+    return y
 
 
 def expand_add(weight: Tensor, square: Tensor, inputs: Grouping, outputs: Grouping) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from relora_mora.kernels import cpu, cuda, reference
 from relora_mora.kernels.grouping import Grouping
@@ -22,7 +23,7 @@ from relora_mora.kernels.grouping import Grouping
 LIBRARY = torch.library.Library("relora_mora", "DEF")
 FEWEST_ROWS = 32  # that a GPU multiplies in 8 bits
 _ANY_LAYOUT = torch.Tag.flexible_layout  # tells the compiler not to copy inputs into another layout
-LIBRARY.define("group_sums(Tensor[] xs, int[] grouping) -> Tensor", tags=_ANY_LAYOUT)
+LIBRARY.define("group_sum(Tensor x, int[] grouping) -> Tensor", tags=_ANY_LAYOUT)
 LIBRARY.define(
     "expand_add(Tensor weight, Tensor square, int[] inputs, int[] outputs, Tensor? after=None) -> Tensor",
     tags=_ANY_LAYOUT,
@@ -59,8 +60,8 @@ _DEVICES = kernels_here()
 _enabled = True
 
 
-def _fake_group_sums(xs: Sequence[Tensor], grouping: Sequence[int]) -> Tensor:
-    return xs[0].new_empty(*xs[0].shape[:-1], len(xs) * Grouping.of_numbers(grouping).slots)
+def _fake_group_sum(x: Tensor, grouping: Sequence[int]) -> Tensor:
+    return x.new_empty(*x.shape[:-1], Grouping.of_numbers(grouping).slots)
 
 
 def _fake_add(weight: Tensor, *others: Any) -> Tensor:
@@ -103,11 +104,7 @@ def _scale_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _sum_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(xs: Sequence[Tensor], grouping: Sequence[int]) -> Tensor:
-        assert all(x.shape == xs[0].shape for x in xs)  # kernels read only the first shape
-        return function(xs, Grouping.of_numbers(grouping))
-
-    return call
+    return lambda x, grouping: function(x, Grouping.of_numbers(grouping))
 
 
 def _add_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -116,7 +113,7 @@ def _add_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     )
 
 
-_cuda_group_sums = cuda.kernel("relora_mora.kernels.triton_groups:group_sums")
+_cuda_group_sum = cuda.kernel("relora_mora.kernels.triton_groups:group_sum")
 _cuda_expand_add = cuda.kernel("relora_mora.kernels.triton_groups:expand_add")
 _cuda_quantize_rows = cuda.kernel("relora_mora.kernels.triton_eight:quantize_rows")
 _cuda_scale_rows = cuda.kernel("relora_mora.kernels.triton_eight:scale_rows")
@@ -124,7 +121,7 @@ _cuda_cross_entropy_ = cuda.kernel("relora_mora.kernels.triton_loss:cross_entrop
 
 # the implementations of each operator: fake, CPU, CUDA
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
-    "group_sums": (_fake_group_sums, _sum_by(cpu.group_sums), _sum_by(_cuda_group_sums)),
+    "group_sum": (_fake_group_sum, _sum_by(cpu.group_sum), _sum_by(_cuda_group_sum)),
     "expand_add": (_fake_add, _add_by(cpu.expand_add), _add_by(_cuda_expand_add)),
     "rotary_add": (_fake_add, reference.rotary_add, reference.rotary_add),
     "dense": (_fake_dense, reference.dense, reference.dense),
@@ -138,7 +135,7 @@ for _name, (_fake, _on_cpu, _on_cuda) in _KERNELS.items():
     LIBRARY.impl(_name, _on_cpu, "CPU")
     LIBRARY.impl(_name, _on_cuda, "CUDA")
 
-_group_sums = torch.ops.relora_mora.group_sums.default
+_group_sum = torch.ops.relora_mora.group_sum.default
 _expand_add = torch.ops.relora_mora.expand_add.default
 _rotary_add = torch.ops.relora_mora.rotary_add.default
 _dense = torch.ops.relora_mora.dense.default
@@ -160,9 +157,15 @@ def disabled() -> Iterator[None]:
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether kernels can compute with these tensors: device and dtype fit, and autograd does not record them."""
+    """Whether kernels can compute with these tensors: device and dtype fit, and autograd does not record them.
+
+    They have no derivatives of their own, so in forward mode (``torch.func.jvp``) and in a ``torch.jit.trace`` torch
+    operations compute everything.
+    """
     dtype = tensors[0].dtype
     if not _enabled or dtype not in _DEVICES.get(tensors[0].device.type, ()):
+        return False
+    if forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return False
     records = torch.is_grad_enabled()
     return all(t.dtype == dtype and not (records and t.requires_grad) for t in tensors)
@@ -170,12 +173,7 @@ def supports(*tensors: Tensor) -> bool:
 
 def group_sum(x: Tensor, grouping: Grouping) -> Tensor:
     """x [..., features] -> [..., slots], the sum of each slot's features; differentiable."""
-    return _group_sums([x], grouping.numbers) if supports(x) else grouping.sum(x)
-
-
-def group_sums(xs: Sequence[Tensor], grouping: Grouping) -> Tensor:
-    """n tensors [..., features] of one shape -> [..., n * slots], their sums next to each other; differentiable."""
-    return _group_sums(xs, grouping.numbers) if supports(*xs) else torch.cat([grouping.sum(x) for x in xs], -1)
+    return _group_sum(x, grouping.numbers) if supports(x) else grouping.sum(x)
 
 
 def expand_add(

@@ -6,7 +6,6 @@ shape is always computed in the same way.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,24 +58,16 @@ def _sum_piece(
 @triton.jit(do_not_specialize=["rows"])
 def _sum_kernel(
     x,
-    second,
-    third,
     y,
     rows,
     x_stride: tl.constexpr,
-    y_stride: tl.constexpr,
     slots: tl.constexpr,
     pieces: tl.constexpr,
     n_pieces: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The sums y [rows, slots] of x [rows, features], followed in each row by the sums of second and third."""
-    which = tl.program_id(2)
-    if which == 1:
-        x = second
-    elif which == 2:
-        x = third
+    """The sums y [rows, slots] of x [rows, features]"""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     first = tl.program_id(1) * BLOCK
     valid = row < rows
@@ -96,7 +87,7 @@ def _sum_kernel(
             BLOCK,
         )
     slot = (first + tl.arange(0, BLOCK))[None, :]
-    tl.store(y + row * y_stride + (which * slots + slot), total.to(y.dtype.element_ty), mask=valid & (slot < slots))
+    tl.store(y + row * slots + slot, total.to(y.dtype.element_ty), mask=valid & (slot < slots))
 
 
 @triton.jit
@@ -161,25 +152,16 @@ def _add_kernel(
     tl.store(result + output * inputs + feature, total.to(result.dtype.element_ty), mask=valid)
 
 
-def group_sums(xs: Sequence[torch.Tensor], grouping: Grouping) -> torch.Tensor:
-    """At most three tensors [..., features] -> [..., n * slots]"""
-    first = xs[0]
-    if not works_on(first.device) or len(grouping.pieces) > MOST_PIECES:
-        return torch.cat([grouping.sum(x) for x in xs], -1)
-    y = torch.empty(*first.shape[:-1], len(xs) * grouping.slots, dtype=first.dtype, device=first.device)
+def group_sum(x: torch.Tensor, grouping: Grouping) -> torch.Tensor:
+    """x [..., features] -> [..., slots]"""
+    if not works_on(x.device) or len(grouping.pieces) > MOST_PIECES:
+        return grouping.sum(x)
+    y = torch.empty(*x.shape[:-1], grouping.slots, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    stride = grouping.features
-    if not all(x.is_contiguous() for x in xs):
-        xs = [as_rows(x) for x in xs]
-        stride = xs[0].stride(0)
-        if any(x.stride(0) != stride for x in xs):
-            xs = [x.contiguous() for x in xs]
-            stride = grouping.features
-    rows = first.numel() // grouping.features
-    constants, n_rows, blocks = _sum_constants(grouping, stride, y.shape[-1])
-    three = [*xs, *[xs[0]] * (3 - len(xs))]
-    launch(_sum_kernel, (-(-rows // n_rows), blocks, len(xs)), (*three, y), (rows,), constants)
+    x = as_rows(x)
+    constants, n_rows, blocks = _sum_constants(grouping, x.stride(0))
+    launch(_sum_kernel, (-(-len(x) // n_rows), blocks, 1), (x, y), (len(x),), constants)
     return y
 
 
@@ -197,13 +179,12 @@ def expand_add(weight: torch.Tensor, square: torch.Tensor, inputs: Grouping, out
 
 
 @functools.lru_cache(maxsize=4096)
-def _sum_constants(grouping: Grouping, x_stride: int, y_stride: int) -> tuple[dict[str, Any], int, int]:
+def _sum_constants(grouping: Grouping, x_stride: int) -> tuple[dict[str, Any], int, int]:
     """The kernel's constants, the rows per program, and the programs per row."""
     block = min(_BLOCK, power_of_two(grouping.slots))
     n_rows = max(_MIN_ROWS, _ELEMENTS // (block * max(map(_together, grouping.pieces))))
     constants = {
         "x_stride": x_stride,
-        "y_stride": y_stride,
         "slots": grouping.slots,
         "pieces": _flat(grouping),
         "n_pieces": len(grouping.pieces),

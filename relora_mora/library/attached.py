@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +12,14 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from relora_mora.adapters.inject import replace_linears
+from relora_mora.adapters.inject import replace_linears, watch_callers
 from relora_mora.adapters.layers import ADAPTERS, AdapterLinear, adapter_layers, adapter_parameters, layer_generator
 from relora_mora.adapters.mora import layer_square_size, operator_in_use, set_operators
 from relora_mora.config.registry import ScheduleKind
 from relora_mora.config.schema import MethodConfig
-from relora_mora.engine.merging import Merger, MergeRecord
+from relora_mora.engine.merging import MergeError, Merger, MergeRecord
 from relora_mora.engine.torch_state import TorchState
 from relora_mora.library.masters import LoopEngine, LoopMasters
 from relora_mora.library.merged import is_sharded, merged_values, plain_copy
@@ -66,19 +67,23 @@ def attach(
         for mora_type in method.cycle:
             make_operator(mora_type, linear.in_features, linear.out_features, size)
     for name, layer in replace_linears(model, names, method, seed=seed).items():
-        layer.gathered = True  # each layer only uses its own parameters, so any sharding works
         generator = layer_generator(seed, name, 0)
         for key in layer.adapter_names:
             value = layer.fresh(key, generator).to(layer.weight.device)
             setattr(layer, key, nn.Parameter(value))
         layer.train(model.training)
-    return AttachedAdapters(model, method, seed, process_group)
+    watch_callers(model)
+    remora = AttachedAdapters(model, method, seed, process_group)
+    if hasattr(model, "save_pretrained"):
+        vars(model)["save_pretrained"] = remora.save_pretrained
+    return remora
 
 
 class AttachedAdapters:
     """The adapters of a model: their parameter groups, rates, merges and state. Made by :func:`attach`.
 
-    ``step`` is the number of optimizer steps done.
+    ``step`` is the number of optimizer steps done. ``skipped`` counts those that accelerate or DeepSpeed left out
+    because a gradient in float16 had overflowed.
     """
 
     def __init__(self, model: nn.Module, method: MethodConfig, seed: int, process_group: Any) -> None:
@@ -86,6 +91,7 @@ class AttachedAdapters:
         self.method = method
         self.seed = seed
         self.step = 0
+        self.skipped = 0
         self.process_group = process_group
         self.draw = Draw(seed)
         self.clock = Schedule(
@@ -97,6 +103,7 @@ class AttachedAdapters:
             merge_until_step=method.merge_until_step,
             operators=method.cycle,
         )
+        self.trained_in: Any = None  # the state of the Trainer whose callback makes the merges
         self._checked = False
         self._owes_merge = False
 
@@ -236,7 +243,8 @@ class AttachedAdapters:
         """Call it after every step of ``optimizer``: merges, switches the operator and resets the state when it is due.
 
         ``optimizer`` is the one that trains the model; with DeepSpeed, its engine or the engine's optimizer. Returns
-        what a merge did. With several ranks, all of them call it.
+        what a merge did. With several ranks, all of them call it. A step that was skipped because a gradient in
+        float16 had overflowed does not count: accelerate and DeepSpeed leave it out of their schedules, too.
 
         Raises ValueError at the first step if the optimizer cannot be reset, and :class:`MergeError` if a merge cannot
         be made.
@@ -245,20 +253,26 @@ class AttachedAdapters:
             raise ValueError("after_step() needs the optimizer that trains the model, got None")
         if self._owes_merge:
             raise ValueError("the run that is continued left out the merge after its last step; call catch_up() first")
+        if _was_skipped(optimizer):
+            self.skipped += 1
+            return None
         self.step += 1
         if not self._checked:
             self._engine(optimizer)
             self._checked = True
         return self._merge(optimizer) if self.clock.merge_after(self.step) else None
 
-    def catch_up(self, optimizer: Any, schedule: LambdaLR) -> MergeRecord | None:
+    def catch_up(self, optimizer: Any, schedule: LRScheduler) -> MergeRecord | None:
         """Call it after :meth:`load` to continue a finished run for more steps than it had.
 
         Makes the merge that the run left out because it came after its last step, and returns what it did; None if
-        there is none. Sets the rates of the next step, which the run computed from its own length.
+        there is none. Sets the rates of the next step, which the run computed from its own length, if ``schedule`` is a
+        ``LambdaLR``: the others compute a rate from the one before.
         """
         owes, self._owes_merge = self._owes_merge, False
         record = self._merge(optimizer) if owes else None
+        if not isinstance(schedule, LambdaLR):
+            return record
         rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
         for group, peak, multiplier in rates:
             group["lr"] = peak * multiplier(schedule.last_epoch)
@@ -270,7 +284,15 @@ class AttachedAdapters:
         self._masters.prepare(engine)
         merger = Merger(engine, self._masters, self.method, seed=self.seed)
         done = self.clock.merges_done(self.step)
-        record = merger.merge(self.step, done, self.clock.operator(self.step))
+        try:
+            record = merger.merge(self.step, done, self.clock.operator(self.step))
+        except MergeError:
+            raise
+        except Exception as error:
+            raise MergeError(
+                f"step {self.step}: the merge stopped halfway, so base and adapters no longer fit together, and the "
+                f"model is unusable; go back to an earlier checkpoint ({type(error).__name__}: {error})"
+            ) from error
         self.draw = merger.draw
         return record
 
@@ -311,6 +333,26 @@ class AttachedAdapters:
             raise ValueError("the model is sharded: load merged_state_dict() into a new model on the first rank")
         return plain_copy(self.model, merged_values(held, engine, self._masters))
 
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """In place of the method of a transformers model, which would leave out the delta since the last merge.
+
+        Writes the merged model. A folder ``checkpoint-<step>``, as the Trainer calls them, gets weights and adapters as
+        they are, because a resume continues from it. Raises ValueError if the ranks have to merge together.
+        """
+        if re.fullmatch(r"checkpoint-\d+", Path(folder).name):
+            as_it_is: Any = type(self.model)
+            as_it_is.save_pretrained(self.model, folder, **options)
+            return
+        engine = self._engine(None)
+        if engine.world_size > 1 and (is_sharded(engine) or self._masters.kept):
+            raise ValueError(
+                f"{folder}: save_pretrained() is called on one rank, and the adapters of this model can only be merged "
+                "on all ranks together; call merged() or merged_state_dict() on all of them, and save its result"
+            )
+        options.pop("state_dict", None)
+        merged: Any = self.merged()
+        merged.save_pretrained(folder, **options)
+
     # ---- state ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -328,30 +370,57 @@ class AttachedAdapters:
                 base[name] = value.cpu()
             del value  # only one weight at a time is whole on a device
         return {
-            "method": self.method.name,
-            "seed": self.seed,
+            **self._identity(),
             "step": self.step,
+            "skipped": self.skipped,
             "total_steps": self.clock.total_steps,
             "merges_done": self.draw.merges_done,
             "operator": self.operator,
             "base": base,
         }
 
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same when a run continues."""
+        method = self.method
+        return {
+            "method": method.name,
+            "seed": self.seed,
+            "rank": method.rank,
+            "rank_pattern": dict(method.rank_pattern),
+            "alpha": method.lora_alpha,
+            "square_size": method.square_size,
+            "square_multiple": method.square_multiple,
+            "operators": list(method.cycle),
+            "merge_every": method.merge_every if method.merges else None,
+            "targets": list(self.layers),
+            "dtypes": sorted({str(layer.weight.dtype) for layer in self.layers.values()}),
+        }
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from the state that was saved together with the model's and the optimizer's.
 
         Call it after these are loaded, and after :meth:`schedule` if there is one. Raises ValueError if the state
-        belongs to another method, seed, or course of merges; nothing changes then.
+        belongs to other adapters (method, seed, rank, alpha, operators, targets, dtype of the weights, ...) or to
+        another course of merges; nothing changes then.
         """
-        missing = {"method", "seed", "step", "merges_done", "operator", "base"} - set(state)
+        identity = self._identity()
+        missing = {*identity, "step", "skipped", "merges_done", "operator", "base"} - set(state)
         if missing:
-            raise ValueError(f"this is not a state of adapters: it has no {', '.join(sorted(missing))}")
+            raise ValueError(f"this is not a state of adapters of this release: it has no {', '.join(sorted(missing))}")
+        different = [
+            f"{key} is {_short(state[key], value)}, expected {_short(value, state[key])}"
+            for key, value in identity.items()
+            if state[key] != value
+        ]
+        if different:
+            raise ValueError(
+                f"the state belongs to other adapters: {'; '.join(different)}; call attach() with the values that the "
+                "state was made with"
+            )
         step = int(state["step"])
         owes_merge = state.get("total_steps") == step and self.clock.merge_after(step)
         before = step - 1 if owes_merge else step
         expected = {
-            "method": self.method.name,
-            "seed": self.seed,
             "merges_done": self.clock.merges_done(before),
             "operator": self.clock.operator(before),
         }
@@ -371,6 +440,7 @@ class AttachedAdapters:
                 f"{len(unexact)}; load the file that the first rank saved, into a model of the same dtype"
             )
         self.step = step
+        self.skipped = int(state["skipped"])
         self._owes_merge = owes_merge
         self.draw = Draw(self.seed, state["merges_done"])
         set_operators(self.layers.values(), state["operator"], self.draw)
@@ -381,6 +451,7 @@ class AttachedAdapters:
         state = self.state_dict()
         if self._masters.rank == 0:
             path = Path(folder) / FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
             base = state.pop("base")
             safetensors.torch.save_file(base, temporary, metadata={"state": json.dumps(state)})
@@ -394,3 +465,18 @@ class AttachedAdapters:
         with safetensors.safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["state"])
         self.load_state_dict(state | {"base": safetensors.torch.load_file(path)})
+
+
+def _was_skipped(optimizer: Any) -> bool:
+    """Whether accelerate's wrapper, or DeepSpeed's engine or optimizer, has just left out a step."""
+    if type(optimizer).__name__ == "DeepSpeedEngine":
+        return not optimizer.was_step_applied()
+    return bool(getattr(optimizer, "step_was_skipped", False) or getattr(optimizer, "overflow", False))
+
+
+def _short(value: Any, other: Any) -> str:
+    """For messages; of a list, only what the other one lacks."""
+    if not isinstance(value, list) or not isinstance(other, list):
+        return repr(value)
+    rest = [each for each in value if each not in other]
+    return f"[..., {', '.join(map(repr, rest[:3]))}, ...]" if rest and len(value) > 3 else repr(value[:3])

@@ -1,7 +1,7 @@
 """ReMoRA in the Trainer of Hugging Face's transformers."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -12,8 +12,10 @@ from relora_mora.system.logs import log
 class ReMoRACallback(TrainerCallback):
     """Makes the merges of ``remora``, the result of :func:`relora_mora.attach`, while a Trainer trains its model.
 
-    The learning rate warms up over ``restart_warmup_steps`` after each merge, on top of the Trainer's own schedule. A
-    checkpoint of the Trainer also gets ``remora.safetensors``, and a resume reads it from ``checkpoint``: by default
+    The learning rate warms up over ``restart_warmup_steps`` after each merge, on top of the Trainer's own schedule: by
+    default over 50 steps, or half of ``merge_every`` if that is less.
+
+    A checkpoint of the Trainer also gets ``remora.safetensors``, and a resume reads it from ``checkpoint``: by default
     ``args.resume_from_checkpoint``, or the folder of that step in ``args.output_dir``.
 
     With DeepSpeed, give the Trainer ``optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params":
@@ -21,9 +23,11 @@ class ReMoRACallback(TrainerCallback):
     """
 
     def __init__(
-        self, remora: AttachedAdapters, *, restart_warmup_steps: int = 50, checkpoint: str | Path | None = None
+        self, remora: AttachedAdapters, *, restart_warmup_steps: int | None = None, checkpoint: str | Path | None = None
     ) -> None:
         self.remora = remora
+        if restart_warmup_steps is None:
+            restart_warmup_steps = min(50, cast(int, remora.method.merge_every) // 2)
         self.restart_warmup_steps = restart_warmup_steps
         self.checkpoint = checkpoint
 
@@ -34,6 +38,9 @@ class ReMoRACallback(TrainerCallback):
         remora = self.remora
         if remora.step and not state.global_step:
             raise ValueError(f"the adapters have made {remora.step} steps already; attach() to a new model")
+        if remora.trained_in is state:
+            raise ValueError("the Trainer has two ReMoRACallbacks for one model; remove one, or merges come too often")
+        remora.trained_in = state
         scheduler = getattr(parts["lr_scheduler"], "scheduler", parts["lr_scheduler"])
         remora.rewarm(
             scheduler,
@@ -42,9 +49,9 @@ class ReMoRACallback(TrainerCallback):
         )
         if state.global_step:
             remora.load(self.checkpoint or args.resume_from_checkpoint or _folder(args, state.global_step))
-            if remora.step != state.global_step:
+            if remora.step + remora.skipped != state.global_step:  # the Trainer counts skipped steps
                 raise ValueError(
-                    f"the state of the adapters is of step {remora.step}, the Trainer's is of step "
+                    f"the state of the adapters is of step {remora.step + remora.skipped}, the Trainer's is of step "
                     f"{state.global_step}; give the folder of both: ReMoRACallback(remora, checkpoint=...)"
                 )
             remora.catch_up(parts["optimizer"], scheduler)

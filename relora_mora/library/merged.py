@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from relora_mora.adapters.layers import adapter_layers, adapter_parameters
-from relora_mora.adapters.mora import MoRALinear
+from relora_mora.adapters.layers import adapter_layers, adapter_parameters, all_names
+from relora_mora.adapters.scope import without_scopes
 from relora_mora.library.masters import LoopEngine, LoopMasters
 
 
@@ -16,7 +16,7 @@ def is_sharded(engine: LoopEngine) -> bool:
     return not all(engine.is_whole(name) for name, _ in engine.lm.named_parameters())
 
 
-def merged_values(held: Mapping[str, Tensor], engine: LoopEngine, masters: LoopMasters) -> dict[str, Tensor]:
+def merged_values(held: Mapping[str, Tensor], engine: LoopEngine, masters: LoopMasters) -> dict[str, Any]:
     """The state of the engine's model with ``W + delta`` as its weights, rounded once; a collective.
 
     ``held`` is the ``state_dict(keep_vars=True)`` of the model, taken before ``engine`` was made: it makes FSDP2 shard
@@ -28,39 +28,46 @@ def merged_values(held: Mapping[str, Tensor], engine: LoopEngine, masters: LoopM
     layers = {f"{name}.weight": (name, layer) for name, layer in adapter_layers(lm)}
     adapters = adapter_parameters(lm)
     sharded = is_sharded(engine)
-    result: dict[str, Tensor] = {}
+    gone = {key for key, value in held.items() if names.get(id(value), key) in adapters}
+    gone |= {f"{key.rpartition('.')[0]}._extra_state" for key in gone}  # the operator in use
+    missing = dict.fromkeys(layers)
+    result: dict[str, Any] = {}
     for key, value in held.items():
-        weight = names.get(id(value), key)
-        if weight in adapters:
+        if key in gone:
             continue
+        weight = names.get(id(value), key)
         value = engine.read_weight(weight) if weight in engine.shapes else value
         if weight in layers:
-            name, layer = layers.pop(weight)
+            name, layer = layers[weight]
+            missing.pop(weight, None)
             values = [engine.gather(f"{name}.{parameter}") for parameter in layer.adapter_names]
             value = (masters.exact(weight, engine) + layer.delta_of(*values)).to(value.dtype)
-        if not sharded:
+        if not isinstance(value, Tensor):  # the extra state of a module
+            result[key] = copy.deepcopy(value)
+        elif not sharded:
             result[key] = value.detach().clone()
         elif engine.rank == 0:
             result[key] = value.detach().cpu()
-    if layers:
-        raise ValueError(f"the model's state_dict() lacks {len(layers)} weights with adapters ({next(iter(layers))})")
+    if missing:
+        raise ValueError(f"the model's state_dict() lacks {len(missing)} weights with adapters ({next(iter(missing))})")
     return result
 
 
 def plain_copy(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a whole model with plain linears and with the values of :func:`merged_values`."""
-    for _, layer in adapter_layers(model):
-        if isinstance(layer, MoRALinear):
-            layer.shared_input.pending = None  # tensors of the last forward cannot be copied
     plain = copy.deepcopy(model)
+    without_scopes(plain)
+    vars(plain).pop("save_pretrained", None)  # that of attach()
     if "_original_forward" in vars(plain):
         del plain.forward  # accelerate's, which calls the model that was copied
-    for name, layer in list(adapter_layers(plain)):
+    places = all_names(plain)
+    for _, layer in list(adapter_layers(plain)):
         like: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         sizes = (layer.in_features, layer.out_features, layer.bias is not None)
         linear = nn.utils.skip_init(nn.Linear, *sizes, **like).train(layer.training)
         if layer.bias is not None:
             linear.bias.requires_grad_(layer.bias.requires_grad)
-        plain.set_submodule(name, linear)
+        for place in places[layer]:
+            plain.set_submodule(place, linear)
     plain.load_state_dict(state)
     return plain

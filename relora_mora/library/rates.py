@@ -6,6 +6,7 @@ from typing import get_args
 
 from relora_mora.config.registry import ScheduleKind
 from relora_mora.schedule import Schedule
+from relora_mora.system.logs import log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +38,10 @@ def check_rates(clock: Schedule) -> None:
     if clock.kind == "wsd" and not 0 < clock.decay_steps <= total - warmup:
         raise ValueError(f"decay_steps: wsd needs 1 to {total - warmup} steps, got {clock.decay_steps}")
     if every >= total:
-        raise ValueError(f"merge_every: {every} means no merge in {total} steps; lower it, or use MoRA or LoRA")
+        log.warning("merge_every: %d means no merge in %d steps", every, total)
     if every and not 0 <= clock.restart_warmup_steps <= every:
         raise ValueError(f"restart_warmup_steps: expected 0 to merge_every = {every}, got {clock.restart_warmup_steps}")
-    if clock.restart_warmup_steps and every < warmup:
+    if clock.restart_warmup_steps and every < min(warmup, total):
         raise ValueError(
             f"merge_every: the first merge (step {every}) comes before the warmup ends (step {warmup}); raise it, or "
             "use restart_warmup_steps=0"

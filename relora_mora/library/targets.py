@@ -1,14 +1,14 @@
 """Which linears of a model get an adapter, and why some cannot."""
 
+import copy
 import re
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-# modules that multiply with the weights of their linears themselves: an adapter there would be ignored
-READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -19,14 +19,10 @@ def target_linears(model: nn.Module, targets: str | Sequence[str] | None) -> lis
     ``q_proj``). None means every ``nn.Linear`` but the output head of a transformers model. Raises ValueError if a
     target matches nothing, or matches something that cannot have an adapter.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     if targets is None:
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        chosen = [
-            name
-            for name, module in modules.items()
-            if isinstance(module, nn.Linear) and module is not head and not _is_read_directly(modules, name)
-        ]
+        chosen = [name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head]
         unmatched = [] if chosen else ["any nn.Linear"]
     elif isinstance(targets, str):
         chosen = [name for name in modules if re.fullmatch(targets, name)]
@@ -41,33 +37,34 @@ def target_linears(model: nn.Module, targets: str | Sequence[str] | None) -> lis
             f"targets: the model has no module that matches {', '.join(unmatched) or targets}; it has linears named "
             f"{', '.join(linears) or '(none)'}"
         )
+    first_names = {module: name for name, module in model.named_modules()}
+    chosen = list(dict.fromkeys(first_names[modules[name]] for name in chosen))
     shared = _shared_weights(model)
     for name in chosen:
-        fault = _fault(modules, name, shared)
+        fault = _fault(modules[name], shared) if name else "it is the whole model; put it into an nn.Sequential"
         if fault:
-            raise ValueError(f"targets: {name} ({type(modules[name]).__name__}) cannot have an adapter: {fault}")
+            raise ValueError(
+                f"targets: {name or 'model'} ({type(modules[name]).__name__}) cannot have an adapter: {fault}"
+            )
     return chosen
 
 
-def _fault(modules: dict[str, nn.Module], name: str, shared: set[int]) -> str | None:
-    module = modules[name]
+def _fault(module: nn.Module, shared: set[int]) -> str | None:
     if not isinstance(module, nn.Linear):
         return "it is not an nn.Linear"
-    if not name:
-        return "it is the whole model; put it into a module, such as nn.Sequential"
-    if _is_read_directly(modules, name):
-        return "the module around it reads its weight without calling it"
-    weight = module.weight
+    weight = module._parameters.get("weight")
     if isinstance(weight, DTensor):
         return "its weight is a DTensor; call attach() before fully_shard(); tensor parallelism is not supported"
-    if type(module) is not nn.Linear:
-        return (
-            "only a plain nn.Linear is supported, not a quantized, parametrized or parallel one; load the model without"
-        )
     if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
         return "its hooks, or a forward of its own, would be lost; remove them first"
-    if weight.is_meta:
+    if weight is not None and weight.is_meta:
         return "its weight is on the meta device; load the weights first"
+    if type(module) is not nn.Linear and not (weight is not None and _only_multiplies(module)):
+        return (
+            "it does not compute as a plain nn.Linear does, as if it were quantized, parametrized or parallel; load "
+            "the model without"
+        )
+    assert weight is not None
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weight is {weight.dtype}; float32, bfloat16 and float16 are supported"
     if id(weight) in shared:
@@ -75,13 +72,28 @@ def _fault(modules: dict[str, nn.Module], name: str, shared: set[int]) -> str | 
     return None
 
 
-def _is_read_directly(modules: dict[str, nn.Module], name: str) -> bool:
-    return isinstance(modules[name.rpartition(".")[0]], READ_WEIGHTS) if name else False
+@torch.no_grad()
+def _only_multiplies(module: nn.Linear) -> bool:
+    """Whether an instance of a subclass computes ``x W^T + b`` and has nothing else, tried with random numbers."""
+    if module._parameters.keys() != {"weight", "bias"} or module._buffers or module._modules:
+        return False
+    if not module.weight.is_floating_point() or module.weight.shape != (module.out_features, module.in_features):
+        return False
+    try:
+        same = copy.deepcopy(module).float()  # in lower precisions, rounding would hide a difference
+        x = torch.randn(2, 3, module.in_features, generator=torch.Generator().manual_seed(0)).to(same.weight.device)
+        y = same(x)
+    except Exception:  # whatever its own code raises
+        return False
+    expected = F.linear(x, same.weight, same.bias)
+    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
+    """The ids of parameters that several modules have; one module may have several names."""
     seen: set[int] = set()
     shared: set[int] = set()
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        (shared if id(parameter) in seen else seen).add(id(parameter))
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            (shared if id(parameter) in seen else seen).add(id(parameter))
     return shared

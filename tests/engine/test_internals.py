@@ -35,7 +35,9 @@ def _used() -> set[str]:
             if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
                 used.add(node.attr)
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in BY_NAME:
-                used |= {each.value for each in node.args if isinstance(each, ast.Constant)}
+                used |= {
+                    each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)
+                }
     return used
 
 

@@ -53,7 +53,7 @@ def test_sums_agree_with_float64(
 ) -> None:
     for grouping in (make(features, slots), make(features, slots).padded(16)):
         x = integers(3, 3, features, dtype=dtype)
-        y = triton_groups.group_sums([x], grouping)
+        y = triton_groups.group_sum(x, grouping)
         exact = grouping.sum(x.double())
         assert y.shape == (3, 3, grouping.slots)
         assert y.dtype == dtype
@@ -66,7 +66,7 @@ def test_sums_agree_with_float64(
 def test_any_number_of_rows(rows: int) -> None:
     for grouping in (contiguous(50, 12), interleaved(50, 12), contiguous(50, 50)):
         x = integers(rows, 50)
-        assert torch.equal(triton_groups.group_sums([x], grouping), grouping.sum(x))
+        assert torch.equal(triton_groups.group_sum(x, grouping), grouping.sum(x))
 
 
 def test_any_layout_is_read_as_it_is() -> None:
@@ -81,24 +81,11 @@ def test_any_layout_is_read_as_it_is() -> None:
         base[:, None, :40].as_strided((6, 1, 40), (90, 7, 1)),
         base[0, :40],
     ):
-        assert torch.equal(triton_groups.group_sums([x], grouping), grouping.sum(x))
+        assert torch.equal(triton_groups.group_sum(x, grouping), grouping.sum(x))
     weight = integers(40, 40).T
     square = integers(12, 12).T
     expected = reference.expand_add(weight, square, grouping, grouping)
     assert torch.equal(triton_groups.expand_add(weight, square, grouping, grouping), expected)
-
-
-def test_sums_of_several_tensors_are_concatenated() -> None:
-    base = integers(5, 3, 61)
-    for grouping in (contiguous(61, 16), interleaved(61, 19).padded(16)):
-        for xs in (
-            [base, -base],
-            [base, 2 * base, 3 * base],
-            [base[:, 0], base[:, 1], base[:, 2]],
-            [base, base.mT.contiguous().mT],
-        ):
-            y = triton_groups.group_sums(xs, grouping)
-            assert torch.equal(y, torch.cat([grouping.sum(x) for x in xs], -1))
 
 
 def test_rows_may_have_any_stride() -> None:
@@ -106,12 +93,12 @@ def test_rows_may_have_any_stride() -> None:
     memory = torch.empty(far + 64, dtype=torch.bfloat16)  # most of it is never touched
     x = memory.as_strided((2, 64), (far, 1))
     x.copy_(integers(2, 64))
-    assert torch.equal(triton_groups.group_sums([x], interleaved(64, 32)), interleaved(64, 32).sum(x))
+    assert torch.equal(triton_groups.group_sum(x, interleaved(64, 32)), interleaved(64, 32).sum(x))
 
 
 def test_nonfinite_values_stay_nonfinite() -> None:
     x = torch.tensor([[float("inf"), 1.0, float("nan"), 2.0, float("inf"), float("-inf"), 3e38, 3e38]])
-    y = triton_groups.group_sums([x], contiguous(8, 4))
+    y = triton_groups.group_sum(x, contiguous(8, 4))
     assert y.nan_to_num(7, 8, 9).tolist() == [[8, 7, 7, 8]]
 
 
@@ -141,14 +128,14 @@ def test_a_weight_and_its_delta_are_added_as_in_float64(
 
 @pytest.fixture
 def kernels_of_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def group_sums(xs: list[Tensor], numbers: list[int]) -> Tensor:
-        return triton_groups.group_sums(xs, Grouping.of_numbers(numbers))
+    def group_sum(x: Tensor, numbers: list[int]) -> Tensor:
+        return triton_groups.group_sum(x, Grouping.of_numbers(numbers))
 
     def expand_add(weight: Tensor, square: Tensor, inputs: list[int], outputs: list[int], after: Tensor) -> Tensor:
         return triton_groups.expand_add(weight, square, Grouping.of_numbers(inputs), Grouping.of_numbers(outputs))
 
     monkeypatch.setattr(ops, "_DEVICES", {"cpu": (torch.float32,)})
-    monkeypatch.setattr(ops, "_group_sums", group_sums)
+    monkeypatch.setattr(ops, "_group_sum", group_sum)
     monkeypatch.setattr(ops, "_expand_add", expand_add)
     yield
 

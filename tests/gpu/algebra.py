@@ -15,7 +15,7 @@ from tests.gpu.conftest import gpu_only
 from tests.kernels.test_kernels import (
     test_compiled_sum_rounds_once,
     test_expand_add_rounds_once,
-    test_sums_of_several_tensors_are_concatenated,
+    test_sums_of_any_number_and_layout_of_rows,
 )
 from tests.model.test_attention import DOCUMENTS, loss_and_gradients
 from tests.model.test_llama import (

@@ -17,8 +17,9 @@ def mlp() -> nn.Sequential:
 
 
 def steps(remora: rm.AttachedAdapters, optimizer: torch.optim.Optimizer, count: int, schedule: Any = None) -> None:
+    dtype = next(remora.model.parameters()).dtype
     for _ in range(count):
-        remora.model(torch.ones(3, 16)).square().mean().backward()
+        remora.model(torch.ones(3, 16, dtype=dtype)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         if schedule is not None:
@@ -98,7 +99,7 @@ def hooked() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (lambda: nn.Linear(16, 16), {}, "it is the whole model; put it into a module"),
+        (lambda: nn.Linear(16, 16), {}, "it is the whole model; put it into"),
         (mlp, {"targets": []}, r"no module that matches \[\]; it has linears named 0, 2"),
         (hooked, {}, "its hooks, or a forward of its own, would be lost"),
         (mlp, {"method": rm.ReMoRA}, "method: expected what ReMoRA"),
@@ -126,7 +127,6 @@ SCHEDULE = {"total_steps": 40, "warmup_steps": 4, "restart_warmup_steps": 2}
         ({"kind": "wsd"}, "decay_steps: wsd needs 1 to 36 steps, got 0"),
         ({"rewarm": "adapter"}, "rewarm: expected all or adapters, got 'adapter'"),
         ({"restart_warmup_steps": 11}, "restart_warmup_steps: expected 0 to merge_every = 10, got 11"),
-        ({"total_steps": 10}, "merge_every: 10 means no merge in 10 steps"),
         ({"warmup_steps": 12}, r"the first merge \(step 10\) comes before the warmup ends \(step 12\)"),
     ],
 )
@@ -136,6 +136,15 @@ def test_schedules_that_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         remora.schedule(optimizer, **{**SCHEDULE, **changes})
     remora.schedule(optimizer, **SCHEDULE)
+
+
+def test_a_run_that_is_too_short_for_a_merge_is_allowed(caplog):
+    remora = rm.attach(mlp(), rm.ReMoRA(2))
+    optimizer = torch.optim.AdamW(remora.parameter_groups(lr=0.01))
+    schedule = remora.schedule(optimizer, **{**SCHEDULE, "total_steps": 6})
+    assert "2000 means no merge in 6 steps" in caplog.text
+    steps(remora, optimizer, 6, schedule)
+    assert (remora.step, remora.operator) == (6, 1)
 
 
 def test_base_weights_that_train_are_refused():
@@ -154,9 +163,12 @@ def test_a_state_of_another_dtype_is_refused():
     remora = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2))
     steps(remora, torch.optim.AdamW(remora.parameter_groups(lr=0.01)), 3)
     other = rm.attach(mlp().bfloat16(), rm.ReMoRA(2, merge_every=2))
-    with pytest.raises(ValueError, match="float32 values of 0 frozen weights, and the model needs them of 2"):
+    with pytest.raises(ValueError, match=r"dtypes is \['torch.float32'\], expected \['torch.bfloat16'\]"):
         other.load_state_dict(remora.state_dict())
-    with pytest.raises(ValueError, match="not a state of adapters: it has no base, merges_done"):
+    steps(other, torch.optim.AdamW(other.parameter_groups(lr=0.01)), 3)
+    with pytest.raises(ValueError, match="float32 values of 0 frozen weights, and the model needs them of 2"):
+        other.load_state_dict({**other.state_dict(), "base": {}})
+    with pytest.raises(ValueError, match=r"not a state of adapters of this release: it has no .*base, .*merges_done"):
         other.load_state_dict({"step": 1, "seed": 0, "method": "remora", "operator": 1})
 
 
@@ -276,3 +288,92 @@ def test_a_step_count_that_adapters_share_with_other_parameters() -> None:
     optimizer.step()
     with pytest.raises(ValueError, match=r"CountsPerGroup keeps one step count per group.*parameter_groups\(\)"):
         remora.after_step(optimizer)
+
+
+def test_weights_without_their_state_bring_the_operator():
+    remora = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2))
+    steps(remora, torch.optim.SGD(remora.parameter_groups(lr=0.1)), 3)
+    other = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2))
+    other.model.load_state_dict(remora.model.state_dict(), strict=True)
+    x = torch.randn(3, 16)
+    assert (remora.operator, other.operator) == (2, 2)
+    assert torch.equal(other.model(x), remora.model(x))
+
+
+def test_the_extra_state_of_other_modules_is_kept():
+    class Counted(nn.Sequential):
+        count = 3
+
+        def get_extra_state(self):
+            return {"count": self.count}
+
+        def set_extra_state(self, state):
+            self.count = state["count"]
+
+    remora = rm.attach(Counted(nn.Linear(16, 16)), rm.MoRA(2))
+    remora.model.count = 5
+    assert remora.merged().count == 5
+
+
+def test_save_makes_its_folder(tmp_path):
+    remora = rm.attach(mlp(), rm.ReMoRA(2))
+    remora.save(tmp_path / "a" / "b")
+    remora.load(tmp_path / "a" / "b")
+
+
+def test_catch_up_leaves_the_rates_of_other_schedules():
+    remora = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2))
+    optimizer = torch.optim.AdamW(remora.parameter_groups(lr=0.01))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    steps(remora, optimizer, 3, schedule)
+    rate = schedule.get_last_lr()
+    assert remora.catch_up(optimizer, schedule) is None
+    assert schedule.get_last_lr() == rate
+
+
+def test_adapters_that_have_no_gradient_in_the_first_step():
+    """Two towers, one of which is not used."""
+    model = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in "ab"})
+    remora = rm.attach(model, rm.ReMoRA(2, merge_every=2))
+    optimizer = torch.optim.AdamW(remora.parameter_groups(lr=0.02))
+    for tower in "aabb":
+        model[tower](torch.ones(3, 16)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        remora.after_step(optimizer)
+    assert remora.draw.merges_done == 2
+
+
+class Packed(torch.Tensor):
+    """As torchao's moments in 8 bits: it can do little of what a tensor can do."""
+
+    def zero_(self):
+        raise NotImplementedError
+
+
+class Packs(torch.optim.SGD):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    moments = torch.ones_like(parameter).detach().as_subclass(Packed)
+                    self.state[parameter] = {"step": torch.ones(()), "exp_avg": moments}
+        return super().step(closure)
+
+
+def test_state_that_packs_its_values_starts_again():
+    remora = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2))
+    optimizer = Packs(remora.parameter_groups(lr=0.02))
+    steps(remora, optimizer, 2)
+    assert not any(optimizer.state.get(remora.model.get_parameter(name)) for name in remora.names)
+    steps(remora, optimizer, 3)
+    other = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2, reset="magnitude"))
+    with pytest.raises(ValueError, match=r"Packs keeps 'exp_avg' of 0.mora_M, which has no value per element"):
+        steps(other, Packs(other.parameter_groups(lr=0.02)), 1)
+
+
+def test_a_merge_that_stops_halfway_says_that_the_model_is_unusable(monkeypatch):
+    remora = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2))
+    monkeypatch.setattr("relora_mora.engine.torch_state.restart_state", lambda *given: 1 / 0)
+    with pytest.raises(rm.MergeError, match=r"stopped halfway.*unusable; go back .*ZeroDivisionError"):
+        steps(remora, torch.optim.AdamW(remora.parameter_groups(lr=0.02)), 2)

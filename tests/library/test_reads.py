@@ -1,0 +1,170 @@
+"""Models that multiply with the weights of their linears themselves: they train, and merges keep their function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import relora_mora as rm
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Tied(nn.Module):
+    """A decoder with the weight of its encoder: called and read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(8, 5, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.encoder(x).tanh(), self.encoder[0].weight.T)
+
+
+class Reads(nn.Module):
+    """As Mamba's dt_proj: only read, by the module around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.proj.weight.dtype == x.dtype  # as T5 asks
+        return x @ self.proj.weight.T + self.proj.bias
+
+
+class Attention(nn.Module):
+    """torch reads the weight of ``out_proj``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return y
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+
+
+def wavlm() -> nn.Module:
+    from transformers import WavLMConfig, WavLMModel
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    convolutions = {"conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (3,), "num_conv_pos_embeddings": 4}
+    off = dict.fromkeys(("layerdrop", "mask_time_prob", "activation_dropout", "feat_proj_dropout"), 0.0)
+    off |= {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    model = WavLMModel(WavLMConfig(**sizes, **convolutions, **off, num_conv_pos_embedding_groups=2))
+    model.forward_of_tests = lambda x: model(x.repeat(1, 5)).last_hidden_state
+    return model
+
+
+def output(model: nn.Module) -> Tensor:
+    y: Tensor = getattr(model, "forward_of_tests", model)(X)
+    return y
+
+
+@pytest.mark.parametrize("make", [Tied, Reads, Attention, encoder, wavlm])
+@pytest.mark.parametrize("method", [rm.ReMoRA(2, merge_every=2), rm.ReLoRA(2, merge_every=2)])
+def test_a_weight_that_is_read_trains_and_merges(make: Callable[[], nn.Module], method: object) -> None:
+    torch.manual_seed(0)
+    remora = rm.attach(make().train(), method)  # type: ignore[arg-type]
+    model = remora.model
+    optimizer = torch.optim.AdamW(remora.parameter_groups(lr=1e-2))
+    for _ in range(3):
+        optimizer.zero_grad()
+        output(model).square().sum().backward()
+        assert not [name for name in remora.names if model.get_parameter(name).grad is None]
+        optimizer.step()
+        before = output(model)
+        remora.after_step(optimizer)
+        torch.testing.assert_close(output(model), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output(remora.merged()), output(model), rtol=1e-4, atol=1e-5)
+    model.eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(output(model), before, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_a_weight_that_is_read_and_called() -> None:
+    """Compared with a model in which delta is a term of its own."""
+    model = Tied()
+    weight = model.encoder[0].weight.detach().clone()
+    remora = rm.attach(model, rm.MoRA(2))
+    layer = remora.layers["encoder.0"]
+    M = model.get_parameter("encoder.0.mora_M")
+    nn.init.normal_(M, std=0.3)
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        M.grad = None
+        run(X).square().sum().backward()
+        explicit = M.detach().clone().requires_grad_()
+        whole = weight + layer.delta_of(explicit)
+        F.linear(F.linear(X, whole).tanh(), whole.T).square().sum().backward()
+        torch.testing.assert_close(M.grad, explicit.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_outside_of_a_forward_is_the_frozen_one() -> None:
+    model = Tied()
+    weight = model.encoder[0].weight
+    remora = rm.attach(model, rm.MoRA(2))
+    nn.init.normal_(model.get_parameter("encoder.0.mora_M"), std=0.3)
+    model(X)
+    assert remora.layers["encoder.0"].weight is weight
+    with pytest.raises(RuntimeError):
+        model(torch.zeros(3, 9))
+    assert remora.layers["encoder.0"].weight is weight  # also after an error
+
+
+def test_a_weight_that_the_model_changes_in_place_is_refused_by_name() -> None:
+    """RWKV scales two weights of each block when it changes to eval."""
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    sizes = {"vocab_size": 16, "hidden_size": 8, "attention_hidden_size": 8, "intermediate_size": 12}
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        model = RwkvForCausalLM(RwkvConfig(**sizes, num_hidden_layers=4, rescale_every=2))
+        rm.attach(model, rm.MoRA(2))
+        ids = torch.arange(4)[None]
+        model.train()(ids, use_cache=False)
+        with context(), pytest.raises(ValueError, match=r"rwkv.blocks.0.attention.output: .*leave it out of targets"):
+            model.eval()(ids, use_cache=False)
+
+
+class OnlyMultiplies(nn.Linear):
+    """As Falcon has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Reused(nn.Module):
+    """One linear under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = OnlyMultiplies(8, 8)
+        self.again = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.first(x).tanh())
+
+
+@pytest.mark.parametrize("targets", [None, ["again"], ["first", "again"]])
+def test_a_module_with_two_names_has_one_adapter(targets: list[str] | None) -> None:
+    remora = rm.attach(Reused(), rm.ReMoRA(2, merge_every=2), targets=targets)
+    model = remora.model
+    assert list(remora.layers) == ["first"]
+    assert model.again is model.first
+    optimizer = torch.optim.AdamW(remora.parameter_groups(lr=1e-2))
+    for _ in range(3):
+        output(model).square().sum().backward()
+        optimizer.step()
+        remora.after_step(optimizer)
+    plain = remora.merged()
+    assert plain.again is plain.first
+    torch.testing.assert_close(output(plain), output(model), rtol=1e-4, atol=1e-5)
+    assert list(plain.state_dict()) == list(Reused().state_dict())
