@@ -21,6 +21,7 @@ from relora_mora.train.begin.identity import FREE_SECTIONS, FREE_SETTINGS
 from tests.tools.data_tools import data_config
 from tests.tools.documents import DOCUMENTS, INSTRUCTIONS, blocks, name
 from tests.tools.helpers import ROOT
+from tests.tools.support_page import support_page
 
 SECTIONS = Config.model_fields
 # a glob that matches nothing would make all tests of DOCUMENTS pass
@@ -74,6 +75,11 @@ def commands(text: str) -> Iterator[list[str]]:
 def test_the_documents_exist() -> None:
     assert {name(path) for path in DOCUMENTS} >= set(REQUIRED)
     assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def test_the_page_of_what_works_together_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    assert page == support_page(), "run: python -m tests.tools.support_page > docs/support.md"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
