@@ -97,10 +97,17 @@ def test_every_relative_link_leads_somewhere(path: Path) -> None:
 def test_every_file_of_the_repository_that_is_named_exists(path: Path) -> None:
     folder = r"(?<![\w./-])(?:launch|configs|tokenizer|docs|tests|relora_mora)/"
     pattern = folder + r"[\w./-]*\.(?:py|ya?ml|json|md|sbatch|example)\b"
-    # tests/test_recipes.py checks the files of patches, which may be new
-    text = re.sub(r"^```diff\n.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for found in re.findall(pattern, text):
+    for found in re.findall(pattern, path.read_text()):
         assert (ROOT / found).is_file(), f"{name(path)}: {found}"
+
+
+def test_recipes_name_code_that_exists() -> None:
+    recipes = (ROOT / "CONTRIBUTING.md").read_text().partition("## How to add")[2]
+    files = [path for folder in ("relora_mora", "tests") for path in (ROOT / folder).rglob("*.py")]
+    words = {word for path in files for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
+    named = re.findall(r"`(?:\w+\.)*(\w+)(?:\([^`]*\))?`", recipes)
+    assert len(named) > 50
+    assert set(named) - words == set()
 
 
 @pytest.mark.parametrize("path", INSTRUCTIONS, ids=name)
