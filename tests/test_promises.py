@@ -5,9 +5,6 @@ from __future__ import annotations
 import configparser
 import importlib
 import re
-import subprocess
-
-import pytest
 
 import relora_mora
 from relora_mora.checkpoint import layout
@@ -62,28 +59,3 @@ def test_allowed_versions() -> None:
     listed = re.findall(r"^\| (\w+) \| ([<>=\d.,]+) \|$", section("Tested versions"), re.MULTILINE)
     assert [package for package, _ in listed] == ["Python", *versions.PACKAGES]
     assert {package + allowed for package, allowed in listed} <= set(requirements)
-
-
-def test_a_run_replaces_its_own_line_and_no_other() -> None:
-    begin, end = f"text\n\n{versions.HEAD}", "\ntext\n"
-    rows = ["| 0.1 | oldest | a |\n", "| 0.1 | newest | b |\n", "| 0.2 | oldest | c |\n"]
-    text = begin + end
-    for row in rows:
-        text = versions.with_line(text, row)
-    assert text == begin + "".join(rows) + end
-    again = "| 0.1 | newest | d |\n"
-    assert versions.with_line(text, again) == begin + rows[0] + rows[2] + again + end
-
-
-def test_lines_of_runs_have_the_columns_of_the_table() -> None:
-    assert versions.HEAD in TEXT
-    columns = versions.HEAD.partition("\n")[0].count("|")
-    for line in [versions.line_of("oldest"), *TEXT.partition(versions.HEAD)[2].splitlines()]:
-        assert line.count("|") == columns
-
-
-@pytest.mark.parametrize("kind", ["oldest", "newest"])
-def test_make_writes_the_line_after_the_tests(kind: str) -> None:
-    shown = subprocess.run(["make", "-n", f"test-{kind}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    last = [line for line in shown.splitlines() if "python" in line][-1]
-    assert last.strip() == f".venv-{kind}/bin/python -m tests.tools.versions {kind}"

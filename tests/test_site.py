@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -35,36 +34,13 @@ def paths(nav: list[Any]) -> Iterator[str]:
             yield from [page] if isinstance(page, str) else paths(page)
 
 
-@pytest.fixture(scope="module")
-def nav(hooks: ModuleType) -> list[str]:
+def test_every_page_is_in_the_navigation_once(hooks: ModuleType) -> None:
     text = re.search(r"^nav:\n(?:(?: .*)?\n)+", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert text is not None
-    return list(paths(hooks.expand(yaml.safe_load(text[0])["nav"])))
-
-
-def test_every_page_is_in_the_navigation_once(hooks: ModuleType, nav: list[str]) -> None:
+    nav = paths(hooks.expand(yaml.safe_load(text[0])["nav"]))
     pages = {hooks.page_of(path) for path in hooks.uris(*hooks.PAGES)}
     assert pages >= {name(path) for path in DOCUMENTS}
     assert sorted(nav) == sorted({*pages, "api.md"})
-
-
-def test_the_navigation_has_the_reading_order_of_the_readme(nav: list[str]) -> None:
-    order = re.findall(r"\]\(([^)#]+\.md)\)", (ROOT / "README.md").read_text().partition("in reading order\n")[2])
-    assert len(order) > 15
-    assert [page for page in nav if page in order] == order
-
-
-def test_pages_that_do_not_exist_yet_get_their_place(
-    hooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hooks, "ROOT", tmp_path)
-    nav = ["README.md", {"Guides": ["guides/*.md"]}, {"More": ["more*.md", {"Scripts": ["*.py"]}]}]
-    assert hooks.expand(nav) == ["README.md"]
-    (tmp_path / "guides").mkdir()
-    for file in ("guides/two.md", "guides/one.md", "loop.py"):
-        (tmp_path / file).touch()
-    expected = ["README.md", {"Guides": ["guides/one.md", "guides/two.md"]}, {"More": [{"Scripts": ["loop.md"]}]}]
-    assert hooks.expand(nav) == expected
 
 
 @pytest.mark.parametrize(

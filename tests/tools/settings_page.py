@@ -24,7 +24,7 @@ A run starts from the defaults, then reads its YAML file, then `--section.key=va
 line; the last one wins. The value of a flag is YAML, too: `--optim.lr=4e-4`,
 `--method.operators='[1, 2, 3, 4]'`, `--data.lanes=null`. If there is an unknown name, a wrong type or
 a combination that cannot work, the run ends before it loads anything and lists all faults.
-[Support](support.md) shows which settings work together and which combinations are tested.
+[Support](support.md) shows which settings work together.
 
 `relora-mora finetune` has some other defaults ([fine-tuning](finetuning.md#defaults)).
 `relora-mora plan CONFIG` reports what a run needs.
