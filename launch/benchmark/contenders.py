@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -213,23 +213,14 @@ class Plain:
         return float(loss.detach()) * self.accumulation
 
     def parts(self) -> dict[str, list[Tensor]]:
-        states = [value for state in self.optimizer.state.values() for value in _tensors_in(state)]
+        states = [
+            value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+        ]
         return {"weights": [p.data for p in self.model.parameters()], "optimizer": states}
 
 
 def _trainable(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _tensors_in(state: Any) -> Iterator[Tensor]:
-    """The tensors in an optimizer's state; GaLore and APOLLO keep their projections inside objects."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, dict):
-        for value in state.values():
-            yield from _tensors_in(value)
-    elif hasattr(state, "__dict__"):
-        yield from _tensors_in(vars(state))
 
 
 def _adamw(lm: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -255,32 +246,6 @@ def _peft_lora(setting: Setting) -> Contender:
     return Plain(setting, prepare, own_loss=setting.finetune)
 
 
-def _low_rank_groups(lm: nn.Module, **low_rank: Any) -> list[dict[str, Any]]:
-    linears = [module.weight for _, module in decoder_linears(lm) if isinstance(module, nn.Linear)]
-    known = {id(weight) for weight in linears}
-    return [{"params": [p for p in lm.parameters() if id(p) not in known]}, {"params": linears, **low_rank}]
-
-
-def _galore(setting: Setting) -> Contender:
-    from galore_torch import GaLoreAdamW
-
-    def prepare(lm: Any) -> tuple[Any, torch.optim.Optimizer]:
-        groups = _low_rank_groups(lm, rank=setting.rank, update_proj_gap=200, scale=0.25, proj_type="std")
-        return lm, GaLoreAdamW(groups, lr=RATE, no_deprecation_warning=True)
-
-    return Plain(setting, prepare)
-
-
-def _apollo(setting: Setting) -> Contender:
-    from apollo_torch import APOLLOAdamW
-
-    def prepare(lm: Any) -> tuple[Any, torch.optim.Optimizer]:
-        low_rank: dict[str, Any] = {"scale_type": "channel", "scale": 1, "update_proj_gap": 200, "proj_type": "std"}
-        return lm, APOLLOAdamW(_low_rank_groups(lm, rank=setting.rank, proj="random", **low_rank), lr=RATE)
-
-    return Plain(setting, prepare)
-
-
 OURS: dict[str, Callable[[Setting], Contender]] = {
     **{name: functools.partial(Ours, method=name) for name in METHODS},
     "frozen": lambda setting: Ours(setting, "full", frozen=True),
@@ -302,11 +267,8 @@ OURS: dict[str, Callable[[Setting], Contender]] = {
 PEERS: dict[str, Callable[[Setting], Contender]] = {
     "plain": lambda setting: Plain(setting, _adamw, own_loss=True),
     "peft_lora": _peft_lora,
-    "galore": _galore,
-    "apollo": _apollo,
 }
 CONTENDERS = OURS | PEERS
-PACKAGES = {"peft_lora": "peft", "galore": "galore_torch", "apollo": "apollo_torch"}
 
 
 def chosen(names: list[str], world_size: int) -> list[str]:
@@ -318,8 +280,8 @@ def chosen(names: list[str], world_size: int) -> list[str]:
     for name in names:
         if name not in CONTENDERS:
             faults.append(f"--methods: unknown method {name}; choose from {', '.join(CONTENDERS)}")
-        elif name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
-            faults.append(f"--methods: {name} needs {PACKAGES[name]}; pip install -e '.[bench]', or leave it out")
+        elif name == "peft_lora" and importlib.util.find_spec("peft") is None:
+            faults.append("--methods: peft_lora needs peft; pip install peft, or leave it out")
         elif world_size > 1 and name in PEERS:
             faults.append(f"--methods: {name} runs only in one process, but this job has {world_size}; leave it out")
     if not names:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from launch.benchmark.device import chosen_device, seconds_of
-from launch.benchmark.turns import medians, take_turns
+from launch.benchmark.turns import medians, say, take_turns
 from relora_mora import kernels
 from relora_mora.adapters.inject import storage_of
 from relora_mora.adapters.layers import AdapterLinear
@@ -86,7 +86,7 @@ def main(
     layers = linears(model_config)
     variants = {name: Variant(name, layers, method, operator, tokens, DTYPES[dtype], place) for name in VARIANTS}
     measures = {name: variant.milliseconds for name, variant in variants.items()}
-    milliseconds = medians(list(take_turns(measures, rounds=repetitions, warmup=1)))
+    milliseconds = medians(list(take_turns(measures, rounds=repetitions, warmup=1, note=say)))
     ratios = {name: value / milliseconds["frozen"] for name, value in milliseconds.items()}
     print(
         f"{device_name()}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, "

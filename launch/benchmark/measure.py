@@ -91,12 +91,14 @@ def run(
     *,
     repeats: int,
     warmup: int,
+    note: Callable[[str], object],
     show: Callable[[str], None] | None = None,
 ) -> list[Result]:
     """Builds every contender, runs ``repeats`` rounds in which each takes one step, then merges; a collective.
 
-    Bytes are counted in a step between the ``warmup`` steps and the rounds. ``show`` receives the report of torch's
-    profiler on one additional step of each contender.
+    Bytes are counted in a step between the ``warmup`` steps and the rounds. ``note`` gets a line when a contender is
+    ready, and after each round. ``show`` receives the report of torch's profiler on one additional step of each
+    contender.
     """
     built: dict[str, Contender] = {}
     results = {name: Result(name) for name in names}
@@ -106,8 +108,9 @@ def run(
         for _ in range(warmup):
             results[name].loss = built[name].step()
         _count_bytes(results[name], built[name], before, setting)
+        note(f"{name}: ready after {warmup + 1} steps")
     measures = {name: functools.partial(_step_cost, contender, setting.device) for name, contender in built.items()}
-    for costs in take_turns(measures, rounds=repeats):
+    for costs in take_turns(measures, rounds=repeats, note=note):
         for name, cost in costs.items():
             results[name].steps.append(cost)
     if show is not None:

@@ -45,7 +45,7 @@ def main(
             train: no adapter method can be faster), remora, remora_merged, remora_resident, remora_decoupled,
             remora_released, remora_r32 (R a multiple of 32), remora_int8, remora_int8_decoupled, full_compiled,
             remora_compiled, remora_int8_compiled, remora_fp8_compiled, relora, relora_merged, relora_resident,
-            relora_int8, plain, peft_lora, galore, apollo
+            relora_int8, plain, peft_lora
         tokens: tokens of a micro-batch on one rank
         sequence_length: tokens of a sequence
         accumulation: micro-batches of a step
@@ -80,6 +80,7 @@ def main(
     from launch.benchmark.contenders import Setting, chosen
     from launch.benchmark.measure import run as measure
     from launch.benchmark.report import as_json, limits, tables
+    from launch.benchmark.turns import say
     from relora_mora.distributed.join import device_of_rank
     from relora_mora.engine.start import init_distributed
     from relora_mora.model.config import read_model_config
@@ -102,8 +103,8 @@ def main(
         device_of_rank(),
         finetune,
     )
-    show = None if not profile else print if my_rank == 0 else lambda text: None
-    results = measure(names, setting, repeats=repeats, warmup=warmup, show=show)
+    note, show = (say, print) if my_rank == 0 else (lambda text: None, lambda text: None)
+    results = measure(names, setting, repeats=repeats, warmup=warmup, note=note, show=show if profile else None)
     if my_rank == 0:
         machine = limits(setting)
         print(tables(results, setting, world_size, machine))

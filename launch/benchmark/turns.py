@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import statistics
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def take_turns(measures: Mapping[str, Callable[[], T]], *, rounds: int, warmup: int = 0) -> Iterator[dict[str, T]]:
+def say(text: str) -> None:
+    """Prints a line of progress immediately; the tables on stdout stay as they are."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def take_turns(
+    measures: Mapping[str, Callable[[], T]],
+    *,
+    rounds: int,
+    warmup: int = 0,
+    note: Callable[[str], object] = lambda text: None,
+) -> Iterator[dict[str, T]]:
     """Calls every measure once per round, in order, and yields the results by name.
 
-    The first ``warmup`` rounds, which fill caches and compile, are not yielded.
+    The first ``warmup`` rounds, which fill caches and compile, are not yielded. ``note`` gets a line for each round.
     """
-    for number in range(warmup + rounds):
+    for number in range(1, warmup + rounds + 1):
+        begin = time.monotonic()
         measured = {name: measure() for name, measure in measures.items()}
-        if number >= warmup:
+        note(f"round {number} of {warmup + rounds}: {time.monotonic() - begin:.1f} s")
+        if number > warmup:
             yield measured
 
 

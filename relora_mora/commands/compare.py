@@ -9,7 +9,6 @@ def main(
     *runs: str,
     out: str | None = None,
     against: str | None = None,
-    reach: str | None = None,
     unnamed: str = "",
     best: str = "",
 ) -> None:
@@ -25,8 +24,6 @@ def main(
         out: a folder for compare.md, compare.json and plots as PNG; it is created if needed, and these files in it are
             replaced
         against: the run folder, or the name of a study's run, to compare with instead of the first run
-        reach: a metric and values, such as eval/character_accuracy=0.5,0.95: adds the steps at which the metric reached
-            these values, and a plot of the metric
         unnamed: settings to leave out of the names of rows, such as optim.lr,optim.restart_warmup_steps
         best: settings such as optim.lr; of rows that differ only in these settings, keeps the one with the most seeds
             or else the lowest validation loss
@@ -37,7 +34,6 @@ def main(
     from relora_mora.experiments.compare.figures import figures_of
     from relora_mora.experiments.compare.files import check_plots, write_comparison
     from relora_mora.experiments.compare.groups import group_of, group_runs
-    from relora_mora.experiments.compare.reach import parse_reach, reach_notes, step_cells
     from relora_mora.experiments.compare.runs import TABLE, CompareError, is_model, read_run, read_runs
     from relora_mora.experiments.compare.table import as_json, compare, markdown
 
@@ -58,11 +54,9 @@ def main(
     groups = group_runs(by_folder.values(), *settings)
     reference = None if against is None else group_of(groups, against)
     rows = compare(groups, reference)
-    reached = None if reach is None else parse_reach(reach, groups)
-    columns, notes = ({}, []) if reached is None else (step_cells(reached, groups), reach_notes(reached, groups))
-    table = markdown(rows, reference, columns, notes)
+    table = markdown(rows, reference)
     print(table, end="", flush=True)
     if out is None:
         return
     texts = {TABLE: table, "compare.json": json.dumps(as_json(rows, reference), indent=1) + "\n"}
-    write_comparison(Path(out), texts, figures_of(groups, reached, reference))
+    write_comparison(Path(out), texts, figures_of(groups, reference))

@@ -105,8 +105,8 @@ def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def step(title: str, command: list[str], again: str = "the same command", folder: Path = DEMO) -> None:
-    """Shows and runs a command, one step of a demo that works in a folder.
+def step(title: str, command: list[str]) -> None:
+    """Shows and runs a command, one step of the demo.
 
     The program ends if the step fails, or after Ctrl-C, when the step has taken all the time that it needs to save.
     """
@@ -119,7 +119,7 @@ def step(title: str, command: list[str], again: str = "the same command", folder
         code = subprocess.Popen(command).wait()
     finally:
         signal.signal(signal.SIGINT, before)
-    remedy = f"{again} continues from here; after `rm -r {folder}` it starts again from the beginning"
+    remedy = f"the same command continues from here; after `rm -r {DEMO}` it starts again from the beginning"
     if stops:
         print(f"stopped; {remedy}", file=sys.stderr)
         raise SystemExit(INTERRUPTED)

@@ -6,7 +6,7 @@ from pathlib import Path
 from relora_mora.cli.arguments import PositiveInt
 
 
-def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1, again: str | None = None) -> int:
+def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
     """Runs a grid of settings, and writes a table and figures.
 
     It runs everything that is not done yet; an interrupted run continues where it stopped. Each run has a complete run
@@ -19,14 +19,13 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1, again: st
     Options:
         out: the folder of the study; default: runs/studies/NAME
         jobs: number of runs at the same time
-        again: the name of a finished run, to run it again and compare all its numbers
 
     Example:
         relora-mora study memory_tiny --jobs=2
     """
     from relora_mora.experiments.compare.files import check_plots
     from relora_mora.experiments.compare.runs import CompareError
-    from relora_mora.experiments.study.conduct import CellsFailed, conduct, run_again
+    from relora_mora.experiments.study.conduct import CellsFailed, conduct
     from relora_mora.experiments.study.design import read_study
     from relora_mora.experiments.study.folder import StudyFolder
     from relora_mora.experiments.study.runner import Stopped
@@ -36,11 +35,6 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1, again: st
     folder = StudyFolder(Path(out or f"runs/studies/{Path(study).stem}"))
     program = ["-m", "relora_mora", plan.command]
     try:
-        if again is not None:
-            numbers, different = run_again(plan, folder, again, program)
-            print("".join(f"{line}\n" for line in different), end="")
-            print(f"different: {len(different)} of {numbers:,} numbers")
-            return 1 if different else 0
         check_plots(folder.path, otherwise="")
         from relora_mora.experiments.study.check import check_inputs  # loads torch, which takes seconds
 

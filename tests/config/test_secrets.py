@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from relora_mora.config.load import ConfigError, dump, load_config, validate
 from relora_mora.config.secrets import redact, secret_in
-from tests.tools.commands import BENCHMARK, EVALUATE, TRAIN, call, refused
+from tests.tools.commands import EVALUATE, PLAN, TRAIN, call, refused
 from tests.tools.config_tools import faults_of, tree
 
 TOKEN = "hf_" + "Ab1Cd2Ef3Gh4" * 3
@@ -188,7 +188,7 @@ def test_messages_are_redacted(text: str, shown: str) -> None:
         (EVALUATE, "model", "--data=d", f"--token={TOKEN}"),
         (EVALUATE, "model", "--data=d", TOKEN),
         (TRAIN, f"--data=[a.json, {LOGIN}]", "--out=o"),
-        (BENCHMARK, "c.yaml", f"--{TOKEN}=1"),
+        (PLAN, "c.yaml", f"--{TOKEN}=1"),
     ],
     ids=str,
 )

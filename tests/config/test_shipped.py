@@ -19,7 +19,7 @@ from relora_mora.sizing.work import meta_model
 from tests.tools.helpers import ROOT
 
 MODELS = sorted((ROOT / "configs" / "model").glob("*.json"))
-RUNS = sorted(set((ROOT / "configs" / "run").glob("*.yaml")) - {ROOT / "configs" / "run" / "demo_finetune.yaml"})
+RUNS = sorted((ROOT / "configs" / "run").glob("*.yaml"))
 TASKS = sorted((ROOT / "configs" / "task").glob("*.yaml"))
 PAPER = ("full", "lora", "mora", "relora", "remora")
 METHODS = (*PAPER, "sltrain")
@@ -55,6 +55,7 @@ def test_all_sizes_and_runs_exist() -> None:
     assert {path.stem.removeprefix("llama_") for path in MODELS} == set(PARAMETERS)
     groups = [f"tiny_{method}" for method in METHODS]
     groups += [f"{size}_{method}" for size in ("paper_250m", "paper_1_3b") for method in PAPER]
+    groups += [f"{size}_remora" for size in ("tuned_7m", "tuned_17m", "scaled_34m")]
     assert {path.stem for path in RUNS} == {*groups, "demo", "study_full", "tiny_remora_paper"}
 
 

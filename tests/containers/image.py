@@ -141,7 +141,7 @@ def _owned(folder: Path) -> list[Path]:
 
 def test_the_demo_runs_in_it(container: Container) -> None:
     """Text, tokenizer, two ranks, merges, export, and the export used."""
-    done = container.run("python", "launch/demo.py")
+    done = container.run("python", "-m", "relora_mora", "demo")
     print(done.stdout)
     run = container.runs / "demo" / "run"
     settings = load_config(ROOT / "configs" / "run" / "demo.yaml", world_size=2)

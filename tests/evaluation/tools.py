@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launch.uuid_pairs import uuid_pairs
+from examples.uuid_pairs import uuid_pairs
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "local_pubmedqa": [

@@ -99,7 +99,6 @@ def is_installed(name: str) -> bool:
 def benchmarks(device: str) -> list[list[str]]:
     model, sizes = MEASURED[device]
     kinds = [["layers", model, f"--operator={operator}"] for operator in (1, 2)]
-    kinds += [["parts", part, model] for part in ("loss", "attention", "products")]
     kinds += [["steps", model, *STEPS], ["steps", model, *COMPILED]]
     return [["-m", "launch.benchmark", *kind, *sizes, f"--device={device}"] for kind in kinds]
 

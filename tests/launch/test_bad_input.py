@@ -13,11 +13,11 @@ import yaml
 
 from relora_mora.config.load import load_config
 from tests.tools.commands import (
-    BENCHMARK,
     DEMO_TEXT,
     EVALUATE,
     EXPORT,
     PLAN,
+    TOKENIZE,
     TRAIN,
     call,
     left_in,
@@ -79,8 +79,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> Pat
         (PLAN, [], "config"),
         (PLAN, ["c.yaml", "stray"], "unknown argument: stray"),
         (PLAN, ["c.yaml", "--json=7"], "--json: got '7', expected bool"),
-        (BENCHMARK, ["c.yaml", "stray"], "unknown argument: stray"),
-        (BENCHMARK, ["c.yaml", "--tokens=1e6"], "--tokens: got '1e6', expected int"),
         (DEMO_TEXT, ["stray"], "unknown argument: stray"),
         (DEMO_TEXT, ["--max_byte=3"], "--max_byte"),
         (TRAIN, ["--data=d"], "out"),
@@ -109,9 +107,6 @@ def test_arguments(script: str, argv: list[str], message: str) -> None:
         ),  # c.yaml is no value
         (PLAN, ["c.yaml", "--tokens_per_second=.inf"], "--tokens_per_second: got inf"),
         (PLAN, ["c.yaml", "--device=tpu"], "--device: got 'tpu', expected cuda, cpu"),
-        (BENCHMARK, ["c.yaml", "--tokens=0"], "--tokens: got 0, expected at least 1"),
-        (BENCHMARK, ["c.yaml", "--lanes=0"], "--lanes: got 0, expected 1 to 65,536"),
-        (BENCHMARK, ["c.yaml", f"--lanes={10**12}"], "expected 1 to 65,536"),
         (DEMO_TEXT, ["--max_bytes=0"], "--max_bytes: got 0, expected at least 1"),
         (DEMO_TEXT, ["--processes=0"], "--processes: got 0, expected at least 1"),
         (DEMO_TEXT, ["--processes=100000"], "--processes: got 100000, expected at most 1024"),
@@ -150,9 +145,8 @@ def test_numbers_and_choices_out_of_range(script: str, argv: list[str], message:
         ("model.json", "unknown"),  # JSON, but no settings
     ],
 )
-@pytest.mark.parametrize("script", [PLAN, BENCHMARK])
-def test_files_that_are_not_settings(inputs: Path, script: str, name: str, message: str) -> None:
-    refused(call(script, inputs / name), str(inputs / name), message)
+def test_files_that_are_not_settings(inputs: Path, name: str, message: str) -> None:
+    refused(call(PLAN, inputs / name), str(inputs / name), message)
 
 
 def test_in_another_folder_the_message_names_the_base_of_relative_paths(
@@ -167,7 +161,7 @@ def test_in_another_folder_the_message_names_the_base_of_relative_paths(
     assert "relative" not in absolute.err
 
 
-@pytest.mark.parametrize("script", ["launch/pretrain.py", "launch/tokenize_text.py", "tokenizer/train.py"])
+@pytest.mark.parametrize("script", ["launch/pretrain.py", "tokenizer/train.py"])
 def test_outside_the_environment_a_script_reports_it(script: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(  # -S: without site-packages
@@ -237,13 +231,9 @@ def test_settings_of_a_plan(inputs: Path, setting: str, message: str) -> None:
         ("empty.json", "empty.json"),
     ],
 )
-@pytest.mark.parametrize("script", [BENCHMARK, TRAIN])
-def test_sources_without_text(inputs: Path, tmp_path: Path, script: str, name: str, message: str) -> None:
+def test_sources_without_text(inputs: Path, tmp_path: Path, name: str, message: str) -> None:
     source = name if "://" in name else inputs / name
-    if script == BENCHMARK:
-        answer = call(script, inputs / "run.yaml", f"--data.train={source}", "--tokens=100")
-    else:
-        answer = call(script, f"--data={source}", f"--out={tmp_path / 'out'}", "--vocab_size=300")
+    answer = call(TRAIN, f"--data={source}", f"--out={tmp_path / 'out'}", "--vocab_size=300")
     notes = [
         line for line in answer.err.splitlines() if line.endswith("; skipped")
     ]  # about single lines, before the message
@@ -261,8 +251,8 @@ def test_sources_without_text(inputs: Path, tmp_path: Path, script: str, name: s
         ("rubbish.model", "not a sentencepiece model"),
     ],
 )
-def test_a_folder_that_is_not_a_tokenizer(inputs: Path, name: str, message: str) -> None:
-    answer = call(BENCHMARK, inputs / "run.yaml", f"--tokenizer.path={inputs / name}", "--tokens=100")
+def test_a_folder_that_is_not_a_tokenizer(inputs: Path, tmp_path: Path, name: str, message: str) -> None:
+    answer = call(TOKENIZE, inputs / "run.yaml", tmp_path / "out", f"--tokenizer={inputs / name}")
     refused(answer, str(inputs / name), message, "expected a folder with tokenizer.model")
 
 
@@ -276,7 +266,7 @@ def test_tokenizer_files_that_are_rubbish(inputs: Path, tmp_path: Path, tokenize
         folder = tmp_path / "tokenizer"
         shutil.copytree(tokenizer_path, folder)
         (folder / name).write_bytes(content)
-        refused(call(BENCHMARK, inputs / "run.yaml", f"--tokenizer.path={folder}", "--tokens=100"), str(folder))
+        refused(call(TOKENIZE, inputs / "run.yaml", tmp_path / "out", f"--tokenizer={folder}"), str(folder))
         shutil.rmtree(folder)
 
 
@@ -285,12 +275,12 @@ def test_tokenizer_files_that_are_rubbish(inputs: Path, tmp_path: Path, tokenize
     [
         (PLAN, "run.yaml"),
         (PLAN, "model.json"),
-        (BENCHMARK, "text.json.gz"),
-        (BENCHMARK, "tokenizer/tokenizer.model"),
-        (BENCHMARK, "tokenizer"),
+        (TOKENIZE, "text.json.gz"),
+        (TOKENIZE, "tokenizer/tokenizer.model"),
+        (TOKENIZE, "tokenizer"),
     ],
 )
-def test_files_that_may_not_be_read(inputs: Path, tokenizer_path: str, script: str, name: str) -> None:
+def test_files_that_may_not_be_read(inputs: Path, tmp_path: Path, tokenizer_path: str, script: str, name: str) -> None:
     with public_folder() as folder:
         shutil.copy(inputs / "model.json", folder)
         shutil.copy(inputs / "train" / "part-00000.json.gz", folder / "text.json.gz")
@@ -299,17 +289,14 @@ def test_files_that_may_not_be_read(inputs: Path, tokenizer_path: str, script: s
         for path in folder.rglob("*"):
             path.chmod(0o755)
         argv = [folder / "run.yaml", f"--model.config={folder}/model.json"]
-        if script == BENCHMARK:
-            argv += [
-                f"--data.train={folder}/text.json.gz",
-                f"--tokenizer.path={folder}/tokenizer",
-                "--tokens=100",
-                "--lanes=1",
-            ]
-        assert call(script, *argv).code == 0  # and all is imported
+        out = []
+        if script == TOKENIZE:
+            argv = [folder / "text.json.gz", f"--tokenizer={folder}/tokenizer", "--processes=1"]
+            out = [tmp_path / "out"]
+        assert call(script, *argv, *out).code == 0  # and all is imported
         (folder / name).chmod(0)
         with permissions_count():
-            answer = call(script, *argv)
+            answer = call(script, *argv, *(folder / "other" for _ in out))
         refused(answer, f"{folder}/{name}", "ermission denied")
 
 

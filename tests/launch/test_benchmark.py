@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,13 +21,11 @@ from launch.benchmark.contenders import CONTENDERS, Ours, Setting
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.operators import square_size
 from tests.tools.commands import call, module_of, refused
-from tests.tools.helpers import ROOT
 from tests.tools.pool import Pool
 
 pytestmark = pytest.mark.distributed
 
 SCRIPT = "launch/benchmark/steps.py"
-TRAINER = "launch/benchmark/trainer.py"
 HIDDEN = 96
 WIDE = 256
 VOCABULARY = 512
@@ -71,13 +69,13 @@ FIELDS = {
 }
 
 
-def command(model: str, *arguments: str) -> str:
-    """Runs on every rank; returns the command's output."""
-    out = io.StringIO()
-    with redirect_stdout(out):
+def command(model: str, *arguments: str) -> tuple[str, str]:
+    """Runs on every rank; returns the command's output and its lines of progress."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
         options = {key: _number(value) for key, _, value in (argument.partition("=") for argument in arguments)}
         module_of(SCRIPT).main(model, tokens=TOKENS, sequence_length=64, rank=RANK, repeats=2, warmup=1, **options)
-    return out.getvalue()
+    return out.getvalue(), err.getvalue()
 
 
 def command_whose_losses_are_lost(model: str) -> int:
@@ -126,8 +124,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def printed(one: Pool, model: str) -> str:
+def output(one: Pool, model: str) -> tuple[str, str]:
     return one(command, model, f"methods={','.join(METHODS)}", "precision=bf16")[0]
+
+
+@pytest.fixture(scope="module")
+def printed(output: tuple[str, str]) -> str:
+    return output[0]
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +153,15 @@ def test_every_field_is_reported_and_the_first_is_the_reference(found: dict[str,
     assert len(ratios) == 7
     assert found["remora"]["merge_seconds"] > 0
     assert found["full"]["merge_seconds"] is None
+
+
+def test_progress_is_shown_while_it_works(output: tuple[str, str]) -> None:
+    lines = [line.partition(":")[0] for line in output[1].splitlines()]
+    assert [line for line in lines if line in METHODS or line.startswith("round")] == [
+        *METHODS,
+        "round 1 of 2",
+        "round 2 of 2",
+    ]
 
 
 def test_the_state_is_18_bytes_per_trainable_and_2_per_frozen_parameter(found: dict[str, Any]) -> None:
@@ -197,7 +209,7 @@ def test_frozen_linears_do_not_train_and_keep_no_input(found: dict[str, Any]) ->
 
 
 def test_fine_tuning_trains_adapters_and_nothing_else(one: Pool, model: str) -> None:
-    [text] = one(command, model, "methods=peft_lora,lora,mora", "finetune=1")
+    [(text, _)] = one(command, model, "methods=peft_lora,lora,mora", "finetune=1")
     peft, lora, mora = json.loads(text.splitlines()[-1])["methods"].values()
     size = LAYERS * RANK * (4 * 2 * HIDDEN + 3 * (HIDDEN + WIDE))
     assert peft["trainable_parameters"] == lora["trainable_parameters"] == size
@@ -214,10 +226,10 @@ def test_the_released_operations_are_the_same_function(one: Pool) -> None:
 def test_two_ranks_send_the_trainable_fraction(model: str) -> None:
     pool = Pool(2)
     try:
-        first, second = pool(command, model, "methods=full,remora", "zero_stage=2", "precision=bf16")
+        (first, _), second = pool(command, model, "methods=full,remora", "zero_stage=2", "precision=bf16")
     finally:
         pool.close()
-    assert second == "", "one rank reports"
+    assert second[0] == "" and "round" not in second[1], "one rank reports"
     full, remora = json.loads(first.splitlines()[-1])["methods"].values()
     # the gradients are summed and the new weights gathered, in bf16
     assert sum(full["bytes_sent"].values()) == pytest.approx(2 * 2 * full["trainable_parameters"], rel=0.01)
@@ -253,20 +265,6 @@ def test_the_tracker_sees_temporary_tensors() -> None:
 )
 def test_wrong_arguments(model: str, arguments: list[str], message: str) -> None:
     refused(call(SCRIPT, model, *arguments), message)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--steps=1"], "--steps: got 1, expected at least"),
-        (["--rounds=0"], "--rounds: got 0, expected at least 1"),
-        (["--train.run_dir=x"], "--train.run_dir: set by this command"),
-        (["--steps=1000"], "less than train.steps"),
-        (["--train.stepps=9"], "train.stepps"),
-    ],
-)
-def test_wrong_arguments_of_the_trainers_benchmark(arguments: list[str], message: str) -> None:
-    refused(call(TRAINER, ROOT / "configs/run/tiny_remora.yaml", *arguments), message)
 
 
 def test_a_missing_model(tmp_path: Path) -> None:

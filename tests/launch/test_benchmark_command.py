@@ -33,7 +33,7 @@ def test_an_unknown_kind_is_refused_with_the_usage(
 ) -> None:
     assert exit_code(*argv) == 2
     shown = capsys.readouterr()
-    assert shown.err.startswith(f"{message}, expected one of steps, layers, parts, data, trainer\n")
+    assert shown.err.startswith(f"{message}, expected one of steps, layers\n")
     assert "usage: python -m launch.benchmark KIND" in shown.err
     assert shown.out == ""
 
@@ -52,8 +52,8 @@ def test_the_local_rank_that_deepspeed_puts_first_is_not_a_kind(capsys: pytest.C
 
 
 def test_faults_name_the_command_as_it_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code("data", "config.yaml", "stray") == 2
-    assert "see python -m launch.benchmark data --help" in capsys.readouterr().err
+    assert exit_code("layers", "model.json", "stray") == 2
+    assert "see python -m launch.benchmark layers --help" in capsys.readouterr().err
 
 
 def test_as_a_module() -> None:
@@ -71,8 +71,11 @@ def test_turns_are_interleaved_and_the_first_do_not_count() -> None:
         calls.append(name)
         return float(len(calls))
 
-    rounds = list(take_turns({"a": lambda: measure("a"), "b": lambda: measure("b")}, rounds=3, warmup=1))
+    notes: list[str] = []
+    measures = {"a": lambda: measure("a"), "b": lambda: measure("b")}
+    rounds = list(take_turns(measures, rounds=3, warmup=1, note=notes.append))
     assert "".join(calls) == "abababab"
+    assert [note.partition(":")[0] for note in notes] == [f"round {n} of 4" for n in (1, 2, 3, 4)]
     assert rounds == [{"a": 3.0, "b": 4.0}, {"a": 5.0, "b": 6.0}, {"a": 7.0, "b": 8.0}]
     assert medians(rounds) == {"a": 5.0, "b": 6.0}
 

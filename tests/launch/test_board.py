@@ -1,4 +1,4 @@
-"""launch/board.py: runs are found and named, and the page that it names shows both perplexities."""
+"""relora-mora board: runs are found and named, and the page that it names shows both perplexities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launch/compare.py: the table on stdout, the files, and bad input in one message."""
+"""relora-mora compare: the table on stdout, the files, and bad input in one message."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_table_is_printed_and_written_with_the_figures(runs: list[Path], tmp
     assert "| Full rank |" in answer.out
     assert "| ReMoRA (1, 2) |" in answer.out
     assert json.loads((out / "compare.json").read_text())["rows"][0]["method"] == "Full rank"
-    assert len([name for name in left_in(out) if name.endswith(".png")]) == 5
+    assert len([name for name in left_in(out) if name.endswith(".png")]) == 4
 
 
 def test_the_run_to_compare_with_need_not_be_named_twice(runs: list[Path]) -> None:
@@ -47,16 +47,6 @@ def test_the_run_to_compare_with_need_not_be_named_twice(runs: list[Path]) -> No
     assert call(COMPARE, *runs, runs[0], f"--against={runs[1]}").out == answer.out, (
         "a run that is named twice counts once"
     )
-
-
-def test_a_metric_can_be_asked_for(runs: list[Path], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
-    answer = call(COMPARE, *runs, "--reach=eval/loss=3.5", f"--out={tmp_path / 'out'}")
-    assert answer.code == 0
-    assert "loss 3.5, step" in answer.out
-    assert {"reach_loss.png", "perplexity.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    call(COMPARE, *runs, f"--out={tmp_path / 'out'}")
-    assert not (tmp_path / "out" / "reach_loss.png").exists(), "one of an earlier comparison does not stay"
 
 
 def test_only_the_best_of_rows_that_differ_in_one_setting_is_shown(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from tests.tools.commands import EXPORT, FINETUNE, call, module_of, refused
 
-SMOLLM2 = "launch/smollm2.py"
+SMOLLM2 = "examples/smollm2.py"
 MISSING = [name for name in module_of(SMOLLM2).PACKAGES if importlib.util.find_spec(name) is None]
 
 
@@ -25,7 +25,7 @@ def test_missing_packages_are_named_with_their_command(monkeypatch: pytest.Monke
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if MISSING:
-        pytest.skip(f"{', '.join(MISSING)} not installed (launch/smollm2.py says how, make test-extras does it)")
+        pytest.skip(f"{', '.join(MISSING)} not installed (examples/smollm2.py says how, make test-extras does it)")
     folder = tmp_path_factory.mktemp("smollm2") / "out"
     assert call(SMOLLM2, folder).code == 0
     return folder

@@ -1,4 +1,4 @@
-"""launch/study.py: what it says of bad arguments; `make study-smoke` runs it."""
+"""relora-mora study: what it says of bad arguments; `make study-smoke` runs it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.uuid_pairs import uuid_pairs
+from examples.uuid_pairs import uuid_pairs
 from relora_mora.config.load import ConfigError
 from relora_mora.experiments.study.check import check_inputs
 from relora_mora.experiments.study.conduct import CellsFailed, conduct
@@ -90,7 +90,7 @@ def test_missing_inputs_of_the_second_round_are_reported_after_the_first(tmp_pat
 
 
 def test_the_table_has_the_other_runs_if_one_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    records = ROOT / "docs/studies/merges_tiny.jsonl.gz"
+    records = ROOT / "docs/studies/muon_tiny.jsonl.gz"
 
     def failing(plan: Study, folder: StudyFolder, *_: object) -> int:
         folder.path.mkdir()
@@ -99,17 +99,8 @@ def test_the_table_has_the_other_runs_if_one_failed(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("relora_mora.experiments.study.check.check_inputs", lambda *_: None)
     monkeypatch.setattr("relora_mora.experiments.study.conduct.conduct", failing)
-    result = call(STUDY, ROOT / "configs/study/merges_tiny.yaml", f"--out={tmp_path / 'out'}")
+    result = call(STUDY, ROOT / "configs/study/muon_tiny.yaml", f"--out={tmp_path / 'out'}")
     refused(result, "name=lora,seed=0 did not finish")
-    assert "| ReMoRA (3, 4) |" in result.out
-    assert "| ReMoRA (3, 4) |" in (tmp_path / "out/compare.md").read_text()
+    assert "| LoRA |" in result.out
+    assert "| LoRA |" in (tmp_path / "out/compare.md").read_text()
     assert (tmp_path / "out/loss_by_tokens.png").exists()
-
-
-def test_an_unfinished_run_cannot_be_repeated(tmp_path: Path):
-    study = ROOT / "configs/study/smoke.yaml"
-    refused(
-        call(STUDY, study, f"--out={tmp_path}", "--again=nothing"),
-        "no finished run is called nothing",
-        "finished runs: none",
-    )

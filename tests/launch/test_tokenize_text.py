@@ -1,4 +1,4 @@
-"""launch/tokenize_text.py: what it writes, that it continues after a stop, and how it ends."""
+"""relora-mora tokenize: what it writes, that it continues after a stop, and how it ends."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ import yaml
 
 from relora_mora.data.sources.resolve import resolve_shards
 from relora_mora.data.tokens.folder import make_tokens
-from tests.tools.commands import Answer, call, disk, left_in, refused
+from tests.tools.commands import TOKENIZE, Answer, call, disk, left_in, refused
 from tests.tools.data_tools import data_config, line, some_texts, write_parquet, write_shard, write_shards
 from tests.tools.helpers import ROOT
 from tests.tools.runs import write_inputs
-
-TOKENIZE = "tokenize"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import uuid
 
 from tests.tools.commands import call, refused
 
-UUID_PAIRS = "launch/uuid_pairs.py"
+UUID_PAIRS = "examples/uuid_pairs.py"
 
 
 def test_a_seed_gives_the_same_bytes_on_every_machine(tmp_path):

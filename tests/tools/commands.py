@@ -33,7 +33,7 @@ FINETUNE = "finetune"
 BOARD = "board"
 COMPARE = "compare"
 TRAIN = "train-tokenizer"
-BENCHMARK = "launch/benchmark/data.py"
+TOKENIZE = "tokenize"
 DEMO_TEXT = "relora_mora.commands.demo_text"
 
 
@@ -47,7 +47,7 @@ class Answer(NamedTuple):
 
 @functools.cache
 def module_of(command: str) -> ModuleType:
-    """The module of a command of relora-mora, a module by its own name, or a script such as launch/pubmed.py."""
+    """The module of a command of relora-mora, a module by its own name, or a script such as examples/uuid_pairs.py."""
     if command in NAMES:
         return sys.modules[main_of(command).__module__]
     if "/" not in command:

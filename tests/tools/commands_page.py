@@ -16,8 +16,8 @@ edit it.
 `relora-mora COMMAND` and `python -m relora_mora COMMAND` start a command, and
 `relora-mora COMMAND --help` prints its text below. A command that trains also starts under a launcher:
 `deepspeed --module relora_mora pretrain CONFIG`, `torchrun --module relora_mora pretrain CONFIG`. In a
-checkout, `launch/pretrain.py` and the other scripts in `launch/` start the same functions. A value with
-special characters goes into quotes. `source <(relora-mora completion)` completes commands and options
+checkout, `launch/pretrain.py` and `launch/finetune.py` start the same functions. A value with special
+characters goes into quotes. `source <(relora-mora completion)` completes commands and options
 in bash.
 """
 

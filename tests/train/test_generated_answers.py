@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.uuid_pairs import uuid_pairs
+from examples.uuid_pairs import uuid_pairs
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.tokenizer.load import load_tokenizer

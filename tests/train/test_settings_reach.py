@@ -1,4 +1,4 @@
-"""Which settings of model and data reach evaluation and plan; and that evaluation, launch/evaluate.py and export see
+"""Which settings of model and data reach evaluation and plan; and that evaluation, relora-mora evaluate and export see
 what training saw."""
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-Axis = Literal["steps", "tokens", "time"]
+Axis = Literal["tokens", "time"]
 Values = NDArray[np.float64]
 
 # Okabe and Ito's colors, which color-blind readers can tell apart. Lines and markers do the same in grayscale, and
@@ -50,7 +50,6 @@ WIDTH = 7.0  # inches, the text width of a page
 LETTERS = 100  # in a line of this width
 LEGEND_LINE = 0.2  # inches
 IN_A_ROW = 4  # panels of projections
-TITLES = {"steps": "steps", "tokens": "tokens trained on"}
 UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 MOST_MARKERS = 12
 
@@ -130,7 +129,7 @@ def _letters(width: float) -> int:
 
 @dataclass(frozen=True)
 class Curve:
-    """A mean over seeds with the lowest and highest value, all [n]. ``x`` is in steps, tokens or seconds."""
+    """A mean over seeds with the lowest and highest value, all [n]. ``x`` is in tokens or a unit of time."""
 
     steps: list[int]
     x: Values
@@ -145,10 +144,13 @@ class Curve:
             panel.fill_between(self.x, self.low, self.high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def curve(group: Group, series: Callable[[Run], Series], axis: Axis, *, smooth: bool = False) -> Curve:
+def curve(
+    group: Group, series: Callable[[Run], Series], axis: Axis, unit: float = 1.0, *, smooth: bool = False
+) -> Curve:
     """A metric of a group at the steps that all its runs have; it may be empty.
 
-    ``smooth``: replaces each run's values by centered means over about a twenty-fifth of them.
+    ``unit``: the unit of the axis, in tokens or seconds. ``smooth``: replaces each run's values by centered means over
+    about a twenty-fifth of them.
     """
     of_runs = [series(run) for run in group.runs]
     steps = common_steps(of_runs)
@@ -156,13 +158,12 @@ def curve(group: Group, series: Callable[[Run], Series], axis: Axis, *, smooth: 
     if smooth:
         values = [running_mean(each, max(1, len(steps) // 50)) for each in values]
     rows = np.stack(values)
-    return Curve(steps, positions(group, steps, axis), rows.mean(axis=0), rows.min(axis=0), rows.max(axis=0))
+    x = positions(group, steps, axis) / unit
+    return Curve(steps, x, rows.mean(axis=0), rows.min(axis=0), rows.max(axis=0))
 
 
 def positions(group: Group, steps: Sequence[int], axis: Axis) -> Values:
-    """The positions of steps on an axis: steps, tokens trained on, or training seconds (mean over the runs)."""
-    if axis == "steps":
-        return np.array(steps, dtype=float)
+    """The positions of steps on an axis: tokens trained on, or training seconds (mean over the runs)."""
     if axis == "tokens":
         return group.runs[0].tokens(steps).astype(float)
     return np.mean([run.seconds(steps) for run in group.runs], axis=0)
@@ -176,8 +177,8 @@ def running_mean(values: Values, half: int) -> Values:
 
 def unit_of(groups: Sequence[Group], axis: Axis) -> tuple[float, str]:
     """(size, title) of the axis unit; for time the largest unit such that the longest run takes at least two."""
-    if axis != "time":
-        return 1.0, TITLES[axis]
+    if axis == "tokens":
+        return 1.0, "tokens trained on"
     longest = max(run.seconds(run.last_step) for group in groups for run in group.runs)
     size, unit = next((each for each in UNITS if longest >= 2 * each[0]), UNITS[-1])
     return size, f"time of steps and merges, {unit}"

@@ -1,7 +1,7 @@
-"""Figures of a comparison: losses, last perplexities, learning rates, ranks of merges, and any other metric."""
+"""Figures of a comparison: losses, last perplexities, and ranks of merges."""
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,43 +12,32 @@ from relora_mora.experiments.compare.curves import (
     GRAY,
     LETTERS,
     PAPER,
-    WIDTH,
-    Axis,
-    add_legend,
     curve,
     figure_of_kinds,
-    legend_height,
     paper_figure,
     set_ticks,
     state_of,
     styled,
-    unit_of,
 )
 from relora_mora.experiments.compare.groups import Group, common_steps
 from relora_mora.experiments.compare.losses import loss_figure
-from relora_mora.experiments.compare.reach import Reach
-from relora_mora.experiments.compare.runs import Run, Series
+from relora_mora.experiments.compare.runs import Run
 from relora_mora.experiments.compare.table import common_sets, perplexities
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-REACH = "reach_"  # prefix of the name of a --reach figure
+RANKS = "effective_rank"  # the name of the figure that not every comparison has
 LABEL_LETTERS = 40  # in a line next to a panel
 
 
-def figures_of(
-    groups: Sequence[Group], reach: Reach | None = None, against: Group | None = None
-) -> "dict[str, Figure]":
-    """All figures of a comparison by name, with ranks if a run has merged, and with ``reach`` if given."""
+def figures_of(groups: Sequence[Group], against: Group | None = None) -> "dict[str, Figure]":
+    """All figures of a comparison by name, with ranks if a run has merged."""
     figures = {"loss_by_tokens": loss_figure(groups, "tokens"), "loss_by_time": loss_figure(groups, "time")}
     figures["perplexity"] = perplexity_figure(groups, against)
-    figures["learning_rate"] = rate_figure(groups)
     ranks = rank_figure(groups)
     if ranks is not None:
-        figures["effective_rank"] = ranks
-    if reach is not None:
-        figures[REACH + reach.title.replace(" ", "_")] = reach_figure(reach, groups)
+        figures[RANKS] = ranks
     return figures
 
 
@@ -82,35 +71,6 @@ def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> 
         panels[0][0].set_yticks(places, labels)
         panels[0][0].set_ylim(heights.sum(), 0)  # the first row at the top
         figure.supxlabel(line, fontsize=PAPER["axes.labelsize"])
-    return figure
-
-
-def rate_figure(groups: Sequence[Group]) -> "Figure":
-    figure = _metric_figure(groups, Run.rates, "learning rate of the matrices", "tokens", markers=False)
-    figure.axes[0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    return figure
-
-
-def reach_figure(reach: Reach, groups: Sequence[Group]) -> "Figure":
-    """The metric against steps, with a horizontal line at each value."""
-    figure = _metric_figure(groups, partial(Run.series, tag=reach.tag), reach.title, "steps")
-    for value in reach.values:
-        figure.axes[0].axhline(value, color=GRAY, linestyle=":", linewidth=1.0, zorder=1)
-    return figure
-
-
-def _metric_figure(
-    groups: Sequence[Group], series: Callable[[Run], Series], title: str, axis: Axis, *, markers: bool = True
-) -> "Figure":
-    width = WIDTH * 0.6
-    with paper_figure(2.4 + legend_height(groups, width), width) as figure:
-        panel = figure.subplots()
-        for group, style in styled(groups):
-            curve(group, series, axis).draw(panel, group, style if markers else {**style, "marker": None})
-        panel.set_xlabel(unit_of(groups, axis)[1])
-        set_ticks(panel, axis)
-        panel.set_ylabel(title)
-        add_legend(figure, panel, groups)
     return figure
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from relora_mora.experiments.compare.curves import PAPER
-from relora_mora.experiments.compare.figures import REACH
+from relora_mora.experiments.compare.figures import RANKS
 from relora_mora.experiments.compare.runs import TABLE, CompareError
 from relora_mora.system.files import disk_faults_named, write_synced
 
@@ -26,13 +26,11 @@ def check_plots(folder: Path, otherwise: str = "; without --out only the table i
 
 
 def write_comparison(folder: Path, texts: Mapping[str, str], figures: "Mapping[str, Figure]") -> None:
-    """Like :func:`write_files`. Deletes figures that the comparison before had in this folder, and this one has not."""
+    """Like :func:`write_files`. Deletes the figure of ranks of the comparison before if this one has none."""
     had_one = (folder / TABLE).exists()
     write_files(folder, texts, figures)
-    if had_one:
-        for older in (folder / "effective_rank.png", *folder.glob(f"{REACH}*.png")):
-            if older.stem not in figures:
-                older.unlink(missing_ok=True)
+    if had_one and RANKS not in figures:
+        (folder / f"{RANKS}.png").unlink(missing_ok=True)
 
 
 def write_files(folder: Path, texts: Mapping[str, str], figures: "Mapping[str, Figure]") -> None:

@@ -11,7 +11,6 @@ from typing import Any
 from relora_mora.config.checks.combinations import OPERATIONAL, unused_settings
 from relora_mora.config.data import RecordsConfig, TextSource
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS
-from relora_mora.config.stretches import MergeStretch
 from relora_mora.experiments.compare.runs import CompareError, Run, Series
 
 SEEDS = ("train.seed", "data.seed")
@@ -28,6 +27,27 @@ _IGNORED = {
     "train.tokens",
 }
 _IN_TITLE = ("method.name", "method.operators")
+# kept records of release 0.2 name what later releases no longer have: titles, and settings with their defaults
+_SLTRAIN = "sltrain"  # LoRA with a sparse matrix
+_OPTIMIZERS = {record.name: record.title for record in MATRIX_OPTIMIZERS.values()} | {
+    "apollo": "APOLLO",
+    "apollo_mini": "APOLLO-Mini",
+    "fira": "Fira",
+    "galore": "GaLore",
+    "lora_muon": "LoRA-Muon",
+    "normuon": "NorMuon",
+    "polar_muon": "Muon with Polar Express",
+    "sumo": "SUMO",
+}
+_SETTINGS_OF_0_2 = {
+    "method.full_steps": 0,
+    "method.sparse_density": 0.03,
+    "optim.cautious_decay": False,
+    "optim.lr_full": None,
+    "optim.projection_every": 200,
+    "optim.projection_rank": 128,
+    "optim.projection_scale": None,
+}
 
 
 @dataclass(frozen=True)
@@ -182,8 +202,8 @@ def group_of(groups: Sequence[Group], name: str) -> Group:
 
 def _method_title(settings: Mapping[str, Any]) -> str:
     """The method's title with its cycle of operators if that is longer than one, such as ``ReMoRA (1, 2)``."""
-    method = METHODS.get(settings["method.name"])
-    title = settings["method.name"] if method is None else method.title
+    name = settings["method.name"]
+    title = METHODS[name].title if name in METHODS else "SLTrain" if name == _SLTRAIN else name
     operators = settings.get("method.operators", ())
     return f"{title} ({_shown(operators)})" if len(operators) > 1 else title
 
@@ -206,8 +226,10 @@ def _compared_settings(run: Run, ignored: Sequence[str] = ()) -> dict[str, Any]:
 
 def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that have an effect; only the first of the operators if they never alternate."""
-    method = METHODS.get(settings["method.name"])
-    unused = unused_settings(settings)
+    name = "lora" if settings["method.name"] == _SLTRAIN else settings["method.name"]
+    method = METHODS.get(name)
+    unused = {*unused_settings({**settings, "method.name": name})}
+    unused |= {name for name, default in _SETTINGS_OF_0_2.items() if settings.get(name) == default}
     used = {name: value for name, value in settings.items() if name not in unused}
     if method is not None and not method.merges and "method.operators" in used:
         used["method.operators"] = used["method.operators"][:1]
@@ -219,9 +241,16 @@ def _seed(run: Run) -> tuple[Any, ...]:
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the settings with several values; runs without a setting do not count as a value."""
+    """Names of the settings with several values; runs without a setting do not count, except for those of 0.2."""
     names = dict.fromkeys(name for each in settings for name in each if name not in _IN_TITLE)
-    values = {name: {_as_text(each[name]) for each in settings if name in each} for name in names}
+    values = {
+        name: {
+            _as_text(each.get(name, _SETTINGS_OF_0_2.get(name)))
+            for each in settings
+            if name in each or name in _SETTINGS_OF_0_2
+        }
+        for name in names
+    }
     operators = {
         json.dumps(each["method.operators"]) for each in settings if len(each.get("method.operators", ())) == 1
     }
@@ -248,10 +277,8 @@ def _differences(settings: Mapping[str, Any], names: Sequence[str], full_paths: 
         value = settings.get(name)
         if value in (None, {}) or (name == "method.operators" and len(settings[name]) > 1):
             continue
-        if name == "method.full_steps" and value == 0:  # as in runs from before this setting
-            continue
-        if name == "optim.matrices" and settings[name] in MATRIX_OPTIMIZERS:
-            shown.append(MATRIX_OPTIMIZERS[settings[name]].title)
+        if name == "optim.matrices" and value in _OPTIMIZERS:
+            shown.append(_OPTIMIZERS[value])
             continue
         title = section if key == "name" else key if key_counts[key] == 1 else f"{section} {key}"
         title = title.replace("_", " ")
@@ -261,8 +288,8 @@ def _differences(settings: Mapping[str, Any], names: Sequence[str], full_paths: 
 
 
 def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """The values without defaults if they describe a text source, its records or merges; otherwise all values."""
-    for model, key in ((TextSource, "source"), (RecordsConfig, "kind"), (MergeStretch, "every")):
+    """The values without defaults if they describe a text source or its records; otherwise all values."""
+    for model, key in ((TextSource, "source"), (RecordsConfig, "kind")):
         if key in values:
             defaults = {name: field.get_default() for name, field in model.model_fields.items() if name != key}
             return {name: each for name, each in values.items() if name not in defaults or each != defaults[name]}
@@ -277,6 +304,6 @@ def _shown(value: Any, *, full_path: bool = False) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_shown(each, full_path=full_path) for each in value)
     if isinstance(value, dict):
-        shown = _without_defaults(value)
+        shown = {key: inner for key, inner in _without_defaults(value).items() if inner is not None}
         return ", ".join(f"{key} {_shown(inner, full_path=full_path)}" for key, inner in shown.items())
     return Path(value).stem if isinstance(value, str) and "/" in value and not full_path else str(value)

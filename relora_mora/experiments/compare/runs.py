@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
 
-from relora_mora.config.optim import OptimConfig
-from relora_mora.config.schema import SETTINGS, MethodConfig
+from relora_mora.config.schema import SETTINGS
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.supervise.lock import is_held
 from relora_mora.system.run_folder import RunFolder, changes_since_first, noted_digests
@@ -81,7 +79,6 @@ def _has_step(line: Any) -> bool:
 
 
 COUNTS = ("train.steps", "train.batch_size", "data.sequence_length")
-SHARES = ("exact_match", "character_accuracy")  # shares of the generated answers
 Series = dict[int, float]  # values of a metric by step, in the order of steps
 
 
@@ -94,18 +91,17 @@ class Run:
     lines: list[dict[str, Any]]
     starts: list[dict[str, Any]]
     is_running: bool
-    is_record: bool = False  # from a study's records, which keep only some of the lines
 
     def series(self, tag: str) -> Series:
         """A metric by step, only finite values; the newest value if a step has several.
 
-        Of evaluations, only those count that scored or generated the same as the last one, because a resume may have
-        changed the held-out text.
+        Of evaluations, only those count that scored the same as the last one, because a resume may have changed the
+        held-out text.
         """
         lines = [line for line in self.lines if isinstance(line.get(tag), int | float)]
         if tag.startswith("eval/"):
-            of_set, _, name = tag.rpartition("/")
-            scored = (f"{of_set}/{'answers' if name in SHARES else 'tokens'}", f"{of_set}/digest")
+            of_set = tag.rpartition("/")[0]
+            scored = (f"{of_set}/tokens", f"{of_set}/digest")
             lines = [line for line in lines if all(line.get(key) == lines[-1].get(key) for key in scored)]
         values = {line["step"]: line[tag] for line in lines}
         return {step: value for step, value in values.items() if math.isfinite(value)}
@@ -164,32 +160,6 @@ class Run:
     @property
     def merges(self) -> list[int]:
         return list(self.series("merge/layers"))
-
-    def rates(self) -> Series:
-        """The learning rate of the matrices by step; computed from the settings if only some of the lines are kept."""
-        return self._scheduled if self.is_record else self.series("train/lr")
-
-    @cached_property
-    def _scheduled(self) -> Series:
-        from relora_mora.optim.groups import make_schedule  # imports torch, which nothing else here needs
-
-        def section(name: str, kind: type[BaseModel]) -> dict[str, Any]:
-            return {key: self.settings[f"{name}.{key}"] for key in kind.model_fields}
-
-        try:
-            method = MethodConfig.model_validate(section("method", MethodConfig))
-            optim = OptimConfig.model_validate(section("optim", OptimConfig))
-        except ValidationError as error:
-            fault = error.errors()[0]
-            raise CompareError(
-                f"{self.folder}: its settings do not give a learning rate ({fault['loc']}: {fault['msg']})"
-            ) from None
-        schedule = make_schedule(method, optim, self.steps)
-        in_full_rank = optim.lr if optim.lr_full is None else optim.lr_full
-        return {
-            step: (optim.lr if step > schedule.full_steps else in_full_rank) * schedule.rate(step)
-            for step in range(1, self.last_step + 1)
-        }
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -321,7 +291,7 @@ def _run_of_record(path: Path, record: dict[str, Any]) -> Run:
     file = path.with_name(path.name.removesuffix(COMPRESSED))
     study = file.parent if file.name == RECORDS else file.with_suffix("")
     folder = study / "runs" / record["name"]  # it may have been deleted
-    return Run(folder, settings, record["metrics"], [record["start"]], is_running=False, is_record=True)
+    return Run(folder, settings, record["metrics"], [record["start"]], is_running=False)
 
 
 def _epochs_of(epochs: float | None, warmup_fraction: float | None) -> dict[str, float | None]:

@@ -160,16 +160,8 @@ def as_json(rows: Sequence[Row], against: Group | None = None) -> dict[str, Any]
     return {"against": rows[0].label if against is None else against.label, "rows": [asdict(row) for row in rows]}
 
 
-def markdown(
-    rows: Sequence[Row],
-    against: Group | None = None,
-    more: Mapping[str, list[str]] | None = None,
-    notes: Sequence[str] = (),
-) -> str:
-    """The table, with notes below it that a reader needs.
-
-    ``more`` are additional columns, with a cell for each row, and ``notes`` belong to these columns.
-    """
+def markdown(rows: Sequence[Row], against: Group | None = None) -> str:
+    """The table, with notes below it that a reader needs."""
     sets = list(rows[0].validation)
     columns: dict[str, list[str]] = {"method": [row.method for row in rows]}
     if any(row.differs for row in rows):
@@ -187,11 +179,10 @@ def markdown(
             number_cell(each.perplexity, ".2f" if each.perplexity.high < LARGE else ".3g") for each in results
         ]
         columns[f"ratio{ending}"] = [f"{each.ratio:.3f}" for each in results]
-    columns |= more or {}
     columns["tokens/s"] = [number_cell(row.tokens_per_second, ",.0f") for row in rows]
     columns["peak memory, GiB"] = [number_cell(row.peak_memory_gib, ".2f") for row in rows]
     table = table_of(columns, left=sum(name in ("method", "settings") for name in columns))
-    return table + "".join(f"\n{note}\n" for note in [*_notes(rows, against), *notes])
+    return table + "".join(f"\n{note}\n" for note in _notes(rows, against))
 
 
 def table_of(columns: Mapping[str, Sequence[str]], *, left: int) -> str:

@@ -11,7 +11,6 @@ from relora_mora.config.phases import phases_of
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS
 from relora_mora.config.schema import Config
 from relora_mora.config.stretches import last_merge, merge_steps
-from relora_mora.experiments.ladder import rate_notes
 from relora_mora.experiments.planner.cluster import Cluster, StepTime, step_time
 from relora_mora.experiments.planner.compute import PRODUCTS_RATE, ComputeTime, compute_time
 from relora_mora.experiments.planner.network import Traffic, traffic
@@ -62,7 +61,7 @@ class Plan:
     memory: dict[str, dict[int, Memory]]
     network: dict[str, dict[int, Traffic]]
     times: list[Time]  # of the run's phases
-    notes: list[str]  # on the learning rates and on the model's widths
+    notes: list[str]  # on what the time leaves out, fp8, and the model's widths
 
     @property
     def method(self) -> str:
@@ -248,7 +247,6 @@ def make_plan(
         times=times,
         notes=[
             *(_svd_notes(config) if tokens_per_second is None else []),
-            *rate_notes(config, width=model_config.hidden_size, layers=model_config.num_hidden_layers),
             *([] if on_cpu else [*_fp8_notes(config, cluster.device), *uneven_widths(model_config)]),
         ],
     )

@@ -15,7 +15,6 @@ from relora_mora.experiments.compare.groups import used_settings
 from relora_mora.experiments.compare.runs import RECORDS, TABLE, read_records
 from relora_mora.experiments.study.design import Cell, Study
 from relora_mora.supervise.exits import FINISHED
-from relora_mora.supervise.lock import is_held
 from relora_mora.system.files import write_synced
 from relora_mora.system.run_folder import RunFolder, noted_digests, read_json_lines
 from relora_mora.weights.digests import changed_start, start_digests, starts_of
@@ -56,12 +55,8 @@ class StudyFolder:
         known = self.commits()
         for config in configs:
             known |= with_commits(config.data.model_copy(update={"commits": known | config.data.commits})).commits
-        self.note_commits(known)
-
-    def note_commits(self, commits: Mapping[str, str]) -> None:
-        if commits and commits != self.commits():
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_synced(self._commits, json.dumps(commits, indent=1) + "\n")
+        if known and known != self.commits():
+            write_synced(self._commits, json.dumps(known, indent=1) + "\n")
 
     @property
     def _commits(self) -> Path:
@@ -73,10 +68,6 @@ class StudyFolder:
 
     def log(self, cell: Cell) -> Path:
         return self.path / "logs" / f"{cell.name}.txt"
-
-    def claim(self, cell: Cell) -> Path:
-        """The folder whose lock is held by the study that runs the cell."""
-        return self.path / "claims" / cell.name
 
     @property
     def records(self) -> Path:
@@ -153,7 +144,7 @@ class StudyFolder:
     def _check_settings(self, cell: Cell, config: Config, threads: int) -> None:
         noted = self.given(cell)
         # a run writes its settings only after it has found no fault in them
-        has_started = self.run(cell).config.exists() or is_held(self.claim(cell)) or cell.name in self.kept()
+        has_started = self.run(cell).config.exists() or cell.name in self.kept()
         if noted is None or not has_started:
             return
         try:

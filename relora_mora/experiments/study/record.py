@@ -1,7 +1,7 @@
-"""The record that outlives a run's folder: enough for tables and plots, and to run it again."""
+"""The record that outlives a run's folder: enough for tables and plots."""
 
 import json
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 from relora_mora.config.yaml_text import parse_yaml
@@ -17,7 +17,6 @@ OF_TRAINING = ("train/loss", "train/tokens", SPEED, "perf/peak_memory_gib")
 OF_ALL_MERGES = ("merge/layers", "merge/seconds")
 RANKS = "merge/effective_rank/"
 NOT_KEPT = ("command", "host")  # of a start, because they are local
-NO_RESULTS = ("seconds", "/digest", "/answers")  # times, and what was scored, which not all kept records have
 DIGITS = 8  # significant digits of a float; float32 has no more
 
 
@@ -62,34 +61,6 @@ def final_metric(cell: Cell, folder: StudyFolder, metric: str) -> float | None:
             f"any, in {folder.records}, so that the study repeats the run"
         )
     return None if last[metric] is None else float(last[metric])
-
-
-def differences(cell: Cell, first: StudyFolder, second: StudyFolder) -> tuple[int, list[str]]:
-    """Compares those numbers of a run in two folders that do not depend on the clock.
-
-    If the first folder has only a record of the run, the numbers in that record are compared. Returns how many numbers
-    the first folder has, and a line for each that is not exactly the same in the second.
-    """
-    if first.has_run(cell):
-        numbers, others = (_numbers(read_json_lines(folder.run(cell).metrics)) for folder in (first, second))
-    else:
-        numbers = _numbers(first.kept()[cell.name]["metrics"])
-        numbers = {key: value for key, value in numbers.items() if is_kept(key[1])}  # earlier versions kept more
-        others = _numbers(_record(cell, second)["metrics"])
-    return len(numbers), [
-        f"{tag} at step {step}: {numbers.get((step, tag))} and {others.get((step, tag))}"
-        for step, tag in sorted({*numbers, *others})
-        if numbers.get((step, tag)) != others.get((step, tag))
-    ]
-
-
-def _numbers(lines: Iterable[dict[str, Any]]) -> dict[tuple[int, str], Any]:
-    return {
-        (line["step"], tag): value
-        for line in lines
-        for tag, value in line.items()
-        if tag.partition("/")[0] in ("train", "eval", "merge") and not tag.endswith(NO_RESULTS)
-    }
 
 
 def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:

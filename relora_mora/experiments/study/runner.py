@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from relora_mora.experiments.study.design import Cell, Study
 from relora_mora.experiments.study.folder import StudyFolder
-from relora_mora.supervise.lock import LockError, RunLock, is_held
+from relora_mora.supervise.lock import is_held
 from relora_mora.system.process import ending_with_me
 
 POLL_SECONDS = 0.5
@@ -30,7 +30,6 @@ class Stopped(Exception):
 @dataclass(frozen=True)
 class _Running:
     cell: Cell
-    claim: RunLock
     process: subprocess.Popen[bytes]
     sent: list[int] = field(default_factory=list)  # signals passed on so far
 
@@ -61,7 +60,7 @@ class Runner:
     def run(self, cells: Sequence[Cell]) -> None:
         """Runs the cells that are not done; interrupted cells continue from their last checkpoint.
 
-        Cells that another study on the same folder has claimed are left to it, unless it ends before they are done. The
+        A cell whose run is still ending, because it may outlive its study while it saves, waits for that end. The
         output of a failed run is in its log. After SIGINT or SIGTERM, which is passed on to every run, this raises
         :class:`Stopped`; a run saves and ends at the first signal and ends immediately at the second. If this process
         is killed, the kernel sends each run a first signal (on Linux).
@@ -71,17 +70,14 @@ class Runner:
         running: list[_Running] = []
         with _stop_signals() as signals, _passing_on(signals, running):
             while running or (waiting and not signals):
-                while len(running) < self.jobs and (one := self._start_next(waiting, signals)) is not None:
-                    waiting.remove(one.cell)
-                    running.append(one)
+                free = [cell for cell in waiting if not is_held(self.folder.run(cell).path)]
+                for cell in [] if signals else free[: self.jobs - len(running)]:
+                    waiting.remove(cell)
+                    running.append(self._start(cell))
                 time.sleep(POLL_SECONDS)
                 ended = [one for one in running if one.process.poll() is not None]
                 running[:] = [one for one in running if one not in ended]
-                for one in ended:
-                    one.claim.release()
-                elsewhere = [cell for cell in waiting if self.folder.is_done(cell)]
-                waiting = [cell for cell in waiting if cell not in elsewhere]
-                self._done += len(elsewhere) + sum(self.folder.is_done(one.cell) for one in ended)
+                self._done += sum(self.folder.is_done(one.cell) for one in ended)
                 if ended:
                     self.note()
                 self._show(waiting, running)
@@ -89,24 +85,7 @@ class Runner:
         if signals:
             raise Stopped
 
-    def _start_next(self, waiting: Sequence[Cell], signals: Sequence[int]) -> _Running | None:
-        """Starts the first cell that no other study has claimed; None if there is none."""
-        for cell in waiting:
-            if signals:  # a claim may take seconds on a disk without locks
-                return None
-            if is_held(self.folder.run(cell).path):  # a run may outlive its study while it saves
-                continue
-            claim = RunLock(self.folder.claim(cell))
-            try:
-                claim.acquire(wait_seconds=0)
-            except LockError:
-                continue
-            if not self.folder.is_done(cell):
-                return self._start(cell, claim)
-            claim.release()
-        return None
-
-    def _start(self, cell: Cell, claim: RunLock) -> _Running:
+    def _start(self, cell: Cell) -> _Running:
         log = self.folder.log(cell)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
@@ -118,7 +97,7 @@ class Runner:
                 env=os.environ | {"OMP_NUM_THREADS": str(self.study.threads), "TOKENIZERS_PARALLELISM": "false"},
                 start_new_session=True,  # Ctrl-C reaches it only through the study
             )
-        return _Running(cell, claim, process)
+        return _Running(cell, process)
 
     def _show(self, waiting: list[Cell], running: list[_Running]) -> None:
         unfinished = [*waiting, *(one.cell for one in running)]
@@ -145,7 +124,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def _passing_on(signals: list[int], running: list[_Running]) -> Iterator[None]:
-    """Passes each signal on to all runs, even while the study waits for a claim.
+    """Passes each signal on to all runs.
 
     If a signal goes to the whole job, the runs get it directly, too. Passing it on soon enough keeps a run from taking
     it for a second request.

@@ -76,12 +76,5 @@ def _evaluation(loss: float, sets: Sequence[str], digest: str | None) -> dict[st
     return found
 
 
-def append_metrics(folder: Path, tag: str, values: Sequence[float]) -> None:
-    """Values of a metric at steps 0, 100, ..."""
-    lines = [json.dumps({"step": 100 * index, tag: value}) for index, value in enumerate(values)]
-    with RunFolder(folder).metrics.open("a", encoding="utf-8") as stream:
-        stream.write("\n".join(lines) + "\n")
-
-
 def made_run(folder: Path, losses: Sequence[float] = (9.0, 4.0, 3.0, 2.0, 1.0), **given: Any) -> Run:
     return read_run(write_run(folder, losses, **given))

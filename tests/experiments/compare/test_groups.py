@@ -175,24 +175,6 @@ def test_a_source_is_named_without_defaults(tmp_path: Path) -> None:
     ]
 
 
-def test_stretches_of_merges_are_named_without_defaults(tmp_path: Path) -> None:
-    clocks = (10, [{"every": 10, "growth": 1.3}], [{"every": 5, "until": 20, "growth": None}, {"every": 30}])
-    assert _labels(tmp_path, *({"method": {"merge_every": every}} for every in clocks)) == [
-        "ReMoRA (1, 2), merge every 10",
-        "ReMoRA (1, 2), merge every 10, growth 1.3",
-        "ReMoRA (1, 2), merge every 5, until 20, every 30",
-    ]
-
-
-def test_only_a_start_at_full_rank_is_named(tmp_path: Path) -> None:
-    runs: list[Sections] = [{"method": {"full_steps": steps}} for steps in (0, 5, 8)]
-    assert _labels(tmp_path, *runs) == [
-        "ReMoRA (1, 2)",
-        "ReMoRA (1, 2), full steps 5",
-        "ReMoRA (1, 2), full steps 8",
-    ]
-
-
 def test_a_run_with_another_seed_is_not_called_the_same(tmp_path: Path) -> None:
     runs = [made_run(tmp_path / f"run{seed}", digest=f"{seed}", train={"seed": seed}) for seed in (0, 1)]
     labels = [group.label for group in group_runs(runs, unnamed=["data.validation"])]
@@ -223,23 +205,10 @@ def test_a_repeated_seed_is_not_another_seed(tmp_path: Path) -> None:
             [{"optim": {"matrices": name}} for name in ("adamw", "muon")],
             ["ReMoRA (1, 2), AdamW", "ReMoRA (1, 2), Muon"],
         ),
-        (
-            [
-                {"method": {"name": "full"}, "optim": {"matrices": name, "projection_rank": rank}}
-                for name, rank in (("adamw", 4), ("muon", 5), ("galore", 8), ("galore", 16), ("apollo", 8))
-            ],
-            [
-                "Full rank, AdamW",
-                "Full rank, Muon",
-                "Full rank, GaLore, projection rank 8",
-                "Full rank, GaLore, projection rank 16",
-                "Full rank, APOLLO, projection rank 8",
-            ],
-        ),
         # a setting that the optimizer does not use
         (
-            [{"optim": {"matrices": "galore", "momentum": 0.5}}, {"optim": {"projection_every": 7}}],
-            ["ReMoRA (1, 2), GaLore", "ReMoRA (1, 2), AdamW"],
+            [{"optim": {"matrices": "muon"}}, {"optim": {"momentum": 0.5}}],
+            ["ReMoRA (1, 2), Muon", "ReMoRA (1, 2), AdamW"],
         ),
         # a setting that the method does not use
         ([{"method": {"rank": 2}}, {"method": {"rank": 9, "name": "full"}}], ["ReMoRA (1, 2)", "Full rank"]),

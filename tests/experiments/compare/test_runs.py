@@ -83,17 +83,6 @@ def test_evaluations_without_digests_are_matched_by_their_tokens(tmp_path: Path)
     assert read_run(folder).evaluations("") == {0: 9.0, 10: 4.0, 20: 3.0, 30: 3.0}
 
 
-def test_shares_of_other_answers_before_a_resume_are_left_out(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a", [9.0, 4.0])
-    with RunFolder(folder).metrics.open("a") as stream:
-        for step, answers in ((10, 3), (20, 7), (30, 7)):
-            line = {"step": step, "eval/loss": 3.0, "eval/exact_match": 0.5, "eval/answers": answers}
-            stream.write(json.dumps(line) + "\n")
-    run = read_run(folder)
-    assert run.series("eval/exact_match") == {20: 0.5, 30: 0.5}
-    assert 10 in run.series("eval/loss")
-
-
 @pytest.mark.parametrize(("sets", "expected"), [((), [""]), (("web", "loss"), ["web", "loss"])])
 def test_sets_of_held_out_text(tmp_path: Path, sets: tuple[str, ...], expected: list[str]) -> None:
     run = made_run(tmp_path / "a", sets=sets)
@@ -210,13 +199,6 @@ def test_paths_without_a_run_are_reported(tmp_path: Path) -> None:
         config.write_text(re.sub(rf"{key}: \d+", f"{key}: many", config.read_text()))
         with pytest.raises(CompareError, match=rf"config\.yaml: {section}\.{key} is many, expected a whole number"):
             read_run(folder)
-
-
-def test_a_record_whose_settings_give_no_rates_is_reported(tmp_path: Path) -> None:
-    run = made_run(tmp_path / "a")
-    damaged = replace(run, settings={**run.settings, "optim.lr": "fast"}, is_record=True)
-    with pytest.raises(CompareError, match=r"its settings do not give a learning rate .*lr"):
-        damaged.rates()
 
 
 def test_comparing_needs_neither_torch_nor_matplotlib_to_be_imported() -> None:

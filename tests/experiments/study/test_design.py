@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from relora_mora.config.load import ConfigError
-from relora_mora.experiments.study.conduct import conduct, run_again
+from relora_mora.experiments.study.conduct import conduct
 from relora_mora.experiments.study.design import (
     LONGEST_NAME,
     Study,
@@ -190,10 +190,6 @@ def test_all_runs_of_a_study_read_the_same_commit(tmp_path: Path, monkeypatch: p
     assert conduct(study, folder, PROGRAM, 1) == 2
     noted = {record["given"]["data"]["commits"]["some/set@main"] for record in read_json_lines(folder.records)}
     assert noted == {"a" * 40}
-    name = first_round(study)[0].name
-    again = StudyFolder(tmp_path / "again" / name)
-    run_again(study, folder, name, PROGRAM)
-    assert again.commits() == {"some/set@main": "a" * 40}
     (tmp_path / "commits.json").unlink()
     assert conduct(study, folder, PROGRAM, 1) == 2, "the records hold it, too"
 

