@@ -10,8 +10,9 @@ from typing import Any
 
 from relora_mora.config.checks.combinations import OPERATIONAL, unused_settings
 from relora_mora.config.data import RecordsConfig, TextSource
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS
+from relora_mora.config.registry import METHODS, optimizer_named
 from relora_mora.config.stretches import MergeStretch
+from relora_mora.experiments.compare.old_optimizers import OLD_TITLES, unused_by_old
 from relora_mora.experiments.compare.runs import CompareError, Run, Series
 
 SEEDS = ("train.seed", "data.seed")
@@ -207,7 +208,7 @@ def _compared_settings(run: Run, ignored: Sequence[str] = ()) -> dict[str, Any]:
 def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that have an effect; only the first of the operators if they never alternate."""
     method = METHODS.get(settings["method.name"])
-    unused = unused_settings(settings)
+    unused = unused_settings(settings).keys() | unused_by_old(settings)
     used = {name: value for name, value in settings.items() if name not in unused}
     if method is not None and not method.merges and "method.operators" in used:
         used["method.operators"] = used["method.operators"][:1]
@@ -250,8 +251,9 @@ def _differences(settings: Mapping[str, Any], names: Sequence[str], full_paths: 
             continue
         if name == "method.full_steps" and value == 0:  # as in runs from before this setting
             continue
-        if name == "optim.matrices" and settings[name] in MATRIX_OPTIMIZERS:
-            shown.append(MATRIX_OPTIMIZERS[settings[name]].title)
+        if name == "optim.matrices":
+            optimizer = optimizer_named(value)
+            shown.append(OLD_TITLES.get(value, value) if optimizer is None else optimizer.title)
             continue
         title = section if key == "name" else key if key_counts[key] == 1 else f"{section} {key}"
         title = title.replace("_", " ")

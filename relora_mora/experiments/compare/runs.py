@@ -81,6 +81,7 @@ def _has_step(line: Any) -> bool:
 
 
 COUNTS = ("train.steps", "train.batch_size", "data.sequence_length")
+_ANY_OPTIMIZER = {"matrices": "adamw", "others": "adamw"}  # rates do not depend on it, and a record may have another
 SHARES = ("exact_match", "character_accuracy")  # shares of the generated answers
 Series = dict[int, float]  # values of a metric by step, in the order of steps
 
@@ -178,7 +179,7 @@ class Run:
 
         try:
             method = MethodConfig.model_validate(section("method", MethodConfig))
-            optim = OptimConfig.model_validate(section("optim", OptimConfig))
+            optim = OptimConfig.model_validate({**section("optim", OptimConfig), **_ANY_OPTIMIZER})
         except ValidationError as error:
             fault = error.errors()[0]
             raise CompareError(
