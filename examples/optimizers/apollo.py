@@ -14,8 +14,8 @@ r = min(rank, s). At step t of a matrix, counted from its last reset, with eleme
     phi = |N column by column| / (|R column by column| + 1e-8)       [l]
     sqrt(scale) sqrt(1 - b2^t) / (1 - b1^t) limit(G phi)             is the update
 
-limit() is Fira's norm-growth limiter: if the norm of a matrix exceeds 1.01 times the norm (+ 1e-8) that limit() returned
-in the previous step, the matrix is scaled down to 1.01 times that norm. A zero gradient does not change the limit.
+limit() is Fira's norm-growth limiter: if the norm of a matrix exceeds 1.01 times the norm (+ 1e-8) that limit()
+returned in the previous step, the matrix is scaled down to 1.01 times that norm. A zero gradient does not change it.
 
 The authors use rates around 0.01, and scale = s / r gives the paper's factor of sqrt(s / r). The formulas are those of
 apollo-torch 1.0.3 (scale_front=False, scale_type="channel"), except that P is drawn again in each step, from the run's

@@ -30,7 +30,7 @@ def main(folder: Path, tokenizer: str) -> None:
         json.dumps(LLAMA | {"model_type": "helium", "num_key_value_heads": 2, "head_dim": 12})
     )
     config = run_config(
-        inputs, tokenizer, folder / "rslora", method={"name": "rslora"}, optim={"matrices": "signum", "lr": 1e-3}
+        inputs, tokenizer, folder / "rslora", method={"name": "rslora"}, optim={"matrices": "muon", "lr": 1e-3}
     )
     train(config, stop_after=5)
     train(config)
