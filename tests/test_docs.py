@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from relora_mora.commands import NAMES, main_of
 from relora_mora.config.explain import model_in
+from relora_mora.config.removed import REMOVED
 from relora_mora.config.schema import Config
 from relora_mora.data.formats.file_rows import iter_texts
 from relora_mora.train.begin.identity import FREE_SECTIONS, FREE_SETTINGS
@@ -97,6 +98,9 @@ def test_every_file_of_the_repository_that_is_named_exists(path: Path) -> None:
         assert (ROOT / found).is_file(), f"{name(path)}: {found}"
 
 
+TELL_OF_REMOVED = ("CHANGELOG.md", "docs/promises.md", "docs/experiments.md")
+
+
 @pytest.mark.parametrize("path", INSTRUCTIONS, ids=name)
 def test_every_setting_that_is_named_exists(path: Path) -> None:
     text = path.read_text()
@@ -105,6 +109,7 @@ def test_every_setting_that_is_named_exists(path: Path) -> None:
     files = (".json", ".yaml", ".py", ".md", ".model")
     for dotted in [*flags, *quoted]:
         deliberate = dotted in ("section.key", "data.KEY", "method.merge_evry") or dotted.endswith(files)
+        deliberate |= dotted in REMOVED and name(path) in TELL_OF_REMOVED
         assert deliberate or is_setting(dotted), f"{name(path)}: {dotted}"
 
 

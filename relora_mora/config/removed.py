@@ -16,7 +16,7 @@ REMOVED = {
     "optim.matrices=galore": "use examples/optimizers/galore.py:GaLore, with its settings in optim.rule",
     "optim.matrices=lora_muon": "use muon, which was better on A and B",
     "optim.matrices=normuon": "use muon, which was as good",
-    "optim.matrices=polar_muon": "use muon, which was as good",
+    "optim.matrices=polar_muon": "use muon",
     "optim.matrices=sumo": _OWN_RULE,
     "optim.others=apollo_mini": "use adamw8bit, which keeps a quarter of AdamW's state",
     "optim.cautious_decay": "remove it; weight decay is of all elements",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from relora_mora.config.load import load_config
 from relora_mora.config.optim import OptimConfig
 from relora_mora.optim.own import RuleError, own_rule, with_rule
 from relora_mora.optim.rules import MatrixRule, MatrixState, new_state, shapes_of
+from tests.tools.helpers import ROOT
 from tests.tools.tiny import tiny_config
 
 SIGN = """
@@ -80,6 +82,23 @@ def test_a_rule_of_a_module_that_can_be_imported(file, monkeypatch):
     assert type(_rule("sign:Sign")).__module__ == "sign"
     in_file, in_module = (with_rule(tiny_config(optim={"matrices": spec})) for spec in (f"{file}:Sign", "sign:Sign"))
     assert in_file.optim.rule_digest == in_module.optim.rule_digest is not None
+
+
+def test_the_rule_in_the_documents_is_one(tmp_path):
+    """It is Adam, if all squares of gradients are products of a row's and a column's number."""
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8").partition("### A rule of your own")[2]
+    [code] = re.findall(r"```python\n(.*?)```", text.partition("\n### ")[0], re.DOTALL)
+    path = tmp_path / "factored.py"
+    path.write_text(code)
+    rule = _rule(f"{path}:Factored", momentum=0.8)
+    state = new_state(0, shapes_of(rule, 2, 3))
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    adam = torch.optim.Adam([weight], lr=1.0, betas=(0.8, 0.99), eps=1e-12)
+    for _ in range(3):
+        before = weight.detach().clone()
+        weight.grad = torch.tensor([[1.0], [-2.0]]) * torch.tensor([3.0, 0.5, -4.0])
+        adam.step()
+        assert torch.allclose(rule.update(weight.grad.clone(), state), before - weight.detach(), rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,13 @@ def _from_full_rank(
     stage: int, precision: str, sections: Mapping[str, Mapping[str, str]], stops: Sequence[int]
 ) -> Combination:
     method, optim = (sections.get(section, {}) for section in ("method", "optim"))
-    others = {"optimizer": optim.get("matrices", "adamw"), "base": method.get("base", "null")}
+    others = {"optimizer": _optimizer(optim.get("matrices", "adamw")), "base": method.get("base", "null")}
     return runs(method.get("name", "remora"), stage, precision, start="full rank", **others)
+
+
+def _optimizer(matrices: str) -> str:
+    """The value of that dimension; the examples are rules of one's own."""
+    return matrices if matrices in DIMENSIONS["optimizer"] else "FILE.py:NAME"
 
 
 def _on_all_stages(**others: Any) -> list[Combination]:
@@ -170,40 +175,20 @@ TRAINING = [
         lambda stage: trains("remora", stage, "bf16", optimizer="muon"),
     ),
     Evidence(
-        "tests/engine/test_matrices.py::test_with_polar_express",
-        lambda method, stage, **_: trains(method, stage, "fp32", optimizer="polar_muon"),
-    ),
-    Evidence(
-        "tests/engine/test_pairs.py::test_every_stage_trains_as_plain_torch_does",
-        lambda method, stage, **_: trains(method, stage, "fp32", optimizer="lora_muon"),
-    ),
-    Evidence(
-        "tests/engine/test_pairs.py::test_in_bf16_pairs_train_as_in_plain_torch_up_to_rounding",
-        lambda stage: trains("relora", stage, "bf16", optimizer="lora_muon"),
-    ),
-    Evidence(
-        "tests/engine/test_pairs.py::test_a_step_after_any_reset_is_bounded",
-        lambda mode, **_: trains("relora", 2, "fp32", optimizer="lora_muon", reset=mode),
-    ),
-    Evidence(
-        "tests/engine/test_projected_matrices.py::test_every_stage_trains_as_plain_torch_does",
+        "tests/engine/test_rules.py::test_every_stage_trains_as_plain_torch_does",
         lambda method, stage, matrices, others, **_: trains(
-            method, stage, "fp32", optimizer=matrices, embeddings=others
+            method, stage, "fp32", optimizer=_optimizer(matrices), embeddings=others
         ),
     ),
     Evidence(
-        "tests/engine/test_projected_matrices.py::test_eight_bits_train_on_every_stage_as_in_plain_torch",
+        "tests/engine/test_rules.py::test_eight_bits_train_on_every_stage_as_in_plain_torch",
         lambda method, stage, matrices, others, **_: trains(
-            method, stage, "fp32", optimizer=matrices, embeddings=others
+            method, stage, "fp32", optimizer=_optimizer(matrices), embeddings=others
         ),
     ),
     Evidence(
-        "tests/engine/test_projected_matrices.py::test_in_bf16_it_trains_as_plain_torch_does_up_to_rounding",
-        lambda stage: trains("full", stage, "bf16", optimizer="fira", embeddings="apollo_mini"),
-    ),
-    Evidence(
-        "tests/engine/test_projected_matrices.py::test_a_merge_drops_the_states_of_adapters_or_keeps_them",
-        lambda mode, matrices: trains("remora", 2, "fp32", optimizer=matrices, reset=mode),
+        "tests/engine/test_rules.py::test_a_merge_drops_the_states_of_adapters_or_keeps_them",
+        lambda mode, matrices: trains("remora", 2, "fp32", optimizer=_optimizer(matrices), reset=mode),
     ),
     Evidence(
         "tests/sizing/test_measured_memory.py::test_state_and_gradients",
@@ -211,7 +196,7 @@ TRAINING = [
             method.partition(" ")[0],
             stage,
             bf16,
-            optimizer=matrices,
+            optimizer=_optimizer(matrices),
             embeddings=others,
             base=method.partition(" ")[2] or "null",
         ),
@@ -272,14 +257,14 @@ TRAINING = [
     Evidence("tests/weights/test_start_adapter.py::test_a_run_begins_with_the_values_in_the_file", _started),
     Evidence(
         "tests/train/test_muon_run.py::test_a_resume_is_bit_equal",
-        lambda matrices, method, stage, bf16: runs(
-            method, stage, bf16, optimizer=matrices, **({"reset": "random"} if method.startswith("re") else {})
+        lambda method, stage, bf16: runs(
+            method, stage, bf16, optimizer="muon", **({"reset": "random"} if method.startswith("re") else {})
         ),
     ),
     Evidence(
-        "tests/train/test_projected_run.py::test_a_resume_is_bit_equal",
+        "tests/train/test_rule_run.py::test_a_resume_is_bit_equal",
         lambda method, stage, bf16, matrices, others, **_: runs(
-            method, stage, bf16, optimizer=matrices, embeddings=others
+            method, stage, bf16, optimizer=_optimizer(matrices), embeddings=others
         ),
     ),
     Evidence(

@@ -38,7 +38,7 @@ DIMENSIONS: dict[str, dict[str, dict[str, Any]]] = {
     "method": {name: {"method.name": name} for name in METHODS},
     "ZeRO stage": {str(stage): {"train.zero_stage": stage} for stage in STAGES},
     "precision": {name: {"train.precision": name} for name in ("bf16", "fp32")},
-    "optimizer": {name: {"optim.matrices": name} for name in MATRIX_OPTIMIZERS},
+    "optimizer": {name: {"optim.matrices": name} for name in (*MATRIX_OPTIMIZERS, "FILE.py:NAME")},
     "embeddings": {name: {"optim.others": name} for name in OTHERS},
     "base": {
         "null": {},
