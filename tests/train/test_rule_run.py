@@ -16,6 +16,7 @@ import torch
 from relora_mora.config.load import ConfigError
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.optim.own import RuleError
+from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.run_folder import RunFolder
 from tests.tools.grids import rest
 from tests.tools.rules import matrices_settings
@@ -226,6 +227,28 @@ def test_ranks_with_other_files_are_refused(pools, config, tmp_path):
         files.append(str(path))
     for message in pools(2)(refused_on, 2, config(tmp_path / "run", 2), files):
         assert "optim.rule_digest" in message
+
+
+def limits_of_steps(config: Any) -> set[float | None]:
+    """The seconds that the watchdog allows for an update of a run."""
+    limits = []
+    begin = Guard.begin
+
+    def noted(self: Guard, action: str, within: float | None = None) -> None:
+        if action.endswith(": optimizer"):
+            limits.append(within)
+        begin(self, action, within=within)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Guard, "begin", noted)
+        train(config, stop_after=1)
+    return set(limits)
+
+
+@pytest.mark.parametrize("matrices,limit", [("galore", LONG_SECONDS), ("apollo", None)])
+def test_a_slow_rule_has_more_time(pools, config, tmp_path, matrices, limit):
+    settings = config(tmp_path / "run", optim=matrices_settings(matrices, **RULE))
+    assert pools(1)(limits_of_steps, settings) == [{limit}]
 
 
 def test_eight_bits_learn_as_much_as_adamw(pools, config, tmp_path):
