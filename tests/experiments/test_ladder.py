@@ -184,7 +184,6 @@ def test_the_plan_names_rates_that_are_far_from_the_scaled_ones() -> None:
     [
         {"optim.lr": "4e-3"},
         {"optim.lr": "1", "method.name": "mora"},
-        {"optim.lr": "1", "optim.matrices": "adamw8bit"},
         {"optim.lr": "1", "optim.others": "adamw8bit"},
         {"optim.lr": "1", "model.init_from": "weights"},
         {"optim.lr": "1", "train.batch_size": "64"},
