@@ -39,23 +39,20 @@ class Adapter:
 
     ``layer`` names a subclass of :class:`AdapterLinear`, which defines the arithmetic, the memory and the number of
     parameters. ``settings`` lists the settings that not every adapter uses. ``has_square``: the adapter is a square
-    matrix between the operators of ``method.operators``. ``has_pair``: LoRA's A and B are part of it. ``seeded``: the
-    delta depends on ``train.seed``, too.
+    matrix between the operators of ``method.operators``. ``seeded``: the delta depends on ``train.seed``, too.
     """
 
     layer: str
     settings: tuple[str, ...] = ()
     has_square: bool = False
-    has_pair: bool = False
     seeded: bool = False
 
 
 _RANK_SETTINGS = ("method.rank", "method.rank_pattern")
-LORA = Adapter("relora_mora.adapters.lora:LoRALinear", (*_RANK_SETTINGS, "method.lora_alpha"), has_pair=True)
+LORA = Adapter("relora_mora.adapters.lora:LoRALinear", (*_RANK_SETTINGS, "method.lora_alpha"))
 SLTRAIN = Adapter(
     "relora_mora.adapters.sltrain:SLTrainLinear",
     (*LORA.settings, "method.sparse_density"),
-    has_pair=True,
     seeded=True,
 )
 MORA = Adapter(
