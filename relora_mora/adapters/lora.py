@@ -13,8 +13,6 @@ from relora_mora.adapters.stored import Stored, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import Draw
 
-PAIR = ("lora_A", "lora_B")
-
 
 class LoRALinear(AdapterLinear):
     """``W + scale B A`` with A [r, in] and B [out, r]."""
@@ -49,7 +47,7 @@ class LoRALinear(AdapterLinear):
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        return PAIR
+        return ("lora_A", "lora_B")
 
     def delta_of(self, *parameters: Tensor) -> Tensor:
         A, B = parameters

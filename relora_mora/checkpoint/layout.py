@@ -36,7 +36,7 @@ import xxhash
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
 from relora_mora.adapters.layers import ADAPTERS
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, optimizer_of
+from relora_mora.config.registry import MATRIX_OPTIMIZERS, optimizer_named, optimizer_of
 from relora_mora.operators import Draw
 from relora_mora.optim.groups import group_of
 from relora_mora.system.files import raise_if_lost, remove, sync
@@ -286,7 +286,7 @@ def _validated(path: Path, values: dict[str, Any]) -> Manifest:
         field = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: damaged, {field}: {first['msg']}; use an older checkpoint") from error
     for setting, name in manifest.optimizers.items():
-        if name not in list(MATRIX_OPTIMIZERS):
+        if not isinstance(name, str) or optimizer_named(name) is None:
             raise CheckpointError(
                 f"{path}: trained with optim.{setting}={name!r}, but this program only knows "
                 f"{', '.join(MATRIX_OPTIMIZERS)}; use the release that wrote it"

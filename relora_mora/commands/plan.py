@@ -68,6 +68,7 @@ def main(
         from relora_mora.experiments.planner.plan import make_plan
         from relora_mora.experiments.planner.render import render
         from relora_mora.model.config import check_length
+        from relora_mora.optim.own import with_rule
         from relora_mora.sizing.fit import check_adapters
         from relora_mora.system.devices import named_device
         from relora_mora.system.hardware import device_here, fast_bf16, peak_flops
@@ -79,7 +80,7 @@ def main(
     on_cpu = chosen.name == "cpu"
     cluster = Cluster(nodes or 1, gpus_per_node or world_size or 1, chosen, link_gbits)
     defaults = FINETUNING if finetune else None
-    settings = load_config(config, overrides, world_size=cluster.world_size, defaults=defaults)
+    settings = with_rule(load_config(config, overrides, world_size=cluster.world_size, defaults=defaults))
     if settings.train.epochs is not None:
         fault = (
             "train.epochs: the number of steps is not known before a run has counted its text; "

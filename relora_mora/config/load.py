@@ -12,7 +12,8 @@ from relora_mora.config import lengths
 from relora_mora.config.checks.combinations import faults
 from relora_mora.config.data import CHATML, RecordsConfig, TextSource, map_records
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
-from relora_mora.config.registry import METHODS, settings_of_others
+from relora_mora.config.registry import METHODS, is_own, settings_of_others, split_rule
+from relora_mora.config.removed import removed_faults, without, without_old_defaults
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact, secrets_in
 from relora_mora.config.shipped import MODELS, exists, find_config, nearest
@@ -85,9 +86,9 @@ def load_config(
     """The settings of a run.
 
     ``overrides`` maps dotted names to YAML text. ``defaults`` (by section) apply to settings that neither the file nor
-    the overrides set, and take precedence over the schema's defaults. If ``model.config``, ``tokenizer.path`` or a
-    template of records does not exist relative to the current folder, it is taken relative to the file. A leading ``~``
-    of a path is the home folder. Raises :class:`ConfigError` with all faults.
+    the overrides set, and take precedence over the schema's defaults. If ``model.config``, ``tokenizer.path``, the file
+    of a rule or a template of records does not exist relative to the current folder, it is taken relative to the file.
+    A leading ``~`` of a path is the home folder. Raises :class:`ConfigError` with all faults.
     """
     return config_of(read_tree(path), path, overrides, world_size, defaults)
 
@@ -151,14 +152,16 @@ def validate(
         )
     # settings are saved in config.yaml, logs and checkpoints, so they may have no tokens and passwords
     found = [*(found or []), *(f"{name}: {text}" for name, text in secrets_in(tree))]
-    unknown: set[str] = set()
+    removed = removed_faults(tree)
+    found += [f"{name}: {text}" for name, text in removed.items()]
+    unknown = set(removed)
     config: Config | None
-    tree = lengths.without_nulls(tree)
+    tree = lengths.without_nulls(without(tree, removed))
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         found.extend(explain(error))
-        unknown = doubtful(error)
+        unknown |= doubtful(error)
         for section, (steps, *others) in lengths.ALTERNATIVES.items():
             if unknown.intersection(f"{section}.{name}" for name in others):
                 unknown.add(f"{section}.{steps}")
@@ -183,6 +186,9 @@ def stored_config(tree: Mapping[str, Any], source: str) -> Config:
 
     Combinations are not checked again: they were checked when the run began, and the checks may have changed since.
     """
+    tree = without_old_defaults(tree)
+    if removed := removed_faults(tree):
+        raise ConfigError([f"{name}: {text}" for name, text in removed.items()], source)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -257,6 +263,10 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
         found = resolve(value)
         return None if found is None else str(find_config(found, MODELS))
 
+    def resolve_matrices(value: str) -> str:
+        file, name = split_rule(value)
+        return f"{resolve(file)}:{name}" if is_own(value) and file.endswith(".py") else value
+
     def resolve_template(records: RecordsConfig | None) -> RecordsConfig | None:
         if records is None or records.template in (None, CHATML):
             return records
@@ -275,6 +285,7 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
                     "adapter": home(config.model.adapter),
                 }
             ),
+            "optim": config.optim.model_copy(update={"matrices": resolve_matrices(config.optim.matrices)}),
             "train": config.train.model_copy(
                 update={"run_dir": home(config.train.run_dir), "resume": home(config.train.resume)}
             ),

@@ -22,6 +22,7 @@ from relora_mora.data.sources.names import with_commits
 from relora_mora.distributed import collectives
 from relora_mora.distributed.join import JoinError, joined_within, store_address
 from relora_mora.engine.start import init_distributed
+from relora_mora.optim.own import with_rule
 from relora_mora.supervise.exits import FAILED, USER_ERROR
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.supervise.lock import RunLock
@@ -108,7 +109,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
         _watch(guard, config, rank, world_size, job)
     data, datasets = collectives.from_first_rank(lambda: _pin_commits(config))
     remember_datasets(datasets)
-    config = collectives.on_all_ranks(lambda: with_tokenizer(config.model_copy(update={"data": data})))
+    config = collectives.on_all_ranks(lambda: with_tokenizer(with_rule(config.model_copy(update={"data": data}))))
     collectives.from_first_rank(lambda: check_loggers(config.log))
     collectives.from_first_rank(lambda: check_run_folder(folder))
     checked = collectives.on_all_ranks(lambda: check(config, world_size))

@@ -195,31 +195,7 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
             "use method.reset=full or none",
         )
         for reset in ("magnitude", "random", "carry")
-        for matrices in ("galore", "sumo")
-    ),
-    (
-        {"optim": {"matrices": "apollo", "projection_rank": 1}},
-        None,
-        "optim.projection_rank: apollo divides each column of a step by the norm of its projection",
-    ),
-    *(
-        (
-            {"method": {"name": name}, "optim": {"matrices": "lora_muon"}},
-            None,
-            f"optim.matrices: lora_muon updates LoRA's A and B together, but the method {name} has no such pairs; "
-            "use optim.matrices=muon, or method.name=lora or relora",
-        )
-        for name in ("full", "mora", "remora")
-    ),
-    (
-        {"method": {"name": "lora"}, "optim": {"matrices": "lora_muon", "weight_decay": 0.1, "cautious_decay": True}},
-        None,
-        "optim.cautious_decay: lora_muon decays the product of LoRA's A and B as a whole",
-    ),
-    (
-        {"method": {"reset": "random"}, "optim": {"matrices": "adamw8bit"}},
-        None,
-        "random changes element-wise moments, but adamw8bit has none",
+        for matrices in ("adamw8bit", "rule.py:Rule")
     ),
     (
         {"method": {"merge_every": 999}},
@@ -382,10 +358,7 @@ def test_impossible_combinations_are_refused(
         {"method": {"square_size": 96, "square_multiple": 8}},
         {"method": {"reset": "full", "reset_ratio": 0.0}},
         {"optim": {"warmup_steps": 0}},
-        {"optim": {"matrices": "apollo", "projection_rank": 2}},
-        {"optim": {"matrices": "apollo_mini", "projection_rank": 1}},
-        {"method": {"name": "relora"}, "optim": {"matrices": "lora_muon"}},
-        {"optim": {"matrices": "fira", "projection_rank": 1}},
+        {"optim": {"matrices": "rule.py:Rule"}},
         {"optim": {"schedule": "wsd", "decay_steps": 9000}},
         {"data": {"lanes": 1024}},
         {"train": {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 1}, "comms_logger": {"enabled": True}}}},

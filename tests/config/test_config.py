@@ -260,10 +260,10 @@ def test_the_page_names_every_default_of_fine_tuning() -> None:
         ("method", "name", "galore"),
         ("optim", "matrices", "adafactor"),
         ("optim", "others", "muon"),
-        ("optim", "projection_rank", 0),
-        ("optim", "projection_every", 0),
-        ("optim", "projection_scale", 0.0),
-        ("optim", "projection_scale", float("nan")),
+        ("optim", "matrices", "rule.py"),
+        ("optim", "matrices", "a b:Rule"),
+        ("optim", "others", "rule.py:Rule"),
+        ("optim", "rule", [1]),
         ("log", "tensorboard", "yes"),
     ],
 )
@@ -280,15 +280,13 @@ def test_settings_of_other_methods_are_named() -> None:
     assert list(unused_by(validate(tree(method={"name": "remora", "lora_alpha": 8.0}), "t"))) == ["method.lora_alpha"]
     assert list(unused_by(validate(tree(optim={"momentum": 0.9}), "t"))) == ["optim.momentum"]
     assert not unused_by(validate(tree(optim={"matrices": "muon", "nesterov": False}), "t"))
-    assert list(unused_by(validate(tree(optim={"matrices": "muon", "projection_scale": 0.5}), "t"))) == [
-        "optim.projection_scale"
-    ]
-    assert not unused_by(validate(tree(optim={"matrices": "apollo", "projection_scale": 0.5}), "t"))
-    assert not unused_by(validate(tree(optim={"matrices": "sumo", "projection_scale": 0.5, "momentum": 0.9}), "t"))
-    assert list(unused_by(validate(tree(optim={"matrices": "sumo", "nesterov": False}), "t"))) == ["optim.nesterov"]
-    assert not unused_by(validate(tree(optim={"others": "apollo_mini", "projection_every": 9}), "t"))
-    assert unused_by(validate(tree(optim={"others": "apollo_mini", "projection_rank": 9}), "t")) == {
-        "optim.projection_rank": "optim.matrices=adamw with optim.others=apollo_mini"
+    own = {"matrices": "rule.py:Rule", "rule": {"rank": 4}, "rule_digest": "1"}
+    assert not unused_by(validate(tree(optim=own), "t"))
+    assert unused_by(validate(tree(optim={**own, "momentum": 0.9}), "t")) == {
+        "optim.momentum": "optim.matrices=rule.py:Rule"
+    }
+    assert unused_by(validate(tree(optim={"rule": {"rank": 4}, "others": "adamw8bit"}), "t")) == {
+        "optim.rule": "optim.matrices=adamw"
     }
     assert not unused_by(validate(tree(), "t"))
 
@@ -302,25 +300,15 @@ def test_settings_without_effect_are_named() -> None:
         (
             {
                 "method": {"train_embeddings": False, "train_head": False},
-                "optim": {"others": "apollo_mini", "projection_every": 9},
+                "optim": {"others": "adamw8bit", "momentum": 0.5},
             },
             {
                 "optim.others": "a run that trains neither embeddings nor head",
-                "optim.projection_every": "optim.matrices=adamw",
+                "optim.momentum": "optim.matrices=adamw",
             },
         ),
-        ({"method": {"train_embeddings": False}, "optim": {"others": "apollo_mini"}}, {}),
+        ({"method": {"train_embeddings": False}, "optim": {"others": "adamw8bit"}}, {}),
         ({"method": {"reset": "random", "reset_ratio": 0.5}}, {}),
-        ({"optim": {"matrices": "muon", "weight_decay": 0.1, "cautious_decay": True}}, {}),
-        ({"optim": {"others": "adamw8bit", "weight_decay": 0.1, "cautious_decay": True}}, {}),
-        (
-            {"optim": {"matrices": "muon", "cautious_decay": True}},
-            {"optim.cautious_decay": "optim.weight_decay=0"},
-        ),
-        (
-            {"optim": {"weight_decay": 0.1, "cautious_decay": True}},
-            {"optim.cautious_decay": "optim.matrices=adamw"},
-        ),
         (
             {"optim": {"restart_warmup_steps": 0, "rewarm": "adapters"}},
             {"optim.rewarm": "optim.restart_warmup_steps=0"},

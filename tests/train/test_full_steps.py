@@ -29,6 +29,7 @@ from relora_mora.system.run_folder import read_json_lines
 from relora_mora.train.begin import check
 from relora_mora.weights.export import export
 from tests.tools.grids import STAGES, rest
+from tests.tools.rules import matrices_settings
 from tests.tools.runs import (
     LLAMA,
     checkpoint_at,
@@ -172,7 +173,7 @@ def test_adapters_begin_on_exactly_the_weights_that_were_trained(
     assert logged_steps(folder, "train/adapters_began") == [FULL]
 
 
-GALORE = {"optim": {"matrices": "galore", "projection_rank": 4, "projection_every": 2}}
+GALORE = {"optim": matrices_settings("galore", rank=4, every=2)}
 MUON = {"method": {"target_modules": ["q_proj", "up_proj"]}, "optim": {"matrices": "muon"}}
 INT8, RELORA = {"method": {"base": "int8"}}, {"method": {"name": "relora"}}
 BEFORE, AFTER = FULL - 1, FULL + 1

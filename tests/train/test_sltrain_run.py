@@ -45,7 +45,7 @@ def config(inputs, tokenizer_path):
 
 
 # test_resume.py has AdamW at stage 2
-CASES = [(3, "lora_muon"), *rest((0, "adamw"), (3, "muon"), (1, "lora_muon"))]
+CASES = [(3, "muon"), *rest((0, "adamw"), (1, "muon"))]
 
 
 @pytest.mark.parametrize("stage,matrices", CASES)

@@ -6,7 +6,14 @@ from typing import Any
 from relora_mora.config.checks.data import data_faults, generation_faults, length_faults, record_faults
 from relora_mora.config.checks.deepspeed import deepspeed_faults
 from relora_mora.config.checks.method import method_faults
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
+from relora_mora.config.registry import (
+    MATRIX_OPTIMIZERS,
+    METHODS,
+    RULE_SETTINGS,
+    is_own,
+    optimizer_named,
+    settings_of_others,
+)
 from relora_mora.config.schema import SETTINGS, Config
 from relora_mora.config.types import Fault
 from relora_mora.system.logs import counted
@@ -59,10 +66,6 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
     if not (settings["method.train_embeddings"] or settings["method.train_head"]):
         unused["optim.others"] = "a run that trains neither embeddings nor head"
         others = "adamw"
-    if settings["optim.weight_decay"] == 0:
-        unused["optim.cautious_decay"] = "optim.weight_decay=0"
-    elif matrices == others == "adamw":
-        unused["optim.cautious_decay"] = "optim.matrices=adamw"
     if settings["method.base"] not in ("int8", "fp8"):
         unused["method.base_products"] = f"method.base={settings['method.base'] or 'null'}"
     if record is not None and record.adapter is not None:
@@ -70,9 +73,10 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
             unused["optim.lr_other"] = "a run that trains only adapters"
         if record.adapter.has_square and settings["method.square_size"] is not None:
             unused |= dict.fromkeys(SIZE_SETTINGS, "method.square_size")
-    optimizers = map(MATRIX_OPTIMIZERS.get, (matrices, others))
     cause = f"optim.matrices={matrices}" + ("" if others == "adamw" else f" with optim.others={others}")
-    unused |= dict.fromkeys(settings_of_others(MATRIX_OPTIMIZERS, *optimizers), cause)
+    unused |= dict.fromkeys(settings_of_others(MATRIX_OPTIMIZERS, *map(optimizer_named, (matrices, others))), cause)
+    if not is_own(matrices):
+        unused |= dict.fromkeys(RULE_SETTINGS, f"optim.matrices={matrices}")
     return unused | dict.fromkeys(settings_of_others(METHODS, record), f"method {method}")
 
 
@@ -98,27 +102,6 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
 def _optimizer_faults(config: Config) -> Iterator[Fault]:
     optim = config.optim
     steps = config.train.steps
-    record = MATRIX_OPTIMIZERS[optim.matrices]
-    if not record.suits(config.method.record):
-        methods = [method.name for method in METHODS.values() if record.suits(method)]
-        yield Fault(
-            ("optim.matrices", "method.name"),
-            f"{optim.matrices} updates LoRA's A and B together, but the method {config.method.name} has no such pairs; "
-            f"use optim.matrices={record.of_single}, or method.name={' or '.join(methods)}",
-        )
-    if record.of_single and optim.cautious_decay and optim.weight_decay:
-        yield Fault(
-            ("optim.cautious_decay", "optim.matrices"),
-            f"{optim.matrices} decays the product of LoRA's A and B as a whole, so it cannot leave out elements; "
-            "set optim.cautious_decay=false",
-        )
-    if optim.matrices == "apollo" and optim.projection_rank == 1:
-        yield Fault(
-            ("optim.projection_rank", "optim.matrices"),
-            "apollo divides each column of a step by the norm of its projection; at rank 1 that is a single number, "
-            "often close to zero, and some columns would step a thousand times too far; use 2 or more, or "
-            "optim.matrices=apollo_mini, which has rank 1 and scales the matrix as a whole",
-        )
     if optim.warmup_steps >= steps:
         yield Fault(
             ("optim.warmup_steps", "train.steps"),

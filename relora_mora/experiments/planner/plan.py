@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.phases import phases_of
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS
+from relora_mora.config.registry import METHODS, is_own, split_rule
 from relora_mora.config.schema import Config
 from relora_mora.config.stretches import last_merge, merge_steps
 from relora_mora.experiments.planner.cluster import Cluster, StepTime, step_time
@@ -246,19 +246,20 @@ def make_plan(
         network={name: {stage: each.network for stage, each in stages.items()} for name, stages in needs.items()},
         times=times,
         notes=[
-            *(_svd_notes(config) if tokens_per_second is None else []),
+            *_rule_notes(config),
             *([] if on_cpu else [*_fp8_notes(config, cluster.device), *uneven_widths(model_config)]),
         ],
     )
 
 
-def _svd_notes(config: Config) -> list[str]:
-    """What the time leaves out, if it is not measured."""
-    record = MATRIX_OPTIMIZERS[config.optim.matrices]
-    if not record.is_slow:
+def _rule_notes(config: Config) -> list[str]:
+    """What is not known of a rule of one's own."""
+    if not is_own(config.optim.matrices):
         return []
+    rule = split_rule(config.optim.matrices)[1]
     return [
-        f"the time is too short: it leaves out the singular vectors that {record.title} computes; measure some steps"
+        f"the memory of {rule} is what its state_shapes say, and its work is counted only if it has flops and "
+        "workspace_bytes; measure some steps"
     ]
 
 
@@ -285,9 +286,7 @@ def _needs(
     """[method][stage] for the run's method and for every other method that works with its settings."""
     device = cluster.device
     found: dict[str, dict[int, _Needs]] = {}
-    for name, method in METHODS.items():
-        if not (config.optim.of_group("adapters").suits(method) or method.adapter is None):
-            continue
+    for name in METHODS:
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
         try:
             model = meta_model(model_config, other.method)

@@ -1,0 +1,76 @@
+"""Settings and values that release 0.2 had and this one has not.
+
+A key of ``REMOVED`` is ``section.setting``, or ``section.setting=value`` with the value as in YAML; of a list, an
+element counts. The text says what to do instead.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_OWN_RULE = "use muon, or a rule of your own as FILE.py:NAME"
+_PROJECTION = "give examples/optimizers/galore.py or apollo.py in optim.matrices, and its settings in optim.rule"
+REMOVED = {
+    "optim.matrices=apollo": "use examples/optimizers/apollo.py:Apollo, with its settings in optim.rule",
+    "optim.matrices=apollo_mini": "use adamw8bit, which keeps a quarter of AdamW's state",
+    "optim.matrices=fira": _OWN_RULE,
+    "optim.matrices=galore": "use examples/optimizers/galore.py:GaLore, with its settings in optim.rule",
+    "optim.matrices=lora_muon": "use muon, which was better on A and B",
+    "optim.matrices=normuon": "use muon, which was as good",
+    "optim.matrices=polar_muon": "use muon",
+    "optim.matrices=sumo": _OWN_RULE,
+    "optim.others=apollo_mini": "use adamw8bit, which keeps a quarter of AdamW's state",
+    "optim.cautious_decay": "remove it; weight decay is of all elements",
+    "optim.projection_every": _PROJECTION,
+    "optim.projection_rank": _PROJECTION,
+    "optim.projection_scale": _PROJECTION,
+}
+# what the settings of a run of 0.2 have if it did not use them
+OLD_DEFAULTS: dict[str, Any] = {
+    "method.full_steps": 0,
+    "method.sparse_density": 0.03,
+    "optim.lr_full": None,
+    "optim.cautious_decay": False,
+    "optim.projection_every": 200,
+    "optim.projection_rank": 128,
+    "optim.projection_scale": None,
+}
+
+
+def removed_faults(tree: Mapping[str, Any]) -> dict[str, str]:
+    """A message for each setting of a tree that is removed, or has a removed value, by its dotted name."""
+    faults = {}
+    for key, remedy in REMOVED.items():
+        name, _, value = key.partition("=")
+        section, _, setting = name.partition(".")
+        settings = tree.get(section)
+        if not isinstance(settings, Mapping) or setting not in settings:
+            continue
+        given = settings[setting]
+        if not value:
+            faults[name] = f"only release 0.2 has this setting; {remedy}"
+        elif value in map(_as_yaml, given if isinstance(given, list) else [given]):
+            faults[name] = f"only release 0.2 has {value}; {remedy}"
+    return faults
+
+
+def _as_yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def without(tree: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The tree without the settings of these dotted names."""
+    removed = set(names)
+    return {
+        section: {key: value for key, value in settings.items() if f"{section}.{key}" not in removed}
+        if isinstance(settings, dict)
+        else settings
+        for section, settings in tree.items()
+    }
+
+
+def without_old_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of a run of release 0.2 without the removed settings that it did not use."""
+    settings = ((name, *name.split(".")) for name in OLD_DEFAULTS)
+    return without(
+        tree, [name for name, section, key in settings if tree.get(section, {}).get(key) == OLD_DEFAULTS[name]]
+    )
