@@ -9,6 +9,7 @@ from pathlib import Path
 
 from relora_mora.checkpoint.layout import step_folder
 from relora_mora.checkpoint.reader import CheckpointReader
+from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.data import DataConfig
 from relora_mora.config.load import with_epochs
 from relora_mora.config.phases import phases_of
@@ -28,7 +29,7 @@ from relora_mora.supervise.lock import RunLock
 from relora_mora.supervise.watchdog import Watchdog
 from relora_mora.system.files import LOST_DISK
 from relora_mora.system.hardware import compute_deterministically, ran_out_of_memory, release_memory
-from relora_mora.system.logs import counted, log, setup_logging
+from relora_mora.system.logs import counted, log, setup_logging, shared_log
 from relora_mora.system.process import give_back_freed_memory
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run, build, warm_up
@@ -130,6 +131,8 @@ def _pretrain(config: Config, guard: Guard) -> int:
         checked = replace(
             checked, config=config, epochs=epochs, warmup_fraction=warmup_fraction, epoch_blocks=counted.blocks
         )
+    for remark in remarks(config):
+        shared_log.warning(remark)
     startup.done("checks")
     return _train(checked, rank, world_size, guard, startup)
 

@@ -7,10 +7,11 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
+from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.phases import phases_of
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS
 from relora_mora.config.schema import Config
-from relora_mora.config.stretches import last_merge, merge_steps
+from relora_mora.config.stretches import last_merge
 from relora_mora.experiments.ladder import rate_notes
 from relora_mora.experiments.planner.cluster import Cluster, StepTime, step_time
 from relora_mora.experiments.planner.compute import PRODUCTS_RATE, ComputeTime, compute_time
@@ -96,7 +97,7 @@ class Plan:
     def merge_every(self) -> float:
         """Steps between merges, on average up to the last one; 0 if there are none."""
         method = self.config.method
-        steps = merge_steps(method.stretches, self.config.train.steps, method.merge_until_step, after=self.full_steps)
+        steps = method.merge_steps(self.config.train.steps)
         merges = sum(map(len, steps))
         return (last_merge(steps, self.config.train.steps) - self.full_steps) / merges if merges else 0
 
@@ -247,6 +248,7 @@ def make_plan(
         network={name: {stage: each.network for stage, each in stages.items()} for name, stages in needs.items()},
         times=times,
         notes=[
+            *remarks(config),
             *(_svd_notes(config) if tokens_per_second is None else []),
             *rate_notes(config, width=model_config.hidden_size, layers=model_config.num_hidden_layers),
             *([] if on_cpu else [*_fp8_notes(config, cluster.device), *uneven_widths(model_config)]),
