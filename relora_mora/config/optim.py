@@ -74,8 +74,8 @@ class OptimConfig(Strict):
     )
 
     def decay_of(self, steps: int) -> int:
-        """Steps of the final decay of ``wsd`` in a run of ``steps``."""
-        return self.decay_steps or max(1, steps // 10)
+        """Steps of the final decay of ``wsd`` in a run of ``steps``: at most those after the warmup."""
+        return min(self.decay_steps or max(1, steps // 10), max(0, steps - self.warmup_steps))
 
     def of_group(self, group: str) -> MatrixOptimizer:
         """The optimizer of a parameter group."""

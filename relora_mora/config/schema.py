@@ -3,6 +3,7 @@
 ``Strict`` refuses unknown keys and wrong types. Checks that involve several settings are in ``checks``.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
@@ -15,7 +16,7 @@ from relora_mora.config.registry import (
     OPERATORS,
     Method,
 )
-from relora_mora.config.stretches import Intervals, MergeStretch
+from relora_mora.config.stretches import Intervals, MergeStretch, merge_steps
 from relora_mora.config.types import (
     LARGEST,
     LONGEST_SECONDS,
@@ -126,9 +127,10 @@ class MethodConfig(Strict):
         description="how a weight under an adapter is stored on the device; int8, fp8: 8 bits and a scale per output "
         "feature; null: as the rest of the model; see docs/method.md",
     )
-    base_products: bool = Field(
-        True,
-        description="base int8, fp8: multiply in 8 bits too; false: only store them, for devices without such units",
+    base_products: bool | Literal["auto"] = Field(
+        "auto",
+        description="base int8, fp8: multiply in 8 bits too; false: only store them; auto: multiply if that is faster "
+        "on this machine",
     )
     dropout: Decay = Field(
         0.0, description="dropout of an adapter's input, as in LoRA; layers then train in decoupled form; 0: none"
@@ -187,6 +189,10 @@ class MethodConfig(Strict):
         if not self.merges:
             return []
         return [MergeStretch(every=self.merge_every)] if isinstance(self.merge_every, int) else self.merge_every
+
+    def merge_steps(self, total: int) -> list[Sequence[int]]:
+        """The steps of each stretch that merge in a run of ``total`` steps."""
+        return merge_steps(self.stretches, total, self.merge_until_step, after=self.full_steps)
 
     @property
     def cycle(self) -> tuple[int, ...]:

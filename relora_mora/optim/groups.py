@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from relora_mora.adapters.layers import ADAPTERS, SPARSE_VALUES, adapter_layers, adapter_parameters
+from relora_mora.config.lengths import restart_warmup
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import MethodConfig
 from relora_mora.optim.own import own_rule
@@ -201,7 +202,7 @@ def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Sched
         merges=method.stretches,
         merge_until_step=method.merge_until_step,
         full_steps=method.full_steps if method.uses_adapters else 0,
-        restart_warmup_steps=optim.restart_warmup_steps if method.merges else 0,
+        restart_warmup_steps=restart_warmup(method, optim, steps),
         operators=method.cycle,
     )
 

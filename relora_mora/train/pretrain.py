@@ -9,6 +9,7 @@ from pathlib import Path
 
 from relora_mora.checkpoint.layout import step_folder
 from relora_mora.checkpoint.reader import CheckpointReader
+from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.data import DataConfig
 from relora_mora.config.load import with_epochs
 from relora_mora.config.phases import phases_of
@@ -29,11 +30,18 @@ from relora_mora.supervise.lock import RunLock
 from relora_mora.supervise.watchdog import Watchdog
 from relora_mora.system.files import LOST_DISK
 from relora_mora.system.hardware import compute_deterministically, ran_out_of_memory, release_memory
-from relora_mora.system.logs import counted, log, setup_logging
+from relora_mora.system.logs import counted, log, setup_logging, shared_log
 from relora_mora.system.process import give_back_freed_memory
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run, build, warm_up
-from relora_mora.train.begin.check import ResolvedRun, check, check_agreement, check_shared, with_saved_commits
+from relora_mora.train.begin.check import (
+    ResolvedRun,
+    check,
+    check_agreement,
+    check_shared,
+    with_chosen_products,
+    with_saved_commits,
+)
 from relora_mora.train.begin.run_folder import check_run_folder, keep_run_folder, write_run_folder
 from relora_mora.train.log.loggers import check_loggers
 from relora_mora.train.log.progress import Startup, describe
@@ -110,6 +118,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     data, datasets = collectives.from_first_rank(lambda: _pin_commits(config))
     remember_datasets(datasets)
     config = collectives.on_all_ranks(lambda: with_tokenizer(with_rule(config.model_copy(update={"data": data}))))
+    config = with_chosen_products(config)
     collectives.from_first_rank(lambda: check_loggers(config.log))
     collectives.from_first_rank(lambda: check_run_folder(folder))
     checked = collectives.on_all_ranks(lambda: check(config, world_size))
@@ -131,6 +140,8 @@ def _pretrain(config: Config, guard: Guard) -> int:
         checked = replace(
             checked, config=config, epochs=epochs, warmup_fraction=warmup_fraction, epoch_blocks=counted.blocks
         )
+    for remark in remarks(config):
+        shared_log.warning(remark)
     startup.done("checks")
     return _train(checked, rank, world_size, guard, startup)
 

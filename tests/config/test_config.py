@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from relora_mora.config.checks.combinations import unused_by
+from relora_mora.config.checks.combinations import remarks, unused_by
 from relora_mora.config.load import FINETUNING, ConfigError, dump, load_config, stored_config, validate, with_epochs
 from relora_mora.config.yaml_text import parse_yaml
 from tests.tools.config_tools import SETTINGS, faults_of, tree
@@ -75,10 +75,10 @@ def test_all_faults_are_reported_together(tmp_path: Path) -> None:
 
 
 def test_defaults_that_replace_faulty_settings_are_not_reported() -> None:
-    # with the default of 10,000 steps a merge every 20,000 would be a fault; the number of steps is unknown here
-    assert len(faults_of(tree(train={"steps": "many"}, method={"merge_every": 20_000}))) == 1
-    assert len(faults_of(tree(train={"stepss": 90_000}, method={"merge_every": 20_000}))) == 1
-    assert len(faults_of(tree(method={"merge_every": 20_000}))) == 1
+    # with the default of 10,000 steps 20,000 at full rank would be a fault; the number of steps is unknown here
+    assert len(faults_of(tree(train={"steps": "many"}, method={"full_steps": 20_000}))) == 1
+    assert len(faults_of(tree(train={"stepss": 90_000}, method={"full_steps": 20_000}))) == 1
+    assert len(faults_of(tree(method={"full_steps": 20_000}))) == 1
 
 
 def test_a_whole_number_with_an_exponent_is_refused_with_the_right_form() -> None:
@@ -194,9 +194,9 @@ def test_the_length_of_a_run_is_given_in_steps_or_tokens_or_epochs() -> None:
     assert "given only once" in fault
     assert "train.steps" in fault
     settings["train"] = {"run_dir": "r", "epochs": 2.5, "batch_size": 8, "micro_batch_size": 8}
-    settings["method"] = {"name": "remora", "merge_every": 50_000}  # no fault: the number of steps is unknown
+    settings["method"] = {"name": "remora", "full_steps": 50_000}  # no fault: the number of steps is unknown
     config = validate(settings, "the test")
-    with pytest.raises(ConfigError, match=r"method\.merge_every: 50000 means no merge in a run of 62 steps"):
+    with pytest.raises(ConfigError, match=r"method\.full_steps: 50,000 steps at full rank leave none"):
         with_epochs(config, 250_001, world_size=1)
     assert with_epochs(config, 2.5e9, world_size=1).train.steps == 610_352
 
@@ -218,8 +218,9 @@ def test_the_warmup_is_given_in_steps_or_as_a_fraction_of_the_run() -> None:
     assert validate(tree(method=method, optim=given), "the test").optim.warmup_steps == 0
     (fault,) = faults_of(tree(method=method, optim={"warmup_steps": 3, "warmup_fraction": 0.1}))
     assert "optim.warmup_steps and optim.warmup_fraction are set, but the warmup is given only once" in fault
-    (fault,) = faults_of(tree(method={"merge_every": 50}, train={"steps": 1000}, optim={"warmup_fraction": 0.1}))
-    assert "comes before the warmup ends (step 100)" in fault
+    early = tree(method={"merge_every": 50}, train={"steps": 1000}, optim={"warmup_fraction": 0.1})
+    (remark,) = remarks(validate(early, "the test"))
+    assert "comes before the warmup ends (step 100)" in remark
 
 
 def test_the_page_names_every_default_of_fine_tuning() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from relora_mora.config.checks.data import data_faults, generation_faults, length_faults, record_faults
 from relora_mora.config.checks.deepspeed import deepspeed_faults
-from relora_mora.config.checks.method import method_faults
+from relora_mora.config.checks.method import merge_remarks, method_faults
 from relora_mora.config.registry import (
     MATRIX_OPTIMIZERS,
     METHODS,
@@ -99,27 +99,33 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     yield from _other_faults(config)
 
 
-def _optimizer_faults(config: Config) -> Iterator[Fault]:
+def remarks(config: Config) -> Iterator[str]:
+    """What a run does about settings that its length leaves no room for, such as those of a quick try."""
     optim = config.optim
     steps = config.train.steps
+    length = f"the run of {counted(steps, 'step')}"
     if optim.warmup_steps >= steps:
-        yield Fault(
-            ("optim.warmup_steps", "train.steps"),
-            f"a warmup of {counted(optim.warmup_steps, 'step')} leaves no other steps in a run of "
-            f"{counted(steps, 'step')}; lower it or raise train.steps",
+        yield (
+            f"optim.warmup_steps: {length} ends within the warmup of {counted(optim.warmup_steps, 'step')}, at "
+            f"{steps / optim.warmup_steps:.0%} of the peak rates"
         )
-    if optim.schedule != "wsd":
-        if optim.decay_steps is None:
-            return
+    elif optim.schedule == "wsd" and optim.decay_of(steps) < (optim.decay_steps or 0):
+        yield (
+            f"optim.decay_steps: {length} has no room for {optim.decay_steps} after the warmup: the decay has "
+            f"{counted(optim.decay_of(steps), 'step')}"
+        )
+    yield from merge_remarks(config)
+    for number, stage in enumerate(config.data.stages):
+        if stage.from_step > steps:
+            yield f"data.stages.{number}.from_step: {length} ends before this stage, which begins at {stage.from_step}"
+
+
+def _optimizer_faults(config: Config) -> Iterator[Fault]:
+    optim = config.optim
+    if optim.schedule != "wsd" and optim.decay_steps is not None:
         yield Fault(
             ("optim.decay_steps", "optim.schedule"),
             f"only the schedule wsd uses it, got {optim.schedule}; remove it or set optim.schedule=wsd",
-        )
-    elif optim.warmup_steps + (decay := optim.decay_of(steps)) > steps:
-        yield Fault(
-            ("optim.decay_steps", "optim.warmup_steps", "train.steps", "optim.schedule"),
-            f"{counted(decay, 'step')} of decay and {optim.warmup_steps} of warmup exceed "
-            f"the run's {counted(steps, 'step')}; shorten them",
         )
 
 

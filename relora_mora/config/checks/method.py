@@ -4,10 +4,10 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
+from relora_mora.config.lengths import restart_warmup
 from relora_mora.config.registry import LORA, MORA, OPERATORS, is_drawn
 from relora_mora.config.schema import DECODER_LINEARS, Config, MethodConfig
-from relora_mora.config.stretches import merge_steps, shortest_interval
-from relora_mora.config.types import Fault
+from relora_mora.config.types import LARGEST, Fault
 from relora_mora.system.logs import counted
 
 
@@ -64,17 +64,17 @@ def _base_faults(method: MethodConfig) -> Iterator[Fault]:
     base = method.eight_bits
     if base is None:
         return
-    if method.form == "merged" and method.base_products:
+    if method.form == "merged" and method.base_products is True:
         yield Fault(
             ("method.form", "method.base", "method.base_products", "method.name"),
             f"merged rounds W + delta to {base} for each use, which takes longer than its products save; use "
-            "method.form=auto, or method.base_products=false",
+            "method.form=auto, or method.base_products=auto",
         )
-    if method.form == "resident" and not method.base_products:
+    if method.form == "resident" and method.base_products is False:
         yield Fault(
             ("method.form", "method.base", "method.base_products", "method.name"),
             f"resident keeps W + delta in the compute type next to the weights in {base}, which takes more memory than "
-            "method.base=null; use method.form=auto or method.base_products=true",
+            "method.base=null; use method.form=auto or method.base_products=auto",
         )
 
 
@@ -175,90 +175,93 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
             f"{method.reset} changes element-wise moments, but {optim.matrices} has none; "
             "use method.reset=full or none",
         )
-    begin = method.full_steps
-    if begin >= config.train.steps:
-        return
-    steps = merge_steps(method.stretches, config.train.steps, method.merge_until_step, after=begin)
-    first = next((group[0] for group in steps if group), None)
-    if first is None:
-        yield from _no_merge_faults(config)
-        return
-    if first < optim.warmup_steps and optim.restart_warmup_steps:
-        yield Fault(
-            ("method.merge_every", "optim.warmup_steps", "method.name"),
-            f"the first merge (step {first}) comes before the warmup ends (step {optim.warmup_steps}); raise it, "
-            "or set optim.restart_warmup_steps=0",
-        )
-    interval = shortest_interval([[begin], *steps] if begin else steps) or first
-    if interval < optim.restart_warmup_steps:
-        before = f"between merges, or after method.full_steps={begin}" if begin else "between merges"
-        yield Fault(
-            ("method.merge_every", "optim.restart_warmup_steps", "method.full_steps", "method.name"),
-            f"{counted(interval, 'step')} {before}, fewer than optim.restart_warmup_steps "
-            f"({optim.restart_warmup_steps}); raise it or lower optim.restart_warmup_steps",
-        )
-    yield from _empty_stretch_faults(config, steps)
+    steps = method.merge_steps(LARGEST)  # a run may end before a merge, but a merge that no run reaches is a mistake
+    if any(steps):
+        yield from _empty_stretch_faults(method, steps)
+    else:
+        yield from _no_merge_faults(method)
 
 
-def _empty_stretch_faults(config: Config, steps: Sequence[Sequence[int]]) -> Iterator[Fault]:
+def _empty_stretch_faults(method: MethodConfig, steps: Sequence[Sequence[int]]) -> Iterator[Fault]:
     """The first stretch without a merge; ``steps`` has the merges of each stretch."""
-    method = config.method
-    limit, setting = config.train.steps - 1, "train.steps"
-    if method.merge_until_step is not None and method.merge_until_step < limit:
-        limit, setting = method.merge_until_step, "method.merge_until_step"
+    limit = method.merge_until_step or LARGEST
     begin = 0
     for stretch, merges in zip(method.stretches, steps, strict=True):
         end = min(stretch.until or limit, limit)
         if not merges:
             name = f"the stretch with every: {stretch.every}"
-            raised = setting if end == limit else "its until"
+            raised = "method.merge_until_step" if end == limit else "its until"
             if end <= method.full_steps:
                 text = f"{name} ends at step {end}, but the adapters begin after step {method.full_steps}"
                 remedy = f"raise {raised}, lower method.full_steps"
             elif begin >= end:
-                text = f"{name} begins after step {begin}, but the last step that may merge is {limit} ({setting})"
-                remedy = f"lower the until before it, raise {setting}"
+                text = f"{name} begins after step {begin}, but method.merge_until_step is {limit}"
+                remedy = f"lower the until before it, raise {raised}"
             else:
                 text = f"no merge in {name}, which has the steps {max(begin, method.full_steps) + 1} to {end}"
                 remedy = f"lower it, raise {raised}"
             yield Fault(
-                ("method.merge_every", "method.merge_until_step", "method.full_steps", "train.steps", "method.name"),
+                ("method.merge_every", "method.merge_until_step", "method.full_steps", "method.name"),
                 f"{text}; {remedy}, or remove the stretch",
             )
             return
         begin = end
 
 
-def _no_merge_faults(config: Config) -> Iterator[Fault]:
-    method = config.method
+def _no_merge_faults(method: MethodConfig) -> Iterator[Fault]:
     every = method.stretches[0].every
+    until = method.merge_until_step
     without = f"use method.name={method.record.without_merges}"
-    if every >= config.train.steps:
-        yield Fault(
-            ("method.merge_every", "train.steps", "method.name"),
-            f"{every} means no merge in a run of {counted(config.train.steps, 'step')}; lower it, or {without}",
-        )
-    elif method.merge_until_step is not None and method.merge_until_step < every:
+    after = f" after method.full_steps={method.full_steps}" if method.full_steps else ""
+    if until is not None and until < every:
         yield Fault(
             ("method.merge_until_step", "method.merge_every", "method.name"),
-            f"{method.merge_until_step} comes before the first merge (step {every}); raise it, or {without}",
+            f"{until} comes before the first merge (step {every}); raise it, or {without}",
         )
-    elif method.merge_until_step is not None and method.merge_until_step <= method.full_steps:
+    elif until is not None and until <= method.full_steps:
         yield Fault(
             ("method.merge_until_step", "method.full_steps", "method.name"),
-            f"{method.merge_until_step} ends merges before the adapters begin (after method.full_steps="
-            f"{method.full_steps}); raise it, lower method.full_steps, or {without}",
-        )
-    elif method.full_steps:
-        yield Fault(
-            ("method.full_steps", "method.merge_every", "method.merge_until_step", "train.steps", "method.name"),
-            f"no merge follows the first {counted(method.full_steps, 'step')} in a run of "
-            f"{counted(config.train.steps, 'step')}; lower it, or {without}",
+            f"{until} ends merges before the adapters begin (after method.full_steps={method.full_steps}); raise it, "
+            f"lower method.full_steps, or {without}",
         )
     else:
         yield Fault(
-            ("method.merge_every", "method.merge_until_step", "train.steps", "method.name"),
-            f"no stretch has a merge in a run of {counted(config.train.steps, 'step')}; lower every, or {without}",
+            ("method.merge_every", "method.merge_until_step", "method.full_steps", "method.name"),
+            f"there is no merge{after}; lower every, or {without}",
+        )
+
+
+def merge_remarks(config: Config) -> Iterator[str]:
+    """What a run does about merges that its length leaves no room for."""
+    method = config.method
+    optim = config.optim
+    if not method.merges:
+        return
+    length = f"the run of {counted(config.train.steps, 'step')}"
+    merges = method.merge_steps(config.train.steps)
+    first = next((group[0] for group in merges if group), None)
+    if first is None:
+        first = next(group[0] for group in method.merge_steps(LARGEST) if group)
+        yield (
+            f"method.merge_every: {length} ends before its first merge, which would follow step {first}: it trains as "
+            f"{method.record.without_merges} does"
+        )
+        return
+    for stretch, group in zip(method.stretches, merges, strict=True):
+        if not group:
+            yield f"method.merge_every: {length} ends before the first merge of the stretch with every: {stretch.every}"
+    if not optim.restart_warmup_steps:
+        return
+    if first < optim.warmup_steps:
+        yield (
+            f"method.merge_every: the first merge (step {first}) comes before the warmup ends (step "
+            f"{optim.warmup_steps}): the warmup after it rises to the rate that the first warmup has then"
+        )
+    restart = restart_warmup(method, optim, config.train.steps)
+    if restart < optim.restart_warmup_steps:
+        yield (
+            f"optim.restart_warmup_steps: {optim.restart_warmup_steps} are more than the steps between merges: each "
+            f"warmup after a merge has {counted(restart, 'step')}"
         )
 
 

@@ -7,10 +7,11 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
+from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.phases import phases_of
 from relora_mora.config.registry import METHODS, is_own, split_rule
 from relora_mora.config.schema import Config
-from relora_mora.config.stretches import last_merge, merge_steps
+from relora_mora.config.stretches import last_merge
 from relora_mora.experiments.planner.cluster import Cluster, StepTime, step_time
 from relora_mora.experiments.planner.compute import PRODUCTS_RATE, ComputeTime, compute_time
 from relora_mora.experiments.planner.network import Traffic, traffic
@@ -95,7 +96,7 @@ class Plan:
     def merge_every(self) -> float:
         """Steps between merges, on average up to the last one; 0 if there are none."""
         method = self.config.method
-        steps = merge_steps(method.stretches, self.config.train.steps, method.merge_until_step, after=self.full_steps)
+        steps = method.merge_steps(self.config.train.steps)
         merges = sum(map(len, steps))
         return (last_merge(steps, self.config.train.steps) - self.full_steps) / merges if merges else 0
 
@@ -246,6 +247,7 @@ def make_plan(
         network={name: {stage: each.network for stage, each in stages.items()} for name, stages in needs.items()},
         times=times,
         notes=[
+            *remarks(config),
             *_rule_notes(config),
             *([] if on_cpu else [*_fp8_notes(config, cluster.device), *uneven_widths(model_config)]),
         ],
@@ -266,7 +268,7 @@ def _rule_notes(config: Config) -> list[str]:
 def _fp8_notes(config: Config, device: Device) -> list[str]:
     """What the start of a run on this device would say about its products in fp8."""
     method = config.method
-    if method.eight_bits != "fp8" or not method.base_products or device.name not in WITHOUT_FP8:
+    if method.eight_bits != "fp8" or method.base_products is not True or device.name not in WITHOUT_FP8:
         return []
     return [
         f"a run with method.base=fp8 is refused here: {device.name} has no fp8 products; "
