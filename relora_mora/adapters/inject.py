@@ -86,6 +86,7 @@ def choose_storage(model: nn.Module, method: MethodConfig, *, bf16: bool, on_gpu
 def storage_of(layer: AdapterLinear, method: MethodConfig, *, bf16: bool, on_gpu: bool) -> Stored:
     """How ``method.base`` stores the weight of a layer, in a model that computes in bf16 or in float32."""
     if method.eight_bits is not None:
+        assert method.base_products != "auto", "it depends on the machine; see stored.with_products"
         return EightBits.of(
             method.eight_bits,
             layer.out_features,

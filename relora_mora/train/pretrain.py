@@ -33,7 +33,14 @@ from relora_mora.system.logs import counted, log, setup_logging, shared_log
 from relora_mora.system.process import give_back_freed_memory
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run, build, warm_up
-from relora_mora.train.begin.check import ResolvedRun, check, check_agreement, check_shared, with_saved_commits
+from relora_mora.train.begin.check import (
+    ResolvedRun,
+    check,
+    check_agreement,
+    check_shared,
+    with_chosen_products,
+    with_saved_commits,
+)
 from relora_mora.train.begin.run_folder import check_run_folder, keep_run_folder, write_run_folder
 from relora_mora.train.log.loggers import check_loggers
 from relora_mora.train.log.progress import Startup, describe
@@ -110,6 +117,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     data, datasets = collectives.from_first_rank(lambda: _pin_commits(config))
     remember_datasets(datasets)
     config = collectives.on_all_ranks(lambda: with_tokenizer(config.model_copy(update={"data": data})))
+    config = with_chosen_products(config)
     collectives.from_first_rank(lambda: check_loggers(config.log))
     collectives.from_first_rank(lambda: check_run_folder(folder))
     checked = collectives.on_all_ranks(lambda: check(config, world_size))

@@ -30,7 +30,7 @@ def _config(method: str, stage: int, world_size: int, micro_batch_size: int, mat
     zero = {"reduce_bucket_size": 10_000, "stage3_param_persistence_threshold": 0}
     return tiny_config(
         world_size,
-        method={"name": name, "rank": 16, "base": base or None},
+        method={"name": name, "rank": 16, "base": base or None, "base_products": True},
         optim={"matrices": matrices, "others": others},
         train={"zero_stage": stage, "micro_batch_size": micro_batch_size, "deepspeed": {"zero_optimization": zero}},
     )

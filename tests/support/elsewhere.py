@@ -255,7 +255,7 @@ def _refused_base(base: str, capability: tuple[int, int], name: str) -> str:
     """The message with which a GPU refuses ``method.base`` in float32."""
     gpu = mock.patch.multiple(torch.cuda, get_device_capability=lambda: capability, get_device_name=lambda: name)
     with gpu, pytest.raises(ConfigError) as refused:
-        stored.check_device(MethodConfig(base=base), bf16=False, on_gpu=True)
+        stored.check_device(MethodConfig(base=base, base_products=True), bf16=False, on_gpu=True)
     return refused.value.faults[0]
 
 

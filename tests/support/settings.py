@@ -42,8 +42,8 @@ DIMENSIONS: dict[str, dict[str, dict[str, Any]]] = {
     "embeddings": {name: {"optim.others": name} for name in OTHERS},
     "base": {
         "null": {},
-        "int8": {"method.base": "int8"},
-        "fp8": {"method.base": "fp8"},
+        "int8": {"method.base": "int8", "method.base_products": True},
+        "fp8": {"method.base": "fp8", "method.base_products": True},
         "int8, only stored": {"method.base": "int8", "method.base_products": False},
     },
     "form": {name: {"method.form": name} for name in _choices("form")},

@@ -174,7 +174,7 @@ def test_adapters_begin_on_exactly_the_weights_that_were_trained(
 
 GALORE = {"optim": {"matrices": "galore", "projection_rank": 4, "projection_every": 2}}
 MUON = {"method": {"target_modules": ["q_proj", "up_proj"]}, "optim": {"matrices": "muon"}}
-INT8, RELORA = {"method": {"base": "int8"}}, {"method": {"name": "relora"}}
+INT8, RELORA = {"method": {"base": "int8", "base_products": True}}, {"method": {"name": "relora"}}
 BEFORE, AFTER = FULL - 1, FULL + 1
 SWITCHES: list[Any] = [
     (0, "fp32", {}, (FULL,)),

@@ -64,17 +64,17 @@ def _base_faults(method: MethodConfig) -> Iterator[Fault]:
     base = method.eight_bits
     if base is None:
         return
-    if method.form == "merged" and method.base_products:
+    if method.form == "merged" and method.base_products is True:
         yield Fault(
             ("method.form", "method.base", "method.base_products", "method.name"),
             f"merged rounds W + delta to {base} for each use, which takes longer than its products save; use "
-            "method.form=auto, or method.base_products=false",
+            "method.form=auto, or method.base_products=auto",
         )
-    if method.form == "resident" and not method.base_products:
+    if method.form == "resident" and method.base_products is False:
         yield Fault(
             ("method.form", "method.base", "method.base_products", "method.name"),
             f"resident keeps W + delta in the compute type next to the weights in {base}, which takes more memory than "
-            "method.base=null; use method.form=auto or method.base_products=true",
+            "method.base=null; use method.form=auto or method.base_products=auto",
         )
 
 

@@ -96,7 +96,7 @@ def compute_time(
     adapter = config.method.record.adapter
     if (adapter, None, False) not in EAGER:
         adapter = LORA
-    base = config.method.eight_bits if config.method.base_products else None
+    base = config.method.eight_bits if config.method.base_products is True else None
     table = COMPILED if setup.compiles else EAGER
     work = table[adapter, base if base is None or resident else "int8", resident]
     if resident:  # layers that are not resident build W + delta twice in each micro-batch

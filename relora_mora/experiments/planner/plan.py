@@ -269,7 +269,7 @@ def _svd_notes(config: Config) -> list[str]:
 def _fp8_notes(config: Config, device: Device) -> list[str]:
     """What the start of a run on this device would say about its products in fp8."""
     method = config.method
-    if method.eight_bits != "fp8" or not method.base_products or device.name not in WITHOUT_FP8:
+    if method.eight_bits != "fp8" or method.base_products is not True or device.name not in WITHOUT_FP8:
         return []
     return [
         f"a run with method.base=fp8 is refused here: {device.name} has no fp8 products; "
