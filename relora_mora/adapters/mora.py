@@ -75,13 +75,15 @@ class MoRALinear(AdapterLinear):
             layer.shared_input = shared
 
     def get_extra_state(self) -> Tensor:
-        """The operator in use, so that whoever loads M also gets what M means."""
-        return torch.tensor(self.operator.mora_type, dtype=torch.uint8)
+        """The operator in use and its draw, so that whoever loads M also gets what M means."""
+        return torch.tensor([self.operator.mora_type, *self.draw], dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.set_operator(int(state))
+        mora_type, *draw = state.tolist()
+        self.set_operator(mora_type, Draw(*draw))
 
     def set_operator(self, mora_type: int, draw: Draw | None = None) -> None:
+        self.draw = draw or Draw()
         self.operator = make_operator(mora_type, self.in_features, self.out_features, self.square_size, draw)
         self.drop_merged()
 

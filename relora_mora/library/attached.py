@@ -57,6 +57,7 @@ def attach(
     if any(True for _ in adapter_layers(model)):
         raise ValueError("the model has adapters already; attach() once")
     names = target_linears(model, targets)
+    seed = int(seed)  # also of numpy, which JSON cannot save
     kinds = {name.rpartition(".")[2] for name in names}
     unknown = [kind for kind in method.rank_pattern if kind not in kinds]
     if unknown:
