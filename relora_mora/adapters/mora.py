@@ -164,14 +164,15 @@ class SharedInput(Scope):
     The entry holds its input, so no other tensor can be taken for it.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
+    def reset(self) -> None:
+        super().reset()
         self.last: tuple[Tensor, int, Operator, Tensor] | None = None
 
     def compress(self, x: Tensor, operator: Operator) -> Tensor:
         """x [..., in] -> C x [..., R]"""
-        if self.last is not None:
-            of, version, used, compressed = self.last
+        last = self.last  # another thread may close it
+        if last is not None:
+            of, version, used, compressed = last
             if used is operator and x._version == version and _is_alias(x, of):
                 return compressed
         compressed = operator.compress_for_gradient(x)

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from relora_mora.adapters.inject import replace_linears, watch_callers
 from relora_mora.adapters.layers import ADAPTERS, AdapterLinear, adapter_layers, adapter_parameters, layer_generator
 from relora_mora.adapters.mora import layer_square_size, operator_in_use, set_operators
+from relora_mora.adapters.scope import reset_scopes
 from relora_mora.config.registry import ScheduleKind
 from relora_mora.config.schema import MethodConfig
 from relora_mora.engine.merging import MergeError, Merger, MergeRecord
@@ -138,7 +139,7 @@ class AttachedAdapters:
         Norms, biases and other vectors have no weight decay. Raises ValueError if weights of adapter layers train.
         """
         adapters = adapter_parameters(self.model)
-        frozen = [f"{name}.weight" for name, layer in self.layers.items() if layer.weight.requires_grad]
+        frozen = [f"{name}.weight" for name, layer in self.layers.items() if layer.base_weight.requires_grad]
         if frozen:
             raise ValueError(
                 f"{len(frozen)} weights of adapter layers ({frozen[0]}, ...) require gradients, but they are frozen "
@@ -252,6 +253,7 @@ class AttachedAdapters:
         """
         if optimizer is None:
             raise ValueError("after_step() needs the optimizer that trains the model, got None")
+        reset_scopes(self.model)
         if self._owes_merge:
             raise ValueError("the run that is continued left out the merge after its last step; call catch_up() first")
         if _was_skipped(optimizer):
@@ -394,7 +396,7 @@ class AttachedAdapters:
             "operators": list(method.cycle),
             "merge_every": method.merge_every if method.merges else None,
             "targets": list(self.layers),
-            "dtypes": sorted({str(layer.weight.dtype) for layer in self.layers.values()}),
+            "dtypes": sorted({str(layer.base_weight.dtype) for layer in self.layers.values()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -433,7 +435,7 @@ class AttachedAdapters:
                 f"the state at step {step} does not fit: {'; '.join(wrong)}; call attach() and schedule() with the "
                 "values that the state was made with"
             )
-        weights = {f"{name}.weight": layer.weight for name, layer in self.layers.items()}
+        weights = {f"{name}.weight": layer.base_weight for name, layer in self.layers.items()}
         unexact = [name for name, weight in weights.items() if weight.dtype != torch.float32]
         if (state["merges_done"] and set(unexact) - set(state["base"])) or set(state["base"]) - set(weights):
             raise ValueError(

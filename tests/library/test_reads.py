@@ -173,6 +173,41 @@ def test_a_copy_of_a_model_that_reads_a_weight() -> None:
         assert torch.equal(other(X), model(X))
 
 
+class Interrupted(nn.Module):
+    """An interrupt (Ctrl-C) comes in its first forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(8, 8)
+        self.k_proj = nn.Linear(8, 8)
+        self.interrupted = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.q_proj(x * self.q_proj.weight.sum())
+        if not self.interrupted:
+            self.interrupted = True
+            raise KeyboardInterrupt
+        return y + self.k_proj(x)
+
+
+def test_an_interrupted_forward_leaves_nothing_behind() -> None:
+    remora = rm.attach(nn.Sequential(Interrupted()), rm.ReMoRA(2, form="merged"))
+    model = remora.model
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    assert output(copy.deepcopy(model)).shape == X.shape
+    assert output(remora.merged()).shape == X.shape
+    optimizer = torch.optim.AdamW(remora.parameter_groups(lr=1e-2))
+    layer = remora.layers["0.q_proj"]
+    model(X).sum().backward()
+    optimizer.step()
+    remora.after_step(optimizer)
+    model(X)
+    assert layer.weight is layer.base_weight
+    assert layer.shared_input.last is None
+    assert not any(caller.read for caller in layer.callers)
+
+
 def test_a_weight_that_the_model_changes_in_place_is_refused_by_name() -> None:
     """RWKV scales two weights of each block when it changes to eval."""
     from transformers import RwkvConfig, RwkvForCausalLM
