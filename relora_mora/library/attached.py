@@ -57,8 +57,8 @@ def attach(
         raise ValueError(f"method: expected what ReMoRA(...) or another method returns, got {method!r}")
     if any(True for _ in adapter_layers(model)):
         raise ValueError("the model has adapters already; attach() once")
-    names = target_linears(model, targets)
     seed = int(seed)  # also of numpy, which JSON cannot save
+    names = target_linears(model, targets)
     kinds = {name.rpartition(".")[2] for name in names}
     unknown = [kind for kind in method.rank_pattern if kind not in kinds]
     if unknown:
@@ -336,25 +336,31 @@ class AttachedAdapters:
             raise ValueError("the model is sharded: load merged_state_dict() into a new model on the first rank")
         return plain_copy(self.model, merged_values(held, engine, self._masters))
 
-    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
         """In place of the method of a transformers model, which would leave out the delta since the last merge.
 
-        Writes the merged model. A folder ``checkpoint-<step>``, as the Trainer calls them, gets weights and adapters as
-        they are, because a resume continues from it. Raises ValueError if the ranks have to merge together.
+        Writes the merged model. A checkpoint of the Trainer, which gives the folder ``checkpoint-<step>`` and the
+        state, gets weights and adapters as they are, because a resume continues from it. Raises ValueError if the ranks
+        have to merge together.
         """
-        if re.fullmatch(r"checkpoint-\d+", Path(folder).name):
+        if "state_dict" in options and re.fullmatch(r"checkpoint-\d+", Path(save_directory).name):
             as_it_is: Any = type(self.model)
-            as_it_is.save_pretrained(self.model, folder, **options)
+            as_it_is.save_pretrained(self.model, save_directory, **options)
             return
         engine = self._engine(None)
         if engine.world_size > 1 and (is_sharded(engine) or self._masters.kept):
             raise ValueError(
-                f"{folder}: save_pretrained() is called on one rank, and the adapters of this model can only be merged "
-                "on all ranks together; call merged() or merged_state_dict() on all of them, and save its result"
+                f"{save_directory}: save_pretrained() is called on one rank, and the adapters of this model can only "
+                "be merged on all ranks together; call merged() or merged_state_dict() on all of them, and save its "
+                "result"
             )
         options.pop("state_dict", None)
         merged: Any = self.merged()
-        merged.save_pretrained(folder, **options)
+        merged.save_pretrained(save_directory, *arguments, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the model has, whose ``save_pretrained()`` is ours: no process group, which has no copies."""
+        return {**vars(self), "process_group": None, "trained_in": None}
 
     # ---- state ------------------------------------------------------------------------------------------------
 
