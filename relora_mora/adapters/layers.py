@@ -260,6 +260,12 @@ class AdapterLinear(nn.Module):
             self.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
             self.packed = True
 
+    def _replicate_for_data_parallel(self) -> Self:
+        raise RuntimeError(
+            "nn.DataParallel does not support adapter layers; use DistributedDataParallel (torchrun), or show one GPU "
+            "to this process (CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def extra_repr(self) -> str:
         dropout = f", dropout={self.dropout:g}" if self.dropout else ""
         return f"{self.in_features} -> {self.out_features}, form={self.form}{dropout}"
