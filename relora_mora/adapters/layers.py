@@ -159,23 +159,26 @@ class AdapterLinear(nn.Module):
         """W [out, in] as it is stored. In a forward of the model: ``W + delta``, which trains the adapter.
 
         Some models multiply with the weights of their linears themselves, such as ``nn.MultiheadAttention`` or a tied
-        decoder. The forward counts from the call of a module around this layer; see :class:`Caller`.
+        decoder. The forward counts from the call of a module around this layer; see :class:`Caller`. In a backward,
+        gradient checkpointing may run a part of a forward again, without its module.
         """
         if "weight" not in self._parameters:
             raise AttributeError("weight")  # while the layer is built
         for caller in self.callers:
             if caller.depth:
                 return self._merged_for(caller)
+        if self.callers and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return self._merged_for(None)
         return self.base_weight
 
-    def _merged_for(self, caller: Caller) -> Tensor:
-        assert self.stored is PLAIN
+    def _merged_for(self, caller: Caller | None) -> Tensor:
+        assert self.stored == PLAIN
         assert not self.in_place
-        parameters = [self.get_parameter(name).float() for name in self.adapter_names]
+        parameters = [getattr(self, name).float() for name in self.adapter_names]  # plain tensors in functional_call
         grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):  # or nobody could see that it is written to
             weight = (self.base_weight.float() + self.delta_of(*parameters)).to(self.base_weight.dtype)
-        if not torch.compiler.is_compiling():
+        if caller is not None and not torch.compiler.is_compiling():
             caller.record(self.name, weight)
         return weight
 
@@ -195,7 +198,7 @@ class AdapterLinear(nn.Module):
 
     def _decoupled(self, x: Tensor) -> Tensor:
         """x [..., in] -> ``W x + delta x`` [..., out], with dropout of the second x"""
-        if self.stored is PLAIN:
+        if self.stored == PLAIN:
             base = self.stored.linear(x, self.base_weight)
         else:
             base = FrozenProduct.apply(x, self.base_weight, self.stored)
@@ -251,11 +254,17 @@ class AdapterLinear(nn.Module):
 
         ``empty``: the values will be written later.
         """
-        if self.stored is not PLAIN and not self.packed:
+        if self.stored != PLAIN and not self.packed:
             change = self.stored.empty if empty else self.stored.encode
             packed = change(self.base_weight.detach())
             self.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
             self.packed = True
+
+    def _replicate_for_data_parallel(self) -> Self:
+        raise RuntimeError(
+            "nn.DataParallel does not support adapter layers; use DistributedDataParallel (torchrun), or show one GPU "
+            "to this process (CUDA_VISIBLE_DEVICES=0)"
+        )
 
     def extra_repr(self) -> str:
         dropout = f", dropout={self.dropout:g}" if self.dropout else ""

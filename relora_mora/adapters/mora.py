@@ -75,13 +75,15 @@ class MoRALinear(AdapterLinear):
             layer.shared_input = shared
 
     def get_extra_state(self) -> Tensor:
-        """The operator in use, so that whoever loads M also gets what M means."""
-        return torch.tensor(self.operator.mora_type, dtype=torch.uint8)
+        """The operator in use and its draw, so that whoever loads M also gets what M means."""
+        return torch.tensor([self.operator.mora_type, *self.draw], dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.set_operator(int(state))
+        mora_type, *draw = state.tolist()
+        self.set_operator(mora_type, Draw(*draw))
 
     def set_operator(self, mora_type: int, draw: Draw | None = None) -> None:
+        self.draw = draw or Draw()
         self.operator = make_operator(mora_type, self.in_features, self.out_features, self.square_size, draw)
         self.drop_merged()
 
@@ -162,14 +164,15 @@ class SharedInput(Scope):
     The entry holds its input, so no other tensor can be taken for it.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
+    def reset(self) -> None:
+        super().reset()
         self.last: tuple[Tensor, int, Operator, Tensor] | None = None
 
     def compress(self, x: Tensor, operator: Operator) -> Tensor:
         """x [..., in] -> C x [..., R]"""
-        if self.last is not None:
-            of, version, used, compressed = self.last
+        last = self.last  # another thread may close it
+        if last is not None:
+            of, version, used, compressed = last
             if used is operator and x._version == version and _is_alias(x, of):
                 return compressed
         compressed = operator.compress_for_gradient(x)

@@ -57,7 +57,7 @@ class MergedSlices:
 
     def _put(self, layers: Sequence[AdapterLinear]) -> None:
         parameters = [getattr(layer, name) for layer in layers for name in layer.adapter_names]
-        parameters += [layer.weight for layer in layers if layer.stored is not PLAIN]
+        parameters += [layer.weight for layer in layers if layer.stored != PLAIN]
         with _gathered([parameter for parameter in parameters if not _is_whole(parameter)]):
             merged = [self._merged(layer) for layer in layers]
         self.bases += [_replace(layer, values, in_place=True) for layer, values in zip(layers, merged, strict=True)]
@@ -73,7 +73,7 @@ class MergedSlices:
         elements = base_weight.ds_shape.numel()
         begin = min(size * self.rank, elements)
         end = min(begin + size, elements)
-        if layer.stored is PLAIN:
+        if layer.stored == PLAIN:
             weight = slice_of_base.new_empty(layer.out_features, layer.in_features)
             weight.view(-1)[begin:end] = slice_of_base[: end - begin]
         else:

@@ -154,7 +154,7 @@ class ZeroState:
         self.drop_merged()
         parameter = self.parameters[name]
         stored = self.layers[name].stored if name in self.layers else PLAIN
-        if value is not None and stored is not PLAIN:
+        if value is not None and stored != PLAIN:
             value = stored.encode(value.to(self.device))
         if self.stage == 3:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=owner):

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from relora_mora.adapters.inject import replace_linears, watch_callers
 from relora_mora.adapters.layers import ADAPTERS, AdapterLinear, adapter_layers, adapter_parameters, layer_generator
 from relora_mora.adapters.mora import layer_square_size, operator_in_use, set_operators
+from relora_mora.adapters.scope import reset_scopes
 from relora_mora.config.registry import ScheduleKind
 from relora_mora.config.schema import MethodConfig
 from relora_mora.engine.merging import MergeError, Merger, MergeRecord
@@ -56,6 +57,7 @@ def attach(
         raise ValueError(f"method: expected what ReMoRA(...) or another method returns, got {method!r}")
     if any(True for _ in adapter_layers(model)):
         raise ValueError("the model has adapters already; attach() once")
+    seed = int(seed)  # also of numpy, which JSON cannot save
     names = target_linears(model, targets)
     kinds = {name.rpartition(".")[2] for name in names}
     unknown = [kind for kind in method.rank_pattern if kind not in kinds]
@@ -137,7 +139,7 @@ class AttachedAdapters:
         Norms, biases and other vectors have no weight decay. Raises ValueError if weights of adapter layers train.
         """
         adapters = adapter_parameters(self.model)
-        frozen = [f"{name}.weight" for name, layer in self.layers.items() if layer.weight.requires_grad]
+        frozen = [f"{name}.weight" for name, layer in self.layers.items() if layer.base_weight.requires_grad]
         if frozen:
             raise ValueError(
                 f"{len(frozen)} weights of adapter layers ({frozen[0]}, ...) require gradients, but they are frozen "
@@ -251,6 +253,7 @@ class AttachedAdapters:
         """
         if optimizer is None:
             raise ValueError("after_step() needs the optimizer that trains the model, got None")
+        reset_scopes(self.model)
         if self._owes_merge:
             raise ValueError("the run that is continued left out the merge after its last step; call catch_up() first")
         if _was_skipped(optimizer):
@@ -333,25 +336,31 @@ class AttachedAdapters:
             raise ValueError("the model is sharded: load merged_state_dict() into a new model on the first rank")
         return plain_copy(self.model, merged_values(held, engine, self._masters))
 
-    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
         """In place of the method of a transformers model, which would leave out the delta since the last merge.
 
-        Writes the merged model. A folder ``checkpoint-<step>``, as the Trainer calls them, gets weights and adapters as
-        they are, because a resume continues from it. Raises ValueError if the ranks have to merge together.
+        Writes the merged model. A checkpoint of the Trainer, which gives the folder ``checkpoint-<step>`` and the
+        state, gets weights and adapters as they are, because a resume continues from it. Raises ValueError if the ranks
+        have to merge together.
         """
-        if re.fullmatch(r"checkpoint-\d+", Path(folder).name):
+        if "state_dict" in options and re.fullmatch(r"checkpoint-\d+", Path(save_directory).name):
             as_it_is: Any = type(self.model)
-            as_it_is.save_pretrained(self.model, folder, **options)
+            as_it_is.save_pretrained(self.model, save_directory, **options)
             return
         engine = self._engine(None)
         if engine.world_size > 1 and (is_sharded(engine) or self._masters.kept):
             raise ValueError(
-                f"{folder}: save_pretrained() is called on one rank, and the adapters of this model can only be merged "
-                "on all ranks together; call merged() or merged_state_dict() on all of them, and save its result"
+                f"{save_directory}: save_pretrained() is called on one rank, and the adapters of this model can only "
+                "be merged on all ranks together; call merged() or merged_state_dict() on all of them, and save its "
+                "result"
             )
         options.pop("state_dict", None)
         merged: Any = self.merged()
-        merged.save_pretrained(folder, **options)
+        merged.save_pretrained(save_directory, *arguments, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the model has, whose ``save_pretrained()`` is ours: no process group, which has no copies."""
+        return {**vars(self), "process_group": None, "trained_in": None}
 
     # ---- state ------------------------------------------------------------------------------------------------
 
@@ -393,7 +402,7 @@ class AttachedAdapters:
             "operators": list(method.cycle),
             "merge_every": method.merge_every if method.merges else None,
             "targets": list(self.layers),
-            "dtypes": sorted({str(layer.weight.dtype) for layer in self.layers.values()}),
+            "dtypes": sorted({str(layer.base_weight.dtype) for layer in self.layers.values()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -432,7 +441,7 @@ class AttachedAdapters:
                 f"the state at step {step} does not fit: {'; '.join(wrong)}; call attach() and schedule() with the "
                 "values that the state was made with"
             )
-        weights = {f"{name}.weight": layer.weight for name, layer in self.layers.items()}
+        weights = {f"{name}.weight": layer.base_weight for name, layer in self.layers.items()}
         unexact = [name for name, weight in weights.items() if weight.dtype != torch.float32]
         if (state["merges_done"] and set(unexact) - set(state["base"])) or set(state["base"]) - set(weights):
             raise ValueError(

@@ -34,6 +34,10 @@ class LoopMasters(FrozenMasters):
         self.kept: list[str] = []
         self.engine: LoopEngine
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the process group, and without the engine, which has the optimizer."""
+        return {key: value for key, value in vars(self).items() if key != "engine"} | {"group": None}
+
     def prepare(self, engine: LoopEngine) -> None:
         """Called before a merge; a collective. Makes the masters that are missing, and compares the others.
 

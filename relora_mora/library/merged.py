@@ -55,9 +55,10 @@ def merged_values(held: Mapping[str, Tensor], engine: LoopEngine, masters: LoopM
 
 def plain_copy(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a whole model with plain linears and with the values of :func:`merged_values`."""
-    plain = copy.deepcopy(model)
+    saves = vars(model).get("save_pretrained", object())  # that of attach(), which has the masters
+    plain = copy.deepcopy(model, {id(saves): False})
     without_scopes(plain)
-    vars(plain).pop("save_pretrained", None)  # that of attach()
+    vars(plain).pop("save_pretrained", None)
     if "_original_forward" in vars(plain):
         del plain.forward  # accelerate's, which calls the model that was copied
     places = all_names(plain)

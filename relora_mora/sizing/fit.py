@@ -111,7 +111,7 @@ def choose_forms(model: PreTrainedModel, setup: Setup, available: float | None) 
         if layer.stored.multiplies:
             layer.resident = not layer.drops
         else:
-            layer.resident = pays and layer.stored is PLAIN and layer.uses_merged_form(tokens)
+            layer.resident = pays and layer.stored == PLAIN and layer.uses_merged_form(tokens)
         layer.resident = layer.resident and setup.stage < 3
     if available is None or not any(layer.resident for layer in layers):
         return

@@ -334,7 +334,7 @@ def scratch_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, float]:
         builds = 0.0
         if layer.dense_gradient or (not layer.resident and layer.uses_merged_form(tokens)):
             builds = layer.weights_built
-        if layer.stored is not PLAIN and not layer.stored.multiplies:
+        if layer.stored != PLAIN and not layer.stored.multiplies:
             builds += 1 + 4 / width  # W in the compute type, and in float32 before that
         built = max(built, builds * layer.weight.numel() + layer.index_bytes / width)
     in_backward = (4 + width if multiplies else 2 * width) * tokens * model.config.intermediate_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -370,6 +371,19 @@ def test_state_that_packs_its_values_starts_again():
     other = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2, reset="magnitude"))
     with pytest.raises(ValueError, match=r"Packs keeps 'exp_avg' of 0.mora_M, which has no value per element"):
         steps(other, Packs(other.parameter_groups(lr=0.02)), 1)
+
+
+@pytest.mark.parametrize("seed", [3, np.int64(3)])
+def test_the_state_of_a_model_has_the_operator_that_is_drawn(seed, tmp_path):
+    method = rm.ReMoRA(2, operators=(7,), merge_every=2)
+    remora, other = (rm.attach(mlp(), method, seed=seed) for _ in range(2))
+    steps(remora, torch.optim.SGD(remora.parameter_groups(lr=0.1)), 3)
+    remora.save(tmp_path)
+    x = torch.randn(3, 16)
+    y = remora.model(x)
+    for model in (other.model, remora.model):
+        model.load_state_dict(remora.model.state_dict())
+        torch.testing.assert_close(model(x), y)
 
 
 def test_a_merge_that_stops_halfway_says_that_the_model_is_unusable(monkeypatch):

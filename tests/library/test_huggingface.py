@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 import relora_mora as rm
 from tests.tools.fsdp_on_cpus import fsdp_on_cpus
 from tests.tools.grids import rest
+from tests.tools.tiny import tiny_llama
 
 STEPS, MERGE_EVERY = 10, 4
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPLlamaForCausalLM"}
@@ -31,7 +35,7 @@ def trained(
     """Trains a tiny LLaMA with merges after steps 4 and 8; returns losses and rates by step, adapters, trainer."""
     from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-    from tests.tools.tiny import LENGTH, VOCABULARY, tiny_llama
+    from tests.tools.tiny import LENGTH, VOCABULARY
 
     torch.manual_seed(0)
     lm = LlamaForCausalLM(tiny_llama()).to(getattr(torch, dtype))
@@ -155,6 +159,39 @@ def test_a_model_with_adapters_is_saved_merged_but_for_checkpoints(tmp_path: Pat
     saved = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
     assert set(remora.names) <= set(saved)
     assert all(torch.equal(value, remora.model.state_dict()[name]) for name, value in saved.items())
+
+
+def test_a_model_with_adapters_saves_itself_as_other_models_do(tmp_path: Path) -> None:
+    """With the names of the arguments of transformers, and into a folder of any name."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(tiny_llama())
+    remora = rm.attach(model, rm.MoRA(2))
+    for name in remora.names:
+        torch.nn.init.normal_(model.get_parameter(name), std=0.1)
+    ids = torch.arange(16)[None]
+    folder = tmp_path / "checkpoint-500"
+    for save in (
+        lambda: model.save_pretrained(folder),
+        lambda: model.save_pretrained(save_directory=folder, max_shard_size="4KB"),
+        lambda: model.save_pretrained(folder, True, None),
+    ):
+        shutil.rmtree(folder, ignore_errors=True)
+        save()
+        again = LlamaForCausalLM.from_pretrained(folder)
+        assert torch.equal(again(ids).logits, remora.merged()(ids).logits)
+
+
+def test_a_model_whose_adapters_have_a_process_group_can_be_copied() -> None:
+    from transformers import LlamaForCausalLM
+
+    group = threading.Lock()  # cannot be copied either, and one process asks nothing of its group
+    model = LlamaForCausalLM(tiny_llama()).bfloat16()
+    remora = rm.attach(model, rm.ReMoRA(2, merge_every=1), process_group=group)
+    remora.after_step(torch.optim.AdamW(remora.parameter_groups(lr=0.01)))
+    ids = torch.arange(16)[None]
+    for other in (copy.deepcopy(model), remora.merged(), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(ids).logits, model(ids).logits)
 
 
 def test_skipped_steps_count_neither_for_merges_nor_for_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

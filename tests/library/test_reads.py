@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import relora_mora as rm
 
@@ -108,6 +111,48 @@ def test_the_gradient_of_a_weight_that_is_read_and_called() -> None:
         torch.testing.assert_close(M.grad, explicit.grad, rtol=1e-5, atol=1e-5)
 
 
+class Checkpoints(Reads):
+    """A part of its forward runs again in the backward."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = super().forward
+        return part(x) if self.reentrant is None else checkpoint(part, x, use_reentrant=self.reentrant)
+
+
+def test_a_read_that_gradient_checkpointing_repeats() -> None:
+    gradients = []
+    for reentrant in (None, False, True):
+        torch.manual_seed(0)
+        model = Checkpoints(reentrant)
+        rm.attach(model, rm.MoRA(2))
+        M = nn.init.ones_(model.get_parameter("proj.mora_M"))
+        x = X.clone().requires_grad_()
+        model(x).square().sum().backward()
+        gradients.append((M.grad, x.grad))
+    for again in gradients[1:]:
+        torch.testing.assert_close(again, gradients[0])
+
+
+def test_a_read_in_a_functional_call() -> None:
+    """Which has plain tensors in place of parameters."""
+    model = Tied()
+    rm.attach(model, rm.MoRA(2, form="decoupled"))
+    M = nn.init.ones_(model.get_parameter("encoder.0.mora_M"))
+    values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def total(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, values, (X,)).square().sum()
+
+    expected = model(X).square().sum()
+    expected.backward()
+    torch.testing.assert_close(total(values), expected.detach())
+    torch.testing.assert_close(torch.func.grad(total)(values)["encoder.0.mora_M"], M.grad)
+
+
 def test_a_weight_outside_of_a_forward_is_the_frozen_one() -> None:
     model = Tied()
     weight = model.encoder[0].weight
@@ -118,6 +163,49 @@ def test_a_weight_outside_of_a_forward_is_the_frozen_one() -> None:
     with pytest.raises(RuntimeError):
         model(torch.zeros(3, 9))
     assert remora.layers["encoder.0"].weight is weight  # also after an error
+
+
+def test_a_copy_of_a_model_that_reads_a_weight() -> None:
+    model = Tied()
+    rm.attach(model, rm.MoRA(2, form="decoupled"))
+    nn.init.ones_(model.get_parameter("encoder.0.mora_M"))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(X), model(X))
+
+
+class Interrupted(nn.Module):
+    """An interrupt (Ctrl-C) comes in its first forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(8, 8)
+        self.k_proj = nn.Linear(8, 8)
+        self.interrupted = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.q_proj(x * self.q_proj.weight.sum())
+        if not self.interrupted:
+            self.interrupted = True
+            raise KeyboardInterrupt
+        return y + self.k_proj(x)
+
+
+def test_an_interrupted_forward_leaves_nothing_behind() -> None:
+    remora = rm.attach(nn.Sequential(Interrupted()), rm.ReMoRA(2, form="merged"))
+    model = remora.model
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    assert output(copy.deepcopy(model)).shape == X.shape
+    assert output(remora.merged()).shape == X.shape
+    optimizer = torch.optim.AdamW(remora.parameter_groups(lr=1e-2))
+    layer = remora.layers["0.q_proj"]
+    model(X).sum().backward()
+    optimizer.step()
+    remora.after_step(optimizer)
+    model(X)
+    assert layer.weight is layer.base_weight
+    assert layer.shared_input.last is None
+    assert not any(caller.read for caller in layer.callers)
 
 
 def test_a_weight_that_the_model_changes_in_place_is_refused_by_name() -> None:

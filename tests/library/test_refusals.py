@@ -86,6 +86,14 @@ def test_targets_that_cannot_have_an_adapter(model: nn.Module, targets: Any, wor
     assert not list(adapter_layers(model))
 
 
+def test_data_parallel() -> None:
+    """Torch calls this of each module for each GPU."""
+    model = mlp()
+    rm.attach(model, METHOD)
+    with pytest.raises(RuntimeError, match=r"nn.DataParallel does not .* use DistributedDataParallel"):
+        model[0]._replicate_for_data_parallel()
+
+
 def test_attaching_twice() -> None:
     model = mlp()
     rm.attach(model, METHOD)

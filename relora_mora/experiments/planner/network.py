@@ -110,7 +110,7 @@ def traffic(model: PreTrainedModel, setup: Setup) -> Traffic:
     resident = [layer for _, layer in adapter_layers(model) if layer.resident]
     sizes = [getattr(layer, name).numel() for layer in resident for name in layer.adapter_names]
     to_build = sum(size for size in sizes if size > small)
-    to_round = sum(stored_bytes(layer, setup) for layer in resident if layer.stored is not PLAIN)
+    to_round = sum(stored_bytes(layer, setup) for layer in resident if layer.stored != PLAIN)
     mean_width = weight_bytes(model, setup) / every
     gathered = (
         mean_width * setup.micro_batches * (every - persistent + again) + width * (persistent + to_build) + to_round
