@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from relora_mora.checkpoint.layout import Manifest
 from relora_mora.commands import NAMES, main_of
 from relora_mora.config.explain import model_in
+from relora_mora.config.removed import REMOVED
 from relora_mora.config.schema import Config
 from relora_mora.train.begin.identity import FREE_SECTIONS, FREE_SETTINGS
 from tests.tools.documents import DOCUMENTS, INSTRUCTIONS, blocks, name
@@ -86,6 +87,9 @@ def test_recipes_name_code_that_exists() -> None:
     assert set(named) - words == set()
 
 
+TELL_OF_REMOVED = ("CHANGELOG.md", "docs/promises.md", "docs/experiments.md")
+
+
 @pytest.mark.parametrize("path", INSTRUCTIONS, ids=name)
 def test_every_setting_that_is_named_exists(path: Path) -> None:
     text = path.read_text()
@@ -94,6 +98,7 @@ def test_every_setting_that_is_named_exists(path: Path) -> None:
     files = (".json", ".yaml", ".py", ".md", ".model")
     for dotted in [*flags, *quoted]:
         deliberate = dotted in ("section.key", "data.KEY", "method.merge_evry") or dotted.endswith(files)
+        deliberate |= dotted in REMOVED and name(path) in TELL_OF_REMOVED
         assert deliberate or is_setting(dotted), f"{name(path)}: {dotted}"
 
 

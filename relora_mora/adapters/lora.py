@@ -68,7 +68,7 @@ class LoRALinear(AdapterLinear):
         A, B = parameters
         return torch.linalg.svdvals(self.scale * (torch.linalg.qr(B)[1] @ torch.linalg.qr(A.mT)[1].mT))
 
-    def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor] | None:
+    def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         A, B = parameters
         return A, B
 

@@ -13,6 +13,7 @@ from relora_mora.config.checks.combinations import faults
 from relora_mora.config.data import CHATML, RecordsConfig, TextSource, map_records
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
 from relora_mora.config.registry import METHODS, settings_of_others
+from relora_mora.config.removed import removed_faults, without, without_old_defaults
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact, secrets_in
 from relora_mora.config.shipped import MODELS, exists, find_config, nearest
@@ -151,14 +152,16 @@ def validate(
         )
     # settings are saved in config.yaml, logs and checkpoints, so they may have no tokens and passwords
     found = [*(found or []), *(f"{name}: {text}" for name, text in secrets_in(tree))]
-    unknown: set[str] = set()
+    removed = removed_faults(tree)
+    found += [f"{name}: {text}" for name, text in removed.items()]
+    unknown = set(removed)
     config: Config | None
-    tree = lengths.without_nulls(tree)
+    tree = lengths.without_nulls(without(tree, removed))
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         found.extend(explain(error))
-        unknown = doubtful(error)
+        unknown |= doubtful(error)
         for section, (steps, *others) in lengths.ALTERNATIVES.items():
             if unknown.intersection(f"{section}.{name}" for name in others):
                 unknown.add(f"{section}.{steps}")
@@ -183,6 +186,9 @@ def stored_config(tree: Mapping[str, Any], source: str) -> Config:
 
     Combinations are not checked again: they were checked when the run began, and the checks may have changed since.
     """
+    tree = without_old_defaults(tree)
+    if removed := removed_faults(tree):
+        raise ConfigError([f"{name}: {text}" for name, text in removed.items()], source)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

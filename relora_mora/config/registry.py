@@ -38,25 +38,17 @@ class Adapter:
 
     ``layer`` names a subclass of :class:`AdapterLinear`, which defines the arithmetic, the memory and the number of
     parameters. ``settings`` lists the settings that not every adapter uses. ``has_square``: the adapter is a square
-    matrix between the operators of ``method.operators``. ``has_pair``: LoRA's A and B are part of it. ``seeded``: the
-    delta depends on ``train.seed``, too.
+    matrix between the operators of ``method.operators``. ``has_pair``: it consists of LoRA's A and B.
     """
 
     layer: str
     settings: tuple[str, ...] = ()
     has_square: bool = False
     has_pair: bool = False
-    seeded: bool = False
 
 
 _RANK_SETTINGS = ("method.rank", "method.rank_pattern")
 LORA = Adapter("relora_mora.adapters.lora:LoRALinear", (*_RANK_SETTINGS, "method.lora_alpha"), has_pair=True)
-SLTRAIN = Adapter(
-    "relora_mora.adapters.sltrain:SLTrainLinear",
-    (*LORA.settings, "method.sparse_density"),
-    has_pair=True,
-    seeded=True,
-)
 MORA = Adapter(
     "relora_mora.adapters.mora:MoRALinear",
     (*_RANK_SETTINGS, "method.square_size", "method.square_rounding", "method.square_multiple", "method.operators"),
@@ -98,7 +90,6 @@ METHODS = {
         Method("mora", "MoRA", MORA),
         Method("relora", "ReLoRA", LORA, merges=True, note="LoRA with merges"),
         Method("remora", "ReMoRA", MORA, merges=True, note="MoRA with merges"),
-        Method("sltrain", "SLTrain", SLTRAIN, note="LoRA plus a sparse matrix"),
     )
 }
 
@@ -206,7 +197,7 @@ OTHERS = ("adamw", "adamw8bit", "apollo_mini")  # values of optim.others, the op
 
 
 def optimizer_of(group: str, *, matrices: str, others: str) -> MatrixOptimizer:
-    """The optimizer of a parameter group; AdamW always trains norms and the values of sparse matrices."""
+    """The optimizer of a parameter group; AdamW always trains norms."""
     single = MATRIX_OPTIMIZERS[matrices].of_single or matrices
     name = {"adapters": matrices, "linears": single, "embeddings": others}.get(group, "adamw")
     return MATRIX_OPTIMIZERS[name]

@@ -102,9 +102,6 @@ class MethodConfig(Strict):
     lora_alpha: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] | None = Field(
         None, description="LoRA's scale is alpha / r; null: alpha = r"
     )
-    sparse_density: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
-        0.03, description="share of the elements of SLTrain's sparse matrix that train, in each row"
-    )
     target_modules: list[str] = Field(
         list(DECODER_LINEARS), min_length=1, description="linear layers of the decoder that get an adapter"
     )

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from relora_mora.adapters.layers import ADAPTERS, SPARSE_VALUES, adapter_layers, adapter_parameters
+from relora_mora.adapters.layers import ADAPTERS, adapter_layers, adapter_parameters
 from relora_mora.adapters.lora import PAIR, LoRALinear
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import MethodConfig
 from relora_mora.optim.rules import MatrixState, PairRule, Rule, Unit
 from relora_mora.schedule import Schedule
 
-GROUPS = (ADAPTERS, "values", "linears", "embeddings", "norms")
+GROUPS = (ADAPTERS, "linears", "embeddings", "norms")
 HEAD = "lm_head"
 GPU_BATCH = 2**22  # elements that a rule updates together
 
@@ -34,7 +34,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a rate and the kind of optimizer state. A merge resets ``adapters`` and ``values``."""
+    """Parameters that share a rate and the kind of optimizer state. A merge resets ``adapters``."""
 
     name: str  # one of GROUPS
     parameters: tuple[str, ...]
@@ -81,7 +81,6 @@ def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
         else:
             train = {
                 "adapters": True,
-                "values": True,
                 "linears": method.trains_linears and name not in under_adapters,
                 "embeddings": method.train_embeddings or (tied and method.train_head),
                 "norms": method.train_norms,
@@ -100,14 +99,14 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             members[group_of(name, adapters)].append(name)
-    main = ("adapters", "values") if adapters else ("linears",)
+    main = "adapters" if adapters else "linears"
     return [
         ParameterGroup(
             name=group,
             parameters=tuple(names),
-            peak_lr=optim.lr if group in main else other,
+            peak_lr=optim.lr if group == main else other,
             weight_decay=0.0 if group == "norms" else optim.weight_decay,
-            rewarms=optim.rewarm == "all" or group in ("adapters", "values"),
+            rewarms=optim.rewarm == "all" or group == "adapters",
             moments=optim.of_group(group).moments,
         )
         for group, names in members.items()
@@ -236,8 +235,6 @@ def group_of(name: str, adapters: Container[str] = ()) -> str:
 
     Without the names of ``adapters``, A, B and M count as ``linears``.
     """
-    if name.endswith(f".{SPARSE_VALUES}"):
-        return "values"
     if name in adapters:
         return "adapters"
     if "embed_tokens" in name or name.startswith(HEAD):

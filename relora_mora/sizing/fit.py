@@ -38,10 +38,9 @@ def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None
     weights = sum(inputs * outputs for inputs, outputs in shapes.values())
     adapters = adapter_parameters(method, shapes)
     if adapters > weights and not faults:
-        too = " or method.sparse_density" if "method.sparse_density" in method.record.settings else ""
         faults.append(
             f"method.{setting}: the adapters of a layer have {adapters:,} parameters, more than the {weights:,} of its "
-            f"weights; lower it{too}, or use method.name=full"
+            f"weights; lower it, or use method.name=full"
         )
     if faults:
         raise ConfigError(faults, "the settings")

@@ -4,7 +4,7 @@ A checkpoint is exported as a plain LLaMA or as an adapter without its base; nei
 """
 
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
     ranks: dict[str, float] = {}  # by kind of projection, since the layers of a kind have the same shape
     for name, layer in layers.items():
         values = [reader.weight(f"{name}.{key}") for key in layer.adapter_names]
-        A, B = (values[0], values[0].clone()) if released else _as_lora(reader, config.method, layer, values)
+        A, B = (values[0], values[0].clone()) if released else layer.as_lora(*values)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B
         # the released code computes R as the square root of (in + out) r
@@ -146,15 +146,6 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
     if released:
         settings |= {"use_mora": True, "mora_type": reader.manifest.operator}
     (out / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _as_lora(
-    reader: CheckpointReader, method: MethodConfig, layer: AdapterLinear, values: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    factors = layer.as_lora(*values)
-    if factors is None:
-        raise CheckpointError(f"{reader.folder}: PEFT has no adapter for {method.name}; {_MERGED}")
-    return factors
 
 
 def _check_exportable(reader: CheckpointReader, model: ModelConfig, method: MethodConfig, *, released: bool) -> None:

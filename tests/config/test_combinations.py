@@ -145,11 +145,6 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
         None,
         "model.adapter: the method full has no adapters",
     ),
-    (
-        {"model": {"adapter": "a", "init_from": "b"}, "method": {"name": "sltrain"}},
-        None,
-        "model.adapter: the files of an adapter hold a LoRA or a MoRA, not what sltrain trains",
-    ),
     ({"method": {"operators": [1, 6]}}, None, "method.square_multiple: operator 6 needs an even R"),
     ({"method": {"name": "mora", "operators": [6], "square_multiple": 3}}, None, "set method.square_multiple=6"),
     (

@@ -102,7 +102,6 @@ def test_an_optimizer_of_matrices_names_its_rule_and_settings_that_exist(name):
         ("mora", True, True, False, (3,), "mora"),
         ("relora", True, False, True, (), "lora"),
         ("remora", True, True, True, (3, 1), "mora"),
-        ("sltrain", True, False, False, (), "sltrain"),
     ],
 )
 def test_what_follows_from_a_record(name, adapters, squares, merges, cycle, without_merges):

@@ -100,7 +100,7 @@ CASES += rest(*(("full", stage, stage % 2 == 1, 2, 2, *MUON) for stage in (0, 1,
 CASES += rest(("remora int8", 2, True, 2, 2, *ADAMW))
 CASES += [("full", 0, True, 2, 2, "apollo", "apollo_mini"), ("full", 2, False, 2, 2, "galore", "adamw")]
 CASES += [("full", 3, True, 2, 2, "fira", "adamw8bit"), ("remora", 2, True, 2, 2, "adamw8bit", "apollo_mini")]
-CASES += [("relora", 3, True, 2, 2, "lora_muon", "adamw"), ("sltrain", 1, True, 2, 2, *MUON)]
+CASES += [("relora", 3, True, 2, 2, "lora_muon", "adamw"), ("lora", 1, True, 2, 2, *MUON)]
 
 
 @pytest.mark.parametrize(("method", "stage", "bf16", "world_size", "micro_batch_size", "matrices", "others"), CASES)

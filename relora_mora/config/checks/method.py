@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from relora_mora.config.registry import LORA, MORA, OPERATORS, is_drawn
+from relora_mora.config.registry import OPERATORS, is_drawn
 from relora_mora.config.schema import DECODER_LINEARS, Config, MethodConfig
 from relora_mora.config.stretches import merge_steps, shortest_interval
 from relora_mora.config.types import Fault
@@ -118,12 +118,6 @@ def _adapter_faults(config: Config) -> Iterator[Fault]:
         yield Fault(
             ("model.adapter", "method.name"),
             f"the method {config.method.name} has no adapters to initialize; remove it, or set method.name to another",
-        )
-    elif config.method.record.adapter not in (LORA, MORA):
-        yield Fault(
-            ("model.adapter", "method.name"),
-            f"the files of an adapter hold a LoRA or a MoRA, not what {config.method.name} trains; merge it into its "
-            "model and give that in model.init_from, or set method.name to lora or mora",
         )
     if config.model.init_from is None:
         yield Fault(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_mora.config.lengths import tree_of
-from relora_mora.config.load import FINETUNING, ConfigError, config_of
+from relora_mora.config.load import FINETUNING, ConfigError, config_of, stored_config
 from relora_mora.config.schema import Config
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.experiments.compare.groups import used_settings
@@ -148,7 +148,7 @@ class StudyFolder:
         if noted is None or not has_started:
             return
         try:
-            known = Config.model_validate(noted)  # newer settings get their defaults
+            known = stored_config(noted, str(self.settings(cell)))  # newer settings get their defaults
         except ValueError as error:
             raise ValueError(
                 f"{self.run(cell).path} was started with settings that this version does not know; {self._remedy(cell)}"

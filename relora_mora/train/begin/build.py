@@ -19,7 +19,7 @@ from relora_mora.distributed.collectives import from_first_rank, gather_from_ran
 from relora_mora.engine.engine import ZeroEngine
 from relora_mora.engine.merging import FrozenMasters, Merger
 from relora_mora.model.config import function_differences
-from relora_mora.model.llama import LossModel, allow_programs, empty_model, put_values
+from relora_mora.model.llama import LossModel, allow_programs, empty_model, initial_value, put_values
 from relora_mora.operators import Draw
 from relora_mora.optim.groups import (
     ParameterGroup,
@@ -38,7 +38,7 @@ from relora_mora.system.logs import log, shared_log
 from relora_mora.train.begin.check import ResolvedRun, memory_of_rank
 from relora_mora.train.state.run_state import RunState
 from relora_mora.weights.foreign import abbreviate
-from relora_mora.weights.load import drawn_value, start_config, start_weights
+from relora_mora.weights.load import start_config, start_weights
 from relora_mora.weights.peft import AdapterFolder
 
 
@@ -68,7 +68,7 @@ def initial_values(
     frozen_first = sorted(shapes.items(), key=lambda item: item[0] not in base.owner)
     for name, shape in frozen_first:  # a trainable one goes to the rank with the least to do
         load[creator.setdefault(name, load.index(min(load)))] += shape.numel()
-    return creator, {name: drawn_value(lm, name, config.train.seed) for name in shapes if creator[name] == base.rank}
+    return creator, {name: initial_value(lm, name, config.train.seed) for name in shapes if creator[name] == base.rank}
 
 
 def write_initial_values(

@@ -43,7 +43,6 @@ FREE_SETTINGS = {
 _DECIDES_WHAT_TRAINS = (
     *SIZE_SETTINGS,
     "method.square_size",
-    "method.sparse_density",
     "method.target_modules",
     *BESIDE_ADAPTERS,
 )
@@ -59,7 +58,6 @@ FIXED_SETTINGS = {
         ("optim.matrices", "optim.others"),
         "one optimizer cannot use the state of another; start a new run with model.init_from",
     ),
-    "train.seed": "it decides which elements of the sparse matrices train; start a new run with model.init_from",
     "optim.projection_rank": "moments have the shape of their rank; start a new run with model.init_from",
 }
 ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # they decide what a position in the data means
@@ -189,8 +187,6 @@ def _fixed_settings(saved: Identity, now: Identity, at_full_rank: int | None) ->
     full_steps = 0 if after.adapter is None else _value(now.config, "method.full_steps")
     if before.adapter is after.adapter or (at_full_rank is not None and full_steps):
         unused.add("method.name")
-    if before.adapter is None or not before.adapter.seeded:
-        unused.add("train.seed")
     fixed = {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}
     if at_full_rank is None and after.adapter is not None:
         fixed["method.full_steps"] = "the adapters of the checkpoint began as its settings say; start a new run"

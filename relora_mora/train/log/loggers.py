@@ -138,7 +138,6 @@ LAYOUT = {
 _COMPARED = (
     "method.name",
     "method.rank",
-    "method.sparse_density",
     "method.operators",
     "method.merge_every",
     "method.merge_until_step",

@@ -110,7 +110,7 @@ def test_every_optimizer_next_to_the_methods_that_it_suits(matrices: str) -> Non
     suited = {name for name, method in METHODS.items() if MATRIX_OPTIMIZERS[matrices].suits(method)}
     assert set(plan.memory) == suited | {"full"}
     assert "lora" in suited
-    assert (suited == {"lora", "relora", "sltrain"}) == (matrices == "lora_muon")
+    assert (suited == {"lora", "relora"}) == (matrices == "lora_muon")
 
 
 def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:

@@ -1,0 +1,57 @@
+"""Settings and values that release 0.2 had and this one has not.
+
+A key of ``REMOVED`` is ``section.setting``, or ``section.setting=value`` with the value as in YAML; of a list, an
+element counts. The text says what to do instead.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+REMOVED = {
+    "method.name=sltrain": "use remora, which was better, or lora",
+    "method.sparse_density": "remove it; no method has a sparse matrix",
+}
+# what the settings of a run of 0.2 have if it did not use them
+OLD_DEFAULTS: dict[str, Any] = {
+    "method.sparse_density": 0.03,
+}
+
+
+def removed_faults(tree: Mapping[str, Any]) -> dict[str, str]:
+    """A message for each setting of a tree that is removed, or has a removed value, by its dotted name."""
+    faults = {}
+    for key, remedy in REMOVED.items():
+        name, _, value = key.partition("=")
+        section, _, setting = name.partition(".")
+        settings = tree.get(section)
+        if not isinstance(settings, Mapping) or setting not in settings:
+            continue
+        given = settings[setting]
+        if not value:
+            faults[name] = f"only release 0.2 has this setting; {remedy}"
+        elif value in map(_as_yaml, given if isinstance(given, list) else [given]):
+            faults[name] = f"only release 0.2 has {value}; {remedy}"
+    return faults
+
+
+def _as_yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def without(tree: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The tree without the settings of these dotted names."""
+    removed = set(names)
+    return {
+        section: {key: value for key, value in settings.items() if f"{section}.{key}" not in removed}
+        if isinstance(settings, dict)
+        else settings
+        for section, settings in tree.items()
+    }
+
+
+def without_old_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of a run of release 0.2 without the removed settings that it did not use."""
+    settings = ((name, *name.split(".")) for name in OLD_DEFAULTS)
+    return without(
+        tree, [name for name, section, key in settings if tree.get(section, {}).get(key) == OLD_DEFAULTS[name]]
+    )

@@ -1,0 +1,60 @@
+"""Settings and values of release 0.2 that are gone are refused by name, with what replaces them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from relora_mora.config import removed
+from relora_mora.config.load import ConfigError, stored_config, validate
+from relora_mora.config.schema import SETTINGS
+from tests.tools.config_tools import faults_of, tree
+
+VALUES = {"true": True, "false": False}
+
+
+@pytest.mark.parametrize("key", removed.REMOVED)
+def test_each_is_refused_with_one_line(key):
+    name, _, value = key.partition("=")
+    section, _, setting = name.partition(".")
+    [fault] = faults_of(tree(**{section: {setting: VALUES.get(value, value or 3)}}))
+    assert fault == f"{name}: only release 0.2 has {value or 'this setting'}; {removed.REMOVED[key]}"
+
+
+def test_the_table_names_what_is_not_there():
+    for key in removed.REMOVED:
+        name, is_value, _ = key.partition("=")
+        assert (name in SETTINGS) == bool(is_value), key
+    assert set(removed.OLD_DEFAULTS) <= set(removed.REMOVED)
+
+
+def test_an_element_of_a_list_counts(monkeypatch):
+    monkeypatch.setitem(removed.REMOVED, "method.operators=4", "use 1")
+    monkeypatch.setitem(removed.REMOVED, "model.compile=true", "use auto")
+    assert set(removed.removed_faults({"method": {"operators": [1, 4]}})) == {"method.operators"}
+    assert removed.removed_faults({"method": {"operators": [1, 2]}, "model": {"compile": False}, "optim": None}) == {}
+    assert set(removed.removed_faults({"model": {"compile": True}})) == {"model.compile"}
+
+
+def test_a_similar_name_is_not_one_that_is_gone():
+    [fault] = faults_of(tree(method={"sparse_densty": 3}))
+    assert "sparse_density" not in fault
+
+
+def stored(name: str = "", value: Any = None) -> dict[str, Any]:
+    """The settings of a run of 0.2 that has what is gone at its defaults, except for one setting."""
+    dumped: dict[str, Any] = validate(tree(), "the test").model_dump(mode="json")
+    for each, default in removed.OLD_DEFAULTS.items():
+        section, _, setting = each.partition(".")
+        dumped[section][setting] = value if each == name else default
+    return dumped
+
+
+def test_settings_of_a_checkpoint_of_02_are_read_if_it_did_not_use_what_is_gone():
+    assert stored_config(stored(), "here") == validate(tree(), "the test")
+    for name in removed.OLD_DEFAULTS:
+        with pytest.raises(ConfigError) as caught:
+            stored_config(stored(name, 0.5), "here")
+        [fault] = caught.value.faults
+        assert fault.startswith(f"{name}: ")
