@@ -27,16 +27,16 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Set
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import xxhash
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
-from relora_mora.adapters.layers import ADAPTERS
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, optimizer_of
+from relora_mora.config.removed import removed_faults, without_old_defaults
 from relora_mora.operators import Draw
 from relora_mora.optim.groups import group_of
 from relora_mora.system.files import raise_if_lost, remove, sync
@@ -175,11 +175,6 @@ class Manifest:
         return not (self.counters.get("bad_steps") or self.counters.get("trouble"))
 
     @property
-    def has_adapters(self) -> bool:
-        """Whether adapters train at its step: not at full rank, which is also how a run with adapters may begin."""
-        return ADAPTERS in self.group_steps
-
-    @property
     def optimizers(self) -> dict[str, str]:
         """The values of ``optim.matrices`` and ``optim.others``."""
         saved = self.config.get("optim", {})
@@ -202,20 +197,6 @@ class Manifest:
 
 
 _MANIFEST = TypeAdapter(Manifest)
-
-
-def with_frozen(manifest: Manifest, names: Set[str]) -> Manifest:
-    """A manifest as if these of its parameters were frozen."""
-    parameters = {name: shape for name, shape in manifest.parameters.items() if name not in names}
-    now_frozen = {name: shape for name, shape in manifest.parameters.items() if name in names}
-    groups = {group_of(name) for name in parameters}
-    return replace(
-        manifest,
-        parameters=parameters,
-        frozen=manifest.frozen | now_frozen,
-        matrix_states={name: shapes for name, shapes in manifest.matrix_states.items() if name in parameters},
-        group_steps={group: steps for group, steps in manifest.group_steps.items() if group in groups},
-    )
 
 
 def content_checksum(values: dict[str, Any]) -> str:
@@ -285,6 +266,10 @@ def _validated(path: Path, values: dict[str, Any]) -> Manifest:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: damaged, {field}: {first['msg']}; use an older checkpoint") from error
+    removed = removed_faults(without_old_defaults(manifest.config))
+    if removed:
+        names = " and ".join(removed)
+        raise CheckpointError(f"{path}: trained with settings that only release 0.2 has ({names}); use that release")
     for setting, name in manifest.optimizers.items():
         if name not in list(MATRIX_OPTIMIZERS):
             raise CheckpointError(

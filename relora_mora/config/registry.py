@@ -11,8 +11,6 @@ from typing import Literal
 ScheduleKind = Literal["cosine", "linear", "wsd", "constant"]
 
 ADAPTER_SETTINGS = (
-    "method.full_steps",
-    "optim.lr_full",
     "method.form",
     "method.target_modules",
     "method.train_linears",

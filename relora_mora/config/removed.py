@@ -8,12 +8,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 REMOVED = {
+    "method.full_steps": "remove it: early merges do more than a start at full rank",
     "method.name=sltrain": "use remora, which was better, or lora",
-    "method.sparse_density": "remove it; no method has a sparse matrix",
+    "method.sparse_density": "remove it: no method has a sparse matrix",
+    "optim.lr_full": "remove it: method.full_steps is gone",
 }
 # what the settings of a run of 0.2 have if it did not use them
 OLD_DEFAULTS: dict[str, Any] = {
+    "method.full_steps": 0,
     "method.sparse_density": 0.03,
+    "optim.lr_full": None,
 }
 
 

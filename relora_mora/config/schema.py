@@ -15,12 +15,12 @@ from relora_mora.config.registry import (
     OPERATORS,
     Method,
 )
-from relora_mora.config.stretches import Intervals, MergeStretch
 from relora_mora.config.types import (
     LARGEST,
     LONGEST_SECONDS,
     Decay,
     Fraction,
+    Interval,
     NotNegative,
     Positive,
     Project,
@@ -112,9 +112,6 @@ class MethodConfig(Strict):
     train_embeddings: bool = Field(True, description="train the input embeddings")
     train_norms: bool = Field(True, description="train the norms, and the biases if the model has any")
     train_head: bool = Field(True, description="train the output head")
-    full_steps: NotNegative = Field(
-        0, description="train the decoder's linears at full rank in the first n steps; then the adapters begin; 0: none"
-    )
     form: Literal["auto", "merged", "resident", "decoupled"] = Field(
         "auto", description="how an adapter layer computes its output: see docs/method.md"
     )
@@ -130,10 +127,8 @@ class MethodConfig(Strict):
     dropout: Decay = Field(
         0.0, description="dropout of an adapter's input, as in LoRA; layers then train in decoupled form; 0: none"
     )
-    merge_every: Intervals = Field(
-        2000,
-        description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)}), or stretches "
-        "with intervals of their own, e.g. [{until: 8, every: 2}, {every: 6}] or [{every: 10, growth: 1.5}]",
+    merge_every: Interval = Field(
+        2000, description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)})"
     )
     merge_until_step: Positive | None = Field(None, description="the last step that may merge; null: the last but one")
     reset: Literal["full", "magnitude", "random", "none", "carry"] = Field(
@@ -177,13 +172,6 @@ class MethodConfig(Strict):
     @property
     def merges(self) -> bool:
         return self.record.merges
-
-    @property
-    def stretches(self) -> list[MergeStretch]:
-        """The stretches of ``merge_every``; none if the method does not merge."""
-        if not self.merges:
-            return []
-        return [MergeStretch(every=self.merge_every)] if isinstance(self.merge_every, int) else self.merge_every
 
     @property
     def cycle(self) -> tuple[int, ...]:

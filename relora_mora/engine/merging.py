@@ -16,7 +16,6 @@ from torch import Tensor
 from relora_mora.adapters.layers import HOST, AdapterLinear, adapter_layers, effective_rank, layer_generator
 from relora_mora.adapters.mora import MoRALinear, operator_in_use, set_operators
 from relora_mora.config.schema import MethodConfig
-from relora_mora.config.stretches import last_merge, merge_steps
 from relora_mora.engine.protocol import Engine
 from relora_mora.operators import Draw, GroupingOperator, Operator
 from relora_mora.system.hardware import uses_cuda
@@ -122,21 +121,6 @@ class Merger:
         """See :func:`relora_mora.adapters.mora.operator_in_use`."""
         return operator_in_use(self.layers.values())
 
-    @property
-    def adapters(self) -> set[str]:
-        """The names of all adapters' trainable parameters."""
-        return {name for names in self.parameters.values() for name in names}
-
-    @torch.no_grad()
-    def begin(self, mora_type: int | None) -> None:
-        """Makes the adapters those of a run's start, with the first operator and without optimizer state; a collective.
-
-        The model computes with them after ``refresh`` of the engine.
-        """
-        self.set_operator(mora_type, Draw(self.seed))
-        self._reset_masters(merges_done=0)
-        self.engine.clear_state(self.adapters)
-
     @torch.no_grad()
     def merge(self, step: int, merges_done: int, next_operator: int | None) -> MergeRecord:
         """One merge at the end of ``step``; a collective. ``merges_done`` counts this one.
@@ -148,8 +132,8 @@ class Merger:
         begin = time.perf_counter()
         before = self.operator()
         self._check_adapters(step)
-        before_it = last_merge(merge_steps(self.method.stretches, step, None), step)
-        is_measured = merges_done == 1 or step // MEASURED_STEPS > before_it // MEASURED_STEPS
+        interval = step // MEASURED_STEPS
+        is_measured = merges_done == 1 or interval > (step - self.method.merge_every) // MEASURED_STEPS
         squares, ranks = self._merge_layers(self.measured if is_measured else set())
         overflowed = [name for name, square in squares.items() if not math.isfinite(square)]
         if overflowed:
@@ -242,7 +226,7 @@ class Merger:
         ``used`` has the operators that were in use before the merge: ``carry`` moves their state to the new operators.
         """
         if self.method.reset == "full":
-            self.engine.clear_state(self.adapters)
+            self.engine.clear_state({name for names in self.parameters.values() for name in names})
         elif self.method.reset == "carry":
             for layer_name, before in used.items():
                 self._carry(layer_name, before)

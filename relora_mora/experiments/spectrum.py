@@ -58,8 +58,7 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
     model = checked_model(reader)
     if config.model.init_from is None:
         seed = reader.manifest.counters["initial_seed"]
-        began = empty_model(model.config) if config.method.full_steps else model
-        return {name: initial_value(began, name, seed) for name in names}
+        return {name: initial_value(model, name, seed) for name in names}
     source = Path(config.model.init_from)
     files = {"model.init_from": config.model.init_from, "model.adapter": config.model.adapter}
     for setting, path in files.items():

@@ -99,7 +99,7 @@ class AttachedAdapters:
             total_steps=ENDLESS,
             warmup_steps=0,
             min_ratio=1.0,
-            merges=method.stretches,
+            merge_every=method.merge_every if method.merges else 0,
             merge_until_step=method.merge_until_step,
             operators=method.cycle,
         )
@@ -216,9 +216,8 @@ class AttachedAdapters:
                 "restart_warmup_steps=0"
             )
         groups = self._rewarms(scheduler.optimizer, rewarm)
-        given = {field.name: getattr(clock, field.name) for field in dataclasses.fields(clock)}
         scheduler.lr_lambdas = [
-            rate_of_step(Rewarmed(**given, curve=curve), rewarm=group)
+            rate_of_step(Rewarmed(**vars(clock), curve=curve), rewarm=group)
             for curve, group in zip(scheduler.lr_lambdas, groups, strict=True)
         ]
 

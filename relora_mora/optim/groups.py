@@ -222,9 +222,8 @@ def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Sched
         warmup_steps=optim.warmup_steps,
         min_ratio=optim.min_ratio,
         decay_steps=optim.decay_of(steps),
-        merges=method.stretches,
+        merge_every=method.merge_every if method.merges else 0,
         merge_until_step=method.merge_until_step,
-        full_steps=method.full_steps if method.uses_adapters else 0,
         restart_warmup_steps=optim.restart_warmup_steps if method.merges else 0,
         operators=method.cycle,
     )

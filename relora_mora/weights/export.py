@@ -42,7 +42,7 @@ def checked_model(reader: CheckpointReader) -> PreTrainedModel:
     manifest = reader.manifest
     config = stored_config(manifest.config, str(reader.folder))
     skeleton = _empty_model(reader)
-    if config.method.uses_adapters and (manifest.has_adapters or not config.method.full_steps):
+    if config.method.uses_adapters:
         with torch.device("meta"):
             inject(skeleton, config.method, seed=config.train.seed, mora_type=manifest.operator, draw=manifest.draw)
     expected = {name: list(parameter.shape) for name, parameter in skeleton.named_parameters()}
@@ -154,8 +154,6 @@ def _check_exportable(reader: CheckpointReader, model: ModelConfig, method: Meth
     fault = None
     if not method.uses_adapters:
         fault = f"{method.name} trains without adapters"
-    elif method.full_steps:
-        fault = f"its first {counted(method.full_steps, 'step')} train the base weights of its adapter"
     elif model.init_from is None:
         fault = "it has no model.init_from, so there is no base model for its adapter"
     elif began == ABSENT["model.init_from"]:

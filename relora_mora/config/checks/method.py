@@ -1,12 +1,10 @@
 """Faults in the settings of methods: adapters with their sizes and forms, and merges."""
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from relora_mora.config.registry import OPERATORS, is_drawn
 from relora_mora.config.schema import DECODER_LINEARS, Config, MethodConfig
-from relora_mora.config.stretches import merge_steps, shortest_interval
 from relora_mora.config.types import Fault
 from relora_mora.system.logs import counted
 
@@ -16,7 +14,6 @@ def method_faults(config: Config) -> Iterator[Fault]:
     yield from _pattern_faults(config)
     yield from own_faults(config.method)
     yield from _adapter_faults(config)
-    yield from _full_steps_faults(config)
     yield from _merge_faults(config)
 
 
@@ -25,7 +22,6 @@ def own_faults(method: MethodConfig) -> Iterator[Fault]:
     yield from _layer_faults(method)
     yield from _base_faults(method)
     if method.merges:
-        yield from _stretch_faults(method)
         yield from _cycle_faults(method)
         yield from _carry_faults(method)
 
@@ -125,24 +121,6 @@ def _adapter_faults(config: Config) -> Iterator[Fault]:
         )
 
 
-def _full_steps_faults(config: Config) -> Iterator[Fault]:
-    steps = config.method.full_steps
-    if not steps or not config.method.uses_adapters:
-        return
-    if steps >= config.train.steps:
-        yield Fault(
-            ("method.full_steps", "train.steps", "method.name"),
-            f"{counted(steps, 'step')} at full rank leave none for the adapters in a run of "
-            f"{counted(config.train.steps, 'step')}; lower it, raise train.steps, or use method.name=full",
-        )
-    if config.model.adapter is not None:
-        yield Fault(
-            ("method.full_steps", "model.adapter", "method.name"),
-            "an adapter fits only the weights that it was trained on, and the first steps change them; remove one of "
-            "the two",
-        )
-
-
 def _cycle_faults(method: MethodConfig) -> Iterator[Fault]:
     cycle = method.cycle
     if any(a == b and not is_drawn(a) for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)):
@@ -161,7 +139,8 @@ def _cycle_faults(method: MethodConfig) -> Iterator[Fault]:
 def _merge_faults(config: Config) -> Iterator[Fault]:
     method = config.method
     optim = config.optim
-    if not method.merges or any(_stretch_faults(method)):
+    every = method.merge_every
+    if not method.merges:
         return
     if method.reset not in ("full", "none") and not optim.of_group("adapters").moments:
         yield Fault(
@@ -169,103 +148,31 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
             f"{method.reset} changes element-wise moments, but {optim.matrices} has none; "
             "use method.reset=full or none",
         )
-    begin = method.full_steps
-    if begin >= config.train.steps:
-        return
-    steps = merge_steps(method.stretches, config.train.steps, method.merge_until_step, after=begin)
-    first = next((group[0] for group in steps if group), None)
-    if first is None:
-        yield from _no_merge_faults(config)
-        return
-    if first < optim.warmup_steps and optim.restart_warmup_steps:
-        yield Fault(
-            ("method.merge_every", "optim.warmup_steps", "method.name"),
-            f"the first merge (step {first}) comes before the warmup ends (step {optim.warmup_steps}); raise it, "
-            "or set optim.restart_warmup_steps=0",
-        )
-    interval = shortest_interval([[begin], *steps] if begin else steps) or first
-    if interval < optim.restart_warmup_steps:
-        before = f"between merges, or after method.full_steps={begin}" if begin else "between merges"
-        yield Fault(
-            ("method.merge_every", "optim.restart_warmup_steps", "method.full_steps", "method.name"),
-            f"{counted(interval, 'step')} {before}, fewer than optim.restart_warmup_steps "
-            f"({optim.restart_warmup_steps}); raise it or lower optim.restart_warmup_steps",
-        )
-    yield from _empty_stretch_faults(config, steps)
-
-
-def _empty_stretch_faults(config: Config, steps: Sequence[Sequence[int]]) -> Iterator[Fault]:
-    """The first stretch without a merge; ``steps`` has the merges of each stretch."""
-    method = config.method
-    limit, setting = config.train.steps - 1, "train.steps"
-    if method.merge_until_step is not None and method.merge_until_step < limit:
-        limit, setting = method.merge_until_step, "method.merge_until_step"
-    begin = 0
-    for stretch, merges in zip(method.stretches, steps, strict=True):
-        end = min(stretch.until or limit, limit)
-        if not merges:
-            name = f"the stretch with every: {stretch.every}"
-            raised = setting if end == limit else "its until"
-            if end <= method.full_steps:
-                text = f"{name} ends at step {end}, but the adapters begin after step {method.full_steps}"
-                remedy = f"raise {raised}, lower method.full_steps"
-            elif begin >= end:
-                text = f"{name} begins after step {begin}, but the last step that may merge is {limit} ({setting})"
-                remedy = f"lower the until before it, raise {setting}"
-            else:
-                text = f"no merge in {name}, which has the steps {max(begin, method.full_steps) + 1} to {end}"
-                remedy = f"lower it, raise {raised}"
-            yield Fault(
-                ("method.merge_every", "method.merge_until_step", "method.full_steps", "train.steps", "method.name"),
-                f"{text}; {remedy}, or remove the stretch",
-            )
-            return
-        begin = end
-
-
-def _no_merge_faults(config: Config) -> Iterator[Fault]:
-    method = config.method
-    every = method.stretches[0].every
     without = f"use method.name={method.record.without_merges}"
     if every >= config.train.steps:
         yield Fault(
             ("method.merge_every", "train.steps", "method.name"),
             f"{every} means no merge in a run of {counted(config.train.steps, 'step')}; lower it, or {without}",
         )
-    elif method.merge_until_step is not None and method.merge_until_step < every:
+        return
+    if method.merge_until_step is not None and method.merge_until_step < every:
         yield Fault(
             ("method.merge_until_step", "method.merge_every", "method.name"),
             f"{method.merge_until_step} comes before the first merge (step {every}); raise it, or {without}",
         )
-    elif method.merge_until_step is not None and method.merge_until_step <= method.full_steps:
+        return
+    if every < optim.warmup_steps and optim.restart_warmup_steps:
         yield Fault(
-            ("method.merge_until_step", "method.full_steps", "method.name"),
-            f"{method.merge_until_step} ends merges before the adapters begin (after method.full_steps="
-            f"{method.full_steps}); raise it, lower method.full_steps, or {without}",
+            ("method.merge_every", "optim.warmup_steps", "method.name"),
+            f"the first merge (step {every}) comes before the warmup ends (step {optim.warmup_steps}); raise it, "
+            "or set optim.restart_warmup_steps=0",
         )
-    elif method.full_steps:
+    if every < optim.restart_warmup_steps:
         yield Fault(
-            ("method.full_steps", "method.merge_every", "method.merge_until_step", "train.steps", "method.name"),
-            f"no merge follows the first {counted(method.full_steps, 'step')} in a run of "
-            f"{counted(config.train.steps, 'step')}; lower it, or {without}",
+            ("method.merge_every", "optim.restart_warmup_steps", "method.name"),
+            f"{counted(every, 'step')} between merges, fewer than optim.restart_warmup_steps "
+            f"({optim.restart_warmup_steps}); raise it or lower optim.restart_warmup_steps",
         )
-    else:
-        yield Fault(
-            ("method.merge_every", "method.merge_until_step", "train.steps", "method.name"),
-            f"no stretch has a merge in a run of {counted(config.train.steps, 'step')}; lower every, or {without}",
-        )
-
-
-def _stretch_faults(method: MethodConfig) -> Iterator[Fault]:
-    ends = [stretch.until for stretch in method.stretches]
-    for before, end in itertools.pairwise(ends):
-        if before is None or (end is not None and end <= before):
-            text = "null" if before is None else f"{before} and then {end}"
-            yield Fault(
-                ("method.merge_every", "method.name"),
-                f"each stretch ends after the one before it, and only the last may have until: null; got until: {text}",
-            )
-            return
 
 
 def _carry_faults(method: MethodConfig) -> Iterator[Fault]:

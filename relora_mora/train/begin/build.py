@@ -12,7 +12,6 @@ from relora_mora import kernels
 from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.load import ConfigError
-from relora_mora.config.phases import Phase, phases_of
 from relora_mora.config.schema import Config
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks
@@ -128,10 +127,9 @@ def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, t
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run in one of its phases. Its progress is in a :class:`RunState`."""
+    """The parts of a run. Its progress is in a :class:`RunState`."""
 
     checked: ResolvedRun
-    phase: Phase
     engine: ZeroEngine
     base: FrozenMasters
     merger: Merger
@@ -140,8 +138,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The settings of this phase; those of the whole run are in ``checked``."""
-        return self.phase.config
+        return self.checked.config
 
 
 def build(
@@ -149,17 +146,15 @@ def build(
     rank: int,
     world_size: int,
     *,
-    phase: Phase | None = None,
     resumes: bool = False,
     done: Callable[[str], None] = lambda part: None,
 ) -> Run:
-    """A run at the start of a phase, by default of its last; a collective.
+    """A run at its start; a collective.
 
     With ``resumes``, no value is drawn or read, since all values will come from a checkpoint. ``done`` is called with
     the name of each finished part: "model", "engine".
     """
-    phase = phase or phases_of(checked.config)[-1]
-    config = phase.config
+    config = checked.config
     lm = empty_model(checked.model_config, attention=config.model.attention)
     if config.model.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -206,7 +201,7 @@ def build(
         done("model")
     merger = Merger(engine, base, config.method, seed=config.train.seed)
     schedule = make_schedule(config.method, config.optim, config.train.steps)
-    return Run(checked, phase, engine, base, merger, groups, schedule)
+    return Run(checked, engine, base, merger, groups, schedule)
 
 
 def _log_storage(lm: PreTrainedModel, config: Config) -> None:

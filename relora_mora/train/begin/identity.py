@@ -9,6 +9,7 @@ from relora_mora.checkpoint.layout import Manifest
 from relora_mora.config.checks.combinations import BESIDE_ADAPTERS, OPERATIONAL, SIZE_SETTINGS
 from relora_mora.config.data import TextSource
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
+from relora_mora.config.removed import OLD_DEFAULTS
 from relora_mora.config.schema import SETTINGS, lanes_of
 from relora_mora.model.config import keys_with, stored_model_config
 from relora_mora.model.config_keys import FUNCTION, TRAINING
@@ -114,16 +115,11 @@ def describe_differences(first: Identity, other: Identity) -> list[str]:
     return names
 
 
-def changes_since(
-    saved: Identity, now: Identity, allowed: set[str], *, at_full_rank: int | None = None
-) -> Iterator[Change]:
-    """The differences between a checkpoint and a run that would change the result and are not in ``allowed``.
-
-    ``at_full_rank`` is the step of a checkpoint that has no adapters, so that settings of adapters may still change.
-    """
+def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
+    """The differences between a checkpoint and a run that would change the result and are not in ``allowed``."""
     saved = replace(saved, config=_comparable(saved.config))
     now = replace(now, config=_comparable(now.config))
-    fixed_settings = _fixed_settings(saved, now, at_full_rank)
+    fixed_settings = _fixed_settings(saved, now)
     free = FREE_SETTINGS | allowed
     settings = [
         name
@@ -170,29 +166,19 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[str
 
 
 def _default(section: str, key: str) -> Any:
-    setting = SETTINGS.get(f"{section}.{key}")
-    return None if setting is None or setting.is_required() else setting.get_default()
+    name = f"{section}.{key}"
+    setting = SETTINGS.get(name)
+    return OLD_DEFAULTS.get(name) if setting is None or setting.is_required() else setting.get_default()
 
 
-def _fixed_settings(saved: Identity, now: Identity, at_full_rank: int | None) -> dict[str, str]:
-    """The ``FIXED_SETTINGS`` that the run uses. ``method.name`` is left out if both methods have the same adapter.
-
-    Adapters that begin later (``method.full_steps``) may replace those of the checkpoint's settings.
-    """
+def _fixed_settings(saved: Identity, now: Identity) -> dict[str, str]:
+    """The ``FIXED_SETTINGS`` that the run uses. ``method.name`` is left out if both methods have the same adapter."""
     before, after = (METHODS[_value(each.config, "method.name")] for each in (saved, now))
-    if at_full_rank is not None:
-        before = METHODS["full"]
     optimizers = (MATRIX_OPTIMIZERS[_value(saved.config, name)] for name in ("optim.matrices", "optim.others"))
     unused = settings_of_others(MATRIX_OPTIMIZERS, *optimizers) | settings_of_others(METHODS, before)
-    full_steps = 0 if after.adapter is None else _value(now.config, "method.full_steps")
-    if before.adapter is after.adapter or (at_full_rank is not None and full_steps):
+    if before.adapter is after.adapter:
         unused.add("method.name")
-    fixed = {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}
-    if at_full_rank is None and after.adapter is not None:
-        fixed["method.full_steps"] = "the adapters of the checkpoint began as its settings say; start a new run"
-    elif at_full_rank is not None and after.adapter is not None and full_steps < at_full_rank:
-        fixed["method.full_steps"] = f"the checkpoint of step {at_full_rank} has no adapters yet; give that or more"
-    return fixed
+    return {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}
 
 
 def _value(tree: dict[str, Any], name: str) -> Any:
