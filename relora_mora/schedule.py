@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from relora_mora.config.registry import ScheduleKind, is_drawn
+from relora_mora.config.registry import ScheduleKind
 
 
 def cosine(step: int, *, total_steps: int, warmup_steps: int, min_ratio: float) -> float:
@@ -88,16 +88,10 @@ class Schedule:
         """The mora type in use after ``step`` steps and the merge at their end; None without operators."""
         return self._operator_after(self.merges_done(step))
 
-    def operators_left(self, step: int) -> list[tuple[int | None, int]]:
-        """The mora types in use from ``step`` to the end, each with the merges done when it is first used.
-
-        A drawn type appears once per merge, since every merge draws it again; any other type appears once.
-        """
-        left: dict[tuple[int | None, int], int] = {}
-        for done in range(self.merges_done(step), self.merges_done(self.total_steps) + 1):
-            operator = self._operator_after(done)
-            left.setdefault((operator, done if is_drawn(operator) else 0), done)
-        return [(operator, done) for (operator, _), done in left.items()]
+    def operators_left(self, step: int) -> list[int | None]:
+        """The mora types in use from ``step`` to the end, each once, in the order of their first use."""
+        merges_done = range(self.merges_done(step), self.merges_done(self.total_steps) + 1)
+        return list(dict.fromkeys(map(self._operator_after, merges_done)))
 
     def _operator_after(self, merges_done: int) -> int | None:
         return self.operators[merges_done % len(self.operators)] if self.operators else None

@@ -21,9 +21,6 @@ REMORA = Schedule(
 )
 
 
-DRAWN = dataclasses.replace(REMORA, operators=(1, 7))
-
-
 def released_rate(
     step: int,
     *,
@@ -105,17 +102,13 @@ def test_no_merge_comes_after_the_last_step_that_may_merge(until):
 @pytest.mark.parametrize(
     "schedule,step,left",
     [
-        (dataclasses.replace(REMORA, merge_until_step=59), 0, [(1, 0), (2, 1), (3, 2)]),
-        (dataclasses.replace(REMORA, merge_until_step=100), 80, [(2, 4)]),
-        (dataclasses.replace(REMORA, merge_until_step=39), 0, [(1, 0), (2, 1)]),
-        (REMORA, 0, [(1, 0), (2, 1), (3, 2)]),
-        (REMORA, 40, [(3, 2), (1, 3), (2, 4)]),
-        (REMORA, 100, [(2, 4)]),
-        (DRAWN, 0, [(1, 0), (7, 1), (7, 3)]),  # every merge draws another 7
-        (DRAWN, 20, [(7, 1), (1, 2), (7, 3)]),
-        (dataclasses.replace(DRAWN, operators=(7,)), 59, [(7, 2), (7, 3), (7, 4)]),
-        (dataclasses.replace(DRAWN, operators=(7,), merge_every=0), 0, [(7, 0)]),
-        (dataclasses.replace(REMORA, operators=()), 0, [(None, 0)]),
+        (dataclasses.replace(REMORA, merge_until_step=59), 0, [1, 2, 3]),
+        (dataclasses.replace(REMORA, merge_until_step=100), 80, [2]),
+        (dataclasses.replace(REMORA, merge_until_step=39), 0, [1, 2]),
+        (REMORA, 0, [1, 2, 3]),
+        (REMORA, 40, [3, 1, 2]),
+        (REMORA, 100, [2]),
+        (dataclasses.replace(REMORA, operators=()), 0, [None]),
     ],
 )
 def test_operators_left_at_a_step(schedule, step, left):

@@ -9,7 +9,6 @@ from relora_mora.adapters.layers import AdapterLinear, adapter_layers, all_names
 from relora_mora.adapters.scope import Caller
 from relora_mora.adapters.stored import PLAIN, EightBits, Rounded, Stored
 from relora_mora.config.schema import MethodConfig
-from relora_mora.operators import Draw
 
 # the shared input of linears in a decoder layer; a linear that is not named here has an input of its own
 INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
@@ -22,14 +21,11 @@ def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Adapter
             yield name, module
 
 
-def inject(
-    model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int | None = None, draw: Draw | None = None
-) -> dict[str, list[str]]:
+def inject(model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int | None = None) -> dict[str, list[str]]:
     """Replaces the target linears of the decoder with adapter layers in place; returns their names by projection.
 
-    ``mora_type`` is the first operator (default: the first of the cycle), ``draw`` its draw (default: the draw at the
-    start of a run). Raises ValueError if a target name matches no layer, or if an operator cannot be built for a
-    layer's shape.
+    ``mora_type`` is the first operator (default: the first of the cycle). Raises ValueError if a target name matches no
+    layer, or if an operator cannot be built for a layer's shape.
     """
     by_kind: dict[str, list[str]] = {kind: [] for kind in method.target_modules}
     targets = []
@@ -45,7 +41,7 @@ def inject(
             f"method.target_modules: no linear of the decoder is named {', '.join(unmatched)}; it has "
             f"{', '.join(present)}"
         )
-    replace_linears(model, targets, method, seed=seed, mora_type=mora_type, draw=draw)
+    replace_linears(model, targets, method, seed=seed, mora_type=mora_type)
     return by_kind
 
 
@@ -56,7 +52,6 @@ def replace_linears(
     *,
     seed: int,
     mora_type: int | None = None,
-    draw: Draw | None = None,
 ) -> dict[str, AdapterLinear]:
     """Replaces linears by name with adapter layers in place, and returns these; see :func:`inject`."""
     layer = layer_class(method)
@@ -68,7 +63,7 @@ def replace_linears(
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         generator = layer_generator(seed, name, 0)
-        adapter = layer.from_settings(linear, method.of(kind), generator, mora_type, draw or Draw(seed))
+        adapter = layer.from_settings(linear, method.of(kind), generator, mora_type)
         assert all(adapter.get_parameter(key).dim() == 2 for key in adapter.adapter_names), "not a matrix"
         assert not [*adapter.buffers()], "a resume restores only parameters"
         for place in places[linear]:

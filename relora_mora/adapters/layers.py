@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from relora_mora.adapters.scope import Caller
 from relora_mora.adapters.stored import PLAIN, FrozenProduct, Stored
 from relora_mora.config.schema import MethodConfig
-from relora_mora.operators import Draw
 from relora_mora.system.seeds import derived_seed
 
 ADAPTERS = "adapters"  # their group in an optimizer
@@ -78,11 +77,11 @@ class AdapterLinear(nn.Module):
     @classmethod
     @abstractmethod
     def from_settings(
-        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None, draw: Draw
+        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None
     ) -> Self:
         """Builds the layer from a linear, with initial values from ``generator``.
 
-        ``mora_type`` and ``draw`` choose the operator, if the adapter has one.
+        ``mora_type`` is the operator, if the adapter has one.
         """
 
     @classmethod

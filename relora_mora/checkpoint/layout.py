@@ -37,7 +37,6 @@ from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter,
 
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, optimizer_of
 from relora_mora.config.removed import removed_faults, without_old_defaults
-from relora_mora.operators import Draw
 from relora_mora.optim.groups import group_of
 from relora_mora.system.files import raise_if_lost, remove, sync
 
@@ -146,7 +145,6 @@ class Manifest:
     files: dict[Annotated[str, AfterValidator(_inside)], FileEntry]
     data_content: str  # fingerprint of the text of the training data
     eos_token_id: Count  # ends a document; not part of the fingerprint of a Hugging Face tokenizer
-    operator_seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None  # None unless the operator is drawn
     # kinds and shapes of the state of each matrix for which the optimizer keeps more than moments
     matrix_states: dict[str, dict[str, list[Count]]]
 
@@ -154,11 +152,6 @@ class Manifest:
         """As JSON, with a checksum of the manifest itself."""
         values = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
         return json.dumps({**values, "checksum": content_checksum(values)}, indent=1)
-
-    @property
-    def draw(self) -> Draw:
-        """The draw of the operator in use."""
-        return Draw(self.operator_seed or 0, self.merges_done)
 
     @property
     def tokenizer_files(self) -> list[str]:
@@ -260,6 +253,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _validated(path: Path, values: dict[str, Any]) -> Manifest:
     del values["format"], values["version"]
+    values.pop("operator_seed", None)  # release 0.2 wrote it, null except for operator 7
     try:
         manifest = _MANIFEST.validate_python(values)
     except ValidationError as error:

@@ -98,13 +98,12 @@ class OperatorType:
 
     ``code`` builds a :class:`relora_mora.operators.Operator` from (MoRA type, in, out, R, *groupings); ``groupings``
     names functions in ``relora_mora.kernels.grouping``, which ``method.reset: carry`` needs. ``even_size``: R must be
-    even. ``drawn``: every merge draws a new operator, so it also takes a :class:`relora_mora.operators.Draw`.
+    even.
     """
 
     code: str
     groupings: tuple[str, ...] = ()
     even_size: bool = False
-    drawn: bool = False
 
 
 def _grouped(inputs: str, outputs: str) -> OperatorType:
@@ -118,13 +117,7 @@ OPERATORS = {
     3: _grouped("contiguous", "interleaved"),
     4: _grouped("wrapped_interleaved", "contiguous"),
     6: OperatorType("relora_mora.operators:RotaryOperator", even_size=True),
-    7: OperatorType("relora_mora.operators:GroupingOperator", ("rotated", "rotated"), drawn=True),
 }
-
-
-def is_drawn(operator: int | None) -> bool:
-    """Whether every merge draws this operator again."""
-    return operator is not None and OPERATORS[operator].drawn
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 REMOVED = {
     "method.full_steps": "remove it: early merges do more than a start at full rank",
+    "method.operators=7": "use [1, 2], which was 3 % better",
     "method.name=sltrain": "use remora, which was better, or lora",
     "method.sparse_density": "remove it: no method has a sparse matrix",
     "optim.lr_full": "remove it: method.full_steps is gone",

@@ -17,7 +17,7 @@ from relora_mora.adapters.layers import HOST, AdapterLinear, adapter_layers, eff
 from relora_mora.adapters.mora import MoRALinear, operator_in_use, set_operators
 from relora_mora.config.schema import MethodConfig
 from relora_mora.engine.protocol import Engine
-from relora_mora.operators import Draw, GroupingOperator, Operator
+from relora_mora.operators import GroupingOperator, Operator
 from relora_mora.system.hardware import uses_cuda
 
 MEASURED_STEPS = 100  # how often the effective rank is measured: singular values take longer than the merge
@@ -97,7 +97,7 @@ class Merger:
         self.base = base
         self.method = method
         self.seed = seed
-        self.draw = Draw(seed)  # for the operator in use
+        self.merges_done = 0
         self.layers: dict[str, AdapterLinear] = dict(adapter_layers(engine.lm))
         self.expected = len(self.layers)
         self.parameters = {
@@ -109,10 +109,9 @@ class Merger:
             self.by_kind.setdefault(name.rpartition(".")[2], []).append(name)
         self.measured = {names[len(names) // 2] for names in self.by_kind.values()}
 
-    def set_operator(self, mora_type: int | None, draw: Draw) -> None:
+    def set_operator(self, mora_type: int | None) -> None:
         self.engine.drop_merged()
-        self.draw = draw
-        set_operators(self.layers.values(), mora_type, draw)
+        set_operators(self.layers.values(), mora_type)
 
     def _operators(self) -> dict[str, Operator]:
         return {name: layer.operator for name, layer in self.layers.items() if isinstance(layer, MoRALinear)}
@@ -143,7 +142,8 @@ class Merger:
             )
         zeroed = self._reset_masters(merges_done)
         used = self._operators()
-        self.set_operator(next_operator, Draw(self.seed, merges_done))
+        self.set_operator(next_operator)
+        self.merges_done = merges_done
         self._reset_state(merges_done, used)
         self.engine.refresh()
         if zeroed != self.elements:

@@ -44,7 +44,7 @@ def checked_model(reader: CheckpointReader) -> PreTrainedModel:
     skeleton = _empty_model(reader)
     if config.method.uses_adapters:
         with torch.device("meta"):
-            inject(skeleton, config.method, seed=config.train.seed, mora_type=manifest.operator, draw=manifest.draw)
+            inject(skeleton, config.method, seed=config.train.seed, mora_type=manifest.operator)
     expected = {name: list(parameter.shape) for name, parameter in skeleton.named_parameters()}
     saved = manifest.parameters | manifest.frozen
     wrong = sorted(name for name in expected | saved if expected.get(name) != saved.get(name))

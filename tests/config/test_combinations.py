@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
 from relora_mora.config.checks.deepspeed import DERIVED_DEEPSPEED_KEYS
-from relora_mora.config.load import dump, load_config, validate
+from relora_mora.config.load import dump, validate
 from relora_mora.config.yaml_text import parse_yaml
 from tests.tools.config_tools import SETTINGS, faults_of, tree
-from tests.tools.helpers import ROOT
-
-
-@pytest.mark.parametrize("operators", ["[7]", "[1, 7]", "[7, 7]"])
-def test_a_drawn_operator_may_follow_itself(operators: str) -> None:
-    config = load_config(ROOT / "configs/run/tiny_remora.yaml", {"method.operators": operators})
-    assert config.method.cycle == tuple(json.loads(operators))
 
 
 def test_mixtures_and_sets_of_held_out_text() -> None:

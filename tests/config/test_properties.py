@@ -128,7 +128,7 @@ likely = st.fixed_dictionaries(
     optional={
         "method.name": st.sampled_from(["full", "lora", "mora", "relora", "remora"]),
         "method.rank": st.integers(1, 64),
-        "method.operators": st.lists(st.sampled_from([1, 2, 3, 4, 6, 7]), min_size=1, max_size=3),
+        "method.operators": st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=3),
         "method.square_multiple": st.sampled_from([1, 2, 32, 64]),
         "method.square_size": st.none() | st.integers(1, 80),
         "method.merge_every": st.integers(1, 300),

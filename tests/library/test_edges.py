@@ -52,7 +52,7 @@ def test_the_decoupled_form_has_second_derivatives(build):
 def test_an_optimizer_without_moments_has_nothing_to_reset(reset):
     remora = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2, reset=reset))
     steps(remora, torch.optim.SGD(remora.parameter_groups(lr=0.1)), 5)
-    assert remora.draw.merges_done == 2
+    assert remora.merges_done == 2
 
 
 def test_a_tied_head_stays_tied_in_the_merged_model():
@@ -221,7 +221,7 @@ def test_a_longer_run_continues_a_finished_one_exactly():
     steps(whole, optimizer, 20, schedule)
     first, optimizer, schedule = parts(10)
     steps(first, optimizer, 10, schedule)
-    assert (first.draw.merges_done, first.operator) == (1, 2)
+    assert (first.merges_done, first.operator) == (1, 2)
     second, later, longer = parts(20)
     second.model.load_state_dict(first.model.state_dict())
     later.load_state_dict(optimizer.state_dict())
@@ -341,7 +341,7 @@ def test_adapters_that_have_no_gradient_in_the_first_step():
         optimizer.step()
         optimizer.zero_grad()
         remora.after_step(optimizer)
-    assert remora.draw.merges_done == 2
+    assert remora.merges_done == 2
 
 
 class Packed(torch.Tensor):

@@ -172,7 +172,7 @@ def released_size(inputs: int, outputs: int, rank: float, mora_type: int) -> int
     return size // 2 * 2 if mora_type == 6 else size
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name]["name"] == "mora" and name != "mora7"])
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name]["name"] == "mora"])
 def test_the_released_mora_finds_our_matrices(base, tokenizer_path, tmp_path, name):
     method = METHODS[name] | ADAPTERS_ONLY
     folder = exported(tmp_path, base, tokenizer_path, method, "peft-mora")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from relora_mora.config.registry import OPERATORS, is_drawn
+from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import DECODER_LINEARS, Config, MethodConfig
 from relora_mora.config.types import Fault
 from relora_mora.system.logs import counted
@@ -123,7 +123,7 @@ def _adapter_faults(config: Config) -> Iterator[Fault]:
 
 def _cycle_faults(method: MethodConfig) -> Iterator[Fault]:
     cycle = method.cycle
-    if any(a == b and not is_drawn(a) for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)):
+    if any(a == b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)):
         yield Fault(
             ("method.operators", "method.name"),
             f"the cycle {list(cycle)} repeats an operator across a merge, which cannot raise the rank; "

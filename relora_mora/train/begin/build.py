@@ -19,7 +19,6 @@ from relora_mora.engine.engine import ZeroEngine
 from relora_mora.engine.merging import FrozenMasters, Merger
 from relora_mora.model.config import function_differences
 from relora_mora.model.llama import LossModel, allow_programs, empty_model, initial_value, put_values
-from relora_mora.operators import Draw
 from relora_mora.optim.groups import (
     ParameterGroup,
     build_optimizer,
@@ -224,8 +223,7 @@ def warm_up(run: Run, state: RunState, guard: Guard) -> None:
     """Compiles ahead of time: runs one micro-batch of each kind with each remaining operator, on this rank.
 
     The kinds are those of training and of evaluation. The state of the run does not change. This is only needed for
-    layers under torch.compile. An operator that every merge draws again counts as a new one each time, since its
-    grouping is a constant of the compiled program.
+    layers under torch.compile.
     """
     config = run.config
     data = config.data
@@ -236,14 +234,13 @@ def warm_up(run: Run, state: RunState, guard: Guard) -> None:
     batches |= {(False, eval_size, data.masks_documents_of(sources)) for sources in data.validation_sets.values()}
     module = run.engine.module
     merger = run.merger
-    before = merger.operator(), merger.draw
+    before = merger.operator()
     left = run.schedule.operators_left(state.step)
     allow_programs(len(batches) * len(left))
     if len(left) > 1:
         log.info("compiling the decoder layers for %d operators", len(left))
-    for operator, merges_done in left:
-        now = merges_done == merger.draw.merges_done
-        merger.set_operator(operator, merger.draw if now else Draw(merger.seed, merges_done))
+    for operator in left:
+        merger.set_operator(operator)
         for training, size, masked in sorted(batches, reverse=True):
             guard.begin("compiling the decoder layers", within=LONG_SECONDS)
             ids = torch.zeros(size, config.data.sequence_length, dtype=torch.int64, device=run.engine.device)
@@ -254,4 +251,4 @@ def warm_up(run: Run, state: RunState, guard: Guard) -> None:
                 loss = module(ids, ids, boundaries, float(ids.numel()))
             if training:  # autograd.grad discards the gradients without triggering ZeRO's hooks
                 torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
-    merger.set_operator(*before)
+    merger.set_operator(before)

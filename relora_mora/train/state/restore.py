@@ -36,7 +36,8 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
     state = RunState.load(manifest, own=own)
     is_overdue = state.trouble is None and is_merge_overdue(run, reader)  # a run in trouble goes further back
     reader.restore(run.engine, run.base)
-    run.merger.set_operator(manifest.operator, manifest.draw)
+    run.merger.set_operator(manifest.operator)
+    run.merger.merges_done = manifest.merges_done
     if run.engine.rank == 0:
         _abandon_other_history(RunFolder(Path(run.config.train.run_dir)), reader, own=own)
     checked = run.checked
