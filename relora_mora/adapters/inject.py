@@ -7,7 +7,7 @@ from torch import nn
 
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, all_names, layer_generator
 from relora_mora.adapters.scope import Caller
-from relora_mora.adapters.stored import PLAIN, EightBits, Rounded, Stored
+from relora_mora.adapters.stored import PLAIN, EightBits, Stored
 from relora_mora.config.schema import MethodConfig
 
 # the shared input of linears in a decoder layer; a linear that is not named here has an input of its own
@@ -91,23 +91,23 @@ def watch_callers(model: nn.Module) -> None:
                 layer.callers += (callers[module],)
 
 
-def choose_storage(model: nn.Module, method: MethodConfig, *, bf16: bool, on_gpu: bool) -> None:
+def choose_storage(model: nn.Module, method: MethodConfig, *, on_gpu: bool) -> None:
     """Decides how the weights under adapters are stored; they change when :meth:`AdapterLinear.pack` is called."""
     for _, layer in adapter_layers(model):
-        layer.stored = storage_of(layer, method, bf16=bf16, on_gpu=on_gpu)
+        layer.stored = storage_of(layer, method, on_gpu=on_gpu)
 
 
-def storage_of(layer: AdapterLinear, method: MethodConfig, *, bf16: bool, on_gpu: bool) -> Stored:
-    """How ``method.base`` stores the weight of a layer, in a model that computes in bf16 or in float32."""
-    if method.eight_bits is not None:
-        return EightBits.of(
-            method.eight_bits,
-            layer.out_features,
-            layer.in_features,
-            multiplies=method.base_products,
-            on_gpu=on_gpu,
-        )
-    return Rounded() if method.base == "bf16" and not bf16 else PLAIN
+def storage_of(layer: AdapterLinear, method: MethodConfig, *, on_gpu: bool) -> Stored:
+    """How ``method.base`` stores the weight of a layer."""
+    if method.eight_bits is None:
+        return PLAIN
+    return EightBits.of(
+        method.eight_bits,
+        layer.out_features,
+        layer.in_features,
+        multiplies=method.base_products,
+        on_gpu=on_gpu,
+    )
 
 
 def layer_class(method: MethodConfig) -> type[AdapterLinear]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 REMOVED = {
+    "method.base=bf16": "use train.precision=bf16, or int8",
     "method.full_steps": "remove it: early merges do more than a start at full rank",
     "method.operators=7": "use [1, 2], which was 3 % better",
     "method.name=sltrain": "use remora, which was better, or lora",

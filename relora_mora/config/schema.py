@@ -115,10 +115,10 @@ class MethodConfig(Strict):
     form: Literal["auto", "merged", "resident", "decoupled"] = Field(
         "auto", description="how an adapter layer computes its output: see docs/method.md"
     )
-    base: Literal["bf16", "int8", "fp8"] | None = Field(
+    base: Literal["int8", "fp8"] | None = Field(
         None,
-        description="how a weight under an adapter is stored on the device; int8, fp8: 8 bits and a scale per output "
-        "feature; null: as the rest of the model; see docs/method.md",
+        description="store weights under adapters in 8 bits on the device, with a scale per output feature; null: as "
+        "the rest of the model; see docs/method.md",
     )
     base_products: bool = Field(
         True,
@@ -146,7 +146,7 @@ class MethodConfig(Strict):
     @property
     def eight_bits(self) -> str | None:
         """``int8`` or ``fp8`` if weights under adapters are stored in 8 bits, otherwise None."""
-        return self.base if self.base in ("int8", "fp8") and self.uses_adapters else None
+        return self.base if self.uses_adapters else None
 
     def of(self, projection: str) -> Self:
         """The settings for the layers of one projection, such as ``q_proj``."""

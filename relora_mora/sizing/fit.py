@@ -100,7 +100,7 @@ def choose_forms(model: PreTrainedModel, setup: Setup, available: float | None) 
     same bits, so ranks and resumes may choose differently; in compiled layers they agree up to rounding.
     """
     method = setup.config.method
-    choose_storage(model, method, bf16=setup.bf16, on_gpu=setup.on_gpu)
+    choose_storage(model, method, on_gpu=setup.on_gpu)
     if method.form != "auto":
         return
     tokens = setup.config.tokens_per_micro_batch

@@ -165,7 +165,7 @@ def weight_bytes(model: PreTrainedModel, setup: Setup) -> int:
 
 def stored_bytes(layer: AdapterLinear, setup: Setup) -> int:
     """Bytes of the weight under an adapter, or of its ``W + delta`` if that is resident."""
-    stored = storage_of(layer, setup.config.method, bf16=setup.bf16, on_gpu=setup.on_gpu)
+    stored = storage_of(layer, setup.config.method, on_gpu=setup.on_gpu)
     return stored.bytes_of(layer.weight.numel(), setup.width)
 
 

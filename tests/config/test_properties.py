@@ -134,7 +134,7 @@ likely = st.fixed_dictionaries(
         "method.merge_every": st.integers(1, 300),
         "method.merge_until_step": st.none() | st.integers(1, 300),
         "method.form": st.sampled_from(["auto", "merged", "resident", "decoupled"]),
-        "method.base": st.sampled_from([None, "bf16", "int8", "fp8"]),
+        "method.base": st.sampled_from([None, "int8", "fp8"]),
         "method.base_products": st.booleans(),
         "method.train_embeddings": st.booleans(),
         "method.target_modules": st.lists(
