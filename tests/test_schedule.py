@@ -7,6 +7,9 @@ import json
 
 import pytest
 
+from relora_mora.config.optim import OptimConfig
+from relora_mora.config.schema import MethodConfig
+from relora_mora.optim.groups import make_schedule
 from relora_mora.schedule import Schedule, cosine
 from tests.tools.shared import SHARED, needs_shared
 
@@ -162,6 +165,15 @@ def test_no_step_has_rate_zero_when_the_run_ends_within_a_restart(kind, restart)
     rates = [late.rate(step) for step in range(951, 1000)]  # the last merge is at 950
     assert rates == [min(1, (step - 950) / restart) * late.envelope(step) for step in range(951, 1000)]
     assert min(rates) > 0
+
+
+def test_lengths_that_do_not_fit_are_shortened():
+    method = MethodConfig(name="remora", merge_every=6)
+    optim = OptimConfig(schedule="wsd", warmup_steps=10, decay_steps=50, restart_warmup_steps=20)
+    clock = make_schedule(method, optim, 40)
+    assert [step for step in range(41) if clock.merge_after(step)] == [6, 12, 18, 24, 30, 36]
+    assert (clock.restart_warmup_steps, clock.decay_steps) == (6, 30)
+    assert make_schedule(method, optim, 60).decay_steps == 50
 
 
 def test_without_merges_nothing_restarts():

@@ -173,7 +173,8 @@ def ours_config(
     if setting.finetune:
         tree = with_defaults(tree, {"method": FINETUNING["method"]})
     if METHODS[method].adapter is not None:
-        tree["method"] |= {"rank": setting.rank, "form": "decoupled" if form == "released" else form, "base": base}
+        tree["method"] |= {"rank": setting.rank, "form": "decoupled" if form == "released" else form}
+        tree["method"] |= {"base": base, "base_products": True}
     if form == "released":
         tree["method"]["operators"] = [RELEASED_TYPE]  # only one, because the steps between merges are measured
     if "method.square_multiple" in METHODS[method].settings and not setting.finetune:

@@ -101,6 +101,7 @@ def storage_of(layer: AdapterLinear, method: MethodConfig, *, on_gpu: bool) -> S
     """How ``method.base`` stores the weight of a layer."""
     if method.eight_bits is None:
         return PLAIN
+    assert method.base_products != "auto", "it depends on the machine; see stored.with_products"
     return EightBits.of(
         method.eight_bits,
         layer.out_features,

@@ -12,8 +12,6 @@ from relora_mora.adapters.layers import DROPPED, HOST, INPUT, AdapterLinear, Flo
 from relora_mora.adapters.stored import Stored, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
 
-PAIR = ("lora_A", "lora_B")
-
 
 class LoRALinear(AdapterLinear):
     """``W + scale B A`` with A [r, in] and B [out, r]."""
@@ -48,7 +46,7 @@ class LoRALinear(AdapterLinear):
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        return PAIR
+        return ("lora_A", "lora_B")
 
     def delta_of(self, *parameters: Tensor) -> Tensor:
         A, B = parameters

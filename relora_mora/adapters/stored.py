@@ -175,9 +175,32 @@ def refuse_second_derivatives() -> None:
         )
 
 
+def with_products(
+    method: MethodConfig, *, bf16: bool, capability: tuple[int, int] | None, vnni: bool
+) -> tuple[MethodConfig, str | None]:
+    """Replaces ``method.base_products: auto`` by what is faster on a machine; returns why, or None if it was given.
+
+    ``capability`` is that of the GPU; None means a CPU, which has AVX512-VNNI if ``vnni``.
+    """
+    if method.base_products != "auto" or method.base not in KINDS:
+        return method, None
+    kind = method.base
+    if method.form in ("merged", "resident"):
+        chosen, reason = method.form == "resident", f"method.form={method.form}"
+    elif capability is not None:
+        chosen = capability >= OLDEST[kind] and (kind != "fp8" or bf16)
+        precision = "bf16" if bf16 else "float32"
+        reason = f"a GPU of compute capability {'.'.join(map(str, capability))}, and a model in {precision}"
+    elif kind == "fp8":
+        chosen, reason = False, "CPUs compute fp8 in float32"
+    else:
+        chosen, reason = vnni, f"this CPU has {'' if vnni else 'no '}AVX512-VNNI"
+    return method.model_copy(update={"base_products": chosen}), reason
+
+
 def check_precision(method: MethodConfig, *, bf16: bool, on_gpu: bool) -> None:
     """Raises :class:`ConfigError` if ``method.base`` does not work in this precision."""
-    if method.eight_bits == "fp8" and method.base_products and on_gpu and not bf16:
+    if method.eight_bits == "fp8" and method.base_products is True and on_gpu and not bf16:
         problem = "method.base: the results of fp8 products are in bf16; use train.precision=bf16, or method.base=int8"
         raise ConfigError([problem], "the settings")
 
@@ -187,7 +210,7 @@ def check_device(method: MethodConfig, *, bf16: bool, on_gpu: bool) -> None:
 
     A CPU computes fp8 in float32, with the same rounding. Without :attr:`EightBits.multiplies` every device works.
     """
-    if method.eight_bits is not None and method.base_products:
+    if method.eight_bits is not None and method.base_products is True:
         _check_products(method.eight_bits, on_gpu=on_gpu)
     check_precision(method, bf16=bf16, on_gpu=on_gpu)
 
@@ -198,7 +221,7 @@ def _check_products(kind: str, *, on_gpu: bool) -> None:
         if kind == "fp8":
             log.warning(slow, "fp8 in float32, which is slow", "int8 unless you study fp8")
         elif not torch.cpu._is_vnni_supported():
-            log.warning(slow, "int8 without AVX512-VNNI, which is slow", "method.base_products=false to save memory")
+            log.warning(slow, "int8 without AVX512-VNNI, which is slow", "method.base_products=auto")
         return
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST[kind]:

@@ -35,7 +35,7 @@ from typing import Annotated, Any
 import xxhash
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, optimizer_of
+from relora_mora.config.registry import MATRIX_OPTIMIZERS, optimizer_named, optimizer_of
 from relora_mora.config.removed import removed_faults, without_old_defaults
 from relora_mora.optim.groups import group_of
 from relora_mora.system.files import raise_if_lost, remove, sync
@@ -265,7 +265,7 @@ def _validated(path: Path, values: dict[str, Any]) -> Manifest:
         names = " and ".join(removed)
         raise CheckpointError(f"{path}: trained with settings that only release 0.2 has ({names}); use that release")
     for setting, name in manifest.optimizers.items():
-        if name not in list(MATRIX_OPTIMIZERS):
+        if not isinstance(name, str) or optimizer_named(name) is None:
             raise CheckpointError(
                 f"{path}: trained with optim.{setting}={name!r}, but this program only knows "
                 f"{', '.join(MATRIX_OPTIMIZERS)}; use the release that wrote it"

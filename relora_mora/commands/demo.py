@@ -36,11 +36,17 @@ def main(**overrides: str) -> int:
     Example:
         relora-mora demo
     """
+    from relora_mora.config.load import load_config
+    from relora_mora.train.begin.check import check_model
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     begin = time.monotonic()
     data = DEMO / "data"
     tokenizer = DEMO / "tokenizer"
     export = DEMO / "export"
+    ranks = _ranks()
+    changes = {"train.micro_batch_size": str(min(8, BATCH_SIZE // ranks)), **overrides}
+    check_model(load_config(CONFIG, changes, world_size=ranks))  # a mistake is reported before anything is done
     step(
         "1/5 text: docstrings and the language reference of this Python",
         [sys.executable, "-m", "relora_mora.commands.demo_text", f"--out={data}"],
@@ -52,8 +58,6 @@ def main(**overrides: str) -> int:
             "2/5 tokenizer: sentencepiece BPE with 8,192 pieces",
             [*COMMAND, "train-tokenizer", f"--data={data}/train/*.json.gz", f"--out={tokenizer}", "--vocab_size=8192"],
         )
-    ranks = _ranks()
-    changes = {"train.micro_batch_size": min(8, BATCH_SIZE // ranks), **overrides}
     settings = [f"--{name}={value}" for name, value in changes.items()]
     # not deepspeed, which does not understand names of GPUs or MIG parts in CUDA_VISIBLE_DEVICES
     launcher = [

@@ -63,11 +63,14 @@ def main(
     if link_gbits is not None and (nodes or 1) == 1:
         raise ValueError("--link_gbits: a single host does not use its network; give --nodes above 1, or leave it out")
     with many_imports():  # takes seconds, so arguments are checked first
-        from relora_mora.adapters.stored import check_precision
+        import torch
+
+        from relora_mora.adapters.stored import check_precision, with_products
         from relora_mora.experiments.planner.cluster import Cluster
         from relora_mora.experiments.planner.plan import make_plan
         from relora_mora.experiments.planner.render import render
         from relora_mora.model.config import check_length
+        from relora_mora.optim.own import with_rule
         from relora_mora.sizing.fit import check_adapters
         from relora_mora.system.devices import named_device
         from relora_mora.system.hardware import device_here, fast_bf16, peak_flops
@@ -79,7 +82,7 @@ def main(
     on_cpu = chosen.name == "cpu"
     cluster = Cluster(nodes or 1, gpus_per_node or world_size or 1, chosen, link_gbits)
     defaults = FINETUNING if finetune else None
-    settings = load_config(config, overrides, world_size=cluster.world_size, defaults=defaults)
+    settings = with_rule(load_config(config, overrides, world_size=cluster.world_size, defaults=defaults))
     if settings.train.epochs is not None:
         fault = (
             "train.epochs: the number of steps is not known before a run has counted its text; "
@@ -94,6 +97,12 @@ def main(
     check_adapters(model_config, settings.method)
     auto = fast_bf16() if chosen == here else not on_cpu
     bf16 = auto if settings.train.precision == "auto" else settings.train.precision == "bf16"
+    if on_cpu:
+        capability = None
+    else:
+        capability = torch.cuda.get_device_capability() if chosen == here else chosen.capability
+    method, _ = with_products(settings.method, bf16=bf16, capability=capability, vnni=torch.cpu._is_vnni_supported())
+    settings = settings.model_copy(update={"method": method})
     check_precision(settings.method, bf16=bf16, on_gpu=not on_cpu)
     measured = on_cpu or chosen == here
     peak_name = "bf16" if bf16 else "the peak of bf16; float32 is slower, so give log.peak_tflops"

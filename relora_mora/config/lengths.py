@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from relora_mora.config.schema import Config
+from relora_mora.config.optim import OptimConfig
+from relora_mora.config.schema import Config, MethodConfig
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -65,6 +66,11 @@ def with_counted_epochs(config: Config, tokens: float) -> Config:
     steps = math.ceil(tokens / config.tokens_per_step)
     train = config.train.model_copy(update={"steps": steps, "epochs": None})
     return settled(with_steps(config.model_copy(update={"train": train})))
+
+
+def restart_warmup(method: MethodConfig, optim: OptimConfig) -> int:
+    """The steps of the warmup after a merge: ``optim.restart_warmup_steps``, or all steps between two merges."""
+    return min(optim.restart_warmup_steps, method.merge_every) if method.merges else 0
 
 
 def tree_of(config: Config) -> dict[str, Any]:

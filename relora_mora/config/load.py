@@ -12,7 +12,7 @@ from relora_mora.config import lengths
 from relora_mora.config.checks.combinations import faults
 from relora_mora.config.data import CHATML, RecordsConfig, TextSource, map_records
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
-from relora_mora.config.registry import METHODS, settings_of_others
+from relora_mora.config.registry import METHODS, is_own, settings_of_others, split_rule
 from relora_mora.config.removed import removed_faults, without, without_old_defaults
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact, secrets_in
@@ -86,9 +86,9 @@ def load_config(
     """The settings of a run.
 
     ``overrides`` maps dotted names to YAML text. ``defaults`` (by section) apply to settings that neither the file nor
-    the overrides set, and take precedence over the schema's defaults. If ``model.config``, ``tokenizer.path`` or a
-    template of records does not exist relative to the current folder, it is taken relative to the file. A leading ``~``
-    of a path is the home folder. Raises :class:`ConfigError` with all faults.
+    the overrides set, and take precedence over the schema's defaults. If ``model.config``, ``tokenizer.path``, the file
+    of a rule or a template of records does not exist relative to the current folder, it is taken relative to the file.
+    A leading ``~`` of a path is the home folder. Raises :class:`ConfigError` with all faults.
     """
     return config_of(read_tree(path), path, overrides, world_size, defaults)
 
@@ -162,15 +162,8 @@ def validate(
     except ValidationError as error:
         found.extend(explain(error))
         unknown |= doubtful(error)
-        for section, (steps, *others) in lengths.ALTERNATIVES.items():
-            if unknown.intersection(f"{section}.{name}" for name in others):
-                unknown.add(f"{section}.{steps}")
         config = substitute_defaults(tree, error)
     if config is not None:
-        if config.train.epochs is not None:
-            unknown.add("train.steps")
-            if config.optim.warmup_fraction is not None:
-                unknown.add("optim.warmup_steps")
         config = lengths.with_steps(config)
     for fault in faults(config, world_size) if config is not None else ():
         # a fault that involves a setting with a wrong value would be about its default, which nobody asked for
@@ -193,19 +186,6 @@ def stored_config(tree: Mapping[str, Any], source: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(list(explain(error)), source) from None
-
-
-def with_epochs(config: Config, tokens: float, world_size: int) -> Config:
-    """The settings with steps for ``train.epochs``, given that all epochs together have ``tokens``.
-
-    Raises :class:`ConfigError` if other settings do not fit a run of this length.
-    """
-    config = lengths.with_counted_epochs(config, tokens)
-    found = [str(fault) for fault in faults(config, world_size)]
-    if found:
-        steps = counted(config.train.steps, "step")
-        raise ConfigError(found, f"the settings, with {steps} for the {tokens:,.0f} tokens of all epochs")
-    return config
 
 
 def dump(config: Config) -> str:
@@ -263,6 +243,10 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
         found = resolve(value)
         return None if found is None else str(find_config(found, MODELS))
 
+    def resolve_matrices(value: str) -> str:
+        file, name = split_rule(value)
+        return f"{resolve(file)}:{name}" if is_own(value) and file.endswith(".py") else value
+
     def resolve_template(records: RecordsConfig | None) -> RecordsConfig | None:
         if records is None or records.template in (None, CHATML):
             return records
@@ -281,6 +265,7 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
                     "adapter": home(config.model.adapter),
                 }
             ),
+            "optim": config.optim.model_copy(update={"matrices": resolve_matrices(config.optim.matrices)}),
             "train": config.train.model_copy(
                 update={"run_dir": home(config.train.run_dir), "resume": home(config.train.resume)}
             ),

@@ -1,11 +1,12 @@
 """The typed settings of the optimizer and of the learning rate."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, OTHERS, MatrixOptimizer, ScheduleKind, optimizer_of
-from relora_mora.config.types import Decay, Fraction, NotNegative, Positive, Rate, Strict
+from relora_mora.config.registry import MATRIX_OPTIMIZERS, OTHERS, MatrixOptimizer, ScheduleKind, is_own, optimizer_of
+from relora_mora.config.types import Decay, Fraction, NotNegative, Positive, Rate, Strict, Text
 
 if TYPE_CHECKING:
     MatrixOptimizerName = str
@@ -13,6 +14,15 @@ if TYPE_CHECKING:
 else:  # a type checker does not accept choices that are known only at run time
     MatrixOptimizerName = Literal[tuple(MATRIX_OPTIMIZERS)]
     OtherOptimizerName = Literal[OTHERS]
+
+
+def _own_rule(text: str) -> str:
+    if not is_own(text):
+        raise PydanticCustomError("rule", "a rule of your own, as FILE.py:NAME or package.module:NAME")
+    return text
+
+
+OwnRule = Annotated[Text, AfterValidator(_own_rule)]
 
 
 class OptimConfig(Strict):
@@ -27,41 +37,24 @@ class OptimConfig(Strict):
         description="peak learning rate of embeddings, norms and head, and of linears without an adapter (other "
         "methods); null: as lr",
     )
-    matrices: MatrixOptimizerName = Field(
-        "adamw", description="optimizer of the decoder's linears (full) or adapters (other methods): see docs/method.md"
+    matrices: MatrixOptimizerName | OwnRule = Field(
+        "adamw",
+        description="optimizer of the decoder's linears (full) or adapters (other methods), or a rule of your own, "
+        "FILE.py:NAME or package.module:NAME: see docs/method.md",
     )
     others: OtherOptimizerName = Field(
-        "adamw", description="optimizer of embeddings and head: adamw8bit and apollo_mini keep less state"
+        "adamw", description="optimizer of embeddings and head: adamw8bit keeps less state"
     )
-    momentum: Decay = Field(0.95, description="Muon and its variants, SUMO: momentum")
-    nesterov: bool = Field(True, description="Muon and its variants: use Nesterov momentum")
-    projection_rank: Positive = Field(
-        128,
-        description="GaLore, Fira, APOLLO, SUMO: rank r of a gradient's projection, at most the gradient's shorter "
-        "side",
-    )
-    projection_every: Positive = Field(
-        200, description="GaLore, Fira, APOLLO, APOLLO-Mini, SUMO: steps between new projections"
-    )
-    projection_scale: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = Field(
+    rule: dict[str, Any] = Field({}, description="settings of a rule of your own, e.g. {rank: 64}")
+    rule_digest: Text | None = Field(
         None,
-        description="GaLore, Fira: factor of the projected step, null: 0.25; SUMO: the same, null: 0.2; APOLLO: the "
-        "step is multiplied by its square root, null: 1",
+        description="xxh3-128 of the file of a rule of your own, which must be that; null: any, and a run records it",
     )
-    betas: tuple[Decay, Decay] = Field(
-        (0.9, 0.95),
-        strict=False,
-        description="betas of AdamW, and of Adam on a projection; the second one is also NorMuon's",
-    )
-    eps: Annotated[float, Field(ge=1e-20, lt=10, allow_inf_nan=False)] = Field(
-        1e-8, description="epsilon of AdamW, of Adam on a projection, and of NorMuon"
-    )
+    momentum: Decay = Field(0.95, description="Muon: momentum")
+    nesterov: bool = Field(True, description="Muon: use Nesterov momentum")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), strict=False, description="betas of AdamW")
+    eps: Annotated[float, Field(ge=1e-20, lt=10, allow_inf_nan=False)] = Field(1e-8, description="epsilon of AdamW")
     weight_decay: Decay = Field(0.0, description="decoupled weight decay of everything except norms and biases")
-    cautious_decay: bool = Field(
-        False,
-        description="weight decay only of the elements that their step also brings closer to zero; applies to matrices "
-        "whose optimizer is not AdamW (optim.matrices, optim.others)",
-    )
     clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         1.0, description="clip the global gradient norm to this; 0: off"
     )
@@ -78,8 +71,8 @@ class OptimConfig(Strict):
     )
 
     def decay_of(self, steps: int) -> int:
-        """Steps of the final decay of ``wsd`` in a run of ``steps``."""
-        return self.decay_steps or max(1, steps // 10)
+        """Steps of the final decay of ``wsd`` in a run of ``steps``: at most those after the warmup."""
+        return min(self.decay_steps or max(1, steps // 10), max(0, steps - self.warmup_steps))
 
     def of_group(self, group: str) -> MatrixOptimizer:
         """The optimizer of a parameter group."""

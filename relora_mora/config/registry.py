@@ -4,6 +4,7 @@ Settings are checked against these records before anything slow is imported, so 
 package. A record names its code as ``package.module:object``, which is imported when a model is built.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -27,7 +28,7 @@ MERGE_SETTINGS = (
     "optim.rewarm",
 )
 MUON_SETTINGS = ("optim.momentum", "optim.nesterov")
-PROJECTION_SETTINGS = ("optim.projection_rank", "optim.projection_every", "optim.projection_scale")
+RULE_SETTINGS = ("optim.rule", "optim.rule_digest")
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,16 @@ class Adapter:
 
     ``layer`` names a subclass of :class:`AdapterLinear`, which defines the arithmetic, the memory and the number of
     parameters. ``settings`` lists the settings that not every adapter uses. ``has_square``: the adapter is a square
-    matrix between the operators of ``method.operators``. ``has_pair``: it consists of LoRA's A and B.
+    matrix between the operators of ``method.operators``.
     """
 
     layer: str
     settings: tuple[str, ...] = ()
     has_square: bool = False
-    has_pair: bool = False
 
 
 _RANK_SETTINGS = ("method.rank", "method.rank_pattern")
-LORA = Adapter("relora_mora.adapters.lora:LoRALinear", (*_RANK_SETTINGS, "method.lora_alpha"), has_pair=True)
+LORA = Adapter("relora_mora.adapters.lora:LoRALinear", (*_RANK_SETTINGS, "method.lora_alpha"))
 MORA = Adapter(
     "relora_mora.adapters.mora:MoRALinear",
     (*_RANK_SETTINGS, "method.square_size", "method.square_rounding", "method.square_multiple", "method.operators"),
@@ -126,9 +126,7 @@ class MatrixOptimizer:
 
     ``title`` is its name in papers. ``moments`` names its element-wise state tensors; a rule may also keep state per
     matrix. ``rule`` builds a :class:`relora_mora.optim.rules.MatrixRule` from the settings in ``optim``; None for
-    AdamW. ``settings`` lists those that not every optimizer uses. ``is_slow``: the watchdog allows minutes for a step.
-    ``of_single``: the optimizer is a :class:`relora_mora.optim.rules.PairRule`, and this one trains linears without an
-    adapter; both have the same moments.
+    AdamW. ``settings`` lists those that not every optimizer uses.
     ``bytes_per_element``: what the element-wise passes of a step read and write, on a GPU.
     """
 
@@ -137,13 +135,7 @@ class MatrixOptimizer:
     moments: tuple[str, ...] = ()
     rule: str | None = None
     settings: tuple[str, ...] = ()
-    is_slow: bool = False
-    of_single: str | None = None
     bytes_per_element: int = 44  # Muon's momentum, Nesterov's, decay and step, each in its own pass
-
-    def suits(self, method: Method) -> bool:
-        """Whether the method trains what this optimizer steps; ``full`` does not, if that is pairs."""
-        return self.of_single is None or (method.adapter is not None and method.adapter.has_pair)
 
 
 MATRIX_OPTIMIZERS = {
@@ -152,46 +144,36 @@ MATRIX_OPTIMIZERS = {
         # reads master, both moments, gradient; writes master, both moments
         MatrixOptimizer("adamw", "AdamW", ("exp_avg", "exp_avg_sq"), bytes_per_element=28),
         MatrixOptimizer("muon", "Muon", ("momentum",), "relora_mora.optim.muon:Muon", MUON_SETTINGS),
-        MatrixOptimizer(
-            "polar_muon", "Muon with Polar Express", ("momentum",), "relora_mora.optim.muon:PolarMuon", MUON_SETTINGS
-        ),
-        MatrixOptimizer("normuon", "NorMuon", ("momentum",), "relora_mora.optim.muon:NorMuon", MUON_SETTINGS),
-        MatrixOptimizer(
-            "lora_muon",
-            "LoRA-Muon",
-            ("momentum",),
-            "relora_mora.optim.lora_muon:LoRAMuon",
-            MUON_SETTINGS,
-            of_single="muon",
-        ),
-        # a new projection takes the singular vectors of every matrix
-        MatrixOptimizer(
-            "galore", "GaLore", (), "relora_mora.optim.projected:GaLore", PROJECTION_SETTINGS, is_slow=True
-        ),
-        MatrixOptimizer("fira", "Fira", (), "relora_mora.optim.projected:Fira", PROJECTION_SETTINGS, is_slow=True),
-        MatrixOptimizer("apollo", "APOLLO", (), "relora_mora.optim.projected:Apollo", PROJECTION_SETTINGS),
-        MatrixOptimizer(
-            "apollo_mini", "APOLLO-Mini", (), "relora_mora.optim.projected:ApolloMini", ("optim.projection_every",)
-        ),
-        MatrixOptimizer(
-            "sumo",
-            "SUMO",
-            (),
-            "relora_mora.optim.projected:Sumo",
-            ("optim.momentum", *PROJECTION_SETTINGS),
-            is_slow=True,  # it takes the singular vectors of every momentum in each step
-        ),
         MatrixOptimizer("adamw8bit", "8-bit AdamW", (), "relora_mora.optim.quantized:AdamW8bit", bytes_per_element=228),
     )
 }
-OTHERS = ("adamw", "adamw8bit", "apollo_mini")  # values of optim.others, the optimizer of embeddings and head
+OTHERS = ("adamw", "adamw8bit")  # values of optim.others, the optimizer of embeddings and head
+_OWN_RULE = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):([A-Za-z_]\w*)", re.ASCII | re.DOTALL)
+
+
+def is_own(matrices: str) -> bool:
+    """Whether ``optim.matrices`` names a rule of one's own: ``FILE.py:NAME`` or ``package.module:NAME``."""
+    return _OWN_RULE.fullmatch(matrices) is not None
+
+
+def split_rule(matrices: str) -> tuple[str, str]:
+    """The file or module of a rule of one's own, and its name there."""
+    place, _, name = matrices.rpartition(":")
+    return place, name
+
+
+def optimizer_named(name: str) -> MatrixOptimizer | None:
+    """The record of an optimizer, or of a rule of one's own; None if there is no such optimizer."""
+    if is_own(name):
+        return MatrixOptimizer(name, split_rule(name)[1], rule=name, settings=RULE_SETTINGS)
+    return MATRIX_OPTIMIZERS.get(name)
 
 
 def optimizer_of(group: str, *, matrices: str, others: str) -> MatrixOptimizer:
     """The optimizer of a parameter group; AdamW always trains norms."""
-    single = MATRIX_OPTIMIZERS[matrices].of_single or matrices
-    name = {"adapters": matrices, "linears": single, "embeddings": others}.get(group, "adamw")
-    return MATRIX_OPTIMIZERS[name]
+    found = optimizer_named({"adapters": matrices, "linears": matrices, "embeddings": others}.get(group, "adamw"))
+    assert found is not None
+    return found
 
 
 def settings_of_others(

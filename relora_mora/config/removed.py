@@ -7,19 +7,38 @@ element counts. The text says what to do instead.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+_OWN_RULE = "use muon, or a rule of your own as FILE.py:NAME"
+_PROJECTION = "give examples/optimizers/galore.py or apollo.py in optim.matrices, and its settings in optim.rule"
 REMOVED = {
     "method.base=bf16": "use train.precision=bf16, or int8",
     "method.full_steps": "remove it: early merges do more than a start at full rank",
-    "method.operators=7": "use [1, 2], which was 3 % better",
     "method.name=sltrain": "use remora, which was better, or lora",
+    "method.operators=7": "use [1, 2], which was 3 % better",
     "method.sparse_density": "remove it: no method has a sparse matrix",
     "optim.lr_full": "remove it: method.full_steps is gone",
+    "optim.matrices=apollo": "use examples/optimizers/apollo.py:Apollo, with its settings in optim.rule",
+    "optim.matrices=apollo_mini": "use adamw8bit, which keeps a quarter of AdamW's state",
+    "optim.matrices=fira": _OWN_RULE,
+    "optim.matrices=galore": "use examples/optimizers/galore.py:GaLore, with its settings in optim.rule",
+    "optim.matrices=lora_muon": "use muon, which was better on A and B",
+    "optim.matrices=normuon": "use muon, which was as good",
+    "optim.matrices=polar_muon": "use muon",
+    "optim.matrices=sumo": _OWN_RULE,
+    "optim.others=apollo_mini": "use adamw8bit, which keeps a quarter of AdamW's state",
+    "optim.cautious_decay": "remove it; weight decay is of all elements",
+    "optim.projection_every": _PROJECTION,
+    "optim.projection_rank": _PROJECTION,
+    "optim.projection_scale": _PROJECTION,
 }
 # what the settings of a run of 0.2 have if it did not use them
 OLD_DEFAULTS: dict[str, Any] = {
     "method.full_steps": 0,
     "method.sparse_density": 0.03,
     "optim.lr_full": None,
+    "optim.cautious_decay": False,
+    "optim.projection_every": 200,
+    "optim.projection_rank": 128,
+    "optim.projection_scale": None,
 }
 
 

@@ -120,9 +120,10 @@ class MethodConfig(Strict):
         description="store weights under adapters in 8 bits on the device, with a scale per output feature; null: as "
         "the rest of the model; see docs/method.md",
     )
-    base_products: bool = Field(
-        True,
-        description="base int8, fp8: multiply in 8 bits too; false: only store them, for devices without such units",
+    base_products: bool | Literal["auto"] = Field(
+        "auto",
+        description="base int8, fp8: multiply in 8 bits too; false: only store them; auto: multiply if that is faster "
+        "on this machine",
     )
     dropout: Decay = Field(
         0.0, description="dropout of an adapter's input, as in LoRA; layers then train in decoupled form; 0: none"

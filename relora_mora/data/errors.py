@@ -52,8 +52,6 @@ BAD_REASONS = {
     "field_count": "has more or fewer fields than the header",
     "no_text": 'has no "{column}"',
     "text_not_string": 'has a "{column}" that is not a string',
-    "truncated": "is where the compressed shard breaks off",
-    "corrupt": "is where the compressed shard is damaged; the rest of it is lost",
     "bad_record": "is not a record of its kind",
     "template_failed": "is refused by the chat template",
     "no_answer": "has no answer to learn",

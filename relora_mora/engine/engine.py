@@ -19,8 +19,8 @@ from relora_mora.engine.norms import gradient_norms, replaced, step_with_norms
 from relora_mora.engine.slices import MergedSlices
 from relora_mora.engine.start import allow_optimizer, deepspeed_settings, quiet
 from relora_mora.engine.zero_state import ZeroState
-from relora_mora.optim.groups import MatrixAdamW, units_of
-from relora_mora.optim.rules import MatrixState, PairRule, Rule, new_state
+from relora_mora.optim.groups import MatrixAdamW
+from relora_mora.optim.rules import MatrixRule, MatrixState, new_state, shapes_of
 from relora_mora.system.hardware import uses_cuda
 from relora_mora.system.seeds import derived_seed
 
@@ -96,22 +96,13 @@ class ZeroEngine(ZeroState):
         """Gives the optimizer access to whole matrices, and creates the states of those that this rank updates."""
         ranks = range(self.world_size) if self.stage else [self.rank]  # at stage 0 each rank has everything
         fragments = {rank: self.fragments_of_rank(rank) for rank in ranks}
-        of_rule: dict[Rule, list[str]] = {}
+        of_rule: dict[MatrixRule, list[str]] = {}
         for group, members in zip(self.group_names, self.members, strict=True):
             if group in optimizer.rules:
                 of_rule.setdefault(optimizer.rules[group], []).extend(members)
         for rule, names in of_rule.items():
-            matrices = CutMatrices(
-                units_of(rule, names, self.lm),
-                fragments,
-                self.shapes,
-                rank=self.rank,
-                world_size=self.world_size,
-                with_values=isinstance(rule, PairRule),
-            )
-            if self.stage == 3:
-                matrices.check_subgroups()
-            shapes = {name: rule.state_shapes(*self.shapes[name]) for name in names}
+            matrices = CutMatrices(names, fragments, self.shapes, rank=self.rank, world_size=self.world_size)
+            shapes = {name: shapes_of(rule, *self.shapes[name]) for name in names}
             for name in matrices.owned:
                 self.matrix_states[name] = new_state(derived_seed(seed, name), shapes[name], self.device)
             self.matrix_shapes |= {

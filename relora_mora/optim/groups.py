@@ -1,7 +1,7 @@
 """Parameter groups and their optimizer: which parameters train, with which rule, and at which rate."""
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, Protocol
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from relora_mora.adapters.layers import ADAPTERS, adapter_layers, adapter_parameters
-from relora_mora.adapters.lora import PAIR, LoRALinear
+from relora_mora.config.lengths import restart_warmup
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import MethodConfig
-from relora_mora.optim.rules import MatrixState, PairRule, Rule, Unit
+from relora_mora.optim.own import own_rule
+from relora_mora.optim.rules import MatrixRule, MatrixState
 from relora_mora.schedule import Schedule
 
 GROUPS = (ADAPTERS, "linears", "embeddings", "norms")
@@ -47,15 +48,10 @@ class ParameterGroup:
 class WholeMatrices(Protocol):
     """Knows where the matrices are in the flat tensors that an optimizer steps; the engine implements it."""
 
-    def replace(
-        self,
-        gradients: Mapping[Tensor, Tensor],
-        update: Callable[[Sequence[Tensor], Sequence[Unit]], Sequence[Tensor]],
-    ) -> None:
+    def replace(self, gradients: Mapping[Tensor, Tensor], update: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
         """Replaces every matrix in the gradients (by flat tensor) with its update; a collective.
 
-        ``update`` gets stacks of matrices, and of their values if the rule needs these, with the units that they belong
-        to, which have one scale. Each unit is updated on one rank, its owner.
+        ``update`` gets stacks [k, m, n] of matrices, with their names. Each matrix is updated on one rank, its owner.
         """
 
 
@@ -115,19 +111,16 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
 
 
 class MatrixAdamW(torch.optim.AdamW):
-    """AdamW, except that some groups step by a :data:`Rule`: ``rules`` has their names.
+    """AdamW, except that some groups step by a :class:`MatrixRule`: ``rules`` has their names.
 
     They do not step until ``matrices`` has what their rule steps, because DeepSpeed steps while it builds an engine.
-    ``states`` holds, by name, the state of the matrices that this rank owns. ``cautious_decay`` is about these groups.
+    ``states`` holds, by name, the state of the matrices that this rank owns.
     """
 
-    def __init__(
-        self, groups: list[dict[str, Any]], rules: Mapping[str, Rule], cautious_decay: bool = False, **settings: Any
-    ) -> None:
+    def __init__(self, groups: list[dict[str, Any]], rules: Mapping[str, MatrixRule], **settings: Any) -> None:
         super().__init__(groups, **settings)
         self.rules = rules
-        self.cautious_decay = cautious_decay
-        self.matrices: dict[Rule, WholeMatrices] = {}
+        self.matrices: dict[MatrixRule, WholeMatrices] = {}
         self.states: dict[str, MatrixState] = {}
 
     @torch.no_grad()
@@ -142,50 +135,37 @@ class MatrixAdamW(torch.optim.AdamW):
         finally:
             self.param_groups = groups
 
-    def _step_matrices(self, rule: Rule, matrices: WholeMatrices, groups: list[dict[str, Any]]) -> None:
+    def _step_matrices(self, rule: MatrixRule, matrices: WholeMatrices, groups: list[dict[str, Any]]) -> None:
         rates = {flat: group for group in groups for flat in group["params"] if flat.grad is not None}
         if not rates:
             return
         for flat, group in rates.items():
             rule.update_moments(flat.grad, state_of(self, flat, group["moments"]))
-        factors = 2 if isinstance(rule, PairRule) else 1  # a pair's product decays and steps as a single matrix does
 
-        def update(stacks: Sequence[Tensor], units: Sequence[Unit]) -> Sequence[Tensor]:
-            if not isinstance(rule, PairRule):
-                [stack] = stacks
-                return [rule.update(stack, [self.states[unit.names[0]] for unit in units])]
-            A, B, *values = stacks
-            return rule.update_pairs((A, B), (values[0], values[1]), units[0].product_scale, groups[0]["lr"])
+        def update(stack: Tensor, names: Sequence[str]) -> Tensor:
+            return rule.update_stack(stack, [self.states[name] for name in names])
 
         matrices.replace({flat: flat.grad for flat in rates}, update)
         for flat, group in rates.items():
-            kept = (1 - group["lr"] * group["weight_decay"]) ** (1 / factors)
             if group["weight_decay"]:
-                # cautious weight decay (arXiv 2510.12402, algorithm 1): an element decays unless its step opposes that
-                flat.mul_(torch.where(flat * flat.grad >= 0, kept, 1.0) if self.cautious_decay else kept)
-            flat.add_(flat.grad, alpha=-group["lr"] / kept ** (factors - 1))
+                flat.mul_(1 - group["lr"] * group["weight_decay"])
+            flat.add_(flat.grad, alpha=-group["lr"])
 
 
-def matrix_rules(optim: OptimConfig) -> dict[str, Rule]:
+def matrix_rules(optim: OptimConfig) -> dict[str, MatrixRule]:
     """The rules of the groups whose optimizer has one. Groups with the same optimizer share the object."""
     names = {group: optim.of_group(group).rule for group in GROUPS}
-    rules: dict[str, Rule] = {name: resolve_name(name)(optim) for name in names.values() if name is not None}
+    rules: dict[str, MatrixRule] = {
+        name: own_rule(optim) if name == optim.matrices else resolve_name(name)(optim)
+        for name in dict.fromkeys(names.values())
+        if name is not None
+    }
     return {group: rules[name] for group, name in names.items() if name is not None}
 
 
-def units_of(rule: Rule, names: Iterable[str], model: nn.Module) -> Iterator[Unit]:
-    """What the rule updates together of the matrices ``names``: each by itself, or LoRA's pairs."""
-    if not isinstance(rule, PairRule):
-        yield from (Unit((name,)) for name in names)
-        return
-    for name, layer in adapter_layers(model):
-        assert isinstance(layer, LoRALinear)
-        yield Unit(tuple(f"{name}.{key}" for key in PAIR), layer.scale)
-
-
-def units_at_once(shapes: Iterable[Sequence[int]], *, on_gpu: bool) -> int:
-    """How many units of these shapes a rule updates together. On a GPU, launches dominate the time of a small one."""
-    return max(1, GPU_BATCH // sum(map(math.prod, shapes))) if on_gpu else 1
+def matrices_at_once(shape: Sequence[int], *, on_gpu: bool) -> int:
+    """How many matrices of a shape a rule updates together. On a GPU, launches dominate the time of a small one."""
+    return max(1, GPU_BATCH // math.prod(shape)) if on_gpu else 1
 
 
 def build_optimizer(model: nn.Module, groups: list[ParameterGroup], optim: OptimConfig) -> torch.optim.AdamW:
@@ -202,11 +182,7 @@ def build_optimizer(model: nn.Module, groups: list[ParameterGroup], optim: Optim
     ]
     settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps, "fused": True}
     rules = matrix_rules(optim)
-    return (
-        MatrixAdamW(members, rules, optim.cautious_decay, **settings)
-        if rules
-        else torch.optim.AdamW(members, **settings)
-    )
+    return MatrixAdamW(members, rules, **settings) if rules else torch.optim.AdamW(members, **settings)
 
 
 def group_rates(schedule: Schedule, groups: list[ParameterGroup], step: int) -> list[float]:
@@ -224,7 +200,7 @@ def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Sched
         decay_steps=optim.decay_of(steps),
         merge_every=method.merge_every if method.merges else 0,
         merge_until_step=method.merge_until_step,
-        restart_warmup_steps=optim.restart_warmup_steps if method.merges else 0,
+        restart_warmup_steps=restart_warmup(method, optim),
         operators=method.cycle,
     )
 

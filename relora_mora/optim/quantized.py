@@ -28,13 +28,12 @@ number of ranks.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from relora_mora.config.optim import OptimConfig
-from relora_mora.optim.rules import COUNT, MatrixState
+from relora_mora.optim.rules import COUNT, MatrixRule, MatrixState
 
 LARGEST_BLOCK = 256
 SMALLEST_BLOCK = 16  # if no smaller block divides a row, the row is one block
@@ -44,27 +43,24 @@ AT_ONCE_ON_GPU = 2**22
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-class AdamW8bit:
-    """The :class:`relora_mora.optim.rules.MatrixRule` of AdamW with codes of 8 bits."""
+class AdamW8bit(MatrixRule):
+    """Its blocks belong to whole matrices, so it has no moments."""
 
     def __init__(self, optim: OptimConfig) -> None:
         self.betas = optim.betas
         self.eps = optim.eps
 
-    def update_moments(self, gradient: Tensor, moments: Mapping[str, Tensor]) -> None:
-        """Does nothing: blocks belong to whole matrices."""
-
-    def update(self, matrices: Tensor, states: Sequence[MatrixState]) -> Tensor:
-        columns = matrices.shape[-1]
+    def update(self, gradient: Tensor, state: MatrixState) -> Tensor:
+        """Overwrites the gradient."""
+        columns = gradient.shape[-1]
         block = _block(columns)
-        rows = max(1, (AT_ONCE_ON_GPU if matrices.is_cuda else AT_ONCE) // columns)
-        for matrix, state in zip(matrices, states, strict=True):
-            numbers = self._numbers(state.tensors[COUNT].add_(1).double())
-            kept = (state.tensors[key] for key in self.state_shapes(1, columns) if key != COUNT)
-            blocks = (each.unflatten(1, (columns // block, -1)).split(rows) for each in (matrix, *kept))
-            for gradient, codes, scales, root_codes, root_scales in zip(*blocks, strict=True):
-                self._step(gradient, codes, scales, root_codes, root_scales, *numbers)
-        return matrices
+        rows = max(1, (AT_ONCE_ON_GPU if gradient.is_cuda else AT_ONCE) // columns)
+        numbers = self._numbers(state[COUNT].add_(1).double())
+        kept = (state[key] for key in self.state_shapes(1, columns) if key != COUNT)
+        blocks = (each.unflatten(1, (columns // block, -1)).split(rows) for each in (gradient, *kept))
+        for part, codes, scales, root_codes, root_scales in zip(*blocks, strict=True):
+            self._step(part, codes, scales, root_codes, root_scales, *numbers)
+        return gradient
 
     def _numbers(self, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The factor of the root, what is added to it, and the offset of rounding; they stay on the device."""
@@ -106,10 +102,6 @@ class AdamW8bit:
             "exp_avg_sq_scales": scales,
             COUNT: (),
         }
-
-    def flops(self, rows: int, columns: int) -> float:
-        """There are no matrix products."""
-        return 0.0
 
     def workspace_bytes(self, rows: int, columns: int, *, on_gpu: bool) -> int:
         at_once = max(1, (AT_ONCE_ON_GPU if on_gpu else AT_ONCE) // columns)

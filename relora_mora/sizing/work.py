@@ -11,24 +11,19 @@ ranks, and O the parameters of the matrices that the busiest rank updates: T / N
 as with embeddings and head on more than two ranks:
 
 ========  ============================================================================================================
-state     4 bytes for each moment of an element: 8 with AdamW, 4 with Muon and NorMuon, which keeps 4 for each row too.
-          GaLore, Fira and APOLLO with rank r keep 8 r l for a matrix with sides s <= l, and SUMO 4 r l; all but APOLLO
-          keep 4 r s more for the projection. APOLLO-Mini has r = 1. 8-bit AdamW keeps 2 bytes for each element, and 8
-          for each block of a row. At stages 1-3 a rank has 1 / N of the moments, and the rest for O
-products  the rule's FLOPs for each matrix, on one rank; at stage 0 on every rank. The singular vectors that GaLore,
-          Fira and SUMO compute once in ``optim.projection_every`` steps are left out, and so are those of momentum that
-          SUMO computes in every step
-exchange  stage 3: 4 T / N bytes of a rank's pieces go to the owners of the matrices, and 4 T / N come back. LoRA-Muon
-          also sends the values of A and B, 4 T / N more. Stages 1 and 2 exchange matrices (LoRA-Muon: pairs) of more
-          than T / N elements, and some at the borders between ranks, which are not counted
-scratch   the whole matrices of a rank that were cut, 4 O, or 8 O with their values; and the rule's workspace for the
-          matrices that it updates at once, with their copies if there are several, or what is sent and received, 4 T /
-          N + 4 O, if that is more. Rules take turns. Cautious decay follows: 5 T / N, or at stage 0 5 bytes for each
-          element of the largest matrix
+state     4 bytes for each moment of an element: 8 with AdamW, 4 with Muon. 8-bit AdamW keeps 2 bytes for each element,
+          and 8 for each block of a row; a rule of one's own keeps what its state_shapes say. At stages 1-3 a rank has
+          1 / N of the moments, and the rest for O
+products  the rule's FLOPs for each matrix, on one rank; at stage 0 on every rank
+exchange  stage 3: 4 T / N bytes of a rank's pieces go to the owners of the matrices, and 4 T / N come back. Stages 1
+          and 2 exchange matrices of more than T / N elements, and some at the borders between ranks, which are not
+          counted
+scratch   the whole matrices of a rank that were cut, 4 O; and the rule's workspace for the matrices that it updates at
+          once, with their copies if there are several, or what is sent and received, 4 T / N + 4 O, if that is more.
+          Rules take turns
 ========  ============================================================================================================
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,12 +37,9 @@ from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import Config, MethodConfig
 from relora_mora.model.config import attention_widths
 from relora_mora.model.llama import model_class
-from relora_mora.optim.groups import group_of, matrix_rules, set_trainable, units_at_once, units_of
-from relora_mora.optim.rules import PairRule, Rule, state_dtype
+from relora_mora.optim.groups import group_of, matrices_at_once, matrix_rules, set_trainable
+from relora_mora.optim.rules import MatrixRule, shapes_of, state_dtype
 from relora_mora.sizing.setup import Setup
-
-CAUTIOUS_BYTES = 26  # what the passes of cautious decay read and write for an element more than those of plain decay
-Shapes = tuple[torch.Size, ...]  # of the matrices of a unit
 
 
 @dataclass(frozen=True)
@@ -129,72 +121,54 @@ def state_bytes(model: PreTrainedModel, optim: OptimConfig, ranks: int) -> float
     """Bytes of optimizer state on the rank with the most of it, if ``ranks`` share it."""
     of_elements = sum(4 * numel * len(optim.of_group(group_of(name)).moments) for name, numel in _trained(model))
     of_matrices = (
-        _largest_share([_kept_bytes(rule, shapes) for shapes in units], ranks)
-        for rule, units in _units(model, optim).items()
+        _largest_share([_kept_bytes(rule, shape) for shape in shapes], ranks)
+        for rule, shapes in _matrices(model, optim).items()
     )
     return of_elements / ranks + sum(of_matrices)
 
 
 def passes_bytes(model: PreTrainedModel, optim: OptimConfig) -> int:
     """Bytes that the element-wise passes of a step read and write over all ranks, except the weights for compute."""
-    of_rules = optim.cautious_decay and optim.weight_decay > 0
-    records = ((optim.of_group(group_of(name)), numel) for name, numel in _trained(model))
-    return sum(
-        numel * (record.bytes_per_element + CAUTIOUS_BYTES * (of_rules and record.rule is not None))
-        for record, numel in records
-    )
+    return sum(numel * optim.of_group(group_of(name)).bytes_per_element for name, numel in _trained(model))
 
 
 def product_flops(model: PreTrainedModel, optim: OptimConfig) -> float:
     """FLOPs of a step for all matrices, each counted once; 0 with AdamW."""
-    return sum((rule.flops(*_sizes(shapes)) for rule, units in _units(model, optim).items() for shapes in units), 0.0)
+    return sum((rule.flops(*shape) for rule, shapes in _matrices(model, optim).items() for shape in shapes), 0.0)
 
 
 def exchanged_bytes(model: PreTrainedModel, setup: Setup) -> float:
     """Bytes that a rank gives to the exchanges of cut matrices in a step, averaged over the ranks."""
-    every = _units(model, setup.config.optim).items()
-    return sum(4 * (1 + _assembled(rule)) * sum(_cut_sizes(units, setup)) for rule, units in every) / setup.world_size
+    every = _matrices(model, setup.config.optim).values()
+    return sum(8 * sum(_cut_sizes(shapes, setup)) for shapes in every) / setup.world_size
 
 
 def scratch_bytes(model: PreTrainedModel, setup: Setup) -> float:
     """Bytes of temporary memory while matrices are updated."""
     on_gpu = setup.on_gpu
-    optim = setup.config.optim
     needed = [0.0]
-    for rule, units in _units(model, optim).items():
+    for rule, shapes in _matrices(model, setup.config.optim).items():
         largest = 0.0
-        for shapes in set(units):
-            count = min(units.count(shapes), units_at_once(shapes, on_gpu=on_gpu))
-            copied = 4 * _assembled(rule) * _numel(shapes) if count > 1 else 0
-            largest = max(largest, count * (copied + rule.workspace_bytes(*_sizes(shapes), on_gpu=on_gpu)))
-        cut = _cut_sizes(units, setup)
+        for shape in set(shapes):
+            count = min(shapes.count(shape), matrices_at_once(shape, on_gpu=on_gpu))
+            copied = 4 * shape.numel() if count > 1 else 0
+            largest = max(largest, count * (copied + rule.workspace_bytes(*shape, on_gpu=on_gpu)))
+        cut = _cut_sizes(shapes, setup)
         whole = 4 * _largest_share(cut, setup.world_size)
-        if optim.cautious_decay and optim.weight_decay:
-            sizes = [_numel(shapes) for shapes in units]
-            needed.append(5 * (sum(sizes) / setup.sharers if setup.stage else max(sizes)))
-        needed.append(_assembled(rule) * whole + max(largest, 4 * sum(cut) / setup.world_size + whole))
+        needed.append(whole + max(largest, 4 * sum(cut) / setup.world_size + whole))
     return max(needed)
 
 
-def _assembled(rule: Rule) -> int:
-    """How many tensors are exchanged for each matrix: its gradient, and its value if the rule needs that."""
-    return 2 if isinstance(rule, PairRule) else 1
-
-
-def _cut_sizes(units: Sequence[Shapes], setup: Setup) -> list[int]:
-    """The elements of each of a rule's units that ZeRO is sure to cut."""
-    sizes = [_numel(shapes) for shapes in units]
+def _cut_sizes(shapes: Sequence[torch.Size], setup: Setup) -> list[int]:
+    """The elements of each of a rule's matrices that ZeRO is sure to cut."""
+    sizes = [shape.numel() for shape in shapes]
     partition = sum(sizes) / setup.sharers
     return sizes if setup.weight_sharers > 1 else [size for size in sizes if size > partition]
 
 
-def _kept_bytes(rule: Rule, shapes: Shapes) -> int:
-    """Bytes of a rule's state of one unit, without its moments."""
-    return sum(
-        math.prod(kept) * state_dtype(key).itemsize
-        for shape in shapes
-        for key, kept in rule.state_shapes(*shape).items()
-    )
+def _kept_bytes(rule: MatrixRule, shape: torch.Size) -> int:
+    """Bytes of a rule's state of one matrix, without its moments."""
+    return sum(math.prod(kept) * state_dtype(key).itemsize for key, kept in shapes_of(rule, *shape).items())
 
 
 def _largest_share(sizes: Sequence[float], ranks: int) -> float:
@@ -206,27 +180,13 @@ def _trained(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
     return ((name, parameter.numel()) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def _numel(shapes: Shapes) -> int:
-    return sum(map(math.prod, shapes))
-
-
-def _sizes(shapes: Shapes) -> Iterator[int]:
-    """What a rule's ``flops`` takes: rows and columns of a matrix, or r, in and out of a pair."""
-    first, *others = shapes
-    return itertools.chain(first, (rows for rows, _ in others))
-
-
-def _units(model: PreTrainedModel, optim: OptimConfig) -> dict[Rule, list[Shapes]]:
-    """The shapes of the units that each rule updates."""
+def _matrices(model: PreTrainedModel, optim: OptimConfig) -> dict[MatrixRule, list[torch.Size]]:
+    """The shapes of the matrices that each rule updates."""
     rules = matrix_rules(optim)
     adapters = adapter_parameters(model)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
-    names: dict[Rule, list[str]] = {}
-    for name in shapes:
+    shapes: dict[MatrixRule, list[torch.Size]] = {}
+    for name, parameter in model.named_parameters():
         group = group_of(name, adapters)
-        if group in rules:
-            names.setdefault(rules[group], []).append(name)
-    return {
-        rule: [tuple(shapes[name] for name in unit.names) for unit in units_of(rule, members, model)]
-        for rule, members in names.items()
-    }
+        if parameter.requires_grad and group in rules:
+            shapes.setdefault(rules[group], []).append(parameter.shape)
+    return shapes

@@ -22,6 +22,11 @@ class Device:
     source: str
     host: str
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The compute capability of a GPU, as far as products in 8 bits depend on it."""
+        return (8, 0) if self.name in WITHOUT_FP8 else (8, 9)
+
 
 # x16, one direction
 _PCIE4 = 32.0

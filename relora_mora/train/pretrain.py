@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from relora_mora.checkpoint.reader import CheckpointReader
+from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.data import DataConfig
-from relora_mora.config.load import with_epochs
+from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.schema import Config
 from relora_mora.data.content import at_versions, remote_content, remote_versions
 from relora_mora.data.sets.reading import Epochs, count_epochs
@@ -20,17 +21,25 @@ from relora_mora.data.sources.names import with_commits
 from relora_mora.distributed import collectives
 from relora_mora.distributed.join import JoinError, joined_within, store_address
 from relora_mora.engine.start import init_distributed
+from relora_mora.optim.own import with_rule
 from relora_mora.supervise.exits import FAILED, USER_ERROR
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.supervise.lock import RunLock
 from relora_mora.supervise.watchdog import Watchdog
 from relora_mora.system.files import LOST_DISK
 from relora_mora.system.hardware import compute_deterministically, ran_out_of_memory
-from relora_mora.system.logs import counted, log, setup_logging
+from relora_mora.system.logs import counted, log, setup_logging, shared_log
 from relora_mora.system.process import give_back_freed_memory
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import build, warm_up
-from relora_mora.train.begin.check import ResolvedRun, check, check_agreement, check_shared, with_saved_commits
+from relora_mora.train.begin.check import (
+    ResolvedRun,
+    check,
+    check_agreement,
+    check_shared,
+    with_chosen_products,
+    with_saved_commits,
+)
 from relora_mora.train.begin.run_folder import check_run_folder, keep_run_folder, write_run_folder
 from relora_mora.train.log.loggers import check_loggers
 from relora_mora.train.log.progress import Startup, describe
@@ -106,7 +115,8 @@ def _pretrain(config: Config, guard: Guard) -> int:
         _watch(guard, config, rank, world_size, job)
     data, datasets = collectives.from_first_rank(lambda: _pin_commits(config))
     remember_datasets(datasets)
-    config = collectives.on_all_ranks(lambda: with_tokenizer(config.model_copy(update={"data": data})))
+    config = collectives.on_all_ranks(lambda: with_tokenizer(with_rule(config.model_copy(update={"data": data}))))
+    config = with_chosen_products(config)
     collectives.from_first_rank(lambda: check_loggers(config.log))
     collectives.from_first_rank(lambda: check_run_folder(folder))
     checked = collectives.on_all_ranks(lambda: check(config, world_size))
@@ -124,10 +134,12 @@ def _pretrain(config: Config, guard: Guard) -> int:
         guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
         counted = collectives.from_first_rank(lambda: _count(config, checked.shards))
         epochs, warmup_fraction = config.train.epochs, config.optim.warmup_fraction
-        config = with_epochs(config, counted.tokens_of(epochs), world_size)
+        config = with_counted_epochs(config, counted.tokens_of(epochs))
         checked = replace(
             checked, config=config, epochs=epochs, warmup_fraction=warmup_fraction, epoch_blocks=counted.blocks
         )
+    for remark in remarks(config):
+        shared_log.warning(remark)
     startup.done("checks")
     return _train(checked, rank, world_size, guard, startup)
 

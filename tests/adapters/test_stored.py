@@ -12,7 +12,7 @@ from relora_mora.adapters.inject import choose_storage, inject
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers
 from relora_mora.adapters.lora import LoRALinear
 from relora_mora.adapters.mora import MoRALinear
-from relora_mora.adapters.stored import EightBits, check_device
+from relora_mora.adapters.stored import EightBits, check_device, with_products
 from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import MethodConfig
 from relora_mora.model.llama import LossModel, build_model
@@ -145,10 +145,43 @@ def test_there_are_no_second_derivatives(form):
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
+# base, form, bf16, capability of the GPU (None: a CPU), AVX512-VNNI: whether products are in 8 bits
+MACHINES = [
+    ("int8", "auto", True, None, True, True),
+    ("int8", "auto", True, None, False, False),
+    ("int8", "decoupled", False, None, True, True),
+    ("int8", "merged", True, None, True, False),
+    ("int8", "resident", True, None, False, True),
+    ("fp8", "auto", True, None, True, False),
+    ("int8", "auto", True, (7, 5), True, False),
+    ("int8", "auto", False, (8, 0), False, True),
+    ("fp8", "auto", True, (8, 6), True, False),
+    ("fp8", "auto", True, (8, 9), False, True),
+    ("fp8", "auto", True, (10, 0), False, True),
+    ("fp8", "auto", False, (9, 0), True, False),
+]
+
+
+@pytest.mark.parametrize(("base", "form", "bf16", "capability", "vnni", "products"), MACHINES)
+def test_auto_multiplies_in_8_bits_if_that_is_faster(base, form, bf16, capability, vnni, products):
+    machine = {"bf16": bf16, "capability": capability, "vnni": vnni}
+    method = MethodConfig(base=base, form=form)
+    chosen, reason = with_products(method, **machine)
+    assert chosen == method.model_copy(update={"base_products": products})
+    assert reason
+    for given in (True, False):
+        explicit = method.model_copy(update={"base_products": given})
+        assert with_products(explicit, **machine) == (explicit, None)
+    assert with_products(MethodConfig(), **machine) == (MethodConfig(), None)
+
+
 def test_a_cpu_without_its_instructions_is_reported(monkeypatch, caplog):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    check_device(MethodConfig(base="int8"), bf16=True, on_gpu=False)
+    check_device(MethodConfig(base="int8", base_products=True), bf16=True, on_gpu=False)
     assert "without AVX512-VNNI" in caplog.text
+    caplog.clear()
+    check_device(MethodConfig(base="int8", base_products=False), bf16=True, on_gpu=False)
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("form", ["resident", "decoupled"])
@@ -158,7 +191,7 @@ def test_recomputed_layers_give_the_same_bits(form):
         lm = build_model(tiny_llama(), seed=1)
         if recomputes:
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        method = MethodConfig(name="remora", rank=3, base="int8", form=form)
+        method = MethodConfig(name="remora", rank=3, base="int8", base_products=True, form=form)
         inject(lm, method, seed=0)
         choose_storage(lm, method, on_gpu=False)
         for _, layer in adapter_layers(lm):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.distributed
 
 METHODS = ("full", "relora", "remora")
 SETTINGS = {method: {"name": method} for method in METHODS}
-SETTINGS["int8"] = {"name": "remora", "base": "int8", "form": "decoupled"}
+SETTINGS["int8"] = {"name": "remora", "base": "int8", "base_products": True, "form": "decoupled"}
 WORLDS = (1, 2, 4)
 MERGE_EVERY = 4
 STOPS = (3, 4, 5)  # before, at and after a merge

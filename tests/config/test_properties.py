@@ -10,6 +10,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from relora_mora.adapters.stored import with_products
 from relora_mora.config.load import ConfigError, dump, load_config, validate
 from relora_mora.config.schema import Config
 from relora_mora.config.yaml_text import parse_yaml
@@ -135,7 +136,7 @@ likely = st.fixed_dictionaries(
         "method.merge_until_step": st.none() | st.integers(1, 300),
         "method.form": st.sampled_from(["auto", "merged", "resident", "decoupled"]),
         "method.base": st.sampled_from([None, "int8", "fp8"]),
-        "method.base_products": st.booleans(),
+        "method.base_products": st.sampled_from([True, False, "auto"]),
         "method.train_embeddings": st.booleans(),
         "method.target_modules": st.lists(
             st.sampled_from(["q_proj", "o_proj", "up_proj", "x_proj"]), min_size=1, max_size=2, unique=True
@@ -165,6 +166,8 @@ def test_accepted_settings_give_a_plan_or_a_message(changes: dict[str, Any]) -> 
         return
     schedule = make_schedule(config.method, config.optim, config.train.steps)
     assert [schedule.rate(step, rewarm=True) >= 0 for step in (1, config.train.steps)] == [True, True]
+    method, _ = with_products(config.method, bf16=True, capability=None, vnni=True)
+    config = config.model_copy(update={"method": method})
     try:
         plan = make_plan(
             tiny_llama(), config, cluster=Cluster(1, 2, CPU), bf16=True, on_cpu=True, peak=(1e12, "the test")

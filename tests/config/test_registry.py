@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pkgutil import resolve_name
@@ -13,24 +12,12 @@ import torch
 from relora_mora.adapters.inject import layer_class
 from relora_mora.adapters.layers import AdapterLinear
 from relora_mora.config.optim import OptimConfig
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, MatrixOptimizer
+from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, split_rule
 from relora_mora.config.schema import Config, MethodConfig
 from relora_mora.kernels import grouping
 from relora_mora.operators import Operator
 from relora_mora.optim.groups import matrix_rules
-from relora_mora.optim.rules import MatrixRule, PairRule, new_state
-from tests.tools.helpers import ROOT
-
-OF_WHOLE_MATRICES = (
-    "muon",
-    "polar_muon",
-    "normuon",
-    "galore",
-    "fira",
-    "apollo",
-    "apollo_mini",
-    "sumo",
-)  # one that goes element by element may cost and keep nothing
+from relora_mora.optim.rules import new_state, shapes_of
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -51,47 +38,36 @@ def test_an_operator_names_its_code_and_groupings(mora_type):
     assert all(callable(getattr(grouping, name)) for name in record.groupings)
 
 
-def test_the_optimizer_that_contributing_adds_is_one(monkeypatch, tmp_path):
-    """Its code is taken from the page, as a reader would take it."""
-    diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    [module] = [diff for diff in diffs if diff.startswith("+++ relora_mora/optim/signum.py\n")]
-    [record] = [diff for diff in diffs if 'MatrixOptimizer("signum"' in diff]
-    (tmp_path / "signum.py").write_text("\n".join(line[1:] for line in module.splitlines()[1:]))
-    monkeypatch.syspath_prepend(tmp_path)
-    [line] = [line[1:].strip(" ,") for line in record.splitlines() if line.startswith("+ ")]
-    entry = eval(line.replace("relora_mora.optim.signum", "signum"), {"MatrixOptimizer": MatrixOptimizer})
-    rule = resolve_name(entry.rule)(OptimConfig())
-    assert all(callable(getattr(rule, name)) for name in vars(MatrixRule) if not name.startswith("_"))
-    gradient, moments = torch.tensor([[2.0, -3.0]]), {name: torch.zeros(1, 2) for name in entry.moments}
-    rule.update_moments(gradient, moments)
-    assert rule.update(gradient[None], []).tolist() == [[[1.0, -1.0]]]
-    assert {setting.removeprefix("optim.") for setting in entry.settings} <= OptimConfig.model_fields.keys()
-
-
 @pytest.mark.parametrize("name", MATRIX_OPTIMIZERS)
 def test_an_optimizer_of_matrices_names_its_rule_and_settings_that_exist(name):
     optim = OptimConfig(matrices=name)
     record = optim.of_group("adapters")
     assert record.name == name
-    single = optim.of_group("linears")
-    assert single.name == (record.of_single or name)
-    assert single.moments == record.moments  # a checkpoint does not tell the two groups apart
+    assert optim.of_group("linears") == record
     assert record.title
     assert {setting.removeprefix("optim.") for setting in record.settings} <= OptimConfig.model_fields.keys()
     rule = matrix_rules(optim).get("adapters")
-    assert isinstance(rule, PairRule) == (single is not record)
-    if rule is None or isinstance(rule, PairRule):
-        return  # tests/optim/test_lora_muon.py has the other
+    assert (rule is None) == (name == "adamw")
+    if rule is None:
+        return
     moments = {key: torch.zeros(6, 9) for key in record.moments}
     gradient = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    state = new_state(0, rule.state_shapes(6, 9))
+    state = new_state(0, shapes_of(rule, 6, 9))
     rule.update_moments(gradient, moments)
-    assert rule.update(gradient[None], [state]).shape == (1, 6, 9)
-    assert all(moment.any() for moment in {**moments, **state.tensors}.values())
-    if name in OF_WHOLE_MATRICES:
-        assert moments or state.tensors
-        assert rule.flops(6, 9) > 0
-        assert rule.workspace_bytes(6, 9, on_gpu=False) > 0
+    assert rule.update(gradient, state).shape == (6, 9)
+    assert all(moment.any() for moment in {**moments, **state}.values())
+    assert rule.workspace_bytes(6, 9, on_gpu=False) > 0
+
+
+@pytest.mark.parametrize("given", ["rule.py:Rule", "a/b c/rule.py:Rule", "/a:b/rule.py:Rule", "package.module:Rule"])
+def test_a_rule_of_ones_own_has_a_record(given):
+    optim = OptimConfig(matrices=given)
+    for group in ("adapters", "linears"):
+        record = optim.of_group(group)
+        assert (record.name, record.title, record.moments, record.rule) == (given, "Rule", (), given)
+        assert {setting.removeprefix("optim.") for setting in record.settings} <= OptimConfig.model_fields.keys()
+    assert optim.of_group("embeddings").name == optim.of_group("norms").name == "adamw"
+    assert split_rule(given) == (given.removesuffix(":Rule"), "Rule")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from relora_mora.adapters.layers import adapter_layers, layer_generator
 from relora_mora.config.schema import Config
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import group_rates, make_schedule, matrix_rules, parameter_groups, set_trainable
-from relora_mora.optim.muon import POLAR_EXPRESS, SAFETY
 from tests.tools.tiny import batch, tiny_config, tiny_llama
 
 STEPS = 7  # a merge after the fourth
@@ -31,14 +30,14 @@ def matrix_config(world_size: int, stage: int, method: str, zero: dict[str, Any]
     return tiny_config(world_size, method={"name": method, "rank": 5}, optim={**OPTIM, **optim}, train=train)
 
 
-def orthogonal(matrix: Tensor, polar: bool = False) -> Tensor:
+def orthogonal(matrix: Tensor) -> Tensor:
     """Five steps of X <- a X + b X X^T X + c (X X^T)^2 X in float64."""
     x = matrix.double()
-    norm = x.square().sum().sqrt() * (SAFETY if polar else 1)
+    norm = x.square().sum().sqrt()
     x = x / norm if norm > 0 else x
-    for a, b, c in POLAR_EXPRESS if polar else [(3.4445, -4.775, 2.0315)] * 5:
+    for _ in range(5):
         cube = x @ x.T @ x
-        x = a * x + b * cube + c * (x @ x.T @ cube)
+        x = 3.4445 * x - 4.775 * cube + 2.0315 * (x @ x.T @ cube)
     return x
 
 
@@ -86,10 +85,8 @@ class Reference:
     def _step_matrix(self, name: str, rate: float, decay: float) -> None:
         weight = self.parameters[name]
         step = self._average(name)
-        polar = self.config.optim.matrices == "polar_muon"
-        update = 0.2 * math.sqrt(max(weight.shape)) * orthogonal(step, polar).float()
-        decays = update * weight >= 0 if self.config.optim.cautious_decay else 1
-        weight -= rate * decay * weight * decays + rate * update
+        update = 0.2 * math.sqrt(max(weight.shape)) * orthogonal(step).float()
+        weight -= rate * decay * weight + rate * update
 
     def _average(self, name: str) -> Tensor:
         """The momentum, after this step's gradient; with Nesterov's."""

@@ -1,5 +1,4 @@
-"""Muon on every ZeRO stage, also with Polar Express, compared with a plain torch loop, and whole matrices from cut
-ones."""
+"""Muon on every ZeRO stage, compared with a plain torch loop, and whole matrices from cut ones."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from relora_mora.optim.rules import Unit
 from tests.engine.reference import Reference, distance, losses_of, matrix_config, reference_of, small_llama
 from tests.tools.grids import STAGES, rest
 
@@ -81,25 +79,6 @@ def test_without_nesterov(pools, stage):
 
 
 @pytest.mark.parametrize(
-    "world,method,stage", [(2, "full", 0), (2, "remora", 3), *rest((2, "full", 1), (1, "remora", 2))]
-)
-def test_with_polar_express(pools, world, method, stage):
-    losses = _reference(method, matrices="polar_muon")[1]
-    assert losses != pytest.approx(_reference(method)[1], rel=2e-6)
-    for found in pools(world)(trained, world, stage, method, matrices="polar_muon"):
-        assert found["losses"] == pytest.approx(losses, rel=2e-6)
-
-
-@pytest.mark.parametrize("stage", [3, *rest((0,), (1,), (2,))])
-def test_with_cautious_decay(pools, stage):
-    cautious = {"weight_decay": 0.9, "cautious_decay": True}
-    losses = _reference("full", **cautious)[1]
-    assert losses != pytest.approx(_reference("full", weight_decay=0.9)[1], rel=2e-6)
-    for found in pools(2)(trained, 2, stage, "full", **cautious):
-        assert found["losses"] == pytest.approx(losses, rel=2e-6)
-
-
-@pytest.mark.parametrize(
     "stage,zero",
     [
         (1, {"round_robin_gradients": True}),
@@ -127,7 +106,6 @@ SHAPES = {
     f"m{number}": torch.Size(shape) for number, shape in enumerate([(3, 4), (5, 5), (2, 9), (5, 5), (7, 1), (3, 4)])
 }
 FLATS = (("m0", "m1", "vector", "m2"), ("m3", "m4", "m5"))
-UNITS = {1: [Unit((name,)) for name in SHAPES], 2: [Unit(("m0", "m2")), Unit(("m1", "m3")), Unit(("m4", "m5"))]}
 
 
 def _less_its_mean(matrices: Tensor) -> Tensor:
@@ -136,18 +114,11 @@ def _less_its_mean(matrices: Tensor) -> Tensor:
     return (matrices - matrices.mean(dim=(1, 2), keepdim=True)) * (1 + columns)
 
 
-def _changed(stacks: Sequence[Tensor]) -> list[Tensor]:
-    """What becomes of the matrices of a unit: each also changes by the mean of the other."""
-    return [_less_its_mean(stack) + other.mean() for stack, other in zip(stacks, reversed(stacks), strict=True)]
-
-
-def put_together(
-    rank: int, world_size: int, seed: int, together: int, size: int
-) -> tuple[list[Tensor], list[int], list[int]]:
+def put_together(rank: int, world_size: int, seed: int, together: int) -> tuple[list[Tensor], list[int], list[int]]:
     """Concatenates parameters, cuts them at random between the ranks, and changes the matrices.
 
-    Units have ``size`` matrices, and pairs need values, which are minus the gradients. Returns this rank's parts of the
-    result, how many units were changed together, and how many elements it sent in each exchange.
+    Returns this rank's parts of the result, how many matrices were changed together, and how many elements it sent in
+    each exchange.
     """
     from relora_mora.engine import matrices
     from relora_mora.engine.masters import Fragment
@@ -174,37 +145,26 @@ def put_together(
     sent: list[int] = []
     all_to_all = matrices.dist.all_to_all_single
 
-    def update(stacks: Sequence[Tensor], units: Sequence[Unit]) -> list[Tensor]:
-        for unit, *of_unit in zip(units, *stacks, strict=True):
-            expected = [_values(name, SHAPES[name]) for name in unit.names]
-            assert all(map(torch.equal, of_unit, expected + [-each for each in expected] * (size - 1)))
-            assert len(of_unit) == size**2
-        counts.append(len(units))
-        changed = [_changed([stack[None] for stack in of_unit]) for of_unit in zip(*stacks[:size], strict=True)]
-        return [torch.cat(column) for column in zip(*changed, strict=True)]
+    def update(stack: Tensor, names: Sequence[str]) -> Tensor:
+        assert all(torch.equal(each, _values(name, SHAPES[name])) for name, each in zip(names, stack, strict=True))
+        counts.append(len(names))
+        return _less_its_mean(stack)
 
     def exchange(received: Tensor, given: Tensor, *sizes: Any) -> Any:
         sent.append(given.numel())
         return all_to_all(received, given, *sizes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matrices, "units_at_once", lambda shapes, on_gpu: together)
+        patch.setattr(matrices, "matrices_at_once", lambda shape, on_gpu: together)
         patch.setattr(matrices.dist, "all_to_all_single", exchange)
-        cut = matrices.CutMatrices(
-            UNITS[size], fragments, shapes, rank=rank, world_size=world_size, with_values=size > 1
-        )
+        cut = matrices.CutMatrices(SHAPES, fragments, shapes, rank=rank, world_size=world_size)
         cut.replace(gradients, update)
-    of_unit = {
-        unit: {other for other in fragments for part in fragments[other] if part.name in unit.names}
-        for unit in UNITS[size]
+    holders = {
+        name: {other for other in fragments for part in fragments[other] if part.name == name} for name in SHAPES
     }
-    cut_names = {name for unit, ranks in of_unit.items() if len(ranks) > 1 for name in unit.names}
-    assert (
-        sent[:-1] == [sum(part.numel for part in fragments[rank] if part.name in cut_names)] * size
-        if sent
-        else not cut_names
-    )
-    assert not sent or len(sent) == 1 + size
+    cut_names = {name for name, ranks in holders.items() if len(ranks) > 1}
+    assert sent[:1] == [sum(part.numel for part in fragments[rank] if part.name in cut_names)] * bool(cut_names)
+    assert len(sent) == 2 * bool(cut_names)
     return list(gradients.values()), counts, sent
 
 
@@ -212,29 +172,24 @@ def _values(name: str, shape: torch.Size) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(map(ord, name))))
 
 
-def many_cuts(world_size: int, together: int, size: int) -> list[tuple[list[Tensor], list[int], list[int]]]:
+def many_cuts(world_size: int, together: int) -> list[tuple[list[Tensor], list[int], list[int]]]:
     from torch import distributed as dist
 
-    return [put_together(dist.get_rank(), world_size, seed, together, size) for seed in range(40)]
+    return [put_together(dist.get_rank(), world_size, seed, together) for seed in range(40)]
 
 
-@pytest.mark.parametrize(
-    "world,together,size", [(1, 1, 1), (2, 1, 1), (4, 1, 1), (4, 8, 1), (1, 8, 2), (2, 1, 2), (4, 8, 2)]
-)
-def test_matrices_are_whole_for_every_cut(pools, world, together, size):
-    """Only pieces of cut units are sent: once, and back, and once more for the values that pairs need."""
-    changed = {}
-    for unit in UNITS[size]:
-        stacks = [_values(name, SHAPES[name])[None] for name in unit.names]
-        changed |= dict(zip(unit.names, _changed(stacks), strict=True))
+@pytest.mark.parametrize("world,together", [(1, 1), (2, 1), (4, 1), (4, 8)])
+def test_matrices_are_whole_for_every_cut(pools, world, together):
+    """Only pieces of cut matrices are sent: once, and back."""
+    changed = {name: _less_its_mean(_values(name, shape)[None]) for name, shape in SHAPES.items()}
     expected = [
         torch.cat([changed.get(name, _values(name, torch.Size([6]))).reshape(-1) for name in names]) for names in FLATS
     ]
-    for of_ranks in zip(*pools(world)(many_cuts, world, together, size), strict=True):
+    for of_ranks in zip(*pools(world)(many_cuts, world, together), strict=True):
         for index, values in enumerate(expected):
             assert torch.equal(torch.cat([parts[index] for parts, _, _ in of_ranks]), values)
         counts = [count for _, counts, _ in of_ranks for count in counts]
-        assert sum(counts) == len(UNITS[size])  # each was changed by one rank
+        assert sum(counts) == len(SHAPES)  # each was changed by one rank
         assert together > 1 or max(counts) == 1
         for exchanges in [sent for _, _, sent in of_ranks]:
             assert len(exchanges) == len(of_ranks[0][2])
@@ -243,7 +198,7 @@ def test_matrices_are_whole_for_every_cut(pools, world, together, size):
 
 
 def test_matrices_of_one_shape_are_updated_together(pools):
-    [runs] = pools(1)(many_cuts, 1, 8, 1)
+    [runs] = pools(1)(many_cuts, 1, 8)
     assert all(sorted(counts) == [1, 1, 2, 2] for _, counts, _ in runs)
 
 

@@ -42,14 +42,20 @@ METHODS = {
     "remora operator 2": MethodConfig(name="remora", operators=[2]),
     "remora operator 1 resident": MethodConfig(name="remora", operators=[1], form="resident"),
     "remora operator 2 resident": MethodConfig(name="remora", operators=[2], form="resident"),
-    "remora operator 1 int8": MethodConfig(name="remora", operators=[1], base="int8", form="decoupled"),
-    "remora operator 1 int8 resident": MethodConfig(name="remora", operators=[1], base="int8", form="resident"),
-    "remora operator 1 fp8 resident": MethodConfig(name="remora", operators=[1], base="fp8", form="resident"),
+    "remora operator 1 int8": MethodConfig(
+        name="remora", operators=[1], base="int8", base_products=True, form="decoupled"
+    ),
+    "remora operator 1 int8 resident": MethodConfig(
+        name="remora", operators=[1], base="int8", base_products=True, form="resident"
+    ),
+    "remora operator 1 fp8 resident": MethodConfig(
+        name="remora", operators=[1], base="fp8", base_products=True, form="resident"
+    ),
     "relora": MethodConfig(name="relora"),
     "relora resident": MethodConfig(name="relora", form="resident"),
-    "relora int8": MethodConfig(name="relora", base="int8", form="decoupled"),
-    "relora int8 resident": MethodConfig(name="relora", base="int8", form="resident"),
-    "relora fp8 resident": MethodConfig(name="relora", base="fp8", form="resident"),
+    "relora int8": MethodConfig(name="relora", base="int8", base_products=True, form="decoupled"),
+    "relora int8 resident": MethodConfig(name="relora", base="int8", base_products=True, form="resident"),
+    "relora fp8 resident": MethodConfig(name="relora", base="fp8", base_products=True, form="resident"),
 }
 # folding constants looks at values, padding of products is decided by timing them, a program in a cache is not written
 NOTHING_RUNS = {"joint_graph_constant_folding": False, "shape_padding": False, "force_disable_caches": True}

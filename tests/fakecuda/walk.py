@@ -77,7 +77,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     "method,matrices,others",
     [(method, "adamw", "adamw") for method in ("full", "remora operator 1", "remora operator 1 resident", "relora")]
     + [("remora operator 1", "muon", "adamw"), ("remora operator 1 int8", "muon", "adamw8bit")]
-    + [("remora operator 1 int8 resident", "muon", "apollo_mini"), ("relora int8 resident", "adamw", "adamw")],
+    + [("remora operator 1 int8 resident", "muon", "adamw8bit"), ("relora int8 resident", "adamw", "adamw")],
 )
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_stays_on_the_device(

@@ -17,7 +17,6 @@ from relora_mora.supervise.exits import USER_ERROR
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.engine.test_base import test_stored_weights_are_the_rounded_masters
 from tests.engine.test_matrices import test_in_bf16_every_stage_trains_as_plain_torch_does_up_to_rounding
-from tests.engine.test_pairs import test_in_bf16_pairs_train_as_in_plain_torch_up_to_rounding
 from tests.engine.test_resets import (
     test_a_merge_changes_only_what_it_should,
     test_carry_moves_the_state_to_the_new_operators,

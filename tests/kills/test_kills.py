@@ -44,7 +44,7 @@ def _config(inputs: Path, tokenizer: str, run_dir: Path, stage: int, base: str |
         run_dir,
         2,
         train={"steps": STEPS, "precision": "bf16", "zero_stage": stage, "peer_timeout_seconds": 30.0},
-        method={"merge_every": 3, "base": base},
+        method={"merge_every": 3, "base": base, "base_products": True},
         checkpoint={"every_steps": 2, "keep_last": 2},
         eval={"every_steps": 4, "max_tokens": 300},
         data={"workers": 1},

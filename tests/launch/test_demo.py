@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.commands import demo
+from tests.tools.commands import call
 from tests.tools.helpers import ROOT
 
 STEP = """
@@ -52,6 +53,25 @@ def test_after_ctrl_c_a_step_has_enough_time_to_save(tmp_path: Path) -> None:
     assert "the next step" not in out
     assert process.returncode == 130
     assert err.startswith("stopped; the same command continues from here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        (["--train.steps=0", "--optim.warmup_step=3"], ["train.steps: ", "optim.warmup_step: "]),
+        (["--data.sequence_length=100000"], ["data.sequence_length: "]),
+    ],
+)
+def test_a_mistake_in_the_settings_is_reported_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: list[str], settings: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "_ranks", lambda: 2)  # this sets variables of the process
+    answer = call("demo", *changes)
+    assert answer.code == 2
+    assert answer.out == ""
+    assert all(name in answer.err for name in settings)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_longer_run_is_exported_again(tmp_path: Path) -> None:

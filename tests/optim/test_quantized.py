@@ -75,15 +75,15 @@ def test_a_step_follows_the_formulas(shape, block):
     state = _state(rule, shape)
     sizes = 10 ** _draw(shape, 1).clamp(-1.5, 1.5)
     for step in range(1, 8):
-        before = {key: value.clone() for key, value in state.tensors.items()}
+        before = {key: value.clone() for key, value in state.items()}
         gradient = sizes * _draw(shape, 1 + step)
         update, exact, scales = _reference(gradient, before, block, step)
-        assert torch.allclose(rule.update(gradient[None], [state])[0].double(), update, rtol=2e-5, atol=1e-6)
-        assert int(state.tensors["updates"]) == step
+        assert torch.allclose(rule.update(gradient, state).double(), update, rtol=2e-5, atol=1e-6)
+        assert int(state["updates"]) == step
         for key, smallest in (("exp_avg", 0), ("exp_avg_sq", 1)):
-            assert torch.allclose(state.tensors[f"{key}_scales"].double(), scales[key], rtol=1e-5, atol=0)
+            assert torch.allclose(state[f"{key}_scales"].double(), scales[key], rtol=1e-5, atol=0)
             shifted = exact[key].abs() + step * GOLDEN % 1
-            codes = state.tensors[f"{key}_codes"].double()
+            codes = state[f"{key}_codes"].double()
             expected = exact[key].sign() * shifted.floor().clamp(min=smallest)
             is_at_border = (shifted - shifted.round()).abs() < 1e-3  # float32 may fall on the other side
             assert torch.equal(codes[~is_at_border], expected[~is_at_border])
@@ -108,7 +108,7 @@ def test_updates_stay_close_to_adam(betas, drift):
     gradients = [sizes * (0.3 + _draw(shape, step)) for step in range(steps)]
     errors, walked, expected = [], torch.zeros(shape), torch.zeros(shape, dtype=torch.float64)
     for gradient, update in zip(gradients, _adam(gradients, betas), strict=True):
-        found = rule.update(gradient.clone()[None], [state])[0]
+        found = rule.update(gradient.clone(), state)
         errors.append(torch.linalg.vector_norm(found - update) / torch.linalg.vector_norm(update))
         walked += found
         expected += update
@@ -124,7 +124,7 @@ def test_a_moment_that_changes_by_less_than_a_code_per_step_changes_at_the_right
     for step in range(1500):
         if step == 500:
             gradient[:, ::2] = 0.1
-        update = rule.update(gradient.clone()[None], [state])[0]
+        update = rule.update(gradient.clone(), state)
     part = (1 - 0.999**500) * 0.999**1000
     squares = torch.full((64,), 1 - 0.999**1500, dtype=torch.float64)
     squares[::2] = part + 0.01 * (1 - 0.999**1000)
@@ -141,7 +141,7 @@ def test_no_element_makes_a_much_larger_step_than_the_largest_of_adam():
     largest = 0.0
     for step in range(200):
         rare = torch.rand(64, 256, generator=torch.Generator().manual_seed(step)) < 0.2 + 0.6 * (step % 7 == 0)
-        largest = max(largest, float(rule.update((sizes * rare * _draw((64, 256), step))[None], [state]).abs().max()))
+        largest = max(largest, float(rule.update(sizes * rare * _draw((64, 256), step), state).abs().max()))
     # Cauchy and Schwarz: the largest step of Adam, after its bias correction
     most = (1 - betas[0]) / math.sqrt((1 - betas[1]) * (1 - betas[0] ** 2 / betas[1]))
     assert largest < 2 * most
@@ -151,10 +151,10 @@ def test_without_a_gradient_there_is_no_step():
     rule = _rule()
     state = _state(rule, (3, 20))
     for _ in range(3):
-        assert not rule.update(torch.zeros(1, 3, 20), [state]).any()
-    update = rule.update(_draw((1, 3, 20), 0), [state])
+        assert not rule.update(torch.zeros(3, 20), state).any()
+    update = rule.update(_draw((3, 20), 0), state)
     assert update.isfinite().all()
-    assert update.any(dim=2).all()
+    assert update.any(dim=1).all()
 
 
 def test_rows_without_a_gradient_forget_as_adams_do():
@@ -163,7 +163,7 @@ def test_rows_without_a_gradient_forget_as_adams_do():
     state = _state(rule, (2, 32))
     gradients = [_draw((2, 32), step) * torch.tensor([[1.0], [step < 5]]) for step in range(40)]
     *_, expected = _adam(gradients, (0.8, 0.9))
-    *_, found = [rule.update(gradient[None], [state])[0] for gradient in gradients]
+    *_, found = [rule.update(gradient, state) for gradient in gradients]
     size = torch.linalg.vector_norm
     assert size(found[1] - expected[1]) < 0.05 * size(expected[1])
 
@@ -173,11 +173,11 @@ def test_rows_that_are_decoded_together_do_not_matter(monkeypatch, rows):
     rule = _rule()
     states = [_state(rule, (10, 48)) for _ in range(2)]
     for step in range(4):
-        gradient = _draw((1, 10, 48), step)
+        gradient = _draw((10, 48), step)
         monkeypatch.setattr(quantized, "AT_ONCE", rows * 48)
-        found = rule.update(gradient.clone(), states[:1])
+        found = rule.update(gradient.clone(), states[0])
         monkeypatch.undo()
-        assert torch.equal(found, rule.update(gradient, states[1:]))
+        assert torch.equal(found, rule.update(gradient, states[1]))
     assert all(torch.equal(value, states[1].tensors[key]) for key, value in states[0].tensors.items())
 
 
@@ -185,10 +185,10 @@ def test_rows_that_are_decoded_together_do_not_matter(monkeypatch, rows):
 def test_workspace_bytes_are_what_an_update_allocates(shape):
     rule = _rule()
     state = _state(rule, shape)
-    matrices = torch.randn(1, *shape)
+    gradient = torch.randn(shape)
     with PeakBytes() as peak:
-        peak.inputs = {tensor.untyped_storage().data_ptr() for tensor in (matrices, *state.tensors.values())}
-        rule.update(matrices, [state])
+        peak.inputs = {tensor.untyped_storage().data_ptr() for tensor in (gradient, *state.values())}
+        rule.update(gradient, state)
     assert peak.peak == pytest.approx(rule.workspace_bytes(*shape, on_gpu=False), rel=0.03)
 
 
@@ -214,7 +214,7 @@ def test_the_plan_knows_the_bytes_of_a_step():
     state = _state(rule, shape)
     weight, gradient = _draw(shape, 0), _draw(shape, 1)
     with MovedBytes() as moved:
-        update = rule.update(gradient[None], [state])[0]
+        update = rule.update(gradient, state)
         weight.mul_(0.9).add_(update, alpha=-0.1)
     planned = MATRIX_OPTIMIZERS["adamw8bit"].bytes_per_element
     assert moved.total / weight.numel() == pytest.approx(planned, rel=0.02)

@@ -104,8 +104,8 @@ def refusal_of(config: Config, error: type[ValueError] = CheckpointError) -> str
 
 
 @contextlib.contextmanager
-def log_lines(*levels: str) -> Iterator[list[str]]:
-    """Collects the messages of these levels, such as "ERROR", that this process logs."""
+def log_lines(*levels: str, logger: logging.Logger = log) -> Iterator[list[str]]:
+    """Collects the messages of these levels, such as "ERROR", that this process logs with the logger."""
     lines: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
@@ -113,11 +113,11 @@ def log_lines(*levels: str) -> Iterator[list[str]]:
             lines.append(record.getMessage())
         return True
 
-    log.addFilter(keep)
+    logger.addFilter(keep)
     try:
         yield lines
     finally:
-        log.removeFilter(keep)
+        logger.removeFilter(keep)
 
 
 def checkpoint_at(run_dir: Path, step: int) -> Path:

@@ -128,11 +128,15 @@ def test_unreadable_held_out_text_is_reported_before_the_first_step(pools, input
     assert logged_steps(folder, "eval/loss") == [4, 8, 10]
 
 
-def test_too_many_bad_lines_stop_all_ranks_at_the_same_step(pools, inputs, tokenizer_path, tmp_path):
+@pytest.mark.parametrize("fault", ["more than data.max_bad_fraction", "its compressed data breaks off at byte"])
+def test_bad_text_stops_all_ranks_at_the_same_step(pools, inputs, tokenizer_path, tmp_path, fault):
     good = [json.dumps({"text": f"the rank of a merge {n} " * 5}).encode() for n in range(80)]
-    for number in range(2):
-        lines = good if number == 0 else good[:40] + [b"{not json"] * 40
-        write_shard(tmp_path / "data" / f"part-{number}.json.gz", lines)
+    write_shard(tmp_path / "data" / "part-0.json.gz", good)
+    if "max_bad_fraction" in fault:
+        write_shard(tmp_path / "data" / "part-1.json.gz", good[:40] + [b"{not json"] * 40)
+    else:
+        cut = write_shard(tmp_path / "data" / "part-1.json.gz", good)
+        cut.write_bytes(cut.read_bytes()[: 3 * cut.stat().st_size // 4])
     run_dir = tmp_path / "run"
     data = {"train": str(tmp_path / "data" / "*.json.gz"), "shuffle_documents": 4}
     config = run_config(
@@ -142,7 +146,7 @@ def test_too_many_bad_lines_stop_all_ranks_at_the_same_step(pools, inputs, token
     assert answers[0] == answers[1]
     assert answers[0][0] == "DataError"
     assert "part-1.json.gz" in answers[0][1]
-    assert "more than data.max_bad_fraction" in answers[0][1]
+    assert fault in answers[0][1]
     last = metrics(run_dir)[-1]["step"]
     assert checkpoint_at(run_dir, last).exists()
     again = pools(2)(ended, config)  # the same decision

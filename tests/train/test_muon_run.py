@@ -1,4 +1,4 @@
-"""Whole runs with Muon and LoRA-Muon: they resume to the bit, move between ranks and stages, and keep their rule."""
+"""Whole runs with Muon: they resume to the bit, move between ranks and stages, and keep their rule."""
 
 from __future__ import annotations
 
@@ -36,44 +36,35 @@ def config(inputs, tokenizer_path):
     return make
 
 
-CASES = [("muon", "remora", 0, True), ("muon", "full", 2, False), ("lora_muon", "relora", 3, True)]
-CASES += rest(
-    ("lora_muon", "lora", 2, False),
-    *[("muon", "relora", 1, True), ("muon", "remora", 1, False), ("muon", "remora", 2, False)],
-    *[("muon", "remora", 3, False), ("muon", "full", 3, True)],
-    *[("lora_muon", "relora", 0, False), ("lora_muon", "relora", 1, True), ("lora_muon", "relora", 2, True)],
-)
+CASES = [("remora", 0, True), ("full", 2, False), ("relora", 3, True)]
+CASES += rest(("relora", 1, True), ("remora", 1, False), ("remora", 2, False), ("remora", 3, False), ("full", 3, True))
 
 
-@pytest.mark.parametrize("matrices,method,stage,bf16", CASES)
-def test_a_resume_is_bit_equal(pools, ranks, config, tmp_path, matrices, method, stage, bf16):
+@pytest.mark.parametrize("method,stage,bf16", CASES)
+def test_a_resume_is_bit_equal(pools, ranks, config, tmp_path, method, stage, bf16):
     """Before a merge, and at one."""
     sections = {
-        "optim": {"matrices": matrices},
         "method": {"name": method, "reset": "random"},
         "train": {"zero_stage": stage, "precision": "bf16" if bf16 else "fp32", "deterministic": True, "steps": 8},
     }
     assert_resumes_are_bit_equal(pools(ranks), partial(config, world_size=ranks, **sections), tmp_path)
 
 
-MOVES = [("muon", 4, 3, 1, 0), ("lora_muon", 1, 0, 2, 3)]
-MOVES += rest(("muon", 2, 2, 4, 1), ("muon", 1, 0, 2, 3), ("muon", 2, 3, 1, 2), ("muon", 4, 1, 2, 0))
-MOVES += rest(("lora_muon", 4, 2, 2, 1), ("lora_muon", 2, 3, 1, 2), ("lora_muon", 4, 1, 2, 0))
+MOVES = [(4, 3, 1, 0), (1, 0, 2, 3), *rest((2, 2, 4, 1), (2, 3, 1, 2), (4, 1, 2, 0))]
 
 
-@pytest.mark.parametrize("matrices,world,stage,to_world,to_stage", MOVES)
+@pytest.mark.parametrize("world,stage,to_world,to_stage", MOVES)
 def test_a_moved_run_continues_as_if_it_had_not_moved(
-    pools, config, tmp_path_factory, tmp_path, matrices, world, stage, to_world, to_stage
+    pools, config, tmp_path_factory, tmp_path, world, stage, to_world, to_stage
 ):
     folder = tmp_path / "run"
-    reference = tmp_path_factory.getbasetemp() / f"{matrices}-that-never-moved"
-    small = {"micro_batch_size": 1, "steps": 9}  # a merge or a renewal follows the move
-    kind = {"optim": {"matrices": matrices}, "method": {"name": "remora" if matrices == "muon" else "relora"}}
+    reference = tmp_path_factory.getbasetemp() / "muon-that-never-moved"
+    small = {"micro_batch_size": 1, "steps": 9}  # a merge follows the move
     if not checkpoint_at(reference, 9).exists():
-        pools(1)(train, config(reference, train={"zero_stage": 0} | small, **kind))
-    pools(world)(train, config(folder, world, train={"zero_stage": stage} | small, **kind), stop_after=5)
+        pools(1)(train, config(reference, train={"zero_stage": 0} | small))
+    pools(world)(train, config(folder, world, train={"zero_stage": stage} | small), stop_after=5)
     large = small | {"zero_stage": to_stage, "micro_batch_size": 2}
-    pools(to_world)(train, config(folder, to_world, train=large, **kind))
+    pools(to_world)(train, config(folder, to_world, train=large))
     assert logged_values(folder) == pytest.approx(logged_values(reference), rel=0, abs=1e-5)
     assert len(logged_values(folder)) == 9
 

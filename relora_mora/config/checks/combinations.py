@@ -5,8 +5,15 @@ from typing import Any
 
 from relora_mora.config.checks.data import data_faults, generation_faults, length_faults, record_faults
 from relora_mora.config.checks.deepspeed import deepspeed_faults
-from relora_mora.config.checks.method import method_faults
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
+from relora_mora.config.checks.method import merge_remarks, method_faults
+from relora_mora.config.registry import (
+    MATRIX_OPTIMIZERS,
+    METHODS,
+    RULE_SETTINGS,
+    is_own,
+    optimizer_named,
+    settings_of_others,
+)
 from relora_mora.config.schema import SETTINGS, Config
 from relora_mora.config.types import Fault
 from relora_mora.system.logs import counted
@@ -57,10 +64,6 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
     if not (settings["method.train_embeddings"] or settings["method.train_head"]):
         unused["optim.others"] = "a run that trains neither embeddings nor head"
         others = "adamw"
-    if settings["optim.weight_decay"] == 0:
-        unused["optim.cautious_decay"] = "optim.weight_decay=0"
-    elif matrices == others == "adamw":
-        unused["optim.cautious_decay"] = "optim.matrices=adamw"
     if settings["method.base"] not in ("int8", "fp8"):
         unused["method.base_products"] = f"method.base={settings['method.base'] or 'null'}"
     if record is not None and record.adapter is not None:
@@ -68,9 +71,10 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
             unused["optim.lr_other"] = "a run that trains only adapters"
         if record.adapter.has_square and settings["method.square_size"] is not None:
             unused |= dict.fromkeys(SIZE_SETTINGS, "method.square_size")
-    optimizers = map(MATRIX_OPTIMIZERS.get, (matrices, others))
     cause = f"optim.matrices={matrices}" + ("" if others == "adamw" else f" with optim.others={others}")
-    unused |= dict.fromkeys(settings_of_others(MATRIX_OPTIMIZERS, *optimizers), cause)
+    unused |= dict.fromkeys(settings_of_others(MATRIX_OPTIMIZERS, *map(optimizer_named, (matrices, others))), cause)
+    if not is_own(matrices):
+        unused |= dict.fromkeys(RULE_SETTINGS, f"optim.matrices={matrices}")
     return unused | dict.fromkeys(settings_of_others(METHODS, record), f"method {method}")
 
 
@@ -93,48 +97,33 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     yield from _other_faults(config)
 
 
-def _optimizer_faults(config: Config) -> Iterator[Fault]:
+def remarks(config: Config) -> Iterator[str]:
+    """What a run does about settings that its length leaves no room for, such as those of a quick try."""
     optim = config.optim
     steps = config.train.steps
-    record = MATRIX_OPTIMIZERS[optim.matrices]
-    if not record.suits(config.method.record):
-        methods = [method.name for method in METHODS.values() if record.suits(method)]
-        yield Fault(
-            ("optim.matrices", "method.name"),
-            f"{optim.matrices} updates LoRA's A and B together, but the method {config.method.name} has no such pairs; "
-            f"use optim.matrices={record.of_single}, or method.name={' or '.join(methods)}",
-        )
-    if record.of_single and optim.cautious_decay and optim.weight_decay:
-        yield Fault(
-            ("optim.cautious_decay", "optim.matrices"),
-            f"{optim.matrices} decays the product of LoRA's A and B as a whole, so it cannot leave out elements; "
-            "set optim.cautious_decay=false",
-        )
-    if optim.matrices == "apollo" and optim.projection_rank == 1:
-        yield Fault(
-            ("optim.projection_rank", "optim.matrices"),
-            "apollo divides each column of a step by the norm of its projection; at rank 1 that is a single number, "
-            "often close to zero, and some columns would step a thousand times too far; use 2 or more, or "
-            "optim.matrices=apollo_mini, which has rank 1 and scales the matrix as a whole",
-        )
+    length = f"the run of {counted(steps, 'step')}"
     if optim.warmup_steps >= steps:
-        yield Fault(
-            ("optim.warmup_steps", "train.steps"),
-            f"a warmup of {counted(optim.warmup_steps, 'step')} leaves no other steps in a run of "
-            f"{counted(steps, 'step')}; lower it or raise train.steps",
+        yield (
+            f"optim.warmup_steps: {length} ends within the warmup of {counted(optim.warmup_steps, 'step')}, at "
+            f"{steps / optim.warmup_steps:.0%} of the peak rates"
         )
-    if optim.schedule != "wsd":
-        if optim.decay_steps is None:
-            return
+    elif optim.schedule == "wsd" and optim.decay_of(steps) < (optim.decay_steps or 0):
+        yield (
+            f"optim.decay_steps: {length} has no room for {optim.decay_steps} after the warmup: the decay has "
+            f"{counted(optim.decay_of(steps), 'step')}"
+        )
+    yield from merge_remarks(config)
+    for number, stage in enumerate(config.data.stages):
+        if stage.from_step > steps:
+            yield f"data.stages.{number}.from_step: {length} ends before this stage, which begins at {stage.from_step}"
+
+
+def _optimizer_faults(config: Config) -> Iterator[Fault]:
+    optim = config.optim
+    if optim.schedule != "wsd" and optim.decay_steps is not None:
         yield Fault(
             ("optim.decay_steps", "optim.schedule"),
             f"only the schedule wsd uses it, got {optim.schedule}; remove it or set optim.schedule=wsd",
-        )
-    elif optim.warmup_steps + (decay := optim.decay_of(steps)) > steps:
-        yield Fault(
-            ("optim.decay_steps", "optim.warmup_steps", "train.steps", "optim.schedule"),
-            f"{counted(decay, 'step')} of decay and {optim.warmup_steps} of warmup exceed "
-            f"the run's {counted(steps, 'step')}; shorten them",
         )
 
 

@@ -8,7 +8,6 @@ from relora_mora.config.data import CONVERSATIONS, DataConfig, RecordsConfig, Te
 from relora_mora.config.lengths import ALTERNATIVES
 from relora_mora.config.schema import Config
 from relora_mora.config.types import Fault
-from relora_mora.system.logs import counted
 
 _MIXTURE_KEYS = ("weight", "max_epochs", "at_max_epochs")
 _LENGTHS = {"train": "the length of a run", "optim": "the warmup"}
@@ -148,12 +147,6 @@ def _stage_faults(config: Config) -> Iterator[Fault]:
                 f"{stage.from_step} is not after the previous stage ({before}); give stages in the order of steps",
             )
         before = stage.from_step
-        if stage.from_step > config.train.steps:
-            yield Fault(
-                (f"{setting}.from_step", "data.stages", "train.steps"),
-                f"{stage.from_step} is never reached in a run of {counted(config.train.steps, 'step')}; "
-                "lower it or remove the stage",
-            )
         if set(stage.weights) != set(labels):
             yield Fault(
                 (f"{setting}.weights", "data.stages", "data.train"),

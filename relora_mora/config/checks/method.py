@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+from relora_mora.config.lengths import restart_warmup
 from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import DECODER_LINEARS, Config, MethodConfig
 from relora_mora.config.types import Fault
@@ -60,17 +61,17 @@ def _base_faults(method: MethodConfig) -> Iterator[Fault]:
     base = method.eight_bits
     if base is None:
         return
-    if method.form == "merged" and method.base_products:
+    if method.form == "merged" and method.base_products is True:
         yield Fault(
             ("method.form", "method.base", "method.base_products", "method.name"),
             f"merged rounds W + delta to {base} for each use, which takes longer than its products save; use "
-            "method.form=auto, or method.base_products=false",
+            "method.form=auto, or method.base_products=auto",
         )
-    if method.form == "resident" and not method.base_products:
+    if method.form == "resident" and method.base_products is False:
         yield Fault(
             ("method.form", "method.base", "method.base_products", "method.name"),
             f"resident keeps W + delta in the compute type next to the weights in {base}, which takes more memory than "
-            "method.base=null; use method.form=auto or method.base_products=true",
+            "method.base=null; use method.form=auto or method.base_products=auto",
         )
 
 
@@ -139,7 +140,6 @@ def _cycle_faults(method: MethodConfig) -> Iterator[Fault]:
 def _merge_faults(config: Config) -> Iterator[Fault]:
     method = config.method
     optim = config.optim
-    every = method.merge_every
     if not method.merges:
         return
     if method.reset not in ("full", "none") and not optim.of_group("adapters").moments:
@@ -148,30 +148,39 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
             f"{method.reset} changes element-wise moments, but {optim.matrices} has none; "
             "use method.reset=full or none",
         )
-    without = f"use method.name={method.record.without_merges}"
-    if every >= config.train.steps:
-        yield Fault(
-            ("method.merge_every", "train.steps", "method.name"),
-            f"{every} means no merge in a run of {counted(config.train.steps, 'step')}; lower it, or {without}",
-        )
-        return
-    if method.merge_until_step is not None and method.merge_until_step < every:
+    if method.merge_until_step is not None and method.merge_until_step < method.merge_every:
         yield Fault(
             ("method.merge_until_step", "method.merge_every", "method.name"),
-            f"{method.merge_until_step} comes before the first merge (step {every}); raise it, or {without}",
+            f"{method.merge_until_step} comes before the first merge (step {method.merge_every}); raise it, or use "
+            f"method.name={method.record.without_merges}",
+        )
+
+
+def merge_remarks(config: Config) -> Iterator[str]:
+    """What a run does about merges that its length leaves no room for."""
+    method = config.method
+    optim = config.optim
+    every = method.merge_every
+    if not method.merges:
+        return
+    if every >= config.train.steps:
+        yield (
+            f"method.merge_every: the run of {counted(config.train.steps, 'step')} ends before its first merge, which "
+            f"would follow step {every}: it trains as {method.record.without_merges} does"
         )
         return
-    if every < optim.warmup_steps and optim.restart_warmup_steps:
-        yield Fault(
-            ("method.merge_every", "optim.warmup_steps", "method.name"),
-            f"the first merge (step {every}) comes before the warmup ends (step {optim.warmup_steps}); raise it, "
-            "or set optim.restart_warmup_steps=0",
+    if not optim.restart_warmup_steps:
+        return
+    if every < optim.warmup_steps:
+        yield (
+            f"method.merge_every: the first merge (step {every}) comes before the warmup ends (step "
+            f"{optim.warmup_steps}): the warmup after it rises to the rate that the first warmup has then"
         )
-    if every < optim.restart_warmup_steps:
-        yield Fault(
-            ("method.merge_every", "optim.restart_warmup_steps", "method.name"),
-            f"{counted(every, 'step')} between merges, fewer than optim.restart_warmup_steps "
-            f"({optim.restart_warmup_steps}); raise it or lower optim.restart_warmup_steps",
+    restart = restart_warmup(method, optim)
+    if restart < optim.restart_warmup_steps:
+        yield (
+            f"optim.restart_warmup_steps: {optim.restart_warmup_steps} are more than the steps between merges: each "
+            f"warmup after a merge has {counted(restart, 'step')}"
         )
 
 

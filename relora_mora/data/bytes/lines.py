@@ -1,7 +1,7 @@
 """Decompresses a shard into pieces of bounded size, and splits these into lines of limited length.
 
-The shard's bytes, not its name, show whether it is plain, gzip or zstd. A fault in a shard becomes a skipped line at a
-fixed place, so every later decision about it is the same each time the shard is read.
+The shard's bytes, not its name, show whether it is plain, gzip or zstd. A line that is too long is skipped. Damage of a
+compressed shard is an error.
 """
 
 import re
@@ -11,15 +11,17 @@ from typing import Protocol
 
 from relora_mora.data.bytes.local import LocalBytes
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.shard import Shard
+from relora_mora.data.shard import COMPRESSED, Shard
 
-CHUNK_BYTES = 1 << 16  # of the file; always whole chunks, so that a damaged shard fails at the same place every time
+CHUNK_BYTES = 1 << 16  # of the file
 PIECE_BYTES = 1 << 20  # the largest output of one gzip call
 ZSTD_FEED_BYTES = 1 << 10  # zstd has no limit on its output, but 1 KiB decompresses to at most 32 MiB
 ZSTD_WINDOW_BYTES = 1 << 31  # the largest window that zstd writes (--long=31)
 GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 BOM = b"\xef\xbb\xbf"
-_ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL)  # a frame, or a skippable frame
+_ZSTD_HEAD = re.compile(re.escape(ZSTD_MAGIC) + rb"|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL)  # a frame, or a skippable one
+BREAKS_OFF = "breaks off at"
 
 Read = Callable[[int], bytes]
 
@@ -40,11 +42,7 @@ class ShardBytes(Protocol):
 
 
 class DamagedShardError(Exception):
-    """The compressed stream ends here. ``reason`` is ``truncated`` or ``corrupt``."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    """The compressed stream cannot be read beyond this place. The message says why."""
 
 
 def decompress(source: ShardBytes, shard: Shard) -> Iterator[bytes]:
@@ -60,8 +58,10 @@ def decompress(source: ShardBytes, shard: Shard) -> Iterator[bytes]:
 
     if head.startswith(GZIP_MAGIC):
         yield from _gunzip(read)
-    elif _ZSTD_MAGIC.match(head):
+    elif _ZSTD_HEAD.match(head):
         yield from _unzstd(read, shard.label)
+    elif shard.name.lower().endswith(COMPRESSED) and (GZIP_MAGIC.startswith(head) or ZSTD_MAGIC.startswith(head)):
+        raise DamagedShardError(BREAKS_OFF)
     else:
         while data := read(CHUNK_BYTES):
             yield data
@@ -96,14 +96,14 @@ def _gunzip(read: Read) -> Iterator[bytes]:
             break
         yield piece
     if not decompressor.eof:
-        raise DamagedShardError("truncated")
+        raise DamagedShardError(BREAKS_OFF)
 
 
 def _zlib_piece(decompressor: "zlib._Decompress", data: bytes) -> bytes:
     try:
         return decompressor.decompress(data, PIECE_BYTES)
     except zlib.error as error:
-        raise DamagedShardError("corrupt") from error
+        raise DamagedShardError(f"is damaged ({error}) before") from error
 
 
 def _unzstd(read: Read, name: str) -> Iterator[bytes]:
@@ -128,12 +128,12 @@ def _unzstd(read: Read, name: str) -> Iterator[bytes]:
                             f"{name}: there is not enough memory for its compression window (zstd --long); "
                             "lower data.lanes or data.workers, or compress it again without --long"
                         ) from error
-                    raise DamagedShardError("corrupt") from error
+                    raise DamagedShardError(f"is damaged ({error}) before") from error
                 if piece:
                     yield piece
                 data = decompressor.unused_data if decompressor.eof else b""
     if not decompressor.eof:
-        raise DamagedShardError("truncated")
+        raise DamagedShardError(BREAKS_OFF)
 
 
 class ShardLines:
@@ -146,6 +146,7 @@ class ShardLines:
 
     def __init__(self, shard: Shard, *, max_line_bytes: int, timeout_seconds: float) -> None:
         self.row = 0
+        self._label = shard.label
         self._bytes = _open(shard, timeout_seconds)
         self._pieces = decompress(self._bytes, shard)
         self._limit = max_line_bytes
@@ -178,7 +179,7 @@ class ShardLines:
         return True
 
     def take(self) -> bytes | Skipped | None:
-        """The next line without its newline; None at the end."""
+        """The next line without its newline; None at the end. Raises SourceError if the shard is damaged here."""
         if self._next == len(self._lines) and not self._refill():
             return None
         line = self._lines[self._next]
@@ -194,9 +195,10 @@ class ShardLines:
             try:
                 piece = next(self._pieces, None)
             except DamagedShardError as damage:
-                self._lines = [Skipped(damage.reason)]  # the line that contains the damage is lost
-                self._ended = True
-                break
+                raise SourceError(
+                    f"{self._label}: its compressed data {damage} byte {self._bytes.position:,}, after line "
+                    f"{self.row:,} of its text; expected a complete gzip or zstd file: fetch it again, or drop it"
+                ) from damage
             if piece is not None:
                 self._cut(piece)
                 continue

@@ -10,7 +10,8 @@ from typing import Any
 
 from relora_mora.config.checks.combinations import OPERATIONAL, unused_settings
 from relora_mora.config.data import RecordsConfig, TextSource
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS
+from relora_mora.config.registry import METHODS, optimizer_named
+from relora_mora.config.removed import OLD_DEFAULTS
 from relora_mora.experiments.compare.runs import CompareError, Run, Series
 
 SEEDS = ("train.seed", "data.seed")
@@ -27,9 +28,9 @@ _IGNORED = {
     "train.tokens",
 }
 _IN_TITLE = ("method.name", "method.operators")
-# kept records of release 0.2 name what later releases no longer have: titles, and settings with their defaults
+# kept records of release 0.2 name what later releases no longer have
 _SLTRAIN = "sltrain"  # LoRA with a sparse matrix
-_OPTIMIZERS = {record.name: record.title for record in MATRIX_OPTIMIZERS.values()} | {
+_OLD_OPTIMIZERS = {
     "apollo": "APOLLO",
     "apollo_mini": "APOLLO-Mini",
     "fira": "Fira",
@@ -38,15 +39,6 @@ _OPTIMIZERS = {record.name: record.title for record in MATRIX_OPTIMIZERS.values(
     "normuon": "NorMuon",
     "polar_muon": "Muon with Polar Express",
     "sumo": "SUMO",
-}
-_SETTINGS_OF_0_2 = {
-    "method.full_steps": 0,
-    "method.sparse_density": 0.03,
-    "optim.cautious_decay": False,
-    "optim.lr_full": None,
-    "optim.projection_every": 200,
-    "optim.projection_rank": 128,
-    "optim.projection_scale": None,
 }
 
 
@@ -229,7 +221,7 @@ def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     name = "lora" if settings["method.name"] == _SLTRAIN else settings["method.name"]
     method = METHODS.get(name)
     unused = {*unused_settings({**settings, "method.name": name})}
-    unused |= {name for name, default in _SETTINGS_OF_0_2.items() if settings.get(name) == default}
+    unused |= {name for name, default in OLD_DEFAULTS.items() if settings.get(name) == default}
     used = {name: value for name, value in settings.items() if name not in unused}
     if method is not None and not method.merges and "method.operators" in used:
         used["method.operators"] = used["method.operators"][:1]
@@ -245,9 +237,9 @@ def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for each in settings for name in each if name not in _IN_TITLE)
     values = {
         name: {
-            _as_text(each.get(name, _SETTINGS_OF_0_2.get(name)))
+            _as_text(each.get(name, OLD_DEFAULTS.get(name)))
             for each in settings
-            if name in each or name in _SETTINGS_OF_0_2
+            if name in each or name in OLD_DEFAULTS
         }
         for name in names
     }
@@ -277,8 +269,9 @@ def _differences(settings: Mapping[str, Any], names: Sequence[str], full_paths: 
         value = settings.get(name)
         if value in (None, {}) or (name == "method.operators" and len(settings[name]) > 1):
             continue
-        if name == "optim.matrices" and value in _OPTIMIZERS:
-            shown.append(_OPTIMIZERS[value])
+        if name == "optim.matrices":
+            optimizer = optimizer_named(value)
+            shown.append(_OLD_OPTIMIZERS.get(value, value) if optimizer is None else optimizer.title)
             continue
         title = section if key == "name" else key if key_counts[key] == 1 else f"{section} {key}"
         title = title.replace("_", " ")

@@ -37,11 +37,11 @@ EAGER: Work = {
     (LORA, "int8", False): LayerWork(200, 1134),
     (LORA, "int8", True): LayerWork(172, 884),
     (LORA, "fp8", True): LayerWork(172, 728),
-    (MORA, None, False): LayerWork(132, 678),
-    (MORA, None, True): LayerWork(118, 660),
+    (MORA, None, False): LayerWork(141, 681),
+    (MORA, None, True): LayerWork(127, 663),
     (MORA, "int8", False): LayerWork(165, 914),
-    (MORA, "int8", True): LayerWork(146, 855),
-    (MORA, "fp8", True): LayerWork(146, 700),
+    (MORA, "int8", True): LayerWork(155, 859),
+    (MORA, "fp8", True): LayerWork(155, 703),
 }
 COMPILED: Work = {
     (None, None, False): LayerWork(35, 277),
@@ -50,11 +50,11 @@ COMPILED: Work = {
     (LORA, "int8", False): LayerWork(78, 529),
     (LORA, "int8", True): LayerWork(79, 445),
     (LORA, "fp8", True): LayerWork(90, 328),
-    (MORA, None, False): LayerWork(58, 311),
-    (MORA, None, True): LayerWork(44, 293),
+    (MORA, None, False): LayerWork(67, 315),
+    (MORA, None, True): LayerWork(53, 297),
     (MORA, "int8", False): LayerWork(76, 494),
-    (MORA, "int8", True): LayerWork(53, 417),
-    (MORA, "fp8", True): LayerWork(64, 312),
+    (MORA, "int8", True): LayerWork(62, 420),
+    (MORA, "fp8", True): LayerWork(73, 315),
 }
 FASTER_IN_8_BITS = 2  # peak of int8 and fp8 products over that of bf16, in the data sheets of all cards that have them
 
@@ -96,7 +96,7 @@ def compute_time(
     adapter = config.method.record.adapter
     if (adapter, None, False) not in EAGER:
         adapter = LORA
-    base = config.method.eight_bits if config.method.base_products else None
+    base = config.method.eight_bits if config.method.base_products is True else None
     table = COMPILED if setup.compiles else EAGER
     work = table[adapter, base if base is None or resident else "int8", resident]
     if resident:  # layers that are not resident build W + delta twice in each micro-batch

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS
+from relora_mora.config.checks.combinations import remarks
+from relora_mora.config.registry import METHODS, is_own, split_rule
 from relora_mora.config.schema import Config
 from relora_mora.experiments.planner.cluster import Cluster, StepTime, step_time
 from relora_mora.experiments.planner.compute import PRODUCTS_RATE, ComputeTime, compute_time
@@ -71,7 +72,8 @@ class Plan:
     @property
     def merge_every(self) -> int:
         """Steps between merges; 0 if there are none."""
-        return self.config.method.merge_every if self.config.method.merges else 0
+        method = self.config.method
+        return method.merge_every if method.merges and method.merge_every < self.config.train.steps else 0
 
     @property
     def savings(self) -> list[str]:
@@ -205,26 +207,28 @@ def make_plan(
         network={name: {stage: each.network for stage, each in stages.items()} for name, stages in needs.items()},
         time=_time(needs[config.method.name], model, cluster, flops, peak, tokens_per_second, utilisation),
         notes=[
-            *(_svd_notes(config) if tokens_per_second is None else []),
+            *remarks(config),
+            *_rule_notes(config),
             *([] if on_cpu else [*_fp8_notes(config, cluster.device), *uneven_widths(model_config)]),
         ],
     )
 
 
-def _svd_notes(config: Config) -> list[str]:
-    """What the time leaves out, if it is not measured."""
-    record = MATRIX_OPTIMIZERS[config.optim.matrices]
-    if not record.is_slow:
+def _rule_notes(config: Config) -> list[str]:
+    """What is not known of a rule of one's own."""
+    if not is_own(config.optim.matrices):
         return []
+    rule = split_rule(config.optim.matrices)[1]
     return [
-        f"the time is too short: it leaves out the singular vectors that {record.title} computes; measure some steps"
+        f"the memory of {rule} is what its state_shapes say, and its work is counted only if it has flops and "
+        "workspace_bytes; measure some steps"
     ]
 
 
 def _fp8_notes(config: Config, device: Device) -> list[str]:
     """What the start of a run on this device would say about its products in fp8."""
     method = config.method
-    if method.eight_bits != "fp8" or not method.base_products or device.name not in WITHOUT_FP8:
+    if method.eight_bits != "fp8" or method.base_products is not True or device.name not in WITHOUT_FP8:
         return []
     return [
         f"a run with method.base=fp8 is refused here: {device.name} has no fp8 products; "
@@ -244,9 +248,7 @@ def _needs(
     """[method][stage] for the run's method and for every other method that works with its settings."""
     device = cluster.device
     found: dict[str, dict[int, _Needs]] = {}
-    for name, method in METHODS.items():
-        if not (config.optim.of_group("adapters").suits(method) or method.adapter is None):
-            continue
+    for name in METHODS:
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
         try:
             model = meta_model(model_config, other.method)

@@ -7,6 +7,7 @@ from relora_mora.config.schema import Config
 from relora_mora.experiments.study.conduct import known_cells
 from relora_mora.experiments.study.design import Study
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs, input_key, refuse
+from relora_mora.optim.own import with_rule
 from relora_mora.train.begin.check import check_model
 from relora_mora.train.begin.inputs import open_inputs
 from relora_mora.weights.load import with_tokenizer
@@ -21,7 +22,7 @@ def check_inputs(study: Study, folder: StudyFolder) -> None:
     faults: dict[str, str] = {}
     opened: set[str] = set()
     for cell, config in cell_configs(study, cells, folder).items():
-        cell_faults = _faults(check_model, config)
+        cell_faults = [*_faults(check_model, config), *_faults(with_rule, config)]
         inputs = input_key(config)
         if inputs not in opened:
             opened.add(inputs)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from relora_mora.config.checks.combinations import unused_settings
 from relora_mora.config.lengths import tree_of
 from relora_mora.config.load import FINETUNING, ConfigError, config_of, stored_config
 from relora_mora.config.schema import Config
@@ -154,8 +155,9 @@ class StudyFolder:
                 f"{self.run(cell).path} was started with settings that this version does not know; {self._remedy(cell)}"
             ) from error
         names = _differences(tree_of(known), tree_of(config))
+        unused = unused_settings(known.by_name).keys() & unused_settings(config.by_name).keys()
         # a resume compares the text at its commits itself
-        changed = {name for name in names if name not in PLACES and not name.startswith("data.commits.")}
+        changed = {name for name in names if name not in PLACES | unused and not name.startswith("data.commits.")}
         if any(start.get("omp_num_threads") not in (None, "", str(threads)) for start in self._starts(cell)):
             changed.add("threads")
         if changed:

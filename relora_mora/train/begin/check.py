@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from relora_mora.adapters.stored import check_device
+from relora_mora.adapters.stored import check_device, with_products
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.checkpoint.reader import newest_manifest
 from relora_mora.config.checks.combinations import unused_by
@@ -31,7 +32,7 @@ from relora_mora.model.llama import check_attention, compiles_here
 from relora_mora.sizing.fit import check_adapters, check_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.system.hardware import fast_bf16, gpu_memory_bytes, host_memory_bytes, uses_cuda
-from relora_mora.system.logs import log
+from relora_mora.system.logs import log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens, save_tokenizer, tokenizer_fingerprint
@@ -123,6 +124,26 @@ def check_model(config: Config) -> PreTrainedConfig:
     return model_config
 
 
+def with_chosen_products(config: Config) -> Config:
+    """Replaces ``method.base_products: auto`` by what is faster on this machine; the ranks compare it later."""
+    if not config.method.uses_adapters:
+        return config
+    method, reason = with_products(
+        config.method,
+        bf16=_computes_in_bf16(config),
+        capability=torch.cuda.get_device_capability() if uses_cuda() else None,
+        vnni=torch.cpu._is_vnni_supported(),
+    )
+    if reason is not None:
+        chosen = "multiplied in 8 bits" if method.base_products else "only stored in 8 bits, which is faster here"
+        shared_log.info("method.base_products: weights under adapters are %s (%s)", chosen, reason)
+    return config.model_copy(update={"method": method})
+
+
+def _computes_in_bf16(config: Config) -> bool:
+    return fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
+
+
 def memory_of_rank() -> float:
     """Bytes of this rank's GPU, or its share of the host's memory."""
     return gpu_memory_bytes() if uses_cuda() else host_memory_of_rank()
@@ -137,7 +158,7 @@ def check(config: Config, world_size: int) -> ResolvedRun:
     data = config.data
     model_config = check_model(config)
     compiled = compiles_here(config.model, config.train.zero_stage, on_gpu=uses_cuda())
-    bf16 = fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
+    bf16 = _computes_in_bf16(config)
     on_gpu = uses_cuda()
     check_attention(config.model, bf16=bf16)
     check_device(config.method, bf16=bf16, on_gpu=on_gpu)

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from relora_mora.checkpoint.layout import Manifest
 from relora_mora.config.checks.combinations import BESIDE_ADAPTERS, OPERATIONAL, SIZE_SETTINGS
 from relora_mora.config.data import TextSource
-from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, settings_of_others
+from relora_mora.config.registry import METHODS, RULE_SETTINGS, is_own, settings_of_others, split_rule
 from relora_mora.config.removed import OLD_DEFAULTS
 from relora_mora.config.schema import SETTINGS, lanes_of
 from relora_mora.model.config import keys_with, stored_model_config
@@ -59,7 +60,6 @@ FIXED_SETTINGS = {
         ("optim.matrices", "optim.others"),
         "one optimizer cannot use the state of another; start a new run with model.init_from",
     ),
-    "optim.projection_rank": "moments have the shape of their rank; start a new run with model.init_from",
 }
 ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # they decide what a position in the data means
 TEXT_SETTINGS = {  # they decide which text is read, and what its rows are
@@ -121,9 +121,12 @@ def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator
     now = replace(now, config=_comparable(now.config))
     fixed_settings = _fixed_settings(saved, now)
     free = FREE_SETTINGS | allowed
+    changed = list(changed_settings(saved.config, now.config))
+    if "optim.matrices" in changed:
+        free.update(RULE_SETTINGS)  # they follow
     settings = [
         name
-        for name in changed_settings(saved.config, now.config)
+        for name in changed
         if name in fixed_settings or not (name in free or name.partition(".")[0] in FREE_SECTIONS)
     ]
     for name in settings:
@@ -144,13 +147,21 @@ def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator
 
 
 def _comparable(config: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Replaces a null number of lanes by its value, and sorts names whose order does not matter."""
+    """Replaces a null number of lanes by its value, and sorts names whose order does not matter.
+
+    The file of a rule has only its name: its digest is compared, too.
+    """
     lanes = config["data"]["lanes"] or lanes_of(config["train"]["batch_size"])
     modules = sorted(_value(config, "method.target_modules"))
+    matrices = _value(config, "optim.matrices")
+    if is_own(matrices):
+        file, name = split_rule(matrices)
+        matrices = f"{Path(file).name}:{name}"
     return {
         **config,
         "data": {**config["data"], "lanes": lanes},
         "method": {**config["method"], "target_modules": modules},
+        "optim": {**config["optim"], "matrices": matrices},
     }
 
 
@@ -174,8 +185,7 @@ def _default(section: str, key: str) -> Any:
 def _fixed_settings(saved: Identity, now: Identity) -> dict[str, str]:
     """The ``FIXED_SETTINGS`` that the run uses. ``method.name`` is left out if both methods have the same adapter."""
     before, after = (METHODS[_value(each.config, "method.name")] for each in (saved, now))
-    optimizers = (MATRIX_OPTIMIZERS[_value(saved.config, name)] for name in ("optim.matrices", "optim.others"))
-    unused = settings_of_others(MATRIX_OPTIMIZERS, *optimizers) | settings_of_others(METHODS, before)
+    unused = settings_of_others(METHODS, before)
     if before.adapter is after.adapter:
         unused.add("method.name")
     return {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}

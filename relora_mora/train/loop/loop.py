@@ -16,7 +16,7 @@ from relora_mora.data.lanes import merge_states
 from relora_mora.data.stream.packing import Batch, document_boundaries
 from relora_mora.data.stream.stream import TrainStream
 from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
-from relora_mora.optim.groups import group_rates
+from relora_mora.optim.groups import group_rates, matrix_rules
 from relora_mora.supervise.exits import FINISHED, REQUEUE
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.hardware import to_device
@@ -135,7 +135,8 @@ class Trainer:
             )
         self.progress = Progress(total=config.train.steps, done=state.step, show=first and config.log.progress)
         self.loader = BatchLoader(self.data, config.data, guard)
-        self.update_seconds = LONG_SECONDS if config.optim.of_group("linears").is_slow else None
+        is_slow = any(rule.is_slow for rule in matrix_rules(config.optim).values())
+        self.update_seconds = LONG_SECONDS if is_slow else None
         self.monitor = StabilityMonitor(config, self.rank, run.engine.world_size, self.write, self._can_roll_back)
         self.merging = Merging(run, guard, self.write, before=self.writer.wait_for_base)
         self.reporting = Reporting(run, self.write, self.progress)

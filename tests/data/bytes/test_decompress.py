@@ -1,21 +1,25 @@
-"""The lines of damaged and undamaged, plain and compressed shards."""
+"""The lines of plain and compressed shards, and what becomes of damaged ones."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 import struct
 import subprocess
 import sys
 import zlib
+from contextlib import closing
 
 import pytest
 import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from relora_mora.data.errors import Skipped, SourceError
+from relora_mora.data.bytes.lines import CHUNK_BYTES, ShardLines
+from relora_mora.data.errors import SourceError
 from relora_mora.data.formats.file_rows import iter_texts
+from relora_mora.data.shard import Shard
 from tests.tools.data_tools import data_config, line, lines_of, some_texts, write_shard
 from tests.tools.helpers import ROOT
 
@@ -109,23 +113,63 @@ def test_text_after_a_byte_order_mark_and_blanks_for_any_file_name(tmp_path, nam
     assert list(iter_texts(str(path), split="train", config=data_config(path))) == ["text"]
 
 
+KINDS = [f"{kind}{packed}" for kind in (".json", ".txt", ".csv") for packed in (".gz", ".zst")]
+
+
+def _packed(path, texts):
+    """The bytes of a shard whose text has a checksum, as the command lines of gzip and zstd write it."""
+    body = write_shard(path.with_suffix(""), texts).read_bytes()
+    return gzip.compress(body) if path.suffix == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress(body)
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_a_shard_that_breaks_off_anywhere_is_an_error(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    body = _packed(path, some_texts(9))
+    for size in range(len(body)):
+        path.write_bytes(body[:size])
+        with pytest.raises(SourceError, match=rf"a{suffix}: its compressed data breaks off at byte {size}, "):
+            list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=1.0)))
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_a_byte_that_changed_is_an_error_or_changes_no_text(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    texts = some_texts(9)
+    body = _packed(path, texts)
+    for at in range(len(body)):
+        path.write_bytes(body[:at] + bytes([body[at] ^ 255]) + body[at + 1 :])
+        try:
+            found = list(iter_texts(str(path), split="train", config=data_config(path)))
+        except SourceError:
+            continue
+        assert found == texts
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_shard_that_breaks_off_or_is_damaged(tmp_path, suffix):
-    whole = write_shard(tmp_path / f"a{suffix}", some_texts(4000))
-    expected = lines_of(whole)
-    body = whole.read_bytes()
-    cut = tmp_path / f"cut{suffix}"
-    cut.write_bytes(body[: len(body) // 2])
-    lines = lines_of(cut)
-    assert lines[-1] == Skipped("truncated")
-    assert 1000 < len(lines) < 3000
-    assert lines[:-1] == expected[: len(lines) - 1]
-    damaged = tmp_path / f"damaged{suffix}"
-    damaged.write_bytes(body[: len(body) // 2] + b"\xff" * 100 + body[len(body) // 2 + 100 :])
-    assert isinstance(lines_of(damaged)[-1], Skipped)
-    assert lines_of(damaged) == lines_of(damaged)
-    damaged.write_bytes(b"junk" + body[4:])
+def test_damage_is_named_by_byte_and_line(tmp_path, suffix):
+    path = write_shard(tmp_path / f"a{suffix}", some_texts(20_000))
+    whole = lines_of(path)
+    body = path.read_bytes()
+    middle = len(body) // 2
+    for damaged, says in (
+        (body[:middle], "breaks off at"),
+        (body[:middle] + b"\xff" * 100 + body[middle:], "is damaged"),
+    ):
+        path.write_bytes(damaged)
+        with (
+            closing(ShardLines(Shard(path.name, str(path)), max_line_bytes=1000, timeout_seconds=1.0)) as reader,
+            pytest.raises(SourceError, match=says) as raised,
+        ):
+            for _ in whole:
+                reader.take()
+        byte, line_number = re.findall(r"byte ([\d,]+), after line ([\d,]+) ", str(raised.value))[0]
+        assert middle <= int(byte.replace(",", "")) <= middle + CHUNK_BYTES
+        assert reader.row == int(line_number.replace(",", "")) > 1000
+
+
+def test_a_compressed_header_that_is_damaged_is_not_text(tmp_path):
+    path = write_shard(tmp_path / "a.json.gz", some_texts(400))
+    path.write_bytes(b"junk" + path.read_bytes()[4:])
     with pytest.raises(SourceError, match=r"lines are bad, more than data\.max_bad_fraction"):
-        list(iter_texts(str(damaged), split="train", config=data_config(damaged)))
-    damaged.write_bytes(b"")
-    assert lines_of(damaged) == []
+        list(iter_texts(str(path), split="train", config=data_config(path)))

@@ -1,4 +1,4 @@
-"""Bad lines and damaged shards are counted by reason, named, skipped up to a limit, and the same on every resume."""
+"""Bad lines are counted by reason, named, skipped up to a limit, and the same on every resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from tests.tools.data_tools import (
     make_lane,
     some_texts,
     write_shard,
-    write_shards,
 )
 
 LINES = {
@@ -98,26 +97,24 @@ def test_lanes_that_share_a_shard_count_each_line_once(tmp_path, lanes, suffix):
     assert counted == Counter(kind for kind in kinds if kind != "text")
 
 
-def test_damaged_shards_between_good_ones(tmp_path):
+def test_shards_without_text_between_good_ones(tmp_path):
     good = [some_texts(20, seed=n) for n in range(2)]
     paths = [write_shard(tmp_path / f"good{n}.json.gz", good[n]) for n in range(2)]
-    paths += [tmp_path / f"{name}.json.gz" for name in ("cut", "empty", "page")]
-    paths[2].write_bytes(paths[0].read_bytes()[:-9])
-    paths[3].write_bytes(b"")
-    paths[4].write_bytes(b"<!DOCTYPE html>\n<html>\n\n<body>Log in</body>\n</html>\n")
+    paths += [tmp_path / "empty.json", tmp_path / "page.json.gz"]
+    paths[2].write_bytes(b"")
+    paths[3].write_bytes(b"<!DOCTYPE html>\n<html>\n\n<body>Log in</body>\n</html>\n")
     lane = _lane([str(path) for path in paths])
     found = documents_in(epoch_tokens(lane))
     while lane.state()["epoch"] < 2:  # skipped shards at the end of an epoch are counted with the next document
         lane.next_block()
     assert Counter(found) >= Counter(good[0]) + Counter(good[1])
-    assert set(lane.state()["skipped"]) == {"truncated", "empty_shard", "html", "blank_line"}
+    assert set(lane.state()["skipped"]) == {"empty_shard", "html", "blank_line"}
     notes = set(lane.rows.notes)
     assert notes >= {
-        "empty.json.gz is empty; skipped",
+        "empty.json is empty; skipped",
         *[f"page.json.gz: line {n} is HTML, not JSON; skipped" for n in (1, 2, 4)],
     }
-    assert any(note.startswith("cut.json.gz: line ") and "breaks off" in note for note in notes)
-    with pytest.raises(SourceError, match=r"(page|cut)\.json\.gz: \d of \d+ lines are bad"):
+    with pytest.raises(SourceError, match=r"page\.json\.gz: \d of \d+ lines are bad"):
         epoch_tokens(_lane([str(path) for path in paths], max_bad_fraction=0.01))
 
 
@@ -194,17 +191,17 @@ def test_a_resume_at_every_block_skips_and_stops_as_before(
 
 def test_empty_shards_are_skipped_and_counted(tmp_path):
     write_shard(tmp_path / "a.json.gz", [])
-    (tmp_path / "b.json.gz").write_bytes(b"")
+    (tmp_path / "b.json").write_bytes(b"")
     write_shard(tmp_path / "c.json", ["text"])
-    lane = make_lane(data_config([f"{tmp_path}/{name}" for name in ("a.json.gz", "b.json.gz", "c.json")]), 1, 0)
+    lane = make_lane(data_config([f"{tmp_path}/{name}" for name in ("a.json.gz", "b.json", "c.json")]), 1, 0)
     for _ in range(10):
         lane.next_block()
     state = lane.state()
     assert state["epoch"] >= 2
     assert 0 <= state["skipped"]["empty_shard"] - 2 * state["epoch"] <= 2
-    assert set(lane.rows.notes) == {"a.json.gz is empty; skipped", "b.json.gz is empty; skipped"}
+    assert set(lane.rows.notes) == {"a.json.gz is empty; skipped", "b.json is empty; skipped"}
     with pytest.raises(SourceError, match="found no text"):
-        make_lane(data_config(tmp_path / "*.gz"), 1, 0).next_block()
+        make_lane(data_config([str(tmp_path / name) for name in ("a.json.gz", "b.json")]), 1, 0).next_block()
 
 
 @pytest.mark.parametrize("lanes", [1, 4])
@@ -240,15 +237,18 @@ def test_a_resumed_stream_stops_after_the_same_blocks(tmp_path):
         assert blocks_until_stop(states[at])[0] == blocks[at:]
 
 
-def test_after_a_truncated_shard_the_next_is_read(tmp_path):
-    written = write_shards(tmp_path, 2, 2000)
-    first = tmp_path / "part-00000.json.gz"
-    first.write_bytes(first.read_bytes()[:-3000])
-    lane = make_lane(data_config(tmp_path / "*.gz", shuffle_documents=64), 1, 0)
-    found = documents_in(epoch_tokens(lane))
-    assert set(written[1]) <= set(found)
-    assert 1500 < len(set(written[0]) & set(found)) < 2000
-    assert lane.state()["skipped"] == {"truncated": 1}
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_a_shard_that_breaks_off_ends_every_lane_that_reads_it(tmp_path, lanes):
+    path = write_shard(tmp_path / "a.json.gz", some_texts(2000))
+    path.write_bytes(path.read_bytes()[:-3000])
+    config = data_config(path, shuffle_documents=64, max_bad_fraction=1.0)
+    for number in range(lanes):
+        lane = make_lane(config, lanes, number)
+        with pytest.raises(SourceError, match=r"a\.json\.gz: its compressed data breaks off at byte"):
+            epoch_tokens(lane)
+        assert 1000 < lanes * lane.state()["documents"] < 2000
+        with pytest.raises(SourceError, match="breaks off"):  # a resume ends at the same place
+            epoch_tokens(make_lane(config, lanes, number, lane.state()))
 
 
 def test_too_many_bad_lines_are_a_clear_stop(tmp_path):

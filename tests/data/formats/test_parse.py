@@ -38,7 +38,6 @@ LINES = [
     (b'{"text": ""}', "empty_text"),
     (b" \t\r", "blank_line"),
     (Skipped("too_long"), "too_long"),
-    (Skipped("truncated"), "truncated"),
 ]
 
 

@@ -69,13 +69,12 @@ def test_the_limit_is_on_the_bytes_of_a_document(tmp_path):
     assert rows_of(path, max_line_bytes=29) == ["é\n" * 9 + "é", Skipped("too_long")]
 
 
-def test_the_document_at_which_a_shard_breaks_off_is_lost(tmp_path):
+@pytest.mark.parametrize("sample_by", DOCUMENTS)
+def test_a_shard_that_breaks_off_inside_a_document_is_an_error(tmp_path, sample_by):
     path = write_shard(tmp_path / "a.txt.gz", some_texts(2000))
     path.write_bytes(path.read_bytes()[:-5000])
-    for sample_by in ("paragraph", "document"):
-        *whole, last = rows_of(path, sample_by=sample_by, max_line_bytes=1 << 20)
-        assert whole == (some_texts(2000)[: len(whole)] if sample_by == "paragraph" else [])
-        assert last == Skipped("truncated")
+    with pytest.raises(SourceError, match=r"a\.txt\.gz: its compressed data breaks off"):
+        rows_of(path, sample_by=sample_by, max_line_bytes=1 << 20)
 
 
 def test_files_without_text(tmp_path):

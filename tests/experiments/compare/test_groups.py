@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,27 @@ def _labels(folder: Path, *runs: Sections) -> list[str]:
 def test_methods_are_named_as_in_papers(tmp_path: Path) -> None:
     runs: list[Sections] = [{"method": {"name": name}} for name in ("full", "lora", "mora", "relora", "remora")]
     assert _labels(tmp_path, *runs) == ["Full rank", "LoRA", "MoRA", "ReLoRA", "ReMoRA (1, 2)"]
+
+
+def test_optimizers_of_02_keep_their_names(tmp_path: Path) -> None:
+    defaults = {"optim.projection_rank": 128, "optim.projection_every": 200, "optim.projection_scale": None}
+    defaults["optim.cautious_decay"] = False
+    given: list[tuple[str, dict[str, Any]]] = [
+        ("adamw", {"projection_rank": 4}),  # which it does not use
+        ("galore", {"projection_rank": 8, "momentum": 0.5}),
+        ("galore", {"projection_rank": 16}),
+        ("apollo_mini", {"projection_rank": 32}),
+        ("sumo", {"nesterov": False, "projection_rank": 8}),
+        ("muon", {"cautious_decay": True}),  # without weight decay
+    ]
+    runs = []
+    for index, (name, optim) in enumerate(given):
+        run = made_run(tmp_path / f"run{index}", method={"name": "full"})
+        optim = {f"optim.{key}": value for key, value in {"matrices": name, **optim}.items()}
+        runs.append(replace(run, settings={**run.settings, **defaults, **optim}))
+    labels = ["AdamW", "GaLore, projection rank 8", "GaLore, projection rank 16", "APOLLO-Mini"]
+    labels += ["SUMO, projection rank 8", "Muon"]
+    assert [group.label for group in group_runs(runs)] == [f"Full rank, {label}" for label in labels]
 
 
 def test_unnamed_settings_still_separate_runs(tmp_path: Path) -> None:
@@ -205,9 +227,13 @@ def test_a_repeated_seed_is_not_another_seed(tmp_path: Path) -> None:
             [{"optim": {"matrices": name}} for name in ("adamw", "muon")],
             ["ReMoRA (1, 2), AdamW", "ReMoRA (1, 2), Muon"],
         ),
+        (
+            [{"method": {"reset": "none"}, "optim": {"matrices": name}} for name in ("adamw", "a/rules.py:Mine")],
+            ["ReMoRA (1, 2), AdamW", "ReMoRA (1, 2), Mine"],
+        ),
         # a setting that the optimizer does not use
         (
-            [{"optim": {"matrices": "muon"}}, {"optim": {"momentum": 0.5}}],
+            [{"optim": {"matrices": "muon", "rule": {"rank": 2}}}, {"optim": {"momentum": 0.5}}],
             ["ReMoRA (1, 2), Muon", "ReMoRA (1, 2), AdamW"],
         ),
         # a setting that the method does not use

@@ -83,7 +83,7 @@ def test_an_adapter_without_counts_is_treated_as_lora(resident: bool, monkeypatc
 @pytest.mark.parametrize("form", ["resident", "decoupled"])
 def test_products_in_8_bits_take_half_as_long(base: str, form: str) -> None:
     seconds = []
-    for settings in ({}, {"method.base": base, "method.form": form}):
+    for settings in ({}, {"method.base": base, "method.base_products": "true", "method.form": form}):
         config = load_config("configs/run/paper_250m_remora.yaml", settings, world_size=1)
         setup = Setup(config, 1, 1, bf16=True, on_gpu=True)
         h100 = named_device("h100")

@@ -109,7 +109,7 @@ CASES += [("remora", 3, True, 2, "adamw", {"stage3_param_persistence_threshold":
 CASES += [("full", 0, True, 2, "muon", {}), ("remora", 3, True, 2, "muon", {}), *rest(("full", 3, True, 2, "muon", {}))]
 CASES += [("remora", 2, True, 2, "adamw", {"reset": "magnitude"}), ("remora", 3, True, 2, "muon", {"reset": "carry"})]
 CASES += [("remora", 3, True, 2, "adamw", {"form": "resident"})]
-CASES += [("remora", 3, True, 2, "muon", {"others": "apollo_mini"})]
+CASES += [("remora", 3, True, 2, "muon", {"others": "adamw8bit"})]
 # large models release weights and gather them again: DeepSpeed's defaults, as small relative to this model as they are
 # relative to 7b and 1.3b
 CASES += [

@@ -162,19 +162,32 @@ def test_another_optimizer_cannot_be_allowed(setting, value):
     assert f"'adamw' in the checkpoint, '{value}' now" in change.text
 
 
-def test_another_rank_can_be_allowed_if_no_layer_has_it():
-    changed = with_setting("optim", "projection_rank", 7)
-    assert list(changes_since(identity(), changed, {"optim.projection_rank"})) == []
-    [change] = changes_since(identity(), changed, set())
-    assert change.permission == "optim.projection_rank"
-    galore, other = (replace(each, config=_with_matrices(each.config, "galore")) for each in (identity(), changed))
-    [change] = changes_since(galore, other, {"optim.projection_rank"})
+def _rule(folder: str, name: str, **optim: Any) -> Identity:
+    config = identity().config
+    matrices = {"matrices": f"{folder}/rule.py:{name}", "rule_digest": "a"}
+    return identity(config={**config, "optim": {**config["optim"], **matrices, **optim}})
+
+
+def test_a_rule_is_compared_by_its_name_and_the_digest_of_its_file():
+    before = _rule("here", "Rule")
+    assert list(changes_since(before, _rule("/elsewhere", "Rule"), set())) == []
+    for changed, permission in (({"rule_digest": "b"}, "optim.rule_digest"), ({"rule": {"rank": 2}}, "optim.rule")):
+        [change] = changes_since(before, _rule("here", "Rule", **changed), set())
+        assert change.permission == permission
+    [change] = changes_since(before, _rule("here", "Other", rule_digest="b", rule={"rank": 2}), set())
     assert change.permission is None
-    assert "128 in the checkpoint, 7 now; moments have the shape of their rank" in change.text
+    assert change.text.startswith("optim.matrices: ")
+    assert describe_differences(before, _rule("here", "Rule", rule_digest="b")) == ["optim.rule_digest"]
 
 
-def _with_matrices(config: dict[str, Any], name: str) -> dict[str, Any]:
-    return {**config, "optim": {**config["optim"], "matrices": name}}
+def test_a_checkpoint_of_02_that_did_not_use_a_removed_setting_has_not_changed():
+    def old(value: int) -> Identity:
+        config = identity().config
+        return identity(config={**config, "optim": {**config["optim"], "projection_rank": value}})
+
+    assert list(changes_since(old(128), identity(), set())) == []
+    [change] = changes_since(old(64), identity(), set())
+    assert change.text.startswith("optim.projection_rank: ")
 
 
 @pytest.mark.parametrize("name", ["data.workers", "train.zero_stage", "eval.every_steps", "log.progress"])

@@ -5,12 +5,15 @@ The runs that resume merge after steps 2, 4, 6 and 9, so a growing clock is trie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 
+from relora_mora.config.load import ConfigError
 from tests.tools.grids import rest
 from tests.tools.runs import (
     checkpoint_at,
@@ -18,6 +21,7 @@ from tests.tools.runs import (
     different_tensors,
     logged_steps,
     logged_values,
+    manifest_at,
     run_config,
     tensors,
     train,
@@ -27,8 +31,9 @@ pytestmark = pytest.mark.distributed
 
 
 def _sections(stage: int, **method: Any) -> dict[str, Any]:
+    every = [{"until": 4, "every": 2}, {"every": 3}]
     training = {"zero_stage": stage, "precision": "bf16"}
-    return {"train": training, "method": {"merge_every": [{"until": 4, "every": 2}, {"every": 3}], **method}}
+    return {"train": training, "method": {"merge_every": every, "base_products": True, **method}}
 
 
 CASES = [
@@ -73,3 +78,42 @@ def test_the_base_may_change_at_every_resume_and_loses_nothing(pools, inputs, to
         before = after
     values = logged_values(run_dir)
     assert len(values) == 8
+
+
+def _on_a_cpu(config: Any, vnni: Sequence[bool], stop_after: int | None = None) -> str:
+    """Trains on CPUs with or without AVX512-VNNI, one for each rank; returns the message of a refusal."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni[dist.get_rank()])
+        try:
+            train(config, stop_after)
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def test_auto_chooses_products_for_the_machine(pools, inputs, tokenizer_path, tmp_path):
+    def config(folder: str, **method: Any) -> Any:
+        sections = _sections(1, base="int8", **{"base_products": "auto", **method})
+        return run_config(inputs, tokenizer_path, tmp_path / folder, **sections)
+
+    for folder, vnni in (("with", True), ("without", False)):
+        assert pools(1)(_on_a_cpu, config(folder), [vnni]) == [""]
+        assert pools(1)(_on_a_cpu, config(f"{folder}-given", base_products=vnni), [vnni]) == [""]
+        runs = [tmp_path / folder, tmp_path / f"{folder}-given"]
+        assert different_tensors(*(checkpoint_at(run, 10) for run in runs)) == []
+        assert [manifest_at(run, 10)["config"]["method"]["base_products"] for run in runs] == [vnni, vnni]
+    assert different_tensors(*(checkpoint_at(tmp_path / folder, 10) for folder in ("with", "without"))) != []
+
+
+def test_a_run_may_move_to_a_machine_that_chooses_otherwise_but_ranks_may_not_differ(
+    pools, inputs, tokenizer_path, tmp_path
+):
+    sections = _sections(1, base="int8", base_products="auto")
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, **sections)
+    first, second = pools(2)(_on_a_cpu, config, [True, False])
+    assert first == second
+    assert "method.base_products: different from the first rank" in first
+    pools(2)(_on_a_cpu, config, [True, True], stop_after=4)
+    pools(2)(_on_a_cpu, config, [False, False])
+    chosen = [manifest_at(tmp_path / "run", step)["config"]["method"]["base_products"] for step in (4, 10)]
+    assert chosen == [True, False]

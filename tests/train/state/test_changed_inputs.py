@@ -11,10 +11,12 @@ import pytest
 
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.tokens.folder import make_tokens
+from relora_mora.system.logs import shared_log
 from tests.tools.faulty_server import serving
 from tests.tools.runs import (
     checkpoint_at,
     different_tensors,
+    log_lines,
     logged_steps,
     logged_values,
     manifest_at,
@@ -101,6 +103,28 @@ def test_another_setting_of_the_data_needs_one_permission(pools, inputs, tokeniz
         run_config(inputs, tokenizer_path, folder, data=changed, train={"allow_changes": ["data.seed"]}),
         stop_after=3,
     )
+
+
+def warnings_of(config):
+    """Trains; returns this rank's warnings."""
+    with log_lines("WARNING", logger=shared_log) as lines:
+        train(config)
+    return lines
+
+
+def test_a_quick_try_is_the_beginning_of_a_longer_run(pools, inputs, tokenizer_path, tmp_path):
+    """It ends within the warmup and before the first merge, after step 4."""
+    never, folder = tmp_path / "never", tmp_path / "run"
+
+    def config(run_dir, **settings):
+        return run_config(inputs, tokenizer_path, run_dir, optim={"warmup_steps": 100}, train=settings)
+
+    pools(1)(train, config(never))
+    (warnings,) = pools(1)(warnings_of, config(folder, steps=3))
+    assert "optim.warmup_steps: the run of 3 steps ends within the warmup" in "".join(warnings)
+    assert "method.merge_every: the run of 3 steps ends before its first merge" in "".join(warnings)
+    pools(1)(train, config(folder, allow_changes=["train.steps"]))
+    assert different_tensors(*(checkpoint_at(run, 10) for run in (never, folder))) == []
 
 
 def test_a_fixed_shard_is_continued_from_the_same_line(pools, inputs, tokenizer_path, tmp_path):

@@ -1,0 +1,155 @@
+"""The rules in examples/optimizers on whole matrices, compared with their formulas in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from relora_mora.config.optim import OptimConfig
+from relora_mora.optim.own import own_rule
+from relora_mora.optim.rules import MatrixRule, MatrixState, new_state, shapes_of
+from relora_mora.system.seeds import derived_seed
+from tests.tools.helpers import ROOT
+from tests.tools.rules import EXAMPLES, matrices_settings
+
+SHAPES = [(12, 12), (5, 31), (31, 5), (24, 16)]
+STEPS = 7
+EVERY = 3  # renewals at the steps 1, 4 and 7
+SEED = 11
+BETAS, EPS = (0.8, 0.9), 1e-3
+
+
+def _rule(name: str, **settings: Any) -> MatrixRule:
+    defaults = {"rank": 4, "every": EVERY, "betas": BETAS, "eps": EPS}
+    return own_rule(OptimConfig(**matrices_settings(name, **{**defaults, **settings})))
+
+
+def _state(rule: MatrixRule, shape: tuple[int, int]) -> MatrixState:
+    return new_state(SEED, shapes_of(rule, *shape))
+
+
+def _gradients(shape: tuple[int, int]) -> list[Tensor]:
+    """Gradients that grow by about a third in each step, so that the limiter applies."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    common = torch.randn(shape, generator=generator)
+    return [1.3**step * (common + torch.randn(shape, generator=generator)) for step in range(STEPS)]
+
+
+def _updates(rule: MatrixRule, shape: tuple[int, int]) -> list[Tensor]:
+    state = _state(rule, shape)
+    return [rule.update(gradient.clone(), state).clone() for gradient in _gradients(shape)]
+
+
+class Reference:
+    """One matrix in float64. A tall or square matrix is projected from the right: R = G P."""
+
+    def __init__(self, name: str, scale: float) -> None:
+        self.name = name
+        self.scale = scale
+        self.steps = 0
+        self.projection = self.first = self.second = self.last = None
+
+    def step(self, gradient: Tensor) -> Tensor:
+        gradient = gradient.double()
+        right = gradient.shape[0] >= gradient.shape[1]
+        if self.steps % EVERY == 0:
+            self.projection = self._projection(gradient, right)
+        self.steps += 1
+        small = gradient @ self.projection if right else self.projection.T @ gradient
+        b1, b2 = BETAS
+        self.first = (0 if self.first is None else b1 * self.first) + (1 - b1) * small
+        self.second = (0 if self.second is None else b2 * self.second) + (1 - b2) * small**2
+        adam = self.first / (self.second**0.5 + EPS)
+        correction = math.sqrt(1 - b2**self.steps) / (1 - b1**self.steps)
+        if self.name == "galore":
+            return correction * self.scale * (adam @ self.projection.T if right else self.projection @ adam)
+        along = 1 if right else 0
+        growth = (adam**2).sum(along, keepdim=True) ** 0.5 / ((small**2).sum(along, keepdim=True) ** 0.5 + 1e-8)
+        return correction * math.sqrt(self.scale) * self._limited(gradient * growth)
+
+    def _projection(self, gradient: Tensor, right: bool) -> Tensor:
+        if self.name == "galore":
+            left, _, transposed = torch.linalg.svd(gradient)
+            vectors = transposed[:4].T if right else left[:, :4]
+            if self.projection is None:
+                return vectors
+            pairs = zip(self.projection.T, vectors.T, strict=True)
+            return torch.stack([new if old @ new >= 0 else -new for old, new in pairs], dim=1)
+        generator = torch.Generator().manual_seed(derived_seed(SEED, self.steps // EVERY))
+        return torch.randn(min(gradient.shape), 4, generator=generator).double() / 2
+
+    def _limited(self, step: Tensor) -> Tensor:
+        norm = (step**2).sum() ** 0.5
+        if self.last is not None and norm > 1.01 * (self.last + 1e-8):
+            step = step * (1.01 * (self.last + 1e-8) / norm)
+        self.last = (step**2).sum() ** 0.5
+        return step
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name,scale", [("galore", 0.25), ("galore", 0.6), ("apollo", 1.0), ("apollo", 0.6)])
+def test_steps_follow_the_formulas(name, scale, shape):
+    reference = Reference(name, scale)
+    for actual, gradient in zip(_updates(_rule(name, scale=scale), shape), _gradients(shape), strict=True):
+        expected = reference.step(gradient)
+        assert torch.linalg.vector_norm(actual - expected) < 1e-4 * torch.linalg.vector_norm(expected)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_rank_above_the_shorter_side_is_cut_to_that_side(name):
+    wide, exact = (_updates(_rule(name, rank=rank), (5, 31)) for rank in (128, 5))
+    assert all(torch.equal(a, b) for a, b in zip(wide, exact, strict=True))
+
+
+def test_galore_of_full_rank_is_adam_in_another_basis():
+    """The projection covers the whole space and is never renewed. With one row, the basis is the same as Adam's."""
+    updates = _updates(_rule("galore", every=100, scale=1.0, eps=1e-12), (1, 9))
+    weight = torch.nn.Parameter(torch.zeros(1, 9))
+    adam = torch.optim.Adam([weight], lr=1.0, betas=BETAS, eps=1e-12)
+    for update, gradient in zip(updates, _gradients((1, 9)), strict=True):
+        before = weight.detach().clone()
+        weight.grad = gradient
+        adam.step()
+        assert torch.allclose(before - weight, update, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("done", [0, EVERY, 2 * EVERY])
+@pytest.mark.parametrize("shape", [(5, 31), (31, 5)])
+def test_a_matrix_of_galore_whose_projection_is_due_waits_for_a_gradient(shape, done):
+    """LoRA's A has none while B is zero. Vectors of a zero matrix would stay until the next renewal."""
+    rule = _rule("galore", rank=2)
+    state, waited = _state(rule, shape), _state(rule, shape)
+    before, after = _gradients(shape)[:done], _gradients(shape)[done:]
+    for gradient in before:
+        rule.update(gradient.clone(), state)
+        rule.update(gradient.clone(), waited)
+    for _ in range(EVERY + 1):
+        assert not rule.update(torch.zeros(shape), waited).any()
+    for gradient in after:
+        expected = rule.update(gradient.clone(), state)
+        assert torch.equal(rule.update(gradient.clone(), waited), expected)
+        assert expected.any(dim=0).all()
+        assert expected.any(dim=1).all()
+    assert all(torch.equal(value, waited[key]) for key, value in state.items())
+
+
+def test_a_zero_gradient_does_not_change_the_limiter_of_apollo():
+    rule = _rule("apollo")
+    state = _state(rule, (5, 31))
+    first, second = _gradients((5, 31))[:2]
+    assert not rule.update(torch.zeros(5, 31), state).any()
+    assert torch.linalg.vector_norm(rule.update(first, state)) > 0.1  # not limited by the zero step
+    norm = state["limited_norm"].fill_(1e-3)  # the next gradient is larger
+    rule.update(torch.zeros(5, 31), state)
+    assert float(norm) == pytest.approx(1e-3)
+    rule.update(second, state)
+    assert float(norm) == pytest.approx(1.01e-3, rel=1e-4)
+
+
+def test_the_examples_are_short():
+    for path in (ROOT / "examples" / "optimizers").glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 120, path

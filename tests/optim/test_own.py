@@ -1,0 +1,217 @@
+"""A rule of one's own: what is accepted, what is refused before anything is built, and what its state is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from relora_mora.config.load import load_config
+from relora_mora.config.optim import OptimConfig
+from relora_mora.optim.own import RuleError, own_rule, with_rule
+from relora_mora.optim.rules import MatrixRule, MatrixState, new_state, shapes_of
+from tests.tools.helpers import ROOT
+from tests.tools.tiny import tiny_config
+
+SIGN = """
+from __future__ import annotations
+
+from relora_mora.optim.rules import MatrixRule, MatrixState
+
+
+class Sign(MatrixRule):
+    def __init__(self, momentum: float = 0.9, betas: tuple[float, float] = (0.5, 0.25)) -> None:
+        if momentum >= 1:
+            raise ValueError("momentum is below 1")
+        self.momentum = momentum
+        self.betas = betas
+
+    def state_shapes(self, rows, columns):
+        return {"average": (rows, columns)}
+
+    def update(self, gradient, state):
+        return state["average"].lerp_(gradient, 1 - self.momentum).sign()
+
+
+class Half(MatrixRule):
+    def update(self, gradient, state):
+        return gradient / 2
+
+
+class Needs(Sign):
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "sign.py"
+    path.write_text(SIGN)
+    return path
+
+
+def _rule(spec: str, **settings: Any) -> MatrixRule:
+    return own_rule(OptimConfig(matrices=spec, rule=settings))
+
+
+def _refused(spec: str, **settings: Any) -> str:
+    with pytest.raises(RuleError) as caught:
+        _rule(spec, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_rule_is_made_with_its_settings(file):
+    rule: Any = _rule(f"{file}:Sign", momentum="0.5", betas=[1, 2])
+    assert (rule.momentum, rule.betas) == (0.5, (1.0, 2.0))  # as its signature says
+    assert _rule(f"{file}:Sign").momentum == 0.9
+    assert _rule(f"{file}:Needs", rank=3).rank == 3
+    assert type(_rule(f"{file}:Sign")) is type(rule)
+
+
+def test_a_rule_of_a_module_that_can_be_imported(file, monkeypatch):
+    monkeypatch.syspath_prepend(file.parent)
+    assert type(_rule("sign:Sign")).__module__ == "sign"
+    in_file, in_module = (with_rule(tiny_config(optim={"matrices": spec})) for spec in (f"{file}:Sign", "sign:Sign"))
+    assert in_file.optim.rule_digest == in_module.optim.rule_digest is not None
+
+
+def test_the_rule_in_the_documents_is_one(tmp_path):
+    """It is Adam, if all squares of gradients are products of a row's and a column's number."""
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8").partition("### A rule of your own")[2]
+    [code] = re.findall(r"```python\n(.*?)```", text.partition("\n### ")[0], re.DOTALL)
+    path = tmp_path / "factored.py"
+    path.write_text(code)
+    rule = _rule(f"{path}:Factored", momentum=0.8)
+    state = new_state(0, shapes_of(rule, 2, 3))
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    adam = torch.optim.Adam([weight], lr=1.0, betas=(0.8, 0.99), eps=1e-12)
+    for _ in range(3):
+        before = weight.detach().clone()
+        weight.grad = torch.tensor([[1.0], [-2.0]]) * torch.tensor([3.0, 0.5, -4.0])
+        adam.step()
+        assert torch.allclose(rule.update(weight.grad.clone(), state), before - weight.detach(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "spec,part",
+    [
+        ("none.py:Sign", "cannot read"),
+        ("sign.py:Sing", "did you mean Sign?"),
+        ("sign.py:Other", "it has Sign, Needs"),
+        ("sign.py:NUMBER", "expected a subclass"),
+        ("sign.py:MatrixState", "expected a subclass"),
+        ("sign.py:Half", "state_shapes"),
+        ("no_such_package.rules:Sign", "ModuleNotFoundError"),
+        ("broken.py:Sign", "line 2"),
+        ("syntax.py:Sign", "SyntaxError"),
+        ("exits.py:Sign", "SystemExit"),
+    ],
+)
+def test_what_is_not_a_rule_is_refused(file, monkeypatch, spec, part):
+    monkeypatch.chdir(file.parent)
+    Path("broken.py").write_text("import math\nmath.sqrt(-1)\n")
+    Path("syntax.py").write_text("class Sign(:\n")
+    Path("exits.py").write_text("raise SystemExit(3)\n")
+    message = _refused(spec)
+    assert message.startswith("optim.matrices: ")
+    assert part in message
+
+
+@pytest.mark.parametrize(
+    "name,settings,part",
+    [
+        ("Sign", {"momentun": 0.5}, "did you mean momentum?"),
+        ("Sign", {"rank": 3}, "it has momentum, betas"),
+        ("Sign", {"momentum": "much"}, "momentum: "),
+        ("Sign", {"momentum": 1.5}, "momentum is below 1"),
+        ("Needs", {}, "needs rank"),
+    ],
+)
+def test_wrong_settings_are_refused(file, name, settings, part):
+    message = _refused(f"{file}:{name}", **settings)
+    assert message.startswith("optim.rule: ")
+    assert part in message
+
+
+def test_a_run_records_the_digest_of_the_file_and_can_insist_on_it(file):
+    config = with_rule(tiny_config(optim={"matrices": f"{file}:Sign"}))
+    digest = config.optim.rule_digest
+    assert with_rule(config) == config
+    file.write_text(SIGN.replace("sign()", "sign().neg()"))
+    with pytest.raises(RuleError, match=r"optim\.rule_digest"):
+        with_rule(config)
+    changed = with_rule(tiny_config(optim={"matrices": f"{file}:Sign"}))
+    assert changed.optim.rule_digest not in (None, digest)
+    rule = own_rule(changed.optim)
+    assert rule.update(torch.ones(2, 3), new_state(0, shapes_of(rule, 2, 3))).sum() == -6  # the new code
+    assert with_rule(tiny_config()).optim.rule_digest is None
+
+
+def test_a_file_is_found_next_to_the_settings(file, monkeypatch):
+    monkeypatch.chdir("/")
+    text = (
+        "{model: {config: m}, tokenizer: {path: t}, data: {train: t, validation: v}, method: {reset: full}, "
+        "train: {run_dir: r}, optim: {matrices: sign.py:Sign}}"
+    )
+    settings = file.parent / "settings.yaml"
+    settings.write_text(text)
+    assert load_config(settings).optim.matrices == f"{file}:Sign"
+
+
+class Given(MatrixRule):
+    """Returns what it is told to."""
+
+    def __init__(self, shapes: Any, update: Any = None) -> None:
+        self.shapes = shapes
+        self.returned = update
+
+    def state_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return self.shapes
+
+    def update(self, gradient: Tensor, state: MatrixState) -> Tensor:
+        return self.returned
+
+
+@pytest.mark.parametrize(
+    "shapes", [{"a|b": (1,)}, {"master": (1,)}, {"base": ()}, {3: ()}, {"a": (1.5,)}, {"a": (-1,)}]
+)
+def test_states_that_a_checkpoint_cannot_have_are_refused(shapes):
+    with pytest.raises(ValueError, match=r"^optim\.matrices: Given\.state_shapes\(2, 3\)"):
+        shapes_of(Given(shapes), 2, 3)
+
+
+def test_an_update_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"^optim\.matrices: Given\.update returned the shape \[3, 2\]"):
+        Given({}, torch.zeros(3, 2)).update_stack(torch.zeros(1, 2, 3), [new_state(0, {})])
+
+
+def test_an_assigned_state_is_copied_and_keeps_its_shape():
+    state = new_state(7, {"average": (2, 3), "updates": ()})
+    before = state["average"]
+    state["average"] = torch.ones(2, 3, dtype=torch.float64)
+    state["updates"] += 1
+    assert state["average"] is before
+    assert before.dtype == torch.float32
+    assert before.sum() == 6
+    assert int(state["updates"]) == 1
+    with pytest.raises(ValueError, match="average"):
+        state["average"] = torch.ones(3)
+    with pytest.raises(KeyError):
+        state["other"] = torch.ones(3)
+
+
+def test_draws_depend_on_the_matrix_and_the_number_only():
+    def drawn(seed: int, number: int) -> Tensor:
+        return torch.randn(9, generator=new_state(seed, {}).generator(number))
+
+    assert torch.equal(drawn(1, 2), drawn(1, 2))
+    assert not any(torch.equal(drawn(1, 2), other) for other in (drawn(1, 3), drawn(2, 2)))
