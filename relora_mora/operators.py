@@ -14,24 +14,15 @@ import math
 from abc import ABC, abstractmethod
 from functools import lru_cache
 from pkgutil import resolve_name
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from relora_mora.config.registry import OPERATORS, is_drawn
+from relora_mora.config.registry import OPERATORS
 from relora_mora.kernels import Grouping, expand_add, group_sum, grouping, reference, rotary_add
-from relora_mora.system.seeds import derived_seed
 
 MORA_TYPES = tuple(OPERATORS)
 ALIGNED = 16  # features; on a GPU, rows of matrix operands are padded to whole vectors of its matrix units
-
-
-class Draw(NamedTuple):
-    """What determines the random draw of an operator: ``train.seed``, and the merges done when it came into use."""
-
-    seed: int = 0
-    merges_done: int = 0
 
 
 def square_size(in_features: int, out_features: int, rank: int) -> int:
@@ -135,23 +126,15 @@ class Operator(ABC):
 class GroupingOperator(Operator):
     """C sums a grouping of the inputs, D copies to a grouping of the outputs.
 
-    ``inputs`` and ``outputs`` are names of functions in ``kernels/grouping.py``. With ``draw`` these functions get a
-    seed that depends on the width and R but not on the layer, so layers of one shape have the same groupings.
+    ``inputs`` and ``outputs`` are names of functions in ``kernels/grouping.py``.
     """
 
     def __init__(
-        self,
-        mora_type: int,
-        in_features: int,
-        out_features: int,
-        size: int,
-        inputs: str,
-        outputs: str,
-        draw: Draw | None = None,
+        self, mora_type: int, in_features: int, out_features: int, size: int, inputs: str, outputs: str
     ) -> None:
         super().__init__(mora_type, in_features, out_features, size)
-        self.inputs = _grouping(inputs, in_features, size, "inputs", draw)
-        self.outputs = _grouping(outputs, out_features, size, "outputs", draw)
+        self.inputs: Grouping = getattr(grouping, inputs)(in_features, size)
+        self.outputs: Grouping = getattr(grouping, outputs)(out_features, size)
         self.padded_inputs = self.inputs.padded(ALIGNED)
         self.padded_outputs = self.outputs.padded(ALIGNED)
 
@@ -190,12 +173,6 @@ class GroupingOperator(Operator):
     def square_gradient(self, compressed: Tensor, dy: Tensor) -> Tensor:
         reduced = group_sum(dy, self.padded_outputs if dy.is_cuda else self.outputs)
         return transposed_product(reduced, compressed)[: self.square_size, : self.square_size].contiguous()
-
-
-def _grouping(name: str, features: int, size: int, side: str, draw: Draw | None) -> Grouping:
-    seed = () if draw is None else (derived_seed(*draw, side, features, size),)
-    result: Grouping = getattr(grouping, name)(features, size, *seed)
-    return result
 
 
 def _triangular_factor(groups: Grouping, like: Tensor) -> Tensor:
@@ -241,13 +218,11 @@ class RotaryOperator(Operator):
         return rotary_add(weight, M, after)
 
 
-def make_operator(
-    mora_type: int, in_features: int, out_features: int, square_size: int, draw: Draw | None = None
-) -> Operator:
+@lru_cache(maxsize=1024)
+def make_operator(mora_type: int, in_features: int, out_features: int, square_size: int) -> Operator:
     """Returns the operator ``mora_type`` for one layer's shape; operators of equal arguments are one object.
 
-    The numbers up to 6 are the types of the released code (kongds/MoRA, peft ``lora/layer.py``). ``draw`` matters only
-    to drawn types and defaults to ``Draw()``.
+    The numbers up to 6 are the types of the released code (kongds/MoRA, peft ``lora/layer.py``).
 
     Raises ValueError for an unknown type, a size that is not positive, or an odd size with type 6.
     """
@@ -255,15 +230,6 @@ def make_operator(
         raise ValueError(f"an operator needs positive sizes, got {in_features} -> {square_size} -> {out_features}")
     if mora_type not in OPERATORS:
         raise ValueError(f"mora_type must be one of {', '.join(map(str, MORA_TYPES))}, got {mora_type}")
-    draw = (draw or Draw()) if is_drawn(mora_type) else None
-    return _cached_operator(mora_type, in_features, out_features, square_size, draw)
-
-
-@lru_cache(maxsize=1024)
-def _cached_operator(
-    mora_type: int, in_features: int, out_features: int, square_size: int, draw: Draw | None
-) -> Operator:
     record = OPERATORS[mora_type]
-    arguments = record.groupings if draw is None else (*record.groupings, draw)
-    operator: Operator = resolve_name(record.code)(mora_type, in_features, out_features, square_size, *arguments)
+    operator: Operator = resolve_name(record.code)(mora_type, in_features, out_features, square_size, *record.groupings)
     return operator

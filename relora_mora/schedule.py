@@ -4,15 +4,12 @@ Nothing here has state, so a resume at any step sees exactly the same as an unin
 next step at ``step + 1``, and what happens at the end of step ``s`` at ``s``.
 """
 
-import functools
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from relora_mora.config.registry import ScheduleKind, is_drawn
-from relora_mora.config.stretches import MergeStretch, last_merge, merge_steps
+from relora_mora.config.registry import ScheduleKind
 
 
 def cosine(step: int, *, total_steps: int, warmup_steps: int, min_ratio: float) -> float:
@@ -25,9 +22,7 @@ def cosine(step: int, *, total_steps: int, warmup_steps: int, min_ratio: float) 
 class Schedule:
     """Everything about a run that depends only on ``step`` and the settings.
 
-    ``merges`` are the stretches in which the method merges, none if it never does; ``merge_until_step=None`` means that
-    it merges until the end.
-    ``full_steps``: the step after which the adapters begin, if that is not the start of the run; no merge comes before.
+    ``merge_every=0`` means that the method never merges, and ``merge_until_step=None`` that it merges until the end.
     ``operators`` is the cycle of mora types, empty for other methods. ``decay_steps`` is the length of the linear decay
     at the end of ``wsd``; no other kind uses it.
     """
@@ -37,9 +32,8 @@ class Schedule:
     warmup_steps: int
     min_ratio: float
     decay_steps: int = 0
-    merges: Sequence[MergeStretch] = ()
+    merge_every: int = 0
     merge_until_step: int | None = None
-    full_steps: int = 0
     restart_warmup_steps: int = 0
     operators: Sequence[int] = ()
 
@@ -68,45 +62,36 @@ class Schedule:
     def rate(self, step: int, *, rewarm: bool = True) -> float:
         """The multiplier of the peak rate in step number ``step`` (the first is 1).
 
-        The step that ends a cycle has the envelope's rate. The n-th step after a restart, which is a merge or the start
-        of the adapters after ``full_steps``, has n / restart_warmup_steps of the envelope at the end of the restart
-        warmup, or of the envelope at this step if the run ends by then. So no batch is spent at rate zero, except the
-        last one if ``min_ratio`` is 0.
+        The step that ends a cycle has the envelope's rate. The n-th step after a merge has n / restart_warmup_steps of
+        the envelope at the end of the restart warmup, or of the envelope at this step if the run ends by then. So no
+        batch is spent at rate zero, except the last one if ``min_ratio`` is 0.
         """
-        began = self.full_steps if step > self.full_steps else 0
-        restart = max(began, last_merge(self._merge_steps, step - 1))
-        since = step - restart
-        if not rewarm or not restart or since >= self.restart_warmup_steps:
+        merge = self.merges_done(step - 1) * self.merge_every
+        since = step - merge
+        if not rewarm or not merge or since >= self.restart_warmup_steps:
             return self.envelope(step)
         end = step - since + self.restart_warmup_steps
         return since / self.restart_warmup_steps * self.envelope(step if end >= self.total_steps else end)
 
     def merge_after(self, step: int) -> bool:
         """Whether there is a merge at the end of step ``step``. Not after the last step, since the export merges."""
-        return step > 0 and last_merge(self._merge_steps, step) == step
+        return self.merges_done(step) > self.merges_done(step - 1)
 
     def merges_done(self, step: int) -> int:
         """The number of merges done after ``step`` steps, including a merge at the end of that step."""
-        return sum(bisect_right(steps, step) for steps in self._merge_steps)
+        last = self.total_steps - 1
+        if self.merge_until_step is not None:
+            last = min(last, self.merge_until_step)
+        return max(0, min(step, last)) // self.merge_every if self.merge_every else 0
 
     def operator(self, step: int) -> int | None:
         """The mora type in use after ``step`` steps and the merge at their end; None without operators."""
         return self._operator_after(self.merges_done(step))
 
-    def operators_left(self, step: int) -> list[tuple[int | None, int]]:
-        """The mora types in use from ``step`` to the end, each with the merges done when it is first used.
-
-        A drawn type appears once per merge, since every merge draws it again; any other type appears once.
-        """
-        left: dict[tuple[int | None, int], int] = {}
-        for done in range(self.merges_done(step), self.merges_done(self.total_steps) + 1):
-            operator = self._operator_after(done)
-            left.setdefault((operator, done if is_drawn(operator) else 0), done)
-        return [(operator, done) for (operator, _), done in left.items()]
-
-    @functools.cached_property
-    def _merge_steps(self) -> list[Sequence[int]]:
-        return merge_steps(self.merges, self.total_steps, self.merge_until_step, after=self.full_steps)
+    def operators_left(self, step: int) -> list[int | None]:
+        """The mora types in use from ``step`` to the end, each once, in the order of their first use."""
+        merges_done = range(self.merges_done(step), self.merges_done(self.total_steps) + 1)
+        return list(dict.fromkeys(map(self._operator_after, merges_done)))
 
     def _operator_after(self, merges_done: int) -> int | None:
         return self.operators[merges_done % len(self.operators)] if self.operators else None

@@ -9,28 +9,19 @@ import pytest
 
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import MethodConfig
-from relora_mora.config.stretches import MergeStretch, last_merge, merge_steps, shortest_interval
 from relora_mora.optim.groups import make_schedule
 from relora_mora.schedule import Schedule, cosine
 from tests.tools.shared import SHARED, needs_shared
-
-
-def every(steps: int) -> list[MergeStretch]:
-    return [MergeStretch(every=steps)]
-
 
 REMORA = Schedule(
     kind="cosine",
     total_steps=100,
     warmup_steps=10,
     min_ratio=0.1,
-    merges=every(20),
+    merge_every=20,
     restart_warmup_steps=5,
     operators=(1, 2, 3),
 )
-
-
-DRAWN = dataclasses.replace(REMORA, operators=(1, 7))
 
 
 def released_rate(
@@ -114,17 +105,13 @@ def test_no_merge_comes_after_the_last_step_that_may_merge(until):
 @pytest.mark.parametrize(
     "schedule,step,left",
     [
-        (dataclasses.replace(REMORA, merge_until_step=59), 0, [(1, 0), (2, 1), (3, 2)]),
-        (dataclasses.replace(REMORA, merge_until_step=100), 80, [(2, 4)]),
-        (dataclasses.replace(REMORA, merge_until_step=39), 0, [(1, 0), (2, 1)]),
-        (REMORA, 0, [(1, 0), (2, 1), (3, 2)]),
-        (REMORA, 40, [(3, 2), (1, 3), (2, 4)]),
-        (REMORA, 100, [(2, 4)]),
-        (DRAWN, 0, [(1, 0), (7, 1), (7, 3)]),  # every merge draws another 7
-        (DRAWN, 20, [(7, 1), (1, 2), (7, 3)]),
-        (dataclasses.replace(DRAWN, operators=(7,)), 59, [(7, 2), (7, 3), (7, 4)]),
-        (dataclasses.replace(DRAWN, operators=(7,), merges=()), 0, [(7, 0)]),
-        (dataclasses.replace(REMORA, operators=()), 0, [(None, 0)]),
+        (dataclasses.replace(REMORA, merge_until_step=59), 0, [1, 2, 3]),
+        (dataclasses.replace(REMORA, merge_until_step=100), 80, [2]),
+        (dataclasses.replace(REMORA, merge_until_step=39), 0, [1, 2]),
+        (REMORA, 0, [1, 2, 3]),
+        (REMORA, 40, [3, 1, 2]),
+        (REMORA, 100, [2]),
+        (dataclasses.replace(REMORA, operators=()), 0, [None]),
     ],
 )
 def test_operators_left_at_a_step(schedule, step, left):
@@ -172,7 +159,7 @@ def test_no_step_has_rate_zero_when_the_run_ends_within_a_restart(kind, restart)
         warmup_steps=10,
         min_ratio=0.0,
         decay_steps=100,
-        merges=every(190),
+        merge_every=190,
         restart_warmup_steps=restart,
     )
     rates = [late.rate(step) for step in range(951, 1000)]  # the last merge is at 950
@@ -181,15 +168,12 @@ def test_no_step_has_rate_zero_when_the_run_ends_within_a_restart(kind, restart)
 
 
 def test_lengths_that_do_not_fit_are_shortened():
-    method = MethodConfig(name="remora", merge_every=[MergeStretch(every=6, until=12), MergeStretch(every=5)])
+    method = MethodConfig(name="remora", merge_every=6)
     optim = OptimConfig(schedule="wsd", warmup_steps=10, decay_steps=50, restart_warmup_steps=20)
     clock = make_schedule(method, optim, 40)
-    assert [step for step in range(41) if clock.merge_after(step)] == [6, 12, 15, 20, 25, 30, 35]
-    assert (clock.restart_warmup_steps, clock.decay_steps) == (3, 30)
-    assert make_schedule(method, optim, 6).restart_warmup_steps == 20  # there is no merge to restart after
+    assert [step for step in range(41) if clock.merge_after(step)] == [6, 12, 18, 24, 30, 36]
+    assert (clock.restart_warmup_steps, clock.decay_steps) == (6, 30)
     assert make_schedule(method, optim, 60).decay_steps == 50
-    begins = method.model_copy(update={"full_steps": 13})
-    assert make_schedule(begins, optim, 40).restart_warmup_steps == 2
 
 
 def test_without_merges_nothing_restarts():
@@ -198,70 +182,9 @@ def test_without_merges_nothing_restarts():
     assert plain.operator(50) is None
 
 
-@pytest.mark.parametrize("full_steps,merges", [(19, [20, 40, 60, 80]), (20, [40, 60, 80]), (53, [60, 80])])
-def test_adapters_that_begin_later_merge_later_and_restart_the_rate(full_steps, merges):
-    clock = dataclasses.replace(REMORA, full_steps=full_steps)
-    assert [step for step in range(101) if clock.merge_after(step)] == merges
-    assert clock.merges_done(merges[0]) == 1
-    assert [clock.operator(step) for step in (full_steps, merges[0], merges[1])] == [1, 2, 3]
-    at_full_rank = dataclasses.replace(REMORA, merges=(), restart_warmup_steps=0)
-    first = range(1, full_steps + 1)
-    assert [clock.rate(step) for step in first] == [at_full_rank.rate(step) for step in first]
-    if full_steps != 19:  # else the first merge interrupts the restart warmup
-        end = clock.envelope(full_steps + 5)
-        restart = [clock.rate(full_steps + since) for since in (1, 2, 3, 4, 5)]
-        assert restart == pytest.approx([end / 5, 2 * end / 5, 3 * end / 5, 4 * end / 5, end])
-        assert clock.rate(full_steps + 6) == clock.envelope(full_steps + 6)
-    assert clock.rate(full_steps + 1, rewarm=False) == clock.envelope(full_steps + 1)
-    assert clock.rate(merges[0] + 1) == REMORA.rate(merges[0] + 1), "a merge restarts it as always"
-
-
-def test_without_a_restart_warmup_the_start_of_adapters_leaves_the_rate_as_it_is():
-    plain = Schedule(kind="cosine", total_steps=100, warmup_steps=10, min_ratio=0.1)
-    later = dataclasses.replace(plain, full_steps=30)
-    assert [later.rate(step) for step in range(1, 101)] == [plain.rate(step) for step in range(1, 101)]
-
-
-STRETCHES = [
-    ([{"until": 8, "every": 2}, {"every": 6}], [2, 4, 6, 8, 12, 18], 2),
-    ([{"until": 9, "every": 3}, {"every": 5}], [3, 6, 9, 10, 15], 1),
-    ([{"until": 7, "every": 3}], [3, 6], 3),
-    ([{"every": 2, "growth": 1.5}], [2, 5, 9, 16], 3),  # intervals of 2, 3, 4.5 and 6.75 steps, rounded
-    ([{"until": 6, "every": 3}, {"every": 2, "growth": 2.0}], [3, 6, 8, 12], 2),
-    ([{"until": 4, "every": 5}, {"every": 7}], [7, 14], 7),
-    ([{"every": 20}], [], None),
-    ([], [], None),
-]
-
-
-@pytest.mark.parametrize("stretches,expected,shortest", STRETCHES)
-def test_stretches_merge_at_these_steps(stretches, expected, shortest):
-    merges = [MergeStretch(**stretch) for stretch in stretches]
-    clock = dataclasses.replace(REMORA, total_steps=20, warmup_steps=1, restart_warmup_steps=1, merges=merges)
-    assert [step for step in range(21) if clock.merge_after(step)] == expected
-    for step in range(21):
-        before = [merge for merge in expected if merge <= step]
-        assert clock.merges_done(step) == len(before)
-        assert clock.operator(step) == (1, 2, 3)[len(before) % 3]
-    steps = merge_steps(merges, 20, None)
-    assert shortest_interval(steps) == (shortest if len(expected) > 1 else None)
-    assert last_merge(steps, 20) == (expected[-1] if expected else 0)
-    ended = dataclasses.replace(clock, merge_until_step=8)
-    assert [step for step in range(21) if ended.merge_after(step)] == [step for step in expected if step <= 8]
-
-
-def test_a_clock_of_many_steps_takes_no_time():
-    merges = [MergeStretch(until=2**40, every=1), MergeStretch(every=10, growth=1.01)]
-    clock = dataclasses.replace(REMORA, total_steps=2**53, merges=merges)
-    assert clock.merges_done(2**40) == 2**40
-    assert clock.merge_after(2**40 + 10)
-    assert clock.merges_done(2**53) < 2**40 + 4000
-
-
-def test_the_rate_restarts_after_every_merge_of_a_growing_clock():
-    clock = dataclasses.replace(REMORA, merges=[MergeStretch(every=20, growth=1.5)])
-    assert [step for step in range(101) if clock.merge_after(step)] == [20, 50, 95]
-    for merge in (20, 50):
-        assert clock.rate(merge) == clock.envelope(merge)
-        assert clock.rate(merge + 1) == pytest.approx(clock.envelope(merge + 5) / 5)
-        assert clock.rate(merge + 5) == clock.envelope(merge + 5)
+@pytest.mark.parametrize("until", [None, 2**40])
+def test_a_clock_of_many_steps_takes_no_time(until):
+    clock = dataclasses.replace(REMORA, total_steps=2**53, merge_every=1, merge_until_step=until)
+    assert clock.merges_done(2**53) == (until or 2**53 - 1)
+    assert clock.merge_after(2**40)
+    assert clock.merge_after(2**40 + 1) is (until is None)

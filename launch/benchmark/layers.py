@@ -138,9 +138,7 @@ class Variant:
             for layer in layers:
                 if isinstance(layer, AdapterLinear):
                     if name.endswith("int8"):
-                        layer.stored = storage_of(
-                            layer, settings, bf16=dtype is torch.bfloat16, on_gpu=device.type == "cuda"
-                        )
+                        layer.stored = storage_of(layer, settings, on_gpu=device.type == "cuda")
                         layer.pack()
                     layer.keep_merged()
             MoRALinear.share_input(layers, [layer for layer in layers if isinstance(layer, MoRALinear)])

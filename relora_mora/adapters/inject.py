@@ -7,9 +7,8 @@ from torch import nn
 
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, all_names, layer_generator
 from relora_mora.adapters.scope import Caller
-from relora_mora.adapters.stored import PLAIN, EightBits, Rounded, Stored
+from relora_mora.adapters.stored import PLAIN, EightBits, Stored
 from relora_mora.config.schema import MethodConfig
-from relora_mora.operators import Draw
 
 # the shared input of linears in a decoder layer; a linear that is not named here has an input of its own
 INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
@@ -22,14 +21,11 @@ def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Adapter
             yield name, module
 
 
-def inject(
-    model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int | None = None, draw: Draw | None = None
-) -> dict[str, list[str]]:
+def inject(model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int | None = None) -> dict[str, list[str]]:
     """Replaces the target linears of the decoder with adapter layers in place; returns their names by projection.
 
-    ``mora_type`` is the first operator (default: the first of the cycle), ``draw`` its draw (default: the draw at the
-    start of a run). Raises ValueError if a target name matches no layer, or if an operator cannot be built for a
-    layer's shape.
+    ``mora_type`` is the first operator (default: the first of the cycle). Raises ValueError if a target name matches no
+    layer, or if an operator cannot be built for a layer's shape.
     """
     by_kind: dict[str, list[str]] = {kind: [] for kind in method.target_modules}
     targets = []
@@ -45,7 +41,7 @@ def inject(
             f"method.target_modules: no linear of the decoder is named {', '.join(unmatched)}; it has "
             f"{', '.join(present)}"
         )
-    replace_linears(model, targets, method, seed=seed, mora_type=mora_type, draw=draw)
+    replace_linears(model, targets, method, seed=seed, mora_type=mora_type)
     return by_kind
 
 
@@ -56,7 +52,6 @@ def replace_linears(
     *,
     seed: int,
     mora_type: int | None = None,
-    draw: Draw | None = None,
 ) -> dict[str, AdapterLinear]:
     """Replaces linears by name with adapter layers in place, and returns these; see :func:`inject`."""
     layer = layer_class(method)
@@ -68,7 +63,7 @@ def replace_linears(
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         generator = layer_generator(seed, name, 0)
-        adapter = layer.from_settings(linear, method.of(kind), generator, mora_type, draw or Draw(seed))
+        adapter = layer.from_settings(linear, method.of(kind), generator, mora_type)
         assert all(adapter.get_parameter(key).dim() == 2 for key in adapter.adapter_names), "not a matrix"
         assert not [*adapter.buffers()], "a resume restores only parameters"
         for place in places[linear]:
@@ -96,24 +91,24 @@ def watch_callers(model: nn.Module) -> None:
                 layer.callers += (callers[module],)
 
 
-def choose_storage(model: nn.Module, method: MethodConfig, *, bf16: bool, on_gpu: bool) -> None:
+def choose_storage(model: nn.Module, method: MethodConfig, *, on_gpu: bool) -> None:
     """Decides how the weights under adapters are stored; they change when :meth:`AdapterLinear.pack` is called."""
     for _, layer in adapter_layers(model):
-        layer.stored = storage_of(layer, method, bf16=bf16, on_gpu=on_gpu)
+        layer.stored = storage_of(layer, method, on_gpu=on_gpu)
 
 
-def storage_of(layer: AdapterLinear, method: MethodConfig, *, bf16: bool, on_gpu: bool) -> Stored:
-    """How ``method.base`` stores the weight of a layer, in a model that computes in bf16 or in float32."""
-    if method.eight_bits is not None:
-        assert method.base_products != "auto", "it depends on the machine; see stored.with_products"
-        return EightBits.of(
-            method.eight_bits,
-            layer.out_features,
-            layer.in_features,
-            multiplies=method.base_products,
-            on_gpu=on_gpu,
-        )
-    return Rounded() if method.base == "bf16" and not bf16 else PLAIN
+def storage_of(layer: AdapterLinear, method: MethodConfig, *, on_gpu: bool) -> Stored:
+    """How ``method.base`` stores the weight of a layer."""
+    if method.eight_bits is None:
+        return PLAIN
+    assert method.base_products != "auto", "it depends on the machine; see stored.with_products"
+    return EightBits.of(
+        method.eight_bits,
+        layer.out_features,
+        layer.in_features,
+        multiplies=method.base_products,
+        on_gpu=on_gpu,
+    )
 
 
 def layer_class(method: MethodConfig) -> type[AdapterLinear]:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from relora_mora.adapters.scope import Caller
 from relora_mora.adapters.stored import PLAIN, FrozenProduct, Stored
 from relora_mora.config.schema import MethodConfig
-from relora_mora.operators import Draw
 from relora_mora.system.seeds import derived_seed
 
 ADAPTERS = "adapters"  # their group in an optimizer
@@ -40,7 +39,6 @@ class Kept(NamedTuple):
 
 
 INPUT = "x"  # ``Kept.what`` of the layer's input
-SPARSE_VALUES = "sparse_values"  # the adapter parameter that is a list of elements, not a map; AdamW always trains it
 DROPPED = "dropped x"  # ``Kept.what`` of the input after one adapter's dropout
 
 
@@ -58,9 +56,6 @@ class AdapterLinear(nn.Module):
     break_even: ClassVar[float]
     # the number of [out, in] tensors that exist at once while the merged form builds W + delta
     weights_built: ClassVar[int] = 1
-    # whether backward needs such a tensor in every form, for the gradient of the weight
-    dense_gradient: ClassVar[bool] = False
-    index_bytes = 0  # of temporary tensors of whole numbers, in forward and in backward
 
     def __init__(self, linear: nn.Linear, form: str, dropout: float = 0.0) -> None:
         super().__init__()
@@ -82,11 +77,11 @@ class AdapterLinear(nn.Module):
     @classmethod
     @abstractmethod
     def from_settings(
-        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None, draw: Draw
+        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None
     ) -> Self:
         """Builds the layer from a linear, with initial values from ``generator``.
 
-        ``mora_type`` and ``draw`` choose the operator, if the adapter has one.
+        ``mora_type`` is the operator, if the adapter has one.
         """
 
     @classmethod
@@ -115,20 +110,16 @@ class AdapterLinear(nn.Module):
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
         """The float32 value of a parameter at the start of a cycle. Fresh parameters have a delta of zero."""
 
-    def initial_weight(self) -> Tensor | None:
-        """The float32 W [out, in] of a run that draws its weights; None: as in the model without adapters."""
-        return None
-
     @abstractmethod
     def singular_values(self, *parameters: Tensor) -> Tensor:
         """Singular values of ``delta_of(*parameters)``, without those that are zero by construction."""
 
-    def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor] | None:
+    @abstractmethod
+    def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] with ``delta_of(*parameters) = (alpha / r) B A``, the way PEFT stores a LoRA.
 
-        alpha is ``method.lora_alpha`` if the adapter uses it, else r. None if the adapter is not a LoRA.
+        alpha is ``method.lora_alpha`` if the adapter uses it, else r.
         """
-        return None
 
     @abstractmethod
     def flops(self, tokens: int, cycle: Sequence[int]) -> Flops:

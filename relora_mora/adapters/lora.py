@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from relora_mora.adapters.layers import DROPPED, HOST, INPUT, AdapterLinear, Flops, Kept
 from relora_mora.adapters.stored import Stored, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
-from relora_mora.operators import Draw
 
 
 class LoRALinear(AdapterLinear):
@@ -37,7 +36,7 @@ class LoRALinear(AdapterLinear):
 
     @classmethod
     def from_settings(
-        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None, draw: Draw
+        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None
     ) -> Self:
         return cls(linear, method.rank, method.lora_alpha, generator, method.form, method.dropout)
 
@@ -66,7 +65,7 @@ class LoRALinear(AdapterLinear):
         A, B = parameters
         return torch.linalg.svdvals(self.scale * (torch.linalg.qr(B)[1] @ torch.linalg.qr(A.mT)[1].mT))
 
-    def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor] | None:
+    def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         A, B = parameters
         return A, B
 

@@ -11,7 +11,7 @@ from relora_mora.adapters.layers import HOST, AdapterLinear, Flops, Kept
 from relora_mora.adapters.scope import Scope
 from relora_mora.adapters.stored import EightBits, Stored, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
-from relora_mora.operators import Draw, GroupingOperator, Operator, make_operator, square_size, transposed_product
+from relora_mora.operators import GroupingOperator, Operator, make_operator, square_size, transposed_product
 
 
 def layer_square_size(method: MethodConfig, in_features: int, out_features: int) -> int:
@@ -40,29 +40,21 @@ class MoRALinear(AdapterLinear):
     break_even = 0.25
     weights_built = 2  # delta and W + delta
 
-    def __init__(
-        self,
-        linear: nn.Linear,
-        size: int,
-        mora_type: int,
-        form: str = "auto",
-        dropout: float = 0.0,
-        draw: Draw | None = None,
-    ) -> None:
+    def __init__(self, linear: nn.Linear, size: int, mora_type: int, form: str = "auto", dropout: float = 0.0) -> None:
         super().__init__(linear, form, dropout)
         self.square_size = size
         self.mora_M = nn.Parameter(torch.zeros(size, size, dtype=linear.weight.dtype))
         self.shared_input: SharedInput | None = None
-        self.set_operator(mora_type, draw)
+        self.set_operator(mora_type)
 
     operator: Operator
 
     @classmethod
     def from_settings(
-        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None, draw: Draw
+        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None
     ) -> Self:
         size = layer_square_size(method, linear.in_features, linear.out_features)
-        return cls(linear, size, mora_type or method.operators[0], method.form, method.dropout, draw)
+        return cls(linear, size, mora_type or method.operators[0], method.form, method.dropout)
 
     @classmethod
     def parameters_for(cls, method: MethodConfig, in_features: int, out_features: int) -> int:
@@ -75,16 +67,14 @@ class MoRALinear(AdapterLinear):
             layer.shared_input = shared
 
     def get_extra_state(self) -> Tensor:
-        """The operator in use and its draw, so that whoever loads M also gets what M means."""
-        return torch.tensor([self.operator.mora_type, *self.draw], dtype=torch.int64, device="cpu")
+        """The operator in use, so that whoever loads M also gets what M means."""
+        return torch.tensor(self.operator.mora_type, dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        mora_type, *draw = state.tolist()
-        self.set_operator(mora_type, Draw(*draw))
+        self.set_operator(int(state))
 
-    def set_operator(self, mora_type: int, draw: Draw | None = None) -> None:
-        self.draw = draw or Draw()
-        self.operator = make_operator(mora_type, self.in_features, self.out_features, self.square_size, draw)
+    def set_operator(self, mora_type: int) -> None:
+        self.operator = make_operator(mora_type, self.in_features, self.out_features, self.square_size)
         self.drop_merged()
 
     @property
@@ -151,11 +141,11 @@ def operator_in_use(layers: Iterable[AdapterLinear]) -> int | None:
     return used.pop() if used else None
 
 
-def set_operators(layers: Iterable[AdapterLinear], mora_type: int | None, draw: Draw) -> None:
+def set_operators(layers: Iterable[AdapterLinear], mora_type: int | None) -> None:
     """Switches the operator of all layers that have one."""
     for layer in layers:
         if mora_type is not None and isinstance(layer, MoRALinear):
-            layer.set_operator(mora_type, draw)
+            layer.set_operator(mora_type)
 
 
 class SharedInput(Scope):

@@ -47,31 +47,14 @@ class Plain:
         return torch.zeros_like(weight)
 
     def dense(self, stored: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
-        """The weight [out, in], in ``dtype`` if it is stored in another one; see ``kernels.dense`` for ``after``."""
+        """The weight [out, in]; products cast it."""
         return stored
 
     def linear(self, x: Tensor, stored: Tensor) -> Tensor:
-        return F.linear(x, self.dense(stored, x.dtype).to(x.dtype))
+        return F.linear(x, stored.to(x.dtype))
 
     def linear_transposed(self, dy: Tensor, stored: Tensor) -> Tensor:
-        return dy @ self.dense(stored, dy.dtype, after=dy).to(dy.dtype)
-
-
-@dataclass(frozen=True)
-class Rounded(Plain):
-    """The weight is stored in bf16, in a model that computes in float32."""
-
-    def bytes_of(self, elements: int, width: int) -> int:
-        return 2 * elements
-
-    def encode(self, weight: Tensor) -> Tensor:
-        return weight.to(torch.bfloat16)
-
-    def empty(self, weight: Tensor) -> Tensor:
-        return torch.zeros(weight.shape, dtype=torch.bfloat16)
-
-    def dense(self, stored: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
-        return dense(stored, None, dtype, after)
+        return dy @ stored.to(dy.dtype)
 
 
 @dataclass(frozen=True)
@@ -217,15 +200,8 @@ def with_products(
 
 def check_precision(method: MethodConfig, *, bf16: bool, on_gpu: bool) -> None:
     """Raises :class:`ConfigError` if ``method.base`` does not work in this precision."""
-    problem = None
-    if method.base == "bf16" and not bf16 and method.form == "resident" and method.uses_adapters:
-        problem = (
-            "method.form: resident would round W + delta to method.base=bf16, which loses small deltas; "
-            "use method.form=auto"
-        )
-    elif method.eight_bits == "fp8" and method.base_products is True and on_gpu and not bf16:
+    if method.eight_bits == "fp8" and method.base_products is True and on_gpu and not bf16:
         problem = "method.base: the results of fp8 products are in bf16; use train.precision=bf16, or method.base=int8"
-    if problem:
         raise ConfigError([problem], "the settings")
 
 

@@ -27,17 +27,16 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Set
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import xxhash
 from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
-from relora_mora.adapters.layers import ADAPTERS
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, optimizer_named, optimizer_of
-from relora_mora.operators import Draw
+from relora_mora.config.removed import removed_faults, without_old_defaults
 from relora_mora.optim.groups import group_of
 from relora_mora.system.files import raise_if_lost, remove, sync
 
@@ -146,7 +145,6 @@ class Manifest:
     files: dict[Annotated[str, AfterValidator(_inside)], FileEntry]
     data_content: str  # fingerprint of the text of the training data
     eos_token_id: Count  # ends a document; not part of the fingerprint of a Hugging Face tokenizer
-    operator_seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None  # None unless the operator is drawn
     # kinds and shapes of the state of each matrix for which the optimizer keeps more than moments
     matrix_states: dict[str, dict[str, list[Count]]]
 
@@ -154,11 +152,6 @@ class Manifest:
         """As JSON, with a checksum of the manifest itself."""
         values = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
         return json.dumps({**values, "checksum": content_checksum(values)}, indent=1)
-
-    @property
-    def draw(self) -> Draw:
-        """The draw of the operator in use."""
-        return Draw(self.operator_seed or 0, self.merges_done)
 
     @property
     def tokenizer_files(self) -> list[str]:
@@ -173,11 +166,6 @@ class Manifest:
     def is_good(self) -> bool:
         """Whether a run can go back to it: not saved amid steps with non-finite numbers or after a loss spike."""
         return not (self.counters.get("bad_steps") or self.counters.get("trouble"))
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether adapters train at its step: not at full rank, which is also how a run with adapters may begin."""
-        return ADAPTERS in self.group_steps
 
     @property
     def optimizers(self) -> dict[str, str]:
@@ -202,20 +190,6 @@ class Manifest:
 
 
 _MANIFEST = TypeAdapter(Manifest)
-
-
-def with_frozen(manifest: Manifest, names: Set[str]) -> Manifest:
-    """A manifest as if these of its parameters were frozen."""
-    parameters = {name: shape for name, shape in manifest.parameters.items() if name not in names}
-    now_frozen = {name: shape for name, shape in manifest.parameters.items() if name in names}
-    groups = {group_of(name) for name in parameters}
-    return replace(
-        manifest,
-        parameters=parameters,
-        frozen=manifest.frozen | now_frozen,
-        matrix_states={name: shapes for name, shapes in manifest.matrix_states.items() if name in parameters},
-        group_steps={group: steps for group, steps in manifest.group_steps.items() if group in groups},
-    )
 
 
 def content_checksum(values: dict[str, Any]) -> str:
@@ -279,12 +253,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _validated(path: Path, values: dict[str, Any]) -> Manifest:
     del values["format"], values["version"]
+    values.pop("operator_seed", None)  # release 0.2 wrote it, null except for operator 7
     try:
         manifest = _MANIFEST.validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: damaged, {field}: {first['msg']}; use an older checkpoint") from error
+    removed = removed_faults(without_old_defaults(manifest.config))
+    if removed:
+        names = " and ".join(removed)
+        raise CheckpointError(f"{path}: trained with settings that only release 0.2 has ({names}); use that release")
     for setting, name in manifest.optimizers.items():
         if not isinstance(name, str) or optimizer_named(name) is None:
             raise CheckpointError(

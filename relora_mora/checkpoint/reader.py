@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -126,20 +126,16 @@ class CheckpointReader:
             raise layout.CheckpointError(f"{self.folder}: has no parameter {name}")
         return self.piece(kind, name, 0, self.manifest.numel(name)).view(shape)
 
-    def restore(self, engine: "ZeroEngine", base: "FrozenMasters", *, new: Set[str] = frozenset()) -> None:
+    def restore(self, engine: "ZeroEngine", base: "FrozenMasters") -> None:
         """Loads this checkpoint into an engine and its frozen masters; a collective.
 
-        Parameters that begin to train here (``new``) and their state stay as they are. Weights that have trained up to
-        here may be frozen from here on. Raises :class:`CheckpointError` on all ranks, even if only one cannot read what
-        it needs.
+        Raises :class:`CheckpointError` on all ranks, even if only one cannot read what it needs.
         """
-        trained = {name: list(engine.shapes[name]) for names in engine.members for name in names if name not in new}
+        trained = {name: list(engine.shapes[name]) for names in engine.members for name in names}
         frozen = {name: list(engine.shapes[name]) for name in base.owner}
         moments = {name: self.manifest.moments(name) for name in trained}
-        matrices = {name: shapes for name, shapes in engine.matrix_shapes.items() if name not in new}
-        groups = {name for name, names in zip(engine.group_names, engine.members, strict=True) if set(names) - new}
-        ours = (trained, frozen, {name: engine.moments[name] for name in trained}, matrices, groups)
-        saved = layout.with_frozen(self.manifest, base.owner.keys()) if new else self.manifest
+        ours = (trained, frozen, engine.moments, engine.matrix_shapes, set(engine.group_names))
+        saved = self.manifest
         if ours != (saved.parameters, saved.frozen, moments, saved.matrix_states, set(saved.group_steps)):
             different = ", ".join(sorted(set(trained) ^ set(saved.parameters))[:3]) or "other shapes or states"
             raise same_on_all_ranks(
@@ -150,7 +146,7 @@ class CheckpointReader:
             )
         problem: str | None = None
         try:
-            self._read_own(engine, base, new)
+            self._read_own(engine, base)
         except layout.CheckpointError as error:
             problem = str(error)
         problems = [text for text in gather_from_ranks(problem) if text is not None]
@@ -160,20 +156,18 @@ class CheckpointReader:
         engine.refresh()
         base.push(engine)
 
-    def _read_own(self, engine: "ZeroEngine", base: "FrozenMasters", new: Set[str]) -> None:
+    def _read_own(self, engine: "ZeroEngine", base: "FrozenMasters") -> None:
         groups = {
             name: group for group, names in zip(engine.group_names, engine.members, strict=True) for name in names
         }
         for fragment in engine.fragments:
-            if fragment.name in new:
-                continue
             state = engine.state_of(fragment.flat)
             for kind in ("master", *self.manifest.moments(fragment.name)):
                 target = fragment.of(fragment.flat.data if kind == "master" else state[kind])
                 target.copy_(self.piece(kind, fragment.name, fragment.start, fragment.numel))
             state["step"].fill_(float(self.manifest.group_steps[groups[fragment.name]]))
         for name, matrix in engine.matrix_states.items():
-            for kind, value in matrix.tensors.items() if name not in new else ():
+            for kind, value in matrix.tensors.items():
                 value.copy_(self.piece(kind, name, 0, value.numel()).view(value.shape))
         base.take(self.weight)
 

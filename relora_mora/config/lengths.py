@@ -8,7 +8,6 @@ from pydantic import BaseModel
 
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import Config, MethodConfig
-from relora_mora.config.stretches import shortest_interval
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -69,14 +68,9 @@ def with_counted_epochs(config: Config, tokens: float) -> Config:
     return settled(with_steps(config.model_copy(update={"train": train})))
 
 
-def restart_warmup(method: MethodConfig, optim: OptimConfig, steps: int) -> int:
+def restart_warmup(method: MethodConfig, optim: OptimConfig) -> int:
     """The steps of the warmup after a merge: ``optim.restart_warmup_steps``, or all steps between two merges."""
-    merges = method.merge_steps(steps) if method.merges else []
-    if not any(merges):
-        return optim.restart_warmup_steps if method.merges else 0
-    begin = [[method.full_steps]] if method.full_steps else []  # here the rate restarts, too
-    first = next(group[0] for group in merges if group)
-    return min(optim.restart_warmup_steps, shortest_interval([*begin, *merges]) or first)
+    return min(optim.restart_warmup_steps, method.merge_every) if method.merges else 0
 
 
 def tree_of(config: Config) -> dict[str, Any]:

@@ -162,15 +162,8 @@ def validate(
     except ValidationError as error:
         found.extend(explain(error))
         unknown |= doubtful(error)
-        for section, (steps, *others) in lengths.ALTERNATIVES.items():
-            if unknown.intersection(f"{section}.{name}" for name in others):
-                unknown.add(f"{section}.{steps}")
         config = substitute_defaults(tree, error)
     if config is not None:
-        if config.train.epochs is not None:
-            unknown.add("train.steps")
-            if config.optim.warmup_fraction is not None:
-                unknown.add("optim.warmup_steps")
         config = lengths.with_steps(config)
     for fault in faults(config, world_size) if config is not None else ():
         # a fault that involves a setting with a wrong value would be about its default, which nobody asked for
@@ -193,19 +186,6 @@ def stored_config(tree: Mapping[str, Any], source: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(list(explain(error)), source) from None
-
-
-def with_epochs(config: Config, tokens: float, world_size: int) -> Config:
-    """The settings with steps for ``train.epochs``, given that all epochs together have ``tokens``.
-
-    Raises :class:`ConfigError` if other settings do not fit a run of this length.
-    """
-    config = lengths.with_counted_epochs(config, tokens)
-    found = [str(fault) for fault in faults(config, world_size)]
-    if found:
-        steps = counted(config.train.steps, "step")
-        raise ConfigError(found, f"the settings, with {steps} for the {tokens:,.0f} tokens of all epochs")
-    return config
 
 
 def dump(config: Config) -> str:

@@ -37,9 +37,6 @@ class OptimConfig(Strict):
         description="peak learning rate of embeddings, norms and head, and of linears without an adapter (other "
         "methods); null: as lr",
     )
-    lr_full: Rate | None = Field(
-        None, description="peak learning rate of the decoder's linears in the first method.full_steps; null: as lr"
-    )
     matrices: MatrixOptimizerName | OwnRule = Field(
         "adamw",
         description="optimizer of the decoder's linears (full) or adapters (other methods), or a rule of your own, "

@@ -12,8 +12,6 @@ from typing import Literal
 ScheduleKind = Literal["cosine", "linear", "wsd", "constant"]
 
 ADAPTER_SETTINGS = (
-    "method.full_steps",
-    "optim.lr_full",
     "method.form",
     "method.target_modules",
     "method.train_linears",
@@ -39,22 +37,16 @@ class Adapter:
 
     ``layer`` names a subclass of :class:`AdapterLinear`, which defines the arithmetic, the memory and the number of
     parameters. ``settings`` lists the settings that not every adapter uses. ``has_square``: the adapter is a square
-    matrix between the operators of ``method.operators``. ``seeded``: the delta depends on ``train.seed``, too.
+    matrix between the operators of ``method.operators``.
     """
 
     layer: str
     settings: tuple[str, ...] = ()
     has_square: bool = False
-    seeded: bool = False
 
 
 _RANK_SETTINGS = ("method.rank", "method.rank_pattern")
 LORA = Adapter("relora_mora.adapters.lora:LoRALinear", (*_RANK_SETTINGS, "method.lora_alpha"))
-SLTRAIN = Adapter(
-    "relora_mora.adapters.sltrain:SLTrainLinear",
-    (*LORA.settings, "method.sparse_density"),
-    seeded=True,
-)
 MORA = Adapter(
     "relora_mora.adapters.mora:MoRALinear",
     (*_RANK_SETTINGS, "method.square_size", "method.square_rounding", "method.square_multiple", "method.operators"),
@@ -96,7 +88,6 @@ METHODS = {
         Method("mora", "MoRA", MORA),
         Method("relora", "ReLoRA", LORA, merges=True, note="LoRA with merges"),
         Method("remora", "ReMoRA", MORA, merges=True, note="MoRA with merges"),
-        Method("sltrain", "SLTrain", SLTRAIN, note="LoRA plus a sparse matrix"),
     )
 }
 
@@ -107,13 +98,12 @@ class OperatorType:
 
     ``code`` builds a :class:`relora_mora.operators.Operator` from (MoRA type, in, out, R, *groupings); ``groupings``
     names functions in ``relora_mora.kernels.grouping``, which ``method.reset: carry`` needs. ``even_size``: R must be
-    even. ``drawn``: every merge draws a new operator, so it also takes a :class:`relora_mora.operators.Draw`.
+    even.
     """
 
     code: str
     groupings: tuple[str, ...] = ()
     even_size: bool = False
-    drawn: bool = False
 
 
 def _grouped(inputs: str, outputs: str) -> OperatorType:
@@ -127,13 +117,7 @@ OPERATORS = {
     3: _grouped("contiguous", "interleaved"),
     4: _grouped("wrapped_interleaved", "contiguous"),
     6: OperatorType("relora_mora.operators:RotaryOperator", even_size=True),
-    7: OperatorType("relora_mora.operators:GroupingOperator", ("rotated", "rotated"), drawn=True),
 }
-
-
-def is_drawn(operator: int | None) -> bool:
-    """Whether every merge draws this operator again."""
-    return operator is not None and OPERATORS[operator].drawn
 
 
 @dataclass(frozen=True)
@@ -186,7 +170,7 @@ def optimizer_named(name: str) -> MatrixOptimizer | None:
 
 
 def optimizer_of(group: str, *, matrices: str, others: str) -> MatrixOptimizer:
-    """The optimizer of a parameter group; AdamW always trains norms and the values of sparse matrices."""
+    """The optimizer of a parameter group; AdamW always trains norms."""
     found = optimizer_named({"adapters": matrices, "linears": matrices, "embeddings": others}.get(group, "adamw"))
     assert found is not None
     return found

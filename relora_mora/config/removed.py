@@ -10,6 +10,12 @@ from typing import Any
 _OWN_RULE = "use muon, or a rule of your own as FILE.py:NAME"
 _PROJECTION = "give examples/optimizers/galore.py or apollo.py in optim.matrices, and its settings in optim.rule"
 REMOVED = {
+    "method.base=bf16": "use train.precision=bf16, or int8",
+    "method.full_steps": "remove it: early merges do more than a start at full rank",
+    "method.name=sltrain": "use remora, which was better, or lora",
+    "method.operators=7": "use [1, 2], which was 3 % better",
+    "method.sparse_density": "remove it: no method has a sparse matrix",
+    "optim.lr_full": "remove it: method.full_steps is gone",
     "optim.matrices=apollo": "use examples/optimizers/apollo.py:Apollo, with its settings in optim.rule",
     "optim.matrices=apollo_mini": "use adamw8bit, which keeps a quarter of AdamW's state",
     "optim.matrices=fira": _OWN_RULE,

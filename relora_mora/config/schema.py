@@ -3,7 +3,6 @@
 ``Strict`` refuses unknown keys and wrong types. Checks that involve several settings are in ``checks``.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
@@ -16,12 +15,12 @@ from relora_mora.config.registry import (
     OPERATORS,
     Method,
 )
-from relora_mora.config.stretches import Intervals, MergeStretch, merge_steps
 from relora_mora.config.types import (
     LARGEST,
     LONGEST_SECONDS,
     Decay,
     Fraction,
+    Interval,
     NotNegative,
     Positive,
     Project,
@@ -103,9 +102,6 @@ class MethodConfig(Strict):
     lora_alpha: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] | None = Field(
         None, description="LoRA's scale is alpha / r; null: alpha = r"
     )
-    sparse_density: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
-        0.03, description="share of the elements of SLTrain's sparse matrix that train, in each row"
-    )
     target_modules: list[str] = Field(
         list(DECODER_LINEARS), min_length=1, description="linear layers of the decoder that get an adapter"
     )
@@ -116,16 +112,13 @@ class MethodConfig(Strict):
     train_embeddings: bool = Field(True, description="train the input embeddings")
     train_norms: bool = Field(True, description="train the norms, and the biases if the model has any")
     train_head: bool = Field(True, description="train the output head")
-    full_steps: NotNegative = Field(
-        0, description="train the decoder's linears at full rank in the first n steps; then the adapters begin; 0: none"
-    )
     form: Literal["auto", "merged", "resident", "decoupled"] = Field(
         "auto", description="how an adapter layer computes its output: see docs/method.md"
     )
-    base: Literal["bf16", "int8", "fp8"] | None = Field(
+    base: Literal["int8", "fp8"] | None = Field(
         None,
-        description="how a weight under an adapter is stored on the device; int8, fp8: 8 bits and a scale per output "
-        "feature; null: as the rest of the model; see docs/method.md",
+        description="store weights under adapters in 8 bits on the device, with a scale per output feature; null: as "
+        "the rest of the model; see docs/method.md",
     )
     base_products: bool | Literal["auto"] = Field(
         "auto",
@@ -135,10 +128,8 @@ class MethodConfig(Strict):
     dropout: Decay = Field(
         0.0, description="dropout of an adapter's input, as in LoRA; layers then train in decoupled form; 0: none"
     )
-    merge_every: Intervals = Field(
-        2000,
-        description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)}), or stretches "
-        "with intervals of their own, e.g. [{until: 8, every: 2}, {every: 6}] or [{every: 10, growth: 1.5}]",
+    merge_every: Interval = Field(
+        2000, description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)})"
     )
     merge_until_step: Positive | None = Field(None, description="the last step that may merge; null: the last but one")
     reset: Literal["full", "magnitude", "random", "none", "carry"] = Field(
@@ -156,7 +147,7 @@ class MethodConfig(Strict):
     @property
     def eight_bits(self) -> str | None:
         """``int8`` or ``fp8`` if weights under adapters are stored in 8 bits, otherwise None."""
-        return self.base if self.base in ("int8", "fp8") and self.uses_adapters else None
+        return self.base if self.uses_adapters else None
 
     def of(self, projection: str) -> Self:
         """The settings for the layers of one projection, such as ``q_proj``."""
@@ -182,17 +173,6 @@ class MethodConfig(Strict):
     @property
     def merges(self) -> bool:
         return self.record.merges
-
-    @property
-    def stretches(self) -> list[MergeStretch]:
-        """The stretches of ``merge_every``; none if the method does not merge."""
-        if not self.merges:
-            return []
-        return [MergeStretch(every=self.merge_every)] if isinstance(self.merge_every, int) else self.merge_every
-
-    def merge_steps(self, total: int) -> list[Sequence[int]]:
-        """The steps of each stretch that merge in a run of ``total`` steps."""
-        return merge_steps(self.stretches, total, self.merge_until_step, after=self.full_steps)
 
     @property
     def cycle(self) -> tuple[int, ...]:

@@ -131,22 +131,6 @@ class ZeroEngine(ZeroState):
             counts[group] = int(self.state_of(flats[0])["step"].item()) if flats else -1
         return counts
 
-    def close(self) -> None:
-        """Frees the memory of the parameters and of their state; the engine cannot be used any more.
-
-        DeepSpeed's hooks keep an engine alive that nobody refers to. At stage 3 one of its caches keeps the modules,
-        and at stage 1 in bf16 the parameters stay, too.
-        """
-        self.deepspeed.destroy()
-        for parameter in self.parameters.values():
-            vars(parameter).clear()  # at stage 3 its slice, and methods of DeepSpeed
-            parameter.grad = None
-            parameter.data = torch.empty(0, device=self.device)
-        if self.stage == 3:
-            self.optimizer.state.clear()
-            self.optimizer.param_groups.clear()
-            vars(self.zero).clear()
-
     # ---- steps ------------------------------------------------------------------------------------------------
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:

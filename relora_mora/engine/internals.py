@@ -91,7 +91,6 @@ OBJECTS: dict[type, Uses] = {
     DeepSpeedEngine: {
         "optimizer": "DeepSpeed's optimizer, one of the classes below, or ours at stage 0 in fp32",
         "module": "its gradients, at stage 0 in fp32",
-        "destroy": "removes the hooks that keep the model alive",
         "device": "the device of the parameters",
         "get_global_grad_norm": "the norm of the last step",
         "was_step_applied": "whether a user's step was not skipped",

@@ -16,9 +16,8 @@ from torch import Tensor
 from relora_mora.adapters.layers import HOST, AdapterLinear, adapter_layers, effective_rank, layer_generator
 from relora_mora.adapters.mora import MoRALinear, operator_in_use, set_operators
 from relora_mora.config.schema import MethodConfig
-from relora_mora.config.stretches import last_merge, merge_steps
 from relora_mora.engine.protocol import Engine
-from relora_mora.operators import Draw, GroupingOperator, Operator
+from relora_mora.operators import GroupingOperator, Operator
 from relora_mora.system.hardware import uses_cuda
 
 MEASURED_STEPS = 100  # how often the effective rank is measured: singular values take longer than the merge
@@ -98,7 +97,7 @@ class Merger:
         self.base = base
         self.method = method
         self.seed = seed
-        self.draw = Draw(seed)  # for the operator in use
+        self.merges_done = 0
         self.layers: dict[str, AdapterLinear] = dict(adapter_layers(engine.lm))
         self.expected = len(self.layers)
         self.parameters = {
@@ -110,10 +109,9 @@ class Merger:
             self.by_kind.setdefault(name.rpartition(".")[2], []).append(name)
         self.measured = {names[len(names) // 2] for names in self.by_kind.values()}
 
-    def set_operator(self, mora_type: int | None, draw: Draw) -> None:
+    def set_operator(self, mora_type: int | None) -> None:
         self.engine.drop_merged()
-        self.draw = draw
-        set_operators(self.layers.values(), mora_type, draw)
+        set_operators(self.layers.values(), mora_type)
 
     def _operators(self) -> dict[str, Operator]:
         return {name: layer.operator for name, layer in self.layers.items() if isinstance(layer, MoRALinear)}
@@ -121,21 +119,6 @@ class Merger:
     def operator(self) -> int | None:
         """See :func:`relora_mora.adapters.mora.operator_in_use`."""
         return operator_in_use(self.layers.values())
-
-    @property
-    def adapters(self) -> set[str]:
-        """The names of all adapters' trainable parameters."""
-        return {name for names in self.parameters.values() for name in names}
-
-    @torch.no_grad()
-    def begin(self, mora_type: int | None) -> None:
-        """Makes the adapters those of a run's start, with the first operator and without optimizer state; a collective.
-
-        The model computes with them after ``refresh`` of the engine.
-        """
-        self.set_operator(mora_type, Draw(self.seed))
-        self._reset_masters(merges_done=0)
-        self.engine.clear_state(self.adapters)
 
     @torch.no_grad()
     def merge(self, step: int, merges_done: int, next_operator: int | None) -> MergeRecord:
@@ -148,8 +131,8 @@ class Merger:
         begin = time.perf_counter()
         before = self.operator()
         self._check_adapters(step)
-        before_it = last_merge(merge_steps(self.method.stretches, step, None), step)
-        is_measured = merges_done == 1 or step // MEASURED_STEPS > before_it // MEASURED_STEPS
+        interval = step // MEASURED_STEPS
+        is_measured = merges_done == 1 or interval > (step - self.method.merge_every) // MEASURED_STEPS
         squares, ranks = self._merge_layers(self.measured if is_measured else set())
         overflowed = [name for name, square in squares.items() if not math.isfinite(square)]
         if overflowed:
@@ -159,7 +142,8 @@ class Merger:
             )
         zeroed = self._reset_masters(merges_done)
         used = self._operators()
-        self.set_operator(next_operator, Draw(self.seed, merges_done))
+        self.set_operator(next_operator)
+        self.merges_done = merges_done
         self._reset_state(merges_done, used)
         self.engine.refresh()
         if zeroed != self.elements:
@@ -242,7 +226,7 @@ class Merger:
         ``used`` has the operators that were in use before the merge: ``carry`` moves their state to the new operators.
         """
         if self.method.reset == "full":
-            self.engine.clear_state(self.adapters)
+            self.engine.clear_state({name for names in self.parameters.values() for name in names})
         elif self.method.reset == "carry":
             for layer_name, before in used.items():
                 self._carry(layer_name, before)

@@ -10,11 +10,11 @@ from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints, rea
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
 from relora_mora.config.load import stored_config
 from relora_mora.config.schema import DECODER_LINEARS
-from relora_mora.model.llama import empty_model, put_values
+from relora_mora.model.llama import empty_model, initial_value, put_values
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.weights.digests import other_weights
 from relora_mora.weights.export import checked_model, merged_weights
-from relora_mora.weights.load import drawn_value, merge_into, start_weights
+from relora_mora.weights.load import merge_into, start_weights
 from relora_mora.weights.peft import AdapterFolder
 
 Spectra = dict[str, Tensor]  # [layers, n] by the kind of projection, descending; float32
@@ -58,8 +58,7 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
     model = checked_model(reader)
     if config.model.init_from is None:
         seed = reader.manifest.counters["initial_seed"]
-        began = empty_model(model.config) if config.method.full_steps else model
-        return {name: drawn_value(began, name, seed) for name in names}
+        return {name: initial_value(model, name, seed) for name in names}
     source = Path(config.model.init_from)
     files = {"model.init_from": config.model.init_from, "model.adapter": config.model.adapter}
     for setting, path in files.items():

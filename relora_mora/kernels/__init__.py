@@ -7,7 +7,7 @@ and round once, while torch rounds after every piece of a grouping (tests/kernel
 """
 
 from relora_mora.kernels.cpu import available
-from relora_mora.kernels.grouping import Grouping, contiguous, interleaved, rotated, wrapped_interleaved
+from relora_mora.kernels.grouping import Grouping, contiguous, interleaved, wrapped_interleaved
 from relora_mora.kernels.ops import (
     cross_entropy_,
     dense,
@@ -36,7 +36,6 @@ __all__ = [
     "multiply_rows",
     "quantize_rows",
     "rotary_add",
-    "rotated",
     "scale_rows",
     "supports",
     "wrapped_interleaved",

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from relora_mora.system.seeds import derived_seed
-
 
 class Piece(NamedTuple):
     """``slots`` slots from ``slot`` on, each with ``repeats`` features; the features start at ``feature``.
@@ -142,22 +140,6 @@ def contiguous(features: int, slots: int) -> Grouping:
     per_slot, longer = divmod(features, slots)
     head = longer * (per_slot + 1)
     pieces = [Piece(0, 0, longer, per_slot + 1, True), Piece(head, longer, slots - longer, per_slot, True)]
-    return Grouping(features, slots, _without_empty(pieces))
-
-
-def rotated(features: int, slots: int, seed: int = 0) -> Grouping:
-    """As :func:`interleaved`, but the k-th run of ``slots`` features is rotated by a shift that depends on ``seed``.
-
-    Feature ``k * slots + j`` belongs to slot ``(j + s_k) mod slots``. The first shift is 0, because rotating all runs
-    by the same shift only renames the slots. The other shifts are independent and uniform, so features of two runs
-    share a slot with probability ``1 / slots``. A run is one or two pieces.
-    """
-    pieces = []
-    for begin in range(0, features, slots):
-        length = min(slots, features - begin)
-        shift = derived_seed(seed, begin // slots) % slots if begin else 0
-        first = min(length, slots - shift)  # the rest wraps around to the first slots
-        pieces += [Piece(begin, shift, first, 1, False), Piece(begin + first, 0, length - first, 1, False)]
     return Grouping(features, slots, _without_empty(pieces))
 
 

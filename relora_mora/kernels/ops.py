@@ -29,7 +29,7 @@ LIBRARY.define(
     tags=_ANY_LAYOUT,
 )
 LIBRARY.define("rotary_add(Tensor weight, Tensor square, Tensor? after=None) -> Tensor", tags=_ANY_LAYOUT)
-LIBRARY.define("dense(Tensor values, Tensor? scales, ScalarType dtype, Tensor? after) -> Tensor", tags=_ANY_LAYOUT)
+LIBRARY.define("dense(Tensor values, Tensor scales, ScalarType dtype, Tensor? after) -> Tensor", tags=_ANY_LAYOUT)
 LIBRARY.define(
     "quantize_rows(Tensor x, ScalarType kind, Tensor? columns, int padded) -> (Tensor, Tensor)", tags=_ANY_LAYOUT
 )
@@ -72,7 +72,7 @@ def _fake_cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: 
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-def _fake_dense(values: Tensor, scales: Tensor | None, dtype: torch.dtype, after: Tensor | None) -> Tensor:
+def _fake_dense(values: Tensor, scales: Tensor, dtype: torch.dtype, after: Tensor | None) -> Tensor:
     return values.new_empty(values.shape, dtype=dtype)
 
 
@@ -198,8 +198,8 @@ def rotary_add(weight: Tensor, square: Tensor, after: Tensor | None = None) -> T
     return _rotary_add(weight, square, after)
 
 
-def dense(values: Tensor, scales: Tensor | None, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
-    """values [n, m] times float32 scales [n] (None: 1), in ``dtype``; not differentiable.
+def dense(values: Tensor, scales: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+    """values [n, m] times float32 scales [n], in ``dtype``; not differentiable.
 
     It is an operator so that a compiler computes it again in backward; see :func:`expand_add` for ``after``.
     """

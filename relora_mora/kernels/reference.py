@@ -49,10 +49,8 @@ def cross_entropy(
     return losses, probabilities.mul_(keep * scale).to(logits.dtype)
 
 
-def dense(values: Tensor, scales: Tensor | None, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+def dense(values: Tensor, scales: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
     """See ``ops.dense``; ``after`` is not read."""
-    if scales is None:
-        return values.to(dtype, copy=True)
     return values.float().mul_(scales.unsqueeze(1)).to(dtype)
 
 

@@ -26,7 +26,7 @@ from relora_mora.library.masters import LoopEngine, LoopMasters
 from relora_mora.library.merged import is_sharded, merged_values, plain_copy
 from relora_mora.library.rates import Rewarmed, check_rates, rate_of_step
 from relora_mora.library.targets import target_linears
-from relora_mora.operators import Draw, make_operator
+from relora_mora.operators import make_operator
 from relora_mora.schedule import Schedule
 
 FILE = "remora.safetensors"
@@ -95,13 +95,13 @@ class AttachedAdapters:
         self.step = 0
         self.skipped = 0
         self.process_group = process_group
-        self.draw = Draw(seed)
+        self.merges_done = 0
         self.clock = Schedule(
             kind="constant",
             total_steps=ENDLESS,
             warmup_steps=0,
             min_ratio=1.0,
-            merges=method.stretches,
+            merge_every=method.merge_every if method.merges else 0,
             merge_until_step=method.merge_until_step,
             operators=method.cycle,
         )
@@ -218,9 +218,8 @@ class AttachedAdapters:
                 "restart_warmup_steps=0"
             )
         groups = self._rewarms(scheduler.optimizer, rewarm)
-        given = {field.name: getattr(clock, field.name) for field in dataclasses.fields(clock)}
         scheduler.lr_lambdas = [
-            rate_of_step(Rewarmed(**given, curve=curve), rewarm=group)
+            rate_of_step(Rewarmed(**vars(clock), curve=curve), rewarm=group)
             for curve, group in zip(scheduler.lr_lambdas, groups, strict=True)
         ]
 
@@ -296,7 +295,7 @@ class AttachedAdapters:
                 f"step {self.step}: the merge stopped halfway, so base and adapters no longer fit together, and the "
                 f"model is unusable; go back to an earlier checkpoint ({type(error).__name__}: {error})"
             ) from error
-        self.draw = merger.draw
+        self.merges_done = merger.merges_done
         return record
 
     def _engine(self, optimizer: Any) -> LoopEngine:
@@ -383,7 +382,7 @@ class AttachedAdapters:
             "step": self.step,
             "skipped": self.skipped,
             "total_steps": self.clock.total_steps,
-            "merges_done": self.draw.merges_done,
+            "merges_done": self.merges_done,
             "operator": self.operator,
             "base": base,
         }
@@ -451,8 +450,8 @@ class AttachedAdapters:
         self.step = step
         self.skipped = int(state["skipped"])
         self._owes_merge = owes_merge
-        self.draw = Draw(self.seed, state["merges_done"])
-        set_operators(self.layers.values(), state["operator"], self.draw)
+        self.merges_done = state["merges_done"]
+        set_operators(self.layers.values(), state["operator"])
         self._masters.load(state["base"])
 
     def save(self, folder: str | Path) -> None:

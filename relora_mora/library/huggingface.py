@@ -1,7 +1,7 @@
 """ReMoRA in the Trainer of Hugging Face's transformers."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -27,7 +27,7 @@ class ReMoRACallback(TrainerCallback):
     ) -> None:
         self.remora = remora
         if restart_warmup_steps is None:
-            restart_warmup_steps = min(50, cast(int, remora.method.merge_every) // 2)
+            restart_warmup_steps = min(50, remora.method.merge_every // 2)
         self.restart_warmup_steps = restart_warmup_steps
         self.checkpoint = checkpoint
 

@@ -28,7 +28,7 @@ def check_rates(clock: Schedule) -> None:
     """Raises ValueError with the name of the argument, what was given, and what is possible."""
     total = clock.total_steps
     warmup = clock.warmup_steps
-    every = clock.merges[0].every if clock.merges else 0
+    every = clock.merge_every
     if clock.kind not in get_args(ScheduleKind):
         raise ValueError(f"kind: expected one of {', '.join(get_args(ScheduleKind))}, got {clock.kind!r}")
     if not 0 <= warmup < total:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from relora_mora.adapters.layers import ADAPTERS, SPARSE_VALUES, adapter_layers, adapter_parameters
+from relora_mora.adapters.layers import ADAPTERS, adapter_layers, adapter_parameters
 from relora_mora.config.lengths import restart_warmup
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import MethodConfig
@@ -18,7 +18,7 @@ from relora_mora.optim.own import own_rule
 from relora_mora.optim.rules import MatrixRule, MatrixState
 from relora_mora.schedule import Schedule
 
-GROUPS = (ADAPTERS, "values", "linears", "embeddings", "norms")
+GROUPS = (ADAPTERS, "linears", "embeddings", "norms")
 HEAD = "lm_head"
 GPU_BATCH = 2**22  # elements that a rule updates together
 
@@ -35,7 +35,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a rate and the kind of optimizer state. A merge resets ``adapters`` and ``values``."""
+    """Parameters that share a rate and the kind of optimizer state. A merge resets ``adapters``."""
 
     name: str  # one of GROUPS
     parameters: tuple[str, ...]
@@ -77,7 +77,6 @@ def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
         else:
             train = {
                 "adapters": True,
-                "values": True,
                 "linears": method.trains_linears and name not in under_adapters,
                 "embeddings": method.train_embeddings or (tied and method.train_head),
                 "norms": method.train_norms,
@@ -96,14 +95,14 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             members[group_of(name, adapters)].append(name)
-    main = ("adapters", "values") if adapters else ("linears",)
+    main = "adapters" if adapters else "linears"
     return [
         ParameterGroup(
             name=group,
             parameters=tuple(names),
-            peak_lr=optim.lr if group in main else other,
+            peak_lr=optim.lr if group == main else other,
             weight_decay=0.0 if group == "norms" else optim.weight_decay,
-            rewarms=optim.rewarm == "all" or group in ("adapters", "values"),
+            rewarms=optim.rewarm == "all" or group == "adapters",
             moments=optim.of_group(group).moments,
         )
         for group, names in members.items()
@@ -199,10 +198,9 @@ def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Sched
         warmup_steps=optim.warmup_steps,
         min_ratio=optim.min_ratio,
         decay_steps=optim.decay_of(steps),
-        merges=method.stretches,
+        merge_every=method.merge_every if method.merges else 0,
         merge_until_step=method.merge_until_step,
-        full_steps=method.full_steps if method.uses_adapters else 0,
-        restart_warmup_steps=restart_warmup(method, optim, steps),
+        restart_warmup_steps=restart_warmup(method, optim),
         operators=method.cycle,
     )
 
@@ -212,8 +210,6 @@ def group_of(name: str, adapters: Container[str] = ()) -> str:
 
     Without the names of ``adapters``, A, B and M count as ``linears``.
     """
-    if name.endswith(f".{SPARSE_VALUES}"):
-        return "values"
     if name in adapters:
         return "adapters"
     if "embed_tokens" in name or name.startswith(HEAD):

@@ -38,10 +38,9 @@ def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None
     weights = sum(inputs * outputs for inputs, outputs in shapes.values())
     adapters = adapter_parameters(method, shapes)
     if adapters > weights and not faults:
-        too = " or method.sparse_density" if "method.sparse_density" in method.record.settings else ""
         faults.append(
             f"method.{setting}: the adapters of a layer have {adapters:,} parameters, more than the {weights:,} of its "
-            f"weights; lower it{too}, or use method.name=full"
+            f"weights; lower it, or use method.name=full"
         )
     if faults:
         raise ConfigError(faults, "the settings")
@@ -101,7 +100,7 @@ def choose_forms(model: PreTrainedModel, setup: Setup, available: float | None) 
     same bits, so ranks and resumes may choose differently; in compiled layers they agree up to rounding.
     """
     method = setup.config.method
-    choose_storage(model, method, bf16=setup.bf16, on_gpu=setup.on_gpu)
+    choose_storage(model, method, on_gpu=setup.on_gpu)
     if method.form != "auto":
         return
     tokens = setup.config.tokens_per_micro_batch

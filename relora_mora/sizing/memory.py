@@ -35,9 +35,8 @@ activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) if quer
 scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 per token, and the head's gradient
                 (4 + b) h V; on a GPU b V per token and 4 h V, and afterwards (4 + b) h V. In backward: the gradients of
                 the gated product, 2 b f per token, or of eager attention's weights, and ``W + delta`` of one linear
-                that is not resident, or for SLTrain the dense gradient of one and the places of its values; with
-                products in 8 bits, the sums of the widest linear, (4 + b) f per token. In the step: the workspace of a
-                matrix optimizer (``work.py``)
+                that is not resident; with products in 8 bits, the sums of the widest linear, (4 + b) f per token. In
+                the step: the workspace of a matrix optimizer (``work.py``)
 ==============  ======================================================================================================
 
 A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N. With a GPU
@@ -166,7 +165,7 @@ def weight_bytes(model: PreTrainedModel, setup: Setup) -> int:
 
 def stored_bytes(layer: AdapterLinear, setup: Setup) -> int:
     """Bytes of the weight under an adapter, or of its ``W + delta`` if that is resident."""
-    stored = storage_of(layer, setup.config.method, bf16=setup.bf16, on_gpu=setup.on_gpu)
+    stored = storage_of(layer, setup.config.method, on_gpu=setup.on_gpu)
     return stored.bytes_of(layer.weight.numel(), setup.width)
 
 
@@ -332,11 +331,11 @@ def scratch_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, float]:
     for _, layer in adapter_layers(model):
         multiplies = multiplies or layer.stored.multiplies
         builds = 0.0
-        if layer.dense_gradient or (not layer.resident and layer.uses_merged_form(tokens)):
+        if not layer.resident and layer.uses_merged_form(tokens):
             builds = layer.weights_built
         if layer.stored != PLAIN and not layer.stored.multiplies:
             builds += 1 + 4 / width  # W in the compute type, and in float32 before that
-        built = max(built, builds * layer.weight.numel() + layer.index_bytes / width)
+        built = max(built, builds * layer.weight.numel())
     in_backward = (4 + width if multiplies else 2 * width) * tokens * model.config.intermediate_size
     if config.model.attention == "eager":
         # in float32 before and after the softmax, when the gated product and the rounded weights have been freed

@@ -1,11 +1,9 @@
 """What the machine can do: fast precisions, peak rates, memory and deterministic kernels."""
 
 import contextlib
-import gc
 import os
 import platform
 import resource
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -36,15 +34,6 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     The copy to a GPU starts from pinned memory, which torch does not reuse before the copy is done.
     """
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-
-def release_memory() -> None:
-    """Frees what a model that is gone has left: objects in circles, compiled programs, and memory that torch caches."""
-    gc.collect()
-    if "torch._dynamo" in sys.modules:  # its import takes seconds
-        torch.compiler.reset()
-    if uses_cuda():
-        torch.cuda.empty_cache()
 
 
 def device_here() -> Device:

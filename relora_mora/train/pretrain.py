@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from relora_mora.checkpoint.layout import step_folder
 from relora_mora.checkpoint.reader import CheckpointReader
 from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.data import DataConfig
-from relora_mora.config.load import with_epochs
-from relora_mora.config.phases import phases_of
+from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.schema import Config
 from relora_mora.data.content import at_versions, remote_content, remote_versions
 from relora_mora.data.sets.reading import Epochs, count_epochs
@@ -29,11 +27,11 @@ from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.supervise.lock import RunLock
 from relora_mora.supervise.watchdog import Watchdog
 from relora_mora.system.files import LOST_DISK
-from relora_mora.system.hardware import compute_deterministically, ran_out_of_memory, release_memory
+from relora_mora.system.hardware import compute_deterministically, ran_out_of_memory
 from relora_mora.system.logs import counted, log, setup_logging, shared_log
 from relora_mora.system.process import give_back_freed_memory
 from relora_mora.system.run_folder import RunFolder
-from relora_mora.train.begin.build import Run, build, warm_up
+from relora_mora.train.begin.build import build, warm_up
 from relora_mora.train.begin.check import (
     ResolvedRun,
     check,
@@ -136,7 +134,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
         guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
         counted = collectives.from_first_rank(lambda: _count(config, checked.shards))
         epochs, warmup_fraction = config.train.epochs, config.optim.warmup_fraction
-        config = with_epochs(config, counted.tokens_of(epochs), world_size)
+        config = with_counted_epochs(config, counted.tokens_of(epochs))
         checked = replace(
             checked, config=config, epochs=epochs, warmup_fraction=warmup_fraction, epoch_blocks=counted.blocks
         )
@@ -147,51 +145,28 @@ def _pretrain(config: Config, guard: Guard) -> int:
 
 
 def _train(checked: ResolvedRun, rank: int, world_size: int, guard: Guard, startup: Startup) -> int:
-    """Trains the phases of a run that are left, each in an engine of its own, and returns the exit code; a collective.
-
-    The next phase begins from the last checkpoint of the one before, as after a kill at that step.
-    """
+    """Builds the run, trains it to its end, and returns the exit code; a collective."""
     config = checked.config
     guard.begin("reading the checkpoint", within=LONG_SECONDS)
     begin = collectives.from_first_rank(lambda: where_to_resume(config))
     reader = None if begin is None else open_checkpoint(checked, begin, rank, world_size)
     continues = begin is not None and is_own_history(config, begin)
-    done = 0 if reader is None else reader.manifest.step
-    *earlier, last = phases_of(config)
-    phases = [*(phase for phase in earlier if phase.end > done), last]
-    for phase in phases:
-        guard.begin("building the model", within=LONG_SECONDS)
-        run = build(checked, rank, world_size, phase=phase, resumes=reader is not None, done=startup.done)
-        if reader is not None:
-            guard.begin("reading the checkpoint", within=LONG_SECONDS)
-            state = resume(run, reader, continues=continues)
-            startup.done("resume")
-        else:
-            state = RunState(initial_seed=config.train.seed)
-            forget_rollbacks(Path(config.train.run_dir), state)
-        if checked.compiled:
-            warm_up(run, state, guard)
-            startup.done("compile")
-        if phase is phases[0]:
-            _record_start(checked, world_size, state, reader)
-            log.info("%s", describe(run, state))
-        give_back_freed_memory()
-        code = _fit(run, state, guard, startup, reader)
-        if code is not None:
-            return code
-        run.engine.close()
-        del run
-        release_memory()
-        reader = CheckpointReader(RunFolder(Path(config.train.run_dir)).checkpoints / step_folder(phase.end))
-        continues = True
-    raise AssertionError("the run goes on after its last phase")
-
-
-def _fit(
-    run: Run, state: RunState, guard: Guard, startup: Startup, resumed_from: CheckpointReader | None
-) -> int | None:
-    """Trains a phase to its end; see :meth:`Trainer.fit`."""
-    trainer = Trainer(run, state, guard, startup, resumed_from=resumed_from)
+    guard.begin("building the model", within=LONG_SECONDS)
+    run = build(checked, rank, world_size, resumes=reader is not None, done=startup.done)
+    if reader is not None:
+        guard.begin("reading the checkpoint", within=LONG_SECONDS)
+        state = resume(run, reader, continues=continues)
+        startup.done("resume")
+    else:
+        state = RunState(initial_seed=config.train.seed)
+        forget_rollbacks(Path(config.train.run_dir), state)
+    if checked.compiled:
+        warm_up(run, state, guard)
+        startup.done("compile")
+    _record_start(checked, world_size, state, reader)
+    log.info("%s", describe(run, state))
+    give_back_freed_memory()
+    trainer = Trainer(run, state, guard, startup, resumed_from=reader)
     try:
         return trainer.fit()
     except Exception as error:

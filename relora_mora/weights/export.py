@@ -4,7 +4,7 @@ A checkpoint is exported as a plain LLaMA or as an adapter without its base; nei
 """
 
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,9 @@ def checked_model(reader: CheckpointReader) -> PreTrainedModel:
     manifest = reader.manifest
     config = stored_config(manifest.config, str(reader.folder))
     skeleton = _empty_model(reader)
-    if config.method.uses_adapters and (manifest.has_adapters or not config.method.full_steps):
+    if config.method.uses_adapters:
         with torch.device("meta"):
-            inject(skeleton, config.method, seed=config.train.seed, mora_type=manifest.operator, draw=manifest.draw)
+            inject(skeleton, config.method, seed=config.train.seed, mora_type=manifest.operator)
     expected = {name: list(parameter.shape) for name, parameter in skeleton.named_parameters()}
     saved = manifest.parameters | manifest.frozen
     wrong = sorted(name for name in expected | saved if expected.get(name) != saved.get(name))
@@ -125,7 +125,7 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
     ranks: dict[str, float] = {}  # by kind of projection, since the layers of a kind have the same shape
     for name, layer in layers.items():
         values = [reader.weight(f"{name}.{key}") for key in layer.adapter_names]
-        A, B = (values[0], values[0].clone()) if released else _as_lora(reader, config.method, layer, values)
+        A, B = (values[0], values[0].clone()) if released else layer.as_lora(*values)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B
         # the released code computes R as the square root of (in + out) r
@@ -148,23 +148,12 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
     (out / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _as_lora(
-    reader: CheckpointReader, method: MethodConfig, layer: AdapterLinear, values: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    factors = layer.as_lora(*values)
-    if factors is None:
-        raise CheckpointError(f"{reader.folder}: PEFT has no adapter for {method.name}; {_MERGED}")
-    return factors
-
-
 def _check_exportable(reader: CheckpointReader, model: ModelConfig, method: MethodConfig, *, released: bool) -> None:
     manifest = reader.manifest
     began = other_weights(reader.folder, model).get("model.init_from")
     fault = None
     if not method.uses_adapters:
         fault = f"{method.name} trains without adapters"
-    elif method.full_steps:
-        fault = f"its first {counted(method.full_steps, 'step')} train the base weights of its adapter"
     elif model.init_from is None:
         fault = "it has no model.init_from, so there is no base model for its adapter"
     elif began == ABSENT["model.init_from"]:

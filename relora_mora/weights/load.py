@@ -10,7 +10,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from relora_mora.adapters.layers import AdapterLinear
 from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints, read_manifest
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, newest_manifest
 from relora_mora.checkpoint.tokenizer import tokenizer_of
@@ -20,7 +19,7 @@ from relora_mora.config.load import ConfigError, stored_config
 from relora_mora.config.schema import Config, ModelConfig
 from relora_mora.data.sources.names import hub_repo
 from relora_mora.model.config import parse_model_config, plain_model_config, read_model_config, stored_model_config
-from relora_mora.model.llama import initial_value, model_class
+from relora_mora.model.llama import model_class
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.files import has_tokenizer
 from relora_mora.weights.export import merged_model, merged_weights
@@ -69,17 +68,6 @@ def start_weights(path: Path, model_config: PreTrainedConfig) -> dict[str, torch
     if is_foreign(path):
         return load_foreign(path, torch.float32, model_class(model_config), whole=True).state_dict()
     return merged_weights(CheckpointReader(find_checkpoint(path)))
-
-
-def drawn_value(lm: PreTrainedModel, name: str, seed: int) -> torch.Tensor:
-    """The float32 value of a parameter without an adapter's at the start of a run that draws its weights.
-
-    ``lm`` has its adapter layers; some of them draw the weights under them.
-    """
-    layer, _, key = name.rpartition(".")
-    module = lm.get_submodule(layer)
-    own = module.initial_weight() if isinstance(module, AdapterLinear) and key == "weight" else None
-    return initial_value(lm, name, seed) if own is None else own
 
 
 HF_LENGTH = 2048  # default limit of the sequence length for scoring a foreign model

@@ -15,7 +15,7 @@ from relora_mora import kernels
 from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import adapter_layers, effective_rank, layer_generator
 from relora_mora.adapters.mora import layer_square_size
-from relora_mora.adapters.stored import PLAIN, EightBits, Rounded
+from relora_mora.adapters.stored import PLAIN, EightBits
 from relora_mora.config.schema import MethodConfig
 from relora_mora.model.llama import build_model
 from tests.adapters.tools import layers_of, made_resident
@@ -71,7 +71,7 @@ def test_the_merged_form_keeps_the_compressed_input_only():
 
 @pytest.mark.skipif(not kernels.available(), reason=f"kernels are {kernels.describe()}")
 @pytest.mark.parametrize("form", ["merged", "decoupled"])
-@pytest.mark.parametrize("stored", [PLAIN, EightBits.of("int8", 32, 24, multiplies=False, on_gpu=False), Rounded()])
+@pytest.mark.parametrize("stored", [PLAIN, EightBits.of("int8", 32, 24, multiplies=False, on_gpu=False)])
 def test_a_compiled_layer_keeps_no_weight_for_backward(stored, form):
     """Forward and backward compute W + delta, or W, with equal calls, which a compiler could merge into one."""
     layer, _ = layers_of("1", 24, 32, 10, torch.float32)

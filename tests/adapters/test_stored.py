@@ -12,8 +12,7 @@ from relora_mora.adapters.inject import choose_storage, inject
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers
 from relora_mora.adapters.lora import LoRALinear
 from relora_mora.adapters.mora import MoRALinear
-from relora_mora.adapters.stored import EightBits, Rounded, check_device, with_products
-from relora_mora.config.load import ConfigError
+from relora_mora.adapters.stored import EightBits, check_device, with_products
 from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import MethodConfig
 from relora_mora.model.llama import LossModel, build_model
@@ -146,30 +145,6 @@ def test_there_are_no_second_derivatives(form):
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("kind", ["lora", "mora"])
-def test_a_weight_in_bf16_keeps_deltas_that_it_would_round_away(kind):
-    layer = _layer(kind, "merged", None)
-    layer.stored = Rounded()
-    layer.pack()
-    x, dy = _inputs()
-    for parameter in layer.adapter_names:
-        layer.get_parameter(parameter).data *= 1e-2
-    found = []
-    kept: list[torch.Tensor] = []
-    for form in ("merged", "decoupled"):
-        layer.form = form
-        x.grad = None
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            y = layer(x)
-        y.backward(dy)
-        found.append((y.detach(), x.grad))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    assert not any(t.shape == layer.weight.shape and t.dtype is torch.float32 for t in kept)
-    with pytest.raises(ConfigError, match=r"method\.form: resident would round"):
-        check_device(MethodConfig(base="bf16", form="resident"), bf16=False, on_gpu=False)
-
-
 # base, form, bf16, capability of the GPU (None: a CPU), AVX512-VNNI: whether products are in 8 bits
 MACHINES = [
     ("int8", "auto", True, None, True, True),
@@ -197,7 +172,7 @@ def test_auto_multiplies_in_8_bits_if_that_is_faster(base, form, bf16, capabilit
     for given in (True, False):
         explicit = method.model_copy(update={"base_products": given})
         assert with_products(explicit, **machine) == (explicit, None)
-    assert with_products(MethodConfig(base="bf16"), **machine) == (MethodConfig(base="bf16"), None)
+    assert with_products(MethodConfig(), **machine) == (MethodConfig(), None)
 
 
 def test_a_cpu_without_its_instructions_is_reported(monkeypatch, caplog):
@@ -218,7 +193,7 @@ def test_recomputed_layers_give_the_same_bits(form):
             lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         method = MethodConfig(name="remora", rank=3, base="int8", base_products=True, form=form)
         inject(lm, method, seed=0)
-        choose_storage(lm, method, bf16=False, on_gpu=False)
+        choose_storage(lm, method, on_gpu=False)
         for _, layer in adapter_layers(lm):
             layer.mora_M.data.normal_(std=0.01, generator=torch.Generator().manual_seed(1))
             layer.pack()

@@ -94,6 +94,8 @@ HOSTILE: list[tuple[str, Callable[[dict], Any], str]] = [
         lambda values: values["config"]["optim"].update(others="x"),
         "trained with optim.others='x'",
     ),
+    ("full rank", lambda values: values["config"].update(method={"full_steps": 3}), "0.2 has (method.full_steps)"),
+    ("SLTrain", lambda values: values["config"].update(method={"name": "sltrain"}), "0.2 has (method.name)"),
     ("matrices of Muon", lambda values: values["config"]["optim"].update(matrices="muon"), "is not a float32 piece"),
     ("a matrix's state", lambda values: values.update(matrix_states={"a": {"updates": []}}), "(of 1) of updates of a"),
     ("shape of a state", lambda values: values.update(matrix_states={"a": {"x": [-1]}}), "matrix_states.a.x.0"),
@@ -108,6 +110,14 @@ HOSTILE: list[tuple[str, Callable[[dict], Any], str]] = [
 def test_a_hostile_manifest_is_refused(folder, change, says):
     rewrite(folder / "step-00000015", change)
     assert says in passed_over(folder)
+
+
+def test_a_manifest_of_02_without_what_is_gone_is_read(folder):
+    checkpoint = folder / "step-00000015"
+    before = read_manifest(checkpoint)
+    rewrite(checkpoint, lambda values: values.update(operator_seed=None))
+    rewrite(checkpoint, lambda values: values["config"].update(method={"full_steps": 0, "sparse_density": 0.03}))
+    assert dataclasses.replace(read_manifest(checkpoint), config=before.config) == before
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe", b"null", b"[]", b'{"format": "x"}', b"1" * 5000])

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from relora_mora.config.checks.combinations import remarks, unused_by
-from relora_mora.config.load import FINETUNING, ConfigError, dump, load_config, stored_config, validate, with_epochs
+from relora_mora.config.lengths import with_counted_epochs
+from relora_mora.config.load import FINETUNING, ConfigError, dump, load_config, stored_config, validate
 from relora_mora.config.yaml_text import parse_yaml
 from tests.tools.config_tools import SETTINGS, faults_of, tree
 from tests.tools.helpers import ROOT
@@ -75,10 +76,10 @@ def test_all_faults_are_reported_together(tmp_path: Path) -> None:
 
 
 def test_defaults_that_replace_faulty_settings_are_not_reported() -> None:
-    # with the default of 10,000 steps 20,000 at full rank would be a fault; the number of steps is unknown here
-    assert len(faults_of(tree(train={"steps": "many"}, method={"full_steps": 20_000}))) == 1
-    assert len(faults_of(tree(train={"stepss": 90_000}, method={"full_steps": 20_000}))) == 1
-    assert len(faults_of(tree(method={"full_steps": 20_000}))) == 1
+    # 48 lanes would not divide the default of 1,024 sequences; the number of sequences is unknown here
+    assert len(faults_of(tree(train={"batch_size": "many"}, data={"lanes": 48}))) == 1
+    assert len(faults_of(tree(train={"batch_sizee": 96}, data={"lanes": 48}))) == 1
+    assert len(faults_of(tree(data={"lanes": 48}))) == 1
 
 
 def test_a_whole_number_with_an_exponent_is_refused_with_the_right_form() -> None:
@@ -194,11 +195,7 @@ def test_the_length_of_a_run_is_given_in_steps_or_tokens_or_epochs() -> None:
     assert "given only once" in fault
     assert "train.steps" in fault
     settings["train"] = {"run_dir": "r", "epochs": 2.5, "batch_size": 8, "micro_batch_size": 8}
-    settings["method"] = {"name": "remora", "full_steps": 50_000}  # no fault: the number of steps is unknown
-    config = validate(settings, "the test")
-    with pytest.raises(ConfigError, match=r"method\.full_steps: 50,000 steps at full rank leave none"):
-        with_epochs(config, 250_001, world_size=1)
-    assert with_epochs(config, 2.5e9, world_size=1).train.steps == 610_352
+    assert with_counted_epochs(validate(settings, "the test"), 2.5e9).train.steps == 610_352
 
 
 def test_the_warmup_is_given_in_steps_or_as_a_fraction_of_the_run() -> None:
@@ -209,11 +206,11 @@ def test_the_warmup_is_given_in_steps_or_as_a_fraction_of_the_run() -> None:
         assert validate(parse_yaml(dump(config)), "the test").optim == config.optim
         assert config.optim.model_fields_set == {"warmup_fraction"}
     counted = validate(tree(train={"epochs": 2}, method=method, optim={"warmup_fraction": 0.1}), "the test")
-    config = with_epochs(counted, 80 * 1024 * 512, 1)
+    config = with_counted_epochs(counted, 80 * 1024 * 512)
     assert (config.train.steps, config.optim.warmup_steps, config.optim.warmup_fraction) == (80, 8, None)
     merging = {"name": "remora", "merge_every": 50}
     none = tree(train={"epochs": 2}, method=merging, optim={"warmup_fraction": 0.0})
-    assert with_epochs(validate(none, "the test"), 80 * 1024 * 512, 1).optim.warmup_steps == 0
+    assert with_counted_epochs(validate(none, "the test"), 80 * 1024 * 512).optim.warmup_steps == 0
     given = {"warmup_steps": None, "warmup_fraction": 0.0}  # null removes the steps of a file
     assert validate(tree(method=method, optim=given), "the test").optim.warmup_steps == 0
     (fault,) = faults_of(tree(method=method, optim={"warmup_steps": 3, "warmup_fraction": 0.1}))

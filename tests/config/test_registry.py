@@ -78,7 +78,6 @@ def test_a_rule_of_ones_own_has_a_record(given):
         ("mora", True, True, False, (3,), "mora"),
         ("relora", True, False, True, (), "lora"),
         ("remora", True, True, True, (3, 1), "mora"),
-        ("sltrain", True, False, False, (), "sltrain"),
     ],
 )
 def test_what_follows_from_a_record(name, adapters, squares, merges, cycle, without_merges):

@@ -38,23 +38,23 @@ def test_an_element_of_a_list_counts(monkeypatch):
 
 
 def test_a_similar_name_is_not_one_that_is_gone():
-    [fault] = faults_of(tree(optim={"projection_rnk": 3}))
-    assert "projection" not in fault.partition("unknown")[2]
+    [fault] = faults_of(tree(method={"sparse_densty": 3}))
+    assert "sparse_density" not in fault
 
 
-def stored(**optim: Any) -> dict[str, Any]:
-    dumped = validate(tree(), "the test").model_dump(mode="json")
-    return {**dumped, "optim": {**dumped["optim"], **removed_defaults(), **optim}}
-
-
-def removed_defaults() -> dict[str, Any]:
-    return {name.removeprefix("optim."): value for name, value in removed.OLD_DEFAULTS.items() if "optim." in name}
+def stored(name: str = "", value: Any = None) -> dict[str, Any]:
+    """The settings of a run of 0.2 that has what is gone at its defaults, except for one setting."""
+    dumped: dict[str, Any] = validate(tree(), "the test").model_dump(mode="json")
+    for each, default in removed.OLD_DEFAULTS.items():
+        section, _, setting = each.partition(".")
+        dumped[section][setting] = value if each == name else default
+    return dumped
 
 
 def test_settings_of_a_checkpoint_of_02_are_read_if_it_did_not_use_what_is_gone():
     assert stored_config(stored(), "here") == validate(tree(), "the test")
-    for optim, name in (({"cautious_decay": True}, "optim.cautious_decay"), ({"matrices": "sumo"}, "optim.matrices")):
+    for name in removed.OLD_DEFAULTS:
         with pytest.raises(ConfigError) as caught:
-            stored_config(stored(**optim), "here")
+            stored_config(stored(name, 0.5), "here")
         [fault] = caught.value.faults
         assert fault.startswith(f"{name}: ")

@@ -21,8 +21,7 @@ from tests.tools.helpers import ROOT
 MODELS = sorted((ROOT / "configs" / "model").glob("*.json"))
 RUNS = sorted((ROOT / "configs" / "run").glob("*.yaml"))
 TASKS = sorted((ROOT / "configs" / "task").glob("*.yaml"))
-PAPER = ("full", "lora", "mora", "relora", "remora")
-METHODS = (*PAPER, "sltrain")
+METHODS = ("full", "lora", "mora", "relora", "remora")
 
 # parameters, with untied embeddings: 2 V h + L (4 h^2 + 3 h f + 2 h) + h
 PARAMETERS = {
@@ -54,7 +53,7 @@ def stem(path: Path) -> str:
 def test_all_sizes_and_runs_exist() -> None:
     assert {path.stem.removeprefix("llama_") for path in MODELS} == set(PARAMETERS)
     groups = [f"tiny_{method}" for method in METHODS]
-    groups += [f"{size}_{method}" for size in ("paper_250m", "paper_1_3b") for method in PAPER]
+    groups += [f"{size}_{method}" for size in ("paper_250m", "paper_1_3b") for method in METHODS]
     groups += [f"{size}_remora" for size in ("tuned_7m", "tuned_17m", "scaled_34m")]
     assert {path.stem for path in RUNS} == {*groups, "demo", "study_full", "tiny_remora_paper"}
 
@@ -106,7 +105,7 @@ def test_the_settings_of_a_run_match_its_name(path: Path) -> None:
     assert f"configs/run/{path.name}" in path.read_text(encoding="utf-8") or not path.stem.startswith("paper")
 
 
-@pytest.mark.parametrize("method", PAPER)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", ["250m", "1_3b"])
 def test_paper_run(size: str, method: str) -> None:
     config = load_config(f"configs/run/paper_{size}_{method}.yaml", world_size=32)
@@ -133,8 +132,7 @@ def test_paper_run(size: str, method: str) -> None:
 @pytest.mark.parametrize("group", ["paper_250m", "paper_1_3b", "tiny"])
 def test_methods_of_a_group_differ_in_nothing_else(group: str) -> None:
     paper = {"remora": "remora_paper"} if group == "tiny" else {}
-    methods = METHODS if group == "tiny" else PAPER
-    configs = {method: load_config(f"configs/run/{group}_{paper.get(method, method)}.yaml") for method in methods}
+    configs = {method: load_config(f"configs/run/{group}_{paper.get(method, method)}.yaml") for method in METHODS}
     settings = {}
     for method, config in configs.items():
         values = config.model_dump()

@@ -70,10 +70,3 @@ def test_stored_weights_are_the_rounded_masters(pools, world, stage, bf16, metho
         # a last bit of a sum can change how an activation is rounded to 8 bits
         assert seen["losses"] == pytest.approx(reference["losses"], rel=5e-3 if bf16 else 1e-3)
         assert all(torch.equal(weight, ranks[0]["weights"][name]) for name, weight in seen["weights"].items())
-
-
-@pytest.mark.parametrize("stage", [3, *rest((0,))])
-def test_a_bf16_base_in_a_float32_model(pools, stage):
-    seen = pools(2)(steps_and_weights, 2, stage, False, {"base": "bf16"})[0]
-    assert seen["rounded"]
-    assert seen["bytes"] == 2 * seen["elements"]

@@ -196,7 +196,7 @@ def carried(world_size: int, stage: int, matrices: str) -> dict[str, Any]:
     """The relative distance of the moments after a merge from the carried moments before it."""
     from tests.tools.tiny import build_rig, tiny_config
 
-    method = {"reset": "carry", "operators": [7]}
+    method = {"reset": "carry"}
     rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, method=method, optim={"matrices": matrices}))
     for step in range(1, MERGE_AT + 1):
         rig.step(step)

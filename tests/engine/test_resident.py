@@ -76,7 +76,6 @@ def test_resident_layers_train_like_the_merged_form_and_build_once_a_step(pools,
 
 def after_changes(stage: int) -> dict[str, tuple[int, bool]]:
     """For each way to change a weight: how many layers keep ``W + delta``, and whether the next one is right."""
-    from relora_mora.operators import Draw
     from tests.tools.tiny import batch, build_rig, tiny_config, whole_weights
 
     rig = build_rig(tiny_config(dist.get_world_size(), train={"zero_stage": stage}, method={"form": "resident"}))
@@ -98,7 +97,7 @@ def after_changes(stage: int) -> dict[str, tuple[int, bool]]:
     changes = {
         "masters": lambda: rig.engine.write_masters({square: torch.ones(shapes[square])}),
         "base": lambda: rig.engine.write_weight(weight, torch.ones(shapes[weight]), 0),
-        "operator": lambda: rig.merger.set_operator(2, Draw()),
+        "operator": lambda: rig.merger.set_operator(2),
     }
     seen = {}
     for what, change in changes.items():

@@ -21,14 +21,13 @@ from relora_mora.kernels import (
     interleaved,
     ops,
     reference,
-    rotated,
     triton_groups,
     wrapped_interleaved,
 )
 from tests.tools import kernels as shared
 
 integers = functools.partial(shared.integers, bound=100)
-GROUPINGS = [interleaved, wrapped_interleaved, contiguous, rotated]
+GROUPINGS = [interleaved, wrapped_interleaved, contiguous]
 # whole and broken groups, slots than features, powers of two, more than a block of slots and of repeats
 SIZES = [
     (64, 16),
@@ -103,7 +102,7 @@ def test_nonfinite_values_stay_nonfinite() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("outputs", [interleaved, contiguous, rotated])
+@pytest.mark.parametrize("outputs", [interleaved, contiguous])
 @pytest.mark.parametrize("inputs", GROUPINGS)
 @pytest.mark.parametrize(
     "out_features,in_features,slots",

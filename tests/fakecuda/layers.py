@@ -85,7 +85,7 @@ def model_with(
     if METHODS[method].uses_adapters:
         with torch.device("meta"):
             inject(lm, METHODS[method], seed=0)
-        choose_storage(lm, METHODS[method], bf16=dtype is torch.bfloat16, on_gpu=True)
+        choose_storage(lm, METHODS[method], on_gpu=True)
     set_trainable(lm, METHODS[method])
     if method == "frozen":
         for linear in lm.model.layers.modules():

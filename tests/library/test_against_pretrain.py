@@ -84,7 +84,7 @@ def train_in_a_loop(config: Any, inputs: list[tuple[Any, ...]], folder: Path, re
         "moments": {
             name: {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]} for name, state in states.items()
         },
-        "merges": remora.draw.merges_done,
+        "merges": remora.merges_done,
     }
 
 

@@ -53,7 +53,7 @@ def test_the_decoupled_form_has_second_derivatives(build):
 def test_an_optimizer_without_moments_has_nothing_to_reset(reset):
     remora = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2, reset=reset))
     steps(remora, torch.optim.SGD(remora.parameter_groups(lr=0.1)), 5)
-    assert remora.draw.merges_done == 2
+    assert remora.merges_done == 2
 
 
 def test_a_tied_head_stays_tied_in_the_merged_model():
@@ -222,7 +222,7 @@ def test_a_longer_run_continues_a_finished_one_exactly():
     steps(whole, optimizer, 20, schedule)
     first, optimizer, schedule = parts(10)
     steps(first, optimizer, 10, schedule)
-    assert (first.draw.merges_done, first.operator) == (1, 2)
+    assert (first.merges_done, first.operator) == (1, 2)
     second, later, longer = parts(20)
     second.model.load_state_dict(first.model.state_dict())
     later.load_state_dict(optimizer.state_dict())
@@ -342,7 +342,7 @@ def test_adapters_that_have_no_gradient_in_the_first_step():
         optimizer.step()
         optimizer.zero_grad()
         remora.after_step(optimizer)
-    assert remora.draw.merges_done == 2
+    assert remora.merges_done == 2
 
 
 class Packed(torch.Tensor):
@@ -373,17 +373,9 @@ def test_state_that_packs_its_values_starts_again():
         steps(other, Packs(other.parameter_groups(lr=0.02)), 1)
 
 
-@pytest.mark.parametrize("seed", [3, np.int64(3)])
-def test_the_state_of_a_model_has_the_operator_that_is_drawn(seed, tmp_path):
-    method = rm.ReMoRA(2, operators=(7,), merge_every=2)
-    remora, other = (rm.attach(mlp(), method, seed=seed) for _ in range(2))
-    steps(remora, torch.optim.SGD(remora.parameter_groups(lr=0.1)), 3)
-    remora.save(tmp_path)
-    x = torch.randn(3, 16)
-    y = remora.model(x)
-    for model in (other.model, remora.model):
-        model.load_state_dict(remora.model.state_dict())
-        torch.testing.assert_close(model(x), y)
+def test_a_seed_of_numpy_can_be_saved(tmp_path):
+    rm.attach(mlp(), rm.ReMoRA(2), seed=np.int64(3)).save(tmp_path)
+    rm.attach(mlp(), rm.ReMoRA(2), seed=3).load(tmp_path)
 
 
 def test_a_merge_that_stops_halfway_says_that_the_model_is_unusable(monkeypatch):

@@ -95,7 +95,7 @@ def keep(folder: Path, to: Path, step: int) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_resume_is_bit_equal_before_and_after_a_merge(tmp_path, dtype):
     whole, remora, _ = trained(tmp_path / "whole", dtype=dtype)
-    assert (remora.step, remora.draw.merges_done, remora.operator) == (STEPS, 2, 1)
+    assert (remora.step, remora.merges_done, remora.operator) == (STEPS, 2, 1)
     rates = [rate for _, rate in whole.values()]
     assert rates == pytest.approx([0, 0.01, 0.01, 0.01, 0.005, 0.01, 0.01, 0.01, 0.005, 0.01])
     end = load_file(tmp_path / "whole" / f"checkpoint-{STEPS}" / "model.safetensors")
@@ -209,7 +209,7 @@ def test_skipped_steps_count_neither_for_merges_nor_for_rates(tmp_path: Path, mo
 
     monkeypatch.setattr(AcceleratedOptimizer, "step", step)
     whole, remora, _ = trained(tmp_path / "whole")
-    assert (remora.step, remora.skipped, remora.draw.merges_done) == (STEPS - 2, 2, 2)
+    assert (remora.step, remora.skipped, remora.merges_done) == (STEPS - 2, 2, 2)
     rates = [rate for _, rate in whole.values()]
     assert rates == pytest.approx([0, 0.01, 0.01, 0.01, 0.01, 0.01, 0.005, 0.01, 0.01, 0.01])
     keep(tmp_path / "whole", tmp_path / "cut", 6)
@@ -248,7 +248,7 @@ def test_a_longer_run_continues_a_finished_one_exactly(tmp_path: Path) -> None:
     whole, _, _ = trained(tmp_path / "whole")
     trained(tmp_path / "longer", max_steps=8)
     longer, remora, _ = trained(tmp_path / "longer", resume=True)
-    assert remora.draw.merges_done == 2
+    assert remora.merges_done == 2
     assert longer == whole
 
 

@@ -94,7 +94,7 @@ def trained(kind: str, reset: str, world: int, folder: Path | None = None) -> di
                 part.load_state_dict(state)
             remora.load(folder)
     state = remora.merged_state_dict(stepped)
-    return {"losses": losses, "merged": state, "merges": remora.draw.merges_done, "operator": remora.operator}
+    return {"losses": losses, "merged": state, "merges": remora.merges_done, "operator": remora.operator}
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ CASES += [("full", 3, True, 2, 2, *MUON), ("remora", 2, True, 2, 2, *MUON), ("re
 CASES += rest(*(("full", stage, stage % 2 == 1, 2, 2, *MUON) for stage in (0, 1, 2)))
 CASES += rest(("remora int8", 2, True, 2, 2, *ADAMW))
 CASES += [("full", 0, True, 2, 2, "apollo", "adamw8bit"), ("full", 2, False, 2, 2, "galore", "adamw")]
-CASES += [("remora", 2, True, 2, 2, "adamw8bit", "adamw8bit"), ("sltrain", 1, True, 2, 2, *MUON)]
+CASES += [("remora", 2, True, 2, 2, "adamw8bit", "adamw8bit"), ("lora", 1, True, 2, 2, *MUON)]
 
 
 @pytest.mark.parametrize(("method", "stage", "bf16", "world_size", "micro_batch_size", "matrices", "others"), CASES)

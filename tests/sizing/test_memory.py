@@ -71,9 +71,6 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"name": "mora"}, {"activation_checkpointing": True}),
     ({"name": "mora", "dropout": 0.1}, {}),
     ({"name": "lora", "dropout": 0.1}, {}),
-    ({"name": "sltrain", "form": "merged"}, {}),
-    ({"name": "sltrain", "form": "decoupled"}, {}),
-    ({"name": "sltrain", "form": "resident"}, {}),
     ({"name": "lora", "dropout": 0.1}, {"activation_checkpointing": True}),
 ]
 

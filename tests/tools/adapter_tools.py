@@ -20,7 +20,7 @@ from tests.tools.runs import LLAMA
 ADAPTERS_ONLY = {"train_embeddings": False, "train_norms": False, "train_head": False}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "rank": 4, "lora_alpha": 6.0},
-    **{f"mora{operator}": {"name": "mora", "rank": 4, "operators": [operator]} for operator in (1, 2, 3, 4, 7)},
+    **{f"mora{operator}": {"name": "mora", "rank": 4, "operators": [operator]} for operator in (1, 2, 3, 4)},
     "lora_pattern": {"name": "lora", "rank": 4, "rank_pattern": {"down_proj": 6, "q_proj": 2}},
     "mora2_pattern": {"name": "mora", "rank": 4, "operators": [2], "rank_pattern": {"down_proj": 6, "q_proj": 2}},
     "mora6": {"name": "mora", "rank": 4, "operators": [6], "square_multiple": 2},

@@ -47,7 +47,6 @@ def made_manifest(**values: Any) -> Manifest:
         "data_order": "",
         "data_state": {},
         "eos_token_id": 2,
-        "operator_seed": None,
         "matrix_states": {},
         "counters": {},
         "files": {},

@@ -128,7 +128,10 @@ def numbers(run_dir: Path) -> dict[tuple[int, str], Any]:
 
 def manifest(checkpoint: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    return {key: value for key, value in values.items() if key not in ("files", "checksum", "config")}
+    # a field that is null may be missing in another version
+    return {
+        key: value for key, value in values.items() if key not in ("files", "checksum", "config") and value is not None
+    }
 
 
 if __name__ == "__main__":

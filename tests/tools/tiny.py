@@ -109,7 +109,7 @@ def build_rig(config: Config, *, bf16: bool = False, llama: LlamaConfig | None =
     lm = build_model(llama or tiny_llama(), seed=config.train.seed)
     if config.method.uses_adapters:
         inject(lm, config.method, seed=config.train.seed)
-        choose_storage(lm, config.method, bf16=bf16, on_gpu=uses_cuda())
+        choose_storage(lm, config.method, on_gpu=uses_cuda())
     set_trainable(lm, config.method)
     groups = parameter_groups(lm, config.optim)
     initial = {name: p.detach().clone() for name, p in lm.named_parameters()}

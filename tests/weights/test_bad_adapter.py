@@ -82,8 +82,6 @@ def test_unreadable_files_give_one_message(tmp_path, harm):
         ("peft", METHODS["lora"] | ADAPTERS_ONLY, {"model": {}}, "has no model.init_from, so there is no base model"),
         ("peft", METHODS["mora1"] | ADAPTERS_ONLY, {"merges_done": 1}, "1 merge changed the base weights"),
         ("peft-mora", METHODS["lora"] | ADAPTERS_ONLY, {}, "lora is not known to the released MoRA"),
-        ("peft-mora", METHODS["mora7"] | ADAPTERS_ONLY, {}, "operator 7 is not known to the released MoRA"),
-        ("peft", {"name": "sltrain", "rank": 4} | ADAPTERS_ONLY, {}, "PEFT has no adapter for sltrain"),
         ("peft", METHODS["lora"], {"attention_bias": True}, "biases of layers with adapters were trained"),
         ("peft", METHODS["lora"], {"tie_word_embeddings": True}, "it trained embeddings that are also the head"),
     ],

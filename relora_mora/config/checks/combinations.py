@@ -57,8 +57,6 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
     unused: dict[str, str] = {}
     if settings["method.reset"] not in ("magnitude", "random"):
         unused["method.reset_ratio"] = f"method.reset={settings['method.reset']}"
-    if settings["method.full_steps"] == 0:
-        unused["optim.lr_full"] = "method.full_steps=0"
     if settings["optim.restart_warmup_steps"] == 0:
         unused["optim.rewarm"] = "optim.restart_warmup_steps=0"
     if settings["optim.schedule"] == "constant":

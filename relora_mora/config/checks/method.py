@@ -1,13 +1,12 @@
 """Faults in the settings of methods: adapters with their sizes and forms, and merges."""
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from relora_mora.config.lengths import restart_warmup
-from relora_mora.config.registry import LORA, MORA, OPERATORS, is_drawn
+from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import DECODER_LINEARS, Config, MethodConfig
-from relora_mora.config.types import LARGEST, Fault
+from relora_mora.config.types import Fault
 from relora_mora.system.logs import counted
 
 
@@ -16,7 +15,6 @@ def method_faults(config: Config) -> Iterator[Fault]:
     yield from _pattern_faults(config)
     yield from own_faults(config.method)
     yield from _adapter_faults(config)
-    yield from _full_steps_faults(config)
     yield from _merge_faults(config)
 
 
@@ -25,7 +23,6 @@ def own_faults(method: MethodConfig) -> Iterator[Fault]:
     yield from _layer_faults(method)
     yield from _base_faults(method)
     if method.merges:
-        yield from _stretch_faults(method)
         yield from _cycle_faults(method)
         yield from _carry_faults(method)
 
@@ -119,39 +116,15 @@ def _adapter_faults(config: Config) -> Iterator[Fault]:
             ("model.adapter", "method.name"),
             f"the method {config.method.name} has no adapters to initialize; remove it, or set method.name to another",
         )
-    elif config.method.record.adapter not in (LORA, MORA):
-        yield Fault(
-            ("model.adapter", "method.name"),
-            f"the files of an adapter hold a LoRA or a MoRA, not what {config.method.name} trains; merge it into its "
-            "model and give that in model.init_from, or set method.name to lora or mora",
-        )
     if config.model.init_from is None:
         yield Fault(
             ("model.adapter", "model.init_from"), "an adapter belongs to a trained model; set model.init_from to it"
         )
 
 
-def _full_steps_faults(config: Config) -> Iterator[Fault]:
-    steps = config.method.full_steps
-    if not steps or not config.method.uses_adapters:
-        return
-    if steps >= config.train.steps:
-        yield Fault(
-            ("method.full_steps", "train.steps", "method.name"),
-            f"{counted(steps, 'step')} at full rank leave none for the adapters in a run of "
-            f"{counted(config.train.steps, 'step')}; lower it, raise train.steps, or use method.name=full",
-        )
-    if config.model.adapter is not None:
-        yield Fault(
-            ("method.full_steps", "model.adapter", "method.name"),
-            "an adapter fits only the weights that it was trained on, and the first steps change them; remove one of "
-            "the two",
-        )
-
-
 def _cycle_faults(method: MethodConfig) -> Iterator[Fault]:
     cycle = method.cycle
-    if any(a == b and not is_drawn(a) for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)):
+    if any(a == b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)):
         yield Fault(
             ("method.operators", "method.name"),
             f"the cycle {list(cycle)} repeats an operator across a merge, which cannot raise the rank; "
@@ -167,7 +140,7 @@ def _cycle_faults(method: MethodConfig) -> Iterator[Fault]:
 def _merge_faults(config: Config) -> Iterator[Fault]:
     method = config.method
     optim = config.optim
-    if not method.merges or any(_stretch_faults(method)):
+    if not method.merges:
         return
     if method.reset not in ("full", "none") and not optim.of_group("adapters").moments:
         yield Fault(
@@ -175,59 +148,11 @@ def _merge_faults(config: Config) -> Iterator[Fault]:
             f"{method.reset} changes element-wise moments, but {optim.matrices} has none; "
             "use method.reset=full or none",
         )
-    steps = method.merge_steps(LARGEST)  # a run may end before a merge, but a merge that no run reaches is a mistake
-    if any(steps):
-        yield from _empty_stretch_faults(method, steps)
-    else:
-        yield from _no_merge_faults(method)
-
-
-def _empty_stretch_faults(method: MethodConfig, steps: Sequence[Sequence[int]]) -> Iterator[Fault]:
-    """The first stretch without a merge; ``steps`` has the merges of each stretch."""
-    limit = method.merge_until_step or LARGEST
-    begin = 0
-    for stretch, merges in zip(method.stretches, steps, strict=True):
-        end = min(stretch.until or limit, limit)
-        if not merges:
-            name = f"the stretch with every: {stretch.every}"
-            raised = "method.merge_until_step" if end == limit else "its until"
-            if end <= method.full_steps:
-                text = f"{name} ends at step {end}, but the adapters begin after step {method.full_steps}"
-                remedy = f"raise {raised}, lower method.full_steps"
-            elif begin >= end:
-                text = f"{name} begins after step {begin}, but method.merge_until_step is {limit}"
-                remedy = f"lower the until before it, raise {raised}"
-            else:
-                text = f"no merge in {name}, which has the steps {max(begin, method.full_steps) + 1} to {end}"
-                remedy = f"lower it, raise {raised}"
-            yield Fault(
-                ("method.merge_every", "method.merge_until_step", "method.full_steps", "method.name"),
-                f"{text}; {remedy}, or remove the stretch",
-            )
-            return
-        begin = end
-
-
-def _no_merge_faults(method: MethodConfig) -> Iterator[Fault]:
-    every = method.stretches[0].every
-    until = method.merge_until_step
-    without = f"use method.name={method.record.without_merges}"
-    after = f" after method.full_steps={method.full_steps}" if method.full_steps else ""
-    if until is not None and until < every:
+    if method.merge_until_step is not None and method.merge_until_step < method.merge_every:
         yield Fault(
             ("method.merge_until_step", "method.merge_every", "method.name"),
-            f"{until} comes before the first merge (step {every}); raise it, or {without}",
-        )
-    elif until is not None and until <= method.full_steps:
-        yield Fault(
-            ("method.merge_until_step", "method.full_steps", "method.name"),
-            f"{until} ends merges before the adapters begin (after method.full_steps={method.full_steps}); raise it, "
-            f"lower method.full_steps, or {without}",
-        )
-    else:
-        yield Fault(
-            ("method.merge_every", "method.merge_until_step", "method.full_steps", "method.name"),
-            f"there is no merge{after}; lower every, or {without}",
+            f"{method.merge_until_step} comes before the first merge (step {method.merge_every}); raise it, or use "
+            f"method.name={method.record.without_merges}",
         )
 
 
@@ -235,46 +160,28 @@ def merge_remarks(config: Config) -> Iterator[str]:
     """What a run does about merges that its length leaves no room for."""
     method = config.method
     optim = config.optim
+    every = method.merge_every
     if not method.merges:
         return
-    length = f"the run of {counted(config.train.steps, 'step')}"
-    merges = method.merge_steps(config.train.steps)
-    first = next((group[0] for group in merges if group), None)
-    if first is None:
-        first = next(group[0] for group in method.merge_steps(LARGEST) if group)
+    if every >= config.train.steps:
         yield (
-            f"method.merge_every: {length} ends before its first merge, which would follow step {first}: it trains as "
-            f"{method.record.without_merges} does"
+            f"method.merge_every: the run of {counted(config.train.steps, 'step')} ends before its first merge, which "
+            f"would follow step {every}: it trains as {method.record.without_merges} does"
         )
         return
-    for stretch, group in zip(method.stretches, merges, strict=True):
-        if not group:
-            yield f"method.merge_every: {length} ends before the first merge of the stretch with every: {stretch.every}"
     if not optim.restart_warmup_steps:
         return
-    if first < optim.warmup_steps:
+    if every < optim.warmup_steps:
         yield (
-            f"method.merge_every: the first merge (step {first}) comes before the warmup ends (step "
+            f"method.merge_every: the first merge (step {every}) comes before the warmup ends (step "
             f"{optim.warmup_steps}): the warmup after it rises to the rate that the first warmup has then"
         )
-    restart = restart_warmup(method, optim, config.train.steps)
+    restart = restart_warmup(method, optim)
     if restart < optim.restart_warmup_steps:
         yield (
             f"optim.restart_warmup_steps: {optim.restart_warmup_steps} are more than the steps between merges: each "
             f"warmup after a merge has {counted(restart, 'step')}"
         )
-
-
-def _stretch_faults(method: MethodConfig) -> Iterator[Fault]:
-    ends = [stretch.until for stretch in method.stretches]
-    for before, end in itertools.pairwise(ends):
-        if before is None or (end is not None and end <= before):
-            text = "null" if before is None else f"{before} and then {end}"
-            yield Fault(
-                ("method.merge_every", "method.name"),
-                f"each stretch ends after the one before it, and only the last may have until: null; got until: {text}",
-            )
-            return
 
 
 def _carry_faults(method: MethodConfig) -> Iterator[Fault]:

@@ -8,10 +8,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.checks.combinations import remarks
-from relora_mora.config.phases import phases_of
 from relora_mora.config.registry import METHODS, is_own, split_rule
 from relora_mora.config.schema import Config
-from relora_mora.config.stretches import last_merge
 from relora_mora.experiments.planner.cluster import Cluster, StepTime, step_time
 from relora_mora.experiments.planner.compute import PRODUCTS_RATE, ComputeTime, compute_time
 from relora_mora.experiments.planner.network import Traffic, traffic
@@ -34,8 +32,7 @@ class Time:
     """``steps``: one step at each ZeRO stage. ``assumption``: in words, where the rate comes from."""
 
     steps: dict[int, StepTime]
-    flops: float  # of a token
-    tokens: int  # of all steps of the phase
+    tokens: int  # of all steps
     tokens_per_second: float
     assumption: str
 
@@ -61,7 +58,7 @@ class Plan:
     optimizer_flops: float  # matrix products of the optimizer in a step, over all ranks
     memory: dict[str, dict[int, Memory]]
     network: dict[str, dict[int, Traffic]]
-    times: list[Time]  # of the run's phases
+    time: Time
     notes: list[str]  # on what the time leaves out, fp8, and the model's widths
 
     @property
@@ -73,32 +70,10 @@ class Plan:
         return self.config.train.zero_stage
 
     @property
-    def full_steps(self) -> int:
-        """Steps at full rank before the adapters begin."""
-        return sum(phase.end for phase in phases_of(self.config)[:-1])
-
-    @property
-    def methods(self) -> list[str]:
-        """The methods of the run's phases."""
-        return [phase.config.method.name for phase in phases_of(self.config)]
-
-    @property
-    def time(self) -> Time:
-        """The time of the last phase."""
-        return self.times[-1]
-
-    @property
-    def seconds(self) -> float:
-        """Time of all steps of the run, without evaluations, checkpoints and merges."""
-        return sum(time.seconds for time in self.times)
-
-    @property
-    def merge_every(self) -> float:
-        """Steps between merges, on average up to the last one; 0 if there are none."""
+    def merge_every(self) -> int:
+        """Steps between merges; 0 if there are none."""
         method = self.config.method
-        steps = method.merge_steps(self.config.train.steps)
-        merges = sum(map(len, steps))
-        return (last_merge(steps, self.config.train.steps) - self.full_steps) / merges if merges else 0
+        return method.merge_every if method.merges and method.merge_every < self.config.train.steps else 0
 
     @property
     def savings(self) -> list[str]:
@@ -117,18 +92,15 @@ class Plan:
         """
         if not self.on_cpu:
             return None
-        needed = []
-        for method in self.methods:
-            chosen = self.memory[method][self.zero_stage]
-            at_start = PROCESS_BYTES + chosen.weights + chosen.masters + chosen.host_base + chosen.host_start
-            in_training = PROCESS_BYTES + chosen.device + chosen.host_base + chosen.host_checkpoint
-            needed += [at_start, FRAGMENTATION * in_training]
-        return max(needed)
+        chosen = self.memory[self.method][self.zero_stage]
+        at_start = PROCESS_BYTES + chosen.weights + chosen.masters + chosen.host_base + chosen.host_start
+        in_training = PROCESS_BYTES + chosen.device + chosen.host_base + chosen.host_checkpoint
+        return max(at_start, FRAGMENTATION * in_training)
 
     def fits(self, stage: int, method: str | None = None) -> bool | None:
         """Whether a rank's memory, by default that of the run, fits into a device; None if its memory is unknown."""
         available = self.cluster.device.memory_gb * 1e9
-        needed = max(self.memory[name][stage].device for name in ([method] if method else self.methods))
+        needed = self.memory[method or self.method][stage].device
         return needed <= USABLE * available if available else None
 
     @property
@@ -170,17 +142,13 @@ class Plan:
             "on_cpu": self.on_cpu,
             "merge_every": self.merge_every,
             "tokens_per_step": self.config.tokens_per_step,
-            "full_steps": self.full_steps,
-            "phases": [
-                {"method": name, "seconds": time.seconds} for name, time in zip(self.methods, self.times, strict=True)
-            ],
-            "tokens": sum(time.tokens for time in self.times),
+            "tokens": self.time.tokens,
             "tokens_per_second": self.time.tokens_per_second,
             "assumption": self.time.assumption,
             "notes": self.notes,
             "savings": self.savings,
             "world_size": self.cluster.world_size,
-            "seconds": self.seconds,
+            "seconds": self.time.seconds,
             "resident": self.resident,
         }
 
@@ -227,14 +195,6 @@ def make_plan(
     model = meta_model(model_config, config.method)
     flops = flops_of(model, model_config, config)
     needs = _needs(model_config, config, cluster, peak, bf16=bf16, on_cpu=on_cpu)
-    times = []
-    begin = 0
-    for phase in phases_of(config):
-        trained = meta_model(model_config, phase.config.method)
-        in_phase = flops_of(trained, model_config, phase.config)
-        own = needs[phase.config.method.name]
-        times.append(_time(own, trained, phase.end - begin, cluster, in_phase, peak, tokens_per_second, utilisation))
-        begin = phase.end
     return Plan(
         config,
         cluster,
@@ -245,7 +205,7 @@ def make_plan(
         product_flops(model, config.optim),
         memory={name: {stage: each.memory for stage, each in stages.items()} for name, stages in needs.items()},
         network={name: {stage: each.network for stage, each in stages.items()} for name, stages in needs.items()},
-        times=times,
+        time=_time(needs[config.method.name], model, cluster, flops, peak, tokens_per_second, utilisation),
         notes=[
             *remarks(config),
             *_rule_notes(config),
@@ -316,14 +276,13 @@ def _needs(
 def _time(
     own: Mapping[int, _Needs],
     model: PreTrainedModel,
-    number: int,
     cluster: Cluster,
     flops: Flops,
     peak: tuple[float, str],
     tokens_per_second: float | None,
     utilisation: float | None,
 ) -> Time:
-    """The time of a phase of ``number`` steps, whose needs at each stage are ``own``."""
+    """The time of a run whose needs at each stage are ``own``."""
     config = own[0].setup.config
     chosen = config.train.zero_stage
     of_peak = f"of {peak[0] / 1e12:.4g} TFLOP/s a device ({peak[1]})"
@@ -355,4 +314,4 @@ def _time(
         tokens_per_second = config.tokens_per_step / steps[chosen].total
     else:
         assumption = f"the measured rate, which is {tokens_per_second * flops.total / cluster_peak:.1%} {of_peak}"
-    return Time(steps, flops.total, config.tokens_per_step * number, tokens_per_second, assumption)
+    return Time(steps, config.tokens_per_step * config.train.steps, tokens_per_second, assumption)

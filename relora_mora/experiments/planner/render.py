@@ -52,31 +52,15 @@ def _summary(plan: Plan) -> str:
             optim.matrices if optim.others == "adamw" else f"{optim.matrices}, {optim.others} of embeddings and head"
         )
         lines.append(f"optimizer      {names}: {work}; {who}")
-    total = duration(plan.seconds)
-    if plan.full_steps:
-        total += f" in all, {duration(time.seconds)} of it"
     lines += [
-        f"data           {tokens_per_step:,} tokens a step, {sum(each.tokens for each in plan.times):,} in all, "
-        f"{sum(each.flops * each.tokens for each in plan.times):.3g} FLOP",
-        *_full_rank(plan),
-        f"time           {total} at {time.tokens_per_second:,.0f} tokens/s on "
+        f"data           {tokens_per_step:,} tokens a step, {time.tokens:,} in all, "
+        f"{flops.total * time.tokens:.3g} FLOP",
+        f"time           {duration(time.seconds)} at {time.tokens_per_second:,.0f} tokens/s on "
         f"{counted(plan.cluster.world_size, 'device')}, {time.assumption}",
         *_devices(plan),
         *(f"note           {note}" for note in plan.notes),
     ]
     return "\n".join(lines)
-
-
-def _full_rank(plan: Plan) -> list[str]:
-    """The steps before the adapters begin, if there are any. Everything else is about the steps after them."""
-    if not plan.full_steps:
-        return []
-    time = plan.times[0]
-    needed = _gib(plan.memory["full"][plan.zero_stage].device)
-    return [
-        f"full rank      the first {counted(plan.full_steps, 'step')}: {needed} GiB on a device at ZeRO stage "
-        f"{plan.zero_stage}, {duration(time.seconds)} at {time.tokens_per_second:,.0f} tokens/s"
-    ]
 
 
 def _devices(plan: Plan) -> list[str]:
@@ -125,7 +109,6 @@ def _network(plan: Plan) -> str:
     if cluster.world_size == 1:
         return ""
     traffic = plan.network[plan.method]
-    counts = [plan.full_steps, plan.config.train.steps - plan.full_steps][-len(plan.times) :]  # steps of each phase
     rows = []
     for stage, step in plan.time.steps.items():
         moved = traffic[stage]
@@ -138,7 +121,7 @@ def _network(plan: Plan) -> str:
                 _stage(plan, stage),
                 *map(_gb, sizes),
                 *(f"{seconds:.3g}" if seconds else "-" for seconds in times),
-                duration(sum(time.steps[stage].total * count for time, count in zip(plan.times, counts, strict=True))),
+                duration(step.total * plan.config.train.steps),
             ]
         )
     columns = ["stage", "all-reduced", "reduced", "gathered", "a device sends", "a host sends", "full: a device"]

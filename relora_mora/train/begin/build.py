@@ -12,15 +12,13 @@ from relora_mora import kernels
 from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.load import ConfigError
-from relora_mora.config.phases import Phase, phases_of
 from relora_mora.config.schema import Config
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks
 from relora_mora.engine.engine import ZeroEngine
 from relora_mora.engine.merging import FrozenMasters, Merger
 from relora_mora.model.config import function_differences
-from relora_mora.model.llama import LossModel, allow_programs, empty_model, put_values
-from relora_mora.operators import Draw
+from relora_mora.model.llama import LossModel, allow_programs, empty_model, initial_value, put_values
 from relora_mora.optim.groups import (
     ParameterGroup,
     build_optimizer,
@@ -38,7 +36,7 @@ from relora_mora.system.logs import log, shared_log
 from relora_mora.train.begin.check import ResolvedRun, memory_of_rank
 from relora_mora.train.state.run_state import RunState
 from relora_mora.weights.foreign import abbreviate
-from relora_mora.weights.load import drawn_value, start_config, start_weights
+from relora_mora.weights.load import start_config, start_weights
 from relora_mora.weights.peft import AdapterFolder
 
 
@@ -68,7 +66,7 @@ def initial_values(
     frozen_first = sorted(shapes.items(), key=lambda item: item[0] not in base.owner)
     for name, shape in frozen_first:  # a trainable one goes to the rank with the least to do
         load[creator.setdefault(name, load.index(min(load)))] += shape.numel()
-    return creator, {name: drawn_value(lm, name, config.train.seed) for name in shapes if creator[name] == base.rank}
+    return creator, {name: initial_value(lm, name, config.train.seed) for name in shapes if creator[name] == base.rank}
 
 
 def write_initial_values(
@@ -128,10 +126,9 @@ def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, t
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run in one of its phases. Its progress is in a :class:`RunState`."""
+    """The parts of a run. Its progress is in a :class:`RunState`."""
 
     checked: ResolvedRun
-    phase: Phase
     engine: ZeroEngine
     base: FrozenMasters
     merger: Merger
@@ -140,8 +137,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The settings of this phase; those of the whole run are in ``checked``."""
-        return self.phase.config
+        return self.checked.config
 
 
 def build(
@@ -149,17 +145,15 @@ def build(
     rank: int,
     world_size: int,
     *,
-    phase: Phase | None = None,
     resumes: bool = False,
     done: Callable[[str], None] = lambda part: None,
 ) -> Run:
-    """A run at the start of a phase, by default of its last; a collective.
+    """A run at its start; a collective.
 
     With ``resumes``, no value is drawn or read, since all values will come from a checkpoint. ``done`` is called with
     the name of each finished part: "model", "engine".
     """
-    phase = phase or phases_of(checked.config)[-1]
-    config = phase.config
+    config = checked.config
     lm = empty_model(checked.model_config, attention=config.model.attention)
     if config.model.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -206,7 +200,7 @@ def build(
         done("model")
     merger = Merger(engine, base, config.method, seed=config.train.seed)
     schedule = make_schedule(config.method, config.optim, config.train.steps)
-    return Run(checked, phase, engine, base, merger, groups, schedule)
+    return Run(checked, engine, base, merger, groups, schedule)
 
 
 def _log_storage(lm: PreTrainedModel, config: Config) -> None:
@@ -229,8 +223,7 @@ def warm_up(run: Run, state: RunState, guard: Guard) -> None:
     """Compiles ahead of time: runs one micro-batch of each kind with each remaining operator, on this rank.
 
     The kinds are those of training and of evaluation. The state of the run does not change. This is only needed for
-    layers under torch.compile. An operator that every merge draws again counts as a new one each time, since its
-    grouping is a constant of the compiled program.
+    layers under torch.compile.
     """
     config = run.config
     data = config.data
@@ -241,14 +234,13 @@ def warm_up(run: Run, state: RunState, guard: Guard) -> None:
     batches |= {(False, eval_size, data.masks_documents_of(sources)) for sources in data.validation_sets.values()}
     module = run.engine.module
     merger = run.merger
-    before = merger.operator(), merger.draw
+    before = merger.operator()
     left = run.schedule.operators_left(state.step)
     allow_programs(len(batches) * len(left))
     if len(left) > 1:
         log.info("compiling the decoder layers for %d operators", len(left))
-    for operator, merges_done in left:
-        now = merges_done == merger.draw.merges_done
-        merger.set_operator(operator, merger.draw if now else Draw(merger.seed, merges_done))
+    for operator in left:
+        merger.set_operator(operator)
         for training, size, masked in sorted(batches, reverse=True):
             guard.begin("compiling the decoder layers", within=LONG_SECONDS)
             ids = torch.zeros(size, config.data.sequence_length, dtype=torch.int64, device=run.engine.device)
@@ -259,4 +251,4 @@ def warm_up(run: Run, state: RunState, guard: Guard) -> None:
                 loss = module(ids, ids, boundaries, float(ids.numel()))
             if training:  # autograd.grad discards the gradients without triggering ZeRO's hooks
                 torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad])
-    merger.set_operator(*before)
+    merger.set_operator(before)

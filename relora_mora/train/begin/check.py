@@ -20,7 +20,6 @@ from relora_mora.checkpoint.reader import newest_manifest
 from relora_mora.config.checks.combinations import unused_by
 from relora_mora.config.data import DataConfig
 from relora_mora.config.load import ConfigError
-from relora_mora.config.phases import phases_of
 from relora_mora.config.schema import Config
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.data.content import fingerprints, local_content
@@ -163,9 +162,8 @@ def check(config: Config, world_size: int) -> ResolvedRun:
     on_gpu = uses_cuda()
     check_attention(config.model, bf16=bf16)
     check_device(config.method, bf16=bf16, on_gpu=on_gpu)
-    for phase in phases_of(config):
-        setup = Setup(phase.config, config.train.zero_stage, world_size, bf16=bf16, on_gpu=on_gpu, compiled=compiled)
-        check_memory(model_config, setup, memory_of_rank(), host_memory_of_rank())
+    setup = Setup(config, config.train.zero_stage, world_size, bf16=bf16, on_gpu=on_gpu, compiled=compiled)
+    check_memory(model_config, setup, memory_of_rank(), host_memory_of_rank())
     inputs = open_inputs(config)
     tokenizer = inputs.tokenizer
     shards = inputs.shards

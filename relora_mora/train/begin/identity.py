@@ -45,7 +45,6 @@ FREE_SETTINGS = {
 _DECIDES_WHAT_TRAINS = (
     *SIZE_SETTINGS,
     "method.square_size",
-    "method.sparse_density",
     "method.target_modules",
     *BESIDE_ADAPTERS,
 )
@@ -61,7 +60,6 @@ FIXED_SETTINGS = {
         ("optim.matrices", "optim.others"),
         "one optimizer cannot use the state of another; start a new run with model.init_from",
     ),
-    "train.seed": "it decides which elements of the sparse matrices train; start a new run with model.init_from",
 }
 ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # they decide what a position in the data means
 TEXT_SETTINGS = {  # they decide which text is read, and what its rows are
@@ -117,16 +115,11 @@ def describe_differences(first: Identity, other: Identity) -> list[str]:
     return names
 
 
-def changes_since(
-    saved: Identity, now: Identity, allowed: set[str], *, at_full_rank: int | None = None
-) -> Iterator[Change]:
-    """The differences between a checkpoint and a run that would change the result and are not in ``allowed``.
-
-    ``at_full_rank`` is the step of a checkpoint that has no adapters, so that settings of adapters may still change.
-    """
+def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
+    """The differences between a checkpoint and a run that would change the result and are not in ``allowed``."""
     saved = replace(saved, config=_comparable(saved.config))
     now = replace(now, config=_comparable(now.config))
-    fixed_settings = _fixed_settings(saved, now, at_full_rank)
+    fixed_settings = _fixed_settings(saved, now)
     free = FREE_SETTINGS | allowed
     changed = list(changed_settings(saved.config, now.config))
     if "optim.matrices" in changed:
@@ -189,26 +182,13 @@ def _default(section: str, key: str) -> Any:
     return OLD_DEFAULTS.get(name) if setting is None or setting.is_required() else setting.get_default()
 
 
-def _fixed_settings(saved: Identity, now: Identity, at_full_rank: int | None) -> dict[str, str]:
-    """The ``FIXED_SETTINGS`` that the run uses. ``method.name`` is left out if both methods have the same adapter.
-
-    Adapters that begin later (``method.full_steps``) may replace those of the checkpoint's settings.
-    """
+def _fixed_settings(saved: Identity, now: Identity) -> dict[str, str]:
+    """The ``FIXED_SETTINGS`` that the run uses. ``method.name`` is left out if both methods have the same adapter."""
     before, after = (METHODS[_value(each.config, "method.name")] for each in (saved, now))
-    if at_full_rank is not None:
-        before = METHODS["full"]
     unused = settings_of_others(METHODS, before)
-    full_steps = 0 if after.adapter is None else _value(now.config, "method.full_steps")
-    if before.adapter is after.adapter or (at_full_rank is not None and full_steps):
+    if before.adapter is after.adapter:
         unused.add("method.name")
-    if before.adapter is None or not before.adapter.seeded:
-        unused.add("train.seed")
-    fixed = {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}
-    if at_full_rank is None and after.adapter is not None:
-        fixed["method.full_steps"] = "the adapters of the checkpoint began as its settings say; start a new run"
-    elif at_full_rank is not None and after.adapter is not None and full_steps < at_full_rank:
-        fixed["method.full_steps"] = f"the checkpoint of step {at_full_rank} has no adapters yet; give that or more"
-    return fixed
+    return {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}
 
 
 def _value(tree: dict[str, Any], name: str) -> Any:

@@ -73,11 +73,8 @@ def describe(run: Run, state: RunState) -> str:
     sequences = counted(config.train.batch_size, "sequence")
     accumulation = config.accumulation_steps(engine.world_size)
     micro_batches = "1 micro-batch" if accumulation == 1 else f"{accumulation} micro-batches"
-    method = run.checked.config.method.name
-    if run.phase.end < config.train.steps:
-        method += f" (full rank up to step {run.phase.end})"
     parts = [
-        f"{method} on {counted(engine.world_size, 'rank')} ({device}), ZeRO-{engine.stage}, {precision}",
+        f"{config.method.name} on {counted(engine.world_size, 'rank')} ({device}), ZeRO-{engine.stage}, {precision}",
         f"a step has {sequences} of {config.data.sequence_length} tokens",
         f"each rank makes {micro_batches} of {config.train.micro_batch_size}",
         f"step {state.step} of {config.train.steps}",

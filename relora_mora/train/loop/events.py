@@ -8,7 +8,6 @@ from typing import Any
 
 from relora_mora.checkpoint.layout import Manifest
 from relora_mora.checkpoint.writer import CheckpointWriter
-from relora_mora.config.registry import is_drawn
 from relora_mora.config.schema import Config
 from relora_mora.data.sets.held_out import EvalSet
 from relora_mora.data.stream.producer import mixture_names
@@ -57,8 +56,7 @@ class Merging:
             return
         switched = ""
         if record.operator_after is not None:
-            drawn = " (drawn again)" if is_drawn(record.operator_after) else ""
-            switched = f", operator {record.operator_before} -> {record.operator_after}{drawn}"
+            switched = f", operator {record.operator_before} -> {record.operator_after}"
         layers = counted(record.layers, "layer")
         log.info(f"step {step}: merge {merges_done}, {layers} in {record.seconds:.2f} s{switched}")
 
@@ -289,9 +287,8 @@ class Saving:
         identity: dict[str, Any] = vars(run.checked.identity)
         return Manifest(
             step=state.step,
-            merges_done=run.merger.draw.merges_done,
+            merges_done=run.merger.merges_done,
             operator=run.merger.operator(),
-            operator_seed=run.merger.draw.seed if is_drawn(run.merger.operator()) else None,
             world_size=engine.world_size,
             zero_stage=engine.stage,
             group_steps=engine.group_steps(),

@@ -15,7 +15,7 @@ from relora_mora.checkpoint.writer import CheckpointWriter
 from relora_mora.data.lanes import merge_states
 from relora_mora.data.stream.packing import Batch, document_boundaries
 from relora_mora.data.stream.stream import TrainStream
-from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks, sum_over_hosts
+from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
 from relora_mora.optim.groups import group_rates, matrix_rules
 from relora_mora.supervise.exits import FINISHED, REQUEUE
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
@@ -145,11 +145,8 @@ class Trainer:
         self.shutdown = Shutdown(self.folder, self.saving, guard, self.sync_metrics)
         self._write_done_at_load()
 
-    def fit(self) -> int | None:
-        """Trains to the end of the phase, or until some rank is asked to stop.
-
-        Returns the exit code, or None if another phase follows; then there is a complete checkpoint of this step.
-        """
+    def fit(self) -> int:
+        """Trains to the end, or until some rank is asked to stop; returns the exit code."""
         try:
             self.evaluating.read()  # can take long if the text is remote, and there is nothing to save yet
             self.startup.done("validation_data")
@@ -158,7 +155,7 @@ class Trainer:
         except DataFailed as error:
             self.shutdown.fail_for_data(self.state, error)
 
-    def _fit(self) -> int | None:
+    def _fit(self) -> int:
         first = None
         if self.evaluating.is_due_at_start(self.state):
             if self.state.step < self.config.train.steps:
@@ -172,7 +169,7 @@ class Trainer:
         if self.state.step and self.state.saved is None and self.state.trouble is None:
             self.saving.save(self.state)  # a run that began with another run's checkpoint gets its own
         self.progress.begin()
-        while self.state.step < self.run.phase.end or self.state.trouble:
+        while self.state.step < self.config.train.steps or self.state.trouble:
             share = first or self.next_batch()
             first = None
             if share is None:
@@ -193,11 +190,7 @@ class Trainer:
             self.saving.after_step(self.state)
         if not self.evaluating.after_step(self.state):
             return self.shutdown.stop(self.state)
-        if self.state.step == self.config.train.steps:
-            return self.shutdown.finish(self.state)
-        self.saving.save_final(self.state)
-        [stopping] = sum_over_hosts([float(self.guard.stop_reason is not None)])
-        return self.shutdown.stop(self.state) if stopping else None
+        return self.shutdown.finish(self.state)
 
     def next_batch(self) -> LocalBatch | None:
         """This rank's share of the next global batch, once every rank has its own; None if the ranks stop."""

@@ -26,26 +26,18 @@ from relora_mora.train.state.run_state import RunState, TrainingError
 
 
 def restore(run: Run, reader: CheckpointReader) -> RunState:
-    """Loads tensors, operator and state of a checkpoint into a run; a collective.
+    """Loads tensors, operator and state of a checkpoint into a run, and makes a merge that is overdue; a collective.
 
-    It also begins the adapters if the checkpoint ends the steps at full rank, and makes a merge that is overdue. A run
-    leaves out the merge after its last step, and its export includes it instead; a longer run has to make it. Raises
-    :class:`CheckpointError`, before anything changes, if the merges of the checkpoint contradict the settings.
+    A run leaves out the merge after its last step, and its export includes it instead; a longer run has to make it.
+    Raises :class:`CheckpointError`, before anything changes, if the merges of the checkpoint contradict the settings.
     """
     manifest = reader.manifest
     own = _is_own(run, reader)
     state = RunState.load(manifest, own=own)
-    begins = bool(run.merger.layers) and not manifest.has_adapters
-    is_overdue = False
-    if begins:
-        run.merger.begin(run.schedule.operator(state.step))
-        reader.restore(run.engine, run.base, new=run.merger.adapters)
-        state.done_at_load = {"train/adapters_began": run.merger.elements}
-        log.info("step %d: the adapters begin", state.step)
-    else:
-        is_overdue = state.trouble is None and is_merge_overdue(run, reader)  # a run in trouble goes further back
-        reader.restore(run.engine, run.base)
-        run.merger.set_operator(manifest.operator, manifest.draw)
+    is_overdue = state.trouble is None and is_merge_overdue(run, reader)  # a run in trouble goes further back
+    reader.restore(run.engine, run.base)
+    run.merger.set_operator(manifest.operator)
+    run.merger.merges_done = manifest.merges_done
     if run.engine.rank == 0:
         _abandon_other_history(RunFolder(Path(run.config.train.run_dir)), reader, own=own)
     checked = run.checked
@@ -168,9 +160,8 @@ def find_rollback_target(run: Run, step: int, writer: CheckpointWriter) -> Path 
     writer.wait()
     gather_from_ranks(None)  # once the first rank has waited, the newest checkpoint is complete
     checkpoints = RunFolder(Path(run.config.train.run_dir)).checkpoints
-    begin = run.schedule.full_steps  # the adapters began at this step, and the run cannot go back to before that
     ranks = run.engine.rank, run.engine.world_size
-    chosen, _ = newest_whole(checkpoints, ranks, lambda path: layout.good_step(path) in range(begin, step))
+    chosen, _ = newest_whole(checkpoints, ranks, lambda path: layout.good_step(path) in range(step))
     return chosen
 
 
@@ -189,15 +180,11 @@ def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
         )
     chosen = find_rollback_target(run, state.step, writer)
     if chosen is None:
-        begin = run.schedule.full_steps
-        since = f" since the adapters began after step {begin}" if begin else ""
         raise TrainingError(
-            f"{state.trouble}; there is no earlier checkpoint{since} to go back to: lower optim.lr or "
-            "checkpoint.every_steps"
+            f"{state.trouble}; there is no earlier checkpoint to go back to: lower optim.lr or checkpoint.every_steps"
         )
     reader = CheckpointReader(chosen)
-    if reader.manifest.has_adapters:
-        is_merge_overdue(run, reader)  # raises CheckpointError before anything is written
+    is_merge_overdue(run, reader)  # raises CheckpointError before anything is written
     rollback = Rollback(
         number=state.rollbacks + 1,
         step=reader.manifest.step,

@@ -130,9 +130,7 @@ def describe_changes(checked: ResolvedRun, reader: CheckpointReader) -> list[str
 
 
 def _changes(checked: ResolvedRun, reader: CheckpointReader, allowed: set[str]) -> list[Change]:
-    manifest = reader.manifest
-    at_full_rank = None if manifest.has_adapters else manifest.step
-    return list(changes_since(Identity.of(manifest), checked.identity, allowed, at_full_rank=at_full_rank))
+    return list(changes_since(Identity.of(reader.manifest), checked.identity, allowed))
 
 
 def _newest(folder: Path, rank: int, world_size: int) -> Path:

@@ -54,7 +54,6 @@ def test_settings_that_only_other_methods_use_do_not_keep_a_run_from_its_plan(
             ["--method.base=fp8", "--method.base_products=true"],
             "method.base: the results of fp8 products are in bf16; use train.precision=bf16",
         ),
-        (["--method.base=bf16", "--method.form=resident"], "method.form: resident would round W + delta"),
     ],
 )
 def test_a_precision_that_a_run_refuses_has_no_plan(

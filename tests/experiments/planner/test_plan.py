@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +15,7 @@ from relora_mora.experiments.planner.cluster import Cluster
 from relora_mora.experiments.planner.plan import FRAGMENTATION, PROCESS_BYTES, STAGES, Plan, make_plan
 from relora_mora.experiments.planner.render import duration, render
 from relora_mora.model.config import read_model_config
-from relora_mora.sizing.fit import USABLE
-from relora_mora.system.devices import CPU, DEVICES, Device, device_of_name, named_device
+from relora_mora.system.devices import CPU, DEVICES, device_of_name, named_device
 from relora_mora.system.hardware import device_here
 from tests.tools.commands import PLAN, call
 from tests.tools.helpers import ROOT
@@ -244,30 +242,6 @@ def test_only_the_memory_of_an_unknown_card_is_known(monkeypatch: pytest.MonkeyP
     assert plan.fits(1, "full") is True
     assert plan.time.steps[1].network == pytest.approx(plan.network["remora"][1].sent / 1e9)
     assert plan.time.steps[1].optimizer == 0
-
-
-def test_the_first_steps_at_full_rank_have_their_own_memory_and_time() -> None:
-    whole, adapters = plan_of(**{"method.full_steps": "100"}), plan_of()
-    full = plan_of(**{"method.name": "full"})
-    steps = adapters.config.train.steps
-    assert whole.full_steps == 100
-    assert whole.memory["full"] == full.memory["full"]
-    each = [plan.seconds / steps for plan in (full, adapters)]
-    assert each[0] != each[1]
-    assert whole.seconds == pytest.approx(100 * each[0] + (steps - 100) * each[1])
-    assert "full rank      the first 100 steps: " in render(whole)
-    for stage in STAGES:
-        spent = [plan.time.steps[stage].total for plan in (full, adapters)]
-        row = [line for line in render(whole).splitlines() if line.split()[:1] in ([f"{stage}*"], [str(stage)])][-1]
-        assert row.endswith(f"  {duration(100 * spent[0] + (steps - 100) * spent[1])}")
-    assert "full rank      " not in render(adapters)
-    card = Device("a card", "a card", 0, 0, 0, 0, 0, "the test", "")
-    memory = plan_of(cluster=Cluster(1, 2, card)).memory
-    needed = [memory[method][2].device for method in ("full", "remora")]
-    assert needed[0] > needed[1]
-    cluster = Cluster(1, 2, replace(card, memory_gb=sum(needed) / 2 / USABLE / 1e9))
-    assert plan_of(cluster=cluster).fits(2) is True
-    assert plan_of(cluster=cluster, **{"method.full_steps": "100"}).fits(2) is False
 
 
 def test_time_of_a_step_on_a_cluster() -> None:

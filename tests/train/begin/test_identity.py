@@ -194,22 +194,3 @@ def test_a_checkpoint_of_02_that_did_not_use_a_removed_setting_has_not_changed()
 def test_operational_settings_may_change(name):
     section, key = name.split(".")
     assert list(changes_since(identity(), with_setting(section, key, "another"), set())) == []
-
-
-def test_adapters_may_change_until_they_begin() -> None:
-    def settings(**method: Any) -> Identity:
-        return replace(identity(), config={**identity().config, "method": {**identity().config["method"], **method}})
-
-    before = settings(name="remora", full_steps=5, rank=3)
-    now = settings(name="lora", full_steps=7, rank=4)
-    changes = list(changes_since(before, now, set(), at_full_rank=5))
-    assert {change.permission for change in changes} == {"method.name", "method.full_steps", "method.rank"}
-    [late] = changes_since(before, settings(name="remora", full_steps=4, rank=3), {"method.full_steps"}, at_full_rank=5)
-    assert late.permission is None
-    assert "the checkpoint of step 5 has no adapters yet; give that or more" in late.text
-    begun = list(changes_since(before, now, {"method.name", "method.full_steps", "method.rank"}))
-    assert [change.permission for change in begun] == [None, None, None]
-    of_full = settings(name="full", full_steps=0)
-    assert list(changes_since(of_full, of_full, set(), at_full_rank=5)) == []
-    [name, _] = changes_since(of_full, settings(name="mora", full_steps=0, rank=4), set(), at_full_rank=5)
-    assert (name.text.partition(":")[0], name.permission) == ("method.name", None)

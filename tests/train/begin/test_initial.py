@@ -39,8 +39,8 @@ def started(config) -> dict[str, Any]:
         return values
 
     with pytest.MonkeyPatch.context() as patch:
-        value, foreign = initial.drawn_value, initial._foreign_weights
-        patch.setattr(initial, "drawn_value", lambda lm, name, seed: drawn.append(name) or value(lm, name, seed))
+        value, foreign = initial.initial_value, initial._foreign_weights
+        patch.setattr(initial, "initial_value", lambda lm, name, seed: drawn.append(name) or value(lm, name, seed))
         patch.setattr(
             initial, "_foreign_weights", lambda config, lm, shapes: read.extend(shapes) or foreign(config, lm, shapes)
         )
