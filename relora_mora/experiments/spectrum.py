@@ -1,17 +1,17 @@
 """Singular values of a run's total update to its initial weights."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints, read_manifest
+from relora_mora.adapters.layers import effective_rank
+from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
 from relora_mora.config.load import stored_config
 from relora_mora.config.schema import DECODER_LINEARS
 from relora_mora.model.llama import empty_model, put_values
-from relora_mora.system.run_folder import RunFolder
 from relora_mora.weights.digests import other_weights
 from relora_mora.weights.export import checked_model, merged_weights
 from relora_mora.weights.load import drawn_value, merge_into, start_weights
@@ -47,10 +47,21 @@ def spectra_of(reader: CheckpointReader) -> Spectra:
     return {kind: torch.stack(layers) for kind, layers in spectra.items()}
 
 
-def spectra_by_step(run: Path) -> Iterator[tuple[int, Spectra]]:
-    """Yields (step, spectra) for every checkpoint of a run folder, oldest first; raises as :func:`update_spectra`."""
-    for folder in reversed(list_checkpoints(RunFolder(run).checkpoints)):
-        yield read_manifest(folder).step, update_spectra(folder)
+def joined(runs: Sequence[Spectra]) -> Spectra:
+    """The spectra of several runs as those of one with all their layers."""
+    return {kind: torch.cat([spectra[kind] for spectra in runs]) for kind in runs[0]}
+
+
+def rank_columns(groups: Sequence[Spectra], above: float) -> dict[str, list[str]]:
+    """Columns of a table: for each kind of projection, the effective rank and the number of singular values that are
+    larger than ``above``, both as means over layers.
+    """
+
+    def means(values: Tensor) -> str:
+        ranks = effective_rank(values).double().mean()
+        return f"{float(ranks):.0f}; {float((values > above).sum(-1).double().mean()):.0f}"
+
+    return {kind: [means(spectra[kind]) for spectra in groups] for kind in groups[0]}
 
 
 def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from relora_mora.config.checks.combinations import OPERATIONAL, unused_settings
 from relora_mora.config.data import RecordsConfig, TextSource
 from relora_mora.config.registry import METHODS, optimizer_named
@@ -57,6 +59,11 @@ class Group:
     @property
     def label(self) -> str:
         return f"{self.method}, {self.differs}" if self.differs else self.method
+
+    def losses(self, name: str) -> pd.DataFrame:
+        """Losses on a held-out set at the steps that all runs have: [steps, runs]"""
+        series = [pd.Series(run.evaluations(name), dtype=float) for run in self.runs]
+        return pd.DataFrame(dict(enumerate(series))).dropna().sort_index()
 
     @property
     def is_finished(self) -> bool:

@@ -158,10 +158,6 @@ class Run:
         return json.dumps([text, self.settings.get("tokenizer.path")])
 
     @property
-    def merges(self) -> list[int]:
-        return list(self.series("merge/layers"))
-
-    @property
     def parameters(self) -> dict[str, int]:
         """Parameter counts: total, trainable, adapters; empty if the run has not noted them."""
         return dict(self.starts[-1].get("parameters") or {}) if self.starts else {}
@@ -195,13 +191,6 @@ class Run:
         before = np.searchsorted(known, steps, side="right") - 1
         return tokens[before] + (np.asarray(steps) - known[before]) * self._tokens_per_step
 
-    def seconds(self, steps: Any) -> NDArray[np.float64]:
-        """Seconds of training until these steps: [n] -> [n]
-
-        Steps and merges count; evaluations, checkpoints, starts and pauses do not.
-        """
-        return np.asarray(np.interp(steps, *self._clock))
-
     @cached_property
     def _tokens(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Steps in order, and the tokens trained on at each."""
@@ -211,26 +200,6 @@ class Run:
     @property
     def _tokens_per_step(self) -> int:
         return int(self.settings["train.batch_size"] * self.settings["data.sequence_length"])
-
-    @cached_property
-    def _clock(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        steps = [self.first_step]
-        seconds = [0.0]
-        merging = 0.0
-        before = None if self.first_step else 0
-        for line in self.lines:
-            merging += line.get("merge/seconds", 0.0)
-            if line.get("perf/tokens_per_second"):
-                now = line.get("train/tokens")
-                if before is None or now is None:
-                    tokens = (line["step"] - steps[-1]) * self._tokens_per_step
-                else:  # a resume may have changed the batch size
-                    tokens = now - before
-                before = now
-                steps.append(line["step"])
-                seconds.append(seconds[-1] + tokens / line["perf/tokens_per_second"] + merging)
-                merging = 0.0
-        return np.array(steps), np.array(seconds)
 
 
 def _tag(of_set: str, metric: str) -> str:

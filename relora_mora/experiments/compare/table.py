@@ -3,9 +3,8 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import mean, median
-from typing import Any
 
 from relora_mora.experiments.compare.groups import Group, common_steps
 from relora_mora.experiments.compare.runs import CompareError, Run
@@ -154,10 +153,6 @@ def _step(group: Group, run: Run, name: str) -> int:
 def _over_seeds(group: Group, tag: str, over_run: Callable[[list[float]], float]) -> Number | None:
     series = [list(run.series(tag).values()) for run in group.runs]
     return Number.of([over_run(values) for values in series if values]) if any(series) else None
-
-
-def as_json(rows: Sequence[Row], against: Group | None = None) -> dict[str, Any]:
-    return {"against": rows[0].label if against is None else against.label, "rows": [asdict(row) for row in rows]}
 
 
 def markdown(rows: Sequence[Row], against: Group | None = None) -> str:

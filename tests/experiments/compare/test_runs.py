@@ -1,4 +1,4 @@
-"""What can be read from a run folder: tokens, time, merges, held-out sets, and whether the run has finished."""
+"""What can be read from a run folder: tokens, held-out sets, and whether the run has finished."""
 
 from __future__ import annotations
 
@@ -21,11 +21,9 @@ from relora_mora.system.run_folder import RunFolder
 from tests.experiments.compare.folders import PARAMETERS, TOKENS, made_run, write_run
 
 
-def test_tokens_and_time_of_a_step(tmp_path: Path) -> None:
+def test_tokens_of_a_step(tmp_path: Path) -> None:
     run = made_run(tmp_path / "a")
     assert [run.tokens(step) for step in (0, 7, 40)] == [0, 7 * TOKENS, 40 * TOKENS]
-    assert [run.seconds(step) for step in (0, 7, 19, 20, 40)] == [0, 14, 38, 45, 85], "a merge after step 20 takes 5 s"
-    assert run.merges == [20]
     assert run.parameters == PARAMETERS
 
 
@@ -34,7 +32,7 @@ def test_tokens_beyond_the_last_line_follow_from_the_batch(tmp_path: Path) -> No
     assert run.tokens(13) == 13 * TOKENS
 
 
-def test_time_begins_with_another_runs_checkpoint_and_tokens_before_it(tmp_path: Path) -> None:
+def test_tokens_before_another_runs_checkpoint_count(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", [9.0, 4.0])
     files = RunFolder(folder)
     files.starts.write_text('{"step": 100}\n{"step": 105}\n')
@@ -45,20 +43,8 @@ def test_time_begins_with_another_runs_checkpoint_and_tokens_before_it(tmp_path:
             line["train/tokens"] += 100 * TOKENS  # counted from the checkpoint's tokens
     files.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = read_run(folder)
-    assert run.seconds(110) == 20.0
     assert run.parameters == {}
     assert [run.tokens(step) for step in (100, 101, 111)] == [100 * TOKENS, 101 * TOKENS, 111 * TOKENS]
-
-
-def test_time_counts_the_trained_tokens_if_a_resume_changed_the_batch(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "a", [9.0, 4.0])
-    files = RunFolder(folder)
-    config = files.config.read_text()
-    files.config.write_text(config.replace("batch_size: 8", "batch_size: 32", 1))
-    later = {"step": 20, "train/tokens": 10 * TOKENS + 10 * 4 * TOKENS, "perf/tokens_per_second": TOKENS}
-    with files.metrics.open("a") as stream:
-        stream.write(json.dumps(later) + "\n")
-    assert [read_run(folder).seconds(step) for step in (10, 20)] == [20.0, 60.0]
 
 
 def test_evaluations_on_other_text_before_a_resume_are_left_out(tmp_path: Path) -> None:
@@ -160,7 +146,6 @@ def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:
     assert (kept.folder, other.folder) == (tmp_path / "runs/cell", tmp_path / "runs/other")
     assert kept.is_finished
     assert kept.parameters == PARAMETERS
-    assert kept.seconds(40) == 85
     assert kept.settings["train.epochs"] == 3.0, "the config has their steps"
     assert [run.folder for run in read_runs(tmp_path)] == [kept.folder, other.folder], "by the study's folder"
     for copy in ("first", "second"):

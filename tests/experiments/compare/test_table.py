@@ -11,7 +11,7 @@ import pytest
 
 from relora_mora.experiments.compare.groups import Group, group_runs
 from relora_mora.experiments.compare.runs import CompareError, read_run
-from relora_mora.experiments.compare.table import as_json, compare, markdown
+from relora_mora.experiments.compare.table import compare, markdown
 from relora_mora.system.run_folder import RunFolder
 from tests.experiments.compare.folders import TOKENS, made_run, write_run
 
@@ -86,7 +86,6 @@ def test_perplexities_are_compared_with_another_row(tmp_path: Path) -> None:
     rows = compare(groups, groups[1])
     assert [row.validation[""].ratio for row in rows] == pytest.approx([math.e, 1.0])
     assert "to ReMoRA (1, 2)" in markdown(rows, groups[1])
-    assert as_json(rows, groups[1])["against"] == "ReMoRA (1, 2)"
 
 
 def test_an_interrupted_run_is_marked(tmp_path: Path) -> None:
@@ -148,15 +147,6 @@ def test_a_run_without_a_finite_loss_is_reported(tmp_path: Path) -> None:
 
 def test_a_perplexity_beyond_all_bounds_takes_little_room(tmp_path: Path) -> None:
     assert _cells(markdown(compare(_groups(tmp_path, {"losses": [1e6] * 5}))))[0]["perplexity"] == "1.01e+304"
-
-
-def test_json_has_every_number_of_the_rows(tmp_path: Path) -> None:
-    rows = compare(_groups(tmp_path, FULL, {}))
-    read = json.loads(json.dumps(as_json(rows)))
-    assert read["against"] == "Full rank"
-    assert [row["label"] for row in read["rows"]] == ["Full rank", "ReMoRA (1, 2)"]
-    assert read["rows"][1]["validation"][""]["loss"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
-    assert read["rows"][1]["folders"] == [str(tmp_path / "run1")]
 
 
 def test_a_run_of_an_older_version_has_no_parameters(tmp_path: Path) -> None:
