@@ -32,7 +32,7 @@ def main(
     from relora_mora.experiments.compare.files import check_plots, write_files
     from relora_mora.experiments.compare.groups import group_of, group_runs
     from relora_mora.experiments.compare.runs import TABLE, CompareError, is_model, read_run, read_runs
-    from relora_mora.experiments.compare.table import compare, markdown
+    from relora_mora.experiments.compare.table import markdown
 
     if not runs:
         raise CompareError("no runs given; give run folders, e.g. runs/full runs/remora")
@@ -50,8 +50,7 @@ def main(
     settings = [[name.strip() for name in option.split(",") if name.strip()] for option in (unnamed, best)]
     groups = group_runs(by_folder.values(), *settings)
     reference = None if against is None else group_of(groups, against)
-    rows = compare(groups, reference)
-    table = markdown(rows, reference)
+    table = markdown(groups, reference)
     print(table, end="", flush=True)
     if out is None:
         return

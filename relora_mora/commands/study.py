@@ -61,9 +61,9 @@ def _write_table(records: Path, file: Path) -> None:
     from relora_mora.experiments.compare.files import write_files
     from relora_mora.experiments.compare.groups import group_runs
     from relora_mora.experiments.compare.runs import read_runs
-    from relora_mora.experiments.compare.table import compare, markdown
+    from relora_mora.experiments.compare.table import markdown
 
     groups = group_runs(read_runs(records))
-    table = markdown(compare(groups))
+    table = markdown(groups)
     write_files(file.parent, {file.name: table, **figures_of(groups)})
     print(table, end="", flush=True)

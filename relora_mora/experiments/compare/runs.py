@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
 from relora_mora.config.schema import SETTINGS
 from relora_mora.config.yaml_text import parse_yaml
+from relora_mora.experiments.compare.settings import SEEDS, compared_settings
 from relora_mora.supervise.lock import is_held
 from relora_mora.system.run_folder import RunFolder, changes_since_first, noted_digests
 
@@ -79,7 +81,6 @@ def _has_step(line: Any) -> bool:
 
 
 COUNTS = ("train.steps", "train.batch_size", "data.sequence_length")
-Series = dict[int, float]  # values of a metric by step, in the order of steps
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Run:
     starts: list[dict[str, Any]]
     is_running: bool
 
-    def series(self, tag: str) -> Series:
+    def series(self, tag: str) -> pd.Series:
         """A metric by step, only finite values; the newest value if a step has several.
 
         Of evaluations, only those count that scored the same as the last one, because a resume may have changed the
@@ -104,10 +105,19 @@ class Run:
             scored = (f"{of_set}/tokens", f"{of_set}/digest")
             lines = [line for line in lines if all(line.get(key) == lines[-1].get(key) for key in scored)]
         values = {line["step"]: line[tag] for line in lines}
-        return {step: value for step, value in values.items() if math.isfinite(value)}
+        return pd.Series({step: value for step, value in sorted(values.items()) if math.isfinite(value)}, dtype=float)
 
     def is_named(self, name: str) -> bool:
         return self.folder.name == name or self.folder.resolve() == Path(name).resolve()
+
+    @cached_property
+    def compared(self) -> dict[str, Any]:
+        """The settings that affect its numbers, without seeds."""
+        return compared_settings(self.settings)
+
+    @property
+    def seed(self) -> tuple[Any, ...]:
+        return tuple(self.settings.get(name) for name in SEEDS)
 
     @property
     def last_step(self) -> int:
@@ -117,9 +127,9 @@ class Run:
     def steps(self) -> int:
         return int(self.settings["train.steps"])
 
-    @property
+    @cached_property
     def is_finished(self) -> bool:
-        return self.steps in self.series("eval/loss")
+        return self.steps in self.series("eval/loss").index
 
     @property
     def has_diverged(self) -> bool:
@@ -136,20 +146,14 @@ class Run:
         sets = [tag.split("/")[1] for tag in tags if re.fullmatch("eval/[^/]*/loss", tag)]
         return sets or ([""] if tags else [])
 
-    def evaluations(self, name: str) -> Series:
+    def evaluations(self, name: str) -> pd.Series:
         """Validation loss of a set by step, in nats per token."""
         return self.series(_tag(name, "loss"))
 
-    def scored_tokens(self, name: str) -> int | None:
-        scored = self.series(_tag(name, "tokens"))
-        return int(list(scored.values())[-1]) if scored else None
-
-    @cached_property
-    def scored(self) -> dict[str, str]:
-        """Digests of what the newest evaluation scored, by the name of the set; not all kept records have them."""
-        newest = {tag: value for line in self.lines for tag, value in line.items()}
-        digests = {name: newest.get(_tag(name, "digest")) for name in self.validation_sets}
-        return {name: digest for name, digest in digests.items() if digest is not None}
+    def scored(self, name: str, what: str) -> Any:
+        """The ``tokens`` or the ``digest`` of what the newest evaluation scored; not all kept records have them."""
+        tag = _tag(name, what)
+        return next((line[tag] for line in reversed(self.lines) if tag in line), None)
 
     def held_out(self, name: str) -> str:
         """A set's text and the tokenizer, as named in the settings."""
@@ -161,11 +165,6 @@ class Run:
     def parameters(self) -> dict[str, int]:
         """Parameter counts: total, trainable, adapters; empty if the run has not noted them."""
         return dict(self.starts[-1].get("parameters") or {}) if self.starts else {}
-
-    @property
-    def bf16(self) -> bool | None:
-        """Whether the newest start used bf16; None if the run has not noted it."""
-        return self.starts[-1].get("bf16") if self.starts else None
 
     @property
     def began_with(self) -> dict[str, str]:
@@ -185,21 +184,24 @@ class Run:
         """(step, changes in words) for each resume that changed something relevant."""
         return changes_since_first(self.starts)
 
+    @cached_property
+    def notes(self) -> dict[str, Any]:
+        """What the run found for settings that are names or left open, by setting or section; older runs have less."""
+        digests = {name: self.scored(name, "digest") for name in self.validation_sets}
+        noted: dict[str, Any] = {"model": self.parameters.get("total"), **self.began_with}
+        noted["data.validation"] = {name: digest for name, digest in digests.items() if digest is not None} or None
+        if self.starts:
+            noted["train.precision"] = self.starts[-1].get("bf16")
+            noted |= {"settings before a resume": self.changes, "first step": self.first_step}
+        return {name: value for name, value in noted.items() if value is not None}
+
     def tokens(self, steps: Any) -> NDArray[np.int64]:
         """Tokens trained on after these steps: [n] -> [n]"""
-        known, tokens = self._tokens
-        before = np.searchsorted(known, steps, side="right") - 1
-        return tokens[before] + (np.asarray(steps) - known[before]) * self._tokens_per_step
-
-    @cached_property
-    def _tokens(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Steps in order, and the tokens trained on at each."""
-        known = sorted({0: 0, **self.series("train/tokens")}.items())
-        return np.array([step for step, _ in known]), np.array([int(tokens) for _, tokens in known])
-
-    @property
-    def _tokens_per_step(self) -> int:
-        return int(self.settings["train.batch_size"] * self.settings["data.sequence_length"])
+        known = pd.concat([pd.Series({0: 0.0}), self.series("train/tokens")])
+        before = known.index.searchsorted(steps, side="right") - 1
+        of_step = self.settings["train.batch_size"] * self.settings["data.sequence_length"]
+        tokens = known.to_numpy()[before] + (np.asarray(steps) - known.index.to_numpy()[before]) * of_step
+        return np.asarray(tokens, dtype=np.int64)
 
 
 def _tag(of_set: str, metric: str) -> str:
