@@ -39,10 +39,8 @@ def spectra_of(reader: CheckpointReader) -> Spectra:
     linears = tuple(f".{kind}.weight" for kind in DECODER_LINEARS)
     initial = _initial_weights(reader, [name for name in weights if name.endswith(linears)])
     for name, before in initial.items():
-        if before.shape != weights[name].shape:
-            raise CheckpointError(
-                f"{reader.folder}: {name} began as {list(before.shape)}, and is {list(weights[name].shape)} now"
-            )
+        if before is None or before.shape != weights[name].shape:
+            raise CheckpointError(f"{reader.folder}: what it began with has changed, and has no {name} of this shape")
         spectra[name.split(".")[-2]].append(torch.linalg.svdvals(weights[name] - before))
     return {kind: torch.stack(layers) for kind, layers in spectra.items()}
 
@@ -64,7 +62,7 @@ def rank_columns(groups: Sequence[Spectra], above: float) -> dict[str, list[str]
     return {kind: [means(spectra[kind]) for spectra in groups] for kind in groups[0]}
 
 
-def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Tensor]:
+def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Tensor | None]:
     config = stored_config(reader.manifest.config, str(reader.folder))
     model = checked_model(reader)
     if config.model.init_from is None:
@@ -80,12 +78,9 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
         changed = " and ".join(f"{words} ({files[setting]})" for setting, words in others.items())
         raise CheckpointError(f"{reader.folder}: began with {changed}")
     weights = start_weights(source, model.config)
-    missing = [name for name in names if name not in weights]
-    if missing:
-        raise CheckpointError(f"{source}: has no {missing[0]}, which the run began with; it has changed since")
     if config.model.adapter is not None:
         plain = empty_model(model.config)
         put_values(plain, weights)
         merge_into(plain, AdapterFolder(Path(config.model.adapter)), str(source))
         weights = plain.state_dict()
-    return {name: weights[name] for name in names}
+    return {name: weights.get(name) for name in names}

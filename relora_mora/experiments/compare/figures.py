@@ -15,19 +15,14 @@ from matplotlib.ticker import MaxNLocator
 from relora_mora.experiments.compare.groups import Group
 from relora_mora.experiments.compare.table import common_sets, count, perplexities
 
-# Okabe and Ito's colors, which color-blind readers can tell apart. Lines and markers do the same in grayscale, and
-# repeat after a different number of curves than colors do.
+# Okabe and Ito's colors, which color-blind readers can tell apart; markers, of which there are more, also in grayscale
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 PAPER: Any = {
     "savefig.dpi": 300,
     "font.size": 9,
-    "axes.labelsize": 9,
-    "axes.titlesize": 9,
-    "legend.fontsize": 8,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
+    "axes.titlesize": "medium",
+    "legend.fontsize": "small",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -43,9 +38,9 @@ LABEL_LETTERS = 40  # in a line next to a panel
 
 
 def styles() -> Iterator[dict[str, Any]]:
-    """Yields color, line and marker for each group, which has the same in all figures of a comparison."""
-    for color, line, marker in zip(cycle(COLORS), cycle(LINES), cycle(MARKERS), strict=False):
-        yield {"color": color, "linestyle": line, "marker": marker}
+    """Yields a color and a marker for each group, which has the same in all figures of a comparison."""
+    for color, marker in zip(cycle(COLORS), cycle(MARKERS), strict=False):
+        yield {"color": color, "marker": marker}
 
 
 @matplotlib.rc_context(PAPER)
@@ -112,7 +107,7 @@ def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> 
         panel.set_xlabel(f"perplexity on {name}" if name else "validation perplexity")
     panels[0].set_yticks(places, labels)
     panels[0].set_ylim(heights.sum(), 0)  # the first row at the top
-    figure.supxlabel(line, fontsize=PAPER["axes.labelsize"])
+    figure.supxlabel(line, fontsize="medium")
     return figure
 
 

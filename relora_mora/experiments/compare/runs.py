@@ -20,7 +20,7 @@ from relora_mora.config.schema import SETTINGS
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.experiments.compare.settings import SEEDS, compared_settings
 from relora_mora.supervise.lock import is_held
-from relora_mora.system.run_folder import RunFolder, changes_since_first, noted_digests
+from relora_mora.system.run_folder import CHANGES, NOTED, RunFolder, joined_start
 
 
 class CompareError(ValueError):
@@ -38,7 +38,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     Raises :class:`CompareError` if a line is not a record.
     """
-    records = [_json_object(line) or {} for line in _bytes(path).decode("utf-8", errors="replace").splitlines()]
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == COMPRESSED else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise CompareError(f"{path}: cannot be decompressed ({error}); copy it again, or give the {RECORDS}") from None
+    records = [_json_object(line) or {} for line in content.decode("utf-8", errors="replace").splitlines()]
     for number, record in enumerate(records, start=1):
         has_fields = all(isinstance(record.get(key), kind) for key, kind in _FIELDS.items())
         if not (has_fields and record["metrics"] and all(map(_has_step, record["metrics"]))):
@@ -47,16 +51,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 "is such a file, copy it again or remove the line"
             )
     return records
-
-
-def _bytes(path: Path) -> bytes:
-    data = path.read_bytes()
-    if path.suffix != COMPRESSED:
-        return data
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise CompareError(f"{path}: cannot be decompressed ({error}); copy it again, or give the {RECORDS}") from None
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -80,17 +74,20 @@ def _has_step(line: Any) -> bool:
     return isinstance(line, dict) and isinstance(line.get("step"), int)
 
 
-COUNTS = ("train.steps", "train.batch_size", "data.sequence_length")
+NEEDED = {"method.name": str, "train.steps": int, "train.batch_size": int, "data.sequence_length": int}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run. ``settings``: by dotted name, from the newest start; ``lines``: the lines of metrics.jsonl."""
+    """One run. ``settings``: by dotted name, from the newest start; ``lines``: the lines of metrics.jsonl.
+
+    ``start``: all its starts as one; empty if the run has not noted any.
+    """
 
     folder: Path
     settings: Mapping[str, Any]
     lines: list[dict[str, Any]]
-    starts: list[dict[str, Any]]
+    start: dict[str, Any]
     is_running: bool
 
     def series(self, tag: str) -> pd.Series:
@@ -164,7 +161,7 @@ class Run:
     @property
     def parameters(self) -> dict[str, int]:
         """Parameter counts: total, trainable, adapters; empty if the run has not noted them."""
-        return dict(self.starts[-1].get("parameters") or {}) if self.starts else {}
+        return self.start.get("parameters") or {}
 
     @property
     def began_with(self) -> dict[str, str]:
@@ -172,17 +169,17 @@ class Run:
 
         Held-out text, which a resume may change, is in ``scored`` instead.
         """
-        return {name: digest for name, digest in noted_digests(self.starts).items() if name != "data.validation"}
+        return {name: digest for name, digest in self.start.get(NOTED, {}).items() if name != "data.validation"}
 
     @property
     def first_step(self) -> int:
         """The step at which the first start began; above 0 if it resumed another run's checkpoint."""
-        return int(self.starts[0].get("step", 0)) if self.starts else 0
+        return int(self.start.get("step", 0))
 
     @property
     def changes(self) -> list[tuple[int, list[str]]]:
         """(step, changes in words) for each resume that changed something relevant."""
-        return changes_since_first(self.starts)
+        return [(step, changed) for step, changed in self.start.get(CHANGES, ())]
 
     @cached_property
     def notes(self) -> dict[str, Any]:
@@ -190,8 +187,8 @@ class Run:
         digests = {name: self.scored(name, "digest") for name in self.validation_sets}
         noted: dict[str, Any] = {"model": self.parameters.get("total"), **self.began_with}
         noted["data.validation"] = {name: digest for name, digest in digests.items() if digest is not None} or None
-        if self.starts:
-            noted["train.precision"] = self.starts[-1].get("bf16")
+        if self.start:
+            noted["train.precision"] = self.start.get("bf16")
             noted |= {"settings before a resume": self.changes, "first step": self.first_step}
         return {name: value for name, value in noted.items() if value is not None}
 
@@ -249,10 +246,9 @@ def read_run(folder: Path) -> Run:
         tree = parse_yaml(files.config.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise CompareError(f"{files.config}: cannot be read ({' '.join(str(error).split())})") from error
-    starts = _json_lines(files.starts)
-    start = starts[-1] if starts else {}
+    start = joined_start(_json_lines(files.starts))
     settings = _settings(tree, files.config) | _epochs_of(start.get("epochs"), start.get("warmup_fraction"))
-    return Run(folder, settings, lines, starts, is_held(folder))
+    return Run(folder, settings, lines, start, is_held(folder))
 
 
 def _run_of_record(path: Path, record: dict[str, Any]) -> Run:
@@ -262,7 +258,7 @@ def _run_of_record(path: Path, record: dict[str, Any]) -> Run:
     file = path.with_name(path.name.removesuffix(COMPRESSED))
     study = file.parent if file.name == RECORDS else file.with_suffix("")
     folder = study / "runs" / record["name"]  # it may have been deleted
-    return Run(folder, settings, record["metrics"], [record["start"]], is_running=False)
+    return Run(folder, settings, record["metrics"], record["start"], is_running=False)
 
 
 def _epochs_of(epochs: float | None, warmup_fraction: float | None) -> dict[str, float | None]:
@@ -274,12 +270,8 @@ def _settings(tree: Any, source: Path) -> dict[str, Any]:
     """All settings by dotted name; settings that are newer than the run get their defaults."""
     sections = {name: keys for name, keys in tree.items() if isinstance(keys, dict)} if isinstance(tree, dict) else {}
     given = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    missing = [name for name in ("method.name", "train.steps") if given.get(name) is None]
-    if missing:
-        raise CompareError(f"{source}: {missing[0]} is missing, which the settings of every run have")
     defaults = {name: setting.get_default() for name, setting in SETTINGS.items() if not setting.is_required()}
-    settings = {**defaults, **given}
-    for name in COUNTS:
-        if not isinstance(settings[name], int) or settings[name] < 1:
-            raise CompareError(f"{source}: {name} is {settings[name]}, expected a whole number of at least 1")
-    return settings
+    for name, kind in NEEDED.items():
+        if not isinstance(given.get(name), kind):
+            raise CompareError(f"{source}: {name} is {given.get(name)}, unlike in the settings of a run")
+    return {**defaults, **given}

@@ -131,7 +131,7 @@ def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:
         section, _, key = name.partition(".")
         tree.setdefault(section, {})[key] = value
     given = tree | {"train": tree["train"] | {"epochs": 3.0}}
-    record = {"name": "cell", "seed": 0, "given": given, "config": tree, "start": run.starts[-1], "metrics": run.lines}
+    record = {"name": "cell", "seed": 0, "given": given, "config": tree, "start": run.start, "metrics": run.lines}
     (tmp_path / "cells.jsonl").write_text(json.dumps(record) + "\n" + json.dumps({**record, "name": "other"}) + "\n")
     kept, other = read_runs(tmp_path / "cells.jsonl")
     assert (kept.folder, other.folder) == (tmp_path / "runs/cell", tmp_path / "runs/other")
@@ -173,5 +173,5 @@ def test_paths_without_a_run_are_reported(tmp_path: Path) -> None:
         folder = write_run(tmp_path / key, [9.0])
         config = RunFolder(folder).config
         config.write_text(re.sub(rf"{key}: \d+", f"{key}: many", config.read_text()))
-        with pytest.raises(CompareError, match=rf"config\.yaml: {section}\.{key} is many, expected a whole number"):
+        with pytest.raises(CompareError, match=rf"config\.yaml: {section}\.{key} is many"):
             read_run(folder)

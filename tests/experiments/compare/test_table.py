@@ -131,7 +131,7 @@ def test_a_perplexity_beyond_all_bounds_takes_little_room(tmp_path: Path) -> Non
 
 def test_a_run_of_an_older_version_has_no_parameters(tmp_path: Path) -> None:
     run = made_run(tmp_path / "a")
-    run.starts.clear()
+    run.start.clear()
     assert _cells(markdown(group_runs([run])))[0]["trainable"] == "–"
 
 
