@@ -146,15 +146,13 @@ def test_code_that_does_not_train_does_not_import_deepspeed():
 def test_code_that_checks_settings_does_not_import_torch():
     """A mistake is reported immediately; importing torch takes seconds."""
     assert not _imported_with(
-        "torch",
-        "cli",
-        "commands",
-        "config",
-        "data",
-        "tokenizer",
-        "experiments/compare/files.py",
-        "experiments/study/conduct.py",
+        "torch", "cli", "commands", "config", "data", "tokenizer", "experiments/compare", "experiments/study/conduct.py"
     )
+
+
+def test_pandas_and_matplotlib_are_imported_only_for_tables_and_figures():
+    assert not _imported_with("pandas", "cli", "commands", "config")
+    assert not _imported_with("matplotlib", "cli", "commands", "experiments/compare/files.py")
 
 
 def _files_of(path: Path) -> list[Path]:

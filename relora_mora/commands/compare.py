@@ -1,6 +1,5 @@
 """Compares runs in a table, and in figures."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -21,8 +20,7 @@ def main(
             as multiples of the first run's
 
     Options:
-        out: a folder for compare.md, compare.json and plots as PNG; it is created if needed, and these files in it are
-            replaced
+        out: a folder for compare.md and plots as PNG; it is created if needed, and these files in it are replaced
         against: the run folder, or the name of a study's run, to compare with instead of the first run
         unnamed: settings to leave out of the names of rows, such as optim.lr,optim.restart_warmup_steps
         best: settings such as optim.lr; of rows that differ only in these settings, keeps the one with the most seeds
@@ -31,11 +29,10 @@ def main(
     Example:
         relora-mora compare runs/tiny_full runs/tiny_remora --out=compared
     """
-    from relora_mora.experiments.compare.figures import figures_of
-    from relora_mora.experiments.compare.files import check_plots, write_comparison
+    from relora_mora.experiments.compare.files import check_plots, write_files
     from relora_mora.experiments.compare.groups import group_of, group_runs
     from relora_mora.experiments.compare.runs import TABLE, CompareError, is_model, read_run, read_runs
-    from relora_mora.experiments.compare.table import as_json, compare, markdown
+    from relora_mora.experiments.compare.table import markdown
 
     if not runs:
         raise CompareError("no runs given; give run folders, e.g. runs/full runs/remora")
@@ -53,10 +50,10 @@ def main(
     settings = [[name.strip() for name in option.split(",") if name.strip()] for option in (unnamed, best)]
     groups = group_runs(by_folder.values(), *settings)
     reference = None if against is None else group_of(groups, against)
-    rows = compare(groups, reference)
-    table = markdown(rows, reference)
+    table = markdown(groups, reference)
     print(table, end="", flush=True)
     if out is None:
         return
-    texts = {TABLE: table, "compare.json": json.dumps(as_json(rows, reference), indent=1) + "\n"}
-    write_comparison(Path(out), texts, figures_of(groups, reference))
+    from relora_mora.experiments.compare.figures import figures_of
+
+    write_files(Path(out), {TABLE: table, **figures_of(groups, reference)})

@@ -5,7 +5,7 @@ from pathlib import Path
 from relora_mora.system.process import many_imports
 
 
-def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bool = False) -> None:
+def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
     """Prints the effective rank of what training added to the weights.
 
     For each projection, it prints the effective rank of W - W_0 and the number of its large singular values.
@@ -18,7 +18,6 @@ def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bo
     Options:
         out: a folder for spectrum.md and spectrum.png; it is created if needed, and these files in it are replaced
         above: singular values above this count as large
-        checkpoints: also plot the effective rank at every checkpoint that the runs have kept (accumulated_rank.png)
 
     Example:
         relora-mora spectrum runs/tiny_lora runs/tiny_remora --out=spectra
@@ -34,13 +33,10 @@ def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bo
         raise CompareError(f"--above: got {above}, but singular values are not negative; give a number >= 0")
     if out is not None:
         check_plots(Path(out))
-    elif checkpoints:
-        raise CompareError("--checkpoints: plots a figure, which needs a folder; give --out")
     groups = group_runs({Path(name).resolve(): read_run(Path(name)) for name in runs}.values())
     with many_imports():
         from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
-        from relora_mora.experiments.compare.spectra import accumulated_figure, rank_columns, spectrum_figure
-        from relora_mora.experiments.spectrum import spectra_of
+        from relora_mora.experiments.spectrum import joined, rank_columns, spectra_of
     # open files stay readable if a run that continues removes its checkpoint
     readers = [[CheckpointReader(find_checkpoint(each.folder)) for each in group.runs] for group in groups]
     steps = [sorted({reader.manifest.step for reader in group_readers}) for group_readers in readers]
@@ -50,7 +46,7 @@ def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bo
                 f"{group.label}: its seeds have their newest checkpoints at different steps "
                 f"({', '.join(map(str, group_steps))}); give runs with checkpoints at the same step"
             )
-    spectra = [[spectra_of(reader) for reader in group_readers] for group_readers in readers]
+    spectra = [joined([spectra_of(reader) for reader in group_readers]) for group_readers in readers]
     columns = {"method": [group.method for group in groups], "settings": [group.differs for group in groups]}
     columns |= {"seeds": [str(len(group.runs)) for group in groups], "step": [str(step) for [step] in steps]}
     notes = [f"Effective rank of W - W_0; singular values above {above:g}. Means over layers and seeds."]
@@ -59,7 +55,7 @@ def main(*runs: str, out: str | None = None, above: float = 0.1, checkpoints: bo
     print(table, end="", flush=True)
     if out is None:
         return
-    figures = {"spectrum": spectrum_figure(groups, spectra)}
-    if checkpoints and (ranks := accumulated_figure(groups)) is not None:
-        figures["accumulated_rank"] = ranks
-    write_files(Path(out), {"spectrum.md": table}, figures)
+    from relora_mora.experiments.compare.figures import png, spectrum_figure
+
+    means = [{kind: values.double().mean(0).tolist() for kind, values in of_group.items()} for of_group in spectra]
+    write_files(Path(out), {"spectrum.md": table, "spectrum.png": png(spectrum_figure(groups, means))})

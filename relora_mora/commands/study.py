@@ -58,12 +58,12 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
 def _write_table(records: Path, file: Path) -> None:
     """Prints the table of the finished runs, and writes it as ``file``, with their figures next to it."""
     from relora_mora.experiments.compare.figures import figures_of
-    from relora_mora.experiments.compare.files import write_comparison
+    from relora_mora.experiments.compare.files import write_files
     from relora_mora.experiments.compare.groups import group_runs
     from relora_mora.experiments.compare.runs import read_runs
-    from relora_mora.experiments.compare.table import compare, markdown
+    from relora_mora.experiments.compare.table import markdown
 
     groups = group_runs(read_runs(records))
-    table = markdown(compare(groups))
-    write_comparison(file.parent, {file.name: table}, figures_of(groups))
+    table = markdown(groups)
+    write_files(file.parent, {file.name: table, **figures_of(groups)})
     print(table, end="", flush=True)

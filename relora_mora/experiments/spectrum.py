@@ -1,17 +1,17 @@
 """Singular values of a run's total update to its initial weights."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints, read_manifest
+from relora_mora.adapters.layers import effective_rank
+from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
 from relora_mora.config.load import stored_config
 from relora_mora.config.schema import DECODER_LINEARS
 from relora_mora.model.llama import empty_model, initial_value, put_values
-from relora_mora.system.run_folder import RunFolder
 from relora_mora.weights.digests import other_weights
 from relora_mora.weights.export import checked_model, merged_weights
 from relora_mora.weights.load import merge_into, start_weights
@@ -39,21 +39,30 @@ def spectra_of(reader: CheckpointReader) -> Spectra:
     linears = tuple(f".{kind}.weight" for kind in DECODER_LINEARS)
     initial = _initial_weights(reader, [name for name in weights if name.endswith(linears)])
     for name, before in initial.items():
-        if before.shape != weights[name].shape:
-            raise CheckpointError(
-                f"{reader.folder}: {name} began as {list(before.shape)}, and is {list(weights[name].shape)} now"
-            )
+        if before is None or before.shape != weights[name].shape:
+            raise CheckpointError(f"{reader.folder}: what it began with has changed, and has no {name} of this shape")
         spectra[name.split(".")[-2]].append(torch.linalg.svdvals(weights[name] - before))
     return {kind: torch.stack(layers) for kind, layers in spectra.items()}
 
 
-def spectra_by_step(run: Path) -> Iterator[tuple[int, Spectra]]:
-    """Yields (step, spectra) for every checkpoint of a run folder, oldest first; raises as :func:`update_spectra`."""
-    for folder in reversed(list_checkpoints(RunFolder(run).checkpoints)):
-        yield read_manifest(folder).step, update_spectra(folder)
+def joined(runs: Sequence[Spectra]) -> Spectra:
+    """The spectra of several runs as those of one with all their layers."""
+    return {kind: torch.cat([spectra[kind] for spectra in runs]) for kind in runs[0]}
 
 
-def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Tensor]:
+def rank_columns(groups: Sequence[Spectra], above: float) -> dict[str, list[str]]:
+    """Columns of a table: for each kind of projection, the effective rank and the number of singular values that are
+    larger than ``above``, both as means over layers.
+    """
+
+    def means(values: Tensor) -> str:
+        ranks = effective_rank(values).double().mean()
+        return f"{float(ranks):.0f}; {float((values > above).sum(-1).double().mean()):.0f}"
+
+    return {kind: [means(spectra[kind]) for spectra in groups] for kind in groups[0]}
+
+
+def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Tensor | None]:
     config = stored_config(reader.manifest.config, str(reader.folder))
     model = checked_model(reader)
     if config.model.init_from is None:
@@ -68,12 +77,9 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
         changed = " and ".join(f"{words} ({files[setting]})" for setting, words in others.items())
         raise CheckpointError(f"{reader.folder}: began with {changed}")
     weights = start_weights(source, model.config)
-    missing = [name for name in names if name not in weights]
-    if missing:
-        raise CheckpointError(f"{source}: has no {missing[0]}, which the run began with; it has changed since")
     if config.model.adapter is not None:
         plain = empty_model(model.config)
         put_values(plain, weights)
         merge_into(plain, AdapterFolder(Path(config.model.adapter)), str(source))
         weights = plain.state_dict()
-    return {name: weights[name] for name in names}
+    return {name: weights.get(name) for name in names}

@@ -78,7 +78,7 @@ def disk_errno(error: Exception, folder: Path) -> int | None:
     return number if number in _WRITE_ERRORS else None
 
 
-def write_synced(path: Path, text: str) -> None:
+def write_synced(path: Path, content: str | bytes) -> None:
     """Writes a small file completely or not at all; if several processes write it at once, the last one wins.
 
     Raises OSError with the path; the file is then unchanged.
@@ -86,8 +86,8 @@ def write_synced(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     with disk_faults_named(path):
         try:
-            with temporary.open("w", encoding="utf-8") as stream:
-                stream.write(text)
+            with temporary.open("wb") as stream:
+                stream.write(content.encode() if isinstance(content, str) else content)
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(path)

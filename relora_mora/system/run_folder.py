@@ -65,6 +65,18 @@ def changes_since_first(starts: Sequence[Mapping[str, Any]]) -> list[tuple[int, 
     return list(changes.items())
 
 
+def joined_start(starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All starts of a run as one: the newest, with the first one's step, the noted digests and all changes."""
+    if not starts:
+        return {}
+    start = {**starts[-1], "step": starts[0].get("step", 0)}
+    if digests := noted_digests(starts):
+        start[NOTED] = digests
+    if changes := changes_since_first(starts):
+        start[CHANGES] = changes
+    return start
+
+
 def noted_digests(starts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The digests noted by the latest start that read weights; empty if none did. A resume reads no weights."""
     return next((start[NOTED] for start in reversed(starts) if NOTED in start), {})

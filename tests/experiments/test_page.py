@@ -10,7 +10,7 @@ from statistics import mean
 
 import pytest
 
-from relora_mora.experiments.compare.groups import common_steps, group_runs
+from relora_mora.experiments.compare.groups import group_runs
 from relora_mora.experiments.compare.runs import read_runs
 from tests.tools.helpers import ROOT
 
@@ -69,9 +69,8 @@ def kept() -> list[set[str]]:
         for group in group_runs(runs):
             values: set[str] = set()
             for name in group.runs[0].validation_sets:
-                losses = [run.evaluations(name) for run in group.runs]
-                for step in common_steps(losses):
-                    perplexities = [math.exp(loss[step]) for loss in losses]
+                for losses in group.losses(name).to_numpy():
+                    perplexities = list(map(math.exp, losses))
                     values.update(f"{value:.1f}" for value in [*perplexities, mean(perplexities)])
             found.append(values)
     return found

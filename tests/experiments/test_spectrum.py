@@ -9,10 +9,7 @@ import pytest
 import torch
 
 from relora_mora.checkpoint.layout import CheckpointError
-from relora_mora.experiments.compare.groups import group_runs
-from relora_mora.experiments.compare.runs import read_run
-from relora_mora.experiments.compare.spectra import accumulated_figure, rank_columns
-from relora_mora.experiments.spectrum import update_spectra
+from relora_mora.experiments.spectrum import joined, rank_columns, update_spectra
 from tests.tools.commands import call, refused
 from tests.tools.runs import checkpoint_at, run_config, train, write_inputs
 
@@ -92,37 +89,22 @@ def test_biases_are_not_matrices(inputs: Path, tokenizer_path: str, pools: Any) 
 def test_the_table_has_means_over_layers() -> None:
     mixed = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])  # 4 and 1
     steep = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
-    groups = [[{"q_proj": mixed}], [{"q_proj": steep}], [{"q_proj": mixed}, {"q_proj": steep.repeat(5, 1)}]]
+    groups = [{"q_proj": mixed}, {"q_proj": steep}, joined([{"q_proj": mixed}, {"q_proj": steep.repeat(5, 1)}])]
     assert rank_columns(groups, 0.5) == {"q_proj": ["2; 2", "1; 1", "1; 1"]}
-
-
-def test_ranks_accumulate_from_merge_to_merge(runs: dict[str, Path]) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
-    figure = accumulated_figure(group_runs([read_run(runs["relora"]), read_run(runs["lora"])]))
-    assert figure is not None
-    assert len([panel for panel in figure.axes if panel.get_visible()]) == 7
-    relora, lora = figure.axes[0].get_lines()
-    assert list(relora.get_xdata()) == list(lora.get_xdata()) == [8 * 32 * step for step in range(1, 11)]
-    assert max(lora.get_ydata()) <= RANK
-    merged = dict(zip(range(1, 11), relora.get_ydata(), strict=True))  # after the steps 4 and 8
-    assert max(merged[step] for step in (1, 2, 3, 4)) <= RANK < merged[8] <= 2 * RANK
-    assert merged[8] < merged[10] <= 3 * RANK
 
 
 def test_the_command_prints_a_table_and_draws(runs: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
     given = (runs["lora"], runs["relora"], runs["relora"] / "../lora")
-    answer = call(SPECTRUM, *given, "--checkpoints", f"--out={tmp_path / 'out'}")
+    answer = call(SPECTRUM, *given, f"--out={tmp_path / 'out'}")
     assert answer.code == 0, answer
     assert "| LoRA |" in answer.out and answer.out.count("| LoRA |") == 1, "a run that is given twice counts once"
     assert "| ReLoRA |" in answer.out
     assert "| down_proj |" in answer.out
     assert (tmp_path / "out" / "spectrum.md").read_text() == answer.out
-    for name in ("spectrum", "accumulated_rank"):
-        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "spectrum.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bad_input_gives_one_message(runs: dict[str, Path], tmp_path: Path) -> None:
     refused(call(SPECTRUM), "no runs given")
-    refused(call(SPECTRUM, runs["lora"], "--checkpoints"), "--checkpoints: plots a figure")
     refused(call(SPECTRUM, tmp_path / "none"), "not a run folder")

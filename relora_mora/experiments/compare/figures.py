@@ -1,47 +1,84 @@
-"""Figures of a comparison: losses, last perplexities, and ranks of merges."""
+"""Figures of comparisons, for print: losses, last perplexities and singular values."""
 
+import io
 import textwrap
-from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
+from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
-from relora_mora.config.schema import DECODER_LINEARS
-from relora_mora.experiments.compare.curves import (
-    GRAY,
-    LETTERS,
-    PAPER,
-    curve,
-    figure_of_kinds,
-    paper_figure,
-    set_ticks,
-    state_of,
-    styled,
-)
-from relora_mora.experiments.compare.groups import Group, common_steps
-from relora_mora.experiments.compare.losses import loss_figure
-from relora_mora.experiments.compare.runs import Run
-from relora_mora.experiments.compare.table import common_sets, perplexities
+from relora_mora.experiments.compare.groups import Group
+from relora_mora.experiments.compare.table import common_sets, count, perplexities
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-RANKS = "effective_rank"  # the name of the figure that not every comparison has
+# Okabe and Ito's colors, which color-blind readers can tell apart; markers, of which there are more, also in grayscale
+COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+PAPER: Any = {
+    "savefig.dpi": 300,
+    "font.size": 9,
+    "axes.titlesize": "medium",
+    "legend.fontsize": "small",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "grid.color": "#DDDDDD",
+    "lines.linewidth": 1.3,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+}
+WIDTH = 7.0  # inches, the text width of a page
+LETTERS = 100  # in a line of this width
 LABEL_LETTERS = 40  # in a line next to a panel
 
 
-def figures_of(groups: Sequence[Group], against: Group | None = None) -> "dict[str, Figure]":
-    """All figures of a comparison by name, with ranks if a run has merged."""
-    figures = {"loss_by_tokens": loss_figure(groups, "tokens"), "loss_by_time": loss_figure(groups, "time")}
-    figures["perplexity"] = perplexity_figure(groups, against)
-    ranks = rank_figure(groups)
-    if ranks is not None:
-        figures[RANKS] = ranks
-    return figures
+def styles() -> Iterator[dict[str, Any]]:
+    """Yields a color and a marker for each group, which has the same in all figures of a comparison."""
+    for color, marker in zip(cycle(COLORS), cycle(MARKERS), strict=False):
+        yield {"color": color, "marker": marker}
 
 
-def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> "Figure":
+@matplotlib.rc_context(PAPER)
+def png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", bbox_inches="tight", pad_inches=0.05)
+    return content.getvalue()
+
+
+def figures_of(groups: Sequence[Group], against: Group | None = None) -> dict[str, bytes]:
+    """The figures of a comparison by the names of their files."""
+    return {
+        "loss_by_tokens.png": png(loss_figure(groups)),
+        "perplexity.png": png(perplexity_figure(groups, against)),
+    }
+
+
+@matplotlib.rc_context(PAPER)
+def loss_figure(groups: Sequence[Group]) -> Figure:
+    """Validation loss against tokens in a panel for each held-out set: means, and a band from lowest to highest."""
+    sets = common_sets(groups)
+    figure = _with_legend(2.6 * len(sets), groups)
+    panels: Any = figure.subplots(len(sets), 1, squeeze=False)[:, 0]
+    for panel, name in zip(panels, sets, strict=True):
+        for group, style in zip(groups, styles(), strict=False):
+            losses = group.losses(name)
+            tokens = group.runs[0].tokens(losses.index)
+            panel.plot(tokens, losses.mean(axis=1), markevery=-(-len(tokens) // 12), **style)
+            panel.fill_between(tokens, losses.min(axis=1), losses.max(axis=1), color=style["color"], alpha=0.2)
+        panel.set_xlabel("tokens trained on")
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+        panel.xaxis.set_major_formatter(lambda value, _: count(value))
+        panel.set_ylabel(f"loss on {name}, nats per token" if name else "validation loss, nats per token")
+    return figure
+
+
+@matplotlib.rc_context(PAPER)
+def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> Figure:
     """The last perplexity of each run as a dot and each group's mean as a stroke, in a panel for each held-out set.
 
     The group with the lowest perplexity on the last set is at the top. The dashed line is the mean of ``against``, by
@@ -49,58 +86,66 @@ def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> 
     """
     sets = common_sets(groups)
     against = against or groups[0]
-    rows = sorted(styled(groups), key=lambda each: np.mean(perplexities(each[0], sets[-1])))
+    rows = sorted(zip(groups, styles(), strict=False), key=lambda each: np.mean(perplexities(each[0], sets[-1])))
     several = any(len(group.runs) > 1 for group in groups)
     labels = []
     for group, _ in rows:
         seeds = " (1 seed)" if several and len(group.runs) == 1 else ""
-        labels.append(textwrap.fill(f"{group.label}{seeds}{state_of(group)}", LABEL_LETTERS))
+        labels.append(textwrap.fill(f"{group.label}{seeds}{_state(group)}", LABEL_LETTERS))
     heights = np.array([label.count("\n") + 1.6 for label in labels])  # in lines
     places = np.cumsum(heights) - heights / 2
     line = textwrap.fill(f"dashed: {against.label}", LETTERS)
-    with paper_figure(0.8 + 0.15 * (heights.sum() + line.count("\n"))) as figure:
-        panels: Any = figure.subplots(1, len(sets), sharey=True, squeeze=False)
-        for panel, name in zip(panels[0], sets, strict=True):
-            reference = np.mean(perplexities(against, name))
-            panel.axvline(reference, color=GRAY, linestyle="--", linewidth=1.0, zorder=1)
-            for place, (group, style) in zip(places, rows, strict=True):
-                values = perplexities(group, name)
-                panel.plot(values, [place] * len(values), "o", color=style["color"], markerfacecolor="none")
-                panel.plot(np.mean(values), place, "|", color=style["color"], markersize=11, markeredgewidth=1.5)
-            panel.set_xlabel(f"perplexity on {name}" if name else "validation perplexity")
-        panels[0][0].set_yticks(places, labels)
-        panels[0][0].set_ylim(heights.sum(), 0)  # the first row at the top
-        figure.supxlabel(line, fontsize=PAPER["axes.labelsize"])
+    figure = Figure(figsize=(WIDTH, 0.8 + 0.15 * (heights.sum() + line.count("\n"))), layout="constrained")
+    panels: Any = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
+    for panel, name in zip(panels, sets, strict=True):
+        reference = np.mean(perplexities(against, name))
+        panel.axvline(reference, color="#777777", linestyle="--", linewidth=1.0, zorder=1)
+        for place, (group, style) in zip(places, rows, strict=True):
+            values = perplexities(group, name)
+            panel.plot(values, [place] * len(values), "o", color=style["color"], markerfacecolor="none")
+            panel.plot(np.mean(values), place, "|", color=style["color"], markersize=11, markeredgewidth=1.5)
+        panel.set_xlabel(f"perplexity on {name}" if name else "validation perplexity")
+    panels[0].set_yticks(places, labels)
+    panels[0].set_ylim(heights.sum(), 0)  # the first row at the top
+    figure.supxlabel(line, fontsize="medium")
     return figure
 
 
-def rank_figure(
-    groups: Sequence[Group], tag: str = "merge/effective_rank", title: str = "effective rank of a merge"
-) -> "Figure | None":
-    """Effective ranks in a panel for each kind of projection; None if no group has any.
+@matplotlib.rc_context(PAPER)
+def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Mapping[str, Sequence[float]]]) -> Figure:
+    """Each group's singular values, descending, in a panel for each kind of projection."""
+    kinds = list(spectra[0])
+    figure = _with_legend(3.6, groups)
+    panels: Any = figure.subplots(2, 4, sharey=True)
+    for panel, kind in zip(panels.flat, kinds, strict=False):
+        for of_group, style in zip(spectra, styles(), strict=False):
+            values = of_group[kind]
+            panel.plot(range(1, len(values) + 1), values, markevery=max(1, len(values) // 6), **style)
+        panel.set_title(kind)
+        panel.set_yscale("log")
+        panel.set_xlabel("index")
+    for panel in panels.flat[len(kinds) :]:
+        panel.set_visible(False)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("singular value of W - W_0")
+    largest = max(max(of_group[kind]) for of_group in spectra for kind in kinds)
+    panels[0][0].set_ylim(largest * 1e-4, largest * 2)  # smaller values are rounding errors
+    return figure
 
-    Ranks of a merge are measured in one layer in the middle of the model (docs/method.md).
-    """
-    measured = {
-        kind: [group for group in groups if common_steps([run.series(f"{tag}/{kind}") for run in group.runs])]
-        for kind in DECODER_LINEARS
-    }
-    kinds = [kind for kind in DECODER_LINEARS if measured[kind]]
-    if not kinds:
-        return None
-    shown = [group for group in groups if any(group in of_kind for of_kind in measured.values())]
-    with figure_of_kinds(kinds, shown, title, sharex=True) as (figure, panels):
-        for panel, kind in zip(panels.flat, kinds, strict=False):
-            for group, style in styled(groups):
-                if group in measured[kind]:
-                    curve(group, partial(Run.series, tag=f"{tag}/{kind}"), "tokens").draw(panel, group, style)
-            panel.xaxis.set_tick_params(labelbottom=True)
-            set_ticks(panel, "tokens", ticks=3)
-        limits = [panel.dataLim for panel in panels.flat[: len(kinds)]]
-        low, high = min(each.ymin for each in limits), max(each.ymax for each in limits)
-        margin = 0.08 * (high - low) or 1.0
-        panels[0][0].set_ylim(max(0.0, low - margin), high + margin)
-        panels[0][0].set_xlim(left=0)
-        for panel in panels.flat[max(0, len(kinds) - panels.shape[1]) : len(kinds)]:
-            panel.set_xlabel("tokens")
+
+def _state(group: Group) -> str:
+    return f" [{group.state}]" if group.state else ""
+
+
+def _with_legend(height: float, groups: Sequence[Group]) -> Figure:
+    """A figure with this height for panels, in inches, and a legend of the groups below it."""
+    names = []
+    for group in groups:
+        seeds = f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""
+        names.append(textwrap.fill(f"{group.label}{seeds}{_state(group)}", LETTERS))
+    columns = 1 if max(map(len, names)) > LETTERS / 2 - 8 else 2
+    lines = sum(name.count("\n") + 1 for name in names) / columns
+    figure = Figure(figsize=(WIDTH, height + 0.2 * (lines + 1)), layout="constrained")
+    handles = [Line2D([], [], **style) for _, style in zip(names, styles(), strict=False)]
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=4)
     return figure

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
 from relora_mora.config.schema import SETTINGS
 from relora_mora.config.yaml_text import parse_yaml
+from relora_mora.experiments.compare.settings import SEEDS, compared_settings
 from relora_mora.supervise.lock import is_held
-from relora_mora.system.run_folder import RunFolder, changes_since_first, noted_digests
+from relora_mora.system.run_folder import CHANGES, NOTED, RunFolder, joined_start
 
 
 class CompareError(ValueError):
@@ -36,7 +38,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     Raises :class:`CompareError` if a line is not a record.
     """
-    records = [_json_object(line) or {} for line in _bytes(path).decode("utf-8", errors="replace").splitlines()]
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == COMPRESSED else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise CompareError(f"{path}: cannot be decompressed ({error}); copy it again, or give the {RECORDS}") from None
+    records = [_json_object(line) or {} for line in content.decode("utf-8", errors="replace").splitlines()]
     for number, record in enumerate(records, start=1):
         has_fields = all(isinstance(record.get(key), kind) for key, kind in _FIELDS.items())
         if not (has_fields and record["metrics"] and all(map(_has_step, record["metrics"]))):
@@ -45,16 +51,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 "is such a file, copy it again or remove the line"
             )
     return records
-
-
-def _bytes(path: Path) -> bytes:
-    data = path.read_bytes()
-    if path.suffix != COMPRESSED:
-        return data
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise CompareError(f"{path}: cannot be decompressed ({error}); copy it again, or give the {RECORDS}") from None
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -78,21 +74,23 @@ def _has_step(line: Any) -> bool:
     return isinstance(line, dict) and isinstance(line.get("step"), int)
 
 
-COUNTS = ("train.steps", "train.batch_size", "data.sequence_length")
-Series = dict[int, float]  # values of a metric by step, in the order of steps
+NEEDED = {"method.name": str, "train.steps": int, "train.batch_size": int, "data.sequence_length": int}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run. ``settings``: by dotted name, from the newest start; ``lines``: the lines of metrics.jsonl."""
+    """One run. ``settings``: by dotted name, from the newest start; ``lines``: the lines of metrics.jsonl.
+
+    ``start``: all its starts as one; empty if the run has not noted any.
+    """
 
     folder: Path
     settings: Mapping[str, Any]
     lines: list[dict[str, Any]]
-    starts: list[dict[str, Any]]
+    start: dict[str, Any]
     is_running: bool
 
-    def series(self, tag: str) -> Series:
+    def series(self, tag: str) -> pd.Series:
         """A metric by step, only finite values; the newest value if a step has several.
 
         Of evaluations, only those count that scored the same as the last one, because a resume may have changed the
@@ -104,10 +102,19 @@ class Run:
             scored = (f"{of_set}/tokens", f"{of_set}/digest")
             lines = [line for line in lines if all(line.get(key) == lines[-1].get(key) for key in scored)]
         values = {line["step"]: line[tag] for line in lines}
-        return {step: value for step, value in values.items() if math.isfinite(value)}
+        return pd.Series({step: value for step, value in sorted(values.items()) if math.isfinite(value)}, dtype=float)
 
     def is_named(self, name: str) -> bool:
         return self.folder.name == name or self.folder.resolve() == Path(name).resolve()
+
+    @cached_property
+    def compared(self) -> dict[str, Any]:
+        """The settings that affect its numbers, without seeds."""
+        return compared_settings(self.settings)
+
+    @property
+    def seed(self) -> tuple[Any, ...]:
+        return tuple(self.settings.get(name) for name in SEEDS)
 
     @property
     def last_step(self) -> int:
@@ -117,9 +124,9 @@ class Run:
     def steps(self) -> int:
         return int(self.settings["train.steps"])
 
-    @property
+    @cached_property
     def is_finished(self) -> bool:
-        return self.steps in self.series("eval/loss")
+        return self.steps in self.series("eval/loss").index
 
     @property
     def has_diverged(self) -> bool:
@@ -136,20 +143,14 @@ class Run:
         sets = [tag.split("/")[1] for tag in tags if re.fullmatch("eval/[^/]*/loss", tag)]
         return sets or ([""] if tags else [])
 
-    def evaluations(self, name: str) -> Series:
+    def evaluations(self, name: str) -> pd.Series:
         """Validation loss of a set by step, in nats per token."""
         return self.series(_tag(name, "loss"))
 
-    def scored_tokens(self, name: str) -> int | None:
-        scored = self.series(_tag(name, "tokens"))
-        return int(list(scored.values())[-1]) if scored else None
-
-    @cached_property
-    def scored(self) -> dict[str, str]:
-        """Digests of what the newest evaluation scored, by the name of the set; not all kept records have them."""
-        newest = {tag: value for line in self.lines for tag, value in line.items()}
-        digests = {name: newest.get(_tag(name, "digest")) for name in self.validation_sets}
-        return {name: digest for name, digest in digests.items() if digest is not None}
+    def scored(self, name: str, what: str) -> Any:
+        """The ``tokens`` or the ``digest`` of what the newest evaluation scored; not all kept records have them."""
+        tag = _tag(name, what)
+        return next((line[tag] for line in reversed(self.lines) if tag in line), None)
 
     def held_out(self, name: str) -> str:
         """A set's text and the tokenizer, as named in the settings."""
@@ -158,18 +159,9 @@ class Run:
         return json.dumps([text, self.settings.get("tokenizer.path")])
 
     @property
-    def merges(self) -> list[int]:
-        return list(self.series("merge/layers"))
-
-    @property
     def parameters(self) -> dict[str, int]:
         """Parameter counts: total, trainable, adapters; empty if the run has not noted them."""
-        return dict(self.starts[-1].get("parameters") or {}) if self.starts else {}
-
-    @property
-    def bf16(self) -> bool | None:
-        """Whether the newest start used bf16; None if the run has not noted it."""
-        return self.starts[-1].get("bf16") if self.starts else None
+        return self.start.get("parameters") or {}
 
     @property
     def began_with(self) -> dict[str, str]:
@@ -177,60 +169,36 @@ class Run:
 
         Held-out text, which a resume may change, is in ``scored`` instead.
         """
-        return {name: digest for name, digest in noted_digests(self.starts).items() if name != "data.validation"}
+        return {name: digest for name, digest in self.start.get(NOTED, {}).items() if name != "data.validation"}
 
     @property
     def first_step(self) -> int:
         """The step at which the first start began; above 0 if it resumed another run's checkpoint."""
-        return int(self.starts[0].get("step", 0)) if self.starts else 0
+        return int(self.start.get("step", 0))
 
     @property
     def changes(self) -> list[tuple[int, list[str]]]:
         """(step, changes in words) for each resume that changed something relevant."""
-        return changes_since_first(self.starts)
+        return [(step, changed) for step, changed in self.start.get(CHANGES, ())]
+
+    @cached_property
+    def notes(self) -> dict[str, Any]:
+        """What the run found for settings that are names or left open, by setting or section; older runs have less."""
+        digests = {name: self.scored(name, "digest") for name in self.validation_sets}
+        noted: dict[str, Any] = {"model": self.parameters.get("total"), **self.began_with}
+        noted["data.validation"] = {name: digest for name, digest in digests.items() if digest is not None} or None
+        if self.start:
+            noted["train.precision"] = self.start.get("bf16")
+            noted |= {"settings before a resume": self.changes, "first step": self.first_step}
+        return {name: value for name, value in noted.items() if value is not None}
 
     def tokens(self, steps: Any) -> NDArray[np.int64]:
         """Tokens trained on after these steps: [n] -> [n]"""
-        known, tokens = self._tokens
-        before = np.searchsorted(known, steps, side="right") - 1
-        return tokens[before] + (np.asarray(steps) - known[before]) * self._tokens_per_step
-
-    def seconds(self, steps: Any) -> NDArray[np.float64]:
-        """Seconds of training until these steps: [n] -> [n]
-
-        Steps and merges count; evaluations, checkpoints, starts and pauses do not.
-        """
-        return np.asarray(np.interp(steps, *self._clock))
-
-    @cached_property
-    def _tokens(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Steps in order, and the tokens trained on at each."""
-        known = sorted({0: 0, **self.series("train/tokens")}.items())
-        return np.array([step for step, _ in known]), np.array([int(tokens) for _, tokens in known])
-
-    @property
-    def _tokens_per_step(self) -> int:
-        return int(self.settings["train.batch_size"] * self.settings["data.sequence_length"])
-
-    @cached_property
-    def _clock(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        steps = [self.first_step]
-        seconds = [0.0]
-        merging = 0.0
-        before = None if self.first_step else 0
-        for line in self.lines:
-            merging += line.get("merge/seconds", 0.0)
-            if line.get("perf/tokens_per_second"):
-                now = line.get("train/tokens")
-                if before is None or now is None:
-                    tokens = (line["step"] - steps[-1]) * self._tokens_per_step
-                else:  # a resume may have changed the batch size
-                    tokens = now - before
-                before = now
-                steps.append(line["step"])
-                seconds.append(seconds[-1] + tokens / line["perf/tokens_per_second"] + merging)
-                merging = 0.0
-        return np.array(steps), np.array(seconds)
+        known = pd.concat([pd.Series({0: 0.0}), self.series("train/tokens")])
+        before = known.index.searchsorted(steps, side="right") - 1
+        of_step = self.settings["train.batch_size"] * self.settings["data.sequence_length"]
+        tokens = known.to_numpy()[before] + (np.asarray(steps) - known.index.to_numpy()[before]) * of_step
+        return np.asarray(tokens, dtype=np.int64)
 
 
 def _tag(of_set: str, metric: str) -> str:
@@ -278,10 +246,9 @@ def read_run(folder: Path) -> Run:
         tree = parse_yaml(files.config.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise CompareError(f"{files.config}: cannot be read ({' '.join(str(error).split())})") from error
-    starts = _json_lines(files.starts)
-    start = starts[-1] if starts else {}
+    start = joined_start(_json_lines(files.starts))
     settings = _settings(tree, files.config) | _epochs_of(start.get("epochs"), start.get("warmup_fraction"))
-    return Run(folder, settings, lines, starts, is_held(folder))
+    return Run(folder, settings, lines, start, is_held(folder))
 
 
 def _run_of_record(path: Path, record: dict[str, Any]) -> Run:
@@ -291,7 +258,7 @@ def _run_of_record(path: Path, record: dict[str, Any]) -> Run:
     file = path.with_name(path.name.removesuffix(COMPRESSED))
     study = file.parent if file.name == RECORDS else file.with_suffix("")
     folder = study / "runs" / record["name"]  # it may have been deleted
-    return Run(folder, settings, record["metrics"], [record["start"]], is_running=False)
+    return Run(folder, settings, record["metrics"], record["start"], is_running=False)
 
 
 def _epochs_of(epochs: float | None, warmup_fraction: float | None) -> dict[str, float | None]:
@@ -303,12 +270,8 @@ def _settings(tree: Any, source: Path) -> dict[str, Any]:
     """All settings by dotted name; settings that are newer than the run get their defaults."""
     sections = {name: keys for name, keys in tree.items() if isinstance(keys, dict)} if isinstance(tree, dict) else {}
     given = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    missing = [name for name in ("method.name", "train.steps") if given.get(name) is None]
-    if missing:
-        raise CompareError(f"{source}: {missing[0]} is missing, which the settings of every run have")
     defaults = {name: setting.get_default() for name, setting in SETTINGS.items() if not setting.is_required()}
-    settings = {**defaults, **given}
-    for name in COUNTS:
-        if not isinstance(settings[name], int) or settings[name] < 1:
-            raise CompareError(f"{source}: {name} is {settings[name]}, expected a whole number of at least 1")
-    return settings
+    for name, kind in NEEDED.items():
+        if not isinstance(given.get(name), kind):
+            raise CompareError(f"{source}: {name} is {given.get(name)}, unlike in the settings of a run")
+    return {**defaults, **given}

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from relora_mora.config.load import ConfigError, read_tree
 from relora_mora.config.schema import SETTINGS, Config
 from relora_mora.config.types import Positive, Seed, Strict, Text
-from relora_mora.experiments.compare.groups import SEEDS
+from relora_mora.experiments.compare.settings import SEEDS
 
 SHARES = ("exact_match", "character_accuracy")  # of the generated answers
 METRICS = ("loss", "perplexity", "bits_per_byte", *SHARES)  # that `choose` accepts

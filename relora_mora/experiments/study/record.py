@@ -8,7 +8,7 @@ from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.experiments.study.design import Cell
 from relora_mora.experiments.study.folder import StudyFolder
 from relora_mora.system.files import write_synced
-from relora_mora.system.run_folder import CHANGES, NOTED, changes_since_first, noted_digests, read_json_lines
+from relora_mora.system.run_folder import joined_start, read_json_lines
 
 # what tables, figures and `choose` read
 KEPT_LINES = 40  # training lines, evenly over the steps, and as many ranks of merges; all evaluations are kept
@@ -66,17 +66,12 @@ def final_metric(cell: Cell, folder: StudyFolder, metric: str) -> float | None:
 def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:
     run = folder.run(cell)
     starts = read_json_lines(run.starts)
-    start = {**starts[-1], "step": starts[0]["step"]}
-    if digests := noted_digests(starts):
-        start[NOTED] = digests
-    if changes := changes_since_first(starts):
-        start[CHANGES] = changes
     return {
         "name": cell.name,
         "seed": cell.seed,
         "given": folder.given(cell),
         "config": parse_yaml(run.config.read_text(encoding="utf-8")),
-        "start": {key: value for key, value in start.items() if key not in NOT_KEPT},
+        "start": {key: value for key, value in joined_start(starts).items() if key not in NOT_KEPT},
         "metrics": _thinned(read_json_lines(run.metrics), starts[0]["step"]),
     }
 

@@ -11,9 +11,9 @@ import pytest
 
 from relora_mora.experiments.compare.groups import Group, group_runs
 from relora_mora.experiments.compare.runs import CompareError, read_run
-from relora_mora.experiments.compare.table import as_json, compare, markdown
+from relora_mora.experiments.compare.table import markdown, perplexities
 from relora_mora.system.run_folder import RunFolder
-from tests.experiments.compare.folders import TOKENS, made_run, write_run
+from tests.experiments.compare.folders import made_run, write_run
 
 FULL: dict[str, Any] = {"method": {"name": "full"}}
 
@@ -31,23 +31,10 @@ def _cells(table: str) -> list[dict[str, str]]:
 
 def test_a_row_has_the_last_evaluation_and_what_it_cost(tmp_path: Path) -> None:
     groups = _groups(tmp_path, {**FULL, "losses": [9.0, 4.0, 3.0, 2.0, 1.5]}, {"step_seconds": 4.0})
-    full, remora = compare(groups)
-    assert (full.tokens, full.step, remora.trainable_parameters, remora.adapter_parameters) == (
-        40 * TOKENS,
-        40,
-        1_234_567,
-        54_321,
-    )
-    assert remora.validation[""].loss.mean == 1.0
-    assert remora.validation[""].perplexity.mean == math.e
-    assert full.validation[""].ratio == 1.0
-    assert remora.validation[""].ratio == math.exp(-0.5)
-    assert remora.tokens_per_second is not None
-    assert remora.tokens_per_second.mean == TOKENS / 4
-    assert remora.peak_memory_gib is not None
-    assert remora.peak_memory_gib.mean == 1.4
-    cells = _cells(markdown([full, remora]))
-    assert cells[1] == {
+    full, remora = _cells(markdown(groups))
+    assert perplexities(groups[1], "") == [math.e]
+    assert full["ratio"] == "1.000"
+    assert remora == {
         "method": "ReMoRA (1, 2)",
         "trainable": "1.23M",
         "adapters": "54.3k",
@@ -64,44 +51,36 @@ def test_seeds_are_a_mean_with_its_spread(tmp_path: Path) -> None:
     seeds = [
         {"losses": [9.0, 4.0, 3.0, 2.0, loss], "train": {"seed": seed}} for seed, loss in enumerate((1.0, 2.0, 1.2))
     ]
-    [row] = compare(_groups(tmp_path, *seeds))
-    assert row.seeds == 3
-    loss, perplexity = row.validation[""].loss, row.validation[""].perplexity
-    assert (loss.mean, loss.low, loss.high) == (pytest.approx(1.4), 1.0, 2.0)
-    assert perplexity.mean == pytest.approx((math.exp(1) + math.exp(2) + math.exp(1.2)) / 3), "not exp of the mean"
-    [cells] = _cells(markdown([row]))
+    [cells] = _cells(markdown(_groups(tmp_path, *seeds)))
     assert (cells["seeds"], cells["loss"], cells["tokens/s"]) == ("3", "1.4000 (1.0000–2.0000)", "64")
+    found = [(math.exp(1) + math.exp(2) + math.exp(1.2)) / 3, math.exp(1), math.exp(2)]
+    assert cells["perplexity"] == "{:.2f} ({:.2f}–{:.2f})".format(*found), "not exp of the mean"
 
 
 def test_sets_that_all_runs_share_have_their_own_columns(tmp_path: Path) -> None:
     groups = _groups(tmp_path, {"sets": ["web", "books"], **FULL}, {"sets": ["books", "code"]})
-    rows = compare(groups)
-    assert [list(row.validation) for row in rows] == [["books"], ["books"]]
-    assert [row.validation["books"].loss.mean for row in rows] == [2.0, 1.0]
-    assert "ratio (books)" in _cells(markdown(rows))[0]
+    cells = _cells(markdown(groups))
+    assert [row["loss (books)"] for row in cells] == ["2.0000", "1.0000"]
+    assert not {"loss (web)", "loss (code)"} & cells[0].keys()
 
 
 def test_perplexities_are_compared_with_another_row(tmp_path: Path) -> None:
     groups = _groups(tmp_path, {**FULL, "losses": [9.0, 4.0, 3.0, 2.0, 2.0]}, {})
-    rows = compare(groups, groups[1])
-    assert [row.validation[""].ratio for row in rows] == pytest.approx([math.e, 1.0])
-    assert "to ReMoRA (1, 2)" in markdown(rows, groups[1])
-    assert as_json(rows, groups[1])["against"] == "ReMoRA (1, 2)"
+    table = markdown(groups, groups[1])
+    assert [row["ratio"] for row in _cells(table)] == ["2.718", "1.000"]
+    assert "to ReMoRA (1, 2)" in table
 
 
 def test_an_interrupted_run_is_marked(tmp_path: Path) -> None:
-    rows = compare(_groups(tmp_path, FULL, {"losses": [9.0, 4.0, 3.5]}))
-    table = markdown(rows)
+    table = markdown(_groups(tmp_path, FULL, {"losses": [9.0, 4.0, 3.5]}))
     assert [cells["tokens"] for cells in _cells(table)] == ["5.12k", "2.56k*"]
     assert "\\* ReMoRA (1, 2): unfinished, step 20 of 40." in table
     assert "unequal numbers of tokens" in table
 
 
 def test_seeds_of_unequal_length_are_compared_at_a_common_step(tmp_path: Path) -> None:
-    [row] = compare(_groups(tmp_path, {}, {"losses": [9.0, 4.0, 3.5], "train": {"seed": 1}}))
-    assert row.step == 20
-    assert row.validation[""].loss.high == 3.5
-    assert row.validation[""].loss.low == 3.0
+    [group] = _groups(tmp_path, {}, {"losses": [9.0, 4.0, 3.5], "train": {"seed": 1}})
+    assert group.last("") == [(20, 3.0), (20, 3.5)]
 
 
 def test_losses_on_different_tokens_are_reported(tmp_path: Path) -> None:
@@ -109,13 +88,13 @@ def test_losses_on_different_tokens_are_reported(tmp_path: Path) -> None:
     for line in groups[1].runs[0].lines:
         if "eval/tokens" in line:
             line["eval/tokens"] = 501
-    assert "scored on different tokens" in markdown(compare(groups))
+    assert "scored on different tokens" in markdown(groups)
 
 
 def test_the_scored_text_decides_and_not_its_name(tmp_path: Path) -> None:
     elsewhere: dict[str, Any] = {"data": {"validation": "other.jsonl"}, "digest": "a text"}
     said = {
-        digest: markdown(compare(_groups(tmp_path / digest, {**FULL, "digest": digest}, elsewhere)))
+        digest: markdown(_groups(tmp_path / digest, {**FULL, "digest": digest}, elsewhere))
         for digest in ("a text", "another")
     }
     assert "scored on different tokens" in said["another"]
@@ -126,8 +105,8 @@ def test_the_scored_text_decides_and_not_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", [{"data": {"validation": "other.jsonl"}}, {"tokenizer": {"path": "other"}}])
 def test_equal_counts_from_another_text_or_tokenizer_are_reported(tmp_path: Path, given: dict[str, Any]) -> None:
     said = "comparable only if text and tokenizer are the same"
-    assert said in markdown(compare(_groups(tmp_path, FULL, given)))
-    assert said not in markdown(compare(_groups(tmp_path / "alike", FULL, {})))
+    assert said in markdown(_groups(tmp_path, FULL, given))
+    assert said not in markdown(_groups(tmp_path / "alike", FULL, {}))
 
 
 def test_different_content_under_one_name_is_reported_across_a_sweep(tmp_path: Path) -> None:
@@ -137,42 +116,31 @@ def test_different_content_under_one_name_is_reported_across_a_sweep(tmp_path: P
         noted = {"began_with": {"data.train": digest, "tokenizer.path": "same"}}
         starts.write_text(json.dumps(json.loads(starts.read_text()) | noted) + "\n")
     note = 'The runs began with different content of data.train="a": they are not comparable.'
-    assert note in markdown(compare(group_runs(map(read_run, runs))))
-    assert note not in markdown(compare(group_runs(map(read_run, runs[1:]))))
+    assert note in markdown(group_runs(map(read_run, runs)))
+    assert note not in markdown(group_runs(map(read_run, runs[1:])))
 
 
 def test_a_run_without_a_finite_loss_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(CompareError, match=r"run1: has no finite loss on a set without a name; leave the run out"):
-        compare(_groups(tmp_path, {**FULL}, {"losses": [math.nan] * 5}))
+    with pytest.raises(CompareError, match=r"run1: no step with a finite loss on a set without a name"):
+        markdown(_groups(tmp_path, {**FULL}, {"losses": [math.nan] * 5}))
 
 
 def test_a_perplexity_beyond_all_bounds_takes_little_room(tmp_path: Path) -> None:
-    assert _cells(markdown(compare(_groups(tmp_path, {"losses": [1e6] * 5}))))[0]["perplexity"] == "1.01e+304"
-
-
-def test_json_has_every_number_of_the_rows(tmp_path: Path) -> None:
-    rows = compare(_groups(tmp_path, FULL, {}))
-    read = json.loads(json.dumps(as_json(rows)))
-    assert read["against"] == "Full rank"
-    assert [row["label"] for row in read["rows"]] == ["Full rank", "ReMoRA (1, 2)"]
-    assert read["rows"][1]["validation"][""]["loss"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
-    assert read["rows"][1]["folders"] == [str(tmp_path / "run1")]
+    assert _cells(markdown(_groups(tmp_path, {"losses": [1e6] * 5})))[0]["perplexity"] == "1.01e+304"
 
 
 def test_a_run_of_an_older_version_has_no_parameters(tmp_path: Path) -> None:
     run = made_run(tmp_path / "a")
-    run.starts.clear()
-    rows = compare(group_runs([run]))
-    assert rows[0].trainable_parameters is None
-    assert _cells(markdown(rows))[0]["trainable"] == "–"
+    run.start.clear()
+    assert _cells(markdown(group_runs([run])))[0]["trainable"] == "–"
 
 
 def test_runs_without_held_out_text_in_common_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         CompareError, match=r"no validation set in common .*run0: set web; .*run1: a set without a name"
     ):
-        compare(_groups(tmp_path, {"sets": ["web"], **FULL}, {}))
+        markdown(_groups(tmp_path, {"sets": ["web"], **FULL}, {}))
     run = made_run(tmp_path / "a")
     run.lines[:] = [line for line in run.lines if "eval/loss" not in line]
     with pytest.raises(CompareError, match="no evaluation yet"):
-        compare(group_runs([run]))
+        markdown(group_runs([run]))
