@@ -222,7 +222,7 @@ class RotaryOperator(Operator):
 def make_operator(mora_type: int, in_features: int, out_features: int, square_size: int) -> Operator:
     """Returns the operator ``mora_type`` for one layer's shape; operators of equal arguments are one object.
 
-    The numbers up to 6 are the types of the released code (kongds/MoRA, peft ``lora/layer.py``).
+    The numbers are the types of the released code (kongds/MoRA, peft ``lora/layer.py``).
 
     Raises ValueError for an unknown type, a size that is not positive, or an odd size with type 6.
     """

@@ -182,7 +182,7 @@ def with_products(
 
     ``capability`` is that of the GPU; None means a CPU, which has AVX512-VNNI if ``vnni``.
     """
-    if method.base_products != "auto" or method.base not in KINDS:
+    if method.base_products != "auto" or method.base is None:
         return method, None
     kind = method.base
     if method.form in ("merged", "resident"):

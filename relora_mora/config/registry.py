@@ -110,7 +110,7 @@ def _grouped(inputs: str, outputs: str) -> OperatorType:
     return OperatorType("relora_mora.operators:GroupingOperator", (inputs, outputs))
 
 
-# numbers up to 6 are the released code's (kongds/MoRA)
+# the numbers are the released code's (kongds/MoRA)
 OPERATORS = {
     1: _grouped("wrapped_interleaved", "interleaved"),
     2: _grouped("contiguous", "contiguous"),

@@ -40,7 +40,7 @@ def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None
     if adapters > weights and not faults:
         faults.append(
             f"method.{setting}: the adapters of a layer have {adapters:,} parameters, more than the {weights:,} of its "
-            f"weights; lower it, or use method.name=full"
+            "weights; lower it, or use method.name=full"
         )
     if faults:
         raise ConfigError(faults, "the settings")

@@ -285,7 +285,7 @@ def hundred_merges(world_size: int, bf16: bool, base: str | None) -> dict[str, A
     """100 merges of random adapters, and the float64 sum of the same deltas for comparison."""
     from tests.tools.tiny import build_rig, tiny_config, whole_weights
 
-    method = {"operators": [1, 2, 3, 4], "merge_every": 3, "base": base}
+    method = {"operators": [1, 2, 3, 4], "merge_every": 3, "base": base, "base_products": True}
     rig = build_rig(tiny_config(world_size, train={"zero_stage": 2}, method=method), bf16=bf16)
     ranked = []
     reference = {name: rig.initial[name].double() for name in rig.base.owned}
