@@ -43,7 +43,6 @@ from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.load import LoadedModel, load_any_model
 from tests.tools.commands import EVALUATE, Answer, call, refused
 from tests.tools.data_tools import data_config, write_shard
-from tests.tools.helpers import ROOT
 from tests.tools.tiny import tiny_llama
 
 TEXTS = ["the rank of a merge", "größer als the matrix", "🙂 one more of the same"]
@@ -271,7 +270,7 @@ def test_the_command_scores_a_foreign_model_and_ends_with_json(source, tokenizer
     folder = tmp_path / "gpt2"
     _gpt2().save_pretrained(folder)
     save_tokenizer(tokenizer_path, folder)
-    command = [sys.executable, str(ROOT / "launch" / "evaluate.py")]
+    command = [sys.executable, "-m", "relora_mora", "evaluate"]
     environment = {key: value for key, value in os.environ.items() if key != "RANK"}
     done = subprocess.run(
         [*command, str(folder), f"--data={source}"], capture_output=True, text=True, env=environment, check=False

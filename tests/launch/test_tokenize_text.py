@@ -135,7 +135,6 @@ def test_settings_of_a_fine_tuning_run(tmp_path: Path, tokenizer_path: str) -> N
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(settings))
-    refused(call(TOKENIZE, path, tmp_path / "tokens"), "warmup_steps")
     assert call(TOKENIZE, path, tmp_path / "tokens", "--finetune", "--processes=1").code == 0
     settings["data"] |= {"train": [{"source": text, "name": name} for name in "ab"], "concatenate": True}
     path.write_text(yaml.safe_dump(settings))

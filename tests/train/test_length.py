@@ -6,7 +6,6 @@ import math
 
 import pytest
 
-from relora_mora.config.load import ConfigError
 from relora_mora.data.errors import SourceError
 from relora_mora.data.sets.reading import count_epochs
 from tests.tools.runs import metrics, refusal_of, run_config, train, write_inputs
@@ -30,11 +29,6 @@ def test_epochs_are_counted_and_the_run_ends_when_they_are_read(pools, tokenizer
     assert not [line for line in metrics(tmp_path / "run") if line["step"] > steps]
     # 180 documents in three lanes, whose shards are not of the very same length
     assert abs(last["train/documents"] - 2 * 180) < 8
-    settings["method"]["merge_every"] = steps
-    again = run_config(inputs, tokenizer_path, tmp_path / "other", 1, **settings)
-    (message,) = pools(1)(refusal_of, again, ConfigError)
-    assert f"with {steps} steps for the {2 * tokens:,} tokens of all epochs" in message
-    assert "method.merge_every" in message
 
 
 def test_nothing_is_counted_if_something_is_missing(pools, tokenizer_path, tmp_path):
