@@ -65,7 +65,6 @@ class AdapterLinear(nn.Module):
         self.dropout = dropout
         self.resident = form == "resident"
         self.merged_weight: Tensor | None = None  # the current W + delta; never saved
-        self.in_place = False  # ZeRO-3: the weight itself is W + delta, see engine/slices.py
         self.stored: Stored = PLAIN  # how W is stored, and the resident W + delta too
         self.packed = False  # whether it is stored so already
         self.name = ""  # in the model, for messages
@@ -164,7 +163,6 @@ class AdapterLinear(nn.Module):
 
     def _merged_for(self, caller: Caller | None) -> Tensor:
         assert self.stored == PLAIN
-        assert not self.in_place
         parameters = [getattr(self, name).float() for name in self.adapter_names]  # plain tensors in functional_call
         grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):  # or nobody could see that it is written to
@@ -184,7 +182,7 @@ class AdapterLinear(nn.Module):
         if torch.is_autocast_enabled(device):  # it would cast in forward, but not in the backward of the merged form
             with torch.autocast(device, enabled=False):
                 return self.forward(x.to(torch.get_autocast_dtype(device)))
-        y = self._merged(x) if self.multiplies_merged(x) else self._decoupled(x)
+        y = self._merged(x) if self.uses_merged_form(x.numel() // self.in_features) else self._decoupled(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _decoupled(self, x: Tensor) -> Tensor:
@@ -195,10 +193,6 @@ class AdapterLinear(nn.Module):
             base = FrozenProduct.apply(x, self.base_weight, self.stored)
         return base + self._delta(F.dropout(x, self.dropout) if self.drops else x)
 
-    def multiplies_merged(self, x: Tensor) -> bool:
-        """Whether x [..., in] is multiplied with ``W + delta``."""
-        return self.in_place or self.uses_merged_form(x.numel() // self.in_features)
-
     @property
     def drops(self) -> bool:
         """Whether dropout applies to the adapter's input, which it does only in training."""
@@ -208,21 +202,12 @@ class AdapterLinear(nn.Module):
     def keep_merged(self) -> None:
         """Builds ``W + delta`` if the layer is resident and has none. It is used until :meth:`drop_merged`."""
         if self.resident and self.merged_weight is None:
-            self.merged_weight = self.build_stored(self.base_weight)
-
-    def build_stored(self, weight: Tensor) -> Tensor:
-        """``W + delta`` with the current values, stored as W is; ``weight`` is the stored W."""
-        return self.stored.encode(self.build_merged(self.stored.dense(weight, torch.float32)))
+            weight = self.stored.dense(self.base_weight, torch.float32)
+            self.merged_weight = self.stored.encode(self.build_merged(weight))
 
     def drop_merged(self) -> None:
         """Must be called whenever W, the adapter or its operator changes."""
-        assert not self.in_place, "only the code that replaced W with W + delta still has W"
         self.merged_weight = None
-
-    @property
-    def built(self) -> Tensor | None:
-        """W + delta, if it has been built already."""
-        return self.base_weight if self.in_place else self.merged_weight
 
     def uses_merged_form(self, tokens: int) -> bool:
         """``auto`` builds ``W + delta`` if it has few elements compared to the activations [tokens, in + out].

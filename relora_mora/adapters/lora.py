@@ -84,7 +84,9 @@ class LoRALinear(AdapterLinear):
         return [x, Kept("A x", self.lora_rank, shared=False), *self._kept_by_dropout()]
 
     def _merged(self, x: Tensor) -> Tensor:
-        return _MergedLoRA.apply(x, self.base_weight, self.lora_A, self.lora_B, self.built, self.scale, self.stored)
+        return _MergedLoRA.apply(
+            x, self.base_weight, self.lora_A, self.lora_B, self.merged_weight, self.scale, self.stored
+        )
 
     def _delta(self, x: Tensor) -> Tensor:
         return self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))

@@ -113,7 +113,9 @@ class MoRALinear(AdapterLinear):
 
     def _merged(self, x: Tensor) -> Tensor:
         compressed = self._compressed(x) if torch.is_grad_enabled() and self.mora_M.requires_grad else None
-        return _MergedMoRA.apply(x, self.base_weight, self.mora_M, self.built, self.operator, compressed, self.stored)
+        return _MergedMoRA.apply(
+            x, self.base_weight, self.mora_M, self.merged_weight, self.operator, compressed, self.stored
+        )
 
     @torch.no_grad()
     def _compressed(self, x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def main(
 
     Speed:
         tokens_per_second: a measured rate over all devices, used to compute the time
-        utilisation: fraction of the devices' peak that is reached while they compute; default: calculated for GPUs
+        utilisation: fraction of the devices' peak that is reached while they compute; default: 0.4
 
     Output:
         json: print one JSON object with everything, sizes in bytes

@@ -16,7 +16,6 @@ from relora_mora.distributed.waiting import collective
 from relora_mora.engine.internals import check_objects
 from relora_mora.engine.matrices import CutMatrices
 from relora_mora.engine.norms import gradient_norms, replaced, step_with_norms
-from relora_mora.engine.slices import MergedSlices
 from relora_mora.engine.start import allow_optimizer, deepspeed_settings, quiet
 from relora_mora.engine.zero_state import ZeroState
 from relora_mora.optim.groups import MatrixAdamW
@@ -83,8 +82,6 @@ class ZeroEngine(ZeroState):
         zero = self.deepspeed.optimizer
         super().__init__(lm, zero, shapes, moments, self.deepspeed.device, train.zero_stage)
         self.adapters = [layer for _, layer in adapter_layers(lm)]
-        resident = [layer for layer in self.adapters if layer.resident]
-        self.slices = MergedSlices(resident, zero, self.rank)
         self.matrix_states: dict[str, MatrixState] = {}  # only for the matrices that this rank updates
         self.matrix_shapes: dict[str, dict[str, list[int]]] = {}  # for all matrices that have a state
         if isinstance(self.optimizer, MatrixAdamW):
@@ -139,18 +136,12 @@ class ZeroEngine(ZeroState):
         return self.deepspeed(*inputs)
 
     def keep_merged(self) -> None:
-        """Builds ``W + delta`` in the resident layers that do not have it yet; at stage 3 a collective."""
-        if self.stage == 3:
-            self.slices.keep()
-            return
+        """Builds ``W + delta`` in the resident layers that do not have it yet."""
         for layer in self.adapters:
             layer.keep_merged()
 
     def drop_merged(self) -> None:
         """Drops every ``W + delta`` of the resident layers; call it before their values change."""
-        if self.stage == 3:
-            self.slices.drop()
-            return
         for layer in self.adapters:
             layer.drop_merged()
 

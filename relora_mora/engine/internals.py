@@ -49,8 +49,6 @@ with deepspeed_imports():
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero import utils as zero_utils
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -71,7 +69,6 @@ COLLECTIVES = (  # methods of DeepSpeed's backend that wait for other ranks
     "reduce_scatter_tensor",
     "scatter",
 )
-GATHER_STREAM = "_PartitionedParameterCoordinator__allgather_stream"
 
 Uses = dict[str, str]  # an attribute, and what for
 
@@ -85,7 +82,6 @@ STATIC: dict[Any, Uses] = {
     zero_utils: {"ZERO_SUPPORTED_OPTIMIZERS": "our optimizers are added"},
     bf16_optimizer: {"get_global_norm_of_tensors": "called before a step, replaced during one"},
     unfused_optimizer: {"get_weight_norm": "replaced during a step"},
-    ZeroParamStatus: {"AVAILABLE": "the parameter is whole on this rank"},
 }
 OBJECTS: dict[type, Uses] = {
     DeepSpeedEngine: {
@@ -139,18 +135,13 @@ OBJECTS: dict[type, Uses] = {
         "_unflatten_partitioned_parameters": "makes the parameters refer to these slices",
         "persistent_parameters": "small parameters, which stay whole and are gathered again",
         "_get_norm_groups": "called before a step, replaced during one",
-        "parameter_offload.get_param_coordinator": "what gathers parameters",
     },
-    PartitionedParameterCoordinator: {GATHER_STREAM: "gathers wait for the slices that this room writes"},
     nn.Parameter: {  # at stage 3
         "ds_id": "a parameter without it is not DeepSpeed's",
         "ds_shape": "the shape of the whole parameter",
-        "ds_status": "whether it is whole on this rank",
-        "ds_tensor": "this rank's slice",
         "partition_numel": "the elements of a slice",
-        "partition": "frees whole parameters",
+        "partition": "frees small parameters before a change",
         "all_gather": "makes small parameters whole after a change",
-        "all_gather_coalesced": "makes adapters whole",
     },
 }
 

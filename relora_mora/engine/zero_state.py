@@ -34,7 +34,7 @@ class ZeroState:
     ) -> None:
         check_objects(zero)
         if stage == 3:
-            check_objects(zero.parameter_offload.get_param_coordinator(), next(lm.parameters()))
+            check_objects(next(lm.parameters()))
         self.lm = lm
         self.zero = zero
         self.shapes = shapes

@@ -6,7 +6,7 @@ from dataclasses import replace
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters.inject import choose_storage, layer_class
-from relora_mora.adapters.layers import adapter_layers
+from relora_mora.adapters.layers import AdapterLinear, adapter_layers
 from relora_mora.adapters.mora import layer_square_size
 from relora_mora.adapters.stored import PLAIN
 from relora_mora.config.load import ConfigError
@@ -91,32 +91,35 @@ def check_memory(model_config: PreTrainedConfig, setup: Setup, available: float,
 
 
 def choose_forms(model: PreTrainedModel, setup: Setup, available: float | None) -> None:
-    """Decides how adapter layers store their weights and, if ``method.form`` is ``auto``, which layers are resident.
+    """Decides how adapter layers store their weights, and which layers are resident.
 
-    Layers are resident only if a step is planned to take at most half of the ``available`` bytes of a rank (None:
-    unknown, and assumed to be enough). With products in 8 bits that is the faster form. Otherwise layers become
-    resident that would build ``W + delta`` for each use, on CPUs if there are several micro-batches. Layers are never
-    resident at stage 3, because no gain has been measured there. If products are not in 8 bits, both forms give the
-    same bits, so ranks and resumes may choose differently; in compiled layers they agree up to rounding.
+    If ``method.form`` is ``auto``, layers are resident only if a step is planned to take at most half of the
+    ``available`` bytes of a rank (None: unknown, and assumed to be enough). With products in 8 bits that is the faster
+    form. Otherwise layers become resident that would build ``W + delta`` for each use, on CPUs if there are several
+    micro-batches. Layers are never resident at stage 3, because no rank has a whole weight. If products are not in 8
+    bits, both forms give the same bits, so ranks and resumes may choose differently; in compiled layers they agree up
+    to rounding.
     """
     method = setup.config.method
     choose_storage(model, method, on_gpu=setup.on_gpu)
-    if method.form != "auto":
-        return
-    tokens = setup.config.tokens_per_micro_batch
-    pays = setup.on_gpu or setup.micro_batches > 1
     layers = [layer for _, layer in adapter_layers(model)]
     for layer in layers:
-        if layer.stored.multiplies:
-            layer.resident = not layer.drops
-        else:
-            layer.resident = pays and layer.stored == PLAIN and layer.uses_merged_form(tokens)
-        layer.resident = layer.resident and setup.stage < 3
-    if available is None or not any(layer.resident for layer in layers):
+        layer.resident = setup.stage < 3 and _should_stay(layer, setup)
+    if method.form != "auto" or available is None or not any(layer.resident for layer in layers):
         return
     needed = peak_memory(model, setup).device
     for layer in layers:
         layer.resident = layer.resident and needed <= RESIDENT_SHARE * available
+
+
+def _should_stay(layer: AdapterLinear, setup: Setup) -> bool:
+    """Whether ``W + delta`` of a layer is to be resident if there is memory for it."""
+    if layer.form != "auto":
+        return layer.form == "resident"
+    if layer.stored.multiplies:
+        return not layer.drops
+    pays = setup.on_gpu or setup.micro_batches > 1
+    return pays and layer.stored == PLAIN and layer.uses_merged_form(setup.config.tokens_per_micro_batch)
 
 
 def stage_advice(model: PreTrainedModel, setup: Setup, available: float) -> str | None:

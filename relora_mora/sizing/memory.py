@@ -170,9 +170,8 @@ def stored_bytes(layer: AdapterLinear, setup: Setup) -> int:
 
 
 def merged_memory(model: PreTrainedModel, setup: Setup) -> float:
-    """Bytes of ``W + delta`` in all resident layers; at stage 3 each rank has a slice of it."""
-    resident = sum(stored_bytes(layer, setup) for _, layer in adapter_layers(model) if layer.resident)
-    return resident / setup.weight_sharers
+    """Bytes of ``W + delta`` in all resident layers."""
+    return sum(stored_bytes(layer, setup) for _, layer in adapter_layers(model) if layer.resident)
 
 
 def gathered_memory(model: PreTrainedModel, setup: Setup) -> float:

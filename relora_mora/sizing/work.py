@@ -32,7 +32,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters.inject import decoder_linears, inject
-from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters
+from relora_mora.adapters.layers import AdapterLinear, adapter_parameters
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import Config, MethodConfig
 from relora_mora.model.config import attention_widths
@@ -108,13 +108,6 @@ def flops_of(model: PreTrainedModel, model_config: PreTrainedConfig, config: Con
         head=2.0 * head.weight.numel() * (3 if head.weight.requires_grad else 2),
         recomputed=forward + attention if config.model.activation_checkpointing else 0.0,
     )
-
-
-def flops_in_8_bits(model: PreTrainedModel, config: Config) -> float:
-    """FLOPs of one token in products with 8-bit weights: two, or three if activations are recomputed."""
-    products = 3 if config.model.activation_checkpointing else 2
-    weights = sum(layer.weight.numel() for _, layer in adapter_layers(model) if layer.stored.multiplies)
-    return 2.0 * products * weights
 
 
 def state_bytes(model: PreTrainedModel, optim: OptimConfig, ranks: int) -> float:

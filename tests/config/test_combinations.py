@@ -155,6 +155,11 @@ COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
         None,
         "flash_attention_2 does not support a mask",
     ),
+    (
+        {"method": {"form": "resident"}, "train": {"zero_stage": 3}},
+        None,
+        "which no rank has at ZeRO-3; use method.form=auto, or train.zero_stage=2",
+    ),
     ({"model": {"compile": True}, "train": {"zero_stage": 3}}, None, "use train.zero_stage=2, or leave it at auto"),
     ({"method": {"operators": [1]}}, None, "method.operators: the cycle [1] repeats an operator"),
     ({"method": {"operators": [1, 1]}}, None, "method.operators: the cycle [1, 1] repeats an operator"),

@@ -14,6 +14,7 @@ def method_faults(config: Config) -> Iterator[Fault]:
     yield from _target_faults(config)
     yield from _pattern_faults(config)
     yield from own_faults(config.method)
+    yield from _form_faults(config)
     yield from _adapter_faults(config)
     yield from _merge_faults(config)
 
@@ -54,6 +55,15 @@ def _pattern_faults(config: Config) -> Iterator[Fault]:
         yield Fault(
             ("method.rank_pattern", "method.square_size", "method.name"),
             f"method.square_size={method.square_size} is R of every layer, so ranks have no effect; remove one of them",
+        )
+
+
+def _form_faults(config: Config) -> Iterator[Fault]:
+    if config.method.form == "resident" and config.train.zero_stage == 3 and config.method.uses_adapters:
+        yield Fault(
+            ("method.form", "train.zero_stage", "method.name"),
+            "resident keeps W + delta of whole weights, which no rank has at ZeRO-3; use method.form=auto, or "
+            "train.zero_stage=2",
         )
 
 

@@ -14,8 +14,7 @@ stage  tensors passed to collectives in one step
        ``use_multi_rank_bucket_allreduce: false`` each part is reduced to its rank (also at stage 1 in fp32)
 3      reduce-scatter b T in every micro-batch. All-gather w P in every forward, and at most P - D / 2 again in
        backward; D is ``stage3_max_reuse_distance``, and the last layers stay gathered because they are used again soon.
-       Parameters of at most ``stage3_param_persistence_threshold`` elements are gathered once a step, larger adapters
-       of resident layers one more time
+       Parameters of at most ``stage3_param_persistence_threshold`` elements are gathered once a step
 =====  ================================================================================================================
 
 Frozen weights have no gradient: below stage 3 a step moves only adapters, embeddings, norms and head. In a ring of N
@@ -29,7 +28,6 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
-from relora_mora.adapters.stored import PLAIN
 from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.memory import stored_bytes, weight_bytes
 from relora_mora.sizing.setup import MAX_REUSE_DISTANCE, Setup
@@ -101,20 +99,13 @@ def traffic(model: PreTrainedModel, setup: Setup) -> Traffic:
         configurable = stage == 2 or (stage == 1 and not setup.bf16)  # BF16_Optimizer ignores this setting
         to_owners = configurable and not setup.zero("use_multi_rank_bucket_allreduce", True)
         everywhere, to_one = (0.0, gradients) if to_owners else (gradients, 0.0)
-        gathered = width * counts.trainable if stage else 0
-        return Traffic(ranks, everywhere, to_one, gathered, merge, state, exchanged)
+        after_step = width * counts.trainable if stage else 0
+        return Traffic(ranks, everywhere, to_one, after_step, merge, state, exchanged)
     every = counts.trainable + counts.frozen
-    small = setup.persistence_threshold
-    persistent = sum(p.numel() for p in model.parameters() if p.numel() <= small)
+    persistent = sum(p.numel() for p in model.parameters() if p.numel() <= setup.persistence_threshold)
     again = max(0, every - setup.zero("stage3_max_reuse_distance", MAX_REUSE_DISTANCE) / 2)
-    resident = [layer for _, layer in adapter_layers(model) if layer.resident]
-    sizes = [getattr(layer, name).numel() for layer in resident for name in layer.adapter_names]
-    to_build = sum(size for size in sizes if size > small)
-    to_round = sum(stored_bytes(layer, setup) for layer in resident if layer.stored != PLAIN)
     mean_width = weight_bytes(model, setup) / every
-    gathered = (
-        mean_width * setup.micro_batches * (every - persistent + again) + width * (persistent + to_build) + to_round
-    )
+    gathered = mean_width * setup.micro_batches * (every - persistent + again) + width * persistent
     return Traffic(ranks, 0, gradients * setup.micro_batches, gathered, merge, state, exchanged)
 
 

@@ -6,22 +6,20 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.registry import METHODS, is_own, split_rule
 from relora_mora.config.schema import Config
 from relora_mora.experiments.planner.cluster import Cluster, StepTime, step_time
-from relora_mora.experiments.planner.compute import PRODUCTS_RATE, ComputeTime, compute_time
 from relora_mora.experiments.planner.network import Traffic, traffic
 from relora_mora.optim.groups import Parameters, count_parameters
 from relora_mora.sizing.fit import USABLE, choose_forms, uneven_widths
 from relora_mora.sizing.memory import Memory, peak_memory
 from relora_mora.sizing.setup import Setup
-from relora_mora.sizing.work import Flops, flops_in_8_bits, flops_of, meta_model, passes_bytes, product_flops
+from relora_mora.sizing.work import Flops, flops_of, meta_model, passes_bytes, product_flops
 from relora_mora.system.devices import WITHOUT_FP8, Device
 
 STAGES = (0, 1, 2, 3)
-ASSUMED_UTILISATION = 0.4  # of a CPU; for a GPU it is calculated
+ASSUMED_UTILISATION = 0.4  # share of the peak while devices compute; no GPU has confirmed it
 # resident in a rank's process on a CPU next to its tensors: Python, torch, DeepSpeed, tokenizer (measured)
 PROCESS_BYTES = 0.45 * 2**30
 FRAGMENTATION = 1.1  # glibc's malloc held 3 to 17 % more than the parts in tiny runs (measured on two cores)
@@ -165,7 +163,6 @@ class _Needs:
     setup: Setup
     memory: Memory
     network: Traffic
-    micro_batch: ComputeTime | None  # None if the device's memory bandwidth is unknown
 
 
 def make_plan(
@@ -182,8 +179,8 @@ def make_plan(
     """Plans a run on a cluster.
 
     ``peak`` is the FLOP/s of one device and the source of that number; ``log.peak_tflops`` overrides it.
-    ``tokens_per_second`` is a measured rate over all devices. Without it the time follows from the arithmetic, the
-    peak, memory and network: on a GPU as in ``compute.py``, or at ``utilisation`` of the peak if that is given.
+    ``tokens_per_second`` is a measured rate over all devices. Without it the time follows from the arithmetic at
+    ``utilisation`` of the peak (None: 0.4), the optimizer's memory traffic, and the network.
     Raises ValueError if the utilisation is not above 1e-6 and at most 1, or if the rate is not positive.
     """
     if utilisation is not None and not 1e-6 < utilisation <= 1:
@@ -194,7 +191,7 @@ def make_plan(
         peak = config.log.peak_tflops * 1e12, "log.peak_tflops"
     model = meta_model(model_config, config.method)
     flops = flops_of(model, model_config, config)
-    needs = _needs(model_config, config, cluster, peak, bf16=bf16, on_cpu=on_cpu)
+    needs = _needs(model_config, config, cluster, bf16=bf16, on_cpu=on_cpu)
     return Plan(
         config,
         cluster,
@@ -240,13 +237,12 @@ def _needs(
     model_config: PreTrainedConfig,
     config: Config,
     cluster: Cluster,
-    peak: tuple[float, str],
     *,
     bf16: bool,
     on_cpu: bool,
 ) -> dict[str, dict[int, _Needs]]:
     """[method][stage] for the run's method and for every other method that works with its settings."""
-    device = cluster.device
+    available = cluster.device.memory_gb * 1e9 or None
     found: dict[str, dict[int, _Needs]] = {}
     for name in METHODS:
         other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
@@ -257,19 +253,8 @@ def _needs(
         found[name] = {}
         for stage in STAGES:
             setup = Setup(other, stage, cluster.world_size, bf16=bf16, on_gpu=not on_cpu)
-            choose_forms(model, setup, device.memory_gb * 1e9 or None)
-            micro_batch = None
-            if device.memory_gbytes_per_s:
-                micro_batch = compute_time(
-                    model_config,
-                    setup,
-                    device,
-                    peak=peak[0],
-                    flops_per_token=flops_of(model, model_config, other).performed,
-                    resident=any(layer.resident for _, layer in adapter_layers(model)),
-                    in_8_bits=flops_in_8_bits(model, other),
-                )
-            found[name][stage] = _Needs(setup, peak_memory(model, setup), traffic(model, setup), micro_batch)
+            choose_forms(model, setup, available)
+            found[name][stage] = _Needs(setup, peak_memory(model, setup), traffic(model, setup))
     return found
 
 
@@ -284,34 +269,26 @@ def _time(
 ) -> Time:
     """The time of a run whose needs at each stage are ``own``."""
     config = own[0].setup.config
-    chosen = config.train.zero_stage
+    used = utilisation or ASSUMED_UTILISATION
     of_peak = f"of {peak[0] / 1e12:.4g} TFLOP/s a device ({peak[1]})"
     cluster_peak = cluster.world_size * peak[0]
-    arithmetic = flops.performed * config.tokens_per_step / cluster_peak  # seconds at the peak
-    times = {stage: needs.micro_batch for stage, needs in own.items() if needs.micro_batch}
-    if times and utilisation is None:
-        compute = {stage: time.total * own[stage].setup.micro_batches for stage, time in times.items()}
-        reached = f"{arithmetic / compute[chosen]:.0%} {of_peak}"
-        assumption = f"calculated, {reached} while it computes ({times[chosen]})"
-    else:
-        used = utilisation or ASSUMED_UTILISATION
-        compute = dict.fromkeys(own, arithmetic / used)
-        assumption = f"{'at' if utilisation else 'assuming'} {used:.0%} {of_peak}"
-    products_rate = utilisation or (PRODUCTS_RATE if own[0].setup.on_gpu else ASSUMED_UTILISATION)
+    assumption = f"{'at' if utilisation else 'assuming'} {used:.0%} {of_peak}"
+    if utilisation is None and own[0].setup.on_gpu:
+        assumption += ", which no GPU has confirmed"
     steps = {
         stage: step_time(
             cluster,
             needs.setup,
             needs.network,
-            compute=compute[stage],
+            compute=flops.performed * config.tokens_per_step / (cluster_peak * used),
             trainable=count_parameters(model).trainable,
             passes=passes_bytes(model, config.optim),
-            products=product_flops(model, config.optim) / (peak[0] * products_rate),
+            products=product_flops(model, config.optim) / (peak[0] * used),
         )
         for stage, needs in own.items()
     }
     if tokens_per_second is None:
-        tokens_per_second = config.tokens_per_step / steps[chosen].total
+        tokens_per_second = config.tokens_per_step / steps[config.train.zero_stage].total
     else:
         assumption = f"the measured rate, which is {tokens_per_second * flops.total / cluster_peak:.1%} {of_peak}"
     return Time(steps, config.tokens_per_step * config.train.steps, tokens_per_second, assumption)

@@ -42,11 +42,10 @@ def _config(
     matrices: str,
     others: str = "adamw",
     reset: str = "full",
-    form: str = "auto",
     **zero: Any,
 ) -> Config:
     train = {"zero_stage": stage, "micro_batch_size": micro_batch_size, "deepspeed": {"zero_optimization": zero}}
-    given = {"name": method, "rank": 16, "reset": reset, "form": form}
+    given = {"name": method, "rank": 16, "reset": reset}
     return tiny_config(2, method=given, optim={"matrices": matrices, "others": others}, train=train)
 
 
@@ -108,7 +107,6 @@ CASES += rest(*(("remora", *case, 2, "adamw", EACH_RANK) for case in ((1, False)
 CASES += [("remora", 3, True, 2, "adamw", {"stage3_param_persistence_threshold": 2000})]
 CASES += [("full", 0, True, 2, "muon", {}), ("remora", 3, True, 2, "muon", {}), *rest(("full", 3, True, 2, "muon", {}))]
 CASES += [("remora", 2, True, 2, "adamw", {"reset": "magnitude"}), ("remora", 3, True, 2, "muon", {"reset": "carry"})]
-CASES += [("remora", 3, True, 2, "adamw", {"form": "resident"})]
 CASES += [("remora", 3, True, 2, "muon", {"others": "adamw8bit"})]
 # large models release weights and gather them again: DeepSpeed's defaults, as small relative to this model as they are
 # relative to 7b and 1.3b
