@@ -1,25 +1,38 @@
 """Reads, checks and compares configs of the LLaMA family, and derives shapes from them.
 
-``config_keys`` has the rule for each key.
+Transformers checks the type of each value. What it would accept although the model would be another one, or fail later,
+is checked here; ``config_keys`` has the rule for each key.
 """
 
-import dataclasses
 import json
-import math
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from relora_mora.config.load import ConfigError, relative_to
 from relora_mora.config.schema import ModelConfig
-from relora_mora.model import config_keys
+from relora_mora.model.config_keys import (
+    ALIAS,
+    ARCHITECTURES,
+    EXPORT,
+    FUNCTION,
+    ORIGINAL,
+    RANGES,
+    ROPE_KEYS,
+    TRAINING,
+    Architecture,
+    Only,
+)
 
 LARGEST_FILE = 16 * 2**20  # bytes; a config has a few thousand
 LARGEST_MODEL = 2**42  # parameters
-_ORIGINAL = "original_max_position_embeddings"
+_FACTORS = ("short_factor", "long_factor")
 _STRETCHED = ("dynamic", "yarn", "longrope")  # rope types that may depend on max_position_embeddings
 
 
@@ -85,21 +98,17 @@ def read_json(path: Path, setting: str) -> dict[str, Any]:
     return values
 
 
-def architecture_of(values: Mapping[str, Any], source: str) -> config_keys.Architecture:
+def architecture_of(values: Mapping[str, Any], source: str) -> Architecture:
     """The architecture for a config's ``model_type``, by default a LLaMA.
 
     Raises :class:`ConfigError` if the type is not in the family.
     """
-    kind = values.get("model_type")
-    if kind is None:
-        kind = "llama"
-    if not isinstance(kind, str) or kind not in config_keys.ARCHITECTURES:
-        fault = (
-            f"model: model_type is {_shown(kind)}, expected one of {', '.join(config_keys.ARCHITECTURES)}; "
-            "other kinds of models are not supported"
-        )
+    kind = "llama" if values.get("model_type") is None else values["model_type"]
+    if kind not in list(ARCHITECTURES):
+        known = ", ".join(ARCHITECTURES)
+        fault = f"model: model_type is {_shown(kind)}, expected one of {known}; other kinds of models are not supported"
         raise ConfigError([fault], source)
-    return config_keys.ARCHITECTURES[kind]
+    return ARCHITECTURES[kind]
 
 
 def parse_model_config(values: Mapping[str, Any], source: str) -> PreTrainedConfig:
@@ -108,41 +117,30 @@ def parse_model_config(values: Mapping[str, Any], source: str) -> PreTrainedConf
     An unknown key is ignored if its value is null, so that an override can remove a key of the file.
     """
     architecture = architecture_of(values, source)
-    keys = architecture.keys
-    name = architecture.config_class.__name__
-    defaults = {field.name: field.default for field in dataclasses.fields(architecture.config_class)}
-    unknown = [key for key, value in values.items() if key not in keys and value is not None]
-    bad = [key for key in values if key in keys and not keys[key].accepts(values[key])]
-    remedy = "set it to null in model.overrides to leave it out"
-    faults = [f"model: {key} is not a key of a {name}; {remedy}" for key in unknown]
-    faults += [f"model: {key} is {_shown(values[key])}, expected {keys[key].expected}" for key in bad]
-    kept: dict[str, Any] = {}
-    for key, value in values.items():
-        use = keys[key].use if key in keys else config_keys.NOTHING
-        # null is a value only for keys that an export carries over; otherwise it means the default of the config class
-        if use == config_keys.EXPORT or (
-            use in (config_keys.FUNCTION, config_keys.TRAINING, config_keys.ALIAS) and value is not None
-        ):
-            kept[key] = value
-    if values.get("num_key_value_heads", 0) is None:  # in transformers this means the number of attention heads
-        kept["num_key_value_heads"] = kept.get("num_attention_heads", defaults["num_attention_heads"])
-    if all(keys[key].use not in (config_keys.FUNCTION, config_keys.ALIAS, config_keys.EXPORT) for key in bad):
-        faults += [*_unify_length(kept), *_unify_rope(kept), *_shape_faults(kept, defaults)]
+    config_class = architecture.config_class
+    defaults = {field.name: field.default for field in fields(config_class)}
+    used = _used(architecture, values)
+    if used.get("num_key_value_heads", 0) is None:  # in transformers this means the number of attention heads
+        used["num_key_value_heads"] = used.get("num_attention_heads", defaults["num_attention_heads"])
+    faults = [*_key_faults(architecture, values)]
+    wrong = [*_value_faults(config_class, used)]
+    # null is a value only for keys that an export carries over; otherwise it means the default of the config class
+    kept = {key: value for key, value in used.items() if value is not None or architecture.keys[key] == EXPORT}
+    faults += wrong or [*_unify_names(kept), *_shape_faults({**defaults, **kept})]
     if faults:
         raise ConfigError(faults, source)
     try:
-        model_config = _build(architecture, kept)
-        rotary = LlamaRotaryEmbedding(config=model_config)  # type: ignore[arg-type]  # the same in the whole family
+        model_config = config_class(**kept)
+        LlamaRotaryEmbedding(config=model_config)  # type: ignore[arg-type]  # the same in the whole family
     except Exception as error:
-        raise ConfigError([f"model: {name} refuses it: {' '.join(str(error).split())}"], source) from error
-    if not (0 < rotary.inv_freq.min() <= rotary.inv_freq.max() < math.inf and 0 < rotary.attention_scaling < math.inf):
-        shown = _shown(kept["rope_parameters"])
-        raise ConfigError([f"model: rope_parameters: the frequencies of {shown} are not finite; correct them"], source)
-    if (
-        "sliding_attention" in (getattr(model_config, "layer_types", None) or ())
-        and model_config.sliding_window is None
-    ):
-        fault = "model: layer_types has sliding_attention, but sliding_window is null; set layer_types to null too"
+        rope = _shown(kept["rope_parameters"])
+        fault = f"model: {config_class.__name__} with rope_parameters {rope} is refused: {_shown(error)}; correct it"
+        raise ConfigError([fault], source) from error
+    windowed = getattr(model_config, "sliding_window", None) is not None
+    allowed = ["full_attention", "sliding_attention"] if windowed else ["full_attention"]
+    if not set(getattr(model_config, "layer_types", None) or ()) <= set(allowed):
+        window = "a sliding_window" if windowed else "no sliding_window"
+        fault = f"model: layer_types may only have {' and '.join(allowed)} with {window}; set layer_types to null"
         raise ConfigError([fault], source)
     if model_config.pad_token_id == -1:
         model_config.pad_token_id = None  # old exports write -1 for none; an embedding would use its last row
@@ -156,21 +154,66 @@ def stored_model_config(values: Mapping[str, Any]) -> PreTrainedConfig:
     Raises whatever transformers raises if it cannot build the config.
     """
     architecture = architecture_of(values, "the manifest")
-    uses = {key: architecture.keys[key].use for key in values if key in architecture.keys}
-    return _build(
-        architecture,
-        {key: values[key] for key, use in uses.items() if use not in (config_keys.NOTHING, config_keys.ONLY)},
-    )
+    return architecture.config_class(**_used(architecture, values))
 
 
-def _build(architecture: config_keys.Architecture, values: Mapping[str, Any]) -> PreTrainedConfig:
-    return architecture.config_class(**{key: value for key, value in values.items() if key != "model_type"})
+def _used(architecture: Architecture, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that matter in training or in an export, without ``model_type``."""
+    uses = (FUNCTION, TRAINING, ALIAS, EXPORT)
+    return {key: values[key] for key in values if architecture.keys.get(key) in uses and key != "model_type"}
+
+
+def _key_faults(architecture: Architecture, values: Mapping[str, Any]) -> Iterator[str]:
+    """Yields faults of unknown keys, of keys that may only have one value, and of classes of another kind of model."""
+    for key, value in values.items():
+        rule = architecture.keys.get(key)
+        if rule is None and value is not None:
+            name = architecture.config_class.__name__
+            yield f"model: {key} is not a key of a {name}; set it to null in model.overrides to leave it out"
+        elif isinstance(rule, Only) and value not in (None, rule.value):
+            yield f"model: {key} is {_shown(value)}, expected {json.dumps(rule.value)}: {rule.remedy}"
+    classes = values.get("architectures")
+    prefix = architecture.prefix
+    if isinstance(classes, list) and not all(str(name).lower().startswith(prefix.lower()) for name in classes):
+        yield f"model: architectures is {_shown(classes)}, expected classes such as {prefix}ForCausalLM; set model_type"
+
+
+def _value_faults(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> Iterator[str]:
+    """Yields faults of single values: of their types, which transformers knows, and of what it does not check."""
+    probe = config_class()
+    kinds = {field.name: field.type for field in fields(config_class)}
+    for key, value in values.items():
+        try:
+            if key in kinds:
+                setattr(probe, key, value)
+            if key == "hidden_act" and (value not in ACT2FN or ACT2FN[value].state_dict()):
+                yield f"model: {key} is {_shown(value)}, expected an activation without parameters, such as silu"
+            fits = value is None or _in_range(key, value)
+        except StrictDataclassFieldValidationError:
+            fits = False
+        if not fits:
+            kind = kinds.get(key)
+            expected = _range(key) if key in RANGES else kind.__name__ if isinstance(kind, type) else kind
+            yield f"model: {key} is {_shown(value)}, expected {expected}"
+
+
+def _in_range(key: str, value: Any) -> bool:
+    if key not in RANGES:
+        return True
+    least, most = RANGES[key]
+    kinds = (int, float) if isinstance(least, float) else (type(least),)
+    return type(value) in kinds and bool(least <= value <= most)
+
+
+def _range(key: str) -> str:
+    least, most = RANGES[key]
+    return f"{type(least).__name__} from {least} to {most}"
 
 
 def keys_with(model_config: PreTrainedConfig, *uses: str) -> dict[str, Any]:
     """The keys of a config that have one of these uses, normalized so that two configs can be compared."""
-    keys = config_keys.ARCHITECTURES[model_config.model_type].keys
-    values = {key: getattr(model_config, key, None) for key, rule in keys.items() if rule.use in uses}
+    keys = ARCHITECTURES[model_config.model_type].keys
+    values = {key: getattr(model_config, key, None) for key, rule in keys.items() if rule in uses}
     rope = values.get("rope_parameters")
     if rope is not None:
         redundant = ("type", "partial_rotary_factor")
@@ -185,67 +228,56 @@ def function_differences(theirs: PreTrainedConfig, ours: PreTrainedConfig) -> li
     """
     if theirs.model_type != ours.model_type:
         return [("model_type", theirs.model_type, ours.model_type)]
-    there = keys_with(theirs, config_keys.FUNCTION)
-    here = keys_with(ours, config_keys.FUNCTION)
+    there = keys_with(theirs, FUNCTION)
+    here = keys_with(ours, FUNCTION)
     if here["rope_parameters"]["rope_type"] not in _STRETCHED:
         here["max_position_embeddings"] = there["max_position_embeddings"]
     return [(key, there[key], here[key]) for key in here if there[key] != here[key]]
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else text[:77] + "..."
+    text = " ".join(str(value).split()) if isinstance(value, Exception) else repr(value)
+    return text if len(text) < 160 else text[:157] + "..."
 
 
-def _unify_length(values: dict[str, Any]) -> Iterator[str]:
-    """Leaves one name for the number of positions; yields a fault if the two names disagree."""
-    length = values.pop("max_sequence_length", None)
-    if length is not None and values.setdefault("max_position_embeddings", length) != length:
-        other = values["max_position_embeddings"]
-        yield (
-            f"model: max_sequence_length is {length} and max_position_embeddings {other}, which mean the same; "
-            "set one of them to null"
-        )
+def _unify(values: dict[str, Any], key: str, value: Any, name: str) -> Iterator[str]:
+    """Sets a key to the value that ``name`` has; yields a fault if it has another one."""
+    if value is not None and values.setdefault(key, value) != value:
+        yield f"model: {key} is {_shown(values[key])} and, in {name}, {_shown(value)}; keep one of them"
 
 
-def _unify_rope(values: dict[str, Any]) -> Iterator[str]:
-    """Replaces four keys with one mapping, ``rope_parameters``; yields faults, such as keys that disagree."""
+def _unify_names(values: dict[str, Any]) -> Iterator[str]:
+    """Leaves one name for each value, and one mapping, ``rope_parameters``; yields faults, such as a disagreement."""
+    yield from _unify(values, "max_position_embeddings", values.pop("max_sequence_length", None), "max_sequence_length")
     rope: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling", "rope_theta"):
-        part = values.pop(name, None) or {}
-        part = part if isinstance(part, dict) else {name: part}
-        part = {key: value for key, value in part.items() if value is not None}
-        if "type" in part:
-            part = {"rope_type": part["type"], **part}  # transformers 4 had both names
-        for key, value in part.items():
-            key = "rope_type" if key == "type" else key
-            if rope.setdefault(key, value) != value:
-                both = f"{_shown(rope[key])} and, in {name}, {_shown(value)}"
-                yield f"model: {key} of rotary embeddings is {both}; keep one, in rope_parameters"
-    kind = rope.setdefault("rope_type", "default")
-    if kind not in list(config_keys.ROPE_KEYS):
-        yield f"model: rope_parameters: rope_type is {_shown(kind)}, expected one of {', '.join(config_keys.ROPE_KEYS)}"
-        return
-    required, optional = config_keys.ROPE_KEYS[kind]
-    # transformers also accepts this key outside of rope_parameters, and ignores it for rope types that do not have it
-    original = values.pop(_ORIGINAL, None)
-    if original is not None and _ORIGINAL in optional and rope.setdefault(_ORIGINAL, original) != original:
-        yield f"model: {_ORIGINAL} is {original}, and in rope_parameters {rope[_ORIGINAL]}; keep one of them"
-    for key in required:
-        if key not in rope:
-            yield f"model: rope_parameters: {key} is missing; the rope_type {kind} needs it"
-    for key, value in rope.items():
-        if key not in ("rope_type", "rope_theta", "partial_rotary_factor", *required, *optional):
-            yield f"model: rope_parameters: {key} is not a key of the rope_type {kind}; leave it out"
-        elif (allowed := config_keys.ROPE_VALUES.get(key)) and not allowed.accepts(value):
-            yield f"model: rope_parameters: {key} is {_shown(value)}, expected {allowed.expected}"
-    rope.pop("partial_rotary_factor", None)
+        part = values.pop(name, None)
+        part = {name: part} if name == "rope_theta" else part or {}
+        if not isinstance(part, dict):
+            yield f"model: {name} is {_shown(part)}, expected a mapping or null"
+            continue
+        for key, value in part.items():  # transformers 4 also had "type"
+            yield from _unify(rope, "rope_type" if key == "type" else key, value, name)
     values["rope_parameters"] = rope
+    kind = rope.setdefault("rope_type", "default")
+    if kind not in list(ROPE_KEYS):
+        yield f"model: rope_parameters: rope_type is {_shown(kind)}, expected one of {', '.join(ROPE_KEYS)}"
+        return
+    # transformers also accepts this key outside of rope_parameters, and ignores it for rope types that do not have it
+    original = values.pop(ORIGINAL, None)
+    if ORIGINAL in ROPE_KEYS[kind]:
+        yield from _unify(rope, ORIGINAL, original, "the config itself")
+    if rope.get("partial_rotary_factor") == 1:
+        del rope["partial_rotary_factor"]
+    for key, value in rope.items():
+        if key not in ("rope_type", "rope_theta", *ROPE_KEYS[kind]):
+            yield f"model: rope_parameters: {key} is not a key of the rope_type {kind}; leave it out"
+        elif key not in _FACTORS and not _in_range(key, value):
+            yield f"model: rope_parameters: {key} is {_shown(value)}, expected {_range(key)}"
 
 
-def _shape_faults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:
+def _shape_faults(size: Mapping[str, Any]) -> Iterator[str]:
     """Yields faults of sizes that are valid by themselves but do not fit together."""
-    size = {**defaults, **values}
     hidden = size["hidden_size"]
     heads = size["num_attention_heads"]
     vocabulary = size["vocab_size"]
@@ -255,22 +287,19 @@ def _shape_faults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Ite
         yield f"model: hidden_size is {hidden}, expected a multiple of num_attention_heads {heads}"
     elif head % 2:
         yield f"model: head_dim is {head}, expected an even number, since rotary embeddings rotate pairs"
-    layers = size["num_hidden_layers"]
-    types = values.get("layer_types")
-    if types is not None and len(types) != layers:
-        yield f"model: layer_types has {len(types)} entries, but num_hidden_layers is {layers}; set layer_types to null"
     if heads % shared:
         yield f"model: num_key_value_heads is {shared}, expected a divisor of num_attention_heads {heads}"
-    for key in ("short_factor", "long_factor"):
-        factors = values.get("rope_parameters", {}).get(key)
-        if isinstance(factors, list) and len(factors) != head // 2:
-            yield f"model: rope_parameters: {key} has {len(factors)} numbers, expected {head // 2}, half of head_dim"
+    for key in [key for key in _FACTORS if key in size["rope_parameters"]]:
+        numbers = size["rope_parameters"][key]
+        if not isinstance(numbers, list) or len(numbers) != head // 2 or not all(_in_range(key, x) for x in numbers):
+            expected = f"{head // 2} numbers, half of head_dim, each {_range(key)}"
+            yield f"model: rope_parameters: {key} is {_shown(numbers)}, expected {expected}"
     layer = hidden * (2 * head * (heads + shared) + 3 * size["intermediate_size"])
-    parameters = layers * layer + hidden * vocabulary
+    parameters = size["num_hidden_layers"] * layer + hidden * vocabulary
     if parameters > LARGEST_MODEL:
         yield f"model: it would have {parameters:,} parameters, expected at most {LARGEST_MODEL:,}; lower its sizes"
     padding = size["pad_token_id"]
-    if padding is not None and padding >= vocabulary:
+    if padding is not None and not -1 <= padding < vocabulary:
         yield f"model: pad_token_id is {padding}, expected less than vocab_size {vocabulary}, or null"
 
 
@@ -280,7 +309,7 @@ def length_of_documents(model_config: PreTrainedConfig) -> int | None:
     Rotary embeddings of the type longrope switch to other frequencies if the longest document of a batch is longer.
     """
     rope: dict[str, Any] = getattr(model_config, "rope_parameters", None) or {}
-    return rope[_ORIGINAL] if rope.get("rope_type") == "longrope" else None
+    return rope[ORIGINAL] if rope.get("rope_type") == "longrope" else None
 
 
 def check_length(
@@ -305,7 +334,7 @@ def check_length(
         fault = f"the model's sliding_window ({window}), but attention here sees every position before it; shorten it"
     elif longest is not None and sequence_length > longest:
         fault = (
-            f"{_ORIGINAL} ({longest}), beyond which the longest document decides longrope's frequencies for its batch; "
+            f"{ORIGINAL} ({longest}), beyond which the longest document decides longrope's frequencies for its batch; "
             "shorten it, or pack documents without a mask"
         )
     if fault is not None:
