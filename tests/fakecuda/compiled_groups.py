@@ -60,7 +60,7 @@ def accesses(code: dict[str, bytes | str], kind: str) -> set[int]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("mora_type", [1, 2, 7])
+@pytest.mark.parametrize("mora_type", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sums_do_not_spill_and_are_stored_in_vectors(
     shape: tuple[int, int], mora_type: int, architecture: int, tmp_path: Path
@@ -95,7 +95,7 @@ def test_sums_load_in_vectors_if_groups_are_aligned(
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("mora_type", [1, 2, 7])
+@pytest.mark.parametrize("mora_type", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_weights_do_not_spill_and_are_read_and_written_in_vectors(
     shape: tuple[int, int], mora_type: int, architecture: int, tmp_path: Path
