@@ -319,6 +319,7 @@ def test_the_extra_state_of_other_modules_is_kept():
 def test_save_makes_its_folder(tmp_path):
     remora = rm.attach(mlp(), rm.ReMoRA(2))
     remora.save(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b" / "remora.safetensors").is_file()
     remora.load(tmp_path / "a" / "b")
 
 
@@ -375,7 +376,9 @@ def test_state_that_packs_its_values_starts_again():
 
 def test_a_seed_of_numpy_can_be_saved(tmp_path):
     rm.attach(mlp(), rm.ReMoRA(2), seed=np.int64(3)).save(tmp_path)
-    rm.attach(mlp(), rm.ReMoRA(2), seed=3).load(tmp_path)
+    other = rm.attach(mlp(), rm.ReMoRA(2), seed=3)
+    other.load(tmp_path)
+    assert other.seed == 3
 
 
 def test_a_merge_that_stops_halfway_says_that_the_model_is_unusable(monkeypatch):
