@@ -48,8 +48,7 @@ test-extras: .venv-extras/.installed  ## what make test skips without other pack
 
 FAKE_CUDA := $(PYTHON) -m tests.fakecuda .venv-fakecuda -m
 test-fakecuda:  ## what a CUDA device would be asked to do, on a CUDA build of torch without a GPU, in .venv-fakecuda (5.3 GB)
-	$(FAKE_CUDA) pytest -n $(JOBS) --dist loadfile -rs $(addprefix tests/fakecuda/,growth.py compiled_groups.py compiled_eight.py compiled_loss.py documents.py memory.py devices.py walk.py) \
-	  tests/gpu/training.py::test_two_ranks_on_one_gpu_give_one_message
+	$(FAKE_CUDA) pytest -n $(JOBS) --dist loadfile -rs $(addprefix tests/fakecuda/,growth.py compiled_groups.py compiled_eight.py compiled_loss.py documents.py memory.py devices.py walk.py)
 	TRITON_INTERPRET=1 $(FAKE_CUDA) pytest -n $(JOBS) -rs $(addprefix tests/fakecuda/,interpreted_groups.py interpreted_loss.py interpreted_eight.py)
 COUNT ?= layers
 count-fakecuda:  ## a table that test-fakecuda compares with: make count-fakecuda > tests/fakecuda/counts.csv; COUNT=loss: loss.csv

@@ -10,15 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed as dist
 
-from relora_mora.distributed.waiting import collective
 from relora_mora.system.files import LOST_DISK
 from relora_mora.system.hardware import ran_out_of_memory
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
 LEAVE_SECONDS = 30.0  # for the other ranks to reach the end of a run that is done
-START_SECONDS = 1800.0  # for what ranks do before a watchdog watches them
-WATCHED_SECONDS = 24 * 3600.0  # a backstop: the watchdog knows how long each wait may take
+WAIT_SECONDS = 24 * 3600.0  # a backstop: the watchdog knows how long each wait may take
 
 
 class RanksError(ValueError):
@@ -30,14 +28,7 @@ class RanksError(ValueError):
 @functools.cache
 def control_group() -> Any:
     """A gloo group of all ranks, next to the group that training uses: for values that are needed in host memory."""
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=START_SECONDS))
-
-
-def let_ranks_wait() -> None:
-    """From now on the watchdog decides how long a rank may keep the others waiting."""
-    if dist.get_world_size() > 1:
-        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.15
-        set_timeout(datetime.timedelta(seconds=WATCHED_SECONDS), control_group())
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=WAIT_SECONDS))
 
 
 def sum_over_hosts(values: list[float]) -> list[float]:
@@ -54,8 +45,7 @@ def _reduce_on_hosts(values: list[float], operation: dist.ReduceOp.RedOpType) ->
     if dist.get_world_size() == 1:
         return values
     numbers = torch.tensor(values, dtype=torch.float64)
-    with collective():
-        dist.all_reduce(numbers, operation, group=control_group())
+    dist.all_reduce(numbers, operation, group=control_group())
     return numbers.tolist()
 
 
@@ -64,8 +54,7 @@ def gather_from_ranks(value: Any) -> list[Any]:
     if dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    with collective():
-        dist.all_gather_object(values, value, group=control_group())
+    dist.all_gather_object(values, value, group=control_group())
     return values
 
 
@@ -97,7 +86,7 @@ def is_device_failure(error: BaseException) -> bool:
 def leave_together() -> None:
     """Waits until all ranks that are still alive are here, so that the first one's store outlives their last use."""
     if dist.get_world_size() > 1:
-        with contextlib.suppress(RuntimeError), collective():
+        with contextlib.suppress(RuntimeError):
             dist.monitored_barrier(control_group(), timeout=datetime.timedelta(seconds=LEAVE_SECONDS))
 
 
@@ -113,8 +102,7 @@ def from_first_rank(make: Callable[[], Any]) -> Any:
         except (ValueError, OSError) as error:
             answer = [(False, error)]
     if dist.get_world_size() > 1:
-        with collective():
-            dist.broadcast_object_list(answer, src=0, group=control_group())
+        dist.broadcast_object_list(answer, src=0, group=control_group())
     succeeded, value = answer[0]
     if not succeeded:
         raise same_on_all_ranks(value)

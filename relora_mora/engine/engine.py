@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.schema import TrainConfig
-from relora_mora.distributed.waiting import collective
 from relora_mora.engine.internals import check_objects
 from relora_mora.engine.matrices import CutMatrices
 from relora_mora.engine.norms import gradient_norms, replaced, step_with_norms
@@ -174,8 +173,7 @@ class ZeroEngine(ZeroState):
             norms = torch.linalg.vector_norm(parts).view(1)
         else:
             norms = gradient_norms(self.deepspeed.optimizer)
-        with collective():  # on a GPU, the host waits for the other ranks here
-            *norms_on_host, mean = torch.cat([norms.double(), loss.double().view(1)]).cpu().tolist()
+        *norms_on_host, mean = torch.cat([norms.double(), loss.double().view(1)]).cpu().tolist()
         if not all(0 <= norm < math.inf for norm in norms_on_host):
             with replaced(self.optimizer, "step", lambda: None):
                 self._deepspeed_step(torch.ones(len(norms_on_host), dtype=norms.dtype))

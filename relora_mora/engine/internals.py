@@ -10,7 +10,6 @@ from importlib import metadata
 from typing import Any
 
 import deepspeed
-import deepspeed.comm.comm
 import deepspeed.ops
 from torch import nn
 
@@ -41,7 +40,6 @@ def deepspeed_imports() -> Iterator[None]:
 
 with deepspeed_imports():
     from deepspeed.accelerator import cuda_accelerator
-    from deepspeed.comm.torch import TorchBackend
     from deepspeed.runtime import bf16_optimizer, compiler
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -52,31 +50,11 @@ with deepspeed_imports():
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-COLLECTIVES = (  # methods of DeepSpeed's backend that wait for other ranks
-    "all_gather",
-    "all_gather_coalesced",
-    "all_gather_into_tensor",
-    "all_gather_object",
-    "all_reduce",
-    "all_reduce_coalesced",
-    "all_to_all_single",
-    "barrier",
-    "broadcast",
-    "broadcast_object_list",
-    "gather",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "scatter",
-)
-
 Uses = dict[str, str]  # an attribute, and what for
 
 # attributes of modules and classes; objects get theirs when they are built
 STATIC: dict[Any, Uses] = {
     deepspeed.ops: {"__compatible_ops__": "the shared-memory collective is switched off there"},
-    deepspeed.comm.comm: {"cdb": "all collectives are methods of this backend"},
-    TorchBackend: dict.fromkeys(COLLECTIVES, "replaced, to flag waits for other ranks"),
     cuda_accelerator: {"pynvml": "removed: it misreads CUDA_VISIBLE_DEVICES with MIG"},
     compiler: {"compile": "replaced while Muon is imported, because torch's compiler takes seconds"},
     zero_utils: {"ZERO_SUPPORTED_OPTIMIZERS": "our optimizers are added"},

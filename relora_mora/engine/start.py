@@ -1,13 +1,12 @@
 """Starts DeepSpeed: its settings, accelerator and process group, and the parts of it that are switched off."""
 
 import contextlib
-import functools
 import gc
 import importlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ import torch
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.schema import TrainConfig
 from relora_mora.distributed.join import backend_name, join
-from relora_mora.distributed.waiting import collective
-from relora_mora.engine.internals import COLLECTIVES, compiler, cuda_accelerator, deepspeed_imports, zero_utils
+from relora_mora.engine.internals import compiler, cuda_accelerator, deepspeed_imports, zero_utils
 from relora_mora.system.hardware import uses_cuda
 
 
@@ -65,11 +63,6 @@ def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
     if not deepspeed.comm.is_initialized():
         with quiet():
             deepspeed.init_distributed(dist_backend=backend_name(), auto_mpi_discovery=False, verbose=False)
-        backend: Any = deepspeed.comm.comm.cdb  # DeepSpeed makes all collectives through its methods
-        for name in COLLECTIVES:
-            setattr(backend, name, _flagged(getattr(backend, name)))
-        if uses_cuda():
-            _flag_device_waits()
         _import_muon()
         # DeepSpeed collects garbage several times while it builds an engine; nothing imported so far is garbage
         gc.freeze()
@@ -95,37 +88,6 @@ def allow_optimizer(kind: type[torch.optim.Optimizer]) -> None:
     """Adds a class of optimizers to the list of those that ZeRO accepts."""
     if kind not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
         zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(kind)
-
-
-class _FlaggedWork:
-    """The handle of an asynchronous collective. Its ``wait`` is flagged as a wait for other ranks."""
-
-    def __init__(self, work: Any) -> None:
-        self._work = work
-
-    def wait(self, *args: Any) -> Any:
-        with collective():
-            return self._work.wait(*args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._work, name)
-
-
-def _flagged(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with collective():
-            work = method(*args, **kwargs)
-        return _FlaggedWork(work) if hasattr(work, "wait") else work
-
-    return call
-
-
-def _flag_device_waits() -> None:
-    """Flags the host's waits for the device: NCCL's calls return at once, and DeepSpeed waits in these functions."""
-    owners: tuple[Any, ...] = (torch.cuda, torch.cuda.Stream, torch.cuda.Event)
-    for owner in owners:
-        owner.synchronize = _flagged(owner.synchronize)
 
 
 @contextlib.contextmanager

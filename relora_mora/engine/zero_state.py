@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.adapters.stored import PLAIN
-from relora_mora.distributed.waiting import collective
 from relora_mora.engine.internals import check_objects
 from relora_mora.engine.masters import Fragment, owned_fragments, update_parameters
 from relora_mora.optim.groups import state_of
@@ -136,11 +135,9 @@ class ZeroState:
         return whole.view(self.shapes[name])
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        if self.world_size == 1:
-            return values.cpu()
-        with collective():
+        if self.world_size > 1:
             dist.all_reduce(values)
-            return values.cpu()
+        return values.cpu()
 
     def broadcast(self, value: Tensor, src: int) -> None:
         """Copies the value of rank ``src`` to every rank, in place; a collective."""

@@ -10,7 +10,6 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from relora_mora.data.records.passages import special_tokens
 from relora_mora.data.sets.held_out import Answer
-from relora_mora.distributed.waiting import collective
 from relora_mora.system.hardware import to_device
 
 
@@ -82,8 +81,7 @@ def generate_answers(
         batch = own or all_ranks[:1]  # a rank without an answer takes part in the forward passes
         prompts = [torch.from_numpy(each.prompt) for each in batch]
         wanted = [len(each.answer) for each in batch]
-        with collective():  # with ZeRO-3, a host that reads from its GPU (transformers' masks do) waits for other ranks
-            tokens = greedy(lm, prompts, max(len(each.answer) for each in all_ranks), device, wanted).tolist()
+        tokens = greedy(lm, prompts, max(len(each.answer) for each in all_ranks), device, wanted).tolist()
         for ids, (_, answer) in zip(tokens, own, strict=False):
             expected = text_of(tokenizer, answer.tolist(), special)
             generated = text_of(tokenizer, ids[: len(answer)], special)

@@ -66,7 +66,6 @@ LOST = 69
 REQUEUE = 75
 
 LAST_SECONDS = 3.0  # for the last messages and records of a process that must end
-STACKS_SECONDS = 1.0  # for a rank that hangs to write the stacks of its threads
 
 
 def record_end(folder: Path, *, code: int, reason: str, rank: int, step: int | None) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 from relora_mora.supervise import exits
 from relora_mora.supervise.heartbeat import PeerFailure
 from relora_mora.supervise.launchers import Launchers
-from relora_mora.supervise.lock import RunLock, host_id
-from relora_mora.system.process import run_with_timeout, say
+from relora_mora.supervise.lock import RunLock
+from relora_mora.system.process import say
 
 if TYPE_CHECKING:
     from relora_mora.supervise.watchdog import Watchdog  # needs torch
@@ -70,9 +70,7 @@ class Guard:
     @contextlib.contextmanager
     def bound(self, seconds: float, reason: str) -> Iterator[None]:
         """Ends the process if the block takes longer; for work that begins before a watchdog watches."""
-        leave = threading.Timer(
-            seconds, exits.leave_now, (exits.LOST, lambda: self._say(reason), lambda: self.record(exits.LOST, reason))
-        )
+        leave = threading.Timer(seconds, self._leave, (exits.LOST, reason))
         leave.daemon = True
         leave.start()
         try:
@@ -121,8 +119,7 @@ class Guard:
         if self._watchdog is not None:
             self.end(self._watchdog.diagnose(error))
         elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and not self._training:
-            reason = f"another rank was lost at the start ({error})"
-            exits.leave_now(exits.LOST, lambda: self._say(reason), lambda: self.record(exits.LOST, reason))
+            self._leave(exits.LOST, f"another rank was lost at the start ({error})")
 
     def machine_failed(self, reason: str, *, same_on_all_ranks: bool) -> NoReturn:
         """Ends all ranks after a failure of a device or disk, with the code for which a job is started again."""
@@ -157,18 +154,18 @@ class Guard:
     # ---- called by other threads ------------------------------------------------------------------------------
 
     def end(self, failure: PeerFailure) -> None:
-        """Ends the process now, whatever its main thread is waiting for. The first remaining rank reports the reason.
+        """Ends the process now, whatever its main thread is waiting for.
 
         Two threads may find a failure at the same moment. The first one ends the process.
         """
         self._leave_if_decided()
         self._ending.acquire()
-        run_with_timeout(exits.LAST_SECONDS, lambda: self._report(failure))
-        if failure.rank != self.rank and not failure.announced and failure.host == host_id():
-            time.sleep(exits.STACKS_SECONDS + 0.5)
-            with contextlib.suppress(OSError):  # a launcher would wait half a minute for a process that hangs
-                os.kill(failure.pid, signal.SIGKILL)
-        exits.leave_now(failure.code, self._mark_lock_released, linger=self._linger_seconds())
+        exits.leave_now(
+            failure.code,
+            lambda: self._report(failure),
+            self._mark_lock_released,
+            linger=self._linger_seconds(),
+        )
 
     def _linger_seconds(self) -> float:
         """The first rank holds the store, in which the others read why the job ends."""
@@ -176,25 +173,20 @@ class Guard:
         return watchdog.linger_seconds if self.rank == 0 and watchdog is not None else 0.0
 
     def _report(self, failure: PeerFailure) -> None:
-        """The first rank reports it. If that is lost, the next rank does, and the first one on the second host."""
-        reporters = {0}
-        if failure.rank == 0:
-            from relora_mora.distributed.join import processes_on_host  # imports torch, so not at the start
+        """The first rank reports a failure. If it is at fault itself, every rank does, and the second one records it.
 
-            reporters = {1, processes_on_host()}
-        if self.rank not in reporters:
-            return
-        self._say(failure.reason)
-        if not failure.announced:  # otherwise the failed rank has recorded it
+        A rank that has announced its exit has reported it.
+        """
+        first_failed = 0 in failure.ranks
+        if self.rank == 0 or (first_failed and not failure.announced):
+            self._say(failure.reason)
+        if self.rank == int(first_failed) and not failure.announced:
             self.record(failure.code, failure.reason)
 
-    def folder_lost(self, who: str | None) -> None:
-        """The run folder was removed or moved. The run saves into a new one, unless a trainer ``who`` has it now."""
-        if who is None:
-            self._request_stop("the run folder was removed or moved")
-            return
+    def folder_lost(self) -> None:
+        """The run folder was removed or moved, or another trainer has it now: this one must not write there."""
         self._leave_if_decided()
-        reason = f"another trainer works in the run folder now ({who}): exited without saving"
+        reason = "the run folder was removed or moved, or another trainer works in it now: exited without saving"
         exits.leave_now(
             exits.USER_ERROR,
             lambda: self._say(reason),
@@ -207,8 +199,10 @@ class Guard:
 
     def _on_second_signal(self, number: signal.Signals) -> None:
         self._leave_if_decided()
-        reason = f"a second signal ({number.name}) to rank {self.rank}: exited without saving"
-        exits.leave_now(128 + number, lambda: self._say(reason), lambda: self.record(128 + number, reason))
+        self._leave(128 + number, f"a second signal ({number.name}) to rank {self.rank}: exited without saving")
+
+    def _leave(self, code: int, reason: str) -> NoReturn:
+        exits.leave_now(code, lambda: self._say(reason), lambda: self.record(code, reason))
 
     def _leave_if_decided(self) -> None:
         if self._decided is not None:
@@ -257,8 +251,7 @@ class Guard:
                 self._request_stop(f"the launcher of rank {self.rank} is gone ({gone})")
         elif time.monotonic() > self._launcher_deadline:
             self._leave_if_decided()
-            reason = f"{self.stop_reason}; the run was not saved within {LAUNCHER_SECONDS:.0f} s"
-            exits.leave_now(exits.LOST, lambda: self._say(reason), lambda: self.record(exits.LOST, reason))
+            self._leave(exits.LOST, f"{self.stop_reason}; the run was not saved within {LAUNCHER_SECONDS:.0f} s")
 
     def _say(self, text: str) -> None:
         prefix = f"[rank {self.rank}] " if self.rank else ""

@@ -1,10 +1,9 @@
 """One trainer per run folder.
 
-The first rank holds ``RUN/lock`` with ``flock``. The kernel releases it when the process ends in any way. The file also
-names the holder, who touches it every few seconds: on file systems where flock does not work across hosts, a
-holder on another host counts as alive as long as the file's modification time changes. If the file is removed together
-with its folder, the holder has lost the lock, and another trainer may start there. A study holds its
-folder with the same lock.
+The first rank holds ``RUN/lock`` with ``flock``. The kernel releases it when the process ends in any way. But on some
+file systems flock works only between the processes of one host, or not at all. So the file also names the holder, who
+touches it every few seconds: where flock cannot tell, a holder is alive as long as the file's modification time
+changes. A study holds its folder with the same lock.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ from relora_mora.system.files import disk_faults_named
 from relora_mora.system.run_folder import RunFolder
 
 TOUCH_SECONDS = 5.0
-STALE_SECONDS = 4 * TOUCH_SECONDS  # a holder on another host is gone if it does not touch the file for so long
+STALE_SECONDS = 4 * TOUCH_SECONDS  # a holder that does not touch the file for so long is gone
 WAIT_SECONDS = 30.0  # for the holder to end: ranks whose launcher was killed need up to ten seconds
 POLL_SECONDS = 0.2
 
@@ -36,12 +35,11 @@ class LockError(ValueError):
 class RunLock:
     """Held from :meth:`acquire` to :meth:`release` or the end of the process.
 
-    If the file is removed, replaced, or written by another holder while it is held, ``on_loss(who)`` is called once in
-    the lock's own thread. ``who`` is the holder now, or None. Another trainer can only take the lock where flock does
-    not work across hosts, and only from a holder that was not running for a while.
+    ``on_loss`` is called once, in the lock's own thread, if the file is removed, or names another holder, while the
+    lock is held: someone removed or moved the folder, or this process was not running for a while.
     """
 
-    def __init__(self, folder: Path, on_loss: Callable[[str | None], object] = lambda who: None) -> None:
+    def __init__(self, folder: Path, on_loss: Callable[[], object] = lambda: None) -> None:
         self.path = RunFolder(folder).lock
         self._on_loss = on_loss
         self._handle: int | None = None
@@ -57,10 +55,10 @@ class RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            self._flock(handle, time.monotonic() + wait_seconds)
-            before = _read(handle)
+            has_flock = self._flock(handle, wait_seconds)
+            before = _read(self.path)
             abandoned = bool(before) and not before.get("released")
-            if abandoned and before.get("host_id") != host_id():
+            if abandoned and not (has_flock and before.get("host_id") == _host_id()):
                 self._await_silence(handle, before)
             with disk_faults_named(self.path.parent):
                 self._write(handle, released=False)
@@ -69,7 +67,7 @@ class RunLock:
             raise
         self._handle = handle
         # a thread that does nothing else, because a network file system may block it
-        threading.Thread(target=self._touch, args=(handle, os.fstat(handle)), daemon=True, name="lock").start()
+        threading.Thread(target=self._touch, daemon=True, name="lock").start()
         return _who(before) if abandoned else None
 
     def release(self) -> None:
@@ -82,20 +80,19 @@ class RunLock:
     def say_released(self) -> None:
         """Writes that the holder has ended, which is about to happen. The lock itself is kept until then."""
         handle = self._handle
-        if handle is not None and self._is_own(handle):
+        if handle is not None and self._is_own():
             with contextlib.suppress(OSError):
                 self._write(handle, released=True)
 
-    def _is_own(self, handle: int) -> bool:
-        """Whether the file is still this holder's. It is if the file cannot be read for the moment."""
-        return bool(_read(handle).get("token", self._token) == self._token)
+    def _is_own(self) -> bool:
+        """Whether the file still names this holder; also if it cannot be read for the moment."""
+        return bool(_read(self.path).get("token", self._token) == self._token)
 
     def _write(self, handle: int, *, released: bool) -> None:
         content = {
             "host": socket.gethostname(),
-            "host_id": host_id(),
+            "host_id": _host_id(),
             "pid": os.getpid(),
-            "started": _started(os.getpid()),
             "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "token": self._token,
             "released": released,
@@ -105,48 +102,37 @@ class RunLock:
         os.ftruncate(handle, len(data))
         os.fsync(handle)
 
-    def _touch(self, handle: int, own: os.stat_result) -> None:
+    def _touch(self) -> None:
         """Shows other hosts that the holder is alive, as long as the file is its own."""
         while not self._released.wait(TOUCH_SECONDS):
             try:
-                if not os.path.samestat(self.path.stat(), own) or not self._is_own(handle):
-                    self._on_loss(self._present_holder())
+                if not self._is_own():
+                    self._on_loss()
                     return
                 os.utime(self.path)
             except FileNotFoundError:
-                self._on_loss(None)
+                self._on_loss()
                 return
             except OSError:  # the file system does not answer for the moment
                 continue
 
-    def _present_holder(self) -> str | None:
-        """The holder named in the file at the path now; None if that is a copy of this one's (RUN links to a copy)."""
-        handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            content = _read(handle)
-        finally:
-            os.close(handle)
-        return None if content.get("token") == self._token else _who(content)
-
-    def _flock(self, handle: int, deadline: float) -> None:
+    def _flock(self, handle: int, wait_seconds: float) -> bool:
+        """Waits for the lock of the file; False if the file system has none."""
+        deadline = time.monotonic() + wait_seconds
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise self._held_by(_read(handle)) from None
+                    raise self._held_by(_read(self.path)) from None
                 time.sleep(POLL_SECONDS)
-            except OSError:  # no flock on this file system: wait for a holder on this host, according to the file
-                while (content := _read(handle)) and not content.get("released") and _runs_here(content):
-                    if time.monotonic() > deadline:
-                        raise self._held_by(content) from None
-                    time.sleep(POLL_SECONDS)
-                return
+            except OSError:
+                return False
             else:
-                return
+                return True
 
     def _await_silence(self, handle: int, content: dict[str, Any]) -> None:
-        """Raises LockError if a holder on another host touches the file within the time in which a live one must.
+        """Raises LockError if the holder touches the file within the time in which a live one must.
 
         An old modification time proves nothing, because the clocks of hosts differ and can jump.
         """
@@ -164,38 +150,20 @@ class RunLock:
         )
 
 
-def _read(handle: int) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     """The content of the file; empty if it cannot be read."""
     try:
-        content = json.loads(os.pread(handle, 1 << 16, 0))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 @functools.cache
-def host_id() -> str:
-    """Identifies this host since its boot, and the PID namespace (container) of this process."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        processes = str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        boot = processes = ""
-    return f"{socket.gethostname()}/{boot}/{processes}"
-
-
-def _started(pid: int) -> int:
-    """When a process began, in ticks since boot, which setting the clock does not change (proc_pid_stat(5), 22)."""
-    return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19])
-
-
-def _runs_here(content: dict[str, Any]) -> bool:
-    """Whether the process that wrote this still runs on this host."""
-    try:
-        started = _started(content["pid"])
-    except (KeyError, ValueError, IndexError, OSError):
-        return False
-    return content.get("host_id") == host_id() and content.get("started") == started
+def _host_id() -> str:
+    """Identifies this host since its boot. Its containers share it, and flock works between them."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text(encoding="ascii").strip() if boot.exists() else socket.gethostname()
 
 
 def _who(content: dict[str, Any]) -> str:
@@ -204,18 +172,23 @@ def _who(content: dict[str, Any]) -> str:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a trainer uses a run folder according to its lock. This only reads the file.
+    """Whether a trainer uses a run folder; this changes nothing.
 
-    A holder on another host counts if it has touched the file lately, by this host's clock.
+    Where flock cannot tell, a holder counts if it has touched the file lately, by this host's clock.
     """
     path = RunFolder(folder).lock
+    content = _read(path)
+    if not content or content.get("released"):
+        return False
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        silent_seconds = time.time() - path.stat().st_mtime
-    except (OSError, ValueError):
-        return False
-    if not isinstance(content, dict) or content.get("released"):
-        return False
-    if content.get("host_id") == host_id():
-        return _runs_here(content)
-    return silent_seconds < STALE_SECONDS
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if content.get("host_id") == _host_id():
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime < STALE_SECONDS
+    return False

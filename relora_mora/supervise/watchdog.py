@@ -1,55 +1,33 @@
 """A thread of each rank that watches the other ranks through the job's key-value store, which works while a collective
 hangs.
 
-Every rank publishes heartbeats. The first rank reads those of all ranks, and the others read those of the first rank. A
-rank that finds another one at fault (see :mod:`relora_mora.supervise.heartbeat`) publishes that. All ranks read it and
-exit.
+Every rank publishes heartbeats with its last action. The first rank reads those of all ranks, and the others read those
+of the first rank. A rank that finds a failure (see :mod:`relora_mora.supervise.heartbeat`) publishes it. All ranks read
+it and exit.
 """
 
 import datetime
 import faulthandler
 import json
-import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.distributed import DistError, PrefixStore, TCPStore
 
-from relora_mora.distributed.waiting import in_collective
-from relora_mora.supervise.exits import FAILED, LOST, STACKS_SECONDS
-from relora_mora.supervise.heartbeat import Heartbeat, PeerFailure, Received, find_hung, find_silent, lost
-from relora_mora.supervise.lock import host_id
+from relora_mora.supervise.exits import FAILED, LOST
+from relora_mora.supervise.heartbeat import Heartbeat, PeerFailure, Received, find_hung, find_lost, lost
 from relora_mora.system.process import run_with_timeout
 
 HEARTBEAT_SECONDS = 1.0
 STORE_SECONDS = 15.0  # for an answer of the store; if it takes longer, its host is gone
-MOST_SECONDS = 2 * HEARTBEAT_SECONDS  # between two reads of a clock; more means that the process did not run
 LEAVE_SECONDS = 5.0  # for a main thread to exit by itself after another rank has announced its exit
-SUSPECT_SECONDS = 4.0  # to find the rank whose heartbeats stopped, after a collective has failed
+SILENT_SECONDS = 4.0  # without a heartbeat: a rank that does nothing else any more is gone
+STACKS_SECONDS = 1.0  # for a rank that hangs to write the stacks of its threads
 LINGER_SECONDS = 2.5  # for the others to read why the job ends, before the rank with the store exits
-
-
-class RunningClock:
-    """Counts the seconds in which this process was running, so that it stops while a job is suspended.
-
-    A thread has to read it all the time.
-    """
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._read_at = time.monotonic()
-        self._lock = threading.Lock()
-
-    def __call__(self) -> float:
-        with self._lock:
-            now = time.monotonic()
-            self._seconds += min(now - self._read_at, MOST_SECONDS)
-            self._read_at = now
-            return self._seconds
 
 
 class _Action(NamedTuple):
@@ -57,7 +35,7 @@ class _Action(NamedTuple):
 
     name: str
     number: int
-    begin: float  # by the watchdog's clock
+    begin: float
     limit_seconds: float
 
 
@@ -84,7 +62,6 @@ class Watchdog:
         self.world_size = world_size
         self.end = end
         self.stacks = stacks
-        self._now = RunningClock()
         # its own connection, because a client of the store serves one caller at a time
         store = TCPStore(
             *address, is_master=False, timeout=datetime.timedelta(seconds=STORE_SECONDS), wait_for_workers=False
@@ -95,12 +72,12 @@ class Watchdog:
         self._interval = max(HEARTBEAT_SECONDS, world_size / 256)  # the store gets at most 256 heartbeats per second
         self.timeout_seconds = max(timeout_seconds, 3 * self._interval)
         self.linger_seconds = max(LINGER_SECONDS, 1.5 * self._interval)
+        self._silent_seconds = max(SILENT_SECONDS, 3 * self._interval)
         self._known: PeerFailure | None = None  # the failure that was published
-        self._action = _Action("started", 0, self._now(), timeout_seconds)
+        self._action = _Action("started", 0, time.monotonic(), timeout_seconds)
         self._received: dict[int, Received] = {}
         self._heartbeats = 0
         self._closed = threading.Event()
-        self._suspicious = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
         self.beat()
 
@@ -116,26 +93,26 @@ class Watchdog:
         All ranks call this for the same actions in the same order.
         """
         limit = max(within or 0.0, self.timeout_seconds)
-        self._action = _Action(action, self._action.number + 1, self._now(), limit)
+        self._action = _Action(action, self._action.number + 1, time.monotonic(), limit)
 
     def announce_exit(self, code: int, reason: str) -> None:
         """Announces to the other ranks that this one exits by itself."""
-        self._publish(PeerFailure(self.rank, code, reason, announced=True))
+        self._publish(PeerFailure([self.rank], code, reason, announced=True))
 
     def diagnose(self, error: str) -> PeerFailure:
-        """Finds the rank at fault after a collective has failed. Waits a few seconds to see whose heartbeats stop."""
-        self._suspicious.set()
-        deadline = time.monotonic() + self._suspect_seconds + 2 * self._interval
-        while time.monotonic() < deadline:
-            try:
-                failure = self._find_failure()
-            except DistError:
-                return self._store_lost()
-            if failure is not None:
-                return failure
-            time.sleep(self._interval / 4)
+        """Finds the ranks at fault after a collective has failed: those whose heartbeats stop within a few seconds."""
+        ranks = range(self.world_size)
+        try:
+            before = self._read(ranks)
+            time.sleep(self._silent_seconds)
+            after = self._read(ranks)
+        except DistError:
+            return self._store_lost()
+        silent = {rank: last for rank, last in after.items() if last.number == before[rank].number}
+        if silent:
+            return self._publish(lost(silent, f"no heartbeat for {self._silent_seconds:.0f} s"))
         reason = f"a collective failed on rank {self.rank} while all ranks were alive ({error})"
-        return self._publish(PeerFailure(self.rank, LOST, reason, announced=False))
+        return self._publish(PeerFailure([self.rank], LOST, reason))
 
     def close(self) -> None:
         self._closed.set()
@@ -147,11 +124,11 @@ class Watchdog:
 
     def store_hung(self) -> PeerFailure | None:
         """A failure if the store has not answered for too long: a client waits forever if the first rank is stopped."""
-        now = self._now()
+        now = time.monotonic()
         asked_at = self._asked_at
         if asked_at is None or self._closed.is_set() or now - asked_at <= self.timeout_seconds:
             return None
-        return self._lost(0, f"its store has not answered for {now - asked_at:.0f} s")
+        return self._first_lost(f"its store has not answered for {now - asked_at:.0f} s")
 
     # ---- the watchdog's thread --------------------------------------------------------------------------------
 
@@ -161,7 +138,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(
                 1.5 * max(self.timeout_seconds, self._action.limit_seconds) + 10, exit=True
             )
-            self._asked_at = self._now()
+            self._asked_at = time.monotonic()
             try:
                 self.beat()
                 failure = self._find_failure()
@@ -169,14 +146,14 @@ class Watchdog:
                 failure = None if self._closed.is_set() else self._store_lost()
             except Exception as error:  # otherwise nobody would watch this rank any longer
                 reason = f"rank {self.rank} cannot watch the others ({error!r})"
-                failure = self._publish(PeerFailure(self.rank, FAILED, reason, announced=False))
+                failure = self._publish(PeerFailure([self.rank], FAILED, reason))
             self._asked_at = None
             if failure is not None:
                 self._exit_for(failure)
 
     def _exit_for(self, failure: PeerFailure) -> None:
         """Ends this process, unless its main thread ends it by itself in time."""
-        if failure.rank == self.rank and not failure.announced:
+        if self.rank in failure.ranks and not failure.announced:
             run_with_timeout(STACKS_SECONDS, self._write_stacks)  # the disk of the run folder may be what hangs
         grace = time.monotonic() + (LEAVE_SECONDS if failure.announced else 0.0)
         while time.monotonic() < grace:
@@ -196,37 +173,31 @@ class Watchdog:
                 number=self._heartbeats,
                 action=action.name,
                 actions=action.number,
-                action_seconds=self._now() - action.begin,
+                action_seconds=time.monotonic() - action.begin,
                 limit_seconds=action.limit_seconds,
-                in_collective=in_collective(),
-                host=host_id(),
-                pid=os.getpid(),
             )
             self._store.set(f"heartbeat/{self.rank}", json.dumps(asdict(heartbeat)))
 
     def _find_failure(self) -> PeerFailure | None:
         """The failure that another rank has published, or one that this rank finds now."""
-        watches_all = self.rank == 0 or self._suspicious.is_set()
         with self._store_lock:
             if self._store.check(["failure"]):
                 self._known = PeerFailure(**json.loads(self._store.get("failure")))
                 return self._known
-            self._receive(list(range(self.world_size)) if watches_all else [0, self.rank])
-            others = {rank: last for rank, last in self._received.items() if rank != self.rank}
-        now = self._now()
-        allowed = self._suspect_seconds if self._suspicious.is_set() else self.timeout_seconds
-        failure = find_silent(others, allowed, now)
-        if failure is None and self.rank == 0:
-            failure = find_hung(self._received, now)
-        return None if failure is None else self._publish(failure)
-
-    def _receive(self, ranks: list[int]) -> None:
-        now = self._now()
-        texts = self._store.multi_get([f"heartbeat/{rank}" for rank in ranks])
-        for rank, text in zip(ranks, texts, strict=True):
-            heartbeat = Heartbeat(**json.loads(text))
+        now = time.monotonic()
+        for rank, heartbeat in self._read(range(self.world_size) if self.rank == 0 else [0]).items():
             if rank not in self._received or self._received[rank].heartbeat.number != heartbeat.number:
                 self._received[rank] = Received(heartbeat, now)
+        failure = find_lost(self._received, self.timeout_seconds, now)
+        if failure is None and self.rank == 0:
+            failure = find_hung(self._received, self._silent_seconds, now)
+        return None if failure is None else self._publish(failure)
+
+    def _read(self, ranks: Sequence[int]) -> dict[int, Heartbeat]:
+        """The last heartbeats of these ranks."""
+        with self._store_lock:
+            texts = self._store.multi_get([f"heartbeat/{rank}" for rank in ranks])
+        return {rank: Heartbeat(**json.loads(text)) for rank, text in zip(ranks, texts, strict=True)}
 
     def _publish(self, failure: PeerFailure) -> PeerFailure:
         """Publishes a failure to all ranks. Returns the first one that was published, which counts for all of them."""
@@ -238,14 +209,10 @@ class Watchdog:
         except DistError:
             return failure
 
-    @property
-    def _suspect_seconds(self) -> float:
-        return min(max(SUSPECT_SECONDS, 3 * self._interval), self.timeout_seconds)
-
     def _store_lost(self) -> PeerFailure:
         """The first rank, which holds the store, is gone. A failure that was published before is the reason."""
-        return self._known or self._lost(0, "the connection to it broke")
+        return self._known or self._first_lost("the connection to it broke")
 
-    def _lost(self, rank: int, how: str) -> PeerFailure:
-        last = self._received.get(rank)
-        return lost(rank, how, last.heartbeat if last is not None else None)
+    def _first_lost(self, how: str) -> PeerFailure:
+        last = self._received.get(0)
+        return lost({0: last.heartbeat if last is not None else None}, how)

@@ -32,77 +32,20 @@ class Device:
 _PCIE4 = 32.0
 _PCIE5 = 64.0
 # A name that contains another one comes first. NVIDIA states NVLink's rate for both directions; this table has half.
+# The white papers of RTX cards are read for products with fp32 sums.
 DEVICES = (
-    Device(
-        "b200", "B200", 2250, 180, 8000, 900, 400, "NVIDIA DGX B200 data sheet, an eighth", "DGX B200: 8 x 400 Gbit/s"
-    ),
-    Device("h200", "H200", 989, 141, 4800, 450, 400, "NVIDIA H200 data sheet, SXM", "DGX H200: 8 x 400 Gbit/s"),
-    Device(
-        "h100-pcie",
-        "H100 PCIe",
-        756,
-        80,
-        2000,
-        _PCIE5,
-        200,
-        "NVIDIA H100 data sheet, PCIe",
-        "200 Gbit/s a device, assumed",
-    ),
-    Device("h100", "H100", 989, 80, 3350, 450, 400, "NVIDIA H100 data sheet, SXM", "DGX H100: 8 x 400 Gbit/s"),
-    Device(
-        "a100-40gb",
-        "A100-SXM4-40GB",
-        312,
-        40,
-        1555,
-        300,
-        200,
-        "NVIDIA A100 data sheet, SXM 40 GB",
-        "DGX A100: 8 x 200 Gbit/s",
-    ),
-    Device(
-        "a100-80gb", "A100", 312, 80, 2039, 300, 200, "NVIDIA A100 data sheet, SXM 80 GB", "DGX A100: 8 x 200 Gbit/s"
-    ),
-    Device("l40s", "L40S", 362, 48, 864, _PCIE4, 50, "NVIDIA L40S data sheet", "50 Gbit/s a device, assumed"),
-    Device(
-        "l4", "L4", 121, 24, 300, _PCIE4, 12.5, "NVIDIA L4 data sheet", "Google Cloud g2-standard-96: 100 Gbit/s for 8"
-    ),
-    Device(
-        "a10g", "A10G", 70, 24, 600, _PCIE4, 12.5, "NVIDIA A10G data sheet (AWS)", "AWS g5.48xlarge: 100 Gbit/s for 8"
-    ),
-    Device(
-        "rtx4090",
-        "RTX 4090",
-        165,
-        24,
-        1008,
-        _PCIE4,
-        2.5,
-        "NVIDIA Ada white paper, fp32 sums",
-        "10 Gbit/s for 4, assumed",
-    ),
-    Device(
-        "rtx4080",
-        "RTX 4080",
-        97,
-        16,
-        717,
-        _PCIE4,
-        2.5,
-        "NVIDIA Ada white paper, fp32 sums",
-        "10 Gbit/s for 4, assumed",
-    ),
-    Device(
-        "rtx3090",
-        "RTX 3090",
-        71,
-        24,
-        936,
-        _PCIE4,
-        2.5,
-        "NVIDIA GA102 white paper, fp32 sums",
-        "10 Gbit/s for 4, assumed",
-    ),
+    Device("b200", "B200", 2250, 180, 8000, 900, 400, "NVIDIA DGX data sheet, an eighth", "DGX B200: 8 x 400 Gbit/s"),
+    Device("h200", "H200", 989, 141, 4800, 450, 400, "NVIDIA data sheet, SXM", "DGX H200: 8 x 400 Gbit/s"),
+    Device("h100-pcie", "H100 PCIe", 756, 80, 2000, _PCIE5, 200, "NVIDIA data sheet", "200 Gbit/s a device, assumed"),
+    Device("h100", "H100", 989, 80, 3350, 450, 400, "NVIDIA data sheet, SXM", "DGX H100: 8 x 400 Gbit/s"),
+    Device("a100-40gb", "A100-SXM4-40GB", 312, 40, 1555, 300, 200, "NVIDIA data sheet", "DGX A100: 8 x 200 Gbit/s"),
+    Device("a100-80gb", "A100", 312, 80, 2039, 300, 200, "NVIDIA data sheet, SXM", "DGX A100: 8 x 200 Gbit/s"),
+    Device("l40s", "L40S", 362, 48, 864, _PCIE4, 50, "NVIDIA data sheet", "50 Gbit/s a device, assumed"),
+    Device("l4", "L4", 121, 24, 300, _PCIE4, 12.5, "NVIDIA data sheet", "GCP g2-standard-96: 100 Gbit/s for 8"),
+    Device("a10g", "A10G", 70, 24, 600, _PCIE4, 12.5, "NVIDIA data sheet (AWS)", "AWS g5.48xlarge: 100 Gbit/s for 8"),
+    Device("rtx4090", "RTX 4090", 165, 24, 1008, _PCIE4, 2.5, "NVIDIA Ada white paper", "10 Gbit/s for 4, assumed"),
+    Device("rtx4080", "RTX 4080", 97, 16, 717, _PCIE4, 2.5, "NVIDIA Ada white paper", "10 Gbit/s for 4, assumed"),
+    Device("rtx3090", "RTX 3090", 71, 24, 936, _PCIE4, 2.5, "NVIDIA GA102 white paper", "10 Gbit/s for 4, assumed"),
 )
 WITHOUT_FP8 = ("a100-40gb", "a100-80gb", "a10g", "rtx3090")  # compute capabilities of 8.0 and 8.6
 _ALIASES = {

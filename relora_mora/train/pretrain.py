@@ -107,12 +107,11 @@ def _pretrain(config: Config, guard: Guard) -> int:
     late = f"the ranks did not join within {longest:.0f} s: one of them has exited, or hosts cannot reach each other"
     with guard.bound(longest, late):
         rank, world_size = init_distributed(config.train.peer_timeout_seconds)
-    setup_logging(rank)
-    startup.done("rendezvous")
+        setup_logging(rank)
+        startup.done("rendezvous")
+        if world_size > 1:
+            _watch(guard, config, rank, world_size)
     folder = Path(config.train.run_dir)
-    job = collectives.from_first_rank(lambda: os.urandom(8).hex())
-    if world_size > 1:
-        _watch(guard, config, rank, world_size, job)
     data, datasets = collectives.from_first_rank(lambda: _pin_commits(config))
     remember_datasets(datasets)
     config = collectives.on_all_ranks(lambda: with_tokenizer(with_rule(config.model_copy(update={"data": data}))))
@@ -242,19 +241,18 @@ def _check_remote_data(checked: ResolvedRun, data: DataConfig) -> dict[int, Vers
     return remote_versions(checked.shards, data.timeout_seconds)
 
 
-def _watch(guard: Guard, config: Config, rank: int, world_size: int, job: str) -> None:
+def _watch(guard: Guard, config: Config, rank: int, world_size: int) -> None:
     watch = Watchdog(
         rank,
         world_size,
         config.train.peer_timeout_seconds,
         address=store_address(),
-        job=job,
+        job=collectives.from_first_rank(lambda: os.urandom(8).hex()),
         end=guard.end,
         stacks=RunFolder(Path(config.train.run_dir)).stacks(rank),
     )
     collectives.gather_from_ranks(None)  # now every rank has sent its first heartbeat
     guard.watch_peers(watch)
-    collectives.let_ranks_wait()
     guard.begin("checking settings, model and data", within=config.data.timeout_seconds + LONG_SECONDS)
 
 

@@ -314,12 +314,8 @@ def test_as_a_program(tmp_path: Path) -> None:
     [
         ({"RANK": "x"}, "RANK=x in the environment: expected a number of 0 or more"),
         ({"RANK": ""}, "RANK= in the environment"),
-        ({"RANK": "5"}, "RANK=5 in the environment: expected less than WORLD_SIZE, which is 1"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
-        ({"WORLD_SIZE": "0"}, "RANK=0 in the environment: expected less than WORLD_SIZE, which is 0"),
         ({"WORLD_SIZE": "2.5"}, "WORLD_SIZE=2.5"),
-        ({"LOCAL_RANK": "²"}, "LOCAL_RANK=²"),
-        ({"MASTER_PORT": "99999999"}, "MASTER_PORT=99999999 in the environment: expected at most 65535"),
         ({"WORLD_SIZE": "2", "MASTER_PORT": "7"}, "WORLD_SIZE=2 in the environment, but MASTER_ADDR is not set"),
         (
             {"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "0"},

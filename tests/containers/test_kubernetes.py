@@ -313,7 +313,7 @@ def test_a_pod_is_restarted_until_the_other_pods_are_there(tokenizer_path: str, 
     with pods(str(write_config(settings, tmp_path / "run.yaml"))) as started:
         os.killpg(started[0].pid, signal.SIGKILL)
         output = started[1].communicate(timeout=120)[0]
-    assert "rank 1 of 2 did not meet the others" in output
+    assert "rank 1 of 2 did not join the others" in output
     assert action_after(started[1].returncode) == "Ignore"
 
 

@@ -44,7 +44,7 @@ def _used() -> set[str]:
 def _listed() -> set[str]:
     """The names in the list that the code spells out."""
     paths = [path for uses in (*internals.STATIC.values(), *internals.OBJECTS.values()) for path in uses]
-    return {name for path in paths if path not in internals.COLLECTIVES for name in path.split(".")}
+    return {name for path in paths for name in path.split(".")}
 
 
 def names_of_objects(stage: int, bf16: bool) -> dict[str, set[str]]:

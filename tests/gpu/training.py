@@ -90,13 +90,3 @@ def test_a_command_trains_on_every_gpu(inputs: Path, tokenizer_path: str, tmp_pa
     [start] = read_json_lines(RunFolder(tmp_path / "run").starts)
     assert start["world_size"] == ranks
     assert ("NVIDIA" in json.dumps(start)) == (DEVICE == "cuda")
-
-
-@gpu_only
-def test_two_ranks_on_one_gpu_give_one_message(inputs: Path, tokenizer_path: str, tmp_path: Path) -> None:
-    """``make test-fakecuda`` runs it, too."""
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
-    job = Job(write_config(config, tmp_path / "run.yaml"), launcher="torchrun", device="cuda", visible="0")
-    assert job.wait() == 1, job.output  # torchrun's own; the ranks end with 2
-    assert job.output.count("see only one GPU, the same one") == 1
-    assert f"exitcode  : {USER_ERROR}" in job.output
