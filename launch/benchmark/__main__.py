@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from relora_mora.cli.command import missing_package, run
-from relora_mora.supervise.exits import leave_process
+from relora_mora.supervise.exits import leave_now
 from relora_mora.system.process import sleep_soon
 
 KINDS = {
@@ -52,5 +52,5 @@ if __name__ == "__main__":
         main()
     except SystemExit as end:
         if isinstance(end.code, int):
-            leave_process(end.code)  # otherwise one of several ranks may abort after its work is done
+            leave_now(end.code)  # otherwise one of several ranks may abort after its work is done
         raise

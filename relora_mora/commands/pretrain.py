@@ -93,7 +93,7 @@ def run_to_the_end(main: Callable[..., int], argv: Sequence[str] | None = None, 
         run(main, argv, name=name)
     except SystemExit as end:
         try:
-            from relora_mora.supervise.exits import FAILED, leave_process
+            from relora_mora.supervise.exits import FAILED, leave_now
         except ModuleNotFoundError:  # run() has reported it
             raise end from None
-        leave_process(end.code if isinstance(end.code, int) else FAILED)  # run() always exits with a number
+        leave_now(end.code if isinstance(end.code, int) else FAILED)  # run() always exits with a number

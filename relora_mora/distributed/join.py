@@ -32,6 +32,11 @@ _NO_ABORTS = {
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_DIST_USE_NCCL2": "0",  # torch 2.15 prefers it, and it has a watchdog of its own (pytorch#192105)
 }
+CHECKS = (
+    "check that all ranks were started, that no other job uses MASTER_PORT, that each rank has a GPU of its own if "
+    "there are GPUs, that no firewall is between the hosts, and that GLOO_SOCKET_IFNAME names the network interface "
+    "that leads to other hosts"
+)
 PORT_SECONDS = 20.0  # for the first rank to get the port: a run that was just killed may still hold it
 
 
@@ -127,10 +132,8 @@ def _connect(timeout_seconds: float) -> None:
             raise
         address, port = store_address()
         raise JoinError(
-            f"rank {rank} of {world_size} did not join the others at {address}:{port} (MASTER_ADDR, MASTER_PORT) in "
-            f"{time.monotonic() - begin:.0f} s ({' '.join(str(error).split())}); check that all ranks were started, "
-            "that no other job uses the port, that each rank has a GPU of its own if there are GPUs, that no firewall "
-            "is between the hosts, and that GLOO_SOCKET_IFNAME names the network interface that leads to other hosts"
+            f"rank {rank} of {world_size} did not join the others at {address}:{port} in "
+            f"{time.monotonic() - begin:.0f} s ({' '.join(str(error).split())}); {CHECKS}"
         ) from error
 
 

@@ -82,18 +82,11 @@ def record_end(folder: Path, *, code: int, reason: str, rank: int, step: int | N
         append_synced(RunFolder(folder).ends, json.dumps(entry))
 
 
-def leave_process(code: int) -> NoReturn:
-    """Flushes the output and exits with this code, whatever the other threads of the process are doing.
+def leave_now(code: int, *last_words: Callable[[], object], linger: float = 0.0) -> NoReturn:
+    """Exits with this code, whatever the other threads are doing, even if a pipe is full or a disk does not answer.
 
     An ordinary exit destroys objects of libraries. If another rank has just exited, a destructor of gloo or the store
     can abort the process ("terminate called without an active exception"), and the exit code is lost.
-    """
-    _flush()
-    os._exit(code)
-
-
-def leave_now(code: int, *last_words: Callable[[], object], linger: float = 0.0) -> NoReturn:
-    """Exits with this code, even if a pipe is full or a disk does not answer.
 
     First it calls ``last_words`` in this order and flushes the output, but for ``LAST_SECONDS`` at most. Then it waits
     for ``linger`` seconds.
@@ -103,14 +96,10 @@ def leave_now(code: int, *last_words: Callable[[], object], linger: float = 0.0)
         for words in last_words:
             with contextlib.suppress(Exception):  # the next calls matter just as much
                 words()
-        _flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: closed at the start
+                stream.flush()
 
     run_with_timeout(LAST_SECONDS, speak)
     time.sleep(linger)
     os._exit(code)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: closed at the start
-            stream.flush()

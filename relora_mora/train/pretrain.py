@@ -19,7 +19,7 @@ from relora_mora.data.shard import Shard, Version
 from relora_mora.data.sources.named_sets import Datasets, find_datasets, remember_datasets
 from relora_mora.data.sources.names import with_commits
 from relora_mora.distributed import collectives
-from relora_mora.distributed.join import JoinError, joined_within, store_address
+from relora_mora.distributed.join import CHECKS, JoinError, joined_within, store_address
 from relora_mora.engine.start import init_distributed
 from relora_mora.optim.own import with_rule
 from relora_mora.supervise.exits import FAILED, USER_ERROR
@@ -104,7 +104,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     if config.train.deterministic:
         compute_deterministically()
     longest = joined_within(config.train.peer_timeout_seconds)
-    late = f"the ranks did not join within {longest:.0f} s: one of them has exited, or hosts cannot reach each other"
+    late = f"the ranks did not join within {longest:.0f} s; {CHECKS}"
     with guard.bound(longest, late):
         rank, world_size = init_distributed(config.train.peer_timeout_seconds)
         setup_logging(rank)

@@ -51,7 +51,7 @@ def test_a_port_that_another_job_holds_is_named(monkeypatch: pytest.MonkeyPatch)
         for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("MASTER_PORT", str(port))
-        with pytest.raises(join.JoinError, match=rf"127.0.0.1:{port} \(MASTER_ADDR, MASTER_PORT\) .*EADDRINUSE"):
+        with pytest.raises(join.JoinError, match=rf"127.0.0.1:{port} .*EADDRINUSE.*MASTER_PORT"):
             join.join(5.0)
 
 
