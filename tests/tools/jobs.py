@@ -63,8 +63,7 @@ def kill_all() -> None:
 
 
 class Job:
-    """A run of launch/pretrain.py (or ``script``) on ``ranks`` processes, started with deepspeed, torchrun or
-    python, on the CPU or on the GPUs that are ``visible``."""
+    """A run of launch/pretrain.py (or ``script``) on ``ranks`` processes, with deepspeed, torchrun or python."""
 
     def __init__(
         self,
@@ -75,7 +74,6 @@ class Job:
         script: Path | None = None,
         port: int | None = None,
         device: str = "cpu",
-        visible: str | None = None,
     ) -> None:
         self.port, self.ranks = port or free_port(), ranks
         front = {
@@ -85,8 +83,6 @@ class Job:
         }[launcher]
         kept = {key: value for key, value in os.environ.items() if key not in _OF_A_JOB}
         given = {"DS_ACCELERATOR": device, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
-        if visible is not None:
-            given["CUDA_VISIBLE_DEVICES"] = visible
         self.log = config.with_suffix(f".{time.monotonic_ns()}.log")
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
