@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:  # half an environment is none
 
-.PHONY: demo test same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda count-fakecuda test-gpu wheels packages test-package release bench-cluster bench-smoke study study-smoke docs lint types checks format env dev clean
+.PHONY: demo test test-all test-more same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda count-fakecuda test-gpu wheels packages test-package release bench-cluster bench-smoke study study-smoke docs lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/relora-mora demo
@@ -18,10 +18,16 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet $(if $(WHEELS),--no-index --
 # compile the package and the tests again if it kept no bytecode
 JOBS ?= 3
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
-test: $(VENV)/.installed-dev  ## all tests but those of the targets below
+test: $(VENV)/.installed-dev  ## the net, in minutes: unit tests, and whole runs with every pair of settings
 	$(PYTEST)
 
-test-elastic: $(VENV)/.installed-dev  ## every move between 1, 2, 4 ranks and ZeRO 0-3, three methods; what make test leaves out of other grids
+LONG := elastic or stops or kills or cluster
+test-all: $(VENV)/.installed-dev  ## everything that needs no special machine, except the long proofs below
+	$(PYTEST) -m "not ($(LONG))"
+test-more: $(VENV)/.installed-dev  ## what test-all has and test does not
+	$(PYTEST) -m "more and not ($(LONG))"
+
+test-elastic: $(VENV)/.installed-dev  ## every move between 1, 2, 4 ranks and ZeRO 0-3, three methods; whole runs with every three settings
 	$(BIN)/python -m pytest -m elastic
 
 KILLS ?= 100
@@ -129,7 +135,7 @@ AGAINST ?= HEAD
 same: $(VENV)/.installed-dev  ## whether the code here trains tiny runs bit for bit as that of a commit: make same AGAINST=main
 	$(BIN)/python -m tests.tools.same_numbers $(AGAINST)
 
-VERSION_TESTS := tests/train/state/test_resume.py tests/engine/test_resets.py tests/engine/test_stages.py tests/train/test_golden_loss.py
+VERSION_TESTS := tests/grid tests/engine/test_resets.py tests/engine/test_stages.py
 test-newest:  ## unit, resume, reset and golden tests with the newest packages that are allowed, in .venv-newest
 	@$(MAKE) --no-print-directory versions KIND=newest
 test-oldest:  ## the same with the oldest, in .venv-oldest
@@ -139,12 +145,12 @@ versions:
 	$(if $(filter oldest,$(KIND)),$(PYTHON) tests/tools/oldest.py,printf '') > .venv-$(KIND)/constraints.txt
 	.venv-$(KIND)/bin/python -m pip install --quiet --constraint .venv-$(KIND)/constraints.txt --editable '.[dev]'
 	.venv-$(KIND)/bin/python -m pip list --format=freeze
-	.venv-$(KIND)/bin/python -m pytest -m "not distributed and not elastic and not stops and not kills and not cluster"
+	.venv-$(KIND)/bin/python -m pytest -m "not distributed and not ($(LONG))"
 	.venv-$(KIND)/bin/python -m pytest $(VERSION_TESTS)
 	.venv-$(KIND)/bin/python -m tests.tools.versions $(KIND)
 
 test-fast: $(VENV)/.installed-dev  ## unit tests only
-	$(PYTEST) -m "not distributed and not elastic and not stops and not kills and not cluster"
+	$(PYTEST) -m "not distributed and not more and not ($(LONG))"
 
 docs: .venv-docs/.installed  ## the documentation site in build/site, from .venv-docs; REPO_URL=https://... makes links to source files
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet

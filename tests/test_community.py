@@ -14,6 +14,8 @@ from packaging.version import Version
 import relora_mora
 from tests.tools.helpers import ROOT
 
+pytestmark = pytest.mark.more
+
 SCHEMAS = {
     "CITATION.cff": "citation-file-format",
     ".github/ISSUE_TEMPLATE/bug.yml": "github-issue-forms",

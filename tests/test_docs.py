@@ -20,6 +20,8 @@ from tests.tools.documents import DOCUMENTS, INSTRUCTIONS, blocks, name
 from tests.tools.helpers import ROOT
 from tests.tools.support_page import support_page
 
+pytestmark = pytest.mark.more
+
 SECTIONS = Config.model_fields
 
 

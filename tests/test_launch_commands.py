@@ -12,6 +12,8 @@ import pytest
 from tests.tools.documents import INSTRUCTIONS, blocks, name
 from tests.tools.helpers import ROOT
 
+pytestmark = pytest.mark.more
+
 
 def launches(path: Path) -> Iterator[str]:
     """Command lines that train one of the shipped configs: of code blocks, of code within a line, and of comments."""

@@ -10,6 +10,8 @@ import pytest
 
 from tests.tools.helpers import ROOT
 
+pytestmark = pytest.mark.more
+
 FILES = ("Makefile", "setup.cfg", "setup.py", "pyproject.toml", "relora_mora/kernels/kernels.c")
 
 

@@ -6,6 +6,8 @@ import configparser
 import importlib
 import re
 
+import pytest
+
 import relora_mora
 from relora_mora.checkpoint import layout
 from relora_mora.cli import command
@@ -14,6 +16,8 @@ from relora_mora.data.tokens.index import Index
 from relora_mora.supervise import exits
 from tests.tools import versions
 from tests.tools.helpers import ROOT
+
+pytestmark = pytest.mark.more
 
 TEXT = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
 

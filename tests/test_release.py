@@ -10,6 +10,8 @@ import pytest
 
 from tests.tools.helpers import ROOT
 
+pytestmark = pytest.mark.more
+
 CHANGES = "# Changelog\n\n## [1.1.0]\n\n- new\n\n## [1.0.0]\n\n- old\n"
 
 

@@ -15,6 +15,8 @@ import relora_mora
 from tests.tools.documents import DOCUMENTS, name
 from tests.tools.helpers import ROOT
 
+pytestmark = pytest.mark.more
+
 REPOSITORY = "https://example.org/us/it"
 PAGES = {"README.md", "docs/data.md", "examples/README.md", "examples/loop.md", "docs/method.svg"}
 

@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.tools.helpers import ROOT
+
+pytestmark = pytest.mark.more
 
 PACKAGE = ROOT / "relora_mora"
 # a package or module imports only from lines above its own

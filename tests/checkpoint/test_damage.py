@@ -108,6 +108,7 @@ def test_damaged_checkpoints_are_skipped_named_and_written_again(pools, tokenize
         assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
+@pytest.mark.more
 def test_a_run_with_only_damaged_checkpoints_does_not_start_over(pools, tokenizer_path, tmp_path):
     inputs = write_inputs(tmp_path)
     folder = tmp_path / "run"
@@ -118,6 +119,7 @@ def test_a_run_with_only_damaged_checkpoints_does_not_start_over(pools, tokenize
     assert all("all checkpoints in it are damaged" in message for message in messages)
 
 
+@pytest.mark.more
 def test_a_damaged_tokenizer_does_not_cost_the_weights(pools, tokenizer_path, tmp_path):
     inputs = write_inputs(tmp_path)
     folder = tmp_path / "run"
@@ -133,6 +135,7 @@ def test_a_damaged_tokenizer_does_not_cost_the_weights(pools, tokenizer_path, tm
     assert damaged_tokenizer(*_newest(folder)) is None  # later checkpoints have an intact tokenizer
 
 
+@pytest.mark.more
 def test_changes_of_the_tokenizer_of_a_run_do_not_reach_its_checkpoints(pools, tokenizer_path, tmp_path):
     inputs = write_inputs(tmp_path)
     folder = tmp_path / "run"
@@ -157,6 +160,7 @@ def test_changes_of_the_tokenizer_of_a_run_do_not_reach_its_checkpoints(pools, t
     assert sorted(path.name for path in (folder / "tokenizer").iterdir()) == names
 
 
+@pytest.mark.more
 def test_a_run_replaces_what_is_at_the_path_of_its_tokenizer(pools, tokenizer_path, other_tokenizer, tmp_path):
     """A file, or a link to another tokenizer, which must not change."""
     inputs = write_inputs(tmp_path)

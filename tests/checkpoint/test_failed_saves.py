@@ -18,6 +18,7 @@ from relora_mora.checkpoint.layout import list_checkpoints
 from relora_mora.checkpoint.reader import verify
 from tests.tools.checkpoints import made_manifest
 from tests.tools.commands import disk
+from tests.tools.grids import rest
 from tests.tools.runs import checkpoint_at, log_lines, run_config, tensors, train
 
 pytestmark = pytest.mark.distributed
@@ -74,7 +75,7 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in found)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, *rest((0,))])
 def test_a_rank_without_space_costs_one_checkpoint(pools, inputs, tokenizer_path, tmp_path, rank):
     runs = [tmp_path / "never", tmp_path / "failed"]
     for folder, steps in zip(runs, ([], [4, 8]), strict=True):  # the first saves of a merged base
@@ -93,6 +94,7 @@ def test_a_rank_without_space_costs_one_checkpoint(pools, inputs, tokenizer_path
         assert all(torch.equal(never[key], failed[key]) for key in never)
 
 
+@pytest.mark.more
 def test_a_run_ends_with_an_error_when_its_last_checkpoint_failed(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 2)
@@ -117,6 +119,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
         yield place
 
 
+@pytest.mark.more
 def test_a_full_disk_is_survived_and_used_again_when_there_is_space(pools, inputs, tokenizer_path, small_disk):
     config = run_config(inputs, tokenizer_path, small_disk.parent, 2)
     first, second = pools(2)(followed, config, before={8: ["mount", "-o", "remount,size=16m", str(small_disk)]})
@@ -131,6 +134,7 @@ def test_a_full_disk_is_survived_and_used_again_when_there_is_space(pools, input
     )
 
 
+@pytest.mark.more
 def test_a_folder_that_cannot_be_written_is_survived(pools, inputs, tokenizer_path, small_disk):
     config = run_config(inputs, tokenizer_path, small_disk.parent, 2, checkpoint={"keep_last": 2})
     commands = {step: ["mount", "-o", f"remount,{mode}", str(small_disk)] for step, mode in ((4, "ro"), (6, "rw"))}
@@ -202,6 +206,7 @@ def saves_of_a_rig(folder: Path, what: str) -> list[str]:
     return lines
 
 
+@pytest.mark.more
 def test_a_rank_that_is_late_is_given_up_and_its_files_are_removed(pools, tmp_path):
     first, second = pools(2)(saves_of_a_rig, tmp_path / "checkpoints", "late")
     assert len(first) == 1
@@ -304,7 +309,7 @@ def slow_to_write(config: Any, what: str) -> bool:
     return met == [True]
 
 
-@pytest.mark.parametrize("what", ["save", "base"])
+@pytest.mark.parametrize("what", ["save", *rest(("base",))])
 def test_training_continues_during_a_write_but_no_merge_overtakes_it(pools, inputs, tokenizer_path, tmp_path, what):
     quick = tmp_path / "quick"
     slow = tmp_path / "slow"

@@ -14,6 +14,8 @@ import pytest
 
 from tests.tools.helpers import ROOT
 
+pytestmark = pytest.mark.more
+
 SCRIPT = ROOT / "launch" / "slurm" / "pretrain.sbatch"
 CONFIG = "configs/run/tiny_remora.yaml"
 RUN = (CONFIG, "--train.run_dir=run")

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,8 @@ from relora_mora.optim.groups import make_schedule
 from relora_mora.system.devices import CPU
 from tests.tools.config_tools import SECTIONS, SETTINGS, same, tree
 from tests.tools.tiny import tiny_llama
+
+pytestmark = pytest.mark.more
 
 many = settings(
     max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

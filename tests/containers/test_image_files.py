@@ -16,6 +16,8 @@ import yaml
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import BIN
 
+pytestmark = pytest.mark.more
+
 SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
 
 

@@ -25,6 +25,8 @@ from tests.tools.jobs import ends, last_step, write_config
 from tests.tools.ports import free_port
 from tests.tools.runs import run_config, write_inputs
 
+pytestmark = pytest.mark.more
+
 FOLDER = ROOT / "launch" / "k8s"
 OBJECTS = {
     f"{path.name}: {body['kind']}": body

@@ -74,6 +74,7 @@ def of_deepspeed(pools: Any) -> dict[str, set[str]]:
     return found | pools(1)(names_of_fused)[0]
 
 
+@pytest.mark.more
 @pytest.mark.distributed
 def test_deepspeed_has_everything_in_the_list(of_deepspeed: dict[str, set[str]]) -> None:
     for kind, uses in internals.OBJECTS.items():
@@ -113,6 +114,7 @@ def test_the_code_uses_everything_in_the_list() -> None:
     assert _listed() - _used() == set()
 
 
+@pytest.mark.more
 def test_only_the_list_imports_modules_of_deepspeed() -> None:
     """Elsewhere, a module that moved would end a run with a traceback."""
     for path in sorted((ROOT / "relora_mora").rglob("*.py")):
@@ -147,6 +149,7 @@ def test_a_module_that_moved_is_named_the_same_way() -> None:
         import not_installed  # noqa: F401
 
 
+@pytest.mark.more
 def test_deepspeed_starts_on_a_cpu_without_a_warning():
     environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
     done = subprocess.run(

@@ -34,6 +34,7 @@ def merge_of_an_infinite_adapter(world_size: int, stage: int) -> str:
     return message
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_delta_that_is_not_finite_is_never_merged(pools, stage):
     messages = pools(2)(merge_of_an_infinite_adapter, 2, stage)
@@ -58,6 +59,7 @@ def merge_with_a_part_missing(world_size: int, stage: int, what: str) -> str:
     return message
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("what", ["layer", "shard of one rank"])
 def test_a_merge_that_would_miss_something_does_not_begin(pools, stage, what):
@@ -95,6 +97,7 @@ def merge_with_a_part_not_reset(world_size: int, stage: int) -> str:
     return refused_merge(rig)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_merge_that_has_not_reset_everything_ends_the_run(pools, stage):
     first, second = pools(2)(merge_with_a_part_not_reset, 2, stage)

@@ -29,6 +29,8 @@ from tests.tools.runs import checkpoint_at
 from tests.tools.shared import needs_lm_eval
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
+pytestmark = pytest.mark.more
+
 
 @pytest.fixture
 def model(tmp_path) -> Path:

@@ -11,6 +11,8 @@ import yaml
 from relora_mora.evaluation.local_tasks import gsm8k_scores, metamath_scores, pair_scores
 from tests.tools.shared import needs_lm_eval
 
+pytestmark = pytest.mark.more
+
 # right answer, generated text, (strict, flexible), and the result of lm-eval's task gsm8k if it differs
 GSM8K: list[tuple[str, str, tuple[int, int], tuple[int, int] | None]] = [
     ("18", "So 9 * 2 = 18\n#### 18", (1, 1), None),

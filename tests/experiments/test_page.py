@@ -14,6 +14,8 @@ from relora_mora.experiments.compare.groups import group_runs
 from relora_mora.experiments.compare.runs import read_runs
 from tests.tools.helpers import ROOT
 
+pytestmark = pytest.mark.more
+
 STUDIES = {path.name.removesuffix(".jsonl.gz") for path in (ROOT / "docs" / "studies").glob("*_*.jsonl.gz")}
 TOGETHER = [{"tuned_tiny", "tuned_seeds_tiny"}]  # seeds of the same rows, on the same kind of machine
 PERPLEXITY = re.compile(r"(?<![\d.])\d{3}\.\d(?![\d%])")

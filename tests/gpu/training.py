@@ -16,7 +16,6 @@ import torch
 from relora_mora.supervise.exits import USER_ERROR
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.engine.test_base import test_stored_weights_are_the_rounded_masters
-from tests.engine.test_matrices import test_in_bf16_every_stage_trains_as_plain_torch_does_up_to_rounding
 from tests.engine.test_resets import (
     test_a_merge_changes_only_what_it_should,
     test_carry_moves_the_state_to_the_new_operators,
@@ -27,26 +26,13 @@ from tests.engine.test_resident import (
     test_every_change_of_a_weight_drops_the_resident_one,
     test_resident_layers_train_like_the_merged_form_and_build_once_a_step,
 )
-from tests.engine.test_stages import (
-    test_a_nan_on_one_rank_stops_the_step_on_all,
-    test_stages_agree_around_a_merge,
-    test_stages_agree_in_bf16,
-)
+from tests.engine.test_stages import test_a_nan_on_one_rank_stops_the_step_on_all
 from tests.gpu.conftest import DEVICE, gpu_only
+from tests.grid.test_runs import test_a_run_trains_as_plain_torch_does_and_resumes_to_the_bit
 from tests.tools.jobs import Job, write_config
 from tests.tools.pool import Pools
 from tests.tools.runs import checkpoint_at, logged_values, run_config, tensors, train
-from tests.train.state.test_base_run import test_resumes_are_bit_equal
-from tests.train.state.test_resume import (
-    test_a_resume_before_at_and_after_a_merge_is_bit_equal,
-    test_every_method_resumes_bit_equal,
-)
-from tests.train.test_golden_loss import (
-    golden,
-    test_compiled_layers_train_as_the_reference,
-    test_losses_equal_the_reference,
-)
-from tests.train.test_muon_run import config, test_a_resume_is_bit_equal
+from tests.train.test_compiled import test_compiled_layers_train_like_others
 
 
 @pytest.mark.parametrize("method,others", [("full", "adamw"), ("remora", "adamw"), ("remora", "adamw8bit")])

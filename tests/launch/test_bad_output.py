@@ -37,7 +37,7 @@ from tests.tools.data_tools import write_shard, write_shards
 from tests.tools.helpers import ROOT
 from tests.tools.runs import LLAMA, run_config
 
-pytestmark = pytest.mark.usefixtures("little_text")
+pytestmark = [pytest.mark.more, pytest.mark.usefixtures("little_text")]
 LATER = pytest.mark.stops  # make test-stops
 WRITERS = pytest.mark.parametrize("script", [DEMO_TEXT, TRAIN])
 

@@ -23,7 +23,7 @@ from relora_mora.operators import square_size
 from tests.tools.commands import call, module_of, refused
 from tests.tools.pool import Pool
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.more, pytest.mark.distributed]
 
 SCRIPT = "launch/benchmark/steps.py"
 HIDDEN = 96

@@ -11,6 +11,8 @@ from launch.benchmark.__main__ import KINDS, main
 from launch.benchmark.turns import medians, relative_spread, take_turns
 from tests.tools.helpers import ROOT
 
+pytestmark = pytest.mark.more
+
 
 def exit_code(*argv: str) -> int:
     with pytest.raises(SystemExit) as stop:

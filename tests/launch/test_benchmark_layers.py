@@ -13,6 +13,8 @@ from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import GroupingOperator
 from tests.tools.commands import call, module_of, refused
 
+pytestmark = pytest.mark.more
+
 LAYERS = "launch/benchmark/layers.py"
 MODEL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 

@@ -21,6 +21,8 @@ from tests.tools.commands import BOARD, call, module_of, refused
 from tests.tools.config_tools import tree
 from tests.tools.ports import free_port
 
+pytestmark = pytest.mark.more
+
 SCRIPT = BOARD
 
 

@@ -16,6 +16,8 @@ from tests.experiments.compare.folders import write_run
 from tests.tools.commands import COMPARE, call, left_in, refused
 from tests.tools.helpers import ROOT
 
+pytestmark = pytest.mark.more
+
 LOSSES = [9.0, 4.0, 3.0, 2.0, 1.0]
 
 

@@ -15,6 +15,8 @@ from relora_mora.commands import demo
 from tests.tools.commands import call
 from tests.tools.helpers import ROOT
 
+pytestmark = pytest.mark.more
+
 STEP = """
 import signal, sys, time
 from pathlib import Path

@@ -13,6 +13,8 @@ from relora_mora.config.data import DataConfig
 from relora_mora.data.formats.file_rows import iter_texts
 from tests.tools.helpers import ROOT
 
+pytestmark = pytest.mark.more
+
 SENTENCE = (
     "This is what the function number {} does with the values that are given to it, "
     "and it is not to be called when they are not known. "

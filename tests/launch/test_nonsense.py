@@ -19,7 +19,7 @@ from relora_mora.config.schema import Config
 from relora_mora.model.config_keys import KEYS
 from tests.tools.runs import metrics, run_config, train
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.more, pytest.mark.distributed]
 
 Tree = dict[str, dict[str, Any]]
 EXTREMES = [0, 1, -1, 2**31, 2**63, 2**53, 10**30, 1e-6, 0.5, 1e6, 1e300, 1e9, 1e-300]

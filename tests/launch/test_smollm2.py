@@ -12,6 +12,8 @@ import yaml
 
 from tests.tools.commands import EXPORT, FINETUNE, call, module_of, refused
 
+pytestmark = pytest.mark.more
+
 SMOLLM2 = "examples/smollm2.py"
 MISSING = [name for name in module_of(SMOLLM2).PACKAGES if importlib.util.find_spec(name) is None]
 

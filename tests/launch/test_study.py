@@ -23,6 +23,8 @@ from tests.tools.helpers import ROOT
 from tests.tools.runs import write_inputs
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
+pytestmark = pytest.mark.more
+
 STUDY = "study"
 
 

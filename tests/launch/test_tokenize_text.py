@@ -25,6 +25,8 @@ from tests.tools.data_tools import data_config, line, some_texts, write_parquet,
 from tests.tools.helpers import ROOT
 from tests.tools.runs import write_inputs
 
+pytestmark = pytest.mark.more
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -17,6 +17,8 @@ from relora_mora.tokenizer.identity import vocabulary_size
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.tools.tokenizer_tools import own_text, training
 
+pytestmark = pytest.mark.more
+
 
 def test_lines_are_fed_whole_or_cut_before_a_space() -> None:
     line = "word " * 3000

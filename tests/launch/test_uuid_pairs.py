@@ -6,7 +6,11 @@ import hashlib
 import json
 import uuid
 
+import pytest
+
 from tests.tools.commands import call, refused
+
+pytestmark = pytest.mark.more
 
 UUID_PAIRS = "examples/uuid_pairs.py"
 

@@ -20,7 +20,7 @@ from tests.tools.fsdp_on_cpus import fsdp_on_cpus
 from tests.tools.helpers import ROOT
 from tests.tools.pool import Pools
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.more, pytest.mark.distributed]
 STEPS = ("--steps", "12", "--merge-every", "5")  # with merges after steps 5 and 10
 SAME = 1e-5
 NOTEBOOK = json.loads((ROOT / "examples" / "tiny_remora.ipynb").read_text(encoding="utf-8"))

@@ -10,6 +10,8 @@ import pytest
 
 import relora_mora as rm
 
+pytestmark = pytest.mark.more
+
 HEAVY = ("torch", "deepspeed", "transformers", "datasets")
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from relora_mora.system.process import keep_freed_memory
 
+pytestmark = pytest.mark.more
+
 CODE = """
 import ctypes, resource, torch
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: the counts are of pages of 4 KiB

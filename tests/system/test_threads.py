@@ -7,6 +7,10 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.more
+
 CODE = """
 from relora_mora.system.process import many_imports
 with many_imports():

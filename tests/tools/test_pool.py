@@ -9,7 +9,7 @@ import pytest
 
 from tests.tools.pool import Pool, PoolError
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.more, pytest.mark.distributed]
 
 
 def _rank_1_hangs() -> None:

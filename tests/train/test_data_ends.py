@@ -16,6 +16,7 @@ from relora_mora.train.loop.step import DataFailed
 from relora_mora.train.state.run_state import DataError, RunState, TrainingError
 from tests.tools.data_tools import write_shard, write_shards
 from tests.tools.faulty_server import serving
+from tests.tools.grids import rest
 from tests.tools.jobs import Job, ends, last_step, write_config
 from tests.tools.runs import checkpoint_at, different_tensors, logged_steps, metrics, run_config
 
@@ -39,6 +40,7 @@ def ended(config: Any) -> tuple[str, str]:
     return "", ""
 
 
+@pytest.mark.more
 def test_a_lasting_server_failure_ends_the_run_with_its_state_saved(pools, inputs, tokenizer_path, tmp_path):
     never, run_dir = tmp_path / "never", tmp_path / "run"
     write_shards(tmp_path / "data", 4, 8)  # an epoch of some twenty steps, so that shards are opened all the time
@@ -66,6 +68,7 @@ def test_a_lasting_server_failure_ends_the_run_with_its_state_saved(pools, input
     assert different_tensors(*(checkpoint_at(folder, STEPS) for folder in (never, run_dir))) == []
 
 
+@pytest.mark.more
 def test_text_that_changes_on_the_server_after_the_start_is_not_trained_on(pools, inputs, tokenizer_path, tmp_path):
     """The fingerprint in a checkpoint is of the text that was there at the start."""
     folder, run_dir = tmp_path / "data", tmp_path / "run"
@@ -106,6 +109,7 @@ def test_too_little_text_is_reported_before_the_first_evaluation(pools, inputs, 
     assert not any("eval/loss" in line for line in metrics(tmp_path / "run"))
 
 
+@pytest.mark.more
 def test_unreadable_held_out_text_is_reported_before_the_first_step(pools, inputs, tokenizer_path, tmp_path):
     text = tmp_path / "held_out.jsonl"
     good = '{"text": "the rank of a matrix"}\n' * 100
@@ -128,7 +132,9 @@ def test_unreadable_held_out_text_is_reported_before_the_first_step(pools, input
     assert logged_steps(folder, "eval/loss") == [4, 8, 10]
 
 
-@pytest.mark.parametrize("fault", ["more than data.max_bad_fraction", "its compressed data breaks off at byte"])
+@pytest.mark.parametrize(
+    "fault", ["more than data.max_bad_fraction", *rest(("its compressed data breaks off at byte",))]
+)
 def test_bad_text_stops_all_ranks_at_the_same_step(pools, inputs, tokenizer_path, tmp_path, fault):
     good = [json.dumps({"text": f"the rank of a merge {n} " * 5}).encode() for n in range(80)]
     write_shard(tmp_path / "data" / "part-0.json.gz", good)

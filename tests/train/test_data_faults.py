@@ -29,6 +29,7 @@ def _train(config: Config) -> None:
         train(config)
 
 
+@pytest.mark.more
 def test_a_run_on_a_faulty_network_ends_with_the_same_weights(pools, tokenizer_path, tmp_path):
     inputs = write_inputs(tmp_path / "inputs")
     for n in range(SHARDS):

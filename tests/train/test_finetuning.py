@@ -60,6 +60,7 @@ def logits(folder: Path) -> torch.Tensor:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.arange(40).view(2, 20)).logits
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs, tmp_path, kind):
     changes, stage, precision, method, base = KINDS[kind]
@@ -102,6 +103,7 @@ ON_STAGES = [("full", 2), ("mora", 0), ("mora", 3), ("lora", 1), ("relora", 0), 
 ON_STAGES += rest(("full", 0), ("full", 3), ("mora", 1), ("lora", 3), ("relora", 3), ("remora", 0))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("method", "stage"), ON_STAGES)
 def test_every_method_is_tuned_on_every_stage(pools, inputs, tmp_path, method, stage):
     folder = save(tmp_path / "model", num_key_value_heads=1)
@@ -157,6 +159,7 @@ def settings(inputs, tmp_path) -> Path:
     return path
 
 
+@pytest.mark.more
 def test_a_file_that_names_model_text_and_folder_is_enough(pools, settings, tmp_path):
     (answer,) = pools(1)(call, FINETUNE, settings, "--train.batch_size=8", "--data.lanes=2")
     assert answer.code == 0, answer.err
@@ -180,6 +183,7 @@ def test_rows_are_shown_with_the_tokenizer_of_the_model(settings, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.more
 def test_the_plan_of_a_fine_tuning(settings):
     planned = call(PLAN, settings, "--finetune", "--train.steps=10", "--json")
     assert planned.code == 0, planned.err
@@ -222,6 +226,7 @@ def test_settings_that_cannot_work(pools, settings, words, parts):
     refused(answer, *parts)
 
 
+@pytest.mark.more
 def test_a_tokenizer_that_does_not_fit_the_model(pools, settings, tokenizer_path, tmp_path):
     small = save(tmp_path / "small", "qwen3", num_key_value_heads=1, vocab_size=200)
     for show in ((), ("--show=1",)):

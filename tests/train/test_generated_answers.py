@@ -63,6 +63,7 @@ def generated(run_dir: Path) -> list[list[float]]:
     return [[line[tag] for tag in TAGS] for line in metrics(run_dir) if TAGS[0] in line]
 
 
+@pytest.mark.more
 def test_pairs_are_learned_by_heart(pools, inputs, tokenizer_path, tmp_path):
     sections = {
         "train": {"steps": 40, "micro_batch_size": 6, "zero_stage": 0},
@@ -83,6 +84,7 @@ def test_pairs_are_learned_by_heart(pools, inputs, tokenizer_path, tmp_path):
         assert tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True) == row["completion"]
 
 
+@pytest.mark.more
 def test_a_chat_that_was_learned_stops_by_itself_in_plain_transformers(pools, inputs, tokenizer_path, tmp_path):
     tokenizer = load_tokenizer(tokenizer_path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
@@ -107,6 +109,7 @@ def test_a_chat_that_was_learned_stops_by_itself_in_plain_transformers(pools, in
         assert plain.decode(found[0, ids.input_ids.shape[1] :]) == each[1]["content"] + "<|im_end|>"
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("stage", [3, *rest((2,))])
 def test_generation_does_not_affect_training(pools, inputs, tokenizer_path, tmp_path, stage):
     runs = {}
@@ -121,6 +124,7 @@ def test_generation_does_not_affect_training(pools, inputs, tokenizer_path, tmp_
     assert len(generated(runs[5])) == 2
 
 
+@pytest.mark.more
 def test_each_set_has_its_own_numbers(pools, inputs, tokenizer_path, tmp_path):
     text = {"source": str(inputs / "validation" / "*.json.gz"), "records": {"kind": "text"}}
     sets = {"pairs": str(inputs / "pairs.jsonl"), "plain": text}

@@ -56,6 +56,7 @@ def together(pools, inputs, tokenizer_path, tmp_path_factory) -> dict[int, tuple
     }
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_each_set_is_scored_independently(pools, inputs, tokenizer_path, tmp_path, together, world_size):
     _, seen = together[world_size]
@@ -82,6 +83,7 @@ def test_the_total_equals_the_loss_of_one_text(inputs, tokenizer_path, together,
         assert line["eval/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-12)
 
 
+@pytest.mark.more
 def test_the_command_reports_a_set_with_another_tokenizer(together, tokenizer_path, other_tokenizer):
     folder, _ = together[2]
     for tokenizer, is_another in ((tokenizer_path, False), (other_tokenizer, True)):
@@ -106,6 +108,7 @@ def test_the_command_scores_the_text_of_the_run(inputs, together):
     assert float(rows[1][2]) == pytest.approx(values["sets"]["web"]["loss"], abs=1e-4)
 
 
+@pytest.mark.more
 def test_the_command_takes_sets_and_records(inputs, together):
     folder, _ = together[1]
     of_run = call(EVALUATE, folder)

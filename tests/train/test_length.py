@@ -13,6 +13,7 @@ from tests.tools.runs import metrics, refusal_of, run_config, train, write_input
 pytestmark = pytest.mark.distributed
 
 
+@pytest.mark.more
 def test_epochs_are_counted_and_the_run_ends_when_they_are_read(pools, tokenizer_path, tmp_path):
     inputs = write_inputs(tmp_path / "inputs")
     settings = {

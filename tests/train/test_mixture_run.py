@@ -94,6 +94,7 @@ def test_a_resume_continues_with_the_same_blocks_and_every_source_is_counted(
     assert counted[1]["train/epoch/rows"] == 0
 
 
+@pytest.mark.more
 def test_a_kill_after_a_rollback_does_not_change_the_drawn_sources(pools, inputs, tokenizer_path, tmp_path):
     rolled, killed = tmp_path / "rolled", tmp_path / "killed"
     pools(2)(_bad_at, _config(inputs, tokenizer_path, rolled), (4, 5))
@@ -107,6 +108,7 @@ def test_a_kill_after_a_rollback_does_not_change_the_drawn_sources(pools, inputs
     assert different_tensors(_end(rolled), _end(killed)) == []
 
 
+@pytest.mark.more
 def test_weights_change_if_allowed(pools, inputs, tokenizer_path, tmp_path, never):
     folder = tmp_path / "run"
     pools(2)(train, _config(inputs, tokenizer_path, folder), stop_after=4)
@@ -119,6 +121,7 @@ def test_weights_change_if_allowed(pools, inputs, tokenizer_path, tmp_path, neve
     assert counted[5]["train/tokens/rows"] == (8 + 5) * 32
 
 
+@pytest.mark.more
 def test_sources_may_be_listed_in_another_order_at_a_resume(pools, inputs, tokenizer_path, tmp_path):
     """Which of two with equal weights comes first in a batch stays as it was."""
 
@@ -149,6 +152,7 @@ def _few(inputs: Path, tokenizer: str, run_dir: Path, **settings: Any) -> Any:
     return run_config(inputs, tokenizer, run_dir, data=data, train=settings)
 
 
+@pytest.mark.more
 def test_a_source_with_fewer_texts_than_lanes_is_found_long_before_its_stage(pools, inputs, tokenizer_path, tmp_path):
     (message,) = pools(1)(refusal_of, _few(inputs, tokenizer_path, tmp_path / "run"), SourceError)
     assert "lane 7 found no text in few.json: there are fewer documents than lanes" in message

@@ -88,6 +88,7 @@ def test_an_interrupted_run_continues_bit_for_bit(pools, inputs, tokenizer_path,
     assert not any("eval/bits_per_byte" in line for line in metrics(whole))
 
 
+@pytest.mark.more
 def test_fewer_ranks_continue_with_the_same_records(pools, inputs, tokenizer_path, tmp_path):
     on_two = _config(inputs, tokenizer_path, tmp_path / "run", 2)
     pools(2)(train, on_two, 3)
@@ -98,6 +99,7 @@ def test_fewer_ranks_continue_with_the_same_records(pools, inputs, tokenizer_pat
         assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.more
 def test_another_template_is_other_data(pools, inputs, tokenizer_path, tmp_path):
     config = _config(inputs, tokenizer_path, tmp_path / "run", 1)
     pools(1)(train, config, 2)
@@ -111,6 +113,7 @@ def test_another_template_is_other_data(pools, inputs, tokenizer_path, tmp_path)
     pools(1)(train, other)
 
 
+@pytest.mark.more
 def test_a_new_start_with_another_template_replaces_the_saved_tokenizer(pools, inputs, tokenizer_path, tmp_path):
     template = inputs / "second.jinja"
     template.write_text((inputs / "own.jinja").read_text().replace("':'", "'='"))
@@ -121,6 +124,7 @@ def test_a_new_start_with_another_template_replaces_the_saved_tokenizer(pools, i
         assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
+@pytest.mark.more
 def test_steps_inside_a_prompt_report_no_loss(pools, inputs, tokenizer_path, tmp_path):
     rows = [{"prompt": f"{number} " + "the rank " * 10, "completion": "matrix"} for number in range(30)]
     write_json_lines(tmp_path / "a.jsonl", rows)
@@ -135,6 +139,7 @@ def test_steps_inside_a_prompt_report_no_loss(pools, inputs, tokenizer_path, tmp
     assert min(losses) > 0.5
 
 
+@pytest.mark.more
 def test_epochs_of_records_are_counted(pools, inputs, tokenizer_path, tmp_path):
     config = _config(inputs, tokenizer_path, tmp_path / "run", 1, packing="none")
     config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 1.0, "batch_size": 8})})
@@ -193,6 +198,7 @@ def _evaluated(run_dir: Path, **settings: Any) -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("named", [True, False], ids=["template named", "template of the run"])
 def test_the_command_scores_the_answers_that_the_run_scored(pools, inputs, tokenizer_path, tmp_path, named):
     held_out = {"source": str(inputs / "validation.jsonl"), **({} if named else {"records": {"kind": "messages"}})}

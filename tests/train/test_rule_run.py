@@ -1,4 +1,4 @@
-"""The contract of a rule in whole runs: they resume to the bit, move between ranks and stages, and keep their rule.
+"""The contract of a rule in whole runs: they move between ranks and stages, and keep their rule.
 
 Two rules of one's own and 8-bit AdamW; Muon is in test_muon_run.py.
 """
@@ -21,7 +21,6 @@ from relora_mora.system.run_folder import RunFolder
 from tests.tools.grids import rest
 from tests.tools.rules import matrices_settings
 from tests.tools.runs import (
-    assert_resumes_are_bit_equal,
     checkpoint_at,
     copy_cut_at,
     logged_values,
@@ -46,23 +45,6 @@ def config(inputs, tokenizer_path):
         return run_config(inputs, tokenizer_path, folder, world_size, **sections)
 
     return make
-
-
-CASES = [(2, "full", "galore", "adamw", 0, False), (2, "full", "galore", "adamw8bit", 3, True)]
-CASES += [(1, "remora", "apollo", "adamw8bit", 1, True), (2, "remora", "apollo", "adamw", 2, False)]
-CASES += rest((2, "full", "adamw8bit", "adamw", 2, True), (1, "remora", "galore", "adamw", 1, True))
-CASES += rest((2, "full", "apollo", "adamw8bit", 0, True), (2, "remora", "galore", "adamw", 3, False))
-
-
-@pytest.mark.parametrize("world,method,matrices,others,stage,bf16", CASES)
-def test_a_resume_is_bit_equal(pools, config, tmp_path, world, method, matrices, others, stage, bf16):
-    """Before a renewal and after one, which is also a merge of remora."""
-    sections = {
-        "method": {"name": method},
-        "optim": {**matrices_settings(matrices, **RULE), "others": others},
-        "train": {"zero_stage": stage, "precision": "bf16" if bf16 else "fp32", "steps": 8},
-    }
-    assert_resumes_are_bit_equal(pools(world), partial(config, world_size=world, **sections), tmp_path)
 
 
 UNSCORED_STEPS = (1, 2, 6, 7, 9)  # projections are due in the steps 1 to 3 and 6 to 8
@@ -98,7 +80,8 @@ def _equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     return [torch.equal(value, expected[key]) for key, value in found.items()]
 
 
-@pytest.mark.parametrize("stage", [1, *rest((0,), (2,), (3,))])
+@pytest.mark.more
+@pytest.mark.parametrize("stage", [3, *rest((1,))])
 def test_a_rule_may_wait_for_a_scored_step(pools, config, tmp_path, stage):
     """GaLore computes no projection from zeros: on every stage, and also after a resume within the wait."""
     galore = matrices_settings("galore", **RULE)
@@ -118,10 +101,11 @@ def test_a_rule_may_wait_for_a_scored_step(pools, config, tmp_path, stage):
     assert all(_equal(_linears(resumed, 10), _linears(run, 10)))
 
 
-MOVES = [(1, 0, 2, 3, "galore", "adamw8bit"), (2, 1, 4, 2, "galore", "adamw")]
-MOVES += rest((2, 3, 1, 2, "galore", "adamw8bit"), (2, 0, 1, 1, "apollo", "adamw"), (4, 3, 2, 2, "apollo", "adamw"))
+MOVES = [(1, 0, 2, 3, "galore", "adamw8bit")]
+MOVES += rest((2, 1, 4, 2, "galore", "adamw"), (4, 3, 2, 2, "apollo", "adamw"))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("world,stage,to_world,to_stage,matrices,others", MOVES)
 def test_a_moved_run_continues_as_if_it_had_not_moved(
     pools, config, tmp_path_factory, tmp_path, world, stage, to_world, to_stage, matrices, others
@@ -140,6 +124,7 @@ def test_a_moved_run_continues_as_if_it_had_not_moved(
     assert len(logged_values(folder)) == 9
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("matrices,others,stage", [("galore", "adamw8bit", 2), *rest(("apollo", "adamw", 0))])
 def test_a_checkpoint_holds_the_state_of_each_matrix_once(pools, config, tmp_path, matrices, others, stage):
     optim = {**matrices_settings(matrices, **RULE), "others": others}
@@ -162,6 +147,7 @@ def test_a_checkpoint_holds_the_state_of_each_matrix_once(pools, config, tmp_pat
         assert kinds == {"master"} | expected, name
 
 
+@pytest.mark.more
 def test_a_resume_with_another_rule_is_refused(pools, config, tmp_path):
     """Another optimizer, and other shapes of the state, cannot be allowed."""
     folder = tmp_path / "run"
@@ -183,6 +169,7 @@ def test_a_resume_with_another_rule_is_refused(pools, config, tmp_path):
     assert "other shapes or states" in message
 
 
+@pytest.mark.more
 def test_a_resume_with_another_file_must_be_allowed(pools, config, tmp_path):
     """Another folder need not; a run's own settings ask for the file that they were made with."""
     source = Path(matrices_settings("galore")["matrices"].partition(":")[0]).read_text()
@@ -245,12 +232,14 @@ def limits_of_steps(config: Any) -> set[float | None]:
     return set(limits)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("matrices,limit", [("galore", LONG_SECONDS), ("apollo", None)])
 def test_a_slow_rule_has_more_time(pools, config, tmp_path, matrices, limit):
     settings = config(tmp_path / "run", optim=matrices_settings(matrices, **RULE))
     assert pools(1)(limits_of_steps, settings) == [{limit}]
 
 
+@pytest.mark.more
 def test_eight_bits_learn_as_much_as_adamw(pools, config, tmp_path):
     losses = {}
     for name in ("adamw", "adamw8bit"):

@@ -193,6 +193,7 @@ ONLY_TRAINED = tuple(name for name in CHANGED if name.startswith("data.") and no
 EACH_OTHER = [(name,) for name in CHANGED if name not in ONLY_TRAINED]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "names", [(), ONLY_TRAINED, *EACH_OTHER], ids=lambda names: names[0] if len(names) == 1 else None
 )

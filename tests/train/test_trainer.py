@@ -47,6 +47,7 @@ def finished(pools, inputs, tokenizer_path, tmp_path_factory) -> dict[str, Path]
     return folders
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_and_documents_its_run(finished, method):
     folder = finished[method]
@@ -75,6 +76,7 @@ def test_every_method_learns_and_documents_its_run(finished, method):
     assert "torch" in start["versions"]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("method", METHODS)
 def test_the_export_is_the_model_that_was_trained(finished, inputs, tokenizer_path, tmp_path, method):
     out = tmp_path / "export"
@@ -101,6 +103,7 @@ def test_the_export_is_the_model_that_was_trained(finished, inputs, tokenizer_pa
         export(finished[method], out)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("source", ["full", "remora", "export"])
 def test_a_warm_start_begins_with_the_weights_of_the_other_run(
     pools, finished, inputs, tokenizer_path, tmp_path, source
@@ -132,10 +135,12 @@ def reads_of_validation(config: Any) -> int:
     return read.call_count
 
 
+@pytest.mark.more
 def test_one_rank_reads_the_held_out_text(pools, inputs, tokenizer_path, tmp_path):
     assert pools(2)(reads_of_validation, run_config(inputs, tokenizer_path, tmp_path / "run", 2, **UNSAVED)) == [1, 0]
 
 
+@pytest.mark.more
 def test_micro_batches_do_not_change_the_result(pools, inputs, tokenizer_path, tmp_path):
     losses = []
     for micro in (1, 4):
@@ -145,6 +150,7 @@ def test_micro_batches_do_not_change_the_result(pools, inputs, tokenizer_path, t
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("stage", [3, *rest((2,))])
 def test_activation_checkpointing_does_not_change_the_result(pools, inputs, tokenizer_path, tmp_path, stage):
     losses = []
@@ -205,6 +211,7 @@ def test_mistakes_end_before_anything_is_loaded_without_a_traceback(pools, input
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("method", [*METHODS, "remora_paper"])
 def test_every_tiny_config_trains_as_shipped(pools, inputs, tokenizer_path, tmp_path, method):
     """A few steps on other text, by the command that the README names."""

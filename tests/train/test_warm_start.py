@@ -332,6 +332,7 @@ def warnings_of(config: Config, stop_after: int) -> list[str]:
     return [message for message in messages if message.startswith("model.")]
 
 
+@pytest.mark.more
 def test_a_resume_and_an_export_report_changed_initial_weights(pools, inputs, tokenizer_path, tmp_path, caplog):
     base = save(tmp_path / "base")
     other = save(tmp_path / "other", initializer_range=0.3)

@@ -179,6 +179,7 @@ def on_folders_of_their_own(config: Any) -> str:
         agreement._content, agreement.APPEAR_SECONDS = content, before
 
 
+@pytest.mark.more
 def test_a_run_folder_that_the_hosts_do_not_share_is_refused(pools, inputs, tokenizer_path, tmp_path):
     first, second = pools(2)(on_folders_of_their_own, run_config(inputs, tokenizer_path, tmp_path / "run", 2))
     assert first == second

@@ -80,6 +80,7 @@ def test_a_path_that_is_not_a_checkpoint(refuses, tmp_path):
         refuses(tmp_path / name, str(tmp_path / name), message)
 
 
+@pytest.mark.more
 def test_another_format_version(refuses, checkpoint):
     path = checkpoint / "manifest.json"
     path.write_text(path.read_text().replace(f'"version": {VERSION}', f'"version": {VERSION + 1}'))
@@ -179,6 +180,7 @@ def test_a_damaged_model(exported, inputs, tmp_path, harm):
     refused(call(EVALUATE, folder, f"--data={inputs}/validation/*.json.gz"), str(folder), named)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -116,6 +116,7 @@ def test_foreign_weights_are_read_by_the_first_rank(pools, inputs, tokenizer_pat
     _check_values(ranks, {name: p.detach() for name, p in foreign.named_parameters()}, torch.bfloat16)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("method", ["remora", "relora"])
 def test_a_resume_draws_nothing(pools, inputs, tokenizer_path, tmp_path, method):
     config = run_config(
@@ -138,6 +139,7 @@ def train_from_hub(config, endpoint: str) -> None:
         train(config, stop_after=1)
 
 
+@pytest.mark.more
 def test_one_rank_asks_the_hub_for_all(pools, inputs, tokenizer_path, tmp_path):
     """Two repositories have two commits; both are asked for once, at a start as at a resume."""
     with serving(inputs) as server:
@@ -167,6 +169,7 @@ def test_one_rank_asks_the_hub_for_all(pools, inputs, tokenizer_path, tmp_path):
     assert saved["revision"] == "main"
 
 
+@pytest.mark.more
 def test_one_rank_asks_what_is_in_a_set_and_the_others_read_it(pools, inputs, tokenizer_path, tmp_path):
     for split in ("train", "validation"):
         write_shard(tmp_path / "set" / f"{split}-0.parquet", some_texts(100))
@@ -181,6 +184,7 @@ def test_one_rank_asks_what_is_in_a_set_and_the_others_read_it(pools, inputs, to
         assert {f"/blobs/{split}-0.parquet" for split in ("train", "validation")} <= set(server.paths)
 
 
+@pytest.mark.more
 def test_the_parts_of_a_start_are_logged_once(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 2)

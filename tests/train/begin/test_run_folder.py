@@ -103,6 +103,7 @@ def test_a_broken_link_is_not_a_run_folder(tmp_path):
         check_run_folder(tmp_path / "run")
 
 
+@pytest.mark.more
 def test_changes_at_a_resume_are_noted_and_a_finished_run_keeps_its_settings(pools, inputs, tokenizer_path, tmp_path):
     def start(stop_after=None, **sections):
         pools(1)(train, run_config(inputs, tokenizer_path, tmp_path / "run", **sections), stop_after=stop_after)
@@ -136,6 +137,7 @@ def on_a_full_disk(config: Path) -> Answer:
         return call(PRETRAIN, config)
 
 
+@pytest.mark.more
 def test_a_finished_run_stays_finished_on_a_full_disk(pools, inputs, tokenizer_path, tmp_path):
     config = _config(inputs, tokenizer_path, tmp_path / "run", tmp_path / "run.yaml")
     assert [answer.code for answer in pools(2)(call, PRETRAIN, config)] == [0, 0]
@@ -177,6 +179,7 @@ def masking_nothing(config: Path) -> Answer:
         os.umask(before)
 
 
+@pytest.mark.more
 def test_no_file_of_a_run_is_writable_for_everybody(pools, inputs, tokenizer_path, tmp_path):
     (answer,) = pools(1)(masking_nothing, _config(inputs, tokenizer_path, tmp_path / "run", tmp_path / "run.yaml"))
     assert answer.code == 0, answer

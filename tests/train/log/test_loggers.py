@@ -115,6 +115,7 @@ def _train_with_a_broken_logger(inputs: Path, tokenizer: str, run_dir: Path) -> 
         train(run_config(inputs, tokenizer, run_dir, train={"steps": 5}))
 
 
+@pytest.mark.more
 @pytest.mark.distributed
 def test_a_failing_logger_does_not_end_the_run(pools: Any, tokenizer_path: str, tmp_path: Path) -> None:
     pools(1)(_train_with_a_broken_logger, write_inputs(tmp_path), tokenizer_path, tmp_path / "run")

@@ -15,6 +15,7 @@ from tests.tools.pool import Pool
 from tests.tools.tiny import build_rig, tiny_config
 
 
+@pytest.mark.more
 def test_time_before_an_exec_is_not_counted(tmp_path: Path) -> None:
     functions = "".join(map(inspect.getsource, (progress._age_of_interpreter, progress._age)))
     script = tmp_path / "script.py"  # only the functions: importing the trainer takes longer than all of this

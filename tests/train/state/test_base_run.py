@@ -11,12 +11,9 @@ import torch
 from torch import distributed as dist
 
 from relora_mora.config.load import ConfigError
-from tests.tools.grids import rest
 from tests.tools.runs import (
     checkpoint_at,
-    copy_cut_at,
     different_tensors,
-    logged_steps,
     logged_values,
     manifest_at,
     run_config,
@@ -32,34 +29,11 @@ def _sections(stage: int, **method: Any) -> dict[str, Any]:
     return {"train": training, "method": {"merge_every": 3, "base_products": True, **method}}
 
 
-CASES = [
-    (2, 3, {"base": "int8"}),
-    *rest(
-        (1, 2, {"base": "int8"}),
-        (2, 1, {"base": "int8", "form": "decoupled"}),
-        (2, 2, {"base": "int8", "base_products": False}),
-    ),
-    *rest((2, 0, {"base": "fp8"}), (2, 2, {"base": "int8", "name": "relora"})),
-]
-
-
-@pytest.mark.parametrize("world,stage,method", CASES)
-def test_resumes_are_bit_equal(pools, inputs, tokenizer_path, tmp_path, world, stage, method):
-    folders = [tmp_path / "never", tmp_path / "killed"]
-    for folder in folders:
-        if folder.name == "killed":
-            copy_cut_at(folders[0], folder, 4)
-        pools(world)(train, run_config(inputs, tokenizer_path, folder, world, **_sections(stage, **method)))
-    assert different_tensors(*(checkpoint_at(folder, 10) for folder in folders)) == []
-    losses = [logged_values(folder) for folder in folders]
-    assert losses[0] == losses[1]
-    assert logged_steps(folders[1], "merge/layers") == [3, 6, 9]
-
-
 def _base(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return {key: value for key, value in tensors(checkpoint_at(folder, step)).items() if "base" in key}
 
 
+@pytest.mark.more
 def test_the_base_may_change_at_every_resume_and_loses_nothing(pools, inputs, tokenizer_path, tmp_path):
     run_dir = tmp_path / "run"
     before: dict[str, torch.Tensor] = {}
@@ -87,6 +61,7 @@ def _on_a_cpu(config: Any, vnni: Sequence[bool], stop_after: int | None = None) 
     return ""
 
 
+@pytest.mark.more
 def test_auto_chooses_products_for_the_machine(pools, inputs, tokenizer_path, tmp_path):
     def config(folder: str, **method: Any) -> Any:
         sections = _sections(1, base="int8", **{"base_products": "auto", **method})
@@ -101,6 +76,7 @@ def test_auto_chooses_products_for_the_machine(pools, inputs, tokenizer_path, tm
     assert different_tensors(*(checkpoint_at(tmp_path / folder, 10) for folder in ("with", "without"))) != []
 
 
+@pytest.mark.more
 def test_a_run_may_move_to_a_machine_that_chooses_otherwise_but_ranks_may_not_differ(
     pools, inputs, tokenizer_path, tmp_path
 ):

@@ -29,6 +29,7 @@ from tests.tools.runs import (
 pytestmark = pytest.mark.distributed
 
 
+@pytest.mark.more
 def test_the_tokenizer_in_a_checkpoint_is_the_one_of_its_fingerprint(
     pools, inputs, tokenizer_path, other_tokenizer, tmp_path
 ):
@@ -52,6 +53,7 @@ def test_the_tokenizer_in_a_checkpoint_is_the_one_of_its_fingerprint(
     assert tokenizer_fingerprint(checkpoint_at(folder, 3) / "tokenizer") == tokenizer_fingerprint(other_tokenizer)
 
 
+@pytest.mark.more
 def test_another_end_of_document_is_another_tokenizer(pools, inputs, tokenizer_path, tmp_path):
     """With the same vocabulary, so that the fingerprint of the Hugging Face folder is the same."""
     from relora_mora.tokenizer.files import MODEL_FILE
@@ -75,6 +77,7 @@ def test_another_end_of_document_is_another_tokenizer(pools, inputs, tokenizer_p
     assert f"they end with {after}; to allow it: '--train.allow_changes=[tokenizer]'" in message
 
 
+@pytest.mark.more
 def test_other_data_needs_permission_and_is_read_from_its_beginning(pools, inputs, tokenizer_path, tmp_path):
     other, folder, fresh = write_inputs(tmp_path / "other"), tmp_path / "run", tmp_path / "fresh"
     for path in sorted((other / "train").iterdir())[1:]:
@@ -91,6 +94,7 @@ def test_other_data_needs_permission_and_is_read_from_its_beginning(pools, input
     assert manifest_at(folder, 10)["step"] == 10
 
 
+@pytest.mark.more
 def test_another_setting_of_the_data_needs_one_permission(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
@@ -112,6 +116,7 @@ def warnings_of(config):
     return lines
 
 
+@pytest.mark.more
 def test_a_quick_try_is_the_beginning_of_a_longer_run(pools, inputs, tokenizer_path, tmp_path):
     """It ends within the warmup and before the first merge, after step 4."""
     never, folder = tmp_path / "never", tmp_path / "run"
@@ -127,6 +132,7 @@ def test_a_quick_try_is_the_beginning_of_a_longer_run(pools, inputs, tokenizer_p
     assert different_tensors(*(checkpoint_at(run, 10) for run in (never, folder))) == []
 
 
+@pytest.mark.more
 def test_a_fixed_shard_is_continued_from_the_same_line(pools, inputs, tokenizer_path, tmp_path):
     repaired, folder, never = tmp_path / "repaired", tmp_path / "run", tmp_path / "never"
     shutil.copytree(inputs, repaired)
@@ -142,6 +148,7 @@ def test_a_fixed_shard_is_continued_from_the_same_line(pools, inputs, tokenizer_
     assert different_tensors(*(checkpoint_at(run, 10) for run in (never, folder))) == []
 
 
+@pytest.mark.more
 def test_a_run_can_switch_between_text_and_pre_tokenized_text(pools, inputs, tokenizer_path, tmp_path):
     never, folder = tmp_path / "never", tmp_path / "run"
     text = run_config(inputs, tokenizer_path, folder)
@@ -173,6 +180,7 @@ def _swap_letters(folder: Path) -> None:
         path.write_bytes(path.read_bytes().replace(b"merge", b"rerge"))
 
 
+@pytest.mark.more
 def test_other_text_of_the_same_names_and_sizes_needs_permission_and_keeps_its_lines(
     pools, inputs, tokenizer_path, tmp_path
 ):
@@ -195,6 +203,7 @@ def test_other_text_of_the_same_names_and_sizes_needs_permission_and_keeps_its_l
     pools(1)(train, run_config(swapped, tokenizer_path, folder), stop_after=7)  # no change any more
 
 
+@pytest.mark.more
 def test_the_first_rank_asks_the_server_for_the_content_of_all_files(pools, inputs, tokenizer_path, tmp_path):
     served, folder = _plain_copy(inputs, tmp_path / "served"), tmp_path / "run"
     with serving(served) as server:
@@ -218,6 +227,7 @@ def begun(pools, inputs, tokenizer_path, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.more
 def test_a_method_with_the_same_adapter_continues_if_allowed(pools, inputs, tokenizer_path, tmp_path):
     """With its moments and its place in the data; from then on it merges."""
     folder = tmp_path / "run"
@@ -231,6 +241,7 @@ def test_a_method_with_the_same_adapter_continues_if_allowed(pools, inputs, toke
     assert logged_steps(folder, "merge/layers") == [4, 8]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "what,change,says",
     [

@@ -20,6 +20,7 @@ def rollbacks(folder: Path) -> list[tuple[int, int]]:
     return [(entry["step"], entry["at"]) for entry in json.loads((folder / "rollbacks.json").read_text())]
 
 
+@pytest.mark.more
 def test_a_kill_after_a_rollback_on_other_data_changes_nothing(pools, inputs, tokenizer_path, tmp_path):
     def on_other_data(folder: Path) -> Any:
         config = fault_settings(folder, inputs, tokenizer_path, allow_changes=["data.seed"])
@@ -35,6 +36,7 @@ def test_a_kill_after_a_rollback_on_other_data_changes_nothing(pools, inputs, to
     assert same_run(killed, reference)
 
 
+@pytest.mark.more
 def test_a_rollback_does_not_apply_to_data_that_changed_after_it(pools, inputs, tokenizer_path, tmp_path):
     reference, killed = tmp_path / "reference", tmp_path / "killed"
     pools(2)(train, fault_settings(reference, inputs, tokenizer_path), stop_after=3)
@@ -46,6 +48,7 @@ def test_a_rollback_does_not_apply_to_data_that_changed_after_it(pools, inputs, 
     assert same_run(killed, reference)
 
 
+@pytest.mark.more
 def test_rollbacks_of_a_moved_run_do_not_apply_to_a_new_one(pools, inputs, tokenizer_path, tmp_path):
     clean, folder = tmp_path / "clean", tmp_path / "run"
     pools(2)(faulty, fault_settings(clean, inputs, tokenizer_path), {})
@@ -58,6 +61,7 @@ def test_rollbacks_of_a_moved_run_do_not_apply_to_a_new_one(pools, inputs, token
     assert same_run(folder, clean)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("began", ["by itself", "there", "there, and goes on by auto"])
 def test_a_start_from_a_named_checkpoint_with_other_settings_moves_nothing(
     pools, inputs, tokenizer_path, tmp_path, began
@@ -78,6 +82,7 @@ def test_a_start_from_a_named_checkpoint_with_other_settings_moves_nothing(
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.more
 def test_a_run_begins_from_a_named_checkpoint_only_once(pools, inputs, tokenizer_path, tmp_path):
     """The same command continues from what it has saved, since a requeued job has no other command."""
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
@@ -94,6 +99,7 @@ def test_a_run_begins_from_a_named_checkpoint_only_once(pools, inputs, tokenizer
     assert found == {*(f"step-0000000{step}" for step in (2, 3, 4, 5)), *(f"abandoned-step-0000000{n}" for n in (4, 5))}
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("named", ["another run", "a checkpoint of its own"])
 def test_the_same_command_continues_a_run_whose_folder_was_removed(pools, inputs, tokenizer_path, tmp_path, named):
     """It leaves only a checkpoint there."""
@@ -113,6 +119,7 @@ def test_the_same_command_continues_a_run_whose_folder_was_removed(pools, inputs
     assert [line["step"] for line in read_json_lines(folder / "starts.jsonl")] == [4]
 
 
+@pytest.mark.more
 def test_a_run_does_not_start_again_next_to_abandoned_checkpoints(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=1)
@@ -122,6 +129,7 @@ def test_a_run_does_not_start_again_next_to_abandoned_checkpoints(pools, inputs,
         pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
 
 
+@pytest.mark.more
 def test_nothing_of_an_abandoned_history_is_lost(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=3)
@@ -141,6 +149,7 @@ def test_nothing_of_an_abandoned_history_is_lost(pools, inputs, tokenizer_path, 
     assert [line["step"] for line in read_json_lines(folder / "starts.jsonl")] == [0, 2, 3]  # not that at step 1
 
 
+@pytest.mark.more
 def test_a_run_that_goes_back_to_an_abandoned_checkpoint_knows_its_history(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     kept = folder / "checkpoints"
@@ -166,6 +175,7 @@ def test_a_run_that_goes_back_to_an_abandoned_checkpoint_knows_its_history(pools
     assert changes_since_first(now) == changes_since_first(before) != []
 
 
+@pytest.mark.more
 def test_a_run_that_begins_from_a_checkpoint_saves_one_immediately(pools, inputs, tokenizer_path, tmp_path):
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=5)
@@ -176,6 +186,7 @@ def test_a_run_that_begins_from_a_checkpoint_saves_one_immediately(pools, inputs
     assert logged_steps(folder, "eval/loss") == [5, 10]
 
 
+@pytest.mark.more
 def test_a_checkpoint_without_its_last_rename_belongs_to_the_history(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder)
@@ -189,6 +200,7 @@ def test_a_checkpoint_without_its_last_rename_belongs_to_the_history(pools, inpu
     assert newest.is_dir()
 
 
+@pytest.mark.more
 def test_a_run_shortened_to_its_current_step_is_evaluated(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     mora = {"method": {"name": "mora"}}
@@ -198,6 +210,7 @@ def test_a_run_shortened_to_its_current_step_is_evaluated(pools, inputs, tokeniz
     assert logged_steps(folder, "eval/loss") == [0, 3]
 
 
+@pytest.mark.more
 def test_an_earlier_start_without_steps_is_moved_aside(pools, inputs, tokenizer_path, tmp_path):
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)
@@ -210,6 +223,7 @@ def test_an_earlier_start_without_steps_is_moved_aside(pools, inputs, tokenizer_
         shutil.rmtree(folder / "checkpoints")
 
 
+@pytest.mark.more
 def test_metrics_of_a_run_whose_checkpoints_were_removed_are_moved_aside(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder)

@@ -70,6 +70,7 @@ def stopped(config: Any, *, where: str = "start", number: int = 0) -> int:
         Evaluating._stop = stop_evaluation  # type: ignore[method-assign]
 
 
+@pytest.mark.more
 def test_a_resume_in_a_new_folder_that_stops_before_its_first_step_keeps_its_data_position(
     pools, inputs, tokenizer_path, tmp_path
 ):
@@ -83,6 +84,7 @@ def test_a_resume_in_a_new_folder_that_stops_before_its_first_step_keeps_its_dat
     assert different_tensors(*(checkpoint_at(folder, 10) for folder in (never, second))) == []
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("section", "setting", "value", "expected"),
     [
@@ -111,6 +113,7 @@ def test_a_resume_that_cannot_be_allowed_is_refused_and_moves_no_checkpoint(
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == checkpoints
 
 
+@pytest.mark.more
 def test_a_checkpoint_without_a_data_position_is_refused(pools, inputs, tokenizer_path, tmp_path):
     config = run_config(inputs, tokenizer_path, tmp_path / "run")
     pools(1)(train, config, stop_after=2)
@@ -120,6 +123,7 @@ def test_a_checkpoint_without_a_data_position_is_refused(pools, inputs, tokenize
     assert "does not hold its position in the data" in message
 
 
+@pytest.mark.more
 def test_a_spike_of_the_last_step_is_flagged_and_the_run_is_saved(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     assert pools(2)(spiked, fault_settings(folder, inputs, tokenizer_path, **SPIKES), 10) == ["", ""]
@@ -128,6 +132,7 @@ def test_a_spike_of_the_last_step_is_flagged_and_the_run_is_saved(pools, inputs,
     assert not (folder / "rollbacks.json").exists()
 
 
+@pytest.mark.more
 def test_a_stop_right_after_a_spike_does_not_change_the_rollback(pools, inputs, tokenizer_path, tmp_path):
     reference, folder = tmp_path / "reference", tmp_path / "run"
     pools(2)(faulty, fault_settings(reference, inputs, tokenizer_path, **SPIKES), {}, drop=(7, 8))
@@ -142,6 +147,7 @@ def test_a_stop_right_after_a_spike_does_not_change_the_rollback(pools, inputs, 
     assert (entry["step"], entry["at"]) == (6, 8)
 
 
+@pytest.mark.more
 def test_a_resume_repeats_a_last_evaluation_that_was_stopped(pools, inputs, tokenizer_path, tmp_path):
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, eval={"every_steps": 0, "at_start": False})
     assert pools(2)(stopped, config, where="evaluation") == [75, 75]
@@ -150,6 +156,7 @@ def test_a_resume_repeats_a_last_evaluation_that_was_stopped(pools, inputs, toke
     assert logged_steps(tmp_path / "run", "eval/loss") == [10]
 
 
+@pytest.mark.more
 def test_a_repeated_evaluation_that_was_not_saved_has_its_lines_once(pools, inputs, tokenizer_path, tmp_path):
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, eval={"every_steps": 0, "at_start": False})
     assert pools(2)(stopped, config, where="evaluation") == [75, 75]
@@ -186,6 +193,7 @@ def train_without_text(config: Any) -> None:
         train(config)
 
 
+@pytest.mark.more
 def test_a_line_of_metrics_over_several_steps_is_the_same_after_a_stop(pools, inputs, tokenizer_path, tmp_path):
     found = []
     for stop in (None, 3, 7):
@@ -200,6 +208,7 @@ def test_a_line_of_metrics_over_several_steps_is_the_same_after_a_stop(pools, in
         assert lines == [pytest.approx(line, rel=1e-12) for line in found[0]]
 
 
+@pytest.mark.more
 def test_the_checkpoint_to_go_back_to_outlives_the_bad_steps(pools, inputs, tokenizer_path, tmp_path):
     """Step 6 is the first of a row and is saved: retention would keep only it."""
     config = fault_settings(tmp_path / "run", inputs, tokenizer_path)
@@ -210,6 +219,7 @@ def test_the_checkpoint_to_go_back_to_outlives_the_bad_steps(pools, inputs, toke
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")) == ["step-00000010"]
 
 
+@pytest.mark.more
 def test_two_rollbacks_to_the_same_step_are_both_remembered(pools, inputs, tokenizer_path, tmp_path):
     bad = {number: float("nan") for number in (4, 5, 6, 7)}
     reference, killed = tmp_path / "reference", tmp_path / "killed"
@@ -222,6 +232,7 @@ def test_two_rollbacks_to_the_same_step_are_both_remembered(pools, inputs, token
     assert not [line for line in metrics(killed) if "train/skipped_steps" in line], "nothing bad was read again"
 
 
+@pytest.mark.more
 def test_a_resume_from_a_named_checkpoint_starts_another_history(pools, inputs, tokenizer_path, tmp_path):
     """Rollbacks after that checkpoint are forgotten, and a checkpoint that was about to get its name is abandoned."""
     clean, folder = tmp_path / "clean", tmp_path / "run"

@@ -10,14 +10,12 @@ from unittest import mock
 import pytest
 import torch
 
-from relora_mora.config.registry import METHODS
 from tests.tools.grids import rest
 from tests.tools.runs import (
     checkpoint_at,
     copy_cut_at,
     different_tensors,
     logged_steps,
-    logged_values,
     metrics,
     refusal_of,
     run_config,
@@ -32,55 +30,6 @@ def _sections(stage: int, bf16: bool, method: str = "remora") -> dict:
     return {"train": training, "method": {"name": method}}
 
 
-STOPS = (2, 3, 4)  # before, at and after the merge
-CASES = [(0, False, STOPS), (1, True, (4,)), (2, False, (2,)), (3, True, STOPS)]
-CASES += rest((0, True, STOPS), (1, False, STOPS), (2, True, STOPS), (3, False, STOPS))
-CASES += rest((1, True, (2, 3)), (2, False, (3, 4)))
-
-
-@pytest.mark.parametrize("stage,bf16,stops", CASES)
-def test_a_resume_before_at_and_after_a_merge_is_bit_equal(
-    pools, ranks, inputs, tokenizer_path, tmp_path, stage, bf16, stops
-):
-    pool = pools(ranks)
-    never = tmp_path / "never"
-    sections = _sections(stage, bf16)
-    sections["train"]["steps"] = 7
-    sections["method"]["merge_every"] = 3  # and so after step 6 once more
-    sections["eval"] = {"every_steps": 3}
-    pool(train, run_config(inputs, tokenizer_path, never, ranks, **sections))
-    for stop in stops:
-        run_dir = tmp_path / f"stop{stop}"
-        if stop == 3:
-            pool(train, run_config(inputs, tokenizer_path, run_dir, ranks, **sections), stop_after=stop)
-        else:
-            copy_cut_at(never, run_dir, stop)
-        assert max((run_dir / "checkpoints").glob("step-*")).name == f"step-{stop:08d}"
-        # how often it saves must not matter either
-        pool(train, run_config(inputs, tokenizer_path, run_dir, ranks, checkpoint={"every_steps": 0}, **sections))
-        assert different_tensors(*(checkpoint_at(each, 7) for each in (never, run_dir))) == []
-        losses = [logged_values(folder) for folder in (never, run_dir)]
-        assert losses[0] == losses[1]
-        assert len(losses[0]) == 7
-        evals = [
-            [(line["step"], line["eval/loss"]) for line in metrics(folder) if "eval/loss" in line]
-            for folder in (never, run_dir)
-        ]
-        assert evals[0] == evals[1]
-        assert [step for step, _ in evals[0]] == [0, 3, 6, 7]
-        shutil.rmtree(run_dir)
-
-
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "remora"])  # which is above
-def test_every_method_resumes_bit_equal(pools, ranks, inputs, tokenizer_path, tmp_path, method):
-    folders = [tmp_path / "never", tmp_path / "killed"]
-    for folder in folders:
-        if folder.name == "killed":
-            copy_cut_at(folders[0], folder, 4)
-        pools(ranks)(train, run_config(inputs, tokenizer_path, folder, ranks, **_sections(2, True, method)))
-    assert different_tensors(*(checkpoint_at(folder, 10) for folder in folders)) == []
-
-
 def builds(config: Any, **options: Any) -> int:
     """Trains; how often a layer built the ``W + delta`` that it keeps within a step."""
     from relora_mora.adapters.inject import layer_class
@@ -91,6 +40,7 @@ def builds(config: Any, **options: Any) -> int:
     return build.call_count
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("method,stage,form", [("remora", 2, "auto"), ("relora", 0, "resident")])
 def test_resident_layers_equal_the_merged_form_bit_for_bit_after_a_resume(
     pools, inputs, tokenizer_path, tmp_path, method, stage, form
@@ -132,6 +82,7 @@ def seeds_of_forwards(config: Any) -> list[int]:
     return seeds
 
 
+@pytest.mark.more
 def test_dropout_draws_again_for_every_step_rank_and_micro_batch_and_resumes_bit_equal(
     pools, inputs, tokenizer_path, tmp_path
 ):
@@ -152,6 +103,7 @@ def test_dropout_draws_again_for_every_step_rank_and_micro_batch_and_resumes_bit
     assert different_tensors(*(checkpoint_at(folders[name], 10) for name in ("never", "without"))) != []
 
 
+@pytest.mark.more
 def test_base_files_are_shared_between_merges(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     config = run_config(inputs, tokenizer_path, folder, 2, **_sections(2, False))
@@ -211,6 +163,7 @@ def test_a_run_that_goes_back_does_not_return_to_abandoned_checkpoints(pools, in
     assert _eval_steps(folder) == [0, 5, 10]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("give", ["run", "checkpoint"])
 def test_a_run_in_a_new_folder_begins_from_another_run(pools, inputs, tokenizer_path, tmp_path, give):
     first, second = tmp_path / "first", tmp_path / "second"
@@ -226,6 +179,7 @@ def test_a_run_in_a_new_folder_begins_from_another_run(pools, inputs, tokenizer_
     assert checkpoint_at(third, 10).exists()
 
 
+@pytest.mark.more
 def test_a_misspelled_resume_path_is_not_called_a_damaged_checkpoint(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=1)
@@ -235,6 +189,7 @@ def test_a_misspelled_resume_path_is_not_called_a_damaged_checkpoint(pools, inpu
     assert message.startswith(f"{tmp_path}/rum: not found; give a run folder, or a checkpoint")
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("what", ["missing", "damaged"])
 def test_a_checkpoint_that_cannot_be_resumed_ends_all_ranks(pools, inputs, tokenizer_path, tmp_path, what):
     folder = tmp_path / "run"
@@ -249,6 +204,7 @@ def test_a_checkpoint_that_cannot_be_resumed_ends_all_ranks(pools, inputs, token
     )
 
 
+@pytest.mark.more
 def test_a_checkpoint_follows_the_evaluation_and_metrics_of_its_step(pools, inputs, tokenizer_path, tmp_path):
     """A kill right after it must not lose them."""
     folder = tmp_path / "run"
@@ -261,6 +217,7 @@ def test_a_checkpoint_follows_the_evaluation_and_metrics_of_its_step(pools, inpu
     assert lines.count("loss") == 10
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("method", ["remora", *rest(("relora",))])
 def test_a_longer_run_does_the_merge_that_the_last_step_left_out(pools, inputs, tokenizer_path, tmp_path, method):
     long, short = tmp_path / "long", tmp_path / "short"

@@ -20,6 +20,7 @@ from tests.train.state.faults import NAN, fault_settings, faulty, same_run, spik
 pytestmark = pytest.mark.distributed
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("stage", "precision", "what"),
     [
@@ -52,6 +53,7 @@ def test_one_rank_with_nan_skips_the_step_on_all_and_is_named(
     assert logged_steps(folder) == [1, 2, 3, 5, 6, 7, 8, 9, 10]
 
 
+@pytest.mark.more
 def test_bad_steps_in_a_row_roll_back_and_skip_their_data(pools, inputs, tokenizer_path, tmp_path):
     rolled, killed, reference = tmp_path / "rolled", tmp_path / "killed", tmp_path / "reference"
     pools(2)(faulty, fault_settings(reference, inputs, tokenizer_path), {}, drop=(4, 5))
@@ -86,6 +88,7 @@ def on_a_full_disk(config: Any, factors: dict[int, float]) -> tuple[str, list[st
         return faulty(config, factors), lines
 
 
+@pytest.mark.more
 def test_a_rollback_on_a_full_disk_still_skips_the_data(pools, inputs, tokenizer_path, tmp_path):
     rolled, reference = tmp_path / "rolled", tmp_path / "reference"
     pools(2)(faulty, fault_settings(reference, inputs, tokenizer_path), {}, drop=(4, 5))
@@ -104,6 +107,7 @@ def test_a_rollback_on_a_full_disk_still_skips_the_data(pools, inputs, tokenizer
     )
 
 
+@pytest.mark.more
 def test_a_rollback_to_the_end_of_a_shorter_run_makes_its_merge_again(pools, inputs, tokenizer_path, tmp_path):
     """A run of eight steps leaves the merge of step 8 to its export; a run of ten makes it when it begins there."""
     rolled, reference = tmp_path / "rolled", tmp_path / "reference"
@@ -123,6 +127,7 @@ def test_a_rollback_to_the_end_of_a_shorter_run_makes_its_merge_again(pools, inp
         assert logged_steps(folder, "merge/layers") == [4, 8], folder
 
 
+@pytest.mark.more
 def test_one_rollback_too_many_ends_the_run_with_a_report(pools, inputs, tokenizer_path, tmp_path):
     bad = {number: float("inf") for number in (4, 5, 9, 10)}
     messages = pools(2)(faulty, fault_settings(tmp_path / "run", inputs, tokenizer_path), bad)
@@ -138,13 +143,14 @@ def test_one_rollback_too_many_ends_the_run_with_a_report(pools, inputs, tokeniz
     assert len(json.loads((tmp_path / "more" / "rollbacks.json").read_text())) == 2
 
 
+@pytest.mark.more
 def test_without_a_checkpoint_for_a_rollback_the_run_ends(pools, inputs, tokenizer_path, tmp_path):
     config = fault_settings(tmp_path / "run", inputs, tokenizer_path)
     messages = pools(2)(faulty, config, {2: float("nan"), 3: float("nan")})
     assert all("there is no earlier checkpoint" in message for message in messages)
 
 
-@pytest.mark.parametrize("reaction", ["flag", "rollback"])
+@pytest.mark.parametrize("reaction", ["rollback", *rest(("flag",))])
 def test_a_loss_spike_is_flagged_and_may_roll_back(pools, inputs, tokenizer_path, tmp_path, reaction, monkeypatch):
     folder, reference = tmp_path / "run", tmp_path / "reference"
     settings = {"spike_window": 8, "spike_deviations": 20.0, "on_spike": reaction}
@@ -164,6 +170,7 @@ def test_a_loss_spike_is_flagged_and_may_roll_back(pools, inputs, tokenizer_path
         assert same_run(folder, reference)
 
 
+@pytest.mark.more
 def test_a_spike_without_an_earlier_checkpoint_is_only_reported(pools, inputs, tokenizer_path, tmp_path):
     settings = {"spike_window": 8, "spike_deviations": 20.0, "on_spike": "rollback"}
     config = fault_settings(tmp_path / "run", inputs, tokenizer_path, **settings)
