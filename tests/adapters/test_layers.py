@@ -69,6 +69,7 @@ def test_the_merged_form_keeps_the_compressed_input_only():
     assert len(kept) == 3
 
 
+@pytest.mark.more
 @pytest.mark.skipif(not kernels.available(), reason=f"kernels are {kernels.describe()}")
 @pytest.mark.parametrize("form", ["merged", "decoupled"])
 @pytest.mark.parametrize("stored", [PLAIN, EightBits.of("int8", 32, 24, multiplies=False, on_gpu=False)])
@@ -105,6 +106,7 @@ def test_auto_builds_the_weight_if_there_are_enough_tokens(kind, tokens):
     assert not layer.uses_merged_form(tokens - 1)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("kind", ["lora", "1", "2", "6"])
 def test_dropout_applies_only_to_the_adapters_input(kind):
     """The mean is the layer without dropout, W sees the whole x, and evaluation has no dropout."""

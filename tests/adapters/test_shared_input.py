@@ -54,6 +54,7 @@ CASES += [("compiled", "11"), ("compiled", "24"), ("resident, compiled", "12"), 
 CASES += rest(("compiled", "12"), ("compiled", "66"), ("resident, compiled", "11"), ("resident, compiled", "24"))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("run,kinds", CASES)
 def test_layers_with_one_input_get_the_right_gradients(kinds, run):
     """In every way to run them, over two micro-batches and a switch of operators."""

@@ -190,6 +190,7 @@ def test_errors_of_the_system_name_the_file_and_a_remedy(capsys: pytest.CaptureF
         assert capsys.readouterr().err == f"{message}\n"
 
 
+@pytest.mark.more
 @settings(max_examples=250, deadline=None)
 @given(
     argv=st.lists(
@@ -276,6 +277,7 @@ def test_streams_that_cannot_be_written_do_not_change_the_exit_code(
     assert subprocess.run(["sh", "-c", shell], capture_output=True, check=False).returncode == code
 
 
+@pytest.mark.more
 def test_the_package_of_another_checkout_is_named(tmp_path: Path) -> None:
     for folder in ("launch", "relora_mora"):
         (tmp_path / folder).mkdir()
@@ -292,6 +294,7 @@ def test_the_package_of_another_checkout_is_named(tmp_path: Path) -> None:
     assert error_of("1") == ""
 
 
+@pytest.mark.more
 def test_as_a_program(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -57,6 +57,7 @@ def _ended_inside_a_folder(tmp_path: Path, code: str, number: signal.Signals) ->
     return process.returncode, error
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "code",
     [
@@ -68,6 +69,7 @@ def test_ctrl_c_ends_code_that_swallows_it(tmp_path: Path, code: str) -> None:
     assert _ended_inside_a_folder(tmp_path, code, signal.SIGINT) == (130, "interrupted\n")
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("number", "code", "ends_with"),
     [

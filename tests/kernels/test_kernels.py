@@ -201,6 +201,7 @@ def _both(x, weight, M):
     return group_sum(x, grouping), expand_add(weight, M, grouping, interleaved(10, 4))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
 def test_torch_compile_sees_through(library, monkeypatch):
     """The graph contains the kernels if there are some, and operations of torch otherwise."""
@@ -225,6 +226,7 @@ def test_torch_compile_sees_through(library, monkeypatch):
     assert graphs[0] & operators == (operators if library else set())
 
 
+@pytest.mark.more
 @compiled_only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("make", GROUPINGS)
@@ -250,6 +252,7 @@ def test_a_grouping_can_be_decoded_from_its_numbers():
             assert Grouping.of_numbers(make(features, slots).numbers) == make(features, slots)
 
 
+@pytest.mark.more
 @compiled_only
 def test_kernels_use_only_torchs_threads():
     """Runs in a fresh process because other packages may load another OpenMP."""

@@ -92,7 +92,7 @@ def keep(folder: Path, to: Path, step: int) -> None:
     shutil.copytree(folder / f"checkpoint-{step}", to / f"checkpoint-{step}")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *rest(("float32",))])
 def test_a_resume_is_bit_equal_before_and_after_a_merge(tmp_path, dtype):
     whole, remora, _ = trained(tmp_path / "whole", dtype=dtype)
     assert (remora.step, remora.merges_done, remora.operator) == (STEPS, 2, 1)
@@ -108,6 +108,7 @@ def test_a_resume_is_bit_equal_before_and_after_a_merge(tmp_path, dtype):
         assert all(torch.equal(value, again[name]) for name, value in end.items()), step
 
 
+@pytest.mark.more
 def test_the_state_of_another_step_or_none_is_refused(tmp_path):
     trained(tmp_path / "whole")
     keep(tmp_path / "whole", tmp_path / "cut", 6)
@@ -120,6 +121,7 @@ def test_the_state_of_another_step_or_none_is_refused(tmp_path):
         trained(tmp_path / "cut", resume=True)
 
 
+@pytest.mark.more
 def test_the_best_checkpoint_comes_back_with_its_operator(tmp_path):
     best = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "greater_is_better": True}
     _, remora, trainer = trained(tmp_path, max_steps=6, load_best_model_at_end=True, **best)
@@ -130,6 +132,7 @@ def test_the_best_checkpoint_comes_back_with_its_operator(tmp_path):
     assert all(torch.equal(value, remora.model.state_dict()[name]) for name, value in saved.items())
 
 
+@pytest.mark.more
 def test_the_merged_model_is_a_plain_one(tmp_path):
     from transformers import LlamaForCausalLM
 
@@ -142,12 +145,14 @@ def test_the_merged_model_is_a_plain_one(tmp_path):
     assert (again(ids).logits - remora.model(ids).logits).abs().max() < 1e-5
 
 
+@pytest.mark.more
 def test_adapters_of_other_layers_do_not_resume(tmp_path: Path) -> None:
     trained(tmp_path, max_steps=2)
     with pytest.raises(ValueError, match=r"the state belongs to other adapters: .*mlp.down_proj"):
         trained(tmp_path, resume=True, targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"])
 
 
+@pytest.mark.more
 def test_a_model_with_adapters_is_saved_merged_but_for_checkpoints(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
@@ -194,6 +199,7 @@ def test_a_model_whose_adapters_have_a_process_group_can_be_copied() -> None:
         assert torch.equal(other(ids).logits, model(ids).logits)
 
 
+@pytest.mark.more
 def test_skipped_steps_count_neither_for_merges_nor_for_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with float16: the scaler leaves out steps 2 and 3, so the fourth merge interval ends two steps later."""
     from accelerate.optimizer import AcceleratedOptimizer
@@ -243,6 +249,7 @@ def on_ranks(folder: Path, kind: str) -> Any:
     return results
 
 
+@pytest.mark.more
 def test_a_longer_run_continues_a_finished_one_exactly(tmp_path: Path) -> None:
     """The last of 8 steps does not merge, so the run that continues it does."""
     whole, _, _ = trained(tmp_path / "whole")
@@ -252,6 +259,7 @@ def test_a_longer_run_continues_a_finished_one_exactly(tmp_path: Path) -> None:
     assert longer == whole
 
 
+@pytest.mark.more
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["fsdp2", "zero3", *rest(("ddp",), ("zero2",))])
 def test_ranks_of_a_trainer_resume_exactly(pools, tmp_path, kind):

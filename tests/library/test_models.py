@@ -126,6 +126,7 @@ def attach(method: MethodConfig, make: Callable[[], Case] = mlp) -> tuple[rm.Att
     return rm.attach(model.eval(), method), arguments
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("make", [mlp, bert, vit, gpt_neox, whisper, unet])
 def test_a_model_trains_merges_and_becomes_plain(make: Callable[[], Case], name: str) -> None:

@@ -100,12 +100,10 @@ def trained(kind: str, reset: str, world: int, folder: Path | None = None) -> di
 @pytest.mark.parametrize(
     ("kind", "reset"),
     [
-        ("ddp", "full"),
         ("ddp", "magnitude"),
-        ("fsdp2", "full"),
         ("fsdp2", "carry"),
-        ("zero1", "full"),
         ("zero3", "full"),
+        *rest(("ddp", "full"), ("fsdp2", "full"), ("zero1", "full")),
     ],
 )
 def test_ranks_train_as_one_process(pools, kind, reset):
@@ -203,6 +201,7 @@ def test_deepspeed_may_train_more_than_the_part_with_adapters(pools):
     assert first["merged"] == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_resume_between_merges_is_bit_equal(pools, tmp_path, kind):
     whole, _ = pools(2)(trained, kind, "full", 2)

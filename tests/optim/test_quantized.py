@@ -116,6 +116,7 @@ def test_updates_stay_close_to_adam(betas, drift):
     assert torch.linalg.vector_norm(walked - expected) < drift * torch.linalg.vector_norm(expected)
 
 
+@pytest.mark.more
 def test_a_moment_that_changes_by_less_than_a_code_per_step_changes_at_the_right_rate():
     """Half of the gradients become ten times smaller. With a beta of 0.999, a code of 255 changes by 0.13 per step."""
     rule = _rule(betas=(0.9, 0.999))

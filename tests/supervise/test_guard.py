@@ -73,6 +73,7 @@ def test_a_signal_before_the_first_step_ends_the_process(busy, number):
     assert f"{number.name} to rank 0" in errors
 
 
+@pytest.mark.more
 def test_under_nohup_a_hangup_does_nothing(busy):
     process = busy("start", on_hangup=signal.SIG_IGN)
     process.send_signal(signal.SIGHUP)
@@ -111,6 +112,7 @@ def test_while_training_the_first_signal_waits_and_a_second_exits_immediately(bu
     assert "exited without saving" in errors
 
 
+@pytest.mark.more
 def test_a_signal_after_the_end_is_decided_does_not_change_it(busy, tmp_path):
     """Closing W&B may take long."""
     process = busy("decided", str(tmp_path))
@@ -238,6 +240,7 @@ def test_the_start_after_an_end_for_a_lost_rank_finds_the_lock_released(tmp_path
     lock.release()
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("phase,signals,code", [("start", 1, 75), ("training", 2, 143)])
 def test_a_full_pipe_and_a_disk_that_does_not_answer_do_not_prevent_an_end(phase, signals, code, tmp_path):
     command = [sys.executable, "-c", SILENCED, str(tmp_path), phase]

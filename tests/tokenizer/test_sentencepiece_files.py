@@ -21,6 +21,7 @@ from relora_mora.tokenizer.identity import (
 from relora_mora.tokenizer.load import encode, load_tokenizer
 
 
+@pytest.mark.more
 def test_a_chat_template_and_the_beginning_of_texts_go_with_a_sentencepiece_model(folder: Path, tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 

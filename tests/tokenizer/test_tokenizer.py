@@ -64,6 +64,7 @@ def test_thousands_of_documents_are_exact(documents: list[str], tmp_path: Path) 
     assert _plain(exported, documents[::10]) == reference[::10]
 
 
+@pytest.mark.more
 def test_hard_texts_are_exact_on_every_path(folder: Path, tmp_path: Path) -> None:
     texts = [*HARD_TEXTS, *(text + other for text in HARD_TEXTS for other in HARD_TEXTS), "".join(HARD_TEXTS)]
     reference = open_sentencepiece(folder / MODEL_FILE).encode(texts)
@@ -326,6 +327,7 @@ def test_vocabulary_against_the_model(folder: Path) -> None:
         check_vocabulary(tokenizer, 999)
 
 
+@pytest.mark.more
 def test_loading_is_silent_and_offline(folder: Path) -> None:
     code = (
         "import socket, sys\n"

@@ -75,6 +75,7 @@ def test_unreadable_files_give_one_message(tmp_path, harm):
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("form", "method", "changes", "says"),
     [

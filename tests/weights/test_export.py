@@ -79,6 +79,7 @@ def _always(tokenizer: Any, token: str) -> LlamaForCausalLM:
     return lm
 
 
+@pytest.mark.more
 def test_plain_generate_stops_where_a_document_ends(hf_tokenizer: Path, tmp_path: Path) -> None:
     """A model that always predicts the end of the document, with a tokenizer whose end is not LlamaConfig's."""
     tokenizer = load_tokenizer(hf_tokenizer)
@@ -122,6 +123,7 @@ def test_plain_generate_stops_at_further_ends_that_the_start_lists(hf_tokenizer:
     assert lm.generate(torch.tensor([[5]]), max_new_tokens=5, do_sample=False).tolist() == [[5, end]]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("end", ENDS)
 def test_plain_generate_stops_where_the_template_ends_an_answer(hf_tokenizer: Path, tmp_path: Path, end: str) -> None:
     written, stop = ENDS[end]
@@ -283,6 +285,7 @@ def test_a_tokenizer_that_cannot_be_saved_is_named_by_its_path(checkpoint: Path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.more
 def test_weights_that_a_type_cannot_hold_are_refused(
     model: LlamaForCausalLM, hf_tokenizer: Path, text: str, tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from relora_mora.weights.export import export
 from relora_mora.weights.peft import AdapterFolder
 from tests.tools.adapter_tools import ADAPTERS_ONLY, METHODS, adapted, logits, save_base, write_run
 from tests.tools.commands import EVALUATE, call
+from tests.tools.grids import rest
 from tests.tools.runs import logged_values, run_config, train
 
 pytestmark = pytest.mark.distributed
@@ -72,7 +73,10 @@ def masters(config: Config) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "stage", "precision", "world"),
-    [("lora", 0, "fp32", 1), ("mora1", 2, "bf16", 2), ("mora6", 3, "bf16", 2), ("lora_with_modules", 2, "bf16", 2)],
+    [
+        ("mora6", 3, "bf16", 2),
+        *rest(("lora", 0, "fp32", 1), ("mora1", 2, "bf16", 2), ("lora_with_modules", 2, "bf16", 2)),
+    ],
 )
 def test_a_run_begins_with_the_values_in_the_file(
     pools, inputs, base, adapters, tokenizer_path, tmp_path, name, stage, precision, world
@@ -100,6 +104,7 @@ def test_a_fully_trained_linear_with_a_frozen_bias_is_loaded(pools, inputs, toke
     assert all(value.equal(adapter.value(key)) for key, value in found.items())
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", ["lora", "mora6", "lora_pattern"])
 def test_the_adapter_is_not_part_of_what_the_run_adds(pools, inputs, base, adapters, tokenizer_path, tmp_path, name):
     """A run that hardly trains has added hardly anything."""
@@ -114,6 +119,7 @@ def test_the_adapter_is_not_part_of_what_the_run_adds(pools, inputs, base, adapt
     shutil.move(moved, adapters[name])
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("name", ["lora", "mora6"])
 def test_the_first_loss_is_the_adapters_and_the_last_is_its_exports(
     pools, inputs, base, adapters, tokenizer_path, tmp_path, name
