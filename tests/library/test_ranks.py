@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tools.grids import rest
+
 pytestmark = pytest.mark.distributed
 
 STEPS, MERGE_EVERY, BATCH = 10, 4, 8
