@@ -57,6 +57,10 @@ class RecordsConfig(Strict):
         return self.kind in CONVERSATIONS
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        return (*self.required, *self.optional)
+
+    @property
     def required(self) -> dict[str, str]:
         """Key or column of each field that a row must have."""
         return {field: self.columns.get(field, field) for field in _FIELDS[self.kind]}
@@ -96,6 +100,11 @@ class TextSource(Strict):
     weight: Weight = Field(1.0, description="share of the tokens, relative to the mixture's other weights")
     max_epochs: Positive | None = Field(None, description="how often it may be read; null: no limit")
     at_max_epochs: Literal["stop", "warn"] = Field("stop", description="what happens at the end of max_epochs")
+
+    @property
+    def may_end(self) -> bool:
+        """Whether a run stops after some epochs of it."""
+        return self.max_epochs is not None and self.at_max_epochs == "stop"
 
     @property
     def label(self) -> str:
@@ -264,6 +273,9 @@ class DataConfig(Strict):
         """How rows with these contents are packed into sequences."""
         is_text = all(each is None or each.is_text for each in records)
         return self.packing or ("stream" if is_text else "whole")
+
+    def packing_of_source(self, source: TextSource) -> Packing:
+        return self.packing_of([self.records_of(source)])
 
     def has_whole_answers(self, records: RecordsConfig | None) -> bool:
         """Whether only the answers in these rows are scored, and none is cut at the end of a sequence."""
