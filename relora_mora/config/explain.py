@@ -9,7 +9,6 @@ from pydantic_core import ErrorDetails
 
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
-from relora_mora.config.types import TAGS
 
 Location = tuple[int | str, ...]
 
@@ -88,8 +87,8 @@ def _expected(item: ErrorDetails) -> str:
 
 
 def _setting(location: Location) -> str:
-    """The dotted name of a setting, without the tags that pydantic adds for the members of a union."""
-    parts: list[int | str] = [part for part in location[2:] if part not in {*TAGS, "[key]"}]
+    """The dotted name of a setting, without the name of a set that has none."""
+    parts: list[int | str] = [part for part in location[2:] if part not in ("", "[key]")]
     if _record_at(location[:2]) is None:
         parts = [part for part in location[2:] if isinstance(part, int)]
     return ".".join(map(str, [*location[:2], *parts]))

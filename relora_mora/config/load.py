@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from relora_mora.config import lengths
 from relora_mora.config.checks.combinations import faults
-from relora_mora.config.data import CHATML, RecordsConfig, TextSource, map_records
+from relora_mora.config.data import CHATML, RecordsConfig, TextSource
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
 from relora_mora.config.registry import METHODS, is_own, settings_of_others, split_rule
 from relora_mora.config.removed import removed_faults, without, without_old_defaults
@@ -255,7 +255,8 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
     def resolve_source(source: TextSource) -> TextSource:
         return source.model_copy(update={"records": resolve_template(source.records)})
 
-    data = {name: map_records(getattr(config.data, name), resolve_source) for name in ("train", "validation")}
+    sets = {name: list(map(resolve_source, sources)) for name, sources in config.data.validation.items()}
+    data = {"train": list(map(resolve_source, config.data.train)), "validation": sets}
     return config.model_copy(
         update={
             "model": config.model.model_copy(

@@ -132,7 +132,7 @@ def test_an_override_changes_what_it_names_and_not_an_alias_of_it(tmp_path: Path
 def test_a_whole_setting_and_a_part_of_it_may_be_given_in_any_order(tmp_path: Path) -> None:
     part, whole = ("data.validation.x", "b"), ("data.validation", "{y: c}")
     for given in ([part, whole], [whole, part]):
-        assert load_config(_file(tmp_path), dict(given)).data.validation == {"y": "c", "x": "b"}
+        assert load_config(_file(tmp_path), dict(given)).model_dump()["data"]["validation"] == {"y": "c", "x": "b"}
 
 
 def test_an_empty_override_is_not_null(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.config.checks.combinations import unused_by
+from relora_mora.config.data import as_sources
 from relora_mora.config.load import FINETUNING, load_config
 from relora_mora.config.schema import Config
 from relora_mora.data.sources.names import C4
@@ -116,7 +117,7 @@ def test_paper_run(size: str, method: str) -> None:
         1000,
         "cosine",
     )
-    assert config.data.train == config.data.validation == C4
+    assert config.data.train == config.data.validation[""] == as_sources(C4)
     assert read_model_config(config.model).vocab_size == 32_000
     assert config.tokens_per_step * config.train.steps == 5_242_880_000
     if config.method.uses_adapters:
@@ -236,7 +237,7 @@ def test_a_task_trains_only_mora_adapters(name: str) -> None:
 
 def test_the_memory_task_generates_its_training_pairs_one_per_sequence() -> None:
     config = task("memory")
-    assert config.data.train == config.data.validation
+    assert config.data.train == config.data.validation[""]
     assert config.data.packing == "none"
     assert config.eval.generate > 0
     begin = newline = end = 1

@@ -11,13 +11,13 @@ from relora_mora.config.types import Fault
 
 
 def _shared_labels(data: DataConfig) -> list[str]:
-    counts = Counter(source.label for source in data.train_sources if is_mixture(data.train))
+    counts = Counter(source.label for source in data.train if is_mixture(data.train))
     return [label for label, count in counts.items() if label and count > 1]
 
 
 def _lengths_of_text(data: DataConfig) -> set[str]:
     """What happens to long rows in the sources of plain text."""
-    contents = map(data.records_of, data.train_sources)
+    contents = map(data.records_of, data.train)
     return {records.too_long if records else "cut" for records in contents if records is None or records.is_text}
 
 
@@ -26,7 +26,7 @@ def _is_joined(data: DataConfig) -> bool:
 
 
 def _has_one_text(config: Config) -> bool:
-    return len(config.data.train_sources) == 1 or not config.data.is_mixture
+    return len(config.data.train) == 1 or not config.data.is_mixture
 
 
 def _has_answers(data: DataConfig) -> bool:
@@ -69,13 +69,13 @@ DATA_RULES = (
          lambda c: _shared_labels(c.data),
          "several sources are named {found}; give each a name of its own (name: ...)"),
     Rule("data.train",
-         lambda c: c.data.is_mixture and not any(source.weight for source in c.data.train_sources),
+         lambda c: c.data.is_mixture and not any(source.weight for source in c.data.train),
          "all weights are 0; give at least one source a positive weight"),
     Rule("data.concatenate data.train",
          lambda c: c.data.concatenate and not is_mixture(c.data.train),
          "it is for a list of records {{source: ..., records: ...}}; other sources are one text anyway; leave it out"),
     Rule("data.packing data.concatenate data.train",
-         lambda c: _is_joined(c.data) and len({c.data.packing_of_source(each) for each in c.data.train_sources}) > 1,
+         lambda c: _is_joined(c.data) and len({c.data.packing_of_source(each) for each in c.data.train}) > 1,
          "sources of text and of records are packed differently by default; set data.packing for all of them"),
     Rule("data.concatenate data.train",
          lambda c: _is_joined(c.data) and len(_lengths_of_text(c.data)) > 1,
@@ -106,7 +106,7 @@ SOURCE_RULES = (
          lambda c: c.of_train and c.run.train.epochs and _has_one_text(c.run) and c.source.may_end,
          "{c.source.max_epochs:g} may end the run before its last step; remove it"),
     Rule("{at}.name data.validation",
-         lambda c: not c.of_train and _is_set(c.source, "name"),
+         lambda c: not c.of_train and c.source.name,
          "it is for a mixture, but held-out text is never mixed; give sets by name, as {{NAME: {{source: ...}}}}"),
     *_not_mixed("weight"),
     *_not_mixed("max_epochs"),
@@ -144,15 +144,15 @@ RECORDS_RULES = (
 def data_faults(config: Config) -> Iterator[Fault]:
     data = config.data
     yield from broken_rules(DATA_RULES, config)
-    sets = {"data.train": data.train_sources}
-    sets |= {set_setting(name): sources for name, sources in data.validation_sets.items()}
+    sets = {"data.train": data.train}
+    sets |= {set_setting(name): sources for name, sources in data.validation.items()}
     places = {f"{name}.{number}": source for name, sources in sets.items() for number, source in enumerate(sources)}
     for at, source in places.items():
         given = SimpleNamespace(source=source, of_train=at.startswith("data.train."), run=config)
         yield from broken_rules(SOURCE_RULES, given, at=at, section=_section(at))
     before = 0
     for number, stage in enumerate(data.stages if data.is_mixture else ()):
-        given = SimpleNamespace(stage=stage, before=before, sources=[source.label for source in data.train_sources])
+        given = SimpleNamespace(stage=stage, before=before, sources=[source.label for source in data.train])
         yield from broken_rules(STAGE_RULES, given, at=f"data.stages.{number}")
         before = stage.from_step
     own = {f"{at}.records": source.records for at, source in places.items()}
