@@ -126,15 +126,17 @@ class MixtureStage(Strict):
 
 def _as_records(value: Any) -> Any:
     """A list of records, whichever form a setting has. Texts without any record are one text: their name is ""."""
-    items = value if isinstance(value, list) else [value]
-    holds_records = any(isinstance(item, TextSource | Mapping) for item in items)
-    if not isinstance(value, str | list | TextSource) and "source" not in (value if isinstance(value, Mapping) else ()):
+    is_single = isinstance(value, str | TextSource) or (isinstance(value, Mapping) and "source" in value)
+    items = [value] if is_single else value
+    if not isinstance(items, list):
         raise PydanticCustomError(
             "sources",
             "input should be a source, or a list of sources or of records such as "
             "{source: ..., weight: 0.7, name: web}",
         )
-    text = {} if holds_records else {"name": ""}
+    if any(isinstance(item, Mapping) and item.get("name") == "" for item in items):
+        raise PydanticCustomError("name", "the name of a source should not be empty")
+    text = {} if any(isinstance(item, TextSource | Mapping) for item in items) else {"name": ""}
     return [{"source": item, **text} if isinstance(item, str) else item for item in items]
 
 
@@ -173,14 +175,13 @@ Sets = Annotated[
 
 def as_sources(sources: str | Sequence[str | TextSource]) -> list[TextSource]:
     """Every source as a record, whichever form the setting has."""
-    return [
-        TextSource.model_validate(item) for item in _as_records(sources if isinstance(sources, str) else [*sources])
-    ]
+    given = sources if isinstance(sources, str) else [*sources]
+    return [TextSource.model_validate(item) for item in _as_records(given)]
 
 
 def is_mixture(sources: Iterable[TextSource]) -> bool:
     """Whether sources are mixed by weight: records are; texts without any record count as one source."""
-    return any(source != TextSource(source=source.source, name="") for source in sources)
+    return any(source.name != "" for source in sources)
 
 
 def set_setting(name: str) -> str:

@@ -136,7 +136,7 @@ RULES = (
          "only the schedule wsd uses it, got {c.optim.schedule}; remove it or set optim.schedule=wsd"),
     Rule("data.lanes train.batch_size",
          lambda c: c.train.batch_size % c.lanes,
-         "{c.lanes} lanes do not divide train.batch_size {c.train.batch_size} evenly; use a divisor"),
+         "{c.lanes} does not divide train.batch_size {c.train.batch_size}; use a divisor"),
     Rule("train.micro_batch_size train.batch_size",
          lambda c: c.train.batch_size % c.train.micro_batch_size,
          "{c.train.micro_batch_size} does not divide train.batch_size {c.train.batch_size}; use a divisor"),
@@ -164,7 +164,7 @@ RANK_RULES = (
          "{c.batch} is not a multiple of train.micro_batch_size {c.micro} x {c.ranks} ranks; use a multiple"),
     Rule("data.lanes train.batch_size",
          lambda c: c.lanes % c.ranks,
-         "{c.lanes} lanes cannot be split evenly among {c.ranks} ranks; set a multiple of {c.ranks} that divides "
+         "{c.lanes} cannot be split evenly among {c.ranks} ranks; set a multiple of {c.ranks} that divides "
          "train.batch_size. A run can never change it, so allow for the largest number of ranks that it may move to"),
 )
 # fmt: on
