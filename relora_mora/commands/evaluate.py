@@ -116,7 +116,9 @@ def main(
     lm = _on_device(loaded)
     if not is_causal(lm, lm.device):
         kind = type(lm).__name__
-        raise ValueError(f"{model}: {kind} predicts a token from itself and later ones; give a causal language model")
+        raise ValueError(
+            f"{model}: {kind} predicts a token from the token itself and later ones; give a causal language model"
+        )
     tokens = sum(each.predicted for each in sets.values())
     documents = counted(sum(each.documents for each in sets.values()), "document")
     print(

@@ -169,7 +169,7 @@ def random_case(draw: random.Random, what: str) -> Tree:
     case: Tree = {"train": {"zero_stage": draw.randint(0, 3), "precision": draw.choice(["fp32", "bf16"])}}
     if what == "model":
         known = [key for key, rule in KEYS.items() if rule != "nothing"]
-        names = draw.sample(known, draw.randint(1, 3))
+        names = draw.sample(known, draw.randint(1, 2))
         case["model"] = {
             "overrides": {key: _override(draw, key) for key in names},
             "attention": draw.choice(["sdpa", "eager"]),
