@@ -181,6 +181,9 @@ def _value_faults(config_class: type[PreTrainedConfig], values: Mapping[str, Any
             yield from _range_faults(key, key, value)
         if key == "hidden_act" and (value not in ACT2FN or ACT2FN[value].state_dict()):
             yield f"{key} is {_shown(value)}, expected an activation without parameters, such as silu"
+    heads = probe.num_attention_heads
+    if heads and probe.hidden_size % heads:
+        yield f"hidden_size is {_shown(probe.hidden_size)}, expected a multiple of num_attention_heads {heads}"
 
 
 def _range_faults(name: str, key: str, value: Any) -> Iterator[str]:
@@ -261,9 +264,7 @@ def _shape_faults(config: PreTrainedConfig) -> Iterator[str]:
     heads = config.num_attention_heads
     shared = config.num_key_value_heads
     head = head_width(config)
-    if config.hidden_size % heads:  # transformers checks it only for some kinds of models
-        yield f"hidden_size is {config.hidden_size}, expected a multiple of num_attention_heads {heads}"
-    elif head % 2:
+    if head % 2:
         yield f"head_dim is {head}, expected an even number, since rotary embeddings rotate pairs"
     if heads % shared:
         yield f"num_key_value_heads is {shared}, expected a divisor of num_attention_heads {heads}"

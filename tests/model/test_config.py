@@ -160,7 +160,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [  # (what the message must name, ov
     ("attention_dropout 5", {"attention_dropout": 5}),
     ("head_dim 3", {"hidden_size": 24, "num_attention_heads": 8}),
     ("head_dim None", {**QWEN3, "head_dim": None}),
-    ("hidden size attention heads", {"num_attention_heads": 5, "num_key_value_heads": 5}),
+    ("hidden_size num_attention_heads", {"num_attention_heads": 5, "num_key_value_heads": 5}),
     ("num_key_value_heads 3", {"num_key_value_heads": 3}),
     ("num_attention_heads 2.0", {"num_attention_heads": 2.0}),
     ("vocab_size 0", {"vocab_size": 0}),
