@@ -16,8 +16,6 @@ from relora_mora.cli.arguments import NonNegativeInt, PositiveInt, Precision
 from relora_mora.system.process import many_imports
 
 if TYPE_CHECKING:
-    import torch
-
     from relora_mora.config.data import DataConfig
     from relora_mora.data.sets.held_out import EvalSet
     from relora_mora.evaluation.loss import EvalResult
@@ -85,8 +83,7 @@ def main(
     with many_imports():  # takes seconds, so arguments are checked first
         import torch
 
-        from relora_mora.evaluation.loss import EvalResult, held_out
-        from relora_mora.system.hardware import uses_cuda
+        from relora_mora.evaluation.loss import EvalResult, held_out, is_causal
         from relora_mora.system.logs import counted
         from relora_mora.tokenizer.load import load_tokenizer
         from relora_mora.weights.foreign import is_foreign
@@ -116,8 +113,12 @@ def main(
     _check_length(settings.sequence_length, loaded, model, masked=masked)
     with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
         sets = held_out(settings, str(tokenizer_path), max_tokens)
-    device = torch.device("cuda" if uses_cuda() else "cpu")
-    lm = _causal_model(loaded, model, device)
+    lm = _on_device(loaded)
+    if not is_causal(lm, lm.device):
+        kind = type(lm).__name__
+        raise ValueError(
+            f"{model}: {kind} predicts a token from the token itself and later ones; give a causal language model"
+        )
     tokens = sum(each.predicted for each in sets.values())
     documents = counted(sum(each.documents for each in sets.values()), "document")
     print(
@@ -125,7 +126,7 @@ def main(
         f"{', each document by itself' if masked else ''}",
         file=sys.stderr,
     )
-    results = _score(lm, sets, micro_batch_size, device)
+    results = _score(lm, sets, micro_batch_size)
     total = EvalResult.of_all(results.values())
     if not math.isfinite(total.loss):
         raise ValueError(
@@ -172,23 +173,16 @@ def _check_length(length: int, loaded: "LoadedModel", name: str, *, masked: bool
         )
 
 
-def _causal_model(loaded: "LoadedModel", name: str, device: "torch.device") -> "torch.nn.Module":
-    """The model on the device. Raises ValueError if the model, called ``name``, is not causal."""
-    from relora_mora.evaluation.loss import is_causal
+def _on_device(loaded: "LoadedModel") -> Any:
+    import torch
+
+    from relora_mora.system.hardware import uses_cuda
 
     lm: Any = loaded.model  # torch's types do not know that a model accepts a device
-    lm = lm.to(device).eval()
-    if not is_causal(lm, device):
-        raise ValueError(
-            f"{name}: {type(lm).__name__} predicts a token from the token itself and later ones; "
-            "give a causal language model"
-        )
-    return lm
+    return lm.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
 
 
-def _score(
-    lm: "torch.nn.Module", sets: Mapping[str, "EvalSet"], micro_batch_size: int, device: "torch.device"
-) -> dict[str, "EvalResult"]:
+def _score(lm: Any, sets: Mapping[str, "EvalSet"], micro_batch_size: int) -> dict[str, "EvalResult"]:
     from relora_mora.evaluation.loss import causal_lm_loss, evaluate, evaluate_sets
     from relora_mora.system.hardware import ran_out_of_memory
     from relora_mora.system.logs import progress_bar
@@ -198,7 +192,9 @@ def _score(
     try:
         with progress_bar("evaluation", "token") as progress:
             results = evaluate_sets(
-                lambda each, update: evaluate(mean_loss, each, micro_batch_size=rows, device=device, progress=update),
+                lambda each, update: evaluate(
+                    mean_loss, each, micro_batch_size=rows, device=lm.device, progress=update
+                ),
                 sets,
                 progress,
             )
@@ -224,16 +220,12 @@ def _score_tasks(
     limit: int | None,
 ) -> None:
     """Prints the results of tasks and, for a checkpoint in a run folder, records them there."""
-    import torch
-
     from relora_mora.evaluation.harness import evaluate_tasks, record, table
-    from relora_mora.system.hardware import uses_cuda
     from relora_mora.system.run_folder import RunFolder
     from relora_mora.tokenizer.load import load_tokenizer
     from relora_mora.weights.export import generation_config
 
-    lm: Any = loaded.model  # torch's types do not know that a model accepts a device
-    lm = lm.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
+    lm = _on_device(loaded)
     with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
         loaded_tokenizer = load_tokenizer(tokenizer_path)
     if loaded.of_run:

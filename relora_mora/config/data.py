@@ -1,10 +1,10 @@
 """The settings of data: where text comes from, what a row holds, and how rows become sequences."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 from pydantic_core import PydanticCustomError
 
 from relora_mora.config.types import LARGEST, LONGEST_SECONDS, Fraction, Positive, Seed, Strict, Text
@@ -57,6 +57,10 @@ class RecordsConfig(Strict):
         return self.kind in CONVERSATIONS
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        return (*self.required, *self.optional)
+
+    @property
     def required(self) -> dict[str, str]:
         """Key or column of each field that a row must have."""
         return {field: self.columns.get(field, field) for field in _FIELDS[self.kind]}
@@ -67,7 +71,7 @@ class RecordsConfig(Strict):
         return {field: self.columns.get(field, field) for field in _OPTIONAL_FIELDS.get(self.kind, ())}
 
 
-_NAME = re.compile(r"[\w.-]{1,64}")
+_NAME = re.compile(r"[\w.-]{0,64}")
 
 
 def _check_name(text: str) -> str:
@@ -98,6 +102,11 @@ class TextSource(Strict):
     at_max_epochs: Literal["stop", "warn"] = Field("stop", description="what happens at the end of max_epochs")
 
     @property
+    def may_end(self) -> bool:
+        """Whether a run stops after some epochs of it."""
+        return self.max_epochs is not None and self.at_max_epochs == "stop"
+
+    @property
     def label(self) -> str:
         """``name``, or the last part of the source that is not a pattern, without suffixes; "" if there is none."""
         if self.name is not None:
@@ -115,60 +124,64 @@ class MixtureStage(Strict):
     weights: dict[Name, Weight] = Field(min_length=1, description="the weight of every source in data.train, by name")
 
 
-def _normal(value: Any) -> Any:
-    """Turns a single record into a list, and texts among records into records."""
-    is_record = isinstance(value, TextSource) or (isinstance(value, Mapping) and "source" in value)
-    items = [value] if is_record else value
-    if not isinstance(items, list) or not any(isinstance(item, TextSource | Mapping) for item in items):
-        return items
-    return [{"source": item} if isinstance(item, str) else item for item in items]
+def _as_records(value: Any) -> Any:
+    """A list of records, whichever form a setting has. Texts without any record are one text: their name is ""."""
+    is_single = isinstance(value, str | TextSource) or (isinstance(value, Mapping) and "source" in value)
+    items = [value] if is_single else value
+    if not isinstance(items, list):
+        raise PydanticCustomError(
+            "sources",
+            "input should be a source, or a list of sources or of records such as "
+            "{source: ..., weight: 0.7, name: web}",
+        )
+    if any(isinstance(item, Mapping) and item.get("name") == "" for item in items):
+        raise PydanticCustomError("name", "the name of a source should not be empty")
+    text = {} if any(isinstance(item, TextSource | Mapping) for item in items) else {"name": ""}
+    return [{"source": item, **text} if isinstance(item, str) else item for item in items]
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "sets"
-    if isinstance(value, str):
-        return "text"
-    if not isinstance(value, list):
-        return "none of them"
-    return "sources" if any(isinstance(item, TextSource | Mapping) for item in value) else "texts"
+def _as_sets(value: Any) -> Any:
+    return value if isinstance(value, Mapping) and "source" not in value else {"": value}
 
 
-_Text = Annotated[Text, Tag("text")]
-_Texts = Annotated[list[Text], Field(min_length=1), Tag("texts")]
-_Records = Annotated[list[TextSource], Field(min_length=1), Tag("sources")]
-_ONE_OF = Discriminator(
-    _kind,
-    custom_error_type="sources",
-    custom_error_message="Input should be a source, or a list of sources or of records such as "
-    "{source: ..., weight: 0.7, name: web}",
-)
-Sources = Annotated[_Text | _Texts | _Records, _ONE_OF, BeforeValidator(_normal)]
-_Sets = Annotated[dict[Name, Sources], Field(min_length=1), Tag("sets")]
-SourcesOrSets = Annotated[_Text | _Texts | _Records | _Sets, _ONE_OF, BeforeValidator(_normal)]
+def _as_given(sources: list[TextSource]) -> Any:
+    """The shortest form of a setting: a text, a list of texts, or a list of records."""
+    if is_mixture(sources):
+        return [source.model_dump() for source in sources]
+    texts = [source.source for source in sources]
+    return texts[0] if len(texts) == 1 else texts
+
+
+def _sets_as_given(sets: dict[str, list[TextSource]]) -> Any:
+    given = {name: _as_given(sources) for name, sources in sets.items()}
+    return given[""] if list(given) == [""] else given
+
+
+# all forms of sources become lists of records when they are read, and the shortest form when they are written
+_Given = str | list[str] | list[TextSource]
+Sources = Annotated[
+    list[TextSource],
+    Field(min_length=1),
+    BeforeValidator(_as_records, json_schema_input_type=_Given),
+    PlainSerializer(_as_given),
+]
+Sets = Annotated[
+    dict[Name, Sources],
+    Field(min_length=1),
+    BeforeValidator(_as_sets, json_schema_input_type=_Given | dict[Name, _Given]),
+    PlainSerializer(_sets_as_given),
+]
 
 
 def as_sources(sources: str | Sequence[str | TextSource]) -> list[TextSource]:
     """Every source as a record, whichever form the setting has."""
-    items = [sources] if isinstance(sources, str) else sources
-    return [item if isinstance(item, TextSource) else TextSource(source=item) for item in items]
+    given = sources if isinstance(sources, str) else [*sources]
+    return [TextSource.model_validate(item) for item in _as_records(given)]
 
 
-def is_mixture(sources: object) -> bool:
+def is_mixture(sources: Iterable[TextSource]) -> bool:
     """Whether sources are mixed by weight: records are; texts without any record count as one source."""
-    return isinstance(sources, Sequence) and any(isinstance(item, TextSource) for item in sources)
-
-
-Given = str | list[str] | list[TextSource] | dict[str, str | list[str] | list[TextSource]]
-
-
-def map_records(given: Given, change: Callable[[TextSource], TextSource]) -> Given:
-    """The same sources with ``change`` applied to each record; texts stay unchanged."""
-    if isinstance(given, dict):
-        return {name: map_records(sources, change) for name, sources in given.items()}  # type: ignore[misc]
-    if isinstance(given, list):
-        return [change(item) if isinstance(item, TextSource) else item for item in given]  # type: ignore[return-value]
-    return given
+    return any(source.name != "" for source in sources)
 
 
 def set_setting(name: str) -> str:
@@ -196,7 +209,7 @@ class DataConfig(Strict):
         False, description="read a list of records as one text, each source once per epoch, instead of mixing by weight"
     )
     stages: list[MixtureStage] = Field([], description="new weights for the mixture, from given steps on")
-    validation: SourcesOrSets = Field(
+    validation: Sets = Field(
         description="source or sources of held-out text, or several held-out sets by name, each scored separately"
     )
     revision: Text = Field(
@@ -254,7 +267,7 @@ class DataConfig(Strict):
 
     @property
     def train_sources(self) -> list[TextSource]:
-        return as_sources(self.train)
+        return self.train
 
     def records_of(self, source: TextSource) -> RecordsConfig | None:
         """What the rows of a source hold; None means plain text."""
@@ -264,6 +277,9 @@ class DataConfig(Strict):
         """How rows with these contents are packed into sequences."""
         is_text = all(each is None or each.is_text for each in records)
         return self.packing or ("stream" if is_text else "whole")
+
+    def packing_of_source(self, source: TextSource) -> Packing:
+        return self.packing_of([self.records_of(source)])
 
     def has_whole_answers(self, records: RecordsConfig | None) -> bool:
         """Whether only the answers in these rows are scored, and none is cut at the end of a sequence."""
@@ -282,9 +298,7 @@ class DataConfig(Strict):
     @property
     def validation_sets(self) -> dict[str, list[TextSource]]:
         """The sources of each set, by name; without names there is one set, called ""."""
-        if isinstance(self.validation, dict):
-            return {name: as_sources(sources) for name, sources in self.validation.items()}
-        return {"": as_sources(self.validation)}
+        return self.validation
 
     def sources(self, split: Split) -> list[TextSource]:
         """All sources of the training text or of the held-out text."""

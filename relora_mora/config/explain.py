@@ -9,7 +9,6 @@ from pydantic_core import ErrorDetails
 
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
-from relora_mora.config.types import TAGS
 
 Location = tuple[int | str, ...]
 
@@ -88,17 +87,11 @@ def _expected(item: ErrorDetails) -> str:
 
 
 def _setting(location: Location) -> str:
-    """The dotted name of a setting, without the tags that pydantic adds for the members of a union."""
-    parts: list[int | str] = [part for part in location[2:] if part not in {*TAGS, "[key]"}]
-    if _record_at(location[:2]) is None:
-        parts = [part for part in location[2:] if isinstance(part, int)]
+    """The dotted name of a setting, without the name of a set that has none and without the members of a union."""
+    field = _fields_at(location[:2]).get(str(location[:2][-1]))
+    holds_records = field is not None and model_in(field.annotation) is not None
+    parts = [part for part in location[2:] if isinstance(part, int) or (holds_records and part not in ("", "[key]"))]
     return ".".join(map(str, [*location[:2], *parts]))
-
-
-def _record_at(location: Location) -> type[BaseModel] | None:
-    """The model of the records that a setting holds; None if it holds none."""
-    field = _model_fields(location[:-1]).get(str(location[-1])) if location else None
-    return None if field is None else model_in(field.annotation)
 
 
 def model_in(annotation: Any) -> type[BaseModel] | None:
@@ -108,26 +101,13 @@ def model_in(annotation: Any) -> type[BaseModel] | None:
     return next(filter(None, map(model_in, get_args(annotation))), None)
 
 
-def _model_fields(location: Location) -> dict[str, Any]:
-    """The settings of a section; for an empty location, the sections."""
-    fields: dict[str, Any] = Config.model_fields
-    for part in location:
-        annotation = fields[str(part)].annotation if str(part) in fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return {}
-        fields = annotation.model_fields
-    return fields
-
-
 def _fields_at(location: Location) -> dict[str, Any]:
     """The valid names at the level of a location's last part, with their fields."""
-    if len(location) <= 2:
-        return dict(_model_fields(location[:-1]))
-    record = _record_at(location[:2])
-    for part in location[2:-1]:  # a record inside another one; numbers and tags have no field
-        field = record.model_fields.get(str(part)) if record is not None else None
-        record = record if field is None else model_in(field.annotation)
-    return {} if record is None else dict(record.model_fields)
+    model: type[BaseModel] = Config
+    for part in location[:-1]:  # numbers and names of sets are not fields
+        field = model.model_fields.get(str(part))
+        model = (None if field is None else model_in(field.annotation)) or model
+    return dict(model.model_fields)
 
 
 def _nearest(location: Location) -> str | None:

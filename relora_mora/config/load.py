@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from relora_mora.config import lengths
 from relora_mora.config.checks.combinations import faults
-from relora_mora.config.data import CHATML, RecordsConfig, TextSource, map_records
+from relora_mora.config.data import CHATML, RecordsConfig, TextSource
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
 from relora_mora.config.registry import METHODS, is_own, settings_of_others, split_rule
 from relora_mora.config.removed import removed_faults, without, without_old_defaults
@@ -230,46 +230,41 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
 
 
 def _resolve_paths(config: Config, folder: Path) -> Config:
+    """Paths below the home folder, and those that exist only relative to the settings file, as they can be opened."""
+
     def home(value: str | None) -> str | None:
         return None if value is None else from_home(value)
 
     def resolve(value: str | None) -> str | None:
         value = home(value)
-        if value is None or exists(Path(value)):
-            return value
-        return str(folder / value) if exists(folder / value) else value
-
-    def resolve_model(value: str | None) -> str | None:
-        found = resolve(value)
-        return None if found is None else str(find_config(found, MODELS))
-
-    def resolve_matrices(value: str) -> str:
-        file, name = split_rule(value)
-        return f"{resolve(file)}:{name}" if is_own(value) and file.endswith(".py") else value
+        is_next_to_file = value is not None and not exists(Path(value)) and exists(folder / value)
+        return str(folder / str(value)) if is_next_to_file else value
 
     def resolve_template(records: RecordsConfig | None) -> RecordsConfig | None:
         if records is None or records.template in (None, CHATML):
             return records
         return records.model_copy(update={"template": resolve(records.template)})
 
-    def resolve_source(source: TextSource) -> TextSource:
-        return source.model_copy(update={"records": resolve_template(source.records)})
+    def resolve_sources(sources: list[TextSource]) -> list[TextSource]:
+        return [each.model_copy(update={"records": resolve_template(each.records)}) for each in sources]
 
-    data = {name: map_records(getattr(config.data, name), resolve_source) for name in ("train", "validation")}
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(
-                update={
-                    "config": resolve_model(config.model.config),
-                    "init_from": home(config.model.init_from),
-                    "adapter": home(config.model.adapter),
-                }
-            ),
-            "optim": config.optim.model_copy(update={"matrices": resolve_matrices(config.optim.matrices)}),
-            "train": config.train.model_copy(
-                update={"run_dir": home(config.train.run_dir), "resume": home(config.train.resume)}
-            ),
-            "tokenizer": config.tokenizer.model_copy(update={"path": resolve(config.tokenizer.path)}),
-            "data": config.data.model_copy(update={**data, "records": resolve_template(config.data.records)}),
-        }
-    )
+    model, data, train, matrices = config.model, config.data, config.train, config.optim.matrices
+    model_config = resolve(model.config)
+    rule, name = split_rule(matrices)
+    changes: dict[str, dict[str, Any]] = {
+        "model": {
+            "config": None if model_config is None else str(find_config(model_config, MODELS)),
+            "init_from": home(model.init_from),
+            "adapter": home(model.adapter),
+        },
+        "optim": {"matrices": f"{resolve(rule)}:{name}" if is_own(matrices) and rule.endswith(".py") else matrices},
+        "train": {"run_dir": home(train.run_dir), "resume": home(train.resume)},
+        "tokenizer": {"path": resolve(config.tokenizer.path)},
+        "data": {
+            "train": resolve_sources(data.train),
+            "validation": {name: resolve_sources(sources) for name, sources in data.validation.items()},
+            "records": resolve_template(data.records),
+        },
+    }
+    sections = {section: getattr(config, section).model_copy(update=values) for section, values in changes.items()}
+    return config.model_copy(update=sections)

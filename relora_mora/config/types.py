@@ -6,9 +6,6 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-# Tags of union members. They appear in pydantic's error locations and mean nothing to a user.
-TAGS = {"text", "texts", "sources", "sets"}
-
 
 class Fault(NamedTuple):
     """A faulty combination. ``settings``: all settings involved, first the one to change. ``text``: the message."""

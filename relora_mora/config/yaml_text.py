@@ -17,32 +17,20 @@ class _Loader(yaml.SafeLoader):
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-        if node.flow_style:
-            _refuse_colons_without_space(node)
         seen = set()
-        for key in keys:
-            if not isinstance(key, str):
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not a name", problem_mark=node.start_mark)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"duplicate key {key!r}", problem_mark=node.start_mark)
-            seen.add(key)
+        for key, value in node.value:
+            name = self.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
+            problem = None
+            if not isinstance(name, str):
+                problem = f"the key {name!r} is not a name"
+            elif name in seen:
+                problem = f"duplicate key {name!r}"
+            elif node.flow_style and ":" in name and not key.style and value.tag.endswith(":null") and not value.value:
+                problem = f"{name!r} has no value; put a space after the colon"  # YAML reads {a:1} as the name a:1
+            if problem is not None:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(name)
         return super().construct_mapping(node, deep)
-
-
-def _refuse_colons_without_space(node: yaml.MappingNode) -> None:
-    """YAML reads ``{a:1}`` as the name ``a:1`` without a value, which is never what the user means."""
-    for key, value in node.value:
-        if (
-            isinstance(key, yaml.ScalarNode)
-            and not key.style
-            and ":" in key.value
-            and value.tag.endswith(":null")
-            and not value.value
-        ):
-            raise yaml.MarkedYAMLError(
-                problem=f"{key.value!r} has no value; put a space after the colon", problem_mark=key.start_mark
-            )
 
 
 _Loader.yaml_implicit_resolvers = {

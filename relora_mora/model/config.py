@@ -30,9 +30,7 @@ from relora_mora.model.config_keys import (
     Only,
 )
 
-LARGEST_FILE = 16 * 2**20  # bytes; a config has a few thousand
 LARGEST_MODEL = 2**42  # parameters
-_FACTORS = ("short_factor", "long_factor")
 _STRETCHED = ("dynamic", "yarn", "longrope")  # rope types that may depend on max_position_embeddings
 
 
@@ -82,11 +80,7 @@ def read_model_config(settings: ModelConfig) -> PreTrainedConfig:
 def read_json(path: Path, setting: str) -> dict[str, Any]:
     """The keys in a config.json. Raises :class:`ConfigError`, with the name of the setting, if it cannot be read."""
     try:
-        with path.open("rb") as stream:
-            content = stream.read(LARGEST_FILE + 1)
-        if len(content) > LARGEST_FILE:
-            raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
-        values = json.loads(content)
+        values = json.loads(path.read_bytes())
     except OSError as error:
         fault = f"{setting}: cannot read it ({error.strerror}); give a file, or a name such as llama_130m"
         raise ConfigError([fault + relative_to(path)], str(path)) from error
@@ -118,30 +112,24 @@ def parse_model_config(values: Mapping[str, Any], source: str) -> PreTrainedConf
     """
     architecture = architecture_of(values, source)
     config_class = architecture.config_class
-    defaults = {field.name: field.default for field in fields(config_class)}
     used = _used(architecture, values)
     if used.get("num_key_value_heads", 0) is None:  # in transformers this means the number of attention heads
-        used["num_key_value_heads"] = used.get("num_attention_heads", defaults["num_attention_heads"])
-    faults = [*_key_faults(architecture, values)]
-    wrong = [*_value_faults(config_class, used)]
+        used["num_key_value_heads"] = used.get("num_attention_heads", config_class().num_attention_heads)
     # null is a value only for keys that an export carries over; otherwise it means the default of the config class
     kept = {key: value for key, value in used.items() if value is not None or architecture.keys[key] == EXPORT}
-    faults += wrong or [*_unify_names(kept), *_shape_faults({**defaults, **kept})]
+    wrong = [*_value_faults(config_class, used)]
+    wrong = wrong or [*_unify_names(kept)]
+    faults = [*_key_faults(architecture, values), *wrong]
+    if not wrong:
+        try:
+            model_config = config_class(**kept)
+            faults += _shape_faults(model_config)
+            LlamaRotaryEmbedding(config=model_config)  # type: ignore[arg-type]  # the same in the whole family
+        except Exception as error:
+            rope = _shown(kept["rope_parameters"])
+            faults.append(f"{_shown(error)}, in a {config_class.__name__} with rope_parameters {rope}; correct it")
     if faults:
-        raise ConfigError(faults, source)
-    try:
-        model_config = config_class(**kept)
-        LlamaRotaryEmbedding(config=model_config)  # type: ignore[arg-type]  # the same in the whole family
-    except Exception as error:
-        rope = _shown(kept["rope_parameters"])
-        fault = f"model: {config_class.__name__} with rope_parameters {rope} is refused: {_shown(error)}; correct it"
-        raise ConfigError([fault], source) from error
-    windowed = getattr(model_config, "sliding_window", None) is not None
-    allowed = ["full_attention", "sliding_attention"] if windowed else ["full_attention"]
-    if not set(getattr(model_config, "layer_types", None) or ()) <= set(allowed):
-        window = "a sliding_window" if windowed else "no sliding_window"
-        fault = f"model: layer_types may only have {' and '.join(allowed)} with {window}; set layer_types to null"
-        raise ConfigError([fault], source)
+        raise ConfigError([f"model: {fault}" for fault in faults], source)
     if model_config.pad_token_id == -1:
         model_config.pad_token_id = None  # old exports write -1 for none; an embedding would use its last row
     model_config.use_cache = False
@@ -169,13 +157,13 @@ def _key_faults(architecture: Architecture, values: Mapping[str, Any]) -> Iterat
         rule = architecture.keys.get(key)
         if rule is None and value is not None:
             name = architecture.config_class.__name__
-            yield f"model: {key} is not a key of a {name}; set it to null in model.overrides to leave it out"
+            yield f"{key} is not a key of a {name}; set it to null in model.overrides to leave it out"
         elif isinstance(rule, Only) and value not in (None, rule.value):
-            yield f"model: {key} is {_shown(value)}, expected {json.dumps(rule.value)}: {rule.remedy}"
+            yield f"{key} is {_shown(value)}, expected {json.dumps(rule.value)}: {rule.remedy}"
     classes = values.get("architectures")
     prefix = architecture.prefix
     if isinstance(classes, list) and not all(str(name).lower().startswith(prefix.lower()) for name in classes):
-        yield f"model: architectures is {_shown(classes)}, expected classes such as {prefix}ForCausalLM; set model_type"
+        yield f"architectures is {_shown(classes)}, expected classes such as {prefix}ForCausalLM; set model_type"
 
 
 def _value_faults(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> Iterator[str]:
@@ -186,28 +174,23 @@ def _value_faults(config_class: type[PreTrainedConfig], values: Mapping[str, Any
         try:
             if key in kinds:
                 setattr(probe, key, value)
-            if key == "hidden_act" and (value not in ACT2FN or ACT2FN[value].state_dict()):
-                yield f"model: {key} is {_shown(value)}, expected an activation without parameters, such as silu"
-            fits = value is None or _in_range(key, value)
         except StrictDataclassFieldValidationError:
-            fits = False
-        if not fits:
-            kind = kinds.get(key)
-            expected = _range(key) if key in RANGES else kind.__name__ if isinstance(kind, type) else kind
-            yield f"model: {key} is {_shown(value)}, expected {expected}"
+            yield f"{key} is {_shown(value)}, expected {getattr(kinds[key], '__name__', kinds[key])}"
+            continue
+        if value is not None:
+            yield from _range_faults(key, key, value)
+        if key == "hidden_act" and (value not in ACT2FN or ACT2FN[value].state_dict()):
+            yield f"{key} is {_shown(value)}, expected an activation without parameters, such as silu"
+    heads = probe.num_attention_heads
+    if heads and probe.hidden_size % heads:
+        yield f"hidden_size is {_shown(probe.hidden_size)}, expected a multiple of num_attention_heads {heads}"
 
 
-def _in_range(key: str, value: Any) -> bool:
-    if key not in RANGES:
-        return True
-    least, most = RANGES[key]
-    kinds = (int, float) if isinstance(least, float) else (type(least),)
-    return type(value) in kinds and bool(least <= value <= most)
-
-
-def _range(key: str) -> str:
-    least, most = RANGES[key]
-    return f"{type(least).__name__} from {least} to {most}"
+def _range_faults(name: str, key: str, value: Any) -> Iterator[str]:
+    if key in RANGES:
+        least, most = RANGES[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            yield f"{name} is {_shown(value)}, expected a number from {least} to {most}"
 
 
 def keys_with(model_config: PreTrainedConfig, *uses: str) -> dict[str, Any]:
@@ -243,7 +226,7 @@ def _shown(value: Any) -> str:
 def _unify(values: dict[str, Any], key: str, value: Any, name: str) -> Iterator[str]:
     """Sets a key to the value that ``name`` has; yields a fault if it has another one."""
     if value is not None and values.setdefault(key, value) != value:
-        yield f"model: {key} is {_shown(values[key])} and, in {name}, {_shown(value)}; keep one of them"
+        yield f"{key} is {_shown(values[key])} and, in {name}, {_shown(value)}; keep one of them"
 
 
 def _unify_names(values: dict[str, Any]) -> Iterator[str]:
@@ -254,14 +237,14 @@ def _unify_names(values: dict[str, Any]) -> Iterator[str]:
         part = values.pop(name, None)
         part = {name: part} if name == "rope_theta" else part or {}
         if not isinstance(part, dict):
-            yield f"model: {name} is {_shown(part)}, expected a mapping or null"
+            yield f"{name} is {_shown(part)}, expected a mapping or null"
             continue
         for key, value in part.items():  # transformers 4 also had "type"
             yield from _unify(rope, "rope_type" if key == "type" else key, value, name)
     values["rope_parameters"] = rope
     kind = rope.setdefault("rope_type", "default")
     if kind not in list(ROPE_KEYS):
-        yield f"model: rope_parameters: rope_type is {_shown(kind)}, expected one of {', '.join(ROPE_KEYS)}"
+        yield f"rope_parameters: rope_type is {_shown(kind)}, expected one of {', '.join(ROPE_KEYS)}"
         return
     # transformers also accepts this key outside of rope_parameters, and ignores it for rope types that do not have it
     original = values.pop(ORIGINAL, None)
@@ -271,36 +254,34 @@ def _unify_names(values: dict[str, Any]) -> Iterator[str]:
         del rope["partial_rotary_factor"]
     for key, value in rope.items():
         if key not in ("rope_type", "rope_theta", *ROPE_KEYS[kind]):
-            yield f"model: rope_parameters: {key} is not a key of the rope_type {kind}; leave it out"
-        elif key not in _FACTORS and not _in_range(key, value):
-            yield f"model: rope_parameters: {key} is {_shown(value)}, expected {_range(key)}"
+            yield f"rope_parameters: {key} is not a key of the rope_type {kind}; leave it out"
+        for each in value if isinstance(value, list) else [value]:
+            yield from _range_faults(f"rope_parameters: {key}", key, each)
 
 
-def _shape_faults(size: Mapping[str, Any]) -> Iterator[str]:
-    """Yields faults of sizes that are valid by themselves but do not fit together."""
-    hidden = size["hidden_size"]
-    heads = size["num_attention_heads"]
-    vocabulary = size["vocab_size"]
-    shared: int = size["num_key_value_heads"] or heads
-    head: int = size.get("head_dim") or hidden // heads
-    if hidden % heads:
-        yield f"model: hidden_size is {hidden}, expected a multiple of num_attention_heads {heads}"
-    elif head % 2:
-        yield f"model: head_dim is {head}, expected an even number, since rotary embeddings rotate pairs"
+def _shape_faults(config: PreTrainedConfig) -> Iterator[str]:
+    """Yields faults of sizes that transformers accepts although they do not fit together."""
+    heads = config.num_attention_heads
+    shared = config.num_key_value_heads
+    head = head_width(config)
+    if head % 2:
+        yield f"head_dim is {head}, expected an even number, since rotary embeddings rotate pairs"
     if heads % shared:
-        yield f"model: num_key_value_heads is {shared}, expected a divisor of num_attention_heads {heads}"
-    for key in [key for key in _FACTORS if key in size["rope_parameters"]]:
-        numbers = size["rope_parameters"][key]
-        if not isinstance(numbers, list) or len(numbers) != head // 2 or not all(_in_range(key, x) for x in numbers):
-            expected = f"{head // 2} numbers, half of head_dim, each {_range(key)}"
-            yield f"model: rope_parameters: {key} is {_shown(numbers)}, expected {expected}"
-    layer = hidden * (2 * head * (heads + shared) + 3 * size["intermediate_size"])
-    parameters = size["num_hidden_layers"] * layer + hidden * vocabulary
+        yield f"num_key_value_heads is {shared}, expected a divisor of num_attention_heads {heads}"
+    rope = config.rope_parameters
+    for key in ("short_factor", "long_factor"):
+        if key in rope and (not isinstance(rope[key], list) or len(rope[key]) != head // 2):
+            yield f"rope_parameters: {key} is {_shown(rope[key])}, expected {head // 2} numbers, half of head_dim"
+    windowed = getattr(config, "sliding_window", None) is not None
+    if not set(getattr(config, "layer_types", None) or ()) <= {"full_attention", *["sliding_attention"] * windowed}:
+        yield "layer_types may only have full_attention and, with a sliding_window, sliding_attention; set it to null"
+    parameters = config.hidden_size * config.vocab_size
+    parameters += config.num_hidden_layers * sum(rows * columns for rows, columns in linear_shapes(config).values())
     if parameters > LARGEST_MODEL:
-        yield f"model: it would have {parameters:,} parameters, expected at most {LARGEST_MODEL:,}; lower its sizes"
-    padding = size["pad_token_id"]
-    if padding is not None and not -1 <= padding < vocabulary:
-        yield f"model: pad_token_id is {padding}, expected less than vocab_size {vocabulary}, or null"
+        yield f"it would have {parameters:,} parameters, expected at most {LARGEST_MODEL:,}; lower its sizes"
+    padding = config.pad_token_id
+    if padding is not None and padding >= config.vocab_size:
+        yield f"pad_token_id is {padding}, expected less than vocab_size {config.vocab_size}, or null"
 
 
 def length_of_documents(model_config: PreTrainedConfig) -> int | None:
@@ -324,21 +305,15 @@ def check_length(
     windowed = layers is None or "sliding_attention" in layers
     window = getattr(model_config, "sliding_window", None) if windowed else None
     longest = length_of_documents(model_config) if separate_documents else None
-    fault = None
-    if sequence_length > positions:
-        fault = (
-            f"the model's max_position_embeddings ({positions}); shorten it or set "
-            "model.overrides.max_position_embeddings"
-        )
-    elif window is not None and sequence_length > window:
-        fault = f"the model's sliding_window ({window}), but attention here sees every position before it; shorten it"
-    elif longest is not None and sequence_length > longest:
-        fault = (
-            f"{ORIGINAL} ({longest}), beyond which the longest document decides longrope's frequencies for its batch; "
-            "shorten it, or pack documents without a mask"
-        )
-    if fault is not None:
-        raise ConfigError([f"data.sequence_length: {sequence_length} is more than {fault}"], source)
+    limits = [
+        (positions, "max_position_embeddings", "shorten it, or set model.overrides.max_position_embeddings"),
+        (window, "sliding_window", "attention here sees every position before it; shorten it"),
+        (longest, ORIGINAL, "longrope then depends on the other documents; shorten it, or pack without a mask"),
+    ]
+    for limit, name, remedy in limits:
+        if limit is not None and sequence_length > limit:
+            fault = f"data.sequence_length: {sequence_length} is more than the model's {name} ({limit}); {remedy}"
+            raise ConfigError([fault], source)
 
 
 def plain_model_config(model_config: PreTrainedConfig) -> dict[str, Any]:

@@ -30,42 +30,36 @@ _SIZES = (
 )
 _TOKENS = ("unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "pad_token_id", "bos_token_id")
 ORIGINAL = "original_max_position_embeddings"
-_ALIKE = Only(None, "all layers are alike here")
 _SEES_ALL = "attention here sees every position before it"
-_OWN_ATTENTION = Only(None, "set model.attention")
 _NO_BIAS = Only(False, "linears have no biases in this kind of model")
 
 KEYS: dict[str, str | Only] = {
-    **dict.fromkeys(GenerationConfig().to_dict(), NOTHING),  # temperature and the like, in old exports
+    # what a config says about itself, temperature and the like in old exports, and keys of transformers 4
+    **dict.fromkeys({**PreTrainedConfig().to_dict(), **GenerationConfig().to_dict()}, NOTHING),
+    **dict.fromkeys(
+        (
+            *("name_or_path", "_commit_hash", "transformers.js_config", "unsloth_version", "unsloth_fixed"),
+            *("is_llama_config", "torch_dtype", "tokenizer_class", "prefix", "finetuning_task", "task_specific_params"),
+            *("num_labels", "pruned_heads", "cross_attention_hidden_size", "tie_encoder_decoder", "torchscript"),
+            *("use_bfloat16", "tf_legacy_loss", "is_decoder"),
+        ),
+        NOTHING,
+    ),
     **dict.fromkeys(("model_type", *_SIZES, "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias"), FUNCTION),
     **dict.fromkeys(("tie_word_embeddings", "rope_parameters"), FUNCTION),
     **dict.fromkeys(("attention_dropout", "initializer_range"), TRAINING),
     # max_position_embeddings in the first configs of LLaMA; written by transformers 4; written here by Phi-3
     **dict.fromkeys(("max_sequence_length", "rope_scaling", "rope_theta", ORIGINAL), ALIAS),
     **dict.fromkeys((*_TOKENS, "eos_token_id", "pretraining_tp"), EXPORT),
-    **dict.fromkeys(
-        (
-            *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "transformers.js_config"),
-            *("unsloth_version", "unsloth_fixed", "is_llama_config", "dtype", "torch_dtype", "use_cache", "is_decoder"),
-            *("tokenizer_class", "prefix", "finetuning_task", "task_specific_params", "architectures"),
-            *("problem_type", "num_labels", "id2label", "label2id", "return_dict", "output_hidden_states"),
-            *("output_attentions", "chunk_size_feed_forward", "pruned_heads", "cross_attention_hidden_size"),
-            *("tie_encoder_decoder", "torchscript", "use_bfloat16", "tf_legacy_loss"),
-        ),
-        NOTHING,
-    ),
-    "attn_implementation": _OWN_ATTENTION,
-    "_attn_implementation": _OWN_ATTENTION,
+    **dict.fromkeys(("attn_implementation", "_attn_implementation"), Only(None, "set model.attention")),
+    **dict.fromkeys(("layer_types", "per_layer_config"), Only(None, "all layers are alike here")),
+    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention"), Only(False, "leave it out")),
     "quantization_config": Only(None, "quantized weights cannot be trained here; use unquantized weights"),
     "auto_map": Only(None, "code in a model folder is never run"),
     "sliding_window": Only(None, _SEES_ALL),
     "use_sliding_window": Only(False, _SEES_ALL),
-    "layer_types": _ALIKE,
-    "per_layer_config": _ALIKE,
     "partial_rotary_factor": Only(1.0, "rotary embeddings rotate whole heads here"),
     "rope_interleaved": Only(False, "rotary embeddings pair halves of a head here"),
-    "is_encoder_decoder": Only(False, "leave it out"),
-    "add_cross_attention": Only(False, "leave it out"),
 }
 
 # the keys of each rope type in addition to rope_theta
@@ -81,7 +75,7 @@ ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "longrope": ("factor", "attention_factor", "short_factor", "long_factor", ORIGINAL),
 }
 
-# the least and the largest value, of this type; an int may stand for a float
+# the least and the largest value
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys((*_SIZES, "max_sequence_length", ORIGINAL, "pretraining_tp", "sliding_window"), (1, 2**24)),
     **dict.fromkeys(_TOKENS, (-1, 2**31)),
@@ -90,9 +84,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "attention_dropout": (0.0, 0.99),
     "initializer_range": (1e-6, 1.0),
     "rope_theta": (1.0, 1e30),
-    **{key: (1e-6, 1e6) for keys in ROPE_KEYS.values() for key in keys if key != ORIGINAL},
+    **{key: (1e-6, 1e6) for keys in ROPE_KEYS.values() for key in keys if key not in (ORIGINAL, "truncate")},
     "factor": (1.0, 1e6),
-    "truncate": (False, True),
 }
 
 
@@ -114,17 +107,15 @@ class Architecture(NamedTuple):
         return getattr(transformers, f"{self.prefix}ForCausalLM")
 
 
-def _like_llama(prefix: str, **keys: str | Only) -> Architecture:
-    return Architecture(prefix, KEYS | keys)
-
-
 # a window that is shorter than the sequence is refused, so a window has no effect in training
 _WINDOWS = dict.fromkeys(("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"), EXPORT)
 _OWN_BIAS = Only(None, "in a Qwen2 q, k and v have biases, and other linears do not")
 # by the model_type of a config.json
 ARCHITECTURES = {
     "llama": Architecture("Llama", KEYS),
-    "mistral": _like_llama("Mistral", attention_bias=_NO_BIAS, mlp_bias=_NO_BIAS, sliding_window=EXPORT),
-    "qwen2": _like_llama("Qwen2", attention_bias=_OWN_BIAS, mlp_bias=_NO_BIAS, **_WINDOWS),
-    "qwen3": _like_llama("Qwen3", mlp_bias=_NO_BIAS, **_WINDOWS),
+    "mistral": Architecture(
+        "Mistral", {**KEYS, "attention_bias": _NO_BIAS, "mlp_bias": _NO_BIAS, "sliding_window": EXPORT}
+    ),
+    "qwen2": Architecture("Qwen2", {**KEYS, "attention_bias": _OWN_BIAS, "mlp_bias": _NO_BIAS, **_WINDOWS}),
+    "qwen3": Architecture("Qwen3", {**KEYS, "mlp_bias": _NO_BIAS, **_WINDOWS}),
 }

@@ -13,7 +13,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints, read_manifest
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, newest_manifest
 from relora_mora.checkpoint.tokenizer import tokenizer_of
-from relora_mora.config.data import CHATML, DataConfig, RecordsConfig, TextSource, map_records
+from relora_mora.config.data import CHATML, DataConfig, RecordsConfig, TextSource
 from relora_mora.config.data_flags import SCORING, read_data
 from relora_mora.config.load import ConfigError, stored_config
 from relora_mora.config.schema import Config, ModelConfig
@@ -140,8 +140,11 @@ def _with_saved_template(data: DataConfig) -> DataConfig:
             return records
         return records.model_copy(update={"template": None})
 
-    validation = map_records(data.validation, lambda one: one.model_copy(update={"records": own(one.records)}))
-    return data.model_copy(update={"records": own(data.records), "validation": validation})
+    sets = {
+        name: [source.model_copy(update={"records": own(source.records)}) for source in sources]
+        for name, sources in data.validation.items()
+    }
+    return data.model_copy(update={"records": own(data.records), "validation": sets})
 
 
 def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
@@ -153,9 +156,8 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
         with suppress(ConfigError):  # a model of another family, whose sizes only transformers knows
             check_headers(path)
         model = load_foreign(path, dtype)
-        plain = DataConfig(
-            train="none", validation="none", sequence_length=min(HF_LENGTH, positions_of(model) or HF_LENGTH)
-        )
+        length = min(HF_LENGTH, positions_of(model) or HF_LENGTH)
+        plain = DataConfig.model_validate({"train": "none", "validation": "none", "sequence_length": length})
         return LoadedModel(model, nullcontext(path), plain, f"{path} ({type(model).__name__})")
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)

@@ -1,4 +1,4 @@
-"""Settings that are wrong together: mixtures of sources, and values that do not go with each other."""
+"""Settings that are wrong together, each of which names what to change; and settings that just work together."""
 
 from __future__ import annotations
 
@@ -7,281 +7,243 @@ from typing import Any
 
 import pytest
 
-from relora_mora.config.checks.combinations import remarks
-from relora_mora.config.checks.deepspeed import DERIVED_DEEPSPEED_KEYS
+from relora_mora.config.checks.combinations import RANK_RULES, RULES, remarks
+from relora_mora.config.checks.data import DATA_RULES, RECORDS_RULES, SOURCE_RULES, STAGE_RULES
+from relora_mora.config.checks.deepspeed import DERIVED
+from relora_mora.config.checks.method import METHOD_RULES, OWN_RULES
 from relora_mora.config.load import dump, load_config, validate
 from relora_mora.config.yaml_text import parse_yaml
-from tests.tools.config_tools import SETTINGS, faults_of, tree
+from tests.tools.config_tools import changed_tree, faults_of
 from tests.tools.helpers import ROOT
 
-
-def test_mixtures_and_sets_of_held_out_text() -> None:
-    def record(**given: Any) -> dict[str, Any]:
-        return {"source": "data/web/*.jsonl", **given}
-
-    config = validate(tree(data={"train": record(text_column="content")}), "the test")
-    assert config.data.is_mixture
-    assert [source.label for source in config.data.train_sources] == ["web"]
-    config = validate(tree(data={"validation": {"a": "x", "b": ["y", record()]}}), "the test")
-    sets = config.data.validation_sets
-    assert {name: [source.source for source in sources] for name, sources in sets.items()} == {
-        "a": ["x"],
-        "b": ["y", "data/web/*.jsonl"],
-    }
-    assert validate(parse_yaml(dump(config)), "the test") == config
+TWO = [{"source": "x/a"}, {"source": "x/b"}]
+MIXTURE = [{"source": "x/a", "weight": 1}, {"source": "x/b", "weight": 0}]
+FLASH = {"model.attention": "flash_attention_2"}
+CHAT = {"kind": "messages"}
 
 
-MIXTURE = [{"source": "a/*.json", "weight": 1}, {"source": "b/*.json", "weight": 0}]
+def stages(*weights: dict[str, float], steps: tuple[int, ...] = (5, 6)) -> list[dict[str, Any]]:
+    return [{"from_step": step, "weights": each} for step, each in zip(steps, weights, strict=False)]
 
 
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        ({"train": [{"source": "x", "weight": -1}]}, "data.train.0.weight: got -1"),
-        ({"train": [{"source": "x", "wieght": 1}]}, "data.train.0.wieght: unknown; did you mean weight?"),
-        ({"train": [{"weight": 1}]}, "data.train.0.source: must be given"),
-        ({"train": [{"source": "x", "name": "a b"}]}, "data.train.0.name: got 'a b'; input should be a name"),
-        ({"train": [{"source": "*.json"}]}, "data.train.0.name: no name for metrics follows from *.json"),
-        ({"train": [{"source": "x/a"}, {"source": "y/a"}]}, "data.train: 2 sources are named a"),
-        ({"train": [{"source": "x", "weight": 0}]}, "data.train: all weights are 0"),
-        (
-            {"train": [{"source": "o/n:en", "config": "de"}]},
-            "data.train.0.config: it is de, but the source o/n:en names en",
-        ),
-        ({"train": [{"source": "x"}, 3]}, "data.train.1: got 3; input should be names and values"),
-        ({"train": {"a": "x"}}, "data.train: got {'a': 'x'}; input should be a source, or a list"),
-        ({"stages": [{"from_step": 5, "weights": {"a": 1}}]}, "data.stages: stages change the weights of a mixture"),
-        (
-            {"train": MIXTURE, "stages": [{"from_step": 5, "weights": {"a": 1}}]},
-            "data.stages.0.weights: it names a; name each source of data.train (a, b) once",
-        ),
-        (
-            {"train": MIXTURE, "stages": [{"from_step": 5, "weights": {"a": 0, "b": 0}}]},
-            "data.stages.0.weights: all weights are 0",
-        ),
-        (
-            {"train": MIXTURE, "stages": [{"from_step": n, "weights": {"a": 1, "b": 1}} for n in (5, 5)]},
-            "data.stages.1.from_step: 5 is not after the previous stage",
-        ),
-        ({"train": "x/a", "concatenate": True}, "data.concatenate: it is for a list of records"),
-        (
-            {"train": [{"source": "x/a", "weight": 2}, {"source": "x/b"}], "concatenate": True},
-            "data.train.0.weight: 2.0 is for the sources of a mixture, but data.concatenate joins them into one text",
-        ),
-        (
-            {"train": [{"source": "x/a"}, {"source": "x/b", "records": {"kind": "question"}}], "concatenate": True},
-            "data.packing: sources of text and of records are packed differently",
-        ),
-        (
-            {
-                "train": [{"source": "x/a"}, {"source": "x/b", "records": {"kind": "text", "too_long": "drop"}}],
-                "concatenate": True,
-                "packing": "whole",
-            },
-            "data.concatenate: sources of plain text have different values of records.too_long",
-        ),
-        (
-            {
-                "train": [{"source": "x/a"}, {"source": "x/b"}],
-                "concatenate": True,
-                "stages": [{"from_step": 5, "weights": {"a": 1, "b": 1}}],
-            },
-            "data.stages: stages change the weights of a mixture",
-        ),
-        ({"validation": {"a b": "x"}}, "data.validation.a b: got 'a b'; input should be a name"),
-        (
-            {"validation": {"a": {"source": "o/n::x", "split": "y"}}},
-            "data.validation.a.0.split: it is y, but the source",
-        ),
-        ({"validation": {"source": "x", "weight": 0.5}}, "data.validation.0.weight: 0.5 is for the sources of a mix"),
-        ({"validation": [{"source": "x", "name": "a"}]}, "data.validation.0.name: a is for the sources of a mix"),
-    ],
-)
-def test_impossible_mixtures_are_refused(data: dict[str, Any], says: str) -> None:
-    (fault,) = faults_of(tree(data=data))
-    assert fault.startswith(says), fault
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        (0, "method.merge_every: got 0; input should be greater than or equal to 1"),
-        ("often", "method.merge_every: got 'often'; input should be a valid integer"),
-        ([], "method.merge_every: got []; input should be a whole number of steps; only release 0.2"),
-        ([{"every": 10, "growth": 1.5}], "method.merge_every: got [{'every': 10, 'growth': 1.5}]; input should be"),
-        ({"every": 10}, "method.merge_every: got {'every': 10}; input should be a whole number of steps; only release"),
-    ],
-)
-def test_a_wrong_interval_is_one_fault(given: object, says: str) -> None:
-    (fault,) = faults_of(tree(method={"merge_every": given}))
-    assert fault.startswith(says), fault
-
-
-COMBINATIONS: list[tuple[dict[str, dict[str, Any]], int | None, str]] = [
-    ({"method": {"target_modules": ["q_proj", "qq_proj"]}}, None, "method.target_modules: qq_proj is not a linear"),
-    ({"method": {"target_modules": ["q_proj", "q_proj"]}}, None, "method.target_modules: duplicate name"),
-    (
-        {"method": {"square_size": 100, "square_multiple": 8}},
-        None,
-        "method.square_size: 100 is not a multiple of method.square_multiple 8",
-    ),
-    (
-        {"method": {"square_size": 101, "operators": [1, 6]}},
-        None,
-        "method.square_size: operator 6 needs an even size, got 101; use 100",
-    ),
-    ({"model": {"adapter": "a"}}, None, "model.adapter: an adapter belongs to a trained model"),
-    (
-        {"model": {"adapter": "a", "init_from": "b"}, "method": {"name": "full"}},
-        None,
-        "model.adapter: the method full has no adapters",
-    ),
-    ({"method": {"operators": [1, 6]}}, None, "method.square_multiple: operator 6 needs an even R"),
-    ({"method": {"name": "mora", "operators": [6], "square_multiple": 3}}, None, "set method.square_multiple=6"),
-    (
-        {"train": {"deepspeed": {"zero_optimization": 3}}},
-        None,
-        "train.deepspeed: zero_optimization is 3, expected a mapping",
-    ),
-    (
-        {"train": {"deepspeed": {"zero_optimization": {"offload_optimizer": {}}}}},
-        None,
-        "zero_optimization.offload_optimizer: not supported",
-    ),
-    ({"train": {"deepspeed": {"torch_autocast": {"enabled": True}}}}, None, "torch_autocast: not supported"),
-    ({"train": {"allow_changes": ["optim.lrr"]}}, None, "train.allow_changes: optim.lrr: unknown setting"),
-    (
-        {"data": {"document_mask": True}, "model": {"attention": "flash_attention_2"}},
-        None,
-        "flash_attention_2 does not support a mask",
-    ),
-    (
-        {"method": {"form": "resident"}, "train": {"zero_stage": 3}},
-        None,
-        "which no rank has at ZeRO-3; use method.form=auto, or train.zero_stage=2",
-    ),
-    ({"model": {"compile": True}, "train": {"zero_stage": 3}}, None, "use train.zero_stage=2, or leave it at auto"),
-    ({"method": {"operators": [1]}}, None, "method.operators: the cycle [1] repeats an operator"),
-    ({"method": {"operators": [1, 1]}}, None, "method.operators: the cycle [1, 1] repeats an operator"),
-    ({"method": {"operators": [1, 2, 1]}}, None, "method.operators: the cycle [1, 2, 1] repeats an operator"),
-    ({"method": {"reset": "magnitude", "reset_ratio": 0.0}}, None, "method.reset_ratio: 0 with method.reset=magnitude"),
-    ({"method": {"reset": "random", "reset_ratio": 0.0}}, None, "method.reset_ratio: 0 with method.reset=random"),
-    ({"method": {"rank_pattern": {"down": 4}}}, None, "method.rank_pattern: down is not in method.target_modules"),
-    (
-        {"method": {"rank_pattern": {"up_proj": 4}, "square_size": 8}},
-        None,
-        "is R of every layer, so ranks have no effect",
-    ),
-    (
-        {"method": {"name": "relora", "reset": "carry"}},
-        None,
-        "but relora has no square matrices; use method.reset=full",
-    ),
-    ({"method": {"operators": [2, 6], "reset": "carry", "square_multiple": 2}}, None, "and 6 is not"),
+# one for each rule: the setting that the message names first, and what was changed
+BAD: list[tuple[str, dict[str, Any]]] = [
+    ("model.config", {"model.config": None}),
+    ("tokenizer.path", {"tokenizer.path": None}),
+    ("optim.decay_steps", {"optim.decay_steps": 100}),
+    ("data.lanes", {"data.lanes": 48}),
+    ("train.micro_batch_size", {"train.micro_batch_size": 3}),
+    ("data.document_mask", FLASH | {"data.document_mask": True}),
+    ("data.packing", FLASH | {"data.packing": "whole"}),
+    ("model.attention", FLASH | {"train.precision": "fp32"}),
+    ("model.compile", {"model.compile": True, "train.zero_stage": 3}),
+    ("train.allow_changes", {"train.allow_changes": ["optim.lr", "optim.lrr"]}),
+    # methods
+    ("method.dropout", {"method.name": "mora", "method.dropout": 0.1, "method.form": "merged"}),
+    ("method.square_multiple", {"method.operators": [1, 6]}),
+    ("method.square_multiple", {"method.name": "mora", "method.operators": [6], "method.square_multiple": 3}),
+    ("method.square_size", {"method.square_size": 100, "method.square_multiple": 8}),
+    ("method.square_size", {"method.square_size": 101, "method.operators": [1, 6]}),
+    ("method.form", {"method.form": "merged", "method.base": "int8", "method.base_products": True}),
+    ("method.form", {"method.form": "resident", "method.base": "fp8", "method.base_products": False}),
+    *(("method.operators", {"method.operators": cycle}) for cycle in ([1], [1, 1], [1, 2, 1])),
+    *(("method.reset_ratio", {"method.reset": reset, "method.reset_ratio": 0.0}) for reset in ("magnitude", "random")),
+    ("method.reset", {"method.name": "relora", "method.reset": "carry"}),
+    ("method.reset", {"method.operators": [2, 6], "method.reset": "carry", "method.square_multiple": 2}),
     *(
-        (
-            {"method": {"reset": reset}, "optim": {"matrices": matrices}},
-            None,
-            f"method.reset: {reset} changes element-wise moments, but {matrices} has none; "
-            "use method.reset=full or none",
-        )
+        ("method.reset", {"method.reset": reset, "optim.matrices": matrices})
         for reset in ("magnitude", "random", "carry")
         for matrices in ("adamw8bit", "rule.py:Rule")
     ),
+    ("method.target_modules", {"method.target_modules": ["q_proj", "qq_proj"]}),
+    ("method.target_modules", {"method.target_modules": ["q_proj", "q_proj"]}),
+    ("method.rank_pattern", {"method.rank_pattern": {"down": 4}}),
+    ("method.rank_pattern", {"method.rank_pattern": {"up_proj": 4}, "method.square_size": 8}),
+    ("method.form", {"method.form": "resident", "train.zero_stage": 3}),
+    ("model.adapter", {"model.adapter": "a"}),
+    ("model.adapter", {"model.adapter": "a", "model.init_from": "b", "method.name": "full"}),
+    ("method.merge_until_step", {"method.merge_until_step": 1999}),
+    # lengths
+    ("train.tokens", {"train.tokens": 1e12, "train.steps": 100}),
+    ("train.epochs", {"train.tokens": 1e6, "train.epochs": 2}),
+    ("optim.warmup_fraction", {"optim.warmup_steps": 3, "optim.warmup_fraction": 0.1}),
+    # data
+    ("train.epochs", {"train.epochs": 2, "data.train": TWO}),
+    ("data.train", {"data.train": [{"source": "x/a"}, {"source": "y/a"}]}),
+    ("data.train", {"data.train": [{"source": "x", "weight": 0}]}),
+    ("data.concatenate", {"data.train": "x/a", "data.concatenate": True}),
+    ("data.packing", {"data.train": [TWO[0], {**TWO[1], "records": {"kind": "question"}}], "data.concatenate": True}),
     (
-        {"method": {"merge_until_step": 1999}},
-        None,
-        "method.merge_until_step: 1999 comes before the first merge (step 2000); raise it, or use method.name=mora",
+        "data.concatenate",
+        {
+            "data.train": [TWO[0], {**TWO[1], "records": {"kind": "text", "too_long": "drop"}}],
+            "data.concatenate": True,
+            "data.packing": "whole",
+        },
     ),
-    ({"optim": {"decay_steps": 100}}, None, "optim.decay_steps: only the schedule wsd uses it, got cosine"),
-    ({"data": {"lanes": 48}}, None, "data.lanes: every global batch takes the same number of sequences from each lane"),
-    ({"train": {"micro_batch_size": 3}}, None, "train.micro_batch_size: 3 does not divide train.batch_size 1024"),
-    ({"train": {"batch_size": 48}}, 6, "train.batch_size: 48 is not a multiple of train.micro_batch_size 16 x 6 ranks"),
-    (
-        {"train": {"batch_size": 96, "micro_batch_size": 2}},
-        6,
-        "data.lanes: 32 lanes cannot be split evenly among 6 ranks; set data.lanes=48, a multiple of 6 that divides",
-    ),
-    (
-        {"train": {"deepspeed": {"zero_optimization": {"stage": 1}}}},
-        None,
-        "zero_optimization.stage is derived from train.zero_stage",
-    ),
-    *(
-        ({"train": {"deepspeed": {key: 1}}}, None, f"train.deepspeed: {key} is derived from")
-        for key in DERIVED_DEEPSPEED_KEYS
-        if "." not in key
-    ),
+    ("data.stages", {"data.stages": stages({"a": 1})}),
+    ("data.stages", {"data.train": TWO, "data.concatenate": True, "data.stages": stages({"a": 1, "b": 1})}),
+    ("data.document_mask", {"data.document_mask": True, "data.packing": "none"}),
+    ("eval.generate", {"eval.generate": 3}),
+    ("data.train.0.config", {"data.train": [{"source": "o/n:en", "config": "de"}]}),
+    ("data.validation.a.0.split", {"data.validation": {"a": {"source": "o/n::x", "split": "y"}}}),
+    ("data.train.0.name", {"data.train": [{"source": "*.json"}]}),
+    ("data.train.0.max_epochs", {"train.epochs": 2, "data.train": [{"source": "a", "max_epochs": 1}]}),
+    ("data.validation.0.name", {"data.validation": [{"source": "x", "name": "a"}]}),
+    ("data.validation.0.weight", {"data.validation": {"source": "x", "weight": 0.5}}),
+    ("data.validation.0.max_epochs", {"data.validation": {"source": "x", "max_epochs": 2}}),
+    ("data.validation.0.at_max_epochs", {"data.validation": {"source": "x", "at_max_epochs": "warn"}}),
+    ("data.train.0.weight", {"data.train": [{**TWO[0], "weight": 2}, TWO[1]], "data.concatenate": True}),
+    ("data.train.1.max_epochs", {"data.train": [TWO[0], {**TWO[1], "max_epochs": 2}], "data.concatenate": True}),
+    ("data.train.0.at_max_epochs", {"data.train": [{**TWO[0], "at_max_epochs": "warn"}], "data.concatenate": True}),
+    ("data.stages.1.from_step", {"data.train": TWO, "data.stages": stages(*[{"a": 1, "b": 1}] * 2, steps=(5, 5))}),
+    ("data.stages.0.weights", {"data.train": TWO, "data.stages": stages({"a": 1})}),
+    ("data.stages.0.weights", {"data.train": TWO, "data.stages": stages({"a": 0, "b": 0})}),
+    ("data.records.columns", {"data.records": {**CHAT, "columns": {"answer": "b"}}}),
+    ("data.records.template", {"data.records": {"kind": "question", "template": "chatml"}}),
+    ("data.records.too_long", {"data.records": {**CHAT, "too_long": "drop"}, "data.packing": "stream"}),
+    ("data.document_mask", {"data.records": CHAT, "data.packing": "stream", "data.document_mask": True}),
+    # keys of DeepSpeed
+    ("train.deepspeed", {"train.deepspeed": {"zero_optimization": 3}}),
+    ("train.deepspeed", {"train.deepspeed": {"zero_optimization": {"offload_optimizer": {}}}}),
+    ("train.deepspeed", {"train.deepspeed": {"zero_optimization": {"stage": 1}}}),
+    ("train.deepspeed", {"train.deepspeed": {"zero_optimization": {"overlap_comm": None}}}),
+    ("train.deepspeed", {"train.deepspeed": {"torch_autocast": {"enabled": True}}}),
+    *(("train.deepspeed", {"train.deepspeed": {key: 1}}) for key in DERIVED if "." not in key),
+]
+BAD_RANKS: list[tuple[str, dict[str, Any]]] = [  # for six ranks
+    ("train.batch_size", {"train.batch_size": 48, "data.lanes": 48}),
+    ("data.lanes", {"train.batch_size": 96, "train.micro_batch_size": 2}),
 ]
 
 
-@pytest.mark.parametrize(
-    ("sections_given", "world_size", "message"), COMBINATIONS, ids=lambda value: value if isinstance(value, str) else ""
-)
-def test_impossible_combinations_are_refused(
-    sections_given: dict[str, dict[str, Any]], world_size: int | None, message: str
-) -> None:
-    found = faults_of(tree(**sections_given), world_size)
-    assert any(message in fault for fault in found), found
-    assert all(fault.split(":")[0] in SETTINGS for fault in found)
+@pytest.mark.parametrize(("named", "changes"), BAD, ids=str)
+def test_impossible_combinations_are_refused(named: str, changes: dict[str, Any]) -> None:
+    [fault] = faults_of(changed_tree(changes))
+    assert fault.startswith(f"{named}: ")
+    assert "{" not in fault.replace("{source:", "").replace("{NAME:", "").replace(str(changes), ""), "all is filled in"
 
 
-STAGES = {"train": MIXTURE, "stages": [{"from_step": 10_001, "weights": {"a": 1, "b": 1}}]}
-REMARKS = [  # settings, the setting that the remark names, and what the run of 10,000 steps does
-    ({"method": {"name": "full"}, "optim": {"warmup_steps": 10_000}}, "optim.warmup_steps", "at 100% of"),
-    ({"method": {"name": "full"}, "optim": {"warmup_steps": 40_000}}, "optim.warmup_steps", "at 25% of"),
-    ({"optim": {"schedule": "wsd", "decay_steps": 9001}}, "optim.decay_steps", "the decay has 9,000 steps"),
-    ({"method": {"merge_every": 10_000}}, "method.merge_every", "follow step 10000: it trains as mora does"),
-    ({"method": {"name": "relora", "merge_every": 10_000}}, "method.merge_every", "as lora does"),
-    ({"method": {"merge_every": 999}}, "method.merge_every", "first merge (step 999) comes before the warmup ends"),
-    (
-        {"method": {"merge_every": 40}, "optim": {"warmup_steps": 10}},
-        "optim.restart_warmup_steps",
-        "each warmup after a merge has 40 steps",
-    ),
-    ({"data": STAGES}, "data.stages.0.from_step", "before this stage"),
+@pytest.mark.parametrize(("named", "changes"), BAD_RANKS, ids=str)
+def test_combinations_for_another_number_of_ranks_are_refused(named: str, changes: dict[str, Any]) -> None:
+    validate(changed_tree(changes), "the test", world_size=1)
+    [fault] = faults_of(changed_tree(changes), 6)
+    assert fault.startswith(f"{named}: ")
+
+
+def test_a_rule_of_every_table_is_broken_above() -> None:
+    """A new rule needs a case: each names its settings in another way, or is broken by a case of its own."""
+    tables = (RULES, RANK_RULES, DATA_RULES, SOURCE_RULES, STAGE_RULES, RECORDS_RULES, METHOD_RULES, OWN_RULES)
+    named = {name.rpartition(".")[2] for name, _ in BAD + BAD_RANKS}
+    first = {rule.settings.split()[0].rpartition(".")[2] for rules in tables for rule in rules}
+    assert first <= named
+
+
+GOOD: list[dict[str, Any]] = [
+    {"method.merge_every": 1000},
+    {"method.merge_every": 9999},
+    {"method.merge_every": 50, "optim.warmup_steps": 50},
+    {"method.merge_every": 10, "optim.warmup_steps": 50, "optim.restart_warmup_steps": 0},
+    {"method.merge_until_step": 2000},
+    {"method.name": "mora", "method.merge_every": 1, "method.operators": [1, 6]},
+    {"method.name": "full", "method.target_modules": ["experts"], "method.operators": [1, 1]},
+    {"method.name": "mora", "method.dropout": 0.1, "method.form": "decoupled"},
+    {"method.operators": [6, 1], "method.square_multiple": 2},
+    {"method.square_size": 96, "method.square_multiple": 8},
+    {"method.reset": "full", "method.reset_ratio": 0.0},
+    {"method.reset": "none", "optim.matrices": "adamw8bit"},
+    {"method.form": "merged", "method.base": "int8"},
+    {"method.form": "resident", "train.zero_stage": 2},
+    {"method.rank_pattern": {"up_proj": 4}},
+    {"model.adapter": "a", "model.init_from": "b", "method.name": "mora"},
+    {"model.config": None, "tokenizer.path": None, "model.init_from": "b"},
+    {"model.compile": True},
+    FLASH,
+    {"optim.warmup_steps": 0},
+    {"optim.matrices": "rule.py:Rule"},
+    {"optim.schedule": "wsd", "optim.decay_steps": 9000},
+    {"train.allow_changes": ["optim.lr", "data"]},
+    {"data.lanes": 1024},
+    {"data.document_mask": True, "data.packing": "stream"},
+    {"data.records": {"kind": "alpaca", "columns": {"input": "context"}}},
+    {"data.records": {**CHAT, "template": "chatml", "too_long": "drop"}},
+    {"data.records": CHAT, "eval.generate": 3},
+    {"train.deepspeed": {"zero_optimization": {"reduce_bucket_size": 5e8}, "comms_logger": {"enabled": True}}},
+]
+GOOD_SOURCES: list[dict[str, Any]] = [
+    {"data.train": [{"source": "o/n:en", "split": "x"}, {"source": "*.json", "name": "web"}]},
+    {"data.train": TWO, "data.concatenate": True, "train.epochs": 2},
+    {"data.train": MIXTURE, "data.stages": stages({"a": 1, "b": 1}, {"a": 0, "b": 1})},
+    {"train.epochs": 2, "data.train": [{"source": "a", "max_epochs": 1, "at_max_epochs": "warn"}]},
+    {"data.validation": {"a": "x", "b": ["y", {"source": "data/web/*.jsonl"}]}},
 ]
 
 
-@pytest.mark.parametrize(("sections_given", "setting", "says"), REMARKS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize("changes", GOOD, ids=str)
+def test_combinations_at_the_boundary_are_accepted(changes: dict[str, Any]) -> None:
+    config = validate(changed_tree(changes), "the test", world_size=2)
+    assert list(remarks(config)) == []
+    kept = config.model_dump()
+    for name, value in changes.items():
+        section, key = name.split(".")
+        assert kept[section][key] == (kept[section][key] | value if isinstance(value, dict) else value)
+
+
+@pytest.mark.parametrize("changes", GOOD_SOURCES, ids=str)
+def test_sources_that_go_together_are_accepted(changes: dict[str, Any]) -> None:
+    config = validate(changed_tree(changes), "the test")
+    assert validate(parse_yaml(dump(config)), "its own dump") == config
+
+
+def test_mixtures_and_sets_of_held_out_text() -> None:
+    record = {"source": "data/web/*.jsonl", "text_column": "content"}
+    config = validate(
+        changed_tree({"data.train": record, "data.validation": {"a": "x", "b": ["y", record]}}), "the test"
+    )
+    assert config.data.is_mixture
+    assert [source.label for source in config.data.train_sources] == ["web"]
+    sets = {name: [source.source for source in sources] for name, sources in config.data.validation_sets.items()}
+    assert sets == {"a": ["x"], "b": ["y", "data/web/*.jsonl"]}
+
+
+WRONG_VALUES: list[tuple[str, dict[str, Any]]] = [  # of sources and intervals; the name of each, and one message only
+    ("data.train.0.weight", {"data.train": [{"source": "x", "weight": -1}]}),
+    ("data.train.0.wieght", {"data.train": [{"source": "x", "wieght": 1}]}),
+    ("data.train.0.source", {"data.train": [{"weight": 1}]}),
+    ("data.train.0.name", {"data.train": [{"source": "x", "name": "a b"}]}),
+    ("data.train.1", {"data.train": [{"source": "x"}, 3]}),
+    ("data.train", {"data.train": {"a": "x"}}),
+    ("data.validation.a b", {"data.validation": {"a b": "x"}}),
+    *(("method.merge_every", {"method.merge_every": each}) for each in (0, "often", [], [{"every": 1}], {"every": 10})),
+]
+
+
+@pytest.mark.parametrize(("named", "changes"), WRONG_VALUES, ids=str)
+def test_a_wrong_value_is_one_fault(named: str, changes: dict[str, Any]) -> None:
+    [fault] = faults_of(changed_tree(changes))
+    assert fault.startswith(f"{named}: ")
+
+
+REMARKS: list[tuple[str, dict[str, Any]]] = [  # the setting that the remark names; a run has 10,000 steps
+    ("optim.warmup_steps", {"method.name": "full", "optim.warmup_steps": 10_000}),
+    ("optim.decay_steps", {"optim.schedule": "wsd", "optim.decay_steps": 9001}),
+    ("method.merge_every", {"method.merge_every": 10_000}),
+    ("method.merge_every", {"method.merge_every": 999}),
+    ("optim.restart_warmup_steps", {"method.merge_every": 40, "optim.warmup_steps": 10}),
+    ("data.stages.0.from_step", {"data.train": MIXTURE, "data.stages": stages({"a": 1, "b": 1}, steps=(10_001,))}),
+]
+
+
+@pytest.mark.parametrize(("named", "changes"), REMARKS, ids=str)
 def test_a_run_says_what_it_does_about_settings_that_its_length_leaves_no_room_for(
-    sections_given: dict[str, dict[str, Any]], setting: str, says: str
+    named: str, changes: dict[str, Any]
 ) -> None:
-    (remark,) = remarks(validate(tree(**sections_given), "the test"))
-    assert remark.startswith(f"{setting}: ")
-    assert says in remark
-    assert setting in SETTINGS or setting.startswith("data.stages.")
+    [remark] = remarks(validate(changed_tree(changes), "the test"))
+    assert remark.startswith(f"{named}: ")
 
 
-@pytest.mark.parametrize("steps", ["1", "6", "30"])
+@pytest.mark.parametrize("steps", ["1", "30"])
 @pytest.mark.parametrize("config", sorted((ROOT / "configs" / "run").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_few_steps_of_any_shipped_config_can_be_tried(config: Path, steps: str) -> None:
     tried = load_config(config, {"train.steps": steps})
     assert next(remarks(tried)).startswith("optim.warmup_steps: ")
-
-
-@pytest.mark.parametrize(
-    "sections_given",
-    [
-        {"method": {"merge_every": 1000}},
-        {"method": {"merge_every": 9999}},
-        {"method": {"merge_every": 50}, "optim": {"warmup_steps": 50}},
-        {"method": {"merge_every": 10}, "optim": {"warmup_steps": 50, "restart_warmup_steps": 0}},
-        {"method": {"name": "mora", "merge_every": 1, "operators": [1, 6]}},
-        {"method": {"name": "full", "target_modules": ["experts"], "operators": [1, 1]}},
-        {"method": {"operators": [6, 1], "square_multiple": 2}},
-        {"method": {"square_size": 96, "square_multiple": 8}},
-        {"method": {"reset": "full", "reset_ratio": 0.0}},
-        {"optim": {"warmup_steps": 0}},
-        {"optim": {"matrices": "rule.py:Rule"}},
-        {"optim": {"schedule": "wsd", "decay_steps": 9000}},
-        {"data": {"lanes": 1024}},
-        {"train": {"deepspeed": {"zero_optimization": {"reduce_bucket_size": 1}, "comms_logger": {"enabled": True}}}},
-    ],
-    ids=str,
-)
-def test_combinations_at_the_boundary_are_accepted(sections_given: dict[str, dict[str, Any]]) -> None:
-    config = validate(tree(**sections_given), "the test", world_size=2)
-    assert list(remarks(config)) == []
-    given = {(section, key): value for section, settings in sections_given.items() for key, value in settings.items()}
-    assert {place: getattr(getattr(config, place[0]), place[1]) for place in given} == given

@@ -20,13 +20,13 @@ from relora_mora.experiments.planner.plan import make_plan
 from relora_mora.experiments.planner.render import render
 from relora_mora.optim.groups import make_schedule
 from relora_mora.system.devices import CPU
-from tests.tools.config_tools import SECTIONS, SETTINGS, same, tree
+from tests.tools.config_tools import SECTIONS, SETTINGS, changed_tree, same, tree
 from tests.tools.tiny import tiny_llama
 
 pytestmark = pytest.mark.more
 
 many = settings(
-    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 words = st.text(max_size=12)
@@ -76,11 +76,7 @@ def check_outcome(act: Any) -> Config | None:
 def test_any_tree_gives_settings_or_faults(
     changes: dict[str, Any], wrong: dict[str, Any], world_size: int | None, complete: bool
 ) -> None:
-    given_tree = tree() if complete else {}
-    for name, value in changes.items():
-        section, key = name.split(".")
-        given_tree.setdefault(section, {})[key] = value
-    given_tree |= wrong
+    given_tree = (changed_tree(changes) if complete else {}) | wrong
     config = check_outcome(lambda: validate(given_tree, "the test", world_size=world_size))
     if config is not None:
         again = validate(parse_yaml(dump(config)), "its own dump", world_size=world_size)
@@ -132,43 +128,29 @@ likely = st.fixed_dictionaries(
     optional={
         "method.name": st.sampled_from(["full", "lora", "mora", "relora", "remora"]),
         "method.rank": st.integers(1, 64),
-        "method.operators": st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=3),
-        "method.square_multiple": st.sampled_from([1, 2, 32, 64]),
+        "method.operators": st.lists(st.sampled_from([1, 2, 6]), min_size=1, max_size=3),
         "method.square_size": st.none() | st.integers(1, 80),
         "method.merge_every": st.integers(1, 300),
-        "method.merge_until_step": st.none() | st.integers(1, 300),
         "method.form": st.sampled_from(["auto", "merged", "resident", "decoupled"]),
         "method.base": st.sampled_from([None, "int8", "fp8"]),
-        "method.base_products": st.sampled_from([True, False, "auto"]),
-        "method.train_embeddings": st.booleans(),
-        "method.target_modules": st.lists(
-            st.sampled_from(["q_proj", "o_proj", "up_proj", "x_proj"]), min_size=1, max_size=2, unique=True
-        ),
+        "method.target_modules": st.lists(st.sampled_from(["q_proj", "up_proj"]), min_size=1, unique=True),
         "optim.schedule": st.sampled_from(["cosine", "linear", "wsd", "constant"]),
         "optim.warmup_steps": st.integers(0, 50),
         "optim.restart_warmup_steps": st.integers(0, 50),
         "train.steps": st.integers(1, 500),
-        "train.batch_size": st.sampled_from([8, 16, 24]),
-        "train.micro_batch_size": st.sampled_from([1, 2, 4]),
         "train.zero_stage": st.integers(0, 3),
-        "train.deepspeed": st.sampled_from([{}, {"zero_optimization": {"overlap_comm": True}}]),
-        "model.activation_checkpointing": st.booleans(),
     },
 )
 
 
-@settings(many, max_examples=40)
+@settings(many, max_examples=20)
 @given(changes=likely)
 def test_accepted_settings_give_a_plan_or_a_message(changes: dict[str, Any]) -> None:
-    given_tree = tree()
-    for name, value in changes.items():
-        section, key = name.split(".")
-        given_tree.setdefault(section, {})[key] = value
-    config = check_outcome(lambda: validate(given_tree, "the test", world_size=2))
+    config = check_outcome(lambda: validate(changed_tree(changes), "the test", world_size=2))
     if config is None:
         return
     schedule = make_schedule(config.method, config.optim, config.train.steps)
-    assert [schedule.rate(step, rewarm=True) >= 0 for step in (1, config.train.steps)] == [True, True]
+    assert all(schedule.rate(step, rewarm=True) >= 0 for step in (1, config.train.steps))
     method, _ = with_products(config.method, bf16=True, capability=None, vnni=True)
     config = config.model_copy(update={"method": method})
     try:
@@ -187,7 +169,7 @@ texts_without_nul = st.text(st.characters(exclude_characters="\0", exclude_categ
 awkward = st.sampled_from(["4e-4", "1e5", "08", "1_000", "yes", "2026-11-24", "~", "-.inf", "null", "0o7", "="])
 
 
-@settings(many, max_examples=150)
+@settings(many, max_examples=40)
 @given(texts=st.lists(texts_without_nul | awkward, min_size=2, max_size=12))
 def test_texts_survive_a_dump(texts: list[str]) -> None:
     config = validate(

@@ -108,8 +108,6 @@ def test_arguments(script: str, argv: list[str], message: str) -> None:
         (PLAN, ["c.yaml", "--tokens_per_second=.inf"], "--tokens_per_second: got inf"),
         (PLAN, ["c.yaml", "--device=tpu"], "--device: got 'tpu', expected cuda, cpu"),
         (DEMO_TEXT, ["--max_bytes=0"], "--max_bytes: got 0, expected at least 1"),
-        (DEMO_TEXT, ["--processes=0"], "--processes: got 0, expected at least 1"),
-        (DEMO_TEXT, ["--processes=100000"], "--processes: got 100000, expected at most 1024"),
         (TRAIN, ["--data=d", "--out=o", "--vocab_size=259"], "--vocab_size: got 259, expected at least 260"),
         (TRAIN, ["--data=d", "--out=o", f"--vocab_size={10**12}"], "expected at most 10000000"),
         (TRAIN, ["--data=d", "--out=o", "--max_bytes=0"], "--max_bytes: got 0, expected at least 1"),

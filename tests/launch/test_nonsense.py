@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import random
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
-from relora_mora.config.checks.deepspeed import DEEPSPEED_KEYS
+from relora_mora.config.checks.deepspeed import DeepSpeed
 from relora_mora.config.schema import Config
 from relora_mora.model.config_keys import KEYS
 from tests.tools.runs import metrics, run_config, train
@@ -152,11 +154,12 @@ def _override(draw: random.Random, key: str) -> Any:
     return draw.choice(ODD if draw.random() < 0.4 else [*sizes, True, False])
 
 
-def _deepspeed(draw: random.Random, known: dict[str, Any]) -> dict[str, Any]:
-    chosen = draw.sample(sorted(known), draw.randint(1, min(3, len(known))))
+def _deepspeed(draw: random.Random, known: type[BaseModel]) -> dict[str, Any]:
+    keys = {key: field.annotation for key, field in known.model_fields.items()}
+    chosen = draw.sample(sorted(keys), draw.randint(1, min(3, len(keys))))
     return {
-        key: _deepspeed(draw, known[key])
-        if isinstance(known[key], dict) and draw.random() < 0.9
+        key: _deepspeed(draw, keys[key])
+        if inspect.isclass(keys[key]) and issubclass(keys[key], BaseModel) and draw.random() < 0.9
         else draw.choice(ODD if draw.random() < 0.3 else [True, False, *SMALL, 10**6, "fp32", "bf16", "fp16"])
         for key in chosen
     }
@@ -166,13 +169,13 @@ def random_case(draw: random.Random, what: str) -> Tree:
     case: Tree = {"train": {"zero_stage": draw.randint(0, 3), "precision": draw.choice(["fp32", "bf16"])}}
     if what == "model":
         known = [key for key, rule in KEYS.items() if rule != "nothing"]
-        names = draw.sample(known, draw.randint(1, 3))
+        names = draw.sample(known, draw.randint(1, 2))
         case["model"] = {
             "overrides": {key: _override(draw, key) for key in names},
             "attention": draw.choice(["sdpa", "eager"]),
         }
     else:
-        case["train"]["deepspeed"] = _deepspeed(draw, DEEPSPEED_KEYS)
+        case["train"]["deepspeed"] = _deepspeed(draw, DeepSpeed)
     case["method"] = {"name": draw.choice(["full", "lora", "mora", "relora", "remora"])}
     return case
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,10 @@ def test_honored_keys_change_the_loss(path: Path, overrides: dict[str, Any]) -> 
     assert loss_of(read(path, **{"initializer_range": 0.05, **overrides})) != plain
 
 
-@pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
-def test_bias_keys_add_biases(path: Path, bias: str) -> None:
-    names = [name for name, _ in build_model(read(path, **{bias: True}), seed=0).named_parameters()]
-    assert len([name for name in names if name.endswith(".bias")]) == {"attention_bias": 8, "mlp_bias": 6}[bias]
+def test_bias_keys_add_biases(path: Path) -> None:
+    for bias, count in (("attention_bias", 8), ("mlp_bias", 6)):
+        names = [name for name, _ in build_model(read(path, **{bias: True}), seed=0).named_parameters()]
+        assert len([name for name in names if name.endswith(".bias")]) == count
 
 
 @pytest.mark.parametrize("token", [None, 2, -1, 63])
@@ -131,21 +132,15 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [  # (what the message must name, ov
     ("hiden_size LlamaConfig", {"hiden_size": 24}),
     ("logit_scale Qwen3Config", {**QWEN3, "logit_scale": 2.0}),
     ("model_type gpt2", {"model_type": "gpt2"}),
-    ("model_type ['llama']", {"model_type": ["llama"]}),
     ("architectures Qwen2ForCausalLM", {"architectures": ["Qwen2ForCausalLM"]}),
     # rotary embeddings
     ("rope_theta 10000.0 500.0", {"rope_theta": 500.0, "rope_parameters": rope("default")}),
     ("rope_type linear", {"rope_parameters": rope("default"), "rope_scaling": {"type": "linear", "factor": 2.0}}),
-    ("rope_type linear", {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}),
     ("rope_type mrope", {"rope_parameters": rope("mrope")}),
-    ("rope_type []", {"rope_parameters": {"rope_type": []}}),
-    ("rope_scaling linear", {"rope_scaling": "linear"}),
     ("rope_parameters linear", {"rope_parameters": "linear"}),
     ("factor linear", {"rope_parameters": {"rope_type": "linear"}}),
     ("factor default", {"rope_parameters": rope("default", factor=2.0)}),
-    ("factor 0", {"rope_parameters": rope("linear", factor=0)}),
     ("factor '2'", {"rope_parameters": rope("linear", factor="2")}),
-    ("truncate 1", {"rope_parameters": rope("yarn", factor=2.0, truncate=1)}),
     ("rope_theta -5", {"rope_parameters": rope("default", -5)}),
     ("LlamaConfig rope_parameters", {"rope_parameters": rope("yarn", 1, factor=2)}),
     ("short_factor 6", {"rope_parameters": rope("longrope", short_factor=[1.0], long_factor=[1.0] * 6)}),
@@ -157,47 +152,30 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [  # (what the message must name, ov
             "original_max_position_embeddings": 16,
         },
     ),
-    ("rope_theta True", {"rope_theta": True}),
     ("partial_rotary_factor 0.5", {"partial_rotary_factor": 0.5}),
     ("partial_rotary_factor", {"rope_parameters": rope("default", partial_rotary_factor=0.5)}),
     # numbers
     ("max_sequence_length 32 max_position_embeddings 64", {"max_sequence_length": 32}),
     ("pad_token_id 99999 64", {"pad_token_id": 99999}),
-    ("pad_token_id </s>", {"pad_token_id": "</s>"}),
-    ("unk_token_id </s>", {"unk_token_id": "</s>"}),
     ("attention_dropout 5", {"attention_dropout": 5}),
-    ("initializer_range 0", {"initializer_range": 0}),
-    ("rms_norm_eps 1e-300", {"rms_norm_eps": 1e-300}),
-    ("head_dim 3", {"head_dim": 3}),
     ("head_dim 3", {"hidden_size": 24, "num_attention_heads": 8}),
     ("head_dim None", {**QWEN3, "head_dim": None}),
     ("hidden_size num_attention_heads", {"num_attention_heads": 5, "num_key_value_heads": 5}),
     ("num_key_value_heads 3", {"num_key_value_heads": 3}),
-    ("num_attention_heads '4'", {"num_attention_heads": "4"}),
-    ("num_attention_heads True", {"num_attention_heads": True}),
     ("num_attention_heads 2.0", {"num_attention_heads": 2.0}),
-    ("hidden_size None", {"hidden_size": None}),
-    ("vocab_size 1000", {"vocab_size": 10**400}),
-    ("vocab_size nan", {"vocab_size": float("nan")}),
     ("vocab_size 0", {"vocab_size": 0}),
     ("4,398,046,511,104", {"hidden_size": 2**20, "intermediate_size": 2**24}),
     ("num_hidden_layers 1000000 4096", {"num_hidden_layers": 10**6}),
     # what this kind of model or this trainer does not have
-    ("mlp_bias 1", {"mlp_bias": 1}),
     ("is_encoder_decoder True", {"is_encoder_decoder": True}),
     ("attn_implementation model.attention", {"attn_implementation": "eager"}),
     ("quantization_config", {"quantization_config": {"bits": 4}}),
     ("sliding_window 16", {"sliding_window": 16}),
     ("attention_bias True", {**MISTRAL, "attention_bias": True}),
-    ("sliding_window 0", {**MISTRAL, "sliding_window": 0}),
-    ("attention_bias True", {**QWEN2, "attention_bias": True}),
-    ("layer_types", {**QWEN2, "layer_types": ["full"]}),
     ("layer_types", {**QWEN2, "layer_types": ["chunked_attention"] * 2}),
     ("layer_types num_hidden_layers", {**QWEN2, "layer_types": [FULL] * 5}),
     ("layer_types sliding_window", {**QWEN2, "layer_types": [FULL, SLIDING]}),
-    ("mlp_bias True", {**QWEN3, "mlp_bias": True}),
     ("hidden_act xielu", {"hidden_act": "xielu"}),
-    ("hidden_act ['silu']", {"hidden_act": ["silu"]}),
 ]
 
 
@@ -217,9 +195,8 @@ def test_all_faults_are_named_together(path: Path) -> None:
     assert len(caught.value.faults) == len(wrong)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
-def test_without_a_number_of_key_heads_there_are_as_many_as_attention_heads(path: Path, model_type: str) -> None:
-    for heads in (1, 2):
+def test_without_a_number_of_key_heads_there_are_as_many_as_attention_heads(path: Path) -> None:
+    for model_type, heads in itertools.product(ARCHITECTURES, (1, 2)):
         values = {"num_attention_heads": heads, "num_key_value_heads": None, "head_dim": 8}
         assert read(path, model_type=model_type, **values).num_key_value_heads == heads
 
@@ -236,13 +213,13 @@ def test_two_names_of_one_value_are_unified(path: Path) -> None:
     assert plain_model_config(read(path, max_sequence_length=64)) == plain
 
 
-@pytest.mark.parametrize("name", sorted(ACT2FN))
-def test_activations_without_parameters_work(path: Path, name: str) -> None:
-    if name in ("prelu", "xielu"):
-        with pytest.raises(ConfigError, match="hidden_act"):
-            read(path, hidden_act=name)
-    else:
-        assert 0 < loss_of(read(path, hidden_act=name)) < 10
+def test_activations_without_parameters_are_accepted(path: Path) -> None:
+    for name in ACT2FN:
+        if name in ("prelu", "xielu"):
+            with pytest.raises(ConfigError, match="hidden_act"):
+                read(path, hidden_act=name)
+        else:
+            assert read(path, hidden_act=name).hidden_act == name
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -306,7 +283,3 @@ def test_sequences_beyond_the_attention_window_are_refused(path: Path, overrides
     kept = plain_model_config(config)
     path.write_text(json.dumps(kept))
     assert plain_model_config(read(path)) == kept
-
-
-def test_null_turns_off_the_default_window_of_a_mistral(path: Path) -> None:
-    assert read(path, model_type="mistral", num_key_value_heads=1, sliding_window=None).sliding_window is None

@@ -27,6 +27,15 @@ def tree(**sections: dict[str, Any]) -> dict[str, Any]:
     return base
 
 
+def changed_tree(changes: dict[str, Any]) -> dict[str, Any]:
+    """The same with other values for some settings, by dotted name."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        section, key = name.split(".")
+        sections.setdefault(section, {})[key] = value
+    return tree(**sections)
+
+
 def faults_of(given_tree: dict[str, Any], world_size: int | None = None) -> list[str]:
     with pytest.raises(ConfigError) as error:
         validate(given_tree, "the test", world_size=world_size)

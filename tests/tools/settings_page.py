@@ -80,6 +80,9 @@ def _default(field: FieldInfo) -> str:
 
 def _values(annotation: Any, metadata: list[Any]) -> str:
     """The valid values of a setting in words: its type and limits, or its choices."""
+    for item in metadata:
+        if getattr(item, "json_schema_input_type", PydanticUndefined) is not PydanticUndefined:
+            return _values(item.json_schema_input_type, [])  # a setting of several forms
     origin = get_origin(annotation)
     arguments = get_args(annotation)
     if origin is Annotated:

@@ -130,7 +130,7 @@ def _command_on(run_dir: Path, config: Config) -> float:
 
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        main(str(run_dir), data=str(config.data.validation))
+        main(str(run_dir), data=config.data.validation[""][0].source)
     return json.loads(output.getvalue().splitlines()[-1])["loss"]
 
 
@@ -140,7 +140,7 @@ def _plain_transformers_on(folder: Path, config: Config) -> float:
 
     lm = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    lines = Path(str(config.data.validation)).read_bytes().splitlines()
+    lines = Path(config.data.validation[""][0].source).read_bytes().splitlines()
     rows = [json.loads(line) for line in lines if len(line) <= config.data.max_line_bytes]
     texts = [row[config.data.text_column] for row in rows]
     tokens = [tokenizer.eos_token_id]

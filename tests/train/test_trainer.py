@@ -89,7 +89,11 @@ def test_the_export_is_the_model_that_was_trained(finished, inputs, tokenizer_pa
     assert not any("mora" in name or "lora" in name for name, _ in lm.named_parameters())
     config = run_config(inputs, tokenizer_path, tmp_path / "unused")
     data = load_eval_set(
-        config.data.validation, config=config.data, tokenizer_path=tokenizer_path, sequence_length=32, max_tokens=200
+        config.data.validation[""],
+        config=config.data,
+        tokenizer_path=tokenizer_path,
+        sequence_length=32,
+        max_tokens=200,
     )
     result = evaluate(causal_lm_loss(lm), data, micro_batch_size=3, device=torch.device("cpu"))
     logged = [line for line in metrics(finished[method]) if "eval/loss" in line][-1]

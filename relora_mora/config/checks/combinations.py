@@ -1,11 +1,14 @@
 """Combinations of settings that cannot work, each with its remedy. Pure functions of the settings."""
 
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
-from relora_mora.config.checks.data import data_faults, generation_faults, length_faults, record_faults
+from relora_mora.config.checks.data import data_faults
 from relora_mora.config.checks.deepspeed import deepspeed_faults
-from relora_mora.config.checks.method import merge_remarks, method_faults
+from relora_mora.config.checks.method import METHOD_RULES, merge_remarks, own_faults
+from relora_mora.config.checks.rules import Rule, broken_rules
+from relora_mora.config.lengths import ALTERNATIVES
 from relora_mora.config.registry import (
     MATRIX_OPTIMIZERS,
     METHODS,
@@ -80,21 +83,15 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     """Every combination that cannot work: what was given, what was expected, the remedy. world_size None: unknown."""
-    for setting, value in (("model.config", config.model.config), ("tokenizer.path", config.tokenizer.path)):
-        if value is None and config.model.init_from is None:
-            yield Fault(
-                (setting, "model.init_from"),
-                "must be given, unless model.init_from names a model to start from, whose own is then used",
-            )
-    yield from length_faults(config)
+    yield from _length_faults(config)
+    yield from broken_rules(RULES, config)
+    yield from broken_rules(METHOD_RULES, config)
+    yield from own_faults(config.method)
     yield from data_faults(config)
-    yield from record_faults(config.data)
-    yield from generation_faults(config)
-    yield from method_faults(config)
-    yield from _optimizer_faults(config)
-    yield from _batch_faults(config, world_size)
     yield from deepspeed_faults(config)
-    yield from _other_faults(config)
+    if world_size is not None:
+        sizes = {"batch": config.train.batch_size, "micro": config.train.micro_batch_size, "lanes": config.lanes}
+        yield from broken_rules(RANK_RULES, SimpleNamespace(**sizes, ranks=world_size))
 
 
 def remarks(config: Config) -> Iterator[str]:
@@ -118,72 +115,56 @@ def remarks(config: Config) -> Iterator[str]:
             yield f"data.stages.{number}.from_step: {length} ends before this stage, which begins at {stage.from_step}"
 
 
-def _optimizer_faults(config: Config) -> Iterator[Fault]:
-    optim = config.optim
-    if optim.schedule != "wsd" and optim.decay_steps is not None:
-        yield Fault(
-            ("optim.decay_steps", "optim.schedule"),
-            f"only the schedule wsd uses it, got {optim.schedule}; remove it or set optim.schedule=wsd",
-        )
+def _length_faults(config: Config) -> Iterator[Fault]:
+    """The length of the run, or of its warmup, given in several ways."""
+    for section, names in ALTERNATIVES.items():
+        values = getattr(config, section)
+        given = [name for name in names if name in values.model_fields_set and getattr(values, name) is not None]
+        if len(given) > 1:
+            shown = " and ".join(f"{section}.{name}" for name in given)
+            yield Fault((f"{section}.{given[-1]}",), f"{shown} are set, but only one may be; set the others to null")
 
 
-def _batch_faults(config: Config, world_size: int | None) -> Iterator[Fault]:
-    batch = config.train.batch_size
-    micro = config.train.micro_batch_size
-    lanes = config.lanes
-    if batch % lanes:
-        yield Fault(
-            ("data.lanes", "train.batch_size"),
-            f"every global batch takes the same number of sequences from each lane, but train.batch_size {batch} / "
-            f"{lanes} lanes is not a whole number; use a divisor of {batch}",
-        )
-    if batch % micro:
-        yield Fault(
-            ("train.micro_batch_size", "train.batch_size"),
-            f"{micro} does not divide train.batch_size {batch}; use a divisor",
-        )
-    if world_size is None:
-        return
-    if batch % (micro * world_size) and not batch % micro:
-        yield Fault(
-            ("train.batch_size", "train.micro_batch_size"),
-            f"{batch} is not a multiple of train.micro_batch_size {micro} x {counted(world_size, 'rank')}; "
-            f"use a multiple of {micro * world_size}, or smaller micro-batches",
-        )
-    if lanes % world_size:
-        # the smallest divisor of the batch that suits all ranks, but not fewer lanes than now if possible
-        suitable = [number for number in range(world_size, batch + 1, world_size) if batch % number == 0]
-        remedy = f"a multiple of {world_size} that divides train.batch_size"
-        if suitable:
-            remedy = f"data.lanes={next((number for number in suitable if number >= lanes), suitable[-1])}, {remedy}"
-        yield Fault(
-            ("data.lanes", "train.batch_size"),
-            f"{counted(lanes, 'lane')} cannot be split evenly among {world_size} ranks; set {remedy}. A run can never "
-            "change its lanes, so allow for the largest number of ranks that it may move to",
-        )
-
-
-def _other_faults(config: Config) -> Iterator[Fault]:
-    if config.data.masks_documents and config.model.attention == "flash_attention_2":
-        masked_by = "data.document_mask" if config.data.document_mask else "data.packing"
-        yield Fault(
-            (masked_by, "model.attention", "data.records", "data.train"),
-            "flash_attention_2 does not support a mask between documents; use model.attention=sdpa",
-        )
-    if config.model.attention == "flash_attention_2" and config.train.precision == "fp32":
-        yield Fault(
-            ("model.attention", "train.precision"),
-            "flash_attention_2 computes only in bf16; use model.attention=sdpa or train.precision=bf16",
-        )
-    if config.model.compile is True and config.train.zero_stage == 3:
-        yield Fault(
-            ("model.compile", "train.zero_stage"),
-            "torch.compile cannot trace through ZeRO-3's hooks around each module; use train.zero_stage=2, "
-            "or leave it at auto",
-        )
-    unknown = [name for name in config.train.allow_changes if name not in {*SETTINGS, "tokenizer", "data"}]
-    if unknown:
-        yield Fault(
-            ("train.allow_changes",),
-            f"{', '.join(unknown)}: unknown setting; give names such as optim.lr, or tokenizer or data",
-        )
+# fmt: off
+_NO_MASK = "flash_attention_2 does not support a mask between documents; use model.attention=sdpa"
+_NO_START = "must be given, unless model.init_from names a model to start from, whose own is then used"
+RULES = (
+    Rule("model.config model.init_from", lambda c: c.model.config is None and c.model.init_from is None, _NO_START),
+    Rule("tokenizer.path model.init_from", lambda c: c.tokenizer.path is None and c.model.init_from is None, _NO_START),
+    Rule("optim.decay_steps optim.schedule",
+         lambda c: c.optim.schedule != "wsd" and c.optim.decay_steps is not None,
+         "only the schedule wsd uses it, got {c.optim.schedule}; remove it or set optim.schedule=wsd"),
+    Rule("data.lanes train.batch_size",
+         lambda c: c.train.batch_size % c.lanes,
+         "{c.lanes} does not divide train.batch_size {c.train.batch_size}; use a divisor"),
+    Rule("train.micro_batch_size train.batch_size",
+         lambda c: c.train.batch_size % c.train.micro_batch_size,
+         "{c.train.micro_batch_size} does not divide train.batch_size {c.train.batch_size}; use a divisor"),
+    Rule("data.document_mask model.attention data.records data.train",
+         lambda c: c.model.attention == "flash_attention_2" and c.data.document_mask,
+         _NO_MASK),
+    Rule("data.packing model.attention data.records data.train",
+         lambda c: c.model.attention == "flash_attention_2" and c.data.masks_documents and not c.data.document_mask,
+         _NO_MASK),
+    Rule("model.attention train.precision",
+         lambda c: c.model.attention == "flash_attention_2" and c.train.precision == "fp32",
+         "flash_attention_2 computes only in bf16; use model.attention=sdpa or train.precision=bf16"),
+    Rule("model.compile train.zero_stage",
+         lambda c: c.model.compile is True and c.train.zero_stage == 3,
+         "torch.compile cannot trace through ZeRO-3's hooks around each module; use train.zero_stage=2, "
+         "or leave it at auto"),
+    Rule("train.allow_changes",
+         lambda c: [name for name in c.train.allow_changes if name not in {*SETTINGS, "tokenizer", "data"}],
+         "{found}: unknown setting; give names such as optim.lr, or tokenizer or data"),
+)
+# of a Config and its number of ranks
+RANK_RULES = (
+    Rule("train.batch_size train.micro_batch_size",
+         lambda c: not c.batch % c.micro and c.batch % (c.micro * c.ranks),
+         "{c.batch} is not a multiple of train.micro_batch_size {c.micro} x {c.ranks} ranks; use a multiple"),
+    Rule("data.lanes train.batch_size",
+         lambda c: c.lanes % c.ranks,
+         "{c.lanes} cannot be split evenly among {c.ranks} ranks; set a multiple of {c.ranks} that divides "
+         "train.batch_size. A run can never change it, so allow for the largest number of ranks that it may move to"),
+)
+# fmt: on

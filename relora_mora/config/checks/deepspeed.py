@@ -1,12 +1,12 @@
 """DeepSpeed's own settings: our defaults, the keys that a user may set, and faults in ``train.deepspeed``."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from relora_mora.config.schema import Config
-from relora_mora.config.types import LARGEST, Fault, Whole, as_whole
+from relora_mora.config.types import LARGEST, Fault, Strict, Whole, as_whole
 
 BUCKET = 500_000_000  # elements reduced at once; DeepSpeed's default
 GPU_BUCKET = 50_000_000  # small enough to send the first bucket while the backward pass continues
@@ -24,7 +24,7 @@ def zero_defaults(stage: int, world_size: int, trainable: int, *, on_gpu: bool) 
     return defaults
 
 
-DERIVED_DEEPSPEED_KEYS = {
+DERIVED = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
@@ -40,50 +40,55 @@ DERIVED_DEEPSPEED_KEYS = {
 }
 
 _Threshold = Annotated[int, Field(ge=0, le=LARGEST), BeforeValidator(as_whole)]
+_ITS_OWN: Any = None  # DeepSpeed's default
 
-# tested with engine/engine.py's view of masters and state; offloading, quantized weights and the like were not
-DEEPSPEED_ZERO_KEYS: dict[str, Any] = {
-    "allgather_bucket_size": Annotated[Whole, Field(multiple_of=2)],  # aligned to 4 bytes of bf16
-    "allgather_partitions": bool,
-    "contiguous_gradients": bool,
-    "overlap_comm": bool,
-    "reduce_bucket_size": Whole,
-    "reduce_scatter": bool,
-    "round_robin_gradients": bool,
-    "stage3_max_live_parameters": _Threshold,
-    "stage3_max_reuse_distance": _Threshold,
-    "stage3_param_persistence_threshold": _Threshold,
-    "stage3_prefetch_bucket_size": _Threshold,
-    "sub_group_size": Whole,
-    "use_multi_rank_bucket_allreduce": bool,
-}
-DEEPSPEED_KEYS: dict[str, Any] = {
-    "zero_optimization": DEEPSPEED_ZERO_KEYS,
-    "communication_data_type": Literal["bf16", "fp32"],
-    "comms_logger": {"enabled": bool, "verbose": bool, "prof_all": bool, "debug": bool, "prof_ops": list[str]},
-}
+
+class Zero(Strict):
+    """Tested with engine/engine.py's view of masters and state; offloading, quantized weights and the like were not."""
+
+    allgather_bucket_size: Annotated[Whole, Field(multiple_of=2)] = _ITS_OWN  # aligned to 4 bytes of bf16
+    allgather_partitions: bool = _ITS_OWN
+    contiguous_gradients: bool = _ITS_OWN
+    overlap_comm: bool = _ITS_OWN
+    reduce_bucket_size: Whole = _ITS_OWN
+    reduce_scatter: bool = _ITS_OWN
+    round_robin_gradients: bool = _ITS_OWN
+    stage3_max_live_parameters: _Threshold = _ITS_OWN
+    stage3_max_reuse_distance: _Threshold = _ITS_OWN
+    stage3_param_persistence_threshold: _Threshold = _ITS_OWN
+    stage3_prefetch_bucket_size: _Threshold = _ITS_OWN
+    sub_group_size: Whole = _ITS_OWN
+    use_multi_rank_bucket_allreduce: bool = _ITS_OWN
+
+
+class CommsLogger(Strict):
+    enabled: bool = _ITS_OWN
+    verbose: bool = _ITS_OWN
+    prof_all: bool = _ITS_OWN
+    debug: bool = _ITS_OWN
+    prof_ops: list[str] = _ITS_OWN
+
+
+class DeepSpeed(Strict):
+    """The keys of ``train.deepspeed``."""
+
+    zero_optimization: Zero = _ITS_OWN
+    communication_data_type: Literal["bf16", "fp32"] = _ITS_OWN
+    comms_logger: CommsLogger = _ITS_OWN
 
 
 def deepspeed_faults(config: Config) -> Iterator[Fault]:
-    for text in _texts(config.train.deepspeed, DEEPSPEED_KEYS, ""):
-        yield Fault(("train.deepspeed",), text)
-
-
-def _texts(settings: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    for key, value in settings.items():
-        name = prefix + key
-        kind = known.get(key)
-        if name in DERIVED_DEEPSPEED_KEYS:
-            yield f"{name} is derived from {DERIVED_DEEPSPEED_KEYS[name]}; set that instead"
-        elif kind is None:
-            yield f"{name}: not supported; the supported keys are {', '.join(sorted(known))}"
-        elif not isinstance(kind, dict):
-            try:
-                TypeAdapter(kind).validate_python(value, strict=True)
-            except ValidationError as error:
-                reason = error.errors()[0]["msg"]
-                yield f"{name} is {value!r}; {reason[:1].lower()}{reason[1:]}"
-        elif isinstance(value, dict):
-            yield from _texts(value, kind, f"{name}.")
-        else:
-            yield f"{name} is {value!r}, expected a mapping with some of the keys {', '.join(sorted(kind))}"
+    try:
+        DeepSpeed.model_validate(config.train.deepspeed)
+    except ValidationError as error:
+        for each in error.errors():
+            name = ".".join(map(str, each["loc"]))
+            if name in DERIVED:
+                text = f"{name} is derived from {DERIVED[name]}; set that instead"
+            elif each["type"] == "extra_forbidden":
+                models: dict[Any, type[Strict]] = {"zero_optimization": Zero, "comms_logger": CommsLogger}
+                model = models.get(each["loc"][0], DeepSpeed)
+                text = f"{name}: not supported; the supported keys are {', '.join(model.model_fields)}"
+            else:
+                text = f"{name} is {each['input']!r}; {each['msg'][:1].lower()}{each['msg'][1:]}"
+            yield Fault(("train.deepspeed",), text)

@@ -44,7 +44,7 @@ def resolve_shards(
     listed = as_sources(sources)
     if not listed:
         raise SourceError(f"the {split} data has no source; give a path, a glob, a url, OWNER/NAME or {C4}")
-    mixed = split == "train" and is_mixture(sources)
+    mixed = split == "train" and is_mixture(listed)
     at = Commits(revision, timeout_seconds, commits or {})
     shards = []
     named: dict[str | tuple[int, int], tuple[Shard, str]] = {}

@@ -117,8 +117,8 @@ LISTS_OF_PARTS = ("data.train", "method.merge_every")  # one text or number, or 
 
 def _lacks_brackets(name: str, values: Any) -> bool:
     takes_lists = name in SETTINGS and get_origin(SETTINGS[name].annotation) in (list, tuple)
-    if isinstance(values, list) and name in LISTS_OF_PARTS:
-        takes_lists = any(isinstance(value, dict) for value in values)
+    if name in LISTS_OF_PARTS:
+        takes_lists = isinstance(values, list) and any(isinstance(value, dict) for value in values)
     return takes_lists and not (isinstance(values, list) and all(isinstance(value, list) for value in values))
 
 

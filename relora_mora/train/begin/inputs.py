@@ -46,7 +46,7 @@ def open_inputs(config: Config) -> Inputs:
     if run_tokenizer is not None and template is not None:
         run_tokenizer.chat_template = template
     for name, sources in config.data.validation_sets.items():
-        data = config.data.model_copy(update={"validation": sources})
+        data = config.data.model_copy(update={"validation": {"": sources}})
         one_set = config.model_copy(update={"data": data})
         _attempt(errors, set_setting(name), partial(_shards, one_set, "validation", run_tokenizer))
     if tokenizer is None or shards is None or errors:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from relora_mora.config.data import TextSource
+from relora_mora.config.data import TextSource, as_sources
 from relora_mora.data.bytes import retry, transport
 from relora_mora.data.errors import SourceError
 from relora_mora.data.sources import named_sets
@@ -195,7 +195,7 @@ def test_the_stream_over_a_bad_network_equals_the_files(tmp_path, hub):
     hub.fault = lambda n: next(kinds) if n % 3 == 1 else None
     config = data_config("some/set:en")
     shards = resolve_shards(config.train)
-    config = config.model_copy(update={"train": [shard.location for shard in shards]})
+    config = config.model_copy(update={"train": as_sources([shard.location for shard in shards])})
     there = make_lane(config, 1, 0, shards=shards)
     while here.state()["epoch"] < 1:
         assert there.next_block().tokens.tolist() == here.next_block().tokens.tolist()

@@ -32,7 +32,8 @@ def settings(**overrides: str) -> Config:
 
 
 def changed(config: Config, section: str, **values: Any) -> Config:
-    inner = getattr(config, section).model_copy(update=values)
+    before = getattr(config, section)
+    inner = type(before).model_validate({**before.model_dump(), **values})
     return config.model_copy(update={section: inner})
 
 
@@ -73,7 +74,7 @@ def test_a_wrong_column_is_reported_with_other_faults(config: Config, tmp_path: 
 
 def test_all_missing_sets_are_named_together(config: Config, tmp_path: Path) -> None:
     gone = {name: str(tmp_path / f"{name}.json") for name in ("books", "web")}
-    for sets in (gone, {"books": gone["books"], "there": config.data.train}):
+    for sets in (gone, {"books": gone["books"], "there": config.data.train[0].source}):
         with pytest.raises(ConfigError) as raised:
             open_inputs(changed(config, "data", validation=sets))
         named = [f"data.validation.{name}: no file matches {path} " for name, path in gone.items() if name in sets]
@@ -105,7 +106,7 @@ def test_held_out_tokens_that_changed_or_accompany_their_text_are_refused(config
     shards = configured_shards(config.data, "train")
     make_tokens(shards, out, config=config.data, tokenizer_path=config.tokenizer_path, processes=1)
     open_inputs(changed(config, "data", validation=str(out)))
-    both = changed(config, "data", validation={"web": [str(out), str(config.data.train)]})
+    both = changed(config, "data", validation={"web": [str(out), config.data.train[0].source]})
     _refused_everywhere(both, "hold the same text, at least one of them as tokens")
     [file, *_] = sorted(out.glob("*.arrow"))
     content = bytearray(file.read_bytes())
