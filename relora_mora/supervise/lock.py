@@ -3,8 +3,7 @@
 The first rank holds ``RUN/lock`` with ``flock``. The kernel releases it when the process ends in any way. The file also
 names the holder, who touches it every few seconds: on file systems where flock does not work across hosts, a
 holder on another host counts as alive as long as the file's modification time changes. If the file is removed together
-with its folder, the holder has lost the lock, and another trainer may start there. A study holds its
-folder with the same lock.
+with its folder, the holder has lost the lock, and another trainer may start there.
 """
 
 import contextlib
