@@ -200,21 +200,3 @@ def _runs_here(content: dict[str, Any]) -> bool:
 def _who(content: dict[str, Any]) -> str:
     host, pid, since = (content.get(key, "unknown") for key in ("host", "pid", "since"))
     return f"host {host}, pid {pid}, since {since}"
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a trainer uses a run folder according to its lock. This only reads the file.
-
-    A holder on another host counts if it has touched the file lately, by this host's clock.
-    """
-    path = RunFolder(folder).lock
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        silent_seconds = time.time() - path.stat().st_mtime
-    except (OSError, ValueError):
-        return False
-    if not isinstance(content, dict) or content.get("released"):
-        return False
-    if content.get("host_id") == host_id():
-        return _runs_here(content)
-    return silent_seconds < STALE_SECONDS

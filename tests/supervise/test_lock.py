@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.supervise.lock import STALE_SECONDS, LockError, RunLock, is_held
+from relora_mora.supervise.lock import STALE_SECONDS, LockError, RunLock
 
 HOLD = """
 import sys
@@ -105,10 +105,16 @@ def test_a_lock_waits_for_its_holder_to_end(holder, tmp_path):
     lock.release()
 
 
+def _no_flock(*_: object) -> None:
+    raise OSError("no locks on this file system")
+
+
 def test_a_holder_on_this_host_is_alive_for_any_clock(holder, tmp_path, monkeypatch):
     """psutil's start times move with the system clock; without flock, the lock depends on the start time."""
     monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 0.0)
-    assert is_held(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", _no_flock)
+    with pytest.raises(LockError):
+        RunLock(tmp_path).acquire(wait_seconds=0)
 
 
 def _held_elsewhere(folder: Path) -> Path:
@@ -135,9 +141,9 @@ def test_a_holder_that_lost_the_lock_notices_and_does_not_touch_the_file(tmp_pat
     assert lost[0]
     assert f"pid {os.getpid()}" in lost[0]
     first.release()
-    assert is_held(tmp_path)
+    assert not json.loads(second.path.read_text())["released"], "the first one has left the file alone"
     second.release()
-    assert not is_held(tmp_path)
+    assert json.loads(second.path.read_text())["released"]
 
 
 @pytest.mark.parametrize("lag_seconds", [0, 3600])
