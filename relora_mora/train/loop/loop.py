@@ -237,7 +237,7 @@ class Trainer:
         if not self.has_stepped:
             self.has_stepped = True
             seconds = seconds_since_start()
-            log.info(f"start: {seconds:.1f} s from the command to the end of the first step")
+            log.info(f"start: {seconds:.1f} s from the start of Python to the end of the first step")
             self.write(step, {"startup/seconds": seconds})
         return StepResult(loss=step_loss, applied=done.applied, grad_norm=done.grad_norm, data=data)
 
