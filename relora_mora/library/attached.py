@@ -2,20 +2,17 @@
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from relora_mora.adapters.inject import replace_linears, watch_callers
-from relora_mora.adapters.layers import ADAPTERS, AdapterLinear, adapter_layers, adapter_parameters, layer_generator
+from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters, layer_generator
 from relora_mora.adapters.mora import layer_square_size, operator_in_use, set_operators
 from relora_mora.adapters.scope import reset_scopes
 from relora_mora.config.registry import ScheduleKind
@@ -24,12 +21,12 @@ from relora_mora.engine.merging import MergeError, Merger, MergeRecord
 from relora_mora.engine.torch_state import TorchState
 from relora_mora.library.masters import LoopEngine, LoopMasters
 from relora_mora.library.merged import is_sharded, merged_values, plain_copy
-from relora_mora.library.rates import Rewarmed, check_rates, rate_of_step
+from relora_mora.library.rates import Rewarmed, check_rates, optimizer_groups, rate_of_step, rewarming_groups
+from relora_mora.library.state import check_base, check_identity, identity_of, owes_merge, read_state, write_state
 from relora_mora.library.targets import target_linears
 from relora_mora.operators import make_operator
 from relora_mora.schedule import Schedule
 
-FILE = "remora.safetensors"
 ENDLESS = 2**62  # steps
 
 
@@ -138,29 +135,7 @@ class AttachedAdapters:
 
         Norms, biases and other vectors have no weight decay. Raises ValueError if weights of adapter layers train.
         """
-        adapters = adapter_parameters(self.model)
-        frozen = [f"{name}.weight" for name, layer in self.layers.items() if layer.base_weight.requires_grad]
-        if frozen:
-            raise ValueError(
-                f"{len(frozen)} weights of adapter layers ({frozen[0]}, ...) require gradients, but they are frozen "
-                "between merges; call requires_grad_() of the model before attach()"
-            )
-        other = lr if lr_other is None else lr_other
-        groups: dict[str, list[nn.Parameter]] = {ADAPTERS: [], "matrices": [], "vectors": []}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                kind = ADAPTERS if name in adapters else "matrices" if parameter.dim() > 1 else "vectors"
-                groups[kind].append(parameter)
-        return [
-            {
-                "name": kind,
-                "params": parameters,
-                "lr": lr if kind == ADAPTERS else other,
-                "weight_decay": 0.0 if kind == "vectors" else weight_decay,
-            }
-            for kind, parameters in groups.items()
-            if parameters
-        ]
+        return optimizer_groups(self.model, lr, lr if lr_other is None else lr_other, weight_decay)
 
     def schedule(
         self,
@@ -190,7 +165,7 @@ class AttachedAdapters:
             restart_warmup_steps=restart_warmup_steps if self.method.merges else 0,
         )
         check_rates(clock)
-        groups = self._rewarms(optimizer, rewarm)
+        groups = rewarming_groups(optimizer, rewarm, self.model)
         self.clock = clock
         return LambdaLR(optimizer, [rate_of_step(clock, rewarm=group) for group in groups])
 
@@ -217,26 +192,11 @@ class AttachedAdapters:
                 f"a warmup after merges needs a LambdaLR, got {type(scheduler).__name__}; use schedule(), or "
                 "restart_warmup_steps=0"
             )
-        groups = self._rewarms(scheduler.optimizer, rewarm)
+        groups = rewarming_groups(scheduler.optimizer, rewarm, self.model)
         scheduler.lr_lambdas = [
             rate_of_step(Rewarmed(**vars(clock), curve=curve), rewarm=group)
             for curve, group in zip(scheduler.lr_lambdas, groups, strict=True)
         ]
-
-    def _rewarms(self, optimizer: torch.optim.Optimizer, rewarm: str) -> list[bool]:
-        """Which groups of the optimizer warm up after a merge."""
-        if rewarm not in ("all", "adapters"):
-            raise ValueError(f"rewarm: expected all or adapters, got {rewarm!r}")
-        if rewarm == "all":
-            return [True for _ in optimizer.param_groups]
-        adapters = {id(self.model.get_parameter(name)) for name in self.names}
-        groups = [  # DeepSpeed puts flat tensors in place of the parameters, but keeps the names of groups
-            group.get("name") == ADAPTERS or any(id(parameter) in adapters for parameter in group["params"])
-            for group in optimizer.param_groups
-        ]
-        if not any(groups):
-            raise ValueError("rewarm: no group of the optimizer has adapters; make it from parameter_groups()")
-        return groups
 
     # ---- merges -----------------------------------------------------------------------------------------------
 
@@ -378,30 +338,13 @@ class AttachedAdapters:
                 base[name] = value.cpu()
             del value  # only one weight at a time is whole on a device
         return {
-            **self._identity(),
+            **identity_of(self.method, self.seed, self.layers),
             "step": self.step,
             "skipped": self.skipped,
             "total_steps": self.clock.total_steps,
             "merges_done": self.merges_done,
             "operator": self.operator,
             "base": base,
-        }
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same when a run continues."""
-        method = self.method
-        return {
-            "method": method.name,
-            "seed": self.seed,
-            "rank": method.rank,
-            "rank_pattern": dict(method.rank_pattern),
-            "alpha": method.lora_alpha,
-            "square_size": method.square_size,
-            "square_multiple": method.square_multiple,
-            "operators": list(method.cycle),
-            "merge_every": method.merge_every if method.merges else None,
-            "targets": list(self.layers),
-            "dtypes": sorted({str(layer.base_weight.dtype) for layer in self.layers.values()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -411,68 +354,26 @@ class AttachedAdapters:
         belongs to other adapters (method, seed, rank, alpha, operators, targets, dtype of the weights, ...) or to
         another course of merges; nothing changes then.
         """
-        identity = self._identity()
-        missing = {*identity, "step", "skipped", "merges_done", "operator", "base"} - set(state)
-        if missing:
-            raise ValueError(f"this is not a state of adapters of this release: it has no {', '.join(sorted(missing))}")
-        different = [
-            f"{key} is {_short(state[key], value)}, expected {_short(value, state[key])}"
-            for key, value in identity.items()
-            if state[key] != value
-        ]
-        if different:
-            raise ValueError(
-                f"the state belongs to other adapters: {'; '.join(different)}; call attach() with the values that the "
-                "state was made with"
-            )
-        step = int(state["step"])
-        owes_merge = state.get("total_steps") == step and self.clock.merge_after(step)
-        before = step - 1 if owes_merge else step
-        expected = {
-            "merges_done": self.clock.merges_done(before),
-            "operator": self.clock.operator(before),
-        }
-        wrong = [
-            f"{key} is {state[key]!r}, expected {value!r}" for key, value in expected.items() if state[key] != value
-        ]
-        if wrong:
-            raise ValueError(
-                f"the state at step {step} does not fit: {'; '.join(wrong)}; call attach() and schedule() with the "
-                "values that the state was made with"
-            )
-        weights = {f"{name}.weight": layer.base_weight for name, layer in self.layers.items()}
-        unexact = [name for name, weight in weights.items() if weight.dtype != torch.float32]
-        if (state["merges_done"] and set(unexact) - set(state["base"])) or set(state["base"]) - set(weights):
-            raise ValueError(
-                f"the state has float32 values of {len(state['base'])} frozen weights, and the model needs them of "
-                f"{len(unexact)}; load the file that the first rank saved, into a model of the same dtype"
-            )
-        self.step = step
+        layers = self.layers
+        check_identity(state, identity_of(self.method, self.seed, layers))
+        owes = owes_merge(state, self.clock)
+        check_base(state, layers)
+        self.step = int(state["step"])
         self.skipped = int(state["skipped"])
-        self._owes_merge = owes_merge
+        self._owes_merge = owes
         self.merges_done = state["merges_done"]
-        set_operators(self.layers.values(), state["operator"])
+        set_operators(layers.values(), state["operator"])
         self._masters.load(state["base"])
 
     def save(self, folder: str | Path) -> None:
         """Writes :meth:`state_dict` to ``remora.safetensors`` in a folder, on the first rank; a collective."""
         state = self.state_dict()
         if self._masters.rank == 0:
-            path = Path(folder) / FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            base = state.pop("base")
-            safetensors.torch.save_file(base, temporary, metadata={"state": json.dumps(state)})
-            temporary.replace(path)
+            write_state(Path(folder), state)
 
     def load(self, folder: str | Path) -> None:
         """Reads what :meth:`save` has written. Raises FileNotFoundError if there is nothing."""
-        path = Path(folder) / FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: there is no state of the adapters; resume from a folder that has one")
-        with safetensors.safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
-        self.load_state_dict(state | {"base": safetensors.torch.load_file(path)})
+        self.load_state_dict(read_state(Path(folder)))
 
 
 def _was_skipped(optimizer: Any) -> bool:
@@ -480,11 +381,3 @@ def _was_skipped(optimizer: Any) -> bool:
     if type(optimizer).__name__ == "DeepSpeedEngine":
         return not optimizer.was_step_applied()
     return bool(getattr(optimizer, "step_was_skipped", False) or getattr(optimizer, "overflow", False))
-
-
-def _short(value: Any, other: Any) -> str:
-    """For messages; of a list, only what the other one lacks."""
-    if not isinstance(value, list) or not isinstance(other, list):
-        return repr(value)
-    rest = [each for each in value if each not in other]
-    return f"[..., {', '.join(map(repr, rest[:3]))}, ...]" if rest and len(value) > 3 else repr(value[:3])

@@ -1,18 +1,16 @@
 """Rules of one's own: finds, checks and makes what ``optim.matrices=FILE.py:NAME`` names."""
 
-import difflib
 import functools
 import importlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import xxhash
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import ConfigDict, ValidationError, validate_call
 
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.registry import is_own, split_rule
@@ -51,17 +49,21 @@ def own_rule(optim: OptimConfig) -> MatrixRule:
 def _module(spec: str) -> tuple[ModuleType, str]:
     """The module that has the rule, and the digest of its file."""
     place = split_rule(spec)[0]
-    if not place.endswith(".py"):
-        module = _imported(place, lambda: importlib.import_module(place), "install it, or give FILE.py:NAME")
-        return module, _digest(Path(module.__file__).read_bytes() if module.__file__ else b"")
     try:
-        source = Path(place).read_bytes()
-    except OSError as error:
+        if place.endswith(".py"):
+            source = Path(place).read_bytes()
+            return _executed(Path(place).resolve(), source), _digest(source)
+        module = importlib.import_module(place)
+        return module, _digest(Path(module.__file__).read_bytes() if module.__file__ else b"")
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).name == Path(place).name]
+        line = f" in line {lines[-1]}" if lines else ""
+        text = " ".join(str(error).split())
         raise RuleError(
-            f"optim.matrices: cannot read {place} ({error.strerror}); relative paths start from the current folder, or "
-            "from that of the settings"
+            f"optim.matrices: importing {place} failed{line} with {type(error).__name__}: {text}; correct it, or give "
+            "FILE.py:NAME (relative to the current folder, or to that of the settings) or package.module:NAME"
         ) from None
-    return _imported(place, lambda: _executed(Path(place).resolve(), source), "correct the file"), _digest(source)
 
 
 @functools.cache
@@ -78,70 +80,37 @@ def _digest(source: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(source)
 
 
-def _imported(place: str, load: Callable[[], ModuleType], remedy: str) -> ModuleType:
-    try:
-        return load()
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if Path(frame.filename).name == Path(place).name]
-        line = f" in line {lines[-1]}" if lines else ""
-        text = " ".join(str(error).split())
-        raise RuleError(
-            f"optim.matrices: importing {place} failed{line} with {type(error).__name__}: {text}; {remedy}"
-        ) from None
-
-
 def _rule_class(spec: str, module: ModuleType) -> type[MatrixRule]:
     place, name = split_rule(spec)
-    found = getattr(module, name, None)
-    rules = [key for key, value in vars(module).items() if _is_rule(value) and value.__module__ == module.__name__]
-    has = f"it has {', '.join(rules)}" if rules else "it has none"
-    expected = "expected a subclass of relora_mora.optim.rules.MatrixRule"
-    if found is None:
-        near = difflib.get_close_matches(name, rules, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"{expected}, and {has}"
-        raise RuleError(f"optim.matrices: {place} has no {name}; {hint}")
-    if not (isinstance(found, type) and issubclass(found, MatrixRule)):
-        raise RuleError(f"optim.matrices: {name} of {place} is {found!r}; {expected}, and {has}")
-    if inspect.isabstract(found):
-        missing = " and ".join(sorted(found.__abstractmethods__))
+    own = {key: value for key, value in vars(module).items() if isinstance(value, type)}
+    rules = {key: value for key, value in own.items() if issubclass(value, MatrixRule) and value is not MatrixRule}
+    if name not in rules:
+        raise RuleError(
+            f"optim.matrices: {place} has no rule {name}; expected a subclass of relora_mora.optim.rules.MatrixRule, "
+            f"and it has {', '.join(rules) or 'none'}"
+        )
+    if inspect.isabstract(rules[name]):
+        missing = " and ".join(sorted(rules[name].__abstractmethods__))
         raise RuleError(f"optim.matrices: {name} of {place} lacks {missing}; define it as MatrixRule describes it")
-    return found
-
-
-def _is_rule(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, MatrixRule) and not inspect.isabstract(value)
+    return rules[name]
 
 
 def _made(kind: type[MatrixRule], settings: dict[str, Any]) -> MatrixRule:
     """The rule with these arguments, after they are converted to the types in the constructor's signature."""
+    rule = kind.__new__(kind)
+    known = ", ".join(inspect.signature(kind).parameters)
+    make = kind.__init__
+    if known:
+        make = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(make)
     try:
-        parameters = inspect.signature(kind, eval_str=True).parameters
-        fields: dict[str, Any] = {
-            name: (
-                Any if parameter.annotation is parameter.empty else parameter.annotation,
-                ... if parameter.default is parameter.empty else parameter.default,
-            )
-            for name, parameter in parameters.items()
-        }
-        options = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
-        values = create_model(kind.__name__, __config__=options, **fields).model_validate(settings)
-        return kind(**{name: getattr(values, name) for name in settings})
+        make(rule, **settings)
     except ValidationError as error:
-        faults = [_fault(kind, list(fields), str(item["loc"][0]), item["type"], item["msg"]) for item in error.errors()]
-        raise RuleError(f"optim.rule: {'; '.join(faults)}") from None
+        fault = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
     except Exception as error:
-        raise RuleError(
-            f"optim.rule: {kind.__name__} with {settings} failed with {type(error).__name__}: {error}; correct the "
-            "settings, or its constructor"
-        ) from None
-
-
-def _fault(kind: type[MatrixRule], known: list[str], name: str, fault: str, text: str) -> str:
-    if fault == "missing":
-        return f"{kind.__name__} needs {name}; give optim.rule={{{name}: ...}}"
-    if fault != "extra_forbidden":
-        return f"{name}: {text[:1].lower()}{text[1:]}"
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
-    return f"{kind.__name__} has no setting {name}; {hint}"
+        fault = f"{type(error).__name__}: {error}"
+    else:
+        return rule
+    raise RuleError(
+        f"optim.rule: {kind.__name__} with {settings}: {' '.join(fault.split())}; its constructor has "
+        f"{known or 'no arguments'}"
+    )

@@ -2,8 +2,7 @@
 
 The first rank holds ``RUN/lock`` with ``flock``. The kernel releases it when the process ends in any way. But on some
 file systems flock works only between the processes of one host, or not at all. So the file also names the holder, who
-touches it every few seconds: where flock cannot tell, a holder is alive as long as the file's modification time
-changes. A study holds its folder with the same lock.
+touches it every few seconds: if flock cannot tell, a holder is alive as long as the file's modification time changes.
 """
 
 import contextlib
@@ -169,26 +168,3 @@ def _host_id() -> str:
 def _who(content: dict[str, Any]) -> str:
     host, pid, since = (content.get(key, "unknown") for key in ("host", "pid", "since"))
     return f"host {host}, pid {pid}, since {since}"
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a trainer uses a run folder; this changes nothing.
-
-    Where flock cannot tell, a holder counts if it has touched the file lately, by this host's clock.
-    """
-    path = RunFolder(folder).lock
-    content = _read(path)
-    if not content or content.get("released"):
-        return False
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        if content.get("host_id") == _host_id():
-            return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    with contextlib.suppress(OSError):
-        return time.time() - path.stat().st_mtime < STALE_SECONDS
-    return False

@@ -42,7 +42,7 @@ from relora_mora.train.begin.check import (
 )
 from relora_mora.train.begin.run_folder import check_run_folder, keep_run_folder, write_run_folder
 from relora_mora.train.log.loggers import check_loggers
-from relora_mora.train.log.progress import Startup, describe
+from relora_mora.train.log.progress import describe
 from relora_mora.train.loop.loop import Trainer
 from relora_mora.train.state.restore import forget_rollbacks, start_records
 from relora_mora.train.state.resume import (
@@ -98,8 +98,6 @@ def _run(config: Config, guard: Guard) -> int:
 
 
 def _pretrain(config: Config, guard: Guard) -> int:
-    startup = Startup()
-    startup.done("imports")
     os.umask(os.umask(0o077) | 0o002)  # no file of a run is world-writable
     if config.train.deterministic:
         compute_deterministically()
@@ -108,7 +106,6 @@ def _pretrain(config: Config, guard: Guard) -> int:
     with guard.bound(longest, late):
         rank, world_size = init_distributed(config.train.peer_timeout_seconds)
         setup_logging(rank)
-        startup.done("rendezvous")
         if world_size > 1:
             _watch(guard, config, rank, world_size)
     folder = Path(config.train.run_dir)
@@ -139,11 +136,10 @@ def _pretrain(config: Config, guard: Guard) -> int:
         )
     for remark in remarks(config):
         shared_log.warning(remark)
-    startup.done("checks")
-    return _train(checked, rank, world_size, guard, startup)
+    return _train(checked, rank, world_size, guard)
 
 
-def _train(checked: ResolvedRun, rank: int, world_size: int, guard: Guard, startup: Startup) -> int:
+def _train(checked: ResolvedRun, rank: int, world_size: int, guard: Guard) -> int:
     """Builds the run, trains it to its end, and returns the exit code; a collective."""
     config = checked.config
     guard.begin("reading the checkpoint", within=LONG_SECONDS)
@@ -151,21 +147,19 @@ def _train(checked: ResolvedRun, rank: int, world_size: int, guard: Guard, start
     reader = None if begin is None else open_checkpoint(checked, begin, rank, world_size)
     continues = begin is not None and is_own_history(config, begin)
     guard.begin("building the model", within=LONG_SECONDS)
-    run = build(checked, rank, world_size, resumes=reader is not None, done=startup.done)
+    run = build(checked, rank, world_size, resumes=reader is not None)
     if reader is not None:
         guard.begin("reading the checkpoint", within=LONG_SECONDS)
         state = resume(run, reader, continues=continues)
-        startup.done("resume")
     else:
         state = RunState(initial_seed=config.train.seed)
         forget_rollbacks(Path(config.train.run_dir), state)
     if checked.compiled:
         warm_up(run, state, guard)
-        startup.done("compile")
     _record_start(checked, world_size, state, reader)
     log.info("%s", describe(run, state))
     give_back_freed_memory()
-    trainer = Trainer(run, state, guard, startup, resumed_from=reader)
+    trainer = Trainer(run, state, guard, resumed_from=reader)
     try:
         return trainer.fit()
     except Exception as error:

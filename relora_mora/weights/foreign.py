@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,8 @@ def check_headers(path: Path) -> None:
     if not found:
         return
     model_config = foreign_config(path)
-    expected = {bare(name): (name, shape) for name, shape in _shapes_of(model_config).items()}
+    parameters = empty_model(model_config).named_parameters()
+    expected = {bare(name): (name, tuple(parameter.shape)) for name, parameter in parameters}
     if model_config.tie_word_embeddings and "embed_tokens.weight" not in found and "lm_head.weight" in found:
         found["embed_tokens.weight"] = found["lm_head.weight"]  # a file may have either of the two names
     _refuse_weights(
@@ -131,19 +131,6 @@ def check_headers(path: Path) -> None:
             "of another shape": [name for key, (name, shape) in expected.items() if found.get(key, shape) != shape],
         },
     )
-
-
-def _shapes_of(model_config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter by its name. Only one layer is built, since all layers have the same shapes."""
-    one_layer = deepcopy(model_config)
-    one_layer.num_hidden_layers = 1
-    shapes = {name: tuple(parameter.shape) for name, parameter in empty_model(one_layer).named_parameters()}
-    first = ".layers.0."
-    return {
-        name.replace(first, f".layers.{layer}."): shape
-        for name, shape in shapes.items()
-        for layer in range(model_config.num_hidden_layers if first in name else 1)
-    }
 
 
 def has_weights(path: Path) -> bool:

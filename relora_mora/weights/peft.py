@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -91,10 +91,20 @@ class _Settings(BaseModel):
     alpha_pattern: dict[str, FiniteFloat] = {}
     use_rslora: bool = False
     use_mora: bool = False
-    mora_type: int = 1
+    mora_type: Literal[1, 2, 3, 4, 6] = 1
     bias: Literal["none"] = "none"
     # other values, such as pissa and olora, also change the weights of the model
     init_lora_weights: Literal[True, False, "gaussian", "orthogonal", "eva"] = True
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _are_expressions(cls, pattern: dict[str, float]) -> dict[str, float]:
+        for key in pattern:
+            try:
+                _matches(key, "")
+            except (re.error, OverflowError) as error:
+                raise ValueError(f"{key!r} is not a regular expression ({error})") from error
+        return pattern
 
 
 def is_adapter(path: Path) -> bool:
@@ -139,17 +149,6 @@ class AdapterFolder:
         others = [key for key, value in (settings.model_extra or {}).items() if value and key not in _IGNORED_KEYS]
         if others:
             raise CheckpointError(f"{path}: {', '.join(others)}: not supported here; {_REMEDY}")
-        if settings.use_mora and settings.mora_type not in RELEASED_TYPES:
-            known = ", ".join(map(str, RELEASED_TYPES))
-            raise CheckpointError(f"{path}: mora_type is {settings.mora_type}, expected one of {known}; {_REMEDY}")
-        for pattern in ("alpha_pattern", "rank_pattern"):
-            for key in getattr(settings, pattern):
-                try:
-                    _matches(key, "")
-                except (re.error, OverflowError) as error:
-                    raise CheckpointError(
-                        f"{path}: {pattern} has {key!r}, which is not a regular expression ({error}); correct it"
-                    ) from error
         return settings
 
     def _index(self) -> None:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from tests.grid.test_runs import CASES, DEEPSPEED, STOPS, VALUES, choice, is_valid
+from tests.grid.cases import CASES, DEEPSPEED, STOPS, VALUES, choice, is_valid
 from tests.tools.grids import covering
 
 PAIRS = [each.values[0] for each in CASES if not each.marks]

@@ -43,9 +43,8 @@ class Group:
             return ""
         if any(run.has_diverged for run in unfinished):
             return "its last loss is not finite"
-        state = "running" if any(run.is_running for run in unfinished) else "unfinished"
         step = min(run.last_step for run in unfinished)
-        return f"{state}, step {step:,} of {unfinished[0].steps:,}"
+        return f"unfinished, step {step:,} of {unfinished[0].steps:,}"
 
     def losses(self, name: str) -> pd.DataFrame:
         """Losses on a held-out set at the steps that all runs have: [steps, runs]"""

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from relora_mora.config.schema import SETTINGS
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.experiments.compare.settings import SEEDS, compared_settings
-from relora_mora.supervise.lock import is_held
 from relora_mora.system.run_folder import CHANGES, NOTED, RunFolder, joined_start
 
 
@@ -88,7 +87,6 @@ class Run:
     settings: Mapping[str, Any]
     lines: list[dict[str, Any]]
     start: dict[str, Any]
-    is_running: bool
 
     def series(self, tag: str) -> pd.Series:
         """A metric by step, only finite values; the newest value if a step has several.
@@ -248,7 +246,7 @@ def read_run(folder: Path) -> Run:
         raise CompareError(f"{files.config}: cannot be read ({' '.join(str(error).split())})") from error
     start = joined_start(_json_lines(files.starts))
     settings = _settings(tree, files.config) | _epochs_of(start.get("epochs"), start.get("warmup_fraction"))
-    return Run(folder, settings, lines, start, is_held(folder))
+    return Run(folder, settings, lines, start)
 
 
 def _run_of_record(path: Path, record: dict[str, Any]) -> Run:
@@ -258,7 +256,7 @@ def _run_of_record(path: Path, record: dict[str, Any]) -> Run:
     file = path.with_name(path.name.removesuffix(COMPRESSED))
     study = file.parent if file.name == RECORDS else file.with_suffix("")
     folder = study / "runs" / record["name"]  # it may have been deleted
-    return Run(folder, settings, record["metrics"], record["start"], is_running=False)
+    return Run(folder, settings, record["metrics"], record["start"])
 
 
 def _epochs_of(epochs: float | None, warmup_fraction: float | None) -> dict[str, float | None]:

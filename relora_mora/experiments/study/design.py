@@ -21,7 +21,7 @@ from relora_mora.experiments.compare.settings import SEEDS
 
 SHARES = ("exact_match", "character_accuracy")  # of the generated answers
 METRICS = ("loss", "perplexity", "bits_per_byte", *SHARES)  # that `choose` accepts
-OWN = (*SEEDS, "train.run_dir")  # settings that the study itself sets
+OWN = {*SEEDS, "train.run_dir"}  # settings that the study itself sets
 
 
 class Choice(Strict):
@@ -86,39 +86,30 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _settings_that_fit(self) -> "Study":
-        names = [*self.settings, *(name for entry in self.grid for name in entry)]
-        own = sorted({name for name in names if name in OWN})
-        if own:
-            raise ValueError(
-                f"{', '.join(own)}: set by the study itself; list seeds in `seeds`, and give its folder as --out"
-            )
-        dashed = sorted({name for name in names if "-" in name})
-        if dashed:
-            raise ValueError(f"{', '.join(dashed)}: names cannot contain '-'; give the setting above it, as a mapping")
+        grid = [(name, values) for entry in self.grid for name, values in entry.items()]
+        named = {name for name, _ in grid}
+        faults = {
+            "set by the study itself; list seeds in `seeds`, and give its folder as --out": {*self.settings, *named}
+            & OWN,
+            "has an empty list; give it values, or leave it out": {name for name, values in grid if values == []},
+            "a value is itself a list; write [[1, 2]] for the single value [1, 2]": {
+                name for name, values in grid if _lacks_brackets(name, values)
+            },
+            "chosen over, but no entry of the grid has it": set(self.choose.over if self.choose else ()) - named,
+        }
+        for fault, names in faults.items():
+            if names:
+                raise ValueError(f"{', '.join(sorted(names))}: {fault}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} has a duplicate; list each seed once")
-        empty = sorted({name for entry in self.grid for name, values in entry.items() if values == []})
-        if empty:
-            raise ValueError(f"grid: {', '.join(empty)} has an empty list; give it values, or leave it out")
-        flat = sorted({name for entry in self.grid for name, values in entry.items() if _lacks_brackets(name, values)})
-        if flat:
-            raise ValueError(
-                f"grid: a value of {', '.join(flat)} is itself a list; write [[1, 2]] for the single value [1, 2]"
-            )
-        over = self.choose.over if self.choose else []
-        missing = [name for name in over if not any(name in entry for entry in self.grid)]
-        if missing:
-            raise ValueError(f"choose.over: no entry of the grid has {', '.join(missing)}")
         return self
 
 
-LISTS_OF_PARTS = ("data.train", "method.merge_every")  # one text or number, or a list of mappings
-
-
 def _lacks_brackets(name: str, values: Any) -> bool:
+    """Whether the values look like several, and could be meant as one: a list, such as the sources of data.train."""
     takes_lists = name in SETTINGS and get_origin(SETTINGS[name].annotation) in (list, tuple)
-    if name in LISTS_OF_PARTS:
-        takes_lists = isinstance(values, list) and any(isinstance(value, dict) for value in values)
+    if name == "data.train" and isinstance(values, list):
+        takes_lists = any(isinstance(value, dict) for value in values)
     return takes_lists and not (isinstance(values, list) and all(isinstance(value, list) for value in values))
 
 

@@ -11,7 +11,7 @@ from relora_mora.config.checks.combinations import unused_settings
 from relora_mora.config.lengths import tree_of
 from relora_mora.config.load import FINETUNING, ConfigError, config_of, stored_config
 from relora_mora.config.schema import Config
-from relora_mora.config.yaml_text import parse_yaml
+from relora_mora.experiments.compare.labels import as_text
 from relora_mora.experiments.compare.runs import RECORDS, TABLE, read_records
 from relora_mora.experiments.compare.settings import used_settings
 from relora_mora.experiments.study.design import Cell, Study
@@ -20,7 +20,8 @@ from relora_mora.system.files import write_synced
 from relora_mora.system.run_folder import RunFolder, noted_digests, read_json_lines
 from relora_mora.weights.digests import changed_start, start_digests, starts_of
 
-PLACES = {"train.run_dir"}  # settings that do not affect a run's numbers
+# settings that do not affect a run's numbers; a resume compares the text at its commits itself
+NOT_COMPARED = {"train.run_dir", "data.commits"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,26 @@ class StudyFolder:
 
     def run(self, cell: Cell) -> RunFolder:
         return RunFolder(self.path / "runs" / cell.name)
+
+    def settings(self, cell: Cell) -> Path:
+        """The JSON file with all settings of a cell, from which its run is started."""
+        return self.path / "settings" / f"{cell.name}.json"
+
+    def log(self, cell: Cell) -> Path:
+        return self.path / "logs" / f"{cell.name}.txt"
+
+    @property
+    def records(self) -> Path:
+        """JSON lines, one for each finished run; see :mod:`relora_mora.experiments.study.record`."""
+        return self.path / RECORDS
+
+    @property
+    def table(self) -> Path:
+        return self.path / TABLE
+
+    @property
+    def _commits(self) -> Path:
+        return self.path / "commits.json"
 
     def overrides(self, cell: Cell, study: Study) -> dict[str, str]:
         """The cell's overrides, plus its run folder and the study's commits of hub revisions."""
@@ -59,58 +80,28 @@ class StudyFolder:
         if known and known != self.commits():
             write_synced(self._commits, json.dumps(known, indent=1) + "\n")
 
-    @property
-    def _commits(self) -> Path:
-        return self.path / "commits.json"
-
-    def settings(self, cell: Cell) -> Path:
-        """The JSON file with all settings of a cell, from which its run is started."""
-        return self.path / "settings" / f"{cell.name}.json"
-
-    def log(self, cell: Cell) -> Path:
-        return self.path / "logs" / f"{cell.name}.txt"
-
-    @property
-    def records(self) -> Path:
-        """JSON lines, one for each finished run; see :mod:`relora_mora.experiments.study.record`."""
-        return self.path / RECORDS
-
-    @property
-    def table(self) -> Path:
-        return self.path / TABLE
-
     def kept(self) -> dict[str, dict[str, Any]]:
         """The records by cell name; another machine may have written them.
 
         Raises ValueError if the file is damaged.
         """
         try:
-            changed = self.records.stat().st_mtime_ns
+            file = self.records.stat()
         except FileNotFoundError:
             return {}
-        return _kept(self.records, changed)
+        return _kept(self.records, (file.st_mtime_ns, file.st_size))
+
+    def is_done(self, cell: Cell) -> bool:
+        """Whether there is a record of the run, from here or from another machine."""
+        return cell.name in self.kept()
 
     def has_run(self, cell: Cell) -> bool:
-        """Whether the run finished successfully and its folder is here."""
+        """Whether the run finished successfully and its folder is here, so that it can be recorded."""
         try:
             ends = read_json_lines(self.run(cell).ends)
         except (OSError, ValueError):  # missing, or truncated because the disk was full: the cell runs again
             return False
-        return bool(ends) and ends[-1]["code"] == FINISHED
-
-    def is_done(self, cell: Cell) -> bool:
-        """Whether the run finished successfully, here or on the machine that wrote its record."""
-        return cell.name in self.kept() or self.has_run(cell)
-
-    def fraction(self, cell: Cell) -> float:
-        """The share of its steps that the cell has done."""
-        if self.is_done(cell):
-            return 1.0
-        run = self.run(cell)
-        try:
-            return min(1.0, last_step(run) / _steps(run.config))
-        except (OSError, ValueError):
-            return 0.0
+        return bool(ends) and ends[-1]["code"] == FINISHED and self.settings(cell).exists()
 
     def begin(self, configs: Mapping[Cell, Config], threads: int) -> None:
         """Writes the settings of cells.
@@ -121,20 +112,22 @@ class StudyFolder:
         faults = []
         digests: dict[str, dict[str, str]] = {}  # by inputs, because most cells read the same
         for cell, config in configs.items():
-            try:
-                self._check_settings(cell, config, threads)
-                if noted := noted_digests(self._starts(cell)):
-                    inputs = input_key(config)
-                    if inputs not in digests:
-                        # a late import: it loads torch, which takes seconds
-                        from relora_mora.weights.load import with_tokenizer
+            changed = self._changed_settings(cell, config, threads)
+            noted = noted_digests(self._starts(cell))
+            if changed is None and noted:
+                # a late import: it loads torch, which takes seconds
+                from relora_mora.weights.load import with_tokenizer
 
-                        digests[inputs] = start_digests(with_tokenizer(config))
-                    changed = changed_start(noted, digests[inputs])
-                    if changed is not None:
-                        faults.append(f"{self.run(cell).path} was started with {changed}; {self._remedy(cell)}")
-            except ValueError as error:
-                faults.append(str(error))
+                inputs = input_key(config)
+                if inputs not in digests:
+                    digests[inputs] = start_digests(with_tokenizer(config))
+                changed = changed_start(noted, digests[inputs])
+            if changed is not None:
+                record = f" and its line in {self.records}" if self.is_done(cell) else ""
+                faults.append(
+                    f"{self.run(cell).path} was started with {changed}; remove it, {self.settings(cell)}{record}, give "
+                    "another --out, or put back what has changed"
+                )
         if faults:
             raise ValueError("\n".join(faults))
         for cell, config in configs.items():
@@ -142,41 +135,31 @@ class StudyFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_synced(path, json.dumps(tree_of(config), ensure_ascii=False) + "\n")
 
-    def _check_settings(self, cell: Cell, config: Config, threads: int) -> None:
-        noted = self.given(cell)
+    def _changed_settings(self, cell: Cell, config: Config, threads: int) -> str | None:
+        """Describes how the settings differ from those with which the cell was started; None if they do not."""
         # a run writes its settings only after it has found no fault in them
-        has_started = self.run(cell).config.exists() or cell.name in self.kept()
-        if noted is None or not has_started:
-            return
+        if not (self.run(cell).config.exists() or self.is_done(cell)):
+            return None
         try:
-            known = stored_config(noted, str(self.settings(cell)))  # newer settings get their defaults
-        except ValueError as error:
-            raise ValueError(
-                f"{self.run(cell).path} was started with settings that this version does not know; {self._remedy(cell)}"
-            ) from error
-        names = _differences(tree_of(known), tree_of(config))
+            noted = self.given(cell)
+            known = config if noted is None else stored_config(noted, "")  # newer settings get their defaults
+        except (ValueError, TypeError):
+            return "settings that cannot be read, or that this version does not know"
         unused = unused_settings(known.by_name).keys() & unused_settings(config.by_name).keys()
-        # a resume compares the text at its commits itself
-        changed = {name for name in names if name not in PLACES | unused and not name.startswith("data.commits.")}
+        changed = {name for name, value in config.by_name.items() if value != known.by_name[name]}
+        changed -= NOT_COMPARED | unused
         if any(start.get("omp_num_threads") not in (None, "", str(threads)) for start in self._starts(cell)):
             changed.add("threads")
-        if changed:
-            raise ValueError(
-                f"{self.run(cell).path} was started with other settings ({', '.join(sorted(changed))}); "
-                f"{self._remedy(cell)}"
-            )
+        return f"other settings ({', '.join(sorted(changed))})" if changed else None
 
     def given(self, cell: Cell) -> dict[str, Any] | None:
-        """The settings that the cell was started with; None if it was never started.
+        """The settings that the cell was started with; None if none are known.
 
-        Raises ValueError if they cannot be read.
+        Raises ValueError or TypeError if they cannot be read.
         """
         path = self.settings(cell)
         if path.exists():
-            try:
-                return dict(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path} does not hold the settings of a run; {self._remedy(cell)}") from error
+            return dict(json.loads(path.read_text(encoding="utf-8")))
         record = self.kept().get(cell.name)
         return None if record is None else dict(record["given"])
 
@@ -185,30 +168,11 @@ class StudyFolder:
         record = self.kept().get(cell.name)
         return starts_of(self.run(cell).path) or ([] if record is None else [record["start"]])
 
-    def _remedy(self, cell: Cell) -> str:
-        record = f" and its line in {self.records}" if cell.name in self.kept() else ""
-        cell_files = f"{self.run(cell).path}, {self.settings(cell)}{record}"
-        return f"remove {cell_files}, give another --out, or put back what has changed"
-
 
 @functools.lru_cache(maxsize=2)
-def _kept(records: Path, changed: int) -> dict[str, dict[str, Any]]:
-    """Reads the records once for each ``changed``, the file's modification time."""
+def _kept(records: Path, version: tuple[int, int]) -> dict[str, dict[str, Any]]:
+    """Reads the records once for each ``version``, the file's modification time and size."""
     return {record["name"]: record for record in read_records(records)}
-
-
-@functools.cache
-def _steps(config: Path) -> int:
-    """The steps of a run that was started, so that epochs have been converted to steps."""
-    return int(parse_yaml(config.read_text(encoding="utf-8"))["train"]["steps"])
-
-
-def last_step(run: RunFolder) -> int:
-    """The newest step in the run's metrics; raises OSError or ValueError if there is none yet."""
-    with run.metrics.open("rb") as stream:
-        stream.seek(max(0, run.metrics.stat().st_size - 100_000))
-        line = stream.read().splitlines()[-1:]
-    return int(json.loads(line[0])["step"]) if line else 0
 
 
 def input_key(config: Config) -> str:
@@ -225,33 +189,30 @@ def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[C
     It is also a fault if a run will not have the metric of ``choose``, or if the runs share no held-out text.
     """
     defaults = FINETUNING if study.command == "finetune" else None
-    configs = {}
+    configs: dict[Cell, Config] = {}
     faults: dict[str, str] = {}
     seen: dict[str, str] = {}
-    common: set[str] | None = None
     for cell in cells:
         try:
-            overrides = folder.overrides(cell, study)
-            configs[cell] = config_of(study.base_tree, study.base, overrides, defaults=defaults)
+            config = config_of(study.base_tree, study.base, folder.overrides(cell, study), defaults=defaults)
         except ConfigError as error:
             cell_faults = error.faults
         else:
-            cell_faults = [] if study.choose is None else study.choose.faults(configs[cell])
-            if configs[cell].train.resume == "never":
+            configs[cell] = config
+            cell_faults = [] if study.choose is None else study.choose.faults(config)
+            if config.train.resume == "never":
                 cell_faults.append("train.resume: never, but a study resumes its interrupted runs; leave it out")
-            sets = set(configs[cell].data.validation_sets)
-            common = sets if common is None else common & sets
-            if not common:
-                cell_faults.append(
-                    "data.validation: the runs have no set in common, which a table needs; make a study for each set"
-                )
-            other = seen.setdefault(_effective_settings(configs[cell], cell.seed), cell.name)
+            other = seen.setdefault(_effective_settings(config, cell.seed), cell.name)
             if other != cell.name:
                 cell_faults.append(
                     f"grid: {cell.name} and {other} differ only in settings that have no effect; leave one out"
                 )
         for fault in cell_faults:
             faults.setdefault(fault, cell.name)
+    sets = [set(config.data.validation_sets) for config in configs.values()]
+    if sets and not set.intersection(*sets):
+        fault = "data.validation: the runs have no set in common, which a table needs; make a study for each set"
+        faults[fault] = "all runs together"
     refuse(faults, study)
     return configs
 
@@ -264,19 +225,5 @@ def refuse(faults: Mapping[str, str], study: Study) -> None:
 
 def _effective_settings(config: Config, seed: int) -> str:
     """A key that is equal for two runs that differ only in settings that neither uses."""
-    sections = json.loads(config.model_dump_json())
-    settings = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    used = {name: value for name, value in used_settings(settings).items() if name not in PLACES}
-    return json.dumps([used, seed], sort_keys=True)
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    names: list[str] = []
-    for key in {*old, *new}:
-        before = old.get(key)
-        after = new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            names += _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            names.append(f"{prefix}{key}")
-    return names
+    used = used_settings(config.by_name)
+    return as_text([{name: value for name, value in used.items() if name != "train.run_dir"}, seed])

@@ -1,7 +1,7 @@
 """The record that outlives a run's folder: enough for tables and plots."""
 
 import json
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from relora_mora.config.yaml_text import parse_yaml
@@ -20,8 +20,8 @@ NOT_KEPT = ("command", "host")  # of a start, because they are local
 DIGITS = 8  # significant digits of a float; float32 has no more
 
 
-def write_records(cells: Sequence[Cell], folder: StudyFolder) -> int:
-    """Writes one line for each finished cell, in the order of ``cells``; returns the number of these lines.
+def write_records(cells: Sequence[Cell], folder: StudyFolder) -> None:
+    """Writes one line for each finished cell, in the order of ``cells``.
 
     A line has the cell's ``name`` and ``seed``; ``given``, all settings that it was started with; ``config``, these
     settings as the run resolved them; ``start``, the commit, versions and machine of the last start and the ``step`` of
@@ -30,37 +30,30 @@ def write_records(cells: Sequence[Cell], folder: StudyFolder) -> int:
     """
     kept = folder.kept()
     new = {cell.name: _record(cell, folder) for cell in cells if cell.name not in kept and folder.has_run(cell)}
-    named = {cell.name: None for cell in cells}
-    records = {**kept, **new}
-    lines = [json.dumps(records[name]) + "\n" for name in {**named, **records} if name in records]
-    write_synced(folder.records, "".join(lines))
-    return len(records.keys() & named)
+    if new:
+        records = {**kept, **new}
+        names = dict.fromkeys([*(cell.name for cell in cells), *records])
+        write_synced(folder.records, "".join(json.dumps(records[name]) + "\n" for name in names if name in records))
 
 
-def final_metric(cell: Cell, folder: StudyFolder, metric: str) -> float | None:
-    """The metric of the evaluation at the last step; None if it is not finite or the run is not done.
+def final_metric(record: Mapping[str, Any], metric: str) -> float | None:
+    """The metric of the evaluation at the last step of a recorded run; None if it is not finite.
 
     Raises ValueError if no evaluation has the metric, or if the evaluation of the last step is lost.
     """
-    if not folder.is_done(cell):
-        return None
-    run = folder.run(cell)
-    if folder.has_run(cell):
-        config = parse_yaml(run.config.read_text(encoding="utf-8"))
-        lines = read_json_lines(run.metrics)
-    else:
-        config, lines = (folder.kept()[cell.name][key] for key in ("config", "metrics"))
-    lines = [line for line in lines if metric in line]
+    name = record["name"]
+    lines = [line for line in record["metrics"] if metric in line]
     if not lines:
-        raise ValueError(f"choose: no line of {run.metrics} has the metric {metric}; docs/metrics.md lists them")
-    last = lines[-1]
-    if last["step"] != config["train"]["steps"]:
+        raise ValueError(f"choose: {name} has no evaluation with the metric {metric}; docs/metrics.md lists them")
+    step = lines[-1]["step"]
+    steps = record["config"]["train"]["steps"]
+    if step != steps:
         raise ValueError(
-            f"choose: the last {metric} in {run.metrics} is from step {last['step']}, but the run has "
-            f"{config['train']['steps']} steps and its last evaluation is lost; remove {run.path}, and its line, if "
-            f"any, in {folder.records}, so that the study repeats the run"
+            f"choose: the last {metric} of {name} is from step {step}, but the run has {steps} steps and its last "
+            "evaluation is lost; remove its folder, and its line in the records, so that the study repeats the run"
         )
-    return None if last[metric] is None else float(last[metric])
+    value: float | None = lines[-1][metric]
+    return value
 
 
 def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:

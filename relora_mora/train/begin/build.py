@@ -1,7 +1,7 @@
 """Builds the parts of a run in the order of their dependencies, with their initial values."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,18 +140,10 @@ class Run:
         return self.checked.config
 
 
-def build(
-    checked: ResolvedRun,
-    rank: int,
-    world_size: int,
-    *,
-    resumes: bool = False,
-    done: Callable[[str], None] = lambda part: None,
-) -> Run:
+def build(checked: ResolvedRun, rank: int, world_size: int, *, resumes: bool = False) -> Run:
     """A run at its start; a collective.
 
-    With ``resumes``, no value is drawn or read, since all values will come from a checkpoint. ``done`` is called with
-    the name of each finished part: "model", "engine".
+    With ``resumes``, no value is drawn or read, since all values will come from a checkpoint.
     """
     config = checked.config
     lm = empty_model(checked.model_config, attention=config.model.attention)
@@ -189,15 +181,12 @@ def build(
     put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
     for _, layer in adapter_layers(lm):
         layer.pack(empty=True)
-    done("model")
     module = LossModel(lm, compiled=checked.compiled)
     engine = ZeroEngine(
         module, lm, build_optimizer(lm, groups, config.optim), config.train, clip=config.optim.clip, bf16=checked.bf16
     )
-    done("engine")
     if not resumes:
         write_initial_values(engine, base, creator, values)
-        done("model")
     merger = Merger(engine, base, config.method, seed=config.train.seed)
     schedule = make_schedule(config.method, config.optim, config.train.steps)
     return Run(checked, engine, base, merger, groups, schedule)

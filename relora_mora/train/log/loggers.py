@@ -1,26 +1,19 @@
-"""The loggers that a run writes its metrics to, next to ``metrics.jsonl``: TensorBoard, Weights & Biases.
-
-TensorBoard gets curves in a readable order, the settings, and a table that compares runs.
-"""
+"""The loggers that a run writes its metrics to, next to ``metrics.jsonl``: TensorBoard, Weights & Biases."""
 
 import contextlib
 import importlib.util
 import os
-import re
 import secrets
 import threading
 import time
 from collections.abc import Mapping
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
-from relora_mora.config.checks.combinations import unused_settings
-from relora_mora.config.load import ConfigError, dump
-from relora_mora.config.schema import Config, LogConfig
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import LogConfig
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.system.files import without_disk_errors, write_synced
 from relora_mora.system.logs import log
@@ -110,71 +103,7 @@ def make_loggers(folder: Path, config: LogConfig) -> list[Logger]:
     return loggers
 
 
-# TensorBoard sorts groups by name and opens the first two; these names make them eval and train
-_GROUPS = {
-    "train/tokens": "training data/tokens",
-    "train/epoch": "training data/epoch",
-    "train/documents": "training data/documents",
-    "perf/data_wait_seconds": "training speed/data_wait_seconds",
-    "perf/data_": "training data/",
-    "perf/": "training speed/",
-    "eval/seconds": "training speed/evaluation_seconds",
-    "startup/seconds": "training speed/startup_seconds",
-    "merge/": "training merges/",
-}
-_OF_A_SET = re.compile("eval/[^/]+/[^/]+")  # a set of held-out text may be called "seconds"
-# not curves: the same number at every merge or evaluation
-NO_CURVES = ("merge/layers", "merge/zeroed_elements", "merge/operator_before", "eval/tokens", "eval/answers")
-LAYOUT = {
-    "quality": {
-        "perplexity": ["Multiline", ["eval/(.+/)?perplexity$", "train/perplexity"]],
-        "loss": ["Multiline", ["eval/(.+/)?loss$", "train/loss"]],
-    },
-    "merges, by projection": {
-        "norm of what was merged": ["Multiline", ["training merges/delta_norm/.*"]],
-        "its effective rank": ["Multiline", ["training merges/effective_rank/.*"]],
-    },
-}
-_COMPARED = (
-    "method.name",
-    "method.rank",
-    "method.operators",
-    "method.merge_every",
-    "method.merge_until_step",
-    "method.reset",
-    "optim.matrices",
-    "optim.momentum",
-    "optim.others",
-    "optim.lr",
-    "optim.lr_other",
-    "optim.schedule",
-    "optim.warmup_steps",
-    "optim.restart_warmup_steps",
-    "train.steps",
-    "train.batch_size",
-    "data.sequence_length",
-    "model.config",
-    "train.seed",
-    "data.seed",
-)
-# TensorBoard treats the lowest and the highest of up to 21 values as outliers and leaves them out of a chart, which
-# would hide the best of a few evaluations. Values that are written twice are shown. The evaluation of random weights is
-# written once, since the other values could not be told apart in a chart with it.
-_FEW = ("eval/", "merge/")
 _EVENTS = "events.out.tfevents."  # prefix of an event file's name; the second of its creation follows, in ten digits
-_COSTS = ("perf/tokens_per_second", "perf/peak_memory_gib", "train/tokens")
-
-
-def board_tag(tag: str) -> str | None:
-    """The TensorBoard tag for a tag of metrics.jsonl; None if it is not a curve."""
-    if tag in NO_CURVES:
-        return None
-    if _OF_A_SET.fullmatch(tag):
-        return None if tag.endswith(("/tokens", "/answers")) else tag
-    for prefix, group in _GROUPS.items():
-        if tag.startswith(prefix):
-            return group + tag.removeprefix(prefix)
-    return None if tag.startswith("startup/") else tag
 
 
 class TensorBoard:
@@ -189,10 +118,9 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         self._files = RunFolder(folder)
         self._writer: SummaryWriter | None = None
-        self._begins_random = False
 
     def open(self, step: int) -> None:
-        """Hides values after ``step`` in earlier files, and describes the run if no file does so yet.
+        """Hides values after ``step`` in earlier files, and writes the settings if no file has them yet.
 
         At step 0, earlier files are renamed; otherwise TensorBoard would show their settings and their values at 0.
         """
@@ -203,23 +131,18 @@ class TensorBoard:
                 # TensorBoard reads every file with "tfevents" in its name
                 file.rename(file.with_name(f"abandoned-{file.name.replace('tfevents', 'events', 1)}"))
         is_new = step == 0 or not any(board.glob("events.*"))
-        self._begin_file(step + 1)
+        writer = self._begin_file(step + 1)
         if is_new:
-            config = Config.model_validate(parse_yaml(self._files.config.read_text(encoding="utf-8")))
-            self._begins_random = step == 0 and config.model.init_from is None
-            self._describe(config)
+            settings = self._files.config.read_text(encoding="utf-8").splitlines()
+            writer.add_text("run/config", "".join(f"    {line}\n" for line in settings), 0)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one point for every curve, or two if its tag is in ``_FEW``."""
+        """Writes one point for every number, under its tag."""
         writer = self._writer or self._begin_file(step)  # None after a disk error
         try:
             for tag, value in values.items():
-                shown = board_tag(tag)
-                if shown is None or not isinstance(value, int | float):
-                    continue
-                is_outlier = step == 0 and self._begins_random
-                for _ in range(2 if tag.startswith(_FEW) and not is_outlier else 1):
-                    writer.add_scalar(shown, value, step)
+                if isinstance(value, int | float):
+                    writer.add_scalar(tag, value, step)
         except OSError:
             self.close()
             raise
@@ -235,31 +158,6 @@ class TensorBoard:
         _put_before_now(self._files.tensorboard)
         self._writer = SummaryWriter(str(self._files.tensorboard), purge_step=step, flush_secs=10)
         return self._writer
-
-    def _describe(self, config: Config) -> None:
-        """Writes all settings as text, the settings for the table of runs, and the custom charts."""
-        assert self._writer is not None
-        indented = "".join(f"    {line}\n" for line in dump(config).splitlines())
-        self._writer.add_text("run/config", indented, 0)
-        self._writer.add_custom_scalars(LAYOUT)
-        values = {name: attrgetter(name)(config) for name in _COMPARED}
-        if config.optim.lr_other is None:
-            values["optim.lr_other"] = config.optim.lr
-        if config.model.config is None:
-            values["model.config"] = config.model.init_from
-        values = {
-            name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()
-        }
-        sets = [f"eval/{name}/perplexity" for name in config.data.validation_sets if name]
-        curves = ["eval/perplexity", "eval/loss", *sets, "train/perplexity", *map(str, map(board_tag, _COSTS))]
-        results = dict.fromkeys(curves, 0.0)  # the table shows the newest point of each of these curves
-        # TensorBoard takes the columns of all runs from the first run, so every method has all columns
-        columns, _, _ = hparams(values, results)
-        unused = unused_settings(config.by_name)
-        used = {name: value for name, value in values.items() if name not in unused}
-        _, start, _ = hparams(used, results)  # without the third summary, which marks the end of the run
-        for summary in (columns, start):
-            self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
 
 def _put_before_now(board: Path) -> None:

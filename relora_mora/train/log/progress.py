@@ -1,11 +1,7 @@
-"""Shows the start and the progress of a run: log lines, on a terminal also bars, and the commands for a finished run.
-
-Each part of a start is measured, for one line in the log and one in the metrics.
-"""
+"""Shows the progress of a run: log lines, on a terminal also bars, and the commands for a finished run."""
 
 import contextlib
 import logging
-import os
 import shlex
 import sys
 import time
@@ -15,53 +11,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from relora_mora.supervise.launchers import Launchers
 from relora_mora.system.logs import counted, log, progress_bar
 from relora_mora.system.process import own_command
 from relora_mora.train.begin.build import Run
-from relora_mora.train.log.report import Write
 from relora_mora.train.state.run_state import RunState
-
-
-class Startup:
-    """Seconds of each part on this rank, from the start of the command to the end of the first step.
-
-    ``launcher``: until this process started; ``imports``: Python, imports and settings; ``rendezvous``: the ranks join;
-    ``checks``: settings, tokenizer, hub; ``model``: initial weights; ``engine``: DeepSpeed; ``resume``: the checkpoint;
-    ``compile``: the programs of compiled layers; ``validation_data``: run folder and held-out text; ``evaluation``: the
-    one before the first step; ``data``: the first batch; ``first_step``. The command is this host's launcher. Nothing
-    is measured after the first step.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._over = False
-        age = _age_of_interpreter()
-        with contextlib.suppress(OSError, ValueError):  # no launcher, or it has exited
-            self.seconds["launcher"] = max(_age(process.pid) for process in Launchers().processes) - age
-        self._last = time.monotonic() - age
-
-    def done(self, part: str) -> None:
-        """A part is finished. It began when the previous one ended."""
-        if self._over:
-            return
-        now = time.monotonic()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
-        self._last = now
-
-    def first_step_done(self, step: int, write: Write) -> None:
-        """Reports the start when called for the first time."""
-        if self._over:
-            return
-        self.done("first_step")
-        self._over = True
-        parts = {f"startup/{part}_seconds": seconds for part, seconds in self.seconds.items()}
-        write(step, {**parts, "startup/seconds": sum(self.seconds.values())})
-        log.info("start: %s", self)
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{part.replace('_', ' ')} {seconds:.1f}" for part, seconds in self.seconds.items())
-        return f"{sum(self.seconds.values()):.1f} s from the command to the end of the first step: {parts}"
 
 
 def describe(run: Run, state: RunState) -> str:
@@ -83,18 +36,12 @@ def describe(run: Run, state: RunState) -> str:
     return "; ".join(parts)
 
 
-def _age_of_interpreter() -> float:
-    """Seconds since Python loaded its logging module, one of the first modules.
+def seconds_since_start() -> float:
+    """Seconds since Python loaded its logging module, which is one of the first modules.
 
     The process itself may be hours older if a shell has replaced itself with ``exec``.
     """
     return logging.makeLogRecord({}).relativeCreated / 1000
-
-
-def _age(pid: int) -> float:
-    """Seconds since a process on this host started."""
-    after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / os.sysconf("SC_CLK_TCK")
 
 
 class Progress:

@@ -25,7 +25,7 @@ from relora_mora.system.run_folder import RunFolder
 from relora_mora.system.seeds import derived_seed
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log.loggers import make_loggers
-from relora_mora.train.log.progress import Progress, Startup, next_commands
+from relora_mora.train.log.progress import Progress, next_commands, seconds_since_start
 from relora_mora.train.log.report import Metrics
 from relora_mora.train.loop.events import Evaluating, Merging, Reporting, Saving
 from relora_mora.train.loop.step import BatchLoader, DataFailed, LocalBatch, StabilityMonitor, StepResult
@@ -83,9 +83,7 @@ class Shutdown:
 class Trainer:
     """Trains a run from ``state`` to its end. ``resumed_from`` is the checkpoint that the state was loaded from."""
 
-    def __init__(
-        self, run: Run, state: RunState, guard: Guard, startup: Startup, resumed_from: CheckpointReader | None = None
-    ) -> None:
+    def __init__(self, run: Run, state: RunState, guard: Guard, resumed_from: CheckpointReader | None = None) -> None:
         config = run.config
         self.run = run
         self.config = config
@@ -93,7 +91,7 @@ class Trainer:
         self.rank = run.engine.rank
         self.state = state
         self.guard = guard
-        self.startup = startup
+        self.has_stepped = False
         self.folder = Path(config.train.run_dir)
         self.data = TrainStream(
             config.data,
@@ -149,7 +147,6 @@ class Trainer:
         """Trains to the end, or until some rank is asked to stop; returns the exit code."""
         try:
             self.evaluating.read()  # can take long if the text is remote, and there is nothing to save yet
-            self.startup.done("validation_data")
             self.guard.training()
             return self._fit()
         except DataFailed as error:
@@ -164,7 +161,6 @@ class Trainer:
                     return self.shutdown.stop(self.state)
             if not self.evaluating.evaluate(self.state):
                 return self.shutdown.stop(self.state)
-            self.startup.done("evaluation")
             self.state.saved = None  # save again with this evaluation, so that the next start does not repeat it
         if self.state.step and self.state.saved is None and self.state.trouble is None:
             self.saving.save(self.state)  # a run that began with another run's checkpoint gets its own
@@ -197,7 +193,6 @@ class Trainer:
         begin = time.perf_counter()
         share = self.loader.next_batch(self.state.step + 1)
         self.state.interval.data_seconds += time.perf_counter() - begin
-        self.startup.done("data")
         return share
 
     def train_step(self, share: LocalBatch) -> StepResult:
@@ -239,7 +234,11 @@ class Trainer:
             interval.grad_norm = done.grad_norm
         interval.step_seconds += time.perf_counter() - begin
         self.progress.update()
-        self.startup.first_step_done(step, self.write)
+        if not self.has_stepped:
+            self.has_stepped = True
+            seconds = seconds_since_start()
+            log.info(f"start: {seconds:.1f} s from the start of Python to the end of the first step")
+            self.write(step, {"startup/seconds": seconds})
         return StepResult(loss=step_loss, applied=done.applied, grad_norm=done.grad_norm, data=data)
 
     def _can_roll_back(self, step: int) -> bool:

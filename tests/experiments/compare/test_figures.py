@@ -117,7 +117,9 @@ def test_runs_with_few_numbers_are_drawn(tmp_path: Path, losses: list[list[float
     groups = group_runs(made_run(tmp_path / f"run{i}", each, optim={"lr": 0.1 + i}) for i, each in enumerate(losses))
     with warnings.catch_warnings(action="error"):
         warnings.simplefilter("ignore", ResourceWarning)  # from objects of other tests
-        figures_of(groups)
+        perplexity_figure(groups).draw_without_rendering()
+        figure = loss_figure(groups)
+        figure.draw_without_rendering()
     step = 10 * (len(losses[1]) - 1)
-    names = [text.get_text() for text in loss_figure(groups).legends[0].get_texts()]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names[1] == f"ReMoRA (1, 2), lr 1.1 [unfinished, step {step} of 40]"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 
 from relora_mora.experiments.compare.groups import group_runs
 from relora_mora.experiments.compare.runs import CompareError, read_run, read_runs
-from relora_mora.supervise.lock import STALE_SECONDS, RunLock, is_held
 from relora_mora.system.run_folder import RunFolder
 from tests.experiments.compare.folders import PARAMETERS, TOKENS, made_run, write_run
 
@@ -101,27 +99,9 @@ def test_settings_that_an_older_version_did_not_know_have_their_defaults(tmp_pat
     assert read_run(folder).settings["method.reset_ratio"] == 0.9
 
 
-def test_a_run_is_finished_unfinished_or_running(tmp_path: Path) -> None:
+def test_a_run_is_finished_with_the_evaluation_of_its_last_step(tmp_path: Path) -> None:
     assert made_run(tmp_path / "whole").is_finished
-    cut = made_run(tmp_path / "cut", [9.0, 4.0])
-    assert not cut.is_finished
-    assert not cut.is_running
-    lock = RunLock(cut.folder)
-    lock.acquire()
-    assert read_run(cut.folder).is_running
-    lock.release()
-    assert not read_run(cut.folder).is_running
-
-
-def test_a_holder_on_another_host_is_alive_while_it_touches_the_lock(tmp_path: Path) -> None:
-    path = RunFolder(tmp_path).lock
-    path.write_text(json.dumps({"host_id": "another", "pid": 1, "released": False}))
-    assert is_held(tmp_path)
-    long_ago = path.stat().st_mtime - 2 * STALE_SECONDS
-    os.utime(path, (long_ago, long_ago))
-    assert not is_held(tmp_path)
-    path.write_text("damaged")
-    assert not is_held(tmp_path)
+    assert not made_run(tmp_path / "cut", [9.0, 4.0]).is_finished
 
 
 def test_the_records_of_a_study_are_runs(tmp_path: Path) -> None:

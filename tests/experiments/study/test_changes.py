@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from relora_mora.experiments.study.conduct import CellsFailed, conduct
-from relora_mora.experiments.study.design import first_round, second_round
+from relora_mora.experiments.study.conduct import CellsFailed, conduct, known_cells
+from relora_mora.experiments.study.design import first_round
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs
 from relora_mora.system.run_folder import read_json_lines
 from tests.experiments.study.tools import BASE, CHANGES, PROGRAM, made_start, made_study
@@ -66,9 +66,9 @@ def test_a_study_goes_on_with_the_base_config_that_it_began_with(tmp_path: Path,
 
     def changed(*given: Any) -> Any:
         base.write_text(content.replace("steps: 1000", "steps: 2000"), encoding="utf-8")
-        return second_round(*given)
+        return known_cells(*given)
 
-    monkeypatch.setitem(conduct.__globals__, "second_round", changed)
+    monkeypatch.setitem(conduct.__globals__, "known_cells", changed)
     folder = StudyFolder(tmp_path / "out")
     assert conduct(made_study(base=str(base), grid=grid, seeds=[0, 1], choose=choose), folder, PROGRAM, 1) == 3
     assert {record["config"]["train"]["steps"] for record in folder.kept().values()} == {1000}
@@ -83,7 +83,9 @@ def test_truncated_settings_are_reported(tmp_path: Path, text: str):
     conduct(study, folder, PROGRAM, 1)
     [settings] = (tmp_path / "settings").iterdir()
     settings.write_text(text)
-    with pytest.raises(ValueError, match=r"lr=0\.003,seed=0\.json does not hold the settings of a run; remove "):
+    with pytest.raises(
+        ValueError, match=r"lr=0\.003,seed=0 was started with settings that cannot be read, .*; remove "
+    ):
         conduct(study, folder, PROGRAM, 1)
 
 
@@ -121,9 +123,9 @@ def test_an_initial_model_may_not_change_between_the_rounds(
 
     def changed(*given: Any) -> Any:
         (start / "model.safetensors").write_bytes(b"b" * 100_000)
-        return second_round(*given)
+        return known_cells(*given)
 
-    monkeypatch.setitem(conduct.__globals__, "second_round", changed)
+    monkeypatch.setitem(conduct.__globals__, "known_cells", changed)
     folder = StudyFolder(tmp_path / "out")
     with pytest.raises(ValueError, match=OTHER_WEIGHTS):
         conduct(study, folder, PROGRAM, 1)
@@ -173,5 +175,5 @@ def test_a_newer_setting_had_its_default(tmp_path: Path):
     with pytest.raises(ValueError, match=r"started with other settings \(optim.matrices\)"):
         conduct(made_study(grid=study.grid, settings={"optim.matrices": "muon"}), folder, PROGRAM, 1)
     path.write_text(json.dumps(noted | {"data": noted["data"] | {"gone_since": 1}}), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"started with settings that this version does not know; remove"):
+    with pytest.raises(ValueError, match=r"or that this version does not know; remove"):
         conduct(study, folder, PROGRAM, 1)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +15,9 @@ import pytest
 import yaml
 
 from relora_mora.experiments.study.conduct import CellsFailed, conduct
-from relora_mora.experiments.study.design import (
-    first_round,
-    read_study,
-)
-from relora_mora.experiments.study.folder import StudyFolder
+from relora_mora.experiments.study.design import first_round, read_study
+from relora_mora.experiments.study.folder import StudyFolder, cell_configs
 from relora_mora.experiments.study.record import final_metric
-from relora_mora.experiments.study.runner import POLL_SECONDS, Runner
-from relora_mora.supervise.lock import RunLock
 from relora_mora.system.run_folder import read_json_lines
 from tests.experiments.study.tools import BASE, PROGRAM, TRAINER, made_study
 from tests.tools.grids import rest
@@ -56,73 +48,41 @@ def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("starts.jsonl")} == starts
 
 
-def test_an_unfinished_run_counts_by_its_steps(tmp_path: Path):
+@pytest.mark.parametrize("ends", ["", '{"code": 0', '{"code": 0}\n{"code": 75}\n'])
+def test_a_run_whose_end_is_cut_off_or_not_the_last_is_not_finished(tmp_path: Path, ends: str):
     folder = StudyFolder(tmp_path)
-    [cell] = first_round(made_study(grid=[{"optim.lr": 1e-3}]))
-    assert folder.fraction(cell) == 0
-    run = folder.run(cell)
-    run.path.mkdir(parents=True)
-    run.config.write_text("train: {steps: 40}\n", encoding="utf-8")
-    run.metrics.write_text('{"step": 10}\n{"step": 30}\n', encoding="utf-8")
-    assert folder.fraction(cell) == 0.75
-    for cut in ("", '{"code": 0'):
-        run.ends.write_text(cut, encoding="utf-8")
-        assert folder.fraction(cell) == 0.75
-    run.ends.write_text('{"code": 75}\n{"code": 0}\n', encoding="utf-8")
-    assert folder.fraction(cell) == 1
-
-
-def test_the_bar_never_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An interrupted run counts while it waits for its turn."""
-    study = made_study(grid=[{"method.name": "mora", "optim.lr": [1e-3, 3e-3]}])
-    folder = StudyFolder(tmp_path)
-    cut = folder.run(first_round(study)[1])
-    cut.path.mkdir(parents=True)
-    cut.config.write_text("train: {steps: 1000}\n", encoding="utf-8")
-    cut.metrics.write_text('{"step": 500}\n', encoding="utf-8")
-    seen = []
-    show = Runner._show
-
-    def noted(self: Runner, waiting: list[Any], running: list[Any]) -> None:
-        show(self, waiting, running)
-        seen.append(self.bar.n)
-
-    monkeypatch.setattr(Runner, "_show", noted)
-    conduct(study, folder, PROGRAM, 1)
-    assert seen == sorted(seen)
-    assert seen[0] >= 0.5
-    assert seen[-1] == pytest.approx(2)
-
-
-def test_a_run_whose_last_evaluation_is_not_finite_is_not_chosen(tmp_path: Path):
-    folder = StudyFolder(tmp_path)
-    [cell] = first_round(made_study(grid=[{"optim.lr": 1e-3}]))
-    run = folder.run(cell)
-    run.path.mkdir(parents=True)
-    run.ends.write_text('{"code": 0}\n', encoding="utf-8")
-    run.config.write_text("train: {steps: 2}\n", encoding="utf-8")
-    run.metrics.write_text('{"step": 1, "eval/loss": 2.0}\n{"step": 2, "eval/loss": null}\n', encoding="utf-8")
-    assert final_metric(cell, folder, "eval/loss") is None
-
-
-@pytest.mark.parametrize("gone", [False, True])
-def test_a_run_that_lost_its_last_evaluation_is_not_chosen_by_an_earlier_one(tmp_path: Path, gone: bool):
-    """A full disk costs lines of metrics, but not the run."""
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
+    [cell] = first_round(study)
+    folder.begin(cell_configs(study, [cell], folder), 1)
+    run = folder.run(cell)
+    run.path.mkdir(parents=True)
+    run.ends.write_text('{"code": 75}\n{"code": 0}\n', encoding="utf-8")
+    assert folder.has_run(cell)
+    run.ends.write_text(ends, encoding="utf-8")
+    assert not folder.has_run(cell)
+
+
+@pytest.mark.parametrize("last", [None, 2.0])
+def test_a_run_is_chosen_by_its_last_step_if_that_is_finite(last: float | None):
+    metrics = [{"step": 1, "eval/loss": 1.0}, {"step": 2, "eval/loss": last}]
+    record = {"name": "a", "config": {"train": {"steps": 2}}, "metrics": metrics}
+    assert final_metric(record, "eval/loss") == last
+
+
+def test_a_run_that_lost_its_last_evaluation_is_not_chosen_by_an_earlier_one(tmp_path: Path):
+    """A full disk costs lines of metrics, but not the run."""
+    choose = {"over": ["optim.lr"], "lowest": "eval/loss"}
+    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], choose=choose)
     folder = StudyFolder(tmp_path)
     conduct(study, folder, PROGRAM, 1)
-    [cell] = first_round(study)
-    metrics = folder.run(cell).metrics
-    assert final_metric(cell, folder, "eval/loss") == 0.0
+    folder.records.unlink()
+    metrics = folder.run(first_round(study)[0]).metrics
     metrics.write_text('{"step": 500, "eval/loss": 2.0}\n{"step": 1000, "train/loss": 1.0}\n', encoding="utf-8")
-    if gone:
-        folder.records.unlink()
-        conduct(study, folder, PROGRAM, 1)
-        shutil.rmtree(folder.run(cell).path)
-    with pytest.raises(
-        ValueError, match=r"eval/loss in .*metrics.jsonl is from step 500, but the run has 1000 steps .* is lost; "
-    ):
-        final_metric(cell, folder, "eval/loss")
+    for _ in range(2):  # from the run's folder, and from its record
+        with pytest.raises(
+            ValueError, match=r"eval/loss of .*lr=0\.003,seed=0 is from step 500, .* has 1000 steps .* is lost"
+        ):
+            conduct(study, folder, PROGRAM, 1)
 
 
 def test_a_run_that_fails_is_named_when_the_others_are_done(tmp_path: Path):
@@ -171,48 +131,6 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number
     assert conduct(read_study(study), folder, PROGRAM, 1) == 3
     assert len(folder.run(waiting).starts.read_text(encoding="utf-8").splitlines()) == 2
     assert read_json_lines(folder.records)[0]["start"]["step"] == 0, "the axis of time begins where the run began"
-
-
-@contextlib.contextmanager
-def ending(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Ends with the block, so that a failing test does not wait for it."""
-    try:
-        yield
-    finally:
-        process.kill()
-
-
-def test_a_second_study_on_the_same_folder_is_refused(tmp_path: Path):
-    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
-    folder = StudyFolder(tmp_path / "out")
-    other = RunLock(folder.path)
-    other.acquire()
-    with pytest.raises(ValueError, match="--out"):
-        conduct(study, folder, PROGRAM, 1)
-    assert not folder.kept()
-    other.release()
-    assert conduct(study, folder, PROGRAM, 1) == 1
-
-
-def test_a_run_that_outlived_its_study_is_waited_for(tmp_path: Path):
-    """It may still save."""
-    study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [2.5e-3, 3e-3]}]})
-    folder = StudyFolder(tmp_path / "out")
-    held, other = first_round(read_study(study))
-    lock = RunLock(folder.run(held).path)
-    lock.acquire()
-    command = [sys.executable, "-c", CONDUCT, str(study), str(folder.path), str(TRAINER)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process, ending(process):
-        while not folder.is_done(other):
-            assert process.poll() is None
-            time.sleep(0.05)
-        time.sleep(3 * POLL_SECONDS)
-        assert process.poll() is None
-        assert not folder.log(held).exists()
-        lock.release()
-        said, _ = process.communicate(timeout=120)
-    assert said == "2\n"
-    assert {record["name"] for record in read_json_lines(folder.records)} == {held.name, other.name}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from relora_mora.config.load import dump, validate
 from relora_mora.system.logs import log, setup_logging, shared_log
-from relora_mora.train.log.loggers import LAYOUT, NO_CURVES, TensorBoard, board_tag
+from relora_mora.train.log.loggers import TensorBoard
 from relora_mora.train.log.report import Metrics
 from tests.tools.config_tools import tree
-from tests.tools.helpers import ROOT
 from tests.tools.runs import metrics as metrics_of
 from tests.tools.runs import run_config
 
@@ -215,93 +211,16 @@ def test_the_first_rank_logs_what_concerns_all_ranks(capsys):
     setup_logging(0)
 
 
-def test_groups_of_curves_come_in_the_order_of_reading():
-    """TensorBoard sorts groups by name and opens the first two."""
-    tags = [
-        "eval/perplexity",
-        "eval/seconds",
-        "eval/seconds/loss",  # of a set of this name
-        "eval/c4/perplexity",
-        "train/loss",
-        "train/lr_norms",
-        "train/tokens",
-        "train/tokens/web",
-        "train/epoch/web",
-        "perf/mfu",
-        "perf/data_bad_lines",
-        "perf/data_wait_seconds",
-        "merge/delta_norm/q_proj",
-        "startup/seconds",
-    ]
-    shown = [board_tag(tag) for tag in tags]
-    assert sorted({tag.partition("/")[0] for tag in shown}) == [
-        "eval",
-        "train",
-        "training data",
-        "training merges",
-        "training speed",
-    ]
-    assert len(set(shown)) == len(tags)
-    groups = dict(zip(tags, (tag.partition("/")[0] for tag in shown), strict=True))
-    assert {groups["eval/seconds/loss"], groups["eval/c4/perplexity"]} == {"eval"}
-    assert {groups["train/tokens/web"], groups["train/epoch/web"]} == {"training data"}
-    for tag in ("merge/layers", "eval/tokens", "eval/c4/tokens", "eval/c4/answers", "startup/imports_seconds"):
-        assert board_tag(tag) is None, "no curve"
-
-
-def test_custom_charts_name_curves_that_exist():
-    written = {
-        board_tag(tag)
-        for tag in (*(f"{side}/{what}" for side in ("eval", "train") for what in ("loss", "perplexity")),)
-    }
-    written |= {board_tag(f"merge/{what}/q_proj") for what in ("delta_norm", "effective_rank")}
-    patterns = [pattern for charts in LAYOUT.values() for _, patterns in charts.values() for pattern in patterns]
-    assert len(patterns) == 6
-    for pattern in patterns:
-        assert any(re.fullmatch(pattern, tag) for tag in written), pattern
-    of_sets = ["eval/c4/loss", "eval/c4/perplexity", "eval/loss/perplexity"]
-    charts = [{tag for tag in of_sets for pattern in two if re.match(pattern, tag)} for two in _quality()]
-    assert charts == [{"eval/c4/perplexity", "eval/loss/perplexity"}, {"eval/c4/loss"}]
-
-
-def _quality():
-    """The patterns of the charts of perplexity and loss; TensorBoard looks for them at the start of a tag."""
-    return [patterns for _, patterns in LAYOUT["quality"].values()]
-
-
-@pytest.mark.parametrize(("method", "uses_rank"), [("remora", True), ("full", False)])
-def test_runs_are_compared_by_settings_that_their_method_uses(tmp_path, method, uses_rank):
-    _write_config(tmp_path, method={"name": method}, optim={"lr": 0.25})
-    Metrics(tmp_path, step=0, loggers=[TensorBoard(tmp_path)]).close()
-    events = _events(tmp_path)
-    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    hyperparameters = HParamsPluginData.FromString(content).session_start_info.hparams
-    assert hyperparameters["method.name"].string_value == method
-    assert hyperparameters["optim.lr"].number_value == 0.25
-    assert ("method.rank" in hyperparameters) is uses_rank
-    assert "run/config/text_summary" in events.Tags()["tensors"]
-
-
-def _shown(values: list[float]) -> tuple[float, float]:
-    """Between which values TensorBoard's chart has its points, "Ignore outliers in chart scaling" being on."""
-    ordered = sorted(values)
-    if len(ordered) < 3:
-        return ordered[0], ordered[-1]
-    return ordered[math.ceil(0.05 * (len(ordered) - 1))], ordered[math.floor(0.95 * (len(ordered) - 1))]
-
-
-@pytest.mark.parametrize("evaluations", [2, 4, 9])
-@pytest.mark.parametrize("start", [None, "models/base"])
-def test_the_best_of_a_few_evaluations_is_shown(tmp_path, evaluations, start):
-    _write_config(tmp_path, model={"init_from": start})
+def test_every_number_is_a_curve_of_its_own_name_and_the_settings_are_text(tmp_path):
+    _write_config(tmp_path, optim={"lr": 0.25})
     metrics = Metrics(tmp_path, step=0, loggers=[TensorBoard(tmp_path)])
-    values = [8529.0, *(600.0 - 50 * number for number in range(evaluations))]
-    for number, value in enumerate(values):
-        metrics.write(50 * number, {"eval/perplexity": value})
+    metrics.write(3, {"eval/c4/loss": 2.0, "perf/mfu": 0.5, "merge/layers": 3, "train/skipped_data": ["a text"]})
     metrics.close()
-    highest = values[1] if start is None else values[0]  # of random weights it tells nothing, and hides the others
-    assert _shown([value for _, value in _board(tmp_path, "eval/perplexity")]) == (values[-1], highest)
-    assert [line["eval/perplexity"] for line in _lines(tmp_path)] == values
+    tags = _events(tmp_path).Tags()
+    assert sorted(tags["scalars"]) == ["eval/c4/loss", "merge/layers", "perf/mfu"]
+    assert _board(tmp_path, "eval/c4/loss") == [(3, 2.0)]
+    [settings] = _events(tmp_path).Tensors("run/config/text_summary")
+    assert b"lr: 0.25" in settings.tensor_proto.string_val[0]
 
 
 def test_a_new_start_shows_no_points_of_the_previous_one(tmp_path):
@@ -310,17 +229,6 @@ def test_a_new_start_shows_no_points_of_the_previous_one(tmp_path):
         metrics = Metrics(tmp_path, step=0, loggers=[TensorBoard(tmp_path)])
         metrics.write(0, {"eval/loss": 10 * rate})
         metrics.close()
-    content = _events(tmp_path).summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    hyperparameters = HParamsPluginData.FromString(content).session_start_info.hparams
-    assert hyperparameters["optim.lr"].number_value == 0.25
     assert _board(tmp_path, "eval/loss") == [(0, 2.5)]
+    assert len(_events(tmp_path).Tensors("run/config/text_summary")) == 1
     assert len(list((tmp_path / "tensorboard").glob("abandoned-events.*"))) == 1
-
-
-def test_the_documents_say_which_numbers_are_not_curves():
-    text = (ROOT / "docs" / "metrics.md").read_text()
-    only_in_file = text.partition("Some tags are only in `metrics.jsonl`.")[2].partition("\n\n")[0]
-    tags = set(re.findall(r"`((?:train|eval|merge)/[a-z_]+)`", only_in_file))
-    texts = {"train/skipped_data", "eval/digest"}
-    assert {tag for tag in tags if board_tag(tag) is None} == tags - texts
-    assert tags == {*NO_CURVES, *texts}
