@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from relora_mora.data.bytes.local import LocalBytes
+from relora_mora.data.bytes.local import LocalFile
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.shard import COMPRESSED, Shard
 
@@ -234,7 +234,7 @@ class ShardLines:
 
 def _open(shard: Shard, timeout_seconds: float) -> ShardBytes:
     if not shard.is_remote:
-        return LocalBytes(shard)
+        return LocalFile(shard)
     from relora_mora.data.bytes.remote import RemoteBytes  # late, because local text needs none of its libraries
 
     return RemoteBytes(shard, timeout_seconds)
