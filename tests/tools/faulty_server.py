@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(416, b"", {"Content-Range": f"bytes */{len(body)}"})
                 return
             if fault == "cut_range":
-                start //= 2
+                start = start // 2 or 1
             end = min(len(body), int(wanted[2]) + 1) if wanted[2] else len(body)
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(body)}"
             body = body[:end]

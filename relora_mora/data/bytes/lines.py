@@ -7,9 +7,9 @@ compressed shard is an error.
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
-from relora_mora.data.bytes.local import LocalFile
+from relora_mora.data.bytes.files import open_file
+from relora_mora.data.bytes.local import RandomAccessFile
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.shard import COMPRESSED, Shard
 
@@ -26,26 +26,11 @@ BREAKS_OFF = "breaks off at"
 Read = Callable[[int], bytes]
 
 
-class ShardBytes(Protocol):
-    """The bytes of a shard as they are stored. ``position`` is the number of bytes read so far."""
-
-    position: int
-
-    @property
-    def size(self) -> int | None:
-        """The total number of bytes; None as long as it is not known."""
-
-    def read(self, size: int) -> bytes:
-        """The next ``size`` bytes, fewer only at the end."""
-
-    def close(self) -> None: ...
-
-
 class DamagedShardError(Exception):
     """The compressed stream cannot be read beyond this place. The message says why."""
 
 
-def decompress(source: ShardBytes, shard: Shard) -> Iterator[bytes]:
+def decompress(source: RandomAccessFile, shard: Shard) -> Iterator[bytes]:
     """Pieces of the text of ``shard``, whose bytes are ``source``.
 
     Raises DamagedShardError after the last piece that can be read.
@@ -147,7 +132,7 @@ class ShardLines:
     def __init__(self, shard: Shard, *, max_line_bytes: int, timeout_seconds: float) -> None:
         self.row = 0
         self._label = shard.label
-        self._bytes = _open(shard, timeout_seconds)
+        self._bytes = open_file(shard, timeout_seconds, in_order=True)
         self._pieces = decompress(self._bytes, shard)
         self._limit = max_line_bytes
         self._lines: list[bytes | Skipped] = []  # complete lines; those before _next were taken
@@ -158,8 +143,8 @@ class ShardLines:
 
     @property
     def progress(self) -> float:
-        """The fraction of the shard's bytes that was read, 0 to 1; 0 as long as its size is not known."""
-        return self._bytes.position / self._bytes.size if self._bytes.size else 0.0
+        """The fraction of the shard's bytes that was read, 0 to 1."""
+        return self._bytes.position / max(1, self._bytes.size)
 
     def close(self) -> None:
         self._bytes.close()
@@ -230,11 +215,3 @@ class ShardLines:
         self._partial = []
         self._partial_bytes = 0
         return line
-
-
-def _open(shard: Shard, timeout_seconds: float) -> ShardBytes:
-    if not shard.is_remote:
-        return LocalFile(shard)
-    from relora_mora.data.bytes.remote import RemoteBytes  # late, because local text needs none of its libraries
-
-    return RemoteBytes(shard, timeout_seconds)

@@ -11,7 +11,7 @@ from relora_mora.data.shard import Shard, Version
 
 
 class RandomAccessFile(io.RawIOBase):
-    """A file object of ``size`` bytes that reads with ``read_at``. ``position`` is the byte that ``read`` returns next."""
+    """A file object of ``size`` bytes that reads with ``read_at``. ``position`` is the byte that is read next."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -56,16 +56,24 @@ class LocalFile(RandomAccessFile):
         self._shard = shard
         self._file = _open(shard)
         super().__init__(os.fstat(self._file.fileno()).st_size)
+        if not self.size and self._read(0, 1):
+            self._file.close()
+            raise SourceError(
+                f"{shard.location}: its disk says that it is empty, but it is not; copy it to another disk"
+            )
 
     def read_at(self, position: int, size: int) -> bytes:
-        try:
-            self._file.seek(position)
-            data = self._file.read(size)
-        except OSError as error:
-            raise unreadable(self._shard.location, error, "check the disk") from error
+        data = self._read(position, size)
         if len(data) < size:
             raise _changed(self._shard, f"{self.size:,} bytes when it was opened, {position + len(data):,} now")
         return data
+
+    def _read(self, position: int, size: int) -> bytes:
+        try:
+            self._file.seek(position)
+            return self._file.read(size)
+        except OSError as error:
+            raise unreadable(self._shard.location, error, "check the disk") from error
 
     def close(self) -> None:
         self._file.close()

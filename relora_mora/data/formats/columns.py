@@ -8,7 +8,7 @@ from typing import Any
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.bad_rows import BadRowLimit
-from relora_mora.data.bytes.local import LocalFile, RandomAccessFile
+from relora_mora.data.bytes.files import open_file
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError, names_of
 from relora_mora.data.lanes import plan_lanes
 from relora_mora.data.shard import Record, Shard
@@ -30,7 +30,7 @@ class ColumnFile:
 
     def __init__(self, shard: Shard, timeout_seconds: float) -> None:
         self._shard = shard
-        self._bytes = _open(shard, timeout_seconds)
+        self._bytes = open_file(shard, timeout_seconds)
         try:
             with self._naming_damage(self.head):
                 schema = self._read_schema()
@@ -152,14 +152,6 @@ def decode_text(text: bytes) -> str | Skipped:
         return text.decode()
     except UnicodeDecodeError:
         return Skipped("invalid_utf8")
-
-
-def _open(shard: Shard, timeout_seconds: float) -> RandomAccessFile:
-    if not shard.is_remote:
-        return LocalFile(shard)
-    from relora_mora.data.bytes.remote import RemoteFile  # late, because local text needs none of its libraries
-
-    return RemoteFile(shard, timeout_seconds)
 
 
 def _is_string(kind: Any) -> bool:

@@ -22,7 +22,7 @@ class Entries(Protocol[Entry]):
 
     @property
     def progress(self) -> float:
-        """The fraction of the shard's bytes that was read, 0 to 1; 0 as long as its size is not known."""
+        """The fraction of the shard's bytes that was read, 0 to 1."""
 
     def skip(self, count: int) -> bool:
         """Skips entries without decoding them; False if the shard ends first."""
