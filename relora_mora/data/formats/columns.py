@@ -168,8 +168,8 @@ class GroupRows:
     """The texts or records of a lane's share of a file (see ``rows.Rows``).
 
     Lanes that share a file split its groups as lanes split shards. If there are at least as many groups as lanes, each
-    takes every ``stride``-th group; otherwise the lanes assigned to the same group take its rows in turn. Each lane
-    checks only the bad rows of its own share, since it does not see the others. Only the limits of ``config`` are used.
+    takes every ``stride``-th group; otherwise the lanes assigned to the same group take its rows in turn. Only the
+    limits of ``config`` are used.
     """
 
     def __init__(
@@ -185,8 +185,7 @@ class GroupRows:
     ) -> None:
         self._max_bytes = config.max_line_bytes
         self._shard = shard
-        self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit="row")
-        self._is_shared = stride > 1
+        self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit="row", is_shared=stride > 1)
         self._file = groups
         filled = [number for number, rows in enumerate(groups.group_rows) if rows]
         parts = plan_lanes(stride, max(1, len(filled)), whole=True)[phase].parts
@@ -219,7 +218,7 @@ class GroupRows:
             self._contents = self._contents_from(self._next)
         rows = [self._row(number, content) for number, content in itertools.islice(self._contents, count)]
         if not rows and (self._next or self.is_empty):
-            self._limit.finish(self._next, are_all=not self._is_shared)
+            self._limit.finish(self._next)
         return rows
 
     def close(self) -> None:

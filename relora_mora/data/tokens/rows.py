@@ -183,7 +183,6 @@ class TokenRows:
         own = plan_lanes(stride, max(1, len(sizes)), whole=True)[phase].parts if sizes else ()
         self.is_empty = not self._tokens.rows
         self._parts = [range(starts[part.shard] + part.phase, starts[part.shard + 1], part.stride) for part in own]
-        self._counts_all = groups is None  # lanes that take lines in turn count the bad lines of the others, too
         self._next = 0  # index among this lane's rows
 
     def skip(self, count: int) -> bool:
@@ -197,11 +196,7 @@ class TokenRows:
             wanted = part[max(0, self._next - before) : max(0, self._next + count - before)]
             if wanted:
                 rows += self._tokens.take(wanted)
-                counted = wanted
-                if self._counts_all:
-                    begin = wanted.start - part.start
-                    counted = range(begin, min(begin + len(wanted) * part.step, self._tokens.rows))
-                self.bad += self._tokens.bad_among(counted)
+                self.bad += self._tokens.bad_among(wanted)
             before += len(part)
         self._next += len(rows)
         return rows

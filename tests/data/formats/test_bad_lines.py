@@ -204,15 +204,17 @@ def test_empty_shards_are_skipped_and_counted(tmp_path):
         make_lane(data_config([str(tmp_path / name) for name in ("a.json.gz", "b.json")]), 1, 0).next_block()
 
 
-@pytest.mark.parametrize("lanes", [1, 4])
-def test_the_fraction_of_bad_lines_does_not_depend_on_the_lanes(tmp_path, lanes):
-    texts = [f"text {n}" for n in range(200)]
-    path = write_shard(tmp_path / "a.json", [*texts[:100], b"bad", b"bad", *texts[100:]])
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".txt"])
+def test_each_lane_judges_its_own_rows(tmp_path, suffix):
+    bad = next(iter(ENTRIES[suffix].values()))
+    rows = [row for n in range(1500) for row in (f"text {n}", bad if n % 50 == 0 else f"other {n}")]
+    path = write_shard(tmp_path / f"a{suffix}", rows)
     allowed = data_config(path, max_bad_fraction=0.01)
-    for number in range(lanes):
-        epoch_tokens(make_lane(allowed, lanes, number))
-        with pytest.raises(SourceError, match=r"a\.json: 2 of 202 lines are bad, .*; line 102 is not JSON\. Repair"):
-            epoch_tokens(make_lane(data_config(path, max_bad_fraction=0.009), lanes, number))
+    first, second = (make_lane(allowed, 2, number) for number in range(2))
+    epoch_tokens(first)  # all of its rows are good
+    assert first.state()["skipped"] == {}
+    with pytest.raises(SourceError, match=r"11 of 501 \w+s are bad, .*max_bad_fraction \(0\.01\); \w+ 1002 "):
+        epoch_tokens(second)
 
 
 def test_a_resumed_stream_stops_after_the_same_blocks(tmp_path):
