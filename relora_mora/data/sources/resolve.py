@@ -15,7 +15,7 @@ from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.shard import ARROW, SUFFIXES, TEXT, RecordFormat, Shard, Version, format_of
 from relora_mora.data.sources.named_sets import dataset_files
 from relora_mora.data.sources.names import C4, Commits, DatasetName, dataset_name, hub_parts, hub_source, is_hub
-from relora_mora.data.tokens.index import file_in, finished_index, is_token_folder
+from relora_mora.data.tokens.index import COMMAND, file_in, finished_index, is_token_folder
 from relora_mora.system.files import from_home
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -60,7 +60,7 @@ def resolve_shards(
                     f"{source.source}: {shard.name} is a file that {named_by} names already{other_name}; "
                     "its text would be read twice: give each file once"
                 )
-            column = shard.text_column if shard.tokens else source.text_column or records_column or text_column
+            column = source.text_column or records_column or text_column
             name = source.label if mixed or source.text_column or source.records else ""
             shard = replace(shard, text_column=column, records=record_format, source=name)
             if shard.holds_records:
@@ -142,7 +142,7 @@ def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Sha
 
 def _with_unique_labels(shards: Sequence[Shard]) -> list[Shard]:
     """Gives local files with the same name labels: the shortest unique ends of their paths."""
-    labels = {shard.location: shard.name for shard in shards if shard.tokens is None and not shard.is_remote}
+    labels = {shard.location: shard.name for shard in shards if not shard.is_remote}
     for parts in itertools.count(2):
         counts = Counter(labels.values())
         same = [location for location, label in labels.items() if counts[label] > 1]
@@ -219,9 +219,12 @@ def _shards_at_commit(repo: str, paths: Iterable[str], commit: str) -> Iterator[
 
 def _token_shards(folder: Path) -> Iterator[Shard]:
     for number, file in enumerate(finished_index(folder).token_files()):
-        text = file.text
-        location = str(file_in(folder, number).absolute())
-        yield Shard(text.name, location, size=text.size, text_column=text.text_column, tokens=file)
+        path = file_in(folder, number).absolute()
+        try:
+            version = Version.on_disk(path.stat())
+        except OSError as error:
+            raise unreadable(str(path), error, f"make it again: {COMMAND}") from error
+        yield Shard(path.name, str(path), size=version.size, version=version, tokens=file)
 
 
 def _local_shards(source: str) -> Iterator[Shard]:

@@ -1,8 +1,8 @@
 """Reads pre-tokenized text as the rows of a lane, from a memory-mapped file.
 
 The file is in Arrow's IPC format and has a row for each row of the text: ``tokens`` (16 or 32 bits each, without EOS),
-``utf8_bytes`` of its text, and ``skipped``, the reason why there is no text, or null. Positions, shuffling and counts
-are therefore the same as when the text itself is read.
+``utf8_bytes`` of its text, and ``skipped``, the reason why there is no text, or null. Lanes share it as the text's
+file, so the batches are those of the text.
 """
 
 import errno
@@ -169,7 +169,7 @@ class MappedTokens:
 
 
 class TokenRows:
-    """The tokens of a lane's share of a shard (see ``rows.Rows``); the lane would read the same share of the text.
+    """The tokens of a lane's share of a shard (see ``rows.Rows``).
 
     Here bad rows are only counted: their number was checked when the tokens were made, and at the start of the run.
     """
