@@ -52,15 +52,6 @@ def decompress(source: RandomAccessFile, shard: Shard) -> Iterator[bytes]:
             yield data
 
 
-def foreign_format(head: bytes) -> str | None:
-    """The reason to skip every line of a shard that begins with ``head``; None if it may hold JSON."""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")):
-        return "utf16"
-    if head.startswith((b"PAR1\x15", b"ARROW1\0", b"\xff\xff\xff\xff")):
-        return "columns"
-    return "html" if head[:1024].removeprefix(BOM).lstrip().startswith(b"<") else None
-
-
 def _gunzip(read: Read) -> Iterator[bytes]:
     """Any number of gzip members; zeros may follow the last one."""
     decompressor = zlib.decompressobj(wbits=31)
@@ -122,12 +113,7 @@ def _unzstd(read: Read, name: str) -> Iterator[bytes]:
 
 
 class ShardLines:
-    """The lines of one shard, in order. ``row`` is the number of the line that ``take`` returns next, from 0.
-
-    ``foreign_format`` is the reason to skip every line if the text begins like a format that has no lines.
-    """
-
-    foreign_format: str | None = None
+    """The lines of one shard, in order. ``row`` is the number of the line that ``take`` returns next, from 0."""
 
     def __init__(self, shard: Shard, *, max_line_bytes: int, timeout_seconds: float) -> None:
         self.row = 0
@@ -194,7 +180,6 @@ class ShardLines:
 
     def _cut(self, piece: bytes) -> None:
         if not self.row and not self._partial_bytes:
-            self.foreign_format = foreign_format(piece)
             self.begin(piece)
         first, *others = piece.split(b"\n")
         self._extend_partial(first)

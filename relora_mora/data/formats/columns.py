@@ -154,6 +154,11 @@ def decode_text(text: bytes) -> str | Skipped:
         return Skipped("invalid_utf8")
 
 
+def decode_plain(text: bytes) -> str | Skipped:
+    """The same for text without a format of its own, in which a NUL byte is a sign of UTF-16 or of no text at all."""
+    return Skipped("invalid_utf8", "holds a NUL byte, as UTF-16 does") if b"\0" in text else decode_text(text)
+
+
 def _is_string(kind: Any) -> bool:
     return str(kind) in ("string", "large_string", "string_view")
 

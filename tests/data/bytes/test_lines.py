@@ -11,7 +11,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import zstandard
 
 from relora_mora.data.bytes.lines import ShardLines
 from relora_mora.data.errors import Skipped, SourceError
@@ -19,19 +18,7 @@ from relora_mora.data.formats.file_rows import iter_texts
 from relora_mora.data.sets.show import check_columns
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import resolve_shards
-from tests.tools.data_tools import data_config, line, lines_of, some_texts, write_shard
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.gz", "compressed.gz", "compressed.zst"])
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf_16_has_a_name(tmp_path, name, encoding):
-    path = tmp_path / name
-    body = b"\n".join(line(text) for text in some_texts(20)).decode().encode(encoding)
-    if name.startswith("compressed"):
-        body = gzip.compress(body) if name.endswith(".gz") else zstandard.compress(body)
-    path.write_bytes(body)
-    with pytest.raises(SourceError, match=r"lines are bad.*is UTF-16, not UTF-8 \(iconv -f UTF-16 -t UTF-8\)"):
-        list(iter_texts(str(path), split="train", config=data_config(path)))
+from tests.tools.data_tools import data_config, lines_of, some_texts, write_shard
 
 
 @pytest.mark.parametrize("indent", [None, 1])
