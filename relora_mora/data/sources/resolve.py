@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
@@ -14,7 +14,16 @@ from relora_mora.config.data import DataConfig, RecordsConfig, Split, TextSource
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.shard import ARROW, SUFFIXES, TEXT, RecordFormat, Shard, Version, format_of
 from relora_mora.data.sources.named_sets import dataset_files
-from relora_mora.data.sources.names import C4, Commits, DatasetName, dataset_name, hub_parts, hub_source, is_hub
+from relora_mora.data.sources.names import (
+    C4,
+    Commits,
+    DatasetName,
+    dataset_name,
+    hub_parts,
+    hub_shard,
+    hub_source,
+    is_hub,
+)
 from relora_mora.data.tokens.index import COMMAND, file_in, finished_index, is_token_folder
 from relora_mora.system.files import from_home
 
@@ -189,7 +198,8 @@ def _dataset_shards(name: DatasetName, split: Split, commits: Commits) -> Iterat
     for path in paths:
         _check_suffix(path, name.source)
     if name.on_hub:
-        yield from _shards_at_commit(name.place, paths, commits.at(name.place, name.revision))
+        commit = commits.at(name.place, name.revision)
+        yield from (hub_shard(name.place, commit, path) for path in paths)
     else:
         for path in paths:
             yield from _local_shards(str(name.folder / path))
@@ -204,17 +214,8 @@ def _hub_shards(source: str, revision: str | None, commits: Commits) -> Iterator
         )
     paths = expand_braces(pattern)
     _check_suffix(paths[0], source)
-    yield from _shards_at_commit(repo, paths, commits.at(repo, revision))
-
-
-def _shards_at_commit(repo: str, paths: Iterable[str], commit: str) -> Iterator[Shard]:
-    from huggingface_hub import hf_hub_url
-
-    from relora_mora.data.bytes.hub import endpoint
-
-    for path in paths:
-        url = hf_hub_url(repo, path, repo_type="dataset", revision=commit, endpoint=endpoint())
-        yield Shard(f"hub:{repo}@{commit}/{path}", url, hub=True)
+    commit = commits.at(repo, revision)
+    yield from (hub_shard(repo, commit, path) for path in paths)
 
 
 def _token_shards(folder: Path) -> Iterator[Shard]:
