@@ -7,7 +7,7 @@ from relora_mora.data.errors import BAD_REASONS, ENCODING_REASONS, Skipped, Sour
 from relora_mora.data.rows import Encoded
 from relora_mora.data.shard import Shard
 
-# A fraction of fewer rows says little. At the end of a shard it is exact, however few rows there are.
+# A fraction of fewer rows says little. At the end of a shard that one lane reads it is exact, however few there are.
 JUDGED_FROM_ROWS = 1000
 NOTES_PER_REASON = 3  # per shard
 OTHER_KEYS = "set data.text_column to the key of the texts, or data.records if the lines are records"
@@ -19,10 +19,11 @@ def skip_reason(skipped: Skipped, shard: Shard) -> str:
 
 
 class BadRowLimit:
-    """Counts the bad rows of one shard and raises an error when there are too many.
+    """Counts the bad rows among a lane's own rows of one shard and raises an error when there are too many.
 
     A decision depends only on the position in the shard, so a resumed run makes the same decision at the same place.
-    ``bad`` is the number of bad rows before the position at which reading begins.
+    ``bad`` is the number of bad rows before the position at which reading begins. ``is_shared``: other lanes read the
+    other rows of the shard.
     """
 
     def __init__(
@@ -33,21 +34,22 @@ class BadRowLimit:
         bad: int = 0,
         *,
         unit: str,
+        is_shared: bool,
     ) -> None:
         self.bad = bad
         self._shard = shard
         self._unit = unit
+        self._is_shared = is_shared
         self._max_bad_fraction = max_bad_fraction
         self._note = note
         self._noted = Counter[str]()
         self._last = ""
 
-    def count(self, number: int, skipped: Skipped, *, seen: int | None = None) -> None:
-        """Counts row ``number`` of the shard (from 1) as bad. ``seen`` rows were checked so far; None: ``number``.
+    def count(self, number: int, skipped: Skipped, *, seen: int) -> None:
+        """Counts row ``number`` of the shard (from 1) as bad, after ``seen`` own rows.
 
         Raises SourceError if too many rows are bad already.
         """
-        seen = number if seen is None else seen
         self.bad += 1
         reason = skipped.reason
         self._last = f"{self._unit} {number} {skip_reason(skipped, self._shard)}"
@@ -56,14 +58,14 @@ class BadRowLimit:
             self._note(f"{self._shard.label}: {self._last}; skipped")
         self._check(seen, max(seen, JUDGED_FROM_ROWS))
 
-    def finish(self, rows: int, *, are_all: bool = True) -> None:
-        """Called at the end of the shard, after ``rows`` rows. ``are_all`` is False if a lane saw only its own rows.
+    def finish(self, rows: int) -> None:
+        """Called at the end of the shard, after ``rows`` own rows.
 
         Raises SourceError if more than the allowed fraction is bad.
         """
         if not rows:
             self._note(f"{self._shard.label} is empty; skipped")
-        self._check(rows, rows if are_all else max(rows, JUDGED_FROM_ROWS))
+        self._check(rows, max(rows, JUDGED_FROM_ROWS) if self._is_shared else rows)
 
     def _check(self, rows: int, at_least: int) -> None:
         if self.bad <= self._max_bad_fraction * at_least:

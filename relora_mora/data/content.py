@@ -6,15 +6,11 @@ of their name. A run resumes only on a stream whose blocks are decided by the sa
 
 import contextlib
 import functools
-import itertools
 import json
-import logging
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
@@ -30,8 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-log = logging.getLogger(__name__)
-
 T = TypeVar("T")
 # version of the rule that turns shards into lanes and lanes into blocks; a change that moves a token needs a new name
 RULE = "lanes-4"
@@ -46,50 +40,10 @@ def local_content(shards: Sequence[Shard]) -> str:
     """32 hex digits over the names of local files, their sizes and samples of their content; "" if no shard is local.
 
     A gzip or zstd file ends with a checksum of its text. In plain text a change in the middle may be missed.
-    Pre-tokenized shards count by the digest of their text, which is stored with them; their own files are sampled too.
-    Raises SourceError for a file that cannot be read, for a token file that has changed, and for tokens whose text, on
-    a disk or on the hub, is among the shards as well.
+    Raises SourceError for a file that cannot be read, and for a token file that has changed since it was made.
     """
-    local = [shard for shard in shards if not shard.is_remote]
-    seen = dict(zip(local, _map_in_threads(_local_digest, local), strict=True))
-    _refuse_duplicates(seen | {shard: b"" for shard in shards if shard.hub})  # tokens of hub text store b"", too
-    return _digest([shard for shard in local if shard.origin == "local"], seen)
-
-
-def _refuse_duplicates(seen: Mapping[Shard, bytes]) -> None:
-    """Raises SourceError if a folder of tokens is listed together with its text, or with other tokens of that text.
-
-    Local names are short, and two folders may hold the same license. So text counts as listed twice only if one side
-    has all files of the other; for some files in common there is a warning. A remote file's name is its address.
-    """
-    if not any(shard.tokens for shard in seen):
-        return
-    files = {shard: (shard.name, content) for shard, content in seen.items()}
-    empty = {file for shard, file in files.items() if shard.tokens and not shard.tokens.totals.documents}
-    groups = defaultdict[tuple[bool, str], dict[tuple[str, bytes], Shard]](dict)
-    for shard, file in files.items():
-        if file not in empty:
-            group = (True, str(Path(shard.location).parent)) if shard.tokens else (False, shard.source)
-            groups[group].setdefault(file, shard)
-    for first, second in itertools.combinations(groups, 2):
-        if not (first[0] or second[0]):
-            continue
-        ones, others = groups[first], groups[second]
-        both = ones.keys() & others.keys()
-        if not both:
-            continue
-        file = min(both)
-        # a url may hold a secret, and the name of a remote file does not
-        places = [each.name if each.is_remote else each.location for each in (ones[file], others[file])]
-        same = f"{' and '.join(places)} hold the same text, at least one of them as tokens"
-        if any(ones[each].origin != "local" for each in both) or len(both) in (len(ones), len(others)):
-            raise SourceError(f"{same}; it would be read twice: list only one of them")
-        _warn(f"{same}, and both are read; files in common: {len(both)}")
-
-
-@functools.cache  # the same text is checked several times when a run starts
-def _warn(text: str) -> None:
-    log.warning("%s", text)
+    local = [shard for shard in shards if shard.origin == "local"]
+    return _digest(local, _map_in_threads(_local_digest, local))
 
 
 def remote_versions(shards: Sequence[Shard], timeout_seconds: float) -> dict[int, Version]:
@@ -98,7 +52,7 @@ def remote_versions(shards: Sequence[Shard], timeout_seconds: float) -> dict[int
     Sends one request per file, several at the same time; only one rank should call it. Raises SourceError for a file
     that is missing.
     """
-    asked = {number: shard for number, shard in enumerate(shards) if shard.origin == "server" and shard.tokens is None}
+    asked = {number: shard for number, shard in enumerate(shards) if shard.origin == "server"}
     if not asked:
         return {}
     import requests
@@ -118,22 +72,15 @@ def at_versions(shards: Sequence[Shard], versions: Mapping[int, Version]) -> lis
 
 
 def remote_content(shards: Sequence[Shard]) -> str:
-    """32 hex digits over the names and the versions of http(s) files; "" if there are none.
-
-    Raises SourceError for tokens whose text is among the shards as well.
-    """
+    """32 hex digits over the names and the versions of http(s) files; "" if there are none."""
     urls = [shard for shard in shards if shard.origin == "server"]
-    seen = {shard: _server_digest(shard) for shard in urls}
-    _refuse_duplicates(seen)
-    return _digest(urls, seen)
+    return _digest(urls, map(_server_digest, urls))
 
 
 def content_digests(shards: Sequence[Shard]) -> list[str]:
-    """The digest of each shard of text in ``local_content`` or ``remote_content``: 32 hex digits, "" for the hub."""
-    local = [shard for shard in shards if shard.origin == "local"]
-    seen = dict(zip(local, _map_in_threads(_local_digest, local), strict=True))
-    seen |= {shard: _server_digest(shard) for shard in shards if shard.origin == "server"}
-    return [seen[shard].hex() if shard in seen else "" for shard in shards]
+    """The digest of each shard in ``local_content`` or ``remote_content``: 32 hex digits, "" for the hub."""
+    digests = {"local": _local_digest, "server": _server_digest, "hub": lambda shard: b""}
+    return [digest.hex() for digest in _map_in_threads(lambda shard: digests[shard.origin](shard), shards)]
 
 
 def samples_digest(path: str) -> str:
@@ -146,30 +93,27 @@ def _map_in_threads(function: Callable[[Shard], T], shards: Sequence[Shard]) -> 
         return list(threads.map(function, shards))
 
 
-def _digest(shards: Sequence[Shard], seen: Mapping[Shard, bytes]) -> str:
+def _digest(shards: Sequence[Shard], contents: Iterable[bytes]) -> str:
     if not shards:
         return ""
     digest = xxhash.xxh3_128()
-    for shard in shards:
-        digest.update(xxhash.xxh3_128_digest(shard.name.encode("utf-8", "surrogatepass")) + seen[shard])
+    for shard, content in zip(shards, contents, strict=True):
+        digest.update(xxhash.xxh3_128_digest(shard.name.encode("utf-8", "surrogatepass")) + content)
     return digest.hexdigest()
 
 
 def _local_digest(shard: Shard) -> bytes:
-    if shard.tokens is None:
-        if shard.format.endings:
-            _check_end(shard)
-        return xxhash.xxh3_128_digest(_samples(shard.location))
-    if samples_digest(shard.location) != shard.tokens.totals.digest:
+    if shard.format.endings and shard.tokens is None:
+        _check_end(shard)
+    digest = xxhash.xxh3_128_digest(_samples(shard.location))
+    if shard.tokens is not None and digest.hex() != shard.tokens.totals.digest:
         raise SourceError(
             f"{shard.location} has changed since its tokens were made; remove it and make it again: {COMMAND}"
         )
-    return bytes.fromhex(shard.tokens.text.content)
+    return digest
 
 
 def _server_digest(shard: Shard) -> bytes:
-    if shard.tokens is not None:
-        return bytes.fromhex(shard.tokens.text.content)
     assert shard.version is not None, "see at_versions"
     etag, modified, size = shard.version
     return xxhash.xxh3_128_digest((etag or f"{modified} {size}").encode())

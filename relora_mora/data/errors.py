@@ -41,13 +41,8 @@ _NAME_CHARACTERS = 80
 # reasons for bad rows, which may be up to data.max_bad_fraction of a shard, and how a message describes such a row
 BAD_REASONS = {
     "too_long": "longer than data.max_line_bytes",
-    "raw_nul": "holds a raw NUL byte",
-    "invalid_utf8": "is not UTF-8",
+    "invalid_utf8": "is not text in UTF-8",
     "not_json": "is not JSON",
-    "long_integer": "holds an integer of more digits than Python reads (4,300); write it as a string",
-    "html": "is HTML, not JSON",
-    "utf16": "is UTF-16, not UTF-8 (iconv -f UTF-16 -t UTF-8)",
-    "columns": "belongs to a Parquet or Arrow file, whose name or url has to end in .parquet or .arrow",
     "not_csv": "is not CSV",
     "field_count": "has more or fewer fields than the header",
     "no_text": 'has no "{column}"',

@@ -25,7 +25,7 @@ class Cursor(NamedTuple):
     place: int = 0  # in the lane's shard order of this epoch
     block: int = 0  # of shuffled rows within the shard
     item: int = 0  # in the block's shuffled order
-    bad: int = 0  # bad rows of the shard before the block
+    bad: int = 0  # bad own rows of the shard before the block
     documents: int = 0  # finished since the start of the run
     skipped: tuple[int, ...] = (0,) * len(SKIP_REASONS)  # per reason, since the start of the run
 

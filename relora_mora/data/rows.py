@@ -50,7 +50,7 @@ class Rows(Protocol[Row]):
 
     @property
     def bad(self) -> int:
-        """Bad rows so far among all rows of the shard that were checked; saved with a position."""
+        """Bad rows so far among the own rows; saved with a position."""
 
     @property
     def is_empty(self) -> bool:

@@ -153,12 +153,12 @@ class Shard:
     name: str
     location: str
     size: int | None = None  # bytes, local files only
-    version: Version | None = None  # only of text on disks and http(s) servers; None if it was not asked for
+    version: Version | None = None  # only of files on disks and http(s) servers; None if it was not asked for
     hub: bool = False  # requests carry the hub's token, if there is one
     text_column: str = "text"  # the key or column of the text, if rows are text
     records: RecordFormat | None = None  # the format of rows; None: text
     source: str = ""  # the name of its source, in a mixture or if the source sets text_column or records itself
-    tokens: TokenFile | None = None  # the location holds these tokens; all other fields describe their text
+    tokens: TokenFile | None = None  # what the file holds, if it is a file of a pre-tokenized folder
     path: str = field(default="", compare=False)  # the end of the location, if other local files have the same name
 
     @property
@@ -200,9 +200,7 @@ class Shard:
 
     @property
     def origin(self) -> Literal["local", "server", "hub"]:
-        """Where the text is stored."""
-        if self.tokens is not None:
-            return self.tokens.text.origin
+        """Where the file is stored."""
         if self.hub:
             return "hub"
         return "server" if self.is_remote else "local"

@@ -154,18 +154,6 @@ def test_a_local_file_is_read_as_it_was_at_the_start_and_copies_of_it_are_the_sa
         assert rows.take(9) == some_texts(8)
 
 
-@pytest.mark.parametrize("suffix", [".json", ".parquet", ".arrow"])
-def test_a_local_file_that_is_written_again_while_it_is_read_is_refused(tmp_path, suffix):
-    path = write_shard(tmp_path / f"a{suffix}", some_texts(8))
-    (shard,) = resolve_shards(str(path))
-    body = path.read_bytes()
-    with closing(open_rows(data_config(path), shard)) as rows:
-        path.write_bytes(body)
-        os.utime(path, ns=(0, 0))
-        with pytest.raises(SourceError, match=rf"a\{suffix} changed since the start: it was written again"):
-            rows.take(9)
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_of_the_network_pass(tmp_path, monkeypatch, fault):
     monkeypatch.setattr(transport, "STALL_SECONDS", 0.3)

@@ -113,11 +113,16 @@ class _Handler(BaseHTTPRequestHandler):
         paths = sorted(path for path in self.server.folder.rglob("*") if path.is_file())
         at = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
         entries = [
-            {"type": "file", "path": path.relative_to(self.server.folder).as_posix(), "size": path.stat().st_size}
+            {
+                "type": "file",
+                "path": path.relative_to(self.server.folder).as_posix(),
+                "size": path.stat().st_size,
+                "oid": "0",
+            }
             for path in paths[at : at + 3]
         ]
-        body = json.dumps([{"type": "directory", "path": "a"}, *entries]).encode()
-        following = f'<https://elsewhere.example.org/tree?cursor={at + 3}&x=1>; rel="next"'
+        body = json.dumps([{"type": "directory", "path": "a", "oid": "0"}, *entries]).encode()
+        following = f'<{self.server.url}{urlsplit(self.path).path}?recursive=true&cursor={at + 3}>; rel="next"'
         self._answer(200, body, {"Link": following} if at + 3 < len(paths) else {}, fault)
 
     def _file(self, path: Path, fault: str | None) -> None:
@@ -136,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(416, b"", {"Content-Range": f"bytes */{len(body)}"})
                 return
             if fault == "cut_range":
-                start //= 2
+                start = start // 2 or 1
             end = min(len(body), int(wanted[2]) + 1) if wanted[2] else len(body)
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(body)}"
             body = body[:end]

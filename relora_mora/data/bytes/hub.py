@@ -1,15 +1,17 @@
-"""The datasets hub: its address, its login, commits, lists of files and small files.
+"""The datasets hub: its address, its login, commits and lists of files, by huggingface_hub with our retries."""
 
-Requests use the same transport and retries as all others.
-"""
-
-import functools
 import os
-from urllib.parse import parse_qs, quote, urlsplit
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from relora_mora.data.bytes.retry import TransientError, retrying
-from relora_mora.data.bytes.transport import BROKEN, check_status, send
+from relora_mora.data.bytes.transport import check_status, stall_seconds
 from relora_mora.data.errors import SourceError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
 
 
 def endpoint() -> str:
@@ -55,82 +57,61 @@ def login_headers(what: str) -> dict[str, str]:
 
 def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
     """The current commit of ``revision`` of a dataset. Raises SourceError."""
-    what = f"hub:{repo}"
-    url = f"{endpoint()}/api/datasets/{repo}/revision/{quote(revision, safe='')}?expand=sha"
 
-    def ask() -> str:
-        with send("GET", url, what, headers=login_headers(what), timeout_seconds=timeout_seconds) as response:
-            if response.headers.get("X-Error-Code") == "RevisionNotFound":
-                raise SourceError(
-                    f"data.revision: hub:{repo} has no revision {revision!r}; use main, a tag or a commit"
-                )
+    def commit(api: "HfApi") -> str | None:
+        return api.dataset_info(repo, revision=revision, expand=["sha"]).sha
+
+    sha = _ask(repo, revision, commit, timeout_seconds)
+    if not sha:
+        raise SourceError(f"hub:{repo}: {endpoint()} names no commit for {revision!r}; set data.revision to a commit")
+    return sha
+
+
+def list_files(repo: str, commit: str, timeout_seconds: float) -> list[str]:
+    """The paths of all files of a dataset at a commit. Raises SourceError."""
+
+    def paths(api: "HfApi") -> list[str]:
+        entries = api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True)
+        return [entry.path for entry in entries if hasattr(entry, "size")]  # the others are folders
+
+    return _ask(repo, commit, paths, timeout_seconds)
+
+
+def _ask(repo: str, revision: str, request: Callable[["HfApi"], T], timeout_seconds: float) -> T:
+    """The answer to a request about a dataset."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+    from huggingface_hub.utils import get_session
+
+    what = f"hub:{repo}"
+    address = endpoint()
+
+    def ask() -> T:
+        get_session().timeout = stall_seconds(timeout_seconds)  # without it a request may wait for an answer forever
+        login = login_headers(what).get("authorization", "")
+        try:
+            return request(HfApi(endpoint=address, token=login.removeprefix("Bearer ") or False))
+        except RevisionNotFoundError as error:
+            raise SourceError(
+                f"data.revision: {what} has no revision {revision!r}; use main, a tag or a commit"
+            ) from error
+        except HfHubHTTPError as error:
+            response: Any = error.response
             if response.status_code in (401, 403, 404):
                 raise SourceError(
-                    f"hub:{repo} is not a dataset on {endpoint()}, or your token has no access to it; "
+                    f"{what} is not a dataset on {address}, or your token has no access to it; "
                     "check the name or path, or log in (hf auth login, or HF_TOKEN)"
-                )
-            check_status(response, f"hub:{repo}: {endpoint()}", hub=True)
-            try:
-                info = response.json()
-            except (*BROKEN, ValueError) as error:
-                raise TransientError(f"an answer that is not JSON ({type(error).__name__})") from error
-        sha = info.get("sha") if isinstance(info, dict) else None
-        if not sha:
-            raise SourceError(
-                f"hub:{repo}: {endpoint()} names no commit for {revision!r}; set data.revision to a commit"
-            )
-        return str(sha)
+                ) from error
+            check_status(response, f"{what}: {address}", hub=True)
+            raise
+        except Exception as error:  # as in login_headers
+            raise TransientError(f"no answer ({type(error).__name__})") from error
 
-    return retrying(ask, f"hub:{repo} (revision {revision})", timeout_seconds, remedy())
+    return retrying(ask, f"{what} (revision {revision})", timeout_seconds, remedy())
 
 
-def list_files(repo: str, commit: str, timeout_seconds: float) -> dict[str, int]:
-    """The size in bytes of every file of a dataset at a commit, by path. Raises SourceError."""
-    sizes: dict[str, int] = {}
-    cursor: str | None = ""
-    while cursor is not None:
-        # use only the cursor from the address of the next page, so that the login is sent to no other host
-        page = f"&cursor={quote(cursor, safe='')}" if cursor else ""
-        url = f"{endpoint()}/api/datasets/{repo}/tree/{commit}?recursive=true{page}"
-        ask = functools.partial(_list_page, repo, url, timeout_seconds)
-        page_sizes, cursor = retrying(ask, f"hub:{repo}: its list of files", timeout_seconds, remedy())
-        sizes |= page_sizes
-    return sizes
+def file_url(repo: str, commit: str, path: str) -> str:
+    """The address of a file of a dataset."""
+    from huggingface_hub import hf_hub_url
 
-
-def _list_page(repo: str, url: str, timeout_seconds: float) -> tuple[dict[str, int], str | None]:
-    """Sizes by path, and the cursor of the next page, None on the last one."""
-    what = f"hub:{repo}"
-    with send("GET", url, what, headers=login_headers(what), timeout_seconds=timeout_seconds) as response:
-        check_status(response, f"hub:{repo}: {endpoint()}", hub=True)
-        try:
-            entries = response.json()
-            sizes = {entry["path"]: int(entry["size"]) for entry in entries if entry["type"] == "file"}
-        except (*BROKEN, ValueError, KeyError, TypeError) as error:
-            raise TransientError(f"an answer that is not a list of files ({type(error).__name__})") from error
-        following = parse_qs(urlsplit(response.links.get("next", {}).get("url", "")).query)
-        return sizes, following.get("cursor", [None])[0]
-
-
-def read_text(repo: str, commit: str, path: str, size: int, timeout_seconds: float) -> str:
-    """The text of a small file of ``size`` bytes in a dataset. Raises SourceError."""
-    what = f"hub:{repo}@{commit}/{path}"
-    url = f"{endpoint()}/datasets/{repo}/resolve/{commit}/{quote(path)}"
-
-    def ask() -> bytes:
-        with send("GET", url, what, headers=login_headers(what), timeout_seconds=timeout_seconds) as response:
-            check_status(response, what, hub=True)
-            try:
-                body = response.raw.read(decode_content=False)
-            except BROKEN as error:
-                raise TransientError(f"the body broke off ({type(error).__name__})") from error
-        if len(body) != size:
-            raise TransientError(f"{len(body)} bytes of {size}")
-        return bytes(body)
-
-    try:
-        return retrying(ask, what, timeout_seconds, remedy()).decode()
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{what} describes the set, but is not UTF-8; name the files of the set as hub:{repo}/PATTERN"
-        ) from error
+    return hf_hub_url(repo, path, repo_type="dataset", revision=commit, endpoint=endpoint())

@@ -7,9 +7,9 @@ compressed shard is an error.
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
-from relora_mora.data.bytes.local import LocalBytes
+from relora_mora.data.bytes.files import open_file
+from relora_mora.data.bytes.local import RandomAccessFile
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.shard import COMPRESSED, Shard
 
@@ -26,26 +26,11 @@ BREAKS_OFF = "breaks off at"
 Read = Callable[[int], bytes]
 
 
-class ShardBytes(Protocol):
-    """The bytes of a shard as they are stored. ``position`` is the number of bytes read so far."""
-
-    position: int
-
-    @property
-    def size(self) -> int | None:
-        """The total number of bytes; None as long as it is not known."""
-
-    def read(self, size: int) -> bytes:
-        """The next ``size`` bytes, fewer only at the end."""
-
-    def close(self) -> None: ...
-
-
 class DamagedShardError(Exception):
     """The compressed stream cannot be read beyond this place. The message says why."""
 
 
-def decompress(source: ShardBytes, shard: Shard) -> Iterator[bytes]:
+def decompress(source: RandomAccessFile, shard: Shard) -> Iterator[bytes]:
     """Pieces of the text of ``shard``, whose bytes are ``source``.
 
     Raises DamagedShardError after the last piece that can be read.
@@ -65,15 +50,6 @@ def decompress(source: ShardBytes, shard: Shard) -> Iterator[bytes]:
     else:
         while data := read(CHUNK_BYTES):
             yield data
-
-
-def foreign_format(head: bytes) -> str | None:
-    """The reason to skip every line of a shard that begins with ``head``; None if it may hold JSON."""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")):
-        return "utf16"
-    if head.startswith((b"PAR1\x15", b"ARROW1\0", b"\xff\xff\xff\xff")):
-        return "columns"
-    return "html" if head[:1024].removeprefix(BOM).lstrip().startswith(b"<") else None
 
 
 def _gunzip(read: Read) -> Iterator[bytes]:
@@ -137,17 +113,12 @@ def _unzstd(read: Read, name: str) -> Iterator[bytes]:
 
 
 class ShardLines:
-    """The lines of one shard, in order. ``row`` is the number of the line that ``take`` returns next, from 0.
-
-    ``foreign_format`` is the reason to skip every line if the text begins like a format that has no lines.
-    """
-
-    foreign_format: str | None = None
+    """The lines of one shard, in order. ``row`` is the number of the line that ``take`` returns next, from 0."""
 
     def __init__(self, shard: Shard, *, max_line_bytes: int, timeout_seconds: float) -> None:
         self.row = 0
         self._label = shard.label
-        self._bytes = _open(shard, timeout_seconds)
+        self._bytes = open_file(shard, timeout_seconds, in_order=True)
         self._pieces = decompress(self._bytes, shard)
         self._limit = max_line_bytes
         self._lines: list[bytes | Skipped] = []  # complete lines; those before _next were taken
@@ -158,8 +129,8 @@ class ShardLines:
 
     @property
     def progress(self) -> float:
-        """The fraction of the shard's bytes that was read, 0 to 1; 0 as long as its size is not known."""
-        return self._bytes.position / self._bytes.size if self._bytes.size else 0.0
+        """The fraction of the shard's bytes that was read, 0 to 1."""
+        return self._bytes.position / max(1, self._bytes.size)
 
     def close(self) -> None:
         self._bytes.close()
@@ -209,7 +180,6 @@ class ShardLines:
 
     def _cut(self, piece: bytes) -> None:
         if not self.row and not self._partial_bytes:
-            self.foreign_format = foreign_format(piece)
             self.begin(piece)
         first, *others = piece.split(b"\n")
         self._extend_partial(first)
@@ -230,11 +200,3 @@ class ShardLines:
         self._partial = []
         self._partial_bytes = 0
         return line
-
-
-def _open(shard: Shard, timeout_seconds: float) -> ShardBytes:
-    if not shard.is_remote:
-        return LocalBytes(shard)
-    from relora_mora.data.bytes.remote import RemoteBytes  # late, because local text needs none of its libraries
-
-    return RemoteBytes(shard, timeout_seconds)

@@ -16,10 +16,15 @@ from relora_mora.data.shard import Version
 
 CONNECT_SECONDS = 20.0
 IDLE_SECONDS = 20.0  # a connection that was not used for so long may be dead, so it is reopened
-STALL_SECONDS = 30.0  # the longest wait for a byte; less if data.timeout_seconds is short
+STALL_SECONDS = 30.0
 
 BROKEN = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)  # requests' exceptions are OSErrors
 _WRONG_URL = (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema)
+
+
+def stall_seconds(timeout_seconds: float) -> float:
+    """The longest wait for a byte."""
+    return min(STALL_SECONDS, max(1.0, timeout_seconds / 4))
 
 
 def send(
@@ -35,7 +40,7 @@ def send(
 
     A login is not sent to another host. Raises TransientError, and SourceError for a url that cannot be right.
     """
-    stall = min(STALL_SECONDS, max(1.0, timeout_seconds / 4))
+    stall = stall_seconds(timeout_seconds)
     request = session.request if session is not None else requests.request
     try:
         return request(

@@ -8,7 +8,7 @@ from typing import Any
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.bad_rows import BadRowLimit
-from relora_mora.data.bytes.local import LocalFile, RandomAccessFile
+from relora_mora.data.bytes.files import open_file
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError, names_of
 from relora_mora.data.lanes import plan_lanes
 from relora_mora.data.shard import Record, Shard
@@ -30,7 +30,7 @@ class ColumnFile:
 
     def __init__(self, shard: Shard, timeout_seconds: float) -> None:
         self._shard = shard
-        self._bytes = _open(shard, timeout_seconds)
+        self._bytes = open_file(shard, timeout_seconds)
         try:
             with self._naming_damage(self.head):
                 schema = self._read_schema()
@@ -154,12 +154,9 @@ def decode_text(text: bytes) -> str | Skipped:
         return Skipped("invalid_utf8")
 
 
-def _open(shard: Shard, timeout_seconds: float) -> RandomAccessFile:
-    if not shard.is_remote:
-        return LocalFile(shard)
-    from relora_mora.data.bytes.remote import RemoteFile  # late, because local text needs none of its libraries
-
-    return RemoteFile(shard, timeout_seconds)
+def decode_plain(text: bytes) -> str | Skipped:
+    """The same for text without a format of its own, in which a NUL byte is a sign of UTF-16 or of no text at all."""
+    return Skipped("invalid_utf8", "holds a NUL byte, as UTF-16 does") if b"\0" in text else decode_text(text)
 
 
 def _is_string(kind: Any) -> bool:
@@ -176,8 +173,8 @@ class GroupRows:
     """The texts or records of a lane's share of a file (see ``rows.Rows``).
 
     Lanes that share a file split its groups as lanes split shards. If there are at least as many groups as lanes, each
-    takes every ``stride``-th group; otherwise the lanes assigned to the same group take its rows in turn. Each lane
-    checks only the bad rows of its own share, since it does not see the others. Only the limits of ``config`` are used.
+    takes every ``stride``-th group; otherwise the lanes assigned to the same group take its rows in turn. Only the
+    limits of ``config`` are used.
     """
 
     def __init__(
@@ -193,8 +190,7 @@ class GroupRows:
     ) -> None:
         self._max_bytes = config.max_line_bytes
         self._shard = shard
-        self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit="row")
-        self._is_shared = stride > 1
+        self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit="row", is_shared=stride > 1)
         self._file = groups
         filled = [number for number, rows in enumerate(groups.group_rows) if rows]
         parts = plan_lanes(stride, max(1, len(filled)), whole=True)[phase].parts
@@ -227,7 +223,7 @@ class GroupRows:
             self._contents = self._contents_from(self._next)
         rows = [self._row(number, content) for number, content in itertools.islice(self._contents, count)]
         if not rows and (self._next or self.is_empty):
-            self._limit.finish(self._next, are_all=not self._is_shared)
+            self._limit.finish(self._next)
         return rows
 
     def close(self) -> None:

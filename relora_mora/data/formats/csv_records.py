@@ -11,7 +11,7 @@ from typing import Any
 from relora_mora.config.data import DataConfig
 from relora_mora.data.bytes.lines import BOM
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
-from relora_mora.data.formats.columns import check_names, decode_text
+from relora_mora.data.formats.columns import check_names, decode_plain
 from relora_mora.data.formats.turns import FromLines
 from relora_mora.data.shard import Shard
 
@@ -101,13 +101,11 @@ class CsvRecords(FromLines[list[str] | Skipped]):
             row = self._next()
         if row is None:
             return []
-        reason = row.reason if isinstance(row, Skipped) else self._lines.foreign_format
-        if reason is not None:
+        if isinstance(row, Skipped):
             raise SourceError(
-                f"{shard.label}: its header {BAD_REASONS[reason].format(column=shard.text_column)}; "
+                f"{shard.label}: its header {BAD_REASONS[row.reason]}; "
                 "the first row of CSV names the columns: repair or drop the file"
             )
-        assert isinstance(row, list)
         names = [name.encode(_BYTES).decode("utf-8", "replace") for name in row]
         delimiter = next((each for each in _OTHER_DELIMITERS if each in names[0]), None)
         if len(names) == 1 and delimiter is not None and names[0].replace("\t", " ").isprintable():
@@ -121,7 +119,7 @@ class CsvRecords(FromLines[list[str] | Skipped]):
 
 def _text(field: str) -> str | Skipped:
     text = field.encode(_BYTES)
-    return Skipped("raw_nul") if b"\0" in text else decode_text(text)
+    return decode_plain(text)
 
 
 class _BadRow(Exception):

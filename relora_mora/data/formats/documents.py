@@ -2,7 +2,7 @@
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import Skipped
-from relora_mora.data.formats.columns import decode_text
+from relora_mora.data.formats.columns import decode_plain
 from relora_mora.data.formats.json_lines import BLANK
 from relora_mora.data.formats.turns import FromLines
 from relora_mora.data.shard import Shard
@@ -21,9 +21,9 @@ class TextDocuments(FromLines[bytes | Skipped]):
     def content(self, entry: bytes | Skipped) -> str | Skipped:
         if isinstance(entry, Skipped):
             return entry
-        text = Skipped("raw_nul") if b"\0" in entry else decode_text(entry)
+        text = decode_plain(entry)
         if isinstance(text, Skipped):
-            return Skipped("utf16") if self._lines.foreign_format == "utf16" and entry else text
+            return text
         text = text.removeprefix("\ufeff")
         return text if text.strip(BLANK) else Skipped("blank_line")
 

@@ -41,7 +41,7 @@ class FileRows(Rows[Any], Protocol):
 
     @property
     def progress(self) -> float:
-        """The fraction of the shard that was read, 0 to 1; 0 as long as its size is not known."""
+        """The fraction of the shard that was read, 0 to 1."""
 
 
 def open_rows(

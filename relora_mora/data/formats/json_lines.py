@@ -1,6 +1,5 @@
 """Reads JSON lines: each line gives a text, a record, or the reason why it has none."""
 
-import functools
 import json
 import re
 from typing import Any
@@ -11,15 +10,16 @@ from relora_mora.data.errors import Skipped, SourceError, names_of
 from relora_mora.data.shard import Shard
 
 BLANK = " \t\r\n\v\f"  # what bytes.strip strips
+_SHOWN = 40  # how much of a bad line a message shows
 
 
-def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: str | None = None) -> str | Skipped:
+def parse_line(line: bytes | Skipped, *, column: str = "text") -> str | Skipped:
     """The string under the key ``column``, or the reason why there is none.
 
-    ``foreign_format`` is the reason for every line of a shard that is not JSON at all. An escaped ``\\u0000`` is text,
-    a raw NUL is not. An escaped lone surrogate cannot be encoded, so it counts as invalid UTF-8.
+    An escaped ``\\u0000`` is text, a raw NUL is not JSON. An escaped lone surrogate cannot be encoded, so it counts as
+    invalid UTF-8.
     """
-    parsed = _parse(line, foreign_format)
+    parsed = _parse(line)
     if isinstance(parsed, Skipped):
         return parsed
     decoded, value = parsed
@@ -39,9 +39,9 @@ def parse_line(line: bytes | Skipped, *, column: str = "text", foreign_format: s
     return text
 
 
-def parse_row(line: bytes | Skipped, *, foreign_format: str | None = None) -> dict[str, Any] | Skipped:
+def parse_row(line: bytes | Skipped) -> dict[str, Any] | Skipped:
     """The whole object, or the reason why there is none. The reasons are the same as for texts."""
-    parsed = _parse(line, foreign_format)
+    parsed = _parse(line)
     if isinstance(parsed, Skipped):
         return parsed
     decoded, value = parsed
@@ -52,51 +52,20 @@ def parse_row(line: bytes | Skipped, *, foreign_format: str | None = None) -> di
     return value
 
 
-def _parse(line: bytes | Skipped, foreign_format: str | None) -> tuple[str, Any] | Skipped:
+def _parse(line: bytes | Skipped) -> tuple[str, Any] | Skipped:
     """The decoded line and its value."""
     if isinstance(line, Skipped):
         return line
-    if b"\0" in line:
-        return Skipped(foreign_format or "raw_nul")
     try:
         decoded = line.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError:
-        return Skipped(foreign_format or "invalid_utf8")
+        return Skipped("invalid_utf8", f"is not text in UTF-8: {line[:_SHOWN]!r}")
     if not decoded.strip(BLANK):
         return Skipped("blank_line")
     try:
         return decoded, json.loads(decoded)
-    except (json.JSONDecodeError, RecursionError):
-        return Skipped(foreign_format or "not_json")
-    except ValueError:
-        return Skipped("long_integer")
-
-
-def surely_bad(line: bytes | Skipped, *, column: str = "text") -> bool:
-    """Whether ``parse_line`` would find a bad row, as far as this shows without parsing. Never true for a good line.
-
-    It is meant for lines that belong to another lane: several times faster than parsing, and misses only rare damage.
-    """
-    if isinstance(line, Skipped):
-        return True
-    body = line.strip().removeprefix("\ufeff".encode()).lstrip()
-    if not body:
-        return b"\0" in line
-    if not (body.startswith(b"{") and body.endswith(b"}")) or b"\0" in body:
-        return True
-    if not body.isascii():
-        try:
-            body.decode("utf-8")
-        except UnicodeDecodeError:
-            return True
-    # a key may be written with escapes: \u for any character, and \/ for a slash
-    return b"\\u" not in body and "/" not in column and _quoted(column) not in body
-
-
-@functools.cache
-def _quoted(column: str) -> bytes:
-    """A key as JSON writes it without unnecessary escapes."""
-    return json.dumps(column, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # Python reads no integer of more than 4,300 digits
+        return Skipped("not_json", f"is not JSON ({error}): {decoded[:_SHOWN]!r}")
 
 
 def is_encodable(text: str) -> bool:
@@ -119,12 +88,9 @@ class JsonLines(ShardLines):
 
     def content(self, entry: bytes | Skipped) -> str | dict[str, Any] | Skipped:
         if self._shard.records is None or self._shard.records.is_text:
-            return parse_line(entry, column=self._shard.text_column, foreign_format=self.foreign_format)
-        row = parse_row(entry, foreign_format=self.foreign_format)
+            return parse_line(entry, column=self._shard.text_column)
+        row = parse_row(entry)
         return row if isinstance(row, Skipped) else self._shard.records.fields_of(row)
-
-    def seems_good(self, entry: bytes | Skipped) -> bool:
-        return not any(surely_bad(entry, column=column) for column in self._shard.required_columns)
 
     def begin(self, head: bytes) -> None:
         if _ARRAY.match(head.removeprefix(BOM)):

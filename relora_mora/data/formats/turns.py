@@ -22,7 +22,7 @@ class Entries(Protocol[Entry]):
 
     @property
     def progress(self) -> float:
-        """The fraction of the shard's bytes that was read, 0 to 1; 0 as long as its size is not known."""
+        """The fraction of the shard's bytes that was read, 0 to 1."""
 
     def skip(self, count: int) -> bool:
         """Skips entries without decoding them; False if the shard ends first."""
@@ -32,9 +32,6 @@ class Entries(Protocol[Entry]):
 
     def content(self, entry: Entry) -> str | dict[str, Any] | Skipped:
         """The text, or the fields if the shard holds records."""
-
-    def seems_good(self, entry: Entry) -> bool:
-        """Whether another lane's entry counts as good without being decoded; if False, it is decoded to decide."""
 
     def close(self) -> None: ...
 
@@ -59,9 +56,6 @@ class FromLines(ABC, Generic[Entry]):
         self.row += entry is not None
         return entry
 
-    def seems_good(self, entry: Entry) -> bool:
-        return False
-
     def close(self) -> None:
         self._lines.close()
 
@@ -73,8 +67,7 @@ class FromLines(ABC, Generic[Entry]):
 class TurnRows(Generic[Entry]):
     """The texts or records of the entries ``phase``, ``phase + stride``, ... of a shard (see ``rows.Rows``).
 
-    All entries count towards the limit on bad ones, so that all lanes that share a shard decide alike. Only the limits
-    and ``sample_by`` of ``config`` are used.
+    Only the limits and ``sample_by`` of ``config`` are used.
     """
 
     groups = None
@@ -95,7 +88,8 @@ class TurnRows(Generic[Entry]):
         self._phase = phase
         self._shard = shard
         self._unit = shard.format.unit or config.sample_by
-        self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit=self._unit)
+        self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit=self._unit, is_shared=stride > 1)
+        self._next = 0  # the number of the next own row
 
     @property
     def bad(self) -> int:
@@ -110,20 +104,20 @@ class TurnRows(Generic[Entry]):
         return self._entries.progress
 
     def skip(self, count: int) -> bool:
+        self._next += count
         return self._entries.skip(count * self._stride)
 
     def take(self, count: int) -> list[str | Record | Skipped]:
         rows: list[str | Record | Skipped] = []
-        for at in range(count * self._stride):
+        while len(rows) < count and self._entries.skip(self._phase):
             entry = self._entries.take()
             if entry is None:
                 break
-            if at % self._stride == self._phase:
-                rows.append(self._content(entry))
-            elif not self._entries.seems_good(entry):
-                self._content(entry)  # counts it if it is bad
+            self._next += 1
+            rows.append(self._content(entry))
+            self._entries.skip(self._stride - self._phase - 1)
         if not rows:
-            self._limit.finish(self._entries.row)
+            self._limit.finish(self._next)
         return rows
 
     def close(self) -> None:
@@ -135,5 +129,5 @@ class TurnRows(Generic[Entry]):
         if isinstance(row, dict):
             return self._shard.record(row, f"{self._unit} {self._entries.row}")
         if isinstance(row, Skipped) and row.reason in BAD_REASONS:
-            self._limit.count(self._entries.row, row)
+            self._limit.count(self._entries.row, row, seen=self._next)
         return row

@@ -7,6 +7,7 @@ text: the answer depends only on the names, and a set on the hub is resolved lik
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -17,9 +18,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from relora_mora.config.data import DataConfig
+from relora_mora.data.bytes.files import open_file
 from relora_mora.data.errors import SourceError, unreadable
-from relora_mora.data.shard import format_of
-from relora_mora.data.sources.names import SPLITS, Commits, DatasetName, dataset_name
+from relora_mora.data.shard import Shard, format_of
+from relora_mora.data.sources.names import SPLITS, Commits, DatasetName, dataset_name, hub_shard
 
 Key = tuple[DatasetName, str, str]  # split and commit
 Found = tuple[str, ...] | SourceError
@@ -65,21 +67,12 @@ def _find(name: DatasetName, split: str, commits: Commits) -> Found:
     """The files, or an error. The error is raised when sources are resolved, to be reported with all other faults."""
     try:
         if name.on_hub:
-            from relora_mora.data.bytes.hub import list_files, read_text  # late: its libraries take long to load
+            from relora_mora.data.bytes.hub import list_files  # late: its libraries take long to load
 
-            commit = commits.at(name.place, name.revision)
-            sizes = list_files(name.place, commit, commits.timeout_seconds)
-            paths = list(sizes)
-
-            def read(path: str) -> str:
-                return read_text(name.place, commit, path, sizes[path], commits.timeout_seconds)
-
+            paths = list_files(name.place, commits.at(name.place, name.revision), commits.timeout_seconds)
         else:
             paths = _files_below(name)
-
-            def read(path: str) -> str:
-                return _read_card(name.folder / path)
-
+        read = functools.partial(_read_card, name, commits)
         saved = None if name.config or name.data_files else saved_files(name, split, set(paths), read)
         if saved is not None:
             return tuple(saved)
@@ -107,17 +100,23 @@ def _files_below(name: DatasetName) -> list[str]:
     return paths
 
 
-def _read_card(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise unreadable(str(path), error, "check the path and its permissions") from error
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path} describes the set, but is not UTF-8; fix it, or give the files by path") from error
+def _read_card(name: DatasetName, commits: Commits, path: str) -> str:
+    """The text of a small file of the set."""
+    shard = Shard(str(name.folder / path), str(name.folder / path))
+    if name.on_hub:
+        shard = hub_shard(name.place, commits.at(name.place, name.revision), path)
+    with contextlib.closing(open_file(shard, commits.timeout_seconds, in_order=True)) as file:
+        try:
+            return file.read().decode()
+        except UnicodeDecodeError as error:
+            raise SourceError(
+                f"{shard.name} describes the set, but is not UTF-8; fix it, or give the files by path"
+            ) from error
 
 
 CARDS = ("README.md", ".huggingface.yaml")  # the files that describe a set, besides the names of its files
-_ODD = re.compile(r"\n|::")
+# in names that datasets ignores: line breaks, its own separator, and capitals in a suffix
+_ODD = re.compile(r"\n|::|\.[^/.]*[A-Z][^/.]*(\.(gz|zstd?))?$")
 
 
 def split_files(name: DatasetName, split: str, paths: Collection[str], cards: Mapping[str, str]) -> list[str]:
@@ -139,6 +138,11 @@ def split_files(name: DatasetName, split: str, paths: Collection[str], cards: Ma
                 raise SourceError(
                     f"{source} is a script ({path}), which datasets no longer runs; give the files by path"
                 )
+            if not name.data_files and format_of(path) and _ODD.search(path):
+                raise SourceError(
+                    f"{source}: datasets leaves out files with names such as {path!r}; rename them, or give a pattern "
+                    "for the files to read"
+                )
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).touch()
         for path, text in cards.items():
@@ -149,7 +153,7 @@ def split_files(name: DatasetName, split: str, paths: Collection[str], cards: Ma
             raise SourceError(f"{source} holds no text files; check its content, or give its files by path")
         if split not in splits:
             raise missing_split(name, split, splits)
-        _refuse_mixed(name, split, root, splits, paths)
+        _refuse_mixed(name, split, root, splits)
         return splits[split]
 
 
@@ -235,24 +239,11 @@ def _config_error(name: DatasetName, root: Path, error: Exception) -> SourceErro
     )
 
 
-def _refuse_mixed(
-    name: DatasetName, split: str, root: Path, splits: Mapping[str, list[str]], paths: Collection[str]
-) -> None:
-    """Raises SourceError if ``datasets`` finds other files after those that it took are removed.
-
-    ``datasets`` ignores names with a line break or ``::`` and suffixes in capitals, so such files are renamed first.
-    """
+def _refuse_mixed(name: DatasetName, split: str, root: Path, splits: Mapping[str, list[str]]) -> None:
+    """Raises SourceError if ``datasets`` finds other files after those that it took are removed."""
     taken = [path for files in splits.values() for path in files]
     for path in taken:
         (root / path).unlink(missing_ok=True)
-    renamed = {}
-    for path in set(paths).difference(taken):
-        file = PurePosixPath(_ODD.sub("_", path))
-        plain = (file if name.data_files else file.with_name(file.name.lower())).as_posix()
-        if plain != path and format_of(path):
-            (root / plain).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).rename(root / plain)
-            renamed[plain] = path
     try:
         others = _splits(name, split, root)
     except SourceError:
@@ -261,7 +252,7 @@ def _refuse_mixed(
         first = next(path for files in others.values() for path in files)
         raise SourceError(
             f"{name.source}: datasets would read files such as {taken[0]}, but leave out files such as "
-            f"{renamed.get(first, first)!r}; give a pattern for the files to read"
+            f"{first!r}; give a pattern for the files to read"
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from relora_mora.config.data import DataConfig, Split, TextSource
 from relora_mora.data.errors import SourceError
-from relora_mora.data.shard import format_of
+from relora_mora.data.shard import Shard, format_of
 from relora_mora.data.tokens.index import is_token_folder
 from relora_mora.system.files import from_home
 
@@ -48,6 +48,13 @@ def hub_parts(source: str) -> tuple[str, str]:
     except HFValidationError as error:
         raise SourceError(f"{source}: {error}") from error
     return f"{owner}/{name}", pattern
+
+
+def hub_shard(repo: str, commit: str, path: str) -> Shard:
+    """A file of a repository at a commit."""
+    from relora_mora.data.bytes.hub import file_url
+
+    return Shard(f"hub:{repo}@{commit}/{path}", file_url(repo, commit, path), hub=True)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
@@ -14,8 +14,17 @@ from relora_mora.config.data import DataConfig, RecordsConfig, Split, TextSource
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.shard import ARROW, SUFFIXES, TEXT, RecordFormat, Shard, Version, format_of
 from relora_mora.data.sources.named_sets import dataset_files
-from relora_mora.data.sources.names import C4, Commits, DatasetName, dataset_name, hub_parts, hub_source, is_hub
-from relora_mora.data.tokens.index import file_in, finished_index, is_token_folder
+from relora_mora.data.sources.names import (
+    C4,
+    Commits,
+    DatasetName,
+    dataset_name,
+    hub_parts,
+    hub_shard,
+    hub_source,
+    is_hub,
+)
+from relora_mora.data.tokens.index import COMMAND, file_in, finished_index, is_token_folder
 from relora_mora.system.files import from_home
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -60,7 +69,7 @@ def resolve_shards(
                     f"{source.source}: {shard.name} is a file that {named_by} names already{other_name}; "
                     "its text would be read twice: give each file once"
                 )
-            column = shard.text_column if shard.tokens else source.text_column or records_column or text_column
+            column = source.text_column or records_column or text_column
             name = source.label if mixed or source.text_column or source.records else ""
             shard = replace(shard, text_column=column, records=record_format, source=name)
             if shard.holds_records:
@@ -142,7 +151,7 @@ def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Sha
 
 def _with_unique_labels(shards: Sequence[Shard]) -> list[Shard]:
     """Gives local files with the same name labels: the shortest unique ends of their paths."""
-    labels = {shard.location: shard.name for shard in shards if shard.tokens is None and not shard.is_remote}
+    labels = {shard.location: shard.name for shard in shards if not shard.is_remote}
     for parts in itertools.count(2):
         counts = Counter(labels.values())
         same = [location for location, label in labels.items() if counts[label] > 1]
@@ -189,7 +198,8 @@ def _dataset_shards(name: DatasetName, split: Split, commits: Commits) -> Iterat
     for path in paths:
         _check_suffix(path, name.source)
     if name.on_hub:
-        yield from _shards_at_commit(name.place, paths, commits.at(name.place, name.revision))
+        commit = commits.at(name.place, name.revision)
+        yield from (hub_shard(name.place, commit, path) for path in paths)
     else:
         for path in paths:
             yield from _local_shards(str(name.folder / path))
@@ -204,24 +214,18 @@ def _hub_shards(source: str, revision: str | None, commits: Commits) -> Iterator
         )
     paths = expand_braces(pattern)
     _check_suffix(paths[0], source)
-    yield from _shards_at_commit(repo, paths, commits.at(repo, revision))
-
-
-def _shards_at_commit(repo: str, paths: Iterable[str], commit: str) -> Iterator[Shard]:
-    from huggingface_hub import hf_hub_url
-
-    from relora_mora.data.bytes.hub import endpoint
-
-    for path in paths:
-        url = hf_hub_url(repo, path, repo_type="dataset", revision=commit, endpoint=endpoint())
-        yield Shard(f"hub:{repo}@{commit}/{path}", url, hub=True)
+    commit = commits.at(repo, revision)
+    yield from (hub_shard(repo, commit, path) for path in paths)
 
 
 def _token_shards(folder: Path) -> Iterator[Shard]:
     for number, file in enumerate(finished_index(folder).token_files()):
-        text = file.text
-        location = str(file_in(folder, number).absolute())
-        yield Shard(text.name, location, size=text.size, text_column=text.text_column, tokens=file)
+        path = file_in(folder, number).absolute()
+        try:
+            version = Version.on_disk(path.stat())
+        except OSError as error:
+            raise unreadable(str(path), error, f"make it again: {COMMAND}") from error
+        yield Shard(path.name, str(path), size=version.size, version=version, tokens=file)
 
 
 def _local_shards(source: str) -> Iterator[Shard]:

@@ -44,7 +44,7 @@ def check_tokens(
         totals = shard.tokens.totals
         if totals.bad > limits.max_bad_fraction * totals.rows:
             raise SourceError(
-                f"{shard.name} in {Path(shard.location).parent}: {totals.bad} of {totals.rows} rows were bad, more "
+                f"{shard.location}: {totals.bad} of {totals.rows} rows were bad, more "
                 f"than data.max_bad_fraction ({limits.max_bad_fraction:g}); repair or drop the shard, or raise it"
             )
 

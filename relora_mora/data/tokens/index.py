@@ -29,7 +29,7 @@ class TokenizationSpec(Strict):
 
 
 class SourceText(Strict):
-    """A shard of text as it was when it was tokenized; a run that reads the text compares the same at a resume."""
+    """A shard of text as it was when it was tokenized."""
 
     name: str
     size: int | None

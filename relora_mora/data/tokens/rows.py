@@ -1,8 +1,8 @@
 """Reads pre-tokenized text as the rows of a lane, from a memory-mapped file.
 
 The file is in Arrow's IPC format and has a row for each row of the text: ``tokens`` (16 or 32 bits each, without EOS),
-``utf8_bytes`` of its text, and ``skipped``, the reason why there is no text, or null. Positions, shuffling and counts
-are therefore the same as when the text itself is read.
+``utf8_bytes`` of its text, and ``skipped``, the reason why there is no text, or null. Lanes share it as the text's
+file, so the batches are those of the text.
 """
 
 import errno
@@ -169,7 +169,7 @@ class MappedTokens:
 
 
 class TokenRows:
-    """The tokens of a lane's share of a shard (see ``rows.Rows``); the lane would read the same share of the text.
+    """The tokens of a lane's share of a shard (see ``rows.Rows``).
 
     Here bad rows are only counted: their number was checked when the tokens were made, and at the start of the run.
     """
@@ -183,7 +183,6 @@ class TokenRows:
         own = plan_lanes(stride, max(1, len(sizes)), whole=True)[phase].parts if sizes else ()
         self.is_empty = not self._tokens.rows
         self._parts = [range(starts[part.shard] + part.phase, starts[part.shard + 1], part.stride) for part in own]
-        self._counts_all = groups is None  # lanes that take lines in turn count the bad lines of the others, too
         self._next = 0  # index among this lane's rows
 
     def skip(self, count: int) -> bool:
@@ -197,11 +196,7 @@ class TokenRows:
             wanted = part[max(0, self._next - before) : max(0, self._next + count - before)]
             if wanted:
                 rows += self._tokens.take(wanted)
-                counted = wanted
-                if self._counts_all:
-                    begin = wanted.start - part.start
-                    counted = range(begin, min(begin + len(wanted) * part.step, self._tokens.rows))
-                self.bad += self._tokens.bad_among(counted)
+                self.bad += self._tokens.bad_among(wanted)
             before += len(part)
         self._next += len(rows)
         return rows

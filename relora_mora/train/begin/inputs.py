@@ -63,7 +63,7 @@ def _shards(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase | N
         limits = data if split == "train" else None
         check_tokens(shards, tokenizer_path=config.tokenizer_path, eos=tokenizer.eos_token_id, limits=limits)
     if split == "validation":
-        local_content(shards)  # raises SourceError for damaged tokens, and for tokens listed with their own text
+        local_content(shards)  # raises SourceError for damaged tokens
     return shards
 
 

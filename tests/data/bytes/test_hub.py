@@ -8,7 +8,7 @@ import pytest
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.bytes import transport
-from relora_mora.data.bytes.remote import RemoteBytes
+from relora_mora.data.bytes.remote import RemoteFile
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats.file_rows import iter_texts
 from relora_mora.data.sources.names import with_commits
@@ -100,7 +100,7 @@ def test_an_unreachable_hub_is_one_line_with_its_address_and_remedies(hub, fault
     assert "\n" not in text
     hub.fault = lambda n: "503"
     with pytest.raises(SourceError, match=r"status 503.*HF_ENDPOINT"):  # a file, too
-        RemoteBytes(resolve_shards("hub:allenai/c4/en/a.json", COMMIT)[0], 3.0).read(9)
+        RemoteFile(resolve_shards("hub:allenai/c4/en/a.json", COMMIT)[0], 3.0).read(9)
 
 
 def test_a_login_is_retried_after_a_network_fault(hub, monkeypatch):

@@ -13,7 +13,7 @@ from email.utils import formatdate
 import pytest
 
 from relora_mora.data.bytes import transport
-from relora_mora.data.bytes.remote import RemoteBytes
+from relora_mora.data.bytes.remote import FIRST_BLOCK_BYTES, RemoteFile
 from relora_mora.data.bytes.retry import (
     FIRST_WAIT_SECONDS,
     LONGEST_WAIT_SECONDS,
@@ -29,7 +29,6 @@ from tests.tools.data_tools import data_config, documents_in, make_lane, some_te
 from tests.tools.faulty_server import FAULTS, serving
 
 JSON_LINES = (".json", ".json.gz", ".jsonl.zst")
-WAITING = ("stall", "429")
 
 
 @pytest.fixture
@@ -40,38 +39,49 @@ def shard(tmp_path):
 
 
 def _read(server, timeout_seconds=8.0):
-    with closing(RemoteBytes(Shard("a.json.gz", f"{server.url}/a.json.gz"), timeout_seconds)) as source:
+    with closing(RemoteFile(Shard("a.json.gz", f"{server.url}/a.json.gz"), timeout_seconds, in_order=True)) as source:
         pieces = []
         while piece := source.read(50_000):
             pieces.append(piece)
         return b"".join(pieces)
 
 
-@pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("etag", [True, False])
-def test_no_fault(tmp_path, shard, ranges, etag):
+def test_no_fault(tmp_path, shard, etag):
     before = RETRIES.retries
-    with serving(tmp_path, ranges=ranges, etag=etag) as server:
+    with serving(tmp_path, etag=etag) as server:
         assert _read(server) == shard.read_bytes()
-        assert len(server.requests) == 2  # the second one confirms the end
+        assert len(server.requests) == 2  # a small block, and a larger one
     assert RETRIES.retries == before
 
 
-# the two faults that take a second or more: once is enough
-@pytest.mark.parametrize(
-    "fault,ranges",
-    [(fault, ranges) for fault in FAULTS for ranges in (True, False) if ranges or fault not in (*WAITING, "cut_range")],
-)
-def test_each_fault_once_at_the_start_and_once_later(tmp_path, shard, fault, ranges):
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_a_server_without_ranges_is_refused_with_the_remedy(tmp_path, name):
+    write_shard(tmp_path / name, some_texts(10))
+    with (
+        serving(tmp_path, ranges=False) as server,
+        pytest.raises(SourceError, match=rf"{name}: the server answers no ranges, .*; download the file and give its"),
+    ):
+        make_lane(data_config(f"{server.url}/{name}"), 1, 0).next_block()
+        assert len(server.requests) == 1
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "a.json.gz").write_bytes(b"")
+    for ranges in (True, False):
+        with serving(tmp_path, ranges=ranges) as server:
+            assert _read(server) == b""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_twice(tmp_path, shard, fault):
     before = RETRIES.retries
     began = time.monotonic()
-    at = {"cut_range": (1, 2), "short": (0, 2), "no_length": (0, 2)}.get(fault, (0, 1))
-    with serving(
-        tmp_path, lambda n: "reset" if fault == "cut_range" and n == 0 else fault if n in at else None, ranges=ranges
-    ) as server:
+    with serving(tmp_path, lambda n: fault if n in (0, 2) else None) as server:
         assert _read(server, timeout_seconds=4.0 if fault == "stall" else 60.0) == shard.read_bytes()
-        assert server.faults.count(fault) == 2
-    assert RETRIES.retries - before == 2 + (fault == "cut_range")  # each is counted, and the reset before it
+        assert set(server.faults) == {fault}
+        # a length that is too long is no fault of an answer whose range says how much follows
+        assert RETRIES.retries - before == (0 if fault == "long" else 2)
     if fault == "429":
         assert time.monotonic() - began > 2  # Retry-After: 1, twice
 
@@ -150,7 +160,7 @@ def test_a_server_that_stays_unreachable(tmp_path, shard):
 def test_a_proxy_that_cannot_be_used_is_named(proxy, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", proxy)
     with pytest.raises(SourceError, match=r"check it, and the proxy in HTTP_PROXY, .*requests\[socks\]") as raised:
-        RemoteBytes(Shard("a", "http://example.org/a.json"), 0.5).read(9)
+        RemoteFile(Shard("a", "http://example.org/a.json"), 0.5).read(9)
     assert "secret" not in str(raised.value)
 
 
@@ -163,25 +173,21 @@ def test_a_redirect_to_an_invalid_url(location, tmp_path, monkeypatch):
             lambda self, path, fault: self._answer(302, b"", {"Location": location}),
         )
         with pytest.raises(SourceError, match="a redirects to an invalid url"):
-            RemoteBytes(Shard("a", f"{server.url}/a.json"), 5.0).read(9)
+            RemoteFile(Shard("a", f"{server.url}/a.json"), 5.0).read(9)
 
 
-def test_a_file_that_changes(tmp_path, shard):
-    with serving(tmp_path) as server, closing(RemoteBytes(Shard("a", f"{server.url}/a.json.gz"), 1.0)) as source:
-        source.read(50_000)
-        shard.write_bytes(shard.read_bytes() + b"more")
-        source.close()
-        with pytest.raises(SourceError, match="a changed while it was read"):
+@pytest.mark.parametrize(
+    "etag,said", [(True, "changed while it was read"), (False, r"gave up .* the size of the file is")]
+)
+def test_a_file_that_changes(tmp_path, shard, etag, said):
+    with serving(tmp_path, etag=etag) as server:
+        remote = Shard("a", f"{server.url}/a.json.gz")
+        with closing(RemoteFile(remote, 0.5, in_order=True)) as source:
             source.read(50_000)
-    with (
-        serving(tmp_path, etag=False) as server,
-        closing(RemoteBytes(Shard("a", f"{server.url}/a.json.gz"), 0.5)) as source,
-    ):
-        source.read(50_000)
-        shard.write_bytes(bytes(reversed(shard.read_bytes())))
-        source.close()
-        with pytest.raises(SourceError, match="differs from what was read before"):
-            source.read(50_000)
+            shard.write_bytes(shard.read_bytes() + b"more")
+            source.read(50_000)  # of the same block
+            with pytest.raises(SourceError, match=said):
+                source.read(400_000)
 
 
 @pytest.mark.parametrize("status,message", [(404, "status 404"), (403, "access denied"), (401, "access denied")])
@@ -219,7 +225,8 @@ def test_damage_is_not_retried(tmp_path, suffix):
             list(iter_texts(config.train, split="train", config=config))
     assert RETRIES.retries == before
     body = path.read_bytes()  # the same bytes on a disk end at the same place
-    path.write_bytes(body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 255]) + body[len(body) // 2 + 1 :])
+    at = min(len(body), FIRST_BLOCK_BYTES) // 2
+    path.write_bytes(body[:at] + bytes([body[at] ^ 255]) + body[at + 1 :])
     with pytest.raises(SourceError) as local:
         list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=1.0)))
     assert str(remote.value).endswith(str(local.value))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.config.data import TextSource
-from relora_mora.data.bytes.remote import RemoteBytes
+from relora_mora.data.bytes.remote import RemoteFile
 from relora_mora.data.content import fingerprints, local_content
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats.file_rows import open_rows
@@ -338,4 +338,4 @@ def test_a_hub_that_is_switched_off_is_reported_immediately(monkeypatch):
         resolve_shards("hub:some/set/a.jsonl")
     name = f"hub:some/set@{'a' * 40}/a.jsonl"
     with pytest.raises(SourceError, match=rf"{name} needs the hub, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"):
-        RemoteBytes(Shard(name, "http://127.0.0.1:1/a.jsonl", hub=True), 60.0).read(1)
+        RemoteFile(Shard(name, "http://127.0.0.1:1/a.jsonl", hub=True), 60.0).read(1)

@@ -47,7 +47,7 @@ def test_another_tokenizer_and_other_limits_are_refused(folder, tokenizer_path, 
     with pytest.raises(SourceError, match=r"of up to 150 bytes, and data\.max_line_bytes is 99; set it to 150"):
         check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos, limits=_with(config, max_line_bytes=99))
     with pytest.raises(
-        SourceError, match=r"0\.json\.gz in .*: \d+ of 26 rows were bad, more than data\.max_bad_fraction"
+        SourceError, match=r"bad\.tokens/00000\.arrow: \d+ of 26 rows were bad, more than data\.max_bad_fraction"
     ):
         check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos, limits=_with(config, max_bad_fraction=0.1))
     with pytest.raises(SourceError, match="of another tokenizer"):
