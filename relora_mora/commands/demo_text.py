@@ -14,6 +14,7 @@ import sysconfig
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,12 @@ class DemoTextError(ValueError):
     """The text cannot be written; the message says why and what to do."""
 
 
-def main(out: str = "runs/demo/data", max_bytes: PositiveInt = 40_000_000) -> None:
+def main(out: str = "runs/demo/data", max_bytes: PositiveInt = 12_000_000) -> None:
     """Writes English text from this machine as json.gz shards: OUT/train (8) and OUT/validation (1).
 
     Options:
         out: the folder to write; a complete one is left unchanged
-        max_bytes: most bytes of UTF-8 text; if there is more, a sample of the documents is kept
+        max_bytes: most bytes of UTF-8 text; files are read in random order until there is as much
     """
     target = Path(out)
     marker = target / MARKER
@@ -59,7 +60,7 @@ def main(out: str = "runs/demo/data", max_bytes: PositiveInt = 40_000_000) -> No
     paths = sysconfig.get_paths()
     roots = sorted({Path(paths[name]).resolve() for name in ("stdlib", "purelib", "platlib")})
     with new_folder(target) as folder:
-        counts = write([*python_reference(), *(each for root in roots for each in docstrings(root))], folder, max_bytes)
+        counts = write(chain(python_reference(), docstrings(*roots)), folder, max_bytes)
     print(f"{target}: {_summary(counts)}, {time.monotonic() - started:.1f} s")
 
 
@@ -73,13 +74,25 @@ def python_reference() -> Iterator[Document]:
             yield _document(cleaned, f"python://pydoc_data/topics#{name}")
 
 
-def docstrings(root: Path) -> Iterator[Document]:
-    """The cleaned docstrings of all modules below a folder that are long enough and English, by path."""
+def docstrings(*roots: Path) -> Iterator[Document]:
+    """The cleaned docstrings of all modules below the folders that are long enough and English.
+
+    Modules come in the order of a hash of their names, so that the beginning is a sample of all.
+    """
+    modules = ((root, file) for root in roots for file in _modules(root))
+    for root, file in sorted(modules, key=_order):
+        yield from _docstrings_of(root, file)
+
+
+def _modules(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
-        for name in sorted(names):
-            if name.endswith(".py") and not name.startswith("test_"):
-                yield from _docstrings_of(root, Path(folder, name))
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        yield from (Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("test_"))
+
+
+def _order(module: tuple[Path, Path]) -> bytes:
+    root, file = module
+    return _digest(file.relative_to(root).as_posix())
 
 
 def prose(text: str) -> str:
@@ -114,14 +127,17 @@ def write(documents: Iterable[Document], out: Path, max_bytes: int) -> dict[str,
     """Writes the shards into a folder, and then the marker; returns the marker's counts.
 
     Exact duplicates are dropped. A hash of a file's name decides whether its docstrings are for training or validation.
-    Documents are distributed to the shards in the order of a hash of their text.
+    Documents are distributed to the shards in turn.
     """
-    unique = {_digest(document["text"]): document for document in documents}
+    texts: set[str] = set()
     sides: dict[str, list[Document]] = {"train": [], "validation": []}
     total = 0
-    for _, document in sorted(unique.items()):
+    for document in documents:
         size = len(document["text"].encode())
-        if total + size <= max_bytes:
+        if total + size > max_bytes:
+            break
+        if document["text"] not in texts:
+            texts.add(document["text"])
             total += size
             sides["validation" if _held_out(document) else "train"].append(document)
     if not all(sides.values()):
