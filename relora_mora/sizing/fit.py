@@ -14,7 +14,7 @@ from relora_mora.config.schema import MethodConfig
 from relora_mora.model.config import linear_shapes
 from relora_mora.sizing.memory import peak_memory, state_memory
 from relora_mora.sizing.setup import Setup
-from relora_mora.sizing.work import meta_model
+from relora_mora.sizing.measured import meta_model
 from relora_mora.system.logs import counted
 
 USABLE = 0.9  # share of a device's memory; the CUDA context, NCCL's buffers and fragmentation take the rest

@@ -13,7 +13,7 @@ from relora_mora.config.schema import Config
 from relora_mora.sizing import memory
 from relora_mora.sizing.memory import gathered_memory, gradient_memory, group_sizes, state_memory, weight_bytes
 from relora_mora.sizing.setup import Setup
-from relora_mora.sizing.work import meta_model
+from relora_mora.sizing.measured import meta_model
 from tests.tools.grids import rest
 from tests.tools.pool import Pools
 from tests.tools.rules import matrices_settings

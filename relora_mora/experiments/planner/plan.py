@@ -13,9 +13,10 @@ from relora_mora.experiments.planner.cluster import Cluster, StepTime, step_time
 from relora_mora.experiments.planner.network import Traffic, traffic
 from relora_mora.optim.groups import Parameters, count_parameters
 from relora_mora.sizing.fit import USABLE, choose_forms, uneven_widths
+from relora_mora.sizing.measured import Flops, flops_of, meta_model
 from relora_mora.sizing.memory import Memory, peak_memory
 from relora_mora.sizing.setup import Setup
-from relora_mora.sizing.work import Flops, flops_of, meta_model, passes_bytes, product_flops
+from relora_mora.sizing.work import passes_bytes, product_flops
 from relora_mora.system.devices import WITHOUT_FP8, Device
 
 STAGES = (0, 1, 2, 3)
@@ -163,6 +164,7 @@ class _Needs:
     setup: Setup
     memory: Memory
     network: Traffic
+    flops: Flops
 
 
 def make_plan(
@@ -190,8 +192,8 @@ def make_plan(
     if config.log.peak_tflops is not None:
         peak = config.log.peak_tflops * 1e12, "log.peak_tflops"
     model = meta_model(model_config, config.method)
-    flops = flops_of(model, model_config, config)
     needs = _needs(model_config, config, cluster, bf16=bf16, on_cpu=on_cpu)
+    flops = needs[config.method.name][config.train.zero_stage].flops
     return Plan(
         config,
         cluster,
@@ -254,7 +256,7 @@ def _needs(
         for stage in STAGES:
             setup = Setup(other, stage, cluster.world_size, bf16=bf16, on_gpu=not on_cpu)
             choose_forms(model, setup, available)
-            found[name][stage] = _Needs(setup, peak_memory(model, setup), traffic(model, setup))
+            found[name][stage] = _Needs(setup, peak_memory(model, setup), traffic(model, setup), flops_of(model, setup))
     return found
 
 
