@@ -28,8 +28,8 @@ from relora_mora.engine.merging import FrozenMasters, Merger
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import build_optimizer, parameter_groups, set_trainable
 from relora_mora.sizing.fit import check_adapters, choose_forms
-from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.measured import flops_of
+from relora_mora.sizing.setup import Setup
 from relora_mora.system.hardware import uses_cuda
 
 RATE = 1e-5  # small, so that the loss stays finite; a step costs the same at any rate

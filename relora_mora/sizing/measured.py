@@ -25,6 +25,7 @@ from relora_mora.adapters.inject import decoder_linears, inject
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers
 from relora_mora.adapters.mora import set_operators
 from relora_mora.adapters.stored import EightBits
+from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import MethodConfig
 from relora_mora.model.config import head_width
 from relora_mora.model.llama import LossModel, flash_supports, model_class, put_values
@@ -112,8 +113,15 @@ def flops_of(model: PreTrainedModel, setup: Setup) -> Flops:
 
 
 def measure(model: PreTrainedModel, setup: Setup) -> Layer:
-    """What a layer of the model needs: of the operators in its cycle, the most memory and the average work."""
-    found = [_remembered(model, setup, operator) for operator in setup.config.method.cycle or (None,)]
+    """What a layer of the model needs: of the operators in its cycle, the most memory and the average work.
+
+    Operators of one class need the same.
+    """
+    cycle = setup.config.method.cycle
+    like = {OPERATORS[operator].code: operator for operator in reversed(cycle)}
+    found = [_remembered(model, setup, like[OPERATORS[operator].code]) for operator in cycle]
+    if not cycle:
+        found = [_remembered(model, setup, None)]
     return replace(
         max(found, key=lambda layer: layer.kept),
         scratch=max(layer.scratch for layer in found),

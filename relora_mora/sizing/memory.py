@@ -67,19 +67,19 @@ class Memory:
     have been copied to their places.
     """
 
-    phase: str  # loss | backward's start | backward's end | reduction | step
     weights: float
-    merged: float
-    gathered: float
     masters: float
     optimizer: float
-    gradients: float
-    buffers: float
-    activations: float
-    scratch: float
     host_base: float
     host_checkpoint: float
     host_start: float
+    gathered: float = 0
+    buffers: float = 0
+    merged: float = 0
+    gradients: float = 0
+    activations: float = 0
+    scratch: float = 0
+    phase: str = "between steps"  # or loss, backward's start, backward's end, reduction, step
 
     @property
     def device(self) -> float:
@@ -88,34 +88,32 @@ class Memory:
 
 def peak_memory(model: PreTrainedModel, setup: Setup) -> Memory:
     """Memory of one device at the peak of a step: the largest of its phases (see ``Memory.phase``)."""
-    state = state_memory(model, setup)
     gradients = gradient_memory(group_sizes(model, setup.config.optim), setup)
-    before = gradients.between_micro_batches if setup.micro_batches > 1 else gradients.between_steps
-    merged = merged_memory(model, setup)
-    live = replace(state, merged=merged, gradients=before, gathered=max(state.gathered, gathered_memory(model, setup)))
     kept, layer, mask = activation_memory(model, setup)
     again = layer if setup.config.model.activation_checkpointing else 0
     at_loss, in_backward = scratch_memory(model, setup)
-    phases = [
-        replace(live, phase="loss", activations=kept, scratch=at_loss),
-        replace(live, phase="backward's start", activations=kept + again, scratch=in_backward),
-        replace(
-            state,
-            phase="backward's end",
-            merged=merged,
-            gradients=gradients.after_backward,
-            activations=layer + mask,
-            scratch=in_backward,
-        ),
-        replace(state, phase="reduction", merged=merged, gradients=gradients.in_reduction),
-        replace(
-            state,
-            phase="step",
-            gradients=gradients.in_step,
-            scratch=work.scratch_bytes(model, setup),
-        ),
-    ]
-    return max(phases, key=lambda memory: memory.device)
+    step = replace(
+        state_memory(model, setup), phase="step", gradients=gradients.in_step, scratch=work.scratch_bytes(model, setup)
+    )
+    reduction = replace(
+        step, phase="reduction", merged=merged_memory(model, setup), gradients=gradients.in_reduction, scratch=0
+    )
+    end = replace(
+        reduction,
+        phase="backward's end",
+        gradients=gradients.after_backward,
+        activations=layer + mask,
+        scratch=in_backward,
+    )
+    start = replace(
+        end,
+        phase="backward's start",
+        gradients=gradients.between_micro_batches if setup.micro_batches > 1 else gradients.between_steps,
+        gathered=max(end.gathered, gathered_memory(model, setup)),
+        activations=kept + again,
+    )
+    loss = replace(start, phase="loss", activations=kept, scratch=at_loss)
+    return max((loss, start, end, reduction, step), key=lambda memory: memory.device)
 
 
 def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
@@ -128,16 +126,11 @@ def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
     buckets = (2 if overlaps else 1) if stage >= 2 or (stage == 1 and not setup.bf16) else 0
     persistent = sum(p.numel() for p in model.parameters() if p.numel() <= setup.persistence_threshold)
     return Memory(
-        phase="between steps",
         weights=weight_bytes(model, setup) / setup.weight_sharers,
-        merged=0,
         gathered=setup.width * persistent if setup.weight_sharers > 1 else 0,
         masters=4 * counts.trainable / setup.sharers if setup.bf16 or stage > 0 else 0,
         optimizer=work.state_bytes(model, setup.config.optim, setup.sharers),
-        gradients=0,
         buffers=setup.width * bucket * buckets,
-        activations=0,
-        scratch=0,
         host_base=_host_base(model, setup.world_size, pinned=setup.on_gpu),
         host_checkpoint=4 * counts.trainable / setup.world_size
         + work.state_bytes(model, setup.config.optim, setup.world_size),

@@ -1,7 +1,7 @@
 """The optimizer's state, work and exchanges, computed from shapes; nothing is allocated.
 
-If matrices have their own rule (``optim.matrices``, ``optim.others``), T counts their parameters, N the ranks, and O the
-parameters of the matrices that the busiest rank updates: T / N, or the largest matrix if that is more, as with
+If matrices have their own rule (``optim.matrices``, ``optim.others``), T counts their parameters, N the ranks, and O
+the parameters of the matrices that the busiest rank updates: T / N, or the largest matrix if that is more, as with
 embeddings and head on more than two ranks:
 
 ========  ============================================================================================================
