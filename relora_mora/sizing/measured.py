@@ -136,10 +136,10 @@ _measured: dict[str, Layer] = {}
 def _remembered(model: PreTrainedModel, setup: Setup, operator: int | None) -> Layer:
     """What a layer needs with one operator; equal layers are measured once."""
     first = model.model.layers[0]
-    of_layer = [repr(first), [parameter.requires_grad for parameter in first.parameters()], operator]
+    of_layer: list[Any] = [repr(first), [parameter.requires_grad for parameter in first.parameters()], operator]
     of_layer += [(layer.resident, layer.stored) for _, layer in adapter_layers(first)]
     data = setup.config.data
-    of_setup = [setup.bf16, setup.on_gpu, setup.config.train.micro_batch_size, data.sequence_length]
+    of_setup: list[Any] = [setup.bf16, setup.on_gpu, setup.config.train.micro_batch_size, data.sequence_length]
     of_setup += [setup.config.model.attention, data.masks_documents]
     key = f"{of_layer} {of_setup} {model.config.to_json_string()}"
     if key not in _measured:
@@ -192,7 +192,7 @@ def _two_layers(model: PreTrainedModel, setup: Setup, operator: int | None, fake
     two.model.rotary_emb = type(two.model.rotary_emb)(config=config)  # computes its buffers, which are not fake
     two.model.embed_tokens.requires_grad_()  # so that both layers compute gradients of their inputs
     for name, linear in decoder_linears(two):
-        like = model.get_submodule(name.replace(".layers.1.", ".layers.0."))
+        like: Any = model.get_submodule(name.replace(".layers.1.", ".layers.0."))
         linear.weight.requires_grad_(like.weight.requires_grad)
         if isinstance(linear, AdapterLinear):
             is_cast = isinstance(like.stored, EightBits) and setup.on_gpu

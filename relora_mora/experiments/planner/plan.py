@@ -116,7 +116,17 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """All numbers for JSON; sizes in bytes, times in seconds."""
-        names = ("parameters", "flops", "optimizer_flops", "memory", "network", "cluster", "bf16", "on_cpu", "notes")
+        names: tuple[str, ...] = (
+            "parameters",
+            "flops",
+            "optimizer_flops",
+            "memory",
+            "network",
+            "cluster",
+            "bf16",
+            "on_cpu",
+            "notes",
+        )
         names += ("method", "zero_stage", "merge_every", "savings", "resident")
         found = {name: _plain(getattr(self, name)) for name in names}
         for method, stages in self.memory.items():
