@@ -9,6 +9,7 @@ from relora_mora.data.shard import Shard
 
 # A fraction of fewer rows says little. At the end of a shard that one lane reads it is exact, however few there are.
 JUDGED_FROM_ROWS = 1000
+JUDGED_FROM_BAD = 10  # or of fewer rows, if so many are bad: the lane's part of a shard that others share is small
 NOTES_PER_REASON = 3  # per shard
 OTHER_KEYS = "set data.text_column to the key of the texts, or data.records if the lines are records"
 
@@ -65,7 +66,8 @@ class BadRowLimit:
         """
         if not rows:
             self._note(f"{self._shard.label} is empty; skipped")
-        self._check(rows, max(rows, JUDGED_FROM_ROWS) if self._is_shared else rows)
+        says_little = self._is_shared and self.bad < JUDGED_FROM_BAD
+        self._check(rows, max(rows, JUDGED_FROM_ROWS) if says_little else rows)
 
     def _check(self, rows: int, at_least: int) -> None:
         if self.bad <= self._max_bad_fraction * at_least:

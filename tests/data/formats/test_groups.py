@@ -65,7 +65,7 @@ def test_rows_without_text_are_counted_by_kind_and_bad_ones_named_by_row(suffix,
     skipped = lane.state()["skipped"]
     assert set(skipped) == {"null_text", "empty_text", "invalid_utf8", "too_long"}
     assert lane.rows.notes[:2] == [
-        f"a{suffix}: row 4 is not UTF-8; skipped",
+        f"a{suffix}: row 4 is not text in UTF-8; skipped",
         f"a{suffix}: row 5 longer than data.max_line_bytes; skipped",
     ]
     with pytest.raises(SourceError, match=rf"a\{suffix}: 2 of 6 rows are bad, .*data\.max_bad_fraction"):
