@@ -9,10 +9,10 @@
         state-00000-of-00002.safetensors       the masters, moments and matrix states that rank 0 owned, float32; codes
                                                of 8-bit moments have 8 bits
         base-00000-of-00002.safetensors        the frozen weights that rank 0 owned, float32
-        tokenizer/...                          loaded by AutoTokenizer; if damaged, the tensors can still be used
+        tokenizer/...                          loaded by AutoTokenizer
 
-A folder ``*.tmp`` is being written or removed and does not count. A folder ``*.new`` is complete and about to replace
-``step-N``. It counts, because a kill can come before the rename.
+A folder ``*.tmp`` is being written or removed and does not count. A checkpoint is never replaced: one that does not
+belong to the history of the run any more is renamed to ``abandoned-step-N``, and no run takes it by itself.
 
 A tensor in a state file is a piece of one parameter. Its key is ``kind|name|start``: the kind is master, exp_avg,
 exp_avg_sq or momentum, then comes the parameter's name, and then the index of the first element in the flattened
@@ -22,6 +22,7 @@ by hard links until a merge changes the base. Nothing is pickled.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -38,9 +39,9 @@ from pydantic import AfterValidator, ConfigDict, Field, StrictBool, TypeAdapter,
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, optimizer_named, optimizer_of
 from relora_mora.config.removed import removed_faults, without_old_defaults
 from relora_mora.optim.groups import group_of
-from relora_mora.system.files import raise_if_lost, remove, sync
+from relora_mora.system.files import raise_if_lost, remove
+from relora_mora.system.logs import log
 
-NEW = ".new"
 TEMPORARY = ".tmp"
 
 
@@ -62,34 +63,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def list_new(folder: Path) -> list[Path]:
-    """Complete checkpoints ``step-N.new`` that were about to be renamed to ``step-N``, newest first."""
-    return sorted(
-        (path for path in folder.glob(f"step-*{NEW}") if path.is_dir() and step_of(path.with_suffix("")) is not None),
-        reverse=True,
-    )
-
-
-def put_in_place(new: Path) -> None:
-    """Renames a complete checkpoint ``step-N.new`` to ``step-N``. A previous ``step-N`` is only removed afterwards."""
-    final = new.with_suffix("")
-    aside = _set_aside(final)
-    new.rename(final)
-    sync(final.parent)
-    remove(aside)
-
-
 def discard(checkpoint: Path) -> None:
     """Removes a checkpoint. If this is interrupted, nothing that is left looks like a checkpoint."""
-    remove(_set_aside(checkpoint))
-
-
-def _set_aside(path: Path) -> Path:
-    aside = path.with_name(f"{path.name}.old{TEMPORARY}")
+    aside = checkpoint.with_name(f"{checkpoint.name}.old{TEMPORARY}")
     remove(aside)
-    if os.path.lexists(path):
-        path.rename(aside)
-    return aside
+    checkpoint.rename(aside)
+    remove(aside)
+
+
+def abandon(path: Path) -> None:
+    """Renames a checkpoint, or another file or folder of a run, to ``abandoned-NAME`` or ``abandoned-2-NAME``, ..."""
+    numbers = itertools.chain([""], (f"{number}-" for number in itertools.count(2)))
+    targets = (path.with_name(f"abandoned-{number}{path.name}") for number in numbers)
+    target = next(each for each in targets if not os.path.lexists(each))
+    path.rename(target)
+    log.warning("%s does not belong to the history that continues here: renamed to %s", path.name, target.name)
 
 
 FORMAT = "relora_mora checkpoint"
@@ -152,15 +140,6 @@ class Manifest:
         """As JSON, with a checksum of the manifest itself."""
         values = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
         return json.dumps({**values, "checksum": content_checksum(values)}, indent=1)
-
-    @property
-    def tokenizer_files(self) -> list[str]:
-        return [name for name in self.files if name.startswith(f"{TOKENIZER}/")]
-
-    @property
-    def tensor_files(self) -> list[str]:
-        """All files except those of the tokenizer. If one is missing, the checkpoint cannot be used."""
-        return [name for name in self.files if not name.startswith(f"{TOKENIZER}/")]
 
     @property
     def is_good(self) -> bool:

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from relora_mora.checkpoint.layout import NEW, TOKENIZER, FileEntry, Manifest, file_entry
-from relora_mora.checkpoint.tokenizer import write_tokenizer
+from relora_mora.checkpoint.layout import TOKENIZER, FileEntry, Manifest, file_entry, list_checkpoints
 from relora_mora.system.files import disk_faults_named, make_folder, ordinary_mode, sync
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
@@ -23,7 +22,6 @@ if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.engine.merging import FrozenMasters
 
 
-PLACES_KEPT = 12  # paths at which to look for a shared base file
 _T = TypeVar("_T")
 
 
@@ -33,7 +31,7 @@ class _SharedBase:
 
     merges_done: int
     entry: FileEntry
-    places: list[Path]  # where it may be, most likely first
+    folder: Path  # where it was written: a checkpoint, or its folder before that got its name
 
 
 class RankFiles:
@@ -56,8 +54,7 @@ class RankFiles:
         """The base equals that of this checkpoint. Its file can be shared if it holds exactly what this rank owns."""
         same = manifest.world_size == self.engine.world_size and list(manifest.frozen) == list(self.base.owner)
         entry = manifest.files.get(self.base_name) if same else None
-        places = [path / self.base_name for path in _places(folder)]
-        self._shared = None if entry is None else _SharedBase(manifest.merges_done, entry, places)
+        self._shared = None if entry is None else _SharedBase(manifest.merges_done, entry, folder)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies this rank's fragments to host memory. At stage 0 all ranks own everything, so each takes a share."""
@@ -84,8 +81,8 @@ class RankFiles:
             return iter(owned)
         return itertools.islice(owned, self.engine.rank, None, self.engine.world_size)
 
-    def write(self, work: Path, final: Path, merges_done: int, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
-        """Writes the files into ``work``, which will be renamed to ``final``, and syncs them; returns them by name.
+    def write(self, work: Path, merges_done: int, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
+        """Writes the files into ``work``, a folder in ``checkpoints/``, and syncs them; returns them by name.
 
         If writing fails, it removes its files before it raises the error.
         """
@@ -95,11 +92,13 @@ class RankFiles:
             if tensors:
                 files[self.state_name] = self._write_tensors(work / self.state_name, tensors)
             if self.base.owned:
-                files[self.base_name] = self._write_base(work, final, merges_done)
+                files[self.base_name] = self._write_base(work, merges_done)
             if self.engine.rank == 0:
-                write_tokenizer(self.tokenizer, work / TOKENIZER)
-                for name in self.tokenizer:
-                    files[f"{TOKENIZER}/{name}"] = file_entry(work / TOKENIZER / name)
+                for name, content in self.tokenizer.items():
+                    path = work / TOKENIZER / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content)
+                    files[f"{TOKENIZER}/{name}"] = file_entry(path)
             written = [work / name for name in files]
             for path in [*written, *{path.parent for path in written}]:
                 sync(path)
@@ -116,25 +115,28 @@ class RankFiles:
         path.chmod(self._mode)  # safetensors creates files that only their owner can read
         return file_entry(path)
 
-    def _write_base(self, work: Path, final: Path, merges_done: int) -> FileEntry:
+    def _write_base(self, work: Path, merges_done: int) -> FileEntry:
         path = work / self.base_name
         shared = self._shared if self._shared is not None and self._shared.merges_done == merges_done else None
-        if shared is not None and _link_any(shared.places, path) and file_entry(path) == shared.entry:
+        if shared is not None and self._link(shared, path) and file_entry(path) == shared.entry:
             entry = shared.entry
         else:
             path.unlink(missing_ok=True)
             entry = self._write_tensors(path, {f"base|{name}|0": self.base.weights[name] for name in self.base.owned})
-        # the file is in ``work`` until the first rank renames the folder, which can happen between two attempts
-        places = [folder / self.base_name for folder in (*_places(final), work, final)]
-        if shared is not None:
-            places += shared.places
-        self._shared = _SharedBase(merges_done, entry, places[:PLACES_KEPT])
+        self._shared = _SharedBase(merges_done, entry, work)
         return entry
 
+    def _link(self, shared: _SharedBase, target: Path) -> bool:
+        """Links ``target`` to the shared file; False if that is gone.
 
-def _places(checkpoint: Path) -> tuple[Path, Path]:
-    """The paths where a complete checkpoint may be: it may still end in ``.new``."""
-    return checkpoint, checkpoint.with_name(checkpoint.name + NEW)
+        The first rank may just have given its folder the checkpoint's name, or have removed it after a failed save.
+        Then the newest checkpoint has the file.
+        """
+        for folder in itertools.chain([shared.folder], list_checkpoints(target.parent.parent)):
+            with contextlib.suppress(FileNotFoundError):
+                _link(folder / self.base_name, target)
+                return True
+        return False
 
 
 def host_copies(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -151,17 +153,6 @@ def host_copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     if device is not None:
         torch.cuda.current_stream(device).synchronize()
     return copies
-
-
-def _link_any(sources: list[Path], target: Path) -> bool:
-    """Links to the first of these files that exists; False if none does."""
-    for source in sources:
-        try:
-            _link(source, target)
-        except FileNotFoundError:
-            continue
-        return True
-    return False
 
 
 def _link(source: Path, target: Path) -> None:

@@ -49,8 +49,8 @@ class CheckpointReader:
             (kind, name): [] for name in self.manifest.parameters for kind in self.manifest.kinds(name)
         }
         self._pieces |= {("base", name): [] for name in self.manifest.frozen}
-        for file in self.manifest.tensor_files:
-            if file.endswith(".safetensors"):
+        for file in self.manifest.files:
+            if file.endswith(".safetensors") and "/" not in file:
                 self._index(file)
         for (kind, name), pieces in self._pieces.items():
             self._check_complete(kind, name, sorted(pieces))
@@ -175,8 +175,7 @@ class CheckpointReader:
 def verify(folder: Path, ranks: tuple[int, int] | None = None) -> str | None:
     """The problem with a checkpoint; None if it is complete and intact.
 
-    With ``ranks``, which is this rank and their number, this is a collective, and the ranks share the reading. Damage
-    of the tokenizer does not count: see :func:`damaged_tokenizer`.
+    With ``ranks``, which is this rank and their number, this is a collective, and the ranks share the reading.
     """
     if ranks is None:
         return _damage_of_files(folder) or _damage_of_content(folder)
@@ -191,7 +190,7 @@ def _damage_of_files(folder: Path, rank: int = 0, world_size: int = 1) -> str | 
         return str(error)
     if layout.step_of(folder) not in (None, manifest.step):
         return f"{layout.MANIFEST}: belongs to step {manifest.step}"
-    return layout.damage(folder, manifest, manifest.tensor_files[rank::world_size])
+    return layout.damage(folder, manifest, list(manifest.files)[rank::world_size])
 
 
 def _damage_of_content(folder: Path) -> str | None:
@@ -211,7 +210,7 @@ def newest_whole(
     """
 
     def candidates() -> list[Path]:
-        return [path for path in list_candidates(folder) if suits(path)]
+        return [path for path in layout.list_checkpoints(folder) if suits(path)]
 
     skipped: list[str] = []
     for candidate in candidates() if ranks is None else from_first_rank(candidates):
@@ -220,18 +219,6 @@ def newest_whole(
             return candidate, skipped
         skipped.append(f"{candidate.name}: {problem.removeprefix(f'{candidate}/').removeprefix(f'{candidate}: ')}")
     return None, skipped
-
-
-def list_candidates(folder: Path) -> list[Path]:
-    """The folders in ``checkpoints/`` that may be checkpoints, newest first.
-
-    ``step-N.new`` comes before the ``step-N`` that it was about to replace.
-    """
-    return sorted(
-        [*layout.list_checkpoints(folder), *layout.list_new(folder)],
-        key=lambda path: (layout.step_of(path.with_suffix("")) or 0, path.name),
-        reverse=True,
-    )
 
 
 def check_folder(path: Path) -> None:
@@ -249,13 +236,13 @@ def find_checkpoint(path: Path) -> Path:
     A warning names newer ones that are damaged. Raises :class:`CheckpointError` if there is none or if it is damaged.
     """
     for folder in (path, RunFolder(path).checkpoints):
-        while candidates := list_candidates(folder):
+        while candidates := layout.list_checkpoints(folder):
             found, skipped = newest_whole(folder)
             if found is not None:
                 for reason in skipped:
                     shared_log.warning("%s: passed over %s", folder, reason)
                 return found
-            if list_candidates(folder) == candidates:  # otherwise the run has removed them and written newer ones
+            if layout.list_checkpoints(folder) == candidates:  # else a run has written newer ones and removed these
                 raise layout.CheckpointError(f"{folder}: all checkpoints in it are damaged: {'; '.join(skipped)}")
     check_folder(path)
     problem = verify(path)
@@ -273,7 +260,7 @@ def newest_manifest(path: Path) -> layout.Manifest:
     Raises :class:`CheckpointError` if there is none.
     """
     for folder in (path, RunFolder(path).checkpoints):
-        for checkpoint in list_candidates(folder):
+        for checkpoint in layout.list_checkpoints(folder):
             with contextlib.suppress(layout.CheckpointError):
                 return layout.read_manifest(checkpoint)
     return layout.read_manifest(path)

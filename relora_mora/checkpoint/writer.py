@@ -7,6 +7,7 @@ so a slow disk cannot hold up training.
 """
 
 import json
+import os
 import threading
 import time
 import uuid
@@ -19,10 +20,9 @@ import torch
 
 from relora_mora.checkpoint import layout
 from relora_mora.checkpoint.rank_files import RankFiles
-from relora_mora.checkpoint.reader import verify
 from relora_mora.checkpoint.tokenizer import read_tokenizer
 from relora_mora.distributed.collectives import from_first_rank
-from relora_mora.system.files import make_folder, remove, write_synced
+from relora_mora.system.files import make_folder, remove, sync, write_synced
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.engine.engine import ZeroEngine
@@ -78,12 +78,7 @@ def retire(folder: Path, newest: int, *, keep_last: int, keep_every_steps: int) 
 
 
 def tidy(folder: Path) -> None:
-    """Finishes or removes unfinished checkpoints that a killed run left in ``checkpoints/``."""
-    for new in layout.list_new(folder):
-        if verify(new) is None or not new.with_suffix("").exists():
-            layout.put_in_place(new)
-        else:
-            remove(new)
+    """Removes unfinished checkpoints that a killed run left in ``checkpoints/``."""
     for path in folder.glob(f"*{layout.TEMPORARY}"):
         remove(path)
 
@@ -179,7 +174,7 @@ class CheckpointWriter:
         work = final.with_name(f"{final.name}.{self._job[:8]}-{self._attempt}{layout.TEMPORARY}")
         message: dict[str, Any]
         try:
-            files = self._files.write(work, final, manifest.merges_done, tensors)
+            files = self._files.write(work, manifest.merges_done, tensors)
             message = {"files": {name: asdict(entry) for name, entry in files.items()}, "data_state": data_state}
         except Exception as error:
             message = {"failure": _reason(error)}
@@ -227,11 +222,10 @@ class CheckpointWriter:
         state = self.merge_states([part["data_state"] for part in parts])
         write_synced(work / layout.MANIFEST, replace(manifest, files=files, data_state=state).dump())
         self.sync_beside()
-        new = final.with_name(final.name + layout.NEW)
-        if new.exists():  # an earlier save of this step that is complete but was not renamed
-            layout.put_in_place(new)
-        work.rename(new)
-        layout.put_in_place(new)
+        if os.path.lexists(final):  # not from this history, in which every step is saved once
+            layout.abandon(final)
+        work.rename(final)
+        sync(final.parent)
 
     def _tidy_up(self, step: int) -> None:
         """Updates files that a resume does not need. A failure is reported and does not affect the checkpoint."""

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,8 +111,7 @@ def main(
     if "data.document_mask" in overrides and masked and not settings.document_mask:
         raise ValueError("--data.document_mask: records that are packed whole are always masked; leave it out")
     _check_length(settings.sequence_length, loaded, model, masked=masked)
-    with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
-        sets = held_out(settings, str(tokenizer_path), max_tokens)
+    sets = held_out(settings, str(_tokenizer_of(loaded, tokenizer)), max_tokens)
     lm = _on_device(loaded)
     if not is_causal(lm, lm.device):
         kind = type(lm).__name__
@@ -226,8 +225,7 @@ def _score_tasks(
     from relora_mora.weights.export import generation_config
 
     lm = _on_device(loaded)
-    with _tokenizer_of(loaded, tokenizer) as tokenizer_path:
-        loaded_tokenizer = load_tokenizer(tokenizer_path)
+    loaded_tokenizer = load_tokenizer(_tokenizer_of(loaded, tokenizer))
     if loaded.of_run:
         lm.generation_config = generation_config(loaded_tokenizer, lm.config)  # as in its export
     results = evaluate_tasks(
@@ -244,32 +242,23 @@ def _score_tasks(
             record(run, step, results, num_fewshot=num_fewshot, limit=limit)
 
 
-@contextlib.contextmanager
-def _tokenizer_of(loaded: "LoadedModel", other: str | None) -> Iterator[Path]:
+def _tokenizer_of(loaded: "LoadedModel", other: str | None) -> Path:
     """The folder of the model's own tokenizer, or ``other`` instead; checks that its ids fit the model."""
-    from relora_mora.checkpoint.layout import read_manifest
-    from relora_mora.checkpoint.tokenizer import damaged_tokenizer
     from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens
     from relora_mora.tokenizer.load import load_tokenizer
 
     vocab_size = loaded.model.config.get_text_config().vocab_size
-    if other is None:
-        with loaded.tokenizer as own:
-            check_vocabulary(load_tokenizer(own), vocab_size)
-            yield own
-        return
-    tokenizer = load_tokenizer(other)
+    path = loaded.tokenizer if other is None else Path(other)
+    tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, vocab_size)
-    checkpoint = None if loaded.checkpoint is None else loaded.checkpoint[0]
-    if checkpoint is None or damaged_tokenizer(checkpoint, read_manifest(checkpoint)) is None:
-        with contextlib.suppress(ValueError), loaded.tokenizer as own:  # the model may have no tokenizer
-            if not gives_same_tokens(other, own, tokenizer):
-                print(
-                    f"{other} gives other tokens than the model's own tokenizer: the numbers below are meaningful only "
-                    "if the model was trained with it",
-                    file=sys.stderr,
-                )
-    yield Path(other)
+    with contextlib.suppress(ValueError):  # the model may have no tokenizer
+        if other is not None and not gives_same_tokens(other, loaded.tokenizer, tokenizer):
+            print(
+                f"{other} gives other tokens than the model's own tokenizer: the numbers below are meaningful only "
+                "if the model was trained with it",
+                file=sys.stderr,
+            )
+    return path
 
 
 def _table(results: Mapping[str, "EvalResult"]) -> str:

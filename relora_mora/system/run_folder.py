@@ -38,7 +38,6 @@ class RunFolder:
     wandb_id = RunFile("wandb-id.txt")  # the id of the run at Weights & Biases, which a resume continues
     tasks = RunFile("tasks.jsonl")  # JSON lines as in `metrics`, one per evaluation of tasks
     checkpoints = RunFile("checkpoints")  # a folder with the checkpoints, see relora_mora.checkpoint.layout
-    rollbacks = RunFile("rollbacks.json")  # the run's rollbacks; a resume skips the same data again
     ends = RunFile("ends.jsonl")  # JSON lines, one per recorded end of the run: exit code, reason, step
 
     def stacks(self, rank: int) -> Path:

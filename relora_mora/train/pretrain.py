@@ -44,11 +44,10 @@ from relora_mora.train.begin.run_folder import check_run_folder, keep_run_folder
 from relora_mora.train.log.loggers import check_loggers
 from relora_mora.train.log.progress import describe
 from relora_mora.train.loop.loop import Trainer
-from relora_mora.train.state.restore import forget_rollbacks, start_records
+from relora_mora.train.state.restore import start_records
 from relora_mora.train.state.resume import (
     check_resume,
     describe_changes,
-    is_own_history,
     open_checkpoint,
     resume,
     where_to_resume,
@@ -145,15 +144,13 @@ def _train(checked: ResolvedRun, rank: int, world_size: int, guard: Guard) -> in
     guard.begin("reading the checkpoint", within=LONG_SECONDS)
     begin = collectives.from_first_rank(lambda: where_to_resume(config))
     reader = None if begin is None else open_checkpoint(checked, begin, rank, world_size)
-    continues = begin is not None and is_own_history(config, begin)
     guard.begin("building the model", within=LONG_SECONDS)
     run = build(checked, rank, world_size, resumes=reader is not None)
     if reader is not None:
         guard.begin("reading the checkpoint", within=LONG_SECONDS)
-        state = resume(run, reader, continues=continues)
+        state = resume(run, reader)
     else:
         state = RunState(initial_seed=config.train.seed)
-        forget_rollbacks(Path(config.train.run_dir), state)
     if checked.compiled:
         warm_up(run, state, guard)
     _record_start(checked, world_size, state, reader)

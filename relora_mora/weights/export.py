@@ -26,7 +26,7 @@ from relora_mora.system.files import new_folder
 from relora_mora.system.logs import counted, log
 from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.tokenizer.load import load_tokenizer
-from relora_mora.weights.digests import ABSENT, other_weights
+from relora_mora.weights.digests import other_weights
 from relora_mora.weights.foreign import abbreviate
 from relora_mora.weights.peft import CONFIG, KEY, PREFIX, RELEASED_TYPES, WEIGHTS, base_sample
 
@@ -156,7 +156,7 @@ def _check_exportable(reader: CheckpointReader, model: ModelConfig, method: Meth
         fault = f"{method.name} trains without adapters"
     elif model.init_from is None:
         fault = "it has no model.init_from, so there is no base model for its adapter"
-    elif began == ABSENT["model.init_from"]:
+    elif began == "no model.init_from":
         fault = f"it began with {began}, so there is no base model for its adapter"
     elif manifest.merges_done:
         fault = f"{counted(manifest.merges_done, 'merge')} changed the base weights of its adapter"
@@ -218,20 +218,19 @@ def export(path: Path, out: Path, dtype: torch.dtype = torch.float32, form: str 
     """
     with new_folder(out) as work:
         checkpoint = find_checkpoint(path)
-        with tokenizer_of(checkpoint) as folder:
-            tokenizer = load_tokenizer(folder)
-            if form == "merged":
-                model = merged_model(checkpoint, dtype)
-                model.generation_config = generation_config(tokenizer, model.config)
-                model.config.update({**ids_of_roles(tokenizer), "use_cache": True})
-                model.save_pretrained(work)
-                _name_rope(work / "config.json")
-            else:
-                reader = CheckpointReader(checkpoint)
-                write_adapter(reader, work, dtype, released=form == "peft-mora")
-                model_config = stored_model_config(reader.manifest.model_config)
-                generation_config(tokenizer, model_config).save_pretrained(work)
-            save_tokenizer(tokenizer, work)
+        tokenizer = load_tokenizer(tokenizer_of(checkpoint))
+        if form == "merged":
+            model = merged_model(checkpoint, dtype)
+            model.generation_config = generation_config(tokenizer, model.config)
+            model.config.update({**ids_of_roles(tokenizer), "use_cache": True})
+            model.save_pretrained(work)
+            _name_rope(work / "config.json")
+        else:
+            reader = CheckpointReader(checkpoint)
+            write_adapter(reader, work, dtype, released=form == "peft-mora")
+            model_config = stored_model_config(reader.manifest.model_config)
+            generation_config(tokenizer, model_config).save_pretrained(work)
+        save_tokenizer(tokenizer, work)
     return checkpoint
 
 

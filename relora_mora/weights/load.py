@@ -1,7 +1,7 @@
 """Loads trained models: the one that a run starts from, one to score text with, and a base with an adapter."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,13 @@ HF_LENGTH = 2048  # default limit of the sequence length for scoring a foreign m
 class LoadedModel:
     """A causal LM to score text with.
 
-    ``tokenizer`` is a context manager for the tokenizer's folder; ``data`` says how the training text was read.
+    ``tokenizer`` is the tokenizer's folder; ``data`` says how the training text was read.
     ``checkpoint`` is the checkpoint of this trainer that the weights are from, and its step. ``of_run`` is also true
     for an adapter on such weights; the model's config may then name other special tokens than the tokenizer.
     """
 
     model: PreTrainedModel
-    tokenizer: AbstractContextManager[Path]
+    tokenizer: Path
     data: DataConfig
     description: str
     checkpoint: tuple[Path, int] | None = None
@@ -158,7 +158,7 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
         model = load_foreign(path, dtype)
         length = min(HF_LENGTH, positions_of(model) or HF_LENGTH)
         plain = DataConfig.model_validate({"train": "none", "validation": "none", "sequence_length": length})
-        return LoadedModel(model, nullcontext(path), plain, f"{path} ({type(model).__name__})")
+        return LoadedModel(model, path, plain, f"{path} ({type(model).__name__})")
     checkpoint = find_checkpoint(path)
     manifest = read_manifest(checkpoint)
     data = stored_config(manifest.config, str(checkpoint)).data
@@ -192,10 +192,9 @@ def load_model(path: Path, dtype: torch.dtype, base: Path | None = None) -> Load
         parameter.data = parameter.data.to(dtype)
     if (path / GENERATION_CONFIG_NAME).is_file():  # the adapter was trained to stop at other tokens than its base
         loaded.model.generation_config = GenerationConfig.from_pretrained(path)
-    own: AbstractContextManager[Path] = nullcontext(path)
     return replace(
         loaded,
-        tokenizer=own if has_tokenizer(path) else loaded.tokenizer,
+        tokenizer=path if has_tokenizer(path) else loaded.tokenizer,
         description=f"{path} on {loaded.description}",
         checkpoint=None,
     )

@@ -246,7 +246,7 @@ def test_a_base_file_that_was_damaged_on_the_disk_is_not_shared(pools, tmp_path)
     assert damaged[0].startswith("base|")
 
 
-def test_files_and_links_in_the_way_are_replaced_and_not_followed(pools, tmp_path):
+def test_files_and_links_in_the_way_are_renamed_and_not_followed(pools, tmp_path):
     folder = tmp_path / "checkpoints"
     elsewhere = tmp_path / "elsewhere"
     for made in (folder / "step-00000001", elsewhere, folder / "latest"):
@@ -263,10 +263,12 @@ def test_files_and_links_in_the_way_are_replaced_and_not_followed(pools, tmp_pat
         path = folder / f"step-{step:08d}"
         assert verify(path) is None
         assert not path.is_symlink()
-        assert not (path / "mine").exists()
     assert (elsewhere / "mine").read_text() == "mine"
     assert len(list(elsewhere.iterdir())) == 1
-    assert {path.name for path in folder.iterdir()} == {"latest", *(f"step-0000000{step}" for step in (1, 2, 3))}
+    abandoned = [folder / f"abandoned-step-0000000{step}" for step in (1, 2, 3)]
+    assert (abandoned[0] / "mine").read_text() == "mine"
+    assert abandoned[1].read_text() == "a file"
+    assert abandoned[2].readlink() == elsewhere
 
 
 def slow_to_write(config: Any, what: str) -> bool:
@@ -334,5 +336,5 @@ def test_a_rank_that_fails_frees_its_space(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_files, "save_file", full)
     mine = rank_files.RankFiles(SimpleNamespace(rank=1, world_size=2), SimpleNamespace(owned=[]), {})
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/work'"):
-        mine.write(tmp_path / "work", tmp_path / "final", 0, {"a": torch.zeros(1)})
+        mine.write(tmp_path / "work", 0, {"a": torch.zeros(1)})
     assert list((tmp_path / "work").iterdir()) == []

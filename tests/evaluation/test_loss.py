@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,7 +146,7 @@ def test_the_revisions_of_a_run_apply_only_to_its_own_text():
     commits = ["a" * 40, "b" * 40]
     own = {"c4": "allenai/c4", "web": [{"source": "some/set", "revision": commits[1]}]}
     data = DataConfig(train="allenai/c4", validation=own | {"here": "a.jsonl"}, revision=commits[0])
-    loaded = LoadedModel(_gpt2(), nullcontext(), data, "a run")
+    loaded = LoadedModel(_gpt2(), Path("none"), data, "a run")
     own_settings = loaded.data_settings(None, {})
     assert (own_settings.validation, own_settings.revision) == (data.validation, data.revision)
     for given in ({"web": "some/set", "new": "other/set", "c4": "allenai/c4"}, ["some/set", "other/set", "allenai/c4"]):
@@ -154,14 +154,14 @@ def test_the_revisions_of_a_run_apply_only_to_its_own_text():
         assert [source.revision for source in settings.sources("validation")] == [commits[1], None, commits[0]]
         assert (settings.revision, settings.sequence_length) == ("main", 64)
     noted = {"other/set@main": commits[0]}
-    of_run = LoadedModel(_gpt2(), nullcontext(), data.model_copy(update={"commits": noted}), "a run")
+    of_run = LoadedModel(_gpt2(), Path("none"), data.model_copy(update={"commits": noted}), "a run")
     assert Commits.of(of_run.data_settings("other/set", {})).at("other/set") == commits[0]
     (here,) = loaded.data_settings(["a.jsonl"], {}).sources("validation")
     assert here.revision is None  # it is on no hub
     asked = loaded.data_settings(["some/set"], {"data.revision": "v2"})
     assert asked.revision == "v2"
     assert asked.sources("validation")[0].revision is None
-    masked = LoadedModel(_gpt2(), nullcontext(), data.model_copy(update={"document_mask": True}), "a run")
+    masked = LoadedModel(_gpt2(), Path("none"), data.model_copy(update={"document_mask": True}), "a run")
     rows = {"data.records.kind": "question", "data.packing": "none"}
     assert masked.data_settings(None, {}).document_mask
     assert not masked.data_settings(["a.jsonl"], rows).document_mask
@@ -171,7 +171,7 @@ def test_conversations_of_a_run_use_the_template_saved_with_its_tokenizer():
     """The file may be another by now. Another tokenizer has no template of the run."""
     records = {"kind": "messages", "template": "chat.jinja"}
     data = DataConfig(train="a.jsonl", validation="b.jsonl", records=records)
-    loaded = LoadedModel(_gpt2(), nullcontext(), data, "a run")
+    loaded = LoadedModel(_gpt2(), Path("none"), data, "a run")
     assert loaded.data_settings(None, {}).records.template is None
     assert loaded.data_settings(None, {}, own_tokenizer=False).records.template == "chat.jinja"
 
@@ -181,7 +181,7 @@ def test_conversations_of_a_run_use_the_template_saved_with_its_tokenizer():
 )
 def test_records_of_another_kind_do_not_use_the_settings_of_the_run(own):
     data = DataConfig(train="a.jsonl", validation="b.jsonl", records=own)
-    loaded = LoadedModel(_gpt2(), nullcontext(), data, "a run")
+    loaded = LoadedModel(_gpt2(), Path("none"), data, "a run")
     for kind in ("question", "text"):
         asked = loaded.data_settings("c.jsonl", {"data.records.kind": kind})
         assert asked.records == RecordsConfig(kind=kind)

@@ -19,7 +19,6 @@ NAMES = {
     "tensorboard": "tensorboard",
     "wandb_id": "wandb-id.txt",
     "checkpoints": "checkpoints",
-    "rollbacks": "rollbacks.json",
     "ends": "ends.jsonl",
 }
 

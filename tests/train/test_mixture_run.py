@@ -104,8 +104,9 @@ def test_a_kill_after_a_rollback_does_not_change_the_drawn_sources(pools, inputs
     assert counted[10]["train/tokens/lines"] == (30 + 12) * 32
     assert counted[10]["train/tokens/rows"] == (50 + 4) * 32
     pools(2)(_bad_at, _config(inputs, tokenizer_path, killed), (4, 5), kill_at=3)
-    pools(2)(train, _config(inputs, tokenizer_path, killed))
+    pools(2)(_bad_at, _config(inputs, tokenizer_path, killed), (4, 5))
     assert different_tensors(_end(rolled), _end(killed)) == []
+    assert logged_steps(killed, "train/rollbacks") == [3]
 
 
 @pytest.mark.more

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 from relora_mora.config.schema import ModelConfig
-from relora_mora.system.run_folder import noted_digests
-from relora_mora.weights.digests import changed_start, model_digests, start_digests, starts_of
-from tests.tools.runs import run_config, write_inputs
+from relora_mora.weights.digests import model_digests, other_weights
 
 HARMS = {"config.json": b"{ }", "model-00002-of-00002.safetensors": b"x" * 200_000}
 
@@ -70,42 +67,21 @@ def test_a_missing_path_has_no_digest(tmp_path: Path, model: Path):
     assert set(model_digests(ModelConfig(config=str(tmp_path / "model.json")))) == {"model.config"}
 
 
-@pytest.mark.parametrize(
-    ("file", "said"),
-    [
-        ("train/part-00001.json.gz", "other text than data.train holds now"),
-        ("validation/part-00000.json.gz", "other text than data.validation holds now"),
-        ("tokenizer.model", "another tokenizer than tokenizer.path holds now"),
-    ],
-)
-def test_other_text_and_another_tokenizer_are_noticed(
-    tmp_path: Path, tokenizer_path: str, other_tokenizer: str, file: str, said: str
-):
-    folder = write_inputs(tmp_path)
-    tokenizer = Path(shutil.copy(Path(tokenizer_path, "tokenizer.model"), folder))
-    config = run_config(folder, str(tokenizer), tmp_path / "run")
-    noted = start_digests(config)
-    assert noted.keys() == {"model.config", "tokenizer.path", "data.train", "data.validation"}
-    assert start_digests(config) == noted
-    other = Path(other_tokenizer, file) if file == "tokenizer.model" else folder / "train/part-00002.json.gz"
-    shutil.copy(other, folder / file)
-    assert changed_start(noted, start_digests(config)) == said
-    shutil.rmtree(folder)
-    assert start_digests(config) == {}
-
-
 def test_a_run_is_compared_with_its_newest_start_that_read_weights(tmp_path: Path, model: Path):
     given = ModelConfig(init_from=str(model))
-    run = tmp_path / "run"
-    assert noted_digests(starts_of(run)) == {}
-    noted = model_digests(given)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000005"
+    assert other_weights(checkpoint, given) == {}
+    noted = {**model_digests(given), "data.train": "0" * 32}
     starts = [{"began_with": {"model.init_from": "0" * 32}}, {"began_with": noted}, {"step": 5}]
     lines = "".join(json.dumps(start) + "\n" for start in starts)
-    _write(run, **{"starts.jsonl": lines})
-    assert noted_digests(starts_of(run)) == noted
-    assert changed_start(noted, model_digests(given)) is None
+    _write(tmp_path / "run", **{"starts.jsonl": lines})
+    assert other_weights(checkpoint, given) == {}
+    assert other_weights(checkpoint, given.model_copy(update={"adapter": str(model)})) == {
+        "model.adapter": "no model.adapter"
+    }
     (model / "config.json").write_text("{ }")
-    assert changed_start(noted, model_digests(given)) == "other weights than model.init_from holds now"
-    assert changed_start(noted, {}) is None, "it is not there any more"
-    (run / "starts.jsonl").write_text(lines + '{"cut')
-    assert noted_digests(starts_of(run)) == {}
+    changed = {"model.init_from": "other weights than model.init_from holds now"}
+    assert other_weights(checkpoint, given) == changed
+    assert other_weights(checkpoint, ModelConfig(init_from=str(tmp_path / "none"))) == {}, "it is not there any more"
+    (tmp_path / "run" / "starts.jsonl").write_text(lines + '{"cut')
+    assert other_weights(checkpoint, given) == {}

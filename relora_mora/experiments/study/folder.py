@@ -17,8 +17,7 @@ from relora_mora.experiments.compare.settings import used_settings
 from relora_mora.experiments.study.design import Cell, Study
 from relora_mora.supervise.exits import FINISHED
 from relora_mora.system.files import write_synced
-from relora_mora.system.run_folder import RunFolder, noted_digests, read_json_lines
-from relora_mora.weights.digests import changed_start, start_digests, starts_of
+from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 # settings that do not affect a run's numbers; a resume compares the text at its commits itself
 NOT_COMPARED = {"train.run_dir", "data.commits"}
@@ -106,22 +105,12 @@ class StudyFolder:
     def begin(self, configs: Mapping[Cell, Config], threads: int) -> None:
         """Writes the settings of cells.
 
-        Raises ValueError if a cell was started or finished with other settings, or if its model, text or tokenizer have
-        changed since.
+        Raises ValueError if a cell was started or finished with other settings. If its model, text or tokenizer have
+        changed since, the comparison says so.
         """
         faults = []
-        digests: dict[str, dict[str, str]] = {}  # by inputs, because most cells read the same
         for cell, config in configs.items():
             changed = self._changed_settings(cell, config, threads)
-            noted = noted_digests(self._starts(cell))
-            if changed is None and noted:
-                # a late import: it loads torch, which takes seconds
-                from relora_mora.weights.load import with_tokenizer
-
-                inputs = input_key(config)
-                if inputs not in digests:
-                    digests[inputs] = start_digests(with_tokenizer(config))
-                changed = changed_start(noted, digests[inputs])
             if changed is not None:
                 record = f" and its line in {self.records}" if self.is_done(cell) else ""
                 faults.append(
@@ -165,8 +154,11 @@ class StudyFolder:
 
     def _starts(self, cell: Cell) -> list[dict[str, Any]]:
         """The run's notes of its starts, or those in its record; empty if it was never started."""
-        record = self.kept().get(cell.name)
-        return starts_of(self.run(cell).path) or ([] if record is None else [record["start"]])
+        try:
+            return read_json_lines(self.run(cell).starts)
+        except (OSError, ValueError):  # missing, or truncated because the disk was full
+            record = self.kept().get(cell.name)
+            return [] if record is None else [record["start"]]
 
 
 @functools.lru_cache(maxsize=2)

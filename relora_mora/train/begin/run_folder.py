@@ -1,6 +1,5 @@
 """Writes the files that describe a run into its folder."""
 
-import filecmp
 import importlib.metadata
 import json
 import os
@@ -8,7 +7,6 @@ import platform
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from relora_mora.checkpoint.reader import list_candidates
+from relora_mora.checkpoint.layout import list_checkpoints
 from relora_mora.config.checks.combinations import OPERATIONAL
 from relora_mora.config.load import ConfigError, dump, stored_config
 from relora_mora.config.schema import Config
@@ -33,7 +30,7 @@ from relora_mora.system.run_folder import CHANGED, NOTED, RunFolder
 from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.train.begin.check import ResolvedRun
 from relora_mora.train.begin.identity import changed_settings
-from relora_mora.weights.digests import start_digests
+from relora_mora.weights.digests import model_digests
 
 
 def check_run_folder(path: Path) -> None:
@@ -48,9 +45,9 @@ def check_run_folder(path: Path) -> None:
                 f"train.run_dir: {place} is a link to a folder that does not exist; mount its disk, or remove the link"
             )
             raise ConfigError([fault], "the settings")
-    if folder.lock.exists() or list_candidates(folder.checkpoints):
+    if folder.lock.exists() or list_checkpoints(folder.checkpoints):
         return
-    outputs = (folder.config, folder.model_config, folder.tokenizer, folder.metrics, folder.wandb_id, folder.rollbacks)
+    outputs = (folder.config, folder.model_config, folder.tokenizer, folder.metrics, folder.wandb_id)
     existing = [output.name for output in outputs if output.exists()]
     if existing:
         fault = (
@@ -70,25 +67,25 @@ def write_run_folder(
     """Writes settings, command, versions, commit, model and tokenizer into the run folder. First rank only.
 
     ``changed`` describes what differs from the checkpoint that the run resumes. It is None if there is no checkpoint;
-    then the digests of the run's inputs are recorded.
+    then the digests of what the run begins with are recorded.
     """
     folder = Path(checked.config.train.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with disk_faults_named(folder):
         start = _start_record(checked, world_size, step)
         if changed is None:
-            start[NOTED] = start_digests(checked.config)
+            digests = {"tokenizer.path": checked.tokenizer_fingerprint, "data.train": checked.data_content}
+            start[NOTED] = model_digests(checked.config.model) | digests
         elif changed:
             start[CHANGED] = list(changed)
         names = RunFolder(folder)
         write_synced(names.config, dump(checked.config))  # a resume takes the commits of the data from it
         write_synced(names.model_config, json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
-        if not _holds(names.tokenizer, checked.tokenizer):  # an earlier start may have had another one, or its template
-            work = folder / "tokenizer.tmp"
-            remove(work)
-            save_tokenizer(checked.tokenizer, work)
-            remove(names.tokenizer)
-            work.rename(names.tokenizer)
+        work = folder / "tokenizer.tmp"
+        remove(work)
+        save_tokenizer(checked.tokenizer, work)
+        remove(names.tokenizer)  # an earlier start may have had another one, or somebody has changed it
+        work.rename(names.tokenizer)
         append_synced(names.starts, json.dumps(start))
 
 
@@ -110,17 +107,6 @@ def keep_run_folder(config: Config, made_with: Mapping[str, Any]) -> None:
     # a start that was interrupted before it trained may have left other settings
     settings = dump(before.model_copy(update={"train": before.train.model_copy(update=here)}))
     write_if_possible(names.config, settings, without="it stays as the previous start left it")
-
-
-def _holds(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a folder holds the files of a tokenizer, perhaps among others."""
-    with tempfile.TemporaryDirectory(prefix="tokenizer-") as work:
-        with disk_faults_named(Path(work)):
-            save_tokenizer(tokenizer, work)
-        files = [path.relative_to(work) for path in Path(work).rglob("*") if path.is_file()]
-        return all(
-            (folder / name).is_file() and filecmp.cmp(Path(work, name), folder / name, shallow=False) for name in files
-        )
 
 
 def _start_record(checked: ResolvedRun, world_size: int, step: int) -> dict[str, Any]:

@@ -155,6 +155,14 @@ class Metrics:
             self._file = None
 
 
+def was_logged(folder: RunFolder, step: int, tag: str) -> bool:
+    """Whether ``metrics.jsonl`` has a line of a step with a tag."""
+    if not folder.metrics.exists():
+        return False
+    lines = folder.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+    return any(line.startswith(f'{{"step": {step}, ') and f'"{tag}"' in line and line.endswith("}") for line in lines)
+
+
 Write = Callable[[int, Mapping[str, Any]], None]  # (step, its metrics); does nothing on ranks other than the first
 
 _COUNTED = ("documents", "bad", "retries", *(f"skipped/{reason}" for reason in SKIP_REASONS))

@@ -124,11 +124,10 @@ class Trainer:
         self.metrics = None
         if first:
             continues = state.saved is not None  # False if the checkpoint is in another run's folder
-            not_evaluated = {"eval/seconds"} if state.evaluated != state.step else set()
             self.metrics = Metrics(
                 self.folder,
                 step=state.step if continues else 0,
-                repeated=state.done_at_load.keys() | not_evaluated,
+                repeated=state.done_at_load.keys() | {"train/rollbacks"},
                 loggers=make_loggers(self.folder, config.log),
             )
         self.progress = Progress(total=config.train.steps, done=state.step, show=first and config.log.progress)
@@ -161,7 +160,6 @@ class Trainer:
                     return self.shutdown.stop(self.state)
             if not self.evaluating.evaluate(self.state):
                 return self.shutdown.stop(self.state)
-            self.state.saved = None  # save again with this evaluation, so that the next start does not repeat it
         if self.state.step and self.state.saved is None and self.state.trouble is None:
             self.saving.save(self.state)  # a run that began with another run's checkpoint gets its own
         self.progress.begin()

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from relora_mora.checkpoint.layout import CheckpointError
-from relora_mora.checkpoint.reader import CheckpointReader, check_folder, find_checkpoint, list_candidates, newest_whole
-from relora_mora.checkpoint.tokenizer import damaged_tokenizer
+from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints
+from relora_mora.checkpoint.reader import CheckpointReader, check_folder, find_checkpoint, newest_whole
 from relora_mora.config.load import dump
 from relora_mora.config.schema import Config
 from relora_mora.config.yaml_text import parse_yaml
@@ -16,7 +15,8 @@ from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
 from relora_mora.train.begin.check import ResolvedRun, saved_settings
 from relora_mora.train.begin.identity import Change, Identity, changed_settings, changes_since
-from relora_mora.train.state.restore import forget_rollbacks, replay_rollbacks, restore
+from relora_mora.train.log.report import was_logged
+from relora_mora.train.state.restore import restore
 from relora_mora.train.state.run_state import RunState
 from relora_mora.weights.digests import other_weights
 
@@ -25,7 +25,7 @@ def check_resume(config: Config) -> None:
     """Raises :class:`CheckpointError` for a ``train.resume`` that is wrong whatever the other settings are."""
     resume = config.train.resume
     folder = RunFolder(Path(config.train.run_dir))
-    has_checkpoints = bool(list_candidates(folder.checkpoints))
+    has_checkpoints = bool(list_checkpoints(folder.checkpoints))
     if resume == "never" and has_checkpoints:
         raise CheckpointError(
             f"{folder.checkpoints}: holds checkpoints, and train.resume=never; use another train.run_dir, or "
@@ -46,7 +46,7 @@ def where_to_resume(config: Config) -> Path | None:
     """
     resume = config.train.resume
     folder = RunFolder(Path(config.train.run_dir))
-    has_checkpoints = bool(list_candidates(folder.checkpoints))
+    has_checkpoints = bool(list_checkpoints(folder.checkpoints))
     own = folder.checkpoints.resolve()
     named = Path(resume).absolute()
     if has_checkpoints and own in (named.resolve(), RunFolder(named).checkpoints.resolve()):
@@ -94,20 +94,18 @@ def open_checkpoint(checked: ResolvedRun, begin: Path, rank: int, world_size: in
     reader = CheckpointReader(chosen)
     _check_same_run(checked, reader)
     if rank == 0:
-        problem = damaged_tokenizer(chosen, reader.manifest)
-        if problem is not None:
-            log.warning("%s: %s; its tensors are intact, and the run continues with tokenizer.path", chosen, problem)
         for name, began in other_weights(chosen, config.model).items():
             log.warning("%s: the run began with %s; it continues from %s and ignores them", name, began, chosen)
     return reader
 
 
-def resume(run: Run, reader: CheckpointReader, *, continues: bool) -> RunState:
-    """Restores a run from a checkpoint; a collective.
-
-    ``continues``: it is the newest one of this run. Otherwise another history begins with it.
-    """
+def resume(run: Run, reader: CheckpointReader) -> RunState:
+    """Restores a run from a checkpoint; a collective."""
     state = restore(run, reader)
+    folder = RunFolder(Path(run.config.train.run_dir))
+    # the evaluation of a checkpoint's step may come after it, if a signal interrupted it
+    if state.saved is not None and from_first_rank(lambda: was_logged(folder, state.step, "eval/seconds")):
+        state.evaluated = state.step
     if reader.manifest.data_order != run.checked.data_order:
         state.data = start_states(run.config.lanes, mixture_names(run.config.data))
         shared_log.warning("the training data has changed (train.allow_changes): it is read from its beginning")
@@ -116,11 +114,6 @@ def resume(run: Run, reader: CheckpointReader, *, continues: bool) -> RunState:
             "the training data has other content under the same names (train.allow_changes): "
             "reading continues at the same lines"
         )
-    folder = Path(run.config.train.run_dir)
-    if continues:
-        replay_rollbacks(folder, state, run.checked.data_order)
-    else:
-        forget_rollbacks(folder, state)
     return state
 
 

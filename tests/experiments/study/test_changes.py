@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,7 @@ import pytest
 from relora_mora.experiments.study.conduct import CellsFailed, conduct, known_cells
 from relora_mora.experiments.study.design import first_round
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs
-from relora_mora.system.run_folder import read_json_lines
-from tests.experiments.study.tools import BASE, CHANGES, PROGRAM, made_start, made_study
-from tests.tools.data_tools import write_shards
-from tests.tools.runs import write_inputs
+from tests.experiments.study.tools import BASE, CHANGES, PROGRAM, made_study
 
 
 def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
@@ -87,64 +83,6 @@ def test_truncated_settings_are_reported(tmp_path: Path, text: str):
         ValueError, match=r"lr=0\.003,seed=0 was started with settings that cannot be read, .*; remove "
     ):
         conduct(study, folder, PROGRAM, 1)
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Path:
-    return made_start(tmp_path / "start")
-
-
-OTHER_WEIGHTS = r"lr=0.003,seed=0 was started with other weights than model.init_from holds now; remove .*lr="
-
-
-def test_runs_with_a_changed_initial_model_are_not_mixed(tmp_path: Path, start: Path):
-    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
-    folder = StudyFolder(tmp_path / "out")
-    for _ in range(2):
-        assert conduct(study, folder, PROGRAM, 1) == 1
-    (start / "model.safetensors").write_bytes(b"b" * 100_000)
-    with pytest.raises(ValueError, match=OTHER_WEIGHTS):
-        conduct(study, folder, PROGRAM, 1)
-    kept = folder.run(first_round(study)[0]).starts
-    [line] = read_json_lines(kept)
-    kept.write_text(json.dumps({**line, "began_with": {}}) + "\n", encoding="utf-8")
-    assert conduct(study, folder, PROGRAM, 1) == 1, "an earlier version did not note it"
-    kept.write_text(json.dumps(line) + "\n", encoding="utf-8")
-    shutil.rmtree(start)
-    assert conduct(study, folder, PROGRAM, 1) == 1, "all is done, and the model is needed no more"
-
-
-def test_an_initial_model_may_not_change_between_the_rounds(
-    tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch
-):
-    choose = {"over": ["optim.lr"], "lowest": "eval/loss"}
-    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
-    study = made_study(grid=grid, seeds=[0, 1], choose=choose, settings={"model.init_from": str(start)})
-
-    def changed(*given: Any) -> Any:
-        (start / "model.safetensors").write_bytes(b"b" * 100_000)
-        return known_cells(*given)
-
-    monkeypatch.setitem(conduct.__globals__, "known_cells", changed)
-    folder = StudyFolder(tmp_path / "out")
-    with pytest.raises(ValueError, match=OTHER_WEIGHTS):
-        conduct(study, folder, PROGRAM, 1)
-    assert len(list((folder.path / "runs").iterdir())) == 2
-
-
-def test_runs_with_changed_text_are_not_mixed(tmp_path: Path):
-    text = write_inputs(tmp_path / "text")
-    settings = {f"data.{side}": str(text / side / "*.json.gz") for side in ("train", "validation")}
-    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], seeds=[0, 1], settings=settings)
-    folder = StudyFolder(tmp_path / "out")
-    for _ in range(2):
-        assert conduct(study, folder, PROGRAM, 1) == 2
-    write_shards(text / "train", 3, 61)
-    with pytest.raises(ValueError) as refused:
-        conduct(study, folder, PROGRAM, 1)
-    assert str(refused.value).count("was started with other text than data.train holds now; remove ") == 2
-    shutil.rmtree(text)
-    assert conduct(study, folder, PROGRAM, 1) == 2, "all is done, and the text is needed no more"
 
 
 def test_runs_that_found_a_fault_in_their_settings_have_not_begun(tmp_path: Path):

@@ -77,15 +77,6 @@ def test_digests_of_the_first_start_are_kept_at_a_resume(tmp_path: Path):
     assert record["start"]["began_with"] == before["start"]["began_with"] != {}
 
 
-def test_a_record_of_other_weights_is_refused(tmp_path: Path):
-    start = made_start(tmp_path / "start")
-    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
-    folder = _moved(study, tmp_path, 1)
-    (start / "model.safetensors").write_bytes(b"b" * 100_000)
-    with pytest.raises(ValueError, match=r"other weights than model.init_from holds now; .*its line in .*cells.jsonl"):
-        conduct(study, folder, PROGRAM, 1)
-
-
 @pytest.mark.parametrize(
     "line",
     ['{"name": "cut', "[1]", '{"name": "a"}', "", '{"name": 1, "given": 2, "config": 3, "start": 4, "metrics": 5}'],

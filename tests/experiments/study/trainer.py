@@ -34,11 +34,11 @@ def main() -> int:
         "omp_num_threads": os.environ["OMP_NUM_THREADS"],
     }
     # the import takes as long as everything else here
-    if settings["model"]["init_from"] or Path(settings["data"]["train"]).is_absolute():
+    if settings["model"]["init_from"]:
         from relora_mora.config.load import load_config
-        from relora_mora.weights.digests import start_digests
+        from relora_mora.weights.digests import model_digests
 
-        start["began_with"] = start_digests(load_config(file))
+        start["began_with"] = model_digests(load_config(file).model)
     settled = {
         "train": {"steps": steps},
         "method": {"rank": settings["method"]["rank"]},

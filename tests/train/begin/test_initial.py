@@ -51,7 +51,7 @@ def started(config) -> dict[str, Any]:
         checked = check.check(config, world_size)
         run = build.build(checked, rank, world_size, resumes=begin is not None)
         if begin is not None:
-            resume.resume(run, resume.open_checkpoint(checked, begin, rank, world_size), continues=True)
+            resume.resume(run, resume.open_checkpoint(checked, begin, rank, world_size))
     engine = run.engine
     masters = {name: engine.gather(name) for names in engine.members for name in names}
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from relora_mora.system.run_folder import read_json_lines
 from tests.tools.runs import Stopped, checkpoint_at, manifest_at, run_config, tensors
 
 
@@ -52,12 +52,8 @@ def faulty(
 
     def config_start(trainer: Trainer) -> int:
         """How many batches came before this process, including those that rollbacks skipped."""
-        skipped = 0
-        state = trainer.state
-        if state.rollbacks:
-            entries = json.loads((trainer.folder / "rollbacks.json").read_text())[: state.rollbacks]
-            skipped = sum(entry["at"] - entry["step"] for entry in entries)
-        return state.step + skipped
+        before = rollbacks(trainer.folder)[: trainer.state.rollbacks]
+        return trainer.state.step + sum(at - step for step, at in before)
 
     def poisoned(self: LossModel, *batch: Any) -> torch.Tensor:
         loss = forward(self, *batch)
@@ -74,6 +70,13 @@ def faulty(
     finally:
         Trainer.next_batch, LossModel.forward = next_batch, forward  # type: ignore[method-assign]
     return ""
+
+
+def rollbacks(folder: Path) -> list[tuple[int, int]]:
+    """The step that each rollback went back to, and the step that it came from."""
+    path = folder / "metrics.jsonl"
+    lines = read_json_lines(path) if path.exists() else []
+    return [(line["step"], line["train/rolled_back_from"]) for line in lines if "train/rollbacks" in line]
 
 
 NAN = {4: float("nan"), 5: float("nan")}

@@ -1,4 +1,4 @@
-"""Loss spikes and bad steps, judged only from the state; and the record of rollbacks."""
+"""Loss spikes and bad steps, judged only from the state."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import pytest
 
 from relora_mora.config.schema import TrainConfig
 from relora_mora.train.loop.step import StabilityMonitor, StepResult
-from relora_mora.train.state import restore
-from relora_mora.train.state.restore import Rollback, dump_rollbacks, read_rollbacks, replay_rollbacks
 from relora_mora.train.state.run_state import RunState, StabilityState
 from tests.tools.tiny import tiny_config
 
@@ -80,25 +78,6 @@ def test_bad_steps_count_in_a_row():
     health.good()
     assert health.bad(["d"]) == 1
     assert health.bad_data == ["d"]
-
-
-def test_rollbacks_are_read_back_and_a_damaged_file_is_not_an_empty_one(tmp_path):
-    assert read_rollbacks(tmp_path) == []
-    rollbacks = [Rollback(1, 3, 5, "why", {"0": {"row": 1}}, "order")]
-    (tmp_path / "rollbacks.json").write_text(dump_rollbacks(rollbacks))
-    assert read_rollbacks(tmp_path) == rollbacks
-    (tmp_path / "rollbacks.json").write_text("[{")
-    with pytest.raises(ValueError, match="which data to skip"):
-        read_rollbacks(tmp_path)
-
-
-def test_the_note_of_a_rollback_is_valid_if_an_earlier_note_was_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(restore, "from_first_rank", lambda read: read())
-    second = Rollback(2, 8, 11, "why", {"0": {"row": 13}}, "order")
-    (tmp_path / "rollbacks.json").write_text(dump_rollbacks([second]))
-    state = RunState(initial_seed=0, step=8, rollbacks=1, data={"0": {"row": 8}})
-    replay_rollbacks(tmp_path, state, "order")
-    assert (state.data, state.rollbacks) == (second.data_state, 2)
 
 
 @pytest.mark.parametrize(
