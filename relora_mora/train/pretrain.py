@@ -40,14 +40,13 @@ from relora_mora.train.begin.check import (
     with_chosen_products,
     with_saved_commits,
 )
+from relora_mora.train.begin.identity import Identity, changes_since
 from relora_mora.train.begin.run_folder import check_run_folder, keep_run_folder, write_run_folder
 from relora_mora.train.log.loggers import check_loggers
 from relora_mora.train.log.progress import describe
 from relora_mora.train.loop.loop import Trainer
 from relora_mora.train.state.restore import start_records
 from relora_mora.train.state.resume import (
-    check_resume,
-    describe_changes,
     open_checkpoint,
     resume,
     where_to_resume,
@@ -124,7 +123,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     lock = collectives.from_first_rank(lambda: _lock(guard, folder))
     check_shared(RunFolder(folder).lock, lock)
     guard.record_in(folder)
-    collectives.from_first_rank(lambda: check_resume(config))
+    begin = collectives.from_first_rank(lambda: where_to_resume(config))
     if config.train.epochs is not None:  # slow, so it comes after every other check
         guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
         counted = collectives.from_first_rank(lambda: _count(config, checked.shards))
@@ -135,14 +134,13 @@ def _pretrain(config: Config, guard: Guard) -> int:
         )
     for remark in remarks(config):
         shared_log.warning(remark)
-    return _train(checked, rank, world_size, guard)
+    return _train(checked, begin, rank, world_size, guard)
 
 
-def _train(checked: ResolvedRun, rank: int, world_size: int, guard: Guard) -> int:
-    """Builds the run, trains it to its end, and returns the exit code; a collective."""
+def _train(checked: ResolvedRun, begin: Path | None, rank: int, world_size: int, guard: Guard) -> int:
+    """Builds the run, trains it from ``begin`` to its end, and returns the exit code; a collective."""
     config = checked.config
     guard.begin("reading the checkpoint", within=LONG_SECONDS)
-    begin = collectives.from_first_rank(lambda: where_to_resume(config))
     reader = None if begin is None else open_checkpoint(checked, begin, rank, world_size)
     guard.begin("building the model", within=LONG_SECONDS)
     run = build(checked, rank, world_size, resumes=reader is not None)
@@ -179,7 +177,8 @@ def _record_start(checked: ResolvedRun, world_size: int, state: RunState, reader
         made_with = reader.manifest.config
         collectives.from_first_rank(lambda: keep_run_folder(config, made_with))
         return
-    changed = None if reader is None else describe_changes(checked, reader)
+    before = None if reader is None else Identity.of(reader.manifest)
+    changed = None if before is None else [change.text for change in changes_since(before, checked.identity, set())]
     collectives.from_first_rank(lambda: write_run_folder(checked, world_size, state.step, changed=changed))
 
 

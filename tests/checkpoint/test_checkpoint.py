@@ -19,7 +19,7 @@ from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, new
 from relora_mora.checkpoint.writer import tidy
 from relora_mora.config.load import validate
 from relora_mora.config.schema import Config
-from relora_mora.train.state.resume import check_resume, where_to_resume
+from relora_mora.train.state.resume import where_to_resume
 from tests.checkpoint.tools import FILES, STATE, TOKENIZER, passed_over, rewrite
 from tests.tools.config_tools import tree
 from tests.tools.runs import checkpoint_at
@@ -118,7 +118,7 @@ def test_a_run_resumes_its_own_checkpoints_unless_it_goes_back(folder):
     run_dir.mkdir()
     (run_dir / "checkpoints").symlink_to(folder)
     with pytest.raises(CheckpointError, match=r"holds checkpoints, and train\.resume=never"):
-        check_resume(_resuming("never", run_dir))
+        where_to_resume(_resuming("never", run_dir))
     assert where_to_resume(_resuming("auto", run_dir)) == run_dir / "checkpoints"
     own = checkpoint_at(run_dir, 15)
     (run_dir / "best").symlink_to(own)
@@ -127,7 +127,7 @@ def test_a_run_resumes_its_own_checkpoints_unless_it_goes_back(folder):
     for name in (run_dir, run_dir / "checkpoints", folder):
         assert where_to_resume(_resuming(str(name), run_dir)) == run_dir / "checkpoints", "as auto"
     (run_dir / "of-another-stage").mkdir()
-    with pytest.raises(CheckpointError, match="holds checkpoints of a start with other settings"):
+    with pytest.raises(CheckpointError, match="holds checkpoints of a start that did not begin there"):
         where_to_resume(_resuming(str(run_dir / "of-another-stage"), run_dir))
 
 
@@ -137,10 +137,8 @@ def _resuming(name: str, run_dir: Path) -> Config:
 
 def test_a_folder_is_distinguished_from_the_word_auto(tmp_path):
     assert where_to_resume(_resuming("auto", tmp_path)) is None
-    assert where_to_resume(_resuming("./auto", tmp_path)) == Path("auto")
-    check_resume(_resuming("auto", tmp_path))
     with pytest.raises(CheckpointError, match="auto: not found; give a run folder"):
-        check_resume(_resuming("./auto", tmp_path))
+        where_to_resume(_resuming("./auto", tmp_path))
 
 
 @pytest.mark.parametrize("place", ["..", "."])

@@ -76,20 +76,6 @@ class ResolvedRun:
         )
 
 
-def saved_settings(run_dir: Path) -> dict[str, Any]:
-    """The settings of the newest start in a run folder, by section; empty if none can be read.
-
-    If the folder was removed while the run trained, they come from the newest checkpoint.
-    """
-    tree: Any = None
-    with contextlib.suppress(FileNotFoundError, UnicodeError, yaml.YAMLError):
-        tree = parse_yaml(RunFolder(run_dir).config.read_text(encoding="utf-8"))
-    if not isinstance(tree, dict):
-        with contextlib.suppress(CheckpointError):
-            tree = newest_manifest(run_dir).config
-    return {name: keys for name, keys in tree.items() if isinstance(keys, dict)} if isinstance(tree, dict) else {}
-
-
 def with_saved_commits(config: Config) -> DataConfig:
     """The data settings with the commits that this run has read before, so that a resume reads the same data.
 
@@ -102,9 +88,10 @@ def with_saved_commits(config: Config) -> DataConfig:
     with contextlib.suppress(CheckpointError):
         saved = newest_manifest(Path(config.train.resume) if named else run_dir).config.get("data", {})
     known: dict[str, str] = {}
-    for data in (saved_settings(run_dir).get("data", {}), saved):
-        known |= data.get("commits") or {}
-    return in_saved_order(config.data.model_copy(update={"commits": known | config.data.commits}), saved)
+    with contextlib.suppress(FileNotFoundError, UnicodeError, yaml.YAMLError, TypeError, KeyError):
+        known = dict(parse_yaml(RunFolder(run_dir).config.read_text(encoding="utf-8"))["data"]["commits"])
+    known |= saved.get("commits", {}) | config.data.commits
+    return in_saved_order(config.data.model_copy(update={"commits": known}), saved)
 
 
 def check_model(config: Config) -> PreTrainedConfig:

@@ -40,14 +40,13 @@ def test_a_run_begins_from_a_named_checkpoint_only_once(pools, inputs, tokenizer
     """The same command continues from what it has saved, since a requeued job has no other command."""
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
     pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)
-    there = {"resume": str(checkpoint_at(theirs, 2))}
-    begin = run_config(inputs, tokenizer_path, folder, train=there)
+    begin = run_config(inputs, tokenizer_path, folder, train={"resume": str(checkpoint_at(theirs, 2))})
     pools(1)(train, begin, stop_after=4)
     pools(1)(train, begin, stop_after=5)
     assert [line["step"] for line in read_json_lines(folder / "starts.jsonl")] == [2, 4]
     before = sorted(folder.rglob("*"))
-    with pytest.raises(Exception, match=r"holds checkpoints of a start with other settings; train\.resume=auto "):
-        pools(1)(train, run_config(inputs, tokenizer_path, folder, train={**there, "micro_batch_size": 1}))
+    with pytest.raises(Exception, match=r"holds checkpoints of a start that did not begin there; train\.resume=auto "):
+        pools(1)(train, run_config(inputs, tokenizer_path, folder, train={"resume": str(theirs)}))
     assert sorted(folder.rglob("*")) == before
     back = run_config(inputs, tokenizer_path, folder, train={"resume": str(checkpoint_at(folder, 3))})
     pools(1)(train, back, stop_after=4)

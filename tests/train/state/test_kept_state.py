@@ -180,16 +180,6 @@ def test_a_line_of_metrics_over_several_steps_is_the_same_after_a_stop(pools, in
 
 
 @pytest.mark.more
-def test_the_checkpoint_to_go_back_to_outlives_the_bad_steps(pools, inputs, tokenizer_path, tmp_path):
-    """Step 6 is the first of a row and is saved: retention would keep only it."""
-    config = fault_settings(tmp_path / "run", inputs, tokenizer_path)
-    config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep_last": 1})})
-    assert pools(2)(faulty, config, {6: float("nan"), 7: float("nan")}) == ["", ""]
-    assert rollbacks(tmp_path / "run") == [(3, 7)]
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")) == ["step-00000010"]
-
-
-@pytest.mark.more
 def test_two_rollbacks_to_the_same_step_are_repeated_after_a_kill(pools, inputs, tokenizer_path, tmp_path):
     bad = {number: float("nan") for number in (4, 5, 6, 7)}
     reference, killed = tmp_path / "reference", tmp_path / "killed"

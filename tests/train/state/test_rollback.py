@@ -124,14 +124,3 @@ def test_a_loss_spike_is_flagged_and_may_roll_back(pools, inputs, tokenizer_path
         assert rollbacks(folder) == [(6, 8)]
         pools(2)(faulty, fault_settings(reference, inputs, tokenizer_path, **settings), {}, drop=(7, 8))
         assert same_run(folder, reference)
-
-
-@pytest.mark.more
-def test_a_spike_without_an_earlier_checkpoint_is_only_reported(pools, inputs, tokenizer_path, tmp_path):
-    settings = {"spike_window": 8, "spike_deviations": 20.0, "on_spike": "rollback"}
-    config = fault_settings(tmp_path / "run", inputs, tokenizer_path, **settings)
-    never = config.checkpoint.model_copy(update={"every_steps": 0})
-    assert pools(2)(spiked, config.model_copy(update={"checkpoint": never}), 8) == ["", ""]
-    lines = metrics(tmp_path / "run")
-    assert [line["step"] for line in lines if "train/loss_spike" in line] == [8]
-    assert rollbacks(tmp_path / "run") == []
