@@ -82,14 +82,6 @@ def gives_same_tokens(path: str | Path, other: str | Path, loaded: "PreTrainedTo
     return first.get_vocab() == second.get_vocab() and encode(first, HARD_TEXTS) == encode(second, HARD_TEXTS)
 
 
-def is_tokenizer(path: str | Path, fingerprint: str) -> bool:
-    """Whether the path has a tokenizer that can be loaded and has this fingerprint."""
-    try:
-        return tokenizer_fingerprint(path, load_tokenizer(path)) == fingerprint
-    except (ValueError, OSError):
-        return False
-
-
 def save_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerBase", out: str | Path) -> None:
     """Writes a folder from which plain ``AutoTokenizer.from_pretrained(out)`` gives the same ids.
 

@@ -88,9 +88,9 @@ def with_saved_commits(config: Config) -> DataConfig:
     with contextlib.suppress(CheckpointError):
         saved = newest_manifest(Path(config.train.resume) if named else run_dir).config.get("data", {})
     known: dict[str, str] = {}
-    with contextlib.suppress(FileNotFoundError, UnicodeError, yaml.YAMLError, TypeError, KeyError):
+    with contextlib.suppress(FileNotFoundError, ValueError, yaml.YAMLError, TypeError, KeyError):
         known = dict(parse_yaml(RunFolder(run_dir).config.read_text(encoding="utf-8"))["data"]["commits"])
-    known |= saved.get("commits", {}) | config.data.commits
+    known |= (saved.get("commits") or {}) | config.data.commits
     return in_saved_order(config.data.model_copy(update={"commits": known}), saved)
 
 
