@@ -28,8 +28,8 @@ from relora_mora.engine.merging import FrozenMasters, Merger
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import build_optimizer, parameter_groups, set_trainable
 from relora_mora.sizing.fit import check_adapters, choose_forms
-from relora_mora.sizing.measured import flops_of
 from relora_mora.sizing.setup import Setup
+from relora_mora.sizing.work import flops_of
 from relora_mora.system.hardware import uses_cuda
 
 RATE = 1e-5  # small, so that the loss stays finite; a step costs the same at any rate
@@ -106,13 +106,12 @@ class Ours:
         if form == "released":
             use_released_layers(lm)
         set_trainable(lm, config.method)
-        setup = Setup(config, setting.zero_stage, ranks, bf16=setting.bf16, on_gpu=uses_cuda())
-        choose_forms(lm, setup, None)
+        choose_forms(lm, Setup(config, setting.zero_stage, ranks, bf16=setting.bf16, on_gpu=uses_cuda()), None)
         if frozen:
             for _, linear in decoder_linears(lm):
                 linear.requires_grad_(False)
         self.trainable = _trainable(lm)
-        self.flops = flops_of(lm, setup).total
+        self.flops = flops_of(lm, setting.model_config, config).total
         groups = parameter_groups(lm, config.optim)
         fixed = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
         self.base = FrozenMasters(fixed, dist.get_rank(), ranks)

@@ -35,9 +35,9 @@ RULE_SETTINGS = ("optim.rule", "optim.rule_digest")
 class Adapter:
     """A kind of adapter, which trains next to a frozen weight.
 
-    ``layer`` names a subclass of :class:`AdapterLinear`, which defines the arithmetic and the number of parameters.
-    ``settings`` lists the settings that not every adapter uses. ``has_square``: the adapter is a square matrix between
-    the operators of ``method.operators``.
+    ``layer`` names a subclass of :class:`AdapterLinear`, which defines the arithmetic, the memory and the number of
+    parameters. ``settings`` lists the settings that not every adapter uses. ``has_square``: the adapter is a square
+    matrix between the operators of ``method.operators``.
     """
 
     layer: str

@@ -1,34 +1,43 @@
-"""The memory of one device, part by part; nothing is allocated.
+"""The memory of one device, part by part: formulas from shapes, nothing is allocated.
 
-What layers keep for backward, and need in it, is measured (``measured.py``). The rest are formulas that follow the
-sources of DeepSpeed 0.19. Symbols: T trainable and F frozen parameters, N ranks, b bytes of the compute type (2 in
-bf16, 4 in fp32), h hidden size, V vocabulary size. Activations are bytes per token.
+Symbols: T trainable and F frozen parameters, N ranks, b bytes of the compute type (2 in bf16, 4 in fp32), n tokens of a
+micro-batch, h hidden size, f intermediate size, q and k widths of queries and keys, V vocabulary size, R size of a
+square matrix. Activations are bytes per token.
 
-===========  =========================================================================================================
-part         bytes
-===========  =========================================================================================================
-weights      b (T + F); stage 3: b (T + F) / N. Weights in 8 bits under adapters have their own size
-merged       ``W + delta`` of resident linears, stored as W is, from the first forward to the last backward of a step
-gathered     stage 3: forward gathers other ranks' weights and keeps them for backward (DeepSpeed's default reuse
-             distance), at most ``stage3_max_live_parameters``; parameters of at most
-             ``stage3_param_persistence_threshold`` elements always stay gathered
-masters      float32 copies of the trainable parameters: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at stages
-             1-3 DeepSpeed clones them even if the parameters are float32 already
-optimizer    Adam's two moments: 8 T, stages 1-3: 8 T / N; other optimizers: ``work.py``
-gradients    stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T, which
-             stays. Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N, which stays at
-             stage 3. An fp32 step at stages 1-3 copies 4 T / N. The reduction of stage 1 in bf16 copies 2 bytes per
-             element of the parameter groups that it reduces at once (until these have more than 500 M elements), and
-             4 more bytes if there are several of these groups
-buffers      one bucket of ``reduce_bucket_size`` elements of b bytes at stages 2 and 3, and at 1 in fp32; with
-             ``overlap_comm`` a second one at stages 1 and 2
-activations  measured. A compiled layer recomputes its norms and the gated product, for which it keeps b instead of
-             4 + b bytes (4 if the norms do not train) and two tensors instead of three. With activation checkpointing
-             b h per layer, and one whole layer
-scratch      at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 per token, and the head's gradient
-             (4 + b) h V; on a GPU b V per token and 4 h V, and afterwards (4 + b) h V. In backward: measured, and the
-             head's gradient. In the step: the workspace of a matrix optimizer (``work.py``)
-===========  =========================================================================================================
+The formulas follow the sources of DeepSpeed 0.19 and transformers 5.24:
+
+==============  ======================================================================================================
+part            bytes
+==============  ======================================================================================================
+weights         b (T + F); stage 3: b (T + F) / N. If weights under adapters are stored in 8 bits, each output feature
+                of in weights takes in + 4 bytes
+merged          ``W + delta`` of resident linears, stored as W is, from the first forward to the last backward of a step
+gathered        stage 3: forward gathers other ranks' weights and keeps them for backward (because of DeepSpeed's
+                default reuse distance), the bytes of T + F, at most those of ``stage3_max_live_parameters``
+                parameters; parameters of at most
+                ``stage3_param_persistence_threshold`` elements always stay gathered
+masters         float32 copies of the trainable parameters: 4 T, stages 1-3: 4 T / N. None in fp32 at stage 0; at
+                stages 1-3 DeepSpeed clones them even if the parameters are float32 already
+optimizer       Adam's two moments: 8 T, stages 1-3: 8 T / N; other optimizers: ``work.py``
+gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: b T and a float32 sum of 4 T, which
+                stays. Stage 1 in fp32: 4 T between micro-batches, then 4 T / N. Stages 2 and 3: 4 T / N, which stays at
+                stage 3. An fp32 step at stages 1-3 copies 4 T / N. The reduction of stage 1 in bf16 copies 2 bytes per
+                element of the parameter groups that it reduces at once (until these have more than 500 M elements), and
+                4 more bytes if there are several of these groups
+buffers         one bucket of ``reduce_bucket_size`` elements of b bytes at stages 2 and 3, and at 1 in fp32; with
+                ``overlap_comm`` a second one at stages 1 and 2
+activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) if queries and keys have their own norms,
+                and b (2 q + 2 k) for attention; eager attention keeps each head's weights in float32 and, in bf16, a
+                rounded copy; 3 b f for the gated product; and
+                the inputs of its linears: b (2 h + f) if they or their LoRA train, b R for each linear with MoRA, which
+                keeps only ``C x``. A compiled layer recomputes norms and the gated product, and keeps 2 h b and 2 b f
+                for them. With activation checkpointing b h per layer, and one whole layer
+scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 per token, and the head's gradient
+                (4 + b) h V; on a GPU b V per token and 4 h V, and afterwards (4 + b) h V. In backward: the gradients of
+                the gated product, 2 b f per token, or of eager attention's weights, and ``W + delta`` of one linear
+                that is not resident; with products in 8 bits, the sums of the widest linear, (4 + b) f per token. In
+                the step: the workspace of a matrix optimizer (``work.py``)
+==============  ======================================================================================================
 
 A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N. With a GPU
 the copy is pinned, and torch rounds its bytes up to a power of two. The first rank reads all of ``model.init_from`` in
@@ -42,15 +51,17 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
-from relora_mora.adapters.inject import storage_of
-from relora_mora.adapters.layers import AdapterLinear, adapter_layers
+from relora_mora.adapters.inject import INPUTS, decoder_linears, storage_of
+from relora_mora.adapters.layers import INPUT, AdapterLinear, Kept, adapter_layers
+from relora_mora.adapters.stored import PLAIN
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.optim import OptimConfig
-from relora_mora.model.config import head_width
+from relora_mora.config.schema import Config
+from relora_mora.model.config import attention_widths, head_width
+from relora_mora.model.llama import flash_supports
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
 from relora_mora.optim.groups import count_parameters, parameter_groups
 from relora_mora.sizing import work
-from relora_mora.sizing.measured import measure
 from relora_mora.sizing.setup import MAX_LIVE_PARAMETERS, Setup
 
 REDUCED_TOGETHER = 500_000_000  # elements that DeepSpeed reduces at once at stage 1 in bf16; the last group may exceed
@@ -67,19 +78,19 @@ class Memory:
     have been copied to their places.
     """
 
+    phase: str  # loss | backward's start | backward's end | reduction | step
     weights: float
+    merged: float
+    gathered: float
     masters: float
     optimizer: float
+    gradients: float
+    buffers: float
+    activations: float
+    scratch: float
     host_base: float
     host_checkpoint: float
     host_start: float
-    gathered: float = 0
-    buffers: float = 0
-    merged: float = 0
-    gradients: float = 0
-    activations: float = 0
-    scratch: float = 0
-    phase: str = "between steps"  # or loss, backward's start, backward's end, reduction, step
 
     @property
     def device(self) -> float:
@@ -88,32 +99,34 @@ class Memory:
 
 def peak_memory(model: PreTrainedModel, setup: Setup) -> Memory:
     """Memory of one device at the peak of a step: the largest of its phases (see ``Memory.phase``)."""
+    state = state_memory(model, setup)
     gradients = gradient_memory(group_sizes(model, setup.config.optim), setup)
+    before = gradients.between_micro_batches if setup.micro_batches > 1 else gradients.between_steps
+    merged = merged_memory(model, setup)
+    live = replace(state, merged=merged, gradients=before, gathered=max(state.gathered, gathered_memory(model, setup)))
     kept, layer, mask = activation_memory(model, setup)
     again = layer if setup.config.model.activation_checkpointing else 0
     at_loss, in_backward = scratch_memory(model, setup)
-    step = replace(
-        state_memory(model, setup), phase="step", gradients=gradients.in_step, scratch=work.scratch_bytes(model, setup)
-    )
-    reduction = replace(
-        step, phase="reduction", merged=merged_memory(model, setup), gradients=gradients.in_reduction, scratch=0
-    )
-    end = replace(
-        reduction,
-        phase="backward's end",
-        gradients=gradients.after_backward,
-        activations=layer + mask,
-        scratch=in_backward,
-    )
-    start = replace(
-        end,
-        phase="backward's start",
-        gradients=gradients.between_micro_batches if setup.micro_batches > 1 else gradients.between_steps,
-        gathered=max(end.gathered, gathered_memory(model, setup)),
-        activations=kept + again,
-    )
-    loss = replace(start, phase="loss", activations=kept, scratch=at_loss)
-    return max((loss, start, end, reduction, step), key=lambda memory: memory.device)
+    phases = [
+        replace(live, phase="loss", activations=kept, scratch=at_loss),
+        replace(live, phase="backward's start", activations=kept + again, scratch=in_backward),
+        replace(
+            state,
+            phase="backward's end",
+            merged=merged,
+            gradients=gradients.after_backward,
+            activations=layer + mask,
+            scratch=in_backward,
+        ),
+        replace(state, phase="reduction", merged=merged, gradients=gradients.in_reduction),
+        replace(
+            state,
+            phase="step",
+            gradients=gradients.in_step,
+            scratch=work.scratch_bytes(model, setup),
+        ),
+    ]
+    return max(phases, key=lambda memory: memory.device)
 
 
 def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
@@ -126,11 +139,16 @@ def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
     buckets = (2 if overlaps else 1) if stage >= 2 or (stage == 1 and not setup.bf16) else 0
     persistent = sum(p.numel() for p in model.parameters() if p.numel() <= setup.persistence_threshold)
     return Memory(
+        phase="between steps",
         weights=weight_bytes(model, setup) / setup.weight_sharers,
+        merged=0,
         gathered=setup.width * persistent if setup.weight_sharers > 1 else 0,
         masters=4 * counts.trainable / setup.sharers if setup.bf16 or stage > 0 else 0,
         optimizer=work.state_bytes(model, setup.config.optim, setup.sharers),
+        gradients=0,
         buffers=setup.width * bucket * buckets,
+        activations=0,
+        scratch=0,
         host_base=_host_base(model, setup.world_size, pinned=setup.on_gpu),
         host_checkpoint=4 * counts.trainable / setup.world_size
         + work.state_bytes(model, setup.config.optim, setup.world_size),
@@ -224,33 +242,102 @@ def activation_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, floa
 
     All layers share one mask, which forward keeps.
     """
-    measured = measure(model, setup)
     config = setup.config
+    width = setup.width
+    hidden = model.config.hidden_size
+    of_norm = 4 + (width if config.method.train_norms else 0)
+    final_norm = hidden * of_norm + 4  # it is not compiled
+    if setup.compiles:
+        of_norm = width
+    norms = 2 * (hidden * of_norm + 4) + _normed_heads(model) * (head_width(model.config) * of_norm + 4)
+    attention, mask = _attention_activations(model, setup)
+    gated_product = (2 if setup.compiles else 3) * width * model.config.intermediate_size
+    layer = norms + attention + gated_product + width * _linear_inputs(model, config)
+    of_layer = width * hidden if config.model.activation_checkpointing else layer
+    ends = final_norm + 2 * width * hidden  # and the head's input with its gradient
     tokens = config.tokens_per_micro_batch
-    layer = measured.kept - (tokens * _recomputed(model, setup) if setup.compiles else 0)
-    of_layer = tokens * setup.width * model.config.hidden_size if config.model.activation_checkpointing else layer
-    return model.config.num_hidden_layers * of_layer + measured.ends + measured.mask, layer, measured.mask
+    kept = model.config.num_hidden_layers * of_layer + ends + mask
+    return tokens * kept, tokens * layer, tokens * mask
 
 
-def _recomputed(model: PreTrainedModel, setup: Setup) -> int:
-    """Bytes per token that a compiled layer does not keep, because its backward computes them again."""
-    layer = model.model.layers[0]
-    shapes = model.config
-    heads = shapes.num_attention_heads + shapes.num_key_value_heads if hasattr(layer.self_attn, "q_norm") else 0
-    normed = 2 * shapes.hidden_size + heads * head_width(shapes)
-    of_norm = 4 if setup.config.method.train_norms else 4 - setup.width
-    return normed * of_norm + setup.width * shapes.intermediate_size
+def _normed_heads(model: PreTrainedModel) -> int:
+    """The number of query and key heads that have their own norm, as in Qwen3; 0 if the model has no such norms."""
+    attention = model.model.layers[0].self_attn
+    shared = model.config.num_key_value_heads
+    return model.config.num_attention_heads + shared if hasattr(attention, "q_norm") else 0
+
+
+def _attention_activations(model: PreTrainedModel, setup: Setup) -> tuple[int, int]:
+    """Bytes per token: (kept by the attention of a layer, of the mask)."""
+    config = setup.config
+    heads = model.config.num_attention_heads
+    length = config.data.sequence_length
+    queries, keys = attention_widths(model.config)
+    eager = config.model.attention == "eager"
+    fused = setup.on_gpu and config.model.attention == "sdpa"
+    flash = fused and flash_supports(head_width(model.config), _compute_type(setup))
+    masked = eager or (config.data.masks_documents and not flash)
+    if masked or (fused and not flash):
+        keys = queries  # keys and values are repeated for every head
+    kept = setup.width * (2 * queries + 2 * keys) + 4 * heads
+    if eager:
+        kept += heads * length * (6 if setup.bf16 else 4)  # softmax in float32, and its rounded copy
+    return kept, setup.width * length if masked else 0
+
+
+def _linear_inputs(model: PreTrainedModel, config: Config) -> float:
+    """Elements per token that the linears of a decoder layer keep for their gradients, averaged over the layers.
+
+    An input that several linears share is kept once. The input of ``o_proj`` is attention's output, which is kept
+    anyway.
+    """
+    elements: dict[tuple[str, str, str], int] = {}
+    for name, layer in decoder_linears(model):
+        prefix, _, kind = name.rpartition(".")
+        source = INPUTS.get(kind, kind)
+        for kept in _kept(layer, config):
+            if (source, kept.what) != ("o_proj", INPUT):
+                elements[prefix, source if kept.shared else kind, kept.what] = kept.elements
+    return sum(elements.values()) / model.config.num_hidden_layers
+
+
+def _kept(layer: torch.nn.Linear | AdapterLinear, config: Config) -> list[Kept]:
+    if isinstance(layer, AdapterLinear):
+        return layer.kept(config.tokens_per_micro_batch, config.method.cycle)
+    return [Kept(INPUT, layer.in_features, shared=True)] if layer.weight.requires_grad else []
+
+
+def _compute_type(setup: Setup) -> torch.dtype:
+    return torch.bfloat16 if setup.bf16 else torch.float32
 
 
 def scratch_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, float]:
     """Bytes of temporary memory: (at the loss, in backward)."""
+    config = setup.config
     on_gpu = setup.on_gpu
-    tokens = setup.config.tokens_per_micro_batch
+    width = setup.width
+    tokens = config.tokens_per_micro_batch
     vocabulary = model.config.vocab_size
-    logit = bytes_per_logit(torch.bfloat16 if setup.bf16 else torch.float32, in_place=on_gpu)
-    logits = min(tokens, loss_chunk(tokens, vocabulary, logit, on_gpu=on_gpu)) * vocabulary * logit
+    logit = bytes_per_logit(_compute_type(setup), in_place=on_gpu)
+    chunk = min(tokens, loss_chunk(tokens, vocabulary, logit, on_gpu=on_gpu))
     head = model.get_output_embeddings().weight
-    trains = vocabulary * model.config.hidden_size if head.requires_grad else 0
-    rounded = (4 + setup.width) * trains
+    trains = head.numel() if head.requires_grad else 0
+    rounded = (4 + width) * trains
+    logits = chunk * vocabulary * logit
     at_loss = max(logits + 4 * trains, rounded) if on_gpu else logits + rounded
-    return at_loss, measure(model, setup).scratch + setup.width * trains
+    built = 0.0  # elements of the compute type
+    multiplies = False
+    for _, layer in adapter_layers(model):
+        multiplies = multiplies or layer.stored.multiplies
+        builds = 0.0
+        if not layer.resident and layer.uses_merged_form(tokens):
+            builds = layer.weights_built
+        if layer.stored != PLAIN and not layer.stored.multiplies:
+            builds += 1 + 4 / width  # W in the compute type, and in float32 before that
+        built = max(built, builds * layer.weight.numel())
+    in_backward = (4 + width if multiplies else 2 * width) * tokens * model.config.intermediate_size
+    if config.model.attention == "eager":
+        # in float32 before and after the softmax, when the gated product and the rounded weights have been freed
+        weights = tokens * model.config.num_attention_heads * config.data.sequence_length
+        in_backward = max(in_backward, weights * (6 if setup.bf16 else 8) - 1.5 * in_backward)
+    return at_loss, in_backward + width * (built + trains)

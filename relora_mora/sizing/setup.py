@@ -39,6 +39,7 @@ class Setup:
 
     @property
     def micro_batches(self) -> int:
+
         return self.config.accumulation_steps(self.world_size)
 
     @property

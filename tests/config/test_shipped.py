@@ -16,7 +16,7 @@ from relora_mora.config.schema import Config
 from relora_mora.data.sources.names import C4
 from relora_mora.model.config import check_length, read_model_config
 from relora_mora.optim.groups import count_parameters, make_schedule
-from relora_mora.sizing.measured import meta_model
+from relora_mora.sizing.work import meta_model
 from tests.tools.helpers import ROOT
 
 MODELS = sorted((ROOT / "configs" / "model").glob("*.json"))

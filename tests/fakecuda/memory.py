@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from relora_mora.sizing.measured import LiveTensors
 from relora_mora.sizing.memory import activation_memory, scratch_memory
 from relora_mora.sizing.setup import Setup
 from tests.fakecuda.layers import LENGTH, SEQUENCES, model_with
-from tests.sizing.tools import make_config
+from tests.sizing.tools import LiveTensors, make_config
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from relora_mora.model.config import plain_model_config
 from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import count_parameters
-from relora_mora.sizing.measured import meta_model
+from relora_mora.sizing.work import meta_model
 from relora_mora.weights.load import model_config_of
 from tests.tools.config_tools import tree
 from tests.tools.tiny import batch, tiny_llama

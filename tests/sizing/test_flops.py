@@ -1,4 +1,4 @@
-"""Compares FLOPs measured on fake tensors with torch's count while a model trains."""
+"""Compares FLOPs from shapes with torch's count while a model trains."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from transformers import LlamaConfig
 
 from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import adapter_layers
+from relora_mora.config.registry import METHODS
 from relora_mora.config.schema import Config
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import set_trainable
-from relora_mora.sizing.measured import Flops, flops_of, meta_model
-from relora_mora.sizing.setup import Setup
+from relora_mora.sizing.work import Flops, flops_per_token
 
 MODEL = LlamaConfig(
     hidden_size=48,
@@ -39,10 +39,6 @@ def make_config(**sections: dict[str, object]) -> Config:
     return Config.model_validate(tree)
 
 
-def planned(config: Config) -> Flops:
-    return flops_of(meta_model(MODEL, config.method), Setup(config, 0, 1, bf16=False))
-
-
 def counted(model_config: LlamaConfig, config: Config, operator: int | None = None) -> float:
     """FLOPs per token that torch's counter sees in one forward and backward of the real model."""
     lm = build_model(model_config, seed=0, attention="eager")
@@ -62,14 +58,11 @@ def counted(model_config: LlamaConfig, config: Config, operator: int | None = No
     return counter.get_total_flops() / ids.numel()
 
 
-FORMS = [("full", "auto"), ("lora", "auto"), ("remora", "auto")]
-FORMS += [(name, form) for name in ("lora", "mora") for form in ("merged", "resident", "decoupled")]
-
-
-@pytest.mark.parametrize(("name", "form"), FORMS)
+@pytest.mark.parametrize("form", ["merged", "resident", "decoupled", "auto"])
+@pytest.mark.parametrize("name", METHODS)
 def test_total_is_what_torch_counts(name: str, form: str) -> None:
     config = make_config(method={"name": name, "form": form})
-    assert planned(config).total == pytest.approx(counted(MODEL, config), rel=1e-6)
+    assert flops_per_token(MODEL, config).total == pytest.approx(counted(MODEL, config), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -86,28 +79,28 @@ def test_total_is_what_torch_counts(name: str, form: str) -> None:
 )
 def test_other_settings(method: dict[str, object]) -> None:
     config = make_config(method=method)
-    assert planned(config).total == pytest.approx(counted(MODEL, config), rel=1e-6)
+    assert flops_per_token(MODEL, config).total == pytest.approx(counted(MODEL, config), rel=0.01)
 
 
 def test_cycle_averages_its_operators() -> None:
     config = make_config(method={"name": "remora", "operators": [1, 6], "square_size": 20, "form": "decoupled"})
     each = [counted(MODEL, config, operator) for operator in (1, 6)]
     assert each[1] > 1.05 * each[0]
-    assert planned(config).total == pytest.approx(sum(each) / 2, rel=1e-6)
+    assert flops_per_token(MODEL, config).total == pytest.approx(sum(each) / 2, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["full", "remora", "lora"])
 def test_recomputed_forward_is_counted_separately(name: str) -> None:
     config = make_config(method={"name": name}, model={"activation_checkpointing": True})
-    flops = planned(config)
-    plain = planned(make_config(method={"name": name}))
+    flops = flops_per_token(MODEL, config)
+    plain = flops_per_token(MODEL, make_config(method={"name": name}))
     assert flops.total == plain.total
     # torch stops the recomputation at the last tensor that backward needs, so a layer's last products may be missing
     assert 0.9 * flops.performed < counted(MODEL, config) <= 1.001 * flops.performed
 
 
 def test_parts_by_hand() -> None:
-    flops = planned(make_config(method={"name": "full"}))
+    flops = flops_per_token(MODEL, make_config(method={"name": "full"}))
     decoder = 2 * (48 * 48 * 2 + 48 * 24 * 2 + 3 * 48 * 112)
     assert flops == Flops(
         linears=6.0 * decoder, adapters=0.0, attention=12.0 * 24 * 48 * 2, head=6.0 * 48 * 160, recomputed=0.0
@@ -115,8 +108,8 @@ def test_parts_by_hand() -> None:
 
 
 def test_frozen_linears_cost_two_thirds() -> None:
-    full = planned(make_config(method={"name": "full"}))
-    remora = planned(make_config(method={"name": "remora"}))
+    full = flops_per_token(MODEL, make_config(method={"name": "full"}))
+    remora = flops_per_token(MODEL, make_config(method={"name": "remora"}))
     assert remora.linears == pytest.approx(full.linears * 2 / 3)
     assert (remora.attention, remora.head) == (full.attention, full.head)
     assert 0 < remora.adapters < remora.linears

@@ -11,9 +11,9 @@ from transformers import LlamaConfig
 from launch.benchmark.measure import live_tensors, storages
 from relora_mora.config.schema import Config
 from relora_mora.sizing import memory
-from relora_mora.sizing.measured import meta_model
 from relora_mora.sizing.memory import gathered_memory, gradient_memory, group_sizes, state_memory, weight_bytes
 from relora_mora.sizing.setup import Setup
+from relora_mora.sizing.work import meta_model
 from tests.tools.grids import rest
 from tests.tools.pool import Pools
 from tests.tools.rules import matrices_settings
@@ -96,10 +96,11 @@ MUON = ("muon", "adamw")
 CASES = [("remora", stage, stage % 2 == 1, 2, 2, *ADAMW) for stage in (0, 1, 2, 3)]
 CASES += rest(*(("remora", stage, stage % 2 == 0, 2, 2, *ADAMW) for stage in (0, 1, 2, 3)))
 CASES += [("full", 0, True, 2, 2, *ADAMW), ("remora", 1, True, 1, 8, *ADAMW), *rest(("full", 3, True, 1, 8, *ADAMW))]
-CASES += [("full", 3, True, 2, 2, *MUON), ("remora int8", 3, True, 2, 2, *ADAMW)]
-CASES += rest(("full", 1, True, 2, 2, *MUON), ("remora", 2, True, 2, 2, *MUON), ("lora", 1, True, 2, 2, *MUON))
+CASES += [("full", 3, True, 2, 2, *MUON), ("remora", 2, True, 2, 2, *MUON), ("remora int8", 3, True, 2, 2, *ADAMW)]
+CASES += rest(*(("full", stage, stage % 2 == 1, 2, 2, *MUON) for stage in (0, 1, 2)))
 CASES += rest(("remora int8", 2, True, 2, 2, *ADAMW))
-CASES += [("full", 0, True, 2, 2, "apollo", "adamw8bit"), ("remora", 2, True, 2, 2, "adamw8bit", "adamw8bit")]
+CASES += [("full", 0, True, 2, 2, "apollo", "adamw8bit"), ("full", 2, False, 2, 2, "galore", "adamw")]
+CASES += [("remora", 2, True, 2, 2, "adamw8bit", "adamw8bit"), ("lora", 1, True, 2, 2, *MUON)]
 
 
 @pytest.mark.parametrize(("method", "stage", "bf16", "world_size", "micro_batch_size", "matrices", "others"), CASES)

@@ -9,7 +9,6 @@ from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import Config
 from relora_mora.optim.quantized import AdamW8bit
 from relora_mora.sizing import work
-from relora_mora.sizing.measured import meta_model
 from relora_mora.sizing.setup import Setup
 from tests.sizing.tools import make_config
 
@@ -27,7 +26,7 @@ def _config(others: str) -> Config:
 def test_each_matrix_has_one_owner(ranks: int) -> None:
     """So more than two ranks do not share the state evenly."""
     before, config = _config("adamw"), _config("adamw8bit")
-    model = meta_model(MODEL, config.method)
+    model = work.meta_model(MODEL, config.method)
     saved = work.state_bytes(model, before.optim, ranks) - work.state_bytes(model, config.optim, ranks)
     assert saved == 2 * 8 * ELEMENTS / ranks - max(2 / ranks, 1) * KEPT
     assert work.product_flops(model, config.optim) == 0
@@ -38,7 +37,7 @@ def test_each_matrix_has_one_owner(ranks: int) -> None:
 )
 def test_a_matrix_that_is_cut_is_exchanged(ranks: int, stage: int, is_cut: bool) -> None:
     config = _config("adamw8bit")
-    model = meta_model(MODEL, config.method)
+    model = work.meta_model(MODEL, config.method)
     setup = Setup(config, stage, ranks, bf16=True)
     assert work.exchanged_bytes(model, setup) == is_cut * 8 * 2 * ELEMENTS / ranks
     workspace = AdamW8bit(config.optim).workspace_bytes(VOCABULARY, HIDDEN, on_gpu=False)

@@ -2,12 +2,16 @@
 
 A step takes compute + optimizer + network - hidden:
 
-compute    FLOPs of the arithmetic / (ranks x peak x utilization). The peak is that of bf16, also for products in 8 bits
-optimizer  its passes over the parameters that a rank owns, at the device's memory bandwidth (AdamW in float32: 28 bytes
-           and the weight), and its products of matrices (``work.py``), at the rate of the arithmetic
-network    bytes that a device sends in a ring (``network.py``) / bandwidth of the slowest link of the ring; no latency
-hidden     what DeepSpeed sends while it computes: all traffic of stage 3 behind compute, and the gradients of stage 2
-           with ``overlap_comm``, the default on GPUs, behind backward, two thirds of compute
+compute    FLOPs of the arithmetic / (ranks x peak x utilisation). The peak is that of bf16, also for products in 8 bits
+optimizer  AdamW in float32 reads 16 and writes 12 bytes for each parameter that a rank owns, and writes the weight, at
+           the device's memory bandwidth. If matrices have another optimizer: its passes and its products
+           (``work.py``), with the products at the rate of the arithmetic
+network    bytes that a device sends in a ring (``network.py``) / bandwidth. The slowest part of the ring decides: from
+           device to device within a host, or from host to host, where a ring's bytes leave each host once. Latency is
+           not counted
+hidden     DeepSpeed sends while it computes at stage 3, and at stage 2 with ``overlap_comm``, the default on GPUs:
+           compute can hide all traffic of stage 3; backward, two thirds of compute, can hide the gradients of stage 2.
+           Otherwise DeepSpeed computes first, then sends
 """
 
 from dataclasses import dataclass

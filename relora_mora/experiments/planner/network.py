@@ -3,10 +3,10 @@
 Symbols: T trainable and F frozen parameters, P = T + F, N ranks, b bytes of a gradient in transit (2 in bf16, 4 in
 fp32, unless ``communication_data_type`` in ``train.deepspeed`` says otherwise), w bytes of a weight.
 
-The formulas follow the sources of DeepSpeed 0.19, and a test counts two-rank steps. Passed to collectives in a step:
+The formulas follow the sources of DeepSpeed 0.19, and a test counts two-rank steps:
 
 =====  ================================================================================================================
-stage  tensors
+stage  tensors passed to collectives in one step
 =====  ================================================================================================================
 0      all-reduce b T, once: gradients accumulate on each rank
 1      all-reduce b T, once (in bf16 from float32 sums); all-gather w T after the step
@@ -17,9 +17,10 @@ stage  tensors
        Parameters of at most ``stage3_param_persistence_threshold`` elements are gathered once a step
 =====  ================================================================================================================
 
-In a ring of N ranks a device sends 2 (N - 1) / N of the all-reduced bytes and (N - 1) / N of the others. Gloo's reduce
-is not a ring and sends more than its all-reduce (docs/clusters.md). If the ring visits hosts in order, each host sends
-as many bytes to the next host as each of its devices to its neighbor.
+Frozen weights have no gradient: below stage 3 a step moves only adapters, embeddings, norms and head. In a ring of N
+ranks a device sends 2 (N - 1) / N of the all-reduced bytes and (N - 1) / N of the gathered, reduced or reduce-scattered
+bytes. Gloo's reduce is not a ring and sends more than its all-reduce (docs/clusters.md). If the ring visits hosts in
+order, each host sends as many bytes to the next host as each of its devices to its neighbor.
 """
 
 from dataclasses import dataclass

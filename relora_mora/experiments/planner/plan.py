@@ -1,26 +1,25 @@
 """A run's plan, from its settings and the cluster it is to run on."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.config.checks.combinations import remarks
-from relora_mora.config.registry import METHODS, Adapter, is_own, split_rule
+from relora_mora.config.registry import METHODS, is_own, split_rule
 from relora_mora.config.schema import Config
 from relora_mora.experiments.planner.cluster import Cluster, StepTime, step_time
 from relora_mora.experiments.planner.network import Traffic, traffic
 from relora_mora.optim.groups import Parameters, count_parameters
 from relora_mora.sizing.fit import USABLE, choose_forms, uneven_widths
-from relora_mora.sizing.measured import Flops, flops_of, meta_model
 from relora_mora.sizing.memory import Memory, peak_memory
 from relora_mora.sizing.setup import Setup
-from relora_mora.sizing.work import passes_bytes, product_flops
+from relora_mora.sizing.work import Flops, flops_of, meta_model, passes_bytes, product_flops
 from relora_mora.system.devices import WITHOUT_FP8, Device
 
 STAGES = (0, 1, 2, 3)
-ASSUMED_UTILIZATION = 0.4  # share of the peak while devices compute; no GPU has confirmed it
+ASSUMED_UTILISATION = 0.4  # share of the peak while devices compute; no GPU has confirmed it
 # resident in a rank's process on a CPU next to its tensors: Python, torch, DeepSpeed, tokenizer (measured)
 PROCESS_BYTES = 0.45 * 2**30
 FRAGMENTATION = 1.1  # glibc's malloc held 3 to 17 % more than the parts in tiny runs (measured on two cores)
@@ -116,41 +115,54 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """All numbers for JSON; sizes in bytes, times in seconds."""
-        names: tuple[str, ...] = (
-            "parameters",
-            "flops",
-            "optimizer_flops",
-            "memory",
-            "network",
-            "cluster",
-            "bf16",
-            "on_cpu",
-            "notes",
-        )
-        names += ("method", "zero_stage", "merge_every", "savings", "resident")
-        found = {name: _plain(getattr(self, name)) for name in names}
-        for method, stages in self.memory.items():
-            for stage in stages:
-                found["memory"][method][str(stage)]["fits"] = self.fits(stage, method)
-        return found | {
+        return {
+            "parameters": asdict(self.parameters),
+            "flops": _with(self.flops, "total", "performed"),
             "matrices": self.config.optim.matrices,
             "others": self.config.optim.others,
+            "optimizer_flops": self.optimizer_flops,
+            "memory": {
+                method: {
+                    str(stage): {**_with(memory, "device"), "fits": self.fits(stage, method)}
+                    for stage, memory in stages.items()
+                }
+                for method, stages in self.memory.items()
+            },
+            "network": {
+                method: {str(stage): _with(moved, "sent", "sent_in_merge") for stage, moved in stages.items()}
+                for method, stages in self.network.items()
+            },
+            "steps": {str(stage): _with(step, "total") for stage, step in self.time.steps.items()},
+            "method": self.method,
+            "zero_stage": self.zero_stage,
+            "cluster": asdict(self.cluster),
+            "bf16": self.bf16,
+            "on_cpu": self.on_cpu,
+            "merge_every": self.merge_every,
             "tokens_per_step": self.config.tokens_per_step,
+            "tokens": self.time.tokens,
+            "tokens_per_second": self.time.tokens_per_second,
+            "assumption": self.time.assumption,
+            "notes": self.notes,
+            "savings": self.savings,
             "world_size": self.cluster.world_size,
             "seconds": self.time.seconds,
-            **_plain(self.time),
-            "steps": _plain(self.time.steps),
+            "resident": self.resident,
         }
 
 
-def _plain(value: Any) -> Any:
-    """A value for JSON: a dataclass as its fields and its totals."""
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
-    totals = ("total", "performed", "device", "sent", "sent_in_merge")
-    return {name: getattr(value, name) for name in totals if hasattr(value, name)} | asdict(value)
+def _with(numbers: Flops | Memory | Traffic | StepTime, *totals: str) -> dict[str, Any]:
+    """The fields, and these properties."""
+    return asdict(numbers) | {name: getattr(numbers, name) for name in totals}
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a run with one method needs at one ZeRO stage."""
+
+    setup: Setup
+    memory: Memory
+    network: Traffic
 
 
 def make_plan(
@@ -162,45 +174,24 @@ def make_plan(
     on_cpu: bool,
     peak: tuple[float, str],
     tokens_per_second: float | None = None,
-    utilization: float | None = None,
+    utilisation: float | None = None,
 ) -> Plan:
     """Plans a run on a cluster.
 
     ``peak`` is the FLOP/s of one device and the source of that number; ``log.peak_tflops`` overrides it.
     ``tokens_per_second`` is a measured rate over all devices. Without it the time follows from the arithmetic at
-    ``utilization`` of the peak (None: 0.4), the optimizer's memory traffic, and the network.
-    Raises ValueError if the utilization is not above 1e-6 and at most 1, or if the rate is not positive.
+    ``utilisation`` of the peak (None: 0.4), the optimizer's memory traffic, and the network.
+    Raises ValueError if the utilisation is not above 1e-6 and at most 1, or if the rate is not positive.
     """
-    if utilization is not None and not 1e-6 < utilization <= 1:
-        raise ValueError(f"utilization must be above 1e-6 and at most 1, got {utilization:g}")
+    if utilisation is not None and not 1e-6 < utilisation <= 1:
+        raise ValueError(f"utilisation must be above 1e-6 and at most 1, got {utilisation:g}")
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise ValueError(f"tokens_per_second must be positive, got {tokens_per_second:g}")
     if config.log.peak_tflops is not None:
         peak = config.log.peak_tflops * 1e12, "log.peak_tflops"
-    method = config.method.name
-    memory: dict[str, dict[int, Memory]] = {}
-    network: dict[str, dict[int, Traffic]] = {}
-    models: dict[Adapter | None, PreTrainedModel] = {}
-    for name, record in METHODS.items():
-        other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
-        try:
-            model = models.get(record.adapter) or meta_model(model_config, other.method)
-        except ValueError:  # the settings do not fit the model with this method
-            continue
-        models[record.adapter] = model
-        memory[name], network[name] = {}, {}
-        for stage in STAGES:
-            setup = Setup(other, stage, cluster.world_size, bf16=bf16, on_gpu=not on_cpu)
-            choose_forms(model, setup, cluster.device.memory_gb * 1e9 or None)
-            memory[name][stage] = peak_memory(model, setup)
-            network[name][stage] = traffic(model, setup)
-    model = models[config.method.record.adapter]
-    setup = Setup(config, config.train.zero_stage, cluster.world_size, bf16=bf16, on_gpu=not on_cpu)
-    choose_forms(model, setup, cluster.device.memory_gb * 1e9 or None)
-    flops = flops_of(model, setup)
-    notes = [*remarks(config), *_rule_notes(config)]
-    if not on_cpu:
-        notes += [*_fp8_notes(config, cluster.device), *uneven_widths(model_config)]
+    model = meta_model(model_config, config.method)
+    flops = flops_of(model, model_config, config)
+    needs = _needs(model_config, config, cluster, bf16=bf16, on_cpu=on_cpu)
     return Plan(
         config,
         cluster,
@@ -209,10 +200,14 @@ def make_plan(
         count_parameters(model),
         flops,
         product_flops(model, config.optim),
-        memory,
-        network,
-        _time(network[method], model, setup, cluster, flops, peak, tokens_per_second, utilization),
-        notes,
+        memory={name: {stage: each.memory for stage, each in stages.items()} for name, stages in needs.items()},
+        network={name: {stage: each.network for stage, each in stages.items()} for name, stages in needs.items()},
+        time=_time(needs[config.method.name], model, cluster, flops, peak, tokens_per_second, utilisation),
+        notes=[
+            *remarks(config),
+            *_rule_notes(config),
+            *([] if on_cpu else [*_fp8_notes(config, cluster.device), *uneven_widths(model_config)]),
+        ],
     )
 
 
@@ -238,38 +233,62 @@ def _fp8_notes(config: Config, device: Device) -> list[str]:
     ]
 
 
+def _needs(
+    model_config: PreTrainedConfig,
+    config: Config,
+    cluster: Cluster,
+    *,
+    bf16: bool,
+    on_cpu: bool,
+) -> dict[str, dict[int, _Needs]]:
+    """[method][stage] for the run's method and for every other method that works with its settings."""
+    available = cluster.device.memory_gb * 1e9 or None
+    found: dict[str, dict[int, _Needs]] = {}
+    for name in METHODS:
+        other = config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
+        try:
+            model = meta_model(model_config, other.method)
+        except ValueError:  # the settings do not fit the model with this method
+            continue
+        found[name] = {}
+        for stage in STAGES:
+            setup = Setup(other, stage, cluster.world_size, bf16=bf16, on_gpu=not on_cpu)
+            choose_forms(model, setup, available)
+            found[name][stage] = _Needs(setup, peak_memory(model, setup), traffic(model, setup))
+    return found
+
+
 def _time(
-    network: Mapping[int, Traffic],
+    own: Mapping[int, _Needs],
     model: PreTrainedModel,
-    setup: Setup,
     cluster: Cluster,
     flops: Flops,
     peak: tuple[float, str],
     tokens_per_second: float | None,
-    utilization: float | None,
+    utilisation: float | None,
 ) -> Time:
-    """The time of a run; ``network`` is its traffic at each stage."""
-    config = setup.config
-    used = utilization or ASSUMED_UTILIZATION
+    """The time of a run whose needs at each stage are ``own``."""
+    config = own[0].setup.config
+    used = utilisation or ASSUMED_UTILISATION
     of_peak = f"of {peak[0] / 1e12:.4g} TFLOP/s a device ({peak[1]})"
     cluster_peak = cluster.world_size * peak[0]
+    assumption = f"{'at' if utilisation else 'assuming'} {used:.0%} {of_peak}"
+    if utilisation is None and own[0].setup.on_gpu:
+        assumption += ", which no GPU has confirmed"
     steps = {
         stage: step_time(
             cluster,
-            replace(setup, stage=stage),
-            moved,
+            needs.setup,
+            needs.network,
             compute=flops.performed * config.tokens_per_step / (cluster_peak * used),
             trainable=count_parameters(model).trainable,
             passes=passes_bytes(model, config.optim),
             products=product_flops(model, config.optim) / (peak[0] * used),
         )
-        for stage, moved in network.items()
+        for stage, needs in own.items()
     }
-    if tokens_per_second is not None:
-        assumption = f"the measured rate, which is {tokens_per_second * flops.total / cluster_peak:.1%} {of_peak}"
+    if tokens_per_second is None:
+        tokens_per_second = config.tokens_per_step / steps[config.train.zero_stage].total
     else:
-        tokens_per_second = config.tokens_per_step / steps[setup.stage].total
-        assumption = f"{'at' if utilization else 'assuming'} {used:.0%} {of_peak}"
-        if utilization is None and setup.on_gpu:
-            assumption += ", which no GPU has confirmed"
+        assumption = f"the measured rate, which is {tokens_per_second * flops.total / cluster_peak:.1%} {of_peak}"
     return Time(steps, config.tokens_per_step * config.train.steps, tokens_per_second, assumption)

@@ -44,13 +44,14 @@ def _summary(plan: Plan) -> str:
         f"arithmetic     {flops.total / 1e9:.4g} GFLOP a token: {', '.join(parts)}{again}",
     ]
     if plan.optimizer_flops:
-        optim = plan.config.optim
-        others = "" if optim.others == "adamw" else f", {optim.others} of embeddings and head"
         share = plan.optimizer_flops / (flops.total * tokens_per_step)
-        lines.append(
-            f"optimizer      {optim.matrices}{others}: {plan.optimizer_flops / 1e12:.3g} TFLOP a step, "
-            f"{share:.2%} more; {'each device does all of it' if plan.zero_stage == 0 else 'the devices share it'}"
+        who = "each device does all of it" if plan.zero_stage == 0 else "the devices share it"
+        work = f"{plan.optimizer_flops / 1e12:.3g} TFLOP a step, {share:.2%} more"
+        optim = plan.config.optim
+        names = (
+            optim.matrices if optim.others == "adamw" else f"{optim.matrices}, {optim.others} of embeddings and head"
         )
+        lines.append(f"optimizer      {names}: {work}; {who}")
     lines += [
         f"data           {tokens_per_step:,} tokens a step, {time.tokens:,} in all, "
         f"{flops.total * time.tokens:.3g} FLOP",
@@ -69,11 +70,13 @@ def _devices(plan: Plan) -> list[str]:
     if not device.memory_gb:
         return []
     fitting = [stage for stage in plan.memory[plan.method] if plan.fits(stage)]
-    verdict = f"fits at ZeRO stage {', '.join(map(str, fitting))}"
-    if not fitting:
-        verdict = f"fits at NO stage: {' or '.join(plan.savings)}"
-    elif plan.zero_stage not in fitting:
-        verdict += f"; NOT at {plan.zero_stage} as in the settings: use --train.zero_stage={fitting[0]}"
+    if fitting:
+        verdict = f"fits at ZeRO stage {', '.join(map(str, fitting))}"
+        if plan.zero_stage not in fitting:
+            verdict += f"; NOT at {plan.zero_stage} as in the settings: use --train.zero_stage={fitting[0]}"
+    else:
+        *others, last = plan.savings
+        verdict = f"fits at NO stage: {', '.join([*others, f'or {last}']) if others else last}"
     return [
         f"devices        {cluster.nodes} x {cluster.devices_per_node} {device.name}, "
         f"{device.memory_gb:g} GB each ({device.source})",

@@ -22,7 +22,7 @@ from relora_mora.config.schema import Config
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.model.config import plain_model_config
 from relora_mora.optim.groups import count_parameters
-from relora_mora.sizing.measured import meta_model
+from relora_mora.sizing.work import meta_model
 from relora_mora.system.files import append_synced, disk_faults_named, remove, write_if_possible, write_synced
 from relora_mora.system.hardware import device_name
 from relora_mora.system.logs import log

@@ -15,10 +15,9 @@ from relora_mora.distributed.collectives import from_first_rank, gather_from_ran
 from relora_mora.evaluation.generation import Generated, generate_answers
 from relora_mora.evaluation.loss import EvalResult, Update, evaluate, evaluate_sets, held_out
 from relora_mora.optim.groups import group_rates
-from relora_mora.sizing.measured import flops_of
-from relora_mora.sizing.setup import Setup
+from relora_mora.sizing.work import flops_per_token
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
-from relora_mora.system.hardware import peak_memory_bytes, uses_cuda
+from relora_mora.system.hardware import peak_memory_bytes
 from relora_mora.system.logs import counted, log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
@@ -69,9 +68,7 @@ class Reporting:
     def __init__(self, run: Run, write: report.Write, progress: Progress) -> None:
         checked = run.checked
         self.config = run.config
-        stage, ranks = run.config.train.zero_stage, run.engine.world_size
-        setup = Setup(run.config, stage, ranks, bf16=checked.bf16, on_gpu=uses_cuda())
-        self.flops_per_token = flops_of(run.engine.lm, setup).total
+        self.flops_per_token = flops_per_token(checked.model_config, run.config).total
         self.peak_flops = report.peak_of_device(run.config.log, bf16=checked.bf16)
         self.sources = mixture_names(run.config.data) if run.config.data.is_mixture else ()
         self.engine = run.engine

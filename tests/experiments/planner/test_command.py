@@ -8,8 +8,7 @@ import pytest
 
 from relora_mora.config.load import load_config
 from relora_mora.model.config import read_model_config
-from relora_mora.sizing.measured import flops_of, meta_model
-from relora_mora.sizing.setup import Setup
+from relora_mora.sizing.work import flops_per_token
 from tests.tools.helpers import ROOT
 
 CONFIG = ROOT / "configs" / "run" / "tiny_remora_paper.yaml"
@@ -31,10 +30,9 @@ def test_command_line_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(str(CONFIG), "--world_size=2", "--train.steps=2000", "--tokens_per_second=4096", "--json") == 0
     values = json.loads(capsys.readouterr().out)
     config = load_config(CONFIG)
-    model = meta_model(read_model_config(config.model), config.method)
     assert values["tokens"] == 8_192_000
     assert values["seconds"] == 2000
-    assert values["flops"]["total"] == flops_of(model, Setup(config, 2, 2, bf16=True)).total
+    assert values["flops"]["total"] == flops_per_token(read_model_config(config.model), config).total
     assert values["memory"]["remora"]["2"]["device"] > values["memory"]["remora"]["2"]["activations"] > 0
 
 

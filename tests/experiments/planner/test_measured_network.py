@@ -10,8 +10,8 @@ import torch
 
 from relora_mora.config.schema import Config
 from relora_mora.experiments.planner.network import traffic
-from relora_mora.sizing.measured import meta_model
 from relora_mora.sizing.setup import Setup
+from relora_mora.sizing.work import meta_model
 from tests.conftest import Pools
 from tests.tools.grids import rest
 from tests.tools.tiny import build_rig, tiny_config, tiny_llama

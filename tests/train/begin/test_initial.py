@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.model.llama import build_model
-from relora_mora.sizing.measured import meta_model
 from relora_mora.sizing.memory import state_memory
 from relora_mora.sizing.setup import Setup
+from relora_mora.sizing.work import meta_model
 from tests.tools.data_tools import some_texts, write_shard
 from tests.tools.faulty_server import COMMIT, serving
 from tests.tools.runs import LLAMA, metrics, run_config, train
