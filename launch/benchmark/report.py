@@ -56,7 +56,7 @@ def _fields(result: Result, first: Result, setting: Setting, world_size: int, pe
         "page_faults": result.page_faults,
         "tokens_per_second": _tokens_per_second(result, setting, world_size),
         "ratio": result.seconds / first.seconds,
-        "utilisation": _utilisation(result, peak_tflops) or None,
+        "utilization": _utilization(result, peak_tflops) or None,
         "trainable_parameters": result.trainable,
         "trainable_ratio": _ratio(result.trainable, first.trainable),
         "bytes_held": result.bytes_held,
@@ -94,7 +94,7 @@ def _times(results: list[Result], setting: Setting, world_size: int, peak_tflops
         f"{'method':18}{'step s':>9}{'+-':>7}{'ratio':>7}{'cpu s':>9}{'faults':>9}{'tok/s':>9}{'use':>6}{'merge':>7}"
     )
     for result in results:
-        use = _utilisation(result, peak_tflops)
+        use = _utilization(result, peak_tflops)
         used = f"{use:.0%}" if use else ""
         merge = f"{result.merge_seconds / result.seconds:.2f}x" if result.merge_seconds is not None else ""
         yield (
@@ -144,7 +144,7 @@ def _tokens_per_second(result: Result, setting: Setting, world_size: int) -> flo
     return setting.tokens * setting.accumulation * world_size / result.seconds
 
 
-def _utilisation(result: Result, peak_tflops: float) -> float:
+def _utilization(result: Result, peak_tflops: float) -> float:
     """The method's arithmetic as a share of the machine's peak; 0 if the arithmetic is unknown."""
     return result.flops_per_step / result.seconds / (peak_tflops * 1e12)
 

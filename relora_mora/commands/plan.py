@@ -17,7 +17,7 @@ def main(
     device: str | None = None,
     link_gbits: float | None = None,
     tokens_per_second: float | None = None,
-    utilisation: float | None = None,
+    utilization: float | None = None,
     json: bool = False,
     finetune: bool = False,
     **overrides: str,
@@ -37,7 +37,7 @@ def main(
 
     Speed:
         tokens_per_second: a measured rate over all devices, used to compute the time
-        utilisation: fraction of the devices' peak that is reached while they compute; default: 0.4
+        utilization: fraction of the devices' peak that is reached while they compute; default: 0.4
 
     Output:
         json: print one JSON object with everything, sizes in bytes
@@ -117,6 +117,6 @@ def main(
         on_cpu=on_cpu,
         peak=peak,
         tokens_per_second=tokens_per_second,
-        utilisation=utilisation,
+        utilization=utilization,
     )
     print(json_module.dumps(plan.as_dict()) if json else render(plan))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from relora_mora.adapters.layers import effective_rank
 from relora_mora.checkpoint.layout import CheckpointError
-from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
+from relora_mora.checkpoint.reader import CheckpointReader
 from relora_mora.config.load import stored_config
 from relora_mora.config.schema import DECODER_LINEARS
 from relora_mora.model.llama import empty_model, initial_value, put_values
@@ -20,20 +20,14 @@ from relora_mora.weights.peft import AdapterFolder
 Spectra = dict[str, Tensor]  # [layers, n] by the kind of projection, descending; float32
 
 
-def update_spectra(path: Path) -> Spectra:
-    """The singular values of W - W_0 for every linear of the decoder; W includes merges and the current adapters.
-
-    ``path`` is a run folder (its newest whole checkpoint counts) or a checkpoint. W_0 are the run's initial weights:
-    drawn again from its seed, or read from its ``model.init_from``, with its ``model.adapter`` merged in. Raises
-    :class:`CheckpointError` if ``path`` is not a checkpoint, or if the files of the initial weights are missing or have
-    changed.
-    """
-    return spectra_of(CheckpointReader(find_checkpoint(path)))
-
-
 @torch.no_grad()
 def spectra_of(reader: CheckpointReader) -> Spectra:
-    """Like :func:`update_spectra`, for a checkpoint that is already open."""
+    """The singular values of W - W_0 for every linear of the decoder; W includes merges and the current adapters.
+
+    W_0 are the run's initial weights: drawn again from its seed, or read from its ``model.init_from``, with its
+    ``model.adapter`` merged in. Raises :class:`CheckpointError` if the files of the initial weights are missing or have
+    changed.
+    """
     weights = merged_weights(reader)
     spectra: dict[str, list[Tensor]] = {kind: [] for kind in DECODER_LINEARS}
     linears = tuple(f".{kind}.weight" for kind in DECODER_LINEARS)

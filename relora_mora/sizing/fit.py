@@ -1,7 +1,6 @@
 """Checks that adapters are smaller than their weights, and that the training state fits into memory."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -120,19 +119,3 @@ def _should_stay(layer: AdapterLinear, setup: Setup) -> bool:
         return not layer.drops
     pays = setup.on_gpu or setup.micro_batches > 1
     return pays and layer.stored == PLAIN and layer.uses_merged_form(setup.config.tokens_per_micro_batch)
-
-
-def stage_advice(model: PreTrainedModel, setup: Setup, available: float) -> str | None:
-    """Advice to use stage 1 if the settings say stage 2, and stage 1 sends less and fits into ``available`` bytes.
-
-    On GPUs stage 2 sends gradients during backward, so the network decides which stage is faster.
-    """
-    if setup.stage != 2 or setup.world_size == 1 or setup.micro_batches == 1:
-        return None
-    if peak_memory(model, replace(setup, stage=1)).device > USABLE * available:
-        return None
-    return (
-        f"train.zero_stage=2 sends the gradients after each of the {setup.micro_batches} micro-batches of a step, "
-        "train.zero_stage=1 once, and there is memory for it"
-        + ("; relora-mora plan with --link_gbits says which is faster" if setup.on_gpu else "")
-    )

@@ -47,7 +47,7 @@ class Flops:
     """FLOPs of one token, forward and backward.
 
     ``recomputed`` is what activation checkpointing computes a second time. The devices do this work, but it does not
-    belong to the model's arithmetic, so "model FLOPs utilisation" leaves it out.
+    belong to the model's arithmetic, so "model FLOPs utilization" leaves it out.
     """
 
     linears: float

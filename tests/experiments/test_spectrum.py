@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from relora_mora.checkpoint.layout import CheckpointError
-from relora_mora.experiments.spectrum import joined, rank_columns, update_spectra
+from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
+from relora_mora.experiments.spectrum import joined, rank_columns, spectra_of
 from tests.tools.commands import call, refused
 from tests.tools.runs import checkpoint_at, run_config, train, write_inputs
 
@@ -38,7 +39,7 @@ def runs(inputs: Path, tokenizer_path: str, pools: Any) -> dict[str, Path]:
 
 def _ranks(run: Path) -> set[int]:
     """The ranks of the updates of all layers; smaller values are rounding errors."""
-    spectra = update_spectra(run)
+    spectra = spectra_of(CheckpointReader(find_checkpoint(run)))
     assert [len(layers) for layers in spectra.values()] == [LAYERS] * 7
     return {int((values > 1e-4 * values[0]).sum()) for layers in spectra.values() for values in layers}
 
@@ -70,11 +71,11 @@ def test_initial_weights_must_be_unchanged(runs: dict[str, Path], tmp_path: Path
     with pytest.raises(
         CheckpointError, match=r"further.*began with other weights than model.init_from holds now .*relora"
     ):
-        update_spectra(runs["further"])
+        spectra_of(CheckpointReader(find_checkpoint(runs["further"])))
     (tmp_path / newest.name).rename(newest)
     source.rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match=r"further.*began with .*relora .*, which no longer exists"):
-        update_spectra(runs["further"])
+        spectra_of(CheckpointReader(find_checkpoint(runs["further"])))
     (tmp_path / "moved").rename(source)
     assert _ranks(runs["further"]) == {RANK}
 

@@ -49,7 +49,7 @@ FIELDS = {
     "page_faults",
     "tokens_per_second",
     "ratio",
-    "utilisation",
+    "utilization",
     "trainable_parameters",
     "trainable_ratio",
     "bytes_held",

@@ -20,7 +20,7 @@ from relora_mora.model.config import read_model_config
 from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import count_parameters, set_trainable
-from relora_mora.sizing.fit import check_memory, choose_forms, stage_advice
+from relora_mora.sizing.fit import check_memory, choose_forms
 from relora_mora.sizing.memory import activation_memory, merged_memory, peak_memory, scratch_memory, state_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
@@ -214,23 +214,6 @@ def test_accumulation_keeps_gradients_through_the_loss() -> None:
     model = meta_model(MODEL, once.method)
     gradients = [peak_memory(model, Setup(config, 0, 1, bf16=True)).gradients for config in (once, twice)]
     assert gradients[0] == 0 < gradients[1]
-
-
-def test_stage_1_is_advised_if_it_fits() -> None:
-    config = make_config({"name": "remora"})
-    once, twice = (
-        config.model_copy(update={"train": config.train.model_copy(update={"zero_stage": 2, "batch_size": size})})
-        for size in (8, 16)
-    )
-    model = meta_model(MODEL, config.method)
-    needed = peak_memory(model, Setup(twice, 1, 2, bf16=True, on_gpu=True)).device
-
-    def advice(config: Config, available: float) -> str | None:
-        return stage_advice(model, Setup(config, config.train.zero_stage, 2, bf16=True, on_gpu=True), available)
-
-    assert "train.zero_stage=1" in str(advice(twice, 1.2 * needed))
-    assert advice(twice, needed) is None  # a part of the memory is not usable
-    assert advice(once, 1.2 * needed) is None
 
 
 def test_ranks_on_cpus_share_the_memory_of_their_host(monkeypatch: pytest.MonkeyPatch) -> None:

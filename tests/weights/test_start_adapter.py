@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
-from relora_mora.experiments.spectrum import update_spectra
+from relora_mora.experiments.spectrum import spectra_of
 from relora_mora.weights.export import export
 from relora_mora.weights.peft import AdapterFolder
 from tests.tools.adapter_tools import ADAPTERS_ONLY, METHODS, adapted, logits, save_base, write_run
@@ -112,10 +113,10 @@ def test_the_adapter_is_not_part_of_what_the_run_adds(pools, inputs, base, adapt
     config = config_of(inputs, tokenizer_path, run, base, adapters[name], METHODS[name] | ADAPTERS_ONLY)
     still = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 1e-7})})
     pools(1)(train, still, stop_after=1)
-    assert max(float(values.max()) for values in update_spectra(run).values()) < 1e-4
+    assert max(float(values.max()) for values in spectra_of(CheckpointReader(find_checkpoint(run))).values()) < 1e-4
     moved = shutil.move(adapters[name], tmp_path / "moved")
     with pytest.raises(CheckpointError, match=rf"began with .*{name} \(model.adapter\), which no longer exists"):
-        update_spectra(run)
+        spectra_of(CheckpointReader(find_checkpoint(run)))
     shutil.move(moved, adapters[name])
 
 

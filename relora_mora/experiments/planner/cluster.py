@@ -2,7 +2,7 @@
 
 A step takes compute + optimizer + network - hidden:
 
-compute    FLOPs of the arithmetic / (ranks x peak x utilisation). The peak is that of bf16, also for products in 8 bits
+compute    FLOPs of the arithmetic / (ranks x peak x utilization). The peak is that of bf16, also for products in 8 bits
 optimizer  AdamW in float32 reads 16 and writes 12 bytes for each parameter that a rank owns, and writes the weight, at
            the device's memory bandwidth. If matrices have another optimizer: its passes and its products
            (``work.py``), with the products at the rate of the arithmetic

@@ -19,7 +19,7 @@ from relora_mora.sizing.work import Flops, flops_of, meta_model, passes_bytes, p
 from relora_mora.system.devices import WITHOUT_FP8, Device
 
 STAGES = (0, 1, 2, 3)
-ASSUMED_UTILISATION = 0.4  # share of the peak while devices compute; no GPU has confirmed it
+ASSUMED_UTILIZATION = 0.4  # share of the peak while devices compute; no GPU has confirmed it
 # resident in a rank's process on a CPU next to its tensors: Python, torch, DeepSpeed, tokenizer (measured)
 PROCESS_BYTES = 0.45 * 2**30
 FRAGMENTATION = 1.1  # glibc's malloc held 3 to 17 % more than the parts in tiny runs (measured on two cores)
@@ -174,17 +174,17 @@ def make_plan(
     on_cpu: bool,
     peak: tuple[float, str],
     tokens_per_second: float | None = None,
-    utilisation: float | None = None,
+    utilization: float | None = None,
 ) -> Plan:
     """Plans a run on a cluster.
 
     ``peak`` is the FLOP/s of one device and the source of that number; ``log.peak_tflops`` overrides it.
     ``tokens_per_second`` is a measured rate over all devices. Without it the time follows from the arithmetic at
-    ``utilisation`` of the peak (None: 0.4), the optimizer's memory traffic, and the network.
-    Raises ValueError if the utilisation is not above 1e-6 and at most 1, or if the rate is not positive.
+    ``utilization`` of the peak (None: 0.4), the optimizer's memory traffic, and the network.
+    Raises ValueError if the utilization is not above 1e-6 and at most 1, or if the rate is not positive.
     """
-    if utilisation is not None and not 1e-6 < utilisation <= 1:
-        raise ValueError(f"utilisation must be above 1e-6 and at most 1, got {utilisation:g}")
+    if utilization is not None and not 1e-6 < utilization <= 1:
+        raise ValueError(f"utilization must be above 1e-6 and at most 1, got {utilization:g}")
     if tokens_per_second is not None and not tokens_per_second > 0:
         raise ValueError(f"tokens_per_second must be positive, got {tokens_per_second:g}")
     if config.log.peak_tflops is not None:
@@ -202,7 +202,7 @@ def make_plan(
         product_flops(model, config.optim),
         memory={name: {stage: each.memory for stage, each in stages.items()} for name, stages in needs.items()},
         network={name: {stage: each.network for stage, each in stages.items()} for name, stages in needs.items()},
-        time=_time(needs[config.method.name], model, cluster, flops, peak, tokens_per_second, utilisation),
+        time=_time(needs[config.method.name], model, cluster, flops, peak, tokens_per_second, utilization),
         notes=[
             *remarks(config),
             *_rule_notes(config),
@@ -265,15 +265,15 @@ def _time(
     flops: Flops,
     peak: tuple[float, str],
     tokens_per_second: float | None,
-    utilisation: float | None,
+    utilization: float | None,
 ) -> Time:
     """The time of a run whose needs at each stage are ``own``."""
     config = own[0].setup.config
-    used = utilisation or ASSUMED_UTILISATION
+    used = utilization or ASSUMED_UTILIZATION
     of_peak = f"of {peak[0] / 1e12:.4g} TFLOP/s a device ({peak[1]})"
     cluster_peak = cluster.world_size * peak[0]
-    assumption = f"{'at' if utilisation else 'assuming'} {used:.0%} {of_peak}"
-    if utilisation is None and own[0].setup.on_gpu:
+    assumption = f"{'at' if utilization else 'assuming'} {used:.0%} {of_peak}"
+    if utilization is None and own[0].setup.on_gpu:
         assumption += ", which no GPU has confirmed"
     steps = {
         stage: step_time(

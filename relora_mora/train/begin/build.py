@@ -28,7 +28,7 @@ from relora_mora.optim.groups import (
     set_trainable,
 )
 from relora_mora.schedule import Schedule
-from relora_mora.sizing.fit import choose_forms, stage_advice, uneven_widths
+from relora_mora.sizing.fit import choose_forms, uneven_widths
 from relora_mora.sizing.setup import Setup
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.hardware import uses_cuda
@@ -159,9 +159,6 @@ def build(checked: ResolvedRun, rank: int, world_size: int, *, resumes: bool = F
     )
     choose_forms(lm, setup, available)
     _log_storage(lm, config)
-    advice = stage_advice(lm, setup, available)
-    if advice:
-        shared_log.warning(advice)
     for note in uneven_widths(checked.model_config) if on_gpu else ():
         shared_log.warning("model: %s", note)
     groups = parameter_groups(lm, config.optim)

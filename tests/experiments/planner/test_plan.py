@@ -31,7 +31,7 @@ TWO = Cluster(1, 2, CPU)
 
 
 def plan_of(
-    tokens_per_second: float | None = None, utilisation: float | None = None, cluster: Cluster = TWO, **overrides: str
+    tokens_per_second: float | None = None, utilization: float | None = None, cluster: Cluster = TWO, **overrides: str
 ) -> Plan:
     config = load_config(CONFIG, overrides, world_size=cluster.world_size)
     return make_plan(
@@ -42,7 +42,7 @@ def plan_of(
         on_cpu=cluster.device is CPU,
         peak=(1e12, "the test"),
         tokens_per_second=tokens_per_second,
-        utilisation=utilisation,
+        utilization=utilization,
     )
 
 
@@ -78,7 +78,7 @@ def test_parameters_and_tokens() -> None:
 
 
 def test_time_follows_from_the_known_rates() -> None:
-    assumed, given, measured = plan_of(), plan_of(utilisation=0.8), plan_of(tokens_per_second=2000.0)
+    assumed, given, measured = plan_of(), plan_of(utilization=0.8), plan_of(tokens_per_second=2000.0)
     assert assumed.time.tokens_per_second == pytest.approx(2 * 0.4e12 / assumed.flops.performed)
     assert given.time.seconds == pytest.approx(assumed.time.seconds / 2)
     assert measured.time.seconds == 2048.0
@@ -91,12 +91,12 @@ def test_what_no_gpu_has_confirmed_is_marked() -> None:
     gpus = Cluster(1, 2, named_device("h100"))
     assumed = plan_of(cluster=gpus).time
     assert "assuming 40% of 1 TFLOP/s a device (the test), which no GPU has confirmed" in assumed.assumption
-    unmarked = (plan_of(), plan_of(cluster=gpus, utilisation=0.4), plan_of(cluster=gpus, tokens_per_second=2000.0))
+    unmarked = (plan_of(), plan_of(cluster=gpus, utilization=0.4), plan_of(cluster=gpus, tokens_per_second=2000.0))
     assert not any("confirmed" in plan.time.assumption for plan in unmarked)
     assert assumed.steps == unmarked[1].time.steps
 
 
-@pytest.mark.parametrize(("name", "value"), [("utilisation", 0.0), ("utilisation", 1.5), ("tokens_per_second", 0.0)])
+@pytest.mark.parametrize(("name", "value"), [("utilization", 0.0), ("utilization", 1.5), ("tokens_per_second", 0.0)])
 def test_refuses_impossible_rates(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         plan_of(**{name: value})
@@ -256,7 +256,7 @@ def test_only_the_memory_of_an_unknown_card_is_known(monkeypatch: pytest.MonkeyP
 def test_time_of_a_step_on_a_cluster() -> None:
     """With a hundred times slower network, stage 1 waits for all traffic, and stage 3 for what is not hidden."""
     cluster = Cluster(2, 4, named_device("h100"), link_gbits=80.0)
-    plan = plan_of(cluster=cluster, utilisation=0.4, **{"train.batch_size": "64"})
+    plan = plan_of(cluster=cluster, utilization=0.4, **{"train.batch_size": "64"})
     trainable = plan.parameters.trainable
     one = plan.time.steps[1]
     assert one.network == pytest.approx(
