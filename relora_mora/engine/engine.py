@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.schema import TrainConfig
-from relora_mora.engine.internals import check_objects
 from relora_mora.engine.matrices import CutMatrices
 from relora_mora.engine.norms import gradient_norms, replaced, step_with_norms
 from relora_mora.engine.start import allow_optimizer, deepspeed_settings, quiet
@@ -77,7 +76,6 @@ class ZeroEngine(ZeroState):
         allow_optimizer(type(optimizer))
         with quiet():
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        check_objects(self.deepspeed)
         zero = self.deepspeed.optimizer
         super().__init__(lm, zero, shapes, moments, self.deepspeed.device, train.zero_stage)
         self.adapters = [layer for _, layer in adapter_layers(lm)]

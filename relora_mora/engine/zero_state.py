@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.adapters.stored import PLAIN
-from relora_mora.engine.internals import check_objects
 from relora_mora.engine.masters import Fragment, owned_fragments, update_parameters
 from relora_mora.optim.groups import state_of
 
@@ -31,9 +30,6 @@ class ZeroState:
         device: torch.device,
         stage: int,
     ) -> None:
-        check_objects(zero)
-        if stage == 3:
-            check_objects(next(lm.parameters()))
         self.lm = lm
         self.zero = zero
         self.shapes = shapes
