@@ -2,20 +2,16 @@
 
 One process of a run looks up the files and sends the answer to the others (``remember_datasets``). ``datasets`` gets a
 copy of the folder in which every file is empty except those that describe the set. So it makes no requests and reads no
-text: the answer depends only on the names, and a set on the hub is resolved like one on a disk. Folders written by
-``save_to_disk`` contain files that list their content.
+text: the answer depends only on the names, and a set on the hub is resolved like one on a disk.
 """
 
 import contextlib
-import functools
-import json
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.bytes.files import open_file
@@ -72,11 +68,13 @@ def _find(name: DatasetName, split: str, commits: Commits) -> Found:
             paths = list_files(name.place, commits.at(name.place, name.revision), commits.timeout_seconds)
         else:
             paths = _files_below(name)
-        read = functools.partial(_read_card, name, commits)
-        saved = None if name.config or name.data_files else saved_files(name, split, set(paths), read)
-        if saved is not None:
-            return tuple(saved)
-        cards = {card: read(card) for card in CARDS if card in paths}
+        if not name.data_files and any(files <= set(paths) for files in _SAVED):
+            raise SourceError(
+                f"{name.source} was written by save_to_disk, whose folders are not read as sets; write it as "
+                "Parquet (datasets.load_from_disk, then to_parquet), or give its local files by path, such as "
+                f"{name.place}/*.arrow"
+            )
+        cards = {card: _read_card(name, commits, card) for card in CARDS if card in paths}
         return tuple(split_files(name, split, paths, cards))
     except SourceError as error:
         return error
@@ -115,6 +113,7 @@ def _read_card(name: DatasetName, commits: Commits, path: str) -> str:
 
 
 CARDS = ("README.md", ".huggingface.yaml")  # the files that describe a set, besides the names of its files
+_SAVED = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})  # in folders of save_to_disk
 # in names that datasets ignores: line breaks, its own separator, and capitals in a suffix
 _ODD = re.compile(r"\n|::|\.[^/.]*[A-Z][^/.]*(\.(gz|zstd?))?$")
 
@@ -254,54 +253,3 @@ def _refuse_mixed(name: DatasetName, split: str, root: Path, splits: Mapping[str
             f"{name.source}: datasets would read files such as {taken[0]}, but leave out files such as "
             f"{first!r}; give a pattern for the files to read"
         )
-
-
-_SPLITS = "dataset_dict.json"
-_STATE = "state.json"
-
-
-def saved_files(name: DatasetName, split: str, paths: Collection[str], read: Callable[[str], str]) -> list[str] | None:
-    """The ordered files of the split that ``name`` names, or of ``split``, in a folder written by ``save_to_disk``.
-
-    Returns None if ``paths`` do not belong to such a folder. ``read`` returns the text of a file. A single set without
-    the name of a split is ``train``, as everywhere in ``datasets``. Raises SourceError.
-    """
-    source = name.source
-    split = name.split or split
-    if _SPLITS in paths:
-        splits = _read(source, _SPLITS, read)
-        folders = {part: f"{part}/" for part in splits.get("splits", ())}
-    elif _STATE in paths:
-        state = _read(source, _STATE, read)
-        if "_data_files" not in state:
-            return None
-        named = re.match(r"\w+", state.get("_split") or "train")  # only the name of a split like train[:10%]
-        folders = {named[0] if named else "train": ""}
-    else:
-        return None
-    if split not in folders:
-        raise missing_split(name, split, folders)
-    folder = folders[split]
-    state = _read(source, folder + _STATE, read) if folder + _STATE in paths else {}
-    if state.get("_data_files") == []:
-        raise SourceError(f"{source}: its split {split} has no rows (save_to_disk); give a set or a split with rows")
-    files = [f"{folder}{entry['filename']}" for entry in state.get("_data_files", ())]
-    missing = [file for file in files if file not in paths]
-    if missing or not files:
-        raise SourceError(
-            f"{source} was written by save_to_disk, and {missing[0] if missing else folder + _STATE} is missing or "
-            "names no files; copy or write the whole folder again"
-        )
-    return files
-
-
-def _read(source: str, path: str, read: Callable[[str], str]) -> dict[str, Any]:
-    try:
-        content = json.loads(read(path))
-    except ValueError as error:
-        if isinstance(error, SourceError):
-            raise
-        content = None
-    if not isinstance(content, dict):
-        raise SourceError(f"{source}: {path} is not a JSON object; write the set again, or give its files by path")
-    return content

@@ -69,6 +69,11 @@ def resolve_shards(
                     f"{source.source}: {shard.name} is a file that {named_by} names already{other_name}; "
                     "its text would be read twice: give each file once"
                 )
+            if shard.is_remote and shard.format is ARROW:
+                raise SourceError(
+                    f"{source.source}: {shard.name} is an Arrow file on a server, and only local ones are read; "
+                    "download it, or name the set's Parquet files, or write it as Parquet"
+                )
             column = source.text_column or records_column or text_column
             name = source.label if mixed or source.text_column or source.records else ""
             shard = replace(shard, text_column=column, records=record_format, source=name)

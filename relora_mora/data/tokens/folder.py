@@ -1,6 +1,7 @@
 """Pre-tokenizes a text into a folder: one file per shard, several at a time. A second call skips finished files."""
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import multiprocessing
@@ -9,16 +10,16 @@ import os
 import re
 import signal
 import sys
-import time
-import traceback
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.content import at_versions, content_digests, remote_versions
-from relora_mora.data.errors import SourceError, WorkerError
+from relora_mora.data.errors import SourceError
 from relora_mora.data.formats.file_rows import check_is_text, text_encoder
 from relora_mora.data.formats.json_lines import is_encodable
 from relora_mora.data.sets.show import check_columns
@@ -31,7 +32,8 @@ from relora_mora.tokenizer.identity import tokenizer_fingerprint, vocabulary_siz
 from relora_mora.tokenizer.load import load_tokenizer
 
 Progress = Callable[[int, float], object]  # the number of a shard, and the fraction of it that is done
-_PROGRESS_SECONDS = 0.5  # between two reports of a process
+_PROGRESS_SECONDS = 0.5  # between two reports
+_work: Callable[["Job", int], index.FileStats]  # of a process that tokenizes
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")  # in the name of a shard on the hub
 
 
@@ -226,88 +228,56 @@ def _tokenize_function(task: Task) -> Callable[[Job, Callable[[float], object]],
 
 
 def _in_processes(task: Task, jobs: Sequence[Job], processes: int, report: Progress) -> dict[int, index.FileStats]:
-    done: dict[int, index.FileStats] = {}
-    waiting = list(reversed(jobs))
-    with _workers(task, processes) as connections:
-        busy: dict[Connection, Job] = {}
-        for connection in connections:
-            busy[connection] = _start(connection, waiting.pop())
-        while busy:
-            ready = wait(busy)
-            for connection, job in list(busy.items()):
-                if connection not in ready:
-                    continue
-                try:
-                    answer = connection.recv()
-                except (EOFError, ConnectionResetError):
-                    raise ChildProcessError(
-                        f"the process that made the tokens of {job.shard.name} was killed; "
-                        "if memory ran out, give fewer --processes. A second call continues from the finished files"
-                    ) from None
-                if isinstance(answer, Exception):
-                    raise answer
-                if isinstance(answer, index.FileStats):
-                    done[job.number] = answer
-                    del busy[connection]
-                    if waiting:
-                        busy[connection] = _start(connection, waiting.pop())
-                report(job.number, 1.0 if isinstance(answer, index.FileStats) else answer)
-    return done
+    """Tokenizes the jobs in processes, which are killed when it ends for whatever reason.
 
-
-def _start(connection: Connection, job: Job) -> Job:
-    with contextlib.suppress(BrokenPipeError):  # the process was killed, which is reported on reading its answer
-        connection.send(job)
-    return job
-
-
-@contextlib.contextmanager
-def _workers(task: Task, count: int) -> Iterator[list[Connection]]:
-    """Processes that tokenize each job that they are sent. They are killed when the block ends.
-
-    They inherit a blocked SIGINT, because Ctrl-C is meant for this process, which then ends them.
+    They inherit a blocked SIGINT, because Ctrl-C is meant for this process.
     """
     context = multiprocessing.get_context("spawn")
     multiprocessing.resource_tracker.ensure_running()  # if started later, it would unblock the signal
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    started = []
+    parts = context.RawArray("d", len(jobs))
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(processes, context, initializer=_begin_process, initargs=(task, parts))
     try:
-        connections = []
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(task, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            started.append(process)
-            connections.append(ours)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        yield connections
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            results = {pool.submit(_tokenize, job, at): job for at, job in enumerate(jobs)}
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        running = set(results)
+        while running:
+            finished, running = wait(running, _PROGRESS_SECONDS, FIRST_EXCEPTION)
+            for result in finished:
+                result.result()
+            for job, part in zip(jobs, parts, strict=True):
+                report(job.number, part)
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            "a process that makes tokens was killed; if memory ran out, give fewer --processes. "
+            "A second call continues from the finished files"
+        ) from None
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        for process in started:
+        for process in set(multiprocessing.active_children()) - others:
             process.kill()
-        for process in started:
-            process.join()
+        pool.shutdown(cancel_futures=True)
+    return {job.number: result.result() for result, job in results.items()}
 
 
-def _work(task: Task, connection: Connection) -> None:
-    """The program of a process: answers each job with the fractions done and then its totals. An error ends it."""
+def _begin_process(task: Task, parts: "ctypes.Array[ctypes.c_double]") -> None:
+    """Prepares a process for ``_tokenize``, which sets ``parts[at]`` to the fraction of a job that is done."""
+    global _work
     sys.modules["torch"] = None  # type: ignore[assignment] # tokenizing does not need it: see worker.py
-    reported = time.monotonic()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    tokenize = _tokenize_function(task)
+    _work = lambda job, at: tokenize(job, functools.partial(parts.__setitem__, at))  # noqa: E731
 
-    def progress(part: float) -> None:
-        nonlocal reported
-        if time.monotonic() - reported > _PROGRESS_SECONDS:
-            reported = time.monotonic()
-            connection.send(part)
 
-    try:
-        tokenize = _tokenize_function(task)
-        while True:
-            connection.send(tokenize(connection.recv(), progress))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent closed its end
-    except (ValueError, OSError) as error:
-        connection.send(error)
-    except Exception:
-        connection.send(WorkerError(f"a tokenizing process failed:\n{traceback.format_exc()}"))
+def _end_with_parent() -> None:
+    """Ends a process whose parent was killed; the pool would wait for further jobs."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _tokenize(job: Job, at: int) -> index.FileStats:
+    return _work(job, at)

@@ -1,28 +1,22 @@
-"""Arrow files and streams, every type of string, damage that pyarrow would not notice, and sets of save_to_disk."""
+"""Arrow files and streams, every type of string, damage, memory, and what is refused."""
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 import struct
-import threading
 from collections import Counter
 from contextlib import closing
 
 import pyarrow
 import pytest
 
-from relora_mora.data.bytes import retry
-from relora_mora.data.bytes.local import LocalFile
-from relora_mora.data.bytes.remote import RemoteFile
 from relora_mora.data.content import local_content
 from relora_mora.data.errors import SourceError
-from relora_mora.data.formats.file_rows import iter_texts, open_rows
+from relora_mora.data.formats.file_rows import open_rows
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import resolve_shards
-from tests.tools.data_tools import data_config, some_texts, texts_of, write_arrow, write_shard
-from tests.tools.faulty_server import COMMIT, serving
+from tests.tools.data_tools import data_config, some_texts, texts_of, write_arrow
+from tests.tools.faulty_server import serving
 
 
 def _as_polars_writes(path):
@@ -106,89 +100,64 @@ def test_any_cut_and_any_changed_byte_is_text_or_one_message(tmp_path, stream):
             texts_of(path)
 
 
+def test_a_stream_that_is_cut_between_two_batches_is_named(tmp_path):
+    path = write_arrow(tmp_path / "a.arrow", some_texts(30))
+    body = path.read_bytes()
+    with path.open("r+b") as file:
+        file.truncate(len(body) - 8)
+    with pytest.raises(SourceError, match=r"a\.arrow: its schema cannot be read \(it does not end as a stream does\)"):
+        texts_of(path)
+
+
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_seek_reads_only_the_beginning_of_other_batches(tmp_path, monkeypatch, stream):
-    texts = [random.Random(n).randbytes(500).hex() for n in range(2000)]
-    path = write_arrow(tmp_path / "a.arrow", texts, group_rows=200, stream=stream)
-    read = []
-    read_at = LocalFile.read_at
-    monkeypatch.setattr(
-        LocalFile, "read_at", lambda self, position, size: read.append(size) or read_at(self, position, size)
-    )
+def test_a_damaged_batch_is_named_before_any_row_is_read(tmp_path, stream):
+    path = write_arrow(tmp_path / "a.arrow", some_texts(30), group_rows=7, stream=stream)
+    body = bytearray(path.read_bytes())
+    starts = [
+        at for at in range(0, len(body), 8) if body[at : at + 4] == b"\xff\xff\xff\xff" and any(body[at + 4 : at + 8])
+    ]
+    at = starts[3]  # after the schema and two batches
+    body[at + 16 : at + 24] = b"\xff" * 8
+    path.write_bytes(body)
+    with pytest.raises(SourceError, match=r"a\.arrow: record batch 3, from row 15 on, cannot be read .*fetch or write"):
+        open_rows(data_config(path), Shard("a.arrow", str(path)))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_one_compressed_batch_is_in_memory_at_a_time(tmp_path, stream):
+    texts = [random.Random(n).randbytes(5000).hex() for n in range(1000)]
+    path = write_arrow(tmp_path / "a.arrow", texts, group_rows=20, stream=stream, compression="zstd")
+    before = pyarrow.total_allocated_bytes()
+    most = 0
     with closing(open_rows(data_config(path), Shard("a.arrow", str(path)))) as rows:
-        assert rows.skip(1501)
-        assert rows.take(1) == [texts[1501]]
-    assert sum(read) < path.stat().st_size / 5
+        while rows.take(10):
+            most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert 0 < most < sum(map(len, texts)) / 10
 
 
-def test_a_file_on_a_server_is_read_by_the_thread_that_asks_for_it(tmp_path, short_waits, monkeypatch):
-    """A request in a thread of pyarrow could not be stopped."""
-    texts = some_texts(40)
-    write_arrow(tmp_path / "a.arrow", texts, stream=False)
-    _as_polars_writes(tmp_path / "a.arrow")
-    threads = set()
-    read_at = RemoteFile.read_at
-    monkeypatch.setattr(RemoteFile, "read_at", lambda *args: threads.add(threading.current_thread()) or read_at(*args))
-    with serving(tmp_path, lambda n: "503" if n % 3 == 1 else None) as server:
-        assert texts_of(f"{server.url}/a.arrow") == texts
-    assert threads == {threading.current_thread()}
+def test_a_file_on_a_server_is_refused_with_a_remedy():
+    with pytest.raises(
+        SourceError, match=r"/a\.arrow is an Arrow file on a server, and only local ones are read; down"
+    ):
+        resolve_shards(["https://example.com/b.parquet", "https://example.com/a.arrow"])
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A set of two files and one with two splits, as save_to_disk writes them."""
+def test_a_folder_written_by_save_to_disk_is_refused_but_not_its_files(tmp_path, monkeypatch):
     import datasets
 
     datasets.disable_progress_bars()
-    texts = {"train": some_texts(50, seed=1), "validation": some_texts(9, seed=2)}
-    sets = {split: datasets.Dataset.from_dict({"text": texts[split]}) for split in texts}
-    sets["train"].save_to_disk(tmp_path / "one", num_shards=2)
-    datasets.DatasetDict(sets).save_to_disk(tmp_path / "both")
-    write_shard(tmp_path / "one" / "stale.arrow", ["of an earlier save"])
-    return texts
-
-
-def test_a_folder_written_by_save_to_disk_is_read(tmp_path, saved, monkeypatch):
-    assert texts_of(tmp_path / "one") == saved["train"]
-    assert texts_of(tmp_path / "both") == saved["train"]
-    assert texts_of(tmp_path / "both", "validation") == saved["validation"]
-    assert texts_of(f"{tmp_path}/both::validation") == saved["validation"]
-    refused = {"one": "has no split validation; its splits are train", "both::dev": "splits are train, validation"}
-    for name, said in refused.items():
-        with pytest.raises(SourceError, match=said):
-            resolve_shards(f"{tmp_path}/{name}", split="validation")
-    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
-    with serving(tmp_path / "both", lambda n: "503" if n % 3 == 1 else None) as server:
+    texts = some_texts(50)
+    one = datasets.Dataset.from_dict({"text": texts})
+    one.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict({"train": one}).save_to_disk(tmp_path / "both")
+    for source in (f"{tmp_path}/one", f"{tmp_path}/both", f"{tmp_path}/both::train"):
+        with pytest.raises(
+            SourceError, match=r"was written by save_to_disk, .*to_parquet\), or give its local files by"
+        ):
+            resolve_shards(source)
+    assert texts_of(f"{tmp_path}/one/*.arrow") == texts
+    assert texts_of(f"{tmp_path}/both/**/*.arrow") == texts
+    with serving(tmp_path / "both") as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
-        (shard,) = resolve_shards("some/set")
-        assert shard.name == f"hub:some/set@{COMMIT}/train/data-00000-of-00001.arrow"
-        config = data_config("some/set")
-        assert list(iter_texts("some/set", split="validation", config=config)) == saved["validation"]
-
-
-def test_a_set_without_rows_is_refused(tmp_path):
-    import datasets
-
-    empty = datasets.Dataset.from_dict({"text": []})
-    empty.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": empty}).save_to_disk(tmp_path / "both")
-    for state in tmp_path.rglob("state.json"):  # datasets 4.0 writes a file without rows, later versions no file
-        for file in state.parent.glob("*.arrow"):
-            file.unlink()
-        state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": []}))
-    for name in ("one", "both"):
-        with pytest.raises(SourceError, match=rf"{name}: its split train has no rows \(save_to_disk\); give a set or"):
-            resolve_shards(str(tmp_path / name))
-
-
-def test_an_incomplete_folder_of_save_to_disk_gives_one_message(tmp_path, saved):
-    (tmp_path / "one" / "data-00001-of-00002.arrow").unlink()
-    with pytest.raises(SourceError, match=r"save_to_disk, and data-00001-of-00002\.arrow is missing .*; copy or write"):
-        resolve_shards(str(tmp_path / "one"))
-    shutil.rmtree(tmp_path / "both" / "train")
-    with pytest.raises(SourceError, match=r"both was written by save_to_disk, and train/state\.json is missing"):
-        resolve_shards(str(tmp_path / "both"))
-    for content in ("{", json.dumps(["train"])):
-        (tmp_path / "both" / "dataset_dict.json").write_text(content)
-        with pytest.raises(SourceError, match=r"both: dataset_dict\.json is not a JSON object; write the set again"):
-            resolve_shards(str(tmp_path / "both"))
+        with pytest.raises(SourceError, match=r"some/set was written by save_to_disk"):
+            resolve_shards("some/set")

@@ -1,4 +1,4 @@
-"""Files with groups of rows (Parquet, Arrow): each row once, a resume in a group, exact over a bad network."""
+"""Files with groups of rows (Parquet, Arrow): each row once, a resume in a group, Parquet over a bad network."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from tests.tools.data_tools import (
     make_lane,
     rows_of,
     some_texts,
+    write_parquet,
 )
 from tests.tools.faulty_server import FAULTS, serving
 
@@ -151,18 +152,18 @@ def test_a_file_that_was_cut_is_found_before_training(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("good_reads", [0, 1])
-def test_a_disk_that_is_gone_is_an_error_of_the_system(suffix, tmp_path, monkeypatch, good_reads):
-    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", [random.Random(n).randbytes(500).hex() for n in range(500)])
+def test_a_disk_that_is_gone_is_an_error_of_the_system(tmp_path, monkeypatch, good_reads):
+    path = write_parquet(tmp_path / "a.parquet", [random.Random(n).randbytes(500).hex() for n in range(500)])
     read_at = LocalFile.read_at
     reads = itertools.count()
 
     def failing(self, position, size):
         if next(reads) >= good_reads:
-            raise OSError(errno.EIO, "Input/output error", f"a{suffix}")
+            raise OSError(errno.EIO, "Input/output error", "a.parquet")
         return read_at(self, position, size)
 
     monkeypatch.setattr(LocalFile, "read_at", failing)
-    with pytest.raises(OSError, match=rf"a\{suffix}") as caught:
+    with pytest.raises(OSError, match=r"a\.parquet") as caught:
         make_lane(data_config(path), 1, 0).next_block()
     assert caught.value.errno == errno.EIO
 
@@ -176,11 +177,11 @@ def test_a_file_that_changed_is_refused(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
-def test_faults_at_a_third_of_the_requests_do_not_change_the_tokens(suffix, tmp_path, short_waits, lanes):
-    names = [f"{n}{suffix}" for n in range(12 // lanes)]
+def test_faults_at_a_third_of_the_requests_do_not_change_the_tokens(tmp_path, short_waits, lanes):
+    names = [f"{n}.parquet" for n in range(12 // lanes)]
     for seed, name in enumerate(names):
         texts = [random.Random(f"{seed} {n}").randbytes(400).hex() for n in range(120)]
-        WRITE_GROUPS[suffix](tmp_path / name, texts, group_rows=17)
+        write_parquet(tmp_path / name, texts, group_rows=17)
     here = data_config([f"{tmp_path}/{name}" for name in names], sequence_length=512)
     clean = [make_lane(here, lanes, number) for number in range(lanes)]
     kinds = itertools.cycle(FAULTS)
@@ -201,50 +202,50 @@ def test_faults_at_a_third_of_the_requests_do_not_change_the_tokens(suffix, tmp_
     assert RETRIES.retries - before > len(server.faults) / 2
 
 
-def test_a_seek_over_http_costs_few_requests_and_bytes(suffix, tmp_path, monkeypatch):
+def test_a_seek_over_http_costs_few_requests_and_bytes(tmp_path, monkeypatch):
     texts = [random.Random(n).randbytes(500).hex() for n in range(2000)]
-    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, group_rows=200)
+    path = write_parquet(tmp_path / "a.parquet", texts, group_rows=200)
     with serving(tmp_path) as server:
-        (shard,) = resolve_shards(f"{server.url}/a{suffix}")
+        (shard,) = resolve_shards(f"{server.url}/a.parquet")
         with closing(open_rows(data_config(path), shard)) as rows:
             assert rows.skip(1501)
             assert rows.take(400) == texts[1501:1901]
         ranges = [headers["range"] for _, headers in server.requests]
-    assert len(ranges) <= {".parquet": 5, ".arrow": 17}[suffix], ranges  # for Arrow one for each of 10 batches
+    assert len(ranges) <= 5, ranges
     asked = [[int(place) for place in text.removeprefix("bytes=").split("-")] for text in ranges]
     assert sum(last - first + 1 for first, last in asked) < path.stat().st_size / 2
 
 
-def test_a_file_that_changes_at_the_server_is_refused(suffix, tmp_path, short_waits):
-    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", [random.Random(n).randbytes(500).hex() for n in range(2000)])
+def test_a_file_that_changes_at_the_server_is_refused(tmp_path, short_waits):
+    path = write_parquet(tmp_path / "a.parquet", [random.Random(n).randbytes(500).hex() for n in range(2000)])
     with serving(tmp_path) as server:
-        (shard,) = resolve_shards(f"{server.url}/a{suffix}")
+        (shard,) = resolve_shards(f"{server.url}/a.parquet")
         with closing(open_rows(data_config(path), shard)) as rows:
             rows.take(10)
-            WRITE_GROUPS[suffix](path, some_texts(10))
-            with pytest.raises(SourceError, match=rf"a\{suffix} changed while it was read"):
+            write_parquet(path, some_texts(10))
+            with pytest.raises(SourceError, match=r"a\.parquet changed while it was read"):
                 rows.take(1990)
 
 
-def test_one_answer_without_a_range_among_others_is_asked_for_again(suffix, tmp_path, short_waits):
+def test_one_answer_without_a_range_among_others_is_asked_for_again(tmp_path, short_waits):
     texts = some_texts(1000)
-    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, group_rows=100)
+    path = write_parquet(tmp_path / "a.parquet", texts, group_rows=100)
     with serving(tmp_path) as server:
         server.fault = lambda n: setattr(server, "ranges", n != 1)
-        (shard,) = resolve_shards(f"{server.url}/a{suffix}")
+        (shard,) = resolve_shards(f"{server.url}/a.parquet")
         before = RETRIES.retries
         with closing(open_rows(data_config(path), shard)) as rows:
             assert rows.take(1001) == texts
     assert RETRIES.retries == before + 1
 
 
-def test_a_server_that_stays_unreachable(suffix, tmp_path, short_waits, monkeypatch):
+def test_a_server_that_stays_unreachable(tmp_path, short_waits, monkeypatch):
     monkeypatch.setattr(retry.tenacity, "stop_after_delay", lambda _: retry.tenacity.stop_after_attempt(5))
     monkeypatch.setattr(transport, "STALL_SECONDS", 30.0)
-    WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(1000), group_rows=100)
+    write_parquet(tmp_path / "a.parquet", some_texts(1000), group_rows=100)
     with serving(tmp_path, lambda n: "503" if n > 2 else None) as server:
-        lane = make_lane(data_config(f"{server.url}/a{suffix}", timeout_seconds=300.0), 1, 0)
-        message = rf"a\{suffix} at byte \d+: gave up after 300 s and 5 attempts .*status 503"
+        lane = make_lane(data_config(f"{server.url}/a.parquet", timeout_seconds=300.0), 1, 0)
+        message = r"a\.parquet at byte \d+: gave up after 300 s and 5 attempts .*status 503"
         with pytest.raises(SourceError, match=message):
             epoch_tokens(lane)
 
