@@ -28,24 +28,20 @@ PositiveInt = Annotated[int, Ge(1)]  # types of commands' parameters
 NonNegativeInt = Annotated[int, Ge(0)]
 Processes = Annotated[int, Ge(1), Le(1024)]
 Precision = Literal["float32", "bfloat16", "float16"]
-_LOCAL_RANK = ("--local_rank", "--local-rank")
 
 
 def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.BoundArguments:
     """The values to call ``command`` with; raises ConfigError with all faults of the command line."""
     words = without_local_rank(argv)
     _raise(_faults_of_words(words, name))
-    hints = get_type_hints(command)
-    _raise(_faults_of_flags(words, hints))
-    words = _with_values(words, hints)
-    arguments = _parsed(command, words, name)
-    limited = get_type_hints(command, include_extras=True)
+    arguments = _parsed(command, _with_values(words, get_type_hints(command)), name)
+    hints = get_type_hints(command, include_extras=True)
+    values = arguments.arguments
     faults = []
     for parameter in arguments.signature.parameters.values():
-        if parameter.name in arguments.arguments and parameter.kind is not parameter.VAR_KEYWORD:
-            value = arguments.arguments[parameter.name]
+        if parameter.name in values and parameter.kind is not parameter.VAR_KEYWORD:
             try:
-                arguments.arguments[parameter.name] = _typed(value, limited.get(parameter.name, str))
+                values[parameter.name] = _typed(values[parameter.name], hints.get(parameter.name, str))
             except ValueError as error:
                 faults.append(f"--{parameter.name}: {error}; see --help")
     _raise(faults)
@@ -61,14 +57,7 @@ def _raise(faults: list[str]) -> None:
 
 def without_local_rank(argv: Iterable[str]) -> list[str]:
     """Drops ``--local_rank=N``, which DeepSpeed's launcher adds although LOCAL_RANK is in the environment."""
-    kept = []
-    words = iter(argv)
-    for word in words:
-        if word in _LOCAL_RANK:
-            next(words, None)  # the value
-        elif word.partition("=")[0] not in _LOCAL_RANK:
-            kept.append(word)
-    return kept
+    return [word for word in argv if not word.startswith(("--local_rank=", "--local-rank="))]
 
 
 def _faults_of_words(words: list[str], name: str) -> list[str]:
@@ -92,28 +81,18 @@ def _faults_of_words(words: list[str], name: str) -> list[str]:
     return faults
 
 
-def _faults_of_flags(words: list[str], hints: dict[str, Any]) -> list[str]:
-    """Refuses flags without a value for parameters that are not bool; fire would set them to ``True``."""
-    faults = []
-    for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
-        expected = _hint_of(word, hints)
-        holds_bool = expected is bool or bool in get_args(expected)
-        if following.startswith("--") and expected is not None and not holds_bool:
-            faults.append(f"{word}: has no value; give it as {word}=VALUE")
-    return faults
-
-
 def _with_values(words: list[str], hints: dict[str, Any]) -> list[str]:
-    """Gives bool flags without a value the value that they mean; fire would take the next argument for it."""
-    return [
-        f"{word}=true" if _hint_of(word, hints) is bool and following.lower() not in ("true", "false") else word
-        for word, following in itertools.zip_longest(words, words[1:], fillvalue="")
-    ]
-
-
-def _hint_of(word: str, hints: dict[str, Any]) -> Any:
-    """The type of a flag's value; None for other words."""
-    return hints.get(word.removeprefix("--").replace("-", "_")) if word.startswith("--") else None
+    """Gives a flag without a value ``true`` if it is a bool, and refuses others; fire takes the next word, or True."""
+    given, faults = [], []
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
+        expected = hints.get(word.removeprefix("--").replace("-", "_")) if word.startswith("--") else None
+        if expected is bool and following.lower() not in ("true", "false"):
+            word += "=true"
+        elif expected not in (None, bool) and following.startswith("--"):
+            faults.append(f"{word}: has no value; give it as {word}=VALUE")
+        given.append(word)
+    _raise(faults)
+    return given
 
 
 def _parsed(command: Command, words: list[str], name: str) -> inspect.BoundArguments:

@@ -100,7 +100,6 @@ def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None
     the exit code is 2; after Ctrl-C it is 130. ``name`` is the command's name in messages; default: the script's.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    _warn_of_another_checkout(Path(sys.argv[0]))
     with Interrupts() as interrupts:
         try:
             name = name or Path(sys.argv[0]).name
@@ -133,16 +132,6 @@ def missing_package(error: ModuleNotFoundError) -> str:
         f"{error} for {sys.executable}: activate the environment (source .venv/bin/activate), "
         "or create it first (make env)"
     )
-
-
-def _warn_of_another_checkout(script: Path) -> None:
-    """Warns if the environment was copied: it runs the package of the checkout that it was created in."""
-    package = script.resolve().parent.parent / "relora_mora"
-    if script.is_file() and (package / "__init__.py").is_file() and package != _PACKAGE and _rank_on_host() == "0":
-        say(
-            f"warning: this runs the package in {_PACKAGE}, not the one in {package}; remove the environment and "
-            f"create it again (make env), or run {sys.executable} -m pip install -e {package.parent}"
-        )
 
 
 def _is_user_error(error: Exception, command: Command) -> bool:

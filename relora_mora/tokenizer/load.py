@@ -149,9 +149,10 @@ def _check_ids(tokenizer: "PreTrainedTokenizerBase", reference: "SentencePiecePr
     pieces = files.pieces_of(reference)
     others = [token for token, number in tokenizer.get_vocab().items() if pieces.get(token) != number]
     if others:
+        call = f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
         raise files.TokenizerError(
-            f"{path}: has tokens that {files.MODEL_FILE} does not have, such as {min(others)!r}, and no {files.DESCRIPTION}; "
-            f"write one with AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+            f"{path}: has tokens that {files.MODEL_FILE} does not have, such as {min(others)!r}, and no "
+            f"{files.DESCRIPTION}; write one with {call}"
         )
     for text, ids in zip(HARD_TEXTS, encode(tokenizer, HARD_TEXTS), strict=True):
         if ids != reference.encode(text):
