@@ -4,7 +4,6 @@ This module changes what fire does by itself:
 
 - fire calls the command and complains about stray arguments afterwards: here it calls a stand-in;
 - fire turns ``1e5`` into a float and ``a,b`` into a tuple: here arguments stay text unless annotated otherwise;
-- fire accepts a positional argument for any parameter: here a parameter with a default is always a flag;
 - fire treats ``-`` and ``--`` as separators, and uses the last value of a repeated flag: here both are refused;
 - fire shows help in a pager, on stderr: here ``help.py`` makes a text that is printed.
 """
@@ -16,14 +15,14 @@ import io
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Le
 
+from relora_mora.cli.help import Command, plain_types
 from relora_mora.system.files import from_home
 
-Command = Callable[..., Any]
 PositiveInt = Annotated[int, Ge(1)]  # types of commands' parameters
 NonNegativeInt = Annotated[int, Ge(0)]
 Processes = Annotated[int, Ge(1), Le(1024)]
@@ -101,21 +100,12 @@ def _parsed(command: Command, words: list[str], name: str) -> inspect.BoundArgum
     from fire import decorators
 
     signature = inspect.signature(command)
-    # parameters with a default become keyword-only
-    parameters = [
-        parameter.replace(kind=parameter.KEYWORD_ONLY)
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is not parameter.empty
-        else parameter
-        for parameter in signature.parameters.values()
-    ]
-    signature = signature.replace(parameters=parameters)
     calls: list[inspect.BoundArguments] = []
 
     @functools.wraps(command)
     def stand_in(*args: Any, **kwargs: Any) -> None:
         calls.append(signature.bind(*args, **kwargs))
 
-    stand_in.__signature__ = signature  # type: ignore[attr-defined]
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
@@ -150,15 +140,5 @@ def _typed(value: Any, expected: Any) -> Any:
         for name, words in (("ge", "at least"), ("le", "at most")):
             if name in context:
                 raise ValueError(f"got {value}, expected {words} {context[name]}") from None
-        raise ValueError(f"got {value!r}, expected {_name_of(expected)}") from None
-
-
-def _name_of(expected: Any) -> str:
-    """The name of a type, for messages."""
-    if get_origin(expected) is Literal:
-        return " or ".join(map(str, get_args(expected)))
-    if get_origin(expected) is Annotated:
-        return _name_of(get_args(expected)[0])
-    if expected is type(None):
-        return "null"
-    return " or ".join(map(_name_of, get_args(expected))) or str(getattr(expected, "__name__", expected))
+        names = [getattr(kind, "__name__", str(kind)) for kind in plain_types(expected)]
+        raise ValueError(f"got {value!r}, expected {' or '.join(names)}") from None

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from relora_mora.cli.arguments import Command, read_arguments
-from relora_mora.cli.help import help_text
+from relora_mora.cli.arguments import read_arguments
+from relora_mora.cli.help import Command, help_text
 from relora_mora.system.files import place_of, remove_and_end, remove_unfinished
 from relora_mora.system.process import WakeupPipe, run_with_timeout, say
 
@@ -163,7 +163,8 @@ def _show(error: Exception) -> None:
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     if getattr(error, "same_on_all_ranks", False) and rank != "0":
         return  # the first rank shows it
-    if getattr(error, "same_on_host", False) and _rank_on_host() != "0":
+    rank_on_host = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    if getattr(error, "same_on_host", False) and rank_on_host != "0":
         return
     prefix = "" if rank == "0" else f"[rank {rank}] "
     if isinstance(error, ModuleNotFoundError):
@@ -178,7 +179,3 @@ def _show(error: Exception) -> None:
         if error.errno in _REMEDIES:
             message = f"{message}; {_REMEDIES[error.errno]}"
     say(prefix + redact(message))
-
-
-def _rank_on_host() -> str:
-    return os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"

@@ -25,18 +25,17 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def check_exists(path: Path) -> None:
+    """Raises :class:`TokenizerError` if a path cannot be a tokenizer's by its name and those of its files."""
+    fault = None
     if path.is_dir():
-        if not has_tokenizer(path):
-            raise TokenizerError(
-                f"{path}: this folder has no tokenizer; {EXPECTED}; relora-mora train-tokenizer trains one"
-            )
+        fault = None if has_tokenizer(path) else "this folder has no tokenizer"
     elif not path.exists():
-        raise TokenizerError(
-            f"{path}: not found; {EXPECTED}; relora-mora train-tokenizer trains one, "
-            "`hf download REPO --local-dir DIR` fetches one"
-        )
+        fault = "not found"
     elif path.suffix != ".model":
-        raise TokenizerError(f"{path}: not a sentencepiece .model file; {EXPECTED}")
+        fault = "not a sentencepiece .model file"
+    if fault:
+        remedy = "relora-mora train-tokenizer trains one, `hf download REPO --local-dir DIR` fetches one"
+        raise TokenizerError(f"{path}: {fault}; {EXPECTED}; {remedy}")
 
 
 def sentencepiece_file(path: Path) -> Path | None:

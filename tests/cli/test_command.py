@@ -28,7 +28,9 @@ class Called:
         self.calls: list[tuple[object, ...]] = []
 
     def pretrain(self, argv: list[str]) -> int:
-        def main(config: str, steps: int | None = None, rate: float = 0.5, fast: bool = False, **overrides: str) -> int:
+        def main(
+            config: str, *, steps: int | None = None, rate: float = 0.5, fast: bool = False, **overrides: str
+        ) -> int:
             """Trains.
 
             Args:
