@@ -19,6 +19,7 @@ DEFAULT = "full,remora,remora_decoupled,relora"
 
 def main(
     model: str,
+    *,
     methods: str = DEFAULT,
     tokens: PositiveInt = 4096,
     sequence_length: PositiveInt = 512,

@@ -4,7 +4,6 @@ This module changes what fire does by itself:
 
 - fire calls the command and complains about stray arguments afterwards: here it calls a stand-in;
 - fire turns ``1e5`` into a float and ``a,b`` into a tuple: here arguments stay text unless annotated otherwise;
-- fire accepts a positional argument for any parameter: here a parameter with a default is always a flag;
 - fire treats ``-`` and ``--`` as separators, and uses the last value of a repeated flag: here both are refused;
 - fire shows help in a pager, on stderr: here ``help.py`` makes a text that is printed.
 """
@@ -16,36 +15,32 @@ import io
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Le
 
+from relora_mora.cli.help import Command, plain_types
 from relora_mora.system.files import from_home
 
-Command = Callable[..., Any]
 PositiveInt = Annotated[int, Ge(1)]  # types of commands' parameters
 NonNegativeInt = Annotated[int, Ge(0)]
 Processes = Annotated[int, Ge(1), Le(1024)]
 Precision = Literal["float32", "bfloat16", "float16"]
-_LOCAL_RANK = ("--local_rank", "--local-rank")
 
 
 def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.BoundArguments:
     """The values to call ``command`` with; raises ConfigError with all faults of the command line."""
     words = without_local_rank(argv)
     _raise(_faults_of_words(words, name))
-    hints = get_type_hints(command)
-    _raise(_faults_of_flags(words, hints))
-    words = _with_values(words, hints)
-    arguments = _parsed(command, words, name)
-    limited = get_type_hints(command, include_extras=True)
+    arguments = _parsed(command, _with_values(words, get_type_hints(command)), name)
+    hints = get_type_hints(command, include_extras=True)
+    values = arguments.arguments
     faults = []
     for parameter in arguments.signature.parameters.values():
-        if parameter.name in arguments.arguments and parameter.kind is not parameter.VAR_KEYWORD:
-            value = arguments.arguments[parameter.name]
+        if parameter.name in values and parameter.kind is not parameter.VAR_KEYWORD:
             try:
-                arguments.arguments[parameter.name] = _typed(value, limited.get(parameter.name, str))
+                values[parameter.name] = _typed(values[parameter.name], hints.get(parameter.name, str))
             except ValueError as error:
                 faults.append(f"--{parameter.name}: {error}; see --help")
     _raise(faults)
@@ -61,14 +56,7 @@ def _raise(faults: list[str]) -> None:
 
 def without_local_rank(argv: Iterable[str]) -> list[str]:
     """Drops ``--local_rank=N``, which DeepSpeed's launcher adds although LOCAL_RANK is in the environment."""
-    kept = []
-    words = iter(argv)
-    for word in words:
-        if word in _LOCAL_RANK:
-            next(words, None)  # the value
-        elif word.partition("=")[0] not in _LOCAL_RANK:
-            kept.append(word)
-    return kept
+    return [word for word in argv if not word.startswith(("--local_rank=", "--local-rank="))]
 
 
 def _faults_of_words(words: list[str], name: str) -> list[str]:
@@ -92,28 +80,18 @@ def _faults_of_words(words: list[str], name: str) -> list[str]:
     return faults
 
 
-def _faults_of_flags(words: list[str], hints: dict[str, Any]) -> list[str]:
-    """Refuses flags without a value for parameters that are not bool; fire would set them to ``True``."""
-    faults = []
-    for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
-        expected = _hint_of(word, hints)
-        holds_bool = expected is bool or bool in get_args(expected)
-        if following.startswith("--") and expected is not None and not holds_bool:
-            faults.append(f"{word}: has no value; give it as {word}=VALUE")
-    return faults
-
-
 def _with_values(words: list[str], hints: dict[str, Any]) -> list[str]:
-    """Gives bool flags without a value the value that they mean; fire would take the next argument for it."""
-    return [
-        f"{word}=true" if _hint_of(word, hints) is bool and following.lower() not in ("true", "false") else word
-        for word, following in itertools.zip_longest(words, words[1:], fillvalue="")
-    ]
-
-
-def _hint_of(word: str, hints: dict[str, Any]) -> Any:
-    """The type of a flag's value; None for other words."""
-    return hints.get(word.removeprefix("--").replace("-", "_")) if word.startswith("--") else None
+    """Gives a flag without a value ``true`` if it is a bool, and refuses others; fire takes the next word, or True."""
+    given, faults = [], []
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
+        expected = hints.get(word.removeprefix("--").replace("-", "_")) if word.startswith("--") else None
+        if expected is bool and following.lower() not in ("true", "false"):
+            word += "=true"
+        elif expected not in (None, bool) and following.startswith("--"):
+            faults.append(f"{word}: has no value; give it as {word}=VALUE")
+        given.append(word)
+    _raise(faults)
+    return given
 
 
 def _parsed(command: Command, words: list[str], name: str) -> inspect.BoundArguments:
@@ -122,21 +100,12 @@ def _parsed(command: Command, words: list[str], name: str) -> inspect.BoundArgum
     from fire import decorators
 
     signature = inspect.signature(command)
-    # parameters with a default become keyword-only
-    parameters = [
-        parameter.replace(kind=parameter.KEYWORD_ONLY)
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is not parameter.empty
-        else parameter
-        for parameter in signature.parameters.values()
-    ]
-    signature = signature.replace(parameters=parameters)
     calls: list[inspect.BoundArguments] = []
 
     @functools.wraps(command)
     def stand_in(*args: Any, **kwargs: Any) -> None:
         calls.append(signature.bind(*args, **kwargs))
 
-    stand_in.__signature__ = signature  # type: ignore[attr-defined]
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
@@ -171,15 +140,5 @@ def _typed(value: Any, expected: Any) -> Any:
         for name, words in (("ge", "at least"), ("le", "at most")):
             if name in context:
                 raise ValueError(f"got {value}, expected {words} {context[name]}") from None
-        raise ValueError(f"got {value!r}, expected {_name_of(expected)}") from None
-
-
-def _name_of(expected: Any) -> str:
-    """The name of a type, for messages."""
-    if get_origin(expected) is Literal:
-        return " or ".join(map(str, get_args(expected)))
-    if get_origin(expected) is Annotated:
-        return _name_of(get_args(expected)[0])
-    if expected is type(None):
-        return "null"
-    return " or ".join(map(_name_of, get_args(expected))) or str(getattr(expected, "__name__", expected))
+        names = [getattr(kind, "__name__", str(kind)) for kind in plain_types(expected)]
+        raise ValueError(f"got {value!r}, expected {' or '.join(names)}") from None

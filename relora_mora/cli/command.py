@@ -12,8 +12,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from relora_mora.cli.arguments import Command, read_arguments
-from relora_mora.cli.help import help_text
+from relora_mora.cli.arguments import read_arguments
+from relora_mora.cli.help import Command, help_text
 from relora_mora.system.files import place_of, remove_and_end, remove_unfinished
 from relora_mora.system.process import WakeupPipe, run_with_timeout, say
 
@@ -100,7 +100,6 @@ def run(command: Command, argv: Sequence[str] | None = None, *, name: str | None
     the exit code is 2; after Ctrl-C it is 130. ``name`` is the command's name in messages; default: the script's.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    _warn_of_another_checkout(Path(sys.argv[0]))
     with Interrupts() as interrupts:
         try:
             name = name or Path(sys.argv[0]).name
@@ -135,16 +134,6 @@ def missing_package(error: ModuleNotFoundError) -> str:
     )
 
 
-def _warn_of_another_checkout(script: Path) -> None:
-    """Warns if the environment was copied: it runs the package of the checkout that it was created in."""
-    package = script.resolve().parent.parent / "relora_mora"
-    if script.is_file() and (package / "__init__.py").is_file() and package != _PACKAGE and _rank_on_host() == "0":
-        say(
-            f"warning: this runs the package in {_PACKAGE}, not the one in {package}; remove the environment and "
-            f"create it again (make env), or run {sys.executable} -m pip install -e {package.parent}"
-        )
-
-
 def _is_user_error(error: Exception, command: Command) -> bool:
     """A ValueError raised inside a library is not a user's error but a bug of ours, which needs its traceback."""
     if isinstance(error, ModuleNotFoundError):
@@ -174,7 +163,8 @@ def _show(error: Exception) -> None:
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     if getattr(error, "same_on_all_ranks", False) and rank != "0":
         return  # the first rank shows it
-    if getattr(error, "same_on_host", False) and _rank_on_host() != "0":
+    rank_on_host = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    if getattr(error, "same_on_host", False) and rank_on_host != "0":
         return
     prefix = "" if rank == "0" else f"[rank {rank}] "
     if isinstance(error, ModuleNotFoundError):
@@ -189,7 +179,3 @@ def _show(error: Exception) -> None:
         if error.errno in _REMEDIES:
             message = f"{message}; {_REMEDIES[error.errno]}"
     say(prefix + redact(message))
-
-
-def _rank_on_host() -> str:
-    return os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"

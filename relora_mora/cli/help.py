@@ -35,7 +35,7 @@ def help_text(command: Command, name: str) -> str:
     parameters = inspect.signature(command).parameters
     labels = {parameter.name: _label(parameter, hints[parameter.name]) for parameter in parameters.values()}
     words = [label for label in labels.values() if not label.startswith("-")]
-    words += ["[OPTIONS]"] if any(map(_is_option, parameters.values())) else []
+    words += ["[OPTIONS]"] if any(each.kind is each.KEYWORD_ONLY for each in parameters.values()) else []
     words += [f"[{labels[each.name]} ...]" for each in parameters.values() if each.kind is each.VAR_KEYWORD]
     intro = _SECTION.sub("", doc).strip().split("\n\n")
     blocks = [" ".join(["Usage:", name, *words]), *(_wrapped(" ".join(paragraph.split())) for paragraph in intro)]
@@ -49,11 +49,6 @@ def help_text(command: Command, name: str) -> str:
     return "\n\n".join(blocks)
 
 
-def _is_option(parameter: inspect.Parameter) -> bool:
-    """A parameter with a default is always a flag (:func:`read_arguments`)."""
-    return parameter.default is not parameter.empty or parameter.kind is parameter.KEYWORD_ONLY
-
-
 def _label(parameter: inspect.Parameter, hint: Any) -> str:
     """A parameter as a user writes it."""
     if parameter.kind is parameter.VAR_KEYWORD:
@@ -64,21 +59,21 @@ def _label(parameter: inspect.Parameter, hint: Any) -> str:
             if get_origin(hint) is Annotated
             else f"{parameter.name.upper().removesuffix('S')} ..."
         )
-    if not _is_option(parameter):
+    if parameter.kind is not parameter.KEYWORD_ONLY:
         return parameter.name.upper()
-    kinds = list(_plain_types(hint))
+    kinds = list(plain_types(hint))
     if bool in kinds:
         return f"--{parameter.name}"
     return f"--{parameter.name}={'|'.join(_VALUES.get(kind, str(kind)) for kind in kinds)}"
 
 
-def _plain_types(hint: Any) -> Iterator[Any]:
+def plain_types(hint: Any) -> Iterator[Any]:
     """The types or the literal values in a type, without None."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     if get_args(hint):
         for part in get_args(hint):
-            yield from _plain_types(part)
+            yield from plain_types(part)
     elif hint is not type(None):
         yield hint
 

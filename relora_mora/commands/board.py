@@ -60,19 +60,17 @@ def main(runs: str, *, port: PositiveInt = 6006, host: str = "localhost") -> int
 
 def _runs(root: Path) -> Iterator[Path]:
     """All folders with TensorBoard's files, each once; checkpoints next to them may come and go meanwhile."""
-    seen: set[Path] = set()
-    for follows in (False, True):  # a folder's own name has priority over a link to it
-        entered: set[Path] = set()
-        for folder, below, _ in os.walk(root, followlinks=follows):
-            real = Path(folder).resolve()
-            if real in entered:
-                below.clear()
-                continue
-            entered.add(real)
-            if real not in seen and "tensorboard" in below and any(Path(folder, "tensorboard").glob("events.*")):
-                seen.add(real)
-                yield Path(folder)
-            below[:] = [name for name in below if name not in ("checkpoints", "tensorboard")]
+    entered: set[Path] = set()
+    for folder, below, _ in os.walk(root, followlinks=True):
+        run = Path(folder)
+        if run.resolve() in entered:
+            below.clear()
+            continue
+        entered.add(run.resolve())
+        if "tensorboard" in below and any((run / "tensorboard").glob("events.*")):
+            yield run
+        others = (name for name in below if name not in ("checkpoints", "tensorboard"))
+        below[:] = sorted(others, key=lambda name: (Path(folder, name).is_symlink(), name))  # own names before links
 
 
 def link_boards(root: Path, links: Path) -> None:

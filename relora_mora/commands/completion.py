@@ -5,7 +5,7 @@ from typing import Literal
 from relora_mora.commands import NAMES, main_of
 
 
-def main(shell: Literal["bash", "fish"] = "bash") -> None:
+def main(*, shell: Literal["bash", "fish"] = "bash") -> None:
     """Prints a script that completes commands and options in a shell.
 
     Options:

@@ -44,7 +44,7 @@ class DemoTextError(ValueError):
     """The text cannot be written; the message says why and what to do."""
 
 
-def main(out: str = "runs/demo/data", max_bytes: PositiveInt = 12_000_000) -> None:
+def main(*, out: str = "runs/demo/data", max_bytes: PositiveInt = 12_000_000) -> None:
     """Writes English text from this machine as json.gz shards: OUT/train (8) and OUT/validation (1).
 
     Options:

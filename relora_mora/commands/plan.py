@@ -11,6 +11,7 @@ SLOWEST = 1e-6  # at a lower rate, the time in seconds would overflow a float
 
 def main(
     config: str,
+    *,
     world_size: PositiveInt | None = None,
     nodes: PositiveInt | None = None,
     gpus_per_node: PositiveInt | None = None,

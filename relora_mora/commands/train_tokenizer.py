@@ -54,6 +54,7 @@ SETTINGS: dict[str, Any] = {
 def main(
     data: str,
     out: str,
+    *,
     vocab_size: Annotated[int, Ge(_FEWEST_PIECES), Le(MOST_PIECES)] = 32000,
     seed: int = 0,
     max_documents: NonNegativeInt = 1_000_000,

@@ -53,12 +53,10 @@ def tokenizer_fingerprint(path: str | Path, loaded: "PreTrainedTokenizerBase | N
     rewrites parts of some. ``loaded`` is the result of :func:`load_tokenizer` for the path, if there is one already.
     Raises :class:`TokenizerError` like that function.
     """
-    path = Path(path)
-    files.check_exists(path)
-    model = files.sentencepiece_file(path)
-    if model is not None and not (path.is_dir() and files.added_tokens(path, model)):
-        return xxhash.xxh64(model.read_bytes()).hexdigest()
     tokenizer = load_tokenizer(path) if loaded is None else loaded
+    model = _equal_model(tokenizer, Path(path))
+    if model is not None:
+        return xxhash.xxh64(model.read_bytes()).hexdigest()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content: Any
     if backend is None:
@@ -66,6 +64,28 @@ def tokenizer_fingerprint(path: str | Path, loaded: "PreTrainedTokenizerBase | N
     else:
         content = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _IRRELEVANT}
     return xxhash.xxh64(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _equal_model(tokenizer: "PreTrainedTokenizerBase", path: Path) -> Path | None:
+    """The sentencepiece model at a tokenizer's path if it gives the same ids; None if there is no such model.
+
+    It must also give them after a special token, where a newer Llama or Mistral adds no space, but its model does.
+    """
+    model = path if path.is_file() else path / files.MODEL_FILE
+    try:
+        processor = files.open_sentencepiece(model)
+    except (OSError, files.TokenizerError):  # a tiktoken file of the same name, as in Llama 3
+        return None
+    if tokenizer.get_vocab() != files.pieces_of(processor):
+        return None
+    if encode(tokenizer, HARD_TEXTS) != [processor.encode(text) for text in HARD_TEXTS]:
+        return None
+    for text in ("a", " a"):
+        continued = f"{tokenizer.eos_token}{text}"
+        ids = tokenizer.encode(continued, add_special_tokens=False, split_special_tokens=False)
+        if ids != [tokenizer.eos_token_id, *processor.encode(text)]:
+            return None
+    return model
 
 
 def gives_same_tokens(path: str | Path, other: str | Path, loaded: "PreTrainedTokenizerBase | None" = None) -> bool:
@@ -93,7 +113,7 @@ def save_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerBase", out: str |
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     out = Path(out)
-    model = files.sentencepiece_file(Path(tokenizer.name_or_path)) if Path(tokenizer.name_or_path).exists() else None
+    model = _equal_model(tokenizer, Path(tokenizer.name_or_path))
     out.mkdir(parents=True, exist_ok=True)
     try:
         with quiet_transformers():
@@ -110,7 +130,7 @@ def save_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerBase", out: str |
         ) from error
     if written != encode(tokenizer, HARD_TEXTS) or saved.eos_token_id != tokenizer.eos_token_id:
         context, remedy = "", "report this with the tokenizer"
-        kind = (files.read_json(out / "config.json") or {}).get("model_type")
+        kind = files.read_json(out / "config.json").get("model_type")
         if kind is not None:
             context, remedy = f" next to a model of type {kind}", "use a tokenizer for that type of model"
         raise files.TokenizerError(

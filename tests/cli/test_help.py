@@ -78,6 +78,14 @@ def test_every_argument_of_a_command_is_in_one_group(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_every_argument_with_a_default_is_a_flag(name: str) -> None:
+    parameters = inspect.signature(main_of(name)).parameters.values()
+    assert not [
+        each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD and each.default is not each.empty
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_command_has_an_example_that_it_reads(name: str) -> None:
     text = help_text(main_of(name), f"relora-mora {name}")
     [line] = text.partition("Example:\n")[2].strip().splitlines()

@@ -71,7 +71,7 @@ def test_a_conversion_with_other_ids_is_refused(folder: Path, monkeypatch: pytes
 
     monkeypatch.setattr(loading, "auto_tokenizer", broken)
     with pytest.raises(TokenizerError, match="other ids than with sentencepiece"):
-        load_tokenizer(folder)
+        load_tokenizer(folder / MODEL_FILE)
 
 
 def test_a_folder_that_is_not_a_tokenizer_is_explained(tmp_path: Path) -> None:

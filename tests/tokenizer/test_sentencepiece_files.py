@@ -1,4 +1,4 @@
-"""Files next to a sentencepiece model: templates, added tokens, and how texts begin."""
+"""Files next to a sentencepiece model: which of them decides, templates, added tokens, and how texts begin."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from transformers import AutoTokenizer
 
-from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError, open_sentencepiece
+from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError
 from relora_mora.tokenizer.identity import (
     save_tokenizer,
     tokenizer_fingerprint,
@@ -72,57 +73,60 @@ def test_how_texts_begin_and_are_padded_goes_with_a_sentencepiece_model_without_
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("chat_template.jinja", b"\xff\xfe"), ("tokenizer.json", b'{"version": "1.0", "model": {"type": "Newer"}}')],
+    [
+        ("chat_template.jinja", b"\xff\xfe"),
+        ("tokenizer.json", b'{"version": "1.0", "model": {"type": "Newer"}}'),
+        ("added_tokens.json", b'{"a": "b"}'),
+        ("tokenizer_config.json", b'{"eos_token": 3}'),
+    ],
 )
-def test_unreadable_files_next_to_a_model_are_named(folder: Path, tmp_path: Path, file: str, content: bytes) -> None:
+def test_a_folder_with_unreadable_files_next_to_a_model_is_named(
+    folder: Path, tmp_path: Path, file: str, content: bytes
+) -> None:
     shutil.copy(folder / MODEL_FILE, tmp_path)
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(TokenizerError, match=re.escape(str(tmp_path / file))):
+    with pytest.raises(TokenizerError, match=f"{re.escape(str(tmp_path))}: transformers cannot load"):
         load_tokenizer(tmp_path)
 
 
-def _special(token: str) -> dict[str, Any]:
-    return {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
-
-
-@pytest.fixture
-def with_turns(folder: Path, tmp_path: Path) -> Path:
-    """Tokens of ChatML next to a sentencepiece model, as saved before there was a tokenizer.json."""
-    out = tmp_path / "with_turns"
-    out.mkdir()
-    shutil.copy(folder / MODEL_FILE, out)
-    (out / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 1000, "<|im_start|>": 1001}))
-    described = {
-        "eos_token": "<|im_end|>",
-        "added_tokens_decoder": {"2": _special("</s>"), "1001": _special("<|im_start|>")},
-    }
-    (out / "tokenizer_config.json").write_text(json.dumps(described))
-    return out
-
-
-def test_tokens_next_to_a_sentencepiece_model_are_added(with_turns: Path, folder: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(with_turns)
-    assert (vocabulary_size(tokenizer), tokenizer.eos_token, tokenizer.eos_token_id) == (1002, "<|im_end|>", 1000)
-    text = "<|im_start|>user\nhi  <|im_end|> "
-    assert encode(tokenizer, [text])[0] == open_sentencepiece(folder / MODEL_FILE).encode(text), "no text has them"
-    parsed = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
-    assert parsed[0] == 1001 and 1000 in parsed, "what a chat template writes has"
-    assert tokenizer_fingerprint(folder) != tokenizer_fingerprint(with_turns)
-    save_tokenizer(tokenizer, tmp_path / "saved")
-    assert tokenizer_fingerprint(tmp_path / "saved") == tokenizer_fingerprint(with_turns)
-    assert load_tokenizer(tmp_path / "saved").eos_token_id == 1000
-
-
 @pytest.mark.parametrize(
-    ("added", "eos", "message"),
+    ("file", "content"),
     [
-        ({"<x>": 1001}, "</s>", "'<x>' has the id 1001, which is not the next one"),
-        ({"a": "b"}, "</s>", "its added tokens cannot be read"),
-        ({"<x>": 1000}, "<end>", "eos_token in tokenizer_config.json is '<end>', which is not one of its tokens"),
+        ("added_tokens.json", {"<x>": 1000}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1000": {"content": "<x>", "special": True}}}),
+        ("tokenizer_config.json", {"eos_token": "<x>"}),
+        ("tokenizer_config.json", {"pad_token": "<x>"}),
     ],
 )
-def test_tokens_that_cannot_be_added_are_named(with_turns: Path, added: dict[str, Any], eos: str, message: str) -> None:
-    (with_turns / "added_tokens.json").write_text(json.dumps(added))
-    (with_turns / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": eos}}))
-    with pytest.raises(TokenizerError, match=message):
-        load_tokenizer(with_turns)
+def test_tokens_that_only_files_next_to_a_model_have_need_a_tokenizer_json(
+    folder: Path, tmp_path: Path, file: str, content: dict[str, Any]
+) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    shutil.copy(folder / MODEL_FILE, given)
+    settings = {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (given / "tokenizer_config.json").write_text(json.dumps(settings))
+    (given / file).write_text(json.dumps(settings | content if file == "tokenizer_config.json" else content))
+    with pytest.raises(TokenizerError, match=r"tokens that tokenizer\.model does not have, such as '<x>'") as caught:
+        load_tokenizer(given)
+    remedy = re.search(r"AutoTokenizer\.from_pretrained\('(.*)'\)\.save_pretrained\('(.*)'\)", str(caught.value))
+    assert remedy is not None
+    AutoTokenizer.from_pretrained(remedy[1]).save_pretrained(remedy[2])
+    if "eos_token" not in content:
+        assert vocabulary_size(load_tokenizer(given)) == 1001
+        assert tokenizer_fingerprint(given) != tokenizer_fingerprint(folder)
+
+
+def test_a_tokenizer_json_decides_next_to_a_model(folder: Path, tmp_path: Path) -> None:
+    """If it gives the ids of the model, it is the same tokenizer."""
+    saved, other = (Path(shutil.copytree(folder, tmp_path / name)) for name in ("saved", "other"))
+    of_model = xxhash.xxh64((folder / MODEL_FILE).read_bytes()).hexdigest()  # as in checkpoints of earlier releases
+    assert tokenizer_fingerprint(saved) == tokenizer_fingerprint(folder / MODEL_FILE) == of_model
+    described = json.loads((other / "tokenizer.json").read_text())
+    described["normalizer"] = {"type": "Lowercase"}
+    (other / "tokenizer.json").write_text(json.dumps(described))
+    assert encode(load_tokenizer(other), ["THE"]) == encode(load_tokenizer(other), ["the"])
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(folder)
+    save_tokenizer(other, tmp_path / "copy")
+    assert not (tmp_path / "copy" / MODEL_FILE).exists(), "the model gives other ids"
+    assert tokenizer_fingerprint(tmp_path / "copy") == tokenizer_fingerprint(other)

@@ -18,7 +18,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig
 
-from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError, open_sentencepiece, read_tokenizer
+from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError, open_sentencepiece
 from relora_mora.tokenizer.identity import (
     check_vocabulary,
     gives_same_tokens,
@@ -264,8 +264,8 @@ def test_padding_in_a_file_does_not_change_which_tokenizer_it_is(tmp_path: Path)
     for folder in (plain, padded):
         AutoTokenizer.from_pretrained(given).save_pretrained(folder)
         shutil.copy(given / MODEL_FILE, folder / MODEL_FILE)
-    backend = read_tokenizer(padded / "tokenizer.json")
-    backend.enable_padding(length=16)
+    backend = Tokenizer.from_file(str(padded / "tokenizer.json"))
+    backend.enable_padding(length=16, pad_id=0, pad_token="<unk>")
     backend.enable_truncation(max_length=2)
     backend.save(str(padded / "tokenizer.json"))
     assert len({tokenizer_fingerprint(folder) for folder in (given, plain, padded)}) == 1
