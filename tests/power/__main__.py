@@ -187,7 +187,7 @@ def find(checkout: Path, fault: Fault, options: argparse.Namespace) -> str | Non
 
 def run_tests(checkout: Path, tests: Sequence[str]) -> Result:
     """Runs pytest up to the first failure. A run that takes too long has failed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-v", "-rfE", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-vv", "-rfE", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
