@@ -27,7 +27,8 @@ from tests.tools.helpers import ROOT
 LIST = Path(__file__).with_name("faults.yaml")
 LAYERS = {"test": "make test", "all": "longer targets only", None: "no test"}
 KERNELS = Path("relora_mora", "kernels", "_kernels.so")
-TIMEOUT_SECONDS = 900
+HANG_SECONDS = 300  # for a test that is known to find a fault
+LONGEST_SECONDS = 7200
 ANY_MARKER = ["-m", ""]  # also those that make test leaves out
 MAKE_TEST = ["-n", "3", "--dist", "loadfile"]
 
@@ -36,7 +37,7 @@ Fault = dict[str, Any]
 
 class Result(NamedTuple):
     passed: bool
-    failed: list[str]  # node ids; of a run that hung, that of the test that was running
+    failed: list[str]  # node ids; of a run that hung or crashed, that of the test that was running
     output: str
 
 
@@ -175,7 +176,7 @@ def find(checkout: Path, fault: Fault, options: argparse.Namespace) -> str | Non
     path.write_text(before.replace(fault["find"], fault["replace"]), encoding="utf-8")
     try:
         for tests in [shlex.split(options.tests)] if options.tests else trials:
-            result = run_tests(checkout, tests)
+            result = run_tests(checkout, tests, HANG_SECONDS if fault["found_by"] in tests else LONGEST_SECONDS)
             if result.failed:
                 return result.failed[0]
             if not result.passed:
@@ -185,8 +186,8 @@ def find(checkout: Path, fault: Fault, options: argparse.Namespace) -> str | Non
     return None
 
 
-def run_tests(checkout: Path, tests: Sequence[str]) -> Result:
-    """Runs pytest up to the first failure. A run that takes too long has failed."""
+def run_tests(checkout: Path, tests: Sequence[str], seconds: float = LONGEST_SECONDS) -> Result:
+    """Runs pytest up to the first failure. A test that takes too long or crashes has failed."""
     command = [sys.executable, "-m", "pytest", "-x", "-vv", "-rfE", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
@@ -194,7 +195,7 @@ def run_tests(checkout: Path, tests: Sequence[str]) -> Result:
             command, cwd=checkout, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            code = process.wait(TIMEOUT_SECONDS)
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
         finally:
@@ -204,8 +205,9 @@ def run_tests(checkout: Path, tests: Sequence[str]) -> Result:
         log.seek(0)
         output = log.read()
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", output, re.MULTILINE)
-    if code is None and not failed:
-        failed = re.findall(r"^(tests/\S+::.*?) *$", output, re.MULTILINE)[-1:]  # named when it began
+    if code != 0 and not failed:
+        began = r"^(tests/\S+::(?!.* (?:PASSED|SKIPPED) ).*?) *(?:Fatal Python error.*)?$"  # named when it begins
+        failed = re.findall(began, output, re.MULTILINE)[-1:]
     return Result(code == 0, failed, output[-5000:])
 
 
