@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:  # half an environment is none
 
-.PHONY: demo test test-all test-more same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda count-fakecuda test-gpu wheels packages test-package release bench-cluster bench-smoke study study-smoke docs lint types checks format env dev clean
+.PHONY: demo test test-all test-more same test-newest test-oldest versions test-fast test-elastic test-stops test-kill test-cluster test-image test-extras test-fakecuda count-fakecuda test-gpu wheels packages test-package test-power release bench-cluster bench-smoke study study-smoke docs lint types checks format env dev clean
 
 demo: $(VENV)/.installed  ## set up, then pretrain a small model on text found on this machine
 	@$(BIN)/relora-mora demo
@@ -36,6 +36,10 @@ test-kill: $(VENV)/.installed-dev  ## KILLS=100 kills at random moments; KILL_SE
 
 test-stops: $(VENV)/.installed-dev  ## every signal, launcher and lost rank
 	$(BIN)/python -m pytest -n 2 -m stops
+
+SAMPLE ?= 10
+test-power: $(VENV)/.installed-dev  ## whether tests still find SAMPLE=10 faults of the past, drawn from tests/power/faults.yaml
+	$(BIN)/python -m tests.power --sample=$(SAMPLE)
 
 test-cluster: $(VENV)/.installed-dev  ## two hosts with ssh, and Slurm, in namespaces of this machine (root)
 	$(BIN)/python -m pytest -m cluster -rs

@@ -1,0 +1,215 @@
+"""Which faults of the past the tests would find today: ``python -m tests.power``.
+
+``faults.yaml`` lists faults that commits of this repository fixed, each as a replacement that brings it back into the
+code of today. Each one is put alone into a temporary worktree, and the test that is known to find it runs there. The
+exit code is 1 if a fault is not found any more.
+"""
+
+import argparse
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from tests.tools.helpers import ROOT
+
+LIST = Path(__file__).with_name("faults.yaml")
+LAYERS = {"test": "make test", "all": "longer targets only", None: "no test"}
+KERNELS = Path("relora_mora", "kernels", "_kernels.so")
+HANG_SECONDS = 300  # for a test that is known to find a fault
+LONGEST_SECONDS = 7200
+ANY_MARKER = ["-m", ""]  # also those that make test leaves out
+MAKE_TEST = ["-n", "3", "--dist", "loadfile"]
+
+Fault = dict[str, Any]
+
+
+class Result(NamedTuple):
+    passed: bool
+    failed: list[str]  # node ids; of a run that hung or crashed, that of the test that was running
+    output: str
+
+
+def main() -> None:
+    options = arguments()
+    faults = read_faults()
+    chosen = choose(faults, options)
+    lost = []
+    with worktree() as checkout:
+        check_texts(faults, checkout)
+        check_tests_pass(checkout, chosen, options)
+        for fault in chosen:
+            before = fault["found_by"]
+            found_by = find(checkout, fault, options)
+            print(f"{fault['name']}: {found_by or 'not found'}", flush=True)
+            if options.write:
+                record(fault, found_by, options)
+            elif before is not None and found_by is None:
+                lost.append(fault["name"])
+    if options.write:
+        write_faults(faults)
+    print_table(chosen)
+    if lost:
+        raise SystemExit(f"not found any more: {', '.join(lost)}; add a test, or find another one with --full --write")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.power", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--only", metavar="NAME", help="this fault alone")
+    parser.add_argument("--sample", metavar="N", type=int, help="N faults, drawn at random")
+    parser.add_argument("--seed", type=int, help="draws the same sample again")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--tests", metavar="ARGUMENTS", help="of pytest, instead of the test that found a fault before")
+    which.add_argument("--full", action="store_true", help="all of make test, if that test does not find a fault")
+    parser.add_argument("--write", action="store_true", help="write into faults.yaml which test found a fault")
+    return parser.parse_args()
+
+
+def choose(faults: Sequence[Fault], options: argparse.Namespace) -> list[Fault]:
+    chosen = [fault for fault in faults if options.only in (None, fault["name"])]
+    if not chosen:
+        raise SystemExit(f"--only={options.only}: no fault has this name; {LIST} has the names")
+    if options.sample is None:
+        return chosen
+    seed = random.randrange(10**6) if options.seed is None else options.seed
+    print(f"--sample={options.sample} --seed={seed}")
+    return random.Random(seed).sample(chosen, min(options.sample, len(chosen)))
+
+
+def read_faults() -> list[Fault]:
+    faults: list[Fault] = yaml.safe_load(LIST.read_text(encoding="utf-8"))
+    return faults
+
+
+def write_faults(faults: Sequence[Fault]) -> None:
+    comment = "".join(re.findall(r"^#.*\n", LIST.read_text(encoding="utf-8"), re.MULTILINE))
+    entries = [yaml.dump([fault], Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110) for fault in faults]
+    LIST.write_text("\n".join([comment, *entries]), encoding="utf-8")
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes code line by line."""
+
+
+Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+
+
+def occurrences(fault: Fault, checkout: Path) -> int:
+    """How often the text to replace is in the file of a fault."""
+    path = checkout / fault["file"]
+    return path.read_text(encoding="utf-8").count(fault["find"]) if path.exists() else 0
+
+
+def check_texts(faults: Sequence[Fault], checkout: Path) -> None:
+    counts = {fault["name"]: occurrences(fault, checkout) for fault in faults}
+    wrong = [f"{name} ({count} times)" for name, count in counts.items() if count != 1]
+    if wrong:
+        raise SystemExit(
+            f"{LIST}: these texts to find are not in their file exactly once: {', '.join(wrong)}; change `find` to the "
+            "code of today, or remove a fault whose code is gone"
+        )
+
+
+def record(fault: Fault, found_by: str | None, options: argparse.Namespace) -> None:
+    if found_by != fault["found_by"]:
+        is_longer = options.tests is not None and "-m" in shlex.split(options.tests)  # not in make test
+        fault["layer"] = None if found_by is None else "all" if is_longer else "test"
+        fault["found_by"] = found_by
+
+
+def print_table(faults: Sequence[Fault]) -> None:
+    width = max(len(fault["name"]) for fault in faults)
+    for fault in faults:
+        print(f"{fault['name']:{width}}  {fault['layer'] or '-':4}  {fault['found_by'] or '-'}")
+    layers = [fault["layer"] for fault in faults]
+    found = ", ".join(f"{layers.count(layer)} by {name}" for layer, name in LAYERS.items())
+    print(f"{len(faults)} faults, found: {found}")
+
+
+@contextmanager
+def worktree() -> Iterator[Path]:
+    """A checkout of the tracked files as they are now, also of changes that are not committed."""
+    stash = subprocess.run(["git", "-C", ROOT, "stash", "create"], check=True, capture_output=True, text=True)
+    commit = stash.stdout.strip() or "HEAD"
+    with tempfile.TemporaryDirectory(prefix="power-") as folder:
+        checkout = Path(folder, "relora_mora")
+        subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", checkout, commit], check=True)
+        try:
+            if (ROOT / KERNELS).exists():
+                shutil.copy2(ROOT / KERNELS, checkout / KERNELS)
+            yield checkout
+        finally:
+            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", checkout], check=True)
+
+
+def check_tests_pass(checkout: Path, faults: Sequence[Fault], options: argparse.Namespace) -> None:
+    """Runs all tests that are to find faults once without a fault."""
+    known = sorted({fault["found_by"] for fault in faults} - {None})
+    tests = shlex.split(options.tests) if options.tests else MAKE_TEST if options.full else [*ANY_MARKER, *known]
+    if not (options.tests or options.full or known):
+        return
+    result = run_tests(checkout, tests)
+    if not result.passed:
+        raise SystemExit(f"{result.output}\nfailed without a fault: {', '.join(result.failed) or shlex.join(tests)}")
+
+
+def find(checkout: Path, fault: Fault, options: argparse.Namespace) -> str | None:
+    """The first test that fails with a fault; None if all of them pass."""
+    trials = [[*ANY_MARKER, fault["found_by"]]] if fault["found_by"] else []
+    trials += [MAKE_TEST] if options.full else []
+    path = checkout / fault["file"]
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace(fault["find"], fault["replace"]), encoding="utf-8")
+    try:
+        for tests in [shlex.split(options.tests)] if options.tests else trials:
+            result = run_tests(checkout, tests, HANG_SECONDS if fault["found_by"] in tests else LONGEST_SECONDS)
+            if result.failed:
+                return result.failed[0]
+            if not result.passed:
+                raise SystemExit(f"{result.output}\n{fault['name']}: pytest did not run")
+    finally:
+        path.write_text(before, encoding="utf-8")
+    return None
+
+
+def run_tests(checkout: Path, tests: Sequence[str], seconds: float = LONGEST_SECONDS) -> Result:
+    """Runs pytest up to the first failure. A test that takes too long or crashes has failed."""
+    command = [sys.executable, "-m", "pytest", "-x", "-vv", "-rfE", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(
+            command, cwd=checkout, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        log.seek(0)
+        output = log.read()
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", output, re.MULTILINE)
+    if code != 0 and not failed:
+        began = r"^(tests/\S+::(?!.* (?:PASSED|SKIPPED) ).*?) *(?:Fatal Python error.*)?$"  # named when it begins
+        failed = re.findall(began, output, re.MULTILINE)[-1:]
+    return Result(code == 0, failed, output[-5000:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The list of faults fits the code, so that ``make test-power`` can try each of them."""
+
+import re
+
+import pytest
+
+from tests.power.__main__ import LAYERS, occurrences, read_faults
+from tests.tools.helpers import ROOT
+
+FAULTS = read_faults()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault["name"] for fault in FAULTS])
+def test_a_fault_can_be_put_back(fault):
+    assert occurrences(fault, ROOT) == 1, "change `find` to the code of today, or remove a fault whose code is gone"
+    assert fault["replace"] != fault["find"]
+
+
+def test_entries_are_complete():
+    assert len({fault["name"] for fault in FAULTS}) == len(FAULTS)
+    for fault in FAULTS:
+        assert list(fault) == ["name", "fixed_in", "effect", "file", "find", "replace", "found_by", "layer"]
+        assert re.fullmatch("[0-9a-f]{8}", fault["fixed_in"])
+        assert fault["layer"] in LAYERS
+        assert (fault["found_by"] is None) == (fault["layer"] is None)
