@@ -9,8 +9,12 @@ from collections.abc import Callable
 import torch
 
 from relora_mora.config.load import ConfigError
-from relora_mora.distributed.join import device_of_rank
 from relora_mora.system.hardware import uses_cuda
+
+
+def device_of_rank() -> torch.device:
+    """The device of this rank's model."""
+    return torch.device("cuda", torch.cuda.current_device()) if uses_cuda() else torch.device("cpu")
 
 
 def chosen_device(name: str | None) -> torch.device:

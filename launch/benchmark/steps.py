@@ -75,14 +75,13 @@ def main(
     settings = ModelConfig(
         config=model, overrides={key: value for key, value in overrides.items() if value is not None}
     )
-    from launch.benchmark.device import chosen_device
+    from launch.benchmark.device import chosen_device, device_of_rank
 
     chosen_device(device)
     from launch.benchmark.contenders import Setting, chosen
     from launch.benchmark.measure import run as measure
     from launch.benchmark.report import as_json, limits, tables
     from launch.benchmark.turns import say
-    from relora_mora.distributed.join import device_of_rank
     from relora_mora.engine.start import init_distributed
     from relora_mora.model.config import read_model_config
     from relora_mora.system.hardware import fast_bf16

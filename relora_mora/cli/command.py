@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from relora_mora.cli.arguments import read_arguments
 from relora_mora.cli.help import Command, help_text
-from relora_mora.system.files import place_of, remove_and_end, remove_unfinished
+from relora_mora.system.files import place_of, remove_unfinished
 from relora_mora.system.process import WakeupPipe, run_with_timeout, say
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
@@ -27,8 +27,6 @@ class Interrupts:
     A library may compute for minutes before the main thread hears of the signal, and an import may swallow the
     exception, so a thread reads the signals from a :class:`WakeupPipe`. If the command sets its own handler, as the
     trainer does, this class does nothing.
-
-    The thread also ends the process if it does not end in time after a SIGTERM or SIGHUP, which ``new_folder`` handles.
     """
 
     def __init__(self) -> None:
@@ -59,11 +57,9 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def _on_signal(self, number: int) -> None:
-        handler = self._handle if number == signal.SIGINT else remove_and_end
-        if signal.getsignal(number) != handler or self._ended.wait(GRACE_SECONDS):
+        if number != signal.SIGINT or signal.getsignal(number) != self._handle or self._ended.wait(GRACE_SECONDS):
             return
-        if number == signal.SIGINT:
-            run_with_timeout(GRACE_SECONDS, self.say)
+        run_with_timeout(GRACE_SECONDS, self.say)
         run_with_timeout(GRACE_SECONDS, remove_unfinished)
         os._exit(128 + number)
 

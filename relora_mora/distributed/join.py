@@ -45,11 +45,6 @@ def backend_name() -> str:
     return "nccl" if uses_cuda() else "gloo"
 
 
-def device_of_rank() -> torch.device:
-    """The device of this rank's model."""
-    return torch.device("cuda", torch.cuda.current_device()) if uses_cuda() else torch.device("cpu")
-
-
 def bind_device() -> torch.device | None:
     """Makes this rank's GPU the current one and returns it; None on CPUs.
 

@@ -6,12 +6,10 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from relora_mora.system.logs import log
 
@@ -173,7 +171,6 @@ def from_home(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111
 
 
-ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 _unfinished: set[str] = set()
 
 
@@ -181,11 +178,14 @@ _unfinished: set[str] = set()
 def new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder next to ``out``: renamed to ``out`` when the block ends, removed if it raises.
 
+    A signal that ends the process leaves it behind, with a name that begins with a dot.
+
     It is created immediately, so that no hours of work go into a place that cannot be written. Raises FileExistsError
     if ``out`` exists and is not empty, and OSError that names ``out`` for a disk error.
     """
     target = Path(os.path.realpath(out))
-    with _temporary_parent(out, target) as parent, _removed_at_hard_exit(parent):
+    with _temporary_parent(out, target) as parent:
+        _unfinished.add(parent)
         try:
             work = Path(parent, "new")
             work.mkdir()  # only the owner can read the parent; this folder follows the umask
@@ -201,6 +201,8 @@ def new_folder(out: Path) -> Iterator[Path]:
             if number is None:
                 raise
             raise OSError(number, os.strerror(number), str(out)) from error
+        finally:
+            _unfinished.discard(parent)
     sync(target.parent)
 
 
@@ -219,29 +221,6 @@ def _temporary_parent(out: Path, target: Path) -> tempfile.TemporaryDirectory[st
         # mkdir reports EEXIST if a parent is a file
         number = errno.ENOTDIR if isinstance(error, FileExistsError) else error.errno
         raise OSError(number, os.strerror(number), str(out)) from error
-
-
-@contextlib.contextmanager
-def _removed_at_hard_exit(folder: str) -> Iterator[None]:
-    """During the block, :func:`remove_unfinished` and signals that end the process remove the folder."""
-    _unfinished.add(folder)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handled = [each for each in ENDINGS if in_main_thread and signal.getsignal(each) is signal.SIG_DFL]
-    for number in handled:
-        signal.signal(number, remove_and_end)
-    try:
-        yield
-    finally:
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
-        _unfinished.discard(folder)
-
-
-def remove_and_end(number: int, frame: FrameType | None) -> None:
-    """A signal handler that removes the folders still being written and then does what the default handler does."""
-    remove_unfinished()
-    signal.signal(number, signal.SIG_DFL)
-    signal.raise_signal(number)
 
 
 def remove_unfinished() -> None:

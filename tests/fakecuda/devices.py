@@ -14,7 +14,7 @@ import torch
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from relora_mora.distributed.join import bind_device, device_of_rank
+from relora_mora.distributed.join import bind_device
 from relora_mora.system.hardware import compute_deterministically
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.fakecuda.watch import Watch
@@ -40,7 +40,7 @@ def test_ds_accelerator_cpu_trains_on_cpus(tokenizer_path: str, tmp_path: Path) 
 
 def test_a_rank_is_bound_to_the_gpu_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert bind_device() == torch.device("cuda", 0) == device_of_rank()
+    assert bind_device() == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=r"LOCAL_RANK=3 .*only 2 GPUs"):
@@ -61,7 +61,7 @@ def test_a_deterministic_run_takes_flash_attention(deterministic: bool, kernel: 
 
 
 def backend_and_device() -> tuple[str, str]:
-    device = device_of_rank()
+    device = torch.device("cuda", torch.cuda.current_device())
     backend = dist.distributed_c10d._get_default_group()._get_backend(device)
     return type(backend).__name__, str(device)
 
