@@ -20,7 +20,7 @@ from relora_mora.system.run_folder import RunFolder, read_json_lines
 DEMO = Path("runs/demo")
 CONFIG = "demo"  # configs/run/demo.yaml
 COMMAND = [sys.executable, "-m", "relora_mora"]
-BATCH_SIZE = 16  # train.batch_size in CONFIG
+BATCH_SIZE = 8  # train.batch_size in CONFIG
 PROMPTS = ("The function returns", "If the argument is not", "This class")
 
 
@@ -45,7 +45,7 @@ def main(**overrides: str) -> int:
     tokenizer = DEMO / "tokenizer"
     export = DEMO / "export"
     ranks = _ranks()
-    changes = {"train.micro_batch_size": str(min(8, BATCH_SIZE // ranks)), **overrides}
+    changes = {"train.micro_batch_size": str(BATCH_SIZE // ranks), **overrides}
     check_model(load_config(CONFIG, changes, world_size=ranks))  # a mistake is reported before anything is done
     step(
         "1/5 text: docstrings and the language reference of this Python",

@@ -44,7 +44,7 @@ class DemoTextError(ValueError):
     """The text cannot be written; the message says why and what to do."""
 
 
-def main(*, out: str = "runs/demo/data", max_bytes: PositiveInt = 12_000_000) -> None:
+def main(*, out: str = "runs/demo/data", max_bytes: PositiveInt = 6_000_000) -> None:
     """Writes English text from this machine as json.gz shards: OUT/train (8) and OUT/validation (1).
 
     Options:
@@ -79,20 +79,15 @@ def docstrings(*roots: Path) -> Iterator[Document]:
 
     Modules come in the order of a hash of their names, so that the beginning is a sample of all.
     """
-    modules = ((root, file) for root in roots for file in _modules(root))
-    for root, file in sorted(modules, key=_order):
-        yield from _docstrings_of(root, file)
+    modules = {file.relative_to(root).as_posix(): (root, file) for root in roots for file in _modules(root)}
+    for name in sorted(modules, key=_digest):
+        yield from _docstrings_of(*modules[name])
 
 
 def _modules(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
         yield from (Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("test_"))
-
-
-def _order(module: tuple[Path, Path]) -> bytes:
-    root, file = module
-    return _digest(file.relative_to(root).as_posix())
 
 
 def prose(text: str) -> str:
