@@ -40,7 +40,7 @@ def run_cells(
     passed_on = 0
     with _stop_signals() as signals:
         while running or (waiting and not signals):
-            before = list(running)
+            known = len(waiting)
             while waiting and len(running) < jobs and not signals:
                 cell = waiting.pop(0)
                 running[cell] = _start(cell, folder, program, threads)
@@ -49,8 +49,10 @@ def run_cells(
                 passed_on += 1
                 for process in running.values():
                     process.send_signal(signal.SIGTERM)
-            running = {cell: process for cell, process in running.items() if process.poll() is None}
-            if list(running) != before:
+            ended = [cell for cell, process in running.items() if process.poll() is not None]
+            for cell in ended:
+                del running[cell]
+            if ended or len(waiting) < known:  # a short run starts and ends within one turn
                 note(list(running))
     if signals:
         raise Stopped
