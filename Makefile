@@ -17,7 +17,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet $(if $(WHEELS),--no-index --
 # files are shared out over three processes: two of them compute while the third waits; and many tests start Python, which would
 # compile the package and the tests again if it kept no bytecode
 JOBS ?= 3
-PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed-dev  ## the net, in minutes: unit tests, and whole runs with every pair of settings
 	$(PYTEST)
 

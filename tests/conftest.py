@@ -37,7 +37,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start processes come first: at the end, processes that have nothing left wait for the longest file."""
-    items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
+    items.sort(key=lambda item: (item.get_closest_marker("distributed") is None, "tests/grid/" not in item.nodeid))
     for item in cases_left_out(items):
         item.add_marker(pytest.mark.more)
 

@@ -77,6 +77,7 @@ def test_a_model_is_read_as_written_and_has_its_parameters(path: Path) -> None:
     assert row in (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("path", RUNS, ids=stem)
 def test_a_run_loads_and_matches_its_name(path: Path) -> None:
     config = load_config(path, world_size=1 if path.stem == "study_full" else 2)  # a run of a study has one rank

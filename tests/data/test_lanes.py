@@ -142,6 +142,7 @@ def test_a_resume_anywhere_with_documents_of_any_lengths(tmp_path_factory, lengt
     assert [resumed.next_block().tokens.tolist() for _ in range(12 - at)] == blocks[at:]
 
 
+@pytest.mark.more
 def test_a_document_of_ten_megabytes(tmp_path):
     long = "".join(f"{n:07d} " for n in range(1_250_000))
     path = write_shard(tmp_path / "a.json", [long, "short"])
@@ -197,6 +198,7 @@ def test_states_that_do_not_fit_are_refused(tmp_path):
         make_lane(config, 1, 0, state)
 
 
+@pytest.mark.more
 def test_memory_stays_flat_over_a_hundred_thousand_documents(tmp_path):
     for n in range(4):
         write_shard(tmp_path / f"{n}.json.gz", [f"{n} {m} " + "x" * 120 for m in range(25_000)])

@@ -266,6 +266,7 @@ def test_a_uniform_model_has_the_entropy_of_its_vocabulary(source, tokenizer_pat
     )
 
 
+@pytest.mark.more
 def test_the_command_scores_a_foreign_model_and_ends_with_json(source, tokenizer_path, tmp_path):
     folder = tmp_path / "gpt2"
     _gpt2().save_pretrained(folder)

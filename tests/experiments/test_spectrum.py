@@ -44,6 +44,7 @@ def _ranks(run: Path) -> set[int]:
     return {int((values > 1e-4 * values[0]).sum()) for layers in spectra.values() for values in layers}
 
 
+@pytest.mark.more
 def test_an_update_has_the_rank_of_its_adapters(runs: dict[str, Path]) -> None:
     assert _ranks(runs["lora"]) == {RANK}
     assert _ranks(runs["relora"]) == {3 * RANK}, "of two merges, and of the adapter since"
@@ -54,6 +55,7 @@ def test_a_run_is_compared_with_its_initial_weights(runs: dict[str, Path]) -> No
     assert _ranks(runs["further"]) == {RANK}
 
 
+@pytest.mark.more
 def test_a_changed_seed_does_not_change_the_initial_weights(
     inputs: Path, tokenizer_path: str, pools: Any, tmp_path: Path
 ) -> None:
@@ -80,6 +82,7 @@ def test_initial_weights_must_be_unchanged(runs: dict[str, Path], tmp_path: Path
     assert _ranks(runs["further"]) == {RANK}
 
 
+@pytest.mark.more
 def test_biases_are_not_matrices(inputs: Path, tokenizer_path: str, pools: Any) -> None:
     biased = {"overrides": {"attention_bias": True}}
     config = run_config(inputs, tokenizer_path, inputs / "biased", method={"name": "lora", "rank": RANK}, model=biased)
@@ -94,6 +97,7 @@ def test_the_table_has_means_over_layers() -> None:
     assert rank_columns(groups, 0.5) == {"q_proj": ["2; 2", "1; 1", "1; 1"]}
 
 
+@pytest.mark.more
 def test_the_command_prints_a_table_and_draws(runs: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
     given = (runs["lora"], runs["relora"], runs["relora"] / "../lora")

@@ -28,7 +28,8 @@ from tests.engine.test_resident import (
 )
 from tests.engine.test_stages import test_a_nan_on_one_rank_stops_the_step_on_all
 from tests.gpu.conftest import DEVICE, gpu_only
-from tests.grid.test_runs import test_a_run_trains_as_plain_torch_does_and_resumes_to_the_bit
+from tests.grid.test_lora import test_a_lora_run_trains_as_plain_torch_does_and_resumes_to_the_bit
+from tests.grid.test_mora import test_a_mora_run_trains_as_plain_torch_does_and_resumes_to_the_bit
 from tests.tools.jobs import Job, write_config
 from tests.tools.pool import Pools
 from tests.tools.runs import checkpoint_at, logged_values, run_config, tensors, train

@@ -65,6 +65,11 @@ VALUES: dict[str, tuple[Any, ...]] = {
 CASES = grid(is_valid, VALUES)
 
 
+def cases_of(*methods: str) -> list[Any]:
+    """The cases of some methods."""
+    return [each for each in CASES if each.values[0]["method"] in methods]
+
+
 def choice(case: Case, options: Sequence[Any]) -> Any:
     """One of the options, the same each time; all of them occur in ``make test`` (test_covering.py)."""
     return options[zlib.crc32(str(case).encode()) % len(options)]

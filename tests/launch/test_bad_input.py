@@ -327,6 +327,7 @@ def test_faults_that_the_trainer_finds_first(inputs: Path, setting: str, message
     refused(run_main(main, inputs / "run.yaml", "--" + setting.format(inputs)), message)
 
 
+@pytest.mark.more
 def test_pretrain_as_a_program(inputs: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     command = [
@@ -344,6 +345,7 @@ def test_pretrain_as_a_program(inputs: Path) -> None:
     assert not (inputs / "run").exists()
 
 
+@pytest.mark.more
 def test_pretrain_if_the_hub_cannot_be_reached(inputs: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     settings = ["--data.train=allenai/c4", "--data.timeout_seconds=0.5"]

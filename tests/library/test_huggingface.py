@@ -199,7 +199,6 @@ def test_a_model_whose_adapters_have_a_process_group_can_be_copied() -> None:
         assert torch.equal(other(ids).logits, model(ids).logits)
 
 
-@pytest.mark.more
 def test_skipped_steps_count_neither_for_merges_nor_for_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with float16: the scaler leaves out steps 2 and 3, so the fourth merge interval ends two steps later."""
     from accelerate.optimizer import AcceleratedOptimizer

@@ -98,6 +98,7 @@ def test_blocks_divide_a_row(columns, block):
 # ---- what they are for ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("betas,drift", [((0.9, 0.95), 0.03), ((0.9, 0.999), 0.08)])
 def test_updates_stay_close_to_adam(betas, drift):
     """Over elements that differ by up to a factor of 30 within a block."""

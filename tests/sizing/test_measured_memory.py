@@ -103,6 +103,7 @@ CASES += [("full", 0, True, 2, 2, "apollo", "adamw8bit"), ("full", 2, False, 2, 
 CASES += [("remora", 2, True, 2, 2, "adamw8bit", "adamw8bit"), ("lora", 1, True, 2, 2, *MUON)]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("method", "stage", "bf16", "world_size", "micro_batch_size", "matrices", "others"), CASES)
 def test_state_and_gradients(
     pools: Pools,
@@ -137,6 +138,7 @@ def test_state_and_gradients(
     assert max(rank["base"] for rank in measured) == state.host_base
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("groups", [1, 2])
 def test_groups_of_parameters_are_reduced_together_up_to_a_limit(
     pools: Pools, monkeypatch: pytest.MonkeyPatch, groups: int

@@ -88,6 +88,7 @@ def test_activations_and_peak_of_the_family(kind: str, method: dict[str, Any], b
     check_activations_and_peak(make_config(method), ARCHITECTURES[kind].config_class(**SIZES), bf16)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("attention", ["eager", "masked"])
@@ -168,6 +169,7 @@ def test_on_a_gpu_documents_need_no_mask_and_logits_no_copy() -> None:
     assert at_loss == [256 * 512 * 6 + 6 * head, max(256 * 512 * 2 + 4 * head, 6 * head)]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("size", ["llama_250m", "llama_1_3b"])
 @pytest.mark.parametrize("method", ["full", "relora resident", "remora operator 1 resident"])
 @pytest.mark.parametrize("how", ["eager", "compiled"])

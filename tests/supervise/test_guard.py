@@ -112,7 +112,6 @@ def test_while_training_the_first_signal_waits_and_a_second_exits_immediately(bu
     assert "exited without saving" in errors
 
 
-@pytest.mark.more
 def test_a_signal_after_the_end_is_decided_does_not_change_it(busy, tmp_path):
     """Closing W&B may take long."""
     process = busy("decided", str(tmp_path))

@@ -12,6 +12,7 @@ from relora_mora.supervise.exits import LOST
 from relora_mora.supervise.watchdog import Watchdog
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("alive,named", [((0, 1), [0]), ((0,), [1])])
 def test_the_rank_whose_heartbeats_stop_is_named(tmp_path: Path, alive: tuple[int, ...], named: list[int]) -> None:
     """If there is none, the rank on which the collective failed is."""

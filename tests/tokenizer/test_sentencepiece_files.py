@@ -47,6 +47,7 @@ def test_a_chat_template_and_the_beginning_of_texts_go_with_a_sentencepiece_mode
     assert load_tokenizer(tmp_path / "saved").chat_template == "older"
 
 
+@pytest.mark.more
 def test_how_texts_begin_and_are_padded_goes_with_a_sentencepiece_model_without_tokenizer_json(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ def test_hard_texts_are_exact_on_every_path(folder: Path, tmp_path: Path) -> Non
     assert (tmp_path / "export" / MODEL_FILE).read_bytes() == (folder / MODEL_FILE).read_bytes()
 
 
+@pytest.mark.more
 def test_random_texts_are_exact(folder: Path) -> None:
     draw = random.Random(0)
     alphabet = [*"ab  \n\t<>/s0x", "</s>", "<s>", "\r\n", "é", "🙂", "the", " self", "    ", "\0", "▅", "\u2581"]
@@ -118,6 +119,7 @@ def test_llama_class_would_not_be_exact(folder: Path, tmp_path: Path) -> None:
     assert encode(load_tokenizer(tmp_path), ["  leading", "a</s>"]) == reference
 
 
+@pytest.mark.more
 def test_fingerprint_follows_the_vocabulary(folder: Path, tmp_path: Path) -> None:
     save_tokenizer(folder, tmp_path / "export")
     fingerprints = {tokenizer_fingerprint(path) for path in (folder, folder / MODEL_FILE, tmp_path / "export")}

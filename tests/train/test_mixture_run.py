@@ -122,7 +122,6 @@ def test_weights_change_if_allowed(pools, inputs, tokenizer_path, tmp_path, neve
     assert counted[5]["train/tokens/rows"] == (8 + 5) * 32
 
 
-@pytest.mark.more
 def test_sources_may_be_listed_in_another_order_at_a_resume(pools, inputs, tokenizer_path, tmp_path):
     """Which of two with equal weights comes first in a batch stays as it was."""
 

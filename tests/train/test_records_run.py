@@ -124,7 +124,6 @@ def test_a_new_start_with_another_template_replaces_the_saved_tokenizer(pools, i
         assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
-@pytest.mark.more
 def test_steps_inside_a_prompt_report_no_loss(pools, inputs, tokenizer_path, tmp_path):
     rows = [{"prompt": f"{number} " + "the rank " * 10, "completion": "matrix"} for number in range(30)]
     write_json_lines(tmp_path / "a.jsonl", rows)

@@ -51,6 +51,7 @@ def exported(folder: Path, base: Path, tokenizer: str, method: dict[str, Any], f
 # ---- PEFT ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("name", "whole"), [*((name, False) for name in METHODS), ("lora", True), ("mora1", True)])
 def test_peft_computes_what_the_run_does(peft, base, tokenizer_path, tmp_path, name, whole):
     method = METHODS[name] | ({} if whole else ADAPTERS_ONLY)

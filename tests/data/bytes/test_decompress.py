@@ -86,6 +86,7 @@ def test_any_sequence_of_frames_and_members_gives_their_text(tmp_path_factory, p
     assert lines_of(path, limit=1 << 20) == [*text.split(b"\n")[:-1], *filter(None, [text.split(b"\n")[-1]])]
 
 
+@pytest.mark.more
 def test_no_memory_for_the_window_is_not_damage(tmp_path):
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(_long(line("text") + b"\n", 31))
@@ -146,6 +147,7 @@ def test_a_byte_that_changed_is_an_error_or_changes_no_text(tmp_path, suffix):
         assert found == texts
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_damage_is_named_by_byte_and_line(tmp_path, suffix):
     path = write_shard(tmp_path / f"a{suffix}", some_texts(20_000))

@@ -80,6 +80,7 @@ def test_revisions_and_files_unknown_to_the_hub(hub):
     assert len(resolve_shards("allenai/c4", "main")) == 1024
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_pass_while_the_commit_is_asked_for(hub, monkeypatch, fault):
     monkeypatch.setattr(transport, "STALL_SECONDS", 0.3)
@@ -90,6 +91,7 @@ def test_faults_pass_while_the_commit_is_asked_for(hub, monkeypatch, fault):
     assert len(hub.faults) == (0 if fault == "cut_range" else 2)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("fault", ["refuse", "truncate"])
 def test_an_unreachable_hub_is_one_line_with_its_address_and_remedies(hub, fault):
     hub.fault = lambda n: fault

@@ -50,6 +50,7 @@ def test_skipping_is_the_same_as_taking(tmp_path, suffix):
         assert lines.take() is None
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("suffix", [".json", ".gz", ".zst"])
 def test_a_long_line_is_never_held_in_memory(tmp_path, suffix):
     # 64 MB on one line, which a compressed shard holds in a few kB

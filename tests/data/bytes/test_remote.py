@@ -73,6 +73,7 @@ def test_an_empty_file(tmp_path):
             assert _read(server) == b""
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_twice(tmp_path, shard, fault):
     before = RETRIES.retries
@@ -116,6 +117,7 @@ def test_a_server_that_comes_up_late(tmp_path, shard):
     assert RETRIES.retries - before > 3
 
 
+@pytest.mark.more
 def test_faults_at_a_tenth_of_the_requests_do_not_change_the_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(transport, "STALL_SECONDS", 0.2)
     names = [f"{n}{suffix}" for n in range(10) for suffix in (*JSON_LINES, ".txt", ".txt.gz", ".csv.zst")]
@@ -139,6 +141,7 @@ def test_faults_at_a_tenth_of_the_requests_do_not_change_the_tokens(tmp_path, mo
     assert not lane.state()["skipped"]
 
 
+@pytest.mark.more
 def test_a_server_that_stays_unreachable(tmp_path, shard):
     with serving(tmp_path, lambda n: "503" if n else "reset") as server:
         config = data_config(f"{server.url}/a.json.gz", timeout_seconds=0.5)
@@ -176,6 +179,7 @@ def test_a_redirect_to_an_invalid_url(location, tmp_path, monkeypatch):
             RemoteFile(Shard("a", f"{server.url}/a.json"), 5.0).read(9)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "etag,said", [(True, "changed while it was read"), (False, r"gave up .* the size of the file is")]
 )
@@ -213,6 +217,7 @@ def test_a_file_that_is_cut_short_on_the_server(tmp_path):
             list(iter_texts(config.train, split="train", config=config))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("suffix", [".json.gz", ".jsonl.zst"])
 def test_damage_is_not_retried(tmp_path, suffix):
     path = write_shard(

@@ -77,6 +77,7 @@ def test_a_batch_uses_the_dictionaries_before_it(tmp_path, new):
         assert rows.take(9) == parts[1]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("stream", [True, False])
 def test_any_cut_and_any_changed_byte_is_text_or_one_message(tmp_path, stream):
     texts = some_texts(30)

@@ -149,6 +149,7 @@ def _until_stop(lane, blocks):
     return [*states, lane.state()], made, None
 
 
+@pytest.mark.more
 @settings(max_examples=40, deadline=None)
 @given(
     kinds=st.lists(st.sampled_from(["text", "text", "text", *{**LINES, **ROWS}]), min_size=1, max_size=40),

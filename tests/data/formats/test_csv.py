@@ -26,6 +26,7 @@ def _written(row, end):
     return out.getvalue().encode()
 
 
+@pytest.mark.more
 @settings(max_examples=150, deadline=None)
 @given(
     texts=st.lists(st.text('ab",\r\n é', max_size=25), min_size=1, max_size=12),
@@ -50,6 +51,7 @@ def test_text_written_by_csv_is_read_back(tmp_path_factory, texts, end, limit, l
         assert rows_of(path, lanes, lane, start, max_line_bytes=limit) == own[start:]
 
 
+@pytest.mark.more
 def test_a_long_row_is_never_held_in_memory(tmp_path):
     long = ['x,"' + f'{"a line, and":200}""quotes""\n' * 20_000 + '",', 'x,"' + f"{'no quotes':200}\n" * 20_000 + '",']
     path = write_shard(tmp_path / "a.csv.gz", ["first", *map(str.encode, long), "last"])

@@ -83,6 +83,7 @@ def test_an_empty_file_is_skipped(suffix, tmp_path):
     assert set(lane.rows.notes) == {f"a{suffix} is empty; skipped"}
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("lanes,names", [(1, "ab"), (3, "a"), (2, "abc")])
 def test_a_resume_anywhere_gives_the_very_next_block(suffix, tmp_path, lanes, names):
     for seed, name in enumerate(names):
@@ -176,6 +177,7 @@ def test_a_file_that_changed_is_refused(suffix, tmp_path):
         make_lane(data_config(path), 1, 0, shards=shards).next_block()
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_faults_at_a_third_of_the_requests_do_not_change_the_tokens(tmp_path, short_waits, lanes):
     names = [f"{n}.parquet" for n in range(12 // lanes)]

@@ -100,6 +100,7 @@ def test_damage_is_reported_with_its_place(tmp_path):
         epoch_tokens(make_lane(data_config(path, shuffle_documents=1), 1, 0))
 
 
+@pytest.mark.more
 def test_an_interpreter_ends_in_the_middle_of_a_file_over_http(tmp_path, short_waits):
     write_parquet(tmp_path / "a.parquet", [random.Random(n).randbytes(500).hex() for n in range(2000)])
     code = (

@@ -43,6 +43,7 @@ def test_documents_agree_with_datasets(tmp_path, sample_by):
     assert texts_of(path, sample_by=sample_by) == [text for text in reference["text"] if text]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("sample_by", DOCUMENTS)
 def test_a_resume_anywhere_gives_the_very_next_block(tmp_path, sample_by):
     for n in range(5):

@@ -97,6 +97,7 @@ def test_marks_that_are_never_reached_leave_nothing_to_learn(tmp_path, tokenizer
     assert "own.jinja does not mark: {'messages': " in message
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("packing", ["whole", "none"])
 def test_records_that_are_all_too_long_are_reported(tmp_path, tokenizer, packing):
     rows = [{"prompt": "the rank " * 40, "completion": "matrix"} for _ in range(30)]
@@ -131,6 +132,7 @@ def test_whole_texts_that_are_all_too_long_are_reported(tmp_path, tokenizer):
     assert "no record can be used (over_length: 1); for instance a text has " in _error_of(config, tokenizer)
 
 
+@pytest.mark.more
 def test_a_small_set_is_checked_as_a_whole_and_a_large_one_by_its_first_rows(tmp_path, tokenizer):
     rows = [_conversation(number, "system" if number == 20 else "user") for number in range(50)]
     path = write_json_lines(tmp_path / "a.jsonl", rows)
@@ -154,6 +156,7 @@ def test_half_a_surrogate_pair_in_messages_that_are_a_text_is_a_bad_record(tmp_p
     assert """a.csv, row 1, has a "messages" with half of a surrogate pair""" in _error_of(_config(path), tokenizer)
 
 
+@pytest.mark.more
 def test_a_row_that_a_template_refuses_is_named_and_does_not_end_the_run(tmp_path, tokenizer_path):
     rows = [_conversation(number, "system" if number == 300 else "user") for number in range(400)]
     config = _config(write_json_lines(tmp_path / "a.jsonl", rows), packing="none")
@@ -168,6 +171,7 @@ def test_a_row_that_a_template_refuses_is_named_and_does_not_end_the_run(tmp_pat
     assert batches[-1].counts["skipped/template_failed"] >= 3
 
 
+@pytest.mark.more
 def test_bad_rows_allowed_in_the_first_epoch_are_allowed_in_every_epoch(tmp_path, tokenizer_path):
     rows = [_conversation(number, "system" if number % 40 == 7 else "user") for number in range(160)]
     config = _config(write_json_lines(tmp_path / "a.jsonl", rows), packing="none", shuffle_documents=1)
@@ -176,6 +180,7 @@ def test_bad_rows_allowed_in_the_first_epoch_are_allowed_in_every_epoch(tmp_path
     assert batch.counts["skipped/template_failed"] > 40
 
 
+@pytest.mark.more
 def test_counting_epochs_checks_all_records_together(tmp_path, tokenizer_path):
     rows = [_conversation(number, "system" if number % 51 == 7 else "user") for number in range(1400)]
     config = _config(write_json_lines(tmp_path / "a.jsonl", rows), packing="none")

@@ -67,6 +67,7 @@ def hub(tmp_path, monkeypatch):
         yield server
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("where", ["hub", "folder"])
 def test_configurations_and_splits_by_name(tmp_path, hub, where):
     texts = _write_set(tmp_path / "set")

@@ -99,6 +99,7 @@ def test_no_batch_is_empty_if_an_epoch_packs_into_fewer_blocks_than_another(tmp_
             assert batches[-1].counts["documents"] == (number + 1) * len(rows)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("packing,workers", [("whole", 0), ("none", 0), ("whole", 1), *rest(("none", 1))])
 def test_stops_and_other_numbers_of_ranks_change_nothing(path, tokenizer_path, packing, workers):
     config = _config(path, packing, workers=workers)

@@ -131,6 +131,7 @@ def test_weights_are_part_of_the_fingerprint_but_not_of_the_order(folder):
     assert order != order_of_names
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_source_is_read_as_often_as_it_may_be(folder, tokenizer_path, workers):
     config = data_config(_records(folder, max_epochs=2), workers=workers)

@@ -138,6 +138,7 @@ def _plain(block: Block) -> tuple[list[int], list[bool] | None]:
     return block.tokens.tolist(), None if block.scored is None else block.scored.tolist()
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("lanes,names", [(1, ["a", "b", "empty"]), (2, ["a", "b"]), (3, ["a"])])
 def test_a_resume_anywhere_gives_the_same_tokens_and_masks(lanes, names):
     offsets = set()

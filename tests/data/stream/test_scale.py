@@ -96,6 +96,7 @@ def four_steps(few_rows_at_once):
     return _steps(RANKS, 4, {})
 
 
+@pytest.mark.more
 def test_every_rank_has_the_same_share_and_no_row_is_given_twice(four_steps):
     blocks, states = four_steps
     documents = blocks[:, :, 1:].reshape(4, LANES, 2, TOKENS)  # two to a block
@@ -109,6 +110,7 @@ def test_every_rank_has_the_same_share_and_no_row_is_given_twice(four_steps):
     assert max(of_ranks) / min(of_ranks) < 1.04
 
 
+@pytest.mark.more
 def test_half_the_ranks_continue_with_the_very_next_blocks(four_steps):
     blocks, states = four_steps
     first, saved = _steps(RANKS, 1, {})

@@ -94,6 +94,7 @@ def test_global_batches_do_not_depend_on_ranks_and_resume_on_others(folder, toke
     assert _run(config, tokenizer_path, 4, 13, first[-1][1], step=11) == reference[11:]
 
 
+@pytest.mark.more
 def test_global_batches_do_not_depend_on_workers_and_resume_on_others(folder, tokenizer_path):
     config = data_config([str(folder / kind / "part-00001*") for kind in KINDS])  # every format in one list
     reference = _run(config, tokenizer_path, 1, 24)
@@ -104,6 +105,7 @@ def test_global_batches_do_not_depend_on_workers_and_resume_on_others(folder, to
     assert first + second + third == reference
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_shards_than_lanes(tmp_path, tokenizer_path, kind):
     write_shards(tmp_path, 19, 15, suffix=kind)
@@ -143,6 +145,7 @@ def test_an_eos_belongs_to_the_document_after_it():
     assert document_ids(torch.tensor([[5, 2, 7, 8, 2, 2, 9]]).numpy(), 2).tolist() == [[0, 1, 1, 1, 2, 3, 3]]
 
 
+@pytest.mark.more
 def test_counts_and_notes_arrive(tmp_path, tokenizer_path):
     write_shard(tmp_path / "a.json", [b"rubbish", "text", line(""), "more"])
     config = data_config(tmp_path / "a.json", max_bad_fraction=0.5, sequence_length=4)
@@ -175,6 +178,7 @@ def test_counts_and_notes_arrive(tmp_path, tokenizer_path):
             assert batch.counts["bad"] == sum(batch.counts[f"skipped/{kind}"] for kind in BAD_REASONS)
 
 
+@pytest.mark.more
 def test_retries_of_workers_and_of_the_trainer_are_counted_since_the_stream_began(
     tmp_path, tokenizer_path, monkeypatch
 ):

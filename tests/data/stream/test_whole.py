@@ -136,6 +136,7 @@ def test_blocks_hold_whole_records_and_waste_little(path, tokenizer):
     assert sum(int(block.scored.sum()) for block in blocks) == sum(int(row.scored.sum()) for row in rows)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("packing,lanes", [("whole", 1), ("whole", 4), ("none", 2)])
 def test_a_resume_anywhere_gives_the_very_next_block(path, tokenizer, packing, lanes):
     config = _config(path, packing)
@@ -190,6 +191,7 @@ def test_a_run_continues_on_two_ranks(path, tokenizer_path, packing):
             part.close()
 
 
+@pytest.mark.more
 def test_workers_give_the_same_batches(path, tokenizer_path):
     with stream_of(_config(path), tokenizer_path) as here, stream_of(_config(path, workers=1), tokenizer_path) as there:
         for _ in range(4):

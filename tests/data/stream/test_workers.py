@@ -35,6 +35,7 @@ def _stream(source, tokenizer_path, **changes):
     return TrainStream(config, tokenizer_path=tokenizer_path, batch_size=8, lanes=8, rank=0, world_size=1)
 
 
+@pytest.mark.more
 def test_signals_do_not_stop_a_worker_and_close_ends_it_immediately(source, tokenizer_path):
     with _stream(source, tokenizer_path, workers=1) as stream:
         (worker,) = stream._producers
@@ -52,6 +53,7 @@ def test_signals_do_not_stop_a_worker_and_close_ends_it_immediately(source, toke
     assert not psutil.pid_exists(pid)
 
 
+@pytest.mark.more
 def test_a_killed_worker_is_one_clear_error_that_stays_and_close_leaves_no_process(source, tokenizer_path):
     with _stream(source, tokenizer_path, workers=2) as stream:
         next(stream)
@@ -124,6 +126,7 @@ def _gone(pids, within_seconds=5.0):
     return len(pids) == 2 and not any(map(_lives, pids))
 
 
+@pytest.mark.more
 def test_a_trainer_that_fails_without_closing_leaves_no_worker(source, tokenizer_path):
     with _trainer(source, tokenizer_path) as (trainer, pids):
         _, errors = trainer.communicate(timeout=60)
@@ -132,6 +135,7 @@ def test_a_trainer_that_fails_without_closing_leaves_no_worker(source, tokenizer
         assert _gone(pids)
 
 
+@pytest.mark.more
 def test_workers_die_with_a_killed_trainer_also_while_they_wait_for_the_network(tmp_path, tokenizer_path, monkeypatch):
     with (
         serving(tmp_path, lambda n: "503") as server,
@@ -159,6 +163,7 @@ def test_a_disk_that_is_gone_is_an_error_of_the_system(tokenizer_path, workers):
         assert caught.value.errno == errno.EIO
 
 
+@pytest.mark.more
 def test_an_error_is_the_same_with_and_without_workers_and_stays(tmp_path, tokenizer_path):
     path = write_shard(tmp_path / "a.json", [f"text {n}" for n in range(50)] + [b"rubbish"] * 50)
     config = data_config(path, max_bad_fraction=0.1, sequence_length=8)

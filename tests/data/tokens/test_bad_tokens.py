@@ -27,6 +27,7 @@ from tests.data.tokens.tools import LIMITS, batches_of
 from tests.tools.data_tools import data_config, write_shards
 
 
+@pytest.mark.more
 def test_the_files_of_a_folder_are_not_text(folder):
     with pytest.raises(SourceError, match=r"odd\.tokens is a pre-tokenized folder, not text; give the folder itself"):
         resolve_shards(str(folder / ".json.gz" / "odd.tokens" / "*.arrow"))

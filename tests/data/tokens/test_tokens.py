@@ -27,6 +27,7 @@ CASES = [(JSON, "few", 8), (JSON, "bad", 16), (JSON, "odd", 1), (PARQUET, "many"
 CASES += rest((PARQUET, "few", 8), (PARQUET, "bad", 16), (PARQUET, "odd", 1), (JSON, "many", 4), (JSON, "bad", 2))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("kind,name,lanes", CASES)
 def test_tokens_give_the_batches_states_and_counts_of_the_text(folder, tokenizer_path, kind, name, lanes):
     place = folder / kind
@@ -43,6 +44,7 @@ def test_tokens_give_the_batches_states_and_counts_of_the_text(folder, tokenizer
         assert rest == text[at + 1 :]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world_size,workers", [(2, 0), (4, 0), (1, 2)])
 def test_on_any_ranks_and_workers(folder, tokenizer_path, kind, world_size, workers):

@@ -80,6 +80,7 @@ def test_the_last_perplexities_are_dots_with_the_lowest_group_at_the_top(
         assert [each.get_color() for each in dots] == of_groups[::-1], "as in the other figures"
 
 
+@pytest.mark.more
 def test_long_names_do_not_overlap(tmp_path: Path) -> None:
     groups = group_runs(made_run(tmp_path / f"{rank}", method={"rank": rank}) for rank in range(1, 7))
     for group in groups:
@@ -99,6 +100,7 @@ def test_many_curves_differ() -> None:
     assert len({tuple(style.values()) for style in itertools.islice(styles(), 60)}) == 60
 
 
+@pytest.mark.more
 def test_a_disk_that_fills_up_leaves_older_files_as_they_were(groups: list[Group], tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     figures = figures_of(groups)

@@ -63,6 +63,7 @@ def test_a_precision_that_a_run_refuses_has_no_plan(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.more
 def test_command_line_for_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(str(ROOT / "configs/run/paper_250m_remora.yaml"), "--world_size=32", "--device=cuda") == 0
     out = capsys.readouterr().out
@@ -71,6 +72,7 @@ def test_command_line_for_another_machine(capsys: pytest.CaptureFixture[str]) ->
     assert "5,242,880,000 in all" in out
 
 
+@pytest.mark.more
 def test_command_line_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     config = str(ROOT / "configs/run/paper_1_3b_full.yaml")
     assert (

@@ -29,6 +29,7 @@ def rows() -> dict[tuple[str, str, str], list[str]]:
     return found
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     ("cluster", "method", "stage"),
     [

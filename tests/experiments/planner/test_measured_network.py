@@ -127,6 +127,7 @@ CASES += [
 ]
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("method", "stage", "bf16", "micro_batch_size", "matrices", "zero"), CASES)
 def test_bytes_of_a_step_and_a_merge(
     pools: Pools, method: str, stage: int, bf16: bool, micro_batch_size: int, matrices: str, zero: dict[str, Any]

@@ -61,6 +61,7 @@ def test_stage_1_is_not_advised_if_stage_2_hides_its_traffic(link_gbits: float, 
     assert (plan.time.steps[1].total <= plan.time.steps[2].total) is given
 
 
+@pytest.mark.more
 def test_settings_in_use_are_not_suggested_for_too_little_memory() -> None:
     small = plan_of(**{"train.micro_batch_size": "1", "model.activation_checkpointing": "true"})
     assert plan_of().savings == ["lower train.micro_batch_size", "set model.activation_checkpointing", *small.savings]
@@ -77,6 +78,7 @@ def test_parameters_and_tokens() -> None:
     assert (plan.config.tokens_per_step, plan.time.tokens) == (4096, 4_096_000)
 
 
+@pytest.mark.more
 def test_time_follows_from_the_known_rates() -> None:
     assumed, given, measured = plan_of(), plan_of(utilization=0.8), plan_of(tokens_per_second=2000.0)
     assert assumed.time.tokens_per_second == pytest.approx(2 * 0.4e12 / assumed.flops.performed)
@@ -87,6 +89,7 @@ def test_time_follows_from_the_known_rates() -> None:
     assert plan_of(**{"log.peak_tflops": "2.0"}).time.seconds == pytest.approx(assumed.time.seconds / 2)
 
 
+@pytest.mark.more
 def test_what_no_gpu_has_confirmed_is_marked() -> None:
     gpus = Cluster(1, 2, named_device("h100"))
     assumed = plan_of(cluster=gpus).time
@@ -130,6 +133,7 @@ def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
     assert moved[2].exchanged == 0
 
 
+@pytest.mark.more
 def test_the_state_of_a_rule_of_ones_own_is_counted() -> None:
     adamw = plan_of(**{"method.name": "full"})
     matrices = matrices_settings("galore")["matrices"]
@@ -147,12 +151,14 @@ def test_the_state_of_a_rule_of_ones_own_is_counted() -> None:
     assert not any("state_shapes" in note for note in adamw.notes)
 
 
+@pytest.mark.more
 def test_the_optimizer_of_embeddings_and_head_is_named() -> None:
     plan = plan_of(**{"optim.matrices": "muon", "optim.others": "adamw8bit"})
     assert "optimizer      muon, adamw8bit of embeddings and head: " in render(plan)
     assert plan.as_dict()["others"] == "adamw8bit"
 
 
+@pytest.mark.more
 def test_text_names_every_part() -> None:
     plan = plan_of()
     text = render(plan)
@@ -166,6 +172,7 @@ def test_text_names_every_part() -> None:
     assert f"resident memory of the first rank: {plan.resident / 2**30:.3g} GiB" in text
 
 
+@pytest.mark.more
 def test_a_start_from_other_weights_may_take_more_than_a_step() -> None:
     small = {"train.micro_batch_size": "1", "model.config": "configs/model/llama_130m.json", "method.name": "lora"}
     alone = {f"method.train_{what}": "false" for what in ("embeddings", "norms", "head")}
@@ -176,6 +183,7 @@ def test_a_start_from_other_weights_may_take_more_than_a_step() -> None:
     assert begun.resident == at_start > trained.resident
 
 
+@pytest.mark.more
 def test_widths_that_a_gpu_is_slow_with_are_named() -> None:
     gpus = Cluster(1, 2, named_device("h100"))
     assert plan_of(cluster=gpus).notes == []
@@ -253,6 +261,7 @@ def test_only_the_memory_of_an_unknown_card_is_known(monkeypatch: pytest.MonkeyP
     assert plan.time.steps[1].optimizer == 0
 
 
+@pytest.mark.more
 def test_time_of_a_step_on_a_cluster() -> None:
     """With a hundred times slower network, stage 1 waits for all traffic, and stage 3 for what is not hidden."""
     cluster = Cluster(2, 4, named_device("h100"), link_gbits=80.0)
@@ -280,6 +289,7 @@ def test_time_of_a_step_on_a_cluster() -> None:
     assert plan.time.seconds == pytest.approx(1000 * plan.time.steps[2].total)
 
 
+@pytest.mark.more
 def test_remora_sends_only_trainable_parameters_below_stage_3() -> None:
     plan = plan_of()
     assert (
@@ -310,12 +320,14 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+@pytest.mark.more
 def test_recomputing_is_slower_on_a_gpu() -> None:
     gpu = Cluster(1, 1, named_device("h100"))
     usual, again = (plan_of(cluster=gpu, **{"model.activation_checkpointing": on}) for on in ("false", "true"))
     assert again.time.steps[2].compute > 1.2 * usual.time.steps[2].compute
 
 
+@pytest.mark.more
 def test_ranks_on_one_host_share_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("relora_mora.system.hardware.peak_flops", lambda **_: (1e12, "the test"))
     seconds = []

@@ -53,6 +53,7 @@ def test_a_start_that_is_refused_changes_nothing(tmp_path: Path):
     assert (folder.given(second) or {})["optim"]["clip"] == 1.0
 
 
+@pytest.mark.more
 def test_a_study_goes_on_with_the_base_config_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base = tmp_path / "base.yaml"
     content = Path(BASE).read_text(encoding="utf-8")

@@ -239,6 +239,7 @@ def test_a_study_whose_runs_could_not_go_on_is_refused(tmp_path: Path):
         conduct(study, StudyFolder(tmp_path), PROGRAM, 1)
 
 
+@pytest.mark.more
 def test_every_study_can_be_run(tmp_path: Path):
     paths = sorted((ROOT / "configs/study").glob("*.yaml"))
     assert paths

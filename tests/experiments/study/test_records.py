@@ -31,6 +31,7 @@ def _moved(study: Study, path: Path, keep: int) -> StudyFolder:
     return there
 
 
+@pytest.mark.more
 def test_a_cell_with_a_record_is_not_run(tmp_path: Path):
     study = made_study(seeds=[0, 1], choose=CHOOSE)
     folder = _moved(study, tmp_path, 5)
@@ -42,6 +43,7 @@ def test_a_cell_with_a_record_is_not_run(tmp_path: Path):
     assert names[-2:] == ["name=mora,rank=8,lr=0.003,seed=1", "name=mora,rank=16,lr=0.003,seed=1"]
 
 
+@pytest.mark.more
 def test_a_record_that_the_grid_no_longer_names_stays(tmp_path: Path):
     folder = _moved(made_study(), tmp_path, 6)
     before = folder.records.read_text(encoding="utf-8")
@@ -52,6 +54,7 @@ def test_a_record_that_the_grid_no_longer_names_stays(tmp_path: Path):
     assert sorted([ranked, *others]) == sorted(before.splitlines(keepends=True))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("changes", "named"), CHANGES)
 def test_a_record_of_other_settings_is_refused(tmp_path: Path, changes: dict[str, Any], named: str):
     folder = _moved(made_study(), tmp_path, 1)

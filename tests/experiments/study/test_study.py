@@ -25,6 +25,7 @@ from tests.tools.helpers import ROOT
 from tests.tools.jobs import lives
 
 
+@pytest.mark.more
 def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
     study = made_study(seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"}, threads=3)
     folder = StudyFolder(tmp_path)
@@ -85,6 +86,7 @@ def test_a_run_that_lost_its_last_evaluation_is_not_chosen_by_an_earlier_one(tmp
             conduct(study, folder, PROGRAM, 1)
 
 
+@pytest.mark.more
 def test_a_run_that_fails_is_named_when_the_others_are_done(tmp_path: Path):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": [1.0, 3e-3]}])
     folder = StudyFolder(tmp_path)
@@ -113,6 +115,7 @@ except Stopped:
 """
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("number", [signal.SIGTERM, *rest((signal.SIGINT,))])
 def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals):
     study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [2.0, 3e-3, 2.5e-3]}]})
@@ -133,6 +136,7 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number
     assert read_json_lines(folder.records)[0]["start"]["step"] == 0, "the axis of time begins where the run began"
 
 
+@pytest.mark.more
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
 def test_the_runs_of_a_study_that_is_killed_end_with_it(tmp_path: Path):
     study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [2.0]}]})

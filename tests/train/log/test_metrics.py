@@ -166,7 +166,6 @@ def after_a_power_cut(config: Any) -> dict[str, str]:
     return found
 
 
-@pytest.mark.more
 @pytest.mark.distributed
 def test_a_power_cut_loses_no_line_before_a_checkpoint_or_the_end(pools, inputs, tokenizer_path, tmp_path):
     """Else the same command would not evaluate again, and the evaluation would be lost for good."""

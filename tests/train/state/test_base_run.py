@@ -33,7 +33,6 @@ def _base(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return {key: value for key, value in tensors(checkpoint_at(folder, step)).items() if "base" in key}
 
 
-@pytest.mark.more
 def test_the_base_may_change_at_every_resume_and_loses_nothing(pools, inputs, tokenizer_path, tmp_path):
     run_dir = tmp_path / "run"
     before: dict[str, torch.Tensor] = {}

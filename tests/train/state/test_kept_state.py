@@ -81,7 +81,6 @@ def test_a_resume_in_a_new_folder_that_stops_before_its_first_step_keeps_its_dat
     assert different_tensors(*(checkpoint_at(folder, 10) for folder in (never, second))) == []
 
 
-@pytest.mark.more
 @pytest.mark.parametrize(
     ("section", "setting", "value", "expected"),
     [

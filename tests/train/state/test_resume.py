@@ -204,7 +204,6 @@ def test_a_checkpoint_that_cannot_be_resumed_ends_all_ranks(pools, inputs, token
     )
 
 
-@pytest.mark.more
 def test_a_checkpoint_follows_the_evaluation_and_metrics_of_its_step(pools, inputs, tokenizer_path, tmp_path):
     """A kill right after it must not lose them."""
     folder = tmp_path / "run"

@@ -15,7 +15,6 @@ from tests.train.state.faults import NAN, fault_settings, faulty, rollbacks, sam
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.more
 @pytest.mark.parametrize(
     ("stage", "precision", "what"),
     [

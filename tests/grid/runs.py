@@ -1,16 +1,17 @@
-"""The covering grid of whole runs: each case trains over a merge, stops, and resumes to the bit; its losses are those
-of plain torch."""
+"""A case of the covering grid: a whole run, which is compared with plain torch, stops, and resumes to the bit."""
 
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from relora_mora.config.registry import METHODS
-from tests.grid.cases import CASES, STEPS, STOPS, bound, choice, sections_of
+from tests.grid.cases import STEPS, STOPS, bound, choice, sections_of
+from tests.tools.grids import Case
 from tests.tools.reference import PlainRun, Tokens, model_config_of
 from tests.tools.runs import (
     checkpoint_at,
@@ -22,8 +23,6 @@ from tests.tools.runs import (
     run_config,
     train,
 )
-
-pytestmark = pytest.mark.distributed
 
 
 def trained(config: Any, *, with_kernels: bool) -> list[Tokens]:
@@ -45,11 +44,11 @@ def trained(config: Any, *, with_kernels: bool) -> list[Tokens]:
     return batches
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_run_trains_as_plain_torch_does_and_resumes_to_the_bit(pools, ranks, inputs, tokenizer_path, tmp_path, case):
+def check_run(case: Case, pools: Any, ranks: int, inputs: Path, tokenizer: str, folder: Path) -> None:
+    """Trains a case over a merge, on at most so many ``ranks``; a resume after one of the steps makes the same run."""
     world = min(case["ranks"], ranks)
-    never, resumed = tmp_path / "never", tmp_path / "resumed"
-    config = run_config(inputs, tokenizer_path, never, world, **sections_of(case))
+    never, resumed = folder / "never", folder / "resumed"
+    config = run_config(inputs, tokenizer, never, world, **sections_of(case))
     with_kernels = case["kernels"] == "compiled"
     shares = pools(world)(trained, config, with_kernels=with_kernels)
     losses = logged_values(never)
@@ -59,7 +58,7 @@ def test_a_run_trains_as_plain_torch_does_and_resumes_to_the_bit(pools, ranks, i
     merges = [3, 6] if METHODS[case["method"]].merges else []
     assert logged_steps(never, "merge/layers") == merges
     copy_cut_at(never, resumed, choice(case, STOPS))
-    again = run_config(inputs, tokenizer_path, resumed, world, checkpoint={"every_steps": 0}, **sections_of(case))
+    again = run_config(inputs, tokenizer, resumed, world, checkpoint={"every_steps": 0}, **sections_of(case))
     pools(world)(trained, again, with_kernels=with_kernels)
     assert different_tensors(*(checkpoint_at(folder, STEPS) for folder in (never, resumed))) == []
     assert logged_values(resumed) == losses
