@@ -15,8 +15,6 @@ from relora_mora.commands import demo
 from tests.tools.commands import call
 from tests.tools.helpers import ROOT
 
-pytestmark = pytest.mark.more
-
 STEP = """
 import signal, sys, time
 from pathlib import Path
@@ -35,6 +33,7 @@ run(main, [])
 """
 
 
+@pytest.mark.more
 def test_after_ctrl_c_a_step_has_enough_time_to_save(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", DEMO, STEP, str(tmp_path)],

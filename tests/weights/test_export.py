@@ -270,7 +270,6 @@ def test_a_tokenizer_that_cannot_be_saved_is_named_by_its_path(checkpoint: Path,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.more
 def test_weights_that_a_type_cannot_hold_are_refused(
     model: LlamaForCausalLM, hf_tokenizer: Path, text: str, tmp_path: Path
 ) -> None:
