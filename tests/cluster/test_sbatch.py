@@ -135,7 +135,7 @@ def test_the_program_may_be_the_one_for_fine_tuning(slurm: Slurm) -> None:
     assert "launch/finetune.py configs/task/math.yaml" in done.stdout
     wrong = slurm.start("configs/task/math.yaml", "--method.square_size=33", PROGRAM="launch/finetune.py")
     assert wrong.returncode == 2
-    assert "set method.square_multiple=1" in wrong.stderr
+    assert "method.square_size: operator 6 needs an even" in wrong.stderr
 
 
 def test_every_task_gets_its_rank_and_is_the_trainer_itself(slurm: Slurm) -> None:

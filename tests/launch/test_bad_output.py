@@ -151,6 +151,8 @@ def test_a_run_folder_on_a_full_disk(tokenizer_path: str, tmp_path: Path, room: 
             tokenizer=tokenizer,
             epochs=None,
             bf16=False,
+            tokenizer_fingerprint="",
+            data_content="",
         )
         lock = RunLock(folder / "run")
         with pytest.raises(OSError, match="No space left on device") as error:
