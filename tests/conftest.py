@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def cases_left_out(items: list[pytest.Item]) -> Iterator[pytest.Item]:
     """The cases of large products that ``make test`` leaves out.
 
-    Of a test with two parametrizations, it has each value of both; with more, each pair of values.
+    Of a test with two arguments, it has each value of both; with more, each pair of values.
     """
     products: dict[str, list[Any]] = {}
     for item in items:
@@ -53,9 +53,9 @@ def cases_left_out(items: list[pytest.Item]) -> Iterator[pytest.Item]:
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in products.values():
         values = [{name: id(value) for name, value in each.callspec.params.items()} for each in cases]
-        axes = len({tuple(each[name] for each in values) for name in values[0]})
-        if axes > 1 and len(cases) > LARGE:
-            chosen = covering(values, min(2, axes - 1))
+        arguments = len(values[0])
+        if arguments > 1 and len(cases) > LARGE:
+            chosen = covering(values, min(2, arguments - 1))
             yield from (case for case, value in zip(cases, values, strict=True) if value not in chosen)
 
 

@@ -145,7 +145,7 @@ def _check_files(text: "DataConfig") -> None:
     from relora_mora.data.sources.names import hub_repo
     from relora_mora.data.sources.resolve import shards_of
 
-    for name, sources in text.validation_sets.items():
+    for name, sources in text.validation.items():
         if any(hub_repo(source) or "://" in source.source for source in sources):
             continue
         try:

@@ -50,8 +50,8 @@ def main(
 
     started = time.monotonic()
     data, tokenizer = _settings(source, split, tokenizer, overrides, finetune=finetune)
-    named = len(data.train_sources) if is_mixture(data.train) else 1
-    if (named if split == "train" else len(data.validation_sets)) > 1:
+    named = len(data.train) if is_mixture(data.train) else 1
+    if (named if split == "train" else len(data.validation)) > 1:
         raise ValueError(
             f"{source}: data.{split} names several sources; tokenize each into a folder of its own "
             "(SOURCE OUT --tokenizer=...), and give these folders as sources"

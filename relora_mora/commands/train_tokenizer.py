@@ -94,7 +94,7 @@ def main(
 
     started = time.monotonic()
     config = read_data({"train": parse_typed(data, "--data"), "validation": "none"}, overrides, READING)
-    if len({source.weight for source in config.train_sources}) > 1:
+    if len({source.weight for source in config.train}) > 1:
         raise TokenizerError("--data: sources are read one after the other, without weights; leave the weights out")
     with new_folder(Path(out)) as folder:
         texts = iter_texts(config.train, split="train", config=config)

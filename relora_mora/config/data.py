@@ -158,6 +158,7 @@ def _sets_as_given(sets: dict[str, list[TextSource]]) -> Any:
 
 
 # all forms of sources become lists of records when they are read, and the shortest form when they are written
+# held-out text without names is one set, called ""
 _Given = str | list[str] | list[TextSource]
 Sources = Annotated[
     list[TextSource],
@@ -265,10 +266,6 @@ class DataConfig(Strict):
         """Whether training text is drawn from several sources by weight."""
         return is_mixture(self.train) and not self.concatenate
 
-    @property
-    def train_sources(self) -> list[TextSource]:
-        return self.train
-
     def records_of(self, source: TextSource) -> RecordsConfig | None:
         """What the rows of a source hold; None means plain text."""
         return source.records or self.records
@@ -290,18 +287,13 @@ class DataConfig(Strict):
     @property
     def masks_documents(self) -> bool:
         """Whether some sequences mask attention between documents."""
-        return self.masks_documents_of([*self.train_sources, *self.sources("validation")])
+        return self.masks_documents_of([*self.train, *self.sources("validation")])
 
     def masks_documents_of(self, sources: Iterable[TextSource]) -> bool:
         return self.document_mask or any(self.packing_of([self.records_of(each)]) == "whole" for each in sources)
 
-    @property
-    def validation_sets(self) -> dict[str, list[TextSource]]:
-        """The sources of each set, by name; without names there is one set, called ""."""
-        return self.validation
-
     def sources(self, split: Split) -> list[TextSource]:
         """All sources of the training text or of the held-out text."""
         if split == "train":
-            return self.train_sources
-        return [source for sources in self.validation_sets.values() for source in sources]
+            return self.train
+        return [source for sources in self.validation.values() for source in sources]

@@ -248,8 +248,10 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
     def resolve_sources(sources: list[TextSource]) -> list[TextSource]:
         return [each.model_copy(update={"records": resolve_template(each.records)}) for each in sources]
 
-    model, data, train, matrices = config.model, config.data, config.train, config.optim.matrices
+    model = config.model
+    data = config.data
     model_config = resolve(model.config)
+    matrices = config.optim.matrices
     rule, name = split_rule(matrices)
     changes: dict[str, dict[str, Any]] = {
         "model": {
@@ -258,7 +260,7 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
             "adapter": home(model.adapter),
         },
         "optim": {"matrices": f"{resolve(rule)}:{name}" if is_own(matrices) and rule.endswith(".py") else matrices},
-        "train": {"run_dir": home(train.run_dir), "resume": home(train.resume)},
+        "train": {"run_dir": home(config.train.run_dir), "resume": home(config.train.resume)},
         "tokenizer": {"path": resolve(config.tokenizer.path)},
         "data": {
             "train": resolve_sources(data.train),

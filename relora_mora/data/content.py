@@ -206,7 +206,7 @@ def fingerprints(
         "max_line_bytes": config.max_line_bytes,
     }
     if config.is_mixture:
-        blocks["weights"] = {source.label: source.weight for source in config.train_sources}
+        blocks["weights"] = {source.label: source.weight for source in config.train}
         blocks["stages"] = [stage.model_dump() for stage in config.stages]
     return _json_digest(blocks), _json_digest(order)
 

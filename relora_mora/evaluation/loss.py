@@ -85,7 +85,7 @@ def held_out(data: DataConfig, tokenizer_path: str, max_tokens: int | None, answ
     of the set.
     """
     sets = {}
-    for name, sources in data.validation_sets.items():
+    for name, sources in data.validation.items():
         try:
             sets[name] = load_eval_set(
                 sources,

@@ -113,7 +113,7 @@ class LoadedModel:
         def pinned(source: TextSource) -> TextSource:
             return source.model_copy(update={"revision": source.revision or known.get(source.source)})
 
-        sets = {name: [pinned(source) for source in sources] for name, sources in data.validation_sets.items()}
+        sets = {name: [pinned(source) for source in sources] for name, sources in data.validation.items()}
         return data.model_copy(update={"validation": sets})
 
 
@@ -130,7 +130,7 @@ def _drop_replaced(given: dict[str, Any], overrides: Mapping[str, str]) -> None:
 
 def _with_saved_template(data: DataConfig) -> DataConfig:
     """Replaces the training's chat template file by null, since the run's tokenizer holds that template."""
-    trained = map(data.records_of, data.train_sources)
+    trained = map(data.records_of, data.train)
     file = next((each.template for each in trained if each is not None and each.is_conversation), None)
     if file in (None, CHATML):
         return data

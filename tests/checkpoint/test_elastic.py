@@ -76,24 +76,15 @@ FURTHER = [
 
 def followed(config: Any, stop_after: int | None = None) -> Batches:
     """Trains and returns the batches of this rank."""
-    from relora_mora.train.loop.loop import Trainer
-
     seen: Batches = {}
-    whole = Trainer.train_step
 
-    def train_step(self: Any, share: Any) -> Any:
-        batch = share.batch
-        rows = zip(batch.input_ids.numpy(), batch.labels.numpy(), strict=True)
-        seen[self.state.step + 1] = [
+    def watch(trainer: Any, share: Any) -> None:
+        rows = zip(share.batch.input_ids.numpy(), share.batch.labels.numpy(), strict=True)
+        seen[trainer.state.step + 1] = [
             hashlib.sha256(ids.tobytes() + labels.tobytes()).hexdigest() for ids, labels in rows
         ]
-        return whole(self, share)
 
-    Trainer.train_step = train_step
-    try:
-        train(config, stop_after)
-    finally:
-        Trainer.train_step = whole
+    train(config, stop_after, watch)
     return seen
 
 

@@ -201,8 +201,8 @@ def test_mixtures_and_sets_of_held_out_text() -> None:
         changed_tree({"data.train": record, "data.validation": {"a": "x", "b": ["y", record]}}), "the test"
     )
     assert config.data.is_mixture
-    assert [source.label for source in config.data.train_sources] == ["web"]
-    sets = {name: [source.source for source in sources] for name, sources in config.data.validation_sets.items()}
+    assert [source.label for source in config.data.train] == ["web"]
+    sets = {name: [source.source for source in sources] for name, sources in config.data.validation.items()}
     assert sets == {"a": ["x"], "b": ["y", "data/web/*.jsonl"]}
 
 

@@ -1,8 +1,8 @@
 """Which faults of the past the tests would find today: ``python -m tests.power``.
 
 ``faults.yaml`` lists faults that commits of this repository fixed, each as a replacement that brings it back into the
-code of today. Each one is put alone into a temporary worktree, and the test that is known to find it runs there. The
-exit code is 1 if a fault is not found any more.
+code of today. Each one is put by itself into a temporary worktree, and the test that is known to find it runs there.
+The exit code is 1 if a fault is not found any more.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.power", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--only", metavar="NAME", help="this fault alone")
+    parser.add_argument("--only", metavar="NAME", help="only this fault")
     parser.add_argument("--sample", metavar="N", type=int, help="N faults, drawn at random")
     parser.add_argument("--seed", type=int, help="draws the same sample again")
     which = parser.add_mutually_exclusive_group()

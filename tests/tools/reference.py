@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class PlainRun:
         self.states: dict[str, MatrixState] = {}
         self._forget(self.parameters)
 
-    def _forget(self, names: Sequence[str] | dict[str, Any]) -> None:
+    def _forget(self, names: Iterable[str]) -> None:
         """The state of an optimizer that has made no step."""
         for name in names:
             value = self.parameters[name]

@@ -127,7 +127,7 @@ def count_epochs(
         counts = _count_lanes(shards, config, tokenizer_path, plans, packing, epochs)
         counted = _epochs_of_lanes(counts, blocks_per_lane, config.sequence_length)
     if not counted.tokens[0]:
-        sources = ", ".join(source.source for source in config.train_sources)
+        sources = ", ".join(source.source for source in config.train)
         raise SourceError(f"the training data {sources} holds no text; give a source with at least one document")
     return counted
 

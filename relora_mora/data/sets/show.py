@@ -116,7 +116,7 @@ def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None
     """
     if not config.is_mixture:
         return
-    weights = [{source.label: source.weight for source in config.train_sources}]
+    weights = [{source.label: source.weight for source in config.train}]
     weights += [stage.weights for stage in config.stages]
     for name in mixture_names(config):
         if any(each[name] for each in weights):

@@ -102,7 +102,7 @@ def shards_of(sources: str | Sequence[str | TextSource], config: DataConfig, spl
 
 def configured_shards(config: DataConfig, split: Split) -> list[Shard]:
     """The shards of a run's training data, or of all its validation sets. Raises SourceError."""
-    groups = [config.train] if split == "train" else config.validation_sets.values()
+    groups = [config.train] if split == "train" else config.validation.values()
     return [shard for sources in groups for shard in shards_of(sources, config, split)]
 
 

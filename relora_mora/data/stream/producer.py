@@ -70,7 +70,7 @@ class Mixture:
         self.lanes = lanes
         self.blocks_per_lane = blocks_per_lane
         self.names = mixture_names(config)
-        weights = {source.label: source.weight for source in config.train_sources} if config.is_mixture else {"": 1.0}
+        weights = {source.label: source.weight for source in config.train} if config.is_mixture else {"": 1.0}
         self._stages = [Weights.of(weights, before=0)]
         self._stages += [Weights.of(stage.weights, before=stage.from_step - 1) for stage in config.stages]
 
@@ -102,7 +102,7 @@ def _turns(lanes: int, group: int) -> list[int]:
 
 def mixture_names(config: DataConfig) -> Sequence[str]:
     """The names of the sources, in the order of the settings; [""] if the training text is not a mixture."""
-    return [source.label for source in config.train_sources] if config.is_mixture else [""]
+    return [source.label for source in config.train] if config.is_mixture else [""]
 
 
 def in_saved_order(config: DataConfig, saved: Mapping[str, Any]) -> DataConfig:
@@ -114,7 +114,7 @@ def in_saved_order(config: DataConfig, saved: Mapping[str, Any]) -> DataConfig:
     listed = saved.get("train")
     records = [record for record in listed if isinstance(record, Mapping)] if isinstance(listed, list) else []
     names = [TextSource.model_validate(record).label for record in records]
-    sources = {source.label: source for source in config.train_sources}
+    sources = {source.label: source for source in config.train}
     if not config.is_mixture or set(names) != set(sources):
         return config
     weights = {stage["from_step"]: list(stage["weights"]) for stage in saved.get("stages", ())}
@@ -176,7 +176,7 @@ class Producer:
         self.assignment = assignment
         self.mixture = Mixture(assignment.config, assignment.lanes_of_all, assignment.blocks_per_lane)
         self.batch = assignment.batch
-        sources = assignment.config.train_sources if assignment.config.is_mixture else []
+        sources = assignment.config.train if assignment.config.is_mixture else []
         self.limits = {
             source.label: EpochLimit(source.label, source.max_epochs, stops=source.at_max_epochs == "stop")
             for source in sources

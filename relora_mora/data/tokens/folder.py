@@ -228,7 +228,7 @@ def _tokenize_function(task: Task) -> Callable[[Job, Callable[[float], object]],
 
 
 def _in_processes(task: Task, jobs: Sequence[Job], processes: int, report: Progress) -> dict[int, index.FileStats]:
-    """Tokenizes the jobs in processes, which are killed when it ends for whatever reason.
+    """Tokenizes the jobs in processes, which are killed however it ends.
 
     They inherit a blocked SIGINT, because Ctrl-C is meant for this process.
     """
@@ -268,7 +268,11 @@ def _begin_process(task: Task, parts: "ctypes.Array[ctypes.c_double]") -> None:
     sys.modules["torch"] = None  # type: ignore[assignment] # tokenizing does not need it: see worker.py
     threading.Thread(target=_end_with_parent, daemon=True).start()
     tokenize = _tokenize_function(task)
-    _work = lambda job, at: tokenize(job, functools.partial(parts.__setitem__, at))  # noqa: E731
+
+    def work(job: Job, at: int) -> index.FileStats:
+        return tokenize(job, functools.partial(parts.__setitem__, at))
+
+    _work = work
 
 
 def _end_with_parent() -> None:

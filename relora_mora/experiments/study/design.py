@@ -50,7 +50,7 @@ class Choice(Strict):
         """Reasons why a run with these settings will not have the metric, as far as the settings show."""
         _, *set_name, name = self.metric.split("/")
         data = config.data
-        named = {key: sources for key, sources in data.validation_sets.items() if key}
+        named = {key: sources for key, sources in data.validation.items() if key}
         if set_name and set_name[0] not in named:
             return [f"choose: {self.metric}: data.validation names {', '.join(named) or 'no sets'}"]
         sources = named[set_name[0]] if set_name else data.sources("validation")

@@ -201,7 +201,7 @@ def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[C
                 )
         for fault in cell_faults:
             faults.setdefault(fault, cell.name)
-    sets = [set(config.data.validation_sets) for config in configs.values()]
+    sets = [set(config.data.validation) for config in configs.values()]
     if sets and not set.intersection(*sets):
         fault = "data.validation: the runs have no set in common, which a table needs; make a study for each set"
         faults[fault] = "all runs together"

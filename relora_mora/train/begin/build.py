@@ -216,8 +216,8 @@ def warm_up(run: Run, state: RunState, guard: Guard) -> None:
     train_size = config.train.micro_batch_size
     eval_size = config.eval.micro_batch_size or train_size
     # (training, sequences, whether documents are masked) of every kind of batch in this run
-    batches = {(True, train_size, data.masks_documents_of([source])) for source in data.train_sources}
-    batches |= {(False, eval_size, data.masks_documents_of(sources)) for sources in data.validation_sets.values()}
+    batches = {(True, train_size, data.masks_documents_of([source])) for source in data.train}
+    batches |= {(False, eval_size, data.masks_documents_of(sources)) for sources in data.validation.values()}
     module = run.engine.module
     merger = run.merger
     before = merger.operator()

@@ -45,7 +45,7 @@ def open_inputs(config: Config) -> Inputs:
     run_tokenizer = copy(tokenizer)
     if run_tokenizer is not None and template is not None:
         run_tokenizer.chat_template = template
-    for name, sources in config.data.validation_sets.items():
+    for name, sources in config.data.validation.items():
         data = config.data.model_copy(update={"validation": {"": sources}})
         one_set = config.model_copy(update={"data": data})
         _attempt(errors, set_setting(name), partial(_shards, one_set, "validation", run_tokenizer))
