@@ -25,7 +25,7 @@ from relora_mora.config.registry import METHODS
 from relora_mora.config.schema import DECODER_LINEARS, Config
 from relora_mora.engine.engine import ZeroEngine
 from relora_mora.engine.merging import FrozenMasters, Merger
-from relora_mora.model.llama import LossModel, build_model
+from relora_mora.model.causal import LossModel, build_model
 from relora_mora.optim.groups import build_optimizer, parameter_groups, set_trainable
 from relora_mora.sizing.fit import check_adapters, choose_forms
 from relora_mora.sizing.setup import Setup

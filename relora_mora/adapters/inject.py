@@ -9,16 +9,18 @@ from relora_mora.adapters.layers import AdapterLinear, adapter_layers, all_names
 from relora_mora.adapters.scope import Caller
 from relora_mora.adapters.stored import PLAIN, EightBits, Stored
 from relora_mora.config.schema import MethodConfig
+from relora_mora.model.causal import decoder_layers, multiplies
 
 # the shared input of linears in a decoder layer; a linear that is not named here has an input of its own
 INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
 
 
 def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | AdapterLinear]]:
-    """Every linear layer, adapter or not, inside the decoder layers (``....layers.<i>....``)."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | AdapterLinear) and ".layers." in name:
-            yield name, module
+    """Every linear inside the decoder layers that has an adapter or can have one."""
+    for layer_name, layer in decoder_layers(model):
+        for name, module in layer.named_modules():
+            if isinstance(module, AdapterLinear) or (isinstance(module, nn.Linear) and multiplies(module)):
+                yield f"{layer_name}.{name}", module
 
 
 def inject(model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int | None = None) -> dict[str, list[str]]:
@@ -27,20 +29,16 @@ def inject(model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int 
     ``mora_type`` is the first operator (default: the first of the cycle). Raises ValueError if a target name matches no
     layer, or if an operator cannot be built for a layer's shape.
     """
-    by_kind: dict[str, list[str]] = {kind: [] for kind in method.target_modules}
-    targets = []
-    for name, module in decoder_linears(model):
-        kind = name.rpartition(".")[2]
-        if kind in by_kind and isinstance(module, nn.Linear):
-            by_kind[kind].append(name)
-            targets.append(name)
-    unmatched = [kind for kind, names in by_kind.items() if not names]
-    if unmatched:
-        present = sorted({name.rpartition(".")[2] for name, _ in decoder_linears(model)})
+    targets = [name for name, module in decoder_linears(model) if isinstance(module, nn.Linear)]
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in targets))
+    chosen = kinds if method.target_modules is None else method.target_modules
+    if unmatched := [kind for kind in chosen if kind not in kinds]:
         raise ValueError(
             f"method.target_modules: no linear of the decoder is named {', '.join(unmatched)}; it has "
-            f"{', '.join(present)}"
+            f"{', '.join(kinds) or 'none that can have an adapter; use method.name=full'}"
         )
+    by_kind = {kind: [name for name in targets if name.rpartition(".")[2] == kind] for kind in chosen}
+    targets = [name for name in targets if name.rpartition(".")[2] in by_kind]
     replace_linears(model, targets, method, seed=seed, mora_type=mora_type)
     return by_kind
 

@@ -158,7 +158,7 @@ class Manifest:
 
     def moments(self, name: str) -> tuple[str, ...]:
         """The kinds of optimizer state that have a value for each element of a trainable parameter."""
-        return optimizer_of(group_of(name), **self.optimizers).moments
+        return optimizer_of(group_of(name, self.parameters[name]), **self.optimizers).moments
 
     def numel(self, name: str, kind: str = "master") -> int:
         """The number of elements of a trainable or frozen parameter, or of its tensor ``kind``."""

@@ -38,7 +38,7 @@ else:  # a type checker does not accept choices that are known only at run time
     MoraType = Literal[tuple(OPERATORS)]
 
 
-DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all of a LLaMA
 
 
 class ModelConfig(Strict):
@@ -46,13 +46,13 @@ class ModelConfig(Strict):
 
     config: Text | None = Field(
         None,
-        description="a LlamaConfig JSON file (or a Mistral, Qwen2 or Qwen3 config), relative to the current folder "
-        "or else to this YAML file, or the name of a shipped one; null: the config of init_from",
+        description="the config.json of a causal language model of transformers, relative to the current folder or else to "
+        "this YAML file, or the name of a shipped one; null: the config of init_from",
     )
     overrides: dict[str, Any] = Field({}, description="keys of that config to replace, e.g. {hidden_size: 256}")
     init_from: Text | None = Field(
         None,
-        description="the initial weights: a Hugging Face folder of the LLaMA family, or a checkpoint or run folder "
+        description="the initial weights: a Hugging Face folder of a causal language model, or a checkpoint or run folder "
         "of any method",
     )
     adapter: Text | None = Field(
@@ -60,8 +60,9 @@ class ModelConfig(Strict):
         description="the initial adapters, which were trained on the model in init_from: a folder in the layout of "
         "PEFT or of the released MoRA code",
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="transformers' attention implementation"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="transformers' attention implementation; auto: the one that transformers takes for the model",
     )
     activation_checkpointing: bool = Field(
         False, description="recompute each decoder layer in the backward pass instead of keeping its activations"
@@ -102,8 +103,8 @@ class MethodConfig(Strict):
     lora_alpha: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] | None = Field(
         None, description="LoRA's scale is alpha / r; null: alpha = r"
     )
-    target_modules: list[str] = Field(
-        list(DECODER_LINEARS), min_length=1, description="linear layers of the decoder that get an adapter"
+    target_modules: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="linears of the decoder layers that get an adapter, such as [q_proj, v_proj]; null: all"
     )
     train_linears: bool | None = Field(
         None,

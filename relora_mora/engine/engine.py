@@ -128,7 +128,7 @@ class ZeroEngine(ZeroState):
     # ---- steps ------------------------------------------------------------------------------------------------
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
-        """The module's forward: see :class:`relora_mora.model.llama.LossModel`."""
+        """The module's forward: see :class:`relora_mora.model.causal.LossModel`."""
         self.keep_merged()
         return self.deepspeed(*inputs)
 

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from relora_mora.config.data import DataConfig, set_setting
 from relora_mora.data.errors import SourceError
 from relora_mora.data.sets.held_out import EvalSet, load_eval_set
 from relora_mora.data.stream.packing import document_boundaries
-from relora_mora.model.llama import is_of_family
+from relora_mora.model.causal import body_of, head_scale, scaled
 from relora_mora.model.loss import IGNORE, bytes_per_logit, chunked_cross_entropy, loss_chunk
 from relora_mora.system.hardware import to_device
 
@@ -173,7 +174,7 @@ def is_causal(lm: nn.Module, device: torch.device) -> bool:
     return torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-3, equal_nan=True)
 
 
-def causal_lm_loss(lm: nn.Module) -> MeanLoss:
+def causal_lm_loss(lm: PreTrainedModel) -> MeanLoss:
     """``mean_loss`` of any causal language model of transformers.
 
     With boundaries, each document gets its own row, since not every model supports a mask between documents.
@@ -211,12 +212,14 @@ def rows_of_documents(input_ids: Tensor, labels: Tensor, boundaries: Tensor) -> 
         )
 
 
-def _row_loss(lm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean nats of labels [b, T], in chunks: of the logits in the LLaMA family, else of their float32 copy."""
-    if is_of_family(lm):
+def _row_loss(lm: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
+    """Mean nats of labels [b, T], in chunks: of the logits if the head only multiplies, else of their float32 copy."""
+    _, scale = head_scale(lm)
+    if scale is not None:
         head = lm.get_output_embeddings().weight
+        _, body = body_of(lm)
         return lambda input_ids, labels: chunked_cross_entropy(
-            lm.model(input_ids, use_cache=False).last_hidden_state, head, labels
+            scaled(body(input_ids, use_cache=False)[0], scale), head, labels
         )
 
     def mean_loss(input_ids: Tensor, labels: Tensor) -> Tensor:

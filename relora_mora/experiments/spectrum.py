@@ -10,8 +10,8 @@ from relora_mora.adapters.layers import effective_rank
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.checkpoint.reader import CheckpointReader
 from relora_mora.config.load import stored_config
-from relora_mora.config.schema import DECODER_LINEARS
-from relora_mora.model.llama import empty_model, initial_value, put_values
+from relora_mora.model.causal import empty_model, initial_values, put_values
+from relora_mora.optim.groups import group_of
 from relora_mora.weights.digests import other_weights
 from relora_mora.weights.export import checked_model, merged_weights
 from relora_mora.weights.load import merge_into, start_weights
@@ -29,9 +29,9 @@ def spectra_of(reader: CheckpointReader) -> Spectra:
     changed.
     """
     weights = merged_weights(reader)
-    spectra: dict[str, list[Tensor]] = {kind: [] for kind in DECODER_LINEARS}
-    linears = tuple(f".{kind}.weight" for kind in DECODER_LINEARS)
-    initial = _initial_weights(reader, [name for name in weights if name.endswith(linears)])
+    linears = [name for name, weight in weights.items() if group_of(name, weight.shape) == "linears"]
+    spectra: dict[str, list[Tensor]] = {name.split(".")[-2]: [] for name in linears}
+    initial = _initial_weights(reader, linears)
     for name, before in initial.items():
         if before is None or before.shape != weights[name].shape:
             raise CheckpointError(f"{reader.folder}: what it began with has changed, and has no {name} of this shape")
@@ -61,7 +61,7 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
     model = checked_model(reader)
     if config.model.init_from is None:
         seed = reader.manifest.counters["initial_seed"]
-        return {name: initial_value(model, name, seed) for name in names}
+        return {**initial_values(empty_model(model.config), names, seed)}
     source = Path(config.model.init_from)
     files = {"model.init_from": config.model.init_from, "model.adapter": config.model.adapter}
     for setting, path in files.items():
@@ -70,7 +70,7 @@ def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Te
     if others := other_weights(reader.folder, config.model):
         changed = " and ".join(f"{words} ({files[setting]})" for setting, words in others.items())
         raise CheckpointError(f"{reader.folder}: began with {changed}")
-    weights = start_weights(source, model.config)
+    weights = start_weights(source)
     if config.model.adapter is not None:
         plain = empty_model(model.config)
         put_values(plain, weights)

@@ -7,60 +7,37 @@ is checked here; ``config_keys`` has the rule for each key.
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from relora_mora.config.load import ConfigError, relative_to
 from relora_mora.config.schema import ModelConfig
+from relora_mora.model.causal import decoder_layers, empty_model
 from relora_mora.model.config_keys import (
     ALIAS,
-    ARCHITECTURES,
     EXPORT,
     FUNCTION,
+    NOTHING,
     ORIGINAL,
     RANGES,
     ROPE_KEYS,
     TRAINING,
     Architecture,
     Only,
+    architecture_for,
+    model_types,
 )
+from relora_mora.model.widths import attention_widths, head_width
 
 LARGEST_MODEL = 2**42  # parameters
 _STRETCHED = ("dynamic", "yarn", "longrope")  # rope types that may depend on max_position_embeddings
-
-
-def head_width(model_config: PreTrainedConfig) -> int:
-    """The number of features of an attention head."""
-    width: int = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
-    return width
-
-
-def attention_widths(model_config: PreTrainedConfig) -> tuple[int, int]:
-    """The number of features of one token's queries, and of its keys; the values have as many as the keys."""
-    heads = model_config.num_attention_heads
-    shared_heads = model_config.num_key_value_heads or heads
-    return heads * head_width(model_config), shared_heads * head_width(model_config)
-
-
-def linear_shapes(model_config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of each linear of a decoder layer, by name."""
-    hidden = model_config.hidden_size
-    intermediate = model_config.intermediate_size
-    queries, keys = attention_widths(model_config)
-    return {
-        "q_proj": (hidden, queries),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "o_proj": (queries, hidden),
-        "gate_proj": (hidden, intermediate),
-        "up_proj": (hidden, intermediate),
-        "down_proj": (intermediate, hidden),
-    }
 
 
 def read_model_config(settings: ModelConfig) -> PreTrainedConfig:
@@ -95,14 +72,16 @@ def read_json(path: Path, setting: str) -> dict[str, Any]:
 def architecture_of(values: Mapping[str, Any], source: str) -> Architecture:
     """The architecture for a config's ``model_type``, by default a LLaMA.
 
-    Raises :class:`ConfigError` if the type is not in the family.
+    Raises :class:`ConfigError` if transformers has no causal language model of this type.
     """
     kind = "llama" if values.get("model_type") is None else values["model_type"]
-    if kind not in list(ARCHITECTURES):
-        known = ", ".join(ARCHITECTURES)
-        fault = f"model: model_type is {_shown(kind)}, expected one of {known}; other kinds of models are not supported"
+    found = architecture_for(kind) if isinstance(kind, str) else None
+    if found is None:
+        near = get_close_matches(str(kind), model_types())
+        known = f"did you mean {' or '.join(near)}?" if near else "such as llama, qwen3 or gemma2"
+        fault = f"model: model_type is {_shown(kind)}, expected a causal language model of transformers; {known}"
         raise ConfigError([fault], source)
-    return ARCHITECTURES[kind]
+    return found
 
 
 def parse_model_config(values: Mapping[str, Any], source: str) -> PreTrainedConfig:
@@ -117,17 +96,21 @@ def parse_model_config(values: Mapping[str, Any], source: str) -> PreTrainedConf
         used["num_key_value_heads"] = used.get("num_attention_heads", config_class().num_attention_heads)
     # null is a value only for keys that an export carries over; otherwise it means the default of the config class
     kept = {key: value for key, value in used.items() if value is not None or architecture.keys[key] == EXPORT}
-    wrong = [*_value_faults(config_class, used)]
-    wrong = wrong or [*_unify_names(kept)]
+    wrong = [*_value_faults(config_class, used, known=architecture.known)]
+    if architecture.known:
+        wrong = wrong or [*_unify_names(kept)]
     faults = [*_key_faults(architecture, values), *wrong]
     if not wrong:
         try:
             model_config = config_class(**kept)
-            faults += _shape_faults(model_config)
-            LlamaRotaryEmbedding(config=model_config)  # type: ignore[arg-type]  # the same in the whole family
+            if architecture.known:
+                faults += _shape_faults(model_config)
+                LlamaRotaryEmbedding(config=model_config)  # type: ignore[arg-type]  # the same in the whole family
+            else:
+                faults += _model_faults(model_config)
         except Exception as error:
-            rope = _shown(kept["rope_parameters"])
-            faults.append(f"{_shown(error)}, in a {config_class.__name__} with rope_parameters {rope}; correct it")
+            rope = f" with rope_parameters {_shown(kept['rope_parameters'])}" if "rope_parameters" in kept else ""
+            faults.append(f"{_shown(error)}, in a {config_class.__name__}{rope}; correct it")
     if faults:
         raise ConfigError([f"model: {fault}" for fault in faults], source)
     if model_config.pad_token_id == -1:
@@ -157,7 +140,9 @@ def _key_faults(architecture: Architecture, values: Mapping[str, Any]) -> Iterat
         rule = architecture.keys.get(key)
         if rule is None and value is not None:
             name = architecture.config_class.__name__
-            yield f"{key} is not a key of a {name}; set it to null in model.overrides to leave it out"
+            near = get_close_matches(key, [each for each, known in architecture.keys.items() if known != NOTHING], n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            yield f"{key} is not a key of a {name}{meant}; set it to null in model.overrides to leave it out"
         elif isinstance(rule, Only) and value not in (None, rule.value):
             yield f"{key} is {_shown(value)}, expected {json.dumps(rule.value)}: {rule.remedy}"
     classes = values.get("architectures")
@@ -166,7 +151,20 @@ def _key_faults(architecture: Architecture, values: Mapping[str, Any]) -> Iterat
         yield f"architectures is {_shown(classes)}, expected classes such as {prefix}ForCausalLM; set model_type"
 
 
-def _value_faults(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> Iterator[str]:
+def _model_faults(model_config: PreTrainedConfig) -> Iterator[str]:
+    """Yields faults of a model outside of the LLaMA family, which this builds without its weights."""
+    if model_config.get_text_config() is not model_config:
+        yield f"a {model_config.model_type} is more than a language model; use the type of its text part"
+        return
+    lm = empty_model(model_config)
+    parameters = sum(parameter.numel() for parameter in lm.parameters())
+    if parameters > LARGEST_MODEL:
+        yield f"it would have {parameters:,} parameters, expected at most {LARGEST_MODEL:,}; lower its sizes"
+    if not decoder_layers(lm) or not isinstance(lm.get_output_embeddings(), nn.Linear):
+        yield f"a {model_config.model_type} has no layers that can be checkpointed, or no output head; use another type"
+
+
+def _value_faults(config_class: type[PreTrainedConfig], values: Mapping[str, Any], *, known: bool) -> Iterator[str]:
     """Yields faults of single values: of their types, which transformers knows, and of what it does not check."""
     probe = config_class()
     kinds = {field.name: field.type for field in fields(config_class)}
@@ -177,11 +175,11 @@ def _value_faults(config_class: type[PreTrainedConfig], values: Mapping[str, Any
         except StrictDataclassFieldValidationError:
             yield f"{key} is {_shown(value)}, expected {getattr(kinds[key], '__name__', kinds[key])}"
             continue
-        if value is not None:
+        if value is not None and known:
             yield from _range_faults(key, key, value)
-        if key == "hidden_act" and (value not in ACT2FN or ACT2FN[value].state_dict()):
+        if known and key == "hidden_act" and (value not in ACT2FN or ACT2FN[value].state_dict()):
             yield f"{key} is {_shown(value)}, expected an activation without parameters, such as silu"
-    heads = probe.num_attention_heads
+    heads = probe.num_attention_heads if known else 0
     if heads and probe.hidden_size % heads:
         yield f"hidden_size is {_shown(probe.hidden_size)}, expected a multiple of num_attention_heads {heads}"
 
@@ -195,10 +193,10 @@ def _range_faults(name: str, key: str, value: Any) -> Iterator[str]:
 
 def keys_with(model_config: PreTrainedConfig, *uses: str) -> dict[str, Any]:
     """The keys of a config that have one of these uses, normalized so that two configs can be compared."""
-    keys = ARCHITECTURES[model_config.model_type].keys
+    keys = architecture_of({"model_type": model_config.model_type}, "the model").keys
     values = {key: getattr(model_config, key, None) for key, rule in keys.items() if rule in uses}
     rope = values.get("rope_parameters")
-    if rope is not None:
+    if rope is not None and "rope_type" in rope:
         redundant = ("type", "partial_rotary_factor")
         values["rope_parameters"] = {key: rope[key] for key in rope if rope[key] is not None and key not in redundant}
     return values
@@ -213,7 +211,7 @@ def function_differences(theirs: PreTrainedConfig, ours: PreTrainedConfig) -> li
         return [("model_type", theirs.model_type, ours.model_type)]
     there = keys_with(theirs, FUNCTION)
     here = keys_with(ours, FUNCTION)
-    if here["rope_parameters"]["rope_type"] not in _STRETCHED:
+    if "max_position_embeddings" in here and (here.get("rope_parameters") or {}).get("rope_type") not in _STRETCHED:
         here["max_position_embeddings"] = there["max_position_embeddings"]
     return [(key, there[key], here[key]) for key in here if there[key] != here[key]]
 
@@ -276,7 +274,9 @@ def _shape_faults(config: PreTrainedConfig) -> Iterator[str]:
     if not set(getattr(config, "layer_types", None) or ()) <= {"full_attention", *["sliding_attention"] * windowed}:
         yield "layer_types may only have full_attention and, with a sliding_window, sliding_attention; set it to null"
     parameters = config.hidden_size * config.vocab_size
-    parameters += config.num_hidden_layers * sum(rows * columns for rows, columns in linear_shapes(config).values())
+    queries, keys = attention_widths(config)
+    of_layer = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
+    parameters += config.num_hidden_layers * of_layer
     if parameters > LARGEST_MODEL:
         yield f"it would have {parameters:,} parameters, expected at most {LARGEST_MODEL:,}; lower its sizes"
     padding = config.pad_token_id
@@ -296,18 +296,14 @@ def length_of_documents(model_config: PreTrainedConfig) -> int | None:
 def check_length(
     model_config: PreTrainedConfig, sequence_length: int, source: str, *, separate_documents: bool = False
 ) -> None:
-    """Raises :class:`ConfigError` if sequences are longer than the model's positions or its attention window.
+    """Raises :class:`ConfigError` if sequences are longer than the model's positions.
 
     ``source`` is the config file. ``separate_documents``: each document in a sequence has its own positions.
     """
-    positions = model_config.max_position_embeddings
-    layers = getattr(model_config, "layer_types", None)
-    windowed = layers is None or "sliding_attention" in layers
-    window = getattr(model_config, "sliding_window", None) if windowed else None
+    positions = getattr(model_config, "max_position_embeddings", None)
     longest = length_of_documents(model_config) if separate_documents else None
     limits = [
         (positions, "max_position_embeddings", "shorten it, or set model.overrides.max_position_embeddings"),
-        (window, "sliding_window", "attention here sees every position before it; shorten it"),
         (longest, ORIGINAL, "longrope then depends on the other documents; shorten it, or pack without a mask"),
     ]
     for limit, name, remedy in limits:

@@ -1,14 +1,17 @@
-"""Configs of the LLaMA family: every key that a config.json may have, its effect here, and the range of its numbers.
+"""Every key that a config.json may have, its effect here, and in the LLaMA family the range of its numbers.
 
-``KEYS`` is for a LLaMA, and ``ARCHITECTURES`` has the keys of each kind of model. Transformers checks types. A value is
-either honored or refused: values that would be ignored or do harm are refused.
+``KEYS`` is for a LLaMA, ``ARCHITECTURES`` has the keys of its family, and :func:`architecture_for` asks transformers for
+those of any other causal language model. Transformers checks types. A value is either honored or refused: values that
+would be ignored or do harm are refused.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import transformers
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 FUNCTION = "function"  # changes what the model computes; compared at a warm start and at a resume
 TRAINING = "training"  # changes how it is trained; compared at a resume
@@ -92,19 +95,14 @@ RANGES: dict[str, tuple[float, float]] = {
 class Architecture(NamedTuple):
     """A kind of model. Its classes in transformers start with ``prefix``, and ``keys`` are those of its config.
 
-    Its modules have the same names as in a LLaMA, and its decoder layers are called with the same arguments.
+    ``known``: it belongs to the LLaMA family, whose values are checked one by one. Of other models, transformers says
+    whether it can build them.
     """
 
     prefix: str
     keys: Mapping[str, str | Only]
-
-    @property
-    def config_class(self) -> type[PreTrainedConfig]:
-        return getattr(transformers, f"{self.prefix}Config")
-
-    @property
-    def model_class(self) -> type[PreTrainedModel]:
-        return getattr(transformers, f"{self.prefix}ForCausalLM")
+    config_class: type[PreTrainedConfig]
+    known: bool = True
 
 
 # a window that is shorter than the sequence is refused, so a window has no effect in training
@@ -112,10 +110,44 @@ _WINDOWS = dict.fromkeys(("sliding_window", "use_sliding_window", "max_window_la
 _OWN_BIAS = Only(None, "in a Qwen2 q, k and v have biases, and other linears do not")
 # by the model_type of a config.json
 ARCHITECTURES = {
-    "llama": Architecture("Llama", KEYS),
+    "llama": Architecture("Llama", KEYS, transformers.LlamaConfig),
     "mistral": Architecture(
-        "Mistral", {**KEYS, "attention_bias": _NO_BIAS, "mlp_bias": _NO_BIAS, "sliding_window": EXPORT}
+        "Mistral",
+        {**KEYS, "attention_bias": _NO_BIAS, "mlp_bias": _NO_BIAS, "sliding_window": EXPORT},
+        transformers.MistralConfig,
     ),
-    "qwen2": Architecture("Qwen2", {**KEYS, "attention_bias": _OWN_BIAS, "mlp_bias": _NO_BIAS, **_WINDOWS}),
-    "qwen3": Architecture("Qwen3", {**KEYS, "mlp_bias": _NO_BIAS, **_WINDOWS}),
+    "qwen2": Architecture(
+        "Qwen2", {**KEYS, "attention_bias": _OWN_BIAS, "mlp_bias": _NO_BIAS, **_WINDOWS}, transformers.Qwen2Config
+    ),
+    "qwen3": Architecture("Qwen3", {**KEYS, "mlp_bias": _NO_BIAS, **_WINDOWS}, transformers.Qwen3Config),
 }
+_IN_ANY = {key: rule for key, rule in KEYS.items() if rule == NOTHING or isinstance(rule, Only)}
+
+
+@functools.cache
+def architecture_for(kind: str) -> Architecture | None:
+    """The architecture of a ``model_type``; None if transformers has no causal language model of this type."""
+    if kind in ARCHITECTURES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return ARCHITECTURES.get(kind)
+    config_class = CONFIG_MAPPING[kind]
+    own = {*config_class().to_dict(), *config_class.attribute_map} - {*PreTrainedConfig().to_dict(), *_TOKENS}
+    trains = ("dropout", "drop", "pdrop", "initializer_range", "aux_loss_coef")
+    keys: dict[str, str | Only] = {
+        **_IN_ANY,
+        **{key: TRAINING if key.endswith(trains) else FUNCTION for key in own},
+        **dict.fromkeys(("tie_word_embeddings",), FUNCTION),
+        **dict.fromkeys(config_class.attribute_map, ALIAS),
+        **dict.fromkeys(("rope_scaling", "rope_theta") if "rope_parameters" in own else (), ALIAS),
+        **dict.fromkeys((*_TOKENS, "eos_token_id"), EXPORT),
+        **{key: KEYS[key] for key in ("quantization_config", "auto_map", "attn_implementation", "is_encoder_decoder")},
+        **dict.fromkeys({"output_router_logits"} & own, Only(False, "it would add another loss")),
+        **dict.fromkeys({"use_cache", "return_dict", "transformers_version", "model_type"}, NOTHING),
+    }
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    prefix = name.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    return Architecture(prefix, keys, config_class, known=False)
+
+
+def model_types() -> list[str]:
+    """Every ``model_type`` of a causal language model in the installed transformers."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -1,6 +1,7 @@
 """Parameter groups and their optimizer: which parameters train, with which rule, and at which rate."""
 
 import math
+import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
@@ -19,7 +20,7 @@ from relora_mora.optim.rules import MatrixRule, MatrixState
 from relora_mora.schedule import Schedule
 
 GROUPS = (ADAPTERS, "linears", "embeddings", "norms")
-HEAD = "lm_head"
+IN_LAYER = re.compile(r"\.\d+\.")  # the number of a layer in a name
 GPU_BATCH = 2**22  # elements that a rule updates together
 
 
@@ -70,9 +71,10 @@ def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
     """Sets ``requires_grad`` of adapters, other linears, embeddings, norms and head as the settings say."""
     adapters = adapter_parameters(model)
     under_adapters = {f"{name}.weight" for name, _ in adapter_layers(model)}
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    tied = id(model.get_input_embeddings().weight) in head
     for name, parameter in model.named_parameters():
-        if name.startswith(HEAD):
+        if id(parameter) in head and not tied:
             train = method.train_head
         else:
             train = {
@@ -80,7 +82,7 @@ def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
                 "linears": method.trains_linears and name not in under_adapters,
                 "embeddings": method.train_embeddings or (tied and method.train_head),
                 "norms": method.train_norms,
-            }[group_of(name, adapters)]
+            }[group_of(name, parameter.shape, adapters)]
         parameter.requires_grad_(train)
 
 
@@ -94,7 +96,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
     members: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[group_of(name, adapters)].append(name)
+            members[group_of(name, parameter.shape, adapters)].append(name)
     main = "adapters" if adapters else "linears"
     return [
         ParameterGroup(
@@ -205,18 +207,16 @@ def make_schedule(method: MethodConfig, optim: OptimConfig, steps: int) -> Sched
     )
 
 
-def group_of(name: str, adapters: Container[str] = ()) -> str:
-    """The group of a parameter, from its name in transformers' LLaMA family.
+def group_of(name: str, shape: Sequence[int], adapters: Container[str] = ()) -> str:
+    """The group of a parameter by its name and shape: vectors are ``norms``, matrices outside of layers ``embeddings``.
 
     Without the names of ``adapters``, A, B and M count as ``linears``.
     """
     if name in adapters:
         return "adapters"
-    if "embed_tokens" in name or name.startswith(HEAD):
-        return "embeddings"
-    if "norm" in name or name.endswith(".bias"):
+    if len(shape) < 2:
         return "norms"
-    return "linears"
+    return "linears" if IN_LAYER.search(name) else "embeddings"
 
 
 def count_parameters(model: nn.Module) -> Parameters:

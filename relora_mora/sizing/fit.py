@@ -1,16 +1,16 @@
 """Checks that adapters are smaller than their weights, and that the training state fits into memory."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from relora_mora.adapters.inject import choose_storage, layer_class
+from relora_mora.adapters.inject import choose_storage, decoder_linears, layer_class
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers
 from relora_mora.adapters.mora import layer_square_size
 from relora_mora.adapters.stored import PLAIN
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import MethodConfig
-from relora_mora.model.config import linear_shapes
+from relora_mora.model.causal import empty_model
 from relora_mora.sizing.memory import peak_memory, state_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
@@ -25,30 +25,41 @@ def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None
     """Raises :class:`ConfigError` if the adapters are larger than their weights, or a square than both widths."""
     if not method.uses_adapters:
         return
-    shapes = {kind: shape for kind, shape in linear_shapes(model_config).items() if kind in method.target_modules}
+    linears = [(name.rpartition(".")[2], layer) for name, layer in decoder_linears(empty_model(model_config))]
+    kinds = list(dict.fromkeys(kind for kind, _ in linears))
+    missing = {
+        f"method.{setting}: {kind} is not a linear of the decoder layers; they have {', '.join(kinds) or 'none'}"
+        for setting in ("target_modules", "rank_pattern")
+        for kind in getattr(method, setting) or ()
+        if kind not in kinds
+    }
+    if missing or not kinds:
+        raise ConfigError(sorted(missing) or ["method.name: this model has no linears; use full"], "the settings")
+    chosen = kinds if method.target_modules is None else method.target_modules
+    shapes = [(kind, layer.in_features, layer.out_features) for kind, layer in linears if kind in chosen]
     by_size = method.uses_squares and method.square_size is not None
     setting = "square_size" if by_size else "rank_pattern" if method.rank_pattern else "rank"
     faults = [
         f"method.{setting}: R of {size} is larger than both widths of {kind} ({inputs} -> {outputs}); lower it"
-        for kind, (inputs, outputs) in shapes.items()
+        for kind, inputs, outputs in dict.fromkeys(shapes)
         if method.uses_squares and (by_size or kind in method.rank_pattern)
         if (size := layer_square_size(method.of(kind), inputs, outputs)) > max(inputs, outputs)
     ]
-    weights = sum(inputs * outputs for inputs, outputs in shapes.values())
+    weights = sum(inputs * outputs for _, inputs, outputs in shapes)
     adapters = adapter_parameters(method, shapes)
     if adapters > weights and not faults:
         faults.append(
-            f"method.{setting}: the adapters of a layer have {adapters:,} parameters, more than the {weights:,} of its "
+            f"method.{setting}: the adapters have {adapters:,} parameters, more than the {weights:,} of their "
             "weights; lower it, or use method.name=full"
         )
     if faults:
         raise ConfigError(faults, "the settings")
 
 
-def adapter_parameters(method: MethodConfig, shapes: Mapping[str, tuple[int, int]]) -> int:
-    """The number of adapter parameters in one decoder layer; ``shapes`` are the (in, out) of its linears."""
+def adapter_parameters(method: MethodConfig, shapes: Iterable[tuple[str, int, int]]) -> int:
+    """The number of adapter parameters; ``shapes`` are (kind, in, out) of the linears."""
     layer = layer_class(method)
-    return sum(layer.parameters_for(method.of(kind), inputs, outputs) for kind, (inputs, outputs) in shapes.items())
+    return sum(layer.parameters_for(method.of(kind), inputs, outputs) for kind, inputs, outputs in shapes)
 
 
 def uneven_widths(model_config: PreTrainedConfig) -> list[str]:
@@ -61,7 +72,7 @@ def uneven_widths(model_config: PreTrainedConfig) -> list[str]:
         f"{name} of {width:,} is not a multiple of {VECTOR}: a GPU is slow with its products; "
         f"{-(-width // VECTOR) * VECTOR:,} would be better for a new model"
         for name in widths
-        if (width := getattr(model_config, name)) % VECTOR
+        if (width := getattr(model_config, name, VECTOR)) % VECTOR
     ]
 
 

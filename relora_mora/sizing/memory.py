@@ -57,9 +57,9 @@ from relora_mora.adapters.stored import PLAIN
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import Config
-from relora_mora.model.config import attention_widths, head_width
-from relora_mora.model.llama import flash_supports
+from relora_mora.model.documents import flash_supports
 from relora_mora.model.loss import bytes_per_logit, loss_chunk
+from relora_mora.model.widths import attention_widths, feed_forward_width, head_width
 from relora_mora.optim.groups import count_parameters, parameter_groups
 from relora_mora.sizing import work
 from relora_mora.sizing.setup import MAX_LIVE_PARAMETERS, Setup
@@ -251,7 +251,7 @@ def activation_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, floa
         of_norm = width
     norms = 2 * (hidden * of_norm + 4) + _normed_heads(model) * (head_width(model.config) * of_norm + 4)
     attention, mask = _attention_activations(model, setup)
-    gated_product = (2 if setup.compiles else 3) * width * model.config.intermediate_size
+    gated_product = (2 if setup.compiles else 3) * width * feed_forward_width(model.config)
     layer = norms + attention + gated_product + width * _linear_inputs(model, config)
     of_layer = width * hidden if config.model.activation_checkpointing else layer
     ends = final_norm + 2 * width * hidden  # and the head's input with its gradient
@@ -262,9 +262,14 @@ def activation_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, floa
 
 def _normed_heads(model: PreTrainedModel) -> int:
     """The number of query and key heads that have their own norm, as in Qwen3; 0 if the model has no such norms."""
-    attention = model.model.layers[0].self_attn
-    shared = model.config.num_key_value_heads
-    return model.config.num_attention_heads + shared if hasattr(attention, "q_norm") else 0
+    normed = any(name.endswith(".q_norm") for name, _ in model.named_modules())
+    queries, keys = attention_widths(model.config)
+    return (queries + keys) // head_width(model.config) if normed else 0
+
+
+def _is_eager(model: PreTrainedModel, config: Config) -> bool:
+    attention = config.model.attention
+    return (model.config._attn_implementation if attention == "auto" else attention) == "eager"
 
 
 def _attention_activations(model: PreTrainedModel, setup: Setup) -> tuple[int, int]:
@@ -273,8 +278,8 @@ def _attention_activations(model: PreTrainedModel, setup: Setup) -> tuple[int, i
     heads = model.config.num_attention_heads
     length = config.data.sequence_length
     queries, keys = attention_widths(model.config)
-    eager = config.model.attention == "eager"
-    fused = setup.on_gpu and config.model.attention == "sdpa"
+    eager = _is_eager(model, config)
+    fused = setup.on_gpu and not eager
     flash = fused and flash_supports(head_width(model.config), _compute_type(setup))
     masked = eager or (config.data.masks_documents and not flash)
     if masked or (fused and not flash):
@@ -335,8 +340,8 @@ def scratch_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, float]:
         if layer.stored != PLAIN and not layer.stored.multiplies:
             builds += 1 + 4 / width  # W in the compute type, and in float32 before that
         built = max(built, builds * layer.weight.numel())
-    in_backward = (4 + width if multiplies else 2 * width) * tokens * model.config.intermediate_size
-    if config.model.attention == "eager":
+    in_backward = (4 + width if multiplies else 2 * width) * tokens * feed_forward_width(model.config)
+    if _is_eager(model, config):
         # in float32 before and after the softmax, when the gated product and the rounded weights have been freed
         weights = tokens * model.config.num_attention_heads * config.data.sequence_length
         in_backward = max(in_backward, weights * (6 if setup.bf16 else 8) - 1.5 * in_backward)

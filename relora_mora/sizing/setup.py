@@ -3,7 +3,7 @@
 from dataclasses import KW_ONLY, dataclass
 
 from relora_mora.config.schema import Config
-from relora_mora.model.llama import compiles
+from relora_mora.model.compiling import compiles
 
 # DeepSpeed's defaults
 MAX_LIVE_PARAMETERS = 1_000_000_000

@@ -35,8 +35,8 @@ from relora_mora.adapters.inject import decoder_linears, inject
 from relora_mora.adapters.layers import AdapterLinear, adapter_parameters
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import Config, MethodConfig
-from relora_mora.model.config import attention_widths
-from relora_mora.model.llama import model_class
+from relora_mora.model.causal import empty_model
+from relora_mora.model.widths import attention_widths
 from relora_mora.optim.groups import group_of, matrices_at_once, matrix_rules, set_trainable
 from relora_mora.optim.rules import MatrixRule, shapes_of, state_dtype
 from relora_mora.sizing.setup import Setup
@@ -69,9 +69,9 @@ class Flops:
 
 def meta_model(model_config: PreTrainedConfig, method: MethodConfig) -> PreTrainedModel:
     """Builds the model with adapters and marked trainable parameters on the meta device, which takes no memory."""
-    with torch.device("meta"):
-        model = model_class(model_config)(model_config)
-        if method.uses_adapters:
+    model = empty_model(model_config)
+    if method.uses_adapters:
+        with torch.device("meta"):
             inject(model, method, seed=0)
     set_trainable(model, method)
     return model
@@ -112,7 +112,7 @@ def flops_of(model: PreTrainedModel, model_config: PreTrainedConfig, config: Con
 
 def state_bytes(model: PreTrainedModel, optim: OptimConfig, ranks: int) -> float:
     """Bytes of optimizer state on the rank with the most of it, if ``ranks`` share it."""
-    of_elements = sum(4 * numel * len(optim.of_group(group_of(name)).moments) for name, numel in _trained(model))
+    of_elements = sum(4 * numel * len(optim.of_group(group).moments) for group, numel in _trained(model))
     of_matrices = (
         _largest_share([_kept_bytes(rule, shape) for shape in shapes], ranks)
         for rule, shapes in _matrices(model, optim).items()
@@ -122,7 +122,7 @@ def state_bytes(model: PreTrainedModel, optim: OptimConfig, ranks: int) -> float
 
 def passes_bytes(model: PreTrainedModel, optim: OptimConfig) -> int:
     """Bytes that the element-wise passes of a step read and write over all ranks, except the weights for compute."""
-    return sum(numel * optim.of_group(group_of(name)).bytes_per_element for name, numel in _trained(model))
+    return sum(numel * optim.of_group(group).bytes_per_element for group, numel in _trained(model))
 
 
 def product_flops(model: PreTrainedModel, optim: OptimConfig) -> float:
@@ -170,7 +170,8 @@ def _largest_share(sizes: Sequence[float], ranks: int) -> float:
 
 
 def _trained(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
-    return ((name, parameter.numel()) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return ((group_of(name, p.shape), p.numel()) for name, p in trained)
 
 
 def _matrices(model: PreTrainedModel, optim: OptimConfig) -> dict[MatrixRule, list[torch.Size]]:
@@ -179,7 +180,7 @@ def _matrices(model: PreTrainedModel, optim: OptimConfig) -> dict[MatrixRule, li
     adapters = adapter_parameters(model)
     shapes: dict[MatrixRule, list[torch.Size]] = {}
     for name, parameter in model.named_parameters():
-        group = group_of(name, adapters)
+        group = group_of(name, parameter.shape, adapters)
         if parameter.requires_grad and group in rules:
             shapes.setdefault(rules[group], []).append(parameter.shape)
     return shapes

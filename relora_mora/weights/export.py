@@ -20,8 +20,9 @@ from relora_mora.checkpoint.tokenizer import tokenizer_of
 from relora_mora.config.load import stored_config
 from relora_mora.config.schema import MethodConfig, ModelConfig
 from relora_mora.data.records.passages import end_of_turn, special_tokens
+from relora_mora.model.causal import empty_model, ends_of, put_values
 from relora_mora.model.config import stored_model_config
-from relora_mora.model.llama import empty_model, put_values
+from relora_mora.optim.groups import IN_LAYER
 from relora_mora.system.files import new_folder
 from relora_mora.system.logs import counted, log
 from relora_mora.tokenizer.identity import save_tokenizer
@@ -115,7 +116,15 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
     lm = checked_model(reader)
     config = stored_config(reader.manifest.config, str(reader.folder))
     layers = dict(adapter_layers(lm))
-    _check_exportable(reader, config.model, config.method, released=released)
+    embedding, _ = ends_of(lm)
+    tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
+    _check_exportable(
+        reader,
+        config.model,
+        config.method,
+        released=released,
+        trains_tied=tied and embedding in reader.manifest.parameters,
+    )
     modules = _whole_modules(reader, layers, adapter_parameters(lm))
     tensors = {
         f"{PREFIX}{name}": reader.weight(name)
@@ -141,14 +150,16 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype, *, re
     settings = _settings(config.method, ranks, released=released) | {
         "base_model_name_or_path": config.model.init_from,
         # one name for the same module of all layers
-        "modules_to_save": sorted({m.rpartition(".")[2] if ".layers." in m else m for m in modules}) or None,
+        "modules_to_save": sorted({m.rpartition(".")[2] if IN_LAYER.search(m) else m for m in modules}) or None,
     }
     if released:
         settings |= {"use_mora": True, "mora_type": reader.manifest.operator}
     (out / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_exportable(reader: CheckpointReader, model: ModelConfig, method: MethodConfig, *, released: bool) -> None:
+def _check_exportable(
+    reader: CheckpointReader, model: ModelConfig, method: MethodConfig, *, released: bool, trains_tied: bool
+) -> None:
     manifest = reader.manifest
     began = other_weights(reader.folder, model).get("model.init_from")
     fault = None
@@ -160,7 +171,7 @@ def _check_exportable(reader: CheckpointReader, model: ModelConfig, method: Meth
         fault = f"it began with {began}, so there is no base model for its adapter"
     elif manifest.merges_done:
         fault = f"{counted(manifest.merges_done, 'merge')} changed the base weights of its adapter"
-    elif "model.embed_tokens.weight" in manifest.parameters and manifest.model_config.get("tie_word_embeddings"):
+    elif trains_tied:
         fault = "it trained embeddings that are also the head, which PEFT does not store with an adapter"
     elif released and manifest.operator not in RELEASED_TYPES:
         known = ", ".join(map(str, RELEASED_TYPES))
@@ -201,7 +212,7 @@ def _settings(method: MethodConfig, ranks: Mapping[str, float], *, released: boo
         "rank_pattern": patterns,
         "alpha_pattern": {} if fixed else patterns,
         "lora_dropout": method.dropout,
-        "target_modules": sorted(method.target_modules),
+        "target_modules": sorted(ranks) if method.target_modules is None else sorted(method.target_modules),
         "bias": "none",
     }
 

@@ -13,9 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 from relora_mora.checkpoint.layout import MANIFEST, CheckpointError
 from relora_mora.config.load import ConfigError
+from relora_mora.model.causal import empty_model
 from relora_mora.model.config import architecture_of, parse_model_config, read_json
 from relora_mora.model.config_keys import ARCHITECTURES
-from relora_mora.model.llama import empty_model
 from relora_mora.system.logs import log
 from relora_mora.tokenizer.load import quiet_transformers
 
@@ -50,7 +50,7 @@ def foreign_config(path: Path) -> PreTrainedConfig:
     file = path / "config.json"
     values = read_json(file, "model.init_from")
     if values.get("model_type") is None:
-        fault = f"model.init_from: it has no model_type; set it there to one of {', '.join(ARCHITECTURES)}"
+        fault = "model.init_from: it has no model_type; set it there, to llama for example"
         raise ConfigError([fault], str(file))
     keys = architecture_of(values, str(file)).keys
     known = {key: value for key, value in values.items() if key in keys}
@@ -59,9 +59,7 @@ def foreign_config(path: Path) -> PreTrainedConfig:
     return parse_model_config(known | ({"eos_token_id": ends} if isinstance(ends, list) else {}), str(file))
 
 
-def load_foreign(
-    path: Path, dtype: torch.dtype, kind: Any = AutoModelForCausalLM, *, whole: bool = False
-) -> PreTrainedModel:
+def load_foreign(path: Path, dtype: torch.dtype, *, whole: bool = False) -> PreTrainedModel:
     """The model in a Hugging Face folder.
 
     Raises :class:`CheckpointError`, also if a weight is missing or has another shape, which transformers would draw at
@@ -74,7 +72,7 @@ def load_foreign(
         )
     try:
         with quiet_transformers():
-            model, info = kind.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=dtype,
                 local_files_only=True,
@@ -86,6 +84,7 @@ def load_foreign(
         message = " ".join(str(error).split())
         file = _damaged_file(path) or path
         raise CheckpointError(f"{file}: transformers cannot load it as a causal language model: {message}") from error
+    model, info = loaded
     _refuse_weights(
         path,
         {
@@ -117,9 +116,9 @@ def check_headers(path: Path) -> None:
                 found |= {bare(name): tuple(tensors.get_slice(name).get_shape()) for name in names}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
-    if not found:
-        return
     model_config = foreign_config(path)
+    if not found or model_config.model_type not in ARCHITECTURES:  # transformers may read files of other names
+        return
     parameters = empty_model(model_config).named_parameters()
     expected = {bare(name): (name, tuple(parameter.shape)) for name, parameter in parameters}
     if model_config.tie_word_embeddings and "embed_tokens.weight" not in found and "lm_head.weight" in found:

@@ -19,7 +19,6 @@ from relora_mora.config.load import ConfigError, stored_config
 from relora_mora.config.schema import Config, ModelConfig
 from relora_mora.data.sources.names import hub_repo
 from relora_mora.model.config import parse_model_config, plain_model_config, read_model_config, stored_model_config
-from relora_mora.model.llama import model_class
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.files import has_tokenizer
 from relora_mora.weights.export import merged_model, merged_weights
@@ -63,10 +62,10 @@ def own_tokenizer_path(path: Path) -> Path:
     return RunFolder(path.parent if list_checkpoints(path) else path).tokenizer  # it has the same name in a checkpoint
 
 
-def start_weights(path: Path, model_config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+def start_weights(path: Path) -> dict[str, torch.Tensor]:
     """The float32 weights of a Hugging Face folder, a run or a checkpoint, by the parameter names of this package."""
     if is_foreign(path):
-        return load_foreign(path, torch.float32, model_class(model_config), whole=True).state_dict()
+        return load_foreign(path, torch.float32, whole=True).state_dict()
     return merged_weights(CheckpointReader(find_checkpoint(path)))
 
 

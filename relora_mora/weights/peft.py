@@ -29,6 +29,7 @@ from relora_mora.adapters.lora import LoRALinear
 from relora_mora.adapters.mora import MoRALinear
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.config.registry import OPERATORS
+from relora_mora.model.causal import ends_of
 from relora_mora.weights.foreign import abbreviate, has_weights
 
 KEY = "base_weight"
@@ -227,9 +228,9 @@ class AdapterFolder:
     def check_head(self, model: PreTrainedModel) -> None:
         """Raises :class:`CheckpointError` if it changes tied embeddings, since PEFT changes only one of their uses."""
         embedding = model.get_input_embeddings().weight
-        if model.get_output_embeddings().weight is embedding and (
-            "model.embed_tokens.weight" in self.shapes or "lm_head" in self.layers
-        ):
+        names = ends_of(model)
+        changed = any(name in self.shapes or name.removesuffix(".weight") in self.layers for name in names)
+        if model.get_output_embeddings().weight is embedding and changed:
             raise CheckpointError(
                 f"{self.file}: changes the embeddings or the head of a model that ties them, so it is more than an "
                 f"adapter; {_REMEDY}"

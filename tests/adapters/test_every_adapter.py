@@ -14,7 +14,7 @@ from relora_mora.adapters.layers import AdapterLinear
 from relora_mora.adapters.lora import LoRALinear
 from relora_mora.config.registry import METHODS
 from relora_mora.config.schema import MethodConfig
-from relora_mora.model.llama import empty_model
+from relora_mora.model.causal import empty_model
 from tests.adapters.tools import made_resident
 from tests.tools.tiny import tiny_llama
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from relora_mora.adapters.inject import inject
+from relora_mora.adapters.inject import decoder_linears, inject
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.registry import METHODS
-from relora_mora.config.schema import MethodConfig
-from relora_mora.model.config import linear_shapes
-from relora_mora.model.llama import build_model
+from relora_mora.config.schema import DECODER_LINEARS, MethodConfig
+from relora_mora.model.causal import build_model
 from relora_mora.operators import square_size
 from relora_mora.optim.groups import parameter_groups, set_trainable
 from relora_mora.sizing.fit import adapter_parameters
@@ -26,7 +25,7 @@ def test_injection_changes_nothing_at_the_start(method):
     config = tiny_config(method={"name": method})
     plain, adapted = build_model(tiny_llama(), seed=3), build_model(tiny_llama(), seed=3)
     by_kind = inject(adapted, config.method, seed=3)
-    assert {kind: len(names) for kind, names in by_kind.items()} == dict.fromkeys(config.method.target_modules, 2)
+    assert {kind: len(names) for kind, names in by_kind.items()} == dict.fromkeys(DECODER_LINEARS, 2)
     ids = torch.arange(10).view(1, 10)
     torch.testing.assert_close(adapted(ids).logits, plain(ids).logits, rtol=0, atol=1e-6)
 
@@ -63,7 +62,8 @@ def test_a_projection_may_have_a_rank_of_its_own(method):
     config = tiny_config(method={"name": method, "rank": 3, "rank_pattern": {"down_proj": 5}})
     model = build_model(tiny_llama(), seed=0)
     inject(model, config.method, seed=0)
-    shapes = linear_shapes(tiny_llama())
+    linears = [(name.rpartition(".")[2], layer) for name, layer in decoder_linears(build_model(tiny_llama(), seed=0))]
+    shapes = {kind: (layer.in_features, layer.out_features) for kind, layer in linears}
     for name, layer in adapter_layers(model):
         kind = name.rpartition(".")[2]
         rank = 5 if kind == "down_proj" else 3
@@ -75,7 +75,8 @@ def test_a_projection_may_have_a_rank_of_its_own(method):
     numbers = sum(
         parameter.numel() for name, parameter in model.named_parameters() if "mora_" in name or "lora_" in name
     )
-    assert numbers == 2 * adapter_parameters(config.method, shapes)  # two decoder layers, as planned
+    every = [(kind, layer.in_features, layer.out_features) for kind, layer in linears]
+    assert numbers == adapter_parameters(config.method, every)  # as planned
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_norms_do_not_decay():
 
 
 def test_targets_that_match_nothing_are_an_error():
-    with pytest.raises(ValueError, match=r"no linear of the decoder is named experts; it has down_proj, gate_proj"):
+    with pytest.raises(ValueError, match=r"no linear of the decoder is named experts; it has q_proj, k_proj"):
         inject(build_model(tiny_llama(), seed=0), MethodConfig(target_modules=["q_proj", "experts"]), seed=0)
 
 

@@ -17,7 +17,7 @@ from relora_mora.adapters.layers import adapter_layers, effective_rank, layer_ge
 from relora_mora.adapters.mora import layer_square_size
 from relora_mora.adapters.stored import PLAIN, EightBits
 from relora_mora.config.schema import MethodConfig
-from relora_mora.model.llama import build_model
+from relora_mora.model.causal import build_model
 from tests.adapters.tools import layers_of, made_resident
 from tests.tools.tiny import tiny_config, tiny_llama
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.adapters.mora import MoRALinear
-from relora_mora.model.llama import build_model
+from relora_mora.model.causal import build_model
 from relora_mora.operators import GroupingOperator
 from relora_mora.optim.groups import set_trainable
 from tests.adapters.tools import layers_of, made_resident

@@ -15,7 +15,7 @@ from relora_mora.adapters.mora import MoRALinear
 from relora_mora.adapters.stored import EightBits, check_device, with_products
 from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import MethodConfig
-from relora_mora.model.llama import LossModel, build_model
+from relora_mora.model.causal import LossModel, build_model
 from tests.tools.tiny import tiny_llama
 
 IN, OUT, TOKENS = 96, 160, 29

@@ -18,8 +18,8 @@ from relora_mora.evaluation.generation import (
     greedy,
     text_of,
 )
+from relora_mora.model.causal import LossModel
 from relora_mora.model.config_keys import ARCHITECTURES
-from relora_mora.model.llama import LossModel
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.tools.runs import LLAMA
 

@@ -37,7 +37,7 @@ from relora_mora.evaluation.loss import (
     is_causal,
     rows_of_documents,
 )
-from relora_mora.model.llama import LossModel, build_model
+from relora_mora.model.causal import LossModel, build_model
 from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.load import LoadedModel, load_any_model

@@ -27,8 +27,8 @@ from transformers import LlamaForCausalLM
 from relora_mora.adapters.inject import choose_storage, inject
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.schema import MethodConfig, ModelConfig
+from relora_mora.model.causal import LossModel, empty_model, put_values
 from relora_mora.model.config import read_model_config
-from relora_mora.model.llama import LossModel, empty_model, put_values
 from relora_mora.optim.groups import set_trainable
 from tests.fakecuda.watch import AFTER, Kept, Watch, size_of
 from tests.tools.helpers import ROOT

@@ -27,7 +27,7 @@ from relora_mora.data.stream.packing import Batch
 from relora_mora.engine.engine import ZeroEngine
 from relora_mora.engine.merging import FrozenMasters, Merger
 from relora_mora.evaluation.loss import evaluate
-from relora_mora.model.llama import put_values
+from relora_mora.model.causal import put_values
 from relora_mora.optim.groups import build_optimizer, make_schedule, parameter_groups
 from relora_mora.train.loop.loop import micro_batches
 from tests.fakecuda.layers import model_with

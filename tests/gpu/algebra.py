@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from relora_mora import kernels
-from relora_mora.model import llama
-from relora_mora.model.llama import LossModel, build_model
+from relora_mora.model import causal
+from relora_mora.model import documents as attention
+from relora_mora.model.causal import LossModel, build_model
 from tests.adapters.test_layers import test_all_forms_agree
 from tests.adapters.test_stored import test_values_and_gradients_are_those_of_the_rounded_factors
 from tests.gpu.conftest import gpu_only
@@ -43,13 +44,13 @@ def test_flash_attention_separates_documents_like_a_mask(
     documents: list[list[int]], kv_heads: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = {"num_attention_heads": 4, "num_key_value_heads": kv_heads, "head_dim": 16}
-    model = LossModel(build_model(tiny_llama(**sizes), seed=1)).to(device, torch.bfloat16)
+    model = LossModel(build_model(tiny_llama(**sizes), seed=1), passes_boundaries=True).to(device, torch.bfloat16)
     calls = []
-    real = llama.flash
-    monkeypatch.setattr(llama, "flash", lambda *given, **named: calls.append(1) or real(*given, **named))
+    real = attention.flash
+    monkeypatch.setattr(attention, "flash", lambda *given, **named: calls.append(1) or real(*given, **named))
     flash = loss_and_gradients(model, documents, device)
     assert len(calls) == model.lm.config.num_hidden_layers
-    monkeypatch.setattr(llama, "needs_no_mask", lambda *_: False)
+    monkeypatch.setattr(causal, "needs_no_mask", lambda *_: False)
     for a, b in zip(flash, loss_and_gradients(model, documents, device), strict=True):
         assert (a - b).norm() <= 0.03 * b.norm() + 1e-6  # a single token gives queries and keys no gradient
 

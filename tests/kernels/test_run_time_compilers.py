@@ -14,7 +14,7 @@ from relora_mora import kernels
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import ModelConfig
 from relora_mora.kernels import cuda
-from relora_mora.model.llama import compiles_here
+from relora_mora.model.compiling import compiles_here
 from relora_mora.system.process import missing_to_compile
 
 

@@ -38,7 +38,7 @@ def train_in_a_loop(config: Any, inputs: list[tuple[Any, ...]], folder: Path, re
     from transformers import LlamaConfig
 
     import relora_mora as rm
-    from relora_mora.model.llama import LossModel, build_model
+    from relora_mora.model.causal import LossModel, build_model
 
     method, optim = config.method, config.optim
     settings = {"rank": method.rank, "merge_every": method.merge_every}

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from relora_mora.data.stream.packing import document_boundaries
-from relora_mora.model import llama
-from relora_mora.model.llama import LossModel, build_model
+from relora_mora.model import causal
+from relora_mora.model import documents as attention
+from relora_mora.model.causal import LossModel, build_model
 from tests.tools.tiny import batch, tiny_llama
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ DOCUMENTS = {
 def attend_by_document(
     query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, *, longest: int, dropout: float, scale: float
 ) -> Tensor:
-    """The same as ``llama.flash``, document by document."""
+    """The same as ``documents.flash``, document by document."""
     assert boundaries.dtype == torch.int32
     assert boundaries[0] == 0
     assert boundaries[-1] == len(query)
@@ -57,13 +58,13 @@ def test_boundaries_separate_documents_like_a_mask(
     lm = build_model(tiny_llama(num_attention_heads=4, num_key_value_heads=kv_heads), seed=1)
     if checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = LossModel(lm)
+    model = LossModel(lm, passes_boundaries=True)
     masked = loss_and_gradients(model, documents)
     calls = []
     monkeypatch.setattr(
-        llama, "flash", lambda *arguments, **named: calls.append(1) or attend_by_document(*arguments, **named)
+        attention, "flash", lambda *arguments, **named: calls.append(1) or attend_by_document(*arguments, **named)
     )
-    monkeypatch.setattr(llama, "needs_no_mask", lambda *_: True)
+    monkeypatch.setattr(causal, "needs_no_mask", lambda *_: True)
     for a, b in zip(loss_and_gradients(model, documents), masked, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert len(calls) == lm.config.num_hidden_layers * (2 if checkpointing else 1)
@@ -71,13 +72,13 @@ def test_boundaries_separate_documents_like_a_mask(
 
 def test_flash_attention_is_for_bf16_and_even_heads_on_gpus() -> None:
     wide = tiny_llama(hidden_size=1024, num_attention_heads=4, num_key_value_heads=4)
-    assert llama.flash_supports(256, torch.bfloat16)
-    assert not llama.flash_supports(256, torch.float32)
-    assert not llama.flash_supports(12, torch.bfloat16)
-    assert not llama.flash_supports(264, torch.bfloat16)
+    assert attention.flash_supports(256, torch.bfloat16)
+    assert not attention.flash_supports(256, torch.float32)
+    assert not attention.flash_supports(12, torch.bfloat16)
+    assert not attention.flash_supports(264, torch.bfloat16)
     lm = LossModel(build_model(wide, seed=1)).lm
-    assert lm.config._attn_implementation == llama.SDPA_OR_DOCUMENTS
-    assert not llama.needs_no_mask(lm.config, torch.zeros(1, dtype=torch.bfloat16))
+    assert lm.config._attn_implementation == attention.SDPA_OR_DOCUMENTS
+    assert not attention.needs_no_mask(lm.bfloat16(), torch.device("cpu"))
 
 
 def test_the_operator_accepts_our_arguments() -> None:

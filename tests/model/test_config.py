@@ -14,9 +14,9 @@ from transformers.activations import ACT2FN
 
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import ModelConfig
+from relora_mora.model.causal import LossModel, build_model
 from relora_mora.model.config import check_length, keys_with, plain_model_config, read_model_config
 from relora_mora.model.config_keys import ARCHITECTURES, FUNCTION, TRAINING
-from relora_mora.model.llama import LossModel, build_model
 from tests.tools.helpers import ROOT
 from tests.tools.tiny import batch
 
@@ -131,7 +131,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 REFUSED: list[tuple[str, dict[str, Any]]] = [  # (what the message must name, overrides)
     ("hiden_size LlamaConfig", {"hiden_size": 24}),
     ("logit_scale Qwen3Config", {**QWEN3, "logit_scale": 2.0}),
-    ("model_type gpt2", {"model_type": "gpt2"}),
+    ("model_type gtp2", {"model_type": "gtp2"}),
     ("architectures Qwen2ForCausalLM", {"architectures": ["Qwen2ForCausalLM"]}),
     # rotary embeddings
     ("rope_theta 10000.0 500.0", {"rope_theta": 500.0, "rope_parameters": rope("default")}),
@@ -261,25 +261,11 @@ def test_keys_without_effect_in_a_manifest_do_not_stop_a_resume(path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("overrides", "window"),
-    [
-        ({"model_type": "mistral", "sliding_window": 16}, 16),
-        ({"model_type": "mistral", "sliding_window": None}, None),
-        ({"model_type": "mistral"}, 4096),  # the default of transformers
-        ({"model_type": "qwen2", "sliding_window": 16}, None),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, None),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, 16),
-        ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, 16),
-        ({}, None),
-    ],
-    ids=str,
+    "overrides", [{"model_type": "mistral", "sliding_window": 16}, {"model_type": "qwen2"}, {}], ids=str
 )
-def test_sequences_beyond_the_attention_window_are_refused(path: Path, overrides: dict[str, Any], window: int | None):
+def test_a_read_config_can_be_read_again(path: Path, overrides: dict[str, Any]) -> None:
     config = read(path, max_position_embeddings=8192, num_key_value_heads=1, **overrides)
-    check_length(config, window or 8192, "x.json")
-    if window is not None:
-        with pytest.raises(ConfigError, match="sliding_window"):
-            check_length(config, window + 1, "x.json")
+    check_length(config, 8192, "x.json")
     kept = plain_model_config(config)
     path.write_text(json.dumps(kept))
     assert plain_model_config(read(path)) == kept

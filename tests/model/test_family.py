@@ -12,9 +12,9 @@ import torch
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.load import validate
 from relora_mora.config.schema import ModelConfig
+from relora_mora.model.causal import LossModel, build_model
 from relora_mora.model.config import plain_model_config
 from relora_mora.model.config_keys import ARCHITECTURES
-from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.work import meta_model
 from relora_mora.weights.load import model_config_of

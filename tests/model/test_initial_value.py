@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from relora_mora.adapters.inject import inject
 from relora_mora.config.schema import MethodConfig
-from relora_mora.model.llama import build_model, empty_model, initial_value, put_values
+from relora_mora.model.causal import build_model, empty_model, initial_values, put_values
 from tests.tools.tiny import batch, tiny_llama
 
 SIZES = {"hidden_size": 96, "intermediate_size": 160, "vocab_size": 256}
@@ -63,7 +63,7 @@ def test_values_are_filled_in_next_to_adapters():
     inject(lm, MethodConfig(name="remora", rank=3), seed=0)
     empty = [name for name, p in lm.named_parameters() if p.is_meta]
     assert not any("mora" in name for name in empty)
-    put_values(lm, {name: initial_value(lm, name, 5) for name in empty})
+    put_values(lm, initial_values(empty_model(lm.config), empty, 5))
     plain = dict(build_model(tiny_llama(), seed=5).named_parameters())
     assert set(empty) == set(plain)
     for name, value in plain.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ from relora_mora import kernels
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import ModelConfig
 from relora_mora.data.stream.packing import document_boundaries
+from relora_mora.model.causal import LossModel, build_model
 from relora_mora.model.config import check_length, read_model_config
-from relora_mora.model.llama import LossModel, build_model, document_mask, document_positions
+from relora_mora.model.documents import document_positions
 from relora_mora.model.loss import chunked_cross_entropy
 from tests.tools.tiny import batch, tiny_config, tiny_llama
 
@@ -126,10 +126,6 @@ def test_masked_attention_sees_only_one_document(attention):
     plain = [model(x, labels).item() for x in (ids, other)]
     assert masked[0] == pytest.approx(masked[1], abs=1e-6)
     assert abs(plain[0] - plain[1]) > 1e-4
-    no = -math.inf
-    assert document_mask(torch.tensor([[0, 0, 1]]), torch.float32).tolist() == [
-        [[[0.0, no, no], [0.0, 0.0, no], [no, no, 0.0]]]
-    ]
 
 
 def test_positions_start_again_with_each_document():

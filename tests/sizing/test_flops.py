@@ -11,7 +11,7 @@ from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.registry import METHODS
 from relora_mora.config.schema import Config
-from relora_mora.model.llama import LossModel, build_model
+from relora_mora.model.causal import LossModel, build_model
 from relora_mora.optim.groups import set_trainable
 from relora_mora.sizing.work import Flops, flops_per_token
 

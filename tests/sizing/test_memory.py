@@ -16,9 +16,9 @@ from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config, ModelConfig
 from relora_mora.data.stream.packing import document_boundaries
+from relora_mora.model.causal import LossModel, build_model
 from relora_mora.model.config import read_model_config
 from relora_mora.model.config_keys import ARCHITECTURES
-from relora_mora.model.llama import LossModel, build_model
 from relora_mora.optim.groups import count_parameters, set_trainable
 from relora_mora.sizing.fit import check_memory, choose_forms
 from relora_mora.sizing.memory import activation_memory, merged_memory, peak_memory, scratch_memory, state_memory

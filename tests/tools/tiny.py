@@ -14,7 +14,7 @@ from relora_mora.adapters.inject import choose_storage, inject
 from relora_mora.config.load import validate
 from relora_mora.config.schema import Config
 from relora_mora.engine.merging import FrozenMasters, Merger
-from relora_mora.model.llama import LossModel, build_model
+from relora_mora.model.causal import LossModel, build_model
 from relora_mora.optim.groups import build_optimizer, make_schedule, parameter_groups, set_trainable
 from relora_mora.system.hardware import uses_cuda
 

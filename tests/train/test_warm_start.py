@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.config.schema import Config, ModelConfig
+from relora_mora.model.causal import empty_model
 from relora_mora.model.config import read_model_config
 from relora_mora.model.config_keys import ARCHITECTURES
-from relora_mora.model.llama import empty_model
 from relora_mora.system.logs import log
 from relora_mora.weights.export import export
 from tests.tools.commands import EVALUATE, call

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from relora_mora.config.checks.rules import Rule, broken_rules
 from relora_mora.config.lengths import restart_warmup
 from relora_mora.config.registry import OPERATORS
-from relora_mora.config.schema import DECODER_LINEARS, Config, MethodConfig
+from relora_mora.config.schema import Config, MethodConfig
 from relora_mora.config.types import Fault
 from relora_mora.system.logs import counted
 
@@ -71,14 +71,12 @@ OWN_RULES = (
 )
 # of a Config
 METHOD_RULES = (
-    Rule("method.target_modules method.name",
-         lambda c: c.method.uses_adapters and [x for x in c.method.target_modules if x not in DECODER_LINEARS],
-         f"{{found}} is not a linear of the decoder; use some of {', '.join(DECODER_LINEARS)}"),
     Rule("method.target_modules",
-         lambda c: len(set(c.method.target_modules)) < len(c.method.target_modules),
+         lambda c: c.method.target_modules and len(set(c.method.target_modules)) < len(c.method.target_modules),
          "duplicate name; list each name once"),
     Rule("method.rank_pattern method.target_modules method.name",
-         lambda c: c.method.uses_adapters and [x for x in c.method.rank_pattern if x not in c.method.target_modules],
+         lambda c: c.method.uses_adapters and c.method.target_modules
+         and [x for x in c.method.rank_pattern if x not in c.method.target_modules],
          "{found} is not in method.target_modules {c.method.target_modules}; add it there or remove it here"),
     Rule("method.rank_pattern method.square_size method.name",
          lambda c: c.method.uses_squares and c.method.rank_pattern and c.method.square_size,

@@ -17,8 +17,9 @@ from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks
 from relora_mora.engine.engine import ZeroEngine
 from relora_mora.engine.merging import FrozenMasters, Merger
+from relora_mora.model.causal import LossModel, empty_model, ends_of, initial_values, put_values
+from relora_mora.model.compiling import allow_programs
 from relora_mora.model.config import function_differences
-from relora_mora.model.llama import LossModel, allow_programs, empty_model, initial_value, put_values
 from relora_mora.optim.groups import (
     ParameterGroup,
     build_optimizer,
@@ -40,7 +41,7 @@ from relora_mora.weights.load import start_config, start_weights
 from relora_mora.weights.peft import AdapterFolder
 
 
-def initial_values(
+def start_values(
     lm: PreTrainedModel, base: FrozenMasters, config: Config, world_size: int
 ) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
     """The rank that creates each parameter of the plain model, and the float32 values that this rank has created.
@@ -66,7 +67,8 @@ def initial_values(
     frozen_first = sorted(shapes.items(), key=lambda item: item[0] not in base.owner)
     for name, shape in frozen_first:  # a trainable one goes to the rank with the least to do
         load[creator.setdefault(name, load.index(min(load)))] += shape.numel()
-    return creator, {name: initial_value(lm, name, config.train.seed) for name in shapes if creator[name] == base.rank}
+    plain = empty_model(lm.config)
+    return creator, initial_values(plain, [name for name in shapes if creator[name] == base.rank], config.train.seed)
 
 
 def write_initial_values(
@@ -109,9 +111,9 @@ def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, t
     ]
     if faults:
         raise ConfigError(faults, str(path))
-    weights = start_weights(path, lm.config)
-    embedding = weights["model.embed_tokens.weight"]
-    if lm.config.tie_word_embeddings and not torch.equal(embedding, weights.get("lm_head.weight", embedding)):
+    weights = start_weights(path)
+    embedding, head = ends_of(lm)
+    if lm.config.tie_word_embeddings and not torch.equal(weights[embedding], weights.get(head, weights[embedding])):
         fault = (
             "model.init_from: its config ties the output head to the embeddings, but its files hold a different head; "
             "set tie_word_embeddings to false in its config.json and in model.overrides"
@@ -172,13 +174,13 @@ def build(checked: ResolvedRun, rank: int, world_size: int, *, resumes: bool = F
     frozen = [name for name, p in lm.named_parameters() if not p.requires_grad]
     base = FrozenMasters(frozen, rank, world_size)
     # drawn and read while shapes are known: with ZeRO-3, parameters have no shape later
-    creator, values = ({}, {}) if resumes else initial_values(lm, base, config, world_size)
+    creator, values = ({}, {}) if resumes else start_values(lm, base, config, world_size)
     dtype = torch.bfloat16 if checked.bf16 else torch.float32
     # zeros use no memory until they are written to; DeepSpeed places, casts and partitions them
     put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
     for _, layer in adapter_layers(lm):
         layer.pack(empty=True)
-    module = LossModel(lm, compiled=checked.compiled)
+    module = LossModel(lm, compiled=checked.compiled, passes_boundaries=checked.passes_boundaries)
     engine = ZeroEngine(
         module, lm, build_optimizer(lm, groups, config.optim), config.train, clip=config.optim.clip, bf16=checked.bf16
     )

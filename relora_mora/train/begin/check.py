@@ -27,8 +27,10 @@ from relora_mora.data.shard import Shard
 from relora_mora.data.stream.producer import in_saved_order
 from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
 from relora_mora.distributed.join import processes_on_host
+from relora_mora.model.compiling import compiles_here
 from relora_mora.model.config import check_length, plain_model_config
-from relora_mora.model.llama import check_attention, compiles_here
+from relora_mora.model.documents import check_attention
+from relora_mora.model.guard import examine
 from relora_mora.sizing.fit import check_adapters, check_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.system.hardware import fast_bf16, gpu_memory_bytes, host_memory_bytes, uses_cuda
@@ -58,6 +60,7 @@ class ResolvedRun:
     data_order: str
     bf16: bool
     compiled: bool  # the decoder layers
+    passes_boundaries: bool  # whether each layer's attention gets the boundaries of documents
     epochs: float | None = None  # train.epochs; once they are counted, the config has train.steps instead
     warmup_fraction: float | None = None  # optim.warmup_fraction, likewise
     epoch_blocks: Sequence[int] | None = None  # how many blocks of a lane of whole rows each epoch takes
@@ -144,6 +147,13 @@ def check(config: Config, world_size: int) -> ResolvedRun:
     """Reads and compares everything that is small; raises ValueErrors of the package that say what to do."""
     data = config.data
     model_config = check_model(config)
+    findings = examine(model_config, attention=config.model.attention, documents=data.masks_documents)
+    if findings.difference is not None:
+        log.info(
+            "model: the loss of a small %s differs from transformers' by %.1e",
+            model_config.model_type,
+            findings.difference,
+        )
     compiled = compiles_here(config.model, config.train.zero_stage, on_gpu=uses_cuda())
     bf16 = _computes_in_bf16(config)
     on_gpu = uses_cuda()
@@ -176,6 +186,7 @@ def check(config: Config, world_size: int) -> ResolvedRun:
         data_order=data_order,
         bf16=bf16,
         compiled=compiled,
+        passes_boundaries=findings.passes_boundaries,
     )
 
 

@@ -11,7 +11,7 @@ from relora_mora.config.checks.combinations import BESIDE_ADAPTERS, OPERATIONAL,
 from relora_mora.config.data import TextSource
 from relora_mora.config.registry import METHODS, RULE_SETTINGS, is_own, settings_of_others, split_rule
 from relora_mora.config.removed import OLD_DEFAULTS
-from relora_mora.config.schema import SETTINGS, lanes_of
+from relora_mora.config.schema import DECODER_LINEARS, SETTINGS, lanes_of
 from relora_mora.model.config import keys_with, stored_model_config
 from relora_mora.model.config_keys import FUNCTION, TRAINING
 
@@ -152,7 +152,7 @@ def _comparable(config: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     The file of a rule has only its name: its digest is compared, too.
     """
     lanes = config["data"]["lanes"] or lanes_of(config["train"]["batch_size"])
-    modules = sorted(_value(config, "method.target_modules"))
+    modules = sorted(_value(config, "method.target_modules") or DECODER_LINEARS)
     matrices = _value(config, "optim.matrices")
     if is_own(matrices):
         file, name = split_rule(matrices)

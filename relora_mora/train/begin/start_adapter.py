@@ -12,7 +12,7 @@ from relora_mora.checkpoint.layout import MANIFEST, list_checkpoints
 from relora_mora.config.load import ConfigError
 from relora_mora.config.registry import LORA, MORA
 from relora_mora.config.schema import Config, MethodConfig
-from relora_mora.model.llama import empty_model
+from relora_mora.model.causal import empty_model
 from relora_mora.optim.groups import set_trainable
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
@@ -67,7 +67,7 @@ def _method_faults(adapter: AdapterFolder, method: MethodConfig) -> Iterator[str
         yield f"method.name: {method.name} in the settings, and the adapter is a {kind}; set method.name={kind.lower()}"
         return
     kinds = sorted({name.rpartition(".")[2] for name in adapter.layers})
-    if kinds != sorted(method.target_modules):
+    if method.target_modules is not None and kinds != sorted(method.target_modules):
         here = ", ".join(sorted(method.target_modules))
         yield (
             f"method.target_modules: {here} in the settings, and {', '.join(kinds)} in the adapter; "

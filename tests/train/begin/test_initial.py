@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora_mora.config.yaml_text import parse_yaml
-from relora_mora.model.llama import build_model
+from relora_mora.model.causal import build_model
 from relora_mora.sizing.memory import state_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
@@ -38,13 +38,13 @@ def started(config) -> dict[str, Any]:
         return values
 
     with pytest.MonkeyPatch.context() as patch:
-        value, foreign = initial.initial_value, initial._foreign_weights
-        patch.setattr(initial, "initial_value", lambda lm, name, seed: drawn.append(name) or value(lm, name, seed))
+        draw, foreign = initial.initial_values, initial._foreign_weights
+        patch.setattr(initial, "initial_values", lambda lm, names, seed: drawn.extend(names) or draw(lm, names, seed))
         patch.setattr(
             initial, "_foreign_weights", lambda config, lm, shapes: read.extend(shapes) or foreign(config, lm, shapes)
         )
-        values = build.initial_values
-        patch.setattr(build, "initial_values", lambda *given: kept(values(*given)))
+        values = build.start_values
+        patch.setattr(build, "start_values", lambda *given: kept(values(*given)))
         rank = dist.get_rank()
         world_size = dist.get_world_size()
         begin = resume.where_to_resume(config)

@@ -29,7 +29,7 @@ def faulty(
     What is ``added`` to the loss changes no gradient. ``drop`` leaves batches out of the stream; ``stop_at``
     (rollbacks, step) cuts the run off as a kill would. Returns the error's text.
     """
-    from relora_mora.model.llama import LossModel
+    from relora_mora.model.causal import LossModel
     from relora_mora.train.loop.loop import Trainer
     from relora_mora.train.pretrain import pretrain
     from relora_mora.train.state.run_state import TrainingError

@@ -67,7 +67,7 @@ def test_resident_layers_equal_the_merged_form_bit_for_bit_after_a_resume(
 
 def seeds_of_forwards(config: Any) -> list[int]:
     """The seed that this rank draws with in each forward of training, in order."""
-    from relora_mora.model.llama import LossModel
+    from relora_mora.model.causal import LossModel
 
     seeds = []
     whole_forward = LossModel.forward

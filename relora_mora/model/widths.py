@@ -1,0 +1,24 @@
+"""Widths of attention, from a model's config."""
+
+from transformers import PreTrainedConfig
+
+
+def head_width(model_config: PreTrainedConfig) -> int:
+    """The number of features of an attention head."""
+    width: int = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+    return width
+
+
+def attention_widths(model_config: PreTrainedConfig) -> tuple[int, int]:
+    """The number of features of one token's queries, and of its keys; the values have as many as the keys."""
+    heads = model_config.num_attention_heads
+    shared_heads = getattr(model_config, "num_key_value_heads", None) or heads
+    return heads * head_width(model_config), shared_heads * head_width(model_config)
+
+
+def feed_forward_width(model_config: PreTrainedConfig) -> int:
+    """The number of features between the two products of a feed-forward layer; of the widest one, if they differ."""
+    width: int | list[int] | None = getattr(model_config, "intermediate_size", None)
+    if isinstance(width, int):
+        return width
+    return max(width) if width else 4 * model_config.hidden_size
