@@ -32,10 +32,12 @@ def inject(model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int 
     targets = [name for name, module in decoder_linears(model) if isinstance(module, nn.Linear)]
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in targets))
     chosen = kinds if method.target_modules is None else method.target_modules
+    if not kinds:
+        raise ValueError("method.name: the decoder layers have no linears that can have an adapter; use full")
     if unmatched := [kind for kind in chosen if kind not in kinds]:
         raise ValueError(
             f"method.target_modules: no linear of the decoder is named {', '.join(unmatched)}; it has "
-            f"{', '.join(kinds) or 'none that can have an adapter; use method.name=full'}"
+            f"{', '.join(kinds)}"
         )
     by_kind = {kind: [name for name in targets if name.rpartition(".")[2] == kind] for kind in chosen}
     targets = [name for name in targets if name.rpartition(".")[2] in by_kind]

@@ -15,6 +15,7 @@ ADAPTER_SETTINGS = (
     "method.form",
     "method.target_modules",
     "method.train_linears",
+    "method.train_experts",
     "method.base",
     "method.base_products",
     "method.dropout",

@@ -110,6 +110,9 @@ class MethodConfig(Strict):
         None,
         description="train the decoder's linears that have no adapter; null: if embeddings, norms or head train",
     )
+    train_experts: bool = Field(
+        False, description="train experts and routers of a mixture of experts, which have no adapters"
+    )
     train_embeddings: bool = Field(True, description="train the input embeddings")
     train_norms: bool = Field(True, description="train the norms, and the biases if the model has any")
     train_head: bool = Field(True, description="train the output head")

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from relora_mora.data.records.passages import special_tokens
 from relora_mora.data.sets.held_out import Answer
+from relora_mora.model.documents import SDPA_OR_DOCUMENTS
 from relora_mora.system.hardware import to_device
 
 
@@ -143,9 +144,10 @@ def greedy(
 
 @contextlib.contextmanager
 def _attention_with_a_mask(lm: PreTrainedModel) -> Iterator[None]:
-    """Switches to sdpa, since the trainer's own attention takes document boundaries and no padding mask."""
+    """Replaces the trainer's own attention, which takes document boundaries and no padding mask, by sdpa."""
     before = lm.config._attn_implementation
-    lm.config._attn_implementation = "sdpa"
+    if before == SDPA_OR_DOCUMENTS:
+        lm.config._attn_implementation = "sdpa"
     try:
         yield
     finally:

@@ -75,9 +75,9 @@ def multiplies(module: nn.Linear) -> bool:
     if type(module) is nn.Linear:
         return True
     small = copy.copy(module)
-    bias = None if module.bias is None else nn.Parameter(torch.rand(5))
-    small._parameters = {"weight": nn.Parameter(torch.rand(5, module.in_features)), "bias": bias}
-    x = torch.rand(1, 3, module.in_features)
+    bias = None if module.bias is None else nn.Parameter(torch.rand(5, device="cpu"))
+    small._parameters = {"weight": nn.Parameter(torch.rand(5, module.in_features, device="cpu")), "bias": bias}
+    x = torch.rand(1, 3, module.in_features, device="cpu")
     try:
         return torch.allclose(small(x), F.linear(x, small.weight, small.bias), rtol=1e-4)
     except Exception:  # a forward that needs more than an input

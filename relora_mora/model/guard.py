@@ -46,13 +46,16 @@ def examine(model_config: PreTrainedConfig, *, attention: str, documents: bool) 
     if model_config.model_type in ARCHITECTURES:
         return Findings(passes_boundaries=True)
     kind = model_config.model_type
-    plain = _twin(model_config, attention)
-    module = LossModel(copy.deepcopy(plain)).eval()
-    ids = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        labels = F.pad(ids[:, 1:], (0, 1), value=IGNORE)
-        theirs = float(plain(input_ids=ids, labels=ids, use_cache=False).loss)
-        ours = float(module(ids, labels))
+        try:
+            plain = _twin(model_config, attention)
+            module = LossModel(copy.deepcopy(plain)).eval()
+            ids = torch.randint(plain.config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+            theirs = float(plain(input_ids=ids, labels=ids, use_cache=False).loss)
+            ours = float(module(ids, F.pad(ids[:, 1:], (0, 1), value=IGNORE)))
+        except Exception as error:  # transformers raises nearly any kind
+            fault = f"model: transformers cannot run a small {kind}: {' '.join(str(error).split())[:300]}"
+            raise ConfigError([fault], "model.config") from error
         difference = abs(theirs - ours)
         faults = []
         if not difference <= TOLERANCE * max(1.0, abs(theirs)):

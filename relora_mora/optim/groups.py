@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from relora_mora.adapters.inject import decoder_linears
 from relora_mora.adapters.layers import ADAPTERS, adapter_layers, adapter_parameters
 from relora_mora.config.lengths import restart_warmup
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import MethodConfig
+from relora_mora.model.causal import decoder_layers
 from relora_mora.optim.own import own_rule
 from relora_mora.optim.rules import MatrixRule, MatrixState
 from relora_mora.schedule import Schedule
@@ -72,10 +74,13 @@ def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
     adapters = adapter_parameters(model)
     under_adapters = {f"{name}.weight" for name, _ in adapter_layers(model)}
     head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    experts = expert_parameters(model) if method.uses_adapters else set()
     tied = id(model.get_input_embeddings().weight) in head
     for name, parameter in model.named_parameters():
         if id(parameter) in head and not tied:
             train = method.train_head
+        elif name in experts:
+            train = method.train_experts
         else:
             train = {
                 "adapters": True,
@@ -84,6 +89,17 @@ def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
                 "norms": method.train_norms,
             }[group_of(name, parameter.shape, adapters)]
         parameter.requires_grad_(train)
+
+
+def expert_parameters(model: nn.Module) -> set[str]:
+    """The names of experts, routers and other parameters of decoder layers that are more than vectors of no linear."""
+    linears = {f"{name}.weight" for name, _ in decoder_linears(model)} | adapter_parameters(model)
+    inside = (
+        (f"{layer_name}.{name}", parameter)
+        for layer_name, layer in decoder_layers(model)
+        for name, parameter in layer.named_parameters()
+    )
+    return {name for name, parameter in inside if parameter.dim() > 1 and name not in linears}
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGroup]:

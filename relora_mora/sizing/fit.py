@@ -9,7 +9,7 @@ from relora_mora.adapters.layers import AdapterLinear, adapter_layers
 from relora_mora.adapters.mora import layer_square_size
 from relora_mora.adapters.stored import PLAIN
 from relora_mora.config.load import ConfigError
-from relora_mora.config.schema import MethodConfig
+from relora_mora.config.schema import Config, MethodConfig
 from relora_mora.model.causal import empty_model
 from relora_mora.sizing.memory import peak_memory, state_memory
 from relora_mora.sizing.setup import Setup
@@ -82,7 +82,9 @@ def check_memory(model_config: PreTrainedConfig, setup: Setup, available: float,
     The state consists of weights, masters, optimizer state, and the rank's part of the float32 base. If the rank uses
     a GPU, the base has to fit into the ``on_host`` bytes of host memory instead.
     """
-    state = state_memory(meta_model(model_config, setup.config.method), setup)
+    model = meta_model(model_config, setup.config.method)
+    _check_matrices(model, setup.config)
+    state = state_memory(model, setup)
     needed = state.weights + state.masters + state.optimizer + (0 if setup.on_gpu else state.host_base)
     stage = setup.stage
     world_size = setup.world_size
@@ -96,6 +98,19 @@ def check_memory(model_config: PreTrainedConfig, setup: Setup, available: float,
                 f"model: {part} need {size / 2**30:,.1f} GiB on each of {counted(world_size, 'rank')}, "
                 f"and each has {limit / 2**30:,.1f}; take a smaller model, or more devices or hosts{remedy}: "
                 "relora-mora plan says what a run needs"
+            )
+            raise ConfigError([fault], "the settings")
+
+
+def _check_matrices(model: PreTrainedModel, config: Config) -> None:
+    """Raises :class:`ConfigError` if a rule for matrices would step a parameter with more dimensions."""
+    if config.optim.of_group("linears").rule is None:
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dim() > 2:
+            fault = (
+                f"optim.matrices: {config.optim.matrices} steps matrices, and {name} has {parameter.dim()} dimensions; "
+                "use adamw, or a method with adapters and method.train_experts=false"
             )
             raise ConfigError([fault], "the settings")
 

@@ -21,7 +21,10 @@ from relora_mora.config.schema import SETTINGS, Config
 from relora_mora.config.types import Fault
 from relora_mora.system.logs import counted
 
-BESIDE_ADAPTERS = ("method.train_linears", "method.train_embeddings", "method.train_norms", "method.train_head")
+BESIDE_ADAPTERS = (
+    *("method.train_linears", "method.train_experts"),
+    *("method.train_embeddings", "method.train_norms", "method.train_head"),
+)
 SIZE_SETTINGS = ("method.rank", "method.rank_pattern", "method.square_rounding", "method.square_multiple")
 
 # how a run is executed and watched; its result does not depend on these settings

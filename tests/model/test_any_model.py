@@ -1,0 +1,156 @@
+"""Models of families that the package does not know: each is asked for what it is, and compared with transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from relora_mora.adapters.inject import decoder_linears
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import MethodConfig
+from relora_mora.data.stream.packing import document_boundaries
+from relora_mora.model import documents
+from relora_mora.model.causal import LossModel, build_model, empty_model, initial_values
+from relora_mora.model.config import parse_model_config
+from relora_mora.model.config_keys import architecture_for
+from relora_mora.model.guard import examine
+from relora_mora.optim.groups import count_parameters
+from relora_mora.sizing.fit import check_adapters
+from relora_mora.sizing.work import meta_model
+from tests.tools.any_model import FAMILIES, FURTHER_FAMILIES, any_config
+
+ALL = [*FAMILIES, *(pytest.param(kind, marks=pytest.mark.more) for kind in FURTHER_FAMILIES)]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_loss_and_documents_are_those_of_transformers(kind: str) -> None:
+    """Sequences are longer than the windows of attention, and a document in a sequence computes what it does alone."""
+    linears = (FAMILIES | FURTHER_FAMILIES)[kind]
+    config = any_config(kind)
+    findings = examine(config, attention="auto", documents=True)
+    assert findings.difference is not None
+    assert findings.difference < 1e-5
+    lm = empty_model(config)
+    names = [name for name, _ in decoder_linears(lm)]
+    assert len({name.rpartition(".")[2] for name in names}) == linears
+    method = MethodConfig(name="remora", rank=2)
+    check_adapters(config, method)
+    counts = count_parameters(meta_model(config, method))
+    assert 0 < counts.adapters < counts.total == sum(parameter.numel() for parameter in lm.parameters())
+    values = initial_values(lm, [name for name, _ in lm.named_parameters()], seed=0)
+    assert [name for name, value in values.items() if not value.isfinite().all()] == []
+
+
+@pytest.mark.parametrize("kind", ["mamba", "jamba"])
+def test_a_model_whose_documents_leak_trains_only_without_a_mask(kind: str) -> None:
+    config = any_config(kind)
+    with pytest.raises(ConfigError, match=r"data.document_mask: in a .* documents change each other"):
+        examine(config, attention="auto", documents=True)
+    assert examine(config, attention="auto", documents=False).difference is not None
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "apertus", "gpt_oss", "gpt2", "phi"])
+def test_initial_values_have_the_distributions_of_transformers(kind: str) -> None:
+    config = any_config(kind, wide=True)
+    values = initial_values(empty_model(config), [name for name, _ in empty_model(config).named_parameters()], seed=1)
+    theirs = AutoModelForCausalLM.from_config(config).float()
+    wrong = []
+    for name, parameter in theirs.state_dict().items():
+        if name not in values:
+            continue  # a buffer, or the other name of a tied weight
+        ours = values[name]
+        spread = float(parameter.std(correction=0))
+        if spread < 1e-7:
+            same = torch.allclose(ours, parameter)
+        elif parameter.numel() < 200:  # too few numbers to compare their spread
+            same = float(ours.abs().max()) < 10 * spread
+        else:
+            same = abs(float(ours.std()) / spread - 1) < 0.2 and abs(float(ours.mean() - parameter.mean())) < spread
+        if not same:
+            wrong.append(name)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "gpt2", "mixtral"])
+def test_each_rank_draws_its_own_parameters_alike(kind: str) -> None:
+    lm = empty_model(any_config(kind))
+    names = [name for name, _ in lm.named_parameters()]
+    whole = initial_values(lm, names, seed=3)
+    parts = initial_values(lm, names[1::2], seed=3) | initial_values(lm, names[::2], seed=3)
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    other = initial_values(lm, names, seed=4)
+    assert any(not torch.equal(other[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("kind", ["cohere", "gemma2", "opt"])
+def test_gradients_are_those_of_transformers(kind: str) -> None:
+    """A scaled head is fused with the loss, a capped one works in chunks, and a head inside needs all its logits."""
+    config = any_config(kind)
+    ids = torch.randint(config.vocab_size, (2, 24))
+    gradients: list[dict[str, Tensor]] = []
+    for ours in (False, True):
+        lm = build_model(config, seed=2).eval()
+        if ours:
+            loss = LossModel(lm)(ids, torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100))
+        else:
+            loss = lm(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        gradients.append({name: p.grad for name, p in lm.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_step_never_reads_positions_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reads(*_: Any) -> None:
+        raise AssertionError("transformers read the positions, which waits for a device")
+
+    monkeypatch.setattr(documents, "_find", reads)
+    module = LossModel(build_model(any_config("olmo2"), seed=0))
+    ids = torch.randint(64, (2, 24))
+    module(ids, ids, document_boundaries(torch.arange(24).expand(2, 24) // 9))
+    module(ids, ids)
+
+
+def test_experts_and_routers_train_only_if_asked() -> None:
+    config = any_config("mixtral")
+    trained = {}
+    for given in (False, True):
+        model = meta_model(config, MethodConfig(name="remora", rank=2, train_experts=given))
+        trained[given] = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    experts = trained[True] - trained[False]
+    assert {name.split(".")[3] for name in experts} == {"mlp"}
+    assert len(experts) == 3 * config.num_hidden_layers  # two kinds of experts and a router
+    whole = meta_model(config, MethodConfig(name="full"))
+    assert all(parameter.requires_grad for parameter in whole.parameters())
+
+
+def test_models_that_cannot_be_trained_are_refused_by_name() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"model_type": "gema2"}, "did you mean gemma2"),
+        ({"model_type": "bert-like"}, "expected a causal language model"),
+        ({"model_type": "olmo2", "hiden_size": 64}, "did you mean hidden_size"),
+        ({"model_type": "olmo2", "hidden_size": "wide"}, "hidden_size is 'wide'"),
+        ({"model_type": "mixtral", "output_router_logits": True}, "another loss"),
+        ({"model_type": "gemma3"}, "type of its text part"),
+        ({"model_type": "olmo2", "quantization_config": {"bits": 4}}, "quantized"),
+    ]
+    for values, words in cases:
+        with pytest.raises(ConfigError, match=words):
+            parse_model_config(values, "x.json")
+    with pytest.raises(ConfigError, match="no linears"):
+        check_adapters(any_config("gpt2"), MethodConfig(name="remora", rank=2))
+
+
+def _text_of(config: PreTrainedConfig) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key in architecture_for(config.model_type).keys}
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "falcon"])
+def test_a_config_that_was_written_can_be_read_again(kind: str) -> None:
+    config = any_config(kind)
+    again = parse_model_config(_text_of(config), "x.json")
+    assert again.to_dict() == config.to_dict()
