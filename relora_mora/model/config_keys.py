@@ -121,7 +121,8 @@ ARCHITECTURES = {
     ),
     "qwen3": Architecture("Qwen3", {**KEYS, "mlp_bias": _NO_BIAS, **_WINDOWS}, transformers.Qwen3Config),
 }
-_IN_ANY = {key: rule for key, rule in KEYS.items() if rule == NOTHING or isinstance(rule, Only)}
+_REFUSED = ("quantization_config", "auto_map", "attn_implementation", "_attn_implementation", "is_encoder_decoder")
+_IN_ANY = {key: rule for key, rule in KEYS.items() if rule == NOTHING or key in _REFUSED}
 
 
 @functools.cache
@@ -139,7 +140,7 @@ def architecture_for(kind: str) -> Architecture | None:
         **dict.fromkeys(config_class.attribute_map, ALIAS),
         **dict.fromkeys(("rope_scaling", "rope_theta") if "rope_parameters" in own else (), ALIAS),
         **dict.fromkeys((*_TOKENS, "eos_token_id"), EXPORT),
-        **{key: KEYS[key] for key in ("quantization_config", "auto_map", "attn_implementation", "is_encoder_decoder")},
+        **{key: KEYS[key] for key in _REFUSED},
         **dict.fromkeys({"output_router_logits"} & own, Only(False, "it would add another loss")),
         **dict.fromkeys({"use_cache", "return_dict", "transformers_version", "model_type"}, NOTHING),
     }

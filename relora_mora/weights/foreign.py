@@ -116,8 +116,10 @@ def check_headers(path: Path) -> None:
                 found |= {bare(name): tuple(tensors.get_slice(name).get_shape()) for name in names}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
+    if not found:
+        return
     model_config = foreign_config(path)
-    if not found or model_config.model_type not in ARCHITECTURES:  # transformers may read files of other names
+    if model_config.model_type not in ARCHITECTURES:  # transformers may read files of other names
         return
     parameters = empty_model(model_config).named_parameters()
     expected = {bare(name): (name, tuple(parameter.shape)) for name, parameter in parameters}

@@ -96,7 +96,6 @@ HOSTILE: list[tuple[str, Callable[[dict], Any], str]] = [
     ),
     ("full rank", lambda values: values["config"].update(method={"full_steps": 3}), "0.2 has (method.full_steps)"),
     ("SLTrain", lambda values: values["config"].update(method={"name": "sltrain"}), "0.2 has (method.name)"),
-    ("matrices of Muon", lambda values: values["config"]["optim"].update(matrices="muon"), "is not a float32 piece"),
     ("a matrix's state", lambda values: values.update(matrix_states={"a": {"updates": []}}), "(of 1) of updates of a"),
     ("shape of a state", lambda values: values.update(matrix_states={"a": {"x": [-1]}}), "matrix_states.a.x.0"),
     ("unknown field", lambda values: values.update(trust_me=1), "trust_me"),

@@ -55,9 +55,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
         for reset in ("magnitude", "random", "carry")
         for matrices in ("adamw8bit", "rule.py:Rule")
     ),
-    ("method.target_modules", {"method.target_modules": ["q_proj", "qq_proj"]}),
     ("method.target_modules", {"method.target_modules": ["q_proj", "q_proj"]}),
-    ("method.rank_pattern", {"method.rank_pattern": {"down": 4}}),
     ("method.rank_pattern", {"method.rank_pattern": {"up_proj": 4}, "method.square_size": 8}),
     ("method.form", {"method.form": "resident", "train.zero_stage": 3}),
     ("model.adapter", {"model.adapter": "a"}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import AddedToken
+from transformers import AddedToken, AutoModelForCausalLM
 
 from relora_mora.data.records.passages import special_tokens
 from relora_mora.data.rows import Encoded
@@ -36,7 +36,9 @@ CPU = torch.device("cpu")
 def lm(request):
     torch.manual_seed(3)
     kind = ARCHITECTURES[request.param]
-    return kind.model_class(kind.config_class(**LLAMA, initializer_range=0.4, **KINDS[request.param])).eval()
+    return AutoModelForCausalLM.from_config(
+        kind.config_class(**LLAMA, initializer_range=0.4, **KINDS[request.param])
+    ).eval()
 
 
 def prompts() -> list[torch.Tensor]:
@@ -64,7 +66,7 @@ def test_rows_that_fit_never_go_beyond_the_positions_of_the_model():
         initializer_range=0.4,
         rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0},
     )
-    lm = ARCHITECTURES["llama"].model_class(config).eval()
+    lm = AutoModelForCausalLM.from_config(config).eval()
     before = lm.model.rotary_emb.inv_freq.clone()
     wanted = [7, 7, 3, 7]
     found = greedy(lm, prompts(), 7, CPU, wanted)

@@ -141,8 +141,13 @@ def test_models_that_cannot_be_trained_are_refused_by_name() -> None:
     for values, words in cases:
         with pytest.raises(ConfigError, match=words):
             parse_model_config(values, "x.json")
-    with pytest.raises(ConfigError, match="no linears"):
-        check_adapters(any_config("gpt2"), MethodConfig(name="remora", rank=2))
+    for kind, settings, words in (
+        ("gpt2", {}, "no linears"),
+        ("olmo2", {"target_modules": ["q_proj", "qq_proj"]}, "method.target_modules: qq_proj"),
+        ("olmo2", {"rank_pattern": {"down": 4}}, "method.rank_pattern: down"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_adapters(any_config(kind), MethodConfig(name="remora", rank=2, **settings))
 
 
 def _text_of(config: PreTrainedConfig) -> dict[str, Any]:

@@ -42,7 +42,9 @@ def save(folder: Path, kind: str = "llama", **changes: Any) -> Path:
     """A model with its tokenizer in one folder."""
     torch.manual_seed(5)
     architecture = ARCHITECTURES[kind]
-    model = architecture.model_class(architecture.config_class(**(LLAMA | {"initializer_range": 0.1} | changes)))
+    model = AutoModelForCausalLM.from_config(
+        architecture.config_class(**(LLAMA | {"initializer_range": 0.1} | changes))
+    )
     model.save_pretrained(folder)
     save_bytes_tokenizer(folder)
     return folder
@@ -82,7 +84,7 @@ def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs
 
     out = tmp_path / "out"
     export(never, out)
-    assert type(AutoModelForCausalLM.from_pretrained(out)) is ARCHITECTURES[kind].model_class
+    assert AutoModelForCausalLM.from_pretrained(out).config.model_type == kind
     assert AutoTokenizer.from_pretrained(out)("a b").input_ids == AutoTokenizer.from_pretrained(folder)("a b").input_ids
     assert not torch.allclose(logits(out), logits(folder), atol=1e-3)
     last = logged_values(never, "eval/loss")[-1]

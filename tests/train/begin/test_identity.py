@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from relora_mora.config.schema import DECODER_LINEARS
 from relora_mora.model.config import plain_model_config
 from relora_mora.train.begin.identity import Identity, changed_settings, changes_since, describe_differences
 from tests.tools.tiny import tiny_config, tiny_llama
@@ -114,8 +115,9 @@ def test_sources_with_other_names_are_other_data_for_any_weights():
 
 
 def test_the_order_of_projections_has_no_effect():
-    names = identity().config["method"]["target_modules"]
-    assert list(changes_since(identity(), with_setting("method", "target_modules", names[::-1]), set())) == []
+    names = list(DECODER_LINEARS)
+    for same in (None, names, names[::-1]):
+        assert list(changes_since(identity(), with_setting("method", "target_modules", same), set())) == []
     [change] = changes_since(identity(), with_setting("method", "target_modules", names[1:]), set())
     assert change.text.startswith("method.target_modules: ")
 
