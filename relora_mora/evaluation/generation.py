@@ -1,6 +1,7 @@
 """Greedy generation with a causal language model, and a comparison with the answers of held-out records."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import astuple, dataclass
 
@@ -130,11 +131,14 @@ def greedy(
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     last = positions[:, -1:] + lengths[:, None] - 1
     cache = DynamicCache(config=lm.config)
+    takes = inspect.signature(lm.forward).parameters
+    name = "cache" if "cache" in takes else "past_key_values"  # newer and older versions of transformers
     generated = []
     with _attention_with_a_mask(lm), torch.compiler.set_stance("force_eager"):  # each length would compile again
         for _ in range(new_tokens):
-            # positional arguments: the cache parameter has another name in newer versions of transformers
-            logits = lm(ids, mask, positions, cache, use_cache=True, logits_to_keep=1).logits
+            given = {"position_ids": positions, "logits_to_keep": 1}
+            given = {key: value for key, value in given.items() if key in takes}  # ALiBi finds positions in the mask
+            logits = lm(input_ids=ids, attention_mask=mask, use_cache=True, **given, **{name: cache}).logits
             ids = logits[:, -1].argmax(-1, keepdim=True)
             generated.append(ids)
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)

@@ -1,8 +1,8 @@
 """Every key that a config.json may have, its effect here, and in the LLaMA family the range of its numbers.
 
-``KEYS`` is for a LLaMA, ``ARCHITECTURES`` has the keys of its family, and :func:`architecture_for` asks transformers for
-those of any other causal language model. Transformers checks types. A value is either honored or refused: values that
-would be ignored or do harm are refused.
+``KEYS`` is for a LLaMA, ``ARCHITECTURES`` has the keys of its family, and :func:`architecture_for` asks transformers
+for those of any other causal language model. Transformers checks types. A value is either honored or refused: values
+that would be ignored or do harm are refused.
 """
 
 import functools

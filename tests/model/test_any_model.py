@@ -13,6 +13,7 @@ from relora_mora.adapters.inject import decoder_linears
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import MethodConfig
 from relora_mora.data.stream.packing import document_boundaries
+from relora_mora.evaluation.generation import greedy
 from relora_mora.model import documents
 from relora_mora.model.causal import LossModel, build_model, empty_model, initial_values
 from relora_mora.model.config import parse_model_config
@@ -22,8 +23,9 @@ from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.fit import check_adapters
 from relora_mora.sizing.work import meta_model
 from tests.tools.any_model import FAMILIES, FURTHER_FAMILIES, any_config
+from tests.tools.grids import rest
 
-ALL = [*FAMILIES, *(pytest.param(kind, marks=pytest.mark.more) for kind in FURTHER_FAMILIES)]
+ALL = [*FAMILIES, *rest(*((kind,) for kind in FURTHER_FAMILIES))]
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -113,6 +115,21 @@ def test_a_step_never_reads_positions_back(monkeypatch: pytest.MonkeyPatch) -> N
     ids = torch.randint(64, (2, 24))
     module(ids, ids, document_boundaries(torch.arange(24).expand(2, 24) // 9))
     module(ids, ids)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", *rest(("opt",), ("gptj",), ("bloom",))])
+def test_a_batch_generates_what_transformers_does_for_each(kind: str) -> None:
+    lm = build_model(any_config(kind), seed=3).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in lm.parameters():  # larger than initial values, so that tokens differ
+            parameter.mul_(8 if parameter.dim() > 1 else 1)
+    prompts = [torch.randint(3, 300, (length,), generator=generator) for length in (5, 1, 9)]
+    plain = [lm.generate(prompt[None], max_new_tokens=7, do_sample=False, pad_token_id=0)[0, -7:] for prompt in prompts]
+    expected = torch.stack(plain)
+    assert len(expected.unique()) > 2
+    assert torch.equal(greedy(lm, prompts, 7, torch.device("cpu")), expected)
+    assert torch.equal(greedy(LossModel(lm).lm, prompts, 7, torch.device("cpu")), expected)
 
 
 def test_experts_and_routers_train_only_if_asked() -> None:
