@@ -73,14 +73,21 @@ def _serve(logdir: str, host: str, port: int) -> None:
 
 
 def with_curves(app: WSGIApplication) -> WSGIApplication:
-    """TensorBoard with pinned curves on its first page, and no smoothing, which would hide a merge's effect."""
+    """TensorBoard with pinned curves on its first page.
+
+    Smoothing would hide a merge's effect, and the scaling without outliers hides the best of a few evaluations.
+    """
     pinned = json.dumps([{"plugin": "scalars", "tag": tag} for tag in PINNED], separators=(",", ":"))
+    page = (
+        "<!doctype html><script>localStorage._tb_global_settings ??= '{\"ignoreOutliers\": false}'\n"
+        f"location.replace('/?pinnedCards={quote(pinned)}&smoothing=0#timeseries')</script>"
+    )
 
     def answer(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         if environ["PATH_INFO"] != "/" or environ["QUERY_STRING"]:
             return app(environ, start_response)
-        start_response("302 Found", [("Location", f"/?pinnedCards={quote(pinned)}&smoothing=0#timeseries")])
-        return []
+        start_response("200 OK", [("Content-Type", "text/html")])
+        return [page.encode()]
 
     return answer
 
