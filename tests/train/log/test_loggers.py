@@ -133,7 +133,7 @@ def test_the_settings_choose_the_loggers(tmp_path: Path) -> None:
 def test_without_the_package_a_run_does_not_begin(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     check_loggers(LogConfig())
-    with pytest.raises(ConfigError, match="pip install wandb"):
+    with pytest.raises(ConfigError, match=r"pip install .relora_mora\[wandb\]"):
         check_loggers(LogConfig(wandb="small"))
 
 
