@@ -83,9 +83,13 @@ def test_words_of_inline_code_stay_whole_and_tables_of_studies_are_not_searched(
     block = "<pre><code>x-y\n</code></pre>"
     words = [f'<span class="word">{word}</span>' for word in ("--a.b=[1,", "2]")]
     assert hooks.on_page_content(f"<code>--a.b=[1, 2]</code>{block}") == f"<code>{' '.join(words)}</code>{block}"
-    page = SimpleNamespace(file=SimpleNamespace(src_uri="docs/studies/it/compare.md"), meta={})
-    text = hooks.on_page_markdown("| a |\n", page, SimpleNamespace(repo_url=""), mock.Mock())
-    assert page.meta["search"] == {"exclude": True}
+    for uri, start, searched in (
+        ("docs/trouble.md", "# A page\n", {"boost": 3}),
+        ("docs/studies/it/compare.md", "| a |\n", {"exclude": True}),
+    ):
+        page = SimpleNamespace(file=SimpleNamespace(src_uri=uri), meta={})
+        text = hooks.on_page_markdown(start, page, SimpleNamespace(repo_url=""), mock.Mock())
+        assert page.meta["search"] == searched
     assert text.startswith("# it\n\nAll columns")
 
 
