@@ -19,6 +19,7 @@ from relora_mora.config.load import ConfigError
 from relora_mora.distributed.collectives import same_on_all_ranks
 from relora_mora.tokenizer.files import TokenizerError
 from tests.tools.commands import PRETRAIN, call, refused
+from tests.tools.each import each
 
 
 class Called:
@@ -54,18 +55,15 @@ class Called:
         return int(stop.value.code or 0)
 
 
-@pytest.fixture
-def called() -> Called:
-    return Called()
-
-
-def test_text_arrives_as_typed(called: Called) -> None:
+def test_text_arrives_as_typed() -> None:
+    called = Called()
     assert called.pretrain(["1e5", "--optim.lr=4e-4", "--a.a=a,b", "--a.b", "x y", "--c.d=-1", "--e.f=a=b"]) == 75
     overrides = {"optim.lr": "4e-4", "a.a": "a,b", "a.b": "x y", "c.d": "-1", "e.f": "a=b"}
     assert called.calls == [("1e5", None, 0.5, False, overrides)]
 
 
-def test_annotated_parameters_are_parsed_and_checked(called: Called, capsys: pytest.CaptureFixture[str]) -> None:
+def test_annotated_parameters_are_parsed_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    called = Called()
     assert called.pretrain(["c", "--steps=12", "--rate=1", "--fast"]) == 75
     assert called.calls == [("c", 12, 1.0, True, {})]
     assert called.pretrain(["c", "--steps=null", "--rate=1e-3", "--fast=false"]) == 75
@@ -76,16 +74,17 @@ def test_annotated_parameters_are_parsed_and_checked(called: Called, capsys: pyt
     assert all(part in message for part in ("--steps: got '1.5', expected int", "--rate: got 'x'", "--fast: got '7'"))
 
 
-@pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local-rank=1"]])
-@pytest.mark.parametrize("first", [True, False])
-def test_the_launchers_local_rank_is_dropped(called: Called, flag: list[str], first: bool) -> None:
+@each("flag", [["--local_rank=1"], ["--local-rank=1"]])
+@each("first", [True, False])
+def test_the_launchers_local_rank_is_dropped(flag: list[str], first: bool) -> None:
+    called = Called()
     argv = [*flag, "c", "--a.b=1"] if first else ["c", "--a.b=1", *flag]
     assert called.pretrain(argv) == 75
     assert called.calls == [("c", None, 0.5, False, {"a.b": "1"})]
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
+@each(
+    "argv,message",
     [
         (["p", "stray", "--data=d"], "stray"),  # never taken for the value of a flag
         (["p", "--data=d", "--dota=d"], "--dota"),
@@ -103,9 +102,8 @@ def test_the_launchers_local_rank_is_dropped(called: Called, flag: list[str], fi
         (["p"], "data"),
     ],
 )
-def test_nothing_starts_with_bad_arguments(
-    called: Called, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
-) -> None:
+def test_nothing_starts_with_bad_arguments(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+    called = Called()
     assert called.evaluate(argv) == 2
     error = capsys.readouterr().err
     assert called.calls == []
@@ -113,7 +111,8 @@ def test_nothing_starts_with_bad_arguments(
     assert "Traceback" not in error
 
 
-def test_help_shows_the_arguments_and_starts_nothing(called: Called, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_the_arguments_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    called = Called()
     for argv in (["--help"], ["c", "-h"]):
         assert called.pretrain(argv) == 0
         shown = capsys.readouterr().out
@@ -132,7 +131,7 @@ def _fail_with(error: Exception) -> int:
     return int(stop.value.code or 0)
 
 
-@pytest.mark.parametrize(
+@each(
     "error",
     [
         TokenizerError("given, expected, remedy"),
@@ -217,8 +216,8 @@ def test_a_fault_of_every_rank_is_reported_once(
     assert capsys.readouterr().err == "[rank 3] 1 fault in c:\n  - no such file on this host\n"
 
 
-@pytest.mark.parametrize(
-    ("words", "streams", "code"),
+@each(
+    "words,streams,code",
     [("1e5", ">&-", 0), ("", ">&- 2>&-", 2), ("", "2>/dev/full", 2), ("1e5", "2>&-", 0)],
 )
 def test_streams_that_cannot_be_written_do_not_change_the_exit_code(
@@ -234,8 +233,8 @@ def test_streams_that_cannot_be_written_do_not_change_the_exit_code(
     assert subprocess.run(["sh", "-c", shell], capture_output=True, check=False).returncode == code
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
+@each(
+    "given,message",
     [
         ({"RANK": "x"}, "RANK=x in the environment: expected a number of 0 or more"),
         ({"RANK": ""}, "RANK= in the environment"),

@@ -14,6 +14,7 @@ from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.load import FINETUNING, ConfigError, dump, load_config, stored_config, validate
 from relora_mora.config.yaml_text import parse_yaml
 from tests.tools.config_tools import SETTINGS, changed_tree, faults_of, tree
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 from tests.tools.settings_page import settings_page
 
@@ -87,8 +88,8 @@ def test_a_whole_number_with_an_exponent_is_refused_with_the_right_form() -> Non
     assert fault.startswith("train.steps: got 100.0; write 100 (")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "steps", "epochs", "warmup"),
+@each(
+    "overrides,steps,epochs,warmup",
     [
         ({}, 10_000, 3, 1000),  # as long as the text has not been counted
         ({"train.epochs": "2"}, 10_000, 2, 1000),
@@ -141,7 +142,7 @@ def test_paths_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (config.train.resume, config.model.init_from) == ("/home/me/other", "/home/me/m")
 
 
-@pytest.mark.parametrize("name", ["train.tokens", "train.epochs", "optim.warmup_fraction"])
+@each("name", ["train.tokens", "train.epochs", "optim.warmup_fraction"])
 def test_a_null_override_does_not_remove_other_settings_of_the_file(name: str) -> None:
     given, changed = (load_config(ROOT / "configs/run/tiny_remora.yaml", flags) for flags in ({}, {name: "null"}))
     assert changed == given
@@ -227,7 +228,7 @@ WRONG: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+@each("name,value", [(name, value) for name, values in WRONG.items() for value in values])
 def test_values_out_of_range(name: str, value: Any) -> None:
     found = faults_of(changed_tree({name: value}))
     assert [fault for fault in found if fault.startswith(name)], found

@@ -10,6 +10,7 @@ import pytest
 from relora_mora.evaluation.local_tasks import LOCAL_TASKS, HarnessError, local_rows, local_task
 from tests.evaluation.tools import ROWS
 from tests.tools.data_tools import write_json_lines
+from tests.tools.each import each
 
 
 def test_every_task_describes_its_data():
@@ -21,7 +22,7 @@ def pairs(value: Any) -> Any:
     return [list(pair) for pair in value.items()] if isinstance(value, dict) else value
 
 
-@pytest.mark.parametrize("name", LOCAL_TASKS)
+@each("name", LOCAL_TASKS)
 def test_a_task_file_has_the_rows_of_a_file_or_of_a_folder(data, name):
     file = data / f"{name.removeprefix('local_')}.jsonl"
     expected = [{key: pairs(value) for key, value in row.items()} for row in ROWS[name]]
@@ -29,8 +30,8 @@ def test_a_task_file_has_the_rows_of_a_file_or_of_a_folder(data, name):
         assert local_task(name, str(given), len)["custom_dataset"]()["test"].to_list() == expected
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
+@each(
+    "content,message",
     [
         (None, "local_uuid: .*uuid.jsonl cannot be read"),
         ("", "has no rows"),
@@ -46,8 +47,8 @@ def test_unsuitable_data_is_named(tmp_path, content, message):
         local_task("local_uuid", str(tmp_path), len)
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "most"),
+@each(
+    "name,row,most",
     [
         ("local_uuid", {"prompt": "a", "completion": "b" * 64}, 64),
         ("local_uuid", {"prompt": "a", "completion": "b" * 65}, 65),
@@ -61,9 +62,7 @@ def test_an_answer_may_be_as_long_as_the_longest_of_the_rows(tmp_path, name, row
     assert task["generation_kwargs"]["max_gen_toks"] == most
 
 
-@pytest.mark.parametrize(
-    ("positions", "limit", "most"), [(1000, None, 300), (400, None, 200), (100, None, 64), (400, 1, 64)]
-)
+@each("positions,limit,most", [(1000, None, 300), (400, None, 200), (100, None, 64), (400, 1, 64)])
 def test_long_answers_leave_half_of_the_positions_to_prompts(tmp_path, caplog, positions, limit, most):
     rows = [{"prompt": "a", "completion": "b" * length} for length in (10, 300)]
     write_json_lines(tmp_path / "uuid.jsonl", rows)
@@ -88,8 +87,8 @@ def test_only_a_line_feed_ends_a_row(tmp_path):
     assert local_rows("local_uuid", str(tmp_path)) == rows
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
+@each(
+    "name,change,message",
     [
         ("local_uuid", {"completion": 3}, "completion is 3, expected: text"),
         ("local_uuid", {"completion": "a\nb"}, r'completion is "a\\nb", expected: text of one line'),

@@ -26,6 +26,7 @@ from tests.tools.commands import (
     refused,
     run_main,
 )
+from tests.tools.each import each
 from tests.tools.helpers import ROOT, RUBBISH
 from tests.tools.runs import write_inputs
 
@@ -55,8 +56,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> Pat
     return folder
 
 
-@pytest.mark.parametrize(
-    ("script", "argv", "message"),
+@each(
+    "script,argv,message",
     [
         (EVALUATE, [], "model"),
         (EVALUATE, ["model", "--data={c4: a, books: [}"], "--data: not YAML: "),
@@ -91,8 +92,8 @@ def test_arguments(script: str, argv: list[str], message: str) -> None:
     refused(call(script, *argv), "1 fault in the command line", message)
 
 
-@pytest.mark.parametrize(
-    ("script", "argv", "message"),
+@each(
+    "script,argv,message",
     [
         (EVALUATE, ["m", "--data=d", "--data.sequence_length=1"], "data.sequence_length: got 1; input should be"),
         (EVALUATE, ["m", "--data=d", "--max_tokens=0"], "--max_tokens: got 0, expected at least 1"),
@@ -131,8 +132,8 @@ def test_numbers_and_choices_out_of_range(script: str, argv: list[str], message:
     refused(call(script, *argv), message)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
+@each(
+    "name,message",
     [
         ("nowhere.yaml", "cannot read it (No such file or directory)"),
         ("folder", "cannot read it (Is a directory)"),
@@ -159,7 +160,7 @@ def test_in_another_folder_the_message_names_the_base_of_relative_paths(
     assert "relative" not in absolute.err
 
 
-@pytest.mark.parametrize("script", ["launch/pretrain.py", "tokenizer/train.py"])
+@each("script", ["launch/pretrain.py", "tokenizer/train.py"])
 def test_outside_the_environment_a_script_reports_it(script: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(  # -S: without site-packages
@@ -183,8 +184,8 @@ def test_a_missing_package_is_not_a_traceback() -> None:
     refused(run_main(main), "No module named 'a_package_that_nobody_has'", sys.executable, "make env")
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
+@each(
+    "setting,message",
     [
         ("train.stepss=3", "train.stepss: unknown; did you mean steps?"),
         ("train.steps=0", "train.steps: got 0; input should be greater than or equal to 1"),
@@ -211,8 +212,8 @@ def test_settings_of_a_plan(inputs: Path, setting: str, message: str) -> None:
     refused(call(PLAN, inputs / "run.yaml", "--" + setting.format(inputs)), message)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
+@each(
+    "name,message",
     [
         ("nowhere.json", "no file matches"),
         ("folder", "holds no text files; check its content, or give its files by path"),
@@ -236,8 +237,8 @@ def test_sources_without_text(inputs: Path, tmp_path: Path, name: str, message: 
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
+@each(
+    "name,message",
     [
         ("nowhere", "not found"),
         ("folder", "this folder has no tokenizer"),
@@ -265,8 +266,8 @@ def test_tokenizer_files_that_are_rubbish(inputs: Path, tmp_path: Path, tokenize
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(
-    ("script", "name"),
+@each(
+    "script,name",
     [
         (PLAN, "run.yaml"),
         (PLAN, "model.json"),
@@ -298,8 +299,8 @@ def test_files_that_may_not_be_read(inputs: Path, tmp_path: Path, tokenizer_path
 # ---- the trainer's settings, before training -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
+@each(
+    "setting,message",
     [
         ("model.config={}/nowhere", "No such file or directory"),
         ("model.config={}/rubbish", "not JSON"),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
-from launch.benchmark.__main__ import KINDS, main
+from launch.benchmark.__main__ import main
 from launch.benchmark.turns import medians, relative_spread, take_turns
-from tests.tools.helpers import ROOT
+from tests.tools.each import each
 
 pytestmark = pytest.mark.more
 
@@ -20,16 +17,7 @@ def exit_code(*argv: str) -> int:
     return int(stop.value.code or 0)
 
 
-def test_help_lists_the_kinds_and_says_how_to_start_several_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code("--help") == 0
-    shown = capsys.readouterr()
-    assert all(kind in shown.out for kind in KINDS)
-    assert "torchrun" in shown.out
-    assert "deepspeed --num_gpus=2 --module" in shown.out
-    assert shown.err == ""
-
-
-@pytest.mark.parametrize(("argv", "message"), [([], "KIND is missing"), (["stepss", "--help"], "got 'stepss'")])
+@each("argv,message", [([], "KIND is missing"), (["stepss", "--help"], "got 'stepss'")])
 def test_an_unknown_kind_is_refused_with_the_usage(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,30 +28,9 @@ def test_an_unknown_kind_is_refused_with_the_usage(
     assert shown.out == ""
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_has_its_own_help(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code(kind, "--help") == 0
-    shown = capsys.readouterr().out
-    assert f"python -m launch.benchmark {kind}" in shown
-    assert "__main__" not in shown
-
-
 def test_the_local_rank_that_deepspeed_puts_first_is_not_a_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("--local_rank=0", "steps", "model.json", "--repeats=0") == 2
     assert "--repeats: got 0, expected at least 1" in capsys.readouterr().err
-
-
-def test_faults_name_the_command_as_it_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code("layers", "model.json", "stray") == 2
-    assert "see python -m launch.benchmark layers --help" in capsys.readouterr().err
-
-
-def test_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.benchmark", "nothing"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("got 'nothing', expected one of")
 
 
 def test_turns_are_interleaved_and_the_first_do_not_count() -> None:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import GroupingOperator
-from tests.tools.commands import call, module_of, refused
+from tests.tools.commands import module_of
 
 pytestmark = pytest.mark.more
 
@@ -32,34 +32,6 @@ def test_every_round_is_a_line_and_the_table_ends_with_json(model: str, capsys: 
     *table, last = shown.out.splitlines()
     assert json.loads(last)["device"] in table[0]
     assert len(json.loads(last)["milliseconds"]) == len(table) - 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["none.json"], "none.json"),
-        (["MODEL", "--dtype=fp16"], "--dtype: got fp16"),
-        (["MODEL", "--repetitions=0"], "--repetitions: got 0"),
-        (["MODEL", "--operator=5"], "--operator: got 5"),
-        (["MODEL", "--device=tpu"], "--device: got tpu, expected cpu or cuda"),
-    ],
-)
-def test_wrong_arguments(model: str, arguments: list[str], message: str) -> None:
-    refused(call(LAYERS, *(model if argument == "MODEL" else argument for argument in arguments)), message)
-
-
-@pytest.mark.parametrize("kind", ["layers", "steps"])
-def test_a_missing_gpu_gives_one_message(model: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # the option wins
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    answer = call(f"launch/benchmark/{kind}.py", model, "--device=cuda")
-    refused(answer, "--device: got cuda, but torch", "sees no GPU here")
-
-
-@pytest.mark.parametrize(("kind", "notes"), [("layers", 0), ("steps", 1)])  # full rank is ready before
-def test_adapters_larger_than_the_weights_are_not_measured(model: str, kind: str, notes: int) -> None:
-    answer = call(f"launch/benchmark/{kind}.py", model, "--rank=64")
-    refused(answer, "rank: the adapters of a layer have", "lower it", notes=notes)
 
 
 def test_the_linears_of_a_layer_share_inputs_as_in_a_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 from urllib.request import urlopen
 
 import pytest
@@ -66,29 +65,6 @@ def test_linked_runs_are_found_once_and_odd_names_are_adjusted(runs: Path, tmp_p
         "tiny",
         "x" * 39 + "-" + "y" * 200,
     ]
-
-
-def test_a_new_run_is_linked_next_to_the_others(runs: Path, tmp_path: Path) -> None:
-    _write_events(runs / "sweep-seed-2")
-    before = _linked(runs, tmp_path / "links")
-    assert _linked(runs, tmp_path / "links") == before
-    for late in ("started", "sweep/seed-2"):
-        _write_events(runs / late)
-    assert _linked(runs, tmp_path / "links") == before | {
-        "started": runs / "started/tensorboard",
-        "sweep-seed-2_": runs / "sweep/seed-2/tensorboard",
-    }
-
-
-def test_the_page_pins_curves_that_are_written() -> None:
-    address = urlsplit(module_of(SCRIPT).url("0.0.0.0", 6006))
-    asked = parse_qs(address.query)
-    tags = [card["tag"] for card in json.loads(asked["pinnedCards"][0])]
-    assert (address.netloc, asked["smoothing"], tags) == (
-        "localhost:6006",
-        ["0"],
-        ["eval/perplexity", "train/perplexity"],
-    )
 
 
 def test_an_invalid_or_used_port_is_reported_before_an_address_is_shown(runs: Path) -> None:

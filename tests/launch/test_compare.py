@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.experiments.compare.folders import write_run
 from tests.tools.commands import COMPARE, call, left_in, refused
@@ -72,17 +70,6 @@ def test_only_the_best_of_rows_that_differ_in_one_setting_is_shown(tmp_path: Pat
     refused(call(COMPARE, *runs, "--best=lr"), "--best: no run has a setting lr")
 
 
-def test_exports_among_runs_are_left_out(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", LOSSES)
-    export = tmp_path / "run_export"
-    export.mkdir()
-    (export / "config.json").write_text("{}")
-    answer = call(COMPARE, run, export)
-    assert answer.out == call(COMPARE, run).out
-    assert answer.err == f"{export}: a model, not a run; left out\n"
-    refused(call(COMPARE, export), f"{export}: not a run folder")
-
-
 def test_a_run_that_diverged_or_has_not_ended_is_not_the_best(tmp_path: Path) -> None:
     losses = [[9.0, 4.0, 3.5, 3.4, 3.3], [9.0, 4.0, 3.0], [9.0, 4.0, 3.0, 2.9, math.nan]]
     runs = [write_run(tmp_path / f"run{lr}", each, optim={"lr": lr / 1000}) for lr, each in enumerate(losses, start=1)]
@@ -99,42 +86,6 @@ def test_the_tables_in_the_documents_match_the_records(monkeypatch: pytest.Monke
         assert call(COMPARE, *words).out == (folder / "compare.md").read_text(), f"{folder}: make study"
         kept.remove(ROOT / folder)
     assert not kept
-
-
-def test_rows_are_not_named_after_unnamed_settings(tmp_path: Path) -> None:
-    runs = [
-        write_run(tmp_path / name, LOSSES, optim={"lr": lr}, method={"name": name})
-        for name, lr in (("full", 1e-3), ("mora", 2e-3))
-    ]
-    assert "lr 0.002" in call(COMPARE, *runs).out
-    assert "lr 0.002" not in call(COMPARE, *runs, "--unnamed=optim.lr,optim.eps").out
-    refused(call(COMPARE, *runs, "--unnamed=optim.lr,rank"), "--unnamed: no run has a setting rank")
-
-
-def test_studies_may_have_runs_of_one_name(runs: list[Path], tmp_path: Path) -> None:
-    given = []
-    for run in runs:
-        config = yaml.safe_load((run / "config.yaml").read_text())
-        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        record = {
-            "name": "seed=0",
-            "seed": 0,
-            "given": config,
-            "config": config,
-            "start": {"step": 0},
-            "metrics": metrics,
-        }
-        given.append(tmp_path / f"study_{run.name}" / "cells.jsonl")
-        given[-1].parent.mkdir()
-        given[-1].write_text(json.dumps(record) + "\n")
-    answer = call(COMPARE, *given)
-    assert answer.code == 0
-    assert "| Full rank |" in answer.out
-    assert "| ReMoRA (1, 2) |" in answer.out
-    refused(call(COMPARE, *given, "--against=seed=0"), "study_full", "study_remora", "give the path of one")
-    second = given[1].parent / "runs/seed=0"
-    assert "to ReMoRA (1, 2)." in call(COMPARE, *given, f"--against={second}").out
-    assert "to ReMoRA (1, 2)." in call(COMPARE, runs[0], given[1], "--against=seed=0").out
 
 
 def test_bad_input_gives_one_message(runs: list[Path], tmp_path: Path) -> None:

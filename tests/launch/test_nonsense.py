@@ -5,20 +5,16 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
-import random
 import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
-from relora_mora.config.checks.deepspeed import DeepSpeed
 from relora_mora.config.schema import Config
-from relora_mora.model.config_keys import KEYS
+from tests.tools.each import each
 from tests.tools.runs import metrics, run_config, train
 
 pytestmark = [pytest.mark.more, pytest.mark.distributed]
@@ -26,22 +22,6 @@ pytestmark = [pytest.mark.more, pytest.mark.distributed]
 Tree = dict[str, dict[str, Any]]
 EXTREMES = [0, 1, -1, 2**31, 2**63, 2**53, 10**30, 1e-6, 0.5, 1e6, 1e300, 1e9, 1e-300]
 FEW = [0, -1, 2**63, 0.5, 1e300]
-SMALL = [1, 2, 3, 4, 6, 8, 12, 16, 24, 48, 64, 320]
-ODD = [None, True, False, "", "4", "maybe", "gelu", [], [1], [1.0] * 6, {}, {"a": 1}, math.nan, math.inf, *EXTREMES]
-ROPES = [
-    {"rope_type": kind, **values}
-    for kind in ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional", "axial")
-    for values in (
-        {},
-        {"factor": 2.0},
-        {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
-        {"factor": 1e-300, "rope_theta": 1e300},
-        {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "original_max_position_embeddings": 16},
-        {"short_factor": [1.0] * 6, "long_factor": [2.0]},
-        {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0},
-        {"factor": 2.0, "beta_fast": 1, "beta_slow": 32, "truncate": False},
-    )
-]
 
 
 def outcome(inputs: Path, tokenizer: str, folder: Path, world: int, changes: Tree) -> str:
@@ -106,7 +86,7 @@ def numbers() -> list[tuple[str, str]]:
     return [place for place, kind in kinds.items() if "int" in kind or "float" in kind]
 
 
-@pytest.mark.parametrize("section", sorted({section for section, _ in numbers()}))
+@each("section", sorted({section for section, _ in numbers()}))
 def test_extremes_of_every_number(pools, inputs, tokenizer_path, tmp_path, section):
     values = EXTREMES if "NONSENSE_EXAMPLES" in os.environ else FEW
     cases = [{section: {key: value}} for place, key in numbers() if place == section for value in values]
@@ -114,7 +94,7 @@ def test_extremes_of_every_number(pools, inputs, tokenizer_path, tmp_path, secti
     assert {"step", "refused"} == set(found)
 
 
-@pytest.mark.parametrize(
+@each(
     "changes",
     [
         {"model": {"overrides": {"attention_dropout": 5}}},
@@ -137,7 +117,6 @@ def test_extremes_of_every_number(pools, inputs, tokenizer_path, tmp_path, secti
         {"optim": {"eps": 1e-300}},
         {"model": {"attention": "flash_attention_2"}},  # of a machine without a GPU
     ],
-    ids=str,
 )
 def test_nonsense_is_refused(pools, inputs, tokenizer_path, tmp_path, changes):
     assert check(pools, inputs, tokenizer_path, tmp_path, [changes]) == ["refused"]
@@ -147,48 +126,7 @@ def test_more_sequences_than_there_is_text_for(pools, inputs, tokenizer_path, tm
     assert check(pools, inputs, tokenizer_path, tmp_path, [{"eval": {"micro_batch_size": 100000000}}]) == ["step"]
 
 
-def _override(draw: random.Random, key: str) -> Any:
-    if key in ("rope_parameters", "rope_scaling"):
-        return draw.choice([*ROPES, *ROPES, None, "linear"])
-    sizes = SMALL[:6] if key == "num_hidden_layers" else SMALL  # hundreds of layers are valid, but take minutes
-    return draw.choice(ODD if draw.random() < 0.4 else [*sizes, True, False])
-
-
-def _deepspeed(draw: random.Random, known: type[BaseModel]) -> dict[str, Any]:
-    keys = {key: field.annotation for key, field in known.model_fields.items()}
-    chosen = draw.sample(sorted(keys), draw.randint(1, min(3, len(keys))))
-    return {
-        key: _deepspeed(draw, keys[key])
-        if inspect.isclass(keys[key]) and issubclass(keys[key], BaseModel) and draw.random() < 0.9
-        else draw.choice(ODD if draw.random() < 0.3 else [True, False, *SMALL, 10**6, "fp32", "bf16", "fp16"])
-        for key in chosen
-    }
-
-
-def random_case(draw: random.Random, what: str) -> Tree:
-    case: Tree = {"train": {"zero_stage": draw.randint(0, 3), "precision": draw.choice(["fp32", "bf16"])}}
-    if what == "model":
-        known = [key for key, rule in KEYS.items() if rule != "nothing"]
-        names = draw.sample(known, draw.randint(1, 2))
-        case["model"] = {
-            "overrides": {key: _override(draw, key) for key in names},
-            "attention": draw.choice(["sdpa", "eager"]),
-        }
-    else:
-        case["train"]["deepspeed"] = _deepspeed(draw, DeepSpeed)
-    case["method"] = {"name": draw.choice(["full", "lora", "mora", "relora", "remora"])}
-    return case
-
-
-@pytest.mark.parametrize(("what", "world"), [("model", 1), ("deepspeed", 2)])
-def test_random_values_of_every_known_key(pools, inputs, tokenizer_path, tmp_path, what, world):
-    draw = random.Random(int(os.environ.get("NONSENSE_SEED", "0")))
-    cases = [random_case(draw, what) for _ in range(int(os.environ.get("NONSENSE_EXAMPLES", "25")))]
-    found = check(pools, inputs, tokenizer_path, tmp_path, cases, world)
-    assert {"step", "refused"} == set(found)
-
-
-@pytest.mark.parametrize(
+@each(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
 )
 def test_running_out_of_memory_gives_one_message(pools, inputs, tokenizer_path, tmp_path, error):

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from relora_mora.system.process import keep_freed_memory
+from tests.tools.each import each
 
 pytestmark = pytest.mark.more
 
@@ -37,38 +38,7 @@ def test_memory_that_was_freed_is_used_again_without_page_faults():
     assert int(kept) < 100 < 4 * 1000 < int(plain)
 
 
-GIVEN_BACK = """
-import torch
-from pathlib import Path
-from relora_mora.system.process import give_back_freed_memory, keep_freed_memory
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 2**20
-assert keep_freed_memory()
-read = [torch.ones(2**20) for _ in range(64)]  # 4 MiB each
-kept = []
-while read:
-    kept.append(read.pop().bfloat16())
-before = resident()
-give_back_freed_memory()
-print(before - resident())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
-def test_memory_of_the_start_is_returned_to_the_system():
-    run = subprocess.run(
-        [sys.executable, "-c", GIVEN_BACK],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "LD_PRELOAD": ""},
-    )
-    assert int(run.stdout) > 100
-
-
-@pytest.mark.parametrize(
-    "name,value", [("MALLOC_TRIM_THRESHOLD_", "100000"), ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=5")]
-)
+@each("name,value", [("MALLOC_TRIM_THRESHOLD_", "100000"), ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=5")])
 def test_settings_in_the_environment_win(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     assert not keep_freed_memory()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.system.files import append_synced, disk_errno, disk_faults_named, place_of, remove, sync, write_synced
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 FULL = errno.ENOSPC
@@ -31,7 +32,7 @@ def test_a_failed_write_does_not_change_the_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("write", [write_synced, append_synced])
+@each("write", [write_synced, append_synced])
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch, write):
     """The system does not name the file if a write fails."""
     path = tmp_path / "ends.jsonl"
@@ -87,7 +88,7 @@ def test_a_link_is_removed_without_its_target(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["theirs", "file"]
 
 
-@pytest.mark.parametrize(
+@each(
     "error,number",
     [
         (OSError(MISSING, "No such file", "out/a/b"), MISSING),  # any path below the folder

@@ -19,6 +19,7 @@ from relora_mora.tokenizer.identity import (
     vocabulary_size,
 )
 from relora_mora.tokenizer.load import encode, load_tokenizer
+from tests.tools.each import each
 
 
 @pytest.mark.more
@@ -72,8 +73,8 @@ def test_how_texts_begin_and_are_padded_goes_with_a_sentencepiece_model_without_
         assert tokenizer.model_max_length == 4096
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
+@each(
+    "file,content",
     [
         ("chat_template.jinja", b"\xff\xfe"),
         ("tokenizer.json", b'{"version": "1.0", "model": {"type": "Newer"}}'),
@@ -90,8 +91,8 @@ def test_a_folder_with_unreadable_files_next_to_a_model_is_named(
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
+@each(
+    "file,content",
     [
         ("added_tokens.json", {"<x>": 1000}),
         ("tokenizer_config.json", {"added_tokens_decoder": {"1000": {"content": "<x>", "special": True}}}),

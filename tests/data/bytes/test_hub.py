@@ -7,14 +7,13 @@ import itertools
 import pytest
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bytes import transport
-from relora_mora.data.bytes.remote import RemoteFile
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats.file_rows import iter_texts
 from relora_mora.data.sources.names import with_commits
 from relora_mora.data.sources.resolve import configured_shards, resolve_shards
 from tests.tools.data_tools import data_config, some_texts, write_shard
-from tests.tools.faulty_server import COMMIT, FAULTS, serving
+from tests.tools.each import each
+from tests.tools.faulty_server import COMMIT, serving
 
 
 @pytest.fixture
@@ -80,31 +79,6 @@ def test_revisions_and_files_unknown_to_the_hub(hub):
     assert len(resolve_shards("allenai/c4", "main")) == 1024
 
 
-@pytest.mark.more
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_pass_while_the_commit_is_asked_for(hub, monkeypatch, fault):
-    monkeypatch.setattr(transport, "STALL_SECONDS", 0.3)
-    hub.fault = lambda n: fault if n < 2 else None
-    hub.stall_seconds = 1.0
-    hub.retry_after["429"] = "0"
-    assert len(resolve_shards("allenai/c4", "main", timeout_seconds=60.0)) == 1024
-    assert len(hub.faults) == (0 if fault == "cut_range" else 2)
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("fault", ["refuse", "truncate"])
-def test_an_unreachable_hub_is_one_line_with_its_address_and_remedies(hub, fault):
-    hub.fault = lambda n: fault
-    with pytest.raises(SourceError, match=r"gave up after 0\.3 s") as caught:
-        resolve_shards("allenai/c4", "main", timeout_seconds=0.3)
-    text = str(caught.value)
-    assert f"network to {hub.url}, name a mirror with HF_ENDPOINT, give local files by path" in text
-    assert "\n" not in text
-    hub.fault = lambda n: "503"
-    with pytest.raises(SourceError, match=r"status 503.*HF_ENDPOINT"):  # a file, too
-        RemoteFile(resolve_shards("hub:allenai/c4/en/a.json", COMMIT)[0], 3.0).read(9)
-
-
 def test_a_login_is_retried_after_a_network_fault(hub, monkeypatch):
     class OtherTransportError(Exception):
         pass
@@ -123,7 +97,7 @@ def test_a_login_is_retried_after_a_network_fault(hub, monkeypatch):
         resolve_shards("allenai/c4", "main", timeout_seconds=0.3)
 
 
-@pytest.mark.parametrize("token", ["hf_\u201csecret\u201d", "folder"])
+@each("token", ["hf_\u201csecret\u201d", "folder"])
 def test_a_token_that_cannot_be_read_or_sent(hub, monkeypatch, tmp_path, token):
     monkeypatch.setenv("HF_TOKEN", "" if token == "folder" else token)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path))
@@ -132,7 +106,7 @@ def test_a_token_that_cannot_be_read_or_sent(hub, monkeypatch, tmp_path, token):
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("revision", ["main", COMMIT])
+@each("revision", ["main", COMMIT])
 def test_an_endpoint_that_is_not_an_address(hub, monkeypatch, revision):
     monkeypatch.setenv("HF_ENDPOINT", "mirror.example.org")
     with pytest.raises(SourceError, match=r"HF_ENDPOINT: got 'mirror\.example\.org'"):

@@ -19,10 +19,11 @@ from relora_mora.data.sets.show import check_columns
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import resolve_shards
 from tests.tools.data_tools import data_config, lines_of, some_texts, write_shard
+from tests.tools.each import each
 
 
-@pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+@each("indent", [None, 1])
+@each("name", ["a.json", "a.json.gz"])
 def test_one_array_in_json_is_one_message_before_training(tmp_path, name, indent):
     body = json.dumps([{"text": text} for text in some_texts(20)], indent=indent).encode()
     path = tmp_path / name
@@ -35,7 +36,7 @@ def test_one_array_in_json_is_one_message_before_training(tmp_path, name, indent
         list(iter_texts(str(path), split="train", config=config))
 
 
-@pytest.mark.parametrize("suffix", [".json", ".gz", ".zst"])
+@each("suffix", [".json", ".gz", ".zst"])
 def test_skipping_is_the_same_as_taking(tmp_path, suffix):
     path = write_shard(tmp_path / f"a{suffix}", some_texts(5000))
     expected = lines_of(path)
@@ -51,7 +52,7 @@ def test_skipping_is_the_same_as_taking(tmp_path, suffix):
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("suffix", [".json", ".gz", ".zst"])
+@each("suffix", [".json", ".gz", ".zst"])
 def test_a_long_line_is_never_held_in_memory(tmp_path, suffix):
     # 64 MB on one line, which a compressed shard holds in a few kB
     path = write_shard(tmp_path / f"a{suffix}", [b"first", b"x" * (1 << 26), b"y" * 1000, b"z" * 1001, b"last"])

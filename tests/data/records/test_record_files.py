@@ -20,6 +20,7 @@ from relora_mora.data.tokens.folder import make_tokens
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.record_tools import CONVERSATION, encoded
 from tests.tools.data_tools import data_config, write_json_lines
+from tests.tools.each import each
 
 ROWS = [
     {"messages": CONVERSATION[1:3], "id": 1},
@@ -46,7 +47,7 @@ def _write(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".arrow"])
+@each("suffix", [".jsonl", ".csv", ".parquet", ".arrow"])
 def test_every_format_with_columns_holds_records(tokenizer, tmp_path, suffix):
     path = _write(tmp_path / f"a{suffix}")
     held = RecordsConfig(kind="messages", template="chatml")
@@ -64,7 +65,7 @@ def test_every_format_with_columns_holds_records(tokenizer, tmp_path, suffix):
     assert found == sorted((row.ids.tolist(), row.scored.tolist()) for row in expected)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".arrow"])
+@each("suffix", [".jsonl", ".csv", ".parquet", ".arrow"])
 def test_a_missing_column_is_reported(tokenizer, tmp_path, suffix):
     path = _write(tmp_path / f"a{suffix}")
     shards = resolve_shards(str(path), records=RecordsConfig(kind="sharegpt", template="chatml"))
@@ -77,7 +78,7 @@ def test_a_missing_column_is_reported(tokenizer, tmp_path, suffix):
         check_records(shards, data_config(path), tokenizer)
 
 
-@pytest.mark.parametrize("content", ["", "\n \n\n"])
+@each("content", ["", "\n \n\n"])
 def test_a_file_without_records_is_refused(tokenizer, tokenizer_path, tmp_path, content):
     (tmp_path / "a.jsonl").write_text(content)
     held = RecordsConfig(kind="prompt")
@@ -117,7 +118,7 @@ def _held_out(path: Path, tokenizer_path: str, length: int = 400, **settings: An
     )
 
 
-@pytest.mark.parametrize("packing", [None, "whole", "none", "stream"])
+@each("packing", [None, "whole", "none", "stream"])
 def test_held_out_records_score_their_answers(tokenizer, tokenizer_path, tmp_path, packing):
     path = _write(tmp_path / "a.jsonl")
     held_out = _held_out(path, tokenizer_path, packing=packing, records={"kind": "messages", "template": "chatml"})

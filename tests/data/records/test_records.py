@@ -15,6 +15,7 @@ from relora_mora.data.sources.resolve import resolve_shards
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.record_tools import CONVERSATION, encoded, parts
 from tests.tools.data_tools import data_config
+from tests.tools.each import each
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 BELOW = "Below is an instruction that describes a task"
@@ -36,7 +37,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@each("form", FORMS)
 def test_the_answer_and_the_end_after_it_are_scored(tokenizer, form):
     fields, prompt, answer = FORMS[form]
     kind = form.split()[0]
@@ -139,7 +140,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("kind,fields,reason,message", BAD)
+@each("kind,fields,reason,message", BAD)
 def test_a_bad_record_is_reported_with_its_place(tokenizer, kind, fields, reason, message):
     settings = {"template": "chatml"} if kind in ("messages", "sharegpt") else {}
     row = encoded(tokenizer, fields, kind=kind, **settings)

@@ -16,6 +16,7 @@ from relora_mora.data.rows import Encoded
 from relora_mora.data.shard import Record, RecordFormat
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.record_tools import CONVERSATION, encoded, parts
+from tests.tools.each import each
 
 LLAMA_3 = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>\n"
@@ -24,8 +25,8 @@ LLAMA_3 = (
 )
 
 
-@pytest.mark.parametrize("template", ["chatml", LLAMA_3])
-@pytest.mark.parametrize("has_end", [False, True])
+@each("template", ["chatml", LLAMA_3])
+@each("has_end", [False, True])
 def test_masks_agree_with_transformers(tokenizer_path, tmp_path, template, has_end):
     tokenizer = load_tokenizer(tokenizer_path)
     if has_end:
@@ -60,7 +61,7 @@ def test_the_tokenizers_own_template_is_used(tokenizer_path):
     assert parts(tokenizer, row)[1] == (True, " matrix </s> one</s>")
 
 
-@pytest.mark.parametrize(
+@each(
     "template,score,message",
     [
         (None, "answers", r"has no chat template; set data\.records\.template to chatml or a \.jinja file"),
@@ -150,7 +151,7 @@ WITH_TOOLS = (
 )
 
 
-@pytest.mark.parametrize("as_json", [False, True])
+@each("as_json", [False, True])
 def test_tools_and_calls_of_them_are_written(tokenizer, tmp_path, as_json):
     path = tmp_path / "own.jinja"
     path.write_text(WITH_TOOLS)
@@ -166,9 +167,7 @@ def test_tools_and_calls_of_them_are_written(tokenizer, tmp_path, as_json):
     assert list(as_parquet_has_it.ids) == list(plain.ids)
 
 
-@pytest.mark.parametrize(
-    "fields", [{"messages": [CALL]}, {"messages": CONVERSATION, "tools": TOOLS}], ids=["calls", "tools"]
-)
+@each("fields", [{"messages": [CALL]}, {"messages": CONVERSATION, "tools": TOOLS}])
 def test_tools_that_a_template_leaves_out_are_reported(tokenizer, fields):
     row = encoded(tokenizer, fields, kind="messages", template="chatml")
     assert row == Skipped("template_failed")

@@ -13,6 +13,7 @@ from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.data.stream.packing import UNSCORED
 from relora_mora.tokenizer.load import encode, load_tokenizer
 from tests.tools.data_tools import data_config, some_texts, write_shard
+from tests.tools.each import each
 
 
 def _load(path, tokenizer_path, max_tokens=None, length=16):
@@ -72,7 +73,7 @@ def test_max_tokens_cuts_between_documents(path, texts, tokenizer_path):
         assert part.utf8_bytes == sum(len(text.encode()) for text in texts[:documents])
 
 
-@pytest.mark.parametrize("world_size,micro_batch_size", [(1, 1), (1, 64), (2, 3), (4, 16), (7, 50), (2, 10**15)])
+@each("world_size,micro_batch_size", [(1, 1), (1, 64), (2, 3), (4, 16), (7, 50), (2, 10**15)])
 def test_every_token_is_scored_once_on_any_number_of_ranks(path, tokenizer_path, world_size, micro_batch_size):
     held_out = _load(path, tokenizer_path, max_tokens=1500)
     assert held_out.predicted % 16  # the last block is short

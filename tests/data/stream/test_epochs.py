@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from relora_mora.data.lanes import merge_states, start_states
+from relora_mora.data.lanes import start_states
 from relora_mora.data.sets.reading import count_epochs
 from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.data.stream.stream import TrainStream
@@ -19,7 +19,7 @@ from relora_mora.data.stream.whole import of_epoch
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.stream_tools import BATCH, LANES, count_of, stream_of
 from tests.tools.data_tools import data_config, write_json_lines
-from tests.tools.grids import rest
+from tests.tools.each import each
 
 LENGTH = 48
 EPOCHS = 3
@@ -59,7 +59,7 @@ EXPECTED = [_completion(number) for number in range(sum(SIZES)) if number != 9]
 
 
 # a resume with other data, which is allowed, starts with states of lanes that have not begun
-@pytest.mark.parametrize("packing,state", [("whole", None), ("none", None), ("whole", start_states(LANES))])
+@each("packing,state", [("whole", None), ("none", None), ("whole", start_states(LANES))])
 def test_every_record_is_learned_once_in_every_epoch(path, tokenizer_path, packing, state):
     config = _config(path, packing)
     tokenizer = load_tokenizer(tokenizer_path)
@@ -97,39 +97,6 @@ def test_no_batch_is_empty_if_an_epoch_packs_into_fewer_blocks_than_another(tmp_
             batches = [next(stream) for _ in range(blocks)]
             assert all((batch.labels != UNSCORED).any() for batch in batches)
             assert batches[-1].counts["documents"] == (number + 1) * len(rows)
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("packing,workers", [("whole", 0), ("none", 0), ("whole", 1), *rest(("none", 1))])
-def test_stops_and_other_numbers_of_ranks_change_nothing(path, tokenizer_path, packing, workers):
-    config = _config(path, packing, workers=workers)
-    tokenizer = load_tokenizer(tokenizer_path)
-    epoch = count_of(config, tokenizer_path, EPOCHS)
-    steps = int(epoch.tokens_of(EPOCHS)) // (BATCH * LENGTH)
-    between_stops = 13 if workers else 5  # a worker takes a second to start
-    seen: Counter[str] = Counter()
-    state = None
-    step = 0
-    with stream_of(_config(path, packing), tokenizer_path, epoch_blocks=epoch.blocks) as stream:
-        expected = [next(stream).state for _ in range(steps)]
-    while step < steps:
-        ranks = 1 + step % 2
-        # a resumed run takes the numbers from its state, because its saved settings have steps and not epochs
-        given = epoch.blocks if state is None else None
-        parts = [
-            stream_of(config, tokenizer_path, rank, ranks, state=state, step=step, epoch_blocks=given)
-            for rank in range(ranks)
-        ]
-        for _ in range(min(between_stops, steps - step)):
-            batches = [next(part) for part in parts]
-            for batch in batches:
-                seen.update(_answers(batch, tokenizer))
-            step += 1
-        for part in parts:
-            part.close()
-        state = merge_states([json.loads(json.dumps(batch.state)) for batch in batches])
-        assert state == merge_states([expected[step - 1]])
-    assert seen == Counter(dict.fromkeys(EXPECTED, EPOCHS))
 
 
 def test_without_a_count_each_lane_begins_its_next_epoch_immediately(path, tokenizer_path):

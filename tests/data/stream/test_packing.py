@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import torch
 
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.lanes import LaneRows, plan_lanes
-from relora_mora.data.records import encoders
 from relora_mora.data.rows import Encoded, in_calls
 from relora_mora.data.shard import Shard
-from relora_mora.data.stream.packing import UNSCORED, Block, Lane
-from relora_mora.tokenizer.load import encode, load_tokenizer
-from tests.data.stream_tools import stream_of
-from tests.tools.data_tools import EOS, data_config, make_lane, write_shard
+from relora_mora.data.stream.packing import Lane
+from tests.tools.data_tools import EOS, data_config
+from tests.tools.each import each
 
 ANSWERS_FROM = 100  # tokens from here on are in answers, lower ones in questions
 
@@ -121,42 +116,6 @@ def test_blocks_carry_which_tokens_are_scored():
     assert lane.state()["skipped"]["empty_shard"] >= 1
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 3])
-def test_lanes_that_share_a_file_split_its_groups(lanes):
-    seen = Counter()
-    for number in range(lanes):
-        lane = _lane(answers_only, lanes, number, names=["a"], length=1)
-        own = sum(isinstance(row, Question) for group in GROUPS["a"][number::lanes] for row in group)
-        while lane.state()["documents"] < own:
-            before, token = lane.next_block().tokens.tolist()
-            if before == EOS:
-                seen[token] += 1
-    assert seen == Counter(row.number for group in GROUPS["a"] for row in group if isinstance(row, Question))
-
-
-def _plain(block: Block) -> tuple[list[int], list[bool] | None]:
-    return block.tokens.tolist(), None if block.scored is None else block.scored.tolist()
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("lanes,names", [(1, ["a", "b", "empty"]), (2, ["a", "b"]), (3, ["a"])])
-def test_a_resume_anywhere_gives_the_same_tokens_and_masks(lanes, names):
-    offsets = set()
-    for number in range(lanes):
-        lane = _lane(answers_only, lanes, number, names)
-        states = []
-        blocks = []
-        while len(blocks) < 30:
-            states.append(json.loads(json.dumps(lane.state())))
-            blocks.append(_plain(lane.next_block()))
-        assert states[-1]["epoch"] >= 1
-        offsets |= {state["offset"] for state in states}
-        for at, state in enumerate(states):
-            resumed = _lane(answers_only, lanes, number, names, restored=state)
-            assert [_plain(resumed.next_block()) for _ in range(30 - at)] == blocks[at:]
-    assert len(offsets) > 2  # some of them inside documents
-
-
 def test_masks_change_neither_tokens_nor_positions():
     lane = _lane(all_scored)
     masked = _lane(answers_only)
@@ -206,40 +165,7 @@ def test_a_source_is_closed_with_its_lane():
     assert all(rows.closed for rows in opened)
 
 
-def test_labels_are_unscored_if_the_row_function_says_so(tmp_path, tokenizer_path, monkeypatch):
-    path = write_shard(tmp_path / "a.json", [f"the rank of a merge {n}" * (n % 3 + 1) for n in range(60)])
-    config = data_config(path)
-    tokenizer = load_tokenizer(tokenizer_path)
-
-    def second_halves(texts: list[str]) -> list[Encoded]:
-        return [Encoded(ids, [at >= len(ids) // 2 for at in range(len(ids))]) for ids in encode(tokenizer, texts)]
-
-    def batches():
-        with stream_of(config, tokenizer_path) as stream:
-            return [next(stream) for _ in range(3)]
-
-    plain = batches()
-    monkeypatch.setattr(encoders, "text_encoder", lambda tokenizer: second_halves)
-    masked = batches()
-    lanes = [
-        Lane(
-            make_lane(config, 4, number).rows,
-            second_halves,
-            eos=tokenizer.eos_token_id,
-            sequence_length=config.sequence_length,
-        )
-        for number in range(4)
-    ]
-    for before, after in zip(plain, masked, strict=True):
-        scored = torch.tensor(np.stack([lane.next_block().scored for lane in lanes for _ in range(2)]))
-        assert torch.equal(after.input_ids, before.input_ids)
-        assert after.state == before.state
-        assert not (before.labels == UNSCORED).any()
-        assert torch.equal(after.labels, torch.where(scored, before.labels, UNSCORED))
-        assert 0.3 < scored.float().mean() < 0.8
-
-
-@pytest.mark.parametrize(
+@each(
     "rows,threads,calls",
     [
         (["a"] * 5, 1, [3, 2]),

@@ -10,6 +10,7 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.sources.resolve import resolve_shards
 from relora_mora.data.stream.stream import TrainStream, describe_position
 from tests.tools.data_tools import EOS, data_config, documents_in, make_lane, write_shard
+from tests.tools.each import each
 
 SENTENCE = re.compile(
     r"lane (\d+): epoch (\d+), (\w)\.json, after (?:(?P<count>\d+) of lines "
@@ -24,7 +25,7 @@ def _source(folder, shards, rows):
     return data_config(folder / "*.json", sequence_length=8)
 
 
-@pytest.mark.parametrize("lanes,shards,shuffle", [(1, 3, 4), (2, 5, 1), (3, 1, 4), (3, 2, 1)])
+@each("lanes,shards,shuffle", [(1, 3, 4), (2, 5, 1), (3, 1, 4), (3, 2, 1)])
 def test_the_described_position_is_the_one_that_was_read(tmp_path, lanes, shards, shuffle):
     config = _source(tmp_path, shards, 22).model_copy(update={"shuffle_documents": shuffle})
     for number in range(lanes):

@@ -7,13 +7,12 @@ import json
 import pytest
 import torch
 
-from relora_mora.data.bytes.retry import RETRIES
 from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, SourceError
 from relora_mora.data.lanes import counts_of, merge_states
 from relora_mora.data.stream.packing import document_ids
 from relora_mora.data.stream.stream import TrainStream
 from tests.tools.data_tools import data_config, line, write_shard, write_shards
-from tests.tools.faulty_server import serving
+from tests.tools.each import each
 
 BATCH = 16
 LANES = 8
@@ -82,7 +81,7 @@ def _config(folder, kind):
     return data_config(sources, stages=[{"from_step": 9, "weights": {"lines": 0.01, "rows": 1}}])
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "mixture"])
+@each("kind", [*KINDS, "mixture"])
 def test_global_batches_do_not_depend_on_ranks_and_resume_on_others(folder, tokenizer_path, kind):
     config = _config(folder, kind)
     reference = _run(config, tokenizer_path, 1, 24)
@@ -103,17 +102,6 @@ def test_global_batches_do_not_depend_on_workers_and_resume_on_others(folder, to
     second = _run(_with(config, 2), tokenizer_path, 1, 4, first[-1][1], step=7)
     third = _run(config, tokenizer_path, 4, 13, second[-1][1], step=11)
     assert first + second + third == reference
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("kind", KINDS)
-def test_more_shards_than_lanes(tmp_path, tokenizer_path, kind):
-    write_shards(tmp_path, 19, 15, suffix=kind)
-    config = data_config(tmp_path / "*")
-    reference = _run(config, tokenizer_path, 1, 20)
-    for world_size in (2, 8):
-        assert _run(config, tokenizer_path, world_size, 20) == reference
-    assert _run(config, tokenizer_path, 2, 9, reference[10][1]) == reference[11:]
 
 
 def test_a_batch(folder, tokenizer_path):
@@ -176,21 +164,6 @@ def test_counts_and_notes_arrive(tmp_path, tokenizer_path):
                 "retries",
             ]
             assert batch.counts["bad"] == sum(batch.counts[f"skipped/{kind}"] for kind in BAD_REASONS)
-
-
-@pytest.mark.more
-def test_retries_of_workers_and_of_the_trainer_are_counted_since_the_stream_began(
-    tmp_path, tokenizer_path, monkeypatch
-):
-    write_shards(tmp_path, 1, 40)
-    RETRIES.retries += 5  # from an earlier stream
-    with serving(tmp_path, lambda n: None if n else "reset") as server:
-        config = data_config(f"{server.url}/part-00000.json.gz", workers=1, prefetch_batches=1)
-        settings = {"tokenizer_path": tokenizer_path, "batch_size": 2, "lanes": 1, "rank": 0, "world_size": 1}
-        with TrainStream(config, **settings) as stream:
-            assert next(stream).counts["retries"] == 1
-            RETRIES.retries += 1  # from held-out text, which the trainer's process reads
-            assert next(stream).counts["retries"] == 2
 
 
 def test_numbers_that_do_not_divide_and_wrong_states_are_refused(folder, tokenizer_path):

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from relora_mora.data.errors import SourceError, WorkerError
+from relora_mora.data.errors import WorkerError
 from relora_mora.data.shard import Shard
 from relora_mora.data.stream.stream import TrainStream
-from tests.tools.data_tools import data_config, write_shard, write_shards
+from tests.tools.data_tools import data_config, write_shards
+from tests.tools.each import each
 from tests.tools.faulty_server import serving
 from tests.tools.jobs import lives
 
@@ -127,15 +128,6 @@ def _gone(pids, within_seconds=5.0):
 
 
 @pytest.mark.more
-def test_a_trainer_that_fails_without_closing_leaves_no_worker(source, tokenizer_path):
-    with _trainer(source, tokenizer_path) as (trainer, pids):
-        _, errors = trainer.communicate(timeout=60)
-        assert trainer.returncode == 1
-        assert f"data worker {pids[0]} was killed by signal 9" in errors.splitlines()[-1]
-        assert _gone(pids)
-
-
-@pytest.mark.more
 def test_workers_die_with_a_killed_trainer_also_while_they_wait_for_the_network(tmp_path, tokenizer_path, monkeypatch):
     with (
         serving(tmp_path, lambda n: "503") as server,
@@ -150,7 +142,7 @@ def test_workers_die_with_a_killed_trainer_also_while_they_wait_for_the_network(
         assert _gone(pids)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@each("workers", [0, 1])
 def test_a_disk_that_is_gone_is_an_error_of_the_system(tokenizer_path, workers):
     """Reading this file at its beginning gives EIO, like a network file system that has lost its server."""
     config = data_config("unused.json", workers=workers)
@@ -161,30 +153,3 @@ def test_a_disk_that_is_gone_is_an_error_of_the_system(tokenizer_path, workers):
         with pytest.raises(OSError, match="/proc/self/mem") as caught:
             next(stream)
         assert caught.value.errno == errno.EIO
-
-
-@pytest.mark.more
-def test_an_error_is_the_same_with_and_without_workers_and_stays(tmp_path, tokenizer_path):
-    path = write_shard(tmp_path / "a.json", [f"text {n}" for n in range(50)] + [b"rubbish"] * 50)
-    config = data_config(path, max_bad_fraction=0.1, sequence_length=8)
-    seen = []
-    for workers in (0, 1):
-        made = 0
-        with TrainStream(
-            config.model_copy(update={"workers": workers}),
-            tokenizer_path=tokenizer_path,
-            batch_size=1,
-            lanes=1,
-            rank=0,
-            world_size=1,
-        ) as stream:
-            with pytest.raises(SourceError) as error:
-                while made < 1000:
-                    next(stream)
-                    made += 1
-            assert stream.ready(0.0)
-            with pytest.raises(SourceError):
-                next(stream)
-        seen.append((made, str(error.value)))
-    assert seen[0] == seen[1]
-    assert 20 < seen[0][0] < 1000

@@ -24,13 +24,8 @@ from relora_mora.data.tokens.index import INDEX, Index, SourceText, Tokenization
 from relora_mora.data.tokens.rows import Header, MappedTokens
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.tokens.tools import LIMITS, batches_of
-from tests.tools.data_tools import data_config, write_shards
-
-
-@pytest.mark.more
-def test_the_files_of_a_folder_are_not_text(folder):
-    with pytest.raises(SourceError, match=r"odd\.tokens is a pre-tokenized folder, not text; give the folder itself"):
-        resolve_shards(str(folder / ".json.gz" / "odd.tokens" / "*.arrow"))
+from tests.tools.data_tools import data_config
+from tests.tools.each import each
 
 
 def test_another_tokenizer_and_other_limits_are_refused(folder, tokenizer_path, other_tokenizer):
@@ -61,7 +56,7 @@ def _with(config: DataConfig, **changes) -> DataConfig:
     return config.model_copy(update=changes)
 
 
-@pytest.mark.parametrize("place,hint", [("hub:some/set@{}/a.json", True), ("a/{}/a.json", False)])
+@each("place,hint", [("hub:some/set@{}/a.json", True), ("a/{}/a.json", False)])
 def test_tokens_of_an_earlier_commit_can_be_continued_by_naming_it(tmp_path, place, hint):
     making = TokenizationSpec(tokenizer="t", eos=2, max_line_bytes=100)
     earlier, now = (
@@ -83,8 +78,7 @@ def test_tokens_of_an_earlier_commit_can_be_continued_by_naming_it(tmp_path, pla
     assert (f"--data.revision={'a' * 40})" in str(raised.value)) == hint
 
 
-@pytest.fixture
-def copy(folder, tmp_path):
+def _copy(folder, tmp_path):
     """Tokens that a test may damage."""
     return shutil.copytree(folder / ".json.gz" / "few.tokens", tmp_path / "tokens")
 
@@ -100,7 +94,9 @@ def _change(path, at):
     path.write_bytes(body)
 
 
-def test_a_file_that_cannot_be_opened_is_not_called_damaged(copy, monkeypatch):
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(folder, tmp_path, monkeypatch):
+    copy = _copy(folder, tmp_path)
+
     def refuse(path):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
 
@@ -111,8 +107,9 @@ def test_a_file_that_cannot_be_opened_is_not_called_damaged(copy, monkeypatch):
         MappedTokens(str(copy / "00001.arrow"))
 
 
-@pytest.mark.parametrize("at", [0, 9, 3000, -20, "cut", "empty", "gone", "swapped"])
-def test_a_damaged_file_is_named(copy, tokenizer_path, at):
+@each("at", [0, 9, 3000, -20, "cut", "empty", "gone", "swapped"])
+def test_a_damaged_file_is_named(folder, tmp_path, tokenizer_path, at):
+    copy = _copy(folder, tmp_path)
     path = copy / "00001.arrow"
     if at == "cut":
         path.write_bytes(path.read_bytes()[:-100])
@@ -131,7 +128,7 @@ def test_a_damaged_file_is_named(copy, tokenizer_path, at):
             batches_of(copy, tokenizer_path, steps=8)
 
 
-@pytest.mark.parametrize(
+@each(
     "change,message",
     [
         ({"files": None}, "its tokens are not finished; run .*again"),
@@ -141,17 +138,12 @@ def test_a_damaged_file_is_named(copy, tokenizer_path, at):
         (None, r"tokens\.json is damaged, or of another version \(Invalid JSON"),
     ],
 )
-def test_a_damaged_index_is_named(copy, change, message):
+def test_a_damaged_index_is_named(folder, tmp_path, change, message):
+    copy = _copy(folder, tmp_path)
     index = json.loads((copy / INDEX).read_text())
     (copy / INDEX).write_text("{" if change is None else json.dumps(index | change))
     with pytest.raises(SourceError, match=message):
         resolve_shards(str(copy))
-
-
-def test_a_folder_of_text_with_a_file_of_that_name_is_not_a_token_folder(tmp_path):
-    write_shards(tmp_path, 1, 3, suffix=".json")
-    (tmp_path / INDEX).write_text('{"tokens": 3}')
-    assert "part-00000.json" in [shard.name for shard in resolve_shards(str(tmp_path))]
 
 
 def test_rows_and_reasons_survive_writing_and_reading(tmp_path):

@@ -17,18 +17,14 @@ from relora_mora.data.stream.stream import TrainStream
 from relora_mora.data.tokens.checks import epoch_tokens
 from tests.data.tokens.tools import BATCH, KINDS, LIMITS, batches_of
 from tests.tools.data_tools import data_config
-from tests.tools.grids import rest
-
-COMMIT = "0123456789abcdef" * 2 + "01234567"
-
+from tests.tools.each import each
 
 JSON, PARQUET = KINDS
 CASES = [(JSON, "few", 8), (JSON, "bad", 16), (JSON, "odd", 1), (PARQUET, "many", 4), (PARQUET, "bad", 2)]
-CASES += rest((PARQUET, "few", 8), (PARQUET, "bad", 16), (PARQUET, "odd", 1), (JSON, "many", 4), (JSON, "bad", 2))
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("kind,name,lanes", CASES)
+@each("kind,name,lanes", CASES)
 def test_tokens_give_the_batches_states_and_counts_of_the_text(folder, tokenizer_path, kind, name, lanes):
     place = folder / kind
     text = batches_of(place / name / "*", tokenizer_path, steps=30, lanes=lanes)
@@ -42,15 +38,6 @@ def test_tokens_give_the_batches_states_and_counts_of_the_text(folder, tokenizer
     for at in (0, 4, 17):
         rest = batches_of(place / f"{name}.tokens", tokenizer_path, steps=29 - at, lanes=lanes, state=states[at])
         assert rest == text[at + 1 :]
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("world_size,workers", [(2, 0), (4, 0), (1, 2)])
-def test_on_any_ranks_and_workers(folder, tokenizer_path, kind, world_size, workers):
-    text = batches_of(folder / kind / "few" / "*", tokenizer_path, steps=8)
-    tokens = batches_of(folder / kind / "few.tokens", tokenizer_path, steps=8, world_size=world_size, workers=workers)
-    assert [(rows, state) for rows, _, state in tokens] == [(rows, state) for rows, _, state in text]
 
 
 def test_text_and_tokens_together(folder, tokenizer_path):
