@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from relora_mora.cli.command import run
 from relora_mora.config.load import ConfigError
@@ -162,32 +158,6 @@ def test_errors_of_the_system_name_the_file_and_a_remedy(capsys: pytest.CaptureF
         assert capsys.readouterr().err == f"{message}\n"
 
 
-@pytest.mark.more
-@settings(max_examples=80, deadline=None)
-@given(
-    argv=st.lists(
-        st.text(max_size=8)
-        | st.text(alphabet="-=. abhelp", max_size=10)
-        | st.sampled_from(["c", "--data=d", "--tokens=3", "--data", "--", "-", "--=", "--tokens", "-h=3", "--help="]),
-        max_size=5,
-    )
-)
-def test_any_arguments_start_the_command_or_are_refused(argv: list[str]) -> None:
-    """Never another exception, and nothing starts with arguments that are not of their types."""
-    called = Called()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
-        code = called.evaluate(argv)
-    assert code in (0, 2)
-    assert bool(called.calls) <= (code == 0)
-    assert (code == 0) == (not error.getvalue())
-    for path, data, tokens in called.calls:
-        assert isinstance(path, str)
-        assert isinstance(data, str)
-        assert type(tokens) is int
-        assert path
-        assert data
-
-
 def test_faults_of_the_program_keep_their_traceback() -> None:
     def of_a_library() -> None:
         json.loads("{")
@@ -216,6 +186,7 @@ def test_a_fault_of_every_rank_is_reported_once(
     assert capsys.readouterr().err == "[rank 3] 1 fault in c:\n  - no such file on this host\n"
 
 
+@pytest.mark.more
 @each(
     "words,streams,code",
     [("1e5", ">&-", 0), ("", ">&- 2>&-", 2), ("", "2>/dev/full", 2), ("1e5", "2>&-", 0)],

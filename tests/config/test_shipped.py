@@ -130,19 +130,6 @@ def test_methods_of_a_group_differ_in_nothing_else(group: str) -> None:
     assert all(values == settings["full"] for values in settings.values())
 
 
-def test_the_demo_merges_on_two_processes() -> None:
-    config = load_config("configs/run/demo.yaml", world_size=2)
-    schedule = make_schedule(config.method, config.optim, config.train.steps)
-    assert config.method.name == "remora"
-    assert schedule.merges_done(config.train.steps) >= 3
-    tiny = load_config("configs/run/tiny_remora.yaml")
-    assert (config.data.train, config.data.validation, config.tokenizer.path) == (
-        tiny.data.train,
-        tiny.data.validation,
-        tiny.tokenizer.path,
-    )
-
-
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
 # kind of the records, tokens of a sequence, records or sequences of a step, epochs

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from relora_mora.config.data import RecordsConfig
 from relora_mora.data.records.passages import passage_of
 from relora_mora.data.shard import Record, RecordFormat
-from relora_mora.evaluation.harness import _load_tasks, evaluate_tasks, record, table
+from relora_mora.evaluation.harness import _load_tasks, record, table
 from relora_mora.evaluation.local_tasks import LOCAL_TASKS, local_task
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.tokenizer.load import load_tokenizer
@@ -140,26 +140,6 @@ def test_scores_of_tasks_equal_a_count_by_hand(model, data):
     assert 0 <= found["local_uuid"]["character_accuracy"] < 0.5
     assert "local_medqa" in answer.err
     assert "acc" in answer.err
-
-
-@needs_lm_eval
-def test_texts_begin_as_in_training(model, data, monkeypatch):
-    """Where the tokenizer puts no BOS before a text, no text of the training began with one."""
-    from lm_eval.models.huggingface import HFLM
-
-    begins = []
-
-    def generate(self, *args, **settings):
-        begins.append(self.prefix_token_id)
-        return generated(self, *args, **settings)
-
-    generated = HFLM.generate_until
-    monkeypatch.setattr(HFLM, "generate_until", generate)
-    tokenizer = load_tokenizer(model)
-    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(65)
-    given = {"data": str(data), "num_fewshot": None, "limit": 1, "batch_size": 1}
-    evaluate_tasks(LlamaForCausalLM.from_pretrained(model), tokenizer, ["local_uuid"], **given)
-    assert begins == [tokenizer.eos_token_id]
 
 
 @needs_lm_eval

@@ -22,7 +22,6 @@ from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.config.data import DataConfig, RecordsConfig
 from relora_mora.config.data_flags import parse_typed
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.data.sources.names import Commits
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.evaluation.loss import (
@@ -38,7 +37,7 @@ from relora_mora.model.llama import LossModel, build_model
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.load import LoadedModel, load_any_model
 from tests.tools.commands import EVALUATE, Answer, call, refused
-from tests.tools.data_tools import data_config, write_shard
+from tests.tools.data_tools import data_config, eval_set, write_shard
 from tests.tools.each import each
 from tests.tools.tiny import tiny_llama
 
@@ -55,19 +54,16 @@ def _gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=64)).eval()
 
 
+def _score(model, data, micro_batch_size=2, **settings) -> EvalResult:
+    return evaluate(model, data, micro_batch_size=micro_batch_size, device=torch.device("cpu"), **settings)
+
+
 def test_every_token_counts_once_with_any_batch_size(source, tokenizer_path):
     lm = _gpt2()
     tokens = sum(len(load_tokenizer(tokenizer_path)(text, add_special_tokens=False).input_ids) + 1 for text in TEXTS)
     results = []
     for length, micro in ((8, 1), (8, 3), (8, 100)):
-        data = load_eval_set(
-            str(source),
-            config=data_config(source),
-            tokenizer_path=tokenizer_path,
-            sequence_length=length,
-            max_tokens=None,
-        )
-        results.append(evaluate(causal_lm_loss(lm), data, micro_batch_size=micro, device=torch.device("cpu")))
+        results.append(_score(causal_lm_loss(lm), eval_set(source, tokenizer_path, length), micro))
     assert {result.tokens for result in results} == {tokens}
     assert all(result.loss == pytest.approx(results[0].loss, rel=1e-6) for result in results)
     size = sum(len(text.encode()) for text in TEXTS)
@@ -85,7 +81,7 @@ def test_sets_are_scored_in_turn(source, tokenizer_path, tmp_path):
     steps: list[tuple[int, int]] = []
 
     def score(data, update):
-        return evaluate(mean_loss, data, micro_batch_size=2, device=torch.device("cpu"), progress=update)
+        return _score(mean_loss, data, progress=update)
 
     results = evaluate_sets(score, sets, lambda done, total: steps.append((done, total)))
     assert {name: result.tokens for name, result in results.items()} == {
@@ -185,29 +181,14 @@ def _loss_of_documents(lm, texts: list[str], tokenizer, length: int) -> float:
 @each("length,micro", [(8, 3), (64, 1)])
 def test_with_a_document_mask_each_document_is_scored_separately(source, tokenizer_path, make, length, micro):
     lm = make()
-    data = load_eval_set(
-        str(source),
-        config=data_config(source, document_mask=True),
-        tokenizer_path=tokenizer_path,
-        sequence_length=length,
-        max_tokens=None,
-    )
+    data = eval_set(source, tokenizer_path, length, document_mask=True)
     expected = _loss_of_documents(lm, TEXTS, load_tokenizer(tokenizer_path), length)
-    loss = evaluate(causal_lm_loss(lm), data, micro_batch_size=micro, device=torch.device("cpu")).loss
+    loss = _score(causal_lm_loss(lm), data, micro).loss
     assert loss == pytest.approx(expected, abs=1e-6)
     if isinstance(lm, LlamaForCausalLM):  # what a run evaluates with
-        of_run = evaluate(LossModel(lm), data, micro_batch_size=micro, device=torch.device("cpu")).loss
-        assert of_run == pytest.approx(expected, abs=1e-6)
-    together = load_eval_set(
-        str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=length, max_tokens=None
-    )
-    assert (
-        abs(
-            evaluate(causal_lm_loss(make()), together, micro_batch_size=micro, device=torch.device("cpu")).loss
-            - expected
-        )
-        > 1e-5
-    )
+        assert _score(LossModel(lm), data, micro).loss == pytest.approx(expected, abs=1e-6)
+    together = eval_set(source, tokenizer_path, length)
+    assert abs(_score(causal_lm_loss(lm), together, micro).loss - expected) > 1e-5
 
 
 def test_rows_of_documents_hold_every_scored_label_once_and_no_more_tokens_than_the_sequences():
@@ -228,15 +209,11 @@ def test_rows_of_documents_hold_every_scored_label_once_and_no_more_tokens_than_
 
 
 def test_a_uniform_model_has_the_entropy_of_its_vocabulary(source, tokenizer_path):
-    data = load_eval_set(
-        str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=16, max_tokens=None
-    )
     lm = _gpt2()
     with torch.no_grad():
         lm.lm_head.weight.zero_()
-    assert evaluate(causal_lm_loss(lm), data, micro_batch_size=2, device=torch.device("cpu")).loss == pytest.approx(
-        math.log(320), rel=1e-6
-    )
+    loss = _score(causal_lm_loss(lm), eval_set(source, tokenizer_path)).loss
+    assert loss == pytest.approx(math.log(320), rel=1e-6)
 
 
 def test_a_foreign_model_does_not_name_its_text(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +16,9 @@ from tests.tools.commands import (
     EVALUATE,
     EXPORT,
     PLAN,
-    TOKENIZE,
     TRAIN,
     call,
     left_in,
-    permissions_count,
-    public_folder,
     refused,
     run_main,
 )
@@ -132,22 +128,6 @@ def test_numbers_and_choices_out_of_range(script: str, argv: list[str], message:
     refused(call(script, *argv), message)
 
 
-@each(
-    "name,message",
-    [
-        ("nowhere.yaml", "cannot read it (No such file or directory)"),
-        ("folder", "cannot read it (Is a directory)"),
-        ("dangling", "cannot read it (No such file or directory)"),
-        ("loop", "cannot read it (Too many levels of symbolic links)"),
-        ("rubbish", "not YAML: 'utf-8' codec can't decode byte 0x80"),
-        ("latin1.yaml", "not YAML: 'utf-8' codec can't decode byte 0xf6"),
-        ("model.json", "unknown"),  # JSON, but no settings
-    ],
-)
-def test_files_that_are_not_settings(inputs: Path, name: str, message: str) -> None:
-    refused(call(PLAN, inputs / name), str(inputs / name), message)
-
-
 def test_in_another_folder_the_message_names_the_base_of_relative_paths(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,65 +215,6 @@ def test_sources_without_text(inputs: Path, tmp_path: Path, name: str, message: 
     ]  # about single lines, before the message
     refused(answer, message, notes=len(notes))
     assert left_in(tmp_path) == []
-
-
-@each(
-    "name,message",
-    [
-        ("nowhere", "not found"),
-        ("folder", "this folder has no tokenizer"),
-        ("dangling", "not found"),
-        ("rubbish", "not a sentencepiece .model file"),
-        ("rubbish.model", "not a sentencepiece model"),
-    ],
-)
-def test_a_folder_that_is_not_a_tokenizer(inputs: Path, tmp_path: Path, name: str, message: str) -> None:
-    answer = call(TOKENIZE, inputs / "run.yaml", tmp_path / "out", f"--tokenizer={inputs / name}")
-    refused(answer, str(inputs / name), message, "expected a folder with tokenizer.model")
-
-
-def test_tokenizer_files_that_are_rubbish(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
-    for name, content in (
-        ("tokenizer.json", RUBBISH),
-        ("tokenizer.json", b"[]"),
-        ("tokenizer.json", b"{}"),
-        ("tokenizer.model", b""),
-    ):
-        folder = tmp_path / "tokenizer"
-        shutil.copytree(tokenizer_path, folder)
-        (folder / name).write_bytes(content)
-        refused(call(TOKENIZE, inputs / "run.yaml", tmp_path / "out", f"--tokenizer={folder}"), str(folder))
-        shutil.rmtree(folder)
-
-
-@each(
-    "script,name",
-    [
-        (PLAN, "run.yaml"),
-        (PLAN, "model.json"),
-        (TOKENIZE, "text.json.gz"),
-        (TOKENIZE, "tokenizer/tokenizer.model"),
-        (TOKENIZE, "tokenizer"),
-    ],
-)
-def test_files_that_may_not_be_read(inputs: Path, tmp_path: Path, tokenizer_path: str, script: str, name: str) -> None:
-    with public_folder() as folder:
-        shutil.copy(inputs / "model.json", folder)
-        shutil.copy(inputs / "train" / "part-00000.json.gz", folder / "text.json.gz")
-        shutil.copytree(tokenizer_path, folder / "tokenizer")
-        (folder / "run.yaml").write_text((inputs / "run.yaml").read_text())
-        for path in folder.rglob("*"):
-            path.chmod(0o755)
-        argv = [folder / "run.yaml", f"--model.config={folder}/model.json"]
-        out = []
-        if script == TOKENIZE:
-            argv = [folder / "text.json.gz", f"--tokenizer={folder}/tokenizer", "--processes=1"]
-            out = [tmp_path / "out"]
-        assert call(script, *argv, *out).code == 0  # and all is imported
-        (folder / name).chmod(0)
-        with permissions_count():
-            answer = call(script, *argv, *(folder / "other" for _ in out))
-        refused(answer, f"{folder}/{name}", "ermission denied")
 
 
 # ---- the trainer's settings, before training -----------------------------------------------------------------------

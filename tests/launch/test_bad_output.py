@@ -26,7 +26,6 @@ from tests.tools.commands import (
     refused,
 )
 from tests.tools.data_tools import write_shards
-from tests.tools.each import each
 
 pytestmark = [pytest.mark.more, pytest.mark.usefixtures("little_text")]
 WRITERS = pytest.mark.parametrize("script", [DEMO_TEXT, TRAIN])
@@ -140,20 +139,6 @@ def test_output_folders_that_cannot_be_written(inputs: Path, tmp_path: Path, scr
     with permissions_count():
         answer = write_output(script, inputs, tmp_path / "locked" / "out")
     refused(answer, f"{tmp_path / 'locked' / 'out'}: Permission denied; check its permissions")
-
-
-@each("code", ["print('x')", "print('x' * 100_000)", "print('x', flush=True)"])
-def test_a_full_disk_under_the_standard_output(tmp_path: Path, code: str) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(f"from relora_mora.cli.command import run\ndef main() -> None:\n    {code}\nrun(main)\n")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    for argv in ([], ["--help"]):
-        with Path("/dev/full").open("w") as full:
-            done = subprocess.run(
-                [sys.executable, str(script), *argv], stdout=full, stderr=subprocess.PIPE, text=True, env=environment
-            )
-        message = "No space left on device; free some space, or choose a place on another disk\n"
-        assert (done.returncode, done.stderr) == (2, message)
 
 
 # ---- Ctrl-C --------------------------------------------------------------------------------------------------------

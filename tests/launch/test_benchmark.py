@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from launch.benchmark.byte_tracker import PARTS, ByteTracker
-from launch.benchmark.contenders import CONTENDERS, Ours, Setting
+from launch.benchmark.contenders import CONTENDERS, Setting
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.operators import square_size
 from tests.tools.commands import module_of
@@ -41,31 +39,6 @@ MODEL = {
     "max_position_embeddings": 64,
 }
 METHODS = ("full", "frozen", "remora", "remora_decoupled", "remora_released", "relora", "plain")
-FIELDS = {
-    "step_seconds",
-    "spread",
-    "processor_seconds",
-    "page_faults",
-    "tokens_per_second",
-    "ratio",
-    "utilization",
-    "trainable_parameters",
-    "trainable_ratio",
-    "bytes_held",
-    "bytes_held_ratio",
-    "bytes_at_peak",
-    "bytes_at_peak_ratio",
-    "bytes_kept_for_backward",
-    "bytes_kept_for_backward_ratio",
-    "bytes_kept_by_one_layer",
-    "bytes_kept_by_one_layer_ratio",
-    "bytes_kept_by_its_linears",
-    "bytes_kept_by_its_linears_ratio",
-    "bytes_sent",
-    "bytes_sent_ratio",
-    "merge_seconds",
-    "loss",
-}
 
 
 def command(model: str, *arguments: str) -> tuple[str, str]:
@@ -75,14 +48,6 @@ def command(model: str, *arguments: str) -> tuple[str, str]:
         options = {key: _number(value) for key, _, value in (argument.partition("=") for argument in arguments)}
         module_of(SCRIPT).main(model, tokens=TOKENS, sequence_length=64, rank=RANK, repeats=2, warmup=1, **options)
     return out.getvalue(), err.getvalue()
-
-
-def command_whose_losses_are_lost(model: str) -> int:
-    """Runs in the pool; returns the exit code."""
-    with mock.patch.object(Ours, "step", lambda self: math.nan), redirect_stdout(io.StringIO()):
-        return int(
-            module_of(SCRIPT).main(model, methods="full", tokens=TOKENS, sequence_length=64, repeats=1, warmup=1)
-        )
 
 
 def _number(value: str) -> Any:
@@ -140,7 +105,6 @@ def found(printed: str) -> dict[str, Any]:
 def test_every_field_is_reported_and_the_first_is_the_reference(found: dict[str, Any], printed: str) -> None:
     assert list(found) == list(METHODS)
     for name, values in found.items():
-        assert set(values) == FIELDS, name
         assert min(values["step_seconds"], values["processor_seconds"]) > 0
         assert values["page_faults"] >= 0
         assert 5 < values["loss"] < 8
@@ -178,14 +142,6 @@ def test_merged_remora_keeps_only_the_compressed_inputs_each_once(found: dict[st
     assert found["remora"]["bytes_kept_for_backward"] < found["full"]["bytes_kept_for_backward"]
 
 
-def test_fine_tuning_trains_adapters_and_nothing_else(one: Pool, model: str) -> None:
-    [(text, _)] = one(command, model, "methods=peft_lora,lora,mora", "finetune=1")
-    peft, lora, mora = json.loads(text.splitlines()[-1])["methods"].values()
-    size = LAYERS * RANK * (4 * 2 * HIDDEN + 3 * (HIDDEN + WIDE))
-    assert peft["trainable_parameters"] == lora["trainable_parameters"] == size
-    assert mora["trainable_parameters"] == pytest.approx(size, rel=0.1)
-
-
 def test_the_released_operations_are_the_same_function(one: Pool) -> None:
     [exact] = one(losses_of_the_forms, False)
     [rounded] = one(losses_of_the_forms, True)
@@ -205,10 +161,6 @@ def test_two_ranks_send_the_trainable_fraction(model: str) -> None:
     assert sum(full["bytes_sent"].values()) == pytest.approx(2 * 2 * full["trainable_parameters"], rel=0.01)
     assert remora["trainable_ratio"] < 0.5
     assert remora["bytes_sent_ratio"] == pytest.approx(remora["trainable_ratio"], rel=0.05)
-
-
-def test_a_non_finite_loss_is_a_failure(one: Pool, model: str) -> None:
-    assert one(command_whose_losses_are_lost, model) == [1]
 
 
 def test_the_tracker_sees_temporary_tensors() -> None:

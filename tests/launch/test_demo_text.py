@@ -11,7 +11,6 @@ import pytest
 from relora_mora.commands import demo_text as demo
 from relora_mora.config.data import DataConfig
 from relora_mora.data.formats.file_rows import iter_texts
-from tests.tools.each import each
 
 pytestmark = pytest.mark.more
 
@@ -135,17 +134,3 @@ def test_examples_and_code_are_dropped() -> None:
         ]
     )
     assert demo.prose(text) == "First line.\n\nExample:\n\n    Between.\n\nLast line."
-
-
-@each(
-    "text,english",
-    [
-        (_prose(1), True),
-        (_prose(1)[: demo.MIN_CHARACTERS - 1], False),
-        ("alpha, beta, gamma, delta, epsilon, zeta, eta, theta, iota, kappa, lambda\n" * 5, False),
-        ("| 1.0 | 2.0 | 3.0 | the of and to in is |\n" * 9, False),
-        ("Das ist ein Satz, der nicht auf Englisch geschrieben wurde und deshalb hier fehlen soll. " * 5, False),
-    ],
-)
-def test_text_that_counts_as_english(text: str, english: bool) -> None:
-    assert demo.is_english(text) is english

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -20,7 +19,6 @@ import yaml
 from relora_mora.data.sources.resolve import resolve_shards
 from tests.tools.commands import TOKENIZE, Answer, call, disk, left_in, refused
 from tests.tools.data_tools import line, some_texts, write_shard, write_shards
-from tests.tools.each import each
 from tests.tools.runs import write_inputs
 
 pytestmark = pytest.mark.more
@@ -107,22 +105,6 @@ def test_settings_of_a_run_give_text_tokenizer_and_limits(tmp_path: Path, tokeni
         assert {shard.tokens.making.max_line_bytes for shard in shards if shard.tokens} == {12345}
 
 
-@each(
-    "argv,message",
-    [
-        (["--split=test"], "--split: got 'test', expected train or validation"),
-        (["--processes=0"], "--processes: got 0, expected at least 1"),
-        ([], "--tokenizer: missing; give the folder or .model file"),
-        (["--tokenizer=t", "--data.max_bad_fraction=7"], "data.max_bad_fraction: got 7"),
-        (["--tokenizer=gone"], "gone: not found"),
-        (["--tokeniser=t"], "--tokeniser"),
-    ],
-)
-def test_arguments(inputs: Path, tmp_path: Path, argv: list[str], message: str) -> None:
-    refused(call(TOKENIZE, f"{inputs}/*.json.gz", tmp_path / "out", *argv), message)
-    assert left_in(tmp_path) == []
-
-
 def test_unusable_text(tmp_path: Path, tokenizer_path: str) -> None:
     """What was finished stays, and a call that forgives more goes on."""
     write_shard(tmp_path / "0.json", [line("a text")])
@@ -191,24 +173,3 @@ def test_ctrl_c_keeps_finished_files(much_text: Path, tmp_path: Path, tokenizer_
     answer = call(*argv, "--processes=1")
     assert answer.code == 0
     assert len(resolve_shards(str(out))) == 4
-
-
-def test_a_killed_process_is_reported(much_text: Path, tmp_path: Path, tokenizer_path: str) -> None:
-    before = psutil.Process().children()  # of pools, for instance
-
-    def kill_one() -> None:
-        while not answered.is_set():
-            for child in psutil.Process().children():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if child not in before and "spawn_main" in " ".join(child.cmdline()):
-                        child.kill()
-                        return
-            time.sleep(0.01)
-
-    answered = threading.Event()
-    killer = threading.Thread(target=kill_one, daemon=True)
-    killer.start()
-    answer = call(TOKENIZE, f"{much_text}/*.json", tmp_path / "out", f"--tokenizer={tokenizer_path}", "--processes=2")
-    answered.set()
-    killer.join()
-    refused(answer, "was killed; if memory ran out, give fewer --processes")

@@ -163,27 +163,6 @@ while True:
 """
 
 
-BOTH = """
-import sys, threading
-from pathlib import Path
-from relora_mora.supervise.guard import Guard
-from relora_mora.supervise.heartbeat import PeerFailure
-guard = Guard(signals=False)
-both = threading.Barrier(2)
-def end():
-    both.wait()
-    guard.end(PeerFailure([1], 69, "rank 1 is gone", announced=True))
-threading.Thread(target=end).start()
-end()
-"""
-
-
-def test_an_end_that_two_threads_find_is_reported_once():
-    for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", BOTH], capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (69, "the run ended: rank 1 is gone\n")
-
-
 ALL_RANKS = """
 import os, sys
 from pathlib import Path

@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import pickle
-import random
 import shutil
 import subprocess
 import sys
@@ -77,17 +76,6 @@ def test_hard_texts_are_exact_on_every_path(folder: Path, tmp_path: Path) -> Non
         assert _plain(path, texts) == reference
         assert AutoTokenizer.from_pretrained(str(path)).batch_decode(reference) == texts
     assert (tmp_path / "export" / MODEL_FILE).read_bytes() == (folder / MODEL_FILE).read_bytes()
-
-
-@pytest.mark.more
-def test_random_texts_are_exact(folder: Path) -> None:
-    draw = random.Random(0)
-    alphabet = [*"ab  \n\t<>/s0x", "</s>", "<s>", "\r\n", "é", "🙂", "the", " self", "    ", "\0", "▅", "\u2581"]
-    texts = ["".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(3000)]
-    tokenizer = load_tokenizer(folder)
-    ids = encode(tokenizer, texts)
-    assert ids == open_sentencepiece(folder / MODEL_FILE).encode(texts)
-    assert tokenizer.batch_decode(ids) == [text.replace("\u2581", " ") for text in texts]
 
 
 def test_parts_of_a_text_decode_to_its_parts(folder: Path) -> None:

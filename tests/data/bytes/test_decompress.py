@@ -13,8 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from relora_mora.data.errors import SourceError
-from relora_mora.data.formats.file_rows import iter_texts
-from tests.tools.data_tools import data_config, line, lines_of, some_texts, write_shard
+from tests.tools.data_tools import line, lines_of, some_texts, texts_of, write_shard
 from tests.tools.each import each
 
 
@@ -23,7 +22,7 @@ def test_every_format_gives_the_same_lines(tmp_path, suffix):
     texts = some_texts(3000)
     path = write_shard(tmp_path / f"a{suffix}", texts)
     assert [json.loads(entry)["text"] for entry in lines_of(path)] == texts
-    assert list(iter_texts(str(path), split="train", config=data_config(path))) == texts
+    assert texts_of(path) == texts
 
 
 def test_several_gzip_members_and_zstd_frames(tmp_path):
@@ -88,7 +87,7 @@ def test_text_after_a_byte_order_mark_and_blanks_for_any_file_name(tmp_path, nam
     if name.startswith("compressed"):
         body = gzip.compress(body) if name.endswith(".gz") else zstandard.compress(body)
     path.write_bytes(body)
-    assert list(iter_texts(str(path), split="train", config=data_config(path))) == ["text"]
+    assert texts_of(path) == ["text"]
 
 
 KINDS = [".json.gz", ".json.zst", ".txt.gz", ".csv.zst"]
@@ -107,7 +106,7 @@ def test_a_shard_that_breaks_off_anywhere_is_an_error(tmp_path, suffix):
     for size in range(len(body)):
         path.write_bytes(body[:size])
         with pytest.raises(SourceError, match=rf"a{suffix}: its compressed data breaks off at byte {size}, "):
-            list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=1.0)))
+            texts_of(path, max_bad_fraction=1.0)
 
 
 @each("suffix", KINDS)
@@ -118,7 +117,7 @@ def test_a_byte_that_changed_is_an_error_or_changes_no_text(tmp_path, suffix):
     for at in range(len(body)):
         path.write_bytes(body[:at] + bytes([body[at] ^ 255]) + body[at + 1 :])
         try:
-            found = list(iter_texts(str(path), split="train", config=data_config(path)))
+            found = texts_of(path)
         except SourceError:
             continue
         assert found == texts
@@ -128,4 +127,4 @@ def test_a_compressed_header_that_is_damaged_is_not_text(tmp_path):
     path = write_shard(tmp_path / "a.json.gz", some_texts(400))
     path.write_bytes(b"junk" + path.read_bytes()[4:])
     with pytest.raises(SourceError, match=r"lines are bad, more than data\.max_bad_fraction"):
-        list(iter_texts(str(path), split="train", config=data_config(path)))
+        texts_of(path)

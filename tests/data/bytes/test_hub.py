@@ -11,7 +11,7 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.formats.file_rows import iter_texts
 from relora_mora.data.sources.names import with_commits
 from relora_mora.data.sources.resolve import configured_shards, resolve_shards
-from tests.tools.data_tools import data_config, some_texts, write_shard
+from tests.tools.data_tools import data_config, some_texts, texts_of, write_shard
 from tests.tools.each import each
 from tests.tools.faulty_server import COMMIT, serving
 
@@ -33,16 +33,14 @@ def test_c4_is_read_from_a_mirror(hub):
     assert shards[0].name.startswith(f"hub:allenai/c4@{COMMIT}/")
     assert hub.paths == ["/api/datasets/allenai/c4/revision/main"]  # the commit, once; nothing is listed
     source = "hub:allenai/c4/en/c4-train.{00000..00001}-of-01024.json.gz"
-    assert list(iter_texts(source, split="train", config=data_config(source))) == some_texts(20, seed=0) + some_texts(
-        20, seed=1
-    )
+    assert texts_of(source) == some_texts(20, seed=0) + some_texts(20, seed=1)
 
 
 def test_a_login_in_netrc_does_not_take_the_place_of_the_token(hub, tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     source = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"
-    list(iter_texts(source, split="train", config=data_config(source)))
+    texts_of(source)
     sent = [headers["authorization"] for path, headers in hub.requests if "/resolve/" in path]
     assert sent
     assert set(sent) == {"Bearer hf_secret"}
@@ -50,7 +48,7 @@ def test_a_login_in_netrc_does_not_take_the_place_of_the_token(hub, tmp_path, mo
 
 def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path):
     source = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"
-    list(iter_texts(source, split="train", config=data_config(source)))
+    texts_of(source)
     assert all(headers["authorization"] == "Bearer hf_secret" for path, headers in hub.requests if "/resolve/" in path)
     assert "hf_secret" not in repr(resolve_shards(source))
     hub.requests.clear()

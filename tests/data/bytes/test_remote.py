@@ -9,7 +9,7 @@ from email.utils import formatdate
 
 import pytest
 
-from relora_mora.data.bytes.remote import FIRST_BLOCK_BYTES, RemoteFile
+from relora_mora.data.bytes.remote import RemoteFile
 from relora_mora.data.bytes.retry import (
     FIRST_WAIT_SECONDS,
     LONGEST_WAIT_SECONDS,
@@ -19,7 +19,6 @@ from relora_mora.data.bytes.retry import (
     retrying,
 )
 from relora_mora.data.errors import SourceError
-from relora_mora.data.formats.file_rows import iter_texts
 from relora_mora.data.shard import Shard
 from tests.tools.data_tools import data_config, make_lane, some_texts, write_shard
 from tests.tools.each import each
@@ -91,25 +90,6 @@ def test_a_connection_that_never_gets_far_is_read_in_smaller_pieces(tmp_path):
         assert len(server.requests) > 60_000 / 3000
 
 
-@pytest.mark.more
-def test_a_server_that_stays_unreachable(tmp_path):
-    _write(tmp_path)
-    with serving(tmp_path, lambda n: "503" if n else "reset") as server:
-        config = data_config(f"{server.url}/a.json.gz", timeout_seconds=0.5)
-        began = time.monotonic()
-        with pytest.raises(
-            SourceError, match=r"a\.json\.gz at byte \d+: gave up after 0\.5 s .*status 503.*data\.timeout_seconds"
-        ):
-            list(iter_texts(config.train, split="train", config=config))
-        assert 0.4 < time.monotonic() - began < 5
-    with pytest.raises(SourceError, match=r"gave up after 0\.3 s"):
-        list(
-            iter_texts(
-                f"{server.url}/a.json.gz", split="train", config=config.model_copy(update={"timeout_seconds": 0.3})
-            )
-        )
-
-
 @each("proxy", ["socks5://127.0.0.1:1080", "http://[secret"])
 def test_a_proxy_that_cannot_be_used_is_named(proxy, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", proxy)
@@ -130,20 +110,6 @@ def test_a_redirect_to_an_invalid_url(location, tmp_path, monkeypatch):
             RemoteFile(Shard("a", f"{server.url}/a.json"), 5.0).read(9)
 
 
-@pytest.mark.more
-@each("etag,said", [(True, "changed while it was read"), (False, r"gave up .* the size of the file is")])
-def test_a_file_that_changes(tmp_path, etag, said):
-    shard = _write(tmp_path)
-    with serving(tmp_path, etag=etag) as server:
-        remote = Shard("a", f"{server.url}/a.json.gz")
-        with closing(RemoteFile(remote, 0.5, in_order=True)) as source:
-            source.read(50_000)
-            shard.write_bytes(shard.read_bytes() + b"more")
-            source.read(50_000)  # of the same block
-            with pytest.raises(SourceError, match=said):
-                source.read(400_000)
-
-
 @each("status,message", [(404, "status 404"), (403, "access denied"), (401, "access denied")])
 def test_a_lasting_fault_is_not_retried(tmp_path, status, message, monkeypatch):
     with serving(tmp_path, lambda n: None) as server:
@@ -156,26 +122,6 @@ def test_a_lasting_fault_is_not_retried(tmp_path, status, message, monkeypatch):
             _read(server)
         assert time.monotonic() - began < 2
         assert len(server.requests) == 1
-
-
-@pytest.mark.more
-@each("suffix", [".json.gz", ".jsonl.zst"])
-def test_damage_is_not_retried(tmp_path, suffix):
-    path = write_shard(
-        tmp_path / f"a{suffix}", [f"{random.Random(n).random()} {text}" for n, text in enumerate(some_texts(12_000))]
-    )
-    before = RETRIES.retries
-    with serving(tmp_path, lambda n: "corrupt" if n == 0 else None) as server:
-        config = data_config(f"{server.url}/a{suffix}", max_bad_fraction=1.0)
-        with pytest.raises(SourceError, match=rf"http\S+/a{suffix}: its compressed data is damaged") as remote:
-            list(iter_texts(config.train, split="train", config=config))
-    assert RETRIES.retries == before
-    body = path.read_bytes()  # the same bytes on a disk end at the same place
-    at = min(len(body), FIRST_BLOCK_BYTES) // 2
-    path.write_bytes(body[:at] + bytes([body[at] ^ 255]) + body[at + 1 :])
-    with pytest.raises(SourceError) as local:
-        list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=1.0)))
-    assert str(remote.value).endswith(str(local.value))
 
 
 def test_waits_double_with_jitter_up_to_a_bound(monkeypatch):

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from relora_mora.data import bad_rows
 from relora_mora.data.errors import BAD_REASONS, SourceError
-from relora_mora.data.formats.file_rows import iter_texts
 from relora_mora.data.sets.show import check_columns
 from relora_mora.data.sources.resolve import configured_shards
 from tests.tools.data_tools import (
@@ -24,6 +23,7 @@ from tests.tools.data_tools import (
     line,
     make_lane,
     some_texts,
+    texts_of,
     write_shard,
 )
 from tests.tools.each import each
@@ -227,16 +227,9 @@ def test_a_resumed_stream_stops_after_the_same_blocks(tmp_path):
 def test_too_many_bad_lines_are_a_clear_stop(tmp_path):
     texts = some_texts(99)
     path = write_shard(tmp_path / "a.json", [*texts[:50], b"rubbish", *texts[50:]])
-    assert list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=0.01))) == texts
+    assert texts_of(path, max_bad_fraction=0.01) == texts
     with pytest.raises(SourceError, match=r"a\.json: 1 of 51 lines are bad, .*line 51 is not JSON"):
-        list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=0.0)))
+        texts_of(path, max_bad_fraction=0.0)
     write_shard(path, [*texts[:40], b"rubbish", b'{"text": 1}', *texts[40:]])
     with pytest.raises(SourceError, match=r'2 of 101 lines are bad, .*line 42 has a "text" that is not a string'):
-        list(iter_texts(str(path), split="train", config=data_config(path, max_bad_fraction=0.01)))
-
-
-def test_a_file_of_columns_with_another_suffix(tmp_path):
-    for suffix in (".parquet", ".arrow"):
-        path = write_shard(tmp_path / f"a{suffix}", some_texts(50)).rename(tmp_path / "a.jsonl")
-        with pytest.raises(SourceError, match=r"lines are bad, .*is not (JSON|text in UTF-8)"):
-            list(iter_texts(str(path), split="train", config=data_config(path)))
+        texts_of(path, max_bad_fraction=0.01)

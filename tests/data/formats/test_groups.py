@@ -14,21 +14,20 @@ import pytest
 
 from relora_mora.data.bytes import retry, transport
 from relora_mora.data.bytes.local import LocalFile
-from relora_mora.data.bytes.retry import RETRIES
 from relora_mora.data.content import local_content
 from relora_mora.data.errors import SourceError
-from relora_mora.data.formats.file_rows import iter_texts, open_rows
+from relora_mora.data.formats.file_rows import open_rows
 from relora_mora.data.sets.show import check_columns
 from relora_mora.data.sources.resolve import configured_shards, resolve_shards
 from tests.tools.data_tools import (
     WRITE_GROUPS,
-    assert_resumes_anywhere,
     data_config,
     documents_in,
     epoch_tokens,
     make_lane,
     rows_of,
     some_texts,
+    texts_of,
     write_parquet,
 )
 from tests.tools.each import each
@@ -80,16 +79,6 @@ def test_an_empty_file_is_skipped(suffix, tmp_path):
     assert set(lane.rows.notes) == {f"a{suffix} is empty; skipped"}
 
 
-@pytest.mark.more
-@each("lanes,names", [(1, "ab"), (3, "a"), (2, "abc")])
-@every_format
-def test_a_resume_anywhere_gives_the_very_next_block(suffix, tmp_path, lanes, names):
-    for seed, name in enumerate(names):
-        WRITE_GROUPS[suffix](tmp_path / f"{name}{suffix}", [None, "", *some_texts(23, seed=seed, words=25)])
-    config = data_config(tmp_path / "*")
-    assert_resumes_anywhere(config, lanes)
-
-
 @each("lanes", [1, 3])
 @every_format
 def test_an_epoch_holds_every_document_once(suffix, tmp_path, lanes):
@@ -109,7 +98,7 @@ def test_an_epoch_holds_every_document_once(suffix, tmp_path, lanes):
 def test_another_column_and_held_out_text(suffix, tmp_path):
     texts = some_texts(30)
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, column="with.dot")
-    assert list(iter_texts(str(path), split="validation", config=data_config(path, text_column="with.dot"))) == texts
+    assert texts_of(path, "validation", text_column="with.dot") == texts
 
 
 @each(
@@ -204,18 +193,6 @@ def test_a_file_that_changes_at_the_server_is_refused(tmp_path, short_waits):
             write_parquet(path, some_texts(10))
             with pytest.raises(SourceError, match=r"a\.parquet changed while it was read"):
                 rows.take(1990)
-
-
-def test_one_answer_without_a_range_among_others_is_asked_for_again(tmp_path, short_waits):
-    texts = some_texts(1000)
-    path = write_parquet(tmp_path / "a.parquet", texts, group_rows=100)
-    with serving(tmp_path) as server:
-        server.fault = lambda n: setattr(server, "ranges", n != 1)
-        (shard,) = resolve_shards(f"{server.url}/a.parquet")
-        before = RETRIES.retries
-        with closing(open_rows(data_config(path), shard)) as rows:
-            assert rows.take(1001) == texts
-    assert RETRIES.retries == before + 1
 
 
 def test_a_server_that_stays_unreachable(tmp_path, short_waits, monkeypatch):

@@ -124,15 +124,6 @@ def test_a_message_that_calls_a_tool_need_not_have_content(tokenizer, tmp_path):
     assert tokenizer.decode(np.array(row.ids)[row.scored]) == "matrix"
 
 
-def test_an_empty_list_of_calls_is_not_a_tool_call(tokenizer):
-    messages = [{**message, "tool_calls": []} for message in CONVERSATION]
-    with_list, plain = (
-        encoded(tokenizer, {"messages": given}, kind="messages", template="chatml")
-        for given in (messages, CONVERSATION)
-    )
-    assert list(with_list.ids) == list(plain.ids)
-
-
 TOOLS = [{"function": {"name": "matrix", "parameters": {}}}]
 
 

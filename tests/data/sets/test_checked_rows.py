@@ -92,12 +92,6 @@ def test_many_records_that_are_too_long_cause_a_warning(tmp_path, tokenizer, cap
     assert caplog.messages == []
 
 
-def test_whole_texts_that_are_all_too_long_are_reported(tmp_path, tokenizer):
-    path = write_json_lines(tmp_path / "a.jsonl", [{"text": "the rank " * 40}])
-    config = data_config(path, packing="whole", records={"kind": "text", "too_long": "drop"}, sequence_length=64)
-    assert "no record can be used (over_length: 1); for instance a text has " in _error_of(config, tokenizer)
-
-
 @pytest.mark.more
 def test_a_small_set_is_checked_as_a_whole_and_a_large_one_by_its_first_rows(tmp_path, tokenizer):
     rows = [_conversation(number, "system" if number == 20 else "user") for number in range(50)]

@@ -72,10 +72,6 @@ def answers_only(rows: list[Question]) -> list[Encoded]:
     return encoded
 
 
-def all_scored(rows: list[Question]) -> list[Encoded]:
-    return [Encoded(encoded.ids) for encoded in answers_only(rows)]
-
-
 def _group(first: int, rows: int) -> list[Question | Skipped]:
     questions = [Question(first + n, asked=1 + n % 4, answered=(3 * n) % 11) for n in range(rows)]
     return [*questions, Skipped("no_text")]
@@ -116,53 +112,10 @@ def test_blocks_carry_which_tokens_are_scored():
     assert lane.state()["skipped"]["empty_shard"] >= 1
 
 
-def test_masks_change_neither_tokens_nor_positions():
-    lane = _lane(all_scored)
-    masked = _lane(answers_only)
-    for _ in range(30):
-        block = lane.next_block()
-        assert block.scored is None
-        assert np.array_equal(block.tokens, masked.next_block().tokens)
-        assert lane.state() == masked.state()
-
-
-def test_a_block_without_masked_documents_has_no_mask():
-    def first_row_masked(rows: list[Question]) -> list[Encoded]:
-        return [
-            Encoded(e.ids, [False] * len(e.ids) if row.number == 0 else None)
-            for row, e in zip(rows, all_scored(rows), strict=True)
-        ]
-
-    lane = _lane(first_row_masked, names=["a"])
-    blocks = [lane.next_block() for _ in range(12)]
-    for block in blocks:
-        # only the masked document has token 0, and the EOS after it is also masked
-        labels = block.tokens[1:]
-        unscored = (labels == 0) | ((labels == EOS) & (block.tokens[:-1] == 0))
-        assert (block.scored is not None) == bool(unscored.any())
-        assert block.scored is None or np.array_equal(~block.scored, unscored)
-    assert {block.scored is None for block in blocks} == {True, False}
-
-
 def test_a_shard_with_fewer_rows_than_the_position_is_refused():
     state = {**_lane(answers_only).state(), "block": 50}
     with pytest.raises(SourceError, match=r"lane 0: .* has fewer lines than when its position was saved"):
         _lane(answers_only, restored=state).next_block()
-
-
-def test_a_source_is_closed_with_its_lane():
-    opened = []
-
-    def open_rows(*args, **settings):
-        opened.append(StoredGroups(GROUPS, *args, **settings))
-        return opened[-1]
-
-    lane = _lane(answers_only)
-    lane.rows.open_rows = open_rows
-    lane.next_block()
-    lane.close()
-    assert opened
-    assert all(rows.closed for rows in opened)
 
 
 @each(

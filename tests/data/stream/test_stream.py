@@ -10,27 +10,18 @@ import torch
 from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, SourceError
 from relora_mora.data.lanes import counts_of, merge_states
 from relora_mora.data.stream.packing import document_ids
-from relora_mora.data.stream.stream import TrainStream
+from tests.data.stream_tools import stream_of
 from tests.tools.data_tools import data_config, line, write_shard, write_shards
 from tests.tools.each import each
 
 BATCH = 16
 LANES = 8
-KINDS = (".json.gz", ".txt.zst", ".csv", ".parquet", ".arrow")
+KINDS = (".json.gz", ".txt.zst", ".csv", ".parquet", ".arrow")  # each resumes in its own way
 
 
 def _streams(config, tokenizer_path, world_size, state=None, step=0):
     return [
-        TrainStream(
-            config,
-            tokenizer_path=tokenizer_path,
-            batch_size=BATCH,
-            lanes=LANES,
-            rank=rank,
-            world_size=world_size,
-            state=state,
-            step=step,
-        )
+        stream_of(config, tokenizer_path, rank, world_size, batch_size=BATCH, lanes=LANES, state=state, step=step)
         for rank in range(world_size)
     ]
 
@@ -106,9 +97,7 @@ def test_global_batches_do_not_depend_on_workers_and_resume_on_others(folder, to
 
 def test_a_batch(folder, tokenizer_path):
     config = data_config(folder / ".json.gz" / "*", document_mask=True, sequence_length=16)
-    with TrainStream(
-        config, tokenizer_path=tokenizer_path, batch_size=BATCH, lanes=4, rank=1, world_size=2, state=None
-    ) as stream:
+    with stream_of(config, tokenizer_path, 1, 2, batch_size=BATCH) as stream:
         batch = next(stream)
         after = next(stream)
         assert stream.ready(0.0)
@@ -138,15 +127,7 @@ def test_counts_and_notes_arrive(tmp_path, tokenizer_path):
     write_shard(tmp_path / "a.json", [b"rubbish", "text", line(""), "more"])
     config = data_config(tmp_path / "a.json", max_bad_fraction=0.5, sequence_length=4)
     for workers in (0, 1):
-        with TrainStream(
-            _with(config, workers),
-            tokenizer_path=tokenizer_path,
-            batch_size=4,
-            lanes=1,
-            rank=0,
-            world_size=1,
-            state=None,
-        ) as stream:
+        with stream_of(_with(config, workers), tokenizer_path, batch_size=4, lanes=1) as stream:
             batch = next(stream)
             while not batch.counts["epoch"]:
                 batch = next(stream)
@@ -156,43 +137,29 @@ def test_counts_and_notes_arrive(tmp_path, tokenizer_path):
             assert batch.counts["retries"] == 0
             assert counts_of(batch.state)["documents"] == batch.counts["documents"]
             # the same names on every rank, no matter what each has read, because sums over ranks rely on that
-            assert list(batch.counts) == [
-                "documents",
-                "epoch",
-                "bad",
-                *(f"skipped/{kind}" for kind in SKIP_REASONS),
-                "retries",
-            ]
+            skipped = [f"skipped/{kind}" for kind in SKIP_REASONS]
+            assert list(batch.counts) == ["documents", "epoch", "bad", *skipped, "retries"]
             assert batch.counts["bad"] == sum(batch.counts[f"skipped/{kind}"] for kind in BAD_REASONS)
 
 
 def test_numbers_that_do_not_divide_and_wrong_states_are_refused(folder, tokenizer_path):
     config = data_config(folder / ".json.gz" / "*")
-    settings = {"tokenizer_path": tokenizer_path, "batch_size": 16, "rank": 0}
-    with pytest.raises(ValueError, match="lanes must divide the batch"):
-        TrainStream(config, lanes=5, world_size=1, state=None, **settings)
-    with pytest.raises(ValueError, match="the ranks the lanes"):
-        TrainStream(config, lanes=4, world_size=8, state=None, **settings)
-    with TrainStream(config, lanes=4, world_size=1, state=None, **settings) as stream:
+    with stream_of(config, tokenizer_path) as stream:
         state = next(stream).state
-    with pytest.raises(SourceError, match="has 4 lanes, this run has 8"):
-        TrainStream(config, lanes=8, world_size=1, state=state, **settings)
-    with pytest.raises(SourceError, match="cannot be read"):
-        TrainStream(config, lanes=4, world_size=1, state={**state, "2": {}}, **settings)
+    for ranks, lanes, saved, message in (
+        (1, 5, None, "lanes must divide the batch"),
+        (8, 4, None, "the ranks the lanes"),
+        (1, 8, state, "has 4 lanes, this run has 8"),
+        (1, 4, {**state, "2": {}}, "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stream_of(config, tokenizer_path, 0, ranks, lanes=lanes, state=saved)
     with pytest.raises(ValueError, match="lane 0 is in the data state of two ranks"):
         merge_states([state, state])
 
 
 def test_fewer_documents_than_lanes_are_refused_with_the_remedy(tmp_path, tokenizer_path):
     path = write_shard(tmp_path / "a.json", ["the only document"])
-    with (
-        TrainStream(
-            data_config(path), tokenizer_path=tokenizer_path, batch_size=8, lanes=8, rank=0, world_size=1
-        ) as stream,
-        pytest.raises(
-            SourceError,
-            match=r"lane \d found no text in a\.json: there are fewer documents than lanes; "
-            r"give more .* lower data\.lanes",
-        ),
-    ):
+    message = r"lane \d found no text in a\.json: there are fewer documents than lanes; .* lower data\.lanes"
+    with stream_of(data_config(path), tokenizer_path) as stream, pytest.raises(SourceError, match=message):
         next(stream)

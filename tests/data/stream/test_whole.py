@@ -113,27 +113,6 @@ def test_blocks_hold_whole_records_and_waste_little(path, tokenizer):
     assert sum(int(block.scored.sum()) for block in blocks) == sum(int(row.scored.sum()) for row in rows)
 
 
-@pytest.mark.more
-@each("packing,lanes", [("whole", 1), ("whole", 4), ("none", 2)])
-def test_a_resume_anywhere_gives_the_very_next_block(path, tokenizer, packing, lanes):
-    config = _config(path, packing)
-    for number in range(lanes):
-        lane = _lane(config, tokenizer, lanes, number)
-        states = []
-        blocks = []
-        while lane.state()["epoch"] < 2 or len(blocks) < 20:
-            states.append(json.loads(json.dumps(lane.state())))
-            blocks.append(_plain(lane.next_block()))
-        offsets = {state["offset"] for state in states}
-        assert (len(offsets) > 2) == (packing == "whole")
-        for at in range(0, len(states), 3):
-            resumed = _lane(config, tokenizer, lanes, number, states[at])
-            assert resumed.state() == states[at]
-            for block, state in itertools.islice(zip(blocks[at:], [*states[at + 1 :], lane.state()], strict=True), 6):
-                assert _plain(resumed.next_block()) == block
-                assert resumed.state() == state
-
-
 def test_a_position_beyond_its_group_is_refused(path, tokenizer):
     lane = _lane(_config(path), tokenizer, 1, 0)
     lane.next_block()

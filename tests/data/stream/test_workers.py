@@ -15,7 +15,7 @@ import pytest
 
 from relora_mora.data.errors import WorkerError
 from relora_mora.data.shard import Shard
-from relora_mora.data.stream.stream import TrainStream
+from tests.data.stream_tools import stream_of
 from tests.tools.data_tools import data_config, write_shards
 from tests.tools.each import each
 from tests.tools.faulty_server import serving
@@ -33,7 +33,7 @@ def source(tmp_path_factory):
 
 def _stream(source, tokenizer_path, **changes):
     config = data_config(source, **{"prefetch_batches": 1, **changes})
-    return TrainStream(config, tokenizer_path=tokenizer_path, batch_size=8, lanes=8, rank=0, world_size=1)
+    return stream_of(config, tokenizer_path, lanes=8)
 
 
 @pytest.mark.more
@@ -147,9 +147,7 @@ def test_a_disk_that_is_gone_is_an_error_of_the_system(tokenizer_path, workers):
     """Reading this file at its beginning gives EIO, like a network file system that has lost its server."""
     config = data_config("unused.json", workers=workers)
     shards = [Shard("part-1.json", "/proc/self/mem")]
-    with TrainStream(
-        config, tokenizer_path=tokenizer_path, batch_size=1, lanes=1, rank=0, world_size=1, shards=shards
-    ) as stream:
+    with stream_of(config, tokenizer_path, batch_size=1, lanes=1, shards=shards) as stream:
         with pytest.raises(OSError, match="/proc/self/mem") as caught:
             next(stream)
         assert caught.value.errno == errno.EIO

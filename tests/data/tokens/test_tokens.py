@@ -11,12 +11,11 @@ import pytest
 from relora_mora.data.content import local_content
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.formats.file_rows import open_rows
-from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.data.sources.resolve import resolve_shards
 from relora_mora.data.stream.stream import TrainStream
 from relora_mora.data.tokens.checks import epoch_tokens
 from tests.data.tokens.tools import BATCH, KINDS, LIMITS, batches_of
-from tests.tools.data_tools import data_config
+from tests.tools.data_tools import data_config, eval_set
 from tests.tools.each import each
 
 JSON, PARQUET = KINDS
@@ -73,16 +72,8 @@ def test_held_out_text_is_the_same(folder, tokenizer_path):
     place = folder / ".json.gz"
     for name in ("few", "bad"):
         for max_tokens in (None, 700):
-            sets = [
-                load_eval_set(
-                    str(source),
-                    config=data_config(source, **LIMITS),
-                    tokenizer_path=tokenizer_path,
-                    sequence_length=16,
-                    max_tokens=max_tokens,
-                )
-                for source in (place / name / "*", place / f"{name}.tokens")
-            ]
+            sources = (place / name / "*", place / f"{name}.tokens")
+            sets = [eval_set(source, tokenizer_path, max_tokens=max_tokens, **LIMITS) for source in sources]
             assert np.array_equal(sets[0].tokens, sets[1].tokens)
             assert (sets[0].utf8_bytes, sets[0].documents) == (sets[1].utf8_bytes, sets[1].documents)
             assert sets[0].digest == sets[1].digest
@@ -90,13 +81,7 @@ def test_held_out_text_is_the_same(folder, tokenizer_path):
 
 def test_totals(folder, tokenizer_path):
     shards = resolve_shards(str(folder / ".json.gz" / "few.tokens"))
-    held_out = load_eval_set(
-        str(folder / ".json.gz" / "few" / "*"),
-        config=data_config("unused", **LIMITS),
-        tokenizer_path=tokenizer_path,
-        sequence_length=16,
-        max_tokens=None,
-    )
+    held_out = eval_set(folder / ".json.gz" / "few" / "*", tokenizer_path, **LIMITS)
     assert epoch_tokens(shards) == held_out.predicted
     assert sum(shard.tokens.totals.documents for shard in shards) == held_out.documents
     for shard, text in zip(shards, resolve_shards(str(folder / ".json.gz" / "few" / "*")), strict=True):
