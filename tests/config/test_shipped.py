@@ -183,12 +183,3 @@ def test_a_task_trains_only_mora_adapters(name: str) -> None:
     assert (config.method.name, config.method.operators[0]) == ("mora", operator)
     assert config.optim.lr in rates
     assert not (config.method.train_embeddings or config.method.train_norms or config.method.train_head)
-
-
-def test_the_memory_task_generates_its_training_pairs_one_per_sequence() -> None:
-    config = task("memory")
-    assert config.data.train == config.data.validation[""]
-    assert config.data.packing == "none"
-    assert config.eval.generate > 0
-    begin = newline = end = 1
-    assert config.data.sequence_length + 1 >= begin + 36 + newline + 36 + end

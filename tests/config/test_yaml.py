@@ -81,21 +81,6 @@ def test_merge_keys_are_keys_like_others(tmp_path: Path) -> None:
         load_config(tmp_path / "run.yaml")
 
 
-def test_rates_may_be_written_with_exponents(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        "model: {config: m}\ntokenizer: {path: t}\n"
-        "data: {train: a, validation: b}\ntrain: {run_dir: r}\noptim: {lr: 4e-4}\n"
-    )
-    config = load_config(path, {"optim.lr_other": "2e-3", "method.operators": "[1, 2, 3, 4]", "data.lanes": "null"})
-    assert (config.optim.lr, config.optim.lr_other, config.method.operators, config.data.lanes) == (
-        4e-4,
-        2e-3,
-        [1, 2, 3, 4],
-        None,
-    )
-
-
 def test_paths_are_found_next_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs"

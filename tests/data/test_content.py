@@ -6,7 +6,6 @@ import gzip
 import os
 import random
 import shutil
-import threading
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -179,12 +178,3 @@ def test_a_lasting_fault_gives_one_message(tmp_path):
             SourceError, match=r"part-0000\d\.json\.gz: gave up after 0\.3 s .*status 503.*data\.timeout_seconds"
         ):
             _remote(server, timeout_seconds=0.3)
-
-
-def test_several_files_are_requested_in_parallel(tmp_path, monkeypatch):
-    write_shards(tmp_path, 3, 20)
-    together = threading.Barrier(3, timeout=20)
-    monkeypatch.setattr(content, "THREADS", 3)
-    with serving(tmp_path) as server:
-        monkeypatch.setattr(server, "next_fault", lambda path, headers: together.wait() and None)
-        assert _remote(server)

@@ -28,7 +28,7 @@ from tests.tools.data_tools import (
 from tests.tools.each import each
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 150), st.booleans())
 def test_every_row_of_every_shard_belongs_to_one_lane(lanes, shards, whole):
     rows = Counter()
@@ -99,7 +99,7 @@ def test_shuffled_differently_in_each_epoch_and_not_at_all(tmp_path):
     assert set(first[:16]) == set(second[:16]) == set(texts[:16])  # in blocks
 
 
-@each("lanes,shards,suffix", [(1, 2, ".json.gz"), (3, 2, ".json"), (2, 4, ".jsonl.zst")])
+@each("lanes,shards,suffix", [(3, 2, ".json"), (2, 4, ".jsonl.zst")])
 def test_a_resume_anywhere_gives_the_very_next_block(tmp_path, lanes, shards, suffix):
     write_shards(tmp_path, shards, 23, suffix=suffix, words=25)
     bad = [b"rubbish", line(""), *[line(f"{n} between bad lines") for n in range(9)], b'{"text": 1}']

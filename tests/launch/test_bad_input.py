@@ -52,80 +52,45 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> Pat
     return folder
 
 
+TEXT = ["--data=d", "--out=o"]
+
+
 @each(
-    "script,argv,message",
+    "script,argv,named",
     [
         (EVALUATE, [], "model"),
-        (EVALUATE, ["model", "--data={c4: a, books: [}"], "--data: not YAML: "),
-        (EVALUATE, ["model", "--data={c4: {sourc: a}}"], "data.validation.c4: "),
-        (
-            EVALUATE,
-            ["model", "--data=[{source: a, splitt: b}]"],
-            "data.validation.0.splitt: unknown; did you mean split?",
-        ),
-        (EVALUATE, ["model", "stray", "--data=d"], "unknown argument: stray"),
-        (EVALUATE, ["model", "--data=d", "--dota=d"], "--dota"),
-        (EVALUATE, ["model", "--data=d", "--data=e"], "given twice"),
-        (EVALUATE, ["model", "--data="], "--data: empty"),
+        (EVALUATE, ["m", "--data={c4: a, books: [}"], "--data: not YAML"),
+        (EVALUATE, ["m", "--data={c4: {sourc: a}}"], "data.validation.c4: "),
+        (EVALUATE, ["m", "--data=[{source: a, splitt: b}]"], "data.validation.0.splitt: unknown"),
+        (EVALUATE, ["m", "--data="], "--data: empty"),
         (EVALUATE, ["", "--data=d"], "--model: empty"),
-        (EVALUATE, ["model", "--data=\udcff"], "not UTF-8"),
-        (EVALUATE, ["model", "--data=d", "--max_tokens=many"], "--max_tokens: got 'many', expected int"),
-        (EXPORT, [], "checkpoint"),
-        (EXPORT, ["checkpoint", "out", "stray"], "unknown argument: stray"),
-        (EXPORT, ["checkpoint", "out", "--type=float16"], "--type"),
-        (PLAN, [], "config"),
-        (PLAN, ["c.yaml", "stray"], "unknown argument: stray"),
-        (PLAN, ["c.yaml", "--json=7"], "--json: got '7', expected bool"),
-        (DEMO_TEXT, ["stray"], "unknown argument: stray"),
-        (DEMO_TEXT, ["--max_byte=3"], "--max_byte"),
-        (TRAIN, ["--data=d"], "out"),
-        (TRAIN, ["--data=d", "--out=o", "stray"], "unknown argument: stray"),
-        (TRAIN, ["--data=d", "--out=o", "--vocab-sise=3"], "--vocab_sise: unknown"),
-        (TRAIN, ["--data=d", "--out=o", "-", "x"], "-: unexpected argument"),
-    ],
-)
-def test_arguments(script: str, argv: list[str], message: str) -> None:
-    refused(call(script, *argv), "1 fault in the command line", message)
-
-
-@each(
-    "script,argv,message",
-    [
-        (EVALUATE, ["m", "--data=d", "--data.sequence_length=1"], "data.sequence_length: got 1; input should be"),
-        (EVALUATE, ["m", "--data=d", "--max_tokens=0"], "--max_tokens: got 0, expected at least 1"),
+        (EVALUATE, ["m", "--data=\udcff"], "not UTF-8"),
+        (EVALUATE, ["m", "--data=d", "--data.sequence_length=1"], "data.sequence_length: got 1"),
+        (EVALUATE, ["m", "--data=d", "--max_tokens=0"], "--max_tokens: got 0"),
         (EVALUATE, ["m", "--data=d", "--micro_batch_size=-1"], "--micro_batch_size: got -1"),
-        (EVALUATE, ["m", "--data=d", "--precision=int8"], "--precision: got 'int8', expected float32 or bfloat16 or"),
-        (EXPORT, ["c", "o", "--dtype=int8"], "--dtype: got 'int8', expected float32 or bfloat16 or float16"),
-        (PLAN, ["c.yaml", "--world_size=0"], "--world_size: got 0, expected at least 1"),
-        (
-            PLAN,
-            ["--json", "c.yaml", "--world_size=0"],
-            "--world_size: got 0, expected at least 1",
-        ),  # c.yaml is no value
+        (EVALUATE, ["m", "--data=d", "--precision=int8"], "--precision: got 'int8'"),
+        (EXPORT, [], "checkpoint"),
+        (EXPORT, ["c", "o", "--dtype=int8"], "--dtype: got 'int8'"),
+        (PLAN, ["c.yaml", "stray"], "unknown argument: stray"),
+        (PLAN, ["--json", "c.yaml", "--world_size=0"], "--world_size: got 0"),  # c.yaml is no value
         (PLAN, ["c.yaml", "--tokens_per_second=.inf"], "--tokens_per_second: got inf"),
-        (PLAN, ["c.yaml", "--device=tpu"], "--device: got 'tpu', expected cuda, cpu"),
-        (DEMO_TEXT, ["--max_bytes=0"], "--max_bytes: got 0, expected at least 1"),
-        (TRAIN, ["--data=d", "--out=o", "--vocab_size=259"], "--vocab_size: got 259, expected at least 260"),
-        (TRAIN, ["--data=d", "--out=o", f"--vocab_size={10**12}"], "expected at most 10000000"),
-        (TRAIN, ["--data=d", "--out=o", "--max_bytes=0"], "--max_bytes: got 0, expected at least 1"),
-        (TRAIN, ["--data=d", "--out=o", "--max_documents=-1"], "--max_documents: got -1, expected at least 0"),
-        (
-            TRAIN,
-            ["--data=d", "--out=o", "--character_coverage=.nan"],
-            "--character_coverage: got .nan, expected at most 1",
-        ),
-        (TRAIN, ["--data=d", "--out=o", "--data.max_bad_fraction=7"], "data.max_bad_fraction: got 7"),
-        (TRAIN, ["--data=d", "--out=o", "--data.timeout_seconds=.inf"], "data.timeout_seconds: got inf"),
-        (
-            TRAIN,
-            ["--data=[{source: a}, {source: b, weight: 9}]", "--out=o"],
-            "without weights; leave the weights out",
-        ),
-        (TRAIN, ["--data=d", "--out=o", "--threads=100000"], "--threads: got 100000, expected at most 1024"),
+        (PLAN, ["c.yaml", "--device=tpu"], "--device: got 'tpu'"),
+        (DEMO_TEXT, ["--max_byte=3"], "--max_byte"),
+        (DEMO_TEXT, ["--max_bytes=0"], "--max_bytes: got 0"),
+        (TRAIN, ["--data=d"], "out"),
+        (TRAIN, [*TEXT, "--vocab-sise=3"], "--vocab_sise: unknown"),
+        (TRAIN, [*TEXT, "--vocab_size=259"], "--vocab_size: got 259"),
+        (TRAIN, [*TEXT, f"--vocab_size={10**12}"], "--vocab_size"),
+        (TRAIN, [*TEXT, "--max_bytes=0"], "--max_bytes: got 0"),
+        (TRAIN, [*TEXT, "--max_documents=-1"], "--max_documents: got -1"),
+        (TRAIN, [*TEXT, "--character_coverage=.nan"], "--character_coverage: got .nan"),
+        (TRAIN, [*TEXT, "--data.max_bad_fraction=7"], "data.max_bad_fraction: got 7"),
+        (TRAIN, [*TEXT, "--threads=100000"], "--threads: got 100000"),
+        (TRAIN, ["--data=[{source: a}, {source: b, weight: 9}]", "--out=o"], "without weights"),
     ],
 )
-def test_numbers_and_choices_out_of_range(script: str, argv: list[str], message: str) -> None:
-    refused(call(script, *argv), message)
+def test_arguments(script: str, argv: list[str], named: str) -> None:
+    refused(call(script, *argv), named)
 
 
 def test_in_another_folder_the_message_names_the_base_of_relative_paths(

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import stat
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -142,25 +137,3 @@ def test_output_folders_that_cannot_be_written(inputs: Path, tmp_path: Path, scr
 
 
 # ---- Ctrl-C --------------------------------------------------------------------------------------------------------
-
-
-def interrupt(argv: list[str], until: Callable[[int], bool], seconds: float = 0.0) -> tuple[int, str]:
-    """Ctrl-C on a terminal, which all processes of the command get, this long after ``until(pid)``: (exit code,
-    stderr)."""
-    process = subprocess.Popen(
-        [sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 60
-    while not until(process.pid):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
-    time.sleep(seconds)
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    return process.returncode, err
-
-
-def test_ctrl_c_while_files_are_read(tmp_path: Path) -> None:
-    argv = ["-m", DEMO_TEXT, f"--out={tmp_path / 'out'}"]
-    assert interrupt(argv, lambda pid: any(tmp_path.iterdir()), 0.1) == (130, "interrupted\n")
-    assert left_in(tmp_path) == []

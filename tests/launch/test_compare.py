@@ -39,16 +39,6 @@ def test_the_table_is_printed_and_written_with_the_figures(runs: list[Path], tmp
     assert left_in(out) == ["compare.md", "loss_by_tokens.png", "perplexity.png"]
 
 
-def test_the_run_to_compare_with_need_not_be_named_twice(runs: list[Path]) -> None:
-    answer = call(COMPARE, runs[0], f"--against={runs[1]}")
-    assert answer.code == 0
-    assert "to ReMoRA (1, 2)." in answer.out
-    assert "| Full rank |" in answer.out
-    assert call(COMPARE, *runs, runs[0], f"--against={runs[1]}").out == answer.out, (
-        "a run that is named twice counts once"
-    )
-
-
 def test_only_the_best_of_rows_that_differ_in_one_setting_is_shown(tmp_path: Path) -> None:
     given = [("full", 1e-3, 0, 0.2), ("full", 2e-3, 0, 0.1), ("mora", 1e-3, 0, 0.0), ("mora", 2e-3, 0, 0.3)]
     given += [("mora", 2e-3, 1, 0.3)]

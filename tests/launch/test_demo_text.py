@@ -112,25 +112,6 @@ def test_the_same_files_every_time(tree: Path, tmp_path: Path) -> None:
 
 
 def test_examples_and_code_are_dropped() -> None:
-    text = "\n".join(
-        [
-            "First line.",
-            "",
-            "Example:",
-            "    >>> call(1)",
-            "    ... and_more",
-            "    [1, 2]",
-            "",
-            "    Between.",
-            "",
-            "",
-            "```python",
-            "code()",
-            "",
-            "more()",
-            "```",
-            "Last line.   ",
-            "",
-        ]
-    )
+    examples = "Example:\n    >>> call(1)\n    ... and_more\n    [1, 2]\n\n    Between."
+    text = f"First line.\n\n{examples}\n\n\n```python\ncode()\n\nmore()\n```\nLast line.   \n"
     assert demo.prose(text) == "First line.\n\nExample:\n\n    Between.\n\nLast line."

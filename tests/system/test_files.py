@@ -18,32 +18,22 @@ FULL = errno.ENOSPC
 MISSING = errno.ENOENT
 
 
-def test_a_failed_write_does_not_change_the_file(tmp_path, monkeypatch):
+def _full(handle: int) -> None:
+    raise OSError(FULL, "No space left on device")
+
+
+def test_a_failed_write_does_not_change_the_file_and_names_it(tmp_path, monkeypatch):
+    """The system does not name the file if a write fails."""
     path = tmp_path / "latest"
     write_synced(path, "before")
-
-    def full(handle: int) -> None:
-        raise OSError(FULL, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_synced(path, "after")
-    assert path.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@each("write", [write_synced, append_synced])
-def test_a_full_disk_names_the_file(tmp_path, monkeypatch, write):
-    """The system does not name the file if a write fails."""
-    path = tmp_path / "ends.jsonl"
-
-    def full(handle: int) -> None:
-        raise OSError(FULL, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space") as caught:
-        write(path, "after")
-    assert place_of(caught.value) == str(path)
+    monkeypatch.setattr(os, "fsync", _full)
+    for write in (write_synced, append_synced):
+        with pytest.raises(OSError, match="No space") as caught:
+            write(path, "after")
+        assert place_of(caught.value) == str(path)
+        if write is write_synced:
+            assert path.read_text() == "before"
+        assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path, monkeypatch):

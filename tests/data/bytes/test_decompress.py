@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import struct
 import zlib
 
@@ -15,22 +14,6 @@ from hypothesis import strategies as st
 from relora_mora.data.errors import SourceError
 from tests.tools.data_tools import line, lines_of, some_texts, texts_of, write_shard
 from tests.tools.each import each
-
-
-@each("suffix", [".json", ".json.gz", ".jsonl.zst"])
-def test_every_format_gives_the_same_lines(tmp_path, suffix):
-    texts = some_texts(3000)
-    path = write_shard(tmp_path / f"a{suffix}", texts)
-    assert [json.loads(entry)["text"] for entry in lines_of(path)] == texts
-    assert texts_of(path) == texts
-
-
-def test_several_gzip_members_and_zstd_frames(tmp_path):
-    (tmp_path / "a.gz").write_bytes(
-        gzip.compress(b"one\ntw") + gzip.compress(b"o\n") + gzip.compress(b"") + gzip.compress(b"three") + b"\0" * 9
-    )
-    (tmp_path / "a.zst").write_bytes(zstandard.compress(b"one\ntw") + zstandard.compress(b"o\nthree"))
-    assert lines_of(tmp_path / "a.gz") == lines_of(tmp_path / "a.zst") == [b"one", b"two", b"three"]
 
 
 def _skippable(number: int, size: int) -> bytes:

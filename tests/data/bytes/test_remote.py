@@ -98,18 +98,6 @@ def test_a_proxy_that_cannot_be_used_is_named(proxy, monkeypatch):
     assert "secret" not in str(raised.value)
 
 
-@each("location", ["/b\xfccher.json", "http://[bad/"])
-def test_a_redirect_to_an_invalid_url(location, tmp_path, monkeypatch):
-    with serving(tmp_path) as server:
-        monkeypatch.setattr(
-            server.RequestHandlerClass,
-            "_file",
-            lambda self, path, fault: self._answer(302, b"", {"Location": location}),
-        )
-        with pytest.raises(SourceError, match="a redirects to an invalid url"):
-            RemoteFile(Shard("a", f"{server.url}/a.json"), 5.0).read(9)
-
-
 @each("status,message", [(404, "status 404"), (403, "access denied"), (401, "access denied")])
 def test_a_lasting_fault_is_not_retried(tmp_path, status, message, monkeypatch):
     with serving(tmp_path, lambda n: None) as server:

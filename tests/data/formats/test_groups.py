@@ -161,15 +161,6 @@ def test_a_disk_that_is_gone_is_an_error_of_the_system(tmp_path, monkeypatch, go
     assert caught.value.errno == errno.EIO
 
 
-@every_format
-def test_a_file_that_changed_is_refused(suffix, tmp_path):
-    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(100))
-    shards = resolve_shards(str(path))
-    WRITE_GROUPS[suffix](path, some_texts(99))
-    with pytest.raises(SourceError, match=rf"a\{suffix} changed since the start"):
-        make_lane(data_config(path), 1, 0, shards=shards).next_block()
-
-
 def test_a_seek_over_http_costs_few_requests_and_bytes(tmp_path, monkeypatch):
     texts = [random.Random(n).randbytes(500).hex() for n in range(2000)]
     path = write_parquet(tmp_path / "a.parquet", texts, group_rows=200)
@@ -182,17 +173,6 @@ def test_a_seek_over_http_costs_few_requests_and_bytes(tmp_path, monkeypatch):
     assert len(ranges) <= 5, ranges
     asked = [[int(place) for place in text.removeprefix("bytes=").split("-")] for text in ranges]
     assert sum(last - first + 1 for first, last in asked) < path.stat().st_size / 2
-
-
-def test_a_file_that_changes_at_the_server_is_refused(tmp_path, short_waits):
-    path = write_parquet(tmp_path / "a.parquet", [random.Random(n).randbytes(500).hex() for n in range(2000)])
-    with serving(tmp_path) as server:
-        (shard,) = resolve_shards(f"{server.url}/a.parquet")
-        with closing(open_rows(data_config(path), shard)) as rows:
-            rows.take(10)
-            write_parquet(path, some_texts(10))
-            with pytest.raises(SourceError, match=r"a\.parquet changed while it was read"):
-                rows.take(1990)
 
 
 def test_a_server_that_stays_unreachable(tmp_path, short_waits, monkeypatch):

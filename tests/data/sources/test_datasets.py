@@ -138,13 +138,6 @@ def test_a_nonsensical_readme_gives_one_message(tmp_path, card, said):
     assert "\n" not in str(caught.value)
 
 
-def test_a_wrong_name_is_not_a_dataset(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    with pytest.raises(SourceError, match="no file matches data/tain"):  # the hub is not asked about a typo
-        resolve_shards("data/tain")
-
-
 def test_missing_sets_on_the_hub_are_named(hub, tmp_path):
     (tmp_path / "set").mkdir()
     hub.RequestHandlerClass.do_GET, do_get = (

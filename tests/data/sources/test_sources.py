@@ -50,18 +50,6 @@ def test_braces(pattern, expected):
     assert expand_braces(pattern) == expected
 
 
-def test_c4_is_addressed_without_asking_anyone_when_a_commit_is_given():
-    train = resolve_shards("allenai/c4", COMMIT, split="train")
-    assert len(train) == 1024
-    assert train[1023].name == f"hub:allenai/c4@{COMMIT}/en/c4-train.01023-of-01024.json.gz"
-    assert train[1023].location.endswith(f"/datasets/allenai/c4/resolve/{COMMIT}/en/c4-train.01023-of-01024.json.gz")
-    validation = resolve_shards("allenai/c4", COMMIT, split="validation")
-    assert [shard.name.rpartition("/")[2] for shard in validation] == [
-        f"c4-validation.{n:05d}-of-00008.json.gz" for n in range(8)
-    ]
-    assert all(shard.hub for shard in [*train, *validation])
-
-
 def test_hub_patterns(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example.org/")
     shards = resolve_shards("hub:some/set/data/{0..1}.jsonl", COMMIT)

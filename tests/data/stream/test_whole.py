@@ -71,10 +71,6 @@ def _blocks(config: Any, tokenizer: Any, lanes: int, number: int) -> int:
     return blocks
 
 
-def _plain(block: Block) -> tuple[Any, ...]:
-    return tuple(None if part is None else part.tolist() for part in block)
-
-
 def _numbers(block: Block, tokenizer: Any) -> list[int]:
     """The numbers of the records in a block; each record begins with its number."""
     texts = tokenizer.decode([int(token) for token in block.tokens]).split("</s>")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -88,29 +87,13 @@ def test_a_killed_worker_is_reported_while_another_waits_for_the_network(tmp_pat
 
 
 TRAINER = """
-import os, signal, sys
-from relora_mora.data.stream.stream import TrainStream
+import sys
+from tests.data.stream_tools import stream_of
 from tests.tools.data_tools import data_config
-config = data_config(sys.argv[1], workers=2)
-stream = TrainStream(config, tokenizer_path=sys.argv[2], batch_size=16, lanes=8, rank=0, world_size=1)
-pids = [worker.pid for worker in stream._producers]
-print(*pids, flush=True)
+stream = stream_of(data_config(sys.argv[1], workers=2), sys.argv[2], batch_size=16, lanes=8)
+print(*[worker.pid for worker in stream._producers], flush=True)
 next(stream)
-os.kill(pids[0], signal.SIGKILL)
-for batch in stream:
-    pass
 """
-
-
-@contextmanager
-def _trainer(source, tokenizer_path):
-    """A trainer whose worker is killed after a batch, and the pids of its workers."""
-    arguments = [sys.executable, "-c", TRAINER, str(source), tokenizer_path]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as trainer:
-        try:
-            yield trainer, [int(pid) for pid in trainer.stdout.readline().split()]
-        finally:
-            trainer.kill()
 
 
 def _lives(pid):
@@ -120,26 +103,25 @@ def _lives(pid):
         return False
 
 
-def _gone(pids, within_seconds=5.0):
-    end = time.monotonic() + within_seconds
-    while any(map(_lives, pids)) and time.monotonic() < end:
-        time.sleep(0.02)
-    return len(pids) == 2 and not any(map(_lives, pids))
-
-
 @pytest.mark.more
-def test_workers_die_with_a_killed_trainer_also_while_they_wait_for_the_network(tmp_path, tokenizer_path, monkeypatch):
-    with (
-        serving(tmp_path, lambda n: "503") as server,
-        _trainer(f"{server.url}/a.json", tokenizer_path) as (trainer, pids),
-    ):
-        end = time.monotonic() + 60
-        while len(server.requests) < 4 and time.monotonic() < end:
-            time.sleep(0.02)
-        assert len(server.requests) >= 4
-        assert all(map(_lives, pids))
-        trainer.kill()
-        assert _gone(pids)
+def test_workers_die_with_a_killed_trainer_also_while_they_wait_for_the_network(tmp_path, tokenizer_path):
+    with serving(tmp_path, lambda n: "503") as server:
+        command = [sys.executable, "-c", TRAINER, f"{server.url}/a.json", tokenizer_path]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
+            try:
+                pids = [int(pid) for pid in trainer.stdout.readline().split()]
+                _wait_until(lambda: len(server.requests) >= 4, 60)
+                assert len(pids) == 2 and all(map(_lives, pids))
+            finally:
+                trainer.kill()
+        _wait_until(lambda: not any(map(_lives, pids)), 5)
+
+
+def _wait_until(holds, seconds):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @each("workers", [0, 1])
