@@ -88,11 +88,8 @@ def test_the_launchers_local_rank_is_dropped(flag: list[str], first: bool) -> No
         (["p", "--data=d", "--", "--interactive"], "--: unexpected argument"),
         (["p", "--data=d", "--data=e"], "given twice"),
         (["p", "--data=d", "--max-tokens=3", "--max_tokens=4"], "--max_tokens: given twice"),
-        (
-            ["p", "--data=d", "--a.b.my-set=3"],
-            "--a.b.my-set: names with '-' cannot be set like this; give --a.b='{my-set: ...}'",
-        ),
-        (["p", "--data"], "--data: has no value; give it as --data=VALUE"),
+        (["p", "--data=d", "--a.b.my-set=3"], "--a.b.my-set: names with '-'"),
+        (["p", "--data"], "--data: has no value"),
         (["p", "--data", "--tokens=3"], "--data: has no value"),
         (["--data=d"], "path"),
         (["p"], "data"),
@@ -145,17 +142,13 @@ def test_mistakes_of_the_user_give_one_message(error: Exception, capsys: pytest.
 
 def test_errors_of_the_system_name_the_file_and_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     for error, message in {
-        OSError(
-            errno.ENOSPC, "No space left on device", "runs/out"
-        ): "runs/out: No space left on device; free some space, or choose a place on another disk",
-        OSError(errno.EIO, "Input/output error", b"a"): "a: Input/output error",
-        OSError(
-            errno.ENOSPC, "Full", "source", None, "copy"
-        ): "copy: Full; free some space, or choose a place on another disk",
+        OSError(errno.ENOSPC, "Full", "runs/out"): "runs/out: Full; free some space",
+        OSError(errno.EIO, "Input/output error", b"a"): "a: Input/output error\n",
+        OSError(errno.ENOSPC, "Full", "source", None, "copy"): "copy: Full; free some space",
         OSError(errno.ENAMETOOLONG, "Too long"): "Too long; give a shorter name",
     }.items():
         assert _fail_with(error) == 2
-        assert capsys.readouterr().err == f"{message}\n"
+        assert capsys.readouterr().err.startswith(message)
 
 
 def test_faults_of_the_program_keep_their_traceback() -> None:
@@ -204,23 +197,20 @@ def test_streams_that_cannot_be_written_do_not_change_the_exit_code(
     assert subprocess.run(["sh", "-c", shell], capture_output=True, check=False).returncode == code
 
 
+PORT = {"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
+
+
 @each(
     "given,message",
     [
-        ({"RANK": "x"}, "RANK=x in the environment: expected a number of 0 or more"),
-        ({"RANK": ""}, "RANK= in the environment"),
+        ({"RANK": "x"}, "RANK=x"),
+        ({"RANK": ""}, "RANK= "),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
         ({"WORLD_SIZE": "2.5"}, "WORLD_SIZE=2.5"),
-        ({"WORLD_SIZE": "2", "MASTER_PORT": "7"}, "WORLD_SIZE=2 in the environment, but MASTER_ADDR is not set"),
-        (
-            {"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "0"},
-            "WORLD_SIZE=2 in the environment, but MASTER_PORT is not set: the ranks need both to meet",
-        ),
-        (
-            {"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7", "GLOO_SOCKET_IFNAME": "lo,none0"},
-            "GLOO_SOCKET_IFNAME=lo,none0 in the environment: expected a network interface of this host, which has ",
-        ),
-        ({"DS_ACCELERATOR": "tpu"}, "DS_ACCELERATOR=tpu in the environment: expected one of cpu, cuda"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "7"}, "MASTER_ADDR is not set"),
+        (PORT | {"MASTER_PORT": "0"}, "MASTER_PORT is not set"),
+        (PORT | {"GLOO_SOCKET_IFNAME": "lo,none0"}, "GLOO_SOCKET_IFNAME=lo,none0"),
+        ({"DS_ACCELERATOR": "tpu"}, "DS_ACCELERATOR=tpu"),
     ],
 )
 def test_nonsense_in_the_environment_gives_one_message(

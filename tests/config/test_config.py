@@ -32,11 +32,6 @@ def test_a_wrong_length_does_not_conflict_with_the_default_of_another() -> None:
     assert sorted(fault.partition(":")[0] for fault in found) == ["optim.warmup_fraction", "train.tokens"]
 
 
-def test_epochs_survive_a_dump() -> None:
-    config = validate(tree(train={"epochs": 2.0}, optim={"warmup_fraction": 0.1}), "the test")
-    assert validate(parse_yaml(dump(config)), "its own dump") == config
-
-
 def test_suggestions_and_lists() -> None:
     assert "optim.learning_rate: unknown; known here: lr, " in faults_of(tree(optim={"learning_rate": 1e-3}))[0]
     assert faults_of({**tree(), "trian": {}}) == ["trian: unknown; did you mean train?"]

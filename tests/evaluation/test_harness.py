@@ -212,25 +212,6 @@ def test_unavailable_task_is_reported_and_others_run(model, data, monkeypatch):
     refused(call(EVALUATE, model, "--tasks=nonsense"), "lm-eval has no task nonsense")
 
 
-@needs_lm_eval
-def test_few_shot_examples_come_before_each_row(model, data):
-    answer = call(
-        EVALUATE, model, "--tasks=local_medqa, local_uuid", f"--task_data={data}", "--num_fewshot=2", "--limit=2"
-    )
-    assert answer.code == 0
-    assert 0 <= json.loads(answer.out.splitlines()[-1])["tasks"]["local_medqa"]["acc"] <= 1
-    refused(
-        call(EVALUATE, model, "--tasks=local_uuid", f"--task_data={data}", "--num_fewshot=3"),
-        "--num_fewshot: got 3, and local_uuid has 3 rows including the one that is asked",
-    )
-    copied = "".join(f"{json.dumps(row)}\n" for row in [ROWS["local_uuid"][0]] * 2 + ROWS["local_uuid"][1:2])
-    (data / "uuid.jsonl").write_text(copied)
-    refused(
-        call(EVALUATE, model, "--tasks=local_uuid", f"--task_data={data}", "--num_fewshot=2"),
-        "local_uuid has 3 rows including the one that is asked and its copies (2 of one)",
-    )
-
-
 def test_the_prompt_of_metamath_is_the_one_used_in_training(data):
     asked = str(local_task("local_metamath", str(data), len)["doc_to_text"])
     alpaca = RecordFormat(RecordsConfig(kind="alpaca"))

@@ -88,13 +88,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def output(one: Pool, model: str) -> tuple[str, str]:
-    return one(command, model, f"methods={','.join(METHODS)}", "precision=bf16")[0]
-
-
-@pytest.fixture(scope="module")
-def printed(output: tuple[str, str]) -> str:
-    return output[0]
+def printed(one: Pool, model: str) -> str:
+    return one(command, model, f"methods={','.join(METHODS)}", "precision=bf16")[0][0]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,6 @@ SCRIPT = BOARD
 def runs(tmp_path: Path) -> Path:
     for run in ("tiny", "sweep/seed-1"):
         _write_events(tmp_path / "runs" / run)
-    (tmp_path / "runs" / "started" / "tensorboard").mkdir(parents=True)
     (tmp_path / "runs" / "site-packages" / "tensorboard").mkdir(parents=True)
     return tmp_path / "runs"
 

@@ -64,17 +64,9 @@ def test_the_tokenizers_own_template_is_used(tokenizer_path):
 @each(
     "template,score,message",
     [
-        (None, "answers", r"has no chat template; set data\.records\.template to chatml or a \.jinja file"),
-        (
-            "{{ messages[0].content }}",
-            "answers",
-            r"the template .*own\.jinja does not mark answers .* data\.records\.template=chatml",
-        ),
-        (
-            "{% generation %}{{ messages",
-            "answers",
-            r"the template .*own\.jinja is not valid Jinja: line 1: .*; correct it, or",
-        ),
+        (None, "answers", r"has no chat template; set data\.records\.template"),
+        ("{{ messages[0].content }}", "answers", r"own\.jinja does not mark answers .* data\.records\.template"),
+        ("{% generation %}{{ messages", "answers", r"own\.jinja is not valid Jinja: line 1: "),
         ("{% generation %}{{ strftime_now('%d') }}{% endgeneration %}", "answers", "writes the time of day"),
         ("{% for %}", "all", "is not valid Jinja"),
     ],
@@ -125,15 +117,8 @@ def test_a_message_that_calls_a_tool_need_not_have_content(tokenizer, tmp_path):
 
 
 TOOLS = [{"function": {"name": "matrix", "parameters": {}}}]
-
-
-CALL = {
-    "role": "assistant",
-    "content": "one",
-    "tool_calls": [{"function": {"name": "matrix", "arguments": {"rank": "over"}}}],
-}
-
-
+CALLED = {"name": "matrix", "arguments": {"rank": "over"}}
+CALL = {"role": "assistant", "content": "one", "tool_calls": [{"function": CALLED}]}
 WITH_TOOLS = (
     "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"

@@ -104,15 +104,6 @@ def test_documents_are_numbered_as_in_training(path, tokenizer_path):
     assert seen > 1
 
 
-def test_less_text_than_one_batch(tmp_path, tokenizer_path):
-    held_out = eval_set(write_shard(tmp_path / "a.json", ["rank"]), tokenizer_path)
-    batches = [list(held_out.batches(rank, 3, 4)) for rank in range(3)]
-    assert [len(of_rank) for of_rank in batches] == [1, 1, 1]
-    assert 0 < held_out.predicted < 16
-    scored = [int((labels != UNSCORED).sum()) for ((_, labels, _),) in batches]
-    assert scored == [held_out.predicted, 0, 0]
-
-
 def test_no_text_is_refused(tmp_path, tokenizer_path):
     with pytest.raises(SourceError, match="holds no text"):
         eval_set(write_shard(tmp_path / "a.json", [""]), tokenizer_path)

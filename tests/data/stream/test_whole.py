@@ -49,26 +49,19 @@ def _config(path: Path, packing: str = "whole", **settings: Any) -> Any:
     return data_config(path, packing=packing, records=records, sequence_length=LENGTH, **settings)
 
 
-def _lane(
-    config: Any, tokenizer: Any, lanes: int, number: int, restored: Any = None, kind: type[PackedLane] = PackedLane
-) -> PackedLane:
+def _lane(config: Any, tokenizer: Any, restored: Any = None, kind: type[PackedLane] = PackedLane) -> PackedLane:
+    """The only lane."""
     shards = configured_shards(config, "train")
     packing = packing_of(config, shards)
-    plans = plan_lanes(lanes, len(shards), even=True)
+    [plan] = plan_lanes(1, len(shards), even=True)
     return kind(
-        LaneRows(plans[number], shards, config, functools.partial(open_any, config)),
+        LaneRows(plan, shards, config, functools.partial(open_any, config)),
         encoder_of(tokenizer, [shards[0].records], packing, config.sequence_length),
         eos=tokenizer.eos_token_id,
         sequence_length=config.sequence_length,
         fills=packing == "whole",
         restored=restored,
     )
-
-
-def _blocks(config: Any, tokenizer: Any, lanes: int, number: int) -> int:
-    """The number of blocks in the first epoch of a lane."""
-    [blocks] = _lane(config, tokenizer, lanes, number, kind=CountedLane).epoch_blocks(1)
-    return blocks
 
 
 def _numbers(block: Block, tokenizer: Any) -> list[int]:
@@ -96,8 +89,9 @@ def test_blocks_hold_whole_records_and_waste_little(path, tokenizer):
     [shard, *_] = configured_shards(config, "train")
     encode = encoder_of(tokenizer, [shard.records], "whole", LENGTH)
     rows = encode([Record(_row(number), "here", shard.records) for number in range(RECORDS)])
-    lane = _lane(config, tokenizer, 1, 0)
-    blocks = [lane.next_block() for _ in range(_blocks(config, tokenizer, 1, 0))]
+    lane = _lane(config, tokenizer)
+    [count] = _lane(config, tokenizer, kind=CountedLane).epoch_blocks(1)
+    blocks = [lane.next_block() for _ in range(count)]
     expected = Counter(tuple(row.ids.tolist()) for row in rows)
     found = Counter()
     for block in blocks:
@@ -110,12 +104,12 @@ def test_blocks_hold_whole_records_and_waste_little(path, tokenizer):
 
 
 def test_a_position_beyond_its_group_is_refused(path, tokenizer):
-    lane = _lane(_config(path), tokenizer, 1, 0)
+    lane = _lane(_config(path), tokenizer)
     lane.next_block()
     with pytest.raises(
         SourceError, match="lane 0: there are fewer records at the saved position than when it was saved"
     ):
-        _lane(_config(path), tokenizer, 1, 0, {**lane.state(), "offset": 99})
+        _lane(_config(path), tokenizer, {**lane.state(), "offset": 99})
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:
@@ -206,14 +200,14 @@ def test_too_many_records_that_cannot_be_used_end_the_stream_before_their_group(
     rows = [*(_row(number) for number in range(200)), *({"prompt": "x", "completion": ""} for _ in range(30))]
     source.write_text("\n".join(map(json.dumps, [*rows, *map(_row, range(200, 300))])))
     packing = "whole" if fills else "none"
-    lane = _lane(_config(source, shuffle_documents=1, packing=packing), tokenizer, 1, 0)
+    lane = _lane(_config(source, shuffle_documents=1, packing=packing), tokenizer)
     before = []
     with pytest.raises(SourceError, match=r"\d+ of \d+ records cannot be used, .* has no answer to learn"):
         while True:
             before.append(_numbers(lane.next_block(), tokenizer))
     assert before
     allowed = _config(source, shuffle_documents=1, packing=packing, max_bad_fraction=1.0)
-    again, never = _lane(allowed, tokenizer, 1, 0, lane.state()), _lane(allowed, tokenizer, 1, 0)
+    again, never = _lane(allowed, tokenizer, lane.state()), _lane(allowed, tokenizer)
     expected = [_numbers(never.next_block(), tokenizer) for _ in range(len(before) + 60)]
     assert before + [_numbers(again.next_block(), tokenizer) for _ in range(60)] == expected
 
@@ -222,7 +216,7 @@ def test_a_lane_of_records_that_are_all_too_long_is_reported(tmp_path, tokenizer
     source = tmp_path / "a.jsonl"
     source.write_text("\n".join(json.dumps({"prompt": "the rank " * 40, "completion": "x"}) for _ in range(3)))
     with pytest.raises(SourceError, match=r"lane 0: none of its records .* more than data\.sequence_length \(48\)"):
-        _lane(_config(source), tokenizer, 1, 0).next_block()
+        _lane(_config(source), tokenizer).next_block()
 
 
 def test_a_template_is_found_next_to_the_settings(tmp_path):
