@@ -180,10 +180,7 @@ def test_a_fault_of_every_rank_is_reported_once(
 
 
 @pytest.mark.more
-@each(
-    "words,streams,code",
-    [("1e5", ">&-", 0), ("", ">&- 2>&-", 2), ("", "2>/dev/full", 2), ("1e5", "2>&-", 0)],
-)
+@each("words,streams,code", [("1e5", ">&-", 0), ("", ">&- 2>&-", 2), ("", "2>/dev/full", 2), ("1e5", "2>&-", 0)])
 def test_streams_that_cannot_be_written_do_not_change_the_exit_code(
     tmp_path: Path, words: str, streams: str, code: int
 ) -> None:

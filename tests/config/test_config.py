@@ -259,10 +259,7 @@ def test_settings_without_effect_are_named() -> None:
                 "method": {"train_embeddings": False, "train_head": False},
                 "optim": {"others": "adamw8bit", "momentum": 0.5},
             },
-            {
-                "optim.others": "a run that trains neither embeddings nor head",
-                "optim.momentum": "optim.matrices=adamw",
-            },
+            {"optim.others": "a run that trains neither embeddings nor head", "optim.momentum": "optim.matrices=adamw"},
         ),
         ({"method": {"train_embeddings": False}, "optim": {"others": "adamw8bit"}}, {}),
         ({"method": {"reset": "random", "reset_ratio": 0.5}}, {}),

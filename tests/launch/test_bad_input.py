@@ -11,17 +11,7 @@ import pytest
 import yaml
 
 from relora_mora.config.load import load_config
-from tests.tools.commands import (
-    DEMO_TEXT,
-    EVALUATE,
-    EXPORT,
-    PLAN,
-    TRAIN,
-    call,
-    left_in,
-    refused,
-    run_main,
-)
+from tests.tools.commands import DEMO_TEXT, EVALUATE, EXPORT, PLAN, TRAIN, call, left_in, refused, run_main
 from tests.tools.each import each
 from tests.tools.helpers import ROOT, RUBBISH
 from tests.tools.runs import write_inputs
@@ -146,10 +136,7 @@ def test_a_missing_package_is_not_a_traceback() -> None:
         ("model.overrides.num_key_value_heads=3", "num_key_value_heads"),
         ("model.overrides.hidden_act=nix", "hidden_act"),
         ("data.sequence_length=65", "more than the model's max_position_embeddings (64)"),
-        (
-            "method.rank=15",
-            "have 5,404 parameters, more than the 5,184 of its weights; lower it",
-        ),
+        ("method.rank=15", "have 5,404 parameters, more than the 5,184 of its weights; lower it"),
         ("method.square_size=41", "method.square_size: R of 41 is larger than both widths of"),
     ],
 )

@@ -9,17 +9,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.system.files import new_folder
-from tests.tools.commands import (
-    DEMO_TEXT,
-    TRAIN,
-    Answer,
-    call,
-    disk,
-    left_in,
-    module_of,
-    permissions_count,
-    refused,
-)
+from tests.tools.commands import DEMO_TEXT, TRAIN, Answer, call, disk, left_in, module_of, permissions_count, refused
 from tests.tools.data_tools import write_shards
 
 pytestmark = [pytest.mark.more, pytest.mark.usefixtures("little_text")]

@@ -14,9 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from relora_mora.tokenizer import load as loading
 from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError
-from relora_mora.tokenizer.identity import (
-    tokenizer_fingerprint,
-)
+from relora_mora.tokenizer.identity import tokenizer_fingerprint
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.tools.each import each
 from tests.tools.tokenizer_tools import own_text, save_other_tokenizer

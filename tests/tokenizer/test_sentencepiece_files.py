@@ -13,11 +13,7 @@ import xxhash
 from transformers import AutoTokenizer
 
 from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError
-from relora_mora.tokenizer.identity import (
-    save_tokenizer,
-    tokenizer_fingerprint,
-    vocabulary_size,
-)
+from relora_mora.tokenizer.identity import save_tokenizer, tokenizer_fingerprint, vocabulary_size
 from relora_mora.tokenizer.load import encode, load_tokenizer
 from tests.tools.each import each
 

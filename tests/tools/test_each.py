@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.tools.each import each
@@ -21,12 +19,3 @@ def test_all_rows_are_tried_and_those_that_fail_are_named() -> None:
         test()
     assert tried == [1, 2, 3, 4]
     assert ["number': 2" in error.__notes__[0] for error in caught.value.exceptions] == [True, False]
-
-
-@each("row", range(2))
-def test_every_row_has_its_own_folder_and_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int
-) -> None:
-    assert not list(tmp_path.iterdir()) and Path.cwd() != tmp_path.parent
-    (tmp_path / str(row)).touch()
-    monkeypatch.chdir(tmp_path.parent)

@@ -15,14 +15,7 @@ from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.formats import parquet as parquet_module
 from relora_mora.data.formats.file_rows import open_rows
 from relora_mora.data.shard import Shard
-from tests.tools.data_tools import (
-    data_config,
-    epoch_tokens,
-    make_lane,
-    rows_of,
-    some_texts,
-    write_parquet,
-)
+from tests.tools.data_tools import data_config, epoch_tokens, make_lane, rows_of, some_texts, write_parquet
 from tests.tools.each import each
 
 
@@ -84,11 +77,7 @@ def test_a_large_row_group_is_read_a_part_at_a_time(tmp_path, monkeypatch):
 
 def test_damage_is_reported_with_its_place(tmp_path):
     path = write_parquet(
-        tmp_path / "a.parquet",
-        some_texts(100),
-        group_rows=20,
-        write_page_checksum=True,
-        use_dictionary=False,
+        tmp_path / "a.parquet", some_texts(100), group_rows=20, write_page_checksum=True, use_dictionary=False
     )
     chunk = pyarrow.parquet.read_metadata(path).row_group(2).column(1)
     _damaged(path, chunk.data_page_offset + chunk.total_compressed_size // 2)

@@ -73,12 +73,7 @@ def test_files_with_the_same_name_have_unique_labels(tmp_path):
     for name in names:
         write_shard(tmp_path / name, ["text", b"rubbish"])
     shards = resolve_shards(f"{tmp_path}/**/*.jsonl")
-    assert [shard.label for shard in shards] == [
-        "a/x/data.jsonl",
-        "b/data.jsonl",
-        "other.jsonl",
-        "b/x/data.jsonl",
-    ]
+    assert [shard.label for shard in shards] == ["a/x/data.jsonl", "b/data.jsonl", "other.jsonl", "b/x/data.jsonl"]
     config = data_config(tmp_path / "**" / "*.jsonl")
     for shard in shards:
         with (
@@ -246,12 +241,7 @@ def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):
     assert len(set(same)) == 1
     changed = [
         config.model_copy(update={key: value})
-        for key, value in {
-            "seed": 1,
-            "sequence_length": 33,
-            "shuffle_documents": 9,
-            "text_column": "content",
-        }.items()
+        for key, value in {"seed": 1, "sequence_length": 33, "shuffle_documents": 9, "text_column": "content"}.items()
     ]
     write_shard(tmp_path / "there" / "part-00001.json.gz", ["another size"])
     others = [*map(of, changed), of(tokenizer="u"), of(lanes=2), of(data_config(tmp_path / "there" / "*.gz"))]
