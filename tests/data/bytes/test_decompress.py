@@ -85,7 +85,7 @@ def _packed(path, texts):
 @each("suffix", KINDS)
 def test_a_shard_that_breaks_off_anywhere_is_an_error(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
-    body = _packed(path, some_texts(5))
+    body = _packed(path, some_texts(3))
     for size in range(len(body)):
         path.write_bytes(body[:size])
         with pytest.raises(SourceError, match=rf"a{suffix}: its compressed data breaks off at byte {size}, "):
@@ -95,7 +95,7 @@ def test_a_shard_that_breaks_off_anywhere_is_an_error(tmp_path, suffix):
 @each("suffix", KINDS)
 def test_a_byte_that_changed_is_an_error_or_changes_no_text(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
-    texts = some_texts(5)
+    texts = some_texts(3)
     body = _packed(path, texts)
     for at in range(len(body)):
         path.write_bytes(body[:at] + bytes([body[at] ^ 255]) + body[at + 1 :])

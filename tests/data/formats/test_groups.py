@@ -37,7 +37,7 @@ every_format = each("suffix", WRITE_GROUPS)
 
 
 @each("group_rows", [1, 7, 1000])
-@each("lanes", [1, 2, 3, 8])
+@each("lanes", [1, 3, 8])
 @every_format
 def test_lanes_that_share_a_file_have_each_row_once_and_can_skip_to_any(suffix, tmp_path, group_rows, lanes):
     texts = some_texts(60)

@@ -54,7 +54,7 @@ def _run(config, tokenizer_path, world_size, steps, state=None, step=0):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     for kind in KINDS:
-        write_shards(folder / kind, 5, 40, suffix=kind)  # fewer shards than lanes
+        write_shards(folder / kind, 5, 20, suffix=kind)  # fewer shards than lanes
     return folder
 
 
@@ -69,19 +69,19 @@ def _config(folder, kind):
         {"source": f"{folder}/.json.gz/*", "name": "lines", "weight": 0.2},
         {"source": f"{folder}/.parquet/*", "name": "rows", "weight": 0.8},
     ]
-    return data_config(sources, stages=[{"from_step": 9, "weights": {"lines": 0.01, "rows": 1}}])
+    return data_config(sources, stages=[{"from_step": 7, "weights": {"lines": 0.01, "rows": 1}}])
 
 
 @each("kind", [*KINDS, "mixture"])
 def test_global_batches_do_not_depend_on_ranks_and_resume_on_others(folder, tokenizer_path, kind):
     config = _config(folder, kind)
-    reference = _run(config, tokenizer_path, 1, 24)
+    reference = _run(config, tokenizer_path, 1, 16)
     states = reference[-1][1].values()
     assert {state["epoch"] for state in states} != {0}  # beyond the first epoch
-    assert _run(config, tokenizer_path, 4, 24) == reference
-    first = _run(config, tokenizer_path, 2, 11)
-    assert first == reference[:11]
-    assert _run(config, tokenizer_path, 4, 13, first[-1][1], step=11) == reference[11:]
+    assert _run(config, tokenizer_path, 4, 16) == reference
+    first = _run(config, tokenizer_path, 2, 9)
+    assert first == reference[:9]
+    assert _run(config, tokenizer_path, 4, 7, first[-1][1], step=9) == reference[9:]
 
 
 @pytest.mark.more
