@@ -65,8 +65,8 @@ def test_blocks_and_states_do_not_change(tmp_path):
     assert digest.hexdigest() == "88d93384e97e443f4fdb1ce2ea77a76e123eeb14b8704a0a904056d2d87b1913"
 
 
-@each("lanes,shards", [(1, 1), (1, 3), (2, 5), (3, 8), (4, 4), (4, 2), (5, 3), (8, 3)])
-@each("shuffle", [1, 8, 1000])
+@each("lanes,shards", [(1, 3), (2, 5), (4, 4), (5, 3), (8, 3)])
+@each("shuffle", [1, 8])
 def test_an_epoch_holds_every_document_once(tmp_path, lanes, shards, shuffle):
     written = write_shards(tmp_path, shards, 41)
     config = data_config(tmp_path / "*.gz", shuffle_documents=shuffle)
