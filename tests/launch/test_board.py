@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -30,7 +29,6 @@ SCRIPT = BOARD
 def runs(tmp_path: Path) -> Path:
     for run in ("tiny", "sweep/seed-1"):
         _write_events(tmp_path / "runs" / run)
-    (tmp_path / "runs" / "started" / "tensorboard").mkdir(parents=True)
     (tmp_path / "runs" / "site-packages" / "tensorboard").mkdir(parents=True)
     return tmp_path / "runs"
 
@@ -50,34 +48,6 @@ def test_runs_are_named_after_their_folders(runs: Path, tmp_path: Path) -> None:
     tiny = runs / "tiny/tensorboard"
     assert _linked(runs, tmp_path / "all") == {"tiny": tiny, "sweep-seed-1": runs / "sweep/seed-1/tensorboard"}
     assert _linked(runs / "tiny", tmp_path / "one") == {"tiny": tiny}
-
-
-def test_linked_runs_are_found_once_and_odd_names_are_adjusted(runs: Path, tmp_path: Path) -> None:
-    _write_events(tmp_path / "scratch" / ("x" * 200) / ("y" * 200))
-    (runs / "big").symlink_to(tmp_path / "scratch")
-    (tmp_path / "scratch" / "loop").symlink_to(runs)
-    (runs / "latest").symlink_to(runs / "tiny")
-    _write_events(tmp_path / "scratch" / os.fsdecode(b"caf\xe9"))
-    _write_events(runs / os.fsdecode(b"\xe9"))
-    assert sorted(_linked(runs, tmp_path / "links")) == [
-        "_",
-        "big-caf",
-        "sweep-seed-1",
-        "tiny",
-        "x" * 39 + "-" + "y" * 200,
-    ]
-
-
-def test_a_new_run_is_linked_next_to_the_others(runs: Path, tmp_path: Path) -> None:
-    _write_events(runs / "sweep-seed-2")
-    before = _linked(runs, tmp_path / "links")
-    assert _linked(runs, tmp_path / "links") == before
-    for late in ("started", "sweep/seed-2"):
-        _write_events(runs / late)
-    assert _linked(runs, tmp_path / "links") == before | {
-        "started": runs / "started/tensorboard",
-        "sweep-seed-2_": runs / "sweep/seed-2/tensorboard",
-    }
 
 
 def test_an_invalid_or_used_port_is_reported_before_an_address_is_shown(runs: Path) -> None:
