@@ -19,15 +19,16 @@ from relora_mora.adapters.stored import PLAIN, EightBits
 from relora_mora.config.schema import MethodConfig
 from relora_mora.model.llama import build_model
 from tests.adapters.tools import layers_of, made_resident
+from tests.tools.cases import each_case
 from tests.tools.tiny import tiny_config, tiny_llama
 
 SHAPES = [(12, 20, 7), (20, 12, 6), (16, 16, 8), (5, 7, 12), (9, 9, 4)]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("kind", ["lora", "1", "2", "3", "4", "6"])
-@pytest.mark.parametrize("inputs,outputs,size", SHAPES)
+@each_case("dtype", TOLERANCE)
+@each_case("kind", ["lora", "1", "2", "3", "4", "6"])
+@each_case("inputs,outputs,size", SHAPES)
 def test_all_forms_agree(kind, inputs, outputs, size, dtype, device):
     size += size % 2 if kind == "6" else 0
     merged, decoupled = (layer.to(device) for layer in layers_of(kind, inputs, outputs, size, dtype))
@@ -46,7 +47,7 @@ def test_all_forms_agree(kind, inputs, outputs, size, dtype, device):
         assert torch.equal(a, c)  # the same operations on the same W + delta
 
 
-@pytest.mark.parametrize("kind", ["lora", "1", "2", "6"])
+@each_case("kind", ["lora", "1", "2", "6"])
 def test_the_delta_is_what_the_layer_adds(kind):
     layer, _ = layers_of(kind, 12, 20, 6, torch.float64)
     x = torch.randn(4, 12, dtype=torch.float64)
@@ -98,7 +99,7 @@ def test_a_compiled_layer_keeps_no_weight_for_backward(stored, form):
     assert not any(value.shape == (32, 24) and value.dtype.is_floating_point for value in kept)
 
 
-@pytest.mark.parametrize("kind,tokens", [("1", 7), ("lora", 42)])
+@each_case("kind,tokens", [("1", 7), ("lora", 42)])
 def test_auto_builds_the_weight_if_there_are_enough_tokens(kind, tokens):
     layer, _ = layers_of(kind, 64, 48, 8, torch.float32)
     layer.form = "auto"
@@ -129,7 +130,7 @@ def test_dropout_applies_only_to_the_adapters_input(kind):
     assert layer.eval().uses_merged_form(10**6)
 
 
-@pytest.mark.parametrize("method", ["lora", "mora"])
+@each_case("method", ["lora", "mora"])
 def test_dropout_drops_the_same_elements_when_a_layer_is_recomputed(method):
     config = tiny_config(method={"name": method, "dropout": 0.5, "operators": [1]})
     gradients = []

@@ -9,6 +9,7 @@ import pytest
 
 from relora_mora.config.load import ConfigError, load_config
 from relora_mora.config.shipped import FOLDER, MODELS, SETTINGS, find_config, shipped_files
+from tests.tools.cases import each_case
 from tests.tools.commands import PLAN, call, refused
 from tests.tools.helpers import ROOT
 
@@ -46,7 +47,7 @@ def test_a_name_wins_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert find_config("tiny_remora") == FOLDER / "run/tiny_remora.yaml"
 
 
-@pytest.mark.parametrize("given", ["llama_tiny", "chatml", "other/tiny_remora.yaml", "tiny.yaml", "\0", "a" * 300])
+@each_case("given", ["llama_tiny", "chatml", "other/tiny_remora.yaml", "tiny.yaml", "\0", "a" * 300])
 def test_other_paths_stay_as_they_are(given: str) -> None:
     assert find_config(given) == Path(given)
 

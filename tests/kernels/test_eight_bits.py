@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from relora_mora import kernels
 from relora_mora.kernels import contiguous, cpu, multiply_rows, quantize_rows, wrapped_interleaved
+from tests.tools.cases import each_case
 from tests.tools.kernels import compiled_only
 
 LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
@@ -82,9 +83,9 @@ def test_the_kernel_and_torch_give_the_same_bits(numbers, dtype):
     assert torch.equal(compiled[1], plain[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("features,added", [(96, True), (96, False), (1030, True)])
+@each_case("dtype", [torch.bfloat16, torch.float32])
+@each_case("kind", KINDS)
+@each_case("features,added", [(96, True), (96, False), (1030, True)])
 def test_products_equal_float64_with_the_same_rounding(features, added, kind, dtype):
     tokens, inputs = 37, 64
     x, weight = _rows(tokens, inputs, dtype), _rows(features, inputs, torch.float32)

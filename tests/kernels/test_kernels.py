@@ -21,6 +21,7 @@ from relora_mora.kernels import (
     interleaved,
     wrapped_interleaved,
 )
+from tests.tools.cases import each_case
 from tests.tools.kernels import compiled_only, integers
 
 GROUPINGS = [
@@ -68,8 +69,8 @@ def _matrix(make, features: int, slots: int) -> torch.Tensor:
     return C
 
 
-@pytest.mark.parametrize("make", GROUPINGS)
-@pytest.mark.parametrize("features,slots", SIZES)
+@each_case("make", GROUPINGS)
+@each_case("features,slots", SIZES)
 def test_sum_and_copy_agree_with_the_matrix_of_the_definition(make, features, slots):
     grouping = make(features, slots)
     C = _matrix(make, features, slots)
@@ -88,9 +89,9 @@ def _assert_supported(tensor: torch.Tensor, grouping: Grouping) -> None:
 
 
 @compiled_only
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("make", GROUPINGS)
-@pytest.mark.parametrize("features,slots", SIZES)
+@each_case("dtype", [torch.bfloat16, torch.float32])
+@each_case("make", GROUPINGS)
+@each_case("features,slots", SIZES)
 def test_compiled_sum_rounds_once(make, features, slots, dtype, device):
     grouping, x = make(features, slots), integers(5, 7, features, dtype=dtype).to(device)
     _assert_supported(x, grouping)
@@ -132,8 +133,8 @@ def test_expand_add_rounds_once(inputs, outputs, out_features, in_features, slot
 
 
 @compiled_only
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("slots", [350, 200, 90, 40, 7])
+@each_case("dtype", [torch.bfloat16, torch.float32])
+@each_case("slots", [350, 200, 90, 40, 7])
 def test_threads_and_instruction_sets_change_no_bit(slots, dtype):
     x, M, weight = (
         torch.randn(1000, 350).to(dtype),

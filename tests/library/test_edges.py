@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import relora_mora as rm
+from tests.tools.cases import each_case
 
 
 def mlp() -> nn.Sequential:
@@ -28,7 +29,7 @@ def steps(remora: rm.AttachedAdapters, optimizer: torch.optim.Optimizer, count: 
         remora.after_step(optimizer)
 
 
-@pytest.mark.parametrize("method", [rm.MoRA(2, form="merged"), rm.LoRA(2, form="merged")])
+@each_case("method", [rm.MoRA(2, form="merged"), rm.LoRA(2, form="merged")])
 def test_second_derivatives_are_refused_in_the_merged_form(method):
     model = mlp()
     rm.attach(model, method)
@@ -37,7 +38,7 @@ def test_second_derivatives_are_refused_in_the_merged_form(method):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("build", [rm.MoRA, rm.LoRA])
+@each_case("build", [rm.MoRA, rm.LoRA])
 def test_the_decoupled_form_has_second_derivatives(build):
     model = mlp().double()
     remora = rm.attach(model.float(), build(2, form="decoupled"))
@@ -49,7 +50,7 @@ def test_the_decoupled_form_has_second_derivatives(build):
     assert all(model.get_parameter(name).grad.abs().sum() > 0 for name in remora.names)
 
 
-@pytest.mark.parametrize("reset", ["magnitude", "random"])
+@each_case("reset", ["magnitude", "random"])
 def test_an_optimizer_without_moments_has_nothing_to_reset(reset):
     remora = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2, reset=reset))
     steps(remora, torch.optim.SGD(remora.parameter_groups(lr=0.1)), 5)
@@ -97,7 +98,7 @@ def hooked() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("make", "arguments", "message"),
     [
         (lambda: nn.Linear(16, 16), {}, "it is the whole model; put it into"),
@@ -119,7 +120,7 @@ def test_what_attach_refuses(make, arguments, message):
 SCHEDULE = {"total_steps": 40, "warmup_steps": 4, "restart_warmup_steps": 2}
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("changes", "message"),
     [
         ({"kind": "cosin"}, "kind: expected one of cosine, linear, wsd, constant, got 'cosin'"),
@@ -237,7 +238,7 @@ def test_a_longer_run_continues_a_finished_one_exactly():
     assert all(torch.equal(value, merged[name]) for name, value in whole.merged_state_dict().items())
 
 
-@pytest.mark.parametrize("method", [rm.ReMoRA(2), rm.ReLoRA(2)])
+@each_case("method", [rm.ReMoRA(2), rm.ReLoRA(2)])
 def test_adapters_are_float32_whatever_the_defaults_of_torch_are(method):
     model = mlp()
     torch.set_default_dtype(torch.bfloat16)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import relora_mora as rm
+from tests.tools.cases import each_case
 from tests.tools.fsdp_on_cpus import fsdp_on_cpus
 from tests.tools.grids import rest
 from tests.tools.tiny import tiny_llama
@@ -228,7 +229,7 @@ def test_two_callbacks_are_refused(tmp_path: Path) -> None:
         trained(tmp_path, max_steps=2, callbacks=2)
 
 
-@pytest.mark.parametrize("merge_every,expected", [(4, 2), (2000, 50)])
+@each_case("merge_every,expected", [(4, 2), (2000, 50)])
 def test_the_warmup_after_a_merge_is_no_longer_than_half_of_the_interval(merge_every: int, expected: int) -> None:
     remora = rm.attach(torch.nn.Sequential(torch.nn.Linear(8, 8)), rm.ReMoRA(2, merge_every=merge_every))
     assert rm.ReMoRACallback(remora).restart_warmup_steps == expected

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 import relora_mora as rm
 from relora_mora.adapters.layers import adapter_layers
+from tests.tools.cases import each_case
 
 METHOD = rm.ReMoRA(2, merge_every=3)
 
@@ -62,7 +63,7 @@ def on_meta() -> nn.Module:
         return mlp()
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("model", "targets", "words"),
     [
         (quantized(), None, ("1 (Linear4bit)", "quantized", "load the model without")),
@@ -101,7 +102,7 @@ def test_attaching_twice() -> None:
         rm.attach(model, METHOD)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("method", "settings", "words"),
     [
         (rm.ReMoRA, {"operators": (1, 1)}, ("[1, 1]", "alternate")),
@@ -211,7 +212,7 @@ def test_a_scheduler_that_cannot_warm_up_again() -> None:
         remora.rewarm(scheduler, total_steps=10, restart_warmup_steps=1)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("method", "seed", "words"),
     [
         (rm.ReLoRA(2, merge_every=3), 0, "method is 'remora', expected 'relora'"),

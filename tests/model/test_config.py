@@ -17,6 +17,7 @@ from relora_mora.config.schema import ModelConfig
 from relora_mora.model.config import check_length, keys_with, plain_model_config, read_model_config
 from relora_mora.model.config_keys import ARCHITECTURES, FUNCTION, TRAINING
 from relora_mora.model.llama import LossModel, build_model
+from tests.tools.cases import each_case
 from tests.tools.helpers import ROOT
 from tests.tools.tiny import batch
 
@@ -222,7 +223,7 @@ def test_activations_without_parameters_are_accepted(path: Path) -> None:
             assert read(path, hidden_act=name).hidden_act == name
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@each_case("kind", ARCHITECTURES)
 def test_every_key_of_transformers_is_handled(kind: str) -> None:
     assert set(ARCHITECTURES[kind].config_class().to_dict()) <= set(ARCHITECTURES[kind].keys)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from relora_mora import kernels
 from relora_mora.kernels import cpu, cross_entropy_
 from relora_mora.model.loss import CHUNK_BYTES, chunked_cross_entropy, loss_chunk
+from tests.tools.cases import each_case
 from tests.tools.kernels import compiled_only
 
 SCALE = torch.tensor(0.25)
@@ -48,7 +49,7 @@ def test_loss_and_gradient_agree_with_float64(vocabulary, dtype, tolerance, spre
 
 
 @compiled_only
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@each_case("dtype", [torch.bfloat16, torch.float32])
 def test_threads_change_no_bit_and_instruction_sets_change_only_rounding(dtype):
     before, results = torch.get_num_threads(), []
     try:
@@ -69,9 +70,9 @@ def test_threads_change_no_bit_and_instruction_sets_change_only_rounding(dtype):
 
 
 @compiled_only
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("place", [0, 17, 20])
+@each_case("bad", [float("nan"), float("inf"), float("-inf")])
+@each_case("dtype", [torch.bfloat16, torch.float32])
+@each_case("place", [0, 17, 20])
 def test_a_nonfinite_logit_makes_the_result_nonfinite(bad, dtype, place):
     logits = torch.zeros(1, 21, dtype=dtype)
     logits[0, place] = bad
@@ -87,7 +88,7 @@ def test_a_nonfinite_logit_makes_the_result_nonfinite(bad, dtype, place):
 
 
 @compiled_only
-@pytest.mark.parametrize("label", [21, -1, 2**40])
+@each_case("label", [21, -1, 2**40])
 def test_a_label_outside_the_vocabulary_is_refused(label):
     with pytest.raises(IndexError, match="the vocabulary has 21"):
         cross_entropy_(torch.zeros(2, 21), torch.tensor([3, label]), ignore=-100, scale=SCALE, gradient=True)

@@ -2,15 +2,14 @@
 
 import re
 
-import pytest
-
 from tests.power.__main__ import LAYERS, occurrences, read_faults
+from tests.tools.cases import each_case
 from tests.tools.helpers import ROOT
 
 FAULTS = read_faults()
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=[fault["name"] for fault in FAULTS])
+@each_case("fault", FAULTS)
 def test_a_fault_can_be_put_back(fault):
     assert occurrences(fault, ROOT) == 1, "change `find` to the code of today, or remove a fault whose code is gone"
     assert fault["replace"] != fault["find"]

@@ -14,6 +14,7 @@ from relora_mora.supervise.guard import Guard
 from relora_mora.train.loop.loop import Shutdown
 from relora_mora.train.loop.step import DataFailed
 from relora_mora.train.state.run_state import DataError, RunState, TrainingError
+from tests.tools.cases import each_case
 from tests.tools.data_tools import write_shard, write_shards
 from tests.tools.faulty_server import serving
 from tests.tools.grids import rest
@@ -87,7 +88,7 @@ def test_text_that_changes_on_the_server_after_the_start_is_not_trained_on(pools
     assert "json.gz changed while it was read (its ETag" in text
 
 
-@pytest.mark.parametrize("kind", [OSError, SourceError])
+@each_case("kind", [OSError, SourceError])
 def test_a_data_fault_is_reported_even_if_nothing_can_be_saved(tmp_path, kind):
     def fail(state: RunState) -> None:
         raise TrainingError("the checkpoint failed")

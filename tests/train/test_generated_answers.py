@@ -15,6 +15,7 @@ from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import export
+from tests.tools.cases import each_case
 from tests.tools.data_tools import write_json_lines
 from tests.tools.grids import rest
 from tests.tools.runs import checkpoint_at, metrics, run_config, tensors, train, write_inputs
@@ -134,7 +135,7 @@ def test_each_set_has_its_own_numbers(pools, inputs, tokenizer_path, tmp_path):
     assert not any("plain" in tag and "match" in tag for tag in last)
 
 
-@pytest.mark.parametrize("changes", [{"records": None}, {"records": {"kind": "prompt", "score": "all"}}])
+@each_case("changes", [{"records": None}, {"records": {"kind": "prompt", "score": "all"}}])
 def test_generation_without_answers_is_refused(inputs, tokenizer_path, tmp_path, changes):
     with pytest.raises(ConfigError, match=r"eval\.generate: there are no answers to generate"):
         memory(inputs, tokenizer_path, tmp_path / "run", data={**changes, "packing": None})

@@ -14,6 +14,7 @@ import torch
 
 from relora_mora.config.load import dump
 from relora_mora.tokenizer.load import load_tokenizer
+from tests.tools.cases import each_case
 from tests.tools.commands import PRETRAIN, call, refused
 from tests.tools.data_tools import write_json_lines
 from tests.tools.runs import LLAMA, checkpoint_at, logged_values, metrics, run_config, tensors, train
@@ -166,7 +167,7 @@ def test_rows_of_a_run_can_be_shown_before_it_starts(inputs, tokenizer_path, tmp
     assert answer.code == 2 and 'one has no "conversations"' in answer.err.splitlines()[-1], answer
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("override", "message"),
     [
         (

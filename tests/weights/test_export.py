@@ -20,6 +20,7 @@ from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import _name_rope, export, merged_model
 from relora_mora.weights.foreign import foreign_config
 from relora_mora.weights.load import own_tokenizer_path
+from tests.tools.cases import each_case
 from tests.tools.checkpoints import rewrite_manifest, write_checkpoint
 from tests.tools.commands import EVALUATE, EXPORT, call, refused
 from tests.tools.data_tools import write_shard
@@ -321,7 +322,7 @@ def test_a_tokenizer_has_the_class_name_that_older_readers_know(tokenizer_path: 
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
 
 
-@pytest.mark.parametrize(
+@each_case(
     "scaling",
     [None, {"rope_type": "linear", "factor": 4.0}, LONG | {"factor": 2.0, "original_max_position_embeddings": 32}],
 )

@@ -17,6 +17,7 @@ from relora_mora.experiments.compare.figures import figures_of, loss_figure, per
 from relora_mora.experiments.compare.files import write_files
 from relora_mora.experiments.compare.groups import Group, group_runs
 from tests.experiments.compare.folders import TOKENS, made_run
+from tests.tools.cases import each_case
 from tests.tools.commands import files_end_at
 
 LOSSES = [9.0, 4.0, 3.0, 2.0, 1.0]
@@ -58,7 +59,7 @@ def test_curves_of_loss_are_means_over_seeds_in_a_panel_for_each_set(losses: Fig
         assert {1.0 + number, 1.1 + number} <= {round(float(y), 6) for x, y in heights if x == EVALUATIONS[-1]}
 
 
-@pytest.mark.parametrize("against", [None, 1])
+@each_case("against", [None, 1])
 def test_the_last_perplexities_are_dots_with_the_lowest_group_at_the_top(
     groups: list[Group], against: int | None
 ) -> None:
@@ -114,7 +115,7 @@ def test_a_disk_that_fills_up_leaves_older_files_as_they_were(groups: list[Group
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("losses", [[[9.0], [9.0]], [[9.0], LOSSES[:3]]], ids=["just begun", "one of them"])
+@each_case("losses", [[[9.0], [9.0]], [[9.0], LOSSES[:3]]])
 def test_runs_with_few_numbers_are_drawn(tmp_path: Path, losses: list[list[float]]) -> None:
     groups = group_runs(made_run(tmp_path / f"run{i}", each, optim={"lr": 0.1 + i}) for i, each in enumerate(losses))
     with warnings.catch_warnings(action="error"):

@@ -9,6 +9,7 @@ import pytest
 from relora_mora.config.load import load_config
 from relora_mora.model.config import read_model_config
 from relora_mora.sizing.work import flops_per_token
+from tests.tools.cases import each_case
 from tests.tools.helpers import ROOT
 
 CONFIG = ROOT / "configs" / "run" / "tiny_remora_paper.yaml"
@@ -36,7 +37,7 @@ def test_command_line_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert values["memory"]["remora"]["2"]["device"] > values["memory"]["remora"]["2"]["activations"] > 0
 
 
-@pytest.mark.parametrize("setting", ["--method.operators=[6]", "--method.square_multiple=4096"])
+@each_case("setting", ["--method.operators=[6]", "--method.square_multiple=4096"])
 def test_settings_that_only_other_methods_use_do_not_keep_a_run_from_its_plan(
     capsys: pytest.CaptureFixture[str], setting: str
 ) -> None:
@@ -47,7 +48,7 @@ def test_settings_that_only_other_methods_use_do_not_keep_a_run_from_its_plan(
     assert run_cli(str(CONFIG), "--world_size=1", *arguments[1:]) == 2
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("settings", "message"),
     [
         (
@@ -93,7 +94,7 @@ def test_command_line_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     assert values["steps"]["1"]["network"] == pytest.approx(values["network"]["full"]["1"]["sent"] / 1.25e9)
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("arguments", "message"),
     [
         (["--world_size=3"], "not a multiple of train.micro_batch_size 8 x 3 ranks"),

@@ -17,6 +17,7 @@ from relora_mora.experiments.planner.render import duration, render
 from relora_mora.model.config import read_model_config
 from relora_mora.system.devices import CPU, DEVICES, device_of_name, named_device
 from relora_mora.system.hardware import device_here
+from tests.tools.cases import each_case
 from tests.tools.commands import PLAN, call
 from tests.tools.helpers import ROOT
 from tests.tools.rules import matrices_settings
@@ -46,14 +47,14 @@ def plan_of(
     )
 
 
-@pytest.mark.parametrize("stage,batch_size,given", [(2, 64, True), (2, 32, False), (1, 64, False)])
+@each_case("stage,batch_size,given", [(2, 64, True), (2, 32, False), (1, 64, False)])
 def test_stage_1_is_advised_if_stage_2_sends_gradients_several_times(stage: int, batch_size: int, given: bool) -> None:
     settings = {"train.zero_stage": stage, "train.batch_size": batch_size, "train.micro_batch_size": 16}
     plan = plan_of(**{name: str(value) for name, value in settings.items()})
     assert plan.sends_less_at_one == ("--train.zero_stage=1" in render(plan)) == given
 
 
-@pytest.mark.parametrize(("link_gbits", "given"), [(0.1, True), (100.0, False)])
+@each_case(("link_gbits", "given"), [(0.1, True), (100.0, False)])
 def test_stage_1_is_not_advised_if_stage_2_hides_its_traffic(link_gbits: float, given: bool) -> None:
     settings = {"train.zero_stage": "2", "train.batch_size": "512", "train.micro_batch_size": "16"}
     plan = plan_of(cluster=Cluster(2, 8, named_device("h100"), link_gbits), **settings)
@@ -99,7 +100,7 @@ def test_what_no_gpu_has_confirmed_is_marked() -> None:
     assert assumed.steps == unmarked[1].time.steps
 
 
-@pytest.mark.parametrize(("name", "value"), [("utilization", 0.0), ("utilization", 1.5), ("tokens_per_second", 0.0)])
+@each_case(("name", "value"), [("utilization", 0.0), ("utilization", 1.5), ("tokens_per_second", 0.0)])
 def test_refuses_impossible_rates(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         plan_of(**{name: value})
@@ -306,7 +307,7 @@ def test_remora_sends_only_trainable_parameters_below_stage_3() -> None:
         assert after.given == before.given and (after.sent < before.sent) == (stage == 2), stage
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("seconds", "text"),
     [
         (6.05, "6.0 s"),

@@ -12,6 +12,7 @@ from relora_mora.experiments.study.conduct import CellsFailed, conduct, known_ce
 from relora_mora.experiments.study.design import first_round
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs
 from tests.experiments.study.tools import BASE, CHANGES, PROGRAM, made_study
+from tests.tools.cases import each_case
 
 
 def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
@@ -23,7 +24,7 @@ def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
         conduct(made_study(grid=grid, settings={"method.name": "mora", "optim.clip": 3.0}), folder, PROGRAM, 1)
 
 
-@pytest.mark.parametrize(("changes", "named"), CHANGES)
+@each_case(("changes", "named"), CHANGES)
 def test_a_changed_setting_is_refused_even_if_all_runs_are_done(tmp_path: Path, changes: dict[str, Any], named: str):
     grid = [{"method.name": "mora", "optim.lr": 3e-3}]
     folder = StudyFolder(tmp_path)
@@ -73,7 +74,7 @@ def test_a_study_goes_on_with_the_base_config_that_it_began_with(tmp_path: Path,
         conduct(made_study(base=str(base), grid=grid, seeds=[0, 1], choose=choose), folder, PROGRAM, 1)
 
 
-@pytest.mark.parametrize("text", ["", "{", "3"])
+@each_case("text", ["", "{", "3"])
 def test_truncated_settings_are_reported(tmp_path: Path, text: str):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
     folder = StudyFolder(tmp_path)

@@ -15,6 +15,7 @@ from relora_mora.experiments.study.folder import StudyFolder
 from relora_mora.experiments.study.record import is_kept
 from relora_mora.system.run_folder import read_json_lines
 from tests.experiments.study.tools import CHANGES, PROGRAM, made_start, made_study
+from tests.tools.cases import each_case
 from tests.tools.helpers import ROOT
 
 CHOOSE = {"over": ["optim.lr"], "lowest": "eval/loss"}
@@ -80,7 +81,7 @@ def test_digests_of_the_first_start_are_kept_at_a_resume(tmp_path: Path):
     assert record["start"]["began_with"] == before["start"]["began_with"] != {}
 
 
-@pytest.mark.parametrize(
+@each_case(
     "line",
     ['{"name": "cut', "[1]", '{"name": "a"}', "", '{"name": 1, "given": 2, "config": 3, "start": 4, "metrics": 5}'],
 )
@@ -95,7 +96,7 @@ def test_a_line_that_is_not_a_record_is_reported(tmp_path: Path, line: str):
     assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]
 
 
-@pytest.mark.parametrize("records", sorted((ROOT / "docs/studies").glob("*.jsonl.gz")), ids=lambda path: path.name)
+@each_case("records", sorted((ROOT / "docs/studies").glob("*.jsonl.gz")))
 def test_records_in_the_documents_match_the_studies(tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     shipped, of_release_0_2 = (

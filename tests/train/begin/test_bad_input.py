@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from relora_mora.checkpoint.layout import VERSION
 from relora_mora.weights.export import export
+from tests.tools.cases import each_case
 from tests.tools.checkpoints import rewrite_manifest
 from tests.tools.commands import EVALUATE, EXPORT, call, disk, left_in, permissions_count, public_folder, refused
 from tests.tools.helpers import RUBBISH
@@ -165,7 +166,7 @@ def exported(run_folder, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("harm", ["missing", "shape", "cut", "empty", "rubbish"])
+@each_case("harm", ["missing", "shape", "cut", "empty", "rubbish"])
 def test_a_damaged_model(exported, inputs, tmp_path, harm):
     folder = shutil.copytree(exported, tmp_path / "model")
     path = folder / "model.safetensors"
@@ -196,7 +197,7 @@ def test_a_model_whose_json_is_something_else(exported, inputs, tmp_path, name, 
     refused(call(EVALUATE, folder, f"--data={inputs}/validation/*.json.gz"), str(folder))
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("argv", "message"),
     [
         (["--data={}/nowhere.json"], "no file matches"),

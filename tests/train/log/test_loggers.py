@@ -24,6 +24,7 @@ from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.train.log import loggers
 from relora_mora.train.log.loggers import TensorBoard, WeightsAndBiases, check_loggers, make_loggers
 from relora_mora.train.log.report import Metrics
+from tests.tools.cases import each_case
 from tests.tools.config_tools import faults_of, tree
 from tests.tools.runs import logged_steps, metrics, run_config, train, write_inputs
 
@@ -129,7 +130,7 @@ def test_the_settings_choose_the_loggers(tmp_path: Path) -> None:
     assert [type(logger) for logger in both] == [TensorBoard, WeightsAndBiases]
 
 
-@pytest.mark.parametrize("found", [None, importlib.machinery.ModuleSpec("wandb", None)], ids=["nothing", "a folder"])
+@each_case("found", [None, importlib.machinery.ModuleSpec("wandb", None)])
 def test_without_the_package_a_run_does_not_begin(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     check_loggers(LogConfig())
@@ -137,7 +138,7 @@ def test_without_the_package_a_run_does_not_begin(monkeypatch: pytest.MonkeyPatc
         check_loggers(LogConfig(wandb="small"))
 
 
-@pytest.mark.parametrize(
+@each_case(
     ("given", "expected"),
     [
         (OLD_KEY, "looks like a key of Weights & Biases; use `wandb login` or WANDB_API_KEY"),

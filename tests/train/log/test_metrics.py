@@ -16,6 +16,7 @@ from relora_mora.config.load import dump, validate
 from relora_mora.system.logs import log, setup_logging, shared_log
 from relora_mora.train.log.loggers import TensorBoard
 from relora_mora.train.log.report import Metrics
+from tests.tools.cases import each_case
 from tests.tools.config_tools import tree
 from tests.tools.runs import metrics as metrics_of
 from tests.tools.runs import run_config
@@ -64,7 +65,7 @@ def test_a_resume_drops_what_was_logged_beyond_it(tmp_path):
     assert _board(tmp_path, "train/loss") == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60)]
 
 
-@pytest.mark.parametrize("ahead_seconds", [(3600,), (7200, 3600), (3600, 7200), 11 * (0,)])
+@each_case("ahead_seconds", [(3600,), (7200, 3600), (3600, 7200), 11 * (0,)])
 def test_points_of_a_resume_replace_earlier_ones_for_any_clock(tmp_path, monkeypatch, ahead_seconds):
     """TensorBoard orders files by the second in their names, then by a number, 10 before 9; and a file hides steps of
     files that were read before it."""

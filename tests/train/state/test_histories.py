@@ -13,6 +13,7 @@ from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.train.state.restore import start_records
 from relora_mora.train.state.resume import where_to_resume
+from tests.tools.cases import each_case
 from tests.tools.runs import checkpoint_at, logged_steps, run_config, train
 from tests.train.state.faults import NAN, fault_settings, faulty, rollbacks, same_run
 
@@ -120,7 +121,7 @@ def test_a_run_shortened_to_its_current_step_is_evaluated_once(pools, inputs, to
         assert logged_steps(folder, "eval/loss") == [0, 3]
 
 
-@pytest.mark.parametrize(("step", "is_moved"), [(0, False), (2, True)])
+@each_case(("step", "is_moved"), [(0, False), (2, True)])
 def test_records_of_a_start_that_made_steps_are_moved_aside(tmp_path, step, is_moved):
     starts = RunFolder(tmp_path).starts
     starts.write_text(json.dumps({"step": step, "epochs": None}) + "\n")
