@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch import nn
 from torch.nn.utils.parametrizations import orthogonal
 
 import relora_mora as rm
@@ -40,6 +38,12 @@ class LinearWithScale(nn.Linear):
 
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+
+def hooked() -> nn.Module:
+    model = mlp()
+    model[0].register_forward_hook(lambda *given: None)
+    return model
 
 
 def quantized() -> nn.Module:
@@ -78,6 +82,9 @@ def on_meta() -> nn.Module:
         (mlp().double(), None, ("torch.float64", "float32, bfloat16 and float16")),
         (on_meta(), None, ("meta device", "load the weights first")),
         (nn.Sequential(nn.GELU()), None, ("any nn.Linear", "(none)")),
+        (nn.Linear(8, 8), None, ("it is the whole model; put it into",)),
+        (mlp(), [], ("no module that matches []", "0, 2")),
+        (hooked(), None, ("its hooks, or a forward of its own, would be lost",)),
     ],
 )
 def test_targets_that_cannot_have_an_adapter(model: nn.Module, targets: Any, words: tuple[str, ...]) -> None:
@@ -85,6 +92,13 @@ def test_targets_that_cannot_have_an_adapter(model: nn.Module, targets: Any, wor
         rm.attach(model, METHOD, targets=targets)
     assert all(word in str(refusal.value) for word in words), refusal.value
     assert not list(adapter_layers(model))
+
+
+def test_methods_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="method: expected what ReMoRA"):
+        rm.attach(mlp(), rm.ReMoRA)
+    with pytest.raises(ValueError, match="rank_pattern: no target is named q_proj; they are 0, 2"):
+        rm.attach(mlp(), rm.ReMoRA(2, rank_pattern={"q_proj": 4}))
 
 
 def test_data_parallel() -> None:
@@ -128,18 +142,6 @@ def test_a_layer_that_is_too_small() -> None:
         rm.attach(mlp(), rm.ReMoRA(2, square_multiple=64))
 
 
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    if distributed.is_initialized():  # another test in this process has joined one
-        yield
-        return
-    distributed.init_process_group(
-        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    yield
-    distributed.destroy_process_group()
-
-
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
@@ -177,17 +179,6 @@ def test_an_optimizer_with_one_state_for_all_parameters() -> None:
     optimizer = torch.optim.LBFGS([parameter for parameter in model.parameters() if parameter.requires_grad])
     step(model, optimizer)
     with pytest.raises(ValueError, match="LBFGS does not keep the state of each parameter"):
-        remora.after_step(optimizer)
-
-
-@pytest.mark.usefixtures("process_group")
-def test_an_optimizer_that_shards_its_state() -> None:
-    model = mlp()
-    remora = rm.attach(model, METHOD)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = ZeroRedundancyOptimizer(trained, torch.optim.AdamW)
-    step(model, optimizer)
-    with pytest.raises(ValueError, match="ZeroRedundancyOptimizer does not keep the state of each parameter"):
         remora.after_step(optimizer)
 
 
