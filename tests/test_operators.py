@@ -33,6 +33,9 @@ def size_for(mora_type: int, size: int) -> int:
     return size + (size % 2 if OPERATORS[mora_type].even_size else 0)
 
 
+CASES = [(kind, inputs, outputs, size_for(kind, size)) for kind in MORA_TYPES for inputs, outputs, size in SHAPES]
+
+
 def _columns(linear, width: int) -> torch.Tensor:
     """The matrix of a linear map, computed from the unit vectors."""
     return torch.stack([linear(unit).flatten() for unit in torch.eye(width, dtype=torch.float64)], -1)
@@ -54,10 +57,8 @@ def test_agrees_with_the_released_code():
         assert (op.delta(M) - torch.from_numpy(field["delta"])).abs().max() <= 1e-12, case
 
 
-@each_case("mora_type", MORA_TYPES)
-@each_case("inputs,outputs,size", SHAPES)
+@each_case("mora_type,inputs,outputs,size", CASES)
 def test_delta_is_a_product_of_two_factors(mora_type, inputs, outputs, size):
-    size = size_for(mora_type, size)
     op = make_operator(mora_type, inputs, outputs, size)
     M = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     A, B = op.factors(M)
@@ -66,22 +67,8 @@ def test_delta_is_a_product_of_two_factors(mora_type, inputs, outputs, size):
     assert (B @ A - op.delta(M)).abs().max() <= (0 if exact else 1e-6)
 
 
-@each_case("mora_type", MORA_TYPES)
-@each_case("inputs,outputs,size", SHAPES)
-def test_forward_is_the_product_with_delta(mora_type, inputs, outputs, size):
-    size = size_for(mora_type, size)
-    torch.manual_seed(0)
-    op = make_operator(mora_type, inputs, outputs, size)
-    M = torch.randn(size, size, dtype=torch.float64)
-    x = torch.randn(2, 3, inputs, dtype=torch.float64)
-    assert op.delta(M).shape == (outputs, inputs)
-    torch.testing.assert_close(op.decompress(op.compress(x) @ M.T), x @ op.delta(M).T, rtol=0, atol=1e-12)
-
-
-@each_case("mora_type", MORA_TYPES)
-@each_case("inputs,outputs,size", SHAPES)
-def test_gradient_and_transpose_follow_from_explicit_matrices(mora_type, inputs, outputs, size):
-    size = size_for(mora_type, size)
+@each_case("mora_type,inputs,outputs,size", CASES)
+def test_forward_gradient_and_transpose_follow_from_explicit_matrices(mora_type, inputs, outputs, size):
     torch.manual_seed(1)
     op = make_operator(mora_type, inputs, outputs, size)
     M = torch.randn(size, size, dtype=torch.float64, requires_grad=True)
@@ -91,6 +78,7 @@ def test_gradient_and_transpose_follow_from_explicit_matrices(mora_type, inputs,
     blocks = C.shape[0] // size
     explicit = D_transposed.T @ torch.block_diag(*[M] * blocks) @ C
     torch.testing.assert_close(op.delta(M), explicit, rtol=0, atol=1e-12)
+    torch.testing.assert_close(op.decompress(op.compress(x) @ M.T), x @ explicit.T, rtol=0, atol=1e-12)
     (expected,) = torch.autograd.grad((x @ explicit.T * dy).sum(), M)
     dM = op.square_gradient(op.compress(x), dy)
     torch.testing.assert_close(dM, expected, rtol=0, atol=1e-12)
@@ -137,10 +125,8 @@ def test_an_operator_in_the_types_of_training_agrees_with_float64(
         assert float((actual - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
-@each_case("mora_type", MORA_TYPES)
-@each_case("inputs,outputs,size", SHAPES)
+@each_case("mora_type,inputs,outputs,size", CASES)
 def test_the_core_has_the_singular_values_of_delta(mora_type, inputs, outputs, size):
-    size = size_for(mora_type, size)
     op = make_operator(mora_type, inputs, outputs, size)
     M = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     core = op.core(M)

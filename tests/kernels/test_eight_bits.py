@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from relora_mora import kernels
 from relora_mora.kernels import contiguous, cpu, multiply_rows, quantize_rows, wrapped_interleaved
 from tests.tools.cases import each_case
-from tests.tools.kernels import compiled_only
+from tests.tools.kernels import WITH_LIBRARY, compiled_only
 
 LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
 KINDS = list(LARGEST)
@@ -26,10 +26,10 @@ def _nearest(x: torch.Tensor, scales: torch.Tensor, kind: torch.dtype) -> torch.
     return (x.float() * inverse).round().to(kind) if kind is torch.int8 else (x.float() * inverse).to(kind)
 
 
-@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("features", [1, 5, 768, 2731])
+@each_case("library", WITH_LIBRARY)
+@each_case("kind", KINDS)
+@each_case("dtype", [torch.bfloat16, torch.float32])
+@each_case("features", [1, 5, 768, 2731])
 def test_rows_are_rounded_to_the_nearest_value(features, dtype, kind, library, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     x = _rows(9, features, dtype)
@@ -46,8 +46,8 @@ def test_rows_are_rounded_to_the_nearest_value(features, dtype, kind, library, m
         assert (error <= step / 2 * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
-@pytest.mark.parametrize("kind", KINDS)
+@each_case("library", WITH_LIBRARY)
+@each_case("kind", KINDS)
 def test_unusual_rows(kind, library, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     x = torch.randn(7, 40, generator=torch.Generator().manual_seed(0))

@@ -22,7 +22,7 @@ from relora_mora.kernels import (
     wrapped_interleaved,
 )
 from tests.tools.cases import each_case
-from tests.tools.kernels import compiled_only, integers
+from tests.tools.kernels import WITH_LIBRARY, compiled_only, integers
 
 GROUPINGS = [
     getattr(kernels.grouping, name)
@@ -100,8 +100,8 @@ def test_compiled_sum_rounds_once(make, features, slots, dtype, device):
     assert torch.equal(y, grouping.sum(x.double()).to(dtype))
 
 
-@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
-@pytest.mark.parametrize("make", GROUPINGS)
+@each_case("library", WITH_LIBRARY)
+@each_case("make", GROUPINGS)
 def test_sums_of_any_number_and_layout_of_rows(make, library, device, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     grouping = make(61, 16)
@@ -114,13 +114,11 @@ def test_sums_of_any_number_and_layout_of_rows(make, library, device, monkeypatc
             assert y.is_contiguous()
 
 
-@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("outputs", [interleaved, contiguous])
-@pytest.mark.parametrize("inputs", GROUPINGS)
-@pytest.mark.parametrize(
-    "out_features,in_features,slots", [(61, 64, 16), (64, 130, 16), (7, 50, 19), (50, 7, 19), (300, 160, 37)]
-)
+@each_case("library", WITH_LIBRARY)
+@each_case("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@each_case("outputs", [interleaved, contiguous])
+@each_case("inputs", GROUPINGS)
+@each_case("out_features,in_features,slots", [(61, 64, 16), (64, 130, 16), (7, 50, 19), (50, 7, 19), (300, 160, 37)])
 def test_expand_add_rounds_once(inputs, outputs, out_features, in_features, slots, dtype, library, device, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     # torch rounds between the two slots of a feature, so the sums must be exact in its dtype
@@ -203,7 +201,7 @@ def _both(x, weight, M):
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
+@pytest.mark.parametrize("library", WITH_LIBRARY)
 def test_torch_compile_sees_through(library, monkeypatch):
     """The graph contains the kernels if there are some, and operations of torch otherwise."""
     monkeypatch.setattr(kernels.ops, "_enabled", library)

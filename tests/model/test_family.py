@@ -24,29 +24,6 @@ from tests.tools.tiny import batch, tiny_llama
 # (parameters with tied heads counted once, config.json without the keys in OF_ALL); compared with copies of these files
 # that others have uploaded to the hub
 HUB: dict[str, tuple[int, dict[str, Any]]] = {
-    "SmolLM2-135M": (
-        134_515_008,
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "hidden_size": 576,
-            "initializer_range": 0.041666666666666664,
-            "intermediate_size": 1536,
-            "is_llama_config": True,
-            "max_position_embeddings": 8192,
-            "model_type": "llama",
-            "num_attention_heads": 9,
-            "num_hidden_layers": 30,
-            "num_key_value_heads": 3,
-            "rms_norm_eps": 1e-05,
-            "rope_interleaved": False,
-            "rope_scaling": None,
-            "rope_theta": 100000,
-            "tie_word_embeddings": True,
-            "vocab_size": 49152,
-        },
-    ),
     "Llama-3.2-1B-Instruct": (
         1_235_814_400,
         {

@@ -10,7 +10,7 @@ from relora_mora import kernels
 from relora_mora.kernels import cpu, cross_entropy_
 from relora_mora.model.loss import CHUNK_BYTES, chunked_cross_entropy, loss_chunk
 from tests.tools.cases import each_case
-from tests.tools.kernels import compiled_only
+from tests.tools.kernels import WITH_LIBRARY, compiled_only
 
 SCALE = torch.tensor(0.25)
 
@@ -29,10 +29,10 @@ def _case(rows: int, vocabulary: int, dtype: torch.dtype, spread: float = 3.0) -
     return logits, labels
 
 
-@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
-@pytest.mark.parametrize("vocabulary", [1, 5, 16, 31, 500, 32100])
-@pytest.mark.parametrize("spread", [0.1, 3.0, 60.0])
+@each_case("library", WITH_LIBRARY)
+@each_case("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+@each_case("vocabulary", [1, 5, 16, 31, 500, 32100])
+@each_case("spread", [0.1, 3.0, 60.0])
 def test_loss_and_gradient_agree_with_float64(vocabulary, dtype, tolerance, spread, library, device, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     logits, labels = (tensor.to(device) for tensor in _case(13, vocabulary, dtype, spread))

@@ -14,7 +14,6 @@ from relora_mora.optim.own import own_rule
 from relora_mora.optim.rules import MatrixRule, MatrixState, new_state, shapes_of
 from relora_mora.system.seeds import derived_seed
 from tests.tools.cases import each_case
-from tests.tools.helpers import ROOT
 from tests.tools.rules import EXAMPLES, matrices_settings
 
 SHAPES = [(12, 12), (5, 31), (31, 5), (24, 16)]
@@ -149,8 +148,3 @@ def test_a_zero_gradient_does_not_change_the_limiter_of_apollo():
     assert float(norm) == pytest.approx(1e-3)
     rule.update(second, state)
     assert float(norm) == pytest.approx(1.01e-3, rel=1e-4)
-
-
-def test_the_examples_are_short():
-    for path in (ROOT / "examples" / "optimizers").glob("*.py"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) < 120, path

@@ -196,8 +196,8 @@ def test_an_operators_matrices_are_orthogonal_exactly_if_r_divides_both_widths(k
                 assert is_orthogonal == (width % size == 0), (width, size)
 
 
-@pytest.mark.parametrize("shape", EVEN)
-@pytest.mark.parametrize("kind", GROUPINGS)
+@each_case("shape", EVEN)
+@each_case("kind", GROUPINGS)
 def test_with_even_groups_muons_step_of_m_is_steepest_for_w(exact, kind, shape):
     """The steepest step of W within the operator's space under the spectral norm is the sign of its gradient there."""
     in_features, out_features, size = shape
@@ -209,8 +209,8 @@ def test_with_even_groups_muons_step_of_m_is_steepest_for_w(exact, kind, shape):
     assert math.sqrt(float(step.square().mean())) == pytest.approx(0.2, rel=1e-10)
 
 
-@pytest.mark.parametrize("shape", UNEVEN)
-@pytest.mark.parametrize("kind", GROUPINGS)
+@each_case("shape", UNEVEN)
+@each_case("kind", GROUPINGS)
 def test_with_uneven_groups_it_is_so_only_approximately(exact, kind, shape):
     """It descends at 62 to 90 % of the steepest rate, with singular values that differ; the mean square is close."""
     in_features, out_features, size = shape

@@ -108,7 +108,7 @@ def test_the_rule_in_the_documents_is_one(tmp_path):
         assert torch.allclose(rule.update(weight.grad.clone(), state), before - weight.detach(), rtol=1e-4)
 
 
-@pytest.mark.parametrize(
+@each_case(
     "spec,part",
     [
         ("none.py:Sign", "FileNotFoundError"),
@@ -132,7 +132,7 @@ def test_what_is_not_a_rule_is_refused(file, monkeypatch, spec, part):
     assert part in message
 
 
-@pytest.mark.parametrize(
+@each_case(
     "name,settings,part",
     [
         ("Sign", {"momentun": 0.5}, "momentun: Unexpected keyword argument; its constructor has momentum, betas"),

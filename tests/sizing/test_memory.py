@@ -76,14 +76,12 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@each_case("bf16", [True, False])
-@each_case(("method", "model"), CASES)
+@each_case(("method", "model", "bf16"), [(*case, number % 2 == 0) for number, case in enumerate(CASES)])
 def test_activations_and_peak(method: dict[str, Any], model: dict[str, Any], bf16: bool) -> None:
     check_activations_and_peak(make_config(method, model), MODEL, bf16)
 
 
-@each_case("bf16", [True, False])
-@each_case("method", [{"name": "full"}, {"name": "mora", "train_norms": False}])
+@each_case("method,bf16", [({"name": "full"}, True), ({"name": "mora", "train_norms": False}, False)])
 @each_case("kind", [kind for kind in ARCHITECTURES if kind != "llama"])
 def test_activations_and_peak_of_the_family(kind: str, method: dict[str, Any], bf16: bool) -> None:
     check_activations_and_peak(make_config(method), ARCHITECTURES[kind].config_class(**SIZES), bf16)

@@ -65,27 +65,6 @@ def generated(run_dir: Path) -> list[list[float]]:
 
 
 @pytest.mark.more
-def test_pairs_are_learned_by_heart(pools, inputs, tokenizer_path, tmp_path):
-    sections = {
-        "train": {"steps": 40, "micro_batch_size": 6, "zero_stage": 0},
-        "eval": {"every_steps": 0, "generate": 100},
-    }
-    pools(1)(train, memory(inputs, tokenizer_path, tmp_path / "run", **sections))
-    first, last = generated(tmp_path / "run")
-    assert first[0] == 0
-    assert first[1] < 0.3
-    assert last == [1.0, 1.0]
-    export(tmp_path / "run", tmp_path / "out")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    for line in (inputs / "pairs.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
-        found = model.generate(ids, max_new_tokens=50, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        assert tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True) == row["completion"]
-
-
-@pytest.mark.more
 def test_a_chat_that_was_learned_stops_by_itself_in_plain_transformers(pools, inputs, tokenizer_path, tmp_path):
     tokenizer = load_tokenizer(tokenizer_path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})

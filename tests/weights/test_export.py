@@ -78,25 +78,6 @@ def _always(tokenizer: Any, token: str) -> LlamaForCausalLM:
     return lm
 
 
-@pytest.mark.more
-def test_plain_generate_stops_where_a_document_ends(hf_tokenizer: Path, tmp_path: Path) -> None:
-    """A model that always predicts the end of the document, with a tokenizer whose end is not LlamaConfig's."""
-    tokenizer = load_tokenizer(hf_tokenizer)
-    ends = _always(tokenizer, tokenizer.eos_token)
-    export(write_checkpoint(tmp_path / "checkpoint", ends, hf_tokenizer), tmp_path / "out")
-    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    inputs = AutoTokenizer.from_pretrained(tmp_path / "out")("the rank", add_special_tokens=False, return_tensors="pt")
-    generated = lm.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs.input_ids.shape[1] :]
-    assert generated.tolist() == [300]
-    expected = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": 300, "pad_token_id": 301}
-    for file in ("config.json", "generation_config.json"):
-        values = json.loads((tmp_path / "out" / file).read_text())
-        assert {key: values[key] for key in expected} == expected
-        assert values.get("use_cache", True), f"{file}: generates without a cache"
-    assert lm.generation_config.use_cache in (True, None)
-    assert lm.config.use_cache
-
-
 # how a template ends an answer, and the token at which generation stops besides EOS
 ENDS = {
     "chatml": ("{{ m.content }}<|im_end|>\n", "<|im_end|>"),

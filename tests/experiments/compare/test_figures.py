@@ -81,22 +81,6 @@ def test_the_last_perplexities_are_dots_with_the_lowest_group_at_the_top(
         assert [each.get_color() for each in dots] == of_groups[::-1], "as in the other figures"
 
 
-@pytest.mark.more
-def test_long_names_do_not_overlap(tmp_path: Path) -> None:
-    groups = group_runs(made_run(tmp_path / f"{rank}", method={"rank": rank}) for rank in range(1, 7))
-    for group in groups:
-        object.__setattr__(group, "differs", f"{group.differs}, " + "a long name " * 12)
-    figure = perplexity_figure(groups)
-    figure.draw_without_rendering()
-    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
-    assert all(upper.ymin >= lower.ymax for upper, lower in itertools.pairwise(boxes))
-    figure = loss_figure(groups)
-    figure.draw_without_rendering()
-    [legend] = figure.legends
-    assert legend.get_window_extent().width <= figure.bbox.width
-    assert figure.axes[0].get_window_extent().height > figure.dpi, "inches"
-
-
 def test_many_curves_differ() -> None:
     assert len({tuple(style.values()) for style in itertools.islice(styles(), 60)}) == 60
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,7 @@ from relora_mora.experiments.study.design import Cell, Study, first_round, read_
 from relora_mora.experiments.study.folder import StudyFolder
 from relora_mora.experiments.study.record import is_kept
 from relora_mora.system.run_folder import read_json_lines
-from tests.experiments.study.tools import CHANGES, PROGRAM, made_start, made_study
+from tests.experiments.study.tools import PROGRAM, made_start, made_study
 from tests.tools.cases import each_case
 from tests.tools.helpers import ROOT
 
@@ -53,18 +52,6 @@ def test_a_record_that_the_grid_no_longer_names_stays(tmp_path: Path):
     ranked, new, *others = folder.records.read_text(encoding="utf-8").splitlines(keepends=True)
     assert json.loads(new)["name"] == "name=mora,rank=16,lr=0.0025,seed=0"
     assert sorted([ranked, *others]) == sorted(before.splitlines(keepends=True))
-
-
-@pytest.mark.more
-@pytest.mark.parametrize(("changes", "named"), CHANGES)
-def test_a_record_of_other_settings_is_refused(tmp_path: Path, changes: dict[str, Any], named: str):
-    folder = _moved(made_study(), tmp_path, 1)
-    said = (
-        rf"rank=8,lr=0.001,seed=0 was started with other settings \({named}\); remove .* and its line in .*cells.jsonl"
-    )
-    with pytest.raises(ValueError, match=said):
-        conduct(made_study(**changes), folder, PROGRAM, 1)
-    assert not (folder.path / "runs").exists()
 
 
 def test_digests_of_the_first_start_are_kept_at_a_resume(tmp_path: Path):

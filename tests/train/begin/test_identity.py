@@ -94,6 +94,8 @@ def test_a_setting_that_decides_which_parameters_train_cannot_be_allowed_if_used
         given.config["method"]["rank"] = value
         return given
 
+    [change] = changes_since(identity(), with_setting("method", "name", "relora"), {"method.name"})
+    assert change.permission is None
     [change] = changes_since(rank("remora", 3), rank("remora", 5), {"method.rank"})
     assert change.permission is None
     assert "start a new run with model.init_from" in change.text

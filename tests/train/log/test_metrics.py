@@ -193,6 +193,16 @@ def test_metrics_that_a_disk_rejects_are_reported_once_and_do_not_end_the_run(tm
     assert capfd.readouterr().err.count("metrics.jsonl: metrics cannot be written (Disk quota exceeded)") == 1
 
 
+def test_a_repeated_evaluation_takes_the_place_of_all_lines_after_it(tmp_path):
+    """A save that came after it is repeated, too."""
+    first = Metrics(tmp_path, step=0)
+    for values in ({"train/loss": 1.0}, {"eval/loss": 2.0}, {"perf/checkpoint_stall_seconds": 0.5}):
+        first.write(3, values)
+    first.close()
+    Metrics(tmp_path, step=3, repeated=frozenset({"eval/loss"})).close()
+    assert [line.keys() - {"step", "time"} for line in _lines(tmp_path)] == [{"train/loss"}]
+
+
 def test_corrupt_bytes_lose_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\xff\x00p": 2}\n{"step": 3}\n')
     Metrics(tmp_path, step=5).close()
