@@ -76,7 +76,7 @@ def test_a_copy_is_settings_of_ones_own(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     assert call("configs", "copy", "tiny_remora", "mine.yaml").code == 0
     assert load_config("mine.yaml") == load_config("tiny_remora")
-    assert call(PLAN, "mine.yaml").code == 0
+    assert call(PLAN, "mine.yaml", "--device=h100").code == 0
     refused(call("configs", "copy", "tiny_remora", "mine.yaml"), "mine.yaml: already exists")
     refused(call("configs", "copy", "tiny", "other.yaml"), "tiny: not the name of shipped settings")
     refused(call("configs", "tiny_remora"), "got tiny_remora; give nothing, or: copy NAME PATH")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from relora_mora.system import hardware
 from tests.tools.each import each
@@ -21,8 +22,23 @@ def test_the_speed_of_a_cpu_is_measured_even_if_there_is_a_gpu(monkeypatch: pyte
     assert "measured" in source
 
 
+def test_the_speed_of_a_slow_cpu_is_measured_with_a_small_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one without instructions for bf16 has it: a billion operations per second."""
+    seconds: list[float] = []
+
+    def product(a: torch.Tensor) -> float:
+        seconds.append(2 * len(a) ** 3 / 1e9)
+        return seconds[-1]
+
+    monkeypatch.setattr(hardware, "_seconds_of_product", product)
+    speed, source = hardware.peak_flops(bf16=True, on_cpu=True)
+    assert speed == pytest.approx(1e9)
+    assert "measured on a " in source
+    assert sum(seconds) < 1
+
+
 @each(
-    "groups,limits,bound",
+    ("groups", "limits", "bound"),
     [
         ("0::/\n", {"memory.max": "4096\n"}, 4096),
         ("0::/job/task\n", {"job/memory.max": "4096\n", "job/task/memory.max": "max\n"}, 4096),

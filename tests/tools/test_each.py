@@ -19,3 +19,8 @@ def test_all_rows_are_tried_and_those_that_fail_are_named() -> None:
         test()
     assert tried == [1, 2, 3, 4]
     assert ["number': 2" in error.__notes__[0] for error in caught.value.exceptions] == [True, False]
+
+
+def test_a_test_whose_rows_are_all_skipped_is_skipped() -> None:
+    with pytest.raises(pytest.skip.Exception):
+        each("number", [1, 2])(lambda number: pytest.skip("not here"))()
