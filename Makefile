@@ -110,6 +110,7 @@ UNNAMED := optim.lr,optim.momentum,optim.restart_warmup_steps,method.operators
 FULL_RANK := --against=name=full,lr=0.0005,seed=0
 TUNED := name=full,lr=0.002,lr_other=0.032,seed=0
 FULL_RANK_MUON := name=full,matrices=muon,lr=0.004,seed=0
+MAIN := name=(full,matrices=(muon,lr=0.004|adamw,lr=0.002)|lora,rank=32,matrices=muon,lr=0.004|remora,rank=(32|64),operators=1_2,merge_every=10,merge_until_step=250,.*lr=0.003),seed
 TUNED_UNNAMED := optim.restart_warmup_steps,method.reset,optim.projection_rank
 study: $(VENV)/.installed-dev  ## tables and figures of the studies in the documents, from what is kept of their runs
 	$(COMPARE) docs/studies/memory_tiny.jsonl.gz --best=optim.lr --out=docs/studies/memory_tiny
@@ -129,6 +130,8 @@ study: $(VENV)/.installed-dev  ## tables and figures of the studies in the docum
 	$(COMPARE) docs/studies/math_smollm2.jsonl.gz --out=docs/studies/math_smollm2
 	$(COMPARE) docs/studies/tuned_tiny.jsonl.gz --best=optim.lr --against=$(FULL_RANK_MUON) --unnamed=$(TUNED_UNNAMED) --out=docs/studies/tuned_tiny
 	$(COMPARE) $(addprefix docs/studies/,tuned_tiny.jsonl.gz tuned_seeds_tiny.jsonl.gz) --unnamed=optim.restart_warmup_steps --out=docs/studies/tuned_seeds_tiny
+	mkdir -p build && zcat docs/studies/tuned_tiny.jsonl.gz docs/studies/tuned_seeds_tiny.jsonl.gz | grep -E '"name": "$(MAIN)' > build/main_tiny.jsonl
+	$(COMPARE) build/main_tiny.jsonl --unnamed=optim.lr --out=docs/studies/main_tiny
 
 study-smoke: $(VENV)/.installed-dev  ## a study of six short runs
 	test -d runs/demo/tokenizer || $(MAKE) --no-print-directory demo

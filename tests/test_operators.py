@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from relora_mora.config.registry import OPERATORS
 from relora_mora.operators import MORA_TYPES, GroupingOperator, Operator, make_operator, square_size
+from tests.tools.each import each
 from tests.tools.shared import SHARED, needs_shared
 
 RELEASED = {1, 2, 3, 4, 6}
@@ -30,6 +31,9 @@ SHAPES = [
 def size_for(mora_type: int, size: int) -> int:
     """The next even size if the operator needs one."""
     return size + (size % 2 if OPERATORS[mora_type].even_size else 0)
+
+
+CASES = [(kind, inputs, outputs, size_for(kind, size)) for kind in MORA_TYPES for inputs, outputs, size in SHAPES]
 
 
 def _columns(linear, width: int) -> torch.Tensor:
@@ -53,10 +57,8 @@ def test_agrees_with_the_released_code():
         assert (op.delta(M) - torch.from_numpy(field["delta"])).abs().max() <= 1e-12, case
 
 
-@pytest.mark.parametrize("mora_type", MORA_TYPES)
-@pytest.mark.parametrize("inputs,outputs,size", SHAPES)
+@each("mora_type,inputs,outputs,size", CASES)
 def test_delta_is_a_product_of_two_factors(mora_type, inputs, outputs, size):
-    size = size_for(mora_type, size)
     op = make_operator(mora_type, inputs, outputs, size)
     M = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     A, B = op.factors(M)
@@ -65,22 +67,8 @@ def test_delta_is_a_product_of_two_factors(mora_type, inputs, outputs, size):
     assert (B @ A - op.delta(M)).abs().max() <= (0 if exact else 1e-6)
 
 
-@pytest.mark.parametrize("mora_type", MORA_TYPES)
-@pytest.mark.parametrize("inputs,outputs,size", SHAPES)
-def test_forward_is_the_product_with_delta(mora_type, inputs, outputs, size):
-    size = size_for(mora_type, size)
-    torch.manual_seed(0)
-    op = make_operator(mora_type, inputs, outputs, size)
-    M = torch.randn(size, size, dtype=torch.float64)
-    x = torch.randn(2, 3, inputs, dtype=torch.float64)
-    assert op.delta(M).shape == (outputs, inputs)
-    torch.testing.assert_close(op.decompress(op.compress(x) @ M.T), x @ op.delta(M).T, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("mora_type", MORA_TYPES)
-@pytest.mark.parametrize("inputs,outputs,size", SHAPES)
-def test_gradient_and_transpose_follow_from_explicit_matrices(mora_type, inputs, outputs, size):
-    size = size_for(mora_type, size)
+@each("mora_type,inputs,outputs,size", CASES)
+def test_forward_gradient_and_transpose_follow_from_explicit_matrices(mora_type, inputs, outputs, size):
     torch.manual_seed(1)
     op = make_operator(mora_type, inputs, outputs, size)
     M = torch.randn(size, size, dtype=torch.float64, requires_grad=True)
@@ -90,6 +78,7 @@ def test_gradient_and_transpose_follow_from_explicit_matrices(mora_type, inputs,
     blocks = C.shape[0] // size
     explicit = D_transposed.T @ torch.block_diag(*[M] * blocks) @ C
     torch.testing.assert_close(op.delta(M), explicit, rtol=0, atol=1e-12)
+    torch.testing.assert_close(op.decompress(op.compress(x) @ M.T), x @ explicit.T, rtol=0, atol=1e-12)
     (expected,) = torch.autograd.grad((x @ explicit.T * dy).sum(), M)
     dM = op.square_gradient(op.compress(x), dy)
     torch.testing.assert_close(dM, expected, rtol=0, atol=1e-12)
@@ -99,7 +88,7 @@ def test_gradient_and_transpose_follow_from_explicit_matrices(mora_type, inputs,
     assert torch.equal(D, D_transposed.T)
 
 
-@pytest.mark.parametrize("inputs,outputs,size", [shape for shape in SHAPES if shape[2] % 2 == 0])
+@each("inputs,outputs,size", [shape for shape in SHAPES if shape[2] % 2 == 0])
 def test_every_block_of_operator_6_reads_inputs_and_reaches_outputs(inputs, outputs, size):
     op = make_operator(6, inputs, outputs, size)
     C = _columns(op.compress, inputs).unflatten(0, (op.blocks, size))
@@ -108,9 +97,9 @@ def test_every_block_of_operator_6_reads_inputs_and_reaches_outputs(inputs, outp
     assert D_transposed.flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
-@pytest.mark.parametrize("mora_type", MORA_TYPES)
-@pytest.mark.parametrize("inputs,outputs,size", [(13, 29, 4), (24, 40, 13), (768, 2048, 443)])
+@each("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@each("mora_type", MORA_TYPES)
+@each("inputs,outputs,size", [(13, 29, 4), (24, 40, 13), (768, 2048, 443)])
 def test_an_operator_in_the_types_of_training_agrees_with_float64(
     mora_type, inputs, outputs, size, dtype, tolerance, device
 ):
@@ -136,10 +125,8 @@ def test_an_operator_in_the_types_of_training_agrees_with_float64(
         assert float((actual - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("mora_type", MORA_TYPES)
-@pytest.mark.parametrize("inputs,outputs,size", SHAPES)
+@each("mora_type,inputs,outputs,size", CASES)
 def test_the_core_has_the_singular_values_of_delta(mora_type, inputs, outputs, size):
-    size = size_for(mora_type, size)
     op = make_operator(mora_type, inputs, outputs, size)
     M = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     core = op.core(M)
@@ -174,7 +161,7 @@ def _matrices(op) -> tuple[torch.Tensor, torch.Tensor]:
     return _columns(op.compress, op.in_features), _columns(op.decompress, op.square_size)
 
 
-@pytest.mark.parametrize("before,after", [(1, 2), (2, 3), (3, 4)])
+@each("before,after", [(1, 2), (2, 3), (3, 4)])
 def test_a_carried_moment_belongs_to_the_smallest_gradient_of_the_weight(before, after):
     """Pseudo-inverses give the weight gradient of least norm that explains M's gradient."""
     old = make_operator(before, 24, 40, 12)  # 12 divides 24: type 1 does not wrap
@@ -186,8 +173,8 @@ def test_a_carried_moment_belongs_to_the_smallest_gradient_of_the_weight(before,
     assert torch.allclose(new.carry(moment, old), D2.T @ gradient @ C2.T, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [2, 3])
-@pytest.mark.parametrize("inputs,outputs,size", SHAPES)
+@each("kind", [2, 3])
+@each("inputs,outputs,size", SHAPES)
 def test_the_same_operator_leaves_a_moment_unchanged(kind, inputs, outputs, size):
     op = make_operator(kind, inputs, outputs, size)
     rows, columns = (groups.sum(torch.ones(groups.features)) > 0 for groups in (op.outputs, op.inputs))
@@ -196,8 +183,8 @@ def test_the_same_operator_leaves_a_moment_unchanged(kind, inputs, outputs, size
     assert torch.allclose(op.carry(moment, op), moment, atol=1e-6)
 
 
-@pytest.mark.parametrize("before,after", [(1, 2), (2, 1), (4, 3)])
-@pytest.mark.parametrize("inputs,outputs,size", SHAPES)
+@each("before,after", [(1, 2), (2, 1), (4, 3)])
+@each("inputs,outputs,size", SHAPES)
 def test_carried_second_moments_are_no_less_than_the_squares_of_the_first(before, after, inputs, outputs, size):
     """Cauchy-Schwarz bounds it by the sum of the shares of a slot, so no step is many times the rate."""
     old, new = make_operator(before, inputs, outputs, size), make_operator(after, inputs, outputs, size)

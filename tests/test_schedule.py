@@ -11,6 +11,7 @@ from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import MethodConfig
 from relora_mora.optim.groups import make_schedule
 from relora_mora.schedule import Schedule, cosine
+from tests.tools.each import each
 from tests.tools.shared import SHARED, needs_shared
 
 REMORA = Schedule(
@@ -70,7 +71,7 @@ def test_the_released_schedule_is_made_of_the_same_formulas():
             assert got == pytest.approx(expected, rel=0, abs=1e-15), (setting, step)
 
 
-@pytest.mark.parametrize(
+@each(
     "step,merge,done,operator",
     [
         (0, False, 0, 1),
@@ -92,7 +93,7 @@ def test_events_around_every_boundary(step, merge, done, operator):
     assert REMORA.operator(step) == operator
 
 
-@pytest.mark.parametrize("until", [40, 59])
+@each("until", [40, 59])
 def test_no_merge_comes_after_the_last_step_that_may_merge(until):
     schedule = dataclasses.replace(REMORA, merge_until_step=until)
     assert [step for step in range(101) if schedule.merge_after(step)] == [20, 40]
@@ -102,7 +103,7 @@ def test_no_merge_comes_after_the_last_step_that_may_merge(until):
     assert schedule.rate(61) == REMORA.envelope(61) > REMORA.rate(61)
 
 
-@pytest.mark.parametrize(
+@each(
     "schedule,step,left",
     [
         (dataclasses.replace(REMORA, merge_until_step=59), 0, [1, 2, 3]),
@@ -150,8 +151,8 @@ def test_envelopes():
     assert {constant.rate(s) for s in range(1, 101)} == {1.0}
 
 
-@pytest.mark.parametrize("restart", [100, 50])
-@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
+@each("restart", [100, 50])
+@each("kind", ["cosine", "linear", "wsd"])
 def test_no_step_has_rate_zero_when_the_run_ends_within_a_restart(kind, restart):
     late = Schedule(
         kind=kind,
@@ -182,7 +183,7 @@ def test_without_merges_nothing_restarts():
     assert plain.operator(50) is None
 
 
-@pytest.mark.parametrize("until", [None, 2**40])
+@each("until", [None, 2**40])
 def test_a_clock_of_many_steps_takes_no_time(until):
     clock = dataclasses.replace(REMORA, total_steps=2**53, merge_every=1, merge_until_step=until)
     assert clock.merges_done(2**53) == (until or 2**53 - 1)

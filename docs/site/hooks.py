@@ -22,6 +22,10 @@ IMAGES = (
     *("docs/*.svg", "docs/*.png", "docs/studies/*/*.png"),
     *("docs/tutorials/**/*.svg", "docs/tutorials/**/*.png"),
 )
+TABLE_OF_STUDY = (
+    "All columns of the table that `relora-mora compare` makes of this study. [Experiments](../../experiments.md) and "
+    "[tasks](../../tasks.md) say what it shows."
+)
 
 
 def uris(*patterns: str) -> list[str]:
@@ -101,7 +105,19 @@ def on_files(files: Any, config: Any) -> None:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     uri = page.file.src_uri
+    if uri == "docs/trouble.md":
+        page.meta["search"] = {"boost": 3}  # somebody who searches for "slow" has a problem
     if not markdown.startswith("# "):  # a table of a study
-        page.meta["search"] = {"boost": 0.1}  # after the pages that explain
-        markdown = f"# {posixpath.basename(posixpath.dirname(uri))}\n\n{markdown}"
+        page.meta["search"] = {"exclude": True}  # numbers, which hide the pages that explain
+        study = posixpath.basename(posixpath.dirname(uri))
+        markdown = f"# {study}\n\n{TABLE_OF_STUDY}\n\n{markdown}"
     return rewrite(markdown, uri, config.repo_url or "", lambda path: files.get_file_from_path(path) is not None)
+
+
+def on_page_content(html: str, **of_page: Any) -> str:
+    """Marks the words of inline code, which are not to be broken at their dots and hyphens."""
+
+    def marked(match: re.Match[str]) -> str:
+        return re.sub(r"(?<!\S)\S{2,40}(?!\S)", r'<span class="word">\g<0></span>', match[0])
+
+    return re.sub(r"(?<=<code>)[^<\n]+(?=</code>)", marked, html)

@@ -4,24 +4,27 @@ import json
 import os
 import signal
 import socket
-import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
+from wsgiref.types import StartResponse, WSGIApplication
 
 from relora_mora.cli.arguments import PositiveInt
-from relora_mora.system.process import ending_with_me
+from relora_mora.system.process import many_imports
 
-PINNED = ("eval/perplexity", "train/perplexity")
+PINNED = ("eval/loss", "train/loss")  # not perplexities: the first ones are so high that the others look equal
 NEW_RUNS_SECONDS = 10.0
 LONGEST_NAME = 240  # in bytes; file systems allow 255, so there is room to make names unique
 
 
-def main(runs: str, *, port: PositiveInt = 6006, host: str = "localhost") -> int:
+def main(runs: str, *, port: PositiveInt = 6006, host: str = "localhost") -> None:
     """Shows runs in TensorBoard.
 
-    Both perplexities are pinned, and new runs appear automatically.
+    Both losses are pinned, and new runs appear automatically.
 
     Arguments:
         runs: a run folder, or a folder that contains run folders
@@ -46,16 +49,47 @@ def main(runs: str, *, port: PositiveInt = 6006, host: str = "localhost") -> int
     # TensorBoard names a run by its path below --logdir; links keep /tensorboard out of the names
     with tempfile.TemporaryDirectory(prefix="tensorboard-") as links:
         link_boards(root, Path(links))
-        print(url(host, port), flush=True)
-        # the loader of which tests/train/log/test_metrics.py shows that it hides what a resume repeats
-        options = [f"--logdir={links}", "--load_fast=false", f"--host={host}", f"--port={port}"]
-        with subprocess.Popen(ending_with_me(["-m", "tensorboard.main", *options])) as process:
-            signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-            while True:
-                try:
-                    return process.wait(timeout=NEW_RUNS_SECONDS)
-                except subprocess.TimeoutExpired:
-                    link_boards(root, Path(links))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        _serve(links, host, port)
+        print(f"http://{'localhost' if host == '0.0.0.0' else host}:{port}", flush=True)  # noqa: S104 - only compared
+        while True:
+            time.sleep(NEW_RUNS_SECONDS)
+            link_boards(root, Path(links))
+
+
+def _serve(logdir: str, host: str, port: int) -> None:
+    """Starts TensorBoard in threads of this process."""
+    with many_imports():
+        from tensorboard import program
+
+    class Server(program.WerkzeugServer):  # type: ignore[misc]
+        def __init__(self, app: WSGIApplication, flags: object) -> None:
+            super().__init__(with_curves(app), flags)
+
+    tensorboard = program.TensorBoard(server_class=Server)
+    # the loader of which tests/train/log/test_metrics.py shows that it hides what a resume repeats
+    tensorboard.configure(("", f"--logdir={logdir}", "--load_fast=false", f"--host={host}", f"--port={port}"))
+    tensorboard.launch()
+
+
+def with_curves(app: WSGIApplication) -> WSGIApplication:
+    """TensorBoard with pinned curves on its first page.
+
+    Smoothing would hide a merge's effect, and the scaling without outliers hides the best of a few evaluations.
+    """
+    pinned = json.dumps([{"plugin": "scalars", "tag": tag} for tag in PINNED], separators=(",", ":"))
+    page = (
+        "<!doctype html><script>localStorage._tb_global_settings ??= '{\"ignoreOutliers\": false}'\n"
+        f"location.replace('/?pinnedCards={quote(pinned)}&smoothing=0#timeseries')</script>"
+    )
+
+    def answer(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        if environ["PATH_INFO"] != "/" or environ["QUERY_STRING"]:
+            return app(environ, start_response)
+        start_response("200 OK", [("Content-Type", "text/html")])
+        return [page.encode()]
+
+    return answer
 
 
 def _runs(root: Path) -> Iterator[Path]:
@@ -85,10 +119,3 @@ def link_boards(root: Path, links: Path) -> None:
         while link.is_symlink():  # the names of a/b and a-b collide
             link = link.with_name(f"{link.name}_")
         link.symlink_to(board)
-
-
-def url(host: str, port: int) -> str:
-    """The address with pinned curves, and without smoothing, which would hide a merge's effect on a curve."""
-    pinned = json.dumps([{"plugin": "scalars", "tag": tag} for tag in PINNED], separators=(",", ":"))
-    shown = "localhost" if host == "0.0.0.0" else host  # noqa: S104 - it is only compared
-    return f"http://{shown}:{port}/?pinnedCards={quote(pinned)}&smoothing=0#timeseries"

@@ -20,7 +20,8 @@ def main(
             as multiples of the first run's
 
     Options:
-        out: a folder for compare.md and plots as PNG; it is created if needed, and these files in it are replaced
+        out: a folder for compare.md and, if matplotlib is installed, figures as PNG; it is created if needed, and these
+            files in it are replaced
         against: the run folder, or the name of a study's run, to compare with instead of the first run
         unnamed: settings to leave out of the names of rows, such as optim.lr,optim.restart_warmup_steps
         best: settings such as optim.lr; of rows that differ only in these settings, keeps the one with the most seeds
@@ -29,7 +30,7 @@ def main(
     Example:
         relora-mora compare runs/tiny_full runs/tiny_remora --out=compared
     """
-    from relora_mora.experiments.compare.files import check_plots, write_files
+    from relora_mora.experiments.compare.files import can_draw, check_folder, write_files
     from relora_mora.experiments.compare.groups import group_of, group_runs
     from relora_mora.experiments.compare.runs import TABLE, CompareError, is_model, read_run, read_runs
     from relora_mora.experiments.compare.table import markdown
@@ -37,7 +38,7 @@ def main(
     if not runs:
         raise CompareError("no runs given; give run folders, e.g. runs/full runs/remora")
     if out is not None:
-        check_plots(Path(out))
+        check_folder(Path(out))
     folders = [Path(name) for name in runs]
     models = [folder for folder in folders if is_model(folder)]
     if len(models) < len(folders):
@@ -54,6 +55,9 @@ def main(
     print(table, end="", flush=True)
     if out is None:
         return
-    from relora_mora.experiments.compare.figures import figures_of
+    files: dict[str, str | bytes] = {TABLE: table}
+    if can_draw():
+        from relora_mora.experiments.compare.figures import figures_of
 
-    write_files(Path(out), {TABLE: table, **figures_of(groups, reference)})
+        files |= figures_of(groups, reference)
+    write_files(Path(out), files)

@@ -39,7 +39,7 @@ def train(
     *,
     show: int | None = None,
 ) -> int:
-    """Trains the run of a settings file to its end and returns the exit code (docs/reliability.md).
+    """Trains the run of a settings file to its end and returns the exit code (docs/trouble.md).
 
     ``overrides`` and ``defaults`` are passed to :func:`load_config`. With ``show``, it prints that many rows of the
     training data instead.

@@ -16,13 +16,14 @@ def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
         runs: run folders
 
     Options:
-        out: a folder for spectrum.md and spectrum.png; it is created if needed, and these files in it are replaced
+        out: a folder for spectrum.md and, if matplotlib is installed, spectrum.png; it is created if needed, and these
+            files in it are replaced
         above: singular values above this count as large
 
     Example:
         relora-mora spectrum runs/tiny_lora runs/tiny_remora --out=spectra
     """
-    from relora_mora.experiments.compare.files import check_plots, write_files
+    from relora_mora.experiments.compare.files import can_draw, check_folder, write_files
     from relora_mora.experiments.compare.groups import group_runs
     from relora_mora.experiments.compare.runs import CompareError, read_run
     from relora_mora.experiments.compare.table import table_of
@@ -32,7 +33,7 @@ def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
     if not above >= 0:
         raise CompareError(f"--above: got {above}, but singular values are not negative; give a number >= 0")
     if out is not None:
-        check_plots(Path(out))
+        check_folder(Path(out))
     groups = group_runs({Path(name).resolve(): read_run(Path(name)) for name in runs}.values())
     with many_imports():
         from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
@@ -55,7 +56,10 @@ def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
     print(table, end="", flush=True)
     if out is None:
         return
-    from relora_mora.experiments.compare.figures import png, spectrum_figure
+    files: dict[str, str | bytes] = {"spectrum.md": table}
+    if can_draw():
+        from relora_mora.experiments.compare.figures import png, spectrum_figure
 
-    means = [{kind: values.double().mean(0).tolist() for kind, values in of_group.items()} for of_group in spectra]
-    write_files(Path(out), {"spectrum.md": table, "spectrum.png": png(spectrum_figure(groups, means))})
+        means = [{kind: values.double().mean(0).tolist() for kind, values in of_group.items()} for of_group in spectra]
+        files["spectrum.png"] = png(spectrum_figure(groups, means))
+    write_files(Path(out), files)

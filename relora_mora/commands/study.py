@@ -23,7 +23,7 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
     Example:
         relora-mora study memory_tiny --jobs=2
     """
-    from relora_mora.experiments.compare.files import check_plots
+    from relora_mora.experiments.compare.files import check_folder
     from relora_mora.experiments.compare.runs import CompareError
     from relora_mora.experiments.study.conduct import CellsFailed, conduct
     from relora_mora.experiments.study.design import read_study
@@ -35,7 +35,7 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
     folder = StudyFolder(Path(out or f"runs/studies/{Path(study).stem}"))
     program = ["-m", "relora_mora", plan.command]
     try:
-        check_plots(folder.path, otherwise="")
+        check_folder(folder.path)
         from relora_mora.experiments.study.check import check_inputs  # loads torch, which takes seconds
 
         check_inputs(plan, folder)
@@ -57,13 +57,17 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
 
 def _write_table(records: Path, file: Path) -> None:
     """Prints the table of the finished runs, and writes it as ``file``, with their figures next to it."""
-    from relora_mora.experiments.compare.figures import figures_of
-    from relora_mora.experiments.compare.files import write_files
+    from relora_mora.experiments.compare.files import can_draw, write_files
     from relora_mora.experiments.compare.groups import group_runs
     from relora_mora.experiments.compare.runs import read_runs
     from relora_mora.experiments.compare.table import markdown
 
     groups = group_runs(read_runs(records))
     table = markdown(groups)
-    write_files(file.parent, {file.name: table, **figures_of(groups)})
+    files: dict[str, str | bytes] = {file.name: table}
+    if can_draw():
+        from relora_mora.experiments.compare.figures import figures_of
+
+        files |= figures_of(groups)
+    write_files(file.parent, files)
     print(table, end="", flush=True)

@@ -34,9 +34,7 @@ def check_tasks(names: Sequence[str], data: str | None, num_fewshot: int | None 
             f"--task_data: {', '.join(names)} has no local task ({', '.join(LOCAL_TASKS)}); leave it out"
         )
     if importlib.util.find_spec("lm_eval") is None:
-        raise HarnessError(
-            "--tasks: lm-evaluation-harness is not installed; run pip install -e '.[eval]' in the checkout"
-        )
+        raise HarnessError("--tasks: lm-evaluation-harness is not installed; run pip install 'relora_mora[eval]'")
     for name in local:
         rows = [json.dumps(row, sort_keys=True) for row in local_rows(name, data)]
         copies = max(Counter(rows).values())  # copies of the evaluated row cannot be examples

@@ -1,6 +1,7 @@
 """What the machine can do: fast precisions, peak rates, memory and deterministic kernels."""
 
 import contextlib
+import itertools
 import os
 import platform
 import resource
@@ -12,7 +13,9 @@ import torch
 
 from relora_mora.system.devices import CPU, Device, device_of_name
 
-_PROBES = 5
+_PROBES = 6
+_PRODUCTS = (128, 256, 512, 1024)  # sizes on a CPU; without instructions for bf16, the last one alone takes seconds
+_LONGEST_SECONDS = 0.5  # no product begins after so many
 
 
 def uses_cuda() -> bool:
@@ -55,16 +58,25 @@ def peak_flops(*, bf16: bool, on_cpu: bool = False) -> tuple[float, str]:
         device = device_of_name(torch.cuda.get_device_name())
         if device is not None:
             return device.tflops * 1e12, device.source
-    size = 8192 if on_cuda else 1024  # large enough to make the launch time negligible
-    a = torch.randn(size, size, device="cuda" if on_cuda else "cpu", dtype=torch.bfloat16 if bf16 else torch.float32)
-    seconds = []
-    for _ in range(1 + _PROBES):
-        begin = time.perf_counter()
-        a @ a
-        if on_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(seconds[1:]), f"measured on a {size} x {size} product"
+    place, dtype = "cuda" if on_cuda else "cpu", torch.bfloat16 if bf16 else torch.float32
+    _seconds_of_product(torch.randn(8, 8, device=place, dtype=dtype))  # starts threads and libraries
+    best, spent = (0.0, 0), 0.0
+    for size, _ in itertools.product((8192,) if on_cuda else _PRODUCTS, range(_PROBES)):
+        seconds = _seconds_of_product(torch.randn(size, size, device=place, dtype=dtype))
+        best = max(best, (2 * size**3 / seconds, size))
+        spent += seconds
+        if spent > _LONGEST_SECONDS:
+            break
+    rate, size = best
+    return rate, f"measured on a {size} x {size} product"
+
+
+def _seconds_of_product(a: torch.Tensor) -> float:
+    begin = time.perf_counter()
+    a @ a
+    if a.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
 def device_name() -> str:

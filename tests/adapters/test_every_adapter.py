@@ -16,6 +16,7 @@ from relora_mora.config.registry import METHODS
 from relora_mora.config.schema import MethodConfig
 from relora_mora.model.causal import empty_model
 from tests.adapters.tools import made_resident
+from tests.tools.each import each
 from tests.tools.tiny import tiny_llama
 
 ADAPTERS = [method.name for method in METHODS.values() if method.adapter is not None]
@@ -39,7 +40,7 @@ def values_of(layer: AdapterLinear) -> list[torch.Tensor]:
     return [layer.get_parameter(key).detach() for key in layer.adapter_names]
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@each("name", ADAPTERS)
 def test_every_form_adds_the_delta_that_a_merge_adds(name: str) -> None:
     merged = layer_of(name)
     decoupled = copy.deepcopy(merged)
@@ -62,7 +63,7 @@ def test_every_form_adds_the_delta_that_a_merge_adds(name: str) -> None:
         torch.testing.assert_close(gradients[0], gradients[2])
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@each("name", ADAPTERS)
 def test_singular_values_and_lora_factors_match_the_delta(name: str) -> None:
     layer = layer_of(name)
     delta = layer.delta_of(*values_of(layer))
@@ -76,7 +77,7 @@ def test_singular_values_and_lora_factors_match_the_delta(name: str) -> None:
         torch.testing.assert_close(B @ A, delta)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@each("name", ADAPTERS)
 def test_it_starts_with_a_delta_of_zero_and_has_only_its_parameters(name: str) -> None:
     with torch.device("meta"):  # the way a resume and an export build it
         layer = layer_of(name)
@@ -86,7 +87,7 @@ def test_it_starts_with_a_delta_of_zero_and_has_only_its_parameters(name: str) -
     assert sum(value.numel() for value in fresh) == layer.parameters_for(method, INPUTS, OUTPUTS)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@each("name", ADAPTERS)
 def test_it_has_its_first_values_even_if_the_weight_has_none_yet(name: str) -> None:
     """A run adds the adapters to a model on meta; whatever is still on meta then is drawn as a weight of the model."""
     linear = nn.Linear(INPUTS, OUTPUTS, bias=False, device="meta")
@@ -97,7 +98,7 @@ def test_it_has_its_first_values_even_if_the_weight_has_none_yet(name: str) -> N
     assert not layer.delta_of(*values).any()
 
 
-@pytest.mark.parametrize("stray", ["buffer", "vector"])
+@each("stray", ["buffer", "vector"])
 def test_a_layer_that_a_resume_could_not_restore_is_refused(stray: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = LoRALinear.__init__
 

@@ -11,26 +11,17 @@ from torch import nn
 from relora_mora.adapters.inject import decoder_linears, inject
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.registry import METHODS
-from relora_mora.config.schema import DECODER_LINEARS, MethodConfig
+from relora_mora.config.schema import MethodConfig
 from relora_mora.model.causal import build_model
 from relora_mora.operators import square_size
 from relora_mora.optim.groups import parameter_groups, set_trainable
 from relora_mora.sizing.fit import adapter_parameters
 from tests.tools.adapter_tools import ADAPTERS_ONLY
+from tests.tools.each import each
 from tests.tools.tiny import tiny_config, tiny_llama
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
-def test_injection_changes_nothing_at_the_start(method):
-    config = tiny_config(method={"name": method})
-    plain, adapted = build_model(tiny_llama(), seed=3), build_model(tiny_llama(), seed=3)
-    by_kind = inject(adapted, config.method, seed=3)
-    assert {kind: len(names) for kind, names in by_kind.items()} == dict.fromkeys(DECODER_LINEARS, 2)
-    ids = torch.arange(10).view(1, 10)
-    torch.testing.assert_close(adapted(ids).logits, plain(ids).logits, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("method", METHODS)
+@each("method", METHODS)
 def test_trainable_is_exactly_what_the_method_says(method):
     config = tiny_config(method={"name": method})
     model = build_model(tiny_llama(), seed=0)
@@ -57,7 +48,7 @@ def test_trainable_is_exactly_what_the_method_says(method):
     assert set(rates.values()) == {config.optim.lr_other}
 
 
-@pytest.mark.parametrize("method", ["lora", "mora"])
+@each("method", ["lora", "mora"])
 def test_a_projection_may_have_a_rank_of_its_own(method):
     config = tiny_config(method={"name": method, "rank": 3, "rank_pattern": {"down_proj": 5}})
     model = build_model(tiny_llama(), seed=0)
@@ -79,7 +70,7 @@ def test_a_projection_may_have_a_rank_of_its_own(method):
     assert numbers == adapter_parameters(config.method, every)  # as planned
 
 
-@pytest.mark.parametrize(
+@each(
     ("method", "groups"),
     [
         (ADAPTERS_ONLY, ["adapters"]),

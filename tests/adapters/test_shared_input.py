@@ -18,6 +18,7 @@ from relora_mora.model.causal import build_model
 from relora_mora.operators import GroupingOperator
 from relora_mora.optim.groups import set_trainable
 from tests.adapters.tools import layers_of, made_resident
+from tests.tools.each import each
 from tests.tools.grids import rest
 from tests.tools.tiny import tiny_config, tiny_llama
 
@@ -165,7 +166,7 @@ def test_a_forward_leaves_nothing_for_the_next_one():
                 torch.testing.assert_close(ours.mora_M.grad, theirs.mora_M.grad, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("ends", ["as it should", "by an error"])
+@each("ends", ["as it should", "by an error"])
 def test_nothing_is_kept_after_a_forward(ends):
     pair = Pair("11")
     if ends == "by an error":

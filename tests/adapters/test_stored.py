@@ -16,6 +16,7 @@ from relora_mora.adapters.stored import EightBits, check_device, with_products
 from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import MethodConfig
 from relora_mora.model.causal import LossModel, build_model
+from tests.tools.each import each
 from tests.tools.tiny import tiny_llama
 
 IN, OUT, TOKENS = 96, 160, 29
@@ -63,7 +64,7 @@ def _rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
 CASES = [(kind, form, base) for kind in ("lora", "mora") for form in ("resident", "decoupled") for base in LARGEST]
 
 
-@pytest.mark.parametrize("kind,form,base", CASES)
+@each("kind,form,base", CASES)
 def test_values_and_gradients_are_those_of_the_rounded_factors(kind, form, base, device):
     if base == "fp8" and device.type == "cuda":
         pytest.skip("on a GPU, the results of fp8 products are in bf16")
@@ -100,8 +101,8 @@ def test_values_and_gradients_are_those_of_the_rounded_factors(kind, form, base,
     assert 1e-4 < distance < (0.02 if base == "int8" else 0.06)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("multiplies", [True, False])
+@each("operator", OPERATORS)
+@each("multiplies", [True, False])
 def test_forms_agree_for_every_operator(operator, multiplies):
     x, dy = _inputs()
     found = []
@@ -116,7 +117,7 @@ def test_forms_agree_for_every_operator(operator, multiplies):
         assert (one - other).norm() < (0.02 if multiplies else 1e-5) * one.norm()
 
 
-@pytest.mark.parametrize("base", LARGEST)
+@each("base", LARGEST)
 def test_a_stored_weight_takes_one_byte_and_survives_padding(base):
     weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(2))
     odd = EightBits.of(base, OUT - 3, IN - 1, multiplies=True, on_gpu=True)
@@ -136,7 +137,7 @@ def test_a_stored_weight_takes_one_byte_and_survives_padding(base):
     assert torch.equal(plain.linear_transposed(dy, stored), odd.linear_transposed(dy, padded))
 
 
-@pytest.mark.parametrize("form", ["resident", "decoupled"])
+@each("form", ["resident", "decoupled"])
 def test_there_are_no_second_derivatives(form):
     layer = _layer("mora", form, _eight("int8"))
     layer.keep_merged()
@@ -162,7 +163,7 @@ MACHINES = [
 ]
 
 
-@pytest.mark.parametrize(("base", "form", "bf16", "capability", "vnni", "products"), MACHINES)
+@each(("base", "form", "bf16", "capability", "vnni", "products"), MACHINES)
 def test_auto_multiplies_in_8_bits_if_that_is_faster(base, form, bf16, capability, vnni, products):
     machine = {"bf16": bf16, "capability": capability, "vnni": vnni}
     method = MethodConfig(base=base, form=form)
@@ -184,7 +185,7 @@ def test_a_cpu_without_its_instructions_is_reported(monkeypatch, caplog):
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("form", ["resident", "decoupled"])
+@each("form", ["resident", "decoupled"])
 def test_recomputed_layers_give_the_same_bits(form):
     found = []
     for recomputes in (False, True):

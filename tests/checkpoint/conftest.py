@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,16 @@ import pytest
 from tests.checkpoint.tools import made_checkpoint
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """checkpoints/ with the steps 5, 10 and 15."""
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """checkpoints/ with the steps 5, 10 and 15, which no test changes."""
+    folder = tmp_path_factory.mktemp("made")
     for step in (5, 10, 15):
-        made_checkpoint(tmp_path / f"step-{step:08d}", step)
-    return tmp_path
+        made_checkpoint(folder / f"step-{step:08d}", step)
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy of ``made``."""
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True)

@@ -22,6 +22,7 @@ from relora_mora.config.schema import Config
 from relora_mora.train.state.resume import where_to_resume
 from tests.checkpoint.tools import FILES, STATE, TOKENIZER, passed_over, rewrite
 from tests.tools.config_tools import tree
+from tests.tools.each import each
 from tests.tools.runs import checkpoint_at
 
 
@@ -51,9 +52,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("file", [STATE, FILES[2], TOKENIZER[1], "manifest.json"])
-def test_a_damaged_checkpoint_is_skipped_for_an_older_one(folder, file, way):
+@each("way", WAYS)
+@each("file", [STATE, FILES[2], TOKENIZER[1], "manifest.json"])
+def test_a_damaged_checkpoint_is_skipped_for_an_older_one(made, tmp_path, file, way):
+    folder = shutil.copytree(made, tmp_path / "checkpoints")
     damage, of_manifest, of_others = WAYS[way]
     damage(folder / "step-00000015" / file)
     line = passed_over(folder)
@@ -61,8 +63,9 @@ def test_a_damaged_checkpoint_is_skipped_for_an_older_one(folder, file, way):
     assert any(text in line for text in (of_manifest if file == "manifest.json" else of_others).split("|")), line
 
 
-@pytest.mark.parametrize("latest", [None, "step-00000099\n", "\x00\xff", "../../x", "a directory"])
-def test_a_resume_does_not_need_latest(folder, latest):
+@each("latest", [None, "step-00000099\n", "\x00\xff", "../../x", "a directory"])
+def test_a_resume_does_not_need_latest(made, tmp_path, latest):
+    folder = shutil.copytree(made, tmp_path / "checkpoints")
     if latest == "a directory":
         (folder / "latest").mkdir()
     elif latest is not None:
@@ -94,9 +97,10 @@ def test_checkpoints_that_a_run_replaces_during_the_search_are_not_damaged(folde
     assert len(looks) == 2
 
 
-@pytest.mark.parametrize("name", ["manifest.json", STATE])
-def test_a_network_file_system_that_is_gone_is_not_damage(folder, monkeypatch, name):
+@each("name", ["manifest.json", STATE])
+def test_a_network_file_system_that_is_gone_is_not_damage(made, tmp_path, monkeypatch, name):
     """Otherwise the run would go back to an older checkpoint and put the newest one aside."""
+    folder = shutil.copytree(made, tmp_path / "checkpoints")
     read = Path.open
 
     def stale(path: Path, *args: Any, **settings: Any) -> Any:
@@ -141,9 +145,10 @@ def test_a_folder_is_distinguished_from_the_word_auto(tmp_path):
         where_to_resume(_resuming("./auto", tmp_path))
 
 
-@pytest.mark.parametrize("place", ["..", "."])
-@pytest.mark.parametrize("link", [STATE, "manifest.json", "tokenizer", "tokenizer/tokenizer.model"])
-def test_a_link_is_not_a_file_of_a_checkpoint(folder, link, place):
+@each("place", ["..", "."])
+@each("link", [STATE, "manifest.json", "tokenizer", "tokenizer/tokenizer.model"])
+def test_a_link_is_not_a_file_of_a_checkpoint(made, tmp_path, link, place):
+    folder = shutil.copytree(made, tmp_path / "checkpoints")
     newest = folder / "step-00000015"
     file = newest / link
     elsewhere = newest / place / "elsewhere"
@@ -200,8 +205,9 @@ CONTENTS: list[tuple[Callable[[Path], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("damage,says", CONTENTS, ids=[says for _, says in CONTENTS])
-def test_pieces_make_up_every_parameter_once(folder, damage, says):
+@each("damage,says", CONTENTS)
+def test_pieces_make_up_every_parameter_once(made, tmp_path, damage, says):
+    folder = shutil.copytree(made, tmp_path / "checkpoints")
     damage(folder / "step-00000015")
     line = passed_over(folder)
     assert STATE in line
@@ -210,9 +216,10 @@ def test_pieces_make_up_every_parameter_once(folder, damage, says):
         CheckpointReader(folder / "step-00000015")
 
 
-@pytest.mark.parametrize("key", ["master|a|7", "exp_avg|b|0", "exp_avg_sq|b|0"])
-def test_numbers_that_are_not_finite_are_not_read(folder, key):
+@each("key", ["master|a|7", "exp_avg|b|0", "exp_avg_sq|b|0"])
+def test_numbers_that_are_not_finite_are_not_read(made, tmp_path, key):
     """Although their checksum is right: no resume, export, evaluation or warm start may use them."""
+    folder = shutil.copytree(made, tmp_path / "checkpoints")
     kind, name, _ = key.split("|")
     _pieces(lambda tensors: tensors[key].reshape(-1)[-1:].fill_(math.inf))(folder / "step-00000015")
     reader = CheckpointReader(folder / "step-00000015")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
-
 from relora_mora.checkpoint import writer
 from relora_mora.checkpoint.layout import CheckpointError, step_folder, step_of
+from tests.tools.each import each
 
 GOOD = "good"
 BAD = "bad"
 UNREADABLE = "unreadable"
 
 
-@pytest.mark.parametrize(
+@each(
     "checkpoints,keep_last,keep_every_steps,kept",
     [
         ({10: GOOD, 20: GOOD, 30: GOOD}, 2, 0, [20, 30]),

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from relora_mora.cli.command import run
 from relora_mora.config.load import ConfigError
 from relora_mora.distributed.collectives import same_on_all_ranks
 from relora_mora.tokenizer.files import TokenizerError
 from tests.tools.commands import PRETRAIN, call, refused
+from tests.tools.each import each
 
 
 class Called:
@@ -54,18 +51,15 @@ class Called:
         return int(stop.value.code or 0)
 
 
-@pytest.fixture
-def called() -> Called:
-    return Called()
-
-
-def test_text_arrives_as_typed(called: Called) -> None:
+def test_text_arrives_as_typed() -> None:
+    called = Called()
     assert called.pretrain(["1e5", "--optim.lr=4e-4", "--a.a=a,b", "--a.b", "x y", "--c.d=-1", "--e.f=a=b"]) == 75
     overrides = {"optim.lr": "4e-4", "a.a": "a,b", "a.b": "x y", "c.d": "-1", "e.f": "a=b"}
     assert called.calls == [("1e5", None, 0.5, False, overrides)]
 
 
-def test_annotated_parameters_are_parsed_and_checked(called: Called, capsys: pytest.CaptureFixture[str]) -> None:
+def test_annotated_parameters_are_parsed_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    called = Called()
     assert called.pretrain(["c", "--steps=12", "--rate=1", "--fast"]) == 75
     assert called.calls == [("c", 12, 1.0, True, {})]
     assert called.pretrain(["c", "--steps=null", "--rate=1e-3", "--fast=false"]) == 75
@@ -76,16 +70,17 @@ def test_annotated_parameters_are_parsed_and_checked(called: Called, capsys: pyt
     assert all(part in message for part in ("--steps: got '1.5', expected int", "--rate: got 'x'", "--fast: got '7'"))
 
 
-@pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local-rank=1"]])
-@pytest.mark.parametrize("first", [True, False])
-def test_the_launchers_local_rank_is_dropped(called: Called, flag: list[str], first: bool) -> None:
+@each("flag", [["--local_rank=1"], ["--local-rank=1"]])
+@each("first", [True, False])
+def test_the_launchers_local_rank_is_dropped(flag: list[str], first: bool) -> None:
+    called = Called()
     argv = [*flag, "c", "--a.b=1"] if first else ["c", "--a.b=1", *flag]
     assert called.pretrain(argv) == 75
     assert called.calls == [("c", None, 0.5, False, {"a.b": "1"})]
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
+@each(
+    "argv,message",
     [
         (["p", "stray", "--data=d"], "stray"),  # never taken for the value of a flag
         (["p", "--data=d", "--dota=d"], "--dota"),
@@ -93,19 +88,15 @@ def test_the_launchers_local_rank_is_dropped(called: Called, flag: list[str], fi
         (["p", "--data=d", "--", "--interactive"], "--: unexpected argument"),
         (["p", "--data=d", "--data=e"], "given twice"),
         (["p", "--data=d", "--max-tokens=3", "--max_tokens=4"], "--max_tokens: given twice"),
-        (
-            ["p", "--data=d", "--a.b.my-set=3"],
-            "--a.b.my-set: names with '-' cannot be set like this; give --a.b='{my-set: ...}'",
-        ),
-        (["p", "--data"], "--data: has no value; give it as --data=VALUE"),
+        (["p", "--data=d", "--a.b.my-set=3"], "--a.b.my-set: names with '-'"),
+        (["p", "--data"], "--data: has no value"),
         (["p", "--data", "--tokens=3"], "--data: has no value"),
         (["--data=d"], "path"),
         (["p"], "data"),
     ],
 )
-def test_nothing_starts_with_bad_arguments(
-    called: Called, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
-) -> None:
+def test_nothing_starts_with_bad_arguments(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+    called = Called()
     assert called.evaluate(argv) == 2
     error = capsys.readouterr().err
     assert called.calls == []
@@ -113,7 +104,8 @@ def test_nothing_starts_with_bad_arguments(
     assert "Traceback" not in error
 
 
-def test_help_shows_the_arguments_and_starts_nothing(called: Called, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_the_arguments_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    called = Called()
     for argv in (["--help"], ["c", "-h"]):
         assert called.pretrain(argv) == 0
         shown = capsys.readouterr().out
@@ -132,7 +124,7 @@ def _fail_with(error: Exception) -> int:
     return int(stop.value.code or 0)
 
 
-@pytest.mark.parametrize(
+@each(
     "error",
     [
         TokenizerError("given, expected, remedy"),
@@ -150,43 +142,13 @@ def test_mistakes_of_the_user_give_one_message(error: Exception, capsys: pytest.
 
 def test_errors_of_the_system_name_the_file_and_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     for error, message in {
-        OSError(
-            errno.ENOSPC, "No space left on device", "runs/out"
-        ): "runs/out: No space left on device; free some space, or choose a place on another disk",
-        OSError(errno.EIO, "Input/output error", b"a"): "a: Input/output error",
-        OSError(
-            errno.ENOSPC, "Full", "source", None, "copy"
-        ): "copy: Full; free some space, or choose a place on another disk",
+        OSError(errno.ENOSPC, "Full", "runs/out"): "runs/out: Full; free some space",
+        OSError(errno.EIO, "Input/output error", b"a"): "a: Input/output error\n",
+        OSError(errno.ENOSPC, "Full", "source", None, "copy"): "copy: Full; free some space",
         OSError(errno.ENAMETOOLONG, "Too long"): "Too long; give a shorter name",
     }.items():
         assert _fail_with(error) == 2
-        assert capsys.readouterr().err == f"{message}\n"
-
-
-@pytest.mark.more
-@settings(max_examples=80, deadline=None)
-@given(
-    argv=st.lists(
-        st.text(max_size=8)
-        | st.text(alphabet="-=. abhelp", max_size=10)
-        | st.sampled_from(["c", "--data=d", "--tokens=3", "--data", "--", "-", "--=", "--tokens", "-h=3", "--help="]),
-        max_size=5,
-    )
-)
-def test_any_arguments_start_the_command_or_are_refused(argv: list[str]) -> None:
-    """Never another exception, and nothing starts with arguments that are not of their types."""
-    called = Called()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
-        code = called.evaluate(argv)
-    assert code in (0, 2)
-    assert bool(called.calls) <= (code == 0)
-    assert (code == 0) == (not error.getvalue())
-    for path, data, tokens in called.calls:
-        assert isinstance(path, str)
-        assert isinstance(data, str)
-        assert type(tokens) is int
-        assert path
-        assert data
+        assert capsys.readouterr().err.startswith(message)
 
 
 def test_faults_of_the_program_keep_their_traceback() -> None:
@@ -217,10 +179,8 @@ def test_a_fault_of_every_rank_is_reported_once(
     assert capsys.readouterr().err == "[rank 3] 1 fault in c:\n  - no such file on this host\n"
 
 
-@pytest.mark.parametrize(
-    ("words", "streams", "code"),
-    [("1e5", ">&-", 0), ("", ">&- 2>&-", 2), ("", "2>/dev/full", 2), ("1e5", "2>&-", 0)],
-)
+@pytest.mark.more
+@each("words,streams,code", [("1e5", ">&-", 0), ("", ">&- 2>&-", 2), ("", "2>/dev/full", 2), ("1e5", "2>&-", 0)])
 def test_streams_that_cannot_be_written_do_not_change_the_exit_code(
     tmp_path: Path, words: str, streams: str, code: int
 ) -> None:
@@ -234,23 +194,20 @@ def test_streams_that_cannot_be_written_do_not_change_the_exit_code(
     assert subprocess.run(["sh", "-c", shell], capture_output=True, check=False).returncode == code
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
+PORT = {"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
+
+
+@each(
+    "given,message",
     [
-        ({"RANK": "x"}, "RANK=x in the environment: expected a number of 0 or more"),
-        ({"RANK": ""}, "RANK= in the environment"),
+        ({"RANK": "x"}, "RANK=x"),
+        ({"RANK": ""}, "RANK= "),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
         ({"WORLD_SIZE": "2.5"}, "WORLD_SIZE=2.5"),
-        ({"WORLD_SIZE": "2", "MASTER_PORT": "7"}, "WORLD_SIZE=2 in the environment, but MASTER_ADDR is not set"),
-        (
-            {"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "0"},
-            "WORLD_SIZE=2 in the environment, but MASTER_PORT is not set: the ranks need both to meet",
-        ),
-        (
-            {"WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7", "GLOO_SOCKET_IFNAME": "lo,none0"},
-            "GLOO_SOCKET_IFNAME=lo,none0 in the environment: expected a network interface of this host, which has ",
-        ),
-        ({"DS_ACCELERATOR": "tpu"}, "DS_ACCELERATOR=tpu in the environment: expected one of cpu, cuda"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "7"}, "MASTER_ADDR is not set"),
+        (PORT | {"MASTER_PORT": "0"}, "MASTER_PORT is not set"),
+        (PORT | {"GLOO_SOCKET_IFNAME": "lo,none0"}, "GLOO_SOCKET_IFNAME=lo,none0"),
+        ({"DS_ACCELERATOR": "tpu"}, "DS_ACCELERATOR=tpu"),
     ],
 )
 def test_nonsense_in_the_environment_gives_one_message(

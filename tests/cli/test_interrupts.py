@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from relora_mora.cli.command import run
+from tests.tools.each import each
 
 
 def test_ctrl_c_shows_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,7 +58,7 @@ def _ended_inside_a_folder(tmp_path: Path, code: str) -> tuple[int, str]:
 
 
 @pytest.mark.more
-@pytest.mark.parametrize(
+@each(
     "code",
     [
         "try:\n        time.sleep(60)\n    except KeyboardInterrupt:\n        time.sleep(60)",  # as imports do

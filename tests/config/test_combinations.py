@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from relora_mora.config.checks.combinations import RANK_RULES, RULES, remarks
-from relora_mora.config.checks.data import DATA_RULES, RECORDS_RULES, SOURCE_RULES, STAGE_RULES
+from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.checks.deepspeed import DERIVED
-from relora_mora.config.checks.method import METHOD_RULES, OWN_RULES
 from relora_mora.config.load import dump, load_config, validate
 from relora_mora.config.yaml_text import parse_yaml
 from tests.tools.config_tools import changed_tree, faults_of
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 TWO = [{"source": "x/a"}, {"source": "x/b"}]
@@ -115,26 +112,18 @@ BAD_RANKS: list[tuple[str, dict[str, Any]]] = [  # for six ranks
 ]
 
 
-@pytest.mark.parametrize(("named", "changes"), BAD, ids=str)
+@each("named,changes", BAD)
 def test_impossible_combinations_are_refused(named: str, changes: dict[str, Any]) -> None:
     [fault] = faults_of(changed_tree(changes))
     assert fault.startswith(f"{named}: ")
     assert "{" not in fault.replace("{source:", "").replace("{NAME:", "").replace(str(changes), ""), "all is filled in"
 
 
-@pytest.mark.parametrize(("named", "changes"), BAD_RANKS, ids=str)
+@each("named,changes", BAD_RANKS)
 def test_combinations_for_another_number_of_ranks_are_refused(named: str, changes: dict[str, Any]) -> None:
     validate(changed_tree(changes), "the test", world_size=1)
     [fault] = faults_of(changed_tree(changes), 6)
     assert fault.startswith(f"{named}: ")
-
-
-def test_a_rule_of_every_table_is_broken_above() -> None:
-    """A new rule needs a case: each names its settings in another way, or is broken by a case of its own."""
-    tables = (RULES, RANK_RULES, DATA_RULES, SOURCE_RULES, STAGE_RULES, RECORDS_RULES, METHOD_RULES, OWN_RULES)
-    named = {name.rpartition(".")[2] for name, _ in BAD + BAD_RANKS}
-    first = {rule.settings.split()[0].rpartition(".")[2] for rules in tables for rule in rules}
-    assert first <= named
 
 
 GOOD: list[dict[str, Any]] = [
@@ -177,7 +166,7 @@ GOOD_SOURCES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("changes", GOOD, ids=str)
+@each("changes", GOOD)
 def test_combinations_at_the_boundary_are_accepted(changes: dict[str, Any]) -> None:
     config = validate(changed_tree(changes), "the test", world_size=2)
     assert list(remarks(config)) == []
@@ -187,7 +176,7 @@ def test_combinations_at_the_boundary_are_accepted(changes: dict[str, Any]) -> N
         assert kept[section][key] == (kept[section][key] | value if isinstance(value, dict) else value)
 
 
-@pytest.mark.parametrize("changes", GOOD_SOURCES, ids=str)
+@each("changes", GOOD_SOURCES)
 def test_sources_that_go_together_are_accepted(changes: dict[str, Any]) -> None:
     config = validate(changed_tree(changes), "the test")
     assert validate(parse_yaml(dump(config)), "its own dump") == config
@@ -216,7 +205,7 @@ WRONG_VALUES: list[tuple[str, dict[str, Any]]] = [  # of sources and intervals; 
 ]
 
 
-@pytest.mark.parametrize(("named", "changes"), WRONG_VALUES, ids=str)
+@each("named,changes", WRONG_VALUES)
 def test_a_wrong_value_is_one_fault(named: str, changes: dict[str, Any]) -> None:
     [fault] = faults_of(changed_tree(changes))
     assert fault.startswith(f"{named}: ")
@@ -232,7 +221,7 @@ REMARKS: list[tuple[str, dict[str, Any]]] = [  # the setting that the remark nam
 ]
 
 
-@pytest.mark.parametrize(("named", "changes"), REMARKS, ids=str)
+@each("named,changes", REMARKS)
 def test_a_run_says_what_it_does_about_settings_that_its_length_leaves_no_room_for(
     named: str, changes: dict[str, Any]
 ) -> None:
@@ -240,8 +229,8 @@ def test_a_run_says_what_it_does_about_settings_that_its_length_leaves_no_room_f
     assert remark.startswith(f"{named}: ")
 
 
-@pytest.mark.parametrize("steps", ["1", "20"])
-@pytest.mark.parametrize("config", sorted((ROOT / "configs" / "run").glob("*.yaml")), ids=lambda path: path.stem)
+@each("steps", ["1", "20"])
+@each("config", sorted((ROOT / "configs" / "run").glob("*.yaml")))
 def test_a_few_steps_of_any_shipped_config_can_be_tried(config: Path, steps: str) -> None:
     tried = load_config(config, {"train.steps": steps})
     assert next(remarks(tried)).startswith("optim.warmup_steps: ")

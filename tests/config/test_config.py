@@ -14,6 +14,7 @@ from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.load import FINETUNING, ConfigError, dump, load_config, stored_config, validate
 from relora_mora.config.yaml_text import parse_yaml
 from tests.tools.config_tools import SETTINGS, changed_tree, faults_of, tree
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 from tests.tools.settings_page import settings_page
 
@@ -29,11 +30,6 @@ def test_a_misspelled_setting_gets_a_suggestion() -> None:
 def test_a_wrong_length_does_not_conflict_with_the_default_of_another() -> None:
     found = faults_of(tree(optim={"warmup_steps": 2, "warmup_fraction": "3%"}, train={"tokens": "many"}))
     assert sorted(fault.partition(":")[0] for fault in found) == ["optim.warmup_fraction", "train.tokens"]
-
-
-def test_epochs_survive_a_dump() -> None:
-    config = validate(tree(train={"epochs": 2.0}, optim={"warmup_fraction": 0.1}), "the test")
-    assert validate(parse_yaml(dump(config)), "its own dump") == config
 
 
 def test_suggestions_and_lists() -> None:
@@ -87,8 +83,8 @@ def test_a_whole_number_with_an_exponent_is_refused_with_the_right_form() -> Non
     assert fault.startswith("train.steps: got 100.0; write 100 (")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "steps", "epochs", "warmup"),
+@each(
+    "overrides,steps,epochs,warmup",
     [
         ({}, 10_000, 3, 1000),  # as long as the text has not been counted
         ({"train.epochs": "2"}, 10_000, 2, 1000),
@@ -141,7 +137,7 @@ def test_paths_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (config.train.resume, config.model.init_from) == ("/home/me/other", "/home/me/m")
 
 
-@pytest.mark.parametrize("name", ["train.tokens", "train.epochs", "optim.warmup_fraction"])
+@each("name", ["train.tokens", "train.epochs", "optim.warmup_fraction"])
 def test_a_null_override_does_not_remove_other_settings_of_the_file(name: str) -> None:
     given, changed = (load_config(ROOT / "configs/run/tiny_remora.yaml", flags) for flags in ({}, {name: "null"}))
     assert changed == given
@@ -227,7 +223,7 @@ WRONG: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+@each("name,value", [(name, value) for name, values in WRONG.items() for value in values])
 def test_values_out_of_range(name: str, value: Any) -> None:
     found = faults_of(changed_tree({name: value}))
     assert [fault for fault in found if fault.startswith(name)], found
@@ -263,10 +259,7 @@ def test_settings_without_effect_are_named() -> None:
                 "method": {"train_embeddings": False, "train_head": False},
                 "optim": {"others": "adamw8bit", "momentum": 0.5},
             },
-            {
-                "optim.others": "a run that trains neither embeddings nor head",
-                "optim.momentum": "optim.matrices=adamw",
-            },
+            {"optim.others": "a run that trains neither embeddings nor head", "optim.momentum": "optim.matrices=adamw"},
         ),
         ({"method": {"train_embeddings": False}, "optim": {"others": "adamw8bit"}}, {}),
         ({"method": {"reset": "random", "reset_ratio": 0.5}}, {}),

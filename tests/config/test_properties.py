@@ -11,17 +11,10 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from relora_mora.adapters.stored import with_products
 from relora_mora.config.load import ConfigError, dump, load_config, validate
 from relora_mora.config.schema import Config
 from relora_mora.config.yaml_text import parse_yaml
-from relora_mora.experiments.planner.cluster import Cluster
-from relora_mora.experiments.planner.plan import make_plan
-from relora_mora.experiments.planner.render import render
-from relora_mora.optim.groups import make_schedule
-from relora_mora.system.devices import CPU
 from tests.tools.config_tools import SECTIONS, SETTINGS, changed_tree, same, tree
-from tests.tools.tiny import tiny_llama
 
 pytestmark = pytest.mark.more
 
@@ -120,59 +113,3 @@ def test_any_override_gives_settings_or_faults(tmp_path: Path, overrides: dict[s
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree()))
     check_outcome(lambda: load_config(path, overrides))
-
-
-# settings that mostly go together, so that many of them make a run
-likely = st.fixed_dictionaries(
-    {},
-    optional={
-        "method.name": st.sampled_from(["full", "lora", "mora", "relora", "remora"]),
-        "method.rank": st.integers(1, 64),
-        "method.operators": st.lists(st.sampled_from([1, 2, 6]), min_size=1, max_size=3),
-        "method.square_size": st.none() | st.integers(1, 80),
-        "method.merge_every": st.integers(1, 300),
-        "method.form": st.sampled_from(["auto", "merged", "resident", "decoupled"]),
-        "method.base": st.sampled_from([None, "int8", "fp8"]),
-        "method.target_modules": st.lists(st.sampled_from(["q_proj", "up_proj"]), min_size=1, unique=True),
-        "optim.schedule": st.sampled_from(["cosine", "linear", "wsd", "constant"]),
-        "optim.warmup_steps": st.integers(0, 50),
-        "optim.restart_warmup_steps": st.integers(0, 50),
-        "train.steps": st.integers(1, 500),
-        "train.zero_stage": st.integers(0, 3),
-    },
-)
-
-
-@settings(many, max_examples=20)
-@given(changes=likely)
-def test_accepted_settings_give_a_plan_or_a_message(changes: dict[str, Any]) -> None:
-    config = check_outcome(lambda: validate(changed_tree(changes), "the test", world_size=2))
-    if config is None:
-        return
-    schedule = make_schedule(config.method, config.optim, config.train.steps)
-    assert all(schedule.rate(step, rewarm=True) >= 0 for step in (1, config.train.steps))
-    method, _ = with_products(config.method, bf16=True, capability=None, vnni=True)
-    config = config.model_copy(update={"method": method})
-    try:
-        plan = make_plan(
-            tiny_llama(), config, cluster=Cluster(1, 2, CPU), bf16=True, on_cpu=True, peak=(1e12, "the test")
-        )
-    except ValueError as error:
-        assert type(error).__module__.startswith("relora_mora.") or "method." in str(error), error
-        assert "; " in str(error), "a remedy"
-    else:
-        assert plan.parameters.trainable > 0
-        assert render(plan)
-
-
-texts_without_nul = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20)
-awkward = st.sampled_from(["4e-4", "1e5", "08", "1_000", "yes", "2026-11-24", "~", "-.inf", "null", "0o7", "="])
-
-
-@settings(many, max_examples=40)
-@given(texts=st.lists(texts_without_nul | awkward, min_size=2, max_size=12))
-def test_texts_survive_a_dump(texts: list[str]) -> None:
-    config = validate(
-        tree(data={"train": f"x{texts[0]}", "validation": texts}, train={"run_dir": texts[1]}), "the test"
-    )
-    assert validate(parse_yaml(dump(config)), "its own dump") == config

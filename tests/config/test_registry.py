@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pkgutil import resolve_name
 
-import pytest
 import torch
 
 from relora_mora.adapters.inject import layer_class
@@ -18,9 +17,10 @@ from relora_mora.kernels import grouping
 from relora_mora.operators import Operator
 from relora_mora.optim.groups import matrix_rules
 from relora_mora.optim.rules import new_state, shapes_of
+from tests.tools.each import each
 
 
-@pytest.mark.parametrize("name", METHODS)
+@each("name", METHODS)
 def test_a_method_names_its_layer_and_settings_that_exist(name):
     method = MethodConfig(name=name)
     assert method.record.name == name
@@ -31,14 +31,14 @@ def test_a_method_names_its_layer_and_settings_that_exist(name):
         assert key in Config.model_fields[section].annotation.model_fields
 
 
-@pytest.mark.parametrize("mora_type", OPERATORS)
+@each("mora_type", OPERATORS)
 def test_an_operator_names_its_code_and_groupings(mora_type):
     record = OPERATORS[mora_type]
     assert issubclass(resolve_name(record.code), Operator)
     assert all(callable(getattr(grouping, name)) for name in record.groupings)
 
 
-@pytest.mark.parametrize("name", MATRIX_OPTIMIZERS)
+@each("name", MATRIX_OPTIMIZERS)
 def test_an_optimizer_of_matrices_names_its_rule_and_settings_that_exist(name):
     optim = OptimConfig(matrices=name)
     record = optim.of_group("adapters")
@@ -59,7 +59,7 @@ def test_an_optimizer_of_matrices_names_its_rule_and_settings_that_exist(name):
     assert rule.workspace_bytes(6, 9, on_gpu=False) > 0
 
 
-@pytest.mark.parametrize("given", ["rule.py:Rule", "a/b c/rule.py:Rule", "/a:b/rule.py:Rule", "package.module:Rule"])
+@each("given", ["rule.py:Rule", "a/b c/rule.py:Rule", "/a:b/rule.py:Rule", "package.module:Rule"])
 def test_a_rule_of_ones_own_has_a_record(given):
     optim = OptimConfig(matrices=given)
     for group in ("adapters", "linears"):
@@ -68,23 +68,6 @@ def test_a_rule_of_ones_own_has_a_record(given):
         assert {setting.removeprefix("optim.") for setting in record.settings} <= OptimConfig.model_fields.keys()
     assert optim.of_group("embeddings").name == optim.of_group("norms").name == "adamw"
     assert split_rule(given) == (given.removesuffix(":Rule"), "Rule")
-
-
-@pytest.mark.parametrize(
-    "name,adapters,squares,merges,cycle,without_merges",
-    [
-        ("full", False, False, False, (), "full"),
-        ("lora", True, False, False, (), "lora"),
-        ("mora", True, True, False, (3,), "mora"),
-        ("relora", True, False, True, (), "lora"),
-        ("remora", True, True, True, (3, 1), "mora"),
-    ],
-)
-def test_what_follows_from_a_record(name, adapters, squares, merges, cycle, without_merges):
-    method = MethodConfig(name=name, operators=[3, 1])
-    assert (method.uses_adapters, method.uses_squares, method.merges) == (adapters, squares, merges)
-    assert method.cycle == cycle
-    assert method.record.without_merges == without_merges
 
 
 def test_settings_are_read_without_torch():

@@ -10,11 +10,12 @@ from relora_mora.config import removed
 from relora_mora.config.load import ConfigError, stored_config, validate
 from relora_mora.config.schema import SETTINGS
 from tests.tools.config_tools import faults_of, tree
+from tests.tools.each import each
 
 VALUES = {"true": True, "false": False}
 
 
-@pytest.mark.parametrize("key", removed.REMOVED)
+@each("key", removed.REMOVED)
 def test_each_is_refused_with_one_line(key):
     name, _, value = key.partition("=")
     section, _, setting = name.partition(".")
@@ -45,9 +46,9 @@ def test_a_similar_name_is_not_one_that_is_gone():
 def stored(name: str = "", value: Any = None) -> dict[str, Any]:
     """The settings of a run of 0.2 that has what is gone at its defaults, except for one setting."""
     dumped: dict[str, Any] = validate(tree(), "the test").model_dump(mode="json")
-    for each, default in removed.OLD_DEFAULTS.items():
-        section, _, setting = each.partition(".")
-        dumped[section][setting] = value if each == name else default
+    for name_there, default in removed.OLD_DEFAULTS.items():
+        section, _, setting = name_there.partition(".")
+        dumped[section][setting] = value if name_there == name else default
     return dumped
 
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from relora_mora.config.load import ConfigError, dump, load_config, validate
+from relora_mora.config.load import ConfigError, load_config, validate
 from relora_mora.config.secrets import redact, secret_in
 from tests.tools.commands import EVALUATE, PLAN, TRAIN, call, refused
 from tests.tools.config_tools import faults_of, tree
+from tests.tools.each import each
 
 TOKEN = "hf_" + "Ab1Cd2Ef3Gh4" * 3
 LOGIN = "https://ann:pa55w0rd@example.org/a.json.gz"
@@ -34,7 +33,7 @@ def hides_secrets(error: BaseException) -> str:
     return str(error)
 
 
-@pytest.mark.parametrize(
+@each(
     "sections",
     [
         {"data": {"train": TOKEN}},
@@ -49,7 +48,6 @@ def hides_secrets(error: BaseException) -> str:
         {TOKEN: {"a": 1}},
         {TOKEN: TOKEN},
     ],
-    ids=str,
 )
 def test_a_token_is_refused_in_any_setting(tmp_path: Path, sections: dict[str, dict[str, Any]]) -> None:
     given_tree = tree(**{name: value for name, value in sections.items() if isinstance(value, dict)}) | {
@@ -66,10 +64,8 @@ def test_a_token_is_refused_in_any_setting(tmp_path: Path, sections: dict[str, d
         hides_secrets(pickle.loads(pickle.dumps(caught.value)))  # as another rank gets it
 
 
-@pytest.mark.parametrize("setting", ["train", "validation"])
-@pytest.mark.parametrize(
-    "source", [["a.json", LOGIN], "http://pa55w0rd@example.org/a", "https://ann:pa55w0rd/x@example.org/a.json"]
-)
+@each("setting", ["train", "validation"])
+@each("source", [["a.json", LOGIN], "http://pa55w0rd@example.org/a", "https://ann:pa55w0rd/x@example.org/a.json"])
 def test_the_login_of_a_url_is_refused(setting: str, source: Any) -> None:
     found = faults_of(tree(data={setting: source}))
     assert len(found) == 1
@@ -78,7 +74,7 @@ def test_the_login_of_a_url_is_refused(setting: str, source: Any) -> None:
     assert not any(secret in found[0] for secret in SECRETS)
 
 
-@pytest.mark.parametrize(
+@each(
     "query,names",
     [
         ("X-Amz-Algorithm=AWS4&X-Amz-Credential=AK%2F1&X-Amz-Signature=Sign4ture", "X-Amz-Credential"),
@@ -94,7 +90,7 @@ def test_a_signed_url_is_refused(query: str, names: str) -> None:
     assert secret_in("https://example.org/a.json?signatures=1&tokens=5&design=2") is None
 
 
-@pytest.mark.parametrize(
+@each(
     "text",
     [
         "https://example.org/a@v1.json",
@@ -112,7 +108,7 @@ def test_text_that_is_not_a_secret_is_accepted_and_shown(text: str) -> None:
     assert validate(tree(data={"train": text}), "the test").data.train[0].source == text
 
 
-@pytest.mark.parametrize(
+@each(
     "text",
     [
         f"data: {{train: {TOKEN}",  # does not end
@@ -136,24 +132,8 @@ def test_invalid_yaml_is_explained_without_the_secret(tmp_path: Path, text: str)
     hides_secrets(caught.value)
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-@given(
-    before=st.text(alphabet="ab:-[]{}&*!|>'\"#, \n", max_size=90),
-    after=st.text(alphabet="ab:-[]{}&*!|>'\"#, \n", max_size=90),
-)
-def test_a_token_in_any_file_is_refused_or_ignored(tmp_path: Path, before: str, after: str) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree()) + f"method: {{}}\n{before}{TOKEN}{after}")
-    try:
-        assert TOKEN not in dump(load_config(path))  # it was in a comment
-    except ConfigError as error:
-        hides_secrets(error)
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
+@each(
+    "text,shown",
     [
         (f"x {TOKEN}, y", "x ***, y"),
         (f"got '{LOGIN}'", "got 'https://***@example.org/a.json.gz'"),
@@ -166,7 +146,7 @@ def test_messages_are_redacted(text: str, shown: str) -> None:
     assert redact(text) == shown
 
 
-@pytest.mark.parametrize(
+@each(
     "argv",
     [
         (EVALUATE, "model", f"--data={LOGIN}"),
@@ -175,18 +155,8 @@ def test_messages_are_redacted(text: str, shown: str) -> None:
         (TRAIN, f"--data=[a.json, {LOGIN}]", "--out=o"),
         (PLAN, "c.yaml", f"--{TOKEN}=1"),
     ],
-    ids=str,
 )
 def test_a_command_refuses_and_hides_them(argv: tuple[str, ...]) -> None:
     answer = call(*argv)
     refused(answer, "1 fault in the command line", "it holds")
     assert not any(secret in answer.err for secret in SECRETS)
-
-
-@pytest.mark.parametrize(
-    "source", ["https://h.invalid/a.pdf?s=Sign4ture", "https://h.invalid/{9..1}.json?s=Sign4ture", "x://a?Sign4ture"]
-)
-def test_a_command_hides_the_query_of_a_url(tmp_path: Path, source: str) -> None:
-    answer = call(TRAIN, f"--data={source}", f"--out={tmp_path / 'out'}")
-    refused(answer)
-    assert "Sign4ture" not in answer.err

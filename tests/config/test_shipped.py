@@ -17,6 +17,7 @@ from relora_mora.data.sources.names import C4
 from relora_mora.model.config import check_length, read_model_config
 from relora_mora.optim.groups import count_parameters, make_schedule
 from relora_mora.sizing.work import meta_model
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 MODELS = sorted((ROOT / "configs" / "model").glob("*.json"))
@@ -59,7 +60,7 @@ def test_all_sizes_and_runs_exist() -> None:
     assert {path.stem for path in RUNS} == {*groups, "demo", "study_full", "tiny_remora_paper"}
 
 
-@pytest.mark.parametrize("path", MODELS, ids=stem)
+@each("path", MODELS)
 def test_a_model_is_read_as_written_and_has_its_parameters(path: Path) -> None:
     written = json.loads(path.read_text(encoding="utf-8"))
     config = LlamaConfig(**written)
@@ -78,7 +79,7 @@ def test_a_model_is_read_as_written_and_has_its_parameters(path: Path) -> None:
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("path", RUNS, ids=stem)
+@each("path", RUNS)
 def test_a_run_loads_and_matches_its_name(path: Path) -> None:
     config = load_config(path, world_size=1 if path.stem == "study_full" else 2)  # a run of a study has one rank
     assert not unused_by(config)
@@ -91,8 +92,8 @@ def test_a_run_loads_and_matches_its_name(path: Path) -> None:
         assert count_parameters(meta_model(model_config, config.method)).adapters > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("size", ["250m", "1_3b"])
+@each("method", METHODS)
+@each("size", ["250m", "1_3b"])
 def test_paper_run(size: str, method: str) -> None:
     config = load_config(f"configs/run/paper_{size}_{method}.yaml", world_size=32)
     assert (config.train.steps, config.train.batch_size, config.data.sequence_length) == (10_000, 1024, 512)
@@ -115,7 +116,7 @@ def test_paper_run(size: str, method: str) -> None:
         assert config.method.operators == ([1, 2] if method == "remora" else [1])
 
 
-@pytest.mark.parametrize("group", ["paper_250m", "paper_1_3b", "tiny"])
+@each("group", ["paper_250m", "paper_1_3b", "tiny"])
 def test_methods_of_a_group_differ_in_nothing_else(group: str) -> None:
     paper = {"remora": "remora_paper"} if group == "tiny" else {}
     configs = {method: load_config(f"configs/run/{group}_{paper.get(method, method)}.yaml") for method in METHODS}
@@ -127,38 +128,6 @@ def test_methods_of_a_group_differ_in_nothing_else(group: str) -> None:
             values["optim"]["restart_warmup_steps"] = configs["remora"].optim.restart_warmup_steps
         settings[method] = values
     assert all(values == settings["full"] for values in settings.values())
-
-
-def test_tiny_remora_differs_from_the_papers_run_only_in_its_merges() -> None:
-    here, paper = (
-        load_config(f"configs/run/{name}.yaml").model_dump() for name in ("tiny_remora", "tiny_remora_paper")
-    )
-    different = {
-        f"{section}.{key}" for section in paper for key in paper[section] if here[section][key] != paper[section][key]
-    }
-    assert different == {
-        "method.merge_every",
-        "method.merge_until_step",
-        "method.reset",
-        "optim.lr",
-        "optim.matrices",
-        "optim.momentum",
-        "optim.restart_warmup_steps",
-        "train.run_dir",
-    }
-
-
-def test_the_demo_merges_on_two_processes() -> None:
-    config = load_config("configs/run/demo.yaml", world_size=2)
-    schedule = make_schedule(config.method, config.optim, config.train.steps)
-    assert config.method.name == "remora"
-    assert schedule.merges_done(config.train.steps) >= 3
-    tiny = load_config("configs/run/tiny_remora.yaml")
-    assert (config.data.train, config.data.validation, config.tokenizer.path) == (
-        tiny.data.train,
-        tiny.data.validation,
-        tiny.tokenizer.path,
-    )
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
@@ -191,8 +160,8 @@ def test_all_tasks_exist() -> None:
     assert {path.stem for path in TASKS} == set(WHAT_TASKS_ARE)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", WHAT_TASKS_ARE)
+@each("method", METHODS)
+@each("name", WHAT_TASKS_ARE)
 def test_a_task_can_be_learned_by_every_method(name: str, method: str) -> None:
     cycle = {"method.operators": "[1, 2]"} if method == "remora" else {}
     config = task(name, **{"method.name": method}, **cycle)
@@ -206,7 +175,7 @@ def test_a_task_can_be_learned_by_every_method(name: str, method: str) -> None:
     ) == WHAT_TASKS_ARE[name]
 
 
-@pytest.mark.parametrize("name", WHAT_TASKS_ARE)
+@each("name", WHAT_TASKS_ARE)
 def test_a_task_trains_only_mora_adapters(name: str) -> None:
     config = task(name)
     assert not unused_by(config)
@@ -214,12 +183,3 @@ def test_a_task_trains_only_mora_adapters(name: str) -> None:
     assert (config.method.name, config.method.operators[0]) == ("mora", operator)
     assert config.optim.lr in rates
     assert not (config.method.train_embeddings or config.method.train_norms or config.method.train_head)
-
-
-def test_the_memory_task_generates_its_training_pairs_one_per_sequence() -> None:
-    config = task("memory")
-    assert config.data.train == config.data.validation[""]
-    assert config.data.packing == "none"
-    assert config.eval.generate > 0
-    begin = newline = end = 1
-    assert config.data.sequence_length + 1 >= begin + 36 + newline + 36 + end

@@ -10,6 +10,7 @@ import pytest
 from relora_mora.config.load import ConfigError, load_config
 from relora_mora.config.shipped import FOLDER, MODELS, SETTINGS, find_config, shipped_files
 from tests.tools.commands import PLAN, call, refused
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 NAMES = shipped_files([*SETTINGS, *MODELS])
@@ -46,7 +47,7 @@ def test_a_name_wins_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert find_config("tiny_remora") == FOLDER / "run/tiny_remora.yaml"
 
 
-@pytest.mark.parametrize("given", ["llama_tiny", "chatml", "other/tiny_remora.yaml", "tiny.yaml", "\0", "a" * 300])
+@each("given", ["llama_tiny", "chatml", "other/tiny_remora.yaml", "tiny.yaml", "\0", "a" * 300])
 def test_other_paths_stay_as_they_are(given: str) -> None:
     assert find_config(given) == Path(given)
 
@@ -75,7 +76,7 @@ def test_a_copy_is_settings_of_ones_own(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     assert call("configs", "copy", "tiny_remora", "mine.yaml").code == 0
     assert load_config("mine.yaml") == load_config("tiny_remora")
-    assert call(PLAN, "mine.yaml").code == 0
+    assert call(PLAN, "mine.yaml", "--device=h100").code == 0
     refused(call("configs", "copy", "tiny_remora", "mine.yaml"), "mine.yaml: already exists")
     refused(call("configs", "copy", "tiny", "other.yaml"), "tiny: not the name of shipped settings")
     refused(call("configs", "tiny_remora"), "got tiny_remora; give nothing, or: copy NAME PATH")

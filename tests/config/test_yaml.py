@@ -13,10 +13,11 @@ import yaml
 from relora_mora.config.load import ConfigError, load_config
 from relora_mora.config.yaml_text import parse_yaml
 from tests.tools.config_tools import same, tree
+from tests.tools.each import each
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
+@each(
+    "text,value",
     [
         ("4e-4", 4e-4),
         ("1e5", 1e5),
@@ -35,7 +36,7 @@ def test_numbers_are_read_as_in_yaml_1_2(text: str, value: Any) -> None:
     assert same(parse_yaml(text), value)
 
 
-@pytest.mark.parametrize(
+@each(
     "text",
     [
         "a: 1\na: 2",
@@ -61,7 +62,6 @@ def test_numbers_are_read_as_in_yaml_1_2(text: str, value: Any) -> None:
         + "".join(f", &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in pairwise("abcdefghi"))
         + "]",
     ],
-    ids=lambda text: text[:20],
 )
 def test_unsupported_yaml_is_refused(text: str) -> None:
     with pytest.raises(yaml.YAMLError):
@@ -81,21 +81,6 @@ def test_merge_keys_are_keys_like_others(tmp_path: Path) -> None:
         load_config(tmp_path / "run.yaml")
 
 
-def test_rates_may_be_written_with_exponents(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        "model: {config: m}\ntokenizer: {path: t}\n"
-        "data: {train: a, validation: b}\ntrain: {run_dir: r}\noptim: {lr: 4e-4}\n"
-    )
-    config = load_config(path, {"optim.lr_other": "2e-3", "method.operators": "[1, 2, 3, 4]", "data.lanes": "null"})
-    assert (config.optim.lr, config.optim.lr_other, config.method.operators, config.data.lanes) == (
-        4e-4,
-        2e-3,
-        [1, 2, 3, 4],
-        None,
-    )
-
-
 def test_paths_are_found_next_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs"
@@ -108,7 +93,7 @@ def test_paths_are_found_next_to_the_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert load_config("runs/run.yaml").model.config == "m.json"
 
 
-@pytest.mark.parametrize("text", [None, "- a", "3", "a: [", "\x00"])
+@each("text", [None, "- a", "3", "a: [", "\x00"])
 def test_files_that_are_not_settings(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "run.yaml"
     if text is not None:

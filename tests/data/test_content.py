@@ -6,7 +6,6 @@ import gzip
 import os
 import random
 import shutil
-import threading
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.formats.file_rows import open_rows
 from relora_mora.data.sources.resolve import resolve_shards
 from tests.tools.data_tools import data_config, some_texts, write_shard, write_shards
+from tests.tools.each import each
 from tests.tools.faulty_server import FAULTS, serving
 
 
@@ -54,7 +54,7 @@ def test_it_depends_on_the_content_of_files_and_not_on_their_location(tmp_path):
     assert remote_versions([], 1.0) == {}
 
 
-@pytest.mark.parametrize("suffix", ["json", "gz", "zst"])
+@each("suffix", ["json", "gz", "zst"])
 def test_little_of_a_large_file_is_read_and_the_checksum_at_its_end_covers_all_text(tmp_path, monkeypatch, suffix):
     text = random.Random(0).randbytes(1 << 20).hex().encode()
     other = bytearray(text)
@@ -92,7 +92,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
         local_content(shards)
 
 
-@pytest.mark.parametrize("head", [True, False])
+@each("head", [True, False])
 def test_a_server_reports_versions_by_etag_or_date_and_size(tmp_path, head):
     write_shards(tmp_path, 3, 20)
     (tmp_path / "part-00001.json.gz").write_bytes(b"")
@@ -114,8 +114,8 @@ def test_a_server_reports_versions_by_etag_or_date_and_size(tmp_path, head):
     assert [found.index(one) for one in found] == [0, 0, 2, 3, 3, 5, 6]
 
 
-@pytest.mark.parametrize("suffix", [".json.gz", ".parquet"])
-@pytest.mark.parametrize("etag", [True, False])
+@each("suffix", [".json.gz", ".parquet"])
+@each("etag", [True, False])
 def test_files_are_read_in_the_version_that_was_asked_for(tmp_path, suffix, etag):
     path = tmp_path / f"a{suffix}"
     write_shard(path, some_texts(8))
@@ -135,7 +135,7 @@ def test_files_are_read_in_the_version_that_was_asked_for(tmp_path, suffix, etag
             rows.take(9)
 
 
-@pytest.mark.parametrize("suffix", [".json.gz", ".txt", ".parquet"])
+@each("suffix", [".json.gz", ".txt", ".parquet"])
 def test_a_local_file_is_read_as_it_was_at_the_start_and_copies_of_it_are_the_same(tmp_path, suffix):
     path = write_shard(tmp_path / f"a{suffix}", some_texts(8))
     config = data_config(path, sample_by="paragraph")
@@ -154,7 +154,7 @@ def test_a_local_file_is_read_as_it_was_at_the_start_and_copies_of_it_are_the_sa
         assert rows.take(9) == some_texts(8)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@each("fault", FAULTS)
 def test_faults_of_the_network_pass(tmp_path, monkeypatch, fault):
     monkeypatch.setattr(transport, "STALL_SECONDS", 0.3)
     write_shards(tmp_path, 3, 20)
@@ -178,12 +178,3 @@ def test_a_lasting_fault_gives_one_message(tmp_path):
             SourceError, match=r"part-0000\d\.json\.gz: gave up after 0\.3 s .*status 503.*data\.timeout_seconds"
         ):
             _remote(server, timeout_seconds=0.3)
-
-
-def test_several_files_are_requested_in_parallel(tmp_path, monkeypatch):
-    write_shards(tmp_path, 3, 20)
-    together = threading.Barrier(3, timeout=20)
-    monkeypatch.setattr(content, "THREADS", 3)
-    with serving(tmp_path) as server:
-        monkeypatch.setattr(server, "next_fault", lambda path, headers: together.wait() and None)
-        assert _remote(server)

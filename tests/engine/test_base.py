@@ -48,8 +48,12 @@ def steps_and_weights(world_size: int, stage: int, bf16: bool, method: dict[str,
 INT8 = {"base": "int8", "base_products": True}
 CASES = [
     (2, 1, True, {**INT8, "form": "resident"}),
-    (2, 3, True, {"base": "fp8", "base_products": True, "name": "relora"}),
-    *rest((2, 2, False, INT8), (1, 3, True, INT8), (2, 2, True, {**INT8, "base_products": False})),
+    *rest(
+        (2, 3, True, {"base": "fp8", "base_products": True, "name": "relora"}),
+        (2, 2, False, INT8),
+        (1, 3, True, INT8),
+        (2, 2, True, {**INT8, "base_products": False}),
+    ),
     *rest(*((2, stage, True, {"base": ("int8", "fp8")[stage // 2], "base_products": True}) for stage in STAGES)),
 ]
 

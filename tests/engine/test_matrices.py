@@ -109,21 +109,3 @@ def test_matrices_are_whole_for_every_cut(pools, world, together):
 def test_matrices_of_one_shape_are_updated_together(pools):
     [runs] = pools(1)(many_cuts, 1, 8)
     assert all(sorted(counts) == [1, 1, 2, 2] for _, counts, _ in runs)
-
-
-def elements_owned(world_size: int) -> int:
-    from tests.tools.tiny import build_rig, tiny_config, tiny_llama
-
-    settings = {"method": {"rank": 5}, "optim": {"matrices": "muon"}, "train": {"zero_stage": 3}}
-    llama = tiny_llama(num_hidden_layers=3, intermediate_size=52)  # with two ranks, a border is inside a matrix
-    rig = build_rig(tiny_config(world_size, **settings), llama=llama)
-    rig.step(1)
-    [cut_matrices] = rig.engine.optimizer.matrices.values()
-    [exchange] = cut_matrices._exchanges.values()
-    return sum(part.numel for parts in exchange.incoming for part in parts)
-
-
-@pytest.mark.more
-def test_the_ranks_share_the_work_if_all_matrices_are_cut(pools):
-    work = pools(2)(elements_owned, 2)
-    assert max(work) < 1.2 * min(work)

@@ -169,9 +169,6 @@ def reset_mode(world_size: int, stage: int, mode: str, matrices: str) -> dict[st
     }
 
 
-RESETS = ("full", "magnitude", "random", "none")
-
-
 RESET_CASES = [("full", "muon"), ("magnitude", "adamw"), ("random", "muon"), ("none", "adamw")]
 RESET_CASES += rest(("full", "adamw"), ("magnitude", "muon"), ("random", "adamw"), ("none", "muon"))
 
@@ -227,60 +224,6 @@ def test_carry_moves_the_state_to_the_new_operators(pools, ranks, stage, matrice
     assert seen["far"] <= 1e-6
     assert seen["moved"] > 0.1
     assert seen["steps"] == (MERGE_AT if matrices == "adamw" else 0)
-
-
-def largest_moves(world_size: int, stage: int, method: str) -> dict[str, float]:
-    """For each kind of reset, the largest change of an adapter element in the next step, in multiples of the rate."""
-    from relora_mora.optim.groups import group_rates
-    from tests.tools.tiny import build_rig, tiny_config
-
-    moves = {}
-    for mode in (*RESETS, "carry") if method == "remora" else RESETS:
-        settings = {"name": method, "reset": mode, "reset_ratio": 0.75}
-        rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, method=settings))
-        for step in range(1, MERGE_AT + 1):
-            rig.step(step)
-        rig.merge(MERGE_AT)
-        fresh = _adapters(rig)
-        rig.step(MERGE_AT + 1)
-        rate = group_rates(rig.schedule, rig.groups, MERGE_AT + 1)[0]
-        moves[mode] = _largest((value - fresh[name]).abs().max() for name, value in _adapters(rig).items()) / rate
-    return moves
-
-
-FIRST_STEPS = [("relora", 3), ("remora", 1), *rest(("relora", 0), ("remora", 2))]
-
-
-@pytest.mark.more
-@pytest.mark.parametrize(("method", "stage"), FIRST_STEPS)
-def test_the_first_step_after_any_reset_moves_no_element_by_more_than_twice_the_rate(pools, stage, method):
-    """Adam's step with matching moments is below (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)) = 1.17 rates.
-
-    With the bias corrections of four steps it is 1.5 rates.
-    """
-    for move in pools(2)(largest_moves, 2, stage, method)[0].values():
-        assert 0.1 < move < 2.0
-
-
-def lora_draws(world_size: int, stage: int) -> dict[str, str]:
-    from tests.tools.tiny import build_rig, tiny_config
-
-    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, method={"name": "relora"}))
-    for step in range(1, MERGE_AT + 1):
-        rig.step(step)
-    first = {name: _bits(rig.initial[name]) for name in rig.initial if "lora_A" in name}
-    rig.merge(MERGE_AT)
-    second = {name: _bits(rig.gather(name)) for name in first}
-    assert all(first[name] != second[name] for name in first)
-    assert not any(rig.gather(name).any() for name in rig.initial if "lora_B" in name)
-    return second
-
-
-@pytest.mark.more
-def test_loras_draws_depend_on_seed_layer_and_merge_only(pools):
-    draws = [seen for world, stage in [(1, 0), (2, 2), (2, 3)] for seen in pools(world)(lora_draws, world, stage)]
-    assert all(draw == draws[0] for draw in draws)
-    assert len(set(draws[0].values())) == len(draws[0])
 
 
 def hundred_merges(world_size: int, bf16: bool, base: str | None) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
+from tests.tools.each import each
 from tests.tools.tiny import tiny_config
 
 TRAINABLE = 200_000_000
@@ -20,12 +19,12 @@ def settings(stage: int, *, on_gpu: bool, world_size: int = 2, **own: Any) -> di
     return zero
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@each("stage", [0, 1, 2, 3])
 def test_on_cpus_one_bucket_holds_all_gradients(stage: int) -> None:
     assert settings(stage, on_gpu=False) == {"stage": stage, "reduce_bucket_size": TRAINABLE}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@each("stage", [0, 1, 2, 3])
 def test_on_gpus_buckets_are_small_and_stage_2_reduces_during_backward(stage: int) -> None:
     small = {"stage": stage, "reduce_bucket_size": 50_000_000}
     assert settings(stage, on_gpu=True) == (small | {"overlap_comm": True} if stage == 2 else small)

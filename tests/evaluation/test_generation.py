@@ -21,6 +21,7 @@ from relora_mora.evaluation.generation import (
 from relora_mora.model.causal import LossModel
 from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.tokenizer.load import load_tokenizer
+from tests.tools.each import each
 from tests.tools.runs import LLAMA
 
 KINDS = {
@@ -32,13 +33,15 @@ KINDS = {
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def lm(request):
+def _model(name):
     torch.manual_seed(3)
-    kind = ARCHITECTURES[request.param]
-    return AutoModelForCausalLM.from_config(
-        kind.config_class(**LLAMA, initializer_range=0.4, **KINDS[request.param])
-    ).eval()
+    kind = ARCHITECTURES[name]
+    return AutoModelForCausalLM.from_config(kind.config_class(**LLAMA, initializer_range=0.4, **KINDS[name])).eval()
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return _model("qwen3")
 
 
 def prompts() -> list[torch.Tensor]:
@@ -46,7 +49,9 @@ def prompts() -> list[torch.Tensor]:
     return [torch.randint(3, 320, (length,), generator=generator) for length in (5, 1, 9, 4)]
 
 
-def test_a_batch_of_prompts_generates_what_transformers_does_for_each(lm):
+@each("name", KINDS)
+def test_a_batch_of_prompts_generates_what_transformers_does_for_each(name):
+    lm = _model(name)
     lm.generation_config.eos_token_id = None
     single = [lm.generate(prompt[None], max_new_tokens=7, do_sample=False, pad_token_id=0)[0] for prompt in prompts()]
     expected = torch.stack([row[-7:] for row in single])

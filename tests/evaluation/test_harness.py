@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from relora_mora.config.data import RecordsConfig
 from relora_mora.data.records.passages import passage_of
 from relora_mora.data.shard import Record, RecordFormat
-from relora_mora.evaluation.harness import _load_tasks, evaluate_tasks, record, table
+from relora_mora.evaluation.harness import _load_tasks, record, table
 from relora_mora.evaluation.local_tasks import LOCAL_TASKS, local_task
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.tokenizer.load import load_tokenizer
@@ -25,6 +25,7 @@ from tests.evaluation.tools import ROWS
 from tests.tools.checkpoints import write_checkpoint
 from tests.tools.commands import EVALUATE, call, files_end_at, refused
 from tests.tools.data_tools import write_json_lines
+from tests.tools.each import each
 from tests.tools.runs import checkpoint_at
 from tests.tools.shared import needs_lm_eval
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
@@ -142,26 +143,6 @@ def test_scores_of_tasks_equal_a_count_by_hand(model, data):
 
 
 @needs_lm_eval
-def test_texts_begin_as_in_training(model, data, monkeypatch):
-    """Where the tokenizer puts no BOS before a text, no text of the training began with one."""
-    from lm_eval.models.huggingface import HFLM
-
-    begins = []
-
-    def generate(self, *args, **settings):
-        begins.append(self.prefix_token_id)
-        return generated(self, *args, **settings)
-
-    generated = HFLM.generate_until
-    monkeypatch.setattr(HFLM, "generate_until", generate)
-    tokenizer = load_tokenizer(model)
-    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(65)
-    given = {"data": str(data), "num_fewshot": None, "limit": 1, "batch_size": 1}
-    evaluate_tasks(LlamaForCausalLM.from_pretrained(model), tokenizer, ["local_uuid"], **given)
-    assert begins == [tokenizer.eos_token_id]
-
-
-@needs_lm_eval
 def test_a_tokenizer_or_task_that_does_not_fit_the_model_is_refused(model, data, tmp_path):
     save_bytes_tokenizer(tmp_path / "wider")
     wider = load_tokenizer(tmp_path / "wider")
@@ -179,64 +160,6 @@ def test_a_tokenizer_or_task_that_does_not_fit_the_model_is_refused(model, data,
         "leave the task out",
     )
     refused(call(EVALUATE, tmp_path / "none", "--tasks=local_uuid", "--task_data=nowhere"), "nowhere cannot be read")
-
-
-@needs_lm_eval
-def test_answer_after_reasoning_steps_is_found(model, data):
-    class Says(LlamaForCausalLM):
-        generated = "So 4 and 1,000 make it.\n#### 1004."
-
-        def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-            ids = torch.tensor([load_tokenizer(model)(self.generated).input_ids] * len(input_ids))
-            return torch.cat([input_ids, ids], dim=1)
-
-    lm = Says.from_pretrained(model).eval()
-    settings = {"data": str(data), "num_fewshot": None, "limit": None, "batch_size": 2}
-    tokenizer = load_tokenizer(model)
-    assert evaluate_tasks(lm, tokenizer, ["local_gsm8k"], **settings) == {
-        "local_gsm8k": {"exact_match/strict": 1.0, "exact_match/flexible": 1.0}
-    }
-    Says.generated = "#### 1004.00"
-    assert evaluate_tasks(lm, tokenizer, ["local_gsm8k"], **settings)["local_gsm8k"]["exact_match/strict"] == 1.0
-    Says.generated = "It is $1,004.00."
-    assert evaluate_tasks(lm, tokenizer, ["local_gsm8k"], **settings)["local_gsm8k"]["exact_match/flexible"] == 1.0
-    for generated, right in {
-        "The answer is: 1004.0%": 0.5,
-        "The answer is: 10,04": 0.0,
-        "2 and 2.\nThe answer is: 1004": 0.5,
-        " $0.5$. The answer is: $\\frac{1}{2}$.": 0.5,
-        "#### 1004": 0.0,
-        "The answer is: 1004\nThe answer is: 4": 0.0,
-    }.items():
-        Says.generated = generated
-        assert evaluate_tasks(lm, tokenizer, ["local_metamath"], **settings) == {
-            "local_metamath": {"exact_match": right}
-        }
-    (data / "metamath.jsonl").write_text(json.dumps({"question": "Which interval?", "answer": "[0,2]"}) + "\n")
-    Says.generated = "The answer is: [0,2]"
-    assert evaluate_tasks(lm, tokenizer, ["local_metamath"], **settings)["local_metamath"]["exact_match"] == 1.0
-    Says.generated = ROWS["local_uuid"][1]["completion"] + "\nmore"
-    found = evaluate_tasks(lm, tokenizer, ["local_uuid"], **settings)["local_uuid"]
-    assert found["exact_match"] == pytest.approx(1 / 3)
-    assert found["character_accuracy"] < 1
-
-
-@needs_lm_eval
-def test_cut_prompts_cause_a_warning(model, data, caplog):
-    small = LlamaForCausalLM.from_pretrained(model)
-    small.config.max_position_embeddings = 300
-    small.save_pretrained(model)
-    answer = call(EVALUATE, model, "--tasks=local_gsm8k", f"--task_data={data}")
-    assert answer.code == 0
-    assert "lost their beginning" not in caplog.text
-    row = {"question": "How many? " * 30, "answer": "#### 1"}
-    (data / "gsm8k.jsonl").write_text(json.dumps(row) + "\n")
-    call(EVALUATE, model, "--tasks=local_gsm8k", f"--task_data={data}")
-    assert "too long for the model's 300 positions and lost their beginning (1 time); give a model" in (caplog.text)
-    caplog.clear()
-    (data / "gsm8k.jsonl").write_text(2 * (json.dumps(row) + "\n") + json.dumps(row | {"answer": "#### 2"}))
-    call(EVALUATE, model, "--tasks=local_gsm8k", f"--task_data={data}", "--num_fewshot=1")
-    assert "; give fewer --num_fewshot" in caplog.text
 
 
 @needs_lm_eval
@@ -289,25 +212,6 @@ def test_unavailable_task_is_reported_and_others_run(model, data, monkeypatch):
     refused(call(EVALUATE, model, "--tasks=nonsense"), "lm-eval has no task nonsense")
 
 
-@needs_lm_eval
-def test_few_shot_examples_come_before_each_row(model, data):
-    answer = call(
-        EVALUATE, model, "--tasks=local_medqa, local_uuid", f"--task_data={data}", "--num_fewshot=2", "--limit=2"
-    )
-    assert answer.code == 0
-    assert 0 <= json.loads(answer.out.splitlines()[-1])["tasks"]["local_medqa"]["acc"] <= 1
-    refused(
-        call(EVALUATE, model, "--tasks=local_uuid", f"--task_data={data}", "--num_fewshot=3"),
-        "--num_fewshot: got 3, and local_uuid has 3 rows including the one that is asked",
-    )
-    copied = "".join(f"{json.dumps(row)}\n" for row in [ROWS["local_uuid"][0]] * 2 + ROWS["local_uuid"][1:2])
-    (data / "uuid.jsonl").write_text(copied)
-    refused(
-        call(EVALUATE, model, "--tasks=local_uuid", f"--task_data={data}", "--num_fewshot=2"),
-        "local_uuid has 3 rows including the one that is asked and its copies (2 of one)",
-    )
-
-
 def test_the_prompt_of_metamath_is_the_one_used_in_training(data):
     asked = str(local_task("local_metamath", str(data), len)["doc_to_text"])
     alpaca = RecordFormat(RecordsConfig(kind="alpaca"))
@@ -325,7 +229,7 @@ class _Manager:
         return {"groups": {}, "tasks": {name: tasks[name] for name in names}, "group_map": {}}
 
 
-@pytest.mark.parametrize("names", [["all", "history"], ["history", "all"]])
+@each("names", [["all", "history"], ["history", "all"]])
 def test_a_task_that_is_also_in_a_group_runs_once(names):
     """lm-eval refuses one task twice, with a traceback and when all data are there."""
     assert _load_tasks(names, _Manager(), lambda name: {}) == (["the group"], [])

@@ -10,6 +10,7 @@ import pytest
 from relora_mora.evaluation.local_tasks import LOCAL_TASKS, HarnessError, local_rows, local_task
 from tests.evaluation.tools import ROWS
 from tests.tools.data_tools import write_json_lines
+from tests.tools.each import each
 
 
 def test_every_task_describes_its_data():
@@ -21,7 +22,7 @@ def pairs(value: Any) -> Any:
     return [list(pair) for pair in value.items()] if isinstance(value, dict) else value
 
 
-@pytest.mark.parametrize("name", LOCAL_TASKS)
+@each("name", LOCAL_TASKS)
 def test_a_task_file_has_the_rows_of_a_file_or_of_a_folder(data, name):
     file = data / f"{name.removeprefix('local_')}.jsonl"
     expected = [{key: pairs(value) for key, value in row.items()} for row in ROWS[name]]
@@ -29,8 +30,8 @@ def test_a_task_file_has_the_rows_of_a_file_or_of_a_folder(data, name):
         assert local_task(name, str(given), len)["custom_dataset"]()["test"].to_list() == expected
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
+@each(
+    "content,message",
     [
         (None, "local_uuid: .*uuid.jsonl cannot be read"),
         ("", "has no rows"),
@@ -46,8 +47,8 @@ def test_unsuitable_data_is_named(tmp_path, content, message):
         local_task("local_uuid", str(tmp_path), len)
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "most"),
+@each(
+    "name,row,most",
     [
         ("local_uuid", {"prompt": "a", "completion": "b" * 64}, 64),
         ("local_uuid", {"prompt": "a", "completion": "b" * 65}, 65),
@@ -61,9 +62,7 @@ def test_an_answer_may_be_as_long_as_the_longest_of_the_rows(tmp_path, name, row
     assert task["generation_kwargs"]["max_gen_toks"] == most
 
 
-@pytest.mark.parametrize(
-    ("positions", "limit", "most"), [(1000, None, 300), (400, None, 200), (100, None, 64), (400, 1, 64)]
-)
+@each("positions,limit,most", [(1000, None, 300), (400, None, 200), (100, None, 64), (400, 1, 64)])
 def test_long_answers_leave_half_of_the_positions_to_prompts(tmp_path, caplog, positions, limit, most):
     rows = [{"prompt": "a", "completion": "b" * length} for length in (10, 300)]
     write_json_lines(tmp_path / "uuid.jsonl", rows)
@@ -88,37 +87,25 @@ def test_only_a_line_feed_ends_a_row(tmp_path):
     assert local_rows("local_uuid", str(tmp_path)) == rows
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
+@each(
+    "name,change,expected",
     [
-        ("local_uuid", {"completion": 3}, "completion is 3, expected: text"),
-        ("local_uuid", {"completion": "a\nb"}, r'completion is "a\\nb", expected: text of one line'),
-        (
-            "local_gsm8k",
-            {"answer": "It is 4."},
-            'answer is "It is 4.", expected: number, with or without #### before it',
-        ),
-        (
-            "local_gsm8k",
-            {"answer": "#### 1.2.3"},
-            'answer is "#### 1.2.3", expected: number, with or without #### before it',
-        ),
-        (
-            "local_gsm8k",
-            {"answer": "#### $4"},
-            r'answer is "#### \$4", expected: number, with or without #### before it',
-        ),
-        ("local_metamath", {"answer": "The answer is: 4"}, '.*4", expected: answer, with or without #### before it'),
-        ("local_medqa", {"question": 7}, "question is 7, expected: text"),
-        ("local_medqa", {"options": ["a", "b"]}, r'options is \["a", "b"\], expected: texts by name'),
-        ("local_medqa", {"answer_idx": "Z"}, 'answer_idx is "Z", expected: key of options'),
-        ("local_pubmedqa", {"final_decision": "Yes"}, 'final_decision is "Yes", expected: yes or no or maybe'),
-        ("local_pubmedqa", {"CONTEXTS": "One."}, 'CONTEXTS is "One.", expected: list of texts'),
+        ("local_uuid", {"completion": 3}, "text of one line"),
+        ("local_uuid", {"completion": "a\nb"}, "text of one line"),
+        ("local_gsm8k", {"answer": "It is 4."}, "number, with or without #### before it"),
+        ("local_gsm8k", {"answer": "#### 1.2.3"}, "number, with or without #### before it"),
+        ("local_gsm8k", {"answer": "#### $4"}, "number, with or without #### before it"),
+        ("local_metamath", {"answer": "The answer is: 4"}, "answer, with or without #### before it"),
+        ("local_medqa", {"question": 7}, "text"),
+        ("local_medqa", {"options": ["a", "b"]}, "texts by name"),
+        ("local_medqa", {"answer_idx": "Z"}, "key of options"),
+        ("local_pubmedqa", {"final_decision": "Yes"}, "yes or no or maybe"),
+        ("local_pubmedqa", {"CONTEXTS": "One."}, "list of texts"),
     ],
 )
-def test_a_row_of_another_kind_is_named(tmp_path, name, change, message):
+def test_a_row_of_another_kind_is_named(tmp_path, name, change, expected):
     rows = [ROWS[name][0], {**ROWS[name][0], **change}]
-    file = tmp_path / "rows.jsonl"
-    write_json_lines(file, rows)
-    with pytest.raises(HarnessError, match=f"{name}: .*rows.jsonl, line 2: {message}"):
+    file = write_json_lines(tmp_path / "rows.jsonl", rows)
+    [column] = change
+    with pytest.raises(HarnessError, match=f"{name}: .*rows.jsonl, line 2: {column} is .*, expected: {expected}$"):
         local_task(name, str(file), len)

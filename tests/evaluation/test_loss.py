@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +22,6 @@ from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.config.data import DataConfig, RecordsConfig
 from relora_mora.config.data_flags import parse_typed
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.data.sources.names import Commits
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.evaluation.loss import (
@@ -38,11 +34,11 @@ from relora_mora.evaluation.loss import (
     rows_of_documents,
 )
 from relora_mora.model.causal import LossModel, build_model
-from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.load import LoadedModel, load_any_model
 from tests.tools.commands import EVALUATE, Answer, call, refused
-from tests.tools.data_tools import data_config, write_shard
+from tests.tools.data_tools import data_config, eval_set, write_shard
+from tests.tools.each import each
 from tests.tools.tiny import tiny_llama
 
 TEXTS = ["the rank of a merge", "größer als the matrix", "🙂 one more of the same"]
@@ -58,46 +54,21 @@ def _gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=16, n_layer=1, n_head=2, n_positions=64)).eval()
 
 
+def _score(model, data, micro_batch_size=2, **settings) -> EvalResult:
+    return evaluate(model, data, micro_batch_size=micro_batch_size, device=torch.device("cpu"), **settings)
+
+
 def test_every_token_counts_once_with_any_batch_size(source, tokenizer_path):
     lm = _gpt2()
     tokens = sum(len(load_tokenizer(tokenizer_path)(text, add_special_tokens=False).input_ids) + 1 for text in TEXTS)
     results = []
     for length, micro in ((8, 1), (8, 3), (8, 100)):
-        data = load_eval_set(
-            str(source),
-            config=data_config(source),
-            tokenizer_path=tokenizer_path,
-            sequence_length=length,
-            max_tokens=None,
-        )
-        results.append(evaluate(causal_lm_loss(lm), data, micro_batch_size=micro, device=torch.device("cpu")))
+        results.append(_score(causal_lm_loss(lm), eval_set(source, tokenizer_path, length), micro))
     assert {result.tokens for result in results} == {tokens}
     assert all(result.loss == pytest.approx(results[0].loss, rel=1e-6) for result in results)
     size = sum(len(text.encode()) for text in TEXTS)
     assert results[0].bits_per_byte == pytest.approx(results[0].loss * tokens / math.log(2) / size)
     assert results[0].perplexity == pytest.approx(math.exp(results[0].loss))
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_progress_goes_up_to_all_tokens(source, tokenizer_path, world_size):
-    data = load_eval_set(
-        str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=8, max_tokens=None
-    )
-    steps: list[tuple[int, int]] = []
-    evaluate(
-        causal_lm_loss(_gpt2()),
-        data,
-        micro_batch_size=2,
-        device=torch.device("cpu"),
-        world_size=world_size,
-        all_sum=lambda totals: torch.tensor([totals[0], data.predicted]),  # as if the other rank had scored the rest
-        progress=lambda done, total: steps.append((done, total)),
-    )
-    assert len(steps) > 1
-    assert steps == sorted(steps)
-    assert {total for _, total in steps} == {data.predicted}
-    assert steps[0][0] == 16 * world_size
-    assert steps[-1][0] == data.predicted
 
 
 def test_sets_are_scored_in_turn(source, tokenizer_path, tmp_path):
@@ -110,7 +81,7 @@ def test_sets_are_scored_in_turn(source, tokenizer_path, tmp_path):
     steps: list[tuple[int, int]] = []
 
     def score(data, update):
-        return evaluate(mean_loss, data, micro_batch_size=2, device=torch.device("cpu"), progress=update)
+        return _score(mean_loss, data, progress=update)
 
     results = evaluate_sets(score, sets, lambda done, total: steps.append((done, total)))
     assert {name: result.tokens for name, result in results.items()} == {
@@ -176,9 +147,7 @@ def test_conversations_of_a_run_use_the_template_saved_with_its_tokenizer():
     assert loaded.data_settings(None, {}, own_tokenizer=False).records.template == "chat.jinja"
 
 
-@pytest.mark.parametrize(
-    "own", [{"kind": "messages", "template": "chatml"}, {"kind": "alpaca", "columns": {"output": "a"}}]
-)
+@each("own", [{"kind": "messages", "template": "chatml"}, {"kind": "alpaca", "columns": {"output": "a"}}])
 def test_records_of_another_kind_do_not_use_the_settings_of_the_run(own):
     data = DataConfig(train="a.jsonl", validation="b.jsonl", records=own)
     loaded = LoadedModel(_gpt2(), Path("none"), data, "a run")
@@ -208,33 +177,18 @@ def _loss_of_documents(lm, texts: list[str], tokenizer, length: int) -> float:
     return nats / tokens
 
 
-@pytest.mark.parametrize("make", [_gpt2, _llama])
-@pytest.mark.parametrize("length,micro", [(8, 3), (64, 1)])
+@each("make", [_gpt2, _llama])
+@each("length,micro", [(8, 3), (64, 1)])
 def test_with_a_document_mask_each_document_is_scored_separately(source, tokenizer_path, make, length, micro):
     lm = make()
-    data = load_eval_set(
-        str(source),
-        config=data_config(source, document_mask=True),
-        tokenizer_path=tokenizer_path,
-        sequence_length=length,
-        max_tokens=None,
-    )
+    data = eval_set(source, tokenizer_path, length, document_mask=True)
     expected = _loss_of_documents(lm, TEXTS, load_tokenizer(tokenizer_path), length)
-    loss = evaluate(causal_lm_loss(lm), data, micro_batch_size=micro, device=torch.device("cpu")).loss
+    loss = _score(causal_lm_loss(lm), data, micro).loss
     assert loss == pytest.approx(expected, abs=1e-6)
     if isinstance(lm, LlamaForCausalLM):  # what a run evaluates with
-        of_run = evaluate(LossModel(lm), data, micro_batch_size=micro, device=torch.device("cpu")).loss
-        assert of_run == pytest.approx(expected, abs=1e-6)
-    together = load_eval_set(
-        str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=length, max_tokens=None
-    )
-    assert (
-        abs(
-            evaluate(causal_lm_loss(make()), together, micro_batch_size=micro, device=torch.device("cpu")).loss
-            - expected
-        )
-        > 1e-5
-    )
+        assert _score(LossModel(lm), data, micro).loss == pytest.approx(expected, abs=1e-6)
+    together = eval_set(source, tokenizer_path, length)
+    assert abs(_score(causal_lm_loss(lm), together, micro).loss - expected) > 1e-5
 
 
 def test_rows_of_documents_hold_every_scored_label_once_and_no_more_tokens_than_the_sequences():
@@ -255,34 +209,11 @@ def test_rows_of_documents_hold_every_scored_label_once_and_no_more_tokens_than_
 
 
 def test_a_uniform_model_has_the_entropy_of_its_vocabulary(source, tokenizer_path):
-    data = load_eval_set(
-        str(source), config=data_config(source), tokenizer_path=tokenizer_path, sequence_length=16, max_tokens=None
-    )
     lm = _gpt2()
     with torch.no_grad():
         lm.lm_head.weight.zero_()
-    assert evaluate(causal_lm_loss(lm), data, micro_batch_size=2, device=torch.device("cpu")).loss == pytest.approx(
-        math.log(320), rel=1e-6
-    )
-
-
-@pytest.mark.more
-def test_the_command_scores_a_foreign_model_and_ends_with_json(source, tokenizer_path, tmp_path):
-    folder = tmp_path / "gpt2"
-    _gpt2().save_pretrained(folder)
-    save_tokenizer(tokenizer_path, folder)
-    command = [sys.executable, "-m", "relora_mora", "evaluate"]
-    environment = {key: value for key, value in os.environ.items() if key != "RANK"}
-    done = subprocess.run(
-        [*command, str(folder), f"--data={source}"], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    values = json.loads(done.stdout.splitlines()[-1])
-    assert set(values) == {"loss", "perplexity", "bits_per_byte", "tokens", "digest"}
-    assert abs(values["loss"] - math.log(320)) < 0.2
-    refused(call(EVALUATE, tmp_path, f"--data={source}"), "not a checkpoint")
-    refused(call(EVALUATE, tmp_path, f"--data={tmp_path}/typo.json"), "no file matches")
-    refused(call(EVALUATE, tmp_path, f"--data={source}", f"--tokenizer={tmp_path}/typo"), "typo: not found")
+    loss = _score(causal_lm_loss(lm), eval_set(source, tokenizer_path)).loss
+    assert loss == pytest.approx(math.log(320), rel=1e-6)
 
 
 def test_a_foreign_model_does_not_name_its_text(tmp_path):

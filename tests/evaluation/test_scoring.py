@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from relora_mora.evaluation.local_tasks import gsm8k_scores, metamath_scores, pair_scores
+from tests.tools.each import each
 from tests.tools.shared import needs_lm_eval
 
 pytestmark = pytest.mark.more
@@ -93,17 +94,15 @@ METAMATH: list[tuple[str, str, int, int | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("answer", "generated", "right", "_"), GSM8K)
-@pytest.mark.parametrize("steps", ["", "Two and two.\n#### "])
+@each("answer,generated,right,_", GSM8K)
+@each("steps", ["", "Two and two.\n#### "])
 def test_answers_of_gsm8k(steps, answer, generated, right, _):
     scores = gsm8k_scores({"answer": steps + answer}, [generated])
     assert scores == {"exact_match/strict": right[0], "exact_match/flexible": right[1]}
 
 
-@pytest.mark.parametrize(("answer", "generated", "right", "_"), METAMATH)
-@pytest.mark.parametrize(
-    "before", ["The answer is: ", "It is 1. The answer is: 7\nNo. The answer is: ", "The answer is "]
-)
+@each("answer,generated,right,_", METAMATH)
+@each("before", ["The answer is: ", "It is 1. The answer is: 7\nNo. The answer is: ", "The answer is "])
 def test_answers_of_metamath(before, answer, generated, right, _):
     assert metamath_scores({"answer": answer}, [before + generated]) == {"exact_match": right}
     assert metamath_scores({"answer": answer}, [before + generated + "\nIs it 5?"]) == {"exact_match": right}
@@ -116,7 +115,7 @@ def test_a_pair_is_compared_character_by_character():
 
 
 @needs_lm_eval
-@pytest.mark.parametrize(("answer", "generated", "right", "theirs"), GSM8K)
+@each("answer,generated,right,theirs", GSM8K)
 def test_gsm8k_scores_agree_with_lm_eval(answer, generated, right, theirs):
     import lm_eval
     from lm_eval.api.metrics import exact_match_fn
@@ -137,7 +136,7 @@ def test_gsm8k_scores_agree_with_lm_eval(answer, generated, right, theirs):
 
 
 @needs_lm_eval
-@pytest.mark.parametrize(("answer", "generated", "right", "theirs"), [row for row in METAMATH if "####" not in row[0]])
+@each("answer,generated,right,theirs", [row for row in METAMATH if "####" not in row[0]])
 def test_metamath_scores_agree_with_is_equiv(answer, generated, right, theirs):
     """lm-eval has the function with which MetaMath's eval_math.py compares, after one full stop was removed."""
     from lm_eval.tasks.hendrycks_math.utils import is_equiv

@@ -12,6 +12,7 @@ import pytest
 
 from relora_mora.experiments.compare.groups import group_runs
 from relora_mora.experiments.compare.runs import read_runs
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 pytestmark = pytest.mark.more
@@ -95,7 +96,7 @@ def ratios(table: Table) -> list[list[tuple[float, float]]]:
     ]
 
 
-@pytest.mark.parametrize("table", [table for table in TABLES if ratios(table)], ids=lambda table: table.section)
+@each("table", [table for table in TABLES if ratios(table)])
 def test_ratios_follow_from_perplexities(table: Table) -> None:
     for found in ratios(table):
         assert len(found) > 1

@@ -17,6 +17,7 @@ from tests.tools.runs import checkpoint_at, run_config, train, write_inputs
 SPECTRUM = "spectrum"
 RANK = 3
 LAYERS = 2
+SELDOM = {"checkpoint": {"every_steps": 9}, "eval": {"every_steps": 0, "at_start": False}}
 
 pytestmark = pytest.mark.distributed
 
@@ -32,7 +33,8 @@ def runs(inputs: Path, tokenizer_path: str, pools: Any) -> dict[str, Path]:
     begins = {"lora": None, "relora": None, "mora": None, "further": str(inputs / "relora")}
     for name, init_from in begins.items():
         method = {"name": "lora" if name == "further" else name, "rank": RANK}
-        config = run_config(inputs, tokenizer_path, inputs / name, method=method, model={"init_from": init_from})
+        model = {"init_from": init_from}
+        config = run_config(inputs, tokenizer_path, inputs / name, method=method, model=model, **SELDOM)
         pools(1)(train, config)
     return {name: inputs / name for name in begins}
 
@@ -80,14 +82,6 @@ def test_initial_weights_must_be_unchanged(runs: dict[str, Path], tmp_path: Path
         spectra_of(CheckpointReader(find_checkpoint(runs["further"])))
     (tmp_path / "moved").rename(source)
     assert _ranks(runs["further"]) == {RANK}
-
-
-@pytest.mark.more
-def test_biases_are_not_matrices(inputs: Path, tokenizer_path: str, pools: Any) -> None:
-    biased = {"overrides": {"attention_bias": True}}
-    config = run_config(inputs, tokenizer_path, inputs / "biased", method={"name": "lora", "rank": RANK}, model=biased)
-    pools(1)(train, config)
-    assert _ranks(inputs / "biased") == {RANK}
 
 
 def test_the_table_has_means_over_layers() -> None:

@@ -44,12 +44,14 @@ def is_valid(case: Case) -> bool:
             case["reset"] == "full" or keeps_state,
             case["form"] != "resident" or case["stage"] < 3,
             method.adapter is not None or case["embeddings"] != "frozen",
+            case["operator"] == 1 or (case["method"] in ("mora", "remora") and case["reset"] != "carry"),
         )
     )
 
 
 VALUES: dict[str, tuple[Any, ...]] = {
     "method": tuple(METHODS),
+    "operator": (1, 6),  # a grouping, and the rotations, which have no carry
     "stage": STAGES,
     "precision": ("fp32", "bf16"),
     "ranks": (1, 2),
@@ -83,6 +85,7 @@ def multiplies(case: Case) -> bool:
 def sections_of(case: Case) -> dict[str, dict[str, Any]]:
     base = {} if case["base"] == "none" else {"base": case["base"], "base_products": multiplies(case)}
     method = {"name": case["method"], "merge_every": MERGE_EVERY, "form": case["form"], **base}
+    method |= {"operators": [case["operator"], 2], "square_multiple": 2}
     optim = {"clip": 0.5, "weight_decay": 0.1, "eps": 1e-4, "others": case["others"]}
     own = EMBEDDINGS[case["embeddings"]]
     training = {"zero_stage": case["stage"], "precision": case["precision"], "steps": STEPS, "deterministic": True}

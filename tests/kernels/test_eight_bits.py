@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from relora_mora import kernels
 from relora_mora.kernels import contiguous, cpu, multiply_rows, quantize_rows, wrapped_interleaved
-from tests.tools.kernels import compiled_only
+from tests.tools.each import each
+from tests.tools.kernels import WITH_LIBRARY, compiled_only
 
 LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
 KINDS = list(LARGEST)
@@ -25,10 +26,10 @@ def _nearest(x: torch.Tensor, scales: torch.Tensor, kind: torch.dtype) -> torch.
     return (x.float() * inverse).round().to(kind) if kind is torch.int8 else (x.float() * inverse).to(kind)
 
 
-@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("features", [1, 5, 768, 2731])
+@each("library", WITH_LIBRARY)
+@each("kind", KINDS)
+@each("dtype", [torch.bfloat16, torch.float32])
+@each("features", [1, 5, 768, 2731])
 def test_rows_are_rounded_to_the_nearest_value(features, dtype, kind, library, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     x = _rows(9, features, dtype)
@@ -45,8 +46,8 @@ def test_rows_are_rounded_to_the_nearest_value(features, dtype, kind, library, m
         assert (error <= step / 2 * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
-@pytest.mark.parametrize("kind", KINDS)
+@each("library", WITH_LIBRARY)
+@each("kind", KINDS)
 def test_unusual_rows(kind, library, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     x = torch.randn(7, 40, generator=torch.Generator().manual_seed(0))
@@ -82,9 +83,9 @@ def test_the_kernel_and_torch_give_the_same_bits(numbers, dtype):
     assert torch.equal(compiled[1], plain[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("features,added", [(96, True), (96, False), (1030, True)])
+@each("dtype", [torch.bfloat16, torch.float32])
+@each("kind", KINDS)
+@each("features,added", [(96, True), (96, False), (1030, True)])
 def test_products_equal_float64_with_the_same_rounding(features, added, kind, dtype):
     tokens, inputs = 37, 64
     x, weight = _rows(tokens, inputs, dtype), _rows(features, inputs, torch.float32)

@@ -21,7 +21,8 @@ from relora_mora.kernels import (
     interleaved,
     wrapped_interleaved,
 )
-from tests.tools.kernels import compiled_only, integers
+from tests.tools.each import each
+from tests.tools.kernels import WITH_LIBRARY, compiled_only, integers
 
 GROUPINGS = [
     getattr(kernels.grouping, name)
@@ -68,8 +69,8 @@ def _matrix(make, features: int, slots: int) -> torch.Tensor:
     return C
 
 
-@pytest.mark.parametrize("make", GROUPINGS)
-@pytest.mark.parametrize("features,slots", SIZES)
+@each("make", GROUPINGS)
+@each("features,slots", SIZES)
 def test_sum_and_copy_agree_with_the_matrix_of_the_definition(make, features, slots):
     grouping = make(features, slots)
     C = _matrix(make, features, slots)
@@ -88,9 +89,9 @@ def _assert_supported(tensor: torch.Tensor, grouping: Grouping) -> None:
 
 
 @compiled_only
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("make", GROUPINGS)
-@pytest.mark.parametrize("features,slots", SIZES)
+@each("dtype", [torch.bfloat16, torch.float32])
+@each("make", GROUPINGS)
+@each("features,slots", SIZES)
 def test_compiled_sum_rounds_once(make, features, slots, dtype, device):
     grouping, x = make(features, slots), integers(5, 7, features, dtype=dtype).to(device)
     _assert_supported(x, grouping)
@@ -99,8 +100,8 @@ def test_compiled_sum_rounds_once(make, features, slots, dtype, device):
     assert torch.equal(y, grouping.sum(x.double()).to(dtype))
 
 
-@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
-@pytest.mark.parametrize("make", GROUPINGS)
+@each("library", WITH_LIBRARY)
+@each("make", GROUPINGS)
 def test_sums_of_any_number_and_layout_of_rows(make, library, device, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     grouping = make(61, 16)
@@ -113,13 +114,11 @@ def test_sums_of_any_number_and_layout_of_rows(make, library, device, monkeypatc
             assert y.is_contiguous()
 
 
-@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("outputs", [interleaved, contiguous])
-@pytest.mark.parametrize("inputs", GROUPINGS)
-@pytest.mark.parametrize(
-    "out_features,in_features,slots", [(61, 64, 16), (64, 130, 16), (7, 50, 19), (50, 7, 19), (300, 160, 37)]
-)
+@each("library", WITH_LIBRARY)
+@each("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@each("outputs", [interleaved, contiguous])
+@each("inputs", GROUPINGS)
+@each("out_features,in_features,slots", [(61, 64, 16), (64, 130, 16), (7, 50, 19), (50, 7, 19), (300, 160, 37)])
 def test_expand_add_rounds_once(inputs, outputs, out_features, in_features, slots, dtype, library, device, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     # torch rounds between the two slots of a feature, so the sums must be exact in its dtype
@@ -132,8 +131,8 @@ def test_expand_add_rounds_once(inputs, outputs, out_features, in_features, slot
 
 
 @compiled_only
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("slots", [350, 200, 90, 40, 7])
+@each("dtype", [torch.bfloat16, torch.float32])
+@each("slots", [350, 200, 90, 40, 7])
 def test_threads_and_instruction_sets_change_no_bit(slots, dtype):
     x, M, weight = (
         torch.randn(1000, 350).to(dtype),
@@ -202,7 +201,7 @@ def _both(x, weight, M):
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
+@pytest.mark.parametrize("library", WITH_LIBRARY)
 def test_torch_compile_sees_through(library, monkeypatch):
     """The graph contains the kernels if there are some, and operations of torch otherwise."""
     monkeypatch.setattr(kernels.ops, "_enabled", library)

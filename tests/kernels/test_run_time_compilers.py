@@ -16,6 +16,7 @@ from relora_mora.config.schema import ModelConfig
 from relora_mora.kernels import cuda
 from relora_mora.model.compiling import compiles_here
 from relora_mora.system.process import missing_to_compile
+from tests.tools.each import each
 
 
 def with_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path, *, compiler: bool, headers: bool) -> None:
@@ -26,7 +27,7 @@ def with_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path, *, compiler: bo
         (folder / "Python.h").touch()
 
 
-@pytest.mark.parametrize("language,variable,compiler", [("C", "CC", "gcc or clang"), ("C++", "CXX", "g++")])
+@each("language,variable,compiler", [("C", "CC", "gcc or clang"), ("C++", "CXX", "g++")])
 def test_a_missing_compiler_is_reported(language, variable, compiler, monkeypatch, tmp_path):
     monkeypatch.delenv(variable, raising=False)
     with_compiler(monkeypatch, tmp_path, compiler=False, headers=True)
@@ -55,7 +56,7 @@ def test_layers_are_compiled_if_there_is_a_compiler(monkeypatch, tmp_path, caplo
     assert not compiles_here(auto, 1, on_gpu=False)
 
 
-@pytest.mark.parametrize(
+@each(
     "version,triton,compiles,capability,description",
     [
         (None, True, True, (9, 0), "torch: torch is not built for CUDA"),

@@ -5,22 +5,19 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from launch.benchmark.byte_tracker import PARTS, ByteTracker
-from launch.benchmark.contenders import CONTENDERS, Ours, Setting
+from launch.benchmark.contenders import CONTENDERS, Setting
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.operators import square_size
-from tests.tools.commands import call, module_of, refused
+from tests.tools.commands import module_of
 from tests.tools.pool import Pool
 
 pytestmark = [pytest.mark.more, pytest.mark.distributed]
@@ -42,31 +39,6 @@ MODEL = {
     "max_position_embeddings": 64,
 }
 METHODS = ("full", "frozen", "remora", "remora_decoupled", "remora_released", "relora", "plain")
-FIELDS = {
-    "step_seconds",
-    "spread",
-    "processor_seconds",
-    "page_faults",
-    "tokens_per_second",
-    "ratio",
-    "utilization",
-    "trainable_parameters",
-    "trainable_ratio",
-    "bytes_held",
-    "bytes_held_ratio",
-    "bytes_at_peak",
-    "bytes_at_peak_ratio",
-    "bytes_kept_for_backward",
-    "bytes_kept_for_backward_ratio",
-    "bytes_kept_by_one_layer",
-    "bytes_kept_by_one_layer_ratio",
-    "bytes_kept_by_its_linears",
-    "bytes_kept_by_its_linears_ratio",
-    "bytes_sent",
-    "bytes_sent_ratio",
-    "merge_seconds",
-    "loss",
-}
 
 
 def command(model: str, *arguments: str) -> tuple[str, str]:
@@ -76,14 +48,6 @@ def command(model: str, *arguments: str) -> tuple[str, str]:
         options = {key: _number(value) for key, _, value in (argument.partition("=") for argument in arguments)}
         module_of(SCRIPT).main(model, tokens=TOKENS, sequence_length=64, rank=RANK, repeats=2, warmup=1, **options)
     return out.getvalue(), err.getvalue()
-
-
-def command_whose_losses_are_lost(model: str) -> int:
-    """Runs in the pool; returns the exit code."""
-    with mock.patch.object(Ours, "step", lambda self: math.nan), redirect_stdout(io.StringIO()):
-        return int(
-            module_of(SCRIPT).main(model, methods="full", tokens=TOKENS, sequence_length=64, repeats=1, warmup=1)
-        )
 
 
 def _number(value: str) -> Any:
@@ -124,13 +88,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def output(one: Pool, model: str) -> tuple[str, str]:
-    return one(command, model, f"methods={','.join(METHODS)}", "precision=bf16")[0]
-
-
-@pytest.fixture(scope="module")
-def printed(output: tuple[str, str]) -> str:
-    return output[0]
+def printed(one: Pool, model: str) -> str:
+    return one(command, model, f"methods={','.join(METHODS)}", "precision=bf16")[0][0]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +100,6 @@ def found(printed: str) -> dict[str, Any]:
 def test_every_field_is_reported_and_the_first_is_the_reference(found: dict[str, Any], printed: str) -> None:
     assert list(found) == list(METHODS)
     for name, values in found.items():
-        assert set(values) == FIELDS, name
         assert min(values["step_seconds"], values["processor_seconds"]) > 0
         assert values["page_faults"] >= 0
         assert 5 < values["loss"] < 8
@@ -153,15 +111,6 @@ def test_every_field_is_reported_and_the_first_is_the_reference(found: dict[str,
     assert len(ratios) == 7
     assert found["remora"]["merge_seconds"] > 0
     assert found["full"]["merge_seconds"] is None
-
-
-def test_progress_is_shown_while_it_works(output: tuple[str, str]) -> None:
-    lines = [line.partition(":")[0] for line in output[1].splitlines()]
-    assert [line for line in lines if line in METHODS or line.startswith("round")] == [
-        *METHODS,
-        "round 1 of 2",
-        "round 2 of 2",
-    ]
 
 
 def test_the_state_is_18_bytes_per_trainable_and_2_per_frozen_parameter(found: dict[str, Any]) -> None:
@@ -178,19 +127,6 @@ def test_the_state_is_18_bytes_per_trainable_and_2_per_frozen_parameter(found: d
         assert values["bytes_held"]["host"] == 4 * frozen_here
 
 
-def test_the_peak_holds_the_state_and_the_activations(found: dict[str, Any]) -> None:
-    for name, values in found.items():
-        peak = values["bytes_at_peak"]
-        held = values["bytes_held"]
-        assert peak["weights"] == held["weights"] and peak["optimizer"] == held["optimizer"], name
-        assert 0 < peak["activations"] <= values["bytes_kept_for_backward"] <= sum(peak.values()), name
-        assert (
-            values["bytes_kept_by_its_linears"]
-            < values["bytes_kept_by_one_layer"]
-            < values["bytes_kept_for_backward"] / LAYERS
-        ), name
-
-
 def test_merged_remora_keeps_only_the_compressed_inputs_each_once(found: dict[str, Any]) -> None:
     narrow = square_size(HIDDEN, HIDDEN, RANK)
     wide = square_size(HIDDEN, WIDE, RANK)
@@ -199,21 +135,6 @@ def test_merged_remora_keeps_only_the_compressed_inputs_each_once(found: dict[st
     assert linears["remora"] == 2 * TOKENS * (2 * narrow + 2 * wide)
     assert linears["remora_decoupled"] == 2 * TOKENS * (4 * narrow + 3 * wide)  # every linear keeps its own input
     assert found["remora"]["bytes_kept_for_backward"] < found["full"]["bytes_kept_for_backward"]
-
-
-def test_frozen_linears_do_not_train_and_keep_no_input(found: dict[str, Any]) -> None:
-    full, frozen, remora = (found[name] for name in ("full", "frozen", "remora"))
-    linears = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * WIDE)
-    assert frozen["trainable_parameters"] == full["trainable_parameters"] - linears < remora["trainable_parameters"]
-    assert frozen["bytes_kept_by_its_linears"] == 0
-
-
-def test_fine_tuning_trains_adapters_and_nothing_else(one: Pool, model: str) -> None:
-    [(text, _)] = one(command, model, "methods=peft_lora,lora,mora", "finetune=1")
-    peft, lora, mora = json.loads(text.splitlines()[-1])["methods"].values()
-    size = LAYERS * RANK * (4 * 2 * HIDDEN + 3 * (HIDDEN + WIDE))
-    assert peft["trainable_parameters"] == lora["trainable_parameters"] == size
-    assert mora["trainable_parameters"] == pytest.approx(size, rel=0.1)
 
 
 def test_the_released_operations_are_the_same_function(one: Pool) -> None:
@@ -237,10 +158,6 @@ def test_two_ranks_send_the_trainable_fraction(model: str) -> None:
     assert remora["bytes_sent_ratio"] == pytest.approx(remora["trainable_ratio"], rel=0.05)
 
 
-def test_a_non_finite_loss_is_a_failure(one: Pool, model: str) -> None:
-    assert one(command_whose_losses_are_lost, model) == [1]
-
-
 def test_the_tracker_sees_temporary_tensors() -> None:
     model = CONTENDERS["plain"](setting()).model
     with ByteTracker(model, {"weights": [p.data for p in model.parameters()]}, torch.device("cpu"), 1) as tracker:
@@ -250,22 +167,3 @@ def test_the_tracker_sees_temporary_tensors() -> None:
     weights = sum(p.nbytes for p in model.parameters())
     assert tracker.peak == {"weights": weights, "optimizer": 0, "gradients": 0, "activations": 0, "rest": 4_000_000}
     assert tracker.sizes["rest"] == twos.nbytes
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--methods=full,remoora"], "unknown method remoora"),
-        (["--tokens=100"], "--tokens: 100 is not a multiple of --sequence_length 512"),
-        (["--precision=fp16"], "--precision: got fp16"),
-        (["--zero_stage=4"], "--zero_stage: got 4"),
-        (["--repeats=0"], "--repeats: got 0, expected at least 1"),
-        (["--threads=2"], "--threads"),
-    ],
-)
-def test_wrong_arguments(model: str, arguments: list[str], message: str) -> None:
-    refused(call(SCRIPT, model, *arguments), message)
-
-
-def test_a_missing_model(tmp_path: Path) -> None:
-    refused(call(SCRIPT, tmp_path / "none.json"), "none.json")

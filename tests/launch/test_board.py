@@ -1,16 +1,15 @@
-"""relora-mora board: runs are found and named, and the page that it names shows both perplexities."""
+"""relora-mora board: runs are found and named, and its first page shows both losses."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 from urllib.request import urlopen
 
 import pytest
@@ -30,7 +29,6 @@ SCRIPT = BOARD
 def runs(tmp_path: Path) -> Path:
     for run in ("tiny", "sweep/seed-1"):
         _write_events(tmp_path / "runs" / run)
-    (tmp_path / "runs" / "started" / "tensorboard").mkdir(parents=True)
     (tmp_path / "runs" / "site-packages" / "tensorboard").mkdir(parents=True)
     return tmp_path / "runs"
 
@@ -52,45 +50,6 @@ def test_runs_are_named_after_their_folders(runs: Path, tmp_path: Path) -> None:
     assert _linked(runs / "tiny", tmp_path / "one") == {"tiny": tiny}
 
 
-def test_linked_runs_are_found_once_and_odd_names_are_adjusted(runs: Path, tmp_path: Path) -> None:
-    _write_events(tmp_path / "scratch" / ("x" * 200) / ("y" * 200))
-    (runs / "big").symlink_to(tmp_path / "scratch")
-    (tmp_path / "scratch" / "loop").symlink_to(runs)
-    (runs / "latest").symlink_to(runs / "tiny")
-    _write_events(tmp_path / "scratch" / os.fsdecode(b"caf\xe9"))
-    _write_events(runs / os.fsdecode(b"\xe9"))
-    assert sorted(_linked(runs, tmp_path / "links")) == [
-        "_",
-        "big-caf",
-        "sweep-seed-1",
-        "tiny",
-        "x" * 39 + "-" + "y" * 200,
-    ]
-
-
-def test_a_new_run_is_linked_next_to_the_others(runs: Path, tmp_path: Path) -> None:
-    _write_events(runs / "sweep-seed-2")
-    before = _linked(runs, tmp_path / "links")
-    assert _linked(runs, tmp_path / "links") == before
-    for late in ("started", "sweep/seed-2"):
-        _write_events(runs / late)
-    assert _linked(runs, tmp_path / "links") == before | {
-        "started": runs / "started/tensorboard",
-        "sweep-seed-2_": runs / "sweep/seed-2/tensorboard",
-    }
-
-
-def test_the_page_pins_curves_that_are_written() -> None:
-    address = urlsplit(module_of(SCRIPT).url("0.0.0.0", 6006))
-    asked = parse_qs(address.query)
-    tags = [card["tag"] for card in json.loads(asked["pinnedCards"][0])]
-    assert (address.netloc, asked["smoothing"], tags) == (
-        "localhost:6006",
-        ["0"],
-        ["eval/perplexity", "train/perplexity"],
-    )
-
-
 def test_an_invalid_or_used_port_is_reported_before_an_address_is_shown(runs: Path) -> None:
     _write_events(runs / "one")
     with socket.create_server(("localhost", 0)) as taken:
@@ -101,15 +60,16 @@ def test_an_invalid_or_used_port_is_reported_before_an_address_is_shown(runs: Pa
     refused(call(SCRIPT, runs, "--port=70000"), "--port=70000: cannot listen there")
 
 
-def test_the_page_shows_a_point(tmp_path: Path) -> None:
+def test_the_short_address_shows_both_losses_and_a_point(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump(validate(tree(), "the test")))
     board = TensorBoard(tmp_path / "run")
     board.open(0)
-    board.write(5, {"eval/perplexity": 2.0})
+    board.write(5, {"eval/loss": 2.0})
     board.close()
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "relora_mora", BOARD, str(tmp_path), f"--port={port}"])
+    command = [sys.executable, "-m", "relora_mora", BOARD, str(tmp_path), f"--port={port}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     points: list[list[float]] = []
     deadline = time.monotonic() + 60
     while not points:
@@ -117,10 +77,15 @@ def test_the_page_shows_a_point(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
         with contextlib.suppress(OSError):  # it has not started, or not read the run
-            asked = f"http://localhost:{port}/data/plugin/scalars/scalars?run=run&tag=eval/perplexity"
-            points = json.load(urlopen(asked, timeout=10))
+            values = f"http://localhost:{port}/data/plugin/scalars/scalars?run=run&tag=eval/loss"
+            points = json.load(urlopen(values, timeout=10))
+    first_page = urlopen(f"http://localhost:{port}", timeout=10).read().decode()
     process.terminate()
-    process.wait(timeout=30)
+    printed, _ = process.communicate(timeout=30)
+    assert (printed, process.returncode) == (f"http://localhost:{port}\n", 0)
+    asked = parse_qs(first_page.partition("/?")[2].partition("#")[0])
+    tags = [card["tag"] for card in json.loads(asked["pinnedCards"][0])]
+    assert (tags, asked["smoothing"]) == (["eval/loss", "train/loss"], ["0"])
     assert [point[1:] for point in points] == [[5, 2.0]]
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from relora_mora.commands import demo
 from tests.tools.commands import call
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 STEP = """
@@ -56,8 +57,8 @@ def test_after_ctrl_c_a_step_has_enough_time_to_save(tmp_path: Path) -> None:
     assert err.startswith("stopped; the same command continues from here")
 
 
-@pytest.mark.parametrize(
-    ("changes", "settings"),
+@each(
+    "changes,settings",
     [
         (["--train.steps=0", "--optim.warmup_step=3"], ["train.steps: ", "optim.warmup_step: "]),
         (["--data.sequence_length=100000"], ["data.sequence_length: "]),

@@ -111,77 +111,7 @@ def test_the_same_files_every_time(tree: Path, tmp_path: Path) -> None:
     assert a == b
 
 
-def test_size_is_bounded(tree: Path, tmp_path: Path) -> None:
-    counts = demo.write(demo.docstrings(tree), tmp_path / "out", 60_000)
-    total = counts["train"]["bytes"] + counts["validation"]["bytes"]
-    assert 59_000 < total <= 60_000
-    assert total == sum(
-        len(document["text"].encode())
-        for side in ("train", "validation")
-        for document in _read(tmp_path / "out" / side)
-    )
-    with pytest.raises(demo.DemoTextError, match="0 training and 0 validation documents within --max_bytes=10"):
-        demo.write(demo.docstrings(tree), tmp_path / "other", 10)
-    assert not (tmp_path / "other").exists()
-
-
-def test_a_second_run_redoes_nothing(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: dict.fromkeys(("stdlib", "purelib", "platlib"), str(tree)))
-    out = tmp_path / "out"
-    demo.main(out=str(out))
-    first = capsys.readouterr().out
-    assert "training documents" in first
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*.*")}
-    monkeypatch.setattr(demo, "docstrings", None)
-    demo.main(out=str(out))
-    assert "already exists" in capsys.readouterr().out
-    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*.*")}
-
-
 def test_examples_and_code_are_dropped() -> None:
-    text = "\n".join(
-        [
-            "First line.",
-            "",
-            "Example:",
-            "    >>> call(1)",
-            "    ... and_more",
-            "    [1, 2]",
-            "",
-            "    Between.",
-            "",
-            "",
-            "```python",
-            "code()",
-            "",
-            "more()",
-            "```",
-            "Last line.   ",
-            "",
-        ]
-    )
+    examples = "Example:\n    >>> call(1)\n    ... and_more\n    [1, 2]\n\n    Between."
+    text = f"First line.\n\n{examples}\n\n\n```python\ncode()\n\nmore()\n```\nLast line.   \n"
     assert demo.prose(text) == "First line.\n\nExample:\n\n    Between.\n\nLast line."
-
-
-@pytest.mark.parametrize(
-    ("text", "english"),
-    [
-        (_prose(1), True),
-        (_prose(1)[: demo.MIN_CHARACTERS - 1], False),
-        ("alpha, beta, gamma, delta, epsilon, zeta, eta, theta, iota, kappa, lambda\n" * 5, False),
-        ("| 1.0 | 2.0 | 3.0 | the of and to in is |\n" * 9, False),
-        ("Das ist ein Satz, der nicht auf Englisch geschrieben wurde und deshalb hier fehlen soll. " * 5, False),
-    ],
-)
-def test_text_that_counts_as_english(text: str, english: bool) -> None:
-    assert demo.is_english(text) is english
-
-
-def test_pythons_own_reference_is_found() -> None:
-    found = list(demo.python_reference())
-    assert len(found) > 50
-    assert sum(len(document["text"]) for document in found) > 200_000
-    assert any(document["url"] == "python://pydoc_data/topics#assignment" for document in found)
-    assert 0 < sum(map(demo._held_out, found)) < len(found) // 4  # each topic is on a side of its own

@@ -9,19 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from examples.uuid_pairs import uuid_pairs
 from relora_mora.config.load import ConfigError
 from relora_mora.experiments.study.check import check_inputs
 from relora_mora.experiments.study.conduct import CellsFailed, conduct
 from relora_mora.experiments.study.design import Study
 from relora_mora.experiments.study.folder import StudyFolder
 from tests.experiments.study.tools import PROGRAM, made_study
-from tests.tools.adapter_tools import save_base
 from tests.tools.commands import call, refused
-from tests.tools.data_tools import write_json_lines
 from tests.tools.helpers import ROOT
 from tests.tools.runs import write_inputs
-from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 pytestmark = pytest.mark.more
 
@@ -50,31 +46,6 @@ def test_missing_inputs_of_runs_are_reported_before_the_first_run(tmp_path: Path
     refused(result, "no.json", "none", "the adapters of a layer have", "(in name=mora,rank=1000000,lr=0.001,seed=0)")
     assert result.err.count("no.json") == 1, "the same for all runs"
     assert not (tmp_path / "out").exists()
-
-
-def test_a_run_that_takes_text_and_tokenizer_of_its_model_finds_them(tmp_path: Path):
-    start = save_base(tmp_path / "start", max_position_embeddings=128)
-    save_bytes_tokenizer(start)
-    data = tmp_path / "pairs.jsonl"
-    write_json_lines(data, uuid_pairs(4, 0))
-    study = Study.model_validate(
-        {
-            "command": "finetune",
-            "base": str(ROOT / "configs/task/memory.yaml"),
-            "settings": {
-                "model.init_from": str(start),
-                "data.train": str(data),
-                "data.validation": str(data),
-                "data.sequence_length": 80,
-            },
-            "grid": [{"method.name": ["mora", "lora"]}],
-        }
-    )
-    folder = StudyFolder(tmp_path / "out")
-    check_inputs(study, folder)
-    data.unlink()
-    with pytest.raises(ConfigError, match=r"pairs\.jsonl.*\(in name=mora,seed=0\)"):
-        check_inputs(study, folder)
 
 
 def test_missing_inputs_of_the_second_round_are_reported_after_the_first(tmp_path: Path):

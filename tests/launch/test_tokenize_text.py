@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -19,10 +17,8 @@ import pytest
 import yaml
 
 from relora_mora.data.sources.resolve import resolve_shards
-from relora_mora.data.tokens.folder import make_tokens
 from tests.tools.commands import TOKENIZE, Answer, call, disk, left_in, refused
-from tests.tools.data_tools import data_config, line, some_texts, write_parquet, write_shard, write_shards
-from tests.tools.helpers import ROOT
+from tests.tools.data_tools import line, some_texts, write_shard, write_shards
 from tests.tools.runs import write_inputs
 
 pytestmark = pytest.mark.more
@@ -91,23 +87,6 @@ def test_a_folder_of_something_else_is_refused(
     assert contents(out) == whole
 
 
-def test_a_disk_without_locks_is_written_to_with_a_warning(
-    inputs: Path, tokenizer_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As Lustre is without -o flock."""
-
-    def flock(file: object, how: int) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    source = f"{inputs}/part-00000.json.gz"
-    given = {"config": data_config(source), "tokenizer_path": tokenizer_path, "processes": 1}
-    with caplog.at_level("WARNING", logger="relora_mora"):
-        make_tokens(resolve_shards(source), tmp_path / "out", **given)
-    assert "its disk supports no locks (Function not implemented)" in caplog.text
-    assert (tmp_path / "out" / "tokens.json").is_file()
-
-
 def test_settings_of_a_run_give_text_tokenizer_and_limits(tmp_path: Path, tokenizer_path: str) -> None:
     folder = write_inputs(tmp_path)
     settings = {
@@ -126,40 +105,6 @@ def test_settings_of_a_run_give_text_tokenizer_and_limits(tmp_path: Path, tokeni
         assert {shard.tokens.making.max_line_bytes for shard in shards if shard.tokens} == {12345}
 
 
-def test_settings_of_a_fine_tuning_run(tmp_path: Path, tokenizer_path: str) -> None:
-    folder = write_inputs(tmp_path)
-    text = f"{folder}/train/*.json.gz"
-    settings = {
-        "model": {"config": str(folder / "model.json")},
-        "tokenizer": {"path": tokenizer_path},
-        "data": {"train": text, "validation": text},
-        "train": {"run_dir": str(folder / "run"), "steps": 120},
-    }
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    assert call(TOKENIZE, path, tmp_path / "tokens", "--finetune", "--processes=1").code == 0
-    settings["data"] |= {"train": [{"source": text, "name": name} for name in "ab"], "concatenate": True}
-    path.write_text(yaml.safe_dump(settings))
-    answer = call(TOKENIZE, path, tmp_path / "other", "--finetune", "--processes=1")
-    refused(answer, "data.train names several sources; tokenize each into a folder of its own")
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--split=test"], "--split: got 'test', expected train or validation"),
-        (["--processes=0"], "--processes: got 0, expected at least 1"),
-        ([], "--tokenizer: missing; give the folder or .model file"),
-        (["--tokenizer=t", "--data.max_bad_fraction=7"], "data.max_bad_fraction: got 7"),
-        (["--tokenizer=gone"], "gone: not found"),
-        (["--tokeniser=t"], "--tokeniser"),
-    ],
-)
-def test_arguments(inputs: Path, tmp_path: Path, argv: list[str], message: str) -> None:
-    refused(call(TOKENIZE, f"{inputs}/*.json.gz", tmp_path / "out", *argv), message)
-    assert left_in(tmp_path) == []
-
-
 def test_unusable_text(tmp_path: Path, tokenizer_path: str) -> None:
     """What was finished stays, and a call that forgives more goes on."""
     write_shard(tmp_path / "0.json", [line("a text")])
@@ -172,14 +117,6 @@ def test_unusable_text(tmp_path: Path, tokenizer_path: str) -> None:
     assert "1 of 32 rows were bad and skipped" in answer.out
 
 
-def test_a_text_in_another_column(tmp_path: Path, tokenizer_path: str) -> None:
-    write_parquet(tmp_path / "a.parquet", some_texts(20), column="content")
-    argv = [tmp_path / "a.parquet", tmp_path / "out", f"--tokenizer={tokenizer_path}", "--processes=1"]
-    refused(call(TOKENIZE, *argv), 'a.parquet has no column "text"; set data.text_column to one of id, content, url')
-    assert left_in(tmp_path) == ["a.parquet"]
-    assert call(TOKENIZE, *argv, "--data.text_column=content").code == 0
-
-
 def test_a_full_disk(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
     with disk(tmp_path / "disk", "size=24k") as folder:
         refused(make(inputs, folder / "out", tokenizer_path), f"{folder / 'out'}", "No space left on device; free some")
@@ -187,23 +124,6 @@ def test_a_full_disk(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
 
 
 # ---- the end of a command ------------------------------------------------------------------------------------------
-
-
-def test_a_set_by_name_does_not_need_torch(tmp_path: Path, tokenizer_path: str) -> None:
-    write_shards(tmp_path / "set", 2, 20)
-    argv = [TOKENIZE, tmp_path / "set", tmp_path / "out", f"--tokenizer={tokenizer_path}", "--processes=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "relora_mora", *map(str, argv)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "tokens of 40 documents" in done.stdout
-
-
-def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path, tokenizer_path: str) -> None:
-    write_shard(tmp_path / os.fsdecode(b"B\xfccher.json"), some_texts(3))
-    answer = call(TOKENIZE, f"{tmp_path}/*.json", tmp_path / "out", f"--tokenizer={tokenizer_path}")
-    refused(answer, r"B\udcfccher.json'", "its name is not UTF-8, and the index stores it; rename the file")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
@@ -253,30 +173,3 @@ def test_ctrl_c_keeps_finished_files(much_text: Path, tmp_path: Path, tokenizer_
     answer = call(*argv, "--processes=1")
     assert answer.code == 0
     assert len(resolve_shards(str(out))) == 4
-
-
-def test_a_glob_may_begin_with_a_bracket(tmp_path: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    answer = call(TOKENIZE, "[ab]*.json", "out", f"--tokenizer={tokenizer_path}")
-    refused(answer, "no file matches [ab]*.json")
-
-
-def test_a_killed_process_is_reported(much_text: Path, tmp_path: Path, tokenizer_path: str) -> None:
-    before = psutil.Process().children()  # of pools, for instance
-
-    def kill_one() -> None:
-        while not answered.is_set():
-            for child in psutil.Process().children():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if child not in before and "spawn_main" in " ".join(child.cmdline()):
-                        child.kill()
-                        return
-            time.sleep(0.01)
-
-    answered = threading.Event()
-    killer = threading.Thread(target=kill_one, daemon=True)
-    killer.start()
-    answer = call(TOKENIZE, f"{much_text}/*.json", tmp_path / "out", f"--tokenizer={tokenizer_path}", "--processes=2")
-    answered.set()
-    killer.join()
-    refused(answer, "was killed; if memory ran out, give fewer --processes")

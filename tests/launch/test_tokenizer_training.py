@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
-from relora_mora.data.errors import SourceError
 from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.tokenizer.identity import vocabulary_size
 from relora_mora.tokenizer.load import load_tokenizer
@@ -63,24 +61,6 @@ def test_sample_is_bounded_seeded_and_uniform() -> None:
     assert training.sample(iter([]), max_bytes=1, seed=0) == ([], 0)
 
 
-def test_training_does_not_depend_on_the_number_of_threads() -> None:
-    def pieces(threads: int) -> list[tuple[str, float]]:
-        model = sentencepiece.SentencePieceProcessor(
-            model_proto=training.train(own_text(), vocab_size=900, character_coverage=0.9995, threads=threads)
-        )
-        return [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
-
-    assert pieces(1) == pieces(3)
-
-
-def test_text_without_spaces_is_trained_on(tmp_path: Path) -> None:
-    letters = random.Random(0)
-    (tmp_path / "dna.txt").write_text("".join(letters.choice("ACGT") for _ in range(20_000)))
-    training.main(str(tmp_path / "dna.txt"), str(tmp_path / "out"), vocab_size=300)
-    tokenizer = load_tokenizer(tmp_path / "out")
-    assert tokenizer.decode(tokenizer.encode(" a  b", add_special_tokens=False)) == " a  b"
-
-
 def test_vocabulary_that_does_not_fit_the_text_is_explained() -> None:
     with pytest.raises(TokenizerError, match=r"--vocab_size=1000: this text has only (\d+) different pieces") as caught:
         training.train(["hello world, hello"], vocab_size=1000)
@@ -121,24 +101,3 @@ def test_training_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         )
     )
     assert "training on 3 of the 3 documents read" in capsys.readouterr().out
-
-
-def test_the_limit_named_in_a_data_fault_can_be_raised(tmp_path: Path) -> None:
-    lines = [json.dumps({"text": text}) for text in own_text()[:50]]
-    (tmp_path / "text.jsonl").write_text("\n".join([*lines, *(["not JSON"] * 5)]), encoding="utf-8")
-    wanted = {"data": str(tmp_path / "text.jsonl"), "out": str(tmp_path / "out"), "vocab_size": 400}
-    with pytest.raises(SourceError, match=r"or raise data\.max_bad_fraction$"):
-        training.main(**wanted)
-    training.main(**wanted, **{"data.max_bad_fraction": "0.2"})
-    assert vocabulary_size(load_tokenizer(tmp_path / "out")) == 400
-
-
-def test_the_text_may_be_in_another_column(tmp_path: Path) -> None:
-    for column in ("text", "content"):
-        lines = [json.dumps({column: text}) for text in own_text()[:50]]
-        (tmp_path / f"{column}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        of_text = {"data.text_column": column}
-        training.main(str(tmp_path / f"{column}.jsonl"), str(tmp_path / column), vocab_size=400, **of_text)
-    assert (tmp_path / "content" / "tokenizer.model").read_bytes() == (
-        tmp_path / "text" / "tokenizer.model"
-    ).read_bytes()

@@ -28,25 +28,6 @@ def test_a_seed_gives_the_same_bytes_on_every_machine(tmp_path):
     assert all(str(uuid.UUID(text)) == text and uuid.UUID(text).version == 4 for text in [*keys, *values])
 
 
-def test_more_pairs_begin_with_the_same_ones(tmp_path):
-    call(UUID_PAIRS, tmp_path / "few", "--pairs=3")
-    call(UUID_PAIRS, tmp_path / "many", "--pairs=9")
-    call(UUID_PAIRS, tmp_path / "other", "--pairs=3", "--seed=1")
-    few, many, other = ((tmp_path / name).read_text().splitlines() for name in ("few", "many", "other"))
-    assert many[:3] == few
-    assert not set(few) & set(other)
-
-
-def test_the_same_pairs_as_conversations(tmp_path):
-    call(UUID_PAIRS, tmp_path / "pairs", "--pairs=3")
-    call(UUID_PAIRS, tmp_path / "talks", "--pairs=3", "--kind=messages")
-    pairs, talks = (list(map(json.loads, (tmp_path / name).read_text().splitlines())) for name in ("pairs", "talks"))
-    for pair, talk in zip(pairs, talks, strict=True):
-        question, answer = talk["messages"]
-        assert question == {"role": "user", "content": pair["prompt"].strip()}
-        assert answer == {"role": "assistant", "content": pair["completion"]}
-
-
 def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "there").write_text("mine")
     refused(call(UUID_PAIRS, tmp_path / "there"), "there", "File exists")

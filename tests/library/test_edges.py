@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import relora_mora as rm
+from tests.tools.each import each
 
 
 def mlp() -> nn.Sequential:
@@ -28,7 +29,7 @@ def steps(remora: rm.AttachedAdapters, optimizer: torch.optim.Optimizer, count: 
         remora.after_step(optimizer)
 
 
-@pytest.mark.parametrize("method", [rm.MoRA(2, form="merged"), rm.LoRA(2, form="merged")])
+@each("method", [rm.MoRA(2, form="merged"), rm.LoRA(2, form="merged")])
 def test_second_derivatives_are_refused_in_the_merged_form(method):
     model = mlp()
     rm.attach(model, method)
@@ -37,19 +38,7 @@ def test_second_derivatives_are_refused_in_the_merged_form(method):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("build", [rm.MoRA, rm.LoRA])
-def test_the_decoupled_form_has_second_derivatives(build):
-    model = mlp().double()
-    remora = rm.attach(model.float(), build(2, form="decoupled"))
-    for name in remora.names:
-        nn.init.normal_(model.get_parameter(name), std=0.1)
-    x = torch.randn(3, 16, requires_grad=True)
-    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-    gradient.square().sum().backward()
-    assert all(model.get_parameter(name).grad.abs().sum() > 0 for name in remora.names)
-
-
-@pytest.mark.parametrize("reset", ["magnitude", "random"])
+@each("reset", ["magnitude", "random"])
 def test_an_optimizer_without_moments_has_nothing_to_reset(reset):
     remora = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2, reset=reset))
     steps(remora, torch.optim.SGD(remora.parameter_groups(lr=0.1)), 5)
@@ -91,35 +80,10 @@ def test_a_failed_attach_leaves_the_model_as_it_was():
     rm.attach(model, rm.ReMoRA(2))
 
 
-def hooked() -> nn.Module:
-    model = mlp()
-    model[0].register_forward_hook(lambda *given: None)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("make", "arguments", "message"),
-    [
-        (lambda: nn.Linear(16, 16), {}, "it is the whole model; put it into"),
-        (mlp, {"targets": []}, r"no module that matches \[\]; it has linears named 0, 2"),
-        (hooked, {}, "its hooks, or a forward of its own, would be lost"),
-        (mlp, {"method": rm.ReMoRA}, "method: expected what ReMoRA"),
-        (
-            mlp,
-            {"method": rm.ReMoRA(2, rank_pattern={"q_proj": 4})},
-            "rank_pattern: no target is named q_proj; they are 0, 2",
-        ),
-    ],
-)
-def test_what_attach_refuses(make, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        rm.attach(make(), **{"method": rm.ReMoRA(2), **arguments})
-
-
 SCHEDULE = {"total_steps": 40, "warmup_steps": 4, "restart_warmup_steps": 2}
 
 
-@pytest.mark.parametrize(
+@each(
     ("changes", "message"),
     [
         ({"kind": "cosin"}, "kind: expected one of cosine, linear, wsd, constant, got 'cosin'"),
@@ -237,7 +201,7 @@ def test_a_longer_run_continues_a_finished_one_exactly():
     assert all(torch.equal(value, merged[name]) for name, value in whole.merged_state_dict().items())
 
 
-@pytest.mark.parametrize("method", [rm.ReMoRA(2), rm.ReLoRA(2)])
+@each("method", [rm.ReMoRA(2), rm.ReLoRA(2)])
 def test_adapters_are_float32_whatever_the_defaults_of_torch_are(method):
     model = mlp()
     torch.set_default_dtype(torch.bfloat16)
@@ -299,21 +263,6 @@ def test_weights_without_their_state_bring_the_operator():
     x = torch.randn(3, 16)
     assert (remora.operator, other.operator) == (2, 2)
     assert torch.equal(other.model(x), remora.model(x))
-
-
-def test_the_extra_state_of_other_modules_is_kept():
-    class Counted(nn.Sequential):
-        count = 3
-
-        def get_extra_state(self):
-            return {"count": self.count}
-
-        def set_extra_state(self, state):
-            self.count = state["count"]
-
-    remora = rm.attach(Counted(nn.Linear(16, 16)), rm.MoRA(2))
-    remora.model.count = 5
-    assert remora.merged().count == 5
 
 
 def test_save_makes_its_folder(tmp_path):

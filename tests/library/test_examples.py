@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 import math
 import re
 import runpy
@@ -23,7 +22,6 @@ from tests.tools.pool import Pools
 pytestmark = [pytest.mark.more, pytest.mark.distributed]
 STEPS = ("--steps", "12", "--merge-every", "5")  # with merges after steps 5 and 10
 SAME = 1e-5
-NOTEBOOK = json.loads((ROOT / "examples" / "tiny_remora.ipynb").read_text(encoding="utf-8"))
 
 
 def run_script(script: str, options: tuple[str, ...]) -> str:
@@ -86,22 +84,6 @@ def test_accelerate_fsdp2(start: Callable[..., str]) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers")
 def test_diffusion_unet(start: Callable[..., str]) -> None:
     check(start("diffusion_unet.py"), learns=True)
-
-
-def test_the_notebook_is_stored_without_outputs() -> None:
-    assert (NOTEBOOK["nbformat"], NOTEBOOK["nbformat_minor"]) == (4, 5)
-    cells = NOTEBOOK["cells"]
-    assert len({cell["id"] for cell in cells}) == len(cells)
-    for cell in cells:
-        code = {"outputs": [], "execution_count": None} if cell["cell_type"] == "code" else {}
-        assert cell == {
-            "cell_type": cell["cell_type"],
-            "id": cell["id"],
-            "metadata": {},
-            "source": cell["source"],
-            **code,
-        }
-        assert cell["cell_type"] in ("code", "markdown") and all(isinstance(line, str) for line in cell["source"])
 
 
 def test_the_readme_lists_every_example() -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import relora_mora as rm
+from tests.tools.each import each
 from tests.tools.fsdp_on_cpus import fsdp_on_cpus
 from tests.tools.grids import rest
 from tests.tools.tiny import tiny_llama
@@ -133,26 +134,6 @@ def test_the_best_checkpoint_comes_back_with_its_operator(tmp_path):
 
 
 @pytest.mark.more
-def test_the_merged_model_is_a_plain_one(tmp_path):
-    from transformers import LlamaForCausalLM
-
-    _, remora, _ = trained(tmp_path)
-    plain = remora.merged()
-    plain.save_pretrained(tmp_path / "plain")
-    again = LlamaForCausalLM.from_pretrained(tmp_path / "plain")
-    ids = torch.arange(16)[None]
-    assert torch.equal(again(ids).logits, plain(ids).logits)
-    assert (again(ids).logits - remora.model(ids).logits).abs().max() < 1e-5
-
-
-@pytest.mark.more
-def test_adapters_of_other_layers_do_not_resume(tmp_path: Path) -> None:
-    trained(tmp_path, max_steps=2)
-    with pytest.raises(ValueError, match=r"the state belongs to other adapters: .*mlp.down_proj"):
-        trained(tmp_path, resume=True, targets=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"])
-
-
-@pytest.mark.more
 def test_a_model_with_adapters_is_saved_merged_but_for_checkpoints(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
@@ -187,9 +168,10 @@ def test_a_model_with_adapters_saves_itself_as_other_models_do(tmp_path: Path) -
         assert torch.equal(again(ids).logits, remora.merged()(ids).logits)
 
 
-def test_a_model_whose_adapters_have_a_process_group_can_be_copied() -> None:
+def test_a_model_whose_adapters_have_a_process_group_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaForCausalLM
 
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # another test may have joined ranks
     group = threading.Lock()  # cannot be copied either, and one process asks nothing of its group
     model = LlamaForCausalLM(tiny_llama()).bfloat16()
     remora = rm.attach(model, rm.ReMoRA(2, merge_every=1), process_group=group)
@@ -228,7 +210,7 @@ def test_two_callbacks_are_refused(tmp_path: Path) -> None:
         trained(tmp_path, max_steps=2, callbacks=2)
 
 
-@pytest.mark.parametrize("merge_every,expected", [(4, 2), (2000, 50)])
+@each("merge_every,expected", [(4, 2), (2000, 50)])
 def test_the_warmup_after_a_merge_is_no_longer_than_half_of_the_interval(merge_every: int, expected: int) -> None:
     remora = rm.attach(torch.nn.Sequential(torch.nn.Linear(8, 8)), rm.ReMoRA(2, merge_every=merge_every))
     assert rm.ReMoRACallback(remora).restart_warmup_steps == expected

@@ -14,6 +14,7 @@ import relora_mora as rm
 from relora_mora.adapters.layers import AdapterLinear
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import MORA_TYPES
+from tests.tools.each import each
 
 MERGE_EVERY = 3  # steps
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -150,7 +151,7 @@ def test_a_model_trains_merges_and_becomes_plain(make: Callable[[], Case], name:
     assert (trained - before).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("operator", MORA_TYPES)
+@each("operator", MORA_TYPES)
 def test_every_operator(operator: int) -> None:
     other = 2 if operator == 1 else 1
     method = rm.ReMoRA(2, operators=(operator, other), merge_every=MERGE_EVERY, square_multiple=2)
@@ -165,7 +166,7 @@ REMORA_RESETS = [(rm.ReMoRA, reset) for reset in ("full", "magnitude", "random",
 RELORA_RESETS = [(rm.ReLoRA, reset) for reset in ("full", "magnitude", "random", "none")]
 
 
-@pytest.mark.parametrize(("method", "reset"), REMORA_RESETS + RELORA_RESETS)
+@each(("method", "reset"), REMORA_RESETS + RELORA_RESETS)
 def test_every_reset(method: Callable[..., MethodConfig], reset: str) -> None:
     remora, arguments = attach(method(2, merge_every=MERGE_EVERY, reset=reset, reset_ratio=0.75))
     merges = train(remora, arguments, 2 * MERGE_EVERY)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import relora_mora as rm
+from tests.tools.each import each
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -73,8 +74,8 @@ def output(model: nn.Module) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("make", [Tied, Reads, Attention, encoder, wavlm])
-@pytest.mark.parametrize("method", [rm.ReMoRA(2, merge_every=2), rm.ReLoRA(2, merge_every=2)])
+@each("make", [Tied, Reads, Attention, encoder, wavlm])
+@each("method", [rm.ReMoRA(2, merge_every=2), rm.ReLoRA(2, merge_every=2)])
 def test_a_weight_that_is_read_trains_and_merges(make: Callable[[], nn.Module], method: object) -> None:
     torch.manual_seed(0)
     remora = rm.attach(make().train(), method)  # type: ignore[arg-type]
@@ -241,7 +242,7 @@ class Reused(nn.Module):
         return self.again(self.first(x).tanh())
 
 
-@pytest.mark.parametrize("targets", [None, ["again"], ["first", "again"]])
+@each("targets", [None, ["again"], ["first", "again"]])
 def test_a_module_with_two_names_has_one_adapter(targets: list[str] | None) -> None:
     remora = rm.attach(Reused(), rm.ReMoRA(2, merge_every=2), targets=targets)
     model = remora.model

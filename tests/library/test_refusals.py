@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import distributed, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch import nn
 from torch.nn.utils.parametrizations import orthogonal
 
 import relora_mora as rm
 from relora_mora.adapters.layers import adapter_layers
+from tests.tools.each import each
 
 METHOD = rm.ReMoRA(2, merge_every=3)
 
@@ -41,6 +40,12 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
 
 
+def hooked() -> nn.Module:
+    model = mlp()
+    model[0].register_forward_hook(lambda *given: None)
+    return model
+
+
 def quantized() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), Linear4bit(8, 8))
 
@@ -62,7 +67,7 @@ def on_meta() -> nn.Module:
         return mlp()
 
 
-@pytest.mark.parametrize(
+@each(
     ("model", "targets", "words"),
     [
         (quantized(), None, ("1 (Linear4bit)", "quantized", "load the model without")),
@@ -77,6 +82,9 @@ def on_meta() -> nn.Module:
         (mlp().double(), None, ("torch.float64", "float32, bfloat16 and float16")),
         (on_meta(), None, ("meta device", "load the weights first")),
         (nn.Sequential(nn.GELU()), None, ("any nn.Linear", "(none)")),
+        (nn.Linear(8, 8), None, ("it is the whole model; put it into",)),
+        (mlp(), [], ("no module that matches []", "0, 2")),
+        (hooked(), None, ("its hooks, or a forward of its own, would be lost",)),
     ],
 )
 def test_targets_that_cannot_have_an_adapter(model: nn.Module, targets: Any, words: tuple[str, ...]) -> None:
@@ -84,6 +92,13 @@ def test_targets_that_cannot_have_an_adapter(model: nn.Module, targets: Any, wor
         rm.attach(model, METHOD, targets=targets)
     assert all(word in str(refusal.value) for word in words), refusal.value
     assert not list(adapter_layers(model))
+
+
+def test_methods_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="method: expected what ReMoRA"):
+        rm.attach(mlp(), rm.ReMoRA)
+    with pytest.raises(ValueError, match="rank_pattern: no target is named q_proj; they are 0, 2"):
+        rm.attach(mlp(), rm.ReMoRA(2, rank_pattern={"q_proj": 4}))
 
 
 def test_data_parallel() -> None:
@@ -101,7 +116,7 @@ def test_attaching_twice() -> None:
         rm.attach(model, METHOD)
 
 
-@pytest.mark.parametrize(
+@each(
     ("method", "settings", "words"),
     [
         (rm.ReMoRA, {"operators": (1, 1)}, ("[1, 1]", "alternate")),
@@ -125,18 +140,6 @@ def test_settings_of_methods(method: Any, settings: dict[str, Any], words: tuple
 def test_a_layer_that_is_too_small() -> None:
     with pytest.raises(ValueError, match=r"64 is more than R of a 8 -> 8 layer at method.rank=2; lower it"):
         rm.attach(mlp(), rm.ReMoRA(2, square_multiple=64))
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    if distributed.is_initialized():  # another test in this process has joined one
-        yield
-        return
-    distributed.init_process_group(
-        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    yield
-    distributed.destroy_process_group()
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -179,17 +182,6 @@ def test_an_optimizer_with_one_state_for_all_parameters() -> None:
         remora.after_step(optimizer)
 
 
-@pytest.mark.usefixtures("process_group")
-def test_an_optimizer_that_shards_its_state() -> None:
-    model = mlp()
-    remora = rm.attach(model, METHOD)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = ZeroRedundancyOptimizer(trained, torch.optim.AdamW)
-    step(model, optimizer)
-    with pytest.raises(ValueError, match="ZeroRedundancyOptimizer does not keep the state of each parameter"):
-        remora.after_step(optimizer)
-
-
 def test_state_that_has_no_value_per_element() -> None:
     """Adafactor keeps the moments of rows and columns; only a full reset starts them again."""
     for reset, refused in (("full", False), ("magnitude", True)):
@@ -211,7 +203,7 @@ def test_a_scheduler_that_cannot_warm_up_again() -> None:
         remora.rewarm(scheduler, total_steps=10, restart_warmup_steps=1)
 
 
-@pytest.mark.parametrize(
+@each(
     ("method", "seed", "words"),
     [
         (rm.ReLoRA(2, merge_every=3), 0, "method is 'remora', expected 'relora'"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import relora_mora as rm
+from tests.tools.each import each
 
 X, V = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
 
@@ -41,15 +42,15 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("operator", [0, 1, 2, 3, 4, 6])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@each("operator", [0, 1, 2, 3, 4, 6])
+@each("name", TRANSFORMS)
 def test_the_decoupled_form_has_every_derivative(name: str, operator: int) -> None:
     model, plain = model_of(operator, "decoupled")
     transform = TRANSFORMS[name]
     torch.testing.assert_close(transform(model), transform(plain), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("operator", [0, 1])
+@each("operator", [0, 1])
 def test_the_merged_form_refuses_what_it_does_not_have(operator: int) -> None:
     model, _ = model_of(operator, "merged")
     for name in ("jvp", "dual"):
@@ -58,13 +59,13 @@ def test_the_merged_form_refuses_what_it_does_not_have(operator: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.parametrize("form", ["decoupled", "merged", "auto"])
+@each("form", ["decoupled", "merged", "auto"])
 def test_a_trace_computes_what_the_model_computes(form: str) -> None:
     model, plain = model_of(1, form)
     torch.testing.assert_close(torch.jit.trace(model, X)(V), plain(V), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["merged", "decoupled"])
+@each("form", ["merged", "decoupled"])
 def test_a_model_can_be_copied_and_saved_after_a_training_forward(form: str) -> None:
     from transformers import OPTConfig, OPTForCausalLM
 

@@ -13,6 +13,7 @@ from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.model import causal
 from relora_mora.model import documents as attention
 from relora_mora.model.causal import LossModel, build_model
+from tests.tools.each import each
 from tests.tools.tiny import batch, tiny_llama
 
 CPU = torch.device("cpu")
@@ -49,9 +50,9 @@ def loss_and_gradients(model: LossModel, documents: list[list[int]], device: tor
     return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS.keys())
+@each("checkpointing", [False, True])
+@each("kv_heads", [4, 2])
+@each("documents", DOCUMENTS.values())
 def test_boundaries_separate_documents_like_a_mask(
     documents: list[list[int]], kv_heads: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from relora_mora.config.schema import ModelConfig
 from relora_mora.model.causal import LossModel, build_model
 from relora_mora.model.config import check_length, keys_with, plain_model_config, read_model_config
 from relora_mora.model.config_keys import ARCHITECTURES, FUNCTION, TRAINING
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 from tests.tools.tiny import batch
 
@@ -51,7 +52,7 @@ def rope(kind: str, theta: float = 10000.0, **values: Any) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": theta, **values}
 
 
-@pytest.mark.parametrize(
+@each(
     "overrides",
     [
         {"vocab_size": 80},
@@ -72,7 +73,6 @@ def rope(kind: str, theta: float = 10000.0, **values: Any) -> dict[str, Any]:
         {"attention_dropout": 0.5},
         {"initializer_range": 0.1},
     ],
-    ids=lambda overrides: " ".join(overrides),
 )
 def test_honored_keys_change_the_loss(path: Path, overrides: dict[str, Any]) -> None:
     plain = loss_of(read(path, initializer_range=0.05))
@@ -85,7 +85,7 @@ def test_bias_keys_add_biases(path: Path) -> None:
         assert len([name for name in names if name.endswith(".bias")]) == count
 
 
-@pytest.mark.parametrize("token", [None, 2, -1, 63])
+@each("token", [None, 2, -1, 63])
 def test_no_embedding_is_frozen_for_padding(path: Path, token: int | None) -> None:
     """Text is packed, so the end of a document is a token like any other, even if the tokenizer pads with it."""
     config = read(path, pad_token_id=token)
@@ -179,7 +179,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [  # (what the message must name, ov
 ]
 
 
-@pytest.mark.parametrize(("named", "overrides"), REFUSED, ids=[named for named, _ in REFUSED])
+@each(("named", "overrides"), REFUSED)
 def test_values_that_cannot_be_honored_are_refused(path: Path, named: str, overrides: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         read(path, **overrides)
@@ -222,7 +222,7 @@ def test_activations_without_parameters_are_accepted(path: Path) -> None:
             assert read(path, hidden_act=name).hidden_act == name
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@each("kind", ARCHITECTURES)
 def test_every_key_of_transformers_is_handled(kind: str) -> None:
     assert set(ARCHITECTURES[kind].config_class().to_dict()) <= set(ARCHITECTURES[kind].keys)
 
@@ -260,9 +260,7 @@ def test_keys_without_effect_in_a_manifest_do_not_stop_a_resume(path: Path) -> N
     assert keys_with(old, FUNCTION, TRAINING) != keys_with(read(path), FUNCTION, TRAINING)
 
 
-@pytest.mark.parametrize(
-    "overrides", [{"model_type": "mistral", "sliding_window": 16}, {"model_type": "qwen2"}, {}], ids=str
-)
+@each("overrides", [{"model_type": "mistral", "sliding_window": 16}, {"model_type": "qwen2"}, {}])
 def test_a_read_config_can_be_read_again(path: Path, overrides: dict[str, Any]) -> None:
     config = read(path, max_position_embeddings=8192, num_key_value_heads=1, **overrides)
     check_length(config, 8192, "x.json")

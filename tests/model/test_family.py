@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from relora_mora.adapters.layers import adapter_layers
@@ -19,34 +18,12 @@ from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.work import meta_model
 from relora_mora.weights.load import model_config_of
 from tests.tools.config_tools import tree
+from tests.tools.each import each
 from tests.tools.tiny import batch, tiny_llama
 
 # (parameters with tied heads counted once, config.json without the keys in OF_ALL); compared with copies of these files
 # that others have uploaded to the hub
 HUB: dict[str, tuple[int, dict[str, Any]]] = {
-    "SmolLM2-135M": (
-        134_515_008,
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "hidden_size": 576,
-            "initializer_range": 0.041666666666666664,
-            "intermediate_size": 1536,
-            "is_llama_config": True,
-            "max_position_embeddings": 8192,
-            "model_type": "llama",
-            "num_attention_heads": 9,
-            "num_hidden_layers": 30,
-            "num_key_value_heads": 3,
-            "rms_norm_eps": 1e-05,
-            "rope_interleaved": False,
-            "rope_scaling": None,
-            "rope_theta": 100000,
-            "tie_word_embeddings": True,
-            "vocab_size": 49152,
-        },
-    ),
     "Llama-3.2-1B-Instruct": (
         1_235_814_400,
         {
@@ -156,7 +133,7 @@ OF_ALL = {
 }
 
 
-@pytest.mark.parametrize("name", HUB)
+@each("name", HUB)
 def test_a_config_from_the_hub_makes_its_model(tmp_path: Path, name: str) -> None:
     parameters, values = HUB[name]
     (tmp_path / "config.json").write_text(json.dumps(OF_ALL | values))
@@ -177,7 +154,7 @@ def test_overrides_apply_to_the_config_of_the_folder(tmp_path: Path) -> None:
     assert model_config_of(settings).attention_dropout == 0.1
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@each("kind", ARCHITECTURES)
 def test_the_hidden_states_agree_with_transformers(kind: str) -> None:
     sizes = tiny_llama(num_key_value_heads=1, initializer_range=0.3, head_dim=12).to_dict()
     known = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -192,7 +169,7 @@ def test_the_hidden_states_agree_with_transformers(kind: str) -> None:
     torch.testing.assert_close(LossModel(lm).hidden(ids, None), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@each("kind", ARCHITECTURES)
 def test_only_adapters_train_if_everything_else_is_frozen(kind: str) -> None:
     """Biases and the norms of queries and keys are frozen too."""
     frozen = {"train_embeddings": False, "train_norms": False, "train_head": False}

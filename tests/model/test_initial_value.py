@@ -9,14 +9,13 @@ from transformers import LlamaForCausalLM
 from relora_mora.adapters.inject import inject
 from relora_mora.config.schema import MethodConfig
 from relora_mora.model.causal import build_model, empty_model, initial_values, put_values
+from tests.tools.each import each
 from tests.tools.tiny import batch, tiny_llama
 
 SIZES = {"hidden_size": 96, "intermediate_size": 160, "vocab_size": 256}
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"initializer_range": 0.1, "pad_token_id": 3, "attention_bias": True, "mlp_bias": True}], ids=str
-)
+@each("changes", [{}, {"initializer_range": 0.1, "pad_token_id": 3, "attention_bias": True, "mlp_bias": True}])
 def test_weights_are_distributed_as_transformers_draws_them(changes):
     model_config = tiny_llama(**SIZES, **changes)
     torch.manual_seed(0)
@@ -47,7 +46,7 @@ def test_a_weight_depends_on_nothing_but_seed_name_and_shape():
     assert not torch.equal(large["lm_head.weight"], build_model(tiny_llama(), seed=8).lm_head.weight)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@each("tied", [False, True])
 def test_an_empty_model_is_complete_after_its_values_are_filled_in(tied):
     model_config = tiny_llama(tie_word_embeddings=tied)
     model = build_model(model_config, seed=1)

@@ -17,11 +17,12 @@ from relora_mora.model.causal import LossModel, build_model
 from relora_mora.model.config import check_length, read_model_config
 from relora_mora.model.documents import document_positions
 from relora_mora.model.loss import chunked_cross_entropy
+from tests.tools.each import each
 from tests.tools.tiny import batch, tiny_config, tiny_llama
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@each("chunk", [1, 3, 7, 100])
+@each("dtype,tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_chunked_loss_and_gradients_equal_plain_cross_entropy(chunk, dtype, tolerance, device):
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 10, 6, dtype=dtype).to(device), torch.randn(11, 6, dtype=dtype).to(device)
@@ -48,7 +49,7 @@ def test_without_labels_the_loss_is_zero():
     assert not hidden.grad.any()
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@each("tied", [False, True])
 def test_the_wrapped_model_has_transformers_loss_and_gradients(tied, device):
     plain, wrapped = (build_model(tiny_llama(tie_word_embeddings=tied), seed=5).to(device) for _ in range(2))
     ids, labels = (tensor.to(device) for tensor in batch(0))
@@ -70,7 +71,7 @@ class NoValueIsRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@each("attention", ["sdpa", "eager"])
 def test_hidden_states_equal_transformers_and_no_value_is_read_back(attention):
     lm = build_model(tiny_llama(), seed=5, attention=attention)
     ids, labels = batch(0)
@@ -106,7 +107,7 @@ def test_initial_weights_follow_from_the_seed_without_using_the_global_generator
     assert not any(other)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@each("attention", ["sdpa", "eager"])
 def test_masked_attention_sees_only_one_document(attention):
     model = LossModel(build_model(tiny_llama(), seed=1, attention=attention))
     ids = batch(0)[0][:1]
@@ -147,7 +148,7 @@ LONGROPE = {
 }
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@each("attention", ["sdpa", "eager"])
 def test_a_document_in_a_sequence_has_the_same_loss_as_by_itself(attention):
     """This holds even if the rotary frequencies depend on how many positions are in use."""
     model = LossModel(build_model(tiny_llama(rope_parameters=LONGROPE), seed=1, attention=attention))

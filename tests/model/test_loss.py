@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from relora_mora import kernels
 from relora_mora.kernels import cpu, cross_entropy_
 from relora_mora.model.loss import CHUNK_BYTES, chunked_cross_entropy, loss_chunk
-from tests.tools.kernels import compiled_only
+from tests.tools.each import each
+from tests.tools.kernels import WITH_LIBRARY, compiled_only
 
 SCALE = torch.tensor(0.25)
 
@@ -28,10 +29,10 @@ def _case(rows: int, vocabulary: int, dtype: torch.dtype, spread: float = 3.0) -
     return logits, labels
 
 
-@pytest.mark.parametrize("library", [pytest.param(True, marks=compiled_only), False])
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
-@pytest.mark.parametrize("vocabulary", [1, 5, 16, 31, 500, 32100])
-@pytest.mark.parametrize("spread", [0.1, 3.0, 60.0])
+@each("library", WITH_LIBRARY)
+@each("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+@each("vocabulary", [1, 5, 16, 31, 500, 32100])
+@each("spread", [0.1, 3.0, 60.0])
 def test_loss_and_gradient_agree_with_float64(vocabulary, dtype, tolerance, spread, library, device, monkeypatch):
     monkeypatch.setattr(kernels.ops, "_enabled", library)
     logits, labels = (tensor.to(device) for tensor in _case(13, vocabulary, dtype, spread))
@@ -48,7 +49,7 @@ def test_loss_and_gradient_agree_with_float64(vocabulary, dtype, tolerance, spre
 
 
 @compiled_only
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@each("dtype", [torch.bfloat16, torch.float32])
 def test_threads_change_no_bit_and_instruction_sets_change_only_rounding(dtype):
     before, results = torch.get_num_threads(), []
     try:
@@ -69,9 +70,9 @@ def test_threads_change_no_bit_and_instruction_sets_change_only_rounding(dtype):
 
 
 @compiled_only
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("place", [0, 17, 20])
+@each("bad", [float("nan"), float("inf"), float("-inf")])
+@each("dtype", [torch.bfloat16, torch.float32])
+@each("place", [0, 17, 20])
 def test_a_nonfinite_logit_makes_the_result_nonfinite(bad, dtype, place):
     logits = torch.zeros(1, 21, dtype=dtype)
     logits[0, place] = bad
@@ -87,7 +88,7 @@ def test_a_nonfinite_logit_makes_the_result_nonfinite(bad, dtype, place):
 
 
 @compiled_only
-@pytest.mark.parametrize("label", [21, -1, 2**40])
+@each("label", [21, -1, 2**40])
 def test_a_label_outside_the_vocabulary_is_refused(label):
     with pytest.raises(IndexError, match="the vocabulary has 21"):
         cross_entropy_(torch.zeros(2, 21), torch.tensor([3, label]), ignore=-100, scale=SCALE, gradient=True)

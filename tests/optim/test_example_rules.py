@@ -13,7 +13,7 @@ from relora_mora.config.optim import OptimConfig
 from relora_mora.optim.own import own_rule
 from relora_mora.optim.rules import MatrixRule, MatrixState, new_state, shapes_of
 from relora_mora.system.seeds import derived_seed
-from tests.tools.helpers import ROOT
+from tests.tools.each import each
 from tests.tools.rules import EXAMPLES, matrices_settings
 
 SHAPES = [(12, 12), (5, 31), (31, 5), (24, 16)]
@@ -90,8 +90,8 @@ class Reference:
         return step
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name,scale", [("galore", 0.25), ("galore", 0.6), ("apollo", 1.0), ("apollo", 0.6)])
+@each("shape", SHAPES)
+@each("name,scale", [("galore", 0.25), ("galore", 0.6), ("apollo", 1.0), ("apollo", 0.6)])
 def test_steps_follow_the_formulas(name, scale, shape):
     reference = Reference(name, scale)
     for actual, gradient in zip(_updates(_rule(name, scale=scale), shape), _gradients(shape), strict=True):
@@ -99,7 +99,7 @@ def test_steps_follow_the_formulas(name, scale, shape):
         assert torch.linalg.vector_norm(actual - expected) < 1e-4 * torch.linalg.vector_norm(expected)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@each("name", EXAMPLES)
 def test_a_rank_above_the_shorter_side_is_cut_to_that_side(name):
     wide, exact = (_updates(_rule(name, rank=rank), (5, 31)) for rank in (128, 5))
     assert all(torch.equal(a, b) for a, b in zip(wide, exact, strict=True))
@@ -117,8 +117,8 @@ def test_galore_of_full_rank_is_adam_in_another_basis():
         assert torch.allclose(before - weight, update, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("done", [0, EVERY, 2 * EVERY])
-@pytest.mark.parametrize("shape", [(5, 31), (31, 5)])
+@each("done", [0, EVERY, 2 * EVERY])
+@each("shape", [(5, 31), (31, 5)])
 def test_a_matrix_of_galore_whose_projection_is_due_waits_for_a_gradient(shape, done):
     """LoRA's A has none while B is zero. Vectors of a zero matrix would stay until the next renewal."""
     rule = _rule("galore", rank=2)
@@ -148,8 +148,3 @@ def test_a_zero_gradient_does_not_change_the_limiter_of_apollo():
     assert float(norm) == pytest.approx(1e-3)
     rule.update(second, state)
     assert float(norm) == pytest.approx(1.01e-3, rel=1e-4)
-
-
-def test_the_examples_are_short():
-    for path in (ROOT / "examples" / "optimizers").glob("*.py"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) < 120, path

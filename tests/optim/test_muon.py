@@ -17,6 +17,7 @@ from relora_mora.optim import muon
 from relora_mora.optim.groups import matrix_rules
 from relora_mora.optim.muon import Muon, orthogonalize
 from relora_mora.optim.rules import new_state
+from tests.tools.each import each
 from tests.tools.memory import PeakBytes
 
 BEGINS, LEAST, MOST = 0.02, 0.6, 1.3  # singular values from BEGINS of the norm become LEAST to MOST
@@ -32,7 +33,7 @@ def _updates(rule: Muon, gradients: Tensor) -> Tensor:
     return rule.update_stack(gradients, [new_state(0, {})] * len(gradients))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@each("shape", SHAPES)
 def test_singular_values_become_about_one_and_singular_vectors_do_not_change(shape):
     matrices = _matrices(shape) * torch.tensor([1e-4, 1.0, 1e4]).view(3, 1, 1)
     for before, after in zip(matrices.double(), orthogonalize(matrices).double(), strict=True):
@@ -84,8 +85,8 @@ class Reference:
         return 0.2 * max(gradient.shape) ** 0.5 * x
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("shape", [(24, 24), (12, 40), (40, 12), (1, 9), (9, 1)])
+@each("nesterov", [True, False])
+@each("shape", [(24, 24), (12, 40), (40, 12), (1, 9), (9, 1)])
 def test_steps_follow_the_formulas(shape, nesterov):
     optim = OptimConfig(matrices="muon", momentum=0.8, nesterov=nesterov)
     rule, reference = Muon(optim), Reference(optim)
@@ -97,8 +98,8 @@ def test_steps_follow_the_formulas(shape, nesterov):
         assert torch.linalg.vector_norm(actual - expected) < 1e-4 * torch.linalg.vector_norm(expected)
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("shape", [(24, 24), (12, 40), (40, 12)])
+@each("nesterov", [True, False])
+@each("shape", [(24, 24), (12, 40), (40, 12)])
 def test_steps_equal_torchs_muon(shape, nesterov):
     """They agree up to a few percent of the step, since torch's Muon iterates in bf16."""
     gradients = _matrices(shape, 4)
@@ -118,13 +119,13 @@ def test_steps_equal_torchs_muon(shape, nesterov):
     assert torch.linalg.vector_norm(ours) > 1
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@each("shape", SHAPES)
 def test_a_steps_elements_have_a_root_mean_square_of_a_fifth(shape):
     update = _updates(Muon(OptimConfig()), _matrices(shape))
     assert 0.12 < math.sqrt(float(update.square().mean())) < 0.26
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@each("shape", SHAPES)
 def test_flops_are_what_torch_counts(shape):
     rule = Muon(OptimConfig())
     with FlopCounterMode(display=False) as counter:
@@ -132,7 +133,7 @@ def test_flops_are_what_torch_counts(shape):
     assert counter.get_total_flops() == rule.flops(*shape)
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (40, 120), (120, 40)])
+@each("shape", [(64, 64), (40, 120), (120, 40)])
 def test_workspace_bytes_are_what_an_update_allocates(shape):
     rule, matrices = Muon(OptimConfig()), _matrices(shape, 1)
     with PeakBytes() as peak:
@@ -184,7 +185,7 @@ def exact(monkeypatch):
     monkeypatch.setattr(muon, "orthogonalize", sign)
 
 
-@pytest.mark.parametrize("kind", GROUPINGS)
+@each("kind", GROUPINGS)
 def test_an_operators_matrices_are_orthogonal_exactly_if_r_divides_both_widths(kind):
     """D^T D = out / R, and C C^T = in / R."""
     for width in range(1, 13):
@@ -195,8 +196,8 @@ def test_an_operators_matrices_are_orthogonal_exactly_if_r_divides_both_widths(k
                 assert is_orthogonal == (width % size == 0), (width, size)
 
 
-@pytest.mark.parametrize("shape", EVEN)
-@pytest.mark.parametrize("kind", GROUPINGS)
+@each("shape", EVEN)
+@each("kind", GROUPINGS)
 def test_with_even_groups_muons_step_of_m_is_steepest_for_w(exact, kind, shape):
     """The steepest step of W within the operator's space under the spectral norm is the sign of its gradient there."""
     in_features, out_features, size = shape
@@ -208,8 +209,8 @@ def test_with_even_groups_muons_step_of_m_is_steepest_for_w(exact, kind, shape):
     assert math.sqrt(float(step.square().mean())) == pytest.approx(0.2, rel=1e-10)
 
 
-@pytest.mark.parametrize("shape", UNEVEN)
-@pytest.mark.parametrize("kind", GROUPINGS)
+@each("shape", UNEVEN)
+@each("kind", GROUPINGS)
 def test_with_uneven_groups_it_is_so_only_approximately(exact, kind, shape):
     """It descends at 62 to 90 % of the steepest rate, with singular values that differ; the mean square is close."""
     in_features, out_features, size = shape

@@ -14,6 +14,7 @@ from relora_mora.config.load import load_config
 from relora_mora.config.optim import OptimConfig
 from relora_mora.optim.own import RuleError, own_rule, with_rule
 from relora_mora.optim.rules import MatrixRule, MatrixState, new_state, shapes_of
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 from tests.tools.tiny import tiny_config
 
@@ -107,7 +108,7 @@ def test_the_rule_in_the_documents_is_one(tmp_path):
         assert torch.allclose(rule.update(weight.grad.clone(), state), before - weight.detach(), rtol=1e-4)
 
 
-@pytest.mark.parametrize(
+@each(
     "spec,part",
     [
         ("none.py:Sign", "FileNotFoundError"),
@@ -131,7 +132,7 @@ def test_what_is_not_a_rule_is_refused(file, monkeypatch, spec, part):
     assert part in message
 
 
-@pytest.mark.parametrize(
+@each(
     "name,settings,part",
     [
         ("Sign", {"momentun": 0.5}, "momentun: Unexpected keyword argument; its constructor has momentum, betas"),
@@ -186,9 +187,7 @@ class Given(MatrixRule):
         return self.returned
 
 
-@pytest.mark.parametrize(
-    "shapes", [{"a|b": (1,)}, {"master": (1,)}, {"base": ()}, {3: ()}, {"a": (1.5,)}, {"a": (-1,)}]
-)
+@each("shapes", [{"a|b": (1,)}, {"master": (1,)}, {"base": ()}, {3: ()}, {"a": (1.5,)}, {"a": (-1,)}])
 def test_states_that_a_checkpoint_cannot_have_are_refused(shapes):
     with pytest.raises(ValueError, match=r"^optim\.matrices: Given\.state_shapes\(2, 3\)"):
         shapes_of(Given(shapes), 2, 3)

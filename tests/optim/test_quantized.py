@@ -17,6 +17,7 @@ from relora_mora.config.registry import MATRIX_OPTIMIZERS
 from relora_mora.optim import quantized
 from relora_mora.optim.quantized import AdamW8bit
 from relora_mora.optim.rules import MatrixState, new_state
+from tests.tools.each import each
 from tests.tools.memory import PeakBytes
 
 GOLDEN = (1 + math.sqrt(5)) / 2  # its fractional part is 1 / GOLDEN
@@ -69,7 +70,7 @@ def _reference(
     return update, exact, scales
 
 
-@pytest.mark.parametrize("shape,block", [((7, 24), 24), ((5, 600), 200), ((3, 37), 37), ((4, 512), 256), ((1, 16), 16)])
+@each("shape,block", [((7, 24), 24), ((5, 600), 200), ((3, 37), 37), ((4, 512), 256), ((1, 16), 16)])
 def test_a_step_follows_the_formulas(shape, block):
     rule = _rule()
     state = _state(rule, shape)
@@ -90,7 +91,7 @@ def test_a_step_follows_the_formulas(shape, block):
             assert (codes - expected).abs().max() <= 1
 
 
-@pytest.mark.parametrize("columns,block", [(768, 256), (640, 160), (4096, 256), (24, 24), (443, 443), (5461, 127)])
+@each("columns,block", [(768, 256), (640, 160), (4096, 256), (24, 24), (443, 443), (5461, 127)])
 def test_blocks_divide_a_row(columns, block):
     assert _rule().state_shapes(9, columns)["exp_avg_scales"] == (9, columns // block)
 
@@ -170,7 +171,7 @@ def test_rows_without_a_gradient_forget_as_adams_do():
     assert size(found[1] - expected[1]) < 0.05 * size(expected[1])
 
 
-@pytest.mark.parametrize("rows", [1, 3, 10])
+@each("rows", [1, 3, 10])
 def test_rows_that_are_decoded_together_do_not_matter(monkeypatch, rows):
     rule = _rule()
     states = [_state(rule, (10, 48)) for _ in range(2)]
@@ -183,7 +184,7 @@ def test_rows_that_are_decoded_together_do_not_matter(monkeypatch, rows):
     assert all(torch.equal(value, states[1].tensors[key]) for key, value in states[0].tensors.items())
 
 
-@pytest.mark.parametrize("shape", [(64, 768), (2000, 768)])
+@each("shape", [(64, 768), (2000, 768)])
 def test_workspace_bytes_are_what_an_update_allocates(shape):
     rule = _rule()
     state = _state(rule, shape)

@@ -14,6 +14,7 @@ from relora_mora.config.schema import Config
 from relora_mora.model.causal import LossModel, build_model
 from relora_mora.optim.groups import set_trainable
 from relora_mora.sizing.work import Flops, flops_per_token
+from tests.tools.each import each
 
 MODEL = LlamaConfig(
     hidden_size=48,
@@ -58,14 +59,14 @@ def counted(model_config: LlamaConfig, config: Config, operator: int | None = No
     return counter.get_total_flops() / ids.numel()
 
 
-@pytest.mark.parametrize("form", ["merged", "resident", "decoupled", "auto"])
-@pytest.mark.parametrize("name", METHODS)
+@each("form", ["merged", "resident", "decoupled", "auto"])
+@each("name", METHODS)
 def test_total_is_what_torch_counts(name: str, form: str) -> None:
     config = make_config(method={"name": name, "form": form})
     assert flops_per_token(MODEL, config).total == pytest.approx(counted(MODEL, config), rel=0.01)
 
 
-@pytest.mark.parametrize(
+@each(
     "method",
     [
         {"name": "mora", "operators": [6], "square_size": 20},
@@ -75,7 +76,6 @@ def test_total_is_what_torch_counts(name: str, form: str) -> None:
         {"name": "lora", "train_head": False},
         {"name": "full", "train_head": False},
     ],
-    ids=str,
 )
 def test_other_settings(method: dict[str, object]) -> None:
     config = make_config(method=method)
@@ -89,7 +89,7 @@ def test_cycle_averages_its_operators() -> None:
     assert flops_per_token(MODEL, config).total == pytest.approx(sum(each) / 2, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["full", "remora", "lora"])
+@each("name", ["full", "remora", "lora"])
 def test_recomputed_forward_is_counted_separately(name: str) -> None:
     config = make_config(method={"name": name}, model={"activation_checkpointing": True})
     flops = flops_per_token(MODEL, config)

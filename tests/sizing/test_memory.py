@@ -26,6 +26,7 @@ from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
 from relora_mora.train.begin.check import memory_of_rank
 from tests.sizing.tools import LiveTensors, make_config
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 SIZES = {
@@ -75,15 +76,13 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
-@pytest.mark.parametrize(("method", "model"), CASES, ids=str)
+@each(("method", "model", "bf16"), [(*case, number % 2 == 0) for number, case in enumerate(CASES)])
 def test_activations_and_peak(method: dict[str, Any], model: dict[str, Any], bf16: bool) -> None:
     check_activations_and_peak(make_config(method, model), MODEL, bf16)
 
 
-@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("method", [{"name": "full"}, {"name": "mora", "train_norms": False}], ids=str)
-@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind != "llama"])
+@each("method,bf16", [({"name": "full"}, True), ({"name": "mora", "train_norms": False}, False)])
+@each("kind", [kind for kind in ARCHITECTURES if kind != "llama"])
 def test_activations_and_peak_of_the_family(kind: str, method: dict[str, Any], bf16: bool) -> None:
     check_activations_and_peak(make_config(method), ARCHITECTURES[kind].config_class(**SIZES), bf16)
 
@@ -134,7 +133,7 @@ def check_activations_and_peak(config: Config, model_config: PreTrainedConfig, b
     assert tracker.most == pytest.approx(peak, rel=0.1)
 
 
-@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+@each("bf16", [True, False])
 def test_a_document_mask_is_kept_once_for_all_layers(bf16: bool) -> None:
     kept, planned = [], []
     for masked in (False, True):
@@ -186,7 +185,7 @@ def test_a_layer_keeps_what_was_counted(size: str, method: str, how: str) -> Non
     assert layer / 2**20 == pytest.approx(int(counted["kept_mib"]), rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "remora"])
+@each("name", ["full", "lora", "remora"])
 def test_parameters_equal_the_real_models(name: str) -> None:
     config = make_config({"name": name, "target_modules": ["q_proj", "up_proj"], "train_head": False})
     model = build(config, False).lm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from transformers import LlamaConfig
 
 from relora_mora.config.optim import OptimConfig
@@ -11,6 +10,7 @@ from relora_mora.optim.quantized import AdamW8bit
 from relora_mora.sizing import work
 from relora_mora.sizing.setup import Setup
 from tests.sizing.tools import make_config
+from tests.tools.each import each
 
 VOCABULARY, HIDDEN = 4096, 128
 ELEMENTS = VOCABULARY * HIDDEN
@@ -22,7 +22,7 @@ def _config(others: str) -> Config:
     return make_config({"name": "remora"}).model_copy(update={"optim": OptimConfig(others=others)})
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@each("ranks", [1, 2, 4])
 def test_each_matrix_has_one_owner(ranks: int) -> None:
     """So more than two ranks do not share the state evenly."""
     before, config = _config("adamw"), _config("adamw8bit")
@@ -32,9 +32,7 @@ def test_each_matrix_has_one_owner(ranks: int) -> None:
     assert work.product_flops(model, config.optim) == 0
 
 
-@pytest.mark.parametrize(
-    "ranks,stage,is_cut", [(1, 3, False), (2, 0, False), (2, 2, False), (4, 1, True), (2, 3, True)]
-)
+@each("ranks,stage,is_cut", [(1, 3, False), (2, 0, False), (2, 2, False), (4, 1, True), (2, 3, True)])
 def test_a_matrix_that_is_cut_is_exchanged(ranks: int, stage: int, is_cut: bool) -> None:
     config = _config("adamw8bit")
     model = work.meta_model(MODEL, config.method)

@@ -20,6 +20,7 @@ from relora_mora.supervise.guard import Guard
 from relora_mora.supervise.heartbeat import PeerFailure
 from relora_mora.supervise.launchers import is_launcher
 from relora_mora.supervise.lock import RunLock
+from tests.tools.each import each
 
 BUSY = """
 import hashlib, sys
@@ -64,21 +65,13 @@ def _ends_within(process: subprocess.Popen[str], seconds: float) -> tuple[int, s
     return process.returncode, errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+@each("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_before_the_first_step_ends_the_process(busy, number):
     process = busy("start")
     process.send_signal(number)
     code, errors = _ends_within(process, 60)
     assert code == 75
     assert f"{number.name} to rank 0" in errors
-
-
-@pytest.mark.more
-def test_under_nohup_a_hangup_does_nothing(busy):
-    process = busy("start", on_hangup=signal.SIG_IGN)
-    process.send_signal(signal.SIGHUP)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
 
 
 def test_a_launcher_that_ends_after_a_request_to_stop_sets_no_deadline():
@@ -121,14 +114,13 @@ def test_a_signal_after_the_end_is_decided_does_not_change_it(busy, tmp_path):
     assert (json.loads(line)["code"], json.loads(line)["reason"]) == (75, "saved")
 
 
-@pytest.mark.parametrize(
+@each(
     "happens",
     [
         lambda guard: guard._check_launchers(SimpleNamespace(gone=lambda: "torchrun")),
         lambda guard: guard.end(PeerFailure([1], 69, "rank 1 is gone", announced=True)),
         lambda guard: guard.folder_lost(),
     ],
-    ids=["launcher", "peer", "folder"],
 )
 def test_a_loss_after_the_end_is_decided_does_not_change_it(monkeypatch, happens):
     def leave_now(code, *words, linger=0.0):
@@ -171,27 +163,6 @@ while True:
 """
 
 
-BOTH = """
-import sys, threading
-from pathlib import Path
-from relora_mora.supervise.guard import Guard
-from relora_mora.supervise.heartbeat import PeerFailure
-guard = Guard(signals=False)
-both = threading.Barrier(2)
-def end():
-    both.wait()
-    guard.end(PeerFailure([1], 69, "rank 1 is gone", announced=True))
-threading.Thread(target=end).start()
-end()
-"""
-
-
-def test_an_end_that_two_threads_find_is_reported_once():
-    for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", BOTH], capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (69, "the run ended: rank 1 is gone\n")
-
-
 ALL_RANKS = """
 import os, sys
 from pathlib import Path
@@ -207,7 +178,7 @@ for rank in range(3):
 """
 
 
-@pytest.mark.parametrize("lost,speakers,recorder", [(2, [0], 0), (0, [0, 1, 2], 1)])
+@each("lost,speakers,recorder", [(2, [0], 0), (0, [0, 1, 2], 1)])
 def test_an_end_is_reported_even_if_the_first_rank_is_lost(tmp_path, lost, speakers, recorder):
     command = [sys.executable, "-c", ALL_RANKS, str(tmp_path), str(lost)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -240,7 +211,7 @@ def test_the_start_after_an_end_for_a_lost_rank_finds_the_lock_released(tmp_path
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("phase,signals,code", [("start", 1, 75), ("training", 2, 143)])
+@each("phase,signals,code", [("start", 1, 75), ("training", 2, 143)])
 def test_a_full_pipe_and_a_disk_that_does_not_answer_do_not_prevent_an_end(phase, signals, code, tmp_path):
     command = [sys.executable, "-c", SILENCED, str(tmp_path), phase]
     environment = os.environ | {"PYTHONUNBUFFERED": ""}
@@ -272,7 +243,7 @@ def test_after_the_end_is_decided_signals_change_nothing():
     assert done.stdout == "end\n"
 
 
-@pytest.mark.parametrize(
+@each(
     "command,launches",
     [
         (["/venv/bin/python", "/venv/bin/deepspeed", "--num_gpus=2", "launch/pretrain.py"], True),
@@ -310,7 +281,7 @@ LOCAL, HOSTS = (
 )
 
 
-@pytest.mark.parametrize(
+@each(
     "chain,gone",
     [
         ([["deepspeed", "stay"]], False),

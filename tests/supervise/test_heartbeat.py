@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from relora_mora.supervise.exits import LOST
 from relora_mora.supervise.heartbeat import Heartbeat, Received, find_hung, find_lost
+from tests.tools.each import each
 
 NOW = 1000.0
 
@@ -32,7 +31,7 @@ def test_ranks_are_lost_if_no_heartbeat_comes_for_longer_than_allowed():
     assert failure.reason.endswith("last action: step 5"), "the one that has done least"
 
 
-@pytest.mark.parametrize(
+@each(
     "ranks,cause,action",
     [
         # nobody is late

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.supervise.lock import STALE_SECONDS, LockError, RunLock
+from tests.tools.each import each
 
 HOLD = """
 import sys
@@ -58,7 +59,7 @@ def test_a_lock_is_free_when_its_holder_was_killed(holder, tmp_path):
     again.release()
 
 
-@pytest.mark.parametrize("replaced", [False, True])
+@each("replaced", [False, True])
 def test_a_holder_notices_that_its_file_was_removed_or_replaced(replaced, tmp_path, monkeypatch):
     """Otherwise it would remove checkpoints of another trainer that has started there."""
     monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
@@ -118,7 +119,7 @@ def test_a_holder_that_lost_the_lock_notices_and_does_not_touch_the_file(tmp_pat
     assert json.loads(second.path.read_text())["released"]
 
 
-@pytest.mark.parametrize("lag_seconds", [0, 3600])
+@each("lag_seconds", [0, 3600])
 def test_a_holder_on_another_host_is_alive_while_it_touches_the_file(tmp_path, monkeypatch, lag_seconds):
     """Even if that host's clock lags this host's clock, or this one has jumped."""
     path = _held_elsewhere(tmp_path)

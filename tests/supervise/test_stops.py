@@ -100,15 +100,7 @@ def catches(process: psutil.Process | None, number: signal.Signals) -> bool:
     return mask is not None and bool(int(mask[1], 16) >> (number - 1) & 1)
 
 
-@pytest.mark.parametrize(
-    "how,lost",
-    [
-        ("killed", 1),
-        ("killed", 0),
-        ("hangs", 1),
-        ("hangs", 0),
-    ],
-)
+@pytest.mark.parametrize("how,lost", [("killed", 1), ("killed", 0), ("hangs", 1), ("hangs", 0)])
 def test_a_lost_rank_ends_the_job_and_is_named(config, lost, how):
     run_dir = config.parent / "run"
     job = Job(config)

@@ -10,10 +10,11 @@ from torch.distributed import TCPStore
 
 from relora_mora.supervise.exits import LOST
 from relora_mora.supervise.watchdog import Watchdog
+from tests.tools.each import each
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("alive,named", [((0, 1), [0]), ((0,), [1])])
+@each("alive,named", [((0, 1), [0]), ((0,), [1])])
 def test_the_rank_whose_heartbeats_stop_is_named(tmp_path: Path, alive: tuple[int, ...], named: list[int]) -> None:
     """If there is none, the rank on which the collective failed is."""
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=datetime.timedelta(seconds=20), wait_for_workers=False)

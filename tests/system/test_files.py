@@ -11,38 +11,29 @@ from pathlib import Path
 import pytest
 
 from relora_mora.system.files import append_synced, disk_errno, disk_faults_named, place_of, remove, sync, write_synced
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 FULL = errno.ENOSPC
 MISSING = errno.ENOENT
 
 
-def test_a_failed_write_does_not_change_the_file(tmp_path, monkeypatch):
+def _full(handle: int) -> None:
+    raise OSError(FULL, "No space left on device")
+
+
+def test_a_failed_write_does_not_change_the_file_and_names_it(tmp_path, monkeypatch):
+    """The system does not name the file if a write fails."""
     path = tmp_path / "latest"
     write_synced(path, "before")
-
-    def full(handle: int) -> None:
-        raise OSError(FULL, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_synced(path, "after")
-    assert path.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("write", [write_synced, append_synced])
-def test_a_full_disk_names_the_file(tmp_path, monkeypatch, write):
-    """The system does not name the file if a write fails."""
-    path = tmp_path / "ends.jsonl"
-
-    def full(handle: int) -> None:
-        raise OSError(FULL, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space") as caught:
-        write(path, "after")
-    assert place_of(caught.value) == str(path)
+    monkeypatch.setattr(os, "fsync", _full)
+    for write in (write_synced, append_synced):
+        with pytest.raises(OSError, match="No space") as caught:
+            write(path, "after")
+        assert place_of(caught.value) == str(path)
+        if write is write_synced:
+            assert path.read_text() == "before"
+        assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -87,7 +78,7 @@ def test_a_link_is_removed_without_its_target(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["theirs", "file"]
 
 
-@pytest.mark.parametrize(
+@each(
     "error,number",
     [
         (OSError(MISSING, "No such file", "out/a/b"), MISSING),  # any path below the folder

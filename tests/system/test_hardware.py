@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from relora_mora.system import hardware
+from tests.tools.each import each
 
 
 def test_the_speed_of_a_cpu_is_measured_even_if_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,20 +22,34 @@ def test_the_speed_of_a_cpu_is_measured_even_if_there_is_a_gpu(monkeypatch: pyte
     assert "measured" in source
 
 
-@pytest.mark.parametrize(
+def test_the_speed_of_a_slow_cpu_is_measured_with_a_small_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one without instructions for bf16 has it: a billion operations per second."""
+    seconds: list[float] = []
+
+    def product(a: torch.Tensor) -> float:
+        seconds.append(2 * len(a) ** 3 / 1e9)
+        return seconds[-1]
+
+    monkeypatch.setattr(hardware, "_seconds_of_product", product)
+    speed, source = hardware.peak_flops(bf16=True, on_cpu=True)
+    assert speed == pytest.approx(1e9)
+    assert "measured on a " in source
+    assert sum(seconds) < 1
+
+
+@each(
     ("groups", "limits", "bound"),
     [
-        pytest.param("0::/\n", {"memory.max": "4096\n"}, 4096, id="container"),
-        pytest.param("0::/job/task\n", {"job/memory.max": "4096\n", "job/task/memory.max": "max\n"}, 4096, id="job"),
-        pytest.param(
+        ("0::/\n", {"memory.max": "4096\n"}, 4096),
+        ("0::/job/task\n", {"job/memory.max": "4096\n", "job/task/memory.max": "max\n"}, 4096),
+        (
             "5:cpu:/a\n4:memory:/a\n0::/\n",
             {"memory/a/memory.limit_in_bytes": "8192\n", "memory/memory.limit_in_bytes": "9223372036854771712\n"},
             8192,
-            id="version-1",
         ),
-        pytest.param("4:memory:/host/name\n", {"memory/memory.limit_in_bytes": "8192\n"}, 8192, id="name-of-the-host"),
-        pytest.param("0::/\n", {"memory.max": "max\n"}, None, id="no-limit"),
-        pytest.param(None, {"memory.max": "4096\n"}, None, id="not-linux"),
+        ("4:memory:/host/name\n", {"memory/memory.limit_in_bytes": "8192\n"}, 8192),
+        ("0::/\n", {"memory.max": "max\n"}, None),
+        (None, {"memory.max": "4096\n"}, None),
     ],
 )
 def test_the_memory_of_a_host_is_limited_by_control_groups(

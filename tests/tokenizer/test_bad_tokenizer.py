@@ -14,10 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from relora_mora.tokenizer import load as loading
 from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError
-from relora_mora.tokenizer.identity import (
-    tokenizer_fingerprint,
-)
+from relora_mora.tokenizer.identity import tokenizer_fingerprint
 from relora_mora.tokenizer.load import load_tokenizer
+from tests.tools.each import each
 from tests.tools.tokenizer_tools import own_text, save_other_tokenizer
 
 
@@ -41,9 +40,7 @@ def test_a_tokenizer_that_finds_the_end_in_text_is_refused(tmp_path: Path) -> No
 END_IN_TEXT = ["\u010a", "\u0120the", "e", "he"]  # in the vocabulary, a newline and a space are written as letters
 
 
-@pytest.mark.parametrize(
-    ("token", "listed"), [*((token, listed) for token in END_IN_TEXT for listed in (False, True)), ("\u00c3", False)]
-)
+@each("token,listed", [*((token, listed) for token in END_IN_TEXT for listed in (False, True)), ("\u00c3", False)])
 def test_an_end_that_is_a_piece_of_text_is_refused(tmp_path: Path, token: str, listed: bool) -> None:
     """``listed``: as an added token, which transformers makes of it when it saves the tokenizer."""
     path = save_other_tokenizer(tmp_path / "pieces", eos_token=token)
@@ -53,7 +50,7 @@ def test_an_end_that_is_a_piece_of_text_is_refused(tmp_path: Path, token: str, l
         load_tokenizer(path)
 
 
-@pytest.mark.parametrize("token", ["\u2581the", "<0x0A>", "<unk>"])
+@each("token", ["\u2581the", "<0x0A>", "<unk>"])
 def test_an_end_that_is_a_piece_of_a_sentencepiece_model_is_refused(folder: Path, tmp_path: Path, token: str) -> None:
     shutil.copy(folder / MODEL_FILE, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
@@ -92,7 +89,7 @@ def test_a_folder_that_is_not_a_tokenizer_is_explained(tmp_path: Path) -> None:
             assert "expected a folder with tokenizer.model" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{", bytes(range(256)), b"{}", b'{"model": {"vocab": 3}}'])
+@each("content", [b"[]", b"{", bytes(range(256)), b"{}", b'{"model": {"vocab": 3}}'])
 def test_a_damaged_tokenizer_json_is_named(folder: Path, tmp_path: Path, content: bytes) -> None:
     single = tmp_path / "single"
     both = shutil.copytree(folder, tmp_path / "both")

@@ -13,12 +13,9 @@ import xxhash
 from transformers import AutoTokenizer
 
 from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError
-from relora_mora.tokenizer.identity import (
-    save_tokenizer,
-    tokenizer_fingerprint,
-    vocabulary_size,
-)
+from relora_mora.tokenizer.identity import save_tokenizer, tokenizer_fingerprint, vocabulary_size
 from relora_mora.tokenizer.load import encode, load_tokenizer
+from tests.tools.each import each
 
 
 @pytest.mark.more
@@ -72,26 +69,8 @@ def test_how_texts_begin_and_are_padded_goes_with_a_sentencepiece_model_without_
         assert tokenizer.model_max_length == 4096
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("chat_template.jinja", b"\xff\xfe"),
-        ("tokenizer.json", b'{"version": "1.0", "model": {"type": "Newer"}}'),
-        ("added_tokens.json", b'{"a": "b"}'),
-        ("tokenizer_config.json", b'{"eos_token": 3}'),
-    ],
-)
-def test_a_folder_with_unreadable_files_next_to_a_model_is_named(
-    folder: Path, tmp_path: Path, file: str, content: bytes
-) -> None:
-    shutil.copy(folder / MODEL_FILE, tmp_path)
-    (tmp_path / file).write_bytes(content)
-    with pytest.raises(TokenizerError, match=f"{re.escape(str(tmp_path))}: transformers cannot load"):
-        load_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
+@each(
+    "file,content",
     [
         ("added_tokens.json", {"<x>": 1000}),
         ("tokenizer_config.json", {"added_tokens_decoder": {"1000": {"content": "<x>", "special": True}}}),

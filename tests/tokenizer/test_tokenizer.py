@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import pickle
-import random
 import shutil
 import subprocess
 import sys
@@ -27,8 +26,9 @@ from relora_mora.tokenizer.identity import (
     vocabulary_size,
 )
 from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer
+from tests.tools.each import each
 from tests.tools.shared import SHARED, needs_shared
-from tests.tools.tokenizer_tools import own_text, save_other_tokenizer, train_tokenizer, training
+from tests.tools.tokenizer_tools import save_other_tokenizer, train_tokenizer, training
 
 EOS = 2
 
@@ -78,17 +78,6 @@ def test_hard_texts_are_exact_on_every_path(folder: Path, tmp_path: Path) -> Non
     assert (tmp_path / "export" / MODEL_FILE).read_bytes() == (folder / MODEL_FILE).read_bytes()
 
 
-@pytest.mark.more
-def test_random_texts_are_exact(folder: Path) -> None:
-    draw = random.Random(0)
-    alphabet = [*"ab  \n\t<>/s0x", "</s>", "<s>", "\r\n", "é", "🙂", "the", " self", "    ", "\0", "▅", "\u2581"]
-    texts = ["".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(3000)]
-    tokenizer = load_tokenizer(folder)
-    ids = encode(tokenizer, texts)
-    assert ids == open_sentencepiece(folder / MODEL_FILE).encode(texts)
-    assert tokenizer.batch_decode(ids) == [text.replace("\u2581", " ") for text in texts]
-
-
 def test_parts_of_a_text_decode_to_its_parts(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     ids = encode(tokenizer, ["return the value of  the setting"])[0]
@@ -105,28 +94,6 @@ def test_no_text_ends_a_document(folder: Path) -> None:
         ids = encode(loaded, ["</s>", "a</s>", "<s> </s> <unk>"])
         assert all(special not in found for found in ids for special in (0, 1, 2))
     assert encode(tokenizer, []) == []
-
-
-def test_llama_class_would_not_be_exact(folder: Path, tmp_path: Path) -> None:
-    """Why only the model is loaded: the class that config.json suggests loses a space and parses ``</s>``."""
-    shutil.copy(folder / MODEL_FILE, tmp_path / MODEL_FILE)
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    reference = open_sentencepiece(folder / MODEL_FILE).encode(["  leading", "a</s>"])
-    assert (
-        AutoTokenizer.from_pretrained(str(tmp_path))(["  leading", "a</s>"], add_special_tokens=False)["input_ids"]
-        != reference
-    )
-    assert encode(load_tokenizer(tmp_path), ["  leading", "a</s>"]) == reference
-
-
-@pytest.mark.more
-def test_fingerprint_follows_the_vocabulary(folder: Path, tmp_path: Path) -> None:
-    save_tokenizer(folder, tmp_path / "export")
-    fingerprints = {tokenizer_fingerprint(path) for path in (folder, folder / MODEL_FILE, tmp_path / "export")}
-    assert len(fingerprints) == 1
-    other = tmp_path / "other"
-    training.write(training.train(own_text(), vocab_size=999, character_coverage=0.9995), other, ["x"])
-    assert tokenizer_fingerprint(other) not in fingerprints
 
 
 def test_the_same_tokens_are_known_in_another_form(folder: Path, tmp_path: Path) -> None:
@@ -167,7 +134,7 @@ def test_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:
     assert _plain(tmp_path / "export", [text]) == encode(tokenizer, [text])
 
 
-@pytest.mark.parametrize("legacy", [True, False])
+@each("legacy", [True, False])
 def test_a_tokenizer_of_llama_is_saved_as_it_is(folder: Path, tmp_path: Path, legacy: bool) -> None:
     """transformers leaves ``legacy`` out, without which the class builds another one."""
     path = _hugging_face(folder, tmp_path / "hf")
@@ -184,7 +151,7 @@ OLD_FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", OLD_FORMS)
+@each("form", OLD_FORMS)
 def test_a_tokenizer_written_in_an_older_form_is_the_same_one(folder: Path, tmp_path: Path, form: str) -> None:
     path = _hugging_face(folder, tmp_path / "hf")
     expected = tokenizer_fingerprint(path)
@@ -221,7 +188,7 @@ def test_code_of_a_tokenizer_is_neither_run_nor_saved(
     assert not mark.exists()
 
 
-@pytest.mark.parametrize(
+@each(
     "wrong",
     [
         {"chat_template": [{"name": "../../x", "template": ""}]},
@@ -282,8 +249,8 @@ def _as_described(folder: Path, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in described.encode_batch(texts, add_special_tokens=False)]
 
 
-@pytest.mark.parametrize("model_type", [None, "llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("name", [None, "PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer", "LlamaTokenizer"])
+@each("model_type", [None, "llama", "mistral", "qwen2", "qwen3"])
+@each("name", [None, "PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer", "LlamaTokenizer"])
 def test_a_tokenizer_json_decides_next_to_any_model(tmp_path: Path, model_type: str | None, name: str | None) -> None:
     path = save_other_tokenizer(tmp_path / "given", **({} if name is None else {"tokenizer_class": name}))
     if model_type is not None:

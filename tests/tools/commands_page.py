@@ -10,8 +10,9 @@ from relora_mora.commands import COMMANDS, main_of
 _HEAD = """\
 # Commands
 
-Written by `python -m tests.tools.commands_page > docs/commands.md` from `relora_mora/commands`; do not
-edit it.
+<!-- Written by `python -m tests.tools.commands_page > docs/commands.md`; do not edit it. -->
+
+Every command with its arguments and options: to look up how to call it.
 
 `relora-mora COMMAND` and `python -m relora_mora COMMAND` start a command, and
 `relora-mora COMMAND --help` prints its text below. A command that trains also starts under a launcher:

@@ -20,6 +20,7 @@ from relora_mora.data.bytes.lines import ShardLines
 from relora_mora.data.formats.file_rows import iter_texts, open_rows
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.rows import Encoded
+from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.packing import Lane
@@ -188,6 +189,15 @@ def rows_of(path: Path, lanes: int = 1, lane: int = 0, skip: int = 0, **settings
 def texts_of(source: Path | str, split: str = "train", **settings: Any) -> list[str]:
     """All texts of one side of the data."""
     return list(iter_texts(str(source), split=split, config=data_config(source, **settings)))
+
+
+def eval_set(
+    source: Path | str, tokenizer: str, length: int = 16, max_tokens: int | None = None, **settings: Any
+) -> Any:
+    """The held-out text of a source, in sequences of so many tokens."""
+    config = data_config(source, **settings)
+    given = {"tokenizer_path": tokenizer, "sequence_length": length, "max_tokens": max_tokens}
+    return load_eval_set(str(source), config=config, **given)
 
 
 def lines_of(path: Path, limit: int = 1000) -> list[Any]:

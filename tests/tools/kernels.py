@@ -10,10 +10,9 @@ import torch
 from relora_mora import kernels
 
 # tests/gpu runs these tests on a GPU, whose kernels are compiled at run time
-compiled_only = pytest.mark.skipif(
-    os.environ.get("TEST_DEVICE", "cpu") == "cpu" and not kernels.available(),
-    reason=f"kernels are {kernels.describe()}",
-)
+COMPILED = os.environ.get("TEST_DEVICE", "cpu") != "cpu" or kernels.available()
+compiled_only = pytest.mark.skipif(not COMPILED, reason=f"kernels are {kernels.describe()}")
+WITH_LIBRARY = (True, False) if COMPILED else (False,)
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32, bound: int = 255) -> torch.Tensor:

@@ -18,7 +18,10 @@ from relora_mora.config.types import LARGEST
 _HEAD = """\
 # Settings
 
-Written by `python -m tests.tools.settings_page > docs/settings.md` from `relora_mora/config/schema.py`; do not edit it.
+<!-- Written by `python -m tests.tools.settings_page > docs/settings.md`; do not edit it. -->
+
+Every setting of a run, with its values, its default and what it does: to look up a name, or to write a
+settings file. [Configs](../configs/README.md) has files to start from.
 
 A run starts from the defaults, then reads its YAML file, then `--section.key=value` from the command
 line; the last one wins. The value of a flag is YAML, too: `--optim.lr=4e-4`,

@@ -14,5 +14,5 @@ needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason=f"the shared test data is not next to the checkout ({SHARED.name}/)"
 )
 needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install -e '.[eval]'"
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'relora_mora[eval]'"
 )

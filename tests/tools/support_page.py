@@ -17,8 +17,10 @@ from tests.tools.grids import STAGES
 _HEAD = f"""\
 # What works together
 
-Written by `python -m tests.tools.support_page > docs/support.md` from the checks of the settings; do
-not edit it.
+<!-- Written by `python -m tests.tools.support_page > docs/support.md`; do not edit it. -->
+
+Which models, launchers and settings can be combined, and what to use if two settings cannot: to plan a run,
+or to understand why one was refused.
 
 **All tests run on CPUs. No GPU has run any of this yet**; [performance](performance.md) says what has
 been counted without one.

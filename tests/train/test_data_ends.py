@@ -15,6 +15,7 @@ from relora_mora.train.loop.loop import Shutdown
 from relora_mora.train.loop.step import DataFailed
 from relora_mora.train.state.run_state import DataError, RunState, TrainingError
 from tests.tools.data_tools import write_shard, write_shards
+from tests.tools.each import each
 from tests.tools.faulty_server import serving
 from tests.tools.grids import rest
 from tests.tools.jobs import Job, ends, last_step, write_config
@@ -68,26 +69,7 @@ def test_a_lasting_server_failure_ends_the_run_with_its_state_saved(pools, input
     assert different_tensors(*(checkpoint_at(folder, STEPS) for folder in (never, run_dir))) == []
 
 
-@pytest.mark.more
-def test_text_that_changes_on_the_server_after_the_start_is_not_trained_on(pools, inputs, tokenizer_path, tmp_path):
-    """The fingerprint in a checkpoint is of the text that was there at the start."""
-    folder, run_dir = tmp_path / "data", tmp_path / "run"
-    write_shards(folder, 2, 8)
-
-    def change(number: int) -> None:
-        if last_step(run_dir) >= 3:
-            write_shards(folder, 2, 9)
-
-    with serving(folder) as server:
-        data = {"train": f"{server.url}/part-{{00000..00001}}.json.gz", "shuffle_documents": 2}
-        settings = {"data": data, "checkpoint": {"every_steps": 0}, "train": {"steps": 40}}
-        server.fault = change
-        [(kind, text)] = pools(1)(ended, run_config(inputs, tokenizer_path, run_dir, **settings))
-    assert kind == "DataError"
-    assert "json.gz changed while it was read (its ETag" in text
-
-
-@pytest.mark.parametrize("kind", [OSError, SourceError])
+@each("kind", [OSError, SourceError])
 def test_a_data_fault_is_reported_even_if_nothing_can_be_saved(tmp_path, kind):
     def fail(state: RunState) -> None:
         raise TrainingError("the checkpoint failed")

@@ -22,9 +22,17 @@ from relora_mora.weights.export import export
 from relora_mora.weights.foreign import check_headers, load_foreign
 from tests.tools.adapter_tools import ADAPTERS_ONLY
 from tests.tools.commands import EVALUATE, FINETUNE, PLAN, call, refused
-from tests.tools.grids import rest
 from tests.tools.helpers import ROOT
-from tests.tools.runs import LLAMA, checkpoint_at, copy_cut_at, logged_values, run_config, tensors, train
+from tests.tools.runs import (
+    LLAMA,
+    checkpoint_at,
+    copy_cut_at,
+    different_tensors,
+    logged_values,
+    run_config,
+    tensors,
+    train,
+)
 from tests.tools.tokenizer_tools import save_bytes_tokenizer, save_other_tokenizer
 
 pytestmark = pytest.mark.distributed
@@ -73,14 +81,9 @@ def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs
     killed = tmp_path / "killed"
     copy_cut_at(never, killed, 5)
     pools(2)(train, tuned(inputs, folder, killed, 2, **sections))
-    first, second = (tensors(checkpoint_at(run, 10)) for run in (never, killed))
-    assert set(first) == set(second)
-    assert [key for key in first if not torch.equal(first[key], second[key])] == []
-    assert {key.split("|")[1].rsplit(".", 1)[1] for key in first if key.startswith("master|")} <= {
-        "mora_M",
-        "lora_A",
-        "lora_B",
-    }
+    assert different_tensors(*(checkpoint_at(run, 10) for run in (never, killed))) == []
+    masters = [key for key in tensors(checkpoint_at(never, 10)) if key.startswith("master|")]
+    assert {key.split("|")[1].rpartition(".")[2] for key in masters} <= {"mora_M", "lora_A", "lora_B"}
 
     out = tmp_path / "out"
     export(never, out)
@@ -98,29 +101,6 @@ def test_every_kind_of_model_trains_merges_resumes_and_is_exported(pools, inputs
 
     planned = call(PLAN, RunFolder(never).config, "--json")
     assert planned.code == 0, planned.err
-
-
-# together with KINDS and tests/train/test_records_run.py, every method runs on every stage that matters for it
-ON_STAGES = [("full", 2), ("mora", 0), ("mora", 3), ("lora", 1), ("relora", 0), ("remora", 1)]
-ON_STAGES += rest(("full", 0), ("full", 3), ("mora", 1), ("lora", 3), ("relora", 3), ("remora", 0))
-
-
-@pytest.mark.more
-@pytest.mark.parametrize(("method", "stage"), ON_STAGES)
-def test_every_method_is_tuned_on_every_stage(pools, inputs, tmp_path, method, stage):
-    folder = save(tmp_path / "model", num_key_value_heads=1)
-    settings: dict[str, Any] = {"name": method}
-    if method == "mora":
-        settings |= {"operators": [6], "square_multiple": 2}
-    if method == "full":
-        settings["dropout"] = 0.0
-    sections = {"train": {"zero_stage": stage, "precision": "bf16", "steps": 6}, "method": settings}
-    never = tmp_path / "never"
-    pools(2)(train, tuned(inputs, folder, never, 2, **sections))
-    losses = logged_values(never, "eval/loss")
-    assert losses[-1] < losses[0]
-    export(never, tmp_path / "out")
-    assert not torch.allclose(logits(tmp_path / "out"), logits(folder), atol=1e-3)
 
 
 def test_a_run_its_checkpoint_and_its_export_give_the_same_first_loss(pools, inputs, tmp_path):

@@ -16,6 +16,7 @@ from relora_mora.config.schema import Config
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import export
 from tests.tools.data_tools import write_json_lines
+from tests.tools.each import each
 from tests.tools.grids import rest
 from tests.tools.runs import checkpoint_at, metrics, run_config, tensors, train, write_inputs
 
@@ -61,27 +62,6 @@ def memory(inputs: Path, tokenizer: str, run_dir: Path, world_size: int = 1, **s
 
 def generated(run_dir: Path) -> list[list[float]]:
     return [[line[tag] for tag in TAGS] for line in metrics(run_dir) if TAGS[0] in line]
-
-
-@pytest.mark.more
-def test_pairs_are_learned_by_heart(pools, inputs, tokenizer_path, tmp_path):
-    sections = {
-        "train": {"steps": 40, "micro_batch_size": 6, "zero_stage": 0},
-        "eval": {"every_steps": 0, "generate": 100},
-    }
-    pools(1)(train, memory(inputs, tokenizer_path, tmp_path / "run", **sections))
-    first, last = generated(tmp_path / "run")
-    assert first[0] == 0
-    assert first[1] < 0.3
-    assert last == [1.0, 1.0]
-    export(tmp_path / "run", tmp_path / "out")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    for line in (inputs / "pairs.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
-        found = model.generate(ids, max_new_tokens=50, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        assert tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True) == row["completion"]
 
 
 @pytest.mark.more
@@ -134,7 +114,7 @@ def test_each_set_has_its_own_numbers(pools, inputs, tokenizer_path, tmp_path):
     assert not any("plain" in tag and "match" in tag for tag in last)
 
 
-@pytest.mark.parametrize("changes", [{"records": None}, {"records": {"kind": "prompt", "score": "all"}}])
+@each("changes", [{"records": None}, {"records": {"kind": "prompt", "score": "all"}}])
 def test_generation_without_answers_is_refused(inputs, tokenizer_path, tmp_path, changes):
     with pytest.raises(ConfigError, match=r"eval\.generate: there are no answers to generate"):
         memory(inputs, tokenizer_path, tmp_path / "run", data={**changes, "packing": None})

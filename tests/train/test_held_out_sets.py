@@ -12,6 +12,7 @@ import pytest
 from relora_mora.evaluation.loss import held_out
 from tests.tools.commands import EVALUATE, call, refused
 from tests.tools.data_tools import some_texts, write_shard
+from tests.tools.each import each
 from tests.tools.runs import metrics, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed
@@ -70,7 +71,7 @@ def test_each_set_is_scored_independently(pools, inputs, tokenizer_path, tmp_pat
             assert line["eval/tokens"] <= 200, "the limit holds for each set"
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@each("world_size", [1, 2])
 def test_the_total_equals_the_loss_of_one_text(inputs, tokenizer_path, together, tmp_path, world_size):
     config = run_config(inputs, tokenizer_path, tmp_path, data={"validation": _sets(inputs)})
     size = sum(each.utf8_bytes for each in held_out(config.data, tokenizer_path, config.eval.max_tokens).values())

@@ -82,9 +82,8 @@ def _end(run_dir: Path) -> Path:
 def test_a_resume_continues_with_the_same_blocks_and_every_source_is_counted(
     pools, inputs, tokenizer_path, tmp_path, never
 ):
-    config = _config(inputs, tokenizer_path, tmp_path / "run")
-    pools(2)(train, config, stop_after=4)
-    pools(2)(train, config)
+    copy_cut_at(never, tmp_path / "run", 4)
+    pools(2)(train, _config(inputs, tokenizer_path, tmp_path / "run"))
     assert different_tensors(_end(never), _end(tmp_path / "run")) == []
     counted = {line["step"]: line for line in metrics(never) if "train/tokens" in line}
     for step, (lines, rows) in {4: (24, 8), 5: (30, 10), 10: (30, 50)}.items():  # of 8 blocks of 32 tokens a step
@@ -107,19 +106,6 @@ def test_a_kill_after_a_rollback_does_not_change_the_drawn_sources(pools, inputs
     pools(2)(_bad_at, _config(inputs, tokenizer_path, killed), (4, 5))
     assert different_tensors(_end(rolled), _end(killed)) == []
     assert logged_steps(killed, "train/rollbacks") == [3]
-
-
-@pytest.mark.more
-def test_weights_change_if_allowed(pools, inputs, tokenizer_path, tmp_path, never):
-    folder = tmp_path / "run"
-    pools(2)(train, _config(inputs, tokenizer_path, folder), stop_after=4)
-    (message, _) = pools(2)(refusal_of, _config(inputs, tokenizer_path, folder, weight=5.0))
-    assert "data.train: the shares of its sources: lines 0.75 in the checkpoint, 0.375 now" in message
-    assert "'--train.allow_changes=[data.train]'" in message
-    pools(2)(train, _config(inputs, tokenizer_path, folder, weight=5.0, allow_changes=["data.train"]))
-    counted = {line["step"]: line for line in metrics(folder) if "train/tokens" in line}
-    assert counted[5]["train/tokens/lines"] == (24 + 3) * 32
-    assert counted[5]["train/tokens/rows"] == (8 + 5) * 32
 
 
 def test_sources_may_be_listed_in_another_order_at_a_resume(pools, inputs, tokenizer_path, tmp_path):

@@ -10,13 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from relora_mora.config.load import dump
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.tools.commands import PRETRAIN, call, refused
 from tests.tools.data_tools import write_json_lines
-from tests.tools.runs import LLAMA, checkpoint_at, logged_values, metrics, run_config, tensors, train
+from tests.tools.each import each
+from tests.tools.runs import (
+    LLAMA,
+    checkpoint_at,
+    copy_cut_at,
+    different_tensors,
+    logged_values,
+    metrics,
+    run_config,
+    train,
+)
 
 pytestmark = pytest.mark.distributed
 STEPS = 6
@@ -73,55 +82,15 @@ def _seen(run_dir: Path) -> list[dict[str, Any]]:
 def test_an_interrupted_run_continues_bit_for_bit(pools, inputs, tokenizer_path, tmp_path):
     whole = tmp_path / "whole"
     pools(2)(train, _config(inputs, tokenizer_path, whole, 2))
-    cut = _config(inputs, tokenizer_path, tmp_path / "cut", 2)
-    pools(2)(train, cut, 3)
-    pools(2)(train, cut)
-    expected = tensors(checkpoint_at(whole, STEPS))
-    found = tensors(checkpoint_at(tmp_path / "cut", STEPS))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    copy_cut_at(whole, tmp_path / "cut", 3)
+    pools(2)(train, _config(inputs, tokenizer_path, tmp_path / "cut", 2))
+    assert different_tensors(*(checkpoint_at(run, STEPS) for run in (whole, tmp_path / "cut"))) == []
     assert _seen(tmp_path / "cut") == _seen(whole)
     losses = [line["train/loss"] for line in _seen(whole) if "train/loss" in line]
     assert losses[-1] < losses[0] < math.log(320) + 0.3
     last = [line for line in metrics(whole) if "train/documents" in line][-1]
     assert last["train/documents"] > STEPS * 8
     assert not any("eval/bits_per_byte" in line for line in metrics(whole))
-
-
-@pytest.mark.more
-def test_fewer_ranks_continue_with_the_same_records(pools, inputs, tokenizer_path, tmp_path):
-    on_two = _config(inputs, tokenizer_path, tmp_path / "run", 2)
-    pools(2)(train, on_two, 3)
-    pools(1)(train, on_two)
-    alone = tmp_path / "alone"
-    pools(1)(train, _config(inputs, tokenizer_path, alone, 1))
-    for expected, found in zip(_seen(alone), _seen(tmp_path / "run"), strict=True):
-        assert found == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.more
-def test_another_template_is_other_data(pools, inputs, tokenizer_path, tmp_path):
-    config = _config(inputs, tokenizer_path, tmp_path / "run", 1)
-    pools(1)(train, config, 2)
-    template = inputs / "other.jinja"
-    template.write_text((inputs / "own.jinja").read_text().replace("':'", "'='"))
-    records = {"kind": "messages", "template": str(template)}
-    other = _config(inputs, tokenizer_path, tmp_path / "run", 1, records=records)
-    with pytest.raises(AssertionError, match=r"CheckpointError: .*\n.*data: other sources, or files that have changed"):
-        pools(1)(train, other)
-    template.write_text((inputs / "own.jinja").read_text())  # of another name, with the same text
-    pools(1)(train, other)
-
-
-@pytest.mark.more
-def test_a_new_start_with_another_template_replaces_the_saved_tokenizer(pools, inputs, tokenizer_path, tmp_path):
-    template = inputs / "second.jinja"
-    template.write_text((inputs / "own.jinja").read_text().replace("':'", "'='"))
-    for name in ("own.jinja", "second.jinja"):
-        records = {"kind": "messages", "template": str(inputs / name)}
-        pools(1)(train, _config(inputs, tokenizer_path, tmp_path / "run", 1, records=records), 0)
-        assert load_tokenizer(tmp_path / "run" / "tokenizer").chat_template == (inputs / name).read_text()
-        assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
 
 def test_steps_inside_a_prompt_report_no_loss(pools, inputs, tokenizer_path, tmp_path):
@@ -166,7 +135,7 @@ def test_rows_of_a_run_can_be_shown_before_it_starts(inputs, tokenizer_path, tmp
     assert answer.code == 2 and 'one has no "conversations"' in answer.err.splitlines()[-1], answer
 
 
-@pytest.mark.parametrize(
+@each(
     ("override", "message"),
     [
         (

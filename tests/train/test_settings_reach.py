@@ -16,6 +16,7 @@ import torch
 from relora_mora.config.data import DataConfig
 from relora_mora.config.schema import Config, ModelConfig
 from tests.tools.data_tools import some_texts, write_shard
+from tests.tools.each import each
 from tests.tools.runs import LLAMA, logged_values, run_config, train
 
 pytestmark = pytest.mark.distributed
@@ -208,7 +209,7 @@ def test_what_training_sees_is_evaluated_and_exported(pools, inputs, tokenizer_p
     assert seen["export"] == pytest.approx(seen["trainer"], abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", [*CHANGED, *PLANNED])
+@each("name", [*CHANGED, *PLANNED])
 def test_settings_that_change_the_plan(inputs, tokenizer_path, unchanged_plan, name):
     place, expected = unchanged_plan
     with mock.patch.dict(REACHES, {key: REACHES[key]._replace(value=value) for key, value in PLANNED.items()}):

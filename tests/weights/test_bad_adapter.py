@@ -13,6 +13,7 @@ from relora_mora.weights.peft import AdapterFolder
 from tests.tools.adapter_tools import ADAPTERS_ONLY, METHODS, adapted, save_base, write_adapter_folder
 from tests.tools.checkpoints import write_checkpoint
 from tests.tools.commands import EXPORT, call, refused
+from tests.tools.each import each
 
 GOOD = {"A": torch.ones(2, 5), "B": torch.ones(3, 2)}
 
@@ -20,7 +21,7 @@ GOOD = {"A": torch.ones(2, 5), "B": torch.ones(3, 2)}
 SQUARE = {"use_mora": True, "mora_type": 1}
 
 
-@pytest.mark.parametrize(
+@each(
     ("settings", "factors", "says"),
     [
         ({"peft_type": "IA3"}, GOOD, "peft_type is 'IA3'"),
@@ -50,7 +51,7 @@ def test_a_folder_that_is_not_an_adapter_gives_one_message(tmp_path, settings, f
     assert str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize("harm", ["nan", "no copy"])
+@each("harm", ["nan", "no copy"])
 def test_impossible_values_give_one_message(tmp_path, harm):
     M = torch.ones(2, 2)
     other = M.clone()
@@ -60,7 +61,7 @@ def test_impossible_values_give_one_message(tmp_path, harm):
         AdapterFolder(folder).value("model.q.mora_M")
 
 
-@pytest.mark.parametrize("harm", ["config", "list", "gone", "pickle"])
+@each("harm", ["config", "list", "gone", "pickle"])
 def test_unreadable_files_give_one_message(tmp_path, harm):
     folder = write_adapter_folder(tmp_path / "adapter", {}, **GOOD)
     if harm in ("config", "list"):

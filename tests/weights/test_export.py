@@ -23,6 +23,7 @@ from relora_mora.weights.load import own_tokenizer_path
 from tests.tools.checkpoints import rewrite_manifest, write_checkpoint
 from tests.tools.commands import EVALUATE, EXPORT, call, refused
 from tests.tools.data_tools import write_shard
+from tests.tools.each import each
 from tests.tools.runs import LLAMA, checkpoint_at
 
 
@@ -75,25 +76,6 @@ def _always(tokenizer: Any, token: str) -> LlamaForCausalLM:
             parameter.fill_(1.0 if "norm" in name or "embed" in name else 0.0)
         lm.lm_head.weight[tokenizer.convert_tokens_to_ids(token)] = 1.0
     return lm
-
-
-@pytest.mark.more
-def test_plain_generate_stops_where_a_document_ends(hf_tokenizer: Path, tmp_path: Path) -> None:
-    """A model that always predicts the end of the document, with a tokenizer whose end is not LlamaConfig's."""
-    tokenizer = load_tokenizer(hf_tokenizer)
-    ends = _always(tokenizer, tokenizer.eos_token)
-    export(write_checkpoint(tmp_path / "checkpoint", ends, hf_tokenizer), tmp_path / "out")
-    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    inputs = AutoTokenizer.from_pretrained(tmp_path / "out")("the rank", add_special_tokens=False, return_tensors="pt")
-    generated = lm.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs.input_ids.shape[1] :]
-    assert generated.tolist() == [300]
-    expected = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": 300, "pad_token_id": 301}
-    for file in ("config.json", "generation_config.json"):
-        values = json.loads((tmp_path / "out" / file).read_text())
-        assert {key: values[key] for key in expected} == expected
-        assert values.get("use_cache", True), f"{file}: generates without a cache"
-    assert lm.generation_config.use_cache in (True, None)
-    assert lm.config.use_cache
 
 
 # how a template ends an answer, and the token at which generation stops besides EOS
@@ -321,7 +303,7 @@ def test_a_tokenizer_has_the_class_name_that_older_readers_know(tokenizer_path: 
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
 
 
-@pytest.mark.parametrize(
+@each(
     "scaling",
     [None, {"rope_type": "linear", "factor": 4.0}, LONG | {"factor": 2.0, "original_max_position_embeddings": 32}],
 )

@@ -32,6 +32,7 @@ from tests.tools.adapter_tools import (
 )
 from tests.tools.commands import EVALUATE, call, refused
 from tests.tools.data_tools import write_shard
+from tests.tools.each import each
 from tests.tools.shared import SHARED, needs_shared
 
 ROUNDING = 2e-5  # of logits of up to 5
@@ -78,7 +79,7 @@ def test_peft_computes_what_the_run_does(peft, base, tokenizer_path, tmp_path, n
         assert apart == 0 if exact else apart < 1e-6
 
 
-@pytest.mark.parametrize("form", ["peft", "peft-mora"])
+@each("form", ["peft", "peft-mora"])
 def test_an_answer_ends_where_the_merged_model_ends_it(base, tokenizer_path, tmp_path, form):
     tokenizer = load_tokenizer(tokenizer_path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
@@ -96,7 +97,7 @@ def test_an_answer_ends_where_the_merged_model_ends_it(base, tokenizer_path, tmp
     assert ends(tmp_path / "merged") == ends(tmp_path / form) == expected != ends(base)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+@each("kind", ["mistral", "qwen2", "qwen3"])
 def test_peft_computes_what_a_run_of_another_family_does(peft, tokenizer_path, tmp_path, kind):
     base = save_base(tmp_path / "base", kind, tie_word_embeddings=True)
     method = METHODS["mora1"] | ADAPTERS_ONLY | {"dropout": 0.1}
@@ -108,7 +109,7 @@ def test_peft_computes_what_a_run_of_another_family_does(peft, tokenizer_path, t
     assert (logits(load_model(tmp_path / "peft", torch.float32).model) - logits(lm)).abs().max() < ROUNDING
 
 
-@pytest.mark.parametrize(
+@each(
     "settings",
     [
         {"r": 3, "lora_alpha": 5},
@@ -134,13 +135,12 @@ def test_an_adapter_saved_by_peft_computes_the_same_here(peft, base, tokenizer_p
     assert (logits(loaded.model) - logits(theirs)).abs().max() < ROUNDING
 
 
-@pytest.mark.parametrize(
+@each(
     "given",
     [
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
         {"target_modules": ["q_proj", "lm_head"]},
     ],
-    ids=str,
 )
 def test_tied_embeddings_without_the_head_are_refused(peft, tmp_path, given):
     base = save_base(tmp_path / "base", tie_word_embeddings=True)
@@ -173,7 +173,7 @@ def released_size(inputs: int, outputs: int, rank: float, mora_type: int) -> int
     return size // 2 * 2 if mora_type == 6 else size
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name]["name"] == "mora"])
+@each("name", [name for name in METHODS if METHODS[name]["name"] == "mora"])
 def test_the_released_mora_finds_our_matrices(base, tokenizer_path, tmp_path, name):
     method = METHODS[name] | ADAPTERS_ONLY
     folder = exported(tmp_path, base, tokenizer_path, method, "peft-mora")
@@ -259,14 +259,14 @@ def test_a_regular_expression_for_ranks_decides_which_base_fits(base, tokenizer_
     assert AdapterFolder(folder).fits("model.layers.0.mlp.up_proj", 24, 40)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each("dtype", [torch.bfloat16, torch.float16])
 def test_a_base_saved_in_another_precision_is_the_same(base, tokenizer_path, tmp_path, dtype):
     folder = exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ADAPTERS_ONLY, "peft")
     AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(tmp_path / "half")
     load_model(folder, torch.float32, tmp_path / "half")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_the_model_equals_the_merged_export(base, tokenizer_path, tmp_path, dtype):
     """Also between the weights: rotary frequencies stay in float32."""
     folder = exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ADAPTERS_ONLY, "peft")

@@ -12,15 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from relora_mora.checkpoint.layout import CheckpointError
-from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
-from relora_mora.experiments.spectrum import spectra_of
 from relora_mora.weights.export import export
 from relora_mora.weights.peft import AdapterFolder
 from tests.tools.adapter_tools import ADAPTERS_ONLY, METHODS, adapted, logits, save_base, write_run
 from tests.tools.commands import EVALUATE, call
+from tests.tools.each import each
 from tests.tools.grids import rest
 from tests.tools.runs import logged_values, run_config, train
 
@@ -106,21 +104,6 @@ def test_a_fully_trained_linear_with_a_frozen_bias_is_loaded(pools, inputs, toke
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("name", ["lora", "mora6", "lora_pattern"])
-def test_the_adapter_is_not_part_of_what_the_run_adds(pools, inputs, base, adapters, tokenizer_path, tmp_path, name):
-    """A run that hardly trains has added hardly anything."""
-    run = tmp_path / "run"
-    config = config_of(inputs, tokenizer_path, run, base, adapters[name], METHODS[name] | ADAPTERS_ONLY)
-    still = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 1e-7})})
-    pools(1)(train, still, stop_after=1)
-    assert max(float(values.max()) for values in spectra_of(CheckpointReader(find_checkpoint(run))).values()) < 1e-4
-    moved = shutil.move(adapters[name], tmp_path / "moved")
-    with pytest.raises(CheckpointError, match=rf"began with .*{name} \(model.adapter\), which no longer exists"):
-        spectra_of(CheckpointReader(find_checkpoint(run)))
-    shutil.move(moved, adapters[name])
-
-
-@pytest.mark.more
 @pytest.mark.parametrize("name", ["lora", "mora6"])
 def test_the_first_loss_is_the_adapters_and_the_last_is_its_exports(
     pools, inputs, base, adapters, tokenizer_path, tmp_path, name
@@ -164,7 +147,7 @@ def refuses(inputs, tokenizer_path, tmp_path):
     return check
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "changes", "parts"),
     [
         ("lora", METHODS["mora1"], ["mora in the settings", "is a LoRA; set method.name=lora"]),

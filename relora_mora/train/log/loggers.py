@@ -86,10 +86,7 @@ def check_loggers(config: LogConfig) -> None:
         return
     spec = importlib.util.find_spec("wandb")
     if spec is None or spec.origin is None:  # a folder named wandb, such as W&B itself creates, is not the package
-        fault = (
-            "log.wandb: the package wandb is not installed; pip install wandb, or pip install -e '.[wandb]' in the "
-            "checkout, or set log.wandb=null"
-        )
+        fault = "log.wandb: the package wandb is not installed; pip install 'relora_mora[wandb]', or set log.wandb=null"
         raise ConfigError([fault], "the settings")
 
 

@@ -7,14 +7,13 @@ import itertools
 import pytest
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bytes import transport
-from relora_mora.data.bytes.remote import RemoteFile
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats.file_rows import iter_texts
 from relora_mora.data.sources.names import with_commits
 from relora_mora.data.sources.resolve import configured_shards, resolve_shards
-from tests.tools.data_tools import data_config, some_texts, write_shard
-from tests.tools.faulty_server import COMMIT, FAULTS, serving
+from tests.tools.data_tools import data_config, some_texts, texts_of, write_shard
+from tests.tools.each import each
+from tests.tools.faulty_server import COMMIT, serving
 
 
 @pytest.fixture
@@ -34,16 +33,14 @@ def test_c4_is_read_from_a_mirror(hub):
     assert shards[0].name.startswith(f"hub:allenai/c4@{COMMIT}/")
     assert hub.paths == ["/api/datasets/allenai/c4/revision/main"]  # the commit, once; nothing is listed
     source = "hub:allenai/c4/en/c4-train.{00000..00001}-of-01024.json.gz"
-    assert list(iter_texts(source, split="train", config=data_config(source))) == some_texts(20, seed=0) + some_texts(
-        20, seed=1
-    )
+    assert texts_of(source) == some_texts(20, seed=0) + some_texts(20, seed=1)
 
 
 def test_a_login_in_netrc_does_not_take_the_place_of_the_token(hub, tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     source = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"
-    list(iter_texts(source, split="train", config=data_config(source)))
+    texts_of(source)
     sent = [headers["authorization"] for path, headers in hub.requests if "/resolve/" in path]
     assert sent
     assert set(sent) == {"Bearer hf_secret"}
@@ -51,7 +48,7 @@ def test_a_login_in_netrc_does_not_take_the_place_of_the_token(hub, tmp_path, mo
 
 def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path):
     source = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"
-    list(iter_texts(source, split="train", config=data_config(source)))
+    texts_of(source)
     assert all(headers["authorization"] == "Bearer hf_secret" for path, headers in hub.requests if "/resolve/" in path)
     assert "hf_secret" not in repr(resolve_shards(source))
     hub.requests.clear()
@@ -80,31 +77,6 @@ def test_revisions_and_files_unknown_to_the_hub(hub):
     assert len(resolve_shards("allenai/c4", "main")) == 1024
 
 
-@pytest.mark.more
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_pass_while_the_commit_is_asked_for(hub, monkeypatch, fault):
-    monkeypatch.setattr(transport, "STALL_SECONDS", 0.3)
-    hub.fault = lambda n: fault if n < 2 else None
-    hub.stall_seconds = 1.0
-    hub.retry_after["429"] = "0"
-    assert len(resolve_shards("allenai/c4", "main", timeout_seconds=60.0)) == 1024
-    assert len(hub.faults) == (0 if fault == "cut_range" else 2)
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("fault", ["refuse", "truncate"])
-def test_an_unreachable_hub_is_one_line_with_its_address_and_remedies(hub, fault):
-    hub.fault = lambda n: fault
-    with pytest.raises(SourceError, match=r"gave up after 0\.3 s") as caught:
-        resolve_shards("allenai/c4", "main", timeout_seconds=0.3)
-    text = str(caught.value)
-    assert f"network to {hub.url}, name a mirror with HF_ENDPOINT, give local files by path" in text
-    assert "\n" not in text
-    hub.fault = lambda n: "503"
-    with pytest.raises(SourceError, match=r"status 503.*HF_ENDPOINT"):  # a file, too
-        RemoteFile(resolve_shards("hub:allenai/c4/en/a.json", COMMIT)[0], 3.0).read(9)
-
-
 def test_a_login_is_retried_after_a_network_fault(hub, monkeypatch):
     class OtherTransportError(Exception):
         pass
@@ -123,7 +95,7 @@ def test_a_login_is_retried_after_a_network_fault(hub, monkeypatch):
         resolve_shards("allenai/c4", "main", timeout_seconds=0.3)
 
 
-@pytest.mark.parametrize("token", ["hf_\u201csecret\u201d", "folder"])
+@each("token", ["hf_\u201csecret\u201d", "folder"])
 def test_a_token_that_cannot_be_read_or_sent(hub, monkeypatch, tmp_path, token):
     monkeypatch.setenv("HF_TOKEN", "" if token == "folder" else token)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path))
@@ -132,7 +104,7 @@ def test_a_token_that_cannot_be_read_or_sent(hub, monkeypatch, tmp_path, token):
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("revision", ["main", COMMIT])
+@each("revision", ["main", COMMIT])
 def test_an_endpoint_that_is_not_an_address(hub, monkeypatch, revision):
     monkeypatch.setenv("HF_ENDPOINT", "mirror.example.org")
     with pytest.raises(SourceError, match=r"HF_ENDPOINT: got 'mirror\.example\.org'"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import tracemalloc
 from contextlib import closing
 
 import pytest
@@ -17,6 +16,7 @@ from relora_mora.data.sets.show import check_columns
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import resolve_shards
 from tests.tools.data_tools import data_config, rows_of, some_texts, write_shard
+from tests.tools.each import each
 
 
 def _written(row, end):
@@ -51,18 +51,6 @@ def test_text_written_by_csv_is_read_back(tmp_path_factory, texts, end, limit, l
         assert rows_of(path, lanes, lane, start, max_line_bytes=limit) == own[start:]
 
 
-@pytest.mark.more
-def test_a_long_row_is_never_held_in_memory(tmp_path):
-    long = ['x,"' + f'{"a line, and":200}""quotes""\n' * 20_000 + '",', 'x,"' + f"{'no quotes':200}\n" * 20_000 + '",']
-    path = write_shard(tmp_path / "a.csv.gz", ["first", *map(str.encode, long), "last"])
-    tracemalloc.start()
-    rows = rows_of(path, max_line_bytes=1000)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert rows == ["first", Skipped("too_long"), Skipped("too_long"), "last"]
-    assert peak < 1 << 22
-
-
 def test_a_text_longer_than_the_default_limit_of_csv(tmp_path):
     path = write_shard(tmp_path / "a.csv", ["x" * 200_000, "y"])
     assert rows_of(path) == ["x" * 200_000, "y"]
@@ -80,26 +68,22 @@ def test_an_open_quote_makes_every_line_up_to_the_next_one_bad(tmp_path):
     assert rows_of(path) == ["first", *[Skipped("not_csv")] * 52, "last"]
 
 
-@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("head", [b'"text",id\r\n', b"\n\nid,text"])
+@each("bom", [b"", b"\xef\xbb\xbf"])
+@each("head", [b'"text",id\r\n', b"\n\nid,text"])
 def test_the_header(tmp_path, bom, head):
     path = tmp_path / "a.csv"
     path.write_bytes(bom + head + b'\r\nx 5" disk,x 5" disk\r\n"1","1"')
     assert [row for row in rows_of(path) if isinstance(row, str)] == ['x 5" disk', "1"]
 
 
-@pytest.mark.parametrize(
+@each(
     "body,message",
     [
         (b"id,body,url\n", 'has no column "text"; set data.text_column to one of id, body, url'),
         ("größe,x\n".encode(), 'has no column "text"; set data.text_column to one of größe, x'),
         (b"text,id,text\n", 'has 2 columns "text"; set data.text_column to one of text, id, text'),
-        (b"<html>\n<body>Log in", 'has no column "text"; set data.text_column to one of <html>'),
         ("id,text\n".encode("utf-16"), 'has no column "text"; set data.text_column to one of'),
-        (
-            b"id;text\n",
-            "its header 'id;text' seems to be separated by ';' instead of commas; write it again with commas",
-        ),
+        (b"id;text\n", "its header 'id;text' seems to be separated by ';'"),
         (b"text\turl\n", r"its header 'text\turl' seems to be separated by '\t'"),
         (b'"text\n', "its header is not CSV; the first row of CSV names the columns: repair or drop the file"),
     ],
@@ -115,7 +99,7 @@ def test_a_wrong_header_is_found_before_training(tmp_path, body, message):
     assert str(again.value) == str(caught.value)
 
 
-@pytest.mark.parametrize("body", [b"", b"\n\n", b"id,text", b"id,text\n"])
+@each("body", [b"", b"\n\n", b"id,text", b"id,text\n"])
 def test_a_file_without_rows_is_empty(tmp_path, body):
     path = tmp_path / "a.csv"
     path.write_bytes(body)

@@ -5,46 +5,40 @@ from __future__ import annotations
 import errno
 import itertools
 import random
-import subprocess
-import sys
 from collections import Counter
 from contextlib import closing
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from relora_mora.data.bytes import retry, transport
 from relora_mora.data.bytes.local import LocalFile
-from relora_mora.data.bytes.retry import RETRIES
 from relora_mora.data.content import local_content
 from relora_mora.data.errors import SourceError
-from relora_mora.data.formats.file_rows import iter_texts, open_rows
+from relora_mora.data.formats.file_rows import open_rows
 from relora_mora.data.sets.show import check_columns
 from relora_mora.data.sources.resolve import configured_shards, resolve_shards
-from relora_mora.data.stream.stream import TrainStream
 from tests.tools.data_tools import (
     WRITE_GROUPS,
-    assert_resumes_anywhere,
     data_config,
     documents_in,
     epoch_tokens,
     make_lane,
     rows_of,
     some_texts,
+    texts_of,
     write_parquet,
 )
-from tests.tools.faulty_server import FAULTS, serving
+from tests.tools.each import each
+from tests.tools.faulty_server import serving
+
+every_format = each("suffix", WRITE_GROUPS)
 
 
-@pytest.fixture(params=WRITE_GROUPS)
-def suffix(request):
-    return request.param
-
-
-@pytest.mark.parametrize("group_rows", [1, 7, 1000])
-@pytest.mark.parametrize("lanes", [1, 2, 3, 8])
+@each("group_rows", [1, 7, 1000])
+@each("lanes", [1, 3, 8])
+@every_format
 def test_lanes_that_share_a_file_have_each_row_once_and_can_skip_to_any(suffix, tmp_path, group_rows, lanes):
     texts = some_texts(60)
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, group_rows=group_rows)
@@ -56,6 +50,7 @@ def test_lanes_that_share_a_file_have_each_row_once_and_can_skip_to_any(suffix, 
             assert rows_of(path, lanes, lane, min(skip, len(own))) == own[skip:]
 
 
+@every_format
 def test_rows_without_text_are_counted_by_kind_and_bad_ones_named_by_row(suffix, tmp_path):
     values = pyarrow.array([b"good", None, b"", b"\xff", b"x" * 2000, b"good too"]).view("string")
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", values, group_rows=2)
@@ -73,6 +68,7 @@ def test_rows_without_text_are_counted_by_kind_and_bad_ones_named_by_row(suffix,
         epoch_tokens(make_lane(data_config(path, max_bad_fraction=0.3, max_line_bytes=1000), 1, 0))
 
 
+@every_format
 def test_an_empty_file_is_skipped(suffix, tmp_path):
     WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", [])
     WRITE_GROUPS[suffix](tmp_path / f"b{suffix}", ["text"])
@@ -83,16 +79,8 @@ def test_an_empty_file_is_skipped(suffix, tmp_path):
     assert set(lane.rows.notes) == {f"a{suffix} is empty; skipped"}
 
 
-@pytest.mark.more
-@pytest.mark.parametrize("lanes,names", [(1, "ab"), (3, "a"), (2, "abc")])
-def test_a_resume_anywhere_gives_the_very_next_block(suffix, tmp_path, lanes, names):
-    for seed, name in enumerate(names):
-        WRITE_GROUPS[suffix](tmp_path / f"{name}{suffix}", [None, "", *some_texts(23, seed=seed, words=25)])
-    config = data_config(tmp_path / "*")
-    assert_resumes_anywhere(config, lanes)
-
-
-@pytest.mark.parametrize("lanes", [1, 3])
+@each("lanes", [1, 3])
+@every_format
 def test_an_epoch_holds_every_document_once(suffix, tmp_path, lanes):
     written = [some_texts(41, seed=seed) for seed in range(2)]
     for seed, texts in enumerate(written):
@@ -106,19 +94,21 @@ def test_an_epoch_holds_every_document_once(suffix, tmp_path, lanes):
     assert Counter(found) == Counter(itertools.chain(*written))
 
 
+@every_format
 def test_another_column_and_held_out_text(suffix, tmp_path):
     texts = some_texts(30)
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, column="with.dot")
-    assert list(iter_texts(str(path), split="validation", config=data_config(path, text_column="with.dot"))) == texts
+    assert texts_of(path, "validation", text_column="with.dot") == texts
 
 
-@pytest.mark.parametrize(
+@each(
     "column,message",
     [
         ("body", 'a{} has no column "body"; set data.text_column to one of id, text, url'),
         ("id", 'a{}: the column "id" holds int64, not strings; set data.text_column to one of those that do (text'),
     ],
 )
+@every_format
 def test_a_wrong_column_is_refused_with_a_list_of_columns(suffix, tmp_path, column, message):
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", ["text"])
     with pytest.raises(SourceError) as caught:
@@ -129,8 +119,9 @@ def test_a_wrong_column_is_refused_with_a_list_of_columns(suffix, tmp_path, colu
     assert str(again.value) == str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["binary", "large_binary", pyarrow.dictionary(pyarrow.int32(), pyarrow.binary())])
-@pytest.mark.parametrize("records", [None, {"kind": "prompt", "columns": {"prompt": "url", "completion": "text"}}])
+@each("kind", ["binary", "large_binary", pyarrow.dictionary(pyarrow.int32(), pyarrow.binary())])
+@each("records", [None, {"kind": "prompt", "columns": {"prompt": "url", "completion": "text"}}])
+@every_format
 def test_a_column_of_bytes_is_refused_with_a_remedy(suffix, tmp_path, kind, records):
     values = pyarrow.array([b"text"], "binary")
     values = values.cast(kind) if isinstance(kind, str) else values.dictionary_encode()
@@ -142,6 +133,7 @@ def test_a_column_of_bytes_is_refused_with_a_remedy(suffix, tmp_path, kind, reco
         check_columns(configured_shards(config, "train"), config)
 
 
+@every_format
 def test_a_file_that_was_cut_is_found_before_training(suffix, tmp_path):
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(100))
     local_content(resolve_shards(str(path)))
@@ -152,7 +144,7 @@ def test_a_file_that_was_cut_is_found_before_training(suffix, tmp_path):
         make_lane(data_config(path), 1, 0).next_block()
 
 
-@pytest.mark.parametrize("good_reads", [0, 1])
+@each("good_reads", [0, 1])
 def test_a_disk_that_is_gone_is_an_error_of_the_system(tmp_path, monkeypatch, good_reads):
     path = write_parquet(tmp_path / "a.parquet", [random.Random(n).randbytes(500).hex() for n in range(500)])
     read_at = LocalFile.read_at
@@ -169,41 +161,6 @@ def test_a_disk_that_is_gone_is_an_error_of_the_system(tmp_path, monkeypatch, go
     assert caught.value.errno == errno.EIO
 
 
-def test_a_file_that_changed_is_refused(suffix, tmp_path):
-    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(100))
-    shards = resolve_shards(str(path))
-    WRITE_GROUPS[suffix](path, some_texts(99))
-    with pytest.raises(SourceError, match=rf"a\{suffix} changed since the start"):
-        make_lane(data_config(path), 1, 0, shards=shards).next_block()
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_faults_at_a_third_of_the_requests_do_not_change_the_tokens(tmp_path, short_waits, lanes):
-    names = [f"{n}.parquet" for n in range(12 // lanes)]
-    for seed, name in enumerate(names):
-        texts = [random.Random(f"{seed} {n}").randbytes(400).hex() for n in range(120)]
-        write_parquet(tmp_path / name, texts, group_rows=17)
-    here = data_config([f"{tmp_path}/{name}" for name in names], sequence_length=512)
-    clean = [make_lane(here, lanes, number) for number in range(lanes)]
-    kinds = itertools.cycle(FAULTS)
-    rng = random.Random(1)
-    before = RETRIES.retries
-    with serving(tmp_path, lambda n: next(kinds) if rng.random() < 0.3 else None) as server:
-        server.stall_seconds = 0.5
-        server.retry_after["429"] = "0"
-        there = data_config([f"{server.url}/{name}" for name in names], sequence_length=512, timeout_seconds=300.0)
-        for number, expected in enumerate(clean):
-            lane = make_lane(there, lanes, number)
-            while expected.state()["epoch"] < 1:
-                assert np.array_equal(lane.next_block().tokens, expected.next_block().tokens)
-                assert lane.state() == expected.state()
-            lane.close()
-        assert len(server.faults) > 0.2 * len(server.requests)
-        assert set(server.faults) == set(FAULTS)
-    assert RETRIES.retries - before > len(server.faults) / 2
-
-
 def test_a_seek_over_http_costs_few_requests_and_bytes(tmp_path, monkeypatch):
     texts = [random.Random(n).randbytes(500).hex() for n in range(2000)]
     path = write_parquet(tmp_path / "a.parquet", texts, group_rows=200)
@@ -218,29 +175,6 @@ def test_a_seek_over_http_costs_few_requests_and_bytes(tmp_path, monkeypatch):
     assert sum(last - first + 1 for first, last in asked) < path.stat().st_size / 2
 
 
-def test_a_file_that_changes_at_the_server_is_refused(tmp_path, short_waits):
-    path = write_parquet(tmp_path / "a.parquet", [random.Random(n).randbytes(500).hex() for n in range(2000)])
-    with serving(tmp_path) as server:
-        (shard,) = resolve_shards(f"{server.url}/a.parquet")
-        with closing(open_rows(data_config(path), shard)) as rows:
-            rows.take(10)
-            write_parquet(path, some_texts(10))
-            with pytest.raises(SourceError, match=r"a\.parquet changed while it was read"):
-                rows.take(1990)
-
-
-def test_one_answer_without_a_range_among_others_is_asked_for_again(tmp_path, short_waits):
-    texts = some_texts(1000)
-    path = write_parquet(tmp_path / "a.parquet", texts, group_rows=100)
-    with serving(tmp_path) as server:
-        server.fault = lambda n: setattr(server, "ranges", n != 1)
-        (shard,) = resolve_shards(f"{server.url}/a.parquet")
-        before = RETRIES.retries
-        with closing(open_rows(data_config(path), shard)) as rows:
-            assert rows.take(1001) == texts
-    assert RETRIES.retries == before + 1
-
-
 def test_a_server_that_stays_unreachable(tmp_path, short_waits, monkeypatch):
     monkeypatch.setattr(retry.tenacity, "stop_after_delay", lambda _: retry.tenacity.stop_after_attempt(5))
     monkeypatch.setattr(transport, "STALL_SECONDS", 30.0)
@@ -252,17 +186,7 @@ def test_a_server_that_stays_unreachable(tmp_path, short_waits, monkeypatch):
             epoch_tokens(lane)
 
 
-def test_a_position_is_described_in_words(suffix, tmp_path, tokenizer_path):
-    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(60))
-    with TrainStream(
-        data_config(path), tokenizer_path=tokenizer_path, batch_size=2, lanes=2, rank=0, world_size=1
-    ) as stream:
-        state = next(stream).state
-        words = stream.describe(state)
-    place = f"after {state['1']['item']} of rows 1 to 8 of share 2 of 2 (shuffled)"
-    assert words[1] == f"lane 1: epoch 0, a{suffix}, {place} and {state['1']['offset']} tokens of the next document"
-
-
+@every_format
 def test_bad_rows_in_a_lanes_share_are_judged_by_the_whole_file(suffix, tmp_path):
     texts = some_texts(600)
     for row in (0, 6):
@@ -274,23 +198,6 @@ def test_bad_rows_in_a_lanes_share_are_judged_by_the_whole_file(suffix, tmp_path
         assert len(rows.take(1000)) == 120
         assert rows.take(1) == []
         assert rows.bad == 2
-
-
-def test_a_file_that_cannot_be_opened_gives_one_message(tmp_path):
-    """From Python 3.13 on a failing finalizer is always reported; before, only in development mode."""
-    program = f"""
-from relora_mora.data.errors import SourceError
-from relora_mora.data.bytes.local import LocalFile
-from relora_mora.data.shard import Shard
-
-try:
-    LocalFile(Shard("a", {str(tmp_path / "a.parquet")!r}))
-except SourceError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-X", "dev", "-c", program], capture_output=True, text=True, check=True)
-    assert "cannot be read (No such file or directory)" in done.stdout
-    assert "Exception ignored" not in done.stderr
 
 
 def test_records_in_string_views_are_read_if_lanes_share_a_group(tmp_path):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from collections import Counter
 from contextlib import closing
 
@@ -17,15 +15,8 @@ from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.formats import parquet as parquet_module
 from relora_mora.data.formats.file_rows import open_rows
 from relora_mora.data.shard import Shard
-from tests.tools.data_tools import (
-    data_config,
-    epoch_tokens,
-    make_lane,
-    rows_of,
-    some_texts,
-    write_parquet,
-)
-from tests.tools.faulty_server import serving
+from tests.tools.data_tools import data_config, epoch_tokens, make_lane, rows_of, some_texts, write_parquet
+from tests.tools.each import each
 
 
 def _damaged(path, at, count=1):
@@ -35,10 +26,8 @@ def _damaged(path, at, count=1):
     return path
 
 
-@pytest.mark.parametrize(
-    "kind", ["string", "large_string", "string_view", pyarrow.dictionary(pyarrow.int32(), pyarrow.string())]
-)
-@pytest.mark.parametrize("compression", ["none", "snappy", "zstd", "gzip"])
+@each("kind", ["string", "large_string", "string_view", pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+@each("compression", ["none", "snappy", "zstd", "gzip"])
 def test_every_kind_of_string_and_compression(tmp_path, kind, compression):
     texts = [*some_texts(20), None, "", "größer\0", "twice", "twice"]
     values = pyarrow.array(texts, "string")
@@ -88,27 +77,9 @@ def test_a_large_row_group_is_read_a_part_at_a_time(tmp_path, monkeypatch):
 
 def test_damage_is_reported_with_its_place(tmp_path):
     path = write_parquet(
-        tmp_path / "a.parquet",
-        some_texts(100),
-        group_rows=20,
-        write_page_checksum=True,
-        use_dictionary=False,
+        tmp_path / "a.parquet", some_texts(100), group_rows=20, write_page_checksum=True, use_dictionary=False
     )
     chunk = pyarrow.parquet.read_metadata(path).row_group(2).column(1)
     _damaged(path, chunk.data_page_offset + chunk.total_compressed_size // 2)
     with pytest.raises(SourceError, match=r"a\.parquet: row group 3, from row 41 on, cannot be read \(.*\); the file"):
         epoch_tokens(make_lane(data_config(path, shuffle_documents=1), 1, 0))
-
-
-@pytest.mark.more
-def test_an_interpreter_ends_in_the_middle_of_a_file_over_http(tmp_path, short_waits):
-    write_parquet(tmp_path / "a.parquet", [random.Random(n).randbytes(500).hex() for n in range(2000)])
-    code = (
-        "import sys; from tests.tools.data_tools import *; "
-        "print(make_lane(data_config(sys.argv[1]), 1, 0).next_block().tokens[0])"
-    )
-    with serving(tmp_path) as server:
-        done = subprocess.run(
-            [sys.executable, "-c", code, f"{server.url}/a.parquet"], capture_output=True, text=True, timeout=60
-        )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "256\n", "")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from relora_mora.data.errors import SKIP_REASONS, Skipped
 from relora_mora.data.formats.json_lines import parse_line
 from tests.tools.data_tools import line
+from tests.tools.each import each
 
 LINES = [
     (line("text"), None),
@@ -41,7 +41,7 @@ LINES = [
 ]
 
 
-@pytest.mark.parametrize("entry,expected", LINES)
+@each("entry,expected", LINES)
 def test_every_reason(entry, expected):
     row = parse_line(entry)
     assert row == Skipped(expected) if expected else isinstance(row, str) and row
@@ -53,7 +53,7 @@ def test_any_line_is_a_text_or_has_a_reason(entry):
     assert isinstance(row, str) or row.reason in SKIP_REASONS
 
 
-@pytest.mark.parametrize("column", ["content", "größe", "a/b", 'quo"ted', "tab\t"])
+@each("column", ["content", "größe", "a/b", 'quo"ted', "tab\t"])
 def test_the_text_is_under_the_requested_key(column):
     entry = json.dumps({"text": "another one", column: "wanted"}, ensure_ascii=False)
     for written in (entry, json.dumps(json.loads(entry)), entry.replace("/", "\\/")):

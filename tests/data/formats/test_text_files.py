@@ -8,9 +8,8 @@ import tracemalloc
 import pytest
 
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.sources.resolve import resolve_shards
-from relora_mora.data.stream.stream import TrainStream, describe_position
-from tests.tools.data_tools import assert_resumes_anywhere, data_config, rows_of, some_texts, texts_of, write_shard
+from tests.tools.data_tools import rows_of, some_texts, texts_of, write_shard
+from tests.tools.each import each
 from tests.tools.faulty_server import serving
 
 BODY = b"\xef\xbb\xbf  first line\r\nsecond\r\n\r\n \t\r\nthird\n\n\nthe last"
@@ -21,8 +20,8 @@ DOCUMENTS = {
 }
 
 
-@pytest.mark.parametrize("sample_by", DOCUMENTS)
-@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n"])
+@each("sample_by", DOCUMENTS)
+@each("end", [b"", b"\n", b"\r\n", b"\n\n"])
 def test_text_is_split_into_documents(tmp_path, sample_by, end):
     (tmp_path / "a.txt").write_bytes(BODY + end)
     expected = list(DOCUMENTS[sample_by])
@@ -31,7 +30,7 @@ def test_text_is_split_into_documents(tmp_path, sample_by, end):
     assert texts_of(tmp_path / "a.txt", sample_by=sample_by) == expected
 
 
-@pytest.mark.parametrize("sample_by", DOCUMENTS)
+@each("sample_by", DOCUMENTS)
 def test_documents_agree_with_datasets(tmp_path, sample_by):
     import datasets
 
@@ -43,15 +42,7 @@ def test_documents_agree_with_datasets(tmp_path, sample_by):
     assert texts_of(path, sample_by=sample_by) == [text for text in reference["text"] if text]
 
 
-@pytest.mark.more
-@pytest.mark.parametrize("sample_by", DOCUMENTS)
-def test_a_resume_anywhere_gives_the_very_next_block(tmp_path, sample_by):
-    for n in range(5):
-        write_shard(tmp_path / f"{n}.txt", [text.replace(" ", "\n", 3) for text in some_texts(6, seed=n, words=25)])
-    assert_resumes_anywhere(data_config(tmp_path / "*", sample_by=sample_by), 2)
-
-
-@pytest.mark.parametrize("sample_by", ["paragraph", "document"])
+@each("sample_by", ["paragraph", "document"])
 def test_a_long_document_is_never_held_in_memory(tmp_path, sample_by):
     path = write_shard(
         tmp_path / "a.txt.gz", ["first", f"{'many words on a line':200}\n".encode() * 20_000 + b"end", "last"]
@@ -68,14 +59,6 @@ def test_a_long_document_is_never_held_in_memory(tmp_path, sample_by):
 def test_the_limit_is_on_the_bytes_of_a_document(tmp_path):
     path = write_shard(tmp_path / "a.txt", ["é\n" * 9 + "é", "é\n" * 9 + "éx"])
     assert rows_of(path, max_line_bytes=29) == ["é\n" * 9 + "é", Skipped("too_long")]
-
-
-@pytest.mark.parametrize("sample_by", DOCUMENTS)
-def test_a_shard_that_breaks_off_inside_a_document_is_an_error(tmp_path, sample_by):
-    path = write_shard(tmp_path / "a.txt.gz", some_texts(2000))
-    path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(SourceError, match=r"a\.txt\.gz: its compressed data breaks off"):
-        rows_of(path, sample_by=sample_by, max_line_bytes=1 << 20)
 
 
 def test_files_without_text(tmp_path):
@@ -98,7 +81,7 @@ def test_files_without_text(tmp_path):
         texts_of(tmp_path / "c.txt")
 
 
-@pytest.mark.parametrize("name,body", [("a.txt.gz", "größer\n\ntext"), ("a.csv.gz", "id,text\n1,größer\n2,text\n")])
+@each("name,body", [("a.txt.gz", "größer\n\ntext"), ("a.csv.gz", "id,text\n1,größer\n2,text\n")])
 def test_text_that_a_server_decompressed_is_read(tmp_path, monkeypatch, name, body):
     (tmp_path / name).write_text(body, encoding="utf-8")
     with serving(tmp_path) as server:
@@ -106,21 +89,3 @@ def test_text_that_a_server_decompressed_is_read(tmp_path, monkeypatch, name, bo
     (tmp_path / name).write_bytes(gzip.compress(body.encode(), mtime=0)[2:])  # no gzip, and no text
     with pytest.raises(SourceError, match=r"holds a NUL byte|has no column|is not"):
         texts_of(tmp_path / name)
-
-
-def test_a_position_is_described_in_words(tmp_path, tokenizer_path):
-    config = data_config(write_shard(tmp_path / "a.txt", some_texts(60)))
-    with TrainStream(config, tokenizer_path=tokenizer_path, batch_size=2, lanes=2, rank=0, world_size=1) as stream:
-        state = next(stream).state
-    shards = resolve_shards(config.train)
-    for sample_by in DOCUMENTS:
-        given = config.model_copy(update={"sample_by": sample_by})
-        position, _ = describe_position(state, lanes=2, shards=shards, config=given)
-        assert f" of {sample_by}s 1 to 15 in steps of 2" in position
-
-
-def test_fewer_documents_than_lanes_are_refused(tmp_path, tokenizer_path):
-    config = data_config(write_shard(tmp_path / "a.txt", some_texts(60)), sample_by="document")
-    settings = {"tokenizer_path": tokenizer_path, "batch_size": 2, "lanes": 2, "rank": 0, "world_size": 1}
-    with TrainStream(config, **settings) as stream, pytest.raises(SourceError, match=r"lower data\.lanes"):
-        next(stream)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,13 +12,13 @@ from relora_mora.config.schema import Config
 from relora_mora.data.errors import SourceError
 from relora_mora.data.formats.file_rows import iter_texts, open_rows
 from relora_mora.data.records.encoders import encoder_of
-from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.data.sets.show import check_records, marked, show_records
 from relora_mora.data.sources.resolve import configured_shards, resolve_shards
 from relora_mora.data.tokens.folder import make_tokens
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.record_tools import CONVERSATION, encoded
-from tests.tools.data_tools import data_config, write_json_lines
+from tests.tools.data_tools import data_config, eval_set, write_json_lines
+from tests.tools.each import each
 
 ROWS = [
     {"messages": CONVERSATION[1:3], "id": 1},
@@ -46,7 +45,7 @@ def _write(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".arrow"])
+@each("suffix", [".jsonl", ".csv", ".parquet", ".arrow"])
 def test_every_format_with_columns_holds_records(tokenizer, tmp_path, suffix):
     path = _write(tmp_path / f"a{suffix}")
     held = RecordsConfig(kind="messages", template="chatml")
@@ -64,7 +63,7 @@ def test_every_format_with_columns_holds_records(tokenizer, tmp_path, suffix):
     assert found == sorted((row.ids.tolist(), row.scored.tolist()) for row in expected)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".arrow"])
+@each("suffix", [".jsonl", ".csv", ".parquet", ".arrow"])
 def test_a_missing_column_is_reported(tokenizer, tmp_path, suffix):
     path = _write(tmp_path / f"a{suffix}")
     shards = resolve_shards(str(path), records=RecordsConfig(kind="sharegpt", template="chatml"))
@@ -77,7 +76,7 @@ def test_a_missing_column_is_reported(tokenizer, tmp_path, suffix):
         check_records(shards, data_config(path), tokenizer)
 
 
-@pytest.mark.parametrize("content", ["", "\n \n\n"])
+@each("content", ["", "\n \n\n"])
 def test_a_file_without_records_is_refused(tokenizer, tokenizer_path, tmp_path, content):
     (tmp_path / "a.jsonl").write_text(content)
     held = RecordsConfig(kind="prompt")
@@ -90,15 +89,6 @@ def test_a_file_without_records_is_refused(tokenizer, tokenizer_path, tmp_path, 
         show_records(config, 1)
 
 
-def test_text_files_hold_no_records(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("the rank")
-    with pytest.raises(SourceError, match=r"a\.txt holds text without columns, .* messages; give files with columns"):
-        resolve_shards(str(path), records=RecordsConfig(kind="messages"))
-    [shard] = resolve_shards(str(path), records=RecordsConfig(kind="text"))
-    assert not shard.holds_records
-
-
 def test_an_optional_cell_of_csv_may_be_empty(tokenizer, tmp_path):
     path = tmp_path / "a.csv"
     messages = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).replace('"', '""')
@@ -107,20 +97,10 @@ def test_an_optional_cell_of_csv_may_be_empty(tokenizer, tmp_path):
     check_records(configured_shards(config, "train"), config, tokenizer)
 
 
-def _held_out(path: Path, tokenizer_path: str, length: int = 400, **settings: Any) -> Any:
-    return load_eval_set(
-        str(path),
-        config=data_config(path, **settings),
-        tokenizer_path=tokenizer_path,
-        sequence_length=length,
-        max_tokens=None,
-    )
-
-
-@pytest.mark.parametrize("packing", [None, "whole", "none", "stream"])
+@each("packing", [None, "whole", "none", "stream"])
 def test_held_out_records_score_their_answers(tokenizer, tokenizer_path, tmp_path, packing):
     path = _write(tmp_path / "a.jsonl")
-    held_out = _held_out(path, tokenizer_path, packing=packing, records={"kind": "messages", "template": "chatml"})
+    held_out = eval_set(path, tokenizer_path, 400, packing=packing, records={"kind": "messages", "template": "chatml"})
     rows = [encoded(tokenizer, {"messages": row["messages"]}, kind="messages", template="chatml") for row in ROWS]
     assert held_out.predicted == sum(row.scored.sum() for row in rows)
     assert held_out.documents == 3
@@ -131,17 +111,19 @@ def test_held_out_records_score_their_answers(tokenizer, tokenizer_path, tmp_pat
         seen += labels[labels != -100].tolist()
     assert sorted(seen) == sorted(int(token) for row in rows for token in row.ids[row.scored])
     of_all = {"kind": "messages", "template": "chatml", "score": "all"}
-    assert _held_out(path, tokenizer_path, packing=packing, records=of_all).digest != held_out.digest
+    assert eval_set(path, tokenizer_path, 400, packing=packing, records=of_all).digest != held_out.digest
 
 
 def test_whole_texts_score_what_a_stream_scores(tokenizer_path, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in ("the rank", "matrix over", "one")))
-    stream, whole, one = (_held_out(path, tokenizer_path, packing=packing) for packing in ("stream", "whole", "none"))
+    stream, whole, one = (
+        eval_set(path, tokenizer_path, 400, packing=packing) for packing in ("stream", "whole", "none")
+    )
     assert stream.predicted == whole.predicted == one.predicted
     assert stream.utf8_bytes == whole.utf8_bytes == 22
     assert (len(whole.tokens), len(one.tokens)) == (1, 3)
-    cut = _held_out(path, tokenizer_path, length=4, packing="whole")
+    cut = eval_set(path, tokenizer_path, 4, packing="whole")
     assert cut.utf8_bytes is None
     assert cut.predicted < whole.predicted
 
@@ -154,15 +136,15 @@ def test_too_many_records_that_cannot_be_used_end_an_evaluation(tokenizer_path, 
     with pytest.raises(
         SourceError, match=r"1 of 4 records cannot be used, .*; the last one: a\.jsonl, line 4, has no answer"
     ):
-        _held_out(path, tokenizer_path, records=records)
-    assert _held_out(path, tokenizer_path, records=records, max_bad_fraction=0.3).documents == 3
+        eval_set(path, tokenizer_path, 400, records=records)
+    assert eval_set(path, tokenizer_path, 400, records=records, max_bad_fraction=0.3).documents == 3
 
 
 def test_held_out_records_that_are_all_too_long_are_named_as_such(tokenizer_path, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"question": "the rank of the matrix?", "answer": "one"}))
     with pytest.raises(SourceError, match=r"no record can be used \(over_length: 1\); .* 36 tokens, .*; raise"):
-        _held_out(path, tokenizer_path, 4, records={"kind": "question"})
+        eval_set(path, tokenizer_path, 4, records={"kind": "question"})
 
 
 def test_training_rows_are_shown(tokenizer_path, tmp_path, capsys):

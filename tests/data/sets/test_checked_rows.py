@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ import pytest
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sets.reading import count_epochs
 from relora_mora.data.sets.show import check_columns, check_records
 from relora_mora.data.sources.resolve import configured_shards
-from tests.data.stream_tools import stream_of
 from tests.tools.data_tools import data_config, write_json_lines
+from tests.tools.each import each
 
 REFUSES_LATER_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
@@ -71,44 +69,12 @@ def test_bad_first_lines_are_reported_for_any_limit(tmp_path, tokenizer):
     assert _error_of(config, tokenizer).endswith('one has no "question" (data.records.columns), only messages')
 
 
-@pytest.mark.parametrize("column", ["messages", "text"])
+@each("column", ["messages", "text"])
 def test_a_column_of_messages_that_is_read_as_text_is_reported(tmp_path, tokenizer, column):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({column: [_conversation(number)["messages"] for number in range(3)]})
     pyarrow.parquet.write_table(table, path)
     assert _error_of(data_config(path), tokenizer).endswith("; or set data.records, if rows are not plain text")
-
-
-def test_conversations_in_another_form_are_shown(tmp_path, tokenizer):
-    rows = [{"messages": [{"from": "human", "value": "the"}, {"from": "gpt", "value": "rank"}]} for _ in range(30)]
-    message = _error_of(_config(write_json_lines(tmp_path / "a.jsonl", rows)), tokenizer)
-    assert message.startswith("30 of 30 records cannot be used, more than data.max_bad_fraction (0.01); the last one: ")
-    assert """a.jsonl, line 30, has a message 1 with the "role" None, expected one of system, user""" in message
-    assert "{'messages': [{'from': 'human'" in message
-
-
-def test_marks_that_are_never_reached_leave_nothing_to_learn(tmp_path, tokenizer):
-    path = write_json_lines(tmp_path / "a.jsonl", [_conversation(number) for number in range(30)])
-    template = (
-        "{% for m in messages %}{% if m.role == 'model' %}{% generation %}x{% endgeneration %}{% endif %}x{% endfor %}"
-    )
-    message = _error_of(_config(path, template), tokenizer)
-    assert "a.jsonl, line 30, has an answer that the template " in message
-    assert "own.jinja does not mark: {'messages': " in message
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("packing", ["whole", "none"])
-def test_records_that_are_all_too_long_are_reported(tmp_path, tokenizer, packing):
-    rows = [{"prompt": "the rank " * 40, "completion": "matrix"} for _ in range(30)]
-    path = write_json_lines(tmp_path / "a.jsonl", rows)
-    config = data_config(path, records={"kind": "prompt"}, packing=packing, sequence_length=64)
-    message = _error_of(config, tokenizer)
-    assert message.startswith("a.jsonl: no record can be used (over_length: 30); for instance a.jsonl, line 30, has ")
-    assert " tokens, more than data.sequence_length (64): {'prompt': 'the rank" in message
-    assert message.endswith("; raise data.sequence_length")
-    write_json_lines(path, [*rows * 40])
-    assert "no record can be used among the first 1,024 (over_length: 1,024)" in _error_of(config, tokenizer)
 
 
 def test_many_records_that_are_too_long_cause_a_warning(tmp_path, tokenizer, caplog):
@@ -124,12 +90,6 @@ def test_many_records_that_are_too_long_cause_a_warning(tmp_path, tokenizer, cap
     write_json_lines(tmp_path / "a.jsonl", [*rows, *[rows[0]] * 30])
     check_records(configured_shards(config, "train"), config, tokenizer)
     assert caplog.messages == []
-
-
-def test_whole_texts_that_are_all_too_long_are_reported(tmp_path, tokenizer):
-    path = write_json_lines(tmp_path / "a.jsonl", [{"text": "the rank " * 40}])
-    config = data_config(path, packing="whole", records={"kind": "text", "too_long": "drop"}, sequence_length=64)
-    assert "no record can be used (over_length: 1); for instance a text has " in _error_of(config, tokenizer)
 
 
 @pytest.mark.more
@@ -154,37 +114,3 @@ def test_half_a_surrogate_pair_in_messages_that_are_a_text_is_a_bad_record(tmp_p
     path = tmp_path / "a.csv"
     path.write_text('messages\n"[{""role"": ""user"", ""content"": ""\\ud800""}]"\n')
     assert """a.csv, row 1, has a "messages" with half of a surrogate pair""" in _error_of(_config(path), tokenizer)
-
-
-@pytest.mark.more
-def test_a_row_that_a_template_refuses_is_named_and_does_not_end_the_run(tmp_path, tokenizer_path):
-    rows = [_conversation(number, "system" if number == 300 else "user") for number in range(400)]
-    config = _config(write_json_lines(tmp_path / "a.jsonl", rows), packing="none")
-    assert count_epochs(config, tokenizer_path, lanes=4).blocks == [100]
-    with stream_of(config, tokenizer_path, batch_size=4) as stream:
-        batches = [next(stream) for _ in range(1200 // 4)]
-    notes = [note for batch in batches for note in batch.notes]
-    assert "a.jsonl, line 301, is refused by the template " in notes[0]
-    assert "(the system must come first): " in notes[0]
-    assert notes[0].endswith("; skipped")
-    assert len(notes) <= 3
-    assert batches[-1].counts["skipped/template_failed"] >= 3
-
-
-@pytest.mark.more
-def test_bad_rows_allowed_in_the_first_epoch_are_allowed_in_every_epoch(tmp_path, tokenizer_path):
-    rows = [_conversation(number, "system" if number % 40 == 7 else "user") for number in range(160)]
-    config = _config(write_json_lines(tmp_path / "a.jsonl", rows), packing="none", shuffle_documents=1)
-    with stream_of(config, tokenizer_path, batch_size=4) as stream:  # one lane has all four bad rows, in each epoch
-        batch = next(itertools.islice(stream, 400, None))
-    assert batch.counts["skipped/template_failed"] > 40
-
-
-@pytest.mark.more
-def test_counting_epochs_checks_all_records_together(tmp_path, tokenizer_path):
-    rows = [_conversation(number, "system" if number % 51 == 7 else "user") for number in range(1400)]
-    config = _config(write_json_lines(tmp_path / "a.jsonl", rows), packing="none")
-    with pytest.raises(
-        SourceError, match=r"28 of 1,400 records cannot be used, .* is refused by the template .*own.jinja"
-    ):
-        count_epochs(config, tokenizer_path, lanes=4)

@@ -9,20 +9,10 @@ import pytest
 import torch
 
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.data.stream.packing import UNSCORED
 from relora_mora.tokenizer.load import encode, load_tokenizer
-from tests.tools.data_tools import data_config, some_texts, write_shard
-
-
-def _load(path, tokenizer_path, max_tokens=None, length=16):
-    return load_eval_set(
-        str(path),
-        config=data_config(path),
-        tokenizer_path=tokenizer_path,
-        sequence_length=length,
-        max_tokens=max_tokens,
-    )
+from tests.tools.data_tools import eval_set, some_texts, write_shard
+from tests.tools.each import each
 
 
 def _stream(held_out):
@@ -47,18 +37,18 @@ def test_the_tokens_are_whole_documents_between_eos(path, texts, tokenizer_path)
     expected = [eos]
     for ids in encode(tokenizer, texts):
         expected += [*ids, eos]
-    whole = _load(path, tokenizer_path)
+    whole = eval_set(path, tokenizer_path)
     assert _stream(whole) == expected
     assert (whole.predicted, whole.documents) == (len(expected) - 1, 100)
     assert whole.utf8_bytes == sum(len(text.encode()) for text in texts)
 
 
 def test_the_digest_depends_only_on_the_tokens(path, texts, tokenizer_path, tmp_path):
-    whole = _load(path, tokenizer_path)
+    whole = eval_set(path, tokenizer_path)
     plain = write_shard(tmp_path / "b.json", texts)
-    assert whole.digest == _load(plain, tokenizer_path, length=8).digest
-    assert whole.digest != _load(path, tokenizer_path, whole.predicted - 1).digest
-    backwards = _load(write_shard(tmp_path / "c.json", texts[::-1]), tokenizer_path)
+    assert whole.digest == eval_set(plain, tokenizer_path, length=8).digest
+    assert whole.digest != eval_set(path, tokenizer_path, max_tokens=whole.predicted - 1).digest
+    backwards = eval_set(write_shard(tmp_path / "c.json", texts[::-1]), tokenizer_path)
     assert backwards.digest != whole.digest
     assert backwards.predicted == whole.predicted
 
@@ -67,14 +57,14 @@ def test_max_tokens_cuts_between_documents(path, texts, tokenizer_path):
     lengths = [len(ids) + 1 for ids in encode(load_tokenizer(tokenizer_path), texts)]
     exact = sum(lengths[:70])
     for max_tokens, documents in ((exact, 70), (exact - 1, 69), (exact + 1, 70), (1, 1)):
-        part = _load(path, tokenizer_path, max_tokens)
+        part = eval_set(path, tokenizer_path, max_tokens=max_tokens)
         assert (part.documents, part.predicted) == (documents, sum(lengths[:documents]))
         assert part.utf8_bytes == sum(len(text.encode()) for text in texts[:documents])
 
 
-@pytest.mark.parametrize("world_size,micro_batch_size", [(1, 1), (1, 64), (2, 3), (4, 16), (7, 50), (2, 10**15)])
+@each("world_size,micro_batch_size", [(1, 1), (1, 64), (2, 3), (4, 16), (7, 50), (2, 10**15)])
 def test_every_token_is_scored_once_on_any_number_of_ranks(path, tokenizer_path, world_size, micro_batch_size):
-    held_out = _load(path, tokenizer_path, max_tokens=1500)
+    held_out = eval_set(path, tokenizer_path, max_tokens=1500)
     assert held_out.predicted % 16  # the last block is short
     scored = Counter()
     counts = []
@@ -103,13 +93,7 @@ def test_every_token_is_scored_once_on_any_number_of_ranks(path, tokenizer_path,
 
 
 def test_documents_are_numbered_as_in_training(path, tokenizer_path):
-    held_out = load_eval_set(
-        str(path),
-        config=data_config(path, document_mask=True),
-        tokenizer_path=tokenizer_path,
-        sequence_length=16,
-        max_tokens=500,
-    )
+    held_out = eval_set(path, tokenizer_path, max_tokens=500, document_mask=True)
     seen = 0
     for inputs, _, documents in held_out.batches(0, 1, 4):
         assert documents is not None
@@ -120,17 +104,8 @@ def test_documents_are_numbered_as_in_training(path, tokenizer_path):
     assert seen > 1
 
 
-def test_less_text_than_one_batch(tmp_path, tokenizer_path):
-    held_out = _load(write_shard(tmp_path / "a.json", ["rank"]), tokenizer_path)
-    batches = [list(held_out.batches(rank, 3, 4)) for rank in range(3)]
-    assert [len(of_rank) for of_rank in batches] == [1, 1, 1]
-    assert 0 < held_out.predicted < 16
-    scored = [int((labels != UNSCORED).sum()) for ((_, labels, _),) in batches]
-    assert scored == [held_out.predicted, 0, 0]
-
-
 def test_no_text_is_refused(tmp_path, tokenizer_path):
     with pytest.raises(SourceError, match="holds no text"):
-        _load(write_shard(tmp_path / "a.json", [""]), tokenizer_path)
+        eval_set(write_shard(tmp_path / "a.json", [""]), tokenizer_path)
     with pytest.raises(SourceError, match="no file matches"):
-        _load(tmp_path / "gone.json", tokenizer_path)
+        eval_set(tmp_path / "gone.json", tokenizer_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections import Counter
@@ -11,15 +10,14 @@ from typing import Any
 
 import pytest
 
-from relora_mora.data.lanes import merge_states, start_states
+from relora_mora.data.lanes import start_states
 from relora_mora.data.sets.reading import count_epochs
 from relora_mora.data.stream.packing import UNSCORED, Batch
-from relora_mora.data.stream.stream import TrainStream
 from relora_mora.data.stream.whole import of_epoch
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.stream_tools import BATCH, LANES, count_of, stream_of
 from tests.tools.data_tools import data_config, write_json_lines
-from tests.tools.grids import rest
+from tests.tools.each import each
 
 LENGTH = 48
 EPOCHS = 3
@@ -59,7 +57,7 @@ EXPECTED = [_completion(number) for number in range(sum(SIZES)) if number != 9]
 
 
 # a resume with other data, which is allowed, starts with states of lanes that have not begun
-@pytest.mark.parametrize("packing,state", [("whole", None), ("none", None), ("whole", start_states(LANES))])
+@each("packing,state", [("whole", None), ("none", None), ("whole", start_states(LANES))])
 def test_every_record_is_learned_once_in_every_epoch(path, tokenizer_path, packing, state):
     config = _config(path, packing)
     tokenizer = load_tokenizer(tokenizer_path)
@@ -83,53 +81,11 @@ def test_no_batch_is_empty_if_an_epoch_packs_into_fewer_blocks_than_another(tmp_
     config = _config(tmp_path / "a.jsonl", "whole", shuffle_documents=1000)
     counted = count_epochs(config, tokenizer_path, lanes=BATCH, epochs=EPOCHS)
     assert min(counted.blocks) < max(counted.blocks)
-    stream = TrainStream(
-        config,
-        tokenizer_path=tokenizer_path,
-        batch_size=BATCH,
-        lanes=BATCH,
-        rank=0,
-        world_size=1,
-        epoch_blocks=counted.blocks,
-    )
-    with stream:
+    with stream_of(config, tokenizer_path, lanes=BATCH, epoch_blocks=counted.blocks) as stream:
         for number, blocks in enumerate(counted.blocks):
             batches = [next(stream) for _ in range(blocks)]
             assert all((batch.labels != UNSCORED).any() for batch in batches)
             assert batches[-1].counts["documents"] == (number + 1) * len(rows)
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("packing,workers", [("whole", 0), ("none", 0), ("whole", 1), *rest(("none", 1))])
-def test_stops_and_other_numbers_of_ranks_change_nothing(path, tokenizer_path, packing, workers):
-    config = _config(path, packing, workers=workers)
-    tokenizer = load_tokenizer(tokenizer_path)
-    epoch = count_of(config, tokenizer_path, EPOCHS)
-    steps = int(epoch.tokens_of(EPOCHS)) // (BATCH * LENGTH)
-    between_stops = 13 if workers else 5  # a worker takes a second to start
-    seen: Counter[str] = Counter()
-    state = None
-    step = 0
-    with stream_of(_config(path, packing), tokenizer_path, epoch_blocks=epoch.blocks) as stream:
-        expected = [next(stream).state for _ in range(steps)]
-    while step < steps:
-        ranks = 1 + step % 2
-        # a resumed run takes the numbers from its state, because its saved settings have steps and not epochs
-        given = epoch.blocks if state is None else None
-        parts = [
-            stream_of(config, tokenizer_path, rank, ranks, state=state, step=step, epoch_blocks=given)
-            for rank in range(ranks)
-        ]
-        for _ in range(min(between_stops, steps - step)):
-            batches = [next(part) for part in parts]
-            for batch in batches:
-                seen.update(_answers(batch, tokenizer))
-            step += 1
-        for part in parts:
-            part.close()
-        state = merge_states([json.loads(json.dumps(batch.state)) for batch in batches])
-        assert state == merge_states([expected[step - 1]])
-    assert seen == Counter(dict.fromkeys(EXPECTED, EPOCHS))
 
 
 def test_without_a_count_each_lane_begins_its_next_epoch_immediately(path, tokenizer_path):
@@ -164,33 +120,26 @@ def test_numbers_of_used_and_skipped_records_are_logged(tokenizer_path, tmp_path
     assert int(found[2]) == round(100 * tokens / (int(found[1]) * LENGTH))
 
 
-def test_lanes_that_wait_long_cause_a_warning(tokenizer_path, tmp_path, caplog):
-    for part, size in enumerate((40, 3, 3, 3)):  # a file for each lane
+# rows of the files, lanes, blocks of a lane in a batch, and what the warning names
+@each(
+    "sizes,lanes,blocks,share,setting",
+    [((40, 3, 3, 3), 4, 2, "69 %", "data.lanes"), ((3,), 1, 8, "62 %", "train.batch_size")],
+)
+def test_many_empty_sequences_cause_a_warning(tokenizer_path, tmp_path, caplog, sizes, lanes, blocks, share, setting):
+    for part, size in enumerate(sizes):
         rows = [{"prompt": "the", "completion": _completion(number)} for number in range(size)]
         write_json_lines(tmp_path / f"part-{part}.jsonl", rows)
-    epoch = count_of(_config(tmp_path / "*.jsonl", "none"), tokenizer_path, EPOCHS)
-    assert epoch.blocks == [40]
+    count_epochs(_config(tmp_path / "*.jsonl", "none"), tokenizer_path, lanes=lanes, blocks_per_lane=blocks)
     [message] = caplog.messages
-    assert message.startswith("69 % of the sequences of an epoch are empty: 4 lanes wait for the one with the most")
-    assert message.endswith("; lower data.lanes")
-
-
-def test_an_end_that_does_not_fill_a_batch_causes_a_warning(tokenizer_path, tmp_path, caplog):
-    rows = [{"prompt": "the", "completion": _completion(number)} for number in range(3)]
-    write_json_lines(tmp_path / "a.jsonl", rows)
-    count_epochs(_config(tmp_path / "a.jsonl", "none"), tokenizer_path, lanes=1, blocks_per_lane=8)
-    [message] = caplog.messages
-    assert message.startswith("62 % of the sequences of an epoch are empty: the end of an epoch does not fill a global")
-    assert message.endswith("; lower train.batch_size")
+    assert message.startswith(share) and message.endswith(f"; lower {setting}")
 
 
 def test_a_stream_whose_lanes_have_unequal_shares_causes_a_warning(tokenizer_path, tmp_path, caplog):
     for part, size in enumerate((90, 10)):
-        (tmp_path / f"part-{part}.jsonl").write_text((json.dumps({"text": "the rank"}) + "\n") * size)
+        write_json_lines(tmp_path / f"part-{part}.jsonl", [{"text": "the rank"}] * size)
     config = data_config(tmp_path / "*.jsonl", sequence_length=LENGTH)
-    count_epochs(config, tokenizer_path, lanes=LANES)
-    [message] = caplog.messages
-    assert message.startswith("lanes have unequal shares of 2 files: about 40 % of the text is read only after")
-    caplog.clear()
     count_epochs(config.model_copy(update={"concatenate": True}), tokenizer_path, lanes=LANES)
     assert not caplog.messages
+    count_epochs(config, tokenizer_path, lanes=LANES)
+    [message] = caplog.messages
+    assert message.startswith("lanes have unequal shares of 2 files: about 40 %")

@@ -13,9 +13,9 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.sets.show import check_columns, check_lanes
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.producer import Mixture
-from relora_mora.data.stream.stream import describe_position
 from tests.data.stream_tools import stream_of
 from tests.tools.data_tools import data_config, some_texts, write_parquet, write_shard, write_shards
+from tests.tools.each import each
 from tests.tools.faulty_server import serving
 
 
@@ -24,8 +24,8 @@ def _mixture_config(weights, **settings):
     return data_config(records, **settings)
 
 
-@pytest.mark.parametrize(
-    ("weights", "lanes", "blocks_per_lane"),
+@each(
+    "weights,lanes,blocks_per_lane",
     [
         ({"a": 0.7, "b": 0.3}, 8, 1),
         ({"a": 1, "b": 1}, 2, 1),
@@ -132,7 +132,7 @@ def test_weights_are_part_of_the_fingerprint_but_not_of_the_order(folder):
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("workers", [0, 1])
+@each("workers", [0, 1])
 def test_a_source_is_read_as_often_as_it_may_be(folder, tokenizer_path, workers):
     config = data_config(_records(folder, max_epochs=2), workers=workers)
     with (
@@ -157,16 +157,6 @@ def test_states_of_other_sources_are_refused(folder, tokenizer_path):
         stream_of(data_config(_records(folder, name="novels")), tokenizer_path, state=state)
 
 
-def test_positions_of_a_batch_name_the_sources_that_it_took_from(folder):
-    config = data_config(_records(folder))
-    shards = configured_shards(config, "train")
-    place = {"epoch": 0, "place": 0, "block": 0, "item": 2, "bad": 0, "documents": 2, "skipped": {}, "offset": 3}
-    before = {"0/web": {**place, "blocks": 1}, "0/books": {**place, "blocks": 1}}
-    after = {"0/web": {**place, "item": 3, "blocks": 2}, "0/books": before["0/books"]}
-    (position,) = describe_position(after, lanes=4, shards=shards, config=config, since=before)
-    assert position.startswith("lane 0, web: from ")
-
-
 def test_a_wrong_column_is_reported_with_its_source(folder):
     config = data_config(_records(folder, text_column="contents"))
     with pytest.raises(SourceError, match=r'no column "contents"; set text_column of the source books to one of id'):
@@ -176,8 +166,8 @@ def test_a_wrong_column_is_reported_with_its_source(folder):
         check_columns(configured_shards(held_out, "validation"), held_out)
 
 
-@pytest.mark.parametrize("served", [False, True])
-@pytest.mark.parametrize("suffix", [".json.gz", ".txt", ".parquet"])
+@each("served", [False, True])
+@each("suffix", [".json.gz", ".txt", ".parquet"])
 def test_every_lane_needs_a_text_in_each_source_that_ever_has_a_weight(folder, tmp_path, suffix, served):
     write_shard(tmp_path / f"few{suffix}", some_texts(3))
     write_shard(tmp_path / f"gap{suffix}", [*some_texts(3), "" if suffix == ".parquet" else b" "])

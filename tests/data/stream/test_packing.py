@@ -1,245 +1,41 @@
-"""A lane packs rows from any source with any encoder, and marks which tokens are scored."""
+"""A lane packs rows with any encoder, and marks which tokens are scored."""
 
 from __future__ import annotations
 
-import functools
 import itertools
-import json
-from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
-import pytest
-import torch
 
-from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.lanes import LaneRows, plan_lanes
-from relora_mora.data.records import encoders
 from relora_mora.data.rows import Encoded, in_calls
-from relora_mora.data.shard import Shard
-from relora_mora.data.stream.packing import UNSCORED, Block, Lane
-from relora_mora.tokenizer.load import encode, load_tokenizer
-from tests.data.stream_tools import stream_of
+from relora_mora.data.stream.packing import Lane
 from tests.tools.data_tools import EOS, data_config, make_lane, write_shard
+from tests.tools.each import each
 
-ANSWERS_FROM = 100  # tokens from here on are in answers, lower ones in questions
-
-
-@dataclass
-class Question:
-    """A row that is not text."""
-
-    number: int
-    asked: int  # tokens of the question
-    answered: int  # of the answer
-
-    def __len__(self) -> int:
-        return self.asked + self.answered
+ANSWER = ord("y")
 
 
-class StoredGroups:
-    """Rows in groups, which are dealt out to the lanes that share a file, as in a columnar file."""
-
-    def __init__(self, groups, shard, *, stride, phase, bad, note):
-        self._rows = [row for group in groups[shard.name][phase::stride] for row in group]
-        self.is_empty = not any(groups[shard.name])
-        self.bad = bad
-        self._note = note
-        self._next = 0
-        self.closed = False
-
-    def skip(self, count):
-        self._next += count
-        return self._next <= len(self._rows)
-
-    def take(self, count):
-        rows = self._rows[self._next : self._next + count]
-        self._next += count
-        for row in rows:
-            if isinstance(row, Skipped):
-                self.bad += 1
-                self._note(f"a row is skipped: {row.reason}")
-        return rows
-
-    def close(self):
-        self.closed = True
+def answers_only(texts: list[str]) -> list[Encoded]:
+    """A token for each byte, of which those of the answer are scored."""
+    return [Encoded(list(text.encode()), [token == "y" for token in text]) for text in texts]
 
 
-def _tokens(row: Question) -> tuple[list[int], list[int]]:
-    return [row.number] * row.asked, [ANSWERS_FROM + row.number] * row.answered
-
-
-def answers_only(rows: list[Question]) -> list[Encoded]:
-    encoded = []
-    for row in rows:
-        question, answer = _tokens(row)
-        encoded.append(Encoded(question + answer, [False] * len(question) + [True] * len(answer)))
-    return encoded
-
-
-def all_scored(rows: list[Question]) -> list[Encoded]:
-    return [Encoded(encoded.ids) for encoded in answers_only(rows)]
-
-
-def _group(first: int, rows: int) -> list[Question | Skipped]:
-    questions = [Question(first + n, asked=1 + n % 4, answered=(3 * n) % 11) for n in range(rows)]
-    return [*questions, Skipped("no_text")]
-
-
-GROUPS = {"a": [_group(0, 7), _group(10, 1), _group(20, 5), _group(30, 9)], "b": [_group(50, 6)], "empty": []}
-LENGTH = 16
-
-
-def _lane(encode_rows, lanes=1, number=0, names=("a", "b", "empty"), restored=None, length=LENGTH):
-    shards = [Shard(name, f"/memory/{name}") for name in names]
-    config = data_config("unused", shuffle_documents=4)
-    rows = LaneRows(plan_lanes(lanes, len(shards))[number], shards, config, functools.partial(StoredGroups, GROUPS))
-    return Lane(rows, encode_rows, eos=EOS, sequence_length=length, restored=restored)
-
-
-def _is_scored(tokens: np.ndarray) -> list[bool]:
-    """For each token except the first, whether it belongs to an answer or is the EOS after one."""
-    scored = []
-    for before, token in itertools.pairwise(tokens.tolist()):
-        scored.append(before >= ANSWERS_FROM and before != EOS if token == EOS else token >= ANSWERS_FROM)
-    return scored
-
-
-def test_blocks_carry_which_tokens_are_scored():
-    lane = _lane(answers_only)
+def test_blocks_carry_which_tokens_are_scored(tmp_path):
+    texts = [f"{n}?" * (1 + n % 4) + "y" * (3 * n % 11) for n in range(22)]
+    config = data_config(write_shard(tmp_path / "a.json", texts), sequence_length=16)
+    lane = Lane(make_lane(config, 1, 0).rows, answers_only, eos=EOS, sequence_length=16)
     blocks = []
     while lane.state()["epoch"] < 2:
         blocks.append(lane.next_block())
     tokens = np.concatenate([blocks[0].tokens, *(block.tokens[1:] for block in blocks[1:])])
+    ends = tokens[1:] == EOS
     scored = np.concatenate([block.scored for block in blocks])
-    assert scored.tolist() == _is_scored(tokens)
-    assert 0.2 < scored.mean() < 0.8
-    assert {block.tokens.dtype for block in blocks} == {np.dtype(np.int32)}
     # the EOS after a question is scored only if the question has an answer
-    assert set(scored[tokens[1:] == EOS].tolist()) == {True, False}
-    assert len(lane.rows.notes) >= lane.state()["skipped"]["no_text"] >= 2 * 5
-    assert lane.state()["skipped"]["empty_shard"] >= 1
+    assert np.array_equal(scored, (tokens[1:] == ANSWER) | (ends & (tokens[:-1] == ANSWER)))
+    assert set(scored[ends].tolist()) == {True, False}
+    assert {block.tokens.dtype for block in blocks} == {np.dtype(np.int32)}
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 3])
-def test_lanes_that_share_a_file_split_its_groups(lanes):
-    seen = Counter()
-    for number in range(lanes):
-        lane = _lane(answers_only, lanes, number, names=["a"], length=1)
-        own = sum(isinstance(row, Question) for group in GROUPS["a"][number::lanes] for row in group)
-        while lane.state()["documents"] < own:
-            before, token = lane.next_block().tokens.tolist()
-            if before == EOS:
-                seen[token] += 1
-    assert seen == Counter(row.number for group in GROUPS["a"] for row in group if isinstance(row, Question))
-
-
-def _plain(block: Block) -> tuple[list[int], list[bool] | None]:
-    return block.tokens.tolist(), None if block.scored is None else block.scored.tolist()
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("lanes,names", [(1, ["a", "b", "empty"]), (2, ["a", "b"]), (3, ["a"])])
-def test_a_resume_anywhere_gives_the_same_tokens_and_masks(lanes, names):
-    offsets = set()
-    for number in range(lanes):
-        lane = _lane(answers_only, lanes, number, names)
-        states = []
-        blocks = []
-        while len(blocks) < 30:
-            states.append(json.loads(json.dumps(lane.state())))
-            blocks.append(_plain(lane.next_block()))
-        assert states[-1]["epoch"] >= 1
-        offsets |= {state["offset"] for state in states}
-        for at, state in enumerate(states):
-            resumed = _lane(answers_only, lanes, number, names, restored=state)
-            assert [_plain(resumed.next_block()) for _ in range(30 - at)] == blocks[at:]
-    assert len(offsets) > 2  # some of them inside documents
-
-
-def test_masks_change_neither_tokens_nor_positions():
-    lane = _lane(all_scored)
-    masked = _lane(answers_only)
-    for _ in range(30):
-        block = lane.next_block()
-        assert block.scored is None
-        assert np.array_equal(block.tokens, masked.next_block().tokens)
-        assert lane.state() == masked.state()
-
-
-def test_a_block_without_masked_documents_has_no_mask():
-    def first_row_masked(rows: list[Question]) -> list[Encoded]:
-        return [
-            Encoded(e.ids, [False] * len(e.ids) if row.number == 0 else None)
-            for row, e in zip(rows, all_scored(rows), strict=True)
-        ]
-
-    lane = _lane(first_row_masked, names=["a"])
-    blocks = [lane.next_block() for _ in range(12)]
-    for block in blocks:
-        # only the masked document has token 0, and the EOS after it is also masked
-        labels = block.tokens[1:]
-        unscored = (labels == 0) | ((labels == EOS) & (block.tokens[:-1] == 0))
-        assert (block.scored is not None) == bool(unscored.any())
-        assert block.scored is None or np.array_equal(~block.scored, unscored)
-    assert {block.scored is None for block in blocks} == {True, False}
-
-
-def test_a_shard_with_fewer_rows_than_the_position_is_refused():
-    state = {**_lane(answers_only).state(), "block": 50}
-    with pytest.raises(SourceError, match=r"lane 0: .* has fewer lines than when its position was saved"):
-        _lane(answers_only, restored=state).next_block()
-
-
-def test_a_source_is_closed_with_its_lane():
-    opened = []
-
-    def open_rows(*args, **settings):
-        opened.append(StoredGroups(GROUPS, *args, **settings))
-        return opened[-1]
-
-    lane = _lane(answers_only)
-    lane.rows.open_rows = open_rows
-    lane.next_block()
-    lane.close()
-    assert opened
-    assert all(rows.closed for rows in opened)
-
-
-def test_labels_are_unscored_if_the_row_function_says_so(tmp_path, tokenizer_path, monkeypatch):
-    path = write_shard(tmp_path / "a.json", [f"the rank of a merge {n}" * (n % 3 + 1) for n in range(60)])
-    config = data_config(path)
-    tokenizer = load_tokenizer(tokenizer_path)
-
-    def second_halves(texts: list[str]) -> list[Encoded]:
-        return [Encoded(ids, [at >= len(ids) // 2 for at in range(len(ids))]) for ids in encode(tokenizer, texts)]
-
-    def batches():
-        with stream_of(config, tokenizer_path) as stream:
-            return [next(stream) for _ in range(3)]
-
-    plain = batches()
-    monkeypatch.setattr(encoders, "text_encoder", lambda tokenizer: second_halves)
-    masked = batches()
-    lanes = [
-        Lane(
-            make_lane(config, 4, number).rows,
-            second_halves,
-            eos=tokenizer.eos_token_id,
-            sequence_length=config.sequence_length,
-        )
-        for number in range(4)
-    ]
-    for before, after in zip(plain, masked, strict=True):
-        scored = torch.tensor(np.stack([lane.next_block().scored for lane in lanes for _ in range(2)]))
-        assert torch.equal(after.input_ids, before.input_ids)
-        assert after.state == before.state
-        assert not (before.labels == UNSCORED).any()
-        assert torch.equal(after.labels, torch.where(scored, before.labels, UNSCORED))
-        assert 0.3 < scored.float().mean() < 0.8
-
-
-@pytest.mark.parametrize(
+@each(
     "rows,threads,calls",
     [
         (["a"] * 5, 1, [3, 2]),

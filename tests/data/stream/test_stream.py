@@ -7,13 +7,12 @@ import json
 import pytest
 import torch
 
-from relora_mora.data.bytes.retry import RETRIES
 from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, SourceError
 from relora_mora.data.lanes import counts_of, merge_states
 from relora_mora.data.stream.packing import document_ids
-from relora_mora.data.stream.stream import TrainStream
+from tests.data.stream_tools import stream_of
 from tests.tools.data_tools import data_config, line, write_shard, write_shards
-from tests.tools.faulty_server import serving
+from tests.tools.each import each
 
 BATCH = 16
 LANES = 8
@@ -22,16 +21,7 @@ KINDS = (".json.gz", ".txt.zst", ".csv", ".parquet", ".arrow")
 
 def _streams(config, tokenizer_path, world_size, state=None, step=0):
     return [
-        TrainStream(
-            config,
-            tokenizer_path=tokenizer_path,
-            batch_size=BATCH,
-            lanes=LANES,
-            rank=rank,
-            world_size=world_size,
-            state=state,
-            step=step,
-        )
+        stream_of(config, tokenizer_path, rank, world_size, batch_size=BATCH, lanes=LANES, state=state, step=step)
         for rank in range(world_size)
     ]
 
@@ -64,7 +54,7 @@ def _run(config, tokenizer_path, world_size, steps, state=None, step=0):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     for kind in KINDS:
-        write_shards(folder / kind, 5, 40, suffix=kind)  # fewer shards than lanes
+        write_shards(folder / kind, 5, 20, suffix=kind)  # fewer shards than lanes
     return folder
 
 
@@ -79,19 +69,19 @@ def _config(folder, kind):
         {"source": f"{folder}/.json.gz/*", "name": "lines", "weight": 0.2},
         {"source": f"{folder}/.parquet/*", "name": "rows", "weight": 0.8},
     ]
-    return data_config(sources, stages=[{"from_step": 9, "weights": {"lines": 0.01, "rows": 1}}])
+    return data_config(sources, stages=[{"from_step": 7, "weights": {"lines": 0.01, "rows": 1}}])
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "mixture"])
+@each("kind", [".txt.zst", ".csv", ".arrow", "mixture"])  # of lines and Parquet
 def test_global_batches_do_not_depend_on_ranks_and_resume_on_others(folder, tokenizer_path, kind):
     config = _config(folder, kind)
-    reference = _run(config, tokenizer_path, 1, 24)
+    reference = _run(config, tokenizer_path, 1, 16)
     states = reference[-1][1].values()
     assert {state["epoch"] for state in states} != {0}  # beyond the first epoch
-    assert _run(config, tokenizer_path, 4, 24) == reference
-    first = _run(config, tokenizer_path, 2, 11)
-    assert first == reference[:11]
-    assert _run(config, tokenizer_path, 4, 13, first[-1][1], step=11) == reference[11:]
+    assert _run(config, tokenizer_path, 4, 16) == reference
+    first = _run(config, tokenizer_path, 2, 9)
+    assert first == reference[:9]
+    assert _run(config, tokenizer_path, 4, 7, first[-1][1], step=9) == reference[9:]
 
 
 @pytest.mark.more
@@ -105,22 +95,9 @@ def test_global_batches_do_not_depend_on_workers_and_resume_on_others(folder, to
     assert first + second + third == reference
 
 
-@pytest.mark.more
-@pytest.mark.parametrize("kind", KINDS)
-def test_more_shards_than_lanes(tmp_path, tokenizer_path, kind):
-    write_shards(tmp_path, 19, 15, suffix=kind)
-    config = data_config(tmp_path / "*")
-    reference = _run(config, tokenizer_path, 1, 20)
-    for world_size in (2, 8):
-        assert _run(config, tokenizer_path, world_size, 20) == reference
-    assert _run(config, tokenizer_path, 2, 9, reference[10][1]) == reference[11:]
-
-
 def test_a_batch(folder, tokenizer_path):
     config = data_config(folder / ".json.gz" / "*", document_mask=True, sequence_length=16)
-    with TrainStream(
-        config, tokenizer_path=tokenizer_path, batch_size=BATCH, lanes=4, rank=1, world_size=2, state=None
-    ) as stream:
+    with stream_of(config, tokenizer_path, 1, 2, batch_size=BATCH) as stream:
         batch = next(stream)
         after = next(stream)
         assert stream.ready(0.0)
@@ -150,15 +127,7 @@ def test_counts_and_notes_arrive(tmp_path, tokenizer_path):
     write_shard(tmp_path / "a.json", [b"rubbish", "text", line(""), "more"])
     config = data_config(tmp_path / "a.json", max_bad_fraction=0.5, sequence_length=4)
     for workers in (0, 1):
-        with TrainStream(
-            _with(config, workers),
-            tokenizer_path=tokenizer_path,
-            batch_size=4,
-            lanes=1,
-            rank=0,
-            world_size=1,
-            state=None,
-        ) as stream:
+        with stream_of(_with(config, workers), tokenizer_path, batch_size=4, lanes=1) as stream:
             batch = next(stream)
             while not batch.counts["epoch"]:
                 batch = next(stream)
@@ -168,58 +137,29 @@ def test_counts_and_notes_arrive(tmp_path, tokenizer_path):
             assert batch.counts["retries"] == 0
             assert counts_of(batch.state)["documents"] == batch.counts["documents"]
             # the same names on every rank, no matter what each has read, because sums over ranks rely on that
-            assert list(batch.counts) == [
-                "documents",
-                "epoch",
-                "bad",
-                *(f"skipped/{kind}" for kind in SKIP_REASONS),
-                "retries",
-            ]
+            skipped = [f"skipped/{kind}" for kind in SKIP_REASONS]
+            assert list(batch.counts) == ["documents", "epoch", "bad", *skipped, "retries"]
             assert batch.counts["bad"] == sum(batch.counts[f"skipped/{kind}"] for kind in BAD_REASONS)
-
-
-@pytest.mark.more
-def test_retries_of_workers_and_of_the_trainer_are_counted_since_the_stream_began(
-    tmp_path, tokenizer_path, monkeypatch
-):
-    write_shards(tmp_path, 1, 40)
-    RETRIES.retries += 5  # from an earlier stream
-    with serving(tmp_path, lambda n: None if n else "reset") as server:
-        config = data_config(f"{server.url}/part-00000.json.gz", workers=1, prefetch_batches=1)
-        settings = {"tokenizer_path": tokenizer_path, "batch_size": 2, "lanes": 1, "rank": 0, "world_size": 1}
-        with TrainStream(config, **settings) as stream:
-            assert next(stream).counts["retries"] == 1
-            RETRIES.retries += 1  # from held-out text, which the trainer's process reads
-            assert next(stream).counts["retries"] == 2
 
 
 def test_numbers_that_do_not_divide_and_wrong_states_are_refused(folder, tokenizer_path):
     config = data_config(folder / ".json.gz" / "*")
-    settings = {"tokenizer_path": tokenizer_path, "batch_size": 16, "rank": 0}
-    with pytest.raises(ValueError, match="lanes must divide the batch"):
-        TrainStream(config, lanes=5, world_size=1, state=None, **settings)
-    with pytest.raises(ValueError, match="the ranks the lanes"):
-        TrainStream(config, lanes=4, world_size=8, state=None, **settings)
-    with TrainStream(config, lanes=4, world_size=1, state=None, **settings) as stream:
+    with stream_of(config, tokenizer_path) as stream:
         state = next(stream).state
-    with pytest.raises(SourceError, match="has 4 lanes, this run has 8"):
-        TrainStream(config, lanes=8, world_size=1, state=state, **settings)
-    with pytest.raises(SourceError, match="cannot be read"):
-        TrainStream(config, lanes=4, world_size=1, state={**state, "2": {}}, **settings)
+    for ranks, lanes, saved, message in (
+        (1, 5, None, "lanes must divide the batch"),
+        (8, 4, None, "the ranks the lanes"),
+        (1, 8, state, "has 4 lanes, this run has 8"),
+        (1, 4, {**state, "2": {}}, "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stream_of(config, tokenizer_path, 0, ranks, lanes=lanes, state=saved)
     with pytest.raises(ValueError, match="lane 0 is in the data state of two ranks"):
         merge_states([state, state])
 
 
 def test_fewer_documents_than_lanes_are_refused_with_the_remedy(tmp_path, tokenizer_path):
     path = write_shard(tmp_path / "a.json", ["the only document"])
-    with (
-        TrainStream(
-            data_config(path), tokenizer_path=tokenizer_path, batch_size=8, lanes=8, rank=0, world_size=1
-        ) as stream,
-        pytest.raises(
-            SourceError,
-            match=r"lane \d found no text in a\.json: there are fewer documents than lanes; "
-            r"give more .* lower data\.lanes",
-        ),
-    ):
+    message = r"lane \d found no text in a\.json: there are fewer documents than lanes; .* lower data\.lanes"
+    with stream_of(data_config(path), tokenizer_path) as stream, pytest.raises(SourceError, match=message):
         next(stream)

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from relora_mora.config.load import ConfigError, load_config, validate
+from relora_mora.config.load import load_config
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lanes import LaneRows, merge_states, plan_lanes
 from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import Encoded
-from relora_mora.data.sets.reading import count_epochs
 from relora_mora.data.shard import Record
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.packing import UNSCORED, Block
@@ -25,6 +24,7 @@ from relora_mora.data.stream.whole import CountedLane, PackedLane, block_of, fir
 from relora_mora.data.tokens.rows import open_any
 from tests.data.stream_tools import stream_of
 from tests.tools.data_tools import EOS, data_config, write_json_lines
+from tests.tools.each import each
 
 LENGTH = 48
 RECORDS = 90
@@ -49,30 +49,19 @@ def _config(path: Path, packing: str = "whole", **settings: Any) -> Any:
     return data_config(path, packing=packing, records=records, sequence_length=LENGTH, **settings)
 
 
-def _lane(
-    config: Any, tokenizer: Any, lanes: int, number: int, restored: Any = None, kind: type[PackedLane] = PackedLane
-) -> PackedLane:
+def _lane(config: Any, tokenizer: Any, restored: Any = None, kind: type[PackedLane] = PackedLane) -> PackedLane:
+    """The only lane."""
     shards = configured_shards(config, "train")
     packing = packing_of(config, shards)
-    plans = plan_lanes(lanes, len(shards), even=True)
+    [plan] = plan_lanes(1, len(shards), even=True)
     return kind(
-        LaneRows(plans[number], shards, config, functools.partial(open_any, config)),
+        LaneRows(plan, shards, config, functools.partial(open_any, config)),
         encoder_of(tokenizer, [shards[0].records], packing, config.sequence_length),
         eos=tokenizer.eos_token_id,
         sequence_length=config.sequence_length,
         fills=packing == "whole",
         restored=restored,
     )
-
-
-def _blocks(config: Any, tokenizer: Any, lanes: int, number: int) -> int:
-    """The number of blocks in the first epoch of a lane."""
-    [blocks] = _lane(config, tokenizer, lanes, number, kind=CountedLane).epoch_blocks(1)
-    return blocks
-
-
-def _plain(block: Block) -> tuple[Any, ...]:
-    return tuple(None if part is None else part.tolist() for part in block)
 
 
 def _numbers(block: Block, tokenizer: Any) -> list[int]:
@@ -95,36 +84,14 @@ def test_a_block_by_hand():
     assert block.documents.tolist() == [0, 0, 0, 1, 1, 2]
 
 
-@pytest.mark.parametrize("packing", ["whole", "none"])
-@pytest.mark.parametrize("lanes", [1, 4])
-def test_every_record_once_in_every_epoch(path, tokenizer, packing, lanes):
-    config = _config(path, packing)
-    seen: list[int] = []
-    for number in range(lanes):
-        lane = _lane(config, tokenizer, lanes, number)
-        epochs: list[list[int]] = [[], []]
-        for _ in range(_blocks(config, tokenizer, lanes, number)):
-            epochs[0] += _numbers(lane.next_block(), tokenizer)
-        share = lane.state()["documents"]
-        assert lane.state()["epoch"] == 0
-        assert share == len(epochs[0])
-        while len(epochs[1]) < share:
-            epochs[1] += _numbers(lane.next_block(), tokenizer)
-            assert lane.state()["documents"] == share + len(epochs[1])
-        assert lane.state()["epoch"] == 1
-        assert sorted(epochs[0]) == sorted(epochs[1])
-        assert epochs[0] != epochs[1]
-        seen += epochs[0]
-    assert sorted(seen) == list(range(RECORDS))
-
-
 def test_blocks_hold_whole_records_and_waste_little(path, tokenizer):
     config = _config(path)
     [shard, *_] = configured_shards(config, "train")
     encode = encoder_of(tokenizer, [shard.records], "whole", LENGTH)
     rows = encode([Record(_row(number), "here", shard.records) for number in range(RECORDS)])
-    lane = _lane(config, tokenizer, 1, 0)
-    blocks = [lane.next_block() for _ in range(_blocks(config, tokenizer, 1, 0))]
+    lane = _lane(config, tokenizer)
+    [count] = _lane(config, tokenizer, kind=CountedLane).epoch_blocks(1)
+    blocks = [lane.next_block() for _ in range(count)]
     expected = Counter(tuple(row.ids.tolist()) for row in rows)
     found = Counter()
     for block in blocks:
@@ -136,41 +103,20 @@ def test_blocks_hold_whole_records_and_waste_little(path, tokenizer):
     assert sum(int(block.scored.sum()) for block in blocks) == sum(int(row.scored.sum()) for row in rows)
 
 
-@pytest.mark.more
-@pytest.mark.parametrize("packing,lanes", [("whole", 1), ("whole", 4), ("none", 2)])
-def test_a_resume_anywhere_gives_the_very_next_block(path, tokenizer, packing, lanes):
-    config = _config(path, packing)
-    for number in range(lanes):
-        lane = _lane(config, tokenizer, lanes, number)
-        states = []
-        blocks = []
-        while lane.state()["epoch"] < 2 or len(blocks) < 20:
-            states.append(json.loads(json.dumps(lane.state())))
-            blocks.append(_plain(lane.next_block()))
-        offsets = {state["offset"] for state in states}
-        assert (len(offsets) > 2) == (packing == "whole")
-        for at in range(0, len(states), 3):
-            resumed = _lane(config, tokenizer, lanes, number, states[at])
-            assert resumed.state() == states[at]
-            for block, state in itertools.islice(zip(blocks[at:], [*states[at + 1 :], lane.state()], strict=True), 6):
-                assert _plain(resumed.next_block()) == block
-                assert resumed.state() == state
-
-
 def test_a_position_beyond_its_group_is_refused(path, tokenizer):
-    lane = _lane(_config(path), tokenizer, 1, 0)
+    lane = _lane(_config(path), tokenizer)
     lane.next_block()
     with pytest.raises(
         SourceError, match="lane 0: there are fewer records at the saved position than when it was saved"
     ):
-        _lane(_config(path), tokenizer, 1, 0, {**lane.state(), "offset": 99})
+        _lane(_config(path), tokenizer, {**lane.state(), "offset": 99})
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:
     return [part for part in (batch.input_ids, batch.labels, batch.document_ids) if part is not None]
 
 
-@pytest.mark.parametrize("packing", ["whole", "none"])
+@each("packing", ["whole", "none"])
 def test_a_run_continues_on_two_ranks(path, tokenizer_path, packing):
     config = _config(path, packing)
     with stream_of(config, tokenizer_path) as stream:
@@ -189,30 +135,6 @@ def test_a_run_continues_on_two_ranks(path, tokenizer_path, packing):
             assert merge_states([one.state for one in here]) == merge_states([batch.state])
         for part in parts:
             part.close()
-
-
-@pytest.mark.more
-def test_workers_give_the_same_batches(path, tokenizer_path):
-    with stream_of(_config(path), tokenizer_path) as here, stream_of(_config(path, workers=1), tokenizer_path) as there:
-        for _ in range(4):
-            one = next(here)
-            other = next(there)
-            assert all(map(torch.equal, _tensors(one), _tensors(other)))
-            assert one.state == other.state
-
-
-def test_labels_are_the_answers(path, tokenizer, tokenizer_path):
-    with stream_of(_config(path), tokenizer_path) as stream:
-        batch = next(stream)
-    for inputs, labels, documents in zip(*_tensors(batch), strict=True):
-        for number in documents.unique():
-            here = documents == number
-            text = tokenizer.decode(inputs[here].tolist())
-            answer = tokenizer.decode([int(label) for label in labels[here] if label != UNSCORED])
-            if answer:
-                assert answer.endswith("</s>")
-                assert answer.removesuffix("</s>").strip("matrix ") == ""
-                assert text.removesuffix("</s>").endswith(answer.removesuffix("</s>"))
 
 
 def test_sources_of_text_and_of_records_are_mixed(path, tokenizer, tokenizer_path, tmp_path):
@@ -234,18 +156,6 @@ def test_sources_of_text_and_of_records_are_mixed(path, tokenizer, tokenizer_pat
     assert kinds == {True: 4, False: 4}
 
 
-@pytest.mark.parametrize("packing", ["whole", "none"])
-@pytest.mark.parametrize("lanes", [1, 4])
-def test_an_epoch_is_counted_in_the_blocks_of_its_lanes(path, tokenizer, tokenizer_path, packing, lanes):
-    config = _config(path, packing)
-    epoch = count_epochs(config, tokenizer_path, lanes=lanes)
-    blocks = [_blocks(config, tokenizer, lanes, number) for number in range(lanes)]
-    assert epoch.blocks == [max(blocks)]
-    assert epoch.tokens == [max(blocks) * lanes * LENGTH]
-    if packing == "none":
-        assert sum(blocks) == RECORDS
-
-
 def _usable(numbers: range) -> list[dict[str, Any]]:
     """Records, some of them without an answer and some longer than a sequence."""
     rows = [_row(number) for number in numbers]
@@ -259,7 +169,7 @@ def _usable(numbers: range) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("packing", ["whole", "none", "stream"])
+@each("packing", ["whole", "none", "stream"])
 def test_records_that_cannot_be_used_are_counted_alike_after_a_resume(tmp_path, tokenizer_path, packing):
     source = tmp_path / "a.jsonl"
     source.write_text("\n".join(map(json.dumps, _usable(range(60)))))
@@ -283,21 +193,21 @@ def test_records_that_cannot_be_used_are_counted_alike_after_a_resume(tmp_path, 
     assert any(note.startswith("a.jsonl, line 4, has no answer to learn: {'prompt': '3 ") for note in notes)
 
 
-@pytest.mark.parametrize("fills", [True, False])
+@each("fills", [True, False])
 def test_too_many_records_that_cannot_be_used_end_the_stream_before_their_group(tmp_path, tokenizer, fills):
     """With a higher limit, the stream continues with the blocks that it would have produced anyway."""
     source = tmp_path / "a.jsonl"
     rows = [*(_row(number) for number in range(200)), *({"prompt": "x", "completion": ""} for _ in range(30))]
     source.write_text("\n".join(map(json.dumps, [*rows, *map(_row, range(200, 300))])))
     packing = "whole" if fills else "none"
-    lane = _lane(_config(source, shuffle_documents=1, packing=packing), tokenizer, 1, 0)
+    lane = _lane(_config(source, shuffle_documents=1, packing=packing), tokenizer)
     before = []
     with pytest.raises(SourceError, match=r"\d+ of \d+ records cannot be used, .* has no answer to learn"):
         while True:
             before.append(_numbers(lane.next_block(), tokenizer))
     assert before
     allowed = _config(source, shuffle_documents=1, packing=packing, max_bad_fraction=1.0)
-    again, never = _lane(allowed, tokenizer, 1, 0, lane.state()), _lane(allowed, tokenizer, 1, 0)
+    again, never = _lane(allowed, tokenizer, lane.state()), _lane(allowed, tokenizer)
     expected = [_numbers(never.next_block(), tokenizer) for _ in range(len(before) + 60)]
     assert before + [_numbers(again.next_block(), tokenizer) for _ in range(60)] == expected
 
@@ -306,7 +216,7 @@ def test_a_lane_of_records_that_are_all_too_long_is_reported(tmp_path, tokenizer
     source = tmp_path / "a.jsonl"
     source.write_text("\n".join(json.dumps({"prompt": "the rank " * 40, "completion": "x"}) for _ in range(3)))
     with pytest.raises(SourceError, match=r"lane 0: none of its records .* more than data\.sequence_length \(48\)"):
-        _lane(_config(source), tokenizer, 1, 0).next_block()
+        _lane(_config(source), tokenizer).next_block()
 
 
 def test_a_template_is_found_next_to_the_settings(tmp_path):
@@ -322,25 +232,3 @@ def test_a_template_is_found_next_to_the_settings(tmp_path):
     data = load_config(tmp_path / "run.yaml").data
     found = [held.template for held in (data.records, data.sources("validation")[0].records) if held]
     assert found == [str(tmp_path / "own.jinja")] * 2
-
-
-def test_impossible_packing_settings_are_refused():
-    def faults(**data: Any) -> str:
-        tree = {"model": {"config": "c"}, "tokenizer": {"path": "t"}, "train": {"run_dir": "r"}}
-        with pytest.raises(ConfigError) as caught:
-            validate({**tree, "data": {"train": "a", "validation": "b", **data}}, "the test")
-        return str(caught.value)
-
-    assert "data.records.too_long: with data.packing=stream" in faults(
-        records={"kind": "prompt", "too_long": "drop"}, packing="stream"
-    )
-    assert "data.document_mask: with data.packing=none" in faults(document_mask=True, packing="none")
-    assert "data.document_mask: with data.packing=stream" in faults(
-        records={"kind": "messages"}, packing="stream", document_mask=True
-    )
-    held_out = [{"source": "b", "records": {"kind": "messages"}}]
-    assert "data.document_mask: with data.packing=stream" in faults(
-        validation=held_out, packing="stream", document_mask=True
-    )
-    assert "data.records.columns: x: not a field of prompt" in faults(records={"kind": "prompt", "columns": {"x": "y"}})
-    assert "data.records.template: a template is only for" in faults(records={"kind": "prompt", "template": "chatml"})

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 
 import numpy as np
-import pyarrow
 import pytest
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.content import local_content
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.formats.file_rows import iter_texts
-from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.data.sources.resolve import resolve_shards
-from relora_mora.data.tokens import folder as token_folder
 from relora_mora.data.tokens import writer as token_writer
 from relora_mora.data.tokens.checks import check_tokens
-from relora_mora.data.tokens.index import INDEX, Index, SourceText, TokenizationSpec
+from relora_mora.data.tokens.index import INDEX, SourceText, TokenizationSpec
 from relora_mora.data.tokens.rows import Header, MappedTokens
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.tokens.tools import LIMITS, batches_of
-from tests.tools.data_tools import data_config, write_shards
-
-
-@pytest.mark.more
-def test_the_files_of_a_folder_are_not_text(folder):
-    with pytest.raises(SourceError, match=r"odd\.tokens is a pre-tokenized folder, not text; give the folder itself"):
-        resolve_shards(str(folder / ".json.gz" / "odd.tokens" / "*.arrow"))
+from tests.tools.data_tools import data_config, eval_set
+from tests.tools.each import each
 
 
 def test_another_tokenizer_and_other_limits_are_refused(folder, tokenizer_path, other_tokenizer):
@@ -52,7 +42,7 @@ def test_another_tokenizer_and_other_limits_are_refused(folder, tokenizer_path, 
     ):
         check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos, limits=_with(config, max_bad_fraction=0.1))
     with pytest.raises(SourceError, match="of another tokenizer"):
-        load_eval_set(source, config=config, tokenizer_path=other_tokenizer, sequence_length=9, max_tokens=None)
+        eval_set(source, other_tokenizer, **LIMITS)
     with pytest.raises(SourceError, match="holds tokens, but text is needed here"):
         list(iter_texts(source, split="train", config=config))
 
@@ -61,30 +51,7 @@ def _with(config: DataConfig, **changes) -> DataConfig:
     return config.model_copy(update=changes)
 
 
-@pytest.mark.parametrize("place,hint", [("hub:some/set@{}/a.json", True), ("a/{}/a.json", False)])
-def test_tokens_of_an_earlier_commit_can_be_continued_by_naming_it(tmp_path, place, hint):
-    making = TokenizationSpec(tokenizer="t", eos=2, max_line_bytes=100)
-    earlier, now = (
-        Index(
-            making=making,
-            texts=[
-                SourceText(name=place.format(letter * 40), size=1, text_column="text", origin="hub", content=letter)
-            ],
-        )
-        for letter in "ab"
-    )
-    with token_folder._locked_folder(tmp_path / "tokens", earlier):
-        pass
-    with (
-        pytest.raises(SourceError, match="before it changed") as raised,
-        token_folder._locked_folder(tmp_path / "tokens", now),
-    ):
-        pass
-    assert (f"--data.revision={'a' * 40})" in str(raised.value)) == hint
-
-
-@pytest.fixture
-def copy(folder, tmp_path):
+def _copy(folder, tmp_path):
     """Tokens that a test may damage."""
     return shutil.copytree(folder / ".json.gz" / "few.tokens", tmp_path / "tokens")
 
@@ -100,19 +67,9 @@ def _change(path, at):
     path.write_bytes(body)
 
 
-def test_a_file_that_cannot_be_opened_is_not_called_damaged(copy, monkeypatch):
-    def refuse(path):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
-
-    monkeypatch.setattr(pyarrow, "memory_map", refuse)
-    with pytest.raises(
-        SourceError, match=r"00001\.arrow .* \(Too many open files\); raise ulimit -n, or lower data\.lanes"
-    ):
-        MappedTokens(str(copy / "00001.arrow"))
-
-
-@pytest.mark.parametrize("at", [0, 9, 3000, -20, "cut", "empty", "gone", "swapped"])
-def test_a_damaged_file_is_named(copy, tokenizer_path, at):
+@each("at", [0, 9, 3000, -20, "cut", "empty", "gone", "swapped"])
+def test_a_damaged_file_is_named(folder, tmp_path, tokenizer_path, at):
+    copy = _copy(folder, tmp_path)
     path = copy / "00001.arrow"
     if at == "cut":
         path.write_bytes(path.read_bytes()[:-100])
@@ -131,7 +88,7 @@ def test_a_damaged_file_is_named(copy, tokenizer_path, at):
             batches_of(copy, tokenizer_path, steps=8)
 
 
-@pytest.mark.parametrize(
+@each(
     "change,message",
     [
         ({"files": None}, "its tokens are not finished; run .*again"),
@@ -141,17 +98,12 @@ def test_a_damaged_file_is_named(copy, tokenizer_path, at):
         (None, r"tokens\.json is damaged, or of another version \(Invalid JSON"),
     ],
 )
-def test_a_damaged_index_is_named(copy, change, message):
+def test_a_damaged_index_is_named(folder, tmp_path, change, message):
+    copy = _copy(folder, tmp_path)
     index = json.loads((copy / INDEX).read_text())
     (copy / INDEX).write_text("{" if change is None else json.dumps(index | change))
     with pytest.raises(SourceError, match=message):
         resolve_shards(str(copy))
-
-
-def test_a_folder_of_text_with_a_file_of_that_name_is_not_a_token_folder(tmp_path):
-    write_shards(tmp_path, 1, 3, suffix=".json")
-    (tmp_path / INDEX).write_text('{"tokens": 3}')
-    assert "part-00000.json" in [shard.name for shard in resolve_shards(str(tmp_path))]
 
 
 def test_rows_and_reasons_survive_writing_and_reading(tmp_path):

@@ -11,24 +11,19 @@ import pytest
 from relora_mora.data.content import local_content
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.formats.file_rows import open_rows
-from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.data.sources.resolve import resolve_shards
 from relora_mora.data.stream.stream import TrainStream
 from relora_mora.data.tokens.checks import epoch_tokens
 from tests.data.tokens.tools import BATCH, KINDS, LIMITS, batches_of
-from tests.tools.data_tools import data_config
-from tests.tools.grids import rest
-
-COMMIT = "0123456789abcdef" * 2 + "01234567"
-
+from tests.tools.data_tools import data_config, eval_set
+from tests.tools.each import each
 
 JSON, PARQUET = KINDS
 CASES = [(JSON, "few", 8), (JSON, "bad", 16), (JSON, "odd", 1), (PARQUET, "many", 4), (PARQUET, "bad", 2)]
-CASES += rest((PARQUET, "few", 8), (PARQUET, "bad", 16), (PARQUET, "odd", 1), (JSON, "many", 4), (JSON, "bad", 2))
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("kind,name,lanes", CASES)
+@each("kind,name,lanes", CASES)
 def test_tokens_give_the_batches_states_and_counts_of_the_text(folder, tokenizer_path, kind, name, lanes):
     place = folder / kind
     text = batches_of(place / name / "*", tokenizer_path, steps=30, lanes=lanes)
@@ -42,15 +37,6 @@ def test_tokens_give_the_batches_states_and_counts_of_the_text(folder, tokenizer
     for at in (0, 4, 17):
         rest = batches_of(place / f"{name}.tokens", tokenizer_path, steps=29 - at, lanes=lanes, state=states[at])
         assert rest == text[at + 1 :]
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("world_size,workers", [(2, 0), (4, 0), (1, 2)])
-def test_on_any_ranks_and_workers(folder, tokenizer_path, kind, world_size, workers):
-    text = batches_of(folder / kind / "few" / "*", tokenizer_path, steps=8)
-    tokens = batches_of(folder / kind / "few.tokens", tokenizer_path, steps=8, world_size=world_size, workers=workers)
-    assert [(rows, state) for rows, _, state in tokens] == [(rows, state) for rows, _, state in text]
 
 
 def test_text_and_tokens_together(folder, tokenizer_path):
@@ -86,16 +72,8 @@ def test_held_out_text_is_the_same(folder, tokenizer_path):
     place = folder / ".json.gz"
     for name in ("few", "bad"):
         for max_tokens in (None, 700):
-            sets = [
-                load_eval_set(
-                    str(source),
-                    config=data_config(source, **LIMITS),
-                    tokenizer_path=tokenizer_path,
-                    sequence_length=16,
-                    max_tokens=max_tokens,
-                )
-                for source in (place / name / "*", place / f"{name}.tokens")
-            ]
+            sources = (place / name / "*", place / f"{name}.tokens")
+            sets = [eval_set(source, tokenizer_path, max_tokens=max_tokens, **LIMITS) for source in sources]
             assert np.array_equal(sets[0].tokens, sets[1].tokens)
             assert (sets[0].utf8_bytes, sets[0].documents) == (sets[1].utf8_bytes, sets[1].documents)
             assert sets[0].digest == sets[1].digest
@@ -103,13 +81,7 @@ def test_held_out_text_is_the_same(folder, tokenizer_path):
 
 def test_totals(folder, tokenizer_path):
     shards = resolve_shards(str(folder / ".json.gz" / "few.tokens"))
-    held_out = load_eval_set(
-        str(folder / ".json.gz" / "few" / "*"),
-        config=data_config("unused", **LIMITS),
-        tokenizer_path=tokenizer_path,
-        sequence_length=16,
-        max_tokens=None,
-    )
+    held_out = eval_set(folder / ".json.gz" / "few" / "*", tokenizer_path, **LIMITS)
     assert epoch_tokens(shards) == held_out.predicted
     assert sum(shard.tokens.totals.documents for shard in shards) == held_out.documents
     for shard, text in zip(shards, resolve_shards(str(folder / ".json.gz" / "few" / "*")), strict=True):

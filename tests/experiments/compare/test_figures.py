@@ -18,6 +18,7 @@ from relora_mora.experiments.compare.files import write_files
 from relora_mora.experiments.compare.groups import Group, group_runs
 from tests.experiments.compare.folders import TOKENS, made_run
 from tests.tools.commands import files_end_at
+from tests.tools.each import each
 
 LOSSES = [9.0, 4.0, 3.0, 2.0, 1.0]
 EVALUATIONS = [TOKENS * step for step in (0, 10, 20, 30, 40)]
@@ -58,7 +59,7 @@ def test_curves_of_loss_are_means_over_seeds_in_a_panel_for_each_set(losses: Fig
         assert {1.0 + number, 1.1 + number} <= {round(float(y), 6) for x, y in heights if x == EVALUATIONS[-1]}
 
 
-@pytest.mark.parametrize("against", [None, 1])
+@each("against", [None, 1])
 def test_the_last_perplexities_are_dots_with_the_lowest_group_at_the_top(
     groups: list[Group], against: int | None
 ) -> None:
@@ -80,22 +81,6 @@ def test_the_last_perplexities_are_dots_with_the_lowest_group_at_the_top(
         assert [each.get_color() for each in dots] == of_groups[::-1], "as in the other figures"
 
 
-@pytest.mark.more
-def test_long_names_do_not_overlap(tmp_path: Path) -> None:
-    groups = group_runs(made_run(tmp_path / f"{rank}", method={"rank": rank}) for rank in range(1, 7))
-    for group in groups:
-        object.__setattr__(group, "differs", f"{group.differs}, " + "a long name " * 12)
-    figure = perplexity_figure(groups)
-    figure.draw_without_rendering()
-    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
-    assert all(upper.ymin >= lower.ymax for upper, lower in itertools.pairwise(boxes))
-    figure = loss_figure(groups)
-    figure.draw_without_rendering()
-    [legend] = figure.legends
-    assert legend.get_window_extent().width <= figure.bbox.width
-    assert figure.axes[0].get_window_extent().height > figure.dpi, "inches"
-
-
 def test_many_curves_differ() -> None:
     assert len({tuple(style.values()) for style in itertools.islice(styles(), 60)}) == 60
 
@@ -114,7 +99,7 @@ def test_a_disk_that_fills_up_leaves_older_files_as_they_were(groups: list[Group
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("losses", [[[9.0], [9.0]], [[9.0], LOSSES[:3]]], ids=["just begun", "one of them"])
+@each("losses", [[[9.0], [9.0]], [[9.0], LOSSES[:3]]])
 def test_runs_with_few_numbers_are_drawn(tmp_path: Path, losses: list[list[float]]) -> None:
     groups = group_runs(made_run(tmp_path / f"run{i}", each, optim={"lr": 0.1 + i}) for i, each in enumerate(losses))
     with warnings.catch_warnings(action="error"):

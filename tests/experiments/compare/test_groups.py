@@ -15,6 +15,7 @@ from relora_mora.experiments.compare.groups import group_of, group_runs
 from relora_mora.experiments.compare.runs import CompareError, read_run
 from relora_mora.system.run_folder import RunFolder
 from tests.experiments.compare.folders import made_run, write_run
+from tests.tools.each import each
 
 Sections = dict[str, dict[str, Any]]
 
@@ -77,7 +78,7 @@ def test_runs_that_differ_in_seeds_are_one(tmp_path: Path) -> None:
         group_of(group_runs([*runs, twin]), "run10")
 
 
-@pytest.mark.parametrize(
+@each(
     ("other", "says_so"),
     [
         ({"parameters": {"total": 2_000_000}}, "model"),
@@ -105,7 +106,7 @@ def test_runs_with_the_same_settings_but_other_inputs_are_not_one(tmp_path: Path
 CHANGED = {"step": 10, "changed": ["optim.lr: 0.1 in the checkpoint, 0.2 now", "data: other sources"]}
 
 
-@pytest.mark.parametrize(
+@each(
     ("starts", "history"),
     [
         ([{"step": 0}, CHANGED], "optim.lr and data changed at step 10"),
@@ -206,7 +207,7 @@ def test_a_repeated_seed_is_not_another_seed(tmp_path: Path) -> None:
     assert _labels(tmp_path, *runs) == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run1 (the same seed)"]
 
 
-@pytest.mark.parametrize(
+@each(
     ("runs", "expected"),
     [
         (
@@ -282,7 +283,7 @@ def test_a_group_says_that_a_run_has_diverged(tmp_path: Path) -> None:
     assert group.state == "its last loss is not finite"
 
 
-@pytest.mark.parametrize("fraction", [0.1, None])
+@each("fraction", [0.1, None])
 def test_epochs_of_another_order_may_be_other_steps(tmp_path: Path, fraction: float | None) -> None:
     """Each seed is judged at its own last step."""
     runs = []

@@ -14,6 +14,7 @@ from relora_mora.experiments.compare.groups import group_runs
 from relora_mora.experiments.compare.runs import CompareError, read_run, read_runs
 from relora_mora.system.run_folder import RunFolder
 from tests.experiments.compare.folders import PARAMETERS, TOKENS, made_run, write_run
+from tests.tools.each import each
 
 
 def test_tokens_of_a_step(tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_evaluations_without_digests_are_matched_by_their_tokens(tmp_path: Path)
     assert read_run(folder).evaluations("").to_dict() == {0: 9.0, 10: 4.0, 20: 3.0, 30: 3.0}
 
 
-@pytest.mark.parametrize(("sets", "expected"), [((), [""]), (("web", "loss"), ["web", "loss"])])
+@each(("sets", "expected"), [((), [""]), (("web", "loss"), ["web", "loss"])])
 def test_sets_of_held_out_text(tmp_path: Path, sets: tuple[str, ...], expected: list[str]) -> None:
     run = made_run(tmp_path / "a", sets=sets)
     assert run.validation_sets == expected

@@ -14,6 +14,7 @@ from relora_mora.experiments.compare.runs import CompareError, read_run
 from relora_mora.experiments.compare.table import markdown, perplexities
 from relora_mora.system.run_folder import RunFolder
 from tests.experiments.compare.folders import made_run, write_run
+from tests.tools.each import each
 
 FULL: dict[str, Any] = {"method": {"name": "full"}}
 
@@ -102,7 +103,7 @@ def test_the_scored_text_decides_and_not_its_name(tmp_path: Path) -> None:
     assert "where text and tokenizer are the same" not in said["a text"]
 
 
-@pytest.mark.parametrize("given", [{"data": {"validation": "other.jsonl"}}, {"tokenizer": {"path": "other"}}])
+@each("given", [{"data": {"validation": "other.jsonl"}}, {"tokenizer": {"path": "other"}}])
 def test_equal_counts_from_another_text_or_tokenizer_are_reported(tmp_path: Path, given: dict[str, Any]) -> None:
     said = "comparable only if text and tokenizer are the same"
     assert said in markdown(_groups(tmp_path, FULL, given))

@@ -9,12 +9,19 @@ import pytest
 from relora_mora.config.load import load_config
 from relora_mora.model.config import read_model_config
 from relora_mora.sizing.work import flops_per_token
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 CONFIG = ROOT / "configs" / "run" / "tiny_remora_paper.yaml"
 
 
-pytestmark = pytest.mark.usefixtures("at_root")
+pytestmark = pytest.mark.usefixtures("at_root", "known_speed")
+
+
+@pytest.fixture
+def known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured: that takes time, and tests/system/test_hardware.py does it."""
+    monkeypatch.setattr("relora_mora.system.hardware.peak_flops", lambda **_: (1e12, "the test"))
 
 
 def run_cli(*arguments: str) -> int:
@@ -36,7 +43,7 @@ def test_command_line_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert values["memory"]["remora"]["2"]["device"] > values["memory"]["remora"]["2"]["activations"] > 0
 
 
-@pytest.mark.parametrize("setting", ["--method.operators=[6]", "--method.square_multiple=4096"])
+@each("setting", ["--method.operators=[6]", "--method.square_multiple=4096"])
 def test_settings_that_only_other_methods_use_do_not_keep_a_run_from_its_plan(
     capsys: pytest.CaptureFixture[str], setting: str
 ) -> None:
@@ -47,7 +54,7 @@ def test_settings_that_only_other_methods_use_do_not_keep_a_run_from_its_plan(
     assert run_cli(str(CONFIG), "--world_size=1", *arguments[1:]) == 2
 
 
-@pytest.mark.parametrize(
+@each(
     ("settings", "message"),
     [
         (
@@ -63,37 +70,7 @@ def test_a_precision_that_a_run_refuses_has_no_plan(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.more
-def test_command_line_for_another_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli(str(ROOT / "configs/run/paper_250m_remora.yaml"), "--world_size=32", "--device=cuda") == 0
-    out = capsys.readouterr().out
-    assert "remora in bf16" in out
-    assert "resident" not in out
-    assert "5,242,880,000 in all" in out
-
-
-@pytest.mark.more
-def test_command_line_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
-    config = str(ROOT / "configs/run/paper_1_3b_full.yaml")
-    assert (
-        run_cli(config, "--nodes", "2", "--gpus-per-node=8", "--device=A10G", "--model.activation_checkpointing=true")
-        == 0
-    )
-    out = capsys.readouterr().out
-    assert "2 x 8 a10g, 24 GB each" in out
-    assert "100 Gbit/s from host to host" in out
-    assert "fits at ZeRO stage 1, 2, 3 (within 90%" in out
-    assert "0 too large" in out
-    assert run_cli(config, "--nodes=1", "--gpus-per-node=2", "--device=a10g") == 0
-    assert "fits at NO stage: lower train.micro_batch_size" in capsys.readouterr().out
-    assert run_cli(config, "--nodes=2", "--gpus_per_node=8", "--device=h100", "--link_gbits=10", "--json") == 0
-    values = json.loads(capsys.readouterr().out)
-    assert values["world_size"] == 16
-    assert values["memory"]["full"]["2"]["fits"] is True
-    assert values["steps"]["1"]["network"] == pytest.approx(values["network"]["full"]["1"]["sent"] / 1.25e9)
-
-
-@pytest.mark.parametrize(
+@each(
     ("arguments", "message"),
     [
         (["--world_size=3"], "not a multiple of train.micro_batch_size 8 x 3 ranks"),

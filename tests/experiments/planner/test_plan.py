@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -12,14 +11,14 @@ import torch
 from relora_mora.config.load import load_config
 from relora_mora.config.registry import METHODS
 from relora_mora.experiments.planner.cluster import Cluster
-from relora_mora.experiments.planner.plan import FRAGMENTATION, PROCESS_BYTES, STAGES, Plan, make_plan
+from relora_mora.experiments.planner.plan import STAGES, Plan, make_plan
 from relora_mora.experiments.planner.render import duration, render
 from relora_mora.model.config import read_model_config
 from relora_mora.system.devices import CPU, DEVICES, device_of_name, named_device
 from relora_mora.system.hardware import device_here
 from tests.tools.commands import PLAN, call
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
-from tests.tools.rules import matrices_settings
 
 CONFIG = ROOT / "configs" / "run" / "tiny_remora_paper.yaml"
 
@@ -46,14 +45,14 @@ def plan_of(
     )
 
 
-@pytest.mark.parametrize("stage,batch_size,given", [(2, 64, True), (2, 32, False), (1, 64, False)])
+@each("stage,batch_size,given", [(2, 64, True), (2, 32, False), (1, 64, False)])
 def test_stage_1_is_advised_if_stage_2_sends_gradients_several_times(stage: int, batch_size: int, given: bool) -> None:
     settings = {"train.zero_stage": stage, "train.batch_size": batch_size, "train.micro_batch_size": 16}
     plan = plan_of(**{name: str(value) for name, value in settings.items()})
     assert plan.sends_less_at_one == ("--train.zero_stage=1" in render(plan)) == given
 
 
-@pytest.mark.parametrize(("link_gbits", "given"), [(0.1, True), (100.0, False)])
+@each(("link_gbits", "given"), [(0.1, True), (100.0, False)])
 def test_stage_1_is_not_advised_if_stage_2_hides_its_traffic(link_gbits: float, given: bool) -> None:
     settings = {"train.zero_stage": "2", "train.batch_size": "512", "train.micro_batch_size": "16"}
     plan = plan_of(cluster=Cluster(2, 8, named_device("h100"), link_gbits), **settings)
@@ -89,17 +88,7 @@ def test_time_follows_from_the_known_rates() -> None:
     assert plan_of(**{"log.peak_tflops": "2.0"}).time.seconds == pytest.approx(assumed.time.seconds / 2)
 
 
-@pytest.mark.more
-def test_what_no_gpu_has_confirmed_is_marked() -> None:
-    gpus = Cluster(1, 2, named_device("h100"))
-    assumed = plan_of(cluster=gpus).time
-    assert "assuming 40% of 1 TFLOP/s a device (the test), which no GPU has confirmed" in assumed.assumption
-    unmarked = (plan_of(), plan_of(cluster=gpus, utilization=0.4), plan_of(cluster=gpus, tokens_per_second=2000.0))
-    assert not any("confirmed" in plan.time.assumption for plan in unmarked)
-    assert assumed.steps == unmarked[1].time.steps
-
-
-@pytest.mark.parametrize(("name", "value"), [("utilization", 0.0), ("utilization", 1.5), ("tokens_per_second", 0.0)])
+@each(("name", "value"), [("utilization", 0.0), ("utilization", 1.5), ("tokens_per_second", 0.0)])
 def test_refuses_impossible_rates(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         plan_of(**{name: value})
@@ -131,56 +120,6 @@ def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
     moved = muon.network["remora"]
     assert moved[3].exchanged == pytest.approx(8 * muon.parameters.adapters / 2)
     assert moved[2].exchanged == 0
-
-
-@pytest.mark.more
-def test_the_state_of_a_rule_of_ones_own_is_counted() -> None:
-    adamw = plan_of(**{"method.name": "full"})
-    matrices = matrices_settings("galore")["matrices"]
-    plan = plan_of(**{"method.name": "full", "optim.matrices": matrices, "optim.rule": "{rank: 64}"})
-    # four layers with hidden 256 and intermediate 688: moments [64, 256] or [64, 688], and a projection [256, 64]
-    attention, mlp = (2 * 64 * long + 256 * 64 + 1 for long in (256, 688))
-    of_adamw = 8 * 4 * (4 * 256 * 256 + 3 * 256 * 688)
-    kept = 4 * 4 * (4 * attention + 3 * mlp)
-    for stage, share in ((0, 1), (1, 2), (2, 2), (3, 2)):
-        saved = adamw.memory["full"][stage].optimizer - plan.memory["full"][stage].optimizer
-        assert saved == (of_adamw - kept) / share
-    (note,) = plan.notes
-    assert "GaLore" in note
-    assert "state_shapes" in note
-    assert not any("state_shapes" in note for note in adamw.notes)
-
-
-@pytest.mark.more
-def test_the_optimizer_of_embeddings_and_head_is_named() -> None:
-    plan = plan_of(**{"optim.matrices": "muon", "optim.others": "adamw8bit"})
-    assert "optimizer      muon, adamw8bit of embeddings and head: " in render(plan)
-    assert plan.as_dict()["others"] == "adamw8bit"
-
-
-@pytest.mark.more
-def test_text_names_every_part() -> None:
-    plan = plan_of()
-    text = render(plan)
-    assert "7,358,720 in the model; remora trains" in text
-    assert "4,096 tokens a step, 4,096,000 in all" in text
-    assert re.search(r"^ *2\* ", text, re.MULTILINE), "the stage in the settings is marked"
-    assert all(method in text for method in METHODS)
-    memory = plan.memory["remora"][2]
-    host = memory.host_base + memory.host_checkpoint
-    assert plan.resident == FRAGMENTATION * (PROCESS_BYTES + memory.device + host)
-    assert f"resident memory of the first rank: {plan.resident / 2**30:.3g} GiB" in text
-
-
-@pytest.mark.more
-def test_a_start_from_other_weights_may_take_more_than_a_step() -> None:
-    small = {"train.micro_batch_size": "1", "model.config": "configs/model/llama_130m.json", "method.name": "lora"}
-    alone = {f"method.train_{what}": "false" for what in ("embeddings", "norms", "head")}
-    trained, begun = (plan_of(**small, **alone, **more) for more in ({}, {"model.init_from": "models/base"}))
-    memory = begun.memory["lora"][2]
-    assert (trained.memory["lora"][2].host_start, memory.host_start) == (0, 4 * begun.parameters.total)
-    at_start = PROCESS_BYTES + memory.weights + memory.masters + memory.host_base + memory.host_start
-    assert begun.resident == at_start > trained.resident
 
 
 @pytest.mark.more
@@ -289,24 +228,7 @@ def test_time_of_a_step_on_a_cluster() -> None:
     assert plan.time.seconds == pytest.approx(1000 * plan.time.steps[2].total)
 
 
-@pytest.mark.more
-def test_remora_sends_only_trainable_parameters_below_stage_3() -> None:
-    plan = plan_of()
-    assert (
-        plan.network["remora"][2].sent / plan.network["full"][2].sent
-        == plan.parameters.trainable / plan.parameters.total
-    )
-    assert plan.network["remora"][2].merge > plan.network["remora"][2].gathered
-    assert plan.network["mora"][2].merge == plan.network["full"][2].merge == 0
-    wide = plan_of(**{"train.deepspeed": "{communication_data_type: fp32}"})
-    assert wide.network["remora"][2].all_reduced == 2 * plan.network["remora"][2].all_reduced
-    narrow = plan_of(**{"train.deepspeed": "{zero_optimization: {use_multi_rank_bucket_allreduce: false}}"})
-    for stage, before in plan.network["remora"].items():
-        after = narrow.network["remora"][stage]
-        assert after.given == before.given and (after.sent < before.sent) == (stage == 2), stage
-
-
-@pytest.mark.parametrize(
+@each(
     ("seconds", "text"),
     [
         (6.05, "6.0 s"),
@@ -318,13 +240,6 @@ def test_remora_sends_only_trainable_parameters_below_stage_3() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-@pytest.mark.more
-def test_recomputing_is_slower_on_a_gpu() -> None:
-    gpu = Cluster(1, 1, named_device("h100"))
-    usual, again = (plan_of(cluster=gpu, **{"model.activation_checkpointing": on}) for on in ("false", "true"))
-    assert again.time.steps[2].compute > 1.2 * usual.time.steps[2].compute
 
 
 @pytest.mark.more

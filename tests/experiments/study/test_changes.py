@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from relora_mora.experiments.study.conduct import CellsFailed, conduct, known_cells
+from relora_mora.experiments.study.conduct import CellsFailed, conduct
 from relora_mora.experiments.study.design import first_round
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs
-from tests.experiments.study.tools import BASE, CHANGES, PROGRAM, made_study
+from tests.experiments.study.tools import CHANGES, PROGRAM, made_study
+from tests.tools.each import each
 
 
 def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
@@ -23,7 +24,7 @@ def test_a_changed_setting_is_not_mixed_with_runs_before(tmp_path: Path):
         conduct(made_study(grid=grid, settings={"method.name": "mora", "optim.clip": 3.0}), folder, PROGRAM, 1)
 
 
-@pytest.mark.parametrize(("changes", "named"), CHANGES)
+@each(("changes", "named"), CHANGES)
 def test_a_changed_setting_is_refused_even_if_all_runs_are_done(tmp_path: Path, changes: dict[str, Any], named: str):
     grid = [{"method.name": "mora", "optim.lr": 3e-3}]
     folder = StudyFolder(tmp_path)
@@ -53,27 +54,7 @@ def test_a_start_that_is_refused_changes_nothing(tmp_path: Path):
     assert (folder.given(second) or {})["optim"]["clip"] == 1.0
 
 
-@pytest.mark.more
-def test_a_study_goes_on_with_the_base_config_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    base = tmp_path / "base.yaml"
-    content = Path(BASE).read_text(encoding="utf-8")
-    base.write_text(content, encoding="utf-8")
-    choose = {"over": ["optim.lr"], "lowest": "eval/loss"}
-    grid = [{"method.name": "mora", "optim.lr": [3e-3, 1e-2]}]
-
-    def changed(*given: Any) -> Any:
-        base.write_text(content.replace("steps: 1000", "steps: 2000"), encoding="utf-8")
-        return known_cells(*given)
-
-    monkeypatch.setitem(conduct.__globals__, "known_cells", changed)
-    folder = StudyFolder(tmp_path / "out")
-    assert conduct(made_study(base=str(base), grid=grid, seeds=[0, 1], choose=choose), folder, PROGRAM, 1) == 3
-    assert {record["config"]["train"]["steps"] for record in folder.kept().values()} == {1000}
-    with pytest.raises(ValueError, match=r"started with other settings \(train.steps\)"):
-        conduct(made_study(base=str(base), grid=grid, seeds=[0, 1], choose=choose), folder, PROGRAM, 1)
-
-
-@pytest.mark.parametrize("text", ["", "{", "3"])
+@each("text", ["", "{", "3"])
 def test_truncated_settings_are_reported(tmp_path: Path, text: str):
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
     folder = StudyFolder(tmp_path)

@@ -25,6 +25,7 @@ from relora_mora.experiments.study.design import (
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs
 from relora_mora.system.run_folder import read_json_lines
 from tests.experiments.study.tools import BASE, PROGRAM, made_study
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 
@@ -106,7 +107,7 @@ def test_a_failed_run_is_not_chosen():
     assert [cell.name for cell in chosen(study, {cells[2]: 9.0})] == [cells[2].name]
 
 
-@pytest.mark.parametrize(
+@each(
     ("tree", "said"),
     [
         ({"base": BASE}, "grid: Field required"),
@@ -146,7 +147,7 @@ def test_the_same_run_twice_is_refused():
         first_round(made_study(grid=[{"optim.lr": [1e-3, 1e-3]}]))
 
 
-@pytest.mark.parametrize(
+@each(
     "grid",
     [
         [{"method.name": "full", "optim.lr": 1e-3}, {"optim.lr": 1e-3, "method.name": "full"}],
@@ -205,7 +206,7 @@ def test_faults_of_all_runs_are_reported_together(tmp_path: Path):
 SETS = {"web": "a.txt", "pairs": {"source": "b.jsonl", "records": {"kind": "prompt"}}}
 
 
-@pytest.mark.parametrize(
+@each(
     ("metric", "settings", "said"),
     [
         ("eval/books/loss", {}, "data.validation names no sets"),
@@ -226,7 +227,7 @@ def test_a_metric_that_no_run_will_have_is_reported_first(
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("metric", ["eval/loss", "eval/web/loss", "eval/web/bits_per_byte", "eval/pairs/exact_match"])
+@each("metric", ["eval/loss", "eval/web/loss", "eval/web/bits_per_byte", "eval/pairs/exact_match"])
 def test_a_metric_that_the_runs_will_have_is_accepted(tmp_path: Path, metric: str):
     settings = {"data.validation": SETS, "eval.generate": 5}
     study = made_study(settings=settings, choose={"over": ["optim.lr"], "lowest": metric})

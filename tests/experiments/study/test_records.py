@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,8 @@ from relora_mora.experiments.study.design import Cell, Study, first_round, read_
 from relora_mora.experiments.study.folder import StudyFolder
 from relora_mora.experiments.study.record import is_kept
 from relora_mora.system.run_folder import read_json_lines
-from tests.experiments.study.tools import CHANGES, PROGRAM, made_start, made_study
+from tests.experiments.study.tools import PROGRAM, made_start, made_study
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 CHOOSE = {"over": ["optim.lr"], "lowest": "eval/loss"}
@@ -54,18 +54,6 @@ def test_a_record_that_the_grid_no_longer_names_stays(tmp_path: Path):
     assert sorted([ranked, *others]) == sorted(before.splitlines(keepends=True))
 
 
-@pytest.mark.more
-@pytest.mark.parametrize(("changes", "named"), CHANGES)
-def test_a_record_of_other_settings_is_refused(tmp_path: Path, changes: dict[str, Any], named: str):
-    folder = _moved(made_study(), tmp_path, 1)
-    said = (
-        rf"rank=8,lr=0.001,seed=0 was started with other settings \({named}\); remove .* and its line in .*cells.jsonl"
-    )
-    with pytest.raises(ValueError, match=said):
-        conduct(made_study(**changes), folder, PROGRAM, 1)
-    assert not (folder.path / "runs").exists()
-
-
 def test_digests_of_the_first_start_are_kept_at_a_resume(tmp_path: Path):
     start = made_start(tmp_path / "start")
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], settings={"model.init_from": str(start)})
@@ -80,7 +68,7 @@ def test_digests_of_the_first_start_are_kept_at_a_resume(tmp_path: Path):
     assert record["start"]["began_with"] == before["start"]["began_with"] != {}
 
 
-@pytest.mark.parametrize(
+@each(
     "line",
     ['{"name": "cut', "[1]", '{"name": "a"}', "", '{"name": 1, "given": 2, "config": 3, "start": 4, "metrics": 5}'],
 )
@@ -95,7 +83,7 @@ def test_a_line_that_is_not_a_record_is_reported(tmp_path: Path, line: str):
     assert [path.name for path in tmp_path.iterdir()] == ["cells.jsonl"]
 
 
-@pytest.mark.parametrize("records", sorted((ROOT / "docs/studies").glob("*.jsonl.gz")), ids=lambda path: path.name)
+@each("records", sorted((ROOT / "docs/studies").glob("*.jsonl.gz")))
 def test_records_in_the_documents_match_the_studies(tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     shipped, of_release_0_2 = (

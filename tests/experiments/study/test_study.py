@@ -20,6 +20,7 @@ from relora_mora.experiments.study.folder import StudyFolder, cell_configs
 from relora_mora.experiments.study.record import final_metric
 from relora_mora.system.run_folder import read_json_lines
 from tests.experiments.study.tools import BASE, PROGRAM, TRAINER, made_study
+from tests.tools.each import each
 from tests.tools.grids import rest
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import lives
@@ -49,7 +50,7 @@ def test_runs_what_is_missing_and_keeps_a_record_of_all(tmp_path: Path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("starts.jsonl")} == starts
 
 
-@pytest.mark.parametrize("ends", ["", '{"code": 0', '{"code": 0}\n{"code": 75}\n'])
+@each("ends", ["", '{"code": 0', '{"code": 0}\n{"code": 75}\n'])
 def test_a_run_whose_end_is_cut_off_or_not_the_last_is_not_finished(tmp_path: Path, ends: str):
     folder = StudyFolder(tmp_path)
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
@@ -63,7 +64,7 @@ def test_a_run_whose_end_is_cut_off_or_not_the_last_is_not_finished(tmp_path: Pa
     assert not folder.has_run(cell)
 
 
-@pytest.mark.parametrize("last", [None, 2.0])
+@each("last", [None, 2.0])
 def test_a_run_is_chosen_by_its_last_step_if_that_is_finite(last: float | None):
     metrics = [{"step": 1, "eval/loss": 1.0}, {"step": 2, "eval/loss": last}]
     record = {"name": "a", "config": {"train": {"steps": 2}}, "metrics": metrics}

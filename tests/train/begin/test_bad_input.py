@@ -13,10 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from relora_mora.checkpoint.layout import VERSION
 from relora_mora.weights.export import export
-from tests.tools.checkpoints import rewrite_manifest
 from tests.tools.commands import EVALUATE, EXPORT, call, disk, left_in, permissions_count, public_folder, refused
+from tests.tools.each import each
 from tests.tools.helpers import RUBBISH
 from tests.tools.runs import checkpoint_at, run_config, train
 
@@ -34,11 +33,6 @@ def run_folder(pools, inputs, tokenizer_path, tmp_path_factory) -> Path:
         ),
     )
     return folder
-
-
-@pytest.fixture
-def checkpoint(run_folder, tmp_path) -> Path:
-    return shutil.copytree(checkpoint_at(run_folder, 5), tmp_path / "checkpoint")
 
 
 @pytest.fixture
@@ -80,53 +74,15 @@ def test_a_path_that_is_not_a_checkpoint(refuses, tmp_path):
         refuses(tmp_path / name, str(tmp_path / name), message)
 
 
-@pytest.mark.more
-def test_another_format_version(refuses, checkpoint):
-    path = checkpoint / "manifest.json"
-    path.write_text(path.read_text().replace(f'"version": {VERSION}', f'"version": {VERSION + 1}'))
-    refuses(
-        checkpoint,
-        f"{checkpoint}/manifest.json: format version {VERSION + 1}, expected version {VERSION}",
-        "use the release that wrote it",
-    )
-    rewrite_manifest(checkpoint, lambda values: values.update(format="another checkpoint"))
-    refuses(checkpoint, f"{checkpoint}/manifest.json: not the manifest of a relora_mora checkpoint")
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", RUBBISH, None, "folder", "dangling"])
-def test_a_manifest_with_other_content(refuses, checkpoint, content):
-    path = checkpoint / "manifest.json"
-    path.unlink()
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content == "folder":
-        path.mkdir()
-    elif content == "dangling":
-        path.symlink_to("nowhere")
-    refuses(checkpoint, "manifest.json", str(checkpoint))
-
-
-def test_a_manifest_with_a_flipped_bit(refuses, checkpoint):
-    path = checkpoint / "manifest.json"
-    whole = path.read_bytes()
-    for place in range(0, len(whole), len(whole) // 6):
-        flip(path, place)
-        refuses(checkpoint, "manifest.json")
-        path.write_bytes(whole)
-
-
-@pytest.mark.parametrize("name", [STATE, BASE, "tokenizer/tokenizer.model", "tokenizer/tokenizer.json"])
-@pytest.mark.parametrize("harm", ["bit", "cut", "empty", "gone", "folder"])
-def test_a_damaged_file(refuses, checkpoint, name, harm):
-    path = checkpoint / name
+@each("name", [STATE, "manifest.json", "tokenizer/tokenizer.json"])
+@each("harm", ["bit", "gone"])
+def test_a_damaged_file(refuses, run_folder, tmp_path, name, harm):
+    """Other damage: tests/checkpoint."""
+    checkpoint = shutil.copytree(checkpoint_at(run_folder, 5), tmp_path / "checkpoint")
     if harm == "bit":
-        flip(path, -3)
-    elif harm in ("cut", "empty"):
-        path.write_bytes(path.read_bytes()[:-7] if harm == "cut" else b"")
+        flip(checkpoint / name, -3)
     else:
-        path.unlink()
-        if harm == "folder":
-            path.mkdir()
+        (checkpoint / name).unlink()
     refuses(checkpoint, str(checkpoint), name)
 
 
@@ -139,19 +95,20 @@ def test_a_run_goes_back_to_a_whole_checkpoint_or_names_what_is_wrong(refuses, r
     refuses(run, "all checkpoints in it are damaged", f"step-00000005: {STATE}", f"step-00000004: {BASE}")
 
 
-@pytest.mark.parametrize("name", [STATE, "manifest.json", "tokenizer/tokenizer.json"])
-def test_a_file_that_may_not_be_read(checkpoint, name):
+def test_a_file_that_may_not_be_read(run_folder):
     with public_folder() as folder:
-        public = shutil.copytree(checkpoint, folder / "checkpoint")
+        public = shutil.copytree(checkpoint_at(run_folder, 5), folder / "checkpoint")
         for path in (public, *public.rglob("*")):
             path.chmod(0o755)
         folder.chmod(0o777)
         assert call(EXPORT, public, folder / "of root").code == 0  # which imports all that it needs
         with permissions_count():
             assert call(EXPORT, public, folder / "good").code == 0
-        (public / name).chmod(0)
-        with permissions_count():
-            refused(call(EXPORT, public, folder / "out"), str(public), name, "Permission denied")
+        for name in (STATE, "manifest.json", "tokenizer/tokenizer.json"):
+            (public / name).chmod(0)
+            with permissions_count():
+                refused(call(EXPORT, public, folder / "out"), str(public), name, "Permission denied")
+            (public / name).chmod(0o755)
         assert left_in(folder) == ["checkpoint", "good", "of root"]
 
 
@@ -165,7 +122,7 @@ def exported(run_folder, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("harm", ["missing", "shape", "cut", "empty", "rubbish"])
+@each("harm", ["missing", "shape", "cut", "empty", "rubbish"])
 def test_a_damaged_model(exported, inputs, tmp_path, harm):
     folder = shutil.copytree(exported, tmp_path / "model")
     path = folder / "model.safetensors"
@@ -180,23 +137,7 @@ def test_a_damaged_model(exported, inputs, tmp_path, harm):
     refused(call(EVALUATE, folder, f"--data={inputs}/validation/*.json.gz"), str(folder), named)
 
 
-@pytest.mark.more
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("config.json", b"{"),
-        ("config.json", RUBBISH),
-        ("config.json", b'{"model_type": "bert"}'),
-        ("tokenizer.json", b"{}"),
-    ],
-)
-def test_a_model_whose_json_is_something_else(exported, inputs, tmp_path, name, content):
-    folder = shutil.copytree(exported, tmp_path / "model")
-    (folder / name).write_bytes(content)
-    refused(call(EVALUATE, folder, f"--data={inputs}/validation/*.json.gz"), str(folder))
-
-
-@pytest.mark.parametrize(
+@each(
     ("argv", "message"),
     [
         (["--data={}/nowhere.json"], "no file matches"),

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytest
-
 from relora_mora.config.schema import DECODER_LINEARS
 from relora_mora.model.config import plain_model_config
 from relora_mora.train.begin.identity import Identity, changed_settings, changes_since, describe_differences
+from tests.tools.each import each
 from tests.tools.tiny import tiny_config, tiny_llama
 
 
@@ -39,7 +38,7 @@ def test_changed_settings_are_named():
     assert sorted(changed_settings(saved, now)) == ["optim.lr", "optim.new"]
 
 
-@pytest.mark.parametrize(
+@each(
     "changes,message",
     [
         ({}, []),
@@ -58,7 +57,7 @@ def test_ranks_compare_every_setting():
     assert describe_differences(identity(), with_setting("data", "workers", 7)) == ["data.workers"]
 
 
-@pytest.mark.parametrize(
+@each(
     "other,permission",
     [
         (with_setting("optim", "lr", 1.0), "optim.lr"),
@@ -96,6 +95,8 @@ def test_a_setting_that_decides_which_parameters_train_cannot_be_allowed_if_used
         given.config["method"]["rank"] = value
         return given
 
+    [change] = changes_since(identity(), with_setting("method", "name", "relora"), {"method.name"})
+    assert change.permission is None
     [change] = changes_since(rank("remora", 3), rank("remora", 5), {"method.rank"})
     assert change.permission is None
     assert "start a new run with model.init_from" in change.text
@@ -151,7 +152,7 @@ def test_another_model_cannot_be_allowed():
     assert "rms_norm_eps" in change.text
 
 
-@pytest.mark.parametrize("setting,value", [("matrices", "muon"), ("others", "adamw8bit")])
+@each("setting,value", [("matrices", "muon"), ("others", "adamw8bit")])
 def test_another_optimizer_cannot_be_allowed(setting, value):
     changed = with_setting("optim", setting, value)
     [change] = changes_since(identity(), changed, {f"optim.{setting}"})
@@ -192,7 +193,7 @@ def test_a_checkpoint_of_02_that_did_not_use_a_removed_setting_has_not_changed()
     assert change.text.startswith("optim.projection_rank: ")
 
 
-@pytest.mark.parametrize("name", ["data.workers", "train.zero_stage", "eval.every_steps", "log.progress"])
+@each("name", ["data.workers", "train.zero_stage", "eval.every_steps", "log.progress"])
 def test_operational_settings_may_change(name):
     section, key = name.split(".")
     assert list(changes_since(identity(), with_setting(section, key, "another"), set())) == []

@@ -13,9 +13,8 @@ from relora_mora.model.causal import build_model
 from relora_mora.sizing.memory import state_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
-from tests.tools.data_tools import some_texts, write_shard
 from tests.tools.faulty_server import COMMIT, serving
-from tests.tools.runs import LLAMA, metrics, run_config, train
+from tests.tools.runs import LLAMA, run_config, train
 from tests.tools.tiny import whole_weights
 
 pytestmark = pytest.mark.distributed
@@ -166,28 +165,3 @@ def test_one_rank_asks_the_hub_for_all(pools, inputs, tokenizer_path, tmp_path):
     saved = parse_yaml((tmp_path / "run" / "config.yaml").read_text())["data"]
     assert saved["commits"] == {"some/train@main": COMMIT}
     assert saved["revision"] == "main"
-
-
-@pytest.mark.more
-def test_one_rank_asks_what_is_in_a_set_and_the_others_read_it(pools, inputs, tokenizer_path, tmp_path):
-    for split in ("train", "validation"):
-        write_shard(tmp_path / "set" / f"{split}-0.parquet", some_texts(100))
-    with serving(tmp_path / "set") as server:
-        config = run_config(
-            inputs, tokenizer_path, tmp_path / "run", 2, data={"train": "some/set", "validation": "some/set"}
-        )
-        pools(2)(train_from_hub, config, server.url)
-        asked = [path for path in server.paths if path.startswith("/api/")]
-        tree = f"/api/datasets/some/set/tree/{COMMIT}"
-        assert asked == ["/api/datasets/some/set/revision/main", tree, tree]  # once for each side
-        assert {f"/blobs/{split}-0.parquet" for split in ("train", "validation")} <= set(server.paths)
-
-
-@pytest.mark.more
-def test_each_start_logs_its_time_once(pools, inputs, tokenizer_path, tmp_path):
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
-    for stop in (3, 5):
-        pools(2)(train, config, stop_after=stop)
-    starts = [line for line in metrics(tmp_path / "run") if "startup/seconds" in line]
-    assert [line["step"] for line in starts] == [1, 4]
-    assert all(line["startup/seconds"] > 0 for line in starts)

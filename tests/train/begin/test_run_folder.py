@@ -3,9 +3,6 @@ checkpoint."""
 
 from __future__ import annotations
 
-import errno
-import os
-import stat
 import subprocess
 from pathlib import Path
 
@@ -15,7 +12,7 @@ from relora_mora.config.load import ConfigError, dump
 from relora_mora.supervise.lock import RunLock
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.train.begin.run_folder import check_run_folder
-from tests.tools.commands import PRETRAIN, Answer, call, disk
+from tests.tools.commands import PRETRAIN, call, disk
 from tests.tools.jobs import Job, ends, write_config
 from tests.tools.runs import logged_steps, run_config, train
 
@@ -122,33 +119,6 @@ def test_changes_at_a_resume_are_noted_and_a_finished_run_keeps_its_settings(poo
     assert config.read_text() == trained_with
 
 
-def on_a_full_disk(config: Path) -> Answer:
-    """A start that cannot write a new file."""
-    fsync = os.fsync
-
-    def full(handle: int) -> None:
-        if Path(f"/proc/self/fd/{handle}").readlink().suffix == ".tmp":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(handle)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        return call(PRETRAIN, config)
-
-
-@pytest.mark.more
-def test_a_finished_run_stays_finished_on_a_full_disk(pools, inputs, tokenizer_path, tmp_path):
-    config = _config(inputs, tokenizer_path, tmp_path / "run", tmp_path / "run.yaml")
-    assert [answer.code for answer in pools(2)(call, PRETRAIN, config)] == [0, 0]
-    names = RunFolder(tmp_path / "run")
-    before = [path.read_bytes() for path in (names.config, names.metrics)]
-    first, second = pools(2)(on_a_full_disk, config)
-    assert (first.code, second.code) == (0, 0)
-    assert f"{names.config}: cannot be written (No space left on device): it stays as" in first.err
-    assert [end["code"] for end in ends(names.path)] == [0, 0]
-    assert [path.read_bytes() for path in (names.config, names.metrics)] == before
-
-
 @pytest.mark.stops
 @pytest.mark.parametrize("another", [False, True])
 def test_a_run_whose_folder_is_removed_or_taken_ends_without_touching_it(inputs, tokenizer_path, tmp_path, another):
@@ -167,21 +137,3 @@ def test_a_run_whose_folder_is_removed_or_taken_ends_without_touching_it(inputs,
     assert "Traceback" not in job.output
     if another:
         other.release()
-
-
-def masking_nothing(config: Path) -> Answer:
-    """Trains on every rank under a umask that makes all files world-writable."""
-    before = os.umask(0)
-    try:
-        return call(PRETRAIN, config)
-    finally:
-        os.umask(before)
-
-
-@pytest.mark.more
-def test_no_file_of_a_run_is_writable_for_everybody(pools, inputs, tokenizer_path, tmp_path):
-    (answer,) = pools(1)(masking_nothing, _config(inputs, tokenizer_path, tmp_path / "run", tmp_path / "run.yaml"))
-    assert answer.code == 0, answer
-    paths = list((tmp_path / "run").rglob("*"))
-    assert len(paths) > 20
-    assert not [path for path in paths if path.stat().st_mode & stat.S_IWOTH]

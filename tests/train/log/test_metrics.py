@@ -17,6 +17,7 @@ from relora_mora.system.logs import log, setup_logging, shared_log
 from relora_mora.train.log.loggers import TensorBoard
 from relora_mora.train.log.report import Metrics
 from tests.tools.config_tools import tree
+from tests.tools.each import each
 from tests.tools.runs import metrics as metrics_of
 from tests.tools.runs import run_config
 
@@ -64,7 +65,7 @@ def test_a_resume_drops_what_was_logged_beyond_it(tmp_path):
     assert _board(tmp_path, "train/loss") == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60)]
 
 
-@pytest.mark.parametrize("ahead_seconds", [(3600,), (7200, 3600), (3600, 7200), 11 * (0,)])
+@each("ahead_seconds", [(3600,), (7200, 3600), (3600, 7200), 11 * (0,)])
 def test_points_of_a_resume_replace_earlier_ones_for_any_clock(tmp_path, monkeypatch, ahead_seconds):
     """TensorBoard orders files by the second in their names, then by a number, 10 before 9; and a file hides steps of
     files that were read before it."""
@@ -190,6 +191,16 @@ def test_metrics_that_a_disk_rejects_are_reported_once_and_do_not_end_the_run(tm
     metrics.sync()
     metrics.close()
     assert capfd.readouterr().err.count("metrics.jsonl: metrics cannot be written (Disk quota exceeded)") == 1
+
+
+def test_a_repeated_evaluation_takes_the_place_of_all_lines_after_it(tmp_path):
+    """A save that came after it is repeated, too."""
+    first = Metrics(tmp_path, step=0)
+    for values in ({"train/loss": 1.0}, {"eval/loss": 2.0}, {"perf/checkpoint_stall_seconds": 0.5}):
+        first.write(3, values)
+    first.close()
+    Metrics(tmp_path, step=3, repeated=frozenset({"eval/loss"})).close()
+    assert [line.keys() - {"step", "time"} for line in _lines(tmp_path)] == [{"train/loss"}]
 
 
 def test_corrupt_bytes_lose_one_line(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from relora_mora.commands import NAMES
 from relora_mora.system.logs import setup_logging
 from relora_mora.train.log.progress import Progress, next_commands
+from tests.tools.each import each
 from tests.tools.helpers import Terminal
 
 
@@ -33,7 +34,7 @@ def run_of_two_steps(*, show: bool = True) -> None:
     progress.close()
 
 
-@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+@each("kind", [io.StringIO, Terminal])
 def test_every_line_of_the_log_is_kept(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = set_stderr(kind(), monkeypatch)
     run_of_two_steps()
@@ -46,7 +47,7 @@ def test_every_line_of_the_log_is_kept(kind: type[io.StringIO], monkeypatch: pyt
     assert ("\r" in output) is on_terminal
 
 
-@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+@each("kind", [io.StringIO, Terminal])
 def test_other_ranks_print_nothing(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = set_stderr(kind(), monkeypatch)
     run_of_two_steps(show=False)

@@ -1,29 +1,13 @@
-"""The seconds of a start count from the command, no matter what its process did before."""
+"""A start imports nothing that it does not need."""
 
 from __future__ import annotations
 
-import inspect
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from relora_mora.train.log import progress
 from tests.tools.pool import Pool
 from tests.tools.tiny import build_rig, tiny_config
-
-
-@pytest.mark.more
-def test_time_before_an_exec_is_not_counted(tmp_path: Path) -> None:
-    functions = "".join(map(inspect.getsource, (progress.seconds_since_start,)))
-    script = tmp_path / "script.py"  # only the functions: importing the trainer takes longer than all of this
-    imports = "import logging\n"
-    script.write_text(f"{imports}{functions}\nprint(seconds_since_start())")
-    done = subprocess.run(
-        ["sh", "-c", f"sleep 1; exec {sys.executable} {script}"], capture_output=True, text=True, check=True
-    )
-    assert 0 < float(done.stdout) < 1
 
 
 def has_imported_the_compiler() -> bool:

@@ -13,7 +13,6 @@ from torch import distributed as dist
 from relora_mora.config.load import ConfigError
 from tests.tools.runs import (
     checkpoint_at,
-    different_tensors,
     logged_values,
     manifest_at,
     run_config,
@@ -58,21 +57,6 @@ def _on_a_cpu(config: Any, vnni: Sequence[bool], stop_after: int | None = None) 
         except ConfigError as error:
             return str(error)
     return ""
-
-
-@pytest.mark.more
-def test_auto_chooses_products_for_the_machine(pools, inputs, tokenizer_path, tmp_path):
-    def config(folder: str, **method: Any) -> Any:
-        sections = _sections(1, base="int8", **{"base_products": "auto", **method})
-        return run_config(inputs, tokenizer_path, tmp_path / folder, **sections)
-
-    for folder, vnni in (("with", True), ("without", False)):
-        assert pools(1)(_on_a_cpu, config(folder), [vnni]) == [""]
-        assert pools(1)(_on_a_cpu, config(f"{folder}-given", base_products=vnni), [vnni]) == [""]
-        runs = [tmp_path / folder, tmp_path / f"{folder}-given"]
-        assert different_tensors(*(checkpoint_at(run, 10) for run in runs)) == []
-        assert [manifest_at(run, 10)["config"]["method"]["base_products"] for run in runs] == [vnni, vnni]
-    assert different_tensors(*(checkpoint_at(tmp_path / folder, 10) for folder in ("with", "without"))) != []
 
 
 @pytest.mark.more

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from relora_mora.data.sources.resolve import configured_shards
-from relora_mora.data.tokens.folder import make_tokens
 from relora_mora.system.logs import shared_log
 from tests.tools.faulty_server import serving
 from tests.tools.runs import (
@@ -53,30 +50,6 @@ def test_the_tokenizer_in_a_checkpoint_is_the_one_of_its_fingerprint(
 
 
 @pytest.mark.more
-def test_another_end_of_document_is_another_tokenizer(pools, inputs, tokenizer_path, tmp_path):
-    """With the same vocabulary, so that the fingerprint of the Hugging Face folder is the same."""
-    from relora_mora.tokenizer.files import MODEL_FILE
-    from relora_mora.tokenizer.identity import save_tokenizer, tokenizer_fingerprint
-    from relora_mora.tokenizer.load import load_tokenizer
-
-    first = tmp_path / "first"
-    save_tokenizer(tokenizer_path, first)
-    (first / MODEL_FILE).unlink()
-    other = tmp_path / "other"
-    shutil.copytree(first, other)
-    settings = json.loads((other / "tokenizer_config.json").read_text())
-    settings["eos_token"] = settings["bos_token"] = "<s>"
-    (other / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert tokenizer_fingerprint(first) == tokenizer_fingerprint(other)
-    before, after = (load_tokenizer(folder).eos_token_id for folder in (first, other))
-    assert before != after
-    pools(1)(train, run_config(inputs, str(first), tmp_path / "run"), stop_after=2)
-    (message,) = pools(1)(refusal_of, run_config(inputs, str(other), tmp_path / "run"))
-    assert f"documents ended with token {before}" in message
-    assert f"they end with {after}; to allow it: '--train.allow_changes=[tokenizer]'" in message
-
-
-@pytest.mark.more
 def test_other_data_needs_permission_and_is_read_from_its_beginning(pools, inputs, tokenizer_path, tmp_path):
     other, folder, fresh = write_inputs(tmp_path / "other"), tmp_path / "run", tmp_path / "fresh"
     for path in sorted((other / "train").iterdir())[1:]:
@@ -91,21 +64,6 @@ def test_other_data_needs_permission_and_is_read_from_its_beginning(pools, input
     assert manifest_at(folder, 8)["data_state"] == manifest_at(fresh, 2)["data_state"]
     pools(1)(train, run_config(other, tokenizer_path, folder))  # no change any more
     assert manifest_at(folder, 10)["step"] == 10
-
-
-@pytest.mark.more
-def test_another_setting_of_the_data_needs_one_permission(pools, inputs, tokenizer_path, tmp_path):
-    folder = tmp_path / "run"
-    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
-    changed = {"seed": 5, "max_bad_fraction": 0.5}
-    (message,) = pools(1)(refusal_of, run_config(inputs, tokenizer_path, folder, data=changed))
-    assert "data.seed: " in message
-    assert message.count("to allow it") == 1
-    pools(1)(
-        train,
-        run_config(inputs, tokenizer_path, folder, data=changed, train={"allow_changes": ["data.seed"]}),
-        stop_after=3,
-    )
 
 
 def warnings_of(config):
@@ -129,34 +87,6 @@ def test_a_quick_try_is_the_beginning_of_a_longer_run(pools, inputs, tokenizer_p
     assert "method.merge_every: the run of 3 steps ends before its first merge" in "".join(warnings)
     pools(1)(train, config(folder, allow_changes=["train.steps"]))
     assert different_tensors(*(checkpoint_at(run, 10) for run in (never, folder))) == []
-
-
-@pytest.mark.more
-def test_a_fixed_shard_is_continued_from_the_same_line(pools, inputs, tokenizer_path, tmp_path):
-    repaired, folder, never = tmp_path / "repaired", tmp_path / "run", tmp_path / "never"
-    shutil.copytree(inputs, repaired)
-    pools(1)(train, run_config(repaired, tokenizer_path, never))
-    pools(1)(train, run_config(repaired, tokenizer_path, folder), stop_after=4)
-    for path in (repaired / "train").iterdir():
-        path.write_bytes(
-            gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=1)
-        )  # the same lines, another size
-    (message,) = pools(1)(refusal_of, run_config(repaired, tokenizer_path, folder))
-    assert "files that have changed" in message
-    pools(1)(train, run_config(repaired, tokenizer_path, folder, train={"allow_changes": ["data"]}))
-    assert different_tensors(*(checkpoint_at(run, 10) for run in (never, folder))) == []
-
-
-@pytest.mark.more
-def test_a_run_does_not_switch_between_text_and_pre_tokenized_text(pools, inputs, tokenizer_path, tmp_path):
-    folder = tmp_path / "run"
-    text = run_config(inputs, tokenizer_path, folder)
-    shards = configured_shards(text.data, "train")
-    make_tokens(shards, tmp_path / "tokens", config=text.data, tokenizer_path=tokenizer_path, processes=1)
-    pools(1)(train, text, stop_after=3)
-    on_tokens = run_config(inputs, tokenizer_path, folder, data={"train": str(tmp_path / "tokens")})
-    (message,) = pools(1)(refusal_of, on_tokens)
-    assert "data: other sources, or files that have changed" in message
 
 
 def _plain_copy(inputs: Path, folder: Path) -> Path:
@@ -211,14 +141,6 @@ def test_the_first_rank_asks_the_server_for_the_content_of_all_files(pools, inpu
         assert len(server.heads) == 9
 
 
-@pytest.fixture(scope="module")
-def begun(pools, inputs, tokenizer_path, tmp_path_factory) -> Path:
-    """A run of one step."""
-    folder = tmp_path_factory.mktemp("begun") / "run"
-    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=1)
-    return folder
-
-
 @pytest.mark.more
 def test_a_method_with_the_same_adapter_continues_if_allowed(pools, inputs, tokenizer_path, tmp_path):
     """With its moments and its place in the data; from then on it merges."""
@@ -231,28 +153,3 @@ def test_a_method_with_the_same_adapter_continues_if_allowed(pools, inputs, toke
     pools(1)(train, relora)
     assert logged_steps(folder) == list(range(1, 11))
     assert logged_steps(folder, "merge/layers") == [4, 8]
-
-
-@pytest.mark.more
-@pytest.mark.parametrize(
-    "what,change,says",
-    [
-        ("model", {"model": {"overrides": {"rms_norm_eps": 1e-3}}}, "model: rms_norm_eps is"),
-        ("operators", {"method": {"operators": [2, 1]}}, "method.operators: [1, 2] in the checkpoint, [2, 1] now"),
-        ("precision", {"train": {"precision": "bf16"}}, "train.precision: 'fp32' in the checkpoint, 'bf16' now"),
-        ("sequence", {"data": {"sequence_length": 16}}, "data.sequence_length: 32 in the checkpoint, 16 now"),
-        (
-            "method",
-            {"method": {"name": "mora", "merge_every": 2000}},
-            "to allow these changes: '--train.allow_changes=[method.merge_every,method.name]'",
-        ),
-        (
-            "another adapter",
-            {"method": {"name": "relora"}, "train": {"allow_changes": ["method.name"]}},
-            "method.name: 'remora' in the checkpoint, 'relora' now; the checkpoint holds the state of what trained by",
-        ),
-    ],
-)
-def test_settings_that_would_change_the_result_are_refused(pools, inputs, tokenizer_path, begun, what, change, says):
-    (message,) = pools(1)(refusal_of, run_config(inputs, tokenizer_path, begun, **change))
-    assert says in message, message

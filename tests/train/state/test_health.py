@@ -11,6 +11,7 @@ import pytest
 from relora_mora.config.schema import TrainConfig
 from relora_mora.train.loop.step import StabilityMonitor, StepResult
 from relora_mora.train.state.run_state import RunState, StabilityState
+from tests.tools.each import each
 from tests.tools.tiny import tiny_config
 
 
@@ -80,9 +81,7 @@ def test_bad_steps_count_in_a_row():
     assert health.bad_data == ["d"]
 
 
-@pytest.mark.parametrize(
-    ("has_checkpoint", "stages", "rolls"), [(True, False, True), (False, False, False), (True, True, False)]
-)
+@each(("has_checkpoint", "stages", "rolls"), [(True, False, True), (False, False, False), (True, True, False)])
 def test_a_spike_causes_a_rollback_if_there_is_a_checkpoint_and_the_text_is_the_same(
     monkeypatch, has_checkpoint, stages, rolls
 ):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,26 +10,11 @@ from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.train.state.restore import start_records
 from relora_mora.train.state.resume import where_to_resume
+from tests.tools.each import each
 from tests.tools.runs import checkpoint_at, logged_steps, run_config, train
-from tests.train.state.faults import NAN, fault_settings, faulty, rollbacks, same_run
+from tests.train.state.faults import faulty, rollbacks
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.mark.more
-def test_a_kill_after_a_rollback_on_other_data_changes_nothing(pools, inputs, tokenizer_path, tmp_path):
-    def on_other_data(folder: Path) -> Any:
-        config = fault_settings(folder, inputs, tokenizer_path, allow_changes=["data.seed"])
-        return config.model_copy(update={"data": config.data.model_copy(update={"seed": 5})})
-
-    reference, killed = tmp_path / "reference", tmp_path / "killed"
-    pools(2)(train, fault_settings(reference, inputs, tokenizer_path), stop_after=3)
-    shutil.copytree(reference, killed)
-    pools(2)(faulty, on_other_data(reference), {}, drop=(4, 5))
-    pools(2)(faulty, on_other_data(killed), NAN, stop_at=(1, 4))
-    assert rollbacks(killed) == [(3, 5)]
-    assert pools(2)(faulty, on_other_data(killed), NAN) == ["", ""]
-    assert same_run(killed, reference)
 
 
 @pytest.mark.more
@@ -54,21 +36,6 @@ def test_a_run_begins_from_a_named_checkpoint_only_once(pools, inputs, tokenizer
     assert [line["step"] for line in read_json_lines(folder / "starts.jsonl")] == [2, 4, 3, 4]
     found = {path.name for path in (folder / "checkpoints").glob("*step*")}
     assert found == {*(f"step-0000000{step}" for step in (2, 3, 4, 5)), *(f"abandoned-step-0000000{n}" for n in (4, 5))}
-
-
-@pytest.mark.more
-def test_the_same_command_continues_a_run_whose_folder_was_removed(pools, inputs, tokenizer_path, tmp_path):
-    """It leaves only a checkpoint there."""
-    theirs, folder = tmp_path / "theirs", tmp_path / "run"
-    checkpoints = folder / "checkpoints"
-    pools(1)(train, run_config(inputs, tokenizer_path, theirs), stop_after=2)
-    config = run_config(inputs, tokenizer_path, folder, train={"resume": str(theirs)})
-    pools(1)(train, config, stop_after=4)
-    for path in (*folder.iterdir(), *checkpoints.iterdir()):
-        if path not in (checkpoints, checkpoints / "step-00000004"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    pools(1)(train, config, stop_after=5)
-    assert [line["step"] for line in read_json_lines(folder / "starts.jsonl")] == [4]
 
 
 def test_a_run_does_not_start_again_next_to_abandoned_checkpoints(inputs, tokenizer_path, tmp_path):
@@ -109,33 +76,10 @@ def test_a_run_that_begins_from_a_checkpoint_saves_one_immediately(pools, inputs
     assert logged_steps(folder, "eval/loss") == [5, 10]
 
 
-@pytest.mark.more
-def test_a_run_shortened_to_its_current_step_is_evaluated_once(pools, inputs, tokenizer_path, tmp_path):
-    folder = tmp_path / "run"
-    mora = {"method": {"name": "mora"}}
-    pools(1)(train, run_config(inputs, tokenizer_path, folder, **mora), stop_after=3)
-    given = {"steps": 3, "allow_changes": ["train.steps"]}
-    for _ in range(2):
-        pools(1)(train, run_config(inputs, tokenizer_path, folder, train=given, **mora))
-        assert logged_steps(folder, "eval/loss") == [0, 3]
-
-
-@pytest.mark.parametrize(("step", "is_moved"), [(0, False), (2, True)])
+@each(("step", "is_moved"), [(0, False), (2, True)])
 def test_records_of_a_start_that_made_steps_are_moved_aside(tmp_path, step, is_moved):
     starts = RunFolder(tmp_path).starts
     starts.write_text(json.dumps({"step": step, "epochs": None}) + "\n")
     start_records(RunFolder(tmp_path))
     assert starts.exists() is not is_moved
     assert (tmp_path / "abandoned-starts.jsonl").exists() is is_moved
-
-
-@pytest.mark.more
-def test_metrics_of_a_run_whose_checkpoints_were_removed_are_moved_aside(pools, inputs, tokenizer_path, tmp_path):
-    folder = tmp_path / "run"
-    config = run_config(inputs, tokenizer_path, folder)
-    pools(1)(train, config, stop_after=2)
-    before = (folder / "metrics.jsonl").read_text()
-    shutil.rmtree(folder / "checkpoints")
-    pools(1)(train, config, stop_after=2)
-    assert (folder / "abandoned-metrics.jsonl").read_text() == before
-    assert json.loads((folder / "starts.jsonl").read_text())["step"] == 0

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.tools.checkpoints import rewrite_manifest
 from tests.tools.runs import (
     checkpoint_at,
     copy_cut_at,
@@ -110,16 +109,6 @@ def test_a_resume_that_cannot_be_allowed_is_refused_and_moves_no_checkpoint(
 
 
 @pytest.mark.more
-def test_a_checkpoint_without_a_data_position_is_refused(pools, inputs, tokenizer_path, tmp_path):
-    config = run_config(inputs, tokenizer_path, tmp_path / "run")
-    pools(1)(train, config, stop_after=2)
-    for step in (1, 2):
-        rewrite_manifest(checkpoint_at(tmp_path / "run", step), lambda values: values.update(data_state={}))
-    (message,) = pools(1)(refusal_of, config)
-    assert "does not hold its position in the data" in message
-
-
-@pytest.mark.more
 def test_a_spike_of_the_last_step_is_flagged_and_the_run_is_saved(pools, inputs, tokenizer_path, tmp_path):
     folder = tmp_path / "run"
     assert pools(2)(spiked, fault_settings(folder, inputs, tokenizer_path, **SPIKES), 10) == ["", ""]
@@ -176,19 +165,6 @@ def test_a_line_of_metrics_over_several_steps_is_the_same_after_a_stop(pools, in
     assert [line[0] for line in found[0]] == [5, 10]
     for lines in found[1:]:
         assert lines == [pytest.approx(line, rel=1e-12) for line in found[0]]
-
-
-@pytest.mark.more
-def test_two_rollbacks_to_the_same_step_are_repeated_after_a_kill(pools, inputs, tokenizer_path, tmp_path):
-    bad = {number: float("nan") for number in (4, 5, 6, 7)}
-    reference, killed = tmp_path / "reference", tmp_path / "killed"
-    pools(2)(faulty, fault_settings(reference, inputs, tokenizer_path), {}, drop=(4, 5, 6, 7))
-    config = fault_settings(killed, inputs, tokenizer_path, max_rollbacks=2)
-    pools(2)(faulty, config, bad, stop_at=(2, 5))
-    assert rollbacks(killed) == [(3, 5), (3, 5)]
-    assert pools(2)(faulty, config, bad) == ["", ""]
-    assert same_run(killed, reference)
-    assert rollbacks(killed) == [(3, 5), (3, 5)]
 
 
 @pytest.mark.more

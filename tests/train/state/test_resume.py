@@ -30,41 +30,6 @@ def _sections(stage: int, bf16: bool, method: str = "remora") -> dict:
     return {"train": training, "method": {"name": method}}
 
 
-def builds(config: Any, **options: Any) -> int:
-    """Trains; how often a layer built the ``W + delta`` that it keeps within a step."""
-    from relora_mora.adapters.inject import layer_class
-
-    layer = layer_class(config.method)
-    with mock.patch.object(layer, "build_merged", autospec=True, side_effect=layer.build_merged) as build:
-        train(config, **options)
-    return build.call_count
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("method,stage,form", [("remora", 2, "auto"), ("relora", 0, "resident")])
-def test_resident_layers_equal_the_merged_form_bit_for_bit_after_a_resume(
-    pools, inputs, tokenizer_path, tmp_path, method, stage, form
-):
-    folders = [tmp_path / "merged", tmp_path / form]
-    built = []
-    for folder in folders:
-        sections = _sections(stage, True, method)
-        sections["method"]["form"] = folder.name
-        config = run_config(inputs, tokenizer_path, folder, 1, **sections)
-        if folder.name == form:
-            built += pools(1)(builds, config, stop_after=5)
-        built += pools(1)(builds, config)
-    # 14 layers, once for each step, which an evaluation shares with the step that follows, and for the one at the end
-    assert built == [times * 14 for times in (0, 5 + 1, 5 + 1)]
-    assert different_tensors(*(checkpoint_at(folder, 10) for folder in folders)) == []
-    logged = [
-        [line[key] for line in metrics(folder) for key in ("train/loss", "eval/loss") if key in line]
-        for folder in folders
-    ]
-    assert logged[0] == logged[1]
-    assert len(logged[0]) == 13
-
-
 def seeds_of_forwards(config: Any) -> list[int]:
     """The seed that this rank draws with in each forward of training, in order."""
     from relora_mora.model.causal import LossModel
@@ -144,12 +109,12 @@ def _eval_steps(folder: Path) -> list[int]:
 
 
 def test_a_run_that_goes_back_does_not_return_to_abandoned_checkpoints(pools, inputs, tokenizer_path, tmp_path):
-    pool, folder = pools(2), tmp_path / "run"
-    plain = run_config(inputs, tokenizer_path, folder, 2)
+    pool, folder = pools(1), tmp_path / "run"
+    plain = run_config(inputs, tokenizer_path, folder)
     pool(train, plain)
     finished = tmp_path / "finished"
     shutil.copytree(checkpoint_at(folder, 10), finished)
-    back = run_config(inputs, tokenizer_path, folder, 2, train={"resume": str(checkpoint_at(folder, 6))})
+    back = run_config(inputs, tokenizer_path, folder, train={"resume": str(checkpoint_at(folder, 6))})
     pool(train, back, stop_after=8)
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert {
@@ -161,47 +126,6 @@ def test_a_run_that_goes_back_does_not_return_to_abandoned_checkpoints(pools, in
     pool(train, plain)
     assert different_tensors(finished, checkpoint_at(folder, 10)) == []
     assert _eval_steps(folder) == [0, 5, 10]
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("give", ["run", "checkpoint"])
-def test_a_run_in_a_new_folder_begins_from_another_run(pools, inputs, tokenizer_path, tmp_path, give):
-    first, second = tmp_path / "first", tmp_path / "second"
-    pools(2)(train, run_config(inputs, tokenizer_path, first, 2), stop_after=5)
-    origin = first if give == "run" else checkpoint_at(first, 5)
-    pools(2)(train, run_config(inputs, tokenizer_path, second, 2, train={"resume": str(origin)}))
-    assert logged_steps(second) == [6, 7, 8, 9, 10]
-    assert sorted(path.name for path in (second / "checkpoints").iterdir())[-1] == "step-00000010"
-    # a finished run, into yet another folder: there is nothing to train, but the folder is complete
-    third = tmp_path / "third"
-    pools(2)(train, run_config(inputs, tokenizer_path, third, 2, train={"resume": str(second)}))
-    assert _eval_steps(third) == [10]
-    assert checkpoint_at(third, 10).exists()
-
-
-@pytest.mark.more
-def test_a_misspelled_resume_path_is_not_called_a_damaged_checkpoint(pools, inputs, tokenizer_path, tmp_path):
-    folder = tmp_path / "run"
-    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=1)
-    (message,) = pools(1)(
-        refusal_of, run_config(inputs, tokenizer_path, folder, train={"resume": str(tmp_path / "rum")})
-    )
-    assert message.startswith(f"{tmp_path}/rum: not found; give a run folder, or a checkpoint")
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("what", ["missing", "damaged"])
-def test_a_checkpoint_that_cannot_be_resumed_ends_all_ranks(pools, inputs, tokenizer_path, tmp_path, what):
-    folder = tmp_path / "run"
-    given = checkpoint_at(folder, 2)
-    if what == "damaged":
-        pools(2)(train, run_config(inputs, tokenizer_path, folder, 2), stop_after=2)
-        (given / "state-00001-of-00002.safetensors").write_bytes(b"")
-    messages = pools(2)(refusal_of, run_config(inputs, tokenizer_path, folder, 2, train={"resume": str(given)}))
-    assert all(
-        ("0 bytes, expected" if what == "damaged" else "not found; give a run folder") in message
-        for message in messages
-    )
 
 
 def test_a_checkpoint_follows_the_evaluation_and_metrics_of_its_step(pools, inputs, tokenizer_path, tmp_path):
