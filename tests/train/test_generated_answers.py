@@ -83,10 +83,10 @@ def test_a_chat_that_was_learned_stops_by_itself_in_plain_transformers(pools, in
     export(tmp_path / "run", tmp_path / "out")
     plain = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    for each in turns:
-        ids = plain.apply_chat_template(each[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    for turn in turns:
+        ids = plain.apply_chat_template(turn[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
         found = model.generate(**ids, max_new_tokens=50, do_sample=False, pad_token_id=plain.eos_token_id)
-        assert plain.decode(found[0, ids.input_ids.shape[1] :]) == each[1]["content"] + "<|im_end|>"
+        assert plain.decode(found[0, ids.input_ids.shape[1] :]) == turn[1]["content"] + "<|im_end|>"
 
 
 @pytest.mark.more
