@@ -46,8 +46,8 @@ class ModelConfig(Strict):
 
     config: Text | None = Field(
         None,
-        description="the config.json of a causal language model of transformers, relative to the current folder or else "
-        "to this YAML file, or the name of a shipped one; null: the config of init_from",
+        description="the config.json of a causal language model of transformers, relative to the current folder or "
+        "else to this YAML file, or the name of a shipped one; null: the config of init_from",
     )
     overrides: dict[str, Any] = Field({}, description="keys of that config to replace, e.g. {hidden_size: 256}")
     init_from: Text | None = Field(

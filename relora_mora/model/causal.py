@@ -198,10 +198,12 @@ def head_scale(lm: PreTrainedModel) -> tuple[bool, float | None]:
     Needs no weights: it tries a small random head.
     """
     own = lm.get_output_embeddings()
+    multiplies_only = type(own) in (nn.Linear, LossHead) and getattr(own, "bias", None) is None
     generator = torch.Generator().manual_seed(0)
-    small = nn.Linear(own.in_features, 5, bias=False)
+    width = own.weight.shape[1]
+    small = nn.Linear(width, 5, bias=False)
     small.weight.copy_(torch.randn(small.weight.shape, generator=generator))
-    hidden = torch.randn(1, 7, own.in_features, generator=generator)
+    hidden = torch.randn(1, 7, width, generator=generator)
     try:
         near, far = (own_logits(lm, factor * hidden, small) / factor for factor in (1.0, 100.0))
     except Exception:  # a forward that does more than call body and head
@@ -211,7 +213,7 @@ def head_scale(lm: PreTrainedModel) -> tuple[bool, float | None]:
     plain = small(hidden)
     scale = round(float((near * plain).sum() / plain.square().sum()), 6)
     same = all(torch.allclose(each, scale * plain, rtol=1e-4, atol=1e-4 * abs(scale)) for each in (near, far))
-    return True, scale if same and type(own) is nn.Linear and own.bias is None else None
+    return True, scale if same and multiplies_only else None
 
 
 def scaled(hidden: Tensor, scale: float) -> Tensor:
