@@ -156,6 +156,10 @@ def _model_faults(model_config: PreTrainedConfig) -> Iterator[str]:
     if model_config.get_text_config() is not model_config:
         yield f"a {model_config.model_type} is more than a language model; use the type of its text part"
         return
+    layers = getattr(model_config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > RANGES["num_hidden_layers"][1]:
+        yield f"num_hidden_layers is {layers}, expected at most {RANGES['num_hidden_layers'][1]}"
+        return
     lm = empty_model(model_config)
     parameters = sum(parameter.numel() for parameter in lm.parameters())
     if parameters > LARGEST_MODEL:

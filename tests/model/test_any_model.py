@@ -153,6 +153,7 @@ def test_models_that_cannot_be_trained_are_refused_by_name() -> None:
         ({"model_type": "olmo2", "hiden_size": 64}, "did you mean hidden_size"),
         ({"model_type": "olmo2", "hidden_size": "wide"}, "hidden_size is 'wide'"),
         ({"model_type": "mixtral", "output_router_logits": True}, "another loss"),
+        ({"model_type": "olmo2", "num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
         ({"model_type": "gemma3"}, "type of its text part"),
         ({"model_type": "olmo2", "quantization_config": {"bits": 4}}, "quantized"),
     ]
