@@ -125,7 +125,7 @@ def test_training_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_limit_named_in_a_data_fault_can_be_raised(tmp_path: Path) -> None:
     lines = [json.dumps({"text": text}) for text in own_text()[:50]]
-    (tmp_path / "text.jsonl").write_text("\n".join([*lines, *(["not JSON"] * 5)]), encoding="utf-8")
+    (tmp_path / "text.jsonl").write_text("\n".join([*lines, *(["not JSON"] * 11)]), encoding="utf-8")
     wanted = {"data": str(tmp_path / "text.jsonl"), "out": str(tmp_path / "out"), "vocab_size": 400}
     with pytest.raises(SourceError, match=r"or raise data\.max_bad_fraction$"):
         training.main(**wanted)

@@ -9,7 +9,7 @@ from typing import Any
 from relora_mora.config.data import DataConfig
 from relora_mora.data.bad_rows import BadRowLimit
 from relora_mora.data.bytes.files import open_file
-from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError, names_of
+from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError, names_of, too_long
 from relora_mora.data.lanes import plan_lanes
 from relora_mora.data.shard import Record, Shard
 from relora_mora.system.files import LOST_DISK
@@ -191,6 +191,7 @@ class GroupRows:
         self._max_bytes = config.max_line_bytes
         self._shard = shard
         self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit="row", is_shared=stride > 1)
+        self._note = note
         self._file = groups
         filled = [number for number, rows in enumerate(groups.group_rows) if rows]
         parts = plan_lanes(stride, max(1, len(filled)), whole=True)[phase].parts
@@ -222,8 +223,10 @@ class GroupRows:
         if self._contents is None:
             self._contents = self._contents_from(self._next)
         rows = [self._row(number, content) for number, content in itertools.islice(self._contents, count)]
-        if not rows and (self._next or self.is_empty):
+        if not rows:
             self._limit.finish(self._next)
+            if self.is_empty:
+                self._note(f"{self._shard.label} is empty; skipped")
         return rows
 
     def close(self) -> None:
@@ -255,5 +258,5 @@ class GroupRows:
             return content
         row = self._shard.record(content, f"row {number}") if isinstance(content, dict) else content
         if len(row) > self._max_bytes:
-            return Skipped("too_long")
+            return too_long(len(row), self._max_bytes)
         return decode_text(row) if isinstance(row, bytes) else row

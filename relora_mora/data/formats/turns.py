@@ -89,6 +89,7 @@ class TurnRows(Generic[Entry]):
         self._shard = shard
         self._unit = shard.format.unit or config.sample_by
         self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit=self._unit, is_shared=stride > 1)
+        self._note = note
         self._next = 0  # the number of the next own row
 
     @property
@@ -118,6 +119,8 @@ class TurnRows(Generic[Entry]):
             self._entries.skip(self._stride - self._phase - 1)
         if not rows:
             self._limit.finish(self._next)
+            if self.is_empty:
+                self._note(f"{self._shard.label} is empty; skipped")
         return rows
 
     def close(self) -> None:
