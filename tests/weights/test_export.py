@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TextStreamer
 
 from relora_mora.checkpoint.layout import CheckpointError, file_entry
 from relora_mora.tokenizer.identity import save_tokenizer
@@ -78,7 +78,9 @@ def _always(tokenizer: Any, token: str) -> LlamaForCausalLM:
 
 
 @pytest.mark.more
-def test_plain_generate_stops_where_a_document_ends(hf_tokenizer: Path, tmp_path: Path) -> None:
+def test_plain_generate_stops_where_a_document_ends(
+    hf_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model that always predicts the end of the document, with a tokenizer whose end is not LlamaConfig's."""
     tokenizer = load_tokenizer(hf_tokenizer)
     ends = _always(tokenizer, tokenizer.eos_token)
@@ -94,6 +96,12 @@ def test_plain_generate_stops_where_a_document_ends(hf_tokenizer: Path, tmp_path
         assert values.get("use_cache", True), f"{file}: generates without a cache"
     assert lm.generation_config.use_cache in (True, None)
     assert lm.config.use_cache
+    shown: list[int] = []
+    monkeypatch.setattr(TextStreamer, "put", lambda _, tokens: shown.extend(tokens.flatten().tolist()))
+    for folder in ("checkpoint", "out"):
+        assert call("sample", tmp_path / folder, "the rank").code == 0
+        assert shown == [*inputs.input_ids[0].tolist(), 300], folder
+        shown.clear()
 
 
 # how a template ends an answer, and the token at which generation stops besides EOS
