@@ -63,8 +63,10 @@ class BadRowLimit:
         if too_many(self.bad, seen, self._max_bad_fraction):
             raise self._error(seen)
 
-    def finish(self, rows: int) -> None:
+    def finish(self, rows: int, *, is_empty: bool) -> None:
         """Called at the end of the shard, after ``rows`` own rows. Raises SourceError if the whole shard is bad."""
+        if is_empty:
+            self._note(f"{self._shard.label} is empty; skipped")
         if self.bad == rows > self._max_bad_fraction * rows and not self._is_shared:
             raise self._error(rows)
 
@@ -120,17 +122,17 @@ class RecordsFound:
         """The error to raise if too many rows are bad."""
         return too_many_records(self.bad, self.seen, max_bad_fraction, self._last_bad)
 
-    def fault(self, name: str, max_bad_fraction: float, *, whole: bool) -> SourceError | None:
-        """The error to raise if too many rows are bad or no row can be used. ``whole``: there are no other rows."""
+    def fault(self, name: str, max_bad_fraction: float) -> SourceError | None:
+        """The error to raise if too many rows are bad or no row can be used."""
         if fault := self.too_many(max_bad_fraction):
             return fault
         if not self.seen or self.left_out.total() < self.seen:
             return None
         reasons = self.left_out.most_common()
         reason = reasons[0][0]
-        among = "" if whole else f" among the first {self.seen:,}"
         counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons)
         remedy = "raise data.sequence_length" if reason == TOO_LONG else "correct data.records"
         return SourceError(
-            f"{name}: no record can be used{among} ({counts}); for instance {self.examples[reason]}; {remedy}"
+            f"{name}: none of {self.seen:,} records can be used ({counts}); for instance {self.examples[reason]}; "
+            f"{remedy}"
         )

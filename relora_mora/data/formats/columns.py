@@ -191,7 +191,6 @@ class GroupRows:
         self._max_bytes = config.max_line_bytes
         self._shard = shard
         self._limit = BadRowLimit(shard, config.max_bad_fraction, note, bad, unit="row", is_shared=stride > 1)
-        self._note = note
         self._file = groups
         filled = [number for number, rows in enumerate(groups.group_rows) if rows]
         parts = plan_lanes(stride, max(1, len(filled)), whole=True)[phase].parts
@@ -224,9 +223,7 @@ class GroupRows:
             self._contents = self._contents_from(self._next)
         rows = [self._row(number, content) for number, content in itertools.islice(self._contents, count)]
         if not rows:
-            self._limit.finish(self._next)
-            if self.is_empty:
-                self._note(f"{self._shard.label} is empty; skipped")
+            self._limit.finish(self._next, is_empty=self.is_empty)
         return rows
 
     def close(self) -> None:

@@ -66,7 +66,7 @@ def rows_in_order(
                         log.warning("%s; skipped", row.detail)
                     if fault := counts.too_many(config.max_bad_fraction):
                         raise fault
-    if fault := counts.fault(shards[0].label, config.max_bad_fraction, whole=True):
+    if fault := counts.fault(shards[0].label, config.max_bad_fraction):
         raise fault
 
 

@@ -96,7 +96,7 @@ def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrai
             characters += sum(map(len, group))
     if whole and not counts.seen:
         raise SourceError(f"{shards[0].label}: holds no record; give a file with at least one")
-    if fault := counts.fault(shards[0].label, config.max_bad_fraction, whole=whole):
+    if fault := counts.fault(shards[0].label, config.max_bad_fraction):
         raise fault
     if counts.too_long * 2 > counts.seen:
         log.warning(

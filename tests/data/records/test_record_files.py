@@ -160,7 +160,7 @@ def test_too_many_records_that_cannot_be_used_end_an_evaluation(tokenizer_path, 
 def test_held_out_records_that_are_all_too_long_are_named_as_such(tokenizer_path, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"question": "the rank of the matrix?", "answer": "one"}))
-    with pytest.raises(SourceError, match=r"no record can be used \(over_length: 1\); .* 36 tokens, .*; raise"):
+    with pytest.raises(SourceError, match=r"none of 1 records can be used \(over_length: 1\); .* 36 tokens, .*; raise"):
         _held_out(path, tokenizer_path, 4, records={"kind": "question"})
 
 

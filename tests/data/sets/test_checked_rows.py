@@ -104,11 +104,13 @@ def test_records_that_are_all_too_long_are_reported(tmp_path, tokenizer, packing
     path = write_json_lines(tmp_path / "a.jsonl", rows)
     config = data_config(path, records={"kind": "prompt"}, packing=packing, sequence_length=64)
     message = _error_of(config, tokenizer)
-    assert message.startswith("a.jsonl: no record can be used (over_length: 30); for instance a.jsonl, line 30, has ")
+    assert message.startswith(
+        "a.jsonl: none of 30 records can be used (over_length: 30); for instance a.jsonl, line 30, has "
+    )
     assert " tokens, more than data.sequence_length (64): {'prompt': 'the rank" in message
     assert message.endswith("; raise data.sequence_length")
     write_json_lines(path, [*rows * 40])
-    assert "no record can be used among the first 1,024 (over_length: 1,024)" in _error_of(config, tokenizer)
+    assert "none of 1,024 records can be used (over_length: 1,024)" in _error_of(config, tokenizer)
 
 
 def test_many_records_that_are_too_long_cause_a_warning(tmp_path, tokenizer, caplog):
@@ -129,7 +131,7 @@ def test_many_records_that_are_too_long_cause_a_warning(tmp_path, tokenizer, cap
 def test_whole_texts_that_are_all_too_long_are_reported(tmp_path, tokenizer):
     path = write_json_lines(tmp_path / "a.jsonl", [{"text": "the rank " * 40}])
     config = data_config(path, packing="whole", records={"kind": "text", "too_long": "drop"}, sequence_length=64)
-    assert "no record can be used (over_length: 1); for instance a text has " in _error_of(config, tokenizer)
+    assert "none of 1 records can be used (over_length: 1); for instance a text has " in _error_of(config, tokenizer)
 
 
 @pytest.mark.more
