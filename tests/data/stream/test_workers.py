@@ -166,7 +166,7 @@ def test_a_disk_that_is_gone_is_an_error_of_the_system(tokenizer_path, workers):
 @pytest.mark.more
 def test_an_error_is_the_same_with_and_without_workers_and_stays(tmp_path, tokenizer_path):
     path = write_shard(tmp_path / "a.json", [f"text {n}" for n in range(50)] + [b"rubbish"] * 50)
-    config = data_config(path, max_bad_fraction=0.1, sequence_length=8)
+    config = data_config(path, max_bad_fraction=0.01, sequence_length=8)
     seen = []
     for workers in (0, 1):
         made = 0
