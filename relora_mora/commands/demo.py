@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from relora_mora.cli.command import INTERRUPTED
 from relora_mora.system.process import own_command
@@ -21,7 +20,6 @@ DEMO = Path("runs/demo")
 CONFIG = "demo"  # configs/run/demo.yaml
 COMMAND = [sys.executable, "-m", "relora_mora"]
 BATCH_SIZE = 8  # train.batch_size in CONFIG
-PROMPTS = ("The function returns", "If the argument is not", "This class")
 
 
 def main(**overrides: str) -> int:
@@ -78,8 +76,10 @@ def main(**overrides: str) -> int:
             "4/5 export: a plain LLaMA with merged adapters",
             [*COMMAND, "export", str(DEMO / "run"), str(export)],
         )
-    say("5/5 sample: the export continues text, in plain transformers")
-    _generate()
+    step(
+        "5/5 sample: the export continues a text",
+        [*COMMAND, "sample", str(export), "The function returns", "--temperature=0.7", "--max_new_tokens=60"],
+    )
     _report(time.monotonic() - begin)
     return 0
 
@@ -129,23 +129,6 @@ def step(title: str, command: list[str]) -> None:
         raise SystemExit(INTERRUPTED)
     if code:
         raise SystemExit(f"this step ended with code {code}; {remedy}")
-
-
-def _generate() -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    tokenizer: Any = AutoTokenizer.from_pretrained(DEMO / "export")
-    model = AutoModelForCausalLM.from_pretrained(DEMO / "export")
-    torch.manual_seed(0)
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        out = model.generate(
-            **ids, max_new_tokens=40, do_sample=True, temperature=0.7, top_k=40, pad_token_id=tokenizer.eos_token_id
-        )
-        print("> " + " ".join(tokenizer.decode(out[0], skip_special_tokens=True).split()), flush=True)
 
 
 def _report(seconds: float) -> None:

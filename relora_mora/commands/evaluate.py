@@ -83,7 +83,7 @@ def main(
     with many_imports():  # takes seconds, so arguments are checked first
         import torch
 
-        from relora_mora.evaluation.loss import EvalResult, held_out, is_causal
+        from relora_mora.evaluation.loss import EvalResult, held_out
         from relora_mora.system.logs import counted
         from relora_mora.tokenizer.load import load_tokenizer
         from relora_mora.weights.foreign import is_foreign
@@ -111,13 +111,9 @@ def main(
     if "data.document_mask" in overrides and masked and not settings.document_mask:
         raise ValueError("--data.document_mask: records that are packed whole are always masked; leave it out")
     _check_length(settings.sequence_length, loaded, model, masked=masked)
-    sets = held_out(settings, str(_tokenizer_of(loaded, tokenizer)), max_tokens)
-    lm = _on_device(loaded)
-    if not is_causal(lm, lm.device):
-        kind = type(lm).__name__
-        raise ValueError(
-            f"{model}: {kind} predicts a token from the token itself and later ones; give a causal language model"
-        )
+    sets = held_out(settings, str(tokenizer_of(loaded, tokenizer)), max_tokens)
+    lm = on_device(loaded)
+    check_causal(lm, model)
     tokens = sum(each.predicted for each in sets.values())
     documents = counted(sum(each.documents for each in sets.values()), "document")
     print(
@@ -172,13 +168,24 @@ def _check_length(length: int, loaded: "LoadedModel", name: str, *, masked: bool
         )
 
 
-def _on_device(loaded: "LoadedModel") -> Any:
+def on_device(loaded: "LoadedModel") -> Any:
     import torch
 
     from relora_mora.system.hardware import uses_cuda
 
     lm: Any = loaded.model  # torch's types do not know that a model accepts a device
     return lm.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
+
+
+def check_causal(lm: Any, name: str) -> None:
+    """Raises ValueError for a model that sees the tokens that it is to predict."""
+    from relora_mora.evaluation.loss import is_causal
+
+    if not is_causal(lm, lm.device):
+        kind = type(lm).__name__
+        raise ValueError(
+            f"{name}: {kind} predicts a token from the token itself and later ones; give a causal language model"
+        )
 
 
 def _score(lm: Any, sets: Mapping[str, "EvalSet"], micro_batch_size: int) -> dict[str, "EvalResult"]:
@@ -224,8 +231,8 @@ def _score_tasks(
     from relora_mora.tokenizer.load import load_tokenizer
     from relora_mora.weights.export import generation_config
 
-    lm = _on_device(loaded)
-    loaded_tokenizer = load_tokenizer(_tokenizer_of(loaded, tokenizer))
+    lm = on_device(loaded)
+    loaded_tokenizer = load_tokenizer(tokenizer_of(loaded, tokenizer))
     if loaded.of_run:
         lm.generation_config = generation_config(loaded_tokenizer, lm.config)  # as in its export
     results = evaluate_tasks(
@@ -242,7 +249,7 @@ def _score_tasks(
             record(run, step, results, num_fewshot=num_fewshot, limit=limit)
 
 
-def _tokenizer_of(loaded: "LoadedModel", other: str | None) -> Path:
+def tokenizer_of(loaded: "LoadedModel", other: str | None) -> Path:
     """The folder of the model's own tokenizer, or ``other`` instead; checks that its ids fit the model."""
     from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens
     from relora_mora.tokenizer.load import load_tokenizer

@@ -113,6 +113,7 @@ def next_commands(run_dir: str) -> str:
         [
             "next:",
             f"  {program} evaluate {run}",
+            f"  {program} sample {run} 'The'",
             f"  {program} export {run} {export}",
             f"  {program} board {shlex.quote(str(folder.parent))}    # TensorBoard",
         ]

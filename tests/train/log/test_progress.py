@@ -84,6 +84,7 @@ def test_the_next_commands_are_words_of_a_shell(monkeypatch: pytest.MonkeyPatch)
     assert first == "next:"
     assert words == [
         ["relora-mora", "evaluate", "runs/my run"],
+        ["relora-mora", "sample", "runs/my run", "The"],
         ["relora-mora", "export", "runs/my run", "runs/my run_export"],
         ["relora-mora", "board", "runs"],
     ]
