@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relora_mora.cli.arguments import NonNegativeInt, PositiveInt, Precision
+from relora_mora.system.bars import Bar
 from relora_mora.system.process import many_imports
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ def main(
         load_tokenizer(tokenizer)
     if sources is not None:
         _check_files(text)
-    loaded = load_model(Path(model), getattr(torch, precision), None if base is None else Path(base))
+    with Bar("loading the model"):
+        loaded = load_model(Path(model), getattr(torch, precision), None if base is None else Path(base))
     if tasks is not None:
         _score_tasks(loaded, tokenizer, names, micro_batch_size, **task_options)
         return
@@ -111,7 +113,8 @@ def main(
     if "data.document_mask" in overrides and masked and not settings.document_mask:
         raise ValueError("--data.document_mask: records that are packed whole are always masked; leave it out")
     _check_length(settings.sequence_length, loaded, model, masked=masked)
-    sets = held_out(settings, str(tokenizer_of(loaded, tokenizer)), max_tokens)
+    with Bar("reading the text"):
+        sets = held_out(settings, str(tokenizer_of(loaded, tokenizer)), max_tokens)
     lm = on_device(loaded)
     check_causal(lm, model)
     tokens = sum(each.predicted for each in sets.values())
@@ -191,18 +194,17 @@ def check_causal(lm: Any, name: str) -> None:
 def _score(lm: Any, sets: Mapping[str, "EvalSet"], micro_batch_size: int) -> dict[str, "EvalResult"]:
     from relora_mora.evaluation.loss import causal_lm_loss, evaluate, evaluate_sets
     from relora_mora.system.hardware import ran_out_of_memory
-    from relora_mora.system.logs import progress_bar
 
     rows = min(micro_batch_size, max(each.blocks for each in sets.values()))
     mean_loss = causal_lm_loss(lm)
     try:
-        with progress_bar("evaluation", "token") as progress:
+        with Bar("evaluation", "token") as bar:
             results = evaluate_sets(
                 lambda each, update: evaluate(
                     mean_loss, each, micro_batch_size=rows, device=lm.device, progress=update
                 ),
                 sets,
-                progress,
+                bar.update,
             )
     except (MemoryError, RuntimeError) as error:
         if ran_out_of_memory(error):

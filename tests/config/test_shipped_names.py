@@ -47,6 +47,19 @@ def test_a_name_wins_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert find_config("tiny_remora") == FOLDER / "run/tiny_remora.yaml"
 
 
+def test_messages_have_the_name_that_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for flags, title in (
+        (["--train.steps=0"], "tiny_remora and the command line:"),
+        (["--data.sequence_length=100000"], "llama_tiny:"),
+        (["--model.overrides={vocab_size: x}"], "llama_tiny with model.overrides:"),
+    ):
+        answer = call(PLAN, "tiny_remora", *flags)
+        assert answer.code == 2
+        assert title in answer.err.splitlines()[0]
+        assert str(FOLDER) not in answer.err
+
+
 @each("given", ["llama_tiny", "chatml", "other/tiny_remora.yaml", "tiny.yaml", "\0", "a" * 300])
 def test_other_paths_stay_as_they_are(given: str) -> None:
     assert find_config(given) == Path(given)

@@ -26,8 +26,8 @@ from relora_mora.data.shard import TEXT, Shard
 from relora_mora.data.tokens import index
 from relora_mora.data.tokens.rows import Header, MappedTokens
 from relora_mora.data.tokens.writer import UNFINISHED, totals_of, write_tokens
-from relora_mora.system.logs import log, progress_bar
-from relora_mora.system.process import end_with_parent
+from relora_mora.system.bars import Bar
+from relora_mora.system.logs import log
 from relora_mora.tokenizer.identity import tokenizer_fingerprint, vocabulary_size
 from relora_mora.tokenizer.load import load_tokenizer
 
@@ -178,11 +178,11 @@ def _progress_bar(shards: Sequence[Shard], done: Collection[int]) -> Iterator[Pr
     sizes = [shard.size for shard in shards]
     weights = [1 if None in sizes else size or 0 for size in sizes]
     parts: dict[int, float] = {number: weights[number] for number in done}
-    with progress_bar("tokens", "shard" if None in sizes else "B") as update:
+    with Bar("tokenizing", "shard" if None in sizes else "byte") as bar:
 
         def report(number: int, part: float) -> None:
             parts[number] = part * weights[number]
-            update(sum(parts.values()), sum(weights))
+            bar.update(sum(parts.values()), sum(weights))
 
         yield report
 
