@@ -16,8 +16,8 @@ from relora_mora.config.load import ConfigError, dump, load_config, validate
 from relora_mora.config.schema import Config
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.experiments.planner.cluster import Cluster
-from relora_mora.experiments.planner.plan import make_plan
-from relora_mora.experiments.planner.render import render
+from relora_mora.experiments.planner.plan import Plan
+from relora_mora.experiments.planner.render import answer, tables
 from relora_mora.optim.groups import make_schedule
 from relora_mora.system.devices import CPU
 from tests.tools.config_tools import SECTIONS, SETTINGS, changed_tree, same, tree
@@ -154,15 +154,13 @@ def test_accepted_settings_give_a_plan_or_a_message(changes: dict[str, Any]) -> 
     method, _ = with_products(config.method, bf16=True, capability=None, vnni=True)
     config = config.model_copy(update={"method": method})
     try:
-        plan = make_plan(
-            tiny_llama(), config, cluster=Cluster(1, 2, CPU), bf16=True, on_cpu=True, peak=(1e12, "the test")
-        )
+        plan = Plan(tiny_llama(), config, cluster=Cluster(1, 2, CPU), bf16=True, peak=(1e12, "the test"))
     except ValueError as error:
         assert type(error).__module__.startswith("relora_mora.") or "method." in str(error), error
         assert "; " in str(error), "a remedy"
     else:
         assert plan.parameters.trainable > 0
-        assert render(plan)
+        assert answer(plan) and tables(plan)
 
 
 texts_without_nul = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.experiments.planner.network import Traffic
 from relora_mora.sizing.setup import Setup
-from relora_mora.system.devices import Device
+from relora_mora.system.devices import CPU, Device
 
 BACKWARD_SHARE = 2 / 3
 
@@ -36,6 +36,10 @@ class Cluster:
     @property
     def world_size(self) -> int:
         return self.nodes * self.devices_per_node
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.name == CPU.name
 
     @property
     def node_gbits(self) -> float:
