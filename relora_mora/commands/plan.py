@@ -75,6 +75,6 @@ def main(
 
     chosen = device_here() if device is None else named_device(device)
     cluster = Cluster(nodes or 1, gpus_per_node or world_size or 1, chosen, link_gbits)
-    speed = {"tokens_per_second": tokens_per_second, "utilization": utilization}
+    speed = {"measured": tokens_per_second, "utilization": utilization}
     plan = plan_of(config, overrides, cluster, finetune=finetune, **speed)
     print(json_module.dumps(plan.as_dict()) if json else tables(plan) if details else answer(plan))

@@ -31,15 +31,9 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def plan_of(
-    given: str,
-    overrides: Mapping[str, str],
-    cluster: Cluster,
-    *,
-    finetune: bool = False,
-    tokens_per_second: float | None = None,
-    utilization: float | None = None,
+    given: str, overrides: Mapping[str, str], cluster: Cluster, *, finetune: bool = False, **speed: Any
 ) -> Plan:
-    """The plan of a run on a cluster. Raises :class:`ConfigError`."""
+    """The plan of a run on a cluster; ``speed`` has fields of :class:`Plan`. Raises :class:`ConfigError`."""
     settings, model_config, notes = read_run(given, overrides, world_size=cluster.world_size, finetune=finetune)
     settings = with_rule(settings)
     check_adapters(model_config, settings.method)
@@ -60,16 +54,8 @@ def plan_of(
     else:
         name = "bf16" if bf16 else "the peak of bf16; float32 is slower, so give log.peak_tflops"
         peak = device.tflops * 1e12, f"{name}, {device.source}"
-    return Plan(
-        model_config,
-        settings.model_copy(update={"method": method}),
-        cluster=cluster,
-        bf16=bf16,
-        peak=peak,
-        tokens_per_second=tokens_per_second,
-        utilization=utilization,
-        notes=notes,
-    )
+    settings = settings.model_copy(update={"method": method})
+    return Plan(model_config, settings, cluster=cluster, bf16=bf16, peak=peak, notes=notes, **speed)
 
 
 def read_run(

@@ -1,16 +1,17 @@
 """A run's plan, from its settings and the cluster it is to run on."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from relora_mora.config.checks.combinations import remarks
+from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.registry import METHODS, is_own, split_rule
 from relora_mora.config.schema import Config
-from relora_mora.experiments.planner.cluster import Cluster, StepTime, step_time
+from relora_mora.experiments.planner.cluster import Cluster, StepTime
 from relora_mora.experiments.planner.network import Traffic, traffic
 from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.fit import USABLE, choose_forms, uneven_widths
@@ -19,6 +20,7 @@ from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import Flops, flops_of, meta_model, passes_bytes, product_flops
 from relora_mora.system.devices import WITHOUT_FP8
 
+BACKWARD_SHARE = 2 / 3
 STAGES = (0, 1, 2, 3)
 ASSUMED_UTILIZATION = 0.4  # share of the peak while devices compute; no GPU has confirmed it
 # resident in a rank's process on a CPU next to its tensors: Python, torch, DeepSpeed, tokenizer (measured)
@@ -35,51 +37,42 @@ class Needs:
     network: Traffic
 
 
+@dataclass(eq=False)
 class Plan:
-    """All numbers of one planned run. Each is computed when it is first read, because most readers want few of them.
+    """All numbers of one planned run. Most are computed when they are first read.
 
-    ``peak`` is the FLOP/s of one device and the source of that number; ``log.peak_tflops`` overrides it.
-    ``tokens_per_second`` is a measured rate over all devices. Without it the time follows from the arithmetic at
-    ``utilization`` of the peak (None: 0.4), the optimizer's memory traffic, and the network. ``notes`` come before the
-    plan's own. Raises ValueError if the utilization is not above 1e-6 and at most 1, if the rate is
-    not positive, or if the settings do not fit the model.
+    ``peak`` is the FLOP/s of one device and the source of that number; ``log.peak_tflops`` overrides it. ``measured``
+    is a rate in tokens/s over all devices. Without it the time follows from the arithmetic at ``utilization`` of the
+    peak (None: 0.4), the optimizer's memory traffic, and the network. ``notes`` come before the plan's own.
+    Raises ValueError if the utilization is not above 1e-6 and at most 1, or if the settings do not fit the model.
     """
 
-    def __init__(
-        self,
-        model_config: PreTrainedConfig,
-        config: Config,
-        *,
-        cluster: Cluster,
-        bf16: bool,
-        peak: tuple[float, str],
-        tokens_per_second: float | None = None,
-        utilization: float | None = None,
-        notes: Sequence[str] = (),
-    ) -> None:
-        if utilization is not None and not 1e-6 < utilization <= 1:
-            raise ValueError(f"utilization must be above 1e-6 and at most 1, got {utilization:g}")
-        if tokens_per_second is not None and not tokens_per_second > 0:
-            raise ValueError(f"tokens_per_second must be positive, got {tokens_per_second:g}")
+    model_config: PreTrainedConfig
+    config: Config
+    _: KW_ONLY
+    cluster: Cluster
+    bf16: bool
+    peak: tuple[float, str]
+    measured: float | None = None
+    utilization: float | None = None
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        config = self.config
+        if self.utilization is not None and not 1e-6 < self.utilization <= 1:
+            raise ValueError(f"utilization must be above 1e-6 and at most 1, got {self.utilization:g}")
         if config.log.peak_tflops is not None:
-            peak = config.log.peak_tflops * 1e12, "log.peak_tflops"
-        self.model_config = model_config
-        self.config = config
-        self.cluster = cluster
-        self.bf16 = bf16
-        self.peak = peak
-        self.measured = tokens_per_second
-        self.utilization = utilization
+            self.peak = config.log.peak_tflops * 1e12, "log.peak_tflops"
         self.method = config.method.name
         self.zero_stage = config.train.zero_stage
-        model = meta_model(model_config, config.method)
+        model = meta_model(self.model_config, config.method)
         self.parameters = count_parameters(model)
-        self.flops = flops_of(model, model_config, config)  # of a token
+        self.flops = flops_of(model, self.model_config, config)  # of a token
         self.optimizer_flops = product_flops(model, config.optim)  # of a step, over all ranks
         self._passes = passes_bytes(model, config.optim)
         self._models = {self.method: model}
         self._needs: dict[tuple[int, str], Needs] = {}
-        self.notes = [*notes, *remarks(config), *self._notes()]
+        self.notes = [*self.notes, *remarks(config), *self._notes()]
 
     def _notes(self) -> list[str]:
         """What is not known of a rule of one's own, and what the start of a run on these devices would say."""
@@ -141,18 +134,24 @@ class Plan:
         return {stage: self.step(stage) for stage in STAGES}
 
     def step(self, stage: int) -> StepTime:
-        """The time of a step at a stage, without evaluations, checkpoints and merges."""
+        """The time of a step at a stage (``cluster.py``), without evaluations, checkpoints and merges."""
         needs = self.needs(stage)
+        setup = needs.setup
+        cluster = self.cluster
+        trained = self.parameters.trainable
         rate = self.peak[0] * (self.utilization or ASSUMED_UTILIZATION)
-        return step_time(
-            self.cluster,
-            needs.setup,
-            needs.network,
-            compute=self.flops.performed * self.config.tokens_per_step / (self.cluster.world_size * rate),
-            trainable=self.parameters.trainable,
-            passes=self._passes,
-            products=self.optimizer_flops / rate,
-        )
+        bandwidth = cluster.device.memory_gbytes_per_s * 1e9
+        compute = self.flops.performed * self.config.tokens_per_step / (cluster.world_size * rate)
+        passes = (self._passes + trained * setup.width) / bandwidth if bandwidth else 0.0
+        gradients = cluster.seconds_to_send(needs.network.sent_gradients)
+        weights = cluster.seconds_to_send(needs.network.sent_weights)
+        matrices = cluster.seconds_to_send(needs.network.sent_matrices)
+        defaults = zero_defaults(stage, setup.world_size, trained, on_gpu=setup.on_gpu)
+        hidden = 0.0
+        if stage > 1 and setup.zero("overlap_comm", defaults.get("overlap_comm", stage == 3)):
+            hidden = min(gradients + weights, compute) if stage == 3 else min(gradients, BACKWARD_SHARE * compute)
+        optimizer = (self.optimizer_flops / rate + passes) / setup.sharers
+        return StepTime(compute, optimizer, gradients + weights + matrices, hidden)
 
     @property
     def tokens(self) -> int:
@@ -216,11 +215,7 @@ class Plan:
 
     @property
     def sends_less_at_one(self) -> bool:
-        """Whether stage 1 is better than the chosen stage 2.
-
-        Stage 1 must send less (gradients once a step, not once per micro-batch), take no longer, and not be known to be
-        too large.
-        """
+        """Whether stage 1 sends less than the chosen stage 2, takes no longer, and is not known to be too large."""
         if self.zero_stage != 2 or self.needs(1).network.sent >= self.needs(2).network.sent:
             return False
         return self.step(1).total <= self.step(2).total and self.fits(1) is not False

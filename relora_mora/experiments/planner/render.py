@@ -1,15 +1,16 @@
 """A plan as text for a terminal: an answer in three lines, or its tables. No line has more than 100 columns."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from relora_mora.experiments.planner.cluster import Cluster
-from relora_mora.experiments.planner.plan import ASSUMED_UTILIZATION, PROCESS_BYTES, STAGES, Plan
+from relora_mora.experiments.planner.plan import ASSUMED_UTILIZATION, STAGES, Plan
 from relora_mora.sizing.fit import USABLE
 from relora_mora.sizing.memory import PARTS
 from relora_mora.system.hardware import host_memory_bytes
 
 COLUMNS = 100
+Rows = dict[str, list[str]]
 
 
 def answer(plan: Plan) -> str:
@@ -58,127 +59,88 @@ def _sent(plan: Plan) -> str:
 
 
 def tables(plan: Plan) -> str:
-    """All numbers, in tables with a column for each ZeRO stage."""
-    sections = [_run(plan), _memory(plan), _network(plan)]
-    if plan.resident is not None:
-        sections.append(
-            f"resident memory of the first rank: {_gib(plan.resident)} GiB, including {_gib(PROCESS_BYTES)} for "
-            "Python, torch and DeepSpeed, and in training a tenth for malloc's fragmentation"
-        )
-    sections.append(
+    """The answer, and all numbers in tables with a column for each ZeRO stage."""
+    own = [plan.needs(stage) for stage in STAGES]
+    memory = [each.memory for each in own]
+    host = {"host: float32 base": "host_base", "host: checkpoint": "host_checkpoint", "host: start": "host_start"}
+    sent = {"all-reduced": "all_reduced", "reduced": "reduced", "gathered": "gathered", "a device sends": "sent"}
+    times = {name: name for name in ("compute", "optimizer", "network", "hidden")}
+    sizes = {
+        **_rows(memory, _gib, {**dict(zip(PARTS, PARTS, strict=True)), f"all with {plan.method}": "device"}),
+        "at": [each.phase for each in memory],
+        **_rows(memory, _gib, host),
+        **{
+            f"all with {name}": [_gib(each.memory.device) for each in stages.values()]
+            for name, stages in plan.methods.items()
+            if name != plan.method
+        },
+    }
+    step = {
+        **_rows([each.network for each in own], _gb, sent | {"a device sends in a merge": "sent_in_merge"}, ", GB"),
+        "with full rank, GB": [_gb(each.network.sent) for each in plan.methods["full"].values()],
+        **_rows([*plan.steps.values()], "{:.3g}".format, times | {"a step": "total"}, ", s"),
+        "all steps": [duration(each.total * plan.config.train.steps) for each in plan.steps.values()],
+    }
+    sections = [
+        f"{answer(plan)}\n{_run(plan)}",
+        f"GiB of a device in {'bf16' if plan.bf16 else 'fp32'}, at the peak of a step\n{_table(plan, sizes)}",
+        f"one step\n{_table(plan, step)}",
         f"Memory leaves out the CUDA context, fragmentation and Python itself, so a run fits if it takes {USABLE:.0%} "
-        "of a device. Time leaves out evaluations, checkpoints and merges."
-    )
-    return "\n\n".join("\n".join(map(_line, section.split("\n"))) for section in sections if section)
+        "of a device. Time leaves out evaluations, checkpoints and merges.",
+    ]
+    if plan.sends_less_at_one:
+        sections.append("Stage 2 sends the gradients after each micro-batch, stage 1 once: try --train.zero_stage=1")
+    return "\n\n".join("\n".join(map(_line, section.split("\n"))) for section in sections)
 
 
 def _run(plan: Plan) -> str:
+    """What does not depend on the stage."""
     counts = plan.parameters
     flops = plan.flops
-    of_a_step = flops.total * plan.config.tokens_per_step
-    parts = [
+    optim = plan.config.optim
+    cluster = plan.cluster
+    device = cluster.device
+    shares = [
         f"{name} {getattr(flops, name) / flops.total:.0%}" for name in ("linears", "adapters", "attention", "head")
     ]
-    parts += [f"{flops.recomputed / 1e9:.4g} more for activation checkpointing"] if flops.recomputed else []
+    shares += [f"{flops.recomputed / 1e9:.4g} more for activation checkpointing"] if flops.recomputed else []
     lines = [
         f"parameters: {counts.total:,} in the model; {plan.method} trains {counts.trainable:,}, "
         f"{counts.adapters:,} of them in adapters",
-        f"arithmetic: {flops.total / 1e9:.4g} GFLOP a token: {', '.join(parts)}",
+        f"arithmetic: {flops.total / 1e9:.4g} GFLOP a token: {', '.join(shares)}",
         f"data: {plan.config.tokens_per_step:,} tokens a step, {plan.tokens:,} in all, "
         f"{flops.total * plan.tokens:.3g} FLOP",
         f"time: {plan.assumption}",
     ]
     if plan.optimizer_flops:
-        optim = plan.config.optim
-        names = (
-            optim.matrices if optim.others == "adamw" else f"{optim.matrices}, {optim.others} of embeddings and head"
-        )
-        who = "each device does all of it" if plan.zero_stage == 0 else "the devices share it"
-        share = plan.optimizer_flops / of_a_step
-        lines.append(f"optimizer: {names}: {plan.optimizer_flops / 1e12:.3g} TFLOP a step, {share:.2%} more; {who}")
-    device = plan.cluster.device
-    if device.memory_gb:
-        hosts = f"{plan.cluster.nodes} x {plan.cluster.devices_per_node} {device.name}"
-        lines.append(f"devices: {hosts}, {device.memory_gb:.3g} GB each ({device.source})")
-    return "\n".join(lines)
-
-
-def _memory(plan: Plan) -> str:
-    own = [plan.needs(stage).memory for stage in STAGES]
-    host = {"fp32 base": "host_base", "checkpoint": "host_checkpoint", "start": "host_start"}
-    rows = {
-        **{part: [_gib(getattr(memory, part)) for memory in own] for part in PARTS},
-        f"all with {plan.method}": [_gib(memory.device) for memory in own],
-        "at": [memory.phase for memory in own],
-        **{f"on the host: {name}": [_gib(getattr(memory, key)) for memory in own] for name, key in host.items()},
-        **{
-            f"all with {name}": [_gib(stages[stage].device) for stage in STAGES]
-            for name, stages in plan.memory.items()
-            if name != plan.method
-        },
-    }
-    title = f"GiB of a device in {'bf16' if plan.bf16 else 'fp32'}, at the peak of a step"
-    return f"{title}\n{_table(plan, rows)}"
-
-
-def _network(plan: Plan) -> str:
-    """Bytes and time of a step by stage."""
-    cluster = plan.cluster
-    steps = plan.steps
-    own = [plan.needs(stage).network for stage in STAGES]
-    seconds = ("compute", "optimizer", "network", "hidden", "total")
-    rows: dict[str, list[str]] = {}
-    if cluster.world_size > 1:
-        rows |= {
-            **{
-                f"{name}, GB": [_gb(getattr(moved, name)) for moved in own]
-                for name in ("all_reduced", "reduced", "gathered")
-            },
-            "a device sends, GB": [_gb(moved.sent) for moved in own],
-            "full rank: a device sends, GB": [_gb(moved.sent) for moved in plan.network["full"].values()],
-        }
-    rows |= {
-        **{
-            f"{name}, s": [f"{value:.3g}" if (value := getattr(step, name)) else "-" for step in steps.values()]
-            for name in seconds
-        },
-        "all steps": [duration(step.total * plan.config.train.steps) for step in steps.values()],
-    }
-    lines = [f"one step; {_link(cluster)}" if cluster.world_size > 1 else "one step", _table(plan, rows)]
-    if plan.merge_every and cluster.world_size > 1:
-        sent = plan.needs(plan.zero_stage).network.sent_in_merge
-        each = _gb(sent / plan.merge_every)
-        lines.append(f"a merge: a device sends {_gb(sent)} GB, {each} GB for each step between merges")
-    if plan.sends_less_at_one:
-        fits = ", and it fits" if plan.fits(1) else ""
+        names = f"{optim.matrices}" + (f", {optim.others} of embeddings and head" if optim.others != "adamw" else "")
+        share = plan.optimizer_flops / (flops.total * plan.config.tokens_per_step)
         lines.append(
-            f"stage 2 sends the gradients after each micro-batch, stage 1 once a step{fits}: try --train.zero_stage=1"
+            f"optimizer: {names}: {plan.optimizer_flops / 1e12:.3g} TFLOP a step, {share:.2%} more, in all ranks"
         )
+    if device.source:
+        rates = f"{device.memory_gb:.3g} GB each, {device.peer_gbytes_per_s:g} GB/s between two"
+        lines.append(f"devices: {cluster.nodes} x {cluster.devices_per_node} {device.name}, {rates} ({device.source})")
+    if cluster.nodes > 1:
+        rate = f"{cluster.node_gbits:g} Gbit/s" if cluster.node_gbits else "an unknown rate; give --link_gbits"
+        origin = device.host if cluster.link_gbits is None else "--link_gbits"
+        lines.append(f"hosts: {rate} from host to host ({origin}); in a ring, a host sends what a device does")
     return "\n".join(lines)
 
 
-def _link(cluster: Cluster) -> str:
-    """The bandwidths in words."""
-    within = cluster.device.peer_gbytes_per_s
-    links = [f"{within:g} GB/s from device to device"] if within else []
-    if cluster.nodes > 1 and cluster.node_gbits:
-        origin = cluster.device.host if cluster.link_gbits is None else "--link_gbits"
-        links.append(
-            f"{cluster.node_gbits:g} Gbit/s from host to host ({origin}); in a ring a host sends what a device does"
-        )
-    remedy = "; give --link_gbits" if cluster.nodes > 1 else ""
-    return ", ".join(links) or f"no bandwidth is known{remedy}"
+def _rows(things: Sequence[Any], show: Callable[[float], str], names: Mapping[str, str], unit: str = "") -> Rows:
+    """A row for each attribute in ``names``, by its label."""
+    return {f"{label}{unit}": [show(getattr(thing, name)) for thing in things] for label, name in names.items()}
 
 
-def _table(plan: Plan, rows: Mapping[str, list[str]]) -> str:
-    """The rows that have a number, in a column for each stage."""
-    stages = [
-        f"{stage}{'*' * (stage == plan.zero_stage)}{' too large' * (plan.fits(stage) is False)}" for stage in STAGES
-    ]
-    shown = {"ZeRO stage (* in the settings)": stages} | {name: row for name, row in rows.items() if {*row} != {"-"}}
-    return "\n".join(
-        name.replace("_", "-").ljust(32) + "".join(cell.rjust(17) for cell in row) for name, row in shown.items()
-    )
+def _table(plan: Plan, rows: Rows) -> str:
+    """The rows that are not all zero, in a column for each stage."""
+    marks = [f"{stage}{'*' * (stage == plan.zero_stage)}" for stage in STAGES]
+    head = [mark + " too large" * (plan.fits(stage) is False) for stage, mark in zip(STAGES, marks, strict=True)]
+    shown = {"ZeRO stage (* in the settings)": head} | {
+        name: row for name, row in rows.items() if not {*row} <= {"-", "0"}
+    }
+    return "\n".join(name.ljust(32) + "".join(cell.rjust(17) for cell in row) for name, row in shown.items())
 
 
 def _line(text: str) -> str:

@@ -40,7 +40,7 @@ def plan_of(
         cluster=cluster,
         bf16=True,
         peak=(1e12, "the test"),
-        tokens_per_second=tokens_per_second,
+        measured=tokens_per_second,
         utilization=utilization,
     )
 
@@ -98,7 +98,7 @@ def test_what_no_gpu_has_confirmed_is_marked() -> None:
     assert assumed.steps == unmarked[1].steps
 
 
-@pytest.mark.parametrize(("name", "value"), [("utilization", 0.0), ("utilization", 1.5), ("tokens_per_second", 0.0)])
+@pytest.mark.parametrize(("name", "value"), [("utilization", 0.0), ("utilization", 1.5)])
 def test_refuses_impossible_rates(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         plan_of(**{name: value})
@@ -121,7 +121,7 @@ def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
     assert adamw.optimizer_flops == 0
     assert "muon" not in tables(adamw)
     share = muon.optimizer_flops / (muon.flops.total * muon.config.tokens_per_step)
-    assert f"TFLOP a step, {share:.2%} more; the devices share it" in tables(muon)
+    assert f"TFLOP a step, {share:.2%} more, in all ranks" in tables(muon)
     saved = adamw.memory["remora"][0].optimizer - muon.memory["remora"][0].optimizer
     assert saved == 4 * muon.parameters.adapters
     # the memory bandwidth of a CPU is unknown, so only the products remain
@@ -168,7 +168,7 @@ def test_tables_name_every_part() -> None:
     memory = plan.memory["remora"][2]
     host = memory.host_base + memory.host_checkpoint
     assert plan.resident == FRAGMENTATION * (PROCESS_BYTES + memory.device + host)
-    assert f"resident memory of the first rank: {plan.resident / 2**30:.3g} GiB" in text
+    assert f"needs {plan.resident / 2**30:.3g} GiB for each process" in text
 
 
 @pytest.mark.more
