@@ -15,6 +15,7 @@ from relora_mora.experiments.planner.cluster import Cluster
 from relora_mora.experiments.planner.plan import FRAGMENTATION, PROCESS_BYTES, STAGES, Plan
 from relora_mora.experiments.planner.render import answer, duration, tables
 from relora_mora.model.config import read_model_config
+from relora_mora.sizing.work import meta_model
 from relora_mora.system.devices import CPU, DEVICES, device_of_name, named_device
 from relora_mora.system.hardware import device_here
 from tests.tools.commands import PLAN, call
@@ -335,3 +336,10 @@ def test_ranks_on_one_host_share_its_processors(monkeypatch: pytest.MonkeyPatch)
         assert said.code == 0, said
         seconds.append(json.loads(said.out)["seconds"])
     assert seconds[0] == pytest.approx(seconds[1])
+
+
+def test_an_answer_plans_one_method_and_allocates_nothing() -> None:
+    plan = plan_of(**{"method.name": "lora"})
+    assert answer(plan)
+    assert "methods" not in vars(plan), "the other methods are only for tables and JSON"
+    assert all(parameter.is_meta for parameter in meta_model(plan.model_config, plan.config.method).parameters())
