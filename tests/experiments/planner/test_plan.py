@@ -203,6 +203,7 @@ def test_devices_are_found_by_their_names() -> None:
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H100 PCIe", "h100-pcie"),
         ("NVIDIA L4", "l4"),
+        ("NVIDIA GeForce RTX 3060", "rtx3060"),
         ("NVIDIA L40S", "l40s"),
     ]:
         found = device_of_name(cuda_name)
@@ -219,6 +220,7 @@ def test_devices_are_found_by_their_names() -> None:
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 3060 Ti",
         "NVIDIA GeForce RTX 4080 SUPER",
     ]
     assert [device_of_name(other) for other in others] == [None] * len(others)
