@@ -26,7 +26,7 @@ def main(
 ) -> None:
     """Answers in three lines whether a run fits, how long it takes, and what it sends.
 
-    Text, tokenizer and weights need not be on this machine.
+    Text and tokenizer need not be on this machine, nor the weights that shipped settings start from.
 
     Arguments:
         config: the settings of a run: a YAML file, or a name that relora-mora configs lists, also of a model
