@@ -28,6 +28,7 @@ from relora_mora.data.tokens.rows import Header, MappedTokens
 from relora_mora.data.tokens.writer import UNFINISHED, totals_of, write_tokens
 from relora_mora.system.bars import Bar
 from relora_mora.system.logs import log
+from relora_mora.system.process import end_with_parent
 from relora_mora.tokenizer.identity import tokenizer_fingerprint, vocabulary_size
 from relora_mora.tokenizer.load import load_tokenizer
 
