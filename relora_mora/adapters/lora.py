@@ -56,9 +56,11 @@ class LoRALinear(AdapterLinear):
         return add_product(weight, self.lora_A, self.lora_B, self.scale)
 
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
+        # a model on the meta device, which only has shapes, needs no values either
+        place = HOST | ({"device": "meta"} if torch.get_default_device().type == "meta" else {})
         if name == "lora_B":
-            return torch.zeros(self.out_features, self.lora_rank, **HOST)
-        A = torch.empty(self.lora_rank, self.in_features, **HOST)
+            return torch.zeros(self.out_features, self.lora_rank, **place)
+        A = torch.empty(self.lora_rank, self.in_features, **place)
         return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
 
     def singular_values(self, *parameters: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 import sys
 from pathlib import Path
 
+from relora_mora.system.bars import Bar
+from relora_mora.system.process import many_imports
+
 
 def main(
     *runs: str,
@@ -30,10 +33,11 @@ def main(
     Example:
         relora-mora compare runs/tiny_full runs/tiny_remora --out=compared
     """
-    from relora_mora.experiments.compare.files import can_draw, check_folder, write_files
-    from relora_mora.experiments.compare.groups import group_of, group_runs
-    from relora_mora.experiments.compare.runs import TABLE, CompareError, is_model, read_run, read_runs
-    from relora_mora.experiments.compare.table import markdown
+    with many_imports():
+        from relora_mora.experiments.compare.files import can_draw, check_folder, write_files
+        from relora_mora.experiments.compare.groups import group_of, group_runs
+        from relora_mora.experiments.compare.runs import TABLE, CompareError, is_model, read_run, read_runs
+        from relora_mora.experiments.compare.table import markdown
 
     if not runs:
         raise CompareError("no runs given; give run folders, e.g. runs/full runs/remora")
@@ -57,7 +61,8 @@ def main(
         return
     files: dict[str, str | bytes] = {TABLE: table}
     if can_draw():
-        from relora_mora.experiments.compare.figures import figures_of
+        with Bar("drawing figures"):
+            from relora_mora.experiments.compare.figures import figures_of
 
-        files |= figures_of(groups, reference)
+            files |= figures_of(groups, reference)
     write_files(Path(out), files)

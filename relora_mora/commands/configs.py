@@ -1,5 +1,6 @@
 """Lists and copies the settings that come with the package."""
 
+import re
 import shutil
 import textwrap
 from pathlib import Path
@@ -7,11 +8,11 @@ from typing import Annotated
 
 from relora_mora.config.shipped import MODELS, SETTINGS, shipped_files
 
-TITLES = {
-    "run": "Runs, for relora-mora pretrain NAME",
-    "task": "Tasks, for relora-mora finetune NAME",
-    "study": "Studies, for relora-mora study NAME",
-    "model": "Models, for --model.config=NAME",
+USES = {
+    "run": "Runs, for relora-mora pretrain NAME or plan NAME",
+    "task": "Tasks, for relora-mora finetune NAME or plan NAME",
+    "study": "Studies, for relora-mora study NAME, or plan NAME for its first run",
+    "model": "Models, for --model.config=NAME or relora-mora plan NAME",
 }
 
 
@@ -26,11 +27,13 @@ def main(*words: Annotated[str, "[copy NAME PATH]"]) -> None:
     files = shipped_files([*SETTINGS, *MODELS])
     match words:
         case ():
-            for kind, title in TITLES.items():
-                print(f"{title}:")
-                for name, path in files.items():
-                    if path.parent.name == kind:
-                        print(f"  {name:<20}  {_title(path)}".rstrip())
+            for kind, use in USES.items():
+                names = [name for name, path in files.items() if path.parent.name == kind]
+                print(f"{use}:")
+                if kind == "model":
+                    print(textwrap.fill(", ".join(names), 80, initial_indent="  ", subsequent_indent="  "))
+                else:
+                    print("\n".join(f"  {name:<18} {_title(files[name])}" for name in names))
         case ("copy", name, target):
             if name not in files:
                 raise ValueError(f"{name}: not the name of shipped settings; relora-mora configs lists them")
@@ -43,10 +46,6 @@ def main(*words: Annotated[str, "[copy NAME PATH]"]) -> None:
 
 
 def _title(path: Path) -> str:
-    """The first sentence of the comment at the top of a YAML file."""
-    line = path.read_text(encoding="utf-8").partition("\n")[0]
-    return (
-        textwrap.shorten(line.removeprefix("# ").partition(". ")[0], 96, placeholder=" ...")
-        if line.startswith("#")
-        else ""
-    )
+    """The beginning of the comment at the top of a YAML file, in what is left of 80 columns."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ").partition(". ")[0]
+    return textwrap.shorten(re.sub(r" \(arXiv [^)]*\)", "", first), 59, placeholder=" ...")

@@ -7,21 +7,25 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from relora_mora.cli.command import INTERRUPTED
-from relora_mora.system.process import own_command
+from relora_mora.cli.command import INTERRUPTED, USER_ERROR
+from relora_mora.supervise.exits import LOST, REQUEUE
+from relora_mora.system.bars import Bar
+from relora_mora.system.logs import counted
+from relora_mora.system.process import ending_with_me, many_imports, own_command
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 
 DEMO = Path("runs/demo")
 CONFIG = "demo"  # configs/run/demo.yaml
 COMMAND = [sys.executable, "-m", "relora_mora"]
 BATCH_SIZE = 8  # train.batch_size in CONFIG
-PROMPTS = ("The function returns", "If the argument is not", "This class")
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 5.0  # after a rank has failed
 
 
 def main(**overrides: str) -> int:
@@ -36,17 +40,15 @@ def main(**overrides: str) -> int:
     Example:
         relora-mora demo
     """
-    from relora_mora.config.load import load_config
-    from relora_mora.train.begin.check import check_model
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     begin = time.monotonic()
     data = DEMO / "data"
     tokenizer = DEMO / "tokenizer"
     export = DEMO / "export"
-    ranks = _ranks()
+    with many_imports():
+        ranks = _ranks()
     changes = {"train.micro_batch_size": str(BATCH_SIZE // ranks), **overrides}
-    check_model(load_config(CONFIG, changes, world_size=ranks))  # a mistake is reported before anything is done
+    run = _checked_run(changes, ranks)
     step(
         "1/5 text: docstrings and the language reference of this Python",
         [sys.executable, "-m", "relora_mora.commands.demo_text", f"--out={data}"],
@@ -59,29 +61,50 @@ def main(**overrides: str) -> int:
             [*COMMAND, "train-tokenizer", f"--data={data}/train/*.json.gz", f"--out={tokenizer}", "--vocab_size=8192"],
         )
     settings = [f"--{name}={value}" for name, value in changes.items()]
-    # not deepspeed, which does not understand names of GPUs or MIG parts in CUDA_VISIBLE_DEVICES
-    launcher = [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        "--standalone",
-        "--local-addr=127.0.0.1",
-        f"--nproc_per_node={ranks}",
-    ]
     step(
-        f"3/5 pretraining with ReMoRA, DeepSpeed ZeRO-2: {CONFIG}",
-        [*launcher, "--module", "relora_mora", "pretrain", CONFIG, *settings],
+        f"3/5 pretraining with ReMoRA, DeepSpeed ZeRO-2, as {counted(ranks, 'rank')}: {CONFIG}",
+        [*COMMAND, "pretrain", CONFIG, *settings],
+        ranks,
     )
-    if _is_newer(export / "config.json", RunFolder(DEMO / "run").checkpoints / "latest"):
+    if _is_newer(export / "config.json", RunFolder(run).checkpoints / "latest"):
         say(f"4/5 export: {export} already exists")
     else:
         shutil.rmtree(export, ignore_errors=True)
         step(
             "4/5 export: a plain LLaMA with merged adapters",
-            [*COMMAND, "export", str(DEMO / "run"), str(export)],
+            [*COMMAND, "export", str(run), str(export)],
         )
-    say("5/5 sample: the export continues text, in plain transformers")
-    _generate()
-    _report(time.monotonic() - begin)
+    step(
+        "5/5 sample: the export continues a text",
+        [*COMMAND, "sample", str(export), "The function returns", "--temperature=0.7", "--max_new_tokens=60"],
+    )
+    _report(run, time.monotonic() - begin)
     return 0
+
+
+def _checked_run(changes: dict[str, str], ranks: int) -> Path:
+    """The run folder in the settings. Raises a ValueError for every mistake that can be found before there is text."""
+    from relora_mora.config.load import ConfigError, load_config
+
+    config = load_config(CONFIG, changes, world_size=ranks)
+    with many_imports():
+        from relora_mora.optim.own import with_rule
+        from relora_mora.train.begin.check import check
+        from relora_mora.train.begin.run_folder import check_run_folder
+        from relora_mora.train.log.loggers import check_loggers
+
+    config = with_rule(config)
+    run = Path(config.train.run_dir)
+    check_loggers(config.log)
+    check_run_folder(run)
+    try:
+        with Bar("checking the settings"):
+            check(config, ranks)
+    except ConfigError as error:
+        faults = [fault for fault in error.faults if f"{DEMO}/" not in fault]  # the next steps make these files
+        if faults:
+            raise ConfigError(faults, error.source) from None
+    return run
 
 
 def _is_newer(file: Path, other: Path) -> bool:
@@ -109,8 +132,8 @@ def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def step(title: str, command: list[str]) -> None:
-    """Shows and runs a command, one step of the demo.
+def step(title: str, command: list[str], ranks: int = 1) -> None:
+    """Shows and runs a command, one step of the demo, in as many processes as there are ranks.
 
     The program ends if the step fails, or after Ctrl-C, when the step has taken all the time that it needs to save.
     """
@@ -120,37 +143,52 @@ def step(title: str, command: list[str]) -> None:
     stops: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: stops.append(number))
     try:
-        code = subprocess.Popen(command).wait()
+        code = _run(arguments, ranks)
     finally:
         signal.signal(signal.SIGINT, before)
-    remedy = f"the same command continues from here; after `rm -r {DEMO}` it starts again from the beginning"
+    again = f"after `rm -r {DEMO}` it starts again from the beginning"
     if stops:
-        print(f"stopped; {remedy}", file=sys.stderr)
+        print(f"stopped; the same command continues from here; {again}", file=sys.stderr)
         raise SystemExit(INTERRUPTED)
+    if code == USER_ERROR:  # the step has said what is wrong
+        raise SystemExit(code)
     if code:
-        raise SystemExit(f"this step ended with code {code}; {remedy}")
+        continues = "the same command continues from here; " * (code in (LOST, REQUEUE) or code < 0)
+        raise SystemExit(f"this step ended with code {code}; {continues}{again}")
 
 
-def _generate() -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+def _run(arguments: list[str], ranks: int) -> int:
+    """Runs Python as every rank; returns the exit code of the first that failed, or 0.
 
-    logging.disable_progress_bar()
-    tokenizer: Any = AutoTokenizer.from_pretrained(DEMO / "export")
-    model = AutoModelForCausalLM.from_pretrained(DEMO / "export")
-    torch.manual_seed(0)
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        out = model.generate(
-            **ids, max_new_tokens=40, do_sample=True, temperature=0.7, top_k=40, pad_token_id=tokenizer.eos_token_id
-        )
-        print("> " + " ".join(tokenizer.decode(out[0], skip_special_tokens=True).split()), flush=True)
+    No launcher is needed on one machine. torchrun would show a traceback of its own around a message, and deepspeed
+    does not understand names of GPUs or MIG parts in CUDA_VISIBLE_DEVICES.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    meeting = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    all_well = time.monotonic()
+    for rank in range(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, **meeting} if ranks > 1 else {}
+        environment = os.environ | {name: str(value) for name, value in place.items()}
+        processes.append(subprocess.Popen(ending_with_me(arguments), env=environment))
+    code = 0
+    while True:
+        running = [process for process in processes if process.poll() is None]
+        code = code or next((process.returncode for process in processes if process.returncode), 0)
+        if not running:
+            return code
+        if code in (0, REQUEUE):
+            all_well = time.monotonic()
+        elif time.monotonic() - all_well > GRACE_SECONDS:  # they wait for the rank that failed
+            for process in running:
+                process.terminate()
+        time.sleep(POLL_SECONDS)
 
 
-def _report(seconds: float) -> None:
+def _report(run: Path, seconds: float) -> None:
     program = own_command()
-    lines = read_json_lines(RunFolder(DEMO / "run").metrics)
+    lines = read_json_lines(RunFolder(run).metrics)
     tag = "eval/perplexity"
     evaluations = [f"step {line['step']}: {line[tag]:.1f}" for line in lines if tag in line]
     merges = [line["step"] for line in lines if "merge/layers" in line]
@@ -159,7 +197,7 @@ def _report(seconds: float) -> None:
     if merges:  # the method may be another one
         print(f"{len(merges)} merges, after steps {merges[0]} to {merges[-1]}")
     print(f"""
-Look at the curves:       {program} board {DEMO / "run"}
+Look at the curves:       {program} board {run}
 Score any text:           {program} evaluate {DEMO / "export"} --data='{DEMO}/data/validation/*.json.gz'
 Compare the methods:      {program} pretrain tiny_remora, and tiny_full, tiny_lora, tiny_mora, tiny_relora
 Start again from nothing: rm -r {DEMO}""")

@@ -20,6 +20,7 @@ from typing import Any
 
 from relora_mora.cli.arguments import PositiveInt
 from relora_mora.cli.command import run
+from relora_mora.system.bars import Bar
 from relora_mora.system.files import new_folder
 
 MARKER = "demo_text.json"
@@ -127,14 +128,16 @@ def write(documents: Iterable[Document], out: Path, max_bytes: int) -> dict[str,
     texts: set[str] = set()
     sides: dict[str, list[Document]] = {"train": [], "validation": []}
     total = 0
-    for document in documents:
-        size = len(document["text"].encode())
-        if total + size > max_bytes:
-            break
-        if document["text"] not in texts:
-            texts.add(document["text"])
-            total += size
-            sides["validation" if _held_out(document) else "train"].append(document)
+    with Bar("collecting text", "byte") as bar:
+        for document in documents:
+            size = len(document["text"].encode())
+            if total + size > max_bytes:
+                break
+            if document["text"] not in texts:
+                texts.add(document["text"])
+                total += size
+                bar.update(total, max_bytes)
+                sides["validation" if _held_out(document) else "train"].append(document)
     if not all(sides.values()):
         raise DemoTextError(
             f"found {len(sides['train'])} training and {len(sides['validation'])} validation documents "

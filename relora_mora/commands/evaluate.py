@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relora_mora.cli.arguments import NonNegativeInt, PositiveInt, Precision
+from relora_mora.system.bars import Bar
 from relora_mora.system.process import many_imports
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def main(
     with many_imports():  # takes seconds, so arguments are checked first
         import torch
 
-        from relora_mora.evaluation.loss import EvalResult, held_out, is_causal
+        from relora_mora.evaluation.loss import EvalResult, held_out
         from relora_mora.system.logs import counted
         from relora_mora.tokenizer.load import load_tokenizer
         from relora_mora.weights.foreign import is_foreign
@@ -102,7 +103,8 @@ def main(
         load_tokenizer(tokenizer)
     if sources is not None:
         _check_files(text)
-    loaded = load_model(Path(model), getattr(torch, precision), None if base is None else Path(base))
+    with Bar("loading the model"):
+        loaded = load_model(Path(model), getattr(torch, precision), None if base is None else Path(base))
     if tasks is not None:
         _score_tasks(loaded, tokenizer, names, micro_batch_size, **task_options)
         return
@@ -111,13 +113,10 @@ def main(
     if "data.document_mask" in overrides and masked and not settings.document_mask:
         raise ValueError("--data.document_mask: records that are packed whole are always masked; leave it out")
     _check_length(settings.sequence_length, loaded, model, masked=masked)
-    sets = held_out(settings, str(_tokenizer_of(loaded, tokenizer)), max_tokens)
-    lm = _on_device(loaded)
-    if not is_causal(lm, lm.device):
-        kind = type(lm).__name__
-        raise ValueError(
-            f"{model}: {kind} predicts a token from the token itself and later ones; give a causal language model"
-        )
+    with Bar("reading the text"):
+        sets = held_out(settings, str(tokenizer_of(loaded, tokenizer)), max_tokens)
+    lm = on_device(loaded)
+    check_causal(lm, model)
     tokens = sum(each.predicted for each in sets.values())
     documents = counted(sum(each.documents for each in sets.values()), "document")
     print(
@@ -172,7 +171,7 @@ def _check_length(length: int, loaded: "LoadedModel", name: str, *, masked: bool
         )
 
 
-def _on_device(loaded: "LoadedModel") -> Any:
+def on_device(loaded: "LoadedModel") -> Any:
     import torch
 
     from relora_mora.system.hardware import uses_cuda
@@ -181,21 +180,31 @@ def _on_device(loaded: "LoadedModel") -> Any:
     return lm.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
 
 
+def check_causal(lm: Any, name: str) -> None:
+    """Raises ValueError for a model that sees the tokens that it is to predict."""
+    from relora_mora.evaluation.loss import is_causal
+
+    if not is_causal(lm, lm.device):
+        kind = type(lm).__name__
+        raise ValueError(
+            f"{name}: {kind} predicts a token from the token itself and later ones; give a causal language model"
+        )
+
+
 def _score(lm: Any, sets: Mapping[str, "EvalSet"], micro_batch_size: int) -> dict[str, "EvalResult"]:
     from relora_mora.evaluation.loss import causal_lm_loss, evaluate, evaluate_sets
     from relora_mora.system.hardware import ran_out_of_memory
-    from relora_mora.system.logs import progress_bar
 
     rows = min(micro_batch_size, max(each.blocks for each in sets.values()))
     mean_loss = causal_lm_loss(lm)
     try:
-        with progress_bar("evaluation", "token") as progress:
+        with Bar("evaluation", "token") as bar:
             results = evaluate_sets(
                 lambda each, update: evaluate(
                     mean_loss, each, micro_batch_size=rows, device=lm.device, progress=update
                 ),
                 sets,
-                progress,
+                bar.update,
             )
     except (MemoryError, RuntimeError) as error:
         if ran_out_of_memory(error):
@@ -224,8 +233,8 @@ def _score_tasks(
     from relora_mora.tokenizer.load import load_tokenizer
     from relora_mora.weights.export import generation_config
 
-    lm = _on_device(loaded)
-    loaded_tokenizer = load_tokenizer(_tokenizer_of(loaded, tokenizer))
+    lm = on_device(loaded)
+    loaded_tokenizer = load_tokenizer(tokenizer_of(loaded, tokenizer))
     if loaded.of_run:
         lm.generation_config = generation_config(loaded_tokenizer, lm.config)  # as in its export
     results = evaluate_tasks(
@@ -242,7 +251,7 @@ def _score_tasks(
             record(run, step, results, num_fewshot=num_fewshot, limit=limit)
 
 
-def _tokenizer_of(loaded: "LoadedModel", other: str | None) -> Path:
+def tokenizer_of(loaded: "LoadedModel", other: str | None) -> Path:
     """The folder of the model's own tokenizer, or ``other`` instead; checks that its ids fit the model."""
     from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens
     from relora_mora.tokenizer.load import load_tokenizer

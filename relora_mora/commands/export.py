@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from relora_mora.cli.arguments import Precision
+from relora_mora.system.bars import Bar
 from relora_mora.system.process import many_imports
 
 
@@ -33,5 +34,6 @@ def main(
 
         from relora_mora.weights.export import export
 
-    exported = export(Path(checkpoint), Path(out), getattr(torch, dtype), format)
+    with Bar("exporting"):
+        exported = export(Path(checkpoint), Path(out), getattr(torch, dtype), format)
     print(f"exported {exported} to {out} ({format}, {dtype})")

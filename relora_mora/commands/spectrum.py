@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from relora_mora.system.bars import Bar
 from relora_mora.system.process import many_imports
 
 
@@ -23,10 +24,11 @@ def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
     Example:
         relora-mora spectrum runs/tiny_lora runs/tiny_remora --out=spectra
     """
-    from relora_mora.experiments.compare.files import can_draw, check_folder, write_files
-    from relora_mora.experiments.compare.groups import group_runs
-    from relora_mora.experiments.compare.runs import CompareError, read_run
-    from relora_mora.experiments.compare.table import table_of
+    with many_imports():
+        from relora_mora.experiments.compare.files import can_draw, check_folder, write_files
+        from relora_mora.experiments.compare.groups import group_runs
+        from relora_mora.experiments.compare.runs import CompareError, read_run
+        from relora_mora.experiments.compare.table import table_of
 
     if not runs:
         raise CompareError("no runs given; give run folders, e.g. runs/lora runs/remora")
@@ -47,7 +49,8 @@ def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
                 f"{group.label}: its seeds have their newest checkpoints at different steps "
                 f"({', '.join(map(str, group_steps))}); give runs with checkpoints at the same step"
             )
-    spectra = [joined([spectra_of(reader) for reader in group_readers]) for group_readers in readers]
+    with Bar("singular values"):
+        spectra = [joined([spectra_of(reader) for reader in group_readers]) for group_readers in readers]
     columns = {"method": [group.method for group in groups], "settings": [group.differs for group in groups]}
     columns |= {"seeds": [str(len(group.runs)) for group in groups], "step": [str(step) for [step] in steps]}
     notes = [f"Effective rank of W - W_0; singular values above {above:g}. Means over layers and seeds."]

@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 from relora_mora.cli.arguments import PositiveInt
+from relora_mora.system.bars import Bar
+from relora_mora.system.process import many_imports
 
 
 def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
@@ -23,22 +25,25 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
     Example:
         relora-mora study memory_tiny --jobs=2
     """
-    from relora_mora.experiments.compare.files import check_folder
-    from relora_mora.experiments.compare.runs import CompareError
-    from relora_mora.experiments.study.conduct import CellsFailed, conduct
-    from relora_mora.experiments.study.design import read_study
-    from relora_mora.experiments.study.folder import StudyFolder
-    from relora_mora.experiments.study.runner import Stopped
-    from relora_mora.supervise.exits import REQUEUE
+    with many_imports():
+        from relora_mora.experiments.compare.files import check_folder
+        from relora_mora.experiments.compare.runs import CompareError
+        from relora_mora.experiments.study.conduct import CellsFailed, conduct
+        from relora_mora.experiments.study.design import read_study
+        from relora_mora.experiments.study.folder import StudyFolder
+        from relora_mora.experiments.study.runner import Stopped
+        from relora_mora.supervise.exits import REQUEUE
 
     plan = read_study(study)
     folder = StudyFolder(Path(out or f"runs/studies/{Path(study).stem}"))
     program = ["-m", "relora_mora", plan.command]
     try:
         check_folder(folder.path)
-        from relora_mora.experiments.study.check import check_inputs  # loads torch, which takes seconds
+        with many_imports():
+            from relora_mora.experiments.study.check import check_inputs  # loads torch, which takes seconds
 
-        check_inputs(plan, folder)
+        with Bar("checking the inputs of all runs"):
+            check_inputs(plan, folder)
         cells = conduct(plan, folder, program, jobs)
     except Stopped:
         sys.stderr.write("stopped; run the same command again to continue\n")

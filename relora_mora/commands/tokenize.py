@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from relora_mora.cli.arguments import Processes
 from relora_mora.config.shipped import find_config
+from relora_mora.system.process import many_imports
 
 if TYPE_CHECKING:
     from relora_mora.config.data import DataConfig, Split
@@ -43,10 +44,11 @@ def main(
     Example:
         relora-mora tokenize paper_250m_remora tokens/c4 --processes=8
     """
-    from relora_mora.config.data import is_mixture
-    from relora_mora.data.sources.resolve import configured_shards
-    from relora_mora.data.tokens.folder import make_tokens
-    from relora_mora.system.logs import counted
+    with many_imports():
+        from relora_mora.config.data import is_mixture
+        from relora_mora.data.sources.resolve import configured_shards
+        from relora_mora.data.tokens.folder import make_tokens
+        from relora_mora.system.logs import counted
 
     started = time.monotonic()
     data, tokenizer = _settings(source, split, tokenizer, overrides, finetune=finetune)

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 
 from relora_mora.cli.arguments import NonNegativeInt, PositiveInt, Processes
+from relora_mora.system.bars import Bar
 from relora_mora.system.files import new_folder
 from relora_mora.tokenizer.files import MODEL_FILE, MOST_PIECES, TokenizerError, open_sentencepiece
 from relora_mora.tokenizer.identity import save_tokenizer
@@ -99,14 +100,17 @@ def main(
     with new_folder(Path(out)) as folder:
         texts = iter_texts(config.train, split="train", config=config)
         limit = min(max_documents, sys.maxsize) or None
-        documents, read = sample(islice(texts, limit), max_bytes=max_bytes, seed=seed)
+        with Bar("reading the text", "document", after=0.0) as bar:
+            documents, read = sample(bar.over(islice(texts, limit)), max_bytes=max_bytes, seed=seed)
         if not documents:
             reason = "it has no text" if not read else f"none of its {read:,} documents fits --max_bytes={max_bytes}"
             raise TokenizerError(f"{data}: {reason}; give a source with text to train on")
         sampled = sum(len(text.encode()) for text in documents)
         print(f"training on {len(documents):,} of the {read:,} documents read, {sampled / 1e6:,.1f} MB", flush=True)
-        model = train(documents, vocab_size=vocab_size, character_coverage=character_coverage, threads=threads)
-        bytes_per_token = write(model, folder, documents[:: len(documents) // _CHECKED_DOCUMENTS + 1])
+        with Bar("training the tokenizer"):
+            model = train(documents, vocab_size=vocab_size, character_coverage=character_coverage, threads=threads)
+        with Bar("checking the tokenizer"):
+            bytes_per_token = write(model, folder, documents[:: len(documents) // _CHECKED_DOCUMENTS + 1])
     seconds = time.monotonic() - started
     print(
         f"wrote {out}: {vocab_size:,} token ids, {bytes_per_token:.2f} bytes per token, {seconds:.1f} s\n"

@@ -255,7 +255,8 @@ class DataConfig(Strict):
         16 * 1024 * 1024, description="a longer line, document or row of text counts as bad and is skipped"
     )
     max_bad_fraction: Fraction = Field(
-        0.01, description="stop if more than this fraction of a shard's lines or rows is bad"
+        0.01,
+        description="stop if a larger fraction of a shard's lines or rows is bad; fewer than 1,000 count as 1,000",
     )
     timeout_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)] = Field(
         600.0, description="give up on a source that has failed for this long"

@@ -16,7 +16,7 @@ from relora_mora.config.registry import METHODS, is_own, settings_of_others, spl
 from relora_mora.config.removed import removed_faults, without, without_old_defaults
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact, secrets_in
-from relora_mora.config.shipped import MODELS, exists, find_config, nearest
+from relora_mora.config.shipped import MODELS, exists, find_config, nearest, with_names
 from relora_mora.config.yaml_text import MOST_CHARACTERS, dump_yaml, explain_yaml, parse_yaml
 from relora_mora.system.files import from_home
 from relora_mora.system.logs import counted
@@ -71,8 +71,8 @@ class ConfigError(ValueError):
         return type(self), (self.faults, self.source)  # the error is sent between ranks
 
     def __init__(self, faults: list[str], source: str) -> None:
-        self.faults = [redact(fault) for fault in faults]
-        self.source = redact(source)
+        self.faults = [with_names(redact(fault)) for fault in faults]
+        self.source = with_names(redact(source))
         title = f"{counted(len(faults), 'fault')} in {self.source}:"
         super().__init__("\n".join([title, *(f"  - {fault}" for fault in self.faults)]))
 

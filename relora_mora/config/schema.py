@@ -267,7 +267,7 @@ class LogConfig(Strict):
         "docs/metrics.md",
     )
     progress: bool = Field(
-        True, description="show progress on the first rank: a bar, and a line with the loss now and then"
+        True, description="show progress on the first rank: bars on a terminal, and a line with the loss now and then"
     )
     peak_tflops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="peak of one device in TFLOP/s, for utilization; null: from a data sheet or a measurement"

@@ -1,6 +1,7 @@
 """The files in ``configs/``, which come with the package, by name: ``tiny_remora``, ``llama_130m``."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,11 @@ def find_config(given: str | Path, kinds: Sequence[str] = SETTINGS) -> Path:
         return path
     name = path.stem if path.parts[:1] == ("configs",) else str(path)
     return shipped_files(kinds).get(name, path)
+
+
+def with_names(text: str) -> str:
+    """A text with the names of shipped files, as a user gives them, in place of their paths."""
+    return re.sub(rf"{re.escape(str(FOLDER))}/\w+/(\w+)\.\w+", r"\1", text)
 
 
 def nearest(given: str | Path) -> str:

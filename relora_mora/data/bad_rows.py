@@ -1,4 +1,4 @@
-"""The limits on bad rows and unusable records, beyond which a run ends."""
+"""The limit on bad rows and unusable records, beyond which a run ends."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -7,9 +7,7 @@ from relora_mora.data.errors import BAD_REASONS, ENCODING_REASONS, Skipped, Sour
 from relora_mora.data.rows import Encoded
 from relora_mora.data.shard import Shard
 
-# A fraction of fewer rows says little. At the end of a shard that one lane reads it is exact, however few there are.
-JUDGED_FROM_ROWS = 1000
-JUDGED_FROM_BAD = 10  # or of fewer rows, if so many are bad: the lane's part of a shard that others share is small
+FEWEST_ROWS = 1000  # a fraction of fewer rows says little
 NOTES_PER_REASON = 3  # per shard
 OTHER_KEYS = "set data.text_column to the key of the texts, or data.records if the lines are records"
 
@@ -17,6 +15,11 @@ OTHER_KEYS = "set data.text_column to the key of the texts, or data.records if t
 def skip_reason(skipped: Skipped, shard: Shard) -> str:
     """Describes what is wrong with a bad row of a shard."""
     return skipped.detail or BAD_REASONS[skipped.reason].format(column=shard.text_column)
+
+
+def too_many(bad: int, rows: int, max_bad_fraction: float) -> bool:
+    """Whether so many bad rows end a run: fewer than 1,000 rows are judged as 1,000."""
+    return bad > max_bad_fraction * max(rows, FEWEST_ROWS)
 
 
 class BadRowLimit:
@@ -57,25 +60,21 @@ class BadRowLimit:
         self._noted[reason] += 1
         if self._noted[reason] <= NOTES_PER_REASON:
             self._note(f"{self._shard.label}: {self._last}; skipped")
-        self._check(seen, max(seen, JUDGED_FROM_ROWS))
+        if too_many(self.bad, seen, self._max_bad_fraction):
+            raise self._error(seen)
 
-    def finish(self, rows: int) -> None:
-        """Called at the end of the shard, after ``rows`` own rows.
-
-        Raises SourceError if more than the allowed fraction is bad.
-        """
-        if not rows:
+    def finish(self, rows: int, *, is_empty: bool) -> None:
+        """Called at the end of the shard, after ``rows`` own rows. Raises SourceError if the whole shard is bad."""
+        if is_empty:
             self._note(f"{self._shard.label} is empty; skipped")
-        says_little = self._is_shared and self.bad < JUDGED_FROM_BAD
-        self._check(rows, max(rows, JUDGED_FROM_ROWS) if says_little else rows)
+        if self.bad == rows > self._max_bad_fraction * rows and not self._is_shared:
+            raise self._error(rows)
 
-    def _check(self, rows: int, at_least: int) -> None:
-        if self.bad <= self._max_bad_fraction * at_least:
-            return
+    def _error(self, rows: int) -> SourceError:
         last = f"; {self._last}" if self._last else ""
         if self._noted["no_text"] and not self._shard.holds_records:
             last += f" ({OTHER_KEYS})"
-        raise SourceError(
+        return SourceError(
             f"{self._shard.label}: {self.bad} of {rows} {self._unit}s are bad, more than data.max_bad_fraction "
             f"({self._max_bad_fraction:g}){last}. Repair or drop the shard, or raise data.max_bad_fraction"
         )
@@ -84,14 +83,9 @@ class BadRowLimit:
 TOO_LONG = "over_length"
 
 
-def too_many_records(
-    bad: int, seen: int, max_bad_fraction: float, last_bad: str, *, whole: bool = False
-) -> SourceError | None:
-    """The error to raise if more than the allowed fraction of records cannot be used. ``last_bad`` describes the last.
-
-    The fraction is checked from the 1,000th record on, or for a ``whole`` set of any size.
-    """
-    if bad <= max_bad_fraction * (seen if whole else max(seen, JUDGED_FROM_ROWS)):
+def too_many_records(bad: int, seen: int, max_bad_fraction: float, last_bad: str) -> SourceError | None:
+    """The error to raise if too many records cannot be used. ``last_bad`` describes the last."""
+    if not too_many(bad, seen, max_bad_fraction):
         return None
     return SourceError(
         f"{bad:,} of {seen:,} records cannot be used, more than data.max_bad_fraction ({max_bad_fraction:g}); "
@@ -124,21 +118,21 @@ class RecordsFound:
             if row.reason in ENCODING_REASONS:
                 self._last_bad = row.detail
 
-    def too_many(self, max_bad_fraction: float, *, whole: bool = False) -> SourceError | None:
+    def too_many(self, max_bad_fraction: float) -> SourceError | None:
         """The error to raise if too many rows are bad."""
-        return too_many_records(self.bad, self.seen, max_bad_fraction, self._last_bad, whole=whole)
+        return too_many_records(self.bad, self.seen, max_bad_fraction, self._last_bad)
 
-    def fault(self, name: str, max_bad_fraction: float, *, whole: bool) -> SourceError | None:
-        """The error to raise if too many rows are bad or no row can be used. ``whole``: there are no other rows."""
-        if fault := self.too_many(max_bad_fraction, whole=whole):
+    def fault(self, name: str, max_bad_fraction: float) -> SourceError | None:
+        """The error to raise if too many rows are bad or no row can be used."""
+        if fault := self.too_many(max_bad_fraction):
             return fault
         if not self.seen or self.left_out.total() < self.seen:
             return None
         reasons = self.left_out.most_common()
         reason = reasons[0][0]
-        among = "" if whole else f" among the first {self.seen:,}"
         counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons)
         remedy = "raise data.sequence_length" if reason == TOO_LONG else "correct data.records"
         return SourceError(
-            f"{name}: no record can be used{among} ({counts}); for instance {self.examples[reason]}; {remedy}"
+            f"{name}: none of {self.seen:,} records can be used ({counts}); for instance {self.examples[reason]}; "
+            f"{remedy}"
         )

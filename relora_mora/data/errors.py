@@ -40,7 +40,7 @@ _NAME_CHARACTERS = 80
 
 # reasons for bad rows, which may be up to data.max_bad_fraction of a shard, and how a message describes such a row
 BAD_REASONS = {
-    "too_long": "longer than data.max_line_bytes",
+    "too_long": "is longer than data.max_line_bytes",
     "invalid_utf8": "is not text in UTF-8",
     "not_json": "is not JSON",
     "not_csv": "is not CSV",
@@ -67,6 +67,11 @@ class Skipped:
 
     reason: str
     detail: str = field(default="", compare=False)
+
+
+def too_long(size: int, limit: int) -> Skipped:
+    """Takes the place of a row of ``size`` bytes."""
+    return Skipped("too_long", f"has a length of {size:,}, more than data.max_line_bytes ({limit:,})")
 
 
 def names_of(keys: Iterable[str]) -> str:

@@ -34,11 +34,7 @@ class Cursor(NamedTuple):
         # _replace would take three times as long, and this is called for every document
         return Cursor(self.epoch, self.place, self.block, self.item + 1, self.bad, self.documents + 1, self.skipped)
 
-    def after_skipping(self, reason: str) -> "Cursor":
-        """The same place with one more skipped row counted."""
-        return self.after_passing(reason, 1, documents=0)
-
-    def after_passing(self, reason: str, count: int, *, documents: int) -> "Cursor":
+    def after_skipping(self, reason: str, count: int = 1, *, documents: int = 0) -> "Cursor":
         """The same place with ``count`` more rows for a reason; ``documents`` fewer count as finished documents."""
         at = SKIP_REASONS.index(reason)
         counts = self.skipped

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,9 +24,10 @@ from relora_mora.library.masters import LoopEngine, LoopMasters
 from relora_mora.library.merged import is_sharded, merged_values, plain_copy
 from relora_mora.library.rates import Rewarmed, check_rates, optimizer_groups, rate_of_step, rewarming_groups
 from relora_mora.library.state import check_base, check_identity, identity_of, owes_merge, read_state, write_state
-from relora_mora.library.targets import target_linears
+from relora_mora.library.targets import describe_targets, target_linears
 from relora_mora.operators import make_operator
 from relora_mora.schedule import Schedule
+from relora_mora.system.logs import log
 
 ENDLESS = 2**62  # steps
 
@@ -42,7 +44,8 @@ def attach(
 
     ``method`` is what :func:`LoRA`, :func:`ReLoRA`, :func:`MoRA` or :func:`ReMoRA` returns. ``targets`` chooses the
     linears: a regular expression that the whole name must match, or a list of names or of their last parts, such as
-    ``["q_proj"]``; None means all but the output head. All other parameters keep their ``requires_grad``. The adapters
+    ``["q_proj"]``; None means all but the output head, if it can be recognized. The log and the result's ``repr`` say
+    which linears were replaced. All other parameters keep their ``requires_grad``. The adapters
     are float32. All random values come from ``seed`` and the names of the layers.
 
     Call it before DDP, ``fully_shard`` or ``deepspeed.initialize``, and make the optimizer afterwards. With several
@@ -75,6 +78,8 @@ def attach(
     remora = AttachedAdapters(model, method, seed, process_group)
     if hasattr(model, "save_pretrained"):
         vars(model)["save_pretrained"] = remora.save_pretrained
+    text, is_doubtful = describe_targets(model)
+    log.log(logging.WARNING if is_doubtful else logging.INFO, text)
     return remora
 
 
@@ -105,6 +110,9 @@ class AttachedAdapters:
         self.trained_in: Any = None  # the state of the Trainer whose callback makes the merges
         self._checked = False
         self._owes_merge = False
+
+    def __repr__(self) -> str:
+        return f"<AttachedAdapters: {self.method.name}, step {self.step}, {describe_targets(self.model)[0]}>"
 
     @functools.cached_property
     def _masters(self) -> LoopMasters:

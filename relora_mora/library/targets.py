@@ -9,6 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from relora_mora.adapters.layers import adapter_layers
+from relora_mora.system.logs import counted
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -16,12 +20,12 @@ def target_linears(model: nn.Module, targets: str | Sequence[str] | None) -> lis
     """The names of the linears that get an adapter, in the order of the model.
 
     ``targets`` is a regular expression that the whole name must match, or names (or last parts of names, such as
-    ``q_proj``). None means every ``nn.Linear`` but the output head of a transformers model. Raises ValueError if a
-    target matches nothing, or matches something that cannot have an adapter.
+    ``q_proj``). None means every ``nn.Linear`` but the output head. Raises ValueError if a target matches nothing, or
+    matches something that cannot have an adapter.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if targets is None:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+        head = output_head(model)
         chosen = [name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head]
         unmatched = [] if chosen else ["any nn.Linear"]
     elif isinstance(targets, str):
@@ -47,6 +51,54 @@ def target_linears(model: nn.Module, targets: str | Sequence[str] | None) -> lis
                 f"targets: {name or 'model'} ({type(modules[name]).__name__}) cannot have an adapter: {fault}"
             )
     return chosen
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that computes the logits of a language model, if it can be recognized.
+
+    This is what transformers calls the output embeddings, or a linear that shares its weight with an embedding, or the
+    last of the outermost linears with as many outputs as the first embedding has rows, outside of numbered blocks.
+    """
+    named = getattr(model, "get_output_embeddings", lambda: None)()
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if named is not None or not embeddings:
+        return named
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    weights = {id(embedding.weight) for embedding in embeddings}
+    heads = [name for name, linear in linears.items() if id(linear.weight) in weights]
+    heads = heads or [
+        name
+        for name, linear in linears.items()
+        if linear.out_features == embeddings[0].num_embeddings and not _NUMBER.search(name.rpartition(".")[0])
+    ]
+    return linears[min(reversed(heads), key=lambda name: name.count("."))] if heads else None
+
+
+def describe_targets(model: nn.Module) -> tuple[str, bool]:
+    """Which linears of a model have an adapter, in words; whether its output head may be among them."""
+    head = output_head(model)
+    adapted = [name for name, _ in adapter_layers(model)]
+    left = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = [f"{name} (output head)" if module is head else name for name, module in left.items()]
+    text = f"{counted(len(adapted), 'linear layer')} adapted: {_short(adapted)}"
+    if names:
+        return f"{text}; not adapted: {_short(names)}", False
+    if head is not None:
+        return text, False
+    text += "; no output head was recognized: if the model has one, leave it out with targets="
+    return text, any(isinstance(module, nn.Embedding) for module in model.modules())
+
+
+def _short(names: Sequence[str]) -> str:
+    """``blocks.*.attn.{q,k}, lm`` for ``blocks.0.attn.q``, ``blocks.0.attn.k``, ..., ``lm``."""
+    by_parent: dict[str, dict[str, None]] = {}
+    for name in names:
+        parent, dot, last = _NUMBER.sub("*", name).rpartition(".")
+        by_parent.setdefault(parent + dot, {})[last] = None
+    return ", ".join(
+        parent + (f"{{{','.join(lasts)}}}" if len(lasts) > 1 and parent else ", ".join(lasts))
+        for parent, lasts in by_parent.items()
+    )
 
 
 def _fault(module: nn.Module, shared: set[int]) -> str | None:

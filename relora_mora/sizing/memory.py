@@ -69,7 +69,7 @@ REDUCED_TOGETHER = 500_000_000  # elements that DeepSpeed reduces at once at sta
 PARTS = ("weights", "merged", "gathered", "masters", "optimizer", "gradients", "buffers", "activations", "scratch")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes on one device at the peak of a step, and bytes of a rank in host memory.
 
@@ -80,14 +80,14 @@ class Memory:
 
     phase: str  # loss | backward's start | backward's end | reduction | step
     weights: float
-    merged: float
+    merged: float = 0
     gathered: float
     masters: float
     optimizer: float
-    gradients: float
+    gradients: float = 0
     buffers: float
-    activations: float
-    scratch: float
+    activations: float = 0
+    scratch: float = 0
     host_base: float
     host_checkpoint: float
     host_start: float
@@ -119,12 +119,7 @@ def peak_memory(model: PreTrainedModel, setup: Setup) -> Memory:
             scratch=in_backward,
         ),
         replace(state, phase="reduction", merged=merged, gradients=gradients.in_reduction),
-        replace(
-            state,
-            phase="step",
-            gradients=gradients.in_step,
-            scratch=work.scratch_bytes(model, setup),
-        ),
+        replace(state, phase="step", gradients=gradients.in_step, scratch=work.scratch_bytes(model, setup)),
     ]
     return max(phases, key=lambda memory: memory.device)
 
@@ -141,14 +136,10 @@ def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
     return Memory(
         phase="between steps",
         weights=weight_bytes(model, setup) / setup.weight_sharers,
-        merged=0,
         gathered=setup.width * persistent if setup.weight_sharers > 1 else 0,
         masters=4 * counts.trainable / setup.sharers if setup.bf16 or stage > 0 else 0,
         optimizer=work.state_bytes(model, setup.config.optim, setup.sharers),
-        gradients=0,
         buffers=setup.width * bucket * buckets,
-        activations=0,
-        scratch=0,
         host_base=_host_base(model, setup.world_size, pinned=setup.on_gpu),
         host_checkpoint=4 * counts.trainable / setup.world_size
         + work.state_bytes(model, setup.config.optim, setup.world_size),

@@ -39,7 +39,6 @@ class Setup:
 
     @property
     def micro_batches(self) -> int:
-
         return self.config.accumulation_steps(self.world_size)
 
     @property

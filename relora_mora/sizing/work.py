@@ -58,12 +58,10 @@ class Flops:
 
     @property
     def total(self) -> float:
-
         return self.linears + self.adapters + self.attention + self.head
 
     @property
     def performed(self) -> float:
-
         return self.total + self.recomputed
 
 

@@ -32,7 +32,7 @@ class Device:
 _PCIE4 = 32.0
 _PCIE5 = 64.0
 # A name that contains another one comes first. NVIDIA states NVLink's rate for both directions; this table has half.
-# The white papers of RTX cards are read for products with fp32 sums.
+# The white papers of RTX cards are read for products with fp32 sums. The RTX 3060's 101 are sparse, with fp16 sums.
 DEVICES = (
     Device("b200", "B200", 2250, 180, 8000, 900, 400, "NVIDIA DGX data sheet, an eighth", "DGX B200: 8 x 400 Gbit/s"),
     Device("h200", "H200", 989, 141, 4800, 450, 400, "NVIDIA data sheet, SXM", "DGX H200: 8 x 400 Gbit/s"),
@@ -46,8 +46,9 @@ DEVICES = (
     Device("rtx4090", "RTX 4090", 165, 24, 1008, _PCIE4, 2.5, "NVIDIA Ada white paper", "10 Gbit/s for 4, assumed"),
     Device("rtx4080", "RTX 4080", 97, 16, 717, _PCIE4, 2.5, "NVIDIA Ada white paper", "10 Gbit/s for 4, assumed"),
     Device("rtx3090", "RTX 3090", 71, 24, 936, _PCIE4, 2.5, "NVIDIA GA102 white paper", "10 Gbit/s for 4, assumed"),
+    Device("rtx3060", "RTX 3060", 25, 12, 360, _PCIE4, 2.5, "NVIDIA: 101 / 4", "10 Gbit/s for 4, assumed"),
 )
-WITHOUT_FP8 = ("a100-40gb", "a100-80gb", "a10g", "rtx3090")  # compute capabilities of 8.0 and 8.6
+WITHOUT_FP8 = ("a100-40gb", "a100-80gb", "a10g", "rtx3090", "rtx3060")  # compute capabilities of 8.0 and 8.6
 _ALIASES = {
     "a100": "a100-80gb",
     "h100-sxm": "h100",
@@ -55,6 +56,7 @@ _ALIASES = {
     "4090": "rtx4090",
     "4080": "rtx4080",
     "3090": "rtx3090",
+    "3060": "rtx3060",
     "cuda": "a100-80gb",  # what a plan for CUDA assumes on a machine without it
 }
 CPU = Device("cpu", "", 0, 0, 0, 0, 0, "", "")

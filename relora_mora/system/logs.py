@@ -1,9 +1,8 @@
-"""This package's log and progress bars, both on stderr, and counts in words."""
+"""This package's log on stderr, and counts in words."""
 
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
@@ -34,19 +33,3 @@ def setup_logging(rank: int) -> None:
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False
     shared_log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-
-
-@contextlib.contextmanager
-def progress_bar(title: str, unit: str, *, show: bool = True) -> Iterator[Callable[[float, float], None]]:
-    """Shows a bar with the time left during the block; nothing without ``show`` or if stderr is not a terminal.
-
-    Yields ``update(done, total)``, which moves the bar; both numbers count ``unit``.
-    """
-    hidden = None if show else True  # None: hidden unless stderr is a terminal
-    with tqdm(desc=title, unit=f" {unit}", unit_scale=True, dynamic_ncols=True, leave=False, disable=hidden) as bar:
-
-        def update(done: float, total: float) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield update

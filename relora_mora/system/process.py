@@ -121,13 +121,16 @@ def many_imports() -> Iterator[None]:
     """Turns off garbage collection during slow imports, and calls :func:`sleep_soon` before torch is imported.
 
     Imported modules stay, but Python scans them again and again, which is a fifth of the time that importing torch,
-    transformers and DeepSpeed takes.
+    transformers and DeepSpeed takes. On a terminal a line shows immediately that the command has begun.
     """
+    from relora_mora.system.bars import Bar  # this file is also a script, which runs without the package
+
     sleep_soon()
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with Bar("loading libraries", after=0.0):
+            yield
     finally:
         if was_enabled:
             gc.enable()

@@ -26,6 +26,7 @@ from relora_mora.supervise.exits import FAILED, USER_ERROR
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.supervise.lock import RunLock
 from relora_mora.supervise.watchdog import Watchdog
+from relora_mora.system.bars import Bar
 from relora_mora.system.files import LOST_DISK
 from relora_mora.system.hardware import compute_deterministically, ran_out_of_memory
 from relora_mora.system.logs import counted, log, setup_logging, shared_log
@@ -96,6 +97,13 @@ def _run(config: Config, guard: Guard) -> int:
 
 
 def _pretrain(config: Config, guard: Guard) -> int:
+    with Bar("checking settings, model and data", show=config.log.progress):
+        checked, begin, rank, world_size = _check(config, guard)
+    return _train(checked, begin, rank, world_size, guard)
+
+
+def _check(config: Config, guard: Guard) -> tuple[ResolvedRun, Path | None, int, int]:
+    """Joins the ranks and checks everything; returns the run, where it begins, this rank, and the number of ranks."""
     os.umask(os.umask(0o077) | 0o002)  # no file of a run is world-writable
     if config.train.deterministic:
         compute_deterministically()
@@ -134,23 +142,24 @@ def _pretrain(config: Config, guard: Guard) -> int:
         )
     for remark in remarks(config):
         shared_log.warning(remark)
-    return _train(checked, begin, rank, world_size, guard)
+    return checked, begin, rank, world_size
 
 
 def _train(checked: ResolvedRun, begin: Path | None, rank: int, world_size: int, guard: Guard) -> int:
     """Builds the run, trains it from ``begin`` to its end, and returns the exit code; a collective."""
     config = checked.config
-    guard.begin("reading the checkpoint", within=LONG_SECONDS)
-    reader = None if begin is None else open_checkpoint(checked, begin, rank, world_size)
-    guard.begin("building the model", within=LONG_SECONDS)
-    run = build(checked, rank, world_size, resumes=reader is not None)
-    if reader is not None:
+    with Bar("building the model" if begin is None else "reading the checkpoint", show=config.log.progress):
         guard.begin("reading the checkpoint", within=LONG_SECONDS)
-        state = resume(run, reader)
-    else:
-        state = RunState(initial_seed=config.train.seed)
-    if checked.compiled:
-        warm_up(run, state, guard)
+        reader = None if begin is None else open_checkpoint(checked, begin, rank, world_size)
+        guard.begin("building the model", within=LONG_SECONDS)
+        run = build(checked, rank, world_size, resumes=reader is not None)
+        if reader is not None:
+            guard.begin("reading the checkpoint", within=LONG_SECONDS)
+            state = resume(run, reader)
+        else:
+            state = RunState(initial_seed=config.train.seed)
+        if checked.compiled:
+            warm_up(run, state, guard)
     _record_start(checked, world_size, state, reader)
     log.info("%s", describe(run, state))
     give_back_freed_memory()
@@ -211,14 +220,15 @@ def _count(config: Config, shards: Sequence[Shard]) -> Epochs:
     begin = time.perf_counter()
     log.info("train.epochs: counting the tokens of the training text")
     lanes = config.lanes
-    counted = count_epochs(
-        config.data,
-        config.tokenizer_path,
-        lanes=lanes,
-        blocks_per_lane=config.train.batch_size // lanes,
-        epochs=math.ceil(config.train.epochs or 1),
-        shards=shards,
-    )
+    with Bar("counting the tokens of the training text", show=config.log.progress):
+        counted = count_epochs(
+            config.data,
+            config.tokenizer_path,
+            lanes=lanes,
+            blocks_per_lane=config.train.batch_size // lanes,
+            epochs=math.ceil(config.train.epochs or 1),
+            shards=shards,
+        )
     log.info("an epoch has %s tokens (%.1f s)", f"{counted.tokens[0]:,}", time.perf_counter() - begin)
     return counted
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -47,6 +48,19 @@ def test_a_name_wins_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert find_config("tiny_remora") == FOLDER / "run/tiny_remora.yaml"
 
 
+def test_messages_have_the_name_that_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for flags, title in (
+        (["--train.steps=0"], "tiny_remora and the command line:"),
+        (["--data.sequence_length=100000"], "llama_tiny:"),
+        (["--model.overrides={vocab_size: x}"], "llama_tiny with model.overrides:"),
+    ):
+        answer = call(PLAN, "tiny_remora", *flags)
+        assert answer.code == 2
+        assert title in answer.err.splitlines()[0]
+        assert str(FOLDER) not in answer.err
+
+
 @each("given", ["llama_tiny", "chatml", "other/tiny_remora.yaml", "tiny.yaml", "\0", "a" * 300])
 def test_other_paths_stay_as_they_are(given: str) -> None:
     assert find_config(given) == Path(given)
@@ -67,9 +81,14 @@ def test_a_wrong_name_is_reported_with_the_nearest_one(tmp_path: Path, monkeypat
 
 def test_the_settings_are_listed_with_what_they_are(tmp_path: Path) -> None:
     answer = call("configs")
-    lines = {line.split()[0]: line for line in answer.out.splitlines() if line.startswith("  ")}
-    assert set(lines) == set(NAMES)
+    assert max(map(len, answer.out.splitlines())) <= 80
+    *_, models = parts = re.split(r"(?m)^(?! ).*:$", answer.out)[1:]
+    lines = {line.split()[0]: line for part in parts[:-1] for line in part.splitlines() if line}
+    assert {*lines, *models.replace(",", " ").split()} == set(NAMES)
     assert "ReMoRA" in lines["tiny_remora"]
+    assert re.findall(
+        "pretrain|finetune|study|model.config|plan", " ".join(re.findall(r"(?m)^\S.*:$", answer.out))
+    ) == [*("pretrain", "plan", "finetune", "plan", "study", "plan", "model.config", "plan")]
 
 
 def test_a_copy_is_settings_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

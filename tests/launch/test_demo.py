@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.commands import demo
+from relora_mora.config.shipped import FOLDER
 from tests.tools.commands import call
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
@@ -62,6 +63,8 @@ def test_after_ctrl_c_a_step_has_enough_time_to_save(tmp_path: Path) -> None:
     [
         (["--train.steps=0", "--optim.warmup_step=3"], ["train.steps: ", "optim.warmup_step: "]),
         (["--data.sequence_length=100000"], ["data.sequence_length: "]),
+        (["--data.train=nothing.txt", "--optim.matrices=nothing.py:Rule"], ["nothing.py"]),
+        (["--data.train=nothing.txt"], ["data.train: "]),
     ],
 )
 def test_a_mistake_in_the_settings_is_reported_before_the_first_step(
@@ -73,7 +76,30 @@ def test_a_mistake_in_the_settings_is_reported_before_the_first_step(
     assert answer.code == 2
     assert answer.out == ""
     assert all(name in answer.err for name in settings)
+    assert str(FOLDER) not in answer.err, "the name of the shipped settings, not their path"
+    assert "runs/demo" not in answer.err, "the first steps make these files"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_ends_with_the_first_rank_that_fails_and_says_whether_it_continues(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "GRACE_SECONDS", 0.1)
+    waits = "import os, sys, time; rank = int(os.environ['RANK']); rank and time.sleep(60); "
+    for code, words in (
+        (2, ["fault"]),
+        (1, ["fault", "code 1", "rm -r"]),
+        (75, ["fault", "code 75", "continues", "rm -r"]),
+    ):
+        waiting = waits if code != 75 else waits.replace("60", "0.3")  # it saves
+        script = f"{waiting}print('fault', file=sys.stderr) if rank == 0 else None; sys.exit({code})"
+        with pytest.raises(SystemExit) as ended:
+            demo.step("a step", [sys.executable, "-c", script], ranks=2)
+        message = capfd.readouterr().err + str(ended.value)
+        assert [word in message for word in ("fault", "Traceback", "continues")] == [True, False, "continues" in words]
+        assert all(word in message for word in words)
+        assert (ended.value.code == 2) is (code == 2)
+    demo.step("a step", [sys.executable, "-c", "import os; assert os.environ['WORLD_SIZE'] == '2'"], ranks=2)
 
 
 def test_a_longer_run_is_exported_again(tmp_path: Path) -> None:
@@ -93,6 +119,6 @@ def test_a_method_without_merges_is_reported(
     monkeypatch.setattr(demo, "DEMO", tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 200, "eval/perplexity": 150.0}\n', encoding="utf-8")
-    demo._report(173.2)
+    demo._report(tmp_path / "run", 173.2)
     said = capsys.readouterr().out
     assert "validation perplexity: step 200: 150.0\n\nLook at the curves" in said

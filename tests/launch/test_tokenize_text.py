@@ -108,13 +108,15 @@ def test_settings_of_a_run_give_text_tokenizer_and_limits(tmp_path: Path, tokeni
 def test_unusable_text(tmp_path: Path, tokenizer_path: str) -> None:
     """What was finished stays, and a call that forgives more goes on."""
     write_shard(tmp_path / "0.json", [line("a text")])
-    write_shard(tmp_path / "1.json", [*[line("a text")] * 30, b"no JSON"])  # after the lines that are checked first
+    write_shard(
+        tmp_path / "1.json", [*[line("a text")] * 30, *[b"no JSON"] * 11]
+    )  # after the lines that are checked first
     argv = [f"{tmp_path}/*.json", tmp_path / "out", f"--tokenizer={tokenizer_path}"]
-    refused(call(TOKENIZE, *argv, "--processes=2"), "1.json: 1 of 31 lines are bad, more than data.max_bad_fraction")
+    refused(call(TOKENIZE, *argv, "--processes=2"), "1.json: 11 of 41 lines are bad, more than data.max_bad_fraction")
     assert "00001.arrow" not in left_in(tmp_path / "out")
     answer = call(TOKENIZE, *argv, "--data.max_bad_fraction=0.5", "--processes=1")
     assert answer.code == 0
-    assert "1 of 32 rows were bad and skipped" in answer.out
+    assert "11 of 42 rows were bad and skipped" in answer.out
 
 
 def test_a_full_disk(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:

@@ -335,3 +335,60 @@ def test_a_merge_that_stops_halfway_says_that_the_model_is_unusable(monkeypatch)
     monkeypatch.setattr("relora_mora.engine.torch_state.restart_state", lambda *given: 1 / 0)
     with pytest.raises(rm.MergeError, match=r"stopped halfway.*unusable; go back .*ZeroDivisionError"):
         steps(remora, torch.optim.AdamW(remora.parameter_groups(lr=0.02)), 2)
+
+
+class Gpt(nn.Module):
+    """A GPT of one's own; its head comes first."""
+
+    def __init__(self, width: int = 8, outputs: int = 8) -> None:
+        super().__init__()
+        self.lm = nn.Linear(width, outputs, bias=False)
+        self.tokens, self.places = nn.Embedding(8, width), nn.Embedding(16, width)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(width, width) for name in ("q", "k")}) for _ in range(2)
+        )
+
+
+def test_the_output_head_of_any_language_model_is_left_out_and_the_log_says_so(caplog):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    caplog.set_level("INFO", "relora_mora")
+    tied = Gpt()
+    tied.lm.weight = tied.tokens.weight
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 8,
+    }
+    llama = LlamaForCausalLM(LlamaConfig(**sizes))
+    sequence = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8), nn.Linear(8, 8))
+    heads = {Gpt(): "lm", tied: "lm", llama: "lm_head", sequence: "2"}
+    for model, head in heads.items():
+        remora = rm.attach(model, rm.LoRA(2))
+        assert caplog.messages[-1].endswith(f"not adapted: {head} (output head)")
+        assert caplog.messages[-1] in repr(remora)
+    assert "4 linear layers adapted: blocks.*.{q,k}; not" in caplog.messages[0]
+    assert isinstance(sequence[-1], nn.Linear)
+    remora = rm.attach(Gpt(), rm.LoRA(2), targets=["q"])
+    assert "2 linear layers adapted: blocks.*.q; not adapted: lm (output head), blocks.*.k" in repr(remora)
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+
+
+def test_an_output_head_that_cannot_be_recognized_is_a_warning(caplog):
+    caplog.set_level("INFO", "relora_mora")
+    rm.attach(mlp(), rm.LoRA(2))
+    remora = rm.attach(Gpt(outputs=10), rm.LoRA(2))
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert all("no output head was recognized" in message and "targets=" in message for message in caplog.messages)
+    assert "lm" in remora.layers
+
+
+def test_a_record_of_a_merge_is_shown_with_four_digits():
+    remora = rm.attach(mlp(), rm.ReLoRA(2, merge_every=1))
+    optimizer = torch.optim.SGD(remora.parameter_groups(lr=0.1))
+    remora.model(torch.ones(3, 16)).square().mean().backward()
+    optimizer.step()
+    record = remora.after_step(optimizer)
+    assert f"delta_norm={{0: {record.delta_norm['0']:.4g}, " in repr(record)

@@ -145,7 +145,7 @@ def test_rows_of_a_run_can_be_shown_before_it_starts(inputs, tokenizer_path, tmp
         ("records.kind=sharegpt", 'one has no "conversations" (data.records.columns), only messages'),
         (
             "sequence_length=4",
-            "no record can be used (over_length: 117, no_answer: 3); for instance train.jsonl, line ",
+            "none of 120 records can be used (over_length: 117, no_answer: 3); for instance train.jsonl, line ",
         ),
         ("max_bad_fraction=0", "3 of 120 records cannot be used, more than data.max_bad_fraction (0); the last one: "),
     ],

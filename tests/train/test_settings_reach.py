@@ -163,14 +163,12 @@ def _plain_transformers_on(folder: Path, config: Config) -> float:
 
 def _plan(config: Config) -> str:
     from relora_mora.experiments.planner.cluster import Cluster
-    from relora_mora.experiments.planner.plan import make_plan
+    from relora_mora.experiments.planner.plan import Plan
     from relora_mora.model.config import read_model_config
     from relora_mora.system.devices import named_device
 
     cluster = Cluster(1, 2, named_device("h100"), None)
-    plan = make_plan(
-        read_model_config(config.model), config, cluster=cluster, bf16=True, on_cpu=False, peak=(1e15, "the test")
-    )
+    plan = Plan(read_model_config(config.model), config, cluster=cluster, bf16=True, peak=(1e15, "the test"))
     return json.dumps(plan.as_dict())
 
 

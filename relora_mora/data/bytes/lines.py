@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from relora_mora.data.bytes.files import open_file
 from relora_mora.data.bytes.local import RandomAccessFile
-from relora_mora.data.errors import Skipped, SourceError
+from relora_mora.data.errors import Skipped, SourceError, too_long
 from relora_mora.data.shard import COMPRESSED, Shard
 
 CHUNK_BYTES = 1 << 16  # of the file
@@ -121,7 +121,8 @@ class ShardLines:
         self._bytes = open_file(shard, timeout_seconds, in_order=True)
         self._pieces = decompress(self._bytes, shard)
         self._limit = max_line_bytes
-        self._lines: list[bytes | Skipped] = []  # complete lines; those before _next were taken
+        self.taken_bytes = 0  # the length of the line that was taken last
+        self._lines: list[bytes | int] = []  # complete ones, or the length of a long one; those before _next were taken
         self._next = 0
         self._partial: list[bytes] = []  # the beginning of a line whose newline has not been read yet
         self._partial_bytes = 0
@@ -156,7 +157,8 @@ class ShardLines:
         line = self._lines[self._next]
         self._next += 1
         self.row += 1
-        return Skipped("too_long") if isinstance(line, bytes) and len(line) > self._limit else line
+        self.taken_bytes = line if isinstance(line, int) else len(line)
+        return line if isinstance(line, bytes) and len(line) <= self._limit else too_long(self.taken_bytes, self._limit)
 
     def _refill(self) -> bool:
         """Reads pieces until there is a complete line; False at the end of the shard."""
@@ -194,9 +196,8 @@ class ShardLines:
         elif data:
             self._partial.append(data)
 
-    def _finish_partial(self) -> bytes | Skipped:
-        too_long = self._partial_bytes > self._limit
-        line = Skipped("too_long") if too_long else b"".join(self._partial)
+    def _finish_partial(self) -> bytes | int:
+        line = self._partial_bytes if self._partial_bytes > self._limit else b"".join(self._partial)
         self._partial = []
         self._partial_bytes = 0
         return line

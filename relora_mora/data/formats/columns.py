@@ -9,7 +9,7 @@ from typing import Any
 from relora_mora.config.data import DataConfig
 from relora_mora.data.bad_rows import BadRowLimit
 from relora_mora.data.bytes.files import open_file
-from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError, names_of
+from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError, names_of, too_long
 from relora_mora.data.lanes import plan_lanes
 from relora_mora.data.shard import Record, Shard
 from relora_mora.system.files import LOST_DISK
@@ -222,8 +222,8 @@ class GroupRows:
         if self._contents is None:
             self._contents = self._contents_from(self._next)
         rows = [self._row(number, content) for number, content in itertools.islice(self._contents, count)]
-        if not rows and (self._next or self.is_empty):
-            self._limit.finish(self._next)
+        if not rows:
+            self._limit.finish(self._next, is_empty=self.is_empty)
         return rows
 
     def close(self) -> None:
@@ -255,5 +255,5 @@ class GroupRows:
             return content
         row = self._shard.record(content, f"row {number}") if isinstance(content, dict) else content
         if len(row) > self._max_bytes:
-            return Skipped("too_long")
+            return too_long(len(row), self._max_bytes)
         return decode_text(row) if isinstance(row, bytes) else row

@@ -10,7 +10,7 @@ from typing import Any
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.bytes.lines import BOM
-from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
+from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError, too_long
 from relora_mora.data.formats.columns import check_names, decode_plain
 from relora_mora.data.formats.turns import FromLines
 from relora_mora.data.shard import Shard
@@ -73,7 +73,8 @@ class CsvRecords(FromLines[list[str] | Skipped]):
         except csv.Error:
             self._lost = self._taken - 1
             return Skipped("not_csv")
-        return Skipped("too_long") if self._bytes > self._limit + 1 else row  # its last newline does not count
+        size = self._bytes - 1  # its last newline does not count
+        return too_long(size, self._limit) if size > self._limit else row
 
     def _line(self) -> str | None:
         """The next line for csv.
@@ -103,7 +104,7 @@ class CsvRecords(FromLines[list[str] | Skipped]):
             return []
         if isinstance(row, Skipped):
             raise SourceError(
-                f"{shard.label}: its header {BAD_REASONS[row.reason]}; "
+                f"{shard.label}: its header {row.detail or BAD_REASONS[row.reason]}; "
                 "the first row of CSV names the columns: repair or drop the file"
             )
         names = [name.encode(_BYTES).decode("utf-8", "replace") for name in row]

@@ -1,7 +1,7 @@
 """Reads plain text files: a document is a line, a paragraph or the whole file (``data.sample_by``)."""
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.errors import Skipped
+from relora_mora.data.errors import Skipped, too_long
 from relora_mora.data.formats.columns import decode_plain
 from relora_mora.data.formats.json_lines import BLANK
 from relora_mora.data.formats.turns import FromLines
@@ -38,18 +38,16 @@ class TextDocuments(FromLines[bytes | Skipped]):
         """The lines up to the end of the paragraph or file; None if there are none."""
         lines: list[bytes] = []
         size = -1  # with a newline between two lines
-        bad: Skipped | None = None  # the first fault, which makes the whole document bad
         while (line := self._line()) is not None:
-            if isinstance(line, Skipped):
-                bad = bad or line
-            elif self._sample_by == "paragraph" and not line.strip():
-                if lines or bad:
+            if self._sample_by == "paragraph" and isinstance(line, bytes) and not line.strip():
+                if size >= 0:
                     break
-            elif bad is None:
+                continue
+            size += 1 + (len(line) if isinstance(line, bytes) else self._lines.taken_bytes)
+            if isinstance(line, Skipped) or size > self._limit:
+                lines.clear()  # only the length of the document is still needed
+            else:
                 lines.append(line)
-                size += len(line) + 1
-                if size > self._limit:
-                    bad = Skipped("too_long")
-            if bad is not None:
-                lines.clear()  # only the end of the document is still needed
-        return bad or (b"\n".join(lines) if lines else None)
+        if size > self._limit:
+            return too_long(size, self._limit)
+        return b"\n".join(lines) if size >= 0 else None

@@ -2,42 +2,23 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.bad_rows import BadRowLimit
 from relora_mora.data.bytes.lines import ShardLines
 from relora_mora.data.errors import BAD_REASONS, Skipped
+from relora_mora.data.formats.json_lines import JsonLines
 from relora_mora.data.shard import Record, Shard
 
 Entry = TypeVar("Entry")
 
 
-class Entries(Protocol[Entry]):
-    """The entries of a shard, in order, such as lines. Each gives a text or a record, or the reason why it has none."""
-
-    @property
-    def row(self) -> int:
-        """The number of the entry that ``take`` returns next, from 0."""
-
-    @property
-    def progress(self) -> float:
-        """The fraction of the shard's bytes that was read, 0 to 1."""
-
-    def skip(self, count: int) -> bool:
-        """Skips entries without decoding them; False if the shard ends first."""
-
-    def take(self) -> Entry | None:
-        """The next entry; None at the end."""
-
-    def content(self, entry: Entry) -> str | dict[str, Any] | Skipped:
-        """The text, or the fields if the shard holds records."""
-
-    def close(self) -> None: ...
-
-
 class FromLines(ABC, Generic[Entry]):
-    """Entries that are made of the lines of a shard; see :class:`Entries`."""
+    """The entries of a shard, in order, which are made of its lines.
+
+    ``row`` is the number of the entry that ``take`` returns next, from 0; ``progress`` the fraction that was read.
+    """
 
     def __init__(self, shard: Shard, config: DataConfig) -> None:
         self.row = 0
@@ -49,9 +30,11 @@ class FromLines(ABC, Generic[Entry]):
         return self._lines.progress
 
     def skip(self, count: int) -> bool:
+        """Skips entries without decoding them; False if the shard ends first."""
         return all(self.take() is not None for _ in range(count))
 
     def take(self) -> Entry | None:
+        """The next entry; None at the end."""
         entry = self._next()
         self.row += entry is not None
         return entry
@@ -60,11 +43,18 @@ class FromLines(ABC, Generic[Entry]):
         self._lines.close()
 
     @abstractmethod
+    def content(self, entry: Entry) -> str | dict[str, Any] | Skipped:
+        """The text, or the fields if the shard holds records, or the reason why it has neither."""
+
+    @abstractmethod
     def _next(self) -> Entry | None:
         """The next entry, which ``take`` counts; None at the end."""
 
 
-class TurnRows(Generic[Entry]):
+Entries = FromLines[Any] | JsonLines
+
+
+class TurnRows:
     """The texts or records of the entries ``phase``, ``phase + stride``, ... of a shard (see ``rows.Rows``).
 
     Only the limits and ``sample_by`` of ``config`` are used.
@@ -74,7 +64,7 @@ class TurnRows(Generic[Entry]):
 
     def __init__(
         self,
-        entries: Entries[Entry],
+        entries: Entries,
         config: DataConfig,
         shard: Shard,
         *,
@@ -117,13 +107,13 @@ class TurnRows(Generic[Entry]):
             rows.append(self._content(entry))
             self._entries.skip(self._stride - self._phase - 1)
         if not rows:
-            self._limit.finish(self._next)
+            self._limit.finish(self._next, is_empty=self.is_empty)
         return rows
 
     def close(self) -> None:
         self._entries.close()
 
-    def _content(self, entry: Entry) -> str | Record | Skipped:
+    def _content(self, entry: Any) -> str | Record | Skipped:
         """The content of the entry taken last, or the reason why there is none. Counts bad entries."""
         row = self._entries.content(entry)
         if isinstance(row, dict):

@@ -66,7 +66,7 @@ def rows_in_order(
                         log.warning("%s; skipped", row.detail)
                     if fault := counts.too_many(config.max_bad_fraction):
                         raise fault
-    if fault := counts.fault(shards[0].label, config.max_bad_fraction, whole=True):
+    if fault := counts.fault(shards[0].label, config.max_bad_fraction):
         raise fault
 
 
@@ -201,7 +201,7 @@ def _count_lanes(
         counts.append(_LaneCount(blocks, lane.tokens, lane.encoded.first_epoch, lane.encoded.last_bad))
     bad, seen = map(sum, zip(*(judged(count.end) for count in counts), strict=True))
     last_bad = next((count.last_bad for count in reversed(counts) if count.last_bad), "")
-    if fault := too_many_records(bad, seen, config.max_bad_fraction, last_bad, whole=True):
+    if fault := too_many_records(bad, seen, config.max_bad_fraction, last_bad):
         raise fault
     sequences = sum(count.blocks[0] for count in counts)
     skipped = Counter[str]()

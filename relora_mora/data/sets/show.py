@@ -13,7 +13,7 @@ import numpy as np
 
 from relora_mora.config.data import DataConfig
 from relora_mora.config.schema import Config
-from relora_mora.data.bad_rows import JUDGED_FROM_ROWS, OTHER_KEYS, TOO_LONG, RecordsFound, skip_reason
+from relora_mora.data.bad_rows import FEWEST_ROWS, OTHER_KEYS, TOO_LONG, RecordsFound, skip_reason
 from relora_mora.data.content import THREADS
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.formats.file_rows import open_rows
@@ -88,7 +88,7 @@ def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrai
     whole = len(checked) == len(shards)
     with closing(_readable_rows(checked, config)) as groups:
         for group in groups:
-            if counts.seen >= JUDGED_FROM_ROWS or characters >= _CHARACTERS:
+            if counts.seen >= FEWEST_ROWS or characters >= _CHARACTERS:
                 whole = False
                 break
             for row in encode(group):
@@ -96,7 +96,7 @@ def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrai
             characters += sum(map(len, group))
     if whole and not counts.seen:
         raise SourceError(f"{shards[0].label}: holds no record; give a file with at least one")
-    if fault := counts.fault(shards[0].label, config.max_bad_fraction, whole=whole):
+    if fault := counts.fault(shards[0].label, config.max_bad_fraction):
         raise fault
     if counts.too_long * 2 > counts.seen:
         log.warning(

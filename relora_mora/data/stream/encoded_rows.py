@@ -96,7 +96,7 @@ class EncodedRows(Generic[Row]):
         elif row.cut:
             self._passed["cut"] += 1
         for reason, count in self._passed.items():
-            cursor = cursor.after_passing(reason, count, documents=0 if reason == "cut" else count)
+            cursor = cursor.after_skipping(reason, count, documents=0 if reason == "cut" else count)
         return cursor
 
     def _fault(self, skipped: Skipped) -> SourceError | None:

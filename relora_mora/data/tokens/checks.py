@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from relora_mora.config.data import DataConfig
+from relora_mora.data.bad_rows import too_many
 from relora_mora.data.errors import SourceError
 from relora_mora.data.shard import Shard
 
@@ -42,7 +43,7 @@ def check_tokens(
         if shard.tokens is None or limits is None:
             continue
         totals = shard.tokens.totals
-        if totals.bad > limits.max_bad_fraction * totals.rows:
+        if too_many(totals.bad, totals.rows, limits.max_bad_fraction):
             raise SourceError(
                 f"{shard.location}: {totals.bad} of {totals.rows} rows were bad, more "
                 f"than data.max_bad_fraction ({limits.max_bad_fraction:g}); repair or drop the shard, or raise it"

@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +26,9 @@ from relora_mora.data.shard import TEXT, Shard
 from relora_mora.data.tokens import index
 from relora_mora.data.tokens.rows import Header, MappedTokens
 from relora_mora.data.tokens.writer import UNFINISHED, totals_of, write_tokens
-from relora_mora.system.logs import log, progress_bar
+from relora_mora.system.bars import Bar
+from relora_mora.system.logs import log
+from relora_mora.system.process import end_with_parent
 from relora_mora.tokenizer.identity import tokenizer_fingerprint, vocabulary_size
 from relora_mora.tokenizer.load import load_tokenizer
 
@@ -178,11 +179,11 @@ def _progress_bar(shards: Sequence[Shard], done: Collection[int]) -> Iterator[Pr
     sizes = [shard.size for shard in shards]
     weights = [1 if None in sizes else size or 0 for size in sizes]
     parts: dict[int, float] = {number: weights[number] for number in done}
-    with progress_bar("tokens", "shard" if None in sizes else "B") as update:
+    with Bar("tokenizing", "shard" if None in sizes else "byte") as bar:
 
         def report(number: int, part: float) -> None:
             parts[number] = part * weights[number]
-            update(sum(parts.values()), sum(weights))
+            bar.update(sum(parts.values()), sum(weights))
 
         yield report
 
@@ -195,16 +196,14 @@ def _threads(count: int) -> Iterator[None]:
         "RAYON_NUM_THREADS": str(count),
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # no warning that torch is missing
     }
-    before = {name: os.environ.get(name) for name in wanted}
+    before = {name: os.environ[name] for name in wanted if name in os.environ}
     os.environ.update(wanted)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in wanted:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _tokenize_function(task: Task) -> Callable[[Job, Callable[[float], object]], index.FileStats]:
@@ -266,21 +265,15 @@ def _begin_process(task: Task, parts: "ctypes.Array[ctypes.c_double]") -> None:
     """Prepares a process for ``_tokenize``, which sets ``parts[at]`` to the fraction of a job that is done."""
     global _work
     sys.modules["torch"] = None  # type: ignore[assignment] # tokenizing does not need it: see worker.py
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    end_with_parent(parent.pid, signal.SIGKILL)  # the pool would wait for further jobs
     tokenize = _tokenize_function(task)
 
     def work(job: Job, at: int) -> index.FileStats:
         return tokenize(job, functools.partial(parts.__setitem__, at))
 
     _work = work
-
-
-def _end_with_parent() -> None:
-    """Ends a process whose parent was killed; the pool would wait for further jobs."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _tokenize(job: Job, at: int) -> index.FileStats:

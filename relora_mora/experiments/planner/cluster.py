@@ -16,12 +16,7 @@ hidden     DeepSpeed sends while it computes at stage 3, and at stage 2 with ``o
 
 from dataclasses import dataclass
 
-from relora_mora.config.checks.deepspeed import zero_defaults
-from relora_mora.experiments.planner.network import Traffic
-from relora_mora.sizing.setup import Setup
-from relora_mora.system.devices import Device
-
-BACKWARD_SHARE = 2 / 3
+from relora_mora.system.devices import CPU, Device
 
 
 @dataclass(frozen=True)
@@ -36,6 +31,10 @@ class Cluster:
     @property
     def world_size(self) -> int:
         return self.nodes * self.devices_per_node
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.name == CPU.name
 
     @property
     def node_gbits(self) -> float:
@@ -60,34 +59,3 @@ class StepTime:
     @property
     def total(self) -> float:
         return self.compute + self.optimizer + self.network - self.hidden
-
-
-def step_time(
-    cluster: Cluster,
-    setup: Setup,
-    moved: Traffic,
-    *,
-    compute: float,
-    trainable: int,
-    passes: float,
-    products: float,
-) -> StepTime:
-    """Seconds of a step whose arithmetic takes ``compute`` seconds.
-
-    The optimizer reads and writes ``passes`` bytes in addition to the weights of the ``trainable`` parameters, and its
-    matrix products take ``products`` seconds. Both are totals over all ranks, which share them from stage 1 on.
-    """
-    stage = setup.stage
-    bandwidth = cluster.device.memory_gbytes_per_s * 1e9
-    gradients = cluster.seconds_to_send(moved.sent_gradients)
-    weights = cluster.seconds_to_send(moved.sent_weights)
-    defaults = zero_defaults(stage, setup.world_size, trainable, on_gpu=setup.on_gpu)
-    overlaps = setup.zero("overlap_comm", defaults.get("overlap_comm", stage == 3))
-    hidden = 0.0
-    if stage == 3 and overlaps:
-        hidden = min(gradients + weights, compute)
-    elif stage == 2 and overlaps:
-        hidden = min(gradients, BACKWARD_SHARE * compute)
-    moved_bytes = passes + trainable * setup.width
-    optimizer = (products + (moved_bytes / bandwidth if bandwidth else 0.0)) / setup.sharers
-    return StepTime(compute, optimizer, gradients + weights + cluster.seconds_to_send(moved.sent_matrices), hidden)

@@ -1,159 +1,151 @@
-"""A plan as text for a terminal."""
+"""A plan as text for a terminal: an answer in three lines, or its tables. No line has more than 100 columns."""
 
-from relora_mora.experiments.planner.cluster import Cluster
-from relora_mora.experiments.planner.plan import PROCESS_BYTES, Plan
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from relora_mora.experiments.planner.plan import ASSUMED_UTILIZATION, STAGES, Plan
 from relora_mora.sizing.fit import USABLE
 from relora_mora.sizing.memory import PARTS
-from relora_mora.system.logs import counted
+from relora_mora.system.hardware import host_memory_bytes
+
+COLUMNS = 100
+Rows = dict[str, list[str]]
 
 
-def render(plan: Plan) -> str:
-    """The plan as text for a terminal."""
-    own = plan.memory[plan.method]
-    sums = [[str(stage), *(_gib(stages[stage].device) for stages in plan.memory.values())] for stage in own]
-    sections = [
-        _summary(plan),
-        _memory(plan),
-        f"the same for each method, sum of all parts\n{_table(['stage', *plan.memory], sums)}",
-        _network(plan),
-    ]
+def answer(plan: Plan) -> str:
+    """Whether the run fits, how long it takes and what it sends, each in a line; and what the plan assumes."""
+    devices = f"{plan.cluster.world_size} {plan.cluster.device.name}"
+    basis = f"at {plan.utilization or ASSUMED_UTILIZATION:.0%} of the peak" if plan.measured is None else "as measured"
+    time = f"{duration(plan.seconds)} on {devices} for {_rounded(plan.tokens)} tokens: "
+    time += f"{_rounded(plan.tokens_per_second)} tokens/s {basis}"
+    notes = plan.notes
+    if plan.cluster.device.memory_gb and not any(map(plan.fits, STAGES)):
+        *savings, last = plan.savings
+        notes = [f"to make it fit: {', '.join([*savings, f'or {last}']) if savings else last}", *notes]
+    return "\n".join(map(_line, [_verdict(plan), time, _sent(plan), *(f"note: {note}" for note in notes)]))
+
+
+def _verdict(plan: Plan) -> str:
+    """Whether the run fits."""
+    device = plan.cluster.device
+    stage = plan.zero_stage
+    memory = plan.needs(stage).memory
     if plan.resident is not None:
-        sections.append(
-            f"resident memory of the first rank: {_gib(plan.resident)} GiB, including {_gib(PROCESS_BYTES)} for "
-            "Python, torch and DeepSpeed, and in training a tenth for malloc's fragmentation"
-        )
-    sections.append(
-        "memory leaves out the CUDA context, fragmentation and Python itself; time leaves out evaluations, checkpoints "
-        "and merges"
+        here = f"this host has {_gib(host_memory_bytes())} (for GPUs: --device=a100)"
+        return f"needs {_gib(plan.resident)} GiB for each process; {here}"
+    if not device.memory_gb:
+        return f"needs {_gib(memory.device)} GiB on each {device.name} at ZeRO {stage}; its memory is not known"
+    sizes = f"{_gib(memory.device)} of {_gib(device.memory_gb * 1e9)} GiB on each {device.name} at ZeRO {stage}"
+    if plan.fits(stage):
+        host = memory.host_base * plan.cluster.devices_per_node
+        return f"fits: {sizes}" + (f", and {_gib(host)} GiB in host memory" if host else "")
+    others = [each for each in STAGES if plan.fits(each)]
+    return f"does NOT fit: {sizes}" + (f"; it fits with --train.zero_stage={others[0]}" if others else "")
+
+
+def _sent(plan: Plan) -> str:
+    """What a step sends, and over which links."""
+    if plan.cluster.world_size == 1:
+        return "sends nothing: there is one device"
+    sent = _gb(plan.needs(plan.zero_stage).network.sent)
+    if plan.cluster.nodes == 1:
+        return f"{sent} GB per step from each device, within the host"
+    waits = plan.step(plan.zero_stage)
+    return (
+        f"{sent} GB per step between hosts: {waits.network - waits.hidden:.3g} of {waits.total:.3g} s of a step "
+        "wait for it"
     )
-    return "\n\n".join(filter(None, sections))
 
 
-def _summary(plan: Plan) -> str:
+def tables(plan: Plan) -> str:
+    """The answer, and all numbers in tables with a column for each ZeRO stage."""
+    own = [plan.needs(stage) for stage in STAGES]
+    memory = [each.memory for each in own]
+    host = {"host: float32 base": "host_base", "host: checkpoint": "host_checkpoint", "host: start": "host_start"}
+    sent = {"all-reduced": "all_reduced", "reduced": "reduced", "gathered": "gathered", "a device sends": "sent"}
+    times = {name: name for name in ("compute", "optimizer", "network", "hidden")}
+    sizes = {
+        **_rows(memory, _gib, {**dict(zip(PARTS, PARTS, strict=True)), f"all with {plan.method}": "device"}),
+        "at": [each.phase for each in memory],
+        **_rows(memory, _gib, host),
+        **{
+            f"all with {name}": [_gib(each.memory.device) for each in stages.values()]
+            for name, stages in plan.methods.items()
+            if name != plan.method
+        },
+    }
+    step = {
+        **_rows([each.network for each in own], _gb, sent | {"a device sends in a merge": "sent_in_merge"}, ", GB"),
+        "with full rank, GB": [_gb(each.network.sent) for each in plan.methods["full"].values()],
+        **_rows([*plan.steps.values()], "{:.3g}".format, times | {"a step": "total"}, ", s"),
+        "all steps": [duration(each.total * plan.config.train.steps) for each in plan.steps.values()],
+    }
+    sections = [
+        f"{answer(plan)}\n{_run(plan)}",
+        f"GiB of a device in {'bf16' if plan.bf16 else 'fp32'}, at the peak of a step\n{_table(plan, sizes)}",
+        f"one step\n{_table(plan, step)}",
+        f"Memory leaves out the CUDA context, fragmentation and Python itself, so a run fits if it takes {USABLE:.0%} "
+        "of a device. Time leaves out evaluations, checkpoints and merges.",
+    ]
+    if plan.sends_less_at_one:
+        sections.append("Stage 2 sends the gradients after each micro-batch, stage 1 once: try --train.zero_stage=1")
+    return "\n\n".join("\n".join(map(_line, section.split("\n"))) for section in sections)
+
+
+def _run(plan: Plan) -> str:
+    """What does not depend on the stage."""
     counts = plan.parameters
     flops = plan.flops
-    time = plan.time
-    tokens_per_step = plan.config.tokens_per_step
-    parts = (
-        f"{name} {getattr(flops, name) / flops.total:.0%}" for name in ("linears", "adapters", "attention", "head")
-    )
-    again = f"; {flops.recomputed / 1e9:.4g} more for activation checkpointing" if flops.recomputed else ""
-    lines = [
-        f"parameters     {counts.total:,} in the model; {plan.method} trains {counts.trainable:,}, "
-        f"{counts.adapters:,} of them in adapters",
-        f"arithmetic     {flops.total / 1e9:.4g} GFLOP a token: {', '.join(parts)}{again}",
-    ]
-    if plan.optimizer_flops:
-        share = plan.optimizer_flops / (flops.total * tokens_per_step)
-        who = "each device does all of it" if plan.zero_stage == 0 else "the devices share it"
-        work = f"{plan.optimizer_flops / 1e12:.3g} TFLOP a step, {share:.2%} more"
-        optim = plan.config.optim
-        names = (
-            optim.matrices if optim.others == "adamw" else f"{optim.matrices}, {optim.others} of embeddings and head"
-        )
-        lines.append(f"optimizer      {names}: {work}; {who}")
-    lines += [
-        f"data           {tokens_per_step:,} tokens a step, {time.tokens:,} in all, "
-        f"{flops.total * time.tokens:.3g} FLOP",
-        f"time           {duration(time.seconds)} at {time.tokens_per_second:,.0f} tokens/s on "
-        f"{counted(plan.cluster.world_size, 'device')}, {time.assumption}",
-        *_devices(plan),
-        *(f"note           {note}" for note in plan.notes),
-    ]
-    return "\n".join(lines)
-
-
-def _devices(plan: Plan) -> list[str]:
-    """The devices, and whether the run fits on them; empty if their memory is unknown."""
+    optim = plan.config.optim
     cluster = plan.cluster
     device = cluster.device
-    if not device.memory_gb:
-        return []
-    fitting = [stage for stage in plan.memory[plan.method] if plan.fits(stage)]
-    if fitting:
-        verdict = f"fits at ZeRO stage {', '.join(map(str, fitting))}"
-        if plan.zero_stage not in fitting:
-            verdict += f"; NOT at {plan.zero_stage} as in the settings: use --train.zero_stage={fitting[0]}"
-    else:
-        *others, last = plan.savings
-        verdict = f"fits at NO stage: {', '.join([*others, f'or {last}']) if others else last}"
-    return [
-        f"devices        {cluster.nodes} x {cluster.devices_per_node} {device.name}, "
-        f"{device.memory_gb:g} GB each ({device.source})",
-        f"memory         {verdict} (within {USABLE:.0%} of a device)",
+    shares = [
+        f"{name} {getattr(flops, name) / flops.total:.0%}" for name in ("linears", "adapters", "attention", "head")
     ]
-
-
-def _memory(plan: Plan) -> str:
-    precision = "bf16" if plan.bf16 else "fp32"
-    rows = [
-        [
-            _stage(plan, stage),
-            *(_gib(getattr(memory, part)) for part in PARTS),
-            _gib(memory.device),
-            memory.phase,
-            *map(_gib, (memory.host_base, memory.host_checkpoint, memory.host_start)),
-        ]
-        for stage, memory in plan.memory[plan.method].items()
+    shares += [f"{flops.recomputed / 1e9:.4g} more for activation checkpointing"] if flops.recomputed else []
+    lines = [
+        f"parameters: {counts.total:,} in the model; {plan.method} trains {counts.trainable:,}, "
+        f"{counts.adapters:,} of them in adapters",
+        f"arithmetic: {flops.total / 1e9:.4g} GFLOP a token: {', '.join(shares)}",
+        f"data: {plan.config.tokens_per_step:,} tokens a step, {plan.tokens:,} in all, "
+        f"{flops.total * plan.tokens:.3g} FLOP",
+        f"time: {plan.assumption}",
     ]
-    return (
-        f"memory of a device ({plan.cluster.world_size} in all) in GiB, {plan.method} in {precision}, "
-        f"at the peak of a step (* the stage in the settings)\n"
-        + _table(["stage", *PARTS, "all", "at", "host: fp32 base", "checkpoint", "start"], rows)
-    )
-
-
-def _network(plan: Plan) -> str:
-    """Bytes and time of a step by stage; empty if there is one rank."""
-    cluster = plan.cluster
-    if cluster.world_size == 1:
-        return ""
-    traffic = plan.network[plan.method]
-    rows = []
-    for stage, step in plan.time.steps.items():
-        moved = traffic[stage]
-        per_host = moved.sent if cluster.nodes > 1 else 0  # a ring's bytes leave each host once
-        full = plan.network["full"][stage].sent
-        sizes = (moved.all_reduced, moved.reduced, moved.gathered, moved.sent, per_host, full)
-        times = (step.compute, step.optimizer, step.network, step.hidden, step.total)
-        rows.append(
-            [
-                _stage(plan, stage),
-                *map(_gb, sizes),
-                *(f"{seconds:.3g}" if seconds else "-" for seconds in times),
-                duration(step.total * plan.config.train.steps),
-            ]
-        )
-    columns = ["stage", "all-reduced", "reduced", "gathered", "a device sends", "a host sends", "full: a device"]
-    columns += ["compute s", "optimizer s", "network s", "hidden s", "step s", "all steps"]
-    lines = [f"one step in GB (1e9 bytes) and seconds, calculated; {_link(cluster)}", _table(columns, rows)]
-    if plan.merge_every:
-        sent = traffic[plan.zero_stage].sent_in_merge
+    if plan.optimizer_flops:
+        names = f"{optim.matrices}" + (f", {optim.others} of embeddings and head" if optim.others != "adamw" else "")
+        share = plan.optimizer_flops / (flops.total * plan.config.tokens_per_step)
         lines.append(
-            f"a merge: a device sends {_gb(sent)} GB at stage {plan.zero_stage}, "
-            f"{_gb(sent / plan.merge_every)} GB for each step between merges"
+            f"optimizer: {names}: {plan.optimizer_flops / 1e12:.3g} TFLOP a step, {share:.2%} more, in all ranks"
         )
-    if plan.sends_less_at_one:
-        fits = ", and it fits" if plan.fits(1) else ""
-        lines.append(
-            f"stage 2 sends the gradients after each micro-batch, stage 1 once a step{fits}: try --train.zero_stage=1"
-        )
+    if device.source:
+        rates = f"{device.memory_gb:.3g} GB each, {device.peer_gbytes_per_s:g} GB/s between two"
+        lines.append(f"devices: {cluster.nodes} x {cluster.devices_per_node} {device.name}, {rates} ({device.source})")
+    if cluster.nodes > 1:
+        rate = f"{cluster.node_gbits:g} Gbit/s" if cluster.node_gbits else "an unknown rate; give --link_gbits"
+        origin = device.host if cluster.link_gbits is None else "--link_gbits"
+        lines.append(f"hosts: {rate} from host to host ({origin}); in a ring, a host sends what a device does")
     return "\n".join(lines)
 
 
-def _link(cluster: Cluster) -> str:
-    """The bandwidths in words."""
-    within = cluster.device.peer_gbytes_per_s
-    links = [f"{within:g} GB/s from device to device"] if within else []
-    if cluster.nodes > 1 and cluster.node_gbits:
-        origin = cluster.device.host if cluster.link_gbits is None else "--link_gbits"
-        links.append(f"{cluster.node_gbits:g} Gbit/s from host to host ({origin})")
-    remedy = "; give --link_gbits" if cluster.nodes > 1 else ""
-    return ", ".join(links) or f"no bandwidth is known{remedy}"
+def _rows(things: Sequence[Any], show: Callable[[float], str], names: Mapping[str, str], unit: str = "") -> Rows:
+    """A row for each attribute in ``names``, by its label."""
+    return {f"{label}{unit}": [show(getattr(thing, name)) for thing in things] for label, name in names.items()}
 
 
-def _stage(plan: Plan, stage: int) -> str:
-    return f"{stage}{'*' if stage == plan.zero_stage else ''}{' too large' if plan.fits(stage) is False else ''}"
+def _table(plan: Plan, rows: Rows) -> str:
+    """The rows that are not all zero, in a column for each stage."""
+    marks = [f"{stage}{'*' * (stage == plan.zero_stage)}" for stage in STAGES]
+    head = [mark + " too large" * (plan.fits(stage) is False) for stage, mark in zip(STAGES, marks, strict=True)]
+    shown = {"ZeRO stage (* in the settings)": head} | {
+        name: row for name, row in rows.items() if not {*row} <= {"-", "0"}
+    }
+    return "\n".join(name.ljust(32) + "".join(cell.rjust(17) for cell in row) for name, row in shown.items())
+
+
+def _line(text: str) -> str:
+    """A line that is wrapped if it is too long; a table's never is."""
+    return textwrap.fill(text, COLUMNS, subsequent_indent="  ") if len(text) > COLUMNS else text
 
 
 def duration(seconds: float) -> str:
@@ -167,16 +159,18 @@ def duration(seconds: float) -> str:
     return f"{int(hours)} h {int(minutes % 60)} min" if hours < 48 else f"{int(hours // 24)} d {int(hours % 24)} h"
 
 
+def _rounded(number: float) -> str:
+    """Three digits of a large number, in words."""
+    for size, word in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")):
+        if number >= size:
+            return f"{number / size:.3g}{word}"
+    return f"{number:,.0f}"
+
+
 def _gib(size: float) -> str:
-    return "-" if size == 0 else f"{size / 2**30:.3g}" if size < 2**30 else f"{size / 2**30:.1f}"
+    return _gb(size * 1e9 / 2**30)
 
 
 def _gb(size: float) -> str:
-    return "-" if size == 0 else f"{size / 1e9:.3g}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-    )
+    """GB with three digits."""
+    return "-" if size == 0 else f"{size / 1e9:.3g}" if size < 1e12 else f"{size / 1e9:,.0f}"

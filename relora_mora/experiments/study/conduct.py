@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from relora_mora.experiments.study.design import Cell, Study, count, first_round, second_round
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs
 from relora_mora.experiments.study.record import final_metric, write_records
 from relora_mora.experiments.study.runner import run_cells
+from relora_mora.system.bars import Bar, is_watched
+from relora_mora.system.process import say
 
 
 class CellsFailed(ValueError):
@@ -24,12 +24,16 @@ def conduct(study: Study, folder: StudyFolder, program: Sequence[str], jobs: int
     """
     cells = first_round(study)
     folder.find_commits(cell_configs(study, cells, folder).values())
-    with tqdm(total=count(study), unit="run", dynamic_ncols=True) as bar:
+    with Bar("study", "run", total=count(study), after=0.0) as bar:
 
         def note(running: Sequence[Cell] = ()) -> None:
             write_records(cells, folder)
-            bar.set_postfix_str(" ".join(cell.name for cell in running), refresh=False)
-            bar.update(sum(map(folder.is_done, cells)) - bar.n)
+            names = " ".join(cell.name for cell in running)
+            done = sum(map(folder.is_done, cells))
+            bar.note(names)
+            bar.update(done)
+            if not is_watched():
+                say(f"study: {done} of {count(study)} runs are done; running: {names or 'none'}")
 
         for choose in (False, True):
             if choose:

@@ -1,17 +1,15 @@
 """Shows the progress of a run: log lines, on a terminal also bars, and the commands for a finished run."""
 
-import contextlib
 import logging
 import shlex
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from relora_mora.system.logs import counted, log, progress_bar
+from relora_mora.system.bars import Bar, is_watched
+from relora_mora.system.logs import counted, log
 from relora_mora.system.process import own_command
 from relora_mora.train.begin.build import Run
 from relora_mora.train.state.run_state import RunState
@@ -55,33 +53,19 @@ class Progress:
         self.total = total
         self.done = done
         self._show = show
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            leave=False,
-            disable=not (show and sys.stderr.isatty()),
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5,
-            smoothing=0.1,
-        )
-        self._count_from(done)
+        self._bar = Bar("", "step", total=total, show=show)
+        self.begin(done)
 
-    def begin(self) -> None:
-        """The first step comes next. The time left is measured from here, without an evaluation before that step."""
-        self._count_from(self.done)
-        self._bar.unpause()
+    def begin(self, done: int) -> None:
+        """The step after ``done`` comes next, and the time left is measured from here."""
+        self.done = done
+        self._bar.restart(done)
+        self._first = done
+        self._begin = time.monotonic()
 
     def update(self) -> None:
         self.done += 1
-        self._bar.update()
-
-    def go_back(self, done: int) -> None:
-        """The run continues from an earlier step. The time left is measured again from there."""
-        self.done = done
-        self._bar.n = done
-        self._bar.refresh()
-        self._count_from(done)
+        self._bar.update(self.done)
 
     def show(self, values: str) -> None:
         """Logs one line, which stays above the bars."""
@@ -91,16 +75,16 @@ class Progress:
         left = tqdm.format_interval(seconds_each * (self.total - self.done))
         log.info("step %d/%d: %s, %s left", self.done, self.total, values, left)
 
-    def evaluation(self) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
-        """A second bar below the bar of the steps; see :func:`progress_bar`."""
-        return progress_bar("evaluation", "token", show=self._show)
+    @property
+    def is_watched(self) -> bool:
+        return self._show and is_watched()
+
+    def bar(self, title: str, unit: str = "") -> Bar:
+        """A second bar below the bar of the steps."""
+        return Bar(title, unit, show=self._show)
 
     def close(self) -> None:
         self._bar.close()
-
-    def _count_from(self, done: int) -> None:
-        self._first = done
-        self._begin = time.monotonic()
 
 
 def next_commands(run_dir: str) -> str:
@@ -113,6 +97,7 @@ def next_commands(run_dir: str) -> str:
         [
             "next:",
             f"  {program} evaluate {run}",
+            f"  {program} sample {run} 'The'",
             f"  {program} export {run} {export}",
             f"  {program} board {shlex.quote(str(folder.parent))}    # TensorBoard",
         ]

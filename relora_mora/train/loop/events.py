@@ -26,6 +26,8 @@ from relora_mora.train.log.progress import Progress
 from relora_mora.train.loop.step import DataFailed
 from relora_mora.train.state.run_state import RunState, TrainingError
 
+EARLY_LINES = 10  # on a terminal, that many first steps of a start have a line each
+
 
 def is_due(every_steps: int, step: int) -> bool:
     """0 means never."""
@@ -76,17 +78,22 @@ class Reporting:
         self.schedule = run.schedule
         self.write = write
         self.progress = progress
+        self.early_lines = from_first_rank(lambda: EARLY_LINES if progress.is_watched else 0)
 
-    def after_step(self, state: RunState) -> None:
-        """A collective."""
+    def after_step(self, state: RunState, step_loss: float) -> None:
+        """A collective. The first lines on a terminal show the loss of one step, and metrics the mean since the last
+        line."""
+        early = self.early_lines > 0
+        if early:
+            self.early_lines -= 1
+            self._show(self._over_ranks(step_loss), self._speed(state.interval))
         if not is_due(self.config.log.every_steps, state.step) and state.step != self.config.train.steps:
             return
         interval = state.interval
         state.interval = report.Interval()
         if not interval.good_steps:
             return
-        [total] = sum_over_hosts([interval.loss / interval.good_steps])
-        loss = total / self.engine.world_size
+        loss = self._over_ranks(interval.loss / interval.good_steps)
         rates = group_rates(self.schedule, self.groups, state.step)
         speed = self._speed(interval)
         self.write(
@@ -102,6 +109,16 @@ class Reporting:
                 **report.data_metrics(interval.data_counts, self.sources, self.config.data.sequence_length),
             },
         )
+        if not early:
+            self._show(loss, speed)
+
+    def _over_ranks(self, loss: float) -> float:
+        [total] = sum_over_hosts([loss])
+        return total / self.engine.world_size
+
+    def _show(self, loss: float, speed: Mapping[str, float]) -> None:
+        if math.isnan(loss):  # a step that was skipped, or has no token to score
+            return
         self.progress.show(
             f"loss {loss:.3f}, perplexity {math.exp(min(loss, 700.0)):.1f}, "
             f"{speed['perf/tokens_per_second']:,.0f} tokens/s"
@@ -165,11 +182,12 @@ class Evaluating:
         """Returns False if the ranks stop before its end. A collective."""
         begin = time.perf_counter()
         self.engine.eval()
-        with self.progress.evaluation() as progress:
+        with self.progress.bar("evaluation", "token") as bar:
             results = evaluate_sets(
-                lambda data, update: self._score(data, state.step, update), self.sets, progress=progress
+                lambda data, update: self._score(data, state.step, update), self.sets, progress=bar.update
             )
-        generated = None if results is None else self._generate(state.step)
+        with self.progress.bar("generating answers"):
+            generated = None if results is None else self._generate(state.step)
         if results is None or generated is None:
             return False
         state.evaluated = state.step

@@ -145,7 +145,8 @@ class Trainer:
     def fit(self) -> int:
         """Trains to the end, or until some rank is asked to stop; returns the exit code."""
         try:
-            self.evaluating.read()  # can take long if the text is remote, and there is nothing to save yet
+            with self.progress.bar("reading the validation data"):
+                self.evaluating.read()  # can take long if the text is remote, and there is nothing to save yet
             self.guard.training()
             return self._fit()
         except DataFailed as error:
@@ -162,7 +163,7 @@ class Trainer:
                 return self.shutdown.stop(self.state)
         if self.state.step and self.state.saved is None and self.state.trouble is None:
             self.saving.save(self.state)  # a run that began with another run's checkpoint gets its own
-        self.progress.begin()
+        self.progress.begin(self.state.step)
         while self.state.step < self.config.train.steps or self.state.trouble:
             share = first or self.next_batch()
             first = None
@@ -178,7 +179,7 @@ class Trainer:
             if self.state.trouble:
                 continue
             self.merging.after_step(self.state)
-            self.reporting.after_step(self.state)
+            self.reporting.after_step(self.state, result.loss)
             if not self.evaluating.after_step(self.state):
                 return self.shutdown.stop(self.state)
             self.saving.after_step(self.state)
@@ -189,7 +190,8 @@ class Trainer:
     def next_batch(self) -> LocalBatch | None:
         """This rank's share of the next global batch, once every rank has its own; None if the ranks stop."""
         begin = time.perf_counter()
-        share = self.loader.next_batch(self.state.step + 1)
+        with self.progress.bar("waiting for a batch"):
+            share = self.loader.next_batch(self.state.step + 1)
         self.state.interval.data_seconds += time.perf_counter() - begin
         return share
 
@@ -251,7 +253,7 @@ class Trainer:
         state.data = self.data.own_part(state.data)
         self.state = state
         self.guard.step = state.step
-        self.progress.go_back(state.step)
+        self.progress.begin(state.step)
         if self.metrics is not None:
             self.metrics.go_back(state.step, repeated=state.done_at_load.keys())
         values = {"train/rollbacks": state.rollbacks, "train/rolled_back_from": before.step}

@@ -69,7 +69,11 @@ def test_bad_lines_are_counted_by_kind_with_shard_and_line(tmp_path, suffix):
     assert lane.state()["skipped"] == dict.fromkeys(entries, 1)
     bad = [kind for kind in entries if kind in BAD_REASONS]
     for n, (kind, note) in enumerate(zip(bad, lane.rows.notes, strict=False)):
-        assert note.startswith(f"a{suffix}: {UNITS[suffix]} {2 * n + 2} {BAD_REASONS[kind].format(column='text')}")
+        said = BAD_REASONS[kind].format(column="text")
+        if kind == "too_long":
+            size = {".json": "2,012", ".csv": "1,455", ".txt": "2,207"}[suffix]
+            said = f"has a length of {size}, more than data.max_line_bytes (1,000)"
+        assert note.startswith(f"a{suffix}: {UNITS[suffix]} {2 * n + 2} {said}")
         assert note.endswith("; skipped")
     assert len(lane.rows.notes) >= len(bad)
     harmless = {".json": {"null_text", "empty_text", "blank_line"}, ".csv": {"empty_text", "blank_line"}, ".txt": set()}
@@ -101,7 +105,7 @@ def test_shards_without_text_between_good_ones(tmp_path):
     paths = [write_shard(tmp_path / f"good{n}.json.gz", good[n]) for n in range(2)]
     paths += [tmp_path / "empty.json", tmp_path / "page.json.gz"]
     paths[2].write_bytes(b"")
-    paths[3].write_bytes(b"<!DOCTYPE html>\n<html>\n\n<body>Log in</body>\n</html>\n")
+    paths[3].write_bytes(b"<!DOCTYPE html>\n<html>\n\n<body>Log in</body>\n</html>\n" + b"<br>\n" * 9)
     lane = _lane([str(path) for path in paths])
     found = documents_in(epoch_tokens(lane))
     while lane.state()["epoch"] < 2:  # skipped shards at the end of an epoch are counted with the next document
@@ -113,7 +117,7 @@ def test_shards_without_text_between_good_ones(tmp_path):
         "empty.json is empty; skipped",
         "page.json.gz: line 2 is not JSON (Expecting value: line 1 column 1 (char 0)): '<html>'; skipped",
     }
-    with pytest.raises(SourceError, match=r"page\.json\.gz: \d of \d+ lines are bad"):
+    with pytest.raises(SourceError, match=r"page\.json\.gz: 11 of \d+ lines are bad"):
         epoch_tokens(_lane([str(path) for path in paths], max_bad_fraction=0.01))
 
 
@@ -176,7 +180,7 @@ def test_a_resume_at_every_block_skips_and_stops_as_before(
     if cut:
         path.write_bytes(path.read_bytes()[:-cut])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bad_rows, "JUDGED_FROM_ROWS", 8)  # so that some stop inside the shard
+        patch.setattr(bad_rows, "FEWEST_ROWS", 8)  # so that some stop inside the shard
         for number in range(lanes):
             again = {"max_bad_fraction": fraction, "shuffle_documents": shuffle}
             states, blocks, stop = _until_stop(_lane(path, lanes, number, **again), 24)
@@ -203,10 +207,10 @@ def test_each_lane_judges_its_own_rows(tmp_path, suffix):
 
 def test_too_many_bad_lines_are_a_clear_stop(tmp_path):
     texts = some_texts(99)
-    path = write_shard(tmp_path / "a.json", [*texts[:50], b"rubbish", *texts[50:]])
+    path = write_shard(tmp_path / "a.json", [*texts[:50], *[b"rubbish"] * 10, *texts[50:]])
     assert texts_of(path, max_bad_fraction=0.01) == texts
     with pytest.raises(SourceError, match=r"a\.json: 1 of 51 lines are bad, .*line 51 is not JSON"):
         texts_of(path, max_bad_fraction=0.0)
-    write_shard(path, [*texts[:40], b"rubbish", b'{"text": 1}', *texts[40:]])
-    with pytest.raises(SourceError, match=r'2 of 101 lines are bad, .*line 42 has a "text" that is not a string'):
+    write_shard(path, [*texts[:40], *[b"rubbish"] * 10, b'{"text": 1}', *texts[40:]])
+    with pytest.raises(SourceError, match=r'11 of 51 lines are bad, .*line 51 has a "text" that is not a string'):
         texts_of(path, max_bad_fraction=0.01)

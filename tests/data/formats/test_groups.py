@@ -62,10 +62,10 @@ def test_rows_without_text_are_counted_by_kind_and_bad_ones_named_by_row(suffix,
     assert set(skipped) == {"null_text", "empty_text", "invalid_utf8", "too_long"}
     assert lane.rows.notes[:2] == [
         f"a{suffix}: row 4 is not text in UTF-8; skipped",
-        f"a{suffix}: row 5 longer than data.max_line_bytes; skipped",
+        f"a{suffix}: row 5 has a length of 2,000, more than data.max_line_bytes (1,000); skipped",
     ]
-    with pytest.raises(SourceError, match=rf"a\{suffix}: 2 of 6 rows are bad, .*data\.max_bad_fraction"):
-        epoch_tokens(make_lane(data_config(path, max_bad_fraction=0.3, max_line_bytes=1000), 1, 0))
+    with pytest.raises(SourceError, match=rf"a\{suffix}: 1 of 4 rows are bad, .*data\.max_bad_fraction"):
+        epoch_tokens(make_lane(data_config(path, max_bad_fraction=0.0, max_line_bytes=1000), 1, 0))
 
 
 @every_format
@@ -187,7 +187,7 @@ def test_a_server_that_stays_unreachable(tmp_path, short_waits, monkeypatch):
 
 
 @every_format
-def test_bad_rows_in_a_lanes_share_are_judged_by_the_whole_file(suffix, tmp_path):
+def test_bad_rows_in_a_lanes_share_are_judged_as_a_thousand(suffix, tmp_path):
     texts = some_texts(600)
     for row in (0, 6):
         texts[row] = "long " * 9000

@@ -130,11 +130,10 @@ def test_whole_texts_score_what_a_stream_scores(tokenizer_path, tmp_path):
 
 def test_too_many_records_that_cannot_be_used_end_an_evaluation(tokenizer_path, tmp_path):
     path = tmp_path / "a.jsonl"
-    rows = [*ROWS, {"messages": CONVERSATION[:1], "id": 4}]
-    write_json_lines(path, rows)
+    write_json_lines(path, [*ROWS, *[{"messages": CONVERSATION[:1], "id": 4}] * 11])
     records = {"kind": "messages", "template": "chatml"}
     with pytest.raises(
-        SourceError, match=r"1 of 4 records cannot be used, .*; the last one: a\.jsonl, line 4, has no answer"
+        SourceError, match=r"11 of 14 records cannot be used, .*; the last one: a\.jsonl, line 14, has no answer"
     ):
         eval_set(path, tokenizer_path, 400, records=records)
     assert eval_set(path, tokenizer_path, 400, records=records, max_bad_fraction=0.3).documents == 3
@@ -143,7 +142,7 @@ def test_too_many_records_that_cannot_be_used_end_an_evaluation(tokenizer_path, 
 def test_held_out_records_that_are_all_too_long_are_named_as_such(tokenizer_path, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"question": "the rank of the matrix?", "answer": "one"}))
-    with pytest.raises(SourceError, match=r"no record can be used \(over_length: 1\); .* 36 tokens, .*; raise"):
+    with pytest.raises(SourceError, match=r"none of 1 records can be used \(over_length: 1\); .* 36 tokens, .*; raise"):
         eval_set(path, tokenizer_path, 4, records={"kind": "question"})
 
 

@@ -93,14 +93,16 @@ def test_many_records_that_are_too_long_cause_a_warning(tmp_path, tokenizer, cap
 
 
 @pytest.mark.more
-def test_a_small_set_is_checked_as_a_whole_and_a_large_one_by_its_first_rows(tmp_path, tokenizer):
-    rows = [_conversation(number, "system" if number == 20 else "user") for number in range(50)]
+def test_a_small_set_may_have_ten_bad_records_and_a_large_one_is_checked_by_its_first_rows(tmp_path, tokenizer):
+    rows = [_conversation(number, "system" if number in range(20, 31) else "user") for number in range(50)]
     path = write_json_lines(tmp_path / "a.jsonl", rows)
     message = _error_of(_config(path), tokenizer)
-    assert message.startswith("1 of 50 records cannot be used")
-    assert "a.jsonl, line 21, is refused by the template " in message
+    assert message.startswith("11 of 50 records cannot be used")
+    assert "a.jsonl, line 31, is refused by the template " in message
     assert "(the system must come first)" in message
-    for config in (_config(path, max_bad_fraction=0.02), _config(write_json_lines(path, [*rows, *rows[:20] * 48]))):
+    few = [*rows[:30], *rows[31:]]
+    for allowed in (few, [*few, *rows[:20] * 48, *rows]):
+        config = _config(write_json_lines(path, allowed))
         check_records(configured_shards(config, "train"), config, tokenizer)
 
 

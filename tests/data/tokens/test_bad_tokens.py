@@ -40,7 +40,7 @@ def test_another_tokenizer_and_other_limits_are_refused(folder, tokenizer_path, 
     with pytest.raises(
         SourceError, match=r"bad\.tokens/00000\.arrow: \d+ of 26 rows were bad, more than data\.max_bad_fraction"
     ):
-        check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos, limits=_with(config, max_bad_fraction=0.1))
+        check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos, limits=_with(config, max_bad_fraction=0.0))
     with pytest.raises(SourceError, match="of another tokenizer"):
         eval_set(source, other_tokenizer, **LIMITS)
     with pytest.raises(SourceError, match="holds tokens, but text is needed here"):

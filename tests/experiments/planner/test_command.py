@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from relora_mora.config.load import load_config
+from relora_mora.config.shipped import MODELS, SETTINGS, shipped_files
 from relora_mora.model.config import read_model_config
 from relora_mora.sizing.work import flops_per_token
 from tests.tools.each import each
@@ -15,13 +18,7 @@ from tests.tools.helpers import ROOT
 CONFIG = ROOT / "configs" / "run" / "tiny_remora_paper.yaml"
 
 
-pytestmark = pytest.mark.usefixtures("at_root", "known_speed")
-
-
-@pytest.fixture
-def known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is measured: that takes time, and tests/system/test_hardware.py does it."""
-    monkeypatch.setattr("relora_mora.system.hardware.peak_flops", lambda **_: (1e12, "the test"))
+pytestmark = pytest.mark.usefixtures("at_root")
 
 
 def run_cli(*arguments: str) -> int:
@@ -70,6 +67,54 @@ def test_a_precision_that_a_run_refuses_has_no_plan(
     assert message in capsys.readouterr().err
 
 
+def lines_of(capsys: pytest.CaptureFixture[str], name: str, *arguments: str) -> list[str]:
+    """The lines of an answer, which are at most 100 columns wide."""
+    assert run_cli(name, *arguments) == 0, (name, capsys.readouterr().err)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100, (name, lines)
+    return lines
+
+
+@pytest.mark.more
+def test_an_answer_has_three_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs/run/paper_1_3b_full.yaml")
+    sizes = "--model.overrides={intermediate_size: 5464}"  # which need no note
+    ask = [config, sizes, "--device=A10G", "--gpus-per-node=8"]
+    fits, time, sent = lines_of(capsys, *ask, "--nodes", "2", "--model.activation_checkpointing=true")
+    assert fits.startswith("fits: ") and "of 22.4 GiB on each a10g at ZeRO 1" in fits
+    assert "on 16 a10g for 5.24 billion tokens" in time
+    assert "GB per step between hosts" in sent
+    fits, _, sent = lines_of(capsys, *ask, "--nodes=1", "--train.zero_stage=0", "--train.micro_batch_size=1")
+    assert "does NOT fit" in fits and "--train.zero_stage=1" in fits
+    assert "within the host" in sent
+    fits, _, sent, *note = lines_of(capsys, config, sizes, "--device=a10g", "--world_size=1")
+    assert "does NOT fit" in fits and "lower train.micro_batch_size" in " ".join(note)
+    assert "one device" in sent
+    fits, *_ = lines_of(capsys, "paper_250m_remora", "--device=a10g", "--world_size=1")
+    assert "GiB in host memory" in fits
+    needs, time, _ = lines_of(capsys, "tiny_full", "--world_size=2", "--device=cpu", "--tokens_per_second=2048")
+    assert "for each process;" in needs and "33 min 20 s on 2 cpu" in time
+
+
+@pytest.mark.more
+def test_tables_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs/run/paper_1_3b_full.yaml")
+    arguments = ["--nodes=2", "--gpus-per-node=8", "--device=A10G", "--model.activation_checkpointing=true"]
+    out = " ".join(" ".join(lines_of(capsys, config, *arguments, "--details")).split())
+    for part in (
+        "2 x 8 a10g, 24 GB each",
+        "100 Gbit/s from host to host",
+        "0 too large 1* 2 3",
+        "5,242,880,000 in all",
+    ):
+        assert part in out, part
+    assert run_cli(config, "--nodes=2", "--gpus_per_node=8", "--device=h100", "--link_gbits=10", "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["world_size"] == 16
+    assert values["memory"]["full"]["2"]["fits"] is True
+    assert values["steps"]["1"]["network"] == pytest.approx(values["network"]["full"]["1"]["sent"] / 1.25e9)
+
+
 @each(
     ("arguments", "message"),
     [
@@ -87,3 +132,32 @@ def test_a_precision_that_a_run_refuses_has_no_plan(
 def test_command_line_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert run_cli(str(CONFIG), *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_names_of_models_tasks_and_studies_have_a_plan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no text, tokenizer or weights are here
+    expected = {
+        "llama_tiny": "ReMoRA of rank 64",
+        "llama_9m": "ReMoRA of rank 32",
+        "paper_tiny": "study of 35 runs",
+        "math": "train.epochs",
+        "memory_tiny": "not on this machine",
+    }
+    names = [name for name in shipped_files([*SETTINGS, *MODELS]) if name in expected]
+    assert set(names) == set(expected)
+    shutil.copy(ROOT / "configs/model/llama_tiny.json", "mine")
+    expected["mine"] = expected["llama_tiny"]
+    for name in [*names, "mine"]:
+        lines = lines_of(capsys, name, "--world_size=1", "--device=h100")
+        assert expected[name] in " ".join(lines), (name, lines)
+
+
+@pytest.mark.more
+def test_all_names_have_a_plan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in shipped_files([*SETTINGS, *MODELS]):
+        assert lines_of(capsys, name, "--world_size=1", "--device=h100")[0].startswith("fits: "), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,14 +12,16 @@ import torch
 from relora_mora.config.load import load_config
 from relora_mora.config.registry import METHODS
 from relora_mora.experiments.planner.cluster import Cluster
-from relora_mora.experiments.planner.plan import STAGES, Plan, make_plan
-from relora_mora.experiments.planner.render import duration, render
+from relora_mora.experiments.planner.plan import FRAGMENTATION, PROCESS_BYTES, STAGES, Plan
+from relora_mora.experiments.planner.render import answer, duration, tables
 from relora_mora.model.config import read_model_config
+from relora_mora.sizing.work import meta_model
 from relora_mora.system.devices import CPU, DEVICES, device_of_name, named_device
 from relora_mora.system.hardware import device_here
 from tests.tools.commands import PLAN, call
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
+from tests.tools.rules import matrices_settings
 
 CONFIG = ROOT / "configs" / "run" / "tiny_remora_paper.yaml"
 
@@ -33,14 +36,13 @@ def plan_of(
     tokens_per_second: float | None = None, utilization: float | None = None, cluster: Cluster = TWO, **overrides: str
 ) -> Plan:
     config = load_config(CONFIG, overrides, world_size=cluster.world_size)
-    return make_plan(
+    return Plan(
         read_model_config(config.model),
         config,
         cluster=cluster,
         bf16=True,
-        on_cpu=cluster.device is CPU,
         peak=(1e12, "the test"),
-        tokens_per_second=tokens_per_second,
+        measured=tokens_per_second,
         utilization=utilization,
     )
 
@@ -49,7 +51,7 @@ def plan_of(
 def test_stage_1_is_advised_if_stage_2_sends_gradients_several_times(stage: int, batch_size: int, given: bool) -> None:
     settings = {"train.zero_stage": stage, "train.batch_size": batch_size, "train.micro_batch_size": 16}
     plan = plan_of(**{name: str(value) for name, value in settings.items()})
-    assert plan.sends_less_at_one == ("--train.zero_stage=1" in render(plan)) == given
+    assert plan.sends_less_at_one == ("--train.zero_stage=1" in tables(plan)) == given
 
 
 @each(("link_gbits", "given"), [(0.1, True), (100.0, False)])
@@ -57,7 +59,7 @@ def test_stage_1_is_not_advised_if_stage_2_hides_its_traffic(link_gbits: float, 
     settings = {"train.zero_stage": "2", "train.batch_size": "512", "train.micro_batch_size": "16"}
     plan = plan_of(cluster=Cluster(2, 8, named_device("h100"), link_gbits), **settings)
     assert plan.sends_less_at_one is given
-    assert (plan.time.steps[1].total <= plan.time.steps[2].total) is given
+    assert (plan.steps[1].total <= plan.steps[2].total) is given
 
 
 @pytest.mark.more
@@ -74,21 +76,31 @@ def test_parameters_and_tokens() -> None:
     lora = 32 * 4 * (4 * 512 + 3 * (256 + 688))
     assert 0.98 * lora < plan.parameters.adapters <= lora
     assert plan.parameters.trainable == 2 * 8192 * 256 + 9 * 256 + plan.parameters.adapters
-    assert (plan.config.tokens_per_step, plan.time.tokens) == (4096, 4_096_000)
+    assert (plan.config.tokens_per_step, plan.tokens) == (4096, 4_096_000)
 
 
 @pytest.mark.more
 def test_time_follows_from_the_known_rates() -> None:
     assumed, given, measured = plan_of(), plan_of(utilization=0.8), plan_of(tokens_per_second=2000.0)
-    assert assumed.time.tokens_per_second == pytest.approx(2 * 0.4e12 / assumed.flops.performed)
-    assert given.time.seconds == pytest.approx(assumed.time.seconds / 2)
-    assert measured.time.seconds == 2048.0
-    assert "assuming 40% of 1 TFLOP/s a device (the test)" in assumed.time.assumption
-    assert f"{2000 * measured.flops.total / 2e12:.1%}" in measured.time.assumption
-    assert plan_of(**{"log.peak_tflops": "2.0"}).time.seconds == pytest.approx(assumed.time.seconds / 2)
+    assert assumed.tokens_per_second == pytest.approx(2 * 0.4e12 / assumed.flops.performed)
+    assert given.seconds == pytest.approx(assumed.seconds / 2)
+    assert measured.seconds == 2048.0
+    assert "assuming 40% of 1 TFLOP/s a device (the test)" in assumed.assumption
+    assert f"{2000 * measured.flops.total / 2e12:.1%}" in measured.assumption
+    assert plan_of(**{"log.peak_tflops": "2.0"}).seconds == pytest.approx(assumed.seconds / 2)
 
 
-@each(("name", "value"), [("utilization", 0.0), ("utilization", 1.5), ("tokens_per_second", 0.0)])
+@pytest.mark.more
+def test_what_no_gpu_has_confirmed_is_marked() -> None:
+    gpus = Cluster(1, 2, named_device("h100"))
+    assumed = plan_of(cluster=gpus)
+    assert "assuming 40% of 1 TFLOP/s a device (the test), which no GPU has confirmed" in assumed.assumption
+    unmarked = (plan_of(), plan_of(cluster=gpus, utilization=0.4), plan_of(cluster=gpus, tokens_per_second=2000.0))
+    assert not any("confirmed" in plan.assumption for plan in unmarked)
+    assert assumed.steps == unmarked[1].steps
+
+
+@each(("name", "value"), [("utilization", 0.0), ("utilization", 1.5)])
 def test_refuses_impossible_rates(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         plan_of(**{name: value})
@@ -109,17 +121,67 @@ def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
     # R of the four squares of attention and of the three of the MLP, in each of four layers
     assert muon.optimizer_flops == 4 * (4 * 30 * 128**3 + 3 * 30 * 173**3)
     assert adamw.optimizer_flops == 0
-    assert "muon" not in render(adamw)
+    assert "muon" not in tables(adamw)
     share = muon.optimizer_flops / (muon.flops.total * muon.config.tokens_per_step)
-    assert f"TFLOP a step, {share:.2%} more; the devices share it" in render(muon)
+    assert f"TFLOP a step, {share:.2%} more, in all ranks" in tables(muon)
     saved = adamw.memory["remora"][0].optimizer - muon.memory["remora"][0].optimizer
     assert saved == 4 * muon.parameters.adapters
     # the memory bandwidth of a CPU is unknown, so only the products remain
-    assert muon.time.steps[0].optimizer == pytest.approx(muon.optimizer_flops / 0.4e12)
-    assert muon.time.steps[1].optimizer == pytest.approx(muon.time.steps[0].optimizer / 2)
+    assert muon.steps[0].optimizer == pytest.approx(muon.optimizer_flops / 0.4e12)
+    assert muon.steps[1].optimizer == pytest.approx(muon.steps[0].optimizer / 2)
     moved = muon.network["remora"]
     assert moved[3].exchanged == pytest.approx(8 * muon.parameters.adapters / 2)
     assert moved[2].exchanged == 0
+
+
+@pytest.mark.more
+def test_the_state_of_a_rule_of_ones_own_is_counted() -> None:
+    adamw = plan_of(**{"method.name": "full"})
+    matrices = matrices_settings("galore")["matrices"]
+    plan = plan_of(**{"method.name": "full", "optim.matrices": matrices, "optim.rule": "{rank: 64}"})
+    # four layers with hidden 256 and intermediate 688: moments [64, 256] or [64, 688], and a projection [256, 64]
+    attention, mlp = (2 * 64 * long + 256 * 64 + 1 for long in (256, 688))
+    of_adamw = 8 * 4 * (4 * 256 * 256 + 3 * 256 * 688)
+    kept = 4 * 4 * (4 * attention + 3 * mlp)
+    for stage, share in ((0, 1), (1, 2), (2, 2), (3, 2)):
+        saved = adamw.memory["full"][stage].optimizer - plan.memory["full"][stage].optimizer
+        assert saved == (of_adamw - kept) / share
+    (note,) = plan.notes
+    assert "GaLore" in note
+    assert "state_shapes" in note
+    assert not any("state_shapes" in note for note in adamw.notes)
+
+
+@pytest.mark.more
+def test_the_optimizer_of_embeddings_and_head_is_named() -> None:
+    plan = plan_of(**{"optim.matrices": "muon", "optim.others": "adamw8bit"})
+    assert "optimizer: muon, adamw8bit of embeddings and head: " in tables(plan)
+    assert plan.as_dict()["others"] == "adamw8bit"
+
+
+@pytest.mark.more
+def test_tables_name_every_part() -> None:
+    plan = plan_of()
+    text = tables(plan)
+    assert "7,358,720 in the model; remora trains" in text
+    assert "4,096 tokens a step, 4,096,000 in all" in text
+    assert re.search(r"ZeRO stage.* 2\*", text), "the stage in the settings is marked"
+    assert all(f"all with {method}" in text for method in METHODS)
+    memory = plan.memory["remora"][2]
+    host = memory.host_base + memory.host_checkpoint
+    assert plan.resident == FRAGMENTATION * (PROCESS_BYTES + memory.device + host)
+    assert f"needs {plan.resident / 2**30:.3g} GiB for each process" in text
+
+
+@pytest.mark.more
+def test_a_start_from_other_weights_may_take_more_than_a_step() -> None:
+    small = {"train.micro_batch_size": "1", "model.config": "configs/model/llama_130m.json", "method.name": "lora"}
+    alone = {f"method.train_{what}": "false" for what in ("embeddings", "norms", "head")}
+    trained, begun = (plan_of(**small, **alone, **more) for more in ({}, {"model.init_from": "models/base"}))
+    memory = begun.memory["lora"][2]
+    assert (trained.memory["lora"][2].host_start, memory.host_start) == (0, 4 * begun.parameters.total)
+    at_start = PROCESS_BYTES + memory.weights + memory.masters + memory.host_base + memory.host_start
+    assert begun.resident == at_start > trained.resident
 
 
 @pytest.mark.more
@@ -129,7 +191,7 @@ def test_widths_that_a_gpu_is_slow_with_are_named() -> None:
     odd = {"model.overrides": "{intermediate_size: 5461}"}
     plan = plan_of(cluster=gpus, **odd)
     assert len(plan.notes) == 1
-    assert f"note           {plan.notes[0]}" in render(plan)
+    assert f"note: {plan.notes[0]}" in " ".join(answer(plan).split())
     assert "intermediate_size of 5,461 is not a multiple of 8" in plan.notes[0]
     assert "5,464 would be better" in plan.notes[0]
     assert plan_of(**odd).notes == []
@@ -142,6 +204,7 @@ def test_devices_are_found_by_their_names() -> None:
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H100 PCIe", "h100-pcie"),
         ("NVIDIA L4", "l4"),
+        ("NVIDIA GeForce RTX 3060", "rtx3060"),
         ("NVIDIA L40S", "l40s"),
     ]:
         found = device_of_name(cuda_name)
@@ -158,6 +221,7 @@ def test_devices_are_found_by_their_names() -> None:
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 3060 Ti",
         "NVIDIA GeForce RTX 4080 SUPER",
     ]
     assert [device_of_name(other) for other in others] == [None] * len(others)
@@ -196,8 +260,8 @@ def test_only_the_memory_of_an_unknown_card_is_known(monkeypatch: pytest.MonkeyP
     plan = plan_of(cluster=Cluster(2, 1, card, link_gbits=8.0))
     assert plan.fits(1) is True
     assert plan.fits(1, "full") is True
-    assert plan.time.steps[1].network == pytest.approx(plan.network["remora"][1].sent / 1e9)
-    assert plan.time.steps[1].optimizer == 0
+    assert plan.steps[1].network == pytest.approx(plan.network["remora"][1].sent / 1e9)
+    assert plan.steps[1].optimizer == 0
 
 
 @pytest.mark.more
@@ -206,7 +270,7 @@ def test_time_of_a_step_on_a_cluster() -> None:
     cluster = Cluster(2, 4, named_device("h100"), link_gbits=80.0)
     plan = plan_of(cluster=cluster, utilization=0.4, **{"train.batch_size": "64"})
     trainable = plan.parameters.trainable
-    one = plan.time.steps[1]
+    one = plan.steps[1]
     assert one.network == pytest.approx(
         (2 * 2 + 2) * trainable * 7 / 8 / 10e9
     )  # all-reduced and gathered in bf16, at 10 GB/s
@@ -214,18 +278,35 @@ def test_time_of_a_step_on_a_cluster() -> None:
     assert one.compute == pytest.approx(plan.flops.total * plan.config.tokens_per_step / (8 * 0.4e12))
     assert one.hidden == 0
     assert one.total == one.compute + one.optimizer + one.network
-    three = plan.time.steps[3]
+    three = plan.steps[3]
     assert three.hidden == min(three.network, three.compute) > 0
     waiting = plan_of(
         cluster=cluster, **{"train.batch_size": "64", "train.deepspeed": "{zero_optimization: {overlap_comm: false}}"}
     )
-    assert waiting.time.steps[2].hidden == 0 < plan.time.steps[2].hidden
+    assert waiting.steps[2].hidden == 0 < plan.steps[2].hidden
     slow = plan_of(cluster=Cluster(2, 4, named_device("h100"), link_gbits=0.8), **{"train.batch_size": "64"})
-    assert slow.time.steps[1].network == pytest.approx(100 * one.network)
-    assert slow.time.steps[3].total == pytest.approx(slow.time.steps[3].network + slow.time.steps[3].optimizer)
+    assert slow.steps[1].network == pytest.approx(100 * one.network)
+    assert slow.steps[3].total == pytest.approx(slow.steps[3].network + slow.steps[3].optimizer)
     within = plan_of(cluster=Cluster(1, 8, named_device("h100")), **{"train.batch_size": "64"})
-    assert within.time.steps[1].network == pytest.approx(one.network * 10 / 450)
-    assert plan.time.seconds == pytest.approx(1000 * plan.time.steps[2].total)
+    assert within.steps[1].network == pytest.approx(one.network * 10 / 450)
+    assert plan.seconds == pytest.approx(1000 * plan.steps[2].total)
+
+
+@pytest.mark.more
+def test_remora_sends_only_trainable_parameters_below_stage_3() -> None:
+    plan = plan_of()
+    assert (
+        plan.network["remora"][2].sent / plan.network["full"][2].sent
+        == plan.parameters.trainable / plan.parameters.total
+    )
+    assert plan.network["remora"][2].merge > plan.network["remora"][2].gathered
+    assert plan.network["mora"][2].merge == plan.network["full"][2].merge == 0
+    wide = plan_of(**{"train.deepspeed": "{communication_data_type: fp32}"})
+    assert wide.network["remora"][2].all_reduced == 2 * plan.network["remora"][2].all_reduced
+    narrow = plan_of(**{"train.deepspeed": "{zero_optimization: {use_multi_rank_bucket_allreduce: false}}"})
+    for stage, before in plan.network["remora"].items():
+        after = narrow.network["remora"][stage]
+        assert after.given == before.given and (after.sent < before.sent) == (stage == 2), stage
 
 
 @each(
@@ -243,11 +324,25 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 @pytest.mark.more
+def test_recomputing_is_slower_on_a_gpu() -> None:
+    gpu = Cluster(1, 1, named_device("h100"))
+    usual, again = (plan_of(cluster=gpu, **{"model.activation_checkpointing": on}) for on in ("false", "true"))
+    assert again.steps[2].compute > 1.2 * usual.steps[2].compute
+
+
+@pytest.mark.more
 def test_ranks_on_one_host_share_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relora_mora.system.hardware.peak_flops", lambda **_: (1e12, "the test"))
+    monkeypatch.setattr("relora_mora.experiments.planner.given.peak_flops", lambda **_: (1e12, "the test"))
     seconds = []
     for ranks in (1, 2):
-        answer = call(PLAN, "configs/run/tiny_remora.yaml", "--device=cpu", f"--world_size={ranks}", "--json")
-        assert answer.code == 0, answer
-        seconds.append(json.loads(answer.out)["seconds"])
+        said = call(PLAN, "configs/run/tiny_remora.yaml", "--device=cpu", f"--world_size={ranks}", "--json")
+        assert said.code == 0, said
+        seconds.append(json.loads(said.out)["seconds"])
     assert seconds[0] == pytest.approx(seconds[1])
+
+
+def test_an_answer_plans_one_method_and_allocates_nothing() -> None:
+    plan = plan_of(**{"method.name": "lora"})
+    assert answer(plan)
+    assert "methods" not in vars(plan), "the other methods are only for tables and JSON"
+    assert all(parameter.is_meta for parameter in meta_model(plan.model_config, plan.config.method).parameters())

@@ -54,6 +54,17 @@ def test_missing_files_of_the_demo_are_named_with_their_commands(
         assert str(tmp_path) in fault
 
 
+def test_files_of_text_are_counted_with_how_they_are_split(config: Config, tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level("INFO", "relora_mora")
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("a\n\nb\n")
+    open_inputs(changed(config, "data", train=f"{tmp_path}/*.txt"))
+    assert caplog.messages == ["3 files of text, split at blank lines; one document a file: --data.sample_by=document"]
+    open_inputs(changed(config, "data", train=f"{tmp_path}/*.txt", sample_by="document"))
+    open_inputs(config)
+    assert len(caplog.messages) == 1
+
+
 def test_other_missing_files_are_not_called_files_of_the_demo(config: Config, tmp_path: Path) -> None:
     missing = changed(config, "data", train=str(tmp_path / "a.json"), validation=str(tmp_path / "b.json"))
     with pytest.raises(ConfigError) as raised:

@@ -6,10 +6,12 @@ import io
 import re
 import shlex
 import sys
+import time
 
 import pytest
 
 from relora_mora.commands import NAMES
+from relora_mora.system import bars
 from relora_mora.system.logs import setup_logging
 from relora_mora.train.log.progress import Progress, next_commands
 from tests.tools.each import each
@@ -23,11 +25,13 @@ def set_stderr(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> io.Strin
     return stream
 
 
-def run_of_two_steps(*, show: bool = True) -> None:
+def run_of_two_steps(monkeypatch: pytest.MonkeyPatch, *, show: bool = True) -> None:
+    monkeypatch.setattr(bars, "APPEAR_SECONDS", 0.0)
     progress = Progress(total=4, done=1, show=show)
-    with progress.evaluation() as update:
-        for done in (1, 2, 3):
-            update(done, 3)
+    assert progress.is_watched is (show and sys.stderr.isatty())
+    with progress.bar("evaluation", "token") as bar:
+        time.sleep(0.05 * progress.is_watched)
+        bar.update(3, 3)
     for loss in ("5.0", "4.0"):
         progress.update()
         progress.show(f"loss {loss}")
@@ -37,7 +41,7 @@ def run_of_two_steps(*, show: bool = True) -> None:
 @each("kind", [io.StringIO, Terminal])
 def test_every_line_of_the_log_is_kept(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = set_stderr(kind(), monkeypatch)
-    run_of_two_steps()
+    run_of_two_steps(monkeypatch)
     output = stderr.getvalue()
     lines = re.findall(r"\d\d:\d\d:\d\d (step .*)\n", output)
     assert [line.rpartition(",")[0] for line in lines] == ["step 2/4: loss 5.0", "step 3/4: loss 4.0"]
@@ -50,20 +54,20 @@ def test_every_line_of_the_log_is_kept(kind: type[io.StringIO], monkeypatch: pyt
 @each("kind", [io.StringIO, Terminal])
 def test_other_ranks_print_nothing(kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = set_stderr(kind(), monkeypatch)
-    run_of_two_steps(show=False)
+    run_of_two_steps(monkeypatch, show=False)
     assert stderr.getvalue() == ""
 
 
-def test_after_a_rollback_the_bar_goes_back_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    stderr = set_stderr(Terminal(), monkeypatch)
+def test_after_a_rollback_the_count_goes_back_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = set_stderr(io.StringIO(), monkeypatch)
     progress = Progress(total=10, done=0, show=True)
     for _ in range(8):
         progress.update()
-    progress.go_back(3)
-    assert progress.done == 3
-    assert "3/10" in stderr.getvalue().rpartition("\r")[2]
+    progress.begin(3)
+    progress.update()
+    progress.show("loss 5.0")
+    assert "step 4/10" in stderr.getvalue()
     progress.close()
-    assert stderr.getvalue().rpartition("\r")[0].rpartition("\r")[2].isspace(), "no bar stays below the last line"
 
 
 def test_time_before_the_first_step_does_not_count_in_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +75,7 @@ def test_time_before_the_first_step_does_not_count_in_the_time_left(monkeypatch:
     stderr = set_stderr(io.StringIO(), monkeypatch)
     monkeypatch.setattr("relora_mora.train.log.progress.time.monotonic", lambda: next(clock))
     progress = Progress(total=31, done=0, show=True)
-    progress.begin()
+    progress.begin(0)
     progress.update()
     progress.show("loss 5.0")
     assert stderr.getvalue().endswith("loss 5.0, 01:00 left\n")
@@ -84,6 +88,7 @@ def test_the_next_commands_are_words_of_a_shell(monkeypatch: pytest.MonkeyPatch)
     assert first == "next:"
     assert words == [
         ["relora-mora", "evaluate", "runs/my run"],
+        ["relora-mora", "sample", "runs/my run", "The"],
         ["relora-mora", "export", "runs/my run", "runs/my run_export"],
         ["relora-mora", "board", "runs"],
     ]

@@ -1,0 +1,124 @@
+"""Writes what fits on which GPU as a Markdown page: ``python -m tests.tools.recipes_page > docs/recipes.md``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from relora_mora.experiments.planner.cluster import Cluster
+from relora_mora.experiments.planner.given import plan_of
+from relora_mora.experiments.planner.plan import Plan
+from relora_mora.system.devices import DEVICES, named_device
+
+_HEAD = """\
+# Recipes: I have this GPU, what do I run?
+
+Written by `python -m tests.tools.recipes_page > docs/recipes.md` from `relora-mora plan`; do not edit
+it.
+
+For each card: the largest of the [shipped models](../configs/README.md#model) that fits with ReMoRA,
+with full rank, and with ReMoRA on a base in 8 bits, and the command that trains it. The run is the
+paper's ([configs](../configs/README.md#run)) on that model: C4, 10,000 steps of 1,024 x 512 tokens
+(5.24 billion), rank 128. It needs a tokenizer first:
+
+```bash
+relora-mora train-tokenizer --data=allenai/c4 --out=runs/tokenizer --vocab_size=32000
+```
+
+**Memory and time are planned; no GPU has confirmed them.** A run fits if it is planned to take at most
+90 % of a card. The time is FLOPs at 0.4 of the card's peak. ReMoRA keeps a float32 base in host memory.
+"Micro-batch" is `train.micro_batch_size`; an asterisk means `model.activation_checkpointing`. If the
+memory is full nevertheless, halve the micro-batch; the run sees the same batches. For another card or
+other settings, replace `pretrain` with `plan` and add `--device=CARD`; `relora-mora plan llama_7b
+--device=rtx4090` answers for a model. The learning rate is that of the paper's sizes, 250 million and
+1.3 billion parameters; [sizes](../configs/README.md#sizes) says how it would scale.
+"""
+CARDS = {"rtx3060": 1, "rtx4080": 1, "rtx4090": 1, "l40s": 1, "a100-80gb": 1, "8 x a100-80gb": 8}
+METHODS = {"ReMoRA": ["remora"], "full rank": ["full"], "ReMoRA, int8 base": ["remora", "--method.base=int8"]}
+MODELS = ("llama_7b", "llama_3b", "llama_1_3b", "llama_350m", "llama_250m", "llama_130m")  # from the largest
+
+
+def choices(devices: int) -> Iterator[list[str]]:
+    """Settings in the order in which they are tried: without recomputing, and with large micro-batches, first."""
+    stages = (1, 2, 3) if devices > 1 else (1, 2)
+    for (micro, again), stage in itertools.product(
+        [(16, False), (8, False), (4, False), (16, True), (8, True), (4, True), (2, True), (1, True)], stages
+    ):
+        yield [
+            *([f"--train.micro_batch_size={micro}"] if micro != 16 else []),
+            *(["--model.activation_checkpointing=true"] if again else []),
+            *([f"--train.zero_stage={stage}"] if stage != 1 else []),
+        ]
+
+
+def planned(words: list[str], card: str) -> Plan:
+    """The plan for the words after ``relora-mora pretrain``."""
+    name, *flags = words
+    settings = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+    return plan_of(name, settings, Cluster(1, CARDS[card], named_device(card.split()[-1])))
+
+
+def largest(card: str, method: str, *flags: str) -> tuple[list[str], Plan]:
+    """The words of the command for the largest model that fits, and its plan."""
+    for model in MODELS:
+        size = "250m" if model == "llama_250m" else "1_3b"
+        start = [f"paper_{size}_{method}"]
+        if model not in ("llama_250m", "llama_1_3b"):
+            start += [f"--model.config={model}", "--model.overrides={vocab_size: 32000}"]
+        start += [*flags, f"--train.run_dir=runs/{model.removeprefix('llama_')}_{method}"]
+        options = [start + choice for choice in choices(CARDS[card])]
+        for words in options if any(_fits(words, card) for words in options[-2:]) else ():
+            if _fits(words, card):
+                return words, planned(words, card)
+    raise AssertionError(f"nothing fits on {card}")
+
+
+def _fits(words: list[str], card: str) -> bool:
+    plan = planned(words, card)
+    return bool(plan.fits(plan.zero_stage))
+
+
+def command(words: list[str], card: str) -> str:
+    start = (
+        "relora-mora pretrain"
+        if CARDS[card] == 1
+        else f"deepspeed --num_gpus={CARDS[card]} --module relora_mora pretrain"
+    )
+    return " ".join([start, *(f"'{word}'" if " " in word else word for word in words)])
+
+
+def row(title: str, words: list[str], plan: Plan) -> str:
+    """A row of a table: what the plan of the command's ``words`` says."""
+    train = plan.config.train
+    memory = plan.needs(train.zero_stage).memory
+    start = words[0].removeprefix("paper_").rpartition("_")[0]
+    model = next((word.partition("=")[2] for word in words if "model.config" in word), f"llama_{start}")
+    again = "*" * plan.config.model.activation_checkpointing
+    hours = 1e9 / plan.tokens_per_second / 3600
+    sizes = (memory.device, memory.host_base * plan.cluster.world_size)
+    cells = [title, f"`{model}`", f"{train.micro_batch_size}{again}", *(f"{size / 2**30:.1f}" for size in sizes)]
+    return f"| {' | '.join([*cells, f'{hours:,.1f}', f'{plan.seconds / 86400:,.1f}'])} |"
+
+
+def recipes_page() -> str:
+    """The whole page, a section for each card."""
+    parts = [_HEAD]
+    for card, devices in CARDS.items():
+        device = named_device(card.split()[-1])
+        also = [each.name for each in DEVICES if each.memory_gb == device.memory_gb and each != device]
+        lines = [f"## {card.replace(device.name, f'{device.memory_gb:g} GB')}: {device.in_name}\n"]
+        if also and devices == 1:
+            lines.append(f"{', '.join(also)} have as much memory, and take another time.\n")
+        lines.append(
+            "| | model | micro-batch | GiB of a card | GiB of the host | hours per billion tokens | days of the run |"
+        )
+        lines.append("|---|---|---|---|---|---|---|")
+        found = {title: largest(card, *start) for title, start in METHODS.items()}
+        lines += [row(title, words, plan) for title, (words, plan) in found.items()]
+        commands = [command(words, card) for words, _ in found.values()]
+        parts.append("\n".join([*lines, "", "```bash", *commands, "```", ""]))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(recipes_page(), end="")
