@@ -136,7 +136,7 @@ def test_a_missing_package_is_not_a_traceback() -> None:
         ("model.overrides.num_key_value_heads=3", "num_key_value_heads"),
         ("model.overrides.hidden_act=nix", "hidden_act"),
         ("data.sequence_length=65", "more than the model's max_position_embeddings (64)"),
-        ("method.rank=15", "have 5,404 parameters, more than the 5,184 of its weights; lower it"),
+        ("method.rank=15", "have 10,808 parameters, more than the 10,368 of their weights; lower it"),
         ("method.square_size=41", "method.square_size: R of 41 is larger than both widths of"),
     ],
 )
@@ -187,7 +187,7 @@ def test_sources_without_text(inputs: Path, tmp_path: Path, name: str, message: 
             "model.overrides.vocab_size=299",
             "only 299 (vocab_size); set --model.overrides.vocab_size=300, or use a smaller",
         ),
-        ("method.rank=100000", "method.rank: the adapters of a layer have"),
+        ("method.rank=100000", "method.rank: the adapters have"),
         ("method.rank_pattern={{k_proj: 14}}", "method.rank_pattern: R of 25 is larger than both widths of k_proj (24"),
         ("model.overrides={{hidden_size: 65536, num_hidden_layers: 50}}", "weights and optimizer state need"),
     ],

@@ -43,7 +43,7 @@ def test_missing_inputs_of_runs_are_reported_before_the_first_run(tmp_path: Path
     grid = [{"method.name": "mora", "method.rank": [8, 1_000_000], "optim.lr": [1e-3, 3e-3]}]
     study.write_text(yaml.dump({"base": base, "settings": settings, "grid": grid}), encoding="utf-8")
     result = call(STUDY, study, f"--out={tmp_path / 'out'}")
-    refused(result, "no.json", "none", "the adapters of a layer have", "(in name=mora,rank=1000000,lr=0.001,seed=0)")
+    refused(result, "no.json", "none", "the adapters have", "(in name=mora,rank=1000000,lr=0.001,seed=0)")
     assert result.err.count("no.json") == 1, "the same for all runs"
     assert not (tmp_path / "out").exists()
 
