@@ -18,6 +18,7 @@ from relora_mora.config.schema import Config
 from relora_mora.train.begin.identity import FREE_SECTIONS, FREE_SETTINGS
 from tests.tools.documents import DOCUMENTS, INSTRUCTIONS, blocks, name
 from tests.tools.helpers import ROOT
+from tests.tools.models_page import models_page
 from tests.tools.support_page import support_page
 
 pytestmark = pytest.mark.more
@@ -59,6 +60,12 @@ def commands(text: str) -> Iterator[list[str]]:
 def test_the_page_of_what_works_together_is_up_to_date() -> None:
     page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
     assert page == support_page(), "run: python -m tests.tools.support_page > docs/support.md"
+
+
+@pytest.mark.more
+def test_the_page_of_models_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert page == models_page(), "run: python -m tests.tools.models_page > docs/models.md"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)

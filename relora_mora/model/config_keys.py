@@ -105,15 +105,18 @@ class Architecture(NamedTuple):
     known: bool = True
 
 
-# a window that is shorter than the sequence is refused, so a window has no effect in training
-_WINDOWS = dict.fromkeys(("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"), EXPORT)
+# transformers computes layer_types from use_sliding_window and max_window_layers
+_WINDOWS = {
+    **dict.fromkeys(("sliding_window", "layer_types"), FUNCTION),
+    **dict.fromkeys(("use_sliding_window", "max_window_layers"), EXPORT),
+}
 _OWN_BIAS = Only(None, "in a Qwen2 q, k and v have biases, and other linears do not")
 # by the model_type of a config.json
 ARCHITECTURES = {
     "llama": Architecture("Llama", KEYS, transformers.LlamaConfig),
     "mistral": Architecture(
         "Mistral",
-        {**KEYS, "attention_bias": _NO_BIAS, "mlp_bias": _NO_BIAS, "sliding_window": EXPORT},
+        {**KEYS, "attention_bias": _NO_BIAS, "mlp_bias": _NO_BIAS, "sliding_window": FUNCTION},
         transformers.MistralConfig,
     ),
     "qwen2": Architecture(

@@ -14,7 +14,7 @@ from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import MethodConfig
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.evaluation.generation import greedy
-from relora_mora.model import documents
+from relora_mora.model import documents, guard
 from relora_mora.model.causal import LossModel, build_model, empty_model, initial_values
 from relora_mora.model.config import parse_model_config
 from relora_mora.model.config_keys import architecture_for
@@ -45,6 +45,22 @@ def test_loss_and_documents_are_those_of_transformers(kind: str) -> None:
     assert 0 < counts.adapters < counts.total == sum(parameter.numel() for parameter in lm.parameters())
     values = initial_values(lm, [name for name, _ in lm.named_parameters()], seed=0)
     assert [name for name, value in values.items() if not value.isfinite().all()] == []
+
+
+def test_windows_of_the_llama_family_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "ARCHITECTURES", {})  # or this family would not be compared at a start
+    for kind in ("llama", "mistral", "qwen2", "qwen3"):
+        windows = (
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+            if kind.startswith("qwen")
+            else {}
+        )
+        config = any_config(kind, **windows)
+        assert (getattr(config, "sliding_window", None) == 16) == (kind != "llama")
+        findings = examine(config, attention="auto", documents=True)
+        assert findings.passes_boundaries
+        assert findings.difference is not None
+        assert findings.difference < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["mamba", "jamba"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 from relora_mora.model.config import parse_model_config
@@ -27,7 +29,7 @@ SIZES = {
 WIDER = {"hidden_size": 128, "n_embd": 128, "head_dim": 32}
 
 
-def any_config(kind: str, *, wide: bool = False) -> PreTrainedConfig:
+def any_config(kind: str, *, wide: bool = False, **changes: Any) -> PreTrainedConfig:
     """A config of this ``model_type`` with two small layers and, if the family has them, short windows."""
     found = architecture_for(kind)
     assert found is not None
@@ -35,6 +37,5 @@ def any_config(kind: str, *, wide: bool = False) -> PreTrainedConfig:
     sizes = SIZES | (WIDER if wide else {})
     follow = [key for key, value in defaults.items() if value is None and key != "num_key_value_heads"]
     own = {key: value for key, value in sizes.items() if key in defaults and key not in follow}
-    return parse_model_config(
-        {"model_type": kind, **own, **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))}, kind
-    )
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    return parse_model_config({"model_type": kind, **own, **tokens, **changes}, kind)

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple, get_args
 from relora_mora.config.checks.combinations import faults
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, METHODS, OPERATORS, OTHERS, settings_of_others
 from relora_mora.config.schema import SETTINGS, Config
-from relora_mora.model.config_keys import ARCHITECTURES
 from tests.tools.config_tools import tree
 from tests.tools.grids import STAGES
 
-_HEAD = f"""\
+_HEAD = """\
 # What works together
 
 <!-- Written by `python -m tests.tools.support_page > docs/support.md`; do not edit it. -->
@@ -25,7 +24,7 @@ or to understand why one was refused.
 **All tests run on CPUs. No GPU has run any of this yet**; [performance](performance.md) says what has
 been counted without one.
 
-- **Models**: the LLaMA family: {", ".join(ARCHITECTURES)}.
+- **Models**: causal language models of transformers ([models](models.md)).
 - **Launchers**: deepspeed, torchrun, Slurm ([clusters](clusters.md)), Kubernetes ([containers](containers.md)).
 - **Your own loop**: plain PyTorch, DDP, FSDP2, accelerate, DeepSpeed, Hugging Face's Trainer ([library](library.md)).
 - **Exports**: a plain model of every method, and [adapters](checkpoints.md#adapters-without-their-base).

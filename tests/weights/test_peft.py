@@ -35,7 +35,7 @@ from tests.tools.data_tools import write_shard
 from tests.tools.each import each
 from tests.tools.shared import SHARED, needs_shared
 
-ROUNDING = 2e-5  # of logits of up to 5
+ROUNDING = 5e-5  # of logits of up to 5, which differ by 2.5e-5 on CPUs without AVX-512
 
 
 @pytest.fixture(scope="session")
