@@ -31,8 +31,8 @@ trained. Its layers, head, masks and initial values are transformers' own. Code 
 - **A comparison at the start.** Outside of the LLaMA family (`llama`, `mistral`, `qwen2`, `qwen3`), which the tests
   compare, every start builds a small twin of the model with large weights and compares its loss with plain
   transformers, and, if documents are kept apart (`data.document_mask`, records), each document with the same document
-  in a sequence of its own. A model that differs is refused with the numbers. Models with recurrent or convolutional layers, such as
-  Mamba and Jamba, train without a document mask only.
+  in a sequence of its own. A model that differs is refused with the numbers. Models with recurrent or convolutional
+  layers, such as Mamba and Jamba, train without a document mask only.
 - **Adapters** are on every linear of the decoder layers (`method.target_modules: null`), whatever its name is. Models
   without linears (GPT-2 has `Conv1D`) train with `method.name: full`.
 - **Mixtures of experts.** Experts are tensors of three dimensions, which cannot have adapters. With a method of
@@ -49,8 +49,9 @@ trained. Its layers, head, masks and initial values are transformers' own. Code 
 Each row is a model of two layers: the kinds of linears with adapters, the share of the matrices in layers that they
 hold, attention and head as above, the difference of the loss from transformers in nats, and whether its layers pass
 the boundaries of documents on, so that flash attention needs no mask on a GPU. In all of them, a document in
-a packed sequence computes what it computes in one of its own. `tests/train/test_any_model_runs.py` trains, stops, resumes and exports gemma2 (ZeRO-3 with
-activation checkpointing), phi3, mixtral, gpt2 and gpt_oss, and compares their losses with plain torch.
+a packed sequence computes what it computes in one of its own. `tests/train/test_any_model_runs.py` trains, stops,
+resumes and exports gemma2 (ZeRO-3 with activation checkpointing), phi3, mixtral, gpt2 and gpt_oss, and compares their
+losses with plain torch.
 
 | `model_type` | linears | under adapters | attention | head | difference | boundaries |
 |---|---|---|---|---|---|---|
