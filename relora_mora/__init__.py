@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from relora_mora.library.huggingface import ReMoRACallback
     from relora_mora.library.methods import LoRA, MoRA, ReLoRA, ReMoRA
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "AttachedAdapters",
     "LoRA",
