@@ -25,7 +25,8 @@ from relora_mora.adapters.mora import MoRALinear, layer_square_size
 from relora_mora.cli.arguments import PositiveInt
 from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import MethodConfig, ModelConfig
-from relora_mora.model.config import attention_widths, read_model_config
+from relora_mora.model.config import read_model_config
+from relora_mora.model.widths import attention_widths
 from relora_mora.operators import MORA_TYPES
 from relora_mora.sizing.fit import check_adapters
 from relora_mora.system.hardware import device_name

@@ -1,4 +1,4 @@
-"""Reads, checks and compares configs of the LLaMA family, and derives shapes from them.
+"""Reads, checks and compares configs of models.
 
 Transformers checks the type of each value. What it would accept although the model would be another one, or fail later,
 is checked here; ``config_keys`` has the rule for each key.
@@ -15,7 +15,6 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from relora_mora.config.load import ConfigError, relative_to
 from relora_mora.config.schema import ModelConfig
@@ -27,16 +26,15 @@ from relora_mora.model.config_keys import (
     NOTHING,
     ORIGINAL,
     RANGES,
-    ROPE_KEYS,
     TRAINING,
     Architecture,
     Only,
     architecture_for,
     model_types,
 )
-from relora_mora.model.widths import attention_widths, head_width
+from relora_mora.model.widths import feed_forward_width, head_width
 
-LARGEST_MODEL = 2**42  # parameters
+LARGEST_MATRIX = 2**40  # elements
 _STRETCHED = ("dynamic", "yarn", "longrope")  # rope types that may depend on max_position_embeddings
 
 
@@ -87,34 +85,32 @@ def architecture_of(values: Mapping[str, Any], source: str) -> Architecture:
 def parse_model_config(values: Mapping[str, Any], source: str) -> PreTrainedConfig:
     """Builds a config from these keys, without those that do nothing; raises :class:`ConfigError` with every fault.
 
-    An unknown key is ignored if its value is null, so that an override can remove a key of the file.
+    A key that the family does not have is ignored if its value is null or false, so that an override can remove a key
+    of the file. The model is built without its weights, since transformers finds most faults there.
     """
     architecture = architecture_of(values, source)
     config_class = architecture.config_class
     used = _used(architecture, values)
     if used.get("num_key_value_heads", 0) is None:  # in transformers this means the number of attention heads
         used["num_key_value_heads"] = used.get("num_attention_heads", config_class().num_attention_heads)
+    if used.get("pad_token_id") == -1:
+        used["pad_token_id"] = None  # old exports write -1 for none; an embedding would use its last row
+    longest = used.pop("max_sequence_length", None)  # the name in the first configs of LLaMA
+    wrong = [*_value_faults(config_class, used), *_disagreements(used, longest)]
+    if longest is not None:
+        used.setdefault("max_position_embeddings", longest)
     # null is a value only for keys that an export carries over; otherwise it means the default of the config class
     kept = {key: value for key, value in used.items() if value is not None or architecture.keys[key] == EXPORT}
-    wrong = [*_value_faults(config_class, used, known=architecture.known)]
-    if architecture.known:
-        wrong = wrong or [*_unify_names(kept)]
     faults = [*_key_faults(architecture, values), *wrong]
     if not wrong:
         try:
             model_config = config_class(**kept)
-            if architecture.known:
-                faults += _shape_faults(model_config)
-                LlamaRotaryEmbedding(config=model_config)  # type: ignore[arg-type]  # the same in the whole family
-            else:
-                faults += _model_faults(model_config)
-        except Exception as error:
+            faults += _model_faults(model_config)
+        except Exception as error:  # transformers raises nearly any kind
             rope = f" with rope_parameters {_shown(kept['rope_parameters'])}" if "rope_parameters" in kept else ""
             faults.append(f"{_shown(error)}, in a {config_class.__name__}{rope}; correct it")
     if faults:
         raise ConfigError([f"model: {fault}" for fault in faults], source)
-    if model_config.pad_token_id == -1:
-        model_config.pad_token_id = None  # old exports write -1 for none; an embedding would use its last row
     model_config.use_cache = False
     return model_config
 
@@ -138,7 +134,7 @@ def _key_faults(architecture: Architecture, values: Mapping[str, Any]) -> Iterat
     """Yields faults of unknown keys, of keys that may only have one value, and of classes of another kind of model."""
     for key, value in values.items():
         rule = architecture.keys.get(key)
-        if rule is None and value is not None:
+        if rule is None and value is not None and value is not False:
             name = architecture.config_class.__name__
             near = get_close_matches(key, [each for each, known in architecture.keys.items() if known != NOTHING], n=1)
             meant = f" (did you mean {near[0]}?)" if near else ""
@@ -152,23 +148,33 @@ def _key_faults(architecture: Architecture, values: Mapping[str, Any]) -> Iterat
 
 
 def _model_faults(model_config: PreTrainedConfig) -> Iterator[str]:
-    """Yields faults of a model outside of the LLaMA family, which this builds without its weights."""
+    """Yields faults of sizes that do not fit together, and of the model, which this builds without its weights."""
     if model_config.get_text_config() is not model_config:
         yield f"a {model_config.model_type} is more than a language model; use the type of its text part"
         return
-    layers = getattr(model_config, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > RANGES["num_hidden_layers"][1]:
-        yield f"num_hidden_layers is {layers}, expected at most {RANGES['num_hidden_layers'][1]}"
+    heads = model_config.num_attention_heads if hasattr(model_config, "num_attention_heads") else None
+    shared = getattr(model_config, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        yield f"num_key_value_heads is {shared}, expected a divisor of num_attention_heads {heads}"
+    if getattr(model_config, "rope_parameters", None) and head_width(model_config) % 2:
+        yield f"head_dim is {head_width(model_config)}, expected an even number, since rotary embeddings rotate pairs"
+    rows = model_config.vocab_size
+    for key in ("short_factor", "long_factor"):
+        factors = (getattr(model_config, "rope_parameters", None) or {}).get(key)
+        if factors is not None and len(factors) != head_width(model_config) // 2:
+            yield f"rope_parameters: {key} has {len(factors)} numbers, expected {head_width(model_config) // 2}"
+    if model_config.pad_token_id is not None and model_config.pad_token_id >= rows:
+        yield f"pad_token_id is {model_config.pad_token_id}, expected less than vocab_size {rows}, or null"
+        return
+    if model_config.hidden_size * max(rows, feed_forward_width(model_config)) > LARGEST_MATRIX:
+        yield f"a matrix would have more than {LARGEST_MATRIX:,} elements; lower its sizes"
         return
     lm = empty_model(model_config)
-    parameters = sum(parameter.numel() for parameter in lm.parameters())
-    if parameters > LARGEST_MODEL:
-        yield f"it would have {parameters:,} parameters, expected at most {LARGEST_MODEL:,}; lower its sizes"
     if not decoder_layers(lm) or not isinstance(lm.get_output_embeddings(), nn.Linear):
         yield f"a {model_config.model_type} has no layers that can be checkpointed, or no output head; use another type"
 
 
-def _value_faults(config_class: type[PreTrainedConfig], values: Mapping[str, Any], *, known: bool) -> Iterator[str]:
+def _value_faults(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> Iterator[str]:
     """Yields faults of single values: of their types, which transformers knows, and of what it does not check."""
     probe = config_class()
     kinds = {field.name: field.type for field in fields(config_class)}
@@ -179,20 +185,33 @@ def _value_faults(config_class: type[PreTrainedConfig], values: Mapping[str, Any
         except StrictDataclassFieldValidationError:
             yield f"{key} is {_shown(value)}, expected {getattr(kinds[key], '__name__', kinds[key])}"
             continue
-        if value is not None and known:
-            yield from _range_faults(key, key, value)
-        if known and key == "hidden_act" and (value not in ACT2FN or ACT2FN[value].state_dict()):
+        rope = value if key == "rope_parameters" and isinstance(value, dict) else {}
+        yield from _range_faults(key, value)
+        yield from _range_faults("rope_theta", rope.get("rope_theta"))
+        if key == "hidden_act" and (value not in ACT2FN or ACT2FN[value].state_dict()) and value != "xielu":
             yield f"{key} is {_shown(value)}, expected an activation without parameters, such as silu"
-    heads = probe.num_attention_heads if known else 0
-    if heads and probe.hidden_size % heads:
-        yield f"hidden_size is {_shown(probe.hidden_size)}, expected a multiple of num_attention_heads {heads}"
 
 
-def _range_faults(name: str, key: str, value: Any) -> Iterator[str]:
-    if key in RANGES:
-        least, most = RANGES[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-            yield f"{name} is {_shown(value)}, expected a number from {least} to {most}"
+def _disagreements(values: Mapping[str, Any], longest: int | None) -> Iterator[str]:
+    """Yields faults of values that have two names and are not the same; transformers would take either of them."""
+    found = values["rope_parameters"] if isinstance(values.get("rope_parameters"), dict) else {}
+    scaling = values["rope_scaling"] if isinstance(values.get("rope_scaling"), dict) else {}
+    renamed = {("rope_type" if key == "type" else key): value for key, value in scaling.items()}
+    older = {key: values[key] for key in ("rope_theta", ORIGINAL) if values.get(key) is not None} | renamed
+    positions = values.get("max_position_embeddings")
+    pairs = [(key, found[key], value) for key, value in older.items() if key in found]
+    pairs += [("max_position_embeddings", positions, longest)] if positions and longest else []
+    for key, value, other in pairs:
+        if value != other:
+            yield f"{key} is {_shown(value)} and, by an older name, {_shown(other)}; keep one of them"
+
+
+def _range_faults(key: str, value: Any) -> Iterator[str]:
+    if key not in RANGES or value is None:
+        return
+    least, most = RANGES[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        yield f"{key} is {_shown(value)}, expected a number from {least} to {most}"
 
 
 def keys_with(model_config: PreTrainedConfig, *uses: str) -> dict[str, Any]:
@@ -223,69 +242,6 @@ def function_differences(theirs: PreTrainedConfig, ours: PreTrainedConfig) -> li
 def _shown(value: Any) -> str:
     text = " ".join(str(value).split()) if isinstance(value, Exception) else repr(value)
     return text if len(text) < 160 else text[:157] + "..."
-
-
-def _unify(values: dict[str, Any], key: str, value: Any, name: str) -> Iterator[str]:
-    """Sets a key to the value that ``name`` has; yields a fault if it has another one."""
-    if value is not None and values.setdefault(key, value) != value:
-        yield f"{key} is {_shown(values[key])} and, in {name}, {_shown(value)}; keep one of them"
-
-
-def _unify_names(values: dict[str, Any]) -> Iterator[str]:
-    """Leaves one name for each value, and one mapping, ``rope_parameters``; yields faults, such as a disagreement."""
-    yield from _unify(values, "max_position_embeddings", values.pop("max_sequence_length", None), "max_sequence_length")
-    rope: dict[str, Any] = {}
-    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
-        part = values.pop(name, None)
-        part = {name: part} if name == "rope_theta" else part or {}
-        if not isinstance(part, dict):
-            yield f"{name} is {_shown(part)}, expected a mapping or null"
-            continue
-        for key, value in part.items():  # transformers 4 also had "type"
-            yield from _unify(rope, "rope_type" if key == "type" else key, value, name)
-    values["rope_parameters"] = rope
-    kind = rope.setdefault("rope_type", "default")
-    if kind not in list(ROPE_KEYS):
-        yield f"rope_parameters: rope_type is {_shown(kind)}, expected one of {', '.join(ROPE_KEYS)}"
-        return
-    # transformers also accepts this key outside of rope_parameters, and ignores it for rope types that do not have it
-    original = values.pop(ORIGINAL, None)
-    if ORIGINAL in ROPE_KEYS[kind]:
-        yield from _unify(rope, ORIGINAL, original, "the config itself")
-    if rope.get("partial_rotary_factor") == 1:
-        del rope["partial_rotary_factor"]
-    for key, value in rope.items():
-        if key not in ("rope_type", "rope_theta", *ROPE_KEYS[kind]):
-            yield f"rope_parameters: {key} is not a key of the rope_type {kind}; leave it out"
-        for each in value if isinstance(value, list) else [value]:
-            yield from _range_faults(f"rope_parameters: {key}", key, each)
-
-
-def _shape_faults(config: PreTrainedConfig) -> Iterator[str]:
-    """Yields faults of sizes that transformers accepts although they do not fit together."""
-    heads = config.num_attention_heads
-    shared = config.num_key_value_heads
-    head = head_width(config)
-    if head % 2:
-        yield f"head_dim is {head}, expected an even number, since rotary embeddings rotate pairs"
-    if heads % shared:
-        yield f"num_key_value_heads is {shared}, expected a divisor of num_attention_heads {heads}"
-    rope = config.rope_parameters
-    for key in ("short_factor", "long_factor"):
-        if key in rope and (not isinstance(rope[key], list) or len(rope[key]) != head // 2):
-            yield f"rope_parameters: {key} is {_shown(rope[key])}, expected {head // 2} numbers, half of head_dim"
-    windowed = getattr(config, "sliding_window", None) is not None
-    if not set(getattr(config, "layer_types", None) or ()) <= {"full_attention", *["sliding_attention"] * windowed}:
-        yield "layer_types may only have full_attention and, with a sliding_window, sliding_attention; set it to null"
-    parameters = config.hidden_size * config.vocab_size
-    queries, keys = attention_widths(config)
-    of_layer = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
-    parameters += config.num_hidden_layers * of_layer
-    if parameters > LARGEST_MODEL:
-        yield f"it would have {parameters:,} parameters, expected at most {LARGEST_MODEL:,}; lower its sizes"
-    padding = config.pad_token_id
-    if padding is not None and padding >= config.vocab_size:
-        yield f"pad_token_id is {padding}, expected less than vocab_size {config.vocab_size}, or null"
 
 
 def length_of_documents(model_config: PreTrainedConfig) -> int | None:

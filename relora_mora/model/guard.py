@@ -1,4 +1,4 @@
-"""Compares a model outside of the LLaMA family with plain transformers at the start of a run, on a small twin.
+"""Compares a model with plain transformers at the start of a run, on a small twin.
 
 The twin has the same config with fewer layers, a smaller vocabulary, narrow feed-forward layers and short windows. Its
 weights are larger than initial ones, which would hide differences.
@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from relora_mora.config.load import ConfigError
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.model.causal import LossModel, body_of, empty_model, put_values
-from relora_mora.model.config_keys import ARCHITECTURES
+from relora_mora.model.config_keys import LLAMA_FAMILY
 from relora_mora.model.loss import IGNORE
 
 LAYERS = 2  # of the twin, or more until every kind of layer has appeared
@@ -35,7 +35,14 @@ class Findings:
     """What a start has found out about a model."""
 
     passes_boundaries: bool  # every layer passes the boundaries of documents on to its attention
-    difference: float | None = None  # of the loss, in nats; None: not compared, since tests compare this family
+    difference: float  # of the loss from transformers', in nats
+
+
+def compared_by_tests(model_config: PreTrainedConfig) -> bool:
+    """Whether the model is of the LLaMA family and has no windows, so that a start need not compare it again."""
+    kinds = set(getattr(model_config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(model_config, "sliding_window", None) is not None
+    return model_config.model_type in LLAMA_FAMILY and kinds == {"full_attention"} and not windowed
 
 
 def examine(model_config: PreTrainedConfig, *, attention: str, documents: bool) -> Findings:
@@ -43,8 +50,6 @@ def examine(model_config: PreTrainedConfig, *, attention: str, documents: bool) 
 
     ``documents``: whether a run keeps them apart. Raises :class:`ConfigError` with the numbers if something differs.
     """
-    if model_config.model_type in ARCHITECTURES:
-        return Findings(passes_boundaries=True)
     kind = model_config.model_type
     with torch.no_grad():
         try:

@@ -15,7 +15,7 @@ from relora_mora.checkpoint.layout import MANIFEST, CheckpointError
 from relora_mora.config.load import ConfigError
 from relora_mora.model.causal import empty_model
 from relora_mora.model.config import architecture_of, parse_model_config, read_json
-from relora_mora.model.config_keys import ARCHITECTURES
+from relora_mora.model.config_keys import LLAMA_FAMILY
 from relora_mora.system.logs import log
 from relora_mora.tokenizer.load import quiet_transformers
 
@@ -119,7 +119,7 @@ def check_headers(path: Path) -> None:
     if not found:
         return
     model_config = foreign_config(path)
-    if model_config.model_type not in ARCHITECTURES:  # transformers may read files of other names
+    if model_config.model_type not in LLAMA_FAMILY:  # transformers may read files of other names
         return
     parameters = empty_model(model_config).named_parameters()
     expected = {bare(name): (name, tuple(parameter.shape)) for name, parameter in parameters}

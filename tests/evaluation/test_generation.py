@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import AddedToken, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AddedToken, AutoModelForCausalLM
 
 from relora_mora.data.records.passages import special_tokens
 from relora_mora.data.rows import Encoded
@@ -19,7 +19,6 @@ from relora_mora.evaluation.generation import (
     text_of,
 )
 from relora_mora.model.causal import LossModel
-from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.tools.each import each
 from tests.tools.runs import LLAMA
@@ -35,8 +34,8 @@ CPU = torch.device("cpu")
 
 def _model(name):
     torch.manual_seed(3)
-    kind = ARCHITECTURES[name]
-    return AutoModelForCausalLM.from_config(kind.config_class(**LLAMA, initializer_range=0.4, **KINDS[name])).eval()
+    kind = CONFIG_MAPPING[name]
+    return AutoModelForCausalLM.from_config(kind(**LLAMA, initializer_range=0.4, **KINDS[name])).eval()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def test_a_batch_of_prompts_generates_what_transformers_does_for_each(name):
 def test_rows_that_fit_never_go_beyond_the_positions_of_the_model():
     """Where one does, dynamic rotary embeddings are stretched, and stay so for what is trained after that."""
     torch.manual_seed(3)
-    config = ARCHITECTURES["llama"].config_class(
+    config = CONFIG_MAPPING["llama"](
         **LLAMA | {"max_position_embeddings": 12},
         initializer_range=0.4,
         rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0},

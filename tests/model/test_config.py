@@ -16,9 +16,8 @@ from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import ModelConfig
 from relora_mora.model.causal import LossModel, build_model
 from relora_mora.model.config import check_length, keys_with, plain_model_config, read_model_config
-from relora_mora.model.config_keys import ARCHITECTURES, FUNCTION, TRAINING
+from relora_mora.model.config_keys import FUNCTION, LLAMA_FAMILY, TRAINING
 from tests.tools.each import each
-from tests.tools.helpers import ROOT
 from tests.tools.tiny import batch
 
 TINY = {
@@ -135,16 +134,17 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [  # (what the message must name, ov
     ("architectures Qwen2ForCausalLM", {"architectures": ["Qwen2ForCausalLM"]}),
     # rotary embeddings
     ("rope_theta 10000.0 500.0", {"rope_theta": 500.0, "rope_parameters": rope("default")}),
-    ("rope_type linear", {"rope_parameters": rope("default"), "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    (
+        "rope_type default linear",
+        {"rope_parameters": rope("default"), "rope_scaling": {"type": "linear", "factor": 2.0}},
+    ),
     ("rope_type mrope", {"rope_parameters": rope("mrope")}),
     ("rope_parameters linear", {"rope_parameters": "linear"}),
     ("factor linear", {"rope_parameters": {"rope_type": "linear"}}),
-    ("factor default", {"rope_parameters": rope("default", factor=2.0)}),
     ("factor '2'", {"rope_parameters": rope("linear", factor="2")}),
     ("rope_theta -5", {"rope_parameters": rope("default", -5)}),
     ("LlamaConfig rope_parameters", {"rope_parameters": rope("yarn", 1, factor=2)}),
-    ("short_factor 6", {"rope_parameters": rope("longrope", short_factor=[1.0], long_factor=[1.0] * 6)}),
-    ("long_factor 6", {"rope_parameters": rope("longrope", short_factor=[1.0] * 6, long_factor=[-1.0] * 6)}),
+    ("short_factor 1 6", {"rope_parameters": rope("longrope", short_factor=[1.0], long_factor=[1.0] * 6)}),
     (
         "original_max_position_embeddings 16 8",
         {
@@ -152,30 +152,26 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [  # (what the message must name, ov
             "original_max_position_embeddings": 16,
         },
     ),
-    ("partial_rotary_factor 0.5", {"partial_rotary_factor": 0.5}),
-    ("partial_rotary_factor", {"rope_parameters": rope("default", partial_rotary_factor=0.5)}),
+    ("partial_rotary_factor LlamaConfig", {"partial_rotary_factor": 0.5}),
     # numbers
-    ("max_sequence_length 32 max_position_embeddings 64", {"max_sequence_length": 32}),
+    ("max_position_embeddings 64 32", {"max_sequence_length": 32}),
     ("pad_token_id 99999 64", {"pad_token_id": 99999}),
     ("attention_dropout 5", {"attention_dropout": 5}),
     ("head_dim 3", {"hidden_size": 24, "num_attention_heads": 8}),
     ("head_dim None", {**QWEN3, "head_dim": None}),
-    ("hidden_size num_attention_heads", {"num_attention_heads": 5, "num_key_value_heads": 5}),
+    ("hidden size attention heads", {"num_attention_heads": 5, "num_key_value_heads": 5}),
     ("num_key_value_heads 3", {"num_key_value_heads": 3}),
     ("num_attention_heads 2.0", {"num_attention_heads": 2.0}),
     ("vocab_size 0", {"vocab_size": 0}),
-    ("4,398,046,511,104", {"hidden_size": 2**20, "intermediate_size": 2**24}),
+    ("matrix elements", {"hidden_size": 2**20, "intermediate_size": 2**24}),
     ("num_hidden_layers 1000000 4096", {"num_hidden_layers": 10**6}),
     # what this kind of model or this trainer does not have
     ("is_encoder_decoder True", {"is_encoder_decoder": True}),
     ("attn_implementation model.attention", {"attn_implementation": "eager"}),
     ("quantization_config", {"quantization_config": {"bits": 4}}),
-    ("sliding_window 16", {"sliding_window": 16}),
-    ("attention_bias True", {**MISTRAL, "attention_bias": True}),
-    ("layer_types", {**QWEN2, "layer_types": ["chunked_attention"] * 2}),
+    ("sliding_window LlamaConfig", {"sliding_window": 16}),
+    ("attention_bias MistralConfig", {**MISTRAL, "attention_bias": True}),
     ("layer_types num_hidden_layers", {**QWEN2, "layer_types": [FULL] * 5}),
-    ("layer_types sliding_window", {**QWEN2, "layer_types": [FULL, SLIDING]}),
-    ("hidden_act xielu", {"hidden_act": "xielu"}),
 ]
 
 
@@ -196,7 +192,7 @@ def test_all_faults_are_named_together(path: Path) -> None:
 
 
 def test_without_a_number_of_key_heads_there_are_as_many_as_attention_heads(path: Path) -> None:
-    for model_type, heads in itertools.product(ARCHITECTURES, (1, 2)):
+    for model_type, heads in itertools.product(LLAMA_FAMILY, (1, 2)):
         values = {"num_attention_heads": heads, "num_key_value_heads": None, "head_dim": 8}
         assert read(path, model_type=model_type, **values).num_key_value_heads == heads
 
@@ -206,34 +202,22 @@ def test_two_names_of_one_value_are_unified(path: Path) -> None:
     assert plain_model_config(read(path, rope_theta=10000, rope_parameters=rope("default"), rope_scaling=None)) == plain
     assert plain_model_config(read(path, max_sequence_length=64)) == plain
     yarn = {"type": "yarn", "factor": 4.0}
-    inside = plain_model_config(read(path, rope_scaling={**yarn, "original_max_position_embeddings": 8}))
-    assert plain_model_config(read(path, rope_scaling=yarn, original_max_position_embeddings=8)) == inside
-    assert plain_model_config(read(path, original_max_position_embeddings=8)) == plain, "nothing is stretched"
+    inside = keys_with(read(path, rope_scaling={**yarn, "original_max_position_embeddings": 8}), FUNCTION)
+    assert keys_with(read(path, rope_scaling=yarn, original_max_position_embeddings=8), FUNCTION) == inside
     path.write_text(json.dumps({key: value for key, value in TINY.items() if key != "max_position_embeddings"}))
     assert plain_model_config(read(path, max_sequence_length=64)) == plain
 
 
 def test_activations_without_parameters_are_accepted(path: Path) -> None:
     for name in ACT2FN:
-        if name in ("prelu", "xielu"):
+        if name == "prelu":
             with pytest.raises(ConfigError, match="hidden_act"):
                 read(path, hidden_act=name)
         else:
             assert read(path, hidden_act=name).hidden_act == name
 
 
-@each("kind", ARCHITECTURES)
-def test_every_key_of_transformers_is_handled(kind: str) -> None:
-    assert set(ARCHITECTURES[kind].config_class().to_dict()) <= set(ARCHITECTURES[kind].keys)
-
-
-def test_the_documents_name_every_key() -> None:
-    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    used = {key for kind in ARCHITECTURES.values() for key, rule in kind.keys.items() if rule != "nothing"}
-    assert [key for key in sorted(used) if f"`{key}`" not in page] == []
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", LLAMA_FAMILY)
 def test_a_written_config_reads_back_the_same(path: Path, kind: str) -> None:
     overrides = {
         "model_type": kind,

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CONFIG_MAPPING
 
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.load import validate
 from relora_mora.config.schema import ModelConfig
 from relora_mora.model.causal import LossModel, build_model
 from relora_mora.model.config import plain_model_config
-from relora_mora.model.config_keys import ARCHITECTURES
+from relora_mora.model.config_keys import LLAMA_FAMILY
 from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.work import meta_model
 from relora_mora.weights.load import model_config_of
@@ -154,12 +155,12 @@ def test_overrides_apply_to_the_config_of_the_folder(tmp_path: Path) -> None:
     assert model_config_of(settings).attention_dropout == 0.1
 
 
-@each("kind", ARCHITECTURES)
+@each("kind", LLAMA_FAMILY)
 def test_the_hidden_states_agree_with_transformers(kind: str) -> None:
     sizes = tiny_llama(num_key_value_heads=1, initializer_range=0.3, head_dim=12).to_dict()
     known = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     more = ("num_key_value_heads", "initializer_range", "head_dim", "max_position_embeddings")
-    config = ARCHITECTURES[kind].config_class(**{key: sizes[key] for key in known + more}, use_cache=False)
+    config = CONFIG_MAPPING[kind](**{key: sizes[key] for key in known + more}, use_cache=False)
     lm = build_model(config, seed=1)
     for value in lm.parameters():
         if value.dim() == 1:  # biases and norms
@@ -169,12 +170,12 @@ def test_the_hidden_states_agree_with_transformers(kind: str) -> None:
     torch.testing.assert_close(LossModel(lm).hidden(ids, None), expected, rtol=0, atol=1e-6)
 
 
-@each("kind", ARCHITECTURES)
+@each("kind", LLAMA_FAMILY)
 def test_only_adapters_train_if_everything_else_is_frozen(kind: str) -> None:
     """Biases and the norms of queries and keys are frozen too."""
     frozen = {"train_embeddings": False, "train_norms": False, "train_head": False}
     method = validate(tree(method={"name": "mora", "rank": 3, **frozen}), "the test").method
-    model = meta_model(ARCHITECTURES[kind].config_class(num_hidden_layers=1), method)
+    model = meta_model(CONFIG_MAPPING[kind](num_hidden_layers=1), method)
     names = {f"{name}.{key}" for name, layer in adapter_layers(model) for key in layer.adapter_names}
     assert len(names) == 7
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == names

@@ -169,7 +169,7 @@ def test_model_settings_report_every_fault(tmp_path):
         read_model_config(ModelConfig(config=str(path), overrides={"hidden_act": "silu"}))
     unknown, shape = caught.value.faults
     assert "hiden is not a key" in unknown
-    assert "hidden_size is 30, expected a multiple of num_attention_heads 4" in shape
+    assert "The hidden size (30) is not a multiple of the number o" in shape
     with pytest.raises(ConfigError, match="cannot read it"):
         read_model_config(ModelConfig(config=str(tmp_path / "none.json")))
     path.write_text("[1]")

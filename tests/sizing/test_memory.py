@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedConfig
 
 from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import adapter_layers
@@ -18,7 +18,7 @@ from relora_mora.config.schema import Config, ModelConfig
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.model.causal import LossModel, build_model
 from relora_mora.model.config import read_model_config
-from relora_mora.model.config_keys import ARCHITECTURES
+from relora_mora.model.config_keys import LLAMA_FAMILY
 from relora_mora.optim.groups import count_parameters, set_trainable
 from relora_mora.sizing.fit import check_memory, choose_forms
 from relora_mora.sizing.memory import activation_memory, merged_memory, peak_memory, scratch_memory, state_memory
@@ -82,9 +82,9 @@ def test_activations_and_peak(method: dict[str, Any], model: dict[str, Any], bf1
 
 
 @each("method,bf16", [({"name": "full"}, True), ({"name": "mora", "train_norms": False}, False)])
-@each("kind", [kind for kind in ARCHITECTURES if kind != "llama"])
+@each("kind", [kind for kind in LLAMA_FAMILY if kind != "llama"])
 def test_activations_and_peak_of_the_family(kind: str, method: dict[str, Any], bf16: bool) -> None:
-    check_activations_and_peak(make_config(method), ARCHITECTURES[kind].config_class(**SIZES), bf16)
+    check_activations_and_peak(make_config(method), CONFIG_MAPPING[kind](**SIZES), bf16)
 
 
 @pytest.mark.more

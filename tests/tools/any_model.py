@@ -7,12 +7,13 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from relora_mora.model.config import parse_model_config
-from relora_mora.model.config_keys import architecture_for
+from relora_mora.model.config_keys import LLAMA_FAMILY, architecture_for
 
 # the number of kinds of linears in their layers
 FAMILIES = {"gemma2": 7, "olmo2": 7, "phi3": 4, "cohere2": 7, "gpt_neox": 4, "mixtral": 4, "gpt_oss": 4, "opt": 6}
 FURTHER_FAMILIES = {
     **dict.fromkeys(("gemma", "gemma3_text", "olmo", "olmo3", "smollm3", "granite", "cohere", "stablelm", "helium"), 7),
+    **dict.fromkeys(LLAMA_FAMILY, 7),
     **dict.fromkeys(("phi", "gptj", "glm4", "nemotron", "starcoder2", "apertus"), 6),
     **dict.fromkeys(("qwen3_moe", "olmoe", "falcon", "bloom", "mpt"), 4),
     "llama4_text": 7,

@@ -11,12 +11,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.config.load import FINETUNING, load_config
 from relora_mora.config.schema import Config
-from relora_mora.model.config_keys import ARCHITECTURES
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.weights.export import export
 from relora_mora.weights.foreign import check_headers, load_foreign
@@ -49,10 +48,8 @@ KINDS: dict[str, tuple[dict[str, Any], int, str, str, str | None]] = {
 def save(folder: Path, kind: str = "llama", **changes: Any) -> Path:
     """A model with its tokenizer in one folder."""
     torch.manual_seed(5)
-    architecture = ARCHITECTURES[kind]
-    model = AutoModelForCausalLM.from_config(
-        architecture.config_class(**(LLAMA | {"initializer_range": 0.1} | changes))
-    )
+    architecture = CONFIG_MAPPING[kind]
+    model = AutoModelForCausalLM.from_config(architecture(**(LLAMA | {"initializer_range": 0.1} | changes)))
     model.save_pretrained(folder)
     save_bytes_tokenizer(folder)
     return folder
