@@ -5,6 +5,7 @@ is checked here; ``config_keys`` has the rule for each key.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -241,6 +242,7 @@ def function_differences(theirs: PreTrainedConfig, ours: PreTrainedConfig) -> li
 
 def _shown(value: Any) -> str:
     text = " ".join(str(value).split()) if isinstance(value, Exception) else repr(value)
+    text = re.sub(r"^Class validation error for validator '\w+': \w+: ", "", text)  # by huggingface_hub
     return text if len(text) < 160 else text[:157] + "..."
 
 

@@ -130,7 +130,7 @@ def test_a_missing_package_is_not_a_traceback() -> None:
         ("model.config={}/folder", "model.config: cannot read it (Is a directory)"),
         ("model.config={}/rubbish", "model.config: not JSON"),
         ("model.overrides.hidden_size=many", "hidden_size"),
-        ("model.overrides.num_attention_heads=7", "num_attention_heads"),
+        ("model.overrides.num_attention_heads=7", "number of attention heads (7)"),
         ("model.overrides.vocab_size=0", "vocab_size"),
         ("model.overrides.head_dim=0", "head_dim"),
         ("model.overrides.num_key_value_heads=3", "num_key_value_heads"),

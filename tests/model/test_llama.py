@@ -169,7 +169,7 @@ def test_model_settings_report_every_fault(tmp_path):
         read_model_config(ModelConfig(config=str(path), overrides={"hidden_act": "silu"}))
     unknown, shape = caught.value.faults
     assert "hiden is not a key" in unknown
-    assert "The hidden size (30) is not a multiple of the number o" in shape
+    assert "model: The hidden size (30) is not a multiple of the number of attention heads (4)" in shape
     with pytest.raises(ConfigError, match="cannot read it"):
         read_model_config(ModelConfig(config=str(tmp_path / "none.json")))
     path.write_text("[1]")
