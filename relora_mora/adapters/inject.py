@@ -1,18 +1,45 @@
 """Puts adapter layers into a model that knows nothing about them."""
 
+import copy
 from collections.abc import Iterable, Iterator
 from pkgutil import resolve_name
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, all_names, layer_generator
 from relora_mora.adapters.scope import Caller
 from relora_mora.adapters.stored import PLAIN, EightBits, Stored
 from relora_mora.config.schema import MethodConfig
-from relora_mora.model.causal import decoder_layers, multiplies
 
 # the shared input of linears in a decoder layer; a linear that is not named here has an input of its own
 INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)  # without transformers
+
+
+def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers with their names: the modules that transformers checkpoints one by one."""
+    inside = [(name, m) for name, m in model.named_modules() if _is_layer(m)]
+    return [(name, m) for name, m in inside if not any(name.startswith(f"{other}.") for other, _ in inside)]
+
+
+@torch.no_grad()
+def multiplies(module: nn.Linear) -> bool:
+    """Whether a linear of another class only multiplies; a router, for example, returns more. Needs no weights."""
+    if type(module) is nn.Linear:
+        return True
+    small = copy.copy(module)
+    bias = None if module.bias is None else nn.Parameter(torch.rand(5, device="cpu"))
+    small._parameters = {"weight": nn.Parameter(torch.rand(5, module.in_features, device="cpu")), "bias": bias}
+    x = torch.rand(1, 3, module.in_features, device="cpu")
+    try:
+        return torch.allclose(small(x), F.linear(x, small.weight, small.bias), rtol=1e-4)
+    except Exception:  # a forward that needs more than an input
+        return False
 
 
 def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | AdapterLinear]]:

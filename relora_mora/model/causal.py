@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from relora_mora.adapters.inject import decoder_layers
 from relora_mora.model.compiling import compile_layers
 from relora_mora.model.documents import SDPA_OR_DOCUMENTS, documents, needs_no_mask
 from relora_mora.model.loss import IGNORE, LossHead, bytes_per_logit, loss_chunk
@@ -52,7 +53,9 @@ def empty_model(model_config: PreTrainedConfig, *, attention: str = "auto") -> P
     try:
         with no_init_weights():
             lm: PreTrainedModel = AutoModelForCausalLM.from_config(
-                model_config, attn_implementation=None if attention == "auto" else attention, dtype=torch.float32
+                copy.deepcopy(model_config),  # building changes it
+                attn_implementation=None if attention == "auto" else attention,
+                dtype=torch.float32,
             )
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
@@ -61,27 +64,6 @@ def empty_model(model_config: PreTrainedConfig, *, attention: str = "auto") -> P
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # there is no padding, so the embedding of pad_token_id trains too
     return lm
-
-
-def decoder_layers(lm: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The layers with their names: the modules that transformers checkpoints one by one."""
-    inside = [(name, m) for name, m in lm.named_modules() if isinstance(m, GradientCheckpointingLayer)]
-    return [(name, m) for name, m in inside if not any(name.startswith(f"{other}.") for other, _ in inside)]
-
-
-@torch.no_grad()
-def multiplies(module: nn.Linear) -> bool:
-    """Whether a linear of another class only multiplies; a router, for example, returns more. Needs no weights."""
-    if type(module) is nn.Linear:
-        return True
-    small = copy.copy(module)
-    bias = None if module.bias is None else nn.Parameter(torch.rand(5, device="cpu"))
-    small._parameters = {"weight": nn.Parameter(torch.rand(5, module.in_features, device="cpu")), "bias": bias}
-    x = torch.rand(1, 3, module.in_features, device="cpu")
-    try:
-        return torch.allclose(small(x), F.linear(x, small.weight, small.bias), rtol=1e-4)
-    except Exception:  # a forward that needs more than an input
-        return False
 
 
 @torch.no_grad()

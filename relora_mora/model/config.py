@@ -17,9 +17,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from relora_mora.adapters.inject import decoder_layers
 from relora_mora.config.load import ConfigError, relative_to
 from relora_mora.config.schema import ModelConfig
-from relora_mora.model.causal import decoder_layers, empty_model
+from relora_mora.model.causal import empty_model
 from relora_mora.model.config_keys import (
     ALIAS,
     EXPORT,

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from relora_mora.adapters.inject import decoder_linears
+from relora_mora.adapters.inject import decoder_layers, decoder_linears
 from relora_mora.adapters.layers import ADAPTERS, adapter_layers, adapter_parameters
 from relora_mora.config.lengths import restart_warmup
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.schema import MethodConfig
-from relora_mora.model.causal import decoder_layers
 from relora_mora.optim.own import own_rule
 from relora_mora.optim.rules import MatrixRule, MatrixState
 from relora_mora.schedule import Schedule

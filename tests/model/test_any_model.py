@@ -146,6 +146,14 @@ def test_a_batch_generates_what_transformers_does_for_each(kind: str) -> None:
     assert torch.equal(greedy(LossModel(lm).lm, prompts, 7, torch.device("cpu")), expected)
 
 
+def test_a_model_keeps_its_attention_when_another_is_built_from_its_config() -> None:
+    config = any_config("llama")
+    module = LossModel(build_model(config, seed=0))
+    meta_model(module.lm.config, MethodConfig(name="remora", rank=2))
+    empty_model(config)
+    assert module.lm.config._attn_implementation == documents.SDPA_OR_DOCUMENTS
+
+
 def test_experts_and_routers_train_only_if_asked() -> None:
     config = any_config("mixtral")
     trained = {}
