@@ -71,7 +71,7 @@ def main(**overrides: str) -> int:
     else:
         shutil.rmtree(export, ignore_errors=True)
         step(
-            "4/5 export: a plain LLaMA with merged adapters",
+            "4/5 export: a plain model with merged adapters",
             [*COMMAND, "export", str(run), str(export)],
         )
     step(

@@ -1,4 +1,4 @@
-"""Exports a checkpoint as a plain LLaMA for AutoModelForCausalLM and AutoTokenizer, or only its adapter for PEFT."""
+"""Exports a checkpoint as a plain model for AutoModelForCausalLM and AutoTokenizer, or only its adapter for PEFT."""
 
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ def main(
     dtype: Precision = "float32",
     format: Literal["merged", "peft", "peft-mora"] = "merged",
 ) -> None:
-    """Exports a checkpoint as a plain LLaMA, or only its adapter for PEFT.
+    """Exports a checkpoint as a plain model, or only its adapter for PEFT.
 
     Arguments:
         checkpoint: a checkpoint folder, or a run folder (its newest complete checkpoint)

@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 from relora_mora.adapters.inject import decoder_layers
 from relora_mora.config.load import ConfigError, relative_to
 from relora_mora.config.schema import ModelConfig
+from relora_mora.config.shipped import MODELS, shipped_files
 from relora_mora.model.causal import empty_model
 from relora_mora.model.config_keys import (
     ALIAS,
@@ -59,12 +60,14 @@ def read_json(path: Path, setting: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except OSError as error:
-        fault = f"{setting}: cannot read it ({error.strerror}); give a file, or a name such as llama_130m"
+        near = get_close_matches(str(path), shipped_files(MODELS), n=1)
+        remedy = f"did you mean {near[0]}?" if near else "give a file, or a name such as llama_130m"
+        fault = f"{setting}: cannot read it ({error.strerror}); {remedy}"
         raise ConfigError([fault + relative_to(path)], str(path)) from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError([f"{setting}: not JSON ({error}); give the config.json of a LLaMA"], str(path)) from error
+        raise ConfigError([f"{setting}: not JSON ({error}); give the config.json of a model"], str(path)) from error
     if not isinstance(values, dict):
-        fault = f"{setting}: holds a {type(values).__name__}, expected an object; give the config.json of a LLaMA"
+        fault = f"{setting}: holds a {type(values).__name__}, expected an object; give the config.json of a model"
         raise ConfigError([fault], str(path))
     return values
 

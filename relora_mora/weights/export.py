@@ -1,6 +1,6 @@
 """Checkpoints as plain models with the adapters merged in, and their export.
 
-A checkpoint is exported as a plain LLaMA or as an adapter without its base; neither needs this package.
+A checkpoint is exported as a plain model or as an adapter without its base; neither needs this package.
 """
 
 import json

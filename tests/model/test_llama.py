@@ -172,6 +172,8 @@ def test_model_settings_report_every_fault(tmp_path):
     assert "model: The hidden size (30) is not a multiple of the number of attention heads (4)" in shape
     with pytest.raises(ConfigError, match="cannot read it"):
         read_model_config(ModelConfig(config=str(tmp_path / "none.json")))
+    with pytest.raises(ConfigError, match="did you mean llama_7b"):
+        read_model_config(ModelConfig(config="llama_8b"))
     path.write_text("[1]")
     with pytest.raises(ConfigError, match=r"holds a list, expected an object; give the config\.json"):
         read_model_config(ModelConfig(config=str(path)))

@@ -192,6 +192,7 @@ class Plan:
         return [
             *(["lower train.micro_batch_size"] if self.config.train.micro_batch_size > 1 else []),
             *([] if self.config.model.activation_checkpointing else ["set model.activation_checkpointing"]),
+            *(["set method.base=int8"] if self.config.method.uses_adapters and self.config.method.base is None else []),
             "take more or larger devices",
         ]
 

@@ -44,6 +44,7 @@ class BatchLoader:
         self.guard = guard
         self.patience = config.timeout_seconds + WORKER_SECONDS
         self.within = self.patience if config.workers else config.timeout_seconds + LONG_SECONDS
+        self._noted: set[str] = set()
 
     def next_batch(self, step: int) -> LocalBatch | None:
         """The batch for ``step``, once every rank has its share; None if some rank was asked to stop.
@@ -73,7 +74,9 @@ class BatchLoader:
             if not waiting and batch is not None:
                 break
         for note in batch.notes:
-            log.warning("data: %s", note)
+            if note not in self._noted:  # each lane and each epoch would say it again
+                self._noted.add(note)
+                log.warning("data: %s", note)
         return LocalBatch(batch, int(total_scored))
 
 

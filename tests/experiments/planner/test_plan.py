@@ -66,7 +66,7 @@ def test_stage_1_is_not_advised_if_stage_2_hides_its_traffic(link_gbits: float, 
 def test_settings_in_use_are_not_suggested_for_too_little_memory() -> None:
     small = plan_of(**{"train.micro_batch_size": "1", "model.activation_checkpointing": "true"})
     assert plan_of().savings == ["lower train.micro_batch_size", "set model.activation_checkpointing", *small.savings]
-    assert small.savings == ["take more or larger devices"]
+    assert small.savings == ["set method.base=int8", "take more or larger devices"]
 
 
 def test_parameters_and_tokens() -> None:
