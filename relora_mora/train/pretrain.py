@@ -32,11 +32,13 @@ from relora_mora.system.hardware import compute_deterministically, ran_out_of_me
 from relora_mora.system.logs import counted, log, setup_logging, shared_log
 from relora_mora.system.process import give_back_freed_memory
 from relora_mora.system.run_folder import RunFolder
+from relora_mora.tokenizer.files import TokenizerError, check_exists
 from relora_mora.train.begin.build import build, warm_up
 from relora_mora.train.begin.check import (
     ResolvedRun,
     check,
     check_agreement,
+    check_model,
     check_shared,
     with_chosen_products,
     with_saved_commits,
@@ -115,12 +117,11 @@ def _check(config: Config, guard: Guard) -> tuple[ResolvedRun, Path | None, int,
         if world_size > 1:
             _watch(guard, config, rank, world_size)
     folder = Path(config.train.run_dir)
+    collectives.from_first_rank(lambda: _check_here(config, folder))
     data, datasets = collectives.from_first_rank(lambda: _pin_commits(config))
     remember_datasets(datasets)
     config = collectives.on_all_ranks(lambda: with_tokenizer(with_rule(config.model_copy(update={"data": data}))))
     config = with_chosen_products(config)
-    collectives.from_first_rank(lambda: check_loggers(config.log))
-    collectives.from_first_rank(lambda: check_run_folder(folder))
     checked = collectives.on_all_ranks(lambda: check(config, world_size))
     check_agreement(checked.identity)
     shards = at_versions(checked.shards, collectives.from_first_rank(lambda: _check_remote_data(checked, data)))
@@ -204,6 +205,18 @@ def _end_if_lost(guard: Guard, error: Exception) -> None:
         guard.machine_failed(
             f"a disk or network failed{whose} ({error.strerror}: {error.filename})", same_on_all_ranks=same
         )
+
+
+def _check_here(config: Config, folder: Path) -> None:
+    """Finds what is wrong on this machine before a server is asked for anything, which may take minutes."""
+    check_loggers(config.log)
+    check_run_folder(folder)
+    check_model(config)
+    if config.tokenizer.path is not None:
+        try:
+            check_exists(Path(config.tokenizer.path))
+        except TokenizerError as error:
+            raise TokenizerError(f"tokenizer.path: {error}") from error
 
 
 def _pin_commits(config: Config) -> tuple[DataConfig, Datasets]:

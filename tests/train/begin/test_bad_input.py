@@ -214,3 +214,25 @@ def test_scoring_does_not_need_a_writable_disk(run_folder, inputs, tmp_path):
         shutil.copytree(run_folder, folder / "run")
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         assert call(EVALUATE, folder / "run", f"--data={inputs}/validation/*.json.gz").code == 0
+
+
+def test_faults_of_this_machine_come_before_any_request(pools, inputs, tokenizer_path, tmp_path):
+    """A server that does not answer is asked again for minutes."""
+    for tokenizer, model, fault in (
+        (str(tmp_path / "none"), {}, "tokenizer.path: .*none: not found"),
+        (tokenizer_path, {"config": "llama_8b"}, "did you mean llama_7b"),
+    ):
+        config = run_config(inputs, tokenizer, tmp_path / "run", model=model)
+        with pytest.raises(AssertionError, match=fault):
+            pools(1)(_without_requests, config)
+
+
+def _without_requests(config: Any) -> None:
+    from relora_mora.train import pretrain
+
+    def asks(*_: Any) -> None:
+        raise AssertionError("a server was asked")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "with_commits", asks)
+        train(config)
