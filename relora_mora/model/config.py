@@ -104,6 +104,8 @@ def parse_model_config(values: Mapping[str, Any], source: str) -> PreTrainedConf
     wrong = [*_value_faults(config_class, used), *_disagreements(used, longest)]
     if longest is not None:
         used.setdefault("max_position_embeddings", longest)
+    if ORIGINAL not in {field.name for field in fields(config_class)}:
+        _put_inside(used, used.pop(ORIGINAL, None))
     # null is a value only for keys that an export carries over; otherwise it means the default of the config class
     kept = {key: value for key, value in used.items() if value is not None or architecture.keys[key] == EXPORT}
     faults = [*_key_faults(architecture, values), *wrong]
@@ -195,6 +197,19 @@ def _value_faults(config_class: type[PreTrainedConfig], values: Mapping[str, Any
         yield from _range_faults("rope_theta", rope.get("rope_theta"))
         if key == "hidden_act" and (value not in ACT2FN or ACT2FN[value].state_dict()) and value != "xielu":
             yield f"{key} is {_shown(value)}, expected an activation without parameters, such as silu"
+
+
+def _put_inside(values: dict[str, Any], original: int | None) -> None:
+    """Puts a number of positions that stood next to the rope parameters into them, if their type uses it.
+
+    Transformers leaves it where it is, and stretches from another number.
+    """
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = values.get(name)
+        if original is not None and isinstance(rope, dict):
+            kind = rope.get("rope_type", rope.get("type"))
+            if kind in ("yarn", "longrope", "llama3"):
+                values[name] = {ORIGINAL: original, **rope}
 
 
 def _disagreements(values: Mapping[str, Any], longest: int | None) -> Iterator[str]:
