@@ -199,5 +199,5 @@ def _report(run: Path, seconds: float) -> None:
     print(f"""
 Look at the curves:       {program} board {run}
 Score any text:           {program} evaluate {DEMO / "export"} --data='{DEMO}/data/validation/*.json.gz'
-Compare the methods:      {program} pretrain tiny_remora, and tiny_full, tiny_lora, tiny_mora, tiny_relora
+Compare the methods:      {program} pretrain tiny_remora  # and tiny_full, tiny_lora, tiny_mora, tiny_relora
 Start again from nothing: rm -r {DEMO}""")
