@@ -80,13 +80,22 @@ def _known_or_found(position_ids: Tensor) -> Tensor | None:
 masking_utils.find_packed_sequence_indices = _known_or_found
 
 
+def _of_positions(mask_function: Any, positions: Tensor) -> Any:
+    """A mask function of transformers that counts positions inside of documents; older versions have none."""
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Any:
+        return mask_function(batch, head, positions[batch, query], positions[batch, key])
+
+    return mask
+
+
 def _separating(build: Any) -> Any:
     """A mask builder of transformers that also keeps documents apart; windows and chunks count inside a document."""
 
     def mask(*args: Any, mask_function: Any = masking_utils.causal_mask_function, **settings: Any) -> Tensor | None:
         if _Batch.numbers is not None and _Batch.positions is not None:
             mask_function = masking_utils.and_masks(
-                masking_utils.remap_positions_for_packed_sequence(mask_function, _Batch.positions),
+                _of_positions(mask_function, _Batch.positions),
                 masking_utils.packed_sequence_mask_function(_Batch.numbers),
             )
             settings["allow_is_causal_skip"] = False
