@@ -1,6 +1,6 @@
 """Singular values of a run's total update to its initial weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -56,12 +56,12 @@ def rank_columns(groups: Sequence[Spectra], above: float) -> dict[str, list[str]
     return {kind: [means(spectra[kind]) for spectra in groups] for kind in groups[0]}
 
 
-def _initial_weights(reader: CheckpointReader, names: list[str]) -> dict[str, Tensor | None]:
+def _initial_weights(reader: CheckpointReader, names: list[str]) -> Mapping[str, Tensor | None]:
     config = stored_config(reader.manifest.config, str(reader.folder))
     model = checked_model(reader)
     if config.model.init_from is None:
         seed = reader.manifest.counters["initial_seed"]
-        return {**initial_values(empty_model(model.config), names, seed)}
+        return initial_values(empty_model(model.config), names, seed)
     source = Path(config.model.init_from)
     files = {"model.init_from": config.model.init_from, "model.adapter": config.model.adapter}
     for setting, path in files.items():

@@ -159,7 +159,7 @@ def _model_faults(model_config: PreTrainedConfig) -> Iterator[str]:
     if model_config.get_text_config() is not model_config:
         yield f"a {model_config.model_type} is more than a language model; use the type of its text part"
         return
-    heads = model_config.num_attention_heads if hasattr(model_config, "num_attention_heads") else None
+    heads = getattr(model_config, "num_attention_heads", None)
     shared = getattr(model_config, "num_key_value_heads", None)
     if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
         yield f"num_key_value_heads is {shared}, expected a divisor of num_attention_heads {heads}"

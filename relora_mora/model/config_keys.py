@@ -71,17 +71,17 @@ def architecture_for(kind: str) -> Architecture | None:
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return None
     config_class = CONFIG_MAPPING[kind]
-    about = {*PreTrainedConfig().to_dict(), *GenerationConfig().to_dict(), *_ABOUT_ITSELF}
-    own = {*config_class().to_dict(), *config_class.attribute_map} - {*PreTrainedConfig().to_dict(), *_ABOUT_ITSELF}
+    about = {*PreTrainedConfig().to_dict(), *_ABOUT_ITSELF}
+    own = {*config_class().to_dict(), *config_class.attribute_map} - about
     own |= {"head_dim"} if "num_key_value_heads" in own else set()  # some layers read it although their class lacks it
     # transformers computes layer_types from two of these
-    kept = (*_TOKENS, "eos_token_id", "pretraining_tp", "use_sliding_window", "max_window_layers")
+    windows = {"use_sliding_window", "max_window_layers"} & own
     older = ("max_sequence_length", "rope_scaling", "rope_theta", ORIGINAL) if "rope_parameters" in own else ()
     keys: dict[str, str | Only] = {
-        **dict.fromkeys(about, NOTHING),
+        **dict.fromkeys({*about, *GenerationConfig().to_dict()}, NOTHING),
         **{key: TRAINING if key.endswith(_ENDS_OF_TRAINING) else FUNCTION for key in (*own, "tie_word_embeddings")},
         **dict.fromkeys([*config_class.attribute_map, *older], ALIAS),
-        **dict.fromkeys((key for key in kept if key in own or not key.endswith(("window", "layers"))), EXPORT),
+        **dict.fromkeys((*_TOKENS, "eos_token_id", "pretraining_tp", *windows), EXPORT),
         **{key: rule for key, rule in _REFUSED.items() if key in own or key != "output_router_logits"},
     }
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
