@@ -99,7 +99,7 @@ def model_with(
         for _, layer in adapter_layers(lm):
             layer.pack()
             layer.keep_merged()
-    return LossModel(lm)
+    return LossModel(lm, passes_boundaries=True)
 
 
 def eager(name: str, method: str, *, documents: bool = False) -> Counts:
@@ -215,15 +215,12 @@ def _mb(size: int) -> int:
     return round(size / 1e6)
 
 
-def count_all() -> list[Counts]:
+def count_methods(name: str, how: str) -> list[Counts]:
+    """All methods in one model, ``how``: eager | compiled."""
     torch.autograd.set_multithreading_enabled(False)  # backward in this thread, inside the modes
-    rows = []
-    for name in MODELS:
-        for count in (eager, compiled):
-            found = [count(name, method) for method in METHODS]
-            frozen = found[0].moved_mb
-            rows += [Counts(**asdict(row) | {"adapters_mb": row.moved_mb - frozen}) for row in found]
-    return rows
+    count = {"eager": eager, "compiled": compiled}[how]
+    found = [count(name, method) for method in METHODS]
+    return [Counts(**asdict(row) | {"adapters_mb": row.moved_mb - found[0].moved_mb}) for row in found]
 
 
 def as_csv(rows: Sequence[Any]) -> str:
@@ -236,4 +233,5 @@ def as_csv(rows: Sequence[Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(as_csv(count_all()))
+    rows = [row for name in MODELS for how in ("eager", "compiled") for row in count_methods(name, how)]
+    sys.stdout.write(as_csv(rows))
