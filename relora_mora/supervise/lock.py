@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import functools
 import json
+import math
 import os
 import socket
 import threading
@@ -19,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from relora_mora.system.files import disk_faults_named
+from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 
 TOUCH_SECONDS = 5.0
 STALE_SECONDS = 4 * TOUCH_SECONDS  # a holder that does not touch the file for so long is gone
 WAIT_SECONDS = 30.0  # for the holder to end: ranks whose launcher was killed need up to ten seconds
+TELL_SECONDS = 1.0  # a wait that takes longer is announced
 POLL_SECONDS = 0.2
 
 
@@ -118,12 +121,21 @@ class RunLock:
     def _flock(self, handle: int, wait_seconds: float) -> bool:
         """Waits for the lock of the file; False if the file system has none."""
         deadline = time.monotonic() + wait_seconds
+        tell = time.monotonic() + min(TELL_SECONDS, wait_seconds)
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                if now > deadline:
                     raise self._held_by(_read(self.path)) from None
+                if now > tell:
+                    log.info(
+                        "another trainer works on this run (%s): waiting %.0f s for its end",
+                        _who(_read(self.path)),
+                        deadline - now,
+                    )
+                    tell = math.inf
                 time.sleep(POLL_SECONDS)
             except OSError:
                 return False
@@ -135,6 +147,7 @@ class RunLock:
 
         An old modification time proves nothing, because the clocks of hosts differ and can jump.
         """
+        log.info("waiting %.0f s to see whether the previous trainer (%s) is alive", STALE_SECONDS, _who(content))
         touched = os.fstat(handle).st_mtime_ns
         deadline = time.monotonic() + STALE_SECONDS
         while time.monotonic() < deadline:

@@ -46,6 +46,13 @@ def test_a_held_lock_is_refused_and_names_its_holder(holder, tmp_path):
         RunLock(tmp_path).acquire(wait_seconds=0.5)
 
 
+def test_a_wait_is_announced(holder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("relora_mora.supervise.lock.TELL_SECONDS", 0.0)
+    with caplog.at_level("INFO"), pytest.raises(LockError):
+        RunLock(tmp_path).acquire(wait_seconds=0.5)
+    assert [f"pid {holder.pid}" in record.getMessage() for record in caplog.records] == [True]
+
+
 def test_a_lock_is_free_when_its_holder_was_killed(holder, tmp_path):
     holder.kill()
     holder.wait()
