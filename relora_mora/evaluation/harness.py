@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from relora_mora.data.records.encoders import own_prefix
+from relora_mora.distributed.collectives import same_on_all_ranks
 from relora_mora.evaluation.generation import attention_with_a_mask
 from relora_mora.evaluation.local_tasks import LOCAL_TASKS, HarnessError, local_rows, local_task
 from relora_mora.system.bars import is_watched
@@ -197,7 +199,7 @@ def _shared(answer: Callable[[Any], list[Any]], lm: PreTrainedModel, ranks: Rank
     """A method of lm-eval's model for which each rank computes the answers to its part of the rows.
 
     All ranks make the same number of forward passes, since ZeRO-3 gathers weights in each: a rank that is done makes
-    further ones.
+    further ones. Raises :class:`HarnessError` on all ranks if their rows differ.
     """
 
     def answers_of_all(requests: list[Any]) -> list[Any]:
@@ -214,7 +216,12 @@ def _shared(answer: Callable[[Any], list[Any]], lm: PreTrainedModel, ranks: Rank
             hook.remove()
         while ranks.any_runs(False):
             lm(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=lm.device))
-        parts = [iter(part) for part in ranks.gather(answers)]
+        asked = xxhash.xxh3_64_hexdigest(repr([request.args for request in requests]).encode())
+        digests, parts = zip(*ranks.gather((asked, iter(answers))), strict=True)  # a list iterator can be pickled
+        if len(set(digests)) > 1:
+            raise same_on_all_ranks(
+                HarnessError("eval.tasks: ranks have different rows; give all hosts the same files and packages")
+            )
         return [next(parts[owner]) for owner in owners]
 
     return answers_of_all

@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from xxhash import xxh3_64_hexdigest
 
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
+from relora_mora.evaluation.harness import Ranks, _shared
 from relora_mora.evaluation.local_tasks import HarnessError
 from tests.evaluation.tools import ROWS
 from tests.tools.commands import EVALUATE, call
@@ -73,14 +76,48 @@ def test_tasks_are_scored_as_by_evaluate_on_any_ranks_and_do_not_affect_training
 @needs_lm_eval
 def test_a_stopped_run_neither_loses_nor_repeats_scores(pools, inputs, tokenizer_path, tmp_path):
     best = {"every_steps": 1, "keep_last": 1, "keep_best": "tasks/local_uuid/character_accuracy"}
-    for name, stops in (("whole", (None,)), ("stopped", (2, 3, None))):
+    for name, stops in (("whole", (None,)), ("stopped", (2, 3, "within tasks", None))):
         for stop in stops:
-            pools(1)(train, scored(inputs, tokenizer_path, tmp_path / name, checkpoint=best), stop)
+            config = scored(inputs, tokenizer_path, tmp_path / name, 2, checkpoint=best)
+            if stop == "within tasks":
+                assert pools(2)(stopped_within_tasks, config, 4) == [75, 75]
+                assert 4 not in scores(tmp_path / name)
+            else:
+                pools(2)(train, config, stop)
     assert scores(tmp_path / "stopped") == scores(tmp_path / "whole")
     first = max(range(2, 7, 2), key=lambda step: scores(tmp_path / "whole")[step][f"{best['keep_best']}/first-3"])
     assert [(tmp_path / name / "checkpoints" / "best").read_text() for name in ("whole", "stopped")] == [
         f"step-{first:08d}\n"
     ] * 2
+
+
+def stopped_within_tasks(config: Config, at: int) -> int:
+    """Rank 1 is asked to stop when tasks are scored at a step. Returns the exit code, as a signal would give it."""
+    from relora_mora.supervise.guard import Guard
+    from relora_mora.train.loop.evaluating import Evaluating
+    from relora_mora.train.pretrain import pretrain
+
+    guard = Guard(signals=False)
+    any_runs = Evaluating._any_runs
+
+    def asked(self: Evaluating, step: int, running: bool) -> bool:
+        if (step, self.engine.rank) == (at, 1):
+            guard.stop_reason = "the test"
+        return any_runs(self, step, running)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluating, "_any_runs", asked)
+        return pretrain(config, guard)
+
+
+def test_ranks_with_other_rows_do_not_score_together():
+    """The first of two ranks has the row of another file than the second."""
+    others = Ranks(0, 2, lambda mine: [mine, (xxh3_64_hexdigest(b"[('b',)]"), iter([]))])
+    lm: Any = torch.nn.Linear(1, 1)
+    answers = _shared(lambda requests: [1.0] * len(requests), lm, others)
+    with pytest.raises(HarnessError, match="different rows"):
+        answers([SimpleNamespace(doc_id=0, args=("a",))])
+    assert answers([SimpleNamespace(doc_id=0, args=("b",))]) == [1.0]
 
 
 @needs_lm_eval
