@@ -138,16 +138,15 @@ def _best_faults(config: Config) -> Iterator[Fault]:
     metric = config.checkpoint.keep_best
     if metric is None:
         return
-    of_tasks = metric.startswith("tasks/")
-    interval = (
-        "eval.tasks_every_steps" if of_tasks and config.eval.tasks_every_steps is not None else "eval.every_steps"
-    )
-    if of_tasks:
+    interval = "eval.every_steps"
+    if metric.startswith("tasks/"):
         fault = None if config.eval.tasks else "no tasks are scored; name them in eval.tasks"
+        if config.eval.tasks_every_steps is not None:
+            interval = "eval.tasks_every_steps"
+    elif fault := misnamed_metric(metric):
+        fault += ", or tasks/TASK/METRIC"
     else:
-        fault = misnamed_metric(metric) or missing_metric(config, metric)
-        if fault and fault.startswith("expected"):
-            fault += ", or tasks/TASK/METRIC"
+        fault = missing_metric(config, metric)
     if fault is None and config.by_name[interval] == 0:
         fault = f"with {interval}=0 the only checkpoint with a value is the last one; set {interval}"
     if fault is not None:
