@@ -4,6 +4,7 @@
 
     checkpoints/
       latest                                   the name of the newest checkpoint, replaced by rename
+      best                                     the name of the best one, if checkpoint.keep_best names a metric
       step-00000200/
         manifest.json                          written last: step, settings, data state, size and checksum of every file
         state-00000-of-00002.safetensors       the masters, moments and matrix states that rank 0 owned, float32; codes
@@ -63,6 +64,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def best_step(folder: Path) -> int | None:
+    """The step that the file ``best`` in ``checkpoints/`` names."""
+    try:
+        return step_of(Path((folder / BEST).read_text(encoding="utf-8").strip()))
+    except (OSError, UnicodeError):
+        return None
+
+
 def discard(checkpoint: Path) -> None:
     """Removes a checkpoint. If this is interrupted, nothing that is left looks like a checkpoint."""
     aside = checkpoint.with_name(f"{checkpoint.name}.old{TEMPORARY}")
@@ -85,6 +94,7 @@ VERSION = 2
 MANIFEST = "manifest.json"
 _MODEL_FILES = ("config.json", "adapter_config.json")  # files of an export, which has no manifest
 LATEST = "latest"
+BEST = "best"
 TOKENIZER = "tokenizer"
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]  # also exact as a float

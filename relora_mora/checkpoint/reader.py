@@ -233,8 +233,11 @@ def check_folder(path: Path) -> None:
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint at ``path``, or the newest complete one if that is a run folder or its ``checkpoints/``.
 
-    A warning names newer ones that are damaged. Raises :class:`CheckpointError` if there is none or if it is damaged.
+    ``RUN/best`` or ``RUN/checkpoints/best`` is the best one of a run with ``checkpoint.keep_best``. A warning names
+    newer ones that are damaged. Raises :class:`CheckpointError` if there is none or if it is damaged.
     """
+    if path.name == layout.BEST and not path.is_dir():
+        path = _best(path.parent)
     for folder in (path, RunFolder(path).checkpoints):
         while candidates := layout.list_checkpoints(folder):
             found, skipped = newest_whole(folder)
@@ -254,6 +257,16 @@ def find_checkpoint(path: Path) -> Path:
             problem if problem.startswith(str(path)) else f"{path}: {problem}; use an older checkpoint"
         )
     return path
+
+
+def _best(folder: Path) -> Path:
+    for checkpoints in (folder, RunFolder(folder).checkpoints):
+        step = layout.best_step(checkpoints)
+        if step is not None:
+            return checkpoints / layout.step_folder(step)
+    raise layout.CheckpointError(
+        f"{folder}: names no best checkpoint; a run has one after an evaluation, if checkpoint.keep_best names a metric"
+    )
 
 
 def newest_manifest(path: Path) -> layout.Manifest:

@@ -22,7 +22,7 @@ from relora_mora.checkpoint import layout
 from relora_mora.checkpoint.rank_files import RankFiles
 from relora_mora.checkpoint.tokenizer import read_tokenizer
 from relora_mora.distributed.collectives import from_first_rank
-from relora_mora.system.files import make_folder, remove, sync, write_synced
+from relora_mora.system.files import make_folder, remove, sync, write_if_possible, write_synced
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.engine.engine import ZeroEngine
@@ -61,8 +61,8 @@ class Mailbox:
 def retire(folder: Path, newest: int, *, keep_last: int, keep_every_steps: int) -> None:
     """Removes the checkpoints in ``checkpoints/`` up to step ``newest`` that need not be kept.
 
-    It keeps the ``keep_last`` newest, those whose step is a multiple of ``keep_every_steps``, and the newest one that a
-    run can go back to. Checkpoints of later steps belong to another history, so it does not touch them.
+    It keeps the ``keep_last`` newest, those whose step is a multiple of ``keep_every_steps``, the newest one that a run
+    can go back to, and the best one. Checkpoints of later steps belong to another history, so it does not touch them.
     """
     whole: list[tuple[int, Path]] = []  # newest first
     for path in layout.list_checkpoints(folder):
@@ -70,7 +70,7 @@ def retire(folder: Path, newest: int, *, keep_last: int, keep_every_steps: int) 
         if step is not None and step <= newest and (path / layout.MANIFEST).exists():
             whole.append((step, path))
     kept = {path for step, path in whole if keep_every_steps and step % keep_every_steps == 0}
-    kept |= {path for _, path in whole[:keep_last]}
+    kept |= {path for _, path in whole[:keep_last]} | {folder / layout.step_folder(layout.best_step(folder) or 0)}
     good = next((path for _, path in whole if layout.good_step(path) is not None), None)
     for _, path in whole:
         if path not in kept and path != good:
@@ -156,6 +156,14 @@ class CheckpointWriter:
         self._thread.start()
         return time.perf_counter() - begin
 
+    def name_best(self, step: int | None) -> None:
+        """Writes the file ``best``; None: there is no best checkpoint. First rank only."""
+        if step is None:
+            (self.folder / layout.BEST).unlink(missing_ok=True)
+        elif step != layout.best_step(self.folder) and (self.folder / layout.step_folder(step)).exists():
+            name = layout.step_folder(step)
+            write_if_possible(self.folder / layout.BEST, f"{name}\n", without=f"{name} may be removed")
+
     def wait_for_base(self) -> None:
         """Waits until no write reads the base, so that a merge may change it."""
         self._base_free.wait()
@@ -204,7 +212,7 @@ class CheckpointWriter:
             except Exception as error:
                 failed = [f"rank 0: {_reason(error)}"]
             else:
-                self._tidy_up(manifest.step)
+                self._tidy_up(manifest)
                 return None
         self._given_up.append(work)
         remove(work)
@@ -227,10 +235,13 @@ class CheckpointWriter:
         work.rename(final)
         sync(final.parent)
 
-    def _tidy_up(self, step: int) -> None:
+    def _tidy_up(self, manifest: layout.Manifest) -> None:
         """Updates files that a resume does not need. A failure is reported and does not affect the checkpoint."""
+        step = manifest.step
 
         def remove_old() -> None:
+            best = manifest.counters.get("best")
+            self.name_best(best and best["step"])
             retire(self.folder, step, keep_last=self.keep_last, keep_every_steps=self.keep_every_steps)
             while self._given_up:
                 remove(self._given_up.pop())

@@ -19,6 +19,7 @@ from relora_mora.system.process import many_imports
 if TYPE_CHECKING:
     from relora_mora.config.data import DataConfig
     from relora_mora.data.sets.held_out import EvalSet
+    from relora_mora.evaluation.harness import TaskSettings
     from relora_mora.evaluation.loss import EvalResult
     from relora_mora.weights.load import LoadedModel
 
@@ -43,8 +44,9 @@ def main(
     Several sets of text are scored separately and all together. The last line of the output is JSON.
 
     Arguments:
-        model: a checkpoint or run folder of this trainer, the folder of any Hugging Face causal language model, or the
-            folder of an adapter in the format of PEFT or of the released MoRA code
+        model: a checkpoint or run folder of this trainer (RUN/best: the one that checkpoint.keep_best kept), the folder
+            of any Hugging Face causal language model, or the folder of an adapter in the format of PEFT or of the
+            released MoRA code
         overrides: how the text is read, as --data.KEY=VALUE, for instance --data.sequence_length=512,
             --data.document_mask=true or --data.records.kind=question. The defaults are the settings of the training,
             or else those in docs/settings.md, with the model's maximum up to 2048 as sequence_length
@@ -60,7 +62,8 @@ def main(
         max_tokens: predicted tokens to score in each set, in whole documents; default: all
 
     Tasks:
-        tasks: names of lm-evaluation-harness tasks, separated by commas, to score instead of text; docs/tasks.md
+        tasks: names of lm-evaluation-harness tasks or YAML files of tasks, separated by commas, to score instead of
+            text; docs/tasks.md
         task_data: the rows of local tasks: a folder or a file of JSON lines
         num_fewshot: rows with their answers before each row of a task; default: what the task defines, else none
         limit: rows of each task to score; default: all
@@ -92,10 +95,10 @@ def main(
         from relora_mora.weights.peft import is_adapter
 
     if tasks is not None:
-        from relora_mora.evaluation.harness import check_tasks
+        from relora_mora.evaluation.harness import TaskSettings, check_tasks
 
-        names = [name.strip() for name in tasks.split(",")]
-        check_tasks(names, task_data, num_fewshot)
+        to_score = TaskSettings([name.strip() for name in tasks.split(",")], **task_options)
+        check_tasks(to_score)
     elif sources is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
         raise ValueError(f"--data: {model} is not a run and names no text; give text to score, e.g. allenai/c4")
     # missing files are reported before a large model is read
@@ -106,7 +109,7 @@ def main(
     with Bar("loading the model"):
         loaded = load_model(Path(model), getattr(torch, precision), None if base is None else Path(base))
     if tasks is not None:
-        _score_tasks(loaded, tokenizer, names, micro_batch_size, **task_options)
+        _score_tasks(loaded, tokenizer, to_score, micro_batch_size)
         return
     settings = loaded.data_settings(sources, overrides, own_tokenizer=tokenizer is None)
     masked = settings.masks_documents_of(settings.sources("validation"))
@@ -220,26 +223,22 @@ def _score(lm: Any, sets: Mapping[str, "EvalSet"], micro_batch_size: int) -> dic
 def _score_tasks(
     loaded: "LoadedModel",
     tokenizer: str | None,
-    names: list[str],
+    settings: "TaskSettings",
     batch_size: int,
-    *,
-    task_data: str | None,
-    num_fewshot: int | None,
-    limit: int | None,
 ) -> None:
     """Prints the results of tasks and, for a checkpoint in a run folder, records them there."""
-    from relora_mora.evaluation.harness import evaluate_tasks, record, table
+    from relora_mora.evaluation.harness import Tasks, record, table
     from relora_mora.system.run_folder import RunFolder
     from relora_mora.tokenizer.load import load_tokenizer
     from relora_mora.weights.export import generation_config
+    from relora_mora.weights.foreign import positions_of
 
     lm = on_device(loaded)
     loaded_tokenizer = load_tokenizer(tokenizer_of(loaded, tokenizer))
     if loaded.of_run:
         lm.generation_config = generation_config(loaded_tokenizer, lm.config)  # as in its export
-    results = evaluate_tasks(
-        lm, loaded_tokenizer, names, data=task_data, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
-    )
+    scorer = Tasks(settings, loaded_tokenizer, positions_of(lm), lenient=True)
+    results = scorer.score(lm, loaded_tokenizer, batch_size=batch_size)
     print(f"{loaded.description}\n{table(results)}", file=sys.stderr)
     print(json.dumps({"tasks": results}), flush=True)
     if loaded.checkpoint is not None:
@@ -248,7 +247,7 @@ def _score_tasks(
         runs = (place.parent.parent for place in places)
         run = next((run for run in runs if RunFolder(run).config.is_file()), None)
         if run is not None:
-            record(run, step, results, num_fewshot=num_fewshot, limit=limit)
+            record(run, step, results, settings)
 
 
 def tokenizer_of(loaded: "LoadedModel", other: str | None) -> Path:

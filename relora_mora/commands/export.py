@@ -18,7 +18,7 @@ def main(
     """Exports a checkpoint as a plain model, or only its adapter for PEFT.
 
     Arguments:
-        checkpoint: a checkpoint folder, or a run folder (its newest complete checkpoint)
+        checkpoint: a checkpoint folder, RUN/best, or a run folder (its newest complete checkpoint)
         out: the folder to write; it must be new or empty
 
     Options:

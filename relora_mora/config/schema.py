@@ -248,6 +248,17 @@ class EvalConfig(Strict):
     generate: NotNegative = Field(
         0, description="records per held-out set, within eval.max_tokens, whose answers are also generated; 0: none"
     )
+    tasks: list[Text] = Field(
+        [], description="tasks of lm-evaluation-harness or of docs/tasks.md, or YAML files of tasks, to score as well"
+    )
+    tasks_every_steps: NotNegative | None = Field(
+        None, description="steps between evaluations of eval.tasks; 0: only at the start and the end; null: every_steps"
+    )
+    task_data: Text | None = Field(None, description="the rows of local tasks: a folder or a file of JSON lines")
+    num_fewshot: NotNegative | None = Field(
+        None, description="rows with their answers before each row of a task; null: what the task defines, else none"
+    )
+    limit: Positive | None = Field(None, description="rows of each task to score; null: all")
 
 
 class CheckpointConfig(Strict):
@@ -255,6 +266,11 @@ class CheckpointConfig(Strict):
     keep_last: Positive = Field(2, description="newest checkpoints to keep")
     keep_every_steps: NotNegative = Field(
         0, description="also keep every checkpoint whose step is a multiple of this; 0: none"
+    )
+    keep_best: Text | None = Field(
+        None,
+        description="also save and keep the checkpoint with the best value of this metric, such as eval/loss or "
+        "tasks/arc_easy/acc; null: none",
     )
 
 

@@ -134,7 +134,7 @@ def greedy(
     takes = inspect.signature(lm.forward).parameters
     name = "cache" if "cache" in takes else "past_key_values"  # newer and older versions of transformers
     generated = []
-    with _attention_with_a_mask(lm), torch.compiler.set_stance("force_eager"):  # each length would compile again
+    with attention_with_a_mask(lm), torch.compiler.set_stance("force_eager"):  # each length would compile again
         for _ in range(new_tokens):
             given = {"position_ids": positions, "logits_to_keep": 1}
             given = {key: value for key, value in given.items() if key in takes}  # ALiBi finds positions in the mask
@@ -147,7 +147,7 @@ def greedy(
 
 
 @contextlib.contextmanager
-def _attention_with_a_mask(lm: PreTrainedModel) -> Iterator[None]:
+def attention_with_a_mask(lm: PreTrainedModel) -> Iterator[None]:
     """Replaces the trainer's own attention, which takes document boundaries and no padding mask, by sdpa."""
     before = lm.config._attn_implementation
     if before == SDPA_OR_DOCUMENTS:

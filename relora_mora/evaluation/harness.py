@@ -1,109 +1,256 @@
 """Runs tasks of lm-evaluation-harness, which is imported only here, and reports their scores."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
+import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import xxhash
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from relora_mora.data.records.encoders import own_prefix
+from relora_mora.distributed.collectives import same_on_all_ranks
+from relora_mora.evaluation.generation import attention_with_a_mask
 from relora_mora.evaluation.local_tasks import LOCAL_TASKS, HarnessError, local_rows, local_task
+from relora_mora.system.bars import is_watched
 from relora_mora.system.files import append_synced, disk_faults_named, without_disk_errors
 from relora_mora.system.logs import counted, log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.weights.foreign import positions_of
 
 Results = dict[str, dict[str, float]]  # by task and metric
+SEED = 1234  # of lm-eval
 ANSWER_TOKENS = 256  # default of lm-eval's HFLM for a task without a limit
 
 
-def check_tasks(names: Sequence[str], data: str | None, num_fewshot: int | None = None) -> None:
-    """Raises :class:`HarnessError` if lm-eval is not installed, a local task cannot use its rows in ``data``, or no
-    task uses ``data``."""
-    local = set(names) & set(LOCAL_TASKS)
+@dataclass(frozen=True)
+class TaskSettings:
+    """The tasks to score, the rows of local tasks, and how many rows. Messages call a setting ``at`` and its name."""
+
+    tasks: Sequence[str]
+    task_data: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    at: str = "--"  # or "eval."
+
+    @property
+    def suffix(self) -> str:
+        """Ends the tags of scores that are only comparable with the same few-shot rows and limit."""
+        shots = "" if self.num_fewshot is None else f"/{self.num_fewshot}-shot"
+        return shots + ("" if self.limit is None else f"/first-{self.limit}")
+
+    def tagged(self, results: Results) -> dict[str, float]:
+        """The scores as metrics of a run, such as ``tasks/mmlu/acc/5-shot``."""
+        scores = ((f"{task}/{metric}", value) for task, found in results.items() for metric, value in found.items())
+        return {f"tasks/{name}{self.suffix}": value for name, value in scores}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How ranks share the rows of a task; the defaults are those of one process.
+
+    ``gather`` returns the values of all ranks. ``any_runs`` is called by all ranks together and says whether one of
+    them is still running.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    any_runs: Callable[[bool], bool] = lambda running: running
+
+
+ALONE = Ranks()
+
+
+def check_tasks(settings: TaskSettings) -> None:
+    """Raises :class:`HarnessError` if lm-eval is not installed, a local task cannot use its rows, or no task uses
+    ``task_data``."""
+    at, data, num_fewshot = settings.at, settings.task_data, settings.num_fewshot
+    local = set(settings.tasks) & set(LOCAL_TASKS)
     if data is not None and not local:
         raise HarnessError(
-            f"--task_data: {', '.join(names)} has no local task ({', '.join(LOCAL_TASKS)}); leave it out"
+            f"{at}task_data: {', '.join(settings.tasks)} has no local task ({', '.join(LOCAL_TASKS)}); leave it out"
         )
     if importlib.util.find_spec("lm_eval") is None:
-        raise HarnessError("--tasks: lm-evaluation-harness is not installed; run pip install 'relora_mora[eval]'")
+        raise HarnessError(f"{at}tasks: lm-evaluation-harness is not installed; run pip install 'relora_mora[eval]'")
     for name in local:
+        if data is None:
+            raise HarnessError(f"{name}: needs {at}task_data: give its file of rows, or the folder of that file")
         rows = [json.dumps(row, sort_keys=True) for row in local_rows(name, data)]
         copies = max(Counter(rows).values())  # copies of the evaluated row cannot be examples
         if num_fewshot is not None and len(rows) - copies < num_fewshot:
             raise HarnessError(
-                f"--num_fewshot: got {num_fewshot}, and {name} has {counted(len(rows), 'row')} including the one "
+                f"{at}num_fewshot: got {num_fewshot}, and {name} has {counted(len(rows), 'row')} including the one "
                 f"that is asked{f' and its copies ({copies} of one)' if copies > 1 else ''}; give fewer, or more rows"
             )
 
 
-def evaluate_tasks(
-    lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    names: Sequence[str],
-    *,
-    data: str | None,
-    num_fewshot: int | None,
-    limit: int | None,
-    batch_size: int,
-) -> Results:
-    """Scores a model, on its device, with tasks of lm-eval and of :data:`LOCAL_TASKS`.
+class Tasks:
+    """Tasks of lm-eval and of :data:`LOCAL_TASKS`, loaded with their data for models with so many ``positions``.
 
-    ``data`` has the rows of local tasks. Only the first ``limit`` rows of each task count. A task whose data cannot be
-    loaded is left out with a warning. Raises :class:`HarnessError` if no task is left, and for unknown names.
-    :func:`check_tasks` comes first.
+    Raises :class:`HarnessError` for unknown names, and for tasks that cannot be loaded. With ``lenient``, a task that
+    cannot be loaded is only left out with a warning, unless none is left.
     """
-    with _quiet():
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_defaults=not set(names) <= set(LOCAL_TASKS))
-        known = {*LOCAL_TASKS, *manager.all_tasks}
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise HarnessError(
-                f"--tasks: lm-eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists its tasks, and the local "
-                f"ones are {', '.join(LOCAL_TASKS)}"
-            )
+    def __init__(
+        self,
+        settings: TaskSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        positions: int | None,
+        *,
+        lenient: bool = False,
+    ) -> None:
+        check_tasks(settings)
+        self.settings = settings
 
         def tokens_of(text: str) -> int:
             return len(tokenizer(text, add_special_tokens=False).input_ids)
 
-        positions = positions_of(lm)
-        local = partial(local_task, data=data, tokens_of=tokens_of, positions=positions, limit=limit)
-        tasks, missing = _load_tasks(names, manager, local)
-        if not tasks:
+        names = settings.tasks
+        with _quiet():
+            self._manager = _manager(include_defaults=not set(names) <= set(LOCAL_TASKS))
+            known = {*LOCAL_TASKS, *self._manager.all_tasks}
+            unknown = [name for name in names if name not in known and not _is_task_file(name)]
+            if unknown:
+                raise HarnessError(
+                    f"{settings.at}tasks: lm-eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists its "
+                    f"tasks, the local ones are {', '.join(LOCAL_TASKS)}, and a task of your own is a YAML file"
+                )
+            data = settings.task_data or ""
+            local = functools.partial(
+                local_task, data=data, tokens_of=tokens_of, positions=positions, limit=settings.limit
+            )
+            self._tasks, missing = _load_tasks(names, self._manager, local)
+        if missing and not (lenient and self._tasks):
             raise HarnessError("; ".join(missing))
         for text in missing:
             log.warning("left out: %s", text)
-        _check_answers_fit(tasks, positions)
-        with _warn_about_cut_prompts(positions, num_fewshot):
-            results = simple_evaluate(
-                HFLM(
-                    pretrained=lm,
-                    tokenizer=tokenizer,
-                    batch_size=batch_size,
-                    max_length=positions,
-                    # the first token of a text without context: by default BOS, even if no training text began with it
-                    prefix_token_id=None if own_prefix(tokenizer) else tokenizer.eos_token_id,
-                ),
-                tasks=tasks,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                bootstrap_iters=0,
-                log_samples=False,
-                task_manager=manager,
+        _check_answers_fit(self._tasks, positions)
+        for task in _leaves(self._tasks):  # as simple_evaluate of lm-eval does
+            own = task.config.num_fewshot
+            if own != 0:
+                task.set_config("num_fewshot", own or 0 if settings.num_fewshot is None else settings.num_fewshot)
+            task.set_fewshot_seed(seed=SEED)
+
+    @property
+    def larger_is_better(self) -> dict[str, bool]:
+        """The metrics that :meth:`score` reports, as TASK/METRIC."""
+        found: dict[str, bool] = {}
+        for item in self._tasks:
+            groups = [item, *item.get_all_groups()] if _is_group(item) else []
+            for task in _leaves([item]):
+                filters = [each["name"] for each in task.config.filter_list or [{"name": "none"}]]
+                for metric, larger in task.higher_is_better().items():
+                    totals = [group.name for group in groups if _adds_up(group, task, metric)]
+                    names = [f"{name}/{_named(metric, each)}" for name in (task.task_name, *totals) for each in filters]
+                    found |= dict.fromkeys(names, bool(larger))
+        return found
+
+    @torch.no_grad()
+    def score(
+        self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, ranks: Ranks = ALONE
+    ) -> Results:
+        """Scores a model, on its device, and returns the same results on all ranks; a collective.
+
+        ``tokenizer`` may get a padding token. The random numbers of the caller are left as they were.
+        """
+        positions = positions_of(lm)
+        with (
+            _quiet(),
+            _seeded(lm.device),
+            attention_with_a_mask(lm),
+            torch.compiler.set_stance("force_eager"),  # each length would compile again
+            _warn_about_cut_prompts(positions, self.settings.num_fewshot),
+        ):
+            from lm_eval import evaluate
+            from lm_eval.models.huggingface import HFLM
+
+            model = HFLM(
+                pretrained=lm,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                max_length=positions,
+                softmax_dtype=torch.float32,
+                # the first token of a text without context: by default BOS, even if no training text began with it
+                prefix_token_id=None if own_prefix(tokenizer) else tokenizer.eos_token_id,
             )
-    return {name: _numbers(values) for name, values in {**results["results"], **results.get("groups", {})}.items()}
+            for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+                setattr(model, kind, _shared(getattr(model, kind), lm, ranks))
+            # simple_evaluate would also describe the machine, which takes seconds
+            results = evaluate(
+                model, self._manager.load(self._tasks), self.settings.limit, bootstrap_iters=0, log_samples=False
+            )
+        return {name: _numbers(values) for name, values in {**results["results"], **results.get("groups", {})}.items()}
+
+
+def _shared(answer: Callable[[Any], list[Any]], lm: PreTrainedModel, ranks: Ranks) -> Callable[[Any], list[Any]]:
+    """A method of lm-eval's model for which each rank computes the answers to its part of the rows.
+
+    All ranks make the same number of forward passes, since ZeRO-3 gathers weights in each: a rank that is done makes
+    further ones. Raises :class:`HarnessError` on all ranks if their rows differ.
+    """
+
+    def answers_of_all(requests: list[Any]) -> list[Any]:
+        owners = [request.doc_id % ranks.world_size for request in requests]
+        own = [request for request, owner in zip(requests, owners, strict=True) if owner == ranks.rank]
+
+        def before(*_: Any) -> None:
+            ranks.any_runs(True)
+
+        hook = lm.register_forward_pre_hook(before)
+        try:
+            answers = answer(own) if own else []
+        finally:
+            hook.remove()
+        while ranks.any_runs(False):
+            lm(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=lm.device))
+        asked = xxhash.xxh3_64_hexdigest(repr([request.args for request in requests]).encode())
+        digests, parts = zip(*ranks.gather((asked, iter(answers))), strict=True)  # a list iterator can be pickled
+        if len(set(digests)) > 1:
+            raise same_on_all_ranks(
+                HarnessError("eval.tasks: ranks have different rows; give all hosts the same files and packages")
+            )
+        return [next(parts[owner]) for owner in owners]
+
+    return answers_of_all
+
+
+def _is_task_file(name: str) -> bool:
+    return Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
+
+
+def _is_group(item: Any) -> bool:
+    return hasattr(item, "get_all_tasks")
+
+
+def _leaves(items: Sequence[Any]) -> list[Any]:
+    """The tasks in tasks and groups."""
+    return [task for item in items for task in (item.get_all_tasks() if _is_group(item) else [item])]
+
+
+def _adds_up(group: Any, task: Any, metric: str) -> bool:
+    """Whether a group has a total of this metric of this task."""
+    return task in group.get_all_tasks() and any(each.metric == metric for each in group.aggregate_metric_list or ())
+
+
+@functools.cache
+def _manager(*, include_defaults: bool) -> Any:
+    """Knows lm-eval's tasks by name; it reads the files of thousands of them."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=include_defaults)
 
 
 def _load_tasks(
@@ -120,7 +267,7 @@ def _load_tasks(
         try:
             loaded = manager.load([local(name) if name in LOCAL_TASKS else name])
         except Exception as error:  # hubs, files and datasets raise nearly any kind
-            missing.append(f"{name}: its data cannot be loaded ({' '.join(str(error).split()):.200})")
+            missing.append(f"{name}: cannot be loaded ({' '.join(str(error).split()):.200})")
         else:
             group_members |= {child for children in loaded["group_map"].values() for child in children}
             loaded_tasks |= {**loaded["groups"], **loaded["tasks"]}
@@ -128,8 +275,7 @@ def _load_tasks(
 
 
 def _check_answers_fit(tasks: Sequence[Any], positions: int | None) -> None:
-    single = [one for task in tasks for one in (task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task])]
-    for task in single:
+    for task in _leaves(tasks):
         config = task.config
         if positions is None or config.output_type != "generate_until":
             continue
@@ -147,8 +293,12 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
     for key, value in values.items():
         metric, _, kind = key.partition(",")
         if isinstance(value, int | float) and kind and not metric.endswith("_stderr"):
-            numbers[metric if kind == "none" else f"{metric}/{kind}"] = float(value)
+            numbers[_named(metric, kind)] = float(value)
     return numbers
+
+
+def _named(metric: str, kind: str) -> str:
+    return metric if kind == "none" else f"{metric}/{kind}"
 
 
 class _CutCounter(logging.Handler):
@@ -178,7 +328,7 @@ def _warn_about_cut_prompts(positions: int | None, num_fewshot: int | None) -> I
             "prompts were too long for the model's %s positions and lost their beginning (%s); give %s",
             positions,
             counted(cuts.count, "time"),
-            "fewer --num_fewshot" if num_fewshot else "a model with more positions, or shorter rows",
+            "fewer few-shot rows (num_fewshot)" if num_fewshot else "a model with more positions, or shorter rows",
         )
 
 
@@ -190,10 +340,38 @@ def _quiet() -> Iterator[None]:
     try:
         for each in loggers:
             each.setLevel(logging.ERROR)
+        if not is_watched():
+            _draw_no_bars()
         yield
     finally:
         for each, level in zip(loggers, levels, strict=True):
             each.setLevel(level)
+
+
+def _draw_no_bars() -> None:
+    """Of lm-eval and datasets, which draw them for every rank and into every file."""
+    import datasets
+    from lm_eval.api import model, task
+    from lm_eval.models import huggingface
+
+    for module in (model, task, huggingface):
+        module.tqdm = lambda *items, **options: tqdm(*items, **{**options, "disable": True})
+    datasets.disable_progress_bars()
+
+
+@contextlib.contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Seeds all generators as lm-eval does, and restores them at the end."""
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            random.seed(0)
+            np.random.seed(SEED)
+            torch.manual_seed(SEED)
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def table(results: Results) -> str:
@@ -203,17 +381,15 @@ def table(results: Results) -> str:
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
 
 
-def record(run: Path, step: int, results: Results, *, num_fewshot: int | None, limit: int | None) -> None:
+def record(run: Path, step: int, results: Results, settings: TaskSettings) -> None:
     """Appends a line to ``tasks.jsonl`` in a run folder, and adds points to its TensorBoard."""
     from torch.utils.tensorboard import SummaryWriter
 
     folder = RunFolder(run)
-    numbers = {f"tasks/{task}/{metric}": value for task, scores in results.items() for metric, value in scores.items()}
-    line = {"step": step, "time": time.time(), "num_fewshot": num_fewshot, "limit": limit, **numbers}
+    plain = TaskSettings(settings.tasks).tagged(results)
+    line = {"step": step, "time": time.time(), "num_fewshot": settings.num_fewshot, "limit": settings.limit, **plain}
     append_synced(folder.tasks, json.dumps(line))
-    shots = "" if num_fewshot is None else f"/{num_fewshot}-shot"
-    part = "" if limit is None else f"/first-{limit}"
     threading.excepthook = without_disk_errors
     with disk_faults_named(folder.tensorboard), SummaryWriter(str(folder.tensorboard)) as writer:
-        for tag, value in numbers.items():
-            writer.add_scalar(f"{tag}{shots}{part}", value, step)
+        for tag, value in settings.tagged(results).items():
+            writer.add_scalar(tag, value, step)

@@ -132,7 +132,7 @@ class HarnessError(ValueError):
 
 def local_task(
     name: str,
-    data: str | None,
+    data: str,
     tokens_of: Callable[[str], int],
     *,
     positions: int | None = None,
@@ -180,11 +180,9 @@ def _make_room(settings: dict[str, Any], lengths: Sequence[int], positions: int 
         )
 
 
-def local_rows(name: str, data: str | None) -> list[dict[str, Any]]:
+def local_rows(name: str, data: str) -> list[dict[str, Any]]:
     """The rows of a local task. Raises :class:`HarnessError` if they cannot be used."""
     about = _settings(name)["metadata"]
-    if data is None:
-        raise HarnessError(f"{name}: needs --task_data: give {about['file']}, or its folder")
     path = Path(data)
     if path.is_dir():
         path /= about["file"]

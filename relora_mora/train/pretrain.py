@@ -21,6 +21,7 @@ from relora_mora.data.sources.names import with_commits
 from relora_mora.distributed import collectives
 from relora_mora.distributed.join import CHECKS, JoinError, joined_within, store_address
 from relora_mora.engine.start import init_distributed
+from relora_mora.evaluation.harness import check_tasks
 from relora_mora.optim.own import with_rule
 from relora_mora.supervise.exits import FAILED, USER_ERROR
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
@@ -40,6 +41,7 @@ from relora_mora.train.begin.check import (
     check_agreement,
     check_model,
     check_shared,
+    task_settings,
     with_chosen_products,
     with_saved_commits,
 )
@@ -210,6 +212,8 @@ def _end_if_lost(guard: Guard, error: Exception) -> None:
 def _check_here(config: Config, folder: Path) -> None:
     """Finds what is wrong on this machine before a server is asked for anything, which may take minutes."""
     check_loggers(config.log)
+    if config.eval.tasks:
+        check_tasks(task_settings(config.eval))
     check_run_folder(folder)
     check_model(config)
     if config.tokenizer.path is not None:

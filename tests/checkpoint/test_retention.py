@@ -14,16 +14,19 @@ UNREADABLE = "unreadable"
 
 
 @each(
-    "checkpoints,keep_last,keep_every_steps,kept",
+    "checkpoints,keep_last,keep_every_steps,best,kept",
     [
-        ({10: GOOD, 20: GOOD, 30: GOOD}, 2, 0, [20, 30]),
-        ({10: GOOD, 20: GOOD, 25: GOOD, 30: GOOD}, 1, 20, [20, 30]),
-        ({10: GOOD, 20: GOOD, 30: BAD, 40: BAD}, 1, 0, [20, 40]),  # a rollback would go to step 20
-        ({10: GOOD, 20: UNREADABLE, 30: BAD}, 1, 0, [10, 30]),
-        ({10: BAD, 20: BAD}, 1, 0, [20]),
+        ({10: GOOD, 20: GOOD, 30: GOOD}, 2, 0, 0, [20, 30]),
+        ({10: GOOD, 20: GOOD, 25: GOOD, 30: GOOD}, 1, 20, 0, [20, 30]),
+        ({10: GOOD, 20: GOOD, 30: BAD, 40: BAD}, 1, 0, 0, [20, 40]),  # a rollback would go to step 20
+        ({10: GOOD, 20: UNREADABLE, 30: BAD}, 1, 0, 0, [10, 30]),
+        ({10: BAD, 20: BAD}, 1, 0, 0, [20]),
+        ({10: GOOD, 20: GOOD, 30: GOOD}, 1, 0, 10, [10, 30]),
     ],
 )
-def test_retention_keeps_the_right_checkpoints(tmp_path, monkeypatch, checkpoints, keep_last, keep_every_steps, kept):
+def test_retention_keeps_the_right_checkpoints(
+    tmp_path, monkeypatch, checkpoints, keep_last, keep_every_steps, best, kept
+):
     def read_manifest(folder):
         state = checkpoints[step_of(folder)]
         if state == UNREADABLE:
@@ -36,9 +39,10 @@ def test_retention_keeps_the_right_checkpoints(tmp_path, monkeypatch, checkpoint
         folder = tmp_path / step_folder(step)
         folder.mkdir()
         (folder / "manifest.json").touch()
+    (tmp_path / "best").write_text(step_folder(best))
     of_others = [step_folder(newest + 10), step_folder(5), "abandoned-step-00000001"]  # step 5 is not complete
     for name in of_others:
         (tmp_path / name).mkdir()
     (tmp_path / of_others[0] / "manifest.json").touch()
     writer.retire(tmp_path, newest, keep_last=keep_last, keep_every_steps=keep_every_steps)
-    assert {path.name for path in tmp_path.iterdir()} == {*of_others, *(step_folder(step) for step in kept)}
+    assert {path.name for path in tmp_path.iterdir()} == {"best", *of_others, *(step_folder(step) for step in kept)}

@@ -80,6 +80,12 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("data.stages", {"data.train": TWO, "data.concatenate": True, "data.stages": stages({"a": 1, "b": 1})}),
     ("data.document_mask", {"data.document_mask": True, "data.packing": "none"}),
     ("eval.generate", {"eval.generate": 3}),
+    ("checkpoint.keep_best", {"checkpoint.keep_best": "validation_loss"}),
+    ("checkpoint.keep_best", {"checkpoint.keep_best": "eval/c4/loss"}),
+    ("checkpoint.keep_best", {"checkpoint.keep_best": "eval/exact_match"}),
+    ("checkpoint.keep_best", {"checkpoint.keep_best": "eval/loss", "eval.every_steps": 0}),
+    ("checkpoint.keep_best", {"checkpoint.keep_best": "tasks/arc_easy/acc"}),
+    ("checkpoint.keep_best", {"checkpoint.keep_best": "tasks/a/acc", "eval.tasks": ["a"], "eval.tasks_every_steps": 0}),
     ("data.train.0.config", {"data.train": [{"source": "o/n:en", "config": "de"}]}),
     ("data.validation.a.0.split", {"data.validation": {"a": {"source": "o/n::x", "split": "y"}}}),
     ("data.train.0.name", {"data.train": [{"source": "*.json"}]}),
@@ -155,6 +161,8 @@ GOOD: list[dict[str, Any]] = [
     {"data.records": {"kind": "alpaca", "columns": {"input": "context"}}},
     {"data.records": {**CHAT, "template": "chatml", "too_long": "drop"}},
     {"data.records": CHAT, "eval.generate": 3},
+    {"checkpoint.keep_best": "eval/bits_per_byte"},
+    {"checkpoint.keep_best": "tasks/a/acc", "eval.tasks": ["a"]},
     {"train.deepspeed": {"zero_optimization": {"reduce_bucket_size": 5e8}, "comms_logger": {"enabled": True}}},
 ]
 GOOD_SOURCES: list[dict[str, Any]] = [

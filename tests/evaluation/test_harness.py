@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from relora_mora.config.data import RecordsConfig
 from relora_mora.data.records.passages import passage_of
 from relora_mora.data.shard import Record, RecordFormat
-from relora_mora.evaluation.harness import _load_tasks, record, table
+from relora_mora.evaluation.harness import TaskSettings, _load_tasks, record, table
 from relora_mora.evaluation.local_tasks import LOCAL_TASKS, local_task
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.tokenizer.load import load_tokenizer
@@ -31,6 +31,7 @@ from tests.tools.shared import needs_lm_eval
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 pytestmark = pytest.mark.more
+UUID = TaskSettings(["local_uuid"])
 
 
 @pytest.fixture
@@ -54,8 +55,8 @@ def nats(lm: LlamaForCausalLM, tokenizer: Any, prompt: str, answer: str) -> floa
 def test_a_run_keeps_the_scores_of_its_tasks(tmp_path):
     results = {"local_uuid": {"exact_match": 0.5, "character_accuracy": 0.75}}
     for step in (10, 20):
-        record(tmp_path, step, results, num_fewshot=None, limit=None)
-    record(tmp_path, 20, {"local_uuid": {"exact_match": 0.25}}, num_fewshot=5, limit=100)
+        record(tmp_path, step, results, UUID)
+    record(tmp_path, 20, {"local_uuid": {"exact_match": 0.25}}, TaskSettings(["local_uuid"], num_fewshot=5, limit=100))
     lines = read_json_lines(RunFolder(tmp_path).tasks)
     assert [(line["step"], line["num_fewshot"], line["limit"]) for line in lines] == [
         (10, None, None),
@@ -81,9 +82,9 @@ def test_a_score_is_written_completely_or_not_at_all(tmp_path):
     tasks.write_text(before)
     results = {"local_uuid": {"exact_match": 0.5}}
     with files_end_at(len(before) + 20), pytest.raises(OSError, match=f": '{tasks}'"):
-        record(tmp_path, 2, results, num_fewshot=None, limit=None)
+        record(tmp_path, 2, results, UUID)
     assert tasks.read_text() == before
-    record(tmp_path, 3, results, num_fewshot=None, limit=None)
+    record(tmp_path, 3, results, UUID)
     assert [line["step"] for line in read_json_lines(tasks)[10_000:]] == [3]
 
 
@@ -91,7 +92,7 @@ def test_a_score_is_written_completely_or_not_at_all(tmp_path):
 def test_a_score_that_tensorboard_cannot_write_is_kept_and_reported_once(tmp_path):
     before = set(threading.enumerate())
     with files_end_at(1000), pytest.raises(OSError, match=f": '{RunFolder(tmp_path).tensorboard}'"):
-        record(tmp_path, 2, {"local_uuid": {f"metric_{n}": 0.5 for n in range(20)}}, num_fewshot=None, limit=None)
+        record(tmp_path, 2, {"local_uuid": {f"metric_{n}": 0.5 for n in range(20)}}, UUID)
     assert [line["step"] for line in read_json_lines(RunFolder(tmp_path).tasks)] == [2]
     for writing in set(threading.enumerate()) - before:
         writing.join()  # as the thread ends, pytest has its exception
@@ -207,7 +208,7 @@ def test_unavailable_task_is_reported_and_others_run(model, data, monkeypatch):
     answer = call(EVALUATE, model, "--tasks=sciq,local_uuid", f"--task_data={data}", "--limit=1")
     assert answer.code == 0
     assert list(json.loads(answer.out.splitlines()[-1])["tasks"]) == ["local_uuid"]
-    refused(call(EVALUATE, model, "--tasks=sciq"), "sciq: its data cannot be loaded (no way to the hub)")
+    refused(call(EVALUATE, model, "--tasks=sciq"), "sciq: cannot be loaded (no way to the hub)")
     refused(call(EVALUATE, model, "--tasks=local_uuid"), "local_uuid: needs --task_data")
     refused(call(EVALUATE, model, "--tasks=nonsense"), "lm-eval has no task nonsense")
 

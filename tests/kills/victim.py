@@ -39,7 +39,7 @@ def victim(*args: Any, **kwargs: Any) -> int:
     from relora_mora.checkpoint.rank_files import RankFiles
     from relora_mora.checkpoint.writer import CheckpointWriter
     from relora_mora.engine.merging import Merger
-    from relora_mora.train.loop.events import Evaluating
+    from relora_mora.train.loop.evaluating import Evaluating
     from relora_mora.train.loop.loop import Trainer
 
     say("start")

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from relora_mora.config.checks.data import data_faults
+from relora_mora.config.checks.data import data_faults, misnamed_metric, missing_metric
 from relora_mora.config.checks.deepspeed import deepspeed_faults
 from relora_mora.config.checks.method import METHOD_RULES, merge_remarks, own_faults
 from relora_mora.config.checks.rules import Rule, broken_rules
@@ -26,6 +26,8 @@ BESIDE_ADAPTERS = (
     *("method.train_embeddings", "method.train_norms", "method.train_head"),
 )
 SIZE_SETTINGS = ("method.rank", "method.rank_pattern", "method.square_rounding", "method.square_multiple")
+
+TASK_SETTINGS = ("eval.tasks_every_steps", "eval.task_data", "eval.num_fewshot", "eval.limit")
 
 # how a run is executed and watched; its result does not depend on these settings
 OPERATIONAL = {
@@ -70,6 +72,8 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
     if not (settings["method.train_embeddings"] or settings["method.train_head"]):
         unused["optim.others"] = "a run that trains neither embeddings nor head"
         others = "adamw"
+    if not settings["eval.tasks"]:
+        unused |= dict.fromkeys(TASK_SETTINGS, "a run without eval.tasks")
     if settings["method.base"] not in ("int8", "fp8"):
         unused["method.base_products"] = f"method.base={settings['method.base'] or 'null'}"
     if record is not None and record.adapter is not None:
@@ -90,6 +94,7 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     yield from broken_rules(RULES, config)
     yield from broken_rules(METHOD_RULES, config)
     yield from own_faults(config.method)
+    yield from _best_faults(config)
     yield from data_faults(config)
     yield from deepspeed_faults(config)
     if world_size is not None:
@@ -126,6 +131,26 @@ def _length_faults(config: Config) -> Iterator[Fault]:
         if len(given) > 1:
             shown = " and ".join(f"{section}.{name}" for name in given)
             yield Fault((f"{section}.{given[-1]}",), f"{shown} are set, but only one may be; set the others to null")
+
+
+def _best_faults(config: Config) -> Iterator[Fault]:
+    """A metric for the best checkpoint that the run does not have, or has only once."""
+    metric = config.checkpoint.keep_best
+    if metric is None:
+        return
+    interval = "eval.every_steps"
+    if metric.startswith("tasks/"):
+        fault = None if config.eval.tasks else "no tasks are scored; name them in eval.tasks"
+        if config.eval.tasks_every_steps is not None:
+            interval = "eval.tasks_every_steps"
+    elif fault := misnamed_metric(metric):
+        fault += ", or tasks/TASK/METRIC"
+    else:
+        fault = missing_metric(config, metric)
+    if fault is None and config.by_name[interval] == 0:
+        fault = f"with {interval}=0 the only checkpoint with a value is the last one; set {interval}"
+    if fault is not None:
+        yield Fault(("checkpoint.keep_best", interval), f"{metric}: {fault}")
 
 
 # fmt: off

@@ -33,6 +33,34 @@ def _has_answers(data: DataConfig) -> bool:
     return any(data.has_whole_answers(data.records_of(source)) for source in data.sources("validation"))
 
 
+SHARES = ("exact_match", "character_accuracy")  # of the generated answers; more is better
+METRICS = ("loss", "perplexity", "bits_per_byte", *SHARES)  # of an evaluation
+
+
+def misnamed_metric(metric: str) -> str | None:
+    """What is wrong with the name of a metric of evaluations."""
+    parts = metric.split("/")
+    if parts[0] == "eval" and parts[-1] in METRICS and len(parts) in (2, 3):
+        return None
+    return f"expected eval/NAME or eval/SET/NAME with a name of {', '.join(METRICS)}"
+
+
+def missing_metric(config: Config, metric: str) -> str | None:
+    """Why a run with these settings will not have a metric of evaluations, as far as the settings show."""
+    _, *set_name, name = metric.split("/")
+    data = config.data
+    named = {key: sources for key, sources in data.validation.items() if key}
+    if set_name and set_name[0] not in named:
+        return f"data.validation names {', '.join(named) or 'no sets'}"
+    sources = named[set_name[0]] if set_name else data.sources("validation")
+    records = [data.records_of(source) for source in sources]
+    if name in SHARES and not (config.eval.generate and any(map(data.has_whole_answers, records))):
+        return "no answers are generated; set eval.generate (docs/tasks.md)"
+    if name == "bits_per_byte" and not all(each is None or each.is_text for each in records):
+        return "only plain text has this metric, records do not; choose by a loss"
+    return None
+
+
 def _named_in_source(source: TextSource, part: int) -> str | None:
     """The configuration (1) or the split (2) that ``OWNER/NAME:CONFIG:SPLIT`` names."""
     if "://" in source.source or source.source.startswith("hub:"):

@@ -14,13 +14,12 @@ from typing import Any, Literal, get_origin
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from relora_mora.config.checks.data import misnamed_metric, missing_metric
 from relora_mora.config.load import ConfigError, read_tree
 from relora_mora.config.schema import SETTINGS, Config
 from relora_mora.config.types import Positive, Seed, Strict, Text
 from relora_mora.experiments.compare.settings import SEEDS
 
-SHARES = ("exact_match", "character_accuracy")  # of the generated answers
-METRICS = ("loss", "perplexity", "bits_per_byte", *SHARES)  # that `choose` accepts
 OWN = {*SEEDS, "train.run_dir"}  # settings that the study itself sets
 
 
@@ -35,9 +34,9 @@ class Choice(Strict):
     def _one_metric(self) -> "Choice":
         if (self.lowest is None) == (self.highest is None):
             raise ValueError("give `lowest` or `highest`, with a metric such as eval/loss")
-        parts = self.metric.split("/")
-        if parts[0] != "eval" or parts[-1] not in METRICS or len(parts) > 3:
-            raise ValueError(f"{self.metric}: expected eval/NAME or eval/SET/NAME with a name of {', '.join(METRICS)}")
+        fault = misnamed_metric(self.metric)
+        if fault is not None:
+            raise ValueError(f"{self.metric}: {fault}")
         return self
 
     @property
@@ -48,18 +47,8 @@ class Choice(Strict):
 
     def faults(self, config: Config) -> list[str]:
         """Reasons why a run with these settings will not have the metric, as far as the settings show."""
-        _, *set_name, name = self.metric.split("/")
-        data = config.data
-        named = {key: sources for key, sources in data.validation.items() if key}
-        if set_name and set_name[0] not in named:
-            return [f"choose: {self.metric}: data.validation names {', '.join(named) or 'no sets'}"]
-        sources = named[set_name[0]] if set_name else data.sources("validation")
-        records = [data.records_of(source) for source in sources]
-        if name in SHARES and not (config.eval.generate and any(map(data.has_whole_answers, records))):
-            return [f"choose: {self.metric}: no answers are generated; set eval.generate (docs/tasks.md)"]
-        if name == "bits_per_byte" and not all(each is None or each.is_text for each in records):
-            return [f"choose: {self.metric}: only plain text has this metric, records do not; choose by a loss"]
-        return []
+        fault = missing_metric(config, self.metric)
+        return [] if fault is None else [f"choose: {self.metric}: {fault}"]
 
 
 class Study(Strict):

@@ -20,13 +20,14 @@ from relora_mora.checkpoint.reader import newest_manifest
 from relora_mora.config.checks.combinations import unused_by
 from relora_mora.config.data import DataConfig
 from relora_mora.config.load import ConfigError
-from relora_mora.config.schema import Config
+from relora_mora.config.schema import Config, EvalConfig
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.data.content import fingerprints, local_content
 from relora_mora.data.shard import Shard
 from relora_mora.data.stream.producer import in_saved_order
 from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
 from relora_mora.distributed.join import processes_on_host
+from relora_mora.evaluation.harness import Tasks, TaskSettings
 from relora_mora.model.compiling import compiles_here
 from relora_mora.model.config import check_length, plain_model_config
 from relora_mora.model.documents import check_attention
@@ -41,7 +42,7 @@ from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens, 
 from relora_mora.train.begin.identity import Identity, describe_differences
 from relora_mora.train.begin.inputs import open_inputs
 from relora_mora.train.begin.start_adapter import check_adapter, check_start
-from relora_mora.weights.foreign import check_headers
+from relora_mora.weights.foreign import check_headers, positions_in
 from relora_mora.weights.load import model_config_of, own_tokenizer_path
 
 
@@ -61,6 +62,7 @@ class ResolvedRun:
     bf16: bool
     compiled: bool  # the decoder layers
     passes_boundaries: bool  # whether each layer's attention gets the boundaries of documents
+    tasks: Tasks | None = None  # of eval.tasks
     epochs: float | None = None  # train.epochs; once they are counted, the config has train.steps instead
     warmup_fraction: float | None = None  # optim.warmup_fraction, likewise
     epoch_blocks: Sequence[int] | None = None  # how many blocks of a lane of whole rows each epoch takes
@@ -186,7 +188,25 @@ def check(config: Config, world_size: int) -> ResolvedRun:
         bf16=bf16,
         compiled=compiled,
         passes_boundaries=passes_boundaries,
+        tasks=_tasks(config, tokenizer, model_config),
     )
+
+
+def task_settings(config: EvalConfig) -> TaskSettings:
+    return TaskSettings(config.tasks, config.task_data, config.num_fewshot, config.limit, at="eval.")
+
+
+def _tasks(config: Config, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> Tasks | None:
+    """Raises HarnessError if the tasks cannot be scored, and ConfigError if they lack the metric of the best."""
+    if not config.eval.tasks:
+        return None
+    tasks = Tasks(task_settings(config.eval), tokenizer, positions_in(model_config))
+    group, _, metric = (config.checkpoint.keep_best or "").partition("/")
+    if group == "tasks" and metric not in tasks.larger_is_better:
+        names = ", ".join(f"tasks/{name}" for name in tasks.larger_is_better)
+        fault = f"checkpoint.keep_best: {group}/{metric}: eval.tasks gives no such metric; use one of {names}"
+        raise ConfigError([fault], "the settings")
+    return tasks
 
 
 def _check_tokenizer(config: Config, model_type: str, tokenizer: PreTrainedTokenizerBase) -> None:

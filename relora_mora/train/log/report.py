@@ -155,12 +155,13 @@ class Metrics:
             self._file = None
 
 
-def was_logged(folder: RunFolder, step: int, tag: str) -> bool:
-    """Whether ``metrics.jsonl`` has a line of a step with a tag."""
+def logged(folder: RunFolder, step: int, tag: str) -> dict[str, Any] | None:
+    """The line in ``metrics.jsonl`` of a step that has a tag."""
     if not folder.metrics.exists():
-        return False
+        return None
     lines = folder.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-    return any(line.startswith(f'{{"step": {step}, ') and f'"{tag}"' in line and line.endswith("}") for line in lines)
+    whole = (line for line in lines if line.startswith(f'{{"step": {step}, ') and line.endswith("}"))
+    return next((json.loads(line) for line in whole if f'"{tag}"' in line), None)
 
 
 Write = Callable[[int, Mapping[str, Any]], None]  # (step, its metrics); does nothing on ranks other than the first

@@ -1,29 +1,21 @@
 """Events between steps. Each one owns what it needs and knows when it is due; the loop calls it after every step."""
 
 import math
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from relora_mora.checkpoint.layout import Manifest
 from relora_mora.checkpoint.writer import CheckpointWriter
-from relora_mora.config.schema import Config
-from relora_mora.data.sets.held_out import EvalSet
 from relora_mora.data.stream.producer import mixture_names
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, sum_over_hosts
-from relora_mora.evaluation.generation import Generated, generate_answers
-from relora_mora.evaluation.loss import EvalResult, Update, evaluate, evaluate_sets, held_out
 from relora_mora.optim.groups import group_rates
 from relora_mora.sizing.work import flops_per_token
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.hardware import peak_memory_bytes
 from relora_mora.system.logs import counted, log
-from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log import report
 from relora_mora.train.log.progress import Progress
-from relora_mora.train.loop.step import DataFailed
 from relora_mora.train.state.run_state import RunState, TrainingError
 
 EARLY_LINES = 10  # on a terminal, that many first steps of a start have a line each
@@ -137,129 +129,8 @@ class Reporting:
         }
 
 
-class Evaluating:
-    """Evaluates the held-out loss of each set and of all sets. Every token counts once, for any number of ranks."""
-
-    def __init__(self, run: Run, guard: Guard, write: report.Write, progress: Progress) -> None:
-        self.config: Config = run.config
-        self.micro_batch_size = run.config.eval.micro_batch_size or run.config.train.micro_batch_size
-        self.tokenizer = run.checked.tokenizer
-        self.progress = progress
-        self.engine = run.engine
-        self.guard = guard
-        self.write = write
-        self.sets: dict[str, EvalSet] = {}  # by name
-        self.compiled = run.checked.compiled
-
-    def is_missing(self, state: RunState) -> bool:
-        """Whether the current step still needs an evaluation."""
-        due = is_due(self.config.eval.every_steps, state.step) or state.step == self.config.train.steps
-        return due and state.evaluated != state.step
-
-    def is_due_at_start(self, state: RunState) -> bool:
-        """Whether to evaluate before the first step of this start. A resumed run does so if its step has no evaluation:
-        a signal interrupted it, or the run begins with another run's checkpoint."""
-        if state.step == 0:
-            return self.config.eval.at_start
-        return state.trouble is None and self.is_missing(state)
-
-    def after_step(self, state: RunState) -> bool:
-        """Returns False if the ranks stop during an evaluation."""
-        return not self.is_missing(state) or self.evaluate(state)
-
-    def read(self) -> None:
-        """Reads the held-out text; a collective that no signal interrupts.
-
-        Raises :class:`DataFailed` on all ranks if it cannot be read.
-        """
-        self.guard.begin("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
-        try:
-            self.sets = from_first_rank(self._held_out)  # only one rank downloads and tokenizes
-        except (ValueError, OSError) as error:
-            raise DataFailed([error]) from error
-
-    def evaluate(self, state: RunState) -> bool:
-        """Returns False if the ranks stop before its end. A collective."""
-        begin = time.perf_counter()
-        self.engine.eval()
-        with self.progress.bar("evaluation", "token") as bar:
-            results = evaluate_sets(
-                lambda data, update: self._score(data, state.step, update), self.sets, progress=bar.update
-            )
-        with self.progress.bar("generating answers"):
-            generated = None if results is None else self._generate(state.step)
-        if results is None or generated is None:
-            return False
-        state.evaluated = state.step
-        self._report(state.step, results, generated, time.perf_counter() - begin)
-        return True
-
-    def _held_out(self) -> dict[str, EvalSet]:
-        # as relora-mora evaluate: the tokenizer in the run folder has the chat template of the training
-        limits = self.config.eval
-        tokenizer = RunFolder(Path(self.config.train.run_dir)).tokenizer
-        return held_out(self.config.data, str(tokenizer), limits.max_tokens, limits.generate)
-
-    def _score(self, data: EvalSet, step: int, update: Update) -> EvalResult | None:
-        return evaluate(
-            self.engine,
-            data,
-            micro_batch_size=self.micro_batch_size,
-            shrinks=not self.compiled,
-            device=self.engine.device,
-            rank=self.engine.rank,
-            world_size=self.engine.world_size,
-            all_sum=self.engine.all_reduce,
-            stop=lambda: self._stop(step),
-            progress=update,
-        )
-
-    def _generate(self, step: int) -> dict[str, Generated] | None:
-        """Generates the answers of each set, and adds the total under "". A collective.
-
-        Returns None if the ranks stop before the end.
-        """
-        results: dict[str, Generated] = {}
-        self.engine.keep_merged()
-        for name, data in self.sets.items():
-            if not data.answers:
-                continue
-            result = generate_answers(
-                self.engine.lm,
-                data.answers,
-                tokenizer=self.tokenizer,
-                batch_size=self.micro_batch_size,
-                device=self.engine.device,
-                rank=self.engine.rank,
-                world_size=self.engine.world_size,
-                all_sum=self.engine.all_reduce,
-                stop=lambda: self._stop(step, within=LONG_SECONDS),  # a round generates the whole length of an answer
-            )
-            if result is None:
-                return None
-            results[name] = result
-        return {**results, "": Generated.of_all(results.values())} if results else {}
-
-    def _stop(self, step: int, within: float | None = None) -> bool:
-        self.guard.begin(f"step {step}: evaluation", within=within)
-        return sum_over_hosts([float(self.guard.stop_reason is not None)]) != [0.0]
-
-    def _report(
-        self, step: int, results: Mapping[str, EvalResult], generated: Mapping[str, Generated], seconds: float
-    ) -> None:
-        whole = EvalResult.of_all(results.values())
-        metrics = report.eval_metrics(results) | report.eval_metrics({"": whole}) | report.eval_metrics(generated)
-        self.write(step, {**metrics, "eval/seconds": seconds})
-        for name, result in results.items():
-            if name:
-                log.info(f"step {step}: validation on {name}: {result} ({result.tokens:,} tokens)")
-        log.info(f"step {step}: validation {whole} ({whole.tokens:,} tokens, {seconds:.1f} s)")
-        if generated:
-            log.info(f"step {step}: {generated['']}")
-
-
 class Saving:
-    """Saves checkpoints. They are written in the background."""
+    """Saves checkpoints, also of the best evaluation so far. They are written in the background."""
 
     def __init__(self, run: Run, writer: CheckpointWriter, guard: Guard, write: report.Write) -> None:
         self.every_steps = run.config.checkpoint.every_steps
@@ -269,8 +140,13 @@ class Saving:
         self.write = write
 
     def after_step(self, state: RunState) -> None:
-        if is_due(self.every_steps, state.step):
+        if is_due(self.every_steps, state.step) or (state.best is not None and state.best.step == state.step):
             self.save(state)
+
+    def name_best(self, state: RunState) -> None:
+        """Before the first step, and after a rollback: what the files say may belong to another history."""
+        if self.writer.rank == 0:
+            self.writer.name_best(None if state.best is None else state.best.step)
 
     def save(self, state: RunState) -> None:
         """A collective."""

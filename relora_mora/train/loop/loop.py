@@ -27,7 +27,8 @@ from relora_mora.train.begin.build import Run
 from relora_mora.train.log.loggers import make_loggers
 from relora_mora.train.log.progress import Progress, next_commands, seconds_since_start
 from relora_mora.train.log.report import Metrics
-from relora_mora.train.loop.events import Evaluating, Merging, Reporting, Saving
+from relora_mora.train.loop.evaluating import Evaluating
+from relora_mora.train.loop.events import Merging, Reporting, Saving
 from relora_mora.train.loop.step import BatchLoader, DataFailed, LocalBatch, StabilityMonitor, StepResult
 from relora_mora.train.state.restore import find_rollback_target, roll_back
 from relora_mora.train.state.run_state import DataError, RunState, TrainingError
@@ -161,6 +162,7 @@ class Trainer:
                     return self.shutdown.stop(self.state)
             if not self.evaluating.evaluate(self.state):
                 return self.shutdown.stop(self.state)
+        self.saving.name_best(self.state)
         if self.state.step and self.state.saved is None and self.state.trouble is None:
             self.saving.save(self.state)  # a run that began with another run's checkpoint gets its own
         self.progress.begin(self.state.step)
@@ -252,6 +254,7 @@ class Trainer:
         state = roll_back(self.run, before, self.writer)
         state.data = self.data.own_part(state.data)
         self.state = state
+        self.saving.name_best(state)
         self.guard.step = state.step
         self.progress.begin(state.step)
         if self.metrics is not None:

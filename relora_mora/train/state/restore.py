@@ -10,14 +10,15 @@ from pathlib import Path
 from relora_mora.checkpoint import layout
 from relora_mora.checkpoint.reader import CheckpointReader, newest_whole
 from relora_mora.checkpoint.writer import CheckpointWriter
+from relora_mora.config.schema import Config
 from relora_mora.data.lanes import merge_states
-from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
+from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, same_on_all_ranks
 from relora_mora.system.files import write_if_possible
 from relora_mora.system.logs import counted, log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log.report import merge_metrics
-from relora_mora.train.state.run_state import RunState, TrainingError
+from relora_mora.train.state.run_state import Best, RunState, TrainingError
 
 
 def restore(run: Run, reader: CheckpointReader) -> RunState:
@@ -29,6 +30,7 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
     manifest = reader.manifest
     own = _is_own(run, reader)
     state = RunState.load(manifest, own=own)
+    state.best = kept_best(run.config, state.best)
     is_overdue = state.trouble is None and is_merge_overdue(run, reader)  # a run in trouble goes further back
     reader.restore(run.engine, run.base)
     run.merger.set_operator(manifest.operator)
@@ -44,6 +46,17 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
         state.done_at_load = merge_metrics(record)
         log.info("step %d: made the merge that was due here, which the shorter run had left to its export", state.step)
     return state
+
+
+def kept_best(config: Config, best: Best | None) -> Best | None:
+    """The best checkpoint so far; None if it is gone, or if ``checkpoint.keep_best`` names another metric now.
+
+    A collective.
+    """
+    if best is None or best.metric != config.checkpoint.keep_best:
+        return None
+    folder = RunFolder(Path(config.train.run_dir)).checkpoints / layout.step_folder(best.step)
+    return best if from_first_rank(folder.exists) else None
 
 
 def _is_own(run: Run, reader: CheckpointReader) -> bool:
@@ -93,6 +106,7 @@ def _abandon_other_history(folder: RunFolder, reader: CheckpointReader, *, own: 
         layout.abandon(path)
     if not own:
         latest.unlink(missing_ok=True)
+        (folder.checkpoints / layout.BEST).unlink(missing_ok=True)
         _abandon_records(folder)
     elif others:
         write_if_possible(latest, f"{layout.step_folder(step)}\n", without="it names another one; training goes on")

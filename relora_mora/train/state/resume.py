@@ -20,9 +20,9 @@ from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
 from relora_mora.train.begin.check import ResolvedRun
 from relora_mora.train.begin.identity import Identity, changes_since
-from relora_mora.train.log.report import was_logged
-from relora_mora.train.state.restore import restore
-from relora_mora.train.state.run_state import RunState
+from relora_mora.train.log.report import logged
+from relora_mora.train.state.restore import kept_best, restore
+from relora_mora.train.state.run_state import Best, RunState
 from relora_mora.weights.digests import other_weights
 
 
@@ -97,8 +97,10 @@ def resume(run: Run, reader: CheckpointReader) -> RunState:
     state = restore(run, reader)
     folder = RunFolder(Path(run.config.train.run_dir))
     # the evaluation of a checkpoint's step may come after it, if a signal interrupted it
-    if state.saved is not None and from_first_rank(lambda: was_logged(folder, state.step, "eval/seconds")):
+    line = from_first_rank(lambda: logged(folder, state.step, "eval/seconds")) if state.saved is not None else None
+    if line is not None:
         state.evaluated = state.step
+        state.best = kept_best(run.config, Best(**line["checkpoint/best"]) if "checkpoint/best" in line else None)
     if reader.manifest.data_order != run.checked.data_order:
         state.data = start_states(run.config.lanes, mixture_names(run.config.data))
         shared_log.warning("the training data has changed (train.allow_changes): it is read from its beginning")

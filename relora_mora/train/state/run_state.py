@@ -77,6 +77,16 @@ class StabilityState:
         return None
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best value so far of ``checkpoint.keep_best``. ``digest`` is that of the tokens it is about, if any."""
+
+    metric: str
+    value: float
+    step: int
+    digest: str | None
+
+
 @dataclass
 class RunState:
     """The progress of a run: everything that a resumed run needs to continue as if it had never stopped.
@@ -96,6 +106,7 @@ class RunState:
     data: dict[str, Any] = field(default_factory=dict)
     saved: int | None = None  # the step of the newest checkpoint in the run folder
     evaluated: int | None = None  # the step of the last evaluation
+    best: Best | None = None
     # metrics of what was done at this step when the state was loaded: an overdue merge, or the start of the adapters
     done_at_load: dict[str, Any] = field(default_factory=dict)
 
@@ -110,6 +121,7 @@ class RunState:
             "interval": self.interval.dump(world_size),
             "rollbacks": self.rollbacks,
             "evaluated": self.evaluated == self.step,
+            "best": None if self.best is None else asdict(self.best),
         }
 
     @staticmethod
@@ -120,6 +132,7 @@ class RunState:
         if not own:
             health.good()  # its bad steps, and the checkpoints to go back to, are in another folder
         step = manifest.step
+        best = counters.get("best")  # release 0.2 had none
         return RunState(
             initial_seed=counters["initial_seed"],
             step=step,
@@ -132,4 +145,5 @@ class RunState:
             data=manifest.data_state,
             saved=step if own else None,
             evaluated=step if own and counters["evaluated"] else None,
+            best=Best(**best) if own and best else None,
         )

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.checkpoint.reader import find_checkpoint
+from tests.tools.each import each
 from tests.tools.runs import (
     checkpoint_at,
     copy_cut_at,
@@ -29,7 +32,7 @@ def stopped(config: Any, *, where: str = "start", number: int = 0) -> int:
     """Trains on every rank until rank 1 is asked to stop: at the start, in the last evaluation, or after global batch
     ``number``, whose loss is a spike. Returns the exit code, as a signal would give it."""
     from relora_mora.supervise.guard import Guard
-    from relora_mora.train.loop.events import Evaluating
+    from relora_mora.train.loop.evaluating import Evaluating
     from relora_mora.train.loop.loop import Trainer
     from relora_mora.train.pretrain import pretrain
 
@@ -135,13 +138,36 @@ def test_a_stop_right_after_a_spike_does_not_change_the_rollback(pools, inputs, 
 def test_a_resume_repeats_a_last_evaluation_that_was_stopped_and_saves_no_step_twice(
     pools, inputs, tokenizer_path, tmp_path
 ):
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, eval={"every_steps": 0, "at_start": False})
+    settings = {"eval": {"every_steps": 5, "at_start": False}, "checkpoint": {"keep_best": "eval/loss"}}
+    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, **settings)
     assert pools(2)(stopped, config, where="evaluation") == [75, 75]
-    assert not [line for line in metrics(tmp_path / "run") if "eval/loss" in line]
+    assert logged_steps(tmp_path / "run", "eval/loss") == [5]
+    assert find_checkpoint(tmp_path / "run" / "best").name == "step-00000005"
     for _ in range(2):  # the second start finds the evaluation of the first in the metrics
         pools(2)(train_without_text, config)
-        assert logged_steps(tmp_path / "run", "eval/loss") == [10]
+        assert logged_steps(tmp_path / "run", "eval/loss") == [5, 10]
+        assert find_checkpoint(tmp_path / "run" / "checkpoints" / "best").name == "step-00000010"
         assert logged_steps(tmp_path / "run", "perf/checkpoint_stall_seconds") == list(range(1, 11))
+
+
+@each("stops", [(None,), (3, 6, None)])
+def test_the_best_checkpoint_is_kept(pools, inputs, tokenizer_path, tmp_path, stops):
+    """The rate gets so high that the loss rises."""
+    folder = tmp_path / "run"
+    settings = {"optim": {"lr": 9.0, "lr_other": 9.0, "warmup_steps": 50, "clip": 1e6}, "eval": {"every_steps": 1}}
+    best = {"every_steps": 3, "keep_last": 1, "keep_best": "eval/loss"}
+    for stop in stops:
+        pools(1)(train, run_config(inputs, tokenizer_path, folder, **settings, checkpoint=best), stop)
+    loss = {line["step"]: line["eval/loss"] for line in metrics(folder) if line["step"] and "eval/loss" in line}
+    step = min(loss, key=loss.__getitem__)
+    assert step < 9, "a later checkpoint would be kept anyway"
+    assert find_checkpoint(folder / "best") == checkpoint_at(folder, step)
+    assert sorted((folder / "checkpoints").glob("step-*")) == [checkpoint_at(folder, each) for each in (step, 10)]
+    longer = {"steps": 11, "allow_changes": ["train.steps"]}  # without a metric, what was the best is removed
+    pools(1)(train, run_config(inputs, tokenizer_path, folder, **settings, checkpoint={"keep_last": 1}, train=longer))
+    assert sorted((folder / "checkpoints").glob("step-*")) == [checkpoint_at(folder, 11)]
+    with pytest.raises(CheckpointError, match=r"checkpoint\.keep_best"):
+        find_checkpoint(folder / "best")
 
 
 def train_without_text(config: Any) -> None:

@@ -1,0 +1,221 @@
+"""Evaluations between steps: the held-out loss, generated answers and tasks, and which of them was the best."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from relora_mora.config.checks.data import SHARES
+from relora_mora.config.schema import Config
+from relora_mora.data.sets.held_out import EvalSet
+from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, sum_over_hosts
+from relora_mora.evaluation.generation import Generated, generate_answers
+from relora_mora.evaluation.harness import Ranks, Results, Tasks
+from relora_mora.evaluation.loss import EvalResult, Update, evaluate, evaluate_sets, held_out
+from relora_mora.supervise.guard import LONG_SECONDS, Guard
+from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
+from relora_mora.tokenizer.load import load_tokenizer
+from relora_mora.train.begin.build import Run
+from relora_mora.train.begin.check import task_settings
+from relora_mora.train.log import report
+from relora_mora.train.log.progress import Progress
+from relora_mora.train.loop.events import is_due
+from relora_mora.train.loop.step import DataFailed
+from relora_mora.train.state.run_state import Best, RunState
+from relora_mora.weights.export import generation_config
+
+
+class _Stopping(Exception):
+    """The ranks stop during an evaluation."""
+
+
+class Evaluating:
+    """Evaluates the held-out loss of each set and of all sets, and tasks; for any number of ranks, every token and row
+    counts once."""
+
+    def __init__(self, run: Run, guard: Guard, write: report.Write, progress: Progress) -> None:
+        self.config: Config = run.config
+        self.micro_batch_size = run.config.eval.micro_batch_size or run.config.train.micro_batch_size
+        self.tokenizer = run.checked.tokenizer
+        self.progress = progress
+        self.engine = run.engine
+        self.guard = guard
+        self.write = write
+        self.sets: dict[str, EvalSet] = {}  # by name
+        self.compiled = run.checked.compiled
+        self.tasks = run.checked.tasks
+        every, of_tasks = run.config.eval.every_steps, run.config.eval.tasks_every_steps
+        self.intervals = [every, every if of_tasks is None else of_tasks] if self.tasks else [every]
+
+    def is_missing(self, state: RunState) -> bool:
+        """Whether the current step still needs an evaluation."""
+        return any(self._is_due(every, state.step) for every in self.intervals) and state.evaluated != state.step
+
+    def _is_due(self, every_steps: int, step: int) -> bool:
+        return step in (0, self.config.train.steps) or is_due(every_steps, step)
+
+    def is_due_at_start(self, state: RunState) -> bool:
+        """Whether to evaluate before the first step of this start. A resumed run does so if its step has no evaluation:
+        a signal interrupted it, or the run begins with another run's checkpoint."""
+        if state.step == 0:
+            return self.config.eval.at_start
+        return state.trouble is None and self.is_missing(state)
+
+    def after_step(self, state: RunState) -> bool:
+        """Returns False if the ranks stop during an evaluation."""
+        return not self.is_missing(state) or self.evaluate(state)
+
+    def read(self) -> None:
+        """Reads the held-out text; a collective that no signal interrupts.
+
+        Raises :class:`DataFailed` on all ranks if it cannot be read.
+        """
+        self.guard.begin("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
+        try:
+            self.sets = from_first_rank(self._held_out)  # only one rank downloads and tokenizes
+        except (ValueError, OSError) as error:
+            raise DataFailed([error]) from error
+
+    def evaluate(self, state: RunState) -> bool:
+        """Returns False if the ranks stop before its end. A collective."""
+        begin = time.perf_counter()
+        step = state.step
+        self.engine.eval()
+        results: dict[str, EvalResult] | None = {}
+        generated: dict[str, Generated] | None = {}
+        scores: Results | None = {}
+        if self._is_due(self.intervals[0], step):
+            with self.progress.bar("evaluation", "token") as bar:
+                results = evaluate_sets(
+                    lambda data, update: self._score(data, step, update), self.sets, progress=bar.update
+                )
+            with self.progress.bar("generating answers"):
+                generated = None if results is None else self._generate(step)
+        if results is None or generated is None:
+            return False
+        if self.tasks is not None and self._is_due(self.intervals[-1], step):
+            with self.progress.bar("tasks"):
+                scores = self._score_tasks(self.tasks, step)
+        if scores is None:
+            return False
+        self._report(state, results, generated, scores, time.perf_counter() - begin)
+        state.evaluated = step
+        return True
+
+    def _held_out(self) -> dict[str, EvalSet]:
+        # as relora-mora evaluate: the tokenizer in the run folder has the chat template of the training
+        limits = self.config.eval
+        tokenizer = RunFolder(Path(self.config.train.run_dir)).tokenizer
+        return held_out(self.config.data, str(tokenizer), limits.max_tokens, limits.generate)
+
+    def _score(self, data: EvalSet, step: int, update: Update) -> EvalResult | None:
+        return evaluate(
+            self.engine,
+            data,
+            micro_batch_size=self.micro_batch_size,
+            shrinks=not self.compiled,
+            device=self.engine.device,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+            all_sum=self.engine.all_reduce,
+            stop=lambda: self._stop(step),
+            progress=update,
+        )
+
+    def _generate(self, step: int) -> dict[str, Generated] | None:
+        """Generates the answers of each set, and adds the total under "". A collective.
+
+        Returns None if the ranks stop before the end.
+        """
+        results: dict[str, Generated] = {}
+        self.engine.keep_merged()
+        for name, data in self.sets.items():
+            if not data.answers:
+                continue
+            result = generate_answers(
+                self.engine.lm,
+                data.answers,
+                tokenizer=self.tokenizer,
+                batch_size=self.micro_batch_size,
+                device=self.engine.device,
+                rank=self.engine.rank,
+                world_size=self.engine.world_size,
+                all_sum=self.engine.all_reduce,
+                stop=lambda: self._stop(step, within=LONG_SECONDS),  # a round generates the whole length of an answer
+            )
+            if result is None:
+                return None
+            results[name] = result
+        return {**results, "": Generated.of_all(results.values())} if results else {}
+
+    def _score_tasks(self, tasks: Tasks, step: int) -> Results | None:
+        """The same results on all ranks; None if the ranks stop before the end. A collective."""
+        engine = self.engine
+        tokenizer = load_tokenizer(RunFolder(Path(self.config.train.run_dir)).tokenizer)
+        engine.lm.generation_config = generation_config(tokenizer, engine.lm.config)  # as in an export
+        engine.keep_merged()
+        ranks = Ranks(engine.rank, engine.world_size, gather_from_ranks, lambda running: self._any_runs(step, running))
+        try:
+            return tasks.score(engine.lm, tokenizer, batch_size=self.micro_batch_size, ranks=ranks)
+        except _Stopping:
+            return None
+
+    def _any_runs(self, step: int, running: bool) -> bool:
+        self.guard.begin(f"step {step}: tasks", within=LONG_SECONDS)
+        stopping, busy = sum_over_hosts([float(self.guard.stop_reason is not None), float(running)])
+        if stopping:
+            raise _Stopping
+        return busy > 0
+
+    def _stop(self, step: int, within: float | None = None) -> bool:
+        self.guard.begin(f"step {step}: evaluation", within=within)
+        return sum_over_hosts([float(self.guard.stop_reason is not None)]) != [0.0]
+
+    def _report(
+        self,
+        state: RunState,
+        results: Mapping[str, EvalResult],
+        generated: Mapping[str, Generated],
+        scores: Results,
+        seconds: float,
+    ) -> None:
+        step = state.step
+        whole = {"": EvalResult.of_all(results.values())} if results else {}
+        metrics = {
+            **report.eval_metrics({**results, **whole}),
+            **report.eval_metrics(generated),
+            **task_settings(self.config.eval).tagged(scores),
+        }
+        if step > 0:  # which has no checkpoint
+            state.best = from_first_rank(lambda: self._best(state, metrics))
+        best = {} if state.best is None else {"checkpoint/best": asdict(state.best)}
+        self.write(step, {**metrics, **best, "eval/seconds": seconds})
+        for name, result in results.items():
+            if name:
+                log.info(f"step {step}: validation on {name}: {result} ({result.tokens:,} tokens)")
+        for result in whole.values():
+            log.info(f"step {step}: validation {result} ({result.tokens:,} tokens, {seconds:.1f} s)")
+        if generated:
+            log.info(f"step {step}: {generated['']}")
+        for task, values in scores.items():
+            log.info(f"step {step}: {task}: {', '.join(f'{name} {value:.4f}' for name, value in values.items())}")
+        if state.best is not None and state.best.step == step:
+            log.info(f"step {step}: the best {state.best.metric} so far")
+
+    def _best(self, state: RunState, metrics: Mapping[str, Any]) -> Best | None:
+        """The best evaluation so far: that of the current step if none before was as good, on the same tokens."""
+        metric = self.config.checkpoint.keep_best or ""
+        group, _, name = metric.partition("/")
+        of_tasks = group == "tasks"
+        value = metrics.get(metric + task_settings(self.config.eval).suffix * of_tasks)
+        if value is None or not math.isfinite(value):
+            return state.best
+        larger = self.tasks.larger_is_better[name] if of_tasks and self.tasks else name.rpartition("/")[2] in SHARES
+        new = Best(metric, value, state.step, metrics.get(f"{metric.rpartition('/')[0]}/digest"))
+        old = state.best
+        if old is not None and old.digest == new.digest and not (value > old.value if larger else value < old.value):
+            return old
+        return new

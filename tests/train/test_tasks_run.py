@@ -1,0 +1,178 @@
+"""Tasks that a run scores: the same on all ranks and after a stop, and training does not see them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from xxhash import xxh3_64_hexdigest
+
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import Config
+from relora_mora.evaluation.harness import Ranks, _shared
+from relora_mora.evaluation.local_tasks import HarnessError
+from tests.evaluation.tools import ROWS
+from tests.tools.commands import EVALUATE, call
+from tests.tools.data_tools import write_json_lines
+from tests.tools.each import each
+from tests.tools.runs import LLAMA, checkpoint_at, metrics, refusal_of, run_config, tensors, train, write_inputs
+from tests.tools.shared import needs_lm_eval
+
+pytestmark = [pytest.mark.distributed, pytest.mark.more]
+TASKS = {"tasks": ["local_pubmedqa", "local_uuid"], "tasks_every_steps": 2, "every_steps": 3, "limit": 3}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = write_inputs(tmp_path_factory.mktemp("tasks"))
+    (folder / "model.json").write_text(
+        json.dumps(LLAMA | {"max_position_embeddings": 512, "tie_word_embeddings": True})
+    )
+    for name in TASKS["tasks"]:
+        write_json_lines(folder / f"{name.removeprefix('local_')}.jsonl", ROWS[name])
+    return folder
+
+
+def scored(inputs: Path, tokenizer: str, run_dir: Path, world_size: int = 1, **sections: dict[str, Any]) -> Config:
+    """Six steps; the rows of tasks are an odd number for two ranks."""
+    sections = {"eval": {**TASKS, "task_data": str(inputs)}, "train": {}, **sections}
+    sections["train"] = {"steps": 6, **sections["train"]}
+    return run_config(inputs, tokenizer, run_dir, world_size, **sections)
+
+
+def scores(run_dir: Path) -> dict[int, dict[str, float]]:
+    lines = [line for line in metrics(run_dir) if any(tag.startswith("tasks/") for tag in line)]
+    assert len({line["step"] for line in lines}) == len(lines)
+    return {line["step"]: {tag: line[tag] for tag in line if tag.startswith("tasks/")} for line in lines}
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("stage", [1, 3])
+def test_tasks_are_scored_as_by_evaluate_on_any_ranks_and_do_not_affect_training(
+    pools, inputs, tokenizer_path, tmp_path, stage
+):
+    own = {"train": {"zero_stage": stage}}
+    pools(2)(train, scored(inputs, tokenizer_path, tmp_path / "with", 2, **own))
+    pools(2)(train, scored(inputs, tokenizer_path, tmp_path / "without", 2, **own, eval={"at_start": False}))
+    with_tasks, without = (tensors(checkpoint_at(tmp_path / name, 6)) for name in ("with", "without"))
+    assert with_tasks.keys() == without.keys()
+    assert all(torch.equal(with_tasks[key], without[key]) for key in without)
+    found = scores(tmp_path / "with")
+    assert list(found) == [0, 2, 4, 6]
+    assert [line["step"] for line in metrics(tmp_path / "with") if "eval/loss" in line] == [0, 3, 6]
+    options = (f"--tasks={','.join(TASKS['tasks'])}", f"--task_data={inputs}", "--limit=3")
+    for step in (2, 6):
+        answer = call(EVALUATE, checkpoint_at(tmp_path / "with", step), *options)
+        alone = json.loads(answer.out.splitlines()[-1])["tasks"]
+        tagged = {f"tasks/{task}/{name}/first-3": value for task in alone for name, value in alone[task].items()}
+        assert found[step] == pytest.approx(tagged)
+
+
+@needs_lm_eval
+def test_a_stopped_run_neither_loses_nor_repeats_scores(pools, inputs, tokenizer_path, tmp_path):
+    best = {"every_steps": 1, "keep_last": 1, "keep_best": "tasks/local_uuid/character_accuracy"}
+    for name, stops in (("whole", (None,)), ("stopped", (2, 3, "within tasks", None))):
+        for stop in stops:
+            config = scored(inputs, tokenizer_path, tmp_path / name, 2, checkpoint=best)
+            if stop == "within tasks":
+                assert pools(2)(stopped_within_tasks, config, 4) == [75, 75]
+                assert 4 not in scores(tmp_path / name)
+            else:
+                pools(2)(train, config, stop)
+    assert scores(tmp_path / "stopped") == scores(tmp_path / "whole")
+    first = max(range(2, 7, 2), key=lambda step: scores(tmp_path / "whole")[step][f"{best['keep_best']}/first-3"])
+    assert [(tmp_path / name / "checkpoints" / "best").read_text() for name in ("whole", "stopped")] == [
+        f"step-{first:08d}\n"
+    ] * 2
+
+
+def stopped_within_tasks(config: Config, at: int) -> int:
+    """Rank 1 is asked to stop when tasks are scored at a step. Returns the exit code, as a signal would give it."""
+    from relora_mora.supervise.guard import Guard
+    from relora_mora.train.loop.evaluating import Evaluating
+    from relora_mora.train.pretrain import pretrain
+
+    guard = Guard(signals=False)
+    any_runs = Evaluating._any_runs
+
+    def asked(self: Evaluating, step: int, running: bool) -> bool:
+        if (step, self.engine.rank) == (at, 1):
+            guard.stop_reason = "the test"
+        return any_runs(self, step, running)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluating, "_any_runs", asked)
+        return pretrain(config, guard)
+
+
+def test_ranks_with_other_rows_do_not_score_together():
+    """The first of two ranks has the row of another file than the second."""
+    others = Ranks(0, 2, lambda mine: [mine, (xxh3_64_hexdigest(b"[('b',)]"), iter([]))])
+    lm: Any = torch.nn.Linear(1, 1)
+    answers = _shared(lambda requests: [1.0] * len(requests), lm, others)
+    with pytest.raises(HarnessError, match="different rows"):
+        answers([SimpleNamespace(doc_id=0, args=("a",))])
+    assert answers([SimpleNamespace(doc_id=0, args=("b",))]) == [1.0]
+
+
+@needs_lm_eval
+@each(
+    "settings,error,expected",
+    [
+        ({"tasks": ["nonsense"]}, HarnessError, "eval.tasks: lm-eval has no task nonsense"),
+        ({"tasks": ["local_uuid"]}, HarnessError, "local_uuid: needs eval.task_data"),
+        ({"tasks": ["{inputs}/broken.yaml"]}, HarnessError, "broken.yaml: cannot be loaded"),
+        ({"tasks": ["{inputs}/none.yaml"]}, HarnessError, "eval.tasks: lm-eval has no task"),
+        ({"tasks": ["{inputs}/own.yaml"], "keep_best": "tasks/own/exact"}, ConfigError, "tasks/own/acc_norm"),
+    ],
+)
+def test_a_task_that_cannot_be_scored_is_refused_before_a_model_is_built(
+    pools, inputs, tokenizer_path, tmp_path, settings, error, expected
+):
+    (inputs / "broken.yaml").write_text("task: broken\ndataset_path: json\n")
+    own_task(inputs)
+    settings = {**settings, "tasks": [name.format(inputs=inputs) for name in settings["tasks"]]}
+    best = {"keep_best": settings.pop("keep_best", None)}
+    config = scored(inputs, tokenizer_path, tmp_path / "run", eval=settings, checkpoint=best)
+    [message] = pools(1)(refusal_of, config, error)
+    assert expected in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def own_task(inputs: Path) -> Path:
+    """A task in lm-eval's format, in a file of the user."""
+    settings = {
+        "task": "own",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(inputs / "pubmedqa.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{QUESTION}}",
+        "doc_to_target": "final_decision",
+        "doc_to_choice": ["yes", "no", "maybe"],
+        "metric_list": [{"metric": name} for name in ("acc", "acc_norm")],
+    }
+    path = inputs / "own.yaml"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+@needs_lm_eval
+def test_a_file_of_lm_evals_format_is_a_task(pools, inputs, tokenizer_path, tmp_path):
+    settings = {"tasks": [str(own_task(inputs))], "tasks_every_steps": 0}
+    pools(1)(train, scored(inputs, tokenizer_path, tmp_path / "run", eval=settings))
+    assert {step: sorted(found) for step, found in scores(tmp_path / "run").items()} == {
+        step: ["tasks/own/acc", "tasks/own/acc_norm"] for step in (0, 6)
+    }
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_without_lm_eval_a_run_with_tasks_does_not_begin(pools, inputs, tokenizer_path, tmp_path):
+    [message] = pools(1)(refusal_of, scored(inputs, tokenizer_path, tmp_path / "run"), HarnessError)
+    assert "eval.tasks" in message
+    assert "relora_mora[eval]" in message
