@@ -231,12 +231,14 @@ def _score_tasks(
     from relora_mora.evaluation.harness import evaluate_tasks, record, table
     from relora_mora.system.run_folder import RunFolder
     from relora_mora.tokenizer.load import load_tokenizer
-    from relora_mora.weights.export import generation_config
+    from relora_mora.weights.generation import generation_config
 
     lm = on_device(loaded)
     loaded_tokenizer = load_tokenizer(tokenizer_of(loaded, tokenizer))
     if loaded.of_run:
-        lm.generation_config = generation_config(loaded_tokenizer, lm.config)  # as in its export
+        lm.generation_config = generation_config(
+            loaded_tokenizer, lm.config, loaded.checkpoint and loaded.checkpoint[0]
+        )  # as in its export
     results = evaluate_tasks(
         lm, loaded_tokenizer, names, data=task_data, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
     )
