@@ -1,12 +1,9 @@
 """Exports a checkpoint as a plain model for AutoModelForCausalLM and AutoTokenizer, or only its adapter for PEFT."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from annotated_types import Ge
-
-from relora_mora.cli.arguments import Precision
-from relora_mora.config.load import ConfigError
+from relora_mora.cli.arguments import PositiveInt, Precision
 from relora_mora.system.bars import Bar
 from relora_mora.system.process import many_imports
 
@@ -17,7 +14,7 @@ def main(
     *,
     dtype: Precision = "float32",
     format: Literal["merged", "peft", "peft-mora"] = "merged",
-    shard_gb: Annotated[int, Ge(1)] = 5,
+    shard_gb: PositiveInt = 5,
     push: str | None = None,
     private: bool = False,
 ) -> None:
@@ -39,7 +36,7 @@ def main(
         relora-mora export runs/demo/run runs/demo_exported --dtype=bfloat16
     """
     if private and push is None:
-        raise ConfigError(["--private: is about the repository of --push=OWNER/NAME; give both"], "the command line")
+        raise ValueError("--private: is about the repository of --push=OWNER/NAME; give both")
     with many_imports():
         import torch
 

@@ -98,12 +98,10 @@ def _facts(
     yield "method", ", ".join(details)
     for start in _recorded(run.starts)[-1:]:
         yield "parameters", f"{start['parameters']['total']:,}, of which {start['parameters']['trainable']:,} trained"
-    yield (
-        "training",
-        f"{counted(manifest.step, 'step')} of {config.train.batch_size} sequences of up to "
-        f"{config.data.sequence_length:,} tokens; "
-        f"{manifest.counters['tokens']:,} tokens in all",
-    )
+    length = f"{config.data.sequence_length:,} tokens"
+    yield "training", f"{counted(manifest.step, 'step')} of {config.train.batch_size} sequences of up to {length}"
+    if "tokens" in manifest.counters:
+        yield "tokens", f"{manifest.counters['tokens']:,}"
     yield "tokenizer", f"{len(tokenizer):,} tokens"
     yield "precision", dtype
 

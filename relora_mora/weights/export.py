@@ -243,8 +243,7 @@ def export(
         checkpoint = find_checkpoint(path)
         tokenizer = load_tokenizer(tokenizer_of(checkpoint))
         reader = CheckpointReader(checkpoint)
-        model_config = stored_model_config(reader.manifest.model_config)
-        generation = generation_config(tokenizer, model_config, checkpoint)
+        generation = generation_config(tokenizer, _empty_model(reader).config, checkpoint)
         before_merge()
         if form == "merged":
             model = merged_model(checkpoint, dtype)
