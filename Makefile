@@ -49,7 +49,7 @@ test-image: $(VENV)/.installed-dev  ## the image built and run for real, with bu
 
 test-extras: .venv-extras/.installed  ## what make test skips without other packages: lm-eval, SmolLM2, wandb, in .venv-extras
 	.venv-extras/bin/python -m pytest -n $(JOBS) --dist loadfile -rs -m "not ($(LONG))" tests/evaluation/test_harness.py tests/evaluation/test_scoring.py \
-	  tests/launch/test_smollm2.py tests/tutorials.py tests/train/log/test_loggers.py tests/train/test_tasks_run.py
+	  tests/launch/test_smollm2.py tests/tutorials.py tests/train/log/test_loggers.py tests/train/test_tasks_run.py tests/weights/test_card.py
 .venv-extras/.installed: setup.cfg setup.py pyproject.toml relora_mora/kernels/kernels.c
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/python -m pip install --quiet --editable '.[dev,eval,wandb]'
@@ -127,6 +127,7 @@ study: $(VENV)/.installed-dev  ## tables and figures of the studies in the docum
 	$(COMPARE) docs/studies/embeddings_tiny.jsonl.gz --against=$(TUNED) --out=docs/studies/embeddings_tiny
 	$(COMPARE) $(addprefix docs/studies/,paper_tiny.jsonl.gz muon_tiny.jsonl.gz projected_tiny.jsonl.gz) --best=optim.lr $(FULL_RANK) --unnamed=$(UNNAMED) --out=docs/studies/methods_tiny
 	$(COMPARE) docs/studies/biomedical_tiny.jsonl.gz --best=optim.lr --out=docs/studies/biomedical_tiny
+	$(COMPARE) docs/studies/continue_tiny.jsonl.gz --out=docs/studies/continue_tiny
 	$(COMPARE) docs/studies/math_tiny.jsonl.gz --best=optim.lr --out=docs/studies/math_tiny
 	$(COMPARE) docs/studies/math_smollm2.jsonl.gz --out=docs/studies/math_smollm2
 	$(COMPARE) docs/studies/tuned_tiny.jsonl.gz --best=optim.lr --against=$(FULL_RANK_MUON) --unnamed=$(TUNED_UNNAMED) --out=docs/studies/tuned_tiny

@@ -28,9 +28,15 @@ class RunFolder:
 
     path: Path
 
+    @staticmethod
+    def of(checkpoint: Path) -> "RunFolder":
+        """The run that wrote a checkpoint into its folder."""
+        return RunFolder(checkpoint.absolute().parent.parent)
+
     lock = RunFile("lock")  # held by the first rank of the trainer that uses the folder (supervise.lock.RunLock)
     config = RunFile("config.yaml")  # all settings of the latest start
     model_config = RunFile("model.json")  # the model's config in transformers' format
+    generation_config = RunFile("generation_config.json")  # of the base, if it has one
     tokenizer = RunFile("tokenizer")  # a folder that AutoTokenizer can load
     starts = RunFile("starts.jsonl")  # JSON lines, one per start: command, versions, commit
     metrics = RunFile("metrics.jsonl")  # JSON lines, each with `step` and tagged values

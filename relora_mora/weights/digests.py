@@ -39,7 +39,7 @@ def other_weights(checkpoint: Path, model: ModelConfig) -> dict[str, str]:
     noted: dict[str, str] = {}
     now: dict[str, str] = {}
     with contextlib.suppress(SourceError, OSError, ValueError):
-        noted = noted_digests(read_json_lines(RunFolder(checkpoint.absolute().parent.parent).starts))
+        noted = noted_digests(read_json_lines(RunFolder.of(checkpoint).starts))
         now = model_digests(model.model_copy(update={"config": None})) if noted else {}
     return {
         name: f"other weights than {name} holds now" if name in noted else f"no {name}"

@@ -4,13 +4,14 @@ A checkpoint is exported as a plain model or as an adapter without its base; nei
 """
 
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters
@@ -19,19 +20,20 @@ from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
 from relora_mora.checkpoint.tokenizer import tokenizer_of
 from relora_mora.config.load import stored_config
 from relora_mora.config.schema import MethodConfig, ModelConfig
-from relora_mora.data.records.passages import end_of_turn, special_tokens
 from relora_mora.model.causal import empty_model, ends_of, put_values
 from relora_mora.model.config import stored_model_config
 from relora_mora.optim.groups import IN_LAYER
 from relora_mora.system.files import new_folder
 from relora_mora.system.logs import counted, log
+from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.tokenizer.load import load_tokenizer
+from relora_mora.weights.card import CARD, model_card
 from relora_mora.weights.digests import other_weights
 from relora_mora.weights.foreign import abbreviate
+from relora_mora.weights.generation import generation_config, ids_of_roles
 from relora_mora.weights.peft import CONFIG, KEY, PREFIX, RELEASED_TYPES, WEIGHTS, base_sample
 
-ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MERGED = "export it with --format=merged"
 
 
@@ -217,50 +219,47 @@ def _settings(method: MethodConfig, ranks: Mapping[str, float], *, released: boo
     }
 
 
-def export(path: Path, out: Path, dtype: torch.dtype = torch.float32, form: str = "merged") -> Path:
+def export(
+    path: Path,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    form: str = "merged",
+    *,
+    shard_gb: float = 5,
+    title: str | None = None,
+    before_merge: Callable[[], object] = lambda: None,
+) -> Path:
     """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns the checkpoint it used.
 
     ``form`` is ``merged`` for the whole model, or ``peft`` or ``peft-mora`` for only its adapter
-    (:func:`write_adapter`). Special tokens and
-    their ids come from the tokenizer; ``generate`` of transformers also stops at the chat template's end of a turn. No
-    file of the checkpoint is copied; model and tokenizer are written again. The folder appears complete or not at all.
-    Raises :class:`CheckpointError` if ``path`` is not a checkpoint or its adapter cannot be exported, and
-    FileExistsError if the output folder is not empty.
+    (:func:`write_adapter`). Special tokens and their ids come from the tokenizer, other settings of ``generate`` from
+    the base. The model card is called ``title``, or like the folder. ``before_merge`` is called when the checkpoint is
+    known to be whole, before anything expensive. No file of the checkpoint is copied; model and tokenizer are written
+    again, weights in files of up to ``shard_gb``. The folder appears complete or not at all. Raises
+    :class:`CheckpointError` if ``path`` is not a checkpoint or its adapter cannot be exported, and FileExistsError if
+    the output folder is not empty.
     """
     with new_folder(out) as work:
         checkpoint = find_checkpoint(path)
         tokenizer = load_tokenizer(tokenizer_of(checkpoint))
+        reader = CheckpointReader(checkpoint)
+        generation = generation_config(tokenizer, _empty_model(reader).config, RunFolder.of(checkpoint))
+        before_merge()
         if form == "merged":
             model = merged_model(checkpoint, dtype)
-            model.generation_config = generation_config(tokenizer, model.config)
             model.config.update({**ids_of_roles(tokenizer), "use_cache": True})
-            model.save_pretrained(work)
+            model.save_pretrained(work, max_shard_size=int(shard_gb * 1e9))
             _name_rope(work / "config.json")
         else:
-            reader = CheckpointReader(checkpoint)
             write_adapter(reader, work, dtype, released=form == "peft-mora")
-            model_config = stored_model_config(reader.manifest.model_config)
-            generation_config(tokenizer, model_config).save_pretrained(work)
+        # transformers would refuse to save settings that it only warns about, such as a temperature without sampling
+        generation.to_json_file(work / GENERATION_CONFIG_NAME)
         save_tokenizer(tokenizer, work)
+        run = RunFolder.of(checkpoint)
+        kind = str(dtype).removeprefix("torch.")
+        card = model_card(reader.manifest, run, tokenizer, title or out.absolute().name, form, kind)
+        (work / CARD).write_text(card, encoding="utf-8")
     return checkpoint
-
-
-def ids_of_roles(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    """The ids of BOS, EOS and padding, by their names in a model's config."""
-    return {name: getattr(tokenizer, name) for name in ROLES}
-
-
-def generation_config(tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig) -> GenerationConfig:
-    """The settings of ``generate`` in transformers for this tokenizer: it stops at EOS and at the end of a turn.
-
-    If the model's config lists several ids, as in instruct models, it also stops at those that are special tokens.
-    """
-    listed = model_config.eos_token_id if isinstance(model_config.eos_token_id, list) else []
-    further = [end_of_turn(tokenizer), *sorted(special_tokens(tokenizer) & set(listed))]
-    ends = dict.fromkeys([tokenizer.eos_token_id, *(end for end in further if end is not None)])
-    config = GenerationConfig(**ids_of_roles(tokenizer))
-    config.eos_token_id = list(ends) if len(ends) > 1 else tokenizer.eos_token_id
-    return config
 
 
 def _name_rope(path: Path) -> None:

@@ -88,6 +88,11 @@ class LoadedModel:
     checkpoint: tuple[Path, int] | None = None
     of_run: bool = False
 
+    @property
+    def run(self) -> RunFolder | None:
+        """The run of the checkpoint."""
+        return self.checkpoint and RunFolder.of(self.checkpoint[0])
+
     def data_settings(self, validation: Any, overrides: Mapping[str, str], *, own_tokenizer: bool = True) -> DataConfig:
         """Settings for reading held-out text: the settings of training, overridden by the command line.
 

@@ -134,8 +134,7 @@ def test_methods_of_a_group_differ_in_nothing_else(group: str) -> None:
 
 # kind of the records, tokens of a sequence, records or sequences of a step, epochs
 WHAT_TASKS_ARE = {
-    "biomedical": (None, 512, 128, 3),
-    "finance": (None, 512, 128, 3),
+    "continue_paper": (None, 512, 128, 3),
     "instruction": ("messages", 2048, 128, 2),
     "math": ("alpaca", 512, 128, 3),
     "math_gsm_symbolic": ("question", 512, 128, 3),
@@ -143,8 +142,7 @@ WHAT_TASKS_ARE = {
 }
 # of MoRA at the rank of the file, and its operator (arXiv 2405.12130, table 5 and section 5.1)
 THE_PAPERS: dict[str, tuple[set[float], int]] = {
-    "biomedical": ({5e-5, 7e-5}, 1),
-    "finance": ({5e-5, 7e-5}, 1),
+    "continue_paper": ({5e-5, 7e-5}, 1),
     "instruction": ({2e-4, 3e-4}, 6),
     "math": ({2e-4, 3e-4}, 6),
     "math_gsm_symbolic": ({2e-4, 3e-4}, 6),
@@ -157,7 +155,18 @@ def task(name: str, **overrides: str) -> Config:
 
 
 def test_all_tasks_exist() -> None:
-    assert {path.stem for path in TASKS} == set(WHAT_TASKS_ARE)
+    assert {path.stem for path in TASKS} == {*WHAT_TASKS_ARE, "continue_remora", "continue_full"}
+
+
+def test_the_two_ways_to_continue_differ_only_in_method_and_rate() -> None:
+    trees = {}
+    for name in ("remora", "full"):
+        config = task(f"continue_{name}")
+        assert config.method.name == name and not unused_by(config)
+        assert [each.name for each in config.data.train] == list(config.data.validation) == ["new", "old"]
+        trees[name] = config.model_dump(exclude={"method": True, "optim": {"lr", "restart_warmup_steps"}})
+        del trees[name]["train"]["run_dir"]
+    assert trees["remora"] == trees["full"]
 
 
 @each("method", METHODS)

@@ -12,6 +12,7 @@ NAMES = {
     "lock": "lock",
     "config": "config.yaml",
     "model_config": "model.json",
+    "generation_config": "generation_config.json",
     "tokenizer": "tokenizer",
     "starts": "starts.jsonl",
     "metrics": "metrics.jsonl",

@@ -117,6 +117,7 @@ def test_the_first_loss_is_the_loss_of_the_folder(pools, inputs, tokenizer_path,
         tokenizer_path = str(tmp_path / "tokenizer")
         save_bytes_tokenizer(Path(tokenizer_path))
     folder = save(tmp_path / "model", **SHAPES[shape])
+    (folder / "generation_config.json").write_text('{"temperature": 0.6}')
     class_name = json.loads((folder / "config.json").read_text())["architectures"][0]
     if style == "old":
         as_old(folder)
@@ -131,6 +132,7 @@ def test_the_first_loss_is_the_loss_of_the_folder(pools, inputs, tokenizer_path,
     wanted["architectures"] = [class_name]
     wanted["pad_token_id"] = 256 if shape == "qwen2" else None  # as the tokenizer says
     assert {key: kept.get(key) for key in wanted} == wanted
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.6
 
 
 def export_of(pools: Any, inputs: Path, tokenizer: str, tmp_path: Path, folder: Path) -> Path:

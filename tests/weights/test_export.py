@@ -27,30 +27,6 @@ from tests.tools.each import each
 from tests.tools.runs import LLAMA, checkpoint_at
 
 
-@pytest.fixture(scope="module")
-def hf_tokenizer(tokenizer_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder without tokenizer.model; end 300, padding 301."""
-    folder = tmp_path_factory.mktemp("hf_tokenizer")
-    tokenizer = load_tokenizer(tokenizer_path)
-    tokenizer.add_special_tokens({"eos_token": "<|end|>", "pad_token": "<|pad|>"})
-    tokenizer.save_pretrained(str(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**LLAMA)).eval()
-
-
-@pytest.fixture
-def run(model: LlamaForCausalLM, hf_tokenizer: Path, tmp_path: Path) -> Path:
-    """A run folder with one checkpoint."""
-    save_tokenizer(hf_tokenizer, tmp_path / "run" / "tokenizer")
-    write_checkpoint(checkpoint_at(tmp_path / "run", 5), model, hf_tokenizer)
-    return tmp_path / "run"
-
-
 @pytest.fixture
 def checkpoint(run: Path) -> Path:
     return checkpoint_at(run, 5)
@@ -171,7 +147,7 @@ def test_every_form_of_a_model_has_the_same_loss(run: Path, checkpoint: Path, te
 @pytest.fixture
 def clean(run: Path, tmp_path: Path) -> dict[str, bytes]:
     """Files of the export of an untouched checkpoint."""
-    export(run, tmp_path / "clean")
+    export(run, tmp_path / "clean", title="out")  # the title of its card
     return contents(tmp_path / "clean")
 
 

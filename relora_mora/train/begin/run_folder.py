@@ -31,6 +31,7 @@ from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.train.begin.check import ResolvedRun
 from relora_mora.train.begin.identity import changed_settings
 from relora_mora.weights.digests import model_digests
+from relora_mora.weights.generation import generation_file
 
 
 def check_run_folder(path: Path) -> None:
@@ -81,6 +82,9 @@ def write_run_folder(
         names = RunFolder(folder)
         write_synced(names.config, dump(checked.config))  # a resume takes the commits of the data from it
         write_synced(names.model_config, json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
+        base = checked.config.model.init_from
+        if base is not None and (generation := generation_file(base)) is not None:
+            write_synced(names.generation_config, generation.read_bytes())
         work = folder / "tokenizer.tmp"
         remove(work)
         save_tokenizer(checked.tokenizer, work)

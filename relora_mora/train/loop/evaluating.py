@@ -25,7 +25,7 @@ from relora_mora.train.log.progress import Progress
 from relora_mora.train.loop.events import is_due
 from relora_mora.train.loop.step import DataFailed
 from relora_mora.train.state.run_state import Best, RunState
-from relora_mora.weights.export import generation_config
+from relora_mora.weights.generation import generation_config
 
 
 class _Stopping(Exception):
@@ -154,8 +154,9 @@ class Evaluating:
     def _score_tasks(self, tasks: Tasks, step: int) -> Results | None:
         """The same results on all ranks; None if the ranks stop before the end. A collective."""
         engine = self.engine
-        tokenizer = load_tokenizer(RunFolder(Path(self.config.train.run_dir)).tokenizer)
-        engine.lm.generation_config = generation_config(tokenizer, engine.lm.config)  # as in an export
+        folder = RunFolder(Path(self.config.train.run_dir))
+        tokenizer = load_tokenizer(folder.tokenizer)
+        engine.lm.generation_config = generation_config(tokenizer, engine.lm.config, folder)  # as in an export
         engine.keep_merged()
         ranks = Ranks(engine.rank, engine.world_size, gather_from_ranks, lambda running: self._any_runs(step, running))
         try:
