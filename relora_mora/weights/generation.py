@@ -13,8 +13,10 @@ from relora_mora.weights.foreign import is_foreign
 ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def generation_file(init_from: str) -> Path | None:
+def generation_file(init_from: str | None) -> Path | None:
     """The generation_config.json of the model, run or checkpoint that a run starts from; None if it has none."""
+    if init_from is None:
+        return None
     folder = Path(init_from)
     places = [folder] if is_foreign(folder) else [folder, folder.absolute().parent.parent]
     return next((file for file in (place / GENERATION_CONFIG_NAME for place in places) if file.is_file()), None)

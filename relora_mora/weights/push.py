@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from relora_mora.data.bytes.hub import endpoint, login_headers
+from relora_mora.data.errors import SourceError
 from relora_mora.weights.card import CARD
 
 _STALL_SECONDS = 60.0
@@ -66,14 +67,11 @@ def _named(what: str, remedy: str) -> Iterator[None]:
     """Turns whatever the hub's client raises into one line; its types differ between versions."""
     try:
         yield
-    except ValueError as error:
-        if type(error).__module__.startswith("relora_mora."):
-            raise
-        raise PushError(f"{what}: {_first_line(error)}; {remedy}") from error
+    except (PushError, SourceError):
+        raise
     except Exception as error:
         raise PushError(f"{what}: {_first_line(error)}; {remedy}") from error
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).split("\n")
-    return next(filter(None, map(str.strip, lines)), type(error).__name__).rstrip(".")
+    return str(error).strip().partition("\n")[0] or type(error).__name__

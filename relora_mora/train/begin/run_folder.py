@@ -82,9 +82,11 @@ def write_run_folder(
         names = RunFolder(folder)
         write_synced(names.config, dump(checked.config))  # a resume takes the commits of the data from it
         write_synced(names.model_config, json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
-        base = checked.config.model.init_from
-        if base is not None and (generation := generation_file(base)) is not None:
+        generation = generation_file(checked.config.model.init_from)
+        if generation is not None:
             write_synced(names.generation_config, generation.read_bytes())
+        elif changed is None:
+            remove(names.generation_config)  # of an earlier start from another base
         work = folder / "tokenizer.tmp"
         remove(work)
         save_tokenizer(checked.tokenizer, work)

@@ -198,8 +198,8 @@ def test_an_export_to_a_full_disk(run_folder, exported, tmp_path):
             )
             assert left_in(folder) == []
     with disk(tmp_path / "disk", f"size={4 * need}") as folder:
-        assert call(EXPORT, run_folder, folder / "out").code == 0
-        assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == {
+        assert call(EXPORT, run_folder, folder / exported.name).code == 0  # the title of the card
+        assert {path.name: path.read_bytes() for path in (folder / exported.name).iterdir()} == {
             path.name: path.read_bytes() for path in exported.iterdir()
         }
 
