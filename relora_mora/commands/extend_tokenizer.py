@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 from relora_mora.cli.arguments import NonNegativeInt, PositiveInt
-from relora_mora.commands.train_tokenizer import sample
+from relora_mora.commands.train_tokenizer import sample, texts_of
 from relora_mora.config.load import ConfigError
 from relora_mora.system.bars import Bar
 from relora_mora.system.files import new_folder
@@ -54,16 +54,12 @@ def main(
     Example:
         relora-mora extend-tokenizer models/smollm2 tokenizers/extended --data='texts/*.txt' --pieces=1000
     """
-    from relora_mora.config.data_flags import READING, parse_typed, read_data
-    from relora_mora.data.formats.file_rows import iter_texts
-
     started = time.monotonic()
-    config = read_data({"train": parse_typed(data, "--data"), "validation": "none"}, overrides, READING)
+    texts = texts_of(data, overrides)
     wanted = None if list is None else _lines(Path(list))
     extension = Extension(tokenizer)
     before = vocabulary_size(extension.tokenizer)
     with new_folder(Path(out)) as folder:
-        texts = iter_texts(config.train, split="train", config=config)
         with Bar("reading the text", "document", after=0.0) as bar:
             documents, _ = sample(bar.over(islice(texts, max_documents or None)), max_bytes=max_bytes, seed=seed)
         held_out = documents[::_HELD_OUT]

@@ -96,8 +96,8 @@ def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
 
 def end_weights(model: PreTrainedModel) -> list[nn.Parameter]:
     """The weights of embeddings and head, once if they are tied."""
-    ends: list[nn.Parameter] = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    return ends[:1] if ends[0] is ends[1] else ends
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return list(dict.fromkeys(end.get_parameter("weight") for end in ends))
 
 
 def keep_old_rows(model: PreTrainedModel, first: int) -> None:

@@ -92,7 +92,7 @@ def test_a_resume_moves_on_bit_by_bit_and_refuses_other_rows(pools, inputs, toke
     refused = pools(1)(refusal_of, run("cut", train_embeddings=NEW - 1))
     assert "method.train_embeddings: 300 in the checkpoint, 311 now" in refused[0]
     pools(1)(train, run("cut", train_embeddings=OLD))
-    [folder] = [path for path in (tmp_path / "whole" / "checkpoints").glob("step-*6")]
+    [folder] = (tmp_path / "whole" / "checkpoints").glob("step-*6")
     assert not different_tensors(folder, tmp_path / "cut" / "checkpoints" / folder.name)
     assert call(EXPORT, tmp_path / "cut", tmp_path / "peft", "--format=peft").code == 2
 
@@ -180,5 +180,5 @@ def test_a_model_without_new_rows_names_the_setting(inputs, tokenizer_path, exte
     from relora_mora.tokenizer.identity import check_vocabulary
 
     assert config.model.new_tokens is None
-    with pytest.raises(ValueError, match="model.new_tokens"):
+    with pytest.raises(ValueError, match=r"model\.new_tokens"):
         check_vocabulary(load_tokenizer(extended), json.loads((base / "config.json").read_text())["vocab_size"])
