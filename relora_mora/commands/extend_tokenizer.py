@@ -6,7 +6,6 @@ from pathlib import Path
 
 from relora_mora.cli.arguments import NonNegativeInt, PositiveInt
 from relora_mora.commands.train_tokenizer import sample, texts_of
-from relora_mora.config.load import ConfigError
 from relora_mora.system.bars import Bar
 from relora_mora.system.files import new_folder
 from relora_mora.tokenizer.extend import Extension
@@ -89,7 +88,7 @@ def _lines(path: Path) -> list[str]:
     try:
         pieces = [line for line in dict.fromkeys(path.read_text(encoding="utf-8").splitlines()) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"--list: cannot read {path} ({error}); give a text file"], "the command line") from error
+        raise TokenizerError(f"--list: cannot read {path} ({error}); give a text file") from error
     if not pieces:
-        raise ConfigError([f"--list: {path} has no pieces; write one per line"], "the command line")
+        raise TokenizerError(f"--list: {path} has no pieces; write one per line")
     return pieces
