@@ -48,7 +48,7 @@ test-image: $(VENV)/.installed-dev  ## the image built and run for real, with bu
 	$(BIN)/python -m pytest -s -rs tests/containers/image.py
 
 test-extras: .venv-extras/.installed  ## what make test skips without other packages: lm-eval, SmolLM2, wandb, in .venv-extras
-	.venv-extras/bin/python -m pytest -m "not ($(LONG))" -n $(JOBS) --dist loadfile -rs tests/evaluation/test_harness.py tests/evaluation/test_scoring.py tests/launch/test_smollm2.py tests/tutorials.py \
+	.venv-extras/bin/python -m pytest -n $(JOBS) --dist loadfile -rs tests/evaluation/test_harness.py tests/evaluation/test_scoring.py tests/launch/test_smollm2.py tests/tutorials.py \
 	  tests/train/log/test_loggers.py
 .venv-extras/.installed: setup.cfg setup.py pyproject.toml relora_mora/kernels/kernels.c
 	$(PYTHON) -m venv .venv-extras
