@@ -8,7 +8,7 @@ from typing import Any
 
 COMMANDS = {
     "Train": ("demo", "pretrain", "finetune"),
-    "Prepare": ("train-tokenizer", "tokenize", "configs", "plan"),
+    "Prepare": ("train-tokenizer", "extend-tokenizer", "tokenize", "configs", "plan"),
     "Use a run": ("evaluate", "sample", "export", "board"),
     "Compare runs": ("compare", "study", "spectrum"),
     "Shell": ("completion",),

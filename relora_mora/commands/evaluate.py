@@ -133,6 +133,8 @@ def main(
         raise ValueError(
             f"{model}: its loss in {precision} is {total.loss}; choose another --precision, or undamaged weights"
         )
+    if total.bits_per_byte is not None:
+        print("compare models that have different tokenizers by bits per byte: a loss is per token", file=sys.stderr)
     if "" in results:
         print(json.dumps(total.as_dict()))
         return

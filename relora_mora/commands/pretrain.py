@@ -77,10 +77,10 @@ def _show(config: "Config", count: int) -> int:
         from relora_mora.tokenizer.identity import check_vocabulary
         from relora_mora.train.begin.check import check_model
         from relora_mora.train.begin.inputs import open_inputs
-        from relora_mora.weights.load import with_tokenizer
+        from relora_mora.weights.vocabulary import with_vocabulary
 
+    config = with_vocabulary(config)
     model = check_model(config)
-    config = with_tokenizer(config)
     tokenizer = open_inputs(config).tokenizer
     check_vocabulary(tokenizer, model.vocab_size, trained=config.model.init_from is not None)
     show_records(config, count)

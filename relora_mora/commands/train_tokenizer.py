@@ -10,7 +10,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,15 +90,9 @@ def main(
     Example:
         relora-mora train-tokenizer --data='texts/*.txt' --data.sample_by=document --out=tokenizers/mine
     """
-    from relora_mora.config.data_flags import READING, parse_typed, read_data
-    from relora_mora.data.formats.file_rows import iter_texts
-
     started = time.monotonic()
-    config = read_data({"train": parse_typed(data, "--data"), "validation": "none"}, overrides, READING)
-    if len({source.weight for source in config.train}) > 1:
-        raise TokenizerError("--data: sources are read one after the other, without weights; leave the weights out")
+    texts = texts_of(data, overrides)
     with new_folder(Path(out)) as folder:
-        texts = iter_texts(config.train, split="train", config=config)
         limit = min(max_documents, sys.maxsize) or None
         with Bar("reading the text", "document", after=0.0) as bar:
             documents, read = sample(bar.over(islice(texts, limit)), max_bytes=max_bytes, seed=seed)
@@ -116,6 +110,17 @@ def main(
         f"wrote {out}: {vocab_size:,} token ids, {bytes_per_token:.2f} bytes per token, {seconds:.1f} s\n"
         f"use it with --tokenizer.path={out} and a model whose vocab_size is at least {vocab_size}"
     )
+
+
+def texts_of(data: str, overrides: Mapping[str, str]) -> Iterator[str]:
+    """The texts of ``--data``; raises :class:`ConfigError` before the first one, if its settings are wrong."""
+    from relora_mora.config.data_flags import READING, parse_typed, read_data
+    from relora_mora.data.formats.file_rows import iter_texts
+
+    config = read_data({"train": parse_typed(data, "--data"), "validation": "none"}, overrides, READING)
+    if len({source.weight for source in config.train}) > 1:
+        raise TokenizerError("--data: sources are read one after the other, without weights; leave the weights out")
+    return iter_texts(config.train, split="train", config=config)
 
 
 def sample(texts: Iterable[str], *, max_bytes: int, seed: int) -> tuple[list[str], int]:

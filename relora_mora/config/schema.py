@@ -60,6 +60,12 @@ class ModelConfig(Strict):
         description="the initial adapters, which were trained on the model in init_from: a folder in the layout of "
         "PEFT or of the released MoRA code",
     )
+    new_tokens: Literal["mean_of_pieces", "mean", "normal"] | None = Field(
+        None,
+        description="initial rows for tokens that the tokenizer of init_from lacks, in embeddings and head: the mean "
+        "of the rows of a token's old pieces, or of all old rows, or drawn with their mean and deviation; the "
+        "vocabulary grows to a multiple of 64, or to model.overrides.vocab_size; null: there are none",
+    )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
         description="transformers' attention implementation; auto: the one that transformers takes for the model",
@@ -113,7 +119,11 @@ class MethodConfig(Strict):
     train_experts: bool = Field(
         False, description="train experts and routers of a mixture of experts, which have no adapters"
     )
-    train_embeddings: bool = Field(True, description="train the input embeddings")
+    train_embeddings: bool | Literal["new"] | Positive = Field(
+        True,
+        description="train the input embeddings; new: only the rows of model.new_tokens, in the head, too; a number: "
+        "only the rows from this id on",
+    )
     train_norms: bool = Field(True, description="train the norms, and the biases if the model has any")
     train_head: bool = Field(True, description="train the output head")
     form: Literal["auto", "merged", "resident", "decoupled"] = Field(
@@ -172,7 +182,12 @@ class MethodConfig(Strict):
             return True
         if self.train_linears is not None:
             return self.train_linears
-        return self.train_embeddings or self.train_norms or self.train_head
+        return self.train_embeddings is True or self.train_norms or self.train_head
+
+    @property
+    def trains_rows(self) -> bool:
+        """Whether only some rows of embeddings and head train."""
+        return not isinstance(self.train_embeddings, bool)
 
     @property
     def merges(self) -> bool:

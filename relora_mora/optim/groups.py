@@ -8,6 +8,7 @@ from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -73,10 +74,13 @@ def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
     adapters = adapter_parameters(model)
     under_adapters = {f"{name}.weight" for name, _ in adapter_layers(model)}
     head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    ends = end_weights(model) if method.trains_rows else []
     experts = expert_parameters(model) if method.uses_adapters else set()
     tied = id(model.get_input_embeddings().weight) in head
     for name, parameter in model.named_parameters():
-        if id(parameter) in head and not tied:
+        if any(parameter is end for end in ends):
+            train = True
+        elif id(parameter) in head and not tied:
             train = method.train_head
         elif name in experts:
             train = method.train_experts
@@ -84,10 +88,22 @@ def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
             train = {
                 "adapters": True,
                 "linears": method.trains_linears and name not in under_adapters,
-                "embeddings": method.train_embeddings or (tied and method.train_head),
+                "embeddings": method.train_embeddings is True or (tied and method.train_head),
                 "norms": method.train_norms,
             }[group_of(name, parameter.shape, adapters)]
         parameter.requires_grad_(train)
+
+
+def end_weights(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights of embeddings and head, once if they are tied."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return list(dict.fromkeys(end.get_parameter("weight") for end in ends))
+
+
+def keep_old_rows(model: PreTrainedModel, first: int) -> None:
+    """Gives rows of embeddings and head before ``first`` no gradient, so that an optimizer without decay keeps them."""
+    for weight in end_weights(model):
+        weight.register_hook(lambda gradient: F.pad(gradient[first:], (0, 0, first, 0)))
 
 
 def expert_parameters(model: nn.Module) -> set[str]:
@@ -101,8 +117,10 @@ def expert_parameters(model: nn.Module) -> set[str]:
     return {name for name, parameter in inside if parameter.dim() > 1 and name not in linears}
 
 
-def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGroup]:
+def parameter_groups(model: nn.Module, optim: OptimConfig, *, keeps_rows: bool = False) -> list[ParameterGroup]:
     """The groups of trainable parameters in a fixed order, without empty groups.
+
+    With ``keeps_rows``, embeddings have no weight decay, which would move rows that have no gradient.
 
     If there are adapters, decoder linears that train without one have the rate ``optim.lr_other``.
     """
@@ -118,7 +136,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
             name=group,
             parameters=tuple(names),
             peak_lr=optim.lr if group == main else other,
-            weight_decay=0.0 if group == "norms" else optim.weight_decay,
+            weight_decay=0.0 if group == "norms" or (keeps_rows and group == "embeddings") else optim.weight_decay,
             rewarms=optim.rewarm == "all" or group == "adapters",
             moments=optim.of_group(group).moments,
         )

@@ -33,7 +33,7 @@ def check_vocabulary(
     if size > vocab_size_of_model:
         remedy = f"set --model.overrides.vocab_size={size}, or use a smaller tokenizer"
         if trained:
-            remedy = "use the tokenizer that the model was trained with"
+            remedy = "use the tokenizer that the model was trained with, or add rows with model.new_tokens"
         raise files.TokenizerError(
             f"{name}: {size} token ids, but the model has only {vocab_size_of_model} (vocab_size); {remedy}"
         )

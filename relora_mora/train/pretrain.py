@@ -57,7 +57,7 @@ from relora_mora.train.state.resume import (
     where_to_resume,
 )
 from relora_mora.train.state.run_state import MemoryShortage, RunState
-from relora_mora.weights.load import with_tokenizer
+from relora_mora.weights.vocabulary import with_vocabulary
 
 COUNTING_SECONDS = 86400.0  # nobody trains several epochs on a text that takes longer than this to read once
 
@@ -122,7 +122,7 @@ def _check(config: Config, guard: Guard) -> tuple[ResolvedRun, Path | None, int,
     collectives.from_first_rank(lambda: _check_here(config, folder))
     data, datasets = collectives.from_first_rank(lambda: _pin_commits(config))
     remember_datasets(datasets)
-    config = collectives.on_all_ranks(lambda: with_tokenizer(with_rule(config.model_copy(update={"data": data}))))
+    config = collectives.on_all_ranks(lambda: with_vocabulary(with_rule(config.model_copy(update={"data": data}))))
     config = with_chosen_products(config)
     checked = collectives.on_all_ranks(lambda: check(config, world_size))
     check_agreement(checked.identity)

@@ -173,6 +173,8 @@ def _check_exportable(
         fault = f"it began with {began}, so there is no base model for its adapter"
     elif manifest.merges_done:
         fault = f"{counted(manifest.merges_done, 'merge')} changed the base weights of its adapter"
+    elif model.new_tokens is not None:
+        fault = "it added rows for new tokens, so its model is not model.init_from plus an adapter"
     elif trains_tied:
         fault = "it trained embeddings that are also the head, which PEFT does not store with an adapter"
     elif released and manifest.operator not in RELEASED_TYPES:

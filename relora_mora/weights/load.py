@@ -16,7 +16,7 @@ from relora_mora.checkpoint.tokenizer import tokenizer_of
 from relora_mora.config.data import CHATML, DataConfig, RecordsConfig, TextSource
 from relora_mora.config.data_flags import SCORING, read_data
 from relora_mora.config.load import ConfigError, stored_config
-from relora_mora.config.schema import Config, ModelConfig
+from relora_mora.config.schema import ModelConfig
 from relora_mora.data.sources.names import hub_repo
 from relora_mora.model.config import parse_model_config, plain_model_config, read_model_config, stored_model_config
 from relora_mora.system.run_folder import RunFolder
@@ -45,14 +45,6 @@ def start_config(path: Path) -> PreTrainedConfig:
     if is_foreign(path):
         return foreign_config(path)
     return stored_model_config(newest_manifest(path).model_config)
-
-
-def with_tokenizer(config: Config) -> Config:
-    """Sets a null ``tokenizer.path`` to the tokenizer of ``model.init_from``."""
-    if config.tokenizer.path is not None:
-        return config
-    path = own_tokenizer_path(Path(str(config.model.init_from)))
-    return config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"path": str(path)})})
 
 
 def own_tokenizer_path(path: Path) -> Path:

@@ -37,6 +37,7 @@ REACHES = {
     "model.overrides": Reach({"rms_norm_eps": 0.5}, True, False),
     "model.init_from": Reach("export", True, True),
     "model.adapter": Reach(None, True, False),  # needs an adapter of the model: tests/adapters
+    "model.new_tokens": Reach(None, True, True),  # needs a longer tokenizer: tests/train/test_new_tokens.py
     "model.attention": Reach("eager", False, True),
     "model.activation_checkpointing": Reach(True, False, True),
     "model.compile": Reach(None, False, True),  # takes a compiler and a minute: tests/kernels/test_kernels.py

@@ -158,6 +158,9 @@ _NO_MASK = "flash_attention_2 does not support a mask between documents; use mod
 _NO_START = "must be given, unless model.init_from names a model to start from, whose own is then used"
 RULES = (
     Rule("model.config model.init_from", lambda c: c.model.config is None and c.model.init_from is None, _NO_START),
+    Rule("model.new_tokens model.init_from",
+         lambda c: c.model.new_tokens is not None and c.model.init_from is None,
+         "new tokens are added to a trained model; set model.init_from to it, or remove this"),
     Rule("tokenizer.path model.init_from", lambda c: c.tokenizer.path is None and c.model.init_from is None, _NO_START),
     Rule("optim.decay_steps optim.schedule",
          lambda c: c.optim.schedule != "wsd" and c.optim.decay_steps is not None,

@@ -81,6 +81,13 @@ METHOD_RULES = (
     Rule("method.rank_pattern method.square_size method.name",
          lambda c: c.method.uses_squares and c.method.rank_pattern and c.method.square_size,
          "method.square_size={found} is R of every layer, so ranks have no effect; remove one of them"),
+    Rule("method.train_embeddings model.new_tokens",
+         lambda c: c.method.train_embeddings == "new" and c.model.new_tokens is None,
+         "new trains only the rows of new tokens, and there are none; set model.new_tokens, or give the first id whose "
+         "row trains"),
+    Rule("method.train_embeddings method.train_head",
+         lambda c: c.method.trains_rows and c.method.train_head,
+         "{c.method.train_embeddings} trains only some rows, in the head, too; set method.train_head=false"),
     Rule("method.form train.zero_stage method.name",
          lambda c: c.method.uses_adapters and c.method.form == "resident" and c.train.zero_stage == 3,
          "resident keeps W + delta of whole weights, which no rank has at ZeRO-3; "

@@ -84,6 +84,10 @@ def read_run(
             f"train.epochs: a run counts its text at the start; this is {STEPS:,} steps, unless you give --train.steps"
         )
         config = with_counted_epochs(config, STEPS * config.tokens_per_step)
+    if config.model.new_tokens is not None:
+        from relora_mora.weights.vocabulary import with_vocabulary
+
+        config = with_vocabulary(config)
     return config, _model_config(config, notes), notes
 
 

@@ -10,7 +10,7 @@ from relora_mora.experiments.study.folder import StudyFolder, cell_configs, inpu
 from relora_mora.optim.own import with_rule
 from relora_mora.train.begin.check import check_model
 from relora_mora.train.begin.inputs import open_inputs
-from relora_mora.weights.load import with_tokenizer
+from relora_mora.weights.vocabulary import with_vocabulary
 
 
 def check_inputs(study: Study, folder: StudyFolder) -> None:
@@ -22,11 +22,11 @@ def check_inputs(study: Study, folder: StudyFolder) -> None:
     faults: dict[str, str] = {}
     opened: set[str] = set()
     for cell, config in cell_configs(study, cells, folder).items():
-        cell_faults = [*_faults(check_model, config), *_faults(with_rule, config)]
+        cell_faults = [*_faults(lambda each: check_model(with_vocabulary(each)), config), *_faults(with_rule, config)]
         inputs = input_key(config)
         if inputs not in opened:
             opened.add(inputs)
-            cell_faults += _faults(lambda each: open_inputs(with_tokenizer(each)), config)
+            cell_faults += _faults(lambda each: open_inputs(with_vocabulary(each)), config)
         for fault in cell_faults:
             faults.setdefault(fault, cell.name)
     refuse(faults, study)

@@ -25,6 +25,7 @@ from relora_mora.optim.groups import (
     build_optimizer,
     count_parameters,
     expert_parameters,
+    keep_old_rows,
     make_schedule,
     parameter_groups,
     set_trainable,
@@ -40,6 +41,7 @@ from relora_mora.train.state.run_state import RunState
 from relora_mora.weights.foreign import abbreviate
 from relora_mora.weights.load import start_config, start_weights
 from relora_mora.weights.peft import AdapterFolder
+from relora_mora.weights.vocabulary import add_rows
 
 
 def start_values(
@@ -109,6 +111,7 @@ def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, t
         f"model.init_from: {key} is {there!r} in that model and {here!r} in model.config; "
         f"set model.overrides.{key}, or omit model.config and model.overrides"
         for key, there, here in function_differences(start_config(path), lm.config)
+        if key != "vocab_size" or config.model.new_tokens is None
     ]
     if faults:
         raise ConfigError(faults, str(path))
@@ -120,6 +123,7 @@ def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, t
             "set tie_word_embeddings to false in its config.json and in model.overrides"
         )
         raise ConfigError([fault], str(path))
+    add_rows(weights, lm, config)
     broken = [name for name in shapes if not weights[name].isfinite().all()]
     if broken:
         fault = f"model.init_from: numbers that are not finite in {abbreviate(broken)}; use undamaged weights"
@@ -164,7 +168,7 @@ def build(checked: ResolvedRun, rank: int, world_size: int, *, resumes: bool = F
     _log_storage(lm, config)
     for note in uneven_widths(checked.model_config) if on_gpu else ():
         shared_log.warning("model: %s", note)
-    groups = parameter_groups(lm, config.optim)
+    groups = parameter_groups(lm, config.optim, keeps_rows=config.method.trains_rows)
     counts = count_parameters(lm)
     log.info(
         "parameters: %s total, %s trainable, %s adapters",
@@ -179,6 +183,8 @@ def build(checked: ResolvedRun, rank: int, world_size: int, *, resumes: bool = F
     dtype = torch.bfloat16 if checked.bf16 else torch.float32
     # zeros use no memory until they are written to; DeepSpeed places, casts and partitions them
     put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
+    if config.method.trains_rows:
+        keep_old_rows(lm, int(config.method.train_embeddings))
     for _, layer in adapter_layers(lm):
         layer.pack(empty=True)
     module = LossModel(lm, compiled=checked.compiled, passes_boundaries=checked.passes_boundaries)

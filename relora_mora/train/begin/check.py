@@ -216,7 +216,7 @@ def _check_tokenizer(config: Config, model_type: str, tokenizer: PreTrainedToken
     any tokenizer as one of Qwen's.
     """
     path = config.tokenizer_path
-    if config.model.init_from is not None:
+    if config.model.init_from is not None and config.model.new_tokens is None:
         theirs = own_tokenizer_path(Path(config.model.init_from))
         with contextlib.suppress(TokenizerError):  # the model may come without one
             if not gives_same_tokens(path, theirs, tokenizer):

@@ -22,6 +22,7 @@ FREE_SETTINGS = {
     "model.overrides",
     "model.init_from",
     "model.adapter",
+    "model.new_tokens",
     "model.activation_checkpointing",
     "model.attention",
     "model.compile",
