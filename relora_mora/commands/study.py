@@ -28,10 +28,9 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
     with many_imports():
         from relora_mora.experiments.compare.files import check_folder
         from relora_mora.experiments.compare.runs import CompareError
-        from relora_mora.experiments.study.conduct import CellsFailed, conduct
+        from relora_mora.experiments.study.conduct import CellsFailed, Stopped, conduct
         from relora_mora.experiments.study.design import read_study
         from relora_mora.experiments.study.folder import StudyFolder
-        from relora_mora.experiments.study.runner import Stopped
         from relora_mora.supervise.exits import REQUEUE
 
     plan = read_study(study)
