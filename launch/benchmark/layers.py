@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import statistics
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from launch.benchmark.device import chosen_device, seconds_of
-from launch.benchmark.turns import medians, say, take_turns
+from launch.benchmark.turns import chosen_device, seconds_of, take_turns
 from relora_mora import kernels
 from relora_mora.adapters.inject import storage_of
 from relora_mora.adapters.layers import AdapterLinear
@@ -87,7 +87,8 @@ def main(
     layers = linears(model_config)
     variants = {name: Variant(name, layers, method, operator, tokens, DTYPES[dtype], place) for name in VARIANTS}
     measures = {name: variant.milliseconds for name, variant in variants.items()}
-    milliseconds = medians(list(take_turns(measures, rounds=repetitions, warmup=1, note=say)))
+    rounds = list(take_turns(measures, rounds=repetitions, warmup=1))
+    milliseconds = {name: statistics.median(measured[name] for measured in rounds) for name in VARIANTS}
     ratios = {name: value / milliseconds["frozen"] for name, value in milliseconds.items()}
     print(
         f"{device_name()}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, "
