@@ -12,7 +12,7 @@ from relora_mora.config.lengths import tree_of
 from relora_mora.config.load import FINETUNING, ConfigError, config_of, stored_config
 from relora_mora.config.schema import Config
 from relora_mora.experiments.compare.labels import as_text
-from relora_mora.experiments.compare.runs import RECORDS, TABLE, read_records
+from relora_mora.experiments.compare.runs import RECORDS, read_records
 from relora_mora.experiments.compare.settings import used_settings
 from relora_mora.experiments.study.design import Cell, Study
 from relora_mora.supervise.exits import FINISHED
@@ -43,10 +43,6 @@ class StudyFolder:
     def records(self) -> Path:
         """JSON lines, one for each finished run; see :mod:`relora_mora.experiments.study.record`."""
         return self.path / RECORDS
-
-    @property
-    def table(self) -> Path:
-        return self.path / TABLE
 
     @property
     def _commits(self) -> Path:
