@@ -165,7 +165,8 @@ def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[C
             other = seen.setdefault(as_text(used), cell)
             if other is not cell:
                 cell_faults.append(
-                    f"grid: {cell.name} and {other.name} differ only in settings that have no effect; leave one out"
+                    f"grid: {cell.name} and {other.name} are equal, or differ only in settings that have no effect; "
+                    "leave one out"
                 )
         for fault in cell_faults:
             faults.setdefault(fault, cell.name)
