@@ -100,7 +100,7 @@ TINY_STEPS := steps $(TINY) --sequence_length=256 --rank=32 --repeats=3 --warmup
 FREE_PORT := $(BIN)/python -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])'
 TWO_RANKS := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 bench-smoke: $(VENV)/.installed-dev  ## the benchmarks on tiny models: whether they run, not how fast
-	$(BIN)/python $(BENCH) $(TINY_STEPS) --methods=full,remora,remora_int8,remora_int8_decoupled,remora_released,relora,relora_int8,plain
+	$(BIN)/python $(BENCH) $(TINY_STEPS) --methods=full,remora,remora_int8,remora_int8_decoupled,relora,relora_int8,plain
 	$(TWO_RANKS) $(BIN)/torchrun --nproc_per_node=2 --standalone --local-addr=127.0.0.1 $(BENCH) $(TINY_STEPS) --methods=full,remora --zero_stage=2
 	$(TWO_RANKS) $(BIN)/deepspeed --log_level=warning --num_gpus=2 --master_port=$$($(FREE_PORT)) --module launch.benchmark $(TINY_STEPS) \
 	  --methods=full,remora --zero_stage=2

@@ -7,18 +7,16 @@ fine-tuning only adapters train, and PEFT's model is called as its users call it
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from launch.benchmark.released import RELEASED_TYPE, use_released_layers
 from relora_mora.adapters.inject import decoder_linears, inject
 from relora_mora.config.load import FINETUNING, ConfigError, validate, with_defaults
 from relora_mora.config.registry import METHODS
@@ -32,6 +30,8 @@ from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import flops_of
 from relora_mora.system.hardware import uses_cuda
 
+FORMS = ("merged", "resident", "decoupled")
+BASES = ("int8", "fp8")
 RATE = 1e-5  # small, so that the loss stays finite; a step costs the same at any rate
 
 
@@ -45,7 +45,6 @@ class Setting:
     accumulation: int
     zero_stage: int
     rank: int
-    square_multiple: int
     bf16: bool
     device: torch.device
     finetune: bool = False
@@ -71,53 +70,36 @@ class Contender(Protocol):
     def step(self) -> float:
         """Makes one optimizer step; returns the loss of its last micro-batch."""
 
-    def parts(self) -> dict[str, list[Tensor]]:
-        """The tensors that stay between steps: weights, optimizer, and ``host`` for tensors that are not on the device.
-
-        At ZeRO stage 3 with several ranks only the weights that stay gathered are listed, without DeepSpeed's
-        partitions.
-        """
+    def on_host(self) -> list[Tensor]:
+        """Tensors that are not on the device, or would not be on a GPU."""
 
 
 class Ours:
     """A method of this trainer, on DeepSpeed.
 
-    ``form`` is a value of ``method.form``, or ``released`` (:mod:`launch.benchmark.released`). With ``frozen`` neither
-    the decoder's linears nor adapters train; no adapter method can be faster.
+    ``options``: a value of ``method.form`` or ``method.base``, or ``compiled``. For ``frozen`` neither the decoder's
+    linears nor adapters train; no adapter method can be faster.
     """
 
-    def __init__(
-        self,
-        setting: Setting,
-        method: str,
-        form: str = "auto",
-        *,
-        base: str | None = None,
-        compiled: bool = False,
-        frozen: bool = False,
-    ) -> None:
-        from torch import distributed as dist
-
-        ranks = dist.get_world_size()
-        config = ours_config(setting, method, form, ranks, base=base, compiled=compiled)
+    def __init__(self, setting: Setting, name: str, *options: str) -> None:
+        ranks = torch.distributed.get_world_size()
+        config = ours_config(setting, "full" if name == "frozen" else name, options, ranks)
         lm = build_model(setting.model_config, seed=setting.seed)
         if config.method.uses_adapters:
             inject(lm, config.method, seed=setting.seed)
-        if form == "released":
-            use_released_layers(lm)
         set_trainable(lm, config.method)
         choose_forms(lm, Setup(config, setting.zero_stage, ranks, bf16=setting.bf16, on_gpu=uses_cuda()), None)
-        if frozen:
+        if name == "frozen":
             for _, linear in decoder_linears(lm):
                 linear.requires_grad_(False)
         self.trainable = _trainable(lm)
         self.flops = flops_of(lm, setting.model_config, config).total
         groups = parameter_groups(lm, config.optim)
         fixed = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
-        self.base = FrozenMasters(fixed, dist.get_rank(), ranks)
+        self.base = FrozenMasters(fixed, torch.distributed.get_rank(), ranks)
         self.base.take(fixed.__getitem__)
         self.engine = ZeroEngine(
-            LossModel(lm, compiled=compiled),
+            LossModel(lm, compiled="compiled" in options),
             lm,
             build_optimizer(lm, groups, config.optim),
             config.train,
@@ -138,22 +120,15 @@ class Ours:
             self.engine.accumulate(loss, last=index == len(self.batches) - 1)
         return self.engine.step(self.rates, loss.detach()).loss
 
-    def parts(self) -> dict[str, list[Tensor]]:
-        states = [value for flat in self.engine.flats() for value in self.engine.state_of(flat).values()]
-        return {
-            "weights": [p.data for p in self.model.parameters()],
-            "optimizer": [*self.engine.flats(), *states],
-            "host": list(self.base.weights.values()),
-        }
+    def on_host(self) -> list[Tensor]:
+        return list(self.base.weights.values())
 
 
-def ours_config(
-    setting: Setting, method: str, form: str, world_size: int, *, base: str | None = None, compiled: bool = False
-) -> Config:
+def ours_config(setting: Setting, method: str, options: Sequence[str], world_size: int) -> Config:
     sequences = setting.tokens // setting.sequence_length
     batch = sequences * setting.accumulation * world_size
     tree: dict[str, dict[str, Any]] = {
-        "model": {"config": "unused", "compile": compiled},
+        "model": {"config": "unused", "compile": "compiled" in options},
         "tokenizer": {"path": "unused"},
         "data": {
             "train": "unused",
@@ -173,12 +148,9 @@ def ours_config(
     if setting.finetune:
         tree = with_defaults(tree, {"method": FINETUNING["method"]})
     if METHODS[method].adapter is not None:
-        tree["method"] |= {"rank": setting.rank, "form": "decoupled" if form == "released" else form}
-        tree["method"] |= {"base": base, "base_products": True}
-    if form == "released":
-        tree["method"]["operators"] = [RELEASED_TYPE]  # only one, because the steps between merges are measured
-    if "method.square_multiple" in METHODS[method].settings and not setting.finetune:
-        tree["method"]["square_multiple"] = setting.square_multiple
+        form = next((each for each in FORMS if each in options), "auto")
+        base = next((each for each in BASES if each in options), None)
+        tree["method"] |= {"rank": setting.rank, "form": form, "base": base, "base_products": True}
     config = validate(tree, "the benchmark", world_size=world_size)
     check_adapters(setting.model_config, config.method)
     return config
@@ -213,11 +185,8 @@ class Plain:
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach()) * self.accumulation
 
-    def parts(self) -> dict[str, list[Tensor]]:
-        states = [
-            value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
-        ]
-        return {"weights": [p.data for p in self.model.parameters()], "optimizer": states}
+    def on_host(self) -> list[Tensor]:
+        return []
 
 
 def _trainable(model: nn.Module) -> int:
@@ -247,29 +216,14 @@ def _peft_lora(setting: Setting) -> Contender:
     return Plain(setting, prepare, own_loss=setting.finetune)
 
 
-OURS: dict[str, Callable[[Setting], Contender]] = {
-    **{name: functools.partial(Ours, method=name) for name in METHODS},
-    "frozen": lambda setting: Ours(setting, "full", frozen=True),
-    "relora_merged": lambda setting: Ours(setting, "relora", "merged"),
-    "relora_resident": lambda setting: Ours(setting, "relora", "resident"),
-    "remora_merged": lambda setting: Ours(setting, "remora", "merged"),
-    "remora_resident": lambda setting: Ours(setting, "remora", "resident"),
-    "remora_decoupled": lambda setting: Ours(setting, "remora", "decoupled"),
-    "remora_released": lambda setting: Ours(setting, "mora", "released"),
-    "remora_r32": lambda setting: Ours(replace(setting, square_multiple=32), "remora"),
-    "remora_int8": lambda setting: Ours(setting, "remora", base="int8"),
-    "remora_int8_decoupled": lambda setting: Ours(setting, "remora", "decoupled", base="int8"),
-    "relora_int8": lambda setting: Ours(setting, "relora", base="int8"),
-    "full_compiled": lambda setting: Ours(setting, "full", compiled=True),
-    "remora_compiled": lambda setting: Ours(setting, "remora", compiled=True),
-    "remora_int8_compiled": lambda setting: Ours(setting, "remora", base="int8", compiled=True),
-    "remora_fp8_compiled": lambda setting: Ours(setting, "remora", base="fp8", compiled=True),
-}
 PEERS: dict[str, Callable[[Setting], Contender]] = {
     "plain": lambda setting: Plain(setting, _adamw, own_loss=True),
     "peft_lora": _peft_lora,
 }
-CONTENDERS = OURS | PEERS
+
+
+def contender_of(name: str, setting: Setting) -> Contender:
+    return PEERS[name](setting) if name in PEERS else Ours(setting, *name.split("_"))
 
 
 def chosen(names: list[str], world_size: int) -> list[str]:
@@ -277,16 +231,21 @@ def chosen(names: list[str], world_size: int) -> list[str]:
 
     Raises :class:`ConfigError` if a name is unknown, not installed, or limited to one process.
     """
-    faults = []
+    faults = [] if names else ["--methods: got no names; give full,remora"]
     for name in names:
-        if name not in CONTENDERS:
-            faults.append(f"--methods: unknown method {name}; choose from {', '.join(CONTENDERS)}")
-        elif name == "peft_lora" and importlib.util.find_spec("peft") is None:
+        method, *options = name.split("_")
+        is_ours = method in (*METHODS, "frozen") and all(len({*options} & {*kind}) <= 1 for kind in (FORMS, BASES))
+        with_adapter = method in METHODS and METHODS[method].adapter is not None
+        known = (*FORMS, *BASES, "compiled") if with_adapter else ("compiled",)
+        if name == "peft_lora" and importlib.util.find_spec("peft") is None:
             faults.append("--methods: peft_lora needs peft; pip install peft, or leave it out")
         elif world_size > 1 and name in PEERS:
             faults.append(f"--methods: {name} runs only in one process, but this job has {world_size}; leave it out")
-    if not names:
-        faults.append(f"--methods: got no names; choose from {', '.join(CONTENDERS)}")
+        elif name not in PEERS and not (is_ours and {*options} <= {*known}):
+            faults.append(
+                f"--methods: got {name}, expected {', '.join((*PEERS, 'frozen', *METHODS))}; the last ones may end in "
+                f"_compiled, and those with adapters in _{', _'.join((*FORMS, *BASES))}"
+            )
     if faults:
         raise ConfigError(faults, "the command line")
     return names

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import statistics
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,15 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from launch.benchmark.device import chosen_device, seconds_of
-from launch.benchmark.turns import medians, say, take_turns
+from launch.benchmark.turns import chosen_device, seconds_of, take_turns
 from relora_mora import kernels
-from relora_mora.adapters.inject import storage_of
-from relora_mora.adapters.layers import AdapterLinear
-from relora_mora.adapters.lora import LoRALinear
-from relora_mora.adapters.mora import MoRALinear, layer_square_size
+from relora_mora.adapters.inject import choose_storage, replace_linears
+from relora_mora.adapters.layers import adapter_layers
 from relora_mora.cli.arguments import PositiveInt
-from relora_mora.config.registry import OPERATORS
+from relora_mora.config.registry import METHODS, OPERATORS
 from relora_mora.config.schema import MethodConfig, ModelConfig
 from relora_mora.model.config import read_model_config
 from relora_mora.model.widths import attention_widths
@@ -87,7 +85,8 @@ def main(
     layers = linears(model_config)
     variants = {name: Variant(name, layers, method, operator, tokens, DTYPES[dtype], place) for name in VARIANTS}
     measures = {name: variant.milliseconds for name, variant in variants.items()}
-    milliseconds = medians(list(take_turns(measures, rounds=repetitions, warmup=1, note=say)))
+    rounds = list(take_turns(measures, rounds=repetitions, warmup=1))
+    milliseconds = {name: statistics.median(measured[name] for measured in rounds) for name in VARIANTS}
     ratios = {name: value / milliseconds["frozen"] for name, value in milliseconds.items()}
     print(
         f"{device_name()}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, "
@@ -98,21 +97,26 @@ def main(
     print(json.dumps({"device": device_name(), "milliseconds": milliseconds, "ratio_to_frozen": ratios}))
 
 
-def linears(model_config: PreTrainedConfig) -> list[tuple[int, tuple[int, ...]]]:
-    """(in, outs) of the linears that share an input: q, k, v; o; gate, up; down."""
+def linears(model_config: PreTrainedConfig) -> list[tuple[int, dict[str, int]]]:
+    """The width of each input of a decoder layer, and those of the outputs of the linears that share it."""
     queries, keys = attention_widths(model_config)
     hidden = model_config.hidden_size
     wide = model_config.intermediate_size
-    return [(hidden, (queries, keys, keys)), (queries, (hidden,)), (hidden, (wide, wide)), (wide, (hidden,))]
+    return [
+        (hidden, {"q_proj": queries, "k_proj": keys, "v_proj": keys}),
+        (queries, {"o_proj": hidden}),
+        (hidden, {"gate_proj": wide, "up_proj": wide}),
+        (wide, {"down_proj": hidden}),
+    ]
 
 
 class Variant:
-    """One form of the linears; all variants start from the same weights and get the same inputs."""
+    """One form of the linears; all variants get the same inputs."""
 
     def __init__(
         self,
         name: str,
-        shapes: list[tuple[int, tuple[int, ...]]],
+        shapes: list[tuple[int, dict[str, int]]],
         method: MethodConfig,
         operator: int,
         tokens: int,
@@ -121,30 +125,28 @@ class Variant:
     ) -> None:
         self.device = device
         self.torch_only = name.endswith("torch")
+        kind = name.partition(" ")[0]
+        model = nn.ModuleList(
+            _SameInput({key: nn.Linear(inputs, out, bias=False, dtype=dtype) for key, out in outs.items()})
+            for inputs, outs in shapes
+        ).requires_grad_(kind == "full")
+        if kind in METHODS and kind != "full":
+            form = next((form for form in ("decoupled", "resident") if form in name), "merged")
+            base = "int8" if name.endswith("int8") else None
+            multiple = 2 if OPERATORS[operator].even_size else 1
+            changes = {"name": kind, "form": form, "square_multiple": multiple}
+            settings = method.model_copy(update=changes | {"base": base, "base_products": form != "merged"})
+            names = [f"{number}.{key}" for number, (_, outs) in enumerate(shapes) for key in outs]
+            replace_linears(model, names, settings, seed=0, mora_type=operator)
+            choose_storage(model.to(device), settings, on_gpu=device.type == "cuda")
+            for _, layer in adapter_layers(model):
+                layer.pack()
+                layer.keep_merged()
         generator = torch.Generator().manual_seed(0)
-        form = next((form for form in ("decoupled", "resident") if form in name), "merged")
-        settings = method.model_copy(update={"base": "int8", "base_products": form != "merged"})
-
-        def make(linear: nn.Linear) -> nn.Module:
-            if name.startswith("mora"):
-                size = layer_square_size(method, linear.in_features, linear.out_features)
-                return MoRALinear(linear, size - size % 2 if OPERATORS[operator].even_size else size, operator, form)
-            if name.startswith("lora"):
-                return LoRALinear(linear, method.rank, None, generator, form)
-            return linear.requires_grad_(name == "full")
-
-        self.groups: list[tuple[Tensor, _SameInput, list[Tensor]]] = []
-        for inputs, outs in shapes:
-            layers = _SameInput(make(nn.Linear(inputs, out, bias=False, dtype=dtype)).to(device) for out in outs)
-            for layer in layers:
-                if isinstance(layer, AdapterLinear):
-                    if name.endswith("int8"):
-                        layer.stored = storage_of(layer, settings, on_gpu=device.type == "cuda")
-                        layer.pack()
-                    layer.keep_merged()
-            MoRALinear.share_input(layers, [layer for layer in layers if isinstance(layer, MoRALinear)])
+        self.groups: list[tuple[Tensor, nn.Module, list[Tensor]]] = []
+        for layers, (inputs, outs) in zip(model.to(device), shapes, strict=True):
             x, *gradients = (
-                torch.randn(tokens, width, generator=generator).to(device, dtype) for width in (inputs, *outs)
+                torch.randn(tokens, width, generator=generator).to(device, dtype) for width in (inputs, *outs.values())
             )
             self.groups.append((x.requires_grad_(), layers, gradients))
 
@@ -156,17 +158,16 @@ class Variant:
                 output = x.clone()  # another module's output, as in a model
                 seconds += seconds_of(partial(_forward_and_backward, layers, output, gradients), self.device)
                 x.grad = None
-                for parameter in layers.parameters():
-                    parameter.grad = None
+                layers.zero_grad(set_to_none=True)
         return 1000 * seconds
 
 
-class _SameInput(nn.ModuleList):
+class _SameInput(nn.ModuleDict):
     """Layers of a module that calls all of them with the same input."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [layer(x) for layer in self]
+        return [layer(x) for layer in self.values()]
 
 
-def _forward_and_backward(layers: _SameInput, x: Tensor, gradients: Sequence[Tensor]) -> None:
+def _forward_and_backward(layers: nn.Module, x: Tensor, gradients: Sequence[Tensor]) -> None:
     torch.autograd.backward(layers(x), gradients)

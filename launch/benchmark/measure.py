@@ -7,17 +7,18 @@ import gc
 import resource
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from launch.benchmark.byte_tracker import ByteTracker
-from launch.benchmark.contenders import CONTENDERS, Contender, Ours, Setting
-from launch.benchmark.device import synchronize
+from launch.benchmark.contenders import Contender, Ours, Setting, contender_of
 from launch.benchmark.turns import relative_spread, take_turns
 from relora_mora.distributed.collectives import sum_over_hosts
 
@@ -37,52 +38,26 @@ class StepCost(NamedTuple):
 class Result:
     """The measurements of one contender. ``loss`` shows that it trains.
 
-    Bytes are those of one rank; if ranks differ, of the first. ``bytes_held`` are bytes between steps by part: weights,
-    optimizer, gradients, and ``host`` for bytes that are not on the device. :class:`ByteTracker` describes the others.
+    Bytes are those of one rank; if ranks differ, of the first: ``held`` on the device between steps, ``peak`` within a
+    step, ``sent`` to collectives by kind.
     """
 
     name: str
     steps: list[StepCost] = field(default_factory=list)
     trainable: int = 0
-    bytes_held: dict[str, int] = field(default_factory=dict)
-    bytes_at_peak: dict[str, int] = field(default_factory=dict)
-    bytes_kept: int = 0
-    bytes_kept_by_layer: int = 0
-    bytes_kept_by_linears: int = 0
-    bytes_sent: dict[str, int] = field(default_factory=dict)
+    held: int = 0
+    peak: int = 0
+    sent: dict[str, int] = field(default_factory=dict)
     flops_per_step: float = 0.0
     merge_seconds: float | None = None
     loss: float = float("nan")
 
-    @property
-    def held(self) -> int:
-        """Bytes on the device between steps."""
-        return sum(size for part, size in self.bytes_held.items() if part != "host")
-
-    @property
-    def peak(self) -> int:
-        return sum(self.bytes_at_peak.values())
-
-    @property
-    def sent(self) -> int:
-        return sum(self.bytes_sent.values())
-
-    @property
-    def seconds(self) -> float:
-
-        return statistics.median(step.seconds for step in self.steps)
+    def median(self, what: str) -> float:
+        return statistics.median(getattr(step, what) for step in self.steps)
 
     @property
     def spread(self) -> float:
         return relative_spread([step.seconds for step in self.steps])
-
-    @property
-    def processor_seconds(self) -> float:
-        return statistics.median(step.processor_seconds for step in self.steps)
-
-    @property
-    def page_faults(self) -> float:
-        return statistics.median(step.page_faults for step in self.steps)
 
 
 def run(
@@ -102,21 +77,23 @@ def run(
     """
     built: dict[str, Contender] = {}
     results = {name: Result(name) for name in names}
-    for name in names:
+    for name, result in results.items():
         before = live_tensors()  # kept alive, so that no new tensor gets one of their addresses
-        built[name] = CONTENDERS[name](setting)
+        contender = built[name] = contender_of(name, setting)
         for _ in range(warmup):
-            results[name].loss = built[name].step()
-        _count_bytes(results[name], built[name], before, setting)
+            result.loss = contender.step()
+        _count_bytes(result, contender, before, setting.device)
+        result.trainable = contender.trainable
+        if isinstance(contender, Ours):  # the arithmetic of other packages is unknown
+            result.flops_per_step = contender.flops * setting.tokens * setting.accumulation
         note(f"{name}: ready after {warmup + 1} steps")
     measures = {name: functools.partial(_step_cost, contender, setting.device) for name, contender in built.items()}
     for costs in take_turns(measures, rounds=repeats, note=note):
         for name, cost in costs.items():
             results[name].steps.append(cost)
-    if show is not None:
-        for name, contender in built.items():
-            show(f"{name}\n{_profile(contender, setting.device)}")
     for name, contender in built.items():
+        if show is not None:
+            show(f"{name}\n{_profile(contender, setting.device)}")
         results[name].merge_seconds = _merge_seconds(contender, setting.device)
     return list(results.values())
 
@@ -145,7 +122,8 @@ def _seconds(act: Callable[[], object], device: torch.device) -> float:
     sum_over_hosts([0.0])  # so that all ranks begin together
     begin = time.perf_counter()
     act()
-    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     sum_over_hosts([0.0])
     return time.perf_counter() - begin
 
@@ -159,32 +137,85 @@ def _profile(contender: Contender, device: torch.device) -> str:
     return str(events.table(sort_by=f"self_{device.type}_time_total", row_limit=20, max_name_column_width=60))
 
 
-def _count_bytes(result: Result, contender: Contender, before: list[Tensor], setting: Setting) -> None:
+def _count_bytes(result: Result, contender: Contender, before: list[Tensor], device: torch.device) -> None:
     """Makes one slow step and records its bytes; ``before`` are the tensors that do not belong to the contender."""
-    held = _held(contender, before, setting.device)
-    result.bytes_held = {part: sum(storages(tensors).values()) for part, tensors in held.items()}
-    tracker = ByteTracker(contender.model, held, setting.device, torch.distributed.get_world_size())
-    held.clear()  # tensors that the step replaces could not be freed while this dict refers to them
+    known = storages([*before, *contender.on_host()])
+    held = [
+        each
+        for each in live_tensors()
+        if each.device.type == device.type and each.untyped_storage().data_ptr() not in known
+    ]
+    tracker = ByteTracker(held, device, torch.distributed.get_world_size())
+    result.held = tracker.size
+    held.clear()  # tensors that the step replaces could not be freed while this list refers to them
     # compiled layers hide their tensors, so the bytes are those of the same layers in eager mode
     with torch.compiler.set_stance("force_eager"), tracker:
         contender.step()
-    result.trainable = contender.trainable
-    if isinstance(contender, Ours):  # the arithmetic of other packages is unknown
-        result.flops_per_step = contender.flops * setting.tokens * setting.accumulation
-    result.bytes_at_peak = tracker.peak
-    result.bytes_sent = tracker.sent
-    result.bytes_kept = tracker.kept
-    result.bytes_kept_by_layer = tracker.layer_kept
-    result.bytes_kept_by_linears = tracker.linears_kept
+    result.peak = tracker.peak
+    result.sent = tracker.sent
 
 
-def _held(contender: Contender, before: list[Tensor], device: torch.device) -> dict[str, list[Tensor]]:
-    """The contender's tensors between steps, by part; ``gradients``: all on the device but weights and optimizer."""
-    parts = contender.parts()
-    known = storages(before) | storages(tensor for tensors in parts.values() for tensor in tensors)
-    others = (tensor for tensor in live_tensors() if tensor.untyped_storage().data_ptr() not in known)
-    parts["gradients"] = [tensor for tensor in others if tensor.device.type == device.type]
-    return parts
+class ByteTracker(TorchDispatchMode):
+    """Counts the bytes of one step that a contender makes inside ``with tracker:``. The step is slow; do not time it.
+
+    ``peak``: bytes on the device at the peak of the step, with each storage counted once. All contenders live in one
+    process, so its resident memory says nothing about a single one. The tracker therefore starts from the tensors that
+    the contender held before the step and adds those that operations return. Scratch memory inside an operation is not
+    visible on a CPU. On CUDA the allocator gives the peak (``torch.cuda.max_memory_allocated``).
+
+    ``sent``: bytes that this rank passes to collectives, by kind; empty with one rank. The payload of a collective is
+    the whole tensor it works on: the input of an all-reduce, reduce or reduce-scatter, or the output of an all-gather.
+    In a ring of W ranks each rank then sends (W - 1) / W of the payload, and twice as much for an all-reduce.
+    """
+
+    def __init__(self, held: Iterable[Tensor], device: torch.device, world_size: int) -> None:
+        super().__init__()
+        self.device = device
+        self.world_size = world_size
+        self.size = 0
+        self.sent: dict[str, int] = {}
+        self._alive: dict[int, weakref.ref[Any]] = {}  # kept, because its callback reports when the storage is freed
+        for tensor in held:
+            self._put(tensor)
+        self.peak = self._held = self.size
+
+    def __enter__(self) -> ByteTracker:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._begin = torch.cuda.memory_allocated()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self.device.type == "cuda":
+            self.peak = self._held + torch.cuda.max_memory_allocated() - self._begin
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = func.overloadpacket.__name__.strip("_")
+        if func.namespace == "c10d" and self.world_size > 1 and "barrier" not in kind:
+            payloads = (sum(value.nbytes for value in tree_leaves(arg) if isinstance(value, Tensor)) for arg in args)
+            self.sent[kind] = self.sent.get(kind, 0) + max(payloads, default=0)
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._put(value)
+        self.peak = max(self.peak, self.size)
+        return result
+
+    def _put(self, tensor: Tensor) -> None:
+        storage: Any = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive or tensor.device.type != self.device.type:
+            return
+
+        def freed(_: Any) -> None:
+            del self._alive[key]
+            self.size -= size
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.size += size
 
 
 def live_tensors() -> list[Tensor]:

@@ -9,10 +9,15 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from relora_mora.cli.arguments import PositiveInt
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import ModelConfig
+
+if TYPE_CHECKING:
+    from launch.benchmark.measure import Result
 
 DEFAULT = "full,remora,remora_decoupled,relora"
 
@@ -26,7 +31,6 @@ def main(
     accumulation: PositiveInt = 1,
     zero_stage: int = 1,
     rank: PositiveInt = 128,
-    square_multiple: PositiveInt = 1,
     precision: str = "auto",
     layers: PositiveInt | None = None,
     vocab_size: PositiveInt | None = None,
@@ -42,17 +46,14 @@ def main(
 
     Args:
         model: a LlamaConfig JSON file
-        methods: separated by commas; ratios are relative to the first. full, frozen (the decoder's linears do not
-            train: no adapter method can be faster), remora, remora_merged, remora_resident, remora_decoupled,
-            remora_released, remora_r32 (R a multiple of 32), remora_int8, remora_int8_decoupled, full_compiled,
-            remora_compiled, remora_int8_compiled, remora_fp8_compiled, relora, relora_merged, relora_resident,
-            relora_int8, plain, peft_lora
+        methods: separated by commas; ratios are relative to the first. full, lora, mora, relora, remora; frozen (the
+            decoder's linears do not train: no adapter method can be faster); plain (transformers in a loop of torch),
+            peft_lora. Options follow the name: remora_resident, remora_int8_decoupled, full_compiled
         tokens: tokens of a micro-batch on one rank
         sequence_length: tokens of a sequence
         accumulation: micro-batches of a step
         zero_stage: DeepSpeed ZeRO stage of this trainer's methods
         rank: LoRA's r, which also decides the size of MoRA's square matrix
-        square_multiple: R is rounded down to a multiple of this number
         precision: bf16, fp32, or auto: bf16 if the hardware is fast with it
         layers: decoder layers; default: as many as the model has
         vocab_size: default: the model's
@@ -75,16 +76,16 @@ def main(
     settings = ModelConfig(
         config=model, overrides={key: value for key, value in overrides.items() if value is not None}
     )
-    from launch.benchmark.device import chosen_device, device_of_rank
+    import torch
+
+    from launch.benchmark.turns import chosen_device, device_of_rank, say
 
     chosen_device(device)
     from launch.benchmark.contenders import Setting, chosen
     from launch.benchmark.measure import run as measure
-    from launch.benchmark.report import as_json, limits, tables
-    from launch.benchmark.turns import say
     from relora_mora.engine.start import init_distributed
     from relora_mora.model.config import read_model_config
-    from relora_mora.system.hardware import fast_bf16
+    from relora_mora.system.hardware import device_name, fast_bf16, peak_flops
 
     names = chosen([name for name in methods.split(",") if name], int(os.environ.get("WORLD_SIZE", "1")))
     model_config = read_model_config(settings)
@@ -98,7 +99,6 @@ def main(
         accumulation,
         zero_stage,
         rank,
-        square_multiple,
         bf16,
         device_of_rank(),
         finetune,
@@ -106,10 +106,75 @@ def main(
     note, show = (say, print) if my_rank == 0 else (lambda text: None, lambda text: None)
     results = measure(names, setting, repeats=repeats, warmup=warmup, note=note, show=show if profile else None)
     if my_rank == 0:
-        machine = limits(setting)
-        print(tables(results, setting, world_size, machine))
-        print(json.dumps(as_json(results, setting, world_size, machine, command=sys.argv[1:])))
+        peak, _ = peak_flops(bf16=bf16)
+        machine = {
+            "device": device_name(),
+            "threads": torch.get_num_threads(),
+            "world_size": world_size,
+            "precision": "bf16" if bf16 else "fp32",
+            "torch": torch.__version__,
+            "matrix_product_tflops": peak / 1e12,
+        }
+        print(
+            f"{model_config.num_hidden_layers} layers, hidden {model_config.hidden_size}, vocabulary "
+            f"{model_config.vocab_size}; {tokens} tokens x {accumulation} x {world_size} ranks, "
+            f"{machine['precision']}, ZeRO-{zero_stage}, r = {rank}; {machine['device']}, "
+            f"{machine['threads']} threads a rank: {machine['matrix_product_tflops']:.2f} TFLOP/s"
+        )
+        found = {result.name: _fields(result, tokens * accumulation * world_size, peak) for result in results}
+        print(table(found))
+        print(json.dumps({"command": sys.argv[1:], **machine, "methods": found}))
     lost = [result.name for result in results if not math.isfinite(result.loss)]
     if lost:
         print(f"the loss is not finite: {', '.join(lost)}; try --precision=fp32", file=sys.stderr)
     return int(bool(lost))
+
+
+def _fields(result: Result, tokens: int, peak: float) -> dict[str, Any]:
+    seconds = result.median("seconds")
+    return {
+        "step_seconds": seconds,
+        "spread": result.spread,
+        "processor_seconds": result.median("processor_seconds"),
+        "page_faults": result.median("page_faults"),
+        "tokens_per_second": tokens / seconds,
+        "utilization": result.flops_per_step / seconds / peak or None,
+        "merge_steps": None if result.merge_seconds is None else result.merge_seconds / seconds,
+        "trainable_parameters": result.trainable,
+        "bytes_held": result.held,
+        "bytes_at_peak": result.peak,
+        "bytes_sent": sum(result.sent.values()),
+        "loss": result.loss,
+    }
+
+
+RATIOS = ("step_seconds", "trainable_parameters", "bytes_held", "bytes_at_peak", "bytes_sent")
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "step s": ("step_seconds", "{:.3f}".format),
+    "+-": ("spread", "{:.1%}".format),
+    "cpu s": ("processor_seconds", "{:.2f}".format),
+    "faults": ("page_faults", "{:,.0f}".format),
+    "tok/s": ("tokens_per_second", "{:,.0f}".format),
+    "use": ("utilization", "{:.0%}".format),
+    "merge": ("merge_steps", "{:.2f}x".format),
+    "trains": ("trainable_parameters", "{:,}".format),
+    "state MiB": ("bytes_held", lambda size: f"{size / 2**20:,.1f}"),
+    "peak MiB": ("bytes_at_peak", lambda size: f"{size / 2**20:,.1f}"),
+    "sent MiB": ("bytes_sent", lambda size: f"{size / 2**20:,.1f}"),
+}
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """A line for each method, with ratios to the first; bytes are those of one rank."""
+    first = next(iter(found.values()))
+    columns = {"method": list(found)}
+    for title, (key, shown) in COLUMNS.items():
+        values = [fields[key] for fields in found.values()]
+        columns[title] = ["" if value is None else shown(value) for value in values]
+        if key in RATIOS and first[key]:
+            columns[f"{title.split()[0]} ratio"] = [f"{value / first[key]:.3f}" for value in values]
+    widths = {title: max(map(len, [title, *cells])) for title, cells in columns.items()}
+    rows = [columns.keys(), *zip(*columns.values(), strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths.values(), strict=True)) for row in rows
+    )

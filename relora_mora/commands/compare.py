@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-from relora_mora.system.bars import Bar
 from relora_mora.system.process import many_imports
 
 
@@ -34,9 +33,9 @@ def main(
         relora-mora compare runs/tiny_full runs/tiny_remora --out=compared
     """
     with many_imports():
-        from relora_mora.experiments.compare.files import can_draw, check_folder, write_files
+        from relora_mora.experiments.compare.files import check_folder, write_comparison
         from relora_mora.experiments.compare.groups import group_of, group_runs
-        from relora_mora.experiments.compare.runs import TABLE, CompareError, is_model, read_run, read_runs
+        from relora_mora.experiments.compare.runs import CompareError, is_model, read_run, read_runs
         from relora_mora.experiments.compare.table import markdown
 
     if not runs:
@@ -57,12 +56,5 @@ def main(
     reference = None if against is None else group_of(groups, against)
     table = markdown(groups, reference)
     print(table, end="", flush=True)
-    if out is None:
-        return
-    files: dict[str, str | bytes] = {TABLE: table}
-    if can_draw():
-        with Bar("drawing figures"):
-            from relora_mora.experiments.compare.figures import figures_of
-
-            files |= figures_of(groups, reference)
-    write_files(Path(out), files)
+    if out is not None:
+        write_comparison(Path(out), table, groups, reference)

@@ -2,10 +2,14 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from relora_mora.cli.arguments import PositiveInt
 from relora_mora.system.bars import Bar
 from relora_mora.system.process import many_imports
+
+if TYPE_CHECKING:
+    from relora_mora.experiments.study.folder import StudyFolder
 
 
 def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
@@ -27,11 +31,10 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
     """
     with many_imports():
         from relora_mora.experiments.compare.files import check_folder
-        from relora_mora.experiments.compare.runs import CompareError
-        from relora_mora.experiments.study.conduct import CellsFailed, conduct
+        from relora_mora.experiments.compare.runs import TABLE, CompareError
+        from relora_mora.experiments.study.conduct import CellsFailed, Stopped, conduct
         from relora_mora.experiments.study.design import read_study
         from relora_mora.experiments.study.folder import StudyFolder
-        from relora_mora.experiments.study.runner import Stopped
         from relora_mora.supervise.exits import REQUEUE
 
     plan = read_study(study)
@@ -51,28 +54,23 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
     except CellsFailed:
         if folder.kept():
             try:
-                _write_table(folder.records, folder.table)
+                _write_table(folder)
             except CompareError as error:
                 sys.stderr.write(f"{error}\n")
         raise
-    _write_table(folder.records, folder.table)
-    print(f"done: {cells}; {folder.records}, {folder.table}")
+    _write_table(folder)
+    print(f"done: {cells}; {folder.records}, {folder.path / TABLE}")
     return 0
 
 
-def _write_table(records: Path, file: Path) -> None:
-    """Prints the table of the finished runs, and writes it as ``file``, with their figures next to it."""
-    from relora_mora.experiments.compare.files import can_draw, write_files
+def _write_table(folder: "StudyFolder") -> None:
+    """Prints the table of the finished runs, and writes it with their figures."""
+    from relora_mora.experiments.compare.files import write_comparison
     from relora_mora.experiments.compare.groups import group_runs
     from relora_mora.experiments.compare.runs import read_runs
     from relora_mora.experiments.compare.table import markdown
 
-    groups = group_runs(read_runs(records))
+    groups = group_runs(read_runs(folder.records))
     table = markdown(groups)
-    files: dict[str, str | bytes] = {file.name: table}
-    if can_draw():
-        from relora_mora.experiments.compare.figures import figures_of
-
-        files |= figures_of(groups)
-    write_files(file.parent, files)
+    write_comparison(folder.path, table, groups)
     print(table, end="", flush=True)

@@ -38,12 +38,6 @@ class Called:
 
         return self._exit(main, argv)
 
-    def evaluate(self, argv: list[str]) -> int:
-        def main(path: str, *, data: str, tokens: int = 10) -> None:
-            self.calls.append((path, data, tokens))
-
-        return self._exit(main, argv)
-
     @staticmethod
     def _exit(main: object, argv: list[str]) -> int:
         with pytest.raises(SystemExit) as stop:
@@ -77,31 +71,6 @@ def test_the_launchers_local_rank_is_dropped(flag: list[str], first: bool) -> No
     argv = [*flag, "c", "--a.b=1"] if first else ["c", "--a.b=1", *flag]
     assert called.pretrain(argv) == 75
     assert called.calls == [("c", None, 0.5, False, {"a.b": "1"})]
-
-
-@each(
-    "argv,message",
-    [
-        (["p", "stray", "--data=d"], "stray"),  # never taken for the value of a flag
-        (["p", "--data=d", "--dota=d"], "--dota"),
-        (["p", "--data=d", "-", "x"], "-: unexpected argument"),
-        (["p", "--data=d", "--", "--interactive"], "--: unexpected argument"),
-        (["p", "--data=d", "--data=e"], "given twice"),
-        (["p", "--data=d", "--max-tokens=3", "--max_tokens=4"], "--max_tokens: given twice"),
-        (["p", "--data=d", "--a.b.my-set=3"], "--a.b.my-set: names with '-'"),
-        (["p", "--data"], "--data: has no value"),
-        (["p", "--data", "--tokens=3"], "--data: has no value"),
-        (["--data=d"], "path"),
-        (["p"], "data"),
-    ],
-)
-def test_nothing_starts_with_bad_arguments(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
-    called = Called()
-    assert called.evaluate(argv) == 2
-    error = capsys.readouterr().err
-    assert called.calls == []
-    assert message in error
-    assert "Traceback" not in error
 
 
 def test_help_shows_the_arguments_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from relora_mora.config.load import load_config
-from tests.tools.commands import DEMO_TEXT, EVALUATE, EXPORT, PLAN, TRAIN, call, left_in, refused, run_main
+from tests.tools.commands import PLAN, TRAIN, call, left_in, refused, run_main
 from tests.tools.each import each
 from tests.tools.helpers import ROOT, RUBBISH
 from tests.tools.runs import write_inputs
@@ -40,47 +40,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> Pat
     (folder / "dangling").symlink_to("nowhere")
     (folder / "loop").symlink_to("loop")
     return folder
-
-
-TEXT = ["--data=d", "--out=o"]
-
-
-@each(
-    "script,argv,named",
-    [
-        (EVALUATE, [], "model"),
-        (EVALUATE, ["m", "--data={c4: a, books: [}"], "--data: not YAML"),
-        (EVALUATE, ["m", "--data={c4: {sourc: a}}"], "data.validation.c4: "),
-        (EVALUATE, ["m", "--data=[{source: a, splitt: b}]"], "data.validation.0.splitt: unknown"),
-        (EVALUATE, ["m", "--data="], "--data: empty"),
-        (EVALUATE, ["", "--data=d"], "--model: empty"),
-        (EVALUATE, ["m", "--data=\udcff"], "not UTF-8"),
-        (EVALUATE, ["m", "--data=d", "--data.sequence_length=1"], "data.sequence_length: got 1"),
-        (EVALUATE, ["m", "--data=d", "--max_tokens=0"], "--max_tokens: got 0"),
-        (EVALUATE, ["m", "--data=d", "--micro_batch_size=-1"], "--micro_batch_size: got -1"),
-        (EVALUATE, ["m", "--data=d", "--precision=int8"], "--precision: got 'int8'"),
-        (EXPORT, [], "checkpoint"),
-        (EXPORT, ["c", "o", "--dtype=int8"], "--dtype: got 'int8'"),
-        (PLAN, ["c.yaml", "stray"], "unknown argument: stray"),
-        (PLAN, ["--json", "c.yaml", "--world_size=0"], "--world_size: got 0"),  # c.yaml is no value
-        (PLAN, ["c.yaml", "--tokens_per_second=.inf"], "--tokens_per_second: got inf"),
-        (PLAN, ["c.yaml", "--device=tpu"], "--device: got 'tpu'"),
-        (DEMO_TEXT, ["--max_byte=3"], "--max_byte"),
-        (DEMO_TEXT, ["--max_bytes=0"], "--max_bytes: got 0"),
-        (TRAIN, ["--data=d"], "out"),
-        (TRAIN, [*TEXT, "--vocab-sise=3"], "--vocab_sise: unknown"),
-        (TRAIN, [*TEXT, "--vocab_size=259"], "--vocab_size: got 259"),
-        (TRAIN, [*TEXT, f"--vocab_size={10**12}"], "--vocab_size"),
-        (TRAIN, [*TEXT, "--max_bytes=0"], "--max_bytes: got 0"),
-        (TRAIN, [*TEXT, "--max_documents=-1"], "--max_documents: got -1"),
-        (TRAIN, [*TEXT, "--character_coverage=.nan"], "--character_coverage: got .nan"),
-        (TRAIN, [*TEXT, "--data.max_bad_fraction=7"], "data.max_bad_fraction: got 7"),
-        (TRAIN, [*TEXT, "--threads=100000"], "--threads: got 100000"),
-        (TRAIN, ["--data=[{source: a}, {source: b, weight: 9}]", "--out=o"], "without weights"),
-    ],
-)
-def test_arguments(script: str, argv: list[str], named: str) -> None:
-    refused(call(script, *argv), named)
 
 
 def test_in_another_folder_the_message_names_the_base_of_relative_paths(
@@ -122,10 +81,6 @@ def test_a_missing_package_is_not_a_traceback() -> None:
 @each(
     "setting,message",
     [
-        ("train.stepss=3", "train.stepss: unknown; did you mean steps?"),
-        ("train.steps=0", "train.steps: got 0; input should be greater than or equal to 1"),
-        ("stepss=3", "--stepss: not a setting"),
-        ("train.steps=[", "not YAML"),
         ("model.config={}/nowhere", "model.config: cannot read it (No such file or directory)"),
         ("model.config={}/folder", "model.config: cannot read it (Is a directory)"),
         ("model.config={}/rubbish", "model.config: not JSON"),

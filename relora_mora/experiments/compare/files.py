@@ -2,10 +2,12 @@
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from relora_mora.experiments.compare.runs import CompareError
+from relora_mora.experiments.compare.groups import Group
+from relora_mora.experiments.compare.runs import TABLE, CompareError
+from relora_mora.system.bars import Bar
 from relora_mora.system.files import disk_faults_named, write_synced
 
 
@@ -21,6 +23,17 @@ def can_draw() -> bool:
         return True
     sys.stderr.write("only the table is written: figures need matplotlib; pip install 'relora_mora[plot]'\n")
     return False
+
+
+def write_comparison(folder: Path, table: str, groups: Sequence[Group], against: Group | None = None) -> None:
+    """Writes a table and, if matplotlib is installed, the figures of its groups."""
+    files: dict[str, str | bytes] = {TABLE: table}
+    if can_draw():
+        from relora_mora.experiments.compare.figures import figures_of
+
+        with Bar("drawing figures"):
+            files |= figures_of(groups, against)
+    write_files(folder, files)
 
 
 def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from relora_mora.experiments.compare.labels import as_text, differences, method_title
+from relora_mora.experiments.compare.labels import differences, method_title
 from relora_mora.experiments.compare.runs import CompareError, Run
 
 
@@ -75,22 +75,26 @@ def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[
     """
     members: list[list[Run]] = []
     for run in runs:
-        for others in members:
-            if all(_alike(run, other) and run.seed != other.seed for other in others):
-                others.append(run)
-                break
-        else:
+        fits = (each for each in members if all(_alike(run, other) and run.seed != other.seed for other in each))
+        of_group = next(fits, None)
+        if of_group is None:
             members.append([run])
+        else:
+            of_group.append(run)
     for option, names in (("unnamed", unnamed), ("best", best)):
         for name in names:
             if not any(name in group[0].settings for group in members):
                 raise CompareError(f"--{option}: no run has a setting {name}; docs/settings.md lists all settings")
     if best:
-        members = _best(members, best)
+        chosen: list[list[Run]] = []
+        for of_group in sorted(members, key=lambda runs: -len(runs[0].notes)):  # a run without notes matches any other
+            same = [others for others in chosen if _alike(of_group[0], others[0], best)][:1]
+            chosen = [others for others in chosen if others not in same] + [min([*same, of_group], key=_rank)]
+        members = [of_group for of_group in members if of_group in chosen]
     groups: list[Group] = []
     for of_group, named in zip(members, differences([each[0].compared for each in members], unnamed), strict=True):
-        differs = dict.fromkeys([named, *map(_history, of_group)])
-        groups.append(Group(method_title(of_group[0].compared), ", ".join(filter(None, differs)), tuple(of_group)))
+        differs = filter(None, dict.fromkeys([named, *map(_history, of_group)]))
+        groups.append(Group(method_title(of_group[0].compared), ", ".join(differs), tuple(of_group)))
     labels = Counter(group.label for group in groups)
     for index, group in enumerate(groups):
         if labels[group.label] > 1:
@@ -116,29 +120,14 @@ def _alike(run: Run, other: Run, ignored: Sequence[str] = ()) -> bool:
 
 
 def _same_settings(run: Run, other: Run, ignored: Sequence[str] = ()) -> bool:
-    left, right = (
-        {name: as_text(value) for name, value in each.compared.items() if name not in ignored} for each in (run, other)
-    )
-    return left == right
+    names = (run.compared.keys() | other.compared.keys()).difference(ignored)
+    return all(run.compared.get(name) == other.compared.get(name) for name in names)
 
 
-def _differing_notes(run: Run, other: Run, ignored: Sequence[str] = ()) -> list[str]:
+def _differing_notes(run: Run, other: Run, ignored: Sequence[str] = ()) -> set[str]:
     """The settings, without ``ignored``, for which both runs have notes that differ."""
     names = (run.notes.keys() & other.notes.keys()).difference(ignored, (name.partition(".")[0] for name in ignored))
-    return sorted(name for name in names if run.notes[name] != other.notes[name])
-
-
-def _best(members: Sequence[list[Run]], settings: Sequence[str]) -> list[list[Run]]:
-    """The best of the groups that differ only in ``settings``, in the order of ``members``."""
-    chosen: list[list[Run]] = []
-    for runs in sorted(members, key=lambda runs: -len(runs[0].notes)):  # a run without notes matches any other
-        for index, others in enumerate(chosen):
-            if _alike(runs[0], others[0], settings):
-                chosen[index] = min(others, runs, key=_rank)
-                break
-        else:
-            chosen.append(runs)
-    return sorted(chosen, key=members.index)
+    return {name for name in names if run.notes[name] != other.notes[name]}
 
 
 def _rank(runs: Sequence[Run]) -> tuple[int, bool, float]:
@@ -150,8 +139,7 @@ def _rank(runs: Sequence[Run]) -> tuple[int, bool, float]:
 def _own_name(run: Run, before: Sequence[Run], ignored: Sequence[str]) -> str:
     """The name of a run's folder, and why the run is not another seed of one before it, apart from ``ignored``."""
     others = [other for other in before if _same_settings(run, other, ignored)]
-    differing = {name for other in others for name in _differing_notes(run, other, ignored)}
-    if differing:
+    if differing := set().union(*(_differing_notes(run, other, ignored) for other in others)):
         return f"{run.folder.name} (other {', '.join(sorted(differing))})"
     is_same = any(other.seed == run.seed and _same_settings(run, other) for other in others)
     return f"{run.folder.name} (the same seed)" if is_same else run.folder.name

@@ -1,12 +1,10 @@
 """Checks the inputs of all runs of a study before the first run starts."""
 
-from collections.abc import Callable
-
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.experiments.study.conduct import known_cells
 from relora_mora.experiments.study.design import Study
-from relora_mora.experiments.study.folder import StudyFolder, cell_configs, input_key, refuse
+from relora_mora.experiments.study.folder import StudyFolder, cell_configs, refuse
 from relora_mora.optim.own import with_rule
 from relora_mora.train.begin.check import check_model
 from relora_mora.train.begin.inputs import open_inputs
@@ -22,21 +20,25 @@ def check_inputs(study: Study, folder: StudyFolder) -> None:
     faults: dict[str, str] = {}
     opened: set[str] = set()
     for cell, config in cell_configs(study, cells, folder).items():
-        cell_faults = [*_faults(lambda each: check_model(with_vocabulary(each)), config), *_faults(with_rule, config)]
-        inputs = input_key(config)
-        if inputs not in opened:
-            opened.add(inputs)
-            cell_faults += _faults(lambda each: open_inputs(with_vocabulary(each)), config)
-        for fault in cell_faults:
-            faults.setdefault(fault, cell.name)
+        # text is opened only once for all runs that read the same text with the same model and tokenizer
+        inputs = config.model_dump_json(
+            include={"data": True, "tokenizer": True, "model": {"config", "init_from", "adapter"}},
+            exclude={"data": {"seed"}},
+        )
+        checks = [_check_model, with_rule] + [_open] * (inputs not in opened)
+        opened.add(inputs)
+        for check in checks:
+            try:
+                check(config)
+            except (ValueError, OSError) as error:
+                for fault in error.faults if isinstance(error, ConfigError) else [str(error)]:
+                    faults.setdefault(fault, cell.name)
     refuse(faults, study)
 
 
-def _faults(check: Callable[[Config], object], config: Config) -> list[str]:
-    try:
-        check(config)
-    except ConfigError as error:
-        return error.faults
-    except (ValueError, OSError) as error:
-        return [str(error)]
-    return []
+def _check_model(config: Config) -> None:
+    check_model(with_vocabulary(config))
+
+
+def _open(config: Config) -> None:
+    open_inputs(with_vocabulary(config))

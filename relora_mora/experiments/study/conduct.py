@@ -1,17 +1,28 @@
-"""Runs a whole study."""
+"""Runs a whole study, one process per cell and several at a time."""
 
-from collections.abc import Sequence
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from relora_mora.experiments.study.design import Cell, Study, count, first_round, second_round
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs
 from relora_mora.experiments.study.record import final_metric, write_records
-from relora_mora.experiments.study.runner import run_cells
 from relora_mora.system.bars import Bar, is_watched
-from relora_mora.system.process import say
+from relora_mora.system.process import ending_with_me, say
+
+# A run takes signals within a second as one request. It may get one from the launcher and then again from here.
+POLL_SECONDS = 0.2
 
 
 class CellsFailed(ValueError):
     """Some runs failed; the message has the last lines that they printed."""
+
+
+class Stopped(Exception):
+    """The study was stopped, and its runs have ended."""
 
 
 def conduct(study: Study, folder: StudyFolder, program: Sequence[str], jobs: int) -> int:
@@ -38,9 +49,9 @@ def conduct(study: Study, folder: StudyFolder, program: Sequence[str], jobs: int
         for choose in (False, True):
             if choose:
                 cells = known_cells(study, folder)
-            folder.begin(cell_configs(study, cells, folder), study.threads)  # all of them begin with the same model
+            folder.begin(cell_configs(study, cells, folder))
             note()
-            run_cells(cells, folder, program, jobs, study.threads, note)
+            _run_cells(cells, folder, program, jobs, study.threads, note)
     failed = [cell for cell in cells if not folder.is_done(cell)]
     if failed:
         raise CellsFailed("\n".join(_end_of_log(cell, folder) for cell in failed))
@@ -51,13 +62,75 @@ def known_cells(study: Study, folder: StudyFolder) -> list[Cell]:
     """The cells of the first round, and those of the second round that the results so far choose."""
     cells = first_round(study)
     write_records(cells, folder)
-    if study.choose is None:
-        return cells
-    kept = folder.kept()
-    results = {cell: final_metric(kept[cell.name], study.choose.metric) for cell in cells if cell.name in kept}
-    cells += second_round(study, {cell: result for cell, result in results.items() if result is not None})
-    write_records(cells, folder)
+    if study.choose is not None:
+        kept = folder.kept()
+        results = {cell: final_metric(kept[cell.name], study.choose.metric) for cell in cells if cell.name in kept}
+        cells += second_round(study, {cell: result for cell, result in results.items() if result is not None})
+        write_records(cells, folder)
     return cells
+
+
+def _run_cells(
+    cells: Sequence[Cell],
+    folder: StudyFolder,
+    program: Sequence[str],
+    jobs: int,
+    threads: int,
+    note: Callable[[Sequence[Cell]], object],
+) -> None:
+    """Runs the cells that are not done; interrupted cells continue from their last checkpoint.
+
+    ``note`` is called with the running cells each time that they have changed. After SIGINT or SIGTERM, which is passed
+    on to every run, this raises :class:`Stopped`; a run saves and ends at the first signal and ends immediately at the
+    second. If this process is killed, the kernel sends each run a first signal (on Linux).
+    """
+    waiting = [cell for cell in cells if not folder.is_done(cell)]
+    running: dict[Cell, subprocess.Popen[bytes]] = {}
+    passed_on = 0
+    with _stop_signals() as signals:
+        while running or (waiting and not signals):
+            before = list(running)
+            while waiting and len(running) < jobs and not signals:
+                cell = waiting.pop(0)
+                running[cell] = _start(cell, folder, program, threads)
+            started = list(running)  # a short run starts and ends within one turn
+            time.sleep(POLL_SECONDS)
+            while passed_on < len(signals):
+                passed_on += 1
+                for process in running.values():
+                    process.send_signal(signal.SIGTERM)
+            running = {cell: process for cell, process in running.items() if process.poll() is None}
+            if not before == started == list(running):
+                note(list(running))
+    if signals:
+        raise Stopped
+
+
+def _start(cell: Cell, folder: StudyFolder, program: Sequence[str], threads: int) -> subprocess.Popen[bytes]:
+    log = folder.log(cell)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            ending_with_me([*program, str(folder.settings(cell))]),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
+            start_new_session=True,  # Ctrl-C reaches it only through the study
+        )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Yields a list that collects the stop signals as they arrive."""
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_of_log(cell: Cell, folder: StudyFolder) -> str:

@@ -122,15 +122,16 @@ def _describe(fault: ErrorDetails) -> str:
     return f"{'.'.join(map(str, location))}: {text}" if location else text
 
 
+Values = tuple[tuple[str, str], ...]  # (setting, JSON) pairs
 LONGEST_NAME = 200  # file systems allow 255 bytes, and a cell's files add suffixes
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: its values from the grid, (setting, JSON) pairs, and its seed."""
+    """One run: its values from the grid, and its seed."""
 
     name: str
-    values: tuple[tuple[str, str], ...]
+    values: Values
     seed: int
 
     def overrides(self, study: Study) -> dict[str, str]:
@@ -146,26 +147,17 @@ def first_round(study: Study) -> list[Cell]:
 
 
 def second_round(study: Study, results: Mapping[Cell, float]) -> list[Cell]:
-    """The cells that ``results`` chooses, with the other seeds.
+    """The other seeds of the best cell for each combination of the settings outside ``choose.over``.
 
-    ``results`` has the metric of each cell of the first round that finished. If two results are equal, the cell that
-    comes first in the grid is chosen.
+    ``results`` has the metric of each cell of the first round that finished, in the order of the grid. If two results
+    are equal, the cell that comes first is chosen.
     """
-    return _cells(study, [cell.values for cell in chosen(study, results)], study.seeds[1:])
-
-
-def chosen(study: Study, results: Mapping[Cell, float]) -> list[Cell]:
-    """The best cell for each combination of the settings outside ``choose.over``."""
-    choice = study.choose
-    if choice is None:
+    if study.choose is None:
         return []
-    best: dict[tuple[tuple[str, str], ...], Cell] = {}
-    for cell, result in results.items():
-        rest = _without(cell.values, choice.over)
-        other = results[best[rest]] if rest in best else None
-        if other is None or (result < other if choice.lowest else result > other):
-            best[rest] = cell
-    return list(best.values())
+    best: dict[Values, Cell] = {}
+    for cell in sorted(results, key=results.__getitem__, reverse=study.choose.highest is not None):
+        best.setdefault(_without(cell.values, study.choose.over), cell)
+    return _cells(study, [cell.values for cell in results if cell in best.values()], study.seeds[1:])
 
 
 def count(study: Study) -> int:
@@ -176,11 +168,11 @@ def count(study: Study) -> int:
     return len(first) + len({_without(cell.values, over) for cell in first}) * (len(study.seeds) - 1)
 
 
-def _without(values: tuple[tuple[str, str], ...], names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+def _without(values: Values, names: Iterable[str]) -> Values:
     return tuple(sorted((name, value) for name, value in values if name not in names))
 
 
-def _combinations(entry: Mapping[str, Any]) -> list[tuple[tuple[str, str], ...]]:
+def _combinations(entry: Mapping[str, Any]) -> list[Values]:
     choices = [
         [(name, json.dumps(value, ensure_ascii=False)) for value in (values if isinstance(values, list) else [values])]
         for name, values in entry.items()
@@ -188,30 +180,23 @@ def _combinations(entry: Mapping[str, Any]) -> list[tuple[tuple[str, str], ...]]
     return list(itertools.product(*choices))
 
 
-def _cells(study: Study, combinations: Iterable[tuple[tuple[str, str], ...]], seeds: Iterable[int]) -> list[Cell]:
+def _cells(study: Study, combinations: Iterable[Values], seeds: Iterable[int]) -> list[Cell]:
+    """A cell for each combination and seed, with a name that a folder can have, such as ``rank=8,lr=0.002,seed=0``."""
+    # counts all settings that exist, so that another entry in the grid does not change the names of earlier cells
+    settings = {name for entry in study.grid for name in entry} | SETTINGS.keys()
+    last = Counter(name.rpartition(".")[2] for name in settings)
+
+    def described(name: str, value: str) -> str:
+        key = name.rpartition(".")[2]
+        return f"{key if last[key] == 1 else name}={re.sub(r'[^A-Za-z0-9.+-]+', '_', value).strip('_')}"
+
     runs = list(itertools.product(combinations, list(seeds)))
-    repeated = [_name(study, *run) for run, times in Counter(runs).items() if times > 1]
-    if repeated:
-        raise ValueError(f"the grid names the same run twice: {', '.join(repeated)}; leave one of them out")
-    names = [_name(study, *run) for run in runs]
-    ambiguous = {name for name, times in Counter(names).items() if times > 1}
+    names = [",".join([*itertools.starmap(described, values), f"seed={seed}"]) for values, seed in runs]
+    times = Counter(names)
     cells = []
     for name, (values, seed) in zip(names, runs, strict=True):
-        if name in ambiguous or len(name) > LONGEST_NAME:
+        if times[name] > 1 or len(name) > LONGEST_NAME:
             digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
             name = f"{name.rpartition(',')[0][: LONGEST_NAME - 40]},{digest},seed={seed}"
         cells.append(Cell(name, values, seed))
     return cells
-
-
-def _name(study: Study, values: tuple[tuple[str, str], ...], seed: int) -> str:
-    """A name that a folder can have, such as ``name=mora,rank=8,lr=0.002,seed=0``."""
-    # counts all settings that exist, so that another entry in the grid does not change the names of earlier cells
-    settings = {name for entry in study.grid for name in entry} | SETTINGS.keys()
-    last = Counter(name.rpartition(".")[2] for name in settings)
-    parts = []
-    for name, value in values:
-        short = name.rpartition(".")[2]
-        label = short if last[short] == 1 else name
-        parts.append(f"{label}={re.sub(r'[^A-Za-z0-9.+-]+', '_', value).strip('_')}")
-    return ",".join([*parts, f"seed={seed}"])

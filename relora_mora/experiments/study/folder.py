@@ -12,7 +12,7 @@ from relora_mora.config.lengths import tree_of
 from relora_mora.config.load import FINETUNING, ConfigError, config_of, stored_config
 from relora_mora.config.schema import Config
 from relora_mora.experiments.compare.labels import as_text
-from relora_mora.experiments.compare.runs import RECORDS, TABLE, read_records
+from relora_mora.experiments.compare.runs import RECORDS, read_records
 from relora_mora.experiments.compare.settings import used_settings
 from relora_mora.experiments.study.design import Cell, Study
 from relora_mora.supervise.exits import FINISHED
@@ -45,19 +45,8 @@ class StudyFolder:
         return self.path / RECORDS
 
     @property
-    def table(self) -> Path:
-        return self.path / TABLE
-
-    @property
     def _commits(self) -> Path:
         return self.path / "commits.json"
-
-    def overrides(self, cell: Cell, study: Study) -> dict[str, str]:
-        """The cell's overrides, plus its run folder and the study's commits of hub revisions."""
-        extra: dict[str, Any] = {"train.run_dir": str(self.run(cell).path)}
-        if commits := self.commits():
-            extra["data.commits"] = commits
-        return cell.overrides(study) | {name: json.dumps(value, ensure_ascii=False) for name, value in extra.items()}
 
     def commits(self) -> dict[str, str]:
         """The commit of each hub revision, from ``commits.json`` or else from the study's records."""
@@ -76,7 +65,7 @@ class StudyFolder:
         known = self.commits()
         for config in configs:
             known |= with_commits(config.data.model_copy(update={"commits": known | config.data.commits})).commits
-        if known and known != self.commits():
+        if known:
             write_synced(self._commits, json.dumps(known, indent=1) + "\n")
 
     def kept(self) -> dict[str, dict[str, Any]]:
@@ -84,10 +73,9 @@ class StudyFolder:
 
         Raises ValueError if the file is damaged.
         """
-        try:
-            file = self.records.stat()
-        except FileNotFoundError:
+        if not self.records.exists():
             return {}
+        file = self.records.stat()
         return _kept(self.records, (file.st_mtime_ns, file.st_size))
 
     def is_done(self, cell: Cell) -> bool:
@@ -102,7 +90,7 @@ class StudyFolder:
             return False
         return bool(ends) and ends[-1]["code"] == FINISHED and self.settings(cell).exists()
 
-    def begin(self, configs: Mapping[Cell, Config], threads: int) -> None:
+    def begin(self, configs: Mapping[Cell, Config]) -> None:
         """Writes the settings of cells.
 
         Raises ValueError if a cell was started or finished with other settings. If its model, text or tokenizer have
@@ -110,12 +98,12 @@ class StudyFolder:
         """
         faults = []
         for cell, config in configs.items():
-            changed = self._changed_settings(cell, config, threads)
-            if changed is not None:
-                record = f" and its line in {self.records}" if self.is_done(cell) else ""
+            # a run writes its config only after it has found no fault in its settings
+            has_begun = self.run(cell).config.exists() or self.is_done(cell)
+            if has_begun and (changed := self._changed_settings(cell, config)):
                 faults.append(
-                    f"{self.run(cell).path} was started with {changed}; remove it, {self.settings(cell)}{record}, give "
-                    "another --out, or put back what has changed"
+                    f"{self.run(cell).path} was started with {changed}; remove it, {self.settings(cell)} and its line "
+                    f"in {self.records}, give another --out, or put back what has changed"
                 )
         if faults:
             raise ValueError("\n".join(faults))
@@ -124,41 +112,24 @@ class StudyFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_synced(path, json.dumps(tree_of(config), ensure_ascii=False) + "\n")
 
-    def _changed_settings(self, cell: Cell, config: Config, threads: int) -> str | None:
-        """Describes how the settings differ from those with which the cell was started; None if they do not."""
-        # a run writes its settings only after it has found no fault in them
-        if not (self.run(cell).config.exists() or self.is_done(cell)):
-            return None
+    def _changed_settings(self, cell: Cell, config: Config) -> str:
+        """Describes how the settings differ from those with which the cell was started; empty if they do not."""
         try:
-            noted = self.given(cell)
-            known = config if noted is None else stored_config(noted, "")  # newer settings get their defaults
-        except (ValueError, TypeError):
+            known = stored_config(self.given(cell), "")  # newer settings get their defaults
+        except (ValueError, TypeError, KeyError):
             return "settings that cannot be read, or that this version does not know"
         unused = unused_settings(known.by_name).keys() & unused_settings(config.by_name).keys()
         changed = {name for name, value in config.by_name.items() if value != known.by_name[name]}
         changed -= NOT_COMPARED | unused
-        if any(start.get("omp_num_threads") not in (None, "", str(threads)) for start in self._starts(cell)):
-            changed.add("threads")
-        return f"other settings ({', '.join(sorted(changed))})" if changed else None
+        return f"other settings ({', '.join(sorted(changed))})" if changed else ""
 
-    def given(self, cell: Cell) -> dict[str, Any] | None:
-        """The settings that the cell was started with; None if none are known.
+    def given(self, cell: Cell) -> dict[str, Any]:
+        """The settings that the cell was started with.
 
-        Raises ValueError or TypeError if they cannot be read.
+        Raises ValueError, TypeError or KeyError if they cannot be read.
         """
         path = self.settings(cell)
-        if path.exists():
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        record = self.kept().get(cell.name)
-        return None if record is None else dict(record["given"])
-
-    def _starts(self, cell: Cell) -> list[dict[str, Any]]:
-        """The run's notes of its starts, or those in its record; empty if it was never started."""
-        try:
-            return read_json_lines(self.run(cell).starts)
-        except (OSError, ValueError):  # missing, or truncated because the disk was full
-            record = self.kept().get(cell.name)
-            return [] if record is None else [record["start"]]
+        return dict(json.loads(path.read_text(encoding="utf-8")) if path.exists() else self.kept()[cell.name]["given"])
 
 
 @functools.lru_cache(maxsize=2)
@@ -167,26 +138,22 @@ def _kept(records: Path, version: tuple[int, int]) -> dict[str, dict[str, Any]]:
     return {record["name"]: record for record in read_records(records)}
 
 
-def input_key(config: Config) -> str:
-    """A key that is equal for two runs that read the same model, tokenizer and text, in any order."""
-    return config.model_dump_json(
-        include={"data": True, "tokenizer": True, "model": {"config", "init_from", "adapter"}},
-        exclude={"data": {"seed"}},
-    )
-
-
 def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[Cell, Config]:
     """The settings of every cell; raises ConfigError with the faults of all cells, each fault once.
 
     It is also a fault if a run will not have the metric of ``choose``, or if the runs share no held-out text.
     """
     defaults = FINETUNING if study.command == "finetune" else None
+    commits = folder.commits()
     configs: dict[Cell, Config] = {}
     faults: dict[str, str] = {}
-    seen: dict[str, str] = {}
+    seen: dict[str, Cell] = {}
     for cell in cells:
+        overrides = cell.overrides(study) | {"train.run_dir": json.dumps(str(folder.run(cell).path))}
+        if commits:
+            overrides["data.commits"] = json.dumps(commits)
         try:
-            config = config_of(study.base_tree, study.base, folder.overrides(cell, study), defaults=defaults)
+            config = config_of(study.base_tree, study.base, overrides, defaults=defaults)
         except ConfigError as error:
             cell_faults = error.faults
         else:
@@ -194,10 +161,12 @@ def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[C
             cell_faults = [] if study.choose is None else study.choose.faults(config)
             if config.train.resume == "never":
                 cell_faults.append("train.resume: never, but a study resumes its interrupted runs; leave it out")
-            other = seen.setdefault(_effective_settings(config, cell.seed), cell.name)
-            if other != cell.name:
+            used = {name: value for name, value in used_settings(config.by_name).items() if name != "train.run_dir"}
+            other = seen.setdefault(as_text(used), cell)
+            if other is not cell:
                 cell_faults.append(
-                    f"grid: {cell.name} and {other} differ only in settings that have no effect; leave one out"
+                    f"grid: {cell.name} and {other.name} are equal, or differ only in settings that have no effect; "
+                    "leave one out"
                 )
         for fault in cell_faults:
             faults.setdefault(fault, cell.name)
@@ -213,9 +182,3 @@ def refuse(faults: Mapping[str, str], study: Study) -> None:
     """Raises ConfigError if there are any faults; each names the first cell that has it."""
     if faults:
         raise ConfigError([f"{fault} (in {name})" for fault, name in faults.items()], f"the runs over {study.base}")
-
-
-def _effective_settings(config: Config, seed: int) -> str:
-    """A key that is equal for two runs that differ only in settings that neither uses."""
-    used = used_settings(config.by_name)
-    return as_text([{name: value for name, value in used.items() if name != "train.run_dir"}, seed])

@@ -1,7 +1,7 @@
 """The record that outlives a run's folder: enough for tables and plots."""
 
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from relora_mora.config.yaml_text import parse_yaml
@@ -10,14 +10,10 @@ from relora_mora.experiments.study.folder import StudyFolder
 from relora_mora.system.files import write_synced
 from relora_mora.system.run_folder import joined_start, read_json_lines
 
-# what tables, figures and `choose` read
-KEPT_LINES = 40  # training lines, evenly over the steps, and as many ranks of merges; all evaluations are kept
-SPEED = "perf/tokens_per_second"
-OF_TRAINING = ("train/loss", "train/tokens", SPEED, "perf/peak_memory_gib")
-OF_ALL_MERGES = ("merge/layers", "merge/seconds")
+KEPT_LINES = 40  # of training, evenly over the steps, and as many with ranks at merges; all evaluations are kept
+OF_TRAINING = ("train/loss", "train/tokens", "perf/tokens_per_second", "perf/peak_memory_gib")
 RANKS = "merge/effective_rank/"
 NOT_KEPT = ("command", "host")  # of a start, because they are local
-DIGITS = 8  # significant digits of a float; float32 has no more
 
 
 def write_records(cells: Sequence[Cell], folder: StudyFolder) -> None:
@@ -58,55 +54,37 @@ def final_metric(record: Mapping[str, Any], metric: str) -> float | None:
 
 def _record(cell: Cell, folder: StudyFolder) -> dict[str, Any]:
     run = folder.run(cell)
-    starts = read_json_lines(run.starts)
+    start = joined_start(read_json_lines(run.starts))
     return {
         "name": cell.name,
         "seed": cell.seed,
         "given": folder.given(cell),
         "config": parse_yaml(run.config.read_text(encoding="utf-8")),
-        "start": {key: value for key, value in joined_start(starts).items() if key not in NOT_KEPT},
-        "metrics": _thinned(read_json_lines(run.metrics), starts[0]["step"]),
+        "start": {key: value for key, value in start.items() if key not in NOT_KEPT},
+        "metrics": _thinned(read_json_lines(run.metrics)),
     }
 
 
 def is_kept(tag: str) -> bool:
     is_result = tag.startswith(("eval/", RANKS)) and tag != "eval/seconds"
-    return is_result or tag in (*OF_TRAINING, *OF_ALL_MERGES)
+    return is_result or tag in (*OF_TRAINING, "merge/layers", "merge/seconds")
 
 
-def _thinned(lines: list[dict[str, Any]], first_step: int) -> list[dict[str, Any]]:
+def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     training = _evenly([number for number, line in enumerate(lines) if "train/loss" in line])
-    speeds = _speeds_over_gaps(lines, training, first_step)
     merges = _evenly([number for number, line in enumerate(lines) if "merge/layers" in line])
-    result = []
+    thinned = []
     for number, line in enumerate(lines):
         values = {
-            tag: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
-            for tag, value in {**line, **speeds.get(number, {})}.items()
+            tag: float(f"{value:.8g}") if isinstance(value, float) else value  # float32 has no more digits
+            for tag, value in line.items()
             if is_kept(tag)
             and (number in training or tag not in OF_TRAINING)
             and (number in merges or not tag.startswith(RANKS))
         }
         if values:
-            result.append({"step": line["step"], **values})
-    return result
-
-
-def _speeds_over_gaps(lines: list[dict[str, Any]], kept: Set[int], first_step: int) -> dict[int, dict[str, float]]:
-    """For each kept line the tokens per second over all steps since the previous kept line, so that times add up."""
-    speeds = {}
-    before = last_kept = first_step
-    steps_over_speed = 0.0
-    for number, line in enumerate(lines):
-        if not line.get(SPEED):
-            continue
-        steps_over_speed += (line["step"] - before) / line[SPEED]
-        before = line["step"]
-        if number in kept and steps_over_speed:
-            speeds[number] = {SPEED: (before - last_kept) / steps_over_speed}
-            last_kept = before
-            steps_over_speed = 0.0
-    return speeds
+            thinned.append({"step": line["step"], **values})
+    return thinned
 
 
 def _evenly(numbers: list[int]) -> set[int]:

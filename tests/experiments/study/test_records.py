@@ -116,18 +116,11 @@ def test_of_many_merges_and_steps_some_are_kept_whole(tmp_path: Path):
     merge = {"merge/layers": 28, "merge/seconds": 0.5, "merge/effective_rank/q_proj": 9.0}
     with folder.run(cell).metrics.open("a", encoding="utf-8") as stream:
         for step in range(1001, 1101):
-            training = {
-                "train/loss": 4.0,
-                "train/lr": 1e-3,
-                "perf/tokens_per_second": 100.0 if step == 1050 else 1000.0,
-            }
+            training = {"train/loss": 4.0, "train/lr": 1e-3}
             stream.writelines(
                 json.dumps({"step": step, **line}) + "\n"
                 for line in ({**merge, "merge/delta_norm/q_proj": 1.0}, training)
             )
-    [begun, *others] = read_json_lines(folder.run(cell).metrics)
-    lines = [{**begun, "perf/tokens_per_second": 1000.0}, *others]
-    folder.run(cell).metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert conduct(study, folder, PROGRAM, 1) == 1
     [record] = read_json_lines(folder.records)
     kept = {
@@ -138,7 +131,3 @@ def test_of_many_merges_and_steps_some_are_kept_whole(tmp_path: Path):
     assert kept["train/loss"] == [500, *range(1003, 1101, 3), 1100]
     assert kept["eval/loss"] == [1000]
     assert not any("train/lr" in line or "merge/delta_norm/q_proj" in line for line in record["metrics"])
-    run = [line for line in record["metrics"] if "train/loss" in line]
-    gaps = [line["step"] - before for before, line in zip([0, *kept["train/loss"]], run, strict=False)]
-    seconds = sum(gap / line["perf/tokens_per_second"] for gap, line in zip(gaps, run, strict=True))
-    assert seconds == pytest.approx(1099 / 1000 + 1 / 100), "slow steps that are not kept count in the time"

@@ -55,7 +55,7 @@ def test_a_run_whose_end_is_cut_off_or_not_the_last_is_not_finished(tmp_path: Pa
     folder = StudyFolder(tmp_path)
     study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}])
     [cell] = first_round(study)
-    folder.begin(cell_configs(study, [cell], folder), 1)
+    folder.begin(cell_configs(study, [cell], folder))
     run = folder.run(cell)
     run.path.mkdir(parents=True)
     run.ends.write_text('{"code": 75}\n{"code": 0}\n', encoding="utf-8")
@@ -105,10 +105,9 @@ def _written(tmp_path: Path, study: dict[str, Any]) -> Path:
 CONDUCT = """
 import sys
 from pathlib import Path
-from relora_mora.experiments.study.conduct import conduct
+from relora_mora.experiments.study.conduct import Stopped, conduct
 from relora_mora.experiments.study.design import read_study
 from relora_mora.experiments.study.folder import StudyFolder
-from relora_mora.experiments.study.runner import Stopped
 try:
     print(conduct(read_study(sys.argv[1]), StudyFolder(Path(sys.argv[2])), [sys.argv[3]], 2))
 except Stopped:

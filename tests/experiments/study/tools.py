@@ -14,13 +14,6 @@ PROGRAM = [str(TRAINER)]  # as arguments of Python
 RATES = [1e-3, 3e-3, 1e-2]
 
 
-# a change to a study, and the name in the message
-CHANGES: list[tuple[dict[str, Any], str]] = [
-    ({"settings": {"optim.clip": 3.0}}, "optim.clip"),
-    ({"threads": 2}, "threads"),
-]
-
-
 def made_start(folder: Path) -> Path:
     """The folder of an initial model, with the files that the stand-in reads."""
     folder.mkdir()
