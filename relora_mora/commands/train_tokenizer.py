@@ -91,7 +91,7 @@ def main(
         relora-mora train-tokenizer --data='texts/*.txt' --data.sample_by=document --out=tokenizers/mine
     """
     from relora_mora.config.data_flags import READING, parse_typed, read_data
-    from relora_mora.data.formats.file_rows import iter_texts
+    from relora_mora.data.read import iter_texts
 
     started = time.monotonic()
     config = read_data({"train": parse_typed(data, "--data"), "validation": "none"}, overrides, READING)

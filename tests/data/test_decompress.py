@@ -88,7 +88,7 @@ def test_a_shard_that_breaks_off_anywhere_is_an_error(tmp_path, suffix):
     body = _packed(path, some_texts(3))
     for size in range(len(body)):
         path.write_bytes(body[:size])
-        with pytest.raises(SourceError, match=rf"a{suffix}: its compressed data breaks off at byte {size}, "):
+        with pytest.raises(SourceError, match=rf"a{suffix}: its compressed data breaks off at byte {size}; "):
             texts_of(path, max_bad_fraction=1.0)
 
 

@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from relora_mora.data.bytes.local import LocalFile
+from relora_mora.data import columns
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.formats import parquet as parquet_module
-from relora_mora.data.formats.file_rows import open_rows
+from relora_mora.data.local import LocalFile
+from relora_mora.data.read import open_rows
 from relora_mora.data.shard import Shard
 from tests.tools.data_tools import data_config, epoch_tokens, make_lane, rows_of, some_texts, write_parquet
 from tests.tools.each import each
@@ -58,7 +58,7 @@ def test_a_resume_reads_only_the_footer_and_one_group_of_the_text(tmp_path, monk
 
 
 def test_a_large_row_group_is_read_a_part_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet_module, "BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(columns, "BATCH_BYTES", 1 << 20)
     texts = [random.Random(n).randbytes(100_000).hex() for n in range(150)]  # 30 MB
     settings = {
         "compression": "none",

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relora_mora.data.errors import SKIP_REASONS, Skipped
-from relora_mora.data.formats.json_lines import parse_line
+from relora_mora.data.lines import parse_line
 from tests.tools.data_tools import line
 from tests.tools.each import each
 

@@ -9,20 +9,16 @@ from email.utils import formatdate
 
 import pytest
 
-from relora_mora.data.bytes.remote import RemoteFile
-from relora_mora.data.bytes.retry import (
-    FIRST_WAIT_SECONDS,
-    LONGEST_WAIT_SECONDS,
-    RETRIES,
-    TransientError,
-    retry_after_seconds,
-    retrying,
-)
+from relora_mora.data import network
 from relora_mora.data.errors import SourceError
+from relora_mora.data.network import RETRIES, TransientError, retry_after_seconds, retrying
+from relora_mora.data.remote import open_remote
 from relora_mora.data.shard import Shard
 from tests.tools.data_tools import data_config, make_lane, some_texts, write_shard
 from tests.tools.each import each
 from tests.tools.faulty_server import FAULTS, serving
+
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 
 def _write(folder):
@@ -31,7 +27,7 @@ def _write(folder):
 
 
 def _read(server, timeout_seconds=8.0):
-    with closing(RemoteFile(Shard("a.json.gz", f"{server.url}/a.json.gz"), timeout_seconds, in_order=True)) as source:
+    with closing(open_remote(Shard("a.json.gz", f"{server.url}/a.json.gz"), timeout_seconds)) as source:
         pieces = []
         while piece := source.read(50_000):
             pieces.append(piece)
@@ -44,7 +40,7 @@ def test_no_fault(tmp_path, etag):
     before = RETRIES.retries
     with serving(tmp_path, etag=etag) as server:
         assert _read(server) == shard.read_bytes()
-        assert len(server.requests) == 2  # a small block, and a larger one
+        assert len(server.requests) == 3  # blocks of 64 KiB and twice as much each time
     assert RETRIES.retries == before
 
 
@@ -94,7 +90,7 @@ def test_a_connection_that_never_gets_far_is_read_in_smaller_pieces(tmp_path):
 def test_a_proxy_that_cannot_be_used_is_named(proxy, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", proxy)
     with pytest.raises(SourceError, match=r"check it, and the proxy in HTTP_PROXY, .*requests\[socks\]") as raised:
-        RemoteFile(Shard("a", "http://example.org/a.json"), 0.5).read(9)
+        open_remote(Shard("a", "http://example.org/a.json"), 0.5).read(9)
     assert "secret" not in str(raised.value)
 
 
@@ -113,7 +109,8 @@ def test_a_lasting_fault_is_not_retried(tmp_path, status, message, monkeypatch):
 
 
 def test_waits_double_with_jitter_up_to_a_bound(monkeypatch):
-    monkeypatch.undo()  # ends the short waits
+    monkeypatch.setattr(network, "FIRST_WAIT_SECONDS", 0.25)
+    monkeypatch.setattr(network, "LONGEST_WAIT_SECONDS", 30.0)
 
     def waits_of(failures):
         waits = []
@@ -133,7 +130,7 @@ def test_waits_double_with_jitter_up_to_a_bound(monkeypatch):
     waits = waits_of(12)
     others = waits_of(12)
     for attempt, wait in enumerate(waits, 1):
-        bound = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt)
+        bound = min(30.0, 0.25 * 2**attempt)
         assert bound / 4 <= wait <= bound
     assert not set(waits) & set(others)
 
