@@ -8,7 +8,7 @@ from typing import Any
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import BAD_REASONS, ENCODING_REASONS, Skipped, SourceError
-from relora_mora.data.rows import Encoded
+from relora_mora.data.rows import Encoded, Rows
 from relora_mora.data.shard import Record, Shard
 
 FEWEST_ROWS = 1000  # a fraction of fewer rows says little
@@ -26,8 +26,8 @@ def too_many(bad: int, rows: int, max_bad_fraction: float) -> bool:
     return bad > max_bad_fraction * max(rows, FEWEST_ROWS)
 
 
-class JudgedRows(ABC):
-    """A lane's own rows of one shard of text or records (see ``rows.Rows``), which end the run if too many are bad.
+class JudgedRows(Rows[Any], ABC):
+    """The rows of a shard of text or records, which end the run if too many of them are bad.
 
     A decision depends only on the position in the shard, so a resumed run makes the same decision at the same place.
     ``bad`` is the number of bad rows before the position at which reading begins. ``note`` gets the messages.
@@ -60,13 +60,6 @@ class JudgedRows(ABC):
     @abstractmethod
     def progress(self) -> float:
         """The fraction of the own rows, or of the shard, that was read, 0 to 1."""
-
-    @abstractmethod
-    def skip(self, count: int) -> bool:
-        """Skips own rows without decoding them; False if the shard has fewer."""
-
-    @abstractmethod
-    def close(self) -> None: ...
 
     def take(self, count: int) -> list[Any]:
         rows: list[Any] = []

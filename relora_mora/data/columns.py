@@ -28,7 +28,7 @@ FILE_MAGIC, END_OF_STREAM = ARROW.endings
 
 
 class RangeRows(JudgedRows):
-    """The texts or records of one of ``stride`` equal ranges of the rows of a file (see ``rows.Rows``).
+    """The texts or records of one of ``stride`` equal ranges of the rows of a file.
 
     Raises SourceError if the file is damaged or lacks the columns, OSError if its disk is gone (``LOST_DISK``).
     """

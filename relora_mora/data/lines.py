@@ -28,10 +28,7 @@ _ARRAY = re.compile(rb"\s*\[\s*\{")
 
 
 class LineRows(JudgedRows):
-    """The texts or records of the entries ``phase``, ``phase + stride``, ... of a shard (see ``rows.Rows``).
-
-    Only the limits and ``sample_by`` of ``config`` are used.
-    """
+    """The texts or records of the entries ``phase``, ``phase + stride``, ... of a shard."""
 
     def __init__(self, config: DataConfig, shard: Shard, stride: int, phase: int, **judging: Any) -> None:
         unit = shard.format.unit or config.sample_by

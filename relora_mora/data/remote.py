@@ -107,7 +107,7 @@ class HttpFile(BlockFile):
 
     def __init__(self, shard: Shard, timeout_seconds: float) -> None:
         self._session = requests.Session()
-        self._knows_size = False
+        self.size = -1  # until it is known
         super().__init__(shard, timeout_seconds)
 
     def close(self) -> None:
@@ -132,7 +132,7 @@ class HttpFile(BlockFile):
         """The size of the body that follows. Raises SourceError and TransientError for an answer that is no use."""
         name = self._shard.name
         status = response.status_code
-        if status == 416 and self._knows_size:
+        if status == 416 and self.size >= 0:
             raise SourceError(
                 f"{name} changed while it was read: it has fewer than {end} bytes now; use data that does not change"
             )
@@ -140,9 +140,10 @@ class HttpFile(BlockFile):
         if not is_empty:
             check_status(status, response.headers, name, hub=self._shard.hub)
         self._check_version(_version_in(response))
-        if status != 206 and self._knows_size:
+        if status != 206 and self.size >= 0:
             raise TransientError("the server sent the whole file although it answered ranges before")
         if is_empty:
+            self.size = 0
             return 0
         if status != 206:
             raise SourceError(
@@ -155,19 +156,14 @@ class HttpFile(BlockFile):
         first, last, size = map(int, answered.groups())
         if first != start or last >= end:
             raise TransientError("the server answered a range that was not asked for")
-        if self._knows_size and size != self.size:
+        if self.size not in (-1, size):
             raise TransientError(f"the size of the file is {size} bytes now and was {self.size} before")
         self.size = size
-        self._knows_size = True
         return last + 1 - first
 
 
 def _send(
-    method: str,
-    shard: Shard,
-    headers: Mapping[str, str],
-    timeout_seconds: float,
-    session: requests.Session | None,
+    method: str, shard: Shard, headers: Mapping[str, str], timeout_seconds: float, session: requests.Session | None
 ) -> requests.Response:
     """The answer to one request after redirects. Its body is not read yet and is not decoded.
 

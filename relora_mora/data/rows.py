@@ -53,13 +53,8 @@ class Rows(Protocol[Row]):
     format decides how lanes share a shard: they take lines in turn, and split files with columns into equal ranges.
     """
 
-    @property
-    def bad(self) -> int:
-        """Bad rows so far among the own rows; saved with a position."""
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the shard holds no rows, neither of this lane nor of another. Known at the end of the shard."""
+    bad: int  # bad rows so far among the own rows; saved with a position
+    is_empty: bool  # whether the shard holds no rows, neither of this lane nor of another; known at its end
 
     def skip(self, count: int) -> bool:
         """Skips own rows without decoding them; False if the shard has fewer."""

@@ -11,13 +11,16 @@ from contextlib import closing
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from relora_mora.data import network
+from relora_mora.data import columns, network
 from relora_mora.data.content import local_content
 from relora_mora.data.errors import SourceError
 from relora_mora.data.local import LocalFile
 from relora_mora.data.read import open_rows
 from relora_mora.data.sets.show import check_columns
+from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards, resolve_shards
 from tests.tools.data_tools import (
     WRITE_GROUPS,
@@ -28,6 +31,7 @@ from tests.tools.data_tools import (
     rows_of,
     some_texts,
     texts_of,
+    write_arrow,
     write_parquet,
 )
 from tests.tools.each import each
@@ -144,6 +148,30 @@ def test_a_file_that_was_cut_is_found_before_training(suffix, tmp_path):
         make_lane(data_config(path), 1, 0).next_block()
 
 
+@settings(max_examples=60, deadline=None)
+@given(kind=st.sampled_from(["parquet", "stream", "file"]), at=st.floats(0, 1, exclude_max=True), cut=st.booleans())
+def test_a_file_that_is_cut_or_damaged_anywhere_is_an_error_or_has_all_rows(tmp_path_factory, kind, at, cut):
+    """Arrow has no checksums, so another byte of a text is another text."""
+    texts = some_texts(60)
+    path = tmp_path_factory.mktemp("damaged") / f"a.{'parquet' if kind == 'parquet' else 'arrow'}"
+    if kind == "parquet":
+        write_parquet(path, texts, write_page_checksum=True)
+    else:
+        write_arrow(path, texts, stream=kind == "stream")
+    body = bytearray(path.read_bytes())
+    place = int(at * len(body))
+    body[place] ^= 255
+    path.write_bytes(body[:place] if cut else body)
+    try:
+        rows = [row for lane in range(2) for row in rows_of(path, 2, lane)]
+    except SourceError as error:
+        assert "a." in str(error)
+        return
+    assert len(rows) == 60
+    assert not cut
+    assert kind != "parquet" or rows == texts
+
+
 @each("good_reads", [0, 1])
 def test_a_disk_that_is_gone_is_an_error_of_the_system(tmp_path, monkeypatch, good_reads):
     path = write_parquet(tmp_path / "a.parquet", [random.Random(n).randbytes(500).hex() for n in range(500)])
@@ -207,3 +235,50 @@ def test_records_in_string_views_are_read_by_lanes_that_share_a_file(tmp_path):
     [shard] = configured_shards(config, "train")
     with closing(open_rows(config, shard, stride=2, phase=1)) as rows:
         assert [row.fields["question"] for row in rows.take(8)] == [f"question {n}" for n in (4, 5, 6, 7)]
+
+
+def test_a_resume_reads_only_the_footer_and_one_group_of_the_text(tmp_path, monkeypatch):
+    texts = [random.Random(n).randbytes(500).hex() for n in range(2000)]
+    path = write_parquet(tmp_path / "a.parquet", texts, group_rows=200)
+    read = []
+    read_at = LocalFile.read_at
+
+    def counted(self, position, size):
+        read.append(size)
+        return read_at(self, position, size)
+
+    monkeypatch.setattr(LocalFile, "read_at", counted)
+    with closing(open_rows(data_config(path), Shard("a.parquet", str(path)))) as rows:
+        assert rows.skip(1501)
+        assert rows.take(1) == [texts[1501]]
+    assert sum(read) < path.stat().st_size / 5
+
+
+def test_a_large_row_group_is_read_a_part_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "BATCH_BYTES", 1 << 20)
+    texts = [random.Random(n).randbytes(100_000).hex() for n in range(150)]  # 30 MB
+    settings = {
+        "compression": "none",
+        "use_dictionary": False,
+        "write_batch_size": 1,
+    }  # pages of 1 MiB, not a single one
+    path = write_parquet(tmp_path / "a.parquet", texts, group_rows=1000, **settings)
+    before = pyarrow.total_allocated_bytes()
+    most = 0
+    with closing(open_rows(data_config(path), Shard("a.parquet", str(path)))) as rows:
+        for text in texts:
+            assert rows.take(1) == [text]
+            most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert most < 8e6
+
+
+def test_damage_is_reported_with_its_place(tmp_path):
+    path = write_parquet(
+        tmp_path / "a.parquet", some_texts(100), group_rows=20, write_page_checksum=True, use_dictionary=False
+    )
+    chunk = pyarrow.parquet.read_metadata(path).row_group(2).column(1)
+    body = bytearray(path.read_bytes())
+    body[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 255
+    path.write_bytes(body)
+    with pytest.raises(SourceError, match=r"a\.parquet: row group 3, from row 41 on, cannot be read \(.*\); the file"):
+        epoch_tokens(make_lane(data_config(path, shuffle_documents=1), 1, 0))
