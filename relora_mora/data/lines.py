@@ -20,7 +20,6 @@ from relora_mora.data.files import open_file, text_pieces
 from relora_mora.data.shard import CSV, JSON_LINES, Record, Shard, check_names
 
 Line = bytes | int  # without its newline; of a line that is too long only the length, so it is never held in memory
-Row = str | Record | dict[str, Any] | Skipped
 BOM = b"\xef\xbb\xbf"
 BLANK = " \t\r\n\v\f"  # what bytes.strip strips
 _SHOWN = 40  # how much of a bad line a message shows
@@ -34,6 +33,7 @@ class LineRows(JudgedRows):
         unit = shard.format.unit or config.sample_by
         super().__init__(config, shard, stride, unit=unit, **judging)
         self._phase = phase
+        self._limit = config.max_line_bytes
         self._file = open_file(shard, config.timeout_seconds)
         try:
             entries, self._read = self._format(config)
@@ -62,13 +62,16 @@ class LineRows(JudgedRows):
     def _numbered(self) -> Iterator[tuple[int, str | Record | Skipped]]:
         for entry in self._own:
             number = self._phase + 1 + self._next * self._stride
-            row = self._read(entry)
+            if isinstance(entry, int):
+                row = too_long(entry, self._limit)
+            else:
+                row = entry if isinstance(entry, Skipped) else self._read(entry)
             yield number, self._shard.record(row, f"{self._unit} {number}") if isinstance(row, dict) else row
 
     def _format(self, config: DataConfig) -> tuple[Iterator[Any], Callable[[Any], Any]]:
-        """The entries of the file, and the function that reads one."""
+        """The entries of the file, and the function that reads one that is neither too long nor bad already."""
         shard = self._shard
-        limit = config.max_line_bytes
+        limit = self._limit
         pieces = text_pieces(self._file, shard)
         if shard.format is CSV:
             rows = CsvRows(lines_in(pieces, limit), limit, shard)
@@ -81,10 +84,7 @@ class LineRows(JudgedRows):
                 f"{shard.label} is one JSON array, not JSON lines with one object on each line; "
                 "write it as lines: jq -c '.[]' OLD.json > NEW.jsonl"
             )
-        entries = (
-            line if isinstance(line, bytes) else too_long(line, limit)
-            for line in lines_in(itertools.chain([head], pieces), limit)
-        )
+        entries = lines_in(itertools.chain([head], pieces), limit)
         if shard.holds_records:
             return entries, functools.partial(parse_record, shard=shard)
         return entries, functools.partial(parse_line, column=shard.text_column)
@@ -121,7 +121,7 @@ def lines_in(pieces: Iterable[bytes], limit: int) -> Iterator[Line]:
         yield b"".join(parts) if size <= limit else size
 
 
-def parse_line(line: bytes | Skipped, *, column: str = "text") -> str | Skipped:
+def parse_line(line: bytes, *, column: str = "text") -> str | Skipped:
     """The string under the key ``column`` of a line of JSON, or the reason why there is none.
 
     An escaped ``\\u0000`` is text, a raw NUL is not JSON. An escaped lone surrogate cannot be encoded, so it counts as
@@ -142,7 +142,7 @@ def parse_line(line: bytes | Skipped, *, column: str = "text") -> str | Skipped:
     return text if encodable or is_encodable(text) else Skipped("invalid_utf8")
 
 
-def parse_record(line: bytes | Skipped, *, shard: Shard) -> dict[str, Any] | Skipped:
+def parse_record(line: bytes, *, shard: Shard) -> dict[str, Any] | Skipped:
     """The fields of the record in a line of JSON, or the reason why there is none."""
     value, encodable = _parse(line)
     if isinstance(value, Skipped):
@@ -155,10 +155,8 @@ def parse_record(line: bytes | Skipped, *, shard: Shard) -> dict[str, Any] | Ski
     return shard.records.fields_of(value)
 
 
-def _parse(line: bytes | Skipped) -> tuple[Any, bool]:
+def _parse(line: bytes) -> tuple[Any, bool]:
     """The value of a line, and whether all of its strings can certainly be encoded."""
-    if isinstance(line, Skipped):
-        return line, True
     try:
         return from_json(line, cache_strings="keys"), True
     except ValueError:
@@ -183,16 +181,17 @@ def is_encodable(text: str) -> bool:
     return True
 
 
-def documents(lines: Iterator[Line], limit: int, sample_by: str) -> Iterator[bytes | Skipped]:
+def documents(lines: Iterator[Line], limit: int, sample_by: str) -> Iterator[bytes | int]:
     """The documents of a text file, with ``\\n`` as the line end and none at the end of a document.
 
-    Blank lines, which hold at most ASCII white space, separate paragraphs. ``limit`` is that of a document.
+    Blank lines, which hold at most ASCII white space, separate paragraphs. Of a document of more than ``limit`` bytes
+    only the length is given.
     """
     parts: list[bytes] = []
     size = -1  # of the document, with a newline between two lines
 
-    def finished() -> bytes | Skipped:
-        return too_long(size, limit) if size > limit else b"\n".join(parts)
+    def finished() -> bytes | int:
+        return size if size > limit else b"\n".join(parts)
 
     for line in lines:
         text = line.removesuffix(b"\r") if isinstance(line, bytes) else None
@@ -211,10 +210,8 @@ def documents(lines: Iterator[Line], limit: int, sample_by: str) -> Iterator[byt
         yield finished()
 
 
-def read_document(entry: bytes | Skipped) -> str | Skipped:
+def read_document(entry: bytes) -> str | Skipped:
     """The text of a document. A NUL byte is a sign of UTF-16 or of no text at all."""
-    if isinstance(entry, Skipped):
-        return entry
     try:
         text = entry.decode().removeprefix("\ufeff")
     except UnicodeDecodeError:
@@ -265,9 +262,7 @@ class CsvRows:
             return Skipped("field_count")
         return [self._text(row[at]) for at in self._columns.values()]
 
-    def read(self, row: list[str | Skipped] | Skipped) -> str | dict[str, Any] | Skipped:
-        if isinstance(row, Skipped):
-            return row
+    def read(self, row: list[str | Skipped]) -> str | dict[str, Any] | Skipped:
         if not self._shard.holds_records:
             return row[0]
         if bad := [text for text in row if isinstance(text, Skipped) and text.reason in BAD_REASONS]:

@@ -93,20 +93,6 @@ def test_a_stream_that_is_cut_between_two_batches_is_named(tmp_path):
 
 
 @each("stream", [True, False])
-def test_a_damaged_batch_is_named_before_any_row_is_read(tmp_path, stream):
-    path = write_arrow(tmp_path / "a.arrow", some_texts(30), group_rows=7, stream=stream)
-    body = bytearray(path.read_bytes())
-    starts = [
-        at for at in range(0, len(body), 8) if body[at : at + 4] == b"\xff\xff\xff\xff" and any(body[at + 4 : at + 8])
-    ]
-    at = starts[3]  # after the schema and two batches
-    body[at + 16 : at + 24] = b"\xff" * 8
-    path.write_bytes(body)
-    with pytest.raises(SourceError, match=r"a\.arrow: record batch 3, from row 15 on, cannot be read .*fetch or write"):
-        open_rows(data_config(path), Shard("a.arrow", str(path)))
-
-
-@each("stream", [True, False])
 def test_one_compressed_batch_is_in_memory_at_a_time(tmp_path, stream):
     texts = [random.Random(n).randbytes(5000).hex() for n in range(1000)]
     path = write_arrow(tmp_path / "a.arrow", texts, group_rows=20, stream=stream, compression="zstd")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import random
+import re
 from collections import Counter
 from contextlib import closing
 
@@ -83,21 +84,6 @@ def test_an_empty_file_is_skipped(suffix, tmp_path):
     assert set(lane.rows.notes) == {f"a{suffix} is empty; skipped"}
 
 
-@each("lanes", [1, 3])
-@every_format
-def test_an_epoch_holds_every_document_once(suffix, tmp_path, lanes):
-    written = [some_texts(41, seed=seed) for seed in range(2)]
-    for seed, texts in enumerate(written):
-        WRITE_GROUPS[suffix](tmp_path / f"{seed}{suffix}", texts)
-    found = []
-    for number in range(lanes):
-        lane = make_lane(data_config(tmp_path / "*"), lanes, number)
-        plan = lane.rows.plan
-        share = sum(len(rows_of(tmp_path / f"{part.shard}{suffix}", part.stride, part.phase)) for part in plan.parts)
-        found += documents_in(epoch_tokens(lane))[:share]
-    assert Counter(found) == Counter(itertools.chain(*written))
-
-
 @every_format
 def test_another_column_and_held_out_text(suffix, tmp_path):
     texts = some_texts(30)
@@ -165,7 +151,7 @@ def test_a_file_that_is_cut_or_damaged_anywhere_is_an_error_or_has_all_rows(tmp_
     try:
         rows = [row for lane in range(2) for row in rows_of(path, 2, lane)]
     except SourceError as error:
-        assert "a." in str(error)
+        assert re.search(r"a\.\w+: (its|row group \d|record batch \d|the column)|has no column", str(error)), error
         return
     assert len(rows) == 60
     assert not cut
@@ -211,20 +197,6 @@ def test_a_server_that_stays_unreachable(tmp_path, short_waits, monkeypatch):
         message = r"a\.parquet at byte \d+: gave up after 0\.3 s and \d+ attempts .*status 503"
         with pytest.raises(SourceError, match=message):
             epoch_tokens(lane)
-
-
-@every_format
-def test_bad_rows_in_a_lanes_share_are_judged_as_a_thousand(suffix, tmp_path):
-    texts = some_texts(600)
-    for row in (0, 60):
-        texts[row] = "long " * 9000
-    path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, group_rows=60)
-    config = data_config(path, max_line_bytes=30_000)
-    [shard] = resolve_shards(str(path))
-    with closing(open_rows(config, shard, phase=0, stride=6)) as rows:
-        assert len(rows.take(1000)) == 100
-        assert rows.take(1) == []
-        assert rows.bad == 2
 
 
 def test_records_in_string_views_are_read_by_lanes_that_share_a_file(tmp_path):

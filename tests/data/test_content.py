@@ -21,10 +21,7 @@ from tests.tools.data_tools import data_config, some_texts, write_shard, write_s
 from tests.tools.each import each
 from tests.tools.faulty_server import FAULTS, serving
 
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr(network, "FIRST_WAIT_SECONDS", 0.002)
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 
 def _local(path) -> str:

@@ -37,7 +37,6 @@ LINES = [
     (b'{"text": "a\0b"}', "not_json"),
     (b'{"text": ""}', "empty_text"),
     (b" \t\r", "blank_line"),
-    (Skipped("too_long"), "too_long"),
 ]
 
 

@@ -153,7 +153,7 @@ def _check_store(source: str) -> None:
         get_filesystem_class(protocol)
     except ImportError as error:
         package = known_implementations[protocol]["class"].partition(".")[0]
-        raise SourceError(f"{protocol}:// needs the package {package} ({error}): pip install {package}") from error
+        raise SourceError(f"{public_url(source)} needs a package ({error}): pip install {package}") from error
     except ValueError as error:
         raise SourceError(
             f"{protocol}:// is not supported; give a path, a glob, an http(s) url, hub:OWNER/NAME/PATTERN, or a url of "
