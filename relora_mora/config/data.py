@@ -87,7 +87,9 @@ Weight = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 class TextSource(Strict):
     """A source of text with settings of its own."""
 
-    source: Text = Field(description="a named set, hub:REPO/PATTERN, an http(s) url, a local path or glob")
+    source: Text = Field(
+        description="a named set, hub:REPO/PATTERN, a url (http(s)://, s3:// and others), a local path or glob"
+    )
     config: Text | None = Field(None, description="configuration of a named set; null: its default")
     split: Text | None = Field(None, description="split of a named set; null: train or validation, as the setting")
     revision: Text | None = Field(None, description="revision of a source on the hub; null: data.revision")

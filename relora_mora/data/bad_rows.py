@@ -1,11 +1,15 @@
 """The limit on bad rows and unusable records, beyond which a run ends."""
 
+import itertools
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
+from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import BAD_REASONS, ENCODING_REASONS, Skipped, SourceError
-from relora_mora.data.rows import Encoded
-from relora_mora.data.shard import Shard
+from relora_mora.data.rows import Encoded, Rows
+from relora_mora.data.shard import Record, Shard
 
 FEWEST_ROWS = 1000  # a fraction of fewer rows says little
 NOTES_PER_REASON = 3  # per shard
@@ -22,60 +26,72 @@ def too_many(bad: int, rows: int, max_bad_fraction: float) -> bool:
     return bad > max_bad_fraction * max(rows, FEWEST_ROWS)
 
 
-class BadRowLimit:
-    """Counts the bad rows among a lane's own rows of one shard and raises an error when there are too many.
+class JudgedRows(Rows[Any], ABC):
+    """The rows of a shard of text or records, which end the run if too many of them are bad.
 
     A decision depends only on the position in the shard, so a resumed run makes the same decision at the same place.
-    ``bad`` is the number of bad rows before the position at which reading begins. ``is_shared``: other lanes read the
-    other rows of the shard.
+    ``bad`` is the number of bad rows before the position at which reading begins. ``note`` gets the messages.
     """
+
+    is_empty = False
+    _rows: Iterator[tuple[int, str | Record | Skipped]]  # the next own rows and their numbers in the file, from 1
 
     def __init__(
         self,
+        config: DataConfig,
         shard: Shard,
-        max_bad_fraction: float,
-        note: Callable[[str], None],
-        bad: int = 0,
+        stride: int,
         *,
         unit: str,
-        is_shared: bool,
+        bad: int,
+        note: Callable[[str], None],
     ) -> None:
         self.bad = bad
         self._shard = shard
+        self._stride = stride
         self._unit = unit
-        self._is_shared = is_shared
-        self._max_bad_fraction = max_bad_fraction
+        self._max_bad_fraction = config.max_bad_fraction
         self._note = note
+        self._next = 0  # the number of the next own row
         self._noted = Counter[str]()
         self._last = ""
 
-    def count(self, number: int, skipped: Skipped, *, seen: int) -> None:
-        """Counts row ``number`` of the shard (from 1) as bad, after ``seen`` own rows.
+    @property
+    @abstractmethod
+    def progress(self) -> float:
+        """The fraction of the own rows, or of the shard, that was read, 0 to 1."""
 
-        Raises SourceError if too many rows are bad already.
-        """
+    def take(self, count: int) -> list[Any]:
+        rows: list[Any] = []
+        for number, row in itertools.islice(self._rows, count):
+            self._next += 1
+            if isinstance(row, Skipped) and row.reason in BAD_REASONS:
+                self._count(number, row)
+            rows.append(row)
+        if not rows:
+            if self.is_empty:
+                self._note(f"{self._shard.label} is empty; skipped")
+            # a shard of nothing but bad rows, however small it is
+            if self.bad == self._next > self._max_bad_fraction * self._next and self._stride == 1:
+                raise self._error()
+        return rows
+
+    def _count(self, number: int, skipped: Skipped) -> None:
         self.bad += 1
         reason = skipped.reason
         self._last = f"{self._unit} {number} {skip_reason(skipped, self._shard)}"
         self._noted[reason] += 1
         if self._noted[reason] <= NOTES_PER_REASON:
             self._note(f"{self._shard.label}: {self._last}; skipped")
-        if too_many(self.bad, seen, self._max_bad_fraction):
-            raise self._error(seen)
+        if too_many(self.bad, self._next, self._max_bad_fraction):
+            raise self._error()
 
-    def finish(self, rows: int, *, is_empty: bool) -> None:
-        """Called at the end of the shard, after ``rows`` own rows. Raises SourceError if the whole shard is bad."""
-        if is_empty:
-            self._note(f"{self._shard.label} is empty; skipped")
-        if self.bad == rows > self._max_bad_fraction * rows and not self._is_shared:
-            raise self._error(rows)
-
-    def _error(self, rows: int) -> SourceError:
+    def _error(self) -> SourceError:
         last = f"; {self._last}" if self._last else ""
         if self._noted["no_text"] and not self._shard.holds_records:
             last += f" ({OTHER_KEYS})"
         return SourceError(
-            f"{self._shard.label}: {self.bad} of {rows} {self._unit}s are bad, more than data.max_bad_fraction "
+            f"{self._shard.label}: {self.bad} of {self._next} {self._unit}s are bad, more than data.max_bad_fraction "
             f"({self._max_bad_fraction:g}){last}. Repair or drop the shard, or raise data.max_bad_fraction"
         )
 

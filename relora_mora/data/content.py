@@ -22,7 +22,6 @@ from relora_mora.data.shard import TEXT, Shard, Version
 from relora_mora.data.tokens.index import COMMAND
 
 if TYPE_CHECKING:
-    import requests
     from transformers import PreTrainedTokenizerBase
 
 
@@ -47,7 +46,7 @@ def local_content(shards: Sequence[Shard]) -> str:
 
 
 def remote_versions(shards: Sequence[Shard], timeout_seconds: float) -> dict[int, Version]:
-    """The versions of http(s) files as their servers report them, by the number of the shard. For ``at_versions``.
+    """The versions of files on servers and in stores, by the number of the shard. For ``at_versions``.
 
     Sends one request per file, several at the same time; only one rank should call it. Raises SourceError for a file
     that is missing.
@@ -57,10 +56,12 @@ def remote_versions(shards: Sequence[Shard], timeout_seconds: float) -> dict[int
         return {}
     import requests
 
+    from relora_mora.data.remote import version_of
+
     with requests.Session() as session:
         for scheme in ("http://", "https://"):
             session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=THREADS))
-        ask = functools.partial(_version_at_server, session=session, timeout_seconds=timeout_seconds)
+        ask = functools.partial(version_of, session=session, timeout_seconds=timeout_seconds)
         return dict(zip(asked, _map_in_threads(ask, list(asked.values())), strict=True))
 
 
@@ -72,7 +73,7 @@ def at_versions(shards: Sequence[Shard], versions: Mapping[int, Version]) -> lis
 
 
 def remote_content(shards: Sequence[Shard]) -> str:
-    """32 hex digits over the names and the versions of http(s) files; "" if there are none."""
+    """32 hex digits over the names and the versions of files on servers and in stores; "" if there are none."""
     urls = [shard for shard in shards if shard.origin == "server"]
     return _digest(urls, map(_server_digest, urls))
 
@@ -152,25 +153,6 @@ def _opened(path: str) -> Iterator[int]:
         raise unreadable(path, error, "check the path and its permissions") from error
 
 
-def _version_at_server(shard: Shard, *, session: "requests.Session", timeout_seconds: float) -> Version:
-    from relora_mora.data.bytes.retry import retrying
-    from relora_mora.data.bytes.transport import check_status, send, version_of
-
-    def ask() -> Version:
-        # if a server refuses HEAD, a request for one byte is answered with the same headers
-        for method, headers in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
-            with send(
-                method, shard.location, shard.name, headers=headers, timeout_seconds=timeout_seconds, session=session
-            ) as response:
-                if response.ok:
-                    break
-        if response.status_code != 416:  # an empty file has no first byte
-            check_status(response, shard.name, hub=shard.hub)
-        return version_of(response)
-
-    return retrying(ask, shard.name, timeout_seconds)
-
-
 def fingerprints(
     config: DataConfig,
     *,
@@ -198,6 +180,8 @@ def fingerprints(
     }
     if any(shard.format is TEXT for shard in shards):
         order["sample_by"] = config.sample_by
+    if any(shard.in_ranges for shard in shards):
+        order["shares"] = "ranges"  # release 0.2 split a file with columns by its groups
     order |= _record_order(config, shards, tokenizer)
     blocks = order | {
         "split": "train",

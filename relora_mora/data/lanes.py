@@ -146,7 +146,7 @@ def counts_of(states: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
 
 
 class Part(NamedTuple):
-    """A lane's share of a shard: rows ``phase``, ``phase + stride``, ..., divided as the shard's format does it."""
+    """A lane's share of a shard: one of ``stride``, in turn or a range of rows, as the shard's format has it."""
 
     shard: int  # number in the list of shards
     stride: int = 1
@@ -175,18 +175,17 @@ class LanePlan:
         return cursor, offset
 
 
-def plan_lanes(lanes: int, shards: int, *, whole: bool = False, even: bool = False) -> list[LanePlan]:
+def plan_lanes(lanes: int, shards: int, *, even: bool = False) -> list[LanePlan]:
     """Assigns every row of every shard to exactly one lane.
 
     Lane l reads the shards l, l + lanes, ..., as long as there is one for each lane. The lanes share the n shards that
     are left, or all shards if there are fewer than lanes: lane l reads a part of shard ``l mod n`` among them. With
-    ``whole``, lanes do not share the shards that are left, and some lanes read one shard more than others. With
     ``even``, if there are fewer shards than lanes, all lanes share each shard and get the same number of rows.
     """
     if even and shards < lanes:
         shares = [[Part(shard, lanes, (lane + shard) % lanes) for shard in range(shards)] for lane in range(lanes)]
         return [LanePlan(lane, tuple(parts)) for lane, parts in enumerate(shares)]
-    left = shards if shards < lanes else 0 if whole else shards % lanes
+    left = shards if shards < lanes else shards % lanes
     unshared = shards - left
     parts = [[Part(shard) for shard in range(lane, unshared, lanes)] for lane in range(lanes)]
     for lane in range(lanes if left else 0):

@@ -1,8 +1,8 @@
 """The interface between packing and the rows that are packed.
 
 A lane knows neither the format of its shards nor the meaning of their rows. It is given two functions: one opens the
-rows of a shard (``OpenRows``), the other tokenizes rows and marks the scored tokens (``Encode``). ``file_rows.py``
-opens shards of every format, and ``encoders.py`` has the functions that tokenize.
+rows of a shard (``OpenRows``), the other tokenizes rows and marks the scored tokens (``Encode``). ``read.py`` opens
+shards of every format, and ``encoders.py`` has the functions that tokenize.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -41,20 +41,20 @@ def in_calls(rows: Iterable[T], most: int, size: Callable[[T], int], threads: in
         yield batch
 
 
+def share_of(rows: range, lanes: int, lane: int) -> range:
+    """One of the equal ranges into which so many lanes split the rows of a file with columns."""
+    return rows[-(-len(rows) * lane // lanes) : -(-len(rows) * (lane + 1) // lanes)]
+
+
 class Rows(Protocol[Row]):
     """A lane's own rows of one shard, in an order that never changes.
 
     A position is the number of own rows before it, so it means the same on every machine and after every restart. The
-    format decides how lanes share a shard: lanes take lines in turn, while row groups are assigned as a whole.
+    format decides how lanes share a shard: they take lines in turn, and split files with columns into equal ranges.
     """
 
-    @property
-    def bad(self) -> int:
-        """Bad rows so far among the own rows; saved with a position."""
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the shard holds no rows, neither of this lane nor of another. Known at the end of the shard."""
+    bad: int  # bad rows so far among the own rows; saved with a position
+    is_empty: bool  # whether the shard holds no rows, neither of this lane nor of another; known at its end
 
     def skip(self, count: int) -> bool:
         """Skips own rows without decoding them; False if the shard has fewer."""

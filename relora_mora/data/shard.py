@@ -1,10 +1,10 @@
 """A shard is one file of text, with its location, its version and its format.
 
-``formats/file_rows.py`` has a reader for each format.
+``lines.py`` and ``columns.py`` read the formats.
 """
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -15,24 +15,25 @@ from relora_mora.data.tokens.index import TokenFile
 from relora_mora.system.files import from_home
 
 COMPRESSED = (".gz", ".zst", ".zstd")
+OR_RECORDS = "; or set data.records, if rows are not plain text"
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format of text. A file in groups needs random access, so it is never compressed as a whole."""
+    """A format of text. A file with columns needs random access, so it is never compressed as a whole."""
 
     name: str
     suffixes: tuple[str, ...]
     unit: str | None  # the word for a row in messages; None: the value of data.sample_by
-    in_groups: bool = False  # lanes that share a file split its groups of rows; otherwise they take its rows in turn
+    in_ranges: bool = False  # lanes that share a file split its rows into ranges; otherwise they take them in turn
     endings: tuple[bytes, ...] = ()  # every complete file ends in one of these
 
 
 JSON_LINES = Format("JSON lines", (".json", ".jsonl", ".ndjson"), "line")
 TEXT = Format("text", (".txt",), None)
 CSV = Format("CSV", (".csv",), "row")
-PARQUET = Format("Parquet", (".parquet",), "row", in_groups=True, endings=(b"PAR1",))
-ARROW = Format("Arrow", (".arrow",), "row", in_groups=True, endings=(b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"))
+PARQUET = Format("Parquet", (".parquet",), "row", in_ranges=True, endings=(b"PAR1",))
+ARROW = Format("Arrow", (".arrow",), "row", in_ranges=True, endings=(b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"))
 
 FORMATS = (JSON_LINES, TEXT, CSV, PARQUET, ARROW)
 SUFFIXES = (*(suffix for format in FORMATS for suffix in format.suffixes), *COMPRESSED)
@@ -50,7 +51,7 @@ def format_of(path: str) -> Format | None:
         suffix = PurePosixPath(path).with_suffix("").suffix
     for format in FORMATS:
         if suffix in format.suffixes:
-            return None if compressed and format.in_groups else format
+            return None if compressed and format.in_ranges else format
     return JSON_LINES if compressed else None
 
 
@@ -71,24 +72,6 @@ class Version(NamedTuple):
         if self.etag and other.etag:
             return self.etag != other.etag
         return bool(self.modified and other.modified) and self.modified != other.modified
-
-
-class FileVersion:
-    """Checks that all answers for the file ``name`` report the same version. ``known`` is an earlier one, if any."""
-
-    def __init__(self, name: str, known: Version | None) -> None:
-        self._name = name
-        self._known = known
-
-    def check(self, version: Version) -> None:
-        """Raises SourceError if the version differs from that in earlier answers."""
-        known = self._known or version
-        if version.is_other_than(known):
-            raise SourceError(
-                f"{self._name} changed while it was read (its ETag or date is different now); "
-                "use data that does not change"
-            )
-        self._known = Version(known.etag or version.etag, known.modified or version.modified, known.size)
 
 
 @dataclass(frozen=True)
@@ -195,7 +178,17 @@ class Shard:
         return Record(fields, f"{self.label}, {where}", self.records)
 
     @property
+    def in_ranges(self) -> bool:
+        """Whether lanes that share this file, or the text of its tokens, split its rows into ranges."""
+        named = format_of(self.name if self.tokens is None else self.tokens.text.name)
+        return named is not None and named.in_ranges
+
+    @property
     def is_remote(self) -> bool:
+        return "://" in self.location
+
+    @property
+    def is_http(self) -> bool:
         return self.location.startswith(("http://", "https://"))
 
     @property
@@ -204,3 +197,20 @@ class Shard:
         if self.hub:
             return "hub"
         return "server" if self.is_remote else "local"
+
+    @property
+    def column_remedy(self) -> str:
+        """The beginning of a remedy, to which the caller adds the name of a column."""
+        setting = "records.columns" if self.holds_records else "text_column"
+        return f"set {setting} of the source {self.source}" if self.source else f"set data.{setting}"
+
+
+def check_names(shard: Shard, names: Sequence[str]) -> None:
+    """Raises SourceError if a column that is read is missing or appears twice. The message lists the columns."""
+    for column in shard.columns:
+        count = list(names).count(column)
+        if count > 1 or (count == 0 and column in shard.required_columns):
+            raise SourceError(
+                f'{shard.label} has {count or "no"} column{"s" if count else ""} "{column}"; '
+                f"{shard.column_remedy} to one of {names_of(names)}{'' if shard.holds_records else OR_RECORDS}"
+            )

@@ -12,20 +12,16 @@ from types import SimpleNamespace
 import pytest
 import zstandard
 
-from relora_mora.data import content
-from relora_mora.data.bytes import retry, transport
+from relora_mora.data import content, network
 from relora_mora.data.content import at_versions, local_content, remote_content, remote_versions
 from relora_mora.data.errors import SourceError
-from relora_mora.data.formats.file_rows import open_rows
+from relora_mora.data.read import open_rows
 from relora_mora.data.sources.resolve import resolve_shards
 from tests.tools.data_tools import data_config, some_texts, write_shard, write_shards
 from tests.tools.each import each
 from tests.tools.faulty_server import FAULTS, serving
 
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 
 def _local(path) -> str:
@@ -156,7 +152,7 @@ def test_a_local_file_is_read_as_it_was_at_the_start_and_copies_of_it_are_the_sa
 
 @each("fault", FAULTS)
 def test_faults_of_the_network_pass(tmp_path, monkeypatch, fault):
-    monkeypatch.setattr(transport, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(network, "STALL_SECONDS", 0.3)
     write_shards(tmp_path, 3, 20)
     with serving(tmp_path, lambda n: fault if n % 3 == 0 else None) as server:
         server.stall_seconds = 1.0

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora_mora.data.content import RULE
+from relora_mora.data.content import RULE, fingerprints
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lanes import plan_lanes, seeded_order
+from relora_mora.data.shard import Shard
 from tests.tools.data_tools import (
     EOS,
     assert_resumes_anywhere,
@@ -29,10 +30,10 @@ from tests.tools.each import each
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 150), st.booleans())
-def test_every_row_of_every_shard_belongs_to_one_lane(lanes, shards, whole):
+@given(st.integers(1, 70), st.integers(1, 150))
+def test_every_row_of_every_shard_belongs_to_one_lane(lanes, shards):
     rows = Counter()
-    for plan in plan_lanes(lanes, shards, whole=whole):
+    for plan in plan_lanes(lanes, shards):
         for part in plan.parts:
             assert 0 <= part.phase < part.stride
             rows.update((part.shard, row) for row in range(part.phase, 64, part.stride))
@@ -63,6 +64,19 @@ def test_blocks_and_states_do_not_change(tmp_path):
             digest.update(json.dumps(lane.state()).encode())
         assert lane.state()["epoch"] >= 1
     assert digest.hexdigest() == "88d93384e97e443f4fdb1ce2ea77a76e123eeb14b8704a0a904056d2d87b1913"
+
+
+@each(
+    "name,order_in_0_2,same",
+    [
+        ("a.json", "a127f97aea3f609ff885471425e7bb90", True),
+        ("a.csv.gz", "43fa406225573647145853b878180739", True),
+        ("a.parquet", "9d816fca761e1c2ddcfa73128078d7b1", False),
+    ],
+)
+def test_only_positions_in_files_with_columns_differ_from_those_of_release_0_2(name, order_in_0_2, same):
+    given = {"tokenizer_fingerprint": "t", "batch_lanes": 4, "shards": [Shard(name, name)]}
+    assert (fingerprints(data_config("a"), **given)[1] == order_in_0_2) == same
 
 
 @each("lanes,shards", [(1, 3), (2, 5), (4, 4), (5, 3), (8, 3)])

@@ -16,9 +16,10 @@ import numpy as np
 import zstandard
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bytes.lines import ShardLines
-from relora_mora.data.formats.file_rows import iter_texts, open_rows
+from relora_mora.data.files import open_file, text_pieces
 from relora_mora.data.lanes import LaneRows, plan_lanes
+from relora_mora.data.lines import lines_in
+from relora_mora.data.read import iter_texts, open_rows
 from relora_mora.data.rows import Encoded
 from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.data.shard import Shard
@@ -201,6 +202,7 @@ def eval_set(
 
 
 def lines_of(path: Path, limit: int = 1000) -> list[Any]:
-    """All lines of a file; those longer than ``limit`` bytes are skipped."""
-    with closing(ShardLines(Shard(path.name, str(path)), max_line_bytes=limit, timeout_seconds=1.0)) as lines:
-        return list(iter(lines.take, None))
+    """All lines of a file; of those longer than ``limit`` bytes their lengths."""
+    shard = Shard(path.name, str(path))
+    with closing(open_file(shard, 1.0)) as file:
+        return list(lines_in(text_pieces(file, shard), limit))

@@ -50,7 +50,7 @@ REACHES = {
     "data.records": Reach(None, True, True),  # of other rows: tests/train/test_records_run.py
     "data.packing": Reach(None, True, True),  # as above: here a stream is evaluated again
     "data.text_column": Reach("url", True, False),
-    "data.sample_by": Reach("line", False, False),  # only of .txt: tests/data/formats/test_text_files.py
+    "data.sample_by": Reach("line", False, False),  # only of .txt: tests/data/test_text_files.py
     "data.sequence_length": Reach(16, True, True),
     "data.lanes": Reach(2, False, False),
     "data.workers": Reach(1, False, False),

@@ -9,7 +9,7 @@ import numpy as np
 
 from relora_mora.config.data import DataConfig, Packing
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.formats.file_rows import text_encoder
+from relora_mora.data.read import text_encoder
 from relora_mora.data.records import passages
 from relora_mora.data.rows import Encode, Encoded
 from relora_mora.data.shard import Record, RecordFormat, Shard

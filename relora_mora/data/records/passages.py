@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relora_mora.config.data import CHATML
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.formats.json_lines import is_encodable
+from relora_mora.data.lines import is_encodable
 from relora_mora.data.shard import Record, RecordFormat, Shard
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from relora_mora.config.data import DataConfig, Packing
 from relora_mora.data.bad_rows import NOTES_PER_REASON, RecordsFound, too_many_records
 from relora_mora.data.errors import ENCODING_REASONS, Skipped, SourceError
-from relora_mora.data.formats.file_rows import open_rows
 from relora_mora.data.lanes import Cursor, LanePlan, LaneRows, lane_plans
+from relora_mora.data.read import open_rows
 from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import Encode, Encoded, in_calls
 from relora_mora.data.shard import Record, Shard

@@ -16,8 +16,8 @@ from relora_mora.config.schema import Config
 from relora_mora.data.bad_rows import FEWEST_ROWS, OTHER_KEYS, TOO_LONG, RecordsFound, skip_reason
 from relora_mora.data.content import THREADS
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
-from relora_mora.data.formats.file_rows import open_rows
 from relora_mora.data.lanes import Cursor, LanePlan, LaneRows, lane_plans
+from relora_mora.data.read import open_rows
 from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import Ids, Scored, calls_of
 from relora_mora.data.sets.reading import rows_in_order
@@ -126,7 +126,7 @@ def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None
 def _check_lanes_of(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None:
     plans = lane_plans(config, lanes, len(shards), packing_of(config, shards))
     strides = {part.shard: part.stride for plan in plans for part in plan.parts if part.stride > 1}
-    in_turn = [shard for shard in strides if not shards[shard].format.in_groups]
+    in_turn = [shard for shard in strides if not shards[shard].in_ranges]
     one_row = config.model_copy(update={"shuffle_documents": 1})
 
     def phases(shard: int) -> set[int]:

@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bytes.files import open_file
 from relora_mora.data.errors import SourceError, unreadable
+from relora_mora.data.files import open_file
 from relora_mora.data.shard import Shard, format_of
 from relora_mora.data.sources.names import SPLITS, Commits, DatasetName, dataset_name, hub_shard
 
@@ -63,7 +63,7 @@ def _find(name: DatasetName, split: str, commits: Commits) -> Found:
     """The files, or an error. The error is raised when sources are resolved, to be reported with all other faults."""
     try:
         if name.on_hub:
-            from relora_mora.data.bytes.hub import list_files  # late: its libraries take long to load
+            from relora_mora.data.hub import list_files  # late: its libraries take long to load
 
             paths = list_files(name.place, commits.at(name.place, name.revision), commits.timeout_seconds)
         else:
@@ -103,7 +103,7 @@ def _read_card(name: DatasetName, commits: Commits, path: str) -> str:
     shard = Shard(str(name.folder / path), str(name.folder / path))
     if name.on_hub:
         shard = hub_shard(name.place, commits.at(name.place, name.revision), path)
-    with contextlib.closing(open_file(shard, commits.timeout_seconds, in_order=True)) as file:
+    with contextlib.closing(open_file(shard, commits.timeout_seconds)) as file:
         try:
             return file.read().decode()
         except UnicodeDecodeError as error:

@@ -52,7 +52,7 @@ def hub_parts(source: str) -> tuple[str, str]:
 
 def hub_shard(repo: str, commit: str, path: str) -> Shard:
     """A file of a repository at a commit."""
-    from relora_mora.data.bytes.hub import file_url
+    from relora_mora.data.hub import file_url
 
     return Shard(f"hub:{repo}@{commit}/{path}", file_url(repo, commit, path), hub=True)
 
@@ -132,7 +132,7 @@ class Commits:
             return revision
         asked = f"{repo}@{revision}"
         if asked not in self.known:
-            from relora_mora.data.bytes.hub import ask_for_commit  # late: its libraries take long to load
+            from relora_mora.data.hub import ask_for_commit  # late: its libraries take long to load
 
             self.known[asked] = ask_for_commit(repo, revision, self.timeout_seconds)
         return self.known[asked]

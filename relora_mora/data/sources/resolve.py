@@ -44,11 +44,11 @@ def resolve_shards(
     """The shards of all sources, in the given order; the files of a local glob are sorted by path.
 
     A source is ``allenai/c4`` (config ``en``, the files of ``split``), a set ``OWNER/NAME[:CONFIG[:SPLIT]]`` on the hub
-    or ``FOLDER[:CONFIG[:SPLIT]]``, ``hub:OWNER/NAME/PATTERN``, an http(s) url, a local path or a local glob, or a
-    pre-tokenized folder. ``{00000..01023}`` in paths, urls and hub patterns stands for a range of numbers. Hub sources
-    are read at the commit of ``revision`` in ``commits``, or else at its current commit. ``text_column`` and
-    ``records`` apply to sources that set none. Raises SourceError if a source names no file or a file that was named
-    before, and for files that cannot hold such records.
+    or ``FOLDER[:CONFIG[:SPLIT]]``, ``hub:OWNER/NAME/PATTERN``, an http(s) url, a url of a store of fsspec, a local path
+    or a local glob, or a pre-tokenized folder. ``{00000..01023}`` in paths, urls and hub patterns stands for a range of
+    numbers. Hub sources are read at the commit of ``revision`` in ``commits``, or else at its current commit.
+    ``text_column`` and ``records`` apply to sources that set none. Raises SourceError if a source names no file or a
+    file that was named before, and for files that cannot hold such records.
     """
     listed = as_sources(sources)
     if not listed:
@@ -126,7 +126,8 @@ def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Sha
         yield from _dataset_shards(dataset, split, commits)
     elif is_hub(source):
         yield from _hub_shards(hub_source(source, record.split or split), record.revision, commits)
-    elif source.startswith(("http://", "https://")):
+    elif "://" in source:
+        _check_store(source)
         for url in expand_braces(source):
             try:
                 name = public_url(url)
@@ -135,15 +136,31 @@ def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Sha
                 raise SourceError(f"{url}: not a valid url ({error}); check it") from error
             _check_suffix(path, source, may_be_missing=True)
             yield Shard(name, url)
-    elif "://" in source:
-        raise SourceError(
-            f"{source.split('://')[0]}:// is not supported; "
-            "give a path, a glob, an http(s) url or hub:OWNER/NAME/PATTERN"
-        )
     elif is_token_folder(folder := Path(from_home(source))):
         yield from _token_shards(folder)
     else:
         yield from _local_shards(source)
+
+
+def _check_store(source: str) -> None:
+    """Raises SourceError for a url that is neither http(s) nor of a store that fsspec can read here."""
+    protocol = source.partition("://")[0]
+    if protocol in ("http", "https"):
+        return
+    from fsspec.registry import get_filesystem_class, known_implementations
+
+    try:
+        get_filesystem_class(protocol)
+    except ImportError as error:
+        package = known_implementations[protocol]["class"].partition(".")[0]
+        raise SourceError(f"{public_url(source)} needs a package ({error}): pip install {package}") from error
+    except ValueError as error:
+        raise SourceError(
+            f"{protocol}:// is not supported; give a path, a glob, an http(s) url, hub:OWNER/NAME/PATTERN, or a url of "
+            "a store that fsspec knows, such as s3://BUCKET/FILE"
+        ) from error
+    if any(sign in source for sign in "*?["):
+        raise SourceError(f"{public_url(source)}: stores are not listed; write a range such as {{00000..00007}}")
 
 
 def _with_unique_labels(shards: Sequence[Shard]) -> list[Shard]:
@@ -186,7 +203,7 @@ def _identity(shard: Shard) -> str | tuple[int, int]:
         url = parse_url(shard.location)  # lower case if case does not matter, and without dots in the path
     except ValueError as error:
         raise SourceError(f"{shard.name}: not a valid url ({type(error).__name__}); check it") from error
-    default = {"http": 80, "https": 443}[url.scheme or ""]
+    default = {"http": 80, "https": 443}.get(url.scheme or "")
     return url._replace(fragment=None, port=None if url.port == default else url.port).url
 
 

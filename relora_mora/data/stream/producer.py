@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from relora_mora.config.data import DataConfig, Packing, TextSource
-from relora_mora.data.bytes.retry import RETRIES
 from relora_mora.data.lanes import EpochLimit, LaneRows, LaneStates, lane_plans, lane_state, seeded_order, state_key
+from relora_mora.data.network import RETRIES
 from relora_mora.data.records.encoders import encoder_of, packing_of, whole_texts
 from relora_mora.data.rows import Encode
 from relora_mora.data.shard import Shard

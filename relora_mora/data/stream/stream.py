@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bytes.retry import RETRIES
 from relora_mora.data.errors import WorkerError
 from relora_mora.data.lanes import (
     Cursor,
@@ -21,6 +20,7 @@ from relora_mora.data.lanes import (
     merge_states,
     read_key,
 )
+from relora_mora.data.network import RETRIES
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards
@@ -66,7 +66,7 @@ def _position(
 ) -> str:
     part = plan.order(config.seed, cursor.epoch)[cursor.place]
     shard = shards[part.shard]
-    if shard.format.in_groups:  # numbered within the lane's share, since only the file knows its groups
+    if shard.in_ranges:  # numbered within the lane's share, since only the file knows where that begins
         first = cursor.block * config.shuffle_documents + 1
         share = f" of share {part.phase + 1} of {part.stride}" if part.stride > 1 else ""
         rows = f"after {cursor.item} of rows {first} to {first + config.shuffle_documents - 1}{share} (shuffled)"

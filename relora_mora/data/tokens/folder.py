@@ -19,8 +19,8 @@ from pathlib import Path
 from relora_mora.config.data import DataConfig
 from relora_mora.data.content import at_versions, content_digests, remote_versions
 from relora_mora.data.errors import SourceError
-from relora_mora.data.formats.file_rows import check_is_text, text_encoder
-from relora_mora.data.formats.json_lines import is_encodable
+from relora_mora.data.lines import is_encodable
+from relora_mora.data.read import check_is_text, text_encoder
 from relora_mora.data.sets.show import check_columns
 from relora_mora.data.shard import TEXT, Shard
 from relora_mora.data.tokens import index
@@ -83,7 +83,7 @@ def make_tokens(
     planned = _plan_index(shards, config, tokenizer_path)
     with _locked_folder(out, planned):
         jobs = [
-            Job(number, index.file_in(out, number), shard, Header(planned.making, text, None))
+            Job(number, index.file_in(out, number), shard, Header(planned.making, text))
             for number, (shard, text) in enumerate(zip(shards, planned.texts, strict=True))
         ]
         done = {job.number: totals for job in jobs if (totals := _finished(job)) is not None}
@@ -169,7 +169,7 @@ def _finished(job: Job) -> index.FileStats | None:
     if not job.path.exists():
         return None
     with contextlib.closing(MappedTokens(str(job.path))) as tokens:
-        if tokens.head._replace(groups=None) != job.head:
+        if tokens.head != job.head:
             raise tokens.damaged("it is another file than its folder says")
     return totals_of(job.path)
 

@@ -17,9 +17,8 @@ import numpy.typing as npt
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, Skipped, SourceError, unreadable
-from relora_mora.data.formats.file_rows import open_rows
-from relora_mora.data.lanes import plan_lanes
-from relora_mora.data.rows import Encode, Encoded, EncodeTexts, Rows, TokenIds
+from relora_mora.data.read import open_rows
+from relora_mora.data.rows import Encode, Encoded, EncodeTexts, Rows, TokenIds, share_of
 from relora_mora.data.shard import Shard
 from relora_mora.data.tokens.index import COMMAND, SourceText, TokenizationSpec
 from relora_mora.system.files import LOST_DISK
@@ -28,22 +27,18 @@ METADATA = b"relora_mora"  # the key in the schema's metadata
 
 
 class Header(NamedTuple):
-    """The metadata of a file.
-
-    ``groups``: the rows of each row group, if lanes share the text by groups; None if lanes take its rows in turn.
-    """
+    """The metadata of a file."""
 
     making: TokenizationSpec
     text: SourceText
-    groups: list[int] | None
 
     def dump(self) -> bytes:
-        return json.dumps([self.making.model_dump(), self.text.model_dump(), self.groups]).encode()
+        return json.dumps([self.making.model_dump(), self.text.model_dump()]).encode()
 
     @staticmethod
     def load(data: bytes) -> "Header":
-        making, text, groups = json.loads(data)
-        return Header(TokenizationSpec(**making), SourceText(**text), groups)
+        making, text, *_ = json.loads(data)  # files of release 0.2 have a third entry
+        return Header(TokenizationSpec(**making), SourceText(**text))
 
 
 class _Columns(NamedTuple):
@@ -177,29 +172,20 @@ class TokenRows:
     def __init__(self, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0) -> None:
         self.bad = bad
         self._tokens = open_tokens(shard)
-        groups = self._tokens.head.groups
-        sizes = [self._tokens.rows] if groups is None else [rows for rows in groups if rows]
-        starts = [0, *accumulate(sizes)]
-        own = plan_lanes(stride, max(1, len(sizes)), whole=True)[phase].parts if sizes else ()
-        self.is_empty = not self._tokens.rows
-        self._parts = [range(starts[part.shard] + part.phase, starts[part.shard + 1], part.stride) for part in own]
-        self._next = 0  # index among this lane's rows
+        rows = range(self._tokens.rows)
+        self.is_empty = not rows
+        self._left = share_of(rows, stride, phase) if shard.in_ranges else rows[phase::stride]
 
     def skip(self, count: int) -> bool:
-        self._next += count
-        return self._next <= sum(map(len, self._parts))
+        enough = count <= len(self._left)
+        self._left = self._left[count:]
+        return enough
 
     def take(self, count: int) -> list[TokenIds | Skipped]:
-        rows: list[TokenIds | Skipped] = []
-        before = 0  # rows of this lane in earlier parts
-        for part in self._parts:
-            wanted = part[max(0, self._next - before) : max(0, self._next + count - before)]
-            if wanted:
-                rows += self._tokens.take(wanted)
-                self.bad += self._tokens.bad_among(wanted)
-            before += len(part)
-        self._next += len(rows)
-        return rows
+        wanted = self._left[:count]
+        self._left = self._left[count:]
+        self.bad += self._tokens.bad_among(wanted)
+        return list(self._tokens.take(wanted))
 
     def close(self) -> None:
         self._tokens.close()
@@ -213,8 +199,6 @@ def open_tokens(shard: Shard) -> MappedTokens:
     head = tokens.head
     if (head.making, head.text) != (indexed.making, indexed.text) or tokens.rows != indexed.totals.rows:
         raise tokens.damaged("it is another file than its folder says")
-    if head.groups is not None and sum(head.groups) != tokens.rows:
-        raise tokens.damaged(f"it has {tokens.rows} rows, but its groups have {sum(head.groups)}")
     return tokens
 
 

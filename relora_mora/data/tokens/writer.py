@@ -11,7 +11,7 @@ import numpy as np
 from relora_mora.config.data import DataConfig
 from relora_mora.data.content import samples_digest
 from relora_mora.data.errors import Skipped
-from relora_mora.data.formats.file_rows import open_rows
+from relora_mora.data.read import open_rows
 from relora_mora.data.rows import EncodeTexts, Ids, TokenIds, calls_of
 from relora_mora.data.shard import Shard
 from relora_mora.data.tokens.index import FileStats
@@ -89,7 +89,7 @@ def write_tokens(
     Raises SourceError for text that cannot be read or has too many bad rows, OSError for a disk that cannot be written.
     """
     with _replacing(path) as unfinished, closing(open_rows(config, shard)) as texts, unfinished.open("wb") as stream:
-        writer = TokenWriter(stream, head._replace(groups=texts.groups), vocabulary)
+        writer = TokenWriter(stream, head, vocabulary)
         for rows in calls_of(texts, TEXTS_PER_CALL, threads):
             encoded = iter(encode([row for row in rows if not isinstance(row, Skipped)]))
             for row in rows:

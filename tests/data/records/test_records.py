@@ -9,7 +9,7 @@ import pytest
 
 from relora_mora.config.data import RecordsConfig
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.formats.file_rows import open_rows
+from relora_mora.data.read import open_rows
 from relora_mora.data.shard import Record
 from relora_mora.data.sources.resolve import resolve_shards
 from relora_mora.tokenizer.load import load_tokenizer

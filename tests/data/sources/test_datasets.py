@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from relora_mora.config.data import TextSource
-from relora_mora.data.bytes import retry, transport
 from relora_mora.data.errors import SourceError
 from relora_mora.data.sources import named_sets
 from relora_mora.data.sources.named_sets import find_datasets, remember_datasets
@@ -34,10 +33,7 @@ Texts.
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.002)
-    monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.02)
-    monkeypatch.setattr(transport, "STALL_SECONDS", 0.2)
+def fresh(monkeypatch, short_waits):
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None))  # its own waits
     yield
     remember_datasets({})

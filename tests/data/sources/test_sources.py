@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from relora_mora.config.data import TextSource
-from relora_mora.data.bytes.remote import RemoteFile
 from relora_mora.data.content import fingerprints, local_content
 from relora_mora.data.errors import SourceError
-from relora_mora.data.formats.file_rows import open_rows
+from relora_mora.data.read import open_rows
+from relora_mora.data.remote import open_remote
 from relora_mora.data.shard import Shard, format_of
 from relora_mora.data.sources.resolve import configured_shards, expand_braces, resolve_shards
 from tests.tools.commands import permissions_count, public_folder
@@ -170,7 +170,7 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
         ("tests/dataset", "no file matches tests/dataset"),
         ("tests/dataset", "hub:tests/dataset/PATTERN"),
         (f"{Path(__file__).parent}", "holds no text files"),
-        ("ftp://example.org/a.json", "ftp:// is not supported"),
+        ("nowhere://a.json", "nowhere:// is not supported"),
         ("hub:allenai/c4", "expected hub:OWNER/NAME/PATTERN"),
         ("hub:a/b/../../x.json", "expected hub:OWNER/NAME/PATTERN"),
         ("hub:a/b/*.json", "cannot be used"),
@@ -310,4 +310,4 @@ def test_a_hub_that_is_switched_off_is_reported_immediately(monkeypatch):
         resolve_shards("hub:some/set/a.jsonl")
     name = f"hub:some/set@{'a' * 40}/a.jsonl"
     with pytest.raises(SourceError, match=rf"{name} needs the hub, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"):
-        RemoteFile(Shard(name, "http://127.0.0.1:1/a.jsonl", hub=True), 60.0).read(1)
+        open_remote(Shard(name, "http://127.0.0.1:1/a.jsonl", hub=True), 60.0).read(1)

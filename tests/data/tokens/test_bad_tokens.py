@@ -11,7 +11,7 @@ import pytest
 from relora_mora.config.data import DataConfig
 from relora_mora.data.content import local_content
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.formats.file_rows import iter_texts
+from relora_mora.data.read import iter_texts
 from relora_mora.data.sources.resolve import resolve_shards
 from relora_mora.data.tokens import writer as token_writer
 from relora_mora.data.tokens.checks import check_tokens
@@ -113,7 +113,6 @@ def test_rows_and_reasons_survive_writing_and_reading(tmp_path):
     head = Header(
         TokenizationSpec(tokenizer="t", eos=2, max_line_bytes=9),
         SourceText(name="a", size=None, text_column="text", origin="hub", content=""),
-        [90, 5],
     )
     with pytest.MonkeyPatch.context() as patch, (tmp_path / "a.arrow").open("wb") as stream:
         patch.setattr(token_writer, "BATCH_TOKENS", 20)

@@ -10,7 +10,7 @@ import pytest
 
 from relora_mora.data.content import local_content
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
-from relora_mora.data.formats.file_rows import open_rows
+from relora_mora.data.read import open_rows
 from relora_mora.data.sources.resolve import resolve_shards
 from relora_mora.data.stream.stream import TrainStream
 from relora_mora.data.tokens.checks import epoch_tokens

@@ -4,9 +4,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from relora_mora.data.bytes.retry import TransientError, retrying
-from relora_mora.data.bytes.transport import check_status, stall_seconds
 from relora_mora.data.errors import SourceError
+from relora_mora.data.network import TransientError, check_status, retrying, stall_seconds
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -102,7 +101,7 @@ def _ask(repo: str, revision: str, request: Callable[["HfApi"], T], timeout_seco
                     f"{what} is not a dataset on {address}, or your token has no access to it; "
                     "check the name or path, or log in (hf auth login, or HF_TOKEN)"
                 ) from error
-            check_status(response, f"{what}: {address}", hub=True)
+            check_status(response.status_code, response.headers, f"{what}: {address}", hub=True)
             raise
         except Exception as error:  # as in login_headers
             raise TransientError(f"no answer ({type(error).__name__})") from error

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.formats.file_rows import open_rows
+from relora_mora.data.read import open_rows
 from relora_mora.data.sets.show import check_columns
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import resolve_shards

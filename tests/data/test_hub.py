@@ -8,7 +8,7 @@ import pytest
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import SourceError
-from relora_mora.data.formats.file_rows import iter_texts
+from relora_mora.data.read import iter_texts
 from relora_mora.data.sources.names import with_commits
 from relora_mora.data.sources.resolve import configured_shards, resolve_shards
 from tests.tools.data_tools import data_config, some_texts, texts_of, write_shard
@@ -17,7 +17,7 @@ from tests.tools.faulty_server import COMMIT, serving
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(tmp_path, monkeypatch, short_waits):
     for split, count in (("train", 1024), ("validation", 8)):
         for n in range(2):
             write_shard(tmp_path / "en" / f"c4-{split}.{n:05d}-of-{count:05d}.json.gz", some_texts(20, seed=n))

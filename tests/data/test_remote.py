@@ -9,20 +9,16 @@ from email.utils import formatdate
 
 import pytest
 
-from relora_mora.data.bytes.remote import RemoteFile
-from relora_mora.data.bytes.retry import (
-    FIRST_WAIT_SECONDS,
-    LONGEST_WAIT_SECONDS,
-    RETRIES,
-    TransientError,
-    retry_after_seconds,
-    retrying,
-)
+from relora_mora.data import network
 from relora_mora.data.errors import SourceError
+from relora_mora.data.network import RETRIES, TransientError, retry_after_seconds, retrying
+from relora_mora.data.remote import open_remote
 from relora_mora.data.shard import Shard
 from tests.tools.data_tools import data_config, make_lane, some_texts, write_shard
 from tests.tools.each import each
 from tests.tools.faulty_server import FAULTS, serving
+
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 
 def _write(folder):
@@ -31,7 +27,7 @@ def _write(folder):
 
 
 def _read(server, timeout_seconds=8.0):
-    with closing(RemoteFile(Shard("a.json.gz", f"{server.url}/a.json.gz"), timeout_seconds, in_order=True)) as source:
+    with closing(open_remote(Shard("a.json.gz", f"{server.url}/a.json.gz"), timeout_seconds)) as source:
         pieces = []
         while piece := source.read(50_000):
             pieces.append(piece)
@@ -44,7 +40,7 @@ def test_no_fault(tmp_path, etag):
     before = RETRIES.retries
     with serving(tmp_path, etag=etag) as server:
         assert _read(server) == shard.read_bytes()
-        assert len(server.requests) == 2  # a small block, and a larger one
+        assert len(server.requests) == 3  # blocks of 64 KiB and twice as much each time
     assert RETRIES.retries == before
 
 
@@ -94,7 +90,7 @@ def test_a_connection_that_never_gets_far_is_read_in_smaller_pieces(tmp_path):
 def test_a_proxy_that_cannot_be_used_is_named(proxy, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", proxy)
     with pytest.raises(SourceError, match=r"check it, and the proxy in HTTP_PROXY, .*requests\[socks\]") as raised:
-        RemoteFile(Shard("a", "http://example.org/a.json"), 0.5).read(9)
+        open_remote(Shard("a", "http://example.org/a.json"), 0.5).read(9)
     assert "secret" not in str(raised.value)
 
 
@@ -112,51 +108,35 @@ def test_a_lasting_fault_is_not_retried(tmp_path, status, message, monkeypatch):
         assert len(server.requests) == 1
 
 
-def test_waits_double_with_jitter_up_to_a_bound(monkeypatch):
-    monkeypatch.undo()  # ends the short waits
+def test_waits_double_with_jitter_up_to_a_bound_and_honor_retry_after(monkeypatch):
+    monkeypatch.setattr(network, "FIRST_WAIT_SECONDS", 0.25)
+    monkeypatch.setattr(network, "LONGEST_WAIT_SECONDS", 30.0)
+    busy = TransientError("busy")
 
-    def waits_of(failures):
+    def waits_of(*errors):
+        left = iter(errors)
         waits = []
-        left = iter(range(failures))
-        before = RETRIES.retries
-        state = random.getstate()
 
         def ask():
-            if next(left, None) is not None:
-                raise TransientError("busy")
+            for error in left:
+                raise error
 
         retrying(ask, "a", 1e6, sleep=waits.append)
-        assert RETRIES.retries - before == failures
-        assert random.getstate() == state
         return waits
 
-    waits = waits_of(12)
-    others = waits_of(12)
-    for attempt, wait in enumerate(waits, 1):
-        bound = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**attempt)
-        assert bound / 4 <= wait <= bound
+    before, state = RETRIES.retries, random.getstate()
+    waits, others = waits_of(*[busy] * 12), waits_of(*[busy] * 12)
+    assert (RETRIES.retries - before, random.getstate()) == (24, state)
+    bounds = [min(30.0, 0.25 * 2**attempt) for attempt in range(1, 13)]
+    assert all(bound / 4 <= wait <= bound for bound, wait in zip(bounds, waits, strict=True))
     assert not set(waits) & set(others)
+    asked, own, too_long = waits_of(TransientError("busy", 7.0), busy, TransientError("busy", 1e9))
+    assert asked == 7.0
+    assert own < 1
+    assert 1e6 - 9 < too_long <= 1e6, "what is left of the time"
 
 
-def test_retry_after_is_honored_and_read():
-    waits = []
-    answers = iter([TransientError("busy", 7.0), TransientError("busy"), TransientError("busy", 1e9)])
-
-    def ask():
-        error = next(answers, None)
-        if error:
-            raise error
-        return "done"
-
-    assert retrying(ask, "a", 100.0, sleep=waits.append) == "done"
-    assert waits[0] == 7.0
-    assert waits[1] < 1
-    assert 99 < waits[2] <= 100
-    assert retry_after_seconds({"Retry-After": "12"}) == 12
-    assert 50 < retry_after_seconds({"Retry-After": formatdate(time.time() + 60, usegmt=True)}) <= 61
-    assert (
-        retry_after_seconds({})
-        == retry_after_seconds({"Retry-After": "soon"})
-        == retry_after_seconds({"Retry-After": "\xb2"})
-        == 0
-    )
+@each("value,seconds", [("12", 12), (None, 60), ("", 0), ("soon", 0), ("\xb2", 0)])
+def test_retry_after_is_a_number_or_a_date(value, seconds):
+    value = formatdate(time.time() + 60, usegmt=True) if value is None else value
+    assert seconds - 10 * (seconds == 60) <= retry_after_seconds({"Retry-After": value}) <= seconds + (seconds == 60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import struct
 import zlib
 
@@ -12,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from relora_mora.data.errors import SourceError
+from relora_mora.data.lines import documents, lines_in
 from tests.tools.data_tools import line, lines_of, some_texts, texts_of, write_shard
 from tests.tools.each import each
 
@@ -73,6 +75,22 @@ def test_text_after_a_byte_order_mark_and_blanks_for_any_file_name(tmp_path, nam
     assert texts_of(path) == ["text"]
 
 
+@given(
+    text=st.text("a\n\r 日", max_size=60).map(str.encode),
+    cuts=st.lists(st.integers(0, 100), max_size=8),
+    limit=st.integers(0, 12),
+)
+def test_lines_and_documents_are_the_same_however_the_text_arrives(text, cuts, limit):
+    *lines, last = text.split(b"\n")
+    expected = [line if len(line) <= limit else len(line) for line in [*lines, *filter(None, [last])]]
+    ends = sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
+    pieces = [text[begin:end] for begin, end in itertools.pairwise([0, *ends])]
+    assert list(lines_in(pieces, limit)) == expected
+    [whole] = list(documents(lines_in(pieces, limit), 1000, "document")) or [b""]
+    if not any(isinstance(line, int) for line in expected):
+        assert whole == b"\n".join(line.removesuffix(b"\r") for line in expected)
+
+
 KINDS = [".json.gz", ".json.zst", ".txt.gz", ".csv.zst"]
 
 
@@ -86,9 +104,9 @@ def _packed(path, texts):
 def test_a_shard_that_breaks_off_anywhere_is_an_error(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     body = _packed(path, some_texts(3))
-    for size in range(len(body)):
+    for size in [*range(0, len(body), 7), len(body) - 1]:
         path.write_bytes(body[:size])
-        with pytest.raises(SourceError, match=rf"a{suffix}: its compressed data breaks off at byte {size}, "):
+        with pytest.raises(SourceError, match=rf"a{suffix}: its compressed data breaks off at byte {size}; "):
             texts_of(path, max_bad_fraction=1.0)
 
 
@@ -97,7 +115,7 @@ def test_a_byte_that_changed_is_an_error_or_changes_no_text(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     texts = some_texts(3)
     body = _packed(path, texts)
-    for at in range(len(body)):
+    for at in range(0, len(body), 7):
         path.write_bytes(body[:at] + bytes([body[at] ^ 255]) + body[at + 1 :])
         try:
             found = texts_of(path)

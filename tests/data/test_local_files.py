@@ -7,13 +7,11 @@ import gzip
 import json
 import os
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
-from relora_mora.data.bytes.lines import ShardLines
 from relora_mora.data.errors import SourceError
-from relora_mora.data.formats.file_rows import iter_texts
+from relora_mora.data.read import iter_texts, open_rows
 from relora_mora.data.sets.show import check_columns
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import resolve_shards
@@ -35,24 +33,9 @@ def test_one_array_in_json_is_one_message_before_training(tmp_path, name, indent
         list(iter_texts(str(path), split="train", config=config))
 
 
-@each("suffix", [".json", ".gz", ".zst"])
-def test_skipping_is_the_same_as_taking(tmp_path, suffix):
-    path = write_shard(tmp_path / f"a{suffix}", some_texts(5000))
-    expected = lines_of(path)
-    with closing(ShardLines(Shard("a", str(path)), max_line_bytes=1000, timeout_seconds=1.0)) as lines:
-        assert lines.skip(3)
-        assert lines.take() == expected[3]
-        assert lines.skip(4000)
-        assert lines.take() == expected[4004]
-        assert lines.row == 4005
-        assert lines.skip(994)
-        assert not lines.skip(2)
-        assert lines.take() is None
-
-
 def test_an_unreadable_file(tmp_path):
     with pytest.raises(SourceError, match=r"gone\.json cannot be read \(No such file"):
-        ShardLines(Shard("gone.json", str(tmp_path / "gone.json")), max_line_bytes=9, timeout_seconds=1.0)
+        open_rows(data_config("gone.json"), Shard("gone.json", str(tmp_path / "gone.json")))
 
 
 def test_too_many_lanes_for_the_files_that_may_be_open(tmp_path, monkeypatch):
@@ -61,30 +44,26 @@ def test_too_many_lanes_for_the_files_that_may_be_open(tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("relora_mora.data.local.io.FileIO", refuse)
     with pytest.raises(SourceError, match=r"a\.json .* \(Too many open files\); raise ulimit -n, or lower data\.lanes"):
         lines_of(path)
 
 
-def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(tmp_path):
+def test_a_file_that_changes_while_it_is_read_is_refused_then_or_when_it_is_opened_again(tmp_path):
     path = write_shard(tmp_path / "a.json", some_texts(20_000))
+    config = data_config(path)
     (shard,) = resolve_shards(str(path))
-    message = r"a\.json changed since the start: [\d,]+ bytes when it was opened, [\d,]+ now; use data that does not"
-    with closing(ShardLines(shard, max_line_bytes=1000, timeout_seconds=1.0)) as lines:
-        assert lines.skip(100)
-        os.truncate(path, path.stat().st_size - 1000)
-        with pytest.raises(SourceError, match=message):
-            lines.skip(20_000)
-
-
-def test_a_file_that_grows_while_it_is_read_is_refused_when_it_is_opened_again(tmp_path):
-    path = write_shard(tmp_path / "a.json", some_texts(20_000))
-    (shard,) = resolve_shards(str(path))
-    with closing(ShardLines(shard, max_line_bytes=1000, timeout_seconds=1.0)) as lines:
-        assert lines.skip(100)
+    with closing(open_rows(config, shard)) as rows:
+        assert rows.skip(100)
         with path.open("ab") as file:
             file.write(b"more\n" * 1000)
-        assert lines.skip(19_900)
-        assert lines.take() is None
+        assert rows.skip(19_900)
+        assert rows.take(1) == []
     with pytest.raises(SourceError, match=r"changed since the start: [\d,]+ bytes then, [\d,]+ now; use data that"):
-        ShardLines(shard, max_line_bytes=1000, timeout_seconds=1.0)
+        open_rows(config, shard)
+    (shard,) = resolve_shards(str(path))
+    with closing(open_rows(config, shard)) as rows:
+        assert rows.skip(100)
+        os.truncate(path, path.stat().st_size - 1000)
+        with pytest.raises(SourceError, match=r"a\.json changed since the start: [\d,]+ bytes when it was opened, "):
+            rows.skip(30_000)

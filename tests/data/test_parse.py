@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relora_mora.data.errors import SKIP_REASONS, Skipped
-from relora_mora.data.formats.json_lines import parse_line
+from relora_mora.data.lines import parse_line
 from tests.tools.data_tools import line
 from tests.tools.each import each
 
@@ -37,7 +37,6 @@ LINES = [
     (b'{"text": "a\0b"}', "not_json"),
     (b'{"text": ""}', "empty_text"),
     (b" \t\r", "blank_line"),
-    (Skipped("too_long"), "too_long"),
 ]
 
 

@@ -3,19 +3,15 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from relora_mora.config.data import DataConfig, Split, TextSource
+from relora_mora.data.bad_rows import JudgedRows
+from relora_mora.data.columns import ArrowRows, ParquetRows
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.formats.arrow import ArrowColumn
-from relora_mora.data.formats.columns import ColumnFile, GroupRows
-from relora_mora.data.formats.csv_records import CsvRecords
-from relora_mora.data.formats.documents import TextDocuments
-from relora_mora.data.formats.json_lines import JsonLines
-from relora_mora.data.formats.parquet import ParquetColumn
-from relora_mora.data.formats.turns import Entries, TurnRows
-from relora_mora.data.rows import Encoded, EncodeTexts, Rows
-from relora_mora.data.shard import ARROW, CSV, JSON_LINES, PARQUET, TEXT, Format, Shard
+from relora_mora.data.lines import LineRows
+from relora_mora.data.rows import Encoded, EncodeTexts
+from relora_mora.data.shard import ARROW, PARQUET, Shard
 from relora_mora.data.sources.resolve import shards_of
 
 if TYPE_CHECKING:
@@ -23,25 +19,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-
-_ENTRIES: dict[Format, Callable[[Shard, DataConfig], Entries]] = {
-    JSON_LINES: JsonLines,
-    TEXT: TextDocuments,
-    CSV: CsvRecords,
-}
-_GROUPS: dict[Format, Callable[[Shard, float], ColumnFile]] = {PARQUET: ParquetColumn, ARROW: ArrowColumn}
-
-
-class FileRows(Rows[Any], Protocol):
-    """Rows of a file, with properties that pre-tokenizing needs."""
-
-    @property
-    def groups(self) -> list[int] | None:
-        """The rows of each group, if lanes split groups; None if they take the rows in turn."""
-
-    @property
-    def progress(self) -> float:
-        """The fraction of the shard that was read, 0 to 1."""
 
 
 def open_rows(
@@ -52,16 +29,13 @@ def open_rows(
     phase: int = 0,
     bad: int = 0,
     note: Callable[[str], None] = log.warning,
-) -> FileRows:
+) -> JudgedRows:
     """The texts or records of a shard of any format (see ``rows.OpenRows``).
 
     Only the limits and ``sample_by`` of ``config`` are used.
     """
-    if shard.format.in_groups:
-        groups = _GROUPS[shard.format](shard, config.timeout_seconds)
-        return GroupRows(groups, config, shard, stride=stride, phase=phase, bad=bad, note=note)
-    entries = _ENTRIES[shard.format](shard, config)
-    return TurnRows(entries, config, shard, stride=stride, phase=phase, bad=bad, note=note)
+    reader = {PARQUET: ParquetRows, ARROW: ArrowRows}.get(shard.format, LineRows)
+    return reader(config, shard, stride, phase, bad=bad, note=note)
 
 
 def check_is_text(shard: Shard) -> None:

@@ -1,1 +1,0 @@
-"""The bytes of a shard, from a disk, a server or the hub."""

@@ -1,0 +1,284 @@
+"""Files that pyarrow reads, Parquet and Arrow: only the columns that are used, from any row on.
+
+Lanes that share a file split its rows into equal ranges. The rows of a file are in groups. Parquet's footer locates its
+row groups, so a position is found without reading those before it. Arrow's record batches are mapped into memory, so of
+a batch that is not compressed only the columns that are used are read; when an Arrow file is opened, all batches are
+passed once to count their rows, for which compressed ones are decompressed.
+"""
+
+import itertools
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from relora_mora.config.data import DataConfig
+from relora_mora.data.bad_rows import JudgedRows
+from relora_mora.data.errors import Skipped, SourceError, too_long
+from relora_mora.data.files import open_file
+from relora_mora.data.rows import share_of
+from relora_mora.data.shard import ARROW, OR_RECORDS, Record, Shard, check_names
+from relora_mora.system.files import LOST_DISK
+
+READ_BYTES = 1 << 20  # stored bytes of a column chunk per read
+BATCH_BYTES = 1 << 22  # bytes of text per batch, estimated from the footer
+BATCH_ROWS = 1024  # rows that are Python objects at the same time
+FILE_MAGIC, END_OF_STREAM = ARROW.endings
+
+
+class RangeRows(JudgedRows):
+    """The texts or records of one of ``stride`` equal ranges of the rows of a file.
+
+    Raises SourceError if the file is damaged or lacks the columns, OSError if its disk is gone (``LOST_DISK``).
+    """
+
+    head = "its footer"  # the part of the file that is read first, for messages
+    group = "row group"
+
+    def __init__(self, config: DataConfig, shard: Shard, stride: int, phase: int, **judging: Any) -> None:
+        super().__init__(config, shard, stride, unit="row", **judging)
+        self._limit = config.max_line_bytes
+        self._bytes = open_file(shard, config.timeout_seconds)
+        try:
+            with self._naming_damage(self.head):
+                self._check(self._open())
+                sizes = self._group_sizes()
+        except BaseException:
+            self.close()
+            raise
+        self._starts = [0, *itertools.accumulate(sizes)]
+        self._range = share_of(range(self._starts[-1]), stride, phase)
+        self.is_empty = not self._starts[-1]
+        self._rows = self._numbered()
+
+    @property
+    def progress(self) -> float:
+        return self._next / max(1, len(self._range))
+
+    def skip(self, count: int) -> bool:
+        self._next += count
+        self._rows = self._numbered()
+        return self._next <= len(self._range)
+
+    def close(self) -> None:
+        self._bytes.close()
+
+    @abstractmethod
+    def _open(self) -> Any:
+        """Opens the file and returns its pyarrow.Schema."""
+
+    @abstractmethod
+    def _group_sizes(self) -> list[int]:
+        """The number of rows of each group."""
+
+    @abstractmethod
+    def _batches(self, group: int, first: int) -> Iterator[Any]:
+        """The rows of a group from ``first`` on, in record batches of at most ``BATCH_ROWS``."""
+
+    def _check(self, schema: Any) -> None:
+        import pyarrow
+
+        shard = self._shard
+        check_names(shard, schema.names)
+        self._columns = [name for name in schema.names if name in shard.columns]
+        types = {name: schema.field(name).type for name in schema.names}
+        # a dictionary type stores each value once
+        kinds = {
+            name: str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind) for name, kind in types.items()
+        }
+        for column in self._columns:
+            if kinds[column] in ("binary", "large_binary", "binary_view"):
+                raise SourceError(
+                    f'{shard.label}: the column "{column}" holds bytes ({kinds[column]}), not strings; if they '
+                    f'are UTF-8, write them as strings (pyarrow: column.cast("string")), otherwise '
+                    f"{shard.column_remedy} to another column"
+                )
+        # writers use the type null if all values are null
+        if not shard.holds_records and kinds[shard.text_column] not in (*_STRINGS, "null"):
+            strings = ", ".join(name for name, kind in kinds.items() if kind in _STRINGS) or "none"
+            raise SourceError(
+                f'{shard.label}: the column "{shard.text_column}" holds {types[shard.text_column]}, not strings; '
+                f"{shard.column_remedy} to one of those that do ({strings}){OR_RECORDS}"
+            )
+
+    def _numbered(self) -> Iterator[tuple[int, str | Record | Skipped]]:
+        """The own rows from ``_next`` on, with their numbers in the file from 1."""
+        at = self._range.start + self._next
+        while at < self._range.stop:
+            group = bisect_right(self._starts, at) - 1
+            stop = min(self._range.stop, self._starts[group + 1])
+            batches = self._batches(group, at - self._starts[group])
+            while at < stop:
+                with self._naming_damage(f"{self.group} {group + 1}, from row {at + 1} on,"):
+                    batch = next(batches, None)
+                    rows = [] if batch is None else self._contents(batch.slice(0, stop - at))
+                if batch is None:
+                    raise self._damaged(f"{self.group} {group + 1}", f"its rows end before row {at + 1}")
+                for row in rows:
+                    at += 1
+                    yield at, self._row(row, at)
+
+    def _contents(self, batch: Any) -> list[Any]:
+        """A text or the columns of each row, or the reason why it has none."""
+        import pyarrow
+
+        values = pyarrow.StructArray.from_arrays(batch.columns, batch.schema.names)
+        if not self._shard.holds_records:
+            values = batch.column(0)
+        try:
+            return values.to_pylist()
+        except UnicodeDecodeError:
+            return [self._content(value) for value in values]
+
+    def _content(self, value: Any) -> Any:
+        try:
+            return value.as_py()
+        except UnicodeDecodeError:
+            stored = getattr(value, "value", value)  # of a dictionary
+            size = 0 if self._shard.holds_records else len(stored.as_buffer())
+            return too_long(size, self._limit) if size > self._limit else Skipped("invalid_utf8")
+
+    def _row(self, content: Any, number: int) -> str | Record | Skipped:
+        if self._shard.holds_records and not isinstance(content, Skipped):
+            assert self._shard.records is not None
+            fields = self._shard.records.fields_of(content)
+            if isinstance(fields, Skipped):
+                return fields
+            content = self._shard.record(fields, f"row {number}")
+        if isinstance(content, Skipped):
+            return content
+        if not content:
+            return Skipped("null_text" if content is None else "empty_text")
+        size = len(content)
+        if isinstance(content, str) and size <= self._limit < 4 * size:  # only then the bytes have to be counted
+            size = len(content.encode())
+        return too_long(size, self._limit) if size > self._limit else content
+
+    @contextmanager
+    def _naming_damage(self, where: str) -> Iterator[None]:
+        """Turns an error of pyarrow, or a name that is not UTF-8, into one that names the damaged part of the file."""
+        import pyarrow
+
+        try:
+            yield
+        except (SourceError, MemoryError):  # pyarrow's MemoryError is an ArrowException as well
+            raise
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno in LOST_DISK:
+                raise
+            raise self._damaged(where, str(error)) from error
+
+    def _damaged(self, where: str, reason: str) -> SourceError:
+        return SourceError(
+            f"{self._shard.label}: {where} cannot be read ({' '.join(reason.split())}); "
+            f"the file is not {self._shard.format.name}, cut short or damaged: fetch or write it again"
+        )
+
+
+_STRINGS = ("string", "large_string", "string_view")
+
+
+class ParquetRows(RangeRows):
+    """Only the column chunks that are used are read, a part at a time, since a group may be larger than memory."""
+
+    def _open(self) -> Any:
+        import pyarrow.parquet
+
+        # no pre-buffering: a process must be able to end while a request is under way
+        self._file = pyarrow.parquet.ParquetFile(
+            self._bytes, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True
+        )
+        return self._file.schema_arrow
+
+    def _group_sizes(self) -> list[int]:
+        metadata = self._file.metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def _batches(self, group: int, first: int) -> Iterator[Any]:
+        row_group = self._file.metadata.row_group(group)
+        chunks = [row_group.column(number) for number in range(row_group.num_columns)]
+        # a list of messages is stored as one column for each of their keys
+        inside = tuple(f"{name}." for name in self._columns)
+        used = [each for each in chunks if f"{each.path_in_schema}.".startswith(inside)]
+        rows = BATCH_BYTES * row_group.num_rows // max(1, sum(chunk.total_uncompressed_size for chunk in used))
+        size = max(1, min(BATCH_ROWS, rows))
+        for batch in self._file.iter_batches(size, row_groups=[group], columns=self._columns, use_threads=False):
+            if first < batch.num_rows:
+                yield batch.slice(first)
+            first = max(0, first - batch.num_rows)
+
+
+class ArrowRows(RangeRows):
+    """A file has a footer with the positions of its batches. A stream, as ``datasets`` writes it, is read in order."""
+
+    head = "its schema"
+    group = "record batch"
+
+    def _open(self) -> Any:
+        import pyarrow
+
+        self._bytes.close()  # it was compared with the start; pyarrow opens the file itself
+        self._map = pyarrow.memory_map(self._shard.location)
+        self._is_file = self._map.read_at(len(FILE_MAGIC), 0) == FILE_MAGIC
+        size = len(END_OF_STREAM)
+        if not self._is_file and self._map.read_at(size, max(0, self._map.size() - size)) != END_OF_STREAM:
+            raise pyarrow.ArrowInvalid("it does not end as a stream does")  # pyarrow accepts a cut between batches
+        self._begin()
+        self._names = self._reader.schema.names
+        return self._reader.schema
+
+    def _begin(self, options: Any = None) -> None:
+        """Begins to read the batches with the columns that the options choose."""
+        import pyarrow
+
+        self._map.seek(0)
+        read = pyarrow.ipc.open_file if self._is_file else pyarrow.ipc.open_stream
+        self._reader = read(self._map, options=options)
+        self._options = options
+        self._after = 0  # the batch of a stream that comes next
+
+    def _group_sizes(self) -> list[int]:
+        import pyarrow
+
+        counts: list[int] = []
+        while True:
+            with self._naming_damage(f"{self.group} {len(counts) + 1}, from row {sum(counts) + 1} on,"):
+                batch = self._batch(len(counts))
+            if batch is None:
+                break
+            counts.append(batch.num_rows)
+        fields = [self._names.index(name) for name in self._columns]
+        self._begin(pyarrow.ipc.IpcReadOptions(included_fields=fields, use_threads=False))
+        return counts
+
+    def _batch(self, number: int) -> Any:
+        """A record batch; None after the last."""
+        if self._is_file:
+            return self._reader.get_batch(number) if number < self._reader.num_record_batches else None
+        if number < self._after:
+            self._begin(self._options)
+        for _ in range(self._after, number):
+            next(self._reader)
+        self._after = number + 1
+        return next(self._reader, None)
+
+    def _batches(self, group: int, first: int) -> Iterator[Any]:
+        batch = self._batch(group)
+        # pyarrow trusts its input, so it is checked. A text that is not UTF-8 is a bad row, not damage.
+        (batch if self._shard.holds_records else _as_binary(batch.column(0))).validate(full=True)
+        for start in range(first, batch.num_rows, BATCH_ROWS):
+            yield batch.slice(start, BATCH_ROWS)
+
+
+def _as_binary(values: Any) -> Any:
+    """Strings as bytes, unchecked. A column of type null stays as it is."""
+    import pyarrow
+
+    if isinstance(values, pyarrow.DictionaryArray):
+        return pyarrow.DictionaryArray.from_arrays(values.indices, _as_binary(values.dictionary), safe=True)
+    if pyarrow.types.is_null(values.type):
+        return values
+    if pyarrow.types.is_string_view(values.type):
+        return values.cast(pyarrow.binary_view())
+    return values.view(pyarrow.binary() if pyarrow.types.is_string(values.type) else pyarrow.large_binary())

@@ -1,1 +1,0 @@
-"""Readers for the rows of a shard, one for each format."""

@@ -1,0 +1,295 @@
+"""Files on http(s) servers, on the hub, and in the stores of fsspec (``s3://``, ``gs://``, ``az://`` and others).
+
+A block of a file counts only if it arrived whole and belongs to the version that was read first; otherwise it is asked
+for again. This is below the decompressor, which never notices. No message contains a url, which may hold a secret.
+"""
+
+import functools
+import http.client
+import re
+import urllib.request
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import requests
+import urllib3
+
+from relora_mora.data import hub
+from relora_mora.data.errors import SourceError
+from relora_mora.data.local import ByteFile
+from relora_mora.data.network import CHECK, TransientError, check_status, retrying, stall_seconds
+from relora_mora.data.shard import Shard, Version
+
+CONNECT_SECONDS = 20.0
+# The size of a block that is read ahead: it doubles with each block that continues the last one. The largest one is
+# halved if a connection breaks, because then all of the block is lost.
+FIRST_BLOCK_BYTES = 1 << 16
+LARGEST_BLOCK_BYTES = 1 << 22
+SMALLEST_BLOCK_BYTES = 1 << 10
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+
+_BROKEN = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)  # requests' exceptions are OSErrors
+_WRONG_URL = (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema)
+
+
+def open_remote(shard: Shard, timeout_seconds: float) -> "BlockFile":
+    return (HttpFile if shard.is_http else StoreFile)(shard, timeout_seconds)
+
+
+def version_of(shard: Shard, timeout_seconds: float, session: requests.Session | None = None) -> Version:
+    """The version of a file as its server or store reports it. Raises SourceError for a file that is missing."""
+    if shard.is_http:
+        return retrying(lambda: _version_at_server(shard, timeout_seconds, session), shard.name, timeout_seconds)
+    store = _Store(shard)
+    return retrying(store.version, shard.name, timeout_seconds)
+
+
+class BlockFile(ByteFile):
+    """A file that is read in blocks. Raises SourceError if its source has failed for good, or if it has changed."""
+
+    def __init__(self, shard: Shard, timeout_seconds: float) -> None:
+        self._shard = shard
+        self._timeout_seconds = timeout_seconds
+        self._known = shard.version  # the version that is read
+        self._most = self._ahead = FIRST_BLOCK_BYTES
+        self._start = 0  # the position of the block
+        try:
+            self._block = self._load(0, FIRST_BLOCK_BYTES)
+        except BaseException:
+            self.close()
+            raise
+
+    @abstractmethod
+    def _ask(self, start: int, end: int) -> bytes:
+        """One attempt to read a block that ends at ``end`` or before it; sets ``size``. May raise TransientError."""
+
+    def read_at(self, position: int, size: int) -> bytes:
+        parts: list[bytes] = []
+        end = position + size
+        while position < end:
+            at = position - self._start
+            if not 0 <= at < len(self._block):
+                self._ahead = min(2 * self._ahead, LARGEST_BLOCK_BYTES) if at == len(self._block) else 0
+                self._block = self._load(position, min(self.size, max(end, position + self._ahead)))
+                self._ahead = max(self._ahead, FIRST_BLOCK_BYTES // 2)
+                self._start = position
+                at = 0
+            part = self._block[at : at + end - position]
+            parts.append(part)
+            position += len(part)
+        return b"".join(parts)
+
+    def _load(self, start: int, end: int) -> bytes:
+        """A block that begins at ``start`` and ends at ``end`` or before it; it is empty only if the file is."""
+        remedy = hub.remedy() if self._shard.hub else CHECK
+        ask = functools.partial(self._attempt, start, end)
+        return retrying(ask, f"{self._shard.name} at byte {start}", self._timeout_seconds, remedy)
+
+    def _attempt(self, start: int, end: int) -> bytes:
+        block = self._ask(start, min(end, start + self._most))
+        self._most = min(LARGEST_BLOCK_BYTES, 2 * self._most)
+        return block
+
+    def _check_version(self, now: Version) -> None:
+        """Raises SourceError if an answer belongs to another version than earlier ones."""
+        known = self._known or now
+        if now.is_other_than(known):
+            raise SourceError(
+                f"{self._shard.name} changed while it was read (its ETag or date is different now); "
+                "use data that does not change"
+            )
+        self._known = Version(known.etag or now.etag, known.modified or now.modified, known.size)
+
+
+class HttpFile(BlockFile):
+    """A file on a server that answers requests for ranges."""
+
+    def __init__(self, shard: Shard, timeout_seconds: float) -> None:
+        self._session = requests.Session()
+        self.size = -1  # until it is known
+        super().__init__(shard, timeout_seconds)
+
+    def close(self) -> None:
+        self._session.close()
+        super().close()
+
+    def _ask(self, start: int, end: int) -> bytes:
+        headers = hub.login_headers(self._shard.name) if self._shard.hub else {}
+        headers["Range"] = f"bytes={start}-{end - 1}"
+        with _send("GET", self._shard, headers, self._timeout_seconds, self._session) as response:
+            size = self._check(response, start, end)
+            try:
+                block = bytes(response.raw.read(size + 1, decode_content=False))
+            except _BROKEN as error:
+                self._most = max(SMALLEST_BLOCK_BYTES, (end - start) // 2)
+                raise TransientError(f"the body broke off ({type(error).__name__})") from error
+        if len(block) != size:
+            raise TransientError(f"the body has {len(block)} bytes instead of {size}")
+        return block
+
+    def _check(self, response: requests.Response, start: int, end: int) -> int:
+        """The size of the body that follows. Raises SourceError and TransientError for an answer that is no use."""
+        name = self._shard.name
+        status = response.status_code
+        if status == 416 and self.size >= 0:
+            raise SourceError(
+                f"{name} changed while it was read: it has fewer than {end} bytes now; use data that does not change"
+            )
+        is_empty = status in (200, 416) and _size_of(response) == 0  # an empty file has no range
+        if not is_empty:
+            check_status(status, response.headers, name, hub=self._shard.hub)
+        self._check_version(_version_in(response))
+        if status != 206 and self.size >= 0:
+            raise TransientError("the server sent the whole file although it answered ranges before")
+        if is_empty:
+            self.size = 0
+            return 0
+        if status != 206:
+            raise SourceError(
+                f"{name}: the server answers no ranges, by which files are read; download the file and give its path, "
+                "or serve it with a server that does"
+            )
+        answered = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if answered is None:
+            raise TransientError("the server does not say which range it answered")
+        first, last, size = map(int, answered.groups())
+        if first != start or last >= end:
+            raise TransientError("the server answered a range that was not asked for")
+        if self.size not in (-1, size):
+            raise TransientError(f"the size of the file is {size} bytes now and was {self.size} before")
+        self.size = size
+        return last + 1 - first
+
+
+def _send(
+    method: str, shard: Shard, headers: Mapping[str, str], timeout_seconds: float, session: requests.Session | None
+) -> requests.Response:
+    """The answer to one request after redirects. Its body is not read yet and is not decoded.
+
+    A login is not sent to another host. Raises TransientError, and SourceError for a url that cannot be right.
+    """
+    stall = stall_seconds(timeout_seconds)
+    what = shard.name
+    try:
+        return (session.request if session is not None else requests.request)(
+            method,
+            shard.location,
+            headers={"Accept-Encoding": "identity", **headers},
+            auth=_keep_login if any(name.lower() == "authorization" for name in headers) else None,
+            stream=True,
+            timeout=(min(CONNECT_SECONDS, stall), stall),
+            allow_redirects=True,
+        )
+    except _WRONG_URL as error:
+        fault = f"{what} is not a valid url ({type(error).__name__}); check it"
+        if urllib.request.getproxies():
+            fault += (
+                ", and the proxy in HTTP_PROXY, HTTPS_PROXY or ALL_PROXY (socks:// needs pip install requests[socks])"
+            )
+        raise SourceError(fault) from error
+    except requests.exceptions.TooManyRedirects as error:
+        raise SourceError(f"{what} redirects without end; check the url") from error
+    except _BROKEN as error:  # only the type: the message may contain the whole url
+        raise TransientError(f"no connection ({type(error).__name__})") from error
+    except ValueError as error:
+        fault = f"{what} redirects to an invalid url, or has a login that cannot be sent ({type(error).__name__})"
+        raise SourceError(f"{fault}; check it") from error
+
+
+def _keep_login(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Without an ``auth``, requests replaces the login in the headers by one from ``~/.netrc``."""
+    return request
+
+
+def _version_in(response: requests.Response) -> Version:
+    """The version of a file according to an answer."""
+    # The hub redirects to its storage, which may give another ETag. The file's own ETag is in the redirect.
+    linked = [answer.headers["X-Linked-Etag"] for answer in response.history if "X-Linked-Etag" in answer.headers]
+    etag = linked[0] if linked else response.headers.get("ETag")
+    return Version(etag and etag.removeprefix("W/"), response.headers.get("Last-Modified"), _size_of(response))
+
+
+def _size_of(response: requests.Response) -> int | None:
+    """The size of the whole file in bytes according to an answer; None if it does not say."""
+    partial = response.status_code in (206, 416)
+    whole = response.headers.get("Content-Range", "").rpartition("/")[2]
+    size = whole if partial else response.headers.get("Content-Length", "")
+    return int(size) if size.isdecimal() else None
+
+
+def _version_at_server(shard: Shard, timeout_seconds: float, session: requests.Session | None) -> Version:
+    # if a server refuses HEAD, a request for one byte is answered with the same headers
+    for method, headers in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
+        with _send(method, shard, headers, timeout_seconds, session) as response:
+            if response.ok:
+                break
+    if response.status_code != 416:  # an empty file has no first byte
+        check_status(response.status_code, response.headers, shard.name, hub=shard.hub)
+    return _version_in(response)
+
+
+# what the stores of fsspec call the ETag of a file, and its date
+_ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id")
+_DATES = ("LastModified", "last_modified", "updated", "mtime", "created")
+
+
+class _Store:
+    """A file in a store. The store finds its credentials by its own means, for instance in the environment."""
+
+    def __init__(self, shard: Shard) -> None:
+        from fsspec.core import url_to_fs
+
+        self._name = shard.name
+        try:
+            self._files, self._path = url_to_fs(shard.location)
+        except Exception as error:  # stores raise their own types; their messages may hold the url
+            raise SourceError(
+                f"{self._name}: its store cannot be opened ({type(error).__name__}); check the address and the login"
+            ) from error
+
+    def version(self) -> Version:
+        """Raises SourceError for a file that is missing, TransientError for a fault that may pass."""
+        self._files.invalidate_cache()
+        info = self._call(self._files.info, self._path)
+        etag = next((str(info[key]) for key in _ETAGS if info.get(key)), None)
+        date = next((str(info[key]) for key in _DATES if info.get(key)), None)
+        return Version(etag, date, info["size"])
+
+    def read(self, start: int, end: int) -> bytes:
+        return bytes(self._call(self._files.cat_file, self._path, start=start, end=end))
+
+    def _call(self, function: Any, *given: Any, **named: Any) -> Any:
+        try:
+            return function(*given, **named)
+        except FileNotFoundError as error:
+            raise SourceError(f"{self._name}: the store has no such file; check the address") from error
+        except PermissionError as error:
+            raise SourceError(f"{self._name}: access denied; check the store's login and who may read it") from error
+        except Exception as error:  # as above
+            raise TransientError(f"no answer ({type(error).__name__})") from error
+
+
+class StoreFile(BlockFile):
+    """A file in a store of fsspec. Its version is compared after each block."""
+
+    def __init__(self, shard: Shard, timeout_seconds: float) -> None:
+        self._store = _Store(shard)
+        now = retrying(self._store.version, shard.name, timeout_seconds)
+        self.size = now.size or 0
+        super().__init__(shard, timeout_seconds)
+        self._check_version(now)
+
+    def _ask(self, start: int, end: int) -> bytes:
+        end = min(end, self.size)
+        block = self._store.read(start, end) if start < end else b""
+        now = self._store.version()
+        self._check_version(now)
+        if now.size != self.size:
+            raise SourceError(
+                f"{self._shard.name} changed while it was read: {self.size:,} bytes at first, {now.size:,} now; "
+                "use data that does not change"
+            )
+        if len(block) != end - start:
+            raise TransientError(f"the block has {len(block)} bytes instead of {end - start}")
+        return block
