@@ -15,7 +15,7 @@ from relora_mora.distributed.collectives import from_first_rank, gather_from_ran
 from relora_mora.evaluation.generation import Generated, generate_answers
 from relora_mora.evaluation.loss import EvalResult, Update, evaluate, evaluate_sets, held_out
 from relora_mora.optim.groups import group_rates
-from relora_mora.sizing.work import flops_per_token
+from relora_mora.sizing.measure import flops_per_token
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.hardware import peak_memory_bytes
 from relora_mora.system.logs import counted, log
