@@ -84,6 +84,10 @@ class _Seen:
     flops: float
     forward: float
     boundary: int  # bytes of the input of a layer
+    fused: bool  # whether the loss is fused with the head
+
+
+_KNOWN: dict[Any, _Seen] = {}
 
 
 class Watch(TorchDispatchMode):
@@ -176,21 +180,19 @@ def flops_per_token(model_config: PreTrainedConfig, config: Config) -> Flops:
 def measure(model: PreTrainedModel, setup: Setup) -> Pass:
     """Measures a model without values, with its adapters, forms and trainable parameters.
 
-    With several operators: those that keep most, and the average of their FLOPs. What was measured is kept with the
-    model, since ZeRO's stages and the number of ranks change nothing.
+    With several operators: those that keep most, and the average of their FLOPs.
     """
     method = setup.config.method
     cycle = method.cycle if method.uses_squares else (None,)
     layers = [layer for _, layer in adapter_layers(model)]
-    known: dict[Any, Pass] = model.__dict__.setdefault("_measured", {})
+    known: dict[str, Pass] = {}
     passes = []
     for kind in cycle:
-        code = kind and OPERATORS[kind].code
-        key = (code, setup.bf16, setup.on_gpu, setup.compiles, *(layer.resident for layer in layers))
-        if key not in known:
+        code = OPERATORS[kind].code if kind else ""
+        if code not in known:
             set_operators(layers, kind)
-            known[key] = _extrapolate(model, setup)
-        passes.append(known[key])
+            known[code] = _extrapolate(model, setup)
+        passes.append(known[code])
     set_operators(layers, cycle[0])
     flops = [each.flops for each in passes]
     mean = Flops(*(sum(getattr(each, key) for each in flops) / len(flops) for key in ("total", "recomputed")))
@@ -206,9 +208,9 @@ def _extrapolate(model: PreTrainedModel, setup: Setup) -> Pass:
         resident = tuple(part.resident for part in layer.modules() if isinstance(part, AdapterLinear))
         kinds.setdefault((name.rpartition(".")[0], attention, shapes, resident), []).append(index)
     firsts = [indices[0] for indices in kinds.values()]
-    base = _run(model, setup, firsts)
+    base = _seen(model, setup, firsts)
     counts = [len(indices) for indices in kinds.values()]
-    more = [_run(model, setup, sorted([*firsts, first])) for first in firsts]
+    more = [_seen(model, setup, sorted([*firsts, first])) for first in firsts]
 
     def each(key: str) -> list[float]:
         """By kind, of one layer."""
@@ -225,9 +227,12 @@ def _extrapolate(model: PreTrainedModel, setup: Setup) -> Pass:
         kept, again = ends + base.boundary * len(layers), max(each(of_layers))
     else:
         kept, again = ends + together(of_layers), 0.0
+    loss = base.at_loss - base.kept
+    if setup.on_gpu and base.fused:
+        loss = _loss_on_gpu(model.get_output_embeddings().weight, tokens, setup)
     return Pass(
         kept=kept,
-        at_loss=kept + base.at_loss - base.kept,
+        at_loss=kept + loss,
         in_backward=kept + again + max(base.in_backward, base.at_end) - base.kept,
         at_end=base.at_end + max(each(of_layers)) - max(each("kept")),
         layer=max(each(of_layers)),
@@ -238,17 +243,29 @@ def _extrapolate(model: PreTrainedModel, setup: Setup) -> Pass:
     )
 
 
-def _run(model: PreTrainedModel, setup: Setup, chosen: Sequence[int]) -> _Seen:
-    """Runs forward and backward with some of the layers."""
+def _seen(model: PreTrainedModel, setup: Setup, chosen: Sequence[int]) -> _Seen:
+    """What a run with some of the layers shows. Plans, and runs of one process, often ask for the same."""
     config = setup.config
-    lm = _with_layers(model, chosen)
-    if config.model.attention == "eager":
-        lm.set_attn_implementation("eager")
     dtype = torch.bfloat16 if setup.bf16 else torch.float32
-    shape = (config.train.micro_batch_size, config.data.sequence_length)
-    head = lm.get_output_embeddings().weight
-    gpu_without_mask = setup.on_gpu and flash_supports(head_width(lm.config), dtype)
+    gpu_without_mask = setup.on_gpu and flash_supports(head_width(model.config), dtype)
     masked = config.data.masks_documents and not gpu_without_mask
+    eager = config.model.attention == "eager"
+    shape = (config.train.micro_batch_size, config.data.sequence_length)
+    key = (
+        model.config.to_json_string(),
+        *((name, p.shape, p.requires_grad) for name, p in model.named_parameters()),
+        *((str(layer), layer.resident, layer.stored) for _, layer in adapter_layers(model)),
+        *(dtype, masked, eager, shape, *chosen),
+    )
+    if key not in _KNOWN:
+        _KNOWN[key] = _run(_with_layers(model, chosen), dtype, shape, masked=masked, eager=eager)
+    return _KNOWN[key]
+
+
+def _run(lm: PreTrainedModel, dtype: torch.dtype, shape: tuple[int, int], *, masked: bool, eager: bool) -> _Seen:
+    """Runs forward and backward of a small model."""
+    if eager:
+        lm.set_attn_implementation("eager")
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         put_values(lm, {name: torch.empty(p.shape, dtype=dtype) for name, p in lm.named_parameters()})
         for _, adapter in adapter_layers(lm):
@@ -296,12 +313,12 @@ def _run(model: PreTrainedModel, setup: Setup, chosen: Sequence[int]) -> _Seen:
         kept, forward = watch.now, watch.flops
         next_phase()
         loss.backward(torch.tensor(1.0))  # a number that the loss can read
-    if setup.on_gpu and trained.scale is not None:
-        phases[0] = kept + _loss_on_gpu(head, shape[0] * shape[1], dtype)
     next_phase()
     compiled = kept - watch.bytes_of(saved) + watch.bytes_of(watch.compiled(saved))
     at_loss, in_backward, at_end = phases
-    return _Seen(kept, compiled, at_loss, in_backward, at_end, watch.flops, forward, max(boundaries))
+    return _Seen(
+        kept, compiled, at_loss, in_backward, at_end, watch.flops, forward, max(boundaries), trained.scale is not None
+    )
 
 
 def _forget(parameter: Tensor) -> None:
@@ -316,8 +333,9 @@ def _mark(watch: Watch, sizes: list[int], args: Any, given: Any) -> None:
         watch.sources[number] = {number}
 
 
-def _loss_on_gpu(head: Tensor, tokens: int, dtype: torch.dtype) -> int:
+def _loss_on_gpu(head: Tensor, tokens: int, setup: Setup) -> int:
     """Bytes that the fused loss takes on a GPU above what it keeps (``model/loss.py``)."""
+    dtype = torch.bfloat16 if setup.bf16 else torch.float32
     trains = head.numel() if head.requires_grad else 0
     logit = bytes_per_logit(dtype, in_place=True)
     chunk = min(tokens, loss_chunk(tokens, len(head), logit, on_gpu=True))
