@@ -26,7 +26,7 @@ HOST: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever tor
 class AdapterLinear(nn.Module):
     """A linear layer with a frozen weight and a trainable ``delta`` [out, in] that is added to it.
 
-    A subclass defines its parameters, their delta, and its costs. Resetting, saving, exporting and planning need
+    A subclass defines its parameters and their delta. Resetting, saving, exporting and planning need
     nothing else; only ``engine/merging.py`` treats MoRA specially.
 
     All its state is in its parameters, which are matrices: a resume or an export builds the layer without values and
