@@ -16,6 +16,7 @@ from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config, ModelConfig
 from relora_mora.data.stream.packing import document_boundaries
+from relora_mora.kernels import reference
 from relora_mora.model.causal import LossModel, build_model
 from relora_mora.model.config import read_model_config
 from relora_mora.model.config_keys import LLAMA_FAMILY
@@ -292,3 +293,10 @@ def test_no_layer_is_resident_at_stage_3() -> None:
         setup = Setup(config, stage, 4, bf16=True)
         choose_forms(model, setup, None)
         assert (peak_memory(model, setup).merged > 0) == (stage < 3)
+
+
+def test_measuring_leaves_no_tensor_without_values_in_a_cache() -> None:
+    config = make_config({"name": "mora", "operators": [6], "square_multiple": 2})
+    reference._tables.cache_clear()
+    measure(meta_model(LlamaConfig(**{**SIZES, "num_hidden_layers": 1}), config.method), Setup(config, 0, 1, bf16=True))
+    assert reference._tables.cache_info().currsize == 0
