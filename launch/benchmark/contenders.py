@@ -26,8 +26,8 @@ from relora_mora.engine.merging import FrozenMasters, Merger
 from relora_mora.model.causal import LossModel, build_model
 from relora_mora.optim.groups import build_optimizer, parameter_groups, set_trainable
 from relora_mora.sizing.fit import check_adapters, choose_forms
+from relora_mora.sizing.measure import flops_per_token
 from relora_mora.sizing.setup import Setup
-from relora_mora.sizing.work import flops_of
 from relora_mora.system.hardware import uses_cuda
 
 FORMS = ("merged", "resident", "decoupled")
@@ -93,7 +93,7 @@ class Ours:
             for _, linear in decoder_linears(lm):
                 linear.requires_grad_(False)
         self.trainable = _trainable(lm)
-        self.flops = flops_of(lm, setting.model_config, config).total
+        self.flops = flops_per_token(setting.model_config, config).total
         groups = parameter_groups(lm, config.optim)
         fixed = {name: p.data for name, p in lm.named_parameters() if not p.requires_grad}
         self.base = FrozenMasters(fixed, torch.distributed.get_rank(), ranks)

@@ -24,7 +24,7 @@ from relora_mora.cli.arguments import PositiveInt
 from relora_mora.config.registry import METHODS, OPERATORS
 from relora_mora.config.schema import MethodConfig, ModelConfig
 from relora_mora.model.config import read_model_config
-from relora_mora.model.widths import attention_widths
+from relora_mora.model.widths import head_width
 from relora_mora.operators import MORA_TYPES
 from relora_mora.sizing.fit import check_adapters
 from relora_mora.system.hardware import device_name
@@ -99,7 +99,8 @@ def main(
 
 def linears(model_config: PreTrainedConfig) -> list[tuple[int, dict[str, int]]]:
     """The width of each input of a decoder layer, and those of the outputs of the linears that share it."""
-    queries, keys = attention_widths(model_config)
+    shared = getattr(model_config, "num_key_value_heads", None) or model_config.num_attention_heads
+    queries, keys = (head_width(model_config) * heads for heads in (model_config.num_attention_heads, shared))
     hidden = model_config.hidden_size
     wide = model_config.intermediate_size
     return [

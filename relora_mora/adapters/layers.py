@@ -8,7 +8,7 @@ the readable reference, and the only form that allows dropout.
 
 from abc import abstractmethod
 from collections.abc import Iterator, KeysView, Sequence
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,29 +23,10 @@ ADAPTERS = "adapters"  # their group in an optimizer
 HOST: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
-class Flops(NamedTuple):
-    """FLOPs of an adapter per token: of forward only, and of forward and backward together."""
-
-    forward: float
-    both: float
-
-
-class Kept(NamedTuple):
-    """What a layer keeps per token until its backward. ``shared``: layers with the same input share one copy."""
-
-    what: str
-    elements: int
-    shared: bool
-
-
-INPUT = "x"  # ``Kept.what`` of the layer's input
-DROPPED = "dropped x"  # ``Kept.what`` of the input after one adapter's dropout
-
-
 class AdapterLinear(nn.Module):
     """A linear layer with a frozen weight and a trainable ``delta`` [out, in] that is added to it.
 
-    A subclass defines its parameters, their delta, and its costs. Resetting, saving, exporting and planning need
+    A subclass defines its parameters and their delta. Resetting, saving, exporting and planning need
     nothing else; only ``engine/merging.py`` treats MoRA specially.
 
     All its state is in its parameters, which are matrices: a resume or an export builds the layer without values and
@@ -54,8 +35,6 @@ class AdapterLinear(nn.Module):
 
     # the merged form is faster if tokens * (in + out) / (in * out) is at least this, as measured (docs/method.md)
     break_even: ClassVar[float]
-    # the number of [out, in] tensors that exist at once while the merged form builds W + delta
-    weights_built: ClassVar[int] = 1
 
     def __init__(self, linear: nn.Linear, form: str, dropout: float = 0.0) -> None:
         super().__init__()
@@ -119,18 +98,6 @@ class AdapterLinear(nn.Module):
 
         alpha is ``method.lora_alpha`` if the adapter uses it, else r.
         """
-
-    @abstractmethod
-    def flops(self, tokens: int, cycle: Sequence[int]) -> Flops:
-        """The adapter's own matrix products per token of a batch of ``tokens``, averaged over the ``cycle``."""
-
-    @abstractmethod
-    def kept(self, tokens: int, cycle: Sequence[int]) -> list[Kept]:
-        """What the layer keeps per token of a batch of ``tokens``, for the operator of ``cycle`` that keeps most."""
-
-    def _kept_by_dropout(self) -> list[Kept]:
-        """The dropout mask; on a GPU it takes one byte per element."""
-        return [Kept("kept by dropout", self.in_features, shared=False)] if self.drops else []
 
     @abstractmethod
     def _merged(self, x: Tensor) -> Tensor: ...

@@ -1,14 +1,13 @@
 """LoRA's adapter: ``delta = (alpha / r) B A`` (arXiv 2106.09685, eq. 3)."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.adapters.layers import DROPPED, HOST, INPUT, AdapterLinear, Flops, Kept
+from relora_mora.adapters.layers import HOST, AdapterLinear
 from relora_mora.adapters.stored import Stored, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
 
@@ -70,20 +69,6 @@ class LoRALinear(AdapterLinear):
     def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         A, B = parameters
         return A, B
-
-    def flops(self, tokens: int, cycle: Sequence[int]) -> Flops:
-        product = 2.0 * self.lora_rank * (self.in_features + self.out_features)
-        if not self.uses_merged_form(tokens):
-            return Flops(product, 3 * product)
-        # W + B A is built once for all tokens in forward and again in backward, unless it is resident
-        build = 0.0 if self.resident else 2.0 * self.in_features * self.out_features * self.lora_rank / tokens
-        return Flops(build, 2 * build + 2 * product)
-
-    def kept(self, tokens: int, cycle: Sequence[int]) -> list[Kept]:
-        x = Kept(DROPPED if self.drops else INPUT, self.in_features, shared=not self.drops)
-        if self.uses_merged_form(tokens):
-            return [x]
-        return [x, Kept("A x", self.lora_rank, shared=False), *self._kept_by_dropout()]
 
     def _merged(self, x: Tensor) -> Tensor:
         return _MergedLoRA.apply(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.adapters.layers import HOST, AdapterLinear, Flops, Kept
+from relora_mora.adapters.layers import HOST, AdapterLinear
 from relora_mora.adapters.scope import Scope
 from relora_mora.adapters.stored import EightBits, Stored, refuse_second_derivatives
 from relora_mora.config.schema import MethodConfig
@@ -38,7 +38,6 @@ class MoRALinear(AdapterLinear):
     """``W + D M C`` with M [R, R]. A merge can switch the operator."""
 
     break_even = 0.25
-    weights_built = 2  # delta and W + delta
 
     def __init__(self, linear: nn.Linear, size: int, mora_type: int, form: str = "auto", dropout: float = 0.0) -> None:
         super().__init__(linear, form, dropout)
@@ -95,21 +94,6 @@ class MoRALinear(AdapterLinear):
 
     def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         return self.operator.factors(*parameters)
-
-    def flops(self, tokens: int, cycle: Sequence[int]) -> Flops:
-        blocks = self._blocks(cycle)
-        product = 2.0 * self.square_size**2 * (sum(blocks) / len(blocks))
-        # merged: only dM is an additional product; decoupled: M C x, the gradient of C x, and dM
-        return Flops(0.0, product) if self.uses_merged_form(tokens) else Flops(product, 3 * product)
-
-    def kept(self, tokens: int, cycle: Sequence[int]) -> list[Kept]:
-        elements = self.square_size * max(self._blocks(cycle))
-        name = f"C x for {self.square_size} -> {self.out_features}"
-        return [Kept(name, elements, shared=self.uses_merged_form(tokens)), *self._kept_by_dropout()]
-
-    def _blocks(self, cycle: Sequence[int]) -> list[int]:
-        """How often each operator applies M to one token."""
-        return [make_operator(kind, self.in_features, self.out_features, self.square_size).blocks for kind in cycle]
 
     def _merged(self, x: Tensor) -> Tensor:
         compressed = self._compressed(x) if torch.is_grad_enabled() and self.mora_M.requires_grad else None

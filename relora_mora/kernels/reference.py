@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._guards import active_fake_mode
 
 from relora_mora.kernels.grouping import Grouping, Piece
 
@@ -94,8 +95,9 @@ def blocks_of(in_features: int, out_features: int, size: int) -> int:
 
 def angles(blocks: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin [B, R] for block j and feature i, with paired halves; computed in float32"""
-    # torch's compiler ignores a cache, and warns about it since 2.15
-    tables = _tables.__wrapped__ if torch.compiler.is_compiling() else _tables
+    # torch's compiler ignores a cache, and warns about it since 2.15; a fake tensor must not be in it
+    cached = not torch.compiler.is_compiling() and active_fake_mode() is None
+    tables = _tables if cached else _tables.__wrapped__
     return tables(blocks, size, dtype, device)
 
 

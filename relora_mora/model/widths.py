@@ -1,4 +1,4 @@
-"""Widths of attention, from a model's config."""
+"""Widths of a layer, from a model's config."""
 
 from transformers import PreTrainedConfig
 
@@ -7,13 +7,6 @@ def head_width(model_config: PreTrainedConfig) -> int:
     """The number of features of an attention head."""
     width: int = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
     return width
-
-
-def attention_widths(model_config: PreTrainedConfig) -> tuple[int, int]:
-    """The number of features of one token's queries, and of its keys; the values have as many as the keys."""
-    heads = model_config.num_attention_heads
-    shared_heads = getattr(model_config, "num_key_value_heads", None) or heads
-    return heads * head_width(model_config), shared_heads * head_width(model_config)
 
 
 def feed_forward_width(model_config: PreTrainedConfig) -> int:

@@ -1,8 +1,6 @@
-"""The memory of one device, part by part: formulas from shapes, nothing is allocated.
+"""The memory of one device, part by part: formulas from shapes, and activations that ``measure.py`` measures.
 
-Symbols: T trainable and F frozen parameters, N ranks, b bytes of the compute type (2 in bf16, 4 in fp32), n tokens of a
-micro-batch, h hidden size, f intermediate size, q and k widths of queries and keys, V vocabulary size, R size of a
-square matrix. Activations are bytes per token.
+Symbols: T trainable and F frozen parameters, N ranks, b bytes of the compute type (2 in bf16, 4 in fp32).
 
 The formulas follow the sources of DeepSpeed 0.19 and transformers 5.24:
 
@@ -26,17 +24,8 @@ gradients       stage 0: b T, and 4 T more during a bf16 step. Stage 1 in bf16: 
                 4 more bytes if there are several of these groups
 buffers         one bucket of ``reduce_bucket_size`` elements of b bytes at stages 2 and 3, and at 1 in fp32; with
                 ``overlap_comm`` a second one at stages 1 and 2
-activations     a layer keeps 2 h (4 + b) for its norms, (q + k) (4 + b) if queries and keys have their own norms,
-                and b (2 q + 2 k) for attention; eager attention keeps each head's weights in float32 and, in bf16, a
-                rounded copy; 3 b f for the gated product; and
-                the inputs of its linears: b (2 h + f) if they or their LoRA train, b R for each linear with MoRA, which
-                keeps only ``C x``. A compiled layer recomputes norms and the gated product, and keeps 2 h b and 2 b f
-                for them. With activation checkpointing b h per layer, and one whole layer
-scratch         at the loss: one chunk of logits, 6 V in bf16 and 4 V in fp32 per token, and the head's gradient
-                (4 + b) h V; on a GPU b V per token and 4 h V, and afterwards (4 + b) h V. In backward: the gradients of
-                the gated product, 2 b f per token, or of eager attention's weights, and ``W + delta`` of one linear
-                that is not resident; with products in 8 bits, the sums of the widest linear, (4 + b) f per token. In
-                the step: the workspace of a matrix optimizer (``work.py``)
+activations     measured (``measure.py``)
+scratch         at the loss and in backward: measured. In the step: the workspace of a matrix optimizer (``work.py``)
 ==============  ======================================================================================================
 
 A frozen weight has a float32 copy in the host memory of one rank, the i-th on rank i mod N: about 4 F / N. With a GPU
@@ -48,20 +37,15 @@ The CUDA context, fragmentation and the Python process itself are not counted.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from transformers import PreTrainedModel
 
-from relora_mora.adapters.inject import INPUTS, decoder_linears, storage_of
-from relora_mora.adapters.layers import INPUT, AdapterLinear, Kept, adapter_layers
-from relora_mora.adapters.stored import PLAIN
+from relora_mora.adapters.inject import storage_of
+from relora_mora.adapters.layers import AdapterLinear, adapter_layers
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.optim import OptimConfig
-from relora_mora.config.schema import Config
-from relora_mora.model.documents import flash_supports
-from relora_mora.model.loss import bytes_per_logit, loss_chunk
-from relora_mora.model.widths import attention_widths, feed_forward_width, head_width
 from relora_mora.optim.groups import count_parameters, parameter_groups
 from relora_mora.sizing import work
+from relora_mora.sizing.measure import measure
 from relora_mora.sizing.setup import MAX_LIVE_PARAMETERS, Setup
 
 REDUCED_TOGETHER = 500_000_000  # elements that DeepSpeed reduces at once at stage 1 in bf16; the last group may exceed
@@ -104,19 +88,16 @@ def peak_memory(model: PreTrainedModel, setup: Setup) -> Memory:
     before = gradients.between_micro_batches if setup.micro_batches > 1 else gradients.between_steps
     merged = merged_memory(model, setup)
     live = replace(state, merged=merged, gradients=before, gathered=max(state.gathered, gathered_memory(model, setup)))
-    kept, layer, mask = activation_memory(model, setup)
-    again = layer if setup.config.model.activation_checkpointing else 0
-    at_loss, in_backward = scratch_memory(model, setup)
+    seen = measure(model, setup)
     phases = [
-        replace(live, phase="loss", activations=kept, scratch=at_loss),
-        replace(live, phase="backward's start", activations=kept + again, scratch=in_backward),
+        replace(live, phase="loss", activations=seen.kept, scratch=seen.at_loss - seen.kept),
+        replace(live, phase="backward's start", activations=seen.kept, scratch=seen.in_backward - seen.kept),
         replace(
             state,
             phase="backward's end",
             merged=merged,
             gradients=gradients.after_backward,
-            activations=layer + mask,
-            scratch=in_backward,
+            activations=seen.at_end,
         ),
         replace(state, phase="reduction", merged=merged, gradients=gradients.in_reduction),
         replace(state, phase="step", gradients=gradients.in_step, scratch=work.scratch_bytes(model, setup)),
@@ -226,114 +207,3 @@ def _reduction_copies(groups: Sequence[int]) -> int:
             together.append([])
         together[-1].append(size)
     return max((6 if len(sizes) > 1 else 2) * sum(sizes) for sizes in together)
-
-
-def activation_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, float, float]:
-    """Activation bytes of one micro-batch: (kept by forward for backward, needed by one decoder layer, the mask).
-
-    All layers share one mask, which forward keeps.
-    """
-    config = setup.config
-    width = setup.width
-    hidden = model.config.hidden_size
-    of_norm = 4 + (width if config.method.train_norms else 0)
-    final_norm = hidden * of_norm + 4  # it is not compiled
-    if setup.compiles:
-        of_norm = width
-    norms = 2 * (hidden * of_norm + 4) + _normed_heads(model) * (head_width(model.config) * of_norm + 4)
-    attention, mask = _attention_activations(model, setup)
-    gated_product = (2 if setup.compiles else 3) * width * feed_forward_width(model.config)
-    layer = norms + attention + gated_product + width * _linear_inputs(model, config)
-    of_layer = width * hidden if config.model.activation_checkpointing else layer
-    ends = final_norm + 2 * width * hidden  # and the head's input with its gradient
-    tokens = config.tokens_per_micro_batch
-    kept = model.config.num_hidden_layers * of_layer + ends + mask
-    return tokens * kept, tokens * layer, tokens * mask
-
-
-def _normed_heads(model: PreTrainedModel) -> int:
-    """The number of query and key heads that have their own norm, as in Qwen3; 0 if the model has no such norms."""
-    normed = any(name.endswith(".q_norm") for name, _ in model.named_modules())
-    queries, keys = attention_widths(model.config)
-    return (queries + keys) // head_width(model.config) if normed else 0
-
-
-def _is_eager(model: PreTrainedModel, config: Config) -> bool:
-    attention = config.model.attention
-    return (model.config._attn_implementation if attention == "auto" else attention) == "eager"
-
-
-def _attention_activations(model: PreTrainedModel, setup: Setup) -> tuple[int, int]:
-    """Bytes per token: (kept by the attention of a layer, of the mask)."""
-    config = setup.config
-    heads = model.config.num_attention_heads
-    length = config.data.sequence_length
-    queries, keys = attention_widths(model.config)
-    eager = _is_eager(model, config)
-    fused = setup.on_gpu and not eager
-    flash = fused and flash_supports(head_width(model.config), _compute_type(setup))
-    masked = eager or (config.data.masks_documents and not flash)
-    if masked or (fused and not flash):
-        keys = queries  # keys and values are repeated for every head
-    kept = setup.width * (2 * queries + 2 * keys) + 4 * heads
-    if eager:
-        kept += heads * length * (6 if setup.bf16 else 4)  # softmax in float32, and its rounded copy
-    return kept, setup.width * length if masked else 0
-
-
-def _linear_inputs(model: PreTrainedModel, config: Config) -> float:
-    """Elements per token that the linears of a decoder layer keep for their gradients, averaged over the layers.
-
-    An input that several linears share is kept once. The input of ``o_proj`` is attention's output, which is kept
-    anyway.
-    """
-    elements: dict[tuple[str, str, str], int] = {}
-    for name, layer in decoder_linears(model):
-        prefix, _, kind = name.rpartition(".")
-        source = INPUTS.get(kind, kind)
-        for kept in _kept(layer, config):
-            if (source, kept.what) != ("o_proj", INPUT):
-                elements[prefix, source if kept.shared else kind, kept.what] = kept.elements
-    return sum(elements.values()) / model.config.num_hidden_layers
-
-
-def _kept(layer: torch.nn.Linear | AdapterLinear, config: Config) -> list[Kept]:
-    if isinstance(layer, AdapterLinear):
-        return layer.kept(config.tokens_per_micro_batch, config.method.cycle)
-    return [Kept(INPUT, layer.in_features, shared=True)] if layer.weight.requires_grad else []
-
-
-def _compute_type(setup: Setup) -> torch.dtype:
-    return torch.bfloat16 if setup.bf16 else torch.float32
-
-
-def scratch_memory(model: PreTrainedModel, setup: Setup) -> tuple[float, float]:
-    """Bytes of temporary memory: (at the loss, in backward)."""
-    config = setup.config
-    on_gpu = setup.on_gpu
-    width = setup.width
-    tokens = config.tokens_per_micro_batch
-    vocabulary = model.config.vocab_size
-    logit = bytes_per_logit(_compute_type(setup), in_place=on_gpu)
-    chunk = min(tokens, loss_chunk(tokens, vocabulary, logit, on_gpu=on_gpu))
-    head = model.get_output_embeddings().weight
-    trains = head.numel() if head.requires_grad else 0
-    rounded = (4 + width) * trains
-    logits = chunk * vocabulary * logit
-    at_loss = max(logits + 4 * trains, rounded) if on_gpu else logits + rounded
-    built = 0.0  # elements of the compute type
-    multiplies = False
-    for _, layer in adapter_layers(model):
-        multiplies = multiplies or layer.stored.multiplies
-        builds = 0.0
-        if not layer.resident and layer.uses_merged_form(tokens):
-            builds = layer.weights_built
-        if layer.stored != PLAIN and not layer.stored.multiplies:
-            builds += 1 + 4 / width  # W in the compute type, and in float32 before that
-        built = max(built, builds * layer.weight.numel())
-    in_backward = (4 + width if multiplies else 2 * width) * tokens * feed_forward_width(model.config)
-    if _is_eager(model, config):
-        # in float32 before and after the softmax, when the gated product and the rounded weights have been freed
-        weights = tokens * model.config.num_attention_heads * config.data.sequence_length
-        in_backward = max(in_backward, weights * (6 if setup.bf16 else 8) - 1.5 * in_backward)
-    return at_loss, in_backward + width * (built + trains)

@@ -12,8 +12,9 @@ from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.registry import METHODS
 from relora_mora.config.schema import Config
 from relora_mora.model.causal import LossModel, build_model
+from relora_mora.model.config import parse_model_config
 from relora_mora.optim.groups import set_trainable
-from relora_mora.sizing.work import Flops, flops_per_token
+from relora_mora.sizing.measure import Flops, flops_per_token
 from tests.tools.each import each
 
 MODEL = LlamaConfig(
@@ -99,17 +100,15 @@ def test_recomputed_forward_is_counted_separately(name: str) -> None:
     assert 0.9 * flops.performed < counted(MODEL, config) <= 1.001 * flops.performed
 
 
-def test_parts_by_hand() -> None:
+def test_by_hand() -> None:
     flops = flops_per_token(MODEL, make_config(method={"name": "full"}))
     decoder = 2 * (48 * 48 * 2 + 48 * 24 * 2 + 3 * 48 * 112)
-    assert flops == Flops(
-        linears=6.0 * decoder, adapters=0.0, attention=12.0 * 24 * 48 * 2, head=6.0 * 48 * 160, recomputed=0.0
-    )
+    assert flops == Flops(total=6.0 * decoder + 12.0 * 24 * 48 * 2 + 6.0 * 48 * 160, recomputed=0.0)
 
 
-def test_frozen_linears_cost_two_thirds() -> None:
-    full = flops_per_token(MODEL, make_config(method={"name": "full"}))
-    remora = flops_per_token(MODEL, make_config(method={"name": "remora"}))
-    assert remora.linears == pytest.approx(full.linears * 2 / 3)
-    assert (remora.attention, remora.head) == (full.attention, full.head)
-    assert 0 < remora.adapters < remora.linears
+def test_an_expert_computes_the_tokens_that_it_gets() -> None:
+    """Each token passes two of four experts."""
+    sizes = {**MODEL.to_dict(), "model_type": "mixtral", "num_local_experts": 4, "pad_token_id": None}
+    flops = flops_per_token(parse_model_config(sizes, "the test"), make_config(method={"name": "full"}))
+    decoder = 2 * (48 * 48 * 2 + 48 * 24 * 2 + 2 * 3 * 48 * 112 + 48 * 4)
+    assert flops.total == 6.0 * decoder + 12.0 * 24 * 48 * 2 + 6.0 * 48 * 160

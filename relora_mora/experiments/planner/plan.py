@@ -15,9 +15,10 @@ from relora_mora.experiments.planner.cluster import Cluster, StepTime
 from relora_mora.experiments.planner.network import Traffic, traffic
 from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.fit import USABLE, choose_forms, uneven_widths
+from relora_mora.sizing.measure import Flops, measure
 from relora_mora.sizing.memory import Memory, peak_memory
 from relora_mora.sizing.setup import Setup
-from relora_mora.sizing.work import Flops, flops_of, meta_model, passes_bytes, product_flops
+from relora_mora.sizing.work import meta_model, passes_bytes, product_flops
 from relora_mora.system.devices import WITHOUT_FP8
 
 BACKWARD_SHARE = 2 / 3
@@ -67,11 +68,11 @@ class Plan:
         self.zero_stage = config.train.zero_stage
         model = meta_model(self.model_config, config.method)
         self.parameters = count_parameters(model)
-        self.flops = flops_of(model, self.model_config, config)  # of a token
         self.optimizer_flops = product_flops(model, config.optim)  # of a step, over all ranks
         self._passes = passes_bytes(model, config.optim)
         self._models = {self.method: model}
         self._needs: dict[tuple[int, str], Needs] = {}
+        self.flops = measure(model, self.needs(self.zero_stage).setup).flops  # of a token
         self.notes = [*self.notes, *remarks(config), *self._notes()]
 
     def _notes(self) -> list[str]:

@@ -100,14 +100,11 @@ def _run(plan: Plan) -> str:
     optim = plan.config.optim
     cluster = plan.cluster
     device = cluster.device
-    shares = [
-        f"{name} {getattr(flops, name) / flops.total:.0%}" for name in ("linears", "adapters", "attention", "head")
-    ]
-    shares += [f"{flops.recomputed / 1e9:.4g} more for activation checkpointing"] if flops.recomputed else []
+    again = f", {flops.recomputed / 1e9:.4g} more for activation checkpointing" if flops.recomputed else ""
     lines = [
         f"parameters: {counts.total:,} in the model; {plan.method} trains {counts.trainable:,}, "
         f"{counts.adapters:,} of them in adapters",
-        f"arithmetic: {flops.total / 1e9:.4g} GFLOP a token: {', '.join(shares)}",
+        f"arithmetic: {flops.total / 1e9:.4g} GFLOP a token{again}",
         f"data: {plan.config.tokens_per_step:,} tokens a step, {plan.tokens:,} in all, "
         f"{flops.total * plan.tokens:.3g} FLOP",
         f"time: {plan.assumption}",

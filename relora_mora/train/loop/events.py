@@ -9,7 +9,7 @@ from relora_mora.checkpoint.writer import CheckpointWriter
 from relora_mora.data.stream.producer import mixture_names
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, sum_over_hosts
 from relora_mora.optim.groups import group_rates
-from relora_mora.sizing.work import flops_per_token
+from relora_mora.sizing.measure import flops_per_token
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.hardware import peak_memory_bytes
 from relora_mora.system.logs import counted, log

@@ -11,7 +11,7 @@ import pytest
 from relora_mora.config.load import load_config
 from relora_mora.config.shipped import MODELS, SETTINGS, shipped_files
 from relora_mora.model.config import read_model_config
-from relora_mora.sizing.work import flops_per_token
+from relora_mora.sizing.measure import flops_per_token
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
