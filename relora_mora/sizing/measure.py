@@ -222,11 +222,12 @@ def _extrapolate(model: PreTrainedModel, setup: Setup) -> Pass:
 
     tokens = setup.config.tokens_per_micro_batch
     ends = base.kept - sum(each("kept"))  # bytes that are not kept by layers
+    repeated = _repeated(model, setup)
     of_layers = "compiled" if setup.compiles else "kept"
     if setup.config.model.activation_checkpointing:
-        kept, again = ends + base.boundary * len(layers), max(each(of_layers))
+        kept, again = ends + base.boundary * len(layers), max(each(of_layers)) + repeated
     else:
-        kept, again = ends + together(of_layers), 0.0
+        kept, again = ends + together(of_layers) + repeated * len(layers), 0.0
     loss = base.at_loss - base.kept
     if setup.on_gpu and base.fused:
         loss = _loss_on_gpu(model.get_output_embeddings().weight, tokens, setup)
@@ -234,13 +235,24 @@ def _extrapolate(model: PreTrainedModel, setup: Setup) -> Pass:
         kept=kept,
         at_loss=kept + loss,
         in_backward=kept + again + max(base.in_backward, base.at_end) - base.kept,
-        at_end=base.at_end + max(each(of_layers)) - max(each("kept")),
-        layer=max(each(of_layers)),
+        at_end=base.at_end + max(each(of_layers)) - max(each("kept")) + repeated,
+        layer=max(each(of_layers)) + repeated,
         flops=Flops(
             (base.flops - sum(each("flops")) + together("flops")) / tokens,
             together("forward") / tokens if setup.config.model.activation_checkpointing else 0.0,
         ),
     )
+
+
+def _repeated(model: PreTrainedModel, setup: Setup) -> int:
+    """Bytes of the keys and values that attention without a mask repeats in a layer on a GPU, if it is not flash."""
+    config = setup.config
+    flash = flash_supports(head_width(model.config), torch.bfloat16 if setup.bf16 else torch.float32)
+    if not setup.on_gpu or flash or config.data.masks_documents or config.model.attention == "eager":
+        return 0
+    heads = getattr(model.config, "num_attention_heads", 0)
+    fewer = heads - (getattr(model.config, "num_key_value_heads", None) or heads)
+    return 2 * fewer * head_width(model.config) * setup.width * config.tokens_per_micro_batch
 
 
 def _seen(model: PreTrainedModel, setup: Setup, chosen: Sequence[int]) -> _Seen:
