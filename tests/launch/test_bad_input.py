@@ -110,7 +110,7 @@ def test_settings_of_a_plan(inputs: Path, setting: str, message: str) -> None:
         ("folder/*.json", "no file matches"),
         ("https://[x/a.json", "not a valid url"),
         ("rubbish.json", "lines are bad, more than data.max_bad_fraction"),
-        ("damaged.json.gz", "its compressed data breaks off at byte 100,"),
+        ("damaged.json.gz", "its compressed data breaks off at byte 100;"),
         ("empty.json", "empty.json"),
     ],
 )
