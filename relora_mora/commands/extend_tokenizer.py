@@ -33,7 +33,7 @@ def main(
     token of held-out text, before and after. A run with model.init_from and model.new_tokens trains a model with it.
 
     Arguments:
-        tokenizer: a folder with a tokenizer, such as that of the model, or a sentencepiece .model file
+        tokenizer: a folder with a tokenizer, such as the model's, or a sentencepiece .model file
         out: the folder to write; it must be new or empty
         data: a source of text as in a run's data.train (path, glob, url, hub:OWNER/NAME/PATTERN, allenai/c4), or a YAML
             list of them; each tenth document is held out

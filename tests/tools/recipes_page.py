@@ -30,7 +30,7 @@ relora-mora train-tokenizer --data=allenai/c4 --out=runs/tokenizer --vocab_size=
 "Micro-batch" is `train.micro_batch_size`; an asterisk means `model.activation_checkpointing`. If the
 memory is full nevertheless, halve the micro-batch; the run sees the same batches. For another card or
 other settings, replace `pretrain` with `plan` and add `--device=CARD`; `relora-mora plan llama_7b
---device=rtx4090` answers for a model. The learning rate is that of the paper's sizes, 250 million and
+--device=rtx4090` answers for a model. The learning rate suits the paper's sizes, 250 million and
 1.3 billion parameters; [sizes](../configs/README.md#sizes) says how it would scale.
 """
 CARDS = {"rtx3060": 1, "rtx4080": 1, "rtx4090": 1, "l40s": 1, "a100-80gb": 1, "8 x a100-80gb": 8}
