@@ -84,6 +84,7 @@ class _Seen:
     flops: float
     forward: float
     boundary: int  # bytes of the input of a layer
+    passed: int  # bytes that all layers get, such as a mask, and that no layer keeps
     fused: bool  # whether the loss is fused with the head
 
 
@@ -225,7 +226,7 @@ def _extrapolate(model: PreTrainedModel, setup: Setup) -> Pass:
     repeated = _repeated(model, setup)
     of_layers = "compiled" if setup.compiles else "kept"
     if setup.config.model.activation_checkpointing:
-        kept, again = ends + base.boundary * len(layers), max(each(of_layers)) + repeated
+        kept, again = ends + base.passed + base.boundary * len(layers), max(each(of_layers)) + repeated
     else:
         kept, again = ends + together(of_layers) + repeated * len(layers), 0.0
     loss = base.at_loss - base.kept
@@ -290,8 +291,11 @@ def _run(lm: PreTrainedModel, dtype: torch.dtype, shape: tuple[int, int], *, mas
     known |= {_key(adapter.merged_weight) for _, adapter in adapter_layers(lm) if adapter.merged_weight is not None}
     watch = Watch(known)
     boundaries: list[int] = []
+    passed: dict[int, int] = {}  # sizes of the other arguments of layers
     for _, layer in decoder_layers(lm):
-        layer.register_forward_pre_hook(lambda _, args, given: _mark(watch, boundaries, args, given), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda _, args, given: _mark(watch, boundaries, passed, args, given), with_kwargs=True
+        )
     decoder_layers(lm)[0][1].register_forward_hook(lambda _, args, out: ends_with(out))
     # as if the embeddings trained, without their gradient
     lm.get_input_embeddings().register_forward_hook(
@@ -329,7 +333,10 @@ def _run(lm: PreTrainedModel, dtype: torch.dtype, shape: tuple[int, int], *, mas
     compiled = kept - watch.bytes_of(saved) + watch.bytes_of(watch.compiled(saved))
     at_loss, in_backward, at_end = phases
     return _Seen(
-        kept, compiled, at_loss, in_backward, at_end, watch.flops, forward, max(boundaries), trained.scale is not None
+        *(kept, compiled, at_loss, in_backward, at_end, watch.flops, forward),
+        boundary=max(boundaries),
+        passed=sum(size for number, size in passed.items() if number not in saved),
+        fused=trained.scale is not None,
     )
 
 
@@ -337,12 +344,15 @@ def _forget(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _mark(watch: Watch, sizes: list[int], args: Any, given: Any) -> None:
-    """Notes the input of a layer, which a compiled layer gets as it is."""
+def _mark(watch: Watch, sizes: list[int], passed: dict[int, int], args: Any, given: Any) -> None:
+    """Notes the input of a layer, which a compiled layer gets as it is, and what else it is given."""
     x = args[0] if args else given["hidden_states"]
     sizes.append(x.nbytes)
     if (number := watch.number(x)) is not None:
         watch.sources[number] = {number}
+    for value in tree_iter((args, given)):
+        if isinstance(value, Tensor) and value is not x and (number := watch.number(value)) is not None:
+            passed[number] = value.nbytes
 
 
 def _loss_on_gpu(head: Tensor, tokens: int, setup: Setup) -> int:

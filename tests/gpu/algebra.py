@@ -26,11 +26,9 @@ from tests.model.test_llama import (
 from tests.model.test_loss import test_loss_and_gradient_agree_with_float64
 from tests.test_operators import test_an_operator_in_the_types_of_training_agrees_with_float64
 from tests.tools.tiny import tiny_llama
+from tests.weights.conftest import hf_tokenizer, model, run
 from tests.weights.test_export import (
     checkpoint,
-    hf_tokenizer,
-    model,
-    run,
     test_an_export_has_the_logits_of_the_merged_model,
     test_every_form_of_a_model_has_the_same_loss,
     text,

@@ -78,6 +78,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.more
 @each(("method", "model", "bf16"), [(*case, number % 2 == 0) for number, case in enumerate(CASES)])
 def test_activations_and_peak(method: dict[str, Any], model: dict[str, Any], bf16: bool) -> None:
     check_activations_and_peak(make_config(method, model), MODEL, bf16)
@@ -143,6 +144,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.more
 @each("bf16", [True, False])
 @each("kind", OTHERS)
 def test_activations_and_peak_of_other_families(kind: str, bf16: bool) -> None:

@@ -208,6 +208,7 @@ def test_what_training_sees_is_evaluated_and_exported(pools, inputs, tokenizer_p
     assert seen["export"] == pytest.approx(seen["trainer"], abs=TOLERANCE)
 
 
+@pytest.mark.more
 @each("name", [*CHANGED, *PLANNED])
 def test_settings_that_change_the_plan(inputs, tokenizer_path, unchanged_plan, name):
     place, expected = unchanged_plan
