@@ -27,6 +27,7 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm2": ("llama_130m", {"vocab_size": 49152}),
     "tiny_base": ("llama_tiny", _LONGER),
     "memory_base": ("llama_tiny", _LONGER),
+    "textbooks_base": ("llama_tiny", _LONGER),
 }
 
 
