@@ -6,7 +6,6 @@ The output ends with a line of JSON.
 import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -230,7 +229,6 @@ def _score_tasks(
 ) -> None:
     """Prints the results of tasks and, for a checkpoint in a run folder, records them there."""
     from relora_mora.evaluation.harness import Tasks, record, table
-    from relora_mora.system.run_folder import RunFolder
     from relora_mora.tokenizer.load import load_tokenizer
     from relora_mora.weights.foreign import positions_of
     from relora_mora.weights.generation import generation_config
@@ -243,13 +241,8 @@ def _score_tasks(
     results = scorer.score(lm, loaded_tokenizer, batch_size=batch_size)
     print(f"{loaded.description}\n{table(results)}", file=sys.stderr)
     print(json.dumps({"tasks": results}), flush=True)
-    if loaded.checkpoint is not None:
-        checkpoint, step = loaded.checkpoint
-        places = (Path(os.path.abspath(checkpoint)), checkpoint.resolve())  # noqa: PTH100 - any folder may be a link
-        runs = (place.parent.parent for place in places)
-        run = next((run for run in runs if RunFolder(run).config.is_file()), None)
-        if run is not None:
-            record(run, step, results, settings)
+    if loaded.checkpoint is not None and loaded.run is not None and loaded.run.config.is_file():
+        record(loaded.run.path, loaded.checkpoint[1], results, settings)
 
 
 def tokenizer_of(loaded: "LoadedModel", other: str | None) -> Path:

@@ -64,7 +64,7 @@ def main(
         held_out = documents[::_HELD_OUT]
         if len(documents) < 2:
             raise TokenizerError(
-                f"{data}: {len(documents)} documents with text, of which one is held out; give more, or split it with "
+                f"{data}: {len(documents)} documents with text, and one is held out; give more, or split it with "
                 "--data.sample_by=paragraph"
             )
         with Bar("adding tokens"):

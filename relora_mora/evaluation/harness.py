@@ -77,7 +77,9 @@ ALONE = Ranks()
 def check_tasks(settings: TaskSettings) -> None:
     """Raises :class:`HarnessError` if lm-eval is not installed, a local task cannot use its rows, or no task uses
     ``task_data``."""
-    at, data, num_fewshot = settings.at, settings.task_data, settings.num_fewshot
+    at = settings.at
+    data = settings.task_data
+    num_fewshot = settings.num_fewshot
     local = set(settings.tasks) & set(LOCAL_TASKS)
     if data is not None and not local:
         raise HarnessError(

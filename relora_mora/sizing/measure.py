@@ -34,7 +34,7 @@ from relora_mora.model.widths import head_width
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
 
-# matrix products by the position of their first factor; the last size of the next argument is that of the result
+# matrix products by the position of their first factor; the next argument has the last size of the result
 _PRODUCTS = {
     **dict.fromkeys(("mm", "bmm", "_int_mm", "_grouped_mm", "grouped_mm_fallback", "grouped_mm_fallback_backward"), 0),
     **dict.fromkeys(("addmm", "baddbmm"), 1),

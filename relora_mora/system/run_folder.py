@@ -1,6 +1,7 @@
 """The names of all files in a run folder, in one place."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,10 @@ class RunFolder:
 
     @staticmethod
     def of(checkpoint: Path) -> "RunFolder":
-        """The run that wrote a checkpoint into its folder."""
-        return RunFolder(checkpoint.absolute().parent.parent)
+        """The run that wrote a checkpoint into its folder. Each of these folders may be a link."""
+        places = (Path(os.path.abspath(checkpoint)), checkpoint.resolve())  # noqa: PTH100 - resolve() follows links
+        runs = [RunFolder(place.parent.parent) for place in places]
+        return next((run for run in runs if run.config.is_file()), runs[0])
 
     lock = RunFile("lock")  # held by the first rank of the trainer that uses the folder (supervise.lock.RunLock)
     config = RunFile("config.yaml")  # all settings of the latest start

@@ -10,9 +10,10 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 COMMIT = "c0ffee0000000000000000000000000000c0ffee"
@@ -180,11 +181,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
 
-@contextmanager
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
+
+
 def serving(
     folder: Path, fault: Callable[[int], str | None] = lambda n: None, **settings: int
-) -> Iterator[FaultyServer]:
-    server = FaultyServer(folder, fault, **settings)
+) -> AbstractContextManager[FaultyServer]:
+    return running(FaultyServer(folder, fault, **settings))
+
+
+@contextmanager
+def running(server: Server) -> Iterator[Server]:
+    """Serves from a thread inside the block."""
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:

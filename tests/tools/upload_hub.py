@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.tools.faulty_server import running
 
 TOKEN = "hf_" + "s" * 30  # the only one that it accepts
 
@@ -113,14 +113,5 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-@contextmanager
-def upload_hub() -> Iterator[UploadHub]:
-    server = UploadHub()
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def upload_hub() -> AbstractContextManager[UploadHub]:
+    return running(UploadHub())
