@@ -4,6 +4,7 @@ aimed."""
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from relora_mora.cli.command import run
 from relora_mora.commands.pretrain import main
 
 PHASES = Path(os.environ["VICTIM_PHASES"])
+multiprocessing.current_process()._config["semprefix"] = "/victim"  # names semaphores, so that the test knows what a victim leaves
 
 
 def say(phase: str) -> None:
