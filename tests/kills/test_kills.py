@@ -161,7 +161,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tokenizer_path, tmp_path, s
 
 
 def _unused_shared_memory() -> set[Path]:
-    """What no process has mapped, as one that was killed leaves it; not the semaphores of others, which end at any time."""
+    """What no process has mapped, as one that was killed leaves it; without semaphores of others, which come and go."""
     found = [path for path in Path("/dev/shm").iterdir() if not path.name.startswith("sem.mp-")]
     mapped: set[int] = set()  # inodes: a semaphore had another name when it was mapped
     for path in Path("/proc").glob("[0-9]*/maps"):

@@ -15,7 +15,8 @@ from relora_mora.cli.command import run
 from relora_mora.commands.pretrain import main
 
 PHASES = Path(os.environ["VICTIM_PHASES"])
-multiprocessing.current_process()._config["semprefix"] = "/victim"  # names semaphores, so that the test knows what a victim leaves
+# a name of their own for semaphores, which tells what a victim leaves from what other processes use
+multiprocessing.current_process()._config["semprefix"] = "/victim"  # type: ignore[attr-defined]
 
 
 def say(phase: str) -> None:
