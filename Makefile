@@ -34,15 +34,16 @@ KILLS ?= 100
 test-kill: $(VENV)/.installed-dev  ## KILLS=100 kills at random moments; KILL_SEED=n makes a sequence again
 	KILLS=$(KILLS) $(BIN)/python -m pytest -s -m kills
 
-test-stops: $(VENV)/.installed-dev  ## every signal, launcher and lost rank
-	$(BIN)/python -m pytest -n 2 -m stops
+NOT_LONG := $(if $(SHORT), and not long)
+test-stops: $(VENV)/.installed-dev  ## every signal, launcher and lost rank; SHORT=1: each once
+	$(BIN)/python -m pytest -n 2 -m "stops$(NOT_LONG)"
 
 SAMPLE ?= 10
 test-power: $(VENV)/.installed-dev  ## whether tests still find SAMPLE=10 faults of the past, drawn from tests/power/faults.yaml
 	$(BIN)/python -m tests.power --sample=$(SAMPLE)
 
-test-cluster: $(VENV)/.installed-dev  ## two hosts with ssh, and Slurm, in namespaces of this machine (root)
-	$(BIN)/python -m pytest -m cluster -rs
+test-cluster: $(VENV)/.installed-dev  ## two hosts with ssh, and Slurm, in namespaces of this machine (root); SHORT=1 as above
+	$(BIN)/python -m pytest -rs -m "cluster$(NOT_LONG)"
 
 test-image: $(VENV)/.installed-dev  ## the image built and run for real, with buildah and debootstrap (root, minutes)
 	$(BIN)/python -m pytest -s -rs tests/containers/image.py

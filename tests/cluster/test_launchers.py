@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from tests.cluster.runs import PRETRAIN, deepspeed, same_end, torchrun
+from tests.tools.grids import rest
 
 pytestmark = pytest.mark.cluster
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [3, *rest((2,), mark="long")])
 def test_deepspeed_trains_across_both_hosts(pair, make, reference, tmp_path, stage):
     config = make(stage)
     hostfile = tmp_path / "hostfile"

@@ -14,6 +14,7 @@ import pytest
 from tests.cluster.hosts import Pair, skip, wait_until, why_not
 from tests.cluster.runs import SAVE_EVERY, STEPS, losses, same_end, starts
 from tests.cluster.slurm import NEEDED, Slurm
+from tests.tools.grids import rest
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import ends, last_step
 
@@ -90,7 +91,9 @@ def test_a_preempted_job_continues_and_ends_bit_equal(slurm, pair, make, referen
     assert began[3] % SAVE_EVERY == 0
 
 
-@pytest.mark.parametrize("end,state", [("exit 2", "FAILED"), ("exit 69", "PENDING"), ("kill -BUS $$", "PENDING")])
+@pytest.mark.parametrize(
+    "end,state", [("exit 2", "FAILED"), ("exit 69", "PENDING"), *rest(("kill -BUS $$", "PENDING"), mark="long")]
+)
 def test_the_exit_code_of_a_failed_rank_is_not_hidden_by_the_kill_of_another(slurm, make, tmp_path, end, state):
     """srun's own code is 137 each time, and its words about each task are what the job decides by."""
     config = make(2)
@@ -156,7 +159,7 @@ def test_an_array_trains_a_seed_per_task_and_requeues_each_by_itself(slurm, make
     assert losses(runs / "seed-1") != losses(runs / "seed-2")
 
 
-@pytest.mark.parametrize("batch_node", ["node1", "node2"])
+@pytest.mark.parametrize("batch_node", ["node1", *rest(("node2",), mark="long")])
 def test_a_job_that_lost_a_node_continues_when_the_node_is_back(slurm, pair, make, reference, batch_node):
     """node2, which has a rank only, or the batch script and srun as well: then Slurm has to requeue the job, and to end
     what is left there."""

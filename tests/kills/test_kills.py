@@ -30,7 +30,7 @@ KILLS = int(os.environ.get("KILLS", "2"))
 SEED = int(os.environ.get("KILL_SEED") or random.SystemRandom().randrange(10**6))
 PHASES = ("launch", "start", "step", "evaluate", "merge", "save", "commit", "retire")
 TARGETS = ("all ranks", "rank 0", "rank 1", "launch.py", "deepspeed")
-STEPS = 60
+STEPS = 60 if KILLS >= 10 else 24
 
 
 # stages with the base of their weights, and the share of all kills; the last two only in a long proof

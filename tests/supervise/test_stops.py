@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from relora_mora.checkpoint.reader import newest_whole
+from tests.tools.grids import rest
 from tests.tools.jobs import Job, checkpoints, ends, last_step, write_config
 from tests.tools.runs import checkpoint_at, run_config, tensors
 
@@ -46,11 +47,14 @@ def _saved_step(run_dir: Path) -> int:
     [
         (signal.SIGTERM, "rank 1", "deepspeed"),
         (signal.SIGINT, "rank 0", "torchrun"),
-        (signal.SIGUSR1, "rank 1", "torchrun"),
-        (signal.SIGTERM, "launch.py", "deepspeed"),
-        (signal.SIGINT, "launch.py", "deepspeed"),
         (signal.SIGTERM, "launcher", "deepspeed"),
-        (signal.SIGTERM, "launcher", "torchrun"),
+        *rest(
+            (signal.SIGUSR1, "rank 1", "torchrun"),
+            (signal.SIGTERM, "launch.py", "deepspeed"),
+            (signal.SIGINT, "launch.py", "deepspeed"),
+            (signal.SIGTERM, "launcher", "torchrun"),
+            mark="long",
+        ),
     ],
 )
 def test_a_signal_saves_and_ends_all_ranks(config, number, target, launcher):
@@ -100,7 +104,7 @@ def catches(process: psutil.Process | None, number: signal.Signals) -> bool:
     return mask is not None and bool(int(mask[1], 16) >> (number - 1) & 1)
 
 
-@pytest.mark.parametrize("how,lost", [("killed", 1), ("killed", 0), ("hangs", 1), ("hangs", 0)])
+@pytest.mark.parametrize("how,lost", [("killed", 1), ("hangs", 0), *rest(("killed", 0), ("hangs", 1), mark="long")])
 def test_a_lost_rank_ends_the_job_and_is_named(config, lost, how):
     run_dir = config.parent / "run"
     job = Job(config)
@@ -126,7 +130,7 @@ def test_a_lost_rank_ends_the_job_and_is_named(config, lost, how):
     assert again.wait(20) == 75
 
 
-@pytest.mark.parametrize("target", ["launch.py", "launcher"])
+@pytest.mark.parametrize("target", ["launch.py", *rest(("launcher",), mark="long")])
 def test_ranks_end_with_their_launcher_and_the_same_command_waits_for_them(config, target):
     run_dir = config.parent / "run"
     job = Job(config)

@@ -14,10 +14,10 @@ ENOUGH = 1500  # random cases, among which are all pairs of a grid (tests/grid/t
 Case = dict[str, Any]
 
 
-def rest(*cases: Any) -> list[Any]:
-    """Cases that only ``make test-all`` runs: others have each of their values, here or in another test of the same
-    code."""
-    return [pytest.param(*case, marks=pytest.mark.more) for case in cases]
+def rest(*cases: Any, mark: str = "more") -> list[Any]:
+    """Cases whose values are in others, too: ``make test`` leaves out those marked ``more``, and ``make test-stops
+    SHORT=1`` those marked ``long``."""
+    return [pytest.param(*case, marks=getattr(pytest.mark, mark)) for case in cases]
 
 
 def covering(cases: Sequence[Case], together: int) -> list[Case]:

@@ -13,6 +13,7 @@ from relora_mora.supervise.lock import RunLock
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from relora_mora.train.begin.run_folder import check_run_folder
 from tests.tools.commands import PRETRAIN, call, disk
+from tests.tools.grids import rest
 from tests.tools.jobs import Job, ends, write_config
 from tests.tools.runs import logged_steps, run_config, train
 
@@ -120,7 +121,7 @@ def test_changes_at_a_resume_are_noted_and_a_finished_run_keeps_its_settings(poo
 
 
 @pytest.mark.stops
-@pytest.mark.parametrize("another", [False, True])
+@pytest.mark.parametrize("another", [True, *rest((False,), mark="long")])
 def test_a_run_whose_folder_is_removed_or_taken_ends_without_touching_it(inputs, tokenizer_path, tmp_path, another):
     """A run folder is deleted, and maybe started again, while its old processes still run."""
     run_dir = tmp_path / "run"
