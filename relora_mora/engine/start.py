@@ -72,8 +72,8 @@ def init_distributed(timeout_seconds: float = 300.0) -> tuple[int, int]:
 def _import_muon() -> None:
     """Imports DeepSpeed's Muon, which every ZeRO engine imports, without torch's compiler.
 
-    Nothing here trains with it (docs/method.md says why). But its module passes functions to torch.compile, and that
-    takes seconds to import.
+    Nothing here trains with it: it takes the norm for ``optim.clip`` after its own update, and its momentum cannot be
+    saved by elements. But its module passes functions to torch.compile, and that takes seconds to import.
     """
     compile_functions = compiler.compile
     compiler.compile = lambda: lambda function: function

@@ -4,8 +4,7 @@ An operator has a schema, a fake implementation that computes only shapes (for t
 device: a line of ``_KERNELS``. The devices are in :func:`kernels_here`. Groupings are passed as lists of integers,
 because a schema cannot have a type for them.
 
-This uses ``torch.library.define`` because the wrapper of ``torch.library.custom_op`` takes several times as long
-(docs/performance.md).
+This uses ``torch.library.define`` because the wrapper of ``torch.library.custom_op`` takes several times as long.
 """
 
 import contextlib

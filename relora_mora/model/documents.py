@@ -191,7 +191,7 @@ def flash(
     """query [N, heads, D], key and value [N, fewer heads, D], boundaries int32 [P + 1] -> [N, heads, D].
 
     ``torch.nn.attention.varlen`` calls the same operator, but it appeared in torch 2.10, has changed its arguments
-    since, has no dropout, and its wrapper costs the host 150 us more per layer (docs/performance.md).
+    since, has no dropout, and its wrapper costs the host 150 us more per layer.
     """
     output: Tensor
     output, *_ = torch.ops.aten._flash_attention_forward(

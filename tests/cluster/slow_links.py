@@ -1,4 +1,4 @@
-"""Step times of two hosts over slow links: ``make bench-cluster``, as root. Prints the table of docs/clusters.md.
+"""Step times of two hosts over slow links: ``make bench-cluster``, as root. Prints the table of docs/performance.md.
 
 Both hosts are on this machine and share its cores, so the time without a limit is the time of the arithmetic
 with one core per rank.

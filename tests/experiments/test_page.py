@@ -20,7 +20,6 @@ pytestmark = pytest.mark.more
 STUDIES = {path.name.removesuffix(".jsonl.gz") for path in (ROOT / "docs" / "studies").glob("*_*.jsonl.gz")}
 TOGETHER = [{"tuned_tiny", "tuned_seeds_tiny"}]  # seeds of the same rows, on the same kind of machine
 PERPLEXITY = re.compile(r"(?<![\d.])\d{3}\.\d(?![\d%])")
-NOT_KEPT = ("A small state for embeddings and head", "The gradient that the operators lose")  # as these sections say
 
 
 @dataclass
@@ -55,7 +54,7 @@ def read_tables() -> list[Table]:
         elif line.startswith("|") and not set(line) <= set("|-"):
             tables[-1].rows.append(cells)
         before = line
-    return [table for table in tables if table.section not in NOT_KEPT]
+    return tables
 
 
 TABLES = [table for table in read_tables() if any(map(table.of_one_method, table.rows))]

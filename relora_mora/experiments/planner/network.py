@@ -19,7 +19,7 @@ stage  tensors passed to collectives in one step
 
 Frozen weights have no gradient: below stage 3 a step moves only adapters, embeddings, norms and head. In a ring of N
 ranks a device sends 2 (N - 1) / N of the all-reduced bytes and (N - 1) / N of the gathered, reduced or reduce-scattered
-bytes. Gloo's reduce is not a ring and sends more than its all-reduce (docs/clusters.md). If the ring visits hosts in
+bytes. Gloo's reduce is not a ring and sends more than its all-reduce (docs/performance.md). If the ring visits hosts in
 order, each host sends as many bytes to the next host as each of its devices to its neighbor.
 """
 
