@@ -45,7 +45,7 @@ class Plan:
     ``peak`` is the FLOP/s of one device and the source of that number; ``log.peak_tflops`` overrides it. ``measured``
     is a rate in tokens/s over all devices. Without it the time follows from the arithmetic at ``utilization`` of the
     peak (None: 0.4), the optimizer's memory traffic, and the network. ``notes`` come before the plan's own.
-    Raises ValueError if the utilization is not above 1e-6 and at most 1, or if the settings do not fit the model.
+    Raises ValueError if the settings do not fit the model.
     """
 
     model_config: PreTrainedConfig
@@ -60,8 +60,6 @@ class Plan:
 
     def __post_init__(self) -> None:
         config = self.config
-        if self.utilization is not None and not 1e-6 < self.utilization <= 1:
-            raise ValueError(f"utilization must be above 1e-6 and at most 1, got {self.utilization:g}")
         if config.log.peak_tflops is not None:
             self.peak = config.log.peak_tflops * 1e12, "log.peak_tflops"
         self.method = config.method.name

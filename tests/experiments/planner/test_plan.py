@@ -83,12 +83,6 @@ def test_what_no_gpu_has_confirmed_is_marked() -> None:
     assert assumed.steps == unmarked[1].steps
 
 
-@each(("name", "value"), [("utilization", 0.0), ("utilization", 1.5)])
-def test_refuses_impossible_rates(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=name):
-        plan_of(**{name: value})
-
-
 def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
     adamw, muon = plan_of(), plan_of(**{"optim.matrices": "muon"})
     # R of the four squares of attention and of the three of the MLP, in each of four layers
