@@ -99,13 +99,13 @@ def _faults_of_flags(
             if (flag, None) in flags:
                 yield f"--{flag}: has no value; give it as --{flag}=VALUE"
             continue
-        known = {each: each for each in own}
-        if takes_settings:
+        near = difflib.get_close_matches(flag, own, n=1)
+        if takes_settings and not near:
             from relora_mora.config.schema import SETTINGS
 
-            known = {setting.partition(".")[2]: setting for setting in SETTINGS} | known
-        near = difflib.get_close_matches(flag, known, n=1)
-        yield f"--{flag}: unknown; " + (f"did you mean --{known[near[0]]}?" if near else f"see {name} --help")
+            keys = {setting.partition(".")[2]: setting for setting in SETTINGS}
+            near = [keys[key] for key in difflib.get_close_matches(flag, keys, n=1)]
+        yield f"--{flag}: unknown; " + (f"did you mean --{near[0]}?" if near else f"see {name} --help")
 
 
 def _faults_of_words(words: list[str]) -> Iterator[str]:

@@ -42,7 +42,7 @@ from tests.tools.each import each
         ("evaluate m --data=d --a.b.my-set=3", "--a.b.my-set: names with '-'"),
         ("evaluate m --data", "--data: has no value"),
         ("evaluate m --data --tokens=3", "--data: has no value"),
-        ("evaluate m --data --tokens=3", "--tokens: unknown"),
+        ("evaluate m --data --tokns=3", "--tokns: unknown; did you mean --max_tokens?"),
         ("evaluate --data=d", "model"),
         ("evaluate m stray --data=d", "stray"),
         ("evaluate m --data=d - x", "-: unexpected argument"),
