@@ -63,6 +63,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("train.epochs", {"train.epochs": 2, "data.train": TWO}),
     ("data.train", {"data.train": [{"source": "x/a"}, {"source": "y/a"}]}),
     ("data.train", {"data.train": [{"source": "x", "weight": 0}]}),
+    ("data.concatenate", {"data.train": "x/a", "data.concatenate": True}),
     ("data.packing", {"data.train": [TWO[0], {**TWO[1], "records": {"kind": "question"}}], "data.concatenate": True}),
     (
         "data.concatenate",
