@@ -1,14 +1,23 @@
-"""Reads a command's arguments by its signature, and refuses all bad arguments before the command starts.
+"""Reads a command's arguments with fire, and refuses all bad arguments before the command starts.
 
-Arguments stay text unless they are annotated otherwise: ``1e5`` is not a number, and ``a,b`` is not a list. In the name
-of a flag ``-`` means ``_``, and one dash is as good as two. Its value follows ``=``, or is the next word.
+This module changes what fire does by itself:
+
+- fire calls the command and complains about stray arguments afterwards: here it calls a stand-in;
+- fire turns ``1e5`` into a float and ``a,b`` into a tuple: here arguments stay text unless annotated otherwise;
+- fire treats ``-`` and ``--`` as separators, and uses the last value of a repeated flag: here both are refused, but for
+  a ``-`` that stands for stdin;
+- fire shows help in a pager, on stderr: here ``help.py`` makes a text that is printed.
 """
 
+import contextlib
 import difflib
+import functools
 import inspect
+import io
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Le
@@ -22,6 +31,7 @@ Processes = Annotated[int, Ge(1), Le(1024)]
 Precision = Literal["float32", "bfloat16", "float16"]
 STDIN = "-"
 TextOrStdin = Annotated[str, STDIN]  # the only arguments that may be one dash
+_NO_SEPARATOR = ("--", "--separator=\0")  # of fire
 
 
 def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.BoundArguments:
@@ -29,28 +39,25 @@ def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.
     words = without_local_rank(argv)
     hints = get_type_hints(command, include_extras=True)
     stray = {"--"} if TextOrStdin in hints.values() else {"--", STDIN}
-    signature = inspect.signature(command)
-    positional, flags = _split([word for word in words if word not in stray], get_type_hints(command))
-    faults = [f"{word}: unexpected argument; see {name} --help" for word in words if word in stray]
-    faults += [*_faults_of_words(words), *_faults_of_flags(flags, signature.parameters, name)]
-    values: dict[str, Any] = {flag: value for flag, value in flags if value is not None}
-    places = [each for each in signature.parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
-    free = [each.name for each in places if each.name not in dict(flags)]
-    if not any(each.kind is each.VAR_POSITIONAL for each in signature.parameters.values()):
-        faults += [f"unknown argument: {word}; see {name} --help" for word in positional[len(free) :]]
-        faults += [f"missing argument: {each}; see {name} --help" for each in free[len(positional) :]]
-        values |= zip(free, positional, strict=False)
-        positional = []
-    for flag in values.keys() & hints.keys():
-        try:
-            values[flag] = _typed(values[flag], hints[flag])
-        except ValueError as error:
-            faults.append(f"--{flag}: {error}; see --help")
-    if faults:
-        from relora_mora.config.load import ConfigError
+    given, faults = _with_values(words, get_type_hints(command))
+    _raise([*_faults_of_words(words, name, stray), *_unknown_flags(command, words, name), *faults])
+    arguments = _parsed(command, given, name)
+    values = arguments.arguments
+    for parameter in arguments.signature.parameters.values():
+        if parameter.name in values and parameter.kind is not parameter.VAR_KEYWORD:
+            try:
+                values[parameter.name] = _typed(values[parameter.name], hints.get(parameter.name, str))
+            except ValueError as error:
+                faults.append(f"--{parameter.name}: {error}; see --help")
+    _raise(faults)
+    return arguments
 
+
+def _raise(faults: list[str]) -> None:
+    from relora_mora.config.load import ConfigError
+
+    if faults:
         raise ConfigError(faults, "the command line")
-    return signature.bind(*map(from_home, positional), **values)
 
 
 def without_local_rank(argv: Iterable[str]) -> list[str]:
@@ -58,46 +65,18 @@ def without_local_rank(argv: Iterable[str]) -> list[str]:
     return [word for word in argv if not word.startswith(("--local_rank=", "--local-rank="))]
 
 
-def _split(words: list[str], hints: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, str | None]]]:
-    """The words that are not flags, and the flags as (name, value); None if a value is missing.
-
-    The value of a bool is true if none is given, and so is that of a setting.
-    """
-    positional: list[str] = []
-    flags: list[tuple[str, str | None]] = []
-    while words:
-        word, *words = words
-        if not _is_flag(word):
-            positional.append(word)
-            continue
-        flag, has_value, value = word.lstrip("-").partition("=")
-        name = flag.replace("-", "_")
-        is_bool = hints.get(name) is bool
-        if has_value:
-            flags.append((name, value))
-        elif words and not words[0].startswith("--") and (not is_bool or words[0].lower() in ("true", "false")):
-            value, *words = words
-            flags.append((name, value))
-        else:
-            flags.append((name, "true" if is_bool or "." in name else None))
-    return positional, flags
+def _flags(words: list[str]) -> list[str]:
+    """The names of flags; fire reads one dash like two."""
+    return [word.partition("=")[0].lstrip("-") for word in words if re.match("--?[A-Za-z]", word)]
 
 
-def _is_flag(word: str) -> bool:
-    return re.match("--?[A-Za-z]", word) is not None
-
-
-def _faults_of_flags(
-    flags: list[tuple[str, str | None]], parameters: Mapping[str, inspect.Parameter], name: str
-) -> Iterator[str]:
-    own = {each.name for each in parameters.values() if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
-    takes_settings = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    for flag, times in Counter(flag for flag, _ in flags).items():
-        if times > 1:
-            yield f"--{flag}: given twice; give it once"
+def _unknown_flags(command: Command, words: list[str], name: str) -> Iterator[str]:
+    parameters = inspect.signature(command).parameters.values()
+    own = {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    takes_settings = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    for flag in _flags(words):
+        flag = flag.replace("-", "_")
         if flag in own or (takes_settings and "." in flag):
-            if (flag, None) in flags:
-                yield f"--{flag}: has no value; give it as --{flag}=VALUE"
             continue
         near = difflib.get_close_matches(flag, own, n=1)
         if takes_settings and not near:
@@ -108,26 +87,74 @@ def _faults_of_flags(
         yield f"--{flag}: unknown; " + (f"did you mean --{near[0]}?" if near else f"see {name} --help")
 
 
-def _faults_of_words(words: list[str]) -> Iterator[str]:
+def _faults_of_words(words: list[str], name: str, stray: set[str]) -> list[str]:
     from relora_mora.config.secrets import secret_in
 
-    for word in words:
-        flag = word.partition("=")[0]
-        if secret := secret_in(word):
-            yield f"{flag}: {secret}"
-        if word.encode(errors="ignore").decode() != word:
-            yield f"{word!a}: not UTF-8; check the terminal's locale"
-        if _is_flag(word) and flag.count(".") > 1 and "-" in flag.split(".", 2)[-1]:
-            above, _, key = flag.rpartition(".")
-            yield f"{flag}: names with '-' cannot be set like this; give {above}='{{{key}: ...}}'"
+    flags = _flags(words)
+    names = [flag.replace("-", "_") for flag in flags]
+    twice = sorted({flag for flag, times in Counter(names).items() if times > 1})
+    deep = [flag for flag in flags if "-" in flag.split(".", 2)[-1] and flag.count(".") > 1]
+    not_utf8 = [word for word in words if word.encode(errors="ignore").decode() != word]
+    faults = [f"{word}: unexpected argument; see {name} --help" for word in words if word in stray]
+    faults += [f"{word.partition('=')[0]}: {secret}" for word in words if (secret := secret_in(word))]
+    faults += [f"{word!a}: not UTF-8; check the terminal's locale" for word in not_utf8]
+    faults += [f"--{flag}: given twice; give it once" for flag in twice]
+    faults += [
+        f"--{flag}: names with '-' cannot be set like this; give --{above}='{{{key}: ...}}'"
+        for flag in deep
+        for above, _, key in [flag.rpartition(".")]
+    ]
+    return faults
 
 
-def _typed(value: str, expected: Any) -> Any:
-    """Converts text to the expected type; it is read as YAML, like settings."""
+def _with_values(words: list[str], hints: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Gives a flag without a value ``true`` if it is a bool, and refuses others; fire takes the next word, or True."""
+    given, faults = [], []
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
+        expected = hints.get(word.removeprefix("--").replace("-", "_")) if word.startswith("--") else None
+        if expected is bool and following.lower() not in ("true", "false"):
+            word += "=true"
+        elif expected not in (None, bool) and following.startswith("--"):
+            faults.append(f"{word}: has no value; give it as {word}=VALUE")
+        given.append(word)
+    return given, faults
+
+
+def _parsed(command: Command, words: list[str], name: str) -> inspect.BoundArguments:
+    """The arguments by parameter, as text."""
+    import fire
+    from fire import decorators
+
+    signature = inspect.signature(command)
+    calls: list[inspect.BoundArguments] = []
+
+    @functools.wraps(command)
+    def stand_in(*args: Any, **kwargs: Any) -> None:
+        calls.append(signature.bind(*args, **kwargs))
+
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            words = [*words, *_NO_SEPARATOR]
+            fire.Fire(decorators.SetParseFn(str)(stand_in), command=words, name=name, serialize=lambda _: None)
+    except SystemExit:
+        fault = messages.getvalue().partition("ERROR: ")[2].partition("\n")[0]
+        fault = fault.replace("Could not consume arg:", "unknown argument:")
+        fault = fault.replace("The function received no value for the required argument:", "missing argument:")
+        _raise([f"{fault}; see {name} --help"])
+    return calls[0]
+
+
+def _typed(value: Any, expected: Any) -> Any:
+    """Converts text to the expected type; it is read as YAML, like settings. Defaults from fire stay unchanged."""
+    if isinstance(value, tuple):  # the values of *NAMES
+        return tuple(_typed(each, expected) for each in value)
     if value == "":
         raise ValueError("empty; give a value")
-    if expected is str or str in get_args(expected):
+    if isinstance(value, str) and (expected is str or str in get_args(expected)):
         return from_home(value)  # a shell expands ~ in `--out ~/a`, but not in `--out=~/a`
+    if not isinstance(value, str):
+        return value
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
