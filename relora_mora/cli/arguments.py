@@ -10,13 +10,14 @@ This module changes what fire does by itself:
 """
 
 import contextlib
+import difflib
 import functools
 import inspect
 import io
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Le
@@ -38,10 +39,10 @@ def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.
     words = without_local_rank(argv)
     hints = get_type_hints(command, include_extras=True)
     stray = {"--"} if TextOrStdin in hints.values() else {"--", STDIN}
-    _raise(_faults_of_words(words, name, stray))
-    arguments = _parsed(command, _with_values(words, get_type_hints(command)), name)
+    given, faults = _with_values(words, get_type_hints(command))
+    _raise([*_faults_of_words(words, name, stray), *_unknown_flags(command, words, name), *faults])
+    arguments = _parsed(command, given, name)
     values = arguments.arguments
-    faults = []
     for parameter in arguments.signature.parameters.values():
         if parameter.name in values and parameter.kind is not parameter.VAR_KEYWORD:
             try:
@@ -64,11 +65,32 @@ def without_local_rank(argv: Iterable[str]) -> list[str]:
     return [word for word in argv if not word.startswith(("--local_rank=", "--local-rank="))]
 
 
+def _flags(words: list[str]) -> list[str]:
+    """The names of flags; fire reads one dash like two."""
+    return [word.partition("=")[0].lstrip("-") for word in words if re.match("--?[A-Za-z]", word)]
+
+
+def _unknown_flags(command: Command, words: list[str], name: str) -> Iterator[str]:
+    parameters = inspect.signature(command).parameters.values()
+    own = {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    takes_settings = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    for flag in _flags(words):
+        flag = flag.replace("-", "_")
+        if flag in own or (takes_settings and "." in flag):
+            continue
+        near = difflib.get_close_matches(flag, own, n=1)
+        if takes_settings and not near:
+            from relora_mora.config.schema import SETTINGS
+
+            keys = {setting.partition(".")[2]: setting for setting in SETTINGS}
+            near = [keys[key] for key in difflib.get_close_matches(flag, keys, n=1)]
+        yield f"--{flag}: unknown; " + (f"did you mean --{near[0]}?" if near else f"see {name} --help")
+
+
 def _faults_of_words(words: list[str], name: str, stray: set[str]) -> list[str]:
     from relora_mora.config.secrets import secret_in
 
-    # fire reads one dash like two, and `-` in names like `_`
-    flags = [word.partition("=")[0].lstrip("-") for word in words if re.match("--?[A-Za-z]", word)]
+    flags = _flags(words)
     names = [flag.replace("-", "_") for flag in flags]
     twice = sorted({flag for flag, times in Counter(names).items() if times > 1})
     deep = [flag for flag in flags if "-" in flag.split(".", 2)[-1] and flag.count(".") > 1]
@@ -85,7 +107,7 @@ def _faults_of_words(words: list[str], name: str, stray: set[str]) -> list[str]:
     return faults
 
 
-def _with_values(words: list[str], hints: dict[str, Any]) -> list[str]:
+def _with_values(words: list[str], hints: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Gives a flag without a value ``true`` if it is a bool, and refuses others; fire takes the next word, or True."""
     given, faults = [], []
     for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
@@ -95,8 +117,7 @@ def _with_values(words: list[str], hints: dict[str, Any]) -> list[str]:
         elif expected not in (None, bool) and following.startswith("--"):
             faults.append(f"{word}: has no value; give it as {word}=VALUE")
         given.append(word)
-    _raise(faults)
-    return given
+    return given, faults
 
 
 def _parsed(command: Command, words: list[str], name: str) -> inspect.BoundArguments:

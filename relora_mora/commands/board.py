@@ -7,7 +7,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,7 +18,6 @@ from relora_mora.system.process import many_imports
 
 PINNED = ("eval/loss", "train/loss")  # not perplexities: the first ones are so high that the others look equal
 NEW_RUNS_SECONDS = 10.0
-LONGEST_NAME = 240  # in bytes; file systems allow 255, so there is room to make names unique
 
 
 def main(runs: str, *, port: PositiveInt = 6006, host: str = "localhost") -> None:
@@ -36,10 +35,6 @@ def main(runs: str, *, port: PositiveInt = 6006, host: str = "localhost") -> Non
     Example:
         relora-mora board runs --port=6007
     """
-    root = Path(runs)
-    if not any(_runs(root)):
-        expected = "a run folder, or a folder that contains run folders"
-        raise ValueError(f"{runs}: no run with TensorBoard's files (tensorboard/events.*); give {expected}")
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, OverflowError) as error:
@@ -48,13 +43,15 @@ def main(runs: str, *, port: PositiveInt = 6006, host: str = "localhost") -> Non
         ) from error
     # TensorBoard names a run by its path below --logdir; links keep /tensorboard out of the names
     with tempfile.TemporaryDirectory(prefix="tensorboard-") as links:
-        link_boards(root, Path(links))
+        if not link_boards(Path(runs), Path(links)):
+            expected = "a run folder, or a folder that contains run folders"
+            raise ValueError(f"{runs}: no run with TensorBoard's files (tensorboard/events.*); give {expected}")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         _serve(links, host, port)
         print(f"http://{'localhost' if host == '0.0.0.0' else host}:{port}", flush=True)  # noqa: S104 - only compared
         while True:
             time.sleep(NEW_RUNS_SECONDS)
-            link_boards(root, Path(links))
+            link_boards(Path(runs), Path(links))
 
 
 def _serve(logdir: str, host: str, port: int) -> None:
@@ -92,30 +89,18 @@ def with_curves(app: WSGIApplication) -> WSGIApplication:
     return answer
 
 
-def _runs(root: Path) -> Iterator[Path]:
-    """All folders with TensorBoard's files, each once; checkpoints next to them may come and go meanwhile."""
-    entered: set[Path] = set()
-    for folder, below, _ in os.walk(root, followlinks=True):
-        run = Path(folder)
-        if run.resolve() in entered:
-            below.clear()
-            continue
-        entered.add(run.resolve())
-        if "tensorboard" in below and any((run / "tensorboard").glob("events.*")):
-            yield run
-        others = (name for name in below if name not in ("checkpoints", "tensorboard"))
-        below[:] = sorted(others, key=lambda name: (Path(folder, name).is_symlink(), name))  # own names before links
+def link_boards(root: Path, links: Path) -> bool:
+    """Adds links to new folders of event files, named after the run; a run in a/b is called a-b. Whether there are any.
 
-
-def link_boards(root: Path, links: Path) -> None:
-    """Adds links to new folders of event files, named after the run; a run in a/b is called a-b."""
+    Checkpoints next to them may come and go meanwhile.
+    """
     known = {link.readlink() for link in links.iterdir()}
-    for run in sorted(_runs(root)):
-        board = (run / "tensorboard").resolve()
-        if board in known:
+    for folder, _, names in os.walk(root):
+        board = Path(folder).resolve()
+        if board.name != "tensorboard" or board in known or not any(name.startswith("events.") for name in names):
             continue
-        name = "-".join(run.relative_to(root).parts) or root.resolve().name
-        link = links / (os.fsencode(name)[-LONGEST_NAME:].decode(errors="ignore") or "_")
+        link = links / ("-".join(Path(folder).parent.relative_to(root).parts) or root.resolve().name)
         while link.is_symlink():  # the names of a/b and a-b collide
             link = link.with_name(f"{link.name}_")
         link.symlink_to(board)
+    return any(links.iterdir())

@@ -87,6 +87,7 @@ def main(
         import torch
 
         from relora_mora.evaluation.loss import EvalResult, held_out
+        from relora_mora.model.config import check_length
         from relora_mora.system.logs import counted
         from relora_mora.tokenizer.load import load_tokenizer
         from relora_mora.weights.foreign import is_foreign
@@ -114,7 +115,8 @@ def main(
     masked = settings.masks_documents_of(settings.sources("validation"))
     if "data.document_mask" in overrides and masked and not settings.document_mask:
         raise ValueError("--data.document_mask: records that are packed whole are always masked; leave it out")
-    _check_length(settings.sequence_length, loaded, model, masked=masked)
+    text_config = loaded.model.config.get_text_config()
+    check_length(text_config, settings.sequence_length, model, separate_documents=masked)
     with Bar("reading the text"):
         sets = held_out(settings, str(tokenizer_of(loaded, tokenizer)), max_tokens)
     lm = on_device(loaded)
@@ -155,24 +157,6 @@ def _check_files(text: "DataConfig") -> None:
             shards_of(sources, text, "validation")
         except SourceError as error:
             raise SourceError(f"{set_setting(name)}: {error}" if name else str(error)) from error
-
-
-def _check_length(length: int, loaded: "LoadedModel", name: str, *, masked: bool) -> None:
-    """Raises ValueError for sequences that are longer than the model supports."""
-    from relora_mora.model.config import length_of_documents
-    from relora_mora.weights.foreign import positions_of
-
-    positions = positions_of(loaded.model)
-    if positions is not None and length > positions:
-        raise ValueError(
-            f"--data.sequence_length: got {length}, but {name} has {positions} positions; give at most {positions}"
-        )
-    longest = length_of_documents(loaded.model.config.get_text_config()) if masked else None
-    if longest is not None and length > longest:
-        raise ValueError(
-            f"--data.sequence_length: got {length}, but beyond {longest} positions the longrope of {name} rotates all "
-            f"documents of a batch according to the longest one; give at most {longest}, or unmask documents"
-        )
 
 
 def on_device(loaded: "LoadedModel") -> Any:

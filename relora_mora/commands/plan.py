@@ -1,12 +1,14 @@
 """Reports what a run will need: parameters, memory, arithmetic, network, tokens, time."""
 
 import json as json_module
-import math
+from typing import Annotated
+
+from annotated_types import Ge, Le
 
 from relora_mora.cli.arguments import PositiveInt
 from relora_mora.system.process import many_imports
 
-SLOWEST = 1e-6  # at a lower rate, the time in seconds would overflow a float
+Rate = Annotated[float, Ge(1e-6), Le(1e15)]  # beyond, the time in seconds would overflow a float
 
 
 def main(
@@ -16,9 +18,9 @@ def main(
     nodes: PositiveInt | None = None,
     gpus_per_node: PositiveInt | None = None,
     device: str | None = None,
-    link_gbits: float | None = None,
-    tokens_per_second: float | None = None,
-    utilization: float | None = None,
+    link_gbits: Rate | None = None,
+    tokens_per_second: Rate | None = None,
+    utilization: Annotated[float, Ge(1e-6), Le(1)] | None = None,
     details: bool = False,
     json: bool = False,
     finetune: bool = False,
@@ -51,10 +53,6 @@ def main(
     Example:
         relora-mora plan llama_7b --nodes=1 --gpus_per_node=8 --device=h100
     """
-
-    for name, rate in (("tokens_per_second", tokens_per_second), ("link_gbits", link_gbits)):
-        if rate is not None and not (math.isfinite(rate) and rate > SLOWEST):
-            raise ValueError(f"--{name}: got {rate}, expected a finite rate above {SLOWEST:g}")
     if world_size is not None and (nodes is not None or gpus_per_node is not None):
         raise ValueError(
             "--world_size: given together with --nodes or --gpus_per_node; give only it (for one host) or those two"

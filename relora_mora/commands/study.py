@@ -2,14 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from relora_mora.cli.arguments import PositiveInt
+from relora_mora.commands.compare import main as compare
 from relora_mora.system.bars import Bar
 from relora_mora.system.process import many_imports
-
-if TYPE_CHECKING:
-    from relora_mora.experiments.study.folder import StudyFolder
 
 
 def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
@@ -54,23 +51,10 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
     except CellsFailed:
         if folder.kept():
             try:
-                _write_table(folder)
+                compare(str(folder.records), out=str(folder.path))
             except CompareError as error:
                 sys.stderr.write(f"{error}\n")
         raise
-    _write_table(folder)
+    compare(str(folder.records), out=str(folder.path))
     print(f"done: {cells}; {folder.records}, {folder.path / TABLE}")
     return 0
-
-
-def _write_table(folder: "StudyFolder") -> None:
-    """Prints the table of the finished runs, and writes it with their figures."""
-    from relora_mora.experiments.compare.files import write_comparison
-    from relora_mora.experiments.compare.groups import group_runs
-    from relora_mora.experiments.compare.runs import read_runs
-    from relora_mora.experiments.compare.table import markdown
-
-    groups = group_runs(read_runs(folder.records))
-    table = markdown(groups)
-    write_comparison(folder.path, table, groups)
-    print(table, end="", flush=True)

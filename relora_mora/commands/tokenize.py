@@ -46,7 +46,7 @@ def main(
     """
     with many_imports():
         from relora_mora.config.data import is_mixture
-        from relora_mora.data.sources.resolve import configured_shards
+        from relora_mora.data.sources.resolve import configured_shards, split_remark
         from relora_mora.data.tokens.folder import make_tokens
         from relora_mora.system.logs import counted
 
@@ -59,6 +59,8 @@ def main(
             "(SOURCE OUT --tokenizer=...), and give these folders as sources"
         )
     shards = configured_shards(data, split)
+    if remark := split_remark(shards, data):
+        print(remark, flush=True)
     totals = make_tokens(
         shards,
         Path(out),

@@ -288,7 +288,7 @@ def check_length(
         (longest, ORIGINAL, "longrope then depends on the other documents; shorten it, or pack without a mask"),
     ]
     for limit, name, remedy in limits:
-        if limit is not None and sequence_length > limit:
+        if limit is not None and 0 < limit < sequence_length:  # some configs write no limit as -1
             fault = f"data.sequence_length: {sequence_length} is more than the model's {name} ({limit}); {remedy}"
             raise ConfigError([fault], source)
 

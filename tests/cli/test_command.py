@@ -73,17 +73,6 @@ def test_the_launchers_local_rank_is_dropped(flag: list[str], first: bool) -> No
     assert called.calls == [("c", None, 0.5, False, {"a.b": "1"})]
 
 
-def test_help_shows_the_arguments_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    called = Called()
-    for argv in (["--help"], ["c", "-h"]):
-        assert called.pretrain(argv) == 0
-        shown = capsys.readouterr().out
-        assert "Trains." in shown
-        assert "the settings" in shown
-        assert "CONFIG" in shown
-    assert called.calls == []
-
-
 def _fail_with(error: Exception) -> int:
     def main() -> None:
         raise error

@@ -11,7 +11,7 @@ import pytest
 
 from relora_mora.__main__ import main
 from relora_mora.commands import NAMES
-from tests.tools.commands import DEMO_TEXT, Answer, call, left_in, refused
+from tests.tools.commands import Answer, call, left_in, refused
 from tests.tools.each import each
 
 
@@ -26,15 +26,15 @@ from tests.tools.each import each
         ("pretrain none.yaml", "none.yaml"),
         ("pretrain tiny_mora --train.stepss=3", "train.stepss: unknown; did you mean steps?"),
         ("pretrain tiny_mora --trian.steps=3", "trian: unknown; did you mean train?"),
-        ("pretrain tiny_mora --stepss=3", "--stepss: not a setting"),
+        ("pretrain tiny_mora --stepss=3", "--stepss: unknown; did you mean --train.steps?"),
         ("pretrain tiny_mora --method.name=moar", "method.name: got 'moar'"),
         ("pretrain tiny_mora --method.name=sltrain", "method.name: only release 0.2"),
         ("pretrain tiny_mora --train.steps=0 --optim.lr=x --method.rnk=3", "3 faults in tiny_mora"),
         ("pretrain tiny_mora --train.steps=[", "--train.steps=[: not YAML"),
         ("finetune tiny_mora --method.rank=-1", "method.rank: got -1"),
-        ("plan tiny_mora --jsn", "--jsn: not a setting"),
-        ("train-tokenizer --data=d --out=o --vocab-sise=3", "--vocab_sise: unknown"),
-        ("compare a --bst=optim.lr", "unknown argument: --bst=optim.lr"),
+        ("plan tiny_mora --jsn", "--jsn: unknown; did you mean --json?"),
+        ("train-tokenizer --data=d --out=o --vocab-sise=3", "--vocab_sise: unknown; did you mean --vocab_size?"),
+        ("compare a --bst=optim.lr", "--bst: unknown; did you mean --best?"),
         # flags given twice, without a value, or with the value of another
         ("pretrain tiny_mora --train.steps=3 --train.steps=4", "--train.steps: given twice"),
         ("export c o --dtype=bfloat16 --dtype=float32", "--dtype: given twice"),
@@ -42,6 +42,7 @@ from tests.tools.each import each
         ("evaluate m --data=d --a.b.my-set=3", "--a.b.my-set: names with '-'"),
         ("evaluate m --data", "--data: has no value"),
         ("evaluate m --data --tokens=3", "--data: has no value"),
+        ("evaluate m --data --tokns=3", "--tokns: unknown; did you mean --max_tokens?"),
         ("evaluate --data=d", "model"),
         ("evaluate m stray --data=d", "stray"),
         ("evaluate m --data=d - x", "-: unexpected argument"),
@@ -60,8 +61,10 @@ from tests.tools.each import each
         ("evaluate m --data=d --micro_batch_size=-1", "--micro_batch_size: got -1"),
         ("evaluate m --data=d --precision=int8", "--precision: got 'int8'"),
         ("export c o --dtype=int8", "--dtype: got 'int8'"),
-        ("plan tiny_mora --tokens_per_second=.inf", "--tokens_per_second: got inf"),
-        ("plan tiny_mora --device=tpu", "--device: got 'tpu'"),
+        ("plan tiny_mora --tokens_per_second=.inf", "--tokens_per_second: got .inf"),
+        ("plan tiny_mora --utilization=0", "--utilization: got 0"),
+        ("plan tiny_mora --device=tpu", "--device: got 'tpu', expected cuda, cpu or one of a100, a100-40gb"),
+        ("plan tiny_mora --link_gbits=-1", "--link_gbits: got -1"),
         ("train-tokenizer --data=d", "out"),
         ("train-tokenizer --data=d --out=o --vocab_size=259", "--vocab_size: got 259"),
         ("train-tokenizer --data=d --out=o --vocab_size=1000000000000", "--vocab_size"),
@@ -71,18 +74,18 @@ from tests.tools.each import each
         ("train-tokenizer --data=d --out=o --data.max_bad_fraction=7", "data.max_bad_fraction: got 7"),
         ("train-tokenizer --data=d --out=o --threads=100000", "--threads: got 100000"),
         ("train-tokenizer --data='[{source: a}, {source: b, weight: 9}]' --out=o", "without weights"),
-        (f"{DEMO_TEXT} --max_byte=3", "--max_byte"),
-        (f"{DEMO_TEXT} --max_bytes=0", "--max_bytes: got 0"),
         # commands that need something which is not there
         ("compare", "no runs given"),
         ("compare none", "none: not a run folder"),
         ("study none.yaml", "none.yaml"),
         ("study smoke --jobs=0", "--jobs: got 0"),
+        ("spectrum", "no runs given"),
+        ("spectrum none", "not a run folder"),
         ("spectrum none --above=-1", "--above: got -1"),
         ("board none", "none: no run"),
         ("configs none", "got none"),
         ("completion fsh", "fsh"),
-        ("demo --stps=3", "--stps: not a setting"),
+        ("demo --stps=3", "--stps: unknown; did you mean --train.steps?"),
     ],
 )
 def test_refused(line: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +114,7 @@ def test_answered(line: str, shown: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 def _answer(line: str) -> Answer:
     command, *words = shlex.split(line)
-    if command in (*NAMES, DEMO_TEXT):
+    if command in NAMES:
         return call(command, *words)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:

@@ -107,19 +107,6 @@ def test_help_imports_neither_torch_nor_pydantic() -> None:
     assert done.stdout.endswith("\n[]\n")
 
 
-def test_a_command_that_does_not_exist_is_named_with_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert printed(capsys, "pretrian", "x.yaml")[::2] == (2, "pretrian: unknown command; did you mean pretrain?\n")
-    code, _, err = printed(capsys, "zzz")
-    assert code == 2
-    assert all(name in err for name in NAMES)
-
-
-def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
-    import relora_mora
-
-    assert printed(capsys, "--version")[:2] == (0, f"relora-mora {relora_mora.__version__}\n")
-
-
 def test_the_local_rank_of_deepspeeds_launcher_may_come_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, "--local_rank=1", "plan", "--help")[1].startswith("Usage: relora-mora plan CONFIG")
 

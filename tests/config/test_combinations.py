@@ -27,7 +27,6 @@ def stages(*weights: dict[str, float], steps: tuple[int, ...] = (5, 6)) -> list[
 BAD: list[tuple[str, dict[str, Any]]] = [
     ("model.config", {"model.config": None}),
     ("tokenizer.path", {"tokenizer.path": None}),
-    ("optim.decay_steps", {"optim.decay_steps": 100}),
     ("data.lanes", {"data.lanes": 48}),
     ("train.micro_batch_size", {"train.micro_batch_size": 3}),
     ("data.document_mask", FLASH | {"data.document_mask": True}),
@@ -52,12 +51,10 @@ BAD: list[tuple[str, dict[str, Any]]] = [
         for reset in ("magnitude", "random", "carry")
         for matrices in ("adamw8bit", "rule.py:Rule")
     ),
-    ("method.target_modules", {"method.target_modules": ["q_proj", "q_proj"]}),
     ("method.rank_pattern", {"method.rank_pattern": {"up_proj": 4}, "method.square_size": 8}),
     ("method.form", {"method.form": "resident", "train.zero_stage": 3}),
     ("model.adapter", {"model.adapter": "a"}),
     ("model.adapter", {"model.adapter": "a", "model.init_from": "b", "method.name": "full"}),
-    ("method.merge_until_step", {"method.merge_until_step": 1999}),
     # lengths
     ("train.tokens", {"train.tokens": 1e12, "train.steps": 100}),
     ("train.epochs", {"train.tokens": 1e6, "train.epochs": 2}),
@@ -91,12 +88,9 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("data.train.0.name", {"data.train": [{"source": "*.json"}]}),
     ("data.train.0.max_epochs", {"train.epochs": 2, "data.train": [{"source": "a", "max_epochs": 1}]}),
     ("data.validation.0.name", {"data.validation": [{"source": "x", "name": "a"}]}),
-    ("data.validation.0.weight", {"data.validation": {"source": "x", "weight": 0.5}}),
-    ("data.validation.0.max_epochs", {"data.validation": {"source": "x", "max_epochs": 2}}),
-    ("data.validation.0.at_max_epochs", {"data.validation": {"source": "x", "at_max_epochs": "warn"}}),
-    ("data.train.0.weight", {"data.train": [{**TWO[0], "weight": 2}, TWO[1]], "data.concatenate": True}),
-    ("data.train.1.max_epochs", {"data.train": [TWO[0], {**TWO[1], "max_epochs": 2}], "data.concatenate": True}),
-    ("data.train.0.at_max_epochs", {"data.train": [{**TWO[0], "at_max_epochs": "warn"}], "data.concatenate": True}),
+    ("data.validation.0", {"data.validation": {"source": "x", "weight": 0.5}}),
+    ("data.train.0", {"data.train": [{**TWO[0], "weight": 2}, TWO[1]], "data.concatenate": True}),
+    ("data.train.0", {"data.train": [{**TWO[0], "at_max_epochs": "warn"}], "data.concatenate": True}),
     ("data.stages.1.from_step", {"data.train": TWO, "data.stages": stages(*[{"a": 1, "b": 1}] * 2, steps=(5, 5))}),
     ("data.stages.0.weights", {"data.train": TWO, "data.stages": stages({"a": 1})}),
     ("data.stages.0.weights", {"data.train": TWO, "data.stages": stages({"a": 0, "b": 0})}),
@@ -163,7 +157,7 @@ GOOD: list[dict[str, Any]] = [
     {"data.records": CHAT, "eval.generate": 3},
     {"checkpoint.keep_best": "eval/bits_per_byte"},
     {"checkpoint.keep_best": "tasks/a/acc", "eval.tasks": ["a"]},
-    {"train.deepspeed": {"zero_optimization": {"reduce_bucket_size": 5e8}, "comms_logger": {"enabled": True}}},
+    {"train.deepspeed": {"zero_optimization": {"reduce_bucket_size": 5e8}}},
 ]
 GOOD_SOURCES: list[dict[str, Any]] = [
     {"data.train": [{"source": "o/n:en", "split": "x"}, {"source": "*.json", "name": "web"}]},
@@ -223,6 +217,7 @@ REMARKS: list[tuple[str, dict[str, Any]]] = [  # the setting that the remark nam
     ("optim.warmup_steps", {"method.name": "full", "optim.warmup_steps": 10_000}),
     ("optim.decay_steps", {"optim.schedule": "wsd", "optim.decay_steps": 9001}),
     ("method.merge_every", {"method.merge_every": 10_000}),
+    ("method.merge_every", {"method.merge_until_step": 1999}),
     ("method.merge_every", {"method.merge_every": 999}),
     ("optim.restart_warmup_steps", {"method.merge_every": 40, "optim.warmup_steps": 10}),
     ("data.stages.0.from_step", {"data.train": MIXTURE, "data.stages": stages({"a": 1, "b": 1}, steps=(10_001,))}),

@@ -254,6 +254,7 @@ def test_settings_without_effect_are_named() -> None:
         ({"method": {"name": "lora", "rank": 4}}, {}),
         ({"optim": {"schedule": "constant", "min_ratio": 0.2}}, {"optim.min_ratio": "optim.schedule=constant"}),
         ({"method": {"reset_ratio": 0.5}}, {"method.reset_ratio": "method.reset=full"}),
+        ({"optim": {"decay_steps": 9}}, {"optim.decay_steps": "optim.schedule=cosine"}),
         (
             {
                 "method": {"train_embeddings": False, "train_head": False},

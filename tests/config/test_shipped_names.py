@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.config.load import ConfigError, load_config
+from relora_mora.config.load import load_config
 from relora_mora.config.shipped import FOLDER, MODELS, SETTINGS, find_config, shipped_files
 from tests.tools.commands import PLAN, call, refused
 from tests.tools.each import each
@@ -69,14 +69,6 @@ def test_other_paths_stay_as_they_are(given: str) -> None:
 def test_a_tokenizer_is_not_taken_for_shipped_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_config("tiny_remora", {"tokenizer.path": "math"}).tokenizer.path == "math"
-
-
-def test_a_wrong_name_is_reported_with_the_nearest_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as raised:
-        load_config("tiny_remroa")
-    assert "did you mean tiny_remora?" in str(raised.value)
-    assert "relora-mora configs" in str(raised.value)
 
 
 def test_the_settings_are_listed_with_what_they_are(tmp_path: Path) -> None:

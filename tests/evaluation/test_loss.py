@@ -292,7 +292,7 @@ def test_documents_too_long_for_longropes_first_factors_are_refused(source, toke
     lm = _llama(rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors})
     lm.save_pretrained(tmp_path)
     given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--data.document_mask=true")
-    refused(call(EVALUATE, tmp_path, *given), "beyond 16 positions the longrope of", "give at most 16")
+    refused(call(EVALUATE, tmp_path, *given), "data.sequence_length: ", "(16); longrope")
     assert call(EVALUATE, tmp_path, *given, "--data.sequence_length=16").code == 0
 
 

@@ -11,7 +11,7 @@ import torch
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
 from relora_mora.experiments.spectrum import joined, rank_columns, spectra_of
-from tests.tools.commands import call, refused
+from tests.tools.commands import call
 from tests.tools.runs import checkpoint_at, run_config, train, write_inputs
 
 SPECTRUM = "spectrum"
@@ -102,8 +102,3 @@ def test_the_command_prints_a_table_and_draws(runs: dict[str, Path], tmp_path: P
     assert "| down_proj |" in answer.out
     assert (tmp_path / "out" / "spectrum.md").read_text() == answer.out
     assert (tmp_path / "out" / "spectrum.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_bad_input_gives_one_message(runs: dict[str, Path], tmp_path: Path) -> None:
-    refused(call(SPECTRUM), "no runs given")
-    refused(call(SPECTRUM, tmp_path / "none"), "not a run folder")

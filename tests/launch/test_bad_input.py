@@ -157,24 +157,6 @@ def test_faults_that_the_trainer_finds_first(inputs: Path, setting: str, message
 
 
 @pytest.mark.more
-def test_pretrain_as_a_program(inputs: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    command = [
-        sys.executable,
-        str(ROOT / "launch" / "pretrain.py"),
-        str(inputs / "run.yaml"),
-        "stray",
-        "--train.stepss=3",
-    ]
-    for argv, message in ((command, "unknown argument: stray"), ([*command[:3], command[4]], "did you mean steps?")):
-        done = subprocess.run(argv, capture_output=True, text=True, env=environment)
-        assert (
-            (done.returncode, done.stdout) == (2, "") and message in done.stderr and "Traceback" not in done.stderr
-        ), done
-    assert not (inputs / "run").exists()
-
-
-@pytest.mark.more
 def test_pretrain_if_the_hub_cannot_be_reached(inputs: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     settings = ["--data.train=allenai/c4", "--data.timeout_seconds=0.5"]

@@ -9,17 +9,10 @@ from pathlib import Path
 import pytest
 
 from relora_mora.system.files import new_folder
-from tests.tools.commands import DEMO_TEXT, TRAIN, Answer, call, disk, left_in, module_of, permissions_count, refused
+from tests.tools.commands import TRAIN, Answer, call, disk, left_in, permissions_count, refused
 from tests.tools.data_tools import write_shards
 
-pytestmark = [pytest.mark.more, pytest.mark.usefixtures("little_text")]
-WRITERS = pytest.mark.parametrize("script", [DEMO_TEXT, TRAIN])
-
-
-@pytest.fixture
-def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo's text without a search for docstrings."""
-    monkeypatch.setattr(module_of(DEMO_TEXT), "docstrings", lambda *_: [])
+pytestmark = pytest.mark.more
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +22,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_output(script: str, inputs: Path, out: Path) -> Answer:
+def write_output(inputs: Path, out: Path) -> Answer:
     """A command that would write ``out``, with good input."""
-    if script == DEMO_TEXT:
-        return call(script, f"--out={out}")
-    return call(script, f"--data={inputs}/*.json.gz", f"--out={out}", "--vocab_size=310")
+    return call(TRAIN, f"--data={inputs}/*.json.gz", f"--out={out}", "--vocab_size=310")
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -72,8 +63,7 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert left_in(tmp_path / "empty") == []
 
 
-@WRITERS
-def test_output_that_cannot_be_made(inputs: Path, tmp_path: Path, script: str) -> None:
+def test_output_that_cannot_be_made(inputs: Path, tmp_path: Path) -> None:
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "mine").write_text("keep")
@@ -86,34 +76,32 @@ def test_output_that_cannot_be_made(inputs: Path, tmp_path: Path, script: str) -
         tmp_path / "file" / "below": "a part of this path is not a folder",
         tmp_path / ("x" * 300): "File name too long",
     }.items():
-        refused(write_output(script, inputs, out), str(out), message)
+        refused(write_output(inputs, out), str(out), message)
     assert left_in(tmp_path) == ["file", "loop", "occupied"]
     assert (occupied / "mine").read_text() == (tmp_path / "file").read_text() == "keep"
 
 
-@WRITERS
-def test_a_full_disk(inputs: Path, tmp_path: Path, script: str) -> None:
+def test_a_full_disk(inputs: Path, tmp_path: Path) -> None:
     """At any size the folder is whole or absent, and nothing is left."""
-    assert write_output(script, inputs, tmp_path / "good").code == 0
+    assert write_output(inputs, tmp_path / "good").code == 0
     whole = contents(tmp_path / "good")
     need = sum(-(-len(content) // 4096) * 4096 for content in whole.values())
     for size in (4096, need // 2, need - 4096):
         with disk(tmp_path / "disk", f"size={size}") as folder:
-            refused(write_output(script, inputs, folder / "out"), f"{folder / 'out'}: No space left on device")
+            refused(write_output(inputs, folder / "out"), f"{folder / 'out'}: No space left on device")
             assert left_in(folder) == []
     with disk(tmp_path / "disk", f"size={4 * need}") as folder:
-        assert write_output(script, inputs, folder / "out").code == 0
+        assert write_output(inputs, folder / "out").code == 0
         assert contents(folder / "out") == whole
 
 
-@WRITERS
-def test_output_folders_that_cannot_be_written(inputs: Path, tmp_path: Path, script: str) -> None:
+def test_output_folders_that_cannot_be_written(inputs: Path, tmp_path: Path) -> None:
     with disk(tmp_path / "disk", "ro") as folder:
-        refused(write_output(script, inputs, folder / "out"), f"{folder / 'out'}: Read-only file system")
+        refused(write_output(inputs, folder / "out"), f"{folder / 'out'}: Read-only file system")
     with disk(tmp_path / "disk", "size=1m") as folder:
-        refused(write_output(script, inputs, folder), f"{folder}: is a mount point")
+        refused(write_output(inputs, folder), f"{folder}: is a mount point")
     tmp_path.chmod(0o755)
     (tmp_path / "locked").mkdir(mode=0o555)
     with permissions_count():
-        answer = write_output(script, inputs, tmp_path / "locked" / "out")
+        answer = write_output(inputs, tmp_path / "locked" / "out")
     refused(answer, f"{tmp_path / 'locked' / 'out'}: Permission denied; check its permissions")

@@ -87,7 +87,3 @@ def test_the_short_address_shows_both_losses_and_a_point(tmp_path: Path) -> None
     tags = [card["tag"] for card in json.loads(asked["pinnedCards"][0])]
     assert (tags, asked["smoothing"]) == (["eval/loss", "train/loss"], ["0"])
     assert [point[1:] for point in points] == [[5, 2.0]]
-
-
-def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
-    refused(call(SCRIPT, tmp_path), "no run with TensorBoard's files", "give a run folder")

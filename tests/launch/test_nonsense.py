@@ -30,7 +30,6 @@ REFUSED: list[Tree] = [
     {"train": {"deepspeed": {"communication_data_type": "fp8"}}},
     {"train": {"deepspeed": {"prescale_gradients": True}}},
     {"train": {"deepspeed": {"flops_profiler": True}}},
-    {"train": {"deepspeed": {"comms_logger": {"prof_ops": 3}}}},
     {"train": {"seed": 99999999999999999999999}},
     {"train": {"peer_timeout_seconds": 1e308}},
     {"method": {"square_size": 1000000}},

@@ -34,7 +34,6 @@ BOARD = "board"
 COMPARE = "compare"
 TRAIN = "train-tokenizer"
 TOKENIZE = "tokenize"
-DEMO_TEXT = "relora_mora.commands.demo_text"
 
 
 class Answer(NamedTuple):

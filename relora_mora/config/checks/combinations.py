@@ -69,6 +69,8 @@ def unused_settings(settings: Mapping[str, Any]) -> dict[str, str]:
         unused["optim.rewarm"] = "optim.restart_warmup_steps=0"
     if settings["optim.schedule"] == "constant":
         unused["optim.min_ratio"] = "optim.schedule=constant"
+    if settings["optim.schedule"] != "wsd":
+        unused["optim.decay_steps"] = f"optim.schedule={settings['optim.schedule']}"
     if not (settings["method.train_embeddings"] or settings["method.train_head"]):
         unused["optim.others"] = "a run that trains neither embeddings nor head"
         others = "adamw"
@@ -162,9 +164,6 @@ RULES = (
          lambda c: c.model.new_tokens is not None and c.model.init_from is None,
          "new tokens are added to a trained model; set model.init_from to it, or remove this"),
     Rule("tokenizer.path model.init_from", lambda c: c.tokenizer.path is None and c.model.init_from is None, _NO_START),
-    Rule("optim.decay_steps optim.schedule",
-         lambda c: c.optim.schedule != "wsd" and c.optim.decay_steps is not None,
-         "only the schedule wsd uses it, got {c.optim.schedule}; remove it or set optim.schedule=wsd"),
     Rule("data.lanes train.batch_size",
          lambda c: c.train.batch_size % c.lanes,
          "{c.lanes} does not divide train.batch_size {c.train.batch_size}; use a divisor"),

@@ -68,8 +68,10 @@ def _named_in_source(source: TextSource, part: int) -> str | None:
     return dict(enumerate(source.source.split(":"))).get(part)
 
 
-def _is_set(source: TextSource, key: str) -> bool:
-    return bool(getattr(source, key) != TextSource.model_fields[key].default)
+def _of_mixtures(source: TextSource) -> list[str]:
+    """The settings of a mixture's sources that this one has."""
+    keys = ("weight", "max_epochs", "at_max_epochs")
+    return [key for key in keys if getattr(source, key) != TextSource.model_fields[key].default]
 
 
 def _unknown_columns(c: SimpleNamespace) -> list[str]:
@@ -77,18 +79,6 @@ def _unknown_columns(c: SimpleNamespace) -> list[str]:
 
 
 # fmt: off
-def _not_mixed(key: str) -> tuple[Rule, Rule]:
-    """Text that is not mixed may not have this setting of a mixture's sources."""
-    return (
-        Rule(f"{{at}}.{key} data.validation",
-             lambda c: not c.of_train and _is_set(c.source, key),
-             "it is for the sources of a mixture, but held-out text is never mixed; leave it out"),
-        Rule(f"{{at}}.{key} data.concatenate data.train",
-             lambda c: c.of_train and _is_joined(c.run.data) and _is_set(c.source, key),
-             "it is for the sources of a mixture, but data.concatenate joins them; leave one of the two out"),
-    )
-
-
 DATA_RULES = (
     Rule("train.epochs data.train",
          lambda c: c.train.epochs is not None and not _has_one_text(c),
@@ -136,9 +126,10 @@ SOURCE_RULES = (
     Rule("{at}.name data.validation",
          lambda c: not c.of_train and c.source.name,
          "it is for a mixture, but held-out text is never mixed; give sets by name, as {{NAME: {{source: ...}}}}"),
-    *_not_mixed("weight"),
-    *_not_mixed("max_epochs"),
-    *_not_mixed("at_max_epochs"),
+    Rule("{at} {section} data.concatenate",
+         lambda c: (not c.of_train or _is_joined(c.run.data)) and _of_mixtures(c.source),
+         "{found}: only for the sources of a mixture, but held-out text and what data.concatenate joins is not mixed; "
+         "leave it out"),
 )
 STAGE_RULES = (
     Rule("{at}.from_step data.stages",

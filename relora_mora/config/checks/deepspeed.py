@@ -61,20 +61,11 @@ class Zero(Strict):
     use_multi_rank_bucket_allreduce: bool = _ITS_OWN
 
 
-class CommsLogger(Strict):
-    enabled: bool = _ITS_OWN
-    verbose: bool = _ITS_OWN
-    prof_all: bool = _ITS_OWN
-    debug: bool = _ITS_OWN
-    prof_ops: list[str] = _ITS_OWN
-
-
 class DeepSpeed(Strict):
     """The keys of ``train.deepspeed``."""
 
     zero_optimization: Zero = _ITS_OWN
     communication_data_type: Literal["bf16", "fp32"] = _ITS_OWN
-    comms_logger: CommsLogger = _ITS_OWN
 
 
 def deepspeed_faults(config: Config) -> Iterator[Fault]:
@@ -86,8 +77,7 @@ def deepspeed_faults(config: Config) -> Iterator[Fault]:
             if name in DERIVED:
                 text = f"{name} is derived from {DERIVED[name]}; set that instead"
             elif each["type"] == "extra_forbidden":
-                models: dict[Any, type[Strict]] = {"zero_optimization": Zero, "comms_logger": CommsLogger}
-                model = models.get(each["loc"][0], DeepSpeed)
+                model = DeepSpeed if len(each["loc"]) == 1 else Zero
                 text = f"{name}: not supported; the supported keys are {', '.join(model.model_fields)}"
             else:
                 text = f"{name} is {each['input']!r}; {each['msg'][:1].lower()}{each['msg'][1:]}"

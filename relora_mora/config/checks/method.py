@@ -71,9 +71,6 @@ OWN_RULES = (
 )
 # of a Config
 METHOD_RULES = (
-    Rule("method.target_modules",
-         lambda c: c.method.target_modules and len(set(c.method.target_modules)) < len(c.method.target_modules),
-         "duplicate name; list each name once"),
     Rule("method.rank_pattern method.target_modules method.name",
          lambda c: c.method.uses_adapters and c.method.target_modules
          and [x for x in c.method.rank_pattern if x not in c.method.target_modules],
@@ -102,10 +99,6 @@ METHOD_RULES = (
          lambda c: _needs_moments(c) and not c.optim.of_group("adapters").moments,
          "{c.method.reset} changes element-wise moments, but {c.optim.matrices} has none; "
          "use method.reset=full or none"),
-    Rule("method.merge_until_step method.merge_every method.name",
-         lambda c: c.method.merges and c.method.merge_until_step and c.method.merge_until_step < c.method.merge_every,
-         "{c.method.merge_until_step} comes before the first merge (step {c.method.merge_every}); raise it, or use "
-         "method.name={c.method.record.without_merges}"),
 )
 # fmt: on
 
@@ -122,10 +115,11 @@ def merge_remarks(config: Config) -> Iterator[str]:
     every = method.merge_every
     if not method.merges:
         return
-    if every >= config.train.steps:
+    if every > min(method.merge_until_step or every, config.train.steps - 1):
         yield (
-            f"method.merge_every: the run of {counted(config.train.steps, 'step')} ends before its first merge, which "
-            f"would follow step {every}: it trains as {method.record.without_merges} does"
+            f"method.merge_every: the first merge would follow step {every}, but the run of "
+            f"{counted(config.train.steps, 'step')}, or method.merge_until_step, ends before: it trains as "
+            f"{method.record.without_merges} does"
         )
     elif optim.restart_warmup_steps:
         if every < optim.warmup_steps:

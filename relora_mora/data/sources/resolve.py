@@ -26,6 +26,7 @@ from relora_mora.data.sources.names import (
 )
 from relora_mora.data.tokens.index import COMMAND, file_in, finished_index, is_token_folder
 from relora_mora.system.files import from_home
+from relora_mora.system.logs import counted
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_SHARDS = 1_000_000
@@ -287,3 +288,11 @@ def public_url(url: str) -> str:
     """The url without user, password, query and fragment, all of which may be secret."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def split_remark(shards: Sequence[Shard], data: DataConfig) -> str | None:
+    """What is not obvious about files of text: that each paragraph is a document; None if there are no such files."""
+    files = sum(shard.format is TEXT and shard.tokens is None for shard in shards)
+    if not files or data.sample_by != "paragraph":
+        return None
+    return f"{counted(files, 'file')} of text, split at blank lines; one document a file: --data.sample_by=document"

@@ -9,13 +9,13 @@ from transformers import PreTrainedConfig
 
 from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.checks.deepspeed import zero_defaults
-from relora_mora.config.registry import METHODS, is_own, split_rule
+from relora_mora.config.registry import is_own, split_rule
 from relora_mora.config.schema import Config
 from relora_mora.experiments.planner.cluster import Cluster, StepTime
 from relora_mora.experiments.planner.network import Traffic, traffic
 from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.fit import USABLE, choose_forms, uneven_widths
-from relora_mora.sizing.measure import Flops, measure
+from relora_mora.sizing.measure import measure
 from relora_mora.sizing.memory import Memory, peak_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model, passes_bytes, product_flops
@@ -31,7 +31,7 @@ FRAGMENTATION = 1.1  # glibc's malloc held 3 to 17 % more than the parts in tiny
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run with one method needs at one ZeRO stage."""
+    """What the run needs at one ZeRO stage."""
 
     setup: Setup
     memory: Memory
@@ -45,7 +45,7 @@ class Plan:
     ``peak`` is the FLOP/s of one device and the source of that number; ``log.peak_tflops`` overrides it. ``measured``
     is a rate in tokens/s over all devices. Without it the time follows from the arithmetic at ``utilization`` of the
     peak (None: 0.4), the optimizer's memory traffic, and the network. ``notes`` come before the plan's own.
-    Raises ValueError if the utilization is not above 1e-6 and at most 1, or if the settings do not fit the model.
+    Raises ValueError if the settings do not fit the model.
     """
 
     model_config: PreTrainedConfig
@@ -60,19 +60,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         config = self.config
-        if self.utilization is not None and not 1e-6 < self.utilization <= 1:
-            raise ValueError(f"utilization must be above 1e-6 and at most 1, got {self.utilization:g}")
         if config.log.peak_tflops is not None:
             self.peak = config.log.peak_tflops * 1e12, "log.peak_tflops"
         self.method = config.method.name
         self.zero_stage = config.train.zero_stage
-        model = meta_model(self.model_config, config.method)
-        self.parameters = count_parameters(model)
-        self.optimizer_flops = product_flops(model, config.optim)  # of a step, over all ranks
-        self._passes = passes_bytes(model, config.optim)
-        self._models = {self.method: model}
-        self._needs: dict[tuple[int, str], Needs] = {}
-        self.flops = measure(model, self.needs(self.zero_stage).setup).flops  # of a token
+        self.model = meta_model(self.model_config, config.method)
+        self.parameters = count_parameters(self.model)
+        self.optimizer_flops = product_flops(self.model, config.optim)  # of a step, over all ranks
+        self._needs: dict[int, Needs] = {}
+        self.flops = measure(self.model, self.needs(self.zero_stage).setup).flops  # of a token
         self.notes = [*self.notes, *remarks(config), *self._notes()]
 
     def _notes(self) -> list[str]:
@@ -93,41 +89,23 @@ class Plan:
             )
         return notes if self.cluster.on_cpu else notes + uneven_widths(self.model_config)
 
-    def needs(self, stage: int, method: str | None = None) -> Needs:
-        """What the run needs at a stage, also with another method. Raises ValueError if its settings refuse that."""
-        name = method or self.method
-        if (stage, name) not in self._needs:
-            config = self.config.model_copy(
-                update={"method": self.config.method.model_copy(update={"name": name})},
-            )
-            if name not in self._models:
-                self._models[name] = meta_model(self.model_config, config.method)
-            model = self._models[name]
-            setup = Setup(config, stage, self.cluster.world_size, bf16=self.bf16, on_gpu=not self.cluster.on_cpu)
-            choose_forms(model, setup, self.cluster.device.memory_gb * 1e9 or None)
-            self._needs[stage, name] = Needs(setup, peak_memory(model, setup), traffic(model, setup))
-        return self._needs[stage, name]
+    def needs(self, stage: int) -> Needs:
+        """What the run needs at a stage. Raises ValueError if its settings refuse that."""
+        if stage not in self._needs:
+            setup = Setup(self.config, stage, self.cluster.world_size, bf16=self.bf16, on_gpu=not self.cluster.on_cpu)
+            choose_forms(self.model, setup, self.cluster.device.memory_gb * 1e9 or None)
+            self._needs[stage] = Needs(setup, peak_memory(self.model, setup), traffic(self.model, setup))
+        return self._needs[stage]
 
     @cached_property
-    def methods(self) -> dict[str, dict[int, Needs]]:
-        """[method][stage] for each method that the settings allow."""
-        found = {}
-        for name in METHODS:
-            try:
-                found[name] = {stage: self.needs(stage, name) for stage in STAGES}
-            except ValueError:
-                continue
-        return found
+    def memory(self) -> dict[int, Memory]:
+        """By stage."""
+        return {stage: self.needs(stage).memory for stage in STAGES}
 
-    @property
-    def memory(self) -> dict[str, dict[int, Memory]]:
-        return {name: {stage: needs.memory for stage, needs in stages.items()} for name, stages in self.methods.items()}
-
-    @property
-    def network(self) -> dict[str, dict[int, Traffic]]:
-        return {
-            name: {stage: needs.network for stage, needs in stages.items()} for name, stages in self.methods.items()
-        }
+    @cached_property
+    def network(self) -> dict[int, Traffic]:
+        """By stage."""
+        return {stage: self.needs(stage).network for stage in STAGES}
 
     @cached_property
     def steps(self) -> dict[int, StepTime]:
@@ -143,7 +121,7 @@ class Plan:
         rate = self.peak[0] * (self.utilization or ASSUMED_UTILIZATION)
         bandwidth = cluster.device.memory_gbytes_per_s * 1e9
         compute = self.flops.performed * self.config.tokens_per_step / (cluster.world_size * rate)
-        passes = (self._passes + trained * setup.width) / bandwidth if bandwidth else 0.0
+        passes = passes_bytes(self.model, self.config.optim) + trained * setup.width
         gradients = cluster.seconds_to_send(needs.network.sent_gradients)
         weights = cluster.seconds_to_send(needs.network.sent_weights)
         matrices = cluster.seconds_to_send(needs.network.sent_matrices)
@@ -151,7 +129,7 @@ class Plan:
         hidden = 0.0
         if stage > 1 and setup.zero("overlap_comm", defaults.get("overlap_comm", stage == 3)):
             hidden = min(gradients + weights, compute) if stage == 3 else min(gradients, BACKWARD_SHARE * compute)
-        optimizer = (self.optimizer_flops / rate + passes) / setup.sharers
+        optimizer = (self.optimizer_flops / rate + (passes / bandwidth if bandwidth else 0.0)) / setup.sharers
         return StepTime(compute, optimizer, gradients + weights + matrices, hidden)
 
     @property
@@ -182,12 +160,6 @@ class Plan:
         return f"assuming {ASSUMED_UTILIZATION:.0%} {of_peak}{unconfirmed}"
 
     @property
-    def merge_every(self) -> int:
-        """Steps between merges; 0 if there are none."""
-        method = self.config.method
-        return method.merge_every if method.merges and method.merge_every < self.config.train.steps else 0
-
-    @property
     def savings(self) -> list[str]:
         """Changes that would need less memory."""
         return [
@@ -210,47 +182,40 @@ class Plan:
         in_training = PROCESS_BYTES + chosen.device + chosen.host_base + chosen.host_checkpoint
         return max(at_start, FRAGMENTATION * in_training)
 
-    def fits(self, stage: int, method: str | None = None) -> bool | None:
+    def fits(self, stage: int) -> bool | None:
         """Whether a rank's memory fits into a device; None if the device's memory is unknown."""
         available = self.cluster.device.memory_gb * 1e9
-        return self.needs(stage, method).memory.device <= USABLE * available if available else None
-
-    @property
-    def sends_less_at_one(self) -> bool:
-        """Whether stage 1 sends less than the chosen stage 2, takes no longer, and is not known to be too large."""
-        if self.zero_stage != 2 or self.needs(1).network.sent >= self.needs(2).network.sent:
-            return False
-        return self.step(1).total <= self.step(2).total and self.fits(1) is not False
+        return self.needs(stage).memory.device <= USABLE * available if available else None
 
     def as_dict(self) -> dict[str, Any]:
-        """All numbers for JSON; sizes in bytes, times in seconds."""
-        memory = {
-            method: {
-                str(stage): {**_with(each, "device"), "fits": self.fits(stage, method)} for stage, each in of.items()
-            }
-            for method, of in self.memory.items()
-        }
-        network = {
-            method: {str(stage): _with(moved, "sent", "sent_in_merge") for stage, moved in of.items()}
-            for method, of in self.network.items()
-        }
-        alike = ("optimizer_flops", "method", "zero_stage", "bf16", "merge_every", "tokens", "tokens_per_second")
+        """All numbers for JSON, those of a stage by its number; sizes in bytes, times in seconds."""
+        alike = (
+            "method",
+            "zero_stage",
+            "bf16",
+            "optimizer_flops",
+            "tokens",
+            "tokens_per_second",
+            "seconds",
+            "resident",
+        )
         return {
             "parameters": asdict(self.parameters),
             "flops": _with(self.flops, "total", "performed"),
             "matrices": self.config.optim.matrices,
             "others": self.config.optim.others,
-            "memory": memory,
-            "network": network,
-            "steps": {str(stage): _with(step, "total") for stage, step in self.steps.items()},
+            "memory": {
+                stage: _with(each, "device") | {"fits": self.fits(stage)} for stage, each in self.memory.items()
+            },
+            "network": {stage: _with(each, "sent") for stage, each in self.network.items()},
+            "steps": {stage: _with(each, "total") for stage, each in self.steps.items()},
             "cluster": asdict(self.cluster),
-            "on_cpu": self.cluster.on_cpu,
             "world_size": self.cluster.world_size,
             "tokens_per_step": self.config.tokens_per_step,
-            **{name: getattr(self, name) for name in (*alike, "assumption", "notes", "savings", "seconds", "resident")},
+            **{name: getattr(self, name) for name in (*alike, "assumption", "notes", "savings")},
         }
 
 
-def _with(numbers: Flops | Memory | Traffic | StepTime, *totals: str) -> dict[str, Any]:
-    """The fields, and these properties."""
+def _with(numbers: Any, *totals: str) -> dict[str, Any]:
+    """The fields of a record, and these properties."""
     return asdict(numbers) | {name: getattr(numbers, name) for name in totals}

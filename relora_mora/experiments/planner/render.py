@@ -60,36 +60,33 @@ def _sent(plan: Plan) -> str:
 
 def tables(plan: Plan) -> str:
     """The answer, and all numbers in tables with a column for each ZeRO stage."""
-    own = [plan.needs(stage) for stage in STAGES]
-    memory = [each.memory for each in own]
+    memory, network, steps = ([*of.values()] for of in (plan.memory, plan.network, plan.steps))
     host = {"host: float32 base": "host_base", "host: checkpoint": "host_checkpoint", "host: start": "host_start"}
     sent = {"all-reduced": "all_reduced", "reduced": "reduced", "gathered": "gathered", "a device sends": "sent"}
-    times = {name: name for name in ("compute", "optimizer", "network", "hidden")}
+    times = {
+        "compute": "compute",
+        "optimizer": "optimizer",
+        "network": "network",
+        "hidden": "hidden",
+        "a step": "total",
+    }
     sizes = {
-        **_rows(memory, _gib, {**dict(zip(PARTS, PARTS, strict=True)), f"all with {plan.method}": "device"}),
+        **_rows(memory, _gib, {**dict(zip(PARTS, PARTS, strict=True)), "all": "device"}),
         "at": [each.phase for each in memory],
         **_rows(memory, _gib, host),
-        **{
-            f"all with {name}": [_gib(each.memory.device) for each in stages.values()]
-            for name, stages in plan.methods.items()
-            if name != plan.method
-        },
     }
     step = {
-        **_rows([each.network for each in own], _gb, sent | {"a device sends in a merge": "sent_in_merge"}, ", GB"),
-        "with full rank, GB": [_gb(each.network.sent) for each in plan.methods["full"].values()],
-        **_rows([*plan.steps.values()], "{:.3g}".format, times | {"a step": "total"}, ", s"),
-        "all steps": [duration(each.total * plan.config.train.steps) for each in plan.steps.values()],
+        **_rows(network, _gb, sent, ", GB"),
+        **_rows(steps, "{:.3g}".format, times, ", s"),
+        "all steps": [duration(each.total * plan.config.train.steps) for each in steps],
     }
     sections = [
         f"{answer(plan)}\n{_run(plan)}",
         f"GiB of a device in {'bf16' if plan.bf16 else 'fp32'}, at the peak of a step\n{_table(plan, sizes)}",
         f"one step\n{_table(plan, step)}",
         f"Memory leaves out the CUDA context, fragmentation and Python itself, so a run fits if it takes {USABLE:.0%} "
-        "of a device. Time leaves out evaluations, checkpoints and merges.",
+        "of a device. Time leaves out evaluations, checkpoints and merges. For another method, give --method.name.",
     ]
-    if plan.sends_less_at_one:
-        sections.append("Stage 2 sends the gradients after each micro-batch, stage 1 once: try --train.zero_stage=1")
     return "\n\n".join("\n".join(map(_line, section.split("\n"))) for section in sections)
 
 

@@ -1,7 +1,6 @@
 """Checks the inputs of all runs of a study before the first run starts."""
 
 from relora_mora.config.load import ConfigError
-from relora_mora.config.schema import Config
 from relora_mora.experiments.study.conduct import known_cells
 from relora_mora.experiments.study.design import Study
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs, refuse
@@ -16,7 +15,7 @@ def check_inputs(study: Study, folder: StudyFolder) -> None:
 
     Raises :class:`relora_mora.config.load.ConfigError` with the faults of all runs, each fault once.
     """
-    cells = [cell for cell in known_cells(study, folder) if not folder.is_done(cell)]
+    cells = folder.missing(known_cells(study, folder))
     faults: dict[str, str] = {}
     opened: set[str] = set()
     for cell, config in cell_configs(study, cells, folder).items():
@@ -25,20 +24,12 @@ def check_inputs(study: Study, folder: StudyFolder) -> None:
             include={"data": True, "tokenizer": True, "model": {"config", "init_from", "adapter"}},
             exclude={"data": {"seed"}},
         )
-        checks = [_check_model, with_rule] + [_open] * (inputs not in opened)
+        checks = [check_model, open_inputs] if inputs not in opened else [check_model]
         opened.add(inputs)
-        for check in checks:
+        for check in [with_rule, *(lambda config, check=check: check(with_vocabulary(config)) for check in checks)]:
             try:
                 check(config)
             except (ValueError, OSError) as error:
                 for fault in error.faults if isinstance(error, ConfigError) else [str(error)]:
                     faults.setdefault(fault, cell.name)
     refuse(faults, study)
-
-
-def _check_model(config: Config) -> None:
-    check_model(with_vocabulary(config))
-
-
-def _open(config: Config) -> None:
-    open_inputs(with_vocabulary(config))

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from relora_mora.experiments.study.design import Cell, Study, count, first_round, second_round
-from relora_mora.experiments.study.folder import StudyFolder, cell_configs
-from relora_mora.experiments.study.record import final_metric, write_records
+from relora_mora.experiments.study.folder import StudyFolder, cell_configs, final_metric, write_records
 from relora_mora.system.bars import Bar, is_watched
 from relora_mora.system.process import ending_with_me, say
 
@@ -34,13 +33,12 @@ def conduct(study: Study, folder: StudyFolder, program: Sequence[str], jobs: int
     done.
     """
     cells = first_round(study)
-    folder.find_commits(cell_configs(study, cells, folder).values())
     with Bar("study", "run", total=count(study), after=0.0) as bar:
 
         def note(running: Sequence[Cell] = ()) -> None:
             write_records(cells, folder)
             names = " ".join(cell.name for cell in running)
-            done = sum(map(folder.is_done, cells))
+            done = len(cells) - len(folder.missing(cells))
             bar.note(names)
             bar.update(done)
             if not is_watched():
@@ -52,8 +50,7 @@ def conduct(study: Study, folder: StudyFolder, program: Sequence[str], jobs: int
             folder.begin(cell_configs(study, cells, folder))
             note()
             _run_cells(cells, folder, program, jobs, study.threads, note)
-    failed = [cell for cell in cells if not folder.is_done(cell)]
-    if failed:
+    if failed := folder.missing(cells):
         raise CellsFailed("\n".join(_end_of_log(cell, folder) for cell in failed))
     return len(cells)
 
@@ -84,7 +81,7 @@ def _run_cells(
     on to every run, this raises :class:`Stopped`; a run saves and ends at the first signal and ends immediately at the
     second. If this process is killed, the kernel sends each run a first signal (on Linux).
     """
-    waiting = [cell for cell in cells if not folder.is_done(cell)]
+    waiting = folder.missing(cells)
     running: dict[Cell, subprocess.Popen[bytes]] = {}
     passed_on = 0
     with _stop_signals() as signals:

@@ -1,8 +1,7 @@
-"""A study's folder: a run folder for each cell, with settings, logs and records."""
+"""A study's folder: a run folder for each cell, with settings and logs; and records, which outlive the run folders."""
 
-import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,23 @@ from relora_mora.config.checks.combinations import unused_settings
 from relora_mora.config.lengths import tree_of
 from relora_mora.config.load import FINETUNING, ConfigError, config_of, stored_config
 from relora_mora.config.schema import Config
+from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.experiments.compare.labels import as_text
 from relora_mora.experiments.compare.runs import RECORDS, read_records
 from relora_mora.experiments.compare.settings import used_settings
 from relora_mora.experiments.study.design import Cell, Study
 from relora_mora.supervise.exits import FINISHED
 from relora_mora.system.files import write_synced
-from relora_mora.system.run_folder import RunFolder, read_json_lines
+from relora_mora.system.run_folder import RunFolder, joined_start, read_json_lines
 
 # settings that do not affect a run's numbers; a resume compares the text at its commits itself
 NOT_COMPARED = {"train.run_dir", "data.commits"}
+KEPT_LINES = 40  # of training, evenly over the steps, and as many with ranks at merges; all evaluations are kept
+OF_TRAINING = ("train/loss", "train/tokens", "perf/tokens_per_second", "perf/peak_memory_gib")
+RANKS = "merge/effective_rank/"
+NOT_KEPT = ("command", "host")  # of a start, because they are local
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,46 +47,18 @@ class StudyFolder:
 
     @property
     def records(self) -> Path:
-        """JSON lines, one for each finished run; see :mod:`relora_mora.experiments.study.record`."""
+        """JSON lines, one for each finished run: the record that :func:`write_records` writes."""
         return self.path / RECORDS
 
-    @property
-    def _commits(self) -> Path:
-        return self.path / "commits.json"
+    def kept(self) -> dict[str, Record]:
+        """The records by cell name; another machine may have written them. Raises ValueError if the file is damaged."""
+        records = read_records(self.records) if self.records.exists() else []
+        return {record["name"]: record for record in records}
 
-    def commits(self) -> dict[str, str]:
-        """The commit of each hub revision, from ``commits.json`` or else from the study's records."""
-        if self._commits.exists():
-            return dict(json.loads(self._commits.read_text(encoding="utf-8")))
-        given = [record["given"]["data"].get("commits", {}) for record in self.kept().values()]
-        return {revision: commit for commits in given for revision, commit in commits.items()}
-
-    def find_commits(self, configs: Iterable[Config]) -> None:
-        """Asks the hub once per study for the commits that these settings read, and writes them down.
-
-        Raises SourceError if the hub does not answer.
-        """
-        from relora_mora.data.sources.names import with_commits  # a late import: it loads all data readers
-
-        known = self.commits()
-        for config in configs:
-            known |= with_commits(config.data.model_copy(update={"commits": known | config.data.commits})).commits
-        if known:
-            write_synced(self._commits, json.dumps(known, indent=1) + "\n")
-
-    def kept(self) -> dict[str, dict[str, Any]]:
-        """The records by cell name; another machine may have written them.
-
-        Raises ValueError if the file is damaged.
-        """
-        if not self.records.exists():
-            return {}
-        file = self.records.stat()
-        return _kept(self.records, (file.st_mtime_ns, file.st_size))
-
-    def is_done(self, cell: Cell) -> bool:
-        """Whether there is a record of the run, from here or from another machine."""
-        return cell.name in self.kept()
+    def missing(self, cells: Sequence[Cell]) -> list[Cell]:
+        """The cells without a record, from here or from another machine."""
+        kept = self.kept()
+        return [cell for cell in cells if cell.name not in kept]
 
     def has_run(self, cell: Cell) -> bool:
         """Whether the run finished successfully and its folder is here, so that it can be recorded."""
@@ -91,26 +69,34 @@ class StudyFolder:
         return bool(ends) and ends[-1]["code"] == FINISHED and self.settings(cell).exists()
 
     def begin(self, configs: Mapping[Cell, Config]) -> None:
-        """Writes the settings of cells.
+        """Writes the settings of cells. Cells that read the same revision of the hub get the same commit of it.
 
-        Raises ValueError if a cell was started or finished with other settings. If its model, text or tokenizer have
-        changed since, the comparison says so.
+        Raises ValueError if a cell was started or finished with other settings, and SourceError if the hub does not
+        answer. If a cell's model, text or tokenizer have changed since, the comparison says so.
         """
-        faults = []
-        for cell, config in configs.items():
-            # a run writes its config only after it has found no fault in its settings
-            has_begun = self.run(cell).config.exists() or self.is_done(cell)
-            if has_begun and (changed := self._changed_settings(cell, config)):
-                faults.append(
-                    f"{self.run(cell).path} was started with {changed}; remove it, {self.settings(cell)} and its line "
-                    f"in {self.records}, give another --out, or put back what has changed"
-                )
+        from relora_mora.data.sources.names import with_commits  # a late import: it loads all data readers
+
+        missing = self.missing([*configs])
+        # a run writes its config only after it has found no fault in its settings
+        begun = (cell for cell in configs if self.run(cell).config.exists() or cell not in missing)
+        faults = [
+            f"{self.run(cell).path} was started with {changed}; remove it, {self.settings(cell)} and its line "
+            f"in {self.records}, give another --out, or put back what has changed"
+            for cell in begun
+            if (changed := self._changed_settings(cell, configs[cell]))
+        ]
         if faults:
             raise ValueError("\n".join(faults))
+        folder = self.path / "settings"
+        folder.mkdir(parents=True, exist_ok=True)
+        given = [record["given"] for record in self.kept().values()]
+        given += [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+        commits = {revision: commit for tree in given for revision, commit in tree["data"].get("commits", {}).items()}
         for cell, config in configs.items():
-            path = self.settings(cell)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_synced(path, json.dumps(tree_of(config), ensure_ascii=False) + "\n")
+            data = with_commits(config.data.model_copy(update={"commits": commits | config.data.commits}))
+            commits |= data.commits
+            tree = tree_of(config.model_copy(update={"data": data}))
+            write_synced(self.settings(cell), json.dumps(tree, ensure_ascii=False) + "\n")
 
     def _changed_settings(self, cell: Cell, config: Config) -> str:
         """Describes how the settings differ from those with which the cell was started; empty if they do not."""
@@ -132,10 +118,76 @@ class StudyFolder:
         return dict(json.loads(path.read_text(encoding="utf-8")) if path.exists() else self.kept()[cell.name]["given"])
 
 
-@functools.lru_cache(maxsize=2)
-def _kept(records: Path, version: tuple[int, int]) -> dict[str, dict[str, Any]]:
-    """Reads the records once for each ``version``, the file's modification time and size."""
-    return {record["name"]: record for record in read_records(records)}
+def write_records(cells: Sequence[Cell], folder: StudyFolder) -> None:
+    """Writes one line for each finished cell, in the order of ``cells``.
+
+    A line has the cell's ``name`` and ``seed``; ``given``, all settings that it was started with; ``config``, these
+    settings as the run resolved them; ``start``, the commit, versions and machine of the last start and the ``step`` of
+    the first; and ``metrics``, the part of ``metrics.jsonl`` that tables and figures need. Existing lines stay; lines
+    of cells outside ``cells`` come last.
+    """
+    kept = folder.kept()
+    new = {cell.name: _record(cell, folder) for cell in cells if cell.name not in kept and folder.has_run(cell)}
+    if new:
+        records = {**kept, **new}
+        names = dict.fromkeys([*(cell.name for cell in cells), *records])
+        write_synced(folder.records, "".join(json.dumps(records[name]) + "\n" for name in names if name in records))
+
+
+def _record(cell: Cell, folder: StudyFolder) -> Record:
+    run = folder.run(cell)
+    start = joined_start(read_json_lines(run.starts))
+    return {
+        "name": cell.name,
+        "seed": cell.seed,
+        "given": folder.given(cell),
+        "config": parse_yaml(run.config.read_text(encoding="utf-8")),
+        "start": {key: value for key, value in start.items() if key not in NOT_KEPT},
+        "metrics": _thinned(read_json_lines(run.metrics)),
+    }
+
+
+def is_kept(tag: str) -> bool:
+    is_result = tag.startswith(("eval/", RANKS)) and tag != "eval/seconds"
+    return is_result or tag in (*OF_TRAINING, "merge/layers", "merge/seconds")
+
+
+def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def evenly(tag: str) -> set[int]:
+        numbers = [number for number, line in enumerate(lines) if tag in line]
+        return {*numbers[:: max(1, -(-len(numbers) // KEPT_LINES))], *numbers[-1:]}
+
+    training, merges = evenly("train/loss"), evenly("merge/layers")
+    thinned = []
+    for number, line in enumerate(lines):
+        values = {
+            tag: float(f"{value:.8g}") if isinstance(value, float) else value  # float32 has no more digits
+            for tag, value in line.items()
+            if is_kept(tag)
+            and (number in training or tag not in OF_TRAINING)
+            and (number in merges or not tag.startswith(RANKS))
+        }
+        if values:
+            thinned.append({"step": line["step"], **values})
+    return thinned
+
+
+def final_metric(record: Record, metric: str) -> float | None:
+    """The metric of the evaluation at the last step of a recorded run; None if it is not finite.
+
+    Raises ValueError if no evaluation has the metric, or if the evaluation of the last step is lost.
+    """
+    lines = [line for line in record["metrics"] if metric in line]
+    if not lines:
+        raise ValueError(f"choose: {record['name']} has no evaluation with the metric {metric}; see docs/metrics.md")
+    step, steps = lines[-1]["step"], record["config"]["train"]["steps"]
+    if step != steps:
+        raise ValueError(
+            f"choose: the last {metric} of {record['name']} is from step {step}, but the run has {steps} steps and its "
+            "last evaluation is lost; remove its folder, and its line in the records, so that the study repeats the run"
+        )
+    value: float | None = lines[-1][metric]
+    return value
 
 
 def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[Cell, Config]:
@@ -144,14 +196,11 @@ def cell_configs(study: Study, cells: list[Cell], folder: StudyFolder) -> dict[C
     It is also a fault if a run will not have the metric of ``choose``, or if the runs share no held-out text.
     """
     defaults = FINETUNING if study.command == "finetune" else None
-    commits = folder.commits()
     configs: dict[Cell, Config] = {}
     faults: dict[str, str] = {}
     seen: dict[str, Cell] = {}
     for cell in cells:
         overrides = cell.overrides(study) | {"train.run_dir": json.dumps(str(folder.run(cell).path))}
-        if commits:
-            overrides["data.commits"] = json.dumps(commits)
         try:
             config = config_of(study.base_tree, study.base, overrides, defaults=defaults)
         except ConfigError as error:

@@ -16,10 +16,10 @@ from relora_mora.data.content import local_content
 from relora_mora.data.errors import SourceError
 from relora_mora.data.records.passages import template_in_use
 from relora_mora.data.sets.show import check_columns, check_records
-from relora_mora.data.shard import TEXT, Shard
-from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.shard import Shard
+from relora_mora.data.sources.resolve import configured_shards, split_remark
 from relora_mora.data.tokens.checks import check_tokens
-from relora_mora.system.logs import counted, log
+from relora_mora.system.logs import log
 from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.tokenizer.load import load_tokenizer
 
@@ -52,10 +52,8 @@ def open_inputs(config: Config) -> Inputs:
         _attempt(errors, set_setting(name), partial(_shards, one_set, "validation", run_tokenizer))
     if tokenizer is None or shards is None or errors:
         raise _combined_error(errors)
-    files = sum(shard.format is TEXT and shard.tokens is None for shard in shards)
-    if files and config.data.sample_by == "paragraph":
-        remedy = "one document a file: --data.sample_by=document"
-        log.info("%s of text, split at blank lines; %s", counted(files, "file"), remedy)
+    if remark := split_remark(shards, config.data):
+        log.info(remark)
     return Inputs(tokenizer, shards, template)
 
 

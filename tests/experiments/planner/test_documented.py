@@ -48,8 +48,8 @@ def test_a_row_is_what_the_planner_prints(
     assert answer.code == 0, answer.err
     plan = json.loads(answer.out)
     needed, sent, seconds, *_ = rows()[cluster, method, stage]
-    memory = plan["memory"][method.lower()][stage]
+    memory = plan["memory"][stage]
     assert needed == f"{memory['device'] / 2**30:.1f}" + ("" if memory["fits"] else ", too large")
     if memory["fits"]:
-        assert float(sent) == pytest.approx(plan["network"][method.lower()][stage]["sent"] / 1e9, rel=5e-3)
+        assert float(sent) == pytest.approx(plan["network"][stage]["sent"] / 1e9, rel=5e-3)
         assert float(seconds) == pytest.approx(plan["steps"][stage]["total"], rel=5e-3)

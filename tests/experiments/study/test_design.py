@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def test_all_runs_of_a_study_read_the_same_commit(tmp_path: Path, monkeypatch: p
     assert conduct(study, folder, PROGRAM, 1) == 2
     noted = {record["given"]["data"]["commits"]["some/set@main"] for record in read_json_lines(folder.records)}
     assert noted == {"a" * 40}
-    (tmp_path / "commits.json").unlink()
+    shutil.rmtree(tmp_path / "settings")
     assert conduct(study, folder, PROGRAM, 1) == 2, "the records hold it, too"
 
 

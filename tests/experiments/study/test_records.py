@@ -10,8 +10,7 @@ import pytest
 
 from relora_mora.experiments.study.conduct import conduct
 from relora_mora.experiments.study.design import Cell, Study, first_round, read_study
-from relora_mora.experiments.study.folder import StudyFolder
-from relora_mora.experiments.study.record import is_kept
+from relora_mora.experiments.study.folder import StudyFolder, is_kept
 from relora_mora.system.run_folder import read_json_lines
 from tests.experiments.study.tools import PROGRAM, made_start, made_study
 from tests.tools.each import each

@@ -16,8 +16,7 @@ import yaml
 
 from relora_mora.experiments.study.conduct import CellsFailed, conduct
 from relora_mora.experiments.study.design import first_round, read_study
-from relora_mora.experiments.study.folder import StudyFolder, cell_configs
-from relora_mora.experiments.study.record import final_metric
+from relora_mora.experiments.study.folder import StudyFolder, cell_configs, final_metric
 from relora_mora.system.run_folder import read_json_lines
 from tests.experiments.study.tools import BASE, PROGRAM, TRAINER, made_study
 from tests.tools.each import each
@@ -123,13 +122,13 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number
     command = [sys.executable, "-c", CONDUCT, str(study), str(folder.path), str(TRAINER)]
     waiting, *others = first_round(read_study(study))
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        while not ((folder.run(waiting).path / "waits").exists() and all(map(folder.is_done, others))):
+        while not ((folder.run(waiting).path / "waits").exists() and not folder.missing(others)):
             assert process.poll() is None
             time.sleep(0.05)
         os.kill(process.pid, number)
         said, _ = process.communicate(timeout=120)
     assert said == "stopped\n"
-    assert not folder.is_done(waiting)
+    assert folder.missing([waiting])
     assert [record["name"] for record in read_json_lines(folder.records)] == [cell.name for cell in others]
     assert conduct(read_study(study), folder, PROGRAM, 1) == 3
     assert len(folder.run(waiting).starts.read_text(encoding="utf-8").splitlines()) == 2

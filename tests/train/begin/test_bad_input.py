@@ -150,7 +150,7 @@ def test_a_damaged_model(exported, inputs, tmp_path, harm):
             "not found; expected a folder with tokenizer.model",
         ),
         (["--data={}/validation/*.json.gz", "--tokenizer={}"], "this folder has no tokenizer"),
-        (["--data={}/validation/*.json.gz", "--data.sequence_length=65"], "--data.sequence_length: got 65"),
+        (["--data={}/validation/*.json.gz", "--data.sequence_length=65"], "data.sequence_length: 65 is more than"),
     ],
 )
 def test_wrong_text_to_score_is_refused(run_folder, inputs, argv, message):
