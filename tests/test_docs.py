@@ -169,6 +169,16 @@ def test_the_documents_say_what_may_change_at_a_resume() -> None:
     assert all(f"`{section}`" in first_column for section in FREE_SECTIONS)
 
 
+def test_the_start_and_the_loop_are_as_contributing_shows_them() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for title, file in (("start", "pretrain.py"), ("step", "loop/loop.py")):
+        shown = text.partition(f"**The path of a {title}**")[2].split("```")[1]
+        code = (ROOT / "relora_mora" / "train" / file).read_text(encoding="utf-8")
+        for line in shown.strip().splitlines():
+            _, found, code = code.partition(line.partition("  # ")[0].strip())
+            assert found, line
+
+
 def test_the_documents_describe_every_field_of_a_manifest() -> None:
     table = (ROOT / "docs" / "checkpoints.md").read_text().partition("`manifest.json` |")[2].partition("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", table)) >= {*Manifest.__annotations__, "format", "version"}

@@ -6,8 +6,8 @@ from relora_mora.experiments.study.conduct import known_cells
 from relora_mora.experiments.study.design import Study
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs, refuse
 from relora_mora.optim.own import with_rule
-from relora_mora.train.begin.check import check_model
-from relora_mora.train.begin.inputs import open_inputs
+from relora_mora.train.begin.inputs import check_model
+from relora_mora.train.begin.text import open_text
 from relora_mora.weights.vocabulary import with_vocabulary
 
 
@@ -41,4 +41,4 @@ def _check_model(config: Config) -> None:
 
 
 def _open(config: Config) -> None:
-    open_inputs(with_vocabulary(config))
+    open_text(with_vocabulary(config))

@@ -1,7 +1,7 @@
 """The identity of a run: the facts that are compared between ranks at a start, and with the checkpoint at a resume."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -100,31 +100,17 @@ class Change:
     text: str
     permission: str | None
 
-
-def describe_differences(first: Identity, other: Identity) -> list[str]:
-    """Names what differs between the first rank and another."""
-    labels = {
-        "the model's settings": ("model_config",),
-        "the tokenizer": ("tokenizer_fingerprint", "eos_token_id"),
-        "the training data": ("data_fingerprint", "data_content"),
-        "the fast precision of the device": ("bf16",),
-    }
-    names = list(changed_settings(first.config, other.config))
-    for label, keys in labels.items():
-        if any(getattr(first, key) != getattr(other, key) for key in keys):
-            names.append(label)
-    return names
+    def is_allowed(self, allowed: Container[str]) -> bool:
+        return self.permission in allowed or (self.permission == "data.train" and "data" in allowed)
 
 
-def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
-    """The differences between a checkpoint and a run that would change the result and are not in ``allowed``."""
+def changes_since(saved: Identity, now: Identity) -> Iterator[Change]:
+    """The differences between a checkpoint and a run that would change the result."""
     saved = replace(saved, config=_comparable(saved.config))
     now = replace(now, config=_comparable(now.config))
     fixed_settings = _fixed_settings(saved, now)
-    free = FREE_SETTINGS | allowed
     changed = list(changed_settings(saved.config, now.config))
-    if "optim.matrices" in changed:
-        free.update(RULE_SETTINGS)  # they follow
+    free = {*FREE_SETTINGS, *(RULE_SETTINGS if "optim.matrices" in changed else ())}  # they follow
     settings = [
         name
         for name in changed
@@ -134,16 +120,16 @@ def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator
         difference = f"{name}: {_value(saved.config, name)!r} in the checkpoint, {_value(now.config, name)!r} now"
         fixed = fixed_settings.get(name)
         yield Change(difference, name) if fixed is None else Change(f"{difference}; {fixed}", None)
-    yield from _weight_changes(saved, now, allowed)
+    yield from _weight_changes(saved, now)
     before = keys_with(stored_model_config(saved.model_config), FUNCTION, TRAINING)
     after = keys_with(stored_model_config(now.model_config), FUNCTION, TRAINING)
     for key, value in after.items():
         if before.get(key) != value:
             yield Change(f"model: {key} is {before.get(key)!r} in the checkpoint, {value!r} now", None)
-    yield from _tokenizer_changes(saved, now, allowed)
-    if _other_data(saved, now) and "data" not in allowed:
+    yield from _tokenizer_changes(saved, now)
+    if _other_data(saved, now):
         yield Change("data: other sources, or files that have changed", "data")
-    if saved.bf16 != now.bf16 and "train.precision" not in allowed and "train.precision" not in settings:
+    if saved.bf16 != now.bf16 and "train.precision" not in settings:
         yield Change("train.precision: auto chooses another precision on this machine", "train.precision")
 
 
@@ -207,23 +193,20 @@ def _weights(identity: Identity) -> dict[str, float] | None:
     return {source.label: source.weight / total for source in sources}
 
 
-def _weight_changes(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
+def _weight_changes(saved: Identity, now: Identity) -> Iterator[Change]:
     before = _weights(saved)
     after = _weights(now)
     if before is None or after is None or set(before) != set(after):
         return
     if all(math.isclose(before[name], share) for name, share in after.items()):
         return
-    if not allowed & {"data", "data.train"}:
-        shown = " and ".join(
-            f"{name} {before[name]:.3g} in the checkpoint, {share:.3g} now" for name, share in after.items()
-        )
-        yield Change(f"data.train: the shares of its sources: {shown}", "data.train")
+    shown = " and ".join(
+        f"{name} {before[name]:.3g} in the checkpoint, {share:.3g} now" for name, share in after.items()
+    )
+    yield Change(f"data.train: the shares of its sources: {shown}", "data.train")
 
 
-def _tokenizer_changes(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
-    if "tokenizer" in allowed:
-        return
+def _tokenizer_changes(saved: Identity, now: Identity) -> Iterator[Change]:
     path = _value(now.config, "tokenizer.path")
     if saved.tokenizer_fingerprint != now.tokenizer_fingerprint:
         yield Change(f"tokenizer: {path} produces other tokens", "tokenizer")

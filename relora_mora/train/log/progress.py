@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from relora_mora.system.bars import Bar, is_watched
+from relora_mora.system.bars import Bar
 from relora_mora.system.logs import counted, log
 from relora_mora.system.process import own_command
 from relora_mora.train.begin.build import Run
@@ -74,10 +74,6 @@ class Progress:
         seconds_each = (time.monotonic() - self._begin) / max(1, self.done - self._first)
         left = tqdm.format_interval(seconds_each * (self.total - self.done))
         log.info("step %d/%d: %s, %s left", self.done, self.total, values, left)
-
-    @property
-    def is_watched(self) -> bool:
-        return self._show and is_watched()
 
     def bar(self, title: str, unit: str = "") -> Bar:
         """A second bar below the bar of the steps."""
