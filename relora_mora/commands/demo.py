@@ -88,11 +88,13 @@ def _checked_run(changes: dict[str, str], ranks: int) -> Path:
 
     config = load_config(CONFIG, changes, world_size=ranks)
     with many_imports():
-        from relora_mora.train.begin.inputs import open_inputs
+        from relora_mora.train.begin.inputs import check_settings
+        from relora_mora.train.begin.text import open_text
 
     try:
         with Bar("checking the settings"):
-            open_inputs(config, ranks)
+            check_settings(config, ranks)
+            open_text(config)
     except ConfigError as error:
         faults = [fault for fault in error.faults if f"{DEMO}/" not in fault]  # the next steps make these files
         if faults:

@@ -111,25 +111,12 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     Only one rank calls it. What is wrong on this machine is found before a server is asked for anything, which may take
     minutes.
     """
-    check_loggers(config.log)
-    if config.eval.tasks:
-        check_tasks(task_settings(config.eval))
-    check_run_folder(Path(config.train.run_dir))
     if config.tokenizer.path is not None:
         try:
             check_exists(Path(config.tokenizer.path))
         except TokenizerError as error:
             raise TokenizerError(f"tokenizer.path: {error}") from error
-    config = with_vocabulary(with_rule(config))
-    model_config = check_model(config)
-    bf16 = _computes_in_bf16(config)
-    config = _with_chosen_products(config, bf16=bf16)
-    check_attention(config.model, bf16=bf16)
-    compiled = compiles_here(config.model, config.train.zero_stage, on_gpu=uses_cuda())
-    _check_machine(
-        model_config,
-        Setup(config, config.train.zero_stage, world_size, bf16=bf16, on_gpu=uses_cuda(), compiled=compiled),
-    )
+    config, model_config, setup = check_settings(config, world_size)
     passes_boundaries = True
     if not compared_by_tests(model_config):
         findings = examine(model_config, attention=config.model.attention, documents=config.data.masks_documents)
@@ -169,10 +156,28 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         data_fingerprint=data_fingerprint,
         data_content=local_content(shards) + remote_content(shards),
         data_order=data_order,
-        bf16=bf16,
-        compiled=compiled,
+        bf16=setup.bf16,
+        compiled=setup.compiles,
         passes_boundaries=passes_boundaries,
     )
+
+
+def check_settings(config: Config, world_size: int) -> tuple[Config, PreTrainedConfig, Setup]:
+    """Checks what needs neither text nor its tokenizer. Returns the settings with what follows from them."""
+    check_loggers(config.log)
+    if config.eval.tasks:
+        check_tasks(task_settings(config.eval))
+    check_run_folder(Path(config.train.run_dir))
+    config = with_vocabulary(with_rule(config))
+    model_config = check_model(config)
+    bf16 = _computes_in_bf16(config)
+    config = _with_chosen_products(config, bf16=bf16)
+    check_attention(config.model, bf16=bf16)
+    stage = config.train.zero_stage
+    compiled = compiles_here(config.model, stage, on_gpu=uses_cuda())
+    setup = Setup(config, stage, world_size, bf16=bf16, on_gpu=uses_cuda(), compiled=compiled)
+    _check_machine(model_config, setup)
+    return config, model_config, setup
 
 
 def check_run_folder(path: Path) -> None:
