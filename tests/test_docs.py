@@ -14,8 +14,8 @@ from relora_mora.checkpoint.layout import Manifest
 from relora_mora.commands import NAMES, main_of
 from relora_mora.config.explain import model_in
 from relora_mora.config.removed import REMOVED
-from relora_mora.config.schema import Config
-from relora_mora.train.begin.identity import FREE_SECTIONS, FREE_SETTINGS
+from relora_mora.config.schema import SETTINGS, Config, may_change
+from relora_mora.train.begin.identity import FREE_SECTIONS
 from tests.tools.documents import DOCUMENTS, INSTRUCTIONS, blocks, name
 from tests.tools.helpers import ROOT
 from tests.tools.models_page import models_page
@@ -165,8 +165,18 @@ def test_the_documents_say_what_may_change_at_a_resume() -> None:
     table = text.partition("| may differ |")[2].partition("\n\n")[0]
     first_column = "".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
     named = set(re.findall(r"`([a-z_]+\.[a-z_]+)`", first_column))
-    assert named == FREE_SETTINGS
+    assert named == {setting for setting in SETTINGS if may_change(setting) in ("free", "data")}
     assert all(f"`{section}`" in first_column for section in FREE_SECTIONS)
+
+
+def test_the_start_and_the_loop_are_as_contributing_shows_them() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for title, file in (("start", "pretrain.py"), ("step", "loop/loop.py")):
+        shown = text.partition(f"**The path of a {title}**")[2].split("```")[1]
+        code = (ROOT / "relora_mora" / "train" / file).read_text(encoding="utf-8")
+        for line in shown.strip().splitlines():
+            _, found, code = code.partition(line.partition("  # ")[0].strip())
+            assert found, line
 
 
 def test_the_documents_describe_every_field_of_a_manifest() -> None:

@@ -64,23 +64,18 @@ def _checked_run(changes: dict[str, str]) -> Path:
 
     config = load_config(CONFIG, changes, world_size=1)
     with many_imports():
-        from relora_mora.optim.own import with_rule
-        from relora_mora.train.begin.check import check
-        from relora_mora.train.begin.run_folder import check_run_folder
-        from relora_mora.train.log.loggers import check_loggers
+        from relora_mora.train.begin.inputs import check_settings
+        from relora_mora.train.begin.text import open_text
 
-    config = with_rule(config)
-    run = Path(config.train.run_dir)
-    check_loggers(config.log)
-    check_run_folder(run)
     try:
         with Bar("checking the settings"):
-            check(config, 1)
+            check_settings(config, 1)
+            open_text(config)
     except ConfigError as error:
         faults = [fault for fault in error.faults if f"{DEMO}/" not in fault]  # the next steps make these files
         if faults:
             raise ConfigError(faults, error.source) from None
-    return run
+    return Path(config.train.run_dir)
 
 
 def say(text: str) -> None:

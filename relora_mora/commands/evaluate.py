@@ -187,7 +187,7 @@ def _score(lm: Any, sets: Mapping[str, "EvalSet"], micro_batch_size: int) -> dic
     mean_loss = causal_lm_loss(lm)
     try:
         with Bar("evaluation", "token") as bar:
-            results = evaluate_sets(
+            return evaluate_sets(
                 lambda each, update: evaluate(
                     mean_loss, each, micro_batch_size=rows, device=lm.device, progress=update
                 ),
@@ -201,8 +201,6 @@ def _score(lm: Any, sets: Mapping[str, "EvalSet"], micro_batch_size: int) -> dic
                 f"--micro_batch_size: {rows} x {length} tokens need more memory than available; lower it"
             ) from error
         raise
-    assert results is not None, "nothing stops the evaluation"
-    return results
 
 
 def _score_tasks(

@@ -75,13 +75,13 @@ def _show(config: "Config", count: int) -> int:
     with many_imports():
         from relora_mora.data.sets.show import show_records
         from relora_mora.tokenizer.identity import check_vocabulary
-        from relora_mora.train.begin.check import check_model
-        from relora_mora.train.begin.inputs import open_inputs
+        from relora_mora.train.begin.inputs import check_model
+        from relora_mora.train.begin.text import open_text
         from relora_mora.weights.vocabulary import with_vocabulary
 
     config = with_vocabulary(config)
     model = check_model(config)
-    tokenizer = open_inputs(config).tokenizer
+    tokenizer = open_text(config).tokenizer
     check_vocabulary(tokenizer, model.vocab_size, trained=config.model.init_from is not None)
     show_records(config, count)
     return 0

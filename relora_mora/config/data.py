@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 from pydantic_core import PydanticCustomError
 
-from relora_mora.config.types import LARGEST, LONGEST_SECONDS, Fraction, Positive, Seed, Strict, Text
+from relora_mora.config.types import (
+    LARGEST,
+    LONGEST_SECONDS,
+    Fraction,
+    Free,
+    OfText,
+    Positive,
+    Seed,
+    Strict,
+    Text,
+)
 
 Kind = Literal["messages", "alpaca", "sharegpt", "prompt", "question", "text"]
 Score = Literal["answers", "all"]
@@ -207,32 +217,32 @@ class DataConfig(Strict):
     unless ``concatenate`` makes it one text; see docs/data.md.
     """
 
-    train: Sources = Field(description="source or sources of training text; records are mixed by their weights")
+    train: OfText[Sources] = Field(description="source or sources of training text; records are mixed by their weights")
     concatenate: bool = Field(
         False, description="read a list of records as one text, each source once per epoch, instead of mixing by weight"
     )
     stages: list[MixtureStage] = Field([], description="new weights for the mixture, from given steps on")
-    validation: Sets = Field(
+    validation: Free[Sets] = Field(
         description="source or sources of held-out text, or several held-out sets by name, each scored separately"
     )
-    revision: Text = Field(
+    revision: OfText[Text] = Field(
         "main", description="revision of hub sources; resolved once to a commit, which is part of the fingerprint"
     )
-    commits: dict[AtRevision, Commit] = Field(
+    commits: OfText[dict[AtRevision, Commit]] = Field(
         {}, description="the commit of each revision, as REPO@REVISION: COMMIT; a run records here what it has read"
     )
-    text_column: Text = Field(
+    text_column: OfText[Text] = Field(
         "text", description="key of a JSON line, or column, that holds the text, for sources that do not set their own"
     )
-    records: RecordsConfig | None = Field(
+    records: OfText[RecordsConfig | None] = Field(
         None, description="what rows hold, for sources that do not set their own; null: plain text"
     )
-    packing: Packing | None = Field(
+    packing: OfText[Packing | None] = Field(
         None,
         description="stream: rows follow each other and are cut at the end of a sequence; whole: several whole rows "
         "per sequence; none: one row per sequence; null: stream for text, whole for records",
     )
-    sample_by: SampleBy = Field(
+    sample_by: OfText[SampleBy] = Field(
         "paragraph",
         description="what one document of a .txt file is: a line, a paragraph (between blank lines) or the whole file",
     )
@@ -242,10 +252,10 @@ class DataConfig(Strict):
     lanes: Annotated[int, Field(ge=1, le=65536)] | None = Field(
         None, description="independent data streams; null: the largest power of two <= 64 dividing train.batch_size"
     )
-    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
+    workers: Free[Annotated[int, Field(ge=0, le=1024)]] = Field(
         1, description="tokenizing worker processes per rank; 0: tokenize in the training process"
     )
-    prefetch_batches: Annotated[int, Field(ge=1, le=10000)] = Field(
+    prefetch_batches: Free[Annotated[int, Field(ge=1, le=10000)]] = Field(
         4, description="global batches that each worker prepares in advance"
     )
     shuffle_documents: Positive = Field(
@@ -256,11 +266,11 @@ class DataConfig(Strict):
     max_line_bytes: Positive = Field(
         16 * 1024 * 1024, description="a longer line, document or row of text counts as bad and is skipped"
     )
-    max_bad_fraction: Fraction = Field(
+    max_bad_fraction: Free[Fraction] = Field(
         0.01,
         description="stop if a larger fraction of a shard's lines or rows is bad; fewer than 1,000 count as 1,000",
     )
-    timeout_seconds: Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)] = Field(
+    timeout_seconds: Free[Annotated[float, Field(gt=0, le=LONGEST_SECONDS, allow_inf_nan=False)]] = Field(
         600.0, description="give up on a source that has failed for this long"
     )
 

@@ -6,7 +6,16 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, OTHERS, MatrixOptimizer, ScheduleKind, is_own, optimizer_of
-from relora_mora.config.types import Decay, Fraction, NotNegative, Positive, Rate, Strict, Text
+from relora_mora.config.types import (
+    Decay,
+    Fixed,
+    Fraction,
+    NotNegative,
+    Positive,
+    Rate,
+    Strict,
+    Text,
+)
 
 if TYPE_CHECKING:
     MatrixOptimizerName = str
@@ -37,12 +46,12 @@ class OptimConfig(Strict):
         description="peak learning rate of embeddings, norms and head, and of linears without an adapter (other "
         "methods); null: as lr",
     )
-    matrices: MatrixOptimizerName | OwnRule = Field(
+    matrices: Fixed[MatrixOptimizerName | OwnRule] = Field(
         "adamw",
         description="optimizer of the decoder's linears (full) or adapters (other methods), or a rule of your own, "
         "FILE.py:NAME or package.module:NAME: see docs/method.md",
     )
-    others: OtherOptimizerName = Field(
+    others: Fixed[OtherOptimizerName] = Field(
         "adamw", description="optimizer of embeddings and head: adamw8bit keeps less state"
     )
     rule: dict[str, Any] = Field({}, description="settings of a rule of your own, e.g. {rank: 64}")

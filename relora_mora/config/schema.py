@@ -19,11 +19,14 @@ from relora_mora.config.types import (
     LARGEST,
     LONGEST_SECONDS,
     Decay,
+    Fixed,
     Fraction,
+    Free,
     Interval,
     NotNegative,
     Positive,
     Project,
+    Resume,
     Seed,
     Strict,
     Text,
@@ -44,42 +47,42 @@ DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 class ModelConfig(Strict):
     """The model. ``config`` is a transformers config in JSON, and ``overrides`` replaces some of its keys."""
 
-    config: Text | None = Field(
+    config: Free[Text | None] = Field(
         None,
         description="the config.json of a causal language model of transformers, relative to the current folder or "
         "else to this YAML file, or the name of a shipped one; null: the config of init_from",
     )
-    overrides: dict[str, Any] = Field({}, description="keys of that config to replace, e.g. {hidden_size: 256}")
-    init_from: Text | None = Field(
+    overrides: Free[dict[str, Any]] = Field({}, description="keys of that config to replace, e.g. {hidden_size: 256}")
+    init_from: Free[Text | None] = Field(
         None,
         description="the initial weights: a Hugging Face folder of a causal language model, or a checkpoint or run "
         "folder of any method",
     )
-    adapter: Text | None = Field(
+    adapter: Free[Text | None] = Field(
         None,
         description="the initial adapters, which were trained on the model in init_from: a folder in the layout of "
         "PEFT or of the released MoRA code",
     )
-    new_tokens: Literal["mean_of_pieces", "mean", "normal"] | None = Field(
+    new_tokens: Free[Literal["mean_of_pieces", "mean", "normal"] | None] = Field(
         None,
         description="initial rows for tokens that the tokenizer of init_from lacks, in embeddings and head: the mean "
         "of the rows of a token's old pieces, or of all old rows, or drawn with their mean and deviation; the "
         "vocabulary grows to a multiple of 64, or to model.overrides.vocab_size; null: there are none",
     )
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+    attention: Free[Literal["auto", "sdpa", "eager", "flash_attention_2"]] = Field(
         "auto",
         description="transformers' attention implementation; auto: the one that transformers takes for the model",
     )
-    activation_checkpointing: bool = Field(
+    activation_checkpointing: Free[bool] = Field(
         False, description="recompute each decoder layer in the backward pass instead of keeping its activations"
     )
-    compile: bool | Literal["auto"] = Field(
+    compile: Free[bool | Literal["auto"]] = Field(
         "auto", description="torch.compile the decoder layers, on ZeRO 0-2; auto: on GPUs; see docs/performance.md"
     )
 
 
 class TokenizerConfig(Strict):
-    path: Text | None = Field(
+    path: Free[Text | None] = Field(
         None,
         description="a folder with tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder; "
         "null: the tokenizer of model.init_from",
@@ -89,52 +92,54 @@ class TokenizerConfig(Strict):
 class MethodConfig(Strict):
     """What trains. ``full`` trains all weights; the other methods freeze the decoder's linears and train adapters."""
 
-    name: MethodName = Field(
+    name: Fixed[MethodName] = Field(
         "remora", description=", ".join(f"{m.name} ({m.note})" if m.note else m.name for m in METHODS.values())
     )
-    rank: Positive = Field(
+    rank: Fixed[Positive] = Field(
         128, description="LoRA's rank r; MoRA's square has as many parameters: R = floor(sqrt((in + out) r))"
     )
-    rank_pattern: dict[str, Positive] = Field(
+    rank_pattern: Fixed[dict[str, Positive]] = Field(
         {}, description="ranks that differ from rank, by projection, e.g. {down_proj: 64}"
     )
-    square_size: Positive | None = Field(None, description="R of every layer; null: R follows from rank")
-    square_rounding: Literal["down", "nearest"] = Field(
+    square_size: Fixed[Positive | None] = Field(None, description="R of every layer; null: R follows from rank")
+    square_rounding: Fixed[Literal["down", "nearest"]] = Field(
         "down", description="how R is rounded; nearest: as in the released code; may exceed LoRA's parameter count"
     )
-    square_multiple: Positive = Field(1, description="round R down to a multiple of this (8, 16, 32 suit matrix units)")
+    square_multiple: Fixed[Positive] = Field(
+        1, description="round R down to a multiple of this (8, 16, 32 suit matrix units)"
+    )
     operators: list[MoraType] = Field(
         [1, 2], min_length=1, description="MoRA types: mora uses the first, remora cycles through all"
     )
     lora_alpha: Annotated[float, Field(ge=1e-6, le=1e6, allow_inf_nan=False)] | None = Field(
         None, description="LoRA's scale is alpha / r; null: alpha = r"
     )
-    target_modules: Annotated[list[str], Field(min_length=1)] | None = Field(
+    target_modules: Fixed[Annotated[list[str], Field(min_length=1)] | None] = Field(
         None, description="linears of the decoder layers that get an adapter, such as [q_proj, v_proj]; null: all"
     )
-    train_linears: bool | None = Field(
+    train_linears: Fixed[bool | None] = Field(
         None,
         description="train the decoder's linears that have no adapter; null: if embeddings, norms or head train",
     )
-    train_experts: bool = Field(
+    train_experts: Fixed[bool] = Field(
         False, description="train experts and routers of a mixture of experts, which have no adapters"
     )
-    train_embeddings: bool | Literal["new"] | Positive = Field(
+    train_embeddings: Fixed[bool | Literal["new"] | Positive] = Field(
         True,
         description="train the input embeddings; new: only the rows of model.new_tokens, in the head, too; a number: "
         "only the rows from this id on",
     )
-    train_norms: bool = Field(True, description="train the norms, and the biases if the model has any")
-    train_head: bool = Field(True, description="train the output head")
-    form: Literal["auto", "merged", "resident", "decoupled"] = Field(
+    train_norms: Fixed[bool] = Field(True, description="train the norms, and the biases if the model has any")
+    train_head: Fixed[bool] = Field(True, description="train the output head")
+    form: Free[Literal["auto", "merged", "resident", "decoupled"]] = Field(
         "auto", description="how an adapter layer computes its output: see docs/method.md"
     )
-    base: Literal["int8", "fp8"] | None = Field(
+    base: Free[Literal["int8", "fp8"] | None] = Field(
         None,
         description="store weights under adapters in 8 bits on the device, with a scale per output feature; null: as "
         "the rest of the model; see docs/method.md",
     )
-    base_products: bool | Literal["auto"] = Field(
+    base_products: Free[bool | Literal["auto"]] = Field(
         "auto",
         description="base int8, fp8: multiply in 8 bits too; false: only store them; auto: multiply if that is faster "
         "on this machine",
@@ -202,7 +207,7 @@ class MethodConfig(Strict):
 
 
 class TrainConfig(Strict):
-    run_dir: Text = Field(description="folder of this run: config, metrics, TensorBoard, checkpoints")
+    run_dir: Free[Text] = Field(description="folder of this run: config, metrics, TensorBoard, checkpoints")
     steps: Positive = Field(10000, description="optimizer steps of the whole run; or set tokens or epochs instead")
     tokens: Whole | None = Field(
         None, description="tokens of the whole run, instead of steps, e.g. 5e9; rounded up to whole steps"
@@ -213,25 +218,27 @@ class TrainConfig(Strict):
     batch_size: Annotated[int, Field(ge=1, le=2**20)] = Field(
         1024, description="sequences per optimizer step, over all ranks"
     )
-    micro_batch_size: Positive = Field(16, description="sequences per forward pass on one rank")
+    micro_batch_size: Free[Positive] = Field(16, description="sequences per forward pass on one rank")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 if it is fast on this hardware, else fp32"
     )
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(2, description="DeepSpeed ZeRO stage")
-    deterministic: bool = Field(
+    zero_stage: Free[Annotated[int, Field(ge=0, le=3)]] = Field(2, description="DeepSpeed ZeRO stage")
+    deterministic: Free[bool] = Field(
         False, description="on GPUs: compute the same bits every time, for bit-equal resumes; slower; CPUs always do"
     )
     seed: Seed = Field(0, description="seed of the initial weights and everything else random, except text order")
-    resume: Text = Field(
+    resume: Free[Text] = Field(
         "auto",
         description="auto: from the newest complete checkpoint of run_dir; never: refuse a run_dir with checkpoints; "
         "or a checkpoint folder",
     )
-    allow_changes: list[str] = Field([], description="settings that may differ from the checkpoint's, e.g. [optim.lr]")
-    max_bad_steps: Positive = Field(
+    allow_changes: Free[list[str]] = Field(
+        [], description="settings that may differ from the checkpoint's, e.g. [optim.lr]"
+    )
+    max_bad_steps: Free[Positive] = Field(
         3, description="roll back after this many steps in a row with a non-finite loss or gradient"
     )
-    max_rollbacks: NotNegative = Field(
+    max_rollbacks: Free[NotNegative] = Field(
         1, description="returns to the last good checkpoint, skipping the data since then, before the run stops"
     )
     on_spike: Literal["flag", "rollback"] = Field(
@@ -243,10 +250,10 @@ class TrainConfig(Strict):
     spike_deviations: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         6.0, description="a loss this many standard deviations above the window's mean is a spike"
     )
-    peer_timeout_seconds: Annotated[float, Field(ge=5, le=LONGEST_SECONDS, allow_inf_nan=False)] = Field(
+    peer_timeout_seconds: Free[Annotated[float, Field(ge=5, le=LONGEST_SECONDS, allow_inf_nan=False)]] = Field(
         300.0, description="end the run if a rank is gone or has done nothing for this long"
     )
-    deepspeed: dict[str, Any] = Field(
+    deepspeed: Free[dict[str, Any]] = Field(
         {}, description="additional DeepSpeed settings; those that follow from other settings are refused"
     )
 
@@ -359,6 +366,12 @@ SETTINGS: dict[str, FieldInfo] = {
     for section, field in Config.model_fields.items()
     for key, setting in getattr(field.annotation, "model_fields", {}).items()
 }
+
+
+def may_change(name: str) -> str | None:
+    """``Resume.change`` of a setting; None if it has none."""
+    metadata = SETTINGS[name].metadata if name in SETTINGS else []
+    return next((item.change for item in metadata if isinstance(item, Resume)), None)
 
 
 def lanes_of(batch_size: int) -> int:

@@ -1,7 +1,8 @@
 """Building blocks of settings: strings and numbers with limits, and models that refuse unknown keys."""
 
 import re
-from typing import Annotated, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -56,6 +57,23 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(gt=0, lt=10, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Whether a setting may differ at a resume. Without it, train.allow_changes must name the setting.
+
+    free: yes, it changes no result, or only rounding; or what it stands for is compared. data: as free, and it decides
+    which text is read and what its rows are, which is compared by a fingerprint. fixed: no.
+    """
+
+    change: Literal["free", "data", "fixed"]
+
+
+T = TypeVar("T")
+Free = Annotated[T, Resume("free")]
+OfText = Annotated[T, Resume("data")]
+Fixed = Annotated[T, Resume("fixed")]
 
 
 class Strict(BaseModel):

@@ -60,14 +60,14 @@ def generate_answers(
     rank: int = 0,
     world_size: int = 1,
     all_sum: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
-    stop: Callable[[], bool] = lambda: False,
-) -> Generated | None:
+    before_batch: Callable[[], object] = lambda: None,
+) -> Generated:
     """Generates each answer once, for any number of ranks, with batches of ``batch_size`` on each rank.
 
     As many tokens are generated as the expected answer has. Both texts end before the first special token, such as EOS.
     If an answer begins with special tokens, as in some templates, they are given as part of the prompt. All ranks make
-    the same number of forward passes, since ZeRO-3 gathers weights in each. ``stop`` and ``all_sum`` are as in
-    :func:`relora_mora.evaluation.loss.evaluate`; if ``stop()`` is true, the result is None.
+    the same number of forward passes, since ZeRO-3 gathers weights in each. ``before_batch`` and ``all_sum`` are
+    as in :func:`relora_mora.evaluation.loss.evaluate`.
     """
     counts = torch.zeros(4, dtype=torch.float64)
     special = special_tokens(tokenizer)
@@ -76,8 +76,7 @@ def generate_answers(
     )
     per_round = batch_size * world_size
     for first in range(0, len(ordered), per_round):
-        if stop():
-            return None
+        before_batch()
         all_ranks = ordered[first : first + per_round]
         own = all_ranks[rank::world_size]
         batch = own or all_ranks[:1]  # a rank without an answer takes part in the forward passes

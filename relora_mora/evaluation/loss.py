@@ -104,9 +104,9 @@ def held_out(data: DataConfig, tokenizer_path: str, max_tokens: int | None, answ
 
 
 def evaluate_sets(
-    score: Callable[[EvalSet, Update], EvalResult | None], sets: Mapping[str, EvalSet], progress: Update
-) -> dict[str, EvalResult] | None:
-    """The result of ``score`` for each set by name; None as soon as one result is None because it was stopped.
+    score: Callable[[EvalSet, Update], EvalResult], sets: Mapping[str, EvalSet], progress: Update
+) -> dict[str, EvalResult]:
+    """The result of ``score`` for each set by name.
 
     ``score(set, update)`` calls :func:`evaluate` with its arguments; ``progress`` counts the tokens of all sets.
     """
@@ -117,10 +117,7 @@ def evaluate_sets(
 
     results: dict[str, EvalResult] = {}
     for name, data in sets.items():
-        result = score(data, counted_from(sum(each.tokens for each in results.values())))
-        if result is None:
-            return None
-        results[name] = result
+        results[name] = score(data, counted_from(sum(each.tokens for each in results.values())))
     return results
 
 
@@ -135,25 +132,24 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     all_sum: Callable[[Tensor], Tensor] = lambda values: values,
-    stop: Callable[[], bool] = lambda: False,
+    before_batch: Callable[[], object] = lambda: None,
     progress: Update = lambda done, total: None,
-) -> EvalResult | None:
+) -> EvalResult:
     """Scores every token of ``data`` once, for any number of ranks.
 
     ``mean_loss(input_ids [b, T], labels [b, T], boundaries [P + 1] or None)`` returns the mean nats of the labels that
     are not -100; with boundaries (:func:`document_boundaries`) each document is scored independently. ``all_sum`` sums
     over the ranks. ``shrinks``: batches of few sequences are no larger than needed.
 
-    All ranks score the same number of batches, some of them empty, since ZeRO-3 gathers weights in each. ``stop`` is
-    called before each batch and returns the same value on all ranks; if it is true, the result is None. ``progress`` is
-    called after each batch with the tokens scored so far, which one of several ranks estimates, and all tokens. The
-    host waits for the device, and thus for other ranks under ZeRO-3, only in ``all_sum``.
+    All ranks score the same number of batches, some of them empty, since ZeRO-3 gathers weights in each.
+    ``before_batch`` is called before each batch, and may raise an exception on all ranks. ``progress`` is called after
+    each batch with the tokens scored so far, which one of several ranks estimates, and all tokens. The host waits for
+    the device, and thus for other ranks under ZeRO-3, only in ``all_sum``.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     scored = 0
     for input_ids, labels, documents in data.batches(rank, world_size, micro_batch_size, shrinks=shrinks):
-        if stop():
-            return None
+        before_batch()
         count = int((labels != IGNORE).sum())
         boundaries = None if documents is None else to_device(document_boundaries(documents), device)
         loss = mean_loss(to_device(input_ids, device), to_device(labels, device), boundaries)

@@ -148,10 +148,10 @@ def test_sources_without_text(inputs: Path, tmp_path: Path, name: str, message: 
     ],
 )
 def test_faults_that_the_trainer_finds_first(inputs: Path, setting: str, message: str) -> None:
-    from relora_mora.train.begin.check import check
+    from relora_mora.train.begin.inputs import open_inputs
 
     def main(config: str, **overrides: str) -> None:
-        check(load_config(config, overrides), world_size=1)
+        open_inputs(load_config(config, overrides), world_size=1)
 
     refused(run_main(main, inputs / "run.yaml", "--" + setting.format(inputs)), message)
 

@@ -6,7 +6,8 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,35 @@ def train(
         return
     finally:
         Trainer.train_step = whole_step  # type: ignore[method-assign]
+
+
+def built(config: Config) -> Any:
+    """Builds the run of these settings, with the state of its checkpoint if it resumes; all ranks call it."""
+    from torch import distributed as dist
+
+    from relora_mora.distributed.collectives import from_first_rank
+    from relora_mora.train.begin import build
+    from relora_mora.train.begin.inputs import agree, open_inputs
+    from relora_mora.train.state.resume import checkpoint_at, resume, where_to_resume
+
+    rank = dist.get_rank()
+    found = agree(from_first_rank(lambda: open_inputs(config, dist.get_world_size())), config, rank)
+    where = where_to_resume(config)
+    if where is not None:
+        found = replace(found, checkpoint=checkpoint_at(where, found, rank))
+    run = build.build(found, rank)
+    if found.checkpoint is not None:
+        resume(run, found.checkpoint)
+    return run
+
+
+def opened(folder: Path, step: int, *, repeated: frozenset[str] = frozenset(), loggers: Sequence[Any] = ()) -> Any:
+    """The metrics of a run that begins, or continues after a step."""
+    from relora_mora.train.log.report import Metrics
+
+    written = Metrics(folder, loggers=loggers)
+    written.open(step, repeated)
+    return written
 
 
 def refusal_of(config: Config, error: type[ValueError] = CheckpointError) -> str:

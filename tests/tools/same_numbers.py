@@ -128,10 +128,13 @@ def numbers(run_dir: Path) -> dict[tuple[int, str], Any]:
 
 def manifest(checkpoint: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    # a field that is null may be missing in another version
-    return {
-        key: value for key, value in values.items() if key not in ("files", "checksum", "config") and value is not None
-    }
+    values["counters"] = _without_nulls(values["counters"])
+    return {key: value for key, value in _without_nulls(values).items() if key not in ("files", "checksum", "config")}
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """A field that is null may be missing in another version."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ import psutil
 import pytest
 
 from relora_mora.data.errors import SourceError
-from relora_mora.supervise.guard import Guard
-from relora_mora.train.loop.loop import Shutdown
+from relora_mora.train.loop.ends import fail_for_data
 from relora_mora.train.loop.step import DataFailed
 from relora_mora.train.state.run_state import DataError, RunState, TrainingError
 from tests.tools.data_tools import write_shard, write_shards
@@ -70,14 +69,13 @@ def test_a_lasting_server_failure_ends_the_run_with_its_state_saved(pools, input
 
 
 @each("kind", [OSError, SourceError])
-def test_a_data_fault_is_reported_even_if_nothing_can_be_saved(tmp_path, kind):
+def test_a_data_fault_is_reported_even_if_nothing_can_be_saved(kind):
     def fail(state: RunState) -> None:
         raise TrainingError("the checkpoint failed")
 
-    saving = SimpleNamespace(save_final=fail)
-    ends_of_run = Shutdown(tmp_path, saving, Guard(signals=False), lambda: None)  # type: ignore[arg-type]
+    saving: Any = SimpleNamespace(save_final=fail)
     with pytest.raises(OSError if kind is OSError else DataError) as raised:
-        ends_of_run.fail_for_data(RunState(initial_seed=0, step=3), DataFailed([kind("the disk of the text is gone")]))
+        fail_for_data(saving, RunState(initial_seed=0, step=3), DataFailed([kind("the disk of the text is gone")]))
     assert "the disk of the text is gone" in str(raised.value)
     assert ("the checkpoint failed" in str(raised.value)) == (kind is SourceError)
 

@@ -21,6 +21,7 @@ from relora_mora.weights.export import export
 from relora_mora.weights.foreign import check_headers, load_foreign
 from tests.tools.adapter_tools import ADAPTERS_ONLY
 from tests.tools.commands import EVALUATE, FINETUNE, PLAN, call, refused
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 from tests.tools.runs import (
     LLAMA,
@@ -156,12 +157,6 @@ def test_a_file_that_names_model_text_and_folder_is_enough(pools, settings, tmp_
     assert same.model_dump() == saved | {"optim": same.optim.model_dump()}
 
 
-def test_rows_are_shown_with_the_tokenizer_of_the_model(settings, tmp_path):
-    answer = call(FINETUNE, settings, "--show=1", "--data.sequence_length=64")
-    assert answer.code == 0 and answer.out.startswith("--- row 1: "), answer.err
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.more
 def test_the_plan_of_a_fine_tuning(settings):
     planned = call(PLAN, settings, "--finetune", "--train.steps=10", "--json")
@@ -175,15 +170,10 @@ def test_the_plan_of_a_fine_tuning(settings):
     assert elsewhere.code == 0, elsewhere.err
 
 
-@pytest.mark.parametrize(
+@each(
     ("words", "parts"),
     [
         (["--model.init_from=nowhere"], ["model.init_from: nowhere does not exist"]),
-        (["--model.init_from=nowhere", "--show=1"], ["model.init_from: nowhere does not exist"]),
-        (
-            ["--model.init_from=/"],
-            ["model.init_from: / holds neither a config.json nor checkpoints; give a Hugging Face"],
-        ),
         (["--model.init_from=/", "--show=1"], ["model.init_from: / holds neither a config.json nor checkpoints"]),
         (["--data.validation=nowhere.jsonl", "--show=1"], ["nowhere.jsonl"]),
         (["--tokenizer.path=nowhere", "--show=1"], ["nowhere: not found; expected a folder with tokenizer.model"]),
@@ -201,7 +191,6 @@ def test_the_plan_of_a_fine_tuning(settings):
             ["method.dropout: dropout acts only on the adapter's input"],
         ),
     ],
-    ids=lambda value: value[0],
 )
 def test_settings_that_cannot_work(pools, settings, words, parts):
     (answer,) = pools(1)(call, FINETUNE, settings, *words)
@@ -226,28 +215,22 @@ def test_a_tokenizer_that_does_not_fit_the_model(pools, settings, tokenizer_path
 
 
 def test_weights_that_do_not_fit_are_reported_before_any_text_is_read(pools, settings, tmp_path):
-    def check_refusal(folder: Path, *parts: str) -> None:
+    folder = save(tmp_path / "start", num_key_value_heads=1)
+    config = folder / "config.json"
+    own = json.loads(config.read_text())
+    misfit = f"{folder}: its weights do not fit its config.json"
+    for changes, parts in (
+        ({"num_hidden_layers": 3}, (misfit, "missing: model.layers.2.input_layernorm.weight")),
+        ({"intermediate_size": 80}, (misfit, "of another shape: model.layers.*.mlp.down_proj.weight (2)")),
+        (None, ("model.safetensors: cannot be read as safetensors", "fetch it again")),
+    ):
+        config.write_text(json.dumps(own | (changes or {})))
+        if changes is None:
+            (folder / "model.safetensors").write_bytes(b"no weights")
         (answer,) = pools(1)(call, FINETUNE, settings, f"--model.init_from={folder}")
         refused(answer, *parts)
         assert "counting" not in answer.err
         assert not (tmp_path / "run").exists()
-
-    folder = save(tmp_path / "start", num_key_value_heads=1)
-    config = folder / "config.json"
-    own = config.read_text()
-    config.write_text(json.dumps(json.loads(own) | {"num_hidden_layers": 3}))
-    check_refusal(
-        folder, f"{folder}: its weights do not fit its config.json", "missing: model.layers.2.input_layernorm.weight"
-    )
-    config.write_text(json.dumps(json.loads(own) | {"intermediate_size": 80}))
-    check_refusal(
-        folder,
-        f"{folder}: its weights do not fit its config.json",
-        "of another shape: model.layers.*.mlp.down_proj.weight (2)",
-    )
-    config.write_text(own)
-    (folder / "model.safetensors").write_bytes(b"no weights")
-    check_refusal(folder, "model.safetensors: cannot be read as safetensors", "fetch it again")
 
 
 def test_files_that_transformers_accepts_are_accepted(tmp_path):

@@ -1,5 +1,5 @@
-"""Which settings of model and data reach evaluation and plan; and that evaluation, relora-mora evaluate and export see
-what training saw."""
+"""Which settings of model and data reach the evaluation; and that evaluation, relora-mora evaluate and export see what
+training saw."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import io
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -16,54 +15,50 @@ import torch
 from relora_mora.config.data import DataConfig
 from relora_mora.config.schema import Config, ModelConfig
 from tests.tools.data_tools import some_texts, write_shard
-from tests.tools.each import each
 from tests.tools.runs import LLAMA, logged_values, run_config, train
 
 pytestmark = pytest.mark.distributed
 
 
 class Reach(NamedTuple):
-    """``value``: another one than in :func:`_config`. What it changes: the held-out loss before the first step, the
-    plan."""
+    """``value``: another one than in :func:`_config`. Whether it changes the held-out loss before the first step."""
 
     value: Any
     evaluation: bool
-    plan: bool
 
 
 # every setting is listed here; a new one says what it must reach
 REACHES = {
-    "model.config": Reach("narrow.json", True, True),
-    "model.overrides": Reach({"rms_norm_eps": 0.5}, True, False),
-    "model.init_from": Reach("export", True, True),
-    "model.adapter": Reach(None, True, False),  # needs an adapter of the model: tests/adapters
-    "model.new_tokens": Reach(None, True, True),  # needs a longer tokenizer: tests/train/test_new_tokens.py
-    "model.attention": Reach("eager", False, True),
-    "model.activation_checkpointing": Reach(True, False, True),
-    "model.compile": Reach(None, False, True),  # takes a compiler and a minute: tests/kernels/test_kernels.py
-    "data.train": Reach("validation.json", False, False),
-    "data.concatenate": Reach(None, False, False),  # only of records: tests/data/stream/test_concatenation.py
-    "data.stages": Reach(None, False, False),  # of mixtures only: tests/data/stream/test_mixture.py
-    "data.validation": Reach("train.json", True, False),
-    "data.revision": Reach("v2", False, False),
-    "data.commits": Reach({"some/set@main": "0" * 40}, False, False),
-    "data.records": Reach(None, True, True),  # of other rows: tests/train/test_records_run.py
-    "data.packing": Reach(None, True, True),  # as above: here a stream is evaluated again
-    "data.text_column": Reach("url", True, False),
-    "data.sample_by": Reach("line", False, False),  # only of .txt: tests/data/test_text_files.py
-    "data.sequence_length": Reach(16, True, True),
-    "data.lanes": Reach(2, False, False),
-    "data.workers": Reach(1, False, False),
-    "data.prefetch_batches": Reach(1, False, False),
-    "data.shuffle_documents": Reach(3, False, False),
-    "data.seed": Reach(5, False, False),
-    "data.document_mask": Reach(True, True, True),
-    "data.max_line_bytes": Reach(100, True, False),
-    "data.max_bad_fraction": Reach(0.9, False, False),
-    "data.timeout_seconds": Reach(5.0, False, False),
+    "model.config": Reach("narrow.json", True),
+    "model.overrides": Reach({"rms_norm_eps": 0.5}, True),
+    "model.init_from": Reach("export", True),
+    "model.adapter": Reach(None, True),  # needs an adapter of the model: tests/adapters
+    "model.new_tokens": Reach(None, True),  # needs a longer tokenizer: tests/train/test_new_tokens.py
+    "model.attention": Reach("eager", False),
+    "model.activation_checkpointing": Reach(True, False),
+    "model.compile": Reach(None, False),  # takes a compiler and a minute: tests/kernels/test_kernels.py
+    "data.train": Reach("validation.json", False),
+    "data.concatenate": Reach(None, False),  # only of records: tests/data/stream/test_concatenation.py
+    "data.stages": Reach(None, False),  # of mixtures only: tests/data/stream/test_mixture.py
+    "data.validation": Reach("train.json", True),
+    "data.revision": Reach("v2", False),
+    "data.commits": Reach({"some/set@main": "0" * 40}, False),
+    "data.records": Reach(None, True),  # of other rows: tests/train/test_records_run.py
+    "data.packing": Reach(None, True),  # as above: here a stream is evaluated again
+    "data.text_column": Reach("url", True),
+    "data.sample_by": Reach("line", False),  # only of .txt: tests/data/test_text_files.py
+    "data.sequence_length": Reach(16, True),
+    "data.lanes": Reach(2, False),
+    "data.workers": Reach(1, False),
+    "data.prefetch_batches": Reach(1, False),
+    "data.shuffle_documents": Reach(3, False),
+    "data.seed": Reach(5, False),
+    "data.document_mask": Reach(True, True),
+    "data.max_line_bytes": Reach(100, True),
+    "data.max_bad_fraction": Reach(0.9, False),
+    "data.timeout_seconds": Reach(5.0, False),
 }
 PATHS = {"model.config", "model.init_from", "data.train", "data.validation"}
-PLANNED = {"model.compile": True, "data.packing": "whole"}  # values with which these change the plan
 CHANGED = [name for name, reach in REACHES.items() if reach.value is not None]
 TOLERANCE = 1e-5
 
@@ -162,30 +157,12 @@ def _plain_transformers_on(folder: Path, config: Config) -> float:
     return nats / (len(tokens) - 1)
 
 
-def _plan(config: Config) -> str:
-    from relora_mora.experiments.planner.cluster import Cluster
-    from relora_mora.experiments.planner.plan import Plan
-    from relora_mora.model.config import read_model_config
-    from relora_mora.system.devices import named_device
-
-    cluster = Cluster(1, 2, named_device("h100"), None)
-    plan = Plan(read_model_config(config.model), config, cluster=cluster, bf16=True, peak=(1e15, "the test"))
-    return json.dumps(plan.as_dict())
-
-
 @pytest.fixture(scope="module")
 def unchanged(pools, inputs, tokenizer_path, tmp_path_factory) -> dict[str, float]:
     run_dir = tmp_path_factory.mktemp("unchanged") / "run"
     (seen,) = pools(1)(evaluations, _config(inputs, tokenizer_path, run_dir))
     (run_dir / "export").rename(inputs / "export")
     return seen
-
-
-@pytest.fixture(scope="module")
-def unchanged_plan(inputs, tokenizer_path, tmp_path_factory) -> tuple[Path, str]:
-    """The folder of a plan's run, which must be the same to compare plans, and the plan."""
-    place = tmp_path_factory.mktemp("planned")
-    return place, _plan(_config(inputs, tokenizer_path, place))
 
 
 # settings that only training reads, all changed together
@@ -206,12 +183,3 @@ def test_what_training_sees_is_evaluated_and_exported(pools, inputs, tokenizer_p
     assert seen["trainer"] != seen["before"]
     assert seen["evaluate.py"] == pytest.approx(seen["trainer"], abs=TOLERANCE)
     assert seen["export"] == pytest.approx(seen["trainer"], abs=TOLERANCE)
-
-
-@pytest.mark.more
-@each("name", [*CHANGED, *PLANNED])
-def test_settings_that_change_the_plan(inputs, tokenizer_path, unchanged_plan, name):
-    place, expected = unchanged_plan
-    with mock.patch.dict(REACHES, {key: REACHES[key]._replace(value=value) for key, value in PLANNED.items()}):
-        changed = _plan(_config(inputs, tokenizer_path, place, name))
-    assert (changed != expected) == REACHES[name].plan

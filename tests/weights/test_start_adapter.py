@@ -20,7 +20,7 @@ from tests.tools.adapter_tools import ADAPTERS_ONLY, METHODS, adapted, logits, s
 from tests.tools.commands import EVALUATE, call
 from tests.tools.each import each
 from tests.tools.grids import rest
-from tests.tools.runs import logged_values, run_config, train
+from tests.tools.runs import built, logged_values, run_config, train
 
 pytestmark = pytest.mark.distributed
 
@@ -61,12 +61,7 @@ def config_of(
 
 def masters(config: Config) -> dict[str, torch.Tensor]:
     """Runs on every rank: the float32 values that a run begins with."""
-    from torch import distributed as dist
-
-    from relora_mora.train.begin import build, check
-
-    world_size = dist.get_world_size()
-    run = build.build(check.check(config, world_size), dist.get_rank(), world_size)
+    run = built(config)
     return {name: run.engine.gather(name) for names in run.engine.members for name in names}
 
 
@@ -171,7 +166,7 @@ def refuses(inputs, tokenizer_path, tmp_path):
         (
             "lora_pattern",
             {"rank_pattern": {}},
-            ["lora_A", "(8 ten", "set method.rank_pattern={down_proj: 6, gate_proj: 4,"],
+            ["lora_A", "(8 ten", "method.rank_pattern={down_proj: 6, gate_proj: 4,"],
         ),
         ("mora1", {"rank": 5}, ["mora_M is [16, 16]", "and [17, 17] in this run (14 ten", "R is 16 in the adapter"]),
         ("lora_with_modules", ADAPTERS_ONLY, ["it contains lm_head.weight"]),
@@ -228,16 +223,15 @@ def test_scales_are_compared_layer_by_layer(refuses, base, adapters, tmp_path):
 
 def test_an_adapter_of_some_layers_is_reported(refuses, base, adapters, tmp_path):
     some = _changed(adapters["lora"], tmp_path / "some", {}, drop="layers.1.")
-    refuses(base, some, METHODS["lora"] | ADAPTERS_ONLY, "is missing in", "all layers of a kind must have an adapter")
+    refuses(base, some, METHODS["lora"] | ADAPTERS_ONLY, "is missing in", "merge it into its model")
 
 
 def test_a_square_of_another_model_is_refused(refuses, adapters, tmp_path):
     wide = save_base(tmp_path / "wide", intermediate_size=80)
     messages = (
-        "has an M of size 16",
+        "R is 16 in the adapter",
         str(adapters["mora1"]),
-        "does not fit its rank and the layer 24 -> 80",
-        "in model.init_from",
+        "give the model that it was trained on in model.init_from",
     )
     refuses(wide, adapters["mora1"], METHODS["mora1"] | ADAPTERS_ONLY, *messages)
 

@@ -5,8 +5,8 @@ from relora_mora.experiments.study.conduct import known_cells
 from relora_mora.experiments.study.design import Study
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs, refuse
 from relora_mora.optim.own import with_rule
-from relora_mora.train.begin.check import check_model
-from relora_mora.train.begin.inputs import open_inputs
+from relora_mora.train.begin.inputs import check_model
+from relora_mora.train.begin.text import open_text
 from relora_mora.weights.vocabulary import with_vocabulary
 
 
@@ -24,7 +24,7 @@ def check_inputs(study: Study, folder: StudyFolder) -> None:
             include={"data": True, "tokenizer": True, "model": {"config", "init_from", "adapter"}},
             exclude={"data": {"seed"}},
         )
-        checks = [check_model, open_inputs] if inputs not in opened else [check_model]
+        checks = [check_model, open_text] if inputs not in opened else [check_model]
         opened.add(inputs)
         for check in [with_rule, *(lambda config, check=check: check(with_vocabulary(config)) for check in checks)]:
             try:

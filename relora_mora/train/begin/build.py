@@ -14,7 +14,7 @@ from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.data.stream.packing import document_boundaries
-from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks
+from relora_mora.distributed.collectives import from_first_rank
 from relora_mora.engine.engine import ZeroEngine
 from relora_mora.engine.merging import FrozenMasters, Merger
 from relora_mora.model.causal import LossModel, empty_model, ends_of, initial_values, put_values
@@ -32,11 +32,10 @@ from relora_mora.optim.groups import (
 )
 from relora_mora.schedule import Schedule
 from relora_mora.sizing.fit import choose_forms, uneven_widths
-from relora_mora.sizing.setup import Setup
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.hardware import uses_cuda
 from relora_mora.system.logs import log, shared_log
-from relora_mora.train.begin.check import ResolvedRun, memory_of_rank
+from relora_mora.train.begin.inputs import Inputs
 from relora_mora.train.state.run_state import RunState
 from relora_mora.weights.foreign import abbreviate
 from relora_mora.weights.load import start_config, start_weights
@@ -135,7 +134,7 @@ def _foreign_weights(config: Config, lm: PreTrainedModel, shapes: Mapping[str, t
 class Run:
     """The parts of a run. Its progress is in a :class:`RunState`."""
 
-    checked: ResolvedRun
+    inputs: Inputs
     engine: ZeroEngine
     base: FrozenMasters
     merger: Merger
@@ -144,29 +143,25 @@ class Run:
 
     @property
     def config(self) -> Config:
-        return self.checked.config
+        return self.inputs.config
 
 
-def build(checked: ResolvedRun, rank: int, world_size: int, *, resumes: bool = False) -> Run:
+def build(inputs: Inputs, rank: int) -> Run:
     """A run at its start; a collective.
 
-    With ``resumes``, no value is drawn or read, since all values will come from a checkpoint.
+    If it resumes, no value is drawn or read, since all values will come from the checkpoint.
     """
-    config = checked.config
-    lm = empty_model(checked.model_config, attention=config.model.attention)
+    config = inputs.config
+    resumes = inputs.checkpoint is not None
+    lm = empty_model(inputs.model_config, attention=config.model.attention)
     if config.model.activation_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.method.uses_adapters:
         _add_adapters(lm, config, with_values=not resumes)
     set_trainable(lm, config.method)
-    on_gpu = uses_cuda()
-    available = min(gather_from_ranks(memory_of_rank()))  # all ranks choose the same forms
-    setup = Setup(
-        config, config.train.zero_stage, world_size, bf16=checked.bf16, on_gpu=on_gpu, compiled=checked.compiled
-    )
-    choose_forms(lm, setup, available)
+    choose_forms(lm, inputs.setup, inputs.memory)  # all ranks choose the same forms
     _log_storage(lm, config)
-    for note in uneven_widths(checked.model_config) if on_gpu else ():
+    for note in uneven_widths(inputs.model_config) if uses_cuda() else ():
         shared_log.warning("model: %s", note)
     groups = parameter_groups(lm, config.optim, keeps_rows=config.method.trains_rows)
     counts = count_parameters(lm)
@@ -177,25 +172,25 @@ def build(checked: ResolvedRun, rank: int, world_size: int, *, resumes: bool = F
         f"{counts.adapters:,}",
     )
     frozen = [name for name, p in lm.named_parameters() if not p.requires_grad]
-    base = FrozenMasters(frozen, rank, world_size)
+    base = FrozenMasters(frozen, rank, inputs.world_size)
     # drawn and read while shapes are known: with ZeRO-3, parameters have no shape later
-    creator, values = ({}, {}) if resumes else start_values(lm, base, config, world_size)
-    dtype = torch.bfloat16 if checked.bf16 else torch.float32
+    creator, values = ({}, {}) if resumes else start_values(lm, base, config, inputs.world_size)
+    dtype = torch.bfloat16 if inputs.bf16 else torch.float32
     # zeros use no memory until they are written to; DeepSpeed places, casts and partitions them
     put_values(lm, {name: torch.zeros(p.shape, dtype=dtype) for name, p in lm.named_parameters() if p.is_meta})
     if config.method.trains_rows:
         keep_old_rows(lm, int(config.method.train_embeddings))
     for _, layer in adapter_layers(lm):
         layer.pack(empty=True)
-    module = LossModel(lm, compiled=checked.compiled, passes_boundaries=checked.passes_boundaries)
+    module = LossModel(lm, compiled=inputs.compiled, passes_boundaries=inputs.passes_boundaries)
     engine = ZeroEngine(
-        module, lm, build_optimizer(lm, groups, config.optim), config.train, clip=config.optim.clip, bf16=checked.bf16
+        module, lm, build_optimizer(lm, groups, config.optim), config.train, clip=config.optim.clip, bf16=inputs.bf16
     )
     if not resumes:
         write_initial_values(engine, base, creator, values)
     merger = Merger(engine, base, config.method, seed=config.train.seed)
     schedule = make_schedule(config.method, config.optim, config.train.steps)
-    return Run(checked, engine, base, merger, groups, schedule)
+    return Run(inputs, engine, base, merger, groups, schedule)
 
 
 def _log_storage(lm: PreTrainedModel, config: Config) -> None:

@@ -1,78 +1,28 @@
 """The identity of a run: the facts that are compared between ranks at a start, and with the checkpoint at a resume."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from relora_mora.checkpoint.layout import Manifest
-from relora_mora.config.checks.combinations import BESIDE_ADAPTERS, OPERATIONAL, SIZE_SETTINGS
 from relora_mora.config.data import TextSource
 from relora_mora.config.registry import METHODS, RULE_SETTINGS, is_own, settings_of_others, split_rule
 from relora_mora.config.removed import OLD_DEFAULTS
-from relora_mora.config.schema import DECODER_LINEARS, SETTINGS, lanes_of
+from relora_mora.config.schema import DECODER_LINEARS, SETTINGS, lanes_of, may_change
 from relora_mora.model.config import keys_with, stored_model_config
 from relora_mora.model.config_keys import FUNCTION, TRAINING
 
-# settings that may differ at a resume
-FREE_SETTINGS = {
-    *OPERATIONAL,
-    "model.config",  # the model's own settings are compared instead
-    "model.overrides",
-    "model.init_from",
-    "model.adapter",
-    "model.new_tokens",
-    "model.activation_checkpointing",
-    "model.attention",
-    "model.compile",
-    "tokenizer.path",  # compared by fingerprint
-    "data.train",  # compared by fingerprint, and by weights
-    "data.validation",
-    "data.revision",  # its commit is part of the fingerprint
-    "data.commits",
-    "data.records",  # part of the fingerprint, and so is the text of its template
-    "data.packing",  # part of the fingerprint if it is not "stream"
-    "data.text_column",  # part of the fingerprint
-    "data.sample_by",  # part of the fingerprint if there is a .txt file
-    "method.form",
-    "method.base",
-    "method.base_products",
-    "train.micro_batch_size",
-    "train.zero_stage",
-    "train.deterministic",
-    "train.deepspeed",
-}
-_DECIDES_WHAT_TRAINS = (
-    *SIZE_SETTINGS,
-    "method.square_size",
-    "method.target_modules",
-    *BESIDE_ADAPTERS,
-)
-# settings that train.allow_changes cannot allow to differ at a resume, and why
-FIXED_SETTINGS = {
-    **dict.fromkeys(
-        _DECIDES_WHAT_TRAINS,
-        "the checkpoint holds the state of what trained with it; start a new run with model.init_from",
-    ),
+FREE_SECTIONS = {"eval", "checkpoint", "log"}
+ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # they decide what a position in the data means
+# why train.allow_changes cannot allow a fixed setting to differ
+_FIXED = {
+    "method": "the checkpoint holds the state of what trained with it; start a new run with model.init_from",
     "method.name": "the checkpoint holds the state of what trained by that method; give another train.run_dir, or "
     "start a new run with model.init_from",
-    **dict.fromkeys(
-        ("optim.matrices", "optim.others"),
-        "one optimizer cannot use the state of another; start a new run with model.init_from",
-    ),
+    "optim": "one optimizer cannot use the state of another; start a new run with model.init_from",
 }
-ORDER_SETTINGS = {"data.lanes", "data.seed", "data.shuffle_documents"}  # they decide what a position in the data means
-TEXT_SETTINGS = {  # they decide which text is read, and what its rows are
-    "data.train",
-    "data.records",
-    "data.packing",
-    "data.text_column",
-    "data.sample_by",
-    "data.revision",
-    "data.commits",
-}
-FREE_SECTIONS = {"eval", "checkpoint", "log"}
 
 
 @dataclass(frozen=True)
@@ -100,50 +50,36 @@ class Change:
     text: str
     permission: str | None
 
-
-def describe_differences(first: Identity, other: Identity) -> list[str]:
-    """Names what differs between the first rank and another."""
-    labels = {
-        "the model's settings": ("model_config",),
-        "the tokenizer": ("tokenizer_fingerprint", "eos_token_id"),
-        "the training data": ("data_fingerprint", "data_content"),
-        "the fast precision of the device": ("bf16",),
-    }
-    names = list(changed_settings(first.config, other.config))
-    for label, keys in labels.items():
-        if any(getattr(first, key) != getattr(other, key) for key in keys):
-            names.append(label)
-    return names
+    def is_allowed(self, allowed: Container[str]) -> bool:
+        return self.permission in allowed or (self.permission == "data.train" and "data" in allowed)
 
 
-def changes_since(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
-    """The differences between a checkpoint and a run that would change the result and are not in ``allowed``."""
+def changes_since(saved: Identity, now: Identity) -> Iterator[Change]:
+    """The differences between a checkpoint and a run that would change the result."""
     saved = replace(saved, config=_comparable(saved.config))
     now = replace(now, config=_comparable(now.config))
-    fixed_settings = _fixed_settings(saved, now)
-    free = FREE_SETTINGS | allowed
     changed = list(changed_settings(saved.config, now.config))
-    if "optim.matrices" in changed:
-        free.update(RULE_SETTINGS)  # they follow
-    settings = [
-        name
-        for name in changed
-        if name in fixed_settings or not (name in free or name.partition(".")[0] in FREE_SECTIONS)
-    ]
-    for name in settings:
+    unused = _unused_settings(saved, now)
+    follow = RULE_SETTINGS if "optim.matrices" in changed else ()
+    for name in changed:
+        section, change = name.partition(".")[0], may_change(name)
+        if change in ("free", "data") or section in FREE_SECTIONS or name in follow:
+            continue
         difference = f"{name}: {_value(saved.config, name)!r} in the checkpoint, {_value(now.config, name)!r} now"
-        fixed = fixed_settings.get(name)
-        yield Change(difference, name) if fixed is None else Change(f"{difference}; {fixed}", None)
-    yield from _weight_changes(saved, now, allowed)
+        if change == "fixed" and name not in unused:
+            yield Change(f"{difference}; {_FIXED.get(name) or _FIXED[section]}", None)
+        else:
+            yield Change(difference, name)
+    yield from _weight_changes(saved, now)
     before = keys_with(stored_model_config(saved.model_config), FUNCTION, TRAINING)
     after = keys_with(stored_model_config(now.model_config), FUNCTION, TRAINING)
     for key, value in after.items():
         if before.get(key) != value:
             yield Change(f"model: {key} is {before.get(key)!r} in the checkpoint, {value!r} now", None)
-    yield from _tokenizer_changes(saved, now, allowed)
-    if _other_data(saved, now) and "data" not in allowed:
+    yield from _tokenizer_changes(saved, now)
+    if _other_data(saved, now):
         yield Change("data: other sources, or files that have changed", "data")
-    if saved.bf16 != now.bf16 and "train.precision" not in allowed and "train.precision" not in settings:
+    if saved.bf16 != now.bf16 and "train.precision" not in changed:
         yield Change("train.precision: auto chooses another precision on this machine", "train.precision")
 
 
@@ -183,13 +119,11 @@ def _default(section: str, key: str) -> Any:
     return OLD_DEFAULTS.get(name) if setting is None or setting.is_required() else setting.get_default()
 
 
-def _fixed_settings(saved: Identity, now: Identity) -> dict[str, str]:
-    """The ``FIXED_SETTINGS`` that the run uses. ``method.name`` is left out if both methods have the same adapter."""
+def _unused_settings(saved: Identity, now: Identity) -> set[str]:
+    """Settings that the saved run did not use, and ``method.name`` if both methods have the same adapter."""
     before, after = (METHODS[_value(each.config, "method.name")] for each in (saved, now))
-    unused = settings_of_others(METHODS, before)
-    if before.adapter is after.adapter:
-        unused.add("method.name")
-    return {name: reason for name, reason in FIXED_SETTINGS.items() if name not in unused}
+    unused = set(settings_of_others(METHODS, before))
+    return unused | ({"method.name"} if before.adapter is after.adapter else set())
 
 
 def _value(tree: dict[str, Any], name: str) -> Any:
@@ -207,23 +141,20 @@ def _weights(identity: Identity) -> dict[str, float] | None:
     return {source.label: source.weight / total for source in sources}
 
 
-def _weight_changes(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
+def _weight_changes(saved: Identity, now: Identity) -> Iterator[Change]:
     before = _weights(saved)
     after = _weights(now)
     if before is None or after is None or set(before) != set(after):
         return
     if all(math.isclose(before[name], share) for name, share in after.items()):
         return
-    if not allowed & {"data", "data.train"}:
-        shown = " and ".join(
-            f"{name} {before[name]:.3g} in the checkpoint, {share:.3g} now" for name, share in after.items()
-        )
-        yield Change(f"data.train: the shares of its sources: {shown}", "data.train")
+    shown = " and ".join(
+        f"{name} {before[name]:.3g} in the checkpoint, {share:.3g} now" for name, share in after.items()
+    )
+    yield Change(f"data.train: the shares of its sources: {shown}", "data.train")
 
 
-def _tokenizer_changes(saved: Identity, now: Identity, allowed: set[str]) -> Iterator[Change]:
-    if "tokenizer" in allowed:
-        return
+def _tokenizer_changes(saved: Identity, now: Identity) -> Iterator[Change]:
     path = _value(now.config, "tokenizer.path")
     if saved.tokenizer_fingerprint != now.tokenizer_fingerprint:
         yield Change(f"tokenizer: {path} produces other tokens", "tokenizer")
@@ -243,4 +174,4 @@ def _other_data(saved: Identity, now: Identity) -> bool:
     if saved.tokenizer_fingerprint == now.tokenizer_fingerprint and not changed & ORDER_SETTINGS:
         return True
     # the tokenizer and the order explain the other fingerprint, so only the settings show whether the text changed
-    return bool(changed & TEXT_SETTINGS)
+    return any(may_change(name) == "data" for name in changed)

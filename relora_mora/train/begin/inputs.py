@@ -1,94 +1,401 @@
-"""Opens what a run needs before it starts: tokenizer and text. Reports everything that is missing at once."""
+"""What a start finds out before anything is built: all checks of settings, model, text and hosts.
 
-from collections.abc import Callable
-from copy import copy
-from dataclasses import dataclass
-from functools import partial
+The first rank opens the inputs, and all ranks get the same record. What a host must have of its own each rank checks
+itself, in :func:`agree`.
+"""
+
+import contextlib
+import json
+import math
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
+import yaml
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from relora_mora.config.data import Split, set_setting
+from relora_mora.adapters.stored import check_device, with_products
+from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints
+from relora_mora.checkpoint.reader import newest_manifest
+from relora_mora.config.checks.combinations import unused_by
+from relora_mora.config.data import DataConfig
+from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.load import ConfigError
-from relora_mora.config.schema import Config
-from relora_mora.data.content import local_content
-from relora_mora.data.errors import SourceError
-from relora_mora.data.records.passages import template_in_use
-from relora_mora.data.sets.show import check_columns, check_records
+from relora_mora.config.schema import Config, EvalConfig
+from relora_mora.config.yaml_text import parse_yaml
+from relora_mora.data.content import at_versions, fingerprints, local_content, remote_content, remote_versions
+from relora_mora.data.sets.reading import Epochs, count_epochs
+from relora_mora.data.sets.show import check_columns, check_lanes, check_records
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.resolve import configured_shards, split_remark
-from relora_mora.data.tokens.checks import check_tokens
-from relora_mora.system.logs import log
-from relora_mora.tokenizer.files import TokenizerError
+from relora_mora.data.sources.named_sets import find_datasets, remember_datasets
+from relora_mora.data.sources.names import with_commits
+from relora_mora.data.stream.producer import in_saved_order
+from relora_mora.distributed.collectives import gather_from_ranks, on_all_ranks, same_on_all_ranks
+from relora_mora.distributed.join import processes_on_host
+from relora_mora.evaluation.harness import Tasks, TaskSettings, check_tasks
+from relora_mora.model.compiling import compiles_here
+from relora_mora.model.config import check_length, plain_model_config
+from relora_mora.model.documents import check_attention
+from relora_mora.model.guard import compared_by_tests, examine
+from relora_mora.optim.own import with_rule
+from relora_mora.sizing.fit import check_adapters, check_memory
+from relora_mora.sizing.setup import Setup
+from relora_mora.system.bars import Bar
+from relora_mora.system.hardware import fast_bf16, gpu_memory_bytes, host_memory_bytes, uses_cuda
+from relora_mora.system.logs import log, shared_log
+from relora_mora.system.run_folder import RunFolder
+from relora_mora.tokenizer.files import TokenizerError, check_exists
+from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens, save_tokenizer, tokenizer_fingerprint
 from relora_mora.tokenizer.load import load_tokenizer
-
-T = TypeVar("T")
-_DEMO = "runs/demo/"  # what shipped settings such as tiny_remora read
+from relora_mora.train.begin.identity import Identity, changed_settings
+from relora_mora.train.begin.start_adapter import check_adapter, check_start
+from relora_mora.train.begin.text import open_text
+from relora_mora.train.log.loggers import check_loggers
+from relora_mora.weights.foreign import check_headers, positions_in
+from relora_mora.weights.load import model_config_of, own_tokenizer_path
+from relora_mora.weights.vocabulary import with_vocabulary
 
 
 @dataclass(frozen=True)
 class Inputs:
-    tokenizer: PreTrainedTokenizerBase
+    """The settings of a run and what they refer to. The model and the tokenizer fit, and the data exists."""
+
+    config: Config
+    world_size: int
+    model_config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase  # with the chat template of the first conversations in the training data
+    tokenizer_fingerprint: str
     shards: list[Shard]  # of the training data
-    chat_template: str | None  # that of its first conversations; the run's tokenizer gets it
+    data_fingerprint: str
+    data_content: str  # fingerprint of the shards' content
+    data_order: str
+    bf16: bool
+    compiled: bool  # the decoder layers
+    passes_boundaries: bool  # whether each layer's attention gets the boundaries of documents
+    # agreed by the ranks
+    memory: float = 0.0  # bytes of the rank that has least
+    tasks: Tasks | None = None  # of eval.tasks, loaded on each host
+    # found in the run folder, once this run has its lock
+    epochs: float | None = None  # train.epochs; once they are counted, the config has train.steps instead
+    warmup_fraction: float | None = None  # optim.warmup_fraction, likewise
+    epoch_blocks: Sequence[int] | None = None  # how many blocks of a lane of whole rows each epoch takes
+    checkpoint: Path | None = None  # where the run continues or begins; None: at step 0
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(
+            config=self.config.model_dump(mode="json"),
+            model_config=plain_model_config(self.model_config),
+            tokenizer_fingerprint=self.tokenizer_fingerprint,
+            eos_token_id=self.tokenizer.eos_token_id,
+            data_fingerprint=self.data_fingerprint,
+            data_content=self.data_content,
+            data_order=self.data_order,
+            bf16=self.bf16,
+        )
+
+    @property
+    def setup(self) -> Setup:
+        stage = self.config.train.zero_stage
+        return Setup(self.config, stage, self.world_size, bf16=self.bf16, on_gpu=uses_cuda(), compiled=self.compiled)
 
 
-def open_inputs(config: Config) -> Inputs:
-    """Loads the tokenizer and finds the shards of training and validation.
+def open_inputs(config: Config, world_size: int) -> Inputs:
+    """Reads and compares everything that is small; raises ValueErrors of the package that say what to do.
 
-    Raises TokenizerError or SourceError if one of them cannot be used, and ConfigError for several.
+    Only one rank calls it. What is wrong on this machine is found before a server is asked for anything, which may take
+    minutes.
     """
-    errors: list[tuple[str, TokenizerError | SourceError]] = []
-    tokenizer = _attempt(errors, "tokenizer.path", lambda: load_tokenizer(config.tokenizer_path))
-    shards = _attempt(errors, "data.train", lambda: _shards(config, "train", tokenizer))
-    template = template_in_use(shards, tokenizer) if shards and tokenizer else None
-    run_tokenizer = copy(tokenizer)
-    if run_tokenizer is not None and template is not None:
-        run_tokenizer.chat_template = template
-    for name, sources in config.data.validation.items():
-        data = config.data.model_copy(update={"validation": {"": sources}})
-        one_set = config.model_copy(update={"data": data})
-        _attempt(errors, set_setting(name), partial(_shards, one_set, "validation", run_tokenizer))
-    if tokenizer is None or shards is None or errors:
-        raise _combined_error(errors)
-    if remark := split_remark(shards, config.data):
+    if config.tokenizer.path is not None:
+        try:
+            check_exists(Path(config.tokenizer.path))
+        except TokenizerError as error:
+            raise TokenizerError(f"tokenizer.path: {error}") from error
+    config, model_config, setup = check_settings(config, world_size)
+    passes_boundaries = True
+    if not compared_by_tests(model_config):
+        findings = examine(model_config, attention=config.model.attention, documents=config.data.masks_documents)
+        kind = model_config.model_type
+        log.info("model: the loss of a small %s differs from transformers' by %.1e", kind, findings.difference)
+        passes_boundaries = findings.passes_boundaries
+
+    data = with_commits(_with_saved_commits(config))
+    remember_datasets(find_datasets(data))
+    config = config.model_copy(update={"data": data})
+    text = open_text(config)
+    tokenizer = text.tokenizer
+    remark = check_vocabulary(tokenizer, model_config.vocab_size, trained=config.model.init_from is not None)
+    if remark:
         log.info(remark)
-    return Inputs(tokenizer, shards, template)
+    _check_tokenizer(config, model_config.model_type, tokenizer)
+    remote = [shard for shard in text.shards if shard.is_remote]
+    check_columns(remote, data)
+    check_records(remote, data, tokenizer)
+    shards = at_versions(text.shards, remote_versions(text.shards, data.timeout_seconds))
+    check_lanes(shards, data, config.lanes)
+    for name, who in unused_by(config).items():
+        log.info("%s does not use %s", who, name)
+    tokens = tokenizer_fingerprint(config.tokenizer_path, tokenizer)
+    data_fingerprint, data_order = fingerprints(
+        data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, shards=shards, tokenizer=tokenizer
+    )
+    if text.chat_template is not None:  # the saved tokenizer, also of an export, writes what the run trains on
+        tokenizer.chat_template = text.chat_template
+    return Inputs(
+        config=config,
+        world_size=world_size,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        tokenizer_fingerprint=tokens,
+        shards=shards,
+        data_fingerprint=data_fingerprint,
+        data_content=local_content(shards) + remote_content(shards),
+        data_order=data_order,
+        bf16=setup.bf16,
+        compiled=setup.compiles,
+        passes_boundaries=passes_boundaries,
+    )
 
 
-def _shards(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase | None) -> list[Shard]:
-    data = config.data
-    shards = configured_shards(data, split)
-    check_columns([shard for shard in shards if not shard.is_remote], data)
-    if tokenizer is not None:
-        check_records([shard for shard in shards if not shard.is_remote], data, tokenizer)
-        limits = data if split == "train" else None
-        check_tokens(shards, tokenizer_path=config.tokenizer_path, eos=tokenizer.eos_token_id, limits=limits)
-    if split == "validation":
-        local_content(shards)  # raises SourceError for damaged tokens
-    return shards
+def check_settings(config: Config, world_size: int) -> tuple[Config, PreTrainedConfig, Setup]:
+    """Checks what needs neither text nor its tokenizer. Returns the settings with what follows from them."""
+    check_loggers(config.log)
+    if config.eval.tasks:
+        check_tasks(task_settings(config.eval))
+    check_run_folder(Path(config.train.run_dir))
+    config = with_vocabulary(with_rule(config))
+    model_config = check_model(config)
+    bf16 = _computes_in_bf16(config)
+    config = _with_chosen_products(config, bf16=bf16)
+    check_attention(config.model, bf16=bf16)
+    stage = config.train.zero_stage
+    compiled = compiles_here(config.model, stage, on_gpu=uses_cuda())
+    setup = Setup(config, stage, world_size, bf16=bf16, on_gpu=uses_cuda(), compiled=compiled)
+    _check_machine(model_config, setup)
+    return config, model_config, setup
 
 
-def _attempt(errors: list[tuple[str, TokenizerError | SourceError]], setting: str, action: Callable[[], T]) -> T | None:
-    try:
-        return action()
-    except (TokenizerError, SourceError) as error:
-        errors.append((setting, error))
-        return None
+def check_run_folder(path: Path) -> None:
+    """Raises :class:`ConfigError` if the run would overwrite files that are not of a run. First rank only.
+
+    A folder that a trainer has used has a lock. A folder with checkpoints may have been copied from elsewhere.
+    """
+    folder = RunFolder(path)
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            fault = (
+                f"train.run_dir: {place} is a link to a folder that does not exist; mount its disk, or remove the link"
+            )
+            raise ConfigError([fault], "the settings")
+    if folder.lock.exists() or list_checkpoints(folder.checkpoints):
+        return
+    outputs = (folder.config, folder.model_config, folder.tokenizer, folder.metrics, folder.wandb_id)
+    existing = [output.name for output in outputs if output.exists()]
+    if existing:
+        fault = (
+            f"train.run_dir: {path} is not the folder of a run, and a run would overwrite {', '.join(existing)} there; "
+            "give a new or empty folder"
+        )
+        raise ConfigError([fault], "the settings")
 
 
-def _combined_error(errors: list[tuple[str, TokenizerError | SourceError]]) -> ValueError:
-    """The error itself, or one error with the setting of each if there are several, if one is of a named set, or if
-    files of the demo are missing; it then also says what creates them."""
-    [setting, error], *others = errors
-    if not others and setting.count(".") == 1 and _DEMO not in str(error):
-        return error
+def check_model(config: Config) -> PreTrainedConfig:
+    """The config of the model in the settings; raises ValueErrors of the package if the model cannot be built."""
+    check_start(config)
+    model_config = model_config_of(config.model)
+    check_length(
+        model_config,
+        config.data.sequence_length,
+        config.model.config or str(config.model.init_from),
+        separate_documents=config.data.masks_documents,
+    )
+    check_adapters(model_config, config.method)
+    if config.model.init_from is not None:
+        check_headers(Path(config.model.init_from))
+    check_adapter(config, model_config)
+    return model_config
+
+
+def task_settings(config: EvalConfig) -> TaskSettings:
+    return TaskSettings(config.tasks, config.task_data, config.num_fewshot, config.limit, at="eval.")
+
+
+# ---- agreed by the ranks ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Host:
+    """What a rank finds on its own host. It must be the same on all, except for the memory."""
+
+    settings: dict[str, Any]  # as they were given, with the digest of a rule of one's own and the products chosen here
+    tokenizer: tuple[str, Any]  # its fingerprint, and the token that ends a document
+    content: str  # of the training text
+    bf16: bool
+    memory: float
+
+
+def agree(inputs: Inputs, given: Config, rank: int) -> Inputs:
+    """Checks what each host must have of its own, and that it is the same on all; a collective.
+
+    ``given`` are the settings that this ``rank`` was started with. Raises :class:`ConfigError` on all ranks if one has
+    other settings, or finds other files.
+    """
+    tasks, own = on_all_ranks(lambda: (_tasks(inputs), _found_here(inputs, given, rank)))
+    (first_host, first), *others = gather_from_ranks((socket.gethostname(), own))
     faults = []
-    for setting, error in errors:
-        fault = f"{setting}: {error}"
-        if _DEMO in fault:
-            here = "" if str(Path.cwd()) in fault else f", {Path.cwd()}"
-            fault += f" (relora-mora demo creates it in the current folder{here})"
-        faults.append(fault)
-    return ConfigError(faults, "the settings")
+    for number, (host, other) in enumerate(others, 1):
+        names = [*changed_settings(first.settings, other.settings)]
+        names += ["the tokenizer"] * (first.tokenizer != other.tokenizer)
+        names += ["the training data"] * (first.content != other.content)
+        names += ["the fast precision of the device"] * (first.bf16 != other.bf16)
+        if names:
+            faults.append(
+                f"rank {number} ({host}): {', '.join(names)}: different from the first rank ({first_host}); "
+                "start all ranks with the same command, and give all hosts the same files"
+            )
+    if faults:
+        raise same_on_all_ranks(ConfigError(faults, "what the ranks found"))
+    return replace(inputs, tasks=tasks, memory=min(host.memory for _, host in [(first_host, first), *others]))
+
+
+def _found_here(inputs: Inputs, given: Config, rank: int) -> _Host:
+    tokens, eos, content = inputs.tokenizer_fingerprint, inputs.tokenizer.eos_token_id, inputs.data_content
+    bf16 = _computes_in_bf16(given)
+    if rank > 0:
+        _check_machine(inputs.model_config, inputs.setup)
+        path = given.tokenizer.path or inputs.config.tokenizer_path
+        tokenizer = load_tokenizer(path)
+        tokens, eos = tokenizer_fingerprint(path, tokenizer), tokenizer.eos_token_id
+        content = local_content(inputs.shards) + remote_content(inputs.shards)
+    return _Host(
+        settings=_with_chosen_products(with_rule(given), bf16=bf16).model_dump(mode="json"),
+        tokenizer=(tokens, eos),
+        content=content,
+        bf16=bf16,
+        memory=memory_of_rank(),
+    )
+
+
+def _check_machine(model_config: PreTrainedConfig, setup: Setup) -> None:
+    check_device(setup.config.method, bf16=setup.bf16, on_gpu=setup.on_gpu)
+    check_memory(model_config, setup, memory_of_rank(), host_memory_of_rank())
+
+
+def memory_of_rank() -> float:
+    """Bytes of this rank's GPU, or its share of the host's memory."""
+    return gpu_memory_bytes() if uses_cuda() else host_memory_of_rank()
+
+
+def host_memory_of_rank() -> float:
+    return host_memory_bytes() / processes_on_host()
+
+
+def _tasks(inputs: Inputs) -> Tasks | None:
+    """Raises HarnessError if the tasks cannot be scored, and ConfigError if they lack the metric of the best."""
+    config = inputs.config
+    if not config.eval.tasks:
+        return None
+    tasks = Tasks(task_settings(config.eval), inputs.tokenizer, positions_in(inputs.model_config))
+    group, _, metric = (config.checkpoint.keep_best or "").partition("/")
+    if group == "tasks" and metric not in tasks.larger_is_better:
+        names = ", ".join(f"tasks/{name}" for name in tasks.larger_is_better)
+        fault = f"checkpoint.keep_best: {group}/{metric}: eval.tasks gives no such metric; use one of {names}"
+        raise ConfigError([fault], "the settings")
+    return tasks
+
+
+# ---- of the first rank -----------------------------------------------------------------------------------------------
+
+
+def _computes_in_bf16(config: Config) -> bool:
+    return fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
+
+
+def _with_chosen_products(config: Config, *, bf16: bool) -> Config:
+    """Replaces ``method.base_products: auto`` by what is faster on this machine."""
+    if not config.method.uses_adapters:
+        return config
+    method, reason = with_products(
+        config.method,
+        bf16=bf16,
+        capability=torch.cuda.get_device_capability() if uses_cuda() else None,
+        vnni=torch.cpu._is_vnni_supported(),
+    )
+    if reason is not None:
+        chosen = "multiplied in 8 bits" if method.base_products else "only stored in 8 bits, which is faster here"
+        shared_log.info("method.base_products: weights under adapters are %s (%s)", chosen, reason)
+    return config.model_copy(update={"method": method})
+
+
+def _with_saved_commits(config: Config) -> DataConfig:
+    """The data settings with the commits that this run has read before, so that a resume reads the same data.
+
+    The commits are in the checkpoint that the run resumes from and in the settings of its previous start. The sources
+    of a mixture keep the order that they have in the checkpoint.
+    """
+    run_dir = Path(config.train.run_dir)
+    named = config.train.resume not in ("auto", "never")
+    saved: dict[str, Any] = {}
+    with contextlib.suppress(CheckpointError):
+        saved = newest_manifest(Path(config.train.resume) if named else run_dir).config.get("data", {})
+    known: dict[str, str] = {}
+    with contextlib.suppress(FileNotFoundError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        known = dict(parse_yaml(RunFolder(run_dir).config.read_text(encoding="utf-8"))["data"]["commits"])
+    known |= (saved.get("commits") or {}) | config.data.commits
+    return in_saved_order(config.data.model_copy(update={"commits": known}), saved)
+
+
+def _check_tokenizer(config: Config, model_type: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warns if the initial weights were trained with other tokens.
+
+    Raises :class:`TokenizerError` if an export could not be loaded: in the folder of a Qwen2 model, transformers treats
+    any tokenizer as one of Qwen's.
+    """
+    path = config.tokenizer_path
+    if config.model.init_from is not None and config.model.new_tokens is None:
+        theirs = own_tokenizer_path(Path(config.model.init_from))
+        with contextlib.suppress(TokenizerError):  # the model may come without one
+            if not gives_same_tokens(path, theirs, tokenizer):
+                log.warning("%s gives other tokens than %s, which model.init_from was trained with", path, theirs)
+    if model_type == "llama":
+        return
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
+        Path(folder, "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+        save_tokenizer(tokenizer, folder)
+
+
+def count_tokens(inputs: Inputs) -> Epochs:
+    """Counts the tokens of each epoch. One rank reads the whole text."""
+    begin = time.perf_counter()
+    config = inputs.config
+    log.info("train.epochs: counting the tokens of the training text")
+    with Bar("counting the tokens of the training text", show=config.log.progress):
+        counted = count_epochs(
+            config.data,
+            config.tokenizer_path,
+            lanes=config.lanes,
+            blocks_per_lane=config.train.batch_size // config.lanes,
+            epochs=math.ceil(config.train.epochs or 1),
+            shards=inputs.shards,
+        )
+    log.info("an epoch has %s tokens (%.1f s)", f"{counted.tokens[0]:,}", time.perf_counter() - begin)
+    return counted
+
+
+def with_epochs(inputs: Inputs, counted: Epochs) -> Inputs:
+    """Sets the steps of ``train.epochs`` and ``optim.warmup_fraction``."""
+    config = inputs.config
+    epochs = config.train.epochs
+    assert epochs is not None
+    return replace(
+        inputs,
+        config=with_counted_epochs(config, counted.tokens_of(epochs)),
+        epochs=epochs,
+        warmup_fraction=config.optim.warmup_fraction,
+        epoch_blocks=counted.blocks,
+    )

@@ -8,98 +8,108 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from relora_mora.checkpoint.layout import list_checkpoints
+from relora_mora.checkpoint.layout import abandon
 from relora_mora.config.checks.combinations import OPERATIONAL
-from relora_mora.config.load import ConfigError, dump, stored_config
+from relora_mora.config.load import ConfigError, dump
 from relora_mora.config.schema import Config
 from relora_mora.config.yaml_text import parse_yaml
+from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
 from relora_mora.model.config import plain_model_config
 from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.work import meta_model
-from relora_mora.system.files import append_synced, disk_faults_named, remove, write_if_possible, write_synced
+from relora_mora.system.files import append_synced, disk_faults_named, remove, write_synced
 from relora_mora.system.hardware import device_name
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import CHANGED, NOTED, RunFolder
 from relora_mora.tokenizer.identity import save_tokenizer
-from relora_mora.train.begin.check import ResolvedRun
-from relora_mora.train.begin.identity import changed_settings
+from relora_mora.train.begin.identity import Identity, changed_settings, changes_since
+from relora_mora.train.begin.inputs import Inputs
+from relora_mora.train.state.run_state import RunState
 from relora_mora.weights.digests import model_digests
 from relora_mora.weights.generation import generation_file
 
+APPEAR_SECONDS = 15.0  # for a file that another host has just written
 
-def check_run_folder(path: Path) -> None:
-    """Raises :class:`ConfigError` if the run would overwrite files that are not of a run. First rank only.
 
-    A folder that a trainer has used has a lock. A folder with checkpoints may have been copied from elsewhere.
-    """
-    folder = RunFolder(path)
-    for place in (path, *path.parents):
-        if place.is_symlink() and not place.exists():
-            fault = (
-                f"train.run_dir: {place} is a link to a folder that does not exist; mount its disk, or remove the link"
-            )
-            raise ConfigError([fault], "the settings")
-    if folder.lock.exists() or list_checkpoints(folder.checkpoints):
-        return
-    outputs = (folder.config, folder.model_config, folder.tokenizer, folder.metrics, folder.wandb_id)
-    existing = [output.name for output in outputs if output.exists()]
-    if existing:
+def check_shared(file: Path, content: str) -> None:
+    """A collective. Raises :class:`ConfigError` on all ranks if one does not see what the first rank wrote."""
+    deadline = time.monotonic() + APPEAR_SECONDS
+    while not (seen := _content(file) == content) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    missing = [place for place in gather_from_ranks(None if seen else socket.gethostname()) if place is not None]
+    if missing:
+        hosts = ", ".join(dict.fromkeys(missing))
         fault = (
-            f"train.run_dir: {path} is not the folder of a run, and a run would overwrite {', '.join(existing)} there; "
-            "give a new or empty folder"
+            f"train.run_dir: {file.parent} is another folder on {hosts}; put it on a file system that all hosts share"
         )
-        raise ConfigError([fault], "the settings")
+        raise same_on_all_ranks(ConfigError([fault], "what the ranks found"))
 
 
-def write_run_folder(
-    checked: ResolvedRun,
-    world_size: int,
-    step: int,
-    *,
-    changed: Sequence[str] | None,
-) -> None:
+def _content(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeError):
+        return None
+
+
+def start_records(folder: RunFolder) -> None:
+    """Called when a run starts at step 0: renames the records of an earlier run that has made at least one step."""
+    files = [path for path in (folder.metrics, folder.starts) if path.exists()]
+    lines = [line for path in files for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    if any('"step": 0,' not in line for line in lines):
+        abandon_records(folder)
+
+
+def abandon_records(folder: RunFolder) -> None:
+    """Renames the metrics, starts and task scores of the run that was in the folder before."""
+    for path in (folder.metrics, folder.starts, folder.tasks):
+        if path.exists():
+            abandon(path)
+
+
+def write_run_folder(inputs: Inputs, state: RunState) -> None:
     """Writes settings, command, versions, commit, model and tokenizer into the run folder. First rank only.
 
-    ``changed`` describes what differs from the checkpoint that the run resumes. It is None if there is no checkpoint;
-    then the digests of what the run begins with are recorded.
+    A run at step 0 notes the digests of what it begins with, and a resume what has changed since the checkpoint. The
+    folder of a finished run stays as it is, because this start trains nothing.
     """
-    folder = Path(checked.config.train.run_dir)
+    config = inputs.config
+    if state.loaded is not None and state.step == config.train.steps and state.evaluated == state.step:
+        _warn_of_unused(config, state.loaded.config)
+        return
+    folder = Path(config.train.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with disk_faults_named(folder):
-        start = _start_record(checked, world_size, step)
-        if changed is None:
-            digests = {"tokenizer.path": checked.tokenizer_fingerprint, "data.train": checked.data_content}
-            start[NOTED] = model_digests(checked.config.model) | digests
-        elif changed:
-            start[CHANGED] = list(changed)
+        start = _start_record(inputs, state.step)
+        if state.loaded is None:
+            digests = {"tokenizer.path": inputs.tokenizer_fingerprint, "data.train": inputs.data_content}
+            start[NOTED] = model_digests(config.model) | digests
+        elif changes := [change.text for change in changes_since(Identity.of(state.loaded), inputs.identity)]:
+            start[CHANGED] = changes
         names = RunFolder(folder)
-        write_synced(names.config, dump(checked.config))  # a resume takes the commits of the data from it
-        write_synced(names.model_config, json.dumps(plain_model_config(checked.model_config), indent=2) + "\n")
-        generation = generation_file(checked.config.model.init_from)
+        write_synced(names.config, dump(config))  # a resume takes the commits of the data from it
+        write_synced(names.model_config, json.dumps(plain_model_config(inputs.model_config), indent=2) + "\n")
+        generation = generation_file(config.model.init_from)
         if generation is not None:
             write_synced(names.generation_config, generation.read_bytes())
-        elif changed is None:
+        elif state.loaded is None:
             remove(names.generation_config)  # of an earlier start from another base
         work = folder / "tokenizer.tmp"
         remove(work)
-        save_tokenizer(checked.tokenizer, work)
+        save_tokenizer(inputs.tokenizer, work)
         remove(names.tokenizer)  # an earlier start may have had another one, or somebody has changed it
         work.rename(names.tokenizer)
         append_synced(names.starts, json.dumps(start))
 
 
-def keep_run_folder(config: Config, made_with: Mapping[str, Any]) -> None:
-    """Leaves the folder of a finished run unchanged, because this start trains nothing. First rank only.
-
-    ``made_with`` are the settings in the last checkpoint. A warning names the settings that differ in ``config``.
-    """
+def _warn_of_unused(config: Config, made_with: Mapping[str, Any]) -> None:
     unused = [name for name in changed_settings(dict(made_with), parse_yaml(dump(config))) if name not in OPERATIONAL]
     if unused:
         log.warning(
@@ -107,30 +117,24 @@ def keep_run_folder(config: Config, made_with: Mapping[str, Any]) -> None:
             "relora-mora evaluate scores it on other text",
             ", ".join(unused),
         )
-    names = RunFolder(Path(config.train.run_dir))
-    before = stored_config(made_with, str(names.config))
-    here = {"run_dir": config.train.run_dir, "resume": config.train.resume}
-    # a start that was interrupted before it trained may have left other settings
-    settings = dump(before.model_copy(update={"train": before.train.model_copy(update=here)}))
-    write_if_possible(names.config, settings, without="it stays as the previous start left it")
 
 
-def _start_record(checked: ResolvedRun, world_size: int, step: int) -> dict[str, Any]:
-    parameters = count_parameters(meta_model(checked.model_config, checked.config.method))
+def _start_record(inputs: Inputs, step: int) -> dict[str, Any]:
+    parameters = count_parameters(meta_model(inputs.model_config, inputs.config.method))
     packages = ("relora_mora", "torch", "deepspeed", "transformers", "safetensors")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": step,
-        "epochs": checked.epochs,
-        "warmup_fraction": checked.warmup_fraction,
+        "epochs": inputs.epochs,
+        "warmup_fraction": inputs.warmup_fraction,
         "command": sys.argv,
         "host": socket.gethostname(),
-        "world_size": world_size,
+        "world_size": inputs.world_size,
         "device": device_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "bf16": checked.bf16,
+        "bf16": inputs.bf16,
         "parameters": asdict(parameters),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
@@ -150,16 +154,8 @@ def _git_commit() -> str | None:
     root = Path(__file__).resolve().parents[3]
     if not (root / "setup.cfg").is_file():  # installed, perhaps into an environment inside another repository
         return None
+    describe = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        commit = subprocess.run(
-            ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "-C", root, "status", "--porcelain", "--", "relora_mora", "launch"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+" if dirty else "")

@@ -1,13 +1,13 @@
 """Checks whether a run can begin with the weights and adapters that its settings name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from relora_mora.adapters.inject import inject
-from relora_mora.adapters.layers import adapter_layers, adapter_parameters
+from relora_mora.adapters.layers import adapter_parameters
 from relora_mora.checkpoint.layout import MANIFEST, list_checkpoints
 from relora_mora.config.load import ConfigError
 from relora_mora.config.registry import LORA, MORA
@@ -99,19 +99,13 @@ def _tensor_faults(adapter: AdapterFolder, lm: PreTrainedModel) -> Iterator[str]
     expected |= {name: tuple(parameters[name].shape) for name in adapter.plain() if name in parameters}
     wrong = sorted(name for name in expected | adapter.shapes if expected.get(name) != adapter.shapes.get(name))
     if wrong:
-        layers = {name: layer for name, layer in adapter_layers(lm) if name in adapter.layers}
-        foreign = [
-            name for name, layer in layers.items() if not adapter.fits(name, layer.in_features, layer.out_features)
-        ]
-        if foreign:
-            name = foreign[0]
-            yield (
-                f"model.adapter: {name} has an M of size {adapter.layers[name]} in {adapter.file}, which does not fit "
-                f"its rank and the layer {layers[name].in_features} -> {layers[name].out_features}; give the model "
-                f"that it was trained on in model.init_from ({adapter.base})"
-            )
-        else:
-            yield _wrong_shape(adapter, wrong, expected)
+        name = wrong[0]
+        there, here = adapter.shapes.get(name), expected.get(name)
+        more = f" ({len(wrong)} tensors differ)" if len(wrong) > 1 else ""
+        yield (
+            f"model.adapter: {name} is {list(there) if there else 'missing'} in {adapter.file} and "
+            f"{list(here) if here else 'missing'} in this run{more}; {_remedy(adapter, name, here)}"
+        )
     # a module with a trainable weight is saved as a whole, with biases that do not train
     whole = {name.rpartition(".")[0] for name, parameter in parameters.items() if parameter.requires_grad}
     frozen = sorted(name for name in adapter.plain() if name in parameters and name.rpartition(".")[0] not in whole)
@@ -122,33 +116,25 @@ def _tensor_faults(adapter: AdapterFolder, lm: PreTrainedModel) -> Iterator[str]
         )
 
 
-def _wrong_shape(adapter: AdapterFolder, wrong: list[str], expected: Mapping[str, tuple[int, ...]]) -> str:
-    """Describes how the first of these tensors differs, and says how many there are."""
-    name = wrong[0]
-    rank = adapter.layers.get(name.rpartition(".")[0])
+def _remedy(adapter: AdapterFolder, name: str, here: tuple[int, ...] | None) -> str:
+    """What to do about a tensor that has another shape in this run."""
+    layer, _, matrix = name.rpartition(".")
     there = adapter.shapes.get(name)
-    here = expected.get(name)
-    remedy = "if it is the adapter of another model, give that model in model.init_from"
+    rank = adapter.layers.get(layer)
     ranks: dict[str, set[int]] = {}
-    for layer, layer_rank in adapter.layers.items():
-        ranks.setdefault(layer.rpartition(".")[2], set()).add(layer_rank)
-    kind = name.rpartition(".")[0].rpartition(".")[2]
-    if any(len(each) > 1 for each in ranks.values()):
-        remedy = "all layers of a kind must have the same rank; merge it into its model, and begin with that"
-    elif there is None and kind in ranks:
-        remedy = "all layers of a kind must have an adapter; give its own model, or merge it into that and begin there"
-    elif there and here and rank is not None:
+    for each, of_layer in adapter.layers.items():
+        ranks.setdefault(each.rpartition(".")[2], set()).add(of_layer)
+    if there and here and rank is not None and all(len(of_kind) == 1 for of_kind in ranks.values()):
         if adapter.mora_type is not None:
-            remedy = (
+            return (
                 f"R is {rank} in the adapter: set method.rank, method.square_rounding (nearest: as the released MoRA) "
-                "and method.square_multiple (1 if R is odd), or method.square_size"
+                "and method.square_multiple (1 if R is odd), or method.square_size; or give the model that it was "
+                f"trained on in model.init_from ({adapter.base})"
             )
-        elif there == ((rank, here[1]) if name.endswith("lora_A") else (here[0], rank)):
+        if there == ((rank, here[1]) if matrix == "lora_A" else (here[0], rank)):
             pattern = ", ".join(f"{kind}: {each}" for kind, [each] in ranks.items())
-            alike = len(set.union(*ranks.values())) == 1
-            remedy = f"set method.rank={rank}" if alike else f"set method.rank_pattern={{{pattern}}}"
-    more = f" ({len(wrong)} tensors differ)" if len(wrong) > 1 else ""
+            return f"set method.rank={rank}, or method.rank_pattern={{{pattern}}}"
     return (
-        f"model.adapter: {name} is {list(there) if there else 'missing'} in {adapter.file} and "
-        f"{list(here) if here else 'missing'} in this run{more}; {remedy}"
+        "if it is the adapter of another model, give that model in model.init_from; if it has not the same rank in all "
+        "layers of a kind, merge it into its model, and begin with that"
     )

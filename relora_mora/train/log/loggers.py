@@ -5,7 +5,6 @@ import importlib.util
 import os
 import secrets
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,9 +99,6 @@ def make_loggers(folder: Path, config: LogConfig) -> list[Logger]:
     return loggers
 
 
-_EVENTS = "events.out.tfevents."  # prefix of an event file's name; the second of its creation follows, in ten digits
-
-
 class TensorBoard:
     """Writes event files to ``tensorboard/`` in a run folder.
 
@@ -117,19 +113,10 @@ class TensorBoard:
         self._writer: SummaryWriter | None = None
 
     def open(self, step: int) -> None:
-        """Hides values after ``step`` in earlier files, and writes the settings if no file has them yet.
-
-        At step 0, earlier files are renamed; otherwise TensorBoard would show their settings and their values at 0.
-        """
+        """Hides values after ``step`` in earlier files, all of them at step 0, and writes the settings of a new run."""
         self.close()
-        board = self._files.tensorboard
+        writer = self._begin_file(step + 1 if step else 0)
         if step == 0:
-            for file in board.glob("events.*"):
-                # TensorBoard reads every file with "tfevents" in its name
-                file.rename(file.with_name(f"abandoned-{file.name.replace('tfevents', 'events', 1)}"))
-        is_new = step == 0 or not any(board.glob("events.*"))
-        writer = self._begin_file(step + 1)
-        if is_new:
             settings = self._files.config.read_text(encoding="utf-8").splitlines()
             writer.add_text("run/config", "".join(f"    {line}\n" for line in settings), 0)
 
@@ -152,17 +139,5 @@ class TensorBoard:
 
     def _begin_file(self, step: int) -> SummaryWriter:
         threading.excepthook = without_disk_errors
-        _put_before_now(self._files.tensorboard)
         self._writer = SummaryWriter(str(self._files.tensorboard), purge_step=step, flush_secs=10)
         return self._writer
-
-
-def _put_before_now(board: Path) -> None:
-    """Renames files of the current second, or from a clock that was ahead, so that they sort before a new file.
-
-    TensorBoard reads files in the order of their names, and a file can only hide steps of files read before it.
-    """
-    before = f"{_EVENTS}{int(time.time()) - 1:010d}"
-    for file in board.glob(f"{_EVENTS}*"):
-        if file.name >= before:
-            file.rename(file.with_name(f"{before}.{file.name.removeprefix(_EVENTS)}"))

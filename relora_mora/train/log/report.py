@@ -10,7 +10,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,44 +49,39 @@ class Logger(Protocol):
 
 
 class Metrics:
-    """Writes ``metrics.jsonl`` in a run folder, and passes the same values to loggers.
+    """Writes ``metrics.jsonl`` in a run folder, and passes the same values to loggers. Begins with :meth:`open`.
 
-    After a resume at ``step``, lines of later steps are dropped from the file, because those steps are repeated. If an
-    event of ``step`` is repeated, which has one of the tags in ``repeated``, its line and all lines after it are
-    dropped, since the checkpoint that includes it was not finished. A line that cannot be written, such as on a
-    full disk, is lost with one message, and training goes on.
+    Only the first rank writes: on the others, every call does nothing. A line that cannot be written, such as on a full
+    disk, is lost with one message, and training goes on.
     """
 
-    def __init__(
-        self, folder: Path, *, step: int, repeated: Set[str] = frozenset(), loggers: Sequence[Logger] = ()
-    ) -> None:
+    def __init__(self, folder: Path, *, loggers: Sequence[Logger] = (), writes: bool = True) -> None:
         self.path = RunFolder(folder).metrics
+        self._writes = writes
         self._loggers = loggers
         self._file: int | None = None
         self._failing: set[str] = set()
-        self._step = step
-        self._repeated = repeated
-        self._open_file()
-        self._open_loggers()
 
-    def go_back(self, step: int, *, repeated: Set[str] = frozenset()) -> None:
-        """Drops everything logged after ``step``, because the run continues from there."""
+    def open(self, step: int, repeated: Set[str] = frozenset()) -> None:
+        """The run continues after ``step``, at a start or after a rollback.
+
+        Lines of later steps are dropped, because those steps are repeated. If an event of ``step`` is repeated, which
+        has one of the tags in ``repeated``, its line and all lines after it are dropped, too.
+        """
+        if not self._writes:
+            return
         self._close_file()
-        self._step = step
-        self._repeated = repeated
+        self._last = step, repeated
         self._try(self.path.name, self._open_file)
-        self._open_loggers()
+        for logger in self._loggers:
+            self._try(logger.title, functools.partial(logger.open, step))
 
     def _open_file(self) -> int:
-        self._drop_after(self._step)
+        self._drop_after(*self._last)
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         return self._file
 
-    def _open_loggers(self) -> None:
-        for logger in self._loggers:
-            self._try(logger.title, functools.partial(logger.open, self._step))
-
-    def _drop_after(self, step: int) -> None:
+    def _drop_after(self, step: int, repeated: Set[str]) -> None:
         if not self.path.exists():
             return
         before = self.path.read_text(encoding="utf-8", errors="replace")
@@ -96,7 +90,7 @@ class Metrics:
         for line in before.splitlines():
             try:
                 values = json.loads(line)
-                if values["step"] == step and not self._repeated.isdisjoint(values):
+                if values["step"] == step and not repeated.isdisjoint(values):
                     is_repeated = True
                 if 0 < step >= values["step"] and not is_repeated:
                     kept.append(line + "\n")
@@ -108,12 +102,14 @@ class Metrics:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one event to the file and to each logger."""
+        if not self._writes:
+            return
         finite = {
             tag: None if isinstance(value, float) and not math.isfinite(value) else value
             for tag, value in values.items()
         }
         line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n"
-        # the file is None if the disk was full in go_back
+        # the file is None if the disk was full in open
         self._try(
             self.path.name,
             lambda: append_whole(self._open_file() if self._file is None else self._file, line.encode()),
@@ -155,37 +151,7 @@ class Metrics:
             self._file = None
 
 
-def logged(folder: RunFolder, step: int, tag: str) -> dict[str, Any] | None:
-    """The line in ``metrics.jsonl`` of a step that has a tag."""
-    if not folder.metrics.exists():
-        return None
-    lines = folder.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-    whole = (line for line in lines if line.startswith(f'{{"step": {step}, ') and line.endswith("}"))
-    return next((json.loads(line) for line in whole if f'"{tag}"' in line), None)
-
-
-Write = Callable[[int, Mapping[str, Any]], None]  # (step, its metrics); does nothing on ranks other than the first
-
 _COUNTED = ("documents", "bad", "retries", *(f"skipped/{reason}" for reason in SKIP_REASONS))
-
-
-@dataclass
-class Interval:
-    """Counts since the last line of metrics."""
-
-    loss: float = 0.0  # float64, of this rank; summed over the steps that were applied
-    good_steps: int = 0
-    grad_norm: float = 0.0
-    # only of this process, including skipped steps
-    steps: int = 0
-    step_seconds: float = 0.0
-    data_seconds: float = 0.0
-    data_counts: dict[str, int] = field(default_factory=dict)  # read so far by this rank
-
-    def dump(self, world_size: int) -> dict[str, Any]:
-        """The part that a checkpoint keeps, independent of the number of ranks; a collective."""
-        [loss] = sum_over_hosts([self.loss])
-        return {"loss": loss / world_size, "good_steps": self.good_steps, "grad_norm": self.grad_norm}
 
 
 def peak_of_device(config: LogConfig, *, bf16: bool) -> float:

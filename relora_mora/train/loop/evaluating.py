@@ -19,34 +19,30 @@ from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.train.begin.build import Run
-from relora_mora.train.begin.check import task_settings
+from relora_mora.train.begin.inputs import task_settings
 from relora_mora.train.log import report
 from relora_mora.train.log.progress import Progress
 from relora_mora.train.loop.events import is_due
-from relora_mora.train.loop.step import DataFailed
+from relora_mora.train.loop.step import DataFailed, Stopping
 from relora_mora.train.state.run_state import Best, RunState
 from relora_mora.weights.generation import generation_config
-
-
-class _Stopping(Exception):
-    """The ranks stop during an evaluation."""
 
 
 class Evaluating:
     """Evaluates the held-out loss of each set and of all sets, and tasks; for any number of ranks, every token and row
     counts once."""
 
-    def __init__(self, run: Run, guard: Guard, write: report.Write, progress: Progress) -> None:
+    def __init__(self, run: Run, guard: Guard, metrics: report.Metrics, progress: Progress) -> None:
         self.config: Config = run.config
         self.micro_batch_size = run.config.eval.micro_batch_size or run.config.train.micro_batch_size
-        self.tokenizer = run.checked.tokenizer
+        self.tokenizer = run.inputs.tokenizer
         self.progress = progress
         self.engine = run.engine
         self.guard = guard
-        self.write = write
+        self.metrics = metrics
         self.sets: dict[str, EvalSet] = {}  # by name
-        self.compiled = run.checked.compiled
-        self.tasks = run.checked.tasks
+        self.compiled = run.inputs.compiled
+        self.tasks = run.inputs.tasks
         every, of_tasks = run.config.eval.every_steps, run.config.eval.tasks_every_steps
         self.intervals = [every, every if of_tasks is None else of_tasks] if self.tasks else [every]
 
@@ -60,13 +56,12 @@ class Evaluating:
     def is_due_at_start(self, state: RunState) -> bool:
         """Whether to evaluate before the first step of this start. A resumed run does so if its step has no evaluation:
         a signal interrupted it, or the run begins with another run's checkpoint."""
-        if state.step == 0:
-            return self.config.eval.at_start
-        return state.trouble is None and self.is_missing(state)
+        return self.config.eval.at_start if state.step == 0 else self.is_missing(state)
 
-    def after_step(self, state: RunState) -> bool:
-        """Returns False if the ranks stop during an evaluation."""
-        return not self.is_missing(state) or self.evaluate(state)
+    def __call__(self, state: RunState) -> None:
+        """Raises :class:`Stopping` if the ranks stop during an evaluation. A collective."""
+        if self.is_missing(state):
+            self.evaluate(state)
 
     def read(self) -> None:
         """Reads the held-out text; a collective that no signal interrupts.
@@ -79,31 +74,25 @@ class Evaluating:
         except (ValueError, OSError) as error:
             raise DataFailed([error]) from error
 
-    def evaluate(self, state: RunState) -> bool:
-        """Returns False if the ranks stop before its end. A collective."""
+    def evaluate(self, state: RunState) -> None:
         begin = time.perf_counter()
         step = state.step
         self.engine.eval()
-        results: dict[str, EvalResult] | None = {}
-        generated: dict[str, Generated] | None = {}
-        scores: Results | None = {}
+        results: dict[str, EvalResult] = {}
+        generated: dict[str, Generated] = {}
+        scores: Results = {}
         if self._is_due(self.intervals[0], step):
             with self.progress.bar("evaluation", "token") as bar:
                 results = evaluate_sets(
                     lambda data, update: self._score(data, step, update), self.sets, progress=bar.update
                 )
             with self.progress.bar("generating answers"):
-                generated = None if results is None else self._generate(step)
-        if results is None or generated is None:
-            return False
+                generated = self._generate(step)
         if self.tasks is not None and self._is_due(self.intervals[-1], step):
             with self.progress.bar("tasks"):
                 scores = self._score_tasks(self.tasks, step)
-        if scores is None:
-            return False
         self._report(state, results, generated, scores, time.perf_counter() - begin)
         state.evaluated = step
-        return True
 
     def _held_out(self) -> dict[str, EvalSet]:
         # as relora-mora evaluate: the tokenizer in the run folder has the chat template of the training
@@ -111,7 +100,7 @@ class Evaluating:
         tokenizer = RunFolder(Path(self.config.train.run_dir)).tokenizer
         return held_out(self.config.data, str(tokenizer), limits.max_tokens, limits.generate)
 
-    def _score(self, data: EvalSet, step: int, update: Update) -> EvalResult | None:
+    def _score(self, data: EvalSet, step: int, update: Update) -> EvalResult:
         return evaluate(
             self.engine,
             data,
@@ -121,21 +110,18 @@ class Evaluating:
             rank=self.engine.rank,
             world_size=self.engine.world_size,
             all_sum=self.engine.all_reduce,
-            stop=lambda: self._stop(step),
+            before_batch=lambda: self._stop(step),
             progress=update,
         )
 
-    def _generate(self, step: int) -> dict[str, Generated] | None:
-        """Generates the answers of each set, and adds the total under "". A collective.
-
-        Returns None if the ranks stop before the end.
-        """
+    def _generate(self, step: int) -> dict[str, Generated]:
+        """Generates the answers of each set, and adds the total under "". A collective."""
         results: dict[str, Generated] = {}
         self.engine.keep_merged()
         for name, data in self.sets.items():
             if not data.answers:
                 continue
-            result = generate_answers(
+            results[name] = generate_answers(
                 self.engine.lm,
                 data.answers,
                 tokenizer=self.tokenizer,
@@ -144,36 +130,32 @@ class Evaluating:
                 rank=self.engine.rank,
                 world_size=self.engine.world_size,
                 all_sum=self.engine.all_reduce,
-                stop=lambda: self._stop(step, within=LONG_SECONDS),  # a round generates the whole length of an answer
+                # a round generates the whole length of an answer
+                before_batch=lambda: self._stop(step, within=LONG_SECONDS),
             )
-            if result is None:
-                return None
-            results[name] = result
         return {**results, "": Generated.of_all(results.values())} if results else {}
 
-    def _score_tasks(self, tasks: Tasks, step: int) -> Results | None:
-        """The same results on all ranks; None if the ranks stop before the end. A collective."""
+    def _score_tasks(self, tasks: Tasks, step: int) -> Results:
+        """The same results on all ranks. A collective."""
         engine = self.engine
         folder = RunFolder(Path(self.config.train.run_dir))
         tokenizer = load_tokenizer(folder.tokenizer)
         engine.lm.generation_config = generation_config(tokenizer, engine.lm.config, folder)  # as in an export
         engine.keep_merged()
         ranks = Ranks(engine.rank, engine.world_size, gather_from_ranks, lambda running: self._any_runs(step, running))
-        try:
-            return tasks.score(engine.lm, tokenizer, batch_size=self.micro_batch_size, ranks=ranks)
-        except _Stopping:
-            return None
+        return tasks.score(engine.lm, tokenizer, batch_size=self.micro_batch_size, ranks=ranks)
 
     def _any_runs(self, step: int, running: bool) -> bool:
         self.guard.begin(f"step {step}: tasks", within=LONG_SECONDS)
         stopping, busy = sum_over_hosts([float(self.guard.stop_reason is not None), float(running)])
         if stopping:
-            raise _Stopping
+            raise Stopping
         return busy > 0
 
-    def _stop(self, step: int, within: float | None = None) -> bool:
+    def _stop(self, step: int, within: float | None = None) -> None:
         self.guard.begin(f"step {step}: evaluation", within=within)
-        return sum_over_hosts([float(self.guard.stop_reason is not None)]) != [0.0]
+        if sum_over_hosts([float(self.guard.stop_reason is not None)]) != [0.0]:
+            raise Stopping
 
     def _report(
         self,
@@ -193,7 +175,7 @@ class Evaluating:
         if step > 0:  # which has no checkpoint
             state.best = from_first_rank(lambda: self._best(state, metrics))
         best = {} if state.best is None else {"checkpoint/best": asdict(state.best)}
-        self.write(step, {**metrics, **best, "eval/seconds": seconds})
+        self.metrics.write(step, {**metrics, **best, "eval/seconds": seconds})
         for name, result in results.items():
             if name:
                 log.info(f"step {step}: validation on {name}: {result} ({result.tokens:,} tokens)")

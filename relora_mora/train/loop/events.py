@@ -1,7 +1,7 @@
-"""Events between steps. Each one owns what it needs and knows when it is due; the loop calls it after every step."""
+"""Events between steps. Each one gets what it needs, and knows when it is due; the loop calls it after every step."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from relora_mora.checkpoint.layout import Manifest
@@ -16,9 +16,7 @@ from relora_mora.system.logs import counted, log
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log import report
 from relora_mora.train.log.progress import Progress
-from relora_mora.train.state.run_state import RunState, TrainingError
-
-EARLY_LINES = 10  # on a terminal, that many first steps of a start have a line each
+from relora_mora.train.state.run_state import Interval, RunState, TrainingError
 
 
 def is_due(every_steps: int, step: int) -> bool:
@@ -26,26 +24,29 @@ def is_due(every_steps: int, step: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-class Merging:
-    """Merges the adapters into the frozen weights. ``before`` is called right before a merge."""
+EARLY_LINES = 10  # on a terminal, that many first steps of a start have a line each
 
-    def __init__(self, run: Run, guard: Guard, write: report.Write, before: Callable[[], None]) -> None:
+
+class Merging:
+    """Merges the adapters into the frozen weights."""
+
+    def __init__(self, run: Run, writer: CheckpointWriter, guard: Guard, metrics: report.Metrics) -> None:
         self.schedule = run.schedule
         self.merger = run.merger
+        self.writer = writer
         self.guard = guard
-        self.write = write
-        self.before = before
+        self.metrics = metrics
 
-    def after_step(self, state: RunState) -> None:
+    def __call__(self, state: RunState) -> None:
         step = state.step
         if not self.schedule.merge_after(step):
             return
         self.guard.begin(f"step {step}: merge", within=LONG_SECONDS)
-        self.before()
+        self.writer.wait_for_base()
         gather_from_ranks(None)  # waits in the group whose timeout allows for slow disks
         merges_done = self.schedule.merges_done(step)
         record = self.merger.merge(step, merges_done, self.schedule.operator(step))
-        self.write(step, report.merge_metrics(record))
+        self.metrics.write(step, report.merge_metrics(record))
         if not record.effective_rank:  # not measured at every one of frequent merges; log as rarely
             return
         switched = ""
@@ -59,36 +60,35 @@ class Reporting:
     """Writes a line of metrics over the steps since the last one, before the checkpoint and before anything that a
     signal may interrupt: otherwise a resume would lose the line."""
 
-    def __init__(self, run: Run, write: report.Write, progress: Progress) -> None:
-        checked = run.checked
+    def __init__(self, run: Run, metrics: report.Metrics, progress: Progress) -> None:
         self.config = run.config
-        self.flops_per_token = flops_per_token(checked.model_config, run.config).total
-        self.peak_flops = report.peak_of_device(run.config.log, bf16=checked.bf16)
+        self.flops_per_token = flops_per_token(run.inputs.model_config, run.config).total
+        self.peak_flops = report.peak_of_device(run.config.log, bf16=run.inputs.bf16)
         self.sources = mixture_names(run.config.data) if run.config.data.is_mixture else ()
         self.engine = run.engine
         self.groups = run.groups
         self.schedule = run.schedule
-        self.write = write
+        self.metrics = metrics
         self.progress = progress
         self.early_lines = from_first_rank(lambda: EARLY_LINES if progress.is_watched else 0)
 
-    def after_step(self, state: RunState, step_loss: float) -> None:
+    def __call__(self, state: RunState) -> None:
         """A collective. The first lines on a terminal show the loss of one step, and metrics the mean since the last
         line."""
         early = self.early_lines > 0
         if early:
             self.early_lines -= 1
-            self._show(self._over_ranks(step_loss), self._speed(state.interval))
+            self._show(self._over_ranks(state.interval.last_loss), self._speed(state.interval))
         if not is_due(self.config.log.every_steps, state.step) and state.step != self.config.train.steps:
             return
         interval = state.interval
-        state.interval = report.Interval()
+        state.interval = Interval()
         if not interval.good_steps:
             return
         loss = self._over_ranks(interval.loss / interval.good_steps)
         rates = group_rates(self.schedule, self.groups, state.step)
         speed = self._speed(interval)
-        self.write(
+        self.metrics.write(
             state.step,
             {
                 **report.loss_metrics(loss),
@@ -116,7 +116,7 @@ class Reporting:
             f"{speed['perf/tokens_per_second']:,.0f} tokens/s"
         )
 
-    def _speed(self, interval: report.Interval) -> dict[str, float]:
+    def _speed(self, interval: Interval) -> dict[str, float]:
         seconds = interval.step_seconds + interval.data_seconds
         tokens_per_second = interval.steps * self.config.tokens_per_step / seconds
         achieved = tokens_per_second * self.flops_per_token / self.engine.world_size
@@ -132,14 +132,14 @@ class Reporting:
 class Saving:
     """Saves checkpoints, also of the best evaluation so far. They are written in the background."""
 
-    def __init__(self, run: Run, writer: CheckpointWriter, guard: Guard, write: report.Write) -> None:
+    def __init__(self, run: Run, writer: CheckpointWriter, guard: Guard, metrics: report.Metrics) -> None:
         self.every_steps = run.config.checkpoint.every_steps
         self.run = run
         self.writer = writer
         self.guard = guard
-        self.write = write
+        self.metrics = metrics
 
-    def after_step(self, state: RunState) -> None:
+    def __call__(self, state: RunState) -> None:
         if is_due(self.every_steps, state.step) or (state.best is not None and state.best.step == state.step):
             self.save(state)
 
@@ -153,7 +153,7 @@ class Saving:
         self.guard.begin(f"step {state.step}: checkpoint", within=LONG_SECONDS)
         stall = self.writer.save(self._manifest(state), state.data)
         state.saved = state.step
-        self.write(state.step, {"perf/checkpoint_stall_seconds": stall})
+        self.metrics.write(state.step, {"perf/checkpoint_stall_seconds": stall})
 
     def save_final(self, state: RunState) -> None:
         """Makes sure that there is a complete checkpoint of this step.
@@ -178,7 +178,7 @@ class Saving:
         """The manifest of a checkpoint. The writer adds its files and the positions in the data."""
         run = self.run
         engine = run.engine
-        identity: dict[str, Any] = vars(run.checked.identity)
+        identity: dict[str, Any] = vars(run.inputs.identity)
         return Manifest(
             step=state.step,
             merges_done=run.merger.merges_done,

@@ -1,90 +1,40 @@
-"""The training loop and its ways to end. ``step`` decides what happens when; periodic events are in ``events``."""
+"""The training loop. ``step`` decides what happens when; periodic events are in ``events``, ends in ``ends``."""
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from relora_mora.checkpoint.reader import CheckpointReader
 from relora_mora.checkpoint.writer import CheckpointWriter
 from relora_mora.data.lanes import merge_states
 from relora_mora.data.stream.packing import Batch, document_boundaries
 from relora_mora.data.stream.stream import TrainStream
-from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
 from relora_mora.optim.groups import group_rates, matrix_rules
-from relora_mora.supervise.exits import FINISHED, REQUEUE
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.hardware import to_device
-from relora_mora.system.logs import counted, log
+from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.system.seeds import derived_seed
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log.loggers import make_loggers
-from relora_mora.train.log.progress import Progress, next_commands, seconds_since_start
+from relora_mora.train.log.progress import Progress, seconds_since_start
 from relora_mora.train.log.report import Metrics
+from relora_mora.train.loop import ends
 from relora_mora.train.loop.evaluating import Evaluating
 from relora_mora.train.loop.events import Merging, Reporting, Saving
-from relora_mora.train.loop.step import BatchLoader, DataFailed, LocalBatch, StabilityMonitor, StepResult
-from relora_mora.train.state.restore import find_rollback_target, roll_back
-from relora_mora.train.state.run_state import DataError, RunState, TrainingError
-
-
-class Shutdown:
-    """Ends a run with the same exit code or error on all ranks. ``sync_metrics`` is called before it is recorded."""
-
-    def __init__(self, folder: Path, saving: Saving, guard: Guard, sync_metrics: Callable[[], None]) -> None:
-        self.folder = folder
-        self.saving = saving
-        self.guard = guard
-        self.sync_metrics = sync_metrics
-
-    def finish(self, state: RunState) -> int:
-        config = self.saving.run.config
-        self.saving.save_final(state)
-        log.info(f"done: {counted(state.step, 'step')}, {state.tokens:,} tokens, {RunFolder(self.folder).checkpoints}")
-        log.info(next_commands(config.train.run_dir))
-        return self._leave(FINISHED, "done")
-
-    def stop(self, state: RunState) -> int:
-        """Some rank was asked to stop."""
-        reason = "; ".join(dict.fromkeys(filter(None, gather_from_ranks(self.guard.stop_reason))))
-        log.info(f"stopping after step {state.step} ({reason})")
-        self.saving.save_final(state)
-        saved = (
-            f"saved; {self.saving.resume_command} continues from here" if state.step else "there is nothing to save yet"
-        )
-        log.info(f"{saved} (exit code {REQUEUE})")
-        return self._leave(REQUEUE, reason)
-
-    def fail_for_data(self, state: RunState, error: DataFailed) -> NoReturn:
-        """The data of some rank has failed. All ranks raise the same error."""
-        saved = f"\nwhat was trained up to step {state.step} is saved" if state.step else ""
-        try:
-            self.saving.save_final(state)
-        except TrainingError as failed:  # data and checkpoints may be on the same lost disk
-            saved = f"\n{failed}"
-        lost_disk = next((failure for failure in error.failures if isinstance(failure, OSError)), None)
-        if lost_disk is not None:
-            raise same_on_all_ranks(lost_disk)
-        text = "\n".join(dict.fromkeys(map(str, error.failures)))
-        by_user = all(isinstance(failure, ValueError) for failure in error.failures)
-        raise (DataError if by_user else TrainingError)(text + saved) from error
-
-    def _leave(self, code: int, reason: str) -> int:
-        self.sync_metrics()
-        self.guard.decide(code, reason)
-        return code
+from relora_mora.train.loop.step import BatchLoader, DataFailed, LocalBatch, StepResult, Stopping, judge
+from relora_mora.train.state.restore import roll_back
+from relora_mora.train.state.run_state import RunState, Trouble
 
 
 class Trainer:
-    """Trains a run from ``state`` to its end. ``resumed_from`` is the checkpoint that the state was loaded from."""
+    """Trains a run from ``state`` to its end."""
 
-    def __init__(self, run: Run, state: RunState, guard: Guard, resumed_from: CheckpointReader | None = None) -> None:
+    def __init__(self, run: Run, state: RunState, guard: Guard) -> None:
         config = run.config
         self.run = run
         self.config = config
@@ -94,6 +44,7 @@ class Trainer:
         self.guard = guard
         self.has_stepped = False
         self.folder = Path(config.train.run_dir)
+        is_first = self.rank == 0
         self.data = TrainStream(
             config.data,
             tokenizer_path=config.tokenizer_path,
@@ -103,11 +54,12 @@ class Trainer:
             world_size=run.engine.world_size,
             state=state.data or None,
             step=state.step,
-            shards=run.checked.shards,
-            epoch_blocks=run.checked.epoch_blocks,
+            shards=run.inputs.shards,
+            epoch_blocks=run.inputs.epoch_blocks,
         )
-        state.data = self.data.own_part(state.data)
-        guard.step = state.step
+        self.loader = BatchLoader(self.data, config.data, guard)
+        self.metrics = Metrics(self.folder, loggers=make_loggers(self.folder, config.log), writes=is_first)
+        self.progress = Progress(total=config.train.steps, done=state.step, show=is_first and config.log.progress)
         self.writer = CheckpointWriter(
             RunFolder(self.folder).checkpoints,
             run.engine,
@@ -116,32 +68,18 @@ class Trainer:
             keep_last=config.checkpoint.keep_last,
             keep_every_steps=config.checkpoint.keep_every_steps,
             merge_states=merge_states,
-            sync_beside=self.sync_metrics,
+            sync_beside=self.metrics.sync,
             report=log.error,
         )
-        if resumed_from is not None and state.saved is not None:
-            self.writer.adopt_base(resumed_from.manifest)
-        first = self.rank == 0
-        self.metrics = None
-        if first:
-            continues = state.saved is not None  # False if the checkpoint is in another run's folder
-            self.metrics = Metrics(
-                self.folder,
-                step=state.step if continues else 0,
-                repeated=state.done_at_load.keys() | {"train/rollbacks"},
-                loggers=make_loggers(self.folder, config.log),
-            )
-        self.progress = Progress(total=config.train.steps, done=state.step, show=first and config.log.progress)
-        self.loader = BatchLoader(self.data, config.data, guard)
         is_slow = any(rule.is_slow for rule in matrix_rules(config.optim).values())
         self.update_seconds = LONG_SECONDS if is_slow else None
-        self.monitor = StabilityMonitor(config, self.rank, run.engine.world_size, self.write, self._can_roll_back)
-        self.merging = Merging(run, guard, self.write, before=self.writer.wait_for_base)
-        self.reporting = Reporting(run, self.write, self.progress)
-        self.evaluating = Evaluating(run, guard, self.write, self.progress)
-        self.saving = Saving(run, self.writer, guard, self.write)
-        self.shutdown = Shutdown(self.folder, self.saving, guard, self.sync_metrics)
-        self._write_done_at_load()
+        merging = Merging(run, self.writer, guard, self.metrics)
+        reporting = Reporting(run, self.metrics, self.progress)
+        self.evaluating = Evaluating(run, guard, self.metrics, self.progress)
+        self.saving = Saving(run, self.writer, guard, self.metrics)
+        # in this order after every step: a checkpoint has everything that was done at its step
+        self.events: list[Callable[[RunState], None]] = [merging, reporting, self.evaluating, self.saving]
+        self._continue_from(state, repeated={"train/rollbacks", "eval/seconds"})
 
     def fit(self) -> int:
         """Trains to the end, or until some rank is asked to stop; returns the exit code."""
@@ -149,48 +87,32 @@ class Trainer:
             with self.progress.bar("reading the validation data"):
                 self.evaluating.read()  # can take long if the text is remote, and there is nothing to save yet
             self.guard.training()
-            return self._fit()
+            self._before_first_step()
+            while self.state.step < self.config.train.steps:
+                result = self.train_step(self.next_batch())
+                trouble = judge(self.config, self.state, result, self.engine, self.metrics)
+                if trouble is not None and self.roll_back(trouble):
+                    continue
+                for event in self.events:
+                    event(self.state)
+        except Stopping:
+            return ends.stop(self.saving, self.state)
         except DataFailed as error:
-            self.shutdown.fail_for_data(self.state, error)
+            ends.fail_for_data(self.saving, self.state, error)
+        return ends.finish(self.saving, self.state)
 
-    def _fit(self) -> int:
-        first = None
+    def _before_first_step(self) -> None:
         if self.evaluating.is_due_at_start(self.state):
             if self.state.step < self.config.train.steps:
-                first = self.next_batch()  # fails for unusable text before an evaluation, which can take long
-                if first is None:
-                    return self.shutdown.stop(self.state)
-            if not self.evaluating.evaluate(self.state):
-                return self.shutdown.stop(self.state)
+                self.loader.load(self.state.step + 1)  # text that is unusable fails before an evaluation
+            self.evaluating.evaluate(self.state)
         self.saving.name_best(self.state)
-        if self.state.step and self.state.saved is None and self.state.trouble is None:
+        if self.state.step and self.state.saved is None:
             self.saving.save(self.state)  # a run that began with another run's checkpoint gets its own
         self.progress.begin(self.state.step)
-        while self.state.step < self.config.train.steps or self.state.trouble:
-            share = first or self.next_batch()
-            first = None
-            if share is None:
-                return self.shutdown.stop(self.state)
-            if self.state.trouble:
-                self.roll_back()
-                if self.config.data.is_mixture:  # the batch was drawn for another step
-                    self.data.go_back(self.state.step, self.state.data)
-                    continue
-            result = self.train_step(share)
-            self.monitor(self.state, result)
-            if self.state.trouble:
-                continue
-            self.merging.after_step(self.state)
-            self.reporting.after_step(self.state, result.loss)
-            if not self.evaluating.after_step(self.state):
-                return self.shutdown.stop(self.state)
-            self.saving.after_step(self.state)
-        if not self.evaluating.after_step(self.state):
-            return self.shutdown.stop(self.state)
-        return self.shutdown.finish(self.state)
 
-    def next_batch(self) -> LocalBatch | None:
-        """This rank's share of the next global batch, once every rank has its own; None if the ranks stop."""
+    def next_batch(self) -> LocalBatch:
+        """This rank's share of the next global batch, once every rank has its own."""
         begin = time.perf_counter()
         with self.progress.bar("waiting for a batch"):
             share = self.loader.next_batch(self.state.step + 1)
@@ -230,7 +152,9 @@ class Trainer:
         interval.data_counts = batch.counts
         interval.steps += 1
         step_loss = done.loss if share.scored else math.nan  # no loss without scored tokens
+        interval.last_loss = math.nan
         if done.applied and share.scored:
+            interval.last_loss = step_loss
             interval.loss += step_loss
             interval.good_steps += 1
             interval.grad_norm = done.grad_norm
@@ -240,51 +164,47 @@ class Trainer:
             self.has_stepped = True
             seconds = seconds_since_start()
             log.info(f"start: {seconds:.1f} s from the start of Python to the end of the first step")
-            self.write(step, {"startup/seconds": seconds})
+            self.metrics.write(step, {"startup/seconds": seconds})
         return StepResult(loss=step_loss, applied=done.applied, grad_norm=done.grad_norm, data=data)
 
-    def _can_roll_back(self, step: int) -> bool:
-        self.guard.begin(f"step {step}: looking for a checkpoint to go back to", within=LONG_SECONDS)
-        return find_rollback_target(self.run, step, self.writer) is not None
-
-    def roll_back(self) -> None:
-        """Goes back to a checkpoint from before the trouble. The data continues where it is."""
+    def roll_back(self, trouble: Trouble) -> bool:
+        """Goes back to a checkpoint from before the trouble, if there is one. The data continues where it is."""
         before = self.state
         self.guard.begin(f"step {before.step}: rollback", within=LONG_SECONDS)
-        state = roll_back(self.run, before, self.writer)
-        state.data = self.data.own_part(state.data)
+        state = roll_back(self.run, before, self.writer, trouble)
+        if state is None:
+            return False
+        if self.config.data.is_mixture:  # batches that were read ahead were drawn for other steps
+            self.data.go_back(state.step, state.data)
         self.state = state
+        self._continue_from(state, repeated=set())
         self.saving.name_best(state)
-        self.guard.step = state.step
         self.progress.begin(state.step)
-        if self.metrics is not None:
-            self.metrics.go_back(state.step, repeated=state.done_at_load.keys())
         values = {"train/rollbacks": state.rollbacks, "train/rolled_back_from": before.step}
         # the lines that named the bad data belong to dropped steps
         skipped = {"train/skipped_data": before.health.bad_data} if before.health.bad_data else {}
-        self.write(state.step, {**values, **skipped})
-        self._write_done_at_load()
+        self.metrics.write(state.step, {**values, **skipped})
+        return True
 
-    def _write_done_at_load(self) -> None:
-        if self.state.done_at_load:
-            self.write(self.state.step, self.state.done_at_load)
-
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes metrics of a step, on the first rank only."""
-        if self.metrics is not None:
-            self.metrics.write(step, values)
-
-    def sync_metrics(self) -> None:
-        if self.metrics is not None:
-            self.metrics.sync()
+    def _continue_from(self, state: RunState, repeated: set[str]) -> None:
+        """The next step is the one after ``state``. ``repeated``: metrics of its own step that may come again."""
+        state.data = self.data.own_part(state.data)
+        self.guard.step = state.step
+        continues = state.saved is not None  # the checkpoint that it was loaded from, if any, is in this run's folder
+        if continues and state.loaded is not None:
+            self.writer.adopt_base(state.loaded)
+        if state.evaluated == state.step:
+            repeated -= {"eval/seconds"}
+        self.metrics.open(state.step if continues else 0, repeated | state.done_at_load.keys())
+        if state.done_at_load:
+            self.metrics.write(state.step, state.done_at_load)
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
             self.progress.close()
         self.data.close()
         self.writer.wait()
-        if self.metrics is not None:
-            self.metrics.close()
+        self.metrics.close()
 
 
 def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:

@@ -5,21 +5,25 @@ a checkpoint.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from relora_mora.config.data import DataConfig
-from relora_mora.config.schema import Config
+from relora_mora.config.schema import Config, TrainConfig
 from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.data.stream.stream import TrainStream
 from relora_mora.distributed.collectives import gather_from_ranks, sum_over_hosts
+from relora_mora.engine.engine import ZeroEngine
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.logs import counted, log, shared_log
-from relora_mora.train.log.report import Write
-from relora_mora.train.state.run_state import RunState
+from relora_mora.train.log.report import Metrics
+from relora_mora.train.state.run_state import RunState, Trouble
 
 WORKER_SECONDS = 60.0  # how long a data worker may be silent, in addition to data.timeout_seconds
 POLL_SECONDS = 1.0  # how often a rank that waits for data asks whether the others want to stop
+
+
+class Stopping(Exception):
+    """Some rank was asked to stop. Raised on all ranks."""
 
 
 class DataFailed(Exception):
@@ -44,14 +48,22 @@ class BatchLoader:
         self.guard = guard
         self.patience = config.timeout_seconds + WORKER_SECONDS
         self.within = self.patience if config.workers else config.timeout_seconds + LONG_SECONDS
+        self._loaded: LocalBatch | None = None
         self._noted: set[str] = set()
 
-    def next_batch(self, step: int) -> LocalBatch | None:
-        """The batch for ``step``, once every rank has its share; None if some rank was asked to stop.
+    def load(self, step: int) -> None:
+        """Loads the batch for ``step`` now. :meth:`next_batch` describes the exceptions."""
+        self._loaded = self.next_batch(step)
 
-        A collective. Raises :class:`DataFailed` on all ranks if one cannot read its data, or if its worker was killed
-        or hangs.
+    def next_batch(self, step: int) -> LocalBatch:
+        """The batch for ``step``, once every rank has its share.
+
+        A collective. On all ranks, it raises :class:`Stopping` if some rank was asked to stop, and :class:`DataFailed`
+        if one cannot read its data, or if its worker was killed or hangs.
         """
+        if self._loaded is not None:
+            loaded, self._loaded = self._loaded, None
+            return loaded
         batch: Batch | None = None
         failure: Exception | None = None
         scored = 0
@@ -70,7 +82,7 @@ class BatchLoader:
             if failing:
                 raise DataFailed([error for error in gather_from_ranks(_portable(failure)) if error is not None])
             if stopping:
-                return None
+                raise Stopping
             if not waiting and batch is not None:
                 break
         for note in batch.notes:
@@ -97,63 +109,50 @@ class StepResult:
     data: list[str]  # describes the positions of the share in the training data, if the step was not applied
 
 
-class StabilityMonitor:
-    """Sets ``state.trouble`` if a run must go back to an earlier checkpoint.
+def judge(config: Config, state: RunState, result: StepResult, engine: ZeroEngine, metrics: Metrics) -> Trouble | None:
+    """Reports a skipped step or a spike of the loss, and says whether the run is in trouble; a collective."""
+    if state.step in {stage.from_step for stage in config.data.stages}:
+        state.health.begin_window()
+    if not result.applied:
+        return _judge_skipped(config.train, state, result, engine.rank, metrics)
+    state.health.good()
+    [loss] = sum_over_hosts([result.loss])
+    return _judge_loss(config.train, state, loss / engine.world_size, metrics)
 
-    ``can_roll_back(step)`` says whether there is such a checkpoint; a collective.
-    """
 
-    def __init__(
-        self, config: Config, rank: int, world_size: int, write: Write, can_roll_back: Callable[[int], bool]
-    ) -> None:
-        self.config = config.train
-        self.stage_starts = {stage.from_step for stage in config.data.stages}
-        self.rank = rank
-        self.world_size = world_size
-        self.write = write
-        self.can_roll_back = can_roll_back
+def _judge_loss(config: TrainConfig, state: RunState, loss: float, metrics: Metrics) -> Trouble | None:
+    height = state.health.spike(loss, config)
+    if height is None:
+        return None
+    shared_log.warning(
+        "step %d: loss spike, %.4f is %.1f standard deviations above the mean before", state.step, loss, height
+    )
+    metrics.write(state.step, {"train/loss_spike": height, "train/spike_loss": loss})
+    if config.on_spike != "rollback" or state.step == config.steps:  # after the last step, no other data would follow
+        return None
+    reason = f"the loss of step {state.step} ({loss:.4f}) is {height:.1f} standard deviations above the mean"
+    return Trouble(reason, must=False)
 
-    def __call__(self, state: RunState, result: StepResult) -> None:
-        """A collective."""
-        if state.step in self.stage_starts:
-            state.health.begin_window()
-        if result.applied:
-            state.health.good()
-            [loss] = sum_over_hosts([result.loss])
-            self._judge_loss(state, loss / self.world_size)
-        else:
-            self._judge_skipped(state, result)
 
-    def _judge_loss(self, state: RunState, loss: float) -> None:
-        height = state.health.spike(loss, self.config)
-        if height is None:
-            return
-        shared_log.warning(
-            "step %d: loss spike, %.4f is %.1f standard deviations above the mean before", state.step, loss, height
-        )
-        self.write(state.step, {"train/loss_spike": height, "train/spike_loss": loss})
-        # after the last step, a rollback would have no further step to make
-        may_roll_back = self.config.on_spike == "rollback" and state.step < self.config.steps
-        if may_roll_back and self.can_roll_back(state.step):
-            state.trouble = (
-                f"the loss of step {state.step} ({loss:.4f}) is {height:.1f} standard deviations above the mean"
-            )
-
-    def _judge_skipped(self, state: RunState, result: StepResult) -> None:
-        """Reports the data of the ranks whose loss was not finite."""
-        state.skipped_steps += 1
-        own = None if math.isfinite(result.loss) else f"rank {self.rank}: {'; '.join(result.data)}"
-        bad_data = [data for data in gather_from_ranks(own) if data] or [f"global batch {state.step}"]
-        in_a_row = state.health.bad(bad_data)
-        shared_log.warning(
-            "step %d skipped on all ranks: gradient not finite (norm %s); its data: %s",
-            state.step,
-            result.grad_norm,
-            " | ".join(bad_data),
-        )
-        self.write(state.step, {"train/skipped_steps": state.skipped_steps, "train/skipped_data": bad_data})
-        if in_a_row >= self.config.max_bad_steps:
-            state.trouble = (
-                f"the gradient was not finite for {counted(in_a_row, 'step')} in a row (train.max_bad_steps), "
-                f"the last is step {state.step}"
-            )
+def _judge_skipped(
+    config: TrainConfig, state: RunState, result: StepResult, rank: int, metrics: Metrics
+) -> Trouble | None:
+    """Reports the data of the ranks whose loss was not finite."""
+    state.skipped_steps += 1
+    own = None if math.isfinite(result.loss) else f"rank {rank}: {'; '.join(result.data)}"
+    bad_data = [data for data in gather_from_ranks(own) if data] or [f"global batch {state.step}"]
+    in_a_row = state.health.bad(bad_data)
+    shared_log.warning(
+        "step %d skipped on all ranks: gradient not finite (norm %s); its data: %s",
+        state.step,
+        result.grad_norm,
+        " | ".join(bad_data),
+    )
+    metrics.write(state.step, {"train/skipped_steps": state.skipped_steps, "train/skipped_data": bad_data})
+    if in_a_row < config.max_bad_steps:
+        return None
+    reason = (
+        f"the gradient was not finite for {counted(in_a_row, 'step')} in a row (train.max_bad_steps), "
+        f"the last is step {state.step}"
+    )
+    return Trouble(reason, must=True)

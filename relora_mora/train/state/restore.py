@@ -17,8 +17,9 @@ from relora_mora.system.files import write_if_possible
 from relora_mora.system.logs import counted, log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
+from relora_mora.train.begin.run_folder import abandon_records
 from relora_mora.train.log.report import merge_metrics
-from relora_mora.train.state.run_state import Best, RunState, TrainingError
+from relora_mora.train.state.run_state import Best, RunState, TrainingError, Trouble
 
 
 def restore(run: Run, reader: CheckpointReader) -> RunState:
@@ -31,14 +32,14 @@ def restore(run: Run, reader: CheckpointReader) -> RunState:
     own = _is_own(run, reader)
     state = RunState.load(manifest, own=own)
     state.best = kept_best(run.config, state.best)
-    is_overdue = state.trouble is None and is_merge_overdue(run, reader)  # a run in trouble goes further back
+    is_overdue = is_merge_overdue(run, reader)
     reader.restore(run.engine, run.base)
     run.merger.set_operator(manifest.operator)
     run.merger.merges_done = manifest.merges_done
     if run.engine.rank == 0:
         _abandon_other_history(RunFolder(Path(run.config.train.run_dir)), reader, own=own)
-    checked = run.checked
-    if (manifest.data_fingerprint, manifest.data_content) != (checked.data_fingerprint, checked.data_content):
+    now = run.inputs
+    if (manifest.data_fingerprint, manifest.data_content) != (now.data_fingerprint, now.data_content):
         state.health.begin_window()
     if is_overdue:
         merges_done = run.schedule.merges_done(state.step)
@@ -107,62 +108,40 @@ def _abandon_other_history(folder: RunFolder, reader: CheckpointReader, *, own: 
     if not own:
         latest.unlink(missing_ok=True)
         (folder.checkpoints / layout.BEST).unlink(missing_ok=True)
-        _abandon_records(folder)
+        abandon_records(folder)
     elif others:
         write_if_possible(latest, f"{layout.step_folder(step)}\n", without="it names another one; training goes on")
 
 
-def start_records(folder: RunFolder) -> None:
-    """Called when a run starts at step 0: renames the records of an earlier run that has made at least one step."""
-    files = [path for path in (folder.metrics, folder.starts) if path.exists()]
-    lines = [line for path in files for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    if any('"step": 0,' not in line for line in lines):
-        _abandon_records(folder)
-
-
-def _abandon_records(folder: RunFolder) -> None:
-    """Renames the metrics, starts and task scores of the run that was in the folder before."""
-    for path in (folder.metrics, folder.starts, folder.tasks):
-        if path.exists():
-            layout.abandon(path)
-
-
-def find_rollback_target(run: Run, step: int, writer: CheckpointWriter) -> Path | None:
-    """The newest good checkpoint before a step. A collective; waits for a checkpoint that is being written."""
-    writer.wait()
-    gather_from_ranks(None)  # once the first rank has waited, the newest checkpoint is complete
-    checkpoints = RunFolder(Path(run.config.train.run_dir)).checkpoints
-    ranks = run.engine.rank, run.engine.world_size
-    chosen, _ = newest_whole(checkpoints, ranks, lambda path: layout.good_step(path) in range(step))
-    return chosen
-
-
-def roll_back(run: Run, state: RunState, writer: CheckpointWriter) -> RunState:
+def roll_back(run: Run, state: RunState, writer: CheckpointWriter, trouble: Trouble) -> RunState | None:
     """Restores model and optimizer from the newest good checkpoint; the data continues where it is. A collective.
 
-    Raises :class:`TrainingError` if the run has been rolled back ``train.max_rollbacks`` times, or if there is no such
-    checkpoint.
+    It waits for a checkpoint that is being written. Returns None if there is no such checkpoint and the trouble does
+    not force the run back. Raises :class:`TrainingError` if it does, and if the run has been rolled back
+    ``train.max_rollbacks`` times.
     """
     config = run.config.train
+    ranks = run.engine.rank, run.engine.world_size
+    writer.wait()
+    gather_from_ranks(None)  # once the first rank has waited, the newest checkpoint is complete
+    chosen, _ = newest_whole(writer.folder, ranks, lambda path: layout.good_step(path) in range(state.step))
+    if chosen is None and not trouble.must:
+        return None
     if state.rollbacks >= config.max_rollbacks:
         raise TrainingError(
-            f"{state.trouble}; train.max_rollbacks={config.max_rollbacks} allows no further rollback: raise it "
+            f"{trouble.reason}; train.max_rollbacks={config.max_rollbacks} allows no further rollback: raise it "
             "if the data may be the cause, lower optim.lr, or resume from an older checkpoint"
         )
-    chosen = find_rollback_target(run, state.step, writer)
     if chosen is None:
         raise TrainingError(
-            f"{state.trouble}; there is no earlier checkpoint to go back to: lower optim.lr or checkpoint.every_steps"
+            f"{trouble.reason}; there is no earlier checkpoint to go back to: lower optim.lr or checkpoint.every_steps"
         )
-    reader = CheckpointReader(chosen)
-    data = merge_states(gather_from_ranks(state.data))
-    restored = restore(run, reader)
-    restored.data = data
+    restored = restore(run, CheckpointReader(chosen))
+    restored.data = merge_states(gather_from_ranks(state.data))
     restored.rollbacks = state.rollbacks + 1
-    writer.adopt_base(reader.manifest)
     shared_log.warning(
         "%s: back to step %d; the data of steps %d to %d is skipped",
-        state.trouble,
+        trouble.reason,
         restored.step,
         restored.step + 1,
         state.step,

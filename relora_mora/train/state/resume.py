@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints
+from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints, read_manifest
 from relora_mora.checkpoint.reader import (
     CheckpointReader,
     check_folder,
@@ -18,11 +18,11 @@ from relora_mora.distributed.collectives import from_first_rank, same_on_all_ran
 from relora_mora.system.logs import log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
-from relora_mora.train.begin.check import ResolvedRun
 from relora_mora.train.begin.identity import Identity, changes_since
-from relora_mora.train.log.report import logged
-from relora_mora.train.state.restore import kept_best, restore
-from relora_mora.train.state.run_state import Best, RunState
+from relora_mora.train.begin.inputs import Inputs
+from relora_mora.train.begin.run_folder import start_records
+from relora_mora.train.state.restore import restore
+from relora_mora.train.state.run_state import RunState
 from relora_mora.weights.digests import other_weights
 
 
@@ -74,37 +74,35 @@ def where_to_resume(config: Config) -> Path | None:
     return Path(resume)
 
 
-def open_checkpoint(checked: ResolvedRun, begin: Path, rank: int, world_size: int) -> CheckpointReader:
-    """The newest checkpoint of a run, or the one at ``begin``; a collective.
+def checkpoint_at(where: Path, inputs: Inputs, rank: int) -> Path:
+    """The newest checkpoint of a run, or the one at a path; a collective.
 
     Raises :class:`CheckpointError` if no checkpoint is complete, or if a setting differs that must not change.
     """
-    config = checked.config
-    if begin == RunFolder(Path(config.train.run_dir)).checkpoints:
-        chosen = _newest(begin, rank, world_size)
+    config = inputs.config
+    if where == RunFolder(Path(config.train.run_dir)).checkpoints:
+        chosen = _newest(where, rank, inputs.world_size)
     else:
-        chosen = from_first_rank(lambda: find_checkpoint(begin))
-    reader = CheckpointReader(chosen)
-    _check_same_run(checked, reader)
-    if rank == 0:
-        for name, began in other_weights(chosen, config.model).items():
-            log.warning("%s: the run began with %s; it continues from %s and ignores them", name, began, chosen)
-    return reader
+        chosen = from_first_rank(lambda: find_checkpoint(where))
+    from_first_rank(lambda: _check_same_run(inputs, chosen))
+    return chosen
 
 
-def resume(run: Run, reader: CheckpointReader) -> RunState:
+def begin(run: Run) -> RunState:
+    """The state of a run at step 0. Its parts are built with their initial values; a collective."""
+    from_first_rank(lambda: start_records(RunFolder(Path(run.config.train.run_dir))))
+    return RunState(initial_seed=run.config.train.seed)
+
+
+def resume(run: Run, checkpoint: Path) -> RunState:
     """Restores a run from a checkpoint; a collective."""
+    reader = CheckpointReader(checkpoint)
     state = restore(run, reader)
-    folder = RunFolder(Path(run.config.train.run_dir))
-    # the evaluation of a checkpoint's step may come after it, if a signal interrupted it
-    line = from_first_rank(lambda: logged(folder, state.step, "eval/seconds")) if state.saved is not None else None
-    if line is not None:
-        state.evaluated = state.step
-        state.best = kept_best(run.config, Best(**line["checkpoint/best"]) if "checkpoint/best" in line else None)
-    if reader.manifest.data_order != run.checked.data_order:
+    log.info("resumed from %s at step %d", checkpoint, state.step)
+    if reader.manifest.data_order != run.inputs.data_order:
         state.data = start_states(run.config.lanes, mixture_names(run.config.data))
         shared_log.warning("the training data has changed (train.allow_changes): it is read from its beginning")
-    elif reader.manifest.data_content != run.checked.data_content:
+    elif reader.manifest.data_content != run.inputs.data_content:
         shared_log.warning(
             "the training data has other content under the same names (train.allow_changes): "
             "reading continues at the same lines"
@@ -122,11 +120,14 @@ def _newest(folder: Path, rank: int, world_size: int) -> Path:
     return chosen
 
 
-def _check_same_run(checked: ResolvedRun, reader: CheckpointReader) -> None:
+def _check_same_run(inputs: Inputs, checkpoint: Path) -> None:
     """Raises :class:`CheckpointError` with every difference that would change the result and is not allowed."""
-    manifest = reader.manifest
-    config = checked.config.train
-    changes = list(changes_since(Identity.of(manifest), checked.identity, set(config.allow_changes)))
+    manifest = read_manifest(checkpoint)
+    config = inputs.config
+    allowed = set(config.train.allow_changes)
+    changes = [
+        change for change in changes_since(Identity.of(manifest), inputs.identity) if not change.is_allowed(allowed)
+    ]
     permissions = sorted({change.permission for change in changes if change.permission is not None})
     faults = []
     for change in changes:
@@ -134,14 +135,15 @@ def _check_same_run(checked: ResolvedRun, reader: CheckpointReader) -> None:
         faults.append(f"{change.text}; {_permission(permissions)}" if with_flag else change.text)
     if manifest.step > 0 and not manifest.data_state:
         faults.append("data: the checkpoint does not hold its position in the data")
-    if manifest.step > config.steps:
+    if manifest.step > config.train.steps:
         faults.append(f"train.steps: the checkpoint is already at step {manifest.step}")
-    if not faults:
-        return
-    lines = [f"{reader.folder}: made with other settings:", *(f"  - {fault}" for fault in faults)]
-    if len(permissions) > 1:
-        lines.append(_permission(permissions))
-    raise same_on_all_ranks(CheckpointError("\n".join(lines)))
+    if faults:
+        lines = [f"{checkpoint}: made with other settings:", *(f"  - {fault}" for fault in faults)]
+        if len(permissions) > 1:
+            lines.append(_permission(permissions))
+        raise CheckpointError("\n".join(lines))
+    for name, began in other_weights(checkpoint, config.model).items():
+        log.warning("%s: the run began with %s; it continues from %s and ignores them", name, began, checkpoint)
 
 
 def _permission(names: list[str]) -> str:

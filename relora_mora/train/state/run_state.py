@@ -10,7 +10,7 @@ from typing import Any
 
 from relora_mora.checkpoint.layout import Manifest
 from relora_mora.config.schema import TrainConfig
-from relora_mora.train.log.report import Interval
+from relora_mora.distributed.collectives import sum_over_hosts
 
 
 class TrainingError(RuntimeError):
@@ -27,6 +27,14 @@ class DataError(ValueError):
 
 class MemoryShortage(ValueError):
     """The settings need more memory than there is."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a run should go back to an earlier checkpoint. If it must, the run ends if there is none."""
+
+    reason: str
+    must: bool
 
 
 @dataclass
@@ -77,6 +85,26 @@ class StabilityState:
         return None
 
 
+@dataclass
+class Interval:
+    """Counts since the last line of metrics."""
+
+    loss: float = 0.0  # float64, of this rank; summed over the steps that were applied
+    good_steps: int = 0
+    grad_norm: float = 0.0
+    # only of this process, including skipped steps
+    steps: int = 0
+    last_loss: float = math.nan  # of the last step, of this rank; NaN if it was skipped
+    step_seconds: float = 0.0
+    data_seconds: float = 0.0
+    data_counts: dict[str, int] = field(default_factory=dict)  # read so far by this rank
+
+    def dump(self, world_size: int) -> dict[str, Any]:
+        """The part that a checkpoint keeps, independent of the number of ranks; a collective."""
+        [loss] = sum_over_hosts([self.loss])
+        return {"loss": loss / world_size, "good_steps": self.good_steps, "grad_norm": self.grad_norm}
+
+
 @dataclass(frozen=True)
 class Best:
     """The best value so far of ``checkpoint.keep_best``. ``digest`` is that of the tokens it is about, if any."""
@@ -102,9 +130,9 @@ class RunState:
     rollbacks: int = 0  # of this run
     health: StabilityState = field(default_factory=StabilityState)
     interval: Interval = field(default_factory=Interval)
-    trouble: str | None = None  # why the run must go back to an earlier checkpoint
     data: dict[str, Any] = field(default_factory=dict)
     saved: int | None = None  # the step of the newest checkpoint in the run folder
+    loaded: Manifest | None = field(default=None, compare=False)  # of the checkpoint that it was loaded from
     evaluated: int | None = None  # the step of the last evaluation
     best: Best | None = None
     # metrics of what was done at this step when the state was loaded: an overdue merge, or the start of the adapters
@@ -117,7 +145,6 @@ class RunState:
             "tokens": self.tokens,
             "skipped_steps": self.skipped_steps,
             **asdict(self.health),
-            "trouble": self.trouble,
             "interval": self.interval.dump(world_size),
             "rollbacks": self.rollbacks,
             "evaluated": self.evaluated == self.step,
@@ -141,9 +168,9 @@ class RunState:
             rollbacks=counters["rollbacks"] if own else 0,
             health=health,
             interval=Interval(**counters["interval"]),
-            trouble=counters["trouble"] if own else None,
             data=manifest.data_state,
             saved=step if own else None,
+            loaded=manifest,
             evaluated=step if own and counters["evaluated"] else None,
             best=Best(**best) if own and best else None,
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.tools.each import each
 from tests.tools.runs import checkpoint_at, metrics, run_config
 
 pytestmark = pytest.mark.distributed
@@ -63,38 +64,27 @@ def test_a_data_worker_that_hangs_ends_the_run_with_its_state_saved(pools, input
 
 
 def of_two_hosts(config: Any, other: Any, *, finds: str = "") -> str:
-    """Runs on every rank; the second one has other settings, or finds another fingerprint or content at the same
-    paths."""
+    """Runs on every rank; the second one has other settings, or finds another content at the same paths."""
     from relora_mora.config.load import ConfigError
-    from relora_mora.train.begin import check
+    from relora_mora.train.begin import inputs
     from relora_mora.train.pretrain import pretrain
 
-    second, before = (
-        os.environ["RANK"] == "1",
-        {name: getattr(check, name) for name in ("fingerprints", "local_content")},
-    )
-    if second and finds:
-        another = ("another", "another") if finds == "fingerprints" else "another"
-        setattr(check, finds, lambda *args, **kwargs: another)
-    try:
-        with pytest.raises(ConfigError) as caught:
-            pretrain(other if second else config)
-    finally:
-        for name, function in before.items():
-            setattr(check, name, function)
+    second = os.environ["RANK"] == "1"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError) as caught:
+        if second and finds:
+            patch.setattr(inputs, finds, lambda *_: "another")
+        pretrain(other if second else config)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("what", ["settings", "fingerprints", "local_content", "tokenizer"])
+@pytest.mark.parametrize("what", ["settings", "local_content", "tokenizer"])
 def test_ranks_with_different_inputs_do_not_train(pools, inputs, tokenizer_path, other_tokenizer, tmp_path, what):
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
     optim = {"lr": 1e-3} if what == "settings" else {}
     different = run_config(
         inputs, other_tokenizer if what == "tokenizer" else tokenizer_path, tmp_path / "run", 2, optim=optim
     )
-    first, second = pools(2)(
-        of_two_hosts, config, different, finds=what if what in ("fingerprints", "local_content") else ""
-    )
+    first, second = pools(2)(of_two_hosts, config, different, finds=what if what == "local_content" else "")
     expected = {"settings": "optim.lr", "tokenizer": "the tokenizer"}.get(what, "the training data")
     assert first == second
     assert "rank 1 (" in first
@@ -113,10 +103,9 @@ def with_less_on_the_second(config: Any, other: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("what", ["model", "tokenizer"])
-def test_a_file_missing_on_one_host_is_reported_by_the_first_rank(
-    pools, inputs, tokenizer_path, tmp_path, monkeypatch, what
-):
+@each("what", ["model", "tokenizer"])
+def test_a_file_missing_on_one_host_is_reported_by_the_first_rank(pools, inputs, tokenizer_path, tmp_path, what):
+    """Only the first rank reads the files of the model."""
     gone = str(tmp_path / "gone")
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
     changed = {"config": gone} if what == "model" else {"path": gone}
@@ -124,8 +113,8 @@ def test_a_file_missing_on_one_host_is_reported_by_the_first_rank(
     other = config.model_copy(update={what: section})
     first, second = pools(2)(with_less_on_the_second, config, other)
     assert first == second
-    assert first.startswith("rank 1 (")
-    assert gone in first
+    assert "rank 1 (" in first
+    assert ("model.config" if what == "model" else gone) in first
     assert "rank 0" not in first
     first, second = pools(2)(with_less_on_the_second, other, other)
     assert first == second
@@ -167,7 +156,7 @@ def test_faults_of_several_ranks_become_one_end(pools):
 
 def on_folders_of_their_own(config: Any) -> str:
     """As ``of_two_hosts``, with a run folder that rank 1 does not share."""
-    from relora_mora.train.begin import check as agreement
+    from relora_mora.train.begin import run_folder as agreement
 
     content, before = agreement._content, agreement.APPEAR_SECONDS
     if os.environ["RANK"] == "1":

@@ -228,11 +228,11 @@ def test_faults_of_this_machine_come_before_any_request(pools, inputs, tokenizer
 
 
 def _without_requests(config: Any) -> None:
-    from relora_mora.train import pretrain
+    from relora_mora.train.begin import inputs
 
     def asks(*_: Any) -> None:
         raise AssertionError("a server was asked")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "with_commits", asks)
+        patch.setattr(inputs, "with_commits", asks)
         train(config)

@@ -14,7 +14,7 @@ from relora_mora.sizing.memory import state_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
 from tests.tools.faulty_server import COMMIT, serving
-from tests.tools.runs import LLAMA, run_config, train
+from tests.tools.runs import LLAMA, built, run_config, train
 from tests.tools.tiny import whole_weights
 
 pytestmark = pytest.mark.distributed
@@ -22,11 +22,7 @@ pytestmark = pytest.mark.distributed
 
 def started(config) -> dict[str, Any]:
     """Runs on every rank: builds the run; what was drawn or read here, the base, the masters and the weights."""
-    from torch import distributed as dist
-
-    from relora_mora.train.begin import build, check
-    from relora_mora.train.begin import build as initial
-    from relora_mora.train.state import resume
+    from relora_mora.train.begin import build
 
     drawn: list[str] = []
     read: list[str] = []
@@ -37,20 +33,14 @@ def started(config) -> dict[str, Any]:
         return values
 
     with pytest.MonkeyPatch.context() as patch:
-        draw, foreign = initial.initial_values, initial._foreign_weights
-        patch.setattr(initial, "initial_values", lambda lm, names, seed: drawn.extend(names) or draw(lm, names, seed))
+        draw, foreign = build.initial_values, build._foreign_weights
+        patch.setattr(build, "initial_values", lambda lm, names, seed: drawn.extend(names) or draw(lm, names, seed))
         patch.setattr(
-            initial, "_foreign_weights", lambda config, lm, shapes: read.extend(shapes) or foreign(config, lm, shapes)
+            build, "_foreign_weights", lambda config, lm, shapes: read.extend(shapes) or foreign(config, lm, shapes)
         )
         values = build.start_values
         patch.setattr(build, "start_values", lambda *given: kept(values(*given)))
-        rank = dist.get_rank()
-        world_size = dist.get_world_size()
-        begin = resume.where_to_resume(config)
-        checked = check.check(config, world_size)
-        run = build.build(checked, rank, world_size, resumes=begin is not None)
-        if begin is not None:
-            resume.resume(run, resume.open_checkpoint(checked, begin, rank, world_size))
+        run = built(config)
     engine = run.engine
     masters = {name: engine.gather(name) for names in engine.members for name in names}
     return {

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.config.load import ConfigError, dump
+from relora_mora.config.load import ConfigError
 from relora_mora.supervise.lock import RunLock
 from relora_mora.system.run_folder import RunFolder, read_json_lines
-from relora_mora.train.begin.run_folder import check_run_folder
+from relora_mora.train.begin.inputs import check_run_folder
 from tests.tools.commands import PRETRAIN, call, disk
 from tests.tools.grids import rest
 from tests.tools.jobs import Job, ends, write_config
@@ -113,8 +113,6 @@ def test_changes_at_a_resume_are_noted_and_a_finished_run_keeps_its_settings(poo
     assert change.endswith(" in the checkpoint, 0.25 now")
     config = RunFolder(tmp_path / "run").config
     trained_with = config.read_text()
-    longer = run_config(inputs, tokenizer_path, tmp_path / "run", optim={"lr": 0.25}, train={"steps": 99})
-    config.write_text(dump(longer))  # as of a start that was killed before it trained
     other = {"optim": {"lr": 0.5}, "train": {"allow_changes": ["optim.lr"]}}
     assert start(**other, eval={"max_tokens": 7})["changed"] == [change], "no start is noted"
     assert config.read_text() == trained_with

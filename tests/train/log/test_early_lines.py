@@ -26,7 +26,7 @@ def lines_and_metrics(monkeypatch: pytest.MonkeyPatch, *, watched: bool) -> tupl
     )
     run: Any = SimpleNamespace(
         config=config,
-        checked=SimpleNamespace(model_config=None, bf16=False),
+        inputs=SimpleNamespace(model_config=None, bf16=False),
         engine=SimpleNamespace(world_size=1),
         groups=[None],
         schedule=None,
@@ -34,16 +34,18 @@ def lines_and_metrics(monkeypatch: pytest.MonkeyPatch, *, watched: bool) -> tupl
     lines: list[str] = []
     metrics: dict[int, float] = {}
     progress: Any = SimpleNamespace(is_watched=watched, show=lambda text: lines.append(text.partition(",")[0]))
-    reporting = events.Reporting(run, lambda step, values: metrics.update({step: values["train/loss"]}), progress)
+    written: Any = SimpleNamespace(write=lambda step, values: metrics.update({step: values["train/loss"]}))
+    reporting = events.Reporting(run, written, progress)
     state = RunState(initial_seed=0)
     for state.step in range(1, 16):
         loss = float("nan") if state.step == 2 else float(state.step)  # a skipped step
         state.interval.steps += 1
         state.interval.step_seconds += 1.0
+        state.interval.last_loss = loss
         if state.step != 2:
             state.interval.loss += loss
             state.interval.good_steps += 1
-        reporting.after_step(state, loss)
+        reporting(state)
     return lines, metrics
 
 

@@ -22,10 +22,9 @@ from relora_mora.config.schema import LogConfig
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.log import loggers
 from relora_mora.train.log.loggers import TensorBoard, WeightsAndBiases, check_loggers, make_loggers
-from relora_mora.train.log.report import Metrics
 from tests.tools.config_tools import faults_of, tree
 from tests.tools.each import each
-from tests.tools.runs import metrics
+from tests.tools.runs import metrics, opened
 
 OLD_KEY = "0123456789abcdef" * 2 + "01234567"
 NEW_KEY = "wandb_v1_" + "Ab1Cd2Ef3Gh4" * 3
@@ -74,10 +73,10 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_logger_gets_everything_that_the_file_gets(folder: Path) -> None:
     recorder = Recorder()
-    written = Metrics(folder, step=0, loggers=[recorder])
+    written = opened(folder, 0, loggers=[recorder])
     written.write(1, {"train/loss": 2.0, "train/skipped_data": ["a text"]})
     written.write(2, {"train/loss": 1.0})
-    written.go_back(1)
+    written.open(1)
     written.write(2, {"train/loss": 0.5})
     written.close()
     assert recorder.events == [
@@ -95,7 +94,7 @@ def test_a_failing_logger_does_not_affect_the_file_or_other_loggers(
     folder: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     broken, whole = Recorder(broken=True), Recorder()
-    written = Metrics(folder, step=0, loggers=[broken, whole])
+    written = opened(folder, 0, loggers=[broken, whole])
     written.write(1, {"train/loss": 1.0})
     broken.broken = False
     written.write(2, {"train/loss": 2.0})
@@ -213,7 +212,7 @@ def test_an_unreachable_service_is_reported_once(
         raise ConnectionError("no answer")
 
     monkeypatch.setattr(service, "init", init)
-    written = Metrics(folder, step=0, loggers=[WeightsAndBiases(folder, "small")])
+    written = opened(folder, 0, loggers=[WeightsAndBiases(folder, "small")])
     for step in (1, 2):
         written.write(step, {"train/loss": 1.0})
     written.close()
@@ -246,7 +245,7 @@ def test_offline_files_hold_the_run_across_a_resume_and_no_key(folder: Path, mon
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", OLD_KEY)
     for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        written = Metrics(folder, step=first, loggers=make_loggers(folder, LogConfig(wandb="small", tensorboard=False)))
+        written = opened(folder, first, loggers=make_loggers(folder, LogConfig(wandb="small", tensorboard=False)))
         for step in steps:
             written.write(step, {"train/loss": float(step), "train/skipped_data": ["a text"]})
         written.close()

@@ -15,11 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from relora_mora.config.load import dump, validate
 from relora_mora.system.logs import log, setup_logging, shared_log
 from relora_mora.train.log.loggers import TensorBoard
-from relora_mora.train.log.report import Metrics
 from tests.tools.config_tools import tree
-from tests.tools.each import each
 from tests.tools.runs import metrics as metrics_of
-from tests.tools.runs import run_config
+from tests.tools.runs import opened, run_config
 
 
 def _write_config(folder, **sections):
@@ -43,13 +41,13 @@ def _board(folder, tag):
 
 def test_a_resume_drops_what_was_logged_beyond_it(tmp_path):
     _write_config(tmp_path)
-    first = Metrics(tmp_path, step=0, loggers=[TensorBoard(tmp_path)])
+    first = opened(tmp_path, 0, loggers=[TensorBoard(tmp_path)])
     for step in range(1, 7):
         first.write(step, {"train/loss": float(step), "merge/layers": 3})
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 7, "tra')  # a line that a kill cut off
-    second = Metrics(tmp_path, step=4, loggers=[TensorBoard(tmp_path)])
+    second = opened(tmp_path, 4, loggers=[TensorBoard(tmp_path)])
     for step in (5, 6):
         second.write(step, {"train/loss": 10.0 * step})
     second.close()
@@ -65,27 +63,9 @@ def test_a_resume_drops_what_was_logged_beyond_it(tmp_path):
     assert _board(tmp_path, "train/loss") == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60)]
 
 
-@each("ahead_seconds", [(3600,), (7200, 3600), (3600, 7200), 11 * (0,)])
-def test_points_of_a_resume_replace_earlier_ones_for_any_clock(tmp_path, monkeypatch, ahead_seconds):
-    """TensorBoard orders files by the second in their names, then by a number, 10 before 9; and a file hides steps of
-    files that were read before it."""
-    _write_config(tmp_path)
-    now = time.time()
-    for start, ahead in enumerate((*ahead_seconds, 0)):
-        monkeypatch.setattr(time, "time", lambda ahead=ahead: now + ahead)
-        board = TensorBoard(tmp_path)
-        board.open(2 * start)
-        for step in range(2 * start + 1, 2 * start + 5):  # two of them will be made again
-            board.write(step, {"train/loss": 10.0 * start + step})
-        board.close()
-    expected = [(step, 10.0 * ((step - 1) // 2) + step) for step in range(1, 2 * start + 1)]
-    expected += [(step, 10.0 * start + step) for step in range(2 * start + 1, 2 * start + 5)]
-    assert _board(tmp_path, "train/loss") == expected
-
-
 def test_a_new_start_begins_an_empty_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "train/loss": 1.0}\n')
-    metrics = Metrics(tmp_path, step=0)
+    metrics = opened(tmp_path, 0)
     metrics.write(1, {"train/loss": 2.0})
     metrics.close()
     assert [line["train/loss"] for line in _lines(tmp_path)] == [2.0]
@@ -94,7 +74,7 @@ def test_a_new_start_begins_an_empty_file(tmp_path):
 
 def test_a_folder_that_is_unwritable_for_a_while_loses_lines_without_a_traceback(tmp_path, capfd):
     _write_config(tmp_path)
-    metrics = Metrics(tmp_path, step=0, loggers=[TensorBoard(tmp_path)])
+    metrics = opened(tmp_path, 0, loggers=[TensorBoard(tmp_path)])
     metrics.write(1, {"train/loss": 1.0})
     board = tmp_path / "tensorboard"
     board.rename(tmp_path / "away")
@@ -118,7 +98,7 @@ def test_a_folder_that_is_unwritable_for_a_while_loses_lines_without_a_traceback
 
 
 def test_a_full_disk_at_a_rollback_loses_lines_and_duplicates_no_step(tmp_path, monkeypatch):
-    metrics = Metrics(tmp_path, step=0)
+    metrics = opened(tmp_path, 0)
     for step in (1, 2, 3):
         metrics.write(step, {"train/loss": 1.0})
 
@@ -127,7 +107,7 @@ def test_a_full_disk_at_a_rollback_loses_lines_and_duplicates_no_step(tmp_path, 
 
     with monkeypatch.context() as disk:
         disk.setattr("relora_mora.train.log.report.write_synced", full)
-        metrics.go_back(1)
+        metrics.open(1)
         metrics.write(2, {"train/loss": 2.0})
     metrics.write(3, {"train/loss": 3.0})
     metrics.close()
@@ -180,7 +160,7 @@ def test_a_power_cut_loses_no_line_before_a_checkpoint_or_the_end(pools, inputs,
 
 
 def test_metrics_that_a_disk_rejects_are_reported_once_and_do_not_end_the_run(tmp_path, monkeypatch, capfd):
-    metrics = Metrics(tmp_path, step=0)
+    metrics = opened(tmp_path, 0)
     metrics.write(1, {"train/loss": 1.0})
     setup_logging(0)
 
@@ -195,17 +175,17 @@ def test_metrics_that_a_disk_rejects_are_reported_once_and_do_not_end_the_run(tm
 
 def test_a_repeated_evaluation_takes_the_place_of_all_lines_after_it(tmp_path):
     """A save that came after it is repeated, too."""
-    first = Metrics(tmp_path, step=0)
+    first = opened(tmp_path, 0)
     for values in ({"train/loss": 1.0}, {"eval/loss": 2.0}, {"perf/checkpoint_stall_seconds": 0.5}):
         first.write(3, values)
     first.close()
-    Metrics(tmp_path, step=3, repeated=frozenset({"eval/loss"})).close()
+    opened(tmp_path, 3, repeated=frozenset({"eval/loss"})).close()
     assert [line.keys() - {"step", "time"} for line in _lines(tmp_path)] == [{"train/loss"}]
 
 
 def test_corrupt_bytes_lose_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\xff\x00p": 2}\n{"step": 3}\n')
-    Metrics(tmp_path, step=5).close()
+    opened(tmp_path, 5).close()
     assert [line["step"] for line in _lines(tmp_path)] == [1, 3]
 
 
@@ -222,7 +202,7 @@ def test_the_first_rank_logs_what_concerns_all_ranks(capsys):
 
 def test_every_number_is_a_curve_of_its_own_name_and_the_settings_are_text(tmp_path):
     _write_config(tmp_path, optim={"lr": 0.25})
-    metrics = Metrics(tmp_path, step=0, loggers=[TensorBoard(tmp_path)])
+    metrics = opened(tmp_path, 0, loggers=[TensorBoard(tmp_path)])
     metrics.write(3, {"eval/c4/loss": 2.0, "perf/mfu": 0.5, "merge/layers": 3, "train/skipped_data": ["a text"]})
     metrics.close()
     tags = _events(tmp_path).Tags()
@@ -235,9 +215,9 @@ def test_every_number_is_a_curve_of_its_own_name_and_the_settings_are_text(tmp_p
 def test_a_new_start_shows_no_points_of_the_previous_one(tmp_path):
     for rate in (0.5, 0.25):
         _write_config(tmp_path, optim={"lr": rate})
-        metrics = Metrics(tmp_path, step=0, loggers=[TensorBoard(tmp_path)])
+        metrics = opened(tmp_path, 0, loggers=[TensorBoard(tmp_path)])
         metrics.write(0, {"eval/loss": 10 * rate})
         metrics.close()
     assert _board(tmp_path, "eval/loss") == [(0, 2.5)]
-    assert len(_events(tmp_path).Tensors("run/config/text_summary")) == 1
-    assert len(list((tmp_path / "tensorboard").glob("abandoned-events.*"))) == 1
+    assert b"lr: 0.25" in _events(tmp_path).Tensors("run/config/text_summary")[-1].tensor_proto.string_val[0]
+    assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 2

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from relora_mora.config.schema import TrainConfig
-from relora_mora.train.loop.step import StabilityMonitor, StepResult
+from relora_mora.train.loop.step import StepResult, judge
 from relora_mora.train.state.run_state import RunState, StabilityState
 from tests.tools.each import each
 from tests.tools.tiny import tiny_config
@@ -81,22 +82,22 @@ def test_bad_steps_count_in_a_row():
     assert health.bad_data == ["d"]
 
 
-@each(("has_checkpoint", "stages", "rolls"), [(True, False, True), (False, False, False), (True, True, False)])
-def test_a_spike_causes_a_rollback_if_there_is_a_checkpoint_and_the_text_is_the_same(
-    monkeypatch, has_checkpoint, stages, rolls
-):
+@each(("stages", "steps", "rolls"), [(False, 100, True), (True, 100, False), (False, 41, False)])
+def test_a_spike_is_trouble_if_the_text_is_the_same_and_a_step_is_left(monkeypatch, stages, steps, rolls):
     monkeypatch.setattr("relora_mora.train.loop.step.sum_over_hosts", lambda values: values)
     data: dict[str, Any] = {"train": [{"source": "a", "weight": 1.0}, {"source": "b", "weight": 1.0}]}
     if stages:
         data["stages"] = [{"from_step": 41, "weights": {"a": 0.0, "b": 1.0}}]
-    given = {"spike_window": 16, "spike_deviations": 4.0, "on_spike": "rollback", "steps": 100}
+    given = {"spike_window": 16, "spike_deviations": 4.0, "on_spike": "rollback", "steps": steps}
     config = tiny_config(data=data, train=given)
-    judge = StabilityMonitor(config, 0, 1, lambda step, values: None, lambda step: has_checkpoint)
+    engine: Any = SimpleNamespace(rank=0, world_size=1)
+    metrics: Any = SimpleNamespace(write=lambda step, values: None)
     state = RunState(initial_seed=0)
     for step, loss in enumerate([*_noisy(40), *_noisy(1, level=6.0)], 1):
         state.step = step
-        judge(state, StepResult(loss, applied=True, grad_norm=1.0, data=[]))
-    assert bool(state.trouble) is rolls
+        result = StepResult(loss, applied=True, grad_norm=1.0, data=[])
+        trouble = judge(config, state, result, engine, metrics)
+    assert (trouble is not None and not trouble.must) is rolls
 
 
 def test_a_shorter_window_ends_a_longer_row_of_spikes():

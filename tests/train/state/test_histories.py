@@ -8,7 +8,7 @@ import pytest
 
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.system.run_folder import RunFolder, read_json_lines
-from relora_mora.train.state.restore import start_records
+from relora_mora.train.begin.run_folder import start_records
 from relora_mora.train.state.resume import where_to_resume
 from tests.tools.each import each
 from tests.tools.runs import checkpoint_at, logged_steps, run_config, train

@@ -51,10 +51,10 @@ def stopped(config: Any, *, where: str = "start", number: int = 0) -> int:
             result = replace(result, loss=result.loss + (1000.0 if self.rank == 1 else 0.0))
         return result
 
-    def in_the_last_evaluation(self: Evaluating, step: int) -> bool:
+    def in_the_last_evaluation(self: Evaluating, step: int) -> None:
         if step == self.config.train.steps:
             ask(self.engine.rank)
-        return stop_evaluation(self, step)
+        stop_evaluation(self, step)
 
     if where == "start":
         guard.stop_reason = "the test"
@@ -126,10 +126,8 @@ def test_a_stop_right_after_a_spike_does_not_change_the_rollback(pools, inputs, 
     pools(2)(faulty, fault_settings(reference, inputs, tokenizer_path, **SPIKES), {}, drop=(7, 8))
     config = fault_settings(folder, inputs, tokenizer_path, **SPIKES)
     assert pools(2)(stopped, config, where="spike", number=8) == [75, 75]
-    saved = manifest_at(folder, 8)
-    assert "standard deviations" in saved["counters"]["trouble"]
-    assert (saved["merges_done"], saved["operator"]) == (1, 2), "the merge of step 8 was not made"
-    assert pools(2)(faulty, config, {}) == ["", ""]
+    assert (folder / "checkpoints" / "latest").read_text() == "step-00000006\n"
+    assert pools(2)(spiked, config, 8) == ["", ""], "the same batches lead to the same spike"
     assert same_run(folder, reference)
     assert rollbacks(folder) == [(6, 8)]
 
@@ -143,7 +141,7 @@ def test_a_resume_repeats_a_last_evaluation_that_was_stopped_and_saves_no_step_t
     assert pools(2)(stopped, config, where="evaluation") == [75, 75]
     assert logged_steps(tmp_path / "run", "eval/loss") == [5]
     assert find_checkpoint(tmp_path / "run" / "best").name == "step-00000005"
-    for _ in range(2):  # the second start finds the evaluation of the first in the metrics
+    for _ in range(2):
         pools(2)(train_without_text, config)
         assert logged_steps(tmp_path / "run", "eval/loss") == [5, 10]
         assert find_checkpoint(tmp_path / "run" / "checkpoints" / "best").name == "step-00000010"

@@ -8,14 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from relora_mora.train.log.report import Interval
-from relora_mora.train.state.run_state import RunState, StabilityState
+from relora_mora.train.state.run_state import Interval, RunState, StabilityState
 
 
 @pytest.fixture(autouse=True)
 def two_ranks(monkeypatch):
     """Both have lost as much in the interval."""
-    monkeypatch.setattr("relora_mora.train.log.report.sum_over_hosts", lambda values: [2 * value for value in values])
+    monkeypatch.setattr(
+        "relora_mora.train.state.run_state.sum_over_hosts", lambda values: [2 * value for value in values]
+    )
 
 
 def manifest(state: RunState) -> SimpleNamespace:
@@ -31,7 +32,6 @@ STATE = RunState(
     rollbacks=1,
     health=StabilityState(losses=[3.0, 2.0], spikes=2, bad_steps=1, bad_data=["lane 1"]),
     interval=Interval(loss=2.5, good_steps=3, grad_norm=0.5),
-    trouble="a spike",
     data={"0": {"row": 3}},
     saved=7,
     evaluated=7,
@@ -48,5 +48,5 @@ def test_an_evaluation_that_was_cut_short_is_missing_after_the_load():
 
 def test_saves_and_evaluations_of_another_run_do_not_count():
     state = RunState.load(manifest(STATE), own=False)
-    assert (state.saved, state.evaluated, state.rollbacks, state.trouble, state.step) == (None, None, 0, None, 7)
+    assert (state.saved, state.evaluated, state.rollbacks, state.step) == (None, None, 0, 7)
     assert (state.health.bad_steps, state.health.bad_data, state.health.losses) == (0, [], [3.0, 2.0])

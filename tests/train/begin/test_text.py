@@ -14,7 +14,7 @@ from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.tokens.folder import make_tokens
 from relora_mora.evaluation.loss import held_out
 from relora_mora.tokenizer.files import TokenizerError
-from relora_mora.train.begin.inputs import open_inputs
+from relora_mora.train.begin.text import open_text
 from tests.tools.data_tools import write_parquet
 from tests.tools.helpers import ROOT
 from tests.tools.runs import write_inputs
@@ -42,7 +42,7 @@ def test_missing_files_of_the_demo_are_named_with_their_commands(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as raised:
-        open_inputs(settings())
+        open_text(settings())
     assert [fault.partition(":")[0] for fault in raised.value.faults] == [
         "tokenizer.path",
         "data.train",
@@ -58,17 +58,17 @@ def test_files_of_text_are_counted_with_how_they_are_split(config: Config, tmp_p
     caplog.set_level("INFO", "relora_mora")
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text("a\n\nb\n")
-    open_inputs(changed(config, "data", train=f"{tmp_path}/*.txt"))
+    open_text(changed(config, "data", train=f"{tmp_path}/*.txt"))
     assert caplog.messages == ["3 files of text, split at blank lines; one document a file: --data.sample_by=document"]
-    open_inputs(changed(config, "data", train=f"{tmp_path}/*.txt", sample_by="document"))
-    open_inputs(config)
+    open_text(changed(config, "data", train=f"{tmp_path}/*.txt", sample_by="document"))
+    open_text(config)
     assert len(caplog.messages) == 1
 
 
 def test_other_missing_files_are_not_called_files_of_the_demo(config: Config, tmp_path: Path) -> None:
     missing = changed(config, "data", train=str(tmp_path / "a.json"), validation=str(tmp_path / "b.json"))
     with pytest.raises(ConfigError) as raised:
-        open_inputs(missing)
+        open_text(missing)
     assert len(raised.value.faults) == 2
     assert "relora-mora demo" not in str(raised.value)
 
@@ -77,7 +77,7 @@ def test_a_wrong_column_is_reported_with_other_faults(config: Config, tmp_path: 
     path = write_parquet(tmp_path / "a.parquet", ["text"])
     wrong = changed(config, "data", train=str(path), validation=str(tmp_path / "b.json"), text_column="body")
     with pytest.raises(ConfigError) as raised:
-        open_inputs(wrong)
+        open_text(wrong)
     train, validation = raised.value.faults
     assert "no file matches" in validation
     assert train.startswith('data.train: a.parquet has no column "body"; set data.text_column to one of id, text, url')
@@ -87,7 +87,7 @@ def test_all_missing_sets_are_named_together(config: Config, tmp_path: Path) -> 
     gone = {name: str(tmp_path / f"{name}.json") for name in ("books", "web")}
     for sets in (gone, {"books": gone["books"], "there": config.data.train[0].source}):
         with pytest.raises(ConfigError) as raised:
-            open_inputs(changed(config, "data", validation=sets))
+            open_text(changed(config, "data", validation=sets))
         named = [f"data.validation.{name}: no file matches {path} " for name, path in gone.items() if name in sets]
         assert len(raised.value.faults) == len(named)
         assert all(map(str.startswith, raised.value.faults, named))
@@ -101,22 +101,22 @@ def test_tokens_of_another_tokenizer_are_reported_with_other_faults(
     make_tokens(shards, out, config=config.data, tokenizer_path=other_tokenizer, processes=1)
     wrong = changed(config, "data", train=str(out), validation=str(tmp_path / "b.json"))
     with pytest.raises(ConfigError) as raised:
-        open_inputs(wrong)
+        open_text(wrong)
     train, validation = raised.value.faults
     assert "no file matches" in validation
     assert train.startswith(f"data.train: {out} holds tokens of another tokenizer than ")
     longer = changed(config, "data", train=str(out), max_line_bytes=99, max_bad_fraction=1.0)
     with pytest.raises(SourceError, match=r"and data\.max_line_bytes is 99; set it to 16777216"):
-        open_inputs(changed(longer, "tokenizer", path=other_tokenizer))
+        open_text(changed(longer, "tokenizer", path=other_tokenizer))
     with pytest.raises(SourceError, match="holds tokens of another tokenizer"):
-        open_inputs(changed(config, "data", validation=str(out)))
+        open_text(changed(config, "data", validation=str(out)))
 
 
 def test_held_out_tokens_that_changed_are_refused(config: Config, tmp_path: Path) -> None:
     out = tmp_path / "tokens"
     shards = configured_shards(config.data, "train")
     make_tokens(shards, out, config=config.data, tokenizer_path=config.tokenizer_path, processes=1)
-    open_inputs(changed(config, "data", validation=str(out)))
+    open_text(changed(config, "data", validation=str(out)))
     [file, *_] = sorted(out.glob("*.arrow"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -124,19 +124,19 @@ def test_held_out_tokens_that_changed_are_refused(config: Config, tmp_path: Path
     damaged = changed(config, "data", validation={"web": str(out)})
     message = "data.validation.web: .*has changed since its tokens were made"
     with pytest.raises(ConfigError, match=message):
-        open_inputs(damaged)
+        open_text(damaged)
     with pytest.raises(SourceError, match=message):
         held_out(damaged.data, damaged.tokenizer_path, None)
 
 
 def test_a_single_fault_keeps_its_own_error(config: Config, tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="not found"):
-        open_inputs(changed(config, "tokenizer", path=str(tmp_path / "none")))
+        open_text(changed(config, "tokenizer", path=str(tmp_path / "none")))
     with pytest.raises(SourceError, match="no file matches"):
-        open_inputs(changed(config, "data", validation=str(tmp_path / "none.json")))
+        open_text(changed(config, "data", validation=str(tmp_path / "none.json")))
 
 
 def test_existing_inputs_are_accepted(config: Config) -> None:
-    inputs = open_inputs(config)
+    inputs = open_text(config)
     assert inputs.tokenizer.eos_token_id is not None
     assert inputs.shards
