@@ -37,9 +37,8 @@ def deepspeed_imports() -> Iterator[None]:
 
 with deepspeed_imports():
     from deepspeed.accelerator import cuda_accelerator
-    from deepspeed.runtime import bf16_optimizer, compiler
+    from deepspeed.runtime import compiler
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.fp16 import unfused_optimizer
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.zero import utils as zero_utils

@@ -34,7 +34,7 @@ def deepspeed_settings(
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_clipping": 0.0 if plain else clip,  # if plain, ZeroEngine.step clips
-        "bf16": {"enabled": bf16, "check_grad_overflow": False},  # ZeroEngine.step checks
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice at every micro-batch
         "zero_optimization": zero_optimization,
         "steps_per_print": 2**62,
