@@ -55,6 +55,12 @@ class Engine(Protocol):
         The model computes with the new value after :meth:`refresh`.
         """
 
+    def read_weight(self, name: str) -> Tensor:
+        """A whole parameter as the model has it, on every rank; a collective if it is sharded."""
+
+    def is_whole(self, name: str) -> bool:
+        """Whether every rank has the whole parameter."""
+
     def write_weight(self, name: str, value: Tensor | None, owner: int) -> None:
         """Sets a frozen weight on all ranks from its owner's float32 value."""
 

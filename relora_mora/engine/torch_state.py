@@ -11,7 +11,7 @@ STARTS_AT_ZERO = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
 
 class TorchState:
-    """What ``optimizer`` trains of ``lm``: a ``LoopEngine`` (library/masters.py), which documents the methods.
+    """What ``optimizer`` trains of ``lm``: a :class:`relora_mora.engine.protocol.Engine`.
 
     All ranks of ``group`` train the same model. Its parameters are plain tensors, which every rank has (one process,
     DDP), or DTensors (``fully_shard``). ``names`` are the parameters to merge and reset.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from unittest import mock
 from typing import Any
+from unittest import mock
 
 import pytest
 from transformers import LlamaConfig
