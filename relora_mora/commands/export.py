@@ -15,8 +15,6 @@ def main(
     dtype: Precision = "float32",
     format: Literal["merged", "peft", "peft-mora"] = "merged",
     shard_gb: PositiveInt = 5,
-    push: str | None = None,
-    private: bool = False,
 ) -> None:
     """Exports a checkpoint as a plain model, or only its adapter for PEFT, with a model card.
 
@@ -29,39 +27,19 @@ def main(
         format: merged: the whole model with merged adapters; peft: only the adapter, as LoRA; peft-mora: only the
             adapter, in the format of the released MoRA code
         shard_gb: a larger model is written in several files of at most this size
-        push: also upload it to the Hugging Face hub as OWNER/NAME, with the login of `hf auth login` or HF_TOKEN
-        private: nobody else sees the repository
 
     Example:
         relora-mora export runs/demo/run runs/demo_exported --dtype=bfloat16
     """
-    if private and push is None:
-        raise ValueError("--private: is about the repository of --push=OWNER/NAME; give both")
     with many_imports():
         import torch
 
         from relora_mora.weights.card import gguf_command
         from relora_mora.weights.export import export
-        from relora_mora.weights.push import HubModel
-
-    hub: list[HubModel] = []
-
-    def check_hub() -> None:
-        if push is not None:
-            hub.append(HubModel(push, private=private))
 
     with Bar("exporting"):
-        exported = export(
-            Path(checkpoint),
-            Path(out),
-            getattr(torch, dtype),
-            format,
-            shard_gb=shard_gb,
-            title=push,
-            before_merge=check_hub,
-        )
+        exported = export(Path(checkpoint), Path(out), getattr(torch, dtype), format, shard_gb=shard_gb)
     print(f"exported {exported} to {out} ({format}, {dtype})")
     if format == "merged":
         print(f"as GGUF, if llama.cpp has this family: {gguf_command(out, dtype)}")
-    for model in hub:
-        print(f"uploaded to {model.upload(Path(out), f'Export {exported.name}')}")
+    print(f"to the Hugging Face hub: hf upload OWNER/NAME {out} --private")

@@ -16,7 +16,7 @@ import torch
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.schema import TrainConfig
 from relora_mora.distributed.join import backend_name, join
-from relora_mora.engine.internals import compiler, cuda_accelerator, deepspeed_imports, zero_utils
+from relora_mora.engine.internals import compiler, cuda_accelerator, zero_utils
 from relora_mora.system.hardware import uses_cuda
 
 
@@ -78,8 +78,7 @@ def _import_muon() -> None:
     compile_functions = compiler.compile
     compiler.compile = lambda: lambda function: function
     try:
-        with deepspeed_imports():
-            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         compiler.compile = compile_functions
 

@@ -1,10 +1,7 @@
 """The methods by name, for :func:`relora_mora.attach`. Each function returns the settings of one."""
 
-import difflib
-import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, ParamSpec, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
@@ -13,24 +10,8 @@ from relora_mora.config.schema import MethodConfig
 
 Form = Literal["auto", "merged", "decoupled"]
 Reset = Literal["full", "magnitude", "random", "none", "carry"]
-Settings = ParamSpec("Settings")
 
 
-def _names_a_near_setting(function: Callable[Settings, MethodConfig]) -> Callable[Settings, MethodConfig]:
-    names = list(inspect.signature(function).parameters)
-
-    @functools.wraps(function)
-    def method(*given: Settings.args, **settings: Settings.kwargs) -> MethodConfig:
-        for name in settings.keys() - set(names):
-            near = difflib.get_close_matches(name, names, n=1)
-            remedy = f"did you mean {near[0]}?" if near else f"its settings are {', '.join(names)}"
-            raise TypeError(f"{function.__name__}() has no setting {name}; {remedy}")
-        return function(*given, **settings)
-
-    return method
-
-
-@_names_a_near_setting
 def LoRA(
     rank: int = 128,
     *,
@@ -47,7 +28,6 @@ def LoRA(
     return _method("lora", rank, form, rank_pattern, lora_alpha=alpha, dropout=dropout)
 
 
-@_names_a_near_setting
 def ReLoRA(
     rank: int = 128,
     *,
@@ -69,7 +49,6 @@ def ReLoRA(
     return _method("relora", rank, form, rank_pattern, lora_alpha=alpha, **merging, **resets)
 
 
-@_names_a_near_setting
 def MoRA(
     rank: int = 128,
     *,
@@ -88,7 +67,6 @@ def MoRA(
     return _method("mora", rank, form, rank_pattern, dropout=dropout, **squares)
 
 
-@_names_a_near_setting
 def ReMoRA(
     rank: int = 128,
     *,

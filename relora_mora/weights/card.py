@@ -35,43 +35,20 @@ def model_card(
     """
     config = stored_config(manifest.config, str(run.path))
     base = config.model.init_from
-    id_of_base = _CACHED.search(base or "")
-    plain = form == "merged"
+    cached = _CACHED.search(base or "")
     header = {
-        **({"base_model": "/".join(id_of_base.groups())} if id_of_base else {}),
+        "base_model": "/".join(cached.groups()) if cached else None,
         "datasets": _datasets(config),
-        "library_name": "transformers" if plain else "peft",
+        "library_name": "transformers" if form == "merged" else "peft",
         "pipeline_tag": "text-generation",
         "tags": ["relora_mora", config.method.name],
     }
-    hints = ["# license: CHOOSE ONE"]
-    if base is not None and not id_of_base:
-        hints.append(f"# base_model: OWNER/NAME of {_shown(base)} on the hub")
-    rows = [f"| {name} | {value} |" for name, value in _facts(manifest, config, run, tokenizer, dtype)]
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump({key: value for key, value in header.items() if value}, sort_keys=False).rstrip(),
-            *hints,
-            "---",
-            "",
-            f"# {title}",
-            "",
-            f"**License:** {_LICENSE}.",
-            "",
-            "| | |",
-            "|---|---|",
-            *rows,
-            "",
-            *_figures(run, manifest.step),
-            *(_use(title, dtype) if plain else []),
-            "## Settings",
-            "",
-            "```yaml",
-            yaml.safe_dump(_settings(config), sort_keys=False).rstrip(),
-            "```",
-            "",
-        ]
+    given = yaml.safe_dump({key: value for key, value in header.items() if value}, sort_keys=False)
+    rows = "".join(f"| {name} | {value} |\n" for name, value in _facts(manifest, config, run, tokenizer, dtype))
+    return (
+        f"---\n{given}# license: CHOOSE ONE\n---\n\n# {title}\n\n**License:** {_LICENSE}.\n\n| | |\n|---|---|\n{rows}\n"
+        f"{''.join(_figures(run, manifest.step))}"
+        f"## Settings\n\n```yaml\n{yaml.safe_dump(_settings(config), sort_keys=False)}```\n"
     )
 
 
@@ -107,45 +84,18 @@ def _facts(
 
 
 def _figures(run: RunFolder, step: int) -> Iterator[str]:
-    """A table of the first and the last evaluation until ``step``; nothing if none was recorded."""
-    found = [
-        line for line in _recorded(run.metrics) if line["step"] <= step and any(key.startswith("eval/") for key in line)
-    ]
-    names = [
-        key.removesuffix("perplexity")
-        for key in (found[-1] if found else ())
-        if key.startswith("eval/") and key.endswith("/perplexity")
-    ]
+    """A table of the last evaluation until ``step``; nothing if none was recorded."""
+    lines = [line for line in _recorded(run.metrics) if line["step"] <= step]
+    last: dict[str, Any] = next((line for line in reversed(lines) if any(k.startswith("eval/") for k in line)), {})
+    names = [key.removesuffix("perplexity") for key in last if re.fullmatch("eval/(.+/)?perplexity", key)]
     if names:
-        yield from ("## Held-out text", "", "| text | step | perplexity | bits per byte |", "|---|---|---|---|")
+        yield f"## Held-out text at step {last['step']}\n\n| text | perplexity | bits per byte |\n|---|---|---|\n"
         for name in names:
-            for line in {each["step"]: each for each in (found[0], found[-1])}.values():
-                perplexity, bits = (line.get(f"{name}{key}") for key in ("perplexity", "bits_per_byte"))
-                figures = (
-                    f"{'' if perplexity is None else f'{perplexity:,.2f}'} | {'' if bits is None else f'{bits:.4f}'}"
-                )
-                yield f"| {name.removeprefix('eval/').rstrip('/') or 'all'} | {line['step']} | {figures} |"
-        yield ""
-
-
-def _use(title: str, dtype: str) -> list[str]:
-    return [
-        "## Use",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{title}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{title}")',
-        "```",
-        "",
-        "As GGUF for llama.cpp, if it has this family, from a local copy of this folder:",
-        "",
-        "```bash",
-        gguf_command("FOLDER", dtype),
-        "```",
-        "",
-    ]
+            bits = last.get(f"{name}bits_per_byte")
+            shown = "" if bits is None else f"{bits:.4f}"
+            text = name.removeprefix("eval/").rstrip("/") or "all"
+            yield f"| {text} | {last[f'{name}perplexity']:,.2f} | {shown} |\n"
+        yield "\n"
 
 
 def gguf_command(folder: str, dtype: str) -> str:

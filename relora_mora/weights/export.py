@@ -4,7 +4,7 @@ A checkpoint is exported as a plain model or as an adapter without its base; nei
 """
 
 import json
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters
-from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
-from relora_mora.checkpoint.tokenizer import tokenizer_of
 from relora_mora.config.load import stored_config
 from relora_mora.config.schema import MethodConfig, ModelConfig
 from relora_mora.model.causal import empty_model, ends_of, put_values
@@ -228,25 +227,20 @@ def export(
     form: str = "merged",
     *,
     shard_gb: float = 5,
-    title: str | None = None,
-    before_merge: Callable[[], object] = lambda: None,
 ) -> Path:
     """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load; returns the checkpoint it used.
 
     ``form`` is ``merged`` for the whole model, or ``peft`` or ``peft-mora`` for only its adapter
     (:func:`write_adapter`). Special tokens and their ids come from the tokenizer, other settings of ``generate`` from
-    the base. The model card is called ``title``, or like the folder. ``before_merge`` is called when the checkpoint is
-    known to be whole, before anything expensive. No file of the checkpoint is copied; model and tokenizer are written
-    again, weights in files of up to ``shard_gb``. The folder appears complete or not at all. Raises
-    :class:`CheckpointError` if ``path`` is not a checkpoint or its adapter cannot be exported, and FileExistsError if
-    the output folder is not empty.
+    the base. No file of the checkpoint is copied; model and tokenizer are written again, weights in files of up to
+    ``shard_gb``. The folder appears complete or not at all. Raises :class:`CheckpointError` if ``path`` is not a
+    checkpoint or its adapter cannot be exported, and FileExistsError if the output folder is not empty.
     """
     with new_folder(out) as work:
         checkpoint = find_checkpoint(path)
-        tokenizer = load_tokenizer(tokenizer_of(checkpoint))
+        tokenizer = load_tokenizer(checkpoint / TOKENIZER)
         reader = CheckpointReader(checkpoint)
         generation = generation_config(tokenizer, _empty_model(reader).config, RunFolder.of(checkpoint))
-        before_merge()
         if form == "merged":
             model = merged_model(checkpoint, dtype)
             model.config.update({**ids_of_roles(tokenizer), "use_cache": True})
@@ -259,7 +253,7 @@ def export(
         save_tokenizer(tokenizer, work)
         run = RunFolder.of(checkpoint)
         kind = str(dtype).removeprefix("torch.")
-        card = model_card(reader.manifest, run, tokenizer, title or out.absolute().name, form, kind)
+        card = model_card(reader.manifest, run, tokenizer, out.absolute().name, form, kind)
         (work / CARD).write_text(card, encoding="utf-8")
     return checkpoint
 

@@ -10,9 +10,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints, read_manifest
+from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError, list_checkpoints, read_manifest
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, newest_manifest
-from relora_mora.checkpoint.tokenizer import tokenizer_of
 from relora_mora.config.data import CHATML, DataConfig, RecordsConfig, TextSource
 from relora_mora.config.data_flags import SCORING, read_data
 from relora_mora.config.load import ConfigError, stored_config
@@ -160,7 +159,7 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
     data = stored_config(manifest.config, str(checkpoint)).data
     return LoadedModel(
         merged_model(checkpoint, dtype),
-        tokenizer_of(checkpoint),
+        checkpoint / TOKENIZER,
         data,
         f"{checkpoint} (step {manifest.step})",
         (checkpoint, manifest.step),

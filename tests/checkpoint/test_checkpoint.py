@@ -75,14 +75,6 @@ def test_a_resume_does_not_need_latest(made, tmp_path, latest):
     assert STATE in passed_over(folder)
 
 
-def test_a_folder_that_holds_runs_is_not_one(folder, tmp_path):
-    run = tmp_path / "runs" / "one"
-    shutil.copytree(folder, run / "checkpoints")
-    assert find_checkpoint(run) == run / "checkpoints" / "step-00000015"
-    with pytest.raises(CheckpointError, match=f"not a run folder, but it holds some; give {run}$"):
-        find_checkpoint(tmp_path / "runs")
-
-
 def test_a_warning_names_the_skipped_checkpoints(folder, caplog):
     (folder / "step-00000015" / STATE).unlink()
     assert find_checkpoint(folder) == folder / "step-00000010"

@@ -137,18 +137,6 @@ def test_settings_of_methods(method: Any, settings: dict[str, Any], words: tuple
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
-def test_a_setting_that_a_method_does_not_have() -> None:
-    wrong: list[tuple[Any, str, str]] = [
-        (rm.ReMoRA, "merge_evry", "ReMoRA.* no setting merge_evry; did you mean merge_every"),
-        (rm.ReLoRA, "rst", "did you mean reset"),
-        (rm.MoRA, "operators", "did you mean operator"),
-        (rm.LoRA, "merge_every", "its settings are rank, alpha"),
-    ]
-    for method, name, message in wrong:
-        with pytest.raises(TypeError, match=message):
-            method(**{name: 1})
-
-
 def test_a_layer_that_is_too_small() -> None:
     with pytest.raises(ValueError, match=r"64 is more than R of a 8 -> 8 layer at method.rank=2; lower it"):
         rm.attach(mlp(), rm.ReMoRA(2, square_multiple=64))

@@ -159,7 +159,7 @@ def check(config: Config, world_size: int) -> ResolvedRun:
     bf16 = _computes_in_bf16(config)
     on_gpu = uses_cuda()
     check_attention(config.model, bf16=bf16)
-    check_device(config.method, bf16=bf16, on_gpu=on_gpu)
+    check_device(config.method, bf16=bf16, capability=torch.cuda.get_device_capability() if on_gpu else None)
     setup = Setup(config, config.train.zero_stage, world_size, bf16=bf16, on_gpu=on_gpu, compiled=compiled)
     check_memory(model_config, setup, memory_of_rank(), host_memory_of_rank())
     inputs = open_inputs(config)
