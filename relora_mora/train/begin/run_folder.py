@@ -37,7 +37,8 @@ from relora_mora.weights.generation import generation_file
 def check_run_folder(path: Path) -> None:
     """Raises :class:`ConfigError` if the run would overwrite files that are not of a run. First rank only.
 
-    A folder that a trainer has used has a lock. A folder with checkpoints may have been copied from elsewhere.
+    A trainer notes its start and its end, and one that was killed leaves its lock. A folder with checkpoints may have
+    been copied from elsewhere.
     """
     folder = RunFolder(path)
     for place in (path, *path.parents):
@@ -46,7 +47,7 @@ def check_run_folder(path: Path) -> None:
                 f"train.run_dir: {place} is a link to a folder that does not exist; mount its disk, or remove the link"
             )
             raise ConfigError([fault], "the settings")
-    if folder.lock.exists() or list_checkpoints(folder.checkpoints):
+    if any(file.exists() for file in (folder.lock, folder.ends, folder.starts)) or list_checkpoints(folder.checkpoints):
         return
     outputs = (folder.config, folder.model_config, folder.tokenizer, folder.metrics, folder.wandb_id)
     existing = [output.name for output in outputs if output.exists()]
