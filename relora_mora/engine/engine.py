@@ -101,7 +101,7 @@ class ZeroEngine(ZeroState):
             self.matrix_shapes |= {
                 name: {key: list(shape) for key, shape in kept.items()} for name, kept in shapes.items() if kept
             }
-            optimizer.matrices[rule] = matrices
+            optimizer.matrices[rule] = matrices.replace
         optimizer.states = self.matrix_states
 
     @torch.no_grad()

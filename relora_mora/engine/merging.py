@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ class MergeError(RuntimeError):
     same_on_all_ranks = True
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class MergeRecord:
     """The results of one merge. The dictionaries have a value for each kind of projection, such as ``q_proj``."""
 
@@ -44,16 +43,6 @@ class MergeRecord:
     operator_before: int | None
     operator_after: int | None
     seconds: float
-
-    def __repr__(self) -> str:
-        return f"MergeRecord({', '.join(f'{name}={_short(value)}' for name, value in vars(self).items())})"
-
-
-def _short(value: Any) -> str:
-    """With four digits of each float."""
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {_short(each)}' for key, each in value.items())}}}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 class FrozenMasters:

@@ -272,16 +272,6 @@ def test_save_makes_its_folder(tmp_path):
     remora.load(tmp_path / "a" / "b")
 
 
-def test_catch_up_leaves_the_rates_of_other_schedules():
-    remora = rm.attach(mlp(), rm.ReMoRA(2, merge_every=2))
-    optimizer = torch.optim.AdamW(remora.parameter_groups(lr=0.01))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
-    steps(remora, optimizer, 3, schedule)
-    rate = schedule.get_last_lr()
-    assert remora.catch_up(optimizer, schedule) is None
-    assert schedule.get_last_lr() == rate
-
-
 def test_adapters_that_have_no_gradient_in_the_first_step():
     """Two towers, one of which is not used."""
     model = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in "ab"})
@@ -383,12 +373,3 @@ def test_an_output_head_that_cannot_be_recognized_is_a_warning(caplog):
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     assert all("no output head was recognized" in message and "targets=" in message for message in caplog.messages)
     assert "lm" in remora.layers
-
-
-def test_a_record_of_a_merge_is_shown_with_four_digits():
-    remora = rm.attach(mlp(), rm.ReLoRA(2, merge_every=1))
-    optimizer = torch.optim.SGD(remora.parameter_groups(lr=0.1))
-    remora.model(torch.ones(3, 16)).square().mean().backward()
-    optimizer.step()
-    record = remora.after_step(optimizer)
-    assert f"delta_norm={{0: {record.delta_norm['0']:.4g}, " in repr(record)
