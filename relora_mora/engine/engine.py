@@ -77,7 +77,6 @@ class ZeroEngine(ZeroState):
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         zero = self.deepspeed.optimizer
         super().__init__(lm, zero, shapes, moments, self.deepspeed.device, train.zero_stage)
-        self.adapters = [layer for _, layer in adapter_layers(lm)]
         self.matrix_states: dict[str, MatrixState] = {}  # only for the matrices that this rank updates
         self.matrix_shapes: dict[str, dict[str, list[int]]] = {}  # for all matrices that have a state
         if isinstance(self.optimizer, MatrixAdamW):
@@ -133,13 +132,8 @@ class ZeroEngine(ZeroState):
 
     def keep_merged(self) -> None:
         """Builds ``W + delta`` in the resident layers that do not have it yet."""
-        for layer in self.adapters:
+        for layer in self.layers.values():
             layer.keep_merged()
-
-    def drop_merged(self) -> None:
-        """Drops every ``W + delta`` of the resident layers; call it before their values change."""
-        for layer in self.adapters:
-            layer.drop_merged()
 
     def train(self) -> None:
         self.deepspeed.train()

@@ -109,7 +109,6 @@ class Merger:
         self.measured = {kind: names[len(names) // 2] for kind, names in self.by_kind.items()}
 
     def set_operator(self, mora_type: int | None) -> None:
-        self.engine.drop_merged()
         set_operators(self.layers.values(), mora_type)
 
     def _operators(self) -> dict[str, Operator]:

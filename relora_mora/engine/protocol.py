@@ -70,8 +70,5 @@ class Engine(Protocol):
     def refresh(self) -> None:
         """Makes the model compute with the values of :meth:`scatter`."""
 
-    def drop_merged(self) -> None:
-        """Drops what was computed from weights and adapters, before these change."""
-
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over the ranks, in host memory; ``values`` is overwritten."""

@@ -137,9 +137,6 @@ class TorchState:
     def refresh(self) -> None:
         """Nothing to do: the model computes with the values that the optimizer changes."""
 
-    def drop_merged(self) -> None:
-        """Nothing to do: no layer keeps ``W + delta``."""
-
 
 def whole_shapes(lm: nn.Module) -> dict[str, torch.Size]:
     """The shapes of the whole parameters, also of those that DeepSpeed's ZeRO-3 has cut into parts."""

@@ -170,4 +170,6 @@ class ZeroState:
         self.broadcast(parameter.data, owner)
 
     def drop_merged(self) -> None:
-        """Drops what was computed from weights and adapters; for engines that keep such things."""
+        """Drops every ``W + delta`` of the resident layers; call it before their values change."""
+        for layer in self.layers.values():
+            layer.drop_merged()

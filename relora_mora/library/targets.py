@@ -89,15 +89,8 @@ def describe_targets(model: nn.Module) -> tuple[str, bool]:
 
 
 def _short(names: Sequence[str]) -> str:
-    """``blocks.*.attn.{q,k}, lm`` for ``blocks.0.attn.q``, ``blocks.0.attn.k``, ..., ``lm``."""
-    by_parent: dict[str, dict[str, None]] = {}
-    for name in names:
-        parent, dot, last = _NUMBER.sub("*", name).rpartition(".")
-        by_parent.setdefault(parent + dot, {})[last] = None
-    return ", ".join(
-        parent + (f"{{{','.join(lasts)}}}" if len(lasts) > 1 and parent else ", ".join(lasts))
-        for parent, lasts in by_parent.items()
-    )
+    """``blocks.*.q, lm`` for ``blocks.0.q``, ``blocks.1.q``, ``lm``."""
+    return ", ".join(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
 
 
 def _fault(module: nn.Module, shared: set[int]) -> str | None:
