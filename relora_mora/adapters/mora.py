@@ -137,7 +137,7 @@ def set_operators(layers: Iterable[AdapterLinear], mora_type: int | None) -> Non
 class SharedInput(Scope):
     """C x for MoRA layers with the same input: computed once, and kept only while the module around them runs.
 
-    The entry holds its input, so no other tensor can be taken for it.
+    Under ZeRO-3 each layer gets an alias of its own, and computes C x again.
     """
 
     def reset(self) -> None:
@@ -149,7 +149,7 @@ class SharedInput(Scope):
         last = self.last  # another thread may close it
         if last is not None:
             of, version, used, compressed = last
-            if used is operator and x._version == version and _is_alias(x, of):
+            if x is of and used is operator and x._version == version:
                 return compressed
         compressed = operator.compress_for_gradient(x)
         if self.depth:
@@ -158,13 +158,6 @@ class SharedInput(Scope):
 
     def close(self) -> None:
         self.last = None
-
-
-def _is_alias(x: Tensor, of: Tensor) -> bool:
-    """Whether both are one tensor, or ZeRO-3 has given each layer an alias of it."""
-    same_memory = x.untyped_storage()._cdata == of.untyped_storage()._cdata
-    layout, other = ((t.storage_offset(), t.shape, t.stride(), t.dtype) for t in (x, of))
-    return same_memory and layout == other
 
 
 class _MergedMoRA(torch.autograd.Function):

@@ -22,7 +22,6 @@ from torch import Tensor
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import MethodConfig
 from relora_mora.kernels import Grouping, contiguous, dense, multiply_rows, quantize_rows
-from relora_mora.system.logs import log
 
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 OLDEST = {"int8": (8, 0), "fp8": (8, 9)}  # compute capabilities of the GPUs whose matrix units multiply them
@@ -198,40 +197,21 @@ def with_products(
     return method.model_copy(update={"base_products": chosen}), reason
 
 
-def check_precision(method: MethodConfig, *, bf16: bool, on_gpu: bool) -> None:
-    """Raises :class:`ConfigError` if ``method.base`` does not work in this precision."""
-    if method.eight_bits == "fp8" and method.base_products is True and on_gpu and not bf16:
-        problem = "method.base: the results of fp8 products are in bf16; use train.precision=bf16, or method.base=int8"
-        raise ConfigError([problem], "the settings")
+def check_device(method: MethodConfig, *, bf16: bool, capability: tuple[int, int] | None) -> None:
+    """Raises :class:`ConfigError` if a GPU of this compute capability cannot multiply as ``method.base`` says.
 
-
-def check_device(method: MethodConfig, *, bf16: bool, on_gpu: bool) -> None:
-    """Raises :class:`ConfigError` if this machine cannot compute as ``method.base`` says.
-
-    A CPU computes fp8 in float32, with the same rounding. Without :attr:`EightBits.multiplies` every device works.
+    A CPU (None) computes fp8 in float32, with the same rounding. Without :attr:`EightBits.multiplies` all devices work.
     """
-    if method.eight_bits is not None and method.base_products is True:
-        _check_products(method.eight_bits, on_gpu=on_gpu)
-    check_precision(method, bf16=bf16, on_gpu=on_gpu)
-
-
-def _check_products(kind: str, *, on_gpu: bool) -> None:
-    if not on_gpu:
-        slow = "method.base: this CPU multiplies %s; use %s"
-        if kind == "fp8":
-            log.warning(slow, "fp8 in float32, which is slow", "int8 unless you study fp8")
-        elif not torch.cpu._is_vnni_supported():
-            log.warning(slow, "int8 without AVX512-VNNI, which is slow", "method.base_products=auto")
+    kind = method.eight_bits
+    if kind is None or method.base_products is not True or capability is None:
         return
-    capability = torch.cuda.get_device_capability()
+    remedy = "use method.base_products=false" + (", or method.base=int8" if kind == "fp8" else "")
     if capability < OLDEST[kind]:
-        needed = ".".join(map(str, OLDEST[kind]))
-        other = "method.base=int8, or " if kind == "fp8" and capability >= OLDEST["int8"] else ""
-        problem = (
-            f"method.base: {kind} products need a GPU of compute capability {needed}, and "
-            f"{torch.cuda.get_device_name()} has {'.'.join(map(str, capability))}; "
-            f"use {other}method.base_products=false"
-        )
+        needed, have = (".".join(map(str, version)) for version in (OLDEST[kind], capability))
+        problem = f"method.base: {kind} products need compute capability {needed}, and this GPU has {have}; {remedy}"
+        raise ConfigError([problem], "the settings")
+    if kind == "fp8" and not bf16:
+        problem = f"method.base: the results of fp8 products are in bf16; use train.precision=bf16, or {remedy[4:]}"
         raise ConfigError([problem], "the settings")
 
 

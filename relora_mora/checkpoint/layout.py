@@ -92,7 +92,6 @@ def abandon(path: Path) -> None:
 FORMAT = "relora_mora checkpoint"
 VERSION = 2
 MANIFEST = "manifest.json"
-_MODEL_FILES = ("config.json", "adapter_config.json")  # files of an export, which has no manifest
 LATEST = "latest"
 BEST = "best"
 TOKENIZER = "tokenizer"
@@ -207,12 +206,6 @@ def read_manifest(folder: Path) -> Manifest:
         content = path.read_bytes() if regular else b""
     except OSError as error:
         raise_if_lost(error)
-        model = next((name for name in _MODEL_FILES if (folder / name).is_file()), None)
-        if model is not None:
-            raise CheckpointError(
-                f"{folder}: this is a model (it has {model}), not a checkpoint; give the run or the checkpoint that it "
-                "was exported from"
-            ) from error
         raise CheckpointError(
             f"{folder}: not a checkpoint ({MANIFEST}: {error.strerror}); "
             "give a folder such as RUN/checkpoints/step-00001000"

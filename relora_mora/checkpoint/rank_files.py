@@ -139,6 +139,12 @@ class RankFiles:
         return False
 
 
+def read_tokenizer(folder: Path) -> dict[str, bytes]:
+    """The content of the files in a tokenizer's folder by relative path, such as ``tokenizer.json``."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
 def host_copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Copies tensors to host memory. A GPU copies to pinned memory, and the host waits once for all its copies.
 

@@ -248,9 +248,6 @@ def find_checkpoint(path: Path) -> Path:
             if layout.list_checkpoints(folder) == candidates:  # else a run has written newer ones and removed these
                 raise layout.CheckpointError(f"{folder}: all checkpoints in it are damaged: {'; '.join(skipped)}")
     check_folder(path)
-    inside = [each for each in sorted(path.iterdir()) if layout.list_checkpoints(RunFolder(each).checkpoints)]
-    if inside:
-        raise layout.CheckpointError(f"{path}: not a run folder, but it holds some; give {inside[0]}")
     problem = verify(path)
     if problem is not None:
         raise layout.CheckpointError(

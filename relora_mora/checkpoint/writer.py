@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from relora_mora.checkpoint import layout
-from relora_mora.checkpoint.rank_files import RankFiles
-from relora_mora.checkpoint.tokenizer import read_tokenizer
+from relora_mora.checkpoint.rank_files import RankFiles, read_tokenizer
 from relora_mora.distributed.collectives import from_first_rank
 from relora_mora.system.files import make_folder, remove, sync, write_if_possible, write_synced
 

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.schema import TrainConfig
 from relora_mora.engine.matrices import CutMatrices
-from relora_mora.engine.norms import gradient_norms, replaced, step_with_norms
 from relora_mora.engine.start import allow_optimizer, deepspeed_settings, quiet
 from relora_mora.engine.zero_state import ZeroState
 from relora_mora.optim.groups import MatrixAdamW
@@ -78,7 +77,6 @@ class ZeroEngine(ZeroState):
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         zero = self.deepspeed.optimizer
         super().__init__(lm, zero, shapes, moments, self.deepspeed.device, train.zero_stage)
-        self.adapters = [layer for _, layer in adapter_layers(lm)]
         self.matrix_states: dict[str, MatrixState] = {}  # only for the matrices that this rank updates
         self.matrix_shapes: dict[str, dict[str, list[int]]] = {}  # for all matrices that have a state
         if isinstance(self.optimizer, MatrixAdamW):
@@ -102,7 +100,7 @@ class ZeroEngine(ZeroState):
             self.matrix_shapes |= {
                 name: {key: list(shape) for key, shape in kept.items()} for name, kept in shapes.items() if kept
             }
-            optimizer.matrices[rule] = matrices
+            optimizer.matrices[rule] = matrices.replace
         optimizer.states = self.matrix_states
 
     @torch.no_grad()
@@ -134,13 +132,8 @@ class ZeroEngine(ZeroState):
 
     def keep_merged(self) -> None:
         """Builds ``W + delta`` in the resident layers that do not have it yet."""
-        for layer in self.adapters:
+        for layer in self.layers.values():
             layer.keep_merged()
-
-    def drop_merged(self) -> None:
-        """Drops every ``W + delta`` of the resident layers; call it before their values change."""
-        for layer in self.adapters:
-            layer.drop_merged()
 
     def train(self) -> None:
         self.deepspeed.train()
@@ -157,38 +150,27 @@ class ZeroEngine(ZeroState):
     def step(self, rates: list[float], loss: Tensor) -> StepDone:
         """One optimizer step with a learning rate per group. ``loss`` [] is on the device; the host reads it here.
 
-        The host reads the loss together with the norm of the gradients, before the optimizer runs. This is the only
-        time in a step that the host waits for a value from the device. If the norm is not finite, all ranks skip the
-        step, on every stage: torch's optimizer does nothing, and DeepSpeed writes the parameters unchanged.
+        If the gradients' norm is not finite, DeepSpeed skips the step on all ranks and leaves everything unchanged.
         """
         self.drop_merged()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        plain = self.stage == 0 and not self.bf16  # DeepSpeed does not wrap our optimizer
-        gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None] if plain else []
-        if plain:
-            parts = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
-            norms = torch.linalg.vector_norm(parts).view(1)
+        if self.stage == 0 and not self.bf16:  # DeepSpeed does not wrap our optimizer
+            norm = self._plain_step()
         else:
-            norms = gradient_norms(self.deepspeed.optimizer)
-        *norms_on_host, mean = torch.cat([norms.double(), loss.double().view(1)]).cpu().tolist()
-        if not all(0 <= norm < math.inf for norm in norms_on_host):
-            with replaced(self.optimizer, "step", lambda: None):
-                self._deepspeed_step(torch.ones(len(norms_on_host), dtype=norms.dtype))
-            return StepDone(mean, math.inf, applied=False)
-        if plain:
-            scale = self.clip / (norms_on_host[0] + 1e-6)
-            if self.clip and scale < 1:
-                for gradient in gradients:
-                    gradient *= scale
-        self._deepspeed_step(torch.tensor(norms_on_host, dtype=norms.dtype))
-        norm = norms_on_host[0] if plain else float(self.deepspeed.get_global_grad_norm())
-        return StepDone(mean, norm, applied=True)
+            self.deepspeed.step()
+            norm = float(self.deepspeed.get_global_grad_norm())
+        return StepDone(loss.item(), norm, applied=norm < math.inf)
 
-    def _deepspeed_step(self, norms: Tensor) -> None:
-        """DeepSpeed's step with these norms [n] on the host."""
-        if self.stage == 0 and not self.bf16:
-            self.deepspeed.step()
-            return
-        with step_with_norms(self.deepspeed.optimizer, norms):
-            self.deepspeed.step()
+    def _plain_step(self) -> float:
+        """Clips and skips as DeepSpeed does, which steps here with whatever gradients there are; returns their norm."""
+        gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each) for each in gradients])).item()
+        scale = self.clip / (norm + 1e-6)
+        if not norm < math.inf:
+            self.deepspeed.zero_grad()  # torch's optimizer does nothing without gradients
+        elif self.clip and scale < 1:
+            for gradient in gradients:
+                gradient *= scale
+        self.deepspeed.step()
+        return norm if norm < math.inf else math.inf

@@ -7,7 +7,7 @@ All ranks hold the same bits, and after many merges the base is still the sum up
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,6 @@ class Merger:
         self.seed = seed
         self.merges_done = 0
         self.layers: dict[str, AdapterLinear] = dict(adapter_layers(engine.lm))
-        self.expected = len(self.layers)
         self.parameters = {
             name: [f"{name}.{key}" for key in layer.adapter_names] for name, layer in self.layers.items()
         }
@@ -118,10 +117,9 @@ class Merger:
         self.by_kind: dict[str, list[str]] = {}
         for name in self.layers:
             self.by_kind.setdefault(name.rpartition(".")[2], []).append(name)
-        self.measured = {names[len(names) // 2] for names in self.by_kind.values()}
+        self.measured = {kind: names[len(names) // 2] for kind, names in self.by_kind.items()}
 
     def set_operator(self, mora_type: int | None) -> None:
-        self.engine.drop_merged()
         set_operators(self.layers.values(), mora_type)
 
     def _operators(self) -> dict[str, Operator]:
@@ -136,7 +134,7 @@ class Merger:
         """One merge at the end of ``step``; a collective. ``merges_done`` counts this one.
 
         Raises :class:`MergeError` on all ranks. It does so before anything is written if an adapter is not finite, or
-        if the ranks do not hold the layers and elements that the settings ask for. It does so after the merge, which
+        if the ranks do not hold all elements of the adapters. It does so after the merge, which
         nothing saves then, if a product of finite adapters is not finite, or if some adapter elements were not reset.
         """
         begin = time.perf_counter()
@@ -144,7 +142,9 @@ class Merger:
         self._check_adapters(step)
         interval = step // MEASURED_STEPS
         is_measured = merges_done == 1 or interval > (step - self.method.merge_every) // MEASURED_STEPS
-        squares, ranks = self._merge_layers(self.measured if is_measured else set())
+        ranks = self._effective_ranks() if is_measured else {}
+        norms = self.engine.all_reduce(torch.stack([self._merge_layer(name) for name in self.layers]))
+        squares = dict(zip(self.layers, norms.tolist(), strict=True))
         overflowed = [name for name, square in squares.items() if not math.isfinite(square)]
         if overflowed:
             raise MergeError(
@@ -166,7 +166,7 @@ class Merger:
             layers=len(squares),
             zeroed=zeroed,
             delta_norm={kind: sum(squares[name] for name in names) ** 0.5 for kind, names in self.by_kind.items()},
-            effective_rank={name.rpartition(".")[2]: rank for name, rank in ranks.items()},
+            effective_rank=ranks,
             operator_before=before,
             operator_after=self.operator(),
             seconds=time.perf_counter() - begin,
@@ -176,10 +176,9 @@ class Merger:
         names = [name for parameters in self.parameters.values() for name in parameters]
         held, broken = self.engine.held(names)
         held //= self.engine.copies
-        if len(self.layers) != self.expected or held != self.elements:
+        if held != self.elements:
             raise MergeError(
-                f"step {step}: there are {len(self.layers)} layers to merge, expected {self.expected}, "
-                f"and the ranks hold {held} adapter elements, expected {self.elements}; "
+                f"step {step}: the ranks hold {held} adapter elements, expected {self.elements}; "
                 "nothing was merged, go back to an earlier checkpoint"
             )
         if broken:
@@ -188,38 +187,27 @@ class Merger:
                 "nothing was merged, go back to an earlier checkpoint"
             )
 
-    def _merge_layers(self, measured: Set[str]) -> tuple[dict[str, float], dict[str, float]]:
-        """Adds every delta to its base. Returns their squared norms, and the effective ranks of ``measured`` layers.
+    def _merge_layer(self, name: str) -> Tensor:
+        """Adds the delta of a layer to its base, and returns its squared norm [] on the owner, or zero elsewhere."""
+        weight = f"{name}.weight"
+        owner = self.base.owner[weight]
+        square, merged = torch.zeros((), device=self.engine.device), None
+        values = [self.engine.gather(parameter, to=owner) for parameter in self.parameters[name]]
+        if owner == self.engine.rank:
+            delta = self.layers[name].delta_of(*values)
+            square, merged = delta.square().sum(), self.base.add(weight, delta)
+        self.engine.write_weight(weight, merged, owner)
+        return square
 
-        A group has as many layers as there are ranks, so that all owners build their deltas at the same time. Effective
-        ranks are computed last, when no rank waits for the weights of another, and the host reads all results once.
-        """
-        engine = self.engine
-        names = list(self.layers)
-        results = torch.zeros(2, len(names), dtype=torch.float32, device=engine.device)  # squares, effective ranks
-        to_measure: list[tuple[int, list[Tensor]]] = []
-        for start in range(0, len(names), engine.world_size):
-            group = range(start, min(start + engine.world_size, len(names)))
-            mine: list[tuple[int, list[Tensor]]] = []
-            sums: dict[str, Tensor] = {}
-            for index in group:
-                owner = self.base.owner[f"{names[index]}.weight"]
-                values = [engine.gather(parameter, to=owner) for parameter in self.parameters[names[index]]]
-                if owner == engine.rank:
-                    mine.append((index, values))
-            for index, values in mine:
-                delta = self.layers[names[index]].delta_of(*values)
-                results[0, index] = delta.square().sum()
-                sums[f"{names[index]}.weight"] = self.base.add(f"{names[index]}.weight", delta)
-            to_measure += [(index, values) for index, values in mine if names[index] in measured]
-            for index in group:
-                weight = f"{names[index]}.weight"
-                engine.write_weight(weight, sums.get(weight), self.base.owner[weight])
-        for index, values in to_measure:
-            results[1, index] = effective_rank(self.layers[names[index]].singular_values(*values))
-        squares, ranks = engine.all_reduce(results).tolist()
-        effective_ranks = {name: value for name, value in zip(names, ranks, strict=True) if name in measured}
-        return dict(zip(names, squares, strict=True)), effective_ranks
+    def _effective_ranks(self) -> dict[str, float]:
+        """The effective rank of one layer's delta for each kind of projection."""
+        ranks = torch.zeros(len(self.measured), device=self.engine.device)
+        for index, name in enumerate(self.measured.values()):
+            owner = self.base.owner[f"{name}.weight"]
+            values = [self.engine.gather(parameter, to=owner) for parameter in self.parameters[name]]
+            if owner == self.engine.rank:
+                ranks[index] = effective_rank(self.layers[name].singular_values(*values))
+        return dict(zip(self.measured, self.engine.all_reduce(ranks).tolist(), strict=True))
 
     def _reset_masters(self, merges_done: int) -> int:
         """Sets every adapter to the values of a fresh one; returns how many elements all ranks wrote."""

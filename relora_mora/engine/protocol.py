@@ -55,6 +55,12 @@ class Engine(Protocol):
         The model computes with the new value after :meth:`refresh`.
         """
 
+    def read_weight(self, name: str) -> Tensor:
+        """A whole parameter as the model has it, on every rank; a collective if it is sharded."""
+
+    def is_whole(self, name: str) -> bool:
+        """Whether every rank has the whole parameter."""
+
     def write_weight(self, name: str, value: Tensor | None, owner: int) -> None:
         """Sets a frozen weight on all ranks from its owner's float32 value."""
 
@@ -63,9 +69,6 @@ class Engine(Protocol):
 
     def refresh(self) -> None:
         """Makes the model compute with the values of :meth:`scatter`."""
-
-    def drop_merged(self) -> None:
-        """Drops what was computed from weights and adapters, before these change."""
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over the ranks, in host memory; ``values`` is overwritten."""

@@ -16,7 +16,7 @@ import torch
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.schema import TrainConfig
 from relora_mora.distributed.join import backend_name, join
-from relora_mora.engine.internals import compiler, cuda_accelerator, deepspeed_imports, zero_utils
+from relora_mora.engine.internals import compiler, cuda_accelerator, zero_utils
 from relora_mora.system.hardware import uses_cuda
 
 
@@ -34,7 +34,7 @@ def deepspeed_settings(
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_clipping": 0.0 if plain else clip,  # if plain, ZeroEngine.step clips
-        "bf16": {"enabled": bf16, "check_grad_overflow": False},  # ZeroEngine.step checks
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice at every micro-batch
         "zero_optimization": zero_optimization,
         "steps_per_print": 2**62,
@@ -78,8 +78,7 @@ def _import_muon() -> None:
     compile_functions = compiler.compile
     compiler.compile = lambda: lambda function: function
     try:
-        with deepspeed_imports():
-            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         compiler.compile = compile_functions
 

@@ -11,7 +11,7 @@ STARTS_AT_ZERO = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 
 
 class TorchState:
-    """What ``optimizer`` trains of ``lm``: a ``LoopEngine`` (library/masters.py), which documents the methods.
+    """What ``optimizer`` trains of ``lm``: a :class:`relora_mora.engine.protocol.Engine`.
 
     All ranks of ``group`` train the same model. Its parameters are plain tensors, which every rank has (one process,
     DDP), or DTensors (``fully_shard``). ``names`` are the parameters to merge and reset.
@@ -136,9 +136,6 @@ class TorchState:
 
     def refresh(self) -> None:
         """Nothing to do: the model computes with the values that the optimizer changes."""
-
-    def drop_merged(self) -> None:
-        """Nothing to do: no layer keeps ``W + delta``."""
 
 
 def whole_shapes(lm: nn.Module) -> dict[str, torch.Size]:

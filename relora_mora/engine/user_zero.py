@@ -3,7 +3,6 @@
 from collections.abc import Sequence, Set
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from relora_mora.engine.zero_state import ZeroState
 
 
 class UserZero(ZeroState):
-    """DeepSpeed's optimizer ``zero`` of ``lm``, with whichever torch optimizer is inside: a ``LoopEngine``.
+    """DeepSpeed's optimizer ``zero`` of ``lm``, with whichever torch optimizer is inside.
 
     Raises ValueError if the optimizer does not train all of ``names``, the parameters to merge and reset, or if it
     trains other parameters in the same groups.
@@ -47,15 +46,6 @@ class UserZero(ZeroState):
         """See :class:`relora_mora.engine.protocol.Engine`; the same on all ranks, also on those that hold nothing."""
         flats = [part.flat for part in self.fragments_of.get(name, self.fragments)]
         return moments_in(self.state_of(flats[0]), flats[0].shape) if flats else []
-
-    @torch.no_grad()
-    def read_weight(self, name: str) -> Tensor:
-        parameter = self.parameters[name]
-        with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
-            return parameter.data.clone()
-
-    def is_whole(self, name: str) -> bool:
-        return self.stage < 3
 
     def state_of(self, flat: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.optimizer.state[flat]

@@ -143,6 +143,15 @@ class ZeroState:
     # ---- frozen weights ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def read_weight(self, name: str) -> Tensor:
+        parameter = self.parameters[name]
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+            return parameter.data.clone()
+
+    def is_whole(self, name: str) -> bool:
+        return self.stage < 3
+
+    @torch.no_grad()
     def write_weight(self, name: str, value: Tensor | None, owner: int) -> None:
         self.drop_merged()
         parameter = self.parameters[name]
@@ -161,4 +170,6 @@ class ZeroState:
         self.broadcast(parameter.data, owner)
 
     def drop_merged(self) -> None:
-        """Drops what was computed from weights and adapters; for engines that keep such things."""
+        """Drops every ``W + delta`` of the resident layers; call it before their values change."""
+        for layer in self.layers.values():
+            layer.drop_merged()

@@ -19,8 +19,9 @@ from relora_mora.adapters.scope import reset_scopes
 from relora_mora.config.registry import ScheduleKind
 from relora_mora.config.schema import MethodConfig
 from relora_mora.engine.merging import MergeError, Merger, MergeRecord
+from relora_mora.engine.protocol import Engine
 from relora_mora.engine.torch_state import TorchState
-from relora_mora.library.masters import LoopEngine, LoopMasters
+from relora_mora.library.masters import LoopMasters
 from relora_mora.library.merged import is_sharded, merged_values, plain_copy
 from relora_mora.library.rates import Rewarmed, check_rates, optimizer_groups, rate_of_step, rewarming_groups
 from relora_mora.library.state import check_base, check_identity, identity_of, owes_merge, read_state, write_state
@@ -266,7 +267,7 @@ class AttachedAdapters:
         self.merges_done = merger.merges_done
         return record
 
-    def _engine(self, optimizer: Any) -> LoopEngine:
+    def _engine(self, optimizer: Any) -> Engine:
         """How merges see the model and what trains it; without an optimizer they can only read."""
         while type(optimizer).__module__.startswith("accelerate."):
             optimizer = optimizer.optimizer

@@ -1,7 +1,7 @@
 """The exact values of frozen weights in a training loop of one's own."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -9,16 +9,6 @@ from torch import Tensor, distributed
 from relora_mora.engine.merging import FrozenMasters
 from relora_mora.engine.protocol import Engine
 from relora_mora.engine.torch_state import rank_and_size
-
-
-class LoopEngine(Engine, Protocol):
-    """An engine that also reads weights."""
-
-    def read_weight(self, name: str) -> Tensor:
-        """A whole parameter as the model has it, on every rank; a collective if it is sharded."""
-
-    def is_whole(self, name: str) -> bool:
-        """Whether every rank has the whole parameter."""
 
 
 class LoopMasters(FrozenMasters):
@@ -32,13 +22,13 @@ class LoopMasters(FrozenMasters):
         super().__init__(names, *rank_and_size(group))
         self.group = group
         self.kept: list[str] = []
-        self.engine: LoopEngine
+        self.engine: Engine
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the process group, and without the engine, which has the optimizer."""
         return {key: value for key, value in vars(self).items() if key != "engine"} | {"group": None}
 
-    def prepare(self, engine: LoopEngine) -> None:
+    def prepare(self, engine: Engine) -> None:
         """Called before a merge; a collective. Makes the masters that are missing, and compares the others.
 
         Raises ValueError if a weight is not its rounded master.
@@ -68,7 +58,7 @@ class LoopMasters(FrozenMasters):
     def add(self, name: str, delta: Tensor) -> Tensor:
         return super().add(name, delta) if name in self.kept else self.engine.read_weight(name).float() + delta
 
-    def exact(self, name: str, engine: LoopEngine) -> Tensor:
+    def exact(self, name: str, engine: Engine) -> Tensor:
         """The float32 value of a weight, on every rank; a collective."""
         if name not in self.kept:
             return engine.read_weight(name).float()

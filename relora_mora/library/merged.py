@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from relora_mora.adapters.layers import adapter_layers, adapter_parameters, all_names
 from relora_mora.adapters.scope import without_scopes
-from relora_mora.library.masters import LoopEngine, LoopMasters
+from relora_mora.engine.protocol import Engine
+from relora_mora.library.masters import LoopMasters
 
 
-def is_sharded(engine: LoopEngine) -> bool:
+def is_sharded(engine: Engine) -> bool:
     """Whether there are parameters that a rank has only in part."""
     return not all(engine.is_whole(name) for name, _ in engine.lm.named_parameters())
 
 
-def merged_values(held: Mapping[str, Tensor], engine: LoopEngine, masters: LoopMasters) -> dict[str, Any]:
+def merged_values(held: Mapping[str, Tensor], engine: Engine, masters: LoopMasters) -> dict[str, Any]:
     """The state of the engine's model with ``W + delta`` as its weights, rounded once; a collective.
 
     ``held`` is the ``state_dict(keep_vars=True)`` of the model, taken before ``engine`` was made: it makes FSDP2 shard

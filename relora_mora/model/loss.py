@@ -1,4 +1,7 @@
-"""The output head with its loss, computed in chunks of tokens so that float32 logits [N, V] never exist as a whole."""
+"""The output head with its loss, computed in chunks of tokens so that float32 logits [N, V] never exist as a whole.
+
+``F.linear_cross_entropy`` of torch 2.13 does not serve: for bf16 it returns a sum in bf16, which has three digits.
+"""
 
 import math
 from typing import Any

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,14 +48,9 @@ class ParameterGroup:
     moments: tuple[str, ...]
 
 
-class WholeMatrices(Protocol):
-    """Knows where the matrices are in the flat tensors that an optimizer steps; the engine implements it."""
-
-    def replace(self, gradients: Mapping[Tensor, Tensor], update: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
-        """Replaces every matrix in the gradients (by flat tensor) with its update; a collective.
-
-        ``update`` gets stacks [k, m, n] of matrices, with their names. Each matrix is updated on one rank, its owner.
-        """
+# Replaces every matrix in the gradients (by flat tensor) with its update; a collective. The second argument gets stacks
+# [k, m, n] of matrices, with their names. Each matrix is updated on one rank, its owner.
+ReplaceMatrices = Callable[[Mapping[Tensor, Tensor], Callable[[Tensor, Sequence[str]], Tensor]], None]
 
 
 def state_of(optimizer: torch.optim.Optimizer, flat: Tensor, moments: Iterable[str]) -> dict[str, Tensor]:
@@ -155,22 +150,22 @@ class MatrixAdamW(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], rules: Mapping[str, MatrixRule], **settings: Any) -> None:
         super().__init__(groups, **settings)
         self.rules = rules
-        self.matrices: dict[MatrixRule, WholeMatrices] = {}
+        self.matrices: dict[MatrixRule, ReplaceMatrices] = {}
         self.states: dict[str, MatrixState] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Steps all parameters that have gradients and overwrites the gradients of matrices; ignores ``closure``."""
         groups = self.param_groups
-        for rule, matrices in self.matrices.items():
-            self._step_matrices(rule, matrices, [group for group in groups if self.rules.get(group["name"]) is rule])
+        for rule, replace in self.matrices.items():
+            self._step_matrices(rule, replace, [group for group in groups if self.rules.get(group["name"]) is rule])
         self.param_groups = [group for group in groups if group["name"] not in self.rules]
         try:
             super().step()
         finally:
             self.param_groups = groups
 
-    def _step_matrices(self, rule: MatrixRule, matrices: WholeMatrices, groups: list[dict[str, Any]]) -> None:
+    def _step_matrices(self, rule: MatrixRule, replace: ReplaceMatrices, groups: list[dict[str, Any]]) -> None:
         rates = {flat: group for group in groups for flat in group["params"] if flat.grad is not None}
         if not rates:
             return
@@ -180,7 +175,7 @@ class MatrixAdamW(torch.optim.AdamW):
         def update(stack: Tensor, names: Sequence[str]) -> Tensor:
             return rule.update_stack(stack, [self.states[name] for name in names])
 
-        matrices.replace({flat: flat.grad for flat in rates}, update)
+        replace({flat: flat.grad for flat in rates}, update)
         for flat, group in rates.items():
             if group["weight_decay"]:
                 flat.mul_(1 - group["lr"] * group["weight_decay"])

@@ -99,12 +99,6 @@ class Guard:
             if self._folder is not None and not self._recorded:
                 self._recorded = True
                 exits.record_end(self._folder, code=code, reason=reason, rank=self.rank, step=self.step)
-                self._mark_lock_released()
-
-    def _mark_lock_released(self) -> None:
-        """The next start then knows that this one did not just vanish."""
-        if self._lock is not None:
-            self._lock.say_released()
 
     def announce_exit(self, code: int, reason: str, *, same_on_all_ranks: bool) -> None:
         """This rank exits with an error. The others must know, unless they exit with the same error."""
@@ -163,7 +157,6 @@ class Guard:
         exits.leave_now(
             failure.code,
             lambda: self._report(failure),
-            self._mark_lock_released,
             linger=self._linger_seconds(),
         )
 
@@ -183,14 +176,16 @@ class Guard:
         if self.rank == int(first_failed) and not failure.announced:
             self.record(failure.code, failure.reason)
 
-    def folder_lost(self) -> None:
-        """The run folder was removed or moved, or another trainer has it now: this one must not write there."""
+    def folder_lost(self, why: str) -> None:
+        """The lock of the run folder was lost (see :class:`RunLock`), so this trainer must not write there any more."""
         self._leave_if_decided()
-        reason = "the run folder was removed or moved, or another trainer works in it now: exited without saving"
+        code, reason = exits.USER_ERROR, "the run folder was removed or moved, or another trainer works in it now"
+        if why == "refresh-failed":
+            code, reason = exits.LOST, "the run folder's disk cannot be written"
         exits.leave_now(
-            exits.USER_ERROR,
-            lambda: self._say(reason),
-            lambda: self._announce(exits.USER_ERROR, reason),
+            code,
+            lambda: self._say(f"{reason}: exited without saving"),
+            lambda: self._announce(code, reason),
             linger=self._linger_seconds(),
         )
 

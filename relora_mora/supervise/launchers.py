@@ -1,13 +1,10 @@
-"""The launchers of a process: the variables that they set in its environment, and whether they are still alive.
+"""The launchers of a process, and the variables that they set in its environment.
 
 The kernel can signal a process when its parent dies (PR_SET_PDEATHSIG). But that only works for the direct parent, not
-for ``deepspeed`` above its ``launch.py``, and not for a parent that died before the process could ask for the signal.
-Both cases need the chain of ancestors, which includes the direct parent.
+for ``deepspeed`` above its ``launch.py``, so the chain of ancestors is watched.
 """
 
-import base64
 import os
-import sys
 from pathlib import Path
 
 import psutil
@@ -23,29 +20,17 @@ _FILES = tuple(f"{module.replace('.', '/')}.py" for module in _MODULES)
 
 
 class Launchers:
-    """The launchers that started this process: ``deepspeed`` and its ``launch.py``, or torchrun. A shell is not one.
-
-    It also notices a launcher that was killed earlier, because the launcher's child is now a child of process 1.
-    """
+    """The launchers that started this process: ``deepspeed`` and its ``launch.py``, or torchrun. A shell is not one."""
 
     def __init__(self) -> None:
         self.processes: list[psutil.Process] = []
-        self._missing: str | None = None
-        child = psutil.Process()
-        # DeepSpeed adds --local_rank, and torchrun sets the variable
-        has_launcher = "TORCHELASTIC_RUN_ID" in os.environ or any(word.startswith("--local_rank") for word in sys.argv)
-        for parent in child.parents():
+        for parent in psutil.Process().parents():
             try:
-                command = parent.cmdline()
+                if not is_launcher(parent.cmdline()):
+                    break
             except psutil.Error:
                 break
-            if not is_launcher(command):
-                break
             self.processes.append(parent)
-            child = parent
-            has_launcher = _started_by_deepspeed(command)
-        if has_launcher and _is_orphan(child):
-            self._missing = f"it had started pid {child.pid}"
 
     def gone(self) -> str | None:
         """The launcher that has ended; None while all are alive."""
@@ -56,7 +41,7 @@ class Launchers:
                 alive = False
             if not alive:
                 return f"pid {process.pid}"
-        return self._missing
+        return None
 
 
 def is_launcher(command: list[str]) -> bool:
@@ -70,67 +55,24 @@ def is_launcher(command: list[str]) -> bool:
     return False
 
 
-def _started_by_deepspeed(command: list[str]) -> bool:
-    """Whether a launch.py is a child of ``deepspeed`` on this host: then its only host is ``localhost``."""
-    for argument in command:
-        if argument.startswith("--world_info="):
-            try:
-                return b'"localhost"' in base64.urlsafe_b64decode(argument.partition("=")[2])
-            except ValueError:
-                return False
-    return False
-
-
-def _is_orphan(process: psutil.Process) -> bool:
-    """Whether the parent has died: Linux then makes process 1 the parent."""
-    try:
-        return process.pid != 1 and process.ppid() == 1
-    except psutil.Error:
-        return False
-
-
-_DEVICES = ("cpu", "cuda")
-
-
 def check_environment() -> tuple[int, int]:
     """This process's rank and the number of ranks; 0 and 1 without a launcher.
 
-    Raises ValueError on each rank whose variables are wrong: for values that are not numbers, a missing address or
-    port, a network interface that this host does not have, and an unsupported device.
+    Raises ValueError for a value that is not a number, a missing address or port, and an unsupported device.
     """
-    rank = _number("RANK", 0)
-    world_size = _number("WORLD_SIZE", 1)
-    if world_size > 1:
-        _check_meeting(world_size)
+    numbers = []
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        text = os.environ.get(name, default)
+        if not (text.isascii() and text.isdigit()):
+            raise ValueError(f"{name}={text} in the environment: expected a number; the launcher sets it, or unset it")
+        numbers.append(int(text))
+    rank, world_size = numbers
+    if world_size > 1 and "0" in (os.environ.get(name) or "0" for name in ("MASTER_ADDR", "MASTER_PORT")):
+        raise ValueError(
+            f"WORLD_SIZE={world_size} in the environment, but not both of MASTER_ADDR and MASTER_PORT, where the ranks "
+            "meet: the launcher sets them, and srun passes them on with --export=ALL"
+        )
     device = os.environ.get("DS_ACCELERATOR", "cpu")
-    if device not in _DEVICES:
-        raise ValueError(
-            f"DS_ACCELERATOR={device} in the environment: expected one of {', '.join(_DEVICES)}, or unset it"
-        )
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"DS_ACCELERATOR={device} in the environment: expected cpu or cuda, or unset it")
     return rank, world_size
-
-
-def _check_meeting(world_size: int) -> None:
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if os.environ.get(name, "") in ("", "0"):
-            raise ValueError(
-                f"WORLD_SIZE={world_size} in the environment, but {name} is not set: the ranks need both to meet; "
-                "the launcher sets it, and srun passes it on with --export=ALL"
-            )
-    interfaces = sorted(psutil.net_if_addrs())
-    chosen = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    if chosen and not set(chosen.split(",")).issubset(interfaces):
-        raise ValueError(
-            f"GLOO_SOCKET_IFNAME={chosen} in the environment: expected a network interface of this host, which has "
-            f"{', '.join(interfaces)}"
-        )
-
-
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(
-            f"{name}={text} in the environment: expected a number of 0 or more; the launcher sets it: start with "
-            "deepspeed, torchrun or plain python, or unset it"
-        )
-    return int(text)

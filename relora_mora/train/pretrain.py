@@ -163,10 +163,6 @@ def _watch(guard: Guard, config: Config, rank: int, world_size: int) -> None:
 def _lock(guard: Guard, folder: Path) -> str:
     """Takes the lock of the run folder and returns the content of the lock file."""
     lock = RunLock(folder, guard.folder_lost)
-    before = lock.acquire()
+    lock.acquire()
     guard.hold(lock)
-    if before is not None:
-        log.warning(
-            "the previous trainer (%s) ended without giving a reason: it was killed, or its machine failed", before
-        )
     return lock.path.read_text(encoding="utf-8")

@@ -15,9 +15,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters
-from relora_mora.checkpoint.layout import CheckpointError
+from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint
-from relora_mora.checkpoint.tokenizer import tokenizer_of
 from relora_mora.config.load import stored_config
 from relora_mora.config.schema import MethodConfig, ModelConfig
 from relora_mora.model.causal import empty_model, ends_of, put_values
@@ -243,7 +242,7 @@ def export(
     """
     with new_folder(out) as work:
         checkpoint = find_checkpoint(path)
-        tokenizer = load_tokenizer(tokenizer_of(checkpoint))
+        tokenizer = load_tokenizer(checkpoint / TOKENIZER)
         reader = CheckpointReader(checkpoint)
         generation = generation_config(tokenizer, _empty_model(reader).config, RunFolder.of(checkpoint))
         before_merge()

@@ -1,7 +1,6 @@
 """Loads trained models: the one that a run starts from, one to score text with, and a base with an adapter."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,18 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints, read_manifest
+from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError, list_checkpoints, read_manifest
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, newest_manifest
-from relora_mora.checkpoint.tokenizer import tokenizer_of
 from relora_mora.config.data import CHATML, DataConfig, RecordsConfig, TextSource
 from relora_mora.config.data_flags import SCORING, read_data
-from relora_mora.config.load import ConfigError, stored_config
+from relora_mora.config.load import stored_config
 from relora_mora.config.schema import ModelConfig
 from relora_mora.data.sources.names import hub_repo
 from relora_mora.model.config import parse_model_config, plain_model_config, read_model_config, stored_model_config
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.files import has_tokenizer
 from relora_mora.weights.export import merged_model, merged_weights
-from relora_mora.weights.foreign import check_headers, foreign_config, is_foreign, load_foreign, positions_of
+from relora_mora.weights.foreign import foreign_config, is_foreign, load_foreign, positions_of
 from relora_mora.weights.peft import AdapterFolder, is_adapter
 
 
@@ -149,8 +147,6 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
     Raises :class:`CheckpointError` for anything else.
     """
     if is_foreign(path):
-        with suppress(ConfigError):  # a model of another family, whose sizes only transformers knows
-            check_headers(path)
         model = load_foreign(path, dtype)
         length = min(HF_LENGTH, positions_of(model) or HF_LENGTH)
         plain = DataConfig.model_validate({"train": "none", "validation": "none", "sequence_length": length})
@@ -160,7 +156,7 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
     data = stored_config(manifest.config, str(checkpoint)).data
     return LoadedModel(
         merged_model(checkpoint, dtype),
-        tokenizer_of(checkpoint),
+        checkpoint / TOKENIZER,
         data,
         f"{checkpoint} (step {manifest.step})",
         (checkpoint, manifest.step),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from relora_mora.adapters.layers import AdapterLinear, adapter_layers
 from relora_mora.adapters.lora import LoRALinear
 from relora_mora.adapters.mora import MoRALinear
 from relora_mora.adapters.stored import EightBits, check_device, with_products
+from relora_mora.config.load import ConfigError
 from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import MethodConfig
 from relora_mora.model.causal import LossModel, build_model
@@ -176,13 +178,22 @@ def test_auto_multiplies_in_8_bits_if_that_is_faster(base, form, bf16, capabilit
     assert with_products(MethodConfig(), **machine) == (MethodConfig(), None)
 
 
-def test_a_cpu_without_its_instructions_is_reported(monkeypatch, caplog):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    check_device(MethodConfig(base="int8", base_products=True), bf16=True, on_gpu=False)
-    assert "without AVX512-VNNI" in caplog.text
-    caplog.clear()
-    check_device(MethodConfig(base="int8", base_products=False), bf16=True, on_gpu=False)
-    assert caplog.text == ""
+@each(
+    "base,bf16,capability,refused",
+    [
+        ("int8", False, (7, 5), True),
+        ("int8", False, (8, 0), False),
+        ("fp8", True, (8, 6), True),
+        ("fp8", True, (8, 9), False),
+        ("fp8", False, (8, 9), True),
+        ("fp8", False, None, False),
+    ],
+)
+def test_a_gpu_that_cannot_multiply_as_asked_is_refused(base, bf16, capability, refused):
+    method = MethodConfig(base=base, base_products=True)
+    with pytest.raises(ConfigError, match=r"method\.base") if refused else nullcontext():
+        check_device(method, bf16=bf16, capability=capability)
+    check_device(method.model_copy(update={"base_products": False}), bf16=bf16, capability=capability)
 
 
 @each("form", ["resident", "decoupled"])

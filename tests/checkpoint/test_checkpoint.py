@@ -63,26 +63,6 @@ def test_a_damaged_checkpoint_is_skipped_for_an_older_one(made, tmp_path, file, 
     assert any(text in line for text in (of_manifest if file == "manifest.json" else of_others).split("|")), line
 
 
-@each("latest", [None, "step-00000099\n", "\x00\xff", "../../x", "a directory"])
-def test_a_resume_does_not_need_latest(made, tmp_path, latest):
-    folder = shutil.copytree(made, tmp_path / "checkpoints")
-    if latest == "a directory":
-        (folder / "latest").mkdir()
-    elif latest is not None:
-        (folder / "latest").write_text(latest, encoding="latin-1")
-    assert newest_whole(folder) == (folder / "step-00000015", [])
-    (folder / "step-00000015" / STATE).unlink()
-    assert STATE in passed_over(folder)
-
-
-def test_a_folder_that_holds_runs_is_not_one(folder, tmp_path):
-    run = tmp_path / "runs" / "one"
-    shutil.copytree(folder, run / "checkpoints")
-    assert find_checkpoint(run) == run / "checkpoints" / "step-00000015"
-    with pytest.raises(CheckpointError, match=f"not a run folder, but it holds some; give {run}$"):
-        find_checkpoint(tmp_path / "runs")
-
-
 def test_a_warning_names_the_skipped_checkpoints(folder, caplog):
     (folder / "step-00000015" / STATE).unlink()
     assert find_checkpoint(folder) == folder / "step-00000010"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.supervise.lock import STALE_SECONDS, LockError, RunLock
+from relora_mora.supervise import lock as module
+from relora_mora.supervise.lock import LockError, RunLock
 from tests.tools.each import each
 
 HOLD = """
@@ -41,37 +39,33 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_a_held_lock_is_refused_and_names_its_holder(holder, tmp_path):
-    with pytest.raises(LockError, match=rf"pid {holder.pid}.*use another train\.run_dir"):
+def test_a_held_lock_is_refused_and_names_its_holder(holder, tmp_path, caplog):
+    with caplog.at_level("INFO"), pytest.raises(LockError, match=rf"pid {holder.pid}.*use another train\.run_dir"):
         RunLock(tmp_path).acquire(wait_seconds=0.5)
+    assert [f"pid {holder.pid}" in record.getMessage() for record in caplog.records] == [True], "the wait is announced"
 
 
-def test_a_wait_is_announced(holder, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("relora_mora.supervise.lock.TELL_SECONDS", 0.0)
-    with caplog.at_level("INFO"), pytest.raises(LockError):
-        RunLock(tmp_path).acquire(wait_seconds=0.5)
-    assert [f"pid {holder.pid}" in record.getMessage() for record in caplog.records] == [True]
-
-
-def test_a_lock_is_free_when_its_holder_was_killed(holder, tmp_path):
-    holder.kill()
-    holder.wait()
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_lock_is_free_when_its_holder_has_ended(holder, tmp_path, killed):
+    if killed:
+        holder.kill()
+        holder.wait()
+    else:
+        assert holder.stdin
+        holder.stdin.write("\n")
+        holder.stdin.flush()
     lock = RunLock(tmp_path)
-    before = lock.acquire(wait_seconds=60)
-    assert before is not None
-    assert f"pid {holder.pid}" in before
+    lock.acquire(wait_seconds=60)
     lock.release()
-    again = RunLock(tmp_path)
-    assert again.acquire(wait_seconds=0.5) is None  # it was released, so there is no holder to report
-    again.release()
+    assert not lock.path.exists()
 
 
 @each("replaced", [False, True])
 def test_a_holder_notices_that_its_file_was_removed_or_replaced(replaced, tmp_path, monkeypatch):
     """Otherwise it would remove checkpoints of another trainer that has started there."""
-    monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
+    monkeypatch.setattr(module, "TOUCH_SECONDS", 0.05)
     lost = threading.Event()
-    lock = RunLock(tmp_path / "run", lost.set)
+    lock = RunLock(tmp_path / "run", lambda reason: lost.set())
     other = RunLock(tmp_path / "other")
     lock.acquire()
     other.acquire()
@@ -82,72 +76,39 @@ def test_a_holder_notices_that_its_file_was_removed_or_replaced(replaced, tmp_pa
         lock.path.unlink()
     assert lost.wait(60)
     lock.release()
+    assert lock.path.exists() is replaced, "that of another trainer stays"
     other.release()
 
 
-def test_a_lock_waits_for_its_holder_to_end(holder, tmp_path):
-    assert holder.stdin
-    holder.stdin.write("\n")
-    holder.stdin.flush()
-    lock = RunLock(tmp_path)
-    assert lock.acquire(wait_seconds=60) is None
-    lock.release()
-
-
-def test_without_flock_a_holder_on_this_host_is_alive_while_it_touches_the_file(holder, tmp_path, monkeypatch):
-    def no_flock(*_: object) -> None:
-        raise OSError(errno.ENOTSUP, "Operation not supported")
-
-    monkeypatch.setattr(fcntl, "flock", no_flock)
-    monkeypatch.setattr(time, "sleep", lambda _: os.utime(tmp_path / "lock"))
-    with pytest.raises(LockError, match=f"pid {holder.pid}"):
-        RunLock(tmp_path).acquire()
-
-
-def _held_elsewhere(folder: Path) -> Path:
-    path = folder / "lock"
-    path.write_text(json.dumps({"host": "other", "host_id": "boot", "pid": 1, "since": "then", "released": False}))
-    return path
-
-
-def test_a_holder_that_lost_the_lock_notices_and_does_not_touch_the_file(tmp_path, monkeypatch):
-    """It was suspended for a while, on a file system whose flock does not work across hosts."""
-    monkeypatch.setattr("relora_mora.supervise.lock.TOUCH_SECONDS", 0.05)
-    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    lost = threading.Event()
-    first = RunLock(tmp_path, lost.set)
-    first.acquire()
-    second = RunLock(tmp_path)
-    second.acquire()
-    assert lost.wait(30)
-    first.release()
-    assert not json.loads(second.path.read_text())["released"]
-    second.release()
-    assert json.loads(second.path.read_text())["released"]
-
-
-@each("lag_seconds", [0, 3600])
+@each("lag_seconds", [0, 3600, None])
 def test_a_holder_on_another_host_is_alive_while_it_touches_the_file(tmp_path, monkeypatch, lag_seconds):
-    """Even if that host's clock lags this host's clock, or this one has jumped."""
-    path = _held_elsewhere(tmp_path)
+    """Even if that host's clock lags this host's clock. None: it touches nothing."""
+    monkeypatch.setattr(module, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(module, "TOUCH_SECONDS", 0.1)
+    path = tmp_path / "lock"
+    path.write_text(f"filelock/2\npid=1\nhost=other\nmode=lease\ntoken={'0' * 32}\nduration=1.0\nstart=1\n")
+    ended = threading.Event()
 
-    def touch(seconds: float) -> None:
-        there = time.time() - lag_seconds
-        os.utime(path, (there, there))
+    def touch() -> None:
+        while lag_seconds is not None and not ended.wait(0.1):
+            there = time.time() - lag_seconds
+            os.utime(path, (there, there))
 
-    touch(0.0)
-    monkeypatch.setattr(time, "sleep", touch)
-    with pytest.raises(LockError, match="host other, pid 1"):
-        RunLock(tmp_path).acquire()
-
-
-def test_a_holder_on_another_host_that_touches_nothing_is_gone(tmp_path, monkeypatch):
-    _held_elsewhere(tmp_path)
-    now = time.monotonic()
-    slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
-    monkeypatch.setattr(time, "monotonic", lambda: now + sum(slept))
+    thread = threading.Thread(target=touch)
+    thread.start()
     lock = RunLock(tmp_path)
-    assert "host other" in str(lock.acquire())
+    if lag_seconds is None:
+        lock.acquire(wait_seconds=60)
+        lock.release()
+    else:
+        with pytest.raises(LockError, match="host other, pid 1"):
+            lock.acquire(wait_seconds=3)
+    ended.set()
+    thread.join()
+
+
+def test_the_lock_file_of_release_02_is_taken(tmp_path: Path):
+    (tmp_path / "lock").write_text('{"host": "a", "pid": 1, "token": "x", "released": true}\n')
+    lock = RunLock(tmp_path)
+    lock.acquire()
     lock.release()
-    assert sum(slept) > STALE_SECONDS - 0.5

@@ -183,7 +183,8 @@ def check_settings(config: Config, world_size: int) -> tuple[Config, PreTrainedC
 def check_run_folder(path: Path) -> None:
     """Raises :class:`ConfigError` if the run would overwrite files that are not of a run. First rank only.
 
-    A folder that a trainer has used has a lock. A folder with checkpoints may have been copied from elsewhere.
+    A trainer notes its start and its end, and one that was killed leaves its lock. A folder with checkpoints may have
+    been copied from elsewhere.
     """
     folder = RunFolder(path)
     for place in (path, *path.parents):
@@ -192,7 +193,7 @@ def check_run_folder(path: Path) -> None:
                 f"train.run_dir: {place} is a link to a folder that does not exist; mount its disk, or remove the link"
             )
             raise ConfigError([fault], "the settings")
-    if folder.lock.exists() or list_checkpoints(folder.checkpoints):
+    if any(each.exists() for each in (folder.lock, folder.ends, folder.starts)) or list_checkpoints(folder.checkpoints):
         return
     outputs = (folder.config, folder.model_config, folder.tokenizer, folder.metrics, folder.wandb_id)
     existing = [output.name for output in outputs if output.exists()]
@@ -282,7 +283,8 @@ def _found_here(inputs: Inputs, given: Config, rank: int) -> _Host:
 
 
 def _check_machine(model_config: PreTrainedConfig, setup: Setup) -> None:
-    check_device(setup.config.method, bf16=setup.bf16, on_gpu=setup.on_gpu)
+    capability = torch.cuda.get_device_capability() if setup.on_gpu else None
+    check_device(setup.config.method, bf16=setup.bf16, capability=capability)
     check_memory(model_config, setup, memory_of_rank(), host_memory_of_rank())
 
 
