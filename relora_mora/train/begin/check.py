@@ -42,7 +42,7 @@ from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens, 
 from relora_mora.train.begin.identity import Identity, describe_differences
 from relora_mora.train.begin.inputs import open_inputs
 from relora_mora.train.begin.start_adapter import check_adapter, check_start
-from relora_mora.weights.foreign import check_headers, positions_in
+from relora_mora.weights.foreign import check_files, positions_in
 from relora_mora.weights.load import model_config_of, own_tokenizer_path
 
 
@@ -111,7 +111,7 @@ def check_model(config: Config) -> PreTrainedConfig:
     )
     check_adapters(model_config, config.method)
     if config.model.init_from is not None:
-        check_headers(Path(config.model.init_from))
+        check_files(Path(config.model.init_from))
     check_adapter(config, model_config)
     return model_config
 
@@ -165,9 +165,7 @@ def check(config: Config, world_size: int) -> ResolvedRun:
     inputs = open_inputs(config)
     tokenizer = inputs.tokenizer
     shards = inputs.shards
-    remark = check_vocabulary(tokenizer, model_config.vocab_size, trained=config.model.init_from is not None)
-    if remark:
-        log.info(remark)
+    check_vocabulary(tokenizer, model_config.vocab_size, trained=config.model.init_from is not None)
     tokens = tokenizer_fingerprint(config.tokenizer_path, tokenizer)
     _check_tokenizer(config, model_config.model_type, tokenizer)
     for name, who in unused_by(config).items():
