@@ -28,7 +28,7 @@ relora-mora finetune run.yaml --model.init_from=models/SmolLM3-3B    # a folder 
 `model_type` in the config names the family, and any causal language model of the installed transformers can be
 trained. Its layers, head, masks and initial values are transformers' own. Code in a model folder is never run.
 
-- **A comparison at the start.** A start builds a small twin of the model with large weights and compares its loss
+- **A comparison at the start.** A start builds a narrow twin of the model with large weights and compares its loss
   with plain transformers, and, if documents are kept apart (`data.document_mask`, records), each document with the
   same document in a sequence of its own. A model that differs is refused with the numbers. Models with recurrent or
   convolutional layers, such as Mamba and Jamba, train without a document mask only. Llama, Mistral, Qwen2 and Qwen3
