@@ -50,8 +50,9 @@ Each row is a model of two layers: the kinds of linears with adapters, the share
 hold, attention and head as above, the difference of the loss from transformers in nats, and whether its layers pass
 the boundaries of documents on, so that flash attention needs no mask on a GPU. In all of them, a document in
 a packed sequence computes what it computes in one of its own. `tests/train/test_any_model_runs.py` trains, stops,
-resumes and exports gemma2 (ZeRO-3 with activation checkpointing), phi3, mixtral, gpt2 and gpt_oss, and compares their
-losses with plain torch.
+resumes and exports gemma2 (ZeRO-3 with activation checkpointing), phi3, mixtral (ZeRO-3), gpt2 and gpt_oss, and
+compares their losses with plain torch. `tests/model/test_any_model.py` compares initial values, recomputed layers,
+generation and exports of every row.
 
 | `model_type` | linears | under adapters | attention | head | difference | boundaries |
 |---|---|---|---|---|---|---|
