@@ -48,12 +48,8 @@ def tokenizer_fingerprint(path: str | Path, loaded: "PreTrainedTokenizerBase | N
     model = _equal_model(tokenizer, Path(path))
     if model is not None:
         return xxhash.xxh64(model.read_bytes()).hexdigest()
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content: Any
-    if backend is None:
-        content = sorted(tokenizer.get_vocab().items())
-    else:
-        content = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _IRRELEVANT}
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    content = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _IRRELEVANT}
     return xxhash.xxh64(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
