@@ -112,7 +112,6 @@ def test_from_smollm2_and_text_to_a_model_on_the_hub(pools: Pools, tmp_path: Pat
         before.append(next(line for line in lines if "eval/old/loss" in line))
         after.append([line for line in lines if "eval/old/loss" in line][-1])
     assert before[0]["eval/old/loss"] == before[1]["eval/old/loss"] != before[2]["eval/old/loss"]
-    assert before[0]["eval/old/digest"] != before[2]["eval/old/digest"], "other tokens"
     [scored] = [json.loads(line) for output in outputs for line in output.splitlines() if line.startswith('{"loss"')]
     for name in ("new", "old"):
         assert scored["sets"][name]["digest"] == after[1][f"eval/{name}/digest"]
