@@ -24,6 +24,7 @@ from tests.tools.ports import free_port
 from tests.tools.runs import LLAMA, logged_steps, logged_values
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 from tests.tools.tutorials import check_shown, follow
+from tests.tools.upload_hub import TOKEN, upload_hub
 
 pytestmark = pytest.mark.distributed
 SMOLLM2 = "examples/smollm2.py"
@@ -70,7 +71,13 @@ def test_remora_in_your_own_loop(pools: Pools, tmp_path: Path) -> None:
     follow_page(pools, "loop.md", tmp_path, changes)
 
 
-def test_continue_pretraining_smollm2(pools: Pools, tmp_path: Path) -> None:
+def follow_with_hub(page: str, folder: Path, changes: Mapping[str, str], url: str) -> list[str]:
+    """Runs in a process of a pool: :func:`follow` for somebody who is logged in to the hub at ``url``."""
+    with mock.patch.dict(os.environ, {"HF_ENDPOINT": url, "HF_TOKEN": TOKEN}):
+        return follow(page, folder, changes)
+
+
+def test_from_smollm2_and_text_to_a_model_on_the_hub(pools: Pools, tmp_path: Path) -> None:
     """With the real model if its packages are installed, otherwise with a tiny one of the same layout."""
     model = tmp_path / "downloaded"
     if EXTRAS:
@@ -85,25 +92,34 @@ def test_continue_pretraining_smollm2(pools: Pools, tmp_path: Path) -> None:
         "hf download HuggingFaceTB/SmolLM2-135M --local-dir models/smollm2": (
             f"mkdir models && cp -r '{model}' models/smollm2"
         ),
+        "--pieces=300": "--pieces=20 --max_documents=30",
         "rank: 32": "rank: 4",
         "sequence_length: 256": "sequence_length: 32\n  workers: 0",
         "sequence_length=256": "sequence_length=32",
-        "merge_every: 20": "merge_every: 2",
-        "warmup_steps: 6": "warmup_steps: 2",
-        "warmup_steps: 3": "warmup_steps: 1",
-        "steps: 60": "steps: 5",
-        "every_steps: 20": "every_steps: 5",
+        "merge_every: 10 ": "merge_every: 1 ",
+        "warmup_steps: 3": "warmup_steps: 0",
+        "warmup_steps: 2": "warmup_steps: 0",
+        "steps: 30": "steps: 2",
         "max_tokens: 4096": "max_tokens: 256",
         "max_tokens=4096": "max_tokens=256",
-        "max_new_tokens=60": "max_new_tokens=4",
     }
-    outputs = follow_page(pools, "smollm2.md", folder, changes)
-    run = RunFolder(folder / "runs" / "headers")
-    [*_, last] = [line for line in read_json_lines(run.metrics) if "eval/english/loss" in line]
+    page = (ROOT / "docs" / "tutorials" / "smollm2.md").read_text(encoding="utf-8")
+    with upload_hub() as hub:
+        [outputs] = pools(1)(follow_with_hub, page, folder, changes, hub.url)
+    before, after = ([], [])
+    for name in ("plain", "replay", "extended"):
+        lines = read_json_lines(RunFolder(folder / "runs" / name).metrics)
+        before.append(next(line for line in lines if "eval/old/loss" in line))
+        after.append([line for line in lines if "eval/old/loss" in line][-1])
+    assert before[0]["eval/old/loss"] == before[1]["eval/old/loss"] != before[2]["eval/old/loss"]
     [scored] = [json.loads(line) for output in outputs for line in output.splitlines() if line.startswith('{"loss"')]
-    for name in ("headers", "english"):
-        assert scored["sets"][name]["digest"] == last[f"eval/{name}/digest"]
-        assert scored["sets"][name]["loss"] == pytest.approx(last[f"eval/{name}/loss"], abs=0.05)  # in bfloat16
+    for name in ("new", "old"):
+        assert scored["sets"][name]["digest"] == after[1][f"eval/{name}/digest"]
+        close = pytest.approx(after[1][f"eval/{name}/bits_per_byte"], rel=0.02)  # in bfloat16
+        assert scored["sets"][name]["bits_per_byte"] == close
+    pushed = hub.files["OWNER/smollm2-headers"]
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= pushed.keys()
+    assert b"| old | " in pushed["README.md"] and b"weight 0.2" in pushed["README.md"]
 
 
 def test_output_that_no_command_gives_is_found() -> None:

@@ -1,6 +1,7 @@
 """Puts adapter layers into a model that knows nothing about them."""
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator
 from pkgutil import resolve_name
 
@@ -12,9 +13,6 @@ from relora_mora.adapters.layers import AdapterLinear, adapter_layers, all_names
 from relora_mora.adapters.scope import Caller
 from relora_mora.adapters.stored import PLAIN, EightBits, Stored
 from relora_mora.config.schema import MethodConfig
-
-# the shared input of linears in a decoder layer; a linear that is not named here has an input of its own
-INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp", "up_proj": "mlp"}
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -53,22 +51,15 @@ def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Adapter
 def inject(model: nn.Module, method: MethodConfig, *, seed: int, mora_type: int | None = None) -> dict[str, list[str]]:
     """Replaces the target linears of the decoder with adapter layers in place; returns their names by projection.
 
-    ``mora_type`` is the first operator (default: the first of the cycle). Raises ValueError if a target name matches no
-    layer, or if an operator cannot be built for a layer's shape.
+    ``mora_type`` is the first operator (default: the first of the cycle). Raises ValueError if an operator cannot be
+    built for a layer's shape. ``check_adapters`` reports targets that match nothing.
     """
-    targets = [name for name, module in decoder_linears(model) if isinstance(module, nn.Linear)]
-    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in targets))
-    chosen = kinds if method.target_modules is None else method.target_modules
-    if not kinds:
-        raise ValueError("method.name: the decoder layers have no linears that can have an adapter; use full")
-    if unmatched := [kind for kind in chosen if kind not in kinds]:
-        raise ValueError(
-            f"method.target_modules: no linear of the decoder is named {', '.join(unmatched)}; it has "
-            f"{', '.join(kinds)}"
-        )
-    by_kind = {kind: [name for name in targets if name.rpartition(".")[2] == kind] for kind in chosen}
-    targets = [name for name in targets if name.rpartition(".")[2] in by_kind]
-    replace_linears(model, targets, method, seed=seed, mora_type=mora_type)
+    by_kind: dict[str, list[str]] = {}
+    for name, module in decoder_linears(model):
+        kind = name.rpartition(".")[2]
+        if isinstance(module, nn.Linear) and (method.target_modules is None or kind in method.target_modules):
+            by_kind.setdefault(kind, []).append(name)
+    replace_linears(model, itertools.chain(*by_kind.values()), method, seed=seed, mora_type=mora_type)
     return by_kind
 
 
@@ -84,7 +75,7 @@ def replace_linears(
     layer = layer_class(method)
     places = all_names(model)
     replaced: dict[str, AdapterLinear] = {}
-    by_input: dict[tuple[str, str], list[AdapterLinear]] = {}
+    by_parent: dict[str, list[AdapterLinear]] = {}
     for name in names:
         parent_name, _, kind = name.rpartition(".")
         linear = model.get_submodule(name)
@@ -96,8 +87,8 @@ def replace_linears(
         for place in places[linear]:
             model.set_submodule(place, adapter)
         replaced[name] = adapter
-        by_input.setdefault((parent_name, INPUTS.get(kind, kind)), []).append(adapter)
-    for (parent_name, _), layers in by_input.items():
+        by_parent.setdefault(parent_name, []).append(adapter)
+    for parent_name, layers in by_parent.items():
         if len(layers) > 1:
             layer.share_input(model.get_submodule(parent_name), layers)
     return replaced

@@ -64,7 +64,7 @@ class AdapterLinear(nn.Module):
 
     @classmethod
     def share_input(cls, parent: nn.Module, layers: Sequence[Self]) -> None:
-        """Called with the layers in ``parent`` that see the same input. A subclass may ignore it."""
+        """Called with the layers in ``parent``, some of which may see the same input. A subclass may ignore it."""
 
     @classmethod
     @abstractmethod

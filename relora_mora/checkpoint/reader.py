@@ -236,8 +236,7 @@ def find_checkpoint(path: Path) -> Path:
     ``RUN/best`` or ``RUN/checkpoints/best`` is the best one of a run with ``checkpoint.keep_best``. A warning names
     newer ones that are damaged. Raises :class:`CheckpointError` if there is none or if it is damaged.
     """
-    if path.name == layout.BEST and not path.is_dir():
-        path = _best(path.parent)
+    path = at_best(path)
     for folder in (path, RunFolder(path).checkpoints):
         while candidates := layout.list_checkpoints(folder):
             found, skipped = newest_whole(folder)
@@ -256,14 +255,16 @@ def find_checkpoint(path: Path) -> Path:
     return path
 
 
-def _best(folder: Path) -> Path:
-    for checkpoints in (folder, RunFolder(folder).checkpoints):
+def at_best(path: Path) -> Path:
+    """The checkpoint that ``RUN/best`` or ``RUN/checkpoints/best`` names; any other path as it is."""
+    if path.name != layout.BEST or path.is_dir():
+        return path
+    for checkpoints in (path.parent, RunFolder(path.parent).checkpoints):
         step = layout.best_step(checkpoints)
         if step is not None:
             return checkpoints / layout.step_folder(step)
-    raise layout.CheckpointError(
-        f"{folder}: names no best checkpoint; a run has one after an evaluation, if checkpoint.keep_best names a metric"
-    )
+    fault = "names no best checkpoint; a run has one after an evaluation, if checkpoint.keep_best names a metric"
+    raise layout.CheckpointError(f"{path.parent}: {fault}")
 
 
 def newest_manifest(path: Path) -> layout.Manifest:
@@ -272,6 +273,7 @@ def newest_manifest(path: Path) -> layout.Manifest:
 
     Raises :class:`CheckpointError` if there is none.
     """
+    path = at_best(path)
     for folder in (path, RunFolder(path).checkpoints):
         for checkpoint in layout.list_checkpoints(folder):
             with contextlib.suppress(layout.CheckpointError):

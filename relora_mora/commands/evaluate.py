@@ -219,7 +219,7 @@ def _score_tasks(
     loaded_tokenizer = load_tokenizer(tokenizer_of(loaded, tokenizer))
     if loaded.of_run:
         lm.generation_config = generation_config(loaded_tokenizer, lm.config, loaded.run)  # as in its export
-    scorer = Tasks(settings, loaded_tokenizer, positions_of(lm), lenient=True)
+    scorer = Tasks(settings, loaded_tokenizer, positions_of(lm))
     results = scorer.score(lm, loaded_tokenizer, batch_size=batch_size)
     print(f"{loaded.description}\n{table(results)}", file=sys.stderr)
     print(json.dumps({"tasks": results}), flush=True)

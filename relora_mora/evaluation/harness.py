@@ -8,7 +8,6 @@ import logging
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,30 +89,21 @@ def check_tasks(settings: TaskSettings) -> None:
     for name in local:
         if data is None:
             raise HarnessError(f"{name}: needs {at}task_data: give its file of rows, or the folder of that file")
-        rows = [json.dumps(row, sort_keys=True) for row in local_rows(name, data)]
-        copies = max(Counter(rows).values())  # copies of the evaluated row cannot be examples
-        if num_fewshot is not None and len(rows) - copies < num_fewshot:
+        rows = local_rows(name, data)
+        if num_fewshot is not None and len(rows) <= num_fewshot:
             raise HarnessError(
                 f"{at}num_fewshot: got {num_fewshot}, and {name} has {counted(len(rows), 'row')} including the one "
-                f"that is asked{f' and its copies ({copies} of one)' if copies > 1 else ''}; give fewer, or more rows"
+                "that is asked; give fewer, or more rows"
             )
 
 
 class Tasks:
     """Tasks of lm-eval and of :data:`LOCAL_TASKS`, loaded with their data for models with so many ``positions``.
 
-    Raises :class:`HarnessError` for unknown names, and for tasks that cannot be loaded. With ``lenient``, a task that
-    cannot be loaded is only left out with a warning, unless none is left.
+    Raises :class:`HarnessError` for unknown names, and for tasks that cannot be loaded.
     """
 
-    def __init__(
-        self,
-        settings: TaskSettings,
-        tokenizer: PreTrainedTokenizerBase,
-        positions: int | None,
-        *,
-        lenient: bool = False,
-    ) -> None:
+    def __init__(self, settings: TaskSettings, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> None:
         check_tasks(settings)
         self.settings = settings
 
@@ -135,10 +125,8 @@ class Tasks:
                 local_task, data=data, tokens_of=tokens_of, positions=positions, limit=settings.limit
             )
             self._tasks, missing = _load_tasks(names, self._manager, local)
-        if missing and not (lenient and self._tasks):
+        if missing:
             raise HarnessError("; ".join(missing))
-        for text in missing:
-            log.warning("left out: %s", text)
         _check_answers_fit(self._tasks, positions)
         for task in _leaves(self._tasks):  # as simple_evaluate of lm-eval does
             own = task.config.num_fewshot
@@ -303,33 +291,28 @@ def _named(metric: str, kind: str) -> str:
     return metric if kind == "none" else f"{metric}/{kind}"
 
 
-class _CutCounter(logging.Handler):
-    """Counts the messages of lm-eval about prompts that it truncates."""
-
-    count = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.count += "truncat" in record.getMessage().lower()
-
-
 @contextlib.contextmanager
 def _warn_about_cut_prompts(positions: int | None, num_fewshot: int | None) -> Iterator[None]:
     logger = logging.getLogger("lm_eval.models.huggingface")
-    before = logger.level, logger.propagate
-    cuts = _CutCounter()
-    logger.addHandler(cuts)
+    level = logger.level
+    cuts: list[logging.LogRecord] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        cuts.extend([record] * ("truncat" in record.getMessage().lower()))
+        return False
+
+    logger.addFilter(collect)
     logger.setLevel(logging.WARNING)
-    logger.propagate = False
     try:
         yield
     finally:
-        logger.removeHandler(cuts)
-        logger.level, logger.propagate = before
-    if cuts.count:
+        logger.removeFilter(collect)
+        logger.setLevel(level)
+    if cuts:
         log.warning(
             "prompts were too long for the model's %s positions and lost their beginning (%s); give %s",
             positions,
-            counted(cuts.count, "time"),
+            counted(len(cuts), "time"),
             "fewer few-shot rows (num_fewshot)" if num_fewshot else "a model with more positions, or shorter rows",
         )
 

@@ -100,10 +100,7 @@ def parse_model_config(values: Mapping[str, Any], source: str) -> PreTrainedConf
         used["num_key_value_heads"] = used.get("num_attention_heads", config_class().num_attention_heads)
     if used.get("pad_token_id") == -1:
         used["pad_token_id"] = None  # old exports write -1 for none; an embedding would use its last row
-    longest = used.pop("max_sequence_length", None)  # the name in the first configs of LLaMA
-    wrong = [*_value_faults(config_class, used), *_disagreements(used, longest)]
-    if longest is not None:
-        used.setdefault("max_position_embeddings", longest)
+    wrong = [*_value_faults(config_class, used), *_disagreements(used)]
     if ORIGINAL not in {field.name for field in fields(config_class)}:
         _put_inside(used, used.pop(ORIGINAL, None))
     # null is a value only for keys that an export carries over; otherwise it means the default of the config class
@@ -212,18 +209,15 @@ def _put_inside(values: dict[str, Any], original: int | None) -> None:
                 values[name] = {ORIGINAL: original, **rope}
 
 
-def _disagreements(values: Mapping[str, Any], longest: int | None) -> Iterator[str]:
+def _disagreements(values: Mapping[str, Any]) -> Iterator[str]:
     """Yields faults of values that have two names and are not the same; transformers would take either of them."""
     found = values["rope_parameters"] if isinstance(values.get("rope_parameters"), dict) else {}
     scaling = values["rope_scaling"] if isinstance(values.get("rope_scaling"), dict) else {}
     renamed = {("rope_type" if key == "type" else key): value for key, value in scaling.items()}
     older = {key: values[key] for key in ("rope_theta", ORIGINAL) if values.get(key) is not None} | renamed
-    positions = values.get("max_position_embeddings")
-    pairs = [(key, found[key], value) for key, value in older.items() if key in found]
-    pairs += [("max_position_embeddings", positions, longest)] if positions and longest else []
-    for key, value, other in pairs:
-        if value != other:
-            yield f"{key} is {_shown(value)} and, by an older name, {_shown(other)}; keep one of them"
+    for key, value in older.items():
+        if key in found and found[key] != value:
+            yield f"{key} is {_shown(found[key])} and, by an older name, {_shown(value)}; keep one of them"
 
 
 def _range_faults(key: str, value: Any) -> Iterator[str]:

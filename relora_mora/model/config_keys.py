@@ -76,7 +76,7 @@ def architecture_for(kind: str) -> Architecture | None:
     own |= {"head_dim"} if "num_key_value_heads" in own else set()  # some layers read it although their class lacks it
     # transformers computes layer_types from two of these
     windows = {"use_sliding_window", "max_window_layers"} & own
-    older = ("max_sequence_length", "rope_scaling", "rope_theta", ORIGINAL) if "rope_parameters" in own else ()
+    older = ("rope_scaling", "rope_theta", ORIGINAL) if "rope_parameters" in own else ()
     keys: dict[str, str | Only] = {
         **dict.fromkeys({*about, *GenerationConfig().to_dict()}, NOTHING),
         **{key: TRAINING if key.endswith(_ENDS_OF_TRAINING) else FUNCTION for key in (*own, "tie_word_embeddings")},

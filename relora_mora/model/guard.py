@@ -1,10 +1,11 @@
 """Compares a model with plain transformers at the start of a run, on a small twin.
 
-The twin has the same config with fewer layers, a smaller vocabulary, narrow feed-forward layers and short windows. Its
-weights are larger than initial ones, which would hide differences.
+The twin has the same config with fewer layers and heads, a smaller vocabulary, narrow feed-forward layers and short
+windows. Its weights are larger than initial ones, which would hide differences.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,6 @@ WIDTH = 128  # of its feed-forward layers
 VOCABULARY = 512
 WINDOW = 16  # tokens
 LENGTH = 48  # tokens of a sequence, more than a window
-LARGEST = 2**29  # parameters of a twin that is compared
 TOLERANCE = 1e-4  # of the loss and of hidden states, relative; families differ by 1e-6, leaks are above 1e-1
 _RECORDS = "relora_mora_records_boundaries"
 
@@ -53,12 +53,11 @@ def examine(model_config: PreTrainedConfig, *, attention: str, documents: bool) 
     kind = model_config.model_type
     with torch.no_grad():
         try:
-            plain = _twin(model_config, attention)
-            module = LossModel(copy.deepcopy(plain)).eval()
-            ids = torch.randint(plain.config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-            theirs = float(plain(input_ids=ids, labels=ids, use_cache=False).loss)
-            ours = float(module(ids, F.pad(ids[:, 1:], (0, 1), value=IGNORE)))
-        except Exception as error:  # transformers raises nearly any kind
+            try:
+                module, ids, theirs, ours = _losses(_twin(_narrow(model_config), attention))
+            except Exception:  # transformers raises nearly any kind, also for widths that depend on each other
+                module, ids, theirs, ours = _losses(_twin(model_config, attention))
+        except Exception as error:
             fault = f"model: transformers cannot run a small {kind}: {' '.join(str(error).split())[:300]}"
             raise ConfigError([fault], "model.config") from error
         difference = abs(theirs - ours)
@@ -73,6 +72,14 @@ def examine(model_config: PreTrainedConfig, *, attention: str, documents: bool) 
         if faults:
             raise ConfigError(faults, f"what a {kind} computes")
         return Findings(_passes_boundaries(module.lm, ids), difference)
+
+
+def _losses(plain: PreTrainedModel) -> tuple[LossModel, Tensor, float, float]:
+    """A twin as this package runs it, a batch, and its loss in transformers and here."""
+    module = LossModel(copy.deepcopy(plain)).eval()
+    ids = torch.randint(plain.config.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    theirs = float(plain(input_ids=ids, labels=ids, use_cache=False).loss)
+    return module, ids, theirs, float(module(ids, F.pad(ids[:, 1:], (0, 1), value=IGNORE)))
 
 
 def _leak(module: LossModel, ids: Tensor) -> float:
@@ -102,6 +109,18 @@ def _passes_boundaries(lm: PreTrainedModel, ids: Tensor) -> bool:
     finally:
         lm.config._attn_implementation = before
     return bool(passed) and all(passed)
+
+
+def _narrow(model_config: PreTrainedConfig) -> PreTrainedConfig:
+    """A config with as few heads as keep their widths and groups, and with their part of the hidden size."""
+    heads, hidden = model_config.num_attention_heads, model_config.hidden_size
+    common = math.gcd(heads, getattr(model_config, "num_key_value_heads", None) or heads, hidden)
+    factor = common // 2 if common % 2 == 0 else 1
+    config = copy.deepcopy(model_config)
+    for key, value in vars(model_config).items():
+        if key in ("num_attention_heads", "num_key_value_heads", "n_head", "n_heads") or value == hidden:
+            setattr(config, key, value and value // factor)
+    return config
 
 
 def _twin(model_config: PreTrainedConfig, attention: str) -> PreTrainedModel:

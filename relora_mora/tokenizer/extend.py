@@ -38,14 +38,13 @@ class Extension:
     def __init__(self, path: str | Path) -> None:
         self.path = path
         self.tokenizer = load_tokenizer(path)
-        self.backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
-        self.described = {} if self.backend is None else json.loads(self.backend.to_str())
-        model = self.described.get("model", {})
-        if model.get("type") != "BPE" or model.get("continuing_subword_prefix"):
-            kind = model.get("type", type(self.tokenizer).__name__)
+        self.backend: Any = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        self.described = json.loads(self.backend.to_str())
+        model = self.described["model"]
+        if model["type"] != "BPE" or model.get("continuing_subword_prefix"):
             raise TokenizerError(
-                f"{path}: its model is {kind}, and only BPE can be extended (Llama, Mistral, Qwen, GPT-2 and most "
-                "others); use such a tokenizer"
+                f"{path}: its model is {model['type']}, and only BPE can be extended (Llama, Mistral, Qwen, GPT-2 and "
+                "most others); use such a tokenizer"
             )
         self.has_bytes = "ByteLevel" in json.dumps(self.described["pre_tokenizer"])  # else it is like sentencepiece's
         self.known = set(self.tokenizer.get_vocab())

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
 MODEL_FILE = "tokenizer.model"
 DESCRIPTION = "tokenizer.json"
 MOST_PIECES = 10_000_000  # of a vocabulary
-EXPECTED = "expected a folder with tokenizer.model, a sentencepiece .model file, or a Hugging Face tokenizer folder"
-_VOCABULARY_FILES = (DESCRIPTION, "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+EXPECTED = "expected a folder with tokenizer.model or tokenizer.json, or a sentencepiece .model file"
 
 
 class TokenizerError(ValueError):
@@ -21,7 +20,7 @@ class TokenizerError(ValueError):
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer's files."""
-    return any((folder / name).is_file() for name in (MODEL_FILE, *_VOCABULARY_FILES))
+    return any((folder / name).is_file() for name in (MODEL_FILE, DESCRIPTION))
 
 
 def check_exists(path: Path) -> None:
@@ -34,7 +33,10 @@ def check_exists(path: Path) -> None:
     elif path.suffix != ".model":
         fault = "not a sentencepiece .model file"
     if fault:
-        remedy = "relora-mora train-tokenizer trains one, `hf download REPO --local-dir DIR` fetches one"
+        remedy = (
+            "relora-mora train-tokenizer trains one, `hf download REPO --local-dir DIR` fetches one, and "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes the tokenizer.json of an older one"
+        )
         raise TokenizerError(f"{path}: {fault}; {EXPECTED}; {remedy}")
 
 
@@ -87,8 +89,6 @@ def is_ordinary(token: str, path: Path) -> bool:
     if model is not None:
         processor = open_sentencepiece(model)
         return not processor.is_control(pieces_of(processor)[token])
-    if not (path / DESCRIPTION).is_file():
-        return False
     from tokenizers import Tokenizer
 
     described = Tokenizer.from_file(str(path / DESCRIPTION))

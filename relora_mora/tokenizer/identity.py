@@ -21,29 +21,20 @@ def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def check_vocabulary(
-    tokenizer: "PreTrainedTokenizerBase", vocab_size_of_model: int, *, trained: bool = True
-) -> str | None:
-    """Raises :class:`TokenizerError` if the ids exceed the model's; returns a remark if many embeddings are unused.
+def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size_of_model: int, *, trained: bool = True) -> None:
+    """Raises :class:`TokenizerError` if the ids exceed the model's.
 
     ``trained``: the model already has weights, so its vocabulary cannot change.
     """
     size = vocabulary_size(tokenizer)
-    name = tokenizer.name_or_path or "the tokenizer"
     if size > vocab_size_of_model:
         remedy = f"set --model.overrides.vocab_size={size}, or use a smaller tokenizer"
         if trained:
             remedy = "use the tokenizer that the model was trained with, or add rows with model.new_tokens"
         raise files.TokenizerError(
-            f"{name}: {size} token ids, but the model has only {vocab_size_of_model} (vocab_size); {remedy}"
+            f"{tokenizer.name_or_path or 'the tokenizer'}: {size} token ids, but the model has only "
+            f"{vocab_size_of_model} (vocab_size); {remedy}"
         )
-    unused = vocab_size_of_model - size
-    if unused >= max(1024, size // 20):
-        return (
-            f"the model has {vocab_size_of_model} embeddings, but {unused} of them are never used: "
-            f"{name} has only {size} token ids"
-        )
-    return None
 
 
 def tokenizer_fingerprint(path: str | Path, loaded: "PreTrainedTokenizerBase | None" = None) -> str:
@@ -57,12 +48,8 @@ def tokenizer_fingerprint(path: str | Path, loaded: "PreTrainedTokenizerBase | N
     model = _equal_model(tokenizer, Path(path))
     if model is not None:
         return xxhash.xxh64(model.read_bytes()).hexdigest()
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content: Any
-    if backend is None:
-        content = sorted(tokenizer.get_vocab().items())
-    else:
-        content = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _IRRELEVANT}
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    content = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _IRRELEVANT}
     return xxhash.xxh64(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -95,8 +82,6 @@ def gives_same_tokens(path: str | Path, other: str | Path, loaded: "PreTrainedTo
     ``loaded`` belongs to ``path``, as for :func:`tokenizer_fingerprint`. Raises :class:`TokenizerError` like
     :func:`load_tokenizer`.
     """
-    if tokenizer_fingerprint(path, loaded) == tokenizer_fingerprint(other):
-        return True
     first = load_tokenizer(path) if loaded is None else loaded
     second = load_tokenizer(other)
     return first.get_vocab() == second.get_vocab() and encode(first, HARD_TEXTS) == encode(second, HARD_TEXTS)

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from relora_mora.tokenizer import files
 
@@ -51,8 +51,8 @@ HARD_TEXTS = (
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a folder with ``tokenizer.model``, a ``.model`` file, or a Hugging Face tokenizer folder.
 
-    ``tokenizer.json`` decides the ids if there is one, then ``tokenizer.model``, whose ids are compared with
-    sentencepiece's, and then the other files that ``AutoTokenizer`` reads. Special tokens are never parsed in text, and
+    ``tokenizer.json`` decides the ids if there is one, and otherwise ``tokenizer.model``, whose ids are compared with
+    sentencepiece's. Special tokens are never parsed in text, and
     dropout is turned off. Prints nothing and reads only the disk. Sets ``TOKENIZERS_PARALLELISM=false`` unless it is
     set, because worker processes already run in parallel.
 
@@ -79,11 +79,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 
 def encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
     """The ids of each text, without special tokens: none is added, and none is parsed in the text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        if not texts:
-            return []
-        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     backend.encode_special_tokens = True  # pickling a tokenizer, as for a worker process, loses it
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -163,25 +159,22 @@ def _check_ids(tokenizer: "PreTrainedTokenizerBase", reference: "SentencePiecePr
 
 
 def _from_folder(path: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer in ``tokenizer.json``, or what ``AutoTokenizer`` loads if that file is missing.
+    """The tokenizer in ``tokenizer.json``.
 
-    ``AutoTokenizer`` chooses a class by names in the folder. Some classes, such as Qwen2Tokenizer, use only the
+    ``AutoTokenizer`` would choose a class by names in the folder. Some classes, such as Qwen2Tokenizer, use only the
     vocabulary of ``tokenizer.json``, and split text by rules of their own.
     """
     from transformers import PreTrainedTokenizerFast
 
-    described = (path / files.DESCRIPTION).is_file()
-    if not described or "auto_map" in files.read_json(path / _CONFIG):
-        tokenizer = auto_tokenizer(path, split_special_tokens=True)  # refuses code from the folder
-    if described:
-        tokenizer = auto_tokenizer(path, PreTrainedTokenizerFast, split_special_tokens=True)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # these may have been on when it was saved
-        backend.no_truncation()
-        backend.no_padding()
-        if getattr(backend.model, "dropout", None) is not None:
-            backend.model.dropout = None
-    return tokenizer
+    if "auto_map" in files.read_json(path / _CONFIG):
+        auto_tokenizer(path)  # refuses code from the folder
+    tokenizer: Any = auto_tokenizer(path, PreTrainedTokenizerFast, split_special_tokens=True)
+    backend = tokenizer.backend_tokenizer  # these may have been on when it was saved
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None) is not None:
+        backend.model.dropout = None
+    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def _check_end(tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from relora_mora.checkpoint.layout import Manifest
 from relora_mora.config.checks.combinations import unused_settings
@@ -26,154 +25,68 @@ _OF_TRAINING = ("data.document_mask", "data.packing", "data.seed", "train.epochs
 _LICENSE = "none is chosen yet: name one that the base model and the data allow, here and in the header"
 
 
-def model_card(
-    manifest: Manifest, run: RunFolder, tokenizer: PreTrainedTokenizerBase, title: str, form: str, dtype: str
-) -> str:
+def model_card(manifest: Manifest, run: RunFolder, title: str, library: str) -> str:
     """Markdown with a YAML header for the hub. ``run`` need not exist: then its figures are left out.
 
-    ``form`` and ``dtype`` are those of the export (:func:`relora_mora.weights.export.export`).
+    ``library`` loads the export: transformers or peft.
     """
     config = stored_config(manifest.config, str(run.path))
-    base = config.model.init_from
-    id_of_base = _CACHED.search(base or "")
-    plain = form == "merged"
+    cached = _CACHED.search(config.model.init_from or "")
+    repos = {key.rpartition("@")[0] for key in config.data.commits}
     header = {
-        **({"base_model": "/".join(id_of_base.groups())} if id_of_base else {}),
-        "datasets": _datasets(config),
-        "library_name": "transformers" if plain else "peft",
+        "base_model": "/".join(cached.groups()) if cached else None,
+        "datasets": sorted(repo for repo in repos if any(repo in each.source for each in config.data.train)),
+        "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": ["relora_mora", config.method.name],
     }
-    hints = ["# license: CHOOSE ONE"]
-    if base is not None and not id_of_base:
-        hints.append(f"# base_model: OWNER/NAME of {_shown(base)} on the hub")
-    rows = [f"| {name} | {value} |" for name, value in _facts(manifest, config, run, tokenizer, dtype)]
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump({key: value for key, value in header.items() if value}, sort_keys=False).rstrip(),
-            *hints,
-            "---",
-            "",
-            f"# {title}",
-            "",
-            f"**License:** {_LICENSE}.",
-            "",
-            "| | |",
-            "|---|---|",
-            *rows,
-            "",
-            *_figures(run, manifest.step),
-            *(_use(title, dtype) if plain else []),
-            "## Settings",
-            "",
-            "```yaml",
-            yaml.safe_dump(_settings(config), sort_keys=False).rstrip(),
-            "```",
-            "",
-        ]
+    given = yaml.safe_dump({key: value for key, value in header.items() if value}, sort_keys=False)
+    rows = "".join(f"| {name} | {value} |\n" for name, value in _facts(manifest, config, run))
+    unused = unused_settings(config.by_name)
+    settings = {
+        f"{section}.{key}": value
+        for section, values in manifest.config.items()
+        for key, value in values.items()
+        if (section in ("method", "optim") or f"{section}.{key}" in _OF_TRAINING)
+        and f"{section}.{key}" not in unused
+        and value not in (None, {})
+    }
+    return (
+        f"---\n{given}# license: CHOOSE ONE\n---\n\n# {title}\n\n**License:** {_LICENSE}.\n\n| | |\n|---|---|\n{rows}\n"
+        f"{''.join(_figures(run, manifest.step))}"
+        f"## Settings\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```\n"
     )
 
 
-def _facts(
-    manifest: Manifest, config: Config, run: RunFolder, tokenizer: PreTrainedTokenizerBase, dtype: str
-) -> Iterator[tuple[str, str]]:
-    method = config.method
-    yield (
-        "base model",
-        "none, trained from random weights" if config.model.init_from is None else _shown(config.model.init_from),
-    )
-    mixed = config.data.is_mixture
-    yield (
-        "text",
-        ", ".join(_shown(each.source) + (f" (weight {each.weight:g})" if mixed else "") for each in config.data.train),
-    )
-    details = [METHODS[method.name].title]
-    if method.uses_adapters:
-        details.append(f"rank {method.rank}")
-    if method.uses_squares:
-        details.append(f"operators ({', '.join(map(str, method.operators))})")
-    if manifest.merges_done:
-        details.append(counted(manifest.merges_done, "merge"))
-    yield "method", ", ".join(details)
+def _facts(manifest: Manifest, config: Config, run: RunFolder) -> Iterator[tuple[str, str]]:
+    base = config.model.init_from
+    yield "base model", "none, trained from random weights" if base is None else _shown(base)
+    yield "text", ", ".join(f"{_shown(each.source)} (weight {each.weight:g})" for each in config.data.train)
+    yield "method", f"{METHODS[config.method.name].title}, {counted(manifest.merges_done, 'merge')}"
     for start in _recorded(run.starts)[-1:]:
         yield "parameters", f"{start['parameters']['total']:,}, of which {start['parameters']['trainable']:,} trained"
     length = f"{config.data.sequence_length:,} tokens"
     yield "training", f"{counted(manifest.step, 'step')} of {config.train.batch_size} sequences of up to {length}"
-    if "tokens" in manifest.counters:
-        yield "tokens", f"{manifest.counters['tokens']:,}"
-    yield "tokenizer", f"{len(tokenizer):,} tokens"
-    yield "precision", dtype
 
 
 def _figures(run: RunFolder, step: int) -> Iterator[str]:
-    """A table of the first and the last evaluation until ``step``; nothing if none was recorded."""
-    found = [
-        line for line in _recorded(run.metrics) if line["step"] <= step and any(key.startswith("eval/") for key in line)
-    ]
-    names = [
-        key.removesuffix("perplexity")
-        for key in (found[-1] if found else ())
-        if key.startswith("eval/") and key.endswith("/perplexity")
-    ]
+    """A table of the last evaluation until ``step``; nothing if none was recorded."""
+    lines = [line for line in _recorded(run.metrics) if line["step"] <= step]
+    last: dict[str, Any] = next((line for line in reversed(lines) if any(k.startswith("eval/") for k in line)), {})
+    names = [key.removesuffix("perplexity") for key in last if re.fullmatch("eval/(.+/)?perplexity", key)]
     if names:
-        yield from ("## Held-out text", "", "| text | step | perplexity | bits per byte |", "|---|---|---|---|")
+        yield f"## Held-out text at step {last['step']}\n\n| text | perplexity | bits per byte |\n|---|---|---|\n"
         for name in names:
-            for line in {each["step"]: each for each in (found[0], found[-1])}.values():
-                perplexity, bits = (line.get(f"{name}{key}") for key in ("perplexity", "bits_per_byte"))
-                figures = (
-                    f"{'' if perplexity is None else f'{perplexity:,.2f}'} | {'' if bits is None else f'{bits:.4f}'}"
-                )
-                yield f"| {name.removeprefix('eval/').rstrip('/') or 'all'} | {line['step']} | {figures} |"
-        yield ""
-
-
-def _use(title: str, dtype: str) -> list[str]:
-    return [
-        "## Use",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{title}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{title}")',
-        "```",
-        "",
-        "As GGUF for llama.cpp, if it has this family, from a local copy of this folder:",
-        "",
-        "```bash",
-        gguf_command("FOLDER", dtype),
-        "```",
-        "",
-    ]
+            bits = last.get(f"{name}bits_per_byte")
+            shown = "" if bits is None else f"{bits:.4f}"
+            text = name.removeprefix("eval/").rstrip("/") or "all"
+            yield f"| {text} | {last[f'{name}perplexity']:,.2f} | {shown} |\n"
+        yield "\n"
 
 
 def gguf_command(folder: str, dtype: str) -> str:
     """The command of llama.cpp that converts an export."""
     return f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile model.gguf --outtype {_OUTTYPES[dtype]}"
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """The settings by dotted name that decided about the weights, without paths."""
-    values = {
-        f"{section}.{key}": value
-        for section, keys in config.model_dump(mode="json").items()
-        for key, value in keys.items()
-    }
-    unused = unused_settings(values)
-    return {
-        name: value
-        for name, value in values.items()
-        if name not in unused
-        and (name.startswith(("method.", "optim.")) or name in _OF_TRAINING)
-        and value not in (None, {})
-    }
-
-
-def _datasets(config: Config) -> list[str]:
-    """The sets on the hub that the run took training text from, by the commits that it noted."""
-    repos = {key.rpartition("@")[0] for key in config.data.commits}
-    return sorted(repo for repo in repos if any(repo in each.source for each in config.data.train))
 
 
 def _shown(place: str) -> str:

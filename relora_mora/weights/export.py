@@ -244,7 +244,8 @@ def export(
         checkpoint = find_checkpoint(path)
         tokenizer = load_tokenizer(checkpoint / TOKENIZER)
         reader = CheckpointReader(checkpoint)
-        generation = generation_config(tokenizer, _empty_model(reader).config, RunFolder.of(checkpoint))
+        run = RunFolder.of(checkpoint)
+        generation = generation_config(tokenizer, _empty_model(reader).config, run)
         before_merge()
         if form == "merged":
             model = merged_model(checkpoint, dtype)
@@ -256,9 +257,8 @@ def export(
         # transformers would refuse to save settings that it only warns about, such as a temperature without sampling
         generation.to_json_file(work / GENERATION_CONFIG_NAME)
         save_tokenizer(tokenizer, work)
-        run = RunFolder.of(checkpoint)
-        kind = str(dtype).removeprefix("torch.")
-        card = model_card(reader.manifest, run, tokenizer, title or out.absolute().name, form, kind)
+        library = "transformers" if form == "merged" else "peft"
+        card = model_card(reader.manifest, run, title or out.absolute().name, library)
         (work / CARD).write_text(card, encoding="utf-8")
     return checkpoint
 

@@ -13,9 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from relora_mora.checkpoint.layout import MANIFEST, CheckpointError
 from relora_mora.config.load import ConfigError
-from relora_mora.model.causal import empty_model
 from relora_mora.model.config import architecture_of, parse_model_config, read_json
-from relora_mora.model.config_keys import LLAMA_FAMILY
 from relora_mora.system.logs import log
 from relora_mora.tokenizer.load import quiet_transformers
 
@@ -26,11 +24,6 @@ def abbreviate(names: Iterable[str]) -> str:
     for name in sorted(names):
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
     return ", ".join(same[0] if len(same) == 1 else f"{kind} ({len(same)})" for kind, same in kinds.items())
-
-
-def bare(name: str) -> str:
-    """A weight's name without the leading ``model.`` of enclosing models."""
-    return re.sub(r"^(?:model\.)+", "", name)
 
 
 transformers_logging.disable_progress_bar()  # it would draw one per file
@@ -70,6 +63,7 @@ def load_foreign(path: Path, dtype: torch.dtype, *, whole: bool = False) -> PreT
         raise CheckpointError(
             f"{path}: holds a PEFT adapter next to its model; save the model with the adapter merged in"
         )
+    check_files(path)
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -82,8 +76,7 @@ def load_foreign(path: Path, dtype: torch.dtype, *, whole: bool = False) -> PreT
             )
     except Exception as error:  # transformers raises nearly any kind
         message = " ".join(str(error).split())
-        file = _damaged_file(path) or path
-        raise CheckpointError(f"{file}: transformers cannot load it as a causal language model: {message}") from error
+        raise CheckpointError(f"{path}: transformers cannot load it as a causal language model: {message}") from error
     model, info = loaded
     _refuse_weights(
         path,
@@ -102,36 +95,17 @@ def load_foreign(path: Path, dtype: torch.dtype, *, whole: bool = False) -> PreT
     return model
 
 
-def check_headers(path: Path) -> None:
-    """Checks names and shapes in the safetensors of a Hugging Face folder, without reading any weight.
+def check_files(path: Path) -> None:
+    """Raises :class:`CheckpointError` if a safetensors file of a Hugging Face folder is missing or cut short.
 
-    Raises :class:`CheckpointError` if they do not fit the model in its config.json, as :func:`load_foreign` would after
-    reading the weights.
+    Reads no weight.
     """
-    found: dict[str, tuple[int, ...]] = {}
-    for file in _safetensors(path) if is_foreign(path) else ():
+    for file in _safetensors(path):
         try:
-            with safe_open(file, framework="pt") as tensors:
-                names = tensors.keys()  # a safetensors handle is not a mapping
-                found |= {bare(name): tuple(tensors.get_slice(name).get_shape()) for name in names}
+            with safe_open(file, framework="pt"):
+                pass
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: cannot be read as safetensors ({error}); fetch it again") from error
-    if not found:
-        return
-    model_config = foreign_config(path)
-    if model_config.model_type not in LLAMA_FAMILY:  # transformers may read files of other names
-        return
-    parameters = empty_model(model_config).named_parameters()
-    expected = {bare(name): (name, tuple(parameter.shape)) for name, parameter in parameters}
-    if model_config.tie_word_embeddings and "embed_tokens.weight" not in found and "lm_head.weight" in found:
-        found["embed_tokens.weight"] = found["lm_head.weight"]  # a file may have either of the two names
-    _refuse_weights(
-        path,
-        {
-            "missing": [name for key, (name, _) in expected.items() if key not in found],
-            "of another shape": [name for key, (name, shape) in expected.items() if found.get(key, shape) != shape],
-        },
-    )
 
 
 def has_weights(path: Path) -> bool:
@@ -156,16 +130,6 @@ def _refuse_weights(path: Path, wrong: Mapping[str, Sequence[str]]) -> None:
         raise CheckpointError(
             f"{path}: its weights do not fit its config.json; {faults}; fetch it again, or correct that file"
         )
-
-
-def _damaged_file(folder: Path) -> Path | None:
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError):
-            return file
-    return None
 
 
 def positions_of(model: PreTrainedModel) -> int | None:

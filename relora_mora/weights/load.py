@@ -11,11 +11,10 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from relora_mora.checkpoint.layout import TOKENIZER, CheckpointError, list_checkpoints, read_manifest
 from relora_mora.checkpoint.reader import CheckpointReader, find_checkpoint, newest_manifest
-from relora_mora.config.data import CHATML, DataConfig, RecordsConfig, TextSource
+from relora_mora.config.data import CHATML, DataConfig, RecordsConfig
 from relora_mora.config.data_flags import SCORING, read_data
 from relora_mora.config.load import stored_config
 from relora_mora.config.schema import ModelConfig
-from relora_mora.data.sources.names import hub_repo
 from relora_mora.model.config import parse_model_config, plain_model_config, read_model_config, stored_model_config
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.files import has_tokenizer
@@ -86,29 +85,16 @@ class LoadedModel:
     def data_settings(self, validation: Any, overrides: Mapping[str, str], *, own_tokenizer: bool = True) -> DataConfig:
         """Settings for reading held-out text: the settings of training, overridden by the command line.
 
-        ``validation`` has the form of the setting ``data.validation``; None means the run's own. A run's revisions
-        apply only to its own sources, its commits to all sources. With ``own_tokenizer``, conversations get the chat
-        template that is saved with the run's tokenizer. Raises :class:`ConfigError`.
+        ``validation`` has the form of the setting ``data.validation``; None means the run's own. With
+        ``own_tokenizer``, conversations get the chat template that is saved with the run's tokenizer. Raises
+        :class:`ConfigError`.
         """
         trained = _with_saved_template(self.data) if own_tokenizer else self.data
         given = trained.model_dump(include={*SCORING, "validation", "commits"}) | {"train": "none"}
         _drop_replaced(given, overrides)
-        if validation is None:
-            return read_data(given, overrides, SCORING)
-        del given["revision"]
-        data = read_data({**given, "validation": validation}, overrides, SCORING)
-        return data if "data.revision" in overrides else self._with_own_revisions(data)
-
-    def _with_own_revisions(self, data: DataConfig) -> DataConfig:
-        """Held-out sources without a revision get the one that the run has for the same source on the hub."""
-        own = filter(hub_repo, self.data.sources("validation"))
-        known = {source.source: source.revision or self.data.revision for source in own}
-
-        def pinned(source: TextSource) -> TextSource:
-            return source.model_copy(update={"revision": source.revision or known.get(source.source)})
-
-        sets = {name: [pinned(source) for source in sources] for name, sources in data.validation.items()}
-        return data.model_copy(update={"validation": sets})
+        if validation is not None:
+            given["validation"] = validation
+        return read_data(given, overrides, SCORING)
 
 
 def _drop_replaced(given: dict[str, Any], overrides: Mapping[str, str]) -> None:

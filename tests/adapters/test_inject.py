@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
 from relora_mora.adapters.inject import decoder_linears, inject
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.registry import METHODS
-from relora_mora.config.schema import MethodConfig
 from relora_mora.model.causal import build_model
 from relora_mora.operators import square_size
 from relora_mora.optim.groups import parameter_groups, set_trainable
@@ -98,11 +96,6 @@ def test_norms_do_not_decay():
     set_trainable(model, config.method)
     decays = {group.name: group.weight_decay for group in parameter_groups(model, config.optim)}
     assert decays == {"adapters": 0.1, "embeddings": 0.1, "norms": 0.0}
-
-
-def test_targets_that_match_nothing_are_an_error():
-    with pytest.raises(ValueError, match=r"no linear of the decoder is named experts; it has q_proj, k_proj"):
-        inject(build_model(tiny_llama(), seed=0), MethodConfig(target_modules=["q_proj", "experts"]), seed=0)
 
 
 def test_after_one_step_every_adapter_has_moved():

@@ -113,9 +113,15 @@ def test_a_run_resumes_its_own_checkpoints_unless_it_goes_back(folder):
         where_to_resume(_resuming("never", run_dir))
     assert where_to_resume(_resuming("auto", run_dir)) == run_dir / "checkpoints"
     own = checkpoint_at(run_dir, 15)
-    (run_dir / "best").symlink_to(own)
-    for name in (own, run_dir / "best"):
+    (run_dir / "link").symlink_to(own)
+    for name in (own, run_dir / "link"):
         assert where_to_resume(_resuming(str(name), run_dir)) == name, "to go back to it"
+    with pytest.raises(CheckpointError, match=r"names no best checkpoint; .*checkpoint\.keep_best"):
+        where_to_resume(_resuming(str(run_dir / "best"), run_dir))
+    (folder / "best").write_text(own.name)
+    for run in (run_dir, folder.parent / "another"):
+        assert where_to_resume(_resuming(str(run_dir / "best"), run)) == own
+    assert newest_manifest(run_dir / "best").step == 15
     for name in (run_dir, run_dir / "checkpoints", folder):
         assert where_to_resume(_resuming(str(name), run_dir)) == run_dir / "checkpoints", "as auto"
     (run_dir / "of-another-stage").mkdir()

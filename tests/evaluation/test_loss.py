@@ -110,29 +110,21 @@ def test_the_text_that_a_command_scores():
     assert parse_typed("[{source: b, text_column: body}, c]", "--data") == [record, "c"]
 
 
-def test_the_revisions_of_a_run_apply_only_to_its_own_text():
+def test_text_is_read_as_in_the_run_but_for_what_the_command_sets():
     commits = ["a" * 40, "b" * 40]
-    own = {"c4": "allenai/c4", "web": [{"source": "some/set", "revision": commits[1]}]}
-    data = DataConfig(train="allenai/c4", validation=own | {"here": "a.jsonl"}, revision=commits[0])
+    own = {"c4": "allenai/c4", "here": "a.jsonl"}
+    noted = {"other/set@main": commits[1]}
+    data = DataConfig(train="allenai/c4", validation=own, revision=commits[0], commits=noted, document_mask=True)
     loaded = LoadedModel(_gpt2(), Path("none"), data, "a run")
     own_settings = loaded.data_settings(None, {})
-    assert (own_settings.validation, own_settings.revision) == (data.validation, data.revision)
-    for given in ({"web": "some/set", "new": "other/set", "c4": "allenai/c4"}, ["some/set", "other/set", "allenai/c4"]):
+    assert (own_settings.validation, own_settings.document_mask) == (data.validation, True)
+    for given in (None, {"c4": "allenai/c4"}, "a.jsonl"):
         settings = loaded.data_settings(given, {"data.sequence_length": "64"})
-        assert [source.revision for source in settings.sources("validation")] == [commits[1], None, commits[0]]
-        assert (settings.revision, settings.sequence_length) == ("main", 64)
-    noted = {"other/set@main": commits[0]}
-    of_run = LoadedModel(_gpt2(), Path("none"), data.model_copy(update={"commits": noted}), "a run")
-    assert Commits.of(of_run.data_settings("other/set", {})).at("other/set") == commits[0]
-    (here,) = loaded.data_settings(["a.jsonl"], {}).sources("validation")
-    assert here.revision is None  # it is on no hub
-    asked = loaded.data_settings(["some/set"], {"data.revision": "v2"})
-    assert asked.revision == "v2"
-    assert asked.sources("validation")[0].revision is None
-    masked = LoadedModel(_gpt2(), Path("none"), data.model_copy(update={"document_mask": True}), "a run")
+        assert (settings.revision, settings.sequence_length) == (commits[0], 64)
+    asked = loaded.data_settings("other/set", {"data.revision": "main"})
+    assert Commits.of(asked).at("other/set") == commits[1]
     rows = {"data.records.kind": "question", "data.packing": "none"}
-    assert masked.data_settings(None, {}).document_mask
-    assert not masked.data_settings(["a.jsonl"], rows).document_mask
+    assert not loaded.data_settings(["a.jsonl"], rows).document_mask
 
 
 def test_conversations_of_a_run_use_the_template_saved_with_its_tokenizer():
@@ -230,20 +222,6 @@ def test_other_content_of_a_foreign_folder_is_reported(tmp_path, caplog):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="a PEFT adapter next to its model"):
         load_any_model(folder, torch.float32)
-
-
-def test_sizes_are_compared_before_a_model_is_built(tmp_path, monkeypatch):
-    folder = tmp_path / "llama"
-    _llama().save_pretrained(folder)
-    settings = json.loads((folder / "config.json").read_text())
-    monkeypatch.setattr("relora_mora.weights.foreign.quiet_transformers", lambda: pytest.fail("the model is built"))
-    for changes, message in (
-        ({"num_hidden_layers": 40}, r"missing: model.layers.\*.input_layernorm.weight \(38\)"),
-        ({"vocab_size": 8_000_000}, "of another shape: lm_head.weight, model.embed_tokens.weight"),
-    ):
-        (folder / "config.json").write_text(json.dumps(settings | changes))
-        with pytest.raises(CheckpointError, match=message):
-            load_any_model(folder, torch.float32)
 
 
 def _bert(*, is_decoder: bool) -> BertLMHeadModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import MethodConfig
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.evaluation.generation import greedy
-from relora_mora.model import documents
+from relora_mora.model import causal, documents, guard
 from relora_mora.model.causal import LossModel, build_model, empty_model, initial_values
 from relora_mora.model.config import parse_model_config
 from relora_mora.model.config_keys import architecture_for
@@ -22,10 +23,20 @@ from relora_mora.model.guard import examine
 from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.fit import check_adapters
 from relora_mora.sizing.work import meta_model
+from relora_mora.system.process import missing_to_compile
+from relora_mora.weights.export import export
 from tests.tools.any_model import FAMILIES, FURTHER_FAMILIES, any_config
+from tests.tools.checkpoints import write_checkpoint
 from tests.tools.grids import rest
+from tests.tools.tokenizer_tools import save_bytes_tokenizer
 
 ALL = [*FAMILIES, *rest(*((kind,) for kind in FURTHER_FAMILIES))]
+KINDS = sorted({**FAMILIES, **FURTHER_FAMILIES})
+
+
+def some(*kinds: str) -> list[Any]:
+    """All kinds of models; ``make test`` has these."""
+    return [*kinds, *rest(*((kind,) for kind in KINDS if kind not in kinds))]
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -60,6 +71,12 @@ def test_windows_of_the_llama_family_are_those_of_transformers() -> None:
         assert findings.difference < 1e-5
 
 
+def test_another_head_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(causal, "head_scale", lambda lm: (True, 1.0))
+    with pytest.raises(ConfigError, match=r"the loss of a small cohere is \d.* in transformers and \d.* here"):
+        examine(any_config("cohere"), attention="auto", documents=True)
+
+
 @pytest.mark.parametrize("kind", ["mamba", "jamba"])
 def test_a_model_whose_documents_leak_trains_only_without_a_mask(kind: str) -> None:
     config = any_config(kind)
@@ -68,10 +85,29 @@ def test_a_model_whose_documents_leak_trains_only_without_a_mask(kind: str) -> N
     assert examine(config, attention="auto", documents=False).difference < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["olmo2", "apertus", "gpt_oss", "gpt2", "phi"])
-def test_initial_values_have_the_distributions_of_transformers(kind: str) -> None:
+def test_a_wide_model_is_compared_by_a_narrow_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads keep their width and their groups, and a leak is found all the same."""
+    compared: list[PreTrainedConfig] = []
+    twin = guard._twin
+    monkeypatch.setattr(guard, "_twin", lambda config, *rest: compared.append(config) or twin(config, *rest))
+    wide = {"hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 4}
+    assert examine(any_config("olmo2", **wide), attention="auto", documents=True).difference < 1e-5
+    with pytest.raises(ConfigError, match="documents change each other"):
+        examine(any_config("jamba", **wide), attention="auto", documents=True)
+    sizes = [(each.hidden_size, each.num_attention_heads, each.num_key_value_heads) for each in compared]
+    assert sizes == [(128, 8, 2)] * 2
+
+
+@pytest.mark.parametrize("kind", some("apertus", "gpt_oss", "gpt2"))
+def test_initial_values_have_the_distributions_of_transformers_on_any_rank(kind: str) -> None:
     config = any_config(kind, wide=True)
-    values = initial_values(empty_model(config), [name for name, _ in empty_model(config).named_parameters()], seed=1)
+    lm = empty_model(config)
+    names = [name for name, _ in lm.named_parameters()]
+    values = initial_values(lm, names, seed=1)
+    parts = initial_values(lm, names[1::2], seed=1) | initial_values(lm, names[::2], seed=1)
+    assert all(torch.equal(parts[name], value) for name, value in values.items())
+    other = initial_values(lm, names, seed=4)
+    assert any(not torch.equal(other[name], value) for name, value in values.items())
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(config).float()
     wrong = []
@@ -89,17 +125,6 @@ def test_initial_values_have_the_distributions_of_transformers(kind: str) -> Non
         if not same:
             wrong.append(name)
     assert wrong == []
-
-
-@pytest.mark.parametrize("kind", ["olmo2", "gpt2", "mixtral"])
-def test_each_rank_draws_its_own_parameters_alike(kind: str) -> None:
-    lm = empty_model(any_config(kind))
-    names = [name for name, _ in lm.named_parameters()]
-    whole = initial_values(lm, names, seed=3)
-    parts = initial_values(lm, names[1::2], seed=3) | initial_values(lm, names[::2], seed=3)
-    assert all(torch.equal(parts[name], value) for name, value in whole.items())
-    other = initial_values(lm, names, seed=4)
-    assert any(not torch.equal(other[name], value) for name, value in whole.items())
 
 
 @pytest.mark.parametrize("kind", ["cohere", "gemma2", "opt"])
@@ -120,20 +145,58 @@ def test_gradients_are_those_of_transformers(kind: str) -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_a_step_never_reads_positions_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", some("olmo2"))
+def test_a_step_never_reads_positions_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformers would, to find documents, and wait for a device."""
     read: list[Tensor] = []
     monkeypatch.setattr(documents, "_find", read.append)
-    module = LossModel(build_model(any_config("olmo2"), seed=0))
+    module = LossModel(build_model(any_config(kind), seed=0))
     ids = torch.randint(64, (2, 24))
     module(ids, ids, document_boundaries(torch.arange(24).expand(2, 24) // 9))
     module(ids, ids)
     assert read == []
-    module.lm.model(input_ids=ids, position_ids=torch.arange(24)[None])  # called by another program
-    assert len(read) > 0
+    if kind == "olmo2":
+        module.lm.model(input_ids=ids, position_ids=torch.arange(24)[None])  # called by another program
+        assert len(read) > 0
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", *rest(("opt",), ("gptj",), ("bloom",))])
+COMPILED = [(kind, "compiled") for kind in ("gemma2", "phi3", "mixtral")]
+
+
+@pytest.mark.more
+@pytest.mark.parametrize(("kind", "how"), [*((kind, "recomputed") for kind in KINDS), *COMPILED])
+def test_layers_that_are_recomputed_or_compiled_have_the_same_gradients(kind: str, how: str) -> None:
+    if how == "compiled" and missing_to_compile("C++") is not None:
+        pytest.skip("torch.compile needs a compiler")
+    config = any_config(kind)
+    ids = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(1))
+    boundaries = document_boundaries(torch.arange(24).expand(2, 24) // 9)
+    gradients: list[dict[str, Tensor]] = []
+    for changed in (False, True):
+        lm = build_model(config, seed=2).train()
+        if changed and how == "recomputed":
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        module = LossModel(lm, compiled=changed and how == "compiled")
+        torch.manual_seed(0)  # of dropout
+        module(ids, ids.roll(-1), boundaries).backward()
+        gradients.append({name: p.grad for name, p in lm.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        exact = {"rtol": 0, "atol": 0} if how == "recomputed" else {"rtol": 1e-3, "atol": 1e-6}
+        torch.testing.assert_close(gradients[1][name], gradient, **exact, msg=name)
+
+
+@pytest.mark.parametrize("kind", some("gpt_oss"))
+def test_an_export_holds_the_weights(kind: str, tmp_path: Path) -> None:
+    lm = build_model(any_config(kind), seed=5)
+    save_bytes_tokenizer(tmp_path)
+    export(write_checkpoint(tmp_path / "checkpoint", lm, tmp_path), tmp_path / "out")
+    theirs, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict(), lm.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert [name for name, value in theirs.items() if not torch.equal(value, ours[name])] == []
+
+
+@pytest.mark.parametrize("kind", some("gemma2", "gpt_oss"))
 def test_a_batch_generates_what_transformers_does_for_each(kind: str) -> None:
     lm = build_model(any_config(kind), seed=3).eval()
     generator = torch.Generator().manual_seed(1)

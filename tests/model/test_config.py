@@ -154,7 +154,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [  # (what the message must name, ov
     ),
     ("partial_rotary_factor LlamaConfig", {"partial_rotary_factor": 0.5}),
     # numbers
-    ("max_position_embeddings 64 32", {"max_sequence_length": 32}),
+    ("max_sequence_length LlamaConfig", {"max_sequence_length": 32}),
     ("pad_token_id 99999 64", {"pad_token_id": 99999}),
     ("attention_dropout 5", {"attention_dropout": 5}),
     ("head_dim 3", {"hidden_size": 24, "num_attention_heads": 8}),
@@ -200,12 +200,9 @@ def test_without_a_number_of_key_heads_there_are_as_many_as_attention_heads(path
 def test_two_names_of_one_value_are_unified(path: Path) -> None:
     plain = plain_model_config(read(path))
     assert plain_model_config(read(path, rope_theta=10000, rope_parameters=rope("default"), rope_scaling=None)) == plain
-    assert plain_model_config(read(path, max_sequence_length=64)) == plain
     yarn = {"type": "yarn", "factor": 4.0}
     inside = keys_with(read(path, rope_scaling={**yarn, "original_max_position_embeddings": 8}), FUNCTION)
     assert keys_with(read(path, rope_scaling=yarn, original_max_position_embeddings=8), FUNCTION) == inside
-    path.write_text(json.dumps({key: value for key, value in TINY.items() if key != "max_position_embeddings"}))
-    assert plain_model_config(read(path, max_sequence_length=64)) == plain
 
 
 def test_activations_without_parameters_are_accepted(path: Path) -> None:

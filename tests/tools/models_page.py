@@ -28,7 +28,7 @@ relora-mora finetune run.yaml --model.init_from=models/SmolLM3-3B    # a folder 
 `model_type` in the config names the family, and any causal language model of the installed transformers can be
 trained. Its layers, head, masks and initial values are transformers' own. Code in a model folder is never run.
 
-- **A comparison at the start.** A start builds a small twin of the model with large weights and compares its loss
+- **A comparison at the start.** A start builds a narrow twin of the model with large weights and compares its loss
   with plain transformers, and, if documents are kept apart (`data.document_mask`, records), each document with the
   same document in a sequence of its own. A model that differs is refused with the numbers. Models with recurrent or
   convolutional layers, such as Mamba and Jamba, train without a document mask only. Llama, Mistral, Qwen2 and Qwen3
@@ -50,8 +50,9 @@ Each row is a model of two layers: the kinds of linears with adapters, the share
 hold, attention and head as above, the difference of the loss from transformers in nats, and whether its layers pass
 the boundaries of documents on, so that flash attention needs no mask on a GPU. In all of them, a document in
 a packed sequence computes what it computes in one of its own. `tests/train/test_any_model_runs.py` trains, stops,
-resumes and exports gemma2 (ZeRO-3 with activation checkpointing), phi3, mixtral, gpt2 and gpt_oss, and compares their
-losses with plain torch.
+resumes and exports gemma2 (ZeRO-3 with activation checkpointing), phi3, mixtral (ZeRO-3), gpt2 and gpt_oss, and
+compares their losses with plain torch. `tests/model/test_any_model.py` compares initial values, recomputed layers,
+generation and exports of every row.
 
 | `model_type` | linears | under adapters | attention | head | difference | boundaries |
 |---|---|---|---|---|---|---|

@@ -21,8 +21,8 @@ STEPS = 6
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "gemma2": {"train": {"zero_stage": 3}, "model": {"activation_checkpointing": True}},
     "phi3": {"train": {"zero_stage": 1}},
-    "mixtral": {"train": {"zero_stage": 0}, "method": {"train_experts": True}},
-    "gpt2": {"train": {"zero_stage": 2}, "method": {"name": "full"}},
+    "mixtral": {"train": {"zero_stage": 3}, "method": {"train_experts": True}},
+    "gpt2": {"train": {"zero_stage": 0}, "method": {"name": "full"}},
     "gpt_oss": {"train": {"zero_stage": 2}},
 }
 

@@ -97,9 +97,10 @@ def test_an_answer_ends_where_the_merged_model_ends_it(base, tokenizer_path, tmp
     assert ends(tmp_path / "merged") == ends(tmp_path / form) == expected != ends(base)
 
 
-@each("kind", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.more
+@each("kind", ["mistral", "qwen2", "qwen3", "phi3", "gemma2", "mixtral", "gpt_neox"])
 def test_peft_computes_what_a_run_of_another_family_does(peft, tokenizer_path, tmp_path, kind):
-    base = save_base(tmp_path / "base", kind, tie_word_embeddings=True)
+    base = save_base(tmp_path / "base", kind, tie_word_embeddings=True, pad_token_id=None)
     method = METHODS["mora1"] | ADAPTERS_ONLY | {"dropout": 0.1}
     lm = adapted(base, method)
     export(write_run(tmp_path / "run", lm, base, tokenizer_path, method), tmp_path / "peft", form="peft")

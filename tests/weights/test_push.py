@@ -28,7 +28,7 @@ def test_an_export_arrives_and_a_later_one_keeps_the_card(hub: UploadHub, run: P
     assert hub.private == {"me/mine": True}
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert hub.files["me/mine"] == {".gitattributes": b""} | written
-    assert b'from_pretrained("me/mine")' in written["README.md"]
+    assert b"# me/mine" in written["README.md"]
     mine = {"README.md": b"with a license", "model-00001-of-00002.safetensors": b"old", "notes.txt": b"mine"}
     hub.files["me/mine"] |= mine
     assert call(EXPORT, run, tmp_path / "again", "--push=me/mine").code == 0

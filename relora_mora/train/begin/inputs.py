@@ -56,7 +56,7 @@ from relora_mora.train.begin.identity import Identity, changed_settings
 from relora_mora.train.begin.start_adapter import check_adapter, check_start
 from relora_mora.train.begin.text import open_text
 from relora_mora.train.log.loggers import check_loggers
-from relora_mora.weights.foreign import check_headers, positions_in
+from relora_mora.weights.foreign import check_files, positions_in
 from relora_mora.weights.load import model_config_of, own_tokenizer_path
 from relora_mora.weights.vocabulary import with_vocabulary
 
@@ -129,9 +129,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     config = config.model_copy(update={"data": data})
     text = open_text(config)
     tokenizer = text.tokenizer
-    remark = check_vocabulary(tokenizer, model_config.vocab_size, trained=config.model.init_from is not None)
-    if remark:
-        log.info(remark)
+    check_vocabulary(tokenizer, model_config.vocab_size, trained=config.model.init_from is not None)
     _check_tokenizer(config, model_config.model_type, tokenizer)
     remote = [shard for shard in text.shards if shard.is_remote]
     check_columns(remote, data)
@@ -217,7 +215,7 @@ def check_model(config: Config) -> PreTrainedConfig:
     )
     check_adapters(model_config, config.method)
     if config.model.init_from is not None:
-        check_headers(Path(config.model.init_from))
+        check_files(Path(config.model.init_from))
     check_adapter(config, model_config)
     return model_config
 

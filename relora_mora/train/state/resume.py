@@ -6,6 +6,7 @@ from pathlib import Path
 from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints, read_manifest
 from relora_mora.checkpoint.reader import (
     CheckpointReader,
+    at_best,
     check_folder,
     find_checkpoint,
     newest_manifest,
@@ -38,10 +39,11 @@ def where_to_resume(config: Config) -> Path | None:
     resume = config.train.resume
     folder = RunFolder(Path(config.train.run_dir))
     own = folder.checkpoints
+    named = at_best(Path(resume))
     if not list_checkpoints(own):
         if resume not in ("auto", "never"):
-            check_folder(Path(resume))
-            return Path(resume)
+            check_folder(named)
+            return named
         if resume == "auto" and (abandoned := sorted(own.glob("abandoned-*step-*"))):
             raise CheckpointError(
                 f"{own}: holds {abandoned[-1].name} and no other checkpoint; name one in train.resume, or move it away "
@@ -52,7 +54,6 @@ def where_to_resume(config: Config) -> Path | None:
         raise CheckpointError(
             f"{own}: holds checkpoints, and train.resume=never; use another train.run_dir, or train.resume=auto"
         )
-    named = Path(resume).absolute()
     if resume == "auto" or own.resolve() in (named.resolve(), RunFolder(named).checkpoints.resolve()):
         return own
     previous = None
@@ -66,12 +67,12 @@ def where_to_resume(config: Config) -> Path | None:
         )
         return own
     check_folder(named)
-    if own.resolve() not in (named.parent.resolve(), named.resolve().parent):
+    if own.resolve() not in (named.absolute().parent.resolve(), named.resolve().parent):
         raise CheckpointError(
             f"train.resume={resume}: {folder.path} holds checkpoints of a start that did not begin there; "
             "train.resume=auto continues from them; to begin at the one you named, give another train.run_dir"
         )
-    return Path(resume)
+    return named
 
 
 def checkpoint_at(where: Path, inputs: Inputs, rank: int) -> Path:
