@@ -16,7 +16,7 @@ from relora_mora.data.content import at_versions, remote_content, remote_version
 from relora_mora.data.sets.reading import Epochs, count_epochs
 from relora_mora.data.sets.show import check_columns, check_lanes, check_records
 from relora_mora.data.shard import Shard, Version
-from relora_mora.data.sources.named_sets import Datasets, find_datasets, remember_datasets
+from relora_mora.data.sources.named_sets import FoundFiles, find_files, remember_files
 from relora_mora.data.sources.names import with_commits
 from relora_mora.distributed import collectives
 from relora_mora.distributed.join import CHECKS, JoinError, joined_within, store_address
@@ -120,8 +120,8 @@ def _check(config: Config, guard: Guard) -> tuple[ResolvedRun, Path | None, int,
             _watch(guard, config, rank, world_size)
     folder = Path(config.train.run_dir)
     collectives.from_first_rank(lambda: _check_here(config, folder))
-    data, datasets = collectives.from_first_rank(lambda: _pin_commits(config))
-    remember_datasets(datasets)
+    data, found = collectives.from_first_rank(lambda: _pin_commits(config))
+    remember_files(found)
     config = collectives.on_all_ranks(lambda: with_vocabulary(with_rule(config.model_copy(update={"data": data}))))
     config = with_chosen_products(config)
     checked = collectives.on_all_ranks(lambda: check(config, world_size))
@@ -223,13 +223,13 @@ def _check_here(config: Config, folder: Path) -> None:
             raise TokenizerError(f"tokenizer.path: {error}") from error
 
 
-def _pin_commits(config: Config) -> tuple[DataConfig, Datasets]:
+def _pin_commits(config: Config) -> tuple[DataConfig, FoundFiles]:
     """The data settings with each revision pinned to one commit for the whole run, and the files of its hub datasets.
 
     Only one rank asks the hub.
     """
     data = with_commits(with_saved_commits(config))
-    return data, find_datasets(data)
+    return data, find_files(data)
 
 
 def _count(config: Config, shards: Sequence[Shard]) -> Epochs:

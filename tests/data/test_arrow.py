@@ -14,8 +14,15 @@ from relora_mora.data.content import local_content
 from relora_mora.data.errors import SourceError
 from relora_mora.data.read import open_rows
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.resolve import resolve_shards
-from tests.tools.data_tools import data_config, rows_of, some_texts, texts_of, write_arrow, write_parquet
+from tests.tools.data_tools import (
+    data_config,
+    resolve_shards,
+    rows_of,
+    some_texts,
+    texts_of,
+    write_arrow,
+    write_parquet,
+)
 from tests.tools.each import each
 from tests.tools.faulty_server import serving
 

@@ -22,13 +22,14 @@ from relora_mora.data.local import LocalFile
 from relora_mora.data.read import open_rows
 from relora_mora.data.sets.show import check_columns
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.resolve import configured_shards, resolve_shards
+from relora_mora.data.sources.resolve import configured_shards
 from tests.tools.data_tools import (
     WRITE_GROUPS,
     data_config,
     documents_in,
     epoch_tokens,
     make_lane,
+    resolve_shards,
     rows_of,
     some_texts,
     texts_of,

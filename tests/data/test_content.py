@@ -16,8 +16,7 @@ from relora_mora.data import content, network
 from relora_mora.data.content import at_versions, local_content, remote_content, remote_versions
 from relora_mora.data.errors import SourceError
 from relora_mora.data.read import open_rows
-from relora_mora.data.sources.resolve import resolve_shards
-from tests.tools.data_tools import data_config, some_texts, write_shard, write_shards
+from tests.tools.data_tools import data_config, resolve_shards, some_texts, write_shard, write_shards
 from tests.tools.each import each
 from tests.tools.faulty_server import FAULTS, serving
 

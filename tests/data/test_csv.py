@@ -14,8 +14,7 @@ from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.read import open_rows
 from relora_mora.data.sets.show import check_columns
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.resolve import resolve_shards
-from tests.tools.data_tools import data_config, rows_of, some_texts, write_shard
+from tests.tools.data_tools import data_config, resolve_shards, rows_of, some_texts, write_shard
 from tests.tools.each import each
 
 

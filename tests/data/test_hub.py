@@ -10,8 +10,8 @@ from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import SourceError
 from relora_mora.data.read import iter_texts
 from relora_mora.data.sources.names import with_commits
-from relora_mora.data.sources.resolve import configured_shards, resolve_shards
-from tests.tools.data_tools import data_config, some_texts, texts_of, write_shard
+from relora_mora.data.sources.resolve import configured_shards
+from tests.tools.data_tools import data_config, resolve_shards, some_texts, texts_of, write_shard
 from tests.tools.each import each
 from tests.tools.faulty_server import COMMIT, serving
 

@@ -126,7 +126,7 @@ def test_the_revisions_of_a_run_apply_only_to_its_own_text():
         assert (settings.revision, settings.sequence_length) == ("main", 64)
     noted = {"other/set@main": commits[0]}
     of_run = LoadedModel(_gpt2(), Path("none"), data.model_copy(update={"commits": noted}), "a run")
-    assert Commits.of(of_run.data_settings("other/set", {})).at("other/set") == commits[0]
+    assert Commits(of_run.data_settings("other/set", {})).at("other/set") == commits[0]
     (here,) = loaded.data_settings(["a.jsonl"], {}).sources("validation")
     assert here.revision is None  # it is on no hub
     asked = loaded.data_settings(["some/set"], {"data.revision": "v2"})

@@ -23,7 +23,7 @@ from relora_mora.data.read import iter_texts, open_rows
 from relora_mora.data.rows import Encoded
 from relora_mora.data.sets.held_out import load_eval_set
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.sources.resolve import configured_shards, shards_of
 from relora_mora.data.stream.packing import Lane
 
 EOS = 256
@@ -140,6 +140,11 @@ def data_config(source: Any, **settings: Any) -> DataConfig:
     given = {"sequence_length": 32, "workers": 0, "shuffle_documents": 8, "timeout_seconds": 20.0, **settings}
     sources = source if isinstance(source, list) else str(source)
     return DataConfig(**{"train": sources, "validation": sources, **given})
+
+
+def resolve_shards(sources: Any, revision: str = "main", split: Any = "train", **settings: Any) -> list[Shard]:
+    """The shards that sources name, with these settings."""
+    return shards_of(sources, data_config("unused", revision=revision, **settings), split)
 
 
 def make_lane(

@@ -13,11 +13,11 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.read import iter_texts, open_rows
 from relora_mora.data.records.encoders import encoder_of
 from relora_mora.data.sets.show import check_records, marked, show_records
-from relora_mora.data.sources.resolve import configured_shards, resolve_shards
+from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.tokens.folder import make_tokens
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.record_tools import CONVERSATION, encoded
-from tests.tools.data_tools import data_config, eval_set, write_json_lines
+from tests.tools.data_tools import data_config, eval_set, resolve_shards, write_json_lines
 from tests.tools.each import each
 
 ROWS = [
