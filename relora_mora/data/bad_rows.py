@@ -44,7 +44,7 @@ class JudgedRows(Rows[Any], ABC):
         *,
         unit: str,
         bad: int,
-        note: Callable[[str], None],
+        note: Callable[[str], object],
     ) -> None:
         self.bad = bad
         self._shard = shard

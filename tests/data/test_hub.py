@@ -8,7 +8,7 @@ import pytest
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import SourceError
-from relora_mora.data.read import iter_texts
+from relora_mora.data.sets.reading import iter_texts
 from relora_mora.data.sources.names import with_commits
 from relora_mora.data.sources.resolve import configured_shards
 from tests.tools.data_tools import data_config, resolve_shards, some_texts, texts_of, write_shard

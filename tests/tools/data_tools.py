@@ -19,9 +19,10 @@ from relora_mora.config.data import DataConfig
 from relora_mora.data.files import open_file, text_pieces
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.lines import lines_in
-from relora_mora.data.read import iter_texts, open_rows
+from relora_mora.data.read import open_rows
 from relora_mora.data.rows import Encoded
 from relora_mora.data.sets.held_out import load_eval_set
+from relora_mora.data.sets.reading import iter_texts
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards, shards_of
 from relora_mora.data.stream.packing import Lane

@@ -4,7 +4,7 @@ import functools
 import itertools
 import logging
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,9 @@ from relora_mora.data.content import THREADS
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.lanes import Cursor, LanePlan, LaneRows, lane_plans
 from relora_mora.data.read import open_rows
-from relora_mora.data.records.encoders import encoder_of, packing_of
-from relora_mora.data.rows import Ids, Scored, calls_of
-from relora_mora.data.sets.reading import rows_in_order
+from relora_mora.data.records.encoders import packing_of
+from relora_mora.data.rows import Ids, Scored
+from relora_mora.data.sets.reading import read_rows, rows_in_order
 from relora_mora.data.shard import JSON_LINES, TEXT, Shard
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.packing import with_end
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 
 SAMPLE_ROWS = 1000
 _FIRST_LINES = 16
-_ROWS_PER_CALL = 64
 _CHARACTERS = 1 << 22  # at most this many are tokenized, which takes a second or two
 _GREEN = "\x1b[32m"
 _PLAIN = "\x1b[0m"
@@ -81,23 +80,13 @@ def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTr
 
 
 def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
-    encode = encoder_of(tokenizer, [shards[0].records], packing_of(config, shards), config.sequence_length)
-    checked = shards[:1] if shards[0].is_remote else shards
     counts = RecordsFound()
-    characters = 0
-    whole = len(checked) == len(shards)
-    with closing(_readable_rows(checked, config)) as groups:
-        for group in groups:
-            if counts.seen >= FEWEST_ROWS or characters >= _CHARACTERS:
-                whole = False
-                break
-            for row in encode(group):
-                counts.add(row)
-            characters += sum(map(len, group))
-    if whole and not counts.seen:
+    checked = shards[:1] if shards[0].is_remote else shards
+    rows = _first(read_rows(checked, config, note=_ignore))
+    for _ in rows_in_order(shards, config, tokenizer, packing_of(config, shards), counts, rows=rows, note=_ignore):
+        pass
+    if not counts.seen and checked is shards:
         raise SourceError(f"{shards[0].label}: holds no record; give a file with at least one")
-    if fault := counts.fault(shards[0].label, config.max_bad_fraction):
-        raise fault
     if counts.too_long * 2 > counts.seen:
         log.warning(
             "%s: %d of the first %d records are too long and left out, for instance %s; raise data.sequence_length",
@@ -106,6 +95,15 @@ def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrai
             counts.seen,
             counts.examples[TOO_LONG],
         )
+
+
+def _first(rows: Iterable[tuple[Any, int | None]]) -> Iterator[tuple[Any, int | None]]:
+    characters = 0
+    for row, size in itertools.islice(rows, FEWEST_ROWS):
+        yield row, size
+        characters += len(row)
+        if characters >= _CHARACTERS:
+            break
 
 
 def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None:
@@ -124,42 +122,14 @@ def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None
 
 
 def _check_lanes_of(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None:
-    plans = lane_plans(config, lanes, len(shards), packing_of(config, shards))
-    strides = {part.shard: part.stride for plan in plans for part in plan.parts if part.stride > 1}
-    in_turn = [shard for shard in strides if not shards[shard].in_ranges]
     one_row = config.model_copy(update={"shuffle_documents": 1})
-
-    def phases(shard: int) -> set[int]:
-        return _phases_with_text(shards[shard], config, strides[shard])
 
     def read_first(plan: LanePlan) -> None:
         with closing(LaneRows(plan, shards, one_row, functools.partial(open_any, config)).rows_from(Cursor())) as rows:
             next(rows)
 
     with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers
-        with_text = dict(zip(in_turn, threads.map(phases, in_turn), strict=True))
-        left = [plan for plan in plans if not any(part.phase in with_text.get(part.shard, ()) for part in plan.parts)]
-        list(threads.map(read_first, left))
-
-
-def _phases_with_text(shard: Shard, config: DataConfig, stride: int) -> set[int]:
-    """Which of the lanes that take the rows of a shard in turn get a text. Faster than opening each of many lanes."""
-    phases: set[int] = set()
-    with closing(open_any(config, shard, note=_ignore)) as opened:
-        for number, row in enumerate(itertools.chain.from_iterable(calls_of(opened, _ROWS_PER_CALL))):
-            if not isinstance(row, Skipped):
-                phases.add(number % stride)
-                if len(phases) == stride:
-                    break
-    return phases
-
-
-def _readable_rows(shards: Sequence[Shard], config: DataConfig) -> Generator[list[Any]]:
-    """All readable rows, in groups."""
-    for shard in shards:
-        with closing(open_rows(config, shard, note=_ignore)) as opened:
-            for group in calls_of(opened, _ROWS_PER_CALL):
-                yield [row for row in group if not isinstance(row, Skipped)]
+        list(threads.map(read_first, lane_plans(config, lanes, len(shards), packing_of(config, shards))))
 
 
 def _ignore(note: str) -> None:

@@ -133,26 +133,11 @@ def _splits(name: SetName, root: Path) -> Mapping[str, Sequence[str]]:
     except FileNotFoundError:
         return {}
     except Exception as error:  # of many types, since anybody may have written the README
-        raise _config_error(name, root, error) from error
+        message = " ".join(str(error).split()).replace(str(root), name.source)
+        raise SourceError(
+            f"{name.source}: datasets cannot find its files ({message:.500}); "
+            f"name a configuration as {name.place}:CONFIG, or give the files by path"
+        ) from error
     finally:
         if halted:
             sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-
-
-def _config_error(name: SetName, root: Path, error: Exception) -> SourceError:
-    """The error to raise for one of ``datasets``. It lists the configurations if the named one is missing or wrong."""
-    import datasets
-
-    source = name.source
-    config = name.config
-    try:
-        configs = datasets.get_dataset_config_names(str(root))
-    except Exception:  # of many types, too; the set is wrong then, not the name
-        configs = []
-    if config in configs or len(configs) < (2 if config is None else 1):
-        message = " ".join(str(error).split()).replace(str(root), source)
-        return SourceError(f"{source}: datasets cannot find its files ({message:.500}); give the files by path")
-    return SourceError(
-        f"{source}: it has {f'no configuration {config}, only' if config else 'several configurations:'} "
-        f"{', '.join(configs)}; name one as {name.place}:{configs[0]}"
-    )

@@ -97,7 +97,7 @@ def test_a_small_set_may_have_ten_bad_records_and_a_large_one_is_checked_by_its_
     rows = [_conversation(number, "system" if number in range(20, 31) else "user") for number in range(50)]
     path = write_json_lines(tmp_path / "a.jsonl", rows)
     message = _error_of(_config(path), tokenizer)
-    assert message.startswith("11 of 50 records cannot be used")
+    assert message.startswith("11 of 31 records cannot be used")
     assert "a.jsonl, line 31, is refused by the template " in message
     assert "(the system must come first)" in message
     few = [*rows[:30], *rows[31:]]
