@@ -12,7 +12,7 @@ from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.data import DataConfig
 from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.schema import Config
-from relora_mora.data.content import at_versions, remote_content, remote_versions
+from relora_mora.data.content import at_versions, content_of, remote_versions
 from relora_mora.data.sets.reading import Epochs, count_epochs
 from relora_mora.data.sets.show import check_columns, check_lanes, check_records
 from relora_mora.data.shard import Shard, Version
@@ -127,7 +127,8 @@ def _check(config: Config, guard: Guard) -> tuple[ResolvedRun, Path | None, int,
     checked = collectives.on_all_ranks(lambda: check(config, world_size))
     check_agreement(checked.identity)
     shards = at_versions(checked.shards, collectives.from_first_rank(lambda: _check_remote_data(checked, data)))
-    checked = replace(checked, shards=shards, data_content=checked.data_content + remote_content(shards))
+    remote = content_of([shard for shard in shards if shard.is_remote])
+    checked = replace(checked, shards=shards, data_content=checked.data_content + remote)
     collectives.from_first_rank(lambda: check_lanes(shards, data, config.lanes))
     if checked.chat_template is not None:  # the saved tokenizer, also of an export, writes what the run trains on
         checked.tokenizer.chat_template = checked.chat_template

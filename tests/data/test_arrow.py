@@ -10,7 +10,7 @@ from contextlib import closing
 import pyarrow
 import pytest
 
-from relora_mora.data.content import local_content
+from relora_mora.data.content import content_of
 from relora_mora.data.errors import SourceError
 from relora_mora.data.read import open_rows
 from relora_mora.data.shard import Shard
@@ -65,7 +65,7 @@ def test_every_format_kind_of_string_and_compression(tmp_path, written, compress
         write_arrow(path, values, group_rows=9, stream=written == "stream", compression=compression)
     if written == "file of polars":
         _as_polars_writes(path)
-    local_content(resolve_shards(str(path)))
+    content_of(resolve_shards(str(path)))
     assert texts_of(path) == [text for text in texts if text]
     found = []
     for lane in range(5):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relora_mora.data import columns, network
-from relora_mora.data.content import local_content
+from relora_mora.data.content import content_of
 from relora_mora.data.errors import SourceError
 from relora_mora.data.local import LocalFile
 from relora_mora.data.read import open_rows
@@ -127,10 +127,10 @@ def test_a_column_of_bytes_is_refused_with_a_remedy(suffix, tmp_path, kind, reco
 @every_format
 def test_a_file_that_was_cut_is_found_before_training(suffix, tmp_path):
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(100))
-    local_content(resolve_shards(str(path)))
+    content_of(resolve_shards(str(path)))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(SourceError, match=rf"a\{suffix} is not \w+ or was cut short: it ends in .*; fetch or write it"):
-        local_content(resolve_shards(str(path)))
+        content_of(resolve_shards(str(path)))
     with pytest.raises(SourceError, match=rf"a\{suffix}: its (footer|schema) cannot be read .*cut short .*: fetch or"):
         make_lane(data_config(path), 1, 0).next_block()
 

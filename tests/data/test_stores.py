@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
-from relora_mora.data.content import at_versions, remote_content, remote_versions
+from relora_mora.data.content import at_versions, content_of, remote_versions
 from relora_mora.data.errors import SourceError
 from relora_mora.data.network import RETRIES
 from relora_mora.data.read import open_rows
@@ -64,7 +64,7 @@ def test_a_file_that_changes_is_refused_and_has_another_fingerprint(store):
     shards = resolve_shards("memory://bucket/a.jsonl")
     before = at_versions(shards, remote_versions(shards, 1.0))
     store.pipe("/bucket/a.jsonl", b'{"text": "after"}\n')
-    assert remote_content(before) != remote_content(at_versions(shards, remote_versions(shards, 1.0)))
+    assert content_of(before) != content_of(at_versions(shards, remote_versions(shards, 1.0)))
     with pytest.raises(SourceError, match=r"a\.jsonl changed while it was read"):
         open_rows(data_config("memory://bucket/a.jsonl"), before[0])
 

@@ -12,7 +12,7 @@ import xxhash
 
 from relora_mora.config.data import DataConfig, TextSource, as_sources
 from relora_mora.data.bad_rows import RecordsFound
-from relora_mora.data.content import local_content
+from relora_mora.data.content import content_of
 from relora_mora.data.errors import SourceError
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.rows import Encoded
@@ -128,7 +128,7 @@ def load_eval_set(
     config = config.model_copy(update={"sequence_length": sequence_length})
     shards = shards_of(sources, config, "validation")
     check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos)
-    local_content(shards)  # raises for tokens that have changed
+    content_of(shards)  # raises for tokens that have changed
     packing = packing_of(config, shards)
     counts = RecordsFound()
     in_order = rows_in_order(shards, config, tokenizer, packing, counts)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from relora_mora.config.data import TextSource
-from relora_mora.data.content import fingerprints, local_content
+from relora_mora.data.content import content_of, fingerprints
 from relora_mora.data.errors import SourceError
 from relora_mora.data.read import open_rows
 from relora_mora.data.remote import open_remote
@@ -208,7 +208,7 @@ def test_an_unreadable_source_gives_one_message():
         for name in ("closed/a.json", "b.json"):
             message = rf"{name} cannot be read \(Permission denied\); check the path and its permissions"
             with permissions_count(), pytest.raises(SourceError, match=message):
-                local_content(resolve_shards(f"{folder}/{name}"))
+                content_of(resolve_shards(f"{folder}/{name}"))
         (folder / "closed").chmod(0o755)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.content import local_content
+from relora_mora.data.content import content_of
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.sets.reading import iter_texts
 from relora_mora.data.tokens import writer as token_writer
@@ -56,7 +56,7 @@ def _copy(folder, tmp_path):
 
 
 def _read_all(source, tokenizer_path):
-    local_content(resolve_shards(str(source)))
+    content_of(resolve_shards(str(source)))
     batches_of(source, tokenizer_path, steps=8)
 
 

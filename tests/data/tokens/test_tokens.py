@@ -8,7 +8,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from relora_mora.data.content import local_content
+from relora_mora.data.content import content_of
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.read import open_rows
 from relora_mora.data.stream.stream import TrainStream
@@ -62,7 +62,7 @@ def test_a_folder_of_tokens_is_a_list_of_local_files(folder, tmp_path):
     assert [shard.size for shard in both[:3]] == [
         (source / f"0000{number}.arrow").stat().st_size for number in range(3)
     ]
-    assert len({local_content(shards) for shards in (both, both[:3], both[3:])}) == 3
+    assert len({content_of(shards) for shards in (both, both[:3], both[3:])}) == 3
     with pytest.raises(SourceError, match="names already"):
         resolve_shards([str(source), str(tmp_path / "." / "few.tokens")])
 

@@ -71,7 +71,7 @@ def of_two_hosts(config: Any, other: Any, *, finds: str = "") -> str:
 
     second, before = (
         os.environ["RANK"] == "1",
-        {name: getattr(check, name) for name in ("fingerprints", "local_content")},
+        {name: getattr(check, name) for name in ("fingerprints", "content_of")},
     )
     if second and finds:
         another = ("another", "another") if finds == "fingerprints" else "another"
@@ -85,7 +85,7 @@ def of_two_hosts(config: Any, other: Any, *, finds: str = "") -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("what", ["settings", "fingerprints", "local_content", "tokenizer"])
+@pytest.mark.parametrize("what", ["settings", "fingerprints", "content_of", "tokenizer"])
 def test_ranks_with_different_inputs_do_not_train(pools, inputs, tokenizer_path, other_tokenizer, tmp_path, what):
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
     optim = {"lr": 1e-3} if what == "settings" else {}
@@ -93,7 +93,7 @@ def test_ranks_with_different_inputs_do_not_train(pools, inputs, tokenizer_path,
         inputs, other_tokenizer if what == "tokenizer" else tokenizer_path, tmp_path / "run", 2, optim=optim
     )
     first, second = pools(2)(
-        of_two_hosts, config, different, finds=what if what in ("fingerprints", "local_content") else ""
+        of_two_hosts, config, different, finds=what if what in ("fingerprints", "content_of") else ""
     )
     expected = {"settings": "optim.lr", "tokenizer": "the tokenizer"}.get(what, "the training data")
     assert first == second
