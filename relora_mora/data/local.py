@@ -59,25 +59,17 @@ class LocalFile(ByteFile):
             self.close()
             same = "it was written again" if then.size == now.size else f"{then.size:,} bytes then, {now.size:,} now"
             raise self._changed(same)
-        if not self.size and self._read(0, 1):
-            self.close()
-            raise SourceError(
-                f"{shard.location}: its disk says that it is empty, but it is not; copy it to another disk"
-            )
 
     def read_at(self, position: int, size: int) -> bytes:
-        data = self._read(position, size)
-        if len(data) < size:
-            raise self._changed(f"{self.size:,} bytes when it was opened, {position + len(data):,} now")
-        return data
-
-    def _read(self, position: int, size: int) -> bytes:
         assert self._file is not None
         try:
             self._file.seek(position)
-            return self._file.read(size)
+            data = self._file.read(size)
         except OSError as error:
             raise unreadable(self._shard.location, error, "check the disk") from error
+        if len(data) < size:
+            raise self._changed(f"{self.size:,} bytes when it was opened, {position + len(data):,} now")
+        return data
 
     def close(self) -> None:
         if self._file is not None:

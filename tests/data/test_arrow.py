@@ -99,10 +99,9 @@ def test_a_stream_that_is_cut_between_two_batches_is_named(tmp_path):
         texts_of(path)
 
 
-@each("stream", [True, False])
-def test_one_compressed_batch_is_in_memory_at_a_time(tmp_path, stream):
+def test_one_compressed_batch_of_a_file_is_in_memory_at_a_time(tmp_path):
     texts = [random.Random(n).randbytes(5000).hex() for n in range(1000)]
-    path = write_arrow(tmp_path / "a.arrow", texts, group_rows=20, stream=stream, compression="zstd")
+    path = write_arrow(tmp_path / "a.arrow", texts, group_rows=20, stream=False, compression="zstd")
     before = pyarrow.total_allocated_bytes()
     most = 0
     with closing(open_rows(data_config(path), Shard("a.arrow", str(path)))) as rows:
@@ -127,9 +126,7 @@ def test_a_folder_written_by_save_to_disk_is_refused_but_not_its_files(tmp_path,
     one.save_to_disk(tmp_path / "one", num_shards=2)
     datasets.DatasetDict({"train": one}).save_to_disk(tmp_path / "both")
     for source in (f"{tmp_path}/one", f"{tmp_path}/both", f"{tmp_path}/both::train"):
-        with pytest.raises(
-            SourceError, match=r"was written by save_to_disk, .*to_parquet\), or give its local files by"
-        ):
+        with pytest.raises(SourceError, match=r"was written by save_to_disk, .*to_parquet\), or give its files by"):
             resolve_shards(source)
     assert texts_of(f"{tmp_path}/one/*.arrow") == texts
     assert texts_of(f"{tmp_path}/both/**/*.arrow") == texts

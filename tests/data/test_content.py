@@ -168,6 +168,7 @@ def test_a_lasting_fault_gives_one_message(tmp_path):
             _remote(server, name="part-{00000..00003}.json.gz")
         server.fault = lambda n: "503"
         with pytest.raises(
-            SourceError, match=r"part-0000\d\.json\.gz at byte 0: gave up after 0\.3 s .*status 503.*data\.timeout_seconds"
+            SourceError,
+            match=r"part-0000\d\.json\.gz at byte 0: gave up after 0\.3 s .*status 503.*data\.timeout_seconds",
         ):
             _remote(server, timeout_seconds=0.3)
