@@ -87,20 +87,16 @@ class RangeRows(JudgedRows):
         kinds = {
             name: str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind) for name, kind in types.items()
         }
-        for column in self._columns:
-            if kinds[column] in ("binary", "large_binary", "binary_view"):
-                raise SourceError(
-                    f'{shard.label}: the column "{column}" holds bytes ({kinds[column]}), not strings; if they '
-                    f'are UTF-8, write them as strings (pyarrow: column.cast("string")), otherwise '
-                    f"{shard.column_remedy} to another column"
-                )
         # writers use the type null if all values are null
-        if not shard.holds_records and kinds[shard.text_column] not in (*_STRINGS, "null"):
-            strings = ", ".join(name for name, kind in kinds.items() if kind in _STRINGS) or "none"
-            raise SourceError(
-                f'{shard.label}: the column "{shard.text_column}" holds {types[shard.text_column]}, not strings; '
-                f"{shard.column_remedy} to one of those that do ({strings}){OR_RECORDS}"
-            )
+        held = ("binary", "large_binary", "binary_view") if shard.holds_records else (*_STRINGS, "null")
+        for column in self._columns:
+            if (kinds[column] in held) == shard.holds_records:
+                strings = ", ".join(name for name, kind in kinds.items() if kind in _STRINGS) or "none"
+                raise SourceError(
+                    f'{shard.label}: the column "{column}" holds {types[column]}, not strings; write it as strings '
+                    f'(pyarrow: column.cast("string")), or {shard.column_remedy} to one of those that do '
+                    f"({strings}){'' if shard.holds_records else OR_RECORDS}"
+                )
 
     def _numbered(self) -> Iterator[tuple[int, str | Record | Skipped]]:
         """The own rows from ``_next`` on, with their numbers in the file from 1."""

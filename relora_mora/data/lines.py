@@ -225,7 +225,6 @@ def _plain(text: str) -> str | Skipped:
     return text or Skipped("empty_text")
 
 
-_OTHER_DELIMITERS = ";\t|"
 _INSIDE = re.compile(r'([^"])[^"]+([^"])')
 
 
@@ -332,12 +331,6 @@ class CsvRows:
                 "the first row of CSV names the columns: repair or drop the file"
             )
         names = [name.encode(errors="surrogateescape").decode("utf-8", "replace") for name in row]
-        delimiter = next((each for each in _OTHER_DELIMITERS if each in names[0]), None)
-        if len(names) == 1 and delimiter is not None and names[0].replace("\t", " ").isprintable():
-            raise SourceError(
-                f"{label}: its header {names[0]!r} seems to be separated by {delimiter!r} instead of commas; "
-                "write it again with commas (pandas: read_csv(FILE, sep=...).to_csv(FILE, index=False)), or as Parquet"
-            )
         check_names(self._shard, names)
         return names
 

@@ -10,7 +10,7 @@ import http.client
 import re
 import urllib.request
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import requests
@@ -215,62 +215,55 @@ _ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id")
 _DATES = ("LastModified", "last_modified", "updated", "mtime", "created")
 
 
-class _Store:
-    """A file in a store. The store finds its credentials by its own means, for instance in the environment."""
+class StoreFile(BlockFile):
+    """A file in a store of fsspec, which finds its credentials by its own means, for instance in the environment.
 
-    def __init__(self, shard: Shard) -> None:
+    The version is compared after each block.
+    """
+
+    def __init__(self, shard: Shard, timeout_seconds: float, first_bytes: int) -> None:
         from fsspec.core import url_to_fs
 
         self._name = shard.name
         try:
-            self._files, self._path = url_to_fs(shard.location)
+            self._store, self._path = url_to_fs(shard.location)
         except Exception as error:  # stores raise their own types; their messages may hold the url
             raise SourceError(
                 f"{self._name}: its store cannot be opened ({type(error).__name__}); check the address and the login"
             ) from error
-
-    def version(self) -> Version:
-        """Raises SourceError for a file that is missing, TransientError for a fault that may pass."""
-        self._files.invalidate_cache()
-        info = self._call(self._files.info, self._path)
-        etag = next((str(info[key]) for key in _ETAGS if info.get(key)), None)
-        date = next((str(info[key]) for key in _DATES if info.get(key)), None)
-        return Version(etag, date, info["size"])
-
-    def read(self, start: int, end: int) -> bytes:
-        return bytes(self._call(self._files.cat_file, self._path, start=start, end=end))
-
-    def _call(self, function: Any, *given: Any, **named: Any) -> Any:
-        try:
-            return function(*given, **named)
-        except FileNotFoundError as error:
-            raise SourceError(f"{self._name}: the store has no such file; check the address") from error
-        except PermissionError as error:
-            raise SourceError(f"{self._name}: access denied; check the store's login and who may read it") from error
-        except Exception as error:  # as above
-            raise TransientError(f"no answer ({type(error).__name__})") from error
-
-
-class StoreFile(BlockFile):
-    """A file in a store of fsspec. Its version is compared after each block."""
-
-    def __init__(self, shard: Shard, timeout_seconds: float, first_bytes: int) -> None:
-        self._store = _Store(shard)
-        now = retrying(self._store.version, shard.name, timeout_seconds)
+        now = retrying(self._version_now, shard.name, timeout_seconds)
         self.size = now.size or 0
         super().__init__(shard, timeout_seconds, first_bytes)
         self._check_version(now)
 
     def _ask(self, start: int, end: int) -> bytes:
         end = min(end, self.size)
-        block = self._store.read(start, end) if start < end else b""
-        now = self._store.version()
+        block = bytes(self._call(self._store.cat_file, start=start, end=end)) if start < end else b""
+        now = self._version_now()
         self._check_version(now)
         if now.size != self.size:
             raise SourceError(
-                f"{self._shard.name} changed while it was read: {self.size:,} bytes at first, {now.size:,} now; "
+                f"{self._name} changed while it was read: {self.size:,} bytes at first, {now.size:,} now; "
                 "use data that does not change"
             )
         if len(block) != end - start:
             raise TransientError(f"the block has {len(block)} bytes instead of {end - start}")
         return block
+
+    def _version_now(self) -> Version:
+        self._store.invalidate_cache()
+        info = self._call(self._store.info)
+        etag = next((str(info[key]) for key in _ETAGS if info.get(key)), None)
+        date = next((str(info[key]) for key in _DATES if info.get(key)), None)
+        return Version(etag, date, info["size"])
+
+    def _call(self, function: Callable[..., Any], **named: Any) -> Any:
+        """Raises SourceError for a file that is missing, TransientError for a fault that may pass."""
+        try:
+            return function(self._path, **named)
+        except FileNotFoundError as error:
+            raise SourceError(f"{self._name}: the store has no such file; check the address") from error
+        except PermissionError as error:
+            raise SourceError(f"{self._name}: access denied; check the store's login and who may read it") from error
+        except Exception as error:  # as above
+            raise TransientError(f"no answer ({type(error).__name__})") from error
