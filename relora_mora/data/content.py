@@ -4,11 +4,10 @@ The former notices other text under the same names and sizes. Files on the hub n
 of their name. A run resumes only on a stream whose blocks are decided by the same things.
 """
 
-import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,7 +31,7 @@ THREADS = 16
 WHOLE_BYTES = 1 << 16  # a file up to this size is read as a whole
 PIECE_BYTES = 1 << 12  # the size of each sample of a larger file: its head, its tail and pieces between
 PIECES_BETWEEN = 4
-END_BYTES = 8  # enough for the end marker of any format
+END_BYTES = 8  # shown of a file that ends in another way than those of its format
 
 
 def content_of(shards: Sequence[Shard]) -> str:
@@ -91,9 +90,14 @@ def _content(shard: Shard) -> str:
             return ""
         etag, modified, size = shard.version
         return xxhash.xxh3_128_hexdigest((etag or f"{modified} {size}").encode())
-    if shard.format.endings and shard.tokens is None:
-        _check_end(shard)
-    digest = samples_digest(shard.location)
+    samples = _samples(shard.location)
+    endings = shard.format.endings
+    if endings and shard.tokens is None and not samples.endswith(endings):  # an incomplete copy
+        raise SourceError(
+            f"{shard.location} is not {shard.format.name} or was cut short: it ends in {samples[-END_BYTES:]!r}, "
+            f"not in {' or '.join(map(repr, endings))}; fetch or write it again"
+        )
+    digest = xxhash.xxh3_128_hexdigest(samples)
     if shard.tokens is not None and digest != shard.tokens.totals.digest:
         raise SourceError(
             f"{shard.location} has changed since its tokens were made; remove it and make it again: {COMMAND}"
@@ -102,34 +106,16 @@ def _content(shard: Shard) -> str:
 
 
 def _samples(path: str) -> bytes:
-    with _opened(path) as file:
-        size = os.fstat(file).st_size
-        if size <= WHOLE_BYTES:
-            return os.pread(file, size, 0)
-        last = size - PIECE_BYTES
-        between = [xxhash.xxh64_intdigest(b"%d %d" % (size, number)) % last for number in range(PIECES_BETWEEN)]
-        return b"%d " % size + b"".join(os.pread(file, PIECE_BYTES, place) for place in (0, *between, last))
-
-
-def _check_end(shard: Shard) -> None:
-    """Finds an incomplete copy before the run reaches it, if all files of its format have the same end."""
-    with _opened(shard.location) as file:
-        end = os.pread(file, END_BYTES, max(0, os.fstat(file).st_size - END_BYTES))
-    if not end.endswith(shard.format.endings):
-        raise SourceError(
-            f"{shard.location} is not {shard.format.name} or was cut short: it ends in {end!r}, "
-            f"not in {' or '.join(map(repr, shard.format.endings))}; fetch or write it again"
-        )
-
-
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[int]:
+    """A small file, or pieces of a larger one, the last of which is its end."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield file
-        finally:
-            os.close(file)
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - the path may be any bytes
+            size = os.fstat(file.fileno()).st_size
+            if size <= WHOLE_BYTES:
+                return os.pread(file.fileno(), size, 0)
+            last = size - PIECE_BYTES
+            between = [xxhash.xxh64_intdigest(b"%d %d" % (size, number)) % last for number in range(PIECES_BETWEEN)]
+            pieces = [os.pread(file.fileno(), PIECE_BYTES, place) for place in (0, *between, last)]
+            return b"%d " % size + b"".join(pieces)
     except OSError as error:
         raise unreadable(path, error, "check the path and its permissions") from error
 

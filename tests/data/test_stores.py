@@ -76,10 +76,10 @@ def test_what_is_wrong_is_named_with_a_remedy(store, monkeypatch):
     assert _rows("memory://bucket/empty.jsonl", versions=False) == []
     with pytest.raises(SourceError, match="stores are not listed; write a range"):
         resolve_shards("memory://bucket/*.jsonl")
-    with pytest.raises(SourceError, match=r"nowhere:// is not supported; .* s3://"):
+    with pytest.raises(SourceError, match=r"nowhere:// cannot be read .* s3://"):
         resolve_shards("nowhere://bucket/a.jsonl")
     monkeypatch.setitem(known_implementations, "s9", {"class": "s9fs.S9", "err": "Install s9fs"})
-    with pytest.raises(SourceError, match=r"s9://bucket/a\.jsonl needs a package \(Install s9fs\): pip install s9fs"):
+    with pytest.raises(SourceError, match=r"s9:// cannot be read \(Install s9fs\)"):
         resolve_shards("s9://bucket/a.jsonl")
     store.pipe("/bucket/a.jsonl", b'{"text": "a"}\n')
 

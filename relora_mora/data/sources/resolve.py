@@ -3,6 +3,7 @@
 import glob
 import itertools
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,13 +39,14 @@ def shards_of(sources: str | Sequence[str | TextSource], config: DataConfig, spl
     mixed = split == "train" and is_mixture(listed)
     commits = Commits(config)
     shards = []
-    named: dict[str | tuple[int, int], tuple[Shard, str]] = {}
+    named: dict[str, tuple[Shard, str]] = {}
     for source in listed:
         settings = source.records or config.records
         record_format = RecordFormat.of(settings) if settings else None
         records_column = settings.columns.get("text") if settings else None
         for shard in _resolve(source, split, commits):
-            before, named_by = named.setdefault(_identity(shard), (shard, source.source))
+            file = shard.location if shard.is_remote else os.path.realpath(shard.location)
+            before, named_by = named.setdefault(file, (shard, source.source))
             if before is not shard:
                 other_name = "" if before.name == shard.name else f" as {before.name}"
                 raise SourceError(
@@ -93,7 +95,7 @@ def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Sha
         for path in name.patterns or map(glob.escape, split_files(name, folder)):
             yield from _local_shards(str(folder / path))
     elif "://" in source:
-        yield from map(_url_shard, _urls(source))
+        yield from _url_shards(source)
     elif is_token_folder(folder := Path(from_home(source))):
         yield from _token_shards(folder)
     else:
@@ -107,37 +109,30 @@ def _hub_shards(name: SetName, commits: Commits) -> Iterator[Shard]:
             yield hub_shard(name.place, commits.at(name.place, name.revision), path)
 
 
-def _urls(source: str) -> list[str]:
-    """The urls that a source names. Raises SourceError for one that is neither of http(s) nor of a store of fsspec."""
+def _url_shards(source: str) -> Iterator[Shard]:
+    """Raises SourceError for a url that is neither of http(s) nor of a store of fsspec."""
     protocol = source.partition("://")[0]
-    if protocol in ("http", "https"):
-        return expand_braces(source)
-    from fsspec.registry import get_filesystem_class, known_implementations
+    if protocol not in ("http", "https"):
+        from fsspec.registry import get_filesystem_class
 
-    try:
-        get_filesystem_class(protocol)
-    except ImportError as error:
-        package = known_implementations[protocol]["class"].partition(".")[0]
-        raise SourceError(f"{public_url(source)} needs a package ({error}): pip install {package}") from error
-    except ValueError as error:
-        raise SourceError(
-            f"{protocol}:// is not supported; give a path, a glob, an http(s) url, hub:OWNER/NAME/PATTERN, or a url of "
-            "a store that fsspec knows, such as s3://BUCKET/FILE"
-        ) from error
-    if any(sign in source for sign in "*?["):
-        raise SourceError(f"{public_url(source)}: stores are not listed; write a range such as {{00000..00007}}")
-    return expand_braces(source)
-
-
-def _url_shard(url: str) -> Shard:
-    try:
-        name = public_url(url)
-        path = unquote(urlsplit(url).path)
-    except ValueError as error:
-        raise SourceError(f"{url}: not a valid url ({error}); check it") from error
-    if PurePosixPath(path).suffix:
-        _check_suffix(path, name)
-    return Shard(name, url)
+        try:
+            get_filesystem_class(protocol)
+        except (ValueError, ImportError) as error:
+            raise SourceError(
+                f"{protocol}:// cannot be read ({error}); install its package for fsspec, or give a path, a glob, an "
+                "http(s) url, hub:OWNER/NAME/PATTERN, or the url of a store such as s3://BUCKET/FILE"
+            ) from error
+        if glob.has_magic(source):
+            raise SourceError(f"{public_url(source)}: stores are not listed; write a range such as {{00000..00007}}")
+    for url in expand_braces(source):
+        try:
+            name = public_url(url)
+            path = unquote(urlsplit(url).path)
+        except ValueError as error:
+            raise SourceError(f"{url}: not a valid url ({error}); check it") from error
+        if PurePosixPath(path).suffix:
+            _check_suffix(path, name)
+        yield Shard(name, url)
 
 
 def _token_shards(folder: Path) -> Iterator[Shard]:
@@ -178,17 +173,6 @@ def _local_shards(source: str) -> Iterator[Shard]:
                 f"{source}: {Path(path).parent} is a pre-tokenized folder, not text; give the folder itself"
             )
         yield Shard(Path(path).name, str(Path(path).absolute()), size=version.size, version=version)
-
-
-def _identity(shard: Shard) -> str | tuple[int, int]:
-    """A key that is equal for shards that are the same file, also by other paths or links."""
-    if shard.is_remote:
-        return shard.location
-    try:
-        status = Path(shard.location).stat()
-    except OSError as error:
-        raise unreadable(shard.location, error, "check the path and its permissions") from error
-    return status.st_dev, status.st_ino
 
 
 def _check_format(shard: Shard, source: str) -> None:

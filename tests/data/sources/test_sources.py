@@ -108,7 +108,6 @@ def test_urls_show_no_secret():
         ("{}/[ab].json", "names already"),
         ("{}/./x/../a.json", "names already"),
         ("{}/x/link.json", "link.json is a file that {}/[ab].json names already as a.json;"),
-        ("{}/x/hard.json", "hard.json is a file that {}/[ab].json names already as b.json;"),
         ("{}/linked/a.json", "names already"),
         ("{}/{{a..b}}.json", None),
     ],
@@ -118,7 +117,6 @@ def test_a_local_file_is_named_once(tmp_path, again, said):
         write_shard(tmp_path / f"{name}.json", ["the same text"])  # equal content, but two files
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "link.json").symlink_to("../a.json")
-    (tmp_path / "x" / "hard.json").hardlink_to(tmp_path / "b.json")
     (tmp_path / "linked").symlink_to(tmp_path)
     write_shard(tmp_path / "{a..b}.json", ["of an odd name"])
     sources = [f"{tmp_path}/[ab].json", again.format(tmp_path)]
@@ -160,7 +158,7 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
         ("tests/dataset", "no file matches tests/dataset"),
         ("tests/dataset", "hub:tests/dataset/PATTERN"),
         (f"{Path(__file__).parent}", "holds no text files"),
-        ("nowhere://a.json", "nowhere:// is not supported"),
+        ("nowhere://a.json", "nowhere:// cannot be read (Protocol not known: nowhere)"),
         ("hub:allenai/c4", "expected hub:OWNER/NAME/PATTERN"),
         ("hub:a/b/../../x.json", "expected hub:OWNER/NAME/PATTERN"),
         ("hub:a b/c/x.json", "hub:a b/c/x.json: Repo id must"),
