@@ -24,7 +24,6 @@ from tests.tools.data_tools import (
     write_parquet,
 )
 from tests.tools.each import each
-from tests.tools.faulty_server import serving
 
 
 def _as_polars_writes(path):
@@ -108,29 +107,3 @@ def test_one_compressed_batch_of_a_file_is_in_memory_at_a_time(tmp_path):
         while rows.take(10):
             most = max(most, pyarrow.total_allocated_bytes() - before)
     assert 0 < most < sum(map(len, texts)) / 10
-
-
-def test_a_file_on_a_server_is_refused_with_a_remedy():
-    with pytest.raises(
-        SourceError, match=r"/a\.arrow is an Arrow file on a server, and only local ones are read; down"
-    ):
-        resolve_shards(["https://example.com/b.parquet", "https://example.com/a.arrow"])
-
-
-def test_a_folder_written_by_save_to_disk_is_refused_but_not_its_files(tmp_path, monkeypatch):
-    import datasets
-
-    datasets.disable_progress_bars()
-    texts = some_texts(50)
-    one = datasets.Dataset.from_dict({"text": texts})
-    one.save_to_disk(tmp_path / "one", num_shards=2)
-    datasets.DatasetDict({"train": one}).save_to_disk(tmp_path / "both")
-    for source in (f"{tmp_path}/one", f"{tmp_path}/both", f"{tmp_path}/both::train"):
-        with pytest.raises(SourceError, match=r"was written by save_to_disk, .*to_parquet\), or give its files by"):
-            resolve_shards(source)
-    assert texts_of(f"{tmp_path}/one/*.arrow") == texts
-    assert texts_of(f"{tmp_path}/both/**/*.arrow") == texts
-    with serving(tmp_path / "both") as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        with pytest.raises(SourceError, match=r"some/set was written by save_to_disk"):
-            resolve_shards("some/set")

@@ -80,11 +80,6 @@ def test_bad_lines_are_counted_by_kind_with_shard_and_line(tmp_path, suffix):
     assert set(entries) - set(bad) == harmless[suffix]
 
 
-def test_harmless_rows_never_stop_a_run(tmp_path):
-    path = write_shard(tmp_path / "a.json", ["text", *[line(""), line(None), b""] * 50])
-    assert documents_in(epoch_tokens(_lane(path, max_bad_fraction=0.0)))[0] == "text"
-
-
 @each("suffix", ENTRIES)
 @each("lanes", [2, 7])
 def test_lanes_that_share_a_shard_count_each_line_once(tmp_path, lanes, suffix):

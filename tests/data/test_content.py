@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import zstandard
 
-from relora_mora.data import content, network
+from relora_mora.data import content
 from relora_mora.data.content import at_versions, content_of, remote_versions
 from relora_mora.data.errors import SourceError
 from relora_mora.data.read import open_rows
 from tests.tools.data_tools import data_config, resolve_shards, some_texts, write_shard, write_shards
 from tests.tools.each import each
-from tests.tools.faulty_server import FAULTS, serving
+from tests.tools.faulty_server import serving
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -79,14 +79,6 @@ def test_little_of_a_large_file_is_read_and_the_checksum_at_its_end_covers_all_t
             assert _local(path) != found[0]
 
 
-def test_a_file_that_cannot_be_read(tmp_path):
-    write_shards(tmp_path, 2, 5)
-    shards = resolve_shards(f"{tmp_path}/*")
-    (tmp_path / "part-00001.json.gz").unlink()
-    with pytest.raises(SourceError, match=r"part-00001\.json\.gz cannot be read \(No such file"):
-        content_of(shards)
-
-
 def test_a_server_reports_versions_by_etag_or_date_and_size(tmp_path):
     write_shards(tmp_path, 3, 20)
     (tmp_path / "part-00001.json.gz").write_bytes(b"")
@@ -145,30 +137,3 @@ def test_a_local_file_is_read_as_it_was_at_the_start_and_copies_of_it_are_the_sa
         open_rows(config, resolve_shards(str(path))[0])
     ) as rows:  # another start accepts the file as it is now
         assert rows.take(9) == some_texts(8)
-
-
-@each("fault", FAULTS)
-def test_faults_of_the_network_pass(tmp_path, monkeypatch, fault):
-    monkeypatch.setattr(network, "STALL_SECONDS", 0.3)
-    write_shards(tmp_path, 3, 20)
-    with serving(tmp_path, lambda n: fault if n % 3 == 0 else None) as server:
-        server.stall_seconds = 1.0
-        server.retry_after["429"] = "0"
-        faulty = _remote(server, timeout_seconds=60.0)
-        server.fault = lambda n: None
-        assert faulty == _remote(server)
-
-
-def test_a_lasting_fault_gives_one_message(tmp_path):
-    write_shards(tmp_path, 3, 20)
-    with serving(tmp_path) as server:
-        with pytest.raises(
-            SourceError, match=r"part-00003\.json\.gz: the server answered status 404; check the address"
-        ):
-            _remote(server, name="part-{00000..00003}.json.gz")
-        server.fault = lambda n: "503"
-        with pytest.raises(
-            SourceError,
-            match=r"part-0000\d\.json\.gz at byte 0: gave up after 0\.3 s .*status 503.*data\.timeout_seconds",
-        ):
-            _remote(server, timeout_seconds=0.3)

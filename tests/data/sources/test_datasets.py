@@ -142,6 +142,18 @@ def test_a_nonsensical_readme_gives_one_message(tmp_path, card, said):
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_written_by_save_to_disk_is_refused_but_not_its_files(tmp_path, hub):
+    import datasets
+
+    datasets.disable_progress_bars()
+    texts = some_texts(50)
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": texts})}).save_to_disk(tmp_path / "set")
+    for source in (f"{tmp_path}/set", f"{tmp_path}/set/train", f"{tmp_path}/set::train", "some/set"):
+        with pytest.raises(SourceError, match=r"was written by save_to_disk, .*to_parquet\), or give its files by"):
+            resolve_shards(source)
+    assert texts_of(f"{tmp_path}/set/**/*.arrow") == texts
+
+
 def test_missing_sets_on_the_hub_are_named(hub, tmp_path):
     (tmp_path / "set").mkdir()
     hub.RequestHandlerClass.do_GET, do_get = (

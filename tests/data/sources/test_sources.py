@@ -165,6 +165,7 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
         ("https://example.org/{5..2}.json", "counts down"),
         ("https://example.org/{00000..99999}-of-{00000..99999}.json", "name more than 1,000,000 shards; shorten"),
         ("https://example.org/a.orc", "expected one of .json"),
+        (["https://a.org/b.parquet", "https://a.org/a.arrow"], "a.arrow is an Arrow file on a server, and only local"),
         ("https://[x/a.json", "not a valid url"),
         ("https://example.org:99999/a.json", "not a valid url"),
         (__file__, "expected one of .json"),
