@@ -13,8 +13,8 @@ from relora_mora.config.data import DataConfig
 from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.schema import Config
 from relora_mora.data.content import at_versions, content_of, remote_versions
+from relora_mora.data.sets.check import check_columns, check_lanes, check_records
 from relora_mora.data.sets.reading import Epochs, count_epochs
-from relora_mora.data.sets.show import check_columns, check_lanes, check_records
 from relora_mora.data.shard import Shard, Version
 from relora_mora.data.sources.named_sets import FoundFiles, find_files, remember_files
 from relora_mora.data.sources.names import with_commits

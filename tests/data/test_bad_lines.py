@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from relora_mora.data import bad_rows
 from relora_mora.data.errors import BAD_REASONS, SourceError
-from relora_mora.data.sets.show import check_columns
+from relora_mora.data.sets.check import check_columns
 from relora_mora.data.sources.resolve import configured_shards
 from tests.tools.data_tools import (
     WRITE_GROUPS,

@@ -20,7 +20,7 @@ from relora_mora.data.content import content_of
 from relora_mora.data.errors import SourceError
 from relora_mora.data.local import LocalFile
 from relora_mora.data.read import open_rows
-from relora_mora.data.sets.show import check_columns
+from relora_mora.data.sets.check import check_columns
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards
 from tests.tools.data_tools import (

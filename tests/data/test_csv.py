@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.read import open_rows
-from relora_mora.data.sets.show import check_columns
+from relora_mora.data.sets.check import check_columns
 from relora_mora.data.shard import Shard
 from tests.tools.data_tools import data_config, resolve_shards, rows_of, some_texts, write_shard
 from tests.tools.each import each

@@ -12,8 +12,8 @@ import pytest
 
 from relora_mora.data.errors import SourceError
 from relora_mora.data.read import open_rows
+from relora_mora.data.sets.check import check_columns
 from relora_mora.data.sets.reading import iter_texts
-from relora_mora.data.sets.show import check_columns
 from relora_mora.data.shard import Shard
 from tests.tools.data_tools import data_config, lines_of, resolve_shards, some_texts, write_shard
 from tests.tools.each import each

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from relora_mora.config.data import DataConfig, Packing, Split, TextSource
 from relora_mora.data.bad_rows import NOTES_PER_REASON, RecordsFound, too_many_records
 from relora_mora.data.errors import ENCODING_REASONS, Skipped, SourceError
@@ -20,6 +22,7 @@ from relora_mora.data.rows import Encode, Encoded, in_calls
 from relora_mora.data.shard import Record, Shard
 from relora_mora.data.sources.resolve import configured_shards, shards_of
 from relora_mora.data.stream.encoded_rows import judged
+from relora_mora.data.stream.packing import Mask, with_end
 from relora_mora.data.stream.whole import CountedLane, of_epoch
 from relora_mora.data.tokens.checks import epoch_tokens
 from relora_mora.data.tokens.rows import open_any, open_tokens
@@ -97,6 +100,17 @@ def rows_in_order(
                     raise fault
     if fault := counts.fault(shards[0].label, config.max_bad_fraction):
         raise fault
+
+
+def scored_mask(row: Encoded, packing: Packing) -> Mask:
+    """Which tokens of a row are predicted and count. In a stream, an EOS is before it and another after it."""
+    if packing == "stream":
+        return np.ones(len(row.ids) + 1, np.bool_) if row.scored is None else with_end(row.scored)
+    mask = np.ones(len(row.ids), np.bool_)
+    if row.scored is not None:
+        mask[:] = row.scored
+    mask[:1] = False
+    return mask
 
 
 class Epochs(NamedTuple):

@@ -21,7 +21,7 @@ from relora_mora.data.content import at_versions, contents, remote_versions
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lines import is_encodable
 from relora_mora.data.read import check_is_text, text_encoder
-from relora_mora.data.sets.show import check_columns
+from relora_mora.data.sets.check import check_columns
 from relora_mora.data.shard import TEXT, Shard
 from relora_mora.data.tokens import index
 from relora_mora.data.tokens.rows import Header, MappedTokens

@@ -22,7 +22,7 @@ from relora_mora.config.data import DataConfig
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config, EvalConfig
 from relora_mora.config.yaml_text import parse_yaml
-from relora_mora.data.content import fingerprints, content_of
+from relora_mora.data.content import content_of, fingerprints
 from relora_mora.data.shard import Shard
 from relora_mora.data.stream.producer import in_saved_order
 from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks

@@ -15,7 +15,7 @@ from relora_mora.config.schema import Config
 from relora_mora.data.content import content_of
 from relora_mora.data.errors import SourceError
 from relora_mora.data.records.passages import template_in_use
-from relora_mora.data.sets.show import check_columns, check_records
+from relora_mora.data.sets.check import check_columns, check_records
 from relora_mora.data.shard import TEXT, Shard
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.tokens.checks import check_tokens

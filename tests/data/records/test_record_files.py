@@ -12,8 +12,9 @@ from relora_mora.config.schema import Config
 from relora_mora.data.errors import SourceError
 from relora_mora.data.read import open_rows
 from relora_mora.data.records.encoders import encoder_of
+from relora_mora.data.sets.check import check_records
 from relora_mora.data.sets.reading import iter_texts
-from relora_mora.data.sets.show import check_records, marked, show_records
+from relora_mora.data.sets.show import marked, show_records
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.tokens.folder import make_tokens
 from relora_mora.tokenizer.load import load_tokenizer
