@@ -82,21 +82,17 @@ def test_another_column_and_held_out_text(suffix, tmp_path):
 
 
 @each(
-    "column,message",
+    "column,said",
     [
-        ("body", 'a{} has no column "body"; set data.text_column to one of id, text, url'),
-        ("id", 'a{}: the column "id" holds int64, not strings; write it as strings'),
+        ("body", 'has no column "body"; set data.text_column to one of id, text, url'),
+        ("id", ': the column "id" holds int64, not strings; write it as strings'),
     ],
 )
 @every_format
-def test_a_wrong_column_is_refused_with_a_list_of_columns(suffix, tmp_path, column, message):
+def test_a_wrong_column_is_refused_with_a_list_of_columns(suffix, tmp_path, column, said):
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", ["text"])
-    with pytest.raises(SourceError) as caught:
+    with pytest.raises(SourceError, match=re.escape(f"a{suffix}{' ' * said.startswith('has')}{said}")):
         check_columns(resolve_shards(str(path), text_column=column), data_config(path))
-    assert message.format(suffix) in str(caught.value)
-    with pytest.raises(SourceError) as again:
-        make_lane(data_config(path, text_column=column), 1, 0).next_block()
-    assert str(again.value) == str(caught.value)
 
 
 @each("kind", ["binary", "large_binary", pyarrow.dictionary(pyarrow.int32(), pyarrow.binary())])
@@ -106,8 +102,9 @@ def test_a_column_of_bytes_is_refused_with_a_remedy(suffix, tmp_path, kind, reco
     values = pyarrow.array([b"text"], "binary")
     values = values.cast(kind) if isinstance(kind, str) else values.dictionary_encode()
     config = data_config(WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", values), records=records)
-    message = rf'a\{suffix}: the column "text" holds .*binary.*, not strings; .*column\.cast\("string"\)\), or set data'
-    with pytest.raises(SourceError, match=message):
+    with pytest.raises(
+        SourceError, match=r'column "text" holds .*binary.*, not strings; .*\.cast\("string"\)\), or set'
+    ):
         check_columns(configured_shards(config, "train"), config)
 
 

@@ -106,13 +106,21 @@ def test_a_small_set_may_have_ten_bad_records_and_a_large_one_is_checked_by_its_
         check_records(configured_shards(config, "train"), config, tokenizer)
 
 
-def test_messages_that_are_nested_too_deeply_are_a_bad_record(tmp_path, tokenizer):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"messages": ' + "[" * 900 + "]" * 900 + "}\n")
-    assert 'a.jsonl, line 1, has a "messages" that is nested too deeply' in _error_of(_config(path), tokenizer)
-
-
-def test_half_a_surrogate_pair_in_messages_that_are_a_text_is_a_bad_record(tmp_path, tokenizer):
-    path = tmp_path / "a.csv"
-    path.write_text('messages\n"[{""role"": ""user"", ""content"": ""\\ud800""}]"\n')
-    assert """a.csv, row 1, has a "messages" with half of a surrogate pair""" in _error_of(_config(path), tokenizer)
+@each(
+    "name,text,said",
+    [
+        (
+            "a.jsonl",
+            '{"messages": ' + "[" * 900 + "]" * 900 + "}\n",
+            'line 1, has a "messages" that is nested too deeply',
+        ),
+        (
+            "a.csv",
+            'messages\n"[{""role"": ""user"", ""content"": ""\\ud800""}]"\n',
+            'row 1, has a "messages" with half of a surrogate pair',
+        ),
+    ],
+)
+def test_messages_that_cannot_be_used_are_a_bad_record(tmp_path, tokenizer, name, text, said):
+    (tmp_path / name).write_text(text)
+    assert f"{name}, {said}" in _error_of(_config(tmp_path / name), tokenizer)

@@ -154,17 +154,10 @@ def test_a_folder_written_by_save_to_disk_is_refused_but_not_its_files(tmp_path,
     assert texts_of(f"{tmp_path}/set/**/*.arrow") == texts
 
 
-def test_missing_sets_on_the_hub_are_named(hub, tmp_path):
-    (tmp_path / "set").mkdir()
-    hub.RequestHandlerClass.do_GET, do_get = (
-        lambda handler: handler._answer(404, b"", {}),
-        hub.RequestHandlerClass.do_GET,
-    )
-    try:
-        with pytest.raises(SourceError, match=r"hub:some/set is not a dataset on http.*check the name or path, or log"):
-            resolve_shards("some/set")
-    finally:
-        hub.RequestHandlerClass.do_GET = do_get
+def test_missing_sets_on_the_hub_are_named(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub.RequestHandlerClass, "do_GET", lambda handler: handler._answer(404, b"", {}))
+    with pytest.raises(SourceError, match=r"hub:some/set is not a dataset on http.*check the name or path, or log"):
+        resolve_shards("some/set")
 
 
 def test_network_faults_do_not_change_what_is_found(tmp_path, hub):
