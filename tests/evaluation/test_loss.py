@@ -22,7 +22,7 @@ from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.config.data import DataConfig, RecordsConfig
 from relora_mora.config.data_flags import parse_typed
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sources.names import Commits
+from relora_mora.data.sources.names import with_commits
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.evaluation.loss import (
     EvalResult,
@@ -126,7 +126,7 @@ def test_the_revisions_of_a_run_apply_only_to_its_own_text():
         assert (settings.revision, settings.sequence_length) == ("main", 64)
     noted = {"other/set@main": commits[0]}
     of_run = LoadedModel(_gpt2(), Path("none"), data.model_copy(update={"commits": noted}), "a run")
-    assert Commits(of_run.data_settings("other/set", {})).at("other/set") == commits[0]
+    assert with_commits(of_run.data_settings("other/set", {})).commits == noted
     (here,) = loaded.data_settings(["a.jsonl"], {}).sources("validation")
     assert here.revision is None  # it is on no hub
     asked = loaded.data_settings(["some/set"], {"data.revision": "v2"})

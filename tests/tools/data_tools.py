@@ -189,7 +189,7 @@ def rows_of(path: Path, lanes: int = 1, lane: int = 0, skip: int = 0, **settings
     config = data_config(path, **{"max_bad_fraction": 1.0, **settings})
     shard = Shard(path.name, str(path))
     with closing(open_rows(config, shard, stride=lanes, phase=lane)) as rows:
-        assert rows.skip(skip) or not shard.format.in_groups  # lines may end before the last lane's turn
+        assert rows.skip(skip) or not shard.format.in_ranges  # lines may end before the last lane's turn
         return [row for part in iter(lambda: rows.take(5), []) for row in part]
 
 

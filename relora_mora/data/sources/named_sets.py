@@ -12,7 +12,7 @@ from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import SourceError
 from relora_mora.data.files import open_file
 from relora_mora.data.shard import format_of
-from relora_mora.data.sources.names import Commits, SetName, hub_shard, sets_on_hub
+from relora_mora.data.sources.names import SetName, commit_of, hub_shard, sets_on_hub
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +24,8 @@ _found: FoundFiles = {}
 
 def find_files(config: DataConfig) -> FoundFiles:
     """The files of each set on the hub, or the error. One rank calls this, and all ``remember_files``."""
-    commits = Commits(config)
-    return {
-        (name, commit): _find(name, commit, commits.timeout_seconds)
-        for name in sets_on_hub(config)
-        if (commit := commits.at(name.place, name.revision)) and _must_be_listed(name)
-    }
+    keys = {(name, commit_of(name, config)) for name in sets_on_hub(config) if _must_be_listed(name)}
+    return {key: _find(*key, config.timeout_seconds) for key in keys}
 
 
 def remember_files(found: FoundFiles) -> None:
@@ -43,12 +39,11 @@ def _must_be_listed(name: SetName) -> bool:
     return not name.patterns or any(glob.has_magic(pattern) for pattern in name.patterns)
 
 
-def hub_files(name: SetName, commits: Commits) -> Sequence[str]:
+def hub_files(name: SetName, commit: str, timeout_seconds: float) -> Sequence[str]:
     """The files of a set on the hub. Raises SourceError."""
     if not _must_be_listed(name):
         return name.patterns
-    key = name, commits.at(name.place, name.revision)
-    found = _found.get(key) or _find(*key, commits.timeout_seconds)
+    found = _found.get((name, commit)) or _find(name, commit, timeout_seconds)
     if isinstance(found, SourceError):
         raise found
     return found

@@ -94,24 +94,15 @@ def _hub_parts(source: str) -> tuple[str, str]:
     return f"{owner}/{name}", pattern
 
 
-class Commits:
-    """The commits of hub repositories by revision. Each is asked for once, if it is not in the settings."""
+def commit_of(name: SetName, config: DataConfig) -> str:
+    """The commit at which a set on the hub is read. Asks the hub if it is not in the settings."""
+    revision = name.revision or config.revision
+    if _COMMIT.fullmatch(revision):
+        return revision
+    from relora_mora.data.hub import ask_for_commit  # late: its libraries take long to load
 
-    def __init__(self, config: DataConfig) -> None:
-        self.revision = config.revision  # for sources that name none
-        self.timeout_seconds = config.timeout_seconds
-        self.known = dict(config.commits)  # by REPO@REVISION
-
-    def at(self, repo: str, revision: str | None = None) -> str:
-        revision = revision or self.revision
-        if _COMMIT.fullmatch(revision):
-            return revision
-        asked = f"{repo}@{revision}"
-        if asked not in self.known:
-            from relora_mora.data.hub import ask_for_commit  # late: its libraries take long to load
-
-            self.known[asked] = ask_for_commit(repo, revision, self.timeout_seconds)
-        return self.known[asked]
+    known = config.commits.get(f"{name.place}@{revision}")
+    return known or ask_for_commit(name.place, revision, config.timeout_seconds)
 
 
 def with_commits(config: DataConfig) -> DataConfig:
@@ -120,10 +111,13 @@ def with_commits(config: DataConfig) -> DataConfig:
     One rank calls this and sends the result to the others, so that all ranks read the same commit even if somebody
     pushes to the hub meanwhile.
     """
-    asker = Commits(config)
-    asked = {(name.place, name.revision or config.revision) for name in sets_on_hub(config)}
-    named = sorted((repo, revision) for repo, revision in asked if not _COMMIT.fullmatch(revision))
-    return config.model_copy(update={"commits": {f"{repo}@{name}": asker.at(repo, name) for repo, name in named}})
+    asked = {(name.place, name.revision or config.revision): name for name in sets_on_hub(config)}
+    commits = {
+        f"{repo}@{revision}": commit_of(name, config)
+        for (repo, revision), name in sorted(asked.items(), key=lambda item: item[0])
+        if not _COMMIT.fullmatch(revision)
+    }
+    return config.model_copy(update={"commits": commits})
 
 
 def sets_on_hub(config: DataConfig) -> list[SetName]:

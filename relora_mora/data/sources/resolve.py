@@ -15,7 +15,7 @@ from relora_mora.config.data import DataConfig, Split, TextSource, as_sources, i
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.shard import ARROW, SUFFIXES, TEXT, RecordFormat, Shard, Version, format_of
 from relora_mora.data.sources.named_sets import hub_files, split_files
-from relora_mora.data.sources.names import C4, Commits, SetName, hub_shard, set_name
+from relora_mora.data.sources.names import C4, SetName, commit_of, hub_shard, set_name
 from relora_mora.data.tokens.index import COMMAND, file_in, finished_index, is_token_folder
 from relora_mora.system.files import from_home
 
@@ -37,14 +37,13 @@ def shards_of(sources: str | Sequence[str | TextSource], config: DataConfig, spl
     if not listed:
         raise SourceError(f"the {split} data has no source; give a path, a glob, a url, OWNER/NAME or {C4}")
     mixed = split == "train" and is_mixture(listed)
-    commits = Commits(config)
     shards = []
     named: dict[str, tuple[Shard, str]] = {}
     for source in listed:
         settings = source.records or config.records
         record_format = RecordFormat.of(settings) if settings else None
         records_column = settings.columns.get("text") if settings else None
-        for shard in _resolve(source, split, commits):
+        for shard in _resolve(source, split, config):
             file = shard.location if shard.is_remote else os.path.realpath(shard.location)
             before, named_by = named.setdefault(file, (shard, source.source))
             if before is not shard:
@@ -85,11 +84,11 @@ def expand_braces(pattern: str) -> list[str]:
     ]
 
 
-def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Shard]:
+def _resolve(record: TextSource, split: Split, config: DataConfig) -> Iterator[Shard]:
     source = record.source
     name = set_name(record, split)
     if name is not None and name.on_hub:
-        yield from _hub_shards(name, commits)
+        yield from _hub_shards(name, config)
     elif name is not None:
         folder = Path(from_home(name.place))
         for path in name.patterns or map(glob.escape, split_files(name, folder)):
@@ -102,11 +101,12 @@ def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Sha
         yield from _local_shards(source)
 
 
-def _hub_shards(name: SetName, commits: Commits) -> Iterator[Shard]:
-    for listed in hub_files(name, commits):
+def _hub_shards(name: SetName, config: DataConfig) -> Iterator[Shard]:
+    commit = commit_of(name, config)
+    for listed in hub_files(name, commit, config.timeout_seconds):
         for path in expand_braces(listed) if name.patterns else [listed]:
             _check_suffix(path, name.source)
-            yield hub_shard(name.place, commits.at(name.place, name.revision), path)
+            yield hub_shard(name.place, commit, path)
 
 
 def _url_shards(source: str) -> Iterator[Shard]:
