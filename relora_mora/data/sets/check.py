@@ -76,11 +76,12 @@ def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrai
         pass
     if not counts.seen and checked is shards:
         raise SourceError(f"{shards[0].label}: holds no record; give a file with at least one")
-    if counts.too_long * 2 > counts.seen:
+    too_long = counts.left_out[TOO_LONG]
+    if too_long * 2 > counts.seen:
         log.warning(
             "%s: %d of the first %d records are too long and left out, for instance %s; raise data.sequence_length",
             shards[0].label,
-            counts.too_long,
+            too_long,
             counts.seen,
             counts.examples[TOO_LONG],
         )

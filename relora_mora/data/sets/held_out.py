@@ -138,8 +138,7 @@ def load_eval_set(
         raise SourceError(f"the validation data {names} holds no text; give a source with at least one document")
     encoded = [row.encoded for row in rows]
     if counts.left_out:
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts.left_out.items())
-        log.info("%s: %s rows are scored; left out: %s", names, f"{len(rows):,}", reasons)
+        log.info("%s: %s rows are scored; left out: %s", names, f"{len(rows):,}", counts)
     sizes = [row.utf8_bytes for row in rows if row.utf8_bytes is not None]
     pack = _stream if packing == "stream" else functools.partial(_whole, fills=packing == "whole")
     return EvalSet(

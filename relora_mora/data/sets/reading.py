@@ -96,10 +96,9 @@ def rows_in_order(
             elif row.reason in ENCODING_REASONS:
                 if counts.bad <= NOTES_PER_REASON:
                     note(f"{row.detail}; skipped")
-                if fault := counts.too_many(config.max_bad_fraction):
+                if fault := too_many_records(counts.bad, counts.seen, config.max_bad_fraction, row.detail):
                     raise fault
-    if fault := counts.fault(shards[0].label, config.max_bad_fraction):
-        raise fault
+    counts.check_usable(shards[0].label)
 
 
 def scored_mask(row: Encoded, packing: Packing) -> Mask:

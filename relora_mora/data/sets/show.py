@@ -63,7 +63,7 @@ def _show_source(
     if not rows:
         raise SourceError(f"the training data {source or shards[0].label} holds no text; give a file with at least one")
     name = f"{source}: " if source else ""
-    without = "".join(f", {number:,} left out: {reason}" for reason, number in counts.left_out.items())
+    without = f"; left out: {counts}" if counts.left_out else ""
     _print(f"{name}{scored / max(1, tokens):.1%} of {tokens:,} tokens are scored (the first {rows:,} rows{without})")
 
 

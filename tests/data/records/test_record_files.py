@@ -165,7 +165,7 @@ def test_training_rows_are_shown(tokenizer_path, tmp_path, capsys):
     show_records(
         Config(model={"config": "c"}, tokenizer={"path": tokenizer_path}, data=data, train={"run_dir": "r"}), 1
     )
-    assert capsys.readouterr().out.endswith("(the first 5 rows, 1 left out: over_length)\n")
+    assert capsys.readouterr().out.endswith("(the first 5 rows; left out: over_length: 1)\n")
     tokenizer = load_tokenizer(tokenizer_path)
     ids = [*tokenizer("the").input_ids, *tokenizer("a").input_ids]
     assert marked(tokenizer, ids, [False, True], colour=True) == "the·\x1b[32ma\x1b[0m"
