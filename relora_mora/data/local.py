@@ -50,9 +50,14 @@ class LocalFile(ByteFile):
         self._shard = shard
         try:
             self._file = io.FileIO(shard.location)
+            now = Version.on_disk(os.fstat(self._file.fileno()))
+            misses = not now.size and self._file.read(1)
         except OSError as error:
-            raise unreadable(shard.location, error, "check the path and its permissions") from error
-        now = Version.on_disk(os.fstat(self._file.fileno()))
+            raise unreadable(shard.location, error, "check the path, its permissions and its disk") from error
+        if misses:
+            raise SourceError(
+                f"{shard.location}: its disk says that it is empty, but it is not; copy it to another disk"
+            )
         self.size = now.size or 0
         then = shard.version or now
         if then != now:
