@@ -147,7 +147,7 @@ def test_rows_of_a_run_can_be_shown_before_it_starts(inputs, tokenizer_path, tmp
             "sequence_length=4",
             "none of 120 records can be used (over_length: 117, no_answer: 3); for instance train.jsonl, line ",
         ),
-        ("max_bad_fraction=0", "3 of 120 records cannot be used, more than data.max_bad_fraction (0); the last one: "),
+        ("max_bad_fraction=0", "1 of 8 records cannot be used, more than data.max_bad_fraction (0); the last one: "),
     ],
 )
 def test_unusable_records_are_reported_before_the_model_is_built(inputs, tokenizer_path, tmp_path, override, message):
