@@ -76,8 +76,11 @@ def _find(name: SetName, commit: str, timeout_seconds: float) -> Found:
 
 
 def _matching(name: SetName, root: Path, pattern: str) -> list[str]:
-    found = [path for path in root.glob(pattern) if path.is_file()]
-    if files := sorted(path.relative_to(root).as_posix() for path in found):
+    try:
+        files = sorted(path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_file())
+    except (ValueError, NotImplementedError) as error:
+        raise SourceError(f"{name.source}: {pattern} is not a pattern of files inside of the set ({error})") from error
+    if files:
         return files
     raise SourceError(f"{name.source}: {name.place} holds no files {pattern}; check the pattern")
 

@@ -73,7 +73,7 @@ def _set_name(source: TextSource, split: Split) -> SetName | None:
         if split not in C4_PATTERNS:
             raise SourceError(f"{C4} has no split {split}; its splits are {', '.join(C4_PATTERNS)}")
         return replace(plain, patterns=(C4_PATTERNS[split],))
-    elif not _ON_HUB.fullmatch(place) or format_of(place) or Path(folder).parent.is_dir():
+    elif not _ON_HUB.fullmatch(place) or format_of(place) or os.path.isdir(Path(folder).parent):  # noqa: PTH112
         return None
     config = source.config or match["config"] or None
     split = source.split or match["split"] or split  # type: ignore[assignment]
