@@ -44,7 +44,7 @@ class JudgedRows(Rows[Any], ABC):
         *,
         unit: str,
         bad: int,
-        note: Callable[[str], None],
+        note: Callable[[str], object],
     ) -> None:
         self.bad = bad
         self._shard = shard
@@ -116,39 +116,26 @@ class RecordsFound:
         self.seen = 0
         self.left_out = Counter[str]()  # by reason
         self.examples: dict[str, str] = {}  # by reason: a description of the last such row
-        self._last_bad = ""
 
     @property
     def bad(self) -> int:
         return sum(self.left_out[reason] for reason in ENCODING_REASONS)
-
-    @property
-    def too_long(self) -> int:
-        return self.left_out[TOO_LONG]
 
     def add(self, row: Encoded | Skipped) -> None:
         self.seen += 1
         if isinstance(row, Skipped):
             self.left_out[row.reason] += 1
             self.examples[row.reason] = row.detail
-            if row.reason in ENCODING_REASONS:
-                self._last_bad = row.detail
 
-    def too_many(self, max_bad_fraction: float) -> SourceError | None:
-        """The error to raise if too many rows are bad."""
-        return too_many_records(self.bad, self.seen, max_bad_fraction, self._last_bad)
+    def __str__(self) -> str:
+        return ", ".join(f"{reason}: {count:,}" for reason, count in self.left_out.most_common())
 
-    def fault(self, name: str, max_bad_fraction: float) -> SourceError | None:
-        """The error to raise if too many rows are bad or no row can be used."""
-        if fault := self.too_many(max_bad_fraction):
-            return fault
-        if not self.seen or self.left_out.total() < self.seen:
-            return None
-        reasons = self.left_out.most_common()
-        reason = reasons[0][0]
-        counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons)
-        remedy = "raise data.sequence_length" if reason == TOO_LONG else "correct data.records"
-        return SourceError(
-            f"{name}: none of {self.seen:,} records can be used ({counts}); for instance {self.examples[reason]}; "
-            f"{remedy}"
-        )
+    def check_usable(self, name: str) -> None:
+        """Raises SourceError if there were rows, none of which can be used."""
+        if self.seen and self.left_out.total() == self.seen:
+            [(reason, _)] = self.left_out.most_common(1)
+            remedy = "raise data.sequence_length" if reason == TOO_LONG else "correct data.records"
+            raise SourceError(
+                f"{name}: none of {self.seen:,} records can be used ({self}); for instance {self.examples[reason]}; "
+                f"{remedy}"
+            )

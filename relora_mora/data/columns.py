@@ -2,14 +2,14 @@
 
 Lanes that share a file split its rows into equal ranges. The rows of a file are in groups. Parquet's footer locates its
 row groups, so a position is found without reading those before it. Arrow's record batches are mapped into memory, so of
-a batch that is not compressed only the columns that are used are read; when an Arrow file is opened, all batches are
-passed once to count their rows, for which compressed ones are decompressed.
+a batch that is not compressed only the columns that are used are read. When an Arrow file is opened, all batches are
+passed once to count their rows, for which compressed ones are decompressed; those of a compressed stream stay so.
 """
 
 import itertools
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,20 +87,16 @@ class RangeRows(JudgedRows):
         kinds = {
             name: str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind) for name, kind in types.items()
         }
-        for column in self._columns:
-            if kinds[column] in ("binary", "large_binary", "binary_view"):
-                raise SourceError(
-                    f'{shard.label}: the column "{column}" holds bytes ({kinds[column]}), not strings; if they '
-                    f'are UTF-8, write them as strings (pyarrow: column.cast("string")), otherwise '
-                    f"{shard.column_remedy} to another column"
-                )
         # writers use the type null if all values are null
-        if not shard.holds_records and kinds[shard.text_column] not in (*_STRINGS, "null"):
-            strings = ", ".join(name for name, kind in kinds.items() if kind in _STRINGS) or "none"
-            raise SourceError(
-                f'{shard.label}: the column "{shard.text_column}" holds {types[shard.text_column]}, not strings; '
-                f"{shard.column_remedy} to one of those that do ({strings}){OR_RECORDS}"
-            )
+        held = ("binary", "large_binary", "binary_view") if shard.holds_records else (*_STRINGS, "null")
+        for column in self._columns:
+            if (kinds[column] in held) == shard.holds_records:
+                strings = ", ".join(name for name, kind in kinds.items() if kind in _STRINGS) or "none"
+                raise SourceError(
+                    f'{shard.label}: the column "{column}" holds {types[column]}, not strings; write it as strings '
+                    f'(pyarrow: column.cast("string")), or {shard.column_remedy} to one of those that do '
+                    f"({strings}){'' if shard.holds_records else OR_RECORDS}"
+                )
 
     def _numbered(self) -> Iterator[tuple[int, str | Record | Skipped]]:
         """The own rows from ``_next`` on, with their numbers in the file from 1."""
@@ -210,7 +206,7 @@ class ParquetRows(RangeRows):
 
 
 class ArrowRows(RangeRows):
-    """A file has a footer with the positions of its batches. A stream, as ``datasets`` writes it, is read in order."""
+    """A file has a footer with the positions of its batches. Those of a stream, as ``datasets`` writes it, are kept."""
 
     head = "its schema"
     group = "record batch"
@@ -224,44 +220,32 @@ class ArrowRows(RangeRows):
         size = len(END_OF_STREAM)
         if not self._is_file and self._map.read_at(size, max(0, self._map.size() - size)) != END_OF_STREAM:
             raise pyarrow.ArrowInvalid("it does not end as a stream does")  # pyarrow accepts a cut between batches
-        self._begin()
-        self._names = self._reader.schema.names
-        return self._reader.schema
+        return self._reader().schema
 
-    def _begin(self, options: Any = None) -> None:
-        """Begins to read the batches with the columns that the options choose."""
+    def _reader(self, options: Any = None) -> Any:
         import pyarrow
 
         self._map.seek(0)
-        read = pyarrow.ipc.open_file if self._is_file else pyarrow.ipc.open_stream
-        self._reader = read(self._map, options=options)
-        self._options = options
-        self._after = 0  # the batch of a stream that comes next
+        return (pyarrow.ipc.open_file if self._is_file else pyarrow.ipc.open_stream)(self._map, options=options)
 
     def _group_sizes(self) -> list[int]:
         import pyarrow
 
+        names = self._reader().schema.names
+        fields = [names.index(name) for name in self._columns]
+        reader = self._reader(pyarrow.ipc.IpcReadOptions(included_fields=fields, use_threads=False))
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if self._is_file else iter(reader)
+        kept: list[Any] = []
         counts: list[int] = []
         while True:
             with self._naming_damage(f"{self.group} {len(counts) + 1}, from row {sum(counts) + 1} on,"):
-                batch = self._batch(len(counts))
+                batch = next(batches, None)
             if batch is None:
                 break
             counts.append(batch.num_rows)
-        fields = [self._names.index(name) for name in self._columns]
-        self._begin(pyarrow.ipc.IpcReadOptions(included_fields=fields, use_threads=False))
+            kept.append(None if self._is_file else batch)
+        self._batch: Callable[[int], Any] = reader.get_batch if self._is_file else kept.__getitem__
         return counts
-
-    def _batch(self, number: int) -> Any:
-        """A record batch; None after the last."""
-        if self._is_file:
-            return self._reader.get_batch(number) if number < self._reader.num_record_batches else None
-        if number < self._after:
-            self._begin(self._options)
-        for _ in range(self._after, number):
-            next(self._reader)
-        self._after = number + 1
-        return next(self._reader, None)
 
     def _batches(self, group: int, first: int) -> Iterator[Any]:
         batch = self._batch(group)

@@ -4,11 +4,10 @@ The former notices other text under the same names and sizes. Files on the hub n
 of their name. A run resumes only on a stream whose blocks are decided by the same things.
 """
 
-import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,37 +31,26 @@ THREADS = 16
 WHOLE_BYTES = 1 << 16  # a file up to this size is read as a whole
 PIECE_BYTES = 1 << 12  # the size of each sample of a larger file: its head, its tail and pieces between
 PIECES_BETWEEN = 4
-END_BYTES = 8  # enough for the end marker of any format
+END_BYTES = 8  # shown of a file that ends in another way than those of its format
 
 
-def local_content(shards: Sequence[Shard]) -> str:
-    """32 hex digits over the names of local files, their sizes and samples of their content; "" if no shard is local.
+def content_of(shards: Sequence[Shard]) -> str:
+    """32 hex digits over the names of shards and their ``contents``; "" if none of them has one."""
+    digest = xxhash.xxh3_128()
+    known = [(shard.name, content) for shard, content in zip(shards, contents(shards), strict=True) if content]
+    for name, content in known:
+        digest.update(xxhash.xxh3_128_digest(name.encode("utf-8", "surrogatepass")) + bytes.fromhex(content))
+    return digest.hexdigest() if known else ""
 
-    A gzip or zstd file ends with a checksum of its text. In plain text a change in the middle may be missed.
-    Raises SourceError for a file that cannot be read, and for a token file that has changed since it was made.
+
+def contents(shards: Sequence[Shard]) -> list[str]:
+    """32 hex digits of what each shard holds: of samples of a local file, or of the version of another.
+
+    "" on the hub, where the commit is part of the name, and for versions that were not asked for (``at_versions``). A
+    gzip or zstd file ends with a checksum of its text; in plain text a change in the middle may be missed. Raises
+    SourceError for a file that cannot be read, and for a token file that has changed since it was made.
     """
-    local = [shard for shard in shards if shard.origin == "local"]
-    return _digest(local, _map_in_threads(_local_digest, local))
-
-
-def remote_versions(shards: Sequence[Shard], timeout_seconds: float) -> dict[int, Version]:
-    """The versions of files on servers and in stores, by the number of the shard. For ``at_versions``.
-
-    Sends one request per file, several at the same time; only one rank should call it. Raises SourceError for a file
-    that is missing.
-    """
-    asked = {number: shard for number, shard in enumerate(shards) if shard.origin == "server"}
-    if not asked:
-        return {}
-    import requests
-
-    from relora_mora.data.remote import version_of
-
-    with requests.Session() as session:
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=THREADS))
-        ask = functools.partial(version_of, session=session, timeout_seconds=timeout_seconds)
-        return dict(zip(asked, _map_in_threads(ask, list(asked.values())), strict=True))
+    return _in_threads(_content, shards)
 
 
 def at_versions(shards: Sequence[Shard], versions: Mapping[int, Version]) -> list[Shard]:
@@ -72,16 +60,18 @@ def at_versions(shards: Sequence[Shard], versions: Mapping[int, Version]) -> lis
     ]
 
 
-def remote_content(shards: Sequence[Shard]) -> str:
-    """32 hex digits over the names and the versions of files on servers and in stores; "" if there are none."""
-    urls = [shard for shard in shards if shard.origin == "server"]
-    return _digest(urls, map(_server_digest, urls))
+def remote_versions(shards: Sequence[Shard], timeout_seconds: float) -> dict[int, Version]:
+    """The versions of files on servers and in stores, by the number of the shard. For ``at_versions``.
 
+    Asks for several files at the same time; only one rank should call it. Raises SourceError for a missing file.
+    """
+    asked = {number: shard for number, shard in enumerate(shards) if shard.is_remote and not shard.hub}
+    if not asked:
+        return {}
+    from relora_mora.data.remote import version_of
 
-def content_digests(shards: Sequence[Shard]) -> list[str]:
-    """The digest of each shard in ``local_content`` or ``remote_content``: 32 hex digits, "" for the hub."""
-    digests = {"local": _local_digest, "server": _server_digest, "hub": lambda shard: b""}
-    return [digest.hex() for digest in _map_in_threads(lambda shard: digests[shard.origin](shard), shards)]
+    versions = _in_threads(functools.partial(version_of, timeout_seconds=timeout_seconds), list(asked.values()))
+    return dict(zip(asked, versions, strict=True))
 
 
 def samples_digest(path: str) -> str:
@@ -89,66 +79,43 @@ def samples_digest(path: str) -> str:
     return xxhash.xxh3_128_hexdigest(_samples(path))
 
 
-def _map_in_threads(function: Callable[[Shard], T], shards: Sequence[Shard]) -> list[T]:
+def _in_threads(function: Callable[[Shard], T], shards: Sequence[Shard]) -> list[T]:
     with ThreadPoolExecutor(THREADS) as threads:  # after an error, map() starts no further calls
         return list(threads.map(function, shards))
 
 
-def _digest(shards: Sequence[Shard], contents: Iterable[bytes]) -> str:
-    if not shards:
-        return ""
-    digest = xxhash.xxh3_128()
-    for shard, content in zip(shards, contents, strict=True):
-        digest.update(xxhash.xxh3_128_digest(shard.name.encode("utf-8", "surrogatepass")) + content)
-    return digest.hexdigest()
-
-
-def _local_digest(shard: Shard) -> bytes:
-    if shard.format.endings and shard.tokens is None:
-        _check_end(shard)
-    digest = xxhash.xxh3_128_digest(_samples(shard.location))
-    if shard.tokens is not None and digest.hex() != shard.tokens.totals.digest:
+def _content(shard: Shard) -> str:
+    if shard.is_remote:
+        if shard.hub or shard.version is None:
+            return ""
+        etag, modified, size = shard.version
+        return xxhash.xxh3_128_hexdigest((etag or f"{modified} {size}").encode())
+    samples = _samples(shard.location)
+    endings = shard.format.endings
+    if endings and shard.tokens is None and not samples.endswith(endings):  # an incomplete copy
+        raise SourceError(
+            f"{shard.location} is not {shard.format.name} or was cut short: it ends in {samples[-END_BYTES:]!r}, "
+            f"not in {' or '.join(map(repr, endings))}; fetch or write it again"
+        )
+    digest = xxhash.xxh3_128_hexdigest(samples)
+    if shard.tokens is not None and digest != shard.tokens.totals.digest:
         raise SourceError(
             f"{shard.location} has changed since its tokens were made; remove it and make it again: {COMMAND}"
         )
     return digest
 
 
-def _server_digest(shard: Shard) -> bytes:
-    assert shard.version is not None, "see at_versions"
-    etag, modified, size = shard.version
-    return xxhash.xxh3_128_digest((etag or f"{modified} {size}").encode())
-
-
 def _samples(path: str) -> bytes:
-    with _opened(path) as file:
-        size = os.fstat(file).st_size
-        if size <= WHOLE_BYTES:
-            return os.pread(file, size, 0)
-        last = size - PIECE_BYTES
-        between = [xxhash.xxh64_intdigest(b"%d %d" % (size, number)) % last for number in range(PIECES_BETWEEN)]
-        return b"%d " % size + b"".join(os.pread(file, PIECE_BYTES, place) for place in (0, *between, last))
-
-
-def _check_end(shard: Shard) -> None:
-    """Finds an incomplete copy before the run reaches it, if all files of its format have the same end."""
-    with _opened(shard.location) as file:
-        end = os.pread(file, END_BYTES, max(0, os.fstat(file).st_size - END_BYTES))
-    if not end.endswith(shard.format.endings):
-        raise SourceError(
-            f"{shard.location} is not {shard.format.name} or was cut short: it ends in {end!r}, "
-            f"not in {' or '.join(map(repr, shard.format.endings))}; fetch or write it again"
-        )
-
-
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[int]:
+    """A small file, or pieces of a larger one, the last of which is its end."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            yield file
-        finally:
-            os.close(file)
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - the path may be any bytes
+            size = os.fstat(file.fileno()).st_size
+            if size <= WHOLE_BYTES:
+                return os.pread(file.fileno(), size, 0)
+            last = size - PIECE_BYTES
+            between = [xxhash.xxh64_intdigest(b"%d %d" % (size, number)) % last for number in range(PIECES_BETWEEN)]
+            pieces = [os.pread(file.fileno(), PIECE_BYTES, place) for place in (0, *between, last)]
+            return b"%d " % size + b"".join(pieces)
     except OSError as error:
         raise unreadable(path, error, "check the path and its permissions") from error
 

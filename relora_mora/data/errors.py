@@ -1,7 +1,6 @@
 """Errors about text, and the reasons for which a row is skipped."""
 
 import errno
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -35,8 +34,7 @@ class WorkerError(RuntimeError):
     """A data worker was killed, or failed for a reason other than the user's input."""
 
 
-_MAX_NAMES = 20  # keys listed in a message
-_NAME_CHARACTERS = 80
+_LONGEST_LIST = 400  # characters of keys in a message
 
 # reasons for bad rows, which may be up to data.max_bad_fraction of a shard, and how a message describes such a row
 BAD_REASONS = {
@@ -76,6 +74,4 @@ def too_long(size: int, limit: int) -> Skipped:
 
 def names_of(keys: Iterable[str]) -> str:
     """The keys of a row as a list for a message."""
-    names = [name[:_NAME_CHARACTERS] for name in itertools.islice(keys, _MAX_NAMES + 1)]
-    more = ["..."] if len(names) > _MAX_NAMES else []
-    return ", ".join(names[:_MAX_NAMES] + more) or "nothing"
+    return f"{', '.join(keys):.{_LONGEST_LIST}}" or "nothing"

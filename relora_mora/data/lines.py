@@ -181,33 +181,29 @@ def is_encodable(text: str) -> bool:
     return True
 
 
-def documents(lines: Iterator[Line], limit: int, sample_by: str) -> Iterator[bytes | int]:
+def documents(lines: Iterator[Line], limit: int, sample_by: str) -> Iterator[Line]:
     """The documents of a text file, with ``\\n`` as the line end and none at the end of a document.
 
     Blank lines, which hold at most ASCII white space, separate paragraphs. Of a document of more than ``limit`` bytes
     only the length is given.
     """
-    parts: list[bytes] = []
-    size = -1  # of the document, with a newline between two lines
-
-    def finished() -> bytes | int:
-        return size if size > limit else b"\n".join(parts)
-
-    for line in lines:
-        text = line.removesuffix(b"\r") if isinstance(line, bytes) else None
-        ends = sample_by == "line" or (sample_by == "paragraph" and text is not None and not text.strip())
-        if not ends or sample_by == "line":
-            size += 1 + (len(text) if text is not None else line)  # type: ignore[operator]
-            if text is None or size > limit:
-                parts.clear()  # only the length of the document is still needed
-            else:
+    texts = (line.removesuffix(b"\r") if isinstance(line, bytes) else line for line in lines)
+    if sample_by == "line":
+        yield from texts
+        return
+    whole = sample_by == "document"
+    for blank, group in itertools.groupby(texts, lambda text: isinstance(text, bytes) and not (whole or text.strip())):
+        if blank:
+            continue
+        parts: list[bytes] = []
+        size = -1  # with a newline between two lines
+        for text in group:
+            size += 1 + (len(text) if isinstance(text, bytes) else text)
+            if size > limit:
+                parts.clear()  # only the length is still needed
+            elif isinstance(text, bytes):
                 parts.append(text)
-        if ends and size >= 0:
-            yield finished()
-            parts.clear()
-            size = -1
-    if size >= 0:
-        yield finished()
+        yield size if size > limit else b"\n".join(parts)
 
 
 def read_document(entry: bytes) -> str | Skipped:
@@ -225,7 +221,6 @@ def _plain(text: str) -> str | Skipped:
     return text or Skipped("empty_text")
 
 
-_OTHER_DELIMITERS = ";\t|"
 _INSIDE = re.compile(r'([^"])[^"]+([^"])')
 
 
@@ -332,12 +327,6 @@ class CsvRows:
                 "the first row of CSV names the columns: repair or drop the file"
             )
         names = [name.encode(errors="surrogateescape").decode("utf-8", "replace") for name in row]
-        delimiter = next((each for each in _OTHER_DELIMITERS if each in names[0]), None)
-        if len(names) == 1 and delimiter is not None and names[0].replace("\t", " ").isprintable():
-            raise SourceError(
-                f"{label}: its header {names[0]!r} seems to be separated by {delimiter!r} instead of commas; "
-                "write it again with commas (pandas: read_csv(FILE, sep=...).to_csv(FILE, index=False)), or as Parquet"
-            )
         check_names(self._shard, names)
         return names
 

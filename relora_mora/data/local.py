@@ -50,34 +50,31 @@ class LocalFile(ByteFile):
         self._shard = shard
         try:
             self._file = io.FileIO(shard.location)
+            now = Version.on_disk(os.fstat(self._file.fileno()))
+            misses = not now.size and self._file.read(1)
         except OSError as error:
-            raise unreadable(shard.location, error, "check the path and its permissions") from error
-        now = Version.on_disk(os.fstat(self._file.fileno()))
+            raise unreadable(shard.location, error, "check the path, its permissions and its disk") from error
+        if misses:
+            raise SourceError(
+                f"{shard.location}: its disk says that it is empty, but it is not; copy it to another disk"
+            )
         self.size = now.size or 0
         then = shard.version or now
         if then != now:
             self.close()
             same = "it was written again" if then.size == now.size else f"{then.size:,} bytes then, {now.size:,} now"
             raise self._changed(same)
-        if not self.size and self._read(0, 1):
-            self.close()
-            raise SourceError(
-                f"{shard.location}: its disk says that it is empty, but it is not; copy it to another disk"
-            )
 
     def read_at(self, position: int, size: int) -> bytes:
-        data = self._read(position, size)
-        if len(data) < size:
-            raise self._changed(f"{self.size:,} bytes when it was opened, {position + len(data):,} now")
-        return data
-
-    def _read(self, position: int, size: int) -> bytes:
         assert self._file is not None
         try:
             self._file.seek(position)
-            return self._file.read(size)
+            data = self._file.read(size)
         except OSError as error:
             raise unreadable(self._shard.location, error, "check the disk") from error
+        if len(data) < size:
+            raise self._changed(f"{self.size:,} bytes when it was opened, {position + len(data):,} now")
+        return data
 
     def close(self) -> None:
         if self._file is not None:

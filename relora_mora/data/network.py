@@ -5,8 +5,6 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 from relora_mora.data.errors import SourceError
@@ -86,11 +84,10 @@ def check_status(status: int, headers: Mapping[str, str], what: str, *, hub: boo
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float:
     """The Retry-After header, which holds seconds or a date; 0 if it is missing or cannot be read."""
-    value = headers.get("Retry-After", "").strip()
-    if value.isdecimal():
-        return float(value)
+    from urllib3 import Retry
+    from urllib3.exceptions import InvalidHeader
+
     try:
-        when = parsedate_to_datetime(value)
-    except ValueError:
+        return Retry().parse_retry_after(headers.get("Retry-After", "0"))
+    except (InvalidHeader, OverflowError):
         return 0.0
-    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

@@ -1,18 +1,16 @@
 """Opens the rows of shards of every format: texts or records. In plain text every document is a row."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from relora_mora.config.data import DataConfig, Split, TextSource
+from relora_mora.config.data import DataConfig
 from relora_mora.data.bad_rows import JudgedRows
 from relora_mora.data.columns import ArrowRows, ParquetRows
-from relora_mora.data.errors import Skipped, SourceError
+from relora_mora.data.errors import SourceError
 from relora_mora.data.lines import LineRows
 from relora_mora.data.rows import Encoded, EncodeTexts
 from relora_mora.data.shard import ARROW, PARQUET, Shard
-from relora_mora.data.sources.resolve import shards_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +26,7 @@ def open_rows(
     stride: int = 1,
     phase: int = 0,
     bad: int = 0,
-    note: Callable[[str], None] = log.warning,
+    note: Callable[[str], object] = log.warning,
 ) -> JudgedRows:
     """The texts or records of a shard of any format (see ``rows.OpenRows``).
 
@@ -54,17 +52,3 @@ def text_encoder(tokenizer: "PreTrainedTokenizerBase") -> EncodeTexts:
     from relora_mora.tokenizer.load import encode
 
     return lambda texts: [Encoded(ids) for ids in encode(tokenizer, texts)]
-
-
-def iter_texts(sources: str | Sequence[str | TextSource], *, split: Split, config: DataConfig) -> Iterator[str]:
-    """Every text of the sources, shard after shard, row after row.
-
-    The limits, the revision and the text column come from ``config``. Bad rows are skipped and logged. Raises
-    SourceError if a shard has too many of them or if no shard can be found.
-    """
-    for shard in shards_of(sources, config, split):
-        check_is_text(shard)
-        with closing(open_rows(config, shard)) as rows:
-            # one at a time, so that rows after the last text that the caller takes cause no delay and no message
-            while row := rows.take(1):
-                yield from (text for text in row if not isinstance(text, Skipped))

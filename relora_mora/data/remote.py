@@ -4,12 +4,13 @@ A block of a file counts only if it arrived whole and belongs to the version tha
 for again. This is below the decompressor, which never notices. No message contains a url, which may hold a secret.
 """
 
+import contextlib
 import functools
 import http.client
 import re
 import urllib.request
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import requests
@@ -30,35 +31,37 @@ SMALLEST_BLOCK_BYTES = 1 << 10
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 _BROKEN = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)  # requests' exceptions are OSErrors
-_WRONG_URL = (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema)
 
 
-def open_remote(shard: Shard, timeout_seconds: float) -> "BlockFile":
-    return (HttpFile if shard.is_http else StoreFile)(shard, timeout_seconds)
+def open_remote(shard: Shard, timeout_seconds: float, *, first_bytes: int = FIRST_BLOCK_BYTES) -> "BlockFile":
+    return (HttpFile if shard.is_http else StoreFile)(shard, timeout_seconds, first_bytes)
 
 
-def version_of(shard: Shard, timeout_seconds: float, session: requests.Session | None = None) -> Version:
+def version_of(shard: Shard, timeout_seconds: float) -> Version:
     """The version of a file as its server or store reports it. Raises SourceError for a file that is missing."""
-    if shard.is_http:
-        return retrying(lambda: _version_at_server(shard, timeout_seconds, session), shard.name, timeout_seconds)
-    store = _Store(shard)
-    return retrying(store.version, shard.name, timeout_seconds)
+    with contextlib.closing(open_remote(shard, timeout_seconds, first_bytes=1)) as file:
+        return file.version
 
 
 class BlockFile(ByteFile):
     """A file that is read in blocks. Raises SourceError if its source has failed for good, or if it has changed."""
 
-    def __init__(self, shard: Shard, timeout_seconds: float) -> None:
+    def __init__(self, shard: Shard, timeout_seconds: float, first_bytes: int) -> None:
         self._shard = shard
         self._timeout_seconds = timeout_seconds
         self._known = shard.version  # the version that is read
         self._most = self._ahead = FIRST_BLOCK_BYTES
         self._start = 0  # the position of the block
         try:
-            self._block = self._load(0, FIRST_BLOCK_BYTES)
+            self._block = self._load(0, first_bytes)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def version(self) -> Version:
+        assert self._known is not None, "an answer has come"
+        return self._known
 
     @abstractmethod
     def _ask(self, start: int, end: int) -> bytes:
@@ -105,10 +108,10 @@ class BlockFile(ByteFile):
 class HttpFile(BlockFile):
     """A file on a server that answers requests for ranges."""
 
-    def __init__(self, shard: Shard, timeout_seconds: float) -> None:
+    def __init__(self, shard: Shard, timeout_seconds: float, first_bytes: int) -> None:
         self._session = requests.Session()
         self.size = -1  # until it is known
-        super().__init__(shard, timeout_seconds)
+        super().__init__(shard, timeout_seconds, first_bytes)
 
     def close(self) -> None:
         self._session.close()
@@ -117,7 +120,7 @@ class HttpFile(BlockFile):
     def _ask(self, start: int, end: int) -> bytes:
         headers = hub.login_headers(self._shard.name) if self._shard.hub else {}
         headers["Range"] = f"bytes={start}-{end - 1}"
-        with _send("GET", self._shard, headers, self._timeout_seconds, self._session) as response:
+        with _send(self._shard, headers, self._timeout_seconds, self._session) as response:
             size = self._check(response, start, end)
             try:
                 block = bytes(response.raw.read(size + 1, decode_content=False))
@@ -162,39 +165,28 @@ class HttpFile(BlockFile):
         return last + 1 - first
 
 
-def _send(
-    method: str, shard: Shard, headers: Mapping[str, str], timeout_seconds: float, session: requests.Session | None
-) -> requests.Response:
-    """The answer to one request after redirects. Its body is not read yet and is not decoded.
+def _send(shard: Shard, headers: Mapping[str, str], timeout_seconds: float, session: requests.Session) -> Any:
+    """The answer to a request after redirects. Its body is not read yet and is not decoded.
 
     A login is not sent to another host. Raises TransientError, and SourceError for a url that cannot be right.
     """
     stall = stall_seconds(timeout_seconds)
-    what = shard.name
     try:
-        return (session.request if session is not None else requests.request)(
-            method,
+        return session.get(
             shard.location,
             headers={"Accept-Encoding": "identity", **headers},
             auth=_keep_login if any(name.lower() == "authorization" for name in headers) else None,
             stream=True,
             timeout=(min(CONNECT_SECONDS, stall), stall),
-            allow_redirects=True,
         )
-    except _WRONG_URL as error:
-        fault = f"{what} is not a valid url ({type(error).__name__}); check it"
-        if urllib.request.getproxies():
-            fault += (
-                ", and the proxy in HTTP_PROXY, HTTPS_PROXY or ALL_PROXY (socks:// needs pip install requests[socks])"
-            )
-        raise SourceError(fault) from error
-    except requests.exceptions.TooManyRedirects as error:
-        raise SourceError(f"{what} redirects without end; check the url") from error
+    except (requests.exceptions.TooManyRedirects, ValueError) as error:  # requests' errors about urls are ValueErrors
+        proxies = " and the proxies in the environment" if urllib.request.getproxies() else ""
+        raise SourceError(
+            f"{shard.name}: its url, where it redirects, or its login cannot be used ({type(error).__name__}); "
+            f"check them{proxies} (socks:// needs pip install requests[socks])"
+        ) from error
     except _BROKEN as error:  # only the type: the message may contain the whole url
         raise TransientError(f"no connection ({type(error).__name__})") from error
-    except ValueError as error:
-        fault = f"{what} redirects to an invalid url, or has a login that cannot be sent ({type(error).__name__})"
-        raise SourceError(f"{fault}; check it") from error
 
 
 def _keep_login(request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -218,78 +210,60 @@ def _size_of(response: requests.Response) -> int | None:
     return int(size) if size.isdecimal() else None
 
 
-def _version_at_server(shard: Shard, timeout_seconds: float, session: requests.Session | None) -> Version:
-    # if a server refuses HEAD, a request for one byte is answered with the same headers
-    for method, headers in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
-        with _send(method, shard, headers, timeout_seconds, session) as response:
-            if response.ok:
-                break
-    if response.status_code != 416:  # an empty file has no first byte
-        check_status(response.status_code, response.headers, shard.name, hub=shard.hub)
-    return _version_in(response)
-
-
 # what the stores of fsspec call the ETag of a file, and its date
 _ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id")
 _DATES = ("LastModified", "last_modified", "updated", "mtime", "created")
 
 
-class _Store:
-    """A file in a store. The store finds its credentials by its own means, for instance in the environment."""
+class StoreFile(BlockFile):
+    """A file in a store of fsspec, which finds its credentials by its own means, for instance in the environment.
 
-    def __init__(self, shard: Shard) -> None:
+    The version is compared after each block.
+    """
+
+    def __init__(self, shard: Shard, timeout_seconds: float, first_bytes: int) -> None:
         from fsspec.core import url_to_fs
 
         self._name = shard.name
         try:
-            self._files, self._path = url_to_fs(shard.location)
+            self._store, self._path = url_to_fs(shard.location)
         except Exception as error:  # stores raise their own types; their messages may hold the url
             raise SourceError(
                 f"{self._name}: its store cannot be opened ({type(error).__name__}); check the address and the login"
             ) from error
+        now = retrying(self._version_now, shard.name, timeout_seconds)
+        self.size = now.size or 0
+        super().__init__(shard, timeout_seconds, first_bytes)
+        self._check_version(now)
 
-    def version(self) -> Version:
-        """Raises SourceError for a file that is missing, TransientError for a fault that may pass."""
-        self._files.invalidate_cache()
-        info = self._call(self._files.info, self._path)
+    def _ask(self, start: int, end: int) -> bytes:
+        end = min(end, self.size)
+        block = bytes(self._call(self._store.cat_file, start=start, end=end)) if start < end else b""
+        now = self._version_now()
+        self._check_version(now)
+        if now.size != self.size:
+            raise SourceError(
+                f"{self._name} changed while it was read: {self.size:,} bytes at first, {now.size:,} now; "
+                "use data that does not change"
+            )
+        if len(block) != end - start:
+            raise TransientError(f"the block has {len(block)} bytes instead of {end - start}")
+        return block
+
+    def _version_now(self) -> Version:
+        self._store.invalidate_cache()
+        info = self._call(self._store.info)
         etag = next((str(info[key]) for key in _ETAGS if info.get(key)), None)
         date = next((str(info[key]) for key in _DATES if info.get(key)), None)
         return Version(etag, date, info["size"])
 
-    def read(self, start: int, end: int) -> bytes:
-        return bytes(self._call(self._files.cat_file, self._path, start=start, end=end))
-
-    def _call(self, function: Any, *given: Any, **named: Any) -> Any:
+    def _call(self, function: Callable[..., Any], **named: Any) -> Any:
+        """Raises SourceError for a file that is missing, TransientError for a fault that may pass."""
         try:
-            return function(*given, **named)
+            return function(self._path, **named)
         except FileNotFoundError as error:
             raise SourceError(f"{self._name}: the store has no such file; check the address") from error
         except PermissionError as error:
             raise SourceError(f"{self._name}: access denied; check the store's login and who may read it") from error
         except Exception as error:  # as above
             raise TransientError(f"no answer ({type(error).__name__})") from error
-
-
-class StoreFile(BlockFile):
-    """A file in a store of fsspec. Its version is compared after each block."""
-
-    def __init__(self, shard: Shard, timeout_seconds: float) -> None:
-        self._store = _Store(shard)
-        now = retrying(self._store.version, shard.name, timeout_seconds)
-        self.size = now.size or 0
-        super().__init__(shard, timeout_seconds)
-        self._check_version(now)
-
-    def _ask(self, start: int, end: int) -> bytes:
-        end = min(end, self.size)
-        block = self._store.read(start, end) if start < end else b""
-        now = self._store.version()
-        self._check_version(now)
-        if now.size != self.size:
-            raise SourceError(
-                f"{self._shard.name} changed while it was read: {self.size:,} bytes at first, {now.size:,} now; "
-                "use data that does not change"
-            )
-        if len(block) != end - start:
-            raise TransientError(f"the block has {len(block)} bytes instead of {end - start}")
-        return block

@@ -81,7 +81,7 @@ class OpenRows(Protocol[Row]):
     """
 
     def __call__(
-        self, shard: Shard, *, stride: int, phase: int, bad: int, note: Callable[[str], None]
+        self, shard: Shard, *, stride: int, phase: int, bad: int, note: Callable[[str], object]
     ) -> Rows[Row]: ...
 
 

@@ -161,16 +161,13 @@ class Shard:
     @property
     def required_columns(self) -> Collection[str]:
         """The keys or columns that are read and that every row must have."""
-        if self.records is None or self.records.is_text:
-            return (self.text_column,)
-        return self.records.settings.required.values()
+        return self.records.settings.required.values() if self.records and self.holds_records else (self.text_column,)
 
     @property
     def columns(self) -> Collection[str]:
         """All keys or columns that are read."""
-        if self.records is None or self.records.is_text:
-            return (self.text_column,)
-        return {**self.records.settings.required, **self.records.settings.optional}.values()
+        optional = self.records.settings.optional.values() if self.records and self.holds_records else ()
+        return (*self.required_columns, *optional)
 
     def record(self, fields: dict[str, Any], where: str) -> Record:
         """A record of this shard with these fields."""

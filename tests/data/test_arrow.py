@@ -10,14 +10,20 @@ from contextlib import closing
 import pyarrow
 import pytest
 
-from relora_mora.data.content import local_content
+from relora_mora.data.content import content_of
 from relora_mora.data.errors import SourceError
 from relora_mora.data.read import open_rows
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.resolve import resolve_shards
-from tests.tools.data_tools import data_config, rows_of, some_texts, texts_of, write_arrow, write_parquet
+from tests.tools.data_tools import (
+    data_config,
+    resolve_shards,
+    rows_of,
+    some_texts,
+    texts_of,
+    write_arrow,
+    write_parquet,
+)
 from tests.tools.each import each
-from tests.tools.faulty_server import serving
 
 
 def _as_polars_writes(path):
@@ -58,7 +64,7 @@ def test_every_format_kind_of_string_and_compression(tmp_path, written, compress
         write_arrow(path, values, group_rows=9, stream=written == "stream", compression=compression)
     if written == "file of polars":
         _as_polars_writes(path)
-    local_content(resolve_shards(str(path)))
+    content_of(resolve_shards(str(path)))
     assert texts_of(path) == [text for text in texts if text]
     found = []
     for lane in range(5):
@@ -92,41 +98,12 @@ def test_a_stream_that_is_cut_between_two_batches_is_named(tmp_path):
         texts_of(path)
 
 
-@each("stream", [True, False])
-def test_one_compressed_batch_is_in_memory_at_a_time(tmp_path, stream):
+def test_one_compressed_batch_of_a_file_is_in_memory_at_a_time(tmp_path):
     texts = [random.Random(n).randbytes(5000).hex() for n in range(1000)]
-    path = write_arrow(tmp_path / "a.arrow", texts, group_rows=20, stream=stream, compression="zstd")
+    path = write_arrow(tmp_path / "a.arrow", texts, group_rows=20, stream=False, compression="zstd")
     before = pyarrow.total_allocated_bytes()
     most = 0
     with closing(open_rows(data_config(path), Shard("a.arrow", str(path)))) as rows:
         while rows.take(10):
             most = max(most, pyarrow.total_allocated_bytes() - before)
     assert 0 < most < sum(map(len, texts)) / 10
-
-
-def test_a_file_on_a_server_is_refused_with_a_remedy():
-    with pytest.raises(
-        SourceError, match=r"/a\.arrow is an Arrow file on a server, and only local ones are read; down"
-    ):
-        resolve_shards(["https://example.com/b.parquet", "https://example.com/a.arrow"])
-
-
-def test_a_folder_written_by_save_to_disk_is_refused_but_not_its_files(tmp_path, monkeypatch):
-    import datasets
-
-    datasets.disable_progress_bars()
-    texts = some_texts(50)
-    one = datasets.Dataset.from_dict({"text": texts})
-    one.save_to_disk(tmp_path / "one", num_shards=2)
-    datasets.DatasetDict({"train": one}).save_to_disk(tmp_path / "both")
-    for source in (f"{tmp_path}/one", f"{tmp_path}/both", f"{tmp_path}/both::train"):
-        with pytest.raises(
-            SourceError, match=r"was written by save_to_disk, .*to_parquet\), or give its local files by"
-        ):
-            resolve_shards(source)
-    assert texts_of(f"{tmp_path}/one/*.arrow") == texts
-    assert texts_of(f"{tmp_path}/both/**/*.arrow") == texts
-    with serving(tmp_path / "both") as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        with pytest.raises(SourceError, match=r"some/set was written by save_to_disk"):
-            resolve_shards("some/set")

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from relora_mora.data import bad_rows
-from relora_mora.data.errors import BAD_REASONS, SourceError
-from relora_mora.data.sets.show import check_columns
+from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
+from relora_mora.data.sets.check import check_columns
 from relora_mora.data.sources.resolve import configured_shards
 from tests.tools.data_tools import (
     WRITE_GROUPS,
@@ -22,6 +22,7 @@ from tests.tools.data_tools import (
     epoch_tokens,
     line,
     make_lane,
+    rows_of,
     some_texts,
     texts_of,
     write_shard,
@@ -80,11 +81,6 @@ def test_bad_lines_are_counted_by_kind_with_shard_and_line(tmp_path, suffix):
     assert set(entries) - set(bad) == harmless[suffix]
 
 
-def test_harmless_rows_never_stop_a_run(tmp_path):
-    path = write_shard(tmp_path / "a.json", ["text", *[line(""), line(None), b""] * 50])
-    assert documents_in(epoch_tokens(_lane(path, max_bad_fraction=0.0)))[0] == "text"
-
-
 @each("suffix", ENTRIES)
 @each("lanes", [2, 7])
 def test_lanes_that_share_a_shard_count_each_line_once(tmp_path, lanes, suffix):
@@ -101,40 +97,30 @@ def test_lanes_that_share_a_shard_count_each_line_once(tmp_path, lanes, suffix):
 
 
 def test_shards_without_text_between_good_ones(tmp_path):
-    good = [some_texts(20, seed=n) for n in range(2)]
-    paths = [write_shard(tmp_path / f"good{n}.json.gz", good[n]) for n in range(2)]
-    paths += [tmp_path / "empty.json", tmp_path / "page.json.gz"]
-    paths[2].write_bytes(b"")
-    paths[3].write_bytes(b"<!DOCTYPE html>\n<html>\n\n<body>Log in</body>\n</html>\n" + b"<br>\n" * 9)
-    lane = _lane([str(path) for path in paths])
-    found = documents_in(epoch_tokens(lane))
+    texts = some_texts(40)
+    good = [write_shard(tmp_path / f"good{n}.json.gz", texts[20 * n : 20 * n + 20]) for n in range(2)]
+    page = b"<!DOCTYPE html>\n<html>\n\n<body>Log in</body>\n</html>\n" + b"<br>\n" * 9
+    for name, body in {"empty.json": b"", "page.json.gz": page}.items():
+        (tmp_path / name).write_bytes(body)
+    paths = [*map(str, good), f"{tmp_path}/empty.json", f"{tmp_path}/page.json.gz"]
+    lane = _lane(paths)
+    assert set(documents_in(epoch_tokens(lane))) >= set(texts)
     while lane.state()["epoch"] < 2:  # skipped shards at the end of an epoch are counted with the next document
         lane.next_block()
-    assert Counter(found) >= Counter(good[0]) + Counter(good[1])
     assert set(lane.state()["skipped"]) == {"empty_shard", "not_json", "blank_line"}
-    notes = set(lane.rows.notes)
-    assert notes >= {
-        "empty.json is empty; skipped",
-        "page.json.gz: line 2 is not JSON (Expecting value: line 1 column 1 (char 0)): '<html>'; skipped",
-    }
+    assert "empty.json is empty; skipped" in lane.rows.notes
+    assert any(note.startswith("page.json.gz: line 2 is not JSON (Expecting value:") for note in lane.rows.notes)
     with pytest.raises(SourceError, match=r"page\.json\.gz: 11 of \d+ lines are bad"):
-        epoch_tokens(_lane([str(path) for path in paths], max_bad_fraction=0.01))
+        epoch_tokens(_lane(paths, max_bad_fraction=0.01))
 
 
 @each("suffix", [".json", ".json.gz", ".parquet", ".arrow"])
 def test_a_file_of_nothing_but_null_is_harmless_in_every_format(tmp_path, suffix):
     """Its column has the type null in Parquet and Arrow."""
-    write_shard(tmp_path / f"a{suffix}", ["text"] * 9)
-    null = pyarrow.nulls(9) if suffix in WRITE_GROUPS else [line(None)] * 9
-    write_shard(tmp_path / f"b{suffix}", null)
-    config = data_config(tmp_path / "*", max_bad_fraction=0.0, shuffle_documents=1)
+    path = write_shard(tmp_path / f"b{suffix}", pyarrow.nulls(9) if suffix in WRITE_GROUPS else [line(None)] * 9)
+    config = data_config(path, max_bad_fraction=0.0)
     check_columns(configured_shards(config, "train"), config)
-    lane = make_lane(config, 1, 0)
-    assert documents_in(epoch_tokens(lane))[:9] == ["text"] * 9
-    while lane.state()["epoch"] < 2:
-        lane.next_block()
-    assert set(lane.state()["skipped"]) == {"null_text"}
-    assert lane.state()["skipped"]["null_text"] % 9 == 0
+    assert rows_of(path, max_bad_fraction=0.0) == [Skipped("null_text")] * 9
 
 
 def _until_stop(lane, blocks):

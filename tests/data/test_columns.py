@@ -15,20 +15,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora_mora.data import columns, network
-from relora_mora.data.content import local_content
+from relora_mora.data import columns
+from relora_mora.data.content import content_of
 from relora_mora.data.errors import SourceError
 from relora_mora.data.local import LocalFile
 from relora_mora.data.read import open_rows
-from relora_mora.data.sets.show import check_columns
+from relora_mora.data.sets.check import check_columns
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.resolve import configured_shards, resolve_shards
+from relora_mora.data.sources.resolve import configured_shards
 from tests.tools.data_tools import (
     WRITE_GROUPS,
     data_config,
     documents_in,
     epoch_tokens,
     make_lane,
+    resolve_shards,
     rows_of,
     some_texts,
     texts_of,
@@ -74,17 +75,6 @@ def test_rows_without_text_are_counted_by_kind_and_bad_ones_named_by_row(suffix,
 
 
 @every_format
-def test_an_empty_file_is_skipped(suffix, tmp_path):
-    WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", [])
-    WRITE_GROUPS[suffix](tmp_path / f"b{suffix}", ["text"])
-    lane = make_lane(data_config(tmp_path / "*"), 1, 0)
-    for _ in range(10):
-        lane.next_block()
-    assert lane.state()["skipped"]["empty_shard"] >= 2
-    assert set(lane.rows.notes) == {f"a{suffix} is empty; skipped"}
-
-
-@every_format
 def test_another_column_and_held_out_text(suffix, tmp_path):
     texts = some_texts(30)
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", texts, column="with.dot")
@@ -92,21 +82,17 @@ def test_another_column_and_held_out_text(suffix, tmp_path):
 
 
 @each(
-    "column,message",
+    "column,said",
     [
-        ("body", 'a{} has no column "body"; set data.text_column to one of id, text, url'),
-        ("id", 'a{}: the column "id" holds int64, not strings; set data.text_column to one of those that do (text'),
+        ("body", 'has no column "body"; set data.text_column to one of id, text, url'),
+        ("id", ': the column "id" holds int64, not strings; write it as strings'),
     ],
 )
 @every_format
-def test_a_wrong_column_is_refused_with_a_list_of_columns(suffix, tmp_path, column, message):
+def test_a_wrong_column_is_refused_with_a_list_of_columns(suffix, tmp_path, column, said):
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", ["text"])
-    with pytest.raises(SourceError) as caught:
+    with pytest.raises(SourceError, match=re.escape(f"a{suffix}{' ' * said.startswith('has')}{said}")):
         check_columns(resolve_shards(str(path), text_column=column), data_config(path))
-    assert message.format(suffix) in str(caught.value)
-    with pytest.raises(SourceError) as again:
-        make_lane(data_config(path, text_column=column), 1, 0).next_block()
-    assert str(again.value) == str(caught.value)
 
 
 @each("kind", ["binary", "large_binary", pyarrow.dictionary(pyarrow.int32(), pyarrow.binary())])
@@ -116,20 +102,19 @@ def test_a_column_of_bytes_is_refused_with_a_remedy(suffix, tmp_path, kind, reco
     values = pyarrow.array([b"text"], "binary")
     values = values.cast(kind) if isinstance(kind, str) else values.dictionary_encode()
     config = data_config(WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", values), records=records)
-    message = (
-        rf'a\{suffix}: the column "text" holds bytes .*, not strings; .*column\.cast\("string"\)\), otherwise set data'
-    )
-    with pytest.raises(SourceError, match=message):
+    with pytest.raises(
+        SourceError, match=r'column "text" holds .*binary.*, not strings; .*\.cast\("string"\)\), or set'
+    ):
         check_columns(configured_shards(config, "train"), config)
 
 
 @every_format
 def test_a_file_that_was_cut_is_found_before_training(suffix, tmp_path):
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(100))
-    local_content(resolve_shards(str(path)))
+    content_of(resolve_shards(str(path)))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(SourceError, match=rf"a\{suffix} is not \w+ or was cut short: it ends in .*; fetch or write it"):
-        local_content(resolve_shards(str(path)))
+        content_of(resolve_shards(str(path)))
     with pytest.raises(SourceError, match=rf"a\{suffix}: its (footer|schema) cannot be read .*cut short .*: fetch or"):
         make_lane(data_config(path), 1, 0).next_block()
 
@@ -187,43 +172,6 @@ def test_a_seek_over_http_costs_few_requests_and_bytes(tmp_path, monkeypatch):
     assert len(ranges) <= 5, ranges
     asked = [[int(place) for place in text.removeprefix("bytes=").split("-")] for text in ranges]
     assert sum(last - first + 1 for first, last in asked) < path.stat().st_size / 2
-
-
-def test_a_server_that_stays_unreachable(tmp_path, short_waits, monkeypatch):
-    monkeypatch.setattr(network, "STALL_SECONDS", 30.0)
-    write_parquet(tmp_path / "a.parquet", some_texts(1000), group_rows=100)
-    with serving(tmp_path, lambda n: "503" if n else None) as server:
-        lane = make_lane(data_config(f"{server.url}/a.parquet", timeout_seconds=0.3), 1, 0)
-        message = r"a\.parquet at byte \d+: gave up after 0\.3 s and \d+ attempts .*status 503"
-        with pytest.raises(SourceError, match=message):
-            epoch_tokens(lane)
-
-
-def test_records_in_string_views_are_read_by_lanes_that_share_a_file(tmp_path):
-    table = pyarrow.table({name: pyarrow.array([f"{name} {n}" for n in range(8)]) for name in ("question", "answer")})
-    views = table.cast(pyarrow.schema([(name, pyarrow.string_view()) for name in table.column_names]))
-    pyarrow.parquet.write_table(views, tmp_path / "a.parquet")
-    config = data_config(tmp_path / "a.parquet", records={"kind": "question"})
-    [shard] = configured_shards(config, "train")
-    with closing(open_rows(config, shard, stride=2, phase=1)) as rows:
-        assert [row.fields["question"] for row in rows.take(8)] == [f"question {n}" for n in (4, 5, 6, 7)]
-
-
-def test_a_resume_reads_only_the_footer_and_one_group_of_the_text(tmp_path, monkeypatch):
-    texts = [random.Random(n).randbytes(500).hex() for n in range(2000)]
-    path = write_parquet(tmp_path / "a.parquet", texts, group_rows=200)
-    read = []
-    read_at = LocalFile.read_at
-
-    def counted(self, position, size):
-        read.append(size)
-        return read_at(self, position, size)
-
-    monkeypatch.setattr(LocalFile, "read_at", counted)
-    with closing(open_rows(data_config(path), Shard("a.parquet", str(path)))) as rows:
-        assert rows.skip(1501)
-        assert rows.take(1) == [texts[1501]]
-    assert sum(read) < path.stat().st_size / 5
 
 
 def test_a_large_row_group_is_read_a_part_at_a_time(tmp_path, monkeypatch):

@@ -7,30 +7,27 @@ import os
 import random
 import shutil
 from contextlib import closing
-from types import SimpleNamespace
 
 import pytest
 import zstandard
 
-from relora_mora.data import content, network
-from relora_mora.data.content import at_versions, local_content, remote_content, remote_versions
+from relora_mora.data.content import at_versions, content_of, remote_versions
 from relora_mora.data.errors import SourceError
 from relora_mora.data.read import open_rows
-from relora_mora.data.sources.resolve import resolve_shards
-from tests.tools.data_tools import data_config, some_texts, write_shard, write_shards
+from tests.tools.data_tools import data_config, resolve_shards, some_texts, write_shard, write_shards
 from tests.tools.each import each
-from tests.tools.faulty_server import FAULTS, serving
+from tests.tools.faulty_server import serving
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
 
 def _local(path) -> str:
-    return local_content(resolve_shards(str(path)))
+    return content_of(resolve_shards(str(path)))
 
 
 def _remote(server, *, timeout_seconds=8.0, name="part-{00000..00002}.json.gz") -> str:
     shards = resolve_shards(f"{server.url}/{name}")
-    return remote_content(at_versions(shards, remote_versions(shards, timeout_seconds)))
+    return content_of(at_versions(shards, remote_versions(shards, timeout_seconds)))
 
 
 def test_it_depends_on_the_content_of_files_and_not_on_their_location(tmp_path):
@@ -46,55 +43,34 @@ def test_it_depends_on_the_content_of_files_and_not_on_their_location(tmp_path):
     assert _local(tmp_path / "there" / "*") != first
     path.rename(path.with_name("part-00009.json.gz"))
     assert len({first, _local(tmp_path / "there" / "*"), _local(path.parent / "part-00000.json.gz")}) == 3
-    assert local_content([]) == remote_content([]) == ""
+    assert content_of([]) == ""
     assert remote_versions([], 1.0) == {}
 
 
-@each("suffix", ["json", "gz", "zst"])
-def test_little_of_a_large_file_is_read_and_the_checksum_at_its_end_covers_all_text(tmp_path, monkeypatch, suffix):
-    text = random.Random(0).randbytes(1 << 20).hex().encode()
+def test_samples_of_a_large_file_notice_any_change_of_compressed_text(tmp_path):
+    """Its end has a checksum of all text. A change in the middle of plain text may be missed."""
+    text = random.Random(0).randbytes(1 << 19).hex().encode()
     other = bytearray(text)
     other[len(text) // 2] ^= 1
-    read = []
-    counted = SimpleNamespace(**vars(os))  # not os itself, because other threads call its pread too
-    counted.pread = lambda *given: read.append(given[1:]) or os.pread(*given)
-    monkeypatch.setattr(content, "os", counted)
-    path = tmp_path / f"a.{suffix}"
-    # stored, not compressed, so that the change moves nothing; zstd's command line writes a checksum
-    compressed = {
+    compressed = {  # stored, so that the change moves nothing; zstd's command line writes a checksum
         "json": bytes,
         "gz": lambda data: gzip.compress(data, 0, mtime=0),
         "zst": zstandard.ZstdCompressor(write_checksum=True).compress,
     }
-    found = []
-    for data in (text, other):
-        path.write_bytes(compressed[suffix](bytes(data)))
-        found.append(_local(path))
-    assert sum(size for size, _ in read) < 2 * 32_000
-    assert (found[0] == found[1]) == (suffix == "json")  # a change in the middle of plain text is missed
-    if suffix == "json":
-        for size, place in read[: len(read) // 2]:
-            data = bytearray(text)
-            data[place + size - 1] ^= 1
-            path.write_bytes(data)
-            assert _local(path) != found[0]
+    found = {}
+    for suffix, compress in compressed.items():
+        for name, data in {"text": text, "other": other, "begin": b"x" + text[1:], "end": text[:-1] + b"x"}.items():
+            (tmp_path / f"a.{suffix}").write_bytes(compress(bytes(data)))
+            found[suffix, name] = _local(tmp_path / f"a.{suffix}")
+    assert found["json", "other"] == found["json", "text"]
+    assert len(set(found.values())) == len(found) - 1
 
 
-def test_a_file_that_cannot_be_read(tmp_path):
-    write_shards(tmp_path, 2, 5)
-    shards = resolve_shards(f"{tmp_path}/*")
-    (tmp_path / "part-00001.json.gz").unlink()
-    with pytest.raises(SourceError, match=r"part-00001\.json\.gz cannot be read \(No such file"):
-        local_content(shards)
-
-
-@each("head", [True, False])
-def test_a_server_reports_versions_by_etag_or_date_and_size(tmp_path, head):
+def test_a_server_reports_versions_by_etag_or_date_and_size(tmp_path):
     write_shards(tmp_path, 3, 20)
     (tmp_path / "part-00001.json.gz").write_bytes(b"")
-    with serving(tmp_path, head=head) as server:
+    with serving(tmp_path) as server:
         found = [_remote(server), _remote(server)]
-        assert sorted(server.heads) == sorted(2 * [f"/part-0000{n}.json.gz" for n in range(3)])
         server.last_modified = "Tue, 24 Nov 2026 12:00:00 GMT"
         assert _remote(server) == found[0]  # only the ETag counts
         path = tmp_path / "part-00002.json.gz"
@@ -106,7 +82,7 @@ def test_a_server_reports_versions_by_etag_or_date_and_size(tmp_path, head):
         found.append(_remote(server))
         path.write_bytes(path.read_bytes() + b"more")
         found.append(_remote(server))
-        assert all(headers.get("range") == "bytes=0-0" for _, headers in server.requests) or head
+        assert all(headers.get("range") == "bytes=0-0" for _, headers in server.requests)
     assert [found.index(one) for one in found] == [0, 0, 2, 3, 3, 5, 6]
 
 
@@ -148,29 +124,3 @@ def test_a_local_file_is_read_as_it_was_at_the_start_and_copies_of_it_are_the_sa
         open_rows(config, resolve_shards(str(path))[0])
     ) as rows:  # another start accepts the file as it is now
         assert rows.take(9) == some_texts(8)
-
-
-@each("fault", FAULTS)
-def test_faults_of_the_network_pass(tmp_path, monkeypatch, fault):
-    monkeypatch.setattr(network, "STALL_SECONDS", 0.3)
-    write_shards(tmp_path, 3, 20)
-    with serving(tmp_path, lambda n: fault if n % 3 == 0 else None) as server:
-        server.stall_seconds = 1.0
-        server.retry_after["429"] = "0"
-        faulty = _remote(server, timeout_seconds=60.0)
-        server.fault = lambda n: None
-        assert faulty == _remote(server)
-
-
-def test_a_lasting_fault_gives_one_message(tmp_path):
-    write_shards(tmp_path, 3, 20)
-    with serving(tmp_path) as server:
-        with pytest.raises(
-            SourceError, match=r"part-00003\.json\.gz: the server answered status 404; check the address"
-        ):
-            _remote(server, name="part-{00000..00003}.json.gz")
-        server.fault = lambda n: "503"
-        with pytest.raises(
-            SourceError, match=r"part-0000\d\.json\.gz: gave up after 0\.3 s .*status 503.*data\.timeout_seconds"
-        ):
-            _remote(server, timeout_seconds=0.3)

@@ -8,10 +8,9 @@ import pytest
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import SourceError
-from relora_mora.data.read import iter_texts
 from relora_mora.data.sources.names import with_commits
-from relora_mora.data.sources.resolve import configured_shards, resolve_shards
-from tests.tools.data_tools import data_config, some_texts, texts_of, write_shard
+from relora_mora.data.sources.resolve import configured_shards
+from tests.tools.data_tools import data_config, resolve_shards, some_texts, texts_of, write_shard
 from tests.tools.each import each
 from tests.tools.faulty_server import COMMIT, serving
 
@@ -36,26 +35,18 @@ def test_c4_is_read_from_a_mirror(hub):
     assert texts_of(source) == some_texts(20, seed=0) + some_texts(20, seed=1)
 
 
-def test_a_login_in_netrc_does_not_take_the_place_of_the_token(hub, tmp_path, monkeypatch):
+def test_the_token_goes_to_the_hub_and_nowhere_else_and_netrc_does_not_replace_it(hub, tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     source = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"
     texts_of(source)
     sent = [headers["authorization"] for path, headers in hub.requests if "/resolve/" in path]
-    assert sent
     assert set(sent) == {"Bearer hf_secret"}
-
-
-def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path):
-    source = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"
-    texts_of(source)
-    assert all(headers["authorization"] == "Bearer hf_secret" for path, headers in hub.requests if "/resolve/" in path)
     assert "hf_secret" not in repr(resolve_shards(source))
     hub.requests.clear()
-    url = f"{hub.url}/en/c4-train.00000-of-01024.json.gz"
-    list(iter_texts(url, split="train", config=data_config(url)))
+    texts_of(f"{hub.url}/en/c4-train.00000-of-01024.json.gz")
     assert hub.requests
-    assert all("authorization" not in headers for _, headers in hub.requests)
+    assert all("hf_secret" not in headers.get("authorization", "") for _, headers in hub.requests)
 
 
 def test_the_commit_of_a_revision_is_asked_for_once(hub):

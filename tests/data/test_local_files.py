@@ -11,11 +11,11 @@ from contextlib import closing
 import pytest
 
 from relora_mora.data.errors import SourceError
-from relora_mora.data.read import iter_texts, open_rows
-from relora_mora.data.sets.show import check_columns
+from relora_mora.data.read import open_rows
+from relora_mora.data.sets.check import check_columns
+from relora_mora.data.sets.reading import iter_texts
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.resolve import resolve_shards
-from tests.tools.data_tools import data_config, lines_of, some_texts, write_shard
+from tests.tools.data_tools import data_config, lines_of, resolve_shards, some_texts, write_shard
 from tests.tools.each import each
 
 

@@ -22,7 +22,7 @@ from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.config.data import DataConfig, RecordsConfig
 from relora_mora.config.data_flags import parse_typed
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sources.names import Commits
+from relora_mora.data.sources.names import with_commits
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.evaluation.loss import (
     EvalResult,
@@ -122,7 +122,7 @@ def test_text_is_read_as_in_the_run_but_for_what_the_command_sets():
         settings = loaded.data_settings(given, {"data.sequence_length": "64"})
         assert (settings.revision, settings.sequence_length) == (commits[0], 64)
     asked = loaded.data_settings("other/set", {"data.revision": "main"})
-    assert Commits.of(asked).at("other/set") == commits[1]
+    assert with_commits(asked).commits["other/set@main"] == commits[1]
     rows = {"data.records.kind": "question", "data.packing": "none"}
     assert not loaded.data_settings(["a.jsonl"], rows).document_mask
 

@@ -16,9 +16,8 @@ import psutil
 import pytest
 import yaml
 
-from relora_mora.data.sources.resolve import resolve_shards
 from tests.tools.commands import TOKENIZE, Answer, call, disk, left_in, refused
-from tests.tools.data_tools import line, some_texts, write_shard, write_shards
+from tests.tools.data_tools import line, resolve_shards, some_texts, write_shard, write_shards
 from tests.tools.runs import write_inputs
 
 pytestmark = pytest.mark.more

@@ -19,11 +19,12 @@ from relora_mora.config.data import DataConfig
 from relora_mora.data.files import open_file, text_pieces
 from relora_mora.data.lanes import LaneRows, plan_lanes
 from relora_mora.data.lines import lines_in
-from relora_mora.data.read import iter_texts, open_rows
+from relora_mora.data.read import open_rows
 from relora_mora.data.rows import Encoded
 from relora_mora.data.sets.held_out import load_eval_set
+from relora_mora.data.sets.reading import iter_texts
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.sources.resolve import configured_shards, shards_of
 from relora_mora.data.stream.packing import Lane
 
 EOS = 256
@@ -142,6 +143,11 @@ def data_config(source: Any, **settings: Any) -> DataConfig:
     return DataConfig(**{"train": sources, "validation": sources, **given})
 
 
+def resolve_shards(sources: Any, revision: str = "main", split: Any = "train", **settings: Any) -> list[Shard]:
+    """The shards that sources name, with these settings."""
+    return shards_of(sources, data_config("unused", revision=revision, **settings), split)
+
+
 def make_lane(
     config: DataConfig, lanes: int, lane: int, state: Any = None, shards: list[Shard] | None = None
 ) -> Lane[str]:
@@ -183,7 +189,7 @@ def rows_of(path: Path, lanes: int = 1, lane: int = 0, skip: int = 0, **settings
     config = data_config(path, **{"max_bad_fraction": 1.0, **settings})
     shard = Shard(path.name, str(path))
     with closing(open_rows(config, shard, stride=lanes, phase=lane)) as rows:
-        assert rows.skip(skip) or not shard.format.in_groups  # lines may end before the last lane's turn
+        assert rows.skip(skip) or not shard.format.in_ranges  # lines may end before the last lane's turn
         return [row for part in iter(lambda: rows.take(5), []) for row in part]
 
 

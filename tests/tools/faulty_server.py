@@ -26,7 +26,7 @@ class FaultyServer(ThreadingHTTPServer):
     refuse: closed without an answer; 429 and 503: with Retry-After; stall: half a body, then nothing; reset, few: half
     a body or 3,000 bytes of it, then RST; truncate: half a body, then FIN; no_length: the same without Content-Length;
     short, long: a wrong Content-Length; cut_range: an answer to another range than asked for. No fault that passes:
-    corrupt, a changed byte. Without ``head`` HEAD is refused; ``heads`` are the paths that it was asked for.
+    corrupt, a changed byte.
     """
 
     daemon_threads = True
@@ -38,13 +38,11 @@ class FaultyServer(ThreadingHTTPServer):
         *,
         ranges: bool = True,
         etag: bool = True,
-        head: bool = True,
         port: int = 0,
     ) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
-        self.folder, self.fault, self.ranges, self.etag, self.head = folder, fault, ranges, etag, head
+        self.folder, self.fault, self.ranges, self.etag = folder, fault, ranges, etag
         self.last_modified: str | None = None
-        self.heads: list[str] = []
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.faults: list[str] = []
         self.stall_seconds = 3.0
@@ -83,11 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self):
-        self.server.heads.append(self.path)
-        if self.server.head:
-            self.do_GET()
-        else:
-            self._answer(405, b"", {})
+        self.do_GET()
 
     def do_GET(self):
         fault = self.server.next_fault(self.path, {name.lower(): value for name, value in self.headers.items()})

@@ -128,7 +128,7 @@ def test_rows_of_a_run_can_be_shown_before_it_starts(inputs, tokenizer_path, tmp
     first, conversation, *_, share = answer.out.replace("·", "").splitlines()
     assert first.startswith("--- row 1: ")
     assert conversation == "u:the rank 0a:[matrix ]"
-    assert share.endswith("tokens are scored (the first 117 rows, 3 left out: no_answer)")
+    assert share.endswith("tokens are scored (the first 117 rows; left out: no_answer: 3)")
     refused(call(PRETRAIN, tmp_path / "run.yaml", "--show=0"), "--show: got 0, expected at least 1")
     wrong = "--data.records.kind=sharegpt"
     answer = call(PRETRAIN, tmp_path / "run.yaml", "--show=1", wrong)
@@ -147,7 +147,7 @@ def test_rows_of_a_run_can_be_shown_before_it_starts(inputs, tokenizer_path, tmp
             "sequence_length=4",
             "none of 120 records can be used (over_length: 117, no_answer: 3); for instance train.jsonl, line ",
         ),
-        ("max_bad_fraction=0", "3 of 120 records cannot be used, more than data.max_bad_fraction (0); the last one: "),
+        ("max_bad_fraction=0", "1 of 8 records cannot be used, more than data.max_bad_fraction (0); the last one: "),
     ],
 )
 def test_unusable_records_are_reported_before_the_model_is_built(inputs, tokenizer_path, tmp_path, override, message):

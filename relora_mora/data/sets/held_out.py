@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import xxhash
 
-from relora_mora.config.data import DataConfig, TextSource, as_sources
+from relora_mora.config.data import DataConfig, Packing, TextSource, as_sources
 from relora_mora.data.bad_rows import RecordsFound
-from relora_mora.data.content import local_content
+from relora_mora.data.content import content_of
 from relora_mora.data.errors import SourceError
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.rows import Encoded
-from relora_mora.data.sets.reading import TokenizedRow, rows_in_order
+from relora_mora.data.sets.reading import TokenizedRow, rows_in_order, scored_mask
 from relora_mora.data.sources.resolve import shards_of
-from relora_mora.data.stream.packing import UNSCORED, DocumentIds, Mask, Tokens, document_ids, joined, with_end
+from relora_mora.data.stream.packing import UNSCORED, DocumentIds, Mask, Tokens, document_ids, joined
 from relora_mora.data.stream.whole import block_of, groups_of, packed
 from relora_mora.data.tokens.checks import check_tokens
 from relora_mora.tokenizer.load import load_tokenizer
@@ -128,18 +128,17 @@ def load_eval_set(
     config = config.model_copy(update={"sequence_length": sequence_length})
     shards = shards_of(sources, config, "validation")
     check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos)
-    local_content(shards)  # raises for tokens that have changed
+    content_of(shards)  # raises for tokens that have changed
     packing = packing_of(config, shards)
     counts = RecordsFound()
     in_order = rows_in_order(shards, config, tokenizer, packing, counts)
-    rows = list(_up_to(max_tokens, in_order, stream=packing == "stream"))
+    rows = list(_up_to(max_tokens, in_order, packing))
     names = ", ".join(source.source for source in as_sources(sources))
     if not rows:
         raise SourceError(f"the validation data {names} holds no text; give a source with at least one document")
     encoded = [row.encoded for row in rows]
     if counts.left_out:
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts.left_out.items())
-        log.info("%s: %s rows are scored; left out: %s", names, f"{len(rows):,}", reasons)
+        log.info("%s: %s rows are scored; left out: %s", names, f"{len(rows):,}", counts)
     sizes = [row.utf8_bytes for row in rows if row.utf8_bytes is not None]
     pack = _stream if packing == "stream" else functools.partial(_whole, fills=packing == "whole")
     return EvalSet(
@@ -152,14 +151,10 @@ def load_eval_set(
     )
 
 
-def _up_to(max_tokens: int | None, rows: Iterable[TokenizedRow], *, stream: bool) -> Iterator[TokenizedRow]:
+def _up_to(max_tokens: int | None, rows: Iterable[TokenizedRow], packing: Packing) -> Iterator[TokenizedRow]:
     total = 0
     for number, row in enumerate(rows):
-        ids, scored, _ = row.encoded
-        if scored is None:
-            total += len(ids) + 1 if stream else len(ids) - 1  # a stream adds an EOS
-        else:
-            total += int(np.count_nonzero(with_end(scored) if stream else scored[1:]))
+        total += int(scored_mask(row.encoded, packing).sum())
         if max_tokens is not None and number and total > max_tokens:
             return
         yield row

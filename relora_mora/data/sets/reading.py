@@ -4,23 +4,25 @@ A run with ``train.epochs`` needs the number of tokens of an epoch before it can
 """
 
 import functools
-import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from relora_mora.config.data import DataConfig, Packing
+import numpy as np
+
+from relora_mora.config.data import DataConfig, Packing, Split, TextSource
 from relora_mora.data.bad_rows import NOTES_PER_REASON, RecordsFound, too_many_records
 from relora_mora.data.errors import ENCODING_REASONS, Skipped, SourceError
 from relora_mora.data.lanes import Cursor, LanePlan, LaneRows, lane_plans
-from relora_mora.data.read import open_rows
+from relora_mora.data.read import check_is_text, open_rows
 from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import Encode, Encoded, in_calls
 from relora_mora.data.shard import Record, Shard
-from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.sources.resolve import configured_shards, shards_of
 from relora_mora.data.stream.encoded_rows import judged
+from relora_mora.data.stream.packing import Mask, with_end
 from relora_mora.data.stream.whole import CountedLane, of_epoch
 from relora_mora.data.tokens.checks import epoch_tokens
 from relora_mora.data.tokens.rows import open_any, open_tokens
@@ -40,49 +42,74 @@ class TokenizedRow(NamedTuple):
     utf8_bytes: int | None  # of its text; None if not all of the text is scored
 
 
+def read_rows(
+    shards: Iterable[Shard], config: DataConfig, *, note: Callable[[str], object] = log.warning
+) -> Iterator[tuple[Any, int | None]]:
+    """The rows of shards of any kind that hold something, each with the UTF-8 bytes of its text if it is plain text.
+
+    ``note`` gets the messages about the others. Raises SourceError if a shard cannot be read or too many rows are bad.
+    """
+    for shard in shards:
+        if shard.tokens is not None:
+            with closing(open_tokens(shard)) as tokens:
+                yield from tokens.documents()
+            continue
+        with closing(open_rows(config, shard, note=note)) as rows:
+            # one row at a time, so that nothing after the last wanted row is waited for or reported
+            while taken := rows.take(1):
+                for row in taken:
+                    if not isinstance(row, Skipped):
+                        yield row, len(row.encode()) if isinstance(row, str) else None
+
+
+def iter_texts(sources: str | Sequence[str | TextSource], *, split: Split, config: DataConfig) -> Iterator[str]:
+    """Every text of the sources, with the limits, revision and text column of ``config``. Raises SourceError."""
+    shards = shards_of(sources, config, split)
+    for shard in shards:
+        check_is_text(shard)
+    return (text for text, _ in read_rows(shards, config))
+
+
 def rows_in_order(
     shards: Sequence[Shard],
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
     packing: Packing,
     counts: RecordsFound | None = None,
+    *,
+    rows: Iterable[tuple[Any, int | None]] | None = None,
+    note: Callable[[str], object] = log.warning,
 ) -> Iterator[TokenizedRow]:
-    """The usable rows. Records that cannot be used are logged, and counted in ``counts``.
+    """The usable rows of the shards, or the usable ones of ``rows``. Records that cannot be used are counted.
 
-    Raises SourceError if a shard cannot be read, if more than ``max_bad_fraction`` of its rows or of all records are
-    bad, or if no record fits into a sequence.
+    Raises SourceError as ``read_rows``, if more than ``max_bad_fraction`` of the records cannot be used, and if none
+    can.
     """
     counts = RecordsFound() if counts is None else counts
-    for record_format, same_format in itertools.groupby(shards, lambda shard: shard.records):
-        encode = encoder_of(tokenizer, [record_format], packing, config.sequence_length)
-        for group in in_calls(_read(same_format, config), _ROWS_PER_CALL, lambda row: len(row[0])):
-            sizes = [size for _, size in group]
-            for row, size in zip(encode([row for row, _ in group]), sizes, strict=True):
-                counts.add(row)
-                if isinstance(row, Encoded):
-                    yield TokenizedRow(row, None if row.cut else size)
-                elif row.reason in ENCODING_REASONS:
-                    if counts.bad <= NOTES_PER_REASON:
-                        log.warning("%s; skipped", row.detail)
-                    if fault := counts.too_many(config.max_bad_fraction):
-                        raise fault
-    if fault := counts.fault(shards[0].label, config.max_bad_fraction):
-        raise fault
+    encode = encoder_of(tokenizer, (shard.records for shard in shards), packing, config.sequence_length)
+    rows = read_rows(shards, config, note=note) if rows is None else rows
+    for group in in_calls(rows, _ROWS_PER_CALL, lambda row: len(row[0])):
+        for (_, size), row in zip(group, encode([row for row, _ in group]), strict=True):
+            counts.add(row)
+            if isinstance(row, Encoded):
+                yield TokenizedRow(row, None if row.cut else size)
+            elif row.reason in ENCODING_REASONS:
+                if counts.bad <= NOTES_PER_REASON:
+                    note(f"{row.detail}; skipped")
+                if fault := too_many_records(counts.bad, counts.seen, config.max_bad_fraction, row.detail):
+                    raise fault
+    counts.check_usable(shards[0].label)
 
 
-def _read(shards: Iterable[Shard], config: DataConfig) -> Iterator[tuple[Any, int | None]]:
-    """The rows, each with the UTF-8 bytes of its text if it is plain text."""
-    for shard in shards:
-        if shard.tokens is not None:
-            with closing(open_tokens(shard)) as tokens:
-                yield from tokens.documents()
-            continue
-        with closing(open_rows(config, shard)) as rows:
-            # one row at a time, so that nothing after the last wanted row is waited for or reported
-            while taken := rows.take(1):
-                for row in taken:
-                    if not isinstance(row, Skipped):
-                        yield row, len(row.encode()) if isinstance(row, str) else None
+def scored_mask(row: Encoded, packing: Packing) -> Mask:
+    """Which tokens of a row are predicted and count. In a stream, an EOS is before it and another after it."""
+    if packing == "stream":
+        return np.ones(len(row.ids) + 1, np.bool_) if row.scored is None else with_end(row.scored)
+    mask = np.ones(len(row.ids), np.bool_)
+    if row.scored is not None:
+        mask[:] = row.scored
+    mask[:1] = False
+    return mask
 
 
 class Epochs(NamedTuple):

@@ -1,255 +1,141 @@
-"""Finds the files of a named set: ``OWNER/NAME`` on the hub or a local folder, with a configuration and a split.
-
-One process of a run looks up the files and sends the answer to the others (``remember_datasets``). ``datasets`` gets a
-copy of the folder in which every file is empty except those that describe the set. So it makes no requests and reads no
-text: the answer depends only on the names, and a set on the hub is resolved like one on a disk.
-"""
+"""The files of named sets of text, found by ``datasets`` from their names and their READMEs alone."""
 
 import contextlib
-import os
-import re
+import glob
+import logging
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.errors import SourceError, unreadable
+from relora_mora.data.errors import SourceError
 from relora_mora.data.files import open_file
-from relora_mora.data.shard import Shard, format_of
-from relora_mora.data.sources.names import SPLITS, Commits, DatasetName, dataset_name, hub_shard
+from relora_mora.data.shard import format_of
+from relora_mora.data.sources.names import SetName, commit_of, hub_shard, sets_on_hub
 
-Key = tuple[DatasetName, str, str]  # split and commit
+log = logging.getLogger(__name__)
+
+CARDS = ("README.md", ".huggingface.yaml")  # the files that describe a set, besides the names of its files
 Found = tuple[str, ...] | SourceError
-Datasets = dict[Key, Found]
-_MAX_FILES = 200_000
-_remembered: Datasets = {}
+FoundFiles = dict[tuple[SetName, str], Found]  # by name and commit
+_found: FoundFiles = {}
 
 
-def dataset_files(name: DatasetName, split: str, commits: Commits) -> tuple[str, ...]:
-    """The files of the split that the source names, or of ``split`` if it names none.
-
-    Paths are relative to the repository or folder. Raises SourceError.
-    """
-    files = _remembered.get(_key(name, split, commits)) or _find(name, split, commits)
-    if isinstance(files, SourceError):
-        raise files
-    return files
+def find_files(config: DataConfig) -> FoundFiles:
+    """The files of each set on the hub, or the error. One rank calls this, and all ``remember_files``."""
+    keys = {(name, commit_of(name, config)) for name in sets_on_hub(config) if _must_be_listed(name)}
+    return {key: _find(*key, config.timeout_seconds) for key in keys}
 
 
-def find_datasets(config: DataConfig) -> Datasets:
-    """The files of each set that the settings name, or the error. Only one rank calls this, for all ranks."""
-    commits = Commits.of(config)
-    found: Datasets = {}
-    for split in SPLITS:
-        for source in config.sources(split):
-            name = dataset_name(source)
-            if name is not None:
-                found[_key(name, split, commits)] = _find(name, split, commits)
+def remember_files(found: FoundFiles) -> None:
+    """Makes this process use these answers from now on instead of asking the hub."""
+    _found.clear()
+    _found.update(found)
+
+
+def _must_be_listed(name: SetName) -> bool:
+    """Whether only the hub knows which files are named. Ranges such as {00..15} are known without it."""
+    return not name.patterns or any(glob.has_magic(pattern) for pattern in name.patterns)
+
+
+def hub_files(name: SetName, commit: str, timeout_seconds: float) -> Sequence[str]:
+    """The files of a set on the hub. Raises SourceError."""
+    if not _must_be_listed(name):
+        return name.patterns
+    found = _found.get((name, commit)) or _find(name, commit, timeout_seconds)
+    if isinstance(found, SourceError):
+        raise found
     return found
 
 
-def remember_datasets(found: Datasets) -> None:
-    """Makes this process use these answers from now on instead of looking up the files of sets."""
-    _remembered.clear()
-    _remembered.update(found)
+def _find(name: SetName, commit: str, timeout_seconds: float) -> Found:
+    """The files, or an error, which is raised when sources are resolved, to be reported with all other faults.
 
+    The set is laid out as a folder of empty files. So a set on the hub is resolved like one on a disk, and a network
+    fault is never taken for an answer.
+    """
+    from relora_mora.data.hub import list_files  # late: its libraries take long to load
 
-def _key(name: DatasetName, split: str, commits: Commits) -> Key:
-    return name, name.split or split, commits.at(name.place, name.revision) if name.on_hub else ""
-
-
-def _find(name: DatasetName, split: str, commits: Commits) -> Found:
-    """The files, or an error. The error is raised when sources are resolved, to be reported with all other faults."""
     try:
-        if name.on_hub:
-            from relora_mora.data.hub import list_files  # late: its libraries take long to load
-
-            paths = list_files(name.place, commits.at(name.place, name.revision), commits.timeout_seconds)
-        else:
-            paths = _files_below(name)
-        if not name.data_files and any(files <= set(paths) for files in _SAVED):
-            raise SourceError(
-                f"{name.source} was written by save_to_disk, whose folders are not read as sets; write it as "
-                "Parquet (datasets.load_from_disk, then to_parquet), or give its local files by path, such as "
-                f"{name.place}/*.arrow"
-            )
-        cards = {card: _read_card(name, commits, card) for card in CARDS if card in paths}
-        return tuple(split_files(name, split, paths, cards))
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder, PurePosixPath(name.place).name)
+            for path in list_files(name.place, commit, timeout_seconds):
+                if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                    raise SourceError(f"{name.source}: {path!r} does not name a file inside of it")
+                (root / path).parent.mkdir(parents=True, exist_ok=True)
+                (root / path).touch()
+                if path in CARDS:
+                    with contextlib.closing(open_file(hub_shard(name.place, commit, path), timeout_seconds)) as card:
+                        (root / path).write_bytes(card.read())
+            if not name.patterns:
+                return tuple(split_files(name, root))
+            return tuple(file for pattern in name.patterns for file in _matching(name, root, pattern))
     except SourceError as error:
         return error
 
 
-def _files_below(name: DatasetName) -> list[str]:
-    """All files in a folder and its subfolders, except hidden ones, as paths relative to the folder."""
-
-    def refuse(error: OSError) -> None:
-        raise unreadable(str(error.filename), error, "check the path and its permissions")
-
-    paths: list[str] = []
-    for parent, folders, files in os.walk(name.folder, onerror=refuse, followlinks=True):
-        folders[:] = [folder for folder in folders if not folder.startswith((".", "__"))]
-        paths += [(Path(parent) / file).relative_to(name.folder).as_posix() for file in files]
-        if len(paths) > _MAX_FILES:
-            raise SourceError(
-                f"{name.source} is a folder with more than {_MAX_FILES:,} files; "
-                f"give a pattern for the files to read, e.g. {name.place}/*.parquet"
-            )
-    return paths
+def _matching(name: SetName, root: Path, pattern: str) -> list[str]:
+    try:
+        files = sorted(path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_file())
+    except (ValueError, NotImplementedError) as error:
+        raise SourceError(f"{name.source}: {pattern} is not a pattern of files inside of the set ({error})") from error
+    if files:
+        return files
+    raise SourceError(f"{name.source}: {name.place} holds no files {pattern}; check the pattern")
 
 
-def _read_card(name: DatasetName, commits: Commits, path: str) -> str:
-    """The text of a small file of the set."""
-    shard = Shard(str(name.folder / path), str(name.folder / path))
-    if name.on_hub:
-        shard = hub_shard(name.place, commits.at(name.place, name.revision), path)
-    with contextlib.closing(open_file(shard, commits.timeout_seconds)) as file:
-        try:
-            return file.read().decode()
-        except UnicodeDecodeError as error:
-            raise SourceError(
-                f"{shard.name} describes the set, but is not UTF-8; fix it, or give the files by path"
-            ) from error
+def split_files(name: SetName, root: Path) -> list[str]:
+    """The files of the split that ``datasets`` would load from a folder, sorted and relative to it.
 
-
-CARDS = ("README.md", ".huggingface.yaml")  # the files that describe a set, besides the names of its files
-_SAVED = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})  # in folders of save_to_disk
-# in names that datasets ignores: line breaks, its own separator, and capitals in a suffix
-_ODD = re.compile(r"\n|::|\.[^/.]*[A-Z][^/.]*(\.(gz|zstd?))?$")
-
-
-def split_files(name: DatasetName, split: str, paths: Collection[str], cards: Mapping[str, str]) -> list[str]:
-    """The sorted files of the split that ``name`` names, or of ``split`` if it names none.
-
-    ``paths`` are all files of the set, and ``cards`` are the contents of ``CARDS``. Raises SourceError for a
-    configuration or split that does not exist, listing those that do, and for files of several formats, from which
-    ``datasets`` would silently choose one.
+    Raises SourceError for a configuration or split that does not exist, listing those that do. Warns of files next to
+    them which ``datasets`` leaves out, as it does with those of another format than most.
     """
     source = name.source
-    split = name.split or split
-    script = f"{PurePosixPath(name.place).name if name.on_hub else name.folder.resolve().name}.py"
-    with tempfile.TemporaryDirectory() as folder, _torch_not_halted():
-        root = Path(folder) / "set"
-        for path in paths:
-            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-                raise SourceError(f"{source}: {path!r} does not name a file inside of it; give the files by path")
-            if path == script:
-                raise SourceError(
-                    f"{source} is a script ({path}), which datasets no longer runs; give the files by path"
-                )
-            if not name.data_files and format_of(path) and _ODD.search(path):
-                raise SourceError(
-                    f"{source}: datasets leaves out files with names such as {path!r}; rename them, or give a pattern "
-                    "for the files to read"
-                )
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).touch()
-        for path, text in cards.items():
-            (root / path).write_text(text, encoding="utf-8")
-        _refuse_unmatched(name, root)
-        splits = _splits(name, split, root)
-        if splits is None:
-            raise SourceError(f"{source} holds no text files; check its content, or give its files by path")
-        if split not in splits:
-            raise missing_split(name, split, splits)
-        _refuse_mixed(name, split, root, splits)
-        return splits[split]
+    if (root / "dataset_dict.json").exists() or (root / "state.json").exists():
+        raise SourceError(
+            f"{source} was written by save_to_disk, whose folders are not read as sets; write it as Parquet "
+            f"(datasets.load_from_disk, then to_parquet), or give its files by path, such as {name.place}/*.arrow"
+        )
+    splits = _splits(name, root)
+    if not splits:
+        raise SourceError(f"{source} holds no text files; check its content, or give its files by path")
+    if name.split not in splits:
+        raise SourceError(
+            f"{source} has no split {name.split}; its splits are {', '.join(splits)}: "
+            f"name one as {name.place}:{name.config or ''}:{next(iter(splits))}"
+        )
+    files = [Path(path).resolve() for path in splits[name.split]]
+    home = root.resolve()
+    if not all(file.is_relative_to(home) for file in files):
+        raise SourceError(f"{source}: its README names files outside of it; give the files by path")
+    taken = {Path(path).name for paths in splits.values() for path in paths}
+    others = [path.name for path in files[0].parent.iterdir() if format_of(path.name) and path.name not in taken]
+    if others and name.config is None:
+        log.warning("%s: datasets leaves out %s; name files to read with data_files", source, sorted(others)[0])
+    return sorted(file.relative_to(home).as_posix() for file in files)
 
 
-@contextlib.contextmanager
-def _torch_not_halted() -> Iterator[None]:
-    """Hides a halted import of torch (None in ``sys.modules``), which ``datasets`` would take for an imported torch."""
-    halted = sys.modules.get("torch", sys) is None
+def _splits(name: SetName, root: Path) -> Mapping[str, Sequence[str]]:
+    """The files of each split; none if there is no text."""
+    halted = sys.modules.get("torch", sys) is None  # datasets would take a halted import for an imported torch
     if halted:
         del sys.modules["torch"]
+    import datasets
+
+    datasets.disable_progress_bars()
     try:
-        yield
+        with tempfile.TemporaryDirectory() as cache:
+            builder = datasets.load_dataset_builder(str(root), name.config, cache_dir=cache)
+        return {str(split): paths for split, paths in (builder.config.data_files or {}).items() if paths}
+    except FileNotFoundError:
+        return {}
+    except Exception as error:  # of many types, since anybody may have written the README
+        message = " ".join(str(error).split()).replace(str(root), name.source)
+        raise SourceError(
+            f"{name.source}: datasets cannot find its files ({message:.500}); "
+            f"name a configuration as {name.place}:CONFIG, or give the files by path"
+        ) from error
     finally:
         if halted:
             sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-
-
-def missing_split(name: DatasetName, split: str, splits: Iterable[str]) -> SourceError:
-    existing = list(splits)
-    return SourceError(
-        f"{name.source} has no split {split}; its splits are {', '.join(existing)}: "
-        f"name one as {name.place}:{name.config or ''}:{''.join(existing[:1])}"
-    )
-
-
-def _refuse_unmatched(name: DatasetName, root: Path) -> None:
-    """Raises SourceError for a pattern of ``data_files`` without a match, which ``datasets`` would silently ignore."""
-    from datasets.data_files import resolve_pattern
-
-    for pattern in name.data_files:
-        if "://" in pattern:
-            raise SourceError(f"{name.source}: {pattern!r} in data_files is a url; name files inside of the set")
-        try:
-            resolve_pattern(pattern, str(root))
-        except FileNotFoundError as error:
-            raise SourceError(f"{name.source} holds no files {pattern}; check data_files") from error
-        except Exception as error:  # of many types, e.g. for a ** next to other letters
-            raise SourceError(
-                f"{name.source}: {pattern!r} in data_files is not a valid pattern ({error}); correct it"
-            ) from error
-
-
-def _splits(name: DatasetName, split: str, root: Path) -> dict[str, list[str]] | None:
-    """The files of each split, sorted and relative to the root; None if there are none."""
-    import datasets
-
-    files = {split: list(name.data_files)} if name.data_files else None
-    datasets.disable_progress_bars()
-    try:
-        builder = datasets.load_dataset_builder(
-            str(root), name.config, data_files=files, cache_dir=str(root.parent / "cache")
-        )
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # of many types, since anybody may have written the README
-        raise _config_error(name, root, error) from error
-    home = root.resolve()
-    splits: dict[str, list[str]] = {}
-    for part, paths in (builder.config.data_files or {}).items():
-        resolved = [Path(path).resolve() for path in paths]
-        if not all(file.is_relative_to(home) for file in resolved):
-            raise SourceError(f"{name.source}: its README names files outside of it; give the files by path")
-        if resolved:
-            splits[str(part)] = sorted(file.relative_to(home).as_posix() for file in resolved)
-    return splits or None
-
-
-def _config_error(name: DatasetName, root: Path, error: Exception) -> SourceError:
-    """The error to raise for one of ``datasets``. It lists the configurations if the named one is missing or wrong."""
-    import datasets
-
-    source = name.source
-    config = name.config
-    try:
-        configs = datasets.get_dataset_config_names(str(root))
-    except Exception:  # of many types, too; the set is wrong then, not the name
-        configs = []
-    if config in configs or len(configs) < (2 if config is None else 1):
-        message = " ".join(str(error).split()).replace(str(root), source)
-        return SourceError(f"{source}: datasets cannot find its files ({message:.500}); give the files by path")
-    return SourceError(
-        f"{source}: it has {f'no configuration {config}, only' if config else 'several configurations:'} "
-        f"{', '.join(configs)}; name one as {name.place}:{configs[0]}"
-    )
-
-
-def _refuse_mixed(name: DatasetName, split: str, root: Path, splits: Mapping[str, list[str]]) -> None:
-    """Raises SourceError if ``datasets`` finds other files after those that it took are removed."""
-    taken = [path for files in splits.values() for path in files]
-    for path in taken:
-        (root / path).unlink(missing_ok=True)
-    try:
-        others = _splits(name, split, root)
-    except SourceError:
-        return
-    if others:
-        first = next(path for files in others.values() for path in files)
-        raise SourceError(
-            f"{name.source}: datasets would read files such as {taken[0]}, but leave out files such as "
-            f"{first!r}; give a pattern for the files to read"
-        )

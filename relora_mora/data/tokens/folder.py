@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.content import at_versions, content_digests, remote_versions
+from relora_mora.data.content import at_versions, contents, remote_versions
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lines import is_encodable
 from relora_mora.data.read import check_is_text, text_encoder
-from relora_mora.data.sets.show import check_columns
+from relora_mora.data.sets.check import check_columns
 from relora_mora.data.shard import TEXT, Shard
 from relora_mora.data.tokens import index
 from relora_mora.data.tokens.rows import Header, MappedTokens
@@ -105,7 +105,7 @@ def _plan_index(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str
     eos = int(load_tokenizer(tokenizer_path).eos_token_id)  # type: ignore[arg-type]
     texts = [
         index.SourceText(name=s.name, size=s.size, text_column=s.text_column, origin=s.origin, content=digest)
-        for s, digest in zip(shards, content_digests(shards), strict=True)
+        for s, digest in zip(shards, contents(shards), strict=True)
     ]
     making = index.TokenizationSpec(
         tokenizer=tokenizer_fingerprint(tokenizer_path),

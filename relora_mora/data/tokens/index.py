@@ -35,7 +35,7 @@ class SourceText(Strict):
     size: int | None
     text_column: str
     origin: Literal["local", "server", "hub"]
-    content: str  # see content.content_digests
+    content: str  # see content.contents
 
 
 class FileStats(Strict):

@@ -203,7 +203,7 @@ def open_tokens(shard: Shard) -> MappedTokens:
 
 
 def open_any(
-    config: DataConfig, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0, note: Callable[[str], None]
+    config: DataConfig, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0, note: Callable[[str], object]
 ) -> Rows[Any]:
     """The rows of a shard of text, records or tokens (see ``rows.OpenRows``)."""
     if shard.tokens is None:

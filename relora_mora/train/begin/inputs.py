@@ -28,11 +28,11 @@ from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config, EvalConfig
 from relora_mora.config.yaml_text import parse_yaml
-from relora_mora.data.content import at_versions, fingerprints, local_content, remote_content, remote_versions
+from relora_mora.data.content import at_versions, content_of, fingerprints, remote_versions
+from relora_mora.data.sets.check import check_columns, check_lanes, check_records
 from relora_mora.data.sets.reading import Epochs, count_epochs
-from relora_mora.data.sets.show import check_columns, check_lanes, check_records
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.named_sets import find_datasets, remember_datasets
+from relora_mora.data.sources.named_sets import find_files, remember_files
 from relora_mora.data.sources.names import with_commits
 from relora_mora.data.stream.producer import in_saved_order
 from relora_mora.distributed.collectives import gather_from_ranks, on_all_ranks, same_on_all_ranks
@@ -125,7 +125,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         passes_boundaries = findings.passes_boundaries
 
     data = with_commits(_with_saved_commits(config))
-    remember_datasets(find_datasets(data))
+    remember_files(find_files(data))
     config = config.model_copy(update={"data": data})
     text = open_text(config)
     tokenizer = text.tokenizer
@@ -152,7 +152,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         tokenizer_fingerprint=tokens,
         shards=shards,
         data_fingerprint=data_fingerprint,
-        data_content=local_content(shards) + remote_content(shards),
+        data_content=_content(shards),
         data_order=data_order,
         bf16=setup.bf16,
         compiled=setup.compiles,
@@ -270,7 +270,7 @@ def _found_here(inputs: Inputs, given: Config, rank: int) -> _Host:
         path = given.tokenizer.path or inputs.config.tokenizer_path
         tokenizer = load_tokenizer(path)
         tokens, eos = tokenizer_fingerprint(path, tokenizer), tokenizer.eos_token_id
-        content = local_content(inputs.shards) + remote_content(inputs.shards)
+        content = _content(inputs.shards)
     return _Host(
         settings=_with_chosen_products(with_rule(given), bf16=bf16).model_dump(mode="json"),
         tokenizer=(tokens, eos),
@@ -278,6 +278,11 @@ def _found_here(inputs: Inputs, given: Config, rank: int) -> _Host:
         bf16=bf16,
         memory=memory_of_rank(),
     )
+
+
+def _content(shards: Sequence[Shard]) -> str:
+    """Fingerprints of the content of local and of other shards."""
+    return "".join(content_of([shard for shard in shards if shard.is_remote is remote]) for remote in (False, True))
 
 
 def _check_machine(model_config: PreTrainedConfig, setup: Setup) -> None:

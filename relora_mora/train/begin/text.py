@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from relora_mora.config.data import Split, set_setting
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
-from relora_mora.data.content import local_content
+from relora_mora.data.content import content_of
 from relora_mora.data.errors import SourceError
 from relora_mora.data.records.passages import template_in_use
-from relora_mora.data.sets.show import check_columns, check_records
+from relora_mora.data.sets.check import check_columns, check_records
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards, split_remark
 from relora_mora.data.tokens.checks import check_tokens
@@ -66,7 +66,7 @@ def _shards(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase | N
         limits = data if split == "train" else None
         check_tokens(shards, tokenizer_path=config.tokenizer_path, eos=tokenizer.eos_token_id, limits=limits)
     if split == "validation":
-        local_content(shards)  # raises SourceError for damaged tokens
+        content_of(shards)  # raises SourceError for damaged tokens
     return shards
 
 

@@ -10,14 +10,16 @@ import pytest
 from relora_mora.config.data import RecordsConfig
 from relora_mora.config.schema import Config
 from relora_mora.data.errors import SourceError
-from relora_mora.data.read import iter_texts, open_rows
+from relora_mora.data.read import open_rows
 from relora_mora.data.records.encoders import encoder_of
-from relora_mora.data.sets.show import check_records, marked, show_records
-from relora_mora.data.sources.resolve import configured_shards, resolve_shards
+from relora_mora.data.sets.check import check_records
+from relora_mora.data.sets.reading import iter_texts
+from relora_mora.data.sets.show import marked, show_records
+from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.tokens.folder import make_tokens
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.record_tools import CONVERSATION, encoded
-from tests.tools.data_tools import data_config, eval_set, write_json_lines
+from tests.tools.data_tools import data_config, eval_set, resolve_shards, write_json_lines
 from tests.tools.each import each
 
 ROWS = [
@@ -163,7 +165,7 @@ def test_training_rows_are_shown(tokenizer_path, tmp_path, capsys):
     show_records(
         Config(model={"config": "c"}, tokenizer={"path": tokenizer_path}, data=data, train={"run_dir": "r"}), 1
     )
-    assert capsys.readouterr().out.endswith("(the first 5 rows, 1 left out: over_length)\n")
+    assert capsys.readouterr().out.endswith("(the first 5 rows; left out: over_length: 1)\n")
     tokenizer = load_tokenizer(tokenizer_path)
     ids = [*tokenizer("the").input_ids, *tokenizer("a").input_ids]
     assert marked(tokenizer, ids, [False, True], colour=True) == "the·\x1b[32ma\x1b[0m"

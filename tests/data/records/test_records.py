@@ -11,10 +11,9 @@ from relora_mora.config.data import RecordsConfig
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.read import open_rows
 from relora_mora.data.shard import Record
-from relora_mora.data.sources.resolve import resolve_shards
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.record_tools import CONVERSATION, encoded, parts
-from tests.tools.data_tools import data_config
+from tests.tools.data_tools import data_config, resolve_shards
 from tests.tools.each import each
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
 

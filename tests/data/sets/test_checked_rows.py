@@ -12,7 +12,7 @@ import pytest
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sets.show import check_columns, check_records
+from relora_mora.data.sets.check import check_columns, check_records
 from relora_mora.data.sources.resolve import configured_shards
 from tests.tools.data_tools import data_config, write_json_lines
 from tests.tools.each import each
@@ -97,7 +97,7 @@ def test_a_small_set_may_have_ten_bad_records_and_a_large_one_is_checked_by_its_
     rows = [_conversation(number, "system" if number in range(20, 31) else "user") for number in range(50)]
     path = write_json_lines(tmp_path / "a.jsonl", rows)
     message = _error_of(_config(path), tokenizer)
-    assert message.startswith("11 of 50 records cannot be used")
+    assert message.startswith("11 of 31 records cannot be used")
     assert "a.jsonl, line 31, is refused by the template " in message
     assert "(the system must come first)" in message
     few = [*rows[:30], *rows[31:]]
@@ -106,13 +106,21 @@ def test_a_small_set_may_have_ten_bad_records_and_a_large_one_is_checked_by_its_
         check_records(configured_shards(config, "train"), config, tokenizer)
 
 
-def test_messages_that_are_nested_too_deeply_are_a_bad_record(tmp_path, tokenizer):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"messages": ' + "[" * 900 + "]" * 900 + "}\n")
-    assert 'a.jsonl, line 1, has a "messages" that is nested too deeply' in _error_of(_config(path), tokenizer)
-
-
-def test_half_a_surrogate_pair_in_messages_that_are_a_text_is_a_bad_record(tmp_path, tokenizer):
-    path = tmp_path / "a.csv"
-    path.write_text('messages\n"[{""role"": ""user"", ""content"": ""\\ud800""}]"\n')
-    assert """a.csv, row 1, has a "messages" with half of a surrogate pair""" in _error_of(_config(path), tokenizer)
+@each(
+    "name,text,said",
+    [
+        (
+            "a.jsonl",
+            '{"messages": ' + "[" * 900 + "]" * 900 + "}\n",
+            'line 1, has a "messages" that is nested too deeply',
+        ),
+        (
+            "a.csv",
+            'messages\n"[{""role"": ""user"", ""content"": ""\\ud800""}]"\n',
+            'row 1, has a "messages" with half of a surrogate pair',
+        ),
+    ],
+)
+def test_messages_that_cannot_be_used_are_a_bad_record(tmp_path, tokenizer, name, text, said):
+    (tmp_path / name).write_text(text)
+    assert f"{name}, {said}" in _error_of(_config(tmp_path / name), tokenizer)

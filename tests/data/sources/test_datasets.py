@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +9,8 @@ import pytest
 from relora_mora.config.data import TextSource
 from relora_mora.data.errors import SourceError
 from relora_mora.data.sources import named_sets
-from relora_mora.data.sources.named_sets import find_datasets, remember_datasets
-from relora_mora.data.sources.resolve import resolve_shards
-from tests.tools.data_tools import data_config, some_texts, texts_of, write_shard
+from relora_mora.data.sources.named_sets import find_files, remember_files
+from tests.tools.data_tools import data_config, resolve_shards, some_texts, texts_of, write_shard
 from tests.tools.each import each
 from tests.tools.faulty_server import COMMIT, FAULTS, serving
 
@@ -36,7 +34,7 @@ Texts.
 def fresh(monkeypatch, short_waits):
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None))  # its own waits
     yield
-    remember_datasets({})
+    remember_files({})
 
 
 def _write_set(folder):
@@ -67,8 +65,12 @@ def test_configurations_and_splits_by_name(tmp_path, hub):
         assert texts_of(f"{place}:en") == texts["en/train"]
         assert texts_of(f"{place}:en:test", "validation") == texts["en/test"]
         assert texts_of(f"{place}:fr") == texts["fr/train"]
-        for source, known in {place: "en, fr", f"{place}:de": "en, fr", f"{place}:en:dev": "train, test"}.items():
-            with pytest.raises(SourceError, match=f"{known}.*name one as {place}:en"):
+        for source, known in {
+            place: "'en', 'fr'",
+            f"{place}:de": "'en', 'fr'",
+            f"{place}:en:dev": "train, test",
+        }.items():
+            with pytest.raises(SourceError, match=f"{known}.*name .* as {place}:"):
                 resolve_shards(source)
     names = [shard.name for shard in resolve_shards("some/set:en")]
     assert names == [f"hub:some/set@{COMMIT}/en/train-{n}.parquet" for n in range(4)]
@@ -87,31 +89,37 @@ def test_a_folder_without_a_card_has_the_splits_in_its_file_names(tmp_path):
         resolve_shards(str(tmp_path / "flat"), split="validation")
 
 
-def test_a_folder_of_several_formats_is_refused(tmp_path):
+@each(
+    "files,read,left_out",
+    [
+        (["a.jsonl", "b.parquet"], ["b.parquet"], "a.jsonl"),
+        (["a.jsonl", "A.JSONL"], ["a.jsonl"], "A.JSONL"),
+        (["train.jsonl", "test.jsonl"], ["train.jsonl"], None),
+    ],
+)
+def test_what_datasets_leaves_out_is_named(tmp_path, caplog, files, read, left_out):
+    for file in files:
+        write_shard(tmp_path / "set" / file, ["a"])
+    assert [shard.name for shard in resolve_shards(str(tmp_path / "set"))] == read
+    assert [record.args[1] for record in caplog.records] == ([left_out] if left_out else [])
+
+
+@each(
+    "pattern,said",
+    [
+        ("*.jsonl", None),
+        (["*.jsonl", "b*.jsonl"], r"no file matches .*set/b\*\.jsonl"),
+        ("https://a.b/*.jsonl", "no file matches"),
+        ("a.{0..1}.jsonl", "no file matches"),
+    ],
+)
+def test_each_pattern_of_data_files_finds_something(tmp_path, pattern, said):
     write_shard(tmp_path / "set" / "a.jsonl", ["a"])
-    write_shard(tmp_path / "set" / "b.parquet", ["b"])
-    with pytest.raises(SourceError, match=r"would read .* b\.parquet, but leave out .* 'a\.jsonl'"):
-        resolve_shards(str(tmp_path / "set"))
-
-
-@each("name", ["a\nb.jsonl", "a::b.jsonl", "of\na folder/a.jsonl", "A.JSONL", "a.Jsonl.GZ"])
-def test_a_file_that_datasets_ignores_is_named(tmp_path, name):
-    for file in ("z.jsonl", "more/y.jsonl", name):
-        write_shard(tmp_path / "set" / file, [file])
-    with pytest.raises(
-        SourceError, match=rf"set: datasets leaves out files with names such as {re.escape(repr(name))}; rename them"
-    ):
-        resolve_shards(str(tmp_path / "set"))
-    assert sorted(texts_of(f"{tmp_path}/set/**/*.[jJ]*")) == sorted(["z.jsonl", "more/y.jsonl", name])
-    if name.lower() != name:
-        [shard] = resolve_shards([TextSource(source=str(tmp_path / "set"), data_files="*.jsonl")])
-        assert shard.name == "z.jsonl"
-
-
-def test_each_pattern_of_data_files_finds_something(tmp_path):
-    write_shard(tmp_path / "set" / "a.jsonl", ["a"])
-    source = TextSource(source=str(tmp_path / "set"), data_files=["*.jsonl", "b*.jsonl"])
-    with pytest.raises(SourceError, match=r"set holds no files b\*\.jsonl; check data_files"):
+    source = TextSource(source=str(tmp_path / "set"), data_files=pattern)
+    if said is None:
+        assert [shard.name for shard in resolve_shards([source])] == ["a.jsonl"]
+        return
+    with pytest.raises(SourceError, match=said):
         resolve_shards([source])
 
 
@@ -134,17 +142,22 @@ def test_a_nonsensical_readme_gives_one_message(tmp_path, card, said):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_sets_on_the_hub_are_named(hub, tmp_path):
-    (tmp_path / "set").mkdir()
-    hub.RequestHandlerClass.do_GET, do_get = (
-        lambda handler: handler._answer(404, b"", {}),
-        hub.RequestHandlerClass.do_GET,
-    )
-    try:
-        with pytest.raises(SourceError, match=r"hub:some/set is not a dataset on http.*check the name or path, or log"):
-            resolve_shards("some/set")
-    finally:
-        hub.RequestHandlerClass.do_GET = do_get
+def test_a_folder_written_by_save_to_disk_is_refused_but_not_its_files(tmp_path, hub):
+    import datasets
+
+    datasets.disable_progress_bars()
+    texts = some_texts(50)
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": texts})}).save_to_disk(tmp_path / "set")
+    for source in (f"{tmp_path}/set", f"{tmp_path}/set/train", f"{tmp_path}/set::train", "some/set"):
+        with pytest.raises(SourceError, match=r"was written by save_to_disk, .*to_parquet\), or give its files by"):
+            resolve_shards(source)
+    assert texts_of(f"{tmp_path}/set/**/*.arrow") == texts
+
+
+def test_missing_sets_on_the_hub_are_named(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub.RequestHandlerClass, "do_GET", lambda handler: handler._answer(404, b"", {}))
+    with pytest.raises(SourceError, match=r"hub:some/set is not a dataset on http.*check the name or path, or log"):
+        resolve_shards("some/set")
 
 
 def test_network_faults_do_not_change_what_is_found(tmp_path, hub):
@@ -163,28 +176,36 @@ def test_network_faults_do_not_change_what_is_found(tmp_path, hub):
 def test_one_process_asks_and_the_others_get_the_answer(tmp_path, hub, monkeypatch):
     _write_set(tmp_path / "set")
     config = data_config(["some/set:en", str(tmp_path / "set:fr"), "some/set:xx"])
-    found = find_datasets(config)
+    found = find_files(config)
     expected = resolve_shards(config.train[:2])
-    remember_datasets(found)
+    remember_files(found)
     monkeypatch.setattr(named_sets, "_find", lambda *given: pytest.fail("asked again"))
     before = len(hub.paths)
     assert resolve_shards(config.train[:2], COMMIT) == expected
     assert len(hub.paths) == before
-    with pytest.raises(SourceError, match="no configuration xx"):
+    with pytest.raises(SourceError, match="'xx' not found"):
         resolve_shards(config.train, COMMIT)
 
 
 def test_a_set_that_is_a_script_is_refused_as_by_datasets(tmp_path):
     """The files of dolma are lists of urls."""
-    for name in ("dolma.py", "urls/v1.txt", "urls/v2.txt"):
-        (tmp_path / "dolma" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "dolma" / name).write_text("https://example.com/a\n")
-    with pytest.raises(SourceError, match=r"dolma is a script \(dolma\.py\), which datasets no longer runs"):
+    for name in ("dolma.py", "urls/v1.txt"):
+        write_shard(tmp_path / "dolma" / name, ["https://example.com/a"])
+    with pytest.raises(SourceError, match=r"scripts are no longer supported, but found dolma\.py"):
         resolve_shards(str(tmp_path / "dolma"))
 
 
-@each("pattern,said", [("**a.jsonl", "is not a valid pattern"), ("https://a.b/*.jsonl", "is a url")])
-def test_an_invalid_pattern_of_data_files_is_refused(tmp_path, pattern, said):
-    write_shard(tmp_path / "set" / "a.jsonl", ["a"])
-    with pytest.raises(SourceError, match=said):
-        resolve_shards([TextSource(source=str(tmp_path / "set"), data_files=[pattern])])
+def test_patterns_on_the_hub(tmp_path, hub):
+    for name in ("a/0.jsonl", "a/1.jsonl", "b/c/2.jsonl", "b/3.txt"):
+        write_shard(tmp_path / "set" / name, [name])
+    of_repo = f"hub:some/set@{COMMIT}/"
+    for pattern, expected in {
+        "a/*": ["a/0", "a/1"],
+        "**/*.jsonl": ["a/0", "a/1", "b/c/2"],
+        "a/{0..1}.jsonl": ["a/0", "a/1"],
+    }.items():
+        for source in (f"hub:some/set/{pattern}", TextSource(source="some/set", data_files=pattern)):
+            assert [shard.name for shard in resolve_shards([source])] == [f"{of_repo}{name}.jsonl" for name in expected]
+    for pattern, said in {"c/*": "holds no files", "**a.txt": "is not a pattern", "/*": "is not a pattern"}.items():
+        with pytest.raises(SourceError, match=said):
+            resolve_shards([TextSource(source="some/set", data_files=pattern)])

@@ -10,7 +10,7 @@ import pytest
 
 from relora_mora.data.content import fingerprints
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sets.show import check_columns, check_lanes
+from relora_mora.data.sets.check import check_columns, check_lanes
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.producer import Mixture
 from tests.data.stream_tools import stream_of

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-from relora_mora.data.sources.resolve import resolve_shards
 from relora_mora.data.stream.stream import describe_position
-from tests.tools.data_tools import EOS, data_config, documents_in, make_lane, write_shard
+from tests.tools.data_tools import EOS, data_config, documents_in, make_lane, resolve_shards, write_shard
 from tests.tools.each import each
 
 SENTENCE = re.compile(

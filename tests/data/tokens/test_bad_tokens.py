@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.content import local_content
+from relora_mora.data.content import content_of
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.read import iter_texts
-from relora_mora.data.sources.resolve import resolve_shards
+from relora_mora.data.sets.reading import iter_texts
 from relora_mora.data.tokens import writer as token_writer
 from relora_mora.data.tokens.checks import check_tokens
 from relora_mora.data.tokens.index import INDEX, SourceText, TokenizationSpec
 from relora_mora.data.tokens.rows import Header, MappedTokens
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.tokens.tools import LIMITS, batches_of
-from tests.tools.data_tools import data_config, eval_set
+from tests.tools.data_tools import data_config, eval_set, resolve_shards
 from tests.tools.each import each
 
 
@@ -57,7 +56,7 @@ def _copy(folder, tmp_path):
 
 
 def _read_all(source, tokenizer_path):
-    local_content(resolve_shards(str(source)))
+    content_of(resolve_shards(str(source)))
     batches_of(source, tokenizer_path, steps=8)
 
 

@@ -8,14 +8,13 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from relora_mora.data.content import local_content
+from relora_mora.data.content import content_of
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.read import open_rows
-from relora_mora.data.sources.resolve import resolve_shards
 from relora_mora.data.stream.stream import TrainStream
 from relora_mora.data.tokens.checks import epoch_tokens
 from tests.data.tokens.tools import BATCH, KINDS, LIMITS, batches_of
-from tests.tools.data_tools import data_config, eval_set
+from tests.tools.data_tools import data_config, eval_set, resolve_shards
 from tests.tools.each import each
 
 JSON, PARQUET = KINDS
@@ -59,11 +58,11 @@ def test_a_run_reads_tokens_without_a_tokenizer(folder, tokenizer_path, monkeypa
 def test_a_folder_of_tokens_is_a_list_of_local_files(folder, tmp_path):
     source = shutil.copytree(folder / ".json.gz" / "few.tokens", tmp_path / "few.tokens")
     both = resolve_shards([str(source), str(folder / ".json.gz" / "many.tokens")])
-    assert [shard.label for shard in both[:2]] == ["few.tokens/00000.arrow", "few.tokens/00001.arrow"]
+    assert [shard.label for shard in both[:2]] == [f"{source}/00000.arrow", f"{source}/00001.arrow"]
     assert [shard.size for shard in both[:3]] == [
         (source / f"0000{number}.arrow").stat().st_size for number in range(3)
     ]
-    assert len({local_content(shards) for shards in (both, both[:3], both[3:])}) == 3
+    assert len({content_of(shards) for shards in (both, both[:3], both[3:])}) == 3
     with pytest.raises(SourceError, match="names already"):
         resolve_shards([str(source), str(tmp_path / "." / "few.tokens")])
 

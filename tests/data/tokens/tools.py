@@ -8,10 +8,9 @@ import json
 import torch
 
 from relora_mora.data.lanes import merge_states
-from relora_mora.data.sources.resolve import resolve_shards
 from relora_mora.data.stream.stream import TrainStream
 from relora_mora.data.tokens.folder import make_tokens
-from tests.tools.data_tools import data_config, some_texts, write_parquet, write_shard, write_shards
+from tests.tools.data_tools import data_config, resolve_shards, some_texts, write_parquet, write_shard, write_shards
 
 KINDS = [".json.gz", ".parquet"]
 BATCH = 16

@@ -77,14 +77,14 @@ def of_two_hosts(config: Any, other: Any, *, finds: str = "") -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("what", ["settings", "local_content", "tokenizer"])
+@pytest.mark.parametrize("what", ["settings", "content_of", "tokenizer"])
 def test_ranks_with_different_inputs_do_not_train(pools, inputs, tokenizer_path, other_tokenizer, tmp_path, what):
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
     optim = {"lr": 1e-3} if what == "settings" else {}
     different = run_config(
         inputs, other_tokenizer if what == "tokenizer" else tokenizer_path, tmp_path / "run", 2, optim=optim
     )
-    first, second = pools(2)(of_two_hosts, config, different, finds=what if what == "local_content" else "")
+    first, second = pools(2)(of_two_hosts, config, different, finds=what if what == "content_of" else "")
     expected = {"settings": "optim.lr", "tokenizer": "the tokenizer"}.get(what, "the training data")
     assert first == second
     assert "rank 1 (" in first
