@@ -82,7 +82,7 @@ class Mirror:
             ) from error
 
     def fetch(self) -> int | None:
-        """Brings the newest checkpoint into a run folder that has none; returns its step, or None if it fetched nothing.
+        """Fetches the newest checkpoint if the run folder has none; returns its step, or None if it fetched nothing.
 
         Raises :class:`MirrorError` if the store has a later step than a run folder with checkpoints, or if no
         checkpoint in it is whole.

@@ -142,10 +142,12 @@ def test_only_the_newest_checkpoint_waits_for_a_slow_store(tmp_path: Path, monke
     run = tmp_path / "run"
     trainer = opened(run)
     trainer.claim()
-    free = False
+    free = begun = False
     whole = MemoryFileSystem.put_file
 
     def slow(self: Any, *given: Any, **named: Any) -> Any:
+        nonlocal begun
+        begun = True
         wait_for(lambda: free)
         return whole(self, *given, **named)
 
@@ -153,6 +155,7 @@ def test_only_the_newest_checkpoint_waits_for_a_slow_store(tmp_path: Path, monke
     trainer.start()
     for step in (5, 10, 15, 20):
         trainer.offer(checkpoint(run, step))
+        wait_for(lambda: begun)
         assert len(list((run / "checkpoints").glob("*.tmp"))) <= 2  # one is sent, one waits
     shutil.rmtree(run / "checkpoints/step-00000005")
     free = True
