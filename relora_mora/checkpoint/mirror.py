@@ -367,6 +367,8 @@ def _who(owner: dict[str, Any]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError):  # names the package of the store
         return str(error)
-    return type(error).__name__ if not isinstance(error, OSError) or not error.strerror else error.strerror
+    if isinstance(error, FileNotFoundError):
+        return "it has no such bucket or folder"
+    return (isinstance(error, OSError) and error.strerror) or type(error).__name__  # a message may hold the url

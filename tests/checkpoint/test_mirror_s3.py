@@ -11,7 +11,7 @@ import pytest
 from relora_mora.checkpoint import mirror
 from relora_mora.checkpoint.mirror import Mirror, MirrorError
 from relora_mora.system.run_folder import RunFolder
-from tests.checkpoint.test_mirror import checkpoint, sent
+from tests.checkpoint.test_mirror import checkpoint, sent, wait_for
 
 moto = pytest.importorskip("moto.server")
 boto3 = pytest.importorskip("boto3")
@@ -49,13 +49,13 @@ def test_a_run_goes_on_from_s3_alone(server: object, tmp_path: Path) -> None:
 def test_a_server_that_is_away_is_reported_and_the_next_start_sends(
     server: moto.ThreadedMotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror, "CLOSE_SECONDS", 2.0)
+    monkeypatch.setattr(mirror, "CLOSE_SECONDS", 0.1)
     run, said = tmp_path / "run", list[str]()
     trainer = Mirror("s3://bucket/run", RunFolder(run), said.append)
     trainer.claim()
     trainer.start()
     server.stop()
     trainer.offer(checkpoint(run, 5))
+    wait_for(lambda: any("training goes on" in line for line in said))
     trainer.close()
-    assert any("training goes on" in line for line in said)
     assert "the same command sends it" in said[-1]
