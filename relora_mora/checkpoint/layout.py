@@ -212,6 +212,11 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
     if not regular:
         raise CheckpointError(f"{path}: damaged, it is not a regular file; use an older checkpoint")
+    return parse_manifest(path, content)
+
+
+def parse_manifest(path: Path | str, content: bytes) -> Manifest:
+    """A manifest from the content of its file; ``path`` is for messages. Raises :class:`CheckpointError`."""
     try:
         values = json.loads(content)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -233,7 +238,7 @@ def read_manifest(folder: Path) -> Manifest:
     return _validated(path, values)
 
 
-def _validated(path: Path, values: dict[str, Any]) -> Manifest:
+def _validated(path: Path | str, values: dict[str, Any]) -> Manifest:
     del values["format"], values["version"]
     values.pop("operator_seed", None)  # release 0.2 wrote it, null except for operator 7
     try:

@@ -1,0 +1,374 @@
+"""A copy of a run in an object store (``checkpoint.mirror``): a new machine goes on without the disk of the old one.
+
+::
+
+    URL/owner.json                      who trains: a token, host and process, and a beat that changes while it lives
+    URL/manifests/step-00000200.json    the manifest of a checkpoint, written after its files
+    URL/files/DIGEST                    the files of checkpoints by their xxh3-128, so that each is sent once
+    URL/run/...                         the small files of the run folder, as they were at the newest checkpoint
+
+A thread of the first rank sends checkpoints that are complete on disk. Training never waits for it: what fails is sent
+again, and if the store is slow, only the newest checkpoint is sent. ``URL`` is a path, or that of any store that fsspec
+knows; its login comes from the store's own means.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from relora_mora.checkpoint import layout
+from relora_mora.system.files import remove, sync, write_synced
+from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
+
+BEAT_SECONDS = 20.0
+SILENCE_SECONDS = 3 * BEAT_SECONDS  # a trainer without a beat for so long has ended
+FIRST_WAIT_SECONDS = 1.0  # before a fault is tried again; it doubles
+LONGEST_WAIT_SECONDS = 60.0
+CLOSE_SECONDS = 300.0  # for what is left to send at the end of the run
+POLL_SECONDS = 0.5
+
+
+class MirrorError(ValueError):
+    """A mirror cannot be used. The message says what was found and what to do."""
+
+
+class Mirror:
+    """The mirror of the run in ``run``; first rank only.
+
+    ``claim`` and ``fetch`` come first, in this order. Then ``start`` begins to send, ``offer`` gives it a checkpoint,
+    and ``close`` waits for what is left. ``report`` gets a line for each fault. Raises :class:`MirrorError` for a store
+    that cannot be opened.
+    """
+
+    def __init__(self, url: str, run: RunFolder, report: Callable[[str], None] = log.warning) -> None:
+        self._run = run
+        self._report = report
+        self._store, self._root = _open(url)
+        self._token = uuid.uuid4().hex
+        self._beats = self._offers = 0
+        self._offered: Path | None = None  # a folder with links to the files of the newest checkpoint
+        self._there: dict[str, layout.Manifest] = {}  # the manifests in the store by name
+        self._changed = threading.Condition()
+        self._closing = False
+        self._lost = False  # another trainer has taken the mirror
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # ---- before training ---------------------------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Takes the mirror. Raises :class:`MirrorError` if another trainer has it and lives, or if the store fails."""
+        try:
+            before = self._owner()
+            if before and not before.get("released") and before.get("folder") != self._folder():
+                self._await_silence(before)
+            self._beat()
+            self._there = dict(self._manifests())
+        except MirrorError:
+            raise
+        except Exception as error:  # stores raise types of their own
+            raise MirrorError(
+                f"checkpoint.mirror: the store cannot be read and written ({_reason(error)}); check the address, the "
+                "login and who may write there"
+            ) from error
+
+    def fetch(self) -> int | None:
+        """Fetches the newest checkpoint if the run folder has none; returns its step, or None if it fetched nothing.
+
+        Raises :class:`MirrorError` if the store has a later step than a run folder with checkpoints, or if no
+        checkpoint in it is whole.
+        """
+        own = layout.list_checkpoints(self._run.checkpoints)
+        there = sorted(self._there.values(), key=lambda manifest: manifest.step, reverse=True)
+        if own and there and there[0].step > (layout.step_of(own[0]) or 0):
+            raise MirrorError(
+                f"checkpoint.mirror: it is at step {there[0].step}, and {own[0]} is the newest here; move the run "
+                "folder away to go on from the mirror, or give another checkpoint.mirror"
+            )
+        if own or not there:
+            return None
+        problems = []
+        for manifest in there:
+            name = layout.step_folder(manifest.step)
+            log.info("fetching %s from the mirror (%.1f MB)", name, _megabytes(manifest))
+            problem = self._fetch(name, manifest)
+            if problem is None:
+                return manifest.step
+            problems.append(f"{name}: {problem}")
+            log.warning("passed over %s of the mirror", problems[-1])
+        raise MirrorError(
+            f"checkpoint.mirror: no checkpoint in it is whole ({problems[0]}); give another checkpoint.mirror to start "
+            "again"
+        )
+
+    def _fetch(self, name: str, manifest: layout.Manifest) -> str | None:
+        """Fetches a checkpoint and the files of the run; returns the problem if its files are not as listed."""
+        final = self._run.checkpoints / name
+        work = final.with_name(f"{name}.fetched{layout.TEMPORARY}")
+        remove(work)
+        work.mkdir(parents=True)
+        try:
+            for file, entry in manifest.files.items():
+                (work / file).parent.mkdir(parents=True, exist_ok=True)
+                self._get(f"files/{entry.xxh3_128}", work / file)
+            problem = layout.damage(work, manifest, manifest.files)
+        except Exception as error:  # as above
+            problem = _reason(error)
+        if problem is not None:
+            remove(work)
+            return problem
+        write_synced(work / layout.MANIFEST, manifest.dump())
+        for path in self._small_files():
+            with contextlib.suppress(FileNotFoundError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._get(f"run/{path.relative_to(self._run.path)}", path)
+        work.rename(final)
+        sync(final.parent)
+        return None
+
+    # ---- while it trains -----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begins to send, first what the store lacks."""
+        self._thread = threading.Thread(target=self._work, daemon=True, name="mirror")
+        self._thread.start()
+        threading.Thread(target=self._show_life, daemon=True, name="mirror beats").start()
+        own = layout.list_checkpoints(self._run.checkpoints)
+        if own and own[0].name not in self._there and (own[0] / layout.MANIFEST).exists():
+            self.offer(own[0])
+
+    def offer(self, checkpoint: Path) -> None:
+        """Has the thread send a complete checkpoint. Links keep its files even if the checkpoint is removed."""
+        if self._lost:
+            return
+        self._offers += 1
+        links = checkpoint.with_name(f"{checkpoint.name}.mirror-{self._offers}{layout.TEMPORARY}")
+        shutil.copytree(checkpoint, links, copy_function=_link)
+        for path in self._small_files():
+            if path.exists():
+                target = links / "run" / path.relative_to(self._run.path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, target)
+        with self._changed:
+            if self._offered is not None:
+                remove(self._offered)
+            self._offered = links
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Waits for what is left to send, and gives the mirror free."""
+        if self._thread is None:
+            return
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(CLOSE_SECONDS)
+        self._ended.set()
+        if self._thread.is_alive():
+            self._report(
+                f"checkpoint.mirror: the last checkpoint was not sent in {CLOSE_SECONDS:.0f} s; "
+                "the same command sends it"
+            )
+
+    # ---- the thread ------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        wait = FIRST_WAIT_SECONDS
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._offered is not None or self._closing)
+                links, self._offered = self._offered, None
+            if self._lost:
+                return
+            try:
+                if links is None:
+                    self._ended.set()
+                    self._beat(released=True)
+                    return
+                self._send(links)
+                remove(links)
+                wait = FIRST_WAIT_SECONDS
+            except Exception as error:  # stores raise types of their own
+                self._put_back(links)
+                self._report(
+                    f"checkpoint.mirror: {_reason(error)}; training goes on, and it is tried again in {wait:.0f} s"
+                )
+                time.sleep(wait)
+                wait = min(LONGEST_WAIT_SECONDS, 2 * wait)
+
+    def _show_life(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS) and not self._lost:
+            with contextlib.suppress(Exception):  # the store is away for a moment; what cannot be sent is reported
+                self._check_owner()
+                self._beat()
+
+    def _put_back(self, links: Path | None) -> None:
+        """Offers a checkpoint again, unless a newer one was offered since."""
+        if links is None:
+            return
+        with self._changed:
+            if self._offered is None:
+                self._offered = links
+                return
+        remove(links)
+
+    def _check_owner(self) -> None:
+        owner = self._owner()
+        if owner.get("token", self._token) != self._token and not self._lost:
+            self._lost = True
+            self._report(f"checkpoint.mirror: another trainer has taken it ({_who(owner)}); nothing more is sent")
+
+    def _send(self, links: Path) -> None:
+        """Sends the files that the store lacks, then the manifest, and removes what is gone from the disk."""
+        manifest = layout.read_manifest(links)
+        for name, entry in manifest.files.items():
+            self._put(links / name, f"files/{entry.xxh3_128}", entry.bytes)
+        self._check_owner()
+        if self._lost:
+            return
+        for path in (links / "run").rglob("*"):
+            if path.is_file():
+                self._put(path, f"run/{path.relative_to(links / 'run')}")
+        name = layout.step_folder(manifest.step)
+        self._store.pipe_file(self._at(f"manifests/{name}.json"), manifest.dump().encode())
+        self._there[name] = manifest
+        self._retire(keep={name})
+
+    def _retire(self, keep: set[str]) -> None:
+        """Removes checkpoints that are not on the disk any more, and files that no checkpoint has."""
+        keep |= {path.name for path in layout.list_checkpoints(self._run.checkpoints)}
+        for name in set(self._there) - keep:
+            self._store.rm_file(self._at(f"manifests/{name}.json"))
+            del self._there[name]
+        used = {entry.xxh3_128 for manifest in self._there.values() for entry in manifest.files.values()}
+        for path in self._list("files"):
+            if PurePosixPath(path).name not in used:
+                self._store.rm_file(path)
+
+    def _put(self, path: Path, name: str, size: int | None = None) -> None:
+        """Sends a file, unless one of this size is there."""
+        if size is not None and self._size(name) == size:
+            return
+        self._store.put_file(str(path), self._at(name))
+        if self._size(name) != path.stat().st_size:
+            raise OSError(f"{name} did not arrive whole")
+
+    # ---- the store ---------------------------------------------------------------------------------------------------
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _get(self, name: str, path: Path) -> None:
+        self._store.get_file(self._at(name), str(path))
+
+    def _size(self, name: str) -> int | None:
+        self._store.invalidate_cache()
+        try:
+            return int(self._store.info(self._at(name))["size"])
+        except FileNotFoundError:
+            return None
+
+    def _list(self, name: str) -> list[str]:
+        self._store.invalidate_cache()
+        try:
+            return [str(path) for path in self._store.ls(self._at(name), detail=False)]
+        except FileNotFoundError:
+            return []
+
+    def _manifests(self) -> Iterable[tuple[str, layout.Manifest]]:
+        for path in self._list("manifests"):
+            name = PurePosixPath(path).stem
+            try:
+                yield name, layout.parse_manifest(Path(path).name, self._store.cat_file(path))
+            except layout.CheckpointError as error:
+                log.warning("passed over %s of the mirror: %s", name, error)
+
+    def _owner(self) -> dict[str, Any]:
+        self._store.invalidate_cache()
+        try:
+            content = json.loads(self._store.cat_file(self._at("owner.json")))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def _beat(self, *, released: bool = False) -> None:
+        self._beats += 1
+        content = {
+            "token": self._token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "folder": self._folder(),
+            "beat": self._beats,
+            "released": released,
+        }
+        self._store.pipe_file(self._at("owner.json"), json.dumps(content).encode())
+
+    def _folder(self) -> str:
+        """The run folder on this machine, of which ``RUN/lock`` lets one trainer work at a time."""
+        return f"{socket.gethostname()}:{self._run.path.resolve()}"
+
+    def _await_silence(self, before: dict[str, Any]) -> None:
+        log.info("waiting %.0f s to see whether the mirror's trainer (%s) is alive", SILENCE_SECONDS, _who(before))
+        deadline = time.monotonic() + SILENCE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+            now = self._owner()
+            if now.get("released"):
+                return
+            if now != before:
+                raise MirrorError(
+                    f"checkpoint.mirror: another trainer sends its checkpoints there ({_who(now)}); "
+                    "wait until it ends, stop it, or give another checkpoint.mirror"
+                )
+
+    def _small_files(self) -> list[Path]:
+        run = self._run
+        files = [run.config, run.model_config, run.generation_config, run.starts, run.metrics, run.tasks, run.wandb_id]
+        return [*files, run.checkpoints / layout.BEST]
+
+
+def _open(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    on_disk = {"auto_mkdir": True} if "://" not in url or url.startswith("file://") else {}
+    try:
+        store, root = url_to_fs(url, **on_disk)
+    except (
+        Exception
+    ) as error:  # a missing package, an unknown store, or a store's own type; the message may hold the url
+        raise MirrorError(
+            f"checkpoint.mirror: its store cannot be opened ({_reason(error)}); check the address and the login"
+        ) from error
+    return store, str(root).rstrip("/")
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # the file system has no links
+        shutil.copy2(source, target)
+
+
+def _megabytes(manifest: layout.Manifest) -> float:
+    return sum(entry.bytes for entry in manifest.files.values()) / 1e6
+
+
+def _who(owner: dict[str, Any]) -> str:
+    return f"host {owner.get('host', 'unknown')}, pid {owner.get('pid', 'unknown')}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ImportError):  # names the package of the store
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "it has no such bucket or folder"
+    return (isinstance(error, OSError) and error.strerror) or type(error).__name__  # a message may hold the url

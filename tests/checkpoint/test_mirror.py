@@ -1,0 +1,230 @@
+"""A run in an object store: what is sent, what comes back, and what happens if the store fails or has another owner."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from relora_mora.checkpoint import mirror
+from relora_mora.checkpoint.layout import file_entry, step_folder
+from relora_mora.checkpoint.mirror import Mirror, MirrorError
+from relora_mora.system.run_folder import RunFolder
+from tests.tools.checkpoints import made_manifest
+
+URL = "memory://bucket/run"
+STORE = MemoryFileSystem()
+
+
+@pytest.fixture(autouse=True)
+def empty_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, seconds in (("BEAT_SECONDS", 0.05), ("SILENCE_SECONDS", 0.3), ("FIRST_WAIT_SECONDS", 0.01)):
+        monkeypatch.setattr(mirror, name, seconds)
+    monkeypatch.setattr(mirror, "POLL_SECONDS", 0.01)
+    yield
+    STORE.store.clear()
+    STORE.pseudo_dirs[:] = [""]
+
+
+def checkpoint(run: Path, step: int, base: str = "base") -> Path:
+    folder = run / "checkpoints" / step_folder(step)
+    (folder / "tokenizer").mkdir(parents=True)
+    for name, content in (("state", f"{step}"), ("base", base), ("tokenizer/t.json", "{}")):
+        (folder / name).write_text(content)
+    files = {name: file_entry(folder / name) for name in ("state", "base", "tokenizer/t.json")}
+    manifest = made_manifest(step=step, files=files, parameters={}, frozen={})
+    (folder / "manifest.json").write_text(manifest.dump())
+    (run / "metrics.jsonl").write_text(f"{step}\n")
+    return folder
+
+
+def opened(run: Path, said: list[str] | None = None, url: str = URL) -> Mirror:
+    return Mirror(url, RunFolder(run), (said if said is not None else []).append)
+
+
+def sent(run: Path, *checkpoints: Path, said: list[str] | None = None, url: str = URL) -> None:
+    """A trainer that saves these checkpoints and ends."""
+    trainer = opened(run, said, url)
+    trainer.claim()
+    trainer.start()
+    for each in checkpoints:
+        trainer.offer(each)
+    trainer.close()
+
+
+def names(folder: str) -> list[str]:
+    return sorted(path.rpartition("/")[2] for path in STORE.find(f"/bucket/run/{folder}"))
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("url", [URL, "PATH", "file://PATH"])
+def test_a_run_goes_on_from_the_store_alone(tmp_path: Path, url: str) -> None:
+    url = url.replace("PATH", str(tmp_path / "a store"))
+    sent(tmp_path / "run", checkpoint(tmp_path / "run", 5), checkpoint(tmp_path / "run", 10), url=url)
+    shutil.rmtree(tmp_path / "run")
+    again = opened(tmp_path / "run", url=url)
+    again.claim()
+    assert again.fetch() == 10
+    assert file_entry(tmp_path / "run/checkpoints/step-00000010/state").bytes == 2
+    assert (tmp_path / "run/checkpoints/step-00000010/tokenizer/t.json").read_text() == "{}"
+    assert (tmp_path / "run/metrics.jsonl").read_text() == "10\n"
+    assert again.fetch() is None  # the run folder has it now
+
+
+def test_the_store_keeps_what_the_disk_keeps_and_each_file_once(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    sent(run, checkpoint(run, 5))
+    state = file_entry(run / "checkpoints/step-00000005/state").xxh3_128
+    assert state in names("files")
+    assert len(names("files")) == 3
+    shutil.rmtree(run / "checkpoints/step-00000005")
+    sent(run, checkpoint(run, 10))
+    assert names("manifests") == ["step-00000010.json"]
+    assert state not in names("files")
+    assert len(names("files")) == 3  # base and tokenizer are those of step 5
+    assert not list((run / "checkpoints").glob("*.tmp"))
+
+
+def test_a_checkpoint_that_was_not_sent_is_sent_by_the_next_start(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "run", 5)
+    sent(tmp_path / "run")
+    assert names("manifests") == ["step-00000005.json"]
+
+
+def test_faults_are_reported_and_repeated_and_nothing_incomplete_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request fails once: it is refused, or a file arrives cut short."""
+    run, said = tmp_path / "run", list[str]()
+    trainer = opened(run, said)
+    trainer.claim()
+    seen, there = set[str](), list[int]()
+    cut = tmp_path / "cut"
+    cut.write_text("")
+    for name in ("put_file", "pipe_file", "info"):
+        whole = getattr(MemoryFileSystem, name)
+
+        def failing(self: Any, *given: Any, whole: Any = whole, name: str = name, **named: Any) -> Any:
+            request = f"{name} {given[:2]}"
+            if "manifests" in request:
+                there.append(sum("/files/" in path for path in STORE.store))
+            if request not in seen:
+                seen.add(request)
+                if name != "put_file":
+                    raise PermissionError(13, "expired token")
+                given = (str(cut), *given[1:])
+            return whole(self, *given, **named)
+
+        monkeypatch.setattr(MemoryFileSystem, name, failing)
+    trainer.start()
+    trainer.offer(checkpoint(run, 5))
+    wait_for(lambda: names("manifests"))
+    monkeypatch.undo()
+    trainer.close()
+    assert set(there) == {3}  # all files came before the manifest
+    assert any("training goes on" in line for line in said)
+    shutil.rmtree(run)
+    again = opened(run)
+    again.claim()
+    assert again.fetch() == 5
+
+
+def test_only_the_newest_checkpoint_waits_for_a_slow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    trainer = opened(run)
+    trainer.claim()
+    free = begun = False
+    whole = MemoryFileSystem.put_file
+
+    def slow(self: Any, *given: Any, **named: Any) -> Any:
+        nonlocal begun
+        begun = True
+        wait_for(lambda: free)
+        return whole(self, *given, **named)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", slow)
+    trainer.start()
+    for step in (5, 10, 15, 20):
+        trainer.offer(checkpoint(run, step))
+        wait_for(lambda: begun)
+        assert len(list((run / "checkpoints").glob("*.tmp"))) <= 2  # one is sent, one waits
+    shutil.rmtree(run / "checkpoints/step-00000005")
+    free = True
+    trainer.close()
+    assert names("manifests")[-1] == "step-00000020.json"
+    assert "step-00000010.json" not in names("manifests")
+
+
+def test_damage_in_the_store_is_passed_over(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    sent(run, checkpoint(run, 5))
+    sent(run, checkpoint(run, 10))
+    broken = file_entry(run / "checkpoints/step-00000010/state").xxh3_128
+    STORE.pipe_file(f"/bucket/run/files/{broken}", b"xx")
+    shutil.rmtree(run)
+    again = opened(run)
+    again.claim()
+    assert again.fetch() == 5
+    STORE.rm("/bucket/run/files", recursive=True)
+    shutil.rmtree(run)
+    with pytest.raises(MirrorError, match="no checkpoint in it is whole"):
+        again.fetch()
+
+
+def test_a_second_trainer_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    first, second = opened(tmp_path / "a"), opened(tmp_path / "b")
+    first.claim()
+    first.start()
+    with pytest.raises(MirrorError, match="another trainer"):
+        second.claim()
+    first.close()
+    second.claim()
+
+
+def test_a_trainer_that_was_killed_is_waited_for_once(tmp_path: Path) -> None:
+    opened(tmp_path / "a").claim()  # and never a beat
+    begin = time.monotonic()
+    opened(tmp_path / "a").claim()  # the lock of this run folder says that it is gone
+    assert time.monotonic() - begin < 0.3
+    opened(tmp_path / "b").claim()
+    assert time.monotonic() - begin >= 0.3
+
+
+def test_a_trainer_that_lost_the_mirror_sends_nothing_more(tmp_path: Path) -> None:
+    said: list[str] = []
+    first = opened(tmp_path / "a", said)
+    first.claim()
+    STORE.pipe_file("/bucket/run/owner.json", json.dumps({"token": "another", "host": "h"}).encode())
+    first.start()
+    first.offer(checkpoint(tmp_path / "a", 5))
+    first.close()
+    assert names("manifests") == []
+    assert "another trainer has taken it" in said[0]
+    assert json.loads(STORE.cat_file("/bucket/run/owner.json"))["token"] == "another"
+
+
+def test_a_run_folder_behind_the_mirror_is_refused(tmp_path: Path) -> None:
+    sent(tmp_path / "a", checkpoint(tmp_path / "a", 10))
+    checkpoint(tmp_path / "b", 5)
+    behind = opened(tmp_path / "b")
+    behind.claim()
+    with pytest.raises(MirrorError, match="at step 10"):
+        behind.fetch()
+
+
+@pytest.mark.parametrize("url", ["nonsense://bucket/run", "gs://bucket/run"])
+def test_a_store_that_cannot_be_opened_is_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(MirrorError, match=r"checkpoint\.mirror"):
+        opened(tmp_path, url=url).claim()
