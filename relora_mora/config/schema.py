@@ -294,6 +294,11 @@ class CheckpointConfig(Strict):
         description="also save and keep the checkpoint with the best value of this metric, such as eval/loss or "
         "tasks/arc_easy/acc; null: none",
     )
+    mirror: Text | None = Field(
+        None,
+        description="a folder in a store, such as s3://BUCKET/RUN, that gets a copy of every complete checkpoint, and "
+        "from which an empty run folder continues; null: none",
+    )
 
 
 class LogConfig(Strict):

@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from relora_mora.checkpoint.mirror import Mirror
 from relora_mora.config.checks.combinations import remarks
 from relora_mora.config.schema import Config
 from relora_mora.distributed import collectives
@@ -73,7 +74,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
         rank, world_size = _join(config, guard)
         inputs = collectives.from_first_rank(lambda: open_inputs(config, world_size))  # all checks; nothing is built
         inputs = agree(inputs, config, rank)
-        inputs = _take_folder(inputs, rank, guard)
+        inputs, mirror = _take_folder(inputs, rank, guard)
     with Bar("reading the checkpoint" if inputs.checkpoint else "building the model", show=config.log.progress):
         guard.begin("building the model", within=LONG_SECONDS)
         run = build(inputs, rank)
@@ -83,7 +84,7 @@ def _pretrain(config: Config, guard: Guard) -> int:
     collectives.from_first_rank(lambda: write_run_folder(inputs, state))
     log.info("%s", describe(run, state))
     give_back_freed_memory()
-    return _fit(Trainer(run, state, guard), guard)
+    return _fit(Trainer(run, state, guard, mirror), guard)
 
 
 def _join(config: Config, guard: Guard) -> tuple[int, int]:
@@ -101,13 +102,20 @@ def _join(config: Config, guard: Guard) -> tuple[int, int]:
     return rank, world_size
 
 
-def _take_folder(inputs: Inputs, rank: int, guard: Guard) -> Inputs:
-    """Takes the lock of the run folder, counts epochs, and finds the checkpoint where the run goes on; a collective."""
+def _take_folder(inputs: Inputs, rank: int, guard: Guard) -> tuple[Inputs, Mirror | None]:
+    """Takes the lock of the run folder, counts epochs, and finds the checkpoint where the run goes on; a collective.
+
+    The first rank also takes the mirror, which fills an empty run folder.
+    """
     config = inputs.config
     folder = Path(config.train.run_dir)
     lock = collectives.from_first_rank(lambda: _lock(guard, folder))
     check_shared(RunFolder(folder).lock, lock)
     guard.record_in(folder)
+    mirrors: list[Mirror] = []
+    if config.checkpoint.mirror is not None:
+        guard.begin("looking for a checkpoint in the mirror", within=COUNTING_SECONDS)
+        collectives.from_first_rank(lambda: mirrors.append(_take_mirror(config)))
     where = collectives.from_first_rank(lambda: where_to_resume(config))
     if config.train.epochs is not None:  # slow, so it comes after every other check
         guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
@@ -115,7 +123,9 @@ def _take_folder(inputs: Inputs, rank: int, guard: Guard) -> Inputs:
     for remark in remarks(inputs.config):
         shared_log.warning(remark)
     guard.begin("reading the checkpoint", within=LONG_SECONDS)
-    return inputs if where is None else replace(inputs, checkpoint=checkpoint_at(where, inputs, rank))
+    if where is not None:
+        inputs = replace(inputs, checkpoint=checkpoint_at(where, inputs, rank))
+    return inputs, next(iter(mirrors), None)
 
 
 def _fit(trainer: Trainer, guard: Guard) -> int:
@@ -158,6 +168,13 @@ def _watch(guard: Guard, config: Config, rank: int, world_size: int) -> None:
     collectives.gather_from_ranks(None)  # now every rank has sent its first heartbeat
     guard.watch_peers(watch)
     guard.begin("checking settings, model and data", within=config.data.timeout_seconds + LONG_SECONDS)
+
+
+def _take_mirror(config: Config) -> Mirror:
+    mirror = Mirror(str(config.checkpoint.mirror), RunFolder(Path(config.train.run_dir)))
+    mirror.claim()
+    mirror.fetch(config.train.resume)
+    return mirror
 
 
 def _lock(guard: Guard, folder: Path) -> str:

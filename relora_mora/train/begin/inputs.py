@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from relora_mora.adapters.stored import check_device, with_products
 from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints
+from relora_mora.checkpoint.mirror import open_store
 from relora_mora.checkpoint.reader import newest_manifest
 from relora_mora.config.checks.combinations import unused_by
 from relora_mora.config.data import DataConfig
@@ -165,6 +166,8 @@ def check_settings(config: Config, world_size: int) -> tuple[Config, PreTrainedC
     check_loggers(config.log)
     if config.eval.tasks:
         check_tasks(task_settings(config.eval))
+    if config.checkpoint.mirror is not None:
+        open_store(config.checkpoint.mirror)
     check_run_folder(Path(config.train.run_dir))
     config = with_vocabulary(with_rule(config))
     model_config = check_model(config)

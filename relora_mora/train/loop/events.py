@@ -164,6 +164,8 @@ class Saving:
             self.save(state)
         self.guard.begin(f"step {state.step}: waiting for the checkpoint", within=LONG_SECONDS)
         self.writer.wait()
+        if self.writer.mirror is not None:
+            self.writer.mirror.close()
         failures = [failure for failure in gather_from_ranks(self.writer.last_failure) if failure]
         if failures:
             remedy = f"check the disk (df, df -i); then {self.resume_command} continues from the newest checkpoint"

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from relora_mora.checkpoint.mirror import Mirror
 from relora_mora.checkpoint.writer import CheckpointWriter
 from relora_mora.data.lanes import merge_states
 from relora_mora.data.stream.packing import Batch, document_boundaries
@@ -34,7 +35,7 @@ from relora_mora.train.state.run_state import RunState, Trouble
 class Trainer:
     """Trains a run from ``state`` to its end."""
 
-    def __init__(self, run: Run, state: RunState, guard: Guard) -> None:
+    def __init__(self, run: Run, state: RunState, guard: Guard, mirror: Mirror | None = None) -> None:
         config = run.config
         self.run = run
         self.config = config
@@ -70,6 +71,7 @@ class Trainer:
             merge_states=merge_states,
             sync_beside=self.metrics.sync,
             report=log.error,
+            mirror=mirror,
         )
         is_slow = any(rule.is_slow for rule in matrix_rules(config.optim).values())
         self.update_seconds = LONG_SECONDS if is_slow else None
@@ -184,6 +186,7 @@ class Trainer:
         # the lines that named the bad data belong to dropped steps
         skipped = {"train/skipped_data": before.health.bad_data} if before.health.bad_data else {}
         self.metrics.write(state.step, {**values, **skipped})
+        self.writer.send(state.step)
         return True
 
     def _continue_from(self, state: RunState, repeated: set[str]) -> None:
