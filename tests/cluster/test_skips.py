@@ -21,7 +21,7 @@ def test_a_skip_is_a_failure_if_the_tests_are_needed(monkeypatch: pytest.MonkeyP
 
 def test_cluster_tests_are_needed_in_ci_and_cannot_be_left_out() -> None:
     assert re.search(
-        r"^NEED_CLUSTER=1 make test-cluster > cluster.log", (ROOT / ".ci" / "run").read_text(), re.MULTILINE
+        r"^NEED_CLUSTER=1 make test-cluster SHORT=1 > cluster.log", (ROOT / ".ci" / "run").read_text(), re.MULTILINE
     )
     sources = {path: path.read_text() for path in (ROOT / "tests" / "cluster").glob("*.py")}
     assert [

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
 from relora_mora.system.files import new_folder
-from tests.tools.commands import TRAIN, Answer, call, disk, left_in, permissions_count, refused
+from tests.tools.commands import TRAIN, Answer, call, disk, left_in, permissions_count, public_folder, refused
 from tests.tools.data_tools import write_shards
 
 pytestmark = pytest.mark.more
@@ -100,8 +101,10 @@ def test_output_folders_that_cannot_be_written(inputs: Path, tmp_path: Path) -> 
         refused(write_output(inputs, folder / "out"), f"{folder / 'out'}: Read-only file system")
     with disk(tmp_path / "disk", "size=1m") as folder:
         refused(write_output(inputs, folder), f"{folder}: is a mount point")
-    tmp_path.chmod(0o755)
-    (tmp_path / "locked").mkdir(mode=0o555)
-    with permissions_count():
-        answer = write_output(inputs, tmp_path / "locked" / "out")
-    refused(answer, f"{tmp_path / 'locked' / 'out'}: Permission denied; check its permissions")
+    with public_folder() as folder:
+        shutil.copytree(inputs, folder / "in")
+        (folder / "in").chmod(0o755)
+        (folder / "locked").mkdir(mode=0o555)
+        with permissions_count():
+            answer = write_output(folder / "in", folder / "locked" / "out")
+        refused(answer, f"{folder / 'locked' / 'out'}: Permission denied; check its permissions")
