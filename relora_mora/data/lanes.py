@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
-from relora_mora.config.data import DataConfig, Packing
+from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, Skipped, SourceError
 from relora_mora.data.rows import OpenRows, Row
 from relora_mora.data.shard import Shard
@@ -194,9 +194,9 @@ def plan_lanes(lanes: int, shards: int, *, even: bool = False) -> list[LanePlan]
     return [LanePlan(lane, tuple(parts[lane])) for lane in range(lanes)]
 
 
-def lane_plans(config: DataConfig, lanes: int, shards: int, packing: Packing) -> list[LanePlan]:
-    """The plans of all lanes of a run with this packing."""
-    return plan_lanes(lanes, shards, even=packing != "stream" or config.concatenate)
+def lane_plans(config: DataConfig, lanes: int, shards: int) -> list[LanePlan]:
+    """The plans of all lanes of a run."""
+    return plan_lanes(lanes, shards, even=config.concatenate)
 
 
 def seeded_order(count: int, *key: int) -> list[int]:
@@ -205,10 +205,6 @@ def seeded_order(count: int, *key: int) -> list[int]:
     The raw stream of numpy's PCG64 is part of its compatibility promise; ``Generator.permutation`` is not.
     """
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(count), kind="stable").tolist()
-
-
-class EpochsReached(SourceError):
-    """A source has been read ``max_epochs`` times."""
 
 
 @dataclass(frozen=True)
@@ -225,9 +221,9 @@ class EpochLimit:
         return f"the source {self.source} has been read {times}, its max_epochs"
 
     def check(self, epoch: int) -> None:
-        """Called before an epoch (from 0). Raises EpochsReached if the source must not be read again."""
+        """Called before an epoch (from 0). Raises SourceError if the source must not be read again."""
         if self.stops and epoch >= self.epochs:
-            raise EpochsReached(
+            raise SourceError(
                 f"{self.reached}; give it less weight, more text or a higher max_epochs, train for fewer steps, "
                 "or set at_max_epochs: warn"
             )

@@ -1,6 +1,5 @@
 """One call per rank: joins the ranks, checks the settings, builds the run, and trains it to its end."""
 
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -13,11 +12,12 @@ from relora_mora.config.data import DataConfig
 from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.schema import Config
 from relora_mora.data.content import at_versions, remote_content, remote_versions
-from relora_mora.data.sets.reading import Epochs, count_epochs
+from relora_mora.data.sets.reading import count_epochs
 from relora_mora.data.sets.show import check_columns, check_lanes, check_records
 from relora_mora.data.shard import Shard, Version
 from relora_mora.data.sources.named_sets import Datasets, find_datasets, remember_datasets
 from relora_mora.data.sources.names import with_commits
+from relora_mora.data.tokens.folder import tokens_of_whole_rows
 from relora_mora.distributed import collectives
 from relora_mora.distributed.join import CHECKS, JoinError, joined_within, store_address
 from relora_mora.engine.start import init_distributed
@@ -135,14 +135,16 @@ def _check(config: Config, guard: Guard) -> tuple[ResolvedRun, Path | None, int,
     check_shared(RunFolder(folder).lock, lock)
     guard.record_in(folder)
     begin = collectives.from_first_rank(lambda: where_to_resume(config))
-    if config.train.epochs is not None:  # slow, so it comes after every other check
+    # slow, so they come after every other check
+    guard.begin("tokenizing rows that are packed whole", within=COUNTING_SECONDS)
+    shards = _with_tokens(checked, RunFolder(folder).tokens)
+    checked = replace(checked, shards=shards)
+    if config.train.epochs is not None:
         guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
-        counted = collectives.from_first_rank(lambda: _count(config, checked.shards))
+        tokens = collectives.from_first_rank(lambda: _count(config, shards))
         epochs, warmup_fraction = config.train.epochs, config.optim.warmup_fraction
-        config = with_counted_epochs(config, counted.tokens_of(epochs))
-        checked = replace(
-            checked, config=config, epochs=epochs, warmup_fraction=warmup_fraction, epoch_blocks=counted.blocks
-        )
+        config = with_counted_epochs(config, tokens)
+        checked = replace(checked, config=config, epochs=epochs, warmup_fraction=warmup_fraction)
     for remark in remarks(config):
         shared_log.warning(remark)
     return checked, begin, rank, world_size
@@ -232,22 +234,24 @@ def _pin_commits(config: Config) -> tuple[DataConfig, Datasets]:
     return data, find_datasets(data)
 
 
-def _count(config: Config, shards: Sequence[Shard]) -> Epochs:
-    """Counts the tokens of each epoch. One rank reads the whole text."""
+def _with_tokens(checked: ResolvedRun, cache: Path) -> list[Shard]:
+    """The shards, with files of tokens in place of text and records that are packed whole; a collective."""
+    config = checked.config
+    made: dict[int, Shard] = collectives.from_first_rank(
+        lambda: tokens_of_whole_rows(checked.shards, config.data, config.tokenizer_path, cache)
+    )
+    return [made.get(number, shard) for number, shard in enumerate(checked.shards)]
+
+
+def _count(config: Config, shards: Sequence[Shard]) -> int:
+    """Counts the tokens of ``train.epochs``. One rank reads the whole text."""
     begin = time.perf_counter()
+    epochs = config.train.epochs or 1.0
     log.info("train.epochs: counting the tokens of the training text")
-    lanes = config.lanes
     with Bar("counting the tokens of the training text", show=config.log.progress):
-        counted = count_epochs(
-            config.data,
-            config.tokenizer_path,
-            lanes=lanes,
-            blocks_per_lane=config.train.batch_size // lanes,
-            epochs=math.ceil(config.train.epochs or 1),
-            shards=shards,
-        )
-    log.info("an epoch has %s tokens (%.1f s)", f"{counted.tokens[0]:,}", time.perf_counter() - begin)
-    return counted
+        tokens = count_epochs(config.data, config.tokenizer_path, lanes=config.lanes, epochs=epochs, shards=shards)
+    log.info("%s epochs have %s tokens (%.1f s)", f"{epochs:g}", f"{tokens:,}", time.perf_counter() - begin)
+    return tokens
 
 
 def _check_remote_data(checked: ResolvedRun, data: DataConfig) -> dict[int, Version]:

@@ -19,7 +19,7 @@ from relora_mora.data.rows import Encoded
 from relora_mora.data.sets.reading import TokenizedRow, rows_in_order
 from relora_mora.data.sources.resolve import shards_of
 from relora_mora.data.stream.packing import UNSCORED, DocumentIds, Mask, Tokens, document_ids, joined, with_end
-from relora_mora.data.stream.whole import block_of, groups_of, packed
+from relora_mora.data.stream.whole import block_of, packed
 from relora_mora.data.tokens.checks import check_tokens
 from relora_mora.tokenizer.load import load_tokenizer
 
@@ -194,9 +194,8 @@ def _whole(
 ) -> tuple[Tokens, Mask, DocumentIds | None]:
     length = config.sequence_length
     blocks = [
-        block_of(each, eos=eos, sequence_length=length, fills=fills)
-        for group in groups_of(rows, length)
-        for each in packed(group, length, fills=fills)
+        block_of([rows[number] for number in numbers], eos=eos, sequence_length=length, fills=fills)
+        for numbers in packed([len(row.ids) for row in rows], length, fills=fills)
     ]
     documents = np.stack([block.documents for block in blocks]) if fills else None  # type: ignore[misc]
     scored = np.stack([block.scored for block in blocks])  # type: ignore[misc]

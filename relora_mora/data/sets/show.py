@@ -109,7 +109,7 @@ def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrai
 
 
 def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None:
-    """Reads the first text of every lane in each source of a mixture that ever has a weight; call it on one rank.
+    """Reads the first text of every lane in each stream of a mixture that ever has a weight; call it on one rank.
 
     Without this check, a lane without text would only be noticed when its source is first used, perhaps days into the
     run. Text that is not a mixture needs no check, because the first batch reads every lane. Raises SourceError.
@@ -119,12 +119,13 @@ def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None
     weights = [{source.label: source.weight for source in config.train}]
     weights += [stage.weights for stage in config.stages]
     for name in mixture_names(config):
-        if any(each[name] for each in weights):
-            _check_lanes_of(shards_of_source(shards, config, name), config, lanes)
+        own = shards_of_source(shards, config, name)
+        if any(each[name] for each in weights) and packing_of(config, own) == "stream":
+            _check_lanes_of(own, config, lanes)
 
 
 def _check_lanes_of(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None:
-    plans = lane_plans(config, lanes, len(shards), packing_of(config, shards))
+    plans = lane_plans(config, lanes, len(shards))
     strides = {part.shard: part.stride for plan in plans for part in plan.parts if part.stride > 1}
     in_turn = [shard for shard in strides if not shards[shard].in_ranges]
     one_row = config.model_copy(update={"shuffle_documents": 1})

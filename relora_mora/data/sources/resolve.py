@@ -77,8 +77,7 @@ def resolve_shards(
             column = source.text_column or records_column or text_column
             name = source.label if mixed or source.text_column or source.records else ""
             shard = replace(shard, text_column=column, records=record_format, source=name)
-            if shard.holds_records:
-                _check_columns(shard)
+            _check_columns(shard)
             shards.append(shard)
     return _with_unique_labels(shards)
 
@@ -137,7 +136,7 @@ def _resolve(record: TextSource, split: Split, commits: Commits) -> Iterator[Sha
             _check_suffix(path, source, may_be_missing=True)
             yield Shard(name, url)
     elif is_token_folder(folder := Path(from_home(source))):
-        yield from _token_shards(folder)
+        yield from token_shards(folder)
     else:
         yield from _local_shards(source)
 
@@ -179,14 +178,20 @@ def _with_unique_labels(shards: Sequence[Shard]) -> list[Shard]:
 
 
 def _check_columns(shard: Shard) -> None:
-    if shard.tokens is None and shard.format is not TEXT:
-        return
-    assert shard.records is not None
-    holds = "text without columns" if shard.tokens is None else "tokens of plain text"
-    raise SourceError(
-        f"{shard.name} holds {holds}, so it cannot hold records of kind {shard.records.settings.kind}; "
-        "give files with columns or keys, or set records.kind=text"
-    )
+    """Raises SourceError if text without columns or tokens are read as records that they do not hold."""
+    holds = ""
+    if shard.tokens is not None and shard.tokens.making.records is None:
+        holds = "tokens of plain text"
+    elif shard.tokens is None and shard.format is TEXT:
+        holds = "text without columns"
+    if shard.holds_records and holds:
+        assert shard.records is not None
+        raise SourceError(
+            f"{shard.name} holds {holds}, so it cannot hold records of kind {shard.records.settings.kind}; "
+            "give files with columns or keys, or set records.kind=text"
+        )
+    if not shard.holds_records and shard.tokens is not None and shard.tokens.making.records is not None:
+        raise SourceError(f"{shard.location} holds tokens of records; set data.records as when they were made")
 
 
 def _identity(shard: Shard) -> str | tuple[int, int]:
@@ -232,7 +237,8 @@ def _hub_shards(source: str, revision: str | None, commits: Commits) -> Iterator
     yield from (hub_shard(repo, commit, path) for path in paths)
 
 
-def _token_shards(folder: Path) -> Iterator[Shard]:
+def token_shards(folder: Path) -> Iterator[Shard]:
+    """The files of a finished folder of tokens."""
     for number, file in enumerate(finished_index(folder).token_files()):
         path = file_in(folder, number).absolute()
         try:

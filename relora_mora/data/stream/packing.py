@@ -1,5 +1,7 @@
 """Packing as a stream: cuts the rows of a lane into token blocks without padding and without losing a token.
 
+Rows that cannot be used are skipped and counted; too many are an error.
+
 The tokens of a lane are EOS, document, EOS, document, EOS, ... Block k is the ``sequence_length + 1`` tokens from
 ``k * sequence_length`` on. Its last token is also the first of the next block, so every token except the very first is
 predicted exactly once.
@@ -7,6 +9,7 @@ predicted exactly once.
 
 import itertools
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol
@@ -14,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from relora_mora.data.errors import SourceError
+from relora_mora.data.bad_rows import NOTES_PER_REASON, too_many_records
+from relora_mora.data.errors import ENCODING_REASONS, Skipped, SourceError
 from relora_mora.data.lanes import Cursor, LaneRows, LaneStates
 from relora_mora.data.rows import Encode, Encoded, Row, Scored
-from relora_mora.data.stream.encoded_rows import EncodedRows
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +30,9 @@ Mask = npt.NDArray[np.bool_]
 DocumentIds = npt.NDArray[np.int32]
 
 UNSCORED = -100  # cross entropy's ignore_index
+# limits of one call of encode: large enough to make the call cheap, small enough that a resume repeats little
+ENCODE_ROWS = 64
+ENCODE_CHARACTERS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Block(NamedTuple):
 class Packer(Protocol):
     """The blocks of a lane, one after the other. ``state()`` is the position at which the next block begins."""
 
-    rows: LaneRows[Any]
+    notes: list[str]  # messages about skipped rows; the owner empties the list
 
     def next_block(self) -> Block:
         """Raises SourceError when a shard has too many bad rows or cannot be read."""
@@ -122,6 +128,7 @@ class Lane(Generic[Row]):
         restored: Mapping[str, Any] | None = None,
     ) -> None:
         self.rows = rows
+        self.notes = rows.notes
         self.eos = eos
         self.document_mask = document_mask
         self.sequence_length = sequence_length
@@ -129,7 +136,12 @@ class Lane(Generic[Row]):
         self._at = 0  # tokens of self._documents that are already in a block
         if restored:
             cursor, self._at = rows.plan.read(restored)
-        self._source = EncodedRows(rows, encode, cursor)
+        self._encode = encode
+        self._source = rows.rows_from(cursor)
+        self._after = cursor  # the position after all rows that were encoded
+        self._used_epoch = cursor.epoch  # of the last usable row
+        self._passed = Counter[str]()  # why rows were skipped here; the source counts these rows as documents
+        self._error: SourceError | None = None
         self._documents = _Documents(cursor, np.empty(0, np.int32), None, [], [])
         self._last = self._last_token()
 
@@ -183,9 +195,68 @@ class Lane(Generic[Row]):
         return int(self._documents.tokens[self._at - 1])
 
     def _encode_more(self) -> None:
-        before, encoded, after = self._source.next_group()
-        tokens, scored, ends = joined(encoded, self.eos)
-        self._documents = _Documents(before, tokens, scored, ends, after)
+        """Raises a SourceError only when all rows before it are used up, and then each time."""
+        while self._error is None:
+            before = self._after
+            kept: list[Encoded] = []
+            after: list[Cursor] = []
+            rows, cursors = self._take()
+            for row, cursor in zip(self._encode(rows), cursors, strict=True):
+                if isinstance(row, Skipped):
+                    self._passed[row.reason] += 1
+                for reason, count in self._passed.items():
+                    cursor = cursor.after_skipping(reason, count, documents=count)
+                self._after = cursor
+                if isinstance(row, Encoded):
+                    kept.append(row)
+                    after.append(cursor)
+                    self._used_epoch = cursor.epoch
+                elif fault := self._fault(row):
+                    self._error = fault
+                    break
+            if kept:
+                self._documents = _Documents(before, *joined(kept, self.eos), after)
+                return
+        raise self._error
+
+    def _take(self) -> tuple[list[Row], list[Cursor]]:
+        """The next rows. An error is kept until the rows before it are used up."""
+        rows: list[Row] = []
+        after: list[Cursor] = []
+        characters = 0
+        try:
+            while len(rows) < ENCODE_ROWS and characters < ENCODE_CHARACTERS:
+                row, cursor = next(self._source)
+                rows.append(row)
+                after.append(cursor)
+                characters += len(row)
+        except SourceError as error:
+            self._error = error
+            if not rows:
+                raise
+        return rows, after
+
+    def _fault(self, skipped: Skipped) -> SourceError | None:
+        """The error to raise if too many rows cannot be used, by the counts since the start of the run.
+
+        Only the first epoch is checked, because later epochs contain the same rows.
+        """
+        if self._passed[skipped.reason] <= NOTES_PER_REASON:
+            self.notes.append(f"{skipped.detail}; skipped")
+        counts = self._after.skipped_by_reason()
+        bad = sum(counts[reason] for reason in ENCODING_REASONS)
+        if self._after.epoch == 0 and (
+            fault := too_many_records(
+                bad, self._after.documents + bad, self.rows.config.max_bad_fraction, skipped.detail
+            )
+        ):
+            return fault
+        if self._after.epoch > self._used_epoch + 1:
+            return SourceError(
+                f"lane {self.rows.plan.lane}: none of its records can be used; "
+                f"the last one: {skipped.detail}; lower data.lanes"
+            )
+        return None
 
 
 def joined(rows: Sequence[Encoded], eos: int) -> tuple[Tokens, Mask | None, list[int]]:

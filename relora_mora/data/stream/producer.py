@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relora_mora.config.data import DataConfig, Packing, TextSource
+from relora_mora.config.data import DataConfig, TextSource
 from relora_mora.data.lanes import EpochLimit, LaneRows, LaneStates, lane_plans, lane_state, seeded_order, state_key
 from relora_mora.data.network import RETRIES
-from relora_mora.data.records.encoders import encoder_of, packing_of, whole_texts
+from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import Encode
 from relora_mora.data.shard import Shard
 from relora_mora.data.stream.packing import DocumentIds, Lane, Mask, Packer, Tokens
-from relora_mora.data.stream.whole import PackedLane
-from relora_mora.data.tokens.rows import only_tokens, open_any
+from relora_mora.data.stream.whole import WholeLane, WholeRows
+from relora_mora.data.tokens.rows import open_any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,14 +137,13 @@ class Assignment:
     """The work of one process: some lanes, with ``blocks_per_lane`` blocks of each per global batch."""
 
     config: DataConfig
-    shards: Sequence[Shard]
+    shards: Sequence[Shard]  # see folder.tokens_of_whole_rows
     tokenizer_path: str
     lanes: Sequence[int]
     lanes_of_all: int
     blocks_per_lane: int
     batch: int  # index of the first global batch
     states: Mapping[str, Mapping[str, Any]]  # of these lanes; empty at the start of a run
-    epoch_blocks: Sequence[int] | None = None  # see reading.Epochs; None: lanes do not wait for each other
 
 
 @dataclass
@@ -190,43 +189,36 @@ class Producer:
     def _open_source(self, name: str) -> None:
         config = self.assignment.config
         shards = shards_of_source(self.assignment.shards, config, name)
-        packing = packing_of(config, shards)
-        plans = lane_plans(config, self.assignment.lanes_of_all, len(shards), packing)
-        encode, eos = self._encoder(shards, packing)
-        for lane in self.assignment.lanes:
-            rows = LaneRows(plans[lane], shards, config, functools.partial(open_any, config), self.limits.get(name))
-            restored = self.assignment.states.get(state_key(lane, name))
-            packer: Packer
-            if packing == "stream":
-                packer = Lane(
-                    rows,
+        limit = self.limits.get(name)
+        lanes = self.assignment.lanes_of_all
+        states = {lane: self.assignment.states.get(state_key(lane, name)) for lane in self.assignment.lanes}
+        packers: dict[int, Packer] = {}
+        if packing_of(config, shards) == "stream":
+            plans = lane_plans(config, lanes, len(shards))
+            encode, eos = self._encoder(shards)
+            open_shard = functools.partial(open_any, config)
+            for lane, restored in states.items():
+                packers[lane] = Lane(
+                    LaneRows(plans[lane], shards, config, open_shard, limit),
                     encode,
                     eos=eos,
                     sequence_length=config.sequence_length,
                     document_mask=config.document_mask,
                     restored=restored,
                 )
-            else:
-                packer = PackedLane(
-                    rows,
-                    encode,
-                    eos=eos,
-                    sequence_length=config.sequence_length,
-                    fills=packing == "whole",
-                    epoch_blocks=self.assignment.epoch_blocks,
-                    restored=restored,
-                )
-            self.lanes[lane, name] = SourceLane(packer, restored.get("blocks", 0) if restored else 0)
+        else:
+            rows = WholeRows(shards, config)
+            packers = {lane: WholeLane(rows, lane, lanes, limit=limit, restored=at) for lane, at in states.items()}
+        for lane, restored in states.items():
+            self.lanes[lane, name] = SourceLane(packers[lane], restored.get("blocks", 0) if restored else 0)
 
-    def _encoder(self, shards: Sequence[Shard], packing: Packing) -> tuple[Encode[Any], int]:
+    def _encoder(self, shards: Sequence[Shard]) -> tuple[Encode[Any], int]:
         """The encoder of the rows of these shards, and EOS. Pre-tokenized shards need no tokenizer."""
         first = shards[0].tokens
-        length = self.assignment.config.sequence_length
         if first is not None and all(shard.tokens for shard in shards):
-            eos = first.making.eos
-            whole = whole_texts(only_tokens, eos, shards[0].records, length)
-            return only_tokens if packing == "stream" else whole, eos
-        encode = encoder_of(self.tokenizer, (shard.records for shard in shards), packing, length)
+            return list, first.making.eos
+        length = self.assignment.config.sequence_length
+        encode = encoder_of(self.tokenizer, (shard.records for shard in shards), "stream", length)
         return encode, int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
 
     @functools.cached_property
@@ -248,7 +240,7 @@ class Producer:
         notes = []
         states: LaneStates = {}
         for (lane, source), source_lane in self.lanes.items():
-            lane_notes = source_lane.lane.rows.notes
+            lane_notes = source_lane.lane.notes
             notes += lane_notes
             lane_notes.clear()
             states[state_key(lane, source)] = lane_state(source_lane.lane.state(), source, source_lane.blocks)

@@ -1,5 +1,6 @@
 """The training stream: this rank's share of every global batch, the same for any number of ranks and workers."""
 
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -19,6 +20,7 @@ from relora_mora.data.lanes import (
     lane_plans,
     merge_states,
     read_key,
+    read_state,
 )
 from relora_mora.data.network import RETRIES
 from relora_mora.data.records.encoders import packing_of
@@ -48,39 +50,38 @@ def describe_position(
     for key in sorted(state, key=read_key):
         lane, source = read_key(key)
         own = shards_of_source(shards, config, source)
-        packing = packing_of(config, own)
-        plan = lane_plans(config, lanes, len(own), packing)[lane]
-        counted = "tokens of the next document" if packing == "stream" else "sequences of what follows"
-        after = _position(plan, *plan.read(state[key]), own, config, counted)
+        describe = _describe_sequences
+        if packing_of(config, own) == "stream":
+            describe = functools.partial(_describe_rows, lane_plans(config, lanes, len(own))[lane], own, config)
         name = f"lane {lane}, {source}" if source else f"lane {lane}"
+        after = describe(state[key])
         if since is None:
             sentences.append(f"{name}: {after}")
         elif since.get(key) != state[key]:  # a batch of a mixture may take nothing from some sources
-            before = plan.read(since[key]) if key in since else (Cursor(), 0)
-            sentences.append(f"{name}: from {_position(plan, *before, own, config, counted)} to {after}")
+            sentences.append(f"{name}: from {describe(since.get(key, Cursor().state(0)))} to {after}")
     return sentences
 
 
-def _position(
-    plan: LanePlan, cursor: Cursor, offset: int, shards: Sequence[Shard], config: DataConfig, counted: str
-) -> str:
+def _describe_sequences(state: Mapping[str, Any]) -> str:
+    cursor, _ = read_state(state)
+    return f"epoch {cursor.epoch}, after {cursor.block} sequences of all lanes"
+
+
+def _describe_rows(plan: LanePlan, shards: Sequence[Shard], config: DataConfig, state: Mapping[str, Any]) -> str:
+    cursor, offset = plan.read(state)
     part = plan.order(config.seed, cursor.epoch)[cursor.place]
     shard = shards[part.shard]
+    rows = config.shuffle_documents
+    stride, phase, share = part.stride, part.phase, ""
     if shard.in_ranges:  # numbered within the lane's share, since only the file knows where that begins
-        first = cursor.block * config.shuffle_documents + 1
-        share = f" of share {part.phase + 1} of {part.stride}" if part.stride > 1 else ""
-        rows = f"after {cursor.item} of rows {first} to {first + config.shuffle_documents - 1}{share} (shuffled)"
-    else:
-        unit = shard.format.unit or config.sample_by
-        first = cursor.block * config.shuffle_documents * part.stride + part.phase + 1
-        last = first + (config.shuffle_documents - 1) * part.stride
-        if last == first:
-            rows = f"{'after' if cursor.item else 'before'} {unit} {first}"
-        else:
-            steps = f" in steps of {part.stride}" if part.stride > 1 else ""
-            rows = f"after {cursor.item} of {unit}s {first} to {last}{steps} (shuffled)"
-    rest = f" and {offset} {counted}" if offset else ""
-    return f"epoch {cursor.epoch}, {shard.label}, {rows}{rest}"
+        share = f" of share {phase + 1} of {stride}" if stride > 1 else ""
+        stride, phase = 1, 0
+    first = cursor.block * rows * stride + phase + 1
+    steps = f" in steps of {stride}" if stride > 1 else ""
+    unit = shard.format.unit or config.sample_by
+    rest = f" and {offset} tokens of the next document" if offset else ""
+    which = f"{unit}s {first} to {first + (rows - 1) * stride}{steps}{share} (shuffled)"
+    return f"epoch {cursor.epoch}, {shard.label}, after {cursor.item} of {which}{rest}"
 
 
 class TrainStream:
@@ -88,8 +89,8 @@ class TrainStream:
 
     ``lanes`` is the number of lanes over all ranks; rank r reads the lanes r, r + world_size, .... ``state`` is None or
     the merged states of all ranks (``merge_states``), saved by any number of ranks and workers. ``step`` is the number
-    of global batches before the next one, on which a mixture depends. ``shards`` saves resolving the sources again.
-    With ``epoch_blocks`` (``count_epochs``) lanes of whole rows begin each epoch together; a state brings its own.
+    of global batches before the next one, on which a mixture depends. ``shards`` saves resolving the sources again;
+    those of rows that are packed whole must be tokenized (``folder.tokens_of_whole_rows``).
     Build the stream in a thread that lives as long as the stream, because its workers end with that thread. Raises
     SourceError for sources that cannot be read, ValueError for numbers that do not divide.
     """
@@ -106,7 +107,6 @@ class TrainStream:
         state: Mapping[str, Mapping[str, Any]] | None = None,
         step: int = 0,
         shards: Sequence[Shard] | None = None,
-        epoch_blocks: Sequence[int] | None = None,
     ) -> None:
         if batch_size % lanes or lanes % world_size or not 0 <= rank < world_size:
             raise ValueError(
@@ -120,7 +120,6 @@ class TrainStream:
         self.config = config
         self._tokenizer_path = tokenizer_path
         self._shards = shards
-        self._epoch_blocks = epoch_blocks
         self._lanes_of_all = lanes
         self._lanes = list(range(rank, lanes, world_size))
         self._blocks_per_lane = batch_size // lanes
@@ -141,7 +140,6 @@ class TrainStream:
                 blocks_per_lane=self._blocks_per_lane,
                 batch=step,
                 states=_states_of(share, states),
-                epoch_blocks=self._epoch_blocks,
             )
             for share in shares
         ]

@@ -5,7 +5,6 @@ import json
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,6 @@ class ResolvedRun:
     tasks: Tasks | None = None  # of eval.tasks
     epochs: float | None = None  # train.epochs; once they are counted, the config has train.steps instead
     warmup_fraction: float | None = None  # optim.warmup_fraction, likewise
-    epoch_blocks: Sequence[int] | None = None  # how many blocks of a lane of whole rows each epoch takes
 
     @property
     def identity(self) -> Identity:

@@ -104,7 +104,6 @@ class Trainer:
             state=state.data or None,
             step=state.step,
             shards=run.checked.shards,
-            epoch_blocks=run.checked.epoch_blocks,
         )
         state.data = self.data.own_part(state.data)
         guard.step = state.step
