@@ -183,7 +183,7 @@ def _stream(rows: Sequence[Encoded], config: DataConfig, eos: int) -> tuple[Toke
     tokens = np.full(blocks * length + 1, eos, np.int32)
     tokens[1 : len(row_tokens) + 1] = row_tokens
     scored = np.zeros(blocks * length, np.bool_)
-    scored[: len(row_tokens)] = True if row_scored is None else row_scored
+    scored[: len(row_tokens)] = row_scored
     windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
     documents = document_ids(windows[:, :-1], eos) if config.document_mask else None
     return windows, scored.reshape(blocks, length), documents
@@ -197,6 +197,5 @@ def _whole(
         block_of([rows[number] for number in numbers], eos=eos, sequence_length=length, fills=fills)
         for numbers in packed([len(row.ids) for row in rows], length, fills=fills)
     ]
-    documents = np.stack([block.documents for block in blocks]) if fills else None  # type: ignore[misc]
-    scored = np.stack([block.scored for block in blocks])  # type: ignore[misc]
-    return np.stack([block.tokens for block in blocks]), scored, documents
+    tokens, scored, documents = map(np.stack, zip(*blocks, strict=True))
+    return tokens, scored, documents if fills else None

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -76,29 +76,15 @@ def document_boundaries(ids: "torch.Tensor") -> "torch.Tensor":
 
 
 class Block(NamedTuple):
-    """``scored[j]`` says whether the prediction of ``tokens[j + 1]`` counts in the loss; None if all of them count.
+    """``scored[j]`` says whether the prediction of ``tokens[j + 1]`` counts in the loss.
 
-    ``documents`` gives the document number of each input (all tokens but the last); None if attention may reach back
-    to the beginning of the block.
+    ``documents`` gives the document number of each input (all tokens but the last); 0 for all if attention may reach
+    back to the beginning of the block.
     """
 
     tokens: Tokens  # [T + 1]
-    scored: Mask | None  # [T]
-    documents: DocumentIds | None = None  # [T]
-
-
-class Packer(Protocol):
-    """The blocks of a lane, one after the other. ``state()`` is the position at which the next block begins."""
-
-    notes: list[str]  # messages about skipped rows; the owner empties the list
-
-    def next_block(self) -> Block:
-        """Raises SourceError when a shard has too many bad rows or cannot be read."""
-
-    def state(self) -> dict[str, Any]:
-        """A few numbers that JSON can hold."""
-
-    def close(self) -> None: ...
+    scored: Mask  # [T]
+    documents: DocumentIds  # [T]
 
 
 class _Documents(NamedTuple):
@@ -106,15 +92,16 @@ class _Documents(NamedTuple):
 
     before: Cursor
     tokens: Tokens  # of all rows
-    scored: Mask | None  # of the same length; None if all tokens are scored
+    scored: Mask  # of the same length
     ends: list[int]  # of each row, in tokens
     after: list[Cursor]  # the position after each row
 
 
 class Lane(Generic[Row]):
-    """The ``Packer`` of a stream.
+    """The blocks of a lane, one after the other. ``state()`` is the position at which the next block begins.
 
-    ``restored`` is an earlier ``state()`` of this lane. Raises SourceError if the source does not match it.
+    ``restored`` is an earlier state of this lane. Raises SourceError if the source does not match it. ``notes`` are
+    messages about skipped rows; the owner empties the list.
     """
 
     def __init__(
@@ -142,35 +129,31 @@ class Lane(Generic[Row]):
         self._used_epoch = cursor.epoch  # of the last usable row
         self._passed = Counter[str]()  # why rows were skipped here; the source counts these rows as documents
         self._error: SourceError | None = None
-        self._documents = _Documents(cursor, np.empty(0, np.int32), None, [], [])
+        self._documents = _Documents(cursor, np.empty(0, np.int32), np.empty(0, np.bool_), [], [])
         self._last = self._last_token()
 
     def next_block(self) -> Block:
+        """Raises SourceError when a shard has too many bad rows or cannot be read."""
         length = self.sequence_length + 1
         tokens = np.empty(length, np.int32)
+        scored = np.empty(length, np.bool_)
         tokens[0] = self._last
-        scored: Mask | None = None
         filled = 1
         while filled < length:
-            begin = self._at
-            packed = self._documents.tokens[begin : begin + length - filled]
+            packed = self._documents.tokens[self._at : self._at + length - filled]
             if not packed.size:
                 self._encode_more()
                 self._at = 0
                 continue
             end = filled + packed.size
             tokens[filled:end] = packed
-            self._at = begin + packed.size
-            if self._documents.scored is not None:
-                mask = self._documents.scored[begin : self._at]
-                if scored is None and not mask.all():
-                    scored = np.ones(self.sequence_length, np.bool_)
-                if scored is not None:
-                    scored[filled - 1 : end - 1] = mask
+            scored[filled:end] = self._documents.scored[self._at : self._at + packed.size]
+            self._at += packed.size
             filled = end
         self._last = int(tokens[-1])
-        documents = document_ids(tokens[:-1], self.eos) if self.document_mask else None
-        return Block(tokens, scored, documents)
+        inputs = tokens[:-1]
+        documents = document_ids(inputs, self.eos) if self.document_mask else np.zeros_like(inputs)
+        return Block(tokens, scored[1:], documents)
 
     def state(self) -> dict[str, Any]:
         documents = self._documents
@@ -259,19 +242,17 @@ class Lane(Generic[Row]):
         return None
 
 
-def joined(rows: Sequence[Encoded], eos: int) -> tuple[Tokens, Mask | None, list[int]]:
-    """Joins rows, each followed by an EOS: their tokens, which of these are scored (None: all), and where rows end."""
+def joined(rows: Sequence[Encoded], eos: int) -> tuple[Tokens, Mask, list[int]]:
+    """Joins rows, each followed by an EOS: their tokens, which of these are scored, and where rows end."""
     ends = list(itertools.accumulate(len(row.ids) + 1 for row in rows))
-    tokens = np.empty(ends[-1], np.int32)
-    begin = 0
+    tokens = np.full(ends[-1], eos, np.int32)
+    scored = np.ones(ends[-1], np.bool_)
     for row, end in zip(rows, ends, strict=True):
+        begin = end - 1 - len(row.ids)
         tokens[begin : end - 1] = row.ids
-        tokens[end - 1] = eos
-        begin = end
-    if all(row.scored is None for row in rows):
-        return tokens, None, ends
-    masks = [np.ones(len(row.ids) + 1, np.bool_) if row.scored is None else with_end(row.scored) for row in rows]
-    return tokens, np.concatenate(masks), ends
+        if row.scored is not None:
+            scored[begin:end] = with_end(row.scored)
+    return tokens, scored, ends
 
 
 def with_end(scored: Scored) -> Mask:

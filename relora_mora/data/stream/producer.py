@@ -13,7 +13,6 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from relora_mora.config.data import DataConfig, TextSource
 from relora_mora.data.lanes import EpochLimit, LaneRows, LaneStates, lane_plans, lane_state, seeded_order, state_key
@@ -21,7 +20,7 @@ from relora_mora.data.network import RETRIES
 from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import Encode
 from relora_mora.data.shard import Shard
-from relora_mora.data.stream.packing import DocumentIds, Lane, Mask, Packer, Tokens
+from relora_mora.data.stream.packing import Block, Lane
 from relora_mora.data.stream.whole import WholeLane, WholeRows
 from relora_mora.data.tokens.rows import open_any
 
@@ -150,9 +149,7 @@ class Assignment:
 class LaneBlocks:
     """The blocks of one process for one global batch."""
 
-    tokens: Tokens  # [lanes * blocks_per_lane, T + 1], ordered by lane
-    scored: Mask | None  # [lanes * blocks_per_lane, T]; None if all tokens are scored
-    documents: DocumentIds | None  # [lanes * blocks_per_lane, T]; None if no block has document numbers
+    blocks: Block  # of stacks of arrays, [lanes * blocks_per_lane, ...], ordered by lane
     states: LaneStates
     retries: int  # of all reads of this process so far
     notes: list[str] = field(default_factory=list)
@@ -162,7 +159,7 @@ class LaneBlocks:
 class SourceLane:
     """A lane within one source."""
 
-    lane: Packer
+    lane: Lane[Any] | WholeLane
     blocks: int  # that it has produced so far
 
 
@@ -192,7 +189,7 @@ class Producer:
         limit = self.limits.get(name)
         lanes = self.assignment.lanes_of_all
         states = {lane: self.assignment.states.get(state_key(lane, name)) for lane in self.assignment.lanes}
-        packers: dict[int, Packer] = {}
+        packers: dict[int, Lane[Any] | WholeLane] = {}
         if packing_of(config, shards) == "stream":
             plans = lane_plans(config, lanes, len(shards))
             encode, eos = self._encoder(shards)
@@ -244,11 +241,8 @@ class Producer:
             notes += lane_notes
             lane_notes.clear()
             states[state_key(lane, source)] = lane_state(source_lane.lane.state(), source, source_lane.blocks)
-        length = self.assignment.config.sequence_length
         return LaneBlocks(
-            tokens=np.stack([block.tokens for block in blocks]),
-            scored=_stacked([block.scored for block in blocks], np.ones(length, np.bool_)),
-            documents=_stacked([block.documents for block in blocks], np.zeros(length, np.int32)),
+            blocks=Block(*map(np.stack, zip(*blocks, strict=True))),
             states=states,
             retries=RETRIES.retries,
             notes=[*notes, *self._repetition_notes(states)],
@@ -271,10 +265,3 @@ class Producer:
     def close(self) -> None:
         for source_lane in self.lanes.values():
             source_lane.lane.close()
-
-
-def _stacked(parts: Sequence[NDArray[Any] | None], default: NDArray[Any]) -> NDArray[Any] | None:
-    """Stacks a part [T] of each block to [blocks, T], with ``default`` for None; None if no block has a part."""
-    if all(part is None for part in parts):
-        return None
-    return np.stack([default if part is None else part for part in parts])

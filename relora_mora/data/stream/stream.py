@@ -28,7 +28,7 @@ from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.data.stream.producer import Assignment, LaneBlocks, Producer, mixture_names, shards_of_source
-from relora_mora.data.stream.worker_process import WorkerProcess
+from relora_mora.data.stream.worker import WorkerProcess
 
 
 def describe_position(
@@ -123,6 +123,7 @@ class TrainStream:
         self._lanes_of_all = lanes
         self._lanes = list(range(rank, lanes, world_size))
         self._blocks_per_lane = batch_size // lanes
+        self._masks_documents = config.masks_documents_of(config.train)
         self._retries_before = RETRIES.retries
         self._producers: list[Producer | WorkerProcess] = []
         self._start(state or {}, step)
@@ -215,34 +216,22 @@ class TrainStream:
     def _batch(self, shares: list[LaneBlocks]) -> Batch:
         import torch
 
-        tokens = self._by_lane([share.tokens for share in shares]).astype(np.int64)
-        inputs = tokens[:, :-1]
-        labels = tokens[:, 1:].copy()
-        if any(share.scored is not None for share in shares):
-            masks = [
-                np.ones_like(each.tokens[:, 1:], np.bool_) if each.scored is None else each.scored for each in shares
-            ]
-            labels[~self._by_lane(masks)] = UNSCORED
-        documents = None
-        if any(share.documents is not None for share in shares):
-            numbers = [
-                np.zeros_like(each.tokens[:, 1:]) if each.documents is None else each.documents for each in shares
-            ]
-            documents = torch.from_numpy(self._by_lane(numbers))
+        tokens, scored, documents = map(self._by_lane, zip(*(share.blocks for share in shares), strict=True))
+        tokens = tokens.astype(np.int64)
         states = merge_states([share.states for share in shares])
         retries = RETRIES.retries - self._retries_before
         if self._has_workers:
             retries += sum(share.retries for share in shares)
         return Batch(
-            input_ids=torch.from_numpy(inputs.copy()),
-            labels=torch.from_numpy(labels),
-            document_ids=documents,
+            input_ids=torch.from_numpy(tokens[:, :-1].copy()),
+            labels=torch.from_numpy(np.where(scored, tokens[:, 1:], UNSCORED)),
+            document_ids=torch.from_numpy(documents) if self._masks_documents else None,
             state=states,
             counts={**counts_of(states), "retries": retries},
             notes=[note for share in shares for note in share.notes],
         )
 
-    def _by_lane(self, shares: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    def _by_lane(self, shares: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
         """The blocks of all processes ordered by lane, [n, ...]; each process has every ``len(shares)``-th lane."""
         blocks = np.empty((len(self._lanes), self._blocks_per_lane, *shares[0].shape[1:]), shares[0].dtype)
         for number, share in enumerate(shares):

@@ -123,7 +123,7 @@ class WholeRows:
 
 
 class WholeLane:
-    """A ``packing.Packer`` of whole rows: one of ``lanes`` lanes. ``restored`` is an earlier state of this lane.
+    """As ``packing.Lane``, for whole rows: one of ``lanes`` lanes. ``restored`` is an earlier state of this lane.
 
     The first lane's counts include the rows of the source that are left out.
     """
@@ -200,7 +200,7 @@ def block_of(rows: Sequence[Encoded], *, eos: int, sequence_length: int, fills: 
     """Puts rows next to each other and pads with EOS, which are unscored and a document of their own.
 
     The first token of a row is not scored either, since there is no token before it. If each block has one row
-    (``fills`` is false), documents are not numbered.
+    (``fills`` is false), all inputs are one document.
     """
     tokens = np.full(sequence_length + 1, eos, np.int32)
     scored = np.zeros(sequence_length + 1, np.bool_)
@@ -212,4 +212,4 @@ def block_of(rows: Sequence[Encoded], *, eos: int, sequence_length: int, fills: 
         scored[begin + 1 : end] = True if row.scored is None else row.scored[1:]
         documents[begin:end] = number
         begin = end
-    return Block(tokens, scored[1:], documents[:-1] if fills else None)
+    return Block(tokens, scored[1:], documents[:-1] if fills else np.zeros(sequence_length, np.int32))
