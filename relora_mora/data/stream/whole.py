@@ -44,7 +44,7 @@ class WholeRows:
         self.config = config
         self.fills = packing_of(config, shards) == "whole"
         self._files = [open_tokens(shard) for shard in shards]
-        specs = [file.head.making for file in self._files]
+        specs = [shard.tokens.making for shard in shards if shard.tokens is not None]
         self.eos = specs[0].eos
         self._frames = [
             Frame.of(spec.ends, spec.eos, shard.records, config.sequence_length)

@@ -38,15 +38,9 @@ def check_tokens(
                 "(kind, template, score) as when they were made, or make tokens in another folder"
             )
         if limits is not None and spec.max_line_bytes != limits.max_line_bytes:
-            raise SourceError(
-                f"{folder} holds the tokens of rows of up to {spec.max_line_bytes} bytes, and "
-                f"data.max_line_bytes is {limits.max_line_bytes}; set it to {spec.max_line_bytes}"
-            )
+            raise _other_limit(folder, "max_line_bytes", spec.max_line_bytes, limits.max_line_bytes)
         if limits is not None and spec.sample_by not in (None, limits.sample_by):
-            raise SourceError(
-                f"{folder} holds the tokens of text cut by {spec.sample_by}, and data.sample_by is {limits.sample_by}; "
-                f"set it to {spec.sample_by}"
-            )
+            raise _other_limit(folder, "sample_by", spec.sample_by, limits.sample_by)
     for shard in shards:
         if shard.tokens is None or limits is None:
             continue
@@ -56,3 +50,9 @@ def check_tokens(
                 f"{shard.location}: {totals.bad} of {totals.rows} rows were bad, more "
                 f"than data.max_bad_fraction ({limits.max_bad_fraction:g}); repair or drop the shard, or raise it"
             )
+
+
+def _other_limit(folder: str, name: str, made_with: object, now: object) -> SourceError:
+    return SourceError(
+        f"{folder} holds tokens that were made with data.{name} {made_with}, and it is {now} now; set it to {made_with}"
+    )

@@ -1,7 +1,6 @@
 """Tokenizes shards into a folder: one file per shard, several at a time. A second call skips finished files."""
 
 import contextlib
-import ctypes
 import fcntl
 import functools
 import multiprocessing
@@ -10,12 +9,13 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -24,13 +24,13 @@ from relora_mora.data.content import at_versions, content_digests, remote_versio
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lines import is_encodable
 from relora_mora.data.records.encoders import encoder_of, ends_of, packing_of, records_digest
+from relora_mora.data.rows import Encode
 from relora_mora.data.sets.show import check_columns
-from relora_mora.data.shard import TEXT, Shard
+from relora_mora.data.shard import TEXT, RecordFormat, Shard
 from relora_mora.data.sources.resolve import token_shards
 from relora_mora.data.stream.producer import mixture_names, shards_of_source
 from relora_mora.data.stream.whole import WholeRows
 from relora_mora.data.tokens import index
-from relora_mora.data.tokens.rows import Header, MappedTokens
 from relora_mora.data.tokens.writer import UNFINISHED, totals_of, write_tokens
 from relora_mora.system.bars import Bar
 from relora_mora.system.logs import log
@@ -38,28 +38,18 @@ from relora_mora.system.process import end_with_parent
 from relora_mora.tokenizer.identity import tokenizer_fingerprint, vocabulary_size
 from relora_mora.tokenizer.load import load_tokenizer
 
-Progress = Callable[[int, float], object]  # the number of a shard, and the fraction of it that is done
-_PROGRESS_SECONDS = 0.5  # between two reports
-_work: Callable[["Job", int], index.FileStats]  # of a process that tokenizes
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
 class Job:
     """One shard to tokenize."""
 
-    number: int
-    path: Path
     shard: Shard
-    head: Header
-
-
-@dataclass(frozen=True)
-class Task:
-    """The settings that all jobs share."""
-
+    path: Path
     config: DataConfig
     tokenizer_path: str
-    threads: int  # tokenizer threads in each process
+    threads: int  # of the tokenizer
 
 
 def make_tokens(
@@ -109,23 +99,21 @@ def tokens_of_whole_rows(
 def _make(
     shards: Sequence[Shard], planned: index.Index, out: Path, *, config: DataConfig, tokenizer_path: str, processes: int
 ) -> index.FileStats:
-    with _locked_folder(out, planned):
-        jobs = [
-            Job(number, index.file_in(out, number), shard, Header(planned.making, text))
-            for number, (shard, text) in enumerate(zip(shards, planned.texts, strict=True))
-        ]
-        done = {job.number: totals for job in jobs if (totals := _finished(job)) is not None}
-        left = [job for job in jobs if job.number not in done]
+    with _locked_folder(out, planned) as before:
+        paths = [index.file_in(out, number) for number in range(len(shards))]
+        _encoder.cache_clear()  # another tokenizer may be in the same folder by now
+        done = {number: totals_of(path) for number, path in enumerate(paths) if path.exists()}
+        for number, totals in done.items():
+            if before.files and totals != before.files[number]:
+                raise SourceError(f"{paths[number]} has changed since it was made; remove it and make it again")
+        left = [number for number in range(len(shards)) if number not in done]
+        processes = max(1, min(processes, len(left)))
+        threads = max(1, len(os.sched_getaffinity(0)) // processes)
+        jobs = {number: Job(shards[number], paths[number], config, tokenizer_path, threads) for number in left}
         if left:
-            processes = max(1, min(processes, len(left)))
-            task = Task(config, tokenizer_path, max(1, len(os.sched_getaffinity(0)) // processes))
-            with _progress_bar(shards, done) as report, _threads(task.threads):
-                if processes > 1:
-                    done |= _in_processes(task, left, processes, report)
-                else:
-                    tokenize = _tokenize_function(task, left[0])
-                    done |= {job.number: tokenize(job, functools.partial(report, job.number)) for job in left}
-        files = [done[job.number] for job in jobs]
+            with _progress_bar(shards, done) as report:
+                done |= _in_processes(jobs, processes, report) if processes > 1 else _one_by_one(jobs, report)
+        files = [done[number] for number in range(len(shards))]
         index.write_index(out, planned.model_copy(update={"files": files}))
     return index.total_of(files)
 
@@ -158,13 +146,25 @@ def _plan(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> t
 
 
 @contextlib.contextmanager
-def _locked_folder(out: Path, planned: index.Index) -> Iterator[None]:
-    """Creates the folder with its index, or opens an unfinished one, and locks it against other commands.
+def _locked_folder(out: Path, planned: index.Index) -> Iterator[index.Index]:
+    """Creates the folder with its index, or opens one, locks it against other commands, and yields its index.
 
     Raises SourceError if the folder belongs to another text, tokenizer or limits, or if another command writes to it.
     """
-    if index.is_token_folder(out):
-        existing = index.read_index(out)
+    lock = out / _LOCK
+    if os.path.lexists(out) and not index.is_token_folder(out) and (not out.is_dir() or {*out.iterdir()} - {lock}):
+        raise FileExistsError(f"{out}: exists and holds something else; give a new folder, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SourceError(f"{out}: another command is making its tokens; wait until it ends") from None
+        except OSError as error:
+            log.warning(
+                "%s: its disk supports no locks (%s); make sure that no other command writes there", out, error.strerror
+            )
+        existing = index.read_index(out) if index.is_token_folder(out) else planned
         difference = ""
         if existing.making != planned.making:
             difference = "made by another tokenizer, or with another max_line_bytes, sample_by or records"
@@ -172,117 +172,56 @@ def _locked_folder(out: Path, planned: index.Index) -> Iterator[None]:
             difference = "of another text, or of this text before it changed (data.revision names an earlier commit)"
         if difference:
             raise SourceError(f"{out} holds tokens {difference}; give another folder, or remove this one")
-    else:
-        if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-            raise FileExistsError(f"{out}: exists and holds something else; give a new folder, or remove it")
-        out.mkdir(parents=True, exist_ok=True)
-        index.write_index(out, planned)
-    with (out / index.INDEX).open("r+b") as lock:
+        if existing is planned:
+            index.write_index(out, planned)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # a command that started at the same time may have replaced the index
-            in_use = not os.path.samestat(os.fstat(lock.fileno()), (out / index.INDEX).stat())
-        except BlockingIOError:
-            in_use = True
-        except OSError as error:
-            in_use = False
-            log.warning(
-                "%s: its disk supports no locks (%s); make sure that no other command writes there", out, error.strerror
-            )
-        if in_use:
-            raise SourceError(f"{out}: another command is making its tokens; wait until it ends")
-        try:
-            yield
+            yield existing
         finally:  # processes that were killed, for example after Ctrl-C, leave unfinished files
             for path in out.glob(f"*{UNFINISHED}"):
                 path.unlink(missing_ok=True)
 
 
-def _finished(job: Job) -> index.FileStats | None:
-    """The totals of a file that an earlier call finished, or None. Raises SourceError if the file is damaged."""
-    if not job.path.exists():
-        return None
-    with contextlib.closing(MappedTokens(str(job.path))) as tokens:
-        if tokens.head != job.head:
-            raise tokens.damaged("it is another file than its folder says")
-    return totals_of(job.path)
-
-
 @contextlib.contextmanager
-def _progress_bar(shards: Sequence[Shard], done: Collection[int]) -> Iterator[Progress]:
+def _progress_bar(shards: Sequence[Shard], done: Collection[int]) -> Iterator[Callable[[int, float], None]]:
+    """Yields a function that is called with the number of a shard and the fraction of it that is done."""
     sizes = [shard.size for shard in shards]
     weights = [1 if None in sizes else size or 0 for size in sizes]
     parts: dict[int, float] = {number: weights[number] for number in done}
     with Bar("tokenizing", "shard" if None in sizes else "byte") as bar:
 
-        def report(number: int, part: float) -> None:
+        def report(number: int, part: float = 1.0) -> None:
             parts[number] = part * weights[number]
             bar.update(sum(parts.values()), sum(weights))
 
         yield report
 
 
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Limits the tokenizer's threads inside the block, and in the processes that are started in it."""
-    wanted = {
-        "TOKENIZERS_PARALLELISM": "true" if count > 1 else "false",
-        "RAYON_NUM_THREADS": str(count),
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # no warning that torch is missing
-    }
-    before = {name: os.environ[name] for name in wanted if name in os.environ}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name in wanted:
-            del os.environ[name]
-        os.environ.update(before)
+def _one_by_one(jobs: Mapping[int, Job], report: Callable[[int, float], None]) -> dict[int, index.FileStats]:
+    return {number: _tokenize(job, functools.partial(report, number)) for number, job in jobs.items()}
 
 
-def _tokenize_function(task: Task, first: Job) -> Callable[[Job, Callable[[float], object]], index.FileStats]:
-    tokenizer = load_tokenizer(task.tokenizer_path)
-    encode = encoder_of(tokenizer, [first.shard.records], "stream", task.config.sequence_length)
-    vocabulary = vocabulary_size(tokenizer)
-
-    def tokenize(job: Job, progress: Callable[[float], object]) -> index.FileStats:
-        return write_tokens(
-            job.path,
-            job.shard,
-            job.head,
-            config=task.config,
-            encode=encode,
-            vocabulary=vocabulary,
-            threads=task.threads,
-            progress=progress,
-        )
-
-    return tokenize
-
-
-def _in_processes(task: Task, jobs: Sequence[Job], processes: int, report: Progress) -> dict[int, index.FileStats]:
+def _in_processes(
+    jobs: Mapping[int, Job], processes: int, report: Callable[[int, float], None]
+) -> dict[int, index.FileStats]:
     """Tokenizes the jobs in processes, which are killed however it ends.
 
     They inherit a blocked SIGINT, because Ctrl-C is meant for this process.
     """
     context = multiprocessing.get_context("spawn")
     multiprocessing.resource_tracker.ensure_running()  # if started later, it would unblock the signal
-    parts = context.RawArray("d", len(jobs))
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(processes, context, initializer=_begin_process, initargs=(task, jobs[0], parts))
+    threads = next(iter(jobs.values())).threads
+    pool = ProcessPoolExecutor(processes, context, initializer=_begin_process, initargs=(threads,))
+    done = {}
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            results = {pool.submit(_tokenize, job, at): job for at, job in enumerate(jobs)}
+            numbers = {pool.submit(_tokenize, job): number for number, job in jobs.items()}
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        running = set(results)
-        while running:
-            finished, running = wait(running, _PROGRESS_SECONDS, FIRST_EXCEPTION)
-            for result in finished:
-                result.result()
-            for job, part in zip(jobs, parts, strict=True):
-                report(job.number, part)
+        for result in as_completed(numbers):
+            done[numbers[result]] = result.result()
+            report(numbers[result], 1.0)
     except BrokenProcessPool:
         raise ChildProcessError(
             "a process that makes tokens was killed; if memory ran out, give fewer --processes. "
@@ -292,23 +231,35 @@ def _in_processes(task: Task, jobs: Sequence[Job], processes: int, report: Progr
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
         pool.shutdown(cancel_futures=True)
-    return {job.number: result.result() for result, job in results.items()}
+    return done
 
 
-def _begin_process(task: Task, first: Job, parts: "ctypes.Array[ctypes.c_double]") -> None:
-    """Prepares a process for ``_tokenize``, which sets ``parts[at]`` to the fraction of a job that is done."""
-    global _work
+def _begin_process(threads: int) -> None:
+    os.environ |= {
+        "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
+        "RAYON_NUM_THREADS": str(threads),
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # no warning that torch is missing
+    }
     sys.modules["torch"] = None  # type: ignore[assignment] # tokenizing does not need it: see worker.py
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
     end_with_parent(parent.pid, signal.SIGKILL)  # the pool would wait for further jobs
-    tokenize = _tokenize_function(task, first)
-
-    def work(job: Job, at: int) -> index.FileStats:
-        return tokenize(job, functools.partial(parts.__setitem__, at))
-
-    _work = work
 
 
-def _tokenize(job: Job, at: int) -> index.FileStats:
-    return _work(job, at)
+def _tokenize(job: Job, progress: Callable[[float], object] = lambda part: None) -> index.FileStats:
+    encode, vocabulary = _encoder(job.tokenizer_path, job.shard.records)
+    return write_tokens(
+        job.path,
+        job.shard,
+        config=job.config,
+        encode=encode,
+        vocabulary=vocabulary,
+        threads=job.threads,
+        progress=progress,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(tokenizer_path: str, records: RecordFormat | None) -> tuple[Encode[Any], int]:
+    tokenizer = load_tokenizer(tokenizer_path)
+    return encoder_of(tokenizer, [records], "stream", 0), vocabulary_size(tokenizer)

@@ -6,7 +6,6 @@ for each token. Lanes share a file as they would share the text's file.
 """
 
 import errno
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from itertools import accumulate
@@ -20,25 +19,8 @@ from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, Skipped, SourceEr
 from relora_mora.data.read import open_rows
 from relora_mora.data.rows import Encoded, Rows, TokenIds, share_of
 from relora_mora.data.shard import Shard
-from relora_mora.data.tokens.index import COMMAND, SourceText, TokenizationSpec
+from relora_mora.data.tokens.index import COMMAND
 from relora_mora.system.files import LOST_DISK
-
-METADATA = b"relora_mora"  # the key in the schema's metadata
-
-
-class Header(NamedTuple):
-    """The metadata of a file."""
-
-    making: TokenizationSpec
-    text: SourceText
-
-    def dump(self) -> bytes:
-        return json.dumps([self.making.model_dump(), self.text.model_dump()]).encode()
-
-    @staticmethod
-    def load(data: bytes) -> "Header":
-        making, text, *_ = json.loads(data)  # files of release 0.2 have a third entry
-        return Header(TokenizationSpec(**making), SourceText(**text))
 
 
 class _Batch(NamedTuple):
@@ -62,12 +44,12 @@ class MappedTokens:
             self._map = pyarrow.memory_map(path)
             file = pyarrow.ipc.open_file(self._map)
             self._stored = [file.get_batch(number) for number in range(file.num_record_batches)]
-            self.head = Header.load(file.schema.metadata[METADATA])
+            self.holds_records = "scored" in file.schema.names
         except FileNotFoundError as error:
             raise SourceError(f"{path} is missing; make it again: {COMMAND}") from error
         except MemoryError:  # pyarrow's is an ArrowException, too
             raise
-        except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             if isinstance(error, PermissionError) or (
                 isinstance(error, OSError) and error.errno in {*LOST_DISK, errno.EMFILE}
             ):
@@ -90,7 +72,7 @@ class MappedTokens:
     def utf8_bytes(self, number: int) -> int | None:
         """The size of the text of a row; None if it is a record."""
         batch, at = self._find(number)
-        return None if self.head.making.records else int(batch.utf8_bytes[at])
+        return None if self.holds_records else int(batch.utf8_bytes[at])
 
     def batches(self) -> Iterator[_Batch]:
         return map(self._batch, range(len(self._stored)))
@@ -119,7 +101,7 @@ class MappedTokens:
             try:
                 stored.validate(full=True)  # that offsets rise and stay within the file
                 tokens, reasons = stored.column("tokens"), stored.column("skipped")
-                scored = stored.column("scored").values if "scored" in stored.schema.names else None
+                scored = stored.column("scored").values if self.holds_records else None
                 skipped: dict[int, str] = {}
                 if reasons.null_count < len(reasons):
                     skipped = {at: reason for at, reason in enumerate(reasons.to_pylist()) if reason is not None}
@@ -172,8 +154,7 @@ def open_tokens(shard: Shard) -> MappedTokens:
     indexed = shard.tokens
     assert indexed is not None, "a shard of text"
     tokens = MappedTokens(shard.location)
-    head = tokens.head
-    if (head.making, head.text) != (indexed.making, indexed.text) or tokens.rows != indexed.totals.rows:
+    if tokens.rows != indexed.totals.rows or tokens.holds_records != (indexed.making.records is not None):
         raise tokens.damaged("it is another file than its folder says")
     return tokens
 

@@ -17,7 +17,7 @@ from relora_mora.data.read import open_rows
 from relora_mora.data.rows import Encode, Encoded, calls_of
 from relora_mora.data.shard import Shard
 from relora_mora.data.tokens.index import FileStats
-from relora_mora.data.tokens.rows import METADATA, Header, MappedTokens
+from relora_mora.data.tokens.rows import MappedTokens
 from relora_mora.system.files import disk_faults_named, sync
 
 # limits of a record batch; a lane that reads rows maps one batch at a time
@@ -32,14 +32,14 @@ log = logging.getLogger(__name__)
 class TokenWriter:
     """``write(row, utf8_bytes)`` adds a row: its tokens, or the reason why it was skipped."""
 
-    def __init__(self, stream: Any, head: Header, vocabulary: int) -> None:
+    def __init__(self, stream: Any, vocabulary: int, *, records: bool = False) -> None:
         import pyarrow
 
         ids = pyarrow.uint16() if vocabulary <= 1 << 16 else pyarrow.uint32()
         columns = [("tokens", pyarrow.list_(ids)), ("utf8_bytes", pyarrow.int64()), ("skipped", pyarrow.string())]
-        if head.making.records:
+        if records:
             columns.append(("scored", pyarrow.list_(pyarrow.uint8())))
-        self._schema = pyarrow.schema(columns, metadata={METADATA: head.dump()})
+        self._schema = pyarrow.schema(columns)
         self._ids = ids.to_pandas_dtype()
         self._file = pyarrow.ipc.new_file(stream, self._schema)
         self._clear()
@@ -84,7 +84,6 @@ class TokenWriter:
 def write_tokens(
     path: Path,
     shard: Shard,
-    head: Header,
     *,
     config: DataConfig,
     encode: Encode[Any],
@@ -99,7 +98,7 @@ def write_tokens(
     """
     found = RecordsFound()
     with _replacing(path) as unfinished, closing(open_rows(config, shard)) as opened, unfinished.open("wb") as stream:
-        writer = TokenWriter(stream, head, vocabulary)
+        writer = TokenWriter(stream, vocabulary, records=shard.holds_records)
         for rows in calls_of(opened, TEXTS_PER_CALL, threads):
             encoded = iter(encode([row for row in rows if not isinstance(row, Skipped)]))
             for row in rows:
