@@ -289,13 +289,11 @@ class LaneRows(Generic[Row]):
 
     def _no_text(self, before: Cursor, now: Cursor) -> SourceError:
         counts = zip(SKIP_REASONS, before.skipped, now.skipped, strict=True)
-        skipped = [f"{reason}: {to - was}" for reason, was, to in counts if to > was and reason != "empty_shard"]
-        shards = ", ".join(self.shards[part.shard].label for part in self.plan.parts[:3])
-        why = (
-            f"all of its rows were skipped ({', '.join(skipped)})"
-            if skipped
-            else "there are fewer documents than lanes"
+        skipped = ", ".join(
+            f"{reason}: {to - was}" for reason, was, to in counts if to > was and reason != "empty_shard"
         )
+        shards = ", ".join(self.shards[part.shard].label for part in self.plan.parts[:3])
+        why = f"all of its rows were skipped ({skipped})" if skipped else "there are fewer documents than lanes"
         remedy = "give more text or lower data.lanes"
         if self.config.is_mixture:
             remedy += (

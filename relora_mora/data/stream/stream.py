@@ -1,6 +1,5 @@
 """The training stream: this rank's share of every global batch, the same for any number of ranks and workers."""
 
-import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -12,8 +11,6 @@ import numpy.typing as npt
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import WorkerError
 from relora_mora.data.lanes import (
-    Cursor,
-    LanePlan,
     LaneStates,
     check_states,
     counts_of,
@@ -21,6 +18,7 @@ from relora_mora.data.lanes import (
     merge_states,
     read_key,
     read_state,
+    start_states,
 )
 from relora_mora.data.network import RETRIES
 from relora_mora.data.records.encoders import packing_of
@@ -32,56 +30,31 @@ from relora_mora.data.stream.worker import WorkerProcess
 
 
 def describe_position(
-    state: Mapping[str, Mapping[str, Any]],
-    *,
-    lanes: int,
-    shards: Sequence[Shard],
-    config: DataConfig,
-    since: Mapping[str, Mapping[str, Any]] | None = None,
+    state: Mapping[str, Mapping[str, Any]], *, lanes: int, shards: Sequence[Shard], config: DataConfig
 ) -> list[str]:
-    """A sentence for each lane of a ``Batch.state``: epoch, shard, and how many of which lines (from 1) it has read.
+    """A sentence for each lane of a ``Batch.state``: its epoch, its shard, and where it is in it.
 
-    Documents are shuffled in blocks, so a sentence names the lines of a whole block; the last block of a shard may be
-    shorter than that. With an earlier state ``since``, for instance from before a batch, the sentences name the data
-    between the two; a lane that is missing in ``since`` was at its start. Raises SourceError for a position that is
-    impossible in its lane.
+    Documents are shuffled in blocks, so a sentence names a whole block of the lane's share of the shard (from 1), and
+    how many of the block were read. Raises SourceError for a position that is impossible in its lane.
     """
     sentences = []
     for key in sorted(state, key=read_key):
         lane, source = read_key(key)
         own = shards_of_source(shards, config, source)
-        describe = _describe_sequences
         if packing_of(config, own) == "stream":
-            describe = functools.partial(_describe_rows, lane_plans(config, lanes, len(own))[lane], own, config)
-        name = f"lane {lane}, {source}" if source else f"lane {lane}"
-        after = describe(state[key])
-        if since is None:
-            sentences.append(f"{name}: {after}")
-        elif since.get(key) != state[key]:  # a batch of a mixture may take nothing from some sources
-            sentences.append(f"{name}: from {describe(since.get(key, Cursor().state(0)))} to {after}")
+            plan = lane_plans(config, lanes, len(own))[lane]
+            cursor, offset = plan.read(state[key])
+            part = plan.order(config.seed, cursor.epoch)[cursor.place]
+            first = cursor.block * config.shuffle_documents + 1
+            place = f"{own[part.shard].label}, {cursor.item} of documents {first} to "
+            place += f"{first + config.shuffle_documents - 1} of share {part.phase + 1} of {part.stride} (shuffled)"
+            if offset:
+                place += f" and {offset} tokens"
+        else:
+            cursor, _ = read_state(state[key])
+            place = f"{cursor.block} sequences of all lanes"
+        sentences.append(f"lane {lane}{source and f', {source}'}: epoch {cursor.epoch}, after {place}")
     return sentences
-
-
-def _describe_sequences(state: Mapping[str, Any]) -> str:
-    cursor, _ = read_state(state)
-    return f"epoch {cursor.epoch}, after {cursor.block} sequences of all lanes"
-
-
-def _describe_rows(plan: LanePlan, shards: Sequence[Shard], config: DataConfig, state: Mapping[str, Any]) -> str:
-    cursor, offset = plan.read(state)
-    part = plan.order(config.seed, cursor.epoch)[cursor.place]
-    shard = shards[part.shard]
-    rows = config.shuffle_documents
-    stride, phase, share = part.stride, part.phase, ""
-    if shard.in_ranges:  # numbered within the lane's share, since only the file knows where that begins
-        share = f" of share {phase + 1} of {stride}" if stride > 1 else ""
-        stride, phase = 1, 0
-    first = cursor.block * rows * stride + phase + 1
-    steps = f" in steps of {stride}" if stride > 1 else ""
-    unit = shard.format.unit or config.sample_by
-    rest = f" and {offset} tokens of the next document" if offset else ""
-    which = f"{unit}s {first} to {first + (rows - 1) * stride}{steps}{share} (shuffled)"
-    return f"epoch {cursor.epoch}, {shard.label}, after {cursor.item} of {which}{rest}"
 
 
 class TrainStream:
@@ -195,11 +168,11 @@ class TrainStream:
         """The states of this rank's lanes among the merged states of all ranks."""
         return _states_of(self._lanes, state)
 
-    def describe(
-        self, state: Mapping[str, Mapping[str, Any]], since: Mapping[str, Mapping[str, Any]] | None = None
-    ) -> list[str]:
-        """Calls :func:`describe_position` with the lanes, shards and settings of this stream."""
-        return describe_position(state, lanes=self._lanes_of_all, shards=self._shards, config=self.config, since=since)
+    def describe(self, before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Where the lanes were before a batch, from its state and the one before it."""
+        start = start_states(self._lanes_of_all, mixture_names(self.config))
+        changed = {key: before.get(key, start[key]) for key, state in after.items() if before.get(key) != state}
+        return describe_position(changed, lanes=self._lanes_of_all, shards=self._shards, config=self.config)
 
     def __enter__(self) -> "TrainStream":
         return self

@@ -221,7 +221,7 @@ class Trainer:
         rates = group_rates(self.run.schedule, self.run.groups, step)
         done = self.engine.step(rates, losses / len(pieces))
         batch = share.batch
-        data = [] if done.applied else self.data.describe(batch.state, since=state.data)
+        data = [] if done.applied else self.data.describe(state.data, batch.state)
         state.step = self.guard.step = step
         state.tokens += self.config.tokens_per_step
         state.data = batch.state
