@@ -67,7 +67,7 @@ def main(
         processes=processes or len(os.sched_getaffinity(0)),
     )
     print(
-        f"{out}: {totals.tokens:,} tokens of {counted(totals.documents, 'document')} ({totals.utf8_bytes:,} bytes) in "
+        f"{out}: {totals.tokens:,} tokens of {counted(totals.documents, 'document')} in "
         f"{counted(len(shards), 'file')}, {time.monotonic() - started:.1f} s"
     )
     if totals.bad:

@@ -185,14 +185,16 @@ def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
     """The numbers of the rows in each block: from the largest row down, each goes into the first block with room."""
     blocks: list[list[int]] = []
     left: list[int] = []
-    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+    for number in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
         size = sizes[number]
-        at = next((at for at, free in enumerate(left) if free >= size), len(left))
-        if at == len(left):
-            blocks.append([])
-            left.append(room)
-        blocks[at].append(number)
-        left[at] -= size
+        for at, free in enumerate(left):
+            if free >= size:
+                blocks[at].append(number)
+                left[at] -= size
+                break
+        else:
+            blocks.append([number])
+            left.append(room - size)
     return [sorted(numbers) for numbers in blocks]
 
 
