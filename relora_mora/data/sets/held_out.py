@@ -16,7 +16,7 @@ from relora_mora.data.content import local_content
 from relora_mora.data.errors import SourceError
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.rows import Encoded
-from relora_mora.data.sets.reading import TokenizedRow, rows_in_order
+from relora_mora.data.sets.reading import rows_in_order
 from relora_mora.data.sources.resolve import shards_of
 from relora_mora.data.stream.packing import UNSCORED, DocumentIds, Mask, Tokens, document_ids, joined, with_end
 from relora_mora.data.stream.whole import block_of, packed
@@ -136,26 +136,25 @@ def load_eval_set(
     names = ", ".join(source.source for source in as_sources(sources))
     if not rows:
         raise SourceError(f"the validation data {names} holds no text; give a source with at least one document")
-    encoded = [row.encoded for row in rows]
     if counts.left_out:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts.left_out.items())
         log.info("%s: %s rows are scored; left out: %s", names, f"{len(rows):,}", reasons)
     sizes = [row.utf8_bytes for row in rows if row.utf8_bytes is not None]
     pack = _stream if packing == "stream" else functools.partial(_whole, fills=packing == "whole")
     return EvalSet(
-        *pack(encoded, config, eos),
+        *pack(rows, config, eos),
         utf8_bytes=sum(sizes) if len(sizes) == len(rows) else None,
-        digest=_digest(encoded),
+        digest=_digest(rows),
         documents=len(rows),
         eos=eos,
-        answers=list(itertools.islice(filter(None, map(answer_of, encoded)), answers)),
+        answers=list(itertools.islice(filter(None, map(answer_of, rows)), answers)),
     )
 
 
-def _up_to(max_tokens: int | None, rows: Iterable[TokenizedRow], *, stream: bool) -> Iterator[TokenizedRow]:
+def _up_to(max_tokens: int | None, rows: Iterable[Encoded], *, stream: bool) -> Iterator[Encoded]:
     total = 0
     for number, row in enumerate(rows):
-        ids, scored, _ = row.encoded
+        ids, scored, *_ = row
         if scored is None:
             total += len(ids) + 1 if stream else len(ids) - 1  # a stream adds an EOS
         else:

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from relora_mora.config.data import DataConfig, Packing
 from relora_mora.data.bad_rows import NOTES_PER_REASON, RecordsFound
@@ -20,7 +20,6 @@ from relora_mora.data.rows import Encoded, in_calls
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.whole import WholeRows
-from relora_mora.data.tokens.rows import open_tokens
 from relora_mora.tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -32,19 +31,14 @@ log = logging.getLogger(__name__)
 _ROWS_PER_CALL = 64
 
 
-class TokenizedRow(NamedTuple):
-    encoded: Encoded
-    utf8_bytes: int | None  # of its text; None if not all of the text is scored
-
-
 def rows_in_order(
     shards: Sequence[Shard],
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
     packing: Packing,
     counts: RecordsFound | None = None,
-) -> Iterator[TokenizedRow]:
-    """The usable rows. Records that cannot be used are logged, and counted in ``counts``.
+) -> Iterator[Encoded]:
+    """The usable rows, with the sizes of texts. Records that cannot be used are logged, and counted in ``counts``.
 
     Raises SourceError if a shard cannot be read, if more than ``max_bad_fraction`` of its rows or of all records are
     bad, or if no record fits into a sequence.
@@ -52,12 +46,11 @@ def rows_in_order(
     counts = RecordsFound() if counts is None else counts
     for record_format, same_format in itertools.groupby(shards, lambda shard: shard.records):
         encode = encoder_of(tokenizer, [record_format], packing, config.sequence_length)
-        for group in in_calls(_read(same_format, config), _ROWS_PER_CALL, lambda row: len(row[0])):
-            sizes = [size for _, size in group]
-            for row, size in zip(encode([row for row, _ in group]), sizes, strict=True):
+        for group in in_calls(_read(same_format, config), _ROWS_PER_CALL, len):
+            for source, row in zip(group, encode(group), strict=True):
                 counts.add(row)
                 if isinstance(row, Encoded):
-                    yield TokenizedRow(row, None if row.cut else size)
+                    yield row._replace(utf8_bytes=None if row.cut else _text_bytes(source))
                 elif row.reason in ENCODING_REASONS:
                     if counts.bad <= NOTES_PER_REASON:
                         log.warning("%s; skipped", row.detail)
@@ -67,21 +60,19 @@ def rows_in_order(
         raise fault
 
 
-def _read(shards: Iterable[Shard], config: DataConfig) -> Iterator[tuple[Any, int | None]]:
-    """The rows, each with the UTF-8 bytes of its text if it is plain text."""
+def _read(shards: Iterable[Shard], config: DataConfig) -> Iterator[Any]:
+    """The rows, one at a time, so that nothing after the last wanted row is waited for or reported."""
     for shard in shards:
-        if shard.tokens is not None:
-            with closing(open_tokens(shard)) as tokens:
-                for number in range(tokens.rows):
-                    if not isinstance(row := tokens.row(number), Skipped):
-                        yield row, tokens.utf8_bytes(number)
-            continue
         with closing(open_rows(config, shard)) as rows:
-            # one row at a time, so that nothing after the last wanted row is waited for or reported
             while taken := rows.take(1):
-                for row in taken:
-                    if not isinstance(row, Skipped):
-                        yield row, len(row.encode()) if isinstance(row, str) else None
+                yield from (row for row in taken if not isinstance(row, Skipped))
+
+
+def _text_bytes(row: Any) -> int | None:
+    """The size of the text of a row; None if not all of the row is text."""
+    if isinstance(row, str):
+        return len(row.encode())
+    return row.utf8_bytes if isinstance(row, Encoded) else None
 
 
 def count_epochs(
@@ -109,7 +100,7 @@ def count_epochs(
         tokens = sum(shard.tokens.totals.tokens for shard in shards if shard.tokens)
     else:
         in_order = rows_in_order(shards, config, load_tokenizer(tokenizer_path), "stream")
-        tokens = sum(len(row.encoded.ids) + 1 for row in in_order)
+        tokens = sum(len(row.ids) + 1 for row in in_order)
     if not tokens:
         sources = ", ".join(source.source for source in config.train)
         raise SourceError(f"the training data {sources} holds no text; give a source with at least one document")

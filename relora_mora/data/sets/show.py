@@ -25,7 +25,6 @@ from relora_mora.data.shard import JSON_LINES, TEXT, Shard
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.packing import with_end
 from relora_mora.data.stream.producer import mixture_names, shards_of_source
-from relora_mora.data.tokens.rows import open_any
 from relora_mora.tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ def _check_lanes_of(shards: Sequence[Shard], config: DataConfig, lanes: int) -> 
         return _phases_with_text(shards[shard], config, strides[shard])
 
     def read_first(plan: LanePlan) -> None:
-        with closing(LaneRows(plan, shards, one_row, functools.partial(open_any, config)).rows_from(Cursor())) as rows:
+        with closing(LaneRows(plan, shards, one_row, functools.partial(open_rows, config)).rows_from(Cursor())) as rows:
             next(rows)
 
     with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers
@@ -146,7 +145,7 @@ def _check_lanes_of(shards: Sequence[Shard], config: DataConfig, lanes: int) -> 
 def _phases_with_text(shard: Shard, config: DataConfig, stride: int) -> set[int]:
     """Which of the lanes that take the rows of a shard in turn get a text. Faster than opening each of many lanes."""
     phases: set[int] = set()
-    with closing(open_any(config, shard, note=_ignore)) as opened:
+    with closing(open_rows(config, shard, note=_ignore)) as opened:
         for number, row in enumerate(itertools.chain.from_iterable(calls_of(opened, _ROWS_PER_CALL))):
             if not isinstance(row, Skipped):
                 phases.add(number % stride)
@@ -194,7 +193,7 @@ def _show_source(
     in_order = rows_in_order(shards, config, tokenizer, packing, counts)
     for row in itertools.islice(in_order, max(count, SAMPLE_ROWS)):
         rows += 1
-        encoded = row.encoded
+        encoded = row
         if in_stream:
             with_mask = None if encoded.scored is None else with_end(encoded.scored)
             encoded = encoded._replace(ids=[*encoded.ids, eos], scored=with_mask)

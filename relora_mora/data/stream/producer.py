@@ -17,12 +17,12 @@ import numpy as np
 from relora_mora.config.data import DataConfig, TextSource
 from relora_mora.data.lanes import EpochLimit, LaneRows, LaneStates, lane_plans, lane_state, seeded_order, state_key
 from relora_mora.data.network import RETRIES
+from relora_mora.data.read import open_rows
 from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import Encode
 from relora_mora.data.shard import Shard
 from relora_mora.data.stream.packing import Block, Lane
 from relora_mora.data.stream.whole import WholeLane, WholeRows
-from relora_mora.data.tokens.rows import open_any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -193,7 +193,7 @@ class Producer:
         if packing_of(config, shards) == "stream":
             plans = lane_plans(config, lanes, len(shards))
             encode, eos = self._encoder(shards)
-            open_shard = functools.partial(open_any, config)
+            open_shard = functools.partial(open_rows, config)
             for lane, restored in states.items():
                 packers[lane] = Lane(
                     LaneRows(plans[lane], shards, config, open_shard, limit),

@@ -7,17 +7,15 @@ for each token. Lanes share a file as they would share the text's file.
 
 import errno
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, Skipped, SourceError, unreadable
-from relora_mora.data.read import open_rows
-from relora_mora.data.rows import Encoded, Rows, TokenIds, share_of
+from relora_mora.data.rows import Encoded, TokenIds, share_of
 from relora_mora.data.shard import Shard
 from relora_mora.data.tokens.index import COMMAND
 from relora_mora.system.files import LOST_DISK
@@ -63,16 +61,15 @@ class MappedTokens:
         return self._starts[-1]
 
     def row(self, number: int) -> Encoded | Skipped:
-        batch, at = self._find(number)
+        stored = bisect_right(self._starts, number) - 1
+        batch = self._batch(stored)
+        at = number - self._starts[stored]
         if batch.skipped and at in batch.skipped:
             return Skipped(batch.skipped[at])
         own = slice(batch.offsets[at], batch.offsets[at + 1])
-        return Encoded(batch.ids[own], None if batch.scored is None else batch.scored[own])
-
-    def utf8_bytes(self, number: int) -> int | None:
-        """The size of the text of a row; None if it is a record."""
-        batch, at = self._find(number)
-        return None if self.holds_records else int(batch.utf8_bytes[at])
+        if batch.scored is None:
+            return Encoded(batch.ids[own], utf8_bytes=int(batch.utf8_bytes[at]))
+        return Encoded(batch.ids[own], batch.scored[own])
 
     def batches(self) -> Iterator[_Batch]:
         return map(self._batch, range(len(self._stored)))
@@ -87,11 +84,6 @@ class MappedTokens:
         self._read.clear()
         self._stored.clear()
         self._map.close()
-
-    def _find(self, number: int) -> tuple[_Batch, int]:
-        """The batch that holds a row, and the row's number in it."""
-        at = bisect_right(self._starts, number) - 1
-        return self._batch(at), number - self._starts[at]
 
     def _batch(self, number: int) -> _Batch:
         if number not in self._read:
@@ -127,7 +119,7 @@ class TokenRows:
     Here bad rows are only counted: their number was checked when the tokens were made, and at the start of the run.
     """
 
-    def __init__(self, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0) -> None:
+    def __init__(self, shard: Shard, stride: int, phase: int, bad: int) -> None:
         self.bad = bad
         self._tokens = open_tokens(shard)
         rows = range(self._tokens.rows)
@@ -157,12 +149,3 @@ def open_tokens(shard: Shard) -> MappedTokens:
     if tokens.rows != indexed.totals.rows or tokens.holds_records != (indexed.making.records is not None):
         raise tokens.damaged("it is another file than its folder says")
     return tokens
-
-
-def open_any(
-    config: DataConfig, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0, note: Callable[[str], None]
-) -> Rows[Any]:
-    """The rows of a shard of text, records or tokens (see ``rows.OpenRows``)."""
-    if shard.tokens is None:
-        return open_rows(config, shard, stride=stride, phase=phase, bad=bad, note=note)
-    return TokenRows(shard, stride=stride, phase=phase, bad=bad)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bad_rows import NOTES_PER_REASON, RecordsFound
+from relora_mora.data.bad_rows import NOTES_PER_REASON, JudgedRows, RecordsFound
 from relora_mora.data.content import samples_digest
 from relora_mora.data.errors import BAD_REASONS, Skipped
 from relora_mora.data.read import open_rows
@@ -45,7 +45,7 @@ class TokenWriter:
         self._clear()
 
     def write(self, row: Encoded | Skipped, utf8_bytes: int = 0) -> None:
-        ids, scored, _ = Encoded([]) if isinstance(row, Skipped) else row
+        ids, scored, *_ = Encoded([]) if isinstance(row, Skipped) else row
         self._rows.append(np.array(ids, self._ids))
         self._scored.append(np.ones(len(ids), np.uint8) if scored is None else np.array(scored, np.uint8))
         self._ends.append(self._ends[-1] + len(ids))
@@ -98,6 +98,7 @@ def write_tokens(
     """
     found = RecordsFound()
     with _replacing(path) as unfinished, closing(open_rows(config, shard)) as opened, unfinished.open("wb") as stream:
+        assert isinstance(opened, JudgedRows), "tokens of tokens"
         writer = TokenWriter(stream, vocabulary, records=shard.holds_records)
         for rows in calls_of(opened, TEXTS_PER_CALL, threads):
             encoded = iter(encode([row for row in rows if not isinstance(row, Skipped)]))

@@ -64,8 +64,8 @@ def _read_separately(sources: Any, packing: str, tokenizer_path: str) -> Counter
         config = _config([source], packing, concatenate=False)
         shards = configured_shards(config, "train")
         for row in rows_in_order(shards, config, load_tokenizer(tokenizer_path), "none"):
-            scored = [True] * len(row.encoded.ids) if row.encoded.scored is None else row.encoded.scored
-            kept = zip(row.encoded.ids[1:], scored[1:], strict=True)
+            scored = [True] * len(row.ids) if row.scored is None else row.scored
+            kept = zip(row.ids[1:], scored[1:], strict=True)
             rows[tuple(int(token) for token, learned in kept if learned)] += 1
     return rows
 

@@ -122,4 +122,4 @@ def test_rows_and_reasons_survive_writing_and_reading(tmp_path):
     for number in (*range(95), 60, 94, 3):
         row, found = rows[number], tokens.row(number)
         assert found == row if isinstance(row, Skipped) else found.ids.tolist() == row.tolist()
-        assert tokens.utf8_bytes(number) == number
+        assert isinstance(row, Skipped) or found.utf8_bytes == number
