@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relora_mora.config.data import DataConfig, TextSource
-from relora_mora.data.lanes import EpochLimit, LaneRows, LaneStates, lane_plans, lane_state, seeded_order, state_key
+from relora_mora.data.lanes import LaneRows, LaneStates, lane_plans, lane_state, seeded_order, state_key, times_read
 from relora_mora.data.network import RETRIES
 from relora_mora.data.read import open_rows
 from relora_mora.data.records.encoders import encoder_of, packing_of
@@ -172,12 +172,8 @@ class Producer:
         self.assignment = assignment
         self.mixture = Mixture(assignment.config, assignment.lanes_of_all, assignment.blocks_per_lane)
         self.batch = assignment.batch
-        sources = assignment.config.train if assignment.config.is_mixture else []
-        self.limits = {
-            source.label: EpochLimit(source.label, source.max_epochs, stops=source.at_max_epochs == "stop")
-            for source in sources
-            if source.max_epochs is not None
-        }
+        config = assignment.config
+        self.sources = {source.label: source for source in config.train} if config.is_mixture else {}
         self._noted: set[str] = set()  # sources for which a note said that they are read again
         self.lanes: dict[tuple[int, str], SourceLane] = {}
         for name in self.mixture.names:
@@ -186,7 +182,7 @@ class Producer:
     def _open_source(self, name: str) -> None:
         config = self.assignment.config
         shards = shards_of_source(self.assignment.shards, config, name)
-        limit = self.limits.get(name)
+        source = self.sources.get(name)
         lanes = self.assignment.lanes_of_all
         states = {lane: self.assignment.states.get(state_key(lane, name)) for lane in self.assignment.lanes}
         packers: dict[int, Lane[Any] | WholeLane] = {}
@@ -196,7 +192,7 @@ class Producer:
             open_shard = functools.partial(open_rows, config)
             for lane, restored in states.items():
                 packers[lane] = Lane(
-                    LaneRows(plans[lane], shards, config, open_shard, limit),
+                    LaneRows(plans[lane], shards, config, open_shard, source),
                     encode,
                     eos=eos,
                     sequence_length=config.sequence_length,
@@ -205,7 +201,7 @@ class Producer:
                 )
         else:
             rows = WholeRows(shards, config)
-            packers = {lane: WholeLane(rows, lane, lanes, limit=limit, restored=at) for lane, at in states.items()}
+            packers = {lane: WholeLane(rows, lane, lanes, source=source, restored=at) for lane, at in states.items()}
         for lane, restored in states.items():
             self.lanes[lane, name] = SourceLane(packers[lane], restored.get("blocks", 0) if restored else 0)
 
@@ -250,11 +246,12 @@ class Producer:
 
     def _repetition_notes(self, states: LaneStates) -> Iterator[str]:
         """A note, once per source, when its blocks begin to repeat; its rows are read long before that."""
-        for name, limit in self.limits.items():
-            epochs = [states[state_key(lane, name)]["epoch"] for lane in self.assignment.lanes]
-            if not limit.stops and name not in self._noted and max(epochs) >= limit.epochs:
+        for name, source in self.sources.items():
+            if source.max_epochs is None or source.may_end or name in self._noted:
+                continue
+            if max(states[state_key(lane, name)]["epoch"] for lane in self.assignment.lanes) >= source.max_epochs:
                 self._noted.add(name)
-                yield f"{limit.reached}; it is read again"
+                yield f"{times_read(source)}; it is read again"
 
     def ready(self, timeout_seconds: float) -> bool:
         return True

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from relora_mora.config.data import DataConfig
+from relora_mora.config.data import DataConfig, TextSource
 from relora_mora.data.errors import SKIP_REASONS, Skipped, SourceError
-from relora_mora.data.lanes import Cursor, EpochLimit, read_state, seeded_order
+from relora_mora.data.lanes import Cursor, check_epoch, read_state, seeded_order
 from relora_mora.data.records.encoders import Frame, packing_of
 from relora_mora.data.rows import Encoded
 from relora_mora.data.shard import Shard
@@ -130,41 +130,40 @@ class WholeLane:
 
     def __init__(
         self,
-        source: WholeRows,
+        rows: WholeRows,
         lane: int,
         lanes: int,
         *,
-        limit: EpochLimit | None = None,
+        source: TextSource | None = None,
         restored: Mapping[str, Any] | None = None,
     ) -> None:
         self.notes: list[str] = []
-        self._source = source
+        self._rows = rows
         self._lane = lane
         self._lanes = lanes
-        self._limit = limit
+        self._source = source
         self._cursor = read_state(restored)[0] if restored else Cursor()
 
     def next_block(self) -> Block:
-        source, cursor = self._source, self._cursor
-        epoch, block = source.place(cursor.epoch, cursor.block + self._lane)
-        if self._limit is not None:
-            self._limit.check(epoch)
-        rows = source.rows_of(epoch, block)
-        epoch, block = source.place(cursor.epoch, cursor.block + self._lanes)
-        left_out = source.left_out if self._lane == 0 else {}
+        whole, cursor = self._rows, self._cursor
+        epoch, block = whole.place(cursor.epoch, cursor.block + self._lane)
+        check_epoch(self._source, epoch)
+        rows = whole.rows_of(epoch, block)
+        epoch, block = whole.place(cursor.epoch, cursor.block + self._lanes)
+        left_out = whole.left_out if self._lane == 0 else {}
         self._cursor = Cursor(
             epoch=epoch,
             block=block,
             documents=cursor.documents + len(rows),
             skipped=tuple(left_out.get(reason, 0) for reason in SKIP_REASONS),
         )
-        return block_of(rows, eos=source.eos, sequence_length=source.config.sequence_length, fills=source.fills)
+        return block_of(rows, eos=whole.eos, sequence_length=whole.config.sequence_length, fills=whole.fills)
 
     def state(self) -> dict[str, Any]:
         return self._cursor.state(0)
 
     def close(self) -> None:
-        self._source.close()
+        self._rows.close()
 
 
 def packed(sizes: Sequence[int], sequence_length: int, *, fills: bool) -> Iterator[list[int]]:
