@@ -190,8 +190,10 @@ def records_digest(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFo
     """32 hex digits over what decides the tokens of records besides the tokenizer; None for plain text."""
     if record_format is None or record_format.is_text:
         return None
-    settings = record_format.settings.model_dump(include={"kind", "score"})
-    return xxhash.xxh3_128_hexdigest(json.dumps([settings, *how_written(tokenizer, record_format)]).encode())
+    settings = record_format.settings.model_dump(include={"kind", "score", "columns"})
+    return xxhash.xxh3_128_hexdigest(
+        json.dumps([settings, *how_written(tokenizer, record_format)], sort_keys=True).encode()
+    )
 
 
 def _tokens(

@@ -35,7 +35,7 @@ def check_tokens(
         if shard.holds_records and spec.records != records_digest(load_tokenizer(tokenizer_path), shard.records):
             raise SourceError(
                 f"{folder} holds tokens of records that were written in another way; give data.records "
-                "(kind, template, score) as when they were made, or make tokens in another folder"
+                "(kind, columns, template, score) as when they were made, or make tokens in another folder"
             )
         if limits is not None and spec.max_line_bytes != limits.max_line_bytes:
             raise _other_limit(folder, "max_line_bytes", spec.max_line_bytes, limits.max_line_bytes)

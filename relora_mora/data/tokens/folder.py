@@ -84,7 +84,8 @@ def tokens_of_whole_rows(
             group = list(same_format)
             first = shards[group[0]]
             text, planned = _plan([shards[number] for number in group], config, tokenizer_path)
-            folders.append(cache / xxhash.xxh3_64_hexdigest(planned.model_dump_json().encode()))
+            key = f"{planned.model_dump_json()} {[shard.version for shard in text]}"  # also when files were written
+            folders.append(cache / xxhash.xxh3_128_hexdigest(key.encode()))
             _make(text, planned, folders[-1], config=config, tokenizer_path=tokenizer_path, processes=1)
             for number, shard in zip(group, token_shards(folders[-1]), strict=True):
                 replaced[number] = replace(shard, source=first.source, records=first.records)

@@ -185,7 +185,7 @@ def test_tokens_in_the_cache_are_made_once_and_removed_if_the_records_change(tmp
     source = write_json_lines(tmp_path / "a.jsonl", map(_row, range(20)))
     config = _config(source)
 
-    def made() -> list[str]:
+    def made(config: Any = config) -> list[str]:
         shards = configured_shards(config, "train")
         return [
             shard.location for shard in tokens_of_whole_rows(shards, config, tokenizer_path, tmp_path / "c").values()
@@ -195,9 +195,10 @@ def test_tokens_in_the_cache_are_made_once_and_removed_if_the_records_change(tmp
     with monkeypatch.context() as patch:
         patch.setattr("relora_mora.data.tokens.folder.write_tokens", None)
         assert made() == [first]
-    write_json_lines(source, map(_row, range(21)))
+    write_json_lines(source, map(_row, reversed(range(20))))
     [second] = made()
-    assert second != first
+    [swapped] = made(_config(source, records={"columns": {"prompt": "completion", "completion": "prompt"}}))
+    assert len({first, second, swapped}) == 3
     assert len(list((tmp_path / "c").iterdir())) == 1
     streams = config.model_copy(update={"packing": "stream"})
     shards = configured_shards(streams, "train")
