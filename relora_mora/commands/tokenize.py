@@ -1,4 +1,4 @@
-"""Tokenizes a text once, so that runs can read the tokens: data.train=OUT (docs/data.md)."""
+"""Tokenizes text or records once, so that runs can read the tokens: data.train=OUT (docs/data.md)."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def main(
     finetune: bool = False,
     **overrides: str,
 ) -> None:
-    """Tokenizes a text once, for many runs.
+    """Tokenizes text or records once, for many runs.
 
     It writes a folder that data.train can name. If it is started again, it continues with what is missing.
 
@@ -69,7 +69,7 @@ def main(
         processes=processes or len(os.sched_getaffinity(0)),
     )
     print(
-        f"{out}: {totals.tokens:,} tokens of {counted(totals.documents, 'document')} ({totals.utf8_bytes:,} bytes) in "
+        f"{out}: {totals.tokens:,} tokens of {counted(totals.documents, 'document')} in "
         f"{counted(len(shards), 'file')}, {time.monotonic() - started:.1f} s"
     )
     if totals.bad:
@@ -84,7 +84,8 @@ def _settings(
     from relora_mora.config.data_flags import READING, check_names, parse_typed, read_data
     from relora_mora.config.load import FINETUNING, load_config
 
-    check_names(overrides, READING)
+    names = READING | {"records"}
+    check_names(overrides, names)
     if source.endswith((".yaml", ".yml")) or (find_config(source) != Path(source) and not Path(source).is_dir()):
         paths = {} if tokenizer is None else {"tokenizer.path": json.dumps(tokenizer, ensure_ascii=False)}
         config = load_config(source, {**overrides, **paths}, defaults=FINETUNING if finetune else None)
@@ -96,4 +97,4 @@ def _settings(
             "--tokenizer: missing; give the folder or .model file of the run, or settings (.yaml) as the source"
         )
     text = parse_typed(source, "SOURCE")
-    return read_data({"train": "none", "validation": "none"} | {split: text}, overrides, READING), tokenizer
+    return read_data({"train": "none", "validation": "none"} | {split: text}, overrides, names), tokenizer

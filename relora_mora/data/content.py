@@ -181,7 +181,9 @@ def _record_order(
     packings = {source: packing_of(config, [shard]) for source, shard in by_source.items()}
     if set(packings.values()) != {"stream"}:  # then a position depends on what fits into a sequence
         order["packing"] = packings
+        order["planned"] = [shard.size for shard in shards]  # and on the lengths of all rows
         order["sequence_length"] = config.sequence_length
+        order["max_line_bytes"] = config.max_line_bytes
     return order
 
 

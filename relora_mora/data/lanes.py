@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
-from relora_mora.config.data import DataConfig, Packing
+from relora_mora.config.data import DataConfig, TextSource
 from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, Skipped, SourceError
 from relora_mora.data.rows import OpenRows, Row
 from relora_mora.data.shard import Shard
@@ -194,9 +194,9 @@ def plan_lanes(lanes: int, shards: int, *, even: bool = False) -> list[LanePlan]
     return [LanePlan(lane, tuple(parts[lane])) for lane in range(lanes)]
 
 
-def lane_plans(config: DataConfig, lanes: int, shards: int, packing: Packing) -> list[LanePlan]:
-    """The plans of all lanes of a run with this packing."""
-    return plan_lanes(lanes, shards, even=packing != "stream" or config.concatenate)
+def lane_plans(config: DataConfig, lanes: int, shards: int) -> list[LanePlan]:
+    """The plans of all lanes of a run."""
+    return plan_lanes(lanes, shards, even=config.concatenate)
 
 
 def seeded_order(count: int, *key: int) -> list[int]:
@@ -207,30 +207,18 @@ def seeded_order(count: int, *key: int) -> list[int]:
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(count), kind="stable").tolist()
 
 
-class EpochsReached(SourceError):
-    """A source has been read ``max_epochs`` times."""
+def check_epoch(source: TextSource | None, epoch: int) -> None:
+    """Raises SourceError if a source of a mixture must not be read in this epoch (from 0)."""
+    if source is not None and source.may_end and epoch >= (source.max_epochs or 0):
+        raise SourceError(
+            f"{times_read(source)}; give it less weight, more text or a higher max_epochs, train for fewer steps, "
+            "or set at_max_epochs: warn"
+        )
 
 
-@dataclass(frozen=True)
-class EpochLimit:
-    """The number of times that a source may be read."""
-
-    source: str
-    epochs: int
-    stops: bool
-
-    @property
-    def reached(self) -> str:
-        times = "once" if self.epochs == 1 else f"{self.epochs} times"
-        return f"the source {self.source} has been read {times}, its max_epochs"
-
-    def check(self, epoch: int) -> None:
-        """Called before an epoch (from 0). Raises EpochsReached if the source must not be read again."""
-        if self.stops and epoch >= self.epochs:
-            raise EpochsReached(
-                f"{self.reached}; give it less weight, more text or a higher max_epochs, train for fewer steps, "
-                "or set at_max_epochs: warn"
-            )
+def times_read(source: TextSource) -> str:
+    times = "once" if source.max_epochs == 1 else f"{source.max_epochs} times"
+    return f"the source {source.label} has been read {times}, its max_epochs"
 
 
 @dataclass
@@ -244,14 +232,13 @@ class LaneRows(Generic[Row]):
     shards: Sequence[Shard]
     config: DataConfig
     open_rows: OpenRows[Row]
-    limit: EpochLimit | None = None
+    source: TextSource | None = None  # in a mixture
     notes: list[str] = field(default_factory=list)  # messages about skipped rows; the owner empties the list
 
     def rows_from(self, cursor: Cursor) -> Generator[tuple[Row, Cursor], None, None]:
         """Endless. Raises SourceError if a shard cannot be read or has too many bad rows, or if there is no text."""
         while True:
-            if self.limit is not None:
-                self.limit.check(cursor.epoch)
+            check_epoch(self.source, cursor.epoch)
             order = self.plan.order(self.config.seed, cursor.epoch)
             epoch_start = cursor
             for place in range(cursor.place, len(order)):
@@ -293,13 +280,11 @@ class LaneRows(Generic[Row]):
 
     def _no_text(self, before: Cursor, now: Cursor) -> SourceError:
         counts = zip(SKIP_REASONS, before.skipped, now.skipped, strict=True)
-        skipped = [f"{reason}: {to - was}" for reason, was, to in counts if to > was and reason != "empty_shard"]
-        shards = ", ".join(self.shards[part.shard].label for part in self.plan.parts[:3])
-        why = (
-            f"all of its rows were skipped ({', '.join(skipped)})"
-            if skipped
-            else "there are fewer documents than lanes"
+        skipped = ", ".join(
+            f"{reason}: {to - was}" for reason, was, to in counts if to > was and reason != "empty_shard"
         )
+        shards = ", ".join(self.shards[part.shard].label for part in self.plan.parts[:3])
+        why = f"all of its rows were skipped ({skipped})" if skipped else "there are fewer documents than lanes"
         remedy = "give more text or lower data.lanes"
         if self.config.is_mixture:
             remedy += (

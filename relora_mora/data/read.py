@@ -1,16 +1,16 @@
-"""Opens the rows of shards of every format: texts or records. In plain text every document is a row."""
+"""Opens the rows of shards of every format: texts, records or tokens. In plain text every document is a row."""
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bad_rows import JudgedRows
 from relora_mora.data.columns import ArrowRows, ParquetRows
 from relora_mora.data.errors import SourceError
 from relora_mora.data.lines import LineRows
-from relora_mora.data.rows import Encoded, EncodeTexts
+from relora_mora.data.rows import Encoded, EncodeTexts, Rows
 from relora_mora.data.shard import ARROW, PARQUET, Shard
+from relora_mora.data.tokens.rows import TokenRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,11 +27,13 @@ def open_rows(
     phase: int = 0,
     bad: int = 0,
     note: Callable[[str], object] = log.warning,
-) -> JudgedRows:
-    """The texts or records of a shard of any format (see ``rows.OpenRows``).
+) -> Rows[Any]:
+    """The texts, records or tokens of a shard of any format (see ``rows.OpenRows``).
 
     Only the limits and ``sample_by`` of ``config`` are used.
     """
+    if shard.tokens is not None:
+        return TokenRows(shard, stride, phase, bad)
     reader = {PARQUET: ParquetRows, ARROW: ArrowRows}.get(shard.format, LineRows)
     return reader(config, shard, stride, phase, bad=bad, note=note)
 

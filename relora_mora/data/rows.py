@@ -91,6 +91,7 @@ class Encoded(NamedTuple):
     ids: Ids
     scored: Scored | None = None
     cut: bool = False  # the row lost its end, because it was longer than a sequence
+    utf8_bytes: int | None = None  # the size of its text, if that is known and all of it is scored
 
 
 # Encodes many rows at once, because a tokenizer call has a cost. The result for a row must not depend on the others.

@@ -21,7 +21,7 @@ from relora_mora.system.logs import counted, log, setup_logging, shared_log
 from relora_mora.system.process import give_back_freed_memory
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import build, warm_up
-from relora_mora.train.begin.inputs import Inputs, agree, count_tokens, open_inputs, with_epochs
+from relora_mora.train.begin.inputs import Inputs, agree, count_tokens, open_inputs, with_epochs, with_tokens
 from relora_mora.train.begin.run_folder import check_shared, write_run_folder
 from relora_mora.train.log.progress import describe
 from relora_mora.train.loop.loop import Trainer
@@ -103,7 +103,7 @@ def _join(config: Config, guard: Guard) -> tuple[int, int]:
 
 
 def _take_folder(inputs: Inputs, rank: int, guard: Guard) -> tuple[Inputs, Mirror | None]:
-    """Takes the lock of the run folder, counts epochs, and finds the checkpoint where the run goes on; a collective.
+    """Takes the lock of the run folder, makes tokens, counts epochs, and finds where the run goes on; a collective.
 
     The first rank also takes the mirror, which fills an empty run folder.
     """
@@ -117,7 +117,10 @@ def _take_folder(inputs: Inputs, rank: int, guard: Guard) -> tuple[Inputs, Mirro
         guard.begin("looking for a checkpoint in the mirror", within=COUNTING_SECONDS)
         collectives.from_first_rank(lambda: mirrors.append(_take_mirror(config)))
     where = collectives.from_first_rank(lambda: where_to_resume(config))
-    if config.train.epochs is not None:  # slow, so it comes after every other check
+    # slow, so they come after every other check
+    guard.begin("tokenizing rows that are packed whole", within=COUNTING_SECONDS)
+    inputs = with_tokens(inputs)
+    if config.train.epochs is not None:
         guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
         inputs = with_epochs(inputs, collectives.from_first_rank(lambda: count_tokens(inputs)))
     for remark in remarks(inputs.config):

@@ -46,7 +46,7 @@ def test_any_number_of_processes_writes_the_same(inputs: Path, tmp_path: Path, t
         assert "tokens of 200 documents" in answer.out
         assert f"--data.train={tmp_path / str(processes)}" in answer.out
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
-    assert left_in(tmp_path / "1") == [*(f"{number:05d}.arrow" for number in range(5)), "tokens.json"]
+    assert left_in(tmp_path / "1") == [".lock", *(f"{number:05d}.arrow" for number in range(5)), "tokens.json"]
 
 
 def test_a_folder_of_text_files_says_how_they_are_split(tmp_path: Path, tokenizer_path: str) -> None:
@@ -69,7 +69,7 @@ def test_a_second_call_makes_only_missing_files(inputs: Path, tmp_path: Path, to
     assert contents(out) == whole
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
     shutil.copy(out / "00001.arrow", out / "00000.arrow")
-    refused(make(inputs, out, tokenizer_path), "00000.arrow cannot be read (it is another file than its folder says)")
+    refused(make(inputs, out, tokenizer_path), "00000.arrow has changed since it was made")
     (out / "00000.arrow").write_bytes(whole["00000.arrow"][:-9])
     refused(make(inputs, out, tokenizer_path), "00000.arrow cannot be read", "remove it and make it again")
 
@@ -88,7 +88,7 @@ def test_a_folder_of_something_else_is_refused(
     refused(make(text, out, tokenizer_path), f"{out} holds tokens of another text, or of this text before it changed")
     refused(make(inputs, text, tokenizer_path), f"{text}: exists and holds something else")
     refused(call(TOKENIZE, out, tmp_path / "x", f"--tokenizer={tokenizer_path}"), f"{out} holds tokens already")
-    with (out / "tokens.json").open("r+b") as lock:
+    with (out / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused(make(inputs, out, tokenizer_path), "another command is making its tokens")
     assert contents(out) == whole

@@ -22,8 +22,8 @@ def test_epochs_are_counted_and_the_run_ends_when_they_are_read(pools, tokenizer
         "method": {"merge_every": 4},
     }
     config = run_config(inputs, tokenizer_path, tmp_path / "run", 1, **settings)
-    [tokens] = count_epochs(config.data, tokenizer_path, lanes=config.lanes).tokens
-    steps = math.ceil(2 * tokens / (24 * 32))
+    tokens = count_epochs(config.data, tokenizer_path, lanes=config.lanes, epochs=2)
+    steps = math.ceil(tokens / (24 * 32))
     pools(1)(train, config)
     (last,) = [line for line in metrics(tmp_path / "run") if line["step"] == steps and "train/epoch" in line]
     assert last["train/epoch"] in (1, 2)

@@ -1,11 +1,13 @@
-"""Encodes rows (plain text, records, pre-tokenized text) for a stream, or as whole rows with begin and end tokens."""
+"""Encodes rows (plain text, records, tokens) for a stream, or as whole rows with begin and end tokens."""
 
 import functools
 import itertools
+import json
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 from relora_mora.config.data import DataConfig, Packing
 from relora_mora.data.errors import Skipped, SourceError
@@ -13,7 +15,6 @@ from relora_mora.data.read import text_encoder
 from relora_mora.data.records import passages
 from relora_mora.data.rows import Encode, Encoded
 from relora_mora.data.shard import Record, RecordFormat, Shard
-from relora_mora.data.tokens.rows import or_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,44 +31,76 @@ def encoder_of(
     packing: Packing,
     sequence_length: int,
 ) -> Encode[Any]:
-    """A function that encodes rows in these formats, at most one of which may be plain text.
+    """A function that encodes rows in these formats: texts, records, and rows that are tokens already.
 
-    Raises SourceError if rows cannot be tokenized.
+    Rows are packed whole only if they have one format. Raises SourceError if rows cannot be tokenized.
     """
-    encoders: dict[RecordFormat | None, Encode[Any]] = {}
-    for record_format in dict.fromkeys(formats):
-        is_text = record_format is None or record_format.is_text
-        key = None if is_text else record_format  # rows of plain text carry no format
-        encoders[key] = _encoder(tokenizer, record_format, packing, sequence_length)
-    if len(encoders) == 1:
-        return next(iter(encoders.values()))
+    formats = list(dict.fromkeys(formats))
+    by_format: dict[Any, Encode[Any]] = {
+        held: record_encoder(tokenizer, held) for held in formats if held is not None and not held.is_text
+    }
+    by_format |= {str: text_encoder(tokenizer), Encoded: list}
 
     def encode(rows: list[Any]) -> list[Encoded | Skipped]:
-        groups = itertools.groupby(rows, lambda row: row.format if isinstance(row, Record) else None)
-        return [row for record_format, group in groups for row in encoders[record_format](list(group))]
+        groups = itertools.groupby(rows, lambda row: row.format if isinstance(row, Record) else type(row))
+        return [row for key, group in groups for row in by_format[key](list(group))]
 
-    return encode
-
-
-def _encoder(
-    tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat | None, packing: Packing, sequence_length: int
-) -> Encode[Any]:
-    eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-    if record_format is None or record_format.is_text:
-        text = or_tokens(text_encoder(tokenizer))
-        return text if packing == "stream" else whole_texts(text, eos, record_format, sequence_length)
-    encode = record_encoder(tokenizer, record_format)
     if packing == "stream":
         return encode
-    settings = record_format.settings
-    begin, end = ([], []) if settings.is_conversation else (own_prefix(tokenizer), [eos])
-    return _whole(encode, begin, end, sequence_length, drops=settings.too_long == "drop")
+    [held] = formats
+    frame = Frame.of(ends_of(tokenizer, held), int(tokenizer.eos_token_id), held, sequence_length)  # type: ignore[arg-type]
+
+    def encode_whole(rows: list[Any]) -> list[Encoded | Skipped]:
+        encoded = zip(encode(rows), rows, strict=True)
+        return [row if isinstance(row, Skipped) else frame.fit(row, source) for row, source in encoded]
+
+    return encode_whole
 
 
-def whole_texts(encode: Encode[Any], eos: int, record_format: RecordFormat | None, sequence_length: int) -> Encode[Any]:
-    """Encodes texts as whole rows between two EOS, so that every token of them is predicted, as in a stream."""
-    drops = record_format is not None and record_format.settings.too_long == "drop"
-    return _whole(encode, [eos], [eos], sequence_length, drops=drops)
+def ends_of(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat | None) -> list[list[int]] | None:
+    """The tokens before and after a whole record. None stands for EOS on both sides of a text.
+
+    Then every token of the text is predicted, as in a stream.
+    """
+    if record_format is None or record_format.is_text:
+        return None
+    if record_format.settings.is_conversation:
+        return [[], []]
+    return [own_prefix(tokenizer), [int(tokenizer.eos_token_id)]]  # type: ignore[arg-type]
+
+
+class Frame(NamedTuple):
+    """What is added to a row that is packed whole, and how long it may be."""
+
+    begin: list[int]
+    end: list[int]
+    most: int  # tokens: a sequence and the token after it
+    drops: bool  # longer rows; otherwise they are cut
+
+    @staticmethod
+    def of(ends: list[list[int]] | None, eos: int, record_format: RecordFormat | None, sequence_length: int) -> "Frame":
+        drops = record_format is not None and record_format.settings.too_long == "drop"
+        begin, end = ends or [[eos], [eos]]
+        return Frame(begin, end, sequence_length + 1, drops)
+
+    def fit(self, row: Encoded, source: Any = None) -> Encoded | Skipped:
+        """The whole row, cut if it is too long, or the reason why it is left out; ``source`` is what was encoded.
+
+        The end is scored if the token before it is, so the model learns to end an answer.
+        """
+        begin, end, most, drops = self
+        ids = np.array([*begin, *row.ids, *end], np.int32)
+        scored = None
+        if row.scored is not None:
+            scored = np.zeros(len(ids), np.bool_)
+            scored[len(begin) : len(ids) - len(end)] = row.scored
+            scored[len(ids) - len(end) :] = scored[len(ids) - len(end) - 1]
+        if len(ids) <= most:
+            return Encoded(ids, scored)
+        if drops or (scored is not None and not scored[1:most].any()):
+            fault = f"has {len(ids):,} tokens, more than data.sequence_length ({most - 1:,})"
+            return Skipped("over_length", source.describe(fault) if isinstance(source, Record) else f"a text {fault}")
+        return Encoded(ids[:most], None if scored is None else scored[:most], cut=True)
 
 
 def record_encoder(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> Encode[Record]:
@@ -153,6 +186,16 @@ def how_written(tokenizer: "PreTrainedTokenizerBase", record_format: RecordForma
     return [own_prefix(tokenizer)]
 
 
+def records_digest(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat | None) -> str | None:
+    """32 hex digits over what decides the tokens of records besides the tokenizer; None for plain text."""
+    if record_format is None or record_format.is_text:
+        return None
+    settings = record_format.settings.model_dump(include={"kind", "score", "columns"})
+    return xxhash.xxh3_128_hexdigest(
+        json.dumps([settings, *how_written(tokenizer, record_format)], sort_keys=True).encode()
+    )
+
+
 def _tokens(
     tokenizer: "PreTrainedTokenizerBase", texts: Sequence[passages.Passage], *, parse_special: bool, scores_all: bool
 ) -> list[Encoded]:
@@ -181,31 +224,3 @@ def own_prefix(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The tokens that the tokenizer itself puts before a text, such as BOS, so a prompt begins as at inference."""
     plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     return whole[: next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)]
-
-
-def _whole(encode: Encode[Any], begin: list[int], end: list[int], sequence_length: int, *, drops: bool) -> Encode[Any]:
-    """Adds ``begin`` and ``end`` to each row, and cuts or drops rows of more than ``sequence_length + 1`` tokens.
-
-    The end is scored if the token before it is, so the model learns to end an answer.
-    """
-    most = sequence_length + 1
-
-    def fit(row: Encoded, source: Any) -> Encoded | Skipped:
-        ids = np.array([*begin, *row.ids, *end], np.int32)
-        scored = None
-        if row.scored is not None:
-            scored = np.zeros(len(ids), np.bool_)
-            scored[len(begin) : len(ids) - len(end)] = row.scored
-            scored[len(ids) - len(end) :] = scored[len(ids) - len(end) - 1]
-        if len(ids) <= most:
-            return Encoded(ids, scored)
-        if drops or (scored is not None and not scored[1:most].any()):
-            fault = f"has {len(ids):,} tokens, more than data.sequence_length ({sequence_length:,})"
-            return Skipped("over_length", source.describe(fault) if isinstance(source, Record) else f"a text {fault}")
-        return Encoded(ids[:most], None if scored is None else scored[:most], cut=True)
-
-    def encode_whole(rows: list[Any]) -> list[Encoded | Skipped]:
-        encoded = zip(encode(rows), rows, strict=True)
-        return [row if isinstance(row, Skipped) else fit(row, source) for row, source in encoded]
-
-    return encode_whole

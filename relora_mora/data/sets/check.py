@@ -3,7 +3,7 @@
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,9 @@ from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.lanes import Cursor, LanePlan, LaneRows, lane_plans
 from relora_mora.data.read import open_rows
 from relora_mora.data.records.encoders import packing_of
-from relora_mora.data.sets.reading import read_rows, rows_in_order
+from relora_mora.data.sets.reading import rows_in_order
 from relora_mora.data.shard import JSON_LINES, TEXT, Shard
 from relora_mora.data.stream.producer import mixture_names, shards_of_source
-from relora_mora.data.tokens.rows import open_any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,8 +70,8 @@ def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTr
 def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
     counts = RecordsFound()
     checked = shards[:1] if shards[0].is_remote else shards
-    rows = _first(read_rows(checked, config, note=_ignore))
-    for _ in rows_in_order(shards, config, tokenizer, packing_of(config, shards), counts, rows=rows, note=_ignore):
+    packing = packing_of(config, shards)
+    for _ in rows_in_order(checked, config, tokenizer, packing, counts, limit=_first, note=_ignore):
         pass
     if not counts.seen and checked is shards:
         raise SourceError(f"{shards[0].label}: holds no record; give a file with at least one")
@@ -87,17 +86,17 @@ def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrai
         )
 
 
-def _first(rows: Iterable[tuple[Any, int | None]]) -> Iterator[tuple[Any, int | None]]:
+def _first(rows: Iterator[Any]) -> Iterator[Any]:
     characters = 0
-    for row, size in itertools.islice(rows, FEWEST_ROWS):
-        yield row, size
+    for row in itertools.islice(rows, FEWEST_ROWS):
+        yield row
         characters += len(row)
         if characters >= _CHARACTERS:
             break
 
 
 def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None:
-    """Reads the first text of every lane in each source of a mixture that ever has a weight; call it on one rank.
+    """Reads the first text of every lane in each stream of a mixture that ever has a weight; call it on one rank.
 
     Without this check, a lane without text would only be noticed when its source is first used, perhaps days into the
     run. Text that is not a mixture needs no check, because the first batch reads every lane. Raises SourceError.
@@ -107,19 +106,20 @@ def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None
     weights = [{source.label: source.weight for source in config.train}]
     weights += [stage.weights for stage in config.stages]
     for name in mixture_names(config):
-        if any(each[name] for each in weights):
-            _check_lanes_of(shards_of_source(shards, config, name), config, lanes)
+        own = shards_of_source(shards, config, name)
+        if any(each[name] for each in weights) and packing_of(config, own) == "stream":
+            _check_lanes_of(own, config, lanes)
 
 
 def _check_lanes_of(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None:
     one_row = config.model_copy(update={"shuffle_documents": 1})
 
     def read_first(plan: LanePlan) -> None:
-        with closing(LaneRows(plan, shards, one_row, functools.partial(open_any, config)).rows_from(Cursor())) as rows:
+        with closing(LaneRows(plan, shards, one_row, functools.partial(open_rows, config)).rows_from(Cursor())) as rows:
             next(rows)
 
     with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers
-        list(threads.map(read_first, lane_plans(config, lanes, len(shards), packing_of(config, shards))))
+        list(threads.map(read_first, lane_plans(config, lanes, len(shards))))
 
 
 def _ignore(note: str) -> None:

@@ -16,10 +16,10 @@ from relora_mora.data.content import content_of
 from relora_mora.data.errors import SourceError
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.rows import Encoded
-from relora_mora.data.sets.reading import TokenizedRow, rows_in_order, scored_mask
+from relora_mora.data.sets.reading import rows_in_order, scored_mask
 from relora_mora.data.sources.resolve import shards_of
 from relora_mora.data.stream.packing import UNSCORED, DocumentIds, Mask, Tokens, document_ids, joined
-from relora_mora.data.stream.whole import block_of, groups_of, packed
+from relora_mora.data.stream.whole import block_of, packed
 from relora_mora.data.tokens.checks import check_tokens
 from relora_mora.tokenizer.load import load_tokenizer
 
@@ -136,25 +136,24 @@ def load_eval_set(
     names = ", ".join(source.source for source in as_sources(sources))
     if not rows:
         raise SourceError(f"the validation data {names} holds no text; give a source with at least one document")
-    encoded = [row.encoded for row in rows]
     if counts.left_out:
         log.info("%s: %s rows are scored; left out: %s", names, f"{len(rows):,}", counts)
     sizes = [row.utf8_bytes for row in rows if row.utf8_bytes is not None]
     pack = _stream if packing == "stream" else functools.partial(_whole, fills=packing == "whole")
     return EvalSet(
-        *pack(encoded, config, eos),
+        *pack(rows, config, eos),
         utf8_bytes=sum(sizes) if len(sizes) == len(rows) else None,
-        digest=_digest(encoded),
+        digest=_digest(rows),
         documents=len(rows),
         eos=eos,
-        answers=list(itertools.islice(filter(None, map(answer_of, encoded)), answers)),
+        answers=list(itertools.islice(filter(None, map(answer_of, rows)), answers)),
     )
 
 
-def _up_to(max_tokens: int | None, rows: Iterable[TokenizedRow], packing: Packing) -> Iterator[TokenizedRow]:
+def _up_to(max_tokens: int | None, rows: Iterable[Encoded], packing: Packing) -> Iterator[Encoded]:
     total = 0
     for number, row in enumerate(rows):
-        total += int(scored_mask(row.encoded, packing).sum())
+        total += int(scored_mask(row, packing).sum())
         if max_tokens is not None and number and total > max_tokens:
             return
         yield row
@@ -178,7 +177,7 @@ def _stream(rows: Sequence[Encoded], config: DataConfig, eos: int) -> tuple[Toke
     tokens = np.full(blocks * length + 1, eos, np.int32)
     tokens[1 : len(row_tokens) + 1] = row_tokens
     scored = np.zeros(blocks * length, np.bool_)
-    scored[: len(row_tokens)] = True if row_scored is None else row_scored
+    scored[: len(row_tokens)] = row_scored
     windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
     documents = document_ids(windows[:, :-1], eos) if config.document_mask else None
     return windows, scored.reshape(blocks, length), documents
@@ -189,10 +188,8 @@ def _whole(
 ) -> tuple[Tokens, Mask, DocumentIds | None]:
     length = config.sequence_length
     blocks = [
-        block_of(each, eos=eos, sequence_length=length, fills=fills)
-        for group in groups_of(rows, length)
-        for each in packed(group, length, fills=fills)
+        block_of([rows[number] for number in numbers], eos=eos, sequence_length=length, fills=fills)
+        for numbers in packed([len(row.ids) for row in rows], length, fills=fills)
     ]
-    documents = np.stack([block.documents for block in blocks]) if fills else None  # type: ignore[misc]
-    scored = np.stack([block.scored for block in blocks])  # type: ignore[misc]
-    return np.stack([block.tokens for block in blocks]), scored, documents
+    tokens, scored, documents = map(np.stack, zip(*blocks, strict=True))
+    return tokens, scored, documents if fills else None

@@ -51,15 +51,13 @@ def _show_source(
     in_order = rows_in_order(shards, config, tokenizer, packing, counts)
     for row in itertools.islice(in_order, max(count, SAMPLE_ROWS)):
         rows += 1
-        mask = scored_mask(row.encoded, packing)
+        mask = scored_mask(row, packing)
         scored += int(mask.sum())
         tokens += len(mask)
         if rows <= count:
             name = f" of {source}" if source else ""
-            _print(
-                f"--- row {rows}{name}: {mask.sum()} of {len(mask)} tokens scored{', cut' if row.encoded.cut else ''}"
-            )
-            _print(marked(tokenizer, [*row.encoded.ids, *end], mask, colour=sys.stdout.isatty()))
+            _print(f"--- row {rows}{name}: {mask.sum()} of {len(mask)} tokens scored{', cut' if row.cut else ''}")
+            _print(marked(tokenizer, [*row.ids, *end], mask, colour=sys.stdout.isatty()))
     if not rows:
         raise SourceError(f"the training data {source or shards[0].label} holds no text; give a file with at least one")
     name = f"{source}: " if source else ""

@@ -97,7 +97,7 @@ def _resolve(record: TextSource, split: Split, config: DataConfig) -> Iterator[S
     elif "://" in source:
         yield from _url_shards(source)
     elif is_token_folder(folder := Path(from_home(source))):
-        yield from _token_shards(folder)
+        yield from token_shards(folder)
     else:
         yield from _local_shards(source)
 
@@ -136,7 +136,8 @@ def _url_shards(source: str) -> Iterator[Shard]:
         yield Shard(name, url)
 
 
-def _token_shards(folder: Path) -> Iterator[Shard]:
+def token_shards(folder: Path) -> Iterator[Shard]:
+    """The files of a finished folder of tokens."""
     for number, file in enumerate(finished_index(folder).token_files()):
         path = file_in(folder, number).absolute()
         try:
@@ -182,13 +183,16 @@ def _check_format(shard: Shard, source: str) -> None:
             f"{source}: {shard.name} is an Arrow file on a server, and only local ones are read; "
             "download it, or name the set's Parquet files, or write it as Parquet"
         )
-    if shard.holds_records and (shard.tokens is not None or shard.format is TEXT):
+    tokens_of_records = shard.tokens is not None and shard.tokens.making.records is not None
+    if shard.holds_records and not tokens_of_records and (shard.tokens is not None or shard.format is TEXT):
         assert shard.records is not None
         holds = "text without columns" if shard.tokens is None else "tokens of plain text"
         raise SourceError(
             f"{shard.name} holds {holds}, so it cannot hold records of kind {shard.records.settings.kind}; "
             "give files with columns or keys, or set records.kind=text"
         )
+    if tokens_of_records and not shard.holds_records:
+        raise SourceError(f"{shard.location} holds tokens of records; set data.records as when they were made")
 
 
 def _check_suffix(path: str, source: str) -> None:

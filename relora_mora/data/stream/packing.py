@@ -1,5 +1,7 @@
 """Packing as a stream: cuts the rows of a lane into token blocks without padding and without losing a token.
 
+Rows that cannot be used are skipped and counted; too many are an error.
+
 The tokens of a lane are EOS, document, EOS, document, EOS, ... Block k is the ``sequence_length + 1`` tokens from
 ``k * sequence_length`` on. Its last token is also the first of the next block, so every token except the very first is
 predicted exactly once.
@@ -7,17 +9,18 @@ predicted exactly once.
 
 import itertools
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from relora_mora.data.errors import SourceError
+from relora_mora.data.bad_rows import NOTES_PER_REASON, too_many_records
+from relora_mora.data.errors import ENCODING_REASONS, Skipped, SourceError
 from relora_mora.data.lanes import Cursor, LaneRows, LaneStates
 from relora_mora.data.rows import Encode, Encoded, Row, Scored
-from relora_mora.data.stream.encoded_rows import EncodedRows
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +30,9 @@ Mask = npt.NDArray[np.bool_]
 DocumentIds = npt.NDArray[np.int32]
 
 UNSCORED = -100  # cross entropy's ignore_index
+# limits of one call of encode: large enough to make the call cheap, small enough that a resume repeats little
+ENCODE_ROWS = 64
+ENCODE_CHARACTERS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -70,29 +76,15 @@ def document_boundaries(ids: "torch.Tensor") -> "torch.Tensor":
 
 
 class Block(NamedTuple):
-    """``scored[j]`` says whether the prediction of ``tokens[j + 1]`` counts in the loss; None if all of them count.
+    """``scored[j]`` says whether the prediction of ``tokens[j + 1]`` counts in the loss.
 
-    ``documents`` gives the document number of each input (all tokens but the last); None if attention may reach back
-    to the beginning of the block.
+    ``documents`` gives the document number of each input (all tokens but the last); 0 for all if attention may reach
+    back to the beginning of the block.
     """
 
     tokens: Tokens  # [T + 1]
-    scored: Mask | None  # [T]
-    documents: DocumentIds | None = None  # [T]
-
-
-class Packer(Protocol):
-    """The blocks of a lane, one after the other. ``state()`` is the position at which the next block begins."""
-
-    rows: LaneRows[Any]
-
-    def next_block(self) -> Block:
-        """Raises SourceError when a shard has too many bad rows or cannot be read."""
-
-    def state(self) -> dict[str, Any]:
-        """A few numbers that JSON can hold."""
-
-    def close(self) -> None: ...
+    scored: Mask  # [T]
+    documents: DocumentIds  # [T]
 
 
 class _Documents(NamedTuple):
@@ -100,15 +92,16 @@ class _Documents(NamedTuple):
 
     before: Cursor
     tokens: Tokens  # of all rows
-    scored: Mask | None  # of the same length; None if all tokens are scored
+    scored: Mask  # of the same length
     ends: list[int]  # of each row, in tokens
     after: list[Cursor]  # the position after each row
 
 
 class Lane(Generic[Row]):
-    """The ``Packer`` of a stream.
+    """The blocks of a lane, one after the other. ``state()`` is the position at which the next block begins.
 
-    ``restored`` is an earlier ``state()`` of this lane. Raises SourceError if the source does not match it.
+    ``restored`` is an earlier state of this lane. Raises SourceError if the source does not match it. ``notes`` are
+    messages about skipped rows; the owner empties the list.
     """
 
     def __init__(
@@ -122,6 +115,7 @@ class Lane(Generic[Row]):
         restored: Mapping[str, Any] | None = None,
     ) -> None:
         self.rows = rows
+        self.notes = rows.notes
         self.eos = eos
         self.document_mask = document_mask
         self.sequence_length = sequence_length
@@ -129,36 +123,37 @@ class Lane(Generic[Row]):
         self._at = 0  # tokens of self._documents that are already in a block
         if restored:
             cursor, self._at = rows.plan.read(restored)
-        self._source = EncodedRows(rows, encode, cursor)
-        self._documents = _Documents(cursor, np.empty(0, np.int32), None, [], [])
+        self._encode = encode
+        self._source = rows.rows_from(cursor)
+        self._after = cursor  # the position after all rows that were encoded
+        self._used_epoch = cursor.epoch  # of the last usable row
+        self._passed = Counter[str]()  # why rows were skipped here; the source counts these rows as documents
+        self._error: SourceError | None = None
+        self._documents = _Documents(cursor, np.empty(0, np.int32), np.empty(0, np.bool_), [], [])
         self._last = self._last_token()
 
     def next_block(self) -> Block:
+        """Raises SourceError when a shard has too many bad rows or cannot be read."""
         length = self.sequence_length + 1
         tokens = np.empty(length, np.int32)
+        scored = np.empty(length, np.bool_)
         tokens[0] = self._last
-        scored: Mask | None = None
         filled = 1
         while filled < length:
-            begin = self._at
-            packed = self._documents.tokens[begin : begin + length - filled]
+            packed = self._documents.tokens[self._at : self._at + length - filled]
             if not packed.size:
                 self._encode_more()
                 self._at = 0
                 continue
             end = filled + packed.size
             tokens[filled:end] = packed
-            self._at = begin + packed.size
-            if self._documents.scored is not None:
-                mask = self._documents.scored[begin : self._at]
-                if scored is None and not mask.all():
-                    scored = np.ones(self.sequence_length, np.bool_)
-                if scored is not None:
-                    scored[filled - 1 : end - 1] = mask
+            scored[filled:end] = self._documents.scored[self._at : self._at + packed.size]
+            self._at += packed.size
             filled = end
         self._last = int(tokens[-1])
-        documents = document_ids(tokens[:-1], self.eos) if self.document_mask else None
-        return Block(tokens, scored, documents)
+        inputs = tokens[:-1]
+        documents = document_ids(inputs, self.eos) if self.document_mask else np.zeros_like(inputs)
+        return Block(tokens, scored[1:], documents)
 
     def state(self) -> dict[str, Any]:
         documents = self._documents
@@ -183,24 +178,81 @@ class Lane(Generic[Row]):
         return int(self._documents.tokens[self._at - 1])
 
     def _encode_more(self) -> None:
-        before, encoded, after = self._source.next_group()
-        tokens, scored, ends = joined(encoded, self.eos)
-        self._documents = _Documents(before, tokens, scored, ends, after)
+        """Raises a SourceError only when all rows before it are used up, and then each time."""
+        while self._error is None:
+            before = self._after
+            kept: list[Encoded] = []
+            after: list[Cursor] = []
+            rows, cursors = self._take()
+            for row, cursor in zip(self._encode(rows), cursors, strict=True):
+                if isinstance(row, Skipped):
+                    self._passed[row.reason] += 1
+                for reason, count in self._passed.items():
+                    cursor = cursor.after_skipping(reason, count, documents=count)
+                self._after = cursor
+                if isinstance(row, Encoded):
+                    kept.append(row)
+                    after.append(cursor)
+                    self._used_epoch = cursor.epoch
+                elif fault := self._fault(row):
+                    self._error = fault
+                    break
+            if kept:
+                self._documents = _Documents(before, *joined(kept, self.eos), after)
+                return
+        raise self._error
+
+    def _take(self) -> tuple[list[Row], list[Cursor]]:
+        """The next rows. An error is kept until the rows before it are used up."""
+        rows: list[Row] = []
+        after: list[Cursor] = []
+        characters = 0
+        try:
+            while len(rows) < ENCODE_ROWS and characters < ENCODE_CHARACTERS:
+                row, cursor = next(self._source)
+                rows.append(row)
+                after.append(cursor)
+                characters += len(row)
+        except SourceError as error:
+            self._error = error
+            if not rows:
+                raise
+        return rows, after
+
+    def _fault(self, skipped: Skipped) -> SourceError | None:
+        """The error to raise if too many rows cannot be used, by the counts since the start of the run.
+
+        Only the first epoch is checked, because later epochs contain the same rows.
+        """
+        if self._passed[skipped.reason] <= NOTES_PER_REASON:
+            self.notes.append(f"{skipped.detail}; skipped")
+        counts = self._after.skipped_by_reason()
+        bad = sum(counts[reason] for reason in ENCODING_REASONS)
+        if self._after.epoch == 0 and (
+            fault := too_many_records(
+                bad, self._after.documents + bad, self.rows.config.max_bad_fraction, skipped.detail
+            )
+        ):
+            return fault
+        if self._after.epoch > self._used_epoch + 1:
+            return SourceError(
+                f"lane {self.rows.plan.lane}: none of its records can be used; "
+                f"the last one: {skipped.detail}; lower data.lanes"
+            )
+        return None
 
 
-def joined(rows: Sequence[Encoded], eos: int) -> tuple[Tokens, Mask | None, list[int]]:
-    """Joins rows, each followed by an EOS: their tokens, which of these are scored (None: all), and where rows end."""
+def joined(rows: Sequence[Encoded], eos: int) -> tuple[Tokens, Mask, list[int]]:
+    """Joins rows, each followed by an EOS: their tokens, which of these are scored, and where rows end."""
     ends = list(itertools.accumulate(len(row.ids) + 1 for row in rows))
-    tokens = np.empty(ends[-1], np.int32)
-    begin = 0
+    tokens = np.full(ends[-1], eos, np.int32)
+    scored = np.ones(ends[-1], np.bool_)
     for row, end in zip(rows, ends, strict=True):
+        begin = end - 1 - len(row.ids)
         tokens[begin : end - 1] = row.ids
-        tokens[end - 1] = eos
-        begin = end
-    if all(row.scored is None for row in rows):
-        return tokens, None, ends
-    masks = [np.ones(len(row.ids) + 1, np.bool_) if row.scored is None else with_end(row.scored) for row in rows]
-    return tokens, np.concatenate(masks), ends
+        if row.scored is not None:
+            scored[begin:end] = with_end(row.scored)
+    return tokens, scored, ends
 
 
 def with_end(scored: Scored) -> Mask:

@@ -13,17 +13,16 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from relora_mora.config.data import DataConfig, Packing, TextSource
-from relora_mora.data.lanes import EpochLimit, LaneRows, LaneStates, lane_plans, lane_state, seeded_order, state_key
+from relora_mora.config.data import DataConfig, TextSource
+from relora_mora.data.lanes import LaneRows, LaneStates, lane_plans, lane_state, seeded_order, state_key, times_read
 from relora_mora.data.network import RETRIES
-from relora_mora.data.records.encoders import encoder_of, packing_of, whole_texts
+from relora_mora.data.read import open_rows
+from relora_mora.data.records.encoders import encoder_of, packing_of
 from relora_mora.data.rows import Encode
 from relora_mora.data.shard import Shard
-from relora_mora.data.stream.packing import DocumentIds, Lane, Mask, Packer, Tokens
-from relora_mora.data.stream.whole import PackedLane
-from relora_mora.data.tokens.rows import only_tokens, open_any
+from relora_mora.data.stream.packing import Block, Lane
+from relora_mora.data.stream.whole import WholeLane, WholeRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,23 +136,20 @@ class Assignment:
     """The work of one process: some lanes, with ``blocks_per_lane`` blocks of each per global batch."""
 
     config: DataConfig
-    shards: Sequence[Shard]
+    shards: Sequence[Shard]  # see folder.tokens_of_whole_rows
     tokenizer_path: str
     lanes: Sequence[int]
     lanes_of_all: int
     blocks_per_lane: int
     batch: int  # index of the first global batch
     states: Mapping[str, Mapping[str, Any]]  # of these lanes; empty at the start of a run
-    epoch_blocks: Sequence[int] | None = None  # see reading.Epochs; None: lanes do not wait for each other
 
 
 @dataclass
 class LaneBlocks:
     """The blocks of one process for one global batch."""
 
-    tokens: Tokens  # [lanes * blocks_per_lane, T + 1], ordered by lane
-    scored: Mask | None  # [lanes * blocks_per_lane, T]; None if all tokens are scored
-    documents: DocumentIds | None  # [lanes * blocks_per_lane, T]; None if no block has document numbers
+    blocks: Block  # of stacks of arrays, [lanes * blocks_per_lane, ...], ordered by lane
     states: LaneStates
     retries: int  # of all reads of this process so far
     notes: list[str] = field(default_factory=list)
@@ -163,7 +159,7 @@ class LaneBlocks:
 class SourceLane:
     """A lane within one source."""
 
-    lane: Packer
+    lane: Lane[Any] | WholeLane
     blocks: int  # that it has produced so far
 
 
@@ -176,12 +172,8 @@ class Producer:
         self.assignment = assignment
         self.mixture = Mixture(assignment.config, assignment.lanes_of_all, assignment.blocks_per_lane)
         self.batch = assignment.batch
-        sources = assignment.config.train if assignment.config.is_mixture else []
-        self.limits = {
-            source.label: EpochLimit(source.label, source.max_epochs, stops=source.at_max_epochs == "stop")
-            for source in sources
-            if source.max_epochs is not None
-        }
+        config = assignment.config
+        self.sources = {source.label: source for source in config.train} if config.is_mixture else {}
         self._noted: set[str] = set()  # sources for which a note said that they are read again
         self.lanes: dict[tuple[int, str], SourceLane] = {}
         for name in self.mixture.names:
@@ -190,43 +182,36 @@ class Producer:
     def _open_source(self, name: str) -> None:
         config = self.assignment.config
         shards = shards_of_source(self.assignment.shards, config, name)
-        packing = packing_of(config, shards)
-        plans = lane_plans(config, self.assignment.lanes_of_all, len(shards), packing)
-        encode, eos = self._encoder(shards, packing)
-        for lane in self.assignment.lanes:
-            rows = LaneRows(plans[lane], shards, config, functools.partial(open_any, config), self.limits.get(name))
-            restored = self.assignment.states.get(state_key(lane, name))
-            packer: Packer
-            if packing == "stream":
-                packer = Lane(
-                    rows,
+        source = self.sources.get(name)
+        lanes = self.assignment.lanes_of_all
+        states = {lane: self.assignment.states.get(state_key(lane, name)) for lane in self.assignment.lanes}
+        packers: dict[int, Lane[Any] | WholeLane] = {}
+        if packing_of(config, shards) == "stream":
+            plans = lane_plans(config, lanes, len(shards))
+            encode, eos = self._encoder(shards)
+            open_shard = functools.partial(open_rows, config)
+            for lane, restored in states.items():
+                packers[lane] = Lane(
+                    LaneRows(plans[lane], shards, config, open_shard, source),
                     encode,
                     eos=eos,
                     sequence_length=config.sequence_length,
                     document_mask=config.document_mask,
                     restored=restored,
                 )
-            else:
-                packer = PackedLane(
-                    rows,
-                    encode,
-                    eos=eos,
-                    sequence_length=config.sequence_length,
-                    fills=packing == "whole",
-                    epoch_blocks=self.assignment.epoch_blocks,
-                    restored=restored,
-                )
-            self.lanes[lane, name] = SourceLane(packer, restored.get("blocks", 0) if restored else 0)
+        else:
+            rows = WholeRows(shards, config)
+            packers = {lane: WholeLane(rows, lane, lanes, source=source, restored=at) for lane, at in states.items()}
+        for lane, restored in states.items():
+            self.lanes[lane, name] = SourceLane(packers[lane], restored.get("blocks", 0) if restored else 0)
 
-    def _encoder(self, shards: Sequence[Shard], packing: Packing) -> tuple[Encode[Any], int]:
+    def _encoder(self, shards: Sequence[Shard]) -> tuple[Encode[Any], int]:
         """The encoder of the rows of these shards, and EOS. Pre-tokenized shards need no tokenizer."""
         first = shards[0].tokens
-        length = self.assignment.config.sequence_length
         if first is not None and all(shard.tokens for shard in shards):
-            eos = first.making.eos
-            whole = whole_texts(only_tokens, eos, shards[0].records, length)
-            return only_tokens if packing == "stream" else whole, eos
-        encode = encoder_of(self.tokenizer, (shard.records for shard in shards), packing, length)
+            return list, first.making.eos
+        length = self.assignment.config.sequence_length
+        encode = encoder_of(self.tokenizer, (shard.records for shard in shards), "stream", length)
         return encode, int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
 
     @functools.cached_property
@@ -248,15 +233,12 @@ class Producer:
         notes = []
         states: LaneStates = {}
         for (lane, source), source_lane in self.lanes.items():
-            lane_notes = source_lane.lane.rows.notes
+            lane_notes = source_lane.lane.notes
             notes += lane_notes
             lane_notes.clear()
             states[state_key(lane, source)] = lane_state(source_lane.lane.state(), source, source_lane.blocks)
-        length = self.assignment.config.sequence_length
         return LaneBlocks(
-            tokens=np.stack([block.tokens for block in blocks]),
-            scored=_stacked([block.scored for block in blocks], np.ones(length, np.bool_)),
-            documents=_stacked([block.documents for block in blocks], np.zeros(length, np.int32)),
+            blocks=Block(*map(np.stack, zip(*blocks, strict=True))),
             states=states,
             retries=RETRIES.retries,
             notes=[*notes, *self._repetition_notes(states)],
@@ -264,11 +246,12 @@ class Producer:
 
     def _repetition_notes(self, states: LaneStates) -> Iterator[str]:
         """A note, once per source, when its blocks begin to repeat; its rows are read long before that."""
-        for name, limit in self.limits.items():
-            epochs = [states[state_key(lane, name)]["epoch"] for lane in self.assignment.lanes]
-            if not limit.stops and name not in self._noted and max(epochs) >= limit.epochs:
+        for name, source in self.sources.items():
+            if source.max_epochs is None or source.may_end or name in self._noted:
+                continue
+            if max(states[state_key(lane, name)]["epoch"] for lane in self.assignment.lanes) >= source.max_epochs:
                 self._noted.add(name)
-                yield f"{limit.reached}; it is read again"
+                yield f"{times_read(source)}; it is read again"
 
     def ready(self, timeout_seconds: float) -> bool:
         return True
@@ -279,10 +262,3 @@ class Producer:
     def close(self) -> None:
         for source_lane in self.lanes.values():
             source_lane.lane.close()
-
-
-def _stacked(parts: Sequence[NDArray[Any] | None], default: NDArray[Any]) -> NDArray[Any] | None:
-    """Stacks a part [T] of each block to [blocks, T], with ``default`` for None; None if no block has a part."""
-    if all(part is None for part in parts):
-        return None
-    return np.stack([default if part is None else part for part in parts])

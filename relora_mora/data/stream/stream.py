@@ -11,14 +11,14 @@ import numpy.typing as npt
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import WorkerError
 from relora_mora.data.lanes import (
-    Cursor,
-    LanePlan,
     LaneStates,
     check_states,
     counts_of,
     lane_plans,
     merge_states,
     read_key,
+    read_state,
+    start_states,
 )
 from relora_mora.data.network import RETRIES
 from relora_mora.data.records.encoders import packing_of
@@ -26,61 +26,35 @@ from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.data.stream.producer import Assignment, LaneBlocks, Producer, mixture_names, shards_of_source
-from relora_mora.data.stream.worker_process import WorkerProcess
+from relora_mora.data.stream.worker import WorkerProcess
 
 
 def describe_position(
-    state: Mapping[str, Mapping[str, Any]],
-    *,
-    lanes: int,
-    shards: Sequence[Shard],
-    config: DataConfig,
-    since: Mapping[str, Mapping[str, Any]] | None = None,
+    state: Mapping[str, Mapping[str, Any]], *, lanes: int, shards: Sequence[Shard], config: DataConfig
 ) -> list[str]:
-    """A sentence for each lane of a ``Batch.state``: epoch, shard, and how many of which lines (from 1) it has read.
+    """A sentence for each lane of a ``Batch.state``: its epoch, its shard, and where it is in it.
 
-    Documents are shuffled in blocks, so a sentence names the lines of a whole block; the last block of a shard may be
-    shorter than that. With an earlier state ``since``, for instance from before a batch, the sentences name the data
-    between the two; a lane that is missing in ``since`` was at its start. Raises SourceError for a position that is
-    impossible in its lane.
+    Documents are shuffled in blocks, so a sentence names a whole block of the lane's share of the shard (from 1), and
+    how many of the block were read. Raises SourceError for a position that is impossible in its lane.
     """
     sentences = []
     for key in sorted(state, key=read_key):
         lane, source = read_key(key)
         own = shards_of_source(shards, config, source)
-        packing = packing_of(config, own)
-        plan = lane_plans(config, lanes, len(own), packing)[lane]
-        counted = "tokens of the next document" if packing == "stream" else "sequences of what follows"
-        after = _position(plan, *plan.read(state[key]), own, config, counted)
-        name = f"lane {lane}, {source}" if source else f"lane {lane}"
-        if since is None:
-            sentences.append(f"{name}: {after}")
-        elif since.get(key) != state[key]:  # a batch of a mixture may take nothing from some sources
-            before = plan.read(since[key]) if key in since else (Cursor(), 0)
-            sentences.append(f"{name}: from {_position(plan, *before, own, config, counted)} to {after}")
-    return sentences
-
-
-def _position(
-    plan: LanePlan, cursor: Cursor, offset: int, shards: Sequence[Shard], config: DataConfig, counted: str
-) -> str:
-    part = plan.order(config.seed, cursor.epoch)[cursor.place]
-    shard = shards[part.shard]
-    if shard.in_ranges:  # numbered within the lane's share, since only the file knows where that begins
-        first = cursor.block * config.shuffle_documents + 1
-        share = f" of share {part.phase + 1} of {part.stride}" if part.stride > 1 else ""
-        rows = f"after {cursor.item} of rows {first} to {first + config.shuffle_documents - 1}{share} (shuffled)"
-    else:
-        unit = shard.format.unit or config.sample_by
-        first = cursor.block * config.shuffle_documents * part.stride + part.phase + 1
-        last = first + (config.shuffle_documents - 1) * part.stride
-        if last == first:
-            rows = f"{'after' if cursor.item else 'before'} {unit} {first}"
+        if packing_of(config, own) == "stream":
+            plan = lane_plans(config, lanes, len(own))[lane]
+            cursor, offset = plan.read(state[key])
+            part = plan.order(config.seed, cursor.epoch)[cursor.place]
+            first = cursor.block * config.shuffle_documents + 1
+            place = f"{own[part.shard].label}, {cursor.item} of documents {first} to "
+            place += f"{first + config.shuffle_documents - 1} of share {part.phase + 1} of {part.stride} (shuffled)"
+            if offset:
+                place += f" and {offset} tokens"
         else:
-            steps = f" in steps of {part.stride}" if part.stride > 1 else ""
-            rows = f"after {cursor.item} of {unit}s {first} to {last}{steps} (shuffled)"
-    rest = f" and {offset} {counted}" if offset else ""
-    return f"epoch {cursor.epoch}, {shard.label}, {rows}{rest}"
+            cursor, _ = read_state(state[key])
+            place = f"{cursor.block} sequences of all lanes"
+        sentences.append(f"lane {lane}{source and f', {source}'}: epoch {cursor.epoch}, after {place}")
+    return sentences
 
 
 class TrainStream:
@@ -88,8 +62,8 @@ class TrainStream:
 
     ``lanes`` is the number of lanes over all ranks; rank r reads the lanes r, r + world_size, .... ``state`` is None or
     the merged states of all ranks (``merge_states``), saved by any number of ranks and workers. ``step`` is the number
-    of global batches before the next one, on which a mixture depends. ``shards`` saves resolving the sources again.
-    With ``epoch_blocks`` (``count_epochs``) lanes of whole rows begin each epoch together; a state brings its own.
+    of global batches before the next one, on which a mixture depends. ``shards`` saves resolving the sources again;
+    those of rows that are packed whole must be tokenized (``folder.tokens_of_whole_rows``).
     Build the stream in a thread that lives as long as the stream, because its workers end with that thread. Raises
     SourceError for sources that cannot be read, ValueError for numbers that do not divide.
     """
@@ -106,7 +80,6 @@ class TrainStream:
         state: Mapping[str, Mapping[str, Any]] | None = None,
         step: int = 0,
         shards: Sequence[Shard] | None = None,
-        epoch_blocks: Sequence[int] | None = None,
     ) -> None:
         if batch_size % lanes or lanes % world_size or not 0 <= rank < world_size:
             raise ValueError(
@@ -120,10 +93,10 @@ class TrainStream:
         self.config = config
         self._tokenizer_path = tokenizer_path
         self._shards = shards
-        self._epoch_blocks = epoch_blocks
         self._lanes_of_all = lanes
         self._lanes = list(range(rank, lanes, world_size))
         self._blocks_per_lane = batch_size // lanes
+        self._masks_documents = config.masks_documents_of(config.train)
         self._retries_before = RETRIES.retries
         self._producers: list[Producer | WorkerProcess] = []
         self._start(state or {}, step)
@@ -141,7 +114,6 @@ class TrainStream:
                 blocks_per_lane=self._blocks_per_lane,
                 batch=step,
                 states=_states_of(share, states),
-                epoch_blocks=self._epoch_blocks,
             )
             for share in shares
         ]
@@ -196,11 +168,11 @@ class TrainStream:
         """The states of this rank's lanes among the merged states of all ranks."""
         return _states_of(self._lanes, state)
 
-    def describe(
-        self, state: Mapping[str, Mapping[str, Any]], since: Mapping[str, Mapping[str, Any]] | None = None
-    ) -> list[str]:
-        """Calls :func:`describe_position` with the lanes, shards and settings of this stream."""
-        return describe_position(state, lanes=self._lanes_of_all, shards=self._shards, config=self.config, since=since)
+    def describe(self, before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Where the lanes were before a batch, from its state and the one before it."""
+        start = start_states(self._lanes_of_all, mixture_names(self.config))
+        changed = {key: before.get(key, start[key]) for key, state in after.items() if before.get(key) != state}
+        return describe_position(changed, lanes=self._lanes_of_all, shards=self._shards, config=self.config)
 
     def __enter__(self) -> "TrainStream":
         return self
@@ -217,34 +189,22 @@ class TrainStream:
     def _batch(self, shares: list[LaneBlocks]) -> Batch:
         import torch
 
-        tokens = self._by_lane([share.tokens for share in shares]).astype(np.int64)
-        inputs = tokens[:, :-1]
-        labels = tokens[:, 1:].copy()
-        if any(share.scored is not None for share in shares):
-            masks = [
-                np.ones_like(each.tokens[:, 1:], np.bool_) if each.scored is None else each.scored for each in shares
-            ]
-            labels[~self._by_lane(masks)] = UNSCORED
-        documents = None
-        if any(share.documents is not None for share in shares):
-            numbers = [
-                np.zeros_like(each.tokens[:, 1:]) if each.documents is None else each.documents for each in shares
-            ]
-            documents = torch.from_numpy(self._by_lane(numbers))
+        tokens, scored, documents = map(self._by_lane, zip(*(share.blocks for share in shares), strict=True))
+        tokens = tokens.astype(np.int64)
         states = merge_states([share.states for share in shares])
         retries = RETRIES.retries - self._retries_before
         if self._has_workers:
             retries += sum(share.retries for share in shares)
         return Batch(
-            input_ids=torch.from_numpy(inputs.copy()),
-            labels=torch.from_numpy(labels),
-            document_ids=documents,
+            input_ids=torch.from_numpy(tokens[:, :-1].copy()),
+            labels=torch.from_numpy(np.where(scored, tokens[:, 1:], UNSCORED)),
+            document_ids=torch.from_numpy(documents) if self._masks_documents else None,
             state=states,
             counts={**counts_of(states), "retries": retries},
             notes=[note for share in shares for note in share.notes],
         )
 
-    def _by_lane(self, shares: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    def _by_lane(self, shares: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
         """The blocks of all processes ordered by lane, [n, ...]; each process has every ``len(shares)``-th lane."""
         blocks = np.empty((len(self._lanes), self._blocks_per_lane, *shares[0].shape[1:]), shares[0].dtype)
         for number, share in enumerate(shares):

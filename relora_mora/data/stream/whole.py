@@ -1,209 +1,199 @@
 """Packing of whole rows: as many as fit into a block, or one in each. The rest of a block is padded.
 
-The rows of a lane are taken in groups, and each group is packed into blocks by itself: a row that does not fit into one
-block goes into another block of its group. A group ends when its tokens fill at least ``GROUP_BLOCKS`` blocks, and at
-the end of an epoch, so an epoch consists of whole blocks. A position is the beginning of a group, and how many of its
-blocks and rows were produced.
-
-Lanes have unequal numbers of blocks. If the largest number of each epoch is known (``reading.py``), a lane that has
-finished an epoch produces blocks without rows until the others have finished it too, so all lanes begin an epoch
-together.
+The rows are tokenized first (``tokens/folder.py``), so their lengths are known, and which rows each block of an epoch
+holds is a function of the lengths, the seed and the epoch. Every row is in exactly one block of an epoch. The lanes
+take the blocks in turn, so a position is the number of blocks of the epoch that all lanes together have taken.
 """
 
-from collections import deque
+import functools
+import itertools
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Generic
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from relora_mora.data.errors import SourceError
-from relora_mora.data.lanes import Cursor, EpochsReached, LaneRows, seeded_order
-from relora_mora.data.rows import Encode, Encoded, Row
-from relora_mora.data.stream.encoded_rows import EncodedRows
+from relora_mora.config.data import DataConfig, TextSource
+from relora_mora.data.errors import SKIP_REASONS, Skipped, SourceError
+from relora_mora.data.lanes import Cursor, check_epoch, read_state, seeded_order
+from relora_mora.data.records.encoders import Frame, packing_of
+from relora_mora.data.rows import Encoded
+from relora_mora.data.shard import Shard
 from relora_mora.data.stream.packing import Block
+from relora_mora.data.tokens.rows import open_tokens
 
-GROUP_BLOCKS = 16  # a larger group wastes less room but makes a resume repeat more
-
-
-def of_epoch(numbers: Sequence[int], epoch: int) -> int:
-    """The entry for an epoch (from 0). ``numbers`` covers the first epochs; the last one also applies later."""
-    return numbers[min(epoch, len(numbers) - 1)]
+WINDOW_BLOCKS = 16  # rows are packed with others of a window of so many blocks; a larger one wastes less room
 
 
-class PackedLane(Generic[Row]):
-    """A ``packing.Packer`` of whole rows: as many per block as fit if ``fills``, otherwise one.
+class _Plan(NamedTuple):
+    """The blocks of an epoch."""
 
-    ``epoch_blocks`` is the number of blocks that each epoch takes from every lane; None if each lane begins its next
-    epoch immediately. ``restored`` is an earlier state of this lane. A lane that has begun keeps the numbers in its
-    state, unless ``epoch_blocks`` extends them. Raises SourceError if the source does not match ``restored``.
+    rows: npt.NDArray[np.int64]  # block after block
+    ends: npt.NDArray[np.int64]  # of each block, in rows
+
+
+class WholeRows:
+    """The rows of a source's tokens, and the blocks that they make in each epoch.
+
+    Raises SourceError if no row can be used, or if a file is damaged.
+    """
+
+    def __init__(self, shards: Sequence[Shard], config: DataConfig) -> None:
+        self.config = config
+        self.fills = packing_of(config, shards) == "whole"
+        self._files = [open_tokens(shard) for shard in shards]
+        specs = [shard.tokens.making for shard in shards if shard.tokens is not None]
+        self.eos = specs[0].eos
+        self._frames = [
+            Frame.of(spec.ends, spec.eos, shard.records, config.sequence_length)
+            for spec, shard in zip(specs, shards, strict=True)
+        ]
+        self._starts = [0, *itertools.accumulate(file.rows for file in self._files)]
+        self.left_out = Counter[str]()  # rows that are skipped, or cut, by reason
+        lengths = np.concatenate([self._lengths(number) for number in range(len(shards))])
+        self._rows = np.flatnonzero(lengths)
+        self._sizes = lengths[self._rows]
+        self._plan = functools.lru_cache(maxsize=2)(self._plan_epoch)
+        if not len(self._rows):
+            raise SourceError(
+                f"the training data {shards[0].source or shards[0].label} holds no row that can be used "
+                f"({self._reasons() or 'it is empty'}); give a source with at least one document, or raise "
+                "data.sequence_length if rows are too long"
+            )
+
+    def __str__(self) -> str:
+        blocks = self.blocks_in(0)
+        full = 100 * int(self._sizes.sum()) / (blocks * self.config.sequence_length)
+        reasons = self._reasons()
+        return f"{len(self._rows):,} records in {blocks:,} sequences, {full:.0f} % full{reasons and f'; {reasons}'}"
+
+    def row(self, number: int) -> Encoded | Skipped:
+        """A row as it is packed."""
+        file = bisect_right(self._starts, number) - 1
+        row = self._files[file].row(number - self._starts[file])
+        return row if isinstance(row, Skipped) else self._frames[file].fit(row)
+
+    def blocks_in(self, epoch: int) -> int:
+        return len(self._plan(epoch).ends)
+
+    def place(self, epoch: int, block: int) -> tuple[int, int]:
+        """The epoch, and the block in it, that is ``block`` blocks after the beginning of ``epoch``."""
+        while block >= self.blocks_in(epoch):
+            block -= self.blocks_in(epoch)
+            epoch += 1
+        return epoch, block
+
+    def rows_of(self, epoch: int, block: int) -> list[Encoded]:
+        rows, ends = self._plan(epoch)
+        numbers = rows[ends[block - 1] if block else 0 : ends[block]].tolist()
+        return [row for row in map(self.row, numbers) if isinstance(row, Encoded)]
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def _plan_epoch(self, epoch: int) -> _Plan:
+        order = np.array(seeded_order(len(self._rows), self.config.seed, epoch))
+        sizes = self._sizes[order].tolist()
+        blocks = list(packed(sizes, self.config.sequence_length, fills=self.fills))
+        shuffled = [blocks[at] for at in seeded_order(len(blocks), self.config.seed, epoch, 1)]
+        places = np.fromiter(itertools.chain.from_iterable(shuffled), np.int64, len(sizes))
+        return _Plan(self._rows[order[places]], np.cumsum([len(block) for block in shuffled]))
+
+    def _lengths(self, number: int) -> npt.NDArray[np.int64]:
+        """The number of tokens of each row of a file, 0 if it is left out."""
+        file, frame, first = self._files[number], self._frames[number], self._starts[number]
+        parts = []
+        for batch in file.batches():
+            lengths = np.diff(batch.offsets).astype(np.int64) + len(frame.begin) + len(frame.end)
+            lengths[list(batch.skipped)] = 0
+            self.left_out.update(batch.skipped.values())
+            for at in np.flatnonzero(lengths > frame.most):
+                row = self.row(first + int(at))
+                self.left_out[row.reason if isinstance(row, Skipped) else "cut"] += 1
+                lengths[at] = 0 if isinstance(row, Skipped) else frame.most
+            parts.append(lengths)
+            first += len(lengths)
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    def _reasons(self) -> str:
+        return "; ".join(f"{reason}: {self.left_out[reason]:,}" for reason in SKIP_REASONS if self.left_out[reason])
+
+
+class WholeLane:
+    """As ``packing.Lane``, for whole rows: one of ``lanes`` lanes. ``restored`` is an earlier state of this lane.
+
+    The first lane's counts include the rows of the source that are left out.
     """
 
     def __init__(
         self,
-        rows: LaneRows[Row],
-        encode: Encode[Row],
+        rows: WholeRows,
+        lane: int,
+        lanes: int,
         *,
-        eos: int,
-        sequence_length: int,
-        fills: bool,
-        epoch_blocks: Sequence[int] | None = None,
+        source: TextSource | None = None,
         restored: Mapping[str, Any] | None = None,
     ) -> None:
-        self.rows = rows
-        self.eos = eos
-        self.sequence_length = sequence_length
-        self.fills = fills
-        self._epoch_blocks = epoch_blocks
-        self._turn = 0  # blocks produced in this epoch
-        cursor = Cursor()
-        produced = 0
-        if restored:
-            cursor, produced = rows.plan.read(restored)
-            if produced or cursor != Cursor() or "turn" in restored:  # the lane has begun
-                saved = restored.get("epoch_blocks")
-                if saved is None or epoch_blocks is None or list(epoch_blocks[: len(saved)]) != saved:
-                    self._epoch_blocks = saved
-                self._turn = restored.get("turn", 0)
-            cursor = cursor._replace(documents=cursor.documents - restored.get("documents_given", 0))
-        self.encoded = EncodedRows(rows, encode, cursor)
-        self._waiting: deque[tuple[Encoded, Cursor]] = deque()
-        self._before = cursor  # positions before and after the group
-        self._after = cursor
-        self._epoch = cursor.epoch
-        self._blocks: list[list[Encoded]] = []  # the rows of each block of the group
-        self._produced = 0  # blocks of the group that were produced
-        if produced:
-            self._next_group()
-            if produced >= len(self._blocks):
-                raise SourceError(
-                    f"lane {rows.plan.lane}: there are fewer records at the saved position than when it was saved; "
-                    "the source or the tokenizer changed"
-                )
-            self._produced = produced
+        self.notes: list[str] = []
+        self._rows = rows
+        self._lane = lane
+        self._lanes = lanes
+        self._source = source
+        self._cursor = read_state(restored)[0] if restored else Cursor()
 
     def next_block(self) -> Block:
-        if self._produced == len(self._blocks):
-            if self._waits():
-                self._turn += 1
-                return self._block([])
-            self._next_group()
-        self._produced += 1
-        self._turn += 1
-        return self._block(self._blocks[self._produced - 1])
+        whole, cursor = self._rows, self._cursor
+        epoch, block = whole.place(cursor.epoch, cursor.block + self._lane)
+        check_epoch(self._source, epoch)
+        rows = whole.rows_of(epoch, block)
+        epoch, block = whole.place(cursor.epoch, cursor.block + self._lanes)
+        left_out = whole.left_out if self._lane == 0 else {}
+        self._cursor = Cursor(
+            epoch=epoch,
+            block=block,
+            documents=cursor.documents + len(rows),
+            skipped=tuple(left_out.get(reason, 0) for reason in SKIP_REASONS),
+        )
+        return block_of(rows, eos=whole.eos, sequence_length=whole.config.sequence_length, fills=whole.fills)
 
     def state(self) -> dict[str, Any]:
-        turn = {} if self._epoch_blocks is None else {"epoch_blocks": list(self._epoch_blocks), "turn": self._turn}
-        if self._produced == len(self._blocks):
-            return {**self._after.state(0), **turn}
-        documents = sum(map(len, self._blocks[: self._produced]))
-        before = self._before._replace(documents=self._before.documents + documents)
-        return {**before.state(self._produced), "documents_given": documents, **turn}
+        return self._cursor.state(0)
 
     def close(self) -> None:
-        self.encoded.close()
-
-    def _waits(self) -> bool:
-        """At the end of a group: whether this lane has finished its epoch, and other lanes may not have."""
-        if self._epoch_blocks is None or self._goes_on(self._epoch):
-            return False
-        blocks = of_epoch(self._epoch_blocks, self._epoch)
-        if self._turn < blocks:
-            return True
-        self._turn -= blocks
-        return False
-
-    def _block(self, rows: Sequence[Encoded]) -> Block:
-        return block_of(rows, eos=self.eos, sequence_length=self.sequence_length, fills=self.fills)
-
-    def _next_group(self) -> None:
-        before = self._after
-        group = [self._next_row()]
-        epoch = group[0][1].epoch
-        self._epoch = epoch
-        tokens = len(group[0][0].ids)
-        while self.fills and tokens < GROUP_BLOCKS * self.sequence_length and self._goes_on(epoch):
-            group.append(self._next_row())
-            tokens += len(group[-1][0].ids)
-        self._before = before
-        self._after = group[-1][1]
-        self._produced = 0
-        key = (self.rows.config.seed, self.rows.plan.lane, epoch, before.place, before.block, before.item)
-        blocks = packed([row for row, _ in group], self.sequence_length, fills=self.fills)
-        self._blocks = [blocks[at] for at in seeded_order(len(blocks), *key)]
-
-    def _next_row(self) -> tuple[Encoded, Cursor]:
-        self._look_ahead()
-        return self._waiting.popleft()
-
-    def _goes_on(self, epoch: int) -> bool:
-        """Whether this epoch has another row. At the end of the last epoch it has none; the next group raises that.
-
-        Any other error is raised here, before the group ends: a shorter group would give other blocks than a resume.
-        """
-        try:
-            self._look_ahead()
-        except EpochsReached:
-            return False
-        return self._waiting[0][1].epoch == epoch
-
-    def _look_ahead(self) -> None:
-        if not self._waiting:
-            _, rows, after = self.encoded.next_group()
-            self._waiting.extend(zip(rows, after, strict=True))
+        self._rows.close()
 
 
-class CountedLane(PackedLane[Row]):
-    """Counts the blocks of a lane. ``tokens`` is the number of tokens in the rows of the first epoch."""
-
-    tokens = 0
-
-    def epoch_blocks(self, epochs: int) -> list[int]:
-        """The number of blocks in each of the first epochs. Call it at the start of the lane; it reads these epochs."""
-        blocks = [0] * epochs
-        self._next_group()
-        while self._epoch < epochs:
-            blocks[self._epoch] += len(self._blocks)
-            if self._epoch == 0:
-                self.tokens += sum(len(row.ids) for rows in self._blocks for row in rows)
-            self._next_group()
-        return blocks
-
-
-def groups_of(rows: Sequence[Encoded], sequence_length: int) -> Iterator[list[Encoded]]:
-    """Splits rows into groups as a lane does."""
-    group: list[Encoded] = []
-    tokens = 0
-    for row in rows:
-        group.append(row)
-        tokens += len(row.ids)
-        if tokens >= GROUP_BLOCKS * sequence_length:
-            yield group
-            group = []
-            tokens = 0
-    if group:
-        yield group
-
-
-def packed(rows: Sequence[Encoded], sequence_length: int, *, fills: bool) -> list[list[Encoded]]:
-    """The rows of each block; a block has at most ``sequence_length + 1`` tokens."""
+def packed(sizes: Sequence[int], sequence_length: int, *, fills: bool) -> Iterator[list[int]]:
+    """The numbers of the rows in each block; a block has at most ``sequence_length + 1`` tokens."""
     if not fills:
-        return [[row] for row in rows]
-    blocks = first_fit([len(row.ids) for row in rows], sequence_length + 1)
-    return [[rows[number] for number in numbers] for numbers in blocks]
+        yield from ([number] for number in range(len(sizes)))
+        return
+    first = tokens = 0
+    for number, size in enumerate(sizes):
+        tokens += size
+        if tokens >= WINDOW_BLOCKS * sequence_length or number == len(sizes) - 1:
+            blocks = first_fit(sizes[first : number + 1], sequence_length + 1)
+            yield from ([first + at for at in block] for block in blocks)
+            first, tokens = number + 1, 0
 
 
 def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
     """The numbers of the rows in each block: from the largest row down, each goes into the first block with room."""
     blocks: list[list[int]] = []
     left: list[int] = []
-    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+    for number in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
         size = sizes[number]
-        at = next((at for at, free in enumerate(left) if free >= size), len(left))
-        if at == len(left):
-            blocks.append([])
-            left.append(room)
-        blocks[at].append(number)
-        left[at] -= size
+        for at, free in enumerate(left):
+            if free >= size:
+                blocks[at].append(number)
+                left[at] -= size
+                break
+        else:
+            blocks.append([number])
+            left.append(room - size)
     return [sorted(numbers) for numbers in blocks]
 
 
@@ -211,7 +201,7 @@ def block_of(rows: Sequence[Encoded], *, eos: int, sequence_length: int, fills: 
     """Puts rows next to each other and pads with EOS, which are unscored and a document of their own.
 
     The first token of a row is not scored either, since there is no token before it. If each block has one row
-    (``fills`` is false), documents are not numbered.
+    (``fills`` is false), all inputs are one document.
     """
     tokens = np.full(sequence_length + 1, eos, np.int32)
     scored = np.zeros(sequence_length + 1, np.bool_)
@@ -223,4 +213,4 @@ def block_of(rows: Sequence[Encoded], *, eos: int, sequence_length: int, fills: 
         scored[begin + 1 : end] = True if row.scored is None else row.scored[1:]
         documents[begin:end] = number
         begin = end
-    return Block(tokens, scored[1:], documents[:-1] if fills else None)
+    return Block(tokens, scored[1:], documents[:-1] if fills else np.zeros(sequence_length, np.int32))

@@ -1,24 +1,144 @@
-"""The program of a worker process, which prepares the batches of an assignment ahead of the trainer.
+"""A worker process, which prepares the batches of an assignment ahead of the trainer: both of its ends.
 
-It ignores the signals that ask a job to stop, because the trainer still needs batches to finish its step. The trainer
-kills it (``worker_process.py``), and it also dies with its parent.
+The process is a fresh interpreter. It is not a fork, because the trainer has threads and may hold an accelerator, and
+not multiprocessing's spawn, which would import the trainer's script again, and with it torch and deepspeed. It ignores
+the signals that ask a job to stop, because the trainer still needs batches to finish its step. The trainer kills it,
+and it also dies with its parent.
 """
 
+import contextlib
 import os
 import queue
 import signal
+import site
+import subprocess
 import sys
 import threading
+import time
 import traceback
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+
+import psutil
 
 from relora_mora.data.errors import SourceError, WorkerError
 from relora_mora.data.stream.producer import Assignment, LaneBlocks, Producer
-from relora_mora.data.stream.worker_process import IGNORED_SIGNALS
 from relora_mora.system.files import LOST_DISK
 from relora_mora.system.process import end_with_parent
 
+PROGRAM = "relora_mora.data.stream.worker"
+IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+KILL_SECONDS = 5.0  # time for a killed process to disappear
+# one thread each, since there are several workers; no warning from transformers that torch is missing
+_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+}
+_PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 Answers = queue.Queue[LaneBlocks | Exception]  # an exception is the last answer
+
+
+class WorkerProcess:
+    """``produce()`` returns and raises the same as ``Producer.produce()``, in the same order.
+
+    It raises a WorkerError if the worker was killed, or failed for a reason other than the user's input.
+    """
+
+    def __init__(self, assignment: Assignment) -> None:
+        self._connection, theirs = Pipe()
+        environment = os.environ | _ENVIRONMENT
+        if str(_PACKAGE_ROOT) not in (*site.getsitepackages(), site.getusersitepackages()):  # a checkout
+            roots = filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")])
+            environment["PYTHONPATH"] = os.pathsep.join(roots)
+        # the child inherits the blocked signals, so none of them can end it before it ignores them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=environment,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+        self._assignment: Assignment | None = assignment
+        self._failure: Exception | None = None
+        self._cpu_seconds = -1.0  # of the process when it last made progress
+        self._worked_at = 0.0
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_dead(self) -> bool:
+        return self._process.poll() is not None
+
+    def start(self) -> None:
+        """Hands over the assignment. The constructor does not, so that several workers can start at the same time."""
+        try:
+            self._connection.send(self._assignment)
+        except OSError as error:
+            raise self._death() from error
+        self._assignment = None
+
+    def produce(self) -> LaneBlocks:
+        if self._failure is None:
+            try:
+                answer = self._connection.recv()
+            except (EOFError, OSError):
+                answer = self._death()
+            if isinstance(answer, LaneBlocks):
+                self._cpu_seconds = -1.0
+                return answer
+            self._failure = answer
+        raise self._failure
+
+    def ready(self, timeout_seconds: float) -> bool:
+        return self._failure is not None or self._connection.poll(timeout_seconds)
+
+    def hung(self, seconds: float) -> WorkerError | None:
+        """The error to raise if the process has used no processor time for so many seconds and has no answer ready.
+
+        Call this repeatedly: the time is only measured during a call.
+        """
+        try:
+            used = sum(psutil.Process(self.pid).cpu_times()[:2])
+        except psutil.Error:  # gone: see is_dead
+            return None
+        now = time.monotonic()
+        if used != self._cpu_seconds or self.ready(0.0):
+            self._cpu_seconds = used
+            self._worked_at = now
+        idle = now - self._worked_at
+        if idle <= seconds:
+            return None
+        return WorkerError(
+            f"data worker {self.pid} hangs: it has done nothing for {idle:.0f} s (data.timeout_seconds plus a minute); "
+            "check whether it was stopped, or a network file system does not answer"
+        )
+
+    def close(self) -> None:
+        self._process.kill()
+        # it cannot die while it reads from a disk that does not answer
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(KILL_SECONDS)
+        self._connection.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_process"):
+            self.close()
+
+    def _death(self) -> WorkerError:
+        code = self._process.wait()
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return WorkerError(
+            f"data worker {self.pid} {how}; "
+            "if memory ran out, lower data.workers, data.lanes, data.shuffle_documents or data.max_line_bytes"
+        )
 
 
 def main(descriptor: int, parent: int) -> None:

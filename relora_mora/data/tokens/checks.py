@@ -1,4 +1,4 @@
-"""Checks before a run starts that pre-tokenized text fits its tokenizer and limits, and counts its tokens."""
+"""Checks before a run starts that tokens fit its tokenizer, records and limits, and counts them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,39 +6,41 @@ from pathlib import Path
 from relora_mora.config.data import DataConfig
 from relora_mora.data.bad_rows import too_many
 from relora_mora.data.errors import SourceError
+from relora_mora.data.records.encoders import records_digest
 from relora_mora.data.shard import Shard
 
 
 def check_tokens(
     shards: Sequence[Shard], *, tokenizer_path: str, eos: int | None, limits: DataConfig | None = None
 ) -> None:
-    """Raises SourceError if pre-tokenized shards do not hold the tokens that this tokenizer would make of their text.
+    """Raises SourceError if shards of tokens do not hold what this tokenizer would make of their text or records.
 
     With ``limits``, also if a run with these limits would make other tokens of it, or has too many bad rows in it.
     """
-    folders = {str(Path(shard.location).parent): shard.tokens for shard in shards if shard.tokens is not None}
+    folders = {str(Path(shard.location).parent): shard for shard in shards if shard.tokens is not None}
     if not folders:
         return
     from relora_mora.tokenizer.identity import tokenizer_fingerprint
+    from relora_mora.tokenizer.load import load_tokenizer
 
     fingerprint = tokenizer_fingerprint(tokenizer_path)
-    for folder, tokens in folders.items():
-        spec = tokens.making
+    for folder, shard in folders.items():
+        assert shard.tokens is not None
+        spec = shard.tokens.making
         if (spec.tokenizer, spec.eos) != (fingerprint, eos):
             raise SourceError(
                 f"{folder} holds tokens of another tokenizer than {tokenizer_path}; "
                 "give the tokenizer that made them, or make tokens with this one in another folder"
             )
+        if shard.holds_records and spec.records != records_digest(load_tokenizer(tokenizer_path), shard.records):
+            raise SourceError(
+                f"{folder} holds tokens of records that were written in another way; give data.records "
+                "(kind, columns, template, score) as when they were made, or make tokens in another folder"
+            )
         if limits is not None and spec.max_line_bytes != limits.max_line_bytes:
-            raise SourceError(
-                f"{folder} holds the tokens of rows of up to {spec.max_line_bytes} bytes, and "
-                f"data.max_line_bytes is {limits.max_line_bytes}; set it to {spec.max_line_bytes}"
-            )
+            raise _other_limit(folder, "max_line_bytes", spec.max_line_bytes, limits.max_line_bytes)
         if limits is not None and spec.sample_by not in (None, limits.sample_by):
-            raise SourceError(
-                f"{folder} holds the tokens of text cut by {spec.sample_by}, and data.sample_by is {limits.sample_by}; "
-                f"set it to {spec.sample_by}"
-            )
+            raise _other_limit(folder, "sample_by", spec.sample_by, limits.sample_by)
     for shard in shards:
         if shard.tokens is None or limits is None:
             continue
@@ -50,7 +52,7 @@ def check_tokens(
             )
 
 
-def epoch_tokens(shards: Sequence[Shard]) -> int | None:
-    """Tokens of all lanes in one epoch, with an EOS for each document; None if any shard is text."""
-    counts = [shard.tokens.totals.tokens for shard in shards if shard.tokens is not None]
-    return sum(counts) if len(counts) == len(shards) else None
+def _other_limit(folder: str, name: str, made_with: object, now: object) -> SourceError:
+    return SourceError(
+        f"{folder} holds tokens that were made with data.{name} {made_with}, and it is {now} now; set it to {made_with}"
+    )

@@ -1,4 +1,4 @@
-"""The index of a folder of pre-tokenized text: which text it was made from, by which tokenizer, and how many tokens.
+"""The index of a folder of tokens: which text or records it was made from, by which tokenizer, and how many tokens.
 
 The folder holds a file of tokens for each shard of the text, in the same order, and ``tokens.json``, the index.
 """
@@ -20,12 +20,14 @@ COMMAND = "relora-mora tokenize"
 
 
 class TokenizationSpec(Strict):
-    """Everything that decides the tokens of a text."""
+    """Everything that decides the tokens of a text or of records."""
 
     tokenizer: str  # its fingerprint
     eos: int
     max_line_bytes: int  # longer rows are skipped
     sample_by: SampleBy | None = None  # how .txt files are cut; None if there are none
+    records: str | None = None  # see encoders.records_digest; None: plain text
+    ends: list[list[int]] | None = None  # tokens before and after a whole record; None: EOS on both sides
 
 
 class SourceText(Strict):

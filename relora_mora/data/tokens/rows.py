@@ -1,53 +1,34 @@
-"""Reads pre-tokenized text as the rows of a lane, from a memory-mapped file.
+"""Reads tokens as the rows of a lane, from a memory-mapped file.
 
 The file is in Arrow's IPC format and has a row for each row of the text: ``tokens`` (16 or 32 bits each, without EOS),
-``utf8_bytes`` of its text, and ``skipped``, the reason why there is no text, or null. Lanes share it as the text's
-file, so the batches are those of the text.
+``utf8_bytes`` of its text, ``skipped``, the reason why there are no tokens, or null, and for records ``scored``, a byte
+for each token. Lanes share a file as they would share the text's file.
 """
 
 import errno
-import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, Skipped, SourceError, unreadable
-from relora_mora.data.read import open_rows
-from relora_mora.data.rows import Encode, Encoded, EncodeTexts, Rows, TokenIds, share_of
+from relora_mora.data.rows import Encoded, TokenIds, share_of
 from relora_mora.data.shard import Shard
-from relora_mora.data.tokens.index import COMMAND, SourceText, TokenizationSpec
+from relora_mora.data.tokens.index import COMMAND
 from relora_mora.system.files import LOST_DISK
 
-METADATA = b"relora_mora"  # the key in the schema's metadata
 
-
-class Header(NamedTuple):
-    """The metadata of a file."""
-
-    making: TokenizationSpec
-    text: SourceText
-
-    def dump(self) -> bytes:
-        return json.dumps([self.making.model_dump(), self.text.model_dump()]).encode()
-
-    @staticmethod
-    def load(data: bytes) -> "Header":
-        making, text, *_ = json.loads(data)  # files of release 0.2 have a third entry
-        return Header(TokenizationSpec(**making), SourceText(**text))
-
-
-class _Columns(NamedTuple):
+class _Batch(NamedTuple):
     """The columns of a record batch, mapped and not copied."""
 
     offsets: npt.NDArray[np.int32]  # in ids, one more than there are rows
     ids: TokenIds
+    scored: npt.NDArray[np.bool_] | None  # of each id; None: all are
     utf8_bytes: npt.NDArray[np.int64]
-    skipped: Any  # an Arrow array
+    skipped: dict[int, str]  # the reasons of the rows that are skipped
 
 
 class MappedTokens:
@@ -60,67 +41,39 @@ class MappedTokens:
         try:
             self._map = pyarrow.memory_map(path)
             file = pyarrow.ipc.open_file(self._map)
-            self._batches = [file.get_batch(number) for number in range(file.num_record_batches)]
-            self.head = Header.load(file.schema.metadata[METADATA])
+            self._stored = [file.get_batch(number) for number in range(file.num_record_batches)]
+            self.holds_records = "scored" in file.schema.names
+            self.ids = sum(len(batch.column("tokens").values) for batch in self._stored)
         except FileNotFoundError as error:
             raise SourceError(f"{path} is missing; make it again: {COMMAND}") from error
         except MemoryError:  # pyarrow's is an ArrowException, too
             raise
-        except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
             if isinstance(error, PermissionError) or (
                 isinstance(error, OSError) and error.errno in {*LOST_DISK, errno.EMFILE}
             ):
                 raise unreadable(path, error, "check the path and its permissions") from error
             raise self.damaged(str(error)) from error
-        self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
-        self._at = -1
-        self._columns: _Columns | None = None
+        self._starts = [0, *accumulate(batch.num_rows for batch in self._stored)]
+        self._read: dict[int, _Batch] = {}
 
     @property
     def rows(self) -> int:
         return self._starts[-1]
 
-    def take(self, numbers: range) -> Iterator[TokenIds | Skipped]:
-        """The rows with these numbers, which must be increasing."""
-        for columns, here in self._parts(numbers):
-            begins = columns.offsets[:-1][here].tolist()
-            ends = columns.offsets[1:][here].tolist()
-            ids = columns.ids
-            if columns.skipped.null_count == len(columns.skipped):
-                yield from [ids[begin:end] for begin, end in zip(begins, ends, strict=True)]
-                continue
-            reasons = columns.skipped[here].to_pylist()
-            for begin, end, reason in zip(begins, ends, reasons, strict=True):
-                if reason is not None and reason not in SKIP_REASONS:
-                    raise self.damaged(f"a row is skipped for the reason {reason!r}")
-                yield ids[begin:end] if reason is None else Skipped(reason)
+    def row(self, number: int) -> Encoded | Skipped:
+        stored = bisect_right(self._starts, number) - 1
+        batch = self._batch(stored)
+        at = number - self._starts[stored]
+        if batch.skipped and at in batch.skipped:
+            return Skipped(batch.skipped[at])
+        own = slice(batch.offsets[at], batch.offsets[at + 1])
+        if batch.scored is None:
+            return Encoded(batch.ids[own], utf8_bytes=int(batch.utf8_bytes[at]))
+        return Encoded(batch.ids[own], batch.scored[own])
 
-    def documents(self) -> Iterator[tuple[TokenIds, int]]:
-        """The tokens of every row that is not skipped, and the UTF-8 bytes of its text."""
-        for number in range(len(self._batches)):
-            numbers = range(self._starts[number], self._starts[number + 1])
-            sizes = self._batch(number).utf8_bytes.tolist()
-            for ids, size in zip(self.take(numbers), sizes, strict=True):
-                if not isinstance(ids, Skipped):
-                    yield ids, size
-
-    def counts(self) -> tuple[int, int, int]:
-        """Rows that are not skipped, their tokens without EOS, and the UTF-8 bytes of their texts."""
-        all_columns = [self._batch(number) for number in range(len(self._batches))]
-        return (
-            sum(columns.skipped.null_count for columns in all_columns),
-            sum(len(columns.ids) for columns in all_columns),
-            sum(int(columns.utf8_bytes.sum()) for columns in all_columns),
-        )
-
-    def bad_among(self, numbers: range) -> int:
-        """How many of the rows with these numbers are bad."""
-        return sum(
-            reason in BAD_REASONS
-            for columns, here in self._parts(numbers)
-            if columns.skipped.null_count < len(columns.skipped)
-            for reason in columns.skipped[here].to_pylist()
-        )
+    def batches(self) -> Iterator[_Batch]:
+        return map(self._batch, range(len(self._stored)))
 
     def damaged(self, reason: str) -> SourceError:
         return SourceError(
@@ -129,47 +82,45 @@ class MappedTokens:
         )
 
     def close(self) -> None:
-        self._columns = None
-        self._batches = []
+        self._read.clear()
+        self._stored.clear()
         self._map.close()
 
-    def _parts(self, numbers: range) -> Iterator[tuple[_Columns, slice]]:
-        """The batches that hold these rows, each with the slice of its rows that is wanted."""
-        first = numbers.start
-        while first < numbers.stop:
-            batch = bisect_right(self._starts, first) - 1
-            start, end = self._starts[batch : batch + 2]
-            stop = min(end, numbers.stop)
-            yield self._batch(batch), slice(first - start, stop - start, numbers.step)
-            first = range(first, stop, numbers.step)[-1] + numbers.step
-
-    def _batch(self, number: int) -> _Columns:
-        if self._columns is None or self._at != number:
+    def _batch(self, number: int) -> _Batch:
+        if number not in self._read:
             import pyarrow
 
-            batch = self._batches[number]
+            stored = self._stored[number]
             try:
-                batch.validate(full=True)  # that offsets rise and stay within the file
-                tokens = batch.column("tokens")
-                sizes = batch.column("utf8_bytes").to_numpy()
-                self._columns = _Columns(
-                    tokens.offsets.to_numpy(), tokens.values.to_numpy(), sizes, batch.column("skipped")
+                stored.validate(full=True)  # that offsets rise and stay within the file
+                tokens, reasons = stored.column("tokens"), stored.column("skipped")
+                scored = stored.column("scored").values if self.holds_records else None
+                skipped: dict[int, str] = {}
+                if reasons.null_count < len(reasons):
+                    skipped = {at: reason for at, reason in enumerate(reasons.to_pylist()) if reason is not None}
+                self._read[number] = _Batch(
+                    tokens.offsets.to_numpy(),
+                    tokens.values.to_numpy(),
+                    None if scored is None else scored.to_numpy().view(np.bool_),
+                    stored.column("utf8_bytes").to_numpy(),
+                    skipped,
                 )
             except MemoryError:
                 raise
             except (pyarrow.ArrowException, KeyError) as error:
                 raise self.damaged(str(error)) from error
-            self._at = number
-        return self._columns
+            if unknown := set(skipped.values()).difference(SKIP_REASONS):
+                raise self.damaged(f"a row is skipped for the reason {min(unknown)!r}")
+        return self._read[number]
 
 
 class TokenRows:
-    """The tokens of a lane's share of a shard (see ``rows.Rows``).
+    """A lane's share of a file of tokens (see ``rows.Rows``).
 
     Here bad rows are only counted: their number was checked when the tokens were made, and at the start of the run.
     """
 
-    def __init__(self, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0) -> None:
+    def __init__(self, shard: Shard, stride: int, phase: int, bad: int) -> None:
         self.bad = bad
         self._tokens = open_tokens(shard)
         rows = range(self._tokens.rows)
@@ -181,11 +132,11 @@ class TokenRows:
         self._left = self._left[count:]
         return enough
 
-    def take(self, count: int) -> list[TokenIds | Skipped]:
-        wanted = self._left[:count]
+    def take(self, count: int) -> list[Encoded | Skipped]:
+        rows = [self._tokens.row(number) for number in self._left[:count]]
         self._left = self._left[count:]
-        self.bad += self._tokens.bad_among(wanted)
-        return list(self._tokens.take(wanted))
+        self.bad += sum(isinstance(row, Skipped) and row.reason in BAD_REASONS for row in rows)
+        return rows
 
     def close(self) -> None:
         self._tokens.close()
@@ -196,31 +147,8 @@ def open_tokens(shard: Shard) -> MappedTokens:
     indexed = shard.tokens
     assert indexed is not None, "a shard of text"
     tokens = MappedTokens(shard.location)
-    head = tokens.head
-    if (head.making, head.text) != (indexed.making, indexed.text) or tokens.rows != indexed.totals.rows:
+    totals = indexed.totals
+    fits = (tokens.rows, tokens.ids + totals.documents) == (totals.rows, totals.tokens)
+    if not fits or tokens.holds_records != (indexed.making.records is not None):
         raise tokens.damaged("it is another file than its folder says")
     return tokens
-
-
-def open_any(
-    config: DataConfig, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0, note: Callable[[str], object]
-) -> Rows[Any]:
-    """The rows of a shard of text, records or tokens (see ``rows.OpenRows``)."""
-    if shard.tokens is None:
-        return open_rows(config, shard, stride=stride, phase=phase, bad=bad, note=note)
-    return TokenRows(shard, stride=stride, phase=phase, bad=bad)
-
-
-def only_tokens(rows: list[TokenIds]) -> list[Encoded]:
-    """A ``rows.Encode`` for rows that are already tokens."""
-    return [Encoded(ids) for ids in rows]
-
-
-def or_tokens(encode: EncodeTexts) -> Encode[Any]:
-    """Extends ``encode`` to rows some of which are already tokens."""
-
-    def encode_any(rows: list[Any]) -> list[Encoded]:
-        texts = iter(encode([row for row in rows if isinstance(row, str)]))
-        return [next(texts) if isinstance(row, str) else Encoded(row) for row in rows]
-
-    return encode_any

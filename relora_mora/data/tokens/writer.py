@@ -1,5 +1,6 @@
-"""Tokenizes one shard of text into a file, in bounded memory. The file appears only once it is complete."""
+"""Tokenizes one shard of text or records into a file, in bounded memory. The file appears only once it is complete."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -9,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from relora_mora.config.data import DataConfig
+from relora_mora.data.bad_rows import NOTES_PER_REASON, JudgedRows, RecordsFound, too_many_records
 from relora_mora.data.content import samples_digest
-from relora_mora.data.errors import Skipped
+from relora_mora.data.errors import BAD_REASONS, Skipped
 from relora_mora.data.read import open_rows
-from relora_mora.data.rows import EncodeTexts, Ids, TokenIds, calls_of
+from relora_mora.data.rows import Encode, Encoded, calls_of
 from relora_mora.data.shard import Shard
 from relora_mora.data.tokens.index import FileStats
-from relora_mora.data.tokens.rows import METADATA, Header, MappedTokens
+from relora_mora.data.tokens.rows import MappedTokens
 from relora_mora.system.files import disk_faults_named, sync
 
 # limits of a record batch; a lane that reads rows maps one batch at a time
@@ -24,25 +26,28 @@ BATCH_ROWS = 1 << 16
 UNFINISHED = ".tmp"  # suffix of a file that is being written
 TEXTS_PER_CALL = 256  # per tokenizer call; enough to keep several cores of one process busy
 
+log = logging.getLogger(__name__)
+
 
 class TokenWriter:
     """``write(row, utf8_bytes)`` adds a row: its tokens, or the reason why it was skipped."""
 
-    def __init__(self, stream: Any, head: Header, vocabulary: int) -> None:
+    def __init__(self, stream: Any, vocabulary: int, *, records: bool = False) -> None:
         import pyarrow
 
         ids = pyarrow.uint16() if vocabulary <= 1 << 16 else pyarrow.uint32()
-        self._schema = pyarrow.schema(
-            [("tokens", pyarrow.list_(ids)), ("utf8_bytes", pyarrow.int64()), ("skipped", pyarrow.string())],
-            metadata={METADATA: head.dump()},
-        )
+        columns = [("tokens", pyarrow.list_(ids)), ("utf8_bytes", pyarrow.int64()), ("skipped", pyarrow.string())]
+        if records:
+            columns.append(("scored", pyarrow.list_(pyarrow.uint8())))
+        self._schema = pyarrow.schema(columns)
         self._ids = ids.to_pandas_dtype()
         self._file = pyarrow.ipc.new_file(stream, self._schema)
         self._clear()
 
-    def write(self, row: Ids | Skipped, utf8_bytes: int = 0) -> None:
-        ids = np.array([] if isinstance(row, Skipped) else row, self._ids)
-        self._rows.append(ids)
+    def write(self, row: Encoded | Skipped, utf8_bytes: int = 0) -> None:
+        ids, scored, *_ = Encoded([]) if isinstance(row, Skipped) else row
+        self._rows.append(np.array(ids, self._ids))
+        self._scored.append(np.ones(len(ids), np.uint8) if scored is None else np.array(scored, np.uint8))
         self._ends.append(self._ends[-1] + len(ids))
         self._sizes.append(utf8_bytes)
         self._skipped.append(row.reason if isinstance(row, Skipped) else None)
@@ -54,7 +59,8 @@ class TokenWriter:
         self._file.close()
 
     def _clear(self) -> None:
-        self._rows: list[TokenIds] = []
+        self._rows: list[Any] = []
+        self._scored: list[Any] = []
         self._ends = [0]
         self._sizes: list[int] = []
         self._skipped: list[str | None] = []
@@ -64,40 +70,51 @@ class TokenWriter:
 
         if not self._rows:
             return
-        tokens = pyarrow.ListArray.from_arrays(
-            pyarrow.array(self._ends, pyarrow.int32()), pyarrow.array(np.concatenate(self._rows))
-        )
-        columns = [tokens, pyarrow.array(self._sizes, pyarrow.int64()), pyarrow.array(self._skipped, pyarrow.string())]
-        self._file.write_batch(pyarrow.record_batch(columns, schema=self._schema))
+        ends = pyarrow.array(self._ends, pyarrow.int32())
+        columns = [
+            pyarrow.ListArray.from_arrays(ends, pyarrow.array(np.concatenate(self._rows))),
+            pyarrow.array(self._sizes, pyarrow.int64()),
+            pyarrow.array(self._skipped, pyarrow.string()),
+            pyarrow.ListArray.from_arrays(ends, pyarrow.array(np.concatenate(self._scored))),
+        ]
+        self._file.write_batch(pyarrow.record_batch(columns[: len(self._schema)], schema=self._schema))
         self._clear()
 
 
 def write_tokens(
     path: Path,
     shard: Shard,
-    head: Header,
     *,
     config: DataConfig,
-    encode: EncodeTexts,
+    encode: Encode[Any],
     vocabulary: int,
     threads: int = 1,
     progress: Callable[[float], object] = lambda part: None,
 ) -> FileStats:
-    """Tokenizes a shard of text. ``vocabulary``: the largest id plus one. ``threads``: the tokenizer's threads.
+    """Tokenizes a shard. ``vocabulary``: the largest id plus one. ``threads``: the tokenizer's threads.
 
     ``progress`` is called with the fraction of the shard that has been read. Only the limits of ``config`` matter.
     Raises SourceError for text that cannot be read or has too many bad rows, OSError for a disk that cannot be written.
     """
-    with _replacing(path) as unfinished, closing(open_rows(config, shard)) as texts, unfinished.open("wb") as stream:
-        writer = TokenWriter(stream, head, vocabulary)
-        for rows in calls_of(texts, TEXTS_PER_CALL, threads):
+    found = RecordsFound()
+    with _replacing(path) as unfinished, closing(open_rows(config, shard)) as opened, unfinished.open("wb") as stream:
+        assert isinstance(opened, JudgedRows), "tokens of tokens"
+        writer = TokenWriter(stream, vocabulary, records=shard.holds_records)
+        for rows in calls_of(opened, TEXTS_PER_CALL, threads):
             encoded = iter(encode([row for row in rows if not isinstance(row, Skipped)]))
             for row in rows:
                 if isinstance(row, Skipped):
                     writer.write(row)
-                else:
-                    writer.write(next(encoded).ids, len(row.encode()))
-            progress(texts.progress)
+                    continue
+                made = next(encoded)
+                found.add(made)
+                if isinstance(made, Skipped):
+                    if found.bad <= NOTES_PER_REASON:
+                        log.warning("%s; skipped", made.detail)
+                    if fault := too_many_records(found.bad, found.seen, config.max_bad_fraction, made.detail):
+                        raise fault
+                writer.write(made, len(row.encode()) if isinstance(row, str) else 0)
+            progress(opened.progress)
         writer.close()
         stream.flush()
         os.fsync(stream.fileno())
@@ -107,13 +124,14 @@ def write_tokens(
 def totals_of(path: Path) -> FileStats:
     """The totals of a file of tokens. Raises SourceError if it is damaged."""
     with closing(MappedTokens(str(path))) as tokens:
-        documents, ids, utf8_bytes = tokens.counts()
+        batches = [*tokens.batches()]
+        documents = tokens.rows - sum(len(batch.skipped) for batch in batches)
         return FileStats(
             rows=tokens.rows,
             documents=documents,
-            bad=tokens.bad_among(range(tokens.rows)),
-            tokens=ids + documents,
-            utf8_bytes=utf8_bytes,
+            bad=sum(reason in BAD_REASONS for batch in batches for reason in batch.skipped.values()),
+            tokens=sum(len(batch.ids) for batch in batches) + documents,
+            utf8_bytes=sum(int(batch.utf8_bytes.sum()) for batch in batches),
             digest=samples_digest(str(path)),
         )
 

@@ -6,7 +6,6 @@ itself, in :func:`agree`.
 
 import contextlib
 import json
-import math
 import socket
 import tempfile
 import time
@@ -31,12 +30,13 @@ from relora_mora.config.schema import Config, EvalConfig
 from relora_mora.config.yaml_text import parse_yaml
 from relora_mora.data.content import at_versions, content_of, fingerprints, remote_versions
 from relora_mora.data.sets.check import check_columns, check_lanes, check_records
-from relora_mora.data.sets.reading import Epochs, count_epochs
+from relora_mora.data.sets.reading import count_epochs
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.named_sets import find_files, remember_files
 from relora_mora.data.sources.names import with_commits
 from relora_mora.data.stream.producer import in_saved_order
-from relora_mora.distributed.collectives import gather_from_ranks, on_all_ranks, same_on_all_ranks
+from relora_mora.data.tokens.folder import tokens_of_whole_rows
+from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, on_all_ranks, same_on_all_ranks
 from relora_mora.distributed.join import processes_on_host
 from relora_mora.evaluation.harness import Tasks, TaskSettings, check_tasks
 from relora_mora.model.compiling import compiles_here
@@ -84,7 +84,6 @@ class Inputs:
     # found in the run folder, once this run has its lock
     epochs: float | None = None  # train.epochs; once they are counted, the config has train.steps instead
     warmup_fraction: float | None = None  # optim.warmup_fraction, likewise
-    epoch_blocks: Sequence[int] | None = None  # how many blocks of a lane of whole rows each epoch takes
     checkpoint: Path | None = None  # where the run continues or begins; None: at step 0
 
     @property
@@ -377,33 +376,36 @@ def _check_tokenizer(config: Config, model_type: str, tokenizer: PreTrainedToken
         save_tokenizer(tokenizer, folder)
 
 
-def count_tokens(inputs: Inputs) -> Epochs:
-    """Counts the tokens of each epoch. One rank reads the whole text."""
+def with_tokens(inputs: Inputs) -> Inputs:
+    """Replaces text and records that are packed whole by their tokens in the run folder; a collective."""
+    config = inputs.config
+    cache = RunFolder(Path(config.train.run_dir)).tokens
+    made: dict[int, Shard] = from_first_rank(
+        lambda: tokens_of_whole_rows(inputs.shards, config.data, config.tokenizer_path, cache)
+    )
+    return replace(inputs, shards=[made.get(number, shard) for number, shard in enumerate(inputs.shards)])
+
+
+def count_tokens(inputs: Inputs) -> int:
+    """Counts the tokens of ``train.epochs``. One rank reads the whole text."""
     begin = time.perf_counter()
     config = inputs.config
+    epochs = config.train.epochs or 1.0
     log.info("train.epochs: counting the tokens of the training text")
     with Bar("counting the tokens of the training text", show=config.log.progress):
-        counted = count_epochs(
-            config.data,
-            config.tokenizer_path,
-            lanes=config.lanes,
-            blocks_per_lane=config.train.batch_size // config.lanes,
-            epochs=math.ceil(config.train.epochs or 1),
-            shards=inputs.shards,
+        tokens = count_epochs(
+            config.data, config.tokenizer_path, lanes=config.lanes, epochs=epochs, shards=inputs.shards
         )
-    log.info("an epoch has %s tokens (%.1f s)", f"{counted.tokens[0]:,}", time.perf_counter() - begin)
-    return counted
+    log.info("%s epochs have %s tokens (%.1f s)", f"{epochs:g}", f"{tokens:,}", time.perf_counter() - begin)
+    return tokens
 
 
-def with_epochs(inputs: Inputs, counted: Epochs) -> Inputs:
-    """Sets the steps of ``train.epochs`` and ``optim.warmup_fraction``."""
+def with_epochs(inputs: Inputs, tokens: int) -> Inputs:
+    """Sets the steps of ``train.epochs``, which have so many tokens, and ``optim.warmup_fraction``."""
     config = inputs.config
-    epochs = config.train.epochs
-    assert epochs is not None
     return replace(
         inputs,
-        config=with_counted_epochs(config, counted.tokens_of(epochs)),
-        epochs=epochs,
+        config=with_counted_epochs(config, tokens),
+        epochs=config.train.epochs,
         warmup_fraction=config.optim.warmup_fraction,
-        epoch_blocks=counted.blocks,
     )

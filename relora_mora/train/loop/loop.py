@@ -56,7 +56,6 @@ class Trainer:
             state=state.data or None,
             step=state.step,
             shards=run.inputs.shards,
-            epoch_blocks=run.inputs.epoch_blocks,
         )
         self.loader = BatchLoader(self.data, config.data, guard)
         self.metrics = Metrics(self.folder, loggers=make_loggers(self.folder, config.log), writes=is_first)
@@ -146,7 +145,7 @@ class Trainer:
         rates = group_rates(self.run.schedule, self.run.groups, step)
         done = self.engine.step(rates, losses / len(pieces))
         batch = share.batch
-        data = [] if done.applied else self.data.describe(batch.state, since=state.data)
+        data = [] if done.applied else self.data.describe(state.data, batch.state)
         state.step = self.guard.step = step
         state.tokens += self.config.tokens_per_step
         state.data = batch.state

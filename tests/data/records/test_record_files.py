@@ -16,7 +16,6 @@ from relora_mora.data.sets.check import check_records
 from relora_mora.data.sets.reading import iter_texts
 from relora_mora.data.sets.show import marked, show_records
 from relora_mora.data.sources.resolve import configured_shards
-from relora_mora.data.tokens.folder import make_tokens
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.record_tools import CONVERSATION, encoded
 from tests.tools.data_tools import data_config, eval_set, resolve_shards, write_json_lines
@@ -171,12 +170,9 @@ def test_training_rows_are_shown(tokenizer_path, tmp_path, capsys):
     assert marked(tokenizer, ids, [False, True], colour=True) == "the·\x1b[32ma\x1b[0m"
 
 
-def test_pre_tokenizing_and_training_of_tokenizers_take_only_text(tokenizer_path, tmp_path):
+def test_training_of_tokenizers_takes_only_text(tmp_path):
     path = _write(tmp_path / "a.jsonl")
     config = data_config(path, records={"kind": "messages", "template": "chatml"})
-    shards = configured_shards(config, "train")
     message = r"a\.jsonl is read as records \(data\.records\), but text is needed here; set data\.records=null"
-    with pytest.raises(SourceError, match=message):
-        make_tokens(shards, tmp_path / "out", config=config, tokenizer_path=tokenizer_path, processes=1)
     with pytest.raises(SourceError, match=message):
         list(iter_texts(str(path), split="train", config=config))

@@ -15,7 +15,7 @@ from relora_mora.data.sets.reading import count_epochs, rows_in_order
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.tokenizer.load import load_tokenizer
-from tests.data.stream_tools import BATCH, LANES, count_of, stream_of
+from tests.data.stream_tools import BATCH, LANES, stream_of
 from tests.tools.data_tools import write_json_lines
 from tests.tools.each import each
 
@@ -64,21 +64,19 @@ def _read_separately(sources: Any, packing: str, tokenizer_path: str) -> Counter
         config = _config([source], packing, concatenate=False)
         shards = configured_shards(config, "train")
         for row in rows_in_order(shards, config, load_tokenizer(tokenizer_path), "none"):
-            scored = [True] * len(row.encoded.ids) if row.encoded.scored is None else row.encoded.scored
-            kept = zip(row.encoded.ids[1:], scored[1:], strict=True)
+            scored = [True] * len(row.ids) if row.scored is None else row.scored
+            kept = zip(row.ids[1:], scored[1:], strict=True)
             rows[tuple(int(token) for token, learned in kept if learned)] += 1
     return rows
 
 
 def test_every_row_of_every_source_is_learned_once_in_each_epoch(sources, tokenizer_path):
     config = _config(sources)
-    epoch = count_of(config, tokenizer_path, EPOCHS)
     expected = _read_separately(sources, "none", tokenizer_path)
     assert expected.total() == 23 + 31 + 9 + 12
-    with stream_of(config, tokenizer_path, epoch_blocks=epoch.blocks) as stream:
-        for blocks in epoch.blocks:
-            seen = sum((_scored(next(stream)) for _ in range(blocks * LANES // BATCH)), Counter())
-            assert seen == expected
+    with stream_of(config, tokenizer_path, batch_size=5, lanes=5) as stream:
+        for _ in range(EPOCHS):
+            assert sum((_scored(next(stream)) for _ in range(expected.total() // 5)), Counter()) == expected
 
 
 def test_a_stream_comes_once_in_an_epoch_except_at_its_ends(tokenizer_path, tmp_path):
@@ -88,7 +86,7 @@ def test_a_stream_comes_once_in_an_epoch_except_at_its_ends(tokenizer_path, tmp_
     rows = {name: [{"text": f"<{name} {n:03}>"} for n in range(size)] for name, size in sizes.items()}
     given = [{"source": str(write_json_lines(tmp_path / f"{name}.jsonl", rows[name]))} for name in sizes]
     config = _config(given, "stream")
-    steps = count_of(config, tokenizer_path, EPOCHS).tokens[0] // (BATCH * LENGTH)
+    steps = count_epochs(config, tokenizer_path, lanes=LANES) // (BATCH * LENGTH)
     with stream_of(config, tokenizer_path) as stream:
         batches = [next(stream) for _ in range(steps)]
     lanes: list[list[int]] = [[] for _ in range(LANES)]
@@ -106,21 +104,15 @@ def test_a_stream_comes_once_in_an_epoch_except_at_its_ends(tokenizer_path, tmp_
 @each("packing", ["whole", "stream"])
 def test_stops_and_other_numbers_of_ranks_change_nothing(sources, tokenizer_path, packing):
     config = _config(sources, packing)
-    epoch = count_of(config, tokenizer_path, EPOCHS)
-    steps = int(epoch.tokens_of(EPOCHS)) // (BATCH * LENGTH)
-    with stream_of(config, tokenizer_path, epoch_blocks=epoch.blocks) as stream:
+    steps = 20
+    with stream_of(config, tokenizer_path) as stream:
         expected = [next(stream) for _ in range(steps)]
     state = None
     step = 0
     while step < steps:
         ranks = 1 + step % 2
-        # a resumed run takes the numbers from its state, because its saved settings have steps and not epochs
-        given = epoch.blocks if state is None else None
-        parts = [
-            stream_of(config, tokenizer_path, rank, ranks, state=state, step=step, epoch_blocks=given)
-            for rank in range(ranks)
-        ]
-        for _ in range(min(5, steps - step)):
+        parts = [stream_of(config, tokenizer_path, rank, ranks, state=state, step=step) for rank in range(ranks)]
+        for _ in range(5):
             batches = [next(part) for part in parts]
             assert sum(map(_scored, batches), Counter()) == _scored(expected[step])
             step += 1
@@ -128,22 +120,6 @@ def test_stops_and_other_numbers_of_ranks_change_nothing(sources, tokenizer_path
             part.close()
         state = merge_states([json.loads(json.dumps(batch.state)) for batch in batches])
         assert state == merge_states([expected[step - 1].state])
-
-
-def test_an_epoch_is_counted_correctly_if_files_have_the_same_name(tokenizer_path, tmp_path):
-    answers = [" rank"] * LANES + [" matrix" * (LENGTH // 3)] * LANES  # a lane reads one file of each length
-    paths = [
-        str(write_json_lines(tmp_path / str(n) / "rows.jsonl", [{"prompt": f"{n}", "completion": answer}] * 10))
-        for n, answer in enumerate(answers)
-    ]
-    config = _config(paths, "whole", concatenate=False, records={"kind": "prompt"})
-    counted = count_of(config, tokenizer_path, EPOCHS)
-    [first] = count_epochs(config, tokenizer_path, lanes=LANES, blocks_per_lane=BATCH // LANES).blocks
-    assert set(counted.blocks) == {first}
-    with stream_of(config, tokenizer_path, epoch_blocks=counted.blocks) as stream:
-        batches = [next(stream) for _ in range(EPOCHS * first * LANES // BATCH)]
-    assert batches[-1].counts["documents"] == EPOCHS * 10 * len(paths)
-    assert batches[-1].counts["epoch"] == EPOCHS - 1
 
 
 def test_a_mixture_of_the_same_sources_is_other_data(sources, tokenizer_path):

@@ -111,9 +111,9 @@ def test_a_mixture_reads_each_source_as_if_it_were_the_only_one(folder, tokenize
         assert batch.counts["blocks/web"] == 72
         assert batch.counts["blocks/books"] == 24
         assert batch.counts["epoch/web"] == batch.counts["epoch"] == 0
-        positions = stream.describe(batch.state)
+        positions = stream.describe({}, batch.state)
         assert len(positions) == 8
-        assert positions[1].startswith("lane 0, web: epoch 0, part-0000")
+        assert positions[1].startswith("lane 0, web: epoch 0, after part-0000")
         json.dumps(batch.state)
 
 

@@ -9,9 +9,8 @@ from tests.tools.data_tools import EOS, data_config, documents_in, make_lane, re
 from tests.tools.each import each
 
 SENTENCE = re.compile(
-    r"lane (\d+): epoch (\d+), (\w)\.json, after (?:(?P<count>\d+) of lines "
-    r"(?P<first>\d+) to (?P<last>\d+)(?: in steps of (?P<step>\d+))? "
-    r"\(shuffled\)|line (?P<line>\d+))(?: and (?P<tokens>\d+) tokens of the next document)?"
+    r"lane (\d+): epoch (\d+), after (\w)\.json, (\d+) of documents (?P<first>\d+) to (?P<last>\d+) of share "
+    r"(?P<phase>\d+) of (?P<stride>\d+) \(shuffled\)(?: and (?P<tokens>\d+) tokens)?"
 )
 
 
@@ -38,9 +37,7 @@ def test_the_described_position_is_the_one_that_was_read(tmp_path, lanes, shards
             match = SENTENCE.fullmatch(position)
             assert match and match.group(1, 2) == (str(number), str(state["epoch"])), position
             name, row, _ = documents_in(tokens)[-1].split(" ")  # the last one that was finished
-            lines = range(
-                int(match["first"] or match["line"]), int(match["last"] or match["line"]) + 1, int(match["step"] or 1)
-            )
+            lines = range(int(match["phase"]), 1000, int(match["stride"]))[int(match["first"]) - 1 : int(match["last"])]
             assert len(lines) == shuffle and match[3] == name and int(row) + 1 in lines, (position, name, row)
             assert int(match["tokens"] or 0) == len(tokens) - 1 - max(
                 at for at, token in enumerate(tokens) if token == EOS

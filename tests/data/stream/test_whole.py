@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 from collections import Counter
@@ -14,16 +13,17 @@ import torch
 
 from relora_mora.config.load import load_config
 from relora_mora.data.errors import SourceError
-from relora_mora.data.lanes import LaneRows, merge_states, plan_lanes
-from relora_mora.data.records.encoders import encoder_of, packing_of
+from relora_mora.data.lanes import merge_states
+from relora_mora.data.records.encoders import encoder_of
 from relora_mora.data.rows import Encoded
 from relora_mora.data.shard import Record
 from relora_mora.data.sources.resolve import configured_shards
-from relora_mora.data.stream.packing import UNSCORED, Block
-from relora_mora.data.stream.whole import CountedLane, PackedLane, block_of, first_fit
-from relora_mora.data.tokens.rows import open_any
-from tests.data.stream_tools import stream_of
-from tests.tools.data_tools import EOS, data_config, write_json_lines
+from relora_mora.data.stream.packing import UNSCORED
+from relora_mora.data.stream.whole import WholeLane, WholeRows, block_of, first_fit
+from relora_mora.data.tokens.checks import check_tokens
+from relora_mora.data.tokens.folder import make_tokens, tokens_of_whole_rows
+from tests.data.stream_tools import shards_with_tokens, stream_of
+from tests.tools.data_tools import EOS, data_config, resolve_shards, write_json_lines
 from tests.tools.each import each
 
 LENGTH = 48
@@ -49,27 +49,6 @@ def _config(path: Path, packing: str = "whole", **settings: Any) -> Any:
     return data_config(path, packing=packing, records=records, sequence_length=LENGTH, **settings)
 
 
-def _lane(config: Any, tokenizer: Any, restored: Any = None, kind: type[PackedLane] = PackedLane) -> PackedLane:
-    """The only lane."""
-    shards = configured_shards(config, "train")
-    packing = packing_of(config, shards)
-    [plan] = plan_lanes(1, len(shards), even=True)
-    return kind(
-        LaneRows(plan, shards, config, functools.partial(open_any, config)),
-        encoder_of(tokenizer, [shards[0].records], packing, config.sequence_length),
-        eos=tokenizer.eos_token_id,
-        sequence_length=config.sequence_length,
-        fills=packing == "whole",
-        restored=restored,
-    )
-
-
-def _numbers(block: Block, tokenizer: Any) -> list[int]:
-    """The numbers of the records in a block; each record begins with its number."""
-    texts = tokenizer.decode([int(token) for token in block.tokens]).split("</s>")
-    return [int(text.split()[0]) for text in texts if text]
-
-
 def test_rows_go_into_the_first_block_with_room_from_the_largest_down():
     assert first_fit([3, 9, 4, 1, 6], 10) == [[1, 3], [2, 4], [0]]
     assert first_fit([5, 5, 5], 5) == [[0], [1], [2]]
@@ -84,14 +63,14 @@ def test_a_block_by_hand():
     assert block.documents.tolist() == [0, 0, 0, 1, 1, 2]
 
 
-def test_blocks_hold_whole_records_and_waste_little(path, tokenizer):
+def test_blocks_hold_whole_records_and_waste_little(path, tokenizer, tokenizer_path):
     config = _config(path)
     [shard, *_] = configured_shards(config, "train")
     encode = encoder_of(tokenizer, [shard.records], "whole", LENGTH)
     rows = encode([Record(_row(number), "here", shard.records) for number in range(RECORDS)])
-    lane = _lane(config, tokenizer)
-    [count] = _lane(config, tokenizer, kind=CountedLane).epoch_blocks(1)
-    blocks = [lane.next_block() for _ in range(count)]
+    source = WholeRows(shards_with_tokens(config, tokenizer_path), config)
+    lane = WholeLane(source, 0, 1)
+    blocks = [lane.next_block() for _ in range(source.blocks_in(0))]
     expected = Counter(tuple(row.ids.tolist()) for row in rows)
     found = Counter()
     for block in blocks:
@@ -101,15 +80,6 @@ def test_blocks_hold_whole_records_and_waste_little(path, tokenizer):
     assert {ids: count for ids, count in found.items() if set(ids) != {tokenizer.eos_token_id}} == expected
     assert sum(len(row.ids) for row in rows) > 0.8 * len(blocks) * (LENGTH + 1)
     assert sum(int(block.scored.sum()) for block in blocks) == sum(int(row.scored.sum()) for row in rows)
-
-
-def test_a_position_beyond_its_group_is_refused(path, tokenizer):
-    lane = _lane(_config(path), tokenizer)
-    lane.next_block()
-    with pytest.raises(
-        SourceError, match="lane 0: there are fewer records at the saved position than when it was saved"
-    ):
-        _lane(_config(path), tokenizer, {**lane.state(), "offset": 99})
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:
@@ -189,34 +159,62 @@ def test_records_that_cannot_be_used_are_counted_alike_after_a_resume(tmp_path, 
                 assert all(map(torch.equal, _tensors(again), _tensors(batch)))
                 assert again.state == batch.state
                 assert again.counts == batch.counts
-    notes = [note for batch in batches for note in batch.notes]
-    assert any(note.startswith("a.jsonl, line 4, has no answer to learn: {'prompt': '3 ") for note in notes)
 
 
-@each("fills", [True, False])
-def test_too_many_records_that_cannot_be_used_end_the_stream_before_their_group(tmp_path, tokenizer, fills):
-    """With a higher limit, the stream continues with the blocks that it would have produced anyway."""
-    source = tmp_path / "a.jsonl"
-    rows = [*(_row(number) for number in range(200)), *({"prompt": "x", "completion": ""} for _ in range(30))]
-    source.write_text("\n".join(map(json.dumps, [*rows, *map(_row, range(200, 300))])))
-    packing = "whole" if fills else "none"
-    lane = _lane(_config(source, shuffle_documents=1, packing=packing), tokenizer)
-    before = []
+@each("packing", ["whole", "none", "stream"])
+def test_pre_tokenized_records_give_the_batches_of_the_records(path, tokenizer, tokenizer_path, tmp_path, packing):
+    config = _config(path, packing)
+    shards = configured_shards(config, "train")
+    folder = tmp_path / packing
+    make_tokens(shards, folder, config=config, tokenizer_path=tokenizer_path, processes=1)
+    tokens = _config(folder, packing)
+    check_tokens(configured_shards(tokens, "train"), tokenizer_path=tokenizer_path, eos=tokenizer.eos_token_id)
+    with stream_of(config, tokenizer_path) as records, stream_of(tokens, tokenizer_path) as made:
+        for _ in range(9):
+            batch, again = next(records), next(made)
+            assert all(map(torch.equal, _tensors(batch), _tensors(again)))
+            assert batch.state == again.state
+    other = configured_shards(_config(folder, packing, records={"score": "all"}), "train")
+    with pytest.raises(SourceError, match="written in another way"):
+        check_tokens(other, tokenizer_path=tokenizer_path, eos=tokenizer.eos_token_id)
+    with pytest.raises(SourceError, match=r"holds tokens of records; set data\.records"):
+        resolve_shards(str(folder))
+
+
+def test_tokens_in_the_cache_are_made_once_and_removed_if_the_records_change(tmp_path, tokenizer_path, monkeypatch):
+    source = write_json_lines(tmp_path / "a.jsonl", map(_row, range(20)))
+    config = _config(source)
+
+    def made(config: Any = config) -> list[str]:
+        shards = configured_shards(config, "train")
+        return [
+            shard.location for shard in tokens_of_whole_rows(shards, config, tokenizer_path, tmp_path / "c").values()
+        ]
+
+    [first] = made()
+    with monkeypatch.context() as patch:
+        patch.setattr("relora_mora.data.tokens.folder.write_tokens", None)
+        assert made() == [first]
+    write_json_lines(source, map(_row, reversed(range(20))))
+    [second] = made()
+    [swapped] = made(_config(source, records={"columns": {"prompt": "completion", "completion": "prompt"}}))
+    assert len({first, second, swapped}) == 3
+    assert len(list((tmp_path / "c").iterdir())) == 1
+    streams = config.model_copy(update={"packing": "stream"})
+    shards = configured_shards(streams, "train")
+    assert tokens_of_whole_rows(shards, streams, tokenizer_path, tmp_path / "c") == {}
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_records_that_cannot_be_used_end_the_run_before_its_first_batch(tmp_path, tokenizer_path):
+    bad = [*map(_row, range(200)), *[{"prompt": "x", "completion": ""}] * 30]
+    config = _config(write_json_lines(tmp_path / "bad.jsonl", bad))
     with pytest.raises(SourceError, match=r"\d+ of \d+ records cannot be used, .* has no answer to learn"):
-        while True:
-            before.append(_numbers(lane.next_block(), tokenizer))
-    assert before
-    allowed = _config(source, shuffle_documents=1, packing=packing, max_bad_fraction=1.0)
-    again, never = _lane(allowed, tokenizer, lane.state()), _lane(allowed, tokenizer)
-    expected = [_numbers(never.next_block(), tokenizer) for _ in range(len(before) + 60)]
-    assert before + [_numbers(again.next_block(), tokenizer) for _ in range(60)] == expected
-
-
-def test_a_lane_of_records_that_are_all_too_long_is_reported(tmp_path, tokenizer):
-    source = tmp_path / "a.jsonl"
-    source.write_text("\n".join(json.dumps({"prompt": "the rank " * 40, "completion": "x"}) for _ in range(3)))
-    with pytest.raises(SourceError, match=r"lane 0: none of its records .* more than data\.sequence_length \(48\)"):
-        _lane(_config(source), tokenizer).next_block()
+        stream_of(config, tokenizer_path)
+    long = [{"prompt": "the rank " * 40, "completion": "x"}] * 3
+    config = _config(write_json_lines(tmp_path / "long.jsonl", long))
+    with pytest.raises(SourceError, match=r"no row that can be used \(over_length: 3\).*data\.sequence_length"):
+        stream_of(config, tokenizer_path)
 
 
 def test_a_template_is_found_next_to_the_settings(tmp_path):

@@ -11,11 +11,12 @@ import pytest
 from relora_mora.config.data import DataConfig
 from relora_mora.data.content import content_of
 from relora_mora.data.errors import Skipped, SourceError
+from relora_mora.data.rows import Encoded
 from relora_mora.data.sets.reading import iter_texts
 from relora_mora.data.tokens import writer as token_writer
 from relora_mora.data.tokens.checks import check_tokens
-from relora_mora.data.tokens.index import INDEX, SourceText, TokenizationSpec
-from relora_mora.data.tokens.rows import Header, MappedTokens
+from relora_mora.data.tokens.index import INDEX
+from relora_mora.data.tokens.rows import MappedTokens
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.tokens.tools import LIMITS, batches_of
 from tests.tools.data_tools import data_config, eval_set, resolve_shards
@@ -34,7 +35,7 @@ def test_another_tokenizer_and_other_limits_are_refused(folder, tokenizer_path, 
         check_tokens(shards, tokenizer_path=other_tokenizer, eos=eos)
     with pytest.raises(SourceError, match="of another tokenizer"):
         check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos + 1)
-    with pytest.raises(SourceError, match=r"of up to 150 bytes, and data\.max_line_bytes is 99; set it to 150"):
+    with pytest.raises(SourceError, match=r"data\.max_line_bytes 150, and it is 99 now; set it to 150"):
         check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos, limits=_with(config, max_line_bytes=99))
     with pytest.raises(
         SourceError, match=r"bad\.tokens/00000\.arrow: \d+ of 26 rows were bad, more than data\.max_bad_fraction"
@@ -109,25 +110,15 @@ def test_rows_and_reasons_survive_writing_and_reading(tmp_path):
     """Large ids, rows without tokens, many batches, and reading rows by number."""
     rows = [np.arange(n % 5, dtype=np.uint32) + (70_000 if n % 2 else 0) for n in range(95)]
     rows[13] = rows[60] = Skipped("no_text")
-    head = Header(
-        TokenizationSpec(tokenizer="t", eos=2, max_line_bytes=9),
-        SourceText(name="a", size=None, text_column="text", origin="hub", content=""),
-    )
     with pytest.MonkeyPatch.context() as patch, (tmp_path / "a.arrow").open("wb") as stream:
         patch.setattr(token_writer, "BATCH_TOKENS", 20)
-        writer = token_writer.TokenWriter(stream, head, vocabulary=80_000)
+        writer = token_writer.TokenWriter(stream, vocabulary=80_000)
         for number, row in enumerate(rows):
-            writer.write(row, number)
+            writer.write(row if isinstance(row, Skipped) else Encoded(row), number)
         writer.close()
     tokens = MappedTokens(str(tmp_path / "a.arrow"))
-    assert tokens.head == head
     assert tokens.rows == 95
-    for numbers in (range(95), range(3, 95, 7), range(60, 61), range(94, 95), range(5, 5)):
-        found = list(tokens.take(numbers))
-        assert [_plain(row) for row in found] == [_plain(rows[number]) for number in numbers]
-        assert tokens.bad_among(numbers) == sum(number in (13, 60) for number in numbers)
-    assert [size for _, size in tokens.documents()] == [number for number in range(95) if number not in (13, 60)]
-
-
-def _plain(row):
-    return row.reason if isinstance(row, Skipped) else row.tolist()
+    for number in (*range(95), 60, 94, 3):
+        row, found = rows[number], tokens.row(number)
+        assert found == row if isinstance(row, Skipped) else found.ids.tolist() == row.tolist()
+        assert isinstance(row, Skipped) or found.utf8_bytes == number
