@@ -43,9 +43,9 @@ REFUSED = re.compile(
 RANKS = 2
 MICRO_BATCHES = 2
 STEPS = 3
-# DeepSpeed reads norms for each parameter at stage 0 and for each group at stages 1 and 2. It also waits at the end of
-# each backward, for the stream that reduces, and at stage 3 after the step, for small parameters.
-MOST_WAITS = {0: 29, 1: 4, 2: 9, 3: 6}
+# DeepSpeed reads norms, at stage 0 for each parameter, too. It also waits at the end of each backward, for the stream
+# that reduces, and at stage 3 after the step, for small parameters.
+MOST_WAITS = {0: 8, 1: 4, 2: 9, 3: 6}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,7 +89,8 @@ METHODS = [
 )
 def test_a_step_stays_on_the_device(stage: int, method: str, matrices: str, others: str, fake: FakeTensorMode) -> None:
     engine, watch = train_steps(stage, method, fake, bf16=True, matrices=matrices, others=others)
-    assert len(watch.syncs) <= MOST_WAITS[stage], watch.syncs
+    trained = sum(parameter.requires_grad for parameter in engine.lm.parameters())
+    assert len(watch.syncs) <= MOST_WAITS[stage] + (trained if stage == 0 else 0), watch.syncs
     tensors: dict[str, Tensor] = dict(engine.lm.named_parameters()) | dict(engine.lm.named_buffers())
     tensors |= {f"master of {fragment.name}": fragment.flat for fragment in engine.fragments}
     for flat in engine.flats():
