@@ -14,6 +14,7 @@ NAMES = {
     "model_config": "model.json",
     "generation_config": "generation_config.json",
     "tokenizer": "tokenizer",
+    "tokens": "tokens",
     "starts": "starts.jsonl",
     "metrics": "metrics.jsonl",
     "tasks": "tasks.jsonl",

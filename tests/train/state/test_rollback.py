@@ -39,7 +39,7 @@ def test_one_rank_with_nan_skips_the_step_on_all_and_is_named(
     assert line["step"] == 4
     assert line["train/skipped_steps"] == 1
     (place,) = line["train/skipped_data"]
-    assert place.startswith("rank 1: lane 1: from epoch 0")
+    assert place.startswith("rank 1: lane 1: epoch 0, after ")
     assert ".json.gz" in place
     assert logged_steps(folder) == [1, 2, 3, 5, 6, 7, 8, 9, 10]
 
