@@ -11,7 +11,7 @@ import pytest
 from relora_mora.checkpoint import mirror
 from relora_mora.checkpoint.mirror import Mirror, MirrorError
 from relora_mora.system.run_folder import RunFolder
-from tests.checkpoint.test_mirror import checkpoint, sent, wait_for
+from tests.tools.mirrors import checkpoint, sent, wait_for
 
 moto = pytest.importorskip("moto.server")
 boto3 = pytest.importorskip("boto3")

@@ -12,8 +12,8 @@ import pytest
 from relora_mora.checkpoint import mirror
 from relora_mora.checkpoint.mirror import MirrorError
 from relora_mora.config.schema import Config
-from tests.checkpoint.test_mirror import wait_for
 from tests.tools.grids import rest
+from tests.tools.mirrors import wait_for
 from tests.tools.runs import checkpoint_at, different_tensors, logged_values, refusal_of, run_config, train
 
 

@@ -1,0 +1,48 @@
+"""Checkpoints of no run, and trainers that send them to a mirror."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from relora_mora.checkpoint.layout import file_entry, step_folder
+from relora_mora.checkpoint.mirror import Mirror
+from relora_mora.system.run_folder import RunFolder
+from tests.tools.checkpoints import made_manifest
+
+URL = "memory://bucket/run"
+
+
+def checkpoint(run: Path, step: int, base: str = "base") -> Path:
+    folder = run / "checkpoints" / step_folder(step)
+    (folder / "tokenizer").mkdir(parents=True)
+    for name, content in (("state", f"{step}"), ("base", base), ("tokenizer/t.json", "{}")):
+        (folder / name).write_text(content)
+    files = {name: file_entry(folder / name) for name in ("state", "base", "tokenizer/t.json")}
+    manifest = made_manifest(step=step, files=files, parameters={}, frozen={})
+    (folder / "manifest.json").write_text(manifest.dump())
+    (run / "metrics.jsonl").write_text(f"{step}\n")
+    return folder
+
+
+def opened(run: Path, said: list[str] | None = None, url: str = URL) -> Mirror:
+    return Mirror(url, RunFolder(run), (said if said is not None else []).append)
+
+
+def sent(run: Path, *checkpoints: Path, said: list[str] | None = None, url: str = URL) -> None:
+    """A trainer that saves these checkpoints and ends."""
+    trainer = opened(run, said, url)
+    trainer.claim()
+    trainer.start()
+    for each in checkpoints:
+        trainer.offer(each)
+    trainer.close()
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
