@@ -169,16 +169,16 @@ class Mirror:
             self._offered = links
             self._changed.notify()
 
-    def close(self) -> None:
-        """Waits for what is left to send, and gives the mirror free."""
+    def close(self, *, wait: bool = True) -> None:
+        """Waits for what is left to send, and gives the mirror free; without ``wait`` the thread does so by itself."""
         if self._thread is None:
             return
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join(CLOSE_SECONDS)
+        self._thread.join(CLOSE_SECONDS if wait else 0)
         self._ended.set()
-        if self._thread.is_alive():
+        if wait and self._thread.is_alive():
             self._report(
                 f"checkpoint.mirror: the last checkpoint was not sent in {CLOSE_SECONDS:.0f} s; "
                 "the same command sends it"

@@ -24,7 +24,8 @@ STORE = MemoryFileSystem()
 def empty_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, seconds in (("BEAT_SECONDS", 0.05), ("SILENCE_SECONDS", 0.3), ("FIRST_WAIT_SECONDS", 0.01)):
         monkeypatch.setattr(mirror, name, seconds)
-    monkeypatch.setattr(mirror, "POLL_SECONDS", 0.01)
+    for name in ("POLL_SECONDS", "LONGEST_WAIT_SECONDS"):
+        monkeypatch.setattr(mirror, name, 0.01)
     yield
     STORE.store.clear()
     STORE.pseudo_dirs[:] = [""]

@@ -206,6 +206,8 @@ class Trainer:
             self.progress.close()
         self.data.close()
         self.writer.wait()
+        if self.writer.mirror is not None:
+            self.writer.mirror.close(wait=False)
         self.metrics.close()
 
 

@@ -37,6 +37,7 @@ def test_a_run_that_lost_its_disk_continues_from_the_mirror(
     pools(ranks)(quickly, lost, stop_after=6)
     wait_for(lambda: (tmp_path / "store/manifests/step-00000006.json").exists())  # a thread sends, cut off or not
     wait_for(lambda: not list((tmp_path / "lost/checkpoints").glob("*.tmp")))
+    wait_for(lambda: json.loads((tmp_path / "store/owner.json").read_text())["released"])
     shutil.rmtree(tmp_path / "lost")
     here = run_config(inputs, tokenizer_path, tmp_path / "here", ranks, checkpoint=kept)
     pools(ranks)(quickly, here)
