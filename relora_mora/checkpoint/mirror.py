@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from relora_mora.checkpoint import layout
-from relora_mora.system.files import remove, sync, write_synced
+from relora_mora.system.files import link_or_copy, remove, sync, write_synced
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 
@@ -157,7 +157,7 @@ class Mirror:
             return
         self._offers += 1
         links = checkpoint.with_name(f"{checkpoint.name}.mirror-{self._offers}{layout.TEMPORARY}")
-        shutil.copytree(checkpoint, links, copy_function=_link)
+        shutil.copytree(checkpoint, links, copy_function=link_or_copy)
         for path in self._small_files():
             if path.exists():
                 target = links / "run" / path.relative_to(self._run.path)
@@ -348,20 +348,11 @@ def open_store(url: str) -> tuple[Any, str]:
     on_disk = {"auto_mkdir": True} if "://" not in url or url.startswith("file://") else {}
     try:
         store, root = url_to_fs(url, **on_disk)
-    except (
-        Exception
-    ) as error:  # a missing package, an unknown store, or a store's own type; the message may hold the url
+    except Exception as error:  # a missing package, an unknown store, or a store's own type
         raise MirrorError(
             f"checkpoint.mirror: its store cannot be opened ({_reason(error)}); check the address and the login"
         ) from error
     return store, str(root).rstrip("/")
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # the file system has no links
-        shutil.copy2(source, target)
 
 
 def _megabytes(manifest: layout.Manifest) -> float:

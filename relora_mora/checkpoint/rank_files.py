@@ -2,8 +2,6 @@
 
 import contextlib
 import itertools
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from relora_mora.checkpoint.layout import TOKENIZER, FileEntry, Manifest, file_entry, list_checkpoints
-from relora_mora.system.files import disk_faults_named, make_folder, ordinary_mode, sync
+from relora_mora.system.files import disk_faults_named, link_or_copy, make_folder, ordinary_mode, sync
 
 if TYPE_CHECKING:  # a checkpoint is read without DeepSpeed
     from relora_mora.engine.engine import ZeroEngine
@@ -134,7 +132,8 @@ class RankFiles:
         """
         for folder in itertools.chain([shared.folder], list_checkpoints(target.parent.parent)):
             with contextlib.suppress(FileNotFoundError):
-                _link(folder / self.base_name, target)
+                target.unlink(missing_ok=True)
+                link_or_copy(folder / self.base_name, target)
                 return True
         return False
 
@@ -159,14 +158,3 @@ def host_copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     if device is not None:
         torch.cuda.current_stream(device).synchronize()
     return copies
-
-
-def _link(source: Path, target: Path) -> None:
-    """Makes a hard link, or a copy if the file system has no hard links."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        shutil.copy2(source, target)

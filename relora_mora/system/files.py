@@ -148,6 +148,16 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Makes a hard link, or a copy if the file system has no hard links; ``target`` must not exist."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def remove(path: Path) -> None:
     """Removes a file, a link (never its target) or a folder (as much of it as can be removed)."""
     if path.is_dir() and not path.is_symlink():
