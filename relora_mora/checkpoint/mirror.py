@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -67,25 +67,19 @@ class Mirror:
 
     def claim(self) -> None:
         """Takes the mirror. Raises :class:`MirrorError` if another trainer has it and lives, or if the store fails."""
-        try:
+        with _faults_named():
             before = self._owner()
             if before and not before.get("released") and before.get("folder") != self._folder():
                 self._await_silence(before)
             self._beat()
             self._there = dict(self._manifests())
-        except MirrorError:
-            raise
-        except Exception as error:  # stores raise types of their own
-            raise MirrorError(
-                f"checkpoint.mirror: the store cannot be read and written ({_reason(error)}); check the address, the "
-                "login and who may write there"
-            ) from error
 
     def fetch(self, resume: str = "auto") -> int | None:
         """Fetches the newest checkpoint if the run folder has none; returns its step, or None if it fetched nothing.
 
-        Raises :class:`MirrorError` if the store has a later step than a run folder with checkpoints, if no checkpoint
-        in it is whole, and if ``resume`` (``train.resume``) says that the run begins elsewhere.
+        A damaged checkpoint is passed over. Raises :class:`MirrorError` if the store has a later step than a run folder
+        with checkpoints, if no checkpoint in it is whole, if ``resume`` (``train.resume``) says that the run begins
+        elsewhere, and if the store fails.
         """
         own = layout.list_checkpoints(self._run.checkpoints)
         there = sorted(self._there.values(), key=lambda manifest: manifest.step, reverse=True)
@@ -105,7 +99,8 @@ class Mirror:
         for manifest in there:
             name = layout.step_folder(manifest.step)
             log.info("fetching %s from the mirror (%.1f MB)", name, _megabytes(manifest))
-            problem = self._fetch(name, manifest)
+            with _faults_named():
+                problem = self._fetch(name, manifest)
             if problem is None:
                 return manifest.step
             problems.append(f"{name}: {problem}")
@@ -126,8 +121,8 @@ class Mirror:
                 (work / file).parent.mkdir(parents=True, exist_ok=True)
                 self._get(f"files/{entry.xxh3_128}", work / file)
             problem = layout.damage(work, manifest, manifest.files)
-        except Exception as error:  # as above
-            problem = _reason(error)
+        except FileNotFoundError:
+            problem = f"{file} is missing"
         if problem is not None:
             remove(work)
             return problem
@@ -353,6 +348,20 @@ def open_store(url: str) -> tuple[Any, str]:
             f"checkpoint.mirror: its store cannot be opened ({_reason(error)}); check the address and the login"
         ) from error
     return store, str(root).rstrip("/")
+
+
+@contextlib.contextmanager
+def _faults_named() -> Iterator[None]:
+    """Turns a fault of the store before training into a :class:`MirrorError`."""
+    try:
+        yield
+    except MirrorError:
+        raise
+    except Exception as error:  # stores raise types of their own, whose messages may hold the url
+        raise MirrorError(
+            f"checkpoint.mirror: the store cannot be read and written ({_reason(error)}); check the address, the login "
+            "and who may write there"
+        ) from error
 
 
 def _megabytes(manifest: layout.Manifest) -> float:

@@ -149,6 +149,25 @@ def test_damage_in_the_store_is_passed_over(tmp_path: Path) -> None:
         again.fetch()
 
 
+def test_a_store_that_fails_while_a_checkpoint_is_fetched_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    sent(run, checkpoint(run, 5), checkpoint(run, 10))
+    shutil.rmtree(run)
+    again = opened(run)
+    again.claim()
+
+    def away(*given: Any, **named: Any) -> None:
+        raise PermissionError(13, "expired token")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "get_file", away)
+        with pytest.raises(MirrorError, match="expired token"):
+            again.fetch()
+    assert again.fetch() == 10
+
+
 def test_a_second_trainer_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     first, second = opened(tmp_path / "a"), opened(tmp_path / "b")
     first.claim()
