@@ -18,20 +18,14 @@ log = logging.getLogger(__name__)
 
 CARDS = ("README.md", ".huggingface.yaml")  # the files that describe a set, besides the names of its files
 Found = tuple[str, ...] | SourceError
-FoundFiles = dict[tuple[SetName, str], Found]  # by name and commit
-_found: FoundFiles = {}
+_found: dict[tuple[SetName, str], Found] = {}  # by name and commit
 
 
-def find_files(config: DataConfig) -> FoundFiles:
-    """The files of each set on the hub, or the error. One rank calls this, and all ``remember_files``."""
+def find_files(config: DataConfig) -> None:
+    """Asks for the files of each set on the hub. From now on, this process uses the answers, errors too."""
     keys = {(name, commit_of(name, config)) for name in sets_on_hub(config) if _must_be_listed(name)}
-    return {key: _find(*key, config.timeout_seconds) for key in keys}
-
-
-def remember_files(found: FoundFiles) -> None:
-    """Makes this process use these answers from now on instead of asking the hub."""
     _found.clear()
-    _found.update(found)
+    _found.update({key: _find(*key, config.timeout_seconds) for key in keys})
 
 
 def _must_be_listed(name: SetName) -> bool:

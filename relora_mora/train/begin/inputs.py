@@ -32,7 +32,7 @@ from relora_mora.data.content import at_versions, content_of, fingerprints, remo
 from relora_mora.data.sets.check import check_columns, check_lanes, check_records
 from relora_mora.data.sets.reading import count_epochs
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.named_sets import find_files, remember_files
+from relora_mora.data.sources.named_sets import find_files
 from relora_mora.data.sources.names import with_commits
 from relora_mora.data.stream.producer import in_saved_order
 from relora_mora.data.tokens.folder import tokens_of_whole_rows
@@ -125,7 +125,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         passes_boundaries = findings.passes_boundaries
 
     data = with_commits(_with_saved_commits(config))
-    remember_files(find_files(data))
+    find_files(data)
     config = config.model_copy(update={"data": data})
     text = open_text(config)
     tokenizer = text.tokenizer

@@ -9,7 +9,7 @@ import pytest
 from relora_mora.config.data import TextSource
 from relora_mora.data.errors import SourceError
 from relora_mora.data.sources import named_sets
-from relora_mora.data.sources.named_sets import find_files, remember_files
+from relora_mora.data.sources.named_sets import find_files
 from tests.tools.data_tools import data_config, resolve_shards, some_texts, texts_of, write_shard
 from tests.tools.each import each
 from tests.tools.faulty_server import COMMIT, FAULTS, serving
@@ -34,7 +34,7 @@ Texts.
 def fresh(monkeypatch, short_waits):
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None))  # its own waits
     yield
-    remember_files({})
+    named_sets._found.clear()
 
 
 def _write_set(folder):
@@ -173,12 +173,11 @@ def test_network_faults_do_not_change_what_is_found(tmp_path, hub):
         hub.fault = lambda n: None
 
 
-def test_one_process_asks_and_the_others_get_the_answer(tmp_path, hub, monkeypatch):
+def test_a_process_asks_once(tmp_path, hub, monkeypatch):
     _write_set(tmp_path / "set")
     config = data_config(["some/set:en", str(tmp_path / "set:fr"), "some/set:xx"])
-    found = find_files(config)
     expected = resolve_shards(config.train[:2])
-    remember_files(found)
+    find_files(config)
     monkeypatch.setattr(named_sets, "_find", lambda *given: pytest.fail("asked again"))
     before = len(hub.paths)
     assert resolve_shards(config.train[:2], COMMIT) == expected
