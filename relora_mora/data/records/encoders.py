@@ -48,7 +48,8 @@ def encoder_of(
     if packing == "stream":
         return encode
     [held] = formats
-    frame = Frame.of(ends_of(tokenizer, held), int(tokenizer.eos_token_id), held, sequence_length)  # type: ignore[arg-type]
+    eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    frame = Frame.of(ends_of(tokenizer, held), eos, held, sequence_length)
 
     def encode_whole(rows: list[Any]) -> list[Encoded | Skipped]:
         encoded = zip(encode(rows), rows, strict=True)

@@ -48,7 +48,7 @@ from relora_mora.sizing.fit import check_adapters, check_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.system.bars import Bar
 from relora_mora.system.hardware import fast_bf16, gpu_memory_bytes, host_memory_bytes, uses_cuda
-from relora_mora.system.logs import log, shared_log
+from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.files import TokenizerError, check_exists
 from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens, save_tokenizer, tokenizer_fingerprint
@@ -171,7 +171,12 @@ def check_settings(config: Config, world_size: int) -> tuple[Config, PreTrainedC
     config = with_vocabulary(with_rule(config))
     model_config = check_model(config)
     bf16 = _computes_in_bf16(config)
-    config = _with_chosen_products(config, bf16=bf16)
+    config, reason = _with_chosen_products(config, bf16=bf16)
+    if reason is not None:
+        chosen = (
+            "multiplied in 8 bits" if config.method.base_products else "only stored in 8 bits, which is faster here"
+        )
+        log.info("method.base_products: weights under adapters are %s (%s)", chosen, reason)
     check_attention(config.model, bf16=bf16)
     stage = config.train.zero_stage
     compiled = compiles_here(config.model, stage, on_gpu=uses_cuda())
@@ -265,7 +270,9 @@ def agree(inputs: Inputs, given: Config, rank: int) -> Inputs:
 
 
 def _found_here(inputs: Inputs, given: Config, rank: int) -> _Host:
-    tokens, eos, content = inputs.tokenizer_fingerprint, inputs.tokenizer.eos_token_id, inputs.data_content
+    tokens = inputs.tokenizer_fingerprint
+    eos = inputs.tokenizer.eos_token_id
+    content = inputs.data_content
     bf16 = _computes_in_bf16(given)
     if rank > 0:
         _check_machine(inputs.model_config, inputs.setup)
@@ -273,8 +280,9 @@ def _found_here(inputs: Inputs, given: Config, rank: int) -> _Host:
         tokenizer = load_tokenizer(path)
         tokens, eos = tokenizer_fingerprint(path, tokenizer), tokenizer.eos_token_id
         content = _content(inputs.shards)
+    settings, _ = _with_chosen_products(with_rule(given), bf16=bf16)
     return _Host(
-        settings=_with_chosen_products(with_rule(given), bf16=bf16).model_dump(mode="json"),
+        settings=settings.model_dump(mode="json"),
         tokenizer=(tokens, eos),
         content=content,
         bf16=bf16,
@@ -323,20 +331,17 @@ def _computes_in_bf16(config: Config) -> bool:
     return fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
 
 
-def _with_chosen_products(config: Config, *, bf16: bool) -> Config:
-    """Replaces ``method.base_products: auto`` by what is faster on this machine."""
+def _with_chosen_products(config: Config, *, bf16: bool) -> tuple[Config, str | None]:
+    """Replaces ``method.base_products: auto`` by what is faster here; returns the reason of a choice, too."""
     if not config.method.uses_adapters:
-        return config
+        return config, None
     method, reason = with_products(
         config.method,
         bf16=bf16,
         capability=torch.cuda.get_device_capability() if uses_cuda() else None,
         vnni=torch.cpu._is_vnni_supported(),
     )
-    if reason is not None:
-        chosen = "multiplied in 8 bits" if method.base_products else "only stored in 8 bits, which is faster here"
-        shared_log.info("method.base_products: weights under adapters are %s (%s)", chosen, reason)
-    return config.model_copy(update={"method": method})
+    return config.model_copy(update={"method": method}), reason
 
 
 def _with_saved_commits(config: Config) -> DataConfig:

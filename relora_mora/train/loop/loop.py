@@ -153,9 +153,8 @@ class Trainer:
         interval.data_counts = batch.counts
         interval.steps += 1
         step_loss = done.loss if share.scored else math.nan  # no loss without scored tokens
-        interval.last_loss = math.nan
+        interval.last_loss = step_loss if done.applied else math.nan
         if done.applied and share.scored:
-            interval.last_loss = step_loss
             interval.loss += step_loss
             interval.good_steps += 1
             interval.grad_norm = done.grad_norm
