@@ -63,9 +63,14 @@ def at_versions(shards: Sequence[Shard], versions: Mapping[int, Version]) -> lis
 def remote_versions(shards: Sequence[Shard], timeout_seconds: float) -> dict[int, Version]:
     """The versions of files on servers and in stores, by the number of the shard. For ``at_versions``.
 
-    Asks for several files at the same time; only one rank should call it. Raises SourceError for a missing file.
+    Asks for several files at the same time, but not for versions that are known; only one rank should call it. Raises
+    SourceError for a missing file.
     """
-    asked = {number: shard for number, shard in enumerate(shards) if shard.is_remote and not shard.hub}
+    asked = {
+        number: shard
+        for number, shard in enumerate(shards)
+        if shard.is_remote and not shard.hub and shard.version is None
+    }
     if not asked:
         return {}
     from relora_mora.data.remote import version_of

@@ -111,4 +111,5 @@ def test_the_lock_file_of_release_02_is_taken(tmp_path: Path):
     (tmp_path / "lock").write_text('{"host": "a", "pid": 1, "token": "x", "released": true}\n')
     lock = RunLock(tmp_path)
     lock.acquire()
+    assert str(os.getpid()) in lock.path.read_text()
     lock.release()
