@@ -35,5 +35,6 @@ def test_no_name_loads_deepspeed():
 
 def test_every_name_is_there_and_others_are_refused():
     assert all(getattr(rm, name).__name__ == name for name in rm.__all__)
+    assert set(dir(rm)) == {*rm.__all__, "__version__"}  # what a shell completes
     with pytest.raises(AttributeError, match="has no attribute 'attached'"):
         rm.attached  # noqa: B018
