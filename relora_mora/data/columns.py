@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bad_rows import JudgedRows
 from relora_mora.data.errors import Skipped, SourceError, too_long
 from relora_mora.data.files import open_file
-from relora_mora.data.rows import share_of
-from relora_mora.data.shard import ARROW, OR_RECORDS, Record, Shard, check_names
+from relora_mora.data.rows import JudgedRows, share_of
+from relora_mora.data.shard import ARROW, Record, Shard, check_names
 from relora_mora.system.files import LOST_DISK
 
 READ_BYTES = 1 << 20  # stored bytes of a column chunk per read
@@ -37,7 +36,7 @@ class RangeRows(JudgedRows):
     group = "row group"
 
     def __init__(self, config: DataConfig, shard: Shard, stride: int, phase: int, **judging: Any) -> None:
-        super().__init__(config, shard, stride, unit="row", **judging)
+        super().__init__(config, shard, stride, "row", **judging)
         self._limit = config.max_line_bytes
         self._bytes = open_file(shard, config.timeout_seconds)
         try:
@@ -94,8 +93,7 @@ class RangeRows(JudgedRows):
                 strings = ", ".join(name for name, kind in kinds.items() if kind in _STRINGS) or "none"
                 raise SourceError(
                     f'{shard.label}: the column "{column}" holds {types[column]}, not strings; write it as strings '
-                    f'(pyarrow: column.cast("string")), or {shard.column_remedy} to one of those that do '
-                    f"({strings}){'' if shard.holds_records else OR_RECORDS}"
+                    f'(pyarrow: column.cast("string")), or {shard.column_remedy(f"those that do ({strings})")}'
                 )
 
     def _numbered(self) -> Iterator[tuple[int, str | Record | Skipped]]:
@@ -136,12 +134,10 @@ class RangeRows(JudgedRows):
             return too_long(size, self._limit) if size > self._limit else Skipped("invalid_utf8")
 
     def _row(self, content: Any, number: int) -> str | Record | Skipped:
-        if self._shard.holds_records and not isinstance(content, Skipped):
-            assert self._shard.records is not None
-            fields = self._shard.records.fields_of(content)
-            if isinstance(fields, Skipped):
-                return fields
-            content = self._shard.record(fields, f"row {number}")
+        if isinstance(content, dict):
+            content = self._shard.content_of(content)
+        if isinstance(content, dict):
+            content = self._shard.record(content, f"row {number}")
         if isinstance(content, Skipped):
             return content
         if not content:
@@ -249,20 +245,6 @@ class ArrowRows(RangeRows):
 
     def _batches(self, group: int, first: int) -> Iterator[Any]:
         batch = self._batch(group)
-        # pyarrow trusts its input, so it is checked. A text that is not UTF-8 is a bad row, not damage.
-        (batch if self._shard.holds_records else _as_binary(batch.column(0))).validate(full=True)
+        batch.validate(full=True)  # pyarrow trusts its input
         for start in range(first, batch.num_rows, BATCH_ROWS):
             yield batch.slice(start, BATCH_ROWS)
-
-
-def _as_binary(values: Any) -> Any:
-    """Strings as bytes, unchecked. A column of type null stays as it is."""
-    import pyarrow
-
-    if isinstance(values, pyarrow.DictionaryArray):
-        return pyarrow.DictionaryArray.from_arrays(values.indices, _as_binary(values.dictionary), safe=True)
-    if pyarrow.types.is_null(values.type):
-        return values
-    if pyarrow.types.is_string_view(values.type):
-        return values.cast(pyarrow.binary_view())
-    return values.view(pyarrow.binary() if pyarrow.types.is_string(values.type) else pyarrow.large_binary())

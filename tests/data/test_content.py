@@ -11,7 +11,7 @@ from contextlib import closing
 import pytest
 import zstandard
 
-from relora_mora.data.content import at_versions, content_of, remote_versions
+from relora_mora.data.content import content_of, with_versions
 from relora_mora.data.errors import SourceError
 from relora_mora.data.read import open_rows
 from tests.tools.data_tools import data_config, resolve_shards, some_texts, write_shard, write_shards
@@ -27,7 +27,7 @@ def _local(path) -> str:
 
 def _remote(server, *, timeout_seconds=8.0, name="part-{00000..00002}.json.gz") -> str:
     shards = resolve_shards(f"{server.url}/{name}")
-    return content_of(at_versions(shards, remote_versions(shards, timeout_seconds)))
+    return content_of(with_versions(shards, timeout_seconds))
 
 
 def test_it_depends_on_the_content_of_files_and_not_on_their_location(tmp_path):
@@ -44,7 +44,6 @@ def test_it_depends_on_the_content_of_files_and_not_on_their_location(tmp_path):
     path.rename(path.with_name("part-00009.json.gz"))
     assert len({first, _local(tmp_path / "there" / "*"), _local(path.parent / "part-00000.json.gz")}) == 3
     assert content_of([]) == ""
-    assert remote_versions([], 1.0) == {}
 
 
 def test_samples_of_a_large_file_notice_any_change_of_compressed_text(tmp_path):
@@ -94,7 +93,7 @@ def test_files_are_read_in_the_version_that_was_asked_for(tmp_path, suffix, etag
     with serving(tmp_path, etag=etag) as server:
         server.last_modified = "Tue, 24 Nov 2026 12:00:00 GMT"
         shards = resolve_shards(f"{server.url}/a{suffix}")
-        shards = at_versions(shards, remote_versions(shards, 8.0))
+        shards = with_versions(shards, 8.0)
         config = data_config(path)
         with closing(open_rows(config, shards[0])) as rows:
             assert rows.take(9) == some_texts(8)

@@ -12,8 +12,8 @@ import pytest
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sets.check import check_columns, check_records
-from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.first_rows import check_columns, check_records
+from relora_mora.data.sources import configured_shards
 from tests.tools.data_tools import data_config, write_json_lines
 from tests.tools.each import each
 
