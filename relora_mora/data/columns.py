@@ -16,8 +16,8 @@ from typing import Any
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import Skipped, SourceError, too_long
 from relora_mora.data.files import open_file
-from relora_mora.data.rows import JudgedRows, share_of
-from relora_mora.data.shard import ARROW, Record, Shard, check_names
+from relora_mora.data.rows import Content, JudgedRows, share_of
+from relora_mora.data.shard import ARROW, Shard, check_names
 from relora_mora.system.files import LOST_DISK
 
 READ_BYTES = 1 << 20  # stored bytes of a column chunk per read
@@ -96,7 +96,7 @@ class RangeRows(JudgedRows):
                     f'(pyarrow: column.cast("string")), or {shard.column_remedy(f"those that do ({strings})")}'
                 )
 
-    def _numbered(self) -> Iterator[tuple[int, str | Record | Skipped]]:
+    def _numbered(self) -> Iterator[tuple[int, Content]]:
         """The own rows from ``_next`` on, with their numbers in the file from 1."""
         at = self._range.start + self._next
         while at < self._range.stop:
@@ -111,7 +111,7 @@ class RangeRows(JudgedRows):
                     raise self._damaged(f"{self.group} {group + 1}", f"its rows end before row {at + 1}")
                 for row in rows:
                     at += 1
-                    yield at, self._row(row, at)
+                    yield at, self._row(row)
 
     def _contents(self, batch: Any) -> list[Any]:
         """A text or the columns of each row, or the reason why it has none."""
@@ -125,26 +125,22 @@ class RangeRows(JudgedRows):
         except UnicodeDecodeError:
             return [self._content(value) for value in values]
 
-    def _content(self, value: Any) -> Any:
+    @staticmethod
+    def _content(value: Any) -> Any:
         try:
             return value.as_py()
         except UnicodeDecodeError:
-            stored = getattr(value, "value", value)  # of a dictionary
-            size = 0 if self._shard.holds_records else len(stored.as_buffer())
-            return too_long(size, self._limit) if size > self._limit else Skipped("invalid_utf8")
+            return Skipped("invalid_utf8")
 
-    def _row(self, content: Any, number: int) -> str | Record | Skipped:
+    def _row(self, content: Any) -> Content:
         if isinstance(content, dict):
             content = self._shard.content_of(content)
-        if isinstance(content, dict):
-            content = self._shard.record(content, f"row {number}")
         if isinstance(content, Skipped):
             return content
         if not content:
             return Skipped("null_text" if content is None else "empty_text")
-        size = len(content)
-        if isinstance(content, str) and size <= self._limit < 4 * size:  # only then the bytes have to be counted
-            size = len(content.encode())
+        text = content if isinstance(content, str) else str(content)
+        size = len(text.encode()) if self._limit < 4 * len(text) else 0  # only then the bytes have to be counted
         return too_long(size, self._limit) if size > self._limit else content
 
     @contextmanager

@@ -16,11 +16,10 @@ from pydantic_core import from_json
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError, too_long
 from relora_mora.data.files import open_file, text_pieces
-from relora_mora.data.rows import JudgedRows
-from relora_mora.data.shard import CSV, JSON_LINES, Record, Shard, check_names
+from relora_mora.data.rows import Content, JudgedRows
+from relora_mora.data.shard import CSV, JSON_LINES, Shard, check_names
 
 Line = bytes | int  # without its newline; of a line that is too long only the length, so it is never held in memory
-Content = str | dict[str, Any] | Skipped  # a text, the fields of a record, or why there is none
 BOM = b"\xef\xbb\xbf"
 BLANK = " \t\r\n\v\f"  # what bytes.strip strips
 _SHOWN = 40  # how much of a bad line a message shows
@@ -57,13 +56,12 @@ class LineRows(JudgedRows):
     def close(self) -> None:
         self._file.close()
 
-    def _numbered(self) -> Iterator[tuple[int, str | Record | Skipped]]:
+    def _numbered(self) -> Iterator[tuple[int, Content]]:
         for entry in self._own:
-            number = self._phase + 1 + self._next * self._stride
             if isinstance(entry, int):
                 entry = too_long(entry, self._limit)
-            row = entry if isinstance(entry, Skipped) else self._read(entry)
-            yield number, self._shard.record(row, f"{self._unit} {number}") if isinstance(row, dict) else row
+            number = self._phase + 1 + self._next * self._stride
+            yield number, entry if isinstance(entry, Skipped) else self._read(entry)
 
     def _format(self, sample_by: str) -> tuple[Iterator[Any], Callable[[Any], Content]]:
         """The entries of the file, and the function that reads one that is neither too long nor bad already."""

@@ -25,6 +25,7 @@ TokenIds = npt.NDArray[np.integer[Any]]
 Ids = Sequence[int] | TokenIds
 Scored = Sequence[bool] | npt.NDArray[np.bool_]
 Note = Callable[[str], object]  # gets a message about skipped rows
+Content = str | dict[str, Any] | Skipped  # a text, the fields of a record, or why there is none
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class JudgedRows(Rows[Any], ABC):
     """
 
     is_empty = False
-    _rows: Iterator[tuple[int, str | Record | Skipped]]  # the next own rows and their numbers in the file, from 1
+    _rows: Iterator[tuple[int, Content]]  # the next own rows and their numbers in the file, from 1
 
     def __init__(self, config: DataConfig, shard: Shard, stride: int, unit: str, *, bad: int, note: Note) -> None:
         self.bad = bad
@@ -129,7 +130,11 @@ class JudgedRows(Rows[Any], ABC):
             self._next += 1
             if isinstance(row, Skipped) and row.reason in BAD_REASONS:
                 self._count(number, row)
-            rows.append(row)
+            if isinstance(row, dict):
+                assert self._shard.records is not None
+                rows.append(Record(row, f"{self._shard.label}, {self._unit} {number}", self._shard.records))
+            else:
+                rows.append(row)
         if not rows:
             if self.is_empty:
                 self._note(f"{self._shard.label} is empty; skipped")

@@ -180,11 +180,6 @@ class Shard:
             return text or Skipped("empty_text")
         return Skipped("null_text" if text is None else "text_not_string")
 
-    def record(self, fields: dict[str, Any], where: str) -> Record:
-        """A record of this shard with these fields."""
-        assert self.records is not None
-        return Record(fields, f"{self.label}, {where}", self.records)
-
     @property
     def in_ranges(self) -> bool:
         """Whether lanes that share this file, or the text of its tokens, split its rows into ranges."""

@@ -136,7 +136,11 @@ OF_BYTES = 'the column "text" holds .*binary.*, not strings; .*.cast\\("string"\
     "values,settings,said",
     [
         (["text"], {"text_column": "body"}, 'has no column "body"; set data.text_column to one of id, text, url'),
-        (["text"], {"text_column": "id"}, 'the column "id" holds int64, not strings; write it as strings'),
+        (
+            ["text"],
+            {"text_column": "id"},
+            'the column "id" holds int64, not strings; .*; or set data.records, if rows are not plain text',
+        ),
         *(
             (BYTES.cast(kind), {"records": records}, OF_BYTES)
             for kind in ("binary", "large_binary")

@@ -104,18 +104,6 @@ def test_text_is_split_into_documents(tmp_path, sample_by, end):
     assert texts_of(tmp_path / "a.txt", sample_by=sample_by) == expected
 
 
-@each("sample_by", DOCUMENTS)
-def test_documents_agree_with_datasets(tmp_path, sample_by):
-    import datasets
-
-    path = tmp_path / "a.txt"
-    path.write_bytes("\n\n".join(text.replace(" the", "\r\nthe") for text in some_texts(50)).encode())
-    reference = datasets.load_dataset(
-        "text", data_files=str(path), sample_by=sample_by, split="train", cache_dir=str(tmp_path / "cache")
-    )
-    assert texts_of(path, sample_by=sample_by) == [text for text in reference["text"] if text]
-
-
 @each("sample_by", ["paragraph", "document"])
 def test_a_long_document_is_never_held_in_memory(tmp_path, sample_by):
     path = write_shard(

@@ -138,24 +138,13 @@ def test_a_pattern_or_a_readme_that_finds_nothing_gives_one_message(tmp_path, pa
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_written_by_save_to_disk_is_refused_but_not_its_files(tmp_path, hub):
-    import datasets
-
-    datasets.disable_progress_bars()
-    texts = some_texts(50)
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": texts})}).save_to_disk(tmp_path / "set")
-    for source in (f"{tmp_path}/set", f"{tmp_path}/set/train", f"{tmp_path}/set::train", "some/set"):
+@each("marker", ["dataset_dict.json", "train/state.json"])
+def test_a_folder_written_by_save_to_disk_is_refused(tmp_path, hub, marker):
+    write_shard(tmp_path / "set" / "train" / "0.arrow", ["text"])
+    (tmp_path / "set" / marker).touch()
+    for source in [f"{tmp_path}/set/train"] if "/" in marker else [f"{tmp_path}/set", f"{tmp_path}/set::train"]:
         with pytest.raises(SourceError, match=r"was written by save_to_disk, .*to_parquet\), or give its files by"):
             resolve_shards(source)
-    assert texts_of(f"{tmp_path}/set/**/*.arrow") == texts
-
-
-def test_a_set_that_is_a_script_is_refused_as_by_datasets(tmp_path):
-    """The files of dolma are lists of urls."""
-    for name in ("dolma.py", "urls/v1.txt"):
-        write_shard(tmp_path / "dolma" / name, ["https://example.com/a"])
-    with pytest.raises(SourceError, match=r"scripts are no longer supported, but found dolma\.py"):
-        resolve_shards(str(tmp_path / "dolma"))
 
 
 # ---- the hub ---------------------------------------------------------------------------------------------------------

@@ -16,10 +16,8 @@ import numpy as np
 import zstandard
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.files import open_file, text_pieces
 from relora_mora.data.held_out import load_eval_set
 from relora_mora.data.lanes import LaneRows, plan_lanes
-from relora_mora.data.lines import lines_in
 from relora_mora.data.read import iter_texts, open_rows
 from relora_mora.data.rows import Encoded
 from relora_mora.data.shard import Shard
@@ -206,10 +204,3 @@ def eval_set(
     config = data_config(source, **settings)
     given = {"tokenizer_path": tokenizer, "sequence_length": length, "max_tokens": max_tokens}
     return load_eval_set(str(source), config=config, **given)
-
-
-def lines_of(path: Path, limit: int = 1000) -> list[Any]:
-    """All lines of a file; of those longer than ``limit`` bytes their lengths."""
-    shard = Shard(path.name, str(path))
-    with closing(open_file(shard, 1.0)) as file:
-        return list(lines_in(text_pieces(file, shard), limit))
