@@ -140,7 +140,7 @@ class Shard:
     records: RecordFormat | None = None  # the format of rows; None: text
     source: str = ""  # the name of its source, in a mixture or if the source sets text_column or records itself
     tokens: TokenFile | None = None  # what the file holds, if it is a file of a pre-tokenized folder
-    path: str = field(default="", compare=False)  # the end of the location, if other local files have the same name
+    path: str = field(default="", compare=False)  # the location, if other local files have the same name
 
     @property
     def label(self) -> str:
