@@ -82,35 +82,40 @@ class LineRows(JudgedRows):
         return lines, functools.partial(read_json, shard=shard)
 
 
+class _Joined:
+    """The parts of a line or document, of which only the length is kept beyond the limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._parts: list[bytes] = []
+        self.size = 0
+
+    def add(self, part: Line) -> None:
+        self.size += part if isinstance(part, int) else len(part)
+        if self.size > self._limit:
+            self._parts.clear()
+        elif isinstance(part, bytes):
+            self._parts.append(part)
+
+    def take(self) -> Line:
+        taken = self.size if self.size > self._limit else b"".join(self._parts)
+        self._parts.clear()
+        self.size = 0
+        return taken
+
+
 def lines_in(pieces: Iterable[bytes], limit: int) -> Iterator[Line]:
     """The lines of a text, of which the last one may have no newline."""
-    parts: list[bytes] = []  # the beginning of a line whose newline has not been read yet
-    size = 0
-
-    def extend(data: bytes) -> None:
-        nonlocal size
-        size += len(data)
-        if size > limit:
-            parts.clear()  # only its length is still needed
-        elif data:
-            parts.append(data)
-
+    begun = _Joined(limit)  # a line whose newline has not been read yet
     for piece in pieces:
         first, *others = piece.split(b"\n")
-        extend(first)
-        if not others:
-            continue
-        yield b"".join(parts) if size <= limit else size
-        parts.clear()
-        size = 0
-        last = others.pop()
-        if len(piece) <= limit:
-            yield from others
-        else:
-            yield from (line if len(line) <= limit else len(line) for line in others)
-        extend(last)
-    if size:
-        yield b"".join(parts) if size <= limit else size
+        begun.add(first)
+        if others:
+            yield begun.take()
+            begun.add(others.pop())
+            yield from others if len(piece) <= limit else (each if len(each) <= limit else len(each) for each in others)
+    if begun.size:
+        yield begun.take()
 
 
 def read_json(line: bytes, shard: Shard) -> Content:
@@ -158,18 +163,14 @@ def documents(lines: Iterator[Line], limit: int, sample_by: str) -> Iterator[Lin
         yield from texts
         return
     whole = sample_by == "document"
+    document = _Joined(limit)
     for blank, group in itertools.groupby(texts, lambda text: isinstance(text, bytes) and not (whole or text.strip())):
-        if blank:
-            continue
-        parts: list[bytes] = []
-        size = -1  # with a newline between two lines
-        for text in group:
-            size += 1 + (len(text) if isinstance(text, bytes) else text)
-            if size > limit:
-                parts.clear()  # only the length is still needed
-            elif isinstance(text, bytes):
-                parts.append(text)
-        yield size if size > limit else b"\n".join(parts)
+        if not blank:
+            document.add(next(group))
+            for text in group:
+                document.add(b"\n")
+                document.add(text)
+            yield document.take()
 
 
 def read_document(entry: bytes) -> str | Skipped:
