@@ -201,6 +201,7 @@ class CsvRows:
         self._bytes = 0  # of the current row so far, with its newlines
         self._taken = 0  # lines of the current row so far
         self._lost = 0  # remaining lines of a row that is not CSV
+        self._is_utf8 = True  # the current row so far
         self._reader = csv.reader(iter(self._line, None), strict=True)
         names = self._header()
         self._width = len(names)
@@ -219,7 +220,7 @@ class CsvRows:
         for text in fields.values():
             if "\0" in text:
                 return Skipped("invalid_utf8", "holds a NUL byte, as UTF-16 does")
-            if not (text.isascii() or is_encodable(text)):
+            if not (self._is_utf8 or is_encodable(text)):
                 return Skipped("invalid_utf8")
         return fields
 
@@ -230,6 +231,7 @@ class CsvRows:
             return Skipped("not_csv")
         self._bytes = 0
         self._taken = 0
+        self._is_utf8 = True
         try:
             return next(self._reader, None)
         except csv.Error:
@@ -245,7 +247,11 @@ class CsvRows:
         self._bytes += 1 + (line if isinstance(line, int) else len(line))
         if isinstance(line, int) or self._bytes > self._limit + 1:
             raise csv.Error  # csv begins a new row with the next line
-        return line.decode(errors="surrogateescape") + "\n"
+        try:
+            return line.decode() + "\n"
+        except UnicodeDecodeError:
+            self._is_utf8 = False
+            return line.decode(errors="surrogateescape") + "\n"
 
     def _header(self) -> list[str]:
         """The names of the columns; none if the file is empty."""

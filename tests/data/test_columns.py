@@ -6,7 +6,6 @@ import errno
 import itertools
 import random
 import re
-import struct
 from collections import Counter
 from contextlib import closing
 
@@ -57,15 +56,7 @@ def test_lanes_that_share_a_file_have_each_row_once_and_can_skip_to_any(suffix, 
             assert rows_of(path, lanes, lane, min(skip, len(own)), column="with.dot") == own[skip:]
 
 
-def _as_polars_writes(path):
-    """Removes the length of a file's first message, the schema, so that only the footer locates its batches."""
-    body = bytearray(path.read_bytes())
-    end = 16 + struct.unpack_from("<i", body, 12)[0]
-    body[8:end] = body[16:end] + bytes(8)
-    path.write_bytes(body)
-
-
-@each("written", ["stream", "file", "file of polars", "parquet"])
+@each("written", ["stream", "file", "parquet"])
 @each("compression", [None, "lz4", "zstd"])
 @each("kind", ["string", "large_string", "string_view", "dictionary", "dictionary of string_view"])
 def test_every_format_kind_of_string_and_compression(tmp_path, written, compression, kind):
@@ -84,26 +75,9 @@ def test_every_format_kind_of_string_and_compression(tmp_path, written, compress
         write_parquet(path, values, group_rows=9, compression=compression or "none")
     else:
         write_arrow(path, values, group_rows=9, stream=written == "stream", compression=compression)
-    if written == "file of polars":
-        _as_polars_writes(path)
     content_of(resolve_shards(str(path)))
     assert texts_of(path) == [text for text in texts if text]
     assert len([row for lane in range(5) for row in rows_of(path, 5, lane)]) == len(texts)
-
-
-@each("new", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
-def test_a_batch_uses_the_dictionaries_before_it(tmp_path, new):
-    path = tmp_path / "a.arrow"
-    parts = [["a", "b"], ["a", "b", "c"], ["d"] if new is pyarrow.ipc.new_stream else ["a", "b", "c", "d"]]
-    arrays = [pyarrow.DictionaryArray.from_arrays(range(len(part)), pyarrow.array(part)) for part in parts]
-    schema = pyarrow.schema({"text": arrays[0].type})
-    options = pyarrow.ipc.IpcWriteOptions(emit_dictionary_deltas=True)
-    with new(str(path), schema, options=options) as writer:
-        for array in arrays:
-            writer.write_batch(pyarrow.record_batch([array], schema=schema))
-    texts = [text for part in parts for text in part]
-    assert texts_of(path) == texts
-    assert rows_of(path, 3, 1) == texts[len(texts) // 3 : 2 * len(texts) // 3]
 
 
 @every_format
