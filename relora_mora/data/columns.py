@@ -134,7 +134,7 @@ class RangeRows(JudgedRows):
 
     def _row(self, content: Any) -> Content:
         if isinstance(content, dict):
-            content = self._shard.content_of(content)
+            content = self._shard.content_in(content)
         if isinstance(content, Skipped):
             return content
         if not content:

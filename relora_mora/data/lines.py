@@ -71,7 +71,7 @@ class LineRows(JudgedRows):
         lines = lines_in(itertools.chain([head], pieces), self._limit)
         if shard.format is CSV:
             rows = CsvRows(lines, self._limit, shard)
-            return iter(rows.take, None), shard.content_of
+            return iter(rows.take, None), shard.content_in
         if shard.format is not JSON_LINES:
             return documents(lines, self._limit, sample_by), read_document
         if _ARRAY.match(head):
@@ -125,7 +125,7 @@ def read_json(line: bytes, shard: Shard) -> Content:
     invalid UTF-8.
     """
     try:
-        return shard.content_of(from_json(line, cache_strings="keys"))
+        return shard.content_in(from_json(line, cache_strings="keys"))
     except ValueError:
         pass  # json also reads deep values, and its errors have the reasons for the others
     try:
@@ -135,7 +135,7 @@ def read_json(line: bytes, shard: Shard) -> Content:
     if not decoded.strip(BLANK):
         return Skipped("blank_line")
     try:
-        content = shard.content_of(json.loads(decoded))
+        content = shard.content_in(json.loads(decoded))
     except (ValueError, RecursionError) as error:  # Python reads no integer of more than 4,300 digits
         return Skipped("not_json", f"is not JSON ({error}): {decoded[:_SHOWN]!r}")
     if isinstance(content, Skipped):

@@ -167,7 +167,7 @@ class Shard:
         optional = self.records.settings.optional.values() if self.records and self.holds_records else ()
         return (*self.required_columns, *optional)
 
-    def content_of(self, row: Any) -> str | dict[str, Any] | Skipped:
+    def content_in(self, row: Any) -> str | dict[str, Any] | Skipped:
         """The text of a row with columns, or the fields of its record, or why it has none."""
         if not isinstance(row, dict):
             return Skipped("no_text", "is not an object of keys and values")
