@@ -17,7 +17,7 @@ from relora_mora.system.process import many_imports
 
 if TYPE_CHECKING:
     from relora_mora.config.data import DataConfig
-    from relora_mora.data.sets.held_out import EvalSet
+    from relora_mora.data.held_out import EvalSet
     from relora_mora.evaluation.harness import TaskSettings
     from relora_mora.evaluation.loss import EvalResult
     from relora_mora.weights.load import LoadedModel
@@ -147,8 +147,8 @@ def _check_files(text: "DataConfig") -> None:
     """Raises SourceError if files of the text on this host are missing."""
     from relora_mora.config.data import set_setting
     from relora_mora.data.errors import SourceError
-    from relora_mora.data.sources.names import hub_repo
-    from relora_mora.data.sources.resolve import shards_of
+    from relora_mora.data.named_sets import hub_repo
+    from relora_mora.data.sources import shards_of
 
     for name, sources in text.validation.items():
         if any(hub_repo(source) or "://" in source.source for source in sources):

@@ -73,7 +73,7 @@ def train(
 
 def _show(config: "Config", count: int) -> int:
     with many_imports():
-        from relora_mora.data.sets.show import show_records
+        from relora_mora.data.first_rows import show_records
         from relora_mora.tokenizer.identity import check_vocabulary
         from relora_mora.train.begin.inputs import check_model
         from relora_mora.train.begin.text import open_text

@@ -115,7 +115,7 @@ def main(
 def texts_of(data: str, overrides: Mapping[str, str]) -> Iterator[str]:
     """The texts of ``--data``; raises :class:`ConfigError` before the first one, if its settings are wrong."""
     from relora_mora.config.data_flags import READING, parse_typed, read_data
-    from relora_mora.data.sets.reading import iter_texts
+    from relora_mora.data.read import iter_texts
 
     config = read_data({"train": parse_typed(data, "--data"), "validation": "none"}, overrides, READING)
     if len({source.weight for source in config.train}) > 1:

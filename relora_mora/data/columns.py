@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bad_rows import JudgedRows
 from relora_mora.data.errors import Skipped, SourceError, too_long
 from relora_mora.data.files import open_file
-from relora_mora.data.rows import share_of
-from relora_mora.data.shard import ARROW, OR_RECORDS, Record, Shard, check_names
+from relora_mora.data.rows import Content, JudgedRows, share_of
+from relora_mora.data.shard import ARROW, Shard, check_names
 from relora_mora.system.files import LOST_DISK
 
 READ_BYTES = 1 << 20  # stored bytes of a column chunk per read
@@ -37,7 +36,7 @@ class RangeRows(JudgedRows):
     group = "row group"
 
     def __init__(self, config: DataConfig, shard: Shard, stride: int, phase: int, **judging: Any) -> None:
-        super().__init__(config, shard, stride, unit="row", **judging)
+        super().__init__(config, shard, stride, "row", **judging)
         self._limit = config.max_line_bytes
         self._bytes = open_file(shard, config.timeout_seconds)
         try:
@@ -94,11 +93,10 @@ class RangeRows(JudgedRows):
                 strings = ", ".join(name for name, kind in kinds.items() if kind in _STRINGS) or "none"
                 raise SourceError(
                     f'{shard.label}: the column "{column}" holds {types[column]}, not strings; write it as strings '
-                    f'(pyarrow: column.cast("string")), or {shard.column_remedy} to one of those that do '
-                    f"({strings}){'' if shard.holds_records else OR_RECORDS}"
+                    f'(pyarrow: column.cast("string")), or {shard.column_remedy(f"those that do ({strings})")}'
                 )
 
-    def _numbered(self) -> Iterator[tuple[int, str | Record | Skipped]]:
+    def _numbered(self) -> Iterator[tuple[int, Content]]:
         """The own rows from ``_next`` on, with their numbers in the file from 1."""
         at = self._range.start + self._next
         while at < self._range.stop:
@@ -113,7 +111,7 @@ class RangeRows(JudgedRows):
                     raise self._damaged(f"{self.group} {group + 1}", f"its rows end before row {at + 1}")
                 for row in rows:
                     at += 1
-                    yield at, self._row(row, at)
+                    yield at, self._row(row)
 
     def _contents(self, batch: Any) -> list[Any]:
         """A text or the columns of each row, or the reason why it has none."""
@@ -127,28 +125,22 @@ class RangeRows(JudgedRows):
         except UnicodeDecodeError:
             return [self._content(value) for value in values]
 
-    def _content(self, value: Any) -> Any:
+    @staticmethod
+    def _content(value: Any) -> Any:
         try:
             return value.as_py()
         except UnicodeDecodeError:
-            stored = getattr(value, "value", value)  # of a dictionary
-            size = 0 if self._shard.holds_records else len(stored.as_buffer())
-            return too_long(size, self._limit) if size > self._limit else Skipped("invalid_utf8")
+            return Skipped("invalid_utf8")
 
-    def _row(self, content: Any, number: int) -> str | Record | Skipped:
-        if self._shard.holds_records and not isinstance(content, Skipped):
-            assert self._shard.records is not None
-            fields = self._shard.records.fields_of(content)
-            if isinstance(fields, Skipped):
-                return fields
-            content = self._shard.record(fields, f"row {number}")
+    def _row(self, content: Any) -> Content:
+        if isinstance(content, dict):
+            content = self._shard.content_in(content)
         if isinstance(content, Skipped):
             return content
         if not content:
             return Skipped("null_text" if content is None else "empty_text")
-        size = len(content)
-        if isinstance(content, str) and size <= self._limit < 4 * size:  # only then the bytes have to be counted
-            size = len(content.encode())
+        text = content if isinstance(content, str) else str(content)
+        size = len(text.encode()) if self._limit < 4 * len(text) else 0  # only then the bytes have to be counted
         return too_long(size, self._limit) if size > self._limit else content
 
     @contextmanager
@@ -249,20 +241,6 @@ class ArrowRows(RangeRows):
 
     def _batches(self, group: int, first: int) -> Iterator[Any]:
         batch = self._batch(group)
-        # pyarrow trusts its input, so it is checked. A text that is not UTF-8 is a bad row, not damage.
-        (batch if self._shard.holds_records else _as_binary(batch.column(0))).validate(full=True)
+        batch.validate(full=True)  # pyarrow trusts its input
         for start in range(first, batch.num_rows, BATCH_ROWS):
             yield batch.slice(start, BATCH_ROWS)
-
-
-def _as_binary(values: Any) -> Any:
-    """Strings as bytes, unchecked. A column of type null stays as it is."""
-    import pyarrow
-
-    if isinstance(values, pyarrow.DictionaryArray):
-        return pyarrow.DictionaryArray.from_arrays(values.indices, _as_binary(values.dictionary), safe=True)
-    if pyarrow.types.is_null(values.type):
-        return values
-    if pyarrow.types.is_string_view(values.type):
-        return values.cast(pyarrow.binary_view())
-    return values.view(pyarrow.binary() if pyarrow.types.is_string(values.type) else pyarrow.large_binary())

@@ -4,10 +4,9 @@ The former notices other text under the same names and sizes. Files on the hub n
 of their name. A run resumes only on a stream whose blocks are decided by the same things.
 """
 
-import functools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +16,7 @@ import xxhash
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.records.encoders import how_written, packing_of
-from relora_mora.data.shard import TEXT, Shard, Version
+from relora_mora.data.shard import TEXT, Shard
 from relora_mora.data.tokens.index import COMMAND
 
 if TYPE_CHECKING:
@@ -46,37 +45,28 @@ def content_of(shards: Sequence[Shard]) -> str:
 def contents(shards: Sequence[Shard]) -> list[str]:
     """32 hex digits of what each shard holds: of samples of a local file, or of the version of another.
 
-    "" on the hub, where the commit is part of the name, and for versions that were not asked for (``at_versions``). A
+    "" on the hub, where the commit is part of the name, and for versions that were not asked for (``with_versions``). A
     gzip or zstd file ends with a checksum of its text; in plain text a change in the middle may be missed. Raises
     SourceError for a file that cannot be read, and for a token file that has changed since it was made.
     """
     return _in_threads(_content, shards)
 
 
-def at_versions(shards: Sequence[Shard], versions: Mapping[int, Version]) -> list[Shard]:
-    """The shards, with those on servers restricted to these versions."""
-    return [
-        replace(shard, version=versions[number]) if number in versions else shard for number, shard in enumerate(shards)
-    ]
-
-
-def remote_versions(shards: Sequence[Shard], timeout_seconds: float) -> dict[int, Version]:
-    """The versions of files on servers and in stores, by the number of the shard. For ``at_versions``.
+def with_versions(shards: Sequence[Shard], timeout_seconds: float) -> list[Shard]:
+    """The shards, with those on servers and in stores restricted to the versions that these have now.
 
     Asks for several files at the same time, but not for versions that are known; only one rank should call it. Raises
     SourceError for a missing file.
     """
-    asked = {
-        number: shard
-        for number, shard in enumerate(shards)
-        if shard.is_remote and not shard.hub and shard.version is None
-    }
-    if not asked:
-        return {}
-    from relora_mora.data.remote import version_of
 
-    versions = _in_threads(functools.partial(version_of, timeout_seconds=timeout_seconds), list(asked.values()))
-    return dict(zip(asked, versions, strict=True))
+    def with_version(shard: Shard) -> Shard:
+        if not shard.is_remote or shard.hub or shard.version is not None:
+            return shard
+        from relora_mora.data.remote import version_of
+
+        return replace(shard, version=version_of(shard, timeout_seconds))
+
+    return _in_threads(with_version, shards)
 
 
 def samples_digest(path: str) -> str:

@@ -14,10 +14,10 @@ from typing import Any
 from pydantic_core import from_json
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bad_rows import JudgedRows
-from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError, names_of, too_long
+from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError, too_long
 from relora_mora.data.files import open_file, text_pieces
-from relora_mora.data.shard import CSV, JSON_LINES, Record, Shard, check_names
+from relora_mora.data.rows import Content, JudgedRows
+from relora_mora.data.shard import CSV, JSON_LINES, Shard, check_names
 
 Line = bytes | int  # without its newline; of a line that is too long only the length, so it is never held in memory
 BOM = b"\xef\xbb\xbf"
@@ -30,21 +30,18 @@ class LineRows(JudgedRows):
     """The texts or records of the entries ``phase``, ``phase + stride``, ... of a shard."""
 
     def __init__(self, config: DataConfig, shard: Shard, stride: int, phase: int, **judging: Any) -> None:
-        unit = shard.format.unit or config.sample_by
-        super().__init__(config, shard, stride, unit=unit, **judging)
+        super().__init__(config, shard, stride, shard.format.unit or config.sample_by, **judging)
         self._phase = phase
         self._limit = config.max_line_bytes
         self._file = open_file(shard, config.timeout_seconds)
         try:
-            entries, self._read = self._format(config)
-            first = next(entries, None)
+            entries, self._read = self._format(config.sample_by)
+            first = list(itertools.islice(entries, 1))
         except BaseException:
             self.close()
             raise
-        self.is_empty = first is None
-        self._own = itertools.islice(
-            itertools.chain([first] if first is not None else [], entries), phase, None, stride
-        )
+        self.is_empty = not first
+        self._own = itertools.islice(itertools.chain(first, entries), phase, None, stride)
         self._rows = self._numbered()
 
     @property
@@ -59,118 +56,92 @@ class LineRows(JudgedRows):
     def close(self) -> None:
         self._file.close()
 
-    def _numbered(self) -> Iterator[tuple[int, str | Record | Skipped]]:
+    def _numbered(self) -> Iterator[tuple[int, Content]]:
         for entry in self._own:
-            number = self._phase + 1 + self._next * self._stride
             if isinstance(entry, int):
-                row = too_long(entry, self._limit)
-            else:
-                row = entry if isinstance(entry, Skipped) else self._read(entry)
-            yield number, self._shard.record(row, f"{self._unit} {number}") if isinstance(row, dict) else row
+                entry = too_long(entry, self._limit)
+            number = self._phase + 1 + self._next * self._stride
+            yield number, entry if isinstance(entry, Skipped) else self._read(entry)
 
-    def _format(self, config: DataConfig) -> tuple[Iterator[Any], Callable[[Any], Any]]:
+    def _format(self, sample_by: str) -> tuple[Iterator[Any], Callable[[Any], Content]]:
         """The entries of the file, and the function that reads one that is neither too long nor bad already."""
         shard = self._shard
-        limit = self._limit
         pieces = text_pieces(self._file, shard)
+        head = next(pieces, b"").removeprefix(BOM)
+        lines = lines_in(itertools.chain([head], pieces), self._limit)
         if shard.format is CSV:
-            rows = CsvRows(lines_in(pieces, limit), limit, shard)
-            return iter(rows.take, None), rows.read
+            rows = CsvRows(lines, self._limit, shard)
+            return iter(rows.take, None), shard.content_in
         if shard.format is not JSON_LINES:
-            return documents(lines_in(pieces, limit), limit, config.sample_by), read_document
-        head = next(pieces, b"")
-        if _ARRAY.match(head.removeprefix(BOM)):
+            return documents(lines, self._limit, sample_by), read_document
+        if _ARRAY.match(head):
             raise SourceError(
                 f"{shard.label} is one JSON array, not JSON lines with one object on each line; "
                 "write it as lines: jq -c '.[]' OLD.json > NEW.jsonl"
             )
-        entries = lines_in(itertools.chain([head], pieces), limit)
-        if shard.holds_records:
-            return entries, functools.partial(parse_record, shard=shard)
-        return entries, functools.partial(parse_line, column=shard.text_column)
+        return lines, functools.partial(read_json, shard=shard)
+
+
+class _Joined:
+    """The parts of a line or document, of which only the length is kept beyond the limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._parts: list[bytes] = []
+        self.size = 0
+
+    def add(self, part: Line) -> None:
+        self.size += part if isinstance(part, int) else len(part)
+        if self.size > self._limit:
+            self._parts.clear()
+        elif isinstance(part, bytes):
+            self._parts.append(part)
+
+    def take(self) -> Line:
+        taken = self.size if self.size > self._limit else b"".join(self._parts)
+        self._parts.clear()
+        self.size = 0
+        return taken
 
 
 def lines_in(pieces: Iterable[bytes], limit: int) -> Iterator[Line]:
     """The lines of a text, of which the last one may have no newline."""
-    parts: list[bytes] = []  # the beginning of a line whose newline has not been read yet
-    size = 0
-
-    def extend(data: bytes) -> None:
-        nonlocal size
-        size += len(data)
-        if size > limit:
-            parts.clear()  # only its length is still needed
-        elif data:
-            parts.append(data)
-
+    begun = _Joined(limit)  # a line whose newline has not been read yet
     for piece in pieces:
         first, *others = piece.split(b"\n")
-        extend(first)
-        if not others:
-            continue
-        yield b"".join(parts) if size <= limit else size
-        parts.clear()
-        size = 0
-        last = others.pop()
-        if len(piece) <= limit:
-            yield from others
-        else:
-            yield from (line if len(line) <= limit else len(line) for line in others)
-        extend(last)
-    if size:
-        yield b"".join(parts) if size <= limit else size
+        begun.add(first)
+        if others:
+            yield begun.take()
+            begun.add(others.pop())
+            yield from others if len(piece) <= limit else (each if len(each) <= limit else len(each) for each in others)
+    if begun.size:
+        yield begun.take()
 
 
-def parse_line(line: bytes, *, column: str = "text") -> str | Skipped:
-    """The string under the key ``column`` of a line of JSON, or the reason why there is none.
+def read_json(line: bytes, shard: Shard) -> Content:
+    """The content of a line of JSON.
 
     An escaped ``\\u0000`` is text, a raw NUL is not JSON. An escaped lone surrogate cannot be encoded, so it counts as
     invalid UTF-8.
     """
-    value, encodable = _parse(line)
-    if isinstance(value, Skipped):
-        return value
-    if not isinstance(value, dict) or column not in value:
-        return Skipped(
-            "no_text", f'has no "{column}", only {names_of(value)}' if isinstance(value, dict) and value else ""
-        )
-    text = value[column]
-    if not isinstance(text, str):
-        return Skipped("null_text" if text is None else "text_not_string")
-    if not text:
-        return Skipped("empty_text")
-    return text if encodable or is_encodable(text) else Skipped("invalid_utf8")
-
-
-def parse_record(line: bytes, *, shard: Shard) -> dict[str, Any] | Skipped:
-    """The fields of the record in a line of JSON, or the reason why there is none."""
-    value, encodable = _parse(line)
-    if isinstance(value, Skipped):
-        return value
-    if not isinstance(value, dict):
-        return Skipped("bad_record", "is not an object of keys and values")
-    if not encodable and not is_encodable(json.dumps(value, ensure_ascii=False)):
-        return Skipped("invalid_utf8")
-    assert shard.records is not None
-    return shard.records.fields_of(value)
-
-
-def _parse(line: bytes) -> tuple[Any, bool]:
-    """The value of a line, and whether all of its strings can certainly be encoded."""
     try:
-        return from_json(line, cache_strings="keys"), True
+        return shard.content_in(from_json(line, cache_strings="keys"))
     except ValueError:
         pass  # json also reads deep values, and its errors have the reasons for the others
     try:
         decoded = line.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError:
-        return Skipped("invalid_utf8", f"is not text in UTF-8: {line[:_SHOWN]!r}"), True
+        return Skipped("invalid_utf8", f"is not text in UTF-8: {line[:_SHOWN]!r}")
     if not decoded.strip(BLANK):
-        return Skipped("blank_line"), True
+        return Skipped("blank_line")
     try:
-        return json.loads(decoded), False
+        content = shard.content_in(json.loads(decoded))
     except (ValueError, RecursionError) as error:  # Python reads no integer of more than 4,300 digits
-        return Skipped("not_json", f"is not JSON ({error}): {decoded[:_SHOWN]!r}"), True
+        return Skipped("not_json", f"is not JSON ({error}): {decoded[:_SHOWN]!r}")
+    if isinstance(content, Skipped):
+        return content
+    written = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    return content if is_encodable(written) else Skipped("invalid_utf8")
 
 
 def is_encodable(text: str) -> bool:
@@ -192,36 +163,27 @@ def documents(lines: Iterator[Line], limit: int, sample_by: str) -> Iterator[Lin
         yield from texts
         return
     whole = sample_by == "document"
+    document = _Joined(limit)
     for blank, group in itertools.groupby(texts, lambda text: isinstance(text, bytes) and not (whole or text.strip())):
-        if blank:
-            continue
-        parts: list[bytes] = []
-        size = -1  # with a newline between two lines
-        for text in group:
-            size += 1 + (len(text) if isinstance(text, bytes) else text)
-            if size > limit:
-                parts.clear()  # only the length is still needed
-            elif isinstance(text, bytes):
-                parts.append(text)
-        yield size if size > limit else b"\n".join(parts)
+        if not blank:
+            document.add(next(group))
+            for text in group:
+                document.add(b"\n")
+                document.add(text)
+            yield document.take()
 
 
 def read_document(entry: bytes) -> str | Skipped:
     """The text of a document. A NUL byte is a sign of UTF-16 or of no text at all."""
+    if b"\0" in entry:
+        return Skipped("invalid_utf8", "holds a NUL byte, as UTF-16 does")
     try:
         text = entry.decode().removeprefix("\ufeff")
     except UnicodeDecodeError:
-        return Skipped("invalid_utf8", "holds a NUL byte, as UTF-16 does" if b"\0" in entry else "")
-    return _plain(text) if not text or text.strip(BLANK) else Skipped("blank_line")
-
-
-def _plain(text: str) -> str | Skipped:
-    if "\0" in text:
-        return Skipped("invalid_utf8", "holds a NUL byte, as UTF-16 does")
+        return Skipped("invalid_utf8")
+    if text and not text.strip(BLANK):
+        return Skipped("blank_line")
     return text or Skipped("empty_text")
-
-
-_INSIDE = re.compile(r'([^"])[^"]+([^"])')
 
 
 class CsvRows:
@@ -236,8 +198,7 @@ class CsvRows:
         self._lines = lines
         self._limit = limit
         self._shard = shard
-        self._is_first = True
-        self._bytes = 0  # of the current row so far
+        self._bytes = 0  # of the current row so far, with its newlines
         self._taken = 0  # lines of the current row so far
         self._lost = 0  # remaining lines of a row that is not CSV
         self._is_utf8 = True  # the current row so far
@@ -246,7 +207,7 @@ class CsvRows:
         self._width = len(names)
         self._columns = {name: at for at, name in enumerate(names) if name in shard.columns}
 
-    def take(self) -> list[str | Skipped] | Skipped | None:
+    def take(self) -> dict[str, str] | Skipped | None:
         """The fields of the next row that are read, or the reason why it has none; None at the end."""
         row = self._next()
         if row is None or isinstance(row, Skipped):
@@ -255,22 +216,16 @@ class CsvRows:
             return Skipped("blank_line")
         if len(row) != self._width:
             return Skipped("field_count")
-        return [self._text(row[at]) for at in self._columns.values()]
-
-    def read(self, row: list[str | Skipped]) -> str | dict[str, Any] | Skipped:
-        if not self._shard.holds_records:
-            return row[0]
-        if bad := [text for text in row if isinstance(text, Skipped) and text.reason in BAD_REASONS]:
-            return bad[0]
-        texts = ["" if isinstance(text, Skipped) else text for text in row]
-        assert self._shard.records is not None
-        return self._shard.records.fields_of(dict(zip(self._columns, texts, strict=True)))
-
-    def _text(self, field: str) -> str | Skipped:
-        return _plain(field) if self._is_utf8 or is_encodable(field) else Skipped("invalid_utf8")
+        fields = {name: row[at] for name, at in self._columns.items()}
+        for text in fields.values():
+            if "\0" in text:
+                return Skipped("invalid_utf8", "holds a NUL byte, as UTF-16 does")
+            if not (self._is_utf8 or is_encodable(text)):
+                return Skipped("invalid_utf8")
+        return fields
 
     def _next(self) -> list[str] | Skipped | None:
-        """The next row. An open quote swallows all lines up to the next quote, so each of them counts as a bad row."""
+        """The next row. An open quote swallows lines up to the next quote or the limit, each of which is a bad row."""
         if self._lost:
             self._lost -= 1
             return Skipped("not_csv")
@@ -278,40 +233,25 @@ class CsvRows:
         self._taken = 0
         self._is_utf8 = True
         try:
-            row = next(self._reader, None)
-        except _TooLongError as error:
-            self._lost = self._taken
-            return too_long(error.size, self._limit)
+            return next(self._reader, None)
         except csv.Error:
             self._lost = self._taken - 1
-            return Skipped("not_csv")
-        size = self._bytes - 1  # its last newline does not count
-        return too_long(size, self._limit) if size > self._limit else row
+            size = self._bytes - 1  # its last newline does not count
+            return too_long(size, self._limit) if size > self._limit else Skipped("not_csv")
 
     def _line(self) -> str | None:
-        """The next line for csv.
-
-        Beyond the limit, csv gets only what it needs to find the end of the row: lines that may close a quote, without
-        the text inside.
-        """
-        for line in self._lines:
-            if isinstance(line, int):
-                raise _TooLongError(line)
-            self._taken += 1
-            if self._is_first:
-                line = line.removeprefix(BOM)
-                self._is_first = False
-            self._bytes += len(line) + 1
-            try:
-                text = line.decode()
-            except UnicodeDecodeError:
-                text = line.decode(errors="surrogateescape")
-                self._is_utf8 = False
-            if self._bytes <= self._limit + 1:
-                return text + "\n"
-            if '"' in text.replace('""', ""):
-                return _INSIDE.sub(r"\1\2", text) + "\n"
-        return None
+        line = next(self._lines, None)
+        if line is None:
+            return None
+        self._taken += 1
+        self._bytes += 1 + (line if isinstance(line, int) else len(line))
+        if isinstance(line, int) or self._bytes > self._limit + 1:
+            raise csv.Error  # csv begins a new row with the next line
+        try:
+            return line.decode() + "\n"
+        except UnicodeDecodeError:
+            self._is_utf8 = False
+            return line.decode(errors="surrogateescape") + "\n"
 
     def _header(self) -> list[str]:
         """The names of the columns; none if the file is empty."""
@@ -329,9 +269,3 @@ class CsvRows:
         names = [name.encode(errors="surrogateescape").decode("utf-8", "replace") for name in row]
         check_names(self._shard, names)
         return names
-
-
-class _TooLongError(Exception):
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.size = size

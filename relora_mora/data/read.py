@@ -1,16 +1,31 @@
-"""Opens the rows of shards of every format: texts, records or tokens. In plain text every document is a row."""
+"""Opens the rows of shards of every format, and reads and tokenizes them once in order.
 
+The latter is for evaluation, for checks, to show rows, and to count: a run with ``train.epochs`` needs the number of
+tokens of an epoch before it can plan its schedule.
+"""
+
+import itertools
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from relora_mora.config.data import DataConfig
+import numpy as np
+
+from relora_mora.config.data import DataConfig, Packing, Split, TextSource
 from relora_mora.data.columns import ArrowRows, ParquetRows
-from relora_mora.data.errors import SourceError
+from relora_mora.data.errors import Skipped, SourceError
+from relora_mora.data.lanes import LanePlan, lane_plans
 from relora_mora.data.lines import LineRows
-from relora_mora.data.rows import Encoded, EncodeTexts, Rows
+from relora_mora.data.records.encoders import encoder_of, packing_of
+from relora_mora.data.rows import Encoded, Note, RecordsFound, Rows, in_calls
 from relora_mora.data.shard import ARROW, PARQUET, Shard
+from relora_mora.data.sources import configured_shards, shards_of
+from relora_mora.data.stream.packing import Mask, with_end
+from relora_mora.data.stream.whole import WholeRows
 from relora_mora.data.tokens.rows import TokenRows
+from relora_mora.tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,19 +33,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ROWS_PER_CALL = 64
+
 
 def open_rows(
-    config: DataConfig,
-    shard: Shard,
-    *,
-    stride: int = 1,
-    phase: int = 0,
-    bad: int = 0,
-    note: Callable[[str], object] = log.warning,
+    config: DataConfig, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0, note: Note = log.warning
 ) -> Rows[Any]:
     """The texts, records or tokens of a shard of any format (see ``rows.OpenRows``).
 
-    Only the limits and ``sample_by`` of ``config`` are used.
+    In plain text every document is a row. Only the limits and ``sample_by`` of ``config`` are used.
     """
     if shard.tokens is not None:
         return TokenRows(shard, stride, phase, bad)
@@ -38,19 +49,123 @@ def open_rows(
     return reader(config, shard, stride, phase, bad=bad, note=note)
 
 
-def check_is_text(shard: Shard) -> None:
-    """Raises SourceError for a shard of tokens or records."""
-    if shard.tokens is not None:
-        raise SourceError(f"{shard.location} holds tokens, but text is needed here; give the text of these tokens")
-    if shard.holds_records:
-        raise SourceError(
-            f"{shard.label} is read as records (data.records), but text is needed here; set data.records=null, or its "
-            "kind to text"
+def read_rows(shards: Iterable[Shard], config: DataConfig, *, note: Note = log.warning) -> Iterator[Any]:
+    """The texts, records and tokens of shards, without rows that hold nothing.
+
+    ``note`` gets the messages about the others. Raises SourceError if a shard cannot be read or too many rows are bad.
+    """
+    for shard in shards:
+        with closing(open_rows(config, shard, note=note)) as rows:
+            # one row at a time, so that nothing after the last wanted row is waited for or reported
+            while taken := rows.take(1):
+                yield from (row for row in taken if not isinstance(row, Skipped))
+
+
+def iter_texts(sources: str | Sequence[str | TextSource], *, split: Split, config: DataConfig) -> Iterator[str]:
+    """Every text of the sources, with the limits, revision and text column of ``config``. Raises SourceError."""
+    shards = shards_of(sources, config, split)
+    for shard in shards:
+        if shard.tokens is not None:
+            raise SourceError(f"{shard.location} holds tokens, but text is needed here; give the text of these tokens")
+        if shard.holds_records:
+            raise SourceError(
+                f"{shard.label} is read as records (data.records), but text is needed here; set data.records=null, or "
+                "its kind to text"
+            )
+    return read_rows(shards, config)
+
+
+def rows_in_order(
+    shards: Sequence[Shard],
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    packing: Packing,
+    found: RecordsFound | None = None,
+    *,
+    limit: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+) -> Iterator[Encoded]:
+    """The usable rows, with the sizes of texts. ``found`` counts all rows and gets the messages about bad ones.
+
+    ``limit`` takes the first rows of each format. Raises SourceError as ``read_rows`` and ``RecordsFound``.
+    """
+    found = found or RecordsFound(config)
+    for record_format, same_format in itertools.groupby(shards, lambda shard: shard.records):
+        encode = encoder_of(tokenizer, [record_format], packing, config.sequence_length)
+        for group in in_calls(limit(read_rows(same_format, config, note=found.note)), _ROWS_PER_CALL, len):
+            for source, row in zip(group, encode(group), strict=True):
+                found.add(row)
+                if isinstance(row, Encoded):
+                    yield row._replace(utf8_bytes=None if row.cut else _text_bytes(source))
+    found.check_usable(shards[0].label)
+
+
+def scored_mask(row: Encoded, packing: Packing) -> Mask:
+    """Which tokens of a row are predicted and count. In a stream, an EOS is before it and another after it."""
+    if packing == "stream":
+        return np.ones(len(row.ids) + 1, np.bool_) if row.scored is None else with_end(row.scored)
+    mask = np.ones(len(row.ids), np.bool_)
+    if row.scored is not None:
+        mask[:] = row.scored
+    mask[:1] = False
+    return mask
+
+
+def _text_bytes(row: Any) -> int | None:
+    """The size of the text of a row; None if not all of the row is text."""
+    if isinstance(row, str):
+        return len(row.encode())
+    return row.utf8_bytes if isinstance(row, Encoded) else None
+
+
+def count_epochs(
+    config: DataConfig,
+    tokenizer_path: str,
+    *,
+    lanes: int,
+    epochs: float = 1.0,
+    shards: Sequence[Shard] | None = None,
+) -> int:
+    """The number of tokens in the first ``epochs`` epochs.
+
+    It includes the EOS after each document in a stream, and the padding of sequences of whole rows, whose tokens are
+    made before (``folder.tokens_of_whole_rows``). Reads the whole text of a stream, unless it is pre-tokenized, and
+    checks all of its records. ``shards`` are the shards of ``config``, if they are already resolved. Raises
+    SourceError, also if there is no text.
+    """
+    shards = configured_shards(config, "train") if shards is None else shards
+    if packing_of(config, shards) != "stream":
+        with closing(WholeRows(shards, config)) as rows:
+            blocks = [rows.blocks_in(epoch) for epoch in range(math.ceil(epochs))]
+        blocks[-1] = math.ceil(blocks[-1] * (epochs - len(blocks) + 1))
+        return sum(blocks) * config.sequence_length
+    if all(shard.tokens for shard in shards):
+        tokens = sum(shard.tokens.totals.tokens for shard in shards if shard.tokens)
+    else:
+        in_order = rows_in_order(shards, config, load_tokenizer(tokenizer_path), "stream")
+        tokens = sum(len(row.ids) + 1 for row in in_order)
+    if not tokens:
+        sources = ", ".join(source.source for source in config.train)
+        raise SourceError(f"the training data {sources} holds no text; give a source with at least one document")
+    late = _read_late(shards, lane_plans(config, lanes, len(shards)))
+    if late > 0.05:
+        log.warning(
+            "lanes have unequal shares of %s files: about %.0f %% of the text is read only after the end of an epoch, "
+            "and other text twice before it; give files of equal sizes, or a few files as records with "
+            "data.concatenate=true",
+            len(shards),
+            100 * late,
         )
+    return math.ceil(tokens * epochs)
 
 
-def text_encoder(tokenizer: "PreTrainedTokenizerBase") -> EncodeTexts:
-    """A function that tokenizes texts. All tokens are scored."""
-    from relora_mora.tokenizer.load import encode
+def _read_late(shards: Sequence[Shard], plans: Sequence[LanePlan]) -> float:
+    """The fraction of a stream that is still unread when the lanes together have read as much as there is.
 
-    return lambda texts: [Encoded(ids) for ids in encode(tokenizer, texts)]
+    An estimate from the sizes of the files. If any size is unknown, all files count as equally large.
+    """
+    sizes = [shard.size or 0 for shard in shards]
+    if not all(sizes):
+        sizes = [1] * len(shards)
+    shares = [sum(sizes[part.shard] / part.stride for part in plan.parts) for plan in plans]
+    mean = sum(shares) / len(shares)
+    return sum(max(0.0, share - mean) for share in shares) / sum(shares)

@@ -1,26 +1,52 @@
-"""The interface between packing and the rows that are packed.
+"""The interface between packing and the rows that are packed, and the limit on rows that cannot be used.
 
 A lane knows neither the format of its shards nor the meaning of their rows. It is given two functions: one opens the
 rows of a shard (``OpenRows``), the other tokenizes rows and marks the scored tokens (``Encode``). ``read.py`` opens
 shards of every format, and ``encoders.py`` has the functions that tokenize.
 """
 
+import itertools
+import logging
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from relora_mora.data.errors import Skipped
-from relora_mora.data.shard import Shard
+from relora_mora.config.data import DataConfig
+from relora_mora.data.errors import BAD_REASONS, ENCODING_REASONS, Skipped, SourceError
+from relora_mora.data.shard import Record, Shard
 
 # The content of a row, such as a text or the messages of a conversation. len() is about its number of characters.
 Row = TypeVar("Row", bound=Sized)
 TokenIds = npt.NDArray[np.integer[Any]]
 Ids = Sequence[int] | TokenIds
 Scored = Sequence[bool] | npt.NDArray[np.bool_]
+Note = Callable[[str], object]  # gets a message about skipped rows
+Content = str | dict[str, Any] | Skipped  # a text, the fields of a record, or why there is none
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+
 CALL_CHARACTERS = 1 << 20
+FEWEST_ROWS = 1000  # a fraction of fewer rows says little
+NOTES_PER_REASON = 3  # per shard
+OTHER_KEYS = "set data.text_column to the key of the texts, or data.records if the lines are records"
+TOO_LONG = "over_length"
+
+
+class Encoded(NamedTuple):
+    """The tokens of a row, and for each token whether predicting it counts in the loss; None if all do."""
+
+    ids: Ids
+    scored: Scored | None = None
+    cut: bool = False  # the row lost its end, because it was longer than a sequence
+    utf8_bytes: int | None = None  # the size of its text, if that is known and all of it is scored
+
+
+# Encodes many rows at once, because a tokenizer call has a cost. The result for a row must not depend on the others.
+Encode = Callable[[list[Row]], Sequence[Encoded | Skipped]]
 
 
 def in_calls(rows: Iterable[T], most: int, size: Callable[[T], int], threads: int = 1) -> Iterator[list[T]]:
@@ -68,32 +94,127 @@ class Rows(Protocol[Row]):
     def close(self) -> None: ...
 
 
-def calls_of(rows: Rows[Row], most: int, threads: int = 1) -> Iterator[list[Row | Skipped]]:
-    """All remaining rows of a shard, in the batches of :func:`in_calls`."""
-    while taken := rows.take(most):
-        yield from in_calls(taken, most, lambda row: 0 if isinstance(row, Skipped) else len(row), threads)
+# Opens a shard for lane ``phase`` (from 0) of the ``stride`` lanes that share it; these are keywords, as are ``note``
+# and ``bad``, which is ``Rows.bad`` at the position to which the caller skips next.
+OpenRows = Callable[..., Rows[Row]]
 
 
-class OpenRows(Protocol[Row]):
-    """Opens a shard for lane ``phase`` (from 0) of the ``stride`` lanes that share it.
+class JudgedRows(Rows[Any], ABC):
+    """The rows of a shard of text or records, which end the run if too many of them are bad.
 
-    ``bad`` is ``Rows.bad`` at the position to which the caller skips next. ``note`` gets a message about skipped rows.
+    A decision depends only on the position in the shard, so a resumed run makes the same decision at the same place.
     """
 
-    def __call__(
-        self, shard: Shard, *, stride: int, phase: int, bad: int, note: Callable[[str], object]
-    ) -> Rows[Row]: ...
+    is_empty = False
+    _rows: Iterator[tuple[int, Content]]  # the next own rows and their numbers in the file, from 1
+
+    def __init__(self, config: DataConfig, shard: Shard, stride: int, unit: str, *, bad: int, note: Note) -> None:
+        self.bad = bad
+        self._shard = shard
+        self._stride = stride
+        self._unit = unit
+        self._max_bad_fraction = config.max_bad_fraction
+        self._note = note
+        self._next = 0  # the number of the next own row
+        self._noted = Counter[str]()
+        self._last = ""
+
+    @property
+    @abstractmethod
+    def progress(self) -> float:
+        """The fraction of the own rows, or of the shard, that was read, 0 to 1."""
+
+    def take(self, count: int) -> list[Any]:
+        rows: list[Any] = []
+        for number, row in itertools.islice(self._rows, count):
+            self._next += 1
+            if isinstance(row, Skipped) and row.reason in BAD_REASONS:
+                self._count(number, row)
+            if isinstance(row, dict):
+                assert self._shard.records is not None
+                rows.append(Record(row, f"{self._shard.label}, {self._unit} {number}", self._shard.records))
+            else:
+                rows.append(row)
+        if not rows:
+            if self.is_empty:
+                self._note(f"{self._shard.label} is empty; skipped")
+            # a shard of nothing but bad rows, however small it is
+            if self.bad == self._next > self._max_bad_fraction * self._next and self._stride == 1:
+                raise self._error()
+        return rows
+
+    def _count(self, number: int, skipped: Skipped) -> None:
+        self.bad += 1
+        self._last = f"{self._unit} {number} {skip_reason(skipped, self._shard)}"
+        self._noted[skipped.reason] += 1
+        if self._noted[skipped.reason] <= NOTES_PER_REASON:
+            self._note(f"{self._shard.label}: {self._last}; skipped")
+        if too_many(self.bad, self._next, self._max_bad_fraction):
+            raise self._error()
+
+    def _error(self) -> SourceError:
+        last = f"; {self._last}" if self._last else ""
+        if self._noted["no_text"] and not self._shard.holds_records:
+            last += f" ({OTHER_KEYS})"
+        return SourceError(
+            f"{self._shard.label}: {self.bad} of {self._next} {self._unit}s are bad, more than data.max_bad_fraction "
+            f"({self._max_bad_fraction:g}){last}. Repair or drop the shard, or raise data.max_bad_fraction"
+        )
 
 
-class Encoded(NamedTuple):
-    """The tokens of a row, and for each token whether predicting it counts in the loss; None if all do."""
-
-    ids: Ids
-    scored: Scored | None = None
-    cut: bool = False  # the row lost its end, because it was longer than a sequence
-    utf8_bytes: int | None = None  # the size of its text, if that is known and all of it is scored
+def skip_reason(skipped: Skipped, shard: Shard) -> str:
+    """Describes what is wrong with a bad row of a shard."""
+    return skipped.detail or BAD_REASONS[skipped.reason].format(column=shard.text_column)
 
 
-# Encodes many rows at once, because a tokenizer call has a cost. The result for a row must not depend on the others.
-Encode = Callable[[list[Row]], Sequence[Encoded | Skipped]]
-EncodeTexts = Callable[[list[str]], list[Encoded]]
+def too_many(bad: int, rows: int, max_bad_fraction: float) -> bool:
+    """Whether so many bad rows end a run: fewer than 1,000 rows are judged as 1,000."""
+    return bad > max_bad_fraction * max(rows, FEWEST_ROWS)
+
+
+def too_many_records(bad: int, seen: int, max_bad_fraction: float, last_bad: str) -> SourceError | None:
+    """The error to raise if too many records cannot be used. ``last_bad`` describes the last."""
+    if not too_many(bad, seen, max_bad_fraction):
+        return None
+    return SourceError(
+        f"{bad:,} of {seen:,} records cannot be used, more than data.max_bad_fraction ({max_bad_fraction:g}); "
+        f"the last one: {last_bad}. Correct the records or data.records, or raise data.max_bad_fraction"
+    )
+
+
+class RecordsFound:
+    """Counts and judges the outcomes of rows that are encoded once each, from the beginning."""
+
+    def __init__(self, config: DataConfig, note: Note = log.warning) -> None:
+        self.note = note
+        self.seen = 0
+        self.left_out = Counter[str]()  # by reason
+        self.examples: dict[str, str] = {}  # by reason: a description of the last such row
+        self._max_bad_fraction = config.max_bad_fraction
+
+    def add(self, row: Encoded | Skipped) -> None:
+        """Raises SourceError if too many of the records so far cannot be used."""
+        self.seen += 1
+        if not isinstance(row, Skipped):
+            return
+        self.left_out[row.reason] += 1
+        self.examples[row.reason] = row.detail
+        if row.reason in ENCODING_REASONS:
+            bad = sum(self.left_out[reason] for reason in ENCODING_REASONS)
+            if bad <= NOTES_PER_REASON:
+                self.note(f"{row.detail}; skipped")
+            if fault := too_many_records(bad, self.seen, self._max_bad_fraction, row.detail):
+                raise fault
+
+    def __str__(self) -> str:
+        return ", ".join(f"{reason}: {count:,}" for reason, count in self.left_out.most_common())
+
+    def check_usable(self, name: str) -> None:
+        """Raises SourceError if there were rows, none of which can be used."""
+        if self.seen and self.left_out.total() == self.seen:
+            [(reason, _)] = self.left_out.most_common(1)
+            remedy = "raise data.sequence_length" if reason == TOO_LONG else "correct data.records"
+            raise SourceError(
+                f"{name}: none of {self.seen:,} records can be used ({self}); for instance {self.examples[reason]}; "
+                f"{remedy}"
+            )

@@ -15,7 +15,6 @@ from relora_mora.data.tokens.index import TokenFile
 from relora_mora.system.files import from_home
 
 COMPRESSED = (".gz", ".zst", ".zstd")
-OR_RECORDS = "; or set data.records, if rows are not plain text"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,6 @@ class RecordFormat:
 
     @property
     def is_text(self) -> bool:
-        """Whether rows are plain text."""
         return self.settings.is_text
 
     def fields_of(self, row: Mapping[str, Any]) -> dict[str, Any] | Skipped:
@@ -142,7 +140,7 @@ class Shard:
     records: RecordFormat | None = None  # the format of rows; None: text
     source: str = ""  # the name of its source, in a mixture or if the source sets text_column or records itself
     tokens: TokenFile | None = None  # what the file holds, if it is a file of a pre-tokenized folder
-    path: str = field(default="", compare=False)  # the end of the location, if other local files have the same name
+    path: str = field(default="", compare=False)  # the location, if other local files have the same name
 
     @property
     def label(self) -> str:
@@ -169,10 +167,18 @@ class Shard:
         optional = self.records.settings.optional.values() if self.records and self.holds_records else ()
         return (*self.required_columns, *optional)
 
-    def record(self, fields: dict[str, Any], where: str) -> Record:
-        """A record of this shard with these fields."""
-        assert self.records is not None
-        return Record(fields, f"{self.label}, {where}", self.records)
+    def content_in(self, row: Any) -> str | dict[str, Any] | Skipped:
+        """The text of a row with columns, or the fields of its record, or why it has none."""
+        if not isinstance(row, dict):
+            return Skipped("no_text", "is not an object of keys and values")
+        if self.records is not None and not self.records.is_text:
+            return self.records.fields_of(row)
+        if self.text_column not in row:
+            return Skipped("no_text", f'has no "{self.text_column}", only {names_of(row)}')
+        text = row[self.text_column]
+        if isinstance(text, str):
+            return text or Skipped("empty_text")
+        return Skipped("null_text" if text is None else "text_not_string")
 
     @property
     def in_ranges(self) -> bool:
@@ -185,21 +191,18 @@ class Shard:
         return "://" in self.location
 
     @property
-    def is_http(self) -> bool:
-        return self.location.startswith(("http://", "https://"))
-
-    @property
     def origin(self) -> Literal["local", "server", "hub"]:
         """Where the file is stored."""
         if self.hub:
             return "hub"
         return "server" if self.is_remote else "local"
 
-    @property
-    def column_remedy(self) -> str:
-        """The beginning of a remedy, to which the caller adds the name of a column."""
+    def column_remedy(self, columns: str) -> str:
+        """How to read other columns, with those that there are."""
         setting = "records.columns" if self.holds_records else "text_column"
-        return f"set {setting} of the source {self.source}" if self.source else f"set data.{setting}"
+        setting = f"{setting} of the source {self.source}" if self.source else f"data.{setting}"
+        records = "" if self.holds_records else "; or set data.records, if rows are not plain text"
+        return f"set {setting} to one of {columns}{records}"
 
 
 def check_names(shard: Shard, names: Sequence[str]) -> None:
@@ -209,5 +212,5 @@ def check_names(shard: Shard, names: Sequence[str]) -> None:
         if count > 1 or (count == 0 and column in shard.required_columns):
             raise SourceError(
                 f'{shard.label} has {count or "no"} column{"s" if count else ""} "{column}"; '
-                f"{shard.column_remedy} to one of {names_of(names)}{'' if shard.holds_records else OR_RECORDS}"
+                f"{shard.column_remedy(names_of(names))}"
             )

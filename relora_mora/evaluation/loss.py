@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from relora_mora.config.data import DataConfig, set_setting
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sets.held_out import EvalSet, load_eval_set
+from relora_mora.data.held_out import EvalSet, load_eval_set
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.model.causal import body_of, head_scale, scaled
 from relora_mora.model.loss import IGNORE, bytes_per_logit, chunked_cross_entropy, loss_chunk
@@ -29,7 +29,7 @@ class EvalResult:
 
     End-of-document tokens are predicted and counted in ``tokens``; they add no bytes. If only part of a text is scored,
     as with records, its bytes are None. Losses are comparable if ``digest`` is the same
-    (:class:`relora_mora.data.sets.held_out.EvalSet`). The digest of several texts does not depend on their order.
+    (:class:`relora_mora.data.held_out.EvalSet`). The digest of several texts does not depend on their order.
     """
 
     nats: float

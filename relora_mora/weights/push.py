@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from relora_mora.data.errors import SourceError
-from relora_mora.data.hub import endpoint, login_headers
+from relora_mora.data.network import endpoint, login_headers
 from relora_mora.weights.card import CARD
 
 _STALL_SECONDS = 60.0

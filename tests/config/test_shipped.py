@@ -13,7 +13,7 @@ from relora_mora.config.checks.combinations import unused_by
 from relora_mora.config.data import as_sources
 from relora_mora.config.load import FINETUNING, load_config
 from relora_mora.config.schema import Config
-from relora_mora.data.sources.names import C4
+from relora_mora.data.named_sets import C4
 from relora_mora.model.config import check_length, read_model_config
 from relora_mora.optim.groups import count_parameters, make_schedule
 from relora_mora.sizing.work import meta_model

@@ -10,7 +10,7 @@ from typing import Any
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.sources import configured_shards
 from relora_mora.data.stream.stream import TrainStream
 from relora_mora.data.tokens.folder import tokens_of_whole_rows
 

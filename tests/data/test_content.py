@@ -11,7 +11,7 @@ from contextlib import closing
 import pytest
 import zstandard
 
-from relora_mora.data.content import at_versions, content_of, remote_versions
+from relora_mora.data.content import content_of, with_versions
 from relora_mora.data.errors import SourceError
 from relora_mora.data.read import open_rows
 from tests.tools.data_tools import data_config, resolve_shards, some_texts, write_shard, write_shards
@@ -25,9 +25,8 @@ def _local(path) -> str:
     return content_of(resolve_shards(str(path)))
 
 
-def _remote(server, *, timeout_seconds=8.0, name="part-{00000..00002}.json.gz") -> str:
-    shards = resolve_shards(f"{server.url}/{name}")
-    return content_of(at_versions(shards, remote_versions(shards, timeout_seconds)))
+def _remote(server) -> str:
+    return content_of(with_versions(resolve_shards(f"{server.url}/part-{{00000..00002}}.json.gz"), 8.0))
 
 
 def test_it_depends_on_the_content_of_files_and_not_on_their_location(tmp_path):
@@ -44,7 +43,6 @@ def test_it_depends_on_the_content_of_files_and_not_on_their_location(tmp_path):
     path.rename(path.with_name("part-00009.json.gz"))
     assert len({first, _local(tmp_path / "there" / "*"), _local(path.parent / "part-00000.json.gz")}) == 3
     assert content_of([]) == ""
-    assert remote_versions([], 1.0) == {}
 
 
 def test_samples_of_a_large_file_notice_any_change_of_compressed_text(tmp_path):
@@ -86,41 +84,33 @@ def test_a_server_reports_versions_by_etag_or_date_and_size(tmp_path):
     assert [found.index(one) for one in found] == [0, 0, 2, 3, 3, 5, 6]
 
 
+def _texts(shard):
+    with closing(open_rows(data_config("unused"), shard)) as rows:
+        return rows.take(9)
+
+
 @each("suffix", [".json.gz", ".parquet"])
 @each("etag", [True, False])
 def test_files_are_read_in_the_version_that_was_asked_for(tmp_path, suffix, etag):
-    path = tmp_path / f"a{suffix}"
-    write_shard(path, some_texts(8))
+    path = write_shard(tmp_path / f"a{suffix}", some_texts(8))
     with serving(tmp_path, etag=etag) as server:
         server.last_modified = "Tue, 24 Nov 2026 12:00:00 GMT"
-        shards = resolve_shards(f"{server.url}/a{suffix}")
-        shards = at_versions(shards, remote_versions(shards, 8.0))
-        config = data_config(path)
-        with closing(open_rows(config, shards[0])) as rows:
-            assert rows.take(9) == some_texts(8)
+        (shard,) = with_versions(resolve_shards(f"{server.url}/a{suffix}"), 8.0)
+        assert _texts(shard) == some_texts(8)
         write_shard(path, some_texts(9))
         server.last_modified = "Tue, 24 Nov 2026 12:00:01 GMT"
-        with (
-            pytest.raises(SourceError, match=rf"a\{suffix} changed while it was read"),
-            closing(open_rows(config, shards[0])) as rows,
-        ):
-            rows.take(9)
+        with pytest.raises(SourceError, match=rf"a\{suffix} changed while it was read"):
+            _texts(shard)
 
 
 @each("suffix", [".json.gz", ".txt", ".parquet"])
 def test_a_local_file_is_read_as_it_was_at_the_start_and_copies_of_it_are_the_same(tmp_path, suffix):
     path = write_shard(tmp_path / f"a{suffix}", some_texts(8))
-    config = data_config(path, sample_by="paragraph")
     (shard,) = resolve_shards(str(path))
     before = path.stat()
-    copy = shutil.copy2(path, tmp_path / "copy")  # like rsync and backups, this keeps the time
-    copy.replace(path)
-    with closing(open_rows(config, shard)) as rows:
-        assert rows.take(9) == some_texts(8)
+    shutil.copy2(path, tmp_path / "copy").replace(path)  # like rsync and backups, this keeps the time
+    assert _texts(shard) == some_texts(8)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     with pytest.raises(SourceError, match=rf"a\{suffix} changed since the start: it was written again; use data"):
-        open_rows(config, shard)
-    with closing(
-        open_rows(config, resolve_shards(str(path))[0])
-    ) as rows:  # another start accepts the file as it is now
-        assert rows.take(9) == some_texts(8)
+        _texts(shard)
+    assert _texts(resolve_shards(str(path))[0]) == some_texts(8)  # another start accepts the file as it is now

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AddedToken, AutoModelForCausalLM
 
+from relora_mora.data.held_out import Answer, answer_of
 from relora_mora.data.records.passages import special_tokens
 from relora_mora.data.rows import Encoded
-from relora_mora.data.sets.held_out import Answer, answer_of
 from relora_mora.evaluation.generation import (
     Generated,
     _with_leading_tokens_in_prompt,

@@ -22,7 +22,7 @@ from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.config.data import DataConfig, RecordsConfig
 from relora_mora.config.data_flags import parse_typed
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sources.names import with_commits
+from relora_mora.data.named_sets import with_commits
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.evaluation.loss import (
     EvalResult,

@@ -21,8 +21,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from relora_mora.adapters.layers import adapter_layers, adapter_parameters
 from relora_mora.checkpoint.rank_files import RankFiles
+from relora_mora.data.held_out import EvalSet
 from relora_mora.data.lanes import LaneStates
-from relora_mora.data.sets.held_out import EvalSet
 from relora_mora.data.stream.packing import Batch
 from relora_mora.engine.engine import ZeroEngine
 from relora_mora.engine.merging import FrozenMasters, Merger

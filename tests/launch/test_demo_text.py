@@ -10,7 +10,7 @@ import pytest
 
 from relora_mora.commands import demo_text as demo
 from relora_mora.config.data import DataConfig
-from relora_mora.data.sets.reading import iter_texts
+from relora_mora.data.read import iter_texts
 
 pytestmark = pytest.mark.more
 

@@ -16,15 +16,12 @@ import numpy as np
 import zstandard
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.files import open_file, text_pieces
+from relora_mora.data.held_out import load_eval_set
 from relora_mora.data.lanes import LaneRows, plan_lanes
-from relora_mora.data.lines import lines_in
-from relora_mora.data.read import open_rows
+from relora_mora.data.read import iter_texts, open_rows
 from relora_mora.data.rows import Encoded
-from relora_mora.data.sets.held_out import load_eval_set
-from relora_mora.data.sets.reading import iter_texts
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.resolve import configured_shards, shards_of
+from relora_mora.data.sources import configured_shards, shards_of
 from relora_mora.data.stream.packing import Lane
 
 EOS = 256
@@ -184,10 +181,12 @@ def assert_resumes_anywhere(config: DataConfig, lanes: int) -> None:
                 assert resumed.state() == state
 
 
-def rows_of(path: Path, lanes: int = 1, lane: int = 0, skip: int = 0, **settings: Any) -> list[Any]:
+def rows_of(
+    path: Path, lanes: int = 1, lane: int = 0, skip: int = 0, column: str = "text", **settings: Any
+) -> list[Any]:
     """All rows of a lane's share of a file after the first ``skip``, including those without text."""
     config = data_config(path, **{"max_bad_fraction": 1.0, **settings})
-    shard = Shard(path.name, str(path))
+    shard = Shard(path.name, str(path), text_column=column)
     with closing(open_rows(config, shard, stride=lanes, phase=lane)) as rows:
         assert rows.skip(skip) or not shard.format.in_ranges  # lines may end before the last lane's turn
         return [row for part in iter(lambda: rows.take(5), []) for row in part]
@@ -205,10 +204,3 @@ def eval_set(
     config = data_config(source, **settings)
     given = {"tokenizer_path": tokenizer, "sequence_length": length, "max_tokens": max_tokens}
     return load_eval_set(str(source), config=config, **given)
-
-
-def lines_of(path: Path, limit: int = 1000) -> list[Any]:
-    """All lines of a file; of those longer than ``limit`` bytes their lengths."""
-    shard = Shard(path.name, str(path))
-    with closing(open_file(shard, 1.0)) as file:
-        return list(lines_in(text_pieces(file, shard), limit))

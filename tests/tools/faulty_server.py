@@ -20,26 +20,20 @@ COMMIT = "c0ffee0000000000000000000000000000c0ffee"
 FAULTS = ("refuse", "429", "503", "stall", "reset", "truncate", "no_length", "short", "long", "cut_range")
 
 
+Fault = Callable[[int], str | None]
+
+
 class FaultyServer(ThreadingHTTPServer):
     """Serves ``folder``. ``fault(n)`` names what goes wrong with request number n, or None.
 
     refuse: closed without an answer; 429 and 503: with Retry-After; stall: half a body, then nothing; reset, few: half
     a body or 3,000 bytes of it, then RST; truncate: half a body, then FIN; no_length: the same without Content-Length;
-    short, long: a wrong Content-Length; cut_range: an answer to another range than asked for. No fault that passes:
-    corrupt, a changed byte.
+    short, long: a wrong Content-Length; cut_range: an answer to another range than asked for.
     """
 
     daemon_threads = True
 
-    def __init__(
-        self,
-        folder: Path,
-        fault: Callable[[int], str | None] = lambda n: None,
-        *,
-        ranges: bool = True,
-        etag: bool = True,
-        port: int = 0,
-    ) -> None:
+    def __init__(self, folder: Path, fault: Fault, *, ranges: bool = True, etag: bool = True, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.folder, self.fault, self.ranges, self.etag = folder, fault, ranges, etag
         self.last_modified: str | None = None
@@ -97,25 +91,17 @@ class _Handler(BaseHTTPRequestHandler):
         elif re.fullmatch(rf"/api/datasets/.+/.+/tree/{COMMIT}", path):
             self._tree(fault)
         elif match := re.fullmatch(rf"/datasets/.+/.+/resolve/{COMMIT}/(.+)", path):
-            self._answer(
-                302, b"", {"Location": f"/blobs/{match[1]}", "X-Linked-Etag": '"linked"', "X-Repo-Commit": COMMIT}
-            )
+            headers = {"Location": f"/blobs/{match[1]}", "X-Linked-Etag": '"linked"', "X-Repo-Commit": COMMIT}
+            self._answer(302, b"", headers)
         else:
             self._file(self.server.folder / path.removeprefix("/blobs").lstrip("/"), fault)
 
     def _tree(self, fault: str | None) -> None:
         """The files of the folder, three on a page."""
-        paths = sorted(path for path in self.server.folder.rglob("*") if path.is_file())
+        folder = self.server.folder
+        paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         at = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
-        entries = [
-            {
-                "type": "file",
-                "path": path.relative_to(self.server.folder).as_posix(),
-                "size": path.stat().st_size,
-                "oid": "0",
-            }
-            for path in paths[at : at + 3]
-        ]
+        entries = [{"type": "file", "path": path, "size": 1, "oid": "0"} for path in paths[at : at + 3]]
         body = json.dumps([{"type": "directory", "path": "a", "oid": "0"}, *entries]).encode()
         following = f'<{self.server.url}{urlsplit(self.path).path}?recursive=true&cursor={at + 3}>; rel="next"'
         self._answer(200, body, {"Link": following} if at + 3 < len(paths) else {}, fault)
@@ -148,8 +134,6 @@ class _Handler(BaseHTTPRequestHandler):
             length = length * 2 // 3
         elif fault == "long":
             length += 1000
-        elif fault == "corrupt":
-            body = body[: length // 2] + bytes([body[length // 2] ^ 255]) + body[length // 2 + 1 :]
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(length)}.items():
             if fault != "no_length" or name != "Content-Length":
@@ -178,9 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
 Server = TypeVar("Server", bound=ThreadingHTTPServer)
 
 
-def serving(
-    folder: Path, fault: Callable[[int], str | None] = lambda n: None, **settings: int
-) -> AbstractContextManager[FaultyServer]:
+def serving(folder: Path, fault: Fault = lambda n: None, **settings: int) -> AbstractContextManager[FaultyServer]:
     return running(FaultyServer(folder, fault, **settings))
 
 

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from tests.tools.faulty_server import running
 
+COMMIT = "c" * 40
 TOKEN = "hf_" + "s" * 30  # the only one that it accepts
 
 
@@ -71,16 +72,10 @@ class _Handler(BaseHTTPRequestHandler):
         name, rest = match[1], match[2] or ""
         if rest.startswith("/resolve/main/"):
             known = rest.removeprefix("/resolve/main/") in files
-            self._answer(
-                200 if known else 404,
-                {},
-                {"ETag": '"1"', "X-Repo-Commit": "c" * 40} if known else {"X-Error-Code": "EntryNotFound"},
-            )
+            headers = {"ETag": '"1"', "X-Repo-Commit": COMMIT} if known else {"X-Error-Code": "EntryNotFound"}
+            self._answer(200 if known else 404, {}, headers)
         elif rest.startswith("/tree/"):
-            self._answer(
-                200,
-                [{"type": "file", "path": path, "size": len(content), "oid": "0"} for path, content in files.items()],
-            )
+            self._answer(200, [{"type": "file", "path": each, "size": 1, "oid": "0"} for each in files])
         elif rest.startswith("/preupload/"):
             paths = [file["path"] for file in json.loads(body)["files"]]
             modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
@@ -92,21 +87,16 @@ class _Handler(BaseHTTPRequestHandler):
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif operation["key"] == "deletedFile":
                     del files[value["path"]]
-            self._answer(
-                200,
-                {"commitOid": "c" * 40, "commitUrl": f"{self.server.url}/{name}/commit/{'c' * 40}", "success": True},
-            )
+            url = f"{self.server.url}/{name}/commit/{COMMIT}"
+            self._answer(200, {"commitOid": COMMIT, "commitUrl": url, "success": True})
         else:  # the repository itself, and whether it can be written
-            self._answer(200, {"id": name, "private": self.server.private[name], "sha": "c" * 40, "siblings": []})
+            self._answer(200, {"id": name, "private": self.server.private[name], "sha": COMMIT, "siblings": []})
 
     def _answer(self, status: int, content: object, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
-        for key, value in {
-            **(headers or {}),
-            "Content-Type": "application/json",
-            "Content-Length": str(len(body)),
-        }.items():
+        own = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        for key, value in {**(headers or {}), **own}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":

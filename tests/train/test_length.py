@@ -7,7 +7,7 @@ import math
 import pytest
 
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sets.reading import count_epochs
+from relora_mora.data.read import count_epochs
 from tests.tools.runs import metrics, refusal_of, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed

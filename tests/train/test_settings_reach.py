@@ -46,7 +46,7 @@ REACHES = {
     "data.records": Reach(None, True),  # of other rows: tests/train/test_records_run.py
     "data.packing": Reach(None, True),  # as above: here a stream is evaluated again
     "data.text_column": Reach("url", True),
-    "data.sample_by": Reach("line", False),  # only of .txt: tests/data/test_text_files.py
+    "data.sample_by": Reach("line", False),  # only of .txt: tests/data/test_lines.py
     "data.sequence_length": Reach(16, True),
     "data.lanes": Reach(2, False),
     "data.workers": Reach(1, False),

@@ -11,10 +11,10 @@ import xxhash
 
 from relora_mora.config.data import DataConfig, Packing
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.read import text_encoder
 from relora_mora.data.records import passages
 from relora_mora.data.rows import Encode, Encoded
 from relora_mora.data.shard import Record, RecordFormat, Shard
+from relora_mora.tokenizer.load import encode as encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ def encoder_of(
     by_format: dict[Any, Encode[Any]] = {
         held: record_encoder(tokenizer, held) for held in formats if held is not None and not held.is_text
     }
-    by_format |= {str: text_encoder(tokenizer), Encoded: list}
+    by_format |= {str: lambda texts: [Encoded(ids) for ids in encode_texts(tokenizer, texts)], Encoded: list}
 
     def encode(rows: list[Any]) -> list[Encoded | Skipped]:
         groups = itertools.groupby(rows, lambda row: row.format if isinstance(row, Record) else type(row))

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from relora_mora.data.bad_rows import NOTES_PER_REASON, too_many_records
 from relora_mora.data.errors import ENCODING_REASONS, Skipped, SourceError
 from relora_mora.data.lanes import Cursor, LaneRows, LaneStates
-from relora_mora.data.rows import Encode, Encoded, Row, Scored
+from relora_mora.data.rows import NOTES_PER_REASON, Encode, Encoded, Row, Scored, too_many_records
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,7 @@ from relora_mora.data.lanes import (
 from relora_mora.data.network import RETRIES
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.sources import configured_shards
 from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.data.stream.producer import Assignment, LaneBlocks, Producer, mixture_names, shards_of_source
 from relora_mora.data.stream.worker import WorkerProcess

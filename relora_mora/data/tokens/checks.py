@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bad_rows import too_many
 from relora_mora.data.errors import SourceError
 from relora_mora.data.records.encoders import records_digest
+from relora_mora.data.rows import too_many
 from relora_mora.data.shard import Shard
 
 

@@ -20,14 +20,14 @@ from typing import Any
 import xxhash
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.content import at_versions, contents, remote_versions
+from relora_mora.data.content import contents, with_versions
 from relora_mora.data.errors import SourceError
+from relora_mora.data.first_rows import check_columns
 from relora_mora.data.lines import is_encodable
 from relora_mora.data.records.encoders import encoder_of, ends_of, packing_of, records_digest
 from relora_mora.data.rows import Encode
-from relora_mora.data.sets.check import check_columns
 from relora_mora.data.shard import TEXT, RecordFormat, Shard
-from relora_mora.data.sources.resolve import token_shards
+from relora_mora.data.sources import token_shards
 from relora_mora.data.stream.producer import mixture_names, shards_of_source
 from relora_mora.data.stream.whole import WholeRows
 from relora_mora.data.tokens import index
@@ -61,6 +61,7 @@ def make_tokens(
     unknown. Only the limits of ``config`` matter. Raises SourceError for text that cannot be read and for a folder that
     holds something else, TokenizerError for the tokenizer, and OSError for the disk or if a process was killed.
     """
+    check_columns(shards, config)
     shards, planned = _plan(shards, config, tokenizer_path)
     return _make(shards, planned, out, config=config, tokenizer_path=tokenizer_path, processes=processes)
 
@@ -128,8 +129,7 @@ def _plan(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> t
             raise SourceError(f"{shard.location!a}: its name is not UTF-8, and the index stores it; rename the file")
     if len({shard.records for shard in shards}) > 1:
         raise SourceError("the sources hold different kinds of records; tokenize each into a folder of its own")
-    check_columns(shards, config)
-    shards = at_versions(shards, remote_versions(shards, config.timeout_seconds))
+    shards = with_versions(shards, config.timeout_seconds)
     tokenizer = load_tokenizer(tokenizer_path)
     texts = [
         index.SourceText(name=s.name, size=s.size, text_column=s.text_column, origin=s.origin, content=digest)

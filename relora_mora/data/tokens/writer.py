@@ -1,6 +1,6 @@
 """Tokenizes one shard of text or records into a file, in bounded memory. The file appears only once it is complete."""
 
-import logging
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bad_rows import NOTES_PER_REASON, JudgedRows, RecordsFound, too_many_records
 from relora_mora.data.content import samples_digest
 from relora_mora.data.errors import BAD_REASONS, Skipped
 from relora_mora.data.read import open_rows
-from relora_mora.data.rows import Encode, Encoded, calls_of
+from relora_mora.data.rows import Encode, Encoded, JudgedRows, RecordsFound, in_calls
 from relora_mora.data.shard import Shard
 from relora_mora.data.tokens.index import FileStats
 from relora_mora.data.tokens.rows import MappedTokens
@@ -25,8 +24,6 @@ BATCH_TOKENS = 1 << 22
 BATCH_ROWS = 1 << 16
 UNFINISHED = ".tmp"  # suffix of a file that is being written
 TEXTS_PER_CALL = 256  # per tokenizer call; enough to keep several cores of one process busy
-
-log = logging.getLogger(__name__)
 
 
 class TokenWriter:
@@ -96,11 +93,12 @@ def write_tokens(
     ``progress`` is called with the fraction of the shard that has been read. Only the limits of ``config`` matter.
     Raises SourceError for text that cannot be read or has too many bad rows, OSError for a disk that cannot be written.
     """
-    found = RecordsFound()
+    found = RecordsFound(config)
     with _replacing(path) as unfinished, closing(open_rows(config, shard)) as opened, unfinished.open("wb") as stream:
         assert isinstance(opened, JudgedRows), "tokens of tokens"
         writer = TokenWriter(stream, vocabulary, records=shard.holds_records)
-        for rows in calls_of(opened, TEXTS_PER_CALL, threads):
+        taken = itertools.chain.from_iterable(iter(lambda: opened.take(TEXTS_PER_CALL), []))
+        for rows in in_calls(taken, TEXTS_PER_CALL, lambda row: 0 if isinstance(row, Skipped) else len(row), threads):
             encoded = iter(encode([row for row in rows if not isinstance(row, Skipped)]))
             for row in rows:
                 if isinstance(row, Skipped):
@@ -108,11 +106,6 @@ def write_tokens(
                     continue
                 made = next(encoded)
                 found.add(made)
-                if isinstance(made, Skipped):
-                    if found.bad <= NOTES_PER_REASON:
-                        log.warning("%s; skipped", made.detail)
-                    if fault := too_many_records(found.bad, found.seen, config.max_bad_fraction, made.detail):
-                        raise fault
                 writer.write(made, len(row.encode()) if isinstance(row, str) else 0)
             progress(opened.progress)
         writer.close()

@@ -74,7 +74,7 @@ class StudyFolder:
         Raises ValueError if a cell was started or finished with other settings, and SourceError if the hub does not
         answer. If a cell's model, text or tokenizer have changed since, the comparison says so.
         """
-        from relora_mora.data.sources.names import with_commits  # a late import: it loads all data readers
+        from relora_mora.data.named_sets import with_commits  # a late import: it loads all data readers
 
         missing = self.missing([*configs])
         # a run writes its config only after it has found no fault in its settings

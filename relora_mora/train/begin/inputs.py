@@ -28,12 +28,11 @@ from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config, EvalConfig
 from relora_mora.config.yaml_text import parse_yaml
-from relora_mora.data.content import at_versions, content_of, fingerprints, remote_versions
-from relora_mora.data.sets.check import check_columns, check_lanes, check_records
-from relora_mora.data.sets.reading import count_epochs
+from relora_mora.data.content import content_of, fingerprints, with_versions
+from relora_mora.data.first_rows import check_columns, check_lanes, check_records
+from relora_mora.data.named_sets import with_commits
+from relora_mora.data.read import count_epochs
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.named_sets import find_files
-from relora_mora.data.sources.names import with_commits
 from relora_mora.data.stream.producer import in_saved_order
 from relora_mora.data.tokens.folder import tokens_of_whole_rows
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, on_all_ranks, same_on_all_ranks
@@ -125,7 +124,6 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         passes_boundaries = findings.passes_boundaries
 
     data = with_commits(_with_saved_commits(config))
-    find_files(data)
     config = config.model_copy(update={"data": data})
     text = open_text(config)
     tokenizer = text.tokenizer
@@ -134,7 +132,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     remote = [shard for shard in text.shards if shard.is_remote]
     check_columns(remote, data)
     check_records(remote, data, tokenizer)
-    shards = at_versions(text.shards, remote_versions(text.shards, data.timeout_seconds))
+    shards = with_versions(text.shards, data.timeout_seconds)
     check_lanes(shards, data, config.lanes)
     for name, who in unused_by(config).items():
         log.info("%s does not use %s", who, name)

@@ -14,10 +14,10 @@ from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.data.content import content_of
 from relora_mora.data.errors import SourceError
+from relora_mora.data.first_rows import check_columns, check_records
 from relora_mora.data.records.passages import template_in_use
-from relora_mora.data.sets.check import check_columns, check_records
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources.resolve import configured_shards, split_remark
+from relora_mora.data.sources import configured_shards, split_remark
 from relora_mora.data.tokens.checks import check_tokens
 from relora_mora.system.logs import log
 from relora_mora.tokenizer.files import TokenizerError

@@ -9,7 +9,7 @@ from typing import Any
 
 from relora_mora.config.checks.data import SHARES
 from relora_mora.config.schema import Config
-from relora_mora.data.sets.held_out import EvalSet
+from relora_mora.data.held_out import EvalSet
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, sum_over_hosts
 from relora_mora.evaluation.generation import Generated, generate_answers
 from relora_mora.evaluation.harness import Ranks, Results, Tasks

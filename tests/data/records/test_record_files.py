@@ -10,12 +10,10 @@ import pytest
 from relora_mora.config.data import RecordsConfig
 from relora_mora.config.schema import Config
 from relora_mora.data.errors import SourceError
-from relora_mora.data.read import open_rows
+from relora_mora.data.first_rows import check_records, marked, show_records
+from relora_mora.data.read import iter_texts, open_rows
 from relora_mora.data.records.encoders import encoder_of
-from relora_mora.data.sets.check import check_records
-from relora_mora.data.sets.reading import iter_texts
-from relora_mora.data.sets.show import marked, show_records
-from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.sources import configured_shards
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.record_tools import CONVERSATION, encoded
 from tests.tools.data_tools import data_config, eval_set, resolve_shards, write_json_lines

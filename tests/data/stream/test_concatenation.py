@@ -11,8 +11,8 @@ import pytest
 from relora_mora.config.data import DataConfig
 from relora_mora.data.content import fingerprints
 from relora_mora.data.lanes import merge_states
-from relora_mora.data.sets.reading import count_epochs, rows_in_order
-from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.read import count_epochs, rows_in_order
+from relora_mora.data.sources import configured_shards
 from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.stream_tools import BATCH, LANES, stream_of

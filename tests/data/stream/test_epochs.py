@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sets.reading import count_epochs
+from relora_mora.data.read import count_epochs
 from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.data.stream.whole import WholeRows
 from relora_mora.tokenizer.load import load_tokenizer

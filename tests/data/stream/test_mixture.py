@@ -10,8 +10,8 @@ import pytest
 
 from relora_mora.data.content import fingerprints
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sets.check import check_columns, check_lanes
-from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.first_rows import check_columns, check_lanes
+from relora_mora.data.sources import configured_shards
 from relora_mora.data.stream.producer import Mixture
 from tests.data.stream_tools import stream_of
 from tests.tools.data_tools import data_config, some_texts, write_parquet, write_shard, write_shards

@@ -17,7 +17,7 @@ from relora_mora.data.lanes import merge_states
 from relora_mora.data.records.encoders import encoder_of
 from relora_mora.data.rows import Encoded
 from relora_mora.data.shard import Record
-from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.sources import configured_shards
 from relora_mora.data.stream.packing import UNSCORED
 from relora_mora.data.stream.whole import WholeLane, WholeRows, block_of, first_fit
 from relora_mora.data.tokens.checks import check_tokens

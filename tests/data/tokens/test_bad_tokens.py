@@ -11,8 +11,8 @@ import pytest
 from relora_mora.config.data import DataConfig
 from relora_mora.data.content import content_of
 from relora_mora.data.errors import Skipped, SourceError
+from relora_mora.data.read import iter_texts
 from relora_mora.data.rows import Encoded
-from relora_mora.data.sets.reading import iter_texts
 from relora_mora.data.tokens import writer as token_writer
 from relora_mora.data.tokens.checks import check_tokens
 from relora_mora.data.tokens.index import INDEX

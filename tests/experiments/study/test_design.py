@@ -176,7 +176,7 @@ def test_runs_without_common_held_out_text_are_reported_first(tmp_path: Path):
 
 def test_all_runs_of_a_study_read_the_same_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     commits = iter("ab")
-    monkeypatch.setattr("relora_mora.data.hub.ask_for_commit", lambda *_: next(commits) * 40)
+    monkeypatch.setattr("relora_mora.data.named_sets.ask_for_commit", lambda *_: next(commits) * 40)
     study = made_study(
         grid=[{"method.name": "mora"}], settings={"data.validation": "some/set", "optim.lr": 2.5e-3}, seeds=[0, 1]
     )

@@ -13,9 +13,8 @@ from urllib.parse import unquote, urlsplit
 
 from relora_mora.config.data import DataConfig, Split, TextSource, as_sources, is_mixture
 from relora_mora.data.errors import SourceError, unreadable
+from relora_mora.data.named_sets import C4, SetName, commit_of, hub_files, hub_shard, set_name, split_files
 from relora_mora.data.shard import ARROW, SUFFIXES, TEXT, RecordFormat, Shard, Version, format_of
-from relora_mora.data.sources.named_sets import hub_files, split_files
-from relora_mora.data.sources.names import C4, SetName, commit_of, hub_shard, set_name
 from relora_mora.data.tokens.index import COMMAND, file_in, finished_index, is_token_folder
 from relora_mora.system.files import from_home
 from relora_mora.system.logs import counted
@@ -151,7 +150,8 @@ def _local_shards(source: str) -> Iterator[Shard]:
     pattern = str(Path(from_home(source)))
     try:
         patterns = [glob.escape(pattern)] if Path(pattern).is_file() else expand_braces(pattern)
-        found = {each: glob.glob(each, recursive=True) for each in patterns}  # noqa: PTH207 - Path takes no absolute one
+        # Path.glob takes no absolute pattern
+        found = {each: glob.glob(each, recursive=True) for each in patterns}  # noqa: PTH207
         matched = sorted({path for matches in found.values() for path in matches})
         missing = [each for each, matches in found.items() if not matches]
         if matched and missing:

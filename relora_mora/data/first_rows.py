@@ -1,31 +1,37 @@
-"""Checks the first rows before a run: that they fit the settings and can be learned from."""
+"""The first rows of a run's data: that they fit the settings and can be learned from, and how they are tokenized."""
 
 import functools
 import itertools
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from relora_mora.config.data import DataConfig
-from relora_mora.data.bad_rows import FEWEST_ROWS, OTHER_KEYS, TOO_LONG, RecordsFound, skip_reason
+from relora_mora.config.schema import Config
 from relora_mora.data.content import THREADS
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.lanes import Cursor, LanePlan, LaneRows, lane_plans
-from relora_mora.data.read import open_rows
+from relora_mora.data.read import open_rows, rows_in_order, scored_mask
 from relora_mora.data.records.encoders import packing_of
-from relora_mora.data.sets.reading import rows_in_order
+from relora_mora.data.rows import FEWEST_ROWS, OTHER_KEYS, TOO_LONG, Ids, RecordsFound, Scored, skip_reason
 from relora_mora.data.shard import JSON_LINES, TEXT, Shard
+from relora_mora.data.sources import configured_shards
 from relora_mora.data.stream.producer import mixture_names, shards_of_source
+from relora_mora.tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
+SAMPLE_ROWS = 1000
 _FIRST_LINES = 16
 _CHARACTERS = 1 << 22  # at most this many are tokenized, which takes a second or two
+_GREEN = "\x1b[32m"
+_PLAIN = "\x1b[0m"
 
 
 def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
@@ -68,21 +74,20 @@ def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTr
 
 
 def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
-    counts = RecordsFound()
+    found = RecordsFound(config, _ignore)
     checked = shards[:1] if shards[0].is_remote else shards
-    packing = packing_of(config, shards)
-    for _ in rows_in_order(checked, config, tokenizer, packing, counts, limit=_first, note=_ignore):
+    for _ in rows_in_order(checked, config, tokenizer, packing_of(config, shards), found, limit=_first):
         pass
-    if not counts.seen and checked is shards:
+    if not found.seen and checked is shards:
         raise SourceError(f"{shards[0].label}: holds no record; give a file with at least one")
-    too_long = counts.left_out[TOO_LONG]
-    if too_long * 2 > counts.seen:
+    too_long = found.left_out[TOO_LONG]
+    if too_long * 2 > found.seen:
         log.warning(
             "%s: %d of the first %d records are too long and left out, for instance %s; raise data.sequence_length",
             shards[0].label,
             too_long,
-            counts.seen,
-            counts.examples[TOO_LONG],
+            found.seen,
+            found.examples[TOO_LONG],
         )
 
 
@@ -103,24 +108,74 @@ def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None
     """
     if not config.is_mixture:
         return
+    one_row = config.model_copy(update={"shuffle_documents": 1})
     weights = [{source.label: source.weight for source in config.train}]
     weights += [stage.weights for stage in config.stages]
     for name in mixture_names(config):
         own = shards_of_source(shards, config, name)
-        if any(each[name] for each in weights) and packing_of(config, own) == "stream":
-            _check_lanes_of(own, config, lanes)
+        if not any(each[name] for each in weights) or packing_of(config, own) != "stream":
+            continue
 
+        def read_first(plan: LanePlan, own: Sequence[Shard] = own) -> None:
+            with closing(
+                LaneRows(plan, own, one_row, functools.partial(open_rows, config)).rows_from(Cursor())
+            ) as rows:
+                next(rows)
 
-def _check_lanes_of(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None:
-    one_row = config.model_copy(update={"shuffle_documents": 1})
-
-    def read_first(plan: LanePlan) -> None:
-        with closing(LaneRows(plan, shards, one_row, functools.partial(open_rows, config)).rows_from(Cursor())) as rows:
-            next(rows)
-
-    with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers
-        list(threads.map(read_first, lane_plans(config, lanes, len(shards))))
+        with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers
+            list(threads.map(read_first, lane_plans(config, lanes, len(own))))
 
 
 def _ignore(note: str) -> None:
     """Skipped rows are reported when the run reads them."""
+
+
+def show_records(config: Config, count: int) -> None:
+    """Prints the first ``count`` rows of each source of the training data, and the share of scored tokens.
+
+    Tokens are separated by ``·``; those that are scored are green on a terminal, else in brackets. Raises SourceError
+    and TokenizerError.
+    """
+    tokenizer = load_tokenizer(config.tokenizer_path)
+    shards = configured_shards(config.data, "train")
+    check_columns(shards, config.data)
+    check_records(shards, config.data, tokenizer)
+    for source, of_source in itertools.groupby(shards, lambda shard: shard.source):
+        _show_source(source, list(of_source), config.data, tokenizer, count)
+
+
+def _show_source(
+    source: str, shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrainedTokenizerBase", count: int
+) -> None:
+    packing = packing_of(config, shards)
+    end = [int(tokenizer.eos_token_id)] if packing == "stream" else []  # type: ignore[arg-type]
+    scored = tokens = rows = 0
+    found = RecordsFound(config)
+    for row in itertools.islice(rows_in_order(shards, config, tokenizer, packing, found), max(count, SAMPLE_ROWS)):
+        rows += 1
+        mask = scored_mask(row, packing)
+        scored += int(mask.sum())
+        tokens += len(mask)
+        if rows <= count:
+            name = f" of {source}" if source else ""
+            _print(f"--- row {rows}{name}: {mask.sum()} of {len(mask)} tokens scored{', cut' if row.cut else ''}")
+            _print(marked(tokenizer, [*row.ids, *end], mask, colour=sys.stdout.isatty()))
+    if not rows:
+        raise SourceError(f"the training data {source or shards[0].label} holds no text; give a file with at least one")
+    name = f"{source}: " if source else ""
+    without = f"; left out: {found}" if found.left_out else ""
+    _print(f"{name}{scored / max(1, tokens):.1%} of {tokens:,} tokens are scored (the first {rows:,} rows{without})")
+
+
+def marked(tokenizer: "PreTrainedTokenizerBase", ids: Ids, scored: Scored, *, colour: bool) -> str:
+    """The text of each token, with scored tokens marked; line breaks are both shown and kept."""
+    begin, end = (_GREEN, _PLAIN) if colour else ("[", "]")
+    parts = []
+    for is_scored, run in itertools.groupby(zip(ids, scored, strict=True), lambda pair: bool(pair[1])):
+        texts = "·".join(str(tokenizer.decode([int(token)])).replace("\n", "\\n\n") for token, _ in run)
+        parts.append(f"{begin}{texts}{end}" if is_scored else texts)
+    return "·".join(parts)
+
+
+def _print(text: str) -> None:
+    print(text)  # noqa: T201 - printing is the purpose of the command

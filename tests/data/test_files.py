@@ -1,20 +1,33 @@
-"""The lines of plain and compressed shards, and what becomes of damaged ones."""
+"""The bytes of local files, as they were at the start, and the text of plain, compressed and damaged ones."""
 
 from __future__ import annotations
 
+import errno
 import gzip
 import itertools
+import os
 import struct
-import zlib
+from contextlib import closing
 
 import pytest
 import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from relora_mora.data.errors import SourceError
+from relora_mora.data.errors import SourceError, unreadable
+from relora_mora.data.files import open_file, text_pieces
 from relora_mora.data.lines import documents, lines_in
-from tests.tools.data_tools import line, lines_of, some_texts, texts_of, write_shard
+from relora_mora.data.read import open_rows
+from relora_mora.data.shard import Shard
+from tests.tools.data_tools import (
+    data_config,
+    line,
+    resolve_shards,
+    rows_of,
+    some_texts,
+    texts_of,
+    write_shard,
+)
 from tests.tools.each import each
 
 
@@ -30,26 +43,13 @@ def _long(text: bytes, window_log: int) -> bytes:
     return compressor.compress(text) + compressor.flush()
 
 
-def _gzip_member(text: bytes, flags: int) -> bytes:
-    """A gzip member with optional fields of RFC 1952 by ``flags``: 2 header checksum, 4 extra, 8 name, 16 comment."""
-    header = b"\x1f\x8b\x08" + bytes([flags]) + bytes(4) + b"\x00\x03"
-    header += b"\x06\x00BC\x02\x00ab" if flags & 4 else b""
-    header += b"name\0" if flags & 8 else b""
-    header += b"comment\0" if flags & 16 else b""
-    header += struct.pack("<H", zlib.crc32(header) & 0xFFFF) if flags & 2 else b""
-    return header + gzip.compress(text, mtime=0)[10:]
-
-
+TEXTS = st.binary(max_size=300) | st.just(b"line\n" * 40_000)
 ZSTD_PARTS = st.one_of(
     st.builds(_skippable, st.integers(0, 15), st.sampled_from([0, 1, 300, 70_000])).map(lambda frame: (frame, b"")),
-    st.tuples(st.binary(max_size=300) | st.just(b"line\n" * 40_000), st.integers(10, 31)).map(
-        lambda part: (_long(*part), part[0])
-    ),
+    st.tuples(TEXTS, st.integers(10, 31)).map(lambda part: (_long(*part), part[0])),
     st.sampled_from([(zstandard.compress(b""), b""), (zstandard.compress(b"on\ne"), b"on\ne")]),
 )
-GZIP_PARTS = st.tuples(st.binary(max_size=300) | st.just(b"line\n" * 40_000), st.integers(0, 15)).map(
-    lambda part: (_gzip_member(part[0], 2 * part[1]), part[0])
-)
+GZIP_PARTS = TEXTS.map(lambda text: (gzip.compress(text, mtime=0), text))
 
 
 @settings(max_examples=20, deadline=None)
@@ -61,7 +61,9 @@ def test_any_sequence_of_frames_and_members_gives_their_text(tmp_path_factory, p
     path = tmp_path_factory.mktemp("any") / "a.json"
     path.write_bytes(b"".join(frame for frame, _ in parts))
     text = b"".join(text for _, text in parts)
-    assert lines_of(path, limit=1 << 20) == [*text.split(b"\n")[:-1], *filter(None, [text.split(b"\n")[-1]])]
+    shard = Shard("a.json", str(path))
+    with closing(open_file(shard, 1.0)) as file:
+        assert b"".join(text_pieces(file, shard)) == text
 
 
 @each("name", ["a.json", "a.gz", "a.zst", "compressed.gz", "compressed.zst"])
@@ -91,41 +93,48 @@ def test_lines_and_documents_are_the_same_however_the_text_arrives(text, cuts, l
         assert whole == b"\n".join(line.removesuffix(b"\r") for line in expected)
 
 
-KINDS = [".json.gz", ".json.zst", ".txt.gz", ".csv.zst"]
-
-
-def _packed(path, texts):
-    """The bytes of a shard whose text has a checksum, as the command lines of gzip and zstd write it."""
-    body = write_shard(path.with_suffix(""), texts).read_bytes()
-    return gzip.compress(body) if path.suffix == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress(body)
-
-
-@each("suffix", KINDS)
-def test_a_shard_that_breaks_off_anywhere_is_an_error(tmp_path, suffix):
-    path = tmp_path / f"a{suffix}"
-    body = _packed(path, some_texts(3))
-    for size in [*range(0, len(body), 7), len(body) - 1]:
-        path.write_bytes(body[:size])
-        with pytest.raises(SourceError, match=rf"a{suffix}: its compressed data breaks off at byte {size}; "):
-            texts_of(path, max_bad_fraction=1.0)
-
-
-@each("suffix", KINDS)
-def test_a_byte_that_changed_is_an_error_or_changes_no_text(tmp_path, suffix):
+@each("suffix", [".json.gz", ".json.zst", ".txt.gz", ".csv.zst"])
+def test_a_shard_that_breaks_off_or_has_another_byte_anywhere_is_an_error(tmp_path, suffix):
+    """With the checksum of its text that the command lines of gzip and zstd write."""
     path = tmp_path / f"a{suffix}"
     texts = some_texts(3)
-    body = _packed(path, texts)
-    for at in range(0, len(body), 7):
+    body = write_shard(path.with_suffix(""), texts).read_bytes()
+    compress = gzip.compress if path.suffix == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress
+    body = compress(body)
+    for at in [*range(0, len(body), 7), len(body) - 1]:
+        path.write_bytes(body[:at])
+        with pytest.raises(SourceError, match=rf"a{suffix}: its compressed data breaks off at byte {at}; "):
+            texts_of(path, max_bad_fraction=1.0)
         path.write_bytes(body[:at] + bytes([body[at] ^ 255]) + body[at + 1 :])
         try:
-            found = texts_of(path)
+            assert texts_of(path) == texts
         except SourceError:
             continue
-        assert found == texts
 
 
-def test_a_compressed_header_that_is_damaged_is_not_text(tmp_path):
-    path = write_shard(tmp_path / "a.json.gz", some_texts(400))
-    path.write_bytes(b"junk" + path.read_bytes()[4:])
-    with pytest.raises(SourceError, match=r"lines are bad, more than data\.max_bad_fraction"):
-        texts_of(path)
+def test_too_many_lanes_for_the_files_that_may_be_open():
+    error = unreadable("a.json", OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "check the path")
+    assert "raise ulimit -n, or lower data.lanes" in str(error)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused_then_or_when_it_is_opened_again(tmp_path):
+    path = write_shard(tmp_path / "a.json", some_texts(20_000))
+    config = data_config(path)
+    (shard,) = resolve_shards(str(path))
+    with closing(open_rows(config, shard)) as rows:
+        assert rows.skip(100)
+        with path.open("ab") as file:
+            file.write(b"more\n" * 1000)
+        assert rows.skip(19_900)
+        assert rows.take(1) == []
+    with pytest.raises(SourceError, match=r"changed since the start: [\d,]+ bytes then, [\d,]+ now; use data that"):
+        open_rows(config, shard)
+    (shard,) = resolve_shards(str(path))
+    with closing(open_rows(config, shard)) as rows:
+        assert rows.skip(100)
+        os.truncate(path, path.stat().st_size - 1000)
+        with pytest.raises(SourceError, match=r"a\.json changed since the start: [\d,]+ bytes when it was opened, "):
+            rows.skip(30_000)
+    path.unlink()
+    with pytest.raises(SourceError, match=r"a\.json cannot be read \(No such file"):
+        rows_of(path)

@@ -11,13 +11,12 @@ import numpy as np
 import xxhash
 
 from relora_mora.config.data import DataConfig, Packing, TextSource, as_sources
-from relora_mora.data.bad_rows import RecordsFound
 from relora_mora.data.content import content_of
 from relora_mora.data.errors import SourceError
+from relora_mora.data.read import rows_in_order, scored_mask
 from relora_mora.data.records.encoders import packing_of
-from relora_mora.data.rows import Encoded
-from relora_mora.data.sets.reading import rows_in_order, scored_mask
-from relora_mora.data.sources.resolve import shards_of
+from relora_mora.data.rows import Encoded, RecordsFound
+from relora_mora.data.sources import shards_of
 from relora_mora.data.stream.packing import UNSCORED, DocumentIds, Mask, Tokens, document_ids, joined
 from relora_mora.data.stream.whole import block_of, packed
 from relora_mora.data.tokens.checks import check_tokens
@@ -130,7 +129,7 @@ def load_eval_set(
     check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos)
     content_of(shards)  # raises for tokens that have changed
     packing = packing_of(config, shards)
-    counts = RecordsFound()
+    counts = RecordsFound(config)
     in_order = rows_in_order(shards, config, tokenizer, packing, counts)
     rows = list(_up_to(max_tokens, in_order, packing))
     names = ", ".join(source.source for source in as_sources(sources))

@@ -6,14 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import SourceError
-from relora_mora.data.sets.check import check_columns, check_records
-from relora_mora.data.sources.resolve import configured_shards
+from relora_mora.data.first_rows import check_columns, check_records
+from relora_mora.data.sources import configured_shards
 from tests.tools.data_tools import data_config, write_json_lines
 from tests.tools.each import each
 
@@ -67,14 +65,6 @@ def test_bad_first_lines_are_reported_for_any_limit(tmp_path, tokenizer):
     )
     config = data_config(path, max_bad_fraction=1.0, records={"kind": "question"})
     assert _error_of(config, tokenizer).endswith('one has no "question" (data.records.columns), only messages')
-
-
-@each("column", ["messages", "text"])
-def test_a_column_of_messages_that_is_read_as_text_is_reported(tmp_path, tokenizer, column):
-    path = tmp_path / "a.parquet"
-    table = pyarrow.table({column: [_conversation(number)["messages"] for number in range(3)]})
-    pyarrow.parquet.write_table(table, path)
-    assert _error_of(data_config(path), tokenizer).endswith("; or set data.records, if rows are not plain text")
 
 
 def test_many_records_that_are_too_long_cause_a_warning(tmp_path, tokenizer, caplog):

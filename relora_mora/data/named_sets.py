@@ -1,0 +1,244 @@
+"""Sets of text by name, on the hub and in folders: the commits at which they are read, and their files.
+
+``datasets`` finds the files of a configuration and split from their names and their READMEs alone.
+"""
+
+import functools
+import glob
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from relora_mora.config.data import DataConfig, Split, TextSource
+from relora_mora.data.errors import SourceError
+from relora_mora.data.files import open_file
+from relora_mora.data.network import ask_for_commit, file_url, list_files
+from relora_mora.data.shard import Shard, format_of
+from relora_mora.data.tokens.index import is_token_folder
+from relora_mora.system.files import from_home
+
+log = logging.getLogger(__name__)
+
+C4 = "allenai/c4"
+C4_PATTERNS = {
+    "train": "en/c4-train.{00000..01023}-of-01024.json.gz",
+    "validation": "en/c4-validation.{00000..00007}-of-00008.json.gz",
+}
+CARDS = ("README.md", ".huggingface.yaml")  # the files that describe a set, besides the names of its files
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_NAME = re.compile(r"(?P<place>[^:]+)(?::(?P<config>[^:/]*))?(?::(?P<split>[^:/]*))?")
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class SetName:
+    """A set of text. ``place`` is OWNER/NAME on the hub, or a folder."""
+
+    source: str
+    place: str
+    on_hub: bool
+    revision: str | None  # None: the revision in the settings
+    config: str | None
+    split: str
+    patterns: tuple[str, ...]  # of its files; empty: the files of the split
+
+
+def set_name(source: TextSource, split: Split) -> SetName | None:
+    """The set that a source names; None for a url, a path, and a folder of tokens.
+
+    The source is ``hub:OWNER/NAME/PATTERN``, or ``PLACE[:CONFIG[:SPLIT]]``, for which a local folder wins over a name
+    on the hub. Anything that looks like a file, or whose parent folder exists, is a path, so a typo fails at once and
+    the hub is not asked. Raises SourceError for what only sets have, if the source is not a set.
+    """
+    name = _set_name(source, split)
+    text = source.source
+    if source.revision and not (name and name.on_hub):
+        raise SourceError(f"{text}: only a source on the hub has a revision ({source.revision}); leave it out")
+    if name is None and (source.config or source.split or source.data_files):
+        raise SourceError(
+            f"{text}: only a set by name (OWNER/NAME or a folder) has a config, a split or data_files; "
+            "give the name of the set, or remove these keys and name the files in the source"
+        )
+    return name
+
+
+def _set_name(source: TextSource, split: Split) -> SetName | None:
+    text = source.source
+    wanted = source.split or split
+    files = (source.data_files,) if isinstance(source.data_files, str) else tuple(source.data_files or ())
+    plain = SetName(text, text, True, source.revision, source.config, wanted, files)
+    if text.startswith("hub:"):
+        repo, pattern = _hub_parts(text)
+        only_files = not (source.config or source.split or files)
+        return replace(plain, place=repo, patterns=(pattern,)) if only_files else None
+    if "://" in text or not (match := _NAME.fullmatch(text)):
+        return None
+    place = match["place"]
+    folder = from_home(place)
+    is_folder = os.path.isdir(folder)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+    if is_folder and is_token_folder(Path(folder)):
+        return None
+    if not is_folder and text == C4 and not (source.config or files):
+        if wanted not in C4_PATTERNS:
+            raise SourceError(f"{C4} has no split {wanted}; its splits are {', '.join(C4_PATTERNS)}")
+        return replace(plain, patterns=(C4_PATTERNS[wanted],))
+    is_path = not _ON_HUB.fullmatch(place) or format_of(place) or os.path.isdir(Path(folder).parent)  # noqa: PTH112
+    if not is_folder and is_path:
+        return None
+    config = source.config or match["config"] or None
+    return replace(
+        plain, place=place, on_hub=not is_folder, config=config, split=source.split or match["split"] or split
+    )
+
+
+def _hub_parts(source: str) -> tuple[str, str]:
+    """(OWNER/NAME, PATTERN) of hub:OWNER/NAME/PATTERN. Raises SourceError."""
+    owner, name, pattern = [*source.removeprefix("hub:").split("/", 2), "", ""][:3]
+    if not (owner and name and pattern) or any(part in ("", ".", "..") for part in pattern.split("/")):
+        raise SourceError(f"{source}: expected hub:OWNER/NAME/PATTERN, e.g. hub:{C4}/{C4_PATTERNS['validation']}")
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(f"{owner}/{name}")
+    except HFValidationError as error:
+        raise SourceError(f"{source}: {error}") from error
+    return f"{owner}/{name}", pattern
+
+
+# ---- on the hub ------------------------------------------------------------------------------------------------------
+
+
+def hub_repo(source: TextSource) -> str | None:
+    """The hub repository that holds a source; None if it is not on the hub."""
+    name = set_name(source, "train")
+    return name.place if name is not None and name.on_hub else None
+
+
+def commit_of(name: SetName, config: DataConfig) -> str:
+    """The commit at which a set on the hub is read. Asks the hub if it is not in the settings."""
+    revision = name.revision or config.revision
+    if _COMMIT.fullmatch(revision):
+        return revision
+    known = config.commits.get(f"{name.place}@{revision}")
+    return known or ask_for_commit(name.place, revision, config.timeout_seconds)
+
+
+def with_commits(config: DataConfig) -> DataConfig:
+    """The same settings with the current commit of each revision in them. Asks the hub for commits that are not known.
+
+    One rank calls this and sends the result to the others, so that all ranks read the same commit even if somebody
+    pushes to the hub meanwhile.
+    """
+    splits: tuple[Split, ...] = ("train", "validation")
+    names = [set_name(source, split) for split in splits for source in config.sources(split)]
+    asked = {(name.place, name.revision or config.revision): name for name in names if name and name.on_hub}
+    commits = {
+        f"{repo}@{revision}": commit_of(name, config)
+        for (repo, revision), name in sorted(asked.items(), key=lambda item: item[0])
+        if not _COMMIT.fullmatch(revision)
+    }
+    return config.model_copy(update={"commits": commits})
+
+
+@functools.lru_cache(maxsize=64)
+def hub_files(name: SetName, commit: str, timeout_seconds: float) -> Sequence[str]:
+    """The files of a set on the hub, which is asked once in a process. Raises SourceError.
+
+    Ranges such as {00..15} are known without it. The set is laid out as a folder of empty files. So a set on the hub is
+    resolved like one on a disk, and a network fault is never taken for an answer.
+    """
+    if name.patterns and not any(glob.has_magic(pattern) for pattern in name.patterns):
+        return name.patterns
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, PurePosixPath(name.place).name)
+        for path in list_files(name.place, commit, timeout_seconds):
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise SourceError(f"{name.source}: {path!r} does not name a file inside of it")
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).touch()
+            if path in CARDS:
+                with closing(open_file(hub_shard(name.place, commit, path), timeout_seconds)) as card:
+                    (root / path).write_bytes(card.read())
+        if not name.patterns:
+            return split_files(name, root)
+        return [file for pattern in name.patterns for file in _matching(name, root, pattern)]
+
+
+def hub_shard(repo: str, commit: str, path: str) -> Shard:
+    """A file of a repository at a commit."""
+    return Shard(f"hub:{repo}@{commit}/{path}", file_url(repo, commit, path), hub=True)
+
+
+def _matching(name: SetName, root: Path, pattern: str) -> list[str]:
+    try:
+        files = sorted(path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_file())
+    except (ValueError, NotImplementedError) as error:
+        raise SourceError(f"{name.source}: {pattern} is not a pattern of files inside of the set ({error})") from error
+    if files:
+        return files
+    raise SourceError(f"{name.source}: {name.place} holds no files {pattern}; check the pattern")
+
+
+# ---- in a folder -----------------------------------------------------------------------------------------------------
+
+
+def split_files(name: SetName, root: Path) -> list[str]:
+    """The files of the split that ``datasets`` would load from a folder, sorted and relative to it.
+
+    Raises SourceError for a configuration or split that does not exist, listing those that do. Warns of files next to
+    them which ``datasets`` leaves out, as it does with those of another format than most.
+    """
+    source = name.source
+    if (root / "dataset_dict.json").exists() or (root / "state.json").exists():
+        raise SourceError(
+            f"{source} was written by save_to_disk, whose folders are not read as sets; write it as Parquet "
+            f"(datasets.load_from_disk, then to_parquet), or give its files by path, such as {name.place}/*.arrow"
+        )
+    splits = _splits(name, root)
+    if not splits:
+        raise SourceError(f"{source} holds no text files; check its content, or give its files by path")
+    if name.split not in splits:
+        raise SourceError(
+            f"{source} has no split {name.split}; its splits are {', '.join(splits)}: "
+            f"name one as {name.place}:{name.config or ''}:{next(iter(splits))}"
+        )
+    files = [Path(path).resolve() for path in splits[name.split]]
+    home = root.resolve()
+    if not all(file.is_relative_to(home) for file in files):
+        raise SourceError(f"{source}: its README names files outside of it; give the files by path")
+    taken = {Path(path).name for paths in splits.values() for path in paths}
+    others = [path.name for path in files[0].parent.iterdir() if format_of(path.name) and path.name not in taken]
+    if others and name.config is None:
+        log.warning("%s: datasets leaves out %s; name files to read with data_files", source, sorted(others)[0])
+    return sorted(file.relative_to(home).as_posix() for file in files)
+
+
+def _splits(name: SetName, root: Path) -> Mapping[str, Sequence[str]]:
+    """The files of each split; none if there is no text."""
+    halted = sys.modules.get("torch", sys) is None  # datasets would take a halted import for an imported torch
+    if halted:
+        del sys.modules["torch"]
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            builder = datasets.load_dataset_builder(str(root), name.config, cache_dir=cache)
+        return {str(split): paths for split, paths in (builder.config.data_files or {}).items() if paths}
+    except FileNotFoundError:
+        return {}
+    except Exception as error:  # of many types, since anybody may have written the README
+        message = " ".join(str(error).split()).replace(str(root), name.source)
+        raise SourceError(
+            f"{name.source}: datasets cannot find its files ({message:.500}); "
+            f"name a configuration as {name.place}:CONFIG, or give the files by path"
+        ) from error
+    finally:
+        if halted:
+            sys.modules.setdefault("torch", None)  # type: ignore[arg-type]

@@ -1,1 +1,0 @@
-"""Data that is read once from beginning to end: held-out sets, counts of epochs, samples to show."""

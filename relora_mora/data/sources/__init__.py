@@ -1,1 +1,0 @@
-"""From the names in the settings to an ordered list of shards."""
