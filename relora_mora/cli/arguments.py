@@ -80,9 +80,10 @@ def _unknown_flags(command: Command, words: list[str], name: str) -> Iterator[st
             continue
         near = difflib.get_close_matches(flag, own, n=1)
         if takes_settings and not near:
+            from relora_mora.config.explain import ELSEWHERE
             from relora_mora.config.schema import SETTINGS
 
-            keys = {setting.partition(".")[2]: setting for setting in SETTINGS}
+            keys = {setting.partition(".")[2]: setting for setting in SETTINGS} | ELSEWHERE
             near = [keys[key] for key in difflib.get_close_matches(flag, keys, n=1)]
         yield f"--{flag}: unknown; " + (f"did you mean --{near[0]}?" if near else f"see {name} --help")
 

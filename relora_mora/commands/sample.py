@@ -49,18 +49,13 @@ def main(
         import torch
         from transformers import TextStreamer
 
-        from relora_mora.commands.evaluate import check_causal, on_device, tokenizer_of
-        from relora_mora.tokenizer.load import load_tokenizer, quiet_transformers
+        from relora_mora.evaluation.score import ready_to_generate
+        from relora_mora.tokenizer.load import quiet_transformers
         from relora_mora.weights.foreign import positions_of
-        from relora_mora.weights.generation import generation_config
         from relora_mora.weights.load import load_model
 
     loaded = load_model(Path(model), getattr(torch, precision), None if base is None else Path(base))
-    tokenizer = load_tokenizer(tokenizer_of(loaded, None))
-    lm = on_device(loaded)
-    check_causal(lm, model)
-    if loaded.of_run:
-        lm.generation_config = generation_config(tokenizer, lm.config, loaded.run)  # as in its export
+    lm, tokenizer = ready_to_generate(loaded, model)
     prompt = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(lm.device)
     length = prompt.input_ids.shape[1]
     positions = positions_of(lm) or length + max_new_tokens

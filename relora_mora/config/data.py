@@ -7,17 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 from pydantic_core import PydanticCustomError
 
-from relora_mora.config.types import (
-    LARGEST,
-    LONGEST_SECONDS,
-    Fraction,
-    Free,
-    OfText,
-    Positive,
-    Seed,
-    Strict,
-    Text,
-)
+from relora_mora.config.types import LARGEST, LONGEST_SECONDS, Fraction, Free, OfText, Positive, Seed, Strict, Text
 
 Kind = Literal["messages", "alpaca", "sharegpt", "prompt", "question", "text"]
 Score = Literal["answers", "all"]

@@ -39,19 +39,10 @@ def as_whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _no_stretches(value: Any) -> Any:
-    if isinstance(value, list | dict):
-        raise PydanticCustomError(
-            "stretches", "input should be a whole number of steps; only release 0.2 has stretches"
-        )
-    return value
-
-
 Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
 Project = Annotated[Text, AfterValidator(_project)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Whole = Annotated[int, Field(ge=1, le=LARGEST), BeforeValidator(as_whole)]
-Interval = Annotated[Positive, BeforeValidator(_no_stretches)]
 NotNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(gt=0, lt=10, allow_inf_nan=False)]

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from relora_mora.commands.train_tokenizer import main
+from relora_mora.tokenizer import training
 from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.tokenizer.identity import vocabulary_size
 from relora_mora.tokenizer.load import load_tokenizer
-from tests.tools.tokenizer_tools import own_text, training
+from tests.tools.tokenizer_tools import own_text
 
 pytestmark = pytest.mark.more
 
@@ -80,16 +82,16 @@ def test_training_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         file.writelines(json.dumps({"text": text}) + "\n" for text in own_text())
     out = tmp_path / "new" / "tokenizer"
     wanted = {"data": str(tmp_path / "*.json.gz"), "out": str(out), "vocab_size": 700, "character_coverage": 0.999}
-    training.main(**wanted)
+    main(**wanted)
     assert "700 token ids" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
     assert [path.name for path in out.parent.iterdir()] == ["tokenizer"]
     assert vocabulary_size(load_tokenizer(out)) == 700
     with pytest.raises(FileExistsError, match="exists and is not empty"):
-        training.main(**wanted)
+        main(**wanted)
     with pytest.raises(TokenizerError, match=r"none of its \d+ documents fits"):
-        training.main(**(wanted | {"out": str(tmp_path / "other"), "max_bytes": 5}))
-    training.main(
+        main(**(wanted | {"out": str(tmp_path / "other"), "max_bytes": 5}))
+    main(
         **(
             wanted
             | {

@@ -105,7 +105,9 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
 
 
 def remarks(config: Config) -> Iterator[str]:
-    """What a run does about settings that its length leaves no room for, such as those of a quick try."""
+    """Settings without effect, and what a run does about those that its length leaves no room for."""
+    for name, cause in unused_by(config).items():
+        yield f"{name}: {cause} does not use it"
     optim = config.optim
     steps = config.train.steps
     length = f"the run of {counted(steps, 'step')}"
@@ -156,7 +158,6 @@ def _best_faults(config: Config) -> Iterator[Fault]:
 
 
 # fmt: off
-_NO_MASK = "flash_attention_2 does not support a mask between documents; use model.attention=sdpa"
 _NO_START = "must be given, unless model.init_from names a model to start from, whose own is then used"
 RULES = (
     Rule("model.config model.init_from", lambda c: c.model.config is None and c.model.init_from is None, _NO_START),
@@ -170,12 +171,10 @@ RULES = (
     Rule("train.micro_batch_size train.batch_size",
          lambda c: c.train.batch_size % c.train.micro_batch_size,
          "{c.train.micro_batch_size} does not divide train.batch_size {c.train.batch_size}; use a divisor"),
-    Rule("data.document_mask model.attention data.records data.train",
-         lambda c: c.model.attention == "flash_attention_2" and c.data.document_mask,
-         _NO_MASK),
-    Rule("data.packing model.attention data.records data.train",
-         lambda c: c.model.attention == "flash_attention_2" and c.data.masks_documents and not c.data.document_mask,
-         _NO_MASK),
+    Rule("model.attention data.document_mask data.packing data.records data.train",
+         lambda c: c.model.attention == "flash_attention_2" and c.data.masks_documents,
+         "flash_attention_2 does not support a mask between documents (data.document_mask, data.packing=whole); "
+         "use model.attention=sdpa"),
     Rule("model.attention train.precision",
          lambda c: c.model.attention == "flash_attention_2" and c.train.precision == "fp32",
          "flash_attention_2 computes only in bf16; use model.attention=sdpa or train.precision=bf16"),
