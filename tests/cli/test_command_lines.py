@@ -26,6 +26,7 @@ from tests.tools.each import each
         ("pretrain none.yaml", "none.yaml"),
         ("pretrain tiny_mora --train.stepss=3", "train.stepss: unknown; did you mean steps?"),
         ("pretrain tiny_mora --trian.steps=3", "trian: unknown; did you mean train?"),
+        ("pretrain tiny_mora --output_dir=x", "--output_dir: unknown; did you mean --train.run_dir?"),
         ("pretrain tiny_mora --stepss=3", "--stepss: unknown; did you mean --train.steps?"),
         ("pretrain tiny_mora --method.name=moar", "method.name: got 'moar'"),
         ("pretrain tiny_mora --method.name=sltrain", "method.name: only release 0.2"),
@@ -100,6 +101,7 @@ def test_refused(line: str, named: str, tmp_path: Path, monkeypatch: pytest.Monk
         ("--help", "Usage: relora-mora COMMAND"),
         ("--version", "relora-mora "),
         ("pretrain --help", "CONFIG"),
+        ("--local_rank=1 plan --help", "Usage: relora-mora plan CONFIG"),  # as DeepSpeed's launcher gives it
         ("compare none -h", "--against"),
         ("configs", "tiny_remora"),
         ("completion", "bash completion"),
