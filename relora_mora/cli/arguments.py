@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Le
 
-from relora_mora.cli.help import Command, plain_types
+from relora_mora.cli.help import Command
 from relora_mora.system.files import from_home
 
 PositiveInt = Annotated[int, Ge(1)]  # types of commands' parameters
@@ -159,14 +159,13 @@ def _typed(value: Any, expected: Any) -> Any:
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
-    from relora_mora.config.yaml_text import parse_yaml
+    from relora_mora.config.explain import expectation
+    from relora_mora.config.yaml_text import explain_yaml, parse_yaml
 
     try:
-        return TypeAdapter(expected).validate_python(parse_yaml(value), strict=True)
-    except (yaml.YAMLError, ValidationError) as error:
-        context = error.errors()[0].get("ctx", {}) if isinstance(error, ValidationError) else {}
-        for name, words in (("ge", "at least"), ("le", "at most")):
-            if name in context:
-                raise ValueError(f"got {value}, expected {words} {context[name]}") from None
-        names = [getattr(kind, "__name__", str(kind)) for kind in plain_types(expected)]
-        raise ValueError(f"got {value!r}, expected {' or '.join(names)}") from None
+        given = parse_yaml(value)
+        return TypeAdapter(expected).validate_python(given, strict=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"got {value}, which is not YAML: {explain_yaml(error)}") from None
+    except ValidationError as error:
+        raise ValueError(f"got {given!r}; {expectation(error.errors())}") from None

@@ -87,8 +87,12 @@ def _explain(items: list[ErrorDetails]) -> str:
         return f"must be given{_description(location)}"
     shown = redact(repr(items[0]["input"]))  # before it is cut, because a piece of a token would not be recognized
     shown = shown if len(shown) < 80 else shown[:77] + "..."
-    expected = " or ".join(dict.fromkeys(map(_expected, items)))
-    return f"got {shown}; {expected}{_description(location)}"
+    return f"got {shown}; {expectation(items)}{_description(location)}"
+
+
+def expectation(items: list[ErrorDetails]) -> str:
+    """What was expected, according to the errors of a value."""
+    return " or ".join(dict.fromkeys(map(_expected, items)))
 
 
 def _expected(item: ErrorDetails) -> str:

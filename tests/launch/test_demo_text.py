@@ -80,34 +80,29 @@ def test_every_docstring_is_found_once_and_nothing_is_imported(tree: Path, tmp_p
 def test_shards_are_c4_and_held_out_by_file(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     counts = demo.write(demo.docstrings(tree), out, 10**9)
-    train = _read(out / "train")
-    validation = _read(out / "validation")
-    assert {"train": len(train), "validation": len(validation)} == counts
+    train, validation = sides = [_read(out / side) for side in ("train", "validation")]
+    assert counts == {"train": len(train), "validation": len(validation)}
     assert all(set(document) == {"text", "timestamp", "url"} for document in train + validation)
-    files = [{document["url"].partition("#")[0] for document in side} for side in (train, validation)]
+    files = [{document["url"].partition("#")[0] for document in side} for side in sides]
     assert not files[0] & files[1]
     assert len(validation) == 4 * len(files[1])
-    texts = [{document["text"] for document in side} for side in (train, validation)]
+    texts = [{document["text"] for document in side} for side in sides]
     assert not texts[0] & texts[1]
-    assert [path.name for path in sorted((out / "train").iterdir())] == [
-        f"demo-train.{i:05}-of-00008.json.gz" for i in range(8)
-    ]
-    lines = [gzip.decompress(path.read_bytes()).count(b"\n") for path in (out / "train").iterdir()]
+    shards = sorted((out / "train").iterdir())
+    assert [path.name for path in shards] == [f"demo-train.{i:05}-of-00008.json.gz" for i in range(8)]
+    lines = [gzip.decompress(path.read_bytes()).count(b"\n") for path in shards]
     assert max(lines) - min(lines) <= 1
-    assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
     config = DataConfig(train=str(out / "train" / "*.json.gz"), validation="x")
     assert sorted(iter_texts(config.train, split="train", config=config)) == sorted(texts[0])
 
 
 def test_the_same_files_every_time(tree: Path, tmp_path: Path) -> None:
+    contents = []
     for name in ("a", "b"):
         demo.write(demo.docstrings(tree), tmp_path / name, 60_000)
-    a, b = (
-        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
-        for name in "ab"
-    )
-    assert len(a) == 9
-    assert a == b
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")})
+    assert len(contents[0]) == 9
+    assert contents[0] == contents[1]
 
 
 def test_examples_and_code_are_dropped() -> None:
