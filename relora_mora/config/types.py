@@ -1,6 +1,7 @@
-"""Building blocks of settings: strings and numbers with limits, and models that refuse unknown keys."""
+"""Building blocks of settings: strings and numbers with limits, models that refuse unknown keys, and rules."""
 
 import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -16,6 +17,29 @@ class Fault(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.settings[0]}: {self.text}"
+
+
+class Rule(NamedTuple):
+    """A combination of settings that cannot work.
+
+    ``settings`` names all settings involved, first the one to change. ``broken`` gets the settings and returns what is
+    wrong with them, or something false. ``says`` is the message: ``{found}`` stands for what ``broken`` returned,
+    ``{c}`` for the settings. Further names in braces are arguments of :func:`broken_rules`.
+    """
+
+    settings: str
+    broken: Callable[[Any], Any]
+    says: str
+
+
+def broken_rules(rules: Iterable[Rule], settings: Any, **names: Any) -> Iterator[Fault]:
+    """A fault for each rule that ``settings`` break."""
+    for rule in rules:
+        found = rule.broken(settings)
+        if found:
+            shown = ", ".join(map(str, found)) if isinstance(found, list) else found
+            involved = rule.settings.format(**names).split()
+            yield Fault(tuple(involved), rule.says.format(found=shown, c=settings, **names))
 
 
 LARGEST = 2**53  # the largest whole number of any setting: up to here float64 is exact

@@ -7,7 +7,6 @@ from typing import Any
 from relora_mora.config.checks.data import data_faults, misnamed_metric, missing_metric
 from relora_mora.config.checks.deepspeed import deepspeed_faults
 from relora_mora.config.checks.method import METHOD_RULES, merge_remarks, own_faults
-from relora_mora.config.checks.rules import Rule, broken_rules
 from relora_mora.config.lengths import ALTERNATIVES
 from relora_mora.config.registry import (
     MATRIX_OPTIMIZERS,
@@ -18,7 +17,7 @@ from relora_mora.config.registry import (
     settings_of_others,
 )
 from relora_mora.config.schema import SETTINGS, Config
-from relora_mora.config.types import Fault
+from relora_mora.config.types import Fault, Rule, broken_rules
 from relora_mora.system.logs import counted
 
 BESIDE_ADAPTERS = (

@@ -4,10 +4,9 @@ from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-from relora_mora.config.checks.rules import Rule, broken_rules
 from relora_mora.config.data import CONVERSATIONS, DataConfig, TextSource, is_mixture, set_setting
 from relora_mora.config.schema import Config
-from relora_mora.config.types import Fault
+from relora_mora.config.types import Fault, Rule, broken_rules
 
 
 def _shared_labels(data: DataConfig) -> list[str]:

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 
-from relora_mora.config.checks.rules import Rule, broken_rules
 from relora_mora.config.lengths import restart_warmup
 from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import Config, MethodConfig
-from relora_mora.config.types import Fault
+from relora_mora.config.types import Fault, Rule, broken_rules
 from relora_mora.system.logs import counted
 
 
