@@ -53,10 +53,16 @@ def test_paths_are_found_next_to_the_file(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs"
     folder.mkdir()
-    (folder / "m.json").write_text("{}")
-    (folder / "run.yaml").write_text(yaml.safe_dump(tree()))
+    for name in ("m.json", "t.jinja", "r.py"):
+        (folder / name).write_text("{}")
+    records = {"kind": "messages", "template": "t.jinja"}
+    source = {"source": "m.json", "records": {**records, "template": "other.jinja"}}
+    given = tree(data={"train": source, "records": records}, optim={"matrices": "r.py:Rule"})
+    (folder / "run.yaml").write_text(yaml.safe_dump(given))
     config = load_config("runs/run.yaml")
     assert (config.model.config, config.tokenizer.path) == ("runs/m.json", "t")
+    assert (config.data.records.template, config.optim.matrices) == ("runs/t.jinja", "runs/r.py:Rule")
+    assert (config.data.train[0].source, config.data.train[0].records.template) == ("m.json", "other.jinja")
     (tmp_path / "m.json").write_text("{}")
     assert load_config("runs/run.yaml").model.config == "m.json"
 
