@@ -172,8 +172,7 @@ RULES = (
          "{c.train.micro_batch_size} does not divide train.batch_size {c.train.batch_size}; use a divisor"),
     Rule("model.attention data.document_mask data.packing data.records data.train",
          lambda c: c.model.attention == "flash_attention_2" and c.data.masks_documents,
-         "flash_attention_2 does not support a mask between documents (data.document_mask, data.packing=whole); "
-         "use model.attention=sdpa"),
+         "flash_attention_2 does not support a mask between documents; use model.attention=sdpa"),
     Rule("model.attention train.precision",
          lambda c: c.model.attention == "flash_attention_2" and c.train.precision == "fp32",
          "flash_attention_2 computes only in bf16; use model.attention=sdpa or train.precision=bf16"),
