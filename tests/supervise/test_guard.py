@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -40,14 +39,11 @@ hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)  # one long call, like a co
 def busy():
     started = []
 
-    def start(phase: str, *more: str, on_hangup: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:
-        before = signal.signal(signal.SIGHUP, on_hangup)  # a child inherits it, and pytest may run under nohup
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-c", BUSY, phase, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        finally:
-            signal.signal(signal.SIGHUP, before)
+    def start(phase: str, *more: str, code: str = BUSY) -> subprocess.Popen[str]:
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a child inherits it, and pytest may run under nohup
+        command = [sys.executable, "-c", code, phase, *more]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        signal.signal(signal.SIGHUP, before)
         started.append(process)
         assert process.stdout
         assert process.stdout.readline() == "up\n"
@@ -154,12 +150,12 @@ from pathlib import Path
 from relora_mora.supervise.guard import Guard
 from relora_mora.supervise.lock import RunLock
 guard = Guard()
-folder = Path(sys.argv[1])
+folder = Path(sys.argv[2])
 lock = RunLock(folder)
 lock.acquire()
 guard.hold(lock)
 os.mkfifo(folder / "ends.jsonl")  # opening it takes forever, like a disk that is gone
-if sys.argv[2] == "training":
+if sys.argv[1] == "training":
     guard.training()
 print("up", flush=True)
 while True:
@@ -194,21 +190,12 @@ def test_an_end_is_reported_even_if_the_first_rank_is_lost(tmp_path, lost, speak
 
 @pytest.mark.more
 @each("phase,signals,code", [("start", 1, 75), ("training", 2, 143)])
-def test_a_full_pipe_and_a_disk_that_does_not_answer_do_not_prevent_an_end(phase, signals, code, tmp_path):
-    command = [sys.executable, "-c", SILENCED, str(tmp_path), phase]
-    environment = os.environ | {"PYTHONUNBUFFERED": ""}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            assert process.stdout
-            assert process.stdout.readline() == "up\n"
-            process.send_signal(signal.SIGTERM)
-            if signals == 2:
-                _signal_until_it_ends(process)
-            assert process.wait(60) == code
-        finally:
-            process.kill()
+def test_a_full_pipe_and_a_disk_that_does_not_answer_do_not_prevent_an_end(busy, phase, signals, code, tmp_path):
+    process = busy(phase, str(tmp_path), code=SILENCED)
+    process.send_signal(signal.SIGTERM)
+    if signals == 2:
+        _signal_until_it_ends(process)
+    assert process.wait(60) == code
 
 
 @each(
