@@ -1,12 +1,10 @@
 """Building blocks of settings: strings and numbers with limits, models that refuse unknown keys, and rules."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Fault(NamedTuple):
@@ -46,25 +44,13 @@ LARGEST = 2**53  # the largest whole number of any setting: up to here float64 i
 LONGEST_SECONDS = 1e9  # the timers of all libraries can wait this long
 
 
-def _no_nul(text: str) -> str:
-    if "\0" in text:
-        raise PydanticCustomError("nul", "input should not contain NUL, which no file name can have")
-    return text
-
-
-def _project(text: str) -> str:
-    if not re.fullmatch(r"([\w.-]+/)?[\w.-]{1,128}", text):
-        raise PydanticCustomError("project", "input should be PROJECT or ENTITY/PROJECT: letters, digits, '-_.' only")
-    return text
-
-
 def as_whole(value: Any) -> Any:
     """Turns a float such as 5e8 into the int that it equals."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
-Project = Annotated[Text, AfterValidator(_project)]
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]  # no file name can have NUL
+Project = Annotated[str, Field(pattern=r"^([\w.-]+/)?[\w.-]{1,128}$")]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Whole = Annotated[int, Field(ge=1, le=LARGEST), BeforeValidator(as_whole)]
 NotNegative = Annotated[int, Field(ge=0, le=LARGEST)]
