@@ -194,7 +194,7 @@ REMARKS: list[tuple[str, dict[str, Any]]] = [  # the setting that the remark nam
     ("method.merge_every", {"method.merge_until_step": 1999}),
     ("method.merge_every", {"method.merge_every": 999}),
     ("optim.restart_warmup_steps", {"method.merge_every": 40, "optim.warmup_steps": 10}),
-    ("data.stages.0.from_step", {"data.train": MIXTURE, "data.stages": stages({"a": 1, "b": 1}, steps=(10_001,))}),
+    ("data.stages", {"data.train": MIXTURE, "data.stages": stages({"a": 1, "b": 1}, steps=(10_001,))}),
 ]
 
 

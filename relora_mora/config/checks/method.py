@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator
 
-from relora_mora.config.lengths import restart_warmup
 from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import Config, MethodConfig
 from relora_mora.config.types import Fault, Rule, broken_rules
-from relora_mora.system.logs import counted
 
 
 def _even_operator(method: MethodConfig) -> int | None:
@@ -96,29 +94,3 @@ METHOD_RULES = (
 def own_faults(method: MethodConfig) -> Iterator[Fault]:
     """Faults in the settings of a method that do not depend on the rest of the run."""
     return broken_rules(OWN_RULES, method)
-
-
-def merge_remarks(config: Config) -> Iterator[str]:
-    """What a run does about merges that its length leaves no room for."""
-    method = config.method
-    optim = config.optim
-    every = method.merge_every
-    if not method.merges:
-        return
-    if every > min(method.merge_until_step or every, config.train.steps - 1):
-        yield (
-            f"method.merge_every: nothing is merged: the first merge would follow step {every}, but the run of "
-            f"{counted(config.train.steps, 'step')}, or method.merge_until_step, ends before"
-        )
-    elif optim.restart_warmup_steps:
-        if every < optim.warmup_steps:
-            yield (
-                f"method.merge_every: the first merge (step {every}) comes before the warmup ends (step "
-                f"{optim.warmup_steps}): the warmup after it rises to the rate that the first warmup has then"
-            )
-        restart = restart_warmup(method, optim)
-        if restart < optim.restart_warmup_steps:
-            yield (
-                f"optim.restart_warmup_steps: {optim.restart_warmup_steps} are more than the steps between merges: "
-                f"each warmup after a merge has {counted(restart, 'step')}"
-            )
