@@ -138,7 +138,11 @@ def _without_best(config: Config) -> str | None:
         return f"{fault}, or tasks/TASK/METRIC"
     elif fault := missing_metric(config, metric):
         return fault
-    return None if every_steps else "the only checkpoint with a value is the last one; set eval.every_steps"
+    return (
+        None
+        if every_steps
+        else "only the last checkpoint has a value; set eval.every_steps (of tasks: eval.tasks_every_steps)"
+    )
 
 
 # fmt: off
