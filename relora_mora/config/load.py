@@ -251,7 +251,7 @@ def _with_paths(tree: Any, folder: Path) -> Any:
             return {key: changed(inner, f"{name}.{key}".removeprefix(".")) for key, inner in value.items()}
         if isinstance(value, list):
             return [changed(inner, name) for inner in value]
-        if not isinstance(value, str) or "\0" in value:  # a fault, which is reported later
+        if not isinstance(value, str) or not value or "\0" in value:  # a fault, which is reported later
             return value
         is_template = name.startswith("data.") and name.endswith("records.template") and value != CHATML
         return (resolve if is_template else changes.get(name, str))(value)
