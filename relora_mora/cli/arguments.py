@@ -4,8 +4,7 @@ This module changes what fire does by itself:
 
 - fire calls the command and complains about stray arguments afterwards: here it calls a stand-in;
 - fire turns ``1e5`` into a float and ``a,b`` into a tuple: here arguments stay text unless annotated otherwise;
-- fire treats ``-`` and ``--`` as separators, and uses the last value of a repeated flag: here both are refused, but for
-  a ``-`` that stands for stdin;
+- fire treats ``-`` and ``--`` as separators, and uses the last value of a repeated flag: here both are refused;
 - fire shows help in a pager, on stderr: here ``help.py`` makes a text that is printed.
 """
 
@@ -22,25 +21,21 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Le
 
-from relora_mora.cli.help import Command, plain_types
+from relora_mora.cli.help import Command
 from relora_mora.system.files import from_home
 
 PositiveInt = Annotated[int, Ge(1)]  # types of commands' parameters
 NonNegativeInt = Annotated[int, Ge(0)]
 Processes = Annotated[int, Ge(1), Le(1024)]
 Precision = Literal["float32", "bfloat16", "float16"]
-STDIN = "-"
-TextOrStdin = Annotated[str, STDIN]  # the only arguments that may be one dash
-_NO_SEPARATOR = ("--", "--separator=\0")  # of fire
 
 
 def read_arguments(command: Command, argv: Iterable[str], name: str) -> inspect.BoundArguments:
     """The values to call ``command`` with; raises ConfigError with all faults of the command line."""
     words = without_local_rank(argv)
     hints = get_type_hints(command, include_extras=True)
-    stray = {"--"} if TextOrStdin in hints.values() else {"--", STDIN}
     given, faults = _with_values(words, get_type_hints(command))
-    _raise([*_faults_of_words(words, name, stray), *_unknown_flags(command, words, name), *faults])
+    _raise([*_faults_of_words(words, name), *_unknown_flags(command, words, name), *faults])
     arguments = _parsed(command, given, name)
     values = arguments.arguments
     for parameter in arguments.signature.parameters.values():
@@ -80,14 +75,15 @@ def _unknown_flags(command: Command, words: list[str], name: str) -> Iterator[st
             continue
         near = difflib.get_close_matches(flag, own, n=1)
         if takes_settings and not near:
+            from relora_mora.config.explain import ELSEWHERE
             from relora_mora.config.schema import SETTINGS
 
-            keys = {setting.partition(".")[2]: setting for setting in SETTINGS}
+            keys = {setting.partition(".")[2]: setting for setting in SETTINGS} | ELSEWHERE
             near = [keys[key] for key in difflib.get_close_matches(flag, keys, n=1)]
         yield f"--{flag}: unknown; " + (f"did you mean --{near[0]}?" if near else f"see {name} --help")
 
 
-def _faults_of_words(words: list[str], name: str, stray: set[str]) -> list[str]:
+def _faults_of_words(words: list[str], name: str) -> list[str]:
     from relora_mora.config.secrets import secret_in
 
     flags = _flags(words)
@@ -95,7 +91,7 @@ def _faults_of_words(words: list[str], name: str, stray: set[str]) -> list[str]:
     twice = sorted({flag for flag, times in Counter(names).items() if times > 1})
     deep = [flag for flag in flags if "-" in flag.split(".", 2)[-1] and flag.count(".") > 1]
     not_utf8 = [word for word in words if word.encode(errors="ignore").decode() != word]
-    faults = [f"{word}: unexpected argument; see {name} --help" for word in words if word in stray]
+    faults = [f"{word}: unexpected argument; see {name} --help" for word in words if word in ("-", "--")]
     faults += [f"{word.partition('=')[0]}: {secret}" for word in words if (secret := secret_in(word))]
     faults += [f"{word!a}: not UTF-8; check the terminal's locale" for word in not_utf8]
     faults += [f"--{flag}: given twice; give it once" for flag in twice]
@@ -135,7 +131,6 @@ def _parsed(command: Command, words: list[str], name: str) -> inspect.BoundArgum
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            words = [*words, *_NO_SEPARATOR]
             fire.Fire(decorators.SetParseFn(str)(stand_in), command=words, name=name, serialize=lambda _: None)
     except SystemExit:
         fault = messages.getvalue().partition("ERROR: ")[2].partition("\n")[0]
@@ -158,14 +153,13 @@ def _typed(value: Any, expected: Any) -> Any:
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
-    from relora_mora.config.yaml_text import parse_yaml
+    from relora_mora.config.explain import expectation
+    from relora_mora.config.yaml_text import explain_yaml, parse_yaml
 
     try:
-        return TypeAdapter(expected).validate_python(parse_yaml(value), strict=True)
-    except (yaml.YAMLError, ValidationError) as error:
-        context = error.errors()[0].get("ctx", {}) if isinstance(error, ValidationError) else {}
-        for name, words in (("ge", "at least"), ("le", "at most")):
-            if name in context:
-                raise ValueError(f"got {value}, expected {words} {context[name]}") from None
-        names = [getattr(kind, "__name__", str(kind)) for kind in plain_types(expected)]
-        raise ValueError(f"got {value!r}, expected {' or '.join(names)}") from None
+        given = parse_yaml(value)
+        return TypeAdapter(expected).validate_python(given, strict=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"got {value}, which is not YAML: {explain_yaml(error)}") from None
+    except ValidationError as error:
+        raise ValueError(f"got {given!r}; {expectation(error.errors())}") from None

@@ -1,4 +1,4 @@
-"""Writes English text from this machine in C4's file format, for the demo; needs no network.
+"""Writes English text from this machine as compressed JSON lines, for the demo; needs no network.
 
 The text is the language reference in ``pydoc_data.topics`` and the docstrings of the standard library and the installed
 packages, read with ``ast`` (nothing is imported). The result depends only on the installed files.
@@ -33,7 +33,7 @@ _COMMON_WORD = re.compile(
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
-Document = dict[str, str]  # text, timestamp, url
+Document = tuple[str, str]  # where it is from, and its text
 
 
 def write_text(out: Path) -> str:
@@ -52,7 +52,8 @@ def python_reference() -> Iterator[Document]:
     from pydoc_data.topics import topics
 
     for name, text in topics.items():
-        yield from _documents(text, f"python://pydoc_data/topics#{name}")
+        if kept := _prose_of(text):
+            yield f"python://pydoc_data/topics#{name}", kept
 
 
 def docstrings(*roots: Path) -> Iterator[Document]:
@@ -62,8 +63,7 @@ def docstrings(*roots: Path) -> Iterator[Document]:
     """
     modules = {file.relative_to(root).as_posix(): file for root in roots for file in _modules(root)}
     for name in sorted(modules, key=_digest):
-        for place, text in _docstrings_of(modules[name]):
-            yield from _documents(text, f"python://{name}#{place}")
+        yield from ((f"python://{name}", kept) for text in _docstrings_of(modules[name]) if (kept := _prose_of(text)))
 
 
 def _modules(root: Path) -> Iterator[Path]:
@@ -72,7 +72,7 @@ def _modules(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("test_"))
 
 
-def _docstrings_of(file: Path) -> list[tuple[str, str]]:
+def _docstrings_of(file: Path) -> list[str]:
     try:
         source = file.read_bytes()
         # parsing is worth its time only if the text between some triple quotes is long enough
@@ -81,30 +81,29 @@ def _docstrings_of(file: Path) -> list[tuple[str, str]]:
             return []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return list(_docstrings_below(ast.parse(source), ""))
+            return list(_docstrings_below(ast.parse(source)))
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):  # unreadable, or for another Python version
         return []
 
 
-def _docstrings_below(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+def _docstrings_below(node: ast.AST) -> Iterator[str]:
     if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
-        yield name, text
+        yield text
     for inner in ast.iter_child_nodes(node):
         if isinstance(inner, ast.stmt):
-            named = f"{name}.{inner.name}".lstrip(".") if isinstance(inner, _DOCUMENTED[1:]) else name
-            yield from _docstrings_below(inner, named)
+            yield from _docstrings_below(inner)
 
 
-def _documents(text: str, url: str) -> Iterator[Document]:
-    """The document of a docstring, if what is left of it is long enough, mostly letters, and English."""
-    cleaned = prose(text)
+def _prose_of(docstring: str) -> str | None:
+    """What is left of a docstring, if it is long enough, mostly letters, and English."""
+    cleaned = prose(docstring)
     words = _WORD.findall(cleaned)
     marks = len(cleaned) - cleaned.count(" ") - cleaned.count("\n")
     has_letters = sum(map(len, words)) >= 0.75 * marks
     # unlike tables and signatures, English has function words
-    if len(cleaned) >= MIN_CHARACTERS and has_letters and len(_COMMON_WORD.findall(cleaned)) >= 0.15 * len(words):
-        # docstrings have no crawl time; a constant makes the files reproducible
-        yield {"text": cleaned.encode("utf-8", "replace").decode(), "timestamp": "1970-01-01T00:00:00Z", "url": url}
+    is_english = len(_COMMON_WORD.findall(cleaned)) >= 0.15 * len(words)
+    is_prose = len(cleaned) >= MIN_CHARACTERS and has_letters and is_english
+    return cleaned.encode("utf-8", "replace").decode() if is_prose else None
 
 
 def prose(text: str) -> str:
@@ -127,26 +126,28 @@ def prose(text: str) -> str:
 def write(documents: Iterable[Document], out: Path, max_bytes: int = MAX_BYTES) -> dict[str, int]:
     """Writes the shards into a folder; returns the numbers of documents.
 
-    Exact duplicates are dropped. A hash of a file's name decides whether its docstrings are for training or validation.
+    Exact duplicates are dropped. A hash of the name of a file, or topic, decides whether its texts are for training or
+    validation.
     Documents are distributed to the shards in turn.
     """
     texts: set[str] = set()
-    sides: dict[str, list[Document]] = {side: [] for side in SHARDS}
+    sides: dict[str, list[str]] = {side: [] for side in SHARDS}
     total = 0
     with Bar("collecting text", "byte") as bar:
-        for document in documents:
-            size = len(document["text"].encode())
+        for source, text in documents:
+            size = len(text.encode())
             if total + size > max_bytes:
                 break
-            if document["text"] not in texts:
-                texts.add(document["text"])
+            if text not in texts:
+                texts.add(text)
                 total += size
                 bar.update(total, max_bytes)
-                sides["validation" if _held_out(document["url"]) else "train"].append(document)
+                held_out = int.from_bytes(_digest(source)[:8]) < VALIDATION_FRACTION * 2**64
+                sides["validation" if held_out else "train"].append(text)
     for side, chosen in sides.items():
         (out / side).mkdir(parents=True)
         for shard in range(SHARDS[side]):
-            lines = (json.dumps(document, ensure_ascii=False) + "\n" for document in chosen[shard :: SHARDS[side]])
+            lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chosen[shard :: SHARDS[side]])
             file = out / side / f"demo-{side}.{shard:05}-of-{SHARDS[side]:05}.json.gz"
             file.write_bytes(gzip.compress("".join(lines).encode(), compresslevel=6, mtime=0))
     return {side: len(chosen) for side, chosen in sides.items()}
@@ -154,9 +155,3 @@ def write(documents: Iterable[Document], out: Path, max_bytes: int = MAX_BYTES) 
 
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def _held_out(url: str) -> bool:
-    """Whether the document's file is for validation; a topic of the language reference counts as a file."""
-    file = url if "pydoc_data/topics" in url else url.partition("#")[0]
-    return int.from_bytes(_digest(file)[:8]) < VALIDATION_FRACTION * 2**64

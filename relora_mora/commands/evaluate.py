@@ -3,24 +3,15 @@
 The output ends with a line of JSON.
 """
 
-import contextlib
 import json
 import math
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from relora_mora.cli.arguments import NonNegativeInt, PositiveInt, Precision
 from relora_mora.system.bars import Bar
 from relora_mora.system.process import many_imports
-
-if TYPE_CHECKING:
-    from relora_mora.config.data import DataConfig
-    from relora_mora.data.held_out import EvalSet
-    from relora_mora.evaluation.harness import TaskSettings
-    from relora_mora.evaluation.loss import EvalResult
-    from relora_mora.weights.load import LoadedModel
 
 
 def main(
@@ -86,17 +77,24 @@ def main(
     with many_imports():  # takes seconds, so arguments are checked first
         import torch
 
+        from relora_mora.evaluation.harness import Tasks, TaskSettings, check_tasks, record, table
         from relora_mora.evaluation.loss import EvalResult, held_out
+        from relora_mora.evaluation.score import (
+            check_files,
+            on_device,
+            ready_to_generate,
+            score_sets,
+            table_of_sets,
+            tokenizer_of,
+        )
         from relora_mora.model.config import check_length
         from relora_mora.system.logs import counted
         from relora_mora.tokenizer.load import load_tokenizer
-        from relora_mora.weights.foreign import is_foreign
+        from relora_mora.weights.foreign import is_foreign, positions_of
         from relora_mora.weights.load import load_model
         from relora_mora.weights.peft import is_adapter
 
     if tasks is not None:
-        from relora_mora.evaluation.harness import TaskSettings, check_tasks
-
         to_score = TaskSettings([name.strip() for name in tasks.split(",")], **task_options)
         check_tasks(to_score)
     elif sources is None and (is_foreign(Path(model)) or is_adapter(Path(model))):
@@ -105,11 +103,16 @@ def main(
     if tokenizer is not None:
         load_tokenizer(tokenizer)
     if sources is not None:
-        _check_files(text)
+        check_files(text)
     with Bar("loading the model"):
         loaded = load_model(Path(model), getattr(torch, precision), None if base is None else Path(base))
     if tasks is not None:
-        _score_tasks(loaded, tokenizer, to_score, micro_batch_size)
+        lm, own_tokenizer = ready_to_generate(loaded, model, tokenizer)
+        scores = Tasks(to_score, own_tokenizer, positions_of(lm)).score(lm, own_tokenizer, batch_size=micro_batch_size)
+        print(f"{loaded.description}\n{table(scores)}", file=sys.stderr)
+        print(json.dumps({"tasks": scores}), flush=True)
+        if loaded.checkpoint is not None and loaded.run is not None and loaded.run.config.is_file():
+            record(loaded.run.path, loaded.checkpoint[1], scores, to_score)
         return
     settings = loaded.data_settings(sources, overrides, own_tokenizer=tokenizer is None)
     masked = settings.masks_documents_of(settings.sources("validation"))
@@ -119,8 +122,7 @@ def main(
     check_length(text_config, settings.sequence_length, model, separate_documents=masked)
     with Bar("reading the text"):
         sets = held_out(settings, str(tokenizer_of(loaded, tokenizer)), max_tokens)
-    lm = on_device(loaded)
-    check_causal(lm, model)
+    lm = on_device(loaded, model)
     tokens = sum(each.predicted for each in sets.values())
     documents = counted(sum(each.documents for each in sets.values()), "document")
     print(
@@ -128,7 +130,7 @@ def main(
         f"{', each document by itself' if masked else ''}",
         file=sys.stderr,
     )
-    results = _score(lm, sets, micro_batch_size)
+    results = score_sets(lm, sets, micro_batch_size)
     total = EvalResult.of_all(results.values())
     if not math.isfinite(total.loss):
         raise ValueError(
@@ -139,118 +141,5 @@ def main(
     if "" in results:
         print(json.dumps(total.as_dict()))
         return
-    print(_table({**results, "all sets": total}), file=sys.stderr)
+    print(table_of_sets({**results, "all sets": total}), file=sys.stderr)
     print(json.dumps({**total.as_dict(), "sets": {name: result.as_dict() for name, result in results.items()}}))
-
-
-def _check_files(text: "DataConfig") -> None:
-    """Raises SourceError if files of the text on this host are missing."""
-    from relora_mora.config.data import set_setting
-    from relora_mora.data.errors import SourceError
-    from relora_mora.data.named_sets import hub_repo
-    from relora_mora.data.sources import shards_of
-
-    for name, sources in text.validation.items():
-        if any(hub_repo(source) or "://" in source.source for source in sources):
-            continue
-        try:
-            shards_of(sources, text, "validation")
-        except SourceError as error:
-            raise SourceError(f"{set_setting(name)}: {error}" if name else str(error)) from error
-
-
-def on_device(loaded: "LoadedModel") -> Any:
-    import torch
-
-    from relora_mora.system.hardware import uses_cuda
-
-    lm: Any = loaded.model  # torch's types do not know that a model accepts a device
-    return lm.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
-
-
-def check_causal(lm: Any, name: str) -> None:
-    """Raises ValueError for a model that sees the tokens that it is to predict."""
-    from relora_mora.evaluation.loss import is_causal
-
-    if not is_causal(lm, lm.device):
-        kind = type(lm).__name__
-        raise ValueError(
-            f"{name}: {kind} predicts a token from the token itself and later ones; give a causal language model"
-        )
-
-
-def _score(lm: Any, sets: Mapping[str, "EvalSet"], micro_batch_size: int) -> dict[str, "EvalResult"]:
-    from relora_mora.evaluation.loss import causal_lm_loss, evaluate, evaluate_sets
-    from relora_mora.system.hardware import ran_out_of_memory
-
-    rows = min(micro_batch_size, max(each.blocks for each in sets.values()))
-    mean_loss = causal_lm_loss(lm)
-    try:
-        with Bar("evaluation", "token") as bar:
-            return evaluate_sets(
-                lambda each, update: evaluate(
-                    mean_loss, each, micro_batch_size=rows, device=lm.device, progress=update
-                ),
-                sets,
-                bar.update,
-            )
-    except (MemoryError, RuntimeError) as error:
-        if ran_out_of_memory(error):
-            [length] = {each.scored.shape[1] for each in sets.values()}
-            raise ValueError(
-                f"--micro_batch_size: {rows} x {length} tokens need more memory than available; lower it"
-            ) from error
-        raise
-
-
-def _score_tasks(
-    loaded: "LoadedModel",
-    tokenizer: str | None,
-    settings: "TaskSettings",
-    batch_size: int,
-) -> None:
-    """Prints the results of tasks and, for a checkpoint in a run folder, records them there."""
-    from relora_mora.evaluation.harness import Tasks, record, table
-    from relora_mora.tokenizer.load import load_tokenizer
-    from relora_mora.weights.foreign import positions_of
-    from relora_mora.weights.generation import generation_config
-
-    lm = on_device(loaded)
-    loaded_tokenizer = load_tokenizer(tokenizer_of(loaded, tokenizer))
-    if loaded.of_run:
-        lm.generation_config = generation_config(loaded_tokenizer, lm.config, loaded.run)  # as in its export
-    scorer = Tasks(settings, loaded_tokenizer, positions_of(lm))
-    results = scorer.score(lm, loaded_tokenizer, batch_size=batch_size)
-    print(f"{loaded.description}\n{table(results)}", file=sys.stderr)
-    print(json.dumps({"tasks": results}), flush=True)
-    if loaded.checkpoint is not None and loaded.run is not None and loaded.run.config.is_file():
-        record(loaded.run.path, loaded.checkpoint[1], results, settings)
-
-
-def tokenizer_of(loaded: "LoadedModel", other: str | None) -> Path:
-    """The folder of the model's own tokenizer, or ``other`` instead; checks that its ids fit the model."""
-    from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens
-    from relora_mora.tokenizer.load import load_tokenizer
-
-    vocab_size = loaded.model.config.get_text_config().vocab_size
-    path = loaded.tokenizer if other is None else Path(other)
-    tokenizer = load_tokenizer(path)
-    check_vocabulary(tokenizer, vocab_size)
-    with contextlib.suppress(ValueError):  # the model may have no tokenizer
-        if other is not None and not gives_same_tokens(other, loaded.tokenizer, tokenizer):
-            print(
-                f"{other} gives other tokens than the model's own tokenizer: the numbers below are meaningful only "
-                "if the model was trained with it",
-                file=sys.stderr,
-            )
-    return path
-
-
-def _table(results: Mapping[str, "EvalResult"]) -> str:
-    width = max(map(len, results))
-    rows = [
-        f"{name:<{width}} {result.tokens:>15,} {result.loss:>10.4f} {result.perplexity:>12.2f} "
-        f"{'' if result.bits_per_byte is None else f'{result.bits_per_byte:.4f}':>15}"
-        for name, result in results.items()
-    ]
-    return "\n".join([f"{'':<{width}} {'tokens':>15} {'loss':>10} {'perplexity':>12} {'bits per byte':>15}", *rows])

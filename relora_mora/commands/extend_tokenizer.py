@@ -5,12 +5,11 @@ from itertools import islice
 from pathlib import Path
 
 from relora_mora.cli.arguments import NonNegativeInt, PositiveInt
-from relora_mora.commands.train_tokenizer import sample, texts_of
+from relora_mora.commands.train_tokenizer import texts_of
 from relora_mora.system.bars import Bar
 from relora_mora.system.files import new_folder
-from relora_mora.tokenizer.extend import Extension
+from relora_mora.system.process import many_imports
 from relora_mora.tokenizer.files import TokenizerError
-from relora_mora.tokenizer.identity import vocabulary_size
 
 _HELD_OUT = 10  # each tenth document is only measured
 
@@ -55,6 +54,11 @@ def main(
     """
     started = time.monotonic()
     texts = texts_of(data, overrides)
+    with many_imports():
+        from relora_mora.tokenizer.extend import Extension
+        from relora_mora.tokenizer.identity import vocabulary_size
+        from relora_mora.tokenizer.training import sample
+
     wanted = None if list is None else _lines(Path(list))
     extension = Extension(tokenizer)
     before = vocabulary_size(extension.tokenizer)

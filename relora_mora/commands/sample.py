@@ -1,18 +1,17 @@
 """Continues text with a trained model, on the terminal."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
 
-from relora_mora.cli.arguments import NonNegativeInt, PositiveInt, Precision, TextOrStdin
+from relora_mora.cli.arguments import NonNegativeInt, PositiveInt, Precision
 from relora_mora.system.process import many_imports
 
 
 def main(
     model: str,
-    text: TextOrStdin,
+    text: str,
     *,
     max_new_tokens: PositiveInt = 100,
     temperature: Annotated[float, Ge(0)] = 0.8,
@@ -28,7 +27,7 @@ def main(
     Arguments:
         model: a checkpoint or run folder of this trainer, the folder of any Hugging Face causal language model, or the
             folder of an adapter
-        text: the text to continue; - reads it from stdin
+        text: the text to continue
 
     Sampling:
         max_new_tokens: the most tokens to add
@@ -43,24 +42,17 @@ def main(
     Example:
         relora-mora sample runs/demo/run "The function returns" --temperature=0.7
     """
-    if text == "-":
-        text = _from_stdin()
     with many_imports():
         import torch
         from transformers import TextStreamer
 
-        from relora_mora.commands.evaluate import check_causal, on_device, tokenizer_of
-        from relora_mora.tokenizer.load import load_tokenizer, quiet_transformers
+        from relora_mora.evaluation.score import ready_to_generate
+        from relora_mora.tokenizer.load import quiet_transformers
         from relora_mora.weights.foreign import positions_of
-        from relora_mora.weights.generation import generation_config
         from relora_mora.weights.load import load_model
 
     loaded = load_model(Path(model), getattr(torch, precision), None if base is None else Path(base))
-    tokenizer = load_tokenizer(tokenizer_of(loaded, None))
-    lm = on_device(loaded)
-    check_causal(lm, model)
-    if loaded.of_run:
-        lm.generation_config = generation_config(tokenizer, lm.config, loaded.run)  # as in its export
+    lm, tokenizer = ready_to_generate(loaded, model)
     prompt = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(lm.device)
     length = prompt.input_ids.shape[1]
     positions = positions_of(lm) or length + max_new_tokens
@@ -76,11 +68,3 @@ def main(
             pad_token_id=tokenizer.eos_token_id,
             streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         )
-
-
-def _from_stdin() -> str:
-    """The text on stdin without its last line end."""
-    try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"stdin: not UTF-8 ({error}); convert the text, for instance with iconv") from error

@@ -4,20 +4,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
+from pydantic import BeforeValidator, Field, PlainSerializer
 from pydantic_core import PydanticCustomError
 
-from relora_mora.config.types import (
-    LARGEST,
-    LONGEST_SECONDS,
-    Fraction,
-    Free,
-    OfText,
-    Positive,
-    Seed,
-    Strict,
-    Text,
-)
+from relora_mora.config.types import LARGEST, LONGEST_SECONDS, Fraction, Free, OfText, Positive, Seed, Strict, Text
 
 Kind = Literal["messages", "alpaca", "sharegpt", "prompt", "question", "text"]
 Score = Literal["answers", "all"]
@@ -81,16 +71,7 @@ class RecordsConfig(Strict):
         return {field: self.columns.get(field, field) for field in _OPTIONAL_FIELDS.get(self.kind, ())}
 
 
-_NAME = re.compile(r"[\w.-]{0,64}")
-
-
-def _check_name(text: str) -> str:
-    if not _NAME.fullmatch(text):
-        raise PydanticCustomError("name", "input should be a name of letters, digits, '_', '-' and '.', for metrics")
-    return text
-
-
-Name = Annotated[str, AfterValidator(_check_name)]
+Name = Annotated[str, Field(pattern=r"^[\w.-]{0,64}$")]  # in metrics
 Weight = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 

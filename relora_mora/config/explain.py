@@ -11,6 +11,20 @@ from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact
 
 Location = tuple[int | str, ...]
+# what other trainers call these settings
+ELSEWHERE = {
+    "output_dir": "train.run_dir",
+    "learning_rate": "optim.lr",
+    "max_steps": "train.steps",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size",
+    "max_seq_length": "data.sequence_length",
+    "max_grad_norm": "optim.clip",
+    "lr_scheduler_type": "optim.schedule",
+    "report_to": "log.wandb",
+    "seed": "train.seed",
+}
 
 
 def explain(error: ValidationError) -> list[str]:
@@ -29,10 +43,9 @@ def doubtful(error: ValidationError) -> set[str]:
     names = set()
     for item in error.errors():
         location = item["loc"][:2]
-        if item["type"] == "extra_forbidden":
-            near = _nearest(location)
-            location = (*location[:-1], near) if near else location
-        names.add(".".join(map(str, location)))
+        name = ".".join(map(str, location))
+        near = _nearest(location) if item["type"] == "extra_forbidden" else None
+        names.add(name if near is None else near if "." in near else ".".join([*name.split(".")[:-1], near]))
     return names
 
 
@@ -74,8 +87,12 @@ def _explain(items: list[ErrorDetails]) -> str:
         return f"must be given{_description(location)}"
     shown = redact(repr(items[0]["input"]))  # before it is cut, because a piece of a token would not be recognized
     shown = shown if len(shown) < 80 else shown[:77] + "..."
-    expected = " or ".join(dict.fromkeys(map(_expected, items)))
-    return f"got {shown}; {expected}{_description(location)}"
+    return f"got {shown}; {expectation(items)}{_description(location)}"
+
+
+def expectation(items: list[ErrorDetails]) -> str:
+    """What was expected, according to the errors of a value."""
+    return " or ".join(dict.fromkeys(map(_expected, items)))
 
 
 def _expected(item: ErrorDetails) -> str:
@@ -111,8 +128,10 @@ def _fields_at(location: Location) -> dict[str, Any]:
 
 
 def _nearest(location: Location) -> str | None:
-    near = difflib.get_close_matches(str(location[-1]), _fields_at(location), n=1)
-    return near[0] if near else None
+    """The name that was meant, with its section if that is another one."""
+    name = str(location[-1])
+    near = difflib.get_close_matches(name, _fields_at(location), n=1)
+    return near[0] if near else ELSEWHERE.get(name)
 
 
 def _description(location: Location) -> str:

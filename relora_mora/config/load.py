@@ -1,7 +1,7 @@
 """Reads a run's settings: defaults, YAML file, then ``--section.key=value``. All faults are reported together."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from relora_mora.config import lengths
 from relora_mora.config.checks.combinations import faults
-from relora_mora.config.data import CHATML, RecordsConfig, TextSource
+from relora_mora.config.data import CHATML
 from relora_mora.config.explain import doubtful, explain, substitute_defaults
 from relora_mora.config.registry import METHODS, is_own, settings_of_others, split_rule
 from relora_mora.config.removed import removed_faults, without, without_old_defaults
@@ -130,8 +130,7 @@ def config_of(
     tree = lengths.without_replaced(tree, set(overrides or {}))
     tree = with_defaults(tree, defaults or {})
     source = f"{path} and the command line" if overrides else str(path)
-    config = validate(tree, source, override_faults, world_size)
-    return _resolve_paths(config, path.parent)
+    return validate(_with_paths(tree, path.parent), source, override_faults, world_size)
 
 
 def relative_to(path: Path) -> str:
@@ -229,44 +228,32 @@ def _override(tree: dict[str, Any], name: str, text: str) -> str | None:
     return None
 
 
-def _resolve_paths(config: Config, folder: Path) -> Config:
+def _with_paths(tree: Any, folder: Path) -> Any:
     """Paths below the home folder, and those that exist only relative to the settings file, as they can be opened."""
 
-    def home(value: str | None) -> str | None:
-        return None if value is None else from_home(value)
+    def resolve(value: str) -> str:
+        value = from_home(value)
+        return str(folder / value) if not exists(Path(value)) and exists(folder / value) else value
 
-    def resolve(value: str | None) -> str | None:
-        value = home(value)
-        is_next_to_file = value is not None and not exists(Path(value)) and exists(folder / value)
-        return str(folder / str(value)) if is_next_to_file else value
+    def resolve_rule(value: str) -> str:
+        place, name = split_rule(value)
+        return f"{resolve(place)}:{name}" if is_own(value) and place.endswith(".py") else value
 
-    def resolve_template(records: RecordsConfig | None) -> RecordsConfig | None:
-        if records is None or records.template in (None, CHATML):
-            return records
-        return records.model_copy(update={"template": resolve(records.template)})
-
-    def resolve_sources(sources: list[TextSource]) -> list[TextSource]:
-        return [each.model_copy(update={"records": resolve_template(each.records)}) for each in sources]
-
-    model = config.model
-    data = config.data
-    model_config = resolve(model.config)
-    matrices = config.optim.matrices
-    rule, name = split_rule(matrices)
-    changes: dict[str, dict[str, Any]] = {
-        "model": {
-            "config": None if model_config is None else str(find_config(model_config, MODELS)),
-            "init_from": home(model.init_from),
-            "adapter": home(model.adapter),
-        },
-        "optim": {"matrices": f"{resolve(rule)}:{name}" if is_own(matrices) and rule.endswith(".py") else matrices},
-        "train": {"run_dir": home(config.train.run_dir), "resume": home(config.train.resume)},
-        "tokenizer": {"path": resolve(config.tokenizer.path)},
-        "data": {
-            "train": resolve_sources(data.train),
-            "validation": {name: resolve_sources(sources) for name, sources in data.validation.items()},
-            "records": resolve_template(data.records),
-        },
+    changes: dict[str, Callable[[str], str]] = {
+        "model.config": lambda value: str(find_config(resolve(value), MODELS)),
+        "optim.matrices": resolve_rule,
+        "tokenizer.path": resolve,
+        **dict.fromkeys(("model.init_from", "model.adapter", "train.run_dir", "train.resume"), from_home),
     }
-    sections = {section: getattr(config, section).model_copy(update=values) for section, values in changes.items()}
-    return config.model_copy(update=sections)
+
+    def changed(value: Any, name: str) -> Any:
+        if isinstance(value, dict):
+            return {key: changed(inner, f"{name}.{key}".removeprefix(".")) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [changed(inner, name) for inner in value]
+        if not isinstance(value, str) or not value or "\0" in value:  # a fault, which is reported later
+            return value
+        is_template = name.startswith("data.") and name.endswith("records.template") and value != CHATML
+        return (resolve if is_template else changes.get(name, str))(value)
+
+    return changed(tree, "")

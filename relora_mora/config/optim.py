@@ -6,16 +6,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from relora_mora.config.registry import MATRIX_OPTIMIZERS, OTHERS, MatrixOptimizer, ScheduleKind, is_own, optimizer_of
-from relora_mora.config.types import (
-    Decay,
-    Fixed,
-    Fraction,
-    NotNegative,
-    Positive,
-    Rate,
-    Strict,
-    Text,
-)
+from relora_mora.config.types import Decay, Fixed, Fraction, NotNegative, Positive, Rate, Strict, Text
 
 if TYPE_CHECKING:
     MatrixOptimizerName = str

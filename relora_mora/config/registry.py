@@ -74,12 +74,6 @@ class Method:
         adapter_settings = () if self.adapter is None else ADAPTER_SETTINGS + self.adapter.settings
         return adapter_settings + (MERGE_SETTINGS if self.merges else ())
 
-    @property
-    def without_merges(self) -> str:
-        """The name of the method with the same adapter that never merges; "full" if there is none."""
-        names = (other.name for other in METHODS.values() if other.adapter is self.adapter and not other.merges)
-        return next(names, "full")
-
 
 METHODS = {
     method.name: method

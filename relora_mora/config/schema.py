@@ -10,11 +10,7 @@ from pydantic.fields import FieldInfo
 
 from relora_mora.config.data import DataConfig
 from relora_mora.config.optim import OptimConfig
-from relora_mora.config.registry import (
-    METHODS,
-    OPERATORS,
-    Method,
-)
+from relora_mora.config.registry import METHODS, OPERATORS, Method
 from relora_mora.config.types import (
     LARGEST,
     LONGEST_SECONDS,
@@ -22,7 +18,6 @@ from relora_mora.config.types import (
     Fixed,
     Fraction,
     Free,
-    Interval,
     NotNegative,
     Positive,
     Project,
@@ -147,7 +142,7 @@ class MethodConfig(Strict):
     dropout: Decay = Field(
         0.0, description="dropout of an adapter's input, as in LoRA; layers then train in decoupled form; 0: none"
     )
-    merge_every: Interval = Field(
+    merge_every: Positive = Field(
         2000, description=f"steps between merges ({', '.join(m.name for m in METHODS.values() if m.merges)})"
     )
     merge_until_step: Positive | None = Field(None, description="the last step that may merge; null: the last but one")

@@ -1,11 +1,10 @@
-"""Building blocks of settings: strings and numbers with limits, and models that refuse unknown keys."""
+"""Building blocks of settings: strings and numbers with limits, models that refuse unknown keys, and rules."""
 
-import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Fault(NamedTuple):
@@ -18,20 +17,31 @@ class Fault(NamedTuple):
         return f"{self.settings[0]}: {self.text}"
 
 
+class Rule(NamedTuple):
+    """A combination of settings that cannot work.
+
+    ``settings`` names all settings involved, first the one to change. ``broken`` gets the settings and returns what is
+    wrong with them, or something false. ``says`` is the message: ``{found}`` stands for what ``broken`` returned,
+    ``{c}`` for the settings. Further names in braces are arguments of :func:`broken_rules`.
+    """
+
+    settings: str
+    broken: Callable[[Any], Any]
+    says: str
+
+
+def broken_rules(rules: Iterable[Rule], settings: Any, **names: Any) -> Iterator[Fault]:
+    """A fault for each rule that ``settings`` break."""
+    for rule in rules:
+        found = rule.broken(settings)
+        if found:
+            shown = ", ".join(map(str, found)) if isinstance(found, list) else found
+            involved = rule.settings.format(**names).split()
+            yield Fault(tuple(involved), rule.says.format(found=shown, c=settings, **names))
+
+
 LARGEST = 2**53  # the largest whole number of any setting: up to here float64 is exact
 LONGEST_SECONDS = 1e9  # the timers of all libraries can wait this long
-
-
-def _no_nul(text: str) -> str:
-    if "\0" in text:
-        raise PydanticCustomError("nul", "input should not contain NUL, which no file name can have")
-    return text
-
-
-def _project(text: str) -> str:
-    if not re.fullmatch(r"([\w.-]+/)?[\w.-]{1,128}", text):
-        raise PydanticCustomError("project", "input should be PROJECT or ENTITY/PROJECT: letters, digits, '-_.' only")
-    return text
 
 
 def as_whole(value: Any) -> Any:
@@ -39,19 +49,10 @@ def as_whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _no_stretches(value: Any) -> Any:
-    if isinstance(value, list | dict):
-        raise PydanticCustomError(
-            "stretches", "input should be a whole number of steps; only release 0.2 has stretches"
-        )
-    return value
-
-
-Text = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]
-Project = Annotated[Text, AfterValidator(_project)]
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]  # no file name can have NUL
+Project = Annotated[str, Field(pattern=r"^([\w.-]+/)?[\w.-]{1,128}$")]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Whole = Annotated[int, Field(ge=1, le=LARGEST), BeforeValidator(as_whole)]
-Interval = Annotated[Positive, BeforeValidator(_no_stretches)]
 NotNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(gt=0, lt=10, allow_inf_nan=False)]

@@ -1,7 +1,6 @@
 """The YAML of settings: YAML 1.2 numbers, names as keys, no duplicate keys, and only plain values."""
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -12,8 +11,11 @@ MOST_CHARACTERS = 1 << 22  # tens of thousands of sources still fit
 class _Loader(yaml.SafeLoader):
     """Reads numbers (``4e-4`` is one, ``010`` is ten) and keys (``<<`` is an ordinary one) as in YAML 1.2.
 
-    Refuses duplicate keys.
+    Refuses duplicate keys, loops of aliases, and values such as dates and sets.
     """
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        return self.construct_object(node, deep=True)  # type: ignore[no-untyped-call] # refuses loops
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -32,6 +34,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_PLAIN = (None, *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")))
+_Loader.yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in _PLAIN}
 _Loader.yaml_implicit_resolvers = {
     first: [
         (tag, pattern)
@@ -81,20 +85,14 @@ _Dumper.add_representer(tuple, _Dumper.represent_list)
 def parse_yaml(text: str) -> Any:
     """YAML text as plain values.
 
-    Raises yaml.YAMLError, also for other values (dates, sets, loops of aliases) and for more text than settings have.
+    Raises yaml.YAMLError, also for other values and for more text than settings have.
     """
     if len(text) > MOST_CHARACTERS:
         raise yaml.YAMLError(f"it is longer than {MOST_CHARACTERS:,} characters; settings never are")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-        for inner in _values_in(value):
-            if not (inner is None or isinstance(inner, dict | list | str | int | float | bool)):
-                raise ValueError(
-                    f"a {type(inner).__name__} is not allowed; use texts, numbers, true, false, null, lists and names"
-                )
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:  # PyYAML's, for a wrong tag
         raise yaml.YAMLError(str(error)) from error
-    return value
 
 
 def dump_yaml(value: Any) -> str:
@@ -109,11 +107,3 @@ def explain_yaml(error: yaml.YAMLError | UnicodeDecodeError) -> str:
     problem = " ".join(part for part in (error.context, error.problem) if part)
     mark = error.problem_mark or error.context_mark
     return problem if mark is None else f"{problem} (line {mark.line + 1}, column {mark.column + 1})"
-
-
-def _values_in(value: Any) -> Iterator[Any]:
-    """The value and all values inside it; a value that several aliases share comes once for each."""
-    yield value
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for inner in inside:
-        yield from _values_in(inner)

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -182,12 +182,8 @@ class Guard:
         code, reason = exits.USER_ERROR, "the run folder was removed or moved, or another trainer works in it now"
         if why == "refresh-failed":
             code, reason = exits.LOST, "the run folder's disk cannot be written"
-        exits.leave_now(
-            code,
-            lambda: self._say(f"{reason}: exited without saving"),
-            lambda: self._announce(code, reason),
-            linger=self._linger_seconds(),
-        )
+        self._folder = None  # the end of this run is not recorded there
+        self._leave(code, f"{reason}: exited without saving", announced=True)
 
     def _on_first_signal(self, number: signal.Signals) -> None:
         self._request_stop(f"{number.name} to rank {self.rank}")
@@ -196,8 +192,13 @@ class Guard:
         self._leave_if_decided()
         self._leave(128 + number, f"a second signal ({number.name}) to rank {self.rank}: exited without saving")
 
-    def _leave(self, code: int, reason: str) -> NoReturn:
-        exits.leave_now(code, lambda: self._say(reason), lambda: self.record(code, reason))
+    def _leave(self, code: int, reason: str, *, announced: bool = False) -> NoReturn:
+        """Ends the process now, whatever its main thread is doing; if ``announced``, the other ranks hear of it."""
+        watchdog = self._watchdog if announced else None  # the main thread may set it to None
+        last_words: list[Callable[[], object]] = [lambda: self._say(reason), lambda: self.record(code, reason)]
+        if watchdog is not None:
+            last_words.append(lambda: watchdog.announce_exit(code, reason))
+        exits.leave_now(code, *last_words, linger=self._linger_seconds() if announced else 0.0)
 
     def _leave_if_decided(self) -> None:
         if self._decided is not None:
@@ -211,18 +212,7 @@ class Guard:
         self.stop_reason = reason
         if self._training:
             return
-        exits.leave_now(
-            exits.REQUEUE,
-            lambda: self._say(f"{reason} before the first step: nothing to save"),
-            lambda: self.record(exits.REQUEUE, reason),
-            lambda: self._announce(exits.REQUEUE, reason),
-            linger=self._linger_seconds(),
-        )
-
-    def _announce(self, code: int, reason: str) -> None:
-        watchdog = self._watchdog  # the main thread may set it to None
-        if watchdog is not None:
-            watchdog.announce_exit(code, reason)
+        self._leave(exits.REQUEUE, f"{reason} before the first step: nothing to save", announced=True)
 
     def _run(self) -> None:
         """The guard's own thread, until it is closed."""

@@ -18,59 +18,43 @@ from tests.tools.commands import PRETRAIN, call, refused
 from tests.tools.each import each
 
 
-class Called:
-    """A ``main`` like the one of launch/pretrain.py that remembers its arguments."""
+def arguments(*argv: str) -> tuple[object, ...] | None:
+    """What a command like pretrain is called with; None if it is not called, and exits with 2."""
+    calls: list[tuple[object, ...]] = []
 
-    def __init__(self) -> None:
-        self.calls: list[tuple[object, ...]] = []
+    def main(config: str, *, steps: int | None = None, rate: float = 0.5, fast: bool = False, **overrides: str) -> int:
+        """Trains."""
+        calls.append((config, steps, rate, fast, overrides))
+        return 75
 
-    def pretrain(self, argv: list[str]) -> int:
-        def main(
-            config: str, *, steps: int | None = None, rate: float = 0.5, fast: bool = False, **overrides: str
-        ) -> int:
-            """Trains.
-
-            Args:
-                config: the settings
-            """
-            self.calls.append((config, steps, rate, fast, overrides))
-            return 75
-
-        return self._exit(main, argv)
-
-    @staticmethod
-    def _exit(main: object, argv: list[str]) -> int:
-        with pytest.raises(SystemExit) as stop:
-            run(main, argv)  # type: ignore[arg-type]
-        return int(stop.value.code or 0)
+    with pytest.raises(SystemExit) as stop:
+        run(main, argv)
+    assert stop.value.code == (75 if calls else 2)
+    return calls[0] if calls else None
 
 
-def test_text_arrives_as_typed() -> None:
-    called = Called()
-    assert called.pretrain(["1e5", "--optim.lr=4e-4", "--a.a=a,b", "--a.b", "x y", "--c.d=-1", "--e.f=a=b"]) == 75
-    overrides = {"optim.lr": "4e-4", "a.a": "a,b", "a.b": "x y", "c.d": "-1", "e.f": "a=b"}
-    assert called.calls == [("1e5", None, 0.5, False, overrides)]
+@each(
+    "line,expected",
+    [
+        (
+            ["1e5", "--optim.lr=4e-4", "--a.a=a,b", "--a.b", "x y", "--c.d=-1", "--e.f=a=b"],  # text arrives as typed
+            ("1e5", None, 0.5, False, {"optim.lr": "4e-4", "a.a": "a,b", "a.b": "x y", "c.d": "-1", "e.f": "a=b"}),
+        ),
+        (["c", "--steps=12", "--rate=1", "--fast"], ("c", 12, 1.0, True, {})),
+        (["c", "--steps=null", "--rate=1e-3", "--fast=false"], ("c", None, 1e-3, False, {})),
+        # the launchers' ranks are dropped
+        (["--local_rank=1", "c", "--a.b=1"], ("c", None, 0.5, False, {"a.b": "1"})),
+        (["c", "--a.b=1", "--local-rank=1"], ("c", None, 0.5, False, {"a.b": "1"})),
+    ],
+)
+def test_arguments_arrive_as_annotated(line: list[str], expected: tuple[object, ...]) -> None:
+    assert arguments(*line) == expected
 
 
-def test_annotated_parameters_are_parsed_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    called = Called()
-    assert called.pretrain(["c", "--steps=12", "--rate=1", "--fast"]) == 75
-    assert called.calls == [("c", 12, 1.0, True, {})]
-    assert called.pretrain(["c", "--steps=null", "--rate=1e-3", "--fast=false"]) == 75
-    assert called.calls[1] == ("c", None, 1e-3, False, {})
-    assert called.pretrain(["c", "--steps=1.5", "--rate=x", "--fast=7"]) == 2
+def test_annotated_parameters_are_checked_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert arguments("c", "--steps=1.5", "--rate=x", "--fast=7") is None
     message = capsys.readouterr().err
-    assert len(called.calls) == 2
-    assert all(part in message for part in ("--steps: got '1.5', expected int", "--rate: got 'x'", "--fast: got '7'"))
-
-
-@each("flag", [["--local_rank=1"], ["--local-rank=1"]])
-@each("first", [True, False])
-def test_the_launchers_local_rank_is_dropped(flag: list[str], first: bool) -> None:
-    called = Called()
-    argv = [*flag, "c", "--a.b=1"] if first else ["c", "--a.b=1", *flag]
-    assert called.pretrain(argv) == 75
-    assert called.calls == [("c", None, 0.5, False, {"a.b": "1"})]
+    assert all(part in message for part in ("--steps: got 1.5; ", "--rate: got 'x'; ", "--fast: got 7; "))
 
 
 def _fail_with(error: Exception) -> int:
@@ -82,31 +66,29 @@ def _fail_with(error: Exception) -> int:
     return int(stop.value.code or 0)
 
 
+GIVEN = "given, expected, remedy"
+
+
 @each(
-    "error",
+    "error,message",
     [
-        TokenizerError("given, expected, remedy"),
-        ConfigError(["given, expected, remedy"], "c"),
-        OSError("given, expected, remedy"),
-        ValueError("given, expected, remedy"),  # raised by a file of the project, as this one is
+        (TokenizerError(GIVEN), f"{GIVEN}\n"),
+        (ConfigError([GIVEN], "c"), f"1 fault in c:\n  - {GIVEN}\n"),
+        (OSError(GIVEN), f"{GIVEN}\n"),
+        (ValueError(GIVEN), f"{GIVEN}\n"),  # raised by a file of the project, as this one is
+        (OSError(errno.ENOSPC, "Full", "runs/out"), "runs/out: Full; free some space"),
+        (OSError(errno.EIO, "Input/output error", b"a"), "a: Input/output error\n"),
+        (OSError(errno.ENOSPC, "Full", "source", None, "copy"), "copy: Full; free some space"),
+        (OSError(errno.ENAMETOOLONG, "Too long"), "Too long; give a shorter name"),
     ],
 )
-def test_mistakes_of_the_user_give_one_message(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_of_the_user_give_one_message(
+    error: Exception, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _fail_with(error) == 2
     captured = capsys.readouterr()
-    assert captured.err == f"{error}\n"
+    assert captured.err.startswith(message)
     assert captured.out == ""
-
-
-def test_errors_of_the_system_name_the_file_and_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
-    for error, message in {
-        OSError(errno.ENOSPC, "Full", "runs/out"): "runs/out: Full; free some space",
-        OSError(errno.EIO, "Input/output error", b"a"): "a: Input/output error\n",
-        OSError(errno.ENOSPC, "Full", "source", None, "copy"): "copy: Full; free some space",
-        OSError(errno.ENAMETOOLONG, "Too long"): "Too long; give a shorter name",
-    }.items():
-        assert _fail_with(error) == 2
-        assert capsys.readouterr().err.startswith(message)
 
 
 def test_faults_of_the_program_keep_their_traceback() -> None:

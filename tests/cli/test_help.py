@@ -11,9 +11,8 @@ from typing import Literal
 
 import pytest
 
-from relora_mora.__main__ import main
 from relora_mora.cli.arguments import PositiveInt, read_arguments
-from relora_mora.cli.help import help_text
+from relora_mora.cli.help import help_text, overview
 from relora_mora.commands import COMMANDS, NAMES, main_of
 from tests.tools.commands_page import commands_page
 from tests.tools.each import each
@@ -39,13 +38,6 @@ def command(path: str, *, rows: PositiveInt | None = None, kind: Literal["a", "b
     """
 
 
-def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
-
-
 def test_the_docstring_is_shown_as_a_user_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert help_text(command, "do") == (
@@ -64,23 +56,12 @@ def test_the_docstring_is_shown_as_a_user_writes_it(monkeypatch: pytest.MonkeyPa
 
 
 @each("name", NAMES)
-def test_every_argument_of_a_command_is_in_one_group(name: str) -> None:
+def test_the_help_of_a_command_has_every_argument_once_and_an_example_that_it_reads(name: str) -> None:
     doc = inspect.getdoc(main_of(name)) or ""
     entries = re.findall(r"^ {4}(\w+): ", doc.partition("Example:")[0], re.MULTILINE)
-    documented = [parameter for parameter in inspect.signature(main_of(name)).parameters if parameter != "words"]
-    assert sorted(entries) == sorted(documented)
-
-
-@each("name", NAMES)
-def test_every_argument_with_a_default_is_a_flag(name: str) -> None:
     parameters = inspect.signature(main_of(name)).parameters.values()
-    assert not [
-        each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD and each.default is not each.empty
-    ]
-
-
-@each("name", NAMES)
-def test_every_command_has_an_example_that_it_reads(name: str) -> None:
+    assert sorted(entries) == sorted(each.name for each in parameters if each.name != "words")
+    assert all(each.default is each.empty for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
     text = help_text(main_of(name), f"relora-mora {name}")
     [line] = text.partition("Example:\n")[2].strip().splitlines()
     words = shlex.split(re.sub(r"source <\((.*)\)", r"\1", line))
@@ -88,12 +69,11 @@ def test_every_command_has_an_example_that_it_reads(name: str) -> None:
     read_arguments(main_of(name), words[2:], name)
 
 
-def test_the_overview_has_every_command_under_a_heading(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = printed(capsys, "--help")
-    assert code == 0
-    assert all(re.search(rf"^  {name} +\w", out, re.MULTILINE) for name in NAMES)
-    assert all(f"\n{title}:\n" in out for title in COMMANDS)
-    assert printed(capsys)[1] == out
+def test_the_overview_has_every_command_under_a_heading() -> None:
+    groups = {title: {name: main_of(name) for name in names} for title, names in COMMANDS.items()}
+    shown = overview("relora-mora", groups)
+    assert all(re.search(rf"^  {name} +\w", shown, re.MULTILINE) for name in NAMES)
+    assert all(f"\n{title}:\n" in shown for title in COMMANDS)
 
 
 def test_help_imports_neither_torch_nor_pydantic() -> None:
@@ -105,25 +85,6 @@ def test_help_imports_neither_torch_nor_pydantic() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("\n[]\n")
-
-
-def test_the_local_rank_of_deepspeeds_launcher_may_come_first(capsys: pytest.CaptureFixture[str]) -> None:
-    assert printed(capsys, "--local_rank=1", "plan", "--help")[1].startswith("Usage: relora-mora plan CONFIG")
-
-
-def test_the_shell_completes_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
-    _, script, _ = printed(capsys, "completion")
-
-    def completed(*words: str) -> set[str]:
-        line = " ".join(words)
-        ask = (
-            f"{script}\nCOMP_WORDS=({line} ''); COMP_CWORD={len(words)}; COMP_LINE='{line} '\n"
-            "_complete-relora-mora; echo ${COMPREPLY[@]}"
-        )
-        return set(subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout.split())
-
-    assert completed("relora-mora") >= set(NAMES)
-    assert "--gpus-per-node" in completed("relora-mora", "plan")
 
 
 def test_the_page_of_commands_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from relora_mora.config.checks.combinations import remarks, unused_by
+from relora_mora.config.explain import ELSEWHERE
 from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.load import FINETUNING, ConfigError, dump, load_config, stored_config, validate
 from relora_mora.config.yaml_text import parse_yaml
@@ -32,8 +33,11 @@ def test_a_wrong_length_does_not_conflict_with_the_default_of_another() -> None:
     assert sorted(fault.partition(":")[0] for fault in found) == ["optim.warmup_fraction", "train.tokens"]
 
 
-def test_suggestions_and_lists() -> None:
-    assert "optim.learning_rate: unknown; known here: lr, " in faults_of(tree(optim={"learning_rate": 1e-3}))[0]
+def test_names_of_other_trainers_get_a_hint() -> None:
+    assert {ours for ours in ELSEWHERE.values() if ours not in SETTINGS} == set()
+    [fault] = faults_of(tree(train={"output_dir": "a"}))
+    assert fault == "train.output_dir: unknown; did you mean train.run_dir?"
+    assert "optim.nonsense: unknown; known here: lr, " in faults_of(tree(optim={"nonsense": 1e-3}))[0]
     assert faults_of({**tree(), "trian": {}}) == ["trian: unknown; did you mean train?"]
 
 
@@ -42,7 +46,7 @@ def test_all_faults_are_reported_together(tmp_path: Path) -> None:
     path.write_text(
         yaml.safe_dump(
             {
-                "model": {"config": "m.json"},
+                "model": {"config": "m.json", "init_from": None},
                 "data": {"train": 3, "validation": "b", "lanes": 7},
                 "method": {"nmae": "remora", "operators": [1, 5], "merge_every": 10},
                 "optim": {"lr": "fast"},
@@ -51,10 +55,13 @@ def test_all_faults_are_reported_together(tmp_path: Path) -> None:
         )
     )
     with pytest.raises(ConfigError) as error:
-        load_config(path, {"steps": "3", "train.seed": "[", "train.batch_size": "1000"}, world_size=3)
+        load_config(
+            path, {"steps": "3", "train.seed": "[", "train.batch_size": "1000", "model.init_from": ""}, world_size=3
+        )
     starts = sorted(fault.split(":")[0] for fault in error.value.faults)
     assert starts == sorted(
         [
+            "--model.init_from",  # empty, which is not null
             "--steps",  # no section
             "--train.seed=[",  # no YAML
             "data.train",  # a number
@@ -73,14 +80,8 @@ def test_all_faults_are_reported_together(tmp_path: Path) -> None:
 
 def test_defaults_that_replace_faulty_settings_are_not_reported() -> None:
     # 48 lanes would not divide the default of 1,024 sequences; the number of sequences is unknown here
-    assert len(faults_of(tree(train={"batch_size": "many"}, data={"lanes": 48}))) == 1
-    assert len(faults_of(tree(train={"batch_sizee": 96}, data={"lanes": 48}))) == 1
-    assert len(faults_of(tree(data={"lanes": 48}))) == 1
-
-
-def test_a_whole_number_with_an_exponent_is_refused_with_the_right_form() -> None:
-    [fault] = faults_of(tree(train={"steps": 1e2}))
-    assert fault.startswith("train.steps: got 100.0; write 100 (")
+    for batch in ({"batch_size": "many"}, {"batch_sizee": 96}, {"gradient_accumulation_steps": 2}, {}):
+        assert len(faults_of(tree(train=batch, data={"lanes": 48}))) == 1
 
 
 @each(
@@ -124,11 +125,6 @@ def test_a_whole_setting_and_a_part_of_it_may_be_given_in_any_order(tmp_path: Pa
         assert load_config(_file(tmp_path), dict(given)).model_dump()["data"]["validation"] == {"y": "c", "x": "b"}
 
 
-def test_an_empty_override_is_not_null(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--model\.init_from: empty; give a value, or null"):
-        load_config(_file(tmp_path), {"model.init_from": ""})
-
-
 def test_paths_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     path = _file(tmp_path, train={"run_dir": "~/run"}, tokenizer={"path": "~/t"})
@@ -157,36 +153,36 @@ def test_settings_of_a_checkpoint_need_not_be_possible_today() -> None:
 
 
 def test_the_length_of_a_run_is_given_in_steps_or_tokens_or_epochs() -> None:
-    settings = tree(
-        train={"steps": None, "tokens": 1e6, "batch_size": 8, "micro_batch_size": 8}, method={"name": "mora"}
-    )
-    settings["optim"] = {"warmup_steps": 10}
-    config = validate(settings, "the test")
-    assert config.train.steps == 245
+    batches = {"batch_size": 8, "micro_batch_size": 8}
+    config = validate(tree(train={"steps": None, "tokens": 1e6, **batches}, method={"name": "mora"}), "the test")
     assert config.tokens_per_step * 245 >= 1_000_000 > config.tokens_per_step * 244
+    assert config.train.steps == 245
     assert validate(parse_yaml(dump(config)), "the test") == config  # the same again, now in steps
-    settings["train"] = {"run_dir": "r", "epochs": 2.5, "batch_size": 8, "micro_batch_size": 8}
-    assert with_counted_epochs(validate(settings, "the test"), 2.5e9).train.steps == 610_352
+    epochs = validate(tree(train={"epochs": 2.5, **batches}, method={"name": "mora"}), "the test")
+    assert with_counted_epochs(epochs, 2.5e9).train.steps == 610_352
 
 
-def test_the_warmup_is_given_in_steps_or_as_a_fraction_of_the_run() -> None:
-    method = {"name": "mora"}
-    for train, steps in (({"steps": 200}, 20), ({"tokens": 300 * 1024 * 512}, 30)):
-        config = validate(tree(train=train, method=method, optim={"warmup_fraction": 0.1}), "the test")
-        assert (config.optim.warmup_steps, config.optim.warmup_fraction) == (steps, None)
-        assert validate(parse_yaml(dump(config)), "the test").optim == config.optim
-        assert config.optim.model_fields_set == {"warmup_fraction"}
-    counted = validate(tree(train={"epochs": 2}, method=method, optim={"warmup_fraction": 0.1}), "the test")
-    config = with_counted_epochs(counted, 80 * 1024 * 512)
-    assert (config.train.steps, config.optim.warmup_steps, config.optim.warmup_fraction) == (80, 8, None)
-    merging = {"name": "remora", "merge_every": 50}
-    none = tree(train={"epochs": 2}, method=merging, optim={"warmup_fraction": 0.0})
-    assert with_counted_epochs(validate(none, "the test"), 80 * 1024 * 512).optim.warmup_steps == 0
-    given = {"warmup_steps": None, "warmup_fraction": 0.0}  # null removes the steps of a file
-    assert validate(tree(method=method, optim=given), "the test").optim.warmup_steps == 0
-    early = tree(method={"merge_every": 50}, train={"steps": 1000}, optim={"warmup_fraction": 0.1})
-    (remark,) = remarks(validate(early, "the test"))
-    assert "comes before the warmup ends (step 100)" in remark
+@each(
+    "train,optim,steps,fraction",
+    [
+        ({"steps": 200}, {"warmup_fraction": 0.1}, 20, None),
+        ({"tokens": 300 * 1024 * 512}, {"warmup_fraction": 0.1}, 30, None),
+        ({}, {"warmup_steps": None, "warmup_fraction": 0.0}, 0, None),  # null removes the steps of a file
+        ({"epochs": 2}, {"warmup_fraction": 0.1}, 8, 0.1),
+        ({"epochs": 2}, {"warmup_fraction": 0.0}, 0, 0.0),
+    ],
+)
+def test_the_warmup_is_given_in_steps_or_as_a_fraction_of_the_run(
+    train: dict[str, Any], optim: dict[str, Any], steps: int, fraction: float | None
+) -> None:
+    config = validate(tree(train=train, method={"name": "mora"}, optim=optim), "the test")
+    assert config.optim.warmup_fraction == fraction  # it is kept while the steps are unknown
+    assert validate(parse_yaml(dump(config)), "the test").optim == config.optim
+    assert config.optim.model_fields_set == set(optim) - {"warmup_steps"}
+    if "epochs" in train:
+        config = with_counted_epochs(config, 80 * 1024 * 512)
+        assert (config.train.steps, config.optim.warmup_fraction) == (80, None)
+    assert config.optim.warmup_steps == steps
 
 
 def test_the_page_names_every_default_of_fine_tuning() -> None:
@@ -203,7 +199,7 @@ def test_the_page_names_every_default_of_fine_tuning() -> None:
 
 
 WRONG: dict[str, list[Any]] = {
-    "train.steps": [0, 1.0, True],
+    "train.steps": [0, 1.0, True],  # the message for 1.0 is to write 1
     "train.zero_stage": [4],
     "train.run_dir": ["", "a\0b"],
     "train.precision": ["fp16"],
@@ -229,53 +225,46 @@ def test_values_out_of_range(name: str, value: Any) -> None:
     assert [fault for fault in found if fault.startswith(name)], found
 
 
-def test_settings_of_other_methods_are_named() -> None:
-    assert list(unused_by(validate(tree(method={"name": "full", "rank": 8}, optim={"rewarm": "adapters"}), "t"))) == [
-        "method.rank",
-        "optim.rewarm",
-    ]
-    assert list(unused_by(validate(tree(method={"name": "remora", "lora_alpha": 8.0}), "t"))) == ["method.lora_alpha"]
-    assert list(unused_by(validate(tree(optim={"momentum": 0.9}), "t"))) == ["optim.momentum"]
-    assert not unused_by(validate(tree(optim={"matrices": "muon", "nesterov": False}), "t"))
-    own = {"matrices": "rule.py:Rule", "rule": {"rank": 4}, "rule_digest": "1"}
-    assert not unused_by(validate(tree(optim=own), "t"))
-    assert unused_by(validate(tree(optim={**own, "momentum": 0.9}), "t")) == {
-        "optim.momentum": "optim.matrices=rule.py:Rule"
-    }
-    assert unused_by(validate(tree(optim={"rule": {"rank": 4}, "others": "adamw8bit"}), "t")) == {
-        "optim.rule": "optim.matrices=adamw"
-    }
-    assert not unused_by(validate(tree(), "t"))
+ALONE = {"method.name": "mora", "method.train_embeddings": False, "method.train_norms": False} | {
+    "method.train_head": False
+}
+OWN = {"optim.matrices": "rule.py:Rule", "optim.rule": {"rank": 4}, "optim.rule_digest": "1"}
 
 
-def test_settings_without_effect_are_named() -> None:
-    for sections, unused in (
-        ({"method": {"name": "mora", "square_size": 8, "rank": 4}}, {"method.rank": "method.square_size"}),
-        ({"method": {"name": "lora", "rank": 4}}, {}),
-        ({"optim": {"schedule": "constant", "min_ratio": 0.2}}, {"optim.min_ratio": "optim.schedule=constant"}),
-        ({"method": {"reset_ratio": 0.5}}, {"method.reset_ratio": "method.reset=full"}),
-        ({"optim": {"decay_steps": 9}}, {"optim.decay_steps": "optim.schedule=cosine"}),
+@each(
+    "changes,unused",
+    [
+        ({}, {}),
+        ({"method.name": "full", "method.base": "int8"}, {"method.base": "method full"}),
+        ({"method.lora_alpha": 8.0}, {"method.lora_alpha": "method remora"}),
+        ({"method.square_size": 8, "method.rank": 4}, {"method.rank": "method.square_size"}),
+        ({"method.name": "lora", "method.rank": 4}, {}),
+        ({"method.reset_ratio": 0.5}, {"method.reset_ratio": "method.reset=full"}),
+        ({"method.reset": "random", "method.reset_ratio": 0.5}, {}),
+        ({"optim.momentum": 0.9}, {"optim.momentum": "optim.matrices=adamw"}),
+        ({"optim.matrices": "muon", "optim.nesterov": False}, {}),
+        (OWN, {}),
+        (OWN | {"optim.momentum": 0.9}, {"optim.momentum": "optim.matrices=rule.py:Rule"}),
+        ({"optim.rule": {"rank": 4}, "optim.others": "adamw8bit"}, {"optim.rule": "optim.matrices=adamw"}),
+        ({"optim.schedule": "constant", "optim.min_ratio": 0.2}, {"optim.min_ratio": "optim.schedule=constant"}),
+        ({"optim.decay_steps": 9}, {"optim.decay_steps": "optim.schedule=cosine"}),
         (
-            {
-                "method": {"train_embeddings": False, "train_head": False},
-                "optim": {"others": "adamw8bit", "momentum": 0.5},
-            },
-            {"optim.others": "a run that trains neither embeddings nor head", "optim.momentum": "optim.matrices=adamw"},
-        ),
-        ({"method": {"train_embeddings": False}, "optim": {"others": "adamw8bit"}}, {}),
-        ({"method": {"reset": "random", "reset_ratio": 0.5}}, {}),
-        (
-            {"optim": {"restart_warmup_steps": 0, "rewarm": "adapters"}},
+            {"optim.restart_warmup_steps": 0, "optim.rewarm": "adapters"},
             {"optim.rewarm": "optim.restart_warmup_steps=0"},
         ),
-    ):
-        assert unused_by(validate(tree(**sections), "the test")) == unused
-
-
-def test_the_rate_of_frozen_parameters_is_not_used() -> None:
-    alone = {"name": "mora", "train_embeddings": False, "train_norms": False, "train_head": False}
-    for method, unused in ((alone, ["optim.lr_other"]), ({**alone, "train_norms": True}, []), ({"name": "full"}, [])):
-        assert list(unused_by(validate(tree(method=method, optim={"lr_other": 1e-3}), "the test"))) == unused
+        (ALONE | {"optim.others": "adamw8bit"}, {"optim.others": "a run that trains neither embeddings nor head"}),
+        ({"method.train_embeddings": False, "optim.others": "adamw8bit"}, {}),
+        (ALONE | {"optim.lr_other": 1e-3}, {"optim.lr_other": "a run that trains only adapters"}),
+        (ALONE | {"method.train_norms": True, "optim.lr_other": 1e-3}, {}),
+        ({"eval.limit": 3}, {"eval.limit": "a run without eval.tasks"}),
+    ],
+)
+def test_settings_without_effect_are_named(changes: dict[str, Any], unused: dict[str, str]) -> None:
+    config = validate(changed_tree(changes), "the test")
+    assert unused_by(config) == unused
+    assert [remark for remark in remarks(config) if "does not use it" in remark] == [
+        f"{name}: {cause} does not use it" for name, cause in unused.items()
+    ]
 
 
 def test_derived_quantities() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,13 @@ sections = st.dictionaries(st.sampled_from(SETTINGS), values | plausible, max_si
 broken = st.dictionaries(st.sampled_from([*SECTIONS, "trian", "", "data.train"]) | words, values, max_size=3)
 
 
-def check_outcome(act: Any) -> Config | None:
+def check_outcome(act: Callable[[], Config]) -> Config | None:
     """Runs it: the settings, or None after checking that the refusal lists its faults."""
     try:
-        config = act()
+        return act()
     except ConfigError as error:
-        assert error.faults
-        assert all(isinstance(fault, str) and fault.strip() for fault in error.faults)
-        assert str(error).count("\n") >= len(error.faults)
+        assert error.faults and all(fault.strip() for fault in error.faults)
         return None
-    assert isinstance(config, Config)
-    return config
 
 
 @many

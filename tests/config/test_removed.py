@@ -38,24 +38,15 @@ def test_an_element_of_a_list_counts(monkeypatch):
     assert set(removed.removed_faults({"model": {"compile": True}})) == {"model.compile"}
 
 
-def test_a_similar_name_is_not_one_that_is_gone():
-    [fault] = faults_of(tree(method={"sparse_densty": 3}))
-    assert "sparse_density" not in fault
-
-
-def stored(name: str = "", value: Any = None) -> dict[str, Any]:
-    """The settings of a run of 0.2 that has what is gone at its defaults, except for one setting."""
-    dumped: dict[str, Any] = validate(tree(), "the test").model_dump(mode="json")
-    for name_there, default in removed.OLD_DEFAULTS.items():
-        section, _, setting = name_there.partition(".")
-        dumped[section][setting] = value if name_there == name else default
-    return dumped
-
-
 def test_settings_of_a_checkpoint_of_02_are_read_if_it_did_not_use_what_is_gone():
-    assert stored_config(stored(), "here") == validate(tree(), "the test")
-    for name in removed.OLD_DEFAULTS:
-        with pytest.raises(ConfigError) as caught:
-            stored_config(stored(name, 0.5), "here")
-        [fault] = caught.value.faults
-        assert fault.startswith(f"{name}: ")
+    config = validate(tree(), "the test")
+    stored: dict[str, Any] = config.model_dump(mode="json")
+    places = [(name, *name.split("."), default) for name, default in removed.OLD_DEFAULTS.items()]
+    for _, section, setting, default in places:
+        stored[section][setting] = default
+    assert stored_config(stored, "here") == config
+    for name, section, setting, default in places:
+        stored[section][setting] = 0.5
+        with pytest.raises(ConfigError, match=rf"1 fault in here:\n  - {name}: "):
+            stored_config(stored, "here")
+        stored[section][setting] = default

@@ -42,10 +42,11 @@ def test_a_file_wins_over_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert find_config("configs/run/tiny_full.yaml") == Path("configs/run/tiny_full.yaml")
 
 
-def test_a_name_wins_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_wins_over_a_folder_and_is_none_of_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny_remora").mkdir()
     assert find_config("tiny_remora") == FOLDER / "run/tiny_remora.yaml"
+    assert load_config("tiny_remora", {"tokenizer.path": "math"}).tokenizer.path == "math"
 
 
 def test_messages_have_the_name_that_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,11 +67,6 @@ def test_other_paths_stay_as_they_are(given: str) -> None:
     assert find_config(given) == Path(given)
 
 
-def test_a_tokenizer_is_not_taken_for_shipped_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert load_config("tiny_remora", {"tokenizer.path": "math"}).tokenizer.path == "math"
-
-
 def test_the_settings_are_listed_with_what_they_are(tmp_path: Path) -> None:
     answer = call("configs")
     assert max(map(len, answer.out.splitlines())) <= 80
@@ -78,9 +74,6 @@ def test_the_settings_are_listed_with_what_they_are(tmp_path: Path) -> None:
     lines = {line.split()[0]: line for part in parts[:-1] for line in part.splitlines() if line}
     assert {*lines, *models.replace(",", " ").split()} == set(NAMES)
     assert "ReMoRA" in lines["tiny_remora"]
-    assert re.findall(
-        "pretrain|finetune|study|model.config|plan", " ".join(re.findall(r"(?m)^\S.*:$", answer.out))
-    ) == [*("pretrain", "plan", "finetune", "plan", "study", "plan", "model.config", "plan")]
 
 
 def test_a_copy_is_settings_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

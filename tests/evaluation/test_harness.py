@@ -103,7 +103,7 @@ def test_options_without_effect_are_refused(model):
     for option in ("--data.document_mask=true", "--data.records.kind=prompt"):
         refused(call(EVALUATE, model, "--tasks=local_uuid", option), f"{option.partition('=')[0]}: only used for text")
     refused(call(EVALUATE, model, "--data=x.jsonl", "--limit=3"), "--limit: only used with --tasks")
-    refused(call(EVALUATE, model, "--tasks=local_uuid", "--limit=0"), "--limit: got 0, expected at least 1")
+    refused(call(EVALUATE, model, "--tasks=local_uuid", "--limit=0"), "--limit: got 0; ")
     refused(call(EVALUATE, model, "--tasks=hellaswag", "--task_data=x"), "--task_data: hellaswag has no local task")
 
 

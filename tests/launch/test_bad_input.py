@@ -29,16 +29,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: str) -> Pat
         "train": {"run_dir": str(folder / "run")},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    (folder / "rubbish").write_bytes(RUBBISH)
-    (folder / "rubbish.model").write_bytes(RUBBISH)
-    (folder / "rubbish.json").write_bytes(RUBBISH)
+    for name in ("rubbish", "rubbish.json"):
+        (folder / name).write_bytes(RUBBISH)
     (folder / "damaged.json.gz").write_bytes((folder / "train" / "part-00000.json.gz").read_bytes()[:100])
-    (folder / "latin1.yaml").write_bytes("train: {run_dir: größer}".encode("latin-1"))
     (folder / "empty.json").write_bytes(b"")
     (folder / "folder").mkdir()
     (folder / "folder" / "something").write_text("else")
-    (folder / "dangling").symlink_to("nowhere")
-    (folder / "loop").symlink_to("loop")
     return folder
 
 
@@ -57,17 +53,10 @@ def test_in_another_folder_the_message_names_the_base_of_relative_paths(
 @each("script", ["launch/pretrain.py", "tokenizer/train.py"])
 def test_outside_the_environment_a_script_reports_it(script: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(  # -S: without site-packages
-        [sys.executable, "-S", ROOT / script],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stdout == ""
+    command = [sys.executable, "-S", ROOT / script]  # -S: without site-packages
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     message = "activate the environment (source .venv/bin/activate), or make one (make env)"
+    assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"No module named 'relora_mora': {message}\n"
 
 
@@ -84,14 +73,8 @@ def test_a_missing_package_is_not_a_traceback() -> None:
         ("model.config={}/nowhere", "model.config: cannot read it (No such file or directory)"),
         ("model.config={}/folder", "model.config: cannot read it (Is a directory)"),
         ("model.config={}/rubbish", "model.config: not JSON"),
-        ("model.overrides.hidden_size=many", "hidden_size"),
         ("model.overrides.num_attention_heads=7", "number of attention heads (7)"),
-        ("model.overrides.vocab_size=0", "vocab_size"),
-        ("model.overrides.head_dim=0", "head_dim"),
-        ("model.overrides.num_key_value_heads=3", "num_key_value_heads"),
-        ("model.overrides.hidden_act=nix", "hidden_act"),
         ("data.sequence_length=65", "more than the model's max_position_embeddings (64)"),
-        ("method.rank=15", "have 10,808 parameters, more than the 10,368 of their weights; lower it"),
         ("method.square_size=41", "method.square_size: R of 41 is larger than both widths of"),
     ],
 )
@@ -104,23 +87,15 @@ def test_settings_of_a_plan(inputs: Path, setting: str, message: str) -> None:
     [
         ("nowhere.json", "no file matches"),
         ("folder", "holds no text files; check its content, or give its files by path"),
-        ("dangling", "is a link to a missing file"),
-        ("loop", "is a link to a missing file"),
-        ("rubbish", "expected one of .json"),
-        ("folder/*.json", "no file matches"),
-        ("https://[x/a.json", "not a valid url"),
         ("rubbish.json", "lines are bad, more than data.max_bad_fraction"),
         ("damaged.json.gz", "its compressed data breaks off at byte 100;"),
         ("empty.json", "empty.json"),
     ],
 )
 def test_sources_without_text(inputs: Path, tmp_path: Path, name: str, message: str) -> None:
-    source = name if "://" in name else inputs / name
-    answer = call(TRAIN, f"--data={source}", f"--out={tmp_path / 'out'}", "--vocab_size=300")
-    notes = [
-        line for line in answer.err.splitlines() if line.endswith("; skipped")
-    ]  # about single lines, before the message
-    refused(answer, message, notes=len(notes))
+    answer = call(TRAIN, f"--data={inputs / name}", f"--out={tmp_path / 'out'}", "--vocab_size=300")
+    notes = answer.err.count("; skipped\n")  # about single lines, before the message
+    refused(answer, message, notes=notes)
     assert left_in(tmp_path) == []
 
 
@@ -130,11 +105,7 @@ def test_sources_without_text(inputs: Path, tmp_path: Path, name: str, message: 
 @each(
     "setting,message",
     [
-        ("model.config={}/nowhere", "No such file or directory"),
-        ("model.config={}/rubbish", "not JSON"),
         ("tokenizer.path={}/nowhere", "not found; expected a folder with tokenizer.model"),
-        ("tokenizer.path={}/folder", "this folder has no tokenizer"),
-        ("tokenizer.path={}/rubbish.model", "not a sentencepiece model"),
         ("data.train={}/nowhere.json", "no file matches"),
         ("data.validation={}/folder", "holds no text files; check its content, or give its files by path"),
         ("model.init_from={}/nowhere", "model.init_from"),
@@ -142,7 +113,7 @@ def test_sources_without_text(inputs: Path, tmp_path: Path, name: str, message: 
             "model.overrides.vocab_size=299",
             "only 299 (vocab_size); set --model.overrides.vocab_size=300, or use a smaller",
         ),
-        ("method.rank=100000", "method.rank: the adapters have"),
+        ("method.rank=15", "have 10,808 parameters, more than the 10,368 of their weights; lower it"),
         ("method.rank_pattern={{k_proj: 14}}", "method.rank_pattern: R of 25 is larger than both widths of k_proj (24"),
         ("model.overrides={{hidden_size: 65536, num_hidden_layers: 50}}", "weights and optimizer state need"),
     ],
@@ -164,8 +135,6 @@ def test_pretrain_if_the_hub_cannot_be_reached(inputs: Path) -> None:
     nobody = environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run(command, capture_output=True, text=True, env=nobody)
     *retries, message = done.stderr.splitlines()
-    assert done.returncode == 2 and "Traceback" not in done.stderr and all("retrying in" in line for line in retries), (
-        done
-    )
+    assert done.returncode == 2 and all("retrying in" in line for line in retries), done
     assert message.startswith("hub:allenai/c4 (revision main): gave up after 0.5 s")
     assert "HF_ENDPOINT" in message

@@ -14,50 +14,37 @@ from urllib.request import urlopen
 
 import pytest
 
+from relora_mora.commands.board import link_boards
 from relora_mora.config.load import dump, validate
 from relora_mora.train.log.loggers import TensorBoard
-from tests.tools.commands import BOARD, call, module_of, refused
+from tests.tools.commands import BOARD, call, refused
 from tests.tools.config_tools import tree
 from tests.tools.ports import free_port
 
 pytestmark = pytest.mark.more
 
-SCRIPT = BOARD
+
+def test_runs_are_named_after_their_folders(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    boards = {"tiny": runs / "tiny/tensorboard", "sweep-seed-1": runs / "sweep/seed-1/tensorboard"}
+    for board in boards.values():
+        board.mkdir(parents=True)
+        (board / "events.out.tfevents.1").touch()
+    (runs / "site-packages" / "tensorboard").mkdir(parents=True)
+    for root, expected in ((runs, boards), (runs / "tiny", {"tiny": boards["tiny"]})):
+        links = tmp_path / f"links of {root.name}"
+        links.mkdir()
+        assert link_boards(root, links)
+        assert {link.name: link.readlink() for link in links.iterdir()} == expected
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    for run in ("tiny", "sweep/seed-1"):
-        _write_events(tmp_path / "runs" / run)
-    (tmp_path / "runs" / "site-packages" / "tensorboard").mkdir(parents=True)
-    return tmp_path / "runs"
-
-
-def _write_events(run: Path) -> None:
-    (run / "tensorboard").mkdir(parents=True, exist_ok=True)
-    (run / "tensorboard" / "events.out.tfevents.1").touch()
-
-
-def _linked(root: Path, links: Path) -> dict[str, Path]:
-    links.mkdir(exist_ok=True)
-    module_of(SCRIPT).link_boards(root, links)
-    return {link.name: link.readlink() for link in links.iterdir()}
-
-
-def test_runs_are_named_after_their_folders(runs: Path, tmp_path: Path) -> None:
-    tiny = runs / "tiny/tensorboard"
-    assert _linked(runs, tmp_path / "all") == {"tiny": tiny, "sweep-seed-1": runs / "sweep/seed-1/tensorboard"}
-    assert _linked(runs / "tiny", tmp_path / "one") == {"tiny": tiny}
-
-
-def test_an_invalid_or_used_port_is_reported_before_an_address_is_shown(runs: Path) -> None:
-    _write_events(runs / "one")
+def test_an_invalid_or_used_port_is_reported_before_an_address_is_shown(tmp_path: Path) -> None:
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
-        answer = call(SCRIPT, runs, f"--port={port}")
+        answer = call(BOARD, tmp_path, f"--port={port}")
     refused(answer, f"--host=localhost --port={port}: cannot listen there", "give another port, such as --port=6007")
     assert answer.out == ""
-    refused(call(SCRIPT, runs, "--port=70000"), "--port=70000: cannot listen there")
+    refused(call(BOARD, tmp_path, "--port=70000"), "--port=70000: cannot listen there")
 
 
 def test_the_short_address_shows_both_losses_and_a_point(tmp_path: Path) -> None:

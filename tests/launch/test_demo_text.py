@@ -59,55 +59,46 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def _read(folder: Path) -> list[dict[str, str]]:
+def _read(folder: Path) -> list[str]:
     shards = sorted(folder.glob("*.json.gz"))
-    return [json.loads(line) for shard in shards for line in gzip.open(shard, "rt", encoding="utf-8")]
+    return [json.loads(line)["text"] for shard in shards for line in gzip.open(shard, "rt", encoding="utf-8")]
 
 
 def test_every_docstring_is_found_once_and_nothing_is_imported(tree: Path, tmp_path: Path) -> None:
     found = list(demo.docstrings(tree))
-    urls = {document["url"]: document["text"] for document in found}
-    assert urls["python://package2/module7.py#"] == _prose(28)
-    assert urls["python://package2/module7.py#Thing"] == _prose(29)
-    assert urls["python://package2/module7.py#Thing.method"] == _prose(30)
-    assert urls["python://package2/module7.py#Thing.method.inner"] == _prose(31)
-    assert {document["text"] for document in found} == {_prose(number) for number in (*range(600), 9006)}
+    of_module = [text for source, text in found if source == "python://package2/module7.py"]
+    assert of_module == [_prose(number) for number in range(28, 32)]
+    assert {text for _, text in found} == {_prose(number) for number in (*range(600), 9006)}
     counts = demo.write(found, tmp_path / "out", 10**9)
     assert len(found) == 602
     assert sum(counts.values()) == 601  # one appeared twice
 
 
-def test_shards_are_c4_and_held_out_by_file(tree: Path, tmp_path: Path) -> None:
+def test_shards_are_held_out_by_file(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     counts = demo.write(demo.docstrings(tree), out, 10**9)
-    train = _read(out / "train")
-    validation = _read(out / "validation")
-    assert {"train": len(train), "validation": len(validation)} == counts
-    assert all(set(document) == {"text", "timestamp", "url"} for document in train + validation)
-    files = [{document["url"].partition("#")[0] for document in side} for side in (train, validation)]
+    train, validation = sides = [_read(out / side) for side in ("train", "validation")]
+    assert counts == {"train": len(train), "validation": len(validation)}
+    source_of = {text: source for source, text in demo.docstrings(tree)}
+    files = [{source_of[text] for text in side} for side in sides]
     assert not files[0] & files[1]
     assert len(validation) == 4 * len(files[1])
-    texts = [{document["text"] for document in side} for side in (train, validation)]
-    assert not texts[0] & texts[1]
-    assert [path.name for path in sorted((out / "train").iterdir())] == [
-        f"demo-train.{i:05}-of-00008.json.gz" for i in range(8)
-    ]
-    lines = [gzip.decompress(path.read_bytes()).count(b"\n") for path in (out / "train").iterdir()]
+    assert not set(train) & set(validation)
+    shards = sorted((out / "train").iterdir())
+    assert [path.name for path in shards] == [f"demo-train.{i:05}-of-00008.json.gz" for i in range(8)]
+    lines = [gzip.decompress(path.read_bytes()).count(b"\n") for path in shards]
     assert max(lines) - min(lines) <= 1
-    assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
     config = DataConfig(train=str(out / "train" / "*.json.gz"), validation="x")
-    assert sorted(iter_texts(config.train, split="train", config=config)) == sorted(texts[0])
+    assert sorted(iter_texts(config.train, split="train", config=config)) == sorted(train)
 
 
 def test_the_same_files_every_time(tree: Path, tmp_path: Path) -> None:
+    contents = []
     for name in ("a", "b"):
         demo.write(demo.docstrings(tree), tmp_path / name, 60_000)
-    a, b = (
-        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
-        for name in "ab"
-    )
-    assert len(a) == 9
-    assert a == b
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.*")})
+    assert len(contents[0]) == 9
+    assert contents[0] == contents[1]
 
 
 def test_examples_and_code_are_dropped() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from pathlib import Path
 
@@ -33,11 +32,7 @@ def sampled(*argv: object) -> str:
     return answer.out
 
 
-def give_stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
-
-
-def test_the_most_probable_tokens_are_those_of_transformers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_most_probable_tokens_are_those_of_transformers(model: Path) -> None:
     tokenizer = load_tokenizer(model)
     prompt = tokenizer("the rank", return_tensors="pt")
     lm = LlamaForCausalLM.from_pretrained(model)
@@ -45,8 +40,6 @@ def test_the_most_probable_tokens_are_those_of_transformers(model: Path, monkeyp
     expected = tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
     argv = ["--temperature=0", "--max_new_tokens=9"]
     assert sampled(model, "the rank", *argv) == expected
-    give_stdin(monkeypatch, b"the rank\n")
-    assert sampled(model, "-", *argv) == expected
     assert sampled(model, "the rank", "--top_p=0.00001", "--max_new_tokens=9") == expected
 
 
@@ -57,21 +50,11 @@ def test_a_seed_gives_one_text_that_ends_with_the_positions_of_the_model(model: 
     assert sampled(model, "the rank", "--seed=1", "--temperature=2", "--max_new_tokens=1000") == first
 
 
-def test_what_cannot_be_continued_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_continued_is_refused(model: Path, tmp_path: Path) -> None:
     refused(call("sample", model, "the rank " * 40), "TEXT: got", "expected 1 to 39")
-    for data, message in ((b"", "TEXT: got 0 tokens"), (b"\xff", "stdin: not UTF-8")):
-        give_stdin(monkeypatch, data)
-        refused(call("sample", model, "-"), message)
     refused(call("sample", tmp_path, "the"), "not a checkpoint")
-    wrong = {
-        "--temperature=-1": "--temperature: got -1",
-        "--top_p=0": "--top_p",
-        "--top_p=2": "--top_p",
-        "--k=3": "--k",
-    }
-    for option, message in wrong.items():
-        refused(call("sample", model, "the", option), message)
-    refused(call("sample", model), "text")
+    for option in ("--temperature=-1", "--top_p=0", "--top_p=2"):
+        refused(call("sample", model, "the", option), option.replace("=", ": got "))
     without = shutil.copytree(model, tmp_path / "without")
     for file in without.glob("tokenizer*"):
         file.unlink()

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
+from relora_mora.config.load import dump
 from tests.tools.commands import TOKENIZE, Answer, call, disk, left_in, refused
 from tests.tools.data_tools import line, resolve_shards, some_texts, write_shard, write_shards
-from tests.tools.runs import write_inputs
+from tests.tools.runs import run_config, write_inputs
 
 pytestmark = pytest.mark.more
 
@@ -41,10 +41,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_any_number_of_processes_writes_the_same(inputs: Path, tmp_path: Path, tokenizer_path: str) -> None:
     for processes in (1, 2):
         answer = make(inputs, tmp_path / str(processes), tokenizer_path, processes=processes)
-        assert answer.code == 0
-        assert answer.err == ""
-        assert "tokens of 200 documents" in answer.out
-        assert f"--data.train={tmp_path / str(processes)}" in answer.out
+        assert (answer.code, answer.err) == (0, "")
+        assert "tokens of 200 documents" in answer.out and f"--data.train={tmp_path / str(processes)}" in answer.out
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert left_in(tmp_path / "1") == [".lock", *(f"{number:05d}.arrow" for number in range(5)), "tokens.json"]
 
@@ -96,13 +94,8 @@ def test_a_folder_of_something_else_is_refused(
 
 def test_settings_of_a_run_give_text_tokenizer_and_limits(tmp_path: Path, tokenizer_path: str) -> None:
     folder = write_inputs(tmp_path)
-    settings = {
-        "model": {"config": str(folder / "model.json")},
-        "tokenizer": {"path": tokenizer_path},
-        "data": {name: f"{folder}/{name}/*.json.gz" for name in ("train", "validation")} | {"max_line_bytes": 12345},
-        "train": {"run_dir": str(folder / "run")},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    settings = run_config(folder, tokenizer_path, folder / "run", data={"max_line_bytes": 12345})
+    (folder / "run.yaml").write_text(dump(settings))
     for split in ("train", "validation"):
         answer = call(TOKENIZE, folder / "run.yaml", tmp_path / f"{split}.tokens", f"--split={split}", "--processes=1")
         assert answer.code == 0
@@ -156,9 +149,8 @@ def test_ctrl_c_keeps_finished_files(much_text: Path, tmp_path: Path, tokenizer_
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 240
     while True:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert process.poll() is None, process.communicate()
         children = psutil.Process(process.pid).children()
         with contextlib.suppress(psutil.NoSuchProcess):  # one may have ended already
             workers = [child for child in children if "spawn_main" in "".join(child.cmdline())]

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from relora_mora.tokenizer import training
 from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.tokenizer.identity import vocabulary_size
 from relora_mora.tokenizer.load import load_tokenizer
-from tests.tools.tokenizer_tools import own_text, training
+from tests.tools.commands import TRAIN, call, left_in, refused
+from tests.tools.tokenizer_tools import own_text
 
 pytestmark = pytest.mark.more
 
@@ -42,21 +44,14 @@ def test_sample_is_bounded_seeded_and_uniform() -> None:
 
     all_of_it, read = training.sample(texts(), max_bytes=4000, seed=0)
     assert (all_of_it, read) == (list(texts()), 1000)
-    first, read = training.sample(texts(), max_bytes=401, seed=0)
+    (first, read), (again, _), (other, _) = (training.sample(texts(), max_bytes=401, seed=seed) for seed in (0, 0, 1))
     assert (len(first), read) == (100, 1000)
-    assert first == sorted(first)
-    assert (
-        first
-        == training.sample(texts(), max_bytes=401, seed=0)[0]
-        != training.sample(texts(), max_bytes=401, seed=1)[0]
-    )
+    assert sorted(first) == first == again != other
     counts = [0] * 10
     for seed in range(50):
         for text in training.sample(texts(), max_bytes=400, seed=seed)[0]:
             counts[int(text) // 100] += 1
-    assert all(400 < count < 600 for count in counts), (
-        counts
-    )  # 500 expected in each tenth; 100 is more than 4 deviations
+    assert all(400 < count < 600 for count in counts), counts  # 500 in each tenth; 100 is more than 4 deviations
     assert training.sample(iter(["x" * 50, "é" * 5, "y"]), max_bytes=11, seed=0)[0] == ["é" * 5, "y"]
     assert training.sample(iter([]), max_bytes=1, seed=0) == ([], 0)
 
@@ -65,39 +60,26 @@ def test_vocabulary_that_does_not_fit_the_text_is_explained() -> None:
     with pytest.raises(TokenizerError, match=r"--vocab_size=1000: this text has only (\d+) different pieces") as caught:
         training.train(["hello world, hello"], vocab_size=1000)
     most = int(str(caught.value).split("only ")[1].split()[0])
-    assert (
-        len(sentencepiece.SentencePieceProcessor(model_proto=training.train(["hello world, hello"], vocab_size=most)))
-        == most
-    )
+    model = training.train(["hello world, hello"], vocab_size=most)
+    assert len(sentencepiece.SentencePieceProcessor(model_proto=model)) == most
     with pytest.raises(TokenizerError, match=r"--vocab_size=262: this text's characters .* take \d+ pieces"):
         training.train(["hello world, hello"], vocab_size=262)
     with pytest.raises(TokenizerError, match="no line of this text"):
         training.train(["\n\n", ""], vocab_size=300)
 
 
-def test_training_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_program(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "text.json.gz", "wt", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in own_text())
     out = tmp_path / "new" / "tokenizer"
-    wanted = {"data": str(tmp_path / "*.json.gz"), "out": str(out), "vocab_size": 700, "character_coverage": 0.999}
-    training.main(**wanted)
-    assert "700 token ids" in capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
-    assert [path.name for path in out.parent.iterdir()] == ["tokenizer"]
+    data = f"--data={tmp_path}/*.json.gz"
+    answer = call(TRAIN, data, f"--out={out}", "--vocab_size=700", "--character_coverage=0.999")
+    assert "700 token ids" in answer.out
+    assert left_in(out) == ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    assert left_in(out.parent) == ["tokenizer"]
     assert vocabulary_size(load_tokenizer(out)) == 700
-    with pytest.raises(FileExistsError, match="exists and is not empty"):
-        training.main(**wanted)
-    with pytest.raises(TokenizerError, match=r"none of its \d+ documents fits"):
-        training.main(**(wanted | {"out": str(tmp_path / "other"), "max_bytes": 5}))
-    training.main(
-        **(
-            wanted
-            | {
-                "out": str(tmp_path / "other"),
-                "data": f"[{tmp_path}/text.json.gz]",
-                "max_documents": 3,
-                "vocab_size": 420,
-            }
-        )
-    )
-    assert "training on 3 of the 3 documents read" in capsys.readouterr().out
+    refused(call(TRAIN, data, f"--out={out}"), "exists and is not empty")
+    other = f"--out={tmp_path / 'other'}"
+    refused(call(TRAIN, data, other, "--max_bytes=5"), "documents fits --max_bytes=5")
+    few = call(TRAIN, f"--data=[{tmp_path}/text.json.gz]", other, "--vocab_size=420", "--max_documents=3")
+    assert "training on 3 of the 3 documents read" in few.out

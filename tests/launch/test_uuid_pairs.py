@@ -32,5 +32,7 @@ def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "there").write_text("mine")
     refused(call(UUID_PAIRS, tmp_path / "there"), "there", "File exists")
     assert (tmp_path / "there").read_text() == "mine"
-    refused(call(UUID_PAIRS, tmp_path / "new", "--pairs=0"), "--pairs: got 0, expected at least 1")
-    refused(call(UUID_PAIRS, tmp_path / "new", "--kind=text"), "--kind: got 'text', expected prompt or messages")
+    refused(call(UUID_PAIRS, tmp_path / "new", "--pairs=0"), "--pairs: got 0; ")
+    refused(
+        call(UUID_PAIRS, tmp_path / "new", "--kind=text"), "--kind: got 'text'; input should be 'prompt' or 'messages'"
+    )

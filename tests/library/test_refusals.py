@@ -124,7 +124,6 @@ def test_attaching_twice() -> None:
         (rm.ReMoRA, {"operators": (1, 6)}, ("6", "even")),
         (rm.ReMoRA, {"operators": (1, 6), "reset": "carry", "square_multiple": 2}, ("carry", "reset=full")),
         (rm.ReLoRA, {"reset": "carry"}, ("carry", "relora")),
-        (rm.ReLoRA, {"reset": "magnitude", "reset_ratio": 0.0}, ("magnitude", "none")),
         (rm.ReLoRA, {"merge_every": 0}, ("merge_every", "0")),
         (rm.LoRA, {"rank": 0}, ("rank", "0")),
         (rm.LoRA, {"form": "resident"}, ("resident", "decoupled")),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from relora_mora.supervise.guard import Guard
 from relora_mora.supervise.heartbeat import PeerFailure
 from relora_mora.supervise.launchers import is_launcher
 from tests.tools.each import each
+from tests.tools.jobs import ends as ends_in
 
 BUSY = """
 import hashlib, sys
@@ -25,6 +24,8 @@ from relora_mora.supervise.guard import Guard
 guard = Guard()
 if sys.argv[1] != "start":
     guard.training()
+if sys.argv[1] == "closed":
+    guard.close()
 if sys.argv[1] == "decided":
     from pathlib import Path
     guard.record_in(Path(sys.argv[2]))
@@ -38,14 +39,11 @@ hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)  # one long call, like a co
 def busy():
     started = []
 
-    def start(phase: str, *more: str, on_hangup: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:
-        before = signal.signal(signal.SIGHUP, on_hangup)  # a child inherits it, and pytest may run under nohup
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-c", BUSY, phase, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        finally:
-            signal.signal(signal.SIGHUP, before)
+    def start(phase: str, *more: str, code: str = BUSY) -> subprocess.Popen[str]:
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a child inherits it, and pytest may run under nohup
+        command = [sys.executable, "-c", code, phase, *more]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        signal.signal(signal.SIGHUP, before)
         started.append(process)
         assert process.stdout
         assert process.stdout.readline() == "up\n"
@@ -57,8 +55,8 @@ def busy():
         process.wait()
 
 
-def _ends_within(process: subprocess.Popen[str], seconds: float) -> tuple[int, str]:
-    _, errors = process.communicate(timeout=seconds)
+def _end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=60)
     return process.returncode, errors
 
 
@@ -66,7 +64,7 @@ def _ends_within(process: subprocess.Popen[str], seconds: float) -> tuple[int, s
 def test_a_signal_before_the_first_step_ends_the_process(busy, number):
     process = busy("start")
     process.send_signal(number)
-    code, errors = _ends_within(process, 60)
+    code, errors = _end_of(process)
     assert code == 75
     assert f"{number.name} to rank 0" in errors
 
@@ -76,14 +74,11 @@ def test_a_launcher_that_ends_after_a_request_to_stop_sets_no_deadline():
     gone = SimpleNamespace(gone=lambda: "deepspeed")
     with Guard(signals=False) as guard:
         guard.training()
-        guard.stop_reason = "SIGINT to rank 0"
-        guard._check_launchers(gone)
-        assert guard.stop_reason == "SIGINT to rank 0"
-        assert guard._launcher_deadline is None
-        guard.stop_reason = None
-        guard._check_launchers(gone)
-        assert "is gone" in (guard.stop_reason or "")
-        assert guard._launcher_deadline is not None
+        for reason, sets_one in (("SIGINT to rank 0", False), (None, True)):
+            guard.stop_reason = reason
+            guard._check_launchers(gone)
+            assert (guard._launcher_deadline is not None) is sets_one
+        assert "is gone" in guard.stop_reason
 
 
 def test_while_training_the_first_signal_waits_and_a_second_exits_immediately(busy):
@@ -97,18 +92,26 @@ def test_while_training_the_first_signal_waits_and_a_second_exits_immediately(bu
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1.3)
     _signal_until_it_ends(process)
-    code, errors = _ends_within(process, 60)
+    code, errors = _end_of(process)
     assert code == 143
     assert "exited without saving" in errors
+
+
+def test_a_signal_after_the_guard_is_closed_changes_nothing(busy):
+    process = busy("closed")
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
 
 
 def test_a_signal_after_the_end_is_decided_does_not_change_it(busy, tmp_path):
     """Closing W&B may take long."""
     process = busy("decided", str(tmp_path))
     _signal_until_it_ends(process)
-    assert _ends_within(process, 60) == (75, "")
-    [line] = (tmp_path / "ends.jsonl").read_text().splitlines()
-    assert (json.loads(line)["code"], json.loads(line)["reason"]) == (75, "saved")
+    assert _end_of(process) == (75, "")
+    [line] = ends_in(tmp_path)
+    assert (line["code"], line["reason"]) == (75, "saved")
 
 
 @each(
@@ -147,12 +150,12 @@ from pathlib import Path
 from relora_mora.supervise.guard import Guard
 from relora_mora.supervise.lock import RunLock
 guard = Guard()
-folder = Path(sys.argv[1])
+folder = Path(sys.argv[2])
 lock = RunLock(folder)
 lock.acquire()
 guard.hold(lock)
 os.mkfifo(folder / "ends.jsonl")  # opening it takes forever, like a disk that is gone
-if sys.argv[2] == "training":
+if sys.argv[1] == "training":
     guard.training()
 print("up", flush=True)
 while True:
@@ -181,41 +184,18 @@ def test_an_end_is_reported_even_if_the_first_rank_is_lost(tmp_path, lost, speak
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     prefixes = [f"[rank {rank}] " if rank else "" for rank in speakers]
     assert done.stderr.splitlines() == [f"{prefix}the run ended: gone" for prefix in prefixes]
-    [line] = (tmp_path / "ends.jsonl").read_text().splitlines()
-    assert (json.loads(line)["rank"], json.loads(line)["code"]) == (recorder, 69)
+    [line] = ends_in(tmp_path)
+    assert (line["rank"], line["code"]) == (recorder, 69)
 
 
 @pytest.mark.more
 @each("phase,signals,code", [("start", 1, 75), ("training", 2, 143)])
-def test_a_full_pipe_and_a_disk_that_does_not_answer_do_not_prevent_an_end(phase, signals, code, tmp_path):
-    command = [sys.executable, "-c", SILENCED, str(tmp_path), phase]
-    environment = os.environ | {"PYTHONUNBUFFERED": ""}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            assert process.stdout
-            assert process.stdout.readline() == "up\n"
-            process.send_signal(signal.SIGTERM)
-            if signals == 2:
-                _signal_until_it_ends(process)
-            assert process.wait(60) == code
-        finally:
-            process.kill()
-
-
-CLOSED = """
-import os, signal
-from relora_mora.supervise.guard import Guard
-Guard().close()
-os.kill(os.getpid(), signal.SIGTERM)
-print("end")
-"""
-
-
-def test_after_the_end_is_decided_signals_change_nothing():
-    done = subprocess.run([sys.executable, "-c", CLOSED], capture_output=True, text=True, check=False)
-    assert done.stdout == "end\n"
+def test_a_full_pipe_and_a_disk_that_does_not_answer_do_not_prevent_an_end(busy, phase, signals, code, tmp_path):
+    process = busy(phase, str(tmp_path), code=SILENCED)
+    process.send_signal(signal.SIGTERM)
+    if signals == 2:
+        _signal_until_it_ends(process)
+    assert process.wait(60) == code
 
 
 @each(
@@ -258,12 +238,10 @@ def test_a_launcher_that_ends_is_noticed(tmp_path):
 
 
 def test_ends_are_appended_and_a_folder_that_cannot_be_written_is_not_an_error(tmp_path):
-    record_end(tmp_path, code=75, reason="SIGTERM to rank 1", rank=0, step=7)
-    record_end(tmp_path, code=0, reason="done", rank=0, step=9)
-    lines = [json.loads(line) for line in (tmp_path / "ends.jsonl").read_text().splitlines()]
-    assert [(line["code"], line["reason"], line["step"]) for line in lines] == [
-        (75, "SIGTERM to rank 1", 7),
-        (0, "done", 9),
-    ]
+    ends = [{"code": 75, "reason": "SIGTERM to rank 1", "step": 7, "rank": 0}]
+    ends += [{"code": 0, "reason": "done", "step": 9, "rank": 0}]
+    for end in ends:
+        record_end(tmp_path, **end)
+    assert [{**line, **end} for line, end in zip(ends_in(tmp_path), ends, strict=True)] == ends_in(tmp_path)
     record_end(tmp_path / "nowhere", code=1, reason="x", rank=0, step=None)
     assert not (tmp_path / "nowhere").exists()

@@ -98,39 +98,23 @@ def test_the_wait_for_a_rank_lost_while_connecting_is_limited(config, tmp_path):
     assert "the ranks did not join within 10 s; " in output
 
 
-def test_a_rank_lost_after_the_end_changes_nothing(config):
-    codes, seconds, output = both_ranks(config, "at the end")
-    assert codes == [0, -signal.SIGKILL] and seconds < 35, output
-    assert [end["code"] for end in ends(config.parent / "run")] == [0]
-
-
-def test_a_rank_lost_during_a_save_ends_the_other_immediately(config):
-    codes, seconds, output = both_ranks(config, "in a save")
-    assert codes == [69, -signal.SIGKILL], output
-    assert seconds < 25
-    assert "rank 1 is gone" in output
-
-
-def test_a_lost_data_disk_saves_the_state_and_exits_with_the_restart_code(config):
-    codes, _, output = both_ranks(config, "text")
-    assert codes == [69, 69], output
-    run_dir = config.parent / "run"
-    [end] = ends(run_dir)
-    assert (end["code"], end["step"]) == (69, 3)
-    assert "a disk or network failed (Stale file handle: part-1.json.gz)" in end["reason"]
-    assert checkpoint_at(run_dir, 3).exists()
-
-
 @pytest.mark.parametrize(
-    "what,reason",
+    "moment,code,step,reason",
     [
-        ("device", "the device of rank 1 failed (AcceleratorError: CUDA error: unspecified"),
-        ("disk", "a disk or network failed rank 1 (Stale file handle: metrics.jsonl)"),
+        ("at the end", 0, 10, ""),
+        ("in a save", 69, None, "rank 1 is gone"),
+        ("text", 69, 3, "a disk or network failed (Stale file handle: part-1.json.gz)"),  # the state is saved
+        ("device", 69, None, "the device of rank 1 failed (AcceleratorError: CUDA error: unspecified"),
+        ("disk", 69, None, "a disk or network failed rank 1 (Stale file handle: metrics.jsonl)"),
     ],
 )
-def test_a_failed_machine_exits_with_the_restart_code(config, what, reason):
-    codes, _, output = both_ranks(config, what)
-    assert codes == [69, 69], output
-    [end] = ends(config.parent / "run")
-    assert end["code"] == 69
-    assert reason in end["reason"]
+def test_a_loss_ends_both_ranks_soon_with_its_reason(config, moment, code, step, reason):
+    codes, seconds, output = both_ranks(config, moment)
+    assert codes == [code, -signal.SIGKILL if moment in ("at the end", "in a save") else code], output
+    assert seconds < 35, output
+    run_dir = config.parent / "run"
+    [end] = ends(run_dir)
+    assert end["code"] == code and reason in end["reason"], end
+    if step is not None:
+        assert end["step"] == step
+        assert checkpoint_at(run_dir, step).exists()

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from relora_mora.system.files import append_synced, disk_errno, disk_faults_named, place_of, remove, sync, write_synced
 from tests.tools.each import each
-from tests.tools.helpers import ROOT
 
 FULL = errno.ENOSPC
 MISSING = errno.ENOENT
@@ -48,22 +45,14 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_processes_can_write_one_file_at_the_same_time(tmp_path, monkeypatch):
     path = tmp_path / "latest"
-    script = (
-        "from pathlib import Path; from relora_mora.system.files import write_synced; "
-        f"write_synced(Path({str(path)!r}), 'other')"
-    )
-    written = []
-    fsync = os.fsync
 
     def meanwhile(handle: int) -> None:
         monkeypatch.undo()
-        subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
-        written.append(path.read_text())
-        fsync(handle)
+        write_synced(path, "other")
+        assert path.read_text() == "other"
 
     monkeypatch.setattr(os, "fsync", meanwhile)
     write_synced(path, "own")
-    assert written == ["other"]
     assert path.read_text() == "own"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -96,12 +85,10 @@ def test_errors_of_the_disk_are_recognized(error, number):
 
 
 def test_an_error_without_a_file_name_gets_the_folders_name(tmp_path):
-    with pytest.raises(OSError, match="No space") as caught, disk_faults_named(tmp_path):
-        raise OSError(FULL, "No space left on device")
-    assert place_of(caught.value) == str(tmp_path)
-    with pytest.raises(OSError, match="No space") as caught, disk_faults_named(tmp_path):
-        raise OSError(FULL, "No space left on device", str(tmp_path / "a"))
-    assert place_of(caught.value) == str(tmp_path / "a")
+    for named, place in (([], tmp_path), ([str(tmp_path / "a")], tmp_path / "a")):
+        with pytest.raises(OSError, match="No space") as caught, disk_faults_named(tmp_path):
+            raise OSError(FULL, "No space left on device", *named)
+        assert place_of(caught.value) == str(place)
 
 
 def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch):

@@ -8,28 +8,14 @@ import pytest
 
 from relora_mora.system.run_folder import RunFile, RunFolder, read_json_lines
 
-NAMES = {
-    "lock": "lock",
-    "config": "config.yaml",
-    "model_config": "model.json",
-    "generation_config": "generation_config.json",
-    "tokenizer": "tokenizer",
-    "tokens": "tokens",
-    "starts": "starts.jsonl",
-    "metrics": "metrics.jsonl",
-    "tasks": "tasks.jsonl",
-    "tensorboard": "tensorboard",
-    "wandb_id": "wandb-id.txt",
-    "checkpoints": "checkpoints",
-    "ends": "ends.jsonl",
-}
-
 
 def test_the_names_do_not_change():
-    files = {name for name, value in vars(RunFolder).items() if isinstance(value, RunFile)}
-    assert {name: getattr(RunFolder(Path("runs/a")), name) for name in files} == {
-        name: Path("runs/a", file) for name, file in NAMES.items()
+    names = {value.name for value in vars(RunFolder).values() if isinstance(value, RunFile)}
+    assert names == {
+        *("config.yaml", "model.json", "generation_config.json", "tokenizer", "tokens", "checkpoints", "tensorboard"),
+        *("starts.jsonl", "metrics.jsonl", "tasks.jsonl", "ends.jsonl", "wandb-id.txt", "lock"),
     }
+    assert RunFolder(Path("runs/a")).metrics == Path("runs/a/metrics.jsonl")
     assert RunFolder(Path("runs/a")).stacks(3) == Path("runs/a/stacks-of-rank-3.txt")
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.tokenizer_tools import own_text, training
+from relora_mora.tokenizer import training
+from tests.tools.tokenizer_tools import own_text
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig
 
+from relora_mora.tokenizer import training
 from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError, open_sentencepiece
 from relora_mora.tokenizer.identity import (
     check_vocabulary,
@@ -28,7 +29,7 @@ from relora_mora.tokenizer.identity import (
 from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer
 from tests.tools.each import each
 from tests.tools.shared import SHARED, needs_shared
-from tests.tools.tokenizer_tools import save_other_tokenizer, train_tokenizer, training
+from tests.tools.tokenizer_tools import save_other_tokenizer, train_tokenizer
 
 EOS = 2
 

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.tools.commands import TRAIN, module_of
 from tests.tools.helpers import ROOT
 
-training = module_of(TRAIN)
 TEXT = [
     "the rank of a merge",
     "matrix over the rank",

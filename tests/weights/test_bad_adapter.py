@@ -101,4 +101,4 @@ def test_a_run_that_trains_more_than_its_adapter_is_refused(tokenizer_path, tmp_
 
 
 def test_an_unknown_format_is_refused(tmp_path):
-    refused(call(EXPORT, tmp_path, tmp_path / "out", "--format=gguf"), "--format: got 'gguf', expected merged or")
+    refused(call(EXPORT, tmp_path, tmp_path / "out", "--format=gguf"), "--format: got 'gguf'; ")

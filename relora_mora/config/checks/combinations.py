@@ -6,8 +6,7 @@ from typing import Any
 
 from relora_mora.config.checks.data import data_faults, misnamed_metric, missing_metric
 from relora_mora.config.checks.deepspeed import deepspeed_faults
-from relora_mora.config.checks.method import METHOD_RULES, merge_remarks, own_faults
-from relora_mora.config.checks.rules import Rule, broken_rules
+from relora_mora.config.checks.method import METHOD_RULES, own_faults
 from relora_mora.config.lengths import ALTERNATIVES
 from relora_mora.config.registry import (
     MATRIX_OPTIMIZERS,
@@ -18,8 +17,7 @@ from relora_mora.config.registry import (
     settings_of_others,
 )
 from relora_mora.config.schema import SETTINGS, Config
-from relora_mora.config.types import Fault
-from relora_mora.system.logs import counted
+from relora_mora.config.types import Fault, Rule, broken_rules
 
 BESIDE_ADAPTERS = (
     *("method.train_linears", "method.train_experts"),
@@ -96,7 +94,6 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
     yield from broken_rules(RULES, config)
     yield from broken_rules(METHOD_RULES, config)
     yield from own_faults(config.method)
-    yield from _best_faults(config)
     yield from data_faults(config)
     yield from deepspeed_faults(config)
     if world_size is not None:
@@ -105,24 +102,16 @@ def faults(config: Config, world_size: int | None) -> Iterator[Fault]:
 
 
 def remarks(config: Config) -> Iterator[str]:
-    """What a run does about settings that its length leaves no room for, such as those of a quick try."""
-    optim = config.optim
-    steps = config.train.steps
-    length = f"the run of {counted(steps, 'step')}"
-    if optim.warmup_steps >= steps:
-        yield (
-            f"optim.warmup_steps: {length} ends within the warmup of {counted(optim.warmup_steps, 'step')}, at "
-            f"{steps / optim.warmup_steps:.0%} of the peak rates"
-        )
-    elif optim.schedule == "wsd" and optim.decay_of(steps) < (optim.decay_steps or 0):
-        yield (
-            f"optim.decay_steps: {length} has no room for {optim.decay_steps} after the warmup: the decay has "
-            f"{counted(optim.decay_of(steps), 'step')}"
-        )
-    yield from merge_remarks(config)
-    for number, stage in enumerate(config.data.stages):
-        if stage.from_step > steps:
-            yield f"data.stages.{number}.from_step: {length} ends before this stage, which begins at {stage.from_step}"
+    """Settings without effect, and what a run does about those that its length leaves no room for."""
+    for name, cause in unused_by(config).items():
+        yield f"{name}: {cause} does not use it"
+    yield from map(str, broken_rules(REMARKS, config))
+
+
+def _merges(config: Config) -> bool:
+    """Whether a run is long enough for a merge."""
+    last = min(config.method.merge_until_step or config.train.steps, config.train.steps - 1)
+    return config.method.merges and config.method.merge_every <= last
 
 
 def _length_faults(config: Config) -> Iterator[Fault]:
@@ -135,28 +124,28 @@ def _length_faults(config: Config) -> Iterator[Fault]:
             yield Fault((f"{section}.{given[-1]}",), f"{shown} are set, but only one may be; set the others to null")
 
 
-def _best_faults(config: Config) -> Iterator[Fault]:
-    """A metric for the best checkpoint that the run does not have, or has only once."""
+def _without_best(config: Config) -> str | None:
+    """Why a run does not have its metric for the best checkpoint, or has it only once."""
     metric = config.checkpoint.keep_best
     if metric is None:
-        return
-    interval = "eval.every_steps"
+        return None
+    every_steps = config.eval.every_steps
     if metric.startswith("tasks/"):
-        fault = None if config.eval.tasks else "no tasks are scored; name them in eval.tasks"
-        if config.eval.tasks_every_steps is not None:
-            interval = "eval.tasks_every_steps"
+        if not config.eval.tasks:
+            return "no tasks are scored; name them in eval.tasks"
+        every_steps = config.eval.tasks_every_steps if config.eval.tasks_every_steps is not None else every_steps
     elif fault := misnamed_metric(metric):
-        fault += ", or tasks/TASK/METRIC"
-    else:
-        fault = missing_metric(config, metric)
-    if fault is None and config.by_name[interval] == 0:
-        fault = f"with {interval}=0 the only checkpoint with a value is the last one; set {interval}"
-    if fault is not None:
-        yield Fault(("checkpoint.keep_best", interval), f"{metric}: {fault}")
+        return f"{fault}, or tasks/TASK/METRIC"
+    elif fault := missing_metric(config, metric):
+        return fault
+    return (
+        None
+        if every_steps
+        else "only the last checkpoint has a value; set eval.every_steps (of tasks: eval.tasks_every_steps)"
+    )
 
 
 # fmt: off
-_NO_MASK = "flash_attention_2 does not support a mask between documents; use model.attention=sdpa"
 _NO_START = "must be given, unless model.init_from names a model to start from, whose own is then used"
 RULES = (
     Rule("model.config model.init_from", lambda c: c.model.config is None and c.model.init_from is None, _NO_START),
@@ -170,12 +159,9 @@ RULES = (
     Rule("train.micro_batch_size train.batch_size",
          lambda c: c.train.batch_size % c.train.micro_batch_size,
          "{c.train.micro_batch_size} does not divide train.batch_size {c.train.batch_size}; use a divisor"),
-    Rule("data.document_mask model.attention data.records data.train",
-         lambda c: c.model.attention == "flash_attention_2" and c.data.document_mask,
-         _NO_MASK),
-    Rule("data.packing model.attention data.records data.train",
-         lambda c: c.model.attention == "flash_attention_2" and c.data.masks_documents and not c.data.document_mask,
-         _NO_MASK),
+    Rule("model.attention data.document_mask data.packing data.records data.train",
+         lambda c: c.model.attention == "flash_attention_2" and c.data.masks_documents,
+         "flash_attention_2 does not support a mask between documents; use model.attention=sdpa"),
     Rule("model.attention train.precision",
          lambda c: c.model.attention == "flash_attention_2" and c.train.precision == "fp32",
          "flash_attention_2 computes only in bf16; use model.attention=sdpa or train.precision=bf16"),
@@ -183,9 +169,39 @@ RULES = (
          lambda c: c.model.compile is True and c.train.zero_stage == 3,
          "torch.compile cannot trace through ZeRO-3's hooks around each module; use train.zero_stage=2, "
          "or leave it at auto"),
+    Rule("checkpoint.keep_best eval.every_steps eval.tasks_every_steps",
+         _without_best,
+         "{c.checkpoint.keep_best}: {found}"),
     Rule("train.allow_changes",
          lambda c: [name for name in c.train.allow_changes if name not in {*SETTINGS, "tokenizer", "data"}],
          "{found}: unknown setting; give names such as optim.lr, or tokenizer or data"),
+)
+# what harms nothing
+REMARKS = (
+    Rule("optim.warmup_steps",
+         lambda c: c.optim.warmup_steps >= c.train.steps and f"{c.train.steps / c.optim.warmup_steps:.0%}",
+         "the run of train.steps={c.train.steps} ends within the warmup of {c.optim.warmup_steps}, at {found} of the "
+         "peak rates"),
+    Rule("optim.decay_steps",
+         lambda c: c.optim.schedule == "wsd" and c.optim.warmup_steps < c.train.steps
+         and c.optim.decay_of(c.train.steps) < (c.optim.decay_steps or 0) and [c.optim.decay_of(c.train.steps)],
+         "the run of train.steps={c.train.steps} has no room for {c.optim.decay_steps} after the warmup: the decay has "
+         "{found}"),
+    Rule("method.merge_every",
+         lambda c: c.method.merges and not _merges(c),
+         "nothing is merged: the first merge would follow step {c.method.merge_every}, but the run of "
+         "train.steps={c.train.steps}, or method.merge_until_step, ends before"),
+    Rule("method.merge_every",
+         lambda c: _merges(c) and c.optim.restart_warmup_steps and c.method.merge_every < c.optim.warmup_steps,
+         "the first merge (step {c.method.merge_every}) comes before the warmup ends (step {c.optim.warmup_steps}): "
+         "the warmup after it rises to the rate that the first warmup has then"),
+    Rule("optim.restart_warmup_steps",
+         lambda c: _merges(c) and c.optim.restart_warmup_steps > c.method.merge_every,
+         "{c.optim.restart_warmup_steps} are more than the steps between merges: each warmup after a merge ends with "
+         "the next one (method.merge_every={c.method.merge_every})"),
+    Rule("data.stages",
+         lambda c: [stage.from_step for stage in c.data.stages if stage.from_step > c.train.steps],
+         "the run of train.steps={c.train.steps} ends before the stage of step {found}"),
 )
 # of a Config and its number of ranks
 RANK_RULES = (

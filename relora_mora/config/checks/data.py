@@ -4,10 +4,9 @@ from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-from relora_mora.config.checks.rules import Rule, broken_rules
 from relora_mora.config.data import CONVERSATIONS, DataConfig, TextSource, is_mixture, set_setting
 from relora_mora.config.schema import Config
-from relora_mora.config.types import Fault
+from relora_mora.config.types import Fault, Rule, broken_rules
 
 
 def _shared_labels(data: DataConfig) -> list[str]:
@@ -89,9 +88,6 @@ DATA_RULES = (
     Rule("data.train",
          lambda c: c.data.is_mixture and not any(source.weight for source in c.data.train),
          "all weights are 0; give at least one source a positive weight"),
-    Rule("data.concatenate data.train",
-         lambda c: c.data.concatenate and not is_mixture(c.data.train),
-         "it is for a list of records {{source: ..., records: ...}}; other sources are one text anyway; leave it out"),
     Rule("data.packing data.concatenate data.train",
          lambda c: _is_joined(c.data) and len({c.data.packing_of_source(each) for each in c.data.train}) > 1,
          "sources of text and of records are packed differently by default; set data.packing for all of them"),

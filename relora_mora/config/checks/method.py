@@ -2,12 +2,9 @@
 
 from collections.abc import Iterator
 
-from relora_mora.config.checks.rules import Rule, broken_rules
-from relora_mora.config.lengths import restart_warmup
 from relora_mora.config.registry import OPERATORS
 from relora_mora.config.schema import Config, MethodConfig
-from relora_mora.config.types import Fault
-from relora_mora.system.logs import counted
+from relora_mora.config.types import Fault, Rule, broken_rules
 
 
 def _even_operator(method: MethodConfig) -> int | None:
@@ -40,9 +37,6 @@ OWN_RULES = (
     Rule("method.square_multiple method.operators method.name method.square_size",
          lambda c: c.square_size is None and c.square_multiple % 2 and _even_operator(c),
          "operator {found} needs an even R, but a multiple of {c.square_multiple} may be odd; use an even multiple"),
-    Rule("method.square_size method.square_multiple method.name",
-         lambda c: c.uses_squares and c.square_size and c.square_size % c.square_multiple,
-         "{c.square_size} is not a multiple of method.square_multiple {c.square_multiple}; change one of them"),
     Rule("method.square_size method.operators method.name",
          lambda c: c.square_size and c.square_size % 2 and _even_operator(c),
          "operator {found} needs an even size, got {c.square_size}; use an even one"),
@@ -58,9 +52,6 @@ OWN_RULES = (
          lambda c: c.merges and _repeats(c),
          "the cycle {c.operators} repeats an operator across a merge, which cannot raise the rank; "
          "alternate two or more"),
-    Rule("method.reset_ratio method.reset method.name",
-         lambda c: c.merges and c.reset in ("magnitude", "random") and c.reset_ratio == 0,
-         "0 with method.reset={c.reset} resets nothing; use method.reset=none"),
     Rule("method.reset method.name",
          lambda c: c.merges and c.reset == "carry" and not c.uses_squares,
          "carry transfers the state of square matrices to the next operator, but {c.name} has no square matrices; "
@@ -75,9 +66,6 @@ METHOD_RULES = (
          lambda c: c.method.uses_adapters and c.method.target_modules
          and [x for x in c.method.rank_pattern if x not in c.method.target_modules],
          "{found} is not in method.target_modules {c.method.target_modules}; add it there or remove it here"),
-    Rule("method.rank_pattern method.square_size method.name",
-         lambda c: c.method.uses_squares and c.method.rank_pattern and c.method.square_size,
-         "method.square_size={found} is R of every layer, so ranks have no effect; remove one of them"),
     Rule("method.train_embeddings model.new_tokens",
          lambda c: c.method.train_embeddings == "new" and c.model.new_tokens is None,
          "new trains only the rows of new tokens, and there are none; set model.new_tokens, or give the first id whose "
@@ -106,30 +94,3 @@ METHOD_RULES = (
 def own_faults(method: MethodConfig) -> Iterator[Fault]:
     """Faults in the settings of a method that do not depend on the rest of the run."""
     return broken_rules(OWN_RULES, method)
-
-
-def merge_remarks(config: Config) -> Iterator[str]:
-    """What a run does about merges that its length leaves no room for."""
-    method = config.method
-    optim = config.optim
-    every = method.merge_every
-    if not method.merges:
-        return
-    if every > min(method.merge_until_step or every, config.train.steps - 1):
-        yield (
-            f"method.merge_every: the first merge would follow step {every}, but the run of "
-            f"{counted(config.train.steps, 'step')}, or method.merge_until_step, ends before: it trains as "
-            f"{method.record.without_merges} does"
-        )
-    elif optim.restart_warmup_steps:
-        if every < optim.warmup_steps:
-            yield (
-                f"method.merge_every: the first merge (step {every}) comes before the warmup ends (step "
-                f"{optim.warmup_steps}): the warmup after it rises to the rate that the first warmup has then"
-            )
-        restart = restart_warmup(method, optim)
-        if restart < optim.restart_warmup_steps:
-            yield (
-                f"optim.restart_warmup_steps: {optim.restart_warmup_steps} are more than the steps between merges: "
-                f"each warmup after a merge has {counted(restart, 'step')}"
-            )

@@ -22,7 +22,6 @@ from relora_mora.adapters.stored import check_device, with_products
 from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints
 from relora_mora.checkpoint.mirror import open_store
 from relora_mora.checkpoint.reader import newest_manifest
-from relora_mora.config.checks.combinations import unused_by
 from relora_mora.config.data import DataConfig
 from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.load import ConfigError
@@ -134,8 +133,6 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
     check_records(remote, data, tokenizer)
     shards = with_versions(text.shards, data.timeout_seconds)
     check_lanes(shards, data, config.lanes)
-    for name, who in unused_by(config).items():
-        log.info("%s does not use %s", who, name)
     tokens = tokenizer_fingerprint(config.tokenizer_path, tokenizer)
     data_fingerprint, data_order = fingerprints(
         data, tokenizer_fingerprint=tokens, batch_lanes=config.lanes, shards=shards, tokenizer=tokenizer

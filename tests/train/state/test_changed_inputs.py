@@ -83,7 +83,7 @@ def test_a_quick_try_is_the_beginning_of_a_longer_run(pools, inputs, tokenizer_p
 
     pools(1)(train, config(never))
     (warnings,) = pools(1)(warnings_of, config(folder, steps=3))
-    assert "optim.warmup_steps: the run of 3 steps ends within the warmup" in "".join(warnings)
+    assert "optim.warmup_steps: the run of train.steps=3 ends within the warmup" in "".join(warnings)
     assert "method.merge_every" in "".join(warnings)
     pools(1)(train, config(folder, allow_changes=["train.steps"]))
     assert different_tensors(*(checkpoint_at(run, 10) for run in (never, folder))) == []

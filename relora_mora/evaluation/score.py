@@ -1,0 +1,103 @@
+"""Prepares a loaded model to score text or to continue it, and scores sets of text."""
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from relora_mora.config.data import DataConfig, set_setting
+from relora_mora.data.errors import SourceError
+from relora_mora.data.held_out import EvalSet
+from relora_mora.data.named_sets import hub_repo
+from relora_mora.data.sources import shards_of
+from relora_mora.evaluation.loss import EvalResult, causal_lm_loss, evaluate, evaluate_sets, is_causal
+from relora_mora.system.bars import Bar
+from relora_mora.system.hardware import ran_out_of_memory, uses_cuda
+from relora_mora.system.process import say
+from relora_mora.tokenizer.identity import check_vocabulary, gives_same_tokens
+from relora_mora.tokenizer.load import load_tokenizer
+from relora_mora.weights.generation import generation_config
+from relora_mora.weights.load import LoadedModel
+
+
+def on_device(loaded: LoadedModel, name: str) -> Any:
+    """The model on this machine's device. Raises ValueError for one that sees the tokens that it is to predict."""
+    lm: Any = loaded.model  # torch's types do not know that a model accepts a device
+    lm = lm.to(torch.device("cuda" if uses_cuda() else "cpu")).eval()
+    if not is_causal(lm, lm.device):
+        raise ValueError(
+            f"{name}: {type(lm).__name__} predicts a token from the token itself and later ones; give a causal "
+            "language model"
+        )
+    return lm
+
+
+def ready_to_generate(
+    loaded: LoadedModel, name: str, tokenizer: str | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model on this machine's device, which ends its answers as its export does, and its tokenizer."""
+    loaded_tokenizer = load_tokenizer(tokenizer_of(loaded, tokenizer))
+    lm = on_device(loaded, name)
+    if loaded.of_run:
+        lm.generation_config = generation_config(loaded_tokenizer, lm.config, loaded.run)
+    return lm, loaded_tokenizer
+
+
+def tokenizer_of(loaded: LoadedModel, other: str | None) -> Path:
+    """The folder of the model's own tokenizer, or ``other`` instead; checks that its ids fit the model."""
+    path = loaded.tokenizer if other is None else Path(other)
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, loaded.model.config.get_text_config().vocab_size)
+    with contextlib.suppress(ValueError):  # the model may have no tokenizer
+        if other is not None and not gives_same_tokens(other, loaded.tokenizer, tokenizer):
+            say(
+                f"{other} gives other tokens than the model's own tokenizer: the numbers below are meaningful only "
+                "if the model was trained with it"
+            )
+    return path
+
+
+def check_files(text: DataConfig) -> None:
+    """Raises SourceError if files of the held-out text on this host are missing."""
+    for name, sources in text.validation.items():
+        if any(hub_repo(source) or "://" in source.source for source in sources):
+            continue
+        try:
+            shards_of(sources, text, "validation")
+        except SourceError as error:
+            raise SourceError(f"{set_setting(name)}: {error}" if name else str(error)) from error
+
+
+def score_sets(lm: Any, sets: Mapping[str, EvalSet], micro_batch_size: int) -> dict[str, EvalResult]:
+    """Raises ValueError if the memory does not suffice."""
+    rows = min(micro_batch_size, max(each.blocks for each in sets.values()))
+    mean_loss = causal_lm_loss(lm)
+    try:
+        with Bar("evaluation", "token") as bar:
+            return evaluate_sets(
+                lambda each, update: evaluate(
+                    mean_loss, each, micro_batch_size=rows, device=lm.device, progress=update
+                ),
+                sets,
+                bar.update,
+            )
+    except (MemoryError, RuntimeError) as error:
+        if ran_out_of_memory(error):
+            [length] = {each.scored.shape[1] for each in sets.values()}
+            raise ValueError(
+                f"--micro_batch_size: {rows} x {length} tokens need more memory than available; lower it"
+            ) from error
+        raise
+
+
+def table_of_sets(results: Mapping[str, EvalResult]) -> str:
+    width = max(map(len, results))
+    rows = [
+        f"{name:<{width}} {result.tokens:>15,} {result.loss:>10.4f} {result.perplexity:>12.2f} "
+        f"{'' if result.bits_per_byte is None else f'{result.bits_per_byte:.4f}':>15}"
+        for name, result in results.items()
+    ]
+    return "\n".join([f"{'':<{width}} {'tokens':>15} {'loss':>10} {'perplexity':>12} {'bits per byte':>15}", *rows])
