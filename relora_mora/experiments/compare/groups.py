@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from relora_mora.experiments.compare.labels import differences, method_title
 from relora_mora.experiments.compare.runs import CompareError, Run
+from relora_mora.experiments.compare.settings import differences, method_title, texts_of
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,6 @@ class Group:
     @property
     def label(self) -> str:
         return f"{self.method}, {self.differs}" if self.differs else self.method
-
-    @property
-    def parameters(self) -> dict[str, int]:
-        return next((run.parameters for run in self.runs if run.parameters), {})
 
     @property
     def is_finished(self) -> bool:
@@ -62,46 +58,51 @@ class Group:
         return [(step, each[step]) for each in series]
 
 
-def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[str] = ()) -> list[Group]:
+def group_runs(given: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[str] = ()) -> list[Group]:
     """Groups the runs, in the order in which they are given.
 
-    Besides settings, the number of parameters, the precision, and the digests of weights, text and tokenizer count.
-    A run with the same settings and the same seed as another is not another seed: it gets a group of its own, whose
-    label says why. Labels leave out the settings in ``unnamed``, such as ``optim.lr``. From groups that differ only in
+    Besides settings, the content that they named and the history of the run count (``Run.notes``). A run with the same
+    seed as another is not another seed, and gets a group of its own. Labels leave out the settings in ``unnamed``, such
+    as ``optim.lr``; if they are equal then, they have the names of the runs' folders. From groups that differ only in
     the settings ``best``, the one with the most seeds is kept; among equals, the one with the lowest last validation
     loss (of its worst seed), where finished groups come first.
 
     Raises :class:`CompareError` if no run has a setting that ``unnamed`` or ``best`` names.
     """
-    members: list[list[Run]] = []
-    for run in runs:
-        fits = (each for each in members if all(_alike(run, other) and run.seed != other.seed for other in each))
-        of_group = next(fits, None)
-        if of_group is None:
-            members.append([run])
-        else:
-            of_group.append(run)
+    runs = [*given]
     for option, names in (("unnamed", unnamed), ("best", best)):
         for name in names:
-            if not any(name in group[0].settings for group in members):
+            if not any(name in run.settings for run in runs):
                 raise CompareError(f"--{option}: no run has a setting {name}; docs/settings.md lists all settings")
+    settings = texts_of([run.compared for run in runs]).fillna("null")
+    rest = _joined(settings, best)
+    notes = texts_of([run.notes for run in runs])
+    notes = notes.fillna(notes.groupby(rest).transform("first")).fillna("null")  # as in the runs like it
+    frame = pd.DataFrame({"run": runs, "seed": [run.seed for run in runs]})
+    frame["settings"] = _joined(settings) + _joined(notes)
+    frame["rest"] = rest + _joined(notes, best)
+    frame["repeated"] = frame.groupby(["settings", "seed"]).cumcount()
+    rows = frame.groupby(["settings", "repeated"], sort=False).agg({"run": tuple, "rest": "first"})
     if best:
-        chosen: list[list[Run]] = []
-        for of_group in sorted(members, key=lambda runs: -len(runs[0].notes)):  # a run without notes matches any other
-            same = [others for others in chosen if _alike(of_group[0], others[0], best)][:1]
-            chosen = [others for others in chosen if others not in same] + [min([*same, of_group], key=_rank)]
-        members = [of_group for of_group in members if of_group in chosen]
-    groups: list[Group] = []
-    for of_group, named in zip(members, differences([each[0].compared for each in members], unnamed), strict=True):
-        differs = filter(None, dict.fromkeys([named, *map(_history, of_group)]))
-        groups.append(Group(method_title(of_group[0].compared), ", ".join(differs), tuple(of_group)))
+        ranks = pd.DataFrame([*map(_rank, rows.run)], index=rows.index).sort_values([0, 1, 2], kind="stable")
+        rows = rows[rows.index.isin(rows.loc[ranks.index].drop_duplicates("rest").index)]
+    compared = [seeds[0].compared for seeds in rows.run]
+    groups = []
+    for seeds, settings, named in zip(rows.run, compared, differences(compared, unnamed), strict=True):
+        differs = filter(None, dict.fromkeys([named, *map(_history, seeds)]))
+        groups.append(Group(method_title(settings), ", ".join(differs), seeds))
     labels = Counter(group.label for group in groups)
-    for index, group in enumerate(groups):
-        if labels[group.label] > 1:
-            before = [run for other in groups[:index] for run in other.runs]
-            own_name = _own_name(group.runs[0], before, [*unnamed, *best])
-            groups[index] = replace(group, differs=", ".join(filter(None, (group.differs, own_name))))
-    return groups
+    return [
+        group
+        if labels[group.label] == 1
+        else replace(group, differs=", ".join(filter(None, (group.differs, group.runs[0].folder.name))))
+        for group in groups
+    ]
+
+
+def _joined(texts: pd.DataFrame, ignored: Sequence[str] = ()) -> pd.Series:
+    """The texts of each row as one, without the columns ``ignored``."""
+    return texts.drop(columns=[*ignored], errors="ignore").agg("\n".join, axis=1)
 
 
 def group_of(groups: Sequence[Group], name: str) -> Group:
@@ -114,35 +115,10 @@ def group_of(groups: Sequence[Group], name: str) -> Group:
     return matches[0][0]
 
 
-def _alike(run: Run, other: Run, ignored: Sequence[str] = ()) -> bool:
-    """Whether the runs may be seeds of one group, or would be without the settings in ``ignored``."""
-    return _same_settings(run, other, ignored) and not _differing_notes(run, other, ignored)
-
-
-def _same_settings(run: Run, other: Run, ignored: Sequence[str] = ()) -> bool:
-    names = (run.compared.keys() | other.compared.keys()).difference(ignored)
-    return all(run.compared.get(name) == other.compared.get(name) for name in names)
-
-
-def _differing_notes(run: Run, other: Run, ignored: Sequence[str] = ()) -> set[str]:
-    """The settings, without ``ignored``, for which both runs have notes that differ."""
-    names = (run.notes.keys() & other.notes.keys()).difference(ignored, (name.partition(".")[0] for name in ignored))
-    return {name for name in names if run.notes[name] != other.notes[name]}
-
-
 def _rank(runs: Sequence[Run]) -> tuple[int, bool, float]:
     """Sorts better groups first. A run whose last loss is not finite has not finished."""
     last = [loss for run in runs for loss in run.series("eval/loss").iloc[-1:]]
     return -len(runs), not all(run.is_finished for run in runs), max(last, default=math.inf)
-
-
-def _own_name(run: Run, before: Sequence[Run], ignored: Sequence[str]) -> str:
-    """The name of a run's folder, and why the run is not another seed of one before it, apart from ``ignored``."""
-    others = [other for other in before if _same_settings(run, other, ignored)]
-    if differing := set().union(*(_differing_notes(run, other, ignored) for other in others)):
-        return f"{run.folder.name} (other {', '.join(sorted(differing))})"
-    is_same = any(other.seed == run.seed and _same_settings(run, other) for other in others)
-    return f"{run.folder.name} (the same seed)" if is_same else run.folder.name
 
 
 def _history(run: Run) -> str:

@@ -1,12 +1,14 @@
 """The table of a comparison, in Markdown, and the perplexities of its figures."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
+import pandas as pd
+
 from relora_mora.experiments.compare.groups import Group
 from relora_mora.experiments.compare.runs import CompareError
+from relora_mora.experiments.compare.settings import as_text
 
 LARGE = 1e7  # a perplexity that needs no decimals
 UNKNOWN = "–"
@@ -27,8 +29,11 @@ def markdown(groups: Sequence[Group], against: Group | None = None) -> str:
     words = len(columns)
     if any(len(group.runs) > 1 for group in groups):
         columns["seeds"] = [str(len(group.runs)) for group in groups]
-    columns["trainable"] = [count(group.parameters.get("trainable")) for group in groups]
-    columns["adapters"] = [count(group.parameters.get("adapters")) for group in groups]
+    counts: list[dict[str, int]] = [
+        next((c for run in group.runs if (c := run.start.get("parameters"))), {}) for group in groups
+    ]
+    for what in ("trainable", "adapters"):
+        columns[what] = [count(each.get(what)) for each in counts]
     columns["tokens"] = [count(each) + "*" * bool(group.state) for each, group in zip(tokens, groups, strict=True)]
     for name in sets:
         ending = f" ({name})" if name else ""
@@ -95,22 +100,24 @@ def table_of(columns: Mapping[str, Sequence[str]], *, left: int) -> str:
 
 def _other_content(groups: Sequence[Group]) -> list[str]:
     """Notes on settings that named different content in different runs."""
-    known: dict[tuple[str, str], set[str]] = {}
-    for run in (run for group in groups for run in group.runs):
-        for name, digest in run.began_with.items():
-            known.setdefault((name, json.dumps(run.settings.get(name), sort_keys=True)), set()).add(digest)
+    noted = [
+        (name, as_text(run.settings.get(name)), digest)
+        for group in groups
+        for run in group.runs
+        for name, digest in run.began_with.items()
+    ]
+    contents = pd.DataFrame(noted, columns=["name", "value", "digest"]).groupby(["name", "value"]).digest.nunique()
     return [
         f"The runs began with different content of {name}={value}: they are not comparable."
-        for (name, value), digests in sorted(known.items())
-        if len(digests) > 1
+        for name, value in contents[contents > 1].index
     ]
 
 
 def _other_scores(groups: Sequence[Group], name: str) -> list[str]:
     """A note if a held-out set is not the same in all runs, or may not be."""
     title = _set_title(name).capitalize()
-    digests = {next(filter(None, (run.scored(name, "digest") for run in group.runs)), None) for group in groups}
     firsts = [group.runs[0] for group in groups]
+    digests = {run.scored(name, "digest") for run in firsts}
     if len(digests - {None}) > 1 or len({run.scored(name, "tokens") for run in firsts}) > 1:
         return [f"{title}: runs were scored on different tokens; their losses are not comparable."]
     if None in digests and len({run.held_out(name) for run in firsts}) > 1:
