@@ -22,12 +22,12 @@ from relora_mora.model.config import read_model_config
 from relora_mora.model.config_keys import LLAMA_FAMILY
 from relora_mora.optim.groups import count_parameters, set_trainable
 from relora_mora.sizing.fit import check_memory, choose_forms
-from relora_mora.sizing.measure import measure
+from relora_mora.sizing.measure import LiveBytes, measure
 from relora_mora.sizing.memory import merged_memory, peak_memory, state_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
 from relora_mora.train.begin.inputs import memory_of_rank
-from tests.sizing.tools import LiveTensors, make_config
+from tests.sizing.tools import make_config
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
@@ -110,7 +110,7 @@ def check_activations_and_peak(config: Config, model_config: PreTrainedConfig, b
     ids = torch.randint(0, MODEL.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     documents = torch.arange(shape[1]).div(100, rounding_mode="floor").expand(shape)
     boundaries = document_boundaries(documents) if config.data.document_mask else None
-    tracker = LiveTensors()
+    tracker = LiveBytes()
     for parameter in trained.parameters():
         tracker.add(parameter.data)
     for _, layer in adapter_layers(trained.lm):
@@ -166,7 +166,7 @@ def test_a_document_mask_is_kept_once_for_all_layers(bf16: bool) -> None:
         ids = torch.randint(0, MODEL.vocab_size, (4, 256), generator=torch.Generator().manual_seed(0))
         documents = torch.arange(256).div(50, rounding_mode="floor").expand(4, 256)
         boundaries = document_boundaries(documents) if masked else None
-        with LiveTensors() as tracker:
+        with LiveBytes() as tracker:
             loss = trained(ids, ids, boundaries)
             kept.append(tracker.now)
         del loss
