@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from relora_mora.config.schema import Config
-from relora_mora.experiments.planner.network import traffic
+from relora_mora.experiments.planner.step import traffic
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
 from tests.conftest import Pools

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from relora_mora.config.load import load_config
-from relora_mora.experiments.planner.cluster import Cluster
 from relora_mora.experiments.planner.plan import FRAGMENTATION, PROCESS_BYTES, Plan
 from relora_mora.experiments.planner.render import answer, duration, tables
+from relora_mora.experiments.planner.step import Cluster
 from relora_mora.model.config import read_model_config
 from relora_mora.system.devices import CPU, DEVICES, device_of_name, named_device
 from relora_mora.system.hardware import device_here
@@ -70,7 +70,7 @@ def test_time_follows_from_the_known_rates() -> None:
     assert "assuming 40% of 1 TFLOP/s a device (the test), which no GPU has confirmed" in unconfirmed.assumption
     unmarked = (assumed, plan_of(cluster=gpus, utilization=0.4), plan_of(cluster=gpus, tokens_per_second=2000.0))
     assert not any("confirmed" in plan.assumption for plan in unmarked)
-    assert unconfirmed.steps == unmarked[1].steps
+    assert unconfirmed.at(2).step == unmarked[1].at(2).step
 
 
 def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
@@ -83,14 +83,13 @@ def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
     assert f"TFLOP a step, {share:.2%} more, in all ranks" in tables(muon)
     both = plan_of(**{"optim.matrices": "muon", "optim.others": "adamw8bit"})
     assert "optimizer: muon, adamw8bit of embeddings and head: " in tables(both)
-    saved = adamw.memory[0].optimizer - muon.memory[0].optimizer
+    saved = adamw.at(0).memory.optimizer - muon.at(0).memory.optimizer
     assert saved == 4 * muon.parameters.adapters
     # the memory bandwidth of a CPU is unknown, so only the products remain
-    assert muon.steps[0].optimizer == pytest.approx(muon.optimizer_flops / 0.4e12)
-    assert muon.steps[1].optimizer == pytest.approx(muon.steps[0].optimizer / 2)
-    moved = muon.network
-    assert moved[3].exchanged == pytest.approx(8 * muon.parameters.adapters / 2)
-    assert moved[2].exchanged == 0
+    assert muon.at(0).step.optimizer == pytest.approx(muon.optimizer_flops / 0.4e12)
+    assert muon.at(1).step.optimizer == pytest.approx(muon.at(0).step.optimizer / 2)
+    assert muon.at(3).network.exchanged == pytest.approx(8 * muon.parameters.adapters / 2)
+    assert muon.at(2).network.exchanged == 0
 
 
 @pytest.mark.more
@@ -103,7 +102,7 @@ def test_the_state_of_a_rule_of_ones_own_is_counted() -> None:
     of_adamw = 8 * 4 * (4 * 256 * 256 + 3 * 256 * 688)
     kept = 4 * 4 * (4 * attention + 3 * mlp)
     for stage, share in ((0, 1), (1, 2), (2, 2), (3, 2)):
-        saved = adamw.memory[stage].optimizer - plan.memory[stage].optimizer
+        saved = adamw.at(stage).memory.optimizer - plan.at(stage).memory.optimizer
         assert saved == (of_adamw - kept) / share
     (note,) = plan.notes
     assert "GaLore" in note
@@ -118,7 +117,7 @@ def test_tables_name_every_part() -> None:
     assert "7,358,720 in the model; remora trains" in text
     assert "4,096 tokens a step, 4,096,000 in all" in text
     assert re.search(r"ZeRO stage.* 2\*", text), "the stage in the settings is marked"
-    memory = plan.memory[2]
+    memory = plan.at(2).memory
     host = memory.host_base + memory.host_checkpoint
     assert plan.resident == FRAGMENTATION * (PROCESS_BYTES + memory.device + host)
     assert f"needs {plan.resident / 2**30:.3g} GiB for each process" in text
@@ -132,8 +131,8 @@ def test_a_start_from_other_weights_may_take_more_than_a_step() -> None:
     small = {"train.micro_batch_size": "1", "model.config": "configs/model/llama_130m.json", "method.name": "lora"}
     alone = {f"method.train_{what}": "false" for what in ("embeddings", "norms", "head")}
     trained, begun = (plan_of(**small, **alone, **more) for more in ({}, {"model.init_from": "models/base"}))
-    memory = begun.memory[2]
-    assert (trained.memory[2].host_start, memory.host_start) == (0, 4 * begun.parameters.total)
+    memory = begun.at(2).memory
+    assert (trained.at(2).memory.host_start, memory.host_start) == (0, 4 * begun.parameters.total)
     at_start = PROCESS_BYTES + memory.weights + memory.masters + memory.host_base + memory.host_start
     assert begun.resident == at_start > trained.resident
 
@@ -191,8 +190,8 @@ def test_a_card_has_its_stated_memory(monkeypatch: pytest.MonkeyPatch, name: str
     assert (card.name, card.memory_gb, card.tflops > 0) == (shown, memory, name != "L5")
     plan = plan_of(cluster=Cluster(2, 1, card, link_gbits=8.0))
     assert plan.fits(1) is True
-    assert plan.steps[1].network == pytest.approx(plan.network[1].sent / 1e9)
-    assert (plan.steps[1].optimizer > 0) == (name != "L5")
+    assert plan.at(1).step.network == pytest.approx(plan.at(1).network.sent / 1e9)
+    assert (plan.at(1).step.optimizer > 0) == (name != "L5")
 
 
 @pytest.mark.more
@@ -201,7 +200,7 @@ def test_time_of_a_step_on_a_cluster() -> None:
     cluster = Cluster(2, 4, named_device("h100"), link_gbits=80.0)
     plan = plan_of(cluster=cluster, utilization=0.4, **{"train.batch_size": "64"})
     trainable = plan.parameters.trainable
-    one = plan.steps[1]
+    one = plan.at(1).step
     assert one.network == pytest.approx(
         (2 * 2 + 2) * trainable * 7 / 8 / 10e9
     )  # all-reduced and gathered in bf16, at 10 GB/s
@@ -209,20 +208,20 @@ def test_time_of_a_step_on_a_cluster() -> None:
     assert one.compute == pytest.approx(plan.flops.total * plan.config.tokens_per_step / (8 * 0.4e12))
     assert one.hidden == 0
     assert one.total == one.compute + one.optimizer + one.network
-    three = plan.steps[3]
+    three = plan.at(3).step
     assert three.hidden == min(three.network, three.compute) > 0
     waiting = plan_of(
         cluster=cluster, **{"train.batch_size": "64", "train.deepspeed": "{zero_optimization: {overlap_comm: false}}"}
     )
-    assert waiting.steps[2].hidden == 0 < plan.steps[2].hidden
+    assert waiting.at(2).step.hidden == 0 < plan.at(2).step.hidden
     slow = plan_of(cluster=Cluster(2, 4, named_device("h100"), link_gbits=0.8), **{"train.batch_size": "64"})
-    assert slow.steps[1].network == pytest.approx(100 * one.network)
-    assert slow.steps[3].total == pytest.approx(slow.steps[3].network + slow.steps[3].optimizer)
+    assert slow.at(1).step.network == pytest.approx(100 * one.network)
+    assert slow.at(3).step.total == pytest.approx(slow.at(3).step.network + slow.at(3).step.optimizer)
     within = plan_of(cluster=Cluster(1, 8, named_device("h100")), **{"train.batch_size": "64"})
-    assert within.steps[1].network == pytest.approx(one.network * 10 / 450)
-    assert plan.seconds == pytest.approx(1000 * plan.steps[2].total)
+    assert within.at(1).step.network == pytest.approx(one.network * 10 / 450)
+    assert plan.seconds == pytest.approx(1000 * plan.at(2).step.total)
     again = plan_of(cluster=cluster, **{"train.batch_size": "64", "model.activation_checkpointing": "true"})
-    assert again.steps[2].compute > 1.2 * plan.steps[2].compute
+    assert again.at(2).step.compute > 1.2 * plan.at(2).step.compute
 
 
 @each(
@@ -252,9 +251,9 @@ def test_ranks_on_one_host_share_its_processors(monkeypatch: pytest.MonkeyPatch)
 
 def test_remora_sends_only_trainable_parameters_below_stage_3() -> None:
     remora, full = plan_of(), plan_of(**{"method.name": "full"})
-    assert remora.network[2].sent / full.network[2].sent == remora.parameters.trainable / remora.parameters.total
-    assert remora.memory[0].optimizer < full.memory[0].optimizer
-    assert full.memory[0].host_base == 0 < remora.memory[0].host_base
+    assert remora.at(2).network.sent / full.at(2).network.sent == remora.parameters.trainable / remora.parameters.total
+    assert remora.at(0).memory.optimizer < full.at(0).memory.optimizer
+    assert full.at(0).memory.host_base == 0 < remora.at(0).memory.host_base
     wide = plan_of(**{"train.deepspeed": "{communication_data_type: fp32}"})
-    assert wide.network[2].all_reduced == 2 * remora.network[2].all_reduced
+    assert wide.at(2).network.all_reduced == 2 * remora.at(2).network.all_reduced
     assert all(parameter.is_meta for parameter in remora.model.parameters()), "nothing is allocated"
