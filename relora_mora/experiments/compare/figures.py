@@ -88,10 +88,8 @@ def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> 
     against = against or groups[0]
     rows = sorted(zip(groups, styles(), strict=False), key=lambda each: np.mean(perplexities(each[0], sets[-1])))
     several = any(len(group.runs) > 1 for group in groups)
-    labels = []
-    for group, _ in rows:
-        seeds = " (1 seed)" if several and len(group.runs) == 1 else ""
-        labels.append(textwrap.fill(f"{group.label}{seeds}{_state(group)}", LABEL_LETTERS))
+    one = " (1 seed)" if several else ""
+    labels = [_caption(group, one if len(group.runs) == 1 else "", LABEL_LETTERS) for group, _ in rows]
     heights = np.array([label.count("\n") + 1.6 for label in labels])  # in lines
     places = np.cumsum(heights) - heights / 2
     line = textwrap.fill(f"dashed: {against.label}", LETTERS)
@@ -133,16 +131,15 @@ def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Mapping[str, Sequ
     return figure
 
 
-def _state(group: Group) -> str:
-    return f" [{group.state}]" if group.state else ""
+def _caption(group: Group, seeds: str, width: int) -> str:
+    state = f" [{group.state}]" if group.state else ""
+    return textwrap.fill(f"{group.label}{seeds}{state}", width)
 
 
 def _with_legend(height: float, groups: Sequence[Group]) -> Figure:
     """A figure with this height for panels, in inches, and a legend of the groups below it."""
-    names = []
-    for group in groups:
-        seeds = f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""
-        names.append(textwrap.fill(f"{group.label}{seeds}{_state(group)}", LETTERS))
+    seeds = [f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else "" for group in groups]
+    names = [_caption(group, words, LETTERS) for group, words in zip(groups, seeds, strict=True)]
     columns = 1 if max(map(len, names)) > LETTERS / 2 - 8 else 2
     lines = sum(name.count("\n") + 1 for name in names) / columns
     figure = Figure(figsize=(WIDTH, height + 0.2 * (lines + 1)), layout="constrained")

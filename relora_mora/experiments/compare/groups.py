@@ -123,9 +123,7 @@ def _rank(runs: Sequence[Run]) -> tuple[int, bool, float]:
 
 def _history(run: Run) -> str:
     """The step at which the run began if not 0, and the changes at its resumes, in words; empty for nearly all runs."""
-    changes = [
-        f"{' and '.join(dict.fromkeys(text.partition(':')[0] for text in changed))} changed at step {step:,}"
-        for step, changed in run.changes
-    ]
-    began = [f"started from a checkpoint of step {run.first_step:,}"] if run.first_step else []
-    return ", ".join(began + changes)
+    (first_step, _), *changes = run.history
+    began = [f"started from a checkpoint of step {first_step:,}"] if first_step else []
+    named = ((step, dict.fromkeys(text.partition(":")[0] for text in changed)) for step, changed in changes)
+    return ", ".join([*began, *(f"{' and '.join(names)} changed at step {step:,}" for step, names in named)])

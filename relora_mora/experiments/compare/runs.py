@@ -161,21 +161,19 @@ class Run:
         return {name: digest for name, digest in self.start.get(NOTED, {}).items() if name != "data.validation"}
 
     @property
-    def first_step(self) -> int:
-        """The step at which the first start began; above 0 if it resumed another run's checkpoint."""
-        return int(self.start.get("step", 0))
+    def history(self) -> list[tuple[int, list[str]]]:
+        """The step at which it began, and (step, changes in words) for each resume that changed something relevant.
 
-    @property
-    def changes(self) -> list[tuple[int, list[str]]]:
-        """(step, changes in words) for each resume that changed something relevant."""
-        return [(step, changed) for step, changed in self.start.get(CHANGES, ())]
+        It begins above 0 if it resumed another run's checkpoint.
+        """
+        return [(self.start.get("step", 0), []), *((step, changed) for step, changed in self.start.get(CHANGES, ()))]
 
     @cached_property
     def notes(self) -> dict[str, Any]:
         """What makes it another run than one with the same settings, by the setting that it belongs to."""
         scored = {name: self.scored(name, "digest") for name in self.validation_sets}
         noted = {"data.validation": scored} if any(scored.values()) else {}
-        return {**self.began_with, **noted, "history": [self.first_step, self.changes]}
+        return {**self.began_with, **noted, "history": self.history}
 
     def tokens(self, steps: Any) -> NDArray[np.int64]:
         """Tokens trained on after these steps: [n] -> [n]"""

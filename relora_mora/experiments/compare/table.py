@@ -1,15 +1,24 @@
-"""The table of a comparison, in Markdown, and the perplexities of its figures."""
+"""The table of a comparison, in Markdown, the perplexities of its figures, and its files."""
 
+import importlib.util
 import math
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 
 import pandas as pd
 
 from relora_mora.experiments.compare.groups import Group
-from relora_mora.experiments.compare.runs import CompareError
+from relora_mora.experiments.compare.runs import TABLE, CompareError
 from relora_mora.experiments.compare.settings import as_text
+from relora_mora.system.bars import Bar
+from relora_mora.system.files import disk_faults_named, write_synced
 
+COSTS = (
+    ("tokens/s", "perf/tokens_per_second", "median", ",.0f"),
+    ("peak memory, GiB", "perf/peak_memory_gib", "max", ".2f"),
+)
 LARGE = 1e7  # a perplexity that needs no decimals
 UNKNOWN = "–"
 
@@ -42,12 +51,9 @@ def markdown(groups: Sequence[Group], against: Group | None = None) -> str:
         columns[f"loss{ending}"] = [_spread([loss for _, loss in group.last(name)], ".4f") for group in groups]
         columns[f"perplexity{ending}"] = [_spread(each, ".2f" if max(each) < LARGE else ".3g") for each in found]
         columns[f"ratio{ending}"] = [f"{mean(each) / compared_with:.3f}" for each in found]
-    for title, tag, over_run, spec in (
-        ("tokens/s", "perf/tokens_per_second", "median", ",.0f"),
-        ("peak memory, GiB", "perf/peak_memory_gib", "max", ".2f"),
-    ):
-        of_runs = [[run.series(tag).agg(over_run) for run in group.runs] for group in groups]
-        columns[title] = [_spread([value for value in each if not math.isnan(value)], spec) for each in of_runs]
+    for title, tag, over_run, spec in COSTS:
+        of_runs = [pd.Series([run.series(tag).agg(over_run) for run in group.runs]) for group in groups]
+        columns[title] = [_spread([*each.dropna()], spec) for each in of_runs]
     notes = [f"Loss in nats per token of held-out text; ratio: perplexity relative to {reference.label}."]
     if "seeds" in columns:
         notes.append("Means over seeds, with the lowest and the highest value in parentheses.")
@@ -148,3 +154,36 @@ def _spread(values: Sequence[float], spec: str) -> str:
         return UNKNOWN
     shown, low, high = (format(value, spec) for value in (mean(values), min(values), max(values)))
     return shown if low == high else f"{shown} ({low}–{high})"
+
+
+def check_folder(folder: Path) -> None:
+    """Raises :class:`CompareError` if ``folder`` is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise CompareError(f"--out: {folder} is a file, expected a folder; give another path")
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed; otherwise says how to get it."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    sys.stderr.write("only the table is written: figures need matplotlib; pip install 'relora_mora[plot]'\n")
+    return False
+
+
+def write_comparison(folder: Path, table: str, groups: Sequence[Group], against: Group | None = None) -> None:
+    """Writes a table and, if matplotlib is installed, the figures of its groups."""
+    files: dict[str, str | bytes] = {TABLE: table}
+    if can_draw():
+        from relora_mora.experiments.compare.figures import figures_of
+
+        with Bar("drawing figures"):
+            files |= figures_of(groups, against)
+    write_files(folder, files)
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Writes files by name; replaces each existing file atomically."""
+    with disk_faults_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_synced(folder / name, content)

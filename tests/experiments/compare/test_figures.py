@@ -14,8 +14,8 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip insta
 from matplotlib.figure import Figure
 
 from relora_mora.experiments.compare.figures import figures_of, loss_figure, perplexity_figure, styles
-from relora_mora.experiments.compare.files import write_files
 from relora_mora.experiments.compare.groups import Group, group_runs
+from relora_mora.experiments.compare.table import write_files
 from tests.experiments.compare.folders import TOKENS, made_run
 from tests.tools.commands import files_end_at
 from tests.tools.each import each
