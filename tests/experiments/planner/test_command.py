@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from relora_mora.config.shipped import MODELS, SETTINGS, shipped_files
 from relora_mora.model.config import read_model_config
 from relora_mora.sizing.measure import flops_per_token
 from tests.tools.each import each
+from tests.tools.grids import rest
 from tests.tools.helpers import ROOT
 
 CONFIG = ROOT / "configs" / "run" / "tiny_remora_paper.yaml"
@@ -111,30 +113,24 @@ def test_command_line_mistakes(capsys: pytest.CaptureFixture[str], arguments: li
     assert message in capsys.readouterr().err
 
 
-def test_names_of_models_tasks_and_studies_have_a_plan(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+NOTES = {
+    "llama_tiny": "ReMoRA of rank 64",
+    "llama_9m": "ReMoRA of rank 32",
+    "paper_tiny": "study of 35 runs",
+    "math": "train.epochs",
+    "memory_tiny": "not on this machine",
+    "mine": "ReMoRA of rank 64",
+}
+
+
+@pytest.mark.parametrize("only", [NOTES, *rest(((),))])
+def test_all_names_have_a_plan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: Collection[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)  # no text, tokenizer or weights are here
-    expected = {
-        "llama_tiny": "ReMoRA of rank 64",
-        "llama_9m": "ReMoRA of rank 32",
-        "paper_tiny": "study of 35 runs",
-        "math": "train.epochs",
-        "memory_tiny": "not on this machine",
-    }
-    names = [name for name in shipped_files([*SETTINGS, *MODELS]) if name in expected]
-    assert set(names) == set(expected)
     shutil.copy(ROOT / "configs/model/llama_tiny.json", "mine")
-    expected["mine"] = expected["llama_tiny"]
-    for name in [*names, "mine"]:
-        lines = lines_of(capsys, name, "--world_size=1", "--device=h100")
-        assert expected[name] in " ".join(lines), (name, lines)
-
-
-@pytest.mark.more
-def test_all_names_have_a_plan(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in shipped_files([*SETTINGS, *MODELS]):
-        assert lines_of(capsys, name, "--world_size=1", "--device=h100")[0].startswith("fits: "), name
+    names = {*shipped_files([*SETTINGS, *MODELS]), "mine"}
+    assert names > NOTES.keys()
+    for name in only or names:
+        first, *lines = lines_of(capsys, name, "--world_size=1", "--device=h100")
+        assert first.startswith("fits: ") and NOTES.get(name, "") in " ".join(lines), (name, first, lines)
