@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from relora_mora.experiments.planner.step import Cluster
 from relora_mora.experiments.planner.given import plan_of
 from relora_mora.experiments.planner.plan import Plan
+from relora_mora.experiments.planner.step import Cluster
 from relora_mora.system.devices import DEVICES, named_device
 
 _HEAD = """\

@@ -10,6 +10,8 @@ import pandas as pd
 from relora_mora.experiments.compare.runs import CompareError, Run
 from relora_mora.experiments.compare.settings import differences, method_title, texts_of
 
+UNKNOWN = "–"
+
 
 @dataclass(frozen=True)
 class Group:
@@ -56,6 +58,10 @@ class Group:
             return [(each.index[-1], each.iloc[-1]) for each in series]
         step = self.losses(name).index[-1]
         return [(step, each[step]) for each in series]
+
+    def perplexities(self, name: str) -> list[float]:
+        """The perplexity of each run on a held-out set, at the step at which the run is judged."""
+        return [math.exp(min(loss, 700.0)) for _, loss in self.last(name)]
 
 
 def group_runs(given: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[str] = ()) -> list[Group]:
@@ -113,6 +119,45 @@ def group_of(groups: Sequence[Group], name: str) -> Group:
         fault = f"matches {folders}" if matches else "matches none of the runs, or --best left it out"
         raise CompareError(f"{name}: {fault}; give the path of one run's folder")
     return matches[0][0]
+
+
+def common_sets(groups: Sequence[Group]) -> list[str]:
+    """Names of the held-out sets that all runs were evaluated on, in the order of the first run.
+
+    Raises :class:`CompareError` if there is none.
+    """
+    runs = [run for group in groups for run in group.runs]
+    common = [name for name in runs[0].validation_sets if all(name in run.validation_sets for run in runs)]
+    if not common:
+        evaluated = [", ".join(map(set_title, run.validation_sets)) or "no evaluation yet" for run in runs]
+        listed = "; ".join(f"{runs[evaluated.index(sets)].folder}: {sets}" for sets in dict.fromkeys(evaluated))
+        raise CompareError(
+            f"the runs have no validation set in common ({listed}); compare runs that have evaluated the same "
+            "data.validation"
+        )
+    for group in groups:
+        for name in common:
+            if group.losses(name).empty:
+                folders = ", ".join(str(run.folder) for run in group.runs)
+                raise CompareError(
+                    f"{folders}: no step with a finite loss on {set_title(name)}; leave the run out, or give seeds "
+                    "that have a step in common"
+                )
+    return common
+
+
+def set_title(name: str) -> str:
+    return f"set {name}" if name else "a set without a name"
+
+
+def count(value: float | None) -> str:
+    """A number with three digits and a unit, such as 1.23M."""
+    if value is None:
+        return UNKNOWN
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= 0.9995 * size:  # rounds up to one unit
+            return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:,.0f}{unit}"
+    return f"{value:g}"
 
 
 def _rank(runs: Sequence[Run]) -> tuple[int, bool, float]:

@@ -1,7 +1,6 @@
-"""The table of a comparison, in Markdown, the perplexities of its figures, and its files."""
+"""The table of a comparison, in Markdown, and its files."""
 
 import importlib.util
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from statistics import mean
 
 import pandas as pd
 
-from relora_mora.experiments.compare.groups import Group
+from relora_mora.experiments.compare.groups import UNKNOWN, Group, common_sets, count, set_title
 from relora_mora.experiments.compare.runs import TABLE, CompareError
 from relora_mora.experiments.compare.settings import as_text
 from relora_mora.system.bars import Bar
@@ -20,7 +19,6 @@ COSTS = (
     ("peak memory, GiB", "perf/peak_memory_gib", "max", ".2f"),
 )
 LARGE = 1e7  # a perplexity that needs no decimals
-UNKNOWN = "–"
 
 
 def markdown(groups: Sequence[Group], against: Group | None = None) -> str:
@@ -46,8 +44,8 @@ def markdown(groups: Sequence[Group], against: Group | None = None) -> str:
     columns["tokens"] = [count(each) + "*" * bool(group.state) for each, group in zip(tokens, groups, strict=True)]
     for name in sets:
         ending = f" ({name})" if name else ""
-        found = [perplexities(group, name) for group in groups]
-        compared_with = mean(perplexities(reference, name))
+        found = [group.perplexities(name) for group in groups]
+        compared_with = mean(reference.perplexities(name))
         columns[f"loss{ending}"] = [_spread([loss for _, loss in group.last(name)], ".4f") for group in groups]
         columns[f"perplexity{ending}"] = [_spread(each, ".2f" if max(each) < LARGE else ".3g") for each in found]
         columns[f"ratio{ending}"] = [f"{mean(each) / compared_with:.3f}" for each in found]
@@ -62,36 +60,6 @@ def markdown(groups: Sequence[Group], against: Group | None = None) -> str:
         notes.append("The runs were evaluated after unequal numbers of tokens: their ratios do not compare methods.")
     notes += [*_other_content(groups), *(note for name in sets for note in _other_scores(groups, name))]
     return table_of(columns, left=words) + "".join(f"\n{note}\n" for note in notes)
-
-
-def common_sets(groups: Sequence[Group]) -> list[str]:
-    """Names of the held-out sets that all runs were evaluated on, in the order of the first run.
-
-    Raises :class:`CompareError` if there is none.
-    """
-    runs = [run for group in groups for run in group.runs]
-    common = [name for name in runs[0].validation_sets if all(name in run.validation_sets for run in runs)]
-    if not common:
-        evaluated = [", ".join(map(_set_title, run.validation_sets)) or "no evaluation yet" for run in runs]
-        listed = "; ".join(f"{runs[evaluated.index(sets)].folder}: {sets}" for sets in dict.fromkeys(evaluated))
-        raise CompareError(
-            f"the runs have no validation set in common ({listed}); compare runs that have evaluated the same "
-            "data.validation"
-        )
-    for group in groups:
-        for name in common:
-            if group.losses(name).empty:
-                folders = ", ".join(str(run.folder) for run in group.runs)
-                raise CompareError(
-                    f"{folders}: no step with a finite loss on {_set_title(name)}; leave the run out, or give seeds "
-                    "that have a step in common"
-                )
-    return common
-
-
-def perplexities(group: Group, name: str) -> list[float]:
-    """The perplexity of each run of a group on a held-out set, at the step at which the run is judged."""
-    return [math.exp(min(loss, 700.0)) for _, loss in group.last(name)]
 
 
 def table_of(columns: Mapping[str, Sequence[str]], *, left: int) -> str:
@@ -121,7 +89,7 @@ def _other_content(groups: Sequence[Group]) -> list[str]:
 
 def _other_scores(groups: Sequence[Group], name: str) -> list[str]:
     """A note if a held-out set is not the same in all runs, or may not be."""
-    title = _set_title(name).capitalize()
+    title = set_title(name).capitalize()
     firsts = [group.runs[0] for group in groups]
     digests = {run.scored(name, "digest") for run in firsts}
     if len(digests - {None}) > 1 or len({run.scored(name, "tokens") for run in firsts}) > 1:
@@ -132,20 +100,6 @@ def _other_scores(groups: Sequence[Group], name: str) -> list[str]:
             "text and tokenizer are the same."
         ]
     return []
-
-
-def _set_title(name: str) -> str:
-    return f"set {name}" if name else "a set without a name"
-
-
-def count(value: float | None) -> str:
-    """A number with three digits and a unit, such as 1.23M."""
-    if value is None:
-        return UNKNOWN
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= 0.9995 * size:  # rounds up to one unit
-            return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:,.0f}{unit}"
-    return f"{value:g}"
 
 
 def _spread(values: Sequence[float], spec: str) -> str:

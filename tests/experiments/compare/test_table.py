@@ -11,7 +11,7 @@ import pytest
 
 from relora_mora.experiments.compare.groups import Group, group_runs
 from relora_mora.experiments.compare.runs import CompareError, read_run
-from relora_mora.experiments.compare.table import markdown, perplexities
+from relora_mora.experiments.compare.table import markdown
 from relora_mora.system.run_folder import RunFolder
 from tests.experiments.compare.folders import made_run, write_run
 from tests.tools.each import each
@@ -33,7 +33,7 @@ def _cells(table: str) -> list[dict[str, str]]:
 def test_a_row_has_the_last_evaluation_and_what_it_cost(tmp_path: Path) -> None:
     groups = _groups(tmp_path, {**FULL, "losses": [9.0, 4.0, 3.0, 2.0, 1.5]}, {"step_seconds": 4.0})
     full, remora = _cells(markdown(groups))
-    assert perplexities(groups[1], "") == [math.e]
+    assert groups[1].perplexities("") == [math.e]
     assert full["ratio"] == "1.000"
     assert remora == {
         "method": "ReMoRA (1, 2)",
