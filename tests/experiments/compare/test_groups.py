@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -178,81 +179,68 @@ def test_a_repeated_seed_is_not_another_seed(tmp_path: Path) -> None:
 
 
 PAIRS = {"source": "q/pairs.jsonl", "records": {"kind": "question", "too_long": "drop"}}
+MUON_RULE = {"optim.matrices": "muon", "optim.rule": {"rank": 2}}
 
 
 @each(
-    ("runs", "expected"),
+    ("runs", "labels"),
     [
+        ([{"method.name": name} for name in ("full", "lora", "relora")], ["Full rank", "LoRA", "ReLoRA"]),
         (
-            [{"method": {"name": name}} for name in ("full", "lora", "mora", "relora", "remora")],
-            ["Full rank", "LoRA", "MoRA", "ReLoRA", "ReMoRA (1, 2)"],
-        ),
-        (
-            [{"data": {"validation": {"a": "a.jsonl", "q": q}}} for q in ("q/q.jsonl", PAIRS)],
+            [{"data.validation": {"a": "a.jsonl", "q": q}} for q in ("q/q.jsonl", PAIRS)],
             [
-                "ReMoRA (1, 2), validation a a.jsonl, q q",
-                "ReMoRA (1, 2), validation a a.jsonl, q source pairs, records kind question, too_long drop",
+                "-, validation a a.jsonl, q q",
+                "-, validation a a.jsonl, q source pairs, records kind question, too_long drop",
             ],
         ),
         (
-            [{"optim": {"lr": 1e-3}}, {"optim": {"lr": 2e-4}}, {"method": {"name": "full"}, "optim": {"lr": 1e-3}}],
-            ["ReMoRA (1, 2), lr 0.001", "ReMoRA (1, 2), lr 0.0002", "Full rank, lr 0.001"],
+            [{"optim.lr": 1e-3}, {"optim.lr": 2e-4}, {"method.name": "full", "optim.lr": 1e-3}],
+            ["-, lr 0.001", "-, lr 0.0002", "Full rank, lr 0.001"],
         ),
+        ([{"method.merge_until_step": step} for step in (None, 30)], ["-", "-, merge until step 30"]),
         (
-            [{"method": {"merge_until_step": step}} for step in (None, 30)],
-            ["ReMoRA (1, 2)", "ReMoRA (1, 2), merge until step 30"],
+            [{"method.rank_pattern": ranks} for ranks in ({}, {"q_proj": 2, "up_proj": 8})],
+            ["-", "-, rank pattern q_proj 2, up_proj 8"],
         ),
+        ([{"optim.matrices": name} for name in ("adamw", "muon")], ["-, AdamW", "-, Muon"]),
         (
-            [{"method": {"rank_pattern": ranks}} for ranks in ({}, {"q_proj": 2, "up_proj": 8})],
-            ["ReMoRA (1, 2)", "ReMoRA (1, 2), rank pattern q_proj 2, up_proj 8"],
+            [{"method.reset": "none", "optim.matrices": name} for name in ("adamw", "a/rules.py:Mine")],
+            ["-, AdamW", "-, Mine"],
         ),
+        ([MUON_RULE, {"optim.momentum": 0.5}], ["-, Muon", "-, AdamW"]),  # settings that the optimizers do not use
+        ([{"method.rank": 2}, {"method.rank": 9, "method.name": "full"}], ["-", "Full rank"]),  # nor the method
         (
-            [{"optim": {"matrices": name}} for name in ("adamw", "muon")],
-            ["ReMoRA (1, 2), AdamW", "ReMoRA (1, 2), Muon"],
+            [{"method.rank": 2}, {"method.rank": 3}, {"method.name": "full"}],
+            ["-, rank 2", "-, rank 3", "Full rank"],
         ),
+        ([{"method.operators": [1, 2]}, {"method.operators": [1, 2, 3, 4]}], ["-", "ReMoRA (1, 2, 3, 4)"]),
         (
-            [{"method": {"reset": "none"}, "optim": {"matrices": name}} for name in ("adamw", "a/rules.py:Mine")],
-            ["ReMoRA (1, 2), AdamW", "ReMoRA (1, 2), Mine"],
-        ),
-        # a setting that the optimizer does not use
-        (
-            [{"optim": {"matrices": "muon", "rule": {"rank": 2}}}, {"optim": {"momentum": 0.5}}],
-            ["ReMoRA (1, 2), Muon", "ReMoRA (1, 2), AdamW"],
-        ),
-        # a setting that the method does not use
-        ([{"method": {"rank": 2}}, {"method": {"rank": 9, "name": "full"}}], ["ReMoRA (1, 2)", "Full rank"]),
-        (
-            [{"method": {"rank": 2}}, {"method": {"rank": 3}}, {"method": {"name": "full"}}],
-            ["ReMoRA (1, 2), rank 2", "ReMoRA (1, 2), rank 3", "Full rank"],
-        ),
-        (
-            [{"method": {"operators": [1, 2]}}, {"method": {"operators": [1, 2, 3, 4]}}],
-            ["ReMoRA (1, 2)", "ReMoRA (1, 2, 3, 4)"],
-        ),
-        (
-            [{"method": {"name": "mora", "operators": [1, 2]}}, {"method": {"name": "mora", "operators": [3]}}],
+            [{"method.name": "mora", "method.operators": operators} for operators in ([1, 2], [3])],
             ["MoRA, operators 1", "MoRA, operators 3"],
         ),
         (
-            [{"method": {"merge_every": 20}}, {"method": {"merge_every": 10, "train_norms": False}}],
-            ["ReMoRA (1, 2), train norms on, merge every 20", "ReMoRA (1, 2), train norms off, merge every 10"],
+            [{"method.merge_every": 20}, {"method.merge_every": 10, "method.train_norms": False}],
+            ["-, train norms on, merge every 20", "-, train norms off, merge every 10"],
         ),
         (
-            [{"model": {"config": "configs/small.json"}}, {"model": {"config": "configs/large.json"}}],
-            ["ReMoRA (1, 2), config small", "ReMoRA (1, 2), config large"],
+            [{"model.config": f"configs/{size}.json"} for size in ("small", "large")],
+            ["-, config small", "-, config large"],
         ),
         (
-            [{"data": {"validation": "a/held.jsonl"}}, {"data": {"validation": "b/held.jsonl"}}],
-            ["ReMoRA (1, 2), validation a/held.jsonl", "ReMoRA (1, 2), validation b/held.jsonl"],
+            [{"data.validation": f"{folder}/held.jsonl"} for folder in "ab"],
+            ["-, validation a/held.jsonl", "-, validation b/held.jsonl"],
         ),
-        (
-            [{"optim": {"lr_other": 0.5}}, {"checkpoint": {"every_steps": 3}, "log": {"every_steps": 2}}],
-            ["ReMoRA (1, 2), lr other 0.5", "ReMoRA (1, 2)"],
-        ),
+        ([{"optim.lr_other": 0.5}, {"checkpoint.every_steps": 3, "log.every_steps": 2}], ["-, lr other 0.5", "-"]),
     ],
 )
-def test_a_label_names_the_differences(tmp_path: Path, runs: list[Sections], expected: list[str]) -> None:
-    assert _labels(tmp_path, *runs) == expected
+def test_a_label_names_the_differences(tmp_path: Path, runs: list[dict[str, Any]], labels: list[str]) -> None:
+    """``-`` stands for the method of most runs."""
+    given: list[Sections] = [{} for _ in runs]
+    for sections, settings in zip(given, runs, strict=True):
+        for name, value in settings.items():
+            section, _, key = name.partition(".")
+            sections.setdefault(section, {})[key] = value
+    assert _labels(tmp_path, *given) == [re.sub("^-", "ReMoRA (1, 2)", label) for label in labels]
 
 
 def test_a_group_says_which_run_has_not_ended_or_has_diverged(tmp_path: Path) -> None:
