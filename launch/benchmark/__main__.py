@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
 
 from relora_mora.cli.command import missing_package, run
 from relora_mora.supervise.exits import leave_now
@@ -18,9 +17,9 @@ USAGE = f"""usage: python -m launch.benchmark {" | ".join(KINDS)} ...    (KIND -
   deepspeed --num_gpus=2 --module launch.benchmark steps configs/model/llama_130m.json --zero_stage=2"""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Runs one kind of benchmark and exits, as :func:`relora_mora.cli.command.run` does."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:]
     # DeepSpeed's launcher puts its --local_rank before the kind
     kind = next((argument for argument in arguments if not argument.startswith("-")), None)
     if kind not in KINDS:

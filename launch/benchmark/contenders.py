@@ -194,10 +194,6 @@ PEERS: dict[str, Callable[[Setting], Contender]] = {
 }
 
 
-def contender_of(name: str, setting: Setting) -> Contender:
-    return PEERS[name](setting) if name in PEERS else Ours(setting, *name.split("_"))
-
-
 def chosen(names: list[str], world_size: int) -> list[str]:
     """Checks the names of the contenders.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from launch.benchmark.contenders import Contender, Ours, Setting, contender_of
+from launch.benchmark.contenders import PEERS, Contender, Ours, Setting
 from launch.benchmark.turns import take_turns
 from relora_mora.distributed.collectives import sum_over_hosts
 from relora_mora.sizing.measure import LiveBytes
@@ -35,7 +35,7 @@ def run(
     found = {}
     for name in names:
         before = live_tensors()  # kept alive, so that no new tensor gets one of their addresses
-        contender = built[name] = contender_of(name, setting)
+        contender = built[name] = PEERS[name](setting) if name in PEERS else Ours(setting, *name.split("_"))
         for _ in range(warmup):
             contender.step()
         found[name] = _bytes_of_step(contender, before, setting.device)

@@ -109,6 +109,10 @@ def main(
     return int(bool(lost))
 
 
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
 RATIOS = ("step_seconds", "trainable_parameters", "bytes_held", "bytes_at_peak", "bytes_sent")
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "step s": ("step_seconds", "{:.3f}".format),
@@ -119,9 +123,9 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "use": ("utilization", "{:.0%}".format),
     "merge": ("merge_steps", "{:.2f}x".format),
     "trains": ("trainable_parameters", "{:,}".format),
-    "state MiB": ("bytes_held", lambda size: f"{size / 2**20:,.1f}"),
-    "peak MiB": ("bytes_at_peak", lambda size: f"{size / 2**20:,.1f}"),
-    "sent MiB": ("bytes_sent", lambda size: f"{size / 2**20:,.1f}"),
+    "state MiB": ("bytes_held", _mib),
+    "peak MiB": ("bytes_at_peak", _mib),
+    "sent MiB": ("bytes_sent", _mib),
 }
 
 
