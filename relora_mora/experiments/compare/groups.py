@@ -80,30 +80,37 @@ def group_runs(given: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence
         for name in names:
             if not any(name in run.settings for run in runs):
                 raise CompareError(f"--{option}: no run has a setting {name}; docs/settings.md lists all settings")
-    settings = texts_of([run.compared for run in runs]).fillna("null")
-    rest = _joined(settings, best)
-    notes = texts_of([run.notes for run in runs])
-    notes = notes.fillna(notes.groupby(rest).transform("first")).fillna("null")  # as in the runs like it
-    frame = pd.DataFrame({"run": runs, "seed": [run.seed for run in runs]})
-    frame["settings"] = _joined(settings) + _joined(notes)
-    frame["rest"] = rest + _joined(notes, best)
-    frame["repeated"] = frame.groupby(["settings", "seed"]).cumcount()
-    rows = frame.groupby(["settings", "repeated"], sort=False).agg({"run": tuple, "rest": "first"})
-    if best:
-        ranks = pd.DataFrame([*map(_rank, rows.run)], index=rows.index).sort_values([0, 1, 2], kind="stable")
-        rows = rows[rows.index.isin(rows.loc[ranks.index].drop_duplicates("rest").index)]
-    compared = [seeds[0].compared for seeds in rows.run]
+    rows = _rows(runs, best)
+    compared = [seeds[0].compared for seeds in rows]
     groups = []
-    for seeds, settings, named in zip(rows.run, compared, differences(compared, unnamed), strict=True):
+    for seeds, settings, named in zip(rows, compared, differences(compared, unnamed), strict=True):
         differs = filter(None, dict.fromkeys([named, *map(_history, seeds)]))
         groups.append(Group(method_title(settings), ", ".join(differs), seeds))
     labels = Counter(group.label for group in groups)
-    return [
-        group
-        if labels[group.label] == 1
-        else replace(group, differs=", ".join(filter(None, (group.differs, group.runs[0].folder.name))))
-        for group in groups
-    ]
+    for index, group in enumerate(groups):
+        if labels[group.label] > 1:
+            differs = filter(None, (group.differs, group.runs[0].folder.name))
+            groups[index] = replace(group, differs=", ".join(differs))
+    return groups
+
+
+def _rows(runs: Sequence[Run], best: Sequence[str]) -> list[tuple[Run, ...]]:
+    """The runs of each group, as :func:`group_runs` says."""
+    settings = texts_of(run.compared for run in runs).fillna("null")
+    rest = _joined(settings, best)
+    notes = texts_of(run.notes for run in runs)
+    notes = notes.fillna(notes.groupby(rest).transform("first"))  # what a run has not noted is as in the runs like it
+    notes = notes.fillna("null")
+    frame = pd.DataFrame({"run": runs, "seed": [run.seed for run in runs]})
+    frame["row"] = _joined(settings) + _joined(notes)
+    frame["rest"] = rest + _joined(notes, best)
+    frame["repeated"] = frame.groupby(["row", "seed"]).cumcount()
+    rows = frame.groupby(["row", "repeated"], sort=False).agg({"run": tuple, "rest": "first"}).reset_index()
+    if best:
+        ranks = pd.DataFrame([*map(_rank, rows.run)], columns=["seeds", "is_unfinished", "loss"])
+        ranked = rows.loc[ranks.sort_values([*ranks], kind="stable").index]
+        rows = ranked.drop_duplicates("rest").sort_index()
+    return [*rows.run]
 
 
 def _joined(texts: pd.DataFrame, ignored: Sequence[str] = ()) -> pd.Series:

@@ -29,7 +29,6 @@ FRAGMENTATION = 1.1  # glibc's malloc held 3 to 17 % more than the parts in tiny
 class AtStage:
     """What the run needs at one ZeRO stage."""
 
-    setup: Setup
     memory: Memory
     network: Traffic
     step: StepTime
@@ -65,9 +64,7 @@ class Plan:
         self.parameters = count_parameters(self.model)
         self.optimizer_flops = product_flops(self.model, config.optim)  # of a step, over all ranks
         self._stages: dict[int, AtStage] = {}
-        setup = self._setup(self.zero_stage)
-        choose_forms(self.model, setup, self.cluster.device.memory_gb * 1e9 or None)
-        self.flops = measure(self.model, setup).flops  # of a token
+        self.flops = measure(self.model, self._setup(self.zero_stage)).flops  # of a token
         self.notes = [*self.notes, *remarks(config), *self._notes()]
 
     def _notes(self) -> list[str]:
@@ -92,15 +89,17 @@ class Plan:
         """What the run needs at a stage. Raises ValueError if its settings refuse that."""
         if stage not in self._stages:
             setup = self._setup(stage)
-            choose_forms(self.model, setup, self.cluster.device.memory_gb * 1e9 or None)
             sent = traffic(self.model, setup)
             rate = self.peak[0] * (self.utilization or ASSUMED_UTILIZATION)
             step = step_time(self.model, setup, self.cluster, sent, self.flops.performed, rate)
-            self._stages[stage] = AtStage(setup, peak_memory(self.model, setup), sent, step)
+            self._stages[stage] = AtStage(peak_memory(self.model, setup), sent, step)
         return self._stages[stage]
 
     def _setup(self, stage: int) -> Setup:
-        return Setup(self.config, stage, self.cluster.world_size, bf16=self.bf16, on_gpu=not self.cluster.on_cpu)
+        """The setup at a stage, for which the model's layers get their forms."""
+        setup = Setup(self.config, stage, self.cluster.world_size, bf16=self.bf16, on_gpu=not self.cluster.on_cpu)
+        choose_forms(self.model, setup, self.cluster.device.memory_gb * 1e9 or None)
+        return setup
 
     @property
     def tokens(self) -> int:
