@@ -157,7 +157,7 @@ def test_code_that_checks_settings_does_not_import_torch():
 
 def test_pandas_and_matplotlib_are_imported_only_for_tables_and_figures():
     assert not _imported_with("pandas", "cli", "commands", "config")
-    assert not _imported_with("matplotlib", "cli", "commands", "experiments/compare/files.py")
+    assert not _imported_with("matplotlib", "cli", "commands", "experiments/compare/table.py")
 
 
 def _files_of(path: Path) -> list[Path]:

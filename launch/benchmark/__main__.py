@@ -4,40 +4,28 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
 
 from relora_mora.cli.command import missing_package, run
 from relora_mora.supervise.exits import leave_now
 from relora_mora.system.process import sleep_soon
 
-KINDS = {
-    "steps": "whole training steps of several methods side by side: time, memory, traffic",
-    "layers": "the seven linears of a decoder layer, forward and backward",
-}
-USAGE = """usage: python -m launch.benchmark KIND ...    (KIND --help lists its arguments)
+KINDS = ("steps", "layers")
+USAGE = f"""usage: python -m launch.benchmark {" | ".join(KINDS)} ...    (KIND --help lists its arguments)
 
-{kinds}
-
-`steps` measures a job of several ranks if a launcher starts it:
+`steps` measures a job of several ranks if a launcher starts it (on CPUs put DS_ACCELERATOR=cpu in front):
   torchrun --nproc_per_node=2 -m launch.benchmark steps configs/model/llama_130m.json --zero_stage=2
-  deepspeed --num_gpus=2 --module launch.benchmark steps configs/model/llama_130m.json --zero_stage=2
-On CPUs put DS_ACCELERATOR=cpu in front.""".format(
-    kinds="\n".join(f"  {kind:8} {description}" for kind, description in KINDS.items())
-)
+  deepspeed --num_gpus=2 --module launch.benchmark steps configs/model/llama_130m.json --zero_stage=2"""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Runs one kind of benchmark and exits, as :func:`relora_mora.cli.command.run` does."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:]
     # DeepSpeed's launcher puts its --local_rank before the kind
     kind = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if kind is None and {"-h", "--help"} & set(arguments):
-        print(USAGE)
-        raise SystemExit(0)
     if kind not in KINDS:
-        fault = "KIND is missing" if kind is None else f"got {kind!r}"
-        print(f"{fault}, expected one of {', '.join(KINDS)}\n\n{USAGE}", file=sys.stderr)
-        raise SystemExit(2)
+        asked = kind is None and {"-h", "--help"} & set(arguments)
+        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        raise SystemExit(0 if asked else 2)
     arguments.remove(kind)
     sleep_soon()  # as the trainer does
     try:

@@ -11,7 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,19 +61,6 @@ class Setting:
         return batches
 
 
-class Contender(Protocol):
-    """One method, ready to make optimizer steps."""
-
-    model: nn.Module
-    trainable: int  # number of parameters over all ranks
-
-    def step(self) -> float:
-        """Makes one optimizer step; returns the loss of its last micro-batch."""
-
-    def on_host(self) -> list[Tensor]:
-        """Tensors that are not on the device, or would not be on a GPU."""
-
-
 class Ours:
     """A method of this trainer, on DeepSpeed.
 
@@ -106,7 +93,7 @@ class Ours:
             clip=config.optim.clip,
             bf16=setting.bf16,
         )
-        self.model: nn.Module = lm
+        self.on_host = [*self.base.weights.values()]  # tensors that are not on the device, or would not be on a GPU
         self.merger = Merger(self.engine, self.base, config.method, seed=config.train.seed)
         self.config = config
         self.batches = setting.batches()
@@ -120,30 +107,18 @@ class Ours:
             self.engine.accumulate(loss, last=index == len(self.batches) - 1)
         return self.engine.step(self.rates, loss.detach()).loss
 
-    def on_host(self) -> list[Tensor]:
-        return list(self.base.weights.values())
-
 
 def ours_config(setting: Setting, method: str, options: Sequence[str], world_size: int) -> Config:
     sequences = setting.tokens // setting.sequence_length
-    batch = sequences * setting.accumulation * world_size
+    sizes = {"batch_size": sequences * setting.accumulation * world_size, "micro_batch_size": sequences}
+    precision = "bf16" if setting.bf16 else "fp32"
+    text = {"train": "unused", "validation": "unused", "sequence_length": setting.sequence_length, "lanes": world_size}
     tree: dict[str, dict[str, Any]] = {
         "model": {"config": "unused", "compile": "compiled" in options},
         "tokenizer": {"path": "unused"},
-        "data": {
-            "train": "unused",
-            "validation": "unused",
-            "sequence_length": setting.sequence_length,
-            "lanes": world_size,
-        },
+        "data": text,
         "method": {"name": method},
-        "train": {
-            "run_dir": "unused",
-            "batch_size": batch,
-            "micro_batch_size": sequences,
-            "precision": "bf16" if setting.bf16 else "fp32",
-            "zero_stage": setting.zero_stage,
-        },
+        "train": {"run_dir": "unused", **sizes, "precision": precision, "zero_stage": setting.zero_stage},
     }
     if setting.finetune:
         tree = with_defaults(tree, {"method": FINETUNING["method"]})
@@ -158,6 +133,8 @@ def ours_config(setting: Setting, method: str, options: Sequence[str], world_siz
 
 class Plain:
     """A plain torch loop: model, loss, backward, clip, optimizer step."""
+
+    on_host: Sequence[Tensor] = ()
 
     def __init__(
         self, setting: Setting, prepare: Callable[[Any], tuple[Any, torch.optim.Optimizer]], *, own_loss: bool = False
@@ -185,8 +162,8 @@ class Plain:
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach()) * self.accumulation
 
-    def on_host(self) -> list[Tensor]:
-        return []
+
+Contender = Ours | Plain
 
 
 def _trainable(model: nn.Module) -> int:
@@ -198,32 +175,23 @@ def _adamw(lm: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
     return lm, torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
 
 
-def _peft_lora(setting: Setting) -> Contender:
+def _peft_lora(lm: Any, setting: Setting) -> tuple[nn.Module, torch.optim.Optimizer]:
     from peft import LoraConfig, get_peft_model
 
-    def prepare(lm: Any) -> tuple[Any, torch.optim.Optimizer]:
-        model = get_peft_model(
-            lm,
-            LoraConfig(r=setting.rank, lora_alpha=setting.rank, lora_dropout=0.0, target_modules=list(DECODER_LINEARS)),
-            autocast_adapter_dtype=False,
-        )
-        for name, parameter in model.named_parameters():
-            of_linears = any(f"{kind}." in name for kind in DECODER_LINEARS)
-            if "lora_" in name or not (of_linears or setting.finetune):
-                parameter.requires_grad_(True)
-        return _adamw(model)
-
-    return Plain(setting, prepare, own_loss=setting.finetune)
+    linears = list(DECODER_LINEARS)
+    lora = LoraConfig(r=setting.rank, lora_alpha=setting.rank, lora_dropout=0.0, target_modules=linears)
+    model = get_peft_model(lm, lora, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        of_linears = any(f"{kind}." in name for kind in DECODER_LINEARS)
+        if "lora_" in name or not (of_linears or setting.finetune):
+            parameter.requires_grad_(True)
+    return _adamw(model)
 
 
 PEERS: dict[str, Callable[[Setting], Contender]] = {
     "plain": lambda setting: Plain(setting, _adamw, own_loss=True),
-    "peft_lora": _peft_lora,
+    "peft_lora": lambda setting: Plain(setting, lambda lm: _peft_lora(lm, setting), own_loss=setting.finetune),
 }
-
-
-def contender_of(name: str, setting: Setting) -> Contender:
-    return PEERS[name](setting) if name in PEERS else Ours(setting, *name.split("_"))
 
 
 def chosen(names: list[str], world_size: int) -> list[str]:

@@ -1,35 +1,32 @@
-"""Forward and backward of the linears of a decoder layer: frozen, trained, and with adapters in each form.
-
-python -m launch.benchmark layers configs/model/llama_130m.json [--tokens=4096] [--dtype=bf16] [--threads=2]
-    [--operator=1] [--device=cuda]
-"""
+"""Forward and backward of the linears of a decoder layer: frozen, trained, and with adapters in each form."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import statistics
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from launch.benchmark.turns import chosen_device, seconds_of, take_turns
 from relora_mora import kernels
-from relora_mora.adapters.inject import choose_storage, replace_linears
+from relora_mora.adapters.inject import choose_storage, decoder_linears, replace_linears
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.cli.arguments import PositiveInt
 from relora_mora.config.registry import METHODS, OPERATORS
 from relora_mora.config.schema import MethodConfig, ModelConfig
+from relora_mora.model.causal import empty_model
 from relora_mora.model.config import read_model_config
-from relora_mora.model.widths import head_width
-from relora_mora.operators import MORA_TYPES
 from relora_mora.sizing.fit import check_adapters
 from relora_mora.system.hardware import device_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SHARING_AN_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 VARIANTS = (
     "frozen",
     "full",
@@ -50,34 +47,26 @@ def main(
     model: str,
     *,
     tokens: PositiveInt = 4096,
-    dtype: str = "bf16",
-    threads: PositiveInt | None = None,
+    dtype: Literal["bf16", "fp32"] = "bf16",
     rank: PositiveInt = 128,
-    operator: int = 1,
+    operator: Literal[1, 2, 3, 4, 6] = 1,
     repetitions: PositiveInt = 7,
-    device: str | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
 ) -> None:
     """Prints milliseconds of each variant, its ratio to the frozen linears, and the same as one line of JSON.
 
-    Variants take turns, and the median of each counts, so that other work on the machine affects all of them. Resident
-    variants do not build W + delta again, which a step does once. "merged int8" is only stored in 8 bits.
+    Variants take turns, and the median of each counts. Resident variants do not build W + delta again, which a step
+    does once. "merged int8" is only stored in 8 bits.
 
     Args:
         model: a model's JSON file such as configs/model/llama_130m.json
         tokens: rows of the inputs
         dtype: bf16 or fp32
-        threads: threads of torch and of the compiled kernels; default: torch's choice
         rank: LoRA's r; the square matrices have as many parameters
-        operator: the type of MoRA's operators, 1, 2, 3, 4, 6 or 7
+        operator: the type of MoRA's operators
         repetitions: turns of each variant, after one that does not count
         device: cpu or cuda; default: the device that a run would use here
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype: got {dtype}, expected {' or '.join(DTYPES)}")
-    if operator not in MORA_TYPES:
-        raise ValueError(f"--operator: got {operator}, expected one of {', '.join(map(str, MORA_TYPES))}")
-    if threads:
-        torch.set_num_threads(threads)
     place = chosen_device(device)
     method = MethodConfig(rank=rank)
     model_config = read_model_config(ModelConfig(config=model))
@@ -85,29 +74,21 @@ def main(
     layers = linears(model_config)
     variants = {name: Variant(name, layers, method, operator, tokens, DTYPES[dtype], place) for name in VARIANTS}
     measures = {name: variant.milliseconds for name, variant in variants.items()}
-    rounds = list(take_turns(measures, rounds=repetitions, warmup=1))
-    milliseconds = {name: statistics.median(measured[name] for measured in rounds) for name in VARIANTS}
-    ratios = {name: value / milliseconds["frozen"] for name, value in milliseconds.items()}
+    milliseconds = pd.DataFrame(take_turns(measures, rounds=repetitions, warmup=1)).median()
+    table = pd.DataFrame({"milliseconds": milliseconds, "ratio_to_frozen": milliseconds / milliseconds["frozen"]})
     print(
         f"{device_name()}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, "
         f"operator {operator}; kernels: {kernels.describe(place.type)}"
     )
-    for name in VARIANTS:
-        print(f"{name:20}{milliseconds[name]:10.3f} ms {ratios[name]:8.3f}")
-    print(json.dumps({"device": device_name(), "milliseconds": milliseconds, "ratio_to_frozen": ratios}))
+    print(table.to_string(float_format="{:.3f}".format))
+    print(json.dumps({"device": device_name(), **table.to_dict()}))
 
 
 def linears(model_config: PreTrainedConfig) -> list[tuple[int, dict[str, int]]]:
     """The width of each input of a decoder layer, and those of the outputs of the linears that share it."""
-    shared = getattr(model_config, "num_key_value_heads", None) or model_config.num_attention_heads
-    queries, keys = (head_width(model_config) * heads for heads in (model_config.num_attention_heads, shared))
-    hidden = model_config.hidden_size
-    wide = model_config.intermediate_size
+    found = {name.rpartition(".")[2]: layer for name, layer in decoder_linears(empty_model(model_config))}
     return [
-        (hidden, {"q_proj": queries, "k_proj": keys, "v_proj": keys}),
-        (queries, {"o_proj": hidden}),
-        (hidden, {"gate_proj": wide, "up_proj": wide}),
-        (wide, {"down_proj": hidden}),
+        (found[kinds[0]].in_features, {kind: found[kind].out_features for kind in kinds}) for kinds in SHARING_AN_INPUT
     ]
 
 

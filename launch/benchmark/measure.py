@@ -5,105 +5,71 @@ from __future__ import annotations
 import functools
 import gc
 import resource
-import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launch.benchmark.contenders import Contender, Ours, Setting, contender_of
-from launch.benchmark.turns import relative_spread, take_turns
+from launch.benchmark.contenders import PEERS, Contender, Ours, Setting
+from launch.benchmark.turns import take_turns
 from relora_mora.distributed.collectives import sum_over_hosts
+from relora_mora.sizing.measure import LiveBytes
 
 _RELEASE_SECONDS = 0.1  # gloo's threads keep a collective's tensors for a moment after its end
 
 
-class StepCost(NamedTuple):
-    """The cost of one step: seconds until the slowest rank was done, and for this process the processor seconds of all
-    its threads and its page faults."""
-
-    seconds: float
-    processor_seconds: float
-    page_faults: int
-
-
-@dataclass
-class Result:
-    """The measurements of one contender. ``loss`` shows that it trains.
-
-    Bytes are those of one rank; if ranks differ, of the first: ``held`` on the device between steps, ``peak`` within a
-    step, ``sent`` to collectives by kind.
-    """
-
-    name: str
-    steps: list[StepCost] = field(default_factory=list)
-    trainable: int = 0
-    held: int = 0
-    peak: int = 0
-    sent: dict[str, int] = field(default_factory=dict)
-    flops_per_step: float = 0.0
-    merge_seconds: float | None = None
-    loss: float = float("nan")
-
-    def median(self, what: str) -> float:
-        return statistics.median(getattr(step, what) for step in self.steps)
-
-    @property
-    def spread(self) -> float:
-        return relative_spread([step.seconds for step in self.steps])
-
-
 def run(
-    names: list[str],
-    setting: Setting,
-    *,
-    repeats: int,
-    warmup: int,
-    note: Callable[[str], object],
-    show: Callable[[str], None] | None = None,
-) -> list[Result]:
+    names: list[str], setting: Setting, *, repeats: int, warmup: int, peak: float, note: Callable[[str], object]
+) -> dict[str, dict[str, Any]]:
     """Builds every contender, runs ``repeats`` rounds in which each takes one step, then merges; a collective.
 
     Bytes are counted in a step between the ``warmup`` steps and the rounds. ``note`` gets a line when a contender is
-    ready, and after each round. ``show`` receives the report of torch's profiler on one additional step of each
-    contender.
+    ready, and after each round. Returns for each contender medians over its steps, and what else describes it: bytes
+    are those of one rank; if ranks differ, of the first. ``peak``: FLOP/s of a rank, for ``utilization``.
     """
     built: dict[str, Contender] = {}
-    results = {name: Result(name) for name in names}
-    for name, result in results.items():
+    found = {}
+    for name in names:
         before = live_tensors()  # kept alive, so that no new tensor gets one of their addresses
-        contender = built[name] = contender_of(name, setting)
+        contender = built[name] = PEERS[name](setting) if name in PEERS else Ours(setting, *name.split("_"))
         for _ in range(warmup):
-            result.loss = contender.step()
-        _count_bytes(result, contender, before, setting.device)
-        result.trainable = contender.trainable
-        if isinstance(contender, Ours):  # the arithmetic of other packages is unknown
-            result.flops_per_step = contender.flops * setting.tokens * setting.accumulation
+            contender.step()
+        found[name] = _bytes_of_step(contender, before, setting.device)
         note(f"{name}: ready after {warmup + 1} steps")
     measures = {name: functools.partial(_step_cost, contender, setting.device) for name, contender in built.items()}
-    for costs in take_turns(measures, rounds=repeats, note=note):
-        for name, cost in costs.items():
-            results[name].steps.append(cost)
+    rounds = list(take_turns(measures, rounds=repeats, note=note))
+    tokens = setting.tokens * setting.accumulation
     for name, contender in built.items():
-        if show is not None:
-            show(f"{name}\n{_profile(contender, setting.device)}")
-        results[name].merge_seconds = _merge_seconds(contender, setting.device)
-    return list(results.values())
+        steps = pd.DataFrame([costs[name] for costs in rounds])
+        medians = steps.median().to_dict()
+        seconds = medians["step_seconds"]
+        low, high = steps.step_seconds.quantile([0.25, 0.75])
+        merge_seconds = _merge_seconds(contender, setting.device)
+        found[name] |= medians | {
+            "spread": (high - low) / 2 / seconds,
+            "tokens_per_second": tokens * torch.distributed.get_world_size() / seconds,
+            # the arithmetic of other packages is unknown
+            "utilization": contender.flops * tokens / seconds / peak if isinstance(contender, Ours) else None,
+            "merge_steps": None if merge_seconds is None else merge_seconds / seconds,
+            "trainable_parameters": contender.trainable,
+        }
+    return found
 
 
-def _step_cost(contender: Contender, device: torch.device) -> StepCost:
+def _step_cost(contender: Contender, device: torch.device) -> dict[str, float]:
+    """Seconds until the slowest rank was done; of this process, processor seconds of all threads, and page faults."""
     before = resource.getrusage(resource.RUSAGE_SELF)
     seconds = _seconds(contender.step, device)
     after = resource.getrusage(resource.RUSAGE_SELF)
-    processor_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return StepCost(seconds, processor_seconds, after.ru_minflt - before.ru_minflt)
+    return {
+        "step_seconds": seconds,
+        "processor_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "page_faults": after.ru_minflt - before.ru_minflt,
+    }
 
 
 def _merge_seconds(contender: Contender, device: torch.device) -> float | None:
@@ -128,40 +94,37 @@ def _seconds(act: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def _profile(contender: Contender, device: torch.device) -> str:
-    """A table of the operations whose own time is the largest part of a step."""
-    activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
-    with profile(activities=activities) as profiler:
-        contender.step()
-    events = profiler.key_averages()
-    return str(events.table(sort_by=f"self_{device.type}_time_total", row_limit=20, max_name_column_width=60))
+def _bytes_of_step(contender: Contender, before: list[Tensor], device: torch.device) -> dict[str, float]:
+    """Makes one slow step: its bytes, and its loss, which shows that the contender trains.
 
-
-def _count_bytes(result: Result, contender: Contender, before: list[Tensor], device: torch.device) -> None:
-    """Makes one slow step and records its bytes; ``before`` are the tensors that do not belong to the contender."""
-    known = storages([*before, *contender.on_host()])
+    ``before`` are the tensors that do not belong to the contender.
+    """
+    known = storages([*before, *contender.on_host])
     held = [
         each
         for each in live_tensors()
         if each.device.type == device.type and each.untyped_storage().data_ptr() not in known
     ]
     tracker = ByteTracker(held, device, torch.distributed.get_world_size())
-    result.held = tracker.size
     held.clear()  # tensors that the step replaces could not be freed while this list refers to them
     # compiled layers hide their tensors, so the bytes are those of the same layers in eager mode
     with torch.compiler.set_stance("force_eager"), tracker:
-        contender.step()
-    result.peak = tracker.peak
-    result.sent = tracker.sent
+        loss = contender.step()
+    return {
+        "bytes_held": tracker.held,
+        "bytes_at_peak": tracker.most,
+        "bytes_sent": sum(tracker.sent.values()),
+        "loss": loss,
+    }
 
 
-class ByteTracker(TorchDispatchMode):
+class ByteTracker(LiveBytes):
     """Counts the bytes of one step that a contender makes inside ``with tracker:``. The step is slow; do not time it.
 
-    ``peak``: bytes on the device at the peak of the step, with each storage counted once. All contenders live in one
-    process, so its resident memory says nothing about a single one. The tracker therefore starts from the tensors that
-    the contender held before the step and adds those that operations return. Scratch memory inside an operation is not
-    visible on a CPU. On CUDA the allocator gives the peak (``torch.cuda.max_memory_allocated``).
+    ``most``: bytes on the device at the peak of the step. All contenders live in one process, so its resident memory
+    says nothing about a single one. The tracker therefore starts from the tensors that the contender held before the
+    step. Scratch memory inside an operation is not visible on a CPU. On CUDA the allocator gives the peak
+    (``torch.cuda.max_memory_allocated``).
 
     ``sent``: bytes that this rank passes to collectives, by kind; empty with one rank. The payload of a collective is
     the whole tensor it works on: the input of an all-reduce, reduce or reduce-scatter, or the output of an all-gather.
@@ -172,12 +135,10 @@ class ByteTracker(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.world_size = world_size
-        self.size = 0
         self.sent: dict[str, int] = {}
-        self._alive: dict[int, weakref.ref[Any]] = {}  # kept, because its callback reports when the storage is freed
         for tensor in held:
-            self._put(tensor)
-        self.peak = self._held = self.size
+            self.add(tensor)
+        self.held = self.now
 
     def __enter__(self) -> ByteTracker:
         if self.device.type == "cuda":
@@ -190,32 +151,17 @@ class ByteTracker(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         if self.device.type == "cuda":
-            self.peak = self._held + torch.cuda.max_memory_allocated() - self._begin
+            self.most = self.held + torch.cuda.max_memory_allocated() - self._begin
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = func.overloadpacket.__name__.strip("_")
         if func.namespace == "c10d" and self.world_size > 1 and "barrier" not in kind:
             payloads = (sum(value.nbytes for value in tree_leaves(arg) if isinstance(value, Tensor)) for arg in args)
             self.sent[kind] = self.sent.get(kind, 0) + max(payloads, default=0)
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._put(value)
-        self.peak = max(self.peak, self.size)
-        return result
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
-    def _put(self, tensor: Tensor) -> None:
-        storage: Any = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive or tensor.device.type != self.device.type:
-            return
-
-        def freed(_: Any) -> None:
-            del self._alive[key]
-            self.size -= size
-
-        self._alive[key] = weakref.ref(storage, freed)
-        self.size += size
+    def add(self, tensor: Tensor) -> bool:
+        return tensor.device.type == self.device.type and super().add(tensor)
 
 
 def live_tensors() -> list[Tensor]:

@@ -10,14 +10,13 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
+
+import pandas as pd
 
 from relora_mora.cli.arguments import PositiveInt
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import ModelConfig
-
-if TYPE_CHECKING:
-    from launch.benchmark.measure import Result
 
 DEFAULT = "full,remora,remora_decoupled,relora"
 
@@ -29,16 +28,15 @@ def main(
     tokens: PositiveInt = 4096,
     sequence_length: PositiveInt = 512,
     accumulation: PositiveInt = 1,
-    zero_stage: int = 1,
+    zero_stage: Literal[0, 1, 2, 3] = 1,
     rank: PositiveInt = 128,
-    precision: str = "auto",
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
     layers: PositiveInt | None = None,
     vocab_size: PositiveInt | None = None,
     finetune: bool = False,
     repeats: PositiveInt = 7,
     warmup: PositiveInt = 2,
-    profile: bool = False,
-    device: str | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
 ) -> int:
     """Measures whole optimizer steps, in turns, and prints tables and finally a line of JSON.
 
@@ -60,22 +58,13 @@ def main(
         finetune: train only adapters, with the defaults of launch/finetune.py; try --methods=peft_lora,lora,mora
         repeats: measured steps of each method
         warmup: steps of each method before the measured ones
-        profile: show in which operations a step of each method spends its time
         device: cpu or cuda; default: the device that a run would use here
     """
-    faults = []
     if tokens % sequence_length:
-        faults.append(f"--tokens: {tokens} is not a multiple of --sequence_length {sequence_length}")
-    if precision not in ("auto", "bf16", "fp32"):
-        faults.append(f"--precision: got {precision}, expected auto, bf16 or fp32")
-    if zero_stage not in range(4):
-        faults.append(f"--zero_stage: got {zero_stage}, expected 0 to 3")
-    if faults:
-        raise ConfigError(faults, "the command line")
+        fault = f"--tokens: {tokens} is not a multiple of --sequence_length {sequence_length}"
+        raise ConfigError([fault], "the command line")
     overrides = {"num_hidden_layers": layers, "vocab_size": vocab_size}
-    settings = ModelConfig(
-        config=model, overrides={key: value for key, value in overrides.items() if value is not None}
-    )
+    settings = ModelConfig(config=model, overrides={key: value for key, value in overrides.items() if value})
     import torch
 
     from launch.benchmark.turns import chosen_device, device_of_rank, say
@@ -92,21 +81,12 @@ def main(
     model_config.max_position_embeddings = max(model_config.max_position_embeddings, sequence_length)
     my_rank, world_size = init_distributed()
     bf16 = fast_bf16() if precision == "auto" else precision == "bf16"
-    setting = Setting(
-        model_config,
-        tokens,
-        sequence_length,
-        accumulation,
-        zero_stage,
-        rank,
-        bf16,
-        device_of_rank(),
-        finetune,
-    )
-    note, show = (say, print) if my_rank == 0 else (lambda text: None, lambda text: None)
-    results = measure(names, setting, repeats=repeats, warmup=warmup, note=note, show=show if profile else None)
+    sizes = (tokens, sequence_length, accumulation)
+    setting = Setting(model_config, *sizes, zero_stage, rank, bf16, device_of_rank(), finetune)
+    peak, _ = peak_flops(bf16=bf16)
+    note = say if my_rank == 0 else lambda text: None
+    found = measure(names, setting, repeats=repeats, warmup=warmup, peak=peak, note=note)
     if my_rank == 0:
-        peak, _ = peak_flops(bf16=bf16)
         machine = {
             "device": device_name(),
             "threads": torch.get_num_threads(),
@@ -121,31 +101,16 @@ def main(
             f"{machine['precision']}, ZeRO-{zero_stage}, r = {rank}; {machine['device']}, "
             f"{machine['threads']} threads a rank: {machine['matrix_product_tflops']:.2f} TFLOP/s"
         )
-        found = {result.name: _fields(result, tokens * accumulation * world_size, peak) for result in results}
         print(table(found))
         print(json.dumps({"command": sys.argv[1:], **machine, "methods": found}))
-    lost = [result.name for result in results if not math.isfinite(result.loss)]
+    lost = [name for name, fields in found.items() if not math.isfinite(fields["loss"])]
     if lost:
         print(f"the loss is not finite: {', '.join(lost)}; try --precision=fp32", file=sys.stderr)
     return int(bool(lost))
 
 
-def _fields(result: Result, tokens: int, peak: float) -> dict[str, Any]:
-    seconds = result.median("seconds")
-    return {
-        "step_seconds": seconds,
-        "spread": result.spread,
-        "processor_seconds": result.median("processor_seconds"),
-        "page_faults": result.median("page_faults"),
-        "tokens_per_second": tokens / seconds,
-        "utilization": result.flops_per_step / seconds / peak or None,
-        "merge_steps": None if result.merge_seconds is None else result.merge_seconds / seconds,
-        "trainable_parameters": result.trainable,
-        "bytes_held": result.held,
-        "bytes_at_peak": result.peak,
-        "bytes_sent": sum(result.sent.values()),
-        "loss": result.loss,
-    }
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.1f}"
 
 
 RATIOS = ("step_seconds", "trainable_parameters", "bytes_held", "bytes_at_peak", "bytes_sent")
@@ -158,23 +123,18 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "use": ("utilization", "{:.0%}".format),
     "merge": ("merge_steps", "{:.2f}x".format),
     "trains": ("trainable_parameters", "{:,}".format),
-    "state MiB": ("bytes_held", lambda size: f"{size / 2**20:,.1f}"),
-    "peak MiB": ("bytes_at_peak", lambda size: f"{size / 2**20:,.1f}"),
-    "sent MiB": ("bytes_sent", lambda size: f"{size / 2**20:,.1f}"),
+    "state MiB": ("bytes_held", _mib),
+    "peak MiB": ("bytes_at_peak", _mib),
+    "sent MiB": ("bytes_sent", _mib),
 }
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """A line for each method, with ratios to the first; bytes are those of one rank."""
-    first = next(iter(found.values()))
-    columns = {"method": list(found)}
-    for title, (key, shown) in COLUMNS.items():
+    shown = pd.DataFrame(index=[*found])
+    for title, (key, show) in COLUMNS.items():
         values = [fields[key] for fields in found.values()]
-        columns[title] = ["" if value is None else shown(value) for value in values]
-        if key in RATIOS and first[key]:
-            columns[f"{title.split()[0]} ratio"] = [f"{value / first[key]:.3f}" for value in values]
-    widths = {title: max(map(len, [title, *cells])) for title, cells in columns.items()}
-    rows = [columns.keys(), *zip(*columns.values(), strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths.values(), strict=True)) for row in rows
-    )
+        shown[title] = ["" if value is None else show(value) for value in values]
+        if key in RATIOS and values[0]:
+            shown[f"{title.split()[0]} ratio"] = [f"{value / values[0]:.3f}" for value in values]
+    return shown.to_string()

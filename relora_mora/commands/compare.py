@@ -33,10 +33,9 @@ def main(
         relora-mora compare runs/tiny_full runs/tiny_remora --out=compared
     """
     with many_imports():
-        from relora_mora.experiments.compare.files import check_folder, write_comparison
         from relora_mora.experiments.compare.groups import group_of, group_runs
         from relora_mora.experiments.compare.runs import CompareError, is_model, read_run, read_runs
-        from relora_mora.experiments.compare.table import markdown
+        from relora_mora.experiments.compare.table import check_folder, markdown, write_comparison
 
     if not runs:
         raise CompareError("no runs given; give run folders, e.g. runs/full runs/remora")

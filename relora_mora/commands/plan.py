@@ -65,9 +65,9 @@ def main(
     if link_gbits is not None and (nodes or 1) == 1:
         raise ValueError("--link_gbits: a single host does not use its network; give --nodes above 1, or leave it out")
     with many_imports():  # takes seconds, so arguments are checked first
-        from relora_mora.experiments.planner.cluster import Cluster
         from relora_mora.experiments.planner.given import plan_of
         from relora_mora.experiments.planner.render import answer, tables
+        from relora_mora.experiments.planner.step import Cluster
         from relora_mora.system.devices import named_device
         from relora_mora.system.hardware import device_here
 

@@ -25,10 +25,9 @@ def main(*runs: str, out: str | None = None, above: float = 0.1) -> None:
         relora-mora spectrum runs/tiny_lora runs/tiny_remora --out=spectra
     """
     with many_imports():
-        from relora_mora.experiments.compare.files import can_draw, check_folder, write_files
         from relora_mora.experiments.compare.groups import group_runs
         from relora_mora.experiments.compare.runs import CompareError, read_run
-        from relora_mora.experiments.compare.table import table_of
+        from relora_mora.experiments.compare.table import can_draw, check_folder, table_of, write_files
 
     if not runs:
         raise CompareError("no runs given; give run folders, e.g. runs/lora runs/remora")

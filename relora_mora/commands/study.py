@@ -27,8 +27,8 @@ def main(study: str, *, out: str | None = None, jobs: PositiveInt = 1) -> int:
         relora-mora study memory_tiny --jobs=2
     """
     with many_imports():
-        from relora_mora.experiments.compare.files import check_folder
         from relora_mora.experiments.compare.runs import TABLE, CompareError
+        from relora_mora.experiments.compare.table import check_folder
         from relora_mora.experiments.study.conduct import CellsFailed, Stopped, conduct
         from relora_mora.experiments.study.design import read_study
         from relora_mora.experiments.study.folder import StudyFolder

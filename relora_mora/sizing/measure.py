@@ -91,20 +91,47 @@ class _Seen:
 _KNOWN: dict[Any, _Seen] = {}
 
 
-class Watch(TorchDispatchMode):
-    """Counts the bytes of live storages that operations allocate, the most of them at once, and FLOPs.
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of live storages that operations allocate, and the most of them at once."""
 
-    A storage has a number of its own, because a later one may get its address.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, Any] = {}  # weak references by the storage's address, which a later one may get
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            if isinstance(value, Tensor):
+                self.add(value)
+        return out
+
+    def add(self, tensor: Tensor) -> bool:
+        """Counts a tensor's storage; returns whether it is a new one."""
+        key, size = _key(tensor), tensor.untyped_storage().nbytes()
+        if key in self.live:
+            return False
+
+        def freed(_: Any) -> None:
+            del self.live[key]
+            self.now -= size
+
+        self.live[key] = weakref.ref(tensor.untyped_storage(), freed)
+        self.now += size
+        self.most = max(self.most, self.now)
+        return True
+
+
+class Watch(LiveBytes):
+    """Counts also FLOPs, and notes what a compiler would compute each storage from."""
 
     def __init__(self, known: set[int]) -> None:
         super().__init__()
         self.known = known
-        self.live: dict[int, tuple[int, Any]] = {}
+        self.numbers: dict[int, int] = {}  # of storages, by address
         self.sizes: list[int] = []
-        self.sources: list[set[int]] = []  # what a compiler would compute a storage from
+        self.sources: list[set[int]] = []
         self.multiplied: set[int] = set()
-        self.now = self.most = 0
         self.flops = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -119,26 +146,16 @@ class Watch(TorchDispatchMode):
         elif torch.Tag.nondeterministic_seeded not in func.tags:
             sources = sources.union(*(self.sources[number] for number in given))
         for value in tree_iter(out):
-            if isinstance(value, Tensor):
-                self._add(value, sources)
+            if isinstance(value, Tensor) and _key(value) not in self.known and self.add(value):
+                size = value.untyped_storage().nbytes()
+                number = self.numbers[_key(value)] = len(self.sizes)
+                self.sizes.append(size)
+                computed = sources and self.bytes_of(sources) < 1.5 * size  # a sum of two is less than both
+                self.sources.append(sources if computed else {number})
         return out
 
     def number(self, tensor: Tensor) -> int | None:
-        return self.live.get(_key(tensor), (None,))[0]
-
-    def _add(self, tensor: Tensor, sources: set[int]) -> None:
-        key, size = _key(tensor), tensor.untyped_storage().nbytes()
-        if key not in self.live and key not in self.known:
-            self.live[key] = len(self.sizes), weakref.ref(tensor.untyped_storage(), lambda _: self._drop(key, size))
-            self.sizes.append(size)
-            computed = sources and self.bytes_of(sources) < 1.5 * size  # a sum of two is less than both
-            self.sources.append(sources if computed else {len(self.sizes) - 1})
-            self.now += size
-            self.most = max(self.most, self.now)
-
-    def _drop(self, key: int, size: int) -> None:
-        if self.live.pop(key, None) is not None:
-            self.now -= size
+        return self.numbers[_key(tensor)] if _key(tensor) in self.live else None
 
     def bytes_of(self, numbers: set[int]) -> int:
         return sum(self.sizes[number] for number in numbers)

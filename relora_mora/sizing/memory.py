@@ -113,11 +113,10 @@ def state_memory(model: PreTrainedModel, setup: Setup) -> Memory:
     bucket = min(counts.trainable, setup.zero("reduce_bucket_size", defaults["reduce_bucket_size"]))
     overlaps = stage < 3 and setup.zero("overlap_comm", defaults.get("overlap_comm", False))
     buckets = (2 if overlaps else 1) if stage >= 2 or (stage == 1 and not setup.bf16) else 0
-    persistent = sum(p.numel() for p in model.parameters() if p.numel() <= setup.persistence_threshold)
     return Memory(
         phase="between steps",
         weights=weight_bytes(model, setup) / setup.weight_sharers,
-        gathered=setup.width * persistent if setup.weight_sharers > 1 else 0,
+        gathered=setup.width * setup.persistent(model) if setup.weight_sharers > 1 else 0,
         masters=4 * counts.trainable / setup.sharers if setup.bf16 or stage > 0 else 0,
         optimizer=work.state_bytes(model, setup.config.optim, setup.sharers),
         buffers=setup.width * bucket * buckets,

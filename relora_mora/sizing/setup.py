@@ -2,6 +2,8 @@
 
 from dataclasses import KW_ONLY, dataclass
 
+from transformers import PreTrainedModel
+
 from relora_mora.config.schema import Config
 from relora_mora.model.compiling import compiles
 
@@ -45,10 +47,10 @@ class Setup:
     def compiles(self) -> bool:
         return compiles(self.config.model, self.stage, on_gpu=self.on_gpu) if self.compiled is None else self.compiled
 
-    @property
-    def persistence_threshold(self) -> int:
-        """Elements up to which stage 3 keeps a parameter gathered."""
-        return self.zero("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+    def persistent(self, model: PreTrainedModel) -> int:
+        """The elements of the small parameters that stage 3 keeps gathered."""
+        threshold = self.zero("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+        return sum(p.numel() for p in model.parameters() if p.numel() <= threshold)
 
     def zero(self, name: str, default: int) -> int:
         """A number from ``zero_optimization`` in ``train.deepspeed``, or the default."""

@@ -121,7 +121,8 @@ def many_imports() -> Iterator[None]:
     """Turns off garbage collection during slow imports, and calls :func:`sleep_soon` before torch is imported.
 
     Imported modules stay, but Python scans them again and again, which is a fifth of the time that importing torch,
-    transformers and DeepSpeed takes. On a terminal a line shows immediately that the command has begun.
+    transformers and DeepSpeed takes; they are left out of later scans, too. On a terminal a line shows immediately that
+    the command has begun.
     """
     from relora_mora.system.bars import Bar  # this file is also a script, which runs without the package
 
@@ -132,6 +133,7 @@ def many_imports() -> Iterator[None]:
         with Bar("loading libraries", after=0.0):
             yield
     finally:
+        gc.freeze()
         if was_enabled:
             gc.enable()
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from relora_mora.sizing.measure import measure
+from relora_mora.sizing.measure import LiveBytes, measure
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
 from tests.fakecuda.layers import LENGTH, SEQUENCES, model_with
-from tests.sizing.tools import LiveTensors, make_config
+from tests.sizing.tools import make_config
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_a_gpu_keeps_what_the_planner_says(documents: bool, dtype: torch.dtype, 
     config = config.model_copy(update={"data": data})
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     model = model_with("llama_250m", "full", 2, fake, dtype, num_key_value_heads=kv_heads)
-    tracker = LiveTensors()
+    tracker = LiveBytes()
     for parameter in model.parameters():
         tracker.add(parameter.data)
     weights = tracker.now

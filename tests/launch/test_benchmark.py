@@ -123,8 +123,8 @@ def test_the_tracker_sees_temporary_tensors() -> None:
         ones = torch.ones(1_000_000)
         del ones
         twos = torch.ones(500_000).exp()  # two tensors at the same time, as large as the previous one
-    assert tracker.peak == 4_000 + 4_000_000
-    assert tracker.size == 4_000 + twos.nbytes
+    assert tracker.most == 4_000 + 4_000_000
+    assert tracker.now == 4_000 + twos.nbytes
 
 
 @each("name", ["mora_int9", "full_int8", "remora_int8_fp8", "remora_merged_resident", "peft", "", "plain_compiled"])

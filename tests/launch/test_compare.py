@@ -58,9 +58,7 @@ def test_only_the_best_of_rows_that_differ_in_one_setting_is_shown(tmp_path: Pat
     assert f"{math.exp(LOSSES[-1] + 0.1):.2f}" in answer.out
     assert f"{math.exp(LOSSES[-1] + 0.3):.2f}" in answer.out
     refused(call(COMPARE, *runs, "--best=lr"), "--best: no run has a setting lr")
-
-
-def test_a_run_that_diverged_or_has_not_ended_is_not_the_best(tmp_path: Path) -> None:
+    # a run that diverged or has not ended is not the best
     losses = [[9.0, 4.0, 3.5, 3.4, 3.3], [9.0, 4.0, 3.0], [9.0, 4.0, 3.0, 2.9, math.nan]]
     runs = [write_run(tmp_path / f"run{lr}", each, optim={"lr": lr / 1000}) for lr, each in enumerate(losses, start=1)]
     assert f"{math.exp(3.3):.2f}" in call(COMPARE, *runs[::-1], "--best=optim.lr").out

@@ -14,7 +14,7 @@ from relora_mora.experiments.study.check import check_inputs
 from relora_mora.experiments.study.conduct import CellsFailed, conduct
 from relora_mora.experiments.study.design import Study
 from relora_mora.experiments.study.folder import StudyFolder
-from tests.experiments.study.tools import PROGRAM, made_study
+from tests.experiments.study.tools import BASE, PROGRAM, made_study
 from tests.tools.commands import call, refused
 from tests.tools.helpers import ROOT
 from tests.tools.runs import write_inputs
@@ -25,24 +25,17 @@ STUDY = "study"
 
 
 def test_bad_arguments_are_reported_before_anything_runs(tmp_path: Path):
-    missing = tmp_path / "none.yaml"
-    refused(call(STUDY, missing), "none.yaml", "No such file")
-    study = tmp_path / "study.yaml"
+    study, out = tmp_path / "study.yaml", f"--out={tmp_path / 'out'}"
+    refused(call(STUDY, tmp_path / "none.yaml"), "none.yaml", "No such file")
     study.write_text(yaml.dump({"base": "nowhere.yaml", "grid": [{"optim.lr": 1e-3}]}), encoding="utf-8")
     refused(call(STUDY, study, "--jobs=0"), "--jobs: got 0")
-    refused(call(STUDY, study, f"--out={tmp_path / 'out'}"), "nowhere.yaml", "cannot read it")
+    refused(call(STUDY, study, out), "nowhere.yaml", "cannot read it")
     study.write_text("grid: [", encoding="utf-8")
     refused(call(STUDY, study), "study.yaml", "not YAML")
-    assert not (tmp_path / "out").exists()
-
-
-def test_missing_inputs_of_runs_are_reported_before_the_first_run(tmp_path: Path):
-    study = tmp_path / "study.yaml"
-    base = str(ROOT / "configs/run/tiny_mora.yaml")
     settings = {"data.train": str(tmp_path / "no.json"), "tokenizer.path": str(tmp_path / "none")}
     grid = [{"method.name": "mora", "method.rank": [8, 1_000_000], "optim.lr": [1e-3, 3e-3]}]
-    study.write_text(yaml.dump({"base": base, "settings": settings, "grid": grid}), encoding="utf-8")
-    result = call(STUDY, study, f"--out={tmp_path / 'out'}")
+    study.write_text(yaml.dump({"base": BASE, "settings": settings, "grid": grid}), encoding="utf-8")
+    result = call(STUDY, study, out)
     refused(result, "no.json", "none", "the adapters have", "(in name=mora,rank=1000000,lr=0.001,seed=0)")
     assert result.err.count("no.json") == 1, "the same for all runs"
     assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,12 +23,12 @@ from relora_mora.model.config import read_model_config
 from relora_mora.model.config_keys import LLAMA_FAMILY
 from relora_mora.optim.groups import count_parameters, set_trainable
 from relora_mora.sizing.fit import check_memory, choose_forms
-from relora_mora.sizing.measure import measure
+from relora_mora.sizing.measure import LiveBytes, measure
 from relora_mora.sizing.memory import merged_memory, peak_memory, state_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
 from relora_mora.train.begin.inputs import memory_of_rank
-from tests.sizing.tools import LiveTensors, make_config
+from tests.sizing.tools import make_config
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
@@ -44,6 +45,15 @@ SIZES = {
 MODEL = LlamaConfig(**SIZES)
 
 
+ONCE = make_config({"name": "remora"})
+TWICE = ONCE.model_copy(update={"train": ONCE.train.model_copy(update={"batch_size": 8})})
+CHECKPOINTING = {"activation_checkpointing": True}
+
+
+def with_data(config: Config, **settings: Any) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update=settings)})
+
+
 def build(config: Config, bf16: bool, model_config: PreTrainedConfig = MODEL) -> LossModel:
     lm = build_model(model_config, seed=0, attention=config.model.attention)
     if config.method.uses_adapters:
@@ -57,60 +67,80 @@ def build(config: Config, bf16: bool, model_config: PreTrainedConfig = MODEL) ->
     return model
 
 
-CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({"name": "full"}, {}),
-    ({"name": "lora", "form": "merged"}, {}),
-    ({"name": "lora", "form": "decoupled"}, {}),
-    ({"name": "mora", "form": "merged"}, {}),
-    ({"name": "mora", "form": "decoupled"}, {}),
-    ({"name": "mora", "form": "resident"}, {}),
-    ({"name": "lora", "form": "resident"}, {"activation_checkpointing": True}),
-    ({"name": "mora", "operators": [6], "square_multiple": 2}, {}),
-    ({"name": "mora", "train_norms": False}, {}),
-    ({"name": "mora", "target_modules": ["q_proj", "down_proj"]}, {}),
-    ({"name": "mora", "target_modules": ["q_proj", "down_proj"], "train_linears": False}, {}),
-    ({"name": "full"}, {"attention": "eager"}),
-    ({"name": "full"}, {"activation_checkpointing": True}),
-    ({"name": "mora"}, {"activation_checkpointing": True}),
-    ({"name": "mora", "dropout": 0.1}, {}),
-    ({"name": "lora", "dropout": 0.1}, {}),
-    ({"name": "lora", "dropout": 0.1}, {"activation_checkpointing": True}),
+Case = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]  # settings of method, model and data
+CASES: list[Case] = [
+    ({"name": "full"}, {}, {}),
+    ({"name": "lora", "form": "merged"}, {}, {}),
+    ({"name": "lora", "form": "decoupled"}, {}, {}),
+    ({"name": "mora", "form": "merged"}, {}, {}),
+    ({"name": "mora", "form": "decoupled"}, {}, {}),
+    ({"name": "mora", "form": "resident"}, {}, {}),
+    ({"name": "lora", "form": "resident"}, CHECKPOINTING, {}),
+    ({"name": "mora", "operators": [6], "square_multiple": 2}, {}, {}),
+    ({"name": "mora", "train_norms": False}, {}, {}),
+    ({"name": "mora", "target_modules": ["q_proj", "down_proj"]}, {}, {}),
+    ({"name": "mora", "target_modules": ["q_proj", "down_proj"], "train_linears": False}, {}, {}),
+    ({"name": "full"}, {"attention": "eager"}, {}),
+    ({"name": "full"}, CHECKPOINTING, {}),
+    ({"name": "mora"}, CHECKPOINTING, {}),
+    ({"name": "mora", "dropout": 0.1}, {}, {}),
+    ({"name": "lora", "dropout": 0.1}, {}, {}),
+    ({"name": "lora", "dropout": 0.1}, CHECKPOINTING, {}),
 ]
+LONG: list[Case] = [
+    ({"name": "mora"}, {**attention, **checkpointing}, {"sequence_length": 1024, "document_mask": not attention})
+    for attention in ({"attention": "eager"}, {})
+    for checkpointing in (CHECKPOINTING, {})
+]
+SMALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+# fused projections, experts that are frozen or train, soft caps and windows, attention next to the MLP
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "phi3": ({}, {"name": "mora"}),
+    "gemma2": ({"sliding_window": 16}, {"name": "lora"}),
+    "mixtral": ({"num_local_experts": 4}, {"name": "remora"}),
+    "qwen3_moe": (SMALL_EXPERTS, {"name": "lora", "train_experts": True}),
+    "gpt_neox": ({}, {"name": "full"}),
+}
 
 
 @pytest.mark.more
-@each(("method", "model", "bf16"), [(*case, number % 2 == 0) for number, case in enumerate(CASES)])
-def test_activations_and_peak(method: dict[str, Any], model: dict[str, Any], bf16: bool) -> None:
-    check_activations_and_peak(make_config(method, model), MODEL, bf16)
+@each(
+    ("case", "bf16"), [(case, number % 2 == 0) for number, case in enumerate(CASES)] + [*product(LONG, (True, False))]
+)
+def test_activations_and_peak(case: Case, bf16: bool) -> None:
+    check_activations_and_peak("llama", {"max_position_embeddings": 1024}, *case, bf16)
 
 
 @each("method,bf16", [({"name": "full"}, True), ({"name": "mora", "train_norms": False}, False)])
 @each("kind", [kind for kind in LLAMA_FAMILY if kind != "llama"])
 def test_activations_and_peak_of_the_family(kind: str, method: dict[str, Any], bf16: bool) -> None:
-    check_activations_and_peak(make_config(method), CONFIG_MAPPING[kind](**SIZES), bf16)
+    check_activations_and_peak(kind, {}, method, {}, {}, bf16)
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("attention", ["eager", "masked"])
-def test_activations_and_peak_of_long_sequences(attention: str, checkpointing: bool, bf16: bool) -> None:
-    model: dict[str, Any] = {"activation_checkpointing": checkpointing}
-    if attention == "eager":
-        model["attention"] = attention
-    config = make_config({"name": "mora"}, model, micro_batch_size=1)
-    of_data = {"sequence_length": 1024, "document_mask": attention == "masked"}
-    config = config.model_copy(update={"data": config.data.model_copy(update=of_data)})
-    check_activations_and_peak(config, LlamaConfig(**{**SIZES, "max_position_embeddings": 1024}), bf16)
+@each("bf16", [True, False])
+@each("kind", OTHERS)
+def test_activations_and_peak_of_other_families(kind: str, bf16: bool) -> None:
+    sizes, method = OTHERS[kind]
+    check_activations_and_peak(kind, {**sizes, "pad_token_id": None}, method, {}, {}, bf16)
 
 
-def check_activations_and_peak(config: Config, model_config: PreTrainedConfig, bf16: bool) -> None:
+def check_activations_and_peak(
+    kind: str,
+    sizes: dict[str, Any],
+    method: dict[str, Any],
+    model: dict[str, Any],
+    data: dict[str, Any],
+    bf16: bool,
+) -> None:
+    model_config = CONFIG_MAPPING[kind](**{**SIZES, **sizes})
+    config = with_data(make_config(method, model, micro_batch_size=1 if data else 4), **data)
     trained = build(config, bf16, model_config).train()
     shape = config.train.micro_batch_size, config.data.sequence_length
     ids = torch.randint(0, MODEL.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     documents = torch.arange(shape[1]).div(100, rounding_mode="floor").expand(shape)
     boundaries = document_boundaries(documents) if config.data.document_mask else None
-    tracker = LiveTensors()
+    tracker = LiveBytes()
     for parameter in trained.parameters():
         tracker.add(parameter.data)
     for _, layer in adapter_layers(trained.lm):
@@ -132,41 +162,16 @@ def check_activations_and_peak(config: Config, model_config: PreTrainedConfig, b
     assert tracker.most == pytest.approx(peak, rel=0.1)
 
 
-OTHERS = {
-    "phi3": ({}, {"name": "mora"}),
-    "gemma2": ({"sliding_window": 16}, {"name": "lora"}),
-    "mixtral": ({"num_local_experts": 4}, {"name": "remora"}),
-    "qwen3_moe": (
-        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
-        {"name": "lora", "train_experts": True},
-    ),
-    "gpt_neox": ({}, {"name": "full"}),
-}
-
-
-@pytest.mark.more
-@each("bf16", [True, False])
-@each("kind", OTHERS)
-def test_activations_and_peak_of_other_families(kind: str, bf16: bool) -> None:
-    """Fused projections, experts that are frozen or train, soft caps and windows, attention next to the MLP."""
-    sizes, method = OTHERS[kind]
-    model_config = CONFIG_MAPPING[kind](**{**SIZES, **sizes, "pad_token_id": None})
-    check_activations_and_peak(make_config(method), model_config, bf16)
-
-
 @each("bf16", [True, False])
 def test_a_document_mask_is_kept_once_for_all_layers(bf16: bool) -> None:
     kept, planned = [], []
     for masked in (False, True):
-        config = make_config({"name": "full"})
-        config = config.model_copy(
-            update={"data": config.data.model_copy(update={"document_mask": masked, "sequence_length": 256})}
-        )
+        config = with_data(make_config({"name": "full"}), document_mask=masked, sequence_length=256)
         trained = build(config, bf16)
         ids = torch.randint(0, MODEL.vocab_size, (4, 256), generator=torch.Generator().manual_seed(0))
         documents = torch.arange(256).div(50, rounding_mode="floor").expand(4, 256)
         boundaries = document_boundaries(documents) if masked else None
-        with LiveTensors() as tracker:
+        with LiveBytes() as tracker:
             loss = trained(ids, ids, boundaries)
             kept.append(tracker.now)
         del loss
@@ -176,7 +181,7 @@ def test_a_document_mask_is_kept_once_for_all_layers(bf16: bool) -> None:
 
 def test_on_a_gpu_documents_need_no_mask_and_logits_no_copy() -> None:
     plain = make_config({"name": "full"})
-    masked = plain.model_copy(update={"data": plain.data.model_copy(update={"document_mask": True})})
+    masked = with_data(plain, document_mask=True)
 
     def kept(config: Config, **where: bool) -> float:
         return measure(meta_model(MODEL, plain.method), Setup(config, 0, 1, compiled=False, **where)).kept
@@ -197,7 +202,7 @@ def test_a_layer_keeps_what_was_counted(size: str, method: str, how: str) -> Non
     rows = csv.DictReader((ROOT / "tests/fakecuda/counts.csv").read_text().splitlines())
     [counted] = [row for row in rows if (row["model"], row["method"], row["compiled"]) == (size, method, how)]
     config = make_config({"name": method.split()[0], "operators": [1, 2], "rank": 128}, micro_batch_size=16)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": 512})})
+    config = with_data(config, sequence_length=512)
     settings = ModelConfig(config=str(ROOT / f"configs/model/{size}.json"))
     model = meta_model(read_model_config(settings), config.method)
     setup = Setup(config, 0, 1, bf16=True, on_gpu=True, compiled=how == "compiled")
@@ -217,23 +222,16 @@ def test_parameters_equal_the_real_models(name: str) -> None:
 def test_more_ranks_and_higher_stages_never_need_more_state() -> None:
     config = make_config({"name": "remora"})
     model = meta_model(MODEL, config.method)
-    for bf16 in (True, False):
-        sizes = {
-            (stage, ranks): peak_memory(model, Setup(config, stage, ranks, bf16=bf16))
-            for stage in (1, 2, 3)
-            for ranks in (1, 2, 4)
-        }
-        for stage in (1, 2, 3):
-            states = [sizes[stage, ranks].masters + sizes[stage, ranks].optimizer for ranks in (1, 2, 4)]
-            assert states == [states[0], states[0] / 2, states[0] / 4]
-        assert sizes[3, 4].weights == sizes[2, 4].weights / 4
+    for bf16, stage in product((True, False), (1, 2, 3)):
+        sizes = [state_memory(model, Setup(config, stage, ranks, bf16=bf16)) for ranks in (1, 2, 4)]
+        whole, *shares = [size.masters + size.optimizer for size in sizes]
+        assert shares == [whole / 2, whole / 4]
+        assert sizes[2].weights == sizes[0].weights / (4 if stage == 3 else 1)
 
 
 def test_accumulation_keeps_gradients_through_the_loss() -> None:
-    once = make_config({"name": "full"})
-    twice = once.model_copy(update={"train": once.train.model_copy(update={"batch_size": 8})})
-    model = meta_model(MODEL, once.method)
-    gradients = [peak_memory(model, Setup(config, 0, 1, bf16=True)).gradients for config in (once, twice)]
+    model = meta_model(MODEL, ONCE.method)
+    gradients = [peak_memory(model, Setup(config, 0, 1, bf16=True)).gradients for config in (ONCE, TWICE)]
     assert gradients[0] == 0 < gradients[1]
 
 
@@ -265,8 +263,7 @@ def test_with_a_gpu_the_host_only_needs_memory_for_the_base() -> None:
 
 
 def test_auto_keeps_merged_weights_if_it_pays_and_they_fit() -> None:
-    once = make_config({"name": "remora"})
-    twice = once.model_copy(update={"train": once.train.model_copy(update={"batch_size": 8})})
+    once, twice = ONCE, TWICE
     model = meta_model(MODEL, once.method)
 
     def kept(config: Config, stage: int = 1, available: float | None = None, *, on_gpu: bool = False) -> int:
@@ -286,15 +283,9 @@ def test_auto_keeps_merged_weights_if_it_pays_and_they_fit() -> None:
     assert not any(layer.resident for _, layer in adapter_layers(model))
     assert kept(once, on_gpu=True)
     assert not any((kept(once), kept(twice, stage=3), kept(twice, stage=3, on_gpu=True)))
-
-
-def test_no_layer_is_resident_at_stage_3() -> None:
-    config = make_config({"name": "remora", "form": "resident"})
-    model = meta_model(MODEL, config.method)
-    for stage in (2, 3, 1):
-        setup = Setup(config, stage, 4, bf16=True)
-        choose_forms(model, setup, None)
-        assert (peak_memory(model, setup).merged > 0) == (stage < 3)
+    resident = make_config({"name": "remora", "form": "resident"})
+    model = meta_model(MODEL, resident.method)
+    assert [kept(resident, stage) > 0 for stage in (2, 3, 1)] == [True, False, True]
 
 
 def test_measuring_leaves_no_tensor_without_values_in_a_cache() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from relora_mora.experiments.planner.cluster import Cluster
 from relora_mora.experiments.planner.given import plan_of
 from relora_mora.experiments.planner.plan import Plan
+from relora_mora.experiments.planner.step import Cluster
 from relora_mora.system.devices import DEVICES, named_device
 
 _HEAD = """\
@@ -90,7 +90,7 @@ def command(words: list[str], card: str) -> str:
 def row(title: str, words: list[str], plan: Plan) -> str:
     """A row of a table: what the plan of the command's ``words`` says."""
     train = plan.config.train
-    memory = plan.needs(train.zero_stage).memory
+    memory = plan.at(train.zero_stage).memory
     start = words[0].removeprefix("paper_").rpartition("_")[0]
     model = next((word.partition("=")[2] for word in words if "model.config" in word), f"llama_{start}")
     again = "*" * plan.config.model.activation_checkpointing

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from relora_mora.experiments.compare.groups import Group
-from relora_mora.experiments.compare.table import common_sets, count, perplexities
+from relora_mora.experiments.compare.groups import Group, common_sets, count
 
 # Okabe and Ito's colors, which color-blind readers can tell apart; markers, of which there are more, also in grayscale
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -86,22 +85,20 @@ def perplexity_figure(groups: Sequence[Group], against: Group | None = None) -> 
     """
     sets = common_sets(groups)
     against = against or groups[0]
-    rows = sorted(zip(groups, styles(), strict=False), key=lambda each: np.mean(perplexities(each[0], sets[-1])))
+    rows = sorted(zip(groups, styles(), strict=False), key=lambda each: np.mean(each[0].perplexities(sets[-1])))
     several = any(len(group.runs) > 1 for group in groups)
-    labels = []
-    for group, _ in rows:
-        seeds = " (1 seed)" if several and len(group.runs) == 1 else ""
-        labels.append(textwrap.fill(f"{group.label}{seeds}{_state(group)}", LABEL_LETTERS))
+    one = " (1 seed)" if several else ""
+    labels = [_caption(group, one if len(group.runs) == 1 else "", LABEL_LETTERS) for group, _ in rows]
     heights = np.array([label.count("\n") + 1.6 for label in labels])  # in lines
     places = np.cumsum(heights) - heights / 2
     line = textwrap.fill(f"dashed: {against.label}", LETTERS)
     figure = Figure(figsize=(WIDTH, 0.8 + 0.15 * (heights.sum() + line.count("\n"))), layout="constrained")
     panels: Any = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, sets, strict=True):
-        reference = np.mean(perplexities(against, name))
+        reference = np.mean(against.perplexities(name))
         panel.axvline(reference, color="#777777", linestyle="--", linewidth=1.0, zorder=1)
         for place, (group, style) in zip(places, rows, strict=True):
-            values = perplexities(group, name)
+            values = group.perplexities(name)
             panel.plot(values, [place] * len(values), "o", color=style["color"], markerfacecolor="none")
             panel.plot(np.mean(values), place, "|", color=style["color"], markersize=11, markeredgewidth=1.5)
         panel.set_xlabel(f"perplexity on {name}" if name else "validation perplexity")
@@ -133,16 +130,15 @@ def spectrum_figure(groups: Sequence[Group], spectra: Sequence[Mapping[str, Sequ
     return figure
 
 
-def _state(group: Group) -> str:
-    return f" [{group.state}]" if group.state else ""
+def _caption(group: Group, seeds: str, width: int) -> str:
+    state = f" [{group.state}]" if group.state else ""
+    return textwrap.fill(f"{group.label}{seeds}{state}", width)
 
 
 def _with_legend(height: float, groups: Sequence[Group]) -> Figure:
     """A figure with this height for panels, in inches, and a legend of the groups below it."""
-    names = []
-    for group in groups:
-        seeds = f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else ""
-        names.append(textwrap.fill(f"{group.label}{seeds}{_state(group)}", LETTERS))
+    seeds = [f" ({len(group.runs)} seeds)" if len(group.runs) > 1 else "" for group in groups]
+    names = [_caption(group, words, LETTERS) for group, words in zip(groups, seeds, strict=True)]
     columns = 1 if max(map(len, names)) > LETTERS / 2 - 8 else 2
     lines = sum(name.count("\n") + 1 for name in names) / columns
     figure = Figure(figsize=(WIDTH, height + 0.2 * (lines + 1)), layout="constrained")

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from relora_mora.experiments.compare.labels import differences, method_title
 from relora_mora.experiments.compare.runs import CompareError, Run
+from relora_mora.experiments.compare.settings import differences, method_title, texts_of
+
+UNKNOWN = "–"
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,6 @@ class Group:
     @property
     def label(self) -> str:
         return f"{self.method}, {self.differs}" if self.differs else self.method
-
-    @property
-    def parameters(self) -> dict[str, int]:
-        return next((run.parameters for run in self.runs if run.parameters), {})
 
     @property
     def is_finished(self) -> bool:
@@ -61,47 +59,63 @@ class Group:
         step = self.losses(name).index[-1]
         return [(step, each[step]) for each in series]
 
+    def perplexities(self, name: str) -> list[float]:
+        """The perplexity of each run on a held-out set, at the step at which the run is judged."""
+        return [math.exp(min(loss, 700.0)) for _, loss in self.last(name)]
 
-def group_runs(runs: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[str] = ()) -> list[Group]:
+
+def group_runs(given: Iterable[Run], unnamed: Sequence[str] = (), best: Sequence[str] = ()) -> list[Group]:
     """Groups the runs, in the order in which they are given.
 
-    Besides settings, the number of parameters, the precision, and the digests of weights, text and tokenizer count.
-    A run with the same settings and the same seed as another is not another seed: it gets a group of its own, whose
-    label says why. Labels leave out the settings in ``unnamed``, such as ``optim.lr``. From groups that differ only in
+    Besides settings, the content that they named and the history of the run count (``Run.notes``). A run with the same
+    seed as another is not another seed, and gets a group of its own. Labels leave out the settings in ``unnamed``, such
+    as ``optim.lr``; if they are equal then, they have the names of the runs' folders. From groups that differ only in
     the settings ``best``, the one with the most seeds is kept; among equals, the one with the lowest last validation
     loss (of its worst seed), where finished groups come first.
 
     Raises :class:`CompareError` if no run has a setting that ``unnamed`` or ``best`` names.
     """
-    members: list[list[Run]] = []
-    for run in runs:
-        fits = (each for each in members if all(_alike(run, other) and run.seed != other.seed for other in each))
-        of_group = next(fits, None)
-        if of_group is None:
-            members.append([run])
-        else:
-            of_group.append(run)
+    runs = [*given]
     for option, names in (("unnamed", unnamed), ("best", best)):
         for name in names:
-            if not any(name in group[0].settings for group in members):
+            if not any(name in run.settings for run in runs):
                 raise CompareError(f"--{option}: no run has a setting {name}; docs/settings.md lists all settings")
-    if best:
-        chosen: list[list[Run]] = []
-        for of_group in sorted(members, key=lambda runs: -len(runs[0].notes)):  # a run without notes matches any other
-            same = [others for others in chosen if _alike(of_group[0], others[0], best)][:1]
-            chosen = [others for others in chosen if others not in same] + [min([*same, of_group], key=_rank)]
-        members = [of_group for of_group in members if of_group in chosen]
-    groups: list[Group] = []
-    for of_group, named in zip(members, differences([each[0].compared for each in members], unnamed), strict=True):
-        differs = filter(None, dict.fromkeys([named, *map(_history, of_group)]))
-        groups.append(Group(method_title(of_group[0].compared), ", ".join(differs), tuple(of_group)))
+    rows = _rows(runs, best)
+    compared = [seeds[0].compared for seeds in rows]
+    groups = []
+    for seeds, settings, named in zip(rows, compared, differences(compared, unnamed), strict=True):
+        differs = filter(None, dict.fromkeys([named, *map(_history, seeds)]))
+        groups.append(Group(method_title(settings), ", ".join(differs), seeds))
     labels = Counter(group.label for group in groups)
     for index, group in enumerate(groups):
         if labels[group.label] > 1:
-            before = [run for other in groups[:index] for run in other.runs]
-            own_name = _own_name(group.runs[0], before, [*unnamed, *best])
-            groups[index] = replace(group, differs=", ".join(filter(None, (group.differs, own_name))))
+            differs = filter(None, (group.differs, group.runs[0].folder.name))
+            groups[index] = replace(group, differs=", ".join(differs))
     return groups
+
+
+def _rows(runs: Sequence[Run], best: Sequence[str]) -> list[tuple[Run, ...]]:
+    """The runs of each group, as :func:`group_runs` says."""
+    settings = texts_of(run.compared for run in runs).fillna("null")
+    rest = _joined(settings, best)
+    notes = texts_of(run.notes for run in runs)
+    notes = notes.fillna(notes.groupby(rest).transform("first"))  # what a run has not noted is as in the runs like it
+    notes = notes.fillna("null")
+    frame = pd.DataFrame({"run": runs, "seed": [run.seed for run in runs]})
+    frame["row"] = _joined(settings) + _joined(notes)
+    frame["rest"] = rest + _joined(notes, best)
+    frame["repeated"] = frame.groupby(["row", "seed"]).cumcount()
+    rows = frame.groupby(["row", "repeated"], sort=False).agg({"run": tuple, "rest": "first"}).reset_index()
+    if best:
+        ranks = pd.DataFrame([*map(_rank, rows.run)], columns=["seeds", "is_unfinished", "loss"])
+        ranked = rows.loc[ranks.sort_values([*ranks], kind="stable").index]
+        rows = ranked.drop_duplicates("rest").sort_index()
+    return [*rows.run]
+
+
+def _joined(texts: pd.DataFrame, ignored: Sequence[str] = ()) -> pd.Series:
+    """The texts of each row as one, without the columns ``ignored``."""
+    return texts.drop(columns=[*ignored], errors="ignore").agg("\n".join, axis=1)
 
 
 def group_of(groups: Sequence[Group], name: str) -> Group:
@@ -114,20 +128,43 @@ def group_of(groups: Sequence[Group], name: str) -> Group:
     return matches[0][0]
 
 
-def _alike(run: Run, other: Run, ignored: Sequence[str] = ()) -> bool:
-    """Whether the runs may be seeds of one group, or would be without the settings in ``ignored``."""
-    return _same_settings(run, other, ignored) and not _differing_notes(run, other, ignored)
+def common_sets(groups: Sequence[Group]) -> list[str]:
+    """Names of the held-out sets that all runs were evaluated on, in the order of the first run.
+
+    Raises :class:`CompareError` if there is none.
+    """
+    runs = [run for group in groups for run in group.runs]
+    common = [name for name in runs[0].validation_sets if all(name in run.validation_sets for run in runs)]
+    if not common:
+        evaluated = [", ".join(map(set_title, run.validation_sets)) or "no evaluation yet" for run in runs]
+        listed = "; ".join(f"{runs[evaluated.index(sets)].folder}: {sets}" for sets in dict.fromkeys(evaluated))
+        raise CompareError(
+            f"the runs have no validation set in common ({listed}); compare runs that have evaluated the same "
+            "data.validation"
+        )
+    for group in groups:
+        for name in common:
+            if group.losses(name).empty:
+                folders = ", ".join(str(run.folder) for run in group.runs)
+                raise CompareError(
+                    f"{folders}: no step with a finite loss on {set_title(name)}; leave the run out, or give seeds "
+                    "that have a step in common"
+                )
+    return common
 
 
-def _same_settings(run: Run, other: Run, ignored: Sequence[str] = ()) -> bool:
-    names = (run.compared.keys() | other.compared.keys()).difference(ignored)
-    return all(run.compared.get(name) == other.compared.get(name) for name in names)
+def set_title(name: str) -> str:
+    return f"set {name}" if name else "a set without a name"
 
 
-def _differing_notes(run: Run, other: Run, ignored: Sequence[str] = ()) -> set[str]:
-    """The settings, without ``ignored``, for which both runs have notes that differ."""
-    names = (run.notes.keys() & other.notes.keys()).difference(ignored, (name.partition(".")[0] for name in ignored))
-    return {name for name in names if run.notes[name] != other.notes[name]}
+def count(value: float | None) -> str:
+    """A number with three digits and a unit, such as 1.23M."""
+    if value is None:
+        return UNKNOWN
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= 0.9995 * size:  # rounds up to one unit
+            return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:,.0f}{unit}"
+    return f"{value:g}"
 
 
 def _rank(runs: Sequence[Run]) -> tuple[int, bool, float]:
@@ -136,20 +173,9 @@ def _rank(runs: Sequence[Run]) -> tuple[int, bool, float]:
     return -len(runs), not all(run.is_finished for run in runs), max(last, default=math.inf)
 
 
-def _own_name(run: Run, before: Sequence[Run], ignored: Sequence[str]) -> str:
-    """The name of a run's folder, and why the run is not another seed of one before it, apart from ``ignored``."""
-    others = [other for other in before if _same_settings(run, other, ignored)]
-    if differing := set().union(*(_differing_notes(run, other, ignored) for other in others)):
-        return f"{run.folder.name} (other {', '.join(sorted(differing))})"
-    is_same = any(other.seed == run.seed and _same_settings(run, other) for other in others)
-    return f"{run.folder.name} (the same seed)" if is_same else run.folder.name
-
-
 def _history(run: Run) -> str:
     """The step at which the run began if not 0, and the changes at its resumes, in words; empty for nearly all runs."""
-    changes = [
-        f"{' and '.join(dict.fromkeys(text.partition(':')[0] for text in changed))} changed at step {step:,}"
-        for step, changed in run.changes
-    ]
-    began = [f"started from a checkpoint of step {run.first_step:,}"] if run.first_step else []
-    return ", ".join(began + changes)
+    (first_step, _), *changes = run.history
+    began = [f"started from a checkpoint of step {first_step:,}"] if first_step else []
+    named = ((step, dict.fromkeys(text.partition(":")[0] for text in changed)) for step, changed in changes)
+    return ", ".join([*began, *(f"{' and '.join(names)} changed at step {step:,}" for step, names in named)])

@@ -41,7 +41,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         content = gzip.decompress(path.read_bytes()) if path.suffix == COMPRESSED else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CompareError(f"{path}: cannot be decompressed ({error}); copy it again, or give the {RECORDS}") from None
-    records = [_json_object(line) or {} for line in content.decode("utf-8", errors="replace").splitlines()]
+    records = _objects(content)
     for number, record in enumerate(records, start=1):
         has_fields = all(isinstance(record.get(key), kind) for key, kind in _FIELDS.items())
         if not (has_fields and record["metrics"] and all(map(_has_step, record["metrics"]))):
@@ -52,21 +52,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file that another process may be writing; empty if there is no file."""
-    if not path.is_file():
-        return []
-    objects = map(_json_object, path.read_text(encoding="utf-8", errors="replace").splitlines())
-    return [each for each in objects if each is not None]
-
-
-def _json_object(line: str) -> dict[str, Any] | None:
-    """The object in a line; None if it is not a JSON object, because a kill may have truncated the line."""
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+def _objects(content: bytes) -> list[dict[str, Any]]:
+    """The JSON object of each line; an empty one if a line has none, because a kill may have truncated it."""
+    objects = []
+    for line in content.decode("utf-8", errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        objects.append(value if isinstance(value, dict) else {})
+    return objects
 
 
 def _has_step(line: Any) -> bool:
@@ -107,8 +102,9 @@ class Run:
 
     @cached_property
     def compared(self) -> dict[str, Any]:
-        """The settings that affect its numbers, without seeds."""
-        return compared_settings(self.settings)
+        """The settings that affect its numbers, without seeds, and with the precision that was chosen."""
+        chosen = {True: "bf16", False: "fp32"}.get(self.start.get("bf16"))  # type: ignore[arg-type]
+        return compared_settings({**self.settings, **({"train.precision": chosen} if chosen else {})})
 
     @property
     def seed(self) -> tuple[Any, ...]:
@@ -157,11 +153,6 @@ class Run:
         return json.dumps([text, self.settings.get("tokenizer.path")])
 
     @property
-    def parameters(self) -> dict[str, int]:
-        """Parameter counts: total, trainable, adapters; empty if the run has not noted them."""
-        return self.start.get("parameters") or {}
-
-    @property
     def began_with(self) -> dict[str, str]:
         """Digests of the files that settings name, by setting; empty if the run has not noted them.
 
@@ -170,25 +161,19 @@ class Run:
         return {name: digest for name, digest in self.start.get(NOTED, {}).items() if name != "data.validation"}
 
     @property
-    def first_step(self) -> int:
-        """The step at which the first start began; above 0 if it resumed another run's checkpoint."""
-        return int(self.start.get("step", 0))
+    def history(self) -> list[tuple[int, list[str]]]:
+        """The step at which it began, and (step, changes in words) for each resume that changed something relevant.
 
-    @property
-    def changes(self) -> list[tuple[int, list[str]]]:
-        """(step, changes in words) for each resume that changed something relevant."""
-        return [(step, changed) for step, changed in self.start.get(CHANGES, ())]
+        It begins above 0 if it resumed another run's checkpoint.
+        """
+        return [(self.start.get("step", 0), []), *((step, changed) for step, changed in self.start.get(CHANGES, ()))]
 
     @cached_property
     def notes(self) -> dict[str, Any]:
-        """What the run found for settings that are names or left open, by setting or section; older runs have less."""
-        digests = {name: self.scored(name, "digest") for name in self.validation_sets}
-        noted: dict[str, Any] = {"model": self.parameters.get("total"), **self.began_with}
-        noted["data.validation"] = {name: digest for name, digest in digests.items() if digest is not None} or None
-        if self.start:
-            noted["train.precision"] = self.start.get("bf16")
-            noted |= {"settings before a resume": self.changes, "first step": self.first_step}
-        return {name: value for name, value in noted.items() if value is not None}
+        """What makes it another run than one with the same settings, by the setting that it belongs to."""
+        scored = {name: self.scored(name, "digest") for name in self.validation_sets}
+        noted = {"data.validation": scored} if any(scored.values()) else {}
+        return {**self.began_with, **noted, "history": self.history}
 
     def tokens(self, steps: Any) -> NDArray[np.int64]:
         """Tokens trained on after these steps: [n] -> [n]"""
@@ -235,7 +220,8 @@ def read_run(folder: Path) -> Run:
         raise CompareError(
             f"{folder}: not a run folder, because it has no {files.config.name}; give the train.run_dir of a run"
         )
-    lines = [line for line in _json_lines(files.metrics) if _has_step(line)]
+    metrics, starts = (_objects(path.read_bytes()) if path.is_file() else [] for path in (files.metrics, files.starts))
+    lines = list(filter(_has_step, metrics))
     if not lines:
         raise CompareError(
             f"{folder}: no metrics yet ({files.metrics.name}); leave it out, or wait for its first lines"
@@ -244,7 +230,7 @@ def read_run(folder: Path) -> Run:
         tree = parse_yaml(files.config.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise CompareError(f"{files.config}: cannot be read ({' '.join(str(error).split())})") from error
-    start = joined_start(_json_lines(files.starts))
+    start = joined_start([*filter(None, starts)])
     settings = _settings(tree, files.config) | _epochs_of(start.get("epochs"), start.get("warmup_fraction"))
     return Run(folder, settings, lines, start)
 

@@ -1,14 +1,19 @@
-"""The settings of a run that affect its numbers."""
+"""The settings that affect a run's numbers, and how labels name them: methods as in papers, then what differs."""
 
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from relora_mora.config.checks.combinations import OPERATIONAL, unused_settings
-from relora_mora.config.registry import METHODS
+from relora_mora.config.data import RecordsConfig, TextSource
+from relora_mora.config.registry import METHODS, optimizer_named
 from relora_mora.config.removed import OLD_DEFAULTS
 
 SEEDS = ("train.seed", "data.seed")
-SLTRAIN = "sltrain"  # in kept records of release 0.2: LoRA with a sparse matrix
 # settings that do not affect a run's numbers, or that follow from other settings
 _IGNORED_SECTIONS = ("checkpoint", "log")
 _IGNORED = {
@@ -19,6 +24,17 @@ _IGNORED = {
     "eval.generate",
     "eval.micro_batch_size",
     "train.tokens",
+}
+# kept records of release 0.2 name what later releases no longer have
+_OLD_METHODS = {"sltrain": "SLTrain"}  # LoRA with a sparse matrix
+_OLD_OPTIMIZERS = {
+    "apollo": "APOLLO",
+    "apollo_mini": "APOLLO-Mini",
+    "fira": "Fira",
+    "galore": "GaLore",
+    "lora_muon": "LoRA-Muon",
+    "normuon": "NorMuon",
+    "sumo": "SUMO",
 }
 
 
@@ -39,11 +55,89 @@ def compared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def used_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that have an effect; only the first of the operators if they never alternate."""
-    name = "lora" if settings["method.name"] == SLTRAIN else settings["method.name"]
-    method = METHODS.get(name)
+    name = "lora" if settings["method.name"] in _OLD_METHODS else settings["method.name"]
     unused = {*unused_settings({**settings, "method.name": name})}
     unused |= {name for name, default in OLD_DEFAULTS.items() if settings.get(name) == default}
     used = {name: value for name, value in settings.items() if name not in unused}
-    if method is not None and not method.merges and "method.operators" in used:
+    if name in METHODS and not METHODS[name].merges and "method.operators" in used:
         used["method.operators"] = used["method.operators"][:1]
     return used
+
+
+def as_text(value: Any) -> str:
+    """JSON in which held-out sets are sorted by name."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def texts_of(runs: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """A row for each run, with the text of each value in the column of its name."""
+    return pd.DataFrame([{name: as_text(value) for name, value in run.items()} for run in runs], dtype=object)
+
+
+def method_title(settings: Mapping[str, Any]) -> str:
+    """The method's title with its cycle of operators if that is longer than one, such as ``ReMoRA (1, 2)``."""
+    name = settings["method.name"]
+    title = METHODS[name].title if name in METHODS else _OLD_METHODS.get(name, name)
+    operators = settings.get("method.operators", ())
+    return f"{title} ({_shown(operators)})" if len(operators) > 1 else title
+
+
+def differences(compared: Sequence[Mapping[str, Any]], unnamed: Sequence[str]) -> list[str]:
+    """For each run, the settings without ``unnamed`` in which it differs from others, in words.
+
+    Runs without a setting do not count, except for those of release 0.2.
+    """
+    given = [_without_title(each) for each in compared]
+    texts = texts_of(given)
+    texts = texts.fillna({name: as_text(value) for name, value in OLD_DEFAULTS.items() if name in texts})
+    names = [name for name in texts if texts[name].nunique() > 1 and name not in unnamed]
+    keys = Counter(name.partition(".")[2] for name in names)
+    labels: list[list[str]] = [[] for _ in given]
+    for name in names:
+        short = {as_text(each[name]): _shown(each[name]) for each in given if name in each}
+        in_full = len(set(short.values())) < len(short)
+        alone = keys[name.partition(".")[2]] == 1
+        for label, settings in zip(labels, given, strict=True):
+            if settings.get(name) not in (None, {}):
+                label.append(_named(name, settings[name], in_full=in_full, alone=alone))
+    return [", ".join(label) for label in labels]
+
+
+def _without_title(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not in the method's title; a single operator is the last one."""
+    operators = settings.get("method.operators", ())
+    others = {name: value for name, value in settings.items() if name not in ("method.name", "method.operators")}
+    return others | ({"method.operators": operators} if len(operators) == 1 else {})
+
+
+def _named(name: str, value: Any, *, in_full: bool, alone: bool) -> str:
+    """Such as ``rank 32``; matrix optimizers only by their names. ``alone``: no other section has such a key."""
+    if name == "optim.matrices":
+        optimizer = optimizer_named(value)
+        return _OLD_OPTIMIZERS.get(value, value) if optimizer is None else optimizer.title
+    section, _, key = name.partition(".")
+    title = (section if key == "name" else key if alone else f"{section} {key}").replace("_", " ")
+    text = _shown(value, full_path=in_full)
+    return f"{title} {text.removeprefix(title.rpartition(' ')[2] + ' ')}"  # not "merge every every 10"
+
+
+def _shown(value: Any, *, full_path: bool = False) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "on", False: "off", None: "default"}[value]
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_shown(each, full_path=full_path) for each in value)
+    if isinstance(value, dict):
+        shown = {key: inner for key, inner in _without_defaults(value).items() if inner is not None}
+        return ", ".join(f"{key} {_shown(inner, full_path=full_path)}" for key, inner in shown.items())
+    return Path(value).stem if isinstance(value, str) and "/" in value and not full_path else str(value)
+
+
+def _without_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The values without defaults if they describe a text source or its records; otherwise all values."""
+    for model, key in ((TextSource, "source"), (RecordsConfig, "kind")):
+        if key in values:
+            defaults = {name: field.get_default() for name, field in model.model_fields.items() if name != key}
+            return {name: each for name, each in values.items() if name not in defaults or each != defaults[name]}
+    return values

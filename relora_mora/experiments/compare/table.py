@@ -1,15 +1,24 @@
-"""The table of a comparison, in Markdown, and the perplexities of its figures."""
+"""The table of a comparison, in Markdown, and its files."""
 
-import json
-import math
+import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 
-from relora_mora.experiments.compare.groups import Group
-from relora_mora.experiments.compare.runs import CompareError
+import pandas as pd
 
+from relora_mora.experiments.compare.groups import UNKNOWN, Group, common_sets, count, set_title
+from relora_mora.experiments.compare.runs import TABLE, CompareError
+from relora_mora.experiments.compare.settings import as_text
+from relora_mora.system.bars import Bar
+from relora_mora.system.files import disk_faults_named, write_synced
+
+COSTS = (
+    ("tokens/s", "perf/tokens_per_second", "median", ",.0f"),
+    ("peak memory, GiB", "perf/peak_memory_gib", "max", ".2f"),
+)
 LARGE = 1e7  # a perplexity that needs no decimals
-UNKNOWN = "–"
 
 
 def markdown(groups: Sequence[Group], against: Group | None = None) -> str:
@@ -27,22 +36,22 @@ def markdown(groups: Sequence[Group], against: Group | None = None) -> str:
     words = len(columns)
     if any(len(group.runs) > 1 for group in groups):
         columns["seeds"] = [str(len(group.runs)) for group in groups]
-    columns["trainable"] = [count(group.parameters.get("trainable")) for group in groups]
-    columns["adapters"] = [count(group.parameters.get("adapters")) for group in groups]
+    counts: list[dict[str, int]] = [
+        next((c for run in group.runs if (c := run.start.get("parameters"))), {}) for group in groups
+    ]
+    for what in ("trainable", "adapters"):
+        columns[what] = [count(each.get(what)) for each in counts]
     columns["tokens"] = [count(each) + "*" * bool(group.state) for each, group in zip(tokens, groups, strict=True)]
     for name in sets:
         ending = f" ({name})" if name else ""
-        found = [perplexities(group, name) for group in groups]
-        compared_with = mean(perplexities(reference, name))
+        found = [group.perplexities(name) for group in groups]
+        compared_with = mean(reference.perplexities(name))
         columns[f"loss{ending}"] = [_spread([loss for _, loss in group.last(name)], ".4f") for group in groups]
         columns[f"perplexity{ending}"] = [_spread(each, ".2f" if max(each) < LARGE else ".3g") for each in found]
         columns[f"ratio{ending}"] = [f"{mean(each) / compared_with:.3f}" for each in found]
-    for title, tag, over_run, spec in (
-        ("tokens/s", "perf/tokens_per_second", "median", ",.0f"),
-        ("peak memory, GiB", "perf/peak_memory_gib", "max", ".2f"),
-    ):
-        of_runs = [[run.series(tag).agg(over_run) for run in group.runs] for group in groups]
-        columns[title] = [_spread([value for value in each if not math.isnan(value)], spec) for each in of_runs]
+    for title, tag, over_run, spec in COSTS:
+        of_runs = [pd.Series([run.series(tag).agg(over_run) for run in group.runs]) for group in groups]
+        columns[title] = [_spread([*each.dropna()], spec) for each in of_runs]
     notes = [f"Loss in nats per token of held-out text; ratio: perplexity relative to {reference.label}."]
     if "seeds" in columns:
         notes.append("Means over seeds, with the lowest and the highest value in parentheses.")
@@ -51,36 +60,6 @@ def markdown(groups: Sequence[Group], against: Group | None = None) -> str:
         notes.append("The runs were evaluated after unequal numbers of tokens: their ratios do not compare methods.")
     notes += [*_other_content(groups), *(note for name in sets for note in _other_scores(groups, name))]
     return table_of(columns, left=words) + "".join(f"\n{note}\n" for note in notes)
-
-
-def common_sets(groups: Sequence[Group]) -> list[str]:
-    """Names of the held-out sets that all runs were evaluated on, in the order of the first run.
-
-    Raises :class:`CompareError` if there is none.
-    """
-    runs = [run for group in groups for run in group.runs]
-    common = [name for name in runs[0].validation_sets if all(name in run.validation_sets for run in runs)]
-    if not common:
-        evaluated = [", ".join(map(_set_title, run.validation_sets)) or "no evaluation yet" for run in runs]
-        listed = "; ".join(f"{runs[evaluated.index(sets)].folder}: {sets}" for sets in dict.fromkeys(evaluated))
-        raise CompareError(
-            f"the runs have no validation set in common ({listed}); compare runs that have evaluated the same "
-            "data.validation"
-        )
-    for group in groups:
-        for name in common:
-            if group.losses(name).empty:
-                folders = ", ".join(str(run.folder) for run in group.runs)
-                raise CompareError(
-                    f"{folders}: no step with a finite loss on {_set_title(name)}; leave the run out, or give seeds "
-                    "that have a step in common"
-                )
-    return common
-
-
-def perplexities(group: Group, name: str) -> list[float]:
-    """The perplexity of each run of a group on a held-out set, at the step at which the run is judged."""
-    return [math.exp(min(loss, 700.0)) for _, loss in group.last(name)]
 
 
 def table_of(columns: Mapping[str, Sequence[str]], *, left: int) -> str:
@@ -95,22 +74,24 @@ def table_of(columns: Mapping[str, Sequence[str]], *, left: int) -> str:
 
 def _other_content(groups: Sequence[Group]) -> list[str]:
     """Notes on settings that named different content in different runs."""
-    known: dict[tuple[str, str], set[str]] = {}
-    for run in (run for group in groups for run in group.runs):
-        for name, digest in run.began_with.items():
-            known.setdefault((name, json.dumps(run.settings.get(name), sort_keys=True)), set()).add(digest)
+    noted = [
+        (name, as_text(run.settings.get(name)), digest)
+        for group in groups
+        for run in group.runs
+        for name, digest in run.began_with.items()
+    ]
+    contents = pd.DataFrame(noted, columns=["name", "value", "digest"]).groupby(["name", "value"]).digest.nunique()
     return [
         f"The runs began with different content of {name}={value}: they are not comparable."
-        for (name, value), digests in sorted(known.items())
-        if len(digests) > 1
+        for name, value in contents[contents > 1].index
     ]
 
 
 def _other_scores(groups: Sequence[Group], name: str) -> list[str]:
     """A note if a held-out set is not the same in all runs, or may not be."""
-    title = _set_title(name).capitalize()
-    digests = {next(filter(None, (run.scored(name, "digest") for run in group.runs)), None) for group in groups}
+    title = set_title(name).capitalize()
     firsts = [group.runs[0] for group in groups]
+    digests = {run.scored(name, "digest") for run in firsts}
     if len(digests - {None}) > 1 or len({run.scored(name, "tokens") for run in firsts}) > 1:
         return [f"{title}: runs were scored on different tokens; their losses are not comparable."]
     if None in digests and len({run.held_out(name) for run in firsts}) > 1:
@@ -121,23 +102,42 @@ def _other_scores(groups: Sequence[Group], name: str) -> list[str]:
     return []
 
 
-def _set_title(name: str) -> str:
-    return f"set {name}" if name else "a set without a name"
-
-
-def count(value: float | None) -> str:
-    """A number with three digits and a unit, such as 1.23M."""
-    if value is None:
-        return UNKNOWN
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= 0.9995 * size:  # rounds up to one unit
-            return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:,.0f}{unit}"
-    return f"{value:g}"
-
-
 def _spread(values: Sequence[float], spec: str) -> str:
     """The mean, with the lowest and the highest value in parentheses if they look different."""
     if not values:
         return UNKNOWN
     shown, low, high = (format(value, spec) for value in (mean(values), min(values), max(values)))
     return shown if low == high else f"{shown} ({low}–{high})"
+
+
+def check_folder(folder: Path) -> None:
+    """Raises :class:`CompareError` if ``folder`` is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise CompareError(f"--out: {folder} is a file, expected a folder; give another path")
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed; otherwise says how to get it."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    sys.stderr.write("only the table is written: figures need matplotlib; pip install 'relora_mora[plot]'\n")
+    return False
+
+
+def write_comparison(folder: Path, table: str, groups: Sequence[Group], against: Group | None = None) -> None:
+    """Writes a table and, if matplotlib is installed, the figures of its groups."""
+    files: dict[str, str | bytes] = {TABLE: table}
+    if can_draw():
+        from relora_mora.experiments.compare.figures import figures_of
+
+        with Bar("drawing figures"):
+            files |= figures_of(groups, against)
+    write_files(folder, files)
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Writes files by name; replaces each existing file atomically."""
+    with disk_faults_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_synced(folder / name, content)

@@ -12,8 +12,8 @@ from relora_mora.config.lengths import with_counted_epochs
 from relora_mora.config.load import FINETUNING, ConfigError, config_of, read_tree
 from relora_mora.config.schema import Config, ModelConfig
 from relora_mora.config.shipped import MODELS, SETTINGS, find_config, shipped_files
-from relora_mora.experiments.planner.cluster import Cluster
 from relora_mora.experiments.planner.plan import Plan
+from relora_mora.experiments.planner.step import Cluster
 from relora_mora.model.config import check_length, read_model_config
 from relora_mora.optim.own import with_rule
 from relora_mora.sizing.fit import check_adapters

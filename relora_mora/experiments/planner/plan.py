@@ -2,26 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
-from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from relora_mora.config.checks.combinations import remarks
-from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.registry import is_own, split_rule
 from relora_mora.config.schema import Config
-from relora_mora.experiments.planner.cluster import Cluster, StepTime
-from relora_mora.experiments.planner.network import Traffic, traffic
+from relora_mora.experiments.planner.step import Cluster, StepTime, Traffic, step_time, traffic
 from relora_mora.optim.groups import count_parameters
 from relora_mora.sizing.fit import USABLE, choose_forms, uneven_widths
 from relora_mora.sizing.measure import measure
 from relora_mora.sizing.memory import Memory, peak_memory
 from relora_mora.sizing.setup import Setup
-from relora_mora.sizing.work import meta_model, passes_bytes, product_flops
+from relora_mora.sizing.work import meta_model, product_flops
 from relora_mora.system.devices import WITHOUT_FP8
 
-BACKWARD_SHARE = 2 / 3
 STAGES = (0, 1, 2, 3)
 ASSUMED_UTILIZATION = 0.4  # share of the peak while devices compute; no GPU has confirmed it
 # resident in a rank's process on a CPU next to its tensors: Python, torch, DeepSpeed, tokenizer (measured)
@@ -30,12 +26,12 @@ FRAGMENTATION = 1.1  # glibc's malloc held 3 to 17 % more than the parts in tiny
 
 
 @dataclass(frozen=True)
-class Needs:
+class AtStage:
     """What the run needs at one ZeRO stage."""
 
-    setup: Setup
     memory: Memory
     network: Traffic
+    step: StepTime
 
 
 @dataclass(eq=False)
@@ -67,8 +63,8 @@ class Plan:
         self.model = meta_model(self.model_config, config.method)
         self.parameters = count_parameters(self.model)
         self.optimizer_flops = product_flops(self.model, config.optim)  # of a step, over all ranks
-        self._needs: dict[int, Needs] = {}
-        self.flops = measure(self.model, self.needs(self.zero_stage).setup).flops  # of a token
+        self._stages: dict[int, AtStage] = {}
+        self.flops = measure(self.model, self._setup(self.zero_stage)).flops  # of a token
         self.notes = [*self.notes, *remarks(config), *self._notes()]
 
     def _notes(self) -> list[str]:
@@ -89,48 +85,21 @@ class Plan:
             )
         return notes if self.cluster.on_cpu else notes + uneven_widths(self.model_config)
 
-    def needs(self, stage: int) -> Needs:
+    def at(self, stage: int) -> AtStage:
         """What the run needs at a stage. Raises ValueError if its settings refuse that."""
-        if stage not in self._needs:
-            setup = Setup(self.config, stage, self.cluster.world_size, bf16=self.bf16, on_gpu=not self.cluster.on_cpu)
-            choose_forms(self.model, setup, self.cluster.device.memory_gb * 1e9 or None)
-            self._needs[stage] = Needs(setup, peak_memory(self.model, setup), traffic(self.model, setup))
-        return self._needs[stage]
+        if stage not in self._stages:
+            setup = self._setup(stage)
+            sent = traffic(self.model, setup)
+            rate = self.peak[0] * (self.utilization or ASSUMED_UTILIZATION)
+            step = step_time(self.model, setup, self.cluster, sent, self.flops.performed, rate)
+            self._stages[stage] = AtStage(peak_memory(self.model, setup), sent, step)
+        return self._stages[stage]
 
-    @cached_property
-    def memory(self) -> dict[int, Memory]:
-        """By stage."""
-        return {stage: self.needs(stage).memory for stage in STAGES}
-
-    @cached_property
-    def network(self) -> dict[int, Traffic]:
-        """By stage."""
-        return {stage: self.needs(stage).network for stage in STAGES}
-
-    @cached_property
-    def steps(self) -> dict[int, StepTime]:
-        """One step at each stage."""
-        return {stage: self.step(stage) for stage in STAGES}
-
-    def step(self, stage: int) -> StepTime:
-        """The time of a step at a stage (``cluster.py``), without evaluations, checkpoints and merges."""
-        needs = self.needs(stage)
-        setup = needs.setup
-        cluster = self.cluster
-        trained = self.parameters.trainable
-        rate = self.peak[0] * (self.utilization or ASSUMED_UTILIZATION)
-        bandwidth = cluster.device.memory_gbytes_per_s * 1e9
-        compute = self.flops.performed * self.config.tokens_per_step / (cluster.world_size * rate)
-        passes = passes_bytes(self.model, self.config.optim) + trained * setup.width
-        gradients = cluster.seconds_to_send(needs.network.sent_gradients)
-        weights = cluster.seconds_to_send(needs.network.sent_weights)
-        matrices = cluster.seconds_to_send(needs.network.sent_matrices)
-        defaults = zero_defaults(stage, setup.world_size, trained, on_gpu=setup.on_gpu)
-        hidden = 0.0
-        if stage > 1 and setup.zero("overlap_comm", defaults.get("overlap_comm", stage == 3)):
-            hidden = min(gradients + weights, compute) if stage == 3 else min(gradients, BACKWARD_SHARE * compute)
-        optimizer = (self.optimizer_flops / rate + (passes / bandwidth if bandwidth else 0.0)) / setup.sharers
-        return StepTime(compute, optimizer, gradients + weights + matrices, hidden)
+    def _setup(self, stage: int) -> Setup:
+        """The setup at a stage, for which the model's layers get their forms."""
+        setup = Setup(self.config, stage, self.cluster.world_size, bf16=self.bf16, on_gpu=not self.cluster.on_cpu)
+        choose_forms(self.model, setup, self.cluster.device.memory_gb * 1e9 or None)
+        return setup
 
     @property
     def tokens(self) -> int:
@@ -139,7 +108,7 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.measured or self.config.tokens_per_step / self.step(self.zero_stage).total
+        return self.measured or self.config.tokens_per_step / self.at(self.zero_stage).step.total
 
     @property
     def seconds(self) -> float:
@@ -177,7 +146,7 @@ class Plan:
         """
         if not self.cluster.on_cpu:
             return None
-        chosen = self.needs(self.zero_stage).memory
+        chosen = self.at(self.zero_stage).memory
         at_start = PROCESS_BYTES + chosen.weights + chosen.masters + chosen.host_base + chosen.host_start
         in_training = PROCESS_BYTES + chosen.device + chosen.host_base + chosen.host_checkpoint
         return max(at_start, FRAGMENTATION * in_training)
@@ -185,10 +154,11 @@ class Plan:
     def fits(self, stage: int) -> bool | None:
         """Whether a rank's memory fits into a device; None if the device's memory is unknown."""
         available = self.cluster.device.memory_gb * 1e9
-        return self.needs(stage).memory.device <= USABLE * available if available else None
+        return self.at(stage).memory.device <= USABLE * available if available else None
 
     def as_dict(self) -> dict[str, Any]:
         """All numbers for JSON, those of a stage by its number; sizes in bytes, times in seconds."""
+        stages = {stage: self.at(stage) for stage in STAGES}
         alike = (
             "method",
             "zero_stage",
@@ -205,10 +175,10 @@ class Plan:
             "matrices": self.config.optim.matrices,
             "others": self.config.optim.others,
             "memory": {
-                stage: _with(each, "device") | {"fits": self.fits(stage)} for stage, each in self.memory.items()
+                stage: _with(each.memory, "device") | {"fits": self.fits(stage)} for stage, each in stages.items()
             },
-            "network": {stage: _with(each, "sent") for stage, each in self.network.items()},
-            "steps": {stage: _with(each, "total") for stage, each in self.steps.items()},
+            "network": {stage: _with(each.network, "sent") for stage, each in stages.items()},
+            "steps": {stage: _with(each.step, "total") for stage, each in stages.items()},
             "cluster": asdict(self.cluster),
             "world_size": self.cluster.world_size,
             "tokens_per_step": self.config.tokens_per_step,

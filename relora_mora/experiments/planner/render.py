@@ -30,7 +30,7 @@ def _verdict(plan: Plan) -> str:
     """Whether the run fits."""
     device = plan.cluster.device
     stage = plan.zero_stage
-    memory = plan.needs(stage).memory
+    memory = plan.at(stage).memory
     if plan.resident is not None:
         here = f"this host has {_gib(host_memory_bytes())} (for GPUs: --device=a100)"
         return f"needs {_gib(plan.resident)} GiB for each process; {here}"
@@ -48,10 +48,10 @@ def _sent(plan: Plan) -> str:
     """What a step sends, and over which links."""
     if plan.cluster.world_size == 1:
         return "sends nothing: there is one device"
-    sent = _gb(plan.needs(plan.zero_stage).network.sent)
+    sent = _gb(plan.at(plan.zero_stage).network.sent)
     if plan.cluster.nodes == 1:
         return f"{sent} GB per step from each device, within the host"
-    waits = plan.step(plan.zero_stage)
+    waits = plan.at(plan.zero_stage).step
     return (
         f"{sent} GB per step between hosts: {waits.network - waits.hidden:.3g} of {waits.total:.3g} s of a step "
         "wait for it"
@@ -60,18 +60,13 @@ def _sent(plan: Plan) -> str:
 
 def tables(plan: Plan) -> str:
     """The answer, and all numbers in tables with a column for each ZeRO stage."""
-    memory, network, steps = ([*of.values()] for of in (plan.memory, plan.network, plan.steps))
+    stages = [plan.at(stage) for stage in STAGES]
+    memory, network, steps = ([getattr(each, part) for each in stages] for part in ("memory", "network", "step"))
     host = {"host: float32 base": "host_base", "host: checkpoint": "host_checkpoint", "host: start": "host_start"}
     sent = {"all-reduced": "all_reduced", "reduced": "reduced", "gathered": "gathered", "a device sends": "sent"}
-    times = {
-        "compute": "compute",
-        "optimizer": "optimizer",
-        "network": "network",
-        "hidden": "hidden",
-        "a step": "total",
-    }
+    times = {**{part: part for part in ("compute", "optimizer", "network", "hidden")}, "a step": "total"}
     sizes = {
-        **_rows(memory, _gib, {**dict(zip(PARTS, PARTS, strict=True)), "all": "device"}),
+        **_rows(memory, _gib, {**{part: part for part in PARTS}, "all": "device"}),
         "at": [each.phase for each in memory],
         **_rows(memory, _gib, host),
     }

@@ -11,9 +11,8 @@ from relora_mora.config.lengths import tree_of
 from relora_mora.config.load import FINETUNING, ConfigError, config_of, stored_config
 from relora_mora.config.schema import Config
 from relora_mora.config.yaml_text import parse_yaml
-from relora_mora.experiments.compare.labels import as_text
 from relora_mora.experiments.compare.runs import RECORDS, read_records
-from relora_mora.experiments.compare.settings import used_settings
+from relora_mora.experiments.compare.settings import as_text, used_settings
 from relora_mora.experiments.study.design import Cell, Study
 from relora_mora.supervise.exits import FINISHED
 from relora_mora.system.files import write_synced

@@ -6,21 +6,22 @@ import itertools
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'relora_mora[plot]'")
 
-from matplotlib.figure import Figure
 
 from relora_mora.experiments.compare.figures import figures_of, loss_figure, perplexity_figure, styles
-from relora_mora.experiments.compare.files import write_files
 from relora_mora.experiments.compare.groups import Group, group_runs
+from relora_mora.experiments.compare.table import write_files
 from tests.experiments.compare.folders import TOKENS, made_run
 from tests.tools.commands import files_end_at
 from tests.tools.each import each
 
 LOSSES = [9.0, 4.0, 3.0, 2.0, 1.0]
+SETS = ("web", "books")
 EVALUATIONS = [TOKENS * step for step in (0, 10, 20, 30, 40)]
 
 
@@ -28,28 +29,18 @@ EVALUATIONS = [TOKENS * step for step in (0, 10, 20, 30, 40)]
 def groups(tmp_path_factory: pytest.TempPathFactory) -> list[Group]:
     """Full rank, and ReMoRA with two seeds, with two held-out sets."""
     folder = tmp_path_factory.mktemp("runs")
-    higher = [loss + 0.2 for loss in LOSSES]
-    sets = ["web", "books"]
-    runs = [
-        made_run(folder / "full", higher, sets=sets, method={"name": "full"}),
-        made_run(folder / "remora", LOSSES, sets=sets),
-        made_run(folder / "remora_1", [loss + 0.1 for loss in LOSSES], sets=sets, train={"seed": 1}),
-    ]
-    return group_runs(runs)
+    given: list[dict[str, Any]] = [{"method": {"name": "full"}}, {}, {"train": {"seed": 1}}]
+    return group_runs(
+        made_run(folder / f"run{more}", [loss + more for loss in LOSSES], sets=SETS, **settings)
+        for more, settings in zip((0.2, 0.0, 0.1), given, strict=True)
+    )
 
 
-@pytest.fixture(scope="module")
-def losses(groups: list[Group]) -> Figure:
-    return loss_figure(groups)
-
-
-def test_curves_of_loss_are_means_over_seeds_in_a_panel_for_each_set(losses: Figure) -> None:
+def test_curves_of_loss_are_means_over_seeds_in_a_panel_for_each_set(groups: list[Group]) -> None:
+    losses = loss_figure(groups)
     names = ["Full rank", "ReMoRA (1, 2) (2 seeds)"]
     assert [text.get_text() for text in losses.legends[0].get_texts()] == names
-    assert [panel.get_ylabel() for panel in losses.axes] == [
-        "loss on web, nats per token",
-        "loss on books, nats per token",
-    ]
+    assert [panel.get_ylabel() for panel in losses.axes] == [f"loss on {name}, nats per token" for name in SETS]
     for number, panel in enumerate(losses.axes):
         full, remora = panel.get_lines()
         assert list(full.get_xdata()) == EVALUATIONS
@@ -67,7 +58,7 @@ def test_the_last_perplexities_are_dots_with_the_lowest_group_at_the_top(
     figure = perplexity_figure(groups, reference)
     assert figure.get_supxlabel() == f"dashed: {(reference or groups[0]).label}"
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["ReMoRA (1, 2)", "Full rank (1 seed)"]
-    for number, (panel, name) in enumerate(zip(figure.axes, ("web", "books"), strict=True)):
+    for number, (panel, name) in enumerate(zip(figure.axes, SETS, strict=True)):
         low, high, full = (math.exp(loss + number) for loss in (1.0, 1.1, 1.2))
         dots = [each for each in panel.get_lines() if each.get_marker() == "o"]
         assert [list(each.get_xdata()) for each in dots] == [pytest.approx([low, high]), pytest.approx([full])]
@@ -77,12 +68,9 @@ def test_the_last_perplexities_are_dots_with_the_lowest_group_at_the_top(
         assert dashed == pytest.approx(full if against is None else (low + high) / 2)
         assert panel.get_xlabel() == f"perplexity on {name}"
         assert panel.get_ylim()[0] > panel.get_ylim()[1], "the first row is at the top"
+        assert len({tuple(style.values()) for style in itertools.islice(styles(), 60)}) == 60
         of_groups = [style["color"] for style in itertools.islice(styles(), 2)]
         assert [each.get_color() for each in dots] == of_groups[::-1], "as in the other figures"
-
-
-def test_many_curves_differ() -> None:
-    assert len({tuple(style.values()) for style in itertools.islice(styles(), 60)}) == 60
 
 
 @pytest.mark.more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from relora_mora.experiments.compare.groups import group_of, group_runs
-from relora_mora.experiments.compare.runs import CompareError, read_run
+from relora_mora.experiments.compare.runs import CompareError, Run, read_run
 from relora_mora.system.run_folder import RunFolder
 from tests.experiments.compare.folders import made_run, write_run
 from tests.tools.each import each
@@ -22,11 +23,6 @@ Sections = dict[str, dict[str, Any]]
 
 def _labels(folder: Path, *runs: Sections) -> list[str]:
     return [group.label for group in group_runs(made_run(folder / f"run{i}", **given) for i, given in enumerate(runs))]
-
-
-def test_methods_are_named_as_in_papers(tmp_path: Path) -> None:
-    runs: list[Sections] = [{"method": {"name": name}} for name in ("full", "lora", "mora", "relora", "remora")]
-    assert _labels(tmp_path, *runs) == ["Full rank", "LoRA", "MoRA", "ReLoRA", "ReMoRA (1, 2)"]
 
 
 def test_optimizers_of_02_keep_their_names(tmp_path: Path) -> None:
@@ -78,29 +74,37 @@ def test_runs_that_differ_in_seeds_are_one(tmp_path: Path) -> None:
         group_of(group_runs([*runs, twin]), "run10")
 
 
+def _noting(run: Path, **noted: Any) -> Run:
+    """The run with this in its start, too."""
+    starts = RunFolder(run).starts
+    starts.write_text(json.dumps(json.loads(starts.read_text()) | noted) + "\n")
+    return read_run(run)
+
+
 @each(
-    ("other", "says_so"),
+    ("other", "labels"),
     [
-        ({"parameters": {"total": 2_000_000}}, "model"),
-        ({"bf16": True}, "train.precision"),
-        ({"began_with": {"data.train": "other text"}}, "data.train"),
-        ({"began_with": {"model.config": "another model"}}, "model.config"),
+        ({"bf16": True}, ["ReMoRA (1, 2), precision fp32", "ReMoRA (1, 2), precision bf16"]),
+        ({"began_with": {"data.train": "other text"}}, ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run1"]),
+        ({"began_with": {"model.config": "another model"}}, ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run1"]),
     ],
 )
-def test_runs_with_the_same_settings_but_other_inputs_are_not_one(tmp_path: Path, other: dict[str, Any], says_so: str):
-    runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1)]
+def test_runs_with_the_same_settings_but_other_inputs_are_not_one(
+    tmp_path: Path, other: dict[str, Any], labels: list[str]
+) -> None:
+    seeds = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in range(4)]
     noted = {"bf16": False, "began_with": {"model.config": "a model", "data.train": "a text"}}
-    for run, changes in zip(runs, (noted, other), strict=True):
-        starts = RunFolder(run).starts
-        starts.write_text(json.dumps(json.loads(starts.read_text()) | changes) + "\n")
-    assert len(group_runs(map(read_run, runs))) == len(group_runs(map(read_run, runs), best=["optim.lr"])) == 2
-    assert group_runs(map(read_run, runs))[1].label == f"ReMoRA (1, 2), run1 (other {says_so})"
-    silent = made_run(tmp_path / "run2", train={"seed": 2}), made_run(tmp_path / "run3", optim={"lr": 0.5})
-    assert len(group_runs([read_run(runs[0]), silent[0]])) == 1, "it noted nothing"
-    for order in permutations([*map(read_run, runs), silent[1]]):
-        assert len(group_runs(order, best=["optim.lr"])) == 2
+    runs = [_noting(seeds[0], **noted), _noting(seeds[1], **{**noted, **other})]
+    assert [group.label for group in group_runs(runs)] == labels
+    assert len(group_runs(runs, best=["optim.lr"])) == 2
+    silent = _noting(seeds[2], bf16=False)
+    assert [len(group.runs) for group in group_runs([silent, runs[0]])] == [2], "what it has not noted is the same"
+    elsewhere = made_run(tmp_path / "run4", optim={"lr": 0.5})
+    for order in permutations([*runs, elsewhere]):
+        assert len(group_runs(order, best=["optim.lr", "train.precision"])) == 2 - ("bf16" in other)
+    changed = "train.precision" if "bf16" in other else next(iter(other["began_with"]))
     for name in ("model.config", "train.precision", "data.train"):
-        assert len(group_runs(map(read_run, runs), best=[name])) == (1 if name.startswith(says_so) else 2)
+        assert len(group_runs(runs, best=[name])) == (1 if name == changed else 2), name
 
 
 CHANGED = {"step": 10, "changed": ["optim.lr: 0.1 in the checkpoint, 0.2 now", "data: other sources"]}
@@ -120,26 +124,14 @@ def test_a_run_that_changed_at_a_resume_says_so_and_is_not_another_seed(
     plain, other = (write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1))
     RunFolder(other).starts.write_text("".join(json.dumps(start) + "\n" for start in starts))
     assert [group.label for group in group_runs([read_run(other)])] == [f"ReMoRA (1, 2), {history}"]
-    silent = write_run(tmp_path / "run2", [9.0, 4.0], train={"seed": 2})
-    RunFolder(silent).starts.unlink()  # a run without notes matches any other
-    assert [group.label for group in group_runs(map(read_run, (silent, other)))] == [f"ReMoRA (1, 2), {history}"]
     for options in ({}, {"best": ["optim.lr"]}):
         labels = [group.label for group in group_runs(map(read_run, (other, plain)), **options)]
         assert labels == [f"ReMoRA (1, 2), {history}", "ReMoRA (1, 2)"]
 
 
-def test_runs_that_resumed_with_the_same_from_different_settings_are_separate(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1)]
-    for before, run in zip((0.1, 0.3), runs, strict=True):
-        change = {"step": 10, "changed": [f"optim.lr: {before} in the checkpoint, 0.2 now"]}
-        RunFolder(run).starts.write_text(f'{{"step": 0}}\n{json.dumps(change)}\n')
-    first, second = (group.label for group in group_runs(map(read_run, runs)))
-    assert first == "ReMoRA (1, 2), optim.lr changed at step 10, run0"
-    assert second == "ReMoRA (1, 2), optim.lr changed at step 10, run1 (other settings before a resume)"
-
-
-def test_changes_without_a_trained_step_do_not_count(tmp_path: Path) -> None:
+def test_which_changes_at_resumes_count(tmp_path: Path) -> None:
     change = {"step": 10, "changed": ["optim.lr: 0.1 in the checkpoint, 0.2 now"]}
+    other = {"step": 10, "changed": ["optim.lr: 0.3 in the checkpoint, 0.2 now"]}
     histories: list[list[dict[str, Any]]] = [
         [{"step": 0}],
         [{"step": 0}, change, {"step": 10}],  # the next start began at the same step
@@ -147,8 +139,9 @@ def test_changes_without_a_trained_step_do_not_count(tmp_path: Path) -> None:
         [{"step": 0}, change],
         [change, {"step": 20}],  # because it began at another run's checkpoint
         [{"step": 10}],
+        [{"step": 0}, other],
     ]
-    runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in range(6)]
+    runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in range(len(histories))]
     for run, history in zip(runs, histories, strict=True):
         RunFolder(run).starts.write_text("".join(json.dumps(start) + "\n" for start in history))
     groups = group_runs(map(read_run, runs))
@@ -156,16 +149,11 @@ def test_changes_without_a_trained_step_do_not_count(tmp_path: Path) -> None:
         ["run0", "run1"],
         ["run2", "run3"],
         ["run4", "run5"],
+        ["run6"],
     ]
-
-
-def test_a_run_is_compared_with_all_earlier_runs(tmp_path: Path):
-    runs = [write_run(tmp_path / f"run{seed}", [9.0, 4.0], train={"seed": seed}) for seed in (0, 1, 2)]
-    for run, text in zip(runs[1:], ("one", "another"), strict=True):  # the first run has no notes
-        starts = RunFolder(run).starts
-        starts.write_text(json.dumps(json.loads(starts.read_text()) | {"began_with": {"data.train": text}}) + "\n")
-    labels = [group.label for group in group_runs(map(read_run, runs))]
-    assert labels == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run2 (other data.train)"]
+    assert [groups[number].differs for number in (1, 3)] == [
+        f"optim.lr changed at step 10, {name}" for name in ("run2", "run6")
+    ]
 
 
 def test_a_run_scored_on_other_text_is_not_another_seed(tmp_path: Path) -> None:
@@ -175,7 +163,7 @@ def test_a_run_scored_on_other_text_is_not_another_seed(tmp_path: Path) -> None:
         run.start["began_with"] = {} if text is None else {"data.validation": text}  # which a resume may change
     groups = group_runs(runs)
     assert [[run.folder.name for run in group.runs] for group in groups] == [["run0", "run2", "run3"], ["run1"]]
-    assert groups[1].label == "ReMoRA (1, 2), run1 (other data.validation)"
+    assert groups[1].label == "ReMoRA (1, 2), run1"
 
 
 def test_sets_of_held_out_text_have_no_order(tmp_path: Path) -> None:
@@ -183,104 +171,83 @@ def test_sets_of_held_out_text_have_no_order(tmp_path: Path) -> None:
     ways = (sets, dict(reversed(sets.items())))
     runs: list[Sections] = [{"data": {"validation": way}, "train": {"seed": seed}} for seed, way in enumerate(ways)]
     assert _labels(tmp_path, *runs) == ["ReMoRA (1, 2)"]
-    other: Sections = {"data": {"validation": ways[1]}, "optim": {"lr": 0.5}}
-    assert _labels(tmp_path / "rates", runs[0], other) == ["ReMoRA (1, 2), lr 0.0005", "ReMoRA (1, 2), lr 0.5"]
-
-
-def test_a_source_is_named_without_defaults(tmp_path: Path) -> None:
-    pairs = {"source": "q/pairs.jsonl", "records": {"kind": "question", "too_long": "drop"}}
-    runs: list[Sections] = [{"data": {"validation": {"a": "a.jsonl", "q": q}}} for q in ("q/q.jsonl", pairs)]
-    assert _labels(tmp_path, *runs) == [
-        "ReMoRA (1, 2), validation a a.jsonl, q q",
-        "ReMoRA (1, 2), validation a a.jsonl, q source pairs, records kind question, too_long drop",
-    ]
-
-
-def test_a_run_with_another_seed_is_not_called_the_same(tmp_path: Path) -> None:
-    runs = [made_run(tmp_path / f"run{seed}", digest=f"{seed}", train={"seed": seed}) for seed in (0, 1)]
-    labels = [group.label for group in group_runs(runs, unnamed=["data.validation"])]
-    assert labels == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run1"]
 
 
 def test_a_repeated_seed_is_not_another_seed(tmp_path: Path) -> None:
     runs: list[Sections] = [{"train": {"seed": 1}}, {"train": {"seed": 1}}, {"train": {"seed": 2}}]
-    assert _labels(tmp_path, *runs) == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run1 (the same seed)"]
+    assert _labels(tmp_path, *runs) == ["ReMoRA (1, 2), run0", "ReMoRA (1, 2), run1"]
+
+
+PAIRS = {"source": "q/pairs.jsonl", "records": {"kind": "question", "too_long": "drop"}}
+MUON_RULE = {"optim.matrices": "muon", "optim.rule": {"rank": 2}}
 
 
 @each(
-    ("runs", "expected"),
+    ("runs", "labels"),
     [
+        ([{"method.name": name} for name in ("full", "lora", "relora")], ["Full rank", "LoRA", "ReLoRA"]),
         (
-            [{"optim": {"lr": 1e-3}}, {"optim": {"lr": 2e-4}}, {"method": {"name": "full"}, "optim": {"lr": 1e-3}}],
-            ["ReMoRA (1, 2), lr 0.001", "ReMoRA (1, 2), lr 0.0002", "Full rank, lr 0.001"],
+            [{"data.validation": {"a": "a.jsonl", "q": q}} for q in ("q/q.jsonl", PAIRS)],
+            [
+                "-, validation a a.jsonl, q q",
+                "-, validation a a.jsonl, q source pairs, records kind question, too_long drop",
+            ],
         ),
         (
-            [{"method": {"merge_until_step": step}} for step in (None, 30)],
-            ["ReMoRA (1, 2)", "ReMoRA (1, 2), merge until step 30"],
+            [{"optim.lr": 1e-3}, {"optim.lr": 2e-4}, {"method.name": "full", "optim.lr": 1e-3}],
+            ["-, lr 0.001", "-, lr 0.0002", "Full rank, lr 0.001"],
         ),
+        ([{"method.merge_until_step": step} for step in (None, 30)], ["-", "-, merge until step 30"]),
         (
-            [{"method": {"rank_pattern": ranks}} for ranks in ({}, {"q_proj": 2, "up_proj": 8})],
-            ["ReMoRA (1, 2)", "ReMoRA (1, 2), rank pattern q_proj 2, up_proj 8"],
+            [{"method.rank_pattern": ranks} for ranks in ({}, {"q_proj": 2, "up_proj": 8})],
+            ["-", "-, rank pattern q_proj 2, up_proj 8"],
         ),
+        ([{"optim.matrices": name} for name in ("adamw", "muon")], ["-, AdamW", "-, Muon"]),
         (
-            [{"optim": {"matrices": name}} for name in ("adamw", "muon")],
-            ["ReMoRA (1, 2), AdamW", "ReMoRA (1, 2), Muon"],
+            [{"method.reset": "none", "optim.matrices": name} for name in ("adamw", "a/rules.py:Mine")],
+            ["-, AdamW", "-, Mine"],
         ),
+        ([MUON_RULE, {"optim.momentum": 0.5}], ["-, Muon", "-, AdamW"]),  # settings that the optimizers do not use
+        ([{"method.rank": 2}, {"method.rank": 9, "method.name": "full"}], ["-", "Full rank"]),  # nor the method
         (
-            [{"method": {"reset": "none"}, "optim": {"matrices": name}} for name in ("adamw", "a/rules.py:Mine")],
-            ["ReMoRA (1, 2), AdamW", "ReMoRA (1, 2), Mine"],
+            [{"method.rank": 2}, {"method.rank": 3}, {"method.name": "full"}],
+            ["-, rank 2", "-, rank 3", "Full rank"],
         ),
-        # a setting that the optimizer does not use
+        ([{"method.operators": [1, 2]}, {"method.operators": [1, 2, 3, 4]}], ["-", "ReMoRA (1, 2, 3, 4)"]),
         (
-            [{"optim": {"matrices": "muon", "rule": {"rank": 2}}}, {"optim": {"momentum": 0.5}}],
-            ["ReMoRA (1, 2), Muon", "ReMoRA (1, 2), AdamW"],
-        ),
-        # a setting that the method does not use
-        ([{"method": {"rank": 2}}, {"method": {"rank": 9, "name": "full"}}], ["ReMoRA (1, 2)", "Full rank"]),
-        (
-            [{"method": {"rank": 2}}, {"method": {"rank": 3}}, {"method": {"name": "full"}}],
-            ["ReMoRA (1, 2), rank 2", "ReMoRA (1, 2), rank 3", "Full rank"],
-        ),
-        (
-            [{"method": {"operators": [1, 2]}}, {"method": {"operators": [1, 2, 3, 4]}}],
-            ["ReMoRA (1, 2)", "ReMoRA (1, 2, 3, 4)"],
-        ),
-        (
-            [{"method": {"name": "mora", "operators": [1, 2]}}, {"method": {"name": "mora", "operators": [3]}}],
+            [{"method.name": "mora", "method.operators": operators} for operators in ([1, 2], [3])],
             ["MoRA, operators 1", "MoRA, operators 3"],
         ),
         (
-            [{"method": {"merge_every": 20}}, {"method": {"merge_every": 10, "train_norms": False}}],
-            ["ReMoRA (1, 2), train norms on, merge every 20", "ReMoRA (1, 2), train norms off, merge every 10"],
+            [{"method.merge_every": 20}, {"method.merge_every": 10, "method.train_norms": False}],
+            ["-, train norms on, merge every 20", "-, train norms off, merge every 10"],
         ),
         (
-            [{"model": {"config": "configs/small.json"}}, {"model": {"config": "configs/large.json"}}],
-            ["ReMoRA (1, 2), config small", "ReMoRA (1, 2), config large"],
+            [{"model.config": f"configs/{size}.json"} for size in ("small", "large")],
+            ["-, config small", "-, config large"],
         ),
         (
-            [{"data": {"validation": "a/held.jsonl"}}, {"data": {"validation": "b/held.jsonl"}}],
-            ["ReMoRA (1, 2), validation a/held.jsonl", "ReMoRA (1, 2), validation b/held.jsonl"],
+            [{"data.validation": f"{folder}/held.jsonl"} for folder in "ab"],
+            ["-, validation a/held.jsonl", "-, validation b/held.jsonl"],
         ),
-        (
-            [{"optim": {"lr_other": 0.5}}, {"checkpoint": {"every_steps": 3}, "log": {"every_steps": 2}}],
-            ["ReMoRA (1, 2), lr other 0.5", "ReMoRA (1, 2)"],
-        ),
+        ([{"optim.lr_other": 0.5}, {"checkpoint.every_steps": 3, "log.every_steps": 2}], ["-, lr other 0.5", "-"]),
     ],
 )
-def test_a_label_names_the_differences(tmp_path: Path, runs: list[Sections], expected: list[str]) -> None:
-    assert _labels(tmp_path, *runs) == expected
+def test_a_label_names_the_differences(tmp_path: Path, runs: list[dict[str, Any]], labels: list[str]) -> None:
+    """``-`` stands for the method of most runs."""
+    given: list[Sections] = [{} for _ in runs]
+    for sections, settings in zip(given, runs, strict=True):
+        for name, value in settings.items():
+            section, _, key = name.partition(".")
+            sections.setdefault(section, {})[key] = value
+    assert _labels(tmp_path, *given) == [re.sub("^-", "ReMoRA (1, 2)", label) for label in labels]
 
 
-def test_a_group_says_which_run_has_not_ended(tmp_path: Path) -> None:
+def test_a_group_says_which_run_has_not_ended_or_has_diverged(tmp_path: Path) -> None:
     runs = [made_run(tmp_path / "a"), made_run(tmp_path / "b", [9.0, 4.0], train={"seed": 1})]
-    [group] = group_runs(runs)
-    assert group.state == "unfinished, step 10 of 40"
-    assert group_runs(runs[:1])[0].state == ""
-
-
-def test_a_group_says_that_a_run_has_diverged(tmp_path: Path) -> None:
-    [group] = group_runs([made_run(tmp_path / "a", [9.0, 4.0, 3.0, 2.0, math.nan])])
-    assert group.state == "its last loss is not finite"
+    runs.append(made_run(tmp_path / "c", [9.0, 4.0, 3.0, 2.0, math.nan]))
+    states = [group.state for of_group in (runs[:1], runs[:2], runs[2:]) for group in group_runs(of_group)]
+    assert states == ["", "unfinished, step 10 of 40", "its last loss is not finite"]
 
 
 @each("fraction", [0.1, None])

@@ -11,7 +11,7 @@ import pytest
 
 from relora_mora.experiments.compare.groups import Group, group_runs
 from relora_mora.experiments.compare.runs import CompareError, read_run
-from relora_mora.experiments.compare.table import markdown, perplexities
+from relora_mora.experiments.compare.table import markdown
 from relora_mora.system.run_folder import RunFolder
 from tests.experiments.compare.folders import made_run, write_run
 from tests.tools.each import each
@@ -33,7 +33,7 @@ def _cells(table: str) -> list[dict[str, str]]:
 def test_a_row_has_the_last_evaluation_and_what_it_cost(tmp_path: Path) -> None:
     groups = _groups(tmp_path, {**FULL, "losses": [9.0, 4.0, 3.0, 2.0, 1.5]}, {"step_seconds": 4.0})
     full, remora = _cells(markdown(groups))
-    assert perplexities(groups[1], "") == [math.e]
+    assert groups[1].perplexities("") == [math.e]
     assert full["ratio"] == "1.000"
     assert remora == {
         "method": "ReMoRA (1, 2)",
@@ -73,34 +73,20 @@ def test_perplexities_are_compared_with_another_row(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_is_marked(tmp_path: Path) -> None:
-    table = markdown(_groups(tmp_path, FULL, {"losses": [9.0, 4.0, 3.5]}))
+    cut = {"losses": [9.0, 4.0, 3.5], "train": {"seed": 1}}
+    groups = _groups(tmp_path, FULL, {}, cut)
+    table = markdown(groups)
+    assert groups[1].last("") == [(20, 3.0), (20, 3.5)], "seeds are compared at a common step"
     assert [cells["tokens"] for cells in _cells(table)] == ["5.12k", "2.56k*"]
     assert "\\* ReMoRA (1, 2): unfinished, step 20 of 40." in table
     assert "unequal numbers of tokens" in table
 
 
-def test_seeds_of_unequal_length_are_compared_at_a_common_step(tmp_path: Path) -> None:
-    [group] = _groups(tmp_path, {}, {"losses": [9.0, 4.0, 3.5], "train": {"seed": 1}})
-    assert group.last("") == [(20, 3.0), (20, 3.5)]
-
-
-def test_losses_on_different_tokens_are_reported(tmp_path: Path) -> None:
-    groups = _groups(tmp_path, FULL, {})
-    for line in groups[1].runs[0].lines:
-        if "eval/tokens" in line:
-            line["eval/tokens"] = 501
-    assert "scored on different tokens" in markdown(groups)
-
-
 def test_the_scored_text_decides_and_not_its_name(tmp_path: Path) -> None:
     elsewhere: dict[str, Any] = {"data": {"validation": "other.jsonl"}, "digest": "a text"}
-    said = {
-        digest: markdown(_groups(tmp_path / digest, {**FULL, "digest": digest}, elsewhere))
-        for digest in ("a text", "another")
-    }
-    assert "scored on different tokens" in said["another"]
-    assert "not comparable" not in said["a text"]
-    assert "where text and tokenizer are the same" not in said["a text"]
+    for digest, said in (("a text", False), ("another", True)):
+        table = markdown(_groups(tmp_path / digest, {**FULL, "digest": digest}, elsewhere))
+        assert ("scored on different tokens" in table, "comparable" in table) == (said, said)
 
 
 @each("given", [{"data": {"validation": "other.jsonl"}}, {"tokenizer": {"path": "other"}}])
@@ -121,11 +107,6 @@ def test_different_content_under_one_name_is_reported_across_a_sweep(tmp_path: P
     assert note not in markdown(group_runs(map(read_run, runs[1:])))
 
 
-def test_a_run_without_a_finite_loss_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(CompareError, match=r"run1: no step with a finite loss on a set without a name"):
-        markdown(_groups(tmp_path, {**FULL}, {"losses": [math.nan] * 5}))
-
-
 def test_a_perplexity_beyond_all_bounds_takes_little_room(tmp_path: Path) -> None:
     assert _cells(markdown(_groups(tmp_path, {"losses": [1e6] * 5})))[0]["perplexity"] == "1.01e+304"
 
@@ -136,11 +117,16 @@ def test_a_run_of_an_older_version_has_no_parameters(tmp_path: Path) -> None:
     assert _cells(markdown(group_runs([run])))[0]["trainable"] == "–"
 
 
-def test_runs_without_held_out_text_in_common_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        CompareError, match=r"no validation set in common .*run0: set web; .*run1: a set without a name"
-    ):
-        markdown(_groups(tmp_path, {"sets": ["web"], **FULL}, {}))
+@each(
+    ("other", "said"),
+    [
+        ({"losses": [math.nan] * 5}, r"run1: no step with a finite loss on a set without a name"),
+        ({"sets": ["web"]}, r"no validation set in common .*run0: a set without a name; .*run1: set web"),
+    ],
+)
+def test_runs_without_losses_in_common_are_refused(tmp_path: Path, other: dict[str, Any], said: str) -> None:
+    with pytest.raises(CompareError, match=said):
+        markdown(_groups(tmp_path, FULL, other))
     run = made_run(tmp_path / "a")
     run.lines[:] = [line for line in run.lines if "eval/loss" not in line]
     with pytest.raises(CompareError, match="no evaluation yet"):

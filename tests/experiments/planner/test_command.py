@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from relora_mora.config.shipped import MODELS, SETTINGS, shipped_files
 from relora_mora.model.config import read_model_config
 from relora_mora.sizing.measure import flops_per_token
 from tests.tools.each import each
+from tests.tools.grids import rest
 from tests.tools.helpers import ROOT
 
 CONFIG = ROOT / "configs" / "run" / "tiny_remora_paper.yaml"
@@ -38,32 +40,9 @@ def test_command_line_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert values["seconds"] == 2000
     assert values["flops"]["total"] == flops_per_token(read_model_config(config.model), config).total
     assert values["memory"]["2"]["device"] > values["memory"]["2"]["activations"] > 0
-
-
-@each("setting", ["--method.operators=[6]", "--method.square_multiple=4096"])
-def test_settings_that_only_other_methods_use_do_not_keep_a_run_from_its_plan(
-    capsys: pytest.CaptureFixture[str], setting: str
-) -> None:
-    arguments = ["--method.name=full", "--method.rank=33", setting]
-    assert run_cli(str(CONFIG), "--world_size=1", *arguments, "--json") == 0
+    # settings that only other methods use do not keep a run from its plan
+    assert run_cli(str(CONFIG), "--method.name=full", "--method.rank=33", "--method.operators=[6]", "--json") == 0
     assert json.loads(capsys.readouterr().out)["method"] == "full"
-    assert run_cli(str(CONFIG), "--world_size=1", *arguments[1:]) == 2
-
-
-@each(
-    ("settings", "message"),
-    [
-        (
-            ["--method.base=fp8", "--method.base_products=true"],
-            "method.base: the results of fp8 products are in bf16; use train.precision=bf16",
-        ),
-    ],
-)
-def test_a_precision_that_a_run_refuses_has_no_plan(
-    capsys: pytest.CaptureFixture[str], settings: list[str], message: str
-) -> None:
-    assert run_cli(str(CONFIG), "--world_size=1", "--device=h100", "--train.precision=fp32", *settings) == 2
-    assert message in capsys.readouterr().err
 
 
 def lines_of(capsys: pytest.CaptureFixture[str], name: str, *arguments: str) -> list[str]:
@@ -122,6 +101,11 @@ def test_tables_for_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
         (["--nodes=2", "--world_size=2"], "--world_size: given together with --nodes"),
         (["--link_gbits=10"], "--link_gbits: a single host does not use its network"),
         (["--data.sequence_length=4096"], "max_position_embeddings"),
+        (["--method.rank=33", "--method.operators=[6]"], "operator 6 needs an even R"),
+        (
+            ["--device=h100", "--train.precision=fp32", "--method.base=fp8", "--method.base_products=true"],
+            "method.base: the results of fp8 products are in bf16; use train.precision=bf16",
+        ),
     ],
 )
 def test_command_line_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -129,30 +113,24 @@ def test_command_line_mistakes(capsys: pytest.CaptureFixture[str], arguments: li
     assert message in capsys.readouterr().err
 
 
-def test_names_of_models_tasks_and_studies_have_a_plan(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+NOTES = {
+    "llama_tiny": "ReMoRA of rank 64",
+    "llama_9m": "ReMoRA of rank 32",
+    "paper_tiny": "study of 35 runs",
+    "math": "train.epochs",
+    "memory_tiny": "not on this machine",
+    "mine": "ReMoRA of rank 64",
+}
+
+
+@pytest.mark.parametrize("only", [NOTES, *rest(((),))])
+def test_all_names_have_a_plan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: Collection[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)  # no text, tokenizer or weights are here
-    expected = {
-        "llama_tiny": "ReMoRA of rank 64",
-        "llama_9m": "ReMoRA of rank 32",
-        "paper_tiny": "study of 35 runs",
-        "math": "train.epochs",
-        "memory_tiny": "not on this machine",
-    }
-    names = [name for name in shipped_files([*SETTINGS, *MODELS]) if name in expected]
-    assert set(names) == set(expected)
     shutil.copy(ROOT / "configs/model/llama_tiny.json", "mine")
-    expected["mine"] = expected["llama_tiny"]
-    for name in [*names, "mine"]:
-        lines = lines_of(capsys, name, "--world_size=1", "--device=h100")
-        assert expected[name] in " ".join(lines), (name, lines)
-
-
-@pytest.mark.more
-def test_all_names_have_a_plan(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in shipped_files([*SETTINGS, *MODELS]):
-        assert lines_of(capsys, name, "--world_size=1", "--device=h100")[0].startswith("fits: "), name
+    names = {*shipped_files([*SETTINGS, *MODELS]), "mine"}
+    assert names > NOTES.keys()
+    for name in only or names:
+        first, *lines = lines_of(capsys, name, "--world_size=1", "--device=h100")
+        assert first.startswith("fits: ") and NOTES.get(name, "") in " ".join(lines), (name, first, lines)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from relora_mora.config.load import load_config
-from relora_mora.experiments.planner.cluster import Cluster
 from relora_mora.experiments.planner.plan import FRAGMENTATION, PROCESS_BYTES, Plan
 from relora_mora.experiments.planner.render import answer, duration, tables
+from relora_mora.experiments.planner.step import Cluster
 from relora_mora.model.config import read_model_config
 from relora_mora.system.devices import CPU, DEVICES, device_of_name, named_device
 from relora_mora.system.hardware import device_here
@@ -45,13 +45,6 @@ def plan_of(
     )
 
 
-@pytest.mark.more
-def test_settings_in_use_are_not_suggested_for_too_little_memory() -> None:
-    small = plan_of(**{"train.micro_batch_size": "1", "model.activation_checkpointing": "true"})
-    assert plan_of().savings == ["lower train.micro_batch_size", "set model.activation_checkpointing", *small.savings]
-    assert small.savings == ["set method.base=int8", "take more or larger devices"]
-
-
 def test_parameters_and_tokens() -> None:
     plan = plan_of()
     assert plan.parameters.total == 7_358_720
@@ -72,15 +65,12 @@ def test_time_follows_from_the_known_rates() -> None:
     assert f"{2000 * measured.flops.total / 2e12:.1%}" in measured.assumption
     assert plan_of(**{"log.peak_tflops": "2.0"}).seconds == pytest.approx(assumed.seconds / 2)
 
-
-@pytest.mark.more
-def test_what_no_gpu_has_confirmed_is_marked() -> None:
     gpus = Cluster(1, 2, named_device("h100"))
-    assumed = plan_of(cluster=gpus)
-    assert "assuming 40% of 1 TFLOP/s a device (the test), which no GPU has confirmed" in assumed.assumption
-    unmarked = (plan_of(), plan_of(cluster=gpus, utilization=0.4), plan_of(cluster=gpus, tokens_per_second=2000.0))
+    unconfirmed = plan_of(cluster=gpus)
+    assert "assuming 40% of 1 TFLOP/s a device (the test), which no GPU has confirmed" in unconfirmed.assumption
+    unmarked = (assumed, plan_of(cluster=gpus, utilization=0.4), plan_of(cluster=gpus, tokens_per_second=2000.0))
     assert not any("confirmed" in plan.assumption for plan in unmarked)
-    assert assumed.steps == unmarked[1].steps
+    assert unconfirmed.at(2).step == unmarked[1].at(2).step
 
 
 def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
@@ -93,14 +83,13 @@ def test_muon_is_arithmetic_of_whole_matrices_and_one_moment() -> None:
     assert f"TFLOP a step, {share:.2%} more, in all ranks" in tables(muon)
     both = plan_of(**{"optim.matrices": "muon", "optim.others": "adamw8bit"})
     assert "optimizer: muon, adamw8bit of embeddings and head: " in tables(both)
-    saved = adamw.memory[0].optimizer - muon.memory[0].optimizer
+    saved = adamw.at(0).memory.optimizer - muon.at(0).memory.optimizer
     assert saved == 4 * muon.parameters.adapters
     # the memory bandwidth of a CPU is unknown, so only the products remain
-    assert muon.steps[0].optimizer == pytest.approx(muon.optimizer_flops / 0.4e12)
-    assert muon.steps[1].optimizer == pytest.approx(muon.steps[0].optimizer / 2)
-    moved = muon.network
-    assert moved[3].exchanged == pytest.approx(8 * muon.parameters.adapters / 2)
-    assert moved[2].exchanged == 0
+    assert muon.at(0).step.optimizer == pytest.approx(muon.optimizer_flops / 0.4e12)
+    assert muon.at(1).step.optimizer == pytest.approx(muon.at(0).step.optimizer / 2)
+    assert muon.at(3).network.exchanged == pytest.approx(8 * muon.parameters.adapters / 2)
+    assert muon.at(2).network.exchanged == 0
 
 
 @pytest.mark.more
@@ -113,7 +102,7 @@ def test_the_state_of_a_rule_of_ones_own_is_counted() -> None:
     of_adamw = 8 * 4 * (4 * 256 * 256 + 3 * 256 * 688)
     kept = 4 * 4 * (4 * attention + 3 * mlp)
     for stage, share in ((0, 1), (1, 2), (2, 2), (3, 2)):
-        saved = adamw.memory[stage].optimizer - plan.memory[stage].optimizer
+        saved = adamw.at(stage).memory.optimizer - plan.at(stage).memory.optimizer
         assert saved == (of_adamw - kept) / share
     [note] = [note for note in plan.notes if "GaLore" in note]
     assert "state_shapes" in note
@@ -127,10 +116,13 @@ def test_tables_name_every_part() -> None:
     assert "7,358,720 in the model; remora trains" in text
     assert "4,096 tokens a step, 4,096,000 in all" in text
     assert re.search(r"ZeRO stage.* 2\*", text), "the stage in the settings is marked"
-    memory = plan.memory[2]
+    memory = plan.at(2).memory
     host = memory.host_base + memory.host_checkpoint
     assert plan.resident == FRAGMENTATION * (PROCESS_BYTES + memory.device + host)
     assert f"needs {plan.resident / 2**30:.3g} GiB for each process" in text
+    small = plan_of(**{"train.micro_batch_size": "1", "model.activation_checkpointing": "true"})
+    assert small.savings == ["set method.base=int8", "take more or larger devices"]
+    assert plan.savings == ["lower train.micro_batch_size", "set model.activation_checkpointing", *small.savings]
 
 
 @pytest.mark.more
@@ -138,89 +130,67 @@ def test_a_start_from_other_weights_may_take_more_than_a_step() -> None:
     small = {"train.micro_batch_size": "1", "model.config": "configs/model/llama_130m.json", "method.name": "lora"}
     alone = {f"method.train_{what}": "false" for what in ("embeddings", "norms", "head")}
     trained, begun = (plan_of(**small, **alone, **more) for more in ({}, {"model.init_from": "models/base"}))
-    memory = begun.memory[2]
-    assert (trained.memory[2].host_start, memory.host_start) == (0, 4 * begun.parameters.total)
+    memory = begun.at(2).memory
+    assert (trained.at(2).memory.host_start, memory.host_start) == (0, 4 * begun.parameters.total)
     at_start = PROCESS_BYTES + memory.weights + memory.masters + memory.host_base + memory.host_start
     assert begun.resident == at_start > trained.resident
 
 
 @pytest.mark.more
 def test_widths_that_a_gpu_is_slow_with_are_named() -> None:
-    gpus = Cluster(1, 2, named_device("h100"))
-    assert plan_of(cluster=gpus).notes == []
     odd = {"model.overrides": "{intermediate_size: 5461}"}
-    plan = plan_of(cluster=gpus, **odd)
-    assert len(plan.notes) == 1
-    assert f"note: {plan.notes[0]}" in " ".join(answer(plan).split())
-    assert "intermediate_size of 5,461 is not a multiple of 8" in plan.notes[0]
-    assert "5,464 would be better" in plan.notes[0]
+    plan = plan_of(cluster=Cluster(1, 2, named_device("h100")), **odd)
+    [note] = plan.notes
+    assert f"note: {note}" in " ".join(answer(plan).split())
+    assert "intermediate_size of 5,461 is not a multiple of 8" in note and "5,464 would be better" in note
     assert plan_of(**odd).notes == []
 
 
+FOUND = {
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 PCIe": "h100-pcie",
+    "NVIDIA L4": "l4",
+    "NVIDIA GeForce RTX 3060": "rtx3060",
+    "NVIDIA L40S": "l40s",
+}
+UNKNOWN = ["GeForce GTX 1080", "L40", "GH200 480GB", "A100-SXM4-80GB MIG 1g.10gb", "H100 NVL", "H200 NVL"]
+UNKNOWN += [f"GeForce RTX {name}" for name in ("4090 D", "4090 Laptop GPU", "3090 Ti", "3060 Ti", "4080 SUPER")]
+ALIASES = {
+    "4090": "rtx4090",
+    "RTX 3090": "rtx3090",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "a100": "a100-80gb",
+    "A100_40GB": "a100-40gb",
+    "h100 pcie": "h100-pcie",
+    "cuda": "a100-80gb",
+    "CPU": "cpu",
+}
+
+
 def test_devices_are_found_by_their_names() -> None:
-    for cuda_name, name in [
-        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
-        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H100 PCIe", "h100-pcie"),
-        ("NVIDIA L4", "l4"),
-        ("NVIDIA GeForce RTX 3060", "rtx3060"),
-        ("NVIDIA L40S", "l40s"),
-    ]:
-        found = device_of_name(cuda_name)
-        assert found is not None
-        assert found.name == name
-        assert named_device(name.upper()) is found
-    others = [
-        "NVIDIA GeForce GTX 1080",
-        "NVIDIA L40",
-        "NVIDIA GH200 480GB",
-        "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
-        "NVIDIA H100 NVL",
-        "NVIDIA H200 NVL",
-        "NVIDIA GeForce RTX 4090 D",
-        "NVIDIA GeForce RTX 4090 Laptop GPU",
-        "NVIDIA GeForce RTX 3090 Ti",
-        "NVIDIA GeForce RTX 3060 Ti",
-        "NVIDIA GeForce RTX 4080 SUPER",
-    ]
-    assert [device_of_name(other) for other in others] == [None] * len(others)
-    for alias, name in (
-        ("4090", "rtx4090"),
-        ("RTX 3090", "rtx3090"),
-        ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("a100", "a100-80gb"),
-        ("A100_40GB", "a100-40gb"),
-        ("H100", "h100"),
-        ("h100 pcie", "h100-pcie"),
-        ("cuda", "a100-80gb"),
-        ("CPU", "cpu"),
-    ):
-        assert named_device(alias).name == name
-    assert all(
-        device.tflops and device.memory_gb and device.memory_gbytes_per_s and device.source for device in DEVICES
-    )
+    found = {name: device_of_name(name) for name in FOUND}
+    assert {name: device and device.name for name, device in found.items()} == FOUND
+    assert {name: device_of_name(f"NVIDIA {name}") for name in UNKNOWN} == dict.fromkeys(UNKNOWN)
+    names = ALIASES | {name.upper(): name for name in FOUND.values()}
+    assert {name: named_device(name).name for name in names} == names
+    known = ("tflops", "memory_gb", "memory_gbytes_per_s", "source")
+    assert all(getattr(device, key) for device in DEVICES for key in known)
 
 
-def test_a_card_has_its_stated_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@each("name,shown,memory", [("A100-PCIE-40GB", "a100-80gb", 42.0), ("L5", "NVIDIA L5", 12.0)])
+def test_a_card_has_its_stated_memory(monkeypatch: pytest.MonkeyPatch, name: str, shown: str, memory: float) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-PCIE-40GB")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=42e9))
-    assert (device_here().name, device_here().memory_gb) == ("a100-80gb", 42.0)
-
-
-def test_only_the_memory_of_an_unknown_card_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L5")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=12e9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: f"NVIDIA {name}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory * 1e9))
     card = device_here()
-    assert (card.name, card.memory_gb, card.tflops) == ("NVIDIA L5", 12.0, 0)
+    assert (card.name, card.memory_gb, card.tflops > 0) == (shown, memory, name != "L5")
     plan = plan_of(cluster=Cluster(2, 1, card, link_gbits=8.0))
     assert plan.fits(1) is True
-    assert plan.steps[1].network == pytest.approx(plan.network[1].sent / 1e9)
-    assert plan.steps[1].optimizer == 0
+    assert plan.at(1).step.network == pytest.approx(plan.at(1).network.sent / 1e9)
+    assert (plan.at(1).step.optimizer > 0) == (name != "L5")
 
 
 @pytest.mark.more
@@ -229,7 +199,7 @@ def test_time_of_a_step_on_a_cluster() -> None:
     cluster = Cluster(2, 4, named_device("h100"), link_gbits=80.0)
     plan = plan_of(cluster=cluster, utilization=0.4, **{"train.batch_size": "64"})
     trainable = plan.parameters.trainable
-    one = plan.steps[1]
+    one = plan.at(1).step
     assert one.network == pytest.approx(
         (2 * 2 + 2) * trainable * 7 / 8 / 10e9
     )  # all-reduced and gathered in bf16, at 10 GB/s
@@ -237,18 +207,20 @@ def test_time_of_a_step_on_a_cluster() -> None:
     assert one.compute == pytest.approx(plan.flops.total * plan.config.tokens_per_step / (8 * 0.4e12))
     assert one.hidden == 0
     assert one.total == one.compute + one.optimizer + one.network
-    three = plan.steps[3]
+    three = plan.at(3).step
     assert three.hidden == min(three.network, three.compute) > 0
     waiting = plan_of(
         cluster=cluster, **{"train.batch_size": "64", "train.deepspeed": "{zero_optimization: {overlap_comm: false}}"}
     )
-    assert waiting.steps[2].hidden == 0 < plan.steps[2].hidden
+    assert waiting.at(2).step.hidden == 0 < plan.at(2).step.hidden
     slow = plan_of(cluster=Cluster(2, 4, named_device("h100"), link_gbits=0.8), **{"train.batch_size": "64"})
-    assert slow.steps[1].network == pytest.approx(100 * one.network)
-    assert slow.steps[3].total == pytest.approx(slow.steps[3].network + slow.steps[3].optimizer)
+    assert slow.at(1).step.network == pytest.approx(100 * one.network)
+    assert slow.at(3).step.total == pytest.approx(slow.at(3).step.network + slow.at(3).step.optimizer)
     within = plan_of(cluster=Cluster(1, 8, named_device("h100")), **{"train.batch_size": "64"})
-    assert within.steps[1].network == pytest.approx(one.network * 10 / 450)
-    assert plan.seconds == pytest.approx(1000 * plan.steps[2].total)
+    assert within.at(1).step.network == pytest.approx(one.network * 10 / 450)
+    assert plan.seconds == pytest.approx(1000 * plan.at(2).step.total)
+    again = plan_of(cluster=cluster, **{"train.batch_size": "64", "model.activation_checkpointing": "true"})
+    assert again.at(2).step.compute > 1.2 * plan.at(2).step.compute
 
 
 @each(
@@ -266,13 +238,6 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 @pytest.mark.more
-def test_recomputing_is_slower_on_a_gpu() -> None:
-    gpu = Cluster(1, 1, named_device("h100"))
-    usual, again = (plan_of(cluster=gpu, **{"model.activation_checkpointing": on}) for on in ("false", "true"))
-    assert again.steps[2].compute > 1.2 * usual.steps[2].compute
-
-
-@pytest.mark.more
 def test_ranks_on_one_host_share_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("relora_mora.experiments.planner.given.peak_flops", lambda **_: (1e12, "the test"))
     seconds = []
@@ -285,9 +250,9 @@ def test_ranks_on_one_host_share_its_processors(monkeypatch: pytest.MonkeyPatch)
 
 def test_remora_sends_only_trainable_parameters_below_stage_3() -> None:
     remora, full = plan_of(), plan_of(**{"method.name": "full"})
-    assert remora.network[2].sent / full.network[2].sent == remora.parameters.trainable / remora.parameters.total
-    assert remora.memory[0].optimizer < full.memory[0].optimizer
-    assert full.memory[0].host_base == 0 < remora.memory[0].host_base
+    assert remora.at(2).network.sent / full.at(2).network.sent == remora.parameters.trainable / remora.parameters.total
+    assert remora.at(0).memory.optimizer < full.at(0).memory.optimizer
+    assert full.at(0).memory.host_base == 0 < remora.at(0).memory.host_base
     wide = plan_of(**{"train.deepspeed": "{communication_data_type: fp32}"})
-    assert wide.network[2].all_reduced == 2 * remora.network[2].all_reduced
+    assert wide.at(2).network.all_reduced == 2 * remora.at(2).network.all_reduced
     assert all(parameter.is_meta for parameter in remora.model.parameters()), "nothing is allocated"

@@ -16,7 +16,6 @@ from relora_mora.config.load import ConfigError
 from relora_mora.experiments.study.conduct import conduct
 from relora_mora.experiments.study.design import (
     LONGEST_NAME,
-    Study,
     count,
     first_round,
     read_study,
@@ -28,52 +27,40 @@ from tests.experiments.study.tools import BASE, PROGRAM, made_study
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
-
-def _names(study: Study) -> list[str]:
-    return [cell.name for cell in first_round(study)]
+LOWEST = {"over": ["optim.lr"], "lowest": "eval/loss"}
 
 
 def test_a_grid_stands_for_all_combinations_and_seeds():
-    study = made_study(seeds=[0, 7])
+    study = made_study(seeds=[0, 7], settings={"optim.lr": 5.0, "train.steps": 3})
     cells = first_round(study)
     assert len(cells) == count(study) == 12
     assert cells[1].name == "name=mora,rank=8,lr=0.001,seed=7"
     assert cells[1].overrides(study) == {
+        "train.steps": "3",
         "method.name": '"mora"',
         "method.rank": "8",
         "optim.lr": "0.001",
         "train.seed": "7",
         "data.seed": "7",
-    }
-
-
-def test_settings_of_a_cell_win_over_those_of_the_study():
-    study = made_study(settings={"optim.lr": 5.0, "train.steps": 3})
-    overrides = first_round(study)[0].overrides(study)
-    assert overrides["optim.lr"] == "0.001"
-    assert overrides["train.steps"] == "3"
+    }, "settings of a cell win over those of the study"
 
 
 def test_names_suit_folders_and_distinguish_settings():
     grid = [{"method.operators": [[1], [1, 2]]}, {"optim.schedule": "wsd", "eval.every_steps": 3, "log.every_steps": 4}]
-    assert _names(made_study(grid=grid)) == [
+    assert [cell.name for cell in first_round(made_study(grid=grid))] == [
         "operators=1,seed=0",
         "operators=1_2,seed=0",
         "schedule=wsd,eval.every_steps=3,log.every_steps=4,seed=0",
     ]
-
-
-def test_names_that_are_too_long_or_alike_have_a_digest():
-    plain, dotted, long = _names(made_study(grid=[{"tokenizer.path": ["a/b", "a/_b", "x" * 300]}]))
-    assert len({plain, dotted, long}) == 3
-    assert re.fullmatch(r"path=a_b,[0-9a-f]{8},seed=0", plain)
-    assert re.fullmatch(r"path=a_b,[0-9a-f]{8},seed=0", dotted)
-    assert re.fullmatch(r"path=x+,[0-9a-f]{8},seed=0", long)
-    assert len(long) <= LONGEST_NAME
+    alike = first_round(made_study(grid=[{"tokenizer.path": ["a/b", "a/_b", "x" * 300]}]))
+    assert len({cell.name for cell in alike}) == 3
+    for cell, start in zip(alike, ("a_b", "a_b", "x+"), strict=True):
+        assert re.fullmatch(rf"path={start},[0-9a-f]{{8}},seed=0", cell.name)
+        assert len(cell.name) <= LONGEST_NAME
 
 
 def test_the_best_of_a_grid_is_run_with_the_other_seeds():
-    study = made_study(seeds=[0, 1, 2], choose={"over": ["optim.lr"], "lowest": "eval/loss"})
+    study = made_study(seeds=[0, 1, 2], choose=LOWEST)
     cells = first_round(study)
     assert len(cells) == 6
     assert count(study) == 6 + 2 * 2
@@ -85,25 +72,14 @@ def test_the_best_of_a_grid_is_run_with_the_other_seeds():
         ("0.001", 1),
         ("0.001", 2),
     ]
+    assert [cell.values for cell in second_round(study, {cells[2]: 9.0})] == [cells[2].values] * 2, "others failed"
     highest = made_study(seeds=[0, 1], choose={"over": ["optim.lr"], "highest": "eval/exact_match"})
     assert [cell.values for cell in second_round(highest, losses)] == [cells[2].values, cells[5].values]
-
-
-def test_the_order_in_which_an_entry_names_its_settings_does_not_matter_to_the_choice():
-    grid = [
-        {"method.name": "mora", "method.rank": 8, "optim.lr": 1e-3},
-        {"optim.lr": 3e-3, "method.rank": 8, "method.name": "mora"},
-    ]
-    study = made_study(grid=grid, seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"})
+    values = {"method.name": "mora", "method.rank": 8, "optim.lr": 1e-3}
+    study = made_study(grid=[values, {**dict(reversed(values.items())), "optim.lr": 3e-3}], seeds=[0, 1], choose=LOWEST)
     first, second = first_round(study)
     assert [cell.values for cell in second_round(study, {first: 2.0, second: 1.0})] == [second.values]
-    assert count(study) == 3
-
-
-def test_a_failed_run_is_not_chosen():
-    study = made_study(seeds=[0, 1], choose={"over": ["optim.lr"], "lowest": "eval/loss"})
-    cells = first_round(study)
-    assert [cell.values for cell in second_round(study, {cells[2]: 9.0})] == [cells[2].values]
+    assert count(study) == 3, "the order in which an entry names its settings does not matter"
 
 
 @each(
@@ -189,21 +165,25 @@ def test_all_runs_of_a_study_read_the_same_commit(tmp_path: Path, monkeypatch: p
 
 
 def test_faults_of_all_runs_are_reported_together(tmp_path: Path):
-    study = made_study(grid=[{"method.rank": [8, -1], "optim.lr": [1e-3, 100.0]}])
+    grid = [{"method.rank": [8, -1], "optim.lr": [1e-3, 100.0]}]
+    study = made_study(grid=grid, settings={"train.resume": "never"})
     with pytest.raises(ConfigError) as error:
         conduct(study, StudyFolder(tmp_path), PROGRAM, 1)
-    assert len(error.value.faults) == 2
-    assert "method.rank" in error.value.faults[1]
-    assert "(in rank=-1,lr=0.001,seed=0)" in error.value.faults[1]
+    resume, lr, rank = error.value.faults
+    assert resume.startswith("train.resume: never, but a study resumes its interrupted runs")
+    assert lr.startswith("optim.lr")
+    assert "method.rank" in rank and "(in rank=-1,lr=0.001,seed=0)" in rank
     assert not any(tmp_path.iterdir())
 
 
 SETS = {"web": "a.txt", "pairs": {"source": "b.jsonl", "records": {"kind": "prompt"}}}
+ACCEPTED = ("loss", "web/loss", "web/bits_per_byte", "pairs/exact_match")
 
 
 @each(
     ("metric", "settings", "said"),
     [
+        *((f"eval/{metric}", {"data.validation": SETS, "eval.generate": 5}, None) for metric in ACCEPTED),
         ("eval/books/loss", {}, "data.validation names no sets"),
         ("eval//loss", {}, "data.validation names no sets"),
         ("eval/books/loss", {"data.validation": SETS}, "data.validation names web, pairs"),
@@ -213,26 +193,17 @@ SETS = {"web": "a.txt", "pairs": {"source": "b.jsonl", "records": {"kind": "prom
     ],
 )
 def test_a_metric_that_no_run_will_have_is_reported_first(
-    tmp_path: Path, metric: str, settings: dict[str, Any], said: str
+    tmp_path: Path, metric: str, settings: dict[str, Any], said: str | None
 ):
     study = made_study(settings=settings, choose={"over": ["optim.lr"], "lowest": metric})
+    folder = StudyFolder(tmp_path)
+    if said is None:
+        assert len(cell_configs(study, first_round(study), folder)) == 6
+        return
     with pytest.raises(ConfigError) as error:
-        conduct(study, StudyFolder(tmp_path), PROGRAM, 1)
+        conduct(study, folder, PROGRAM, 1)
     assert [fault.startswith(f"choose: {metric}: {said}") for fault in error.value.faults] == [True]
     assert not any(tmp_path.iterdir())
-
-
-@each("metric", ["eval/loss", "eval/web/loss", "eval/web/bits_per_byte", "eval/pairs/exact_match"])
-def test_a_metric_that_the_runs_will_have_is_accepted(tmp_path: Path, metric: str):
-    settings = {"data.validation": SETS, "eval.generate": 5}
-    study = made_study(settings=settings, choose={"over": ["optim.lr"], "lowest": metric})
-    assert len(cell_configs(study, first_round(study), StudyFolder(tmp_path))) == 6
-
-
-def test_a_study_whose_runs_could_not_go_on_is_refused(tmp_path: Path):
-    study = made_study(grid=[{"method.name": "mora"}], settings={"train.resume": "never"})
-    with pytest.raises(ConfigError, match=r"train\.resume: never, but a study resumes its interrupted runs"):
-        conduct(study, StudyFolder(tmp_path), PROGRAM, 1)
 
 
 @pytest.mark.more

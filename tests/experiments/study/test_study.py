@@ -63,27 +63,13 @@ def test_a_run_whose_end_is_cut_off_or_not_the_last_is_not_finished(tmp_path: Pa
     assert not folder.has_run(cell)
 
 
-@each("last", [None, 2.0])
-def test_a_run_is_chosen_by_its_last_step_if_that_is_finite(last: float | None):
-    metrics = [{"step": 1, "eval/loss": 1.0}, {"step": 2, "eval/loss": last}]
-    record = {"name": "a", "config": {"train": {"steps": 2}}, "metrics": metrics}
-    assert final_metric(record, "eval/loss") == last
-
-
-def test_a_run_that_lost_its_last_evaluation_is_not_chosen_by_an_earlier_one(tmp_path: Path):
+def test_a_run_is_chosen_by_its_last_step_and_not_by_an_earlier_one():
     """A full disk costs lines of metrics, but not the run."""
-    choose = {"over": ["optim.lr"], "lowest": "eval/loss"}
-    study = made_study(grid=[{"method.name": "mora", "optim.lr": 3e-3}], choose=choose)
-    folder = StudyFolder(tmp_path)
-    conduct(study, folder, PROGRAM, 1)
-    folder.records.unlink()
-    metrics = folder.run(first_round(study)[0]).metrics
-    metrics.write_text('{"step": 500, "eval/loss": 2.0}\n{"step": 1000, "train/loss": 1.0}\n', encoding="utf-8")
-    for _ in range(2):  # from the run's folder, and from its record
-        with pytest.raises(
-            ValueError, match=r"eval/loss of .*lr=0\.003,seed=0 is from step 500, .* has 1000 steps .* is lost"
-        ):
-            conduct(study, folder, PROGRAM, 1)
+    lines = [{"step": 1, "eval/loss": 1.0}, {"step": 2, "eval/loss": None}, {"step": 2, "eval/loss": 2.0}]
+    record = {"name": "a", "config": {"train": {"steps": 2}}}
+    assert [final_metric(record | {"metrics": [lines[0], last]}, "eval/loss") for last in lines[1:]] == [None, 2.0]
+    with pytest.raises(ValueError, match=r"eval/loss of a is from step 1, .* has 2 steps .* is lost"):
+        final_metric(record | {"metrics": lines[:1]}, "eval/loss")
 
 
 @pytest.mark.more
@@ -95,10 +81,13 @@ def test_a_run_that_fails_is_named_when_the_others_are_done(tmp_path: Path):
     assert [record["name"] for record in read_json_lines(folder.records)] == ["name=mora,lr=0.003,seed=0"]
 
 
-def _written(tmp_path: Path, study: dict[str, Any]) -> Path:
-    path = tmp_path / "study.yaml"
-    path.write_text(yaml.dump({"base": BASE} | study), encoding="utf-8")
-    return path
+def _conducting(tmp_path: Path, rates: list[float], **pipes: Any) -> tuple[Path, StudyFolder, Any]:
+    """A study's file, its folder, and a process that conducts it."""
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.dump({"base": BASE, "grid": [{"method.name": "mora", "optim.lr": rates}]}), encoding="utf-8")
+    folder = StudyFolder(tmp_path / "out")
+    command = [sys.executable, "-c", CONDUCT, str(study), str(folder.path), str(TRAINER)]
+    return study, folder, subprocess.Popen(command, cwd=ROOT, **pipes)
 
 
 CONDUCT = """
@@ -117,11 +106,9 @@ except Stopped:
 @pytest.mark.more
 @pytest.mark.parametrize("number", [signal.SIGTERM, *rest((signal.SIGINT,))])
 def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals):
-    study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [2.0, 3e-3, 2.5e-3]}]})
-    folder = StudyFolder(tmp_path / "out")
-    command = [sys.executable, "-c", CONDUCT, str(study), str(folder.path), str(TRAINER)]
+    study, folder, process = _conducting(tmp_path, [2.0, 3e-3, 2.5e-3], stdout=subprocess.PIPE, text=True)
     waiting, *others = first_round(read_study(study))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with process:
         while not ((folder.run(waiting).path / "waits").exists() and not folder.missing(others)):
             assert process.poll() is None
             time.sleep(0.05)
@@ -138,13 +125,9 @@ def test_a_stop_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, number
 @pytest.mark.more
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
 def test_the_runs_of_a_study_that_is_killed_end_with_it(tmp_path: Path):
-    study = _written(tmp_path, {"grid": [{"method.name": "mora", "optim.lr": [2.0]}]})
-    folder = StudyFolder(tmp_path / "out")
-    [waiting] = first_round(read_study(study))
-    run = folder.run(waiting).path
-    with subprocess.Popen(
-        [sys.executable, "-c", CONDUCT, str(study), str(folder.path), str(TRAINER)], cwd=ROOT
-    ) as process:
+    study, folder, process = _conducting(tmp_path, [2.0])
+    run = folder.run(first_round(read_study(study))[0]).path
+    with process:
         while not (run / "waits").exists():
             assert process.poll() is None
             time.sleep(0.05)
