@@ -12,7 +12,7 @@ from relora_mora.config.data import DataConfig
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.stream import TrainStream
-from relora_mora.data.tokens.folder import tokens_of_whole_rows
+from relora_mora.data.tokens.make import tokens_of_whole_rows
 
 BATCH, LANES = 8, 4
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from relora_mora.data.content import RULE, fingerprints
 from relora_mora.data.errors import SourceError
-from relora_mora.data.lanes import plan_lanes, seeded_order
+from relora_mora.data.lanes import lane_plans, seeded_order
 from relora_mora.data.shard import Shard
 from tests.tools.data_tools import (
     EOS,
@@ -33,7 +33,7 @@ from tests.tools.each import each
 @given(st.integers(1, 70), st.integers(1, 150))
 def test_every_row_of_every_shard_belongs_to_one_lane(lanes, shards):
     rows = Counter()
-    for plan in plan_lanes(lanes, shards):
+    for plan in lane_plans(data_config("x"), lanes, shards):
         for part in plan.parts:
             assert 0 <= part.phase < part.stride
             rows.update((part.shard, row) for row in range(part.phase, 64, part.stride))
@@ -42,7 +42,7 @@ def test_every_row_of_every_shard_belongs_to_one_lane(lanes, shards):
 
 @each("lanes,shards,most", [(8, 8, 1), (8, 3, 1.5), (64, 100, 1.34), (8192, 10_000, 1.05)])
 def test_lanes_have_nearly_the_same_share(lanes, shards, most):
-    shares = [sum(1 / part.stride for part in plan.parts) for plan in plan_lanes(lanes, shards)]
+    shares = [sum(1 / part.stride for part in plan.parts) for plan in lane_plans(data_config("x"), lanes, shards)]
     assert sum(shares) == pytest.approx(shards)
     assert max(shares) / min(shares) <= most
 

@@ -17,7 +17,7 @@ import zstandard
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.files import open_file, text_pieces
-from relora_mora.data.lanes import LaneRows, plan_lanes
+from relora_mora.data.lanes import LaneRows, lane_plans
 from relora_mora.data.lines import lines_in
 from relora_mora.data.read import open_rows
 from relora_mora.data.rows import Encoded
@@ -148,12 +148,10 @@ def resolve_shards(sources: Any, revision: str = "main", split: Any = "train", *
     return shards_of(sources, data_config("unused", revision=revision, **settings), split)
 
 
-def make_lane(
-    config: DataConfig, lanes: int, lane: int, state: Any = None, shards: list[Shard] | None = None
-) -> Lane[str]:
-    shards = shards or configured_shards(config, "train")
-    rows = LaneRows(plan_lanes(lanes, len(shards))[lane], shards, config, partial(open_rows, config))
-    return Lane(rows, encode, eos=EOS, sequence_length=config.sequence_length, restored=state)
+def make_lane(config: DataConfig, lanes: int, lane: int, state: Any = None, encode: Any = encode) -> Lane:
+    shards = configured_shards(config, "train")
+    rows = LaneRows(lane_plans(config, lanes, len(shards))[lane], shards, config, partial(open_rows, config), encode)
+    return Lane(rows, eos=EOS, sequence_length=config.sequence_length, restored=state)
 
 
 def epoch_tokens(lane: Lane) -> list[int]:

@@ -115,8 +115,9 @@ def _check_lanes_of(shards: Sequence[Shard], config: DataConfig, lanes: int) -> 
     one_row = config.model_copy(update={"shuffle_documents": 1})
 
     def read_first(plan: LanePlan) -> None:
-        with closing(LaneRows(plan, shards, one_row, functools.partial(open_rows, config)).rows_from(Cursor())) as rows:
-            next(rows)
+        rows = LaneRows(plan, shards, one_row, functools.partial(open_rows, config), encode=list)
+        with closing(rows.rows_from(Cursor())) as first:
+            next(first)
 
     with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers
         list(threads.map(read_first, lane_plans(config, lanes, len(shards))))

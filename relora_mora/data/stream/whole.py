@@ -1,6 +1,6 @@
 """Packing of whole rows: as many as fit into a block, or one in each. The rest of a block is padded.
 
-The rows are tokenized first (``tokens/folder.py``), so their lengths are known, and which rows each block of an epoch
+The rows are tokenized first (``tokens/make.py``), so their lengths are known, and which rows each block of an epoch
 holds is a function of the lengths, the seed and the epoch. Every row is in exactly one block of an epoch. The lanes
 take the blocks in turn, so a position is the number of blocks of the epoch that all lanes together have taken.
 """
@@ -133,7 +133,6 @@ class WholeLane:
         rows: WholeRows,
         lane: int,
         lanes: int,
-        *,
         source: TextSource | None = None,
         restored: Mapping[str, Any] | None = None,
     ) -> None:

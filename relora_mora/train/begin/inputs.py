@@ -35,7 +35,7 @@ from relora_mora.data.shard import Shard
 from relora_mora.data.sources.named_sets import find_files
 from relora_mora.data.sources.names import with_commits
 from relora_mora.data.stream.producer import in_saved_order
-from relora_mora.data.tokens.folder import tokens_of_whole_rows
+from relora_mora.data.tokens.make import tokens_of_whole_rows
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, on_all_ranks, same_on_all_ranks
 from relora_mora.distributed.join import processes_on_host
 from relora_mora.evaluation.harness import Tasks, TaskSettings, check_tasks

@@ -28,7 +28,7 @@ def test_importing_the_package_is_light():
     heavy = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "requests", "huggingface_hub")
     modules = ", ".join(
         f"relora_mora.data.{name}"
-        for name in ("sets.reading", "sets.held_out", "sets.show", "stream.stream", "tokens.folder")
+        for name in ("sets.reading", "sets.held_out", "sets.show", "stream.stream", "tokens.make")
     )
     code = f"import {modules}, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

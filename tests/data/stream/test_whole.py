@@ -20,8 +20,7 @@ from relora_mora.data.shard import Record
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.packing import UNSCORED
 from relora_mora.data.stream.whole import WholeLane, WholeRows, block_of, first_fit
-from relora_mora.data.tokens.checks import check_tokens
-from relora_mora.data.tokens.folder import make_tokens, tokens_of_whole_rows
+from relora_mora.data.tokens.make import check_tokens, make_tokens, tokens_of_whole_rows
 from tests.data.stream_tools import shards_with_tokens, stream_of
 from tests.tools.data_tools import EOS, data_config, resolve_shards, write_json_lines
 from tests.tools.each import each
@@ -193,7 +192,7 @@ def test_tokens_in_the_cache_are_made_once_and_removed_if_the_records_change(tmp
 
     [first] = made()
     with monkeypatch.context() as patch:
-        patch.setattr("relora_mora.data.tokens.folder.write_tokens", None)
+        patch.setattr("relora_mora.data.tokens.make.write_tokens", lambda *_, **__: pytest.fail("it was made again"))
         assert made() == [first]
     write_json_lines(source, map(_row, reversed(range(20))))
     [second] = made()

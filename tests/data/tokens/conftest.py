@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from relora_mora.data.tokens import writer as token_writer
+from relora_mora.data.tokens import make as token_writer
 from tests.data.tokens.tools import KINDS, make, write_text
 
 

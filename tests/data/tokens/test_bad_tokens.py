@@ -13,9 +13,9 @@ from relora_mora.data.content import content_of
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.rows import Encoded
 from relora_mora.data.sets.reading import iter_texts
-from relora_mora.data.tokens import writer as token_writer
-from relora_mora.data.tokens.checks import check_tokens
+from relora_mora.data.tokens import make as token_writer
 from relora_mora.data.tokens.index import INDEX
+from relora_mora.data.tokens.make import check_tokens
 from relora_mora.data.tokens.rows import MappedTokens
 from relora_mora.tokenizer.load import load_tokenizer
 from tests.data.tokens.tools import LIMITS, batches_of

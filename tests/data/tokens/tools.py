@@ -9,7 +9,7 @@ import torch
 
 from relora_mora.data.lanes import merge_states
 from relora_mora.data.stream.stream import TrainStream
-from relora_mora.data.tokens.folder import make_tokens
+from relora_mora.data.tokens.make import make_tokens
 from tests.tools.data_tools import data_config, resolve_shards, some_texts, write_parquet, write_shard, write_shards
 
 KINDS = [".json.gz", ".parquet"]
