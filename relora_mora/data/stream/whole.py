@@ -104,9 +104,10 @@ class WholeRows:
 
     def _lengths(self, number: int) -> npt.NDArray[np.int64]:
         """The number of tokens of each row of a file, 0 if it is left out."""
-        file, frame, first = self._files[number], self._frames[number], self._starts[number]
-        parts = []
-        for batch in file.batches():
+        frame = self._frames[number]
+        first = self._starts[number]
+        parts = [np.zeros(0, np.int64)]
+        for batch in self._files[number].batches():
             lengths = np.diff(batch.offsets).astype(np.int64) + len(frame.begin) + len(frame.end)
             lengths[list(batch.skipped)] = 0
             self.left_out.update(batch.skipped.values())
@@ -116,7 +117,7 @@ class WholeRows:
                 lengths[at] = 0 if isinstance(row, Skipped) else frame.most
             parts.append(lengths)
             first += len(lengths)
-        return np.concatenate([np.zeros(0, np.int64), *parts])
+        return np.concatenate(parts)
 
     def _reasons(self) -> str:
         return "; ".join(f"{reason}: {self.left_out[reason]:,}" for reason in SKIP_REASONS if self.left_out[reason])
@@ -170,13 +171,15 @@ def packed(sizes: Sequence[int], sequence_length: int, *, fills: bool) -> Iterat
     if not fills:
         yield from ([number] for number in range(len(sizes)))
         return
-    first = tokens = 0
+    first = 0  # row of the window
+    tokens = 0
     for number, size in enumerate(sizes):
         tokens += size
         if tokens >= WINDOW_BLOCKS * sequence_length or number == len(sizes) - 1:
             blocks = first_fit(sizes[first : number + 1], sequence_length + 1)
             yield from ([first + at for at in block] for block in blocks)
-            first, tokens = number + 1, 0
+            first = number + 1
+            tokens = 0
 
 
 def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
