@@ -145,7 +145,8 @@ class WholeLane:
         self._cursor = read_state(restored)[0] if restored else Cursor()
 
     def next_block(self) -> Block:
-        whole, cursor = self._rows, self._cursor
+        whole = self._rows
+        cursor = self._cursor
         epoch, block = whole.place(cursor.epoch, cursor.block + self._lane)
         check_epoch(self._source, epoch)
         rows = whole.rows_of(epoch, block)

@@ -13,17 +13,15 @@ import torch
 
 from relora_mora.config.load import load_config
 from relora_mora.data.errors import SourceError
-from relora_mora.data.lanes import merge_states
 from relora_mora.data.records.encoders import encoder_of
 from relora_mora.data.rows import Encoded
 from relora_mora.data.shard import Record
 from relora_mora.data.sources.resolve import configured_shards
 from relora_mora.data.stream.packing import UNSCORED
 from relora_mora.data.stream.whole import WholeLane, WholeRows, block_of, first_fit
-from relora_mora.data.tokens.make import check_tokens, make_tokens, tokens_of_whole_rows
+from relora_mora.data.tokens.make import tokens_of_whole_rows
 from tests.data.stream_tools import shards_with_tokens, stream_of
-from tests.tools.data_tools import EOS, data_config, resolve_shards, write_json_lines
-from tests.tools.each import each
+from tests.tools.data_tools import EOS, data_config, write_json_lines
 
 LENGTH = 48
 RECORDS = 90
@@ -85,27 +83,6 @@ def _tensors(batch: Any) -> list[torch.Tensor]:
     return [part for part in (batch.input_ids, batch.labels, batch.document_ids) if part is not None]
 
 
-@each("packing", ["whole", "none"])
-def test_a_run_continues_on_two_ranks(path, tokenizer_path, packing):
-    config = _config(path, packing)
-    with stream_of(config, tokenizer_path) as stream:
-        whole = [next(stream) for _ in range(9)]
-    assert (whole[0].document_ids is not None) == (packing == "whole")
-    for at in (1, 4):
-        state = merge_states([whole[at - 1].state])
-        parts = [stream_of(config, tokenizer_path, rank, 2, state=state, step=at) for rank in range(2)]
-        for batch in whole[at:]:
-            here = [next(part) for part in parts]
-            by_lane = [_tensors(one) for one in here]
-            for number, tensor in enumerate(_tensors(batch)):
-                # rank 0 has lanes 0 and 2, with two blocks of each
-                mine = [by_lane[lane % 2][number][2 * (lane // 2) : 2 * (lane // 2) + 2] for lane in range(4)]
-                assert torch.equal(torch.cat(mine), tensor)
-            assert merge_states([one.state for one in here]) == merge_states([batch.state])
-        for part in parts:
-            part.close()
-
-
 def test_sources_of_text_and_of_records_are_mixed(path, tokenizer, tokenizer_path, tmp_path):
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": "over the rank " * 9}) for _ in range(20)))
     train = [
@@ -123,61 +100,6 @@ def test_sources_of_text_and_of_records_are_mixed(path, tokenizer, tokenizer_pat
         assert is_text == (len(documents.unique()) == 1)
         assert not is_text or "over the rank over" in tokenizer.decode(inputs.tolist())
     assert kinds == {True: 4, False: 4}
-
-
-def _usable(numbers: range) -> list[dict[str, Any]]:
-    """Records, some of them without an answer and some longer than a sequence."""
-    rows = [_row(number) for number in numbers]
-    for number, row in zip(numbers, rows, strict=True):
-        if number % 10 == 3:
-            row["completion"] = ""
-        if number % 10 == 6:
-            row["prompt"] += "the rank " * 30
-        if number % 10 == 8:
-            row["completion"] += " matrix" * 30
-    return rows
-
-
-@each("packing", ["whole", "none", "stream"])
-def test_records_that_cannot_be_used_are_counted_alike_after_a_resume(tmp_path, tokenizer_path, packing):
-    source = tmp_path / "a.jsonl"
-    source.write_text("\n".join(map(json.dumps, _usable(range(60)))))
-    config = _config(source, packing, max_bad_fraction=0.2)
-    with stream_of(config, tokenizer_path) as stream:
-        batches = [next(stream) for _ in range(12)]
-    last = batches[-1].counts
-    assert last["skipped/no_answer"] == last["bad"] > 0
-    if packing != "stream":
-        assert last["skipped/over_length"] > 0 < last["skipped/cut"]
-    if packing == "none":
-        assert last["documents"] == 8 * len(batches)
-    for at in (2, 7):
-        with stream_of(config, tokenizer_path, state=batches[at - 1].state, step=at) as resumed:
-            for batch in batches[at:]:
-                again = next(resumed)
-                assert all(map(torch.equal, _tensors(again), _tensors(batch)))
-                assert again.state == batch.state
-                assert again.counts == batch.counts
-
-
-@each("packing", ["whole", "none", "stream"])
-def test_pre_tokenized_records_give_the_batches_of_the_records(path, tokenizer, tokenizer_path, tmp_path, packing):
-    config = _config(path, packing)
-    shards = configured_shards(config, "train")
-    folder = tmp_path / packing
-    make_tokens(shards, folder, config=config, tokenizer_path=tokenizer_path, processes=1)
-    tokens = _config(folder, packing)
-    check_tokens(configured_shards(tokens, "train"), tokenizer_path=tokenizer_path, eos=tokenizer.eos_token_id)
-    with stream_of(config, tokenizer_path) as records, stream_of(tokens, tokenizer_path) as made:
-        for _ in range(9):
-            batch, again = next(records), next(made)
-            assert all(map(torch.equal, _tensors(batch), _tensors(again)))
-            assert batch.state == again.state
-    other = configured_shards(_config(folder, packing, records={"score": "all"}), "train")
-    with pytest.raises(SourceError, match="written in another way"):
-        check_tokens(other, tokenizer_path=tokenizer_path, eos=tokenizer.eos_token_id)
-    with pytest.raises(SourceError, match=r"holds tokens of records; set data\.records"):
-        resolve_shards(str(folder))
 
 
 def test_tokens_in_the_cache_are_made_once_and_removed_if_the_records_change(tmp_path, tokenizer_path, monkeypatch):
