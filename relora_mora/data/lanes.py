@@ -13,12 +13,14 @@ import numpy as np
 from relora_mora.config.data import DataConfig, TextSource
 from relora_mora.data.bad_rows import NOTES_PER_REASON, too_many_records
 from relora_mora.data.errors import BAD_REASONS, ENCODING_REASONS, SKIP_REASONS, Skipped, SourceError
-from relora_mora.data.rows import Encode, Encoded, OpenRows, Row, in_calls
+from relora_mora.data.rows import CALL_CHARACTERS, Encode, Encoded, OpenRows, Row, in_calls
 from relora_mora.data.shard import Shard
 
 LaneStates = dict[str, dict[str, Any]]  # by ``state_key``, which is a string because JSON has no other keys
 T = TypeVar("T")
-ENCODE_ROWS = 32  # per call of a tokenizer: enough to make the call cheap, and few enough that a resume repeats little
+# limits of a call of the tokenizer: enough to make it cheap, and little enough that a resume repeats little
+ENCODE_ROWS = 64
+ENCODE_CHARACTERS = 1 << 16
 
 
 class Cursor(NamedTuple):
@@ -194,6 +196,8 @@ def seeded_order(count: int, *key: int) -> list[int]:
 
     The raw stream of numpy's PCG64 is part of its compatibility promise; ``Generator.permutation`` is not.
     """
+    if count == 1:
+        return [0]
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(count), kind="stable").tolist()
 
 
@@ -268,7 +272,7 @@ class LaneRows(Generic[Row]):
         self, remaining: list[Row | Skipped], cursor: Cursor
     ) -> Generator[tuple[Encoded, Cursor], None, Cursor]:
         """Tokenizes the rest of a block, the last row first, and counts what cannot be used."""
-        for rows in in_calls(_popped(remaining), ENCODE_ROWS, _characters):
+        for rows in in_calls(_popped(remaining), ENCODE_ROWS, _size):
             encoded = iter(self.encode([row for row in rows if not isinstance(row, Skipped)]))
             for row in rows:
                 result = row if isinstance(row, Skipped) else next(encoded)
@@ -319,5 +323,6 @@ def _popped(rows: list[T]) -> Iterator[T]:
         yield rows.pop()
 
 
-def _characters(row: Any) -> int:
-    return 0 if isinstance(row, Skipped) else len(row)
+def _size(row: Any) -> int:
+    """For :func:`in_calls`, whose own limit is larger."""
+    return 0 if isinstance(row, Skipped) else len(row) * CALL_CHARACTERS // ENCODE_CHARACTERS

@@ -337,35 +337,34 @@ class TokenWriter:
             columns.append(("scored", pyarrow.list_(pyarrow.uint8())))
         self._schema = pyarrow.schema(columns)
         self._file = pyarrow.ipc.new_file(stream, self._schema)
-        self._clear()
+        self._rows: list[dict[str, Any]] = []
+        self._tokens = 0
 
     def write(self, row: Encoded | Skipped, utf8_bytes: int = 0) -> None:
         ids, scored, *_ = Encoded([]) if isinstance(row, Skipped) else row
-        self._columns["tokens"].append(np.array(ids, self._ids.to_pandas_dtype()))
-        self._columns["utf8_bytes"].append(utf8_bytes)
-        self._columns["skipped"].append(row.reason if isinstance(row, Skipped) else None)
-        if "scored" in self._columns:
-            self._columns["scored"].append(
-                np.ones(len(ids), np.uint8) if scored is None else np.array(scored, np.uint8)
-            )
+        self._rows.append(
+            {
+                "tokens": np.array(ids, self._ids.to_pandas_dtype()),
+                "utf8_bytes": utf8_bytes,
+                "skipped": row.reason if isinstance(row, Skipped) else None,
+                "scored": np.ones(len(ids), np.uint8) if scored is None else np.array(scored, np.uint8),
+            }
+        )
         self._tokens += len(ids)
-        if self._tokens >= BATCH_TOKENS or len(self._columns["tokens"]) >= BATCH_ROWS:
+        if self._tokens >= BATCH_TOKENS or len(self._rows) >= BATCH_ROWS:
             self._flush()
 
     def close(self) -> None:
         self._flush()
         self._file.close()
 
-    def _clear(self) -> None:
-        self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
-        self._tokens = 0
-
     def _flush(self) -> None:
         import pyarrow
 
-        if self._columns["tokens"]:
-            self._file.write_batch(pyarrow.record_batch(self._columns, schema=self._schema))
-            self._clear()
+        if self._rows:
+            self._file.write_batch(pyarrow.RecordBatch.from_pylist(self._rows, schema=self._schema))
+        self._rows = []
+        self._tokens = 0
 
 
 def totals_of(path: Path) -> index.FileStats:
