@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import zstandard
 
 from relora_mora.config.data import DataConfig
@@ -162,24 +161,6 @@ def epoch_tokens(lane: Lane) -> list[int]:
         assert block[0] == tokens[-1]  # the last token of a block is the first of the next
         tokens += block[1:].tolist()
     return tokens
-
-
-def assert_resumes_anywhere(config: DataConfig, lanes: int) -> None:
-    """Every lane gives the very next blocks and states from any state of its first two epochs."""
-    for number in range(lanes):
-        lane = make_lane(config, lanes, number)
-        states = []
-        blocks = []
-        while lane.state()["epoch"] < 2:
-            states.append(json.loads(json.dumps(lane.state())))
-            blocks.append(lane.next_block().tokens)
-        assert {state["offset"] > 0 for state in states[1:]} >= {True}
-        assert {state["epoch"] for state in states} == {0, 1}
-        for at in range(0, len(states), 3):
-            resumed = make_lane(config, lanes, number, states[at])
-            for block, state in list(zip(blocks[at:], [*states[at + 1 :], lane.state()], strict=True))[:40]:
-                assert np.array_equal(resumed.next_block().tokens, block)
-                assert resumed.state() == state
 
 
 def rows_of(path: Path, lanes: int = 1, lane: int = 0, skip: int = 0, **settings: Any) -> list[Any]:
