@@ -47,7 +47,7 @@ def main(
     with many_imports():
         from relora_mora.config.data import is_mixture
         from relora_mora.data.sources import configured_shards, split_remark
-        from relora_mora.data.tokens.folder import make_tokens
+        from relora_mora.data.tokens.make import make_tokens
         from relora_mora.system.logs import counted
 
     started = time.monotonic()

@@ -117,10 +117,9 @@ def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None
             continue
 
         def read_first(plan: LanePlan, own: Sequence[Shard] = own) -> None:
-            with closing(
-                LaneRows(plan, own, one_row, functools.partial(open_rows, config)).rows_from(Cursor())
-            ) as rows:
-                next(rows)
+            rows = LaneRows(plan, own, one_row, functools.partial(open_rows, config), encode=list)
+            with closing(rows.rows_from(Cursor())) as first:
+                next(first)
 
         with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers
             list(threads.map(read_first, lane_plans(config, lanes, len(own))))

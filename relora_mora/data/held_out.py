@@ -19,7 +19,7 @@ from relora_mora.data.rows import Encoded, RecordsFound
 from relora_mora.data.sources import shards_of
 from relora_mora.data.stream.packing import UNSCORED, DocumentIds, Mask, Tokens, document_ids, joined
 from relora_mora.data.stream.whole import block_of, packed
-from relora_mora.data.tokens.checks import check_tokens
+from relora_mora.data.tokens.make import check_tokens
 from relora_mora.tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _digest(rows: Iterable[Encoded]) -> str:
 def _stream(rows: Sequence[Encoded], config: DataConfig, eos: int) -> tuple[Tokens, Mask, DocumentIds | None]:
     """The blocks that the first lane of a stream would have; the last block is padded with unscored EOS."""
     length = config.sequence_length
-    row_tokens, row_scored, _ = joined(rows, eos)
+    row_tokens, row_scored = joined(rows, eos)
     blocks = -(-len(row_tokens) // length)
     tokens = np.full(blocks * length + 1, eos, np.int32)
     tokens[1 : len(row_tokens) + 1] = row_tokens

@@ -1,21 +1,34 @@
-"""A lane reads its own share of the shards, shuffled in blocks, epoch after epoch without end.
+"""A lane reads and tokenizes its own share of the shards, shuffled in blocks, epoch after epoch without end.
 
 Its position is a handful of numbers, which checkpoints store.
 """
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from relora_mora.config.data import DataConfig, TextSource
-from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, Skipped, SourceError
-from relora_mora.data.rows import OpenRows, Row
+from relora_mora.data.errors import BAD_REASONS, ENCODING_REASONS, SKIP_REASONS, Skipped, SourceError
+from relora_mora.data.rows import (
+    CALL_CHARACTERS,
+    NOTES_PER_REASON,
+    Encode,
+    Encoded,
+    OpenRows,
+    Row,
+    in_calls,
+    too_many_records,
+)
 from relora_mora.data.shard import Shard
 
 LaneStates = dict[str, dict[str, Any]]  # by ``state_key``, which is a string because JSON has no other keys
+T = TypeVar("T")
+# limits of a call of the tokenizer: enough to make it cheap, and little enough that a resume repeats little
+ENCODE_ROWS = 64
+ENCODE_CHARACTERS = 1 << 16
 
 
 class Cursor(NamedTuple):
@@ -34,13 +47,10 @@ class Cursor(NamedTuple):
         # _replace would take three times as long, and this is called for every document
         return Cursor(self.epoch, self.place, self.block, self.item + 1, self.bad, self.documents + 1, self.skipped)
 
-    def after_skipping(self, reason: str, count: int = 1, *, documents: int = 0) -> "Cursor":
-        """The same place with ``count`` more rows for a reason; ``documents`` fewer count as finished documents."""
+    def after_skipping(self, reason: str) -> "Cursor":
+        """The same place with one more skipped row."""
         at = SKIP_REASONS.index(reason)
-        counts = self.skipped
-        return self._replace(
-            documents=self.documents - documents, skipped=(*counts[:at], counts[at] + count, *counts[at + 1 :])
-        )
+        return self._replace(skipped=(*self.skipped[:at], self.skipped[at] + 1, *self.skipped[at + 1 :]))
 
     def skipped_by_reason(self) -> dict[str, int]:
         return dict(zip(SKIP_REASONS, self.skipped, strict=True))
@@ -97,15 +107,10 @@ def check_states(states: Mapping[str, Mapping[str, Any]], lanes: int, sources: S
 def start_states(lanes: int, sources: Sequence[str] = ("",)) -> LaneStates:
     """The states of all lanes before their first block."""
     return {
-        state_key(lane, source): lane_state(Cursor().state(offset=0), source, blocks=0)
+        state_key(lane, source): Cursor().state(offset=0) | ({"blocks": 0} if source else {})
         for lane in range(lanes)
         for source in sources
     }
-
-
-def lane_state(place: dict[str, Any], source: str, blocks: int) -> dict[str, Any]:
-    """The state of a lane: its position and, for a source of a mixture, the number of blocks taken from it."""
-    return {**place, "blocks": blocks} if source else place
 
 
 def merge_states(states: Iterable[Mapping[str, Mapping[str, Any]]]) -> LaneStates:
@@ -175,14 +180,14 @@ class LanePlan:
         return cursor, offset
 
 
-def plan_lanes(lanes: int, shards: int, *, even: bool = False) -> list[LanePlan]:
+def lane_plans(config: DataConfig, lanes: int, shards: int) -> list[LanePlan]:
     """Assigns every row of every shard to exactly one lane.
 
     Lane l reads the shards l, l + lanes, ..., as long as there is one for each lane. The lanes share the n shards that
     are left, or all shards if there are fewer than lanes: lane l reads a part of shard ``l mod n`` among them. With
-    ``even``, if there are fewer shards than lanes, all lanes share each shard and get the same number of rows.
+    ``data.concatenate``, if there are fewer shards than lanes, all lanes share each shard and get equal parts of it.
     """
-    if even and shards < lanes:
+    if config.concatenate and shards < lanes:
         shares = [[Part(shard, lanes, (lane + shard) % lanes) for shard in range(shards)] for lane in range(lanes)]
         return [LanePlan(lane, tuple(parts)) for lane, parts in enumerate(shares)]
     left = shards if shards < lanes else shards % lanes
@@ -194,16 +199,13 @@ def plan_lanes(lanes: int, shards: int, *, even: bool = False) -> list[LanePlan]
     return [LanePlan(lane, tuple(parts[lane])) for lane in range(lanes)]
 
 
-def lane_plans(config: DataConfig, lanes: int, shards: int) -> list[LanePlan]:
-    """The plans of all lanes of a run."""
-    return plan_lanes(lanes, shards, even=config.concatenate)
-
-
 def seeded_order(count: int, *key: int) -> list[int]:
     """A permutation of ``range(count)`` that depends only on the key, on every machine and numpy version.
 
     The raw stream of numpy's PCG64 is part of its compatibility promise; ``Generator.permutation`` is not.
     """
+    if count == 1:
+        return [0]
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(count), kind="stable").tolist()
 
 
@@ -225,18 +227,20 @@ def times_read(source: TextSource) -> str:
 class LaneRows(Generic[Row]):
     """``rows_from(cursor)`` yields (row, cursor after it), from any cursor that it yielded before or that was saved.
 
-    Only the seed and ``shuffle_documents`` of ``config`` are used here; ``open_rows`` has its own settings.
+    Of ``config``, only the seed, ``shuffle_documents`` and the limit on bad records are used here; ``open_rows`` has
+    its own settings.
     """
 
     plan: LanePlan
     shards: Sequence[Shard]
     config: DataConfig
     open_rows: OpenRows[Row]
+    encode: Encode[Row]
     source: TextSource | None = None  # in a mixture
     notes: list[str] = field(default_factory=list)  # messages about skipped rows; the owner empties the list
 
-    def rows_from(self, cursor: Cursor) -> Generator[tuple[Row, Cursor], None, None]:
-        """Endless. Raises SourceError if a shard cannot be read or has too many bad rows, or if there is no text."""
+    def rows_from(self, cursor: Cursor) -> Generator[tuple[Encoded, Cursor], None, None]:
+        """Endless. Raises SourceError if a shard cannot be read, too many rows are bad, or an epoch has no text."""
         while True:
             check_epoch(self.source, cursor.epoch)
             order = self.plan.order(self.config.seed, cursor.epoch)
@@ -249,7 +253,7 @@ class LaneRows(Generic[Row]):
                 raise self._no_text(epoch_start, cursor)
             cursor = cursor._replace(epoch=cursor.epoch + 1, place=0)
 
-    def _rows_of_part(self, part: Part, cursor: Cursor) -> Generator[tuple[Row, Cursor], None, Cursor]:
+    def _rows_of_part(self, part: Part, cursor: Cursor) -> Generator[tuple[Encoded, Cursor], None, Cursor]:
         """Yields the rows of a part from the cursor on and returns the cursor at its end."""
         shard = self.shards[part.shard]
         size = self.config.shuffle_documents
@@ -264,19 +268,40 @@ class LaneRows(Generic[Row]):
                 key = (self.config.seed, self.plan.lane, cursor.epoch, part.shard, cursor.block)
                 order = seeded_order(len(block), *key)
                 remaining = [block[at] for at in reversed(order[cursor.item :])]
-                block.clear()  # a block of text is large: this way each row is freed as soon as it is used
-                while remaining:
-                    row = remaining.pop()
-                    if isinstance(row, Skipped):
-                        cursor = cursor._replace(item=cursor.item + 1).after_skipping(row.reason)
-                    else:
-                        cursor = cursor.after_document()
-                        yield row, cursor
+                block.clear()
+                cursor = yield from self._encoded(remaining, cursor)
                 bad_before = rows.bad
                 block = rows.take(size)
                 if block:
                     cursor = cursor._replace(block=cursor.block + 1, item=0, bad=bad_before)
             return cursor.after_skipping("empty_shard") if rows.is_empty else cursor
+
+    def _encoded(
+        self, remaining: list[Row | Skipped], cursor: Cursor
+    ) -> Generator[tuple[Encoded, Cursor], None, Cursor]:
+        """Tokenizes the rest of a block, the last row first, and counts what cannot be used."""
+        for rows in in_calls(_popped(remaining), ENCODE_ROWS, _size):
+            encoded = iter(self.encode([row for row in rows if not isinstance(row, Skipped)]))
+            for row in rows:
+                result = row if isinstance(row, Skipped) else next(encoded)
+                if isinstance(result, Skipped):
+                    cursor = cursor._replace(item=cursor.item + 1).after_skipping(result.reason)
+                    if result is not row:
+                        self._check_record(result, cursor)
+                else:
+                    cursor = cursor.after_document()
+                    yield result, cursor
+        return cursor
+
+    def _check_record(self, skipped: Skipped, cursor: Cursor) -> None:
+        """Raises SourceError if too many records cannot be used, in the first epoch: others have the same records."""
+        counts = cursor.skipped_by_reason()
+        if counts[skipped.reason] <= NOTES_PER_REASON:
+            self.notes.append(f"{skipped.detail}; skipped")
+        bad = sum(counts[reason] for reason in ENCODING_REASONS)
+        limit = self.config.max_bad_fraction
+        if not cursor.epoch and (fault := too_many_records(bad, cursor.documents + bad, limit, skipped.detail)):
+            raise fault
 
     def _no_text(self, before: Cursor, now: Cursor) -> SourceError:
         counts = zip(SKIP_REASONS, before.skipped, now.skipped, strict=True)
@@ -298,3 +323,14 @@ class LaneRows(Generic[Row]):
             f"lane {self.plan.lane}: {shard.label} has fewer lines than when its position was saved; "
             "resume with the same files, or set another data.seed to read the new text from its beginning"
         )
+
+
+def _popped(rows: list[T]) -> Iterator[T]:
+    """The rows from the last to the first. A block of text is large, and this way each row is freed once it is used."""
+    while rows:
+        yield rows.pop()
+
+
+def _size(row: Any) -> int:
+    """For :func:`in_calls`, whose own limit is larger."""
+    return 0 if isinstance(row, Skipped) else len(row) * CALL_CHARACTERS // ENCODE_CHARACTERS

@@ -128,7 +128,7 @@ def count_epochs(
     """The number of tokens in the first ``epochs`` epochs.
 
     It includes the EOS after each document in a stream, and the padding of sequences of whole rows, whose tokens are
-    made before (``folder.tokens_of_whole_rows``). Reads the whole text of a stream, unless it is pre-tokenized, and
+    made before (``make.tokens_of_whole_rows``). Reads the whole text of a stream, unless it is pre-tokenized, and
     checks all of its records. ``shards`` are the shards of ``config``, if they are already resolved. Raises
     SourceError, also if there is no text.
     """

@@ -43,7 +43,7 @@ class RunFolder:
     tokenizer = RunFile("tokenizer")  # a folder that AutoTokenizer can load
     tokens = RunFile(
         "tokens"
-    )  # a folder with the tokens of rows that are packed whole (data.tokens.folder.tokens_of_whole_rows)
+    )  # a folder with the tokens of rows that are packed whole (data.tokens.make.tokens_of_whole_rows)
     starts = RunFile("starts.jsonl")  # JSON lines, one per start: command, versions, commit
     metrics = RunFile("metrics.jsonl")  # JSON lines, each with `step` and tagged values
     tensorboard = RunFile("tensorboard")  # a folder with the metrics in TensorBoard's format

@@ -8,7 +8,6 @@ import heapq
 import itertools
 import json
 import re
-import struct
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -97,7 +96,7 @@ class Extension:
             model = work / files.MODEL_FILE
             description = work / files.DESCRIPTION
             if model.is_file():
-                model.write_bytes(model.read_bytes() + self._sentencepieces(model))
+                model.write_bytes(self._sentencepieces(model.read_bytes()))
                 description.unlink()
             else:
                 description.write_text(json.dumps(self._description(), ensure_ascii=False), encoding="utf-8")
@@ -160,16 +159,15 @@ class Extension:
         model["merges"] += [list(merge) for merge in self.merges]
         return self.described
 
-    def _sentencepieces(self, model: Path) -> bytes:
-        """What to append to a sentencepiece model: protocol buffers, in which a list can be continued at the end."""
-        processor = files.open_sentencepiece(model)
-        lowest = min(map(processor.get_score, range(processor.get_piece_size())))
-        content = b""
+    def _sentencepieces(self, model: bytes) -> bytes:
+        """A sentencepiece model with the new tokens."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        extended: Any = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+        lowest = min(piece.score for piece in extended.pieces)
         for number, token in enumerate(self.tokens, start=1):
-            text = token.encode()
-            piece = b"\x0a" + _varint(len(text)) + text + b"\x15" + struct.pack("<f", lowest - number)
-            content += b"\x0a" + _varint(len(piece)) + piece
-        return content
+            extended.pieces.add(piece=token, score=lowest - number)
+        return bytes(extended.SerializeToString())
 
 
 def most_frequent_merges(words: Mapping[str, tuple[list[str], int]], known: Iterable[str]) -> Iterable[Merge]:
@@ -222,8 +220,3 @@ def _join(parts: list[str], pair: Merge) -> list[str]:
         joined.append("".join(pair) if both else parts[index])
         index += 2 if both else 1
     return joined
-
-
-def _varint(number: int) -> bytes:
-    low, rest = number & 127, number >> 7
-    return bytes([low | 128]) + _varint(rest) if rest else bytes([low])

@@ -1,8 +1,7 @@
 """The files of a tokenizer's folder: a sentencepiece model, and the Hugging Face files next to it."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -66,21 +65,6 @@ def open_sentencepiece(path: str | Path) -> "SentencePieceProcessor":
 def pieces_of(processor: "SentencePieceProcessor") -> dict[str, int]:
     """The ids of a sentencepiece model, by piece."""
     return {processor.id_to_piece(number): number for number in range(processor.get_piece_size())}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty if there is no such file; raises :class:`TokenizerError` for anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not JSON ({error}); fetch or save the tokenizer again") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(
-            f"{path}: holds a {type(content).__name__}, expected an object; fetch or save the tokenizer again"
-        )
-    return content
 
 
 def is_ordinary(token: str, path: Path) -> bool:

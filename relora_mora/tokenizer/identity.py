@@ -114,12 +114,9 @@ def save_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerBase", out: str |
             f"{tokenizer.name_or_path}: transformers cannot save it ({reason}); fix its tokenizer_config.json"
         ) from error
     if written != encode(tokenizer, HARD_TEXTS) or saved.eos_token_id != tokenizer.eos_token_id:
-        context, remedy = "", "report this with the tokenizer"
-        kind = files.read_json(out / "config.json").get("model_type")
-        if kind is not None:
-            context, remedy = f" next to a model of type {kind}", "use a tokenizer for that type of model"
         raise files.TokenizerError(
-            f"{tokenizer.name_or_path}: saved{context}, transformers gives other ids for it; {remedy}"
+            f"{tokenizer.name_or_path}: saved{' next to this model' if (out / 'config.json').exists() else ''}, "
+            "transformers gives other ids for it; use a tokenizer for this type of model"
         )
 
 

@@ -1,7 +1,6 @@
 """Loads tokenizers so that they are exact and never parse special tokens in text."""
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -15,11 +14,6 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
     from transformers import PreTrainedTokenizerBase
 
-_CONFIG = "tokenizer_config.json"
-_ABOUT_TOKENS = (  # the keys of tokenizer_config.json that hold for a sentencepiece model loaded by any class
-    *("bos_token", "eos_token", "pad_token", "added_tokens_decoder", "add_bos_token", "add_eos_token"),
-    *("chat_template", "padding_side", "model_max_length"),
-)
 # Texts on which conversions of a sentencepiece model go wrong: spaces at either end, names of special and byte tokens,
 # bytes without a piece, whitespace that a normalizer would fold.
 HARD_TEXTS = (
@@ -52,9 +46,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer in a folder with ``tokenizer.model``, a ``.model`` file, or a Hugging Face tokenizer folder.
 
     ``tokenizer.json`` decides the ids if there is one, and otherwise ``tokenizer.model``, whose ids are compared with
-    sentencepiece's. Special tokens are never parsed in text, and
-    dropout is turned off. Prints nothing and reads only the disk. Sets ``TOKENIZERS_PARALLELISM=false`` unless it is
-    set, because worker processes already run in parallel.
+    sentencepiece's. Special tokens are never parsed in text, and dropout is turned off. Prints nothing and reads only
+    the disk. Sets ``TOKENIZERS_PARALLELISM=false`` unless it is set, because worker processes already run in parallel.
 
     Raises :class:`TokenizerError` if no tokenizer is found, it has no end-of-document token, text could have that
     token, or its ids differ from sentencepiece's.
@@ -65,7 +58,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
     model = files.sentencepiece_file(path)
     reference = None if model is None else files.open_sentencepiece(model)
     with quiet_transformers():
-        tokenizer = _from_folder(path) if model is None else _from_model(model, path)
+        tokenizer = _load(path)
     if reference is not None:
         _check_ids(tokenizer, reference, path)
     if tokenizer.eos_token_id is None:
@@ -120,26 +113,6 @@ def auto_tokenizer(folder: Path, kind: Any = None, *, named: Path | None = None,
     return tokenizer
 
 
-def _from_model(model: Path, path: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a sentencepiece model, with what ``tokenizer_config.json`` says about its tokens.
-
-    It is loaded from a folder of its own, because names of classes next to the model would change the ids.
-    """
-    with tempfile.TemporaryDirectory(prefix="tokenizer-") as temporary:
-        folder = Path(temporary)
-        shutil.copyfile(model, folder / files.MODEL_FILE)
-        if path.is_dir():
-            described = files.read_json(path / _CONFIG)
-            kept = {key: described[key] for key in _ABOUT_TOKENS if key in described}
-            (folder / _CONFIG).write_text(json.dumps(kept), encoding="utf-8")
-            for name in ("added_tokens.json", "chat_template.jinja"):
-                if (path / name).is_file():
-                    shutil.copyfile(path / name, folder / name)
-        tokenizer = auto_tokenizer(folder, named=path, split_special_tokens=True)
-    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(path)
-    return tokenizer
-
-
 def _check_ids(tokenizer: "PreTrainedTokenizerBase", reference: "SentencePieceProcessor", path: Path) -> None:
     """Raises :class:`TokenizerError` if a tokenizer has other tokens than its sentencepiece model, or other ids."""
     pieces = files.pieces_of(reference)
@@ -158,17 +131,26 @@ def _check_ids(tokenizer: "PreTrainedTokenizerBase", reference: "SentencePiecePr
             )
 
 
-def _from_folder(path: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer in ``tokenizer.json``.
+def _load(path: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in ``tokenizer.json``, or transformers' conversion of the sentencepiece model.
 
     ``AutoTokenizer`` would choose a class by names in the folder. Some classes, such as Qwen2Tokenizer, use only the
     vocabulary of ``tokenizer.json``, and split text by rules of their own.
     """
     from transformers import PreTrainedTokenizerFast
 
-    if "auto_map" in files.read_json(path / _CONFIG):
+    config = path / "tokenizer_config.json"
+    if config.is_file() and b'"auto_map"' in config.read_bytes():
         auto_tokenizer(path)  # refuses code from the folder
-    tokenizer: Any = auto_tokenizer(path, PreTrainedTokenizerFast, split_special_tokens=True)
+    with tempfile.TemporaryDirectory(prefix="tokenizer-") as temporary:
+        if path.is_file():
+            shutil.copyfile(path, Path(temporary, files.MODEL_FILE))
+        folder = path if path.is_dir() else Path(temporary)
+        settings = {"split_special_tokens": True}
+        if files.sentencepiece_file(path):
+            settings["legacy"] = True  # otherwise its spaces would differ from sentencepiece's
+        tokenizer = auto_tokenizer(folder, PreTrainedTokenizerFast, named=path, **settings)
+    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(path)
     backend = tokenizer.backend_tokenizer  # these may have been on when it was saved
     backend.no_truncation()
     backend.no_padding()

@@ -26,7 +26,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def test_importing_the_package_is_light():
     heavy = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "requests", "huggingface_hub")
     modules = ", ".join(
-        f"relora_mora.data.{name}" for name in ("held_out", "first_rows", "stream.stream", "tokens.folder")
+        f"relora_mora.data.{name}" for name in ("held_out", "first_rows", "stream.stream", "tokens.make")
     )
     code = f"import {modules}, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

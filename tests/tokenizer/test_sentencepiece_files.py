@@ -12,10 +12,11 @@ import pytest
 import xxhash
 from transformers import AutoTokenizer
 
-from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError
+from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError, open_sentencepiece
 from relora_mora.tokenizer.identity import save_tokenizer, tokenizer_fingerprint, vocabulary_size
 from relora_mora.tokenizer.load import encode, load_tokenizer
 from tests.tools.each import each
+from tests.tools.tokenizer_tools import train_tokenizer
 
 
 @pytest.mark.more
@@ -45,14 +46,13 @@ def test_a_chat_template_and_the_beginning_of_texts_go_with_a_sentencepiece_mode
 
 
 @pytest.mark.more
-def test_how_texts_begin_and_are_padded_goes_with_a_sentencepiece_model_without_tokenizer_json(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_how_texts_begin_and_are_padded_goes_with_a_sentencepiece_model_without_tokenizer_json(tmp_path: Path) -> None:
     """Folders of the first LLaMA models are so."""
     start = tmp_path / "start"
-    start.mkdir()
-    shutil.copy(folder / MODEL_FILE, start)
+    train_tokenizer(start, add_dummy_prefix=True)
     described = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,  # with which transformers would leave out the space before a text
         "add_bos_token": True,
         "add_eos_token": False,
         "pad_token": "<unk>",
@@ -62,7 +62,7 @@ def test_how_texts_begin_and_are_padded_goes_with_a_sentencepiece_model_without_
     (start / "tokenizer_config.json").write_text(json.dumps(described))
     save_tokenizer(start, tmp_path / "saved")
     for tokenizer in (load_tokenizer(start), AutoTokenizer.from_pretrained(str(tmp_path / "saved"))):
-        [text] = encode(load_tokenizer(folder), ["the rank"])
+        text = open_sentencepiece(start / MODEL_FILE).encode("the rank")
         assert tokenizer("the rank").input_ids == [tokenizer.bos_token_id, *text]
         batch = tokenizer(["the rank of a matrix", "the"], padding=True)["input_ids"]
         assert batch[1][0] == tokenizer.pad_token_id == 0

@@ -17,7 +17,6 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig
 
-from relora_mora.tokenizer import training
 from relora_mora.tokenizer.files import MODEL_FILE, TokenizerError, open_sentencepiece
 from relora_mora.tokenizer.identity import (
     check_vocabulary,
@@ -28,19 +27,8 @@ from relora_mora.tokenizer.identity import (
 )
 from relora_mora.tokenizer.load import HARD_TEXTS, encode, load_tokenizer
 from tests.tools.each import each
-from tests.tools.shared import SHARED, needs_shared
+from tests.tools.shared import SHARED
 from tests.tools.tokenizer_tools import save_other_tokenizer, train_tokenizer
-
-EOS = 2
-
-
-@pytest.fixture(scope="module")
-def documents() -> list[str]:
-    found: list[str] = []
-    for shard in sorted((SHARED / "data/c4like/train").glob("*.json.gz")):
-        with gzip.open(shard, "rt", encoding="utf-8") as lines:
-            found += [json.loads(line)["text"] for line in lines]
-    return sorted(found, key=len)[:10_000:3]  # of the shorter half, whole: the test takes seconds
 
 
 def _plain(folder: Path, texts: list[str]) -> list[list[int]]:
@@ -48,26 +36,12 @@ def _plain(folder: Path, texts: list[str]) -> list[list[int]]:
     return AutoTokenizer.from_pretrained(str(folder))(texts)["input_ids"]
 
 
-@needs_shared
-def test_thousands_of_documents_are_exact(documents: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "trained"
-    bytes_per_token = training.write(training.train(documents[::2], vocab_size=8192), out, documents[-100:])
-    assert 3 < bytes_per_token < 6
-    reference = open_sentencepiece(out / MODEL_FILE).encode(documents)
-    tokenizer = load_tokenizer(out)
-    assert len(documents) == 3334
-    assert encode(tokenizer, documents) == reference
-    assert not any(EOS in ids or 0 in ids or 1 in ids for ids in reference)
-    decoded = tokenizer.batch_decode(reference)
-    assert [text.replace("\u2581", " ") for text in documents] == decoded
-    exported = tmp_path / "exported"
-    save_tokenizer(tokenizer, exported)
-    assert _plain(exported, documents[::10]) == reference[::10]
-
-
 @pytest.mark.more
-def test_hard_texts_are_exact_on_every_path(folder: Path, tmp_path: Path) -> None:
+def test_texts_are_exact_on_every_path(folder: Path, tmp_path: Path) -> None:
     texts = [*HARD_TEXTS, *(text + other for text in HARD_TEXTS for other in HARD_TEXTS), "".join(HARD_TEXTS)]
+    for shard in sorted((SHARED / "data/c4like/train").glob("*.json.gz"))[:1]:
+        with gzip.open(shard, "rt", encoding="utf-8") as lines:
+            texts += [json.loads(line)["text"] for line in lines][:100]
     reference = open_sentencepiece(folder / MODEL_FILE).encode(texts)
     LlamaConfig().save_pretrained(str(tmp_path / "export"))  # its model_type must not decide the tokenizer's class
     save_tokenizer(folder, tmp_path / "export")
@@ -75,17 +49,14 @@ def test_hard_texts_are_exact_on_every_path(folder: Path, tmp_path: Path) -> Non
         assert encode(load_tokenizer(path), texts) == reference
     for path in (folder, tmp_path / "export"):
         assert _plain(path, texts) == reference
-        assert AutoTokenizer.from_pretrained(str(path)).batch_decode(reference) == texts
-    assert (tmp_path / "export" / MODEL_FILE).read_bytes() == (folder / MODEL_FILE).read_bytes()
-
-
-def test_parts_of_a_text_decode_to_its_parts(folder: Path) -> None:
+        assert AutoTokenizer.from_pretrained(str(path)).batch_decode(reference) == [
+            text.replace("\u2581", " ") for text in texts
+        ]
+    assert not any(special in ids for ids in reference for special in (0, 1, 2))
     tokenizer = load_tokenizer(folder)
-    ids = encode(tokenizer, ["return the value of  the setting"])[0]
-    assert all(
-        tokenizer.decode(ids[:cut]) + tokenizer.decode(ids[cut:]) == "return the value of  the setting"
-        for cut in range(len(ids))
-    )
+    for text, ids in zip(texts, reference, strict=True):  # parts of a text decode to its parts
+        halves = "".join(tokenizer.decode(part) for part in (ids[: len(ids) // 2], ids[len(ids) // 2 :]))
+        assert halves == text.replace("\u2581", " ") or "\ufffd" in halves
 
 
 def test_no_text_ends_a_document(folder: Path) -> None:
@@ -127,8 +98,18 @@ def test_a_hugging_face_folder(folder: Path, tmp_path: Path) -> None:
     assert tokenizer.eos_token_id == 1000
     assert encode(tokenizer, [text]) == open_sentencepiece(folder / MODEL_FILE).encode([text])
     assert vocabulary_size(tokenizer) == 1002
-    uncut = _hugging_face(folder, tmp_path / "uncut", truncation=None, padding=None)
-    assert tokenizer_fingerprint(path) == tokenizer_fingerprint(uncut) != tokenizer_fingerprint(folder)
+    model = json.loads((path / "tokenizer.json").read_text())["model"]
+    older = model | {"merges": [" ".join(pair) for pair in model["merges"]]}
+    fewer = model | {"merges": model["merges"][:-1]}
+    for changes, is_same in (
+        ({"truncation": None, "padding": None}, True),
+        ({"model": older}, True),
+        ({"model": {key: value for key, value in model.items() if key != "ignore_merges"}}, True),
+        ({"model": fewer}, False),
+    ):
+        other = _hugging_face(folder, tmp_path / "other", **changes)
+        assert (tokenizer_fingerprint(other) == tokenizer_fingerprint(path)) == is_same
+    assert tokenizer_fingerprint(path) != tokenizer_fingerprint(folder)
     shutil.copy(folder / MODEL_FILE, path / MODEL_FILE)  # without the added tokens: tokenizer.json decides
     assert load_tokenizer(path).eos_token_id == 1000
     save_tokenizer(path, tmp_path / "export")
@@ -144,27 +125,6 @@ def test_a_tokenizer_of_llama_is_saved_as_it_is(folder: Path, tmp_path: Path, le
     file.write_text(json.dumps(described))
     save_tokenizer(path, tmp_path / "export")
     assert tokenizer_fingerprint(path) == tokenizer_fingerprint(tmp_path / "export")
-
-
-OLD_FORMS = {
-    "merges as strings": lambda model: {"merges": [" ".join(pair) for pair in model["merges"]]},
-    "no ignore_merges": lambda model: {"ignore_merges": ...},
-}
-
-
-@each("form", OLD_FORMS)
-def test_a_tokenizer_written_in_an_older_form_is_the_same_one(folder: Path, tmp_path: Path, form: str) -> None:
-    path = _hugging_face(folder, tmp_path / "hf")
-    expected = tokenizer_fingerprint(path)
-    model = json.loads((path / "tokenizer.json").read_text())["model"]
-    assert {"merges", "ignore_merges"} <= set(model)
-    changed = {key: value for key, value in (model | OLD_FORMS[form](model)).items() if value is not ...}
-    older = _hugging_face(folder, tmp_path / "older", model=changed)
-    assert (older / "tokenizer.json").read_text() != (path / "tokenizer.json").read_text()
-    save_tokenizer(older, tmp_path / "saved")
-    assert tokenizer_fingerprint(older) == tokenizer_fingerprint(tmp_path / "saved") == expected
-    fewer = _hugging_face(folder, tmp_path / "fewer", model=model | {"merges": model["merges"][:-1]})
-    assert tokenizer_fingerprint(fewer) != expected
 
 
 def test_code_of_a_tokenizer_is_neither_run_nor_saved(
@@ -227,22 +187,6 @@ def test_turns_of_a_newer_llama_are_tokenized_as_by_transformers(tmp_path: Path)
     assert AutoTokenizer.from_pretrained(out)(turns, add_special_tokens=False)["input_ids"] == expected
 
 
-def test_padding_in_a_file_does_not_change_which_tokenizer_it_is(tmp_path: Path) -> None:
-    """Padding is the job of the code that makes batches; folders of fine-tuned models often have it."""
-    given, plain, padded = (tmp_path / name for name in ("given", "plain", "padded"))
-    train_tokenizer(given)
-    for folder in (plain, padded):
-        AutoTokenizer.from_pretrained(given).save_pretrained(folder)
-        shutil.copy(given / MODEL_FILE, folder / MODEL_FILE)
-    backend = Tokenizer.from_file(str(padded / "tokenizer.json"))
-    backend.enable_padding(length=16, pad_id=0, pad_token="<unk>")
-    backend.enable_truncation(max_length=2)
-    backend.save(str(padded / "tokenizer.json"))
-    assert len({tokenizer_fingerprint(folder) for folder in (given, plain, padded)}) == 1
-    save_tokenizer(load_tokenizer(padded), tmp_path / "out")
-    assert (tmp_path / "out" / MODEL_FILE).exists()
-
-
 def _as_described(folder: Path, texts: Sequence[str]) -> list[list[int]]:
     """Ids of what a tokenizer.json says, by the package that wrote it."""
     described = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -266,7 +210,7 @@ def test_files_that_transformers_would_read_differently_are_not_saved(tmp_path: 
     path, out = save_other_tokenizer(tmp_path / "given"), tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(TokenizerError, match=r"saved next to a model of type qwen2, .* gives other ids") as caught:
+    with pytest.raises(TokenizerError, match=r"saved next to this model, .* gives other ids") as caught:
         save_tokenizer(path, out)
     assert str(caught.value).startswith(f"{path}: ")
     assert str(out) not in str(caught.value)

@@ -12,12 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import zstandard
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.held_out import load_eval_set
-from relora_mora.data.lanes import LaneRows, plan_lanes
+from relora_mora.data.lanes import LaneRows, lane_plans
 from relora_mora.data.read import iter_texts, open_rows
 from relora_mora.data.rows import Encoded
 from relora_mora.data.shard import Shard
@@ -145,12 +144,10 @@ def resolve_shards(sources: Any, revision: str = "main", split: Any = "train", *
     return shards_of(sources, data_config("unused", revision=revision, **settings), split)
 
 
-def make_lane(
-    config: DataConfig, lanes: int, lane: int, state: Any = None, shards: list[Shard] | None = None
-) -> Lane[str]:
-    shards = shards or configured_shards(config, "train")
-    rows = LaneRows(plan_lanes(lanes, len(shards))[lane], shards, config, partial(open_rows, config))
-    return Lane(rows, encode, eos=EOS, sequence_length=config.sequence_length, restored=state)
+def make_lane(config: DataConfig, lanes: int, lane: int, state: Any = None, encode: Any = encode) -> Lane:
+    shards = configured_shards(config, "train")
+    rows = LaneRows(lane_plans(config, lanes, len(shards))[lane], shards, config, partial(open_rows, config), encode)
+    return Lane(rows, eos=EOS, sequence_length=config.sequence_length, restored=state)
 
 
 def epoch_tokens(lane: Lane) -> list[int]:
@@ -161,24 +158,6 @@ def epoch_tokens(lane: Lane) -> list[int]:
         assert block[0] == tokens[-1]  # the last token of a block is the first of the next
         tokens += block[1:].tolist()
     return tokens
-
-
-def assert_resumes_anywhere(config: DataConfig, lanes: int) -> None:
-    """Every lane gives the very next blocks and states from any state of its first two epochs."""
-    for number in range(lanes):
-        lane = make_lane(config, lanes, number)
-        states = []
-        blocks = []
-        while lane.state()["epoch"] < 2:
-            states.append(json.loads(json.dumps(lane.state())))
-            blocks.append(lane.next_block().tokens)
-        assert {state["offset"] > 0 for state in states[1:]} >= {True}
-        assert {state["epoch"] for state in states} == {0, 1}
-        for at in range(0, len(states), 3):
-            resumed = make_lane(config, lanes, number, states[at])
-            for block, state in list(zip(blocks[at:], [*states[at + 1 :], lane.state()], strict=True))[:40]:
-                assert np.array_equal(resumed.next_block().tokens, block)
-                assert resumed.state() == state
 
 
 def rows_of(

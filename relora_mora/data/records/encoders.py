@@ -158,7 +158,7 @@ def _renderer(
             return Skipped("template_failed", record.describe(f"is refused by {label} ({reason:.200})"))
         if not passage.answers and any(message["role"] == "assistant" for message in conversation.messages):
             return Skipped("no_answer", record.describe(f"has an answer that {label} does not mark"))
-        if any(_renders_as(passage.text, tokenizer, template, other) for other in conversation.without_tools()):
+        if passages.leaves_out_tools(tokenizer, template, conversation, passage.text):
             return Skipped("template_failed", record.describe(f"has tools, which {label} does not write"))
         learned = conversation.learned()
         if scores_all or all(learned):
@@ -169,15 +169,6 @@ def _renderer(
         return passage._replace(answers=list(itertools.compress(passage.answers, learned)))
 
     return rendered
-
-
-def _renders_as(
-    text: str, tokenizer: "PreTrainedTokenizerBase", template: str, conversation: passages.Conversation
-) -> bool:
-    try:
-        return passages.render(tokenizer, template, conversation, marked=False).text == text
-    except Exception:  # the template rejects the conversation, so it does read the part that was left out
-        return False
 
 
 def how_written(tokenizer: "PreTrainedTokenizerBase", record_format: RecordFormat) -> list[Any]:

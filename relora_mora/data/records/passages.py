@@ -1,13 +1,14 @@
 """Makes texts with answers from the fields of records. A conversation is rendered with a chat template."""
 
-import json
+import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic_core import from_json
 
 from relora_mora.config.data import CHATML
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.lines import is_encodable
 from relora_mora.data.shard import Record, RecordFormat, Shard
 
 if TYPE_CHECKING:
@@ -61,16 +62,6 @@ class Conversation(NamedTuple):
     messages: list[Message]
     tools: list[dict[str, Any]]
 
-    def without_tools(self) -> "Iterator[Conversation]":
-        """Variants without tool descriptions and without tool calls, each only if there is something to leave out."""
-        if self.tools:
-            yield Conversation(self.messages, [])
-        plain = [
-            {key: value for key, value in each.items() if key != "tool_calls" or not value} for each in self.messages
-        ]
-        if plain != self.messages:
-            yield Conversation(plain, self.tools)
-
     def learned(self) -> list[bool]:
         """For each answer, whether it is trained on; ``weight: 0`` turns that off."""
         return [each.get("weight", 1) == 1 for each in self.messages if each["role"] == "assistant"]
@@ -108,17 +99,10 @@ def conversation_of(kind: str, record: Record) -> Conversation | Skipped:
     fields: dict[str, Any] = {}
     for field in {name, "tools"} & set(record.fields):
         value = record.fields[field]
-        if isinstance(value, str):  # as in CSV, which has no lists
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
-                return _bad(record, f'has a "{field}" that is a string but not JSON')
-            if not is_encodable(json.dumps(value, ensure_ascii=False)):
-                return _bad(record, f'has a "{field}" with half of a surrogate pair')
-        try:
-            fields[field] = _without_nulls(value)
-        except RecursionError:
-            return _bad(record, f'has a "{field}" that is nested too deeply')
+        try:  # a string in CSV, which has no lists
+            fields[field] = _without_nulls(from_json(value) if isinstance(value, str) else value)
+        except (ValueError, RecursionError) as error:
+            return _bad(record, f'has a "{field}" that cannot be read as JSON ({error})')
     if not isinstance(fields[name], list) or not fields[name]:
         return _bad(record, f'has a "{name}" that is not a list of messages')
     tools = fields.get("tools") or []
@@ -264,3 +248,17 @@ def render(tokenizer: "PreTrainedTokenizerBase", template: str, conversation: Co
     )
     [text], answers = rendered
     return Passage(text, list(answers[0]) if marked else [(0, len(text))])
+
+
+def leaves_out_tools(
+    tokenizer: "PreTrainedTokenizerBase", template: str, conversation: Conversation, text: str
+) -> bool:
+    """Whether a conversation renders to the same text without its tools, or without the calls of tools."""
+    messages, tools = conversation
+    plain = [{key: value for key, value in each.items() if key != "tool_calls" or not value} for each in messages]
+    for other in (Conversation(messages, []), Conversation(plain, tools)):
+        # a template that rejects what is left reads the part that was left out
+        with contextlib.suppress(Exception):
+            if other != conversation and render(tokenizer, template, other, marked=False).text == text:
+                return True
+    return False

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relora_mora.config.data import DataConfig, TextSource
-from relora_mora.data.lanes import LaneRows, LaneStates, lane_plans, lane_state, seeded_order, state_key, times_read
+from relora_mora.data.lanes import LaneRows, LaneStates, lane_plans, seeded_order, state_key, times_read
 from relora_mora.data.network import RETRIES
 from relora_mora.data.read import open_rows
 from relora_mora.data.records.encoders import encoder_of, packing_of
@@ -136,31 +136,23 @@ class Assignment:
     """The work of one process: some lanes, with ``blocks_per_lane`` blocks of each per global batch."""
 
     config: DataConfig
-    shards: Sequence[Shard]  # see folder.tokens_of_whole_rows
+    shards: Sequence[Shard]  # see make.tokens_of_whole_rows
     tokenizer_path: str
     lanes: Sequence[int]
     lanes_of_all: int
     blocks_per_lane: int
-    batch: int  # index of the first global batch
-    states: Mapping[str, Mapping[str, Any]]  # of these lanes; empty at the start of a run
+    batch: int = 0  # index of the first global batch
+    states: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of these lanes; empty at the start of a run
 
 
 @dataclass
 class LaneBlocks:
     """The blocks of one process for one global batch."""
 
-    blocks: Block  # of stacks of arrays, [lanes * blocks_per_lane, ...], ordered by lane
+    blocks: dict[int, Block]  # by lane: stacks of arrays, [blocks_per_lane, ...]
     states: LaneStates
-    retries: int  # of all reads of this process so far
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class SourceLane:
-    """A lane within one source."""
-
-    lane: Lane[Any] | WholeLane
-    blocks: int  # that it has produced so far
+    retries: int  # of all reads of the process since it began with this assignment
+    notes: list[str]
 
 
 class Producer:
@@ -174,36 +166,36 @@ class Producer:
         self.batch = assignment.batch
         config = assignment.config
         self.sources = {source.label: source for source in config.train} if config.is_mixture else {}
+        self._retries_before = RETRIES.retries
         self._noted: set[str] = set()  # sources for which a note said that they are read again
-        self.lanes: dict[tuple[int, str], SourceLane] = {}
-        for name in self.mixture.names:
-            self._open_source(name)
+        self.lanes = {
+            state_key(lane, name): packer for name in self.mixture.names for lane, packer in self._open(name).items()
+        }
+        self.taken = {key: assignment.states.get(key, {}).get("blocks", 0) for key in self.lanes}
 
-    def _open_source(self, name: str) -> None:
+    def _open(self, name: str) -> Mapping[int, Lane | WholeLane]:
+        """The lanes of the assignment within one source."""
         config = self.assignment.config
         shards = shards_of_source(self.assignment.shards, config, name)
         source = self.sources.get(name)
         lanes = self.assignment.lanes_of_all
         states = {lane: self.assignment.states.get(state_key(lane, name)) for lane in self.assignment.lanes}
-        packers: dict[int, Lane[Any] | WholeLane] = {}
-        if packing_of(config, shards) == "stream":
-            plans = lane_plans(config, lanes, len(shards))
-            encode, eos = self._encoder(shards)
-            open_shard = functools.partial(open_rows, config)
-            for lane, restored in states.items():
-                packers[lane] = Lane(
-                    LaneRows(plans[lane], shards, config, open_shard, source),
-                    encode,
-                    eos=eos,
-                    sequence_length=config.sequence_length,
-                    document_mask=config.document_mask,
-                    restored=restored,
-                )
-        else:
+        if packing_of(config, shards) != "stream":
             rows = WholeRows(shards, config)
-            packers = {lane: WholeLane(rows, lane, lanes, source=source, restored=at) for lane, at in states.items()}
-        for lane, restored in states.items():
-            self.lanes[lane, name] = SourceLane(packers[lane], restored.get("blocks", 0) if restored else 0)
+            return {lane: WholeLane(rows, lane, lanes, source, state) for lane, state in states.items()}
+        plans = lane_plans(config, lanes, len(shards))
+        encode, eos = self._encoder(shards)
+        open_shard = functools.partial(open_rows, config)
+        return {
+            lane: Lane(
+                LaneRows(plans[lane], shards, config, open_shard, encode, source),
+                eos=eos,
+                sequence_length=config.sequence_length,
+                document_mask=config.document_mask,
+                restored=state,
+            )
+            for lane, state in states.items()
+        }
 
     def _encoder(self, shards: Sequence[Shard]) -> tuple[Encode[Any], int]:
         """The encoder of the rows of these shards, and EOS. Pre-tokenized shards need no tokenizer."""
@@ -223,26 +215,21 @@ class Producer:
     def produce(self) -> LaneBlocks:
         """The blocks of these lanes for the next global batch. Raises SourceError."""
         lanes = self.assignment.lanes
-        blocks = []
+        blocks = {}
         for lane, sources in zip(lanes, self.mixture.sources(self.batch, lanes), strict=True):
-            for source in sources:
-                source_lane = self.lanes[lane, source]
-                blocks.append(source_lane.lane.next_block())
-                source_lane.blocks += 1
+            keys = [state_key(lane, source) for source in sources]
+            blocks[lane] = Block(*map(np.stack, zip(*(self.lanes[key].next_block() for key in keys), strict=True)))
+            for key in keys:
+                self.taken[key] += 1
         self.batch += 1
         notes = []
         states: LaneStates = {}
-        for (lane, source), source_lane in self.lanes.items():
-            lane_notes = source_lane.lane.notes
-            notes += lane_notes
-            lane_notes.clear()
-            states[state_key(lane, source)] = lane_state(source_lane.lane.state(), source, source_lane.blocks)
-        return LaneBlocks(
-            blocks=Block(*map(np.stack, zip(*blocks, strict=True))),
-            states=states,
-            retries=RETRIES.retries,
-            notes=[*notes, *self._repetition_notes(states)],
-        )
+        for key, packer in self.lanes.items():
+            notes += packer.notes
+            packer.notes.clear()
+            states[key] = packer.state() | ({"blocks": self.taken[key]} if self.sources else {})
+        retries = RETRIES.retries - self._retries_before
+        return LaneBlocks(blocks, states, retries, [*notes, *self._repetition_notes(states)])
 
     def _repetition_notes(self, states: LaneStates) -> Iterator[str]:
         """A note, once per source, when its blocks begin to repeat; its rows are read long before that."""
@@ -253,6 +240,9 @@ class Producer:
                 self._noted.add(name)
                 yield f"{times_read(source)}; it is read again"
 
+    def begin(self) -> None:
+        """A worker process begins here."""
+
     def ready(self, timeout_seconds: float) -> bool:
         return True
 
@@ -260,5 +250,5 @@ class Producer:
         return None
 
     def close(self) -> None:
-        for source_lane in self.lanes.values():
-            source_lane.lane.close()
+        for packer in self.lanes.values():
+            packer.close()

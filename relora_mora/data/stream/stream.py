@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import WorkerError
@@ -20,7 +20,6 @@ from relora_mora.data.lanes import (
     read_state,
     start_states,
 )
-from relora_mora.data.network import RETRIES
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources import configured_shards
@@ -63,7 +62,7 @@ class TrainStream:
     ``lanes`` is the number of lanes over all ranks; rank r reads the lanes r, r + world_size, .... ``state`` is None or
     the merged states of all ranks (``merge_states``), saved by any number of ranks and workers. ``step`` is the number
     of global batches before the next one, on which a mixture depends. ``shards`` saves resolving the sources again;
-    those of rows that are packed whole must be tokenized (``folder.tokens_of_whole_rows``).
+    those of rows that are packed whole must be tokenized (``make.tokens_of_whole_rows``).
     Build the stream in a thread that lives as long as the stream, because its workers end with that thread. Raises
     SourceError for sources that cannot be read, ValueError for numbers that do not divide.
     """
@@ -86,48 +85,33 @@ class TrainStream:
                 f"{lanes} lanes, {batch_size} sequences per batch, rank {rank} of {world_size}: "
                 "the lanes must divide the batch and the ranks the lanes; change data.lanes or train.batch_size"
             )
-        if shards is None:
-            shards = configured_shards(config, "train")
         if state:
             check_states(state, lanes, mixture_names(config))
-        self.config = config
-        self._tokenizer_path = tokenizer_path
-        self._shards = shards
-        self._lanes_of_all = lanes
-        self._lanes = list(range(rank, lanes, world_size))
-        self._blocks_per_lane = batch_size // lanes
+        self._work = Assignment(
+            config=config,
+            shards=configured_shards(config, "train") if shards is None else shards,
+            tokenizer_path=tokenizer_path,
+            lanes=range(rank, lanes, world_size),
+            lanes_of_all=lanes,
+            blocks_per_lane=batch_size // lanes,
+        )
         self._masks_documents = config.masks_documents_of(config.train)
-        self._retries_before = RETRIES.retries
         self._producers: list[Producer | WorkerProcess] = []
-        self._start(state or {}, step)
+        self.go_back(step, state or {})
 
-    def _start(self, states: Mapping[str, Mapping[str, Any]], step: int) -> None:
-        workers = min(self.config.workers, len(self._lanes))
-        shares = [self._lanes[number::workers] for number in range(workers)] if workers else [self._lanes]
-        assignments = [
-            Assignment(
-                config=self.config,
-                shards=self._shards,
-                tokenizer_path=self._tokenizer_path,
-                lanes=share,
-                lanes_of_all=self._lanes_of_all,
-                blocks_per_lane=self._blocks_per_lane,
-                batch=step,
-                states=_states_of(share, states),
-            )
-            for share in shares
-        ]
-        self._has_workers = workers > 0
-        if not self._has_workers:
-            self._producers.append(Producer(assignments[0]))
-            return
-        processes = []
+    def go_back(self, step: int, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Goes to ``state``, after ``step`` global batches; batches that were read ahead are dropped."""
+        self.close()
+        lanes = self._work.lanes
+        workers = min(self._work.config.workers, len(lanes))
+        start = WorkerProcess if workers else Producer
         try:
-            for assignment in assignments:
-                processes.append(WorkerProcess(assignment))
-                self._producers.append(processes[-1])
-            for process in processes:
-                process.start()
+            for number in range(workers or 1):
+                share = lanes[number :: workers or 1]
+                own = _states_of(share, state)
+                self._producers.append(start(replace(self._work, lanes=share, batch=step, states=own)))
+            for producer in self._producers:
+                producer.begin()
         except BaseException:
             self.close()
             raise
@@ -154,25 +138,18 @@ class TrainStream:
 
     def hung(self, seconds: float) -> WorkerError | None:
         """The error to raise if a worker owes blocks but has used no processor time for so many seconds."""
-        for producer in self._producers:
-            if error := producer.hung(seconds):
-                return error
-        return None
-
-    def go_back(self, step: int, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Goes back to ``state``, after ``step`` global batches; batches that were read ahead are dropped."""
-        self.close()
-        self._start(state, step)
+        return next(filter(None, (producer.hung(seconds) for producer in self._producers)), None)
 
     def own_part(self, state: Mapping[str, Mapping[str, Any]]) -> LaneStates:
         """The states of this rank's lanes among the merged states of all ranks."""
-        return _states_of(self._lanes, state)
+        return _states_of(self._work.lanes, state)
 
     def describe(self, before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """Where the lanes were before a batch, from its state and the one before it."""
-        start = start_states(self._lanes_of_all, mixture_names(self.config))
+        work = self._work
+        start = start_states(work.lanes_of_all, mixture_names(work.config))
         changed = {key: before.get(key, start[key]) for key, state in after.items() if before.get(key) != state}
-        return describe_position(changed, lanes=self._lanes_of_all, shards=self._shards, config=self.config)
+        return describe_position(changed, lanes=work.lanes_of_all, shards=work.shards, config=work.config)
 
     def __enter__(self) -> "TrainStream":
         return self
@@ -189,29 +166,19 @@ class TrainStream:
     def _batch(self, shares: list[LaneBlocks]) -> Batch:
         import torch
 
-        tokens, scored, documents = map(self._by_lane, zip(*(share.blocks for share in shares), strict=True))
+        by_lane = {lane: blocks for share in shares for lane, blocks in share.blocks.items()}
+        tokens, scored, documents = map(np.concatenate, zip(*(by_lane[lane] for lane in self._work.lanes), strict=True))
         tokens = tokens.astype(np.int64)
         states = merge_states([share.states for share in shares])
-        retries = RETRIES.retries - self._retries_before
-        if self._has_workers:
-            retries += sum(share.retries for share in shares)
         return Batch(
             input_ids=torch.from_numpy(tokens[:, :-1].copy()),
             labels=torch.from_numpy(np.where(scored, tokens[:, 1:], UNSCORED)),
             document_ids=torch.from_numpy(documents) if self._masks_documents else None,
             state=states,
-            counts={**counts_of(states), "retries": retries},
+            counts={**counts_of(states), "retries": sum(share.retries for share in shares)},
             notes=[note for share in shares for note in share.notes],
         )
 
-    def _by_lane(self, shares: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        """The blocks of all processes ordered by lane, [n, ...]; each process has every ``len(shares)``-th lane."""
-        blocks = np.empty((len(self._lanes), self._blocks_per_lane, *shares[0].shape[1:]), shares[0].dtype)
-        for number, share in enumerate(shares):
-            blocks[number :: len(shares)] = share.reshape(-1, *blocks.shape[1:])
-        return blocks.reshape(-1, *blocks.shape[2:])
-
 
 def _states_of(lanes: Sequence[int], states: Mapping[str, Mapping[str, Any]]) -> LaneStates:
-    wanted = set(lanes)
-    return {key: dict(state) for key, state in states.items() if read_key(key)[0] in wanted}
+    return {key: dict(state) for key, state in states.items() if read_key(key)[0] in lanes}

@@ -1,6 +1,6 @@
 """Packing of whole rows: as many as fit into a block, or one in each. The rest of a block is padded.
 
-The rows are tokenized first (``tokens/folder.py``), so their lengths are known, and which rows each block of an epoch
+The rows are tokenized first (``tokens/make.py``), so their lengths are known, and which rows each block of an epoch
 holds is a function of the lengths, the seed and the epoch. Every row is in exactly one block of an epoch. The lanes
 take the blocks in turn, so a position is the number of blocks of the epoch that all lanes together have taken.
 """
@@ -104,9 +104,10 @@ class WholeRows:
 
     def _lengths(self, number: int) -> npt.NDArray[np.int64]:
         """The number of tokens of each row of a file, 0 if it is left out."""
-        file, frame, first = self._files[number], self._frames[number], self._starts[number]
-        parts = []
-        for batch in file.batches():
+        frame = self._frames[number]
+        first = self._starts[number]
+        parts = [np.zeros(0, np.int64)]
+        for batch in self._files[number].batches():
             lengths = np.diff(batch.offsets).astype(np.int64) + len(frame.begin) + len(frame.end)
             lengths[list(batch.skipped)] = 0
             self.left_out.update(batch.skipped.values())
@@ -116,7 +117,7 @@ class WholeRows:
                 lengths[at] = 0 if isinstance(row, Skipped) else frame.most
             parts.append(lengths)
             first += len(lengths)
-        return np.concatenate([np.zeros(0, np.int64), *parts])
+        return np.concatenate(parts)
 
     def _reasons(self) -> str:
         return "; ".join(f"{reason}: {self.left_out[reason]:,}" for reason in SKIP_REASONS if self.left_out[reason])
@@ -133,7 +134,6 @@ class WholeLane:
         rows: WholeRows,
         lane: int,
         lanes: int,
-        *,
         source: TextSource | None = None,
         restored: Mapping[str, Any] | None = None,
     ) -> None:
@@ -145,7 +145,8 @@ class WholeLane:
         self._cursor = read_state(restored)[0] if restored else Cursor()
 
     def next_block(self) -> Block:
-        whole, cursor = self._rows, self._cursor
+        whole = self._rows
+        cursor = self._cursor
         epoch, block = whole.place(cursor.epoch, cursor.block + self._lane)
         check_epoch(self._source, epoch)
         rows = whole.rows_of(epoch, block)
@@ -171,13 +172,15 @@ def packed(sizes: Sequence[int], sequence_length: int, *, fills: bool) -> Iterat
     if not fills:
         yield from ([number] for number in range(len(sizes)))
         return
-    first = tokens = 0
+    first = 0  # row of the window
+    tokens = 0
     for number, size in enumerate(sizes):
         tokens += size
         if tokens >= WINDOW_BLOCKS * sequence_length or number == len(sizes) - 1:
             blocks = first_fit(sizes[first : number + 1], sequence_length + 1)
             yield from ([first + at for at in block] for block in blocks)
-            first, tokens = number + 1, 0
+            first = number + 1
+            tokens = 0
 
 
 def first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:

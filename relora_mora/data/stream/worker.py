@@ -77,7 +77,7 @@ class WorkerProcess:
     def is_dead(self) -> bool:
         return self._process.poll() is not None
 
-    def start(self) -> None:
+    def begin(self) -> None:
         """Hands over the assignment. The constructor does not, so that several workers can start at the same time."""
         try:
             self._connection.send(self._assignment)

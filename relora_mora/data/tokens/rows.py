@@ -5,9 +5,9 @@ The file is in Arrow's IPC format and has a row for each row of the text: ``toke
 for each token. Lanes share a file as they would share the text's file.
 """
 
-import errno
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, Skipped, SourceEr
 from relora_mora.data.rows import Encoded, TokenIds, share_of
 from relora_mora.data.shard import Shard
 from relora_mora.data.tokens.index import COMMAND
-from relora_mora.system.files import LOST_DISK
 
 
 class _Batch(NamedTuple):
@@ -38,22 +37,12 @@ class MappedTokens:
         import pyarrow
 
         self._path = path
-        try:
+        with self._naming_damage():
             self._map = pyarrow.memory_map(path)
             file = pyarrow.ipc.open_file(self._map)
             self._stored = [file.get_batch(number) for number in range(file.num_record_batches)]
             self.holds_records = "scored" in file.schema.names
             self.ids = sum(len(batch.column("tokens").values) for batch in self._stored)
-        except FileNotFoundError as error:
-            raise SourceError(f"{path} is missing; make it again: {COMMAND}") from error
-        except MemoryError:  # pyarrow's is an ArrowException, too
-            raise
-        except (pyarrow.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
-            if isinstance(error, PermissionError) or (
-                isinstance(error, OSError) and error.errno in {*LOST_DISK, errno.EMFILE}
-            ):
-                raise unreadable(path, error, "check the path and its permissions") from error
-            raise self.damaged(str(error)) from error
         self._starts = [0, *accumulate(batch.num_rows for batch in self._stored)]
         self._read: dict[int, _Batch] = {}
 
@@ -65,7 +54,7 @@ class MappedTokens:
         stored = bisect_right(self._starts, number) - 1
         batch = self._batch(stored)
         at = number - self._starts[stored]
-        if batch.skipped and at in batch.skipped:
+        if at in batch.skipped:
             return Skipped(batch.skipped[at])
         own = slice(batch.offsets[at], batch.offsets[at + 1])
         if batch.scored is None:
@@ -87,31 +76,38 @@ class MappedTokens:
         self._map.close()
 
     def _batch(self, number: int) -> _Batch:
-        if number not in self._read:
-            import pyarrow
+        if number in self._read:
+            return self._read[number]
+        stored = self._stored[number]
+        with self._naming_damage():
+            stored.validate(full=True)  # that offsets rise and stay within the file
+            tokens = stored.column("tokens")
+            reasons = stored.column("skipped")
+            names = reasons.to_pylist() if reasons.null_count < len(reasons) else []
+            batch = _Batch(
+                offsets=tokens.offsets.to_numpy(),
+                ids=tokens.values.to_numpy(),
+                scored=stored.column("scored").values.to_numpy().view(np.bool_) if self.holds_records else None,
+                utf8_bytes=stored.column("utf8_bytes").to_numpy(),
+                skipped={at: reason for at, reason in enumerate(names) if reason is not None},
+            )
+        if unknown := set(batch.skipped.values()).difference(SKIP_REASONS):
+            raise self.damaged(f"a row is skipped for the reason {min(unknown)!r}")
+        self._read[number] = batch
+        return batch
 
-            stored = self._stored[number]
-            try:
-                stored.validate(full=True)  # that offsets rise and stay within the file
-                tokens, reasons = stored.column("tokens"), stored.column("skipped")
-                scored = stored.column("scored").values if self.holds_records else None
-                skipped: dict[int, str] = {}
-                if reasons.null_count < len(reasons):
-                    skipped = {at: reason for at, reason in enumerate(reasons.to_pylist()) if reason is not None}
-                self._read[number] = _Batch(
-                    tokens.offsets.to_numpy(),
-                    tokens.values.to_numpy(),
-                    None if scored is None else scored.to_numpy().view(np.bool_),
-                    stored.column("utf8_bytes").to_numpy(),
-                    skipped,
-                )
-            except MemoryError:
-                raise
-            except (pyarrow.ArrowException, KeyError) as error:
-                raise self.damaged(str(error)) from error
-            if unknown := set(skipped.values()).difference(SKIP_REASONS):
-                raise self.damaged(f"a row is skipped for the reason {min(unknown)!r}")
-        return self._read[number]
+    @contextmanager
+    def _naming_damage(self) -> Iterator[None]:
+        import pyarrow
+
+        try:
+            yield
+        except MemoryError:  # pyarrow's is an ArrowException, too
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise unreadable(self._path, error, f"check the path, or make it again: {COMMAND}") from error
+            raise self.damaged(str(error)) from error
 
 
 class TokenRows:

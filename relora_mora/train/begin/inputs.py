@@ -33,7 +33,7 @@ from relora_mora.data.named_sets import with_commits
 from relora_mora.data.read import count_epochs
 from relora_mora.data.shard import Shard
 from relora_mora.data.stream.producer import in_saved_order
-from relora_mora.data.tokens.folder import tokens_of_whole_rows
+from relora_mora.data.tokens.make import tokens_of_whole_rows
 from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, on_all_ranks, same_on_all_ranks
 from relora_mora.distributed.join import processes_on_host
 from relora_mora.evaluation.harness import Tasks, TaskSettings, check_tasks

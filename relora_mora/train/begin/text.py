@@ -18,7 +18,7 @@ from relora_mora.data.first_rows import check_columns, check_records
 from relora_mora.data.records.passages import template_in_use
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources import configured_shards, split_remark
-from relora_mora.data.tokens.checks import check_tokens
+from relora_mora.data.tokens.make import check_tokens
 from relora_mora.system.logs import log
 from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.tokenizer.load import load_tokenizer

@@ -60,11 +60,6 @@ def test_every_format_with_columns_holds_records(tokenizer, tmp_path, suffix):
         rows += list(encode(taken))
     found = sorted((row.ids.tolist(), row.scored.tolist()) for row in rows)
     assert found == sorted((row.ids.tolist(), row.scored.tolist()) for row in expected)
-
-
-@each("suffix", [".jsonl", ".csv", ".parquet", ".arrow"])
-def test_a_missing_column_is_reported(tokenizer, tmp_path, suffix):
-    path = _write(tmp_path / f"a{suffix}")
     shards = resolve_shards(str(path), records=RecordsConfig(kind="sharegpt", template="chatml"))
     message = (
         r'a\.jsonl: 3 of 3 lines are bad, .* line 3 has no "conversations" \(data\.records\.columns\), only messages'
@@ -72,7 +67,7 @@ def test_a_missing_column_is_reported(tokenizer, tmp_path, suffix):
         else 'no column "conversations"; set data.records.columns to one of messages, id'
     )
     with pytest.raises(SourceError, match=message):
-        check_records(shards, data_config(path), tokenizer)
+        check_records(shards, config, tokenizer)
 
 
 @each("content", ["", "\n \n\n"])
@@ -99,7 +94,8 @@ def test_an_optional_cell_of_csv_may_be_empty(tokenizer, tmp_path):
 @each("packing", [None, "whole", "none", "stream"])
 def test_held_out_records_score_their_answers(tokenizer, tokenizer_path, tmp_path, packing):
     path = _write(tmp_path / "a.jsonl")
-    held_out = eval_set(path, tokenizer_path, 400, packing=packing, records={"kind": "messages", "template": "chatml"})
+    records = {"kind": "messages", "template": "chatml"}
+    held_out = eval_set(path, tokenizer_path, 400, packing=packing, records=records)
     rows = [encoded(tokenizer, {"messages": row["messages"]}, kind="messages", template="chatml") for row in ROWS]
     assert held_out.predicted == sum(row.scored.sum() for row in rows)
     assert held_out.documents == 3
@@ -109,8 +105,20 @@ def test_held_out_records_score_their_answers(tokenizer, tokenizer_path, tmp_pat
     for _, labels, _ in held_out.batches(0, 1, 2):
         seen += labels[labels != -100].tolist()
     assert sorted(seen) == sorted(int(token) for row in rows for token in row.ids[row.scored])
-    of_all = {"kind": "messages", "template": "chatml", "score": "all"}
+    of_all = {**records, "score": "all"}
     assert eval_set(path, tokenizer_path, 400, packing=packing, records=of_all).digest != held_out.digest
+    write_json_lines(path, [*ROWS, *[{"messages": CONVERSATION[:1], "id": 4}] * 11])
+    message = r"11 of 14 records cannot be used, .*; the last one: a\.jsonl, line 14, has no answer"
+    with pytest.raises(SourceError, match=message):
+        eval_set(path, tokenizer_path, 400, records=records)
+    assert eval_set(path, tokenizer_path, 400, records=records, max_bad_fraction=0.3).documents == 3
+    if packing == "stream":
+        return
+    write_json_lines(path, ROWS)
+    with pytest.raises(
+        SourceError, match=r"none of 3 records can be used \(over_length: 3\); .* \d+ tokens, .*; raise"
+    ):
+        eval_set(path, tokenizer_path, 4, packing=packing, records=records)
 
 
 def test_whole_texts_score_what_a_stream_scores(tokenizer_path, tmp_path):
@@ -125,24 +133,6 @@ def test_whole_texts_score_what_a_stream_scores(tokenizer_path, tmp_path):
     cut = eval_set(path, tokenizer_path, 4, packing="whole")
     assert cut.utf8_bytes is None
     assert cut.predicted < whole.predicted
-
-
-def test_too_many_records_that_cannot_be_used_end_an_evaluation(tokenizer_path, tmp_path):
-    path = tmp_path / "a.jsonl"
-    write_json_lines(path, [*ROWS, *[{"messages": CONVERSATION[:1], "id": 4}] * 11])
-    records = {"kind": "messages", "template": "chatml"}
-    with pytest.raises(
-        SourceError, match=r"11 of 14 records cannot be used, .*; the last one: a\.jsonl, line 14, has no answer"
-    ):
-        eval_set(path, tokenizer_path, 400, records=records)
-    assert eval_set(path, tokenizer_path, 400, records=records, max_bad_fraction=0.3).documents == 3
-
-
-def test_held_out_records_that_are_all_too_long_are_named_as_such(tokenizer_path, tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"question": "the rank of the matrix?", "answer": "one"}))
-    with pytest.raises(SourceError, match=r"none of 1 records can be used \(over_length: 1\); .* 36 tokens, .*; raise"):
-        eval_set(path, tokenizer_path, 4, records={"kind": "question"})
 
 
 def test_training_rows_are_shown(tokenizer_path, tmp_path, capsys):

@@ -119,7 +119,7 @@ def test_sharegpt_is_the_same_conversation(tokenizer):
 
 
 BAD = [
-    ("messages", {"messages": "x"}, "bad_record", "that is a string but not JSON"),
+    ("messages", {"messages": "x"}, "bad_record", "cannot be read as JSON"),
     ("messages", {"messages": {"role": "user"}}, "bad_record", "that is not a list of messages"),
     ("messages", {"messages": []}, "bad_record", "that is not a list of messages"),
     ("messages", {"messages": ["x"]}, "bad_record", "message 1 that is not an object"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from relora_mora.config.data import RecordsConfig
+from relora_mora.config.load import load_config
 from relora_mora.data.errors import Skipped, SourceError
 from relora_mora.data.records.encoders import record_encoder
 from relora_mora.data.records.passages import chatml
@@ -25,18 +25,21 @@ LLAMA_3 = (
 )
 
 
+def _written(tokenizer, folder, template, fields, **settings):
+    """The row that a template in a file makes of a record."""
+    (folder / "own.jinja").write_text(template)
+    return encoded(tokenizer, fields, kind="messages", template=str(folder / "own.jinja"), **settings)
+
+
 @each("template", ["chatml", LLAMA_3])
 @each("has_end", [False, True])
 def test_masks_agree_with_transformers(tokenizer_path, tmp_path, template, has_end):
     tokenizer = load_tokenizer(tokenizer_path)
     if has_end:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    name = template
-    if template == "chatml":
+    is_chatml = template == "chatml"
+    if is_chatml:
         template = chatml(tokenizer)
-    else:
-        name = str(tmp_path / "own.jinja")
-        Path(name).write_text(template)
     for messages in (CONVERSATION, CONVERSATION[1:3], CONVERSATION[3:]):
         theirs = tokenizer.apply_chat_template(
             messages,
@@ -47,11 +50,14 @@ def test_masks_agree_with_transformers(tokenizer_path, tmp_path, template, has_e
             tokenizer_kwargs={"split_special_tokens": False},
             date_string="26 Jul 2024",
         )
-        ours = encoded(tokenizer, {"messages": messages}, kind="messages", template=name)
+        fields = {"messages": messages}
+        ours = _written(tokenizer, tmp_path, template, fields)
+        if is_chatml:
+            assert list(encoded(tokenizer, fields, kind="messages", template="chatml").ids) == list(ours.ids)
         assert list(ours.ids) == theirs["input_ids"]
         assert np.array(ours.scored, int).tolist() == theirs["assistant_masks"]
-    ends = tokenizer.convert_tokens_to_ids("<|im_end|>") if has_end and name == "chatml" else tokenizer.eos_token_id
-    assert list(ours.ids).count(ends) == (2 if name == "chatml" else 1)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>") if has_end and is_chatml else tokenizer.eos_token_id
+    assert list(ours.ids).count(end) == (2 if is_chatml else 1)
 
 
 def test_the_tokenizers_own_template_is_used(tokenizer_path):
@@ -61,10 +67,22 @@ def test_the_tokenizers_own_template_is_used(tokenizer_path):
     assert parts(tokenizer, row)[1] == (True, " matrix </s> one</s>")
 
 
+def test_a_template_is_found_next_to_the_settings(tmp_path):
+    records = {"kind": "messages", "template": "own.jinja"}
+    data = {"train": "a", "validation": [{"source": "b", "records": records}], "records": records}
+    tree = {"model": {"config": "c"}, "tokenizer": {"path": "t"}, "train": {"run_dir": "r"}, "data": data}
+    (tmp_path / "own.jinja").write_text("x")
+    (tmp_path / "run.yaml").write_text(json.dumps(tree))
+    read = load_config(tmp_path / "run.yaml").data
+    found = [held.template for held in (read.records, read.sources("validation")[0].records) if held]
+    assert found == [str(tmp_path / "own.jinja")] * 2
+
+
 @each(
     "template,score,message",
     [
         (None, "answers", r"has no chat template; set data\.records\.template"),
+        ("gone", "answers", r"the template .*gone\.jinja cannot be read .* give a \.jinja file or chatml"),
         ("{{ messages[0].content }}", "answers", r"own\.jinja does not mark answers .* data\.records\.template"),
         ("{% generation %}{{ messages", "answers", r"own\.jinja is not valid Jinja: line 1: "),
         ("{% generation %}{{ strftime_now('%d') }}{% endgeneration %}", "answers", "writes the time of day"),
@@ -72,78 +90,48 @@ def test_the_tokenizers_own_template_is_used(tokenizer_path):
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused(tokenizer, tmp_path, template, score, message):
-    name = None
-    if template is not None:
-        name = str(tmp_path / "own.jinja")
-        Path(name).write_text(template)
+    fields = {"messages": CONVERSATION}
     with pytest.raises(SourceError, match=message):
-        encoded(tokenizer, {"messages": CONVERSATION}, kind="messages", template=name, score=score)
+        if template is None:
+            encoded(tokenizer, fields, kind="messages", score=score)
+        elif template == "gone":
+            encoded(tokenizer, fields, kind="messages", template=str(tmp_path / "gone.jinja"))
+        else:
+            _written(tokenizer, tmp_path, template, fields, score=score)
 
 
 def test_an_answer_that_the_template_does_not_mark_is_reported(tokenizer, tmp_path):
-    path = tmp_path / "own.jinja"
-    path.write_text("{{ messages[0].content }}{% if false %}{% generation %}x{% endgeneration %}{% endif %}")
-    row = encoded(tokenizer, {"messages": CONVERSATION}, kind="messages", template=str(path))
+    template = "{{ messages[0].content }}{% if false %}{% generation %}x{% endgeneration %}{% endif %}"
+    row = _written(tokenizer, tmp_path, template, {"messages": CONVERSATION})
     assert row == Skipped("no_answer")
-    assert f"has an answer that the template {path} does not mark" in row.detail
+    assert f"has an answer that the template {tmp_path}/own.jinja does not mark" in row.detail
 
 
-def test_a_missing_template_is_refused(tmp_path):
-    with pytest.raises(
-        SourceError, match=r"the template .*gone\.jinja cannot be read .* give a \.jinja file or chatml"
-    ):
-        RecordFormat.of(RecordsConfig(kind="messages", template=str(tmp_path / "gone.jinja")))
-
-
-ALTERNATES = (
-    "{% if messages[0].role != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}"
-    "{% generation %}x{% endgeneration %}"
-)
-
-
-def test_a_message_that_calls_a_tool_need_not_have_content(tokenizer, tmp_path):
-    path = tmp_path / "own.jinja"
-    path.write_text(
-        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-        "{% for call in m.tool_calls %}{{ call.function.name }}{% endfor %}{% endgeneration %}"
-        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
-    )
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "matrix"}}]}
-    messages = [{"role": "user", "content": "rank"}, call, {"role": "tool", "content": "over"}]
-    row = encoded(tokenizer, {"messages": messages}, kind="messages", template=str(path))
-    assert isinstance(row, Encoded)
-    assert tokenizer.decode(row.ids) == "rankmatrixover"
-    assert tokenizer.decode(np.array(row.ids)[row.scored]) == "matrix"
-
-
-TOOLS = [{"function": {"name": "matrix", "parameters": {}}}]
-CALLED = {"name": "matrix", "arguments": {"rank": "over"}}
-CALL = {"role": "assistant", "content": "one", "tool_calls": [{"function": CALLED}]}
 WITH_TOOLS = (
     "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
     "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}{% endgeneration %}"
     "{% else %}{{ m.content }}:{% endif %}{% endfor %}"
 )
+TOOLS = [{"function": {"name": "matrix", "parameters": {}}}]
+
+
+def _call(content: str | None, **more: None) -> dict:
+    calls = [{"function": {"name": "matrix", "arguments": {"rank": "over", **more}}}]
+    return {"role": "assistant", "content": content, "tool_calls": calls}
 
 
 @each("as_json", [False, True])
-def test_tools_and_calls_of_them_are_written(tokenizer, tmp_path, as_json):
-    path = tmp_path / "own.jinja"
-    path.write_text(WITH_TOOLS)
-    messages = [{"role": "user", "content": "rank", "tool_calls": None}, CALL]
+@each("content", ["one", None])  # a message that calls a tool need not have content
+def test_tools_and_calls_of_them_are_written(tokenizer, tmp_path, as_json, content):
+    messages = [{"role": "user", "content": "rank", "tool_calls": None}, _call(content, one=None)]  # as Parquet has it
     given = {"messages": messages, "tools": TOOLS}
     fields = {name: json.dumps(value) for name, value in given.items()} if as_json else given
-    row = encoded(tokenizer, fields, kind="messages", template=str(path))
-    assert parts(tokenizer, row) == [(False, "matrix rank:"), (True, 'one{"rank": "over"}')]
-    filled = CALL | {"tool_calls": [{"function": {"name": "matrix", "arguments": {"rank": "over", "one": None}}}]}
-    as_parquet_has_it, plain = (
-        encoded(tokenizer, {"messages": [message]}, kind="messages", template=str(path)) for message in (filled, CALL)
-    )
-    assert list(as_parquet_has_it.ids) == list(plain.ids)
+    row = _written(tokenizer, tmp_path, WITH_TOOLS, fields)
+    assert parts(tokenizer, row) == [(False, "matrix rank:"), (True, (content or "") + '{"rank": "over"}')]
 
 
-@each("fields", [{"messages": [CALL]}, {"messages": CONVERSATION, "tools": TOOLS}])
+@each("fields", [{"messages": [_call("one")]}, {"messages": CONVERSATION, "tools": TOOLS}])
 def test_tools_that_a_template_leaves_out_are_reported(tokenizer, fields):
     row = encoded(tokenizer, fields, kind="messages", template="chatml")
     assert row == Skipped("template_failed")
@@ -152,7 +140,10 @@ def test_tools_that_a_template_leaves_out_are_reported(tokenizer, fields):
 
 def test_a_record_that_the_template_refuses_is_reported(tokenizer, tmp_path):
     path = tmp_path / "own.jinja"
-    path.write_text(ALTERNATES)
+    path.write_text(
+        "{% if messages[0].role != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}"
+        "{% generation %}x{% endgeneration %}"
+    )
     held = RecordFormat.of(RecordsConfig(kind="messages", template=str(path)))
     records = [Record({"messages": CONVERSATION[first:]}, f"row {first}", held) for first in range(2)]
     refused, good = record_encoder(tokenizer, held)(records)

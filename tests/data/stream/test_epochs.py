@@ -1,16 +1,20 @@
-"""Every record is seen once per epoch, for any lanes, ranks and stops."""
+"""Every row is learned once per epoch, also of concatenated sources with different kinds of rows."""
 
 from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from relora_mora.config.data import DataConfig
+from relora_mora.data.content import fingerprints
 from relora_mora.data.errors import SourceError
-from relora_mora.data.read import count_epochs
+from relora_mora.data.read import count_epochs, rows_in_order
+from relora_mora.data.sources import configured_shards
 from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.data.stream.whole import WholeRows
 from relora_mora.tokenizer.load import load_tokenizer
@@ -18,86 +22,123 @@ from tests.data.stream_tools import BATCH, LANES, shards_with_tokens, stream_of
 from tests.tools.data_tools import data_config, write_json_lines
 from tests.tools.each import each
 
-LENGTH = 48
+LENGTH = 64
 EPOCHS = 3
-SIZES = (50, 31, 6)  # of the files: lanes have unequal shares of each
 
 
-def _completion(number: int) -> str:
-    return f" {number}" + " matrix" * (1 + number % 3)
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> list[dict[str, Any]]:
+    """Two of them are files with the same name, whose rows have different lengths."""
+    folder = tmp_path_factory.mktemp("sources")
+    questions = [{"q": f"rank {n}?" * (1 + n % 3), "answer": f"{n}" + " matrix" * (n % 4)} for n in range(23)]
+    prompts = [{"prompt": f"the {n}", "completion": f" {n}" + " rank" * (6 - n % 5)} for n in range(31)]
+    prompts[9]["completion"] = ""  # has no answer
+    turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"yes {n}"}] for n in range(9)]
+    texts = [{"text": f"text number {n} is whole"} for n in range(12)]
+    asked = {"kind": "question", "columns": {"question": "q"}}
+    chat = {"kind": "messages", "template": "chatml"}
+    chats = [{"messages": turn} for turn in turns]
 
+    def source(file: str, rows: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
+        return {"source": str(write_json_lines(folder / file, rows)), **settings}
 
-@pytest.fixture(scope="module", params=["many", "one"])
-def path(request, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("records")
-    rows = [
-        {"prompt": "the" + " rank" * (number % 5), "completion": _completion(number)} for number in range(sum(SIZES))
+    return [
+        source("a/rows.jsonl", questions, records=asked, name="questions"),
+        source("b/rows.jsonl", prompts, records={"kind": "prompt"}, name="prompts"),
+        source("chats.jsonl", chats, records=chat),
+        source("texts.jsonl", texts),
     ]
-    rows[9]["completion"] = ""  # has no answer
-    for part, size in enumerate(SIZES if request.param == "many" else (sum(SIZES),)):
-        begin = sum(SIZES[:part])
-        write_json_lines(folder / f"part-{part}.jsonl", rows[begin : begin + size])
-    return folder / "*.jsonl"
 
 
-def _config(path: Path, packing: str, **settings: Any) -> Any:
-    records = {"kind": "prompt"}
-    given = {"packing": packing, "records": records, "sequence_length": LENGTH, "max_bad_fraction": 0.1, **settings}
-    return data_config(path, **given)
+def _config(sources: Any, packing: str = "none", **settings: Any) -> DataConfig:
+    given = {"concatenate": True, "packing": packing, "sequence_length": LENGTH, "max_bad_fraction": 0.1, **settings}
+    return data_config(sources, **given)
 
 
-def _answers(batch: Batch, tokenizer: Any) -> list[list[str]]:
-    """The scored text of each record in each sequence of a batch."""
-    texts = [tokenizer.decode([int(label) for label in labels if label != UNSCORED]) for labels in batch.labels]
-    return [[answer for answer in text.split("</s>") if answer] for text in texts]
+def _scored(batch: Batch) -> list[list[tuple[int, ...]]]:
+    """The scored tokens of each row in each sequence of a batch."""
+    found = []
+    for labels, documents in itertools.zip_longest(batch.labels.tolist(), batch.document_ids.tolist()):
+        rows = itertools.groupby(zip(documents, labels, strict=True), lambda pair: pair[0])
+        scored = [tuple(label for _, label in row if label != UNSCORED) for _, row in rows]
+        found.append([row for row in scored if row])
+    return found
 
 
-EXPECTED = [_completion(number) for number in range(sum(SIZES)) if number != 9]
+def _read_separately(sources: Any, tokenizer_path: str) -> Counter[tuple[int, ...]]:
+    """The scored tokens of each row, with each source read by itself."""
+    rows: Counter[tuple[int, ...]] = Counter()
+    for source in sources:
+        config = _config([source], concatenate=False)
+        shards = configured_shards(config, "train")
+        for row in rows_in_order(shards, config, load_tokenizer(tokenizer_path), "none"):
+            scored = [True] * len(row.ids) if row.scored is None else row.scored
+            kept = zip(row.ids[1:], scored[1:], strict=True)
+            rows[tuple(int(token) for token, learned in kept if learned)] += 1
+    return rows
 
 
 @each("packing", ["whole", "none"])
-def test_every_record_is_learned_once_in_every_epoch(path, tokenizer_path, packing):
+@each("taken", [slice(4), slice(1, 2)])
+def test_every_row_of_every_source_is_learned_once_in_every_epoch(sources, tokenizer_path, packing, taken):
     """The sequences of a run, batch after batch and lane after lane, are those of the first epoch, then the next."""
-    config = _config(path, packing)
-    tokenizer = load_tokenizer(tokenizer_path)
-    source = WholeRows(shards_with_tokens(config, tokenizer_path), config)
+    config = _config(sources[taken], packing)
+    expected = _read_separately(sources[taken], tokenizer_path)
+    assert expected.total() == sum((23, 30, 9, 12)[taken])
+    shards = shards_with_tokens(config, tokenizer_path)
+    source = WholeRows(shards, config)
     blocks = [source.blocks_in(epoch) for epoch in range(EPOCHS)]
-    orders = []
-    with stream_of(config, tokenizer_path, batch_size=LANES) as stream:
-        sequences = [_answers(batch, tokenizer) for batch in itertools.islice(stream, -(-sum(blocks) // LANES))]
+    with stream_of(config, tokenizer_path, batch_size=LANES, shards=shards) as stream:
+        stream._masks_documents = True  # also if each sequence is one row
+        sequences = list(itertools.chain(*(_scored(next(stream)) for _ in range(-(-sum(blocks) // LANES)))))
         state = next(stream).state
-    sequences = list(itertools.chain(*sequences))
+    orders = []
     for number in blocks:
-        epoch, sequences = sequences[:number], sequences[number:]
-        assert all(epoch), "no sequence is empty"
-        assert sorted(itertools.chain(*epoch)) == sorted(EXPECTED)
-        orders.append(epoch)
+        orders.append(sequences[:number])
+        sequences = sequences[number:]
+        assert all(orders[-1]), "no sequence is empty"
+        assert Counter(itertools.chain(*orders[-1])) == expected
     assert orders[0] != orders[1]
     assert {lane["epoch"] for lane in state.values()} == {EPOCHS}
-    shards = shards_with_tokens(config, tokenizer_path)
-    for epochs, expected in ((1, blocks[0]), (EPOCHS, sum(blocks)), (1.5, blocks[0] + -(-blocks[1] // 2))):
-        assert count_epochs(config, "none", lanes=LANES, epochs=epochs, shards=shards) == expected * LENGTH
+    for epochs, count in ((1, blocks[0]), (EPOCHS, sum(blocks)), (1.5, blocks[0] + -(-blocks[1] // 2))):
+        assert count_epochs(config, "none", lanes=LANES, epochs=epochs, shards=shards) == count * LENGTH
 
 
-def test_a_source_of_whole_rows_is_read_as_often_as_it_may_be(path, tokenizer_path):
-    source = {"source": str(path), "name": "answers", "records": {"kind": "prompt"}, "max_epochs": 2}
-    config = _config([source], "none", records=None)
-    with (
-        stream_of(config, tokenizer_path) as stream,
-        pytest.raises(SourceError, match=r"answers has been read 2 times"),
-    ):
-        for taken in itertools.count():  # noqa: B007 - counts the batches
-            next(stream)
-    assert taken == 2 * len(EXPECTED) // BATCH
+def test_a_stream_comes_once_in_an_epoch_except_at_its_ends(tokenizer_path, tmp_path):
+    """Files of different sizes: all lanes share each of them."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    sizes = {"large": 180, "small": 20}
+    rows = {name: [{"text": f"<{name} {n:03}>"} for n in range(size)] for name, size in sizes.items()}
+    given = [{"source": str(write_json_lines(tmp_path / f"{name}.jsonl", rows[name]))} for name in sizes]
+    config = _config(given, "stream", sequence_length=16)
+    steps = count_epochs(config, tokenizer_path, lanes=LANES) // (BATCH * 16)
+    lanes: list[list[int]] = [[] for _ in range(LANES)]
+    with stream_of(config, tokenizer_path) as stream:
+        for _ in range(steps):
+            for lane, labels in enumerate(next(stream).labels.unflatten(0, (LANES, -1))):
+                lanes[lane] += labels.flatten().tolist()
+    texts = [text.strip() for tokens in lanes for text in tokenizer.decode(tokens).split("</s>")]
+    seen = Counter(text for text in texts if text.startswith("<") and text.endswith(">"))
+    assert max(seen.values()) <= 2
+    assert len(seen) >= 0.9 * sum(sizes.values())
+    for name, size in sizes.items():
+        assert abs(sum(count for text, count in seen.items() if name in text) - size) <= 2 * LANES
+
+
+def test_a_mixture_of_the_same_sources_is_other_data(sources, tokenizer_path):
+    given = {"tokenizer_fingerprint": "x", "batch_lanes": LANES, "tokenizer": load_tokenizer(tokenizer_path)}
+    configs = (_config(sources), _config(sources, concatenate=False))
+    found = {fingerprints(each, shards=configured_shards(each, "train"), **given)[0] for each in configs}
+    assert len(found) == 2
 
 
 def test_numbers_of_used_and_skipped_records_are_logged(tokenizer_path, tmp_path, caplog):
-    rows = [{"prompt": "the", "completion": _completion(number)} for number in range(20)]
+    rows = [{"prompt": "the", "completion": f" {number}" + " matrix" * (1 + number % 3)} for number in range(20)]
     rows[3]["completion"] = ""
     rows[7]["prompt"] = "the rank " * LENGTH
     rows[8]["completion"] = " matrix" * 2 * LENGTH
-    write_json_lines(tmp_path / "a.jsonl", rows)
-    config = _config(tmp_path / "a.jsonl", "whole")
+    source: Path = write_json_lines(tmp_path / "a.jsonl", rows)
+    config = _config(source, "whole", concatenate=False, records={"kind": "prompt"})
     with caplog.at_level("INFO", "relora_mora"):
         shards = shards_with_tokens(config, tokenizer_path)
     [message] = [message for message in caplog.messages if " sequences, " in message]
@@ -108,6 +149,7 @@ def test_numbers_of_used_and_skipped_records_are_logged(tokenizer_path, tmp_path
     texts = [row["prompt"] + row["completion"] for at, row in enumerate(rows) if at not in (3, 7, 8)]
     tokens = LENGTH + 1 + sum(len(tokenizer(text).input_ids) + 1 for text in texts)
     assert int(found[1]) == WholeRows(shards, config).blocks_in(0)
+    assert int(found[2]) > 60
     assert int(found[2]) == round(100 * tokens / (int(found[1]) * LENGTH))
 
 
@@ -120,3 +162,27 @@ def test_a_stream_whose_lanes_have_unequal_shares_causes_a_warning(tokenizer_pat
     count_epochs(config, tokenizer_path, lanes=LANES)
     [message] = caplog.messages
     assert message.startswith("lanes have unequal shares of 2 files: about 40 %")
+
+
+@pytest.mark.more
+@each("workers", [0, 1])
+@each("packing", ["none", "stream"])
+def test_a_source_is_read_as_often_as_it_may_be(sources, tokenizer_path, workers, packing):
+    given = {"concatenate": False, "workers": workers}
+    limited = sources[1] | {"max_epochs": 2}
+    with (
+        stream_of(_config([limited], packing, **given), tokenizer_path) as stream,
+        pytest.raises(SourceError, match=r"source prompts has been read 2 times.*max_epochs.*at_max_epochs: warn"),
+    ):
+        batches = []
+        while len(batches) < 500:
+            batches.append(next(stream))
+    assert max(state["epoch"] for state in batches[-1].state.values()) >= 1
+    assert packing == "stream" or len(batches) == 2 * 30 // BATCH
+    warns = _config([sources[0], limited | {"max_epochs": 1, "at_max_epochs": "warn"}], packing, **given)
+    with stream_of(warns, tokenizer_path) as stream:
+        batches = [next(stream) for _ in range(60)]
+    first, *others = [batch for batch in batches if any("read" in note for note in batch.notes)]
+    assert not others, "once per process, and not when the rows are read ahead"
+    assert "prompts has been read once" in first.notes[-1]
+    assert any(state["epoch"] for key, state in first.state.items() if key.endswith("/prompts"))

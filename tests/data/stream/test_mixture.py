@@ -131,32 +131,6 @@ def test_weights_are_part_of_the_fingerprint_but_not_of_the_order(folder):
     assert order != order_of_names
 
 
-@pytest.mark.more
-@each("workers", [0, 1])
-def test_a_source_is_read_as_often_as_it_may_be(folder, tokenizer_path, workers):
-    config = data_config(_records(folder, max_epochs=2), workers=workers)
-    with (
-        stream_of(config, tokenizer_path) as stream,
-        pytest.raises(SourceError, match=r"source books has been read 2 times.*max_epochs.*at_max_epochs: warn"),
-    ):
-        for _ in range(500):
-            batch = next(stream)
-    assert batch.counts["epoch/books"] == 1
-    warns = data_config(_records(folder, max_epochs=1, at_max_epochs="warn"), workers=workers)
-    with stream_of(warns, tokenizer_path) as stream:
-        batches = [next(stream) for _ in range(300)]
-    (first,) = [batch for batch in batches if batch.notes]  # once per process, and not when the rows are read ahead
-    assert "books has been read once" in first.notes[0]
-    assert any(state["epoch"] for key, state in first.state.items() if key.endswith("/books"))
-
-
-def test_states_of_other_sources_are_refused(folder, tokenizer_path):
-    with stream_of(data_config(_records(folder)), tokenizer_path) as stream:
-        state = next(stream).state
-    with pytest.raises(SourceError, match="belongs to other sources"):
-        stream_of(data_config(_records(folder, name="novels")), tokenizer_path, state=state)
-
-
 def test_a_wrong_column_is_reported_with_its_source(folder):
     config = data_config(_records(folder, text_column="contents"))
     with pytest.raises(SourceError, match=r'no column "contents"; set text_column of the source books to one of id'):

@@ -7,7 +7,6 @@ import itertools
 import numpy as np
 
 from relora_mora.data.rows import Encoded, in_calls
-from relora_mora.data.stream.packing import Lane
 from tests.tools.data_tools import EOS, data_config, make_lane, write_shard
 from tests.tools.each import each
 
@@ -22,7 +21,7 @@ def answers_only(texts: list[str]) -> list[Encoded]:
 def test_blocks_carry_which_tokens_are_scored(tmp_path):
     texts = [f"{n}?" * (1 + n % 4) + "y" * (3 * n % 11) for n in range(22)]
     config = data_config(write_shard(tmp_path / "a.json", texts), sequence_length=16)
-    lane = Lane(make_lane(config, 1, 0).rows, answers_only, eos=EOS, sequence_length=16)
+    lane = make_lane(config, 1, 0, encode=answers_only)
     blocks = []
     while lane.state()["epoch"] < 2:
         blocks.append(lane.next_block())

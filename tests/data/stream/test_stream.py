@@ -1,112 +1,115 @@
-"""The global batches are the same on any number of ranks and workers; also their counts and notes."""
+"""The global batches, states and counts are the same on any number of ranks and workers, after any stop."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import BAD_REASONS, SKIP_REASONS, SourceError
 from relora_mora.data.lanes import counts_of, merge_states
 from relora_mora.data.stream.packing import document_ids
-from tests.data.stream_tools import stream_of
-from tests.tools.data_tools import data_config, line, write_shard, write_shards
+from tests.data.stream_tools import steps_of, stream_of
+from tests.tools.data_tools import data_config, line, some_texts, write_json_lines, write_parquet, write_shard
 from tests.tools.each import each
 
-BATCH = 16
-LANES = 8
 KINDS = (".json.gz", ".txt.zst", ".csv", ".parquet", ".arrow")
 
 
-def _streams(config, tokenizer_path, world_size, state=None, step=0):
-    return [
-        stream_of(config, tokenizer_path, rank, world_size, batch_size=BATCH, lanes=LANES, state=state, step=step)
-        for rank in range(world_size)
-    ]
-
-
-def _take(streams, steps):
-    """For each step, the set of (input_ids, labels) in the global batch, and the merged state after it."""
-    steps_taken = []
-    for _ in range(steps):
-        batches = [next(stream) for stream in streams]
-        rows = [
-            row
-            for b in batches
-            for row in zip(map(tuple, b.input_ids.tolist()), map(tuple, b.labels.tolist()), strict=True)
-        ]
-        assert len(rows) == BATCH
-        steps_taken.append((set(rows), json.loads(json.dumps(merge_states(b.state for b in batches)))))
-    return steps_taken
-
-
-def _run(config, tokenizer_path, world_size, steps, state=None, step=0):
-    streams = _streams(config, tokenizer_path, world_size, state, step)
-    try:
-        return _take(streams, steps)
-    finally:
-        for stream in streams:
-            stream.close()
+def _record(number: int) -> dict[str, Any]:
+    """Some have no answer, some are longer than a sequence, some only after their answer has begun."""
+    row = {"prompt": f"{number} " + "the rank " * (number % 5), "completion": " matrix" * (1 + number % 3)}
+    if number % 10 == 3:
+        row["completion"] = ""
+    if number % 10 == 6:
+        row["prompt"] += "the rank " * 30
+    if number % 10 == 8:
+        row["completion"] += " matrix" * 30
+    return row
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fewer shards than lanes of each kind, with bad and empty rows in some."""
     folder = tmp_path_factory.mktemp("shards")
     for kind in KINDS:
-        write_shards(folder / kind, 5, 20, suffix=kind)  # fewer shards than lanes
+        for number in range(3):
+            write_shard(folder / kind / f"part-{number:05d}{kind}", some_texts(20, seed=number))
+    bad = [b"not JSON", "", *some_texts(20, seed=50), b'{"url": "no text"}', b"", b"<html>", "the last"]
+    write_shard(folder / "bad" / "0.json", bad)
+    write_parquet(folder / "bad" / "1.parquet", [None, "", *some_texts(30, seed=51), None])
+    for part in range(3):
+        write_json_lines(folder / "records" / f"{part}.jsonl", map(_record, range(part, 60, 3)))
     return folder
 
 
-def _with(config, workers):
-    return config.model_copy(update={"workers": workers})
+def _config(folder: Path, kind: str) -> DataConfig:
+    settings: dict[str, Any] = {"max_bad_fraction": 0.5, "document_mask": kind == "bad", "sequence_length": 32}
+    prompts = {"kind": "prompt"}
+    lines = {"source": f"{folder}/.json.gz/*", "name": "lines", "weight": 0.2}
+    records = {"source": f"{folder}/records/*", "name": "records", "weight": 0.3, "records": prompts}
+    if kind == "mixture":
+        rows = {"source": f"{folder}/.parquet/*", "name": "rows", "weight": 0.8}
+        stages = [{"from_step": 7, "weights": {"lines": 0.1, "rows": 1, "records": 1}}]
+        return data_config([lines, rows, records], stages=stages, **settings)
+    if kind == "concatenated":
+        return data_config([lines, records], concatenate=True, packing="stream", **settings)
+    if kind in ("whole", "none", "stream"):
+        return data_config(folder / "records" / "*", packing=kind, records=prompts, **settings)
+    return data_config(folder / kind / "*", **settings)
 
 
-def _config(folder, kind):
-    if kind != "mixture":
-        return data_config(folder / kind / "*")
-    sources = [
-        {"source": f"{folder}/.json.gz/*", "name": "lines", "weight": 0.2},
-        {"source": f"{folder}/.parquet/*", "name": "rows", "weight": 0.8},
-    ]
-    return data_config(sources, stages=[{"from_step": 7, "weights": {"lines": 0.01, "rows": 1}}])
-
-
-@each("kind", [".txt.zst", ".csv", ".arrow", "mixture"])  # of lines and Parquet
+@each("kind", [".txt.zst", ".csv", ".arrow", "bad", "mixture", "concatenated", "whole", "none", "stream"])
 def test_global_batches_do_not_depend_on_ranks_and_resume_on_others(folder, tokenizer_path, kind):
     config = _config(folder, kind)
-    reference = _run(config, tokenizer_path, 1, 16)
-    states = reference[-1][1].values()
-    assert {state["epoch"] for state in states} != {0}  # beyond the first epoch
-    assert _run(config, tokenizer_path, 4, 16) == reference
-    first = _run(config, tokenizer_path, 2, 9)
-    assert first == reference[:9]
-    assert _run(config, tokenizer_path, 4, 7, first[-1][1], step=9) == reference[9:]
+    expected = steps_of(config, tokenizer_path, 1, 22)
+    assert steps_of(config, tokenizer_path, 4, 12) == expected[:12]
+    first = steps_of(config, tokenizer_path, 2, 9)
+    assert first == expected[:9]
+    assert steps_of(config, tokenizer_path, 4, 13, first[-1], step=9) == expected[9:]
+    for at in (1, 4):
+        assert steps_of(config, tokenizer_path, 1, 3, expected[at - 1], step=at) == expected[at : at + 3]
+    last = expected[-1]
+    assert {state["epoch"] for state in last.state.values()} != {0}  # beyond the first epoch
+    assert len(last.tensors) == (3 if config.masks_documents else 2)
+    counted = {name.removeprefix("skipped/") for name, count in last.counts.items() if count and "skipped/" in name}
+    if kind in ("whole", "none"):
+        assert counted == {"no_answer", "over_length", "cut"}
+    elif kind in ("stream", "concatenated"):
+        assert "no_answer" in counted
+    elif kind == "bad":
+        assert counted == {"not_json", "empty_text", "no_text", "blank_line", "null_text"}
 
 
 @pytest.mark.more
 def test_global_batches_do_not_depend_on_workers_and_resume_on_others(folder, tokenizer_path):
     config = data_config([str(folder / kind / "part-00001*") for kind in KINDS])  # every format in one list
-    reference = _run(config, tokenizer_path, 1, 24)
-    # each run continues from the previous one, with other ranks and other workers
-    first = _run(_with(config, 1), tokenizer_path, 2, 7)
-    second = _run(_with(config, 2), tokenizer_path, 1, 4, first[-1][1], step=7)
-    third = _run(config, tokenizer_path, 4, 13, second[-1][1], step=11)
-    assert first + second + third == reference
+    expected = steps_of(config, tokenizer_path, 1, 24)
+
+    def with_workers(workers: int, ranks: int, begin: int, end: int) -> None:
+        given = config.model_copy(update={"workers": workers})
+        before = {"after": expected[begin - 1], "step": begin} if begin else {}
+        assert steps_of(given, tokenizer_path, ranks, end - begin, **before) == expected[begin:end]
+
+    with_workers(1, ranks=2, begin=0, end=7)
+    with_workers(2, ranks=1, begin=7, end=11)
+    with_workers(0, ranks=4, begin=11, end=24)
 
 
 def test_a_batch(folder, tokenizer_path):
     config = data_config(folder / ".json.gz" / "*", document_mask=True, sequence_length=16)
-    with stream_of(config, tokenizer_path, 1, 2, batch_size=BATCH) as stream:
+    with stream_of(config, tokenizer_path, 1, 2, batch_size=16) as stream:
         batch = next(stream)
         after = next(stream)
         assert stream.ready(0.0)
-    assert batch.input_ids.shape == batch.labels.shape == batch.document_ids.shape == (8, 16)
-    assert (batch.input_ids.dtype, batch.labels.dtype, batch.document_ids.dtype) == (
-        torch.int64,
-        torch.int64,
-        torch.int32,
-    )
+    tensors = (batch.input_ids, batch.labels, batch.document_ids)
+    assert [(*each.shape, each.dtype) for each in tensors] == [
+        (8, 16, dtype) for dtype in (torch.int64, torch.int64, torch.int32)
+    ]
     assert torch.equal(batch.input_ids[:, 1:], batch.labels[:, :-1])
     assert list(batch.state) == ["1", "3"]  # the lanes of this rank, in order, with four blocks of each
     for lane in (0, 1):
@@ -123,27 +126,26 @@ def test_an_eos_belongs_to_the_document_after_it():
 
 
 @pytest.mark.more
-def test_counts_and_notes_arrive(tmp_path, tokenizer_path):
+@each("workers", [0, 1])
+def test_counts_and_notes_arrive(tmp_path, tokenizer_path, workers):
     write_shard(tmp_path / "a.json", [b"rubbish", "text", line(""), "more"])
-    config = data_config(tmp_path / "a.json", max_bad_fraction=0.5, sequence_length=4)
-    for workers in (0, 1):
-        with stream_of(_with(config, workers), tokenizer_path, batch_size=4, lanes=1) as stream:
+    config = data_config(tmp_path / "a.json", max_bad_fraction=0.5, sequence_length=4, workers=workers)
+    with stream_of(config, tokenizer_path, batch_size=4, lanes=1) as stream:
+        batch = next(stream)
+        assert "line 1 is not JSON" in batch.notes[0]
+        while not batch.counts["epoch"]:
             batch = next(stream)
-            while not batch.counts["epoch"]:
-                batch = next(stream)
-            assert batch.counts["skipped/not_json"] == batch.counts["bad"] >= 1
-            assert batch.counts["skipped/empty_text"] >= 1
-            assert batch.counts["documents"] >= 2
-            assert batch.counts["retries"] == 0
-            assert counts_of(batch.state)["documents"] == batch.counts["documents"]
-            # the same names on every rank, no matter what each has read, because sums over ranks rely on that
-            skipped = [f"skipped/{kind}" for kind in SKIP_REASONS]
-            assert list(batch.counts) == ["documents", "epoch", "bad", *skipped, "retries"]
-            assert batch.counts["bad"] == sum(batch.counts[f"skipped/{kind}"] for kind in BAD_REASONS)
+    counts = batch.counts
+    assert counts["bad"] == counts["skipped/not_json"] == sum(counts[f"skipped/{kind}"] for kind in BAD_REASONS) >= 1
+    assert counts["skipped/empty_text"] >= 1
+    assert counts_of(batch.state)["documents"] == counts["documents"] >= 2
+    assert counts["retries"] == 0
+    # the same names on every rank, no matter what each has read, because sums over ranks rely on that
+    assert list(counts) == ["documents", "epoch", "bad", *(f"skipped/{kind}" for kind in SKIP_REASONS), "retries"]
 
 
 def test_numbers_that_do_not_divide_and_wrong_states_are_refused(folder, tokenizer_path):
-    config = data_config(folder / ".json.gz" / "*")
+    config = _config(folder, ".json.gz")
     with stream_of(config, tokenizer_path) as stream:
         state = next(stream).state
     for ranks, lanes, saved, message in (
@@ -151,6 +153,7 @@ def test_numbers_that_do_not_divide_and_wrong_states_are_refused(folder, tokeniz
         (8, 4, None, "the ranks the lanes"),
         (1, 8, state, "has 4 lanes, this run has 8"),
         (1, 4, {**state, "2": {}}, "cannot be read"),
+        (1, 4, {f"{key}/novels": value for key, value in state.items()}, "belongs to other sources"),
     ):
         with pytest.raises(ValueError, match=message):
             stream_of(config, tokenizer_path, 0, ranks, lanes=lanes, state=saved)
@@ -162,4 +165,13 @@ def test_fewer_documents_than_lanes_are_refused_with_the_remedy(tmp_path, tokeni
     path = write_shard(tmp_path / "a.json", ["the only document"])
     message = r"lane \d found no text in a\.json: there are fewer documents than lanes; .* lower data\.lanes"
     with stream_of(data_config(path), tokenizer_path) as stream, pytest.raises(SourceError, match=message):
+        next(stream)
+
+
+def test_records_of_which_a_lane_can_use_none_end_the_run(tmp_path, tokenizer_path):
+    rows = [{"prompt": "x", "completion": ""}] * 6
+    path = write_json_lines(tmp_path / "a.jsonl", rows)
+    config = data_config(path, packing="stream", records={"kind": "prompt"})
+    message = r"found no text in a\.jsonl: all of its rows were skipped \(no_answer: \d\)"
+    with stream_of(config, tokenizer_path) as stream, pytest.raises(SourceError, match=message):
         next(stream)

@@ -1,52 +1,31 @@
-"""Packing of whole rows: each record once per epoch, and the same blocks after a resume and on any number of ranks."""
+"""Packing of whole rows: blocks by hand, mixtures with text, and the cache of tokens that a run makes first."""
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from relora_mora.config.load import load_config
 from relora_mora.data.errors import SourceError
-from relora_mora.data.lanes import merge_states
-from relora_mora.data.records.encoders import encoder_of
 from relora_mora.data.rows import Encoded
-from relora_mora.data.shard import Record
 from relora_mora.data.sources import configured_shards
 from relora_mora.data.stream.packing import UNSCORED
-from relora_mora.data.stream.whole import WholeLane, WholeRows, block_of, first_fit
-from relora_mora.data.tokens.checks import check_tokens
-from relora_mora.data.tokens.folder import make_tokens, tokens_of_whole_rows
-from tests.data.stream_tools import shards_with_tokens, stream_of
-from tests.tools.data_tools import EOS, data_config, resolve_shards, write_json_lines
+from relora_mora.data.stream.whole import block_of, first_fit
+from relora_mora.data.tokens.make import tokens_of_whole_rows
+from tests.data.stream_tools import stream_of
+from tests.tools.data_tools import EOS, data_config, write_json_lines
 from tests.tools.each import each
 
 LENGTH = 48
-RECORDS = 90
 
 
 def _row(number: int) -> dict[str, Any]:
-    """A record with its number in it; lengths differ."""
     return {"prompt": f"{number} " + "the rank " * (number % 5), "completion": " matrix" * (1 + number % 3)}
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("records")
-    for part in range(3):
-        rows = [_row(number) for number in range(part, RECORDS, 3)]
-        write_json_lines(folder / f"part-{part}.jsonl", rows)
-    return folder / "*.jsonl"
-
-
-def _config(path: Path, packing: str = "whole", **settings: Any) -> Any:
-    records = {"kind": "prompt", **settings.pop("records", {})}
-    return data_config(path, packing=packing, records=records, sequence_length=LENGTH, **settings)
+def _config(source: Any, packing: str = "whole", **records: Any) -> Any:
+    return data_config(source, packing=packing, records={"kind": "prompt", **records}, sequence_length=LENGTH)
 
 
 def test_rows_go_into_the_first_block_with_room_from_the_largest_down():
@@ -63,62 +42,16 @@ def test_a_block_by_hand():
     assert block.documents.tolist() == [0, 0, 0, 1, 1, 2]
 
 
-def test_blocks_hold_whole_records_and_waste_little(path, tokenizer, tokenizer_path):
-    config = _config(path)
-    [shard, *_] = configured_shards(config, "train")
-    encode = encoder_of(tokenizer, [shard.records], "whole", LENGTH)
-    rows = encode([Record(_row(number), "here", shard.records) for number in range(RECORDS)])
-    source = WholeRows(shards_with_tokens(config, tokenizer_path), config)
-    lane = WholeLane(source, 0, 1)
-    blocks = [lane.next_block() for _ in range(source.blocks_in(0))]
-    expected = Counter(tuple(row.ids.tolist()) for row in rows)
-    found = Counter()
-    for block in blocks:
-        documents = [*block.documents, block.documents[-1]]  # for the last token, which is not an input
-        for _, tokens in itertools.groupby(zip(documents, block.tokens.tolist(), strict=True), lambda pair: pair[0]):
-            found[tuple(token for _, token in tokens)] += 1
-    assert {ids: count for ids, count in found.items() if set(ids) != {tokenizer.eos_token_id}} == expected
-    assert sum(len(row.ids) for row in rows) > 0.8 * len(blocks) * (LENGTH + 1)
-    assert sum(int(block.scored.sum()) for block in blocks) == sum(int(row.scored.sum()) for row in rows)
-
-
-def _tensors(batch: Any) -> list[torch.Tensor]:
-    return [part for part in (batch.input_ids, batch.labels, batch.document_ids) if part is not None]
-
-
-@each("packing", ["whole", "none"])
-def test_a_run_continues_on_two_ranks(path, tokenizer_path, packing):
-    config = _config(path, packing)
-    with stream_of(config, tokenizer_path) as stream:
-        whole = [next(stream) for _ in range(9)]
-    assert (whole[0].document_ids is not None) == (packing == "whole")
-    for at in (1, 4):
-        state = merge_states([whole[at - 1].state])
-        parts = [stream_of(config, tokenizer_path, rank, 2, state=state, step=at) for rank in range(2)]
-        for batch in whole[at:]:
-            here = [next(part) for part in parts]
-            by_lane = [_tensors(one) for one in here]
-            for number, tensor in enumerate(_tensors(batch)):
-                # rank 0 has lanes 0 and 2, with two blocks of each
-                mine = [by_lane[lane % 2][number][2 * (lane // 2) : 2 * (lane // 2) + 2] for lane in range(4)]
-                assert torch.equal(torch.cat(mine), tensor)
-            assert merge_states([one.state for one in here]) == merge_states([batch.state])
-        for part in parts:
-            part.close()
-
-
-def test_sources_of_text_and_of_records_are_mixed(path, tokenizer, tokenizer_path, tmp_path):
-    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": "over the rank " * 9}) for _ in range(20)))
-    train = [
-        {"source": str(path), "name": "records", "records": {"kind": "prompt"}},
-        {"source": str(tmp_path / "text.jsonl"), "name": "text"},
-    ]
-    config = data_config("x", train=train, sequence_length=LENGTH)
+def test_sources_of_text_and_of_records_are_mixed(tokenizer, tokenizer_path, tmp_path):
+    texts = write_json_lines(tmp_path / "text.jsonl", [{"text": "over the rank " * 9}] * 20)
+    records = write_json_lines(tmp_path / "records.jsonl", map(_row, range(20)))
+    train = [{"source": str(records), "records": {"kind": "prompt"}}, {"source": str(texts)}]
+    config = data_config(train, sequence_length=LENGTH)
     assert config.masks_documents
     with stream_of(config, tokenizer_path) as stream:
         batch = next(stream)
     kinds = Counter()
-    for inputs, labels, documents in zip(*_tensors(batch), strict=True):
+    for inputs, labels, documents in zip(batch.input_ids, batch.labels, batch.document_ids, strict=True):
         is_text = bool((labels != UNSCORED).all())
         kinds[is_text] += 1
         assert is_text == (len(documents.unique()) == 1)
@@ -126,107 +59,39 @@ def test_sources_of_text_and_of_records_are_mixed(path, tokenizer, tokenizer_pat
     assert kinds == {True: 4, False: 4}
 
 
-def _usable(numbers: range) -> list[dict[str, Any]]:
-    """Records, some of them without an answer and some longer than a sequence."""
-    rows = [_row(number) for number in numbers]
-    for number, row in zip(numbers, rows, strict=True):
-        if number % 10 == 3:
-            row["completion"] = ""
-        if number % 10 == 6:
-            row["prompt"] += "the rank " * 30
-        if number % 10 == 8:
-            row["completion"] += " matrix" * 30
-    return rows
-
-
-@each("packing", ["whole", "none", "stream"])
-def test_records_that_cannot_be_used_are_counted_alike_after_a_resume(tmp_path, tokenizer_path, packing):
-    source = tmp_path / "a.jsonl"
-    source.write_text("\n".join(map(json.dumps, _usable(range(60)))))
-    config = _config(source, packing, max_bad_fraction=0.2)
-    with stream_of(config, tokenizer_path) as stream:
-        batches = [next(stream) for _ in range(12)]
-    last = batches[-1].counts
-    assert last["skipped/no_answer"] == last["bad"] > 0
-    if packing != "stream":
-        assert last["skipped/over_length"] > 0 < last["skipped/cut"]
-    if packing == "none":
-        assert last["documents"] == 8 * len(batches)
-    for at in (2, 7):
-        with stream_of(config, tokenizer_path, state=batches[at - 1].state, step=at) as resumed:
-            for batch in batches[at:]:
-                again = next(resumed)
-                assert all(map(torch.equal, _tensors(again), _tensors(batch)))
-                assert again.state == batch.state
-                assert again.counts == batch.counts
-
-
-@each("packing", ["whole", "none", "stream"])
-def test_pre_tokenized_records_give_the_batches_of_the_records(path, tokenizer, tokenizer_path, tmp_path, packing):
-    config = _config(path, packing)
-    shards = configured_shards(config, "train")
-    folder = tmp_path / packing
-    make_tokens(shards, folder, config=config, tokenizer_path=tokenizer_path, processes=1)
-    tokens = _config(folder, packing)
-    check_tokens(configured_shards(tokens, "train"), tokenizer_path=tokenizer_path, eos=tokenizer.eos_token_id)
-    with stream_of(config, tokenizer_path) as records, stream_of(tokens, tokenizer_path) as made:
-        for _ in range(9):
-            batch, again = next(records), next(made)
-            assert all(map(torch.equal, _tensors(batch), _tensors(again)))
-            assert batch.state == again.state
-    other = configured_shards(_config(folder, packing, records={"score": "all"}), "train")
-    with pytest.raises(SourceError, match="written in another way"):
-        check_tokens(other, tokenizer_path=tokenizer_path, eos=tokenizer.eos_token_id)
-    with pytest.raises(SourceError, match=r"holds tokens of records; set data\.records"):
-        resolve_shards(str(folder))
-
-
 def test_tokens_in_the_cache_are_made_once_and_removed_if_the_records_change(tmp_path, tokenizer_path, monkeypatch):
     source = write_json_lines(tmp_path / "a.jsonl", map(_row, range(20)))
-    config = _config(source)
+    cache = tmp_path / "c"
 
-    def made(config: Any = config) -> list[str]:
-        shards = configured_shards(config, "train")
-        return [
-            shard.location for shard in tokens_of_whole_rows(shards, config, tokenizer_path, tmp_path / "c").values()
-        ]
+    def made(config: Any) -> list[str]:
+        made = tokens_of_whole_rows(configured_shards(config, "train"), config, tokenizer_path, cache)
+        return [shard.location for shard in made.values()]
 
-    [first] = made()
+    [first] = made(_config(source))
     with monkeypatch.context() as patch:
-        patch.setattr("relora_mora.data.tokens.folder.write_tokens", None)
-        assert made() == [first]
+        patch.setattr("relora_mora.data.tokens.make.write_tokens", lambda *_, **__: pytest.fail("it was made again"))
+        assert made(_config(source)) == [first]
     write_json_lines(source, map(_row, reversed(range(20))))
-    [second] = made()
-    [swapped] = made(_config(source, records={"columns": {"prompt": "completion", "completion": "prompt"}}))
+    [second] = made(_config(source))
+    [swapped] = made(_config(source, columns={"prompt": "completion", "completion": "prompt"}))
     assert len({first, second, swapped}) == 3
-    assert len(list((tmp_path / "c").iterdir())) == 1
-    streams = config.model_copy(update={"packing": "stream"})
-    shards = configured_shards(streams, "train")
-    assert tokens_of_whole_rows(shards, streams, tokenizer_path, tmp_path / "c") == {}
-    assert list((tmp_path / "c").iterdir()) == []
+    assert len(list(cache.iterdir())) == 1
+    assert made(_config(source, "stream")) == list(cache.iterdir()) == []
 
 
-def test_records_that_cannot_be_used_end_the_run_before_its_first_batch(tmp_path, tokenizer_path):
-    bad = [*map(_row, range(200)), *[{"prompt": "x", "completion": ""}] * 30]
-    config = _config(write_json_lines(tmp_path / "bad.jsonl", bad))
-    with pytest.raises(SourceError, match=r"\d+ of \d+ records cannot be used, .* has no answer to learn"):
-        stream_of(config, tokenizer_path)
-    long = [{"prompt": "the rank " * 40, "completion": "x"}] * 3
-    config = _config(write_json_lines(tmp_path / "long.jsonl", long))
-    with pytest.raises(SourceError, match=r"no row that can be used \(over_length: 3\).*data\.sequence_length"):
-        stream_of(config, tokenizer_path)
-
-
-def test_a_template_is_found_next_to_the_settings(tmp_path):
-    (tmp_path / "own.jinja").write_text("x")
-    records = {"kind": "messages", "template": "own.jinja"}
-    tree = {
-        "model": {"config": "c"},
-        "tokenizer": {"path": "t"},
-        "train": {"run_dir": "r"},
-        "data": {"train": "a", "validation": [{"source": "b", "records": records}], "records": records},
-    }
-    (tmp_path / "run.yaml").write_text(json.dumps(tree))
-    data = load_config(tmp_path / "run.yaml").data
-    found = [held.template for held in (data.records, data.sources("validation")[0].records) if held]
-    assert found == [str(tmp_path / "own.jinja")] * 2
+@each(
+    "rows,message",
+    [
+        (
+            [*map(_row, range(200)), *[{"prompt": "x", "completion": ""}] * 30],
+            r"\d+ of \d+ records cannot be used, .* has no answer to learn",
+        ),
+        (
+            [{"prompt": "the rank " * 40, "completion": "x"}] * 3,
+            r"no row that can be used \(over_length: 3\).*data\.sequence_length",
+        ),
+    ],
+)
+def test_records_that_cannot_be_used_end_the_run_before_its_first_batch(tmp_path, tokenizer_path, rows, message):
+    with pytest.raises(SourceError, match=message):
+        stream_of(_config(write_json_lines(tmp_path / "a.jsonl", rows)), tokenizer_path)

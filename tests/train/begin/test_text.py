@@ -11,7 +11,7 @@ from relora_mora.config.load import ConfigError, load_config
 from relora_mora.config.schema import Config
 from relora_mora.data.errors import SourceError
 from relora_mora.data.sources import configured_shards
-from relora_mora.data.tokens.folder import make_tokens
+from relora_mora.data.tokens.make import make_tokens
 from relora_mora.evaluation.loss import held_out
 from relora_mora.tokenizer.files import TokenizerError
 from relora_mora.train.begin.text import open_text
