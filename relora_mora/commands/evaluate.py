@@ -88,6 +88,7 @@ def main(
 
         from relora_mora.evaluation.loss import EvalResult, held_out
         from relora_mora.model.config import check_length
+        from relora_mora.model.guard import compared_by_tests, examine
         from relora_mora.system.logs import counted
         from relora_mora.tokenizer.load import load_tokenizer
         from relora_mora.weights.foreign import is_foreign
@@ -117,6 +118,8 @@ def main(
         raise ValueError("--data.document_mask: records that are packed whole are always masked; leave it out")
     text_config = loaded.model.config.get_text_config()
     check_length(text_config, settings.sequence_length, model, separate_documents=masked)
+    if masked and not compared_by_tests(text_config):
+        examine(text_config, attention="auto", documents=True)
     with Bar("reading the text"):
         sets = held_out(settings, str(tokenizer_of(loaded, tokenizer)), max_tokens)
     lm = on_device(loaded)
@@ -180,11 +183,12 @@ def check_causal(lm: Any, name: str) -> None:
 
 
 def _score(lm: Any, sets: Mapping[str, "EvalSet"], micro_batch_size: int) -> dict[str, "EvalResult"]:
-    from relora_mora.evaluation.loss import causal_lm_loss, evaluate, evaluate_sets
+    from relora_mora.evaluation.loss import evaluate, evaluate_sets
+    from relora_mora.model.causal import LossModel
     from relora_mora.system.hardware import ran_out_of_memory
 
     rows = min(micro_batch_size, max(each.blocks for each in sets.values()))
-    mean_loss = causal_lm_loss(lm)
+    mean_loss = LossModel(lm)
     try:
         with Bar("evaluation", "token") as bar:
             return evaluate_sets(
