@@ -24,7 +24,7 @@ from relora_mora.cli.arguments import PositiveInt
 from relora_mora.config.registry import METHODS, OPERATORS
 from relora_mora.config.schema import MethodConfig, ModelConfig
 from relora_mora.model.config import read_model_config
-from relora_mora.model.widths import head_width
+from relora_mora.model.config_keys import head_width
 from relora_mora.operators import MORA_TYPES
 from relora_mora.sizing.fit import check_adapters
 from relora_mora.system.hardware import device_name

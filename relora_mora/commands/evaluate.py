@@ -216,14 +216,14 @@ def _score_tasks(
     """Prints the results of tasks and, for a checkpoint in a run folder, records them there."""
     from relora_mora.evaluation.harness import Tasks, record, table
     from relora_mora.tokenizer.load import load_tokenizer
-    from relora_mora.weights.foreign import positions_of
+    from relora_mora.weights.foreign import positions_in
     from relora_mora.weights.generation import generation_config
 
     lm = on_device(loaded)
     loaded_tokenizer = load_tokenizer(tokenizer_of(loaded, tokenizer))
     if loaded.of_run:
         lm.generation_config = generation_config(loaded_tokenizer, lm.config, loaded.run)  # as in its export
-    scorer = Tasks(settings, loaded_tokenizer, positions_of(lm))
+    scorer = Tasks(settings, loaded_tokenizer, positions_in(lm.config))
     results = scorer.score(lm, loaded_tokenizer, batch_size=batch_size)
     print(f"{loaded.description}\n{table(results)}", file=sys.stderr)
     print(json.dumps({"tasks": results}), flush=True)

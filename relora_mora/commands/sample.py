@@ -51,7 +51,7 @@ def main(
 
         from relora_mora.commands.evaluate import check_causal, on_device, tokenizer_of
         from relora_mora.tokenizer.load import load_tokenizer, quiet_transformers
-        from relora_mora.weights.foreign import positions_of
+        from relora_mora.weights.foreign import positions_in
         from relora_mora.weights.generation import generation_config
         from relora_mora.weights.load import load_model
 
@@ -63,7 +63,7 @@ def main(
         lm.generation_config = generation_config(tokenizer, lm.config, loaded.run)  # as in its export
     prompt = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(lm.device)
     length = prompt.input_ids.shape[1]
-    positions = positions_of(lm) or length + max_new_tokens
+    positions = positions_in(lm.config) or length + max_new_tokens
     if not 0 < length < positions:
         raise ValueError(f"TEXT: got {length:,} tokens, expected 1 to {positions - 1:,}, for which {model} has room")
     torch.manual_seed(seed)

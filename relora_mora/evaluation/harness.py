@@ -27,7 +27,7 @@ from relora_mora.system.bars import is_watched
 from relora_mora.system.files import append_synced, disk_faults_named, without_disk_errors
 from relora_mora.system.logs import counted, log
 from relora_mora.system.run_folder import RunFolder
-from relora_mora.weights.foreign import positions_of
+from relora_mora.weights.foreign import positions_in
 
 Results = dict[str, dict[str, float]]  # by task and metric
 SEED = 1234  # of lm-eval
@@ -153,7 +153,7 @@ class Tasks:
 
         ``tokenizer`` may get a padding token. The random numbers of the caller are left as they were.
         """
-        positions = positions_of(lm)
+        positions = positions_in(lm.config)
         with (
             _quiet() as cuts,
             _seeded(lm.device),
