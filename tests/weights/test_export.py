@@ -228,14 +228,6 @@ def test_weights_that_a_type_cannot_hold_are_refused(
     assert call(EXPORT, checkpoint, tmp_path / "out", "--dtype=bfloat16").code == 0
 
 
-def test_a_damaged_tokenizer_is_refused(run: Path, checkpoint: Path, text: str, tmp_path: Path) -> None:
-    path = checkpoint / "tokenizer" / "tokenizer.json"
-    path.write_bytes(path.read_bytes().replace(b"<|end|>", b"<|END|>"))
-    says = "tokenizer/tokenizer.json: its checksum is not the one in manifest.json"
-    refused(call(EXPORT, checkpoint, tmp_path / "out"), says)
-    refused(call(EVALUATE, run, f"--data={text}"), says)
-
-
 def test_a_run_has_its_tokenizer_in_one_place(tmp_path):
     checkpoint = checkpoint_at(tmp_path / "run", 10)
     checkpoint.mkdir(parents=True)

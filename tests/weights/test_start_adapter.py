@@ -226,16 +226,6 @@ def test_an_adapter_of_some_layers_is_reported(refuses, base, adapters, tmp_path
     refuses(base, some, METHODS["lora"] | ADAPTERS_ONLY, "is missing in", "merge it into its model")
 
 
-def test_a_square_of_another_model_is_refused(refuses, adapters, tmp_path):
-    wide = save_base(tmp_path / "wide", intermediate_size=80)
-    messages = (
-        "R is 16 in the adapter",
-        str(adapters["mora1"]),
-        "give the model that it was trained on in model.init_from",
-    )
-    refuses(wide, adapters["mora1"], METHODS["mora1"] | ADAPTERS_ONLY, *messages)
-
-
 def test_an_adapter_of_other_weights_of_the_same_sizes_is_refused(pools, adapters, inputs, tokenizer_path, tmp_path):
     other = save_base(tmp_path / "base", seed=8)
     config = config_of(
