@@ -129,7 +129,6 @@ class AdapterFolder:
         self.mora_type = self._settings.mora_type if self._settings.use_mora else None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._keys: dict[str, str] = {}
-        self._copies: dict[str, str] = {}  # of M
         try:
             self._tensors: Any = safe_open(self.file, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -165,9 +164,7 @@ class AdapterFolder:
             is_other = "base_layer" in name or (own == name and "lora_" in name)
             if name == key or tensor.get_dtype() not in _FLOATS or is_other:
                 unknown.append(key)
-            elif own.endswith(".mora_M") and name.endswith(".lora_B.weight"):
-                self._copies[own] = key
-            else:
+            elif not (own.endswith(".mora_M") and name.endswith(".lora_B.weight")):  # that is the copy of M
                 self._keys[own] = key
                 self.shapes[own] = tuple(tensor.get_shape())
         if unknown:
@@ -241,9 +238,6 @@ class AdapterFolder:
         value: Tensor = self._tensors.get_tensor(self._keys[name]).float()
         if not value.isfinite().all():
             raise CheckpointError(f"{self.file}: {name} holds numbers that are not finite; use another adapter")
-        copy = self._copies.get(name)
-        if copy is not None and not self._tensors.get_tensor(copy).float().equal(value):
-            raise CheckpointError(f"{self.file}: {copy} is not a copy of M under lora_A; save it again")
         return value
 
     def layer_on(self, name: str, linear: nn.Linear) -> AdapterLinear:

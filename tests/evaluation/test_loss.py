@@ -175,14 +175,6 @@ def test_with_a_document_mask_each_document_is_scored_separately(source, tokeniz
     assert abs(_score(model, together, micro).loss - expected) > 1e-5
 
 
-def test_a_uniform_model_has_the_entropy_of_its_vocabulary(source, tokenizer_path):
-    lm = _gpt2()
-    with torch.no_grad():
-        lm.lm_head.weight.zero_()
-    loss = _score(LossModel(lm), eval_set(source, tokenizer_path)).loss
-    assert loss == pytest.approx(math.log(320), rel=1e-6)
-
-
 def test_a_foreign_model_does_not_name_its_text(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     refused(call(EVALUATE, tmp_path), f"--data: {tmp_path} is not a run", "give text to score")

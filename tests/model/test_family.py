@@ -52,26 +52,6 @@ HUB: dict[str, tuple[int, dict[str, Any]]] = {
             "vocab_size": 128256,
         },
     ),
-    "Mistral-7B-v0.1": (
-        7_241_732_096,
-        {
-            "architectures": ["MistralForCausalLM"],
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "max_position_embeddings": 32768,
-            "model_type": "mistral",
-            "num_attention_heads": 32,
-            "num_hidden_layers": 32,
-            "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-05,
-            "rope_theta": 10000.0,
-            "sliding_window": 4096,
-            "tie_word_embeddings": False,
-            "vocab_size": 32000,
-        },
-    ),
     "Qwen2.5-0.5B": (
         494_032_768,
         {
