@@ -33,6 +33,7 @@ from relora_mora.evaluation.loss import (
 from relora_mora.model.causal import LossModel, build_model
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.load import LoadedModel, load_any_model
+from tests.tools.any_model import any_config
 from tests.tools.commands import EVALUATE, Answer, call, refused
 from tests.tools.data_tools import data_config, eval_set, write_shard
 from tests.tools.each import each
@@ -230,6 +231,13 @@ def test_records_packed_whole_cannot_be_scored_without_a_document_mask(source, t
     given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--data.document_mask=false")
     answer = call(EVALUATE, tmp_path, *given, "--data.records={kind: prompt}")
     refused(answer, "--data.document_mask: records that are packed whole are always masked")
+
+
+def test_a_model_whose_documents_leak_is_scored_only_without_a_mask(source, tokenizer_path, tmp_path):
+    build_model(any_config("mamba", vocab_size=320), seed=0).save_pretrained(tmp_path)
+    given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--data.sequence_length=32")
+    refused(call(EVALUATE, tmp_path, *given, "--data.document_mask=true"), "data.document_mask: in a mamba")
+    assert call(EVALUATE, tmp_path, *given).code == 0
 
 
 def test_documents_too_long_for_longropes_first_factors_are_refused(source, tokenizer_path, tmp_path):
