@@ -98,7 +98,8 @@ class Mirror:
         problems = []
         for manifest in there:
             name = layout.step_folder(manifest.step)
-            log.info("fetching %s from the mirror (%.1f MB)", name, _megabytes(manifest))
+            size = sum(entry.bytes for entry in manifest.files.values())
+            log.info("fetching %s from the mirror (%.1f MB)", name, size / 1e6)
             with _faults_named():
                 problem = self._fetch(name, manifest)
             if problem is None:
@@ -357,10 +358,6 @@ def _faults_named() -> Iterator[None]:
             f"checkpoint.mirror: the store cannot be read and written ({_reason(error)}); check the address, the login "
             "and who may write there"
         ) from error
-
-
-def _megabytes(manifest: layout.Manifest) -> float:
-    return sum(entry.bytes for entry in manifest.files.values()) / 1e6
 
 
 def _who(owner: dict[str, Any]) -> str:

@@ -13,7 +13,6 @@ from relora_mora.config.schema import ModelConfig
 from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.model.causal import LossModel, build_model
 from relora_mora.model.config import check_length, read_model_config
-from relora_mora.model.documents import document_positions
 from relora_mora.model.loss import chunked_cross_entropy
 from tests.tools.each import each
 from tests.tools.tiny import batch, tiny_config, tiny_llama
@@ -92,15 +91,6 @@ def test_evaluation_computes_no_gradients():
     assert kept == []
     assert loss.item() == pytest.approx(chunked_cross_entropy(hidden, weight, labels).item(), rel=1e-6)
     assert loss.item() == chunked_cross_entropy(hidden, weight, labels.int()).item()
-
-
-def test_positions_start_again_with_each_document():
-    ids = torch.tensor([[1, 1, 1, 2, 3, 3], [0, 0, 0, 0, 0, 0], [4, 5, 6, 7, 8, 9]], dtype=torch.int32)
-    boundaries = document_boundaries(ids)
-    documents, positions = document_positions(boundaries, ids.shape)
-    assert positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]]
-    assert documents.tolist() == [[0, 0, 0, 1, 2, 2], [3, 3, 3, 3, 3, 3], [4, 5, 6, 7, 8, 9]]
-    assert boundaries.tolist() == [0, 3, 4, 6, 12, 13, 14, 15, 16, 17, 18]
 
 
 LONGROPE = {
