@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -97,6 +97,13 @@ class _Settings(BaseModel):
     # other values, such as pissa and olora, also change the weights of the model
     init_lora_weights: Literal[True, False, "gaussian", "orthogonal", "eva"] = True
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        return (
+            {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+        )
+
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _are_expressions(cls, pattern: dict[str, float]) -> dict[str, float]:
@@ -139,13 +146,15 @@ class AdapterFolder:
 
     def _read_settings(self) -> _Settings:
         path = self.folder / CONFIG
-        values = {key: value for key, value in _read_json(path).items() if value is not None}
         try:
-            settings = _Settings.model_validate(values)
+            settings = _Settings.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); give a folder of PEFT") from error
         except ValidationError as error:
             first = error.errors()[0]
-            key = str(first["loc"][0])
-            raise CheckpointError(f"{path}: {key} is {values.get(key)!r}: {first['msg']}; {_REMEDY}") from error
+            given = None if first["type"] == "missing" else first["input"]
+            found = f"{first['loc'][0]} is {given!r}" if first["loc"] else "cannot be read"
+            raise CheckpointError(f"{path}: {found}: {first['msg']}; {_REMEDY}") from error
         others = [key for key, value in (settings.model_extra or {}).items() if value and key not in _IGNORED_KEYS]
         if others:
             raise CheckpointError(f"{path}: {', '.join(others)}: not supported here; {_REMEDY}")
@@ -255,16 +264,3 @@ def _matches(key: str, layer: str) -> bool:
 def _layer_value(pattern: Mapping[str, float], layer: str, default: T) -> float | T:
     """The value for a layer as in PEFT: that of the first key that matches it."""
     return next((value for key, value in pattern.items() if _matches(key, layer)), default)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-        if not isinstance(values, dict):
-            raise ValueError(f"it holds a {type(values).__name__}")
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(
-            f"{path}: cannot be read ({reason}); give a folder in which PEFT saved an adapter"
-        ) from error
-    return values
