@@ -102,7 +102,7 @@ def local_rows(name: str, data: str) -> list[dict[str, Any]]:
                 rows.append(row.model_validate_json(line).model_dump())
             except ValidationError as error:
                 fault = error.errors()[0]
-                what = ": ".join([*map(str, fault["loc"]), fault["msg"]])
+                what = ": ".join([*map(str, fault["loc"]), fault["msg"].removeprefix("Value error, ")])
                 raise HarnessError(
                     f"{name}: {path}, line {number}: {what}; a row has {', '.join(row.model_fields)}"
                 ) from error
