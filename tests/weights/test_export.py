@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from relora_mora.checkpoint.layout import file_entry
 from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.tokenizer.load import load_tokenizer
-from relora_mora.weights.export import _name_rope, export
+from relora_mora.weights.export import _name_rope, export, merged_model
 from relora_mora.weights.foreign import foreign_config
 from tests.tools.checkpoints import rewrite_manifest, write_checkpoint
 from tests.tools.commands import EVALUATE, EXPORT, call, refused
@@ -104,6 +104,20 @@ def test_files_of_an_export_have_the_mode_of_the_umask(run: Path, tmp_path: Path
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_export_has_the_logits_of_the_merged_model(
+    run: Path, model: LlamaForCausalLM, tmp_path: Path, dtype: torch.dtype, device: torch.device
+) -> None:
+    checkpoint = export(run, tmp_path / "out", dtype)
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out").to(device)
+    ids = torch.arange(64, device=device).reshape(2, 32)
+    with torch.no_grad():
+        assert lm.dtype == dtype
+        assert torch.equal(lm(ids).logits, merged_model(checkpoint, dtype).to(device)(ids).logits)
+        if dtype == torch.float32:
+            assert torch.equal(lm(ids).logits, copy.deepcopy(model).to(device)(ids).logits)
 
 
 def test_every_form_of_a_model_has_the_same_loss(run: Path, checkpoint: Path, text: str, tmp_path: Path) -> None:
