@@ -92,6 +92,8 @@ def test_from_smollm2_and_text_to_a_model_on_the_hub(pools: Pools, tmp_path: Pat
         "hf download HuggingFaceTB/SmolLM2-135M --local-dir models/smollm2": (
             f"mkdir models && cp -r '{model}' models/smollm2"
         ),
+        # whole documents are scored
+        "file.write_text(text)": "file.write_text(text if number % 10 else text[:300])",
         "--pieces=300": "--pieces=20 --max_documents=30",
         "rank: 32": "rank: 4",
         "sequence_length: 256": "sequence_length: 32\n  workers: 0",
@@ -100,8 +102,9 @@ def test_from_smollm2_and_text_to_a_model_on_the_hub(pools: Pools, tmp_path: Pat
         "warmup_steps: 3": "warmup_steps: 0",
         "warmup_steps: 2": "warmup_steps: 0",
         "steps: 30": "steps: 2",
-        "max_tokens: 4096": "max_tokens: 256",
-        "max_tokens=4096": "max_tokens=256",
+        "max_tokens: 4096": "max_tokens: 64",
+        "max_tokens=4096": "max_tokens=64",
+        "batch_size: 4 # sequences\n  micro_batch_size: 4": "batch_size: 1\n  micro_batch_size: 1",
     }
     page = (ROOT / "docs" / "tutorials" / "smollm2.md").read_text(encoding="utf-8")
     with upload_hub() as hub:

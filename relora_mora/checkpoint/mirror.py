@@ -52,7 +52,7 @@ class Mirror:
     def __init__(self, url: str, run: RunFolder, report: Callable[[str], None] = log.warning) -> None:
         self._run = run
         self._report = report
-        self._store, self._root = open_store(url)
+        self._store = open_store(url)
         self._token = uuid.uuid4().hex
         self._beats = self._offers = 0
         self._offered: Path | None = None  # a folder with links to the files of the newest checkpoint
@@ -98,7 +98,8 @@ class Mirror:
         problems = []
         for manifest in there:
             name = layout.step_folder(manifest.step)
-            log.info("fetching %s from the mirror (%.1f MB)", name, _megabytes(manifest))
+            size = sum(entry.bytes for entry in manifest.files.values())
+            log.info("fetching %s from the mirror (%.1f MB)", name, size / 1e6)
             with _faults_named():
                 problem = self._fetch(name, manifest)
             if problem is None:
@@ -119,7 +120,7 @@ class Mirror:
         try:
             for file, entry in manifest.files.items():
                 (work / file).parent.mkdir(parents=True, exist_ok=True)
-                self._get(f"files/{entry.xxh3_128}", work / file)
+                self._store.get_file(f"files/{entry.xxh3_128}", str(work / file))
             problem = layout.damage(work, manifest, manifest.files)
         except FileNotFoundError:
             problem = f"{file} is missing"
@@ -130,7 +131,7 @@ class Mirror:
         for path in self._small_files():
             with contextlib.suppress(FileNotFoundError):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._get(f"run/{path.relative_to(self._run.path)}", path)
+                self._store.get_file(f"run/{path.relative_to(self._run.path)}", str(path))
         work.rename(final)
         sync(final.parent)
         return None
@@ -239,7 +240,7 @@ class Mirror:
             if path.is_file():
                 self._put(path, f"run/{path.relative_to(links / 'run')}")
         name = layout.step_folder(manifest.step)
-        self._store.pipe_file(self._at(f"manifests/{name}.json"), manifest.dump().encode())
+        self._store.pipe_file(f"manifests/{name}.json", manifest.dump().encode())
         self._there[name] = manifest
         self._retire(keep={name})
 
@@ -247,7 +248,7 @@ class Mirror:
         """Removes checkpoints that are not on the disk any more, and files that no checkpoint has."""
         keep |= {path.name for path in layout.list_checkpoints(self._run.checkpoints)}
         for name in set(self._there) - keep:
-            self._store.rm_file(self._at(f"manifests/{name}.json"))
+            self._store.rm_file(f"manifests/{name}.json")
             del self._there[name]
         used = {entry.xxh3_128 for manifest in self._there.values() for entry in manifest.files.values()}
         for path in self._list("files"):
@@ -258,29 +259,23 @@ class Mirror:
         """Sends a file, unless one of this size is there."""
         if size is not None and self._size(name) == size:
             return
-        self._store.put_file(str(path), self._at(name))
+        self._store.put_file(str(path), name)
         if self._size(name) != path.stat().st_size:
             raise OSError(f"{name} did not arrive whole")
 
     # ---- the store ---------------------------------------------------------------------------------------------------
 
-    def _at(self, name: str) -> str:
-        return f"{self._root}/{name}"
-
-    def _get(self, name: str, path: Path) -> None:
-        self._store.get_file(self._at(name), str(path))
-
     def _size(self, name: str) -> int | None:
         self._store.invalidate_cache()
         try:
-            return int(self._store.info(self._at(name))["size"])
+            return int(self._store.info(name)["size"])
         except FileNotFoundError:
             return None
 
     def _list(self, name: str) -> list[str]:
         self._store.invalidate_cache()
         try:
-            return [str(path) for path in self._store.ls(self._at(name), detail=False)]
+            return [str(path) for path in self._store.ls(name, detail=False)]
         except FileNotFoundError:
             return []
 
@@ -295,7 +290,7 @@ class Mirror:
     def _owner(self) -> dict[str, Any]:
         self._store.invalidate_cache()
         try:
-            content = json.loads(self._store.cat_file(self._at("owner.json")))
+            content = json.loads(self._store.cat_file("owner.json"))
         except (FileNotFoundError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
@@ -310,7 +305,7 @@ class Mirror:
             "beat": self._beats,
             "released": released,
         }
-        self._store.pipe_file(self._at("owner.json"), json.dumps(content).encode())
+        self._store.pipe_file("owner.json", json.dumps(content).encode())
 
     def _folder(self) -> str:
         """The run folder on this machine, of which ``RUN/lock`` lets one trainer work at a time."""
@@ -336,9 +331,10 @@ class Mirror:
         return [*files, run.checkpoints / layout.BEST]
 
 
-def open_store(url: str) -> tuple[Any, str]:
-    """The store of fsspec and the path in it, without a request. Raises :class:`MirrorError`."""
+def open_store(url: str) -> Any:
+    """The folder in a store of fsspec, without a request. Raises :class:`MirrorError`."""
     from fsspec.core import url_to_fs
+    from fsspec.implementations.dirfs import DirFileSystem
 
     on_disk = {"auto_mkdir": True} if "://" not in url or url.startswith("file://") else {}
     try:
@@ -347,7 +343,7 @@ def open_store(url: str) -> tuple[Any, str]:
         raise MirrorError(
             f"checkpoint.mirror: its store cannot be opened ({_reason(error)}); check the address and the login"
         ) from error
-    return store, str(root).rstrip("/")
+    return DirFileSystem(path=root, fs=store)
 
 
 @contextlib.contextmanager
@@ -362,10 +358,6 @@ def _faults_named() -> Iterator[None]:
             f"checkpoint.mirror: the store cannot be read and written ({_reason(error)}); check the address, the login "
             "and who may write there"
         ) from error
-
-
-def _megabytes(manifest: layout.Manifest) -> float:
-    return sum(entry.bytes for entry in manifest.files.values()) / 1e6
 
 
 def _who(owner: dict[str, Any]) -> str:

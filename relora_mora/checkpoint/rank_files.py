@@ -80,31 +80,22 @@ class RankFiles:
         return itertools.islice(owned, self.engine.rank, None, self.engine.world_size)
 
     def write(self, work: Path, merges_done: int, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
-        """Writes the files into ``work``, a folder in ``checkpoints/``, and syncs them; returns them by name.
-
-        If writing fails, it removes its files before it raises the error.
-        """
+        """Writes the files into ``work``, a folder in ``checkpoints/``, and syncs them; returns them by name."""
         files: dict[str, FileEntry] = {}
-        try:
-            make_folder(work)
-            if tensors:
-                files[self.state_name] = self._write_tensors(work / self.state_name, tensors)
-            if self.base.owned:
-                files[self.base_name] = self._write_base(work, merges_done)
-            if self.engine.rank == 0:
-                for name, content in self.tokenizer.items():
-                    path = work / TOKENIZER / name
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(content)
-                    files[f"{TOKENIZER}/{name}"] = file_entry(path)
-            written = [work / name for name in files]
-            for path in [*written, *{path.parent for path in written}]:
-                sync(path)
-        except Exception:
-            for name in (self.state_name, self.base_name):
-                with contextlib.suppress(OSError):
-                    (work / name).unlink(missing_ok=True)
-            raise
+        make_folder(work)
+        if tensors:
+            files[self.state_name] = self._write_tensors(work / self.state_name, tensors)
+        if self.base.owned:
+            files[self.base_name] = self._write_base(work, merges_done)
+        if self.engine.rank == 0:
+            for name, content in self.tokenizer.items():
+                path = work / TOKENIZER / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+                files[f"{TOKENIZER}/{name}"] = file_entry(path)
+        written = [work / name for name in files]
+        for path in [*written, *{path.parent for path in written}]:
+            sync(path)
         return files
 
     def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> FileEntry:

@@ -1,6 +1,7 @@
 """Finds the checkpoint that a user names, and loads it into any world size and ZeRO stage."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -69,20 +70,12 @@ class CheckpointReader:
             self._pieces[kind, name].append(_Piece(int(start), math.prod(tensor.get_shape()), file, key))
 
     def _check_complete(self, kind: str, name: str, pieces: list[_Piece]) -> None:
-        end = 0
-        for piece in pieces:
-            if piece.start < end:
-                raise self._damaged(f"{piece.file}: {piece.key} appears twice or overlaps another piece")
-            if piece.start > end:
-                break
-            end += piece.numel
+        *ends, end = itertools.accumulate((piece.numel for piece in pieces), initial=0)
         numel = self.manifest.numel(name, kind)
-        if end > numel:
-            raise self._damaged(f"{pieces[-1].file}: {pieces[-1].key} has {end - numel} elements too many")
-        if end < numel:
+        if [piece.start for piece in pieces] != ends or end != numel:
             prefix = "base-" if kind == "base" else "state-"
             files = ", ".join(sorted(file for file in self.manifest.files if file.startswith(prefix))) or "its files"
-            raise self._damaged(f"{files}: element {end} (of {numel}) of {kind} of {name} is missing")
+            raise self._damaged(f"{files}: do not hold each of the {numel} elements of {kind} of {name} once")
 
     def _damaged(self, problem: str) -> layout.CheckpointError:
         return layout.CheckpointError(f"{self.folder}/{problem}; use an older checkpoint")

@@ -88,9 +88,10 @@ def main(
             tokenizer_of,
         )
         from relora_mora.model.config import check_length
+        from relora_mora.model.guard import compared_by_tests, examine
         from relora_mora.system.logs import counted
         from relora_mora.tokenizer.load import load_tokenizer
-        from relora_mora.weights.foreign import is_foreign, positions_of
+        from relora_mora.weights.foreign import is_foreign, positions_in
         from relora_mora.weights.load import load_model
         from relora_mora.weights.peft import is_adapter
 
@@ -108,7 +109,8 @@ def main(
         loaded = load_model(Path(model), getattr(torch, precision), None if base is None else Path(base))
     if tasks is not None:
         lm, own_tokenizer = ready_to_generate(loaded, model, tokenizer)
-        scores = Tasks(to_score, own_tokenizer, positions_of(lm)).score(lm, own_tokenizer, batch_size=micro_batch_size)
+        scorer = Tasks(to_score, own_tokenizer, positions_in(lm.config))
+        scores = scorer.score(lm, own_tokenizer, batch_size=micro_batch_size)
         print(f"{loaded.description}\n{table(scores)}", file=sys.stderr)
         print(json.dumps({"tasks": scores}), flush=True)
         if loaded.checkpoint is not None and loaded.run is not None and loaded.run.config.is_file():
@@ -120,6 +122,8 @@ def main(
         raise ValueError("--data.document_mask: records that are packed whole are always masked; leave it out")
     text_config = loaded.model.config.get_text_config()
     check_length(text_config, settings.sequence_length, model, separate_documents=masked)
+    if masked and not compared_by_tests(text_config):
+        examine(text_config, attention="auto", documents=True)
     with Bar("reading the text"):
         sets = held_out(settings, str(tokenizer_of(loaded, tokenizer)), max_tokens)
     lm = on_device(loaded, model)

@@ -48,14 +48,14 @@ def main(
 
         from relora_mora.evaluation.score import ready_to_generate
         from relora_mora.tokenizer.load import quiet_transformers
-        from relora_mora.weights.foreign import positions_of
+        from relora_mora.weights.foreign import positions_in
         from relora_mora.weights.load import load_model
 
     loaded = load_model(Path(model), getattr(torch, precision), None if base is None else Path(base))
     lm, tokenizer = ready_to_generate(loaded, model)
     prompt = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(lm.device)
     length = prompt.input_ids.shape[1]
-    positions = positions_of(lm) or length + max_new_tokens
+    positions = positions_in(lm.config) or length + max_new_tokens
     if not 0 < length < positions:
         raise ValueError(f"TEXT: got {length:,} tokens, expected 1 to {positions - 1:,}, for which {model} has room")
     torch.manual_seed(seed)

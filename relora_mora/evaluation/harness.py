@@ -8,7 +8,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from relora_mora.system.bars import is_watched
 from relora_mora.system.files import append_synced, disk_faults_named, without_disk_errors
 from relora_mora.system.logs import counted, log
 from relora_mora.system.run_folder import RunFolder
-from relora_mora.weights.foreign import positions_of
+from relora_mora.weights.foreign import positions_in
 
 Results = dict[str, dict[str, float]]  # by task and metric
 SEED = 1234  # of lm-eval
@@ -107,8 +107,11 @@ class Tasks:
         check_tasks(settings)
         self.settings = settings
 
-        def tokens_of(text: str) -> int:
-            return len(tokenizer(text, add_special_tokens=False).input_ids)
+        def loadable(name: str) -> Any:
+            """What lm-eval loads: the settings of a local task, or the name of one of its own."""
+            if name not in LOCAL_TASKS:
+                return name
+            return local_task(name, settings.task_data or "", tokenizer.tokenize, settings.limit)
 
         names = settings.tasks
         with _quiet():
@@ -120,13 +123,7 @@ class Tasks:
                     f"{settings.at}tasks: lm-eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists its "
                     f"tasks, the local ones are {', '.join(LOCAL_TASKS)}, and a task of your own is a YAML file"
                 )
-            data = settings.task_data or ""
-            local = functools.partial(
-                local_task, data=data, tokens_of=tokens_of, positions=positions, limit=settings.limit
-            )
-            self._tasks, missing = _load_tasks(names, self._manager, local)
-        if missing:
-            raise HarnessError("; ".join(missing))
+            self._tasks = _load_tasks(self._manager, {name: loadable(name) for name in names})
         _check_answers_fit(self._tasks, positions)
         for task in _leaves(self._tasks):  # as simple_evaluate of lm-eval does
             own = task.config.num_fewshot
@@ -156,13 +153,12 @@ class Tasks:
 
         ``tokenizer`` may get a padding token. The random numbers of the caller are left as they were.
         """
-        positions = positions_of(lm)
+        positions = positions_in(lm.config)
         with (
-            _quiet(),
+            _quiet() as cuts,
             _seeded(lm.device),
             attention_with_a_mask(lm),
             torch.compiler.set_stance("force_eager"),  # each length would compile again
-            _warn_about_cut_prompts(positions, self.settings.num_fewshot),
         ):
             from lm_eval import evaluate
             from lm_eval.models.huggingface import HFLM
@@ -181,6 +177,13 @@ class Tasks:
             # simple_evaluate would also describe the machine, which takes seconds
             results = evaluate(
                 model, self._manager.load(self._tasks), self.settings.limit, bootstrap_iters=0, log_samples=False
+            )
+        if cuts:
+            log.warning(
+                "prompts were too long for the model's %s positions and lost their beginning (%s); give %s",
+                positions,
+                counted(len(cuts), "time"),
+                "fewer few-shot rows" if self.settings.num_fewshot else "a model with more positions, or shorter rows",
             )
         return {name: _numbers(values) for name, values in {**results["results"], **results.get("groups", {})}.items()}
 
@@ -243,25 +246,22 @@ def _manager(*, include_defaults: bool) -> Any:
     return TaskManager(include_defaults=include_defaults)
 
 
-def _load_tasks(
-    names: Sequence[str], manager: Any, local: Callable[[str], dict[str, Any]]
-) -> tuple[list[Any], list[str]]:
-    """Loads tasks and groups of lm-eval with their data, each once, and returns them with the errors of the others.
-
-    ``local(name)`` gives the settings of a local task.
-    """
+def _load_tasks(manager: Any, tasks: Mapping[str, Any]) -> list[Any]:
+    """Loads tasks and groups of lm-eval with their data, each once. Raises :class:`HarnessError`."""
     loaded_tasks: dict[str, Any] = {}
     group_members: set[str] = set()
     missing: list[str] = []
-    for name in names:
+    for name, loadable in tasks.items():
         try:
-            loaded = manager.load([local(name) if name in LOCAL_TASKS else name])
+            loaded = manager.load([loadable])
         except Exception as error:  # hubs, files and datasets raise nearly any kind
             missing.append(f"{name}: cannot be loaded ({' '.join(str(error).split()):.200})")
         else:
             group_members |= {child for children in loaded["group_map"].values() for child in children}
             loaded_tasks |= {**loaded["groups"], **loaded["tasks"]}
-    return [task for name, task in loaded_tasks.items() if name not in group_members], missing
+    if missing:
+        raise HarnessError("; ".join(missing))
+    return [task for name, task in loaded_tasks.items() if name not in group_members]
 
 
 def _check_answers_fit(tasks: Sequence[Any], positions: int | None) -> None:
@@ -292,43 +292,27 @@ def _named(metric: str, kind: str) -> str:
 
 
 @contextlib.contextmanager
-def _warn_about_cut_prompts(positions: int | None, num_fewshot: int | None) -> Iterator[None]:
-    logger = logging.getLogger("lm_eval.models.huggingface")
-    level = logger.level
-    cuts: list[logging.LogRecord] = []
+def _quiet() -> Iterator[list[str]]:
+    """Hides the messages of lm-eval and its libraries about their internals; yields those about prompts that it cut."""
+    model = logging.getLogger("lm_eval.models.huggingface")
+    loggers = [model, *map(logging.getLogger, ("lm_eval", "accelerate", "datasets", "huggingface_hub"))]
+    levels = [each.level for each in loggers]
+    cuts: list[str] = []
 
     def collect(record: logging.LogRecord) -> bool:
-        cuts.extend([record] * ("truncat" in record.getMessage().lower()))
+        cuts.extend([record.getMessage()] * ("truncat" in record.getMessage().lower()))
         return False
 
-    logger.addFilter(collect)
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.removeFilter(collect)
-        logger.setLevel(level)
-    if cuts:
-        log.warning(
-            "prompts were too long for the model's %s positions and lost their beginning (%s); give %s",
-            positions,
-            counted(len(cuts), "time"),
-            "fewer few-shot rows (num_fewshot)" if num_fewshot else "a model with more positions, or shorter rows",
-        )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides the messages of lm-eval and its libraries about their internals."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "accelerate", "datasets", "huggingface_hub")]
-    levels = [each.level for each in loggers]
     try:
         for each in loggers:
             each.setLevel(logging.ERROR)
+        model.setLevel(logging.WARNING)
+        model.addFilter(collect)
         if not is_watched():
             _draw_no_bars()
-        yield
+        yield cuts
     finally:
+        model.removeFilter(collect)
         for each, level in zip(loggers, levels, strict=True):
             each.setLevel(level)
 

@@ -5,17 +5,16 @@ lm-evaluation-harness calls these functions with a row and the list of texts gen
 results. docs/tasks.md says where the published scripts disagree, and which rule is used here.
 """
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import AfterValidator, BaseModel, Field, PlainSerializer, ValidationError, ValidationInfo, field_validator
 
 from relora_mora.evaluation.generation import agreeing_characters
-from relora_mora.system.logs import log
 
 Scores = dict[str, float]
 
@@ -23,25 +22,96 @@ _NUMBER = re.compile(r"-?([0-9]{1,3}(,[0-9]{3})+|[0-9]+)(\.[0-9]+)?|-?\.[0-9]+")
 _LIKE_A_NUMBER = re.compile(r"-?\$?\.?[0-9][0-9.,/]*")
 _AFTER_MARK = re.compile(r"#### (-?[0-9.,]+)")
 
-# how spellings of an answer of MATH are made equal, in this order (Hendrycks et al., arXiv 2103.03874: is_equiv)
-_SPELLINGS = [
-    (re.compile(pattern, re.DOTALL), spelled)
-    for pattern, spelled in (
-        (r"\\text\{ .*", ""),  # units
-        (r"\\!|\\(left|right)(?![a-z])|\^\{\\circ\}|\^\\circ|\\?[$%]", ""),
-        (r"\\[dt]frac", r"\\frac"),
-        (r"\s+", " "),
-        (r"(?<![0-9]) | (?![0-9])", ""),  # 2 3 are two numbers
-        (r"\.$", ""),
-        (r"^\w=(?=[^=]+$)", ""),
-        (r"(?<![0-9])\.(?=[0-9])", "0."),
-        (r"\\sqrt(\w)", r"\\sqrt{\1}"),
-        (r"\\frac(\w)", r"\\frac{\1}"),
-        (r"(\\frac\{[^{}]*\})(\w)", r"\1{\2}"),
-        (r"^(-?[0-9]+)/([0-9]+)$", r"\\frac{\1}{\2}"),
-        (r"^0\.5$", r"\\frac{1}{2}"),
-    )
-]
+
+class HarnessError(ValueError):
+    """A task cannot be run. The message says which, why, and what to do."""
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _without_phrase(answer: str) -> str:
+    if "The answer is" in answer.rpartition("#### ")[2]:
+        raise ValueError('expected only the answer, without "The answer is"')
+    return answer
+
+
+class _Pair(BaseModel):
+    prompt: Text
+    completion: Annotated[str, Field(pattern=r"^[^\n]+$")]
+
+
+class _GSM8K(BaseModel):
+    question: Text
+    answer: Annotated[str, Field(pattern=r"^(?s:.*#### )?-?[0-9][0-9,]*(\.[0-9]*)?\s*$")]
+
+
+class _MetaMath(BaseModel):
+    question: Text
+    answer: Annotated[Text, AfterValidator(_without_phrase)]
+
+
+class _PubMedQA(BaseModel):
+    QUESTION: Text
+    CONTEXTS: list[str]
+    final_decision: Literal["yes", "no", "maybe"]
+
+
+class _MedQA(BaseModel):
+    question: Text
+    # as pairs: a dataset would give every row the names of all rows
+    options: Annotated[dict[str, str], PlainSerializer(lambda options: list(map(list, options.items())))]
+    answer_idx: Text
+
+    @field_validator("answer_idx")
+    @classmethod
+    def _is_an_option(cls, name: str, info: ValidationInfo) -> str:
+        if name not in info.data.get("options", [name]):
+            raise ValueError("expected the name of one of the options")
+        return name
+
+
+LOCAL_TASKS: dict[str, type[BaseModel]] = {
+    "local_gsm8k": _GSM8K,
+    "local_medqa": _MedQA,
+    "local_metamath": _MetaMath,
+    "local_pubmedqa": _PubMedQA,
+    "local_uuid": _Pair,
+}
+
+
+def local_rows(name: str, data: str) -> list[dict[str, Any]]:
+    """The rows of a local task in a file, or in the file ``gsm8k.jsonl`` or the like of a folder.
+
+    Raises :class:`HarnessError` if they cannot be used.
+    """
+    path = Path(data)
+    if path.is_dir():
+        path /= f"{name.removeprefix('local_')}.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028
+    except (OSError, UnicodeError) as error:
+        raise HarnessError(f"{name}: {path} cannot be read ({error}); give the file, or its folder") from error
+    row = LOCAL_TASKS[name]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                rows.append(row.model_validate_json(line).model_dump())
+            except ValidationError as error:
+                fault = error.errors()[0]
+                what = ": ".join([*map(str, fault["loc"]), fault["msg"].removeprefix("Value error, ")])
+                raise HarnessError(
+                    f"{name}: {path}, line {number}: {what}; a row has {', '.join(row.model_fields)}"
+                ) from error
+    if not rows:
+        raise HarnessError(f"{name}: {path} has no rows")
+    return rows
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 def pair_scores(row: Mapping[str, str], results: list[str]) -> Scores:
@@ -72,17 +142,20 @@ def metamath_scores(row: Mapping[str, str], results: list[str]) -> Scores:
     If the expected answer is a number after ####, as in GSM8K, only the first number counts; otherwise, as in MATH, the
     whole text counts.
     """
+    from lm_eval.tasks.hendrycks_math.utils import is_equiv
+
     [text] = results
     _, phrase, rest = text.rpartition("The answer is")
     if not phrase:
         return {"exact_match": 0.0}
     answer = rest.removeprefix(":").strip().partition("\n")[0]
     _, mark, expected = row["answer"].rpartition("#### ")
-    number = _value(expected.strip()) if mark else None
-    if number is None:
-        return {"exact_match": float(_canonical(answer) == _canonical(expected))}
-    first = _LIKE_A_NUMBER.search(answer)
-    return {"exact_match": float(first is not None and _value(first[0]) == number)}
+    number = _value(expected.strip())
+    if mark and number is not None:
+        first = _LIKE_A_NUMBER.search(answer)
+        return {"exact_match": float(first is not None and _value(first[0]) == number)}
+    same = number is not None and _value(answer) == number
+    return {"exact_match": float(same or is_equiv(answer.removesuffix("."), expected))}
 
 
 SCORES: dict[str, Callable[[Mapping[str, str], list[str]], Scores]] = {
@@ -92,132 +165,27 @@ SCORES: dict[str, Callable[[Mapping[str, str], list[str]], Scores]] = {
 }
 
 
-def _canonical(answer: str) -> str | Decimal:
-    for pattern, spelled in _SPELLINGS:
-        answer = pattern.sub(spelled, answer)
-    number = _value(answer)
-    return answer if number is None else number
-
-
 def _value(text: str) -> Decimal | None:
     """The value of a number such as ``$1,000.00.``; None if the text is not a single number, such as ``1,2``."""
-    plain = text.replace("$", "").rstrip(".,")
+    plain = re.sub(r"\\!|\\?[$%]", "", text).rstrip(".,")
     return Decimal(plain.replace(",", "")) if _NUMBER.fullmatch(plain) else None
 
 
-_FOLDER = Path(__file__).parent / "tasks"
-LOCAL_TASKS = tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
-_MARKED_NUMBER = re.compile(r"(.*#### )?-?[0-9][0-9,]*(\.[0-9]*)?\s*", re.DOTALL)
+def local_task(name: str, data: str, tokens_of: Callable[[str], list[str]], limit: int | None = None) -> dict[str, Any]:
+    """The settings of a local task for lm-eval, with its rows in ``data``.
 
-# the kinds of fields that the files of tasks name
-_KINDS: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
-    "text": lambda value, _: isinstance(value, str),
-    "text of one line": lambda value, _: isinstance(value, str) and "\n" not in value,
-    "number, with or without #### before it": lambda value, _: (
-        isinstance(value, str) and _MARKED_NUMBER.fullmatch(value) is not None
-    ),
-    "answer, with or without #### before it": lambda value, _: (
-        isinstance(value, str) and "The answer is" not in value.rpartition("#### ")[2]
-    ),
-    "list of texts": lambda value, _: isinstance(value, list) and all(isinstance(each, str) for each in value),
-    "texts by name": lambda value, _: isinstance(value, dict) and all(isinstance(each, str) for each in value.values()),
-    "key of options": lambda value, row: isinstance(value, str) and value in row["options"],
-    "yes or no or maybe": lambda value, _: value in ("yes", "no", "maybe"),
-}
-
-
-class HarnessError(ValueError):
-    """A task cannot be run. The message says which, why, and what to do."""
-
-
-def local_task(
-    name: str,
-    data: str,
-    tokens_of: Callable[[str], int],
-    *,
-    positions: int | None = None,
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """The settings of a task of :data:`LOCAL_TASKS` for lm-eval, with its rows.
-
-    ``data`` is the file with the rows, or a folder with that file. Generated answers may have as many tokens as the
-    longest of the first ``limit`` rows (``tokens_of(text)``), or as the task's file allows, if that is more. The former
-    is limited to half of the model's ``positions``, since prompts are cut to what answers leave. Raises
-    :class:`HarnessError`.
+    Generated answers may have as many tokens as the longest of the first ``limit`` rows, or as
+    the task's file allows, if that is more. Raises :class:`HarnessError`.
     """
-    settings = _settings(name)
+    from datasets import Dataset, DatasetDict
+
+    path = Path(__file__).parent / "tasks" / f"{name}.yaml"
+    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     rows = local_rows(name, data)
-    if "generation_kwargs" in settings:
-        begin = settings.get("target_delimiter", " ")
-        lengths = [tokens_of(begin + row[settings["doc_to_target"]]) for row in rows[:limit]]
-        _make_room(settings, lengths, positions)
-
-    def dataset(**_: Any) -> Any:
-        from datasets import Dataset, DatasetDict
-
-        return DatasetDict({"test": Dataset.from_list(rows)})
-
-    settings["custom_dataset"] = dataset
+    settings["custom_dataset"] = lambda **_: DatasetDict({"test": Dataset.from_list(rows)})
     if name in SCORES:
         settings["process_results"] = SCORES[name]
-    return settings
-
-
-def _make_room(settings: dict[str, Any], lengths: Sequence[int], positions: int | None) -> None:
-    """Raises the answer limit of a task to these lengths, in tokens, and warns if some are still longer."""
-    generation = settings["generation_kwargs"]
-    most = max(lengths) if positions is None else min(max(lengths), positions // 2)
-    generation["max_gen_toks"] = max(generation["max_gen_toks"], most)
-    longer = sum(length > generation["max_gen_toks"] for length in lengths)
-    if longer:
-        log.warning(
-            "%s: %d of %d answers have more than %d tokens, the limit for a model with %s positions",
-            settings["task"],
-            longer,
-            len(lengths),
-            generation["max_gen_toks"],
-            positions,
-        )
-
-
-def local_rows(name: str, data: str) -> list[dict[str, Any]]:
-    """The rows of a local task. Raises :class:`HarnessError` if they cannot be used."""
-    about = _settings(name)["metadata"]
-    path = Path(data)
-    if path.is_dir():
-        path /= about["file"]
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028
-    except (OSError, UnicodeError) as error:
-        raise HarnessError(f"{name}: {path} cannot be read ({error}); give the file, or its folder") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise HarnessError(f"{name}: {path}, line {number}: is not JSON ({error})") from error
-        missing = [field for field in about["fields"] if not isinstance(row, dict) or row.get(field) in (None, "")]
-        if missing:
-            raise HarnessError(
-                f"{name}: {path}, line {number}: has no {', '.join(missing)}; a row has {', '.join(about['fields'])}"
-            )
-        for field, kind in about["fields"].items():
-            if not _KINDS[kind](row[field], row):
-                raise HarnessError(
-                    f"{name}: {path}, line {number}: {field} is {json.dumps(row[field]):.80}, expected: {kind}"
-                )
-        values = {field: row[field] for field in about["fields"]}
-        # pairs instead of a mapping: a dataset would give every row the keys of all rows
-        rows.append(
-            {key: list(map(list, each.items())) if isinstance(each, dict) else each for key, each in values.items()}
-        )
-    if not rows:
-        raise HarnessError(f"{name}: {path} has no rows")
-    return rows
-
-
-def _settings(name: str) -> dict[str, Any]:
-    settings: dict[str, Any] = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+        answers = [settings.get("target_delimiter", " ") + row[settings["doc_to_target"]] for row in rows[:limit]]
+        generation = settings["generation_kwargs"]
+        generation["max_gen_toks"] = max(generation["max_gen_toks"], *(len(tokens_of(answer)) for answer in answers))
     return settings

@@ -1,22 +1,18 @@
 """Held-out loss in nats per predicted token, perplexity, and bits per UTF-8 byte of the text."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
 from relora_mora.config.data import DataConfig, set_setting
 from relora_mora.data.errors import SourceError
 from relora_mora.data.held_out import EvalSet, load_eval_set
 from relora_mora.data.stream.packing import document_boundaries
-from relora_mora.model.causal import body_of, head_scale, scaled
-from relora_mora.model.loss import IGNORE, bytes_per_logit, chunked_cross_entropy, loss_chunk
+from relora_mora.model.loss import IGNORE
 from relora_mora.system.hardware import to_device
 
 MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -168,64 +164,3 @@ def is_causal(lm: nn.Module, device: torch.device) -> bool:
     pair = torch.tensor([[1, 2, 3], [1, 2, 0]], device=device)
     logits = lm(input_ids=pair, use_cache=False).logits[:, :2].float()
     return torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-3, equal_nan=True)
-
-
-def causal_lm_loss(lm: PreTrainedModel) -> MeanLoss:
-    """``mean_loss`` of any causal language model of transformers.
-
-    With boundaries, each document gets its own row, since not every model supports a mask between documents.
-    """
-    row_loss = _row_loss(lm)
-
-    def mean_loss(input_ids: Tensor, labels: Tensor, boundaries: Tensor | None = None) -> Tensor:
-        if boundaries is None:
-            return row_loss(input_ids, labels)
-        total = torch.zeros((), dtype=torch.float64, device=labels.device)
-        for rows, targets in rows_of_documents(input_ids, labels, boundaries):
-            total += row_loss(rows, targets).double() * (targets != IGNORE).sum()
-        return total / (labels != IGNORE).sum().clamp(min=1)
-
-    return mean_loss
-
-
-def rows_of_documents(input_ids: Tensor, labels: Tensor, boundaries: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Splits sequences [B, T] into documents, one per row: batches of (input_ids, labels) [rows, longest].
-
-    Rows are padded at their end, which a causal model does not see and which is not scored. A batch of rows has at most
-    as many tokens as the sequences; the longest documents come first.
-    """
-    lengths = boundaries.diff().tolist()
-    pieces = list(zip(input_ids.flatten().split(lengths), labels.flatten().split(lengths), strict=True))
-    pieces = [piece for piece in pieces if (piece[1] != IGNORE).any()]
-    pieces.sort(key=lambda piece: len(piece[0]), reverse=True)
-    while pieces:
-        count = input_ids.numel() // len(pieces[0][0])
-        inputs, targets = zip(*pieces[:count], strict=True)
-        pieces = pieces[count:]
-        yield (
-            pad_sequence(list(inputs), batch_first=True),
-            pad_sequence(list(targets), batch_first=True, padding_value=IGNORE),
-        )
-
-
-def _row_loss(lm: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
-    """Mean nats of labels [b, T], in chunks: of the logits if the head only multiplies, else of their float32 copy."""
-    _, scale = head_scale(lm)
-    if scale is not None:
-        head = lm.get_output_embeddings().weight
-        _, body = body_of(lm)
-        return lambda input_ids, labels: chunked_cross_entropy(
-            scaled(body(input_ids, use_cache=False)[0], scale), head, labels
-        )
-
-    def mean_loss(input_ids: Tensor, labels: Tensor) -> Tensor:
-        logits = lm(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)  # [N, V]
-        target = labels.flatten()
-        rows = loss_chunk(logits.shape[0], logits.shape[1], bytes_per_logit(logits.dtype, in_place=False))
-        pieces = zip(logits.split(rows), target.split(rows), strict=True)
-        total = torch.stack(
-            [F.cross_entropy(piece.float(), want, ignore_index=IGNORE, reduction="sum") for piece, want in pieces]
-        ).sum()
-        return total / (target != IGNORE).sum().clamp(min=1)
-
-    return mean_loss

@@ -13,7 +13,8 @@ from relora_mora.data.errors import SourceError
 from relora_mora.data.held_out import EvalSet
 from relora_mora.data.named_sets import hub_repo
 from relora_mora.data.sources import shards_of
-from relora_mora.evaluation.loss import EvalResult, causal_lm_loss, evaluate, evaluate_sets, is_causal
+from relora_mora.evaluation.loss import EvalResult, evaluate, evaluate_sets, is_causal
+from relora_mora.model.causal import LossModel
 from relora_mora.system.bars import Bar
 from relora_mora.system.hardware import ran_out_of_memory, uses_cuda
 from relora_mora.system.process import say
@@ -74,7 +75,7 @@ def check_files(text: DataConfig) -> None:
 def score_sets(lm: Any, sets: Mapping[str, EvalSet], micro_batch_size: int) -> dict[str, EvalResult]:
     """Raises ValueError if the memory does not suffice."""
     rows = min(micro_batch_size, max(each.blocks for each in sets.values()))
-    mean_loss = causal_lm_loss(lm)
+    mean_loss = LossModel(lm)
     try:
         with Bar("evaluation", "token") as bar:
             return evaluate_sets(

@@ -198,10 +198,6 @@ def head_scale(lm: PreTrainedModel) -> tuple[bool, float | None]:
     return True, scale if same and multiplies_only else None
 
 
-def scaled(hidden: Tensor, scale: float) -> Tensor:
-    return hidden if scale == 1 else hidden * scale
-
-
 class LossModel(nn.Module):
     """A causal LM with its loss.
 
@@ -234,7 +230,8 @@ class LossModel(nn.Module):
         (:func:`document_boundaries`), every document sees only itself, from position 0, as if it were the only one.
         """
         if self.scale is not None:
-            hidden = scaled(self.hidden(input_ids, boundaries), self.scale)
+            hidden = self.hidden(input_ids, boundaries)
+            hidden = hidden if self.scale == 1 else hidden * self.scale
             loss: Tensor = self.lm.get_output_embeddings()(hidden, labels, tokens)
             return loss
         scored = (labels != IGNORE).sum().clamp(min=1) if tokens is None else tokens
@@ -242,7 +239,7 @@ class LossModel(nn.Module):
             logits = self._call(self.lm, input_ids, boundaries).logits
             return _summed(logits.flatten(0, 1), labels.flatten()) / scored
         hidden = self.hidden(input_ids, boundaries).flatten(0, 1)
-        vocabulary = self.lm.config.vocab_size
+        vocabulary = len(self.lm.get_output_embeddings().weight)
         logit_bytes = bytes_per_logit(hidden.dtype, in_place=False)
         chunk = loss_chunk(len(hidden), vocabulary, 2 * logit_bytes, on_gpu=hidden.is_cuda)
         pieces = zip(hidden.split(chunk), labels.flatten().split(chunk), strict=True)

@@ -33,9 +33,10 @@ from relora_mora.model.config_keys import (
     Architecture,
     Only,
     architecture_for,
+    feed_forward_width,
+    head_width,
     model_types,
 )
-from relora_mora.model.widths import feed_forward_width, head_width
 
 LARGEST_MATRIX = 2**40  # elements
 _STRETCHED = ("dynamic", "yarn", "longrope")  # rope types that may depend on max_position_embeddings
@@ -259,15 +260,6 @@ def _shown(value: Any) -> str:
     return text if len(text) < 160 else text[:157] + "..."
 
 
-def length_of_documents(model_config: PreTrainedConfig) -> int | None:
-    """The longest sequence in which each document has its own positions; None means ``max_position_embeddings``.
-
-    Rotary embeddings of the type longrope switch to other frequencies if the longest document of a batch is longer.
-    """
-    rope: dict[str, Any] = getattr(model_config, "rope_parameters", None) or {}
-    return rope[ORIGINAL] if rope.get("rope_type") == "longrope" else None
-
-
 def check_length(
     model_config: PreTrainedConfig, sequence_length: int, source: str, *, separate_documents: bool = False
 ) -> None:
@@ -276,7 +268,9 @@ def check_length(
     ``source`` is the config file. ``separate_documents``: each document in a sequence has its own positions.
     """
     positions = getattr(model_config, "max_position_embeddings", None)
-    longest = length_of_documents(model_config) if separate_documents else None
+    rope: dict[str, Any] = getattr(model_config, "rope_parameters", None) or {}
+    # longrope switches to other frequencies if the longest document of a batch is longer
+    longest = rope[ORIGINAL] if separate_documents and rope.get("rope_type") == "longrope" else None
     limits = [
         (positions, "max_position_embeddings", "shorten it, or set model.overrides.max_position_embeddings"),
         (longest, ORIGINAL, "longrope then depends on the other documents; shorten it, or pack without a mask"),

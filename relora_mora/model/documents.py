@@ -18,7 +18,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import ModelConfig
-from relora_mora.model.widths import head_width
+from relora_mora.model.config_keys import head_width
 
 SDPA_OR_DOCUMENTS = "relora_mora_sdpa_or_documents"  # the name of ``attend`` and of its masks
 

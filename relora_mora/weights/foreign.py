@@ -132,11 +132,7 @@ def _refuse_weights(path: Path, wrong: Mapping[str, Sequence[str]]) -> None:
         )
 
 
-def positions_of(model: PreTrainedModel) -> int | None:
-    """The longest input of a model in tokens; None if its config has no limit, which some configs write as -1."""
-    return positions_in(model.config)
-
-
 def positions_in(config: PreTrainedConfig) -> int | None:
+    """The longest input of a model in tokens; None if its config has no limit, which some configs write as -1."""
     positions = getattr(config, "max_position_embeddings", None)
     return positions if positions is not None and positions > 0 else None

@@ -19,7 +19,7 @@ from relora_mora.model.config import parse_model_config, plain_model_config, rea
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.files import has_tokenizer
 from relora_mora.weights.export import merged_model, merged_weights
-from relora_mora.weights.foreign import foreign_config, is_foreign, load_foreign, positions_of
+from relora_mora.weights.foreign import foreign_config, is_foreign, load_foreign, positions_in
 from relora_mora.weights.peft import AdapterFolder, is_adapter
 
 
@@ -134,7 +134,7 @@ def load_any_model(path: Path, dtype: torch.dtype) -> LoadedModel:
     """
     if is_foreign(path):
         model = load_foreign(path, dtype)
-        length = min(HF_LENGTH, positions_of(model) or HF_LENGTH)
+        length = min(HF_LENGTH, positions_in(model.config) or HF_LENGTH)
         plain = DataConfig.model_validate({"train": "none", "validation": "none", "sequence_length": length})
         return LoadedModel(model, path, plain, f"{path} ({type(model).__name__})")
     checkpoint = find_checkpoint(path)

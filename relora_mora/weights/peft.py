@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -97,6 +97,13 @@ class _Settings(BaseModel):
     # other values, such as pissa and olora, also change the weights of the model
     init_lora_weights: Literal[True, False, "gaussian", "orthogonal", "eva"] = True
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        return (
+            {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+        )
+
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _are_expressions(cls, pattern: dict[str, float]) -> dict[str, float]:
@@ -129,7 +136,6 @@ class AdapterFolder:
         self.mora_type = self._settings.mora_type if self._settings.use_mora else None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._keys: dict[str, str] = {}
-        self._copies: dict[str, str] = {}  # of M
         try:
             self._tensors: Any = safe_open(self.file, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -140,13 +146,15 @@ class AdapterFolder:
 
     def _read_settings(self) -> _Settings:
         path = self.folder / CONFIG
-        values = {key: value for key, value in _read_json(path).items() if value is not None}
         try:
-            settings = _Settings.model_validate(values)
+            settings = _Settings.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); give a folder of PEFT") from error
         except ValidationError as error:
             first = error.errors()[0]
-            key = str(first["loc"][0])
-            raise CheckpointError(f"{path}: {key} is {values.get(key)!r}: {first['msg']}; {_REMEDY}") from error
+            given = None if first["type"] == "missing" else first["input"]
+            found = f"{first['loc'][0]} is {given!r}" if first["loc"] else "cannot be read"
+            raise CheckpointError(f"{path}: {found}: {first['msg']}; {_REMEDY}") from error
         others = [key for key, value in (settings.model_extra or {}).items() if value and key not in _IGNORED_KEYS]
         if others:
             raise CheckpointError(f"{path}: {', '.join(others)}: not supported here; {_REMEDY}")
@@ -165,9 +173,7 @@ class AdapterFolder:
             is_other = "base_layer" in name or (own == name and "lora_" in name)
             if name == key or tensor.get_dtype() not in _FLOATS or is_other:
                 unknown.append(key)
-            elif own.endswith(".mora_M") and name.endswith(".lora_B.weight"):
-                self._copies[own] = key
-            else:
+            elif not (own.endswith(".mora_M") and name.endswith(".lora_B.weight")):  # that is the copy of M
                 self._keys[own] = key
                 self.shapes[own] = tuple(tensor.get_shape())
         if unknown:
@@ -241,9 +247,6 @@ class AdapterFolder:
         value: Tensor = self._tensors.get_tensor(self._keys[name]).float()
         if not value.isfinite().all():
             raise CheckpointError(f"{self.file}: {name} holds numbers that are not finite; use another adapter")
-        copy = self._copies.get(name)
-        if copy is not None and not self._tensors.get_tensor(copy).float().equal(value):
-            raise CheckpointError(f"{self.file}: {copy} is not a copy of M under lora_A; save it again")
         return value
 
     def layer_on(self, name: str, linear: nn.Linear) -> AdapterLinear:
@@ -261,16 +264,3 @@ def _matches(key: str, layer: str) -> bool:
 def _layer_value(pattern: Mapping[str, float], layer: str, default: T) -> float | T:
     """The value for a layer as in PEFT: that of the first key that matches it."""
     return next((value for key, value in pattern.items() if _matches(key, layer)), default)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-        if not isinstance(values, dict):
-            raise ValueError(f"it holds a {type(values).__name__}")
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(
-            f"{path}: cannot be read ({reason}); give a folder in which PEFT saved an adapter"
-        ) from error
-    return values

@@ -182,19 +182,19 @@ def _coded(codes: torch.Tensor) -> Callable[[Path], None]:
 
 
 CONTENTS: list[tuple[Callable[[Path], Any], str]] = [
-    (_pieces(lambda t: t.update({"master|a|0": torch.zeros(7)})), "master|a|0 appears twice"),
-    (_pieces(lambda t: t.update({"master|a|5": torch.zeros(7)})), "overlaps"),
-    (_pieces(lambda t: t.update({"master|a|8": t.pop("master|a|7")})), "element 7 (of 12) of master of a is missing"),
-    (_pieces(lambda t: t.pop("exp_avg|b|0")), "element 0 (of 2) of exp_avg of b is missing"),
-    (_pieces(lambda t: t.update({"exp_avg_sq|b|0": torch.zeros(1)})), "element 1 (of 2)"),
-    (_pieces(lambda t: t.update({"master|b|2": torch.zeros(3)})), "master|b|2 has 3 elements too many"),
+    (_pieces(lambda t: t.update({"master|a|0": torch.zeros(7)})), "12 elements of master of a once"),
+    (_pieces(lambda t: t.update({"master|a|5": torch.zeros(7)})), "12 elements of master of a once"),
+    (_pieces(lambda t: t.update({"master|a|8": t.pop("master|a|7")})), "12 elements of master of a once"),
+    (_pieces(lambda t: t.pop("exp_avg|b|0")), "2 elements of exp_avg of b once"),
+    (_pieces(lambda t: t.update({"exp_avg_sq|b|0": torch.zeros(1)})), "2 elements of exp_avg_sq of b once"),
+    (_pieces(lambda t: t.update({"master|b|2": torch.zeros(3)})), "2 elements of master of b once"),
     (_pieces(lambda t: t.update({"master|b|0": torch.zeros(2).bfloat16()})), "(BF16) is not a float32 piece"),
     (_pieces(lambda t: t.update({"master|c|0": torch.zeros(2)})), "master|c|0 (F32) is not a float32 piece"),
     (_pieces(lambda t: t.update({"master|b|-1": torch.zeros(2)})), "is not a float32 piece"),
     (_pieces(lambda t: t.update({"b": torch.zeros(2)})), "is not a float32 piece"),
     (_coded(torch.zeros(4, 3)), "exp_avg_codes|a|0 (F32) is not an int8 piece"),
     (_coded(torch.zeros(4, 3, dtype=torch.uint8)), "exp_avg_codes|a|0 (U8) is not an int8 piece"),
-    (_coded(torch.zeros(4, 2, dtype=torch.int8)), "element 8 (of 12) of exp_avg_codes of a is missing"),
+    (_coded(torch.zeros(4, 2, dtype=torch.int8)), "12 elements of exp_avg_codes of a once"),
     (lambda path: (torch.save({"a": 1}, path / STATE), rewrite(path, lambda values: None)), "cannot be read"),
 ]
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.checkpoint import mirror
 from relora_mora.checkpoint.mirror import Mirror, MirrorError
 from relora_mora.system.run_folder import RunFolder
-from tests.tools.mirrors import checkpoint, sent, wait_for
+from tests.tools.mirrors import checkpoint, sent
 
 moto = pytest.importorskip("moto.server")
 boto3 = pytest.importorskip("boto3")
@@ -44,18 +43,3 @@ def test_a_run_goes_on_from_s3_alone(server: object, tmp_path: Path) -> None:
     assert again.fetch() == 10
     with pytest.raises(MirrorError, match="no such bucket"):
         Mirror("s3://another/run", RunFolder(run)).claim()
-
-
-def test_a_server_that_is_away_is_reported_and_the_next_start_sends(
-    server: moto.ThreadedMotoServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mirror, "CLOSE_SECONDS", 0.1)
-    run, said = tmp_path / "run", list[str]()
-    trainer = Mirror("s3://bucket/run", RunFolder(run), said.append)
-    trainer.claim()
-    trainer.start()
-    server.stop()
-    trainer.offer(checkpoint(run, 5))
-    wait_for(lambda: any("training goes on" in line for line in said))
-    trainer.close()
-    assert "the same command sends it" in said[-1]

@@ -13,10 +13,6 @@ from tests.tools.data_tools import write_json_lines
 from tests.tools.each import each
 
 
-def test_every_task_describes_its_data():
-    assert set(ROWS) == set(LOCAL_TASKS)
-
-
 def pairs(value: Any) -> Any:
     """A question has only its own options; rows of a dataset would have the names of all rows."""
     return [list(pair) for pair in value.items()] if isinstance(value, dict) else value
@@ -27,24 +23,7 @@ def test_a_task_file_has_the_rows_of_a_file_or_of_a_folder(data, name):
     file = data / f"{name.removeprefix('local_')}.jsonl"
     expected = [{key: pairs(value) for key, value in row.items()} for row in ROWS[name]]
     for given in (data, file):
-        assert local_task(name, str(given), len)["custom_dataset"]()["test"].to_list() == expected
-
-
-@each(
-    "content,message",
-    [
-        (None, "local_uuid: .*uuid.jsonl cannot be read"),
-        ("", "has no rows"),
-        ("{}\n", "line 1: has no prompt, completion; a row has prompt, completion"),
-        ('{"prompt": "a", "completion": "b"}\n[]\n', "line 2: has no prompt"),
-        ("{", "line 1: is not JSON"),
-    ],
-)
-def test_unsuitable_data_is_named(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "uuid.jsonl").write_text(content)
-    with pytest.raises(HarnessError, match=message):
-        local_task("local_uuid", str(tmp_path), len)
+        assert local_task(name, str(given), list)["custom_dataset"]()["test"].to_list() == expected
 
 
 @each(
@@ -57,25 +36,10 @@ def test_unsuitable_data_is_named(tmp_path, content, message):
     ],
 )
 def test_an_answer_may_be_as_long_as_the_longest_of_the_rows(tmp_path, name, row, most):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[name][0]) + "\n" + json.dumps(row))
-    task = local_task(name, str(tmp_path / "rows.jsonl"), len)
-    assert task["generation_kwargs"]["max_gen_toks"] == most
-
-
-@each("positions,limit,most", [(1000, None, 300), (400, None, 200), (100, None, 64), (400, 1, 64)])
-def test_long_answers_leave_half_of_the_positions_to_prompts(tmp_path, caplog, positions, limit, most):
-    rows = [{"prompt": "a", "completion": "b" * length} for length in (10, 300)]
-    write_json_lines(tmp_path / "uuid.jsonl", rows)
-    task = local_task("local_uuid", str(tmp_path), len, positions=positions, limit=limit)
-    assert task["generation_kwargs"]["max_gen_toks"] == most
-    warning = "local_uuid: 1 of 2 answers have more than"
-    assert (warning in caplog.text) == (most < 300 and limit is None)
-
-
-def test_steps_of_a_gsm8k_answer_may_contain_the_answer_phrase(tmp_path):
-    row = {"question": "How many?", "answer": "The answer is 5*2 = <<5*2=10>>10 apples.\n#### 10"}
-    (tmp_path / "metamath.jsonl").write_text(json.dumps(row))
-    assert local_rows("local_metamath", str(tmp_path)) == [row]
+    file = write_json_lines(tmp_path / "rows.jsonl", [ROWS[name][0], row])
+    assert local_task(name, str(file), list)["generation_kwargs"]["max_gen_toks"] == most
+    standard = {"local_uuid": 64, "local_gsm8k": 256, "local_metamath": 512}
+    assert local_task(name, str(file), list, limit=1)["generation_kwargs"]["max_gen_toks"] == standard[name]
 
 
 def test_only_a_line_feed_ends_a_row(tmp_path):
@@ -88,24 +52,41 @@ def test_only_a_line_feed_ends_a_row(tmp_path):
 
 
 @each(
-    "name,change,expected",
+    "name,second,message",
     [
-        ("local_uuid", {"completion": 3}, "text of one line"),
-        ("local_uuid", {"completion": "a\nb"}, "text of one line"),
-        ("local_gsm8k", {"answer": "It is 4."}, "number, with or without #### before it"),
-        ("local_gsm8k", {"answer": "#### 1.2.3"}, "number, with or without #### before it"),
-        ("local_gsm8k", {"answer": "#### $4"}, "number, with or without #### before it"),
-        ("local_metamath", {"answer": "The answer is: 4"}, "answer, with or without #### before it"),
-        ("local_medqa", {"question": 7}, "text"),
-        ("local_medqa", {"options": ["a", "b"]}, "texts by name"),
-        ("local_medqa", {"answer_idx": "Z"}, "key of options"),
-        ("local_pubmedqa", {"final_decision": "Yes"}, "yes or no or maybe"),
-        ("local_pubmedqa", {"CONTEXTS": "One."}, "list of texts"),
+        ("local_uuid", "{}", "line 2: prompt: Field required; a row has prompt, completion"),
+        ("local_uuid", "[]", "line 2: Input should be an object"),
+        ("local_uuid", "{", "line 2: Invalid JSON"),
+        ("local_uuid", {"completion": 3}, "line 2: completion: "),
+        ("local_uuid", {"completion": "a\nb"}, "line 2: completion: "),
+        ("local_uuid", {"completion": ""}, "line 2: completion: "),
+        ("local_gsm8k", {"answer": "It is 4."}, "line 2: answer: "),
+        ("local_gsm8k", {"answer": "#### 1.2.3"}, "line 2: answer: "),
+        ("local_gsm8k", {"answer": "#### $4"}, "line 2: answer: "),
+        ("local_gsm8k", {"answer": "The answer is 10 apples.\n#### 10"}, None),
+        ("local_metamath", {"answer": "The answer is: 4"}, "line 2: answer: "),
+        ("local_metamath", {"answer": "The answer is 5*2 = 10 apples.\n#### 10"}, None),
+        ("local_medqa", {"question": 7}, "line 2: question: "),
+        ("local_medqa", {"options": ["a", "b"]}, "line 2: options: "),
+        ("local_medqa", {"answer_idx": "Z"}, "line 2: answer_idx: .*one of the options"),
+        ("local_pubmedqa", {"final_decision": "Yes"}, "line 2: final_decision: .*'yes', 'no' or 'maybe'"),
+        ("local_pubmedqa", {"CONTEXTS": "One."}, "line 2: CONTEXTS: "),
     ],
 )
-def test_a_row_of_another_kind_is_named(tmp_path, name, change, expected):
-    rows = [ROWS[name][0], {**ROWS[name][0], **change}]
-    file = write_json_lines(tmp_path / "rows.jsonl", rows)
-    [column] = change
-    with pytest.raises(HarnessError, match=f"{name}: .*rows.jsonl, line 2: {column} is .*, expected: {expected}$"):
-        local_task(name, str(file), len)
+def test_a_row_that_cannot_be_scored_is_named(tmp_path, name, second, message):
+    first = ROWS[name][0]
+    line = second if isinstance(second, str) else json.dumps(first | second)
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(first)}\n{line}\n")
+    if message is None:
+        assert len(local_rows(name, str(tmp_path / "rows.jsonl"))) == 2
+        return
+    with pytest.raises(HarnessError, match=f"{name}: .*rows.jsonl, {message}"):
+        local_rows(name, str(tmp_path / "rows.jsonl"))
+
+
+def test_missing_rows_are_named(tmp_path):
+    with pytest.raises(HarnessError, match=r"local_uuid: .*uuid.jsonl cannot be read"):
+        local_rows("local_uuid", str(tmp_path))
+    (tmp_path / "uuid.jsonl").write_text("")
+    with pytest.raises(HarnessError, match="has no rows"):
+        local_rows("local_uuid", str(tmp_path))

@@ -23,19 +23,17 @@ from relora_mora.config.data import DataConfig, RecordsConfig
 from relora_mora.config.data_flags import parse_typed
 from relora_mora.data.errors import SourceError
 from relora_mora.data.named_sets import with_commits
-from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.evaluation.loss import (
     EvalResult,
-    causal_lm_loss,
     evaluate,
     evaluate_sets,
     held_out,
     is_causal,
-    rows_of_documents,
 )
 from relora_mora.model.causal import LossModel, build_model
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.load import LoadedModel, load_any_model
+from tests.tools.any_model import any_config
 from tests.tools.commands import EVALUATE, Answer, call, refused
 from tests.tools.data_tools import data_config, eval_set, write_shard
 from tests.tools.each import each
@@ -59,11 +57,11 @@ def _score(model, data, micro_batch_size=2, **settings) -> EvalResult:
 
 
 def test_every_token_counts_once_with_any_batch_size(source, tokenizer_path):
-    lm = _gpt2()
+    model = LossModel(_gpt2())
     tokens = sum(len(load_tokenizer(tokenizer_path)(text, add_special_tokens=False).input_ids) + 1 for text in TEXTS)
     results = []
     for length, micro in ((8, 1), (8, 3), (8, 100)):
-        results.append(_score(causal_lm_loss(lm), eval_set(source, tokenizer_path, length), micro))
+        results.append(_score(model, eval_set(source, tokenizer_path, length), micro))
     assert {result.tokens for result in results} == {tokens}
     assert all(result.loss == pytest.approx(results[0].loss, rel=1e-6) for result in results)
     size = sum(len(text.encode()) for text in TEXTS)
@@ -77,7 +75,7 @@ def test_sets_are_scored_in_turn(source, tokenizer_path, tmp_path):
         update={"validation": {"all": str(source), "two": [str(other)]}}
     )
     sets = held_out(config, tokenizer_path, max_tokens=None)
-    mean_loss = causal_lm_loss(_gpt2())
+    mean_loss = LossModel(_gpt2())
     steps: list[tuple[int, int]] = []
 
     def score(data, update):
@@ -172,37 +170,10 @@ def test_with_a_document_mask_each_document_is_scored_separately(source, tokeniz
     lm = make()
     data = eval_set(source, tokenizer_path, length, document_mask=True)
     expected = _loss_of_documents(lm, TEXTS, load_tokenizer(tokenizer_path), length)
-    loss = _score(causal_lm_loss(lm), data, micro).loss
-    assert loss == pytest.approx(expected, abs=1e-6)
-    if isinstance(lm, LlamaForCausalLM):  # what a run evaluates with
-        assert _score(LossModel(lm), data, micro).loss == pytest.approx(expected, abs=1e-6)
+    model = LossModel(lm)
+    assert _score(model, data, micro).loss == pytest.approx(expected, abs=1e-6)
     together = eval_set(source, tokenizer_path, length)
-    assert abs(_score(causal_lm_loss(lm), together, micro).loss - expected) > 1e-5
-
-
-def test_rows_of_documents_hold_every_scored_label_once_and_no_more_tokens_than_the_sequences():
-    ids = torch.arange(1, 25).reshape(2, 12)
-    labels = ids + 100
-    labels[1, 8:] = -100
-    documents = torch.tensor([[1] * 7 + [2] + [3] * 4, [5] * 8 + [6] * 4], dtype=torch.int32)
-    seen = []
-    for rows, targets in rows_of_documents(ids, labels, document_boundaries(documents)):
-        assert rows.shape == targets.shape
-        assert rows.numel() <= ids.numel()
-        for row, target in zip(rows, targets, strict=True):
-            scored = target != -100
-            assert torch.equal(row[scored] + 100, target[scored])
-            assert bool(scored[: scored.sum()].all())
-            seen.append(row[scored].tolist())
-    assert sorted(seen) == [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11, 12], [13, 14, 15, 16, 17, 18, 19, 20]]
-
-
-def test_a_uniform_model_has_the_entropy_of_its_vocabulary(source, tokenizer_path):
-    lm = _gpt2()
-    with torch.no_grad():
-        lm.lm_head.weight.zero_()
-    loss = _score(causal_lm_loss(lm), eval_set(source, tokenizer_path)).loss
-    assert loss == pytest.approx(math.log(320), rel=1e-6)
+    assert abs(_score(model, together, micro).loss - expected) > 1e-5
 
 
 def test_a_foreign_model_does_not_name_its_text(tmp_path):
@@ -260,6 +231,13 @@ def test_records_packed_whole_cannot_be_scored_without_a_document_mask(source, t
     given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--data.document_mask=false")
     answer = call(EVALUATE, tmp_path, *given, "--data.records={kind: prompt}")
     refused(answer, "--data.document_mask: records that are packed whole are always masked")
+
+
+def test_a_model_whose_documents_leak_is_scored_only_without_a_mask(source, tokenizer_path, tmp_path):
+    build_model(any_config("mamba", vocab_size=320), seed=0).save_pretrained(tmp_path)
+    given = (f"--data={source}", f"--tokenizer={tokenizer_path}", "--data.sequence_length=32")
+    refused(call(EVALUATE, tmp_path, *given, "--data.document_mask=true"), "data.document_mask: in a mamba")
+    assert call(EVALUATE, tmp_path, *given).code == 0
 
 
 def test_documents_too_long_for_longropes_first_factors_are_refused(source, tokenizer_path, tmp_path):

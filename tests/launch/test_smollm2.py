@@ -63,7 +63,8 @@ def test_a_fine_tuned_export_answers_through_plain_transformers(pools: Any, smol
         "model": {"init_from": str(smollm2)},
         "data": {"train": str(data), "validation": str(data), "sequence_length": 48, "workers": 0},
         "optim": {"lr": 2e-3, "warmup_steps": 1},
-        "train": {"run_dir": str(tmp_path / "run"), "steps": 10, "batch_size": 4, "micro_batch_size": 4},
+        "train": {"run_dir": str(tmp_path / "run"), "steps": 10, "batch_size": 1, "micro_batch_size": 1},
+        "eval": {"at_start": False, "max_tokens": 100},
         "log": {"progress": False, "tensorboard": False},
     }
     settings["data"] |= {"records": {"kind": "messages", "template": "chatml"}, "packing": "none"}
@@ -106,8 +107,8 @@ def test_new_tokens_from_the_extension_to_an_export(pools: Any, smollm2: Path, t
         "data": {"train": str(data), "validation": str(data), "sequence_length": 64, "workers": 0},
         "method": {"name": "remora", "rank": 4, "train_embeddings": "new", "train_norms": False, "train_head": False},
         "optim": {"lr": 1e-4, "lr_other": 1e-3, "warmup_steps": 1, "weight_decay": 0.1},
-        "train": {"run_dir": str(tmp_path / "run"), "steps": 4, "batch_size": 4, "micro_batch_size": 4},
-        "eval": {"max_tokens": 500},
+        "train": {"run_dir": str(tmp_path / "run"), "steps": 4, "batch_size": 2, "micro_batch_size": 2},
+        "eval": {"max_tokens": 200},
         "log": {"progress": False, "tensorboard": False},
     }
     settings["method"] |= {"merge_every": 2}

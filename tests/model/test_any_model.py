@@ -98,7 +98,7 @@ def test_a_wide_model_is_compared_by_a_narrow_twin(monkeypatch: pytest.MonkeyPat
     assert sizes == [(128, 8, 2)] * 2
 
 
-@pytest.mark.parametrize("kind", some("apertus", "gpt_oss", "gpt2"))
+@pytest.mark.parametrize("kind", some("apertus", "gpt_oss", "gpt2", "llama"))
 def test_initial_values_have_the_distributions_of_transformers_on_any_rank(kind: str) -> None:
     config = any_config(kind, wide=True)
     lm = empty_model(config)
@@ -196,7 +196,7 @@ def test_an_export_holds_the_weights(kind: str, tmp_path: Path) -> None:
     assert [name for name, value in theirs.items() if not torch.equal(value, ours[name])] == []
 
 
-@pytest.mark.parametrize("kind", some("gemma2", "gpt_oss"))
+@pytest.mark.parametrize("kind", some("gemma2", "gpt_oss", "qwen3"))
 def test_a_batch_generates_what_transformers_does_for_each(kind: str) -> None:
     lm = build_model(any_config(kind), seed=3).eval()
     generator = torch.Generator().manual_seed(1)
@@ -208,7 +208,10 @@ def test_a_batch_generates_what_transformers_does_for_each(kind: str) -> None:
     expected = torch.stack(plain)
     assert len(expected.unique()) > 2
     assert torch.equal(greedy(lm, prompts, 7, torch.device("cpu")), expected)
-    assert torch.equal(greedy(LossModel(lm).lm, prompts, 7, torch.device("cpu")), expected)
+    trained = LossModel(lm).lm  # with attention that takes boundaries in place of masks
+    attention = lm.config._attn_implementation
+    assert torch.equal(greedy(trained, prompts, 7, torch.device("cpu")), expected)
+    assert lm.config._attn_implementation == attention
 
 
 def test_a_model_keeps_its_attention_when_another_is_built_from_its_config() -> None:

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaConfig
-from transformers.activations import ACT2FN
 
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import ModelConfig
 from relora_mora.model.causal import LossModel, build_model
-from relora_mora.model.config import check_length, keys_with, plain_model_config, read_model_config
+from relora_mora.model.config import keys_with, plain_model_config, read_model_config
 from relora_mora.model.config_keys import FUNCTION, LLAMA_FAMILY, TRAINING
 from tests.tools.each import each
 from tests.tools.tiny import batch
@@ -157,6 +156,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [  # (what the message must name, ov
     ("max_sequence_length LlamaConfig", {"max_sequence_length": 32}),
     ("pad_token_id 99999 64", {"pad_token_id": 99999}),
     ("attention_dropout 5", {"attention_dropout": 5}),
+    ("hidden_act prelu", {"hidden_act": "prelu"}),
     ("head_dim 3", {"hidden_size": 24, "num_attention_heads": 8}),
     ("head_dim None", {**QWEN3, "head_dim": None}),
     ("hidden size attention heads", {"num_attention_heads": 5, "num_key_value_heads": 5}),
@@ -205,20 +205,12 @@ def test_two_names_of_one_value_are_unified(path: Path) -> None:
     assert keys_with(read(path, rope_scaling=yarn, original_max_position_embeddings=8), FUNCTION) == inside
 
 
-def test_activations_without_parameters_are_accepted(path: Path) -> None:
-    for name in ACT2FN:
-        if name == "prelu":
-            with pytest.raises(ConfigError, match="hidden_act"):
-                read(path, hidden_act=name)
-        else:
-            assert read(path, hidden_act=name).hidden_act == name
-
-
 @pytest.mark.parametrize("kind", LLAMA_FAMILY)
 def test_a_written_config_reads_back_the_same(path: Path, kind: str) -> None:
     overrides = {
         "model_type": kind,
         "num_key_value_heads": 1,
+        "sliding_window": 16 if kind == "mistral" else None,
         "pad_token_id": 3,
         "rope_parameters": rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0),
     }
@@ -239,12 +231,3 @@ def test_keys_without_effect_in_a_manifest_do_not_stop_a_resume(path: Path) -> N
     assert keys_with(old, FUNCTION, TRAINING) == keys_with(read(path), FUNCTION, TRAINING)
     old.rms_norm_eps = 1e-5
     assert keys_with(old, FUNCTION, TRAINING) != keys_with(read(path), FUNCTION, TRAINING)
-
-
-@each("overrides", [{"model_type": "mistral", "sliding_window": 16}, {"model_type": "qwen2"}, {}])
-def test_a_read_config_can_be_read_again(path: Path, overrides: dict[str, Any]) -> None:
-    config = read(path, max_position_embeddings=8192, num_key_value_heads=1, **overrides)
-    check_length(config, 8192, "x.json")
-    kept = plain_model_config(config)
-    path.write_text(json.dumps(kept))
-    assert plain_model_config(read(path)) == kept

@@ -134,7 +134,8 @@ def test_ranks_with_other_rows_do_not_score_together():
 def test_a_task_that_cannot_be_scored_is_refused_before_a_model_is_built(
     pools, inputs, tokenizer_path, tmp_path, settings, error, expected
 ):
-    (inputs / "broken.yaml").write_text("task: broken\ndataset_path: json\n")
+    # without data_files, datasets would search all files below the working directory
+    (inputs / "broken.yaml").write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: none.jsonl}\n")
     own_task(inputs)
     settings = {**settings, "tasks": [name.format(inputs=inputs) for name in settings["tasks"]]}
     best = {"keep_best": settings.pop("keep_best", None)}

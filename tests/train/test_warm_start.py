@@ -124,7 +124,7 @@ def test_the_first_loss_is_the_loss_of_the_folder(pools, inputs, tokenizer_path,
     loss = first_loss(pools, inputs, tokenizer_path, tmp_path / "run", folder)
     assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
     with pytest.MonkeyPatch.context() as patch:  # and of plain transformers, from unchunked logits
-        patch.setattr("relora_mora.evaluation.loss.head_scale", lambda lm: (False, None))
+        patch.setattr("relora_mora.model.causal.head_scale", lambda lm: (False, None))
         assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
     export(export_of(pools, inputs, tokenizer_path, tmp_path, folder), tmp_path / "out")
     kept = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -51,13 +51,10 @@ def test_a_folder_that_is_not_an_adapter_gives_one_message(tmp_path, settings, f
     assert str(folder) in str(caught.value)
 
 
-@each("harm", ["nan", "no copy"])
-def test_impossible_values_give_one_message(tmp_path, harm):
-    M = torch.ones(2, 2)
-    other = M.clone()
-    (M if harm == "nan" else other)[0, 1] = math.nan if harm == "nan" else 2.0
-    folder = write_adapter_folder(tmp_path / "adapter", SQUARE, A=M, B=other)
-    with pytest.raises(CheckpointError, match="not finite" if harm == "nan" else "is not a copy of M"):
+def test_numbers_that_are_not_finite_give_one_message(tmp_path):
+    M = torch.full((2, 2), math.nan)
+    folder = write_adapter_folder(tmp_path / "adapter", SQUARE, A=M, B=M.clone())
+    with pytest.raises(CheckpointError, match="not finite"):
         AdapterFolder(folder).value("model.q.mora_M")
 
 

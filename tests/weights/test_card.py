@@ -81,29 +81,9 @@ def test_large_models_are_written_in_several_files(run: Path, model: LlamaForCau
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
 
 
-# what convert_hf_to_gguf.py of llama.cpp reads for LlamaForCausalLM
-CONFIG_KEYS = (
-    *(
-        "architectures",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "max_position_embeddings",
-    ),
-    *("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta", "bos_token_id", "eos_token_id"),
-)
-
-
-def test_an_export_has_what_llama_cpp_converts(model: LlamaForCausalLM, tokenizer_path: str, tmp_path: Path) -> None:
+def test_llama_cpp_can_convert_an_export(model: LlamaForCausalLM, tokenizer_path: str, tmp_path: Path) -> None:
     export(write_checkpoint(tmp_path / "checkpoint", model, tokenizer_path), tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"]
-    assert {key for key in CONFIG_KEYS if config.get(key) is None} == set()
     assert (tmp_path / "out" / "tokenizer.model").is_file(), "tried first, and needs no list of known tokenizers"
-
-
-def test_gguf_knows_every_tensor_of_a_llama(model: LlamaForCausalLM) -> None:
     gguf = pytest.importorskip("gguf", reason="gguf is not installed: make test-extras")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     assert [name for name in model.state_dict() if names.get_name(name, try_suffixes=(".weight",)) is None] == []

@@ -19,7 +19,6 @@ from relora_mora.tokenizer.identity import save_tokenizer
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import _name_rope, export, merged_model
 from relora_mora.weights.foreign import foreign_config
-from relora_mora.weights.load import own_tokenizer_path
 from tests.tools.checkpoints import rewrite_manifest, write_checkpoint
 from tests.tools.commands import EVALUATE, EXPORT, call, refused
 from tests.tools.data_tools import write_shard
@@ -149,34 +148,23 @@ def clean(run: Path, tmp_path: Path) -> dict[str, bytes]:
     return contents(tmp_path / "clean" / "out")
 
 
-def test_files_listed_in_a_manifest_do_not_replace_the_model(
+def test_an_export_takes_neither_code_nor_a_model_from_a_manifest(
     checkpoint: Path, clean: dict[str, bytes], tmp_path: Path
 ) -> None:
     names = [f"tokenizer/{name}" for name in ("model.safetensors", "config.json", "generation_config.json", "evil.py")]
     for name in names:
         (checkpoint / name).write_text('{"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "llama"}')
-    rewrite_manifest(
-        checkpoint,
-        lambda values: values["files"].update({name: asdict(file_entry(checkpoint / name)) for name in names}),
-    )
-    export(checkpoint, tmp_path / "out")
-    assert contents(tmp_path / "out") == clean
-
-
-def test_an_export_does_not_name_code(checkpoint: Path, clean: dict[str, bytes], tmp_path: Path) -> None:
     code = {
         "auto_map": {"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.Tokenizer", None]},
         "trust_remote_code": True,
     }
-    path = checkpoint / "tokenizer" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | code))
+    settings = "tokenizer/tokenizer_config.json"
+    (checkpoint / settings).write_text(json.dumps(json.loads((checkpoint / settings).read_text()) | code))
+    kernels = {"quantization_config": {"quant_method": "evil"}, "attn_implementation": "evil/kernels"}
 
     def change(values: dict[str, Any]) -> None:
-        values["model_config"] |= code | {
-            "quantization_config": {"quant_method": "evil"},
-            "attn_implementation": "evil/kernels",
-        }
-        values["files"]["tokenizer/tokenizer_config.json"] = asdict(file_entry(path))
+        values["model_config"] |= code | kernels
+        values["files"] |= {name: asdict(file_entry(checkpoint / name)) for name in (*names, settings)}
 
     rewrite_manifest(checkpoint, change)
     export(checkpoint, tmp_path / "out")
@@ -226,24 +214,6 @@ def test_weights_that_a_type_cannot_hold_are_refused(
     refused(call(EVALUATE, checkpoint, f"--data={text}", "--precision=float16"), *messages)
     assert not (tmp_path / "out").exists()
     assert call(EXPORT, checkpoint, tmp_path / "out", "--dtype=bfloat16").code == 0
-
-
-def test_a_damaged_tokenizer_is_refused(run: Path, checkpoint: Path, text: str, tmp_path: Path) -> None:
-    path = checkpoint / "tokenizer" / "tokenizer.json"
-    path.write_bytes(path.read_bytes().replace(b"<|end|>", b"<|END|>"))
-    says = "tokenizer/tokenizer.json: its checksum is not the one in manifest.json"
-    refused(call(EXPORT, checkpoint, tmp_path / "out"), says)
-    refused(call(EVALUATE, run, f"--data={text}"), says)
-
-
-def test_a_run_has_its_tokenizer_in_one_place(tmp_path):
-    checkpoint = checkpoint_at(tmp_path / "run", 10)
-    checkpoint.mkdir(parents=True)
-    for named in (tmp_path / "run", checkpoint.parent):
-        assert own_tokenizer_path(named) == tmp_path / "run" / "tokenizer"
-    assert own_tokenizer_path(checkpoint) == checkpoint / "tokenizer"
-    (tmp_path / "config.json").write_text("{}")
-    assert own_tokenizer_path(tmp_path) == tmp_path
 
 
 def test_a_tokenizer_has_the_class_name_that_older_readers_know(tokenizer_path: str, tmp_path: Path) -> None:

@@ -238,33 +238,12 @@ def test_a_model_in_fewer_bits_is_the_same_and_a_trained_one_is_not():
     noted = base_sample("w", weight)
     for dtype in (torch.bfloat16, torch.float16):
         assert not is_other_base(noted, {"w": weight.to(dtype)}.get)
+    large = torch.zeros(5120, 5120, dtype=torch.bfloat16)
+    noted_zeros = base_sample("w", large)
+    large[-1, -1] = 1.0
+    assert is_other_base(noted_zeros, {"w": large}.get)
     changed = weight + 0.01 * weight.std() * torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     assert is_other_base(noted, {"w": changed}.get)
-
-
-def test_a_change_in_a_large_weight_is_noticed():
-    weight = torch.zeros(5120, 5120, dtype=torch.bfloat16)
-    weight[-1, -1] = 1.0
-    noted = base_sample("w", weight)
-    assert not is_other_base(noted, {"w": weight}.get)
-    assert is_other_base(noted, {"w": torch.zeros(5120, 5120)}.get)
-
-
-def test_a_regular_expression_for_ranks_decides_which_base_fits(base, tokenizer_path, tmp_path):
-    folder = exported(tmp_path, base, tokenizer_path, METHODS["mora1"] | ADAPTERS_ONLY, "peft-mora")
-    config = folder / "adapter_config.json"
-    settings = json.loads(config.read_text())
-    assert not AdapterFolder(folder).fits("model.layers.0.mlp.up_proj", 24, 80)
-    config.write_text(json.dumps(settings | {"rank_pattern": {r".*\.up.proj": 4}}))
-    assert not AdapterFolder(folder).fits("model.layers.0.mlp.up_proj", 24, 80)
-    assert AdapterFolder(folder).fits("model.layers.0.mlp.up_proj", 24, 40)
-
-
-@each("dtype", [torch.bfloat16, torch.float16])
-def test_a_base_saved_in_another_precision_is_the_same(base, tokenizer_path, tmp_path, dtype):
-    folder = exported(tmp_path, base, tokenizer_path, METHODS["lora"] | ADAPTERS_ONLY, "peft")
-    AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(tmp_path / "half")
-    load_model(folder, torch.float32, tmp_path / "half")
 
 
 @each("dtype", [torch.bfloat16, torch.float16])

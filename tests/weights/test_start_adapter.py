@@ -221,21 +221,6 @@ def test_scales_are_compared_layer_by_layer(refuses, base, adapters, tmp_path):
     )
 
 
-def test_an_adapter_of_some_layers_is_reported(refuses, base, adapters, tmp_path):
-    some = _changed(adapters["lora"], tmp_path / "some", {}, drop="layers.1.")
-    refuses(base, some, METHODS["lora"] | ADAPTERS_ONLY, "is missing in", "merge it into its model")
-
-
-def test_a_square_of_another_model_is_refused(refuses, adapters, tmp_path):
-    wide = save_base(tmp_path / "wide", intermediate_size=80)
-    messages = (
-        "R is 16 in the adapter",
-        str(adapters["mora1"]),
-        "give the model that it was trained on in model.init_from",
-    )
-    refuses(wide, adapters["mora1"], METHODS["mora1"] | ADAPTERS_ONLY, *messages)
-
-
 def test_an_adapter_of_other_weights_of_the_same_sizes_is_refused(pools, adapters, inputs, tokenizer_path, tmp_path):
     other = save_base(tmp_path / "base", seed=8)
     config = config_of(
@@ -251,15 +236,3 @@ def test_an_adapter_is_not_an_initial_model(base, adapters, inputs, tokenizer_pa
     model = {"config": str(base / "config.json"), "init_from": str(adapters["lora"])}
     with pytest.raises(ConfigError, match=r"holds an adapter without its model; .* and the adapter in model\.adapter"):
         check_start(run_config(inputs, tokenizer_path, tmp_path, model=model))
-
-
-def test_an_adapter_trained_on_a_model_elsewhere_is_reported(base, adapters, inputs, tokenizer_path, tmp_path, caplog):
-    from relora_mora.model.config import read_model_config
-    from relora_mora.train.begin.start_adapter import check_adapter
-
-    other = save_base(tmp_path / "other")
-    config = config_of(
-        inputs, tokenizer_path, tmp_path / "run", other, adapters["lora"], METHODS["lora"] | ADAPTERS_ONLY
-    )
-    check_adapter(config, read_model_config(config.model))
-    assert f"was trained on {base}, and model.init_from is {other}" in caplog.text
