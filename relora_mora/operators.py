@@ -116,6 +116,10 @@ class Operator(ABC):
         """dM [R, R] = (D^T dy)^T (C x), from dy [..., out] and compressed = ``compress_for_gradient(x)``."""
         return transposed_product(self.decompress_transposed(dy), compressed)
 
+    def gradients(self, compressed: Tensor, dy: Tensor, M: Tensor) -> tuple[Tensor]:
+        """For :class:`relora_mora.adapters.layers.FrozenProduct`."""
+        return (self.square_gradient(compressed, dy),)
+
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(type {self.mora_type}, "

@@ -7,15 +7,15 @@ the readable reference, and the only form that allows dropout.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, KeysView, Sequence
-from typing import Any, ClassVar, Self, cast
+from collections.abc import Callable, Iterator, KeysView, Sequence
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relora_mora.adapters.scope import Caller
-from relora_mora.adapters.stored import PLAIN, FrozenProduct, Stored
+from relora_mora.adapters.stored import PLAIN, Stored
 from relora_mora.config.schema import MethodConfig
 from relora_mora.system.seeds import derived_seed
 
@@ -66,11 +66,6 @@ class AdapterLinear(nn.Module):
     def share_input(cls, parent: nn.Module, layers: Sequence[Self]) -> None:
         """Called with the layers in ``parent``, some of which may see the same input. A subclass may ignore it."""
 
-    @classmethod
-    @abstractmethod
-    def parameters_for(cls, method: MethodConfig, in_features: int, out_features: int) -> int:
-        """The number of trainable parameters for a weight [out, in]."""
-
     @property
     @abstractmethod
     def adapter_names(self) -> tuple[str, ...]:
@@ -80,9 +75,10 @@ class AdapterLinear(nn.Module):
     def delta_of(self, *parameters: Tensor) -> Tensor:
         """The delta [out, in] of an adapter with these values, in the order of ``adapter_names``."""
 
+    @property
     @abstractmethod
-    def build_merged(self, weight: Tensor) -> Tensor:
-        """weight + delta [out, in] with the current values, a new tensor; not differentiable"""
+    def algebra(self) -> "Algebra":
+        """What :class:`FrozenProduct` knows of the adapter."""
 
     @abstractmethod
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
@@ -98,9 +94,6 @@ class AdapterLinear(nn.Module):
 
         alpha is ``method.lora_alpha`` if the adapter uses it, else r.
         """
-
-    @abstractmethod
-    def _merged(self, x: Tensor) -> Tensor: ...
 
     @abstractmethod
     def _delta(self, x: Tensor) -> Tensor:
@@ -152,12 +145,24 @@ class AdapterLinear(nn.Module):
         y = self._merged(x) if self.uses_merged_form(x.numel() // self.in_features) else self._decoupled(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def _merged(self, x: Tensor) -> Tensor:
+        parameters = [getattr(self, name) for name in self.adapter_names]
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        kept = self._for_gradients(x) if trains else None
+        return FrozenProduct.apply(
+            x, self.base_weight, self.merged_weight, self.stored, self.algebra, kept, *parameters
+        )
+
+    def _for_gradients(self, x: Tensor) -> Tensor:
+        """What :meth:`Algebra.gradients` needs of x."""
+        return x
+
     def _decoupled(self, x: Tensor) -> Tensor:
         """x [..., in] -> ``W x + delta x`` [..., out], with dropout of the second x"""
         if self.stored == PLAIN:
             base = self.stored.linear(x, self.base_weight)
         else:
-            base = FrozenProduct.apply(x, self.base_weight, self.stored)
+            base = FrozenProduct.apply(x, self.base_weight, self.base_weight, self.stored, self.algebra, None)
         return base + self._delta(F.dropout(x, self.dropout) if self.drops else x)
 
     @property
@@ -171,6 +176,10 @@ class AdapterLinear(nn.Module):
         if self.resident and self.merged_weight is None:
             weight = self.stored.dense(self.base_weight, torch.float32)
             self.merged_weight = self.stored.encode(self.build_merged(weight))
+
+    def build_merged(self, weight: Tensor) -> Tensor:
+        """weight + delta [out, in] with the current values, a new tensor; not differentiable"""
+        return _add_delta(self.algebra, weight, [getattr(self, name) for name in self.adapter_names])
 
     def drop_merged(self) -> None:
         """Must be called whenever W, the adapter or its operator changes."""
@@ -212,6 +221,72 @@ class AdapterLinear(nn.Module):
     def extra_repr(self) -> str:
         dropout = f", dropout={self.dropout:g}" if self.dropout else ""
         return f"{self.in_features} -> {self.out_features}, form={self.form}{dropout}"
+
+
+class Algebra(Protocol):
+    """The part of an adapter's arithmetic that is not left to autograd: an ``Operator`` or a ``LowRank``."""
+
+    @property
+    def add_delta(self) -> Callable[..., Tensor]:
+        """(weight [out, in], *parameters, after) -> weight + delta, a new tensor; ``kernels.expand_add`` has after"""
+
+    @property
+    def gradients(self) -> Callable[..., tuple[Tensor, ...]]:
+        """(what ``_for_gradients`` returned, dy [..., out], *parameters) -> the gradients of the parameters"""
+
+
+class FrozenProduct(torch.autograd.Function):
+    """``x (W + delta)^T``, where W does not train.
+
+    ``ready`` is the stored matrix to multiply with, if there is one: W itself, or a resident ``W + delta``. Otherwise
+    ``W + delta`` is built in forward and again in backward. ``kept`` is what the gradients of the parameters need of x,
+    or None if they do not train.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        ready: Tensor | None,
+        stored: Stored,
+        algebra: Algebra,
+        kept: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, ready, kept, *parameters)
+        ctx.stored = stored
+        ctx.algebra = algebra
+        if ready is not None:
+            return stored.linear(x, ready)
+        return F.linear(x, _add_delta(algebra, stored.dense(weight, x.dtype), parameters).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        weight, ready, kept, *parameters = ctx.saved_tensors
+        dy = grads[0]
+        dx = None
+        if ctx.needs_input_grad[0] and ready is not None:
+            dx = ctx.stored.linear_transposed(dy, ready)
+        elif ctx.needs_input_grad[0]:
+            dense = ctx.stored.dense(weight, dy.dtype, after=dy)
+            dx = dy @ _add_delta(ctx.algebra, dense, parameters, after=dy).to(dy.dtype)
+        gradients = [None] * len(parameters) if kept is None else ctx.algebra.gradients(kept, dy, *parameters)
+        return dx, None, None, None, None, None, *gradients
+
+
+def _add_delta(algebra: Algebra, weight: Tensor, parameters: Sequence[Tensor], after: Tensor | None = None) -> Tensor:
+    return algebra.add_delta(weight, *(parameter.to(weight.dtype) for parameter in parameters), after=after)
+
+
+def refuse_second_derivatives() -> None:
+    """Called in the backward of a function that computes no graph of itself."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # autograd was called with create_graph
+        raise RuntimeError(
+            "the merged form of an adapter and weights in 8 bits have no second derivatives; use the form decoupled, "
+            "and weights that are not in 8 bits"
+        )
 
 
 def layer_generator(seed: int, layer: str, merges_done: int) -> torch.Generator:

@@ -13,7 +13,6 @@ int32, or float32 for fp8. The gradients of an adapter use the x and dy that are
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +32,6 @@ class Plain:
     """The weight is stored as it is, in the compute type."""
 
     multiplies = False
-
-    def bytes_of(self, elements: int, width: int) -> int:
-        """Bytes of a weight in a model whose compute type has ``width`` bytes."""
-        return width * elements
 
     def encode(self, weight: Tensor) -> Tensor:
         return weight
@@ -76,13 +71,6 @@ class EightBits:
         padded = (-(-size // ALIGNED) * ALIGNED if on_gpu else size for size in (out_features, in_features))
         return cls(kind, multiplies, out_features, in_features, *padded)
 
-    def bytes_of(self, elements: int, width: int) -> int:
-        return self._size
-
-    @property
-    def _size(self) -> int:
-        return self._scales_start + 4 * self.padded_out
-
     @property
     def _scales_start(self) -> int:
         return -(-self.padded_out * self.padded_in // ALIGNED) * ALIGNED
@@ -98,7 +86,7 @@ class EightBits:
 
     def empty(self, weight: Tensor) -> Tensor:
         """A stored tensor of zeros, on the device of a weight [out, in]"""
-        return torch.zeros(self._size, dtype=torch.uint8, device=weight.device)
+        return torch.zeros(self._scales_start + 4 * self.padded_out, dtype=torch.uint8, device=weight.device)
 
     def parts(self, stored: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the stored tensor: values [padded out, padded in] and float32 scales [padded out]."""
@@ -147,31 +135,6 @@ def _multiply(
 
 def _with_copies(y: Tensor, slots_of: Tensor | None, grouping: Grouping | None) -> Tensor:
     return y if slots_of is None or grouping is None else y + grouping.copy(slots_of)
-
-
-class FrozenProduct(torch.autograd.Function):
-    """``W x`` for a weight that is not stored as it is. Backward keeps the stored tensor only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stored: Tensor, form: "Stored") -> Tensor:
-        ctx.save_for_backward(stored)
-        ctx.form = form
-        return form.linear(x, stored)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        refuse_second_derivatives()
-        (stored,) = ctx.saved_tensors
-        return ctx.form.linear_transposed(grads[0], stored) if ctx.needs_input_grad[0] else None, None, None
-
-
-def refuse_second_derivatives() -> None:
-    """Called in the backward of a function that computes no graph of itself."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # autograd was called with create_graph
-        raise RuntimeError(
-            "the merged form of an adapter and weights in 8 bits have no second derivatives; use the form decoupled, "
-            "and weights that are not in 8 bits"
-        )
 
 
 def with_products(

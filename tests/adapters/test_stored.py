@@ -131,7 +131,7 @@ def test_a_stored_weight_takes_one_byte_and_survives_padding(base):
     plain = EightBits.of(base, OUT - 3, IN - 1, multiplies=True, on_gpu=False)
     stored = plain.encode(weight[:-3, :-1])
     assert torch.equal(plain.dense(stored, torch.float32), odd.dense(padded, torch.float32))
-    assert stored.nbytes == plain.bytes_of(0, 2) <= (OUT - 3) * (IN - 1) + 4 * (OUT - 3) + 15
+    assert stored.nbytes == plain.empty(weight).nbytes <= (OUT - 3) * (IN - 1) + 4 * (OUT - 3) + 15
     assert torch.equal(stored, plain.encode(plain.dense(stored, torch.float32))), "rounding twice changes nothing"
     x = torch.randn(5, IN - 1, generator=torch.Generator().manual_seed(3))
     assert torch.equal(plain.linear(x, stored), odd.linear(x, padded))
