@@ -7,7 +7,7 @@ and round once, while torch rounds after every piece of a grouping (tests/kernel
 """
 
 from relora_mora.kernels.cpu import available
-from relora_mora.kernels.grouping import Grouping, contiguous, interleaved, wrapped_interleaved
+from relora_mora.kernels.grouping import Grouping, contiguous
 from relora_mora.kernels.ops import (
     cross_entropy_,
     dense,
@@ -18,7 +18,6 @@ from relora_mora.kernels.ops import (
     multiply_rows,
     quantize_rows,
     rotary_add,
-    scale_rows,
     supports,
 )
 
@@ -32,11 +31,8 @@ __all__ = [
     "disabled",
     "expand_add",
     "group_sum",
-    "interleaved",
     "multiply_rows",
     "quantize_rows",
     "rotary_add",
-    "scale_rows",
     "supports",
-    "wrapped_interleaved",
 ]

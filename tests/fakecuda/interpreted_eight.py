@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from relora_mora.kernels import contiguous, interleaved, reference, triton_eight, wrapped_interleaved
+from relora_mora.kernels import reference, triton_eight
+from relora_mora.kernels.grouping import contiguous, interleaved, wrapped_interleaved
 
 
 def _rows(n: int, features: int, dtype: torch.dtype) -> torch.Tensor:

@@ -15,15 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from relora_mora.adapters.mora import MoRALinear
-from relora_mora.kernels import (
-    Grouping,
-    contiguous,
-    interleaved,
-    ops,
-    reference,
-    triton_groups,
-    wrapped_interleaved,
-)
+from relora_mora.kernels import ops, reference, triton_groups
+from relora_mora.kernels.grouping import Grouping, contiguous, interleaved, wrapped_interleaved
 from tests.tools import kernels as shared
 
 integers = functools.partial(shared.integers, bound=100)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relora_mora import kernels
-from relora_mora.kernels import contiguous, cpu, multiply_rows, quantize_rows, wrapped_interleaved
+from relora_mora.kernels import contiguous, cpu, multiply_rows, quantize_rows
+from relora_mora.kernels.grouping import wrapped_interleaved
 from tests.tools.each import each
 from tests.tools.kernels import WITH_LIBRARY, compiled_only
 

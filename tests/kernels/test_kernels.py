@@ -11,16 +11,8 @@ import torch
 
 from relora_mora import kernels
 from relora_mora.config.registry import OPERATORS
-from relora_mora.kernels import (
-    Grouping,
-    contiguous,
-    cpu,
-    cuda,
-    expand_add,
-    group_sum,
-    interleaved,
-    wrapped_interleaved,
-)
+from relora_mora.kernels import Grouping, contiguous, cpu, cuda, expand_add, group_sum
+from relora_mora.kernels.grouping import interleaved, wrapped_interleaved
 from tests.tools.each import each
 from tests.tools.kernels import WITH_LIBRARY, compiled_only, integers
 

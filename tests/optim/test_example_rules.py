@@ -11,7 +11,7 @@ from torch import Tensor
 
 from relora_mora.config.optim import OptimConfig
 from relora_mora.optim.own import own_rule
-from relora_mora.optim.rules import MatrixRule, MatrixState, new_state, shapes_of
+from relora_mora.optim.rules import MatrixRule, MatrixState, shapes_of
 from relora_mora.system.seeds import derived_seed
 from tests.tools.each import each
 from tests.tools.rules import EXAMPLES, matrices_settings
@@ -29,7 +29,7 @@ def _rule(name: str, **settings: Any) -> MatrixRule:
 
 
 def _state(rule: MatrixRule, shape: tuple[int, int]) -> MatrixState:
-    return new_state(SEED, shapes_of(rule, *shape))
+    return MatrixState(SEED, shapes_of(rule, *shape))
 
 
 def _gradients(shape: tuple[int, int]) -> list[Tensor]:

@@ -16,7 +16,7 @@ from relora_mora.operators import make_operator
 from relora_mora.optim import muon
 from relora_mora.optim.groups import matrix_rules
 from relora_mora.optim.muon import Muon, orthogonalize
-from relora_mora.optim.rules import new_state
+from relora_mora.optim.rules import MatrixState
 from tests.tools.each import each
 from tests.tools.memory import PeakBytes
 
@@ -30,7 +30,7 @@ def _matrices(shape: tuple[int, int], count: int = 3) -> torch.Tensor:
 
 def _updates(rule: Muon, gradients: Tensor) -> Tensor:
     """Of several matrices, after the element-wise part."""
-    return rule.update_stack(gradients, [new_state(0, {})] * len(gradients))
+    return rule.update_stack(gradients, [MatrixState(0, {})] * len(gradients))
 
 
 @each("shape", SHAPES)
@@ -94,7 +94,7 @@ def test_steps_follow_the_formulas(shape, nesterov):
     for gradient in _matrices(shape, 5) * torch.tensor([1.0, 3.0, 0.1, 2.0, 5.0]).view(5, 1, 1):
         expected = reference.step(gradient)
         rule.update_moments(gradient, moments)
-        actual = rule.update(gradient, new_state(0, {}))
+        actual = rule.update(gradient, MatrixState(0, {}))
         assert torch.linalg.vector_norm(actual - expected) < 1e-4 * torch.linalg.vector_norm(expected)
 
 
@@ -148,7 +148,7 @@ def _step_of_the_weight(kind: int, shape: tuple[int, int, int]) -> tuple[torch.T
     """
     D, C = _operator_matrices(kind, *shape)
     gradient = torch.randn(shape[1], shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    step = D @ Muon(OptimConfig()).update(D.mT @ gradient @ C.mT, new_state(0, {})) @ C
+    step = D @ Muon(OptimConfig()).update(D.mT @ gradient @ C.mT, MatrixState(0, {})) @ C
     return step, D @ torch.linalg.pinv(D) @ gradient @ torch.linalg.pinv(C) @ C
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from relora_mora.config.load import load_config
 from relora_mora.config.optim import OptimConfig
 from relora_mora.optim.own import RuleError, own_rule, with_rule
-from relora_mora.optim.rules import MatrixRule, MatrixState, new_state, shapes_of
+from relora_mora.optim.rules import MatrixRule, MatrixState, shapes_of
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
 from tests.tools.tiny import tiny_config
@@ -98,7 +98,7 @@ def test_the_rule_in_the_documents_is_one(tmp_path):
     path = tmp_path / "factored.py"
     path.write_text(code)
     rule = _rule(f"{path}:Factored", momentum=0.8)
-    state = new_state(0, shapes_of(rule, 2, 3))
+    state = MatrixState(0, shapes_of(rule, 2, 3))
     weight = torch.nn.Parameter(torch.zeros(2, 3))
     adam = torch.optim.Adam([weight], lr=1.0, betas=(0.8, 0.99), eps=1e-12)
     for _ in range(3):
@@ -158,7 +158,7 @@ def test_a_run_records_the_digest_of_the_file_and_can_insist_on_it(file):
     changed = with_rule(tiny_config(optim={"matrices": f"{file}:Sign"}))
     assert changed.optim.rule_digest not in (None, digest)
     rule = own_rule(changed.optim)
-    assert rule.update(torch.ones(2, 3), new_state(0, shapes_of(rule, 2, 3))).sum() == -6  # the new code
+    assert rule.update(torch.ones(2, 3), MatrixState(0, shapes_of(rule, 2, 3))).sum() == -6  # the new code
     assert with_rule(tiny_config()).optim.rule_digest is None
 
 
@@ -195,11 +195,11 @@ def test_states_that_a_checkpoint_cannot_have_are_refused(shapes):
 
 def test_an_update_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"^optim\.matrices: Given\.update returned the shape \[3, 2\]"):
-        Given({}, torch.zeros(3, 2)).update_stack(torch.zeros(1, 2, 3), [new_state(0, {})])
+        Given({}, torch.zeros(3, 2)).update_stack(torch.zeros(1, 2, 3), [MatrixState(0, {})])
 
 
 def test_an_assigned_state_is_copied_and_keeps_its_shape():
-    state = new_state(7, {"average": (2, 3), "updates": ()})
+    state = MatrixState(7, {"average": (2, 3), "updates": ()})
     before = state["average"]
     state["average"] = torch.ones(2, 3, dtype=torch.float64)
     state["updates"] += 1
@@ -215,7 +215,7 @@ def test_an_assigned_state_is_copied_and_keeps_its_shape():
 
 def test_draws_depend_on_the_matrix_and_the_number_only():
     def drawn(seed: int, number: int) -> Tensor:
-        return torch.randn(9, generator=new_state(seed, {}).generator(number))
+        return torch.randn(9, generator=MatrixState(seed, {}).generator(number))
 
     assert torch.equal(drawn(1, 2), drawn(1, 2))
     assert not any(torch.equal(drawn(1, 2), other) for other in (drawn(1, 3), drawn(2, 2)))
