@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relora_mora.adapters.scope import Caller
-from relora_mora.adapters.stored import PLAIN, Stored
+from relora_mora.adapters.stored import PLAIN, EightBits, Stored
 from relora_mora.config.schema import MethodConfig
 from relora_mora.system.seeds import derived_seed
 
@@ -36,31 +36,25 @@ class AdapterLinear(nn.Module):
     # the merged form is faster if tokens * (in + out) / (in * out) is at least this, as measured (docs/method.md)
     break_even: ClassVar[float]
 
-    def __init__(self, linear: nn.Linear, form: str, dropout: float = 0.0) -> None:
+    def __init__(
+        self, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None = None
+    ) -> None:
+        """Takes the weight of ``linear``; draws initial values from ``generator``.
+
+        ``mora_type`` is the operator, if the adapter has one (default: the first of the cycle).
+        """
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self.form = form
-        self.dropout = dropout
-        self.resident = form == "resident"
+        self.form = method.form
+        self.dropout = method.dropout
+        self.resident = method.form == "resident"
         self.merged_weight: Tensor | None = None  # the current W + delta; never saved
         self.stored: Stored = PLAIN  # how W is stored, and the resident W + delta too
-        self.packed = False  # whether it is stored so already
         self.name = ""  # in the model, for messages
         self.callers: tuple[Caller, ...] = ()  # the modules around this one, innermost first; see weight
         self.register_parameter("weight", cast(nn.Parameter, linear.weight))
-        self.base_weight.requires_grad_(False)
         self.bias: Tensor | None = linear.bias
-
-    @classmethod
-    @abstractmethod
-    def from_settings(
-        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None
-    ) -> Self:
-        """Builds the layer from a linear, with initial values from ``generator``.
-
-        ``mora_type`` is the operator, if the adapter has one.
-        """
 
     @classmethod
     def share_input(cls, parent: nn.Module, layers: Sequence[Self]) -> None:
@@ -206,11 +200,10 @@ class AdapterLinear(nn.Module):
 
         ``empty``: the values will be written later.
         """
-        if self.stored != PLAIN and not self.packed:
+        if isinstance(self.stored, EightBits) and self.base_weight.dtype != torch.uint8:
             change = self.stored.empty if empty else self.stored.encode
             packed = change(self.base_weight.detach())
             self.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
-            self.packed = True
 
     def _replicate_for_data_parallel(self) -> Self:
         raise RuntimeError(

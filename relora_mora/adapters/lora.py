@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -35,26 +34,14 @@ class LoRALinear(AdapterLinear):
     break_even = 1.5
 
     def __init__(
-        self,
-        linear: nn.Linear,
-        lora_rank: int,
-        alpha: float | None,
-        generator: torch.Generator,
-        form: str = "auto",
-        dropout: float = 0.0,
+        self, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None = None
     ) -> None:
-        super().__init__(linear, form, dropout)
-        self.lora_rank = lora_rank
-        self.scale = (lora_rank if alpha is None else alpha) / lora_rank
+        super().__init__(linear, method, generator)
+        self.lora_rank = method.rank
+        self.scale = (method.rank if method.lora_alpha is None else method.lora_alpha) / method.rank
         dtype = linear.weight.dtype
         self.lora_A = nn.Parameter(self.fresh("lora_A", generator).to(dtype))
         self.lora_B = nn.Parameter(self.fresh("lora_B", generator).to(dtype))
-
-    @classmethod
-    def from_settings(
-        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None
-    ) -> Self:
-        return cls(linear, method.rank, method.lora_alpha, generator, method.form, method.dropout)
 
     @property
     def adapter_names(self) -> tuple[str, ...]:

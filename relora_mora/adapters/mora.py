@@ -39,21 +39,16 @@ class MoRALinear(AdapterLinear):
 
     break_even = 0.25
 
-    def __init__(self, linear: nn.Linear, size: int, mora_type: int, form: str = "auto", dropout: float = 0.0) -> None:
-        super().__init__(linear, form, dropout)
-        self.square_size = size
+    def __init__(
+        self, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None = None
+    ) -> None:
+        super().__init__(linear, method, generator)
+        self.square_size = size = layer_square_size(method, linear.in_features, linear.out_features)
         self.mora_M = nn.Parameter(torch.zeros(size, size, dtype=linear.weight.dtype))
         self.shared_input: SharedInput | None = None
-        self.set_operator(mora_type)
+        self.set_operator(mora_type or method.operators[0])
 
     operator: Operator
-
-    @classmethod
-    def from_settings(
-        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None
-    ) -> Self:
-        size = layer_square_size(method, linear.in_features, linear.out_features)
-        return cls(linear, size, mora_type or method.operators[0], method.form, method.dropout)
 
     @classmethod
     def share_input(cls, parent: nn.Module, layers: Sequence[Self]) -> None:

@@ -36,10 +36,6 @@ class Plain:
     def encode(self, weight: Tensor) -> Tensor:
         return weight
 
-    def empty(self, weight: Tensor) -> Tensor:
-        """Zeros in place of the stored tensor, which take no memory until something is written."""
-        return torch.zeros_like(weight)
-
     def dense(self, stored: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
         """The weight [out, in]; products cast it."""
         return stored

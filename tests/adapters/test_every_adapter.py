@@ -30,7 +30,7 @@ def layer_of(name: str) -> AdapterLinear:
     torch.manual_seed(0)
     linear = nn.Linear(INPUTS, OUTPUTS, bias=False, dtype=torch.float64)
     method = MethodConfig(name=name, rank=3, form="merged")
-    layer = layer_class(method).from_settings(linear, method, torch.Generator().manual_seed(1), None)
+    layer = layer_class(method)(linear, method, torch.Generator().manual_seed(1))
     for key in layer.adapter_names:
         nn.init.normal_(layer.get_parameter(key), std=0.3)
     return layer
@@ -91,7 +91,7 @@ def test_it_has_its_first_values_even_if_the_weight_has_none_yet(name: str) -> N
     """A run adds the adapters to a model on meta; whatever is still on meta then is drawn as a weight of the model."""
     linear = nn.Linear(INPUTS, OUTPUTS, bias=False, device="meta")
     method = MethodConfig(name=name, rank=3)
-    layer = layer_class(method).from_settings(linear, method, torch.Generator().manual_seed(1), None)
+    layer = layer_class(method)(linear, method, torch.Generator().manual_seed(1))
     values = values_of(layer)
     assert not any(value.is_meta for value in values)
     assert not layer.delta_of(*values).any()

@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from relora_mora.adapters.inject import choose_storage, inject
+from relora_mora.adapters.inject import choose_storage, inject, layer_class
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers
-from relora_mora.adapters.lora import LoRALinear
-from relora_mora.adapters.mora import MoRALinear
 from relora_mora.adapters.stored import EightBits, check_device, with_products
 from relora_mora.config.load import ConfigError
 from relora_mora.config.registry import OPERATORS
@@ -32,13 +30,12 @@ def _layer(kind: str, form: str, stored: EightBits | None, *, operator: int = 1)
     with torch.no_grad():
         linear.weight.copy_(torch.randn(OUT, IN, generator=generator) * 0.05)
         linear.bias.copy_(torch.randn(OUT, generator=generator))
-    layer: AdapterLinear
-    if kind == "lora":
-        layer = LoRALinear(linear, 8, None, generator, form)
-        layer.lora_B.data = torch.randn(OUT, 8, generator=generator) * 0.02
-    else:
-        layer = MoRALinear(linear, 50, operator, form)
-        layer.mora_M.data = torch.randn(50, 50, generator=generator) * 0.01
+    linear.weight.requires_grad_(False)
+    method = MethodConfig(name=kind, rank=8, square_size=50, operators=[operator], form=form)
+    layer = layer_class(method)(linear, method, generator)
+    name, size = ("lora_B", 0.02) if kind == "lora" else ("mora_M", 0.01)
+    parameter = layer.get_parameter(name)
+    parameter.data = torch.randn(parameter.shape, generator=generator) * size
     if stored is not None:
         layer.stored = stored
         layer.pack()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from relora_mora.adapters.mora import MoRALinear
+from relora_mora.config.schema import MethodConfig
 from relora_mora.kernels import ops, reference, triton_groups
 from relora_mora.kernels.grouping import Grouping, contiguous, interleaved, wrapped_interleaved
 from tests.tools import kernels as shared
@@ -136,7 +137,8 @@ def kernels_of_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("mora_type", [1, 2, 3, 4])
 def test_a_layer_with_these_kernels_has_the_gradients_of_the_textbook_form(mora_type: int) -> None:
     torch.manual_seed(0)
-    layer = MoRALinear(nn.Linear(50, 61, bias=False), 19, mora_type, "merged")
+    method = MethodConfig(name="mora", square_size=19, operators=[mora_type], form="merged")
+    layer = MoRALinear(nn.Linear(50, 61, bias=False), method, torch.Generator())
     nn.init.normal_(layer.mora_M, std=0.3)
     textbook = copy.deepcopy(layer)
     textbook.form = "decoupled"
