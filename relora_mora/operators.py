@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from relora_mora.config.registry import OPERATORS
-from relora_mora.kernels import Grouping, expand_add, group_sum, grouping, reference, rotary_add
+from relora_mora.kernels import grouping, reference
+from relora_mora.kernels.grouping import Grouping
+from relora_mora.kernels.ops import expand_add, group_sum, rotary_add
 
 MORA_TYPES = tuple(OPERATORS)
 ALIGNED = 16  # features; on a GPU, rows of matrix operands are padded to whole vectors of its matrix units
@@ -98,7 +100,7 @@ class Operator(ABC):
         return self.delta(M)
 
     def add_delta(self, weight: Tensor, M: Tensor, after: Tensor | None = None) -> Tensor:
-        """weight + delta(M) [out, in], a new tensor; not differentiable. See ``kernels.expand_add`` for ``after``."""
+        """weight + delta(M) [out, in], a new tensor; not differentiable. See ``ops.expand_add`` for ``after``."""
         return weight + self.delta(M)
 
     def compress_for_gradient(self, x: Tensor) -> Tensor:

@@ -191,14 +191,3 @@ def test_carried_second_moments_are_no_less_than_the_squares_of_the_first(before
     first = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     shares = new.carry(torch.ones(size, size), old)
     assert (new.carry(first, old).square() <= shares * new.carry(first.square(), old) + 1e-5).all()
-
-
-def test_contiguous_longer_slots_come_first():
-    op = make_operator(2, 7, 5, 3)
-    assert op.compress(torch.arange(7.0)).tolist() == [0 + 1 + 2, 3 + 4, 5 + 6]
-    assert op.decompress(torch.tensor([1.0, 2.0, 3.0])).tolist() == [1, 1, 2, 2, 3]
-
-
-def test_wrapped_features_count_twice():
-    op = make_operator(1, 4, 4, 3)
-    assert op.compress(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [1 + 4, 2 + 1, 3 + 2]

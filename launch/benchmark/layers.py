@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from launch.benchmark.turns import chosen_device, seconds_of, take_turns
-from relora_mora import kernels
 from relora_mora.adapters.inject import choose_storage, replace_linears
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.cli.arguments import PositiveInt
 from relora_mora.config.registry import METHODS, OPERATORS
 from relora_mora.config.schema import MethodConfig, ModelConfig
+from relora_mora.kernels import ops
 from relora_mora.model.config import read_model_config
 from relora_mora.model.widths import head_width
 from relora_mora.operators import MORA_TYPES
@@ -90,7 +90,7 @@ def main(
     ratios = {name: value / milliseconds["frozen"] for name, value in milliseconds.items()}
     print(
         f"{device_name()}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, "
-        f"operator {operator}; kernels: {kernels.describe(place.type)}"
+        f"operator {operator}; kernels: {ops.describe(place.type)}"
     )
     for name in VARIANTS:
         print(f"{name:20}{milliseconds[name]:10.3f} ms {ratios[name]:8.3f}")
@@ -154,7 +154,7 @@ class Variant:
     def milliseconds(self) -> float:
         """The time of one forward and backward."""
         seconds = 0.0
-        with kernels.disabled() if self.torch_only else contextlib.nullcontext():
+        with ops.disabled() if self.torch_only else contextlib.nullcontext():
             for x, layers, gradients in self.groups:
                 output = x.clone()  # another module's output, as in a model
                 seconds += seconds_of(partial(_forward_and_backward, layers, output, gradients), self.device)

@@ -149,14 +149,14 @@ class AdapterLinear(nn.Module):
 
     def _for_gradients(self, x: Tensor) -> Tensor:
         """What :meth:`Algebra.gradients` needs of x."""
-        return x
+        return x.detach()  # torch's compiler cannot pass one tensor to a function twice
 
     def _decoupled(self, x: Tensor) -> Tensor:
         """x [..., in] -> ``W x + delta x`` [..., out], with dropout of the second x"""
         if self.stored == PLAIN:
             base = self.stored.linear(x, self.base_weight)
         else:
-            base = FrozenProduct.apply(x, self.base_weight, self.base_weight, self.stored, self.algebra, None)
+            base = FrozenProduct.apply(x, None, self.base_weight, self.stored, self.algebra, None)
         return base + self._delta(F.dropout(x, self.dropout) if self.drops else x)
 
     @property
@@ -221,7 +221,7 @@ class Algebra(Protocol):
 
     @property
     def add_delta(self) -> Callable[..., Tensor]:
-        """(weight [out, in], *parameters, after) -> weight + delta, a new tensor; ``kernels.expand_add`` has after"""
+        """(weight [out, in], *parameters, after) -> weight + delta, a new tensor; ``ops.expand_add`` has after"""
 
     @property
     def gradients(self) -> Callable[..., tuple[Tensor, ...]]:
@@ -229,30 +229,26 @@ class Algebra(Protocol):
 
 
 class FrozenProduct(torch.autograd.Function):
-    """``x (W + delta)^T``, where W does not train.
+    """``x (W + delta)^T``, where W does not train: (x, weight, ready, stored, algebra, kept, *parameters) -> y
 
     ``ready`` is the stored matrix to multiply with, if there is one: W itself, or a resident ``W + delta``. Otherwise
-    ``W + delta`` is built in forward and again in backward. ``kept`` is what the gradients of the parameters need of x,
-    or None if they do not train.
+    the sum of the stored ``weight`` and delta is built in forward and again in backward. ``kept`` is what the gradients
+    of the parameters need of x, or None if they do not train.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        ready: Tensor | None,
-        stored: Stored,
-        algebra: Algebra,
-        kept: Tensor | None,
-        *parameters: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        # not named in the signature: torch's compiler takes one with as many names as inputs for one without ctx
+        x, weight, ready, stored, algebra, kept, *parameters = given
         ctx.save_for_backward(weight, ready, kept, *parameters)
         ctx.stored = stored
         ctx.algebra = algebra
+        y: Tensor
         if ready is not None:
-            return stored.linear(x, ready)
-        return F.linear(x, _add_delta(algebra, stored.dense(weight, x.dtype), parameters).to(x.dtype))
+            y = stored.linear(x, ready)
+        else:
+            y = F.linear(x, _add_delta(algebra, stored.dense(weight, x.dtype), parameters).to(x.dtype))
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -157,7 +157,7 @@ class _DecoupledMoRA(torch.autograd.Function):
         ctx.save_for_backward(weight, M, compressed)
         ctx.operator = operator
         ctx.stored = stored
-        return stored.linear(x, weight, F.linear(compressed, M.to(x.dtype)), operator.outputs)
+        return stored.linear(x, weight, (F.linear(compressed, M.to(x.dtype)), operator.outputs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
@@ -167,7 +167,7 @@ class _DecoupledMoRA(torch.autograd.Function):
         reduced = ctx.operator.decompress_transposed(dy)
         dx = dM = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.stored.linear_transposed(dy, weight, reduced @ M.to(dy.dtype), ctx.operator.inputs)
+            dx = ctx.stored.linear_transposed(dy, weight, (reduced @ M.to(dy.dtype), ctx.operator.inputs))
         if ctx.needs_input_grad[2]:
             dM = transposed_product(reduced, compressed)
         return dx, None, dM, None, None

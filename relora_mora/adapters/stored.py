@@ -20,7 +20,8 @@ from torch import Tensor
 
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import MethodConfig
-from relora_mora.kernels import Grouping, contiguous, dense, multiply_rows, quantize_rows
+from relora_mora.kernels.grouping import Grouping, contiguous
+from relora_mora.kernels.ops import dense, multiply_rows, quantize_rows
 
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 OLDEST = {"int8": (8, 0), "fp8": (8, 9)}  # compute capabilities of the GPUs whose matrix units multiply them
@@ -90,47 +91,39 @@ class EightBits:
         return values.view(self.padded_out, self.padded_in), stored[self._scales_start :].view(torch.float32)
 
     def dense(self, stored: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
-        """The weight [out, in] in ``dtype``; see ``kernels.dense`` for ``after``."""
+        """The weight [out, in] in ``dtype``; see ``ops.dense`` for ``after``."""
         values, scales = (part[: self.out_features] for part in self.parts(stored))
         return dense(values[:, : self.in_features], scales, dtype, after)
 
-    def linear(
-        self, x: Tensor, stored: Tensor, slots_of: Tensor | None = None, grouping: Grouping | None = None
-    ) -> Tensor:
-        """x [..., in] -> W x [..., out], plus the copies of slots_of [..., slots] to the features of a grouping"""
+    def linear(self, x: Tensor, stored: Tensor, copies: tuple[Tensor, Grouping] | None = None) -> Tensor:
+        """x [..., in] -> W x [..., out], plus ``copies``: values of slots, copied to the features of a grouping"""
         if not self.multiplies:
-            return _with_copies(F.linear(x, self.dense(stored, x.dtype)), slots_of, grouping)
+            return _with_copies(F.linear(x, self.dense(stored, x.dtype)), copies)
         values, scales = self.parts(stored)
-        return _multiply(x, None, values.mT, scales, self.out_features, slots_of, grouping)
+        return _multiply(x, None, values.mT, scales, copies or (None, contiguous(self.out_features, self.out_features)))
 
-    def linear_transposed(
-        self, dy: Tensor, stored: Tensor, slots_of: Tensor | None = None, grouping: Grouping | None = None
-    ) -> Tensor:
-        """dy [..., out] -> W^T dy [..., in], plus the copies of slots_of [..., slots] to the features of a grouping"""
+    def linear_transposed(self, dy: Tensor, stored: Tensor, copies: tuple[Tensor, Grouping] | None = None) -> Tensor:
+        """dy [..., out] -> W^T dy [..., in], plus ``copies`` as in :meth:`linear`"""
         if not self.multiplies:
-            return _with_copies(dy @ self.dense(stored, dy.dtype, after=dy), slots_of, grouping)
+            return _with_copies(dy @ self.dense(stored, dy.dtype, after=dy), copies)
         values, scales = self.parts(stored)
-        return _multiply(dy, scales[: self.out_features], values, None, self.in_features, slots_of, grouping)
+        before = scales[: self.out_features]
+        return _multiply(dy, before, values, None, copies or (None, contiguous(self.in_features, self.in_features)))
 
 
 def _multiply(
-    x: Tensor,
-    before: Tensor | None,
-    matrix: Tensor,
-    after: Tensor | None,
-    features: int,
-    slots_of: Tensor | None,
-    grouping: Grouping | None,
+    x: Tensor, before: Tensor | None, matrix: Tensor, after: Tensor | None, copies: tuple[Tensor | None, Grouping]
 ) -> Tensor:
     """x [..., m] times before [m], in 8 bits, times matrix [>= m, n], times after [n] -> [..., features <= n]"""
     values, rows = quantize_rows(x.reshape(-1, x.shape[-1]), matrix.dtype, before, len(matrix))
-    slots = None if slots_of is None else slots_of.reshape(-1, slots_of.shape[-1])
-    grouping = grouping or contiguous(features, features)
-    return multiply_rows(values, rows, matrix, after, x.dtype, grouping, slots).view(*x.shape[:-1], features)
+    slots_of, grouping = copies
+    slots_of = None if slots_of is None else slots_of.reshape(-1, slots_of.shape[-1])
+    y = multiply_rows(values, rows, matrix, after, x.dtype, grouping, slots_of)
+    return y.view(*x.shape[:-1], grouping.features)
 
 
-def _with_copies(y: Tensor, slots_of: Tensor | None, grouping: Grouping | None) -> Tensor:
-    return y if slots_of is None or grouping is None else y + grouping.copy(slots_of)
+def _with_copies(y: Tensor, copies: tuple[Tensor, Grouping] | None) -> Tensor:
+    return y if copies is None else y + copies[1].copy(copies[0])
 
 
 def with_products(
@@ -168,10 +161,11 @@ def check_device(method: MethodConfig, *, bf16: bool, capability: tuple[int, int
     if capability < OLDEST[kind]:
         needed, have = (".".join(map(str, version)) for version in (OLDEST[kind], capability))
         problem = f"method.base: {kind} products need compute capability {needed}, and this GPU has {have}; {remedy}"
-        raise ConfigError([problem], "the settings")
-    if kind == "fp8" and not bf16:
+    elif kind == "fp8" and not bf16:
         problem = f"method.base: the results of fp8 products are in bf16; use train.precision=bf16, or {remedy[4:]}"
-        raise ConfigError([problem], "the settings")
+    else:
+        return
+    raise ConfigError([problem], "the settings")
 
 
 Stored = Plain | EightBits

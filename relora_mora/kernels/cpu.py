@@ -38,13 +38,12 @@ def load() -> ctypes.CDLL | str:
         return f"cannot be loaded ({error}); install the package again"
     library.remora_use.argtypes = [ctypes.c_int]
     library.remora_use.restype = ctypes.c_char_p
-    arguments: list[Any] = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64]
-    library.remora_sum.argtypes = library.remora_add.argtypes = arguments
-    library.remora_loss.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
-    rows: list[Any] = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64]
-    library.remora_quantize.argtypes = library.remora_scale.argtypes = rows
-    library.remora_sum.restype = library.remora_add.restype = library.remora_loss.restype = None
-    library.remora_quantize.restype = library.remora_scale.restype = None
+    job: list[Any] = [ctypes.c_int, ctypes.c_void_p]
+    rows, threads = [ctypes.c_int64], [ctypes.c_int]
+    scratch: list[Any] = [ctypes.c_void_p, ctypes.c_int64]
+    library.remora_sum.argtypes = library.remora_add.argtypes = job + threads + scratch
+    library.remora_quantize.argtypes = library.remora_scale.argtypes = job + rows + threads + scratch
+    library.remora_loss.argtypes = job + rows + threads
     return library
 
 

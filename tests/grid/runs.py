@@ -27,14 +27,14 @@ from tests.tools.runs import (
 
 def trained(config: Any, *, with_kernels: bool) -> list[Tokens]:
     """Trains with the compiled kernels or only with torch; returns this rank's batches."""
-    from relora_mora import kernels
+    from relora_mora.kernels import ops
 
     batches: list[Tokens] = []
 
     def watch(trainer: Any, share: Any) -> None:
         batches.append((share.batch.input_ids.clone(), share.batch.labels.clone()))
 
-    with contextlib.nullcontext() if with_kernels else kernels.disabled():
+    with contextlib.nullcontext() if with_kernels else ops.disabled():
         train(config, watch=watch)
     return batches
 

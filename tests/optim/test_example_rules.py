@@ -105,18 +105,6 @@ def test_a_rank_above_the_shorter_side_is_cut_to_that_side(name):
     assert all(torch.equal(a, b) for a, b in zip(wide, exact, strict=True))
 
 
-def test_galore_of_full_rank_is_adam_in_another_basis():
-    """The projection covers the whole space and is never renewed. With one row, the basis is the same as Adam's."""
-    updates = _updates(_rule("galore", every=100, scale=1.0, eps=1e-12), (1, 9))
-    weight = torch.nn.Parameter(torch.zeros(1, 9))
-    adam = torch.optim.Adam([weight], lr=1.0, betas=BETAS, eps=1e-12)
-    for update, gradient in zip(updates, _gradients((1, 9)), strict=True):
-        before = weight.detach().clone()
-        weight.grad = gradient
-        adam.step()
-        assert torch.allclose(before - weight, update, rtol=1e-4, atol=1e-6)
-
-
 @each("done", [0, EVERY, 2 * EVERY])
 @each("shape", [(5, 31), (31, 5)])
 def test_a_matrix_of_galore_whose_projection_is_due_waits_for_a_gradient(shape, done):

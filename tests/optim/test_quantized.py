@@ -160,17 +160,6 @@ def test_without_a_gradient_there_is_no_step():
     assert update.any(dim=1).all()
 
 
-def test_rows_without_a_gradient_forget_as_adams_do():
-    """As the embeddings of tokens that are not in the batch."""
-    rule = _rule()
-    state = _state(rule, (2, 32))
-    gradients = [_draw((2, 32), step) * torch.tensor([[1.0], [step < 5]]) for step in range(40)]
-    *_, expected = _adam(gradients, (0.8, 0.9))
-    *_, found = [rule.update(gradient, state) for gradient in gradients]
-    size = torch.linalg.vector_norm
-    assert size(found[1] - expected[1]) < 0.05 * size(expected[1])
-
-
 @each("rows", [1, 3, 10])
 def test_rows_that_are_decoded_together_do_not_matter(monkeypatch, rows):
     rule = _rule()
