@@ -7,8 +7,7 @@ a type for them.
 This uses ``torch.library.define`` because the wrapper of ``torch.library.custom_op`` takes several times as long.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ def describe(device: str = "cpu") -> str:
 
 
 _DEVICES = kernels_here()
-_enabled = True
+enabled = True  # if not, torch operations compute everything
 
 
 def _operator(
@@ -129,18 +128,6 @@ _cross_entropy_ = _operator(
 )
 
 
-@contextlib.contextmanager
-def disabled() -> Iterator[None]:
-    """Inside this context, torch operations compute everything."""
-    global _enabled
-    before = _enabled
-    _enabled = False
-    try:
-        yield
-    finally:
-        _enabled = before
-
-
 def supports(*tensors: Tensor) -> bool:
     """Whether kernels can compute with these tensors: device and dtype fit, and autograd does not record them.
 
@@ -148,7 +135,7 @@ def supports(*tensors: Tensor) -> bool:
     operations compute everything.
     """
     dtype = tensors[0].dtype
-    if not _enabled or dtype not in _DEVICES.get(tensors[0].device.type, ()):
+    if not enabled or dtype not in _DEVICES.get(tensors[0].device.type, ()):
         return False
     if forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return False

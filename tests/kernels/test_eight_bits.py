@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -32,7 +34,7 @@ def _nearest(x: torch.Tensor, scales: torch.Tensor, kind: torch.dtype) -> torch.
 @each("dtype", [torch.bfloat16, torch.float32])
 @each("features", [1, 5, 768, 2731])
 def test_rows_are_rounded_to_the_nearest_value(features, dtype, kind, library, monkeypatch):
-    monkeypatch.setattr(ops, "_enabled", library)
+    monkeypatch.setattr(ops, "enabled", library)
     x = _rows(9, features, dtype)
     columns = torch.rand(features, generator=torch.Generator().manual_seed(1)) + 0.5
     for factors in (None, columns):
@@ -50,7 +52,7 @@ def test_rows_are_rounded_to_the_nearest_value(features, dtype, kind, library, m
 @each("library", WITH_LIBRARY)
 @each("kind", KINDS)
 def test_unusual_rows(kind, library, monkeypatch):
-    monkeypatch.setattr(ops, "_enabled", library)
+    monkeypatch.setattr(ops, "enabled", library)
     x = torch.randn(7, 40, generator=torch.Generator().manual_seed(0))
     x[0] = 0
     x[1] = 1e-41  # denormal
@@ -78,7 +80,7 @@ def test_unusual_rows(kind, library, monkeypatch):
 def test_the_kernel_and_torch_give_the_same_bits(numbers, dtype):
     x = torch.tensor([numbers, numbers[::-1]]).to(dtype).nan_to_num()
     compiled = quantize_rows(x, torch.int8)
-    with ops.disabled():
+    with mock.patch.object(ops, "enabled", False):
         plain = quantize_rows(x, torch.int8)
     assert torch.equal(compiled[0], plain[0])
     assert torch.equal(compiled[1], plain[1])

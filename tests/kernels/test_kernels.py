@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_compiled_sum_rounds_once(make, features, slots, dtype, device):
 @each("library", WITH_LIBRARY)
 @each("make", GROUPINGS)
 def test_sums_of_any_number_and_layout_of_rows(make, library, device, monkeypatch):
-    monkeypatch.setattr(ops, "_enabled", library)
+    monkeypatch.setattr(ops, "enabled", library)
     grouping = make(61, 16)
     for rows in ((2, 3), (0,), ()):
         x = integers(*rows, 61, dtype=torch.float32).to(device)
@@ -111,7 +112,7 @@ def test_sums_of_any_number_and_layout_of_rows(make, library, device, monkeypatc
 @each("inputs", GROUPINGS)
 @each("out_features,in_features,slots", [(61, 64, 16), (64, 130, 16), (7, 50, 19), (50, 7, 19), (300, 160, 37)])
 def test_expand_add_rounds_once(inputs, outputs, out_features, in_features, slots, dtype, library, device, monkeypatch):
-    monkeypatch.setattr(ops, "_enabled", library)
+    monkeypatch.setattr(ops, "enabled", library)
     # torch rounds between the two slots of a feature, so the sums must be exact in its dtype
     rounds_once = ops.supports(torch.zeros(1, dtype=dtype, device=device))
     weight = integers(out_features, in_features, dtype=dtype, bound=255 if rounds_once else 60).to(device)
@@ -181,7 +182,7 @@ def test_autograd_and_other_dtypes_use_torch():
     group_sum(x, interleaved(10, 4)).square().sum().backward()
     C = _matrix(interleaved, 10, 4).float()
     torch.testing.assert_close(x.grad, 2 * x.detach() @ C.T @ C)
-    with ops.disabled():
+    with mock.patch.object(ops, "enabled", False):
         assert not ops.supports(x.detach())
     assert ops.supports(x.detach()) == cpu.available()
 
@@ -195,7 +196,7 @@ def _both(x, weight, M):
 @pytest.mark.parametrize("library", WITH_LIBRARY)
 def test_torch_compile_sees_through(library, monkeypatch):
     """The graph contains the kernels if there are some, and operations of torch otherwise."""
-    monkeypatch.setattr(ops, "_enabled", library)
+    monkeypatch.setattr(ops, "enabled", library)
     torch._dynamo.reset()
     arguments = (
         integers(3, 10, dtype=torch.float32),
