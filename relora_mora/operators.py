@@ -32,10 +32,6 @@ def square_size(in_features: int, out_features: int, rank: int) -> int:
 
     MoRA (arXiv 2405.12130, section 4) floors; the released code rounds and so can exceed the budget.
     """
-    if min(in_features, out_features, rank) < 1:
-        raise ValueError(
-            f"square_size needs positive sizes, got in_features={in_features}, out_features={out_features}, rank={rank}"
-        )
     return math.isqrt((in_features + out_features) * rank)
 
 
@@ -230,10 +226,8 @@ def make_operator(mora_type: int, in_features: int, out_features: int, square_si
 
     The numbers are the types of the released code (kongds/MoRA, peft ``lora/layer.py``).
 
-    Raises ValueError for an unknown type, a size that is not positive, or an odd size with type 6.
+    Raises ValueError for an unknown type, or an odd size with type 6.
     """
-    if min(in_features, out_features, square_size) < 1:
-        raise ValueError(f"an operator needs positive sizes, got {in_features} -> {square_size} -> {out_features}")
     if mora_type not in OPERATORS:
         raise ValueError(f"mora_type must be one of {', '.join(map(str, MORA_TYPES))}, got {mora_type}")
     record = OPERATORS[mora_type]

@@ -18,6 +18,7 @@ from relora_mora.optim.muon import Muon, orthogonalize
 from relora_mora.optim.rules import MatrixState
 from tests.tools.each import each
 from tests.tools.memory import PeakBytes
+from tests.tools.reference import orthogonal
 
 BEGINS, LEAST, MOST = 0.02, 0.6, 1.3  # singular values from BEGINS of the norm become LEAST to MOST
 SHAPES = [(1, 1), (1, 7), (7, 1), (12, 12), (5, 31), (31, 5), (64, 24)]
@@ -65,10 +66,7 @@ class Reference:
         mu = self.optim.momentum
         self.momentum = mu * self.momentum + gradient.double()
         step = mu * self.momentum + gradient if self.optim.nesterov else self.momentum
-        x = step / (step**2).sum() ** 0.5
-        for _ in range(5):
-            x = 3.4445 * x - 4.775 * (x @ x.T @ x) + 2.0315 * (x @ x.T @ x @ x.T @ x)
-        return 0.2 * max(gradient.shape) ** 0.5 * x
+        return 0.2 * max(gradient.shape) ** 0.5 * orthogonal(step)
 
 
 @each("nesterov", [True, False])
