@@ -88,15 +88,6 @@ def test_forward_gradient_and_transpose_follow_from_explicit_matrices(mora_type,
     assert torch.equal(D, D_transposed.T)
 
 
-@each("inputs,outputs,size", [shape for shape in SHAPES if shape[2] % 2 == 0])
-def test_every_block_of_operator_6_reads_inputs_and_reaches_outputs(inputs, outputs, size):
-    op = make_operator(6, inputs, outputs, size)
-    C = _columns(op.compress, inputs).unflatten(0, (op.blocks, size))
-    D_transposed = _columns(op.decompress_transposed, outputs).unflatten(0, (op.blocks, size))
-    assert C.flatten(1).any(1).all()
-    assert D_transposed.flatten(1).any(1).all()
-
-
 @each("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
 @each("mora_type", MORA_TYPES)
 @each("inputs,outputs,size", [(13, 29, 4), (24, 40, 13), (768, 2048, 443)])

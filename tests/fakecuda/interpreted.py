@@ -21,10 +21,10 @@ from relora_mora.kernels.grouping import Grouping, contiguous, interleaved, wrap
 from relora_mora.model import loss as model
 from relora_mora.model.loss import chunked_cross_entropy
 from tests.kernels.test_kernels import (
-    test_any_memory_layout_is_read_correctly,
     test_nonfinite_values_stay_nonfinite,
     test_sums_of_any_number_and_layout_of_rows,
 )
+from tests.model.test_loss import test_a_nonfinite_logit_makes_the_result_nonfinite
 from tests.tools import kernels as shared
 
 integers = functools.partial(shared.integers, bound=100)
@@ -226,15 +226,6 @@ def test_a_label_outside_the_vocabulary_has_no_loss() -> None:
     losses = triton_loss.cross_entropy_(torch.zeros(4, 21), labels, SCALE, -100, True)
     assert losses.isnan().tolist() == [False, True, True, False]
     assert losses[3] == 0
-
-
-@pytest.mark.parametrize("place", [0, 17, 8200])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_nonfinite_logit_is_noticed(bad: float, place: int) -> None:
-    logits = torch.zeros(1, 8201)
-    logits[0, place] = bad
-    assert not triton_loss.cross_entropy_(logits, torch.tensor([3]), SCALE, -100, True).isfinite().any()
-    assert not logits.isfinite().any()
 
 
 @pytest.mark.parametrize("out", [slice(0, 8192), slice(8192, 8201)])

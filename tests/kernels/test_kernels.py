@@ -97,13 +97,21 @@ def test_compiled_sum_rounds_once(make, features, slots, dtype, device):
 def test_sums_of_any_number_and_layout_of_rows(make, library, device, monkeypatch):
     monkeypatch.setattr(ops, "enabled", library)
     grouping = make(61, 16)
-    for rows in ((2, 3), (0,), ()):
-        x = integers(*rows, 61, dtype=torch.float32).to(device)
-        part = x.repeat(*[1] * len(rows), 2)[..., :61]  # a slice of a wider matrix
-        for values in (x, part):
-            y = group_sum(values, grouping)
-            assert torch.equal(y, grouping.sum(values))
-            assert y.is_contiguous()
+    wide = integers(6, 140).to(device)
+    for x in (
+        *(integers(*rows, 61).to(device) for rows in ((2, 3), (0,), ())),
+        wide[:, 3:64],
+        wide.T[:61].T,
+        wide[:, 10:132:2],
+        wide[:1, :61].expand(4, 61),
+        wide[:, :122].view(6, 2, 61)[:, 1],
+    ):
+        y = group_sum(x, grouping)
+        assert torch.equal(y, grouping.sum(x))
+        assert y.is_contiguous()
+    weight, M = integers(61, 61).to(device).T, integers(16, 16).to(device).T
+    both = grouping, interleaved(61, 16)
+    assert torch.equal(expand_add(weight, M, *both), expand_add(weight.contiguous(), M.contiguous(), *both))
 
 
 @each("library", WITH_LIBRARY)
@@ -145,25 +153,6 @@ def test_threads_and_instruction_sets_change_no_bit(slots, dtype):
     for index, (total, matrix) in enumerate(results):
         assert torch.equal(total, results[index % 2][0])
         assert torch.equal(matrix, results[index % 2][1])
-
-
-@compiled_only
-def test_any_memory_layout_is_read_correctly():
-    grouping = contiguous(40, 12)
-    base = integers(6, 90, dtype=torch.float32)
-    for x in (
-        base[:, 3:43],
-        base.T[:40].T,
-        base[:, 10:90:2],
-        base[:1, :40].expand(4, 40),
-        base[:, :80].view(6, 2, 40)[:, 1],
-        base[:0, :40],
-    ):
-        assert torch.equal(group_sum(x, grouping), grouping.sum(x))
-    weight, M = integers(40, 40, dtype=torch.float32).T, integers(12, 12, dtype=torch.float32).T
-    assert torch.equal(
-        expand_add(weight, M, grouping, grouping), expand_add(weight.contiguous(), M.contiguous(), grouping, grouping)
-    )
 
 
 @compiled_only

@@ -68,13 +68,6 @@ def _rule(spec: str, **settings: Any) -> MatrixRule:
     return own_rule(OptimConfig(matrices=spec, rule=settings))
 
 
-def _refused(spec: str, **settings: Any) -> str:
-    with pytest.raises(RuleError) as caught:
-        _rule(spec, **settings)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def test_a_rule_is_made_with_its_settings(file):
     rule: Any = _rule(f"{file}:Sign", momentum="0.5", betas=[1, 2])
     assert (rule.momentum, rule.betas) == (0.5, (1.0, 2.0))  # as its signature says
@@ -109,42 +102,34 @@ def test_the_rule_in_the_documents_is_one(tmp_path):
 
 
 @each(
-    "spec,part",
+    "spec,settings,setting,part",
     [
-        ("none.py:Sign", "FileNotFoundError"),
-        ("sign.py:Other", "expected a subclass"),
-        ("sign.py:NUMBER", "expected a subclass"),
-        ("sign.py:MatrixState", "expected a subclass"),
-        ("no_such_package.rules:Sign", "ModuleNotFoundError"),
-        ("broken.py:Sign", "line 2"),
-        ("syntax.py:Sign", "SyntaxError"),
-        ("exits.py:Sign", "SystemExit"),
+        ("none.py:Sign", {}, "optim.matrices", "FileNotFoundError"),
+        ("sign.py:Other", {}, "optim.matrices", "expected a subclass"),
+        ("sign.py:NUMBER", {}, "optim.matrices", "expected a subclass"),
+        ("sign.py:MatrixState", {}, "optim.matrices", "expected a subclass"),
+        ("no_such_package.rules:Sign", {}, "optim.matrices", "ModuleNotFoundError"),
+        ("broken.py:Sign", {}, "optim.matrices", "line 2"),
+        ("syntax.py:Sign", {}, "optim.matrices", "SyntaxError"),
+        ("exits.py:Sign", {}, "optim.matrices", "SystemExit"),
+        ("sign.py:Sign", {"momentun": 0.5}, "optim.rule", "momentun: Unexpected keyword argument; its constructor has"),
+        ("sign.py:Sign", {"momentum": "much"}, "optim.rule", "momentum: "),
+        ("sign.py:Sign", {"momentum": 1.5}, "optim.rule", "momentum is below 1"),
+        ("sign.py:Plain", {"rank": 3}, "optim.rule", "its constructor has no arguments"),
+        ("sign.py:Needs", {}, "optim.rule", "rank: Missing required argument"),
+        ("sign.py:Half", {}, "optim.rule", "state_shapes"),
     ],
 )
-def test_what_is_not_a_rule_is_refused(file, monkeypatch, spec, part):
+def test_what_is_not_a_rule_or_has_wrong_settings_is_refused(file, monkeypatch, spec, settings, setting, part):
     monkeypatch.chdir(file.parent)
     Path("broken.py").write_text("import math\nmath.sqrt(-1)\n")
     Path("syntax.py").write_text("class Sign(:\n")
     Path("exits.py").write_text("raise SystemExit(3)\n")
-    message = _refused(spec)
-    assert message.startswith("optim.matrices: ")
-    assert part in message
-
-
-@each(
-    "name,settings,part",
-    [
-        ("Sign", {"momentun": 0.5}, "momentun: Unexpected keyword argument; its constructor has momentum, betas"),
-        ("Sign", {"momentum": "much"}, "momentum: "),
-        ("Sign", {"momentum": 1.5}, "momentum is below 1"),
-        ("Plain", {"rank": 3}, "its constructor has no arguments"),
-        ("Needs", {}, "rank: Missing required argument"),
-        ("Half", {}, "state_shapes"),
-    ],
-)
-def test_wrong_settings_are_refused(file, name, settings, part):
-    message = _refused(f"{file}:{name}", **settings)
-    assert message.startswith("optim.rule: ")
+    with pytest.raises(RuleError) as caught:
+        _rule(spec, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{setting}: ")
     assert part in message
 
 
