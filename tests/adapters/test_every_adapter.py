@@ -51,23 +51,18 @@ def test_singular_values_and_lora_factors_match_the_delta(name: str) -> None:
 
 
 @each("name", ADAPTERS)
-def test_it_starts_with_a_delta_of_zero_and_has_only_its_parameters(name: str) -> None:
-    with torch.device("meta"):  # the way a resume and an export build it
-        layer = layer_of(name)
-    fresh = [layer.fresh(key, torch.Generator().manual_seed(2)) for key in layer.adapter_names]
-    assert not layer.delta_of(*fresh).any()
-    assert [value.shape for value in fresh] == [layer.get_parameter(key).shape for key in layer.adapter_names]
-
-
-@each("name", ADAPTERS)
-def test_it_has_its_first_values_even_if_the_weight_has_none_yet(name: str) -> None:
+def test_it_starts_with_a_delta_of_zero_even_if_the_weight_has_no_values_yet(name: str) -> None:
     """A run adds the adapters to a model on meta; whatever is still on meta then is drawn as a weight of the model."""
     linear = nn.Linear(INPUTS, OUTPUTS, bias=False, device="meta")
     method = MethodConfig(name=name, rank=3)
     layer = layer_class(method)(linear, method, torch.Generator().manual_seed(1))
-    values = values_of(layer)
-    assert not any(value.is_meta for value in values)
-    assert not layer.delta_of(*values).any()
+    fresh = [layer.fresh(key, torch.Generator().manual_seed(2)) for key in layer.adapter_names]
+    for values in (values_of(layer), fresh):
+        assert not any(value.is_meta for value in values)
+        assert not layer.delta_of(*values).any()
+    assert [value.shape for value in fresh] == [value.shape for value in values_of(layer)]
+    with torch.device("meta"):  # the way a resume and an export build it
+        assert all(value.is_meta for value in values_of(layer_of(name)))
 
 
 @each("stray", ["buffer", "vector"])

@@ -108,12 +108,6 @@ def train(remora: rm.AttachedAdapters, arguments: dict[str, Any], steps: int) ->
     return merges
 
 
-def attach(method: MethodConfig, make: Callable[[], Case] = mlp) -> tuple[rm.AttachedAdapters, dict[str, Any]]:
-    torch.manual_seed(0)
-    model, arguments = make()
-    return rm.attach(model.eval(), method), arguments
-
-
 @pytest.mark.more
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("make", [mlp, gpt_neox, whisper, unet])
@@ -145,7 +139,9 @@ RELORA_RESETS = [(rm.ReLoRA, reset) for reset in ("full", "magnitude", "random",
 
 @each(("method", "reset"), REMORA_RESETS + RELORA_RESETS)
 def test_every_reset(method: Callable[..., MethodConfig], reset: str) -> None:
-    remora, arguments = attach(method(2, merge_every=MERGE_EVERY, reset=reset, reset_ratio=0.75))
+    torch.manual_seed(0)
+    model, arguments = mlp()
+    remora = rm.attach(model.eval(), method(2, merge_every=MERGE_EVERY, reset=reset, reset_ratio=0.75))
     merges = train(remora, arguments, 2 * MERGE_EVERY)
     assert len(merges) == 2
     for _, before, after in merges:
