@@ -60,8 +60,8 @@ test-extras: .venv-extras/.installed  ## what make test skips without other pack
 FAKE_CUDA := $(PYTHON) -m tests.fakecuda .venv-fakecuda -m
 LEAVE_OUT ?= nothing
 test-fakecuda:  ## what a CUDA device would be asked to do, on a CUDA build of torch without a GPU, in .venv-fakecuda (5.3 GB)
-	$(FAKE_CUDA) pytest -k 'not $(LEAVE_OUT)' -n $(JOBS) --dist loadfile -rs $(addprefix tests/fakecuda/,growth.py compiled_groups.py compiled_eight.py compiled_loss.py documents.py memory.py devices.py walk.py)
-	TRITON_INTERPRET=1 $(FAKE_CUDA) pytest -n $(JOBS) -rs $(addprefix tests/fakecuda/,interpreted_groups.py interpreted_loss.py interpreted_eight.py)
+	$(FAKE_CUDA) pytest -k 'not $(LEAVE_OUT)' -n $(JOBS) --dist loadfile -rs $(addprefix tests/fakecuda/,growth.py compiled.py documents.py memory.py devices.py walk.py)
+	TRITON_INTERPRET=1 $(FAKE_CUDA) pytest -n $(JOBS) -rs tests/fakecuda/interpreted.py
 COUNT ?= layers
 count-fakecuda:  ## a table that test-fakecuda compares with: make count-fakecuda > tests/fakecuda/counts.csv; COUNT=loss: loss.csv
 	@$(FAKE_CUDA) tests.fakecuda.$(COUNT)

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from relora_mora.config.registry import OPERATORS
-from relora_mora.kernels import Grouping, expand_add, group_sum, grouping, reference, rotary_add
+from relora_mora.kernels import grouping, reference
+from relora_mora.kernels.grouping import Grouping
+from relora_mora.kernels.ops import expand_add, group_sum, rotary_add
 
 MORA_TYPES = tuple(OPERATORS)
 ALIGNED = 16  # features; on a GPU, rows of matrix operands are padded to whole vectors of its matrix units
@@ -30,10 +32,6 @@ def square_size(in_features: int, out_features: int, rank: int) -> int:
 
     MoRA (arXiv 2405.12130, section 4) floors; the released code rounds and so can exceed the budget.
     """
-    if min(in_features, out_features, rank) < 1:
-        raise ValueError(
-            f"square_size needs positive sizes, got in_features={in_features}, out_features={out_features}, rank={rank}"
-        )
     return math.isqrt((in_features + out_features) * rank)
 
 
@@ -98,7 +96,7 @@ class Operator(ABC):
         return self.delta(M)
 
     def add_delta(self, weight: Tensor, M: Tensor, after: Tensor | None = None) -> Tensor:
-        """weight + delta(M) [out, in], a new tensor; not differentiable. See ``kernels.expand_add`` for ``after``."""
+        """weight + delta(M) [out, in], a new tensor; not differentiable. See ``ops.expand_add`` for ``after``."""
         return weight + self.delta(M)
 
     def compress_for_gradient(self, x: Tensor) -> Tensor:
@@ -115,6 +113,10 @@ class Operator(ABC):
     def square_gradient(self, compressed: Tensor, dy: Tensor) -> Tensor:
         """dM [R, R] = (D^T dy)^T (C x), from dy [..., out] and compressed = ``compress_for_gradient(x)``."""
         return transposed_product(self.decompress_transposed(dy), compressed)
+
+    def gradients(self, compressed: Tensor, dy: Tensor, M: Tensor) -> tuple[Tensor]:
+        """For :class:`relora_mora.adapters.layers.FrozenProduct`."""
+        return (self.square_gradient(compressed, dy),)
 
     def __repr__(self) -> str:
         return (
@@ -224,10 +226,8 @@ def make_operator(mora_type: int, in_features: int, out_features: int, square_si
 
     The numbers are the types of the released code (kongds/MoRA, peft ``lora/layer.py``).
 
-    Raises ValueError for an unknown type, a size that is not positive, or an odd size with type 6.
+    Raises ValueError for an unknown type, or an odd size with type 6.
     """
-    if min(in_features, out_features, square_size) < 1:
-        raise ValueError(f"an operator needs positive sizes, got {in_features} -> {square_size} -> {out_features}")
     if mora_type not in OPERATORS:
         raise ValueError(f"mora_type must be one of {', '.join(map(str, MORA_TYPES))}, got {mora_type}")
     record = OPERATORS[mora_type]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
+from unittest import mock
 
 import pandas as pd
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from launch.benchmark.turns import chosen_device, seconds_of, take_turns
-from relora_mora import kernels
 from relora_mora.adapters.inject import choose_storage, decoder_linears, replace_linears
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.cli.arguments import PositiveInt
 from relora_mora.config.registry import METHODS, OPERATORS
 from relora_mora.config.schema import MethodConfig, ModelConfig
+from relora_mora.kernels import ops
 from relora_mora.model.causal import empty_model
 from relora_mora.model.config import read_model_config
 from relora_mora.sizing.fit import check_adapters
@@ -78,7 +78,7 @@ def main(
     table = pd.DataFrame({"milliseconds": milliseconds, "ratio_to_frozen": milliseconds / milliseconds["frozen"]})
     print(
         f"{device_name()}: {tokens:,} tokens, {dtype}, {torch.get_num_threads()} threads, r={rank}, "
-        f"operator {operator}; kernels: {kernels.describe(place.type)}"
+        f"operator {operator}; kernels: {ops.describe(place.type)}"
     )
     print(table.to_string(float_format="{:.3f}".format))
     print(json.dumps({"device": device_name(), **table.to_dict()}))
@@ -135,7 +135,7 @@ class Variant:
     def milliseconds(self) -> float:
         """The time of one forward and backward."""
         seconds = 0.0
-        with kernels.disabled() if self.torch_only else contextlib.nullcontext():
+        with mock.patch.object(ops, "enabled", not self.torch_only):
             for x, layers, gradients in self.groups:
                 output = x.clone()  # another module's output, as in a model
                 seconds += seconds_of(partial(_forward_and_backward, layers, output, gradients), self.device)

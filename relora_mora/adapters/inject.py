@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Iterator
 from pkgutil import resolve_name
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,16 +79,16 @@ def replace_linears(
     by_parent: dict[str, list[AdapterLinear]] = {}
     for name in names:
         parent_name, _, kind = name.rpartition(".")
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        generator = layer_generator(seed, name, 0)
-        adapter = layer.from_settings(linear, method.of(kind), generator, mora_type)
+        linear: Any = model.get_submodule(name)
+        adapter = layer(linear, method.of(kind), layer_generator(seed, name, 0), mora_type)
         assert all(adapter.get_parameter(key).dim() == 2 for key in adapter.adapter_names), "not a matrix"
         assert not [*adapter.buffers()], "a resume restores only parameters"
-        for place in places[linear]:
-            model.set_submodule(place, adapter)
         replaced[name] = adapter
         by_parent.setdefault(parent_name, []).append(adapter)
+    for name, adapter in replaced.items():  # the model does not change before every layer has been built
+        adapter.base_weight.requires_grad_(False)
+        for place in places[model.get_submodule(name)]:
+            model.set_submodule(place, adapter)
     for parent_name, layers in by_parent.items():
         if len(layers) > 1:
             layer.share_input(model.get_submodule(parent_name), layers)

@@ -7,15 +7,15 @@ the readable reference, and the only form that allows dropout.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, KeysView, Sequence
-from typing import Any, ClassVar, Self, cast
+from collections.abc import Callable, Iterator, KeysView, Sequence
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relora_mora.adapters.scope import Caller
-from relora_mora.adapters.stored import PLAIN, FrozenProduct, Stored
+from relora_mora.adapters.stored import PLAIN, EightBits, Stored
 from relora_mora.config.schema import MethodConfig
 from relora_mora.system.seeds import derived_seed
 
@@ -36,40 +36,29 @@ class AdapterLinear(nn.Module):
     # the merged form is faster if tokens * (in + out) / (in * out) is at least this, as measured (docs/method.md)
     break_even: ClassVar[float]
 
-    def __init__(self, linear: nn.Linear, form: str, dropout: float = 0.0) -> None:
+    def __init__(
+        self, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None = None
+    ) -> None:
+        """Takes the weight of ``linear``; draws initial values from ``generator``.
+
+        ``mora_type`` is the operator, if the adapter has one (default: the first of the cycle).
+        """
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self.form = form
-        self.dropout = dropout
-        self.resident = form == "resident"
+        self.form = method.form
+        self.dropout = method.dropout
+        self.resident = method.form == "resident"
         self.merged_weight: Tensor | None = None  # the current W + delta; never saved
         self.stored: Stored = PLAIN  # how W is stored, and the resident W + delta too
-        self.packed = False  # whether it is stored so already
         self.name = ""  # in the model, for messages
         self.callers: tuple[Caller, ...] = ()  # the modules around this one, innermost first; see weight
         self.register_parameter("weight", cast(nn.Parameter, linear.weight))
-        self.base_weight.requires_grad_(False)
         self.bias: Tensor | None = linear.bias
-
-    @classmethod
-    @abstractmethod
-    def from_settings(
-        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None
-    ) -> Self:
-        """Builds the layer from a linear, with initial values from ``generator``.
-
-        ``mora_type`` is the operator, if the adapter has one.
-        """
 
     @classmethod
     def share_input(cls, parent: nn.Module, layers: Sequence[Self]) -> None:
         """Called with the layers in ``parent``, some of which may see the same input. A subclass may ignore it."""
-
-    @classmethod
-    @abstractmethod
-    def parameters_for(cls, method: MethodConfig, in_features: int, out_features: int) -> int:
-        """The number of trainable parameters for a weight [out, in]."""
 
     @property
     @abstractmethod
@@ -80,9 +69,10 @@ class AdapterLinear(nn.Module):
     def delta_of(self, *parameters: Tensor) -> Tensor:
         """The delta [out, in] of an adapter with these values, in the order of ``adapter_names``."""
 
+    @property
     @abstractmethod
-    def build_merged(self, weight: Tensor) -> Tensor:
-        """weight + delta [out, in] with the current values, a new tensor; not differentiable"""
+    def algebra(self) -> "Algebra":
+        """What :class:`FrozenProduct` knows of the adapter."""
 
     @abstractmethod
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
@@ -98,9 +88,6 @@ class AdapterLinear(nn.Module):
 
         alpha is ``method.lora_alpha`` if the adapter uses it, else r.
         """
-
-    @abstractmethod
-    def _merged(self, x: Tensor) -> Tensor: ...
 
     @abstractmethod
     def _delta(self, x: Tensor) -> Tensor:
@@ -152,12 +139,24 @@ class AdapterLinear(nn.Module):
         y = self._merged(x) if self.uses_merged_form(x.numel() // self.in_features) else self._decoupled(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def _merged(self, x: Tensor) -> Tensor:
+        parameters = [getattr(self, name) for name in self.adapter_names]
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        kept = self._for_gradients(x) if trains else None
+        return FrozenProduct.apply(
+            x, self.base_weight, self.merged_weight, self.stored, self.algebra, kept, *parameters
+        )
+
+    def _for_gradients(self, x: Tensor) -> Tensor:
+        """What :meth:`Algebra.gradients` needs of x."""
+        return x.detach()  # torch's compiler cannot pass one tensor to a function twice
+
     def _decoupled(self, x: Tensor) -> Tensor:
         """x [..., in] -> ``W x + delta x`` [..., out], with dropout of the second x"""
         if self.stored == PLAIN:
             base = self.stored.linear(x, self.base_weight)
         else:
-            base = FrozenProduct.apply(x, self.base_weight, self.stored)
+            base = FrozenProduct.apply(x, None, self.base_weight, self.stored, self.algebra, None)
         return base + self._delta(F.dropout(x, self.dropout) if self.drops else x)
 
     @property
@@ -171,6 +170,10 @@ class AdapterLinear(nn.Module):
         if self.resident and self.merged_weight is None:
             weight = self.stored.dense(self.base_weight, torch.float32)
             self.merged_weight = self.stored.encode(self.build_merged(weight))
+
+    def build_merged(self, weight: Tensor) -> Tensor:
+        """weight + delta [out, in] with the current values, a new tensor; not differentiable"""
+        return _add_delta(self.algebra, weight, [getattr(self, name) for name in self.adapter_names])
 
     def drop_merged(self) -> None:
         """Must be called whenever W, the adapter or its operator changes."""
@@ -197,11 +200,10 @@ class AdapterLinear(nn.Module):
 
         ``empty``: the values will be written later.
         """
-        if self.stored != PLAIN and not self.packed:
+        if isinstance(self.stored, EightBits) and self.base_weight.dtype != torch.uint8:
             change = self.stored.empty if empty else self.stored.encode
             packed = change(self.base_weight.detach())
             self.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
-            self.packed = True
 
     def _replicate_for_data_parallel(self) -> Self:
         raise RuntimeError(
@@ -212,6 +214,68 @@ class AdapterLinear(nn.Module):
     def extra_repr(self) -> str:
         dropout = f", dropout={self.dropout:g}" if self.dropout else ""
         return f"{self.in_features} -> {self.out_features}, form={self.form}{dropout}"
+
+
+class Algebra(Protocol):
+    """The part of an adapter's arithmetic that is not left to autograd: an ``Operator`` or a ``LowRank``."""
+
+    @property
+    def add_delta(self) -> Callable[..., Tensor]:
+        """(weight [out, in], *parameters, after) -> weight + delta, a new tensor; ``ops.expand_add`` has after"""
+
+    @property
+    def gradients(self) -> Callable[..., tuple[Tensor, ...]]:
+        """(what ``_for_gradients`` returned, dy [..., out], *parameters) -> the gradients of the parameters"""
+
+
+class FrozenProduct(torch.autograd.Function):
+    """``x (W + delta)^T``, where W does not train: (x, weight, ready, stored, algebra, kept, *parameters) -> y
+
+    ``ready`` is the stored matrix to multiply with, if there is one: W itself, or a resident ``W + delta``. Otherwise
+    the sum of the stored ``weight`` and delta is built in forward and again in backward. ``kept`` is what the gradients
+    of the parameters need of x, or None if they do not train.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        # not named in the signature: torch's compiler takes one with as many names as inputs for one without ctx
+        x, weight, ready, stored, algebra, kept, *parameters = given
+        ctx.save_for_backward(weight, ready, kept, *parameters)
+        ctx.stored = stored
+        ctx.algebra = algebra
+        y: Tensor
+        if ready is not None:
+            y = stored.linear(x, ready)
+        else:
+            y = F.linear(x, _add_delta(algebra, stored.dense(weight, x.dtype), parameters).to(x.dtype))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        weight, ready, kept, *parameters = ctx.saved_tensors
+        dy = grads[0]
+        dx = None
+        if ctx.needs_input_grad[0] and ready is not None:
+            dx = ctx.stored.linear_transposed(dy, ready)
+        elif ctx.needs_input_grad[0]:
+            dense = ctx.stored.dense(weight, dy.dtype, after=dy)
+            dx = dy @ _add_delta(ctx.algebra, dense, parameters, after=dy).to(dy.dtype)
+        gradients = [None] * len(parameters) if kept is None else ctx.algebra.gradients(kept, dy, *parameters)
+        return dx, None, None, None, None, None, *gradients
+
+
+def _add_delta(algebra: Algebra, weight: Tensor, parameters: Sequence[Tensor], after: Tensor | None = None) -> Tensor:
+    return algebra.add_delta(weight, *(parameter.to(weight.dtype) for parameter in parameters), after=after)
+
+
+def refuse_second_derivatives() -> None:
+    """Called in the backward of a function that computes no graph of itself."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # autograd was called with create_graph
+        raise RuntimeError(
+            "the merged form of an adapter and weights in 8 bits have no second derivatives; use the form decoupled, "
+            "and weights that are not in 8 bits"
+        )
 
 
 def layer_generator(seed: int, layer: str, merges_done: int) -> torch.Generator:

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.adapters.layers import HOST, AdapterLinear
+from relora_mora.adapters.layers import HOST, AdapterLinear, refuse_second_derivatives
 from relora_mora.adapters.scope import Scope
-from relora_mora.adapters.stored import EightBits, Stored, refuse_second_derivatives
+from relora_mora.adapters.stored import EightBits
 from relora_mora.config.schema import MethodConfig
 from relora_mora.operators import GroupingOperator, Operator, make_operator, square_size, transposed_product
 
@@ -39,25 +39,16 @@ class MoRALinear(AdapterLinear):
 
     break_even = 0.25
 
-    def __init__(self, linear: nn.Linear, size: int, mora_type: int, form: str = "auto", dropout: float = 0.0) -> None:
-        super().__init__(linear, form, dropout)
-        self.square_size = size
+    def __init__(
+        self, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None = None
+    ) -> None:
+        super().__init__(linear, method, generator)
+        self.square_size = size = layer_square_size(method, linear.in_features, linear.out_features)
         self.mora_M = nn.Parameter(torch.zeros(size, size, dtype=linear.weight.dtype))
         self.shared_input: SharedInput | None = None
-        self.set_operator(mora_type)
+        self.set_operator(mora_type or method.operators[0])
 
     operator: Operator
-
-    @classmethod
-    def from_settings(
-        cls, linear: nn.Linear, method: MethodConfig, generator: torch.Generator, mora_type: int | None
-    ) -> Self:
-        size = layer_square_size(method, linear.in_features, linear.out_features)
-        return cls(linear, size, mora_type or method.operators[0], method.form, method.dropout)
-
-    @classmethod
-    def parameters_for(cls, method: MethodConfig, in_features: int, out_features: int) -> int:
-        return layer_square_size(method, in_features, out_features) ** 2
 
     @classmethod
     def share_input(cls, parent: nn.Module, layers: Sequence[Self]) -> None:
@@ -83,8 +74,9 @@ class MoRALinear(AdapterLinear):
     def delta_of(self, *parameters: Tensor) -> Tensor:
         return self.operator.delta(*parameters)
 
-    def build_merged(self, weight: Tensor) -> Tensor:
-        return self.operator.add_delta(weight, self.mora_M.to(weight.dtype))
+    @property
+    def algebra(self) -> Operator:
+        return self.operator
 
     def fresh(self, name: str, generator: torch.Generator) -> Tensor:
         return torch.zeros(self.square_size, self.square_size, **HOST)
@@ -95,15 +87,9 @@ class MoRALinear(AdapterLinear):
     def as_lora(self, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         return self.operator.factors(*parameters)
 
-    def _merged(self, x: Tensor) -> Tensor:
-        compressed = self._compressed(x) if torch.is_grad_enabled() and self.mora_M.requires_grad else None
-        return _MergedMoRA.apply(
-            x, self.base_weight, self.mora_M, self.merged_weight, self.operator, compressed, self.stored
-        )
-
     @torch.no_grad()
-    def _compressed(self, x: Tensor) -> Tensor:
-        """C x as :meth:`Operator.square_gradient` takes it"""
+    def _for_gradients(self, x: Tensor) -> Tensor:
+        """C x as :meth:`Operator.square_gradient` takes it, in place of x: W is frozen, and dM = (D^T dy)^T (C x)"""
         if self.shared_input is None or torch.compiler.is_compiling():  # a compiler finds equal sums itself
             return self.operator.compress_for_gradient(x)
         return self.shared_input.compress(x, self.operator)
@@ -160,47 +146,6 @@ class SharedInput(Scope):
         self.last = None
 
 
-class _MergedMoRA(torch.autograd.Function):
-    """``x (W + D M C)^T`` without saving x: W is frozen, and dM = (D^T dy)^T (C x).
-
-    ``merged`` is ``W + D M C`` if it is resident. Otherwise it is built in forward and again in backward.
-    ``compressed`` is C x, or None if M does not train.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        M: Tensor,
-        merged: Tensor | None,
-        operator: Operator,
-        compressed: Tensor | None,
-        stored: Stored,
-    ) -> Tensor:
-        ctx.save_for_backward(weight, M, merged, compressed)
-        ctx.operator = operator
-        ctx.stored = stored
-        if merged is not None:
-            return stored.linear(x, merged)
-        dense = stored.dense(weight, x.dtype)
-        return F.linear(x, operator.add_delta(dense, M.to(dense.dtype)).to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None, None]:
-        refuse_second_derivatives()
-        weight, M, merged, compressed = ctx.saved_tensors
-        dy = grads[0]
-        dx = None
-        if ctx.needs_input_grad[0] and merged is not None:
-            dx = ctx.stored.linear_transposed(dy, merged)
-        elif ctx.needs_input_grad[0]:
-            dense = ctx.stored.dense(weight, dy.dtype, after=dy)
-            dx = dy @ ctx.operator.add_delta(dense, M.to(dense.dtype), after=dy).to(dy.dtype)
-        dM = ctx.operator.square_gradient(compressed, dy) if ctx.needs_input_grad[2] else None
-        return dx, None, dM, None, None, None, None
-
-
 class _DecoupledMoRA(torch.autograd.Function):
     """``W x + D M C x`` with W in 8 bits. The passes that scale the sums of both products also add the copies of D."""
 
@@ -212,7 +157,7 @@ class _DecoupledMoRA(torch.autograd.Function):
         ctx.save_for_backward(weight, M, compressed)
         ctx.operator = operator
         ctx.stored = stored
-        return stored.linear(x, weight, F.linear(compressed, M.to(x.dtype)), operator.outputs)
+        return stored.linear(x, weight, (F.linear(compressed, M.to(x.dtype)), operator.outputs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
@@ -222,7 +167,7 @@ class _DecoupledMoRA(torch.autograd.Function):
         reduced = ctx.operator.decompress_transposed(dy)
         dx = dM = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.stored.linear_transposed(dy, weight, reduced @ M.to(dy.dtype), ctx.operator.inputs)
+            dx = ctx.stored.linear_transposed(dy, weight, (reduced @ M.to(dy.dtype), ctx.operator.inputs))
         if ctx.needs_input_grad[2]:
             dM = transposed_product(reduced, compressed)
         return dx, None, dM, None, None

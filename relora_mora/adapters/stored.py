@@ -13,7 +13,6 @@ int32, or float32 for fp8. The gradients of an adapter use the x and dy that are
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import MethodConfig
-from relora_mora.kernels import Grouping, contiguous, dense, multiply_rows, quantize_rows
+from relora_mora.kernels.grouping import Grouping, contiguous
+from relora_mora.kernels.ops import dense, multiply_rows, quantize_rows
 
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 OLDEST = {"int8": (8, 0), "fp8": (8, 9)}  # compute capabilities of the GPUs whose matrix units multiply them
@@ -34,16 +34,8 @@ class Plain:
 
     multiplies = False
 
-    def bytes_of(self, elements: int, width: int) -> int:
-        """Bytes of a weight in a model whose compute type has ``width`` bytes."""
-        return width * elements
-
     def encode(self, weight: Tensor) -> Tensor:
         return weight
-
-    def empty(self, weight: Tensor) -> Tensor:
-        """Zeros in place of the stored tensor, which take no memory until something is written."""
-        return torch.zeros_like(weight)
 
     def dense(self, stored: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
         """The weight [out, in]; products cast it."""
@@ -76,13 +68,6 @@ class EightBits:
         padded = (-(-size // ALIGNED) * ALIGNED if on_gpu else size for size in (out_features, in_features))
         return cls(kind, multiplies, out_features, in_features, *padded)
 
-    def bytes_of(self, elements: int, width: int) -> int:
-        return self._size
-
-    @property
-    def _size(self) -> int:
-        return self._scales_start + 4 * self.padded_out
-
     @property
     def _scales_start(self) -> int:
         return -(-self.padded_out * self.padded_in // ALIGNED) * ALIGNED
@@ -98,7 +83,7 @@ class EightBits:
 
     def empty(self, weight: Tensor) -> Tensor:
         """A stored tensor of zeros, on the device of a weight [out, in]"""
-        return torch.zeros(self._size, dtype=torch.uint8, device=weight.device)
+        return torch.zeros(self._scales_start + 4 * self.padded_out, dtype=torch.uint8, device=weight.device)
 
     def parts(self, stored: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the stored tensor: values [padded out, padded in] and float32 scales [padded out]."""
@@ -106,72 +91,39 @@ class EightBits:
         return values.view(self.padded_out, self.padded_in), stored[self._scales_start :].view(torch.float32)
 
     def dense(self, stored: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
-        """The weight [out, in] in ``dtype``; see ``kernels.dense`` for ``after``."""
+        """The weight [out, in] in ``dtype``; see ``ops.dense`` for ``after``."""
         values, scales = (part[: self.out_features] for part in self.parts(stored))
         return dense(values[:, : self.in_features], scales, dtype, after)
 
-    def linear(
-        self, x: Tensor, stored: Tensor, slots_of: Tensor | None = None, grouping: Grouping | None = None
-    ) -> Tensor:
-        """x [..., in] -> W x [..., out], plus the copies of slots_of [..., slots] to the features of a grouping"""
+    def linear(self, x: Tensor, stored: Tensor, copies: tuple[Tensor, Grouping] | None = None) -> Tensor:
+        """x [..., in] -> W x [..., out], plus ``copies``: values of slots, copied to the features of a grouping"""
         if not self.multiplies:
-            return _with_copies(F.linear(x, self.dense(stored, x.dtype)), slots_of, grouping)
+            return _with_copies(F.linear(x, self.dense(stored, x.dtype)), copies)
         values, scales = self.parts(stored)
-        return _multiply(x, None, values.mT, scales, self.out_features, slots_of, grouping)
+        return _multiply(x, None, values.mT, scales, copies or (None, contiguous(self.out_features, self.out_features)))
 
-    def linear_transposed(
-        self, dy: Tensor, stored: Tensor, slots_of: Tensor | None = None, grouping: Grouping | None = None
-    ) -> Tensor:
-        """dy [..., out] -> W^T dy [..., in], plus the copies of slots_of [..., slots] to the features of a grouping"""
+    def linear_transposed(self, dy: Tensor, stored: Tensor, copies: tuple[Tensor, Grouping] | None = None) -> Tensor:
+        """dy [..., out] -> W^T dy [..., in], plus ``copies`` as in :meth:`linear`"""
         if not self.multiplies:
-            return _with_copies(dy @ self.dense(stored, dy.dtype, after=dy), slots_of, grouping)
+            return _with_copies(dy @ self.dense(stored, dy.dtype, after=dy), copies)
         values, scales = self.parts(stored)
-        return _multiply(dy, scales[: self.out_features], values, None, self.in_features, slots_of, grouping)
+        before = scales[: self.out_features]
+        return _multiply(dy, before, values, None, copies or (None, contiguous(self.in_features, self.in_features)))
 
 
 def _multiply(
-    x: Tensor,
-    before: Tensor | None,
-    matrix: Tensor,
-    after: Tensor | None,
-    features: int,
-    slots_of: Tensor | None,
-    grouping: Grouping | None,
+    x: Tensor, before: Tensor | None, matrix: Tensor, after: Tensor | None, copies: tuple[Tensor | None, Grouping]
 ) -> Tensor:
     """x [..., m] times before [m], in 8 bits, times matrix [>= m, n], times after [n] -> [..., features <= n]"""
     values, rows = quantize_rows(x.reshape(-1, x.shape[-1]), matrix.dtype, before, len(matrix))
-    slots = None if slots_of is None else slots_of.reshape(-1, slots_of.shape[-1])
-    grouping = grouping or contiguous(features, features)
-    return multiply_rows(values, rows, matrix, after, x.dtype, grouping, slots).view(*x.shape[:-1], features)
+    slots_of, grouping = copies
+    slots_of = None if slots_of is None else slots_of.reshape(-1, slots_of.shape[-1])
+    y = multiply_rows(values, rows, matrix, after, x.dtype, grouping, slots_of)
+    return y.view(*x.shape[:-1], grouping.features)
 
 
-def _with_copies(y: Tensor, slots_of: Tensor | None, grouping: Grouping | None) -> Tensor:
-    return y if slots_of is None or grouping is None else y + grouping.copy(slots_of)
-
-
-class FrozenProduct(torch.autograd.Function):
-    """``W x`` for a weight that is not stored as it is. Backward keeps the stored tensor only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stored: Tensor, form: "Stored") -> Tensor:
-        ctx.save_for_backward(stored)
-        ctx.form = form
-        return form.linear(x, stored)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        refuse_second_derivatives()
-        (stored,) = ctx.saved_tensors
-        return ctx.form.linear_transposed(grads[0], stored) if ctx.needs_input_grad[0] else None, None, None
-
-
-def refuse_second_derivatives() -> None:
-    """Called in the backward of a function that computes no graph of itself."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # autograd was called with create_graph
-        raise RuntimeError(
-            "the merged form of an adapter and weights in 8 bits have no second derivatives; use the form decoupled, "
-            "and weights that are not in 8 bits"
-        )
+def _with_copies(y: Tensor, copies: tuple[Tensor, Grouping] | None) -> Tensor:
+    return y if copies is None else y + copies[1].copy(copies[0])
 
 
 def with_products(
@@ -209,10 +161,11 @@ def check_device(method: MethodConfig, *, bf16: bool, capability: tuple[int, int
     if capability < OLDEST[kind]:
         needed, have = (".".join(map(str, version)) for version in (OLDEST[kind], capability))
         problem = f"method.base: {kind} products need compute capability {needed}, and this GPU has {have}; {remedy}"
-        raise ConfigError([problem], "the settings")
-    if kind == "fp8" and not bf16:
+    elif kind == "fp8" and not bf16:
         problem = f"method.base: the results of fp8 products are in bf16; use train.precision=bf16, or {remedy[4:]}"
-        raise ConfigError([problem], "the settings")
+    else:
+        return
+    raise ConfigError([problem], "the settings")
 
 
 Stored = Plain | EightBits

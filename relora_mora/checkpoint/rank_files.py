@@ -64,7 +64,7 @@ class RankFiles:
             for kind, flat in flats.items():
                 pieces[f"{kind}|{fragment.name}|{fragment.start}"] = fragment, flat
         for name, matrix in self._share(engine.matrix_states.items()):
-            for kind, value in matrix.tensors.items():
+            for kind, value in matrix.items():
                 pieces[f"{kind}|{name}|0"] = None, value
         whole = {id(flat): flat.detach() for _, flat in pieces.values()}
         copies = dict(zip(whole, host_copies(whole.values()), strict=True))

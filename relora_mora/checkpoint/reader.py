@@ -160,7 +160,7 @@ class CheckpointReader:
                 target.copy_(self.piece(kind, fragment.name, fragment.start, fragment.numel))
             state["step"].fill_(float(self.manifest.group_steps[groups[fragment.name]]))
         for name, matrix in engine.matrix_states.items():
-            for kind, value in matrix.tensors.items():
+            for kind, value in matrix.items():
                 value.copy_(self.piece(kind, name, 0, value.numel()).view(value.shape))
         base.take(self.weight)
 

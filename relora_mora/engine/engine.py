@@ -16,7 +16,7 @@ from relora_mora.engine.matrices import CutMatrices
 from relora_mora.engine.start import allow_optimizer, deepspeed_settings, quiet
 from relora_mora.engine.zero_state import ZeroState
 from relora_mora.optim.groups import MatrixAdamW
-from relora_mora.optim.rules import MatrixRule, MatrixState, new_state, shapes_of
+from relora_mora.optim.rules import MatrixRule, MatrixState, shapes_of
 from relora_mora.system.hardware import uses_cuda
 from relora_mora.system.seeds import derived_seed
 
@@ -96,7 +96,7 @@ class ZeroEngine(ZeroState):
             matrices = CutMatrices(names, fragments, self.shapes, rank=self.rank, world_size=self.world_size)
             shapes = {name: shapes_of(rule, *self.shapes[name]) for name in names}
             for name in matrices.owned:
-                self.matrix_states[name] = new_state(derived_seed(seed, name), shapes[name], self.device)
+                self.matrix_states[name] = MatrixState(derived_seed(seed, name), shapes[name], self.device)
             self.matrix_shapes |= {
                 name: {key: list(shape) for key, shape in kept.items()} for name, kept in shapes.items() if kept
             }
@@ -112,7 +112,7 @@ class ZeroEngine(ZeroState):
         super().clear_state(names)
         for name, state in self.matrix_states.items():
             if names is None or name in names:
-                for value in state.tensors.values():
+                for value in state.values():
                     value.zero_()
 
     def group_steps(self) -> dict[str, int]:

@@ -5,38 +5,3 @@ CPUs have the kernels of kernels.c, and NVIDIA's GPUs those in triton_*.py. They
 autograd records, torch operations compute the same. Results agree up to rounding: the kernels add bfloat16 in float32
 and round once, while torch rounds after every piece of a grouping (tests/kernels/test_kernels.py).
 """
-
-from relora_mora.kernels.cpu import available
-from relora_mora.kernels.grouping import Grouping, contiguous, interleaved, wrapped_interleaved
-from relora_mora.kernels.ops import (
-    cross_entropy_,
-    dense,
-    describe,
-    disabled,
-    expand_add,
-    group_sum,
-    multiply_rows,
-    quantize_rows,
-    rotary_add,
-    scale_rows,
-    supports,
-)
-
-__all__ = [
-    "Grouping",
-    "available",
-    "contiguous",
-    "cross_entropy_",
-    "dense",
-    "describe",
-    "disabled",
-    "expand_add",
-    "group_sum",
-    "interleaved",
-    "multiply_rows",
-    "quantize_rows",
-    "rotary_add",
-    "scale_rows",
-    "supports",
-    "wrapped_interleaved",
-]

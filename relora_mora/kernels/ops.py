@@ -1,14 +1,13 @@
 """Registers the kernels as operators of torch, and defines the functions that call them.
 
 An operator has a schema, a fake implementation that computes only shapes (for torch.compile), and one kernel per
-device: a line of ``_KERNELS``. The devices are in :func:`kernels_here`. Groupings are passed as lists of integers,
-because a schema cannot have a type for them.
+device. The devices are in :func:`kernels_here`. Groupings are passed as lists of integers, because a schema cannot have
+a type for them.
 
 This uses ``torch.library.define`` because the wrapper of ``torch.library.custom_op`` takes several times as long.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,23 +20,6 @@ from relora_mora.kernels.grouping import Grouping
 
 LIBRARY = torch.library.Library("relora_mora", "DEF")
 FEWEST_ROWS = 32  # that a GPU multiplies in 8 bits
-_ANY_LAYOUT = torch.Tag.flexible_layout  # tells the compiler not to copy inputs into another layout
-LIBRARY.define("group_sum(Tensor x, int[] grouping) -> Tensor", tags=_ANY_LAYOUT)
-LIBRARY.define(
-    "expand_add(Tensor weight, Tensor square, int[] inputs, int[] outputs, Tensor? after=None) -> Tensor",
-    tags=_ANY_LAYOUT,
-)
-LIBRARY.define("rotary_add(Tensor weight, Tensor square, Tensor? after=None) -> Tensor", tags=_ANY_LAYOUT)
-LIBRARY.define("dense(Tensor values, Tensor scales, ScalarType dtype, Tensor? after) -> Tensor", tags=_ANY_LAYOUT)
-LIBRARY.define(
-    "quantize_rows(Tensor x, ScalarType kind, Tensor? columns, int padded) -> (Tensor, Tensor)", tags=_ANY_LAYOUT
-)
-LIBRARY.define(
-    "scale_rows(Tensor sums, Tensor rows, Tensor? columns, Tensor? slots_of, int[] grouping, ScalarType dtype)"
-    " -> Tensor",
-    tags=_ANY_LAYOUT,
-)
-LIBRARY.define("cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor scale, int ignore, bool gradient) -> Tensor")
 
 
 def kernels_here() -> dict[str, tuple[torch.dtype, ...]]:
@@ -56,27 +38,39 @@ def describe(device: str = "cpu") -> str:
 
 
 _DEVICES = kernels_here()
-_enabled = True
+enabled = True  # if not, torch operations compute everything
 
 
-def _fake_group_sum(x: Tensor, grouping: Sequence[int]) -> Tensor:
-    return x.new_empty(*x.shape[:-1], Grouping.of_numbers(grouping).slots)
+def _operator(
+    schema: str,
+    fake: Callable[..., Any],
+    on_cpu: Callable[..., Any],
+    on_cuda: Callable[..., Any],
+    *,
+    tags: Any = torch.Tag.flexible_layout,  # tells the compiler not to copy inputs into another layout
+) -> Any:
+    """Registers an operator of torch, and returns it. A kernel gets groupings in place of the schema's integers."""
+    name = schema.partition("(")[0]
+    groupings = [place for place, argument in enumerate(schema.split(", ")) if "int[] " in argument]
+
+    def decoded(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            arguments = list(given)
+            for place in groupings:
+                arguments[place] = Grouping.of_numbers(arguments[place])
+            return kernel(*arguments)
+
+        return call if groupings else kernel
+
+    LIBRARY.define(schema, tags=tags)
+    torch.library.register_fake(f"relora_mora::{name}", decoded(fake))
+    LIBRARY.impl(name, decoded(on_cpu), "CPU")
+    LIBRARY.impl(name, decoded(on_cuda), "CUDA")
+    return getattr(torch.ops.relora_mora, name).default
 
 
-def _fake_add(weight: Tensor, *others: Any) -> Tensor:
-    return weight.new_empty(weight.shape)
-
-
-def _fake_cross_entropy_(logits: Tensor, labels: Tensor, scale: Tensor, ignore: int, gradient: bool) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.float32)
-
-
-def _fake_dense(values: Tensor, scales: Tensor, dtype: torch.dtype, after: Tensor | None) -> Tensor:
-    return values.new_empty(values.shape, dtype=dtype)
-
-
-def _fake_quantize_rows(x: Tensor, kind: torch.dtype, columns: Tensor | None, padded: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), padded, dtype=kind), x.new_empty(len(x), dtype=torch.float32)
+def _without_after(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda weight, square, inputs, outputs, after=None: kernel(weight, square, inputs, outputs)
 
 
 def _quantize_on_cpu(x: Tensor, kind: torch.dtype, columns: Tensor | None, padded: int) -> tuple[Tensor, Tensor]:
@@ -85,74 +79,53 @@ def _quantize_on_cpu(x: Tensor, kind: torch.dtype, columns: Tensor | None, padde
     return cpu.quantize_rows(x, columns, padded)
 
 
-def _fake_scale_rows(
-    sums: Tensor,
-    rows: Tensor,
-    columns: Tensor | None,
-    slots_of: Tensor | None,
-    grouping: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    return sums.new_empty(len(sums), Grouping.of_numbers(grouping).features, dtype=dtype)
-
-
-def _scale_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda sums, rows, columns, slots_of, grouping, dtype: function(
-        sums, rows, columns, slots_of, Grouping.of_numbers(grouping), dtype
-    )
-
-
-def _sum_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda x, grouping: function(x, Grouping.of_numbers(grouping))
-
-
-def _add_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda weight, square, inputs, outputs, after=None: function(
-        weight, square, Grouping.of_numbers(inputs), Grouping.of_numbers(outputs)
-    )
-
-
-_cuda_group_sum = cuda.kernel("relora_mora.kernels.triton_groups:group_sum")
-_cuda_expand_add = cuda.kernel("relora_mora.kernels.triton_groups:expand_add")
-_cuda_quantize_rows = cuda.kernel("relora_mora.kernels.triton_eight:quantize_rows")
-_cuda_scale_rows = cuda.kernel("relora_mora.kernels.triton_eight:scale_rows")
-_cuda_cross_entropy_ = cuda.kernel("relora_mora.kernels.triton_loss:cross_entropy_")
-
-# the implementations of each operator: fake, CPU, CUDA
-_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
-    "group_sum": (_fake_group_sum, _sum_by(cpu.group_sum), _sum_by(_cuda_group_sum)),
-    "expand_add": (_fake_add, _add_by(cpu.expand_add), _add_by(_cuda_expand_add)),
-    "rotary_add": (_fake_add, reference.rotary_add, reference.rotary_add),
-    "dense": (_fake_dense, reference.dense, reference.dense),
-    "quantize_rows": (_fake_quantize_rows, _quantize_on_cpu, _cuda_quantize_rows),
-    "scale_rows": (_fake_scale_rows, _scale_by(cpu.scale_rows), _scale_by(_cuda_scale_rows)),
-    "cross_entropy_": (_fake_cross_entropy_, cpu.cross_entropy_, _cuda_cross_entropy_),
-}
-
-for _name, (_fake, _on_cpu, _on_cuda) in _KERNELS.items():
-    torch.library.register_fake(f"relora_mora::{_name}", _fake)
-    LIBRARY.impl(_name, _on_cpu, "CPU")
-    LIBRARY.impl(_name, _on_cuda, "CUDA")
-
-_group_sum = torch.ops.relora_mora.group_sum.default
-_expand_add = torch.ops.relora_mora.expand_add.default
-_rotary_add = torch.ops.relora_mora.rotary_add.default
-_dense = torch.ops.relora_mora.dense.default
-_quantize_rows = torch.ops.relora_mora.quantize_rows.default
-_scale_rows = torch.ops.relora_mora.scale_rows.default
-_cross_entropy_ = torch.ops.relora_mora.cross_entropy_.default
-
-
-@contextlib.contextmanager
-def disabled() -> Iterator[None]:
-    """Inside this context, torch operations compute everything."""
-    global _enabled
-    before = _enabled
-    _enabled = False
-    try:
-        yield
-    finally:
-        _enabled = before
+_group_sum = _operator(
+    "group_sum(Tensor x, int[] grouping) -> Tensor",
+    lambda x, grouping: x.new_empty(*x.shape[:-1], grouping.slots),
+    cpu.group_sum,
+    cuda.kernel("relora_mora.kernels.triton_groups:group_sum"),
+)
+_expand_add = _operator(
+    "expand_add(Tensor weight, Tensor square, int[] inputs, int[] outputs, Tensor? after=None) -> Tensor",
+    lambda weight, *_: weight.new_empty(weight.shape),
+    _without_after(cpu.expand_add),
+    _without_after(cuda.kernel("relora_mora.kernels.triton_groups:expand_add")),
+)
+_rotary_add = _operator(
+    "rotary_add(Tensor weight, Tensor square, Tensor? after=None) -> Tensor",
+    lambda weight, *_: weight.new_empty(weight.shape),
+    reference.rotary_add,
+    reference.rotary_add,
+)
+_dense = _operator(
+    "dense(Tensor values, Tensor scales, ScalarType dtype, Tensor? after) -> Tensor",
+    lambda values, scales, dtype, after: values.new_empty(values.shape, dtype=dtype),
+    reference.dense,
+    reference.dense,
+)
+_quantize_rows = _operator(
+    "quantize_rows(Tensor x, ScalarType kind, Tensor? columns, int padded) -> (Tensor, Tensor)",
+    lambda x, kind, columns, padded: (
+        x.new_empty(len(x), padded, dtype=kind),
+        x.new_empty(len(x), dtype=torch.float32),
+    ),
+    _quantize_on_cpu,
+    cuda.kernel("relora_mora.kernels.triton_eight:quantize_rows"),
+)
+_scale_rows = _operator(
+    "scale_rows(Tensor sums, Tensor rows, Tensor? columns, Tensor? slots_of, int[] grouping, ScalarType dtype)"
+    " -> Tensor",
+    lambda sums, rows, columns, slots_of, grouping, dtype: sums.new_empty(len(sums), grouping.features, dtype=dtype),
+    cpu.scale_rows,
+    cuda.kernel("relora_mora.kernels.triton_eight:scale_rows"),
+)
+_cross_entropy_ = _operator(
+    "cross_entropy_(Tensor(a!) logits, Tensor labels, Tensor scale, int ignore, bool gradient) -> Tensor",
+    lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.float32),
+    cpu.cross_entropy_,
+    cuda.kernel("relora_mora.kernels.triton_loss:cross_entropy_"),
+    tags=(),
+)
 
 
 def supports(*tensors: Tensor) -> bool:
@@ -162,7 +135,7 @@ def supports(*tensors: Tensor) -> bool:
     operations compute everything.
     """
     dtype = tensors[0].dtype
-    if not _enabled or dtype not in _DEVICES.get(tensors[0].device.type, ()):
+    if not enabled or dtype not in _DEVICES.get(tensors[0].device.type, ()):
         return False
     if forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return False

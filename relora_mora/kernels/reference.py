@@ -37,7 +37,7 @@ def _crossing(matrix: Tensor, down: Piece, across: Piece) -> Tensor:
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore: int, scale: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses [N] and the gradient of :func:`relora_mora.kernels.cross_entropy_`; copies the logits to float32."""
+    """Losses [N] and the gradient of ``ops.cross_entropy_``; copies the logits to float32."""
     wide = logits.float()
     log_sum = wide.logsumexp(-1, keepdim=True)
     keep = (labels != ignore).unsqueeze(-1)

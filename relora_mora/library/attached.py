@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from relora_mora.adapters.inject import replace_linears, watch_callers
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters, layer_generator
-from relora_mora.adapters.mora import layer_square_size, operator_in_use, set_operators
+from relora_mora.adapters.mora import operator_in_use, set_operators
 from relora_mora.adapters.scope import reset_scopes
 from relora_mora.config.registry import ScheduleKind
 from relora_mora.config.schema import MethodConfig
@@ -26,7 +26,6 @@ from relora_mora.library.merged import is_sharded, merged_values, plain_copy
 from relora_mora.library.rates import Rewarmed, check_rates, optimizer_groups, rate_of_step, rewarming_groups
 from relora_mora.library.state import check_base, check_identity, identity_of, owes_merge, read_state, write_state
 from relora_mora.library.targets import describe_targets, target_linears
-from relora_mora.operators import make_operator
 from relora_mora.schedule import Schedule
 from relora_mora.system.logs import log
 
@@ -64,11 +63,6 @@ def attach(
     unknown = [kind for kind in method.rank_pattern if kind not in kinds]
     if unknown:
         raise ValueError(f"rank_pattern: no target is named {', '.join(unknown)}; they are {', '.join(sorted(kinds))}")
-    for name in names if method.uses_squares else ():  # before the model changes
-        linear: Any = model.get_submodule(name)
-        size = layer_square_size(method.of(name.rpartition(".")[2]), linear.in_features, linear.out_features)
-        for mora_type in method.cycle:
-            make_operator(mora_type, linear.in_features, linear.out_features, size)
     for name, layer in replace_linears(model, names, method, seed=seed).items():
         generator = layer_generator(seed, name, 0)
         for key in layer.adapter_names:

@@ -44,7 +44,7 @@ def LoRA(
     ``rank_pattern`` has the ranks that differ, by the last part of a layer's name. ``dropout`` applies to the adapter's
     input. ``form`` says how a layer computes its output (docs/method.md). Raises ValueError for values out of range.
     """
-    return _method("lora", rank, form, rank_pattern, lora_alpha=alpha, dropout=dropout)
+    return _method("lora", locals())
 
 
 @_names_a_near_setting
@@ -64,9 +64,7 @@ def ReLoRA(
     A merge adds the delta to the frozen weight and resets the adapter and its optimizer state: ``reset`` says how
     (docs/method.md), and ``reset_ratio`` is the share of the state that ``magnitude`` and ``random`` set to zero.
     """
-    merging = {"merge_every": merge_every, "merge_until_step": merge_until_step}
-    resets = {"reset": reset, "reset_ratio": reset_ratio}
-    return _method("relora", rank, form, rank_pattern, lora_alpha=alpha, **merging, **resets)
+    return _method("relora", locals())
 
 
 @_names_a_near_setting
@@ -84,8 +82,7 @@ def MoRA(
 
     R is rounded down to a multiple of ``square_multiple``. ``operator`` is the type of C and D (docs/method.md).
     """
-    squares: dict[str, Any] = {"operators": [operator], "square_size": square_size, "square_multiple": square_multiple}
-    return _method("mora", rank, form, rank_pattern, dropout=dropout, **squares)
+    return _method("mora", locals())
 
 
 @_names_a_near_setting
@@ -103,20 +100,20 @@ def ReMoRA(
     rank_pattern: Mapping[str, int] | None = None,
 ) -> MethodConfig:
     """MoRA that is merged as in :func:`ReLoRA`; every merge goes on to the next of ``operators``."""
-    merging = {"merge_every": merge_every, "merge_until_step": merge_until_step}
-    resets = {"reset": reset, "reset_ratio": reset_ratio}
-    squares: dict[str, Any] = {
-        "operators": list(operators),
-        "square_size": square_size,
-        "square_multiple": square_multiple,
-    }
-    return _method("remora", rank, form, rank_pattern, **squares, **merging, **resets)
+    return _method("remora", locals())
 
 
-def _method(name: str, rank: int, form: Form, rank_pattern: Mapping[str, int] | None, **settings: Any) -> MethodConfig:
-    values = {"name": name, "rank": rank, "form": form, "rank_pattern": dict(rank_pattern or {}), **settings}
-    if form not in get_args(Form):
-        raise ValueError(f"form: expected one of {', '.join(get_args(Form))}, got {form!r}")
+def _method(name: str, arguments: dict[str, Any]) -> MethodConfig:
+    """The settings of a method, from the arguments of its function."""
+    if arguments["form"] not in get_args(Form):
+        raise ValueError(f"form: expected one of {', '.join(get_args(Form))}, got {arguments['form']!r}")
+    values = {"name": name, **arguments, "rank_pattern": dict(arguments["rank_pattern"] or {})}
+    if "alpha" in values:
+        values["lora_alpha"] = values.pop("alpha")
+    if "operator" in values:
+        values["operators"] = [values.pop("operator")]
+    if "operators" in values:
+        values["operators"] = list(values["operators"])
     try:
         method = MethodConfig.model_validate(values)
     except ValidationError as error:

@@ -25,23 +25,22 @@ def target_linears(model: nn.Module, targets: str | Sequence[str] | None) -> lis
     modules = dict(model.named_modules(remove_duplicate=False))
     if targets is None:
         head = output_head(model)
-        chosen = [name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head]
-        unmatched = [] if chosen else ["any nn.Linear"]
+        linears = [name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head]
+        matches = {"any nn.Linear": linears}
     elif isinstance(targets, str):
-        chosen = [name for name in modules if re.fullmatch(targets, name)]
-        unmatched = [] if chosen else [targets]
+        matches = {targets: [name for name in modules if re.fullmatch(targets, name)]}
     else:
-        ends = tuple(f".{target}" for target in targets)
-        chosen = [name for name in modules if f".{name}".endswith(ends)]
-        unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in chosen)]
-    if unmatched or not chosen:
-        linears = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
+        matches = {target: [name for name in modules if f".{name}".endswith(f".{target}")] for target in targets}
+    unmatched = [target for target, names in matches.items() if not names]
+    if unmatched or not matches:
+        known = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
         raise ValueError(
             f"targets: the model has no module that matches {', '.join(unmatched) or targets}; it has linears named "
-            f"{', '.join(linears) or '(none)'}"
+            f"{', '.join(known) or '(none)'}"
         )
     first_names = {module: name for name, module in model.named_modules()}
-    chosen = list(dict.fromkeys(first_names[modules[name]] for name in chosen))
+    matched = set().union(*matches.values())
+    chosen = list(dict.fromkeys(first_names[modules[name]] for name in modules if name in matched))
     shared = _shared_weights(model)
     for name in chosen:
         fault = _fault(modules[name], shared) if name else "it is the whole model; put it into an nn.Sequential"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from relora_mora.kernels import cross_entropy_, supports
+from relora_mora.kernels.ops import cross_entropy_, supports
 
 IGNORE = -100
 CHUNK_BYTES = 192 * 2**20  # of logits that exist at once

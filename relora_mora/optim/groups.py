@@ -67,26 +67,23 @@ def state_of(optimizer: torch.optim.Optimizer, flat: Tensor, moments: Iterable[s
 def set_trainable(model: PreTrainedModel, method: MethodConfig) -> None:
     """Sets ``requires_grad`` of adapters, other linears, embeddings, norms and head as the settings say."""
     adapters = adapter_parameters(model)
-    under_adapters = {f"{name}.weight" for name, _ in adapter_layers(model)}
-    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
-    ends = end_weights(model) if method.trains_rows else []
-    experts = expert_parameters(model) if method.uses_adapters else set()
-    tied = id(model.get_input_embeddings().weight) in head
+    head = set(model.get_output_embeddings().parameters())
+    tied = model.get_input_embeddings().weight in head
+    of_group = {
+        "adapters": True,
+        "linears": method.trains_linears,
+        "embeddings": method.train_embeddings is True or (tied and method.train_head),
+        "norms": method.train_norms,
+    }
+    of_name = {f"{name}.weight": False for name, _ in adapter_layers(model)}
+    if method.uses_adapters:
+        of_name |= dict.fromkeys(expert_parameters(model), method.train_experts)
+    of_parameter = {} if tied else dict.fromkeys(head, method.train_head)
+    if method.trains_rows:
+        of_parameter |= dict.fromkeys(end_weights(model), True)
     for name, parameter in model.named_parameters():
-        if any(parameter is end for end in ends):
-            train = True
-        elif id(parameter) in head and not tied:
-            train = method.train_head
-        elif name in experts:
-            train = method.train_experts
-        else:
-            train = {
-                "adapters": True,
-                "linears": method.trains_linears and name not in under_adapters,
-                "embeddings": method.train_embeddings is True or (tied and method.train_head),
-                "norms": method.train_norms,
-            }[group_of(name, parameter.shape, adapters)]
-        parameter.requires_grad_(train)
+        trains = of_name.get(name, of_group[group_of(name, parameter.shape, adapters)])
+        parameter.requires_grad_(of_parameter.get(parameter, trains))
 
 
 def end_weights(model: PreTrainedModel) -> list[nn.Parameter]:

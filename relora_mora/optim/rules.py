@@ -4,8 +4,7 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,32 +21,27 @@ def state_dtype(key: str) -> torch.dtype:
     return _CODES.get(key, torch.float32)
 
 
-@dataclass(frozen=True, eq=False)
-class MatrixState(Mapping[str, Tensor]):
+class MatrixState(dict[str, Tensor]):
     """The tensors that a rule keeps of one matrix, by name. They are zero at first and after a reset.
 
     Change them in place, or assign: ``state["average"] = value`` copies the value into the tensor. All are float32 on
     the device of the matrix, except that one with the name ``updates`` is in host memory, for a count that the rule
     reads with ``int()``.
+
+    ``seed`` belongs to the matrix, and ``shapes`` are those that :func:`shapes_of` returns.
     """
 
-    seed: int  # belongs to the matrix
-    tensors: dict[str, Tensor]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
+    def __init__(self, seed: int, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str = "cpu") -> None:
+        self.seed = seed
+        for key, shape in shapes.items():
+            where = "cpu" if key == COUNT else device
+            super().__setitem__(key, torch.zeros(shape, dtype=state_dtype(key), device=where))
 
     def __setitem__(self, name: str, value: Tensor) -> None:
-        kept = self.tensors[name]
+        kept = self[name]
         if value.shape != kept.shape:
             raise ValueError(f"the state {name} has the shape {list(kept.shape)}, got {list(value.shape)}")
         kept.copy_(value)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
 
     def generator(self, number: int, device: torch.device | str = "cpu") -> torch.Generator:
         """For random draws, which depend on ``train.seed``, the matrix's name and this number only.
@@ -55,17 +49,6 @@ class MatrixState(Mapping[str, Tensor]):
         With a number that follows from the state, such as a count of updates, a resume draws the same.
         """
         return torch.Generator(device).manual_seed(derived_seed(self.seed, number))
-
-
-def new_state(seed: int, shapes: Mapping[str, tuple[int, ...]], device: torch.device | str = "cpu") -> MatrixState:
-    """The initial state with the ``shapes`` that :func:`shapes_of` returns."""
-    return MatrixState(
-        seed,
-        {
-            key: torch.zeros(shape, dtype=state_dtype(key), device="cpu" if key == COUNT else device)
-            for key, shape in shapes.items()
-        },
-    )
 
 
 class MatrixRule(ABC):

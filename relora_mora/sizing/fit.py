@@ -1,11 +1,10 @@
 """Checks that adapters are smaller than their weights, and that the training state fits into memory."""
 
-from collections.abc import Iterable
-
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from relora_mora.adapters.inject import choose_storage, decoder_linears, layer_class
-from relora_mora.adapters.layers import AdapterLinear, adapter_layers
+from relora_mora.adapters.inject import choose_storage, decoder_linears, inject
+from relora_mora.adapters.layers import AdapterLinear, adapter_layers, adapter_parameters
 from relora_mora.adapters.mora import layer_square_size
 from relora_mora.adapters.stored import PLAIN
 from relora_mora.config.load import ConfigError
@@ -25,7 +24,8 @@ def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None
     """Raises :class:`ConfigError` if the adapters are larger than their weights, or a square than both widths."""
     if not method.uses_adapters:
         return
-    linears = [(name.rpartition(".")[2], layer) for name, layer in decoder_linears(empty_model(model_config))]
+    lm = empty_model(model_config)
+    linears = [(name.rpartition(".")[2], layer) for name, layer in decoder_linears(lm)]
     kinds = list(dict.fromkeys(kind for kind, _ in linears))
     missing = {
         f"method.{setting}: {kind} is not a linear of the decoder layers; they have {', '.join(kinds) or 'none'}"
@@ -46,20 +46,17 @@ def check_adapters(model_config: PreTrainedConfig, method: MethodConfig) -> None
         if (size := layer_square_size(method.of(kind), inputs, outputs)) > max(inputs, outputs)
     ]
     weights = sum(inputs * outputs for _, inputs, outputs in shapes)
-    adapters = adapter_parameters(method, shapes)
-    if adapters > weights and not faults:
+    if not faults:
+        with torch.device("meta"):
+            inject(lm, method, seed=0)
+    adapters = sum(lm.get_parameter(name).numel() for name in adapter_parameters(lm))
+    if adapters > weights:
         faults.append(
             f"method.{setting}: the adapters have {adapters:,} parameters, more than the {weights:,} of their "
             "weights; lower it, or use method.name=full"
         )
     if faults:
         raise ConfigError(faults, "the settings")
-
-
-def adapter_parameters(method: MethodConfig, shapes: Iterable[tuple[str, int, int]]) -> int:
-    """The number of adapter parameters; ``shapes`` are (kind, in, out) of the linears."""
-    layer = layer_class(method)
-    return sum(layer.parameters_for(method.of(kind), inputs, outputs) for kind, inputs, outputs in shapes)
 
 
 def uneven_widths(model_config: PreTrainedConfig) -> list[str]:

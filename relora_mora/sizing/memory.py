@@ -41,6 +41,7 @@ from transformers import PreTrainedModel
 
 from relora_mora.adapters.inject import storage_of
 from relora_mora.adapters.layers import AdapterLinear, adapter_layers
+from relora_mora.adapters.stored import EightBits
 from relora_mora.config.checks.deepspeed import zero_defaults
 from relora_mora.config.optim import OptimConfig
 from relora_mora.optim.groups import count_parameters, parameter_groups
@@ -137,7 +138,7 @@ def weight_bytes(model: PreTrainedModel, setup: Setup) -> int:
 def stored_bytes(layer: AdapterLinear, setup: Setup) -> int:
     """Bytes of the weight under an adapter, or of its ``W + delta`` if that is resident."""
     stored = storage_of(layer, setup.config.method, on_gpu=setup.on_gpu)
-    return stored.bytes_of(layer.weight.numel(), setup.width)
+    return stored.empty(layer.weight).nbytes if isinstance(stored, EightBits) else setup.width * layer.weight.numel()
 
 
 def merged_memory(model: PreTrainedModel, setup: Setup) -> float:

@@ -29,6 +29,7 @@ from relora_mora.adapters.lora import LoRALinear
 from relora_mora.adapters.mora import MoRALinear
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.config.registry import OPERATORS
+from relora_mora.config.schema import MethodConfig
 from relora_mora.model.causal import ends_of
 from relora_mora.weights.foreign import abbreviate, has_weights
 
@@ -251,9 +252,12 @@ class AdapterFolder:
 
     def layer_on(self, name: str, linear: nn.Linear) -> AdapterLinear:
         """The adapter layer for a linear, without values. Call it on the meta device."""
+        size = self.layers[name]
+        generator = layer_generator(0, name, 0)
         if self.mora_type is not None:
-            return MoRALinear(linear, self.layers[name], self.mora_type)
-        return LoRALinear(linear, self.layers[name], self.alpha(name), layer_generator(0, name, 0))
+            return MoRALinear(linear, MethodConfig(square_size=size), generator, self.mora_type)
+        method = MethodConfig.model_construct(rank=size, lora_alpha=self.alpha(name))  # a file may have any alpha
+        return LoRALinear(linear, method, generator)
 
 
 def _matches(key: str, layer: str) -> bool:

@@ -13,7 +13,6 @@ from relora_mora.config.registry import METHODS
 from relora_mora.model.causal import build_model
 from relora_mora.operators import square_size
 from relora_mora.optim.groups import parameter_groups, set_trainable
-from relora_mora.sizing.fit import adapter_parameters
 from tests.tools.adapter_tools import ADAPTERS_ONLY
 from tests.tools.each import each
 from tests.tools.tiny import tiny_config, tiny_llama
@@ -21,7 +20,7 @@ from tests.tools.tiny import tiny_config, tiny_llama
 
 @each("method", METHODS)
 def test_trainable_is_exactly_what_the_method_says(method):
-    config = tiny_config(method={"name": method})
+    config = tiny_config(method={"name": method}, optim={"weight_decay": 0.1})
     model = build_model(tiny_llama(), seed=0)
     linears = {
         f"{name}.weight"
@@ -41,9 +40,15 @@ def test_trainable_is_exactly_what_the_method_says(method):
     assert bool(adapters) == (method != "full")
     groups = parameter_groups(model, config.optim)
     assert sorted(name for group in groups for name in group.parameters) == sorted(trains)
+    assert {group.name: group.weight_decay for group in groups}.pop("norms") == 0.0
+    assert {group.weight_decay for group in groups if group.name != "norms"} == {0.1}
     rates = {group.name: group.peak_lr for group in groups}
     assert rates.pop("linears" if method == "full" else "adapters") == config.optim.lr
     assert set(rates.values()) == {config.optim.lr_other}
+    ids = torch.arange(12).view(1, 12)
+    model(input_ids=ids, labels=ids).loss.backward()
+    for _, layer in adapter_layers(model):  # if A and B both started at zero, all gradients would stay zero
+        assert any(layer.get_parameter(name).grad.any() for name in layer.adapter_names)
 
 
 @each("method", ["lora", "mora"])
@@ -61,11 +66,6 @@ def test_a_projection_may_have_a_rank_of_its_own(method):
             assert layer.lora_B.shape == (shapes[kind][1], rank)
         else:
             assert layer.mora_M.shape == (square_size(*shapes[kind], rank),) * 2
-    numbers = sum(
-        parameter.numel() for name, parameter in model.named_parameters() if "mora_" in name or "lora_" in name
-    )
-    every = [(kind, layer.in_features, layer.out_features) for kind, layer in linears]
-    assert numbers == adapter_parameters(config.method, every)  # as planned
 
 
 @each(
@@ -87,23 +87,3 @@ def test_everything_except_the_adapters_can_be_frozen(method: dict[str, Any], gr
     assert [group.name for group in parameter_groups(model, config.optim)] == groups
     adapters_only = config.optim.model_copy(update={"rewarm": "adapters"})
     assert [group.name for group in parameter_groups(model, adapters_only) if group.rewarms] == ["adapters"]
-
-
-def test_norms_do_not_decay():
-    config = tiny_config(optim={"weight_decay": 0.1})
-    model = build_model(tiny_llama(), seed=0)
-    inject(model, config.method, seed=0)
-    set_trainable(model, config.method)
-    decays = {group.name: group.weight_decay for group in parameter_groups(model, config.optim)}
-    assert decays == {"adapters": 0.1, "embeddings": 0.1, "norms": 0.0}
-
-
-def test_after_one_step_every_adapter_has_moved():
-    """If A and B both started at zero, as in a predecessor, all gradients would stay zero."""
-    for method in ("lora", "mora"):
-        config = tiny_config(method={"name": method})
-        model = build_model(tiny_llama(), seed=0)
-        inject(model, config.method, seed=0)
-        model(input_ids=torch.arange(12).view(1, 12), labels=torch.arange(12).view(1, 12)).loss.backward()
-        for _, layer in adapter_layers(model):
-            assert any(layer.get_parameter(name).grad.abs().max() > 0 for name in layer.adapter_names)

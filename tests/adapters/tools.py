@@ -7,9 +7,9 @@ import copy
 import torch
 from torch import nn
 
+from relora_mora.adapters.inject import layer_class
 from relora_mora.adapters.layers import AdapterLinear
-from relora_mora.adapters.lora import LoRALinear
-from relora_mora.adapters.mora import MoRALinear
+from relora_mora.config.schema import MethodConfig
 
 
 def layers_of(
@@ -18,11 +18,12 @@ def layers_of(
     """The same layer, merged and decoupled; ``kind`` is "lora" or the number of an operator."""
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
-    layer: AdapterLinear
+    linear.weight.requires_grad_(False)
     if kind == "lora":
-        layer = LoRALinear(linear, 3, 6.0, torch.Generator().manual_seed(1), "merged")
+        method = MethodConfig(name="lora", rank=3, lora_alpha=6.0, form="merged")
     else:
-        layer = MoRALinear(linear, size, int(kind), "merged")
+        method = MethodConfig(name="mora", square_size=size, operators=[int(kind)], form="merged")
+    layer = layer_class(method)(linear, method, torch.Generator().manual_seed(1))
     for name in layer.adapter_names:
         nn.init.normal_(layer.get_parameter(name), std=0.3)
     other = copy.deepcopy(layer)

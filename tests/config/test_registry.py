@@ -16,7 +16,7 @@ from relora_mora.config.schema import SETTINGS, MethodConfig
 from relora_mora.kernels import grouping
 from relora_mora.operators import Operator
 from relora_mora.optim.groups import matrix_rules
-from relora_mora.optim.rules import new_state, shapes_of
+from relora_mora.optim.rules import MatrixState, shapes_of
 from tests.tools.each import each
 
 
@@ -49,7 +49,7 @@ def test_an_optimizer_of_matrices_names_its_rule_and_settings_that_exist(name):
         return
     moments = {key: torch.zeros(6, 9) for key in record.moments}
     gradient = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    state = new_state(0, shapes_of(rule, 6, 9))
+    state = MatrixState(0, shapes_of(rule, 6, 9))
     rule.update_moments(gradient, moments)
     assert rule.update(gradient, state).shape == (6, 9)
     assert all(moment.any() for moment in {**moments, **state}.values())

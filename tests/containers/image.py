@@ -72,7 +72,7 @@ def test_the_entrypoint_is_the_trainer(container: Container) -> None:
 
 def test_the_user_is_not_root_and_the_kernels_are_compiled(container: Container) -> None:
     assert container.run("id", "-u").stdout.strip() == str(UID)
-    output = container.run("python", "-c", "from relora_mora.kernels import describe; print(describe())").stdout
+    output = container.run("python", "-c", "from relora_mora.kernels.ops import describe; print(describe())").stdout
     assert output.startswith("compiled, ")
     where = container.run("python", "-c", "import relora_mora; print(relora_mora.__file__)").stdout
     assert where.startswith("/opt/venv/")

@@ -6,7 +6,7 @@ Run by ``make test-gpu``.
 import pytest
 import torch
 
-from relora_mora import kernels
+from relora_mora.kernels import cpu, ops
 from relora_mora.model import causal
 from relora_mora.model import documents as attention
 from relora_mora.model.causal import LossModel, build_model
@@ -55,5 +55,5 @@ def test_flash_attention_separates_documents_like_a_mask(
 
 @gpu_only
 def test_kernels_compute_here(device: torch.device) -> None:
-    assert kernels.describe("cuda") == "Triton"
-    assert kernels.supports(torch.zeros(2, 2, dtype=torch.bfloat16, device=device))
+    assert ops.describe("cuda") == "Triton"
+    assert ops.supports(torch.zeros(2, 2, dtype=torch.bfloat16, device=device))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relora_mora import kernels
-from relora_mora.kernels import contiguous, cpu, multiply_rows, quantize_rows, wrapped_interleaved
+from relora_mora.kernels import cpu, ops
+from relora_mora.kernels.grouping import contiguous, wrapped_interleaved
+from relora_mora.kernels.ops import multiply_rows, quantize_rows
 from tests.tools.each import each
 from tests.tools.kernels import WITH_LIBRARY, compiled_only
 
@@ -31,7 +34,7 @@ def _nearest(x: torch.Tensor, scales: torch.Tensor, kind: torch.dtype) -> torch.
 @each("dtype", [torch.bfloat16, torch.float32])
 @each("features", [1, 5, 768, 2731])
 def test_rows_are_rounded_to_the_nearest_value(features, dtype, kind, library, monkeypatch):
-    monkeypatch.setattr(kernels.ops, "_enabled", library)
+    monkeypatch.setattr(ops, "enabled", library)
     x = _rows(9, features, dtype)
     columns = torch.rand(features, generator=torch.Generator().manual_seed(1)) + 0.5
     for factors in (None, columns):
@@ -49,7 +52,7 @@ def test_rows_are_rounded_to_the_nearest_value(features, dtype, kind, library, m
 @each("library", WITH_LIBRARY)
 @each("kind", KINDS)
 def test_unusual_rows(kind, library, monkeypatch):
-    monkeypatch.setattr(kernels.ops, "_enabled", library)
+    monkeypatch.setattr(ops, "enabled", library)
     x = torch.randn(7, 40, generator=torch.Generator().manual_seed(0))
     x[0] = 0
     x[1] = 1e-41  # denormal
@@ -77,7 +80,7 @@ def test_unusual_rows(kind, library, monkeypatch):
 def test_the_kernel_and_torch_give_the_same_bits(numbers, dtype):
     x = torch.tensor([numbers, numbers[::-1]]).to(dtype).nan_to_num()
     compiled = quantize_rows(x, torch.int8)
-    with kernels.disabled():
+    with mock.patch.object(ops, "enabled", False):
         plain = quantize_rows(x, torch.int8)
     assert torch.equal(compiled[0], plain[0])
     assert torch.equal(compiled[1], plain[1])

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from relora_mora import kernels
 from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import ModelConfig
-from relora_mora.kernels import cuda
+from relora_mora.kernels import cuda, ops
 from relora_mora.model.compiling import compiles_here
 from relora_mora.system.process import missing_to_compile
 from tests.tools.each import each
@@ -73,7 +72,7 @@ def test_the_gpus_kernels_are_described(version, triton, compiles, capability, d
     with_compiler(monkeypatch, tmp_path, compiler=True, headers=compiles)
     cuda.obstacle.cache_clear()
     try:
-        assert kernels.describe("cuda").startswith(description)
-        assert ("cuda" in kernels.ops.kernels_here()) == (version is not None and triton and compiles)
+        assert ops.describe("cuda").startswith(description)
+        assert ("cuda" in ops.kernels_here()) == (version is not None and triton and compiles)
     finally:
         cuda.obstacle.cache_clear()

@@ -2,87 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import relora_mora as rm
 from tests.tools.grids import rest
+from tests.tools.tiny import LENGTH, VOCABULARY, tiny_llama
 
 pytestmark = pytest.mark.distributed
 
 STEPS, MERGE_EVERY, BATCH = 10, 4, 8
 
 
-def _tiny_lm() -> Any:
+class Loop:
+    """A model and its optimizer as one process, DDP, FSDP2 or DeepSpeed trains them."""
+
+    def __init__(
+        self, kind: str, lm: nn.Module, groups: Callable[[], list[dict[str, Any]]], parts: Sequence[nn.Module] = ()
+    ) -> None:
+        from torch.distributed.fsdp import fully_shard
+        from torch.nn.parallel import DistributedDataParallel
+
+        for part in (*parts, lm) if kind == "fsdp2" else ():
+            fully_shard(part)
+        # a large epsilon: with a small one, Adam turns a difference of one bit into a step of another sign
+        self.optimizer = torch.optim.AdamW(groups(), eps=1e-3)
+        self.model: Any = DistributedDataParallel(lm) if kind == "ddp" else lm
+        self.engine: Any = None
+        if kind.startswith("zero"):
+            import deepspeed
+
+            settings = {
+                "train_batch_size": BATCH,
+                "zero_optimization": {"stage": int(kind[-1]), "stage3_param_persistence_threshold": 0},
+                "zero_allow_untested_optimizer": True,
+            }
+            self.engine, *_ = deepspeed.initialize(model=lm, optimizer=self.optimizer, config=settings)
+            self.model = self.engine
+        self.stepped = self.engine or self.optimizer  # what after_step() gets
+
+    def step(self, loss: torch.Tensor) -> None:
+        if self.engine:
+            self.engine.backward(loss)
+            self.engine.step()
+        else:
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def trained(kind: str, reset: Any, world: int) -> dict[str, Any]:
+    """Ten steps with two merges."""
     from transformers import LlamaForCausalLM
 
-    from tests.tools.tiny import tiny_llama
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(tiny_llama())
-
-
-def _wrapped(kind: str, lm: Any, remora: Any, world: int) -> tuple[Any, Any, Any]:
-    """The model to call, the optimizer, and what ``after_step`` gets."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-
-    model = lm
-    if kind == "ddp":
-        model = DistributedDataParallel(lm)
-    if kind == "fsdp2":
-        mesh = init_device_mesh("cpu", (world,))
-        for layer in lm.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(lm, mesh=mesh)
-    # a large epsilon: with a small one, Adam turns a difference of one bit into a step of another sign
-    optimizer = torch.optim.AdamW(remora.parameter_groups(lr=2e-2, lr_other=1e-2), eps=1e-3)
-    if kind.startswith("zero"):
-        import deepspeed
-
-        zero = {"stage": int(kind[-1]), "stage3_param_persistence_threshold": 0}
-        settings = {
-            "train_batch_size": BATCH,
-            "train_micro_batch_size_per_gpu": BATCH // world,
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-        }
-        model, _, _, _ = deepspeed.initialize(model=lm, optimizer=optimizer, config=settings)
-        return model, optimizer, model
-    return model, optimizer, optimizer
-
-
-def trained(kind: str, reset: str, world: int) -> dict[str, Any]:
-    """Ten steps with two merges."""
-    import relora_mora as rm
-    from tests.tools.tiny import LENGTH, VOCABULARY
-
     rank = torch.distributed.get_rank()
-
-    lm = _tiny_lm()
+    torch.manual_seed(0)
+    lm: Any = LlamaForCausalLM(tiny_llama())
     remora = rm.attach(lm, rm.ReMoRA(rank=3, merge_every=MERGE_EVERY, reset=reset), seed=1)
-    model, optimizer, stepped = _wrapped(kind, lm, remora, world)
-    schedule = remora.schedule(optimizer, total_steps=STEPS, warmup_steps=1, restart_warmup_steps=2)
+    loop = Loop(kind, lm, lambda: remora.parameter_groups(lr=2e-2, lr_other=1e-2), lm.model.layers)
+    schedule = remora.schedule(loop.optimizer, total_steps=STEPS, warmup_steps=1, restart_warmup_steps=2)
     losses = []
     for step in range(1, STEPS + 1):
         generator = torch.Generator().manual_seed(step)
         ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)[rank::world]
-        loss = model(input_ids=ids, labels=ids).loss
-        if stepped is model:
-            model.backward(loss)
-            model.step()
-        else:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        loss = loop.model(input_ids=ids, labels=ids).loss
+        loop.step(loss)
         schedule.step()
-        remora.after_step(stepped)
+        remora.after_step(loop.stepped)
         mean = loss.detach().clone()
         torch.distributed.all_reduce(mean)
         losses.append(float(mean) / world)
-    state = remora.merged_state_dict(stepped)
+    state = remora.merged_state_dict(loop.stepped)
     return {"losses": losses, "merged": state, "merges": remora.merges_done, "operator": remora.operator}
 
 
@@ -108,15 +102,15 @@ def test_ranks_train_as_one_process(pools, kind, reset):
         assert second["merged"] == {}
 
 
-class TiedLM(torch.nn.Module):
+class TiedLM(nn.Module):
     """Embeddings that are the output head, and two linears."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed = torch.nn.Embedding(8, 16)
-        self.body = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 16))
-        self.head = torch.nn.Linear(16, 8, bias=False)
+        self.embed = nn.Embedding(8, 16)
+        self.body = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+        self.head = nn.Linear(16, 8, bias=False)
         self.head.weight = self.embed.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -125,56 +119,28 @@ class TiedLM(torch.nn.Module):
 
 def tied(kind: str, *, of_part: bool = False) -> dict[str, Any]:
     """Trains three steps; the outputs before a merge, and those of the merged state in a plain model."""
-    import relora_mora as rm
-
     lm, ids = TiedLM(), torch.arange(8)
     remora = rm.attach(lm.body if of_part else lm, rm.ReMoRA(2, merge_every=2), targets=None if of_part else ["0", "2"])
-    if kind == "fsdp2":
-        from torch.distributed.fsdp import fully_shard
-
-        fully_shard(lm)
-    groups = remora.parameter_groups(lr=0.05)
-    if of_part:
-        groups.append({"params": [lm.embed.weight], "lr": 0.05})
-    optimizer: Any = torch.optim.AdamW(groups)
-    model, stepped = lm, optimizer
-    if kind != "fsdp2":
-        import deepspeed
-
-        settings = {
-            "train_batch_size": 2,
-            "zero_optimization": {"stage": int(kind[-1]), "stage3_param_persistence_threshold": 0},
-            "zero_allow_untested_optimizer": True,
-        }
-        model, _, _, _ = deepspeed.initialize(model=lm, optimizer=optimizer, config=settings)
-        stepped = model
+    more = [{"params": [lm.embed.weight], "lr": 0.05}] if of_part else []
+    loop = Loop(kind, lm, lambda: remora.parameter_groups(lr=0.05) + more)
     schedule = remora.schedule(
-        optimizer, total_steps=9, warmup_steps=0, restart_warmup_steps=2, kind="constant", rewarm="adapters"
+        loop.optimizer, total_steps=9, warmup_steps=0, restart_warmup_steps=2, kind="constant", rewarm="adapters"
     )
     rates = []
     for _ in range(3):
-        loss = model(ids).square().mean()
-        if kind == "fsdp2":
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        else:
-            model.backward(loss)
-            model.step()
-        rates.append([round(group["lr"], 6) for group in optimizer.param_groups])
+        loop.step(loop.model(ids).square().mean())
+        rates.append([round(group["lr"], 6) for group in loop.optimizer.param_groups])
         schedule.step()
-        remora.after_step(stepped)
+        remora.after_step(loop.stepped)
     with torch.no_grad():
-        outputs = model(ids)  # an evaluation, after which FSDP2 leaves parameters whole
-    state = remora.merged_state_dict(stepped)
-    if torch.distributed.get_rank() == 0:
+        outputs = loop.model(ids)  # an evaluation, after which FSDP2 leaves parameters whole
+    state = remora.merged_state_dict(loop.stepped)
+    difference = None
+    if not of_part and torch.distributed.get_rank() == 0:
         plain = TiedLM()
-        (plain.body if of_part else plain).load_state_dict(state)
-        if of_part:
-            return {"merged": set(state), "rates": rates}
-        with torch.no_grad():
-            return {"difference": float((plain(ids) - outputs).abs().max()), "rates": rates}
-    return {}
+        plain.load_state_dict(state)
+        difference = float((plain(ids) - outputs).abs().max())
+    return {"difference": difference, "merged": set(state), "rates": rates}
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "zero1", "zero3"])
@@ -193,8 +159,6 @@ def test_deepspeed_may_train_more_than_the_part_with_adapters(pools):
 def fused(*_: Any) -> list[float]:
     """Two steps with the optimizer in which DeepSpeed wraps its FusedAdam at stage 0; the adapters' largest values."""
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
-
-    import relora_mora as rm
 
     lm, ids = TiedLM(), torch.arange(8)
     remora = rm.attach(lm, rm.ReMoRA(2, merge_every=2), targets=["0", "2"])

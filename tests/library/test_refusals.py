@@ -1,8 +1,9 @@
-"""What the library cannot do is one ValueError that says what was given, what was expected, and what to do."""
+"""What the library cannot do is one error that says what was given, what was expected, and what to do."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from torch.nn.utils.parametrizations import orthogonal
 import relora_mora as rm
 from relora_mora.adapters.layers import adapter_layers
 from tests.tools.each import each
-
-METHOD = rm.ReMoRA(2, merge_every=3)
+from tests.tools.small import adamw, merging, mlp, steps
 
 
 class Linear4bit(nn.Linear):
@@ -36,23 +36,15 @@ class LinearWithScale(nn.Linear):
         return super().forward(x) * self.scale
 
 
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
-
-
 def hooked() -> nn.Module:
     model = mlp()
     model[0].register_forward_hook(lambda *given: None)
     return model
 
 
-def quantized() -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 8), Linear4bit(8, 8))
-
-
 def shared() -> nn.Module:
-    model = mlp()
-    model[2].weight = model[0].weight
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
     return model
 
 
@@ -62,15 +54,10 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16))
 
 
-def on_meta() -> nn.Module:
-    with torch.device("meta"):
-        return mlp()
-
-
 @each(
     ("model", "targets", "words"),
     [
-        (quantized(), None, ("1 (Linear4bit)", "quantized", "load the model without")),
+        (nn.Sequential(Linear4bit(8, 8)), None, ("0 (Linear4bit)", "quantized", "load the model without")),
         (nn.Sequential(LinearWithScale(8, 8)), None, ("0 (LinearWithScale)", "load the model without")),
         (nn.Sequential(orthogonal(nn.Linear(8, 8))), None, ("0 (ParametrizedLinear)", "parametrized")),
         (gpt2(), ["c_attn"], ("c_attn (Conv1D)", "not an nn.Linear")),
@@ -80,7 +67,7 @@ def on_meta() -> nn.Module:
         (mlp(), r"layers\.\d+", (r"layers\.\d+", "0, 2")),
         (mlp(), ["1"], ("1 (GELU)", "not an nn.Linear")),
         (mlp().double(), None, ("torch.float64", "float32, bfloat16 and float16")),
-        (on_meta(), None, ("meta device", "load the weights first")),
+        (nn.Sequential(nn.Linear(8, 8, device="meta")), None, ("meta device", "load the weights first")),
         (nn.Sequential(nn.GELU()), None, ("any nn.Linear", "(none)")),
         (nn.Linear(8, 8), None, ("it is the whole model; put it into",)),
         (mlp(), [], ("no module that matches []", "0, 2")),
@@ -89,31 +76,9 @@ def on_meta() -> nn.Module:
 )
 def test_targets_that_cannot_have_an_adapter(model: nn.Module, targets: Any, words: tuple[str, ...]) -> None:
     with pytest.raises(ValueError) as refusal:
-        rm.attach(model, METHOD, targets=targets)
+        rm.attach(model, rm.ReMoRA(2), targets=targets)
     assert all(word in str(refusal.value) for word in words), refusal.value
     assert not list(adapter_layers(model))
-
-
-def test_methods_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="method: expected what ReMoRA"):
-        rm.attach(mlp(), rm.ReMoRA)
-    with pytest.raises(ValueError, match="rank_pattern: no target is named q_proj; they are 0, 2"):
-        rm.attach(mlp(), rm.ReMoRA(2, rank_pattern={"q_proj": 4}))
-
-
-def test_data_parallel() -> None:
-    """Torch calls this of each module for each GPU."""
-    model = mlp()
-    rm.attach(model, METHOD)
-    with pytest.raises(RuntimeError, match=r"nn.DataParallel does not .* use DistributedDataParallel"):
-        model[0]._replicate_for_data_parallel()
-
-
-def test_attaching_twice() -> None:
-    model = mlp()
-    rm.attach(model, METHOD)
-    with pytest.raises(ValueError, match=r"has adapters already; attach\(\) once"):
-        rm.attach(model, METHOD)
 
 
 @each(
@@ -123,135 +88,195 @@ def test_attaching_twice() -> None:
         (rm.ReMoRA, {"operators": (1, 5)}, ("5",)),
         (rm.ReMoRA, {"operators": (1, 6)}, ("6", "even")),
         (rm.ReMoRA, {"operators": (1, 6), "reset": "carry", "square_multiple": 2}, ("carry", "reset=full")),
+        (rm.ReMoRA, {"square_size": 8, "rank_pattern": {"q_proj": 4}}, ("rank_pattern: square_size is R of every",)),
         (rm.ReLoRA, {"reset": "carry"}, ("carry", "relora")),
         (rm.ReLoRA, {"merge_every": 0}, ("merge_every", "0")),
         (rm.LoRA, {"rank": 0}, ("rank", "0")),
         (rm.LoRA, {"form": "resident"}, ("resident", "decoupled")),
         (rm.LoRA, {"dropout": 0.1, "form": "merged"}, ("dropout", "auto")),
+        (rm.ReMoRA, {"merge_evry": 1}, ("ReMoRA", "no setting merge_evry; did you mean merge_every")),
+        (rm.ReLoRA, {"rst": 1}, ("did you mean reset",)),
+        (rm.MoRA, {"operators": 1}, ("did you mean operator",)),
+        (rm.LoRA, {"merge_every": 1}, ("its settings are rank, alpha",)),
     ],
 )
 def test_settings_of_methods(method: Any, settings: dict[str, Any], words: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises((ValueError, TypeError)) as refusal:
         method(**settings)
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
-def test_a_setting_that_a_method_does_not_have() -> None:
-    wrong: list[tuple[Any, str, str]] = [
-        (rm.ReMoRA, "merge_evry", "ReMoRA.* no setting merge_evry; did you mean merge_every"),
-        (rm.ReLoRA, "rst", "did you mean reset"),
-        (rm.MoRA, "operators", "did you mean operator"),
-        (rm.LoRA, "merge_every", "its settings are rank, alpha"),
-    ]
-    for method, name, message in wrong:
-        with pytest.raises(TypeError, match=message):
-            method(**{name: 1})
+def _trains_everything() -> rm.AttachedAdapters:
+    remora = merging()
+    remora.model.requires_grad_(True)
+    return remora
 
 
-def test_a_layer_that_is_too_small() -> None:
-    with pytest.raises(ValueError, match=r"64 is more than R of a 8 -> 8 layer at method.rank=2; lower it"):
-        rm.attach(mlp(), rm.ReMoRA(2, square_multiple=64))
+def _rewarmed(remora: rm.AttachedAdapters) -> None:
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(adamw(remora), 10)
+    remora.rewarm(scheduler, total_steps=10, restart_warmup_steps=1)
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = model(torch.ones(2, 8)).square().mean()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-
-
-def test_an_optimizer_made_before_attach() -> None:
-    model = mlp()
-    optimizer = torch.optim.AdamW(model.parameters())
-    remora = rm.attach(model, METHOD)
-    step(model, optimizer)
-    with pytest.raises(ValueError, match=r"AdamW does not train 2 of 2 .*after attach\(\).*parameter_groups\(\)"):
-        remora.after_step(optimizer)
-
-
-def test_no_group_of_adapters_to_warm_up_again() -> None:
-    remora = rm.attach(mlp(), METHOD)
+def _without_adapters(remora: rm.AttachedAdapters) -> None:
     optimizer = torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=0.1)
-    with pytest.raises(ValueError, match=r"rewarm: no group of the optimizer has adapters; .*parameter_groups\(\)"):
-        remora.schedule(optimizer, total_steps=10, warmup_steps=0, rewarm="adapters")
-
-
-def test_ranks_by_name_next_to_a_size_for_all() -> None:
-    with pytest.raises(ValueError, match="rank_pattern: square_size is R of every layer"):
-        rm.ReMoRA(2, square_size=8, rank_pattern={"q_proj": 4})
-
-
-def test_an_optimizer_with_one_state_for_all_parameters() -> None:
-    model = mlp()
-    remora = rm.attach(model, METHOD)
-    optimizer = torch.optim.LBFGS([parameter for parameter in model.parameters() if parameter.requires_grad])
-    step(model, optimizer)
-    with pytest.raises(ValueError, match="LBFGS does not keep the state of each parameter"):
-        remora.after_step(optimizer)
-
-
-def test_state_that_has_no_value_per_element() -> None:
-    """Adafactor keeps the moments of rows and columns; only a full reset starts them again."""
-    for reset, refused in (("full", False), ("magnitude", True)):
-        model = mlp()
-        remora = rm.attach(model, rm.ReMoRA(2, merge_every=3, reset=reset))
-        optimizer = torch.optim.Adafactor(remora.parameter_groups(lr=1e-2))
-        step(model, optimizer)
-        if not refused:
-            remora.after_step(optimizer)
-            continue
-        with pytest.raises(ValueError, match=r"Adafactor keeps 'row_var'.*use reset='full'"):
-            remora.after_step(optimizer)
-
-
-def test_a_scheduler_that_cannot_warm_up_again() -> None:
-    remora = rm.attach(mlp(), METHOD)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD(remora.parameter_groups(lr=0.1)), 10)
-    with pytest.raises(ValueError, match=r"needs a LambdaLR, got CosineAnnealingLR; use schedule\(\)"):
-        remora.rewarm(scheduler, total_steps=10, restart_warmup_steps=1)
+    remora.schedule(optimizer, total_steps=10, warmup_steps=0, rewarm="adapters")
 
 
 @each(
-    ("method", "seed", "words"),
+    ("call", "message"),
     [
-        (rm.ReLoRA(2, merge_every=3), 0, "method is 'remora', expected 'relora'"),
-        (METHOD, 1, "seed is 0, expected 1"),
-        (rm.ReMoRA(2, merge_every=2), 0, "merge_every is 3, expected 2"),
-        (rm.ReMoRA(2, operators=(1, 3), merge_every=3), 0, r"operators is \[1, 2\], expected \[1, 3\]"),
-        (rm.ReMoRA(3, merge_every=3), 0, "rank is 2, expected 3"),
-        (rm.ReMoRA(square_size=4, merge_every=3), 0, "square_size is None, expected 4"),
-        (rm.ReMoRA(2, merge_every=3, merge_until_step=2), 0, "merges_done is 1, expected 0"),
+        (lambda: rm.attach(mlp(), rm.ReMoRA), "method: expected what ReMoRA"),
+        (lambda: rm.attach(mlp(), rm.ReMoRA(2, rank_pattern={"q": 4})), "rank_pattern: no target is named q; .* 0, 2"),
+        (lambda: rm.attach(merging().model, rm.ReMoRA(2)), r"has adapters already; attach\(\) once"),
+        (lambda: merging(square_multiple=64), r"64 is more than R of a 16 -> 24 layer at method.rank=2; lower it"),
+        (lambda: _trains_everything().parameter_groups(0.1), r"2 weights .*\(0.weight, ...\) require gradients"),
+        (lambda: merging().after_step(None), "needs the optimizer that trains the model, got None"),
+        (lambda: _rewarmed(merging()), r"needs a LambdaLR, got CosineAnnealingLR; use schedule\(\)"),
+        (lambda: _without_adapters(merging()), r"rewarm: no group of the .* has adapters; .*parameter_groups\(\)"),
+        (lambda: merging().load(Path("nowhere")), r"remora.safetensors: there is no state of the adapters"),
+        (lambda: merging().model[0]._replicate_for_data_parallel(), r"nn.DataParallel .* use DistributedDataParallel"),
     ],
 )
-def test_the_state_of_another_course(method: Any, seed: int, words: str, tmp_path: Path) -> None:
-    model = mlp()
-    remora = rm.attach(model, METHOD)
-    optimizer = torch.optim.AdamW(remora.parameter_groups(lr=1e-2))
-    for _ in range(4):
-        step(model, optimizer)
-        remora.after_step(optimizer)
+def test_calls_that_do_not_fit(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=message):
+        call()
+
+
+SCHEDULE = {"total_steps": 40, "warmup_steps": 4, "restart_warmup_steps": 2}
+
+
+@each(
+    ("changes", "message"),
+    [
+        ({"kind": "cosin"}, "kind: expected one of cosine, linear, wsd, constant, got 'cosin'"),
+        ({"warmup_steps": 40}, "warmup_steps: expected 0 to total_steps - 1 = 39, got 40"),
+        ({"min_ratio": -3}, "min_ratio: expected 0 to 1, got -3"),
+        ({"kind": "wsd"}, "decay_steps: wsd needs 1 to 36 steps, got 0"),
+        ({"rewarm": "adapter"}, "rewarm: expected all or adapters, got 'adapter'"),
+        ({"restart_warmup_steps": 11}, "restart_warmup_steps: expected 0 to merge_every = 10, got 11"),
+        ({"warmup_steps": 12}, r"the first merge \(step 10\) comes before the warmup ends \(step 12\)"),
+    ],
+)
+def test_schedules_that_are_refused(changes: dict[str, Any], message: str) -> None:
+    remora = merging(10)
+    with pytest.raises(ValueError, match=message):
+        remora.schedule(adamw(remora), **{**SCHEDULE, **changes})
+    remora.schedule(adamw(remora), **SCHEDULE)
+
+
+def test_a_run_that_is_too_short_for_a_merge_is_allowed(caplog: pytest.LogCaptureFixture) -> None:
+    remora = merging(2000)
+    optimizer = adamw(remora)
+    schedule = remora.schedule(optimizer, **{**SCHEDULE, "total_steps": 6})
+    assert "2000 means no merge in 6 steps" in caplog.text
+    steps(remora, optimizer, 6, schedule)
+    assert (remora.step, remora.operator) == (6, 1)
+
+
+class CountsPerGroup(torch.optim.SGD):
+    """Like apex's FusedAdam, it keeps the number of steps in the group."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+        return super().step(closure)
+
+
+class Packed(torch.Tensor):
+    """As torchao's moments in 8 bits: it can do little of what a tensor can do."""
+
+    def zero_(self) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class Packs(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    moments = torch.ones_like(parameter).detach().as_subclass(Packed)
+                    self.state[parameter] = {"step": torch.ones(()), "exp_avg": moments}
+        return super().step(closure)
+
+
+Make = Callable[[rm.AttachedAdapters], Any]
+
+
+def trained(remora: rm.AttachedAdapters) -> list[nn.Parameter]:
+    return [parameter for parameter in remora.model.parameters() if parameter.requires_grad]
+
+
+@each(
+    ("make", "reset", "message"),
+    [
+        (lambda it: torch.optim.AdamW(mlp().parameters()), "full", r"AdamW does not train 2 of 2 .*after attach\(\)"),
+        (lambda it: torch.optim.LBFGS(trained(it)), "full", "LBFGS does not keep the state of each parameter"),
+        (lambda it: torch.optim.Adafactor(it.parameter_groups(1e-2)), "full", None),
+        (lambda it: torch.optim.Adafactor(it.parameter_groups(1e-2)), "random", "keeps 'row_var'.*use reset='full'"),
+        (lambda it: CountsPerGroup(trained(it), lr=0.1), "full", r"keeps one step count .*parameter_groups\(\)"),
+        (lambda it: Packs(it.parameter_groups(0.1)), "random", "Packs keeps 'exp_avg' of 0.mora_M, which has no value"),
+        (lambda it: torch.optim.SGD(it.parameter_groups(0.1)), "magnitude", None),
+        (lambda it: torch.optim.SGD(it.parameter_groups(0.1)), "random", None),
+    ],
+)
+def test_the_first_step_says_whether_an_optimizer_can_be_reset(make: Make, reset: Any, message: str | None) -> None:
+    remora = merging(3, reset=reset)
+    if message is None:
+        steps(remora, make(remora), 7)
+        assert remora.merges_done == 2
+        return
+    with pytest.raises(ValueError, match=message):
+        steps(remora, make(remora), 1)
+
+
+def test_a_merge_resets_the_step_count_of_a_group() -> None:
+    remora = merging()
+    optimizer = CountsPerGroup(remora.parameter_groups(lr=0.02), momentum=0.9)
+    steps(remora, optimizer, 3)
+    assert {group["name"]: group["step"] for group in optimizer.param_groups} == {"adapters": 1, "vectors": 3}
+
+
+def test_state_that_packs_its_values_starts_again() -> None:
+    remora = merging()
+    optimizer = Packs(remora.parameter_groups(lr=0.02))
+    steps(remora, optimizer, 2)
+    assert not any(optimizer.state.get(remora.model.get_parameter(name)) for name in remora.names)
+    steps(remora, optimizer, 3)
+
+
+OURS: dict[str, Any] = {"method": rm.ReMoRA(2, merge_every=3)}
+
+
+@each(
+    ("theirs", "words"),
+    [
+        ({"method": rm.ReLoRA(2, merge_every=3)}, "method is 'remora', expected 'relora'"),
+        ({"seed": 1}, "seed is 0, expected 1"),
+        ({"method": rm.ReMoRA(2, merge_every=2)}, "merge_every is 3, expected 2"),
+        ({"method": rm.ReMoRA(2, operators=(1, 3), merge_every=3)}, "operators is [1, 2], expected [1, 3]"),
+        ({"method": rm.ReMoRA(3, merge_every=3)}, "rank is 2, expected 3"),
+        ({"method": rm.ReMoRA(square_size=4, merge_every=3)}, "square_size is None, expected 4"),
+        ({"method": rm.ReMoRA(2, merge_every=3, merge_until_step=2)}, "merges_done is 1, expected 0"),
+        ({"method": rm.ReLoRA(2, merge_every=3, alpha=64)}, "alpha is None, expected 64.0"),
+        ({"targets": ["2"]}, "targets is ['0', '2'], expected ['2']"),
+        ({"model": mlp().bfloat16()}, "dtypes is ['torch.float32'], expected ['torch.bfloat16']"),
+    ],
+)
+def test_the_state_of_another_course(theirs: dict[str, Any], words: str, tmp_path: Path) -> None:
+    remora = rm.attach(mlp(), **OURS)
+    steps(remora, adamw(remora), 4)
     remora.save(tmp_path)
-    other = rm.attach(mlp(), method, seed=seed)
+    other = rm.attach(**{"model": mlp(), **OURS, **theirs})
     for load in (lambda: other.load_state_dict(remora.state_dict()), lambda: other.load(tmp_path)):
-        with pytest.raises(ValueError, match=f"{words}.*call attach"):
+        with pytest.raises(ValueError, match=f"{re.escape(words)}.*call attach"):
             load()
     assert other.step == 0
 
 
-def test_a_state_of_other_targets_or_another_scale() -> None:
-    for ours, theirs, words in (
-        ({"targets": ["0"]}, {"targets": ["2"]}, "targets is ['0'], expected ['2']"),
-        ({"method": rm.LoRA(4, alpha=4)}, {"method": rm.LoRA(4, alpha=64)}, "alpha is 4.0, expected 64.0"),
-    ):
-        state = rm.attach(mlp(), **{"method": METHOD, **ours}).state_dict()
-        other = rm.attach(mlp(), **{"method": METHOD, **theirs})
-        with pytest.raises(ValueError, match=re.escape(words)):
-            other.load_state_dict(state)
-
-
-def test_a_folder_without_a_state(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"remora.safetensors: there is no state of the adapters"):
-        rm.attach(mlp(), METHOD).load(tmp_path)
+def test_a_state_that_is_not_whole() -> None:
+    remora = rm.attach(mlp().bfloat16(), rm.ReMoRA(2, merge_every=2))
+    steps(remora, adamw(remora), 3)
+    with pytest.raises(ValueError, match="float32 values of 0 frozen weights, and the model needs them of 2"):
+        remora.load_state_dict({**remora.state_dict(), "base": {}})
+    with pytest.raises(ValueError, match=r"not a state of adapters of this release: it has no .*base, .*merges_done"):
+        remora.load_state_dict({"step": 1, "seed": 0, "method": "remora", "operator": 1})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from relora_mora.config.optim import OptimConfig
 from relora_mora.optim.own import own_rule
-from relora_mora.optim.rules import MatrixRule, MatrixState, new_state, shapes_of
+from relora_mora.optim.rules import MatrixRule, MatrixState, shapes_of
 from relora_mora.system.seeds import derived_seed
 from tests.tools.each import each
 from tests.tools.rules import EXAMPLES, matrices_settings
@@ -29,7 +29,7 @@ def _rule(name: str, **settings: Any) -> MatrixRule:
 
 
 def _state(rule: MatrixRule, shape: tuple[int, int]) -> MatrixState:
-    return new_state(SEED, shapes_of(rule, *shape))
+    return MatrixState(SEED, shapes_of(rule, *shape))
 
 
 def _gradients(shape: tuple[int, int]) -> list[Tensor]:
@@ -103,18 +103,6 @@ def test_steps_follow_the_formulas(name, scale, shape):
 def test_a_rank_above_the_shorter_side_is_cut_to_that_side(name):
     wide, exact = (_updates(_rule(name, rank=rank), (5, 31)) for rank in (128, 5))
     assert all(torch.equal(a, b) for a, b in zip(wide, exact, strict=True))
-
-
-def test_galore_of_full_rank_is_adam_in_another_basis():
-    """The projection covers the whole space and is never renewed. With one row, the basis is the same as Adam's."""
-    updates = _updates(_rule("galore", every=100, scale=1.0, eps=1e-12), (1, 9))
-    weight = torch.nn.Parameter(torch.zeros(1, 9))
-    adam = torch.optim.Adam([weight], lr=1.0, betas=BETAS, eps=1e-12)
-    for update, gradient in zip(updates, _gradients((1, 9)), strict=True):
-        before = weight.detach().clone()
-        weight.grad = gradient
-        adam.step()
-        assert torch.allclose(before - weight, update, rtol=1e-4, atol=1e-6)
 
 
 @each("done", [0, EVERY, 2 * EVERY])

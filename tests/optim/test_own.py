@@ -13,7 +13,7 @@ from torch import Tensor
 from relora_mora.config.load import load_config
 from relora_mora.config.optim import OptimConfig
 from relora_mora.optim.own import RuleError, own_rule, with_rule
-from relora_mora.optim.rules import MatrixRule, MatrixState, new_state, shapes_of
+from relora_mora.optim.rules import MatrixRule, MatrixState, shapes_of
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
 from tests.tools.tiny import tiny_config
@@ -68,13 +68,6 @@ def _rule(spec: str, **settings: Any) -> MatrixRule:
     return own_rule(OptimConfig(matrices=spec, rule=settings))
 
 
-def _refused(spec: str, **settings: Any) -> str:
-    with pytest.raises(RuleError) as caught:
-        _rule(spec, **settings)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def test_a_rule_is_made_with_its_settings(file):
     rule: Any = _rule(f"{file}:Sign", momentum="0.5", betas=[1, 2])
     assert (rule.momentum, rule.betas) == (0.5, (1.0, 2.0))  # as its signature says
@@ -98,7 +91,7 @@ def test_the_rule_in_the_documents_is_one(tmp_path):
     path = tmp_path / "factored.py"
     path.write_text(code)
     rule = _rule(f"{path}:Factored", momentum=0.8)
-    state = new_state(0, shapes_of(rule, 2, 3))
+    state = MatrixState(0, shapes_of(rule, 2, 3))
     weight = torch.nn.Parameter(torch.zeros(2, 3))
     adam = torch.optim.Adam([weight], lr=1.0, betas=(0.8, 0.99), eps=1e-12)
     for _ in range(3):
@@ -109,42 +102,34 @@ def test_the_rule_in_the_documents_is_one(tmp_path):
 
 
 @each(
-    "spec,part",
+    "spec,settings,setting,part",
     [
-        ("none.py:Sign", "FileNotFoundError"),
-        ("sign.py:Other", "expected a subclass"),
-        ("sign.py:NUMBER", "expected a subclass"),
-        ("sign.py:MatrixState", "expected a subclass"),
-        ("no_such_package.rules:Sign", "ModuleNotFoundError"),
-        ("broken.py:Sign", "line 2"),
-        ("syntax.py:Sign", "SyntaxError"),
-        ("exits.py:Sign", "SystemExit"),
+        ("none.py:Sign", {}, "optim.matrices", "FileNotFoundError"),
+        ("sign.py:Other", {}, "optim.matrices", "expected a subclass"),
+        ("sign.py:NUMBER", {}, "optim.matrices", "expected a subclass"),
+        ("sign.py:MatrixState", {}, "optim.matrices", "expected a subclass"),
+        ("no_such_package.rules:Sign", {}, "optim.matrices", "ModuleNotFoundError"),
+        ("broken.py:Sign", {}, "optim.matrices", "line 2"),
+        ("syntax.py:Sign", {}, "optim.matrices", "SyntaxError"),
+        ("exits.py:Sign", {}, "optim.matrices", "SystemExit"),
+        ("sign.py:Sign", {"momentun": 0.5}, "optim.rule", "momentun: Unexpected keyword argument; its constructor has"),
+        ("sign.py:Sign", {"momentum": "much"}, "optim.rule", "momentum: "),
+        ("sign.py:Sign", {"momentum": 1.5}, "optim.rule", "momentum is below 1"),
+        ("sign.py:Plain", {"rank": 3}, "optim.rule", "its constructor has no arguments"),
+        ("sign.py:Needs", {}, "optim.rule", "rank: Missing required argument"),
+        ("sign.py:Half", {}, "optim.rule", "state_shapes"),
     ],
 )
-def test_what_is_not_a_rule_is_refused(file, monkeypatch, spec, part):
+def test_what_is_not_a_rule_or_has_wrong_settings_is_refused(file, monkeypatch, spec, settings, setting, part):
     monkeypatch.chdir(file.parent)
     Path("broken.py").write_text("import math\nmath.sqrt(-1)\n")
     Path("syntax.py").write_text("class Sign(:\n")
     Path("exits.py").write_text("raise SystemExit(3)\n")
-    message = _refused(spec)
-    assert message.startswith("optim.matrices: ")
-    assert part in message
-
-
-@each(
-    "name,settings,part",
-    [
-        ("Sign", {"momentun": 0.5}, "momentun: Unexpected keyword argument; its constructor has momentum, betas"),
-        ("Sign", {"momentum": "much"}, "momentum: "),
-        ("Sign", {"momentum": 1.5}, "momentum is below 1"),
-        ("Plain", {"rank": 3}, "its constructor has no arguments"),
-        ("Needs", {}, "rank: Missing required argument"),
-        ("Half", {}, "state_shapes"),
-    ],
-)
-def test_wrong_settings_are_refused(file, name, settings, part):
-    message = _refused(f"{file}:{name}", **settings)
-    assert message.startswith("optim.rule: ")
+    with pytest.raises(RuleError) as caught:
+        _rule(spec, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{setting}: ")
     assert part in message
 
 
@@ -158,7 +143,7 @@ def test_a_run_records_the_digest_of_the_file_and_can_insist_on_it(file):
     changed = with_rule(tiny_config(optim={"matrices": f"{file}:Sign"}))
     assert changed.optim.rule_digest not in (None, digest)
     rule = own_rule(changed.optim)
-    assert rule.update(torch.ones(2, 3), new_state(0, shapes_of(rule, 2, 3))).sum() == -6  # the new code
+    assert rule.update(torch.ones(2, 3), MatrixState(0, shapes_of(rule, 2, 3))).sum() == -6  # the new code
     assert with_rule(tiny_config()).optim.rule_digest is None
 
 
@@ -195,11 +180,11 @@ def test_states_that_a_checkpoint_cannot_have_are_refused(shapes):
 
 def test_an_update_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"^optim\.matrices: Given\.update returned the shape \[3, 2\]"):
-        Given({}, torch.zeros(3, 2)).update_stack(torch.zeros(1, 2, 3), [new_state(0, {})])
+        Given({}, torch.zeros(3, 2)).update_stack(torch.zeros(1, 2, 3), [MatrixState(0, {})])
 
 
 def test_an_assigned_state_is_copied_and_keeps_its_shape():
-    state = new_state(7, {"average": (2, 3), "updates": ()})
+    state = MatrixState(7, {"average": (2, 3), "updates": ()})
     before = state["average"]
     state["average"] = torch.ones(2, 3, dtype=torch.float64)
     state["updates"] += 1
@@ -215,7 +200,7 @@ def test_an_assigned_state_is_copied_and_keeps_its_shape():
 
 def test_draws_depend_on_the_matrix_and_the_number_only():
     def drawn(seed: int, number: int) -> Tensor:
-        return torch.randn(9, generator=new_state(seed, {}).generator(number))
+        return torch.randn(9, generator=MatrixState(seed, {}).generator(number))
 
     assert torch.equal(drawn(1, 2), drawn(1, 2))
     assert not any(torch.equal(drawn(1, 2), other) for other in (drawn(1, 3), drawn(2, 2)))

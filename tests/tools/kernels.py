@@ -7,11 +7,11 @@ import os
 import pytest
 import torch
 
-from relora_mora import kernels
+from relora_mora.kernels import cpu, ops
 
 # tests/gpu runs these tests on a GPU, whose kernels are compiled at run time
-COMPILED = os.environ.get("TEST_DEVICE", "cpu") != "cpu" or kernels.available()
-compiled_only = pytest.mark.skipif(not COMPILED, reason=f"kernels are {kernels.describe()}")
+COMPILED = os.environ.get("TEST_DEVICE", "cpu") != "cpu" or cpu.available()
+compiled_only = pytest.mark.skipif(not COMPILED, reason=f"kernels are {ops.describe()}")
 WITH_LIBRARY = (True, False) if COMPILED else (False,)
 
 

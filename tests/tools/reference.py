@@ -17,7 +17,7 @@ from relora_mora.config.schema import Config
 from relora_mora.model.causal import initial_values
 from relora_mora.model.config import read_model_config
 from relora_mora.optim.groups import group_rates, make_schedule, matrix_rules, parameter_groups, set_trainable
-from relora_mora.optim.rules import MatrixState, new_state, shapes_of
+from relora_mora.optim.rules import MatrixState, shapes_of
 from relora_mora.system.seeds import derived_seed
 
 Tokens = tuple[Tensor, Tensor]  # input_ids and labels [B, T] of a global batch
@@ -72,7 +72,7 @@ class PlainRun:
             if name in self.rules:
                 self.moments[name] = {"momentum": torch.zeros_like(value)}
                 shapes = shapes_of(self.rules[name], *value.shape)
-                self.states[name] = new_state(derived_seed(self.config.train.seed, name), shapes)
+                self.states[name] = MatrixState(derived_seed(self.config.train.seed, name), shapes)
 
     def train(self, batches: Sequence[Tokens]) -> list[float]:
         losses = []

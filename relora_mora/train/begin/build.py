@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from relora_mora import kernels
 from relora_mora.adapters.inject import inject
 from relora_mora.adapters.layers import adapter_layers
 from relora_mora.config.load import ConfigError
@@ -17,6 +16,7 @@ from relora_mora.data.stream.packing import document_boundaries
 from relora_mora.distributed.collectives import from_first_rank
 from relora_mora.engine.engine import ZeroEngine
 from relora_mora.engine.merging import FrozenMasters, Merger
+from relora_mora.kernels import ops
 from relora_mora.model.causal import LossModel, empty_model, ends_of, initial_values, put_values
 from relora_mora.model.compiling import allow_programs
 from relora_mora.model.config import function_differences
@@ -205,7 +205,7 @@ def _add_adapters(lm: PreTrainedModel, config: Config, *, with_values: bool) -> 
     with contextlib.nullcontext() if with_values else torch.device("meta"):
         adapters = inject(lm, config.method, seed=config.train.seed)
     kinds = ", ".join(f"{len(names)} {kind}" for kind, names in adapters.items())
-    used = kernels.describe("cuda" if uses_cuda() else "cpu")
+    used = ops.describe("cuda" if uses_cuda() else "cpu")
     log.info("%s adapters on %d layers: %s; %s", config.method.name, sum(map(len, adapters.values())), kinds, used)
     under = sum(layer.weight.numel() for _, layer in adapter_layers(lm))
     experts = sum(lm.get_parameter(name).numel() for name in expert_parameters(lm))
