@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from relora_mora.data.errors import SourceError
-from relora_mora.train.loop.ends import fail_for_data
+from relora_mora.train.loop.loop import fail_for_data
 from relora_mora.train.loop.step import DataFailed
 from relora_mora.train.state.run_state import DataError, RunState, TrainingError
 from tests.tools.data_tools import write_shard, write_shards

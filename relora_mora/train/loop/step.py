@@ -116,19 +116,17 @@ def judge(config: Config, state: RunState, result: StepResult, engine: ZeroEngin
     if not result.applied:
         return _judge_skipped(config.train, state, result, engine.rank, metrics)
     state.health.good()
-    [loss] = sum_over_hosts([result.loss])
-    return _judge_loss(config.train, state, loss / engine.world_size, metrics)
-
-
-def _judge_loss(config: TrainConfig, state: RunState, loss: float, metrics: Metrics) -> Trouble | None:
-    height = state.health.spike(loss, config)
+    [total] = sum_over_hosts([result.loss])
+    loss = total / engine.world_size
+    height = state.health.spike(loss, config.train)
     if height is None:
         return None
     shared_log.warning(
         "step %d: loss spike, %.4f is %.1f standard deviations above the mean before", state.step, loss, height
     )
     metrics.write(state.step, {"train/loss_spike": height, "train/spike_loss": loss})
-    if config.on_spike != "rollback" or state.step == config.steps:  # after the last step, no other data would follow
+    # after the last step, no other data would follow
+    if config.train.on_spike != "rollback" or state.step == config.train.steps:
         return None
     reason = f"the loss of step {state.step} ({loss:.4f}) is {height:.1f} standard deviations above the mean"
     return Trouble(reason, must=False)

@@ -135,8 +135,6 @@ class RunState:
     loaded: Manifest | None = field(default=None, compare=False)  # of the checkpoint that it was loaded from
     evaluated: int | None = None  # the step of the last evaluation
     best: Best | None = None
-    # metrics of what was done at this step when the state was loaded: an overdue merge, or the start of the adapters
-    done_at_load: dict[str, Any] = field(default_factory=dict)
 
     def dump(self, world_size: int) -> dict[str, Any]:
         """The ``counters`` of a checkpoint's manifest; a collective."""

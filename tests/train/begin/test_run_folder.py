@@ -11,7 +11,7 @@ import pytest
 from relora_mora.config.load import ConfigError
 from relora_mora.supervise.lock import RunLock
 from relora_mora.system.run_folder import RunFolder, read_json_lines
-from relora_mora.train.begin.inputs import check_run_folder
+from relora_mora.train.begin.settings import check_run_folder
 from tests.tools.commands import PRETRAIN, call, disk
 from tests.tools.grids import rest
 from tests.tools.jobs import Job, ends, write_config
