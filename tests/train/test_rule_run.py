@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from relora_mora.supervise.guard import LONG_SECONDS, Guard
+from relora_mora.supervise.guard import LONG_SECONDS
+from tests.tools.each import each
 from tests.tools.grids import rest
 from tests.tools.rules import matrices_settings
 from tests.tools.runs import (
@@ -129,24 +130,15 @@ def test_a_rule_with_states_of_other_shapes_is_refused(pools, config, tmp_path):
     assert "other shapes or states" in message
 
 
-def limits_of_steps(config: Any) -> set[float | None]:
+def limit_of_updates(config: Any) -> float | None:
     """The seconds that the watchdog allows for an update of a run."""
-    limits = []
-    begin = Guard.begin
-
-    def noted(self: Guard, action: str, within: float | None = None) -> None:
-        if action.endswith(": optimizer"):
-            limits.append(within)
-        begin(self, action, within=within)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Guard, "begin", noted)
-        train(config, stop_after=1)
-    return set(limits)
+    limits: list[float | None] = []
+    train(config, stop_after=1, watch=lambda trainer, share: limits.append(trainer.update_seconds))
+    return limits[0]
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("matrices,limit", [("galore", LONG_SECONDS), ("apollo", None)])
+@each("matrices,limit", [("galore", LONG_SECONDS), ("apollo", None)])
 def test_a_slow_rule_has_more_time(pools, config, tmp_path, matrices, limit):
-    settings = config(tmp_path / "run", optim=matrices_settings(matrices, **RULE))
-    assert pools(1)(limits_of_steps, settings) == [{limit}]
+    settings = config(tmp_path / matrices, optim=matrices_settings(matrices, **RULE))
+    assert pools(1)(limit_of_updates, settings) == [limit]

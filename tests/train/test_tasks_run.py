@@ -98,15 +98,15 @@ def stopped_within_tasks(config: Config, at: int) -> int:
     from relora_mora.train.pretrain import pretrain
 
     guard = Guard(signals=False)
-    any_runs = Evaluating._any_runs
+    go_on = Evaluating._go_on
 
-    def asked(self: Evaluating, step: int, running: bool) -> bool:
-        if (step, self.engine.rank) == (at, 1):
+    def asked(self: Evaluating, step: int, what: str, **how: Any) -> bool:
+        if (step, what, self.engine.rank) == (at, "tasks", 1):
             guard.stop_reason = "the test"
-        return any_runs(self, step, running)
+        return go_on(self, step, what, **how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluating, "_any_runs", asked)
+        patch.setattr(Evaluating, "_go_on", asked)
         return pretrain(config, guard)
 
 

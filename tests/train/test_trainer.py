@@ -14,7 +14,7 @@ import torch
 from relora_mora.config.registry import METHODS
 from tests.tools.commands import PRETRAIN, call
 from tests.tools.helpers import ROOT
-from tests.tools.runs import checkpoint_at, logged_values, metrics, run_config, tensors, train
+from tests.tools.runs import logged_values, metrics, run_config, train
 
 pytestmark = pytest.mark.distributed
 UNSAVED: dict[str, dict[str, Any]] = {"checkpoint": {"every_steps": 0}}  # but at the end
@@ -56,14 +56,6 @@ def test_documents_can_be_kept_apart(pools, inputs, tokenizer_path, tmp_path):
     assert len(losses[1]) == 1
     assert losses[0][0] != losses[1][0]
     assert losses[0] == pytest.approx(losses[1], abs=0.3)
-
-
-def test_retention_keeps_the_last_and_the_multiples(pools, inputs, tokenizer_path, tmp_path):
-    folder = tmp_path / "run"
-    pools(1)(train, run_config(inputs, tokenizer_path, folder, checkpoint={"keep_last": 2, "keep_every_steps": 4}))
-    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert kept == ["latest", *(f"step-{step:08d}" for step in (4, 8, 9, 10))]
-    assert tensors(checkpoint_at(folder, 4))
 
 
 @pytest.mark.more

@@ -221,14 +221,6 @@ def test_all_differences_are_named_together(refuses, tmp_path):
     refuses(folder, "3 faults", "hidden_act is 'gelu' in that", "rms_norm_eps is 1e-05 in that", "'rope_theta': 500.0")
 
 
-def test_another_number_of_positions_is_the_same_function(inputs, pools, tokenizer_path, tmp_path):
-    folder = save(tmp_path / "model", max_position_embeddings=128)
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", model={"init_from": str(folder)})
-    pools(1)(train, config, stop_after=0)
-    loss = logged_values(tmp_path / "run", "eval/loss")[0]
-    assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
-
-
 @each(
     ("changes", "message"),
     [
@@ -270,25 +262,6 @@ def test_weights_that_do_not_fit_their_config_are_refused(refuses, tmp_path, har
         messages = ("hold a different head",)
     save_file(weights, file, metadata={"format": "pt"})
     refuses(folder, *messages, overrides={"tie_word_embeddings": harm == "own head"})
-
-
-def test_an_adapter_next_to_the_model(refuses, tmp_path):
-    folder = save(tmp_path / "model")
-    (folder / "adapter_config.json").write_text("{}")
-    refuses(folder, "holds a PEFT adapter next to its model; save the model with the adapter merged in")
-
-
-def test_a_run_of_this_trainer_is_compared_too(refuses, pools, inputs, tokenizer_path, tmp_path):
-    run = tmp_path / "other"
-    overrides = {"rms_norm_eps": 1e-4, "rope_theta": 300.0}
-    pools(1)(
-        train, run_config(inputs, tokenizer_path, run, model={"overrides": overrides}, train={"steps": 5}), stop_after=1
-    )
-    refuses(run, "2 faults", "rms_norm_eps is 0.0001 in that model", "'rope_theta': 300.0")
-    again = run_config(
-        inputs, tokenizer_path, tmp_path / "again", model={"overrides": overrides, "init_from": str(run)}
-    )
-    pools(1)(train, again, stop_after=1)
 
 
 def warnings_of(config: Config, stop_after: int) -> list[str]:

@@ -104,23 +104,6 @@ def test_foreign_weights_are_read_by_the_first_rank(pools, inputs, tokenizer_pat
     _check_values(ranks, {name: p.detach() for name, p in foreign.named_parameters()}, torch.bfloat16)
 
 
-@pytest.mark.more
-@pytest.mark.parametrize("method", ["remora", "relora"])
-def test_a_resume_draws_nothing(pools, inputs, tokenizer_path, tmp_path, method):
-    config = run_config(
-        inputs, tokenizer_path, tmp_path / "run", 2, method={"name": method}, train={"precision": "bf16"}
-    )
-    pools(2)(train, config, stop_after=5)
-    ranks = pools(2)(started, config)
-    assert [rank["drawn"] for rank in ranks] == [[], []]
-    initial = dict(build_model(LlamaConfig(**LLAMA), seed=0).named_parameters())
-    assert all(
-        not torch.equal(value, initial[name]) for rank in ranks for name, value in rank["base"].items()
-    )  # merged at step 4
-    for name in ranks[0]["owned"]:
-        assert all(torch.equal(rank["weights"][name], ranks[0]["base"][name].bfloat16()) for rank in ranks)
-
-
 def train_from_hub(config, endpoint: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", endpoint)

@@ -60,28 +60,6 @@ def test_steps_without_a_loss_do_not_break_a_row_of_spikes():
     assert health.losses == [] and health.spikes == 0, "the window starts again"
 
 
-def test_a_restored_health_judges_like_the_saved_one():
-    config, losses = _config(), [*_noisy(30), 9.0, *_noisy(5), 9.0]
-    whole, verdicts = StabilityState(), []
-    for loss in losses:
-        verdicts.append(whole.spike(loss, config))
-    part = StabilityState()
-    for loss in losses[:20]:
-        part.spike(loss, config)
-    resumed = StabilityState(losses=list(part.losses))
-    assert [resumed.spike(loss, config) for loss in losses[20:]] == verdicts[20:]
-    assert sum(v is not None for v in verdicts) == 2
-
-
-def test_bad_steps_count_in_a_row():
-    health = StabilityState()
-    assert [health.bad(["a"]), health.bad(["b", "c"])] == [1, 2]
-    assert health.bad_data == ["a", "b", "c"]
-    health.good()
-    assert health.bad(["d"]) == 1
-    assert health.bad_data == ["d"]
-
-
 @each(("stages", "steps", "rolls"), [(False, 100, True), (True, 100, False), (False, 41, False)])
 def test_a_spike_is_trouble_if_the_text_is_the_same_and_a_step_is_left(monkeypatch, stages, steps, rolls):
     monkeypatch.setattr("relora_mora.train.loop.step.sum_over_hosts", lambda values: values)

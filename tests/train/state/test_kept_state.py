@@ -22,7 +22,7 @@ from tests.tools.runs import (
     run_config,
     train,
 )
-from tests.train.state.faults import NAN, fault_settings, faulty, rollbacks, same_run, spiked
+from tests.train.state.faults import fault_settings, faulty, rollbacks, same_run, spiked
 
 pytestmark = pytest.mark.distributed
 SPIKES = {"spike_window": 8, "spike_deviations": 20.0, "on_spike": "rollback"}
@@ -38,7 +38,7 @@ def stopped(config: Any, *, where: str = "start", number: int = 0) -> int:
 
     guard = Guard(signals=False)
     train_step = Trainer.train_step
-    stop_evaluation = Evaluating._stop
+    go_on = Evaluating._go_on
 
     def ask(rank: int) -> None:
         if rank == 1:
@@ -51,22 +51,22 @@ def stopped(config: Any, *, where: str = "start", number: int = 0) -> int:
             result = replace(result, loss=result.loss + (1000.0 if self.rank == 1 else 0.0))
         return result
 
-    def in_the_last_evaluation(self: Evaluating, step: int) -> None:
+    def in_the_last_evaluation(self: Evaluating, step: int, what: str, **how: Any) -> bool:
         if step == self.config.train.steps:
             ask(self.engine.rank)
-        stop_evaluation(self, step)
+        return go_on(self, step, what, **how)
 
     if where == "start":
         guard.stop_reason = "the test"
     elif where == "spike":
         Trainer.train_step = after_the_spike  # type: ignore[method-assign]
     else:
-        Evaluating._stop = in_the_last_evaluation  # type: ignore[method-assign]
+        Evaluating._go_on = in_the_last_evaluation  # type: ignore[method-assign]
     try:
         return pretrain(config, guard)
     finally:
         Trainer.train_step = train_step  # type: ignore[method-assign]
-        Evaluating._stop = stop_evaluation  # type: ignore[method-assign]
+        Evaluating._go_on = go_on  # type: ignore[method-assign]
 
 
 @pytest.mark.more
@@ -83,41 +83,22 @@ def test_a_resume_in_a_new_folder_that_stops_before_its_first_step_keeps_its_dat
     assert different_tensors(*(checkpoint_at(folder, 10) for folder in (never, second))) == []
 
 
-@pytest.mark.parametrize(
-    ("section", "setting", "value", "expected"),
-    [
+def test_a_resume_that_cannot_be_allowed_is_refused_and_moves_no_checkpoint(pools, inputs, tokenizer_path, tmp_path):
+    run = tmp_path / "run"
+    pools(1)(train, run_config(inputs, tokenizer_path, run, method={"merge_every": 2}), stop_after=6)
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    for section, setting, value, expected in (
         ("method", "merge_every", 5, "has made 2 merges, with these settings a run at step 4 has made 0"),
         ("method", "operators", [2, 1], "was made with operator 1, the settings say 2 after step 4"),
         ("train", "steps", 3, "train.steps: the checkpoint is already at step 4"),
-    ],
-)
-def test_a_resume_that_cannot_be_allowed_is_refused_and_moves_no_checkpoint(
-    pools, inputs, tokenizer_path, tmp_path, section, setting, value, expected
-):
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", method={"merge_every": 2})
-    pools(1)(train, config, stop_after=6)
-    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    back = {
-        "train": {
-            "resume": str(checkpoint_at(tmp_path / "run", 4)),
-            "allow_changes": [f"{section}.{setting}"],
-        },
-        "method": {"merge_every": 2},
-    }
-    back[section][setting] = value
-    (message,) = pools(1)(refusal_of, run_config(inputs, tokenizer_path, tmp_path / "run", **back))
-    assert expected in message
-    assert "step-00000004" in message
-    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == checkpoints
-
-
-@pytest.mark.more
-def test_a_spike_of_the_last_step_is_flagged_and_the_run_is_saved(pools, inputs, tokenizer_path, tmp_path):
-    folder = tmp_path / "run"
-    assert pools(2)(spiked, fault_settings(folder, inputs, tokenizer_path, **SPIKES), 10) == ["", ""]
-    assert logged_steps(folder, "train/loss_spike") == [10]
-    assert manifest_at(folder, 10)["step"] == 10
-    assert rollbacks(folder) == []
+    ):
+        given = {"resume": str(checkpoint_at(run, 4)), "allow_changes": [f"{section}.{setting}"]}
+        back: dict[str, dict[str, Any]] = {"train": given, "method": {"merge_every": 2}}
+        back[section][setting] = value
+        (message,) = pools(1)(refusal_of, run_config(inputs, tokenizer_path, run, **back))
+        assert expected in message
+        assert "step-00000004" in message
+        assert sorted((run / "checkpoints").iterdir()) == checkpoints
 
 
 @pytest.mark.more
@@ -174,34 +155,3 @@ def train_without_text(config: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "next_batch", lambda self: pytest.fail("no step is left that needs a batch"))
         train(config)
-
-
-@pytest.mark.more
-def test_a_line_of_metrics_over_several_steps_is_the_same_after_a_stop(pools, inputs, tokenizer_path, tmp_path):
-    found = []
-    for stop in (None, 3, 7):
-        folder = tmp_path / f"run{stop}"
-        if stop:
-            copy_cut_at(tmp_path / "runNone", folder, stop)
-        pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, log={"every_steps": 5}))
-        lines = [line for line in metrics(folder) if "train/loss" in line]
-        found.append([(line["step"], line["train/loss"], line["train/grad_norm"]) for line in lines])
-    assert [line[0] for line in found[0]] == [5, 10]
-    for lines in found[1:]:
-        assert lines == [pytest.approx(line, rel=1e-12) for line in found[0]]
-
-
-@pytest.mark.more
-def test_a_resume_from_a_named_checkpoint_starts_another_history(pools, inputs, tokenizer_path, tmp_path):
-    """It repeats a rollback only if it meets the same numbers."""
-    clean, folder = tmp_path / "clean", tmp_path / "run"
-    pools(2)(faulty, fault_settings(clean, inputs, tokenizer_path), {})
-    pools(2)(faulty, fault_settings(folder, inputs, tokenizer_path), NAN)
-    again = fault_settings(folder, inputs, tokenizer_path, resume=str(checkpoint_at(folder, 3)))
-    assert pools(2)(stopped, again) == [75, 75]
-    assert (folder / "checkpoints" / "latest").read_text() == "step-00000003\n"
-    names = {path.name for path in (folder / "checkpoints").glob("step-*")}
-    assert names == {"step-00000003"}
-    assert pools(2)(faulty, fault_settings(folder, inputs, tokenizer_path), {}) == ["", ""]
-    assert same_run(folder, clean)
-    assert rollbacks(folder) == []

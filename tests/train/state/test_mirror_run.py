@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from relora_mora.checkpoint import mirror
-from relora_mora.checkpoint.mirror import MirrorError
 from relora_mora.config.schema import Config
 from tests.tools.grids import rest
 from tests.tools.mirrors import wait_for
-from tests.tools.runs import checkpoint_at, different_tensors, logged_values, refusal_of, run_config, train
+from tests.tools.runs import checkpoint_at, different_tensors, logged_values, run_config, train
 
 
 def quickly(config: Config, stop_after: int | None = None) -> None:
@@ -47,17 +46,3 @@ def test_a_run_that_lost_its_disk_continues_from_the_mirror(
     assert different_tensors(checkpoint_at(tmp_path / "whole", 10), checkpoint_at(tmp_path / "here", 10)) == []
     assert sorted(path.stem for path in (tmp_path / "store/manifests").iterdir()) == ["step-00000008", "step-00000010"]
     assert json.loads((tmp_path / "store/owner.json").read_text())["released"]
-
-
-def test_a_mirror_is_not_mixed_with_another_beginning(inputs: Path, tokenizer_path: str, tmp_path: Path) -> None:
-    def config(name: str, **train: str) -> Config:
-        kept = {"mirror": str(tmp_path / "store"), "every_steps": 0}
-        return run_config(inputs, tokenizer_path, tmp_path / name, train={"steps": 2} | train, checkpoint=kept)
-
-    quickly(config("first"))
-    message = refusal_of(config("second", resume="never"), MirrorError)
-    assert "step 2" in message
-    assert "train.resume=never" in message
-    unknown = run_config(inputs, tokenizer_path, tmp_path / "third", checkpoint={"mirror": "nonsense://a/b"})
-    assert "checkpoint.mirror" in refusal_of(unknown, MirrorError)
-    assert not (tmp_path / "third").exists()
