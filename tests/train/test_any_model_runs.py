@@ -15,7 +15,7 @@ from relora_mora.weights.export import export, merged_model
 from tests.grid.runs import trained
 from tests.tools.any_model import any_config
 from tests.tools.reference import PlainRun, model_config_of
-from tests.tools.runs import checkpoint_at, copy_cut_at, different_tensors, logged_values, run_config, train
+from tests.tools.runs import Runs, checkpoint_at, copy_cut_at, different_tensors, logged_values, train
 
 STEPS = 6
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "kind", ["gemma2", "phi3", *(pytest.param(k, marks=pytest.mark.more) for k in ("mixtral", "gpt2", "gpt_oss"))]
 )
 def test_a_run_trains_as_plain_torch_does_resumes_and_exports(
-    kind: str, pools: Any, ranks: int, inputs: Path, tokenizer_path: str, tmp_path: Path
+    runs: Runs, kind: str, pools: Any, ranks: int, tmp_path: Path
 ) -> None:
     world = min(2, ranks)
     file = tmp_path / "model.json"
@@ -43,7 +43,7 @@ def test_a_run_trains_as_plain_torch_does_resumes_and_exports(
         sections = {name: dict(values) for name, values in SETTINGS[kind].items()}
         sections["model"] = {"config": str(file), **sections.get("model", {})}
         sections["train"] |= {"steps": STEPS}
-        return run_config(inputs, tokenizer_path, tmp_path / folder, world, **sections, **changes)
+        return runs.config(tmp_path / folder, world, **sections, **changes)
 
     never, resumed = tmp_path / "never", tmp_path / "resumed"
     shares = pools(world)(trained, config("never"), with_kernels=True)

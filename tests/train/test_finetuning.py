@@ -23,13 +23,7 @@ from tests.tools.adapter_tools import ADAPTERS_ONLY
 from tests.tools.commands import FINETUNE, PLAN, call, refused
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
-from tests.tools.runs import (
-    LLAMA,
-    checkpoint_at,
-    logged_values,
-    run_config,
-    train,
-)
+from tests.tools.runs import LLAMA, checkpoint_at, logged_values, run_config, train
 from tests.tools.tokenizer_tools import save_bytes_tokenizer, save_other_tokenizer
 
 pytestmark = pytest.mark.distributed

@@ -17,15 +17,7 @@ from relora_mora.supervise.guard import LONG_SECONDS
 from tests.tools.each import each
 from tests.tools.grids import rest
 from tests.tools.rules import matrices_settings
-from tests.tools.runs import (
-    checkpoint_at,
-    copy_cut_at,
-    logged_values,
-    refusal_of,
-    run_config,
-    tensors,
-    train,
-)
+from tests.tools.runs import checkpoint_at, copy_cut_at, logged_values, refusal_of, tensors, train
 
 pytestmark = pytest.mark.distributed
 
@@ -33,12 +25,12 @@ RULE = {"rank": 4, "every": 3}  # the projection is renewed in the steps 1, 4 an
 
 
 @pytest.fixture
-def config(inputs, tokenizer_path):
+def config(runs):
     """The settings of a run of full rank in a folder."""
 
     def make(folder: Path, world_size: int = 1, **sections: dict[str, Any]) -> Any:
         sections = {"method": {"name": "full"}, **sections}
-        return run_config(inputs, tokenizer_path, folder, world_size, **sections)
+        return runs.config(folder, world_size, **sections)
 
     return make
 

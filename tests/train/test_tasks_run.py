@@ -20,7 +20,7 @@ from tests.evaluation.tools import ROWS
 from tests.tools.commands import EVALUATE, call
 from tests.tools.data_tools import write_json_lines
 from tests.tools.each import each
-from tests.tools.runs import LLAMA, checkpoint_at, metrics, refusal_of, run_config, tensors, train, write_inputs
+from tests.tools.runs import LLAMA, checkpoint_at, metrics, run_config, tensors, train, write_inputs
 from tests.tools.shared import needs_lm_eval
 
 pytestmark = [pytest.mark.distributed, pytest.mark.more]
@@ -132,14 +132,14 @@ def test_ranks_with_other_rows_do_not_score_together():
     ],
 )
 def test_a_task_that_cannot_be_scored_is_refused_before_a_model_is_built(
-    pools, inputs, tokenizer_path, tmp_path, settings, error, expected
+    runs, inputs, tokenizer_path, tmp_path, settings, error, expected
 ):
     (inputs / "broken.yaml").write_text("task: broken\ndataset_path: json\n")
     own_task(inputs)
     settings = {**settings, "tasks": [name.format(inputs=inputs) for name in settings["tasks"]]}
     best = {"keep_best": settings.pop("keep_best", None)}
     config = scored(inputs, tokenizer_path, tmp_path / "run", eval=settings, checkpoint=best)
-    [message] = pools(1)(refusal_of, config, error)
+    message = runs.refusal(config, error)
     assert expected in message
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -172,7 +172,7 @@ def test_a_file_of_lm_evals_format_is_a_task(pools, inputs, tokenizer_path, tmp_
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
-def test_without_lm_eval_a_run_with_tasks_does_not_begin(pools, inputs, tokenizer_path, tmp_path):
-    [message] = pools(1)(refusal_of, scored(inputs, tokenizer_path, tmp_path / "run"), HarnessError)
+def test_without_lm_eval_a_run_with_tasks_does_not_begin(runs, inputs, tokenizer_path, tmp_path):
+    message = runs.refusal(scored(inputs, tokenizer_path, tmp_path / "run"), HarnessError)
     assert "eval.tasks" in message
     assert "relora_mora[eval]" in message

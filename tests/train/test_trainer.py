@@ -14,16 +14,16 @@ import torch
 from relora_mora.config.registry import METHODS
 from tests.tools.commands import PRETRAIN, call
 from tests.tools.helpers import ROOT
-from tests.tools.runs import logged_values, metrics, run_config, train
+from tests.tools.runs import logged_values, metrics, train
 
 pytestmark = pytest.mark.distributed
 UNSAVED: dict[str, dict[str, Any]] = {"checkpoint": {"every_steps": 0}}  # but at the end
 
 
 @pytest.mark.more
-def test_a_run_is_documented_in_its_folder(pools, inputs, tokenizer_path, tmp_path):
+def test_a_run_is_documented_in_its_folder(runs, tmp_path):
     folder = tmp_path / "run"
-    pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, log={"tensorboard": True}, **UNSAVED))
+    runs.train(folder, 2, log={"tensorboard": True}, **UNSAVED)
     lines = metrics(folder)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert len(losses) == 10
@@ -45,12 +45,12 @@ def test_a_run_is_documented_in_its_folder(pools, inputs, tokenizer_path, tmp_pa
     assert "torch" in start["versions"]
 
 
-def test_documents_can_be_kept_apart(pools, inputs, tokenizer_path, tmp_path):
+def test_documents_can_be_kept_apart(runs, pools, tmp_path):
     losses = []
     for on in (False, True):
         folder = tmp_path / f"{on}"
         unscored = {"eval": {"every_steps": 0, "at_start": False}, **UNSAVED}
-        config = run_config(inputs, tokenizer_path, folder, data={"document_mask": on}, **unscored)
+        config = runs.config(folder, data={"document_mask": on}, **unscored)
         pools(1)(train, config, stop_after=1)
         losses.append(logged_values(folder))
     assert len(losses[1]) == 1
@@ -103,10 +103,10 @@ def rates_of(config: Any) -> list[list[float]]:
     return rates
 
 
-def test_each_step_uses_the_rate_of_its_number(pools, inputs, tokenizer_path, tmp_path):
+def test_each_step_uses_the_rate_of_its_number(runs, pools, tmp_path):
     """Two steps of warmup, and for the adapters only, two more after the merges of steps 4 and 8."""
     optim = {"schedule": "constant", "rewarm": "adapters"}
-    [rates] = pools(1)(rates_of, run_config(inputs, tokenizer_path, tmp_path / "run", optim=optim, **UNSAVED))
+    [rates] = pools(1)(rates_of, runs.config(tmp_path / "run", optim=optim, **UNSAVED))
     adapters = [0.01, 0.02, 0.02, 0.02, 0.01, 0.02, 0.02, 0.02, 0.01, 0.02]
     others = [0.005, *[0.01] * 9]
     assert rates == [[adapter, other, other] for adapter, other in zip(adapters, others, strict=True)]

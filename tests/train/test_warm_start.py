@@ -175,14 +175,14 @@ def test_other_ways_to_save_weights(pools, inputs, tokenizer_path, tmp_path, kin
 
 
 @pytest.fixture
-def refuses(inputs, tokenizer_path, tmp_path) -> Callable[..., None]:
+def refuses(runs, tmp_path) -> Callable[..., None]:
     """Asserts that weights of a folder are refused with all these parts in the message."""
 
     def check(folder: Path, *parts: str, overrides: dict[str, Any] | None = None) -> None:
         from relora_mora.train.begin.build import _foreign_weights
 
         model = {"init_from": str(folder), "overrides": overrides or {}}
-        config = run_config(inputs, tokenizer_path, tmp_path / "run", model=model)
+        config = runs.config(tmp_path / "run", model=model)
         lm = empty_model(read_model_config(ModelConfig(config=config.model.config, overrides=overrides or {})))
         with pytest.raises(ValueError) as caught:
             _foreign_weights(config, lm, {name: p.shape for name, p in lm.named_parameters()})
@@ -272,12 +272,12 @@ def warnings_of(config: Config, stop_after: int) -> list[str]:
     return [message for message in messages if message.startswith("model.")]
 
 
-def test_a_run_without_initial_weights_reports_that_it_ignores_them(pools, inputs, tokenizer_path, tmp_path):
+def test_a_run_without_initial_weights_reports_that_it_ignores_them(runs, pools, tmp_path):
     run = tmp_path / "run"
     given = save(tmp_path / "given")
     model = {"config": str(given / "config.json")}
-    pools(1)(train, run_config(inputs, tokenizer_path, run, model=model, method={"name": "lora"}), stop_after=1)
-    again = run_config(inputs, tokenizer_path, run, model=model | {"init_from": str(given)}, method={"name": "lora"})
+    runs.train(run, stop_after=1, model=model, method={"name": "lora"})
+    again = runs.config(run, model=model | {"init_from": str(given)}, method={"name": "lora"})
     [[warning]] = pools(1)(warnings_of, again, stop_after=2)
     assert warning.startswith("model.init_from: the run began with no model.init_from; it continues from ")
     with pytest.raises(CheckpointError, match=r"it began with no model\.init_from, so there is no base model"):

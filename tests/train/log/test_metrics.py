@@ -17,7 +17,7 @@ from relora_mora.system.logs import log, setup_logging, shared_log
 from relora_mora.train.log.loggers import TensorBoard
 from tests.tools.config_tools import tree
 from tests.tools.runs import metrics as metrics_of
-from tests.tools.runs import opened, run_config
+from tests.tools.runs import opened
 
 
 def _write_config(folder, **sections):
@@ -139,9 +139,9 @@ def after_a_power_cut(config: Any) -> dict[str, str]:
 
 
 @pytest.mark.distributed
-def test_a_power_cut_loses_no_line_before_a_checkpoint_or_the_end(pools, inputs, tokenizer_path, tmp_path):
+def test_a_power_cut_loses_no_line_before_a_checkpoint_or_the_end(runs, pools, tmp_path):
     """Else the same command would not evaluate again, and the evaluation would be lost for good."""
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", checkpoint={"every_steps": 5})
+    config = runs.config(tmp_path / "run", checkpoint={"every_steps": 5})
     [found] = pools(1)(after_a_power_cut, config)
     assert {"step-00000005", "step-00000010", "end"} <= found.keys()
     for step in (5, 10):

@@ -8,21 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.runs import (
-    checkpoint_at,
-    manifest_at,
-    refusal_of,
-    run_config,
-    train,
-    write_inputs,
-)
+from tests.tools.runs import checkpoint_at, manifest_at, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.more
 def test_the_tokenizer_in_a_checkpoint_is_the_one_of_its_fingerprint(
-    pools, inputs, tokenizer_path, other_tokenizer, tmp_path
+    runs, pools, inputs, tokenizer_path, other_tokenizer, tmp_path
 ):
     from relora_mora.tokenizer.identity import tokenizer_fingerprint
 
@@ -31,12 +24,12 @@ def test_the_tokenizer_in_a_checkpoint_is_the_one_of_its_fingerprint(
         train, run_config(inputs, other_tokenizer, folder), stop_after=0
     )  # the wrong one, noticed before the first checkpoint
     assert tokenizer_fingerprint(folder / "tokenizer") == tokenizer_fingerprint(other_tokenizer)
-    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
+    runs.train(folder, stop_after=2)
     expected = tokenizer_fingerprint(tokenizer_path)
     for place in (folder, checkpoint_at(folder, 2)):
         assert tokenizer_fingerprint(place / "tokenizer") == expected
     assert manifest_at(folder, 2)["tokenizer_fingerprint"] == expected
-    (message,) = pools(1)(refusal_of, run_config(inputs, other_tokenizer, folder))
+    message = runs.refusal(run_config(inputs, other_tokenizer, folder))
     assert "tokenizer" in message
     assert "--train.allow_changes=[tokenizer]" in message
     assert "allow_changes=[data]" not in message
@@ -45,12 +38,12 @@ def test_the_tokenizer_in_a_checkpoint_is_the_one_of_its_fingerprint(
 
 
 @pytest.mark.more
-def test_other_data_needs_permission_and_is_read_from_its_beginning(pools, inputs, tokenizer_path, tmp_path):
+def test_other_data_needs_permission_and_is_read_from_its_beginning(runs, pools, tokenizer_path, tmp_path):
     other, folder, fresh = write_inputs(tmp_path / "other"), tmp_path / "run", tmp_path / "fresh"
     for path in sorted((other / "train").iterdir())[1:]:
         path.unlink()  # a smaller source: old places may not exist in it
-    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=6)
-    (message,) = pools(1)(refusal_of, run_config(other, tokenizer_path, folder))
+    runs.train(folder, stop_after=6)
+    message = runs.refusal(run_config(other, tokenizer_path, folder))
     assert "data: other sources" in message
     assert "--train.allow_changes=[data]" in message
     pools(1)(train, run_config(other, tokenizer_path, folder, train={"allow_changes": ["data"]}), stop_after=8)
@@ -76,7 +69,7 @@ def _swap_letters(folder: Path) -> None:
 
 @pytest.mark.more
 def test_other_text_of_the_same_names_and_sizes_needs_permission_and_keeps_its_lines(
-    pools, inputs, tokenizer_path, tmp_path
+    runs, pools, inputs, tokenizer_path, tmp_path
 ):
     first = _plain_copy(inputs, tmp_path / "first")
     swapped = _plain_copy(inputs, tmp_path / "swapped")
@@ -84,11 +77,11 @@ def test_other_text_of_the_same_names_and_sizes_needs_permission_and_keeps_its_l
     pools(1)(train, run_config(first, tokenizer_path, folder), stop_after=4)
     pools(1)(train, run_config(swapped, tokenizer_path, folder), stop_after=5)  # a copy is the same
     _swap_letters(swapped)
-    (message,) = pools(1)(refusal_of, run_config(swapped, tokenizer_path, folder))
+    message = runs.refusal(run_config(swapped, tokenizer_path, folder))
     assert message.count("  - ") == 1
     assert "files that have changed; to allow it: '--train.allow_changes=[data]'" in message
     changed = {"data": {"seed": 5}, "train": {"allow_changes": ["data.seed"]}}
-    (message,) = pools(1)(refusal_of, run_config(swapped, tokenizer_path, folder, **changed))
+    message = runs.refusal(run_config(swapped, tokenizer_path, folder, **changed))
     assert "files that have changed" in message  # a setting that differs explains no other text
     allowed = run_config(swapped, tokenizer_path, folder, train={"allow_changes": ["data"]})
     pools(1)(train, allowed, stop_after=6)

@@ -11,17 +11,7 @@ import pytest
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.checkpoint.reader import find_checkpoint
 from tests.tools.each import each
-from tests.tools.runs import (
-    checkpoint_at,
-    copy_cut_at,
-    different_tensors,
-    logged_steps,
-    manifest_at,
-    metrics,
-    refusal_of,
-    run_config,
-    train,
-)
+from tests.tools.runs import checkpoint_at, copy_cut_at, different_tensors, logged_steps, manifest_at, metrics, train
 from tests.train.state.faults import fault_settings, faulty, rollbacks, same_run, spiked
 
 pytestmark = pytest.mark.distributed
@@ -70,22 +60,20 @@ def stopped(config: Any, *, where: str = "start", number: int = 0) -> int:
 
 
 @pytest.mark.more
-def test_a_resume_in_a_new_folder_that_stops_before_its_first_step_keeps_its_data_position(
-    pools, inputs, tokenizer_path, tmp_path
-):
+def test_a_resume_in_a_new_folder_that_stops_before_its_first_step_keeps_its_data_position(runs, pools, tmp_path):
     never, first, second = (tmp_path / name for name in ("never", "first", "second"))
-    pools(2)(train, run_config(inputs, tokenizer_path, never, 2))
+    runs.train(never, 2)
     copy_cut_at(never, first, 5)
-    taken = run_config(inputs, tokenizer_path, second, 2, train={"resume": str(first)})
+    taken = runs.config(second, 2, train={"resume": str(first)})
     assert pools(2)(stopped, taken) == [75, 75]
     assert manifest_at(second, 5)["data_state"] == manifest_at(first, 5)["data_state"]
-    pools(2)(train, run_config(inputs, tokenizer_path, second, 2))
+    runs.train(second, 2)
     assert different_tensors(*(checkpoint_at(folder, 10) for folder in (never, second))) == []
 
 
-def test_a_resume_that_cannot_be_allowed_is_refused_and_moves_no_checkpoint(pools, inputs, tokenizer_path, tmp_path):
+def test_a_resume_that_cannot_be_allowed_is_refused_and_moves_no_checkpoint(runs, tmp_path):
     run = tmp_path / "run"
-    pools(1)(train, run_config(inputs, tokenizer_path, run, method={"merge_every": 2}), stop_after=6)
+    runs.train(run, stop_after=6, method={"merge_every": 2})
     checkpoints = sorted((run / "checkpoints").iterdir())
     for section, setting, value, expected in (
         ("method", "merge_every", 5, "has made 2 merges, with these settings a run at step 4 has made 0"),
@@ -95,7 +83,7 @@ def test_a_resume_that_cannot_be_allowed_is_refused_and_moves_no_checkpoint(pool
         given = {"resume": str(checkpoint_at(run, 4)), "allow_changes": [f"{section}.{setting}"]}
         back: dict[str, dict[str, Any]] = {"train": given, "method": {"merge_every": 2}}
         back[section][setting] = value
-        (message,) = pools(1)(refusal_of, run_config(inputs, tokenizer_path, run, **back))
+        message = runs.refusal(runs.config(run, **back))
         assert expected in message
         assert "step-00000004" in message
         assert sorted((run / "checkpoints").iterdir()) == checkpoints
@@ -114,11 +102,9 @@ def test_a_stop_right_after_a_spike_does_not_change_the_rollback(pools, inputs, 
 
 
 @pytest.mark.more
-def test_a_resume_repeats_a_last_evaluation_that_was_stopped_and_saves_no_step_twice(
-    pools, inputs, tokenizer_path, tmp_path
-):
+def test_a_resume_repeats_a_last_evaluation_that_was_stopped_and_saves_no_step_twice(runs, pools, tmp_path):
     settings = {"eval": {"every_steps": 5, "at_start": False}, "checkpoint": {"keep_best": "eval/loss"}}
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, **settings)
+    config = runs.config(tmp_path / "run", 2, **settings)
     assert pools(2)(stopped, config, where="evaluation") == [75, 75]
     assert logged_steps(tmp_path / "run", "eval/loss") == [5]
     assert find_checkpoint(tmp_path / "run" / "best").name == "step-00000005"
@@ -130,20 +116,20 @@ def test_a_resume_repeats_a_last_evaluation_that_was_stopped_and_saves_no_step_t
 
 
 @each("stops", [(None,), (3, 6, None)])
-def test_the_best_checkpoint_is_kept(pools, inputs, tokenizer_path, tmp_path, stops):
+def test_the_best_checkpoint_is_kept(runs, tmp_path, stops):
     """The rate gets so high that the loss rises."""
     folder = tmp_path / "run"
     settings = {"optim": {"lr": 9.0, "lr_other": 9.0, "warmup_steps": 50, "clip": 1e6}, "eval": {"every_steps": 1}}
     best = {"every_steps": 3, "keep_last": 1, "keep_best": "eval/loss"}
     for stop in stops:
-        pools(1)(train, run_config(inputs, tokenizer_path, folder, **settings, checkpoint=best), stop)
+        runs.train(folder, stop_after=stop, **settings, checkpoint=best)
     loss = {line["step"]: line["eval/loss"] for line in metrics(folder) if line["step"] and "eval/loss" in line}
     step = min(loss, key=loss.__getitem__)
     assert step < 9, "a later checkpoint would be kept anyway"
     assert find_checkpoint(folder / "best") == checkpoint_at(folder, step)
     assert sorted((folder / "checkpoints").glob("step-*")) == [checkpoint_at(folder, each) for each in (step, 10)]
     longer = {"steps": 11, "allow_changes": ["train.steps"]}  # without a metric, what was the best is removed
-    pools(1)(train, run_config(inputs, tokenizer_path, folder, **settings, checkpoint={"keep_last": 1}, train=longer))
+    runs.train(folder, **settings, checkpoint={"keep_last": 1}, train=longer)
     assert sorted((folder / "checkpoints").glob("step-*")) == [checkpoint_at(folder, 11)]
     with pytest.raises(CheckpointError, match=r"checkpoint\.keep_best"):
         find_checkpoint(folder / "best")

@@ -13,7 +13,7 @@ from relora_mora.checkpoint import mirror
 from relora_mora.config.schema import Config
 from tests.tools.grids import rest
 from tests.tools.mirrors import wait_for
-from tests.tools.runs import checkpoint_at, different_tensors, logged_values, run_config, train
+from tests.tools.runs import Runs, checkpoint_at, different_tensors, logged_values, train
 
 
 def quickly(config: Config, stop_after: int | None = None) -> None:
@@ -25,20 +25,18 @@ def quickly(config: Config, stop_after: int | None = None) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [2, *rest((1,))])
-def test_a_run_that_lost_its_disk_continues_from_the_mirror(
-    pools: Any, inputs: Path, tokenizer_path: str, tmp_path: Path, ranks: int
-) -> None:
+def test_a_run_that_lost_its_disk_continues_from_the_mirror(runs: Runs, pools: Any, tmp_path: Path, ranks: int) -> None:
     """It merges after steps 4 and 8, is killed after step 6, and goes on from what the mirror has of it."""
-    whole = run_config(inputs, tokenizer_path, tmp_path / "whole", ranks)
+    whole = runs.config(tmp_path / "whole", ranks)
     pools(ranks)(train, whole)
     kept = {"mirror": str(tmp_path / "store"), "keep_last": 2, "every_steps": 2}
-    lost = run_config(inputs, tokenizer_path, tmp_path / "lost", ranks, checkpoint=kept)
+    lost = runs.config(tmp_path / "lost", ranks, checkpoint=kept)
     pools(ranks)(quickly, lost, stop_after=6)
     wait_for(lambda: (tmp_path / "store/manifests/step-00000006.json").exists())  # a thread sends, cut off or not
     wait_for(lambda: not list((tmp_path / "lost/checkpoints").glob("*.tmp")))
     wait_for(lambda: json.loads((tmp_path / "store/owner.json").read_text())["released"])
     shutil.rmtree(tmp_path / "lost")
-    here = run_config(inputs, tokenizer_path, tmp_path / "here", ranks, checkpoint=kept)
+    here = runs.config(tmp_path / "here", ranks, checkpoint=kept)
     pools(ranks)(quickly, here)
     losses = [logged_values(tmp_path / name) for name in ("whole", "here")]
     assert losses[0] == losses[1]
