@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from relora_mora.config.registry import METHODS
+from relora_mora.system.run_folder import read_json_lines
 from tests.tools.commands import PRETRAIN, call
 from tests.tools.helpers import ROOT
 from tests.tools.runs import logged_values, metrics, train
@@ -24,24 +24,17 @@ UNSAVED: dict[str, dict[str, Any]] = {"checkpoint": {"every_steps": 0}}  # but a
 def test_a_run_is_documented_in_its_folder(runs, tmp_path):
     folder = tmp_path / "run"
     runs.train(folder, 2, log={"tensorboard": True}, **UNSAVED)
-    lines = metrics(folder)
-    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    losses = logged_values(folder)
     assert len(losses) == 10
     assert losses[-1] < losses[0] - 0.5
-    merges = [line for line in lines if "merge/layers" in line]
-    switches = [(line["step"], line["merge/operator_before"], line["merge/operator_after"]) for line in merges]
-    assert switches == [(4, 1, 2), (8, 2, 1)]
-    last = next(line for line in reversed(lines) if "train/loss" in line)
+    last = next(line for line in reversed(metrics(folder)) if "train/loss" in line)
     assert last["train/tokens"] == 10 * 8 * 32
-    assert last["perf/tokens_per_second"] > 0
     assert 0 < last["perf/mfu"] < 1
     assert last["train/perplexity"] == pytest.approx(math.exp(last["train/loss"]))
-    for name in ("config.yaml", "model.json", "starts.jsonl", "tokenizer/tokenizer.model", "checkpoints/latest"):
+    for name in ("config.yaml", "model.json", "tokenizer/tokenizer.model", "checkpoints/latest", "tensorboard"):
         assert (folder / name).exists(), name
-    assert list((folder / "tensorboard").glob("events.*"))
-    start = json.loads((folder / "starts.jsonl").read_text().splitlines()[0])
-    assert start["world_size"] == 2
-    assert start["step"] == 0
+    [start] = read_json_lines(folder / "starts.jsonl")
+    assert (start["world_size"], start["step"]) == (2, 0)
     assert "torch" in start["versions"]
 
 

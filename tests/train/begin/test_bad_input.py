@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from relora_mora.weights.export import export
-from tests.tools.commands import EVALUATE, EXPORT, call, disk, left_in, refused
+from tests.tools.commands import EVALUATE, EXPORT, call, left_in, refused
 from tests.tools.each import each
 from tests.tools.helpers import RUBBISH
 from tests.tools.runs import checkpoint_at, run_config, train
@@ -141,42 +141,6 @@ def test_more_sequences_at_once_than_there_are_or_than_fit(run_folder, inputs, m
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------
-
-
-def test_an_export_to_an_existing_path(run_folder, tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("keep")
-    (tmp_path / "file").write_text("keep")
-    for out, message in {
-        "full": "exists and is not empty",
-        "file": "exists and is not empty",
-        "file/below": "a part of this path is not a folder",
-    }.items():
-        refused(call(EXPORT, run_folder, tmp_path / out), str(tmp_path / out), message)
-    refused(call(EXPORT, run_folder, run_folder), "exists and is not empty")
-    assert left_in(tmp_path) == ["file", "full"]
-    assert left_in(tmp_path / "full") == ["mine"]
-
-
-def test_an_export_to_a_full_disk(run_folder, exported, tmp_path):
-    """At any size the folder is whole or absent, and nothing is left."""
-    need = sum(-(-path.stat().st_size // 4096) * 4096 for path in exported.iterdir())
-    for size in (4096, 16384, need // 2, need - 4096):
-        with disk(tmp_path / "disk", f"size={size}") as folder:
-            refused(
-                call(EXPORT, run_folder, folder / "out"), f"{folder / 'out'}: No space left on device; free some space"
-            )
-            assert left_in(folder) == []
-    with disk(tmp_path / "disk", f"size={4 * need}") as folder:
-        assert call(EXPORT, run_folder, folder / exported.name).code == 0  # the title of the card
-        assert {path.name: path.read_bytes() for path in (folder / exported.name).iterdir()} == {
-            path.name: path.read_bytes() for path in exported.iterdir()
-        }
-
-
-def test_an_export_to_a_disk_that_is_read_only(run_folder, tmp_path):
-    with disk(tmp_path / "disk", "ro") as folder:
-        refused(call(EXPORT, run_folder, folder / "out"), f"{folder / 'out'}: Read-only file system; choose a place")
 
 
 def test_faults_of_this_machine_come_before_any_request(pools, inputs, tokenizer_path, tmp_path):
