@@ -128,15 +128,6 @@ def test_the_plan_of_a_fine_tuning(settings):
             ["--model.init_from=null"],
             ["2 faults", "model.config: must be given, unless model.init_from", "tokenizer.path:"],
         ),
-        (
-            ["--optim.warmup_steps=5", "--optim.warmup_fraction=0.1"],
-            ["optim.warmup_fraction: optim.warmup_steps and optim.warmup_fraction are set"],
-        ),
-        (["--optim.warmup_fraction=1"], ["optim.warmup_fraction: got 1; input should be less than 1"]),
-        (
-            ["--method.dropout=0.1", "--method.form=resident"],
-            ["method.dropout: dropout acts only on the adapter's input"],
-        ),
     ],
 )
 def test_settings_that_cannot_work(pools, settings, words, parts):

@@ -197,23 +197,6 @@ def test_a_resume_continues_the_run_and_a_new_start_does_not(folder: Path, servi
     assert RunFolder(folder).wandb_id.read_text() == restarted["id"] + "\n"
 
 
-def test_an_unreachable_service_is_reported_once(
-    folder: Path, service: Service, logged: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def init(**given: Any) -> None:
-        raise ConnectionError("no answer")
-
-    monkeypatch.setattr(service, "init", init)
-    written = opened(folder, 0, loggers=[WeightsAndBiases(folder, "small")])
-    for step in (1, 2):
-        written.write(step, {"train/loss": 1.0})
-    written.close()
-    assert len(logged.records) == 1
-    assert "Weights & Biases" in logged.text
-    assert "no answer" in logged.text
-    assert len(metrics(folder)) == 2
-
-
 def test_the_wait_for_the_service_at_the_end_is_limited(
     folder: Path, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
