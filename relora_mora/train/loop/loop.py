@@ -34,7 +34,7 @@ from relora_mora.train.loop.evaluating import Evaluating
 from relora_mora.train.loop.events import Merging, Reporting, Saving
 from relora_mora.train.loop.step import BatchLoader, DataFailed, LocalBatch, StepResult, Stopping, judge
 from relora_mora.train.state.resume import roll_back
-from relora_mora.train.state.run_state import DataError, RunState, TrainingError, Trouble
+from relora_mora.train.state.run_state import DataError, RunState, TrainingError
 
 
 class Trainer:
@@ -96,8 +96,8 @@ class Trainer:
             self._before_first_step()
             while self.state.step < self.config.train.steps:
                 result = self.train_step(self.next_batch())
-                trouble = judge(self.config, self.state, result, self.engine, self.metrics)
-                if trouble is not None and self.roll_back(trouble):
+                reason = judge(self.config, self.state, result, self.engine, self.metrics)
+                if reason is not None and self.roll_back(reason):
                     continue
                 for event in self.events:
                     event(self.state)
@@ -172,11 +172,11 @@ class Trainer:
             self.metrics.write(step, {"startup/seconds": seconds})
         return StepResult(loss=step_loss, applied=done.applied, grad_norm=done.grad_norm, data=data)
 
-    def roll_back(self, trouble: Trouble) -> bool:
-        """Goes back to a checkpoint from before the trouble, if there is one. The data continues where it is."""
+    def roll_back(self, reason: str) -> bool:
+        """Goes back to a checkpoint from before this step, if there is one. The data continues where it is."""
         before = self.state
         self.guard.begin(f"step {before.step}: rollback", within=LONG_SECONDS)
-        state = roll_back(self.run, before, self.writer, trouble)
+        state = roll_back(self.run, before, self.writer, reason)
         if state is None:
             return False
         if self.config.data.is_mixture:  # batches that were read ahead were drawn for other steps

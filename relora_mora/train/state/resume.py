@@ -30,7 +30,7 @@ from relora_mora.train.begin.build import Run
 from relora_mora.train.begin.identity import Identity, changes_since
 from relora_mora.train.begin.inputs import Inputs
 from relora_mora.train.begin.run_folder import abandon_records, start_records
-from relora_mora.train.state.run_state import RunState, TrainingError, Trouble
+from relora_mora.train.state.run_state import RunState, TrainingError
 from relora_mora.weights.digests import other_weights
 
 
@@ -227,35 +227,34 @@ def _abandon_other_history(folder: RunFolder, step: int, *, own: bool) -> None:
         write_if_possible(latest, f"{layout.step_folder(step)}\n", without="it names another one; training goes on")
 
 
-def roll_back(run: Run, state: RunState, writer: CheckpointWriter, trouble: Trouble) -> RunState | None:
+def roll_back(run: Run, state: RunState, writer: CheckpointWriter, reason: str) -> RunState | None:
     """Restores model and optimizer from the newest good checkpoint; the data continues where it is. A collective.
 
-    It waits for a checkpoint that is being written. Returns None if there is no such checkpoint and the trouble does
-    not force the run back. Raises :class:`TrainingError` if it does, and if the run has been rolled back
-    ``train.max_rollbacks`` times.
+    It waits for a checkpoint that is being written. Without such a checkpoint, it returns None after a spike of the
+    loss, and raises :class:`TrainingError` after steps that were skipped, as it does after ``train.max_rollbacks``.
     """
     config = run.config.train
     ranks = run.engine.rank, run.engine.world_size
     writer.wait()
     gather_from_ranks(None)  # once the first rank has waited, the newest checkpoint is complete
     chosen, _ = newest_whole(writer.folder, ranks, lambda path: layout.good_step(path) in range(state.step))
-    if chosen is None and not trouble.must:
+    if chosen is None and not state.health.bad_steps:
         return None
     if state.rollbacks >= config.max_rollbacks:
         raise TrainingError(
-            f"{trouble.reason}; train.max_rollbacks={config.max_rollbacks} allows no further rollback: raise it "
+            f"{reason}; train.max_rollbacks={config.max_rollbacks} allows no further rollback: raise it "
             "if the data may be the cause, lower optim.lr, or resume from an older checkpoint"
         )
     if chosen is None:
         raise TrainingError(
-            f"{trouble.reason}; there is no earlier checkpoint to go back to: lower optim.lr or checkpoint.every_steps"
+            f"{reason}; there is no earlier checkpoint to go back to: lower optim.lr or checkpoint.every_steps"
         )
     restored = restore(run, CheckpointReader(chosen))
     restored.data = merge_states(gather_from_ranks(state.data))
     restored.rollbacks = state.rollbacks + 1
     shared_log.warning(
         "%s: back to step %d; the data of steps %d to %d is skipped",
-        trouble.reason,
+        reason,
         restored.step,
         restored.step + 1,
         state.step,

@@ -29,14 +29,6 @@ class MemoryShortage(ValueError):
     """The settings need more memory than there is."""
 
 
-@dataclass(frozen=True)
-class Trouble:
-    """Why a run should go back to an earlier checkpoint. If it must, the run ends if there is none."""
-
-    reason: str
-    must: bool
-
-
 @dataclass
 class StabilityState:
     """A summary of the last steps. ``losses`` has the last ``spike_window`` good steps, oldest first."""

@@ -76,8 +76,9 @@ def test_a_spike_is_trouble_if_the_text_is_the_same_and_a_step_is_left(monkeypat
     for step, loss in enumerate([*_noisy(40), *_noisy(1, level=6.0)], 1):
         state.step = step
         result = StepResult(loss, applied=True, grad_norm=1.0, data=[])
-        trouble = judge(config, state, result, engine, metrics)
-    assert (trouble is not None and not trouble.must) is rolls
+        reason = judge(config, state, result, engine, metrics)
+    assert (reason is not None) is rolls
+    assert not state.health.bad_steps
 
 
 def test_a_shorter_window_ends_a_longer_row_of_spikes():
