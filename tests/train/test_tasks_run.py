@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,10 +168,3 @@ def test_a_file_of_lm_evals_format_is_a_task(pools, inputs, tokenizer_path, tmp_
     assert {step: sorted(found) for step, found in scores(tmp_path / "run").items()} == {
         step: ["tasks/own/acc", "tasks/own/acc_norm"] for step in (0, 6)
     }
-
-
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
-def test_without_lm_eval_a_run_with_tasks_does_not_begin(runs, inputs, tokenizer_path, tmp_path):
-    message = runs.refusal(scored(inputs, tokenizer_path, tmp_path / "run"), HarnessError)
-    assert "eval.tasks" in message
-    assert "relora_mora[eval]" in message
