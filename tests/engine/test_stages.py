@@ -42,7 +42,3 @@ def test_a_nan_on_one_rank_stops_the_step_on_all(pools, ranks, stage, bf16, matr
         assert seen["same"]
         assert seen["next_applied"]
         assert math.isfinite(seen["next_loss"])
-
-
-
-
