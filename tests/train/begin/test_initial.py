@@ -113,6 +113,9 @@ def train_from_hub(config, endpoint: str) -> None:
 @pytest.mark.more
 def test_one_rank_asks_the_hub_for_all(runs, pools, inputs, tmp_path):
     """Two repositories have two commits; both are asked for once, at a start as at a resume."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ends.jsonl").touch()  # of a start that saved nothing, so what it read does not count
+    (tmp_path / "run" / "config.yaml").write_text(f"data: {{commits: {{some/train@main: {'0' * 40}}}}}")
     with serving(inputs) as server:
         sources = {
             split: f"hub:some/{split}/{split}/part-{{00000..00000}}.json.gz" for split in ("train", "validation")
