@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from relora_mora.checkpoint.layout import Manifest
@@ -69,12 +70,6 @@ class Reporting:
     def __init__(self, run: Run, metrics: report.Metrics, progress: Progress) -> None:
         self.run = run
         self.config = run.config
-        self.flops_per_token = flops_per_token(run.inputs.model_config, run.config).total
-        if run.config.log.peak_tflops is None:
-            self.peak_flops, source = peak_flops(bf16=run.inputs.bf16)
-            log.info("peak of one device: %.3g TFLOP/s (%s)", self.peak_flops / 1e12, source)
-        else:
-            self.peak_flops = run.config.log.peak_tflops * 1e12
         self.sources = mixture_names(run.config.data) if run.config.data.is_mixture else ()
         self.metrics = metrics
         self.progress = progress
@@ -113,6 +108,21 @@ class Reporting:
         )
         if not early:
             self._show(loss, speed)
+
+    # what takes seconds to measure is measured for the first line, and not before the first step
+
+    @cached_property
+    def flops_per_token(self) -> float:
+        return flops_per_token(self.run.inputs.model_config, self.config).total
+
+    @cached_property
+    def peak_flops(self) -> float:
+        """FLOP/s of one device: from the settings, known, or measured."""
+        if self.config.log.peak_tflops is not None:
+            return self.config.log.peak_tflops * 1e12
+        peak, source = peak_flops(bf16=self.run.inputs.bf16)
+        log.info("peak of one device: %.3g TFLOP/s (%s)", peak / 1e12, source)
+        return peak
 
     def _over_ranks(self, loss: float) -> float:
         [total] = sum_over_hosts([loss])

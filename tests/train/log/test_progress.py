@@ -100,7 +100,6 @@ def test_the_next_commands_are_words_of_a_shell(monkeypatch: pytest.MonkeyPatch)
 
 
 def lines_and_metrics(monkeypatch: pytest.MonkeyPatch, *, watched: bool) -> tuple[list[str], dict[int, float]]:
-    monkeypatch.setattr(events, "flops_per_token", lambda *_: SimpleNamespace(total=1.0))
     monkeypatch.setattr(events, "group_rates", lambda *_: [0.1])
     monkeypatch.setattr(events.report, "data_metrics", lambda *_: {})
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
@@ -123,6 +122,8 @@ def lines_and_metrics(monkeypatch: pytest.MonkeyPatch, *, watched: bool) -> tupl
     progress: Any = SimpleNamespace(is_watched=watched, show=lambda text: lines.append(text.partition(",")[0]))
     written: Any = SimpleNamespace(write=lambda step, values: metrics.update({step: values["train/loss"]}))
     reporting = events.Reporting(run, written, progress)
+    # it takes long, so it is not measured before the first step
+    monkeypatch.setattr(events, "flops_per_token", lambda *_: SimpleNamespace(total=1.0))
     state = RunState(initial_seed=0)
     for state.step in range(1, 16):
         loss = float("nan") if state.step == 2 else float(state.step)  # a skipped step
