@@ -120,6 +120,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+@pytest.fixture
+def runs(pools: Pools, inputs: Path, tokenizer_path: str) -> Any:
+    from tests.tools.runs import Runs  # with torch
+
+    return Runs(pools, inputs, tokenizer_path)
+
+
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Pools]:
     pools = Pools()

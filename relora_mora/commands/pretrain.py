@@ -75,7 +75,7 @@ def _show(config: "Config", count: int) -> int:
     with many_imports():
         from relora_mora.data.first_rows import show_records
         from relora_mora.tokenizer.identity import check_vocabulary
-        from relora_mora.train.begin.inputs import check_model
+        from relora_mora.train.begin.settings import check_model
         from relora_mora.train.begin.text import open_text
         from relora_mora.weights.vocabulary import with_vocabulary
 

@@ -91,7 +91,6 @@ class Exchange:
         self.whole = [matrix for matrix in matrices if matrix.owner == rank and not matrix.is_cut]
         self.cut = [matrix for matrix in matrices if matrix.is_cut]
         self.owned = [matrix for matrix in self.cut if matrix.owner == rank]
-        self.is_needed = bool(self.cut)
         # pieces by destination rank and by source rank (maybe this one)
         self.outgoing: list[list[Fragment]] = [[] for _ in range(world_size)]
         self.incoming: list[list[Fragment]] = [[] for _ in range(world_size)]
@@ -107,7 +106,7 @@ class Exchange:
     def replace(self, gradients: Mapping[int, Tensor], update: Update) -> None:
         """See :meth:`CutMatrices.replace`; gradients by the id of flat tensors."""
         whole = [(matrix, part.of(gradients[id(part.flat)])) for matrix in self.whole for _, part in matrix.pieces]
-        if not self.is_needed:
+        if not self.cut:
             _change(whole, update)
             return
         assembled = self._assemble(gradients)

@@ -122,9 +122,6 @@ class Merger:
     def set_operator(self, mora_type: int | None) -> None:
         set_operators(self.layers.values(), mora_type)
 
-    def _operators(self) -> dict[str, Operator]:
-        return {name: layer.operator for name, layer in self.layers.items() if isinstance(layer, MoRALinear)}
-
     def operator(self) -> int | None:
         """See :func:`relora_mora.adapters.mora.operator_in_use`."""
         return operator_in_use(self.layers.values())
@@ -152,7 +149,7 @@ class Merger:
                 "nothing of this merge was saved, go back to an earlier checkpoint"
             )
         zeroed = self._reset_masters(merges_done)
-        used = self._operators()
+        used = {name: layer.operator for name, layer in self.layers.items() if isinstance(layer, MoRALinear)}
         self.set_operator(next_operator)
         self.merges_done = merges_done
         self._reset_state(merges_done, used)

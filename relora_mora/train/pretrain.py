@@ -21,14 +21,12 @@ from relora_mora.system.logs import counted, log, setup_logging, shared_log
 from relora_mora.system.process import give_back_freed_memory
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import build, warm_up
-from relora_mora.train.begin.inputs import Inputs, agree, count_tokens, open_inputs, with_epochs, with_tokens
+from relora_mora.train.begin.inputs import READING_SECONDS, Inputs, agree, open_inputs, with_whole_text
 from relora_mora.train.begin.run_folder import check_shared, write_run_folder
 from relora_mora.train.log.progress import describe
 from relora_mora.train.loop.loop import Trainer
 from relora_mora.train.state.resume import begin, checkpoint_at, resume, where_to_resume
 from relora_mora.train.state.run_state import MemoryShortage
-
-COUNTING_SECONDS = 86400.0  # nobody trains several epochs on a text that takes longer than this to read once
 
 
 def pretrain(config: Config, guard: Guard | None = None) -> int:
@@ -114,15 +112,10 @@ def _take_folder(inputs: Inputs, rank: int, guard: Guard) -> tuple[Inputs, Mirro
     guard.record_in(folder)
     mirrors: list[Mirror] = []
     if config.checkpoint.mirror is not None:
-        guard.begin("looking for a checkpoint in the mirror", within=COUNTING_SECONDS)
+        guard.begin("looking for a checkpoint in the mirror", within=READING_SECONDS)
         collectives.from_first_rank(lambda: mirrors.append(_take_mirror(config)))
     where = collectives.from_first_rank(lambda: where_to_resume(config))
-    # slow, so they come after every other check
-    guard.begin("tokenizing rows that are packed whole", within=COUNTING_SECONDS)
-    inputs = with_tokens(inputs)
-    if config.train.epochs is not None:
-        guard.begin("counting the tokens of the training text", within=COUNTING_SECONDS)
-        inputs = with_epochs(inputs, collectives.from_first_rank(lambda: count_tokens(inputs)))
+    inputs = with_whole_text(inputs, guard)
     for remark in remarks(inputs.config):
         shared_log.warning(remark)
     guard.begin("reading the checkpoint", within=LONG_SECONDS)

@@ -1,4 +1,4 @@
-"""Modules of DeepSpeed beyond its documentation are imported in one place."""
+"""Modules of DeepSpeed beyond its documentation are imported in one place, and no more than needed at a start."""
 
 from __future__ import annotations
 
@@ -26,11 +26,21 @@ def test_only_one_file_imports_modules_of_deepspeed() -> None:
         assert not private or path.stem == "internals", f"{path}: {private}"
 
 
-@pytest.mark.more
-def test_deepspeed_starts_on_a_cpu_without_a_warning():
+# torch's compiler takes seconds to import
+ENGINE = """
+import sys
+from tests.tools.tiny import build_rig, tiny_config
+from relora_mora.engine.start import init_distributed
+init_distributed()
+build_rig(tiny_config(1, train={"zero_stage": 1}), bf16=True)
+assert "torch._inductor.compile_fx" not in sys.modules
+"""
+
+
+def test_an_engine_starts_on_a_cpu_without_a_warning_and_without_torchs_compiler():
     environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
     done = subprocess.run(
-        [sys.executable, "-c", "import relora_mora.engine.start"],
+        [sys.executable, "-c", ENGINE],
         env=environment | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

@@ -190,42 +190,6 @@ def test_reset_modes(pools, ranks, mode, matrices):
             assert before[kept].abs().min() >= before[~kept].abs().max()
 
 
-def carried(world_size: int, stage: int, matrices: str) -> dict[str, Any]:
-    """The relative distance of the moments after a merge from the carried moments before it."""
-    from tests.tools.tiny import build_rig, tiny_config
-
-    method = {"reset": "carry"}
-    rig = build_rig(tiny_config(world_size, train={"zero_stage": stage}, method=method, optim={"matrices": matrices}))
-    for step in range(1, MERGE_AT + 1):
-        rig.step(step)
-    moments = {
-        (layer, key): rig.gather(*names, key)
-        for layer, names in rig.merger.parameters.items()
-        for key in rig.engine.moments[names[0]]
-    }
-    before = {name: layer.operator for name, layer in rig.merger.layers.items()}
-    rig.merge(MERGE_AT)
-    far, moved = [], []
-    for (layer, key), moment in moments.items():
-        now = rig.gather(*rig.merger.parameters[layer], key)
-        expected = rig.merger.layers[layer].operator.carry(moment, before[layer])
-        far.append((now - expected).abs().max() / moment.abs().max())
-        moved.append((now - moment).abs().max() / moment.abs().max())
-    return {"far": _largest(far), "moved": _largest(moved), "steps": rig.engine.group_steps()["adapters"]}
-
-
-CARRIED = [(0, "muon"), (3, "adamw"), *rest((1, "adamw"), (2, "muon"))]
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("stage,matrices", CARRIED)
-def test_carry_moves_the_state_to_the_new_operators(pools, ranks, stage, matrices):
-    seen = pools(ranks)(carried, ranks, stage, matrices)[0]
-    assert seen["far"] <= 1e-6
-    assert seen["moved"] > 0.1
-    assert seen["steps"] == (MERGE_AT if matrices == "adamw" else 0)
-
-
 def hundred_merges(world_size: int, bf16: bool, base: str | None) -> dict[str, Any]:
     """100 merges of random adapters, and the float64 sum of the same deltas for comparison."""
     from tests.tools.tiny import build_rig, tiny_config, whole_weights

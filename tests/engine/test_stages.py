@@ -1,4 +1,4 @@
-"""A step that is not finite is skipped on all ranks, on every ZeRO stage; frozen weights have no master to gather."""
+"""A step that is not finite is skipped on all ranks, on every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -42,24 +42,3 @@ def test_a_nan_on_one_rank_stops_the_step_on_all(pools, ranks, stage, bf16, matr
         assert seen["same"]
         assert seen["next_applied"]
         assert math.isfinite(seen["next_loss"])
-
-
-def frozen_masters(stage: int) -> list[str]:
-    """The engine's messages if it is asked for the masters of frozen weights."""
-    from tests.tools.tiny import build_rig, tiny_config
-
-    rig = build_rig(tiny_config(1, train={"zero_stage": stage}))
-    messages = []
-    for name in rig.base.owner:
-        with pytest.raises(AssertionError) as raised:
-            rig.engine.gather(name)
-        messages.append(str(raised.value))
-    return messages
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_frozen_weight_has_no_master_to_gather(pools, stage):
-    """Zeros would look like a master."""
-    [messages] = pools(1)(frozen_masters, stage)
-    assert messages
-    assert all("is frozen" in message for message in messages)

@@ -15,10 +15,8 @@ import torch
 
 from relora_mora.supervise.exits import USER_ERROR
 from relora_mora.system.run_folder import RunFolder, read_json_lines
-from tests.engine.test_base import test_stored_weights_are_the_rounded_masters
 from tests.engine.test_resets import (
     test_a_merge_changes_only_what_it_should,
-    test_carry_moves_the_state_to_the_new_operators,
     test_reset_modes,
     test_the_base_is_exact_after_a_hundred_merges,
 )

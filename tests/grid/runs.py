@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from relora_mora.config.registry import METHODS
-from tests.grid.cases import STEPS, STOPS, bound, choice, sections_of
+from relora_mora.config.schema import Config
+from tests.grid.cases import STOPS, bound, choice, sections_of
 from tests.tools.grids import Case
 from tests.tools.reference import PlainRun, Tokens, model_config_of
 from tests.tools.runs import (
@@ -23,6 +25,8 @@ from tests.tools.runs import (
     run_config,
     train,
 )
+
+Make = Callable[..., Config]
 
 
 def trained(config: Any, *, with_kernels: bool) -> list[Tokens]:
@@ -39,27 +43,37 @@ def trained(config: Any, *, with_kernels: bool) -> list[Tokens]:
     return batches
 
 
-def check_run(case: Case, pools: Any, ranks: int, inputs: Path, tokenizer: str, folder: Path) -> None:
-    """Trains a case over a merge, on at most so many ``ranks``; a resume after one of the steps makes the same run."""
-    world = min(case["ranks"], ranks)
+def compare(
+    make: Make, pools: Any, world: int, folder: Path, *, stop: int, rel: float, with_kernels: bool = True
+) -> Path:
+    """Trains the run that ``make`` gives for a folder, as plain torch does; a resume after step ``stop`` makes the same
+    run. Returns the folder of the first one."""
     never, resumed = folder / "never", folder / "resumed"
-    config = run_config(inputs, tokenizer, never, world, **sections_of(case))
-    with_kernels = case["kernels"] == "compiled"
+    config = make(never)
     shares = pools(world)(trained, config, with_kernels=with_kernels)
     losses = logged_values(never)
     batches = [tuple(torch.cat(parts) for parts in zip(*each, strict=True)) for each in zip(*shares, strict=True)]
     expected = PlainRun(config, model_config_of(config)).train(batches)
-    assert losses == pytest.approx(expected, rel=bound(case))
-    merges = [3, 6] if METHODS[case["method"]].merges else []
-    assert logged_steps(never, "merge/layers") == merges
-    copy_cut_at(never, resumed, choice(case, STOPS))
-    again = run_config(inputs, tokenizer, resumed, world, checkpoint={"every_steps": 0}, **sections_of(case))
-    pools(world)(trained, again, with_kernels=with_kernels)
-    assert different_tensors(*(checkpoint_at(folder, STEPS) for folder in (never, resumed))) == []
+    assert losses == pytest.approx(expected, rel=rel)
+    copy_cut_at(never, resumed, stop)
+    pools(world)(trained, make(resumed, checkpoint={"every_steps": 0}), with_kernels=with_kernels)
+    assert different_tensors(*(checkpoint_at(run, config.train.steps) for run in (never, resumed))) == []
     assert logged_values(resumed) == losses
     evaluations = [
-        [(line["step"], line["eval/loss"]) for line in metrics(folder) if "eval/loss" in line]
-        for folder in (never, resumed)
+        [(line["step"], line["eval/loss"]) for line in metrics(run) if "eval/loss" in line] for run in (never, resumed)
     ]
     assert evaluations[0] == evaluations[1]
-    assert [step for step, _ in evaluations[0]] == [0, 3, 6, 7]
+    return never
+
+
+def check_run(case: Case, pools: Any, ranks: int, inputs: Path, tokenizer: str, folder: Path) -> None:
+    """Trains a case over a merge, on at most so many ``ranks``, stops it and resumes it."""
+    world = min(case["ranks"], ranks)
+    with_kernels = case["kernels"] == "compiled"
+
+    def make(run: Path, **changes: dict[str, Any]) -> Config:
+        return run_config(inputs, tokenizer, run, world, **sections_of(case), **changes)
+
+    run = compare(make, pools, world, folder, stop=choice(case, STOPS), rel=bound(case), with_kernels=with_kernels)
+    assert logged_steps(run, "merge/layers") == ([3, 6] if METHODS[case["method"]].merges else [])
+    assert logged_steps(run, "eval/loss") == [0, 3, 6, 7]

@@ -27,7 +27,7 @@ from relora_mora.sizing.measure import LiveBytes, measure
 from relora_mora.sizing.memory import merged_memory, peak_memory, state_memory
 from relora_mora.sizing.setup import Setup
 from relora_mora.sizing.work import meta_model
-from relora_mora.train.begin.inputs import memory_of_rank
+from relora_mora.train.begin.settings import memory_of_rank
 from tests.sizing.tools import make_config
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
@@ -243,7 +243,7 @@ def test_ranks_on_cpus_share_the_memory_of_their_host(monkeypatch: pytest.Monkey
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("WORLD_SIZE", "4")
     for more, fits in ((64, True), (-64, False)):
-        monkeypatch.setattr("relora_mora.train.begin.inputs.host_memory_bytes", lambda more=more: 4 * needed + more)
+        monkeypatch.setattr("relora_mora.train.begin.settings.host_memory_bytes", lambda more=more: 4 * needed + more)
         with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=r"on each of 4 ranks.* a stage h"):
             check_memory(MODEL, setup, memory_of_rank(), memory_of_rank())
 

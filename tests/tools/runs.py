@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from relora_mora.config.schema import Config
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder, read_json_lines
 from tests.tools.data_tools import write_shards
+from tests.tools.pool import Pools
 
 LLAMA = {
     "vocab_size": 320,
@@ -134,6 +135,27 @@ def refusal_of(config: Config, error: type[ValueError] = CheckpointError) -> str
     with pytest.raises(error) as caught:
         pretrain(config)
     return str(caught.value)
+
+
+class Runs(NamedTuple):
+    """Tiny runs of a test, which the ranks of its pools train."""
+
+    pools: Pools
+    inputs: Path
+    tokenizer: str
+
+    def config(self, folder: Path, world_size: int = 1, **sections: dict[str, Any]) -> Config:
+        """See :func:`run_config`."""
+        return run_config(self.inputs, self.tokenizer, folder, world_size, **sections)
+
+    def train(self, folder: Path, ranks: int = 1, *, stop_after: int | None = None, **sections: dict[str, Any]) -> None:
+        """See :func:`train`."""
+        self.pools(ranks)(train, self.config(folder, ranks, **sections), stop_after=stop_after)
+
+    def refusal(self, config: Config, error: type[ValueError] = CheckpointError) -> str:
+        """See :func:`refusal_of`."""
+        [message] = self.pools(1)(refusal_of, config, error)
+        return str(message)
 
 
 @contextlib.contextmanager

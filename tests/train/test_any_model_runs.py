@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from relora_mora.config.schema import Config
 from relora_mora.model.config import plain_model_config
 from relora_mora.weights.export import export, merged_model
-from tests.grid.runs import trained
+from tests.grid.runs import compare
 from tests.tools.any_model import any_config
-from tests.tools.reference import PlainRun, model_config_of
-from tests.tools.runs import checkpoint_at, copy_cut_at, different_tensors, logged_values, run_config, train
+from tests.tools.runs import Runs, checkpoint_at
 
 STEPS = 6
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -32,28 +32,20 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "kind", ["gemma2", "phi3", *(pytest.param(k, marks=pytest.mark.more) for k in ("mixtral", "gpt2", "gpt_oss"))]
 )
 def test_a_run_trains_as_plain_torch_does_resumes_and_exports(
-    kind: str, pools: Any, ranks: int, inputs: Path, tokenizer_path: str, tmp_path: Path
+    runs: Runs, kind: str, pools: Any, ranks: int, tmp_path: Path
 ) -> None:
     world = min(2, ranks)
     file = tmp_path / "model.json"
     without_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if kind == "gpt2" else {}
     file.write_text(json.dumps(plain_model_config(any_config(kind)) | {"vocab_size": 320} | without_dropout))
+    sections = {"train": {}, "model": {}, **SETTINGS[kind]}
+    sections["train"] = {**sections["train"], "steps": STEPS}
+    sections["model"] = {**sections["model"], "config": str(file)}
 
-    def config(folder: str, **changes: Any) -> Any:
-        sections = {name: dict(values) for name, values in SETTINGS[kind].items()}
-        sections["model"] = {"config": str(file), **sections.get("model", {})}
-        sections["train"] |= {"steps": STEPS}
-        return run_config(inputs, tokenizer_path, tmp_path / folder, world, **sections, **changes)
+    def make(run: Path, **changes: dict[str, Any]) -> Config:
+        return runs.config(run, world, **sections, **changes)
 
-    never, resumed = tmp_path / "never", tmp_path / "resumed"
-    shares = pools(world)(trained, config("never"), with_kernels=True)
-    batches = [tuple(torch.cat(parts) for parts in zip(*each, strict=True)) for each in zip(*shares, strict=True)]
-    losses = logged_values(never)
-    assert losses == pytest.approx(PlainRun(config("never"), model_config_of(config("never"))).train(batches), rel=1e-4)
-    copy_cut_at(never, resumed, 3)
-    pools(world)(train, config("resumed", checkpoint={"every_steps": 0}))
-    assert different_tensors(*(checkpoint_at(folder, STEPS) for folder in (never, resumed))) == []
-    assert logged_values(resumed) == losses
+    never = compare(make, pools, world, tmp_path, stop=3, rel=1e-4)
     export(never, tmp_path / "export")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export").state_dict()
     ours = merged_model(checkpoint_at(never, STEPS)).state_dict()

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from relora_mora.data.errors import SourceError
-from relora_mora.train.loop.ends import fail_for_data
+from relora_mora.train.loop.loop import fail_for_data
 from relora_mora.train.loop.step import DataFailed
 from relora_mora.train.state.run_state import DataError, RunState, TrainingError
 from tests.tools.data_tools import write_shard, write_shards
@@ -18,7 +18,7 @@ from tests.tools.each import each
 from tests.tools.faulty_server import serving
 from tests.tools.grids import rest
 from tests.tools.jobs import Job, ends, last_step, write_config
-from tests.tools.runs import checkpoint_at, different_tensors, logged_steps, metrics, run_config
+from tests.tools.runs import checkpoint_at, different_tensors, logged_steps, metrics
 
 pytestmark = pytest.mark.distributed
 STEPS = 24  # an epoch of the text of the first test, and a few
@@ -41,7 +41,7 @@ def ended(config: Any) -> tuple[str, str]:
 
 
 @pytest.mark.more
-def test_a_lasting_server_failure_ends_the_run_with_its_state_saved(pools, inputs, tokenizer_path, tmp_path):
+def test_a_lasting_server_failure_ends_the_run_with_its_state_saved(runs, pools, tmp_path):
     never, run_dir = tmp_path / "never", tmp_path / "run"
     write_shards(tmp_path / "data", 4, 8)  # an epoch of some twenty steps, so that shards are opened all the time
     with serving(tmp_path / "data") as server:
@@ -49,8 +49,8 @@ def test_a_lasting_server_failure_ends_the_run_with_its_state_saved(pools, input
         data = {"train": source, "timeout_seconds": 3.0, "shuffle_documents": 2}
         settings = {"data": data, "checkpoint": {"every_steps": 0}, "train": {"steps": STEPS}}
         patient = settings | {"data": data | {"timeout_seconds": 60.0}}
-        assert pools(2)(ended, run_config(inputs, tokenizer_path, never, 2, **patient)) == [("", "")] * 2
-        config = run_config(inputs, tokenizer_path, run_dir, 2, **settings)
+        assert pools(2)(ended, runs.config(never, 2, **patient)) == [("", "")] * 2
+        config = runs.config(run_dir, 2, **settings)
         server.fault = lambda n: "503" if last_step(run_dir) >= 5 else None
         answers = pools(2)(ended, config)
         assert {kind for kind, _ in answers} == {"DataError"}
@@ -64,7 +64,7 @@ def test_a_lasting_server_failure_ends_the_run_with_its_state_saved(pools, input
         assert ends(run_dir)[-1]["code"] == 2
         assert ends(run_dir)[-1]["step"] == step
         server.fault = lambda n: None
-        assert pools(2)(ended, run_config(inputs, tokenizer_path, run_dir, 2, **patient)) == [("", "")] * 2
+        assert pools(2)(ended, runs.config(run_dir, 2, **patient)) == [("", "")] * 2
     assert different_tensors(*(checkpoint_at(folder, STEPS) for folder in (never, run_dir))) == []
 
 
@@ -80,17 +80,17 @@ def test_a_data_fault_is_reported_even_if_nothing_can_be_saved(kind):
     assert ("the checkpoint failed" in str(raised.value)) == (kind is SourceError)
 
 
-def test_too_little_text_is_reported_before_the_first_evaluation(pools, inputs, tokenizer_path, tmp_path):
+def test_too_little_text_is_reported_before_the_first_evaluation(runs, pools, tmp_path):
     write_shard(tmp_path / "a.json.gz", [b'{"text": "the rank"}'])
     settings = {"data": {"train": str(tmp_path / "a.json.gz")}, "eval": {"at_start": True}}
-    [(kind, text)] = pools(1)(ended, run_config(inputs, tokenizer_path, tmp_path / "run", **settings))
+    [(kind, text)] = pools(1)(ended, runs.config(tmp_path / "run", **settings))
     assert kind == "DataError"
     assert "there are fewer documents than lanes" in text
     assert not any("eval/loss" in line for line in metrics(tmp_path / "run"))
 
 
 @pytest.mark.more
-def test_unreadable_held_out_text_is_reported_before_the_first_step(pools, inputs, tokenizer_path, tmp_path):
+def test_unreadable_held_out_text_is_reported_before_the_first_step(runs, pools, tmp_path):
     text = tmp_path / "held_out.jsonl"
     good = '{"text": "the rank of a matrix"}\n' * 100
     text.write_text(good + "{not json\n" * 100)
@@ -100,7 +100,7 @@ def test_unreadable_held_out_text_is_reported_before_the_first_step(pools, input
         "checkpoint": {"every_steps": 0},
     }
     folder = tmp_path / "run"
-    config = run_config(inputs, tokenizer_path, folder, 2, **settings)
+    config = runs.config(folder, 2, **settings)
     first, second = pools(2)(ended, config)
     assert first == second
     assert first[0] == "DataError"
@@ -115,7 +115,7 @@ def test_unreadable_held_out_text_is_reported_before_the_first_step(pools, input
 @pytest.mark.parametrize(
     "fault", ["more than data.max_bad_fraction", *rest(("its compressed data breaks off at byte",))]
 )
-def test_bad_text_stops_all_ranks_at_the_same_step(pools, inputs, tokenizer_path, tmp_path, fault):
+def test_bad_text_stops_all_ranks_at_the_same_step(runs, pools, tmp_path, fault):
     good = [json.dumps({"text": f"the rank of a merge {n} " * 5}).encode() for n in range(80)]
     write_shard(tmp_path / "data" / "part-0.json.gz", good)
     if "max_bad_fraction" in fault:
@@ -125,9 +125,7 @@ def test_bad_text_stops_all_ranks_at_the_same_step(pools, inputs, tokenizer_path
         cut.write_bytes(cut.read_bytes()[: 3 * cut.stat().st_size // 4])
     run_dir = tmp_path / "run"
     data = {"train": str(tmp_path / "data" / "*.json.gz"), "shuffle_documents": 4}
-    config = run_config(
-        inputs, tokenizer_path, run_dir, 2, data=data, train={"steps": 400}, checkpoint={"every_steps": 0}
-    )
+    config = runs.config(run_dir, 2, data=data, train={"steps": 400}, checkpoint={"every_steps": 0})
     answers = pools(2)(ended, config)
     assert answers[0] == answers[1]
     assert answers[0][0] == "DataError"
@@ -140,17 +138,10 @@ def test_bad_text_stops_all_ranks_at_the_same_step(pools, inputs, tokenizer_path
 
 
 @pytest.mark.stops
-def test_a_killed_data_worker_ends_the_job_with_its_state_saved(inputs, tokenizer_path, tmp_path):
+def test_a_killed_data_worker_ends_the_job_with_its_state_saved(runs, tmp_path):
     run_dir = tmp_path / "run"
-    settings = run_config(
-        inputs,
-        tokenizer_path,
-        run_dir,
-        2,
-        train={"steps": 100_000},
-        data={"workers": 1},
-        checkpoint={"every_steps": 0},
-        eval={"every_steps": 0},
+    settings = runs.config(
+        run_dir, 2, train={"steps": 100000}, data={"workers": 1}, checkpoint={"every_steps": 0}, eval={"every_steps": 0}
     )
     job = Job(write_config(settings, tmp_path / "run.yaml"))
     job.wait_for_step(run_dir, 5)

@@ -11,12 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.uuid_pairs import uuid_pairs
-from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.weights.export import export
 from tests.tools.data_tools import write_json_lines
-from tests.tools.each import each
 from tests.tools.grids import rest
 from tests.tools.runs import checkpoint_at, metrics, run_config, tensors, train, write_inputs
 
@@ -112,11 +110,3 @@ def test_each_set_has_its_own_numbers(pools, inputs, tokenizer_path, tmp_path):
     [*_, last] = [line for line in metrics(tmp_path / "run") if "eval/pairs/exact_match" in line]
     assert last["eval/pairs/character_accuracy"] == last["eval/character_accuracy"]
     assert not any("plain" in tag and "match" in tag for tag in last)
-
-
-@each("changes", [{"records": None}, {"records": {"kind": "prompt", "score": "all"}}])
-def test_generation_without_answers_is_refused(inputs, tokenizer_path, tmp_path, changes):
-    with pytest.raises(ConfigError, match=r"eval\.generate: there are no answers to generate"):
-        memory(inputs, tokenizer_path, tmp_path / "run", data={**changes, "packing": None})
-    with pytest.raises(ConfigError, match=r"eval\.generate"):
-        memory(inputs, tokenizer_path, tmp_path / "run", data={"packing": "stream"})

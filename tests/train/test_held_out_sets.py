@@ -72,8 +72,8 @@ def test_each_set_is_scored_independently(pools, inputs, tokenizer_path, tmp_pat
 
 
 @each("world_size", [1, 2])
-def test_the_total_equals_the_loss_of_one_text(inputs, tokenizer_path, together, tmp_path, world_size):
-    config = run_config(inputs, tokenizer_path, tmp_path, data={"validation": _sets(inputs)})
+def test_the_total_equals_the_loss_of_one_text(runs, inputs, tokenizer_path, together, tmp_path, world_size):
+    config = runs.config(tmp_path, data={"validation": _sets(inputs)})
     size = sum(each.utf8_bytes for each in held_out(config.data, tokenizer_path, config.eval.max_tokens).values())
     for line in together[world_size][1]:
         nats = sum(line[f"eval/{name}/loss"] * line[f"eval/{name}/tokens"] for name in ("books", "web"))

@@ -18,7 +18,6 @@ from tests.tools.runs import (
     logged_steps,
     logged_values,
     metrics,
-    refusal_of,
     run_config,
     train,
     write_inputs,
@@ -108,7 +107,7 @@ def test_a_kill_after_a_rollback_does_not_change_the_drawn_sources(pools, inputs
     assert logged_steps(killed, "train/rollbacks") == [3]
 
 
-def test_sources_may_be_listed_in_another_order_at_a_resume(pools, inputs, tokenizer_path, tmp_path):
+def test_sources_may_be_listed_in_another_order_at_a_resume(runs, pools, inputs, tmp_path):
     """Which of two with equal weights comes first in a batch stays as it was."""
 
     def config(run_dir: Path, step: int) -> Any:
@@ -117,7 +116,7 @@ def test_sources_may_be_listed_in_another_order_at_a_resume(pools, inputs, token
             {"source": f"{inputs}/rows/*", "name": "rows"},
         ]
         stages = [{"from_step": 6, "weights": dict([("lines", 2.0), ("rows", 2.0)][::step])}]
-        return run_config(inputs, tokenizer_path, run_dir, data={"train": sources[::step], "stages": stages})
+        return runs.config(run_dir, data={"train": sources[::step], "stages": stages})
 
     pools(1)(train, config(tmp_path / "never", 1))
     copy_cut_at(tmp_path / "never", tmp_path / "run", 4)
@@ -139,15 +138,15 @@ def _few(inputs: Path, tokenizer: str, run_dir: Path, **settings: Any) -> Any:
 
 
 @pytest.mark.more
-def test_a_source_with_fewer_texts_than_lanes_is_found_long_before_its_stage(pools, inputs, tokenizer_path, tmp_path):
-    (message,) = pools(1)(refusal_of, _few(inputs, tokenizer_path, tmp_path / "run"), SourceError)
+def test_a_source_with_fewer_texts_than_lanes_is_found_long_before_its_stage(
+    runs, pools, inputs, tokenizer_path, tmp_path
+):
+    message = runs.refusal(_few(inputs, tokenizer_path, tmp_path / "run"), SourceError)
     assert "lane 7 found no text in few.json: there are fewer documents than lanes" in message
     assert not (tmp_path / "run" / "checkpoints").exists()
     without = {"data": {"stages": []}}  # the same holds if a resumed run gets such a stage
     pools(1)(train, _few(inputs, tokenizer_path, tmp_path / "run", **without), stop_after=4)
-    (message,) = pools(1)(
-        refusal_of, _few(inputs, tokenizer_path, tmp_path / "run", allow_changes=["data.stages"]), SourceError
-    )
+    message = runs.refusal(_few(inputs, tokenizer_path, tmp_path / "run", allow_changes=["data.stages"]), SourceError)
     assert "set the weight of its source few to 0 in data.train and data.stages" in message
     assert "--train.allow_changes=[data.train,data.stages]" in message
     data = {"stages": [{"from_step": 6, "weights": {"lines": 2.0, "few": 0.0}}]}

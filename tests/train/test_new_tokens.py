@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -180,15 +179,3 @@ def test_what_start_and_tokenizer_do_not_allow(
     path = {"other": other_tokenizer, "old": tokenizer_path, "extended": extended}[tokenizer]
     with pytest.raises(ConfigError, match=named):
         with_vocabulary(settings(inputs, base, path, tmp_path, **sections))
-
-
-def test_a_model_without_new_rows_names_the_setting(inputs, tokenizer_path, extended, tmp_path):
-    base = base_model(tmp_path / "base", tokenizer_path)
-    config = settings(
-        inputs, base, extended, tmp_path / "run", model={"new_tokens": None}, method={"train_embeddings": True}
-    )
-    from relora_mora.tokenizer.identity import check_vocabulary
-
-    assert config.model.new_tokens is None
-    with pytest.raises(ValueError, match=r"model\.new_tokens"):
-        check_vocabulary(load_tokenizer(extended), json.loads((base / "config.json").read_text())["vocab_size"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 
 from relora_mora.config.load import dump
 from relora_mora.tokenizer.load import load_tokenizer
-from tests.tools.commands import PRETRAIN, call, refused
+from tests.tools.commands import EVALUATE, PRETRAIN, call, refused
 from tests.tools.data_tools import write_json_lines
 from tests.tools.each import each
 from tests.tools.runs import (
@@ -155,13 +153,8 @@ def test_unusable_records_are_reported_before_the_model_is_built(inputs, tokeniz
     assert not (tmp_path / "run").exists()
 
 
-def _evaluated(run_dir: Path, **settings: Any) -> dict[str, Any]:
-    from relora_mora.commands.evaluate import main
-
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        main(str(run_dir), **settings)
-    answer: dict[str, Any] = json.loads(output.getvalue().splitlines()[-1])
+def _evaluated(*argv: Any) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(call(EVALUATE, *argv).out.splitlines()[-1])
     return answer
 
 
@@ -175,21 +168,14 @@ def test_the_command_scores_the_answers_that_the_run_scored(pools, inputs, token
     lines = [line for line in metrics(tmp_path / "run") if "eval/loss" in line]
     aside = (inputs / "own.jinja").rename(inputs / "aside.jinja")  # the run has what is in it
     try:
-        [seen] = pools(1)(_evaluated, tmp_path / "run")
+        seen = _evaluated(tmp_path / "run")
     finally:
         aside.rename(inputs / "own.jinja")
     assert seen["loss"] == pytest.approx(lines[-1]["eval/loss"], rel=1e-5)
     assert seen["tokens"] == lines[-1]["eval/tokens"]
     assert "bits_per_byte" not in seen
-    [everything] = pools(1)(_evaluated, tmp_path / "run", **{"data.records.score": "all"})
+    everything = _evaluated(tmp_path / "run", "--data.records.score=all")
     assert (everything["tokens"] > seen["tokens"]) is named
-    (inputs / "text.jsonl").write_text("\n".join(json.dumps({"text": "the rank"}) for _ in range(9)))
-    [plain] = pools(1)(_plain, tmp_path / "run", str(inputs / "text.jsonl"))
-    assert plain["bits_per_byte"] > 0
-
-
-def _plain(run_dir: Path, source: str) -> dict[str, Any]:
-    return _evaluated(run_dir, data=source, **{"data.records": "null"})
 
 
 def of_both(counts: list[dict[str, int]]) -> dict[str, int]:

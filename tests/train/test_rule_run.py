@@ -5,26 +5,16 @@ Two rules of one's own, Muon and 8-bit AdamW.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from relora_mora.supervise.guard import LONG_SECONDS, Guard
+from relora_mora.supervise.guard import LONG_SECONDS
+from tests.tools.each import each
 from tests.tools.grids import rest
 from tests.tools.rules import matrices_settings
-from tests.tools.runs import (
-    checkpoint_at,
-    copy_cut_at,
-    logged_values,
-    refusal_of,
-    run_config,
-    tensors,
-    train,
-)
+from tests.tools.runs import checkpoint_at, logged_values, refusal_of, train
 
 pytestmark = pytest.mark.distributed
 
@@ -32,68 +22,14 @@ RULE = {"rank": 4, "every": 3}  # the projection is renewed in the steps 1, 4 an
 
 
 @pytest.fixture
-def config(inputs, tokenizer_path):
+def config(runs):
     """The settings of a run of full rank in a folder."""
 
     def make(folder: Path, world_size: int = 1, **sections: dict[str, Any]) -> Any:
         sections = {"method": {"name": "full"}, **sections}
-        return run_config(inputs, tokenizer_path, folder, world_size, **sections)
+        return runs.config(folder, world_size, **sections)
 
     return make
-
-
-UNSCORED_STEPS = (1, 2, 6, 7, 9)  # projections are due in the steps 1 to 3 and 6 to 8
-
-
-def partly_unscored(config: Any) -> None:
-    """Trains, but no token of those steps is scored, as within a long prompt."""
-    from relora_mora.data.stream.packing import UNSCORED
-    from relora_mora.train.loop.loop import Trainer
-    from relora_mora.train.loop.step import LocalBatch
-
-    whole_step = Trainer.train_step
-
-    def train_step(self: Trainer, share: LocalBatch) -> Any:
-        if self.state.step + 1 in UNSCORED_STEPS:
-            labels = torch.full_like(share.batch.labels, UNSCORED)
-            share = LocalBatch(replace(share.batch, labels=labels), scored=0)
-        return whole_step(self, share)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train_step", train_step)
-        train(config)
-
-
-def _linears(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Their masters in a checkpoint, by key."""
-    found = tensors(checkpoint_at(run, step))
-    return {key: value for key, value in found.items() if key.startswith("master|") and "_proj" in key}
-
-
-def _equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[bool]:
-    assert found.keys() == expected.keys()
-    return [torch.equal(value, expected[key]) for key, value in found.items()]
-
-
-@pytest.mark.more
-@pytest.mark.parametrize("stage", [3, *rest((1,))])
-def test_a_rule_may_wait_for_a_scored_step(pools, config, tmp_path, stage):
-    """GaLore computes no projection from zeros: on every stage, and also after a resume within the wait."""
-    galore = matrices_settings("galore", **RULE)
-    train_settings = {"steps": 10, "micro_batch_size": 1}
-    make = partial(config, world_size=2, optim=galore, train=train_settings | {"zero_stage": stage})
-    one_rank, run = tmp_path / "one_rank", tmp_path / "run"
-    pools(1)(partly_unscored, config(one_rank, optim=galore, train=train_settings | {"zero_stage": 0}))
-    pools(2)(partly_unscored, make(run))
-    assert len(logged_values(run)) == 5
-    assert logged_values(run) == pytest.approx(logged_values(one_rank), rel=0, abs=1e-5)
-    for waits, before, after in ((True, 1, 2), (False, 2, 3), (True, 5, 7), (False, 7, 8), (False, 8, 9)):
-        assert set(_equal(_linears(run, before), _linears(run, after))) == {waits}, f"steps {before} to {after}"
-    assert max(float(value.abs().max()) for value in _linears(run, 10).values()) < 0.2
-    resumed = tmp_path / "resumed"
-    copy_cut_at(run, resumed, 6)
-    pools(2)(partly_unscored, make(resumed, checkpoint={"every_steps": 0}))
-    assert all(_equal(_linears(resumed, 10), _linears(run, 10)))
 
 
 MOVES = [(1, 0, 2, 3, "galore", "adamw8bit")]
@@ -129,24 +65,15 @@ def test_a_rule_with_states_of_other_shapes_is_refused(pools, config, tmp_path):
     assert "other shapes or states" in message
 
 
-def limits_of_steps(config: Any) -> set[float | None]:
+def limit_of_updates(config: Any) -> float | None:
     """The seconds that the watchdog allows for an update of a run."""
-    limits = []
-    begin = Guard.begin
-
-    def noted(self: Guard, action: str, within: float | None = None) -> None:
-        if action.endswith(": optimizer"):
-            limits.append(within)
-        begin(self, action, within=within)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Guard, "begin", noted)
-        train(config, stop_after=1)
-    return set(limits)
+    limits: list[float | None] = []
+    train(config, stop_after=1, watch=lambda trainer, share: limits.append(trainer.update_seconds))
+    return limits[0]
 
 
 @pytest.mark.more
-@pytest.mark.parametrize("matrices,limit", [("galore", LONG_SECONDS), ("apollo", None)])
+@each("matrices,limit", [("galore", LONG_SECONDS), ("apollo", None)])
 def test_a_slow_rule_has_more_time(pools, config, tmp_path, matrices, limit):
-    settings = config(tmp_path / "run", optim=matrices_settings(matrices, **RULE))
-    assert pools(1)(limits_of_steps, settings) == [{limit}]
+    settings = config(tmp_path / matrices, optim=matrices_settings(matrices, **RULE))
+    assert pools(1)(limit_of_updates, settings) == [limit]

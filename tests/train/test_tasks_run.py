@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ from tests.evaluation.tools import ROWS
 from tests.tools.commands import EVALUATE, call
 from tests.tools.data_tools import write_json_lines
 from tests.tools.each import each
-from tests.tools.runs import LLAMA, checkpoint_at, metrics, refusal_of, run_config, tensors, train, write_inputs
+from tests.tools.runs import LLAMA, checkpoint_at, metrics, run_config, tensors, train, write_inputs
 from tests.tools.shared import needs_lm_eval
 
 pytestmark = [pytest.mark.distributed, pytest.mark.more]
@@ -98,15 +97,15 @@ def stopped_within_tasks(config: Config, at: int) -> int:
     from relora_mora.train.pretrain import pretrain
 
     guard = Guard(signals=False)
-    any_runs = Evaluating._any_runs
+    go_on = Evaluating._go_on
 
-    def asked(self: Evaluating, step: int, running: bool) -> bool:
-        if (step, self.engine.rank) == (at, 1):
+    def asked(self: Evaluating, step: int, what: str, **how: Any) -> bool:
+        if (step, what, self.engine.rank) == (at, "tasks", 1):
             guard.stop_reason = "the test"
-        return any_runs(self, step, running)
+        return go_on(self, step, what, **how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluating, "_any_runs", asked)
+        patch.setattr(Evaluating, "_go_on", asked)
         return pretrain(config, guard)
 
 
@@ -132,7 +131,7 @@ def test_ranks_with_other_rows_do_not_score_together():
     ],
 )
 def test_a_task_that_cannot_be_scored_is_refused_before_a_model_is_built(
-    pools, inputs, tokenizer_path, tmp_path, settings, error, expected
+    runs, inputs, tokenizer_path, tmp_path, settings, error, expected
 ):
     # without data_files, datasets would search all files below the working directory
     (inputs / "broken.yaml").write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: none.jsonl}\n")
@@ -140,7 +139,7 @@ def test_a_task_that_cannot_be_scored_is_refused_before_a_model_is_built(
     settings = {**settings, "tasks": [name.format(inputs=inputs) for name in settings["tasks"]]}
     best = {"keep_best": settings.pop("keep_best", None)}
     config = scored(inputs, tokenizer_path, tmp_path / "run", eval=settings, checkpoint=best)
-    [message] = pools(1)(refusal_of, config, error)
+    message = runs.refusal(config, error)
     assert expected in message
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -170,10 +169,3 @@ def test_a_file_of_lm_evals_format_is_a_task(pools, inputs, tokenizer_path, tmp_
     assert {step: sorted(found) for step, found in scores(tmp_path / "run").items()} == {
         step: ["tasks/own/acc", "tasks/own/acc_norm"] for step in (0, 6)
     }
-
-
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
-def test_without_lm_eval_a_run_with_tasks_does_not_begin(pools, inputs, tokenizer_path, tmp_path):
-    [message] = pools(1)(refusal_of, scored(inputs, tokenizer_path, tmp_path / "run"), HarnessError)
-    assert "eval.tasks" in message
-    assert "relora_mora[eval]" in message

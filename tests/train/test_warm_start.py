@@ -175,14 +175,14 @@ def test_other_ways_to_save_weights(pools, inputs, tokenizer_path, tmp_path, kin
 
 
 @pytest.fixture
-def refuses(inputs, tokenizer_path, tmp_path) -> Callable[..., None]:
+def refuses(runs, tmp_path) -> Callable[..., None]:
     """Asserts that weights of a folder are refused with all these parts in the message."""
 
     def check(folder: Path, *parts: str, overrides: dict[str, Any] | None = None) -> None:
         from relora_mora.train.begin.build import _foreign_weights
 
         model = {"init_from": str(folder), "overrides": overrides or {}}
-        config = run_config(inputs, tokenizer_path, tmp_path / "run", model=model)
+        config = runs.config(tmp_path / "run", model=model)
         lm = empty_model(read_model_config(ModelConfig(config=config.model.config, overrides=overrides or {})))
         with pytest.raises(ValueError) as caught:
             _foreign_weights(config, lm, {name: p.shape for name, p in lm.named_parameters()})
@@ -219,14 +219,6 @@ def test_all_differences_are_named_together(refuses, tmp_path):
     as_old(folder)
     rewrite(folder, rope_theta=500.0)
     refuses(folder, "3 faults", "hidden_act is 'gelu' in that", "rms_norm_eps is 1e-05 in that", "'rope_theta': 500.0")
-
-
-def test_another_number_of_positions_is_the_same_function(inputs, pools, tokenizer_path, tmp_path):
-    folder = save(tmp_path / "model", max_position_embeddings=128)
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", model={"init_from": str(folder)})
-    pools(1)(train, config, stop_after=0)
-    loss = logged_values(tmp_path / "run", "eval/loss")[0]
-    assert loss == pytest.approx(scored(inputs, tokenizer_path, folder), abs=1e-5)
 
 
 @each(
@@ -272,25 +264,6 @@ def test_weights_that_do_not_fit_their_config_are_refused(refuses, tmp_path, har
     refuses(folder, *messages, overrides={"tie_word_embeddings": harm == "own head"})
 
 
-def test_an_adapter_next_to_the_model(refuses, tmp_path):
-    folder = save(tmp_path / "model")
-    (folder / "adapter_config.json").write_text("{}")
-    refuses(folder, "holds a PEFT adapter next to its model; save the model with the adapter merged in")
-
-
-def test_a_run_of_this_trainer_is_compared_too(refuses, pools, inputs, tokenizer_path, tmp_path):
-    run = tmp_path / "other"
-    overrides = {"rms_norm_eps": 1e-4, "rope_theta": 300.0}
-    pools(1)(
-        train, run_config(inputs, tokenizer_path, run, model={"overrides": overrides}, train={"steps": 5}), stop_after=1
-    )
-    refuses(run, "2 faults", "rms_norm_eps is 0.0001 in that model", "'rope_theta': 300.0")
-    again = run_config(
-        inputs, tokenizer_path, tmp_path / "again", model={"overrides": overrides, "init_from": str(run)}
-    )
-    pools(1)(train, again, stop_after=1)
-
-
 def warnings_of(config: Config, stop_after: int) -> list[str]:
     """The warnings of a start about the weights that its settings name."""
     with mock.patch.object(log, "warning") as warning:  # the trainer replaces all handlers with its own
@@ -299,12 +272,12 @@ def warnings_of(config: Config, stop_after: int) -> list[str]:
     return [message for message in messages if message.startswith("model.")]
 
 
-def test_a_run_without_initial_weights_reports_that_it_ignores_them(pools, inputs, tokenizer_path, tmp_path):
+def test_a_run_without_initial_weights_reports_that_it_ignores_them(runs, pools, tmp_path):
     run = tmp_path / "run"
     given = save(tmp_path / "given")
     model = {"config": str(given / "config.json")}
-    pools(1)(train, run_config(inputs, tokenizer_path, run, model=model, method={"name": "lora"}), stop_after=1)
-    again = run_config(inputs, tokenizer_path, run, model=model | {"init_from": str(given)}, method={"name": "lora"})
+    runs.train(run, stop_after=1, model=model, method={"name": "lora"})
+    again = runs.config(run, model=model | {"init_from": str(given)}, method={"name": "lora"})
     [[warning]] = pools(1)(warnings_of, again, stop_after=2)
     assert warning.startswith("model.init_from: the run began with no model.init_from; it continues from ")
     with pytest.raises(CheckpointError, match=r"it began with no model\.init_from, so there is no base model"):

@@ -5,7 +5,7 @@ from relora_mora.experiments.study.conduct import known_cells
 from relora_mora.experiments.study.design import Study
 from relora_mora.experiments.study.folder import StudyFolder, cell_configs, refuse
 from relora_mora.optim.own import with_rule
-from relora_mora.train.begin.inputs import check_model
+from relora_mora.train.begin.settings import check_model
 from relora_mora.train.begin.text import open_text
 from relora_mora.weights.vocabulary import with_vocabulary
 

@@ -207,11 +207,8 @@ def _add_adapters(lm: PreTrainedModel, config: Config, *, with_values: bool) -> 
     kinds = ", ".join(f"{len(names)} {kind}" for kind, names in adapters.items())
     used = ops.describe("cuda" if uses_cuda() else "cpu")
     log.info("%s adapters on %d layers: %s; %s", config.method.name, sum(map(len, adapters.values())), kinds, used)
-    under = sum(layer.weight.numel() for _, layer in adapter_layers(lm))
-    experts = sum(lm.get_parameter(name).numel() for name in expert_parameters(lm))
-    if experts:
-        share = 100 * under / (under + experts)
-        log.info("%.0f%% of the matrices in layers have adapters; experts and routers have none", share)
+    if expert_parameters(lm):
+        log.info("experts and routers have no adapters")
 
 
 def warm_up(run: Run, state: RunState, guard: Guard) -> None:

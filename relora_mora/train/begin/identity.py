@@ -70,13 +70,20 @@ def changes_since(saved: Identity, now: Identity) -> Iterator[Change]:
             yield Change(f"{difference}; {_FIXED.get(name) or _FIXED[section]}", None)
         else:
             yield Change(difference, name)
-    yield from _weight_changes(saved, now)
-    before = keys_with(stored_model_config(saved.model_config), FUNCTION, TRAINING)
-    after = keys_with(stored_model_config(now.model_config), FUNCTION, TRAINING)
-    for key, value in after.items():
-        if before.get(key) != value:
-            yield Change(f"model: {key} is {before.get(key)!r} in the checkpoint, {value!r} now", None)
-    yield from _tokenizer_changes(saved, now)
+    shares, after = _shares(saved), _shares(now)
+    if shares.keys() == after.keys() and not all(math.isclose(shares[name], after[name]) for name in shares):
+        shown = (f"{name} {shares[name]:.3g} in the checkpoint, {share:.3g} now" for name, share in after.items())
+        yield Change(f"data.train: the shares of its sources: {' and '.join(shown)}", "data.train")
+    model, other = (keys_with(stored_model_config(each.model_config), FUNCTION, TRAINING) for each in (saved, now))
+    for key, value in other.items():
+        if model.get(key) != value:
+            yield Change(f"model: {key} is {model.get(key)!r} in the checkpoint, {value!r} now", None)
+    path, eos = _value(now.config, "tokenizer.path"), saved.eos_token_id
+    if saved.tokenizer_fingerprint != now.tokenizer_fingerprint:
+        yield Change(f"tokenizer: {path} produces other tokens", "tokenizer")
+    if saved.eos_token_id != now.eos_token_id:
+        text = f"documents ended with token {eos}, with {path} they end with {now.eos_token_id}"
+        yield Change(f"tokenizer: {text}", "tokenizer")
     if _other_data(saved, now):
         yield Change("data: other sources, or files that have changed", "data")
     if saved.bf16 != now.bf16 and "train.precision" not in changed:
@@ -131,38 +138,14 @@ def _value(tree: dict[str, Any], name: str) -> Any:
     return tree.get(section, {}).get(key, _default(section, key))
 
 
-def _weights(identity: Identity) -> dict[str, float] | None:
-    """The shares of a mixture's sources by name; None if the training text is not a mixture."""
+def _shares(identity: Identity) -> dict[str, float]:
+    """The shares of a mixture's sources by name; empty if the training text is not a mixture."""
     train = _value(identity.config, "data.train")
     if not isinstance(train, list) or not isinstance(train[0], dict):
-        return None
+        return {}
     sources = [TextSource.model_validate(record) for record in train]
     total = sum(source.weight for source in sources)
     return {source.label: source.weight / total for source in sources}
-
-
-def _weight_changes(saved: Identity, now: Identity) -> Iterator[Change]:
-    before = _weights(saved)
-    after = _weights(now)
-    if before is None or after is None or set(before) != set(after):
-        return
-    if all(math.isclose(before[name], share) for name, share in after.items()):
-        return
-    shown = " and ".join(
-        f"{name} {before[name]:.3g} in the checkpoint, {share:.3g} now" for name, share in after.items()
-    )
-    yield Change(f"data.train: the shares of its sources: {shown}", "data.train")
-
-
-def _tokenizer_changes(saved: Identity, now: Identity) -> Iterator[Change]:
-    path = _value(now.config, "tokenizer.path")
-    if saved.tokenizer_fingerprint != now.tokenizer_fingerprint:
-        yield Change(f"tokenizer: {path} produces other tokens", "tokenizer")
-    if saved.eos_token_id != now.eos_token_id:
-        yield Change(
-            f"tokenizer: documents ended with token {saved.eos_token_id}, with {path} they end with {now.eos_token_id}",
-            "tokenizer",
-        )
 
 
 def _other_data(saved: Identity, now: Identity) -> bool:

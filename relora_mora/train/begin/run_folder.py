@@ -94,7 +94,7 @@ def write_run_folder(inputs: Inputs, state: RunState) -> None:
         elif changes := [change.text for change in changes_since(Identity.of(state.loaded), inputs.identity)]:
             start[CHANGED] = changes
         names = RunFolder(folder)
-        write_synced(names.config, dump(config))  # a resume takes the commits of the data from it
+        write_synced(names.config, dump(config))
         write_synced(names.model_config, json.dumps(plain_model_config(inputs.model_config), indent=2) + "\n")
         generation = generation_file(config.model.init_from)
         if generation is not None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
-from relora_mora.config.schema import LogConfig
 from relora_mora.config.secrets import redact
 from relora_mora.data.errors import SKIP_REASONS
 from relora_mora.distributed.collectives import least_over_hosts, sum_over_hosts
@@ -21,7 +20,6 @@ from relora_mora.engine.merging import MergeRecord
 from relora_mora.evaluation.generation import Generated
 from relora_mora.evaluation.loss import EvalResult
 from relora_mora.system.files import append_whole, write_synced
-from relora_mora.system.hardware import peak_flops
 from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 
@@ -152,24 +150,6 @@ class Metrics:
 
 
 _COUNTED = ("documents", "bad", "retries", *(f"skipped/{reason}" for reason in SKIP_REASONS))
-
-
-def peak_of_device(config: LogConfig, *, bf16: bool) -> float:
-    """FLOP/s of one device: from the settings, known, or measured."""
-    if config.peak_tflops is not None:
-        return config.peak_tflops * 1e12
-    return _peak_here(bf16=bf16)
-
-
-@functools.cache
-def _peak_here(*, bf16: bool) -> float:
-    peak, source = peak_flops(bf16=bf16)
-    log.info("peak of one device: %.3g TFLOP/s (%s)", peak / 1e12, source)
-    return peak
-
-
-def loss_metrics(loss: float) -> dict[str, float]:
-    return {"train/loss": loss, "train/perplexity": math.exp(min(loss, 700.0))}
 
 
 def data_metrics(counts: Mapping[str, int], sources: Sequence[str], sequence_length: int) -> dict[str, int]:

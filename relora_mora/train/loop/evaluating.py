@@ -19,7 +19,7 @@ from relora_mora.system.logs import log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.tokenizer.load import load_tokenizer
 from relora_mora.train.begin.build import Run
-from relora_mora.train.begin.inputs import task_settings
+from relora_mora.train.begin.settings import task_settings
 from relora_mora.train.log import report
 from relora_mora.train.log.progress import Progress
 from relora_mora.train.loop.events import is_due
@@ -33,15 +33,14 @@ class Evaluating:
     counts once."""
 
     def __init__(self, run: Run, guard: Guard, metrics: report.Metrics, progress: Progress) -> None:
+        self.run = run
         self.config: Config = run.config
         self.micro_batch_size = run.config.eval.micro_batch_size or run.config.train.micro_batch_size
-        self.tokenizer = run.inputs.tokenizer
         self.progress = progress
         self.engine = run.engine
         self.guard = guard
         self.metrics = metrics
         self.sets: dict[str, EvalSet] = {}  # by name
-        self.compiled = run.inputs.compiled
         self.tasks = run.inputs.tasks
         every, of_tasks = run.config.eval.every_steps, run.config.eval.tasks_every_steps
         self.intervals = [every, every if of_tasks is None else of_tasks] if self.tasks else [every]
@@ -69,8 +68,13 @@ class Evaluating:
         Raises :class:`DataFailed` on all ranks if it cannot be read.
         """
         self.guard.begin("reading the validation data", within=self.config.data.timeout_seconds + LONG_SECONDS)
-        try:
-            self.sets = from_first_rank(self._held_out)  # only one rank downloads and tokenizes
+        limits = self.config.eval
+        # as relora-mora evaluate: the tokenizer in the run folder has the chat template of the training
+        tokenizer = str(RunFolder(Path(self.config.train.run_dir)).tokenizer)
+        try:  # only one rank downloads and tokenizes
+            self.sets = from_first_rank(
+                lambda: held_out(self.config.data, tokenizer, limits.max_tokens, limits.generate)
+            )
         except (ValueError, OSError) as error:
             raise DataFailed([error]) from error
 
@@ -94,46 +98,43 @@ class Evaluating:
         self._report(state, results, generated, scores, time.perf_counter() - begin)
         state.evaluated = step
 
-    def _held_out(self) -> dict[str, EvalSet]:
-        # as relora-mora evaluate: the tokenizer in the run folder has the chat template of the training
-        limits = self.config.eval
-        tokenizer = RunFolder(Path(self.config.train.run_dir)).tokenizer
-        return held_out(self.config.data, str(tokenizer), limits.max_tokens, limits.generate)
-
     def _score(self, data: EvalSet, step: int, update: Update) -> EvalResult:
         return evaluate(
             self.engine,
             data,
             micro_batch_size=self.micro_batch_size,
-            shrinks=not self.compiled,
-            device=self.engine.device,
-            rank=self.engine.rank,
-            world_size=self.engine.world_size,
-            all_sum=self.engine.all_reduce,
-            before_batch=lambda: self._stop(step),
+            shrinks=not self.run.inputs.compiled,
+            before_batch=lambda: self._go_on(step, "evaluation"),
             progress=update,
+            **self._ranks(),
         )
 
     def _generate(self, step: int) -> dict[str, Generated]:
         """Generates the answers of each set, and adds the total under "". A collective."""
-        results: dict[str, Generated] = {}
         self.engine.keep_merged()
-        for name, data in self.sets.items():
-            if not data.answers:
-                continue
-            results[name] = generate_answers(
+        results = {
+            name: generate_answers(
                 self.engine.lm,
                 data.answers,
-                tokenizer=self.tokenizer,
+                tokenizer=self.run.inputs.tokenizer,
                 batch_size=self.micro_batch_size,
-                device=self.engine.device,
-                rank=self.engine.rank,
-                world_size=self.engine.world_size,
-                all_sum=self.engine.all_reduce,
                 # a round generates the whole length of an answer
-                before_batch=lambda: self._stop(step, within=LONG_SECONDS),
+                before_batch=lambda: self._go_on(step, "evaluation", within=LONG_SECONDS),
+                **self._ranks(),
             )
+            for name, data in self.sets.items()
+            if data.answers
+        }
         return {**results, "": Generated.of_all(results.values())} if results else {}
+
+    def _ranks(self) -> dict[str, Any]:
+        engine = self.engine
+        return {
+            "device": engine.device,
+            "rank": engine.rank,
+            "world_size": engine.world_size,
+            "all_sum": engine.all_reduce,
+        }
 
     def _score_tasks(self, tasks: Tasks, step: int) -> Results:
         """The same results on all ranks. A collective."""
@@ -142,20 +143,20 @@ class Evaluating:
         tokenizer = load_tokenizer(folder.tokenizer)
         engine.lm.generation_config = generation_config(tokenizer, engine.lm.config, folder)  # as in an export
         engine.keep_merged()
-        ranks = Ranks(engine.rank, engine.world_size, gather_from_ranks, lambda running: self._any_runs(step, running))
+
+        def any_runs(running: bool) -> bool:
+            return self._go_on(step, "tasks", within=LONG_SECONDS, running=running)
+
+        ranks = Ranks(engine.rank, engine.world_size, gather_from_ranks, any_runs)
         return tasks.score(engine.lm, tokenizer, batch_size=self.micro_batch_size, ranks=ranks)
 
-    def _any_runs(self, step: int, running: bool) -> bool:
-        self.guard.begin(f"step {step}: tasks", within=LONG_SECONDS)
+    def _go_on(self, step: int, what: str, *, within: float | None = None, running: bool = True) -> bool:
+        """Whether a rank is still ``running``. Raises :class:`Stopping` if one was asked to stop. A collective."""
+        self.guard.begin(f"step {step}: {what}", within=within)
         stopping, busy = sum_over_hosts([float(self.guard.stop_reason is not None), float(running)])
         if stopping:
             raise Stopping
         return busy > 0
-
-    def _stop(self, step: int, within: float | None = None) -> None:
-        self.guard.begin(f"step {step}: evaluation", within=within)
-        if sum_over_hosts([float(self.guard.stop_reason is not None)]) != [0.0]:
-            raise Stopping
 
     def _report(
         self,

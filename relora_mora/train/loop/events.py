@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from relora_mora.checkpoint.layout import Manifest
@@ -11,7 +13,7 @@ from relora_mora.distributed.collectives import from_first_rank, gather_from_ran
 from relora_mora.optim.groups import group_rates
 from relora_mora.sizing.measure import flops_per_token
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
-from relora_mora.system.hardware import peak_memory_bytes
+from relora_mora.system.hardware import peak_flops, peak_memory_bytes
 from relora_mora.system.logs import counted, log
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log import report
@@ -27,25 +29,27 @@ def is_due(every_steps: int, step: int) -> bool:
 EARLY_LINES = 10  # on a terminal, that many first steps of a start have a line each
 
 
+@dataclass(frozen=True)
 class Merging:
-    """Merges the adapters into the frozen weights."""
+    """Merges the adapters into the frozen weights.
 
-    def __init__(self, run: Run, writer: CheckpointWriter, guard: Guard, metrics: report.Metrics) -> None:
-        self.schedule = run.schedule
-        self.merger = run.merger
-        self.writer = writer
-        self.guard = guard
-        self.metrics = metrics
+    A run leaves out the merge after its last step, and its export includes it instead; a longer run makes it first.
+    """
+
+    run: Run
+    writer: CheckpointWriter
+    guard: Guard
+    metrics: report.Metrics
 
     def __call__(self, state: RunState) -> None:
-        step = state.step
-        if not self.schedule.merge_after(step):
+        if not self.is_due(state):
             return
+        step = state.step
         self.guard.begin(f"step {step}: merge", within=LONG_SECONDS)
         self.writer.wait_for_base()
         gather_from_ranks(None)  # waits in the group whose timeout allows for slow disks
-        merges_done = self.schedule.merges_done(step)
-        record = self.merger.merge(step, merges_done, self.schedule.operator(step))
+        merges_done = self.run.schedule.merges_done(step)
+        record = self.run.merger.merge(step, merges_done, self.run.schedule.operator(step))
         self.metrics.write(step, report.merge_metrics(record))
         if not record.effective_rank:  # not measured at every one of frequent merges; log as rarely
             return
@@ -55,19 +59,18 @@ class Merging:
         layers = counted(record.layers, "layer")
         log.info(f"step {step}: merge {merges_done}, {layers} in {record.seconds:.2f} s{switched}")
 
+    def is_due(self, state: RunState) -> bool:
+        return self.run.schedule.merges_done(state.step) > self.run.merger.merges_done
+
 
 class Reporting:
     """Writes a line of metrics over the steps since the last one, before the checkpoint and before anything that a
     signal may interrupt: otherwise a resume would lose the line."""
 
     def __init__(self, run: Run, metrics: report.Metrics, progress: Progress) -> None:
+        self.run = run
         self.config = run.config
-        self.flops_per_token = flops_per_token(run.inputs.model_config, run.config).total
-        self.peak_flops = report.peak_of_device(run.config.log, bf16=run.inputs.bf16)
         self.sources = mixture_names(run.config.data) if run.config.data.is_mixture else ()
-        self.engine = run.engine
-        self.groups = run.groups
-        self.schedule = run.schedule
         self.metrics = metrics
         self.progress = progress
         self.early_lines = from_first_rank(lambda: EARLY_LINES if progress.is_watched else 0)
@@ -86,14 +89,16 @@ class Reporting:
         if not interval.good_steps:
             return
         loss = self._over_ranks(interval.loss / interval.good_steps)
-        rates = group_rates(self.schedule, self.groups, state.step)
+        groups = self.run.groups
+        rates = group_rates(self.run.schedule, groups, state.step)
         speed = self._speed(interval)
         self.metrics.write(
             state.step,
             {
-                **report.loss_metrics(loss),
+                "train/loss": loss,
+                "train/perplexity": math.exp(min(loss, 700.0)),
                 "train/lr": rates[0],
-                **{f"train/lr_{group.name}": rate for group, rate in zip(self.groups[1:], rates[1:], strict=True)},
+                **{f"train/lr_{group.name}": rate for group, rate in zip(groups[1:], rates[1:], strict=True)},
                 "train/grad_norm": interval.grad_norm,
                 "train/tokens": state.tokens,
                 **speed,
@@ -104,9 +109,24 @@ class Reporting:
         if not early:
             self._show(loss, speed)
 
+    # what takes seconds to measure is measured for the first line, and not before the first step
+
+    @cached_property
+    def flops_per_token(self) -> float:
+        return flops_per_token(self.run.inputs.model_config, self.config).total
+
+    @cached_property
+    def peak_flops(self) -> float:
+        """FLOP/s of one device: from the settings, known, or measured."""
+        if self.config.log.peak_tflops is not None:
+            return self.config.log.peak_tflops * 1e12
+        peak, source = peak_flops(bf16=self.run.inputs.bf16)
+        log.info("peak of one device: %.3g TFLOP/s (%s)", peak / 1e12, source)
+        return peak
+
     def _over_ranks(self, loss: float) -> float:
         [total] = sum_over_hosts([loss])
-        return total / self.engine.world_size
+        return total / self.run.engine.world_size
 
     def _show(self, loss: float, speed: Mapping[str, float]) -> None:
         if math.isnan(loss):  # a step that was skipped, or has no token to score
@@ -119,7 +139,7 @@ class Reporting:
     def _speed(self, interval: Interval) -> dict[str, float]:
         seconds = interval.step_seconds + interval.data_seconds
         tokens_per_second = interval.steps * self.config.tokens_per_step / seconds
-        achieved = tokens_per_second * self.flops_per_token / self.engine.world_size
+        achieved = tokens_per_second * self.flops_per_token / self.run.engine.world_size
         return {
             "perf/tokens_per_second": tokens_per_second,
             "perf/step_seconds": seconds / interval.steps,
@@ -129,18 +149,18 @@ class Reporting:
         }
 
 
+@dataclass(frozen=True)
 class Saving:
     """Saves checkpoints, also of the best evaluation so far. They are written in the background."""
 
-    def __init__(self, run: Run, writer: CheckpointWriter, guard: Guard, metrics: report.Metrics) -> None:
-        self.every_steps = run.config.checkpoint.every_steps
-        self.run = run
-        self.writer = writer
-        self.guard = guard
-        self.metrics = metrics
+    run: Run
+    writer: CheckpointWriter
+    guard: Guard
+    metrics: report.Metrics
 
     def __call__(self, state: RunState) -> None:
-        if is_due(self.every_steps, state.step) or (state.best is not None and state.best.step == state.step):
+        is_best = state.best is not None and state.best.step == state.step
+        if is_best or is_due(self.run.config.checkpoint.every_steps, state.step):
             self.save(state)
 
     def name_best(self, state: RunState) -> None:

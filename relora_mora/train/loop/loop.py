@@ -1,10 +1,14 @@
-"""The training loop. ``step`` decides what happens when; periodic events are in ``events``, ends in ``ends``."""
+"""The training loop, and how it ends: on all ranks with the same exit code or error, and with everything saved.
+
+Periodic events are in ``events``.
+"""
 
 import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -14,22 +18,23 @@ from relora_mora.checkpoint.writer import CheckpointWriter
 from relora_mora.data.lanes import merge_states
 from relora_mora.data.stream.packing import Batch, document_boundaries
 from relora_mora.data.stream.stream import TrainStream
+from relora_mora.distributed.collectives import gather_from_ranks, same_on_all_ranks
 from relora_mora.optim.groups import group_rates, matrix_rules
+from relora_mora.supervise.exits import FINISHED, REQUEUE
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.hardware import to_device
-from relora_mora.system.logs import log
+from relora_mora.system.logs import counted, log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.system.seeds import derived_seed
 from relora_mora.train.begin.build import Run
 from relora_mora.train.log.loggers import make_loggers
-from relora_mora.train.log.progress import Progress, seconds_since_start
+from relora_mora.train.log.progress import Progress, next_commands, seconds_since_start
 from relora_mora.train.log.report import Metrics
-from relora_mora.train.loop import ends
 from relora_mora.train.loop.evaluating import Evaluating
 from relora_mora.train.loop.events import Merging, Reporting, Saving
 from relora_mora.train.loop.step import BatchLoader, DataFailed, LocalBatch, StepResult, Stopping, judge
-from relora_mora.train.state.restore import roll_back
-from relora_mora.train.state.run_state import RunState, Trouble
+from relora_mora.train.state.resume import roll_back
+from relora_mora.train.state.run_state import DataError, RunState, TrainingError
 
 
 class Trainer:
@@ -74,12 +79,12 @@ class Trainer:
         )
         is_slow = any(rule.is_slow for rule in matrix_rules(config.optim).values())
         self.update_seconds = LONG_SECONDS if is_slow else None
-        merging = Merging(run, self.writer, guard, self.metrics)
+        self.merging = Merging(run, self.writer, guard, self.metrics)
         reporting = Reporting(run, self.metrics, self.progress)
         self.evaluating = Evaluating(run, guard, self.metrics, self.progress)
         self.saving = Saving(run, self.writer, guard, self.metrics)
         # in this order after every step: a checkpoint has everything that was done at its step
-        self.events: list[Callable[[RunState], None]] = [merging, reporting, self.evaluating, self.saving]
+        self.events: list[Callable[[RunState], None]] = [self.merging, reporting, self.evaluating, self.saving]
         self._continue_from(state, repeated={"train/rollbacks", "eval/seconds"})
 
     def fit(self) -> int:
@@ -91,16 +96,16 @@ class Trainer:
             self._before_first_step()
             while self.state.step < self.config.train.steps:
                 result = self.train_step(self.next_batch())
-                trouble = judge(self.config, self.state, result, self.engine, self.metrics)
-                if trouble is not None and self.roll_back(trouble):
+                reason = judge(self.config, self.state, result, self.engine, self.metrics)
+                if reason is not None and self.roll_back(reason):
                     continue
                 for event in self.events:
                     event(self.state)
         except Stopping:
-            return ends.stop(self.saving, self.state)
+            return stop(self.saving, self.state)
         except DataFailed as error:
-            ends.fail_for_data(self.saving, self.state, error)
-        return ends.finish(self.saving, self.state)
+            fail_for_data(self.saving, self.state, error)
+        return finish(self.saving, self.state)
 
     def _before_first_step(self) -> None:
         if self.evaluating.is_due_at_start(self.state):
@@ -167,11 +172,11 @@ class Trainer:
             self.metrics.write(step, {"startup/seconds": seconds})
         return StepResult(loss=step_loss, applied=done.applied, grad_norm=done.grad_norm, data=data)
 
-    def roll_back(self, trouble: Trouble) -> bool:
-        """Goes back to a checkpoint from before the trouble, if there is one. The data continues where it is."""
+    def roll_back(self, reason: str) -> bool:
+        """Goes back to a checkpoint from before this step, if there is one. The data continues where it is."""
         before = self.state
         self.guard.begin(f"step {before.step}: rollback", within=LONG_SECONDS)
-        state = roll_back(self.run, before, self.writer, trouble)
+        state = roll_back(self.run, before, self.writer, reason)
         if state is None:
             return False
         if self.config.data.is_mixture:  # batches that were read ahead were drawn for other steps
@@ -196,9 +201,10 @@ class Trainer:
             self.writer.adopt_base(state.loaded)
         if state.evaluated == state.step:
             repeated -= {"eval/seconds"}
-        self.metrics.open(state.step if continues else 0, repeated | state.done_at_load.keys())
-        if state.done_at_load:
-            self.metrics.write(state.step, state.done_at_load)
+        if self.merging.is_due(state):  # a shorter run ended here
+            repeated |= {"merge/layers"}
+        self.metrics.open(state.step if continues else 0, repeated)
+        self.merging(state)
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
@@ -222,3 +228,42 @@ def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[tup
         piece = slice(start, start + size)
         boundaries = None if documents is None else to_device(document_boundaries(documents[piece]), device)
         yield input_ids[piece], labels[piece], boundaries
+
+
+def finish(saving: Saving, state: RunState) -> int:
+    """The run has made all its steps."""
+    saving.save_final(state)
+    log.info(f"done: {counted(state.step, 'step')}, {state.tokens:,} tokens, {saving.writer.folder}")
+    log.info(next_commands(saving.run.config.train.run_dir))
+    return _leave(saving, FINISHED, "done")
+
+
+def stop(saving: Saving, state: RunState) -> int:
+    """Some rank was asked to stop."""
+    reason = "; ".join(dict.fromkeys(filter(None, gather_from_ranks(saving.guard.stop_reason))))
+    log.info(f"stopping after step {state.step} ({reason})")
+    saving.save_final(state)
+    saved = f"saved; {saving.resume_command} continues from here" if state.step else "there is nothing to save yet"
+    log.info(f"{saved} (exit code {REQUEUE})")
+    return _leave(saving, REQUEUE, reason)
+
+
+def fail_for_data(saving: Saving, state: RunState, error: DataFailed) -> NoReturn:
+    """The data of some rank has failed. All ranks raise the same error."""
+    saved = f"\nwhat was trained up to step {state.step} is saved" if state.step else ""
+    try:
+        saving.save_final(state)
+    except TrainingError as failed:  # data and checkpoints may be on the same lost disk
+        saved = f"\n{failed}"
+    lost_disk = next((failure for failure in error.failures if isinstance(failure, OSError)), None)
+    if lost_disk is not None:
+        raise same_on_all_ranks(lost_disk)
+    text = "\n".join(dict.fromkeys(map(str, error.failures)))
+    by_user = all(isinstance(failure, ValueError) for failure in error.failures)
+    raise (DataError if by_user else TrainingError)(text + saved) from error
+
+
+def _leave(saving: Saving, code: int, reason: str) -> int:
+    saving.metrics.sync()
+    saving.guard.decide(code, reason)
+    return code

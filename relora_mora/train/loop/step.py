@@ -16,7 +16,7 @@ from relora_mora.engine.engine import ZeroEngine
 from relora_mora.supervise.guard import LONG_SECONDS, Guard
 from relora_mora.system.logs import counted, log, shared_log
 from relora_mora.train.log.report import Metrics
-from relora_mora.train.state.run_state import RunState, Trouble
+from relora_mora.train.state.run_state import RunState
 
 WORKER_SECONDS = 60.0  # how long a data worker may be silent, in addition to data.timeout_seconds
 POLL_SECONDS = 1.0  # how often a rank that waits for data asks whether the others want to stop
@@ -109,34 +109,29 @@ class StepResult:
     data: list[str]  # describes the positions of the share in the training data, if the step was not applied
 
 
-def judge(config: Config, state: RunState, result: StepResult, engine: ZeroEngine, metrics: Metrics) -> Trouble | None:
-    """Reports a skipped step or a spike of the loss, and says whether the run is in trouble; a collective."""
+def judge(config: Config, state: RunState, result: StepResult, engine: ZeroEngine, metrics: Metrics) -> str | None:
+    """Reports a skipped step or a spike of the loss; a collective. Returns why the run should go back, if it should."""
     if state.step in {stage.from_step for stage in config.data.stages}:
         state.health.begin_window()
     if not result.applied:
         return _judge_skipped(config.train, state, result, engine.rank, metrics)
     state.health.good()
-    [loss] = sum_over_hosts([result.loss])
-    return _judge_loss(config.train, state, loss / engine.world_size, metrics)
-
-
-def _judge_loss(config: TrainConfig, state: RunState, loss: float, metrics: Metrics) -> Trouble | None:
-    height = state.health.spike(loss, config)
+    [total] = sum_over_hosts([result.loss])
+    loss = total / engine.world_size
+    height = state.health.spike(loss, config.train)
     if height is None:
         return None
     shared_log.warning(
         "step %d: loss spike, %.4f is %.1f standard deviations above the mean before", state.step, loss, height
     )
     metrics.write(state.step, {"train/loss_spike": height, "train/spike_loss": loss})
-    if config.on_spike != "rollback" or state.step == config.steps:  # after the last step, no other data would follow
+    # after the last step, no other data would follow
+    if config.train.on_spike != "rollback" or state.step == config.train.steps:
         return None
-    reason = f"the loss of step {state.step} ({loss:.4f}) is {height:.1f} standard deviations above the mean"
-    return Trouble(reason, must=False)
+    return f"the loss of step {state.step} ({loss:.4f}) is {height:.1f} standard deviations above the mean"
 
 
-def _judge_skipped(
-    config: TrainConfig, state: RunState, result: StepResult, rank: int, metrics: Metrics
-) -> Trouble | None:
+def _judge_skipped(config: TrainConfig, state: RunState, result: StepResult, rank: int, metrics: Metrics) -> str | None:
     """Reports the data of the ranks whose loss was not finite."""
     state.skipped_steps += 1
     own = None if math.isfinite(result.loss) else f"rank {rank}: {'; '.join(result.data)}"
@@ -151,8 +146,7 @@ def _judge_skipped(
     metrics.write(state.step, {"train/skipped_steps": state.skipped_steps, "train/skipped_data": bad_data})
     if in_a_row < config.max_bad_steps:
         return None
-    reason = (
+    return (
         f"the gradient was not finite for {counted(in_a_row, 'step')} in a row (train.max_bad_steps), "
         f"the last is step {state.step}"
     )
-    return Trouble(reason, must=True)

@@ -1,9 +1,15 @@
-"""Decides whether and where a run resumes, and whether its settings allow it."""
+"""Decides whether and where a run resumes, restores it from a checkpoint, and rolls it back to one.
+
+A run folder has one history: checkpoints of later steps, or of another run, are renamed aside. A rollback takes a run
+back to its last good checkpoint and continues with other data. A run that is killed before its next checkpoint reads
+the same data again, meets the same numbers, and goes back again.
+"""
 
 import contextlib
 from pathlib import Path
 
-from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints, read_manifest
+from relora_mora.checkpoint import layout
+from relora_mora.checkpoint.layout import CheckpointError, list_checkpoints
 from relora_mora.checkpoint.reader import (
     CheckpointReader,
     at_best,
@@ -12,18 +18,19 @@ from relora_mora.checkpoint.reader import (
     newest_manifest,
     newest_whole,
 )
+from relora_mora.checkpoint.writer import CheckpointWriter
 from relora_mora.config.schema import Config
-from relora_mora.data.lanes import start_states
+from relora_mora.data.lanes import merge_states, start_states
 from relora_mora.data.stream.producer import mixture_names
-from relora_mora.distributed.collectives import from_first_rank, same_on_all_ranks
-from relora_mora.system.logs import log, shared_log
+from relora_mora.distributed.collectives import from_first_rank, gather_from_ranks, same_on_all_ranks
+from relora_mora.system.files import write_if_possible
+from relora_mora.system.logs import counted, log, shared_log
 from relora_mora.system.run_folder import RunFolder
 from relora_mora.train.begin.build import Run
 from relora_mora.train.begin.identity import Identity, changes_since
 from relora_mora.train.begin.inputs import Inputs
-from relora_mora.train.begin.run_folder import start_records
-from relora_mora.train.state.restore import restore
-from relora_mora.train.state.run_state import RunState
+from relora_mora.train.begin.run_folder import abandon_records, start_records
+from relora_mora.train.state.run_state import RunState, TrainingError
 from relora_mora.weights.digests import other_weights
 
 
@@ -80,50 +87,23 @@ def checkpoint_at(where: Path, inputs: Inputs, rank: int) -> Path:
 
     Raises :class:`CheckpointError` if no checkpoint is complete, or if a setting differs that must not change.
     """
-    config = inputs.config
-    if where == RunFolder(Path(config.train.run_dir)).checkpoints:
-        chosen = _newest(where, rank, inputs.world_size)
+    if where != RunFolder(Path(inputs.config.train.run_dir)).checkpoints:
+        chosen: Path | None = from_first_rank(lambda: find_checkpoint(where))
     else:
-        chosen = from_first_rank(lambda: find_checkpoint(where))
-    from_first_rank(lambda: _check_same_run(inputs, chosen))
-    return chosen
-
-
-def begin(run: Run) -> RunState:
-    """The state of a run at step 0. Its parts are built with their initial values; a collective."""
-    from_first_rank(lambda: start_records(RunFolder(Path(run.config.train.run_dir))))
-    return RunState(initial_seed=run.config.train.seed)
-
-
-def resume(run: Run, checkpoint: Path) -> RunState:
-    """Restores a run from a checkpoint; a collective."""
-    reader = CheckpointReader(checkpoint)
-    state = restore(run, reader)
-    log.info("resumed from %s at step %d", checkpoint, state.step)
-    if reader.manifest.data_order != run.inputs.data_order:
-        state.data = start_states(run.config.lanes, mixture_names(run.config.data))
-        shared_log.warning("the training data has changed (train.allow_changes): it is read from its beginning")
-    elif reader.manifest.data_content != run.inputs.data_content:
-        shared_log.warning(
-            "the training data has other content under the same names (train.allow_changes): "
-            "reading continues at the same lines"
-        )
-    return state
-
-
-def _newest(folder: Path, rank: int, world_size: int) -> Path:
-    chosen, skipped = newest_whole(folder, (rank, world_size))
-    for reason in skipped if rank == 0 else ():  # the same on all ranks
-        log.warning("passed over %s", reason)
+        chosen, skipped = newest_whole(where, (rank, inputs.world_size))
+        for reason in skipped:  # the same on all ranks
+            shared_log.warning("passed over %s", reason)
     if chosen is None:
-        fault = f"{folder}: all checkpoints in it are damaged; move them away to start again"
+        fault = f"{where}: all checkpoints in it are damaged; move them away to start again"
         raise same_on_all_ranks(CheckpointError(fault))
-    return chosen
+    found = chosen
+    from_first_rank(lambda: _check_same_run(inputs, found))
+    return found
 
 
 def _check_same_run(inputs: Inputs, checkpoint: Path) -> None:
     """Raises :class:`CheckpointError` with every difference that would change the result and is not allowed."""
-    manifest = read_manifest(checkpoint)
+    manifest = layout.read_manifest(checkpoint)
     config = inputs.config
     allowed = set(config.train.allow_changes)
     changes = [
@@ -150,3 +130,133 @@ def _check_same_run(inputs: Inputs, checkpoint: Path) -> None:
 def _permission(names: list[str]) -> str:
     """The flag that allows these changes, quoted for the shell."""
     return f"to allow {'it' if len(names) == 1 else 'these changes'}: '--train.allow_changes=[{','.join(names)}]'"
+
+
+def begin(run: Run) -> RunState:
+    """The state of a run at step 0. Its parts are built with their initial values; a collective."""
+    from_first_rank(lambda: start_records(RunFolder(Path(run.config.train.run_dir))))
+    return RunState(initial_seed=run.config.train.seed)
+
+
+def resume(run: Run, checkpoint: Path) -> RunState:
+    """Restores a run from a checkpoint; a collective."""
+    reader = CheckpointReader(checkpoint)
+    state = restore(run, reader)
+    log.info("resumed from %s at step %d", checkpoint, state.step)
+    if reader.manifest.data_order != run.inputs.data_order:
+        state.data = start_states(run.config.lanes, mixture_names(run.config.data))
+        shared_log.warning("the training data has changed (train.allow_changes): it is read from its beginning")
+    elif reader.manifest.data_content != run.inputs.data_content:
+        shared_log.warning(
+            "the training data has other content under the same names (train.allow_changes): "
+            "reading continues at the same lines"
+        )
+    return state
+
+
+def restore(run: Run, reader: CheckpointReader) -> RunState:
+    """Loads tensors, operator and state of a checkpoint into a run; a collective.
+
+    Raises :class:`CheckpointError`, before anything changes, if the merges of the checkpoint contradict the settings.
+    """
+    manifest = reader.manifest
+    folder = RunFolder(Path(run.config.train.run_dir))
+    step = manifest.step
+    # whether it belongs to the history of this run, and not to another one that this run begins from
+    own = reader.folder.resolve() == (folder.checkpoints / layout.step_folder(step)).resolve()
+    state = RunState.load(manifest, own=own)
+    best = state.best
+    if best is not None and (
+        best.metric != run.config.checkpoint.keep_best
+        or not from_first_rank((folder.checkpoints / layout.step_folder(best.step)).exists)
+    ):
+        state.best = None
+    _check_merges(run, reader)
+    reader.restore(run.engine, run.base)
+    run.merger.set_operator(manifest.operator)
+    run.merger.merges_done = manifest.merges_done
+    if run.engine.rank == 0:
+        _abandon_other_history(folder, step, own=own)
+    now = run.inputs
+    if (manifest.data_fingerprint, manifest.data_content) != (now.data_fingerprint, now.data_content):
+        state.health.begin_window()
+    return state
+
+
+def _check_merges(run: Run, reader: CheckpointReader) -> None:
+    """Raises :class:`CheckpointError` if the merges or the operator of the checkpoint contradict the settings.
+
+    A run leaves out the merge after its last step, which a longer run still has to make.
+    """
+    manifest = reader.manifest
+    due = run.schedule.merges_done(manifest.step)
+    operator = run.schedule.operator(manifest.step)
+    if due == manifest.merges_done + 1 and run.schedule.merge_after(manifest.step):
+        return
+    if due != manifest.merges_done:
+        fault = (
+            f"has made {counted(manifest.merges_done, 'merge')}, with these settings a run at step {manifest.step} has "
+            f"made {due}; resume with the method.name, method.merge_every, method.merge_until_step and train.steps it "
+            "was made with"
+        )
+    elif operator != manifest.operator:
+        fault = (
+            f"was made with operator {manifest.operator}, the settings say {operator} after step {manifest.step}; "
+            "resume with the method.operators it was made with"
+        )
+    else:
+        return
+    raise same_on_all_ranks(CheckpointError(f"{reader.folder}: {fault}"))
+
+
+def _abandon_other_history(folder: RunFolder, step: int, *, own: bool) -> None:
+    """Leaves only the history of the restored checkpoint of this step in the run folder. First rank only.
+
+    Later checkpoints are renamed. If the checkpoint is not ``own``, so are all checkpoints and the records of the run
+    that was in the folder.
+    """
+    latest = folder.checkpoints / layout.LATEST
+    others = [path for path in list_checkpoints(folder.checkpoints) if not own or (layout.step_of(path) or 0) > step]
+    for path in others:
+        layout.abandon(path)
+    if not own:
+        latest.unlink(missing_ok=True)
+        (folder.checkpoints / layout.BEST).unlink(missing_ok=True)
+        abandon_records(folder)
+    elif others:
+        write_if_possible(latest, f"{layout.step_folder(step)}\n", without="it names another one; training goes on")
+
+
+def roll_back(run: Run, state: RunState, writer: CheckpointWriter, reason: str) -> RunState | None:
+    """Restores model and optimizer from the newest good checkpoint; the data continues where it is. A collective.
+
+    It waits for a checkpoint that is being written. Without such a checkpoint, it returns None after a spike of the
+    loss, and raises :class:`TrainingError` after steps that were skipped, as it does after ``train.max_rollbacks``.
+    """
+    config = run.config.train
+    ranks = run.engine.rank, run.engine.world_size
+    writer.wait()
+    gather_from_ranks(None)  # once the first rank has waited, the newest checkpoint is complete
+    chosen, _ = newest_whole(writer.folder, ranks, lambda path: layout.good_step(path) in range(state.step))
+    if chosen is None and not state.health.bad_steps:
+        return None
+    if state.rollbacks >= config.max_rollbacks:
+        raise TrainingError(
+            f"{reason}; train.max_rollbacks={config.max_rollbacks} allows no further rollback: raise it "
+            "if the data may be the cause, lower optim.lr, or resume from an older checkpoint"
+        )
+    if chosen is None:
+        raise TrainingError(
+            f"{reason}; there is no earlier checkpoint to go back to: lower optim.lr or checkpoint.every_steps"
+        )
+    restored = restore(run, CheckpointReader(chosen))
+    restored.data = merge_states(gather_from_ranks(state.data))
+    restored.rollbacks = state.rollbacks + 1
+    shared_log.warning(
+        "%s: back to step %d; the data of steps %d to %d is skipped",
+        reason,
+        restored.step,
+        restored.step + 1,
+        state.step,
+    )
+    return restored

@@ -29,14 +29,6 @@ class MemoryShortage(ValueError):
     """The settings need more memory than there is."""
 
 
-@dataclass(frozen=True)
-class Trouble:
-    """Why a run should go back to an earlier checkpoint. If it must, the run ends if there is none."""
-
-    reason: str
-    must: bool
-
-
 @dataclass
 class StabilityState:
     """A summary of the last steps. ``losses`` has the last ``spike_window`` good steps, oldest first."""
@@ -135,8 +127,6 @@ class RunState:
     loaded: Manifest | None = field(default=None, compare=False)  # of the checkpoint that it was loaded from
     evaluated: int | None = None  # the step of the last evaluation
     best: Best | None = None
-    # metrics of what was done at this step when the state was loaded: an overdue merge, or the start of the adapters
-    done_at_load: dict[str, Any] = field(default_factory=dict)
 
     def dump(self, world_size: int) -> dict[str, Any]:
         """The ``counters`` of a checkpoint's manifest; a collective."""

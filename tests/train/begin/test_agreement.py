@@ -45,7 +45,7 @@ def with_a_stopped_worker(config: Any) -> str:
 
 
 @pytest.mark.stops
-def test_a_data_worker_that_hangs_ends_the_run_with_its_state_saved(pools, inputs, tokenizer_path, tmp_path):
+def test_a_data_worker_that_hangs_ends_the_run_with_its_state_saved(runs, pools, tmp_path):
     folder = tmp_path / "run"
     data = {"workers": 1, "timeout_seconds": 3.0, "prefetch_batches": 1}
     settings = {
@@ -54,7 +54,7 @@ def test_a_data_worker_that_hangs_ends_the_run_with_its_state_saved(pools, input
         "checkpoint": {"every_steps": 0},
         "eval": {"every_steps": 0, "at_start": False},
     }
-    first, second = pools(2)(with_a_stopped_worker, run_config(inputs, tokenizer_path, folder, 2, **settings))
+    first, second = pools(2)(with_a_stopped_worker, runs.config(folder, 2, **settings))
     assert first == second
     assert "data worker " in first
     assert " hangs: it has done nothing for " in first
@@ -78,8 +78,8 @@ def of_two_hosts(config: Any, other: Any, *, finds: str = "") -> str:
 
 
 @pytest.mark.parametrize("what", ["settings", "content_of", "tokenizer"])
-def test_ranks_with_different_inputs_do_not_train(pools, inputs, tokenizer_path, other_tokenizer, tmp_path, what):
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
+def test_ranks_with_different_inputs_do_not_train(runs, pools, inputs, tokenizer_path, other_tokenizer, tmp_path, what):
+    config = runs.config(tmp_path / "run", 2)
     optim = {"lr": 1e-3} if what == "settings" else {}
     different = run_config(
         inputs, other_tokenizer if what == "tokenizer" else tokenizer_path, tmp_path / "run", 2, optim=optim
@@ -104,10 +104,10 @@ def with_less_on_the_second(config: Any, other: Any) -> str:
 
 
 @each("what", ["model", "tokenizer"])
-def test_a_file_missing_on_one_host_is_reported_by_the_first_rank(pools, inputs, tokenizer_path, tmp_path, what):
+def test_a_file_missing_on_one_host_is_reported_by_the_first_rank(runs, pools, tmp_path, what):
     """Only the first rank reads the files of the model."""
     gone = str(tmp_path / "gone")
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2)
+    config = runs.config(tmp_path / "run", 2)
     changed = {"config": gone} if what == "model" else {"path": gone}
     section = getattr(config, what).model_copy(update=changed)
     other = config.model_copy(update={what: section})
@@ -169,8 +169,8 @@ def on_folders_of_their_own(config: Any) -> str:
 
 
 @pytest.mark.more
-def test_a_run_folder_that_the_hosts_do_not_share_is_refused(pools, inputs, tokenizer_path, tmp_path):
-    first, second = pools(2)(on_folders_of_their_own, run_config(inputs, tokenizer_path, tmp_path / "run", 2))
+def test_a_run_folder_that_the_hosts_do_not_share_is_refused(runs, pools, tmp_path):
+    first, second = pools(2)(on_folders_of_their_own, runs.config(tmp_path / "run", 2))
     assert first == second
     assert "train.run_dir: " in first
     assert "put it on a file system that all hosts share" in first

@@ -4,7 +4,6 @@ stays."""
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from relora_mora.weights.export import export
-from tests.tools.commands import EVALUATE, EXPORT, call, disk, left_in, permissions_count, public_folder, refused
+from tests.tools.commands import EVALUATE, EXPORT, call, left_in, refused
 from tests.tools.each import each
 from tests.tools.helpers import RUBBISH
 from tests.tools.runs import checkpoint_at, run_config, train
@@ -74,18 +73,6 @@ def test_a_path_that_is_not_a_checkpoint(refuses, tmp_path):
         refuses(tmp_path / name, str(tmp_path / name), message)
 
 
-@each("name", [STATE, "manifest.json", "tokenizer/tokenizer.json"])
-@each("harm", ["bit", "gone"])
-def test_a_damaged_file(refuses, run_folder, tmp_path, name, harm):
-    """Other damage: tests/checkpoint."""
-    checkpoint = shutil.copytree(checkpoint_at(run_folder, 5), tmp_path / "checkpoint")
-    if harm == "bit":
-        flip(checkpoint / name, -3)
-    else:
-        (checkpoint / name).unlink()
-    refuses(checkpoint, str(checkpoint), name)
-
-
 def test_a_run_goes_back_to_a_whole_checkpoint_or_names_what_is_wrong(refuses, run_folder, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
     newest, older = checkpoint_at(run, 5), checkpoint_at(run, 4)
@@ -93,23 +80,6 @@ def test_a_run_goes_back_to_a_whole_checkpoint_or_names_what_is_wrong(refuses, r
     assert export(run, tmp_path / "out") == older
     (older / BASE).unlink()
     refuses(run, "all checkpoints in it are damaged", f"step-00000005: {STATE}", f"step-00000004: {BASE}")
-
-
-def test_a_file_that_may_not_be_read(run_folder):
-    with public_folder() as folder:
-        public = shutil.copytree(checkpoint_at(run_folder, 5), folder / "checkpoint")
-        for path in (public, *public.rglob("*")):
-            path.chmod(0o755)
-        folder.chmod(0o777)
-        assert call(EXPORT, public, folder / "of root").code == 0  # which imports all that it needs
-        with permissions_count():
-            assert call(EXPORT, public, folder / "good").code == 0
-        for name in (STATE, "manifest.json", "tokenizer/tokenizer.json"):
-            (public / name).chmod(0)
-            with permissions_count():
-                refused(call(EXPORT, public, folder / "out"), str(public), name, "Permission denied")
-            (public / name).chmod(0o755)
-        assert left_in(folder) == ["checkpoint", "good", "of root"]
 
 
 # ---- folders of other programs -------------------------------------------------------------------------------------
@@ -171,49 +141,6 @@ def test_more_sequences_at_once_than_there_are_or_than_fit(run_folder, inputs, m
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------
-
-
-def test_an_export_to_an_existing_path(run_folder, tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("keep")
-    (tmp_path / "file").write_text("keep")
-    for out, message in {
-        "full": "exists and is not empty",
-        "file": "exists and is not empty",
-        "file/below": "a part of this path is not a folder",
-    }.items():
-        refused(call(EXPORT, run_folder, tmp_path / out), str(tmp_path / out), message)
-    refused(call(EXPORT, run_folder, run_folder), "exists and is not empty")
-    assert left_in(tmp_path) == ["file", "full"]
-    assert left_in(tmp_path / "full") == ["mine"]
-
-
-def test_an_export_to_a_full_disk(run_folder, exported, tmp_path):
-    """At any size the folder is whole or absent, and nothing is left."""
-    need = sum(-(-path.stat().st_size // 4096) * 4096 for path in exported.iterdir())
-    for size in (4096, 16384, need // 2, need - 4096):
-        with disk(tmp_path / "disk", f"size={size}") as folder:
-            refused(
-                call(EXPORT, run_folder, folder / "out"), f"{folder / 'out'}: No space left on device; free some space"
-            )
-            assert left_in(folder) == []
-    with disk(tmp_path / "disk", f"size={4 * need}") as folder:
-        assert call(EXPORT, run_folder, folder / exported.name).code == 0  # the title of the card
-        assert {path.name: path.read_bytes() for path in (folder / exported.name).iterdir()} == {
-            path.name: path.read_bytes() for path in exported.iterdir()
-        }
-
-
-def test_an_export_to_a_disk_that_is_read_only(run_folder, tmp_path):
-    with disk(tmp_path / "disk", "ro") as folder:
-        refused(call(EXPORT, run_folder, folder / "out"), f"{folder / 'out'}: Read-only file system; choose a place")
-
-
-def test_scoring_does_not_need_a_writable_disk(run_folder, inputs, tmp_path):
-    with disk(tmp_path / "disk", "size=8m") as folder:
-        shutil.copytree(run_folder, folder / "run")
-        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-        assert call(EVALUATE, folder / "run", f"--data={inputs}/validation/*.json.gz").code == 0
 
 
 def test_faults_of_this_machine_come_before_any_request(pools, inputs, tokenizer_path, tmp_path):

@@ -78,6 +78,8 @@ def test_a_setting_that_decides_which_parameters_train_cannot_be_allowed_if_used
 
     [change] = left(identity(), with_setting("method", "name", "relora"), {"method.name"})
     assert change.permission is None
+    same_adapter = [with_setting("method", "name", name) for name in ("lora", "relora")]
+    assert left(*same_adapter, {"method.name"}) == []
     [change] = left(rank("remora", 3), rank("remora", 5), {"method.rank"})
     assert change.permission is None
     assert "start a new run with model.init_from" in change.text

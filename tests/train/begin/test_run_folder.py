@@ -11,11 +11,11 @@ import pytest
 from relora_mora.config.load import ConfigError
 from relora_mora.supervise.lock import RunLock
 from relora_mora.system.run_folder import RunFolder, read_json_lines
-from relora_mora.train.begin.inputs import check_run_folder
+from relora_mora.train.begin.settings import check_run_folder
 from tests.tools.commands import PRETRAIN, call, disk
 from tests.tools.grids import rest
 from tests.tools.jobs import Job, ends, write_config
-from tests.tools.runs import logged_steps, run_config, train
+from tests.tools.runs import logged_steps, run_config
 
 pytestmark = pytest.mark.distributed
 
@@ -101,9 +101,9 @@ def test_a_broken_link_is_not_a_run_folder(tmp_path):
 
 
 @pytest.mark.more
-def test_changes_at_a_resume_are_noted_and_a_finished_run_keeps_its_settings(pools, inputs, tokenizer_path, tmp_path):
+def test_changes_at_a_resume_are_noted_and_a_finished_run_keeps_its_settings(runs, tmp_path):
     def start(stop_after=None, **sections):
-        pools(1)(train, run_config(inputs, tokenizer_path, tmp_path / "run", **sections), stop_after=stop_after)
+        runs.train(tmp_path / "run", stop_after=stop_after, **sections)
         return read_json_lines(RunFolder(tmp_path / "run").starts)[-1]
 
     changed = {"optim": {"lr": 0.25}, "train": {"allow_changes": ["optim.lr"]}}

@@ -134,9 +134,3 @@ def test_a_single_fault_keeps_its_own_error(config: Config, tmp_path: Path) -> N
         open_text(changed(config, "tokenizer", path=str(tmp_path / "none")))
     with pytest.raises(SourceError, match="no file matches"):
         open_text(changed(config, "data", validation=str(tmp_path / "none.json")))
-
-
-def test_existing_inputs_are_accepted(config: Config) -> None:
-    inputs = open_text(config)
-    assert inputs.tokenizer.eos_token_id is not None
-    assert inputs.shards

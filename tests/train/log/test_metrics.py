@@ -17,7 +17,7 @@ from relora_mora.system.logs import log, setup_logging, shared_log
 from relora_mora.train.log.loggers import TensorBoard
 from tests.tools.config_tools import tree
 from tests.tools.runs import metrics as metrics_of
-from tests.tools.runs import opened, run_config
+from tests.tools.runs import opened
 
 
 def _write_config(folder, **sections):
@@ -61,15 +61,6 @@ def test_a_resume_drops_what_was_logged_beyond_it(tmp_path):
     ]
     assert all("time" in line for line in _lines(tmp_path))
     assert _board(tmp_path, "train/loss") == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60)]
-
-
-def test_a_new_start_begins_an_empty_file(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "train/loss": 1.0}\n')
-    metrics = opened(tmp_path, 0)
-    metrics.write(1, {"train/loss": 2.0})
-    metrics.close()
-    assert [line["train/loss"] for line in _lines(tmp_path)] == [2.0]
-    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_a_folder_that_is_unwritable_for_a_while_loses_lines_without_a_traceback(tmp_path, capfd):
@@ -148,9 +139,9 @@ def after_a_power_cut(config: Any) -> dict[str, str]:
 
 
 @pytest.mark.distributed
-def test_a_power_cut_loses_no_line_before_a_checkpoint_or_the_end(pools, inputs, tokenizer_path, tmp_path):
+def test_a_power_cut_loses_no_line_before_a_checkpoint_or_the_end(runs, pools, tmp_path):
     """Else the same command would not evaluate again, and the evaluation would be lost for good."""
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", checkpoint={"every_steps": 5})
+    config = runs.config(tmp_path / "run", checkpoint={"every_steps": 5})
     [found] = pools(1)(after_a_power_cut, config)
     assert {"step-00000005", "step-00000010", "end"} <= found.keys()
     for step in (5, 10):
@@ -181,12 +172,6 @@ def test_a_repeated_evaluation_takes_the_place_of_all_lines_after_it(tmp_path):
     first.close()
     opened(tmp_path, 3, repeated=frozenset({"eval/loss"})).close()
     assert [line.keys() - {"step", "time"} for line in _lines(tmp_path)] == [{"train/loss"}]
-
-
-def test_corrupt_bytes_lose_one_line(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\xff\x00p": 2}\n{"step": 3}\n')
-    opened(tmp_path, 5).close()
-    assert [line["step"] for line in _lines(tmp_path)] == [1, 3]
 
 
 def test_the_first_rank_logs_what_concerns_all_ranks(capsys):

@@ -1,4 +1,4 @@
-"""Lines stay, bars are for terminals, and the commands for a finished run are ones that the shell reads as meant."""
+"""Lines stay, bars are for terminals, each of the first steps has a line there; what to do with a finished run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import re
 import shlex
 import sys
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from relora_mora.commands import NAMES
+from relora_mora.config.schema import LogConfig
 from relora_mora.system import bars
 from relora_mora.system.logs import setup_logging
 from relora_mora.train.log.progress import Progress, next_commands
+from relora_mora.train.loop import events
+from relora_mora.train.state.run_state import RunState
 from tests.tools.each import each
 from tests.tools.helpers import Terminal
 
@@ -92,3 +97,50 @@ def test_the_next_commands_are_words_of_a_shell(monkeypatch: pytest.MonkeyPatch)
         ["relora-mora", "board", "runs"],
     ]
     assert all(command in NAMES for _, command, *_ in words)
+
+
+def lines_and_metrics(monkeypatch: pytest.MonkeyPatch, *, watched: bool) -> tuple[list[str], dict[int, float]]:
+    monkeypatch.setattr(events, "group_rates", lambda *_: [0.1])
+    monkeypatch.setattr(events.report, "data_metrics", lambda *_: {})
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    config = SimpleNamespace(
+        log=LogConfig(every_steps=4, peak_tflops=1.0),
+        train=SimpleNamespace(steps=15),
+        data=SimpleNamespace(is_mixture=False, sequence_length=8),
+        tokens_per_step=8,
+    )
+    run: Any = SimpleNamespace(
+        config=config,
+        inputs=SimpleNamespace(model_config=None, bf16=False),
+        engine=SimpleNamespace(world_size=1),
+        groups=[None],
+        schedule=None,
+    )
+    lines: list[str] = []
+    metrics: dict[int, float] = {}
+    progress: Any = SimpleNamespace(is_watched=watched, show=lambda text: lines.append(text.partition(",")[0]))
+    written: Any = SimpleNamespace(write=lambda step, values: metrics.update({step: values["train/loss"]}))
+    reporting = events.Reporting(run, written, progress)
+    # it takes long, so it is not measured before the first step
+    monkeypatch.setattr(events, "flops_per_token", lambda *_: SimpleNamespace(total=1.0))
+    state = RunState(initial_seed=0)
+    for state.step in range(1, 16):
+        loss = float("nan") if state.step == 2 else float(state.step)  # a skipped step
+        state.interval.steps += 1
+        state.interval.step_seconds += 1.0
+        state.interval.last_loss = loss
+        if state.step != 2:
+            state.interval.loss += loss
+            state.interval.good_steps += 1
+        reporting(state)
+    return lines, metrics
+
+
+def test_the_first_steps_have_a_line_each_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, metrics = lines_and_metrics(monkeypatch, watched=False)
+    assert lines == [f"loss {loss:.3f}" for loss in metrics.values()]
+    assert metrics == {4: 8 / 3, 8: 6.5, 12: 10.5, 15: 14.0}
+    on_terminal, same = lines_and_metrics(monkeypatch, watched=True)
+    assert same == metrics
+    assert on_terminal == [f"loss {step:.3f}" for step in (1.0, *range(3, 11), 10.5, 14.0)]

@@ -11,14 +11,7 @@ import torch
 from torch import distributed as dist
 
 from relora_mora.config.load import ConfigError
-from tests.tools.runs import (
-    checkpoint_at,
-    logged_values,
-    manifest_at,
-    run_config,
-    tensors,
-    train,
-)
+from tests.tools.runs import checkpoint_at, logged_values, manifest_at, tensors, train
 
 pytestmark = pytest.mark.distributed
 
@@ -32,12 +25,12 @@ def _base(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return {key: value for key, value in tensors(checkpoint_at(folder, step)).items() if "base" in key}
 
 
-def test_the_base_may_change_at_every_resume_and_loses_nothing(pools, inputs, tokenizer_path, tmp_path):
+def test_the_base_may_change_at_every_resume_and_loses_nothing(runs, pools, tmp_path):
     run_dir = tmp_path / "run"
     before: dict[str, torch.Tensor] = {}
     for steps, base, form in ((4, None, "auto"), (5, "int8", "auto"), (7, "fp8", "decoupled"), (8, None, "merged")):
         sections = _sections(2, base=base, form=form)
-        config = run_config(inputs, tokenizer_path, run_dir, 1, **sections)
+        config = runs.config(run_dir, 1, **sections)
         pools(1)(train, config, stop_after=steps)
         after = _base(run_dir, steps)
         assert len(after) == 14
@@ -60,11 +53,9 @@ def _on_a_cpu(config: Any, vnni: Sequence[bool], stop_after: int | None = None) 
 
 
 @pytest.mark.more
-def test_a_run_may_move_to_a_machine_that_chooses_otherwise_but_ranks_may_not_differ(
-    pools, inputs, tokenizer_path, tmp_path
-):
+def test_a_run_may_move_to_a_machine_that_chooses_otherwise_but_ranks_may_not_differ(runs, pools, tmp_path):
     sections = _sections(1, base="int8", base_products="auto")
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, **sections)
+    config = runs.config(tmp_path / "run", 2, **sections)
     first, second = pools(2)(_on_a_cpu, config, [True, False])
     assert first == second
     assert "method.base_products: different from the first rank" in first

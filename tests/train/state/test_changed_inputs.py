@@ -8,26 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.system.logs import shared_log
-from tests.tools.faulty_server import serving
-from tests.tools.runs import (
-    checkpoint_at,
-    different_tensors,
-    log_lines,
-    logged_steps,
-    manifest_at,
-    refusal_of,
-    run_config,
-    train,
-    write_inputs,
-)
+from tests.tools.runs import checkpoint_at, manifest_at, run_config, train, write_inputs
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.more
 def test_the_tokenizer_in_a_checkpoint_is_the_one_of_its_fingerprint(
-    pools, inputs, tokenizer_path, other_tokenizer, tmp_path
+    runs, pools, inputs, tokenizer_path, other_tokenizer, tmp_path
 ):
     from relora_mora.tokenizer.identity import tokenizer_fingerprint
 
@@ -36,12 +24,12 @@ def test_the_tokenizer_in_a_checkpoint_is_the_one_of_its_fingerprint(
         train, run_config(inputs, other_tokenizer, folder), stop_after=0
     )  # the wrong one, noticed before the first checkpoint
     assert tokenizer_fingerprint(folder / "tokenizer") == tokenizer_fingerprint(other_tokenizer)
-    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
+    runs.train(folder, stop_after=2)
     expected = tokenizer_fingerprint(tokenizer_path)
     for place in (folder, checkpoint_at(folder, 2)):
         assert tokenizer_fingerprint(place / "tokenizer") == expected
     assert manifest_at(folder, 2)["tokenizer_fingerprint"] == expected
-    (message,) = pools(1)(refusal_of, run_config(inputs, other_tokenizer, folder))
+    message = runs.refusal(run_config(inputs, other_tokenizer, folder))
     assert "tokenizer" in message
     assert "--train.allow_changes=[tokenizer]" in message
     assert "allow_changes=[data]" not in message
@@ -50,12 +38,12 @@ def test_the_tokenizer_in_a_checkpoint_is_the_one_of_its_fingerprint(
 
 
 @pytest.mark.more
-def test_other_data_needs_permission_and_is_read_from_its_beginning(pools, inputs, tokenizer_path, tmp_path):
+def test_other_data_needs_permission_and_is_read_from_its_beginning(runs, pools, tokenizer_path, tmp_path):
     other, folder, fresh = write_inputs(tmp_path / "other"), tmp_path / "run", tmp_path / "fresh"
     for path in sorted((other / "train").iterdir())[1:]:
         path.unlink()  # a smaller source: old places may not exist in it
-    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=6)
-    (message,) = pools(1)(refusal_of, run_config(other, tokenizer_path, folder))
+    runs.train(folder, stop_after=6)
+    message = runs.refusal(run_config(other, tokenizer_path, folder))
     assert "data: other sources" in message
     assert "--train.allow_changes=[data]" in message
     pools(1)(train, run_config(other, tokenizer_path, folder, train={"allow_changes": ["data"]}), stop_after=8)
@@ -64,29 +52,6 @@ def test_other_data_needs_permission_and_is_read_from_its_beginning(pools, input
     assert manifest_at(folder, 8)["data_state"] == manifest_at(fresh, 2)["data_state"]
     pools(1)(train, run_config(other, tokenizer_path, folder))  # no change any more
     assert manifest_at(folder, 10)["step"] == 10
-
-
-def warnings_of(config):
-    """Trains; returns this rank's warnings."""
-    with log_lines("WARNING", logger=shared_log) as lines:
-        train(config)
-    return lines
-
-
-@pytest.mark.more
-def test_a_quick_try_is_the_beginning_of_a_longer_run(pools, inputs, tokenizer_path, tmp_path):
-    """It ends within the warmup and before the first merge, after step 4."""
-    never, folder = tmp_path / "never", tmp_path / "run"
-
-    def config(run_dir, **settings):
-        return run_config(inputs, tokenizer_path, run_dir, optim={"warmup_steps": 100}, train=settings)
-
-    pools(1)(train, config(never))
-    (warnings,) = pools(1)(warnings_of, config(folder, steps=3))
-    assert "optim.warmup_steps: the run of train.steps=3 ends within the warmup" in "".join(warnings)
-    assert "method.merge_every" in "".join(warnings)
-    pools(1)(train, config(folder, allow_changes=["train.steps"]))
-    assert different_tensors(*(checkpoint_at(run, 10) for run in (never, folder))) == []
 
 
 def _plain_copy(inputs: Path, folder: Path) -> Path:
@@ -104,7 +69,7 @@ def _swap_letters(folder: Path) -> None:
 
 @pytest.mark.more
 def test_other_text_of_the_same_names_and_sizes_needs_permission_and_keeps_its_lines(
-    pools, inputs, tokenizer_path, tmp_path
+    runs, pools, inputs, tokenizer_path, tmp_path
 ):
     first = _plain_copy(inputs, tmp_path / "first")
     swapped = _plain_copy(inputs, tmp_path / "swapped")
@@ -112,46 +77,14 @@ def test_other_text_of_the_same_names_and_sizes_needs_permission_and_keeps_its_l
     pools(1)(train, run_config(first, tokenizer_path, folder), stop_after=4)
     pools(1)(train, run_config(swapped, tokenizer_path, folder), stop_after=5)  # a copy is the same
     _swap_letters(swapped)
-    (message,) = pools(1)(refusal_of, run_config(swapped, tokenizer_path, folder))
+    message = runs.refusal(run_config(swapped, tokenizer_path, folder))
     assert message.count("  - ") == 1
     assert "files that have changed; to allow it: '--train.allow_changes=[data]'" in message
     changed = {"data": {"seed": 5}, "train": {"allow_changes": ["data.seed"]}}
-    (message,) = pools(1)(refusal_of, run_config(swapped, tokenizer_path, folder, **changed))
+    message = runs.refusal(run_config(swapped, tokenizer_path, folder, **changed))
     assert "files that have changed" in message  # a setting that differs explains no other text
     allowed = run_config(swapped, tokenizer_path, folder, train={"allow_changes": ["data"]})
     pools(1)(train, allowed, stop_after=6)
     before, after = (manifest_at(folder, step)["data_state"] for step in (5, 6))
     assert all(after[lane]["documents"] >= before[lane]["documents"] > 0 for lane in before)
     pools(1)(train, run_config(swapped, tokenizer_path, folder), stop_after=7)  # no change any more
-
-
-@pytest.mark.more
-def test_the_first_rank_asks_the_server_for_the_content_of_all_files(pools, inputs, tokenizer_path, tmp_path):
-    served, folder = _plain_copy(inputs, tmp_path / "served"), tmp_path / "run"
-    with serving(served) as server:
-        data = {"train": f"{server.url}/train/part-{{00000..00002}}.json.gz"}
-        config = run_config(inputs, tokenizer_path, folder, 2, data=data)
-        pools(2)(train, config, stop_after=2)
-        assert sorted(path for path, sent in server.requests if sent.get("range") == "bytes=0-0") == [
-            f"/train/part-0000{n}.json.gz" for n in range(3)
-        ]
-        pools(2)(train, config, stop_after=3)
-        _swap_letters(served)
-        first, second = pools(2)(refusal_of, config)
-        assert first == second
-        assert "files that have changed; to allow it: '--train.allow_changes=[data]'" in first
-        assert sum(sent.get("range") == "bytes=0-0" for _, sent in server.requests) == 9
-
-
-@pytest.mark.more
-def test_a_method_with_the_same_adapter_continues_if_allowed(pools, inputs, tokenizer_path, tmp_path):
-    """With its moments and its place in the data; from then on it merges."""
-    folder = tmp_path / "run"
-    lora = {"name": "lora", "merge_every": 4}
-    pools(1)(train, run_config(inputs, tokenizer_path, folder, method=lora), stop_after=3)
-    relora = run_config(
-        inputs, tokenizer_path, folder, method=lora | {"name": "relora"}, train={"allow_changes": ["method.name"]}
-    )
-    pools(1)(train, relora)
-    assert logged_steps(folder) == list(range(1, 11))
-    assert logged_steps(folder, "merge/layers") == [4, 8]

@@ -1,9 +1,11 @@
-"""Loss spikes and bad steps, judged only from the state."""
+"""Loss spikes and bad steps, judged only from the state; a state is loaded from a checkpoint as it was saved."""
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from relora_mora.config.schema import TrainConfig
 from relora_mora.train.loop.step import StepResult, judge
-from relora_mora.train.state.run_state import RunState, StabilityState
+from relora_mora.train.state.run_state import Interval, RunState, StabilityState
 from tests.tools.each import each
 from tests.tools.tiny import tiny_config
 
@@ -60,28 +62,6 @@ def test_steps_without_a_loss_do_not_break_a_row_of_spikes():
     assert health.losses == [] and health.spikes == 0, "the window starts again"
 
 
-def test_a_restored_health_judges_like_the_saved_one():
-    config, losses = _config(), [*_noisy(30), 9.0, *_noisy(5), 9.0]
-    whole, verdicts = StabilityState(), []
-    for loss in losses:
-        verdicts.append(whole.spike(loss, config))
-    part = StabilityState()
-    for loss in losses[:20]:
-        part.spike(loss, config)
-    resumed = StabilityState(losses=list(part.losses))
-    assert [resumed.spike(loss, config) for loss in losses[20:]] == verdicts[20:]
-    assert sum(v is not None for v in verdicts) == 2
-
-
-def test_bad_steps_count_in_a_row():
-    health = StabilityState()
-    assert [health.bad(["a"]), health.bad(["b", "c"])] == [1, 2]
-    assert health.bad_data == ["a", "b", "c"]
-    health.good()
-    assert health.bad(["d"]) == 1
-    assert health.bad_data == ["d"]
-
-
 @each(("stages", "steps", "rolls"), [(False, 100, True), (True, 100, False), (False, 41, False)])
 def test_a_spike_is_trouble_if_the_text_is_the_same_and_a_step_is_left(monkeypatch, stages, steps, rolls):
     monkeypatch.setattr("relora_mora.train.loop.step.sum_over_hosts", lambda values: values)
@@ -96,11 +76,53 @@ def test_a_spike_is_trouble_if_the_text_is_the_same_and_a_step_is_left(monkeypat
     for step, loss in enumerate([*_noisy(40), *_noisy(1, level=6.0)], 1):
         state.step = step
         result = StepResult(loss, applied=True, grad_norm=1.0, data=[])
-        trouble = judge(config, state, result, engine, metrics)
-    assert (trouble is not None and not trouble.must) is rolls
+        reason = judge(config, state, result, engine, metrics)
+    assert (reason is not None) is rolls
+    assert not state.health.bad_steps
 
 
 def test_a_shorter_window_ends_a_longer_row_of_spikes():
     health, config = StabilityState(losses=_noisy(16), spikes=20), _config()
     assert health.spike(9.0, config) is not None
     assert health.losses == []
+
+
+@pytest.fixture(autouse=True)
+def two_ranks(monkeypatch):
+    """Both have lost as much in the interval."""
+    monkeypatch.setattr(
+        "relora_mora.train.state.run_state.sum_over_hosts", lambda values: [2 * value for value in values]
+    )
+
+
+def manifest(state: RunState) -> SimpleNamespace:
+    counters = json.loads(json.dumps(state.dump(2)))
+    return SimpleNamespace(step=state.step, data_state=state.data, counters=counters)
+
+
+STATE = RunState(
+    initial_seed=5,
+    step=7,
+    tokens=700,
+    skipped_steps=2,
+    rollbacks=1,
+    health=StabilityState(losses=[3.0, 2.0], spikes=2, bad_steps=1, bad_data=["lane 1"]),
+    interval=Interval(loss=2.5, good_steps=3, grad_norm=0.5),
+    data={"0": {"row": 3}},
+    saved=7,
+    evaluated=7,
+)
+
+
+def test_a_state_is_loaded_as_it_was_saved():
+    assert RunState.load(manifest(STATE), own=True) == STATE
+
+
+def test_an_evaluation_that_was_cut_short_is_missing_after_the_load():
+    assert RunState.load(manifest(replace(STATE, evaluated=6)), own=True).evaluated is None
+
+
+def test_saves_and_evaluations_of_another_run_do_not_count():
+    state = RunState.load(manifest(STATE), own=False)
+    assert (state.saved, state.evaluated, state.rollbacks, state.step) == (None, None, 0, 7)
+    assert (state.health.bad_steps, state.health.bad_data, state.health.losses) == (0, [], [3.0, 2.0])

@@ -3,6 +3,7 @@ to."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -10,19 +11,12 @@ import pytest
 
 from relora_mora.checkpoint.layout import CheckpointError
 from relora_mora.checkpoint.reader import find_checkpoint
+from relora_mora.system.run_folder import RunFolder, read_json_lines
+from relora_mora.train.begin.run_folder import start_records
+from relora_mora.train.state.resume import where_to_resume
 from tests.tools.each import each
-from tests.tools.runs import (
-    checkpoint_at,
-    copy_cut_at,
-    different_tensors,
-    logged_steps,
-    manifest_at,
-    metrics,
-    refusal_of,
-    run_config,
-    train,
-)
-from tests.train.state.faults import NAN, fault_settings, faulty, rollbacks, same_run, spiked
+from tests.tools.runs import checkpoint_at, copy_cut_at, different_tensors, logged_steps, manifest_at, metrics, train
+from tests.train.state.faults import fault_settings, faulty, rollbacks, same_run, spiked
 
 pytestmark = pytest.mark.distributed
 SPIKES = {"spike_window": 8, "spike_deviations": 20.0, "on_spike": "rollback"}
@@ -38,7 +32,7 @@ def stopped(config: Any, *, where: str = "start", number: int = 0) -> int:
 
     guard = Guard(signals=False)
     train_step = Trainer.train_step
-    stop_evaluation = Evaluating._stop
+    go_on = Evaluating._go_on
 
     def ask(rank: int) -> None:
         if rank == 1:
@@ -51,73 +45,52 @@ def stopped(config: Any, *, where: str = "start", number: int = 0) -> int:
             result = replace(result, loss=result.loss + (1000.0 if self.rank == 1 else 0.0))
         return result
 
-    def in_the_last_evaluation(self: Evaluating, step: int) -> None:
+    def in_the_last_evaluation(self: Evaluating, step: int, what: str, **how: Any) -> bool:
         if step == self.config.train.steps:
             ask(self.engine.rank)
-        stop_evaluation(self, step)
+        return go_on(self, step, what, **how)
 
     if where == "start":
         guard.stop_reason = "the test"
     elif where == "spike":
         Trainer.train_step = after_the_spike  # type: ignore[method-assign]
     else:
-        Evaluating._stop = in_the_last_evaluation  # type: ignore[method-assign]
+        Evaluating._go_on = in_the_last_evaluation  # type: ignore[method-assign]
     try:
         return pretrain(config, guard)
     finally:
         Trainer.train_step = train_step  # type: ignore[method-assign]
-        Evaluating._stop = stop_evaluation  # type: ignore[method-assign]
+        Evaluating._go_on = go_on  # type: ignore[method-assign]
 
 
 @pytest.mark.more
-def test_a_resume_in_a_new_folder_that_stops_before_its_first_step_keeps_its_data_position(
-    pools, inputs, tokenizer_path, tmp_path
-):
+def test_a_resume_in_a_new_folder_that_stops_before_its_first_step_keeps_its_data_position(runs, pools, tmp_path):
     never, first, second = (tmp_path / name for name in ("never", "first", "second"))
-    pools(2)(train, run_config(inputs, tokenizer_path, never, 2))
+    runs.train(never, 2)
     copy_cut_at(never, first, 5)
-    taken = run_config(inputs, tokenizer_path, second, 2, train={"resume": str(first)})
+    taken = runs.config(second, 2, train={"resume": str(first)})
     assert pools(2)(stopped, taken) == [75, 75]
     assert manifest_at(second, 5)["data_state"] == manifest_at(first, 5)["data_state"]
-    pools(2)(train, run_config(inputs, tokenizer_path, second, 2))
+    runs.train(second, 2)
     assert different_tensors(*(checkpoint_at(folder, 10) for folder in (never, second))) == []
 
 
-@pytest.mark.parametrize(
-    ("section", "setting", "value", "expected"),
-    [
+def test_a_resume_that_cannot_be_allowed_is_refused_and_moves_no_checkpoint(runs, tmp_path):
+    run = tmp_path / "run"
+    runs.train(run, stop_after=6, method={"merge_every": 2})
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    for section, setting, value, expected in (
         ("method", "merge_every", 5, "has made 2 merges, with these settings a run at step 4 has made 0"),
         ("method", "operators", [2, 1], "was made with operator 1, the settings say 2 after step 4"),
         ("train", "steps", 3, "train.steps: the checkpoint is already at step 4"),
-    ],
-)
-def test_a_resume_that_cannot_be_allowed_is_refused_and_moves_no_checkpoint(
-    pools, inputs, tokenizer_path, tmp_path, section, setting, value, expected
-):
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", method={"merge_every": 2})
-    pools(1)(train, config, stop_after=6)
-    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    back = {
-        "train": {
-            "resume": str(checkpoint_at(tmp_path / "run", 4)),
-            "allow_changes": [f"{section}.{setting}"],
-        },
-        "method": {"merge_every": 2},
-    }
-    back[section][setting] = value
-    (message,) = pools(1)(refusal_of, run_config(inputs, tokenizer_path, tmp_path / "run", **back))
-    assert expected in message
-    assert "step-00000004" in message
-    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == checkpoints
-
-
-@pytest.mark.more
-def test_a_spike_of_the_last_step_is_flagged_and_the_run_is_saved(pools, inputs, tokenizer_path, tmp_path):
-    folder = tmp_path / "run"
-    assert pools(2)(spiked, fault_settings(folder, inputs, tokenizer_path, **SPIKES), 10) == ["", ""]
-    assert logged_steps(folder, "train/loss_spike") == [10]
-    assert manifest_at(folder, 10)["step"] == 10
-    assert rollbacks(folder) == []
+    ):
+        given = {"resume": str(checkpoint_at(run, 4)), "allow_changes": [f"{section}.{setting}"]}
+        back: dict[str, dict[str, Any]] = {"train": given, "method": {"merge_every": 2}}
+        back[section][setting] = value
+        message = runs.refusal(runs.config(run, **back))
+        assert expected in message
+        assert "step-00000004" in message
+        assert sorted((run / "checkpoints").iterdir()) == checkpoints
 
 
 @pytest.mark.more
@@ -133,11 +106,9 @@ def test_a_stop_right_after_a_spike_does_not_change_the_rollback(pools, inputs, 
 
 
 @pytest.mark.more
-def test_a_resume_repeats_a_last_evaluation_that_was_stopped_and_saves_no_step_twice(
-    pools, inputs, tokenizer_path, tmp_path
-):
+def test_a_resume_repeats_a_last_evaluation_that_was_stopped_and_saves_no_step_twice(runs, pools, tmp_path):
     settings = {"eval": {"every_steps": 5, "at_start": False}, "checkpoint": {"keep_best": "eval/loss"}}
-    config = run_config(inputs, tokenizer_path, tmp_path / "run", 2, **settings)
+    config = runs.config(tmp_path / "run", 2, **settings)
     assert pools(2)(stopped, config, where="evaluation") == [75, 75]
     assert logged_steps(tmp_path / "run", "eval/loss") == [5]
     assert find_checkpoint(tmp_path / "run" / "best").name == "step-00000005"
@@ -149,20 +120,20 @@ def test_a_resume_repeats_a_last_evaluation_that_was_stopped_and_saves_no_step_t
 
 
 @each("stops", [(None,), (3, 6, None)])
-def test_the_best_checkpoint_is_kept(pools, inputs, tokenizer_path, tmp_path, stops):
+def test_the_best_checkpoint_is_kept(runs, tmp_path, stops):
     """The rate gets so high that the loss rises."""
     folder = tmp_path / "run"
     settings = {"optim": {"lr": 9.0, "lr_other": 9.0, "warmup_steps": 50, "clip": 1e6}, "eval": {"every_steps": 1}}
     best = {"every_steps": 3, "keep_last": 1, "keep_best": "eval/loss"}
     for stop in stops:
-        pools(1)(train, run_config(inputs, tokenizer_path, folder, **settings, checkpoint=best), stop)
+        runs.train(folder, stop_after=stop, **settings, checkpoint=best)
     loss = {line["step"]: line["eval/loss"] for line in metrics(folder) if line["step"] and "eval/loss" in line}
     step = min(loss, key=loss.__getitem__)
     assert step < 9, "a later checkpoint would be kept anyway"
     assert find_checkpoint(folder / "best") == checkpoint_at(folder, step)
     assert sorted((folder / "checkpoints").glob("step-*")) == [checkpoint_at(folder, each) for each in (step, 10)]
     longer = {"steps": 11, "allow_changes": ["train.steps"]}  # without a metric, what was the best is removed
-    pools(1)(train, run_config(inputs, tokenizer_path, folder, **settings, checkpoint={"keep_last": 1}, train=longer))
+    runs.train(folder, **settings, checkpoint={"keep_last": 1}, train=longer)
     assert sorted((folder / "checkpoints").glob("step-*")) == [checkpoint_at(folder, 11)]
     with pytest.raises(CheckpointError, match=r"checkpoint\.keep_best"):
         find_checkpoint(folder / "best")
@@ -177,31 +148,68 @@ def train_without_text(config: Any) -> None:
 
 
 @pytest.mark.more
-def test_a_line_of_metrics_over_several_steps_is_the_same_after_a_stop(pools, inputs, tokenizer_path, tmp_path):
-    found = []
-    for stop in (None, 3, 7):
-        folder = tmp_path / f"run{stop}"
-        if stop:
-            copy_cut_at(tmp_path / "runNone", folder, stop)
-        pools(2)(train, run_config(inputs, tokenizer_path, folder, 2, log={"every_steps": 5}))
-        lines = [line for line in metrics(folder) if "train/loss" in line]
-        found.append([(line["step"], line["train/loss"], line["train/grad_norm"]) for line in lines])
-    assert [line[0] for line in found[0]] == [5, 10]
-    for lines in found[1:]:
-        assert lines == [pytest.approx(line, rel=1e-12) for line in found[0]]
+def test_a_run_begins_from_a_named_checkpoint_only_once(runs, pools, tmp_path):
+    """The same command continues from what it has saved, since a requeued job has no other command."""
+    theirs, folder = tmp_path / "theirs", tmp_path / "run"
+    runs.train(theirs, stop_after=2)
+    begin = runs.config(folder, train={"resume": str(checkpoint_at(theirs, 2))})
+    pools(1)(train, begin, stop_after=4)
+    pools(1)(train, begin, stop_after=5)
+    assert [line["step"] for line in read_json_lines(folder / "starts.jsonl")] == [2, 4]
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(Exception, match=r"holds checkpoints of a start that did not begin there; train\.resume=auto "):
+        runs.train(folder, train={"resume": str(theirs)})
+    assert sorted(folder.rglob("*")) == before
+    back = runs.config(folder, train={"resume": str(checkpoint_at(folder, 3))})
+    pools(1)(train, back, stop_after=4)
+    pools(1)(train, back, stop_after=5)
+    assert [line["step"] for line in read_json_lines(folder / "starts.jsonl")] == [2, 4, 3, 4]
+    found = {path.name for path in (folder / "checkpoints").glob("*step*")}
+    assert found == {*(f"step-0000000{step}" for step in (2, 3, 4, 5)), *(f"abandoned-step-0000000{n}" for n in (4, 5))}
+
+
+def test_a_run_does_not_start_again_next_to_abandoned_checkpoints(runs, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "abandoned-step-00000001").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"holds abandoned-step-00000001 and no other checkpoint; name one in tr"):
+        where_to_resume(runs.config(tmp_path / "run"))
 
 
 @pytest.mark.more
-def test_a_resume_from_a_named_checkpoint_starts_another_history(pools, inputs, tokenizer_path, tmp_path):
-    """It repeats a rollback only if it meets the same numbers."""
-    clean, folder = tmp_path / "clean", tmp_path / "run"
-    pools(2)(faulty, fault_settings(clean, inputs, tokenizer_path), {})
-    pools(2)(faulty, fault_settings(folder, inputs, tokenizer_path), NAN)
-    again = fault_settings(folder, inputs, tokenizer_path, resume=str(checkpoint_at(folder, 3)))
-    assert pools(2)(stopped, again) == [75, 75]
-    assert (folder / "checkpoints" / "latest").read_text() == "step-00000003\n"
-    names = {path.name for path in (folder / "checkpoints").glob("step-*")}
-    assert names == {"step-00000003"}
-    assert pools(2)(faulty, fault_settings(folder, inputs, tokenizer_path), {}) == ["", ""]
-    assert same_run(folder, clean)
-    assert rollbacks(folder) == []
+def test_nothing_of_an_abandoned_history_is_lost_or_mixed_with_another(runs, tmp_path):
+    folder = tmp_path / "run"
+    runs.train(folder, stop_after=3)
+    kept = folder / "checkpoints"
+    for name in ("step-00000002", "step-00000001"):
+        runs.train(folder, stop_after=3, train={"resume": str(kept / name)})
+        (kept / "step-00000003" / "mark").write_text(name)
+    assert not (kept / "abandoned-step-00000003" / "mark").exists()
+    assert (kept / "abandoned-2-step-00000003" / "mark").read_text() == "step-00000002"
+    names = ("metrics.jsonl", "starts.jsonl", "tasks.jsonl")
+    (folder / "tasks.jsonl").write_text('{"step": 3}\n')  # as relora-mora evaluate --tasks leaves it
+    before = [(folder / name).read_text() for name in names]
+    given = {"resume": str(kept / "abandoned-2-step-00000003")}
+    runs.train(folder, stop_after=4, train=given)
+    assert (kept / "abandoned-3-step-00000003" / "mark").read_text() == "step-00000001"
+    assert [(folder / f"abandoned-{name}").read_text() for name in names] == before
+    assert [line["step"] for line in read_json_lines(folder / "starts.jsonl")] == [3]
+    assert logged_steps(folder) == [4]
+
+
+@pytest.mark.more
+def test_a_run_that_begins_from_a_checkpoint_saves_one_immediately(runs, pools, tmp_path):
+    theirs, folder = tmp_path / "theirs", tmp_path / "run"
+    runs.train(theirs, stop_after=5)
+    given = {"resume": str(theirs), "max_bad_steps": 2}
+    begin = runs.config(folder, train=given, checkpoint={"every_steps": 100})
+    assert pools(1)(faulty, begin, {7: float("nan"), 8: float("nan")}, rank=0) == [""]  # and goes back to it
+    assert rollbacks(folder) == [(5, 8)]
+    assert logged_steps(folder, "eval/loss") == [5, 10]
+
+
+@each(("step", "is_moved"), [(0, False), (2, True)])
+def test_records_of_a_start_that_made_steps_are_moved_aside(tmp_path, step, is_moved):
+    starts = RunFolder(tmp_path).starts
+    starts.write_text(json.dumps({"step": step, "epochs": None}) + "\n")
+    start_records(RunFolder(tmp_path))
+    assert starts.exists() is not is_moved
+    assert (tmp_path / "abandoned-starts.jsonl").exists() is is_moved

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from relora_mora.checkpoint import mirror
-from relora_mora.checkpoint.mirror import MirrorError
 from relora_mora.config.schema import Config
 from tests.tools.grids import rest
 from tests.tools.mirrors import wait_for
-from tests.tools.runs import checkpoint_at, different_tensors, logged_values, refusal_of, run_config, train
+from tests.tools.runs import Runs, checkpoint_at, different_tensors, logged_values, train
 
 
 def quickly(config: Config, stop_after: int | None = None) -> None:
@@ -26,20 +25,18 @@ def quickly(config: Config, stop_after: int | None = None) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [2, *rest((1,))])
-def test_a_run_that_lost_its_disk_continues_from_the_mirror(
-    pools: Any, inputs: Path, tokenizer_path: str, tmp_path: Path, ranks: int
-) -> None:
+def test_a_run_that_lost_its_disk_continues_from_the_mirror(runs: Runs, pools: Any, tmp_path: Path, ranks: int) -> None:
     """It merges after steps 4 and 8, is killed after step 6, and goes on from what the mirror has of it."""
-    whole = run_config(inputs, tokenizer_path, tmp_path / "whole", ranks)
+    whole = runs.config(tmp_path / "whole", ranks)
     pools(ranks)(train, whole)
     kept = {"mirror": str(tmp_path / "store"), "keep_last": 2, "every_steps": 2}
-    lost = run_config(inputs, tokenizer_path, tmp_path / "lost", ranks, checkpoint=kept)
+    lost = runs.config(tmp_path / "lost", ranks, checkpoint=kept)
     pools(ranks)(quickly, lost, stop_after=6)
     wait_for(lambda: (tmp_path / "store/manifests/step-00000006.json").exists())  # a thread sends, cut off or not
     wait_for(lambda: not list((tmp_path / "lost/checkpoints").glob("*.tmp")))
     wait_for(lambda: json.loads((tmp_path / "store/owner.json").read_text())["released"])
     shutil.rmtree(tmp_path / "lost")
-    here = run_config(inputs, tokenizer_path, tmp_path / "here", ranks, checkpoint=kept)
+    here = runs.config(tmp_path / "here", ranks, checkpoint=kept)
     pools(ranks)(quickly, here)
     losses = [logged_values(tmp_path / name) for name in ("whole", "here")]
     assert losses[0] == losses[1]
@@ -47,17 +44,3 @@ def test_a_run_that_lost_its_disk_continues_from_the_mirror(
     assert different_tensors(checkpoint_at(tmp_path / "whole", 10), checkpoint_at(tmp_path / "here", 10)) == []
     assert sorted(path.stem for path in (tmp_path / "store/manifests").iterdir()) == ["step-00000008", "step-00000010"]
     assert json.loads((tmp_path / "store/owner.json").read_text())["released"]
-
-
-def test_a_mirror_is_not_mixed_with_another_beginning(inputs: Path, tokenizer_path: str, tmp_path: Path) -> None:
-    def config(name: str, **train: str) -> Config:
-        kept = {"mirror": str(tmp_path / "store"), "every_steps": 0}
-        return run_config(inputs, tokenizer_path, tmp_path / name, train={"steps": 2} | train, checkpoint=kept)
-
-    quickly(config("first"))
-    message = refusal_of(config("second", resume="never"), MirrorError)
-    assert "step 2" in message
-    assert "train.resume=never" in message
-    unknown = run_config(inputs, tokenizer_path, tmp_path / "third", checkpoint={"mirror": "nonsense://a/b"})
-    assert "checkpoint.mirror" in refusal_of(unknown, MirrorError)
-    assert not (tmp_path / "third").exists()

@@ -12,16 +12,7 @@ import torch
 from torch._guards import active_fake_mode
 
 from tests.tools.grids import rest
-from tests.tools.runs import (
-    checkpoint_at,
-    copy_cut_at,
-    different_tensors,
-    logged_steps,
-    metrics,
-    refusal_of,
-    run_config,
-    train,
-)
+from tests.tools.runs import checkpoint_at, copy_cut_at, different_tensors, logged_steps, metrics, train
 
 pytestmark = pytest.mark.distributed
 
@@ -49,16 +40,12 @@ def seeds_of_forwards(config: Any) -> list[int]:
 
 
 @pytest.mark.more
-def test_dropout_draws_again_for_every_step_rank_and_micro_batch_and_resumes_bit_equal(
-    pools, inputs, tokenizer_path, tmp_path
-):
+def test_dropout_draws_again_for_every_step_rank_and_micro_batch_and_resumes_bit_equal(runs, pools, tmp_path):
     folders = {name: tmp_path / name for name in ("never", "stopped", "without")}
-    configs = {
-        name: run_config(inputs, tokenizer_path, folder, 2, **_sections(2, False)) for name, folder in folders.items()
-    }
+    configs = {name: runs.config(folder, 2, **_sections(2, False)) for name, folder in folders.items()}
     dropout = {"model": {"overrides": {"attention_dropout": 0.2}}}
     for name in ("never", "stopped"):
-        configs[name] = run_config(inputs, tokenizer_path, folders[name], 2, **_sections(2, False), **dropout)
+        configs[name] = runs.config(folders[name], 2, **_sections(2, False), **dropout)
     seeds = pools(2)(seeds_of_forwards, configs["never"])
     assert [len(of_rank) for of_rank in seeds] == [20, 20]  # two micro-batches in each of ten steps
     assert len({*seeds[0], *seeds[1]}) == 40
@@ -70,9 +57,9 @@ def test_dropout_draws_again_for_every_step_rank_and_micro_batch_and_resumes_bit
 
 
 @pytest.mark.more
-def test_base_files_are_shared_between_merges(pools, inputs, tokenizer_path, tmp_path):
+def test_base_files_are_shared_between_merges(runs, pools, tmp_path):
     folder = tmp_path / "run"
-    config = run_config(inputs, tokenizer_path, folder, 2, **_sections(2, False))
+    config = runs.config(folder, 2, **_sections(2, False))
     pools(2)(train, config, stop_after=6)
     pools(2)(train, config)
     for rank in range(2):
@@ -87,21 +74,17 @@ def test_base_files_are_shared_between_merges(pools, inputs, tokenizer_path, tmp
     assert not list((folder / "checkpoints").glob("*.tmp"))
 
 
-def test_another_config_is_refused_with_all_differences(pools, inputs, tokenizer_path, tmp_path):
+def test_another_config_is_refused_with_all_differences(runs, pools, tmp_path):
     folder = tmp_path / "run"
-    pools(1)(train, run_config(inputs, tokenizer_path, folder), stop_after=2)
-    changed = run_config(
-        inputs, tokenizer_path, folder, optim={"lr": 1e-3}, method={"merge_every": 5}, data={"seed": 7}
-    )
-    (message,) = pools(1)(refusal_of, changed)
+    runs.train(folder, stop_after=2)
+    changed = runs.config(folder, optim={"lr": 0.001}, method={"merge_every": 5}, data={"seed": 7})
+    message = runs.refusal(changed)
     for name in ("optim.lr: 0.02 in the checkpoint, 0.001 now", "method.merge_every", "data.seed"):
         assert name in message
-    allowed = run_config(
-        inputs, tokenizer_path, folder, optim={"lr": 1e-3}, train={"allow_changes": ["optim.lr"], "steps": 10}
-    )
+    allowed = runs.config(folder, optim={"lr": 0.001}, train={"allow_changes": ["optim.lr"], "steps": 10})
     pools(1)(train, allowed)
     assert metrics(folder)[-1]["step"] == 10
-    (message,) = pools(1)(refusal_of, run_config(inputs, tokenizer_path, folder, train={"resume": "never"}))
+    message = runs.refusal(runs.config(folder, train={"resume": "never"}))
     assert "train.resume=never" in message
 
 
@@ -109,13 +92,13 @@ def _eval_steps(folder: Path) -> list[int]:
     return logged_steps(folder, "eval/loss")
 
 
-def test_a_run_that_goes_back_does_not_return_to_abandoned_checkpoints(pools, inputs, tokenizer_path, tmp_path):
+def test_a_run_that_goes_back_does_not_return_to_abandoned_checkpoints(runs, pools, tmp_path):
     pool, folder = pools(1), tmp_path / "run"
-    plain = run_config(inputs, tokenizer_path, folder)
+    plain = runs.config(folder)
     pool(train, plain)
     finished = tmp_path / "finished"
     shutil.copytree(checkpoint_at(folder, 10), finished)
-    back = run_config(inputs, tokenizer_path, folder, train={"resume": str(checkpoint_at(folder, 6))})
+    back = runs.config(folder, train={"resume": str(checkpoint_at(folder, 6))})
     pool(train, back, stop_after=8)
     names = {path.name for path in (folder / "checkpoints").iterdir()}
     assert {
@@ -129,10 +112,10 @@ def test_a_run_that_goes_back_does_not_return_to_abandoned_checkpoints(pools, in
     assert _eval_steps(folder) == [0, 5, 10]
 
 
-def test_a_checkpoint_follows_the_evaluation_and_metrics_of_its_step(pools, inputs, tokenizer_path, tmp_path):
+def test_a_checkpoint_follows_the_evaluation_and_metrics_of_its_step(runs, pools, tmp_path):
     """A kill right after it must not lose them."""
     folder = tmp_path / "run"
-    config = run_config(inputs, tokenizer_path, folder, 1, eval={"every_steps": 0})
+    config = runs.config(folder, 1, eval={"every_steps": 0})
     pools(1)(train, config)
     tags = {"train/loss": "loss", "eval/loss": "eval", "perf/checkpoint_stall_seconds": "save"}
     lines = [kind for line in metrics(folder) for tag, kind in tags.items() if tag in line]
@@ -143,14 +126,14 @@ def test_a_checkpoint_follows_the_evaluation_and_metrics_of_its_step(pools, inpu
 
 @pytest.mark.more
 @pytest.mark.parametrize("method", ["remora", *rest(("relora",))])
-def test_a_longer_run_does_the_merge_that_the_last_step_left_out(pools, inputs, tokenizer_path, tmp_path, method):
+def test_a_longer_run_does_the_merge_that_the_last_step_left_out(runs, tmp_path, method):
     long, short = tmp_path / "long", tmp_path / "short"
     constant = {"schedule": "constant"}  # otherwise another train.steps changes the rates
     settings = {"method": {"name": method}, "optim": constant}
-    pools(2)(train, run_config(inputs, tokenizer_path, long, 2, **settings))
-    pools(2)(train, run_config(inputs, tokenizer_path, short, 2, train={"steps": 8}, **settings))
+    runs.train(long, 2, **settings)
+    runs.train(short, 2, train={"steps": 8}, **settings)
     assert logged_steps(short, "merge/layers") == [4]
-    pools(2)(train, run_config(inputs, tokenizer_path, short, 2, train={"allow_changes": ["train.steps"]}, **settings))
+    runs.train(short, 2, train={"allow_changes": ["train.steps"]}, **settings)
     assert different_tensors(*(checkpoint_at(folder, 10) for folder in (long, short))) == []
     assert _merges(short) == _merges(long) != []
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.tools.grids import rest
-from tests.tools.runs import checkpoint_at, logged_steps, metrics, run_config, tensors
+from tests.tools.runs import checkpoint_at, logged_steps, metrics, tensors
 from tests.train.state.faults import NAN, fault_settings, faulty, rollbacks, same_run, spiked
 
 pytestmark = pytest.mark.distributed
@@ -22,13 +22,9 @@ pytestmark = pytest.mark.distributed
         *rest((0, "bf16", "factors"), (1, "bf16", "factors"), (2, "bf16", "factors"), (3, "fp32", "factors")),
     ],
 )
-def test_one_rank_with_nan_skips_the_step_on_all_and_is_named(
-    pools, inputs, tokenizer_path, tmp_path, stage, precision, what
-):
+def test_one_rank_with_nan_skips_the_step_on_all_and_is_named(runs, pools, tmp_path, stage, precision, what):
     folder = tmp_path / "run"
-    config = run_config(
-        inputs, tokenizer_path, folder, 2, train={"zero_stage": stage, "precision": precision, "max_bad_steps": 3}
-    )
+    config = runs.config(folder, 2, train={"zero_stage": stage, "precision": precision, "max_bad_steps": 3})
     assert pools(2)(faulty, config, **{"factors": {}, what: {4: float("nan")}}) == ["", ""]
     before, after = (tensors(checkpoint_at(folder, step)) for step in (3, 4))
     masters = [key for key in before if key.startswith("master|")]

@@ -1,0 +1,125 @@
+"""The checks of a start that need neither text nor its tokenizer: settings, run folder, model and machine."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from relora_mora.adapters.stored import check_device, with_products
+from relora_mora.checkpoint.layout import list_checkpoints
+from relora_mora.checkpoint.mirror import open_store
+from relora_mora.config.load import ConfigError
+from relora_mora.config.schema import Config, EvalConfig
+from relora_mora.distributed.join import processes_on_host
+from relora_mora.evaluation.harness import TaskSettings, check_tasks
+from relora_mora.model.compiling import compiles_here
+from relora_mora.model.config import check_length
+from relora_mora.model.documents import check_attention
+from relora_mora.optim.own import with_rule
+from relora_mora.sizing.fit import check_adapters, check_memory
+from relora_mora.sizing.setup import Setup
+from relora_mora.system.hardware import fast_bf16, gpu_memory_bytes, host_memory_bytes, uses_cuda
+from relora_mora.system.logs import log
+from relora_mora.system.run_folder import RunFolder
+from relora_mora.train.begin.start_adapter import check_adapter, check_start
+from relora_mora.train.log.loggers import check_loggers
+from relora_mora.weights.foreign import check_files
+from relora_mora.weights.load import model_config_of
+from relora_mora.weights.vocabulary import with_vocabulary
+
+
+def check_settings(config: Config, world_size: int) -> tuple[Config, PreTrainedConfig, Setup]:
+    """Checks what needs neither text nor its tokenizer. Returns the settings with what follows from them."""
+    check_loggers(config.log)
+    if config.eval.tasks:
+        check_tasks(task_settings(config.eval))
+    if config.checkpoint.mirror is not None:
+        open_store(config.checkpoint.mirror)
+    check_run_folder(Path(config.train.run_dir))
+    config = with_vocabulary(with_rule(config))
+    model_config = check_model(config)
+    bf16 = computes_in_bf16(config)
+    config, reason = with_chosen_products(config, bf16=bf16)
+    if reason is not None:
+        chosen = (
+            "multiplied in 8 bits" if config.method.base_products else "only stored in 8 bits, which is faster here"
+        )
+        log.info("method.base_products: weights under adapters are %s (%s)", chosen, reason)
+    check_attention(config.model, bf16=bf16)
+    stage = config.train.zero_stage
+    compiled = compiles_here(config.model, stage, on_gpu=uses_cuda())
+    setup = Setup(config, stage, world_size, bf16=bf16, on_gpu=uses_cuda(), compiled=compiled)
+    check_machine(model_config, setup)
+    return config, model_config, setup
+
+
+def check_run_folder(path: Path) -> None:
+    """Raises :class:`ConfigError` if the run would overwrite files that are not of a run. First rank only.
+
+    A trainer notes its start and its end, and one that was killed leaves its lock. A folder with checkpoints may have
+    been copied from elsewhere.
+    """
+    folder = RunFolder(path)
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            fault = f"{place} is a link to a folder that does not exist; mount its disk, or remove the link"
+            raise ConfigError([f"train.run_dir: {fault}"], "the settings")
+    if any(each.exists() for each in (folder.lock, folder.ends, folder.starts)) or list_checkpoints(folder.checkpoints):
+        return
+    outputs = (folder.config, folder.model_config, folder.tokenizer, folder.metrics, folder.wandb_id)
+    existing = [output.name for output in outputs if output.exists()]
+    if existing:
+        fault = (
+            f"train.run_dir: {path} is not the folder of a run, and a run would overwrite {', '.join(existing)} there; "
+            "give a new or empty folder"
+        )
+        raise ConfigError([fault], "the settings")
+
+
+def check_model(config: Config) -> PreTrainedConfig:
+    """The config of the model in the settings; raises ValueErrors of the package if the model cannot be built."""
+    check_start(config)
+    model_config = model_config_of(config.model)
+    name = config.model.config or str(config.model.init_from)
+    check_length(model_config, config.data.sequence_length, name, separate_documents=config.data.masks_documents)
+    check_adapters(model_config, config.method)
+    if config.model.init_from is not None:
+        check_files(Path(config.model.init_from))
+    check_adapter(config, model_config)
+    return model_config
+
+
+def task_settings(config: EvalConfig) -> TaskSettings:
+    return TaskSettings(config.tasks, config.task_data, config.num_fewshot, config.limit, at="eval.")
+
+
+def check_machine(model_config: PreTrainedConfig, setup: Setup) -> None:
+    """Raises :class:`ConfigError` if this rank's device cannot compute as set, or has too little memory."""
+    check_device(setup.config.method, bf16=setup.bf16, capability=_capability())
+    check_memory(model_config, setup, memory_of_rank(), host_memory_of_rank())
+
+
+def memory_of_rank() -> float:
+    """Bytes of this rank's GPU, or its share of the host's memory."""
+    return gpu_memory_bytes() if uses_cuda() else host_memory_of_rank()
+
+
+def host_memory_of_rank() -> float:
+    return host_memory_bytes() / processes_on_host()
+
+
+def computes_in_bf16(config: Config) -> bool:
+    return fast_bf16() if config.train.precision == "auto" else config.train.precision == "bf16"
+
+
+def with_chosen_products(config: Config, *, bf16: bool) -> tuple[Config, str | None]:
+    """Replaces ``method.base_products: auto`` by what is faster here; returns the reason of a choice, too."""
+    if not config.method.uses_adapters:
+        return config, None
+    vnni = torch.cpu._is_vnni_supported()
+    method, reason = with_products(config.method, bf16=bf16, capability=_capability(), vnni=vnni)
+    return config.model_copy(update={"method": method}), reason
+
+
+def _capability() -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability() if uses_cuda() else None
