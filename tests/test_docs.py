@@ -17,9 +17,9 @@ from relora_mora.config.removed import REMOVED
 from relora_mora.config.schema import SETTINGS, Config, may_change
 from relora_mora.train.begin.identity import FREE_SECTIONS
 from tests.tools.documents import DOCUMENTS, INSTRUCTIONS, blocks, name
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
-from tests.tools.models_page import models_page
-from tests.tools.support_page import support_page
+from tests.tools.pages import PAGES, written
 
 pytestmark = pytest.mark.more
 
@@ -57,15 +57,10 @@ def commands(text: str) -> Iterator[list[str]]:
             yield line.removeprefix("$ ").split("  #")[0].split()
 
 
-def test_the_page_of_what_works_together_is_up_to_date() -> None:
-    page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
-    assert page == support_page(), "run: python -m tests.tools.support_page > docs/support.md"
-
-
-@pytest.mark.more
-def test_the_page_of_models_is_up_to_date() -> None:
-    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    assert page == models_page(), "run: python -m tests.tools.models_page > docs/models.md"
+@each("page", [page for page in PAGES if page != "recipes"])  # whose commands and rows its own test tries
+def test_a_page_that_follows_from_the_code_is_up_to_date(page: str) -> None:
+    now, then = written(page)
+    assert now == then, f"run: python -m tests.tools.pages {page}"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)

@@ -15,9 +15,7 @@ from relora_mora.__main__ import main
 from relora_mora.cli.arguments import PositiveInt, read_arguments
 from relora_mora.cli.help import help_text
 from relora_mora.commands import COMMANDS, NAMES, main_of
-from tests.tools.commands_page import commands_page
 from tests.tools.each import each
-from tests.tools.helpers import ROOT
 
 
 def command(path: str, *, rows: PositiveInt | None = None, kind: Literal["a", "b"] = "a", fast: bool = False) -> None:
@@ -124,8 +122,3 @@ def test_the_shell_completes_commands_and_options(capsys: pytest.CaptureFixture[
 
     assert completed("relora-mora") >= set(NAMES)
     assert "--gpus-per-node" in completed("relora-mora", "plan")
-
-
-def test_the_page_of_commands_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")  # restored afterwards
-    assert (ROOT / "docs" / "commands.md").read_text() == commands_page()

@@ -21,7 +21,7 @@ import yaml
 from relora_mora.config.load import load_config
 from relora_mora.supervise.exits import FAILED, LOST, REQUEUE, USER_ERROR
 from tests.tools.helpers import ROOT
-from tests.tools.jobs import ends, last_step, write_config
+from tests.tools.jobs import PACED, ends, last_step, write_config
 from tests.tools.ports import free_port
 from tests.tools.runs import run_config, write_inputs
 
@@ -327,7 +327,7 @@ def test_a_drained_pod_saves_and_the_same_pods_finish_the_run(tokenizer_path: st
         inputs, tokenizer_path, run_dir, 2, train={"steps": 100_000}, checkpoint={"every_steps": 20, "keep_last": 2}
     )
     config = str(write_config(settings, tmp_path / "run.yaml"))
-    with pods(config) as started:
+    with pods(config, PROGRAM=str(PACED)) as started:
         while last_step(run_dir) < 5:
             assert all(process.poll() is None for process in started), codes_of(started)
             time.sleep(0.1)

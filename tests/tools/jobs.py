@@ -23,6 +23,7 @@ from tests.tools.ports import free_port
 
 BIN = Path(sys.executable).parent
 POLL_SECONDS = 0.05
+PACED = ROOT / "tests" / "tools" / "paced.py"
 _OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -63,7 +64,8 @@ def kill_all() -> None:
 
 
 class Job:
-    """A run of launch/pretrain.py (or ``script``) on ``ranks`` processes, with deepspeed, torchrun or python."""
+    """A run of launch/pretrain.py, with pauses (or of ``script``), on ``ranks`` processes, with deepspeed, torchrun or
+    python."""
 
     def __init__(
         self,
@@ -86,7 +88,7 @@ class Job:
         self.log = config.with_suffix(f".{time.monotonic_ns()}.log")
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
-                [*front, str(script or ROOT / "launch" / "pretrain.py"), str(config), *arguments],
+                [*front, str(script or PACED), str(config), *arguments],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
