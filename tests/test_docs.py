@@ -188,20 +188,6 @@ def test_no_text_has_a_path_of_somebodys_machine() -> None:
     assert not found
 
 
-def test_the_hostfile_has_the_form_that_deepspeed_reads() -> None:
-    lines = (ROOT / "launch" / "hostfile.example").read_text().splitlines()
-    assert all(re.fullmatch(r"#.*|\S+ slots=\d+", line) for line in lines)
-
-
-def test_tensorboard_of_the_compose_file_is_reachable_from_this_machine_only() -> None:
-    import yaml
-
-    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
-    ports = [port for service in services.values() for port in service.get("ports", [])]
-    assert ports
-    assert all(str(port).startswith("127.0.0.1:") for port in ports)
-
-
 def test_the_image_copies_only_files_that_the_build_gets() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     allowed = {line.removeprefix("!") for line in ignored if line.startswith("!")}

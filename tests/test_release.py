@@ -8,27 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 pytestmark = pytest.mark.more
 
-CHANGES = "# Changelog\n\n## [1.1.0]\n\n- new\n\n## [1.0.0]\n\n- old\n"
 
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+def make_checkout(folder: Path) -> None:
     """A repository with version 1.1.0, whose packages are one empty file."""
-    (tmp_path / "relora_mora").mkdir()
-    (tmp_path / "relora_mora" / "__init__.py").write_text('__version__ = "1.1.0"\n')
-    (tmp_path / "CHANGELOG.md").write_text(CHANGES)
-    (tmp_path / "Makefile").write_text("packages:\n\t@mkdir -p dist && touch dist/made.whl\n")
-    (tmp_path / ".gitignore").write_text("dist/\n")
-    (tmp_path / ".ci").mkdir()
-    shutil.copy(ROOT / ".ci" / "release", tmp_path / ".ci")
+    for name in ("relora_mora", ".ci"):
+        (folder / name).mkdir()
+    (folder / "relora_mora" / "__init__.py").write_text('__version__ = "1.1.0"\n')
+    (folder / "CHANGELOG.md").write_text("# Changelog\n\n## [1.1.0]\n\n- new\n\n## [1.0.0]\n\n- old\n")
+    (folder / "Makefile").write_text("packages:\n\t@mkdir -p dist && touch dist/made.whl\n")
+    (folder / ".gitignore").write_text("dist/\n")
+    shutil.copy(ROOT / ".ci" / "release", folder / ".ci")
     for words in (["init", "--quiet"], ["config", "user.name", "x"], ["config", "user.email", "x@example.com"]):
-        git(tmp_path, *words)
-    commit(tmp_path)
-    return tmp_path
+        git(folder, *words)
+    commit(folder)
 
 
 def git(folder: Path, *words: str) -> str:
@@ -44,17 +41,18 @@ def release(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([folder / ".ci" / "release"], capture_output=True, text=True, check=False)
 
 
-def test_the_commit_is_tagged_with_the_notes_of_its_version(checkout: Path) -> None:
-    done = release(checkout)
+def test_the_commit_is_tagged_with_the_notes_of_its_version(tmp_path: Path) -> None:
+    make_checkout(tmp_path)
+    done = release(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (checkout / "dist" / "NOTES.md").read_text() == "# relora_mora 1.1.0\n\n- new\n"
-    assert git(checkout, "tag", "--format=%(contents)").strip() == "# relora_mora 1.1.0\n\n- new"
+    assert (tmp_path / "dist" / "NOTES.md").read_text() == "# relora_mora 1.1.0\n\n- new\n"
+    assert git(tmp_path, "tag", "--format=%(contents)").strip() == "# relora_mora 1.1.0\n\n- new"
     assert "twine upload dist/*.whl" in done.stdout
-    assert release(checkout).returncode == 2
+    assert release(tmp_path).returncode == 2
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "committed"),
+@each(
+    "file,text,committed",
     [
         ("other", "x", False),
         ("CHANGELOG.md", "## [1.1.0]\n\n## [1.0.0]\n\n- old\n", True),
@@ -62,11 +60,12 @@ def test_the_commit_is_tagged_with_the_notes_of_its_version(checkout: Path) -> N
     ],
 )
 def test_nothing_is_made_of_a_changed_checkout_or_without_notes(
-    checkout: Path, file: str, text: str, committed: bool
+    tmp_path: Path, file: str, text: str, committed: bool
 ) -> None:
-    (checkout / file).write_text(text)
+    make_checkout(tmp_path)
+    (tmp_path / file).write_text(text)
     if committed:
-        commit(checkout)
-    assert release(checkout).returncode == 2
-    assert not (checkout / "dist").exists()
-    assert git(checkout, "tag") == ""
+        commit(tmp_path)
+    assert release(tmp_path).returncode == 2
+    assert not (tmp_path / "dist").exists()
+    assert git(tmp_path, "tag") == ""

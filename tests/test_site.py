@@ -14,6 +14,7 @@ import yaml
 
 import relora_mora
 from tests.tools.documents import DOCUMENTS, name
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 pytestmark = pytest.mark.more
@@ -46,8 +47,8 @@ def test_every_page_is_in_the_navigation_once(hooks: ModuleType) -> None:
     assert sorted(nav) == sorted({*pages, "api.md"})
 
 
-@pytest.mark.parametrize(
-    ("page", "target", "leads_to"),
+@each(
+    "page,target,leads_to",
     [
         ("README.md", "docs/data.md#lanes", "docs/data.md#lanes"),
         ("docs/data.md", "#lanes", "#lanes"),

@@ -17,10 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from relora_mora.config.load import dump, load_config
-from relora_mora.optim.groups import make_schedule
+from relora_mora.config.load import dump
 from tests.containers.buildah import CANARY, IMAGE, Buildah, Container, need_disk, pip_settings, skip_reason
-from tests.tools.helpers import ROOT
 from tests.tools.runs import run_config, write_inputs
 
 pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=skip_reason() or "")
@@ -137,19 +135,3 @@ def test_it_trains_as_its_user_and_the_health_check_passes(
 def _owned(folder: Path) -> list[Path]:
     found = subprocess.run(["find", folder, "-xdev", "-uid", str(UID)], capture_output=True, text=True, check=True)
     return [Path(line) for line in found.stdout.splitlines()]
-
-
-def test_the_demo_runs_in_it(container: Container) -> None:
-    """Text, tokenizer, two ranks, merges, export, and the export used."""
-    done = container.run("python", "-m", "relora_mora", "demo")
-    print(done.stdout)
-    run = container.runs / "demo" / "run"
-    settings = load_config(ROOT / "configs" / "run" / "demo.yaml", world_size=2)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert max(line["step"] for line in lines) == settings.train.steps
-    merges = make_schedule(settings.method, settings.optim, settings.train.steps).merges_done(settings.train.steps)
-    assert len([line for line in lines if "merge/layers" in line]) == merges > 0
-    perplexities = [line["eval/perplexity"] for line in lines if "eval/perplexity" in line]
-    assert perplexities == sorted(perplexities, reverse=True)
-    assert perplexities[-1] < perplexities[0] / 10
-    assert (container.runs / "demo" / "export" / "config.json").is_file()
