@@ -36,10 +36,8 @@ def shape(rate: str) -> str:
         "tbf": ["tbf", "rate", rate, "burst", "128kb", "latency", "100ms"],
     }
     for way, arguments in ways.items():
-        if (
-            subprocess.run(["tc", "qdisc", "add", "dev", "eth0", "root", *arguments], capture_output=True).returncode
-            == 0
-        ):
+        command = ["tc", "qdisc", "add", "dev", "eth0", "root", *arguments]
+        if subprocess.run(command, capture_output=True).returncode == 0:
             return way
     raise SystemExit("tc can neither netem nor tbf on this kernel")
 
@@ -96,16 +94,8 @@ def main(given: str) -> None:
                 sent[name].append(int(SENT.read_text()) - bytes_before)
         for name, rig in built.items():
             trainable = sum(p.numel() for p in rig.engine.lm.parameters() if p.requires_grad)
-            rows.append(
-                {
-                    "variant": name,
-                    "rate": rate,
-                    "way": way,
-                    "seconds": seconds[name],
-                    "sent": sent[name],
-                    "trainable": trainable,
-                }
-            )
+            row = {"variant": name, "rate": rate, "way": way, "trainable": trainable}
+            rows.append(row | {"seconds": seconds[name], "sent": sent[name]})
     shape("none")
     if rank == 0:
         print(json.dumps({"bf16": fast_bf16(), "stage": plan["stage"], "rows": rows}))

@@ -77,10 +77,9 @@ def deepspeed(host: Host, config: Path, *arguments: str, **environment: str) -> 
 
 def on_one_host(host: Host, config: Path, ranks: int) -> Command:
     """With torchrun; what the ranks train on is written to ``followed`` next to the configuration."""
-    launcher = [str(BIN / "torchrun"), "--master_port=29501", f"--nproc_per_node={ranks}"]
-    return Command(
-        host, config.parent / "one_host.log", *launcher, FOLLOWER, str(config), FOLLOWED=str(config.parent / "followed")
-    )
+    launcher = [str(BIN / "torchrun"), "--master_port=29501", f"--nproc_per_node={ranks}", FOLLOWER]
+    log = config.parent / "one_host.log"
+    return Command(host, log, *launcher, str(config), FOLLOWED=str(config.parent / "followed"))
 
 
 def torchrun(host: Host, config: Path) -> Command:
@@ -92,9 +91,8 @@ def torchrun(host: Host, config: Path) -> Command:
         "--rdzv_endpoint=node1:29500",
         "--rdzv_id=remora",
     ]
-    return Command(
-        host, config.parent / f"torchrun.{host.name}.log", str(BIN / "torchrun"), *rendezvous, PRETRAIN, str(config)
-    )
+    log = config.parent / f"torchrun.{host.name}.log"
+    return Command(host, log, str(BIN / "torchrun"), *rendezvous, PRETRAIN, str(config))
 
 
 def starts(run_dir: Path) -> list[int]:

@@ -45,13 +45,8 @@ PLAN: dict[str, Any] = {
 def measure(pair: Pair, folder: Path, stage: int) -> dict[str, Any]:
     ranks = []
     for number, host in enumerate(pair):
-        place = {
-            "RANK": str(number),
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "node1",
-            "MASTER_PORT": "29500",
-        }
+        place = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
         given = json.dumps(PLAN | {"stage": stage})
         log = folder / f"zero{stage}.{host.name}.log"
         ranks.append(Command(host, log, sys.executable, "-m", "tests.cluster.link_steps", given, **place))
@@ -74,15 +69,10 @@ def table(results: list[dict[str, Any]]) -> str:
             rate, seconds, sent = row["rate"], statistics.median(row["seconds"]), statistics.median(row["sent"])
             full.setdefault(rate, seconds)
             exposed = f"{(seconds - free[row['variant']]) / (8 * sent / BITS[rate]):.0%}" if rate in BITS else ""
-            cells = [
-                *(str(result["stage"]), "no limit" if rate == "none" else f"{rate} ({row['way']})", row["variant"]),
-                *(
-                    f"{seconds:.2f} ({min(row['seconds']):.2f} to {max(row['seconds']):.2f})",
-                    f"{seconds / full[rate]:.2f}",
-                ),
-                *(f"{sent / 1e6:.1f}", exposed),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
+            link = "no limit" if rate == "none" else f"{rate} ({row['way']})"
+            times = f"{seconds:.2f} ({min(row['seconds']):.2f} to {max(row['seconds']):.2f})"
+            cells = [result["stage"], link, row["variant"], times, f"{seconds / full[rate]:.2f}", f"{sent / 1e6:.1f}"]
+            lines.append(f"| {' | '.join(map(str, [*cells, exposed]))} |")
     trained = "; ".join(
         f"{row['variant']}: {row['trainable']:,}" for row in results[0]["rows"] if row["rate"] == "none"
     )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from tests.tools.helpers import ROOT
+from tests.tools.helpers import KERNELS, ROOT, worktree
 from tests.tools.ports import free_port
 from tests.tools.runs import metrics, run_config, tensors, write_inputs
 from tests.tools.tokenizer_tools import train_tokenizer
@@ -42,23 +42,16 @@ CELLS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 }
 RESUMED_AT = 3
 NO_RESULTS = ("seconds", "/digest", "/answers")  # metrics that are times, or what was scored
-KERNELS = Path("relora_mora", "kernels", "_kernels.so")
 
 
 def main() -> None:
     commit = sys.argv[1] if len(sys.argv) > 1 else "HEAD"
-    with tempfile.TemporaryDirectory(prefix="same_numbers-") as name:
-        folder = Path(name)
-        before = folder / "before"
-        subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", before, commit], check=True)
-        try:
-            if (ROOT / KERNELS).exists():  # otherwise both use torch operations
-                build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-                subprocess.run(build, cwd=before, check=True, stderr=subprocess.DEVNULL)
-                assert (before / KERNELS).exists(), "the kernels of that commit cannot be compiled here"
-            different = compare(before, folder)
-        finally:
-            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", before], check=True)
+    with worktree(commit) as before, tempfile.TemporaryDirectory(prefix="same_numbers-") as folder:
+        if (ROOT / KERNELS).exists():  # otherwise both use torch operations
+            build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+            subprocess.run(build, cwd=before, check=True, stderr=subprocess.DEVNULL)
+            assert (before / KERNELS).exists(), "the kernels of that commit cannot be compiled here"
+        different = compare(before, Path(folder))
     if different:
         raise SystemExit("\n".join(["not the same:", *different]))
     print(f"the same numbers as {commit}: {len(CELLS)} runs, and as many resumes from its checkpoints")
