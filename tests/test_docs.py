@@ -63,7 +63,7 @@ def test_a_page_that_follows_from_the_code_is_up_to_date(page: str) -> None:
     assert now == then, f"run: python -m tests.tools.pages {page}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+@each("path", DOCUMENTS)
 def test_every_relative_link_leads_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if target.startswith(("http://", "https://", "mailto:")):
@@ -74,7 +74,7 @@ def test_every_relative_link_leads_somewhere(path: Path) -> None:
         assert not anchor or anchor in anchors(linked.read_text()), f"{name(path)}: {target}"
 
 
-@pytest.mark.parametrize("path", INSTRUCTIONS, ids=name)
+@each("path", INSTRUCTIONS)
 def test_every_file_of_the_repository_that_is_named_exists(path: Path) -> None:
     folder = r"(?<![\w./-])(?:launch|configs|tokenizer|docs|tests|relora_mora)/"
     pattern = folder + r"[\w./-]*\.(?:py|ya?ml|json|md|sbatch|example)\b"
@@ -94,7 +94,7 @@ def test_recipes_name_code_that_exists() -> None:
 TELL_OF_REMOVED = ("CHANGELOG.md", "docs/promises.md", "docs/experiments.md")
 
 
-@pytest.mark.parametrize("path", INSTRUCTIONS, ids=name)
+@each("path", INSTRUCTIONS)
 def test_every_setting_that_is_named_exists(path: Path) -> None:
     text = path.read_text()
     flags = re.findall(r"--([a-z_]+\.[\w.]+\w)(?==)", text)
@@ -106,7 +106,7 @@ def test_every_setting_that_is_named_exists(path: Path) -> None:
         assert deliberate or is_setting(dotted), f"{name(path)}: {dotted}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+@each("path", DOCUMENTS)
 def test_commands_use_options_that_they_take(path: Path) -> None:
     for words in commands(path.read_text()):
         if words[:1] != ["relora-mora"]:
@@ -119,7 +119,7 @@ def test_commands_use_options_that_they_take(path: Path) -> None:
             assert taken, f"{name(path)}: relora-mora {command} has no {word}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+@each("path", DOCUMENTS)
 def test_every_make_target_that_is_named_exists(path: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", path.read_text(), re.MULTILINE))
@@ -186,13 +186,3 @@ def test_no_text_has_a_path_of_somebodys_machine() -> None:
     inside = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in kinds)
     found = [f"{name(file)}: {match}" for file in {*INSTRUCTIONS, *inside} for match in home.findall(file.read_text())]
     assert not found
-
-
-def test_the_image_copies_only_files_that_the_build_gets() -> None:
-    ignored = (ROOT / ".dockerignore").read_text().splitlines()
-    allowed = {line.removeprefix("!") for line in ignored if line.startswith("!")}
-    copied = re.findall(r"^COPY (?!--from)(?:--chmod=\d+ )?(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    sources = {source for line in copied for source in line.split()}
-    assert "*" in ignored
-    assert sources == allowed
-    assert all((ROOT / source).exists() for source in sources)

@@ -18,12 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.tools.helpers import ROOT
 
 MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
-NEEDED_GIB = 12
 CANARY = "canary-of-the-builder.invalid"  # among pip's settings of the build: no trace of it may be in the image
 BASE, IMAGE = "localhost/base", "localhost/relora_mora"
 
@@ -44,19 +41,15 @@ class Buildah:
         self, *arguments: object, check: bool = True, capture: bool = True
     ) -> subprocess.CompletedProcess[str]:
         place = [f"--root={self.folder / 'root'}", f"--runroot={self.folder / 'runroot'}"]
+        variables = {"TMPDIR": str(self.folder / "tmp"), "BUILDAH_ISOLATION": "chroot"}
+        variables["CONTAINERS_CONF"] = str(self.folder / "containers.conf")
         done = subprocess.run(
             ["buildah", *place, *map(str, arguments)],
-            env=os.environ
-            | {
-                "TMPDIR": str(self.folder / "tmp"),
-                "BUILDAH_ISOLATION": "chroot",
-                "CONTAINERS_CONF": str(self.folder / "containers.conf"),
-            },
+            env=os.environ | variables,
             text=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if capture else None,
             stderr=subprocess.STDOUT if capture else None,
-            check=False,
         )
         assert not check or done.returncode == 0, done.stdout
         return done
@@ -70,9 +63,8 @@ class Buildah:
         tree, packages, debians = self.folder / "tree", "python3,ca-certificates", sys.base_prefix == "/usr"
         suite = platform.freedesktop_os_release().get("VERSION_CODENAME", "stable")
         packages += ",python3-pip,python3-venv" if debians else ""
-        subprocess.run(
-            ["debootstrap", "--variant=minbase", f"--include={packages}", suite, str(tree), MIRROR], check=True
-        )
+        options = ["--variant=minbase", f"--include={packages}"]
+        subprocess.run(["debootstrap", *options, suite, str(tree), MIRROR], check=True)
         if not debians:
             unneeded = shutil.ignore_patterns("site-packages", "test", "__pycache__")
             shutil.copytree(sys.base_prefix, tree / "opt" / "python", symlinks=True, ignore=unneeded)
@@ -89,13 +81,9 @@ class Buildah:
 
     def build(self, base: str) -> None:
         """Builds the image with this machine's settings of pip as a secret and its local files mounted."""
-        settings, mounts = pip_settings(), []
-        for value in settings.values():
-            mounts += [
-                f"--volume={path}:{path}:ro"
-                for path in value.split()
-                if Path(path).is_absolute() and Path(path).exists()
-            ]
+        settings = pip_settings()
+        paths = [Path(path) for value in settings.values() for path in value.split()]
+        mounts = [f"--volume={path}:{path}:ro" for path in paths if path.is_absolute() and path.exists()]
         pip_conf = self.folder / "pip.conf"
         lines = [f"{key} = {value}" for key, value in settings.items()]
         pip_conf.write_text("\n".join(["[global]", *lines, f"canary = {CANARY}", ""]))
@@ -112,19 +100,6 @@ class Buildah:
         return found
 
 
-@dataclass
-class Container:
-    """A container of an image with ``runs`` as its /app/runs."""
-
-    buildah: Buildah
-    name: str
-    runs: Path
-
-    def run(self, *command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Runs a command as the image's user, with its variables and in its folder."""
-        return self.buildah("run", f"--volume={self.runs}:/app/runs", self.name, "--", *command, check=check)
-
-
 def skip_reason() -> str | None:
     """Why no image can be built here."""
     if os.geteuid() != 0:
@@ -135,16 +110,9 @@ def skip_reason() -> str | None:
     return None
 
 
-def need_disk(folder: Path) -> None:
-    free = shutil.disk_usage(folder).free / 2**30
-    if free < NEEDED_GIB:
-        pytest.skip(f"{folder} has {free:.0f} GiB free, the images need {NEEDED_GIB}")
-
-
 def pip_settings() -> dict[str, str]:
     """What `pip config list` says, by name, without its sections."""
-    listed = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
-    ).stdout
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = [line.partition("=") for line in listed.splitlines()]
     return {key.rpartition(".")[2]: value.strip("'\"") for key, _, value in found}

@@ -135,3 +135,12 @@ def test_the_health_check_passes_only_if_a_run_writes_metrics(tmp_path: Path) ->
     assert healthy()
     os.utime(run / "metrics.jsonl", (0, time.time() - 3600))
     assert not healthy()
+
+
+def test_the_image_copies_only_files_that_the_build_gets() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = re.findall(r"^COPY (?!--from)(?:--chmod=\d+ )?(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    sources = {source for line in copied for source in line.split()}
+    assert "*" in ignored
+    assert sources == {line.removeprefix("!") for line in ignored if line.startswith("!")}
+    assert all((ROOT / source).exists() for source in sources)
