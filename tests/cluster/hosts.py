@@ -25,7 +25,7 @@ from tests.tools.jobs import command_of, lives
 
 NAMES = ("node1", "node2")
 NEEDED = ("unshare", "nsenter", "setpriv", "mount", "ip", "sshd", "ssh-keygen", "pdsh")
-_OF_A_RUN = ("launch/pretrain.py", "follower.py", "relora_mora.data.stream.worker", "deepspeed", "torchrun")
+_OF_A_RUN = ("launch/pretrain.py", "follower.py", "paced.py", "relora_mora.data.stream.worker", "deepspeed", "torchrun")
 _NAMESPACES = "unshare --net --uts --mount --pid --fork"
 _BOOT = """
 set -e

@@ -96,7 +96,6 @@ class Loop:
     def _await(self, job: Job, phase: str, count: int) -> bool:
         deadline = time.monotonic() + 120
         while self.phases.read_text().split().count(phase) < count:
-            job.processes()
             if job.process.poll() is not None:
                 return False
             assert time.monotonic() < deadline, f"no {phase} in 120 s\n{job.output}"

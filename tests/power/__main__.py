@@ -25,7 +25,7 @@ import yaml
 from tests.tools.helpers import KERNELS, ROOT, worktree
 
 LIST = Path(__file__).with_name("faults.yaml")
-LAYERS = {"test": "make test", "all": "longer targets only", None: "no test"}
+LAYERS = ("test", "all", None)  # make test, longer targets only, no test
 HANG_SECONDS = 300  # for a test that is known to find a fault
 LONGEST_SECONDS = 7200
 ANY_MARKER = ["-m", ""]  # also those that make test leaves out
@@ -46,7 +46,9 @@ def main() -> None:
     chosen = choose(faults, options)
     lost = []
     with current() as checkout:
-        check_texts(faults, checkout)
+        wrong = [fault["name"] for fault in faults if occurrences(fault, checkout) != 1]
+        if wrong:
+            raise SystemExit(f"{LIST}: change `find` to the code of today, or drop the fault: {', '.join(wrong)}")
         check_tests_pass(checkout, chosen, options)
         for fault in chosen:
             before = fault["found_by"]
@@ -54,7 +56,7 @@ def main() -> None:
             print(f"{fault['name']}: {found_by or 'not found'}", flush=True)
             if before is not None and found_by is None:
                 lost.append(fault["name"])
-    print_table(chosen)
+    print(f"{len(chosen)} faults, {len(lost)} of them lost")
     if lost:
         raise SystemExit(f"not found any more: {', '.join(lost)}; add a test, or find another one with --full")
 
@@ -90,25 +92,6 @@ def occurrences(fault: Fault, checkout: Path) -> int:
     """How often the text to replace is in the file of a fault."""
     path = checkout / fault["file"]
     return path.read_text(encoding="utf-8").count(fault["find"]) if path.exists() else 0
-
-
-def check_texts(faults: Sequence[Fault], checkout: Path) -> None:
-    counts = {fault["name"]: occurrences(fault, checkout) for fault in faults}
-    wrong = [f"{name} ({count} times)" for name, count in counts.items() if count != 1]
-    if wrong:
-        raise SystemExit(
-            f"{LIST}: these texts to find are not in their file exactly once: {', '.join(wrong)}; change `find` to the "
-            "code of today, or remove a fault whose code is gone"
-        )
-
-
-def print_table(faults: Sequence[Fault]) -> None:
-    width = max(len(fault["name"]) for fault in faults)
-    for fault in faults:
-        print(f"{fault['name']:{width}}  {fault['layer'] or '-':4}  {fault['found_by'] or '-'}")
-    layers = [fault["layer"] for fault in faults]
-    found = ", ".join(f"{layers.count(layer)} by {name}" for layer, name in LAYERS.items())
-    print(f"{len(faults)} faults, found: {found}")
 
 
 @contextmanager

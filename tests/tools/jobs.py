@@ -24,6 +24,7 @@ from tests.tools.ports import free_port
 BIN = Path(sys.executable).parent
 POLL_SECONDS = 0.05
 PACED = ROOT / "tests" / "tools" / "paced.py"
+_JOB = "JOB_OF_A_TEST"  # a variable that everything in a job inherits
 _OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -64,8 +65,7 @@ def kill_all() -> None:
 
 
 class Job:
-    """A run of launch/pretrain.py, with pauses (or of ``script``), on ``ranks`` processes, with deepspeed, torchrun or
-    python."""
+    """A run of launch/pretrain.py with pauses, or of ``script``, on ``ranks`` processes, by deepspeed or torchrun."""
 
     def __init__(
         self,
@@ -81,11 +81,11 @@ class Job:
         front = {
             "deepspeed": [*_script("deepspeed"), f"--num_gpus={ranks}", f"--master_port={self.port}"],
             "torchrun": [*_script("torchrun"), f"--nproc_per_node={ranks}", f"--master_port={self.port}"],
-            "python": [sys.executable],
         }[launcher]
         kept = {key: value for key, value in os.environ.items() if key not in _OF_A_JOB}
         given = {"DS_ACCELERATOR": device, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
         self.log = config.with_suffix(f".{time.monotonic_ns()}.log")
+        given[_JOB] = self.log.name
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 [*front, str(script or PACED), str(config), *arguments],
@@ -96,7 +96,6 @@ class Job:
                 env=kept | given,
                 start_new_session=True,
             )
-        self.tree: dict[int, psutil.Process] = {}
         RUNNING.append(self)
 
     @property
@@ -104,18 +103,13 @@ class Job:
         return self.log.read_text(errors="replace")
 
     def processes(self) -> list[psutil.Process]:
-        """Everything this job has started and that was seen alive, also what has lost its parent since."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self.tree.setdefault(self.process.pid, psutil.Process(self.process.pid))
-        children: dict[int, list[psutil.Process]] = {}
-        for process in psutil.process_iter(["ppid"]):
-            children.setdefault(process.info["ppid"], []).append(process)
-        parents = [process for process in self.tree.values() if lives(process)]
-        while parents:
-            new = [child for child in children.get(parents.pop().pid, ()) if child.pid not in self.tree]
-            self.tree |= {child.pid: child for child in new}
-            parents += new
-        return [process for process in self.tree.values() if lives(process)]
+        """Everything of this job that lives, also what has lost its parent, in the order of their starts."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(_JOB) == self.log.name and lives(process):
+                    found.append(process)
+        return sorted(found, key=psutil.Process.create_time)
 
     def rank(self, number: int) -> psutil.Process:
         process = self.find_rank(number)
@@ -150,7 +144,6 @@ class Job:
         while not (value := true()):
             assert self.process.poll() is None or true(), f"the job ended with {self.process.returncode}\n{self.output}"
             assert time.monotonic() < deadline, f"waited for {seconds} s\n{self.output}"
-            self.processes()
             time.sleep(POLL_SECONDS)
         return value
 
@@ -161,7 +154,6 @@ class Job:
         """The exit code, when it ends in time."""
         end = time.monotonic() + seconds
         while self.process.poll() is None:
-            self.processes()
             assert time.monotonic() < end, f"still running after {seconds} s\n{self.output}"
             time.sleep(POLL_SECONDS)
         return self.process.returncode
