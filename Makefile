@@ -142,7 +142,7 @@ study: $(VENV)/.installed-dev  ## tables and figures of the studies in the docum
 study-smoke: $(VENV)/.installed-dev  ## a study of six short runs
 	test -d runs/demo/tokenizer || $(MAKE) --no-print-directory demo
 	rm -rf runs/studies/smoke
-	$(BIN)/relora-mora study configs/study/smoke.yaml
+	$(BIN)/relora-mora study configs/study/smoke.yaml --jobs=2
 
 AGAINST ?= HEAD
 same: $(VENV)/.installed-dev  ## whether the code here trains tiny runs bit for bit as that of a commit: make same AGAINST=main
