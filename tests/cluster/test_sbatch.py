@@ -145,6 +145,9 @@ def test_every_task_gets_its_rank_and_is_the_trainer_itself(slurm: Slurm) -> Non
     ]
     assert "option --kill-on-bad-exit=0" in done.stdout  # otherwise the first end hides the codes of the others
     assert {path.name for path in (slurm.folder / "runs" / "slurm" / "123456").iterdir()} == {"progress", "srun.log"}
+    [line] = [line for line in done.stdout.splitlines() if "TensorBoard" in line]
+    tensorboard = "python -m tensorboard.main --logdir runs/tiny_remora --load_fast=false --host localhost --port 6006"
+    assert line.endswith(f'ssh -t -L 6006:localhost:6006 user@login1 "cd {slurm.folder} && {tensorboard}"')
     ports = {int(re.findall(r"at first:(\d+)", output)[0]) for output in (done.stdout, slurm.start().stdout)}
     assert len(ports) == 2 and all(20000 <= port < 32000 for port in ports)
 
@@ -164,6 +167,7 @@ def test_every_task_gets_its_rank_and_is_the_trainer_itself(slurm: Slurm) -> Non
         ("137 2", {}, 2, False),
         ("127 69", {}, 127, False),
         ("69 69", {"LOSES_LOGS": "1"}, 69, True),
+        ("75 75", {"REQUEUE_CODE": "1"}, 75, True),  # Slurm refuses
         ("75 75", {"AWAY": "1"}, 75, True),  # the controller
         ("75 75", {"SLURM_RESTART_COUNT": "3"}, 75, True),  # of the job that submitted this one
     ],
@@ -175,6 +179,7 @@ def test_the_first_failure_decides_the_exit_code(
     done = slurm.start(codes=codes, **given)
     assert done.returncode == code
     assert ("requeued 123456" in done.stdout) == requeued
+    assert ("could not be requeued" in done.stdout) == ("REQUEUE_CODE" in given)
     assert "(start 1)" in done.stdout
     # Slurm's words are shown
     assert ("Exited with exit code" in done.stderr) == any(0 < int(each) < 128 for each in codes.split())
@@ -201,12 +206,6 @@ def test_a_start_ended_by_slurm_counts_if_it_made_progress_and_another_job_count
         slurm.start(codes="69 69")
     slurm.restarts = 0
     assert "requeued" in slurm.start(codes="69 69").stdout
-
-
-def test_a_job_that_cannot_be_requeued_reports_it_and_keeps_the_code(slurm: Slurm) -> None:
-    done = slurm.start(codes="75 75", REQUEUE_CODE="1")
-    assert done.returncode == 75
-    assert "could not be requeued" in done.stdout
 
 
 @each("state", [{"RESTARTS": "1"}, {"RESTARTS": "1", "STATE": "PENDING"}, {"STATE": "CANCELLED"}])
@@ -269,12 +268,6 @@ def test_the_trainer_that_is_started(tmp_path: Path, arguments: list[str], given
     done = cluster_at(tmp_path).start(*arguments, codes="75 75", **given)
     assert called in done.stdout, done.stderr
     assert f"requeued {'123450_7' if given == TASK else '123456'}\n" in done.stdout
-
-
-def test_the_log_says_how_to_see_tensorboard(slurm: Slurm) -> None:
-    [line] = [line for line in slurm.start().stdout.splitlines() if "TensorBoard" in line]
-    tensorboard = "python -m tensorboard.main --logdir run --load_fast=false --host localhost --port 6006"
-    assert line.endswith(f'ssh -t -L 6006:localhost:6006 user@login1 "cd {slurm.folder} && {tensorboard}"')
 
 
 def test_in_a_container_the_image_runs_the_trainer_and_sees_the_checkout(slurm: Slurm) -> None:

@@ -117,13 +117,10 @@ class Pool:
                 raise self._broken(f"no answer to {what} in {LONGEST_SECONDS:.0f} s")
 
     def _broken(self, reason: str) -> PoolError:
-        for process, stacks in zip(self.processes, self._stacks, strict=True):
+        for process in self.processes:
             if process.is_alive():
                 os.kill(process.pid, STACKS_SIGNAL)
-                deadline = time.monotonic() + 5
-                while not stacks.stat().st_size and time.monotonic() < deadline:
-                    time.sleep(0.05)
-        time.sleep(0.2)  # for the last of them to be whole
+        time.sleep(2)  # until they have written their stacks
         for rank, pipe in enumerate(self.pipes):
             with contextlib.suppress(EOFError, OSError):
                 if pipe.poll() and not (answer := pipe.recv())[0]:
