@@ -86,9 +86,8 @@ class Loop:
             assert job.wait(60) == 0, job.output
             return False
         self._kill(job, target)
-        waits = rng.random() < 0.7
-        if waits or target in ("all ranks", "rank 0", "rank 1"):
-            job.wait_for_nobody(45 if target.startswith("rank") else 12)
+        if rng.random() < 0.7 or target in ("all ranks", "rank 0", "rank 1"):
+            job.wait_for_nobody(45)  # ranks look for their launcher after their imports
         # otherwise the next start finds processes of this one and waits for them
         self.kills[f"{phase}: {target}"] += 1
         return True

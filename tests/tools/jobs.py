@@ -64,7 +64,44 @@ def kill_all() -> None:
         RUNNING.pop().kill()
 
 
-class Job:
+class Started:
+    """A command that runs in the checkout, with its output in a file."""
+
+    def __init__(self, log: Path, command: list[str], environment: dict[str, str]) -> None:
+        self.log = log
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_until(self, true: Callable[[], Any], seconds: float = 120) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (value := true()):
+            assert self.process.poll() is None or true(), f"the job ended with {self.process.returncode}\n{self.output}"
+            assert time.monotonic() < deadline, f"waited for {seconds} s\n{self.output}"
+            time.sleep(POLL_SECONDS)
+        return value
+
+    def wait_for_step(self, run_dir: Path, step: int) -> None:
+        self.wait_until(lambda: last_step(run_dir) >= step)
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code, when it ends in time."""
+        self.wait_until(lambda: self.process.poll() is not None, seconds)
+        return self.process.returncode
+
+
+class Job(Started):
     """A run of launch/pretrain.py with pauses, or of ``script``, on ``ranks`` processes, by deepspeed or torchrun."""
 
     def __init__(
@@ -84,23 +121,10 @@ class Job:
         }[launcher]
         kept = {key: value for key, value in os.environ.items() if key not in _OF_A_JOB}
         given = {"DS_ACCELERATOR": device, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
-        self.log = config.with_suffix(f".{time.monotonic_ns()}.log")
-        given[_JOB] = self.log.name
-        with self.log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [*front, str(script or PACED), str(config), *arguments],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                cwd=ROOT,
-                env=kept | given,
-                start_new_session=True,
-            )
+        log = config.with_suffix(f".{time.monotonic_ns()}.log")
+        given[_JOB] = log.name
+        super().__init__(log, [*front, str(script or PACED), str(config), *arguments], kept | given)
         RUNNING.append(self)
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
 
     def processes(self) -> list[psutil.Process]:
         """Everything of this job that lives, also what has lost its parent, in the order of their starts."""
@@ -138,25 +162,6 @@ class Job:
                 if "deepspeed.launcher.launch" in process.cmdline():
                     return process
         raise AssertionError(f"launch.py does not run\n{self.output}")
-
-    def wait_until(self, true: Callable[[], Any], seconds: float = 120) -> Any:
-        deadline = time.monotonic() + seconds
-        while not (value := true()):
-            assert self.process.poll() is None or true(), f"the job ended with {self.process.returncode}\n{self.output}"
-            assert time.monotonic() < deadline, f"waited for {seconds} s\n{self.output}"
-            time.sleep(POLL_SECONDS)
-        return value
-
-    def wait_for_step(self, run_dir: Path, step: int) -> None:
-        self.wait_until(lambda: last_step(run_dir) >= step)
-
-    def wait(self, seconds: float = 120) -> int:
-        """The exit code, when it ends in time."""
-        end = time.monotonic() + seconds
-        while self.process.poll() is None:
-            assert time.monotonic() < end, f"still running after {seconds} s\n{self.output}"
-            time.sleep(POLL_SECONDS)
-        return self.process.returncode
 
     def wait_for_nobody(self, seconds: float) -> float:
         """Seconds until no process of the job lives; fails after ``seconds``."""
