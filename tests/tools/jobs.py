@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -114,7 +113,7 @@ class Job(Started):
         port: int | None = None,
         device: str = "cpu",
     ) -> None:
-        self.port, self.ranks = port or free_port(), ranks
+        self.port = port or free_port()
         front = {
             "deepspeed": [*_script("deepspeed"), f"--num_gpus={ranks}", f"--master_port={self.port}"],
             "torchrun": [*_script("torchrun"), f"--nproc_per_node={ranks}", f"--master_port={self.port}"],
@@ -143,17 +142,10 @@ class Job(Started):
     def find_rank(self, number: int) -> psutil.Process | None:
         """None before it is started and after its end."""
         for process in self.processes():
-            try:
-                environment = process.environ()
-                is_rank = self.ranks == 1 or "LOCAL_RANK" in environment
-                if (
-                    is_rank
-                    and environment.get("RANK", "0") == str(number)
-                    and "relora_mora.data.stream.worker" not in process.cmdline()
-                ):
+            with contextlib.suppress(psutil.Error):
+                is_worker = "relora_mora.data.stream.worker" in process.cmdline()
+                if process.environ().get("RANK") == str(number) and not is_worker:
                     return process
-            except psutil.Error:
-                continue
         return None
 
     def launch_py(self) -> psutil.Process:
@@ -176,10 +168,8 @@ class Job(Started):
 
     def kill(self) -> None:
         for process in self.processes():
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait()
 
 
