@@ -14,13 +14,11 @@ import pytest
 from hypothesis import settings
 
 from relora_mora.supervise.exits import STOP_SIGNALS
-from tests.tools.grids import covering
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import kill_all
 from tests.tools.pool import Pools
 from tests.tools.tokenizer_tools import train_tokenizer
 
-LARGE = 6  # cases of a test
 LOGS = ("relora_mora", "relora_mora.shared")
 
 settings.register_profile("patient", deadline=None)  # a busy machine makes nothing wrong
@@ -34,29 +32,9 @@ gc.disable()  # until all tests are imported: collections would look at torch an
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start processes come first: at the end, processes that have nothing left wait for the longest file."""
     items.sort(key=lambda item: (item.get_closest_marker("distributed") is None, "tests/grid/" not in item.nodeid))
-    for item in cases_left_out(items):
-        item.add_marker(pytest.mark.more)
-
-
-def cases_left_out(items: list[pytest.Item]) -> Iterator[pytest.Item]:
-    """The cases of large products that ``make test`` leaves out.
-
-    Of a test with two arguments, it has each value of both; with more, each pair of values.
-    """
-    products: dict[str, list[Any]] = {}
-    for item in items:
-        if hasattr(item, "callspec"):
-            products.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for cases in products.values():
-        values = [{name: id(value) for name, value in each.callspec.params.items()} for each in cases]
-        arguments = len(values[0])
-        if arguments > 1 and len(cases) > LARGE:
-            chosen = covering(values, min(2, arguments - 1))
-            yield from (case for case, value in zip(cases, values, strict=True) if value not in chosen)
 
 
 def pytest_collection_finish() -> None:

@@ -1,9 +1,10 @@
-"""The documents name only what exists: links, files, settings, tags, options."""
+"""The documents name only what exists: links, files, settings, tags, options; and their launches can start."""
 
 from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from pydantic import BaseModel
 from relora_mora.checkpoint.layout import Manifest
 from relora_mora.commands import NAMES, main_of
 from relora_mora.config.explain import model_in
+from relora_mora.config.load import ConfigError, load_config
 from relora_mora.config.removed import REMOVED
 from relora_mora.config.schema import SETTINGS, Config, may_change
 from relora_mora.train.begin.identity import FREE_SECTIONS
 from tests.tools.documents import DOCUMENTS, INSTRUCTIONS, blocks, name
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
-from tests.tools.models_page import models_page
-from tests.tools.support_page import support_page
+from tests.tools.pages import PAGES, written
 
 pytestmark = pytest.mark.more
 
@@ -57,18 +59,13 @@ def commands(text: str) -> Iterator[list[str]]:
             yield line.removeprefix("$ ").split("  #")[0].split()
 
 
-def test_the_page_of_what_works_together_is_up_to_date() -> None:
-    page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
-    assert page == support_page(), "run: python -m tests.tools.support_page > docs/support.md"
+@each("page", [page for page in PAGES if page != "recipes"])  # whose commands and rows its own test tries
+def test_a_page_that_follows_from_the_code_is_up_to_date(page: str) -> None:
+    now, then = written(page)
+    assert now == then, f"run: python -m tests.tools.pages {page}"
 
 
-@pytest.mark.more
-def test_the_page_of_models_is_up_to_date() -> None:
-    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    assert page == models_page(), "run: python -m tests.tools.models_page > docs/models.md"
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+@each("path", DOCUMENTS)
 def test_every_relative_link_leads_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if target.startswith(("http://", "https://", "mailto:")):
@@ -79,7 +76,7 @@ def test_every_relative_link_leads_somewhere(path: Path) -> None:
         assert not anchor or anchor in anchors(linked.read_text()), f"{name(path)}: {target}"
 
 
-@pytest.mark.parametrize("path", INSTRUCTIONS, ids=name)
+@each("path", INSTRUCTIONS)
 def test_every_file_of_the_repository_that_is_named_exists(path: Path) -> None:
     folder = r"(?<![\w./-])(?:launch|configs|tokenizer|docs|tests|relora_mora)/"
     pattern = folder + r"[\w./-]*\.(?:py|ya?ml|json|md|sbatch|example)\b"
@@ -99,7 +96,7 @@ def test_recipes_name_code_that_exists() -> None:
 TELL_OF_REMOVED = ("CHANGELOG.md", "docs/promises.md", "docs/experiments.md")
 
 
-@pytest.mark.parametrize("path", INSTRUCTIONS, ids=name)
+@each("path", INSTRUCTIONS)
 def test_every_setting_that_is_named_exists(path: Path) -> None:
     text = path.read_text()
     flags = re.findall(r"--([a-z_]+\.[\w.]+\w)(?==)", text)
@@ -111,7 +108,7 @@ def test_every_setting_that_is_named_exists(path: Path) -> None:
         assert deliberate or is_setting(dotted), f"{name(path)}: {dotted}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+@each("path", DOCUMENTS)
 def test_commands_use_options_that_they_take(path: Path) -> None:
     for words in commands(path.read_text()):
         if words[:1] != ["relora-mora"]:
@@ -124,7 +121,7 @@ def test_commands_use_options_that_they_take(path: Path) -> None:
             assert taken, f"{name(path)}: relora-mora {command} has no {word}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+@each("path", DOCUMENTS)
 def test_every_make_target_that_is_named_exists(path: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", path.read_text(), re.MULTILINE))
@@ -133,8 +130,6 @@ def test_every_make_target_that_is_named_exists(path: Path) -> None:
 
 
 def test_the_readme_shows_the_message_that_the_program_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    from relora_mora.config.load import ConfigError, load_config
-
     monkeypatch.chdir(ROOT)
     shown = re.search(
         r"^\$ relora-mora pretrain (\S+) (.+)\n((?:.+\n)+?)```", (ROOT / "README.md").read_text(), re.MULTILINE
@@ -193,25 +188,68 @@ def test_no_text_has_a_path_of_somebodys_machine() -> None:
     assert not found
 
 
-def test_the_hostfile_has_the_form_that_deepspeed_reads() -> None:
-    lines = (ROOT / "launch" / "hostfile.example").read_text().splitlines()
-    assert all(re.fullmatch(r"#.*|\S+ slots=\d+", line) for line in lines)
+def launches(path: Path) -> Iterator[str]:
+    """Command lines that train one of the shipped configs: of code blocks, of code within a line, and of comments."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+        found = [*blocks(text), *(code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", prose))]
+    else:
+        found = ["\n".join(re.findall(r"^#   +(.+)$", text, re.MULTILINE))]
+    starts_one = re.compile(
+        r"(?=.*configs/run/\S+\.yaml)"
+        r".*(?:launch/pretrain\.py|relora-mora pretrain|pretrain\.sbatch|docker (?:run|compose))"
+    )
+    for block in found:
+        for line in re.sub(r"\\\n *", "", block).splitlines():
+            command = re.split(r" {2,}#|; done", line)[0].strip()
+            if starts_one.match(command):
+                yield command
 
 
-def test_tensorboard_of_the_compose_file_is_reachable_from_this_machine_only() -> None:
-    import yaml
+def ranks_of(command: str) -> int | None:
+    """How many ranks a command line starts; None if it takes all GPUs."""
+    given = {option: int(number) for option, number in re.findall(r"(?:--|\b)([\w-]+)[= ](\d+)\b", command)}
+    if "sbatch" in command:
+        text = (ROOT / "launch" / "slurm" / "pretrain.sbatch").read_text()
+        shipped = {
+            option: int(number) for option, number in re.findall(r"^#SBATCH --([a-z-]+)=(\d+)$", text, re.MULTILINE)
+        }
+        job = shipped | given
+        assert job["gpus-per-node"] in (0, job["ntasks-per-node"]), command
+        return job["nodes"] * job["ntasks-per-node"]
+    if "--hostfile" in command:
+        hosts = (ROOT / "launch" / "hostfile.example").read_text()
+        return sum(int(slots) for slots in re.findall(r"^\S+ slots=(\d+)", hosts, re.MULTILINE))
+    if "deepspeed" in command:
+        return given.get("num_gpus")
+    if "torchrun" in command:
+        return given.get("nnodes", 1) * given["nproc_per_node"]
+    if "docker compose" in command and "trainer-cpu" not in command:
+        return given.get("GPUS", 1)
+    return 1
 
-    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
-    ports = [port for service in services.values() for port in service.get("ports", [])]
-    assert ports
-    assert all(str(port).startswith("127.0.0.1:") for port in ports)
+
+LAUNCHES = sorted(
+    {(name(path), command) for path in [*INSTRUCTIONS, *ROOT.glob("configs/run/*.yaml")] for command in launches(path)}
+    - {("README.md", command) for command in launches(ROOT / "README.md") if "merge_evry" in command}
+)
 
 
-def test_the_image_copies_only_files_that_the_build_gets() -> None:
-    ignored = (ROOT / ".dockerignore").read_text().splitlines()
-    allowed = {line.removeprefix("!") for line in ignored if line.startswith("!")}
-    copied = re.findall(r"^COPY (?!--from)(?:--chmod=\d+ )?(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    sources = {source for line in copied for source in line.split()}
-    assert "*" in ignored
-    assert sources == allowed
-    assert all((ROOT / source).exists() for source in sources)
+def test_launches_of_every_kind_are_found() -> None:
+    kinds = ("DS_ACCELERATOR=cpu sbatch", "torchrun", "deepspeed --host", "relora-mora pretrain", "GPUS=", "docker run")
+    assert all(any(command.startswith(kind) for _, command in LAUNCHES) for kind in kinds)
+    ranks = {ranks_of(command) for _, command in LAUNCHES}
+    assert {1, 2, 4, 8, 32} <= ranks and None not in ranks, "say how many"
+
+
+@each("document,command", LAUNCHES)
+@pytest.mark.usefixtures("at_root")
+def test_the_config_of_a_launch_suits_its_number_of_ranks(document: str, command: str) -> None:
+    [config] = re.findall(r"configs/run/\S+?\.yaml", command)
+    words = shlex.split(
+        command.replace('CONFIG="', "").replace('" docker', " docker").replace("$SLURM_ARRAY_TASK_ID", "1")
+    )
+    overrides = dict(word.removeprefix("--").split("=", 1) for word in words if re.match(r"--[a-z_]+\.", word))
+    for path in ROOT.glob(re.sub(r"\$\w+", "*", config)):
+        load_config(path, overrides, world_size=ranks_of(command))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import pytest
 import yaml
 
 import relora_mora
 from tests.tools.documents import DOCUMENTS, name
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 pytestmark = pytest.mark.more
@@ -46,8 +46,8 @@ def test_every_page_is_in_the_navigation_once(hooks: ModuleType) -> None:
     assert sorted(nav) == sorted({*pages, "api.md"})
 
 
-@pytest.mark.parametrize(
-    ("page", "target", "leads_to"),
+@each(
+    "page,target,leads_to",
     [
         ("README.md", "docs/data.md#lanes", "docs/data.md#lanes"),
         ("docs/data.md", "#lanes", "#lanes"),
@@ -77,20 +77,6 @@ def test_only_links_in_prose_are_rewritten(hooks: ModuleType) -> None:
     assert hooks.rewrite(fence + text, "README.md", "", PAGES.__contains__) == (
         f"{fence}`[b](relora_mora)` c, `d` and [e](docs/data.md)\n{image}"
     )
-
-
-def test_words_of_inline_code_stay_whole_and_tables_of_studies_are_not_searched(hooks: ModuleType) -> None:
-    block = "<pre><code>x-y\n</code></pre>"
-    words = [f'<span class="word">{word}</span>' for word in ("--a.b=[1,", "2]")]
-    assert hooks.on_page_content(f"<code>--a.b=[1, 2]</code>{block}") == f"<code>{' '.join(words)}</code>{block}"
-    for uri, start, searched in (
-        ("docs/trouble.md", "# A page\n", {"boost": 3}),
-        ("docs/studies/it/compare.md", "| a |\n", {"exclude": True}),
-    ):
-        page = SimpleNamespace(file=SimpleNamespace(src_uri=uri), meta={})
-        text = hooks.on_page_markdown(start, page, SimpleNamespace(repo_url=""), mock.Mock())
-        assert page.meta["search"] == searched
-    assert text.startswith("# it\n\nAll columns")
 
 
 def test_the_api_page_has_every_name_of_the_library() -> None:

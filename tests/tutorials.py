@@ -23,7 +23,7 @@ from tests.tools.pool import Pools
 from tests.tools.ports import free_port
 from tests.tools.runs import LLAMA, logged_steps, logged_values
 from tests.tools.tokenizer_tools import save_bytes_tokenizer
-from tests.tools.tutorials import check_shown, follow
+from tests.tools.tutorials import follow
 from tests.tools.upload_hub import TOKEN, upload_hub
 
 pytestmark = pytest.mark.distributed
@@ -123,17 +123,6 @@ def test_from_smollm2_and_text_to_a_model_on_the_hub(pools: Pools, tmp_path: Pat
     pushed = hub.files["OWNER/smollm2-headers"]
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= pushed.keys()
     assert b"| old | " in pushed["README.md"] and b"weight 0.2" in pushed["README.md"]
-
-
-def test_output_that_no_command_gives_is_found() -> None:
-    check_shown("step 3: loss 1.5\n...\n", "step 17: loss 2e-3\nand more\n")
-    with pytest.raises(AssertionError, match="step 3: lost"):
-        check_shown("step 3: lost 1.5\n", "step 17: loss 2e-3\n")
-
-
-def test_a_change_that_changes_nothing_is_found(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="the page does not have 300"):
-        follow("200 steps", tmp_path, {"300": "3"})
 
 
 def run_notebook(steps: int) -> str:

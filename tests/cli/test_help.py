@@ -14,9 +14,7 @@ import pytest
 from relora_mora.cli.arguments import PositiveInt, read_arguments
 from relora_mora.cli.help import help_text, overview
 from relora_mora.commands import COMMANDS, NAMES, main_of
-from tests.tools.commands_page import commands_page
 from tests.tools.each import each
-from tests.tools.helpers import ROOT
 
 
 def command(path: str, *, rows: PositiveInt | None = None, kind: Literal["a", "b"] = "a", fast: bool = False) -> None:
@@ -87,6 +85,17 @@ def test_help_imports_neither_torch_nor_pydantic() -> None:
     assert done.stdout.endswith("\n[]\n")
 
 
-def test_the_page_of_commands_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")  # restored afterwards
-    assert (ROOT / "docs" / "commands.md").read_text() == commands_page()
+def test_the_shell_completes_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    main_of("completion")()
+    script = capsys.readouterr().out
+
+    def completed(*words: str) -> set[str]:
+        line = " ".join(words)
+        ask = (
+            f"{script}\nCOMP_WORDS=({line} ''); COMP_CWORD={len(words)}; COMP_LINE='{line} '\n"
+            "_complete-relora-mora; echo ${COMPREPLY[@]}"
+        )
+        return set(subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout.split())
+
+    assert completed("relora-mora") >= set(NAMES)
+    assert "--gpus-per-node" in completed("relora-mora", "plan")

@@ -25,7 +25,8 @@ from tests.tools.jobs import command_of, lives
 
 NAMES = ("node1", "node2")
 NEEDED = ("unshare", "nsenter", "setpriv", "mount", "ip", "sshd", "ssh-keygen", "pdsh")
-_OF_A_RUN = ("launch/pretrain.py", "follower.py", "relora_mora.data.stream.worker", "deepspeed", "torchrun")
+_OF_A_RUN = ("launch/pretrain.py", "follower.py", "paced.py", "relora_mora.data.stream.worker", "deepspeed", "torchrun")
+_NAMESPACES = "unshare --net --uts --mount --pid --fork"
 _BOOT = """
 set -e
 mount -t tmpfs tmpfs /run
@@ -60,9 +61,7 @@ def why_not(*commands: str) -> str | None:
         return "needs root, for namespaces"
     if missing := [command for command in (*NEEDED, *commands) if shutil.which(command) is None]:
         return f"not installed: {', '.join(missing)} (.ci/run installs the packages)"
-    tried = subprocess.run(
-        ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True
-    )
+    tried = subprocess.run([*_NAMESPACES.split(), "true"], capture_output=True, text=True)
     return None if tried.returncode == 0 else f"no namespaces here: {tried.stderr.strip()}"
 
 
@@ -81,20 +80,8 @@ class Host:
         self.name = name
         self._unshare = subprocess.Popen(
             [
-                *(
-                    "setpriv",
-                    "--pdeathsig",
-                    "KILL",
-                    "--",
-                    "unshare",
-                    "--net",
-                    "--uts",
-                    "--mount",
-                    "--pid",
-                    "--fork",
-                    "--kill-child",
-                ),
-                *("--mount-proc", "--", "bash", "-c", _BOOT, str(folder), name),
+                *("setpriv", "--pdeathsig", "KILL", "--", *_NAMESPACES.split(), "--kill-child", "--mount-proc"),
+                *("--", "bash", "-c", _BOOT, str(folder), name),
             ],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -137,12 +124,8 @@ class Host:
         for process in self.trainers():
             with contextlib.suppress(psutil.Error):
                 command = process.cmdline()
-                is_rank = (
-                    "python" in Path(command[0]).name
-                    and "-m" not in command
-                    and process.environ().get("RANK") == str(number)
-                )
-                if is_rank:
+                is_python = "python" in Path(command[0]).name and "-m" not in command
+                if is_python and process.environ().get("RANK") == str(number):
                     return process
         raise AssertionError(f"rank {number} does not run on {self.name}")
 
@@ -183,32 +166,13 @@ class Pair:
 
     def _join(self) -> None:
         first, second = self.hosts
-        cable = [
-            "ip",
-            "link",
-            "add",
-            "eth0",
-            "netns",
-            str(first.init),
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "eth0",
-            "netns",
-            str(second.init),
-        ]
-        subprocess.run(cable, check=True)
+        cable = f"ip link add eth0 netns {first.init} type veth peer name eth0 netns {second.init}"
+        subprocess.run(cable.split(), check=True)
         for number, host in enumerate(self.hosts, 1):
             host.run("ip", "address", "add", f"10.77.0.{number}/24", "dev", "eth0")
             host.link("up")
-            host.run(
-                "/usr/sbin/sshd",
-                "-f",
-                str(self.folder / "sshd_config"),
-                "-E",
-                str(self.folder / f"{host.name}.sshd.log"),
-            )
+            log = self.folder / f"{host.name}.sshd.log"
+            host.run("/usr/sbin/sshd", "-f", str(self.folder / "sshd_config"), "-E", str(log))
 
     def __iter__(self) -> Iterator[Host]:
         return iter(self.hosts)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.cluster.hosts import Host, wait_until
+from tests.cluster.hosts import Host
 from tests.tools.helpers import ROOT
-from tests.tools.jobs import BIN, last_step, write_config
+from tests.tools.jobs import BIN, Started, write_config
 from tests.tools.runs import checkpoint_at, logged_steps, metrics, run_config, tensors
 
 STEPS, MERGES, SAVE_EVERY = 75, [30, 60], 10
@@ -37,37 +36,13 @@ def write_run(folder: Path, inputs: Path, tokenizer: str, stage: int = 2, **trai
     return write_config(config, folder / "run.yaml")
 
 
-class Command:
+class Command(Started):
     """A command of a user on one of the hosts, in the checkout, with its output in a file."""
 
     def __init__(self, host: Host, log: Path, *command: str, **environment: str) -> None:
-        self.host, self.log = host, log
         kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
-        with log.open("ab") as out:
-            self.process = subprocess.Popen(
-                host.inside("env", f"--chdir={ROOT}", *command),
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=kept | ENVIRONMENT | environment,
-                start_new_session=True,
-            )
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def wait(self, seconds: float = 120) -> int:
-        """The exit code, when it ends in time."""
-        wait_until(lambda: self.process.poll() is not None, seconds, lambda: f"still running\n{self.output}")
-        return self.process.returncode
-
-    def wait_for_step(self, run_dir: Path, step: int, seconds: float = 120) -> None:
-        def reached() -> bool:
-            assert self.process.poll() is None, f"ended with {self.process.returncode}\n{self.output}"
-            return last_step(run_dir) >= step
-
-        wait_until(reached, seconds, lambda: f"no step {step}\n{self.output}")
+        inside = host.inside("env", f"--chdir={ROOT}", *command)
+        super().__init__(log, inside, kept | ENVIRONMENT | environment)
 
 
 def deepspeed(host: Host, config: Path, *arguments: str, **environment: str) -> Command:
@@ -77,10 +52,9 @@ def deepspeed(host: Host, config: Path, *arguments: str, **environment: str) -> 
 
 def on_one_host(host: Host, config: Path, ranks: int) -> Command:
     """With torchrun; what the ranks train on is written to ``followed`` next to the configuration."""
-    launcher = [str(BIN / "torchrun"), "--master_port=29501", f"--nproc_per_node={ranks}"]
-    return Command(
-        host, config.parent / "one_host.log", *launcher, FOLLOWER, str(config), FOLLOWED=str(config.parent / "followed")
-    )
+    launcher = [str(BIN / "torchrun"), "--master_port=29501", f"--nproc_per_node={ranks}", FOLLOWER]
+    log = config.parent / "one_host.log"
+    return Command(host, log, *launcher, str(config), FOLLOWED=str(config.parent / "followed"))
 
 
 def torchrun(host: Host, config: Path) -> Command:
@@ -92,9 +66,8 @@ def torchrun(host: Host, config: Path) -> Command:
         "--rdzv_endpoint=node1:29500",
         "--rdzv_id=remora",
     ]
-    return Command(
-        host, config.parent / f"torchrun.{host.name}.log", str(BIN / "torchrun"), *rendezvous, PRETRAIN, str(config)
-    )
+    log = config.parent / f"torchrun.{host.name}.log"
+    return Command(host, log, str(BIN / "torchrun"), *rendezvous, PRETRAIN, str(config))
 
 
 def starts(run_dir: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""Step times of two hosts over slow links: ``make bench-cluster``, as root. Prints the table of docs/performance.md.
+"""Steps of two hosts over slow links: ``make bench-cluster``, as root. Prints launch.benchmark's table for each link.
 
 Both hosts are on this machine and share its cores, so the time without a limit is the time of the arithmetic
 with one core per rank.
@@ -6,98 +6,48 @@ with one core per rank.
 
 from __future__ import annotations
 
-import json
-import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from tests.cluster.hosts import Pair, why_not
 from tests.cluster.runs import Command
 
-REDUCED = {"zero_optimization": {"use_multi_rank_bucket_allreduce": False}}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "full": {"method": "full"},
-    "full, gradients to their owners only": {"method": "full", "deepspeed": REDUCED},
-    "relora": {"method": "relora"},
-    "remora": {"method": "remora"},
-    "remora, gradients to their owners only": {"method": "remora", "deepspeed": REDUCED},
-    "the same, head tied to the embeddings": {
-        "method": "remora",
-        "deepspeed": REDUCED,
-        "overrides": {"tie_word_embeddings": True},
-    },
-}
-RATES = {"none": 5, "1gbit": 5, "100mbit": 3}  # steps of each method
-BITS = {"1gbit": 1e9, "100mbit": 1e8}
-PLAN: dict[str, Any] = {
-    "model": "configs/model/llama_130m.json",
-    "overrides": {"num_hidden_layers": 4, "vocab_size": 8192},
-    "sequences": 2,
-    "length": 256,
-    "rank": 128,
-    "variants": VARIANTS,
-    "rates": RATES,
-}
+MODEL = ["configs/model/llama_130m.json", "--layers=4", "--vocab_size=8192"]
+STEPS = ["--methods=full,remora", "--tokens=512", "--sequence_length=256", "--rank=128"]
+LINKS = {"no limit": 5, "1gbit": 5, "100mbit": 3}  # measured steps of each method
 
 
-def measure(pair: Pair, folder: Path, stage: int) -> dict[str, Any]:
+def measure(pair: Pair, folder: Path, stage: int, link: str, repeats: int) -> str:
+    """The first rank's tables of a job with a rank on each host."""
     ranks = []
     for number, host in enumerate(pair):
-        place = {
-            "RANK": str(number),
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "node1",
-            "MASTER_PORT": "29500",
-        }
-        given = json.dumps(PLAN | {"stage": stage})
-        log = folder / f"zero{stage}.{host.name}.log"
-        ranks.append(Command(host, log, sys.executable, "-m", "tests.cluster.link_steps", given, **place))
+        if link != "no limit":  # on what a host sends
+            host.run(*f"tc qdisc replace dev eth0 root tbf rate {link} burst 128kb latency 100ms".split())
+        place = {"RANK": str(number), "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+        words = [*MODEL, *STEPS, f"--zero_stage={stage}", f"--repeats={repeats}"]
+        log = folder / f"zero{stage}.{link}.{host.name}.log"
+        ranks.append(Command(host, log, sys.executable, "-m", "launch.benchmark", "steps", *words, **place))
     for rank in ranks:
         if rank.wait(900) != 0:
             raise SystemExit(rank.output)
-    found: dict[str, Any] = json.loads(ranks[0].output.splitlines()[-1])
-    return found
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    lines = [
-        "| ZeRO | link | | step, s (fastest to slowest) | ratio | MB sent by a rank | transfer not hidden |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        free = {row["variant"]: statistics.median(row["seconds"]) for row in result["rows"] if row["rate"] == "none"}
-        full: dict[str, float] = {}
-        for row in result["rows"]:
-            rate, seconds, sent = row["rate"], statistics.median(row["seconds"]), statistics.median(row["sent"])
-            full.setdefault(rate, seconds)
-            exposed = f"{(seconds - free[row['variant']]) / (8 * sent / BITS[rate]):.0%}" if rate in BITS else ""
-            cells = [
-                *(str(result["stage"]), "no limit" if rate == "none" else f"{rate} ({row['way']})", row["variant"]),
-                *(
-                    f"{seconds:.2f} ({min(row['seconds']):.2f} to {max(row['seconds']):.2f})",
-                    f"{seconds / full[rate]:.2f}",
-                ),
-                *(f"{sent / 1e6:.1f}", exposed),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    trained = "; ".join(
-        f"{row['variant']}: {row['trainable']:,}" for row in results[0]["rows"] if row["rate"] == "none"
-    )
-    return "\n".join([*lines, "", f"Trained parameters, {'bf16' if results[0]['bf16'] else 'fp32'}: {trained}."])
+    return "\n".join(ranks[0].output.splitlines()[-4:-1])
 
 
 def main() -> None:
     if reason := why_not("tc"):
         raise SystemExit(f"two hosts on one machine: {reason}")
     with tempfile.TemporaryDirectory() as name:
-        pair = Pair(Path(name))
-        try:
-            print(table([measure(pair, Path(name), stage) for stage in (1, 2)]))
-        finally:
-            pair.close()
+        for stage in (1, 2):
+            folder = Path(name, f"zero{stage}")
+            folder.mkdir()
+            pair = Pair(folder)
+            try:
+                for link, repeats in LINKS.items():
+                    print(f"ZeRO-{stage}, {link}\n{measure(pair, folder, stage, link, repeats)}", flush=True)
+            finally:
+                pair.close()
 
 
 if __name__ == "__main__":

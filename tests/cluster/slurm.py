@@ -56,13 +56,8 @@ class Slurm:
         for host in pair:
             host.run("mkdir", "-p", "/run/munge")
             # its own log folder would have to belong to root; --force: a temporary folder may be open to others
-            host.run(
-                "munged",
-                "--force",
-                f"--key-file={key}",
-                f"--log-file={folder / host.name}.munged.log",
-                "--seed-file=/run/munge/seed",
-            )
+            files = [f"--key-file={key}", f"--log-file={folder / host.name}.munged.log", "--seed-file=/run/munge/seed"]
+            host.run("munged", "--force", *files)
         self.run("slurmctld")
         for host in pair:
             host.run("env", *self._variables(), "slurmd", "-N", host.name)
@@ -76,15 +71,13 @@ class Slurm:
         return self.head.run("env", f"--chdir={self.checkout}", *self._variables(), *command)
 
     def states(self) -> list[str]:
-        return [
-            line.strip().rstrip("*") for line in self.run("sinfo", "--noheader", "--Node", "--format=%T").splitlines()
-        ]
+        found = self.run("sinfo", "--noheader", "--Node", "--format=%T").splitlines()
+        return [line.strip().rstrip("*") for line in found]
 
     def submit(self, *arguments: str, **environment: str) -> str:
         """The id of a new job."""
-        return self.run(
-            "env", *(f"{key}={value}" for key, value in environment.items()), "sbatch", "--parsable", *arguments
-        ).strip()
+        variables = [f"{key}={value}" for key, value in environment.items()]
+        return self.run("env", *variables, "sbatch", "--parsable", *arguments).strip()
 
     def field(self, job: str, name: str) -> str:
         """JobState, Restarts, ExitCode, ... of a job."""
@@ -127,14 +120,9 @@ class Slurm:
 
     def logs(self, job: str = "") -> str:
         """The last lines of the logs of the daemons and of a job."""
-        paths = [
-            *self.folder.glob("*.log"),
-            *self.checkout.glob("*.log"),
-            *(self.checkout / "runs" / "slurm").glob("*/*.log"),
-        ]
-        wanted = [
-            path for path in sorted(paths) if path.parent == self.folder or not job or job.split("_")[0] in str(path)
-        ]
+        paths = [*self.folder.glob("*.log"), *self.checkout.glob("*.log"), *self.checkout.glob("runs/slurm/*/*.log")]
+        job = job.split("_")[0]
+        wanted = [path for path in sorted(paths) if path.parent == self.folder or job in str(path)]
         return "\n".join(f"== {path}\n{path.read_text(errors='replace')[-3000:]}" for path in wanted)
 
     def cancel_all(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 
 pytestmark = pytest.mark.more
@@ -120,22 +121,16 @@ class Slurm:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Slurm:
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "bin").mkdir()
+    return cluster_at(tmp_path)
+
+
+def cluster_at(folder: Path) -> Slurm:
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "bin").mkdir()
     for name, text in PROGRAMS.items():
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
-    return Slurm(tmp_path)
-
-
-def test_the_program_may_be_the_one_for_fine_tuning(slurm: Slurm) -> None:
-    """Its settings are checked with its own defaults: no file of tasks names operators and embeddings."""
-    done = slurm.start("configs/task/math.yaml", codes="0 0 0 0", PROGRAM="launch/finetune.py")
-    assert done.returncode == 0
-    assert "launch/finetune.py configs/task/math.yaml" in done.stdout
-    wrong = slurm.start("configs/task/math.yaml", "--method.square_size=33", PROGRAM="launch/finetune.py")
-    assert wrong.returncode == 2
-    assert "method.square_size: operator 6 needs an even" in wrong.stderr
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    return Slurm(folder)
 
 
 def test_every_task_gets_its_rank_and_is_the_trainer_itself(slurm: Slurm) -> None:
@@ -143,170 +138,136 @@ def test_every_task_gets_its_rank_and_is_the_trainer_itself(slurm: Slurm) -> Non
     done = slurm.start(CONFIG, "--method.operators=[1, 2]", "--train.micro_batch_size=4", codes="0 0 0 0")
     assert done.returncode == 0
     process = dict(re.findall(r"^task (\d) is process (\d+)$", done.stdout, re.MULTILINE))
-    tasks = [line for line in done.stdout.splitlines() if line.startswith("process")]
+    tasks = [re.sub(r":\d+ with", " with", line) for line in done.stdout.splitlines() if line.startswith("process")]
     # signals that Slurm sends to a task go to the trainer
     assert tasks == [
-        f"process {process[str(n)]} is task {n} {n % 2} of 4 at first:23456 with 8 cores: {called}" for n in range(4)
+        f"process {process[str(n)]} is task {n} {n % 2} of 4 at first with 8 cores: {called}" for n in range(4)
     ]
     assert "option --kill-on-bad-exit=0" in done.stdout  # otherwise the first end hides the codes of the others
     assert {path.name for path in (slurm.folder / "runs" / "slurm" / "123456").iterdir()} == {"progress", "srun.log"}
+    [line] = [line for line in done.stdout.splitlines() if "TensorBoard" in line]
+    tensorboard = "python -m tensorboard.main --logdir runs/tiny_remora --load_fast=false --host localhost --port 6006"
+    assert line.endswith(f'ssh -t -L 6006:localhost:6006 user@login1 "cd {slurm.folder} && {tensorboard}"')
+    ports = {int(re.findall(r"at first:(\d+)", output)[0]) for output in (done.stdout, slurm.start().stdout)}
+    assert len(ports) == 2 and all(20000 <= port < 32000 for port in ports)
 
 
-@pytest.mark.parametrize(
-    "codes,code,requeued",
+@each(
+    "codes,given,code,requeued",
     [
-        ("0 0", 0, False),
-        ("75 75", 75, True),
-        ("69 69", 69, True),
-        ("69 75", 75, True),
-        ("69 137", 137, True),
-        ("134 69", 134, True),
-        ("69 135", 135, True),
-        ("139 69", 139, True),
-        ("143 75", 143, False),
-        ("1 69", 1, False),
-        ("2 2", 2, False),
-        ("2 137", 2, False),
-        ("137 2", 2, False),
-        ("127 69", 127, False),
+        ("0 0", {}, 0, False),
+        ("75 75", {}, 75, True),
+        ("69 137", {}, 137, True),
+        ("134 69", {}, 134, True),
+        ("69 135", {}, 135, True),
+        ("139 69", {}, 139, True),
+        ("143 75", {}, 143, False),
+        ("1 69", {}, 1, False),
+        ("2 137", {}, 2, False),
+        ("137 2", {}, 2, False),
+        ("127 69", {}, 127, False),
+        ("69 69", {"LOSES_LOGS": "1"}, 69, True),
+        ("75 75", {"REQUEUE_CODE": "1"}, 75, True),  # Slurm refuses
+        ("75 75", {"AWAY": "1"}, 75, True),  # the controller
+        ("75 75", {"SLURM_RESTART_COUNT": "3"}, 75, True),  # of the job that submitted this one
     ],
 )
-def test_the_first_failure_decides_the_exit_code(slurm: Slurm, codes: str, code: int, requeued: bool) -> None:
-    done = slurm.start(codes=codes)
+def test_the_first_failure_decides_the_exit_code(
+    tmp_path: Path, codes: str, given: dict[str, str], code: int, requeued: bool
+) -> None:
+    slurm = cluster_at(tmp_path)
+    done = slurm.start(codes=codes, **given)
     assert done.returncode == code
     assert ("requeued 123456" in done.stdout) == requeued
-    assert ("Exited with exit code" in done.stderr) == any(
-        0 < int(each) < 128 for each in codes.split()
-    )  # Slurm's words are shown
+    assert ("could not be requeued" in done.stdout) == ("REQUEUE_CODE" in given)
+    assert "(start 1)" in done.stdout
+    # Slurm's words are shown
+    assert ("Exited with exit code" in done.stderr) == any(0 < int(each) < 128 for each in codes.split())
+    assert (slurm.folder / "asked").exists() == ("AWAY" in given)
 
 
-@pytest.mark.parametrize("codes", ["75 75", "69 137"])
-def test_starts_that_save_nothing_new_are_counted(slurm: Slurm, codes: str) -> None:
-    ends = [slurm.start(codes=codes, saves=3 if start == 0 else None) for start in range(6)]
-    assert ["requeued" in end.stdout for end in ends] == [True] * 5 + [False]
-    assert "5 starts in a row have saved nothing after step 3" in ends[-1].stdout
-    assert ends[-1].returncode == int(codes.split()[-1])
+def test_starts_that_save_nothing_new_are_counted(slurm: Slurm) -> None:
+    ends = [slurm.start(codes="69 137", saves=3 if start == 0 else None) for start in range(5)]
+    ends += [slurm.start(codes="69 137", saves=4)]  # progress: the count begins again
+    ends += [slurm.start(codes="69 137") for _ in range(5)]
+    assert ["requeued" in end.stdout for end in ends] == [True] * 10 + [False]
+    assert "5 starts in a row have saved nothing after step 4" in ends[-1].stdout
+    assert ends[-1].returncode == 137
 
 
-def test_a_job_that_makes_progress_is_always_requeued(slurm: Slurm) -> None:
-    for start in range(12):
-        assert "requeued" in slurm.start(codes="75 75", saves=None if start % 5 else start + 1).stdout, start
-
-
-def test_a_start_ended_by_slurm_counts_if_it_made_progress(slurm: Slurm) -> None:
+def test_a_start_ended_by_slurm_counts_if_it_made_progress_and_another_job_counts_again(slurm: Slurm) -> None:
     for _ in range(4):
-        assert "requeued" in slurm.start(codes="69 69").stdout
+        slurm.start(codes="69 69")
     latest = slurm.folder / "run" / "checkpoints" / "latest"
     latest.parent.mkdir(parents=True)
     latest.write_text("step-00000010")
     assert "requeued" in slurm.start(codes="69 69").stdout
-
-
-def test_another_job_with_the_same_logs_counts_from_the_beginning(slurm: Slurm) -> None:
     for _ in range(4):
         slurm.start(codes="69 69")
     slurm.restarts = 0
     assert "requeued" in slurm.start(codes="69 69").stdout
 
 
-def test_a_job_that_cannot_be_requeued_reports_it_and_keeps_the_code(slurm: Slurm) -> None:
-    done = slurm.start(codes="75 75", REQUEUE_CODE="1")
-    assert done.returncode == 75
-    assert "could not be requeued" in done.stdout
-
-
-@pytest.mark.parametrize("state", [{"RESTARTS": "1"}, {"RESTARTS": "1", "STATE": "PENDING"}, {"STATE": "CANCELLED"}])
-def test_leftovers_of_a_start_wait_for_its_end_and_stop_no_other(slurm: Slurm, state: dict[str, str]) -> None:
+@each("state", [{"RESTARTS": "1"}, {"RESTARTS": "1", "STATE": "PENDING"}, {"STATE": "CANCELLED"}])
+def test_leftovers_of_a_start_wait_for_its_end_and_stop_no_other(tmp_path: Path, state: dict[str, str]) -> None:
     """Slurm lost a node and requeued the job or started it on other nodes, or somebody canceled it."""
-    done = slurm.start(codes="69 69", ENDS="1", **state)
+    done = cluster_at(tmp_path).start(codes="69 69", ENDS="1", **state)
     assert done.returncode == -signal.SIGTERM
     assert "requeued" not in done.stdout
-    assert (slurm.folder / "runs" / "slurm" / "123456" / "progress").read_text() == "0 0\n"
+    assert (tmp_path / "runs" / "slurm" / "123456" / "progress").read_text() == "0 0\n"
 
 
-def test_a_job_submitted_by_a_requeued_one_is_at_its_first_start(slurm: Slurm) -> None:
-    done = slurm.start(codes="75 75", SLURM_RESTART_COUNT="3")
-    assert "(start 1)" in done.stdout
-    assert "requeued 123456" in done.stdout
+MATH = "configs/task/math.yaml"
+TASK = {"SLURM_ARRAY_JOB_ID": "123450", "SLURM_ARRAY_TASK_ID": "7"}
+ONE_FOLDER = "all tasks of the array would use the same run folder"
 
 
-def test_logs_that_cannot_be_read_do_not_keep_a_job_out_of_the_queue(slurm: Slurm) -> None:
-    done = slurm.start(codes="69 69", LOSES_LOGS="1")
-    assert done.returncode == 69
-    assert "requeued 123456" in done.stdout
-
-
-def test_a_controller_that_is_away_for_a_while_is_retried(slurm: Slurm) -> None:
-    done = slurm.start(codes="75 75", AWAY="1")
-    assert done.returncode == 75
-    assert "requeued 123456" in done.stdout
-    assert (slurm.folder / "asked").exists()
-
-
-def test_another_start_takes_another_port(slurm: Slurm) -> None:
-    ports = {re.findall(r"at first:(\d+)", slurm.start().stdout)[0] for _ in range(5)}
-    assert len(ports) == 5
-    assert all(20000 <= int(port) < 32000 for port in ports)
-
-
-@pytest.mark.parametrize(
-    "setting,codes,message",
-    [("--train.stepps=3", "0 0", "did you mean steps?"), ("--train.seed=3", "0 0 0 0", "4 ranks")],
+@each(
+    "arguments,ranks,given,message",
+    [
+        ([CONFIG, "--train.stepps=3"], 2, {}, "did you mean steps?"),
+        ([CONFIG, "--train.seed=3"], 4, {}, "4 ranks"),
+        # the program for fine-tuning has its own defaults: no file of tasks names operators and embeddings
+        ([MATH, "--method.square_size=33"], 4, {"PROGRAM": "launch/finetune.py"}, "operator 6 needs an even"),
+        ([], 2, {"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "4"}, "4 tasks but 8 GPUs per node"),
+        ([], 2, {"SLURM_GPUS_ON_NODE": "1", "SLURM_NTASKS_PER_NODE": "8"}, "8 tasks but 1 GPUs per node"),
+        ([CONFIG], 2, TASK, ONE_FOLDER),
+        ([CONFIG, "--train.seed=$SLURM_ARRAY_TASK_ID"], 2, TASK, ONE_FOLDER),
+        ([CONFIG, "--train.seed", "$SLURM_ARRAY_TASK_ID"], 2, TASK, ONE_FOLDER),
+        ([], 2, {"PYTHON": "gone/python"}, "has no gone/python; submit from the checkout"),
+    ],
 )
-def test_a_mistake_in_the_settings_is_reported_once_and_starts_nothing(
-    slurm: Slurm, setting: str, codes: str, message: str
+def test_a_mistake_is_reported_once_and_starts_nothing(
+    tmp_path: Path, arguments: list[str], ranks: int, given: dict[str, str], message: str
 ) -> None:
-    done = slurm.start(CONFIG, setting, codes=codes)
+    done = cluster_at(tmp_path).start(*arguments, codes=" ".join("0" * ranks), **given)
     assert done.returncode == 2
     assert done.stderr.count(message) == 1
     assert "option" not in done.stdout
 
 
-@pytest.mark.parametrize(
-    "gpus,tasks,fits", [("8", "4", False), ("1", "8", False), ("4", "4", True), ("0", "1", True), ("", "1", True)]
+@each(
+    "arguments,given,called",
+    [
+        ([MATH], {"PROGRAM": "launch/finetune.py"}, f"launch/finetune.py {MATH}"),
+        ([], {"SLURM_GPUS_ON_NODE": "4", "SLURM_NTASKS_PER_NODE": "4"}, f"launch/pretrain.py {CONFIG}"),
+        ([], {"SLURM_GPUS_ON_NODE": "0"}, f"launch/pretrain.py {CONFIG}"),
+        (["$SLURM_ARRAY_TASK_ID.yaml"], TASK, "launch/pretrain.py 7.yaml"),
+        *(
+            (
+                [CONFIG, f"--train.seed={name}", f"--train.run_dir=runs/{name}-{name}"],
+                TASK,
+                f"launch/pretrain.py {CONFIG} --train.seed=7 --train.run_dir=runs/7-7",
+            )
+            for name in ("$SLURM_ARRAY_TASK_ID", "${SLURM_ARRAY_TASK_ID}")
+        ),
+    ],
 )
-def test_tasks_and_gpus_of_a_node_must_be_as_many(slurm: Slurm, gpus: str, tasks: str, fits: bool) -> None:
-    done = slurm.start(SLURM_GPUS_ON_NODE=gpus, SLURM_NTASKS_PER_NODE=tasks)
-    assert done.returncode == (0 if fits else 2)
-    assert ("option" in done.stdout) == fits
-    assert fits or f"{tasks} tasks but {gpus} GPUs per node" in done.stderr
-
-
-@pytest.mark.parametrize("name", ["$SLURM_ARRAY_TASK_ID", "${SLURM_ARRAY_TASK_ID}"])
-def test_each_task_of_an_array_puts_its_number_in(slurm: Slurm, name: str) -> None:
-    arguments = [CONFIG, f"--train.seed={name}", f"--train.run_dir=runs/{name}-{name}"]
-    done = slurm.start(*arguments, codes="75 75", SLURM_ARRAY_JOB_ID="123450", SLURM_ARRAY_TASK_ID="7")
-    assert f"launch/pretrain.py {CONFIG} --train.seed=7 --train.run_dir=runs/7-7" in done.stdout
-    assert "requeued 123450_7" in done.stdout
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [[CONFIG], [CONFIG, "--train.seed=$SLURM_ARRAY_TASK_ID"], [CONFIG, "--train.seed", "$SLURM_ARRAY_TASK_ID"]],
-)
-def test_an_array_with_a_single_run_folder_is_refused(slurm: Slurm, arguments: list[str]) -> None:
-    done = slurm.start(*arguments, SLURM_ARRAY_JOB_ID="123450", SLURM_ARRAY_TASK_ID="7")
-    assert done.returncode == 2
-    assert "option" not in done.stdout
-    assert "all tasks of the array would use the same run folder" in done.stderr
-
-
-def test_a_config_for_each_task_of_an_array(slurm: Slurm) -> None:
-    (slurm.folder / "7.yaml").symlink_to(ROOT / CONFIG)
-    done = slurm.start("$SLURM_ARRAY_TASK_ID.yaml", SLURM_ARRAY_JOB_ID="123450", SLURM_ARRAY_TASK_ID="7")
-    assert "launch/pretrain.py 7.yaml" in done.stdout, done.stderr
-
-
-def test_a_missing_python_is_reported(slurm: Slurm) -> None:
-    done = slurm.start(PYTHON="gone/python")
-    assert done.returncode == 2
-    assert f"{slurm.folder} has no gone/python; submit from the checkout" in done.stderr
-
-
-def test_the_log_says_how_to_see_tensorboard(slurm: Slurm) -> None:
-    [line] = [line for line in slurm.start().stdout.splitlines() if "TensorBoard" in line]
-    tensorboard = "python -m tensorboard.main --logdir run --load_fast=false --host localhost --port 6006"
-    assert line.endswith(f'ssh -t -L 6006:localhost:6006 user@login1 "cd {slurm.folder} && {tensorboard}"')
+def test_the_trainer_that_is_started(tmp_path: Path, arguments: list[str], given: dict[str, str], called: str) -> None:
+    (tmp_path / "7.yaml").symlink_to(ROOT / CONFIG)
+    done = cluster_at(tmp_path).start(*arguments, codes="75 75", **given)
+    assert called in done.stdout, done.stderr
+    assert f"requeued {'123450_7' if given == TASK else '123456'}\n" in done.stdout
 
 
 def test_in_a_container_the_image_runs_the_trainer_and_sees_the_checkout(slurm: Slurm) -> None:

@@ -16,7 +16,7 @@ from tests.cluster.runs import SAVE_EVERY, STEPS, losses, same_end, starts
 from tests.cluster.slurm import NEEDED, Slurm
 from tests.tools.grids import rest
 from tests.tools.helpers import ROOT
-from tests.tools.jobs import ends, last_step
+from tests.tools.jobs import PACED, ends, last_step
 
 pytestmark = pytest.mark.cluster
 SCRIPT = "launch/slurm/pretrain.sbatch"
@@ -128,7 +128,7 @@ def test_a_job_near_its_time_limit_saves_and_is_requeued(slurm, make):
     """
     config = make(2, steps=100_000)
     run_dir = config.parent / "run"
-    job = slurm.submit("--nodes=2", "--time=7", *CPU_NODES, SCRIPT, str(config))
+    job = slurm.submit("--nodes=2", "--time=7", *CPU_NODES, SCRIPT, str(config), PROGRAM=str(PACED))
     slurm.start_again(job, 1, seconds=240)
     [end] = ends(run_dir)
     assert end["code"] == 75

@@ -17,7 +17,6 @@ from relora_mora.config.yaml_text import parse_yaml
 from tests.tools.config_tools import SETTINGS, changed_tree, faults_of, tree
 from tests.tools.each import each
 from tests.tools.helpers import ROOT
-from tests.tools.settings_page import settings_page
 
 
 def test_a_misspelled_setting_gets_a_suggestion() -> None:
@@ -271,9 +270,3 @@ def test_derived_quantities() -> None:
     config = validate(tree(train={"batch_size": 96, "micro_batch_size": 4}), "t")
     assert (config.tokens_per_step, config.lanes, config.accumulation_steps(3)) == (96 * 512, 32, 8)
     assert validate(tree(data={"lanes": 12}, train={"batch_size": 96}), "t").lanes == 12
-
-
-def test_settings_page_is_up_to_date() -> None:
-    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    assert page == settings_page(), "run: python -m tests.tools.settings_page > docs/settings.md"
-    assert all(f"`{name}`" in page for name in SETTINGS)

@@ -1,6 +1,9 @@
 """The image, built and run for real: `make test-image`. Not collected by name: it takes minutes, root, and gigabytes of
 disk.
 
+Without an engine: a base image made by debootstrap, the Dockerfile built on it and its containers run with buildah.
+Everything is in one folder, including what buildah would keep below /var. Isolation is chroot: it needs no namespaces
+that a container on a test machine may not make, so processes see this machine's network and process numbers.
 IMAGE_FOLDER keeps the images there and takes them from there the next time; BASE_IMAGE names a base image to pull
 instead of the Debian that is made on the spot.
 """
@@ -9,22 +12,137 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from relora_mora.config.load import dump, load_config
-from relora_mora.optim.groups import make_schedule
-from tests.containers.buildah import CANARY, IMAGE, Buildah, Container, need_disk, pip_settings, skip_reason
+from relora_mora.config.load import dump
 from tests.tools.helpers import ROOT
 from tests.tools.runs import run_config, write_inputs
 
-pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=skip_reason() or "")
+MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
+CANARY = "canary-of-the-builder.invalid"  # among pip's settings of the build: no trace of it may be in the image
+BASE, IMAGE = "localhost/base", "localhost/relora_mora"
 UID = 10001
+NEEDED_GIB = 12
+
+
+def skip_reason() -> str | None:
+    """Why no image can be built here."""
+    if os.geteuid() != 0:
+        return "only root can run debootstrap and buildah's chroot isolation"
+    missing = [tool for tool in ("buildah", "debootstrap") if shutil.which(tool) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)} (Debian: apt-get install buildah debootstrap)"
+    return None
+
+
+pytestmark = pytest.mark.skipif(skip_reason() is not None, reason=skip_reason() or "")
+
+
+@dataclass
+class Buildah:
+    folder: Path
+
+    def __post_init__(self) -> None:
+        for name in ("root", "runroot", "tmp"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        # buildah's defaults may be more than this machine allows
+        files, processes = (resource.getrlimit(kind)[1] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC))
+        limits = f'"nofile={files}:{files}", "nproc={processes}:{processes}"'
+        (self.folder / "containers.conf").write_text(f"[containers]\ndefault_ulimits = [{limits}]\n")
+
+    def __call__(
+        self, *arguments: object, check: bool = True, capture: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        place = [f"--root={self.folder / 'root'}", f"--runroot={self.folder / 'runroot'}"]
+        variables = {"TMPDIR": str(self.folder / "tmp"), "BUILDAH_ISOLATION": "chroot"}
+        variables["CONTAINERS_CONF"] = str(self.folder / "containers.conf")
+        done = subprocess.run(
+            ["buildah", *place, *map(str, arguments)],
+            env=os.environ | variables,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if capture else None,
+            stderr=subprocess.STDOUT if capture else None,
+        )
+        assert not check or done.returncode == 0, done.stdout
+        return done
+
+    def make_base(self) -> str:
+        """The smallest Debian with Python and pip, which is what the Dockerfile asks of a base image.
+
+        Its release and its Python are this machine's, so that wheels which pip finds here fit: Debian's Python if
+        that runs here, otherwise a copy of the running Python in a separate folder, as conda has it.
+        """
+        tree, packages, debians = self.folder / "tree", "python3,ca-certificates", sys.base_prefix == "/usr"
+        suite = platform.freedesktop_os_release().get("VERSION_CODENAME", "stable")
+        packages += ",python3-pip,python3-venv" if debians else ""
+        options = ["--variant=minbase", f"--include={packages}"]
+        subprocess.run(["debootstrap", *options, suite, str(tree), MIRROR], check=True)
+        if not debians:
+            unneeded = shutil.ignore_patterns("site-packages", "test", "__pycache__")
+            shutil.copytree(sys.base_prefix, tree / "opt" / "python", symlinks=True, ignore=unneeded)
+            (tree / "etc" / "ld.so.conf.d" / "python.conf").write_text("/opt/python/lib\n")
+        container = self("from", "scratch").stdout.split()[-1]
+        self("add", container, tree, "/")
+        path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+        self("config", f"--env=PATH={'' if debians else '/opt/python/bin:'}{path}", container)
+        if not debians:
+            self("run", container, "--", "sh", "-c", "ldconfig && python3 -m ensurepip")
+        self("commit", "--rm", container, BASE)
+        shutil.rmtree(tree)
+        return BASE
+
+    def build(self, base: str) -> None:
+        """Builds the image with this machine's settings of pip as a secret and its local files mounted."""
+        settings = pip_settings()
+        paths = [Path(path) for value in settings.values() for path in value.split()]
+        mounts = [f"--volume={path}:{path}:ro" for path in paths if path.is_absolute() and path.exists()]
+        pip_conf = self.folder / "pip.conf"
+        lines = [f"{key} = {value}" for key, value in settings.items()]
+        pip_conf.write_text("\n".join(["[global]", *lines, f"canary = {CANARY}", ""]))
+        arguments = [
+            f"--build-arg=BASE_IMAGE={base}",
+            f"--build-arg=PIP_TRUSTED_HOST={CANARY}",
+            f"--secret=id=pip.conf,src={pip_conf}",
+        ]
+        self("bud", "--format=docker", "--layers=false", *arguments, *mounts, f"--tag={IMAGE}", ROOT, capture=False)
+
+    def config(self, image: str) -> dict[str, Any]:
+        """Entrypoint, user, health check and the like of an image."""
+        found: dict[str, Any] = json.loads(self("inspect", "--type=image", image).stdout)["Docker"]["config"]
+        return found
+
+
+def pip_settings() -> dict[str, str]:
+    """What `pip config list` says, by name, without its sections."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = [line.partition("=") for line in listed.splitlines()]
+    return {key.rpartition(".")[2]: value.strip("'\"") for key, _, value in found}
+
+
+@dataclass
+class Container:
+    """A container of an image with ``runs`` as its /app/runs."""
+
+    buildah: Buildah
+    name: str
+    runs: Path
+
+    def run(self, *command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Runs a command as the image's user, with its variables and in its folder."""
+        return self.buildah("run", f"--volume={self.runs}:/app/runs", self.name, "--", *command, check=check)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +151,8 @@ def buildah() -> Iterator[Buildah]:
     kept = os.environ.get("IMAGE_FOLDER")
     folder = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="relora-mora-image-"))
     folder.mkdir(parents=True, exist_ok=True)
-    need_disk(folder)
+    if (free := shutil.disk_usage(folder).free / 2**30) < NEEDED_GIB:
+        pytest.skip(f"{folder} has {free:.0f} GiB free, the images need {NEEDED_GIB}")
     buildah = Buildah(folder)
     try:
         if buildah("inspect", "--type=image", IMAGE, check=False).returncode:
@@ -79,32 +198,14 @@ def test_the_user_is_not_root_and_the_kernels_are_compiled(container: Container)
     assert container.run("python", "-c", "import site; print(site.ENABLE_USER_SITE)").stdout.strip() == "False"
 
 
-@pytest.mark.skipif("BASE_IMAGE" in os.environ, reason="the base image may bring a compiler")
-@pytest.mark.parametrize("tool", ["gcc", "cc", "g++", "make", "ld"])
-def test_there_is_a_compiler_only_for_triton(container: Container, tool: str) -> None:
-    cuda = container.run("python", "-c", "import torch; print(torch.version.cuda)").stdout.strip() != "None"
-    found = container.run("which", tool, check=False).returncode == 0
-    assert found == (cuda and tool not in ("g++", "make"))
-
-
 def test_no_settings_of_pip_are_left(buildah: Buildah, root_folder: Path) -> None:
     inspected = buildah("inspect", "--type=image", IMAGE).stdout
-    values = {
-        CANARY,
-        *(value for value in pip_settings().values() if "/" in value and not value.startswith("/etc/ssl/")),
-    }
+    secrets = (value for value in pip_settings().values() if "/" in value and not value.startswith("/etc/ssl/"))
+    values = {CANARY, *secrets}
     assert not [value for value in values if value in inspected]
-    found = subprocess.run(
-        [
-            "grep",
-            "-rlIF",
-            *(f"-e{value}" for value in values),
-            *(root_folder / place for place in ("app", "etc", "opt", "root", "tmp", "home")),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    patterns = [f"-e{value}" for value in values]
+    places = [root_folder / place for place in ("app", "etc", "opt", "root", "tmp", "home")]
+    found = subprocess.run(["grep", "-rlIF", *patterns, *places], capture_output=True, text=True)
     assert found.returncode == 1, found.stdout  # 1: nothing found, 2: could not look
     assert not (root_folder / "etc" / "pip.conf").exists()
     assert not list((root_folder / "root").glob(".cache/*"))
@@ -137,19 +238,3 @@ def test_it_trains_as_its_user_and_the_health_check_passes(
 def _owned(folder: Path) -> list[Path]:
     found = subprocess.run(["find", folder, "-xdev", "-uid", str(UID)], capture_output=True, text=True, check=True)
     return [Path(line) for line in found.stdout.splitlines()]
-
-
-def test_the_demo_runs_in_it(container: Container) -> None:
-    """Text, tokenizer, two ranks, merges, export, and the export used."""
-    done = container.run("python", "-m", "relora_mora", "demo")
-    print(done.stdout)
-    run = container.runs / "demo" / "run"
-    settings = load_config(ROOT / "configs" / "run" / "demo.yaml", world_size=2)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert max(line["step"] for line in lines) == settings.train.steps
-    merges = make_schedule(settings.method, settings.optim, settings.train.steps).merges_done(settings.train.steps)
-    assert len([line for line in lines if "merge/layers" in line]) == merges > 0
-    perplexities = [line["eval/perplexity"] for line in lines if "eval/perplexity" in line]
-    assert perplexities == sorted(perplexities, reverse=True)
-    assert perplexities[-1] < perplexities[0] / 10
-    assert (container.runs / "demo" / "export" / "config.json").is_file()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.tools.each import each
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import BIN
 
@@ -21,29 +22,14 @@ pytestmark = pytest.mark.more
 SERVICES = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
 
 
-def checked(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(BIN / tool), *map(str, arguments)], capture_output=True, text=True, check=False)
-
-
-def follows_the_compose_specification(path: Path) -> subprocess.CompletedProcess[str]:
-    return checked("check-jsonschema", "--builtin-schema", "vendor.compose-spec", path)
-
-
-def test_the_dockerfile_is_clean(tmp_path: Path) -> None:
-    done = checked("hadolint", ROOT / "Dockerfile")
+def check(*command: object) -> None:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    (tmp_path / "Dockerfile").write_text("FROM python\nRUN apt-get install gcc\n")
-    assert "DL3006" in checked("hadolint", tmp_path / "Dockerfile").stdout
 
 
-def test_the_compose_file_follows_the_specification(tmp_path: Path) -> None:
-    done = follows_the_compose_specification(ROOT / "compose.yaml")
-    assert done.returncode == 0, done.stdout
-    wrong = tmp_path / "compose.yaml"
-    wrong.write_text((ROOT / "compose.yaml").read_text().replace("stop_grace_period", "stop_grace_periode"))
-    done = follows_the_compose_specification(wrong)
-    assert done.returncode == 1
-    assert "stop_grace_periode" in done.stdout
+def test_the_dockerfile_and_the_compose_file_are_clean() -> None:
+    check(BIN / "hadolint", ROOT / "Dockerfile")
+    check(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", ROOT / "compose.yaml")
 
 
 def test_the_base_image_is_pinned_and_a_build_argument() -> None:
@@ -56,12 +42,13 @@ def test_the_base_image_is_pinned_and_a_build_argument() -> None:
     )  # arguments without values: settings are the builder's
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@each("name", SERVICES)
 def test_services_run_as_a_user_without_privileges(name: str) -> None:
     service = SERVICES[name]
     assert service["user"] == "${TRAINER_UID:-10001}:${TRAINER_GID:-10001}"
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
+    assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", ()))  # only from this machine
 
 
 def test_packages_of_the_image_come_before_those_in_a_home_folder() -> None:
@@ -71,8 +58,8 @@ def test_packages_of_the_image_come_before_those_in_a_home_folder() -> None:
     assert re.search(r"^ENV (?:.*\\\n)*.*\bPYTHONNOUSERSITE=1\b", final, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ("cuda", "headers", "installed"),
+@each(
+    "cuda,headers,installed",
     [("None", True, ""), ("'13.0'", True, "gcc libc6-dev"), ("'13.0'", False, "gcc libc6-dev python3-dev")],
 )
 def test_an_image_for_gpus_has_the_compiler_that_triton_needs(
@@ -93,9 +80,8 @@ def test_an_image_for_gpus_has_the_compiler_that_triton_needs(
     (tmp_path / "apt-get").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(tmp_path)}
     subprocess.run(["sh", "-c", command], env=environment, check=True)
-    calls = (tmp_path / "calls").read_text().splitlines() if installed else []
-    assert calls == ([] if not installed else ["update", f"install -y --no-install-recommends {installed}"])
-    assert (tmp_path / "calls").exists() == bool(installed)
+    calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+    assert calls == (["update", f"install -y --no-install-recommends {installed}"] if installed else [])
 
 
 def as_compose_says(text: str, **variables: str) -> str:
@@ -103,7 +89,7 @@ def as_compose_says(text: str, **variables: str) -> str:
     return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: variables.get(found[1]) or found[2], text)
 
 
-@pytest.mark.parametrize(
+@each(
     "given,ranks,called",
     [
         ({}, 1, "configs/run/tiny_remora.yaml"),
@@ -139,12 +125,8 @@ def test_the_health_check_passes_only_if_a_run_writes_metrics(tmp_path: Path) ->
     command = found[1].replace('\\"', '"')
 
     def healthy() -> bool:
-        return (
-            subprocess.run(
-                ["sh", "-c", command], cwd=tmp_path, env={"HEALTH_MINUTES": "30", "PATH": "/usr/bin:/bin"}
-            ).returncode
-            == 0
-        )
+        environment = {"HEALTH_MINUTES": "30", "PATH": "/usr/bin:/bin"}
+        return subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment).returncode == 0
 
     run = tmp_path / "runs" / "deep" / "run"
     run.mkdir(parents=True)
@@ -153,3 +135,12 @@ def test_the_health_check_passes_only_if_a_run_writes_metrics(tmp_path: Path) ->
     assert healthy()
     os.utime(run / "metrics.jsonl", (0, time.time() - 3600))
     assert not healthy()
+
+
+def test_the_image_copies_only_files_that_the_build_gets() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = re.findall(r"^COPY (?!--from)(?:--chmod=\d+ )?(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    sources = {source for line in copied for source in line.split()}
+    assert "*" in ignored
+    assert sources == {line.removeprefix("!") for line in ignored if line.startswith("!")}
+    assert all((ROOT / source).exists() for source in sources)

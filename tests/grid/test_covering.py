@@ -5,10 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
-import pytest
-
 from tests.grid.cases import CASES, DEEPSPEED, STOPS, VALUES, choice, is_valid
-from tests.tools.grids import covering
 
 PAIRS = [each.values[0] for each in CASES if not each.marks]
 
@@ -27,14 +24,3 @@ def test_every_stop_and_every_setting_of_deepspeed_occurs():
         ours = [case for case in PAIRS if case["stage"] == stage]
         assert {str(choice(case, options)) for case in ours} == set(map(str, options))
     assert {choice(case, STOPS) for case in PAIRS} == set(STOPS)
-
-
-@pytest.mark.parametrize("together", [1, 2, 3])
-def test_covering_has_every_combination_once_it_can(together):
-    values = {"a": (1, 2, 3), "b": (1, 2), "c": (1, 2, 3, 4)}
-    cases = [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
-    chosen = covering(cases, together)
-    for names in itertools.combinations(values, together):
-        expected = set(itertools.product(*(values[name] for name in names)))
-        assert {tuple(case[name] for name in names) for case in chosen} == expected
-    assert len(chosen) <= {1: 4, 2: 13, 3: 24}[together]

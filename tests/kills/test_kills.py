@@ -6,7 +6,6 @@ KILLS is the number of kills (``make test-kill``: 100), KILL_SEED makes a sequen
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -16,13 +15,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from relora_mora.checkpoint.reader import verify
 from relora_mora.config.schema import Config
 from tests.tools.helpers import ROOT
 from tests.tools.jobs import Job, command_of, write_config
-from tests.tools.runs import run_config, tensors, write_inputs
+from tests.tools.runs import different_tensors, logged_steps, logged_values, run_config, write_inputs
 
 pytestmark = pytest.mark.kills
 
@@ -88,9 +86,8 @@ class Loop:
             assert job.wait(60) == 0, job.output
             return False
         self._kill(job, target)
-        waits = rng.random() < 0.7
-        if waits or target in ("all ranks", "rank 0", "rank 1"):
-            job.wait_for_nobody(45 if target.startswith("rank") else 12)
+        if rng.random() < 0.7 or target in ("all ranks", "rank 0", "rank 1"):
+            job.wait_for_nobody(45)  # ranks look for their launcher after their imports
         # otherwise the next start finds processes of this one and waits for them
         self.kills[f"{phase}: {target}"] += 1
         return True
@@ -98,7 +95,6 @@ class Loop:
     def _await(self, job: Job, phase: str, count: int) -> bool:
         deadline = time.monotonic() + 120
         while self.phases.read_text().split().count(phase) < count:
-            job.processes()
             if job.process.poll() is not None:
                 return False
             assert time.monotonic() < deadline, f"no {phase} in 120 s\n{job.output}"
@@ -106,14 +102,12 @@ class Loop:
         return True
 
     def _kill(self, job: Job, target: str) -> None:
-        found = [process for process in job.processes() if process.pid == job.process.pid]
+        found = [psutil.Process(job.process.pid)]
         if target == "launch.py":
             found = [p for p in job.processes() if "deepspeed.launcher.launch" in command_of(p)] or found
         elif target != "deepspeed":
-            ranks = [p for p in job.processes() if "RANK" in _environment(p) and "victim.py" in " ".join(command_of(p))]
-            ranks = [p for p in ranks if "deepspeed.launcher.launch" not in command_of(p)]
-            wanted = {"all ranks": ("0", "1"), "rank 0": ("0",), "rank 1": ("1",)}[target]
-            found = [p for p in ranks if _environment(p)["RANK"] in wanted] or found
+            ranks = {"all ranks": (0, 1), "rank 0": (0,), "rank 1": (1,)}[target]
+            found = [p for p in map(job.find_rank, ranks) if p is not None] or found
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):  # it came to its end in this moment
                 process.send_signal(signal.SIGKILL)
@@ -123,13 +117,6 @@ class Loop:
         assert job.wait(240) == 0, job.output
         for started in self.jobs:
             started.wait_for_nobody(10)
-
-
-def _environment(process: psutil.Process) -> dict[str, str]:
-    try:
-        return process.environ()
-    except psutil.Error:
-        return {}
 
 
 @pytest.mark.parametrize("stage,base,share", CASES)
@@ -172,18 +159,10 @@ def _unused_shared_memory() -> set[Path]:
 
 def _compare(reference: Path, run_dir: Path) -> None:
     last = f"step-{STEPS:08d}"
-    first, second = (tensors(folder / "checkpoints" / last) for folder in (reference, run_dir))
-    assert set(first) == set(second)
-    assert len(first) > 50
-    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    assert different_tensors(*(folder / "checkpoints" / last for folder in (reference, run_dir))) == []
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert names == ["latest", f"step-{STEPS - 2:08d}", last]
     assert all(verify(run_dir / "checkpoints" / name) is None for name in names[1:])
-    losses = [_losses(folder) for folder in (reference, run_dir)]
+    losses = [logged_values(folder) for folder in (reference, run_dir)]
     assert losses[0] == losses[1]
-    assert len(losses[0]) == STEPS
-
-
-def _losses(run_dir: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
+    assert logged_steps(reference) == logged_steps(run_dir) == list(range(1, STEPS + 1))

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from relora_mora.cli.command import run
-from relora_mora.commands.pretrain import main
+from tests.tools.changed_run import start
 
 PHASES = Path(os.environ["VICTIM_PHASES"])
 # a name of their own for semaphores, which tells what a victim leaves from what other processes use
@@ -37,8 +36,7 @@ def announced(owner: Any, name: str, phase: str, seconds: float = 0.0) -> None:
     setattr(owner, name, method)
 
 
-@functools.wraps(main)
-def victim(*args: Any, **kwargs: Any) -> int:
+def announce_all() -> None:
     from relora_mora.checkpoint.rank_files import RankFiles
     from relora_mora.checkpoint.writer import CheckpointWriter
     from relora_mora.engine.merging import Merger
@@ -52,8 +50,7 @@ def victim(*args: Any, **kwargs: Any) -> int:
     announced(RankFiles, "write", "save", 0.02)
     announced(CheckpointWriter, "_commit", "commit", 0.02)
     announced(CheckpointWriter, "_tidy_up", "retire", 0.02)
-    return main(*args, **kwargs)
 
 
 if __name__ == "__main__":
-    run(victim)
+    start(announce_all)

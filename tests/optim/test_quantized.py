@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from launch.benchmark.measure import ByteTracker
 from relora_mora.config.optim import OptimConfig
 from relora_mora.config.registry import MATRIX_OPTIMIZERS
 from relora_mora.optim import quantized
 from relora_mora.optim.quantized import AdamW8bit
 from relora_mora.optim.rules import MatrixState
 from tests.tools.each import each
-from tests.tools.memory import PeakBytes
 
 GOLDEN = (1 + math.sqrt(5)) / 2  # its fractional part is 1 / GOLDEN
 
@@ -178,10 +178,12 @@ def test_workspace_bytes_are_what_an_update_allocates(shape):
     rule = _rule()
     state = _state(rule, shape)
     gradient = torch.randn(shape)
-    with PeakBytes() as peak:
-        peak.inputs = {tensor.untyped_storage().data_ptr() for tensor in (gradient, *state.values())}
+    held = [gradient, *state.values()]
+    with ByteTracker(held, gradient.device, 1) as tracker:
         rule.update(gradient, state)
-    assert peak.peak == pytest.approx(rule.workspace_bytes(*shape, on_gpu=False), rel=0.03)
+    assert tracker.peak - sum(tensor.nbytes for tensor in held) == pytest.approx(
+        rule.workspace_bytes(*shape, on_gpu=False), rel=0.03
+    )
 
 
 class MovedBytes(TorchDispatchMode):

@@ -5,11 +5,9 @@ WHEEL_ENVIRONMENT names an environment to use again instead of a new one.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -76,25 +74,12 @@ def demo(installed: Installed) -> str:
     return installed.run("relora-mora", "demo", *SHORT)
 
 
-def test_the_package_and_its_kernels_come_from_the_wheel(installed: Installed) -> None:
+def test_the_package_its_kernels_commands_and_configs_come_from_the_wheel(installed: Installed) -> None:
     code = "from relora_mora.kernels import cpu as k; assert k.available(), k.describe(); print(k.__file__)"
     assert Path(installed.run("python", "-c", code).strip()).is_relative_to(installed.bin.parent)
-
-
-def test_every_command_has_help(installed: Installed) -> None:
-    seconds = []
-    for name in NAMES:
-        begin = time.monotonic()
-        assert f"Usage: relora-mora {name}" in installed.run("relora-mora", name, "--help")
-        seconds.append(time.monotonic() - begin)
-    print(f"\n--help takes {statistics.median(seconds):.2f} s (median of {len(seconds)} commands)")
     assert installed.run("relora-mora", "--version") == f"relora-mora {__version__}\n"
-
-
-def test_a_shipped_config_is_found_by_its_name(installed: Installed) -> None:
-    arguments = ["--nodes=1", "--gpus_per_node=8", "--device=h100", "--json"]
-    plan = json.loads(installed.run("relora-mora", "plan", "paper_250m_remora", *arguments))
-    assert plan
+    for name in NAMES:
+        assert f"Usage: relora-mora {name}" in installed.run("relora-mora", name, "--help")
     assert "tiny_remora" in installed.run("relora-mora", "configs")
     installed.run("relora-mora", "configs", "copy", "tiny_remora", "mine.yaml")
     installed.run("relora-mora", "plan", "mine.yaml")
@@ -119,8 +104,7 @@ def test_a_stopped_run_goes_on(installed: Installed) -> None:
     stopped = max(installed.losses("runs/mine"))
     assert stopped < 12
     installed.run("relora-mora", *words, "--train.run_dir=runs/mine")
-    installed.run("relora-mora", *words, "--train.run_dir=runs/whole")
-    assert installed.losses("runs/mine") == installed.losses("runs/whole")
+    assert list(installed.losses("runs/mine")) == list(range(1, 13))
 
 
 @pytest.mark.usefixtures("demo")

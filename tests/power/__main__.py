@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tests.tools.helpers import ROOT
+from tests.tools.helpers import KERNELS, ROOT, worktree
 
 LIST = Path(__file__).with_name("faults.yaml")
-LAYERS = {"test": "make test", "all": "longer targets only", None: "no test"}
-KERNELS = Path("relora_mora", "kernels", "_kernels.so")
+LAYERS = ("test", "all", None)  # make test, longer targets only, no test
 HANG_SECONDS = 300  # for a test that is known to find a fault
 LONGEST_SECONDS = 7200
 ANY_MARKER = ["-m", ""]  # also those that make test leaves out
@@ -46,22 +45,20 @@ def main() -> None:
     faults = read_faults()
     chosen = choose(faults, options)
     lost = []
-    with worktree() as checkout:
-        check_texts(faults, checkout)
+    with current() as checkout:
+        wrong = [fault["name"] for fault in faults if occurrences(fault, checkout) != 1]
+        if wrong:
+            raise SystemExit(f"{LIST}: change `find` to the code of today, or drop the fault: {', '.join(wrong)}")
         check_tests_pass(checkout, chosen, options)
         for fault in chosen:
             before = fault["found_by"]
             found_by = find(checkout, fault, options)
             print(f"{fault['name']}: {found_by or 'not found'}", flush=True)
-            if options.write:
-                record(fault, found_by, options)
-            elif before is not None and found_by is None:
+            if before is not None and found_by is None:
                 lost.append(fault["name"])
-    if options.write:
-        write_faults(faults)
-    print_table(chosen)
+    print(f"{len(chosen)} faults, {len(lost)} of them lost")
     if lost:
-        raise SystemExit(f"not found any more: {', '.join(lost)}; add a test, or find another one with --full --write")
+        raise SystemExit(f"not found any more: {', '.join(lost)}; add a test, or find another one with --full")
 
 
 def arguments() -> argparse.Namespace:
@@ -72,7 +69,6 @@ def arguments() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tests", metavar="ARGUMENTS", help="of pytest, instead of the test that found a fault before")
     which.add_argument("--full", action="store_true", help="all of make test, if that test does not find a fault")
-    parser.add_argument("--write", action="store_true", help="write into faults.yaml which test found a fault")
     return parser.parse_args()
 
 
@@ -92,68 +88,20 @@ def read_faults() -> list[Fault]:
     return faults
 
 
-def write_faults(faults: Sequence[Fault]) -> None:
-    comment = "".join(re.findall(r"^#.*\n", LIST.read_text(encoding="utf-8"), re.MULTILINE))
-    entries = [yaml.dump([fault], Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110) for fault in faults]
-    LIST.write_text("\n".join([comment, *entries]), encoding="utf-8")
-
-
-class Dumper(yaml.SafeDumper):
-    """Writes code line by line."""
-
-
-Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
-)
-
-
 def occurrences(fault: Fault, checkout: Path) -> int:
     """How often the text to replace is in the file of a fault."""
     path = checkout / fault["file"]
     return path.read_text(encoding="utf-8").count(fault["find"]) if path.exists() else 0
 
 
-def check_texts(faults: Sequence[Fault], checkout: Path) -> None:
-    counts = {fault["name"]: occurrences(fault, checkout) for fault in faults}
-    wrong = [f"{name} ({count} times)" for name, count in counts.items() if count != 1]
-    if wrong:
-        raise SystemExit(
-            f"{LIST}: these texts to find are not in their file exactly once: {', '.join(wrong)}; change `find` to the "
-            "code of today, or remove a fault whose code is gone"
-        )
-
-
-def record(fault: Fault, found_by: str | None, options: argparse.Namespace) -> None:
-    if found_by != fault["found_by"]:
-        is_longer = options.tests is not None and "-m" in shlex.split(options.tests)  # not in make test
-        fault["layer"] = None if found_by is None else "all" if is_longer else "test"
-        fault["found_by"] = found_by
-
-
-def print_table(faults: Sequence[Fault]) -> None:
-    width = max(len(fault["name"]) for fault in faults)
-    for fault in faults:
-        print(f"{fault['name']:{width}}  {fault['layer'] or '-':4}  {fault['found_by'] or '-'}")
-    layers = [fault["layer"] for fault in faults]
-    found = ", ".join(f"{layers.count(layer)} by {name}" for layer, name in LAYERS.items())
-    print(f"{len(faults)} faults, found: {found}")
-
-
 @contextmanager
-def worktree() -> Iterator[Path]:
+def current() -> Iterator[Path]:
     """A checkout of the tracked files as they are now, also of changes that are not committed."""
     stash = subprocess.run(["git", "-C", ROOT, "stash", "create"], check=True, capture_output=True, text=True)
-    commit = stash.stdout.strip() or "HEAD"
-    with tempfile.TemporaryDirectory(prefix="power-") as folder:
-        checkout = Path(folder, "relora_mora")
-        subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", checkout, commit], check=True)
-        try:
-            if (ROOT / KERNELS).exists():
-                shutil.copy2(ROOT / KERNELS, checkout / KERNELS)
-            yield checkout
-        finally:
-            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", checkout], check=True)
+    with worktree(stash.stdout.strip() or "HEAD") as checkout:
+        if (ROOT / KERNELS).exists():
+            shutil.copy2(ROOT / KERNELS, checkout / KERNELS)
+        yield checkout
 
 
 def check_tests_pass(checkout: Path, faults: Sequence[Fault], options: argparse.Namespace) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
+KERNELS = Path("relora_mora", "kernels", "_kernels.so")
 RUBBISH = bytes(range(256)) * 4  # the content of no file format
 
 
@@ -33,6 +36,18 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+
+@contextlib.contextmanager
+def worktree(commit: str) -> Iterator[Path]:
+    """A temporary checkout of a commit."""
+    with tempfile.TemporaryDirectory(prefix="checkout-") as folder:
+        checkout = Path(folder, "relora_mora")
+        subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", checkout, commit], check=True)
+        try:
+            yield checkout
+        finally:
+            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", checkout], check=True)
 
 
 def python_path() -> str:

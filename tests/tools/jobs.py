@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +22,8 @@ from tests.tools.ports import free_port
 
 BIN = Path(sys.executable).parent
 POLL_SECONDS = 0.05
+PACED = ROOT / "tests" / "tools" / "paced.py"
+_JOB = "JOB_OF_A_TEST"  # a variable that everything in a job inherits
 _OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -62,8 +63,45 @@ def kill_all() -> None:
         RUNNING.pop().kill()
 
 
-class Job:
-    """A run of launch/pretrain.py (or ``script``) on ``ranks`` processes, with deepspeed, torchrun or python."""
+class Started:
+    """A command that runs in the checkout, with its output in a file."""
+
+    def __init__(self, log: Path, command: list[str], environment: dict[str, str]) -> None:
+        self.log = log
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_until(self, true: Callable[[], Any], seconds: float = 120) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (value := true()):
+            assert self.process.poll() is None or true(), f"the job ended with {self.process.returncode}\n{self.output}"
+            assert time.monotonic() < deadline, f"waited for {seconds} s\n{self.output}"
+            time.sleep(POLL_SECONDS)
+        return value
+
+    def wait_for_step(self, run_dir: Path, step: int) -> None:
+        self.wait_until(lambda: last_step(run_dir) >= step)
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code, when it ends in time."""
+        self.wait_until(lambda: self.process.poll() is not None, seconds)
+        return self.process.returncode
+
+
+class Job(Started):
+    """A run of launch/pretrain.py with pauses, or of ``script``, on ``ranks`` processes, by deepspeed or torchrun."""
 
     def __init__(
         self,
@@ -75,45 +113,26 @@ class Job:
         port: int | None = None,
         device: str = "cpu",
     ) -> None:
-        self.port, self.ranks = port or free_port(), ranks
+        self.port = port or free_port()
         front = {
             "deepspeed": [*_script("deepspeed"), f"--num_gpus={ranks}", f"--master_port={self.port}"],
             "torchrun": [*_script("torchrun"), f"--nproc_per_node={ranks}", f"--master_port={self.port}"],
-            "python": [sys.executable],
         }[launcher]
         kept = {key: value for key, value in os.environ.items() if key not in _OF_A_JOB}
         given = {"DS_ACCELERATOR": device, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
-        self.log = config.with_suffix(f".{time.monotonic_ns()}.log")
-        with self.log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [*front, str(script or ROOT / "launch" / "pretrain.py"), str(config), *arguments],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                cwd=ROOT,
-                env=kept | given,
-                start_new_session=True,
-            )
-        self.tree: dict[int, psutil.Process] = {}
+        log = config.with_suffix(f".{time.monotonic_ns()}.log")
+        given[_JOB] = log.name
+        super().__init__(log, [*front, str(script or PACED), str(config), *arguments], kept | given)
         RUNNING.append(self)
 
-    @property
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
-
     def processes(self) -> list[psutil.Process]:
-        """Everything this job has started and that was seen alive, also what has lost its parent since."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self.tree.setdefault(self.process.pid, psutil.Process(self.process.pid))
-        children: dict[int, list[psutil.Process]] = {}
-        for process in psutil.process_iter(["ppid"]):
-            children.setdefault(process.info["ppid"], []).append(process)
-        parents = [process for process in self.tree.values() if lives(process)]
-        while parents:
-            new = [child for child in children.get(parents.pop().pid, ()) if child.pid not in self.tree]
-            self.tree |= {child.pid: child for child in new}
-            parents += new
-        return [process for process in self.tree.values() if lives(process)]
+        """Everything of this job that lives, also what has lost its parent, in the order of their starts."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(_JOB) == self.log.name and lives(process):
+                    found.append(process)
+        return sorted(found, key=psutil.Process.create_time)
 
     def rank(self, number: int) -> psutil.Process:
         process = self.find_rank(number)
@@ -123,17 +142,10 @@ class Job:
     def find_rank(self, number: int) -> psutil.Process | None:
         """None before it is started and after its end."""
         for process in self.processes():
-            try:
-                environment = process.environ()
-                is_rank = self.ranks == 1 or "LOCAL_RANK" in environment
-                if (
-                    is_rank
-                    and environment.get("RANK", "0") == str(number)
-                    and "relora_mora.data.stream.worker" not in process.cmdline()
-                ):
+            with contextlib.suppress(psutil.Error):
+                is_worker = "relora_mora.data.stream.worker" in process.cmdline()
+                if process.environ().get("RANK") == str(number) and not is_worker:
                     return process
-            except psutil.Error:
-                continue
         return None
 
     def launch_py(self) -> psutil.Process:
@@ -142,27 +154,6 @@ class Job:
                 if "deepspeed.launcher.launch" in process.cmdline():
                     return process
         raise AssertionError(f"launch.py does not run\n{self.output}")
-
-    def wait_until(self, true: Callable[[], Any], seconds: float = 120) -> Any:
-        deadline = time.monotonic() + seconds
-        while not (value := true()):
-            assert self.process.poll() is None or true(), f"the job ended with {self.process.returncode}\n{self.output}"
-            assert time.monotonic() < deadline, f"waited for {seconds} s\n{self.output}"
-            self.processes()
-            time.sleep(POLL_SECONDS)
-        return value
-
-    def wait_for_step(self, run_dir: Path, step: int) -> None:
-        self.wait_until(lambda: last_step(run_dir) >= step)
-
-    def wait(self, seconds: float = 120) -> int:
-        """The exit code, when it ends in time."""
-        end = time.monotonic() + seconds
-        while self.process.poll() is None:
-            self.processes()
-            assert time.monotonic() < end, f"still running after {seconds} s\n{self.output}"
-            time.sleep(POLL_SECONDS)
-        return self.process.returncode
 
     def wait_for_nobody(self, seconds: float) -> float:
         """Seconds until no process of the job lives; fails after ``seconds``."""
@@ -177,10 +168,8 @@ class Job:
 
     def kill(self) -> None:
         for process in self.processes():
-            try:
-                process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                continue
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait()
 
 

@@ -1,4 +1,4 @@
-"""Writes what fits on which GPU as a Markdown page: ``python -m tests.tools.recipes_page > docs/recipes.md``."""
+"""What fits on which GPU in docs/recipes.md, as ``relora-mora plan`` says."""
 
 from __future__ import annotations
 
@@ -10,29 +10,6 @@ from relora_mora.experiments.planner.plan import Plan
 from relora_mora.experiments.planner.step import Cluster
 from relora_mora.system.devices import DEVICES, named_device
 
-_HEAD = """\
-# Recipes: I have this GPU, what do I run?
-
-Written by `python -m tests.tools.recipes_page > docs/recipes.md` from `relora-mora plan`; do not edit
-it.
-
-For each card: the largest of the [shipped models](../configs/README.md#model) that fits with ReMoRA,
-with full rank, and with ReMoRA on a base in 8 bits, and the command that trains it. The run is the
-paper's ([configs](../configs/README.md#run)) on that model: C4, 10,000 steps of 1,024 x 512 tokens
-(5.24 billion), rank 128. It needs a tokenizer first:
-
-```bash
-relora-mora train-tokenizer --data=allenai/c4 --out=runs/tokenizer --vocab_size=32000
-```
-
-**Memory and time are planned; no GPU has confirmed them.** A run fits if it is planned to take at most
-90 % of a card. The time is FLOPs at 0.4 of the card's peak. ReMoRA keeps a float32 base in host memory.
-"Micro-batch" is `train.micro_batch_size`; an asterisk means `model.activation_checkpointing`. If the
-memory is full nevertheless, halve the micro-batch; the run sees the same batches. For another card or
-other settings, replace `pretrain` with `plan` and add `--device=CARD`; `relora-mora plan llama_7b
---device=rtx4090` answers for a model. The learning rate suits the paper's sizes, 250 million and
-1.3 billion parameters; [sizes](../configs/README.md#sizes) says how it would scale.
-"""
 CARDS = {"rtx3060": 1, "rtx4080": 1, "rtx4090": 1, "l40s": 1, "a100-80gb": 1, "8 x a100-80gb": 8}
 METHODS = {"ReMoRA": ["remora"], "full rank": ["full"], "ReMoRA, int8 base": ["remora", "--method.base=int8"]}
 MODELS = ("llama_7b", "llama_3b", "llama_1_3b", "llama_350m", "llama_250m", "llama_130m")  # from the largest
@@ -100,9 +77,9 @@ def row(title: str, words: list[str], plan: Plan) -> str:
     return f"| {' | '.join([*cells, f'{hours:,.1f}', f'{plan.seconds / 86400:,.1f}'])} |"
 
 
-def recipes_page() -> str:
-    """The whole page, a section for each card."""
-    parts = [_HEAD]
+def generated() -> str:
+    """A section for each card."""
+    parts = []
     for card, devices in CARDS.items():
         device = named_device(card.split()[-1])
         also = [each.name for each in DEVICES if each.memory_gb == device.memory_gb and each != device]
@@ -118,7 +95,3 @@ def recipes_page() -> str:
         commands = [command(words, card) for words, _ in found.values()]
         parts.append("\n".join([*lines, "", "```bash", *commands, "```", ""]))
     return "\n".join(parts)
-
-
-if __name__ == "__main__":
-    print(recipes_page(), end="")

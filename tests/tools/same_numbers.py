@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from tests.tools.helpers import ROOT
+from tests.tools.helpers import KERNELS, ROOT, worktree
 from tests.tools.ports import free_port
-from tests.tools.runs import metrics, run_config, tensors, write_inputs
+from tests.tools.runs import copy_cut_at, different_tensors, metrics, run_config, write_inputs
 from tests.tools.tokenizer_tools import train_tokenizer
 
 MERGES: dict[str, Any] = {"merge_every": 4, "operators": [1, 2]}
@@ -42,23 +40,16 @@ CELLS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 }
 RESUMED_AT = 3
 NO_RESULTS = ("seconds", "/digest", "/answers")  # metrics that are times, or what was scored
-KERNELS = Path("relora_mora", "kernels", "_kernels.so")
 
 
 def main() -> None:
     commit = sys.argv[1] if len(sys.argv) > 1 else "HEAD"
-    with tempfile.TemporaryDirectory(prefix="same_numbers-") as name:
-        folder = Path(name)
-        before = folder / "before"
-        subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", before, commit], check=True)
-        try:
-            if (ROOT / KERNELS).exists():  # otherwise both use torch operations
-                build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-                subprocess.run(build, cwd=before, check=True, stderr=subprocess.DEVNULL)
-                assert (before / KERNELS).exists(), "the kernels of that commit cannot be compiled here"
-            different = compare(before, folder)
-        finally:
-            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", before], check=True)
+    with worktree(commit) as before, tempfile.TemporaryDirectory(prefix="same_numbers-") as folder:
+        if (ROOT / KERNELS).exists():  # otherwise both use torch operations
+            build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+            subprocess.run(build, cwd=before, check=True, stderr=subprocess.DEVNULL)
+            assert (before / KERNELS).exists(), "the kernels of that commit cannot be compiled here"
+        different = compare(before, Path(folder))
     if different:
         raise SystemExit("\n".join(["not the same:", *different]))
     print(f"the same numbers as {commit}: {len(CELLS)} runs, and as many resumes from its checkpoints")
@@ -75,10 +66,7 @@ def compare(before: Path, folder: Path) -> list[str]:
         }
         train(before, configs["before"], ranks)
         train(ROOT, configs["now"], ranks)
-        shutil.copytree(runs["before"], runs["resumed"])
-        for checkpoint in (runs["resumed"] / "checkpoints").glob("step-*"):
-            if int(checkpoint.name.removeprefix("step-")) > RESUMED_AT:
-                shutil.rmtree(checkpoint)
+        copy_cut_at(runs["before"], runs["resumed"], RESUMED_AT)
         train(ROOT, configs["resumed"], ranks)
         for kind in ("now", "resumed"):
             different += [f"{name}, {kind}: {what}" for what in differences(runs["before"], runs[kind])]
@@ -107,10 +95,7 @@ def differences(before: Path, after: Path) -> list[str]:
     found = [] if numbers(before) == numbers(after) else ["metrics.jsonl"]
     for checkpoint in sorted((before / "checkpoints").glob("step-*")):
         other = after / "checkpoints" / checkpoint.name
-        first = tensors(checkpoint)
-        second = tensors(other)
-        if first.keys() != second.keys() or not all(torch.equal(first[key], second[key]) for key in first):
-            found.append(f"tensors of {checkpoint.name}")
+        found += [f"{key} of {checkpoint.name}" for key in different_tensors(checkpoint, other)]
         if manifest(checkpoint) != manifest(other):
             found.append(f"manifest of {checkpoint.name}")
     return found
@@ -128,13 +113,10 @@ def numbers(run_dir: Path) -> dict[tuple[int, str], Any]:
 
 def manifest(checkpoint: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    values["counters"] = _without_nulls(values["counters"])
-    return {key: value for key, value in _without_nulls(values).items() if key not in ("files", "checksum", "config")}
-
-
-def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
-    """A field that is null may be missing in another version."""
-    return {key: value for key, value in values.items() if value is not None}
+    # a field that is null may be missing in another version
+    values["counters"] = {key: value for key, value in values["counters"].items() if value is not None}
+    place = ("files", "checksum", "config")
+    return {key: value for key, value in values.items() if value is not None and key not in place}
 
 
 if __name__ == "__main__":

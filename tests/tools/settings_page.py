@@ -1,8 +1,7 @@
-"""Writes the settings as a Markdown page: ``python -m tests.tools.settings_page > docs/settings.md``."""
+"""Every setting in docs/settings.md, from the schema."""
 
 from __future__ import annotations
 
-import sys
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -15,30 +14,12 @@ from relora_mora.config.explain import model_in
 from relora_mora.config.schema import Config
 from relora_mora.config.types import LARGEST
 
-_HEAD = """\
-# Settings
-
-<!-- Written by `python -m tests.tools.settings_page > docs/settings.md`; do not edit it. -->
-
-Every setting of a run, with its values, its default and what it does: to look up a name, or to write a
-settings file. [Configs](../configs/README.md) has files to start from.
-
-A run starts from the defaults, then reads its YAML file, then `--section.key=value` from the command
-line; the last one wins. The value of a flag is YAML, too: `--optim.lr=4e-4`,
-`--method.operators='[1, 2, 3, 4]'`, `--data.lanes=null`. If there is an unknown name, a wrong type or
-a combination that cannot work, the run ends before it loads anything and lists all faults.
-[Support](support.md) shows which settings work together.
-
-`relora-mora finetune` has some other defaults ([fine-tuning](finetuning.md#defaults)).
-`relora-mora plan CONFIG` reports what a run needs.
-"""
-
 _SIGNS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 
 
-def settings_page() -> str:
-    """The whole page, a table for each section."""
-    parts = [_HEAD]
+def generated() -> str:
+    """A table for each section."""
+    parts = []
     for name, field in Config.model_fields.items():
         section = field.annotation
         assert isinstance(section, type) and issubclass(section, BaseModel)
@@ -111,7 +92,3 @@ def _values(annotation: Any, metadata: list[Any]) -> str:
         if (value := getattr(item, attribute, None)) not in (None, LARGEST)
     ]
     return " ".join([kind, ", ".join(limits)]).strip()
-
-
-if __name__ == "__main__":
-    sys.stdout.write(settings_page())

@@ -1,9 +1,8 @@
-"""Writes what the checks of settings refuse together: ``python -m tests.tools.support_page > docs/support.md``."""
+"""What the checks of settings refuse together, in docs/support.md."""
 
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, get_args
 
@@ -14,21 +13,6 @@ from tests.tools.config_tools import tree
 from tests.tools.grids import STAGES
 
 _HEAD = """\
-# What works together
-
-<!-- Written by `python -m tests.tools.support_page > docs/support.md`; do not edit it. -->
-
-Which models, launchers and settings can be combined, and what to use if two settings cannot: to plan a run,
-or to understand why one was refused.
-
-**All tests run on CPUs. No GPU has run any of this yet**; [performance](performance.md) says what has
-been counted without one.
-
-- **Models**: causal language models of transformers ([models](models.md)).
-- **Launchers**: deepspeed, torchrun, Slurm ([clusters](clusters.md)), Kubernetes ([containers](containers.md)).
-- **Your own loop**: plain PyTorch, DDP, FSDP2, accelerate, DeepSpeed, Hugging Face's Trainer ([library](library.md)).
-- **Exports**: a plain model of every method, and [adapters](checkpoints.md#adapters-without-their-base).
-
 ## With each method
 
 "not" names the values that are refused; – means that the method does not use the setting.
@@ -142,9 +126,5 @@ def _pairs() -> str:
     )
 
 
-def support_page() -> str:
+def generated() -> str:
     return f"{_HEAD}{_matrix()}\n{_REFUSED}{_pairs()}\n"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(support_page())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import signal
 import time
@@ -13,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from relora_mora.commands.pretrain import main, run_to_the_end
+from tests.tools.changed_run import before_each_step, start
 
 
 def killed(*args: Any, **kwargs: Any) -> NoReturn:
@@ -47,22 +46,17 @@ def without_text(whole: Callable[..., Any]) -> Callable[..., Any]:
     return batch
 
 
-@functools.wraps(main)
-def victim(*args: Any, **kwargs: Any) -> int:
+def lose_rank_1() -> None:
     from relora_mora.checkpoint.rank_files import RankFiles
     from relora_mora.data.stream.stream import TrainStream
     from relora_mora.train import pretrain
-    from relora_mora.train.loop.loop import Trainer
 
-    train_step = Trainer.train_step
-
-    def without(error: Exception) -> Callable[[Trainer, Any], Any]:
-        def step(self: Trainer, share: Any) -> Any:
-            if self.state.step == 3:
+    def fail_with(error: Exception) -> None:
+        def act(trainer: Any, share: Any) -> None:
+            if trainer.state.step == 3:
                 raise error
-            return train_step(self, share)
 
-        return step
+        before_each_step(act)
 
     if os.environ["VICTIM"] == "while it connects":
         pretrain.joined_within = lambda _: 10.0  # type: ignore[assignment]
@@ -75,13 +69,12 @@ def victim(*args: Any, **kwargs: Any) -> int:
             case "in a save":
                 RankFiles.write = killed_later  # type: ignore[method-assign]
             case "device":
-                Trainer.train_step = without(torch.AcceleratorError("CUDA error: unspecified launch failure"))  # type: ignore[method-assign]
+                fail_with(torch.AcceleratorError("CUDA error: unspecified launch failure"))
             case "disk":
-                Trainer.train_step = without(OSError(errno.ESTALE, "Stale file handle", "metrics.jsonl"))  # type: ignore[method-assign]
+                fail_with(OSError(errno.ESTALE, "Stale file handle", "metrics.jsonl"))
             case "text":
                 TrainStream.__next__ = without_text(TrainStream.__next__)  # type: ignore[method-assign]
-    return main(*args, **kwargs)
 
 
 if __name__ == "__main__":
-    run_to_the_end(victim)
+    start(lose_rank_1)

@@ -1,0 +1,10 @@
+"""launch/pretrain.py with a pause before each step, so that runs without an end leave the processors to other tests."""
+
+from __future__ import annotations
+
+import time
+
+from tests.tools.changed_run import before_each_step, start
+
+if __name__ == "__main__":
+    start(lambda: before_each_step(lambda trainer, share: time.sleep(0.05)))
