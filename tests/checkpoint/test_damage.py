@@ -10,6 +10,7 @@ import pytest
 
 from relora_mora.checkpoint.layout import Manifest, list_checkpoints, read_manifest
 from relora_mora.checkpoint.reader import verify
+from relora_mora.system.logs import shared_log
 from tests.tools.runs import (
     checkpoint_at,
     copy_cut_at,
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.distributed
 
 def logged(config: Any) -> list[str]:
     """Trains; returns this rank's warnings and errors."""
-    with log_lines("WARNING", "ERROR") as lines:
+    with log_lines("WARNING", "ERROR", logger=shared_log) as lines:
         train(config)
     return lines
 

@@ -135,7 +135,7 @@ def test_more_sequences_at_once_than_there_are_or_than_fit(run_folder, inputs, m
     def too_much(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("relora_mora.evaluation.loss.evaluate", too_much)
+    monkeypatch.setattr("relora_mora.evaluation.score.evaluate", too_much)
     answer = call(EVALUATE, *argv)
     refused(answer, "--micro_batch_size: ", "need more memory than available; lower it", notes=1)
 
