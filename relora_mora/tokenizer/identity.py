@@ -114,9 +114,12 @@ def save_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerBase", out: str |
             f"{tokenizer.name_or_path}: transformers cannot save it ({reason}); fix its tokenizer_config.json"
         ) from error
     if written != encode(tokenizer, HARD_TEXTS) or saved.eos_token_id != tokenizer.eos_token_id:
+        config = out / "config.json"
+        kind = json.loads(config.read_text(encoding="utf-8"))["model_type"] if config.exists() else None
+        context = "" if kind is None else f" next to a model of type {kind}"
         raise files.TokenizerError(
-            f"{tokenizer.name_or_path}: saved{' next to this model' if (out / 'config.json').exists() else ''}, "
-            "transformers gives other ids for it; use a tokenizer for this type of model"
+            f"{tokenizer.name_or_path}: saved{context}, transformers gives other ids for it; use a tokenizer for that "
+            "type of model"
         )
 
 
