@@ -28,7 +28,7 @@ LaneStates = dict[str, dict[str, Any]]  # by ``state_key``, which is a string be
 T = TypeVar("T")
 # limits of a call of the tokenizer: enough to make it cheap, and little enough that a resume repeats little
 ENCODE_ROWS = 64
-ENCODE_CHARACTERS = 1 << 16
+ENCODE_CHARACTERS = 1 << 15
 
 
 class Cursor(NamedTuple):

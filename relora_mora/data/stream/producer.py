@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from relora_mora.config.data import DataConfig, TextSource
 from relora_mora.data.lanes import LaneRows, LaneStates, lane_plans, seeded_order, state_key, times_read
 from relora_mora.data.network import RETRIES
@@ -149,7 +147,7 @@ class Assignment:
 class LaneBlocks:
     """The blocks of one process for one global batch."""
 
-    blocks: dict[int, Block]  # by lane: stacks of arrays, [blocks_per_lane, ...]
+    blocks: dict[int, list[Block]]  # by lane
     states: LaneStates
     retries: int  # of all reads of the process since it began with this assignment
     notes: list[str]
@@ -218,7 +216,7 @@ class Producer:
         blocks = {}
         for lane, sources in zip(lanes, self.mixture.sources(self.batch, lanes), strict=True):
             keys = [state_key(lane, source) for source in sources]
-            blocks[lane] = Block(*map(np.stack, zip(*(self.lanes[key].next_block() for key in keys), strict=True)))
+            blocks[lane] = [self.lanes[key].next_block() for key in keys]
             for key in keys:
                 self.taken[key] += 1
         self.batch += 1

@@ -167,7 +167,8 @@ class TrainStream:
         import torch
 
         by_lane = {lane: blocks for share in shares for lane, blocks in share.blocks.items()}
-        tokens, scored, documents = map(np.concatenate, zip(*(by_lane[lane] for lane in self._work.lanes), strict=True))
+        blocks = [block for lane in self._work.lanes for block in by_lane[lane]]
+        tokens, scored, documents = map(np.stack, zip(*blocks, strict=True))
         tokens = tokens.astype(np.int64)
         states = merge_states([share.states for share in shares])
         return Batch(
