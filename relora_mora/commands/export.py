@@ -1,5 +1,6 @@
 """Exports a checkpoint as a plain model for AutoModelForCausalLM and AutoTokenizer, or only its adapter for PEFT."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,9 @@ def main(
     """
     if private and push is None:
         raise ValueError("--private: is about the repository of --push=OWNER/NAME; give both")
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # for DeepSpeed, which accelerate imports to save a model
     with many_imports():
         import torch
 

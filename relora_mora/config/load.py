@@ -16,7 +16,7 @@ from relora_mora.config.registry import METHODS, is_own, settings_of_others, spl
 from relora_mora.config.removed import removed_faults, without, without_old_defaults
 from relora_mora.config.schema import Config
 from relora_mora.config.secrets import redact, secrets_in
-from relora_mora.config.shipped import MODELS, exists, find_config, nearest, with_names
+from relora_mora.config.shipped import MODELS, exists, find_config, nearest, shipped_files, with_names
 from relora_mora.config.yaml_text import MOST_CHARACTERS, dump_yaml, explain_yaml, parse_yaml
 from relora_mora.system.files import from_home
 from relora_mora.system.logs import counted
@@ -105,10 +105,13 @@ def read_tree(path: str | Path) -> dict[str, Any]:
             return tree
         fault = f"it holds a {type(tree).__name__}, expected names and values, such as `train:`"
     except OSError as error:
-        fault = (
-            f"cannot read it ({error.strerror}); give a YAML file, or a name that relora-mora configs lists, "
-            f"such as tiny_remora{nearest(path)}{relative_to(path)}"
-        )
+        if str(path) in shipped_files(MODELS):
+            fault = f"it is a model and has no other settings; give those of a run, and --model.config={path}"
+        else:
+            fault = (
+                f"cannot read it ({error.strerror}); give a YAML file, or a name that relora-mora configs lists, "
+                f"such as tiny_remora{nearest(path)}{relative_to(path)}"
+            )
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         fault = f"it is not YAML: {explain_yaml(error)}"
     except ValueError as error:  # a path that no file can have

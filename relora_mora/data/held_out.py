@@ -131,8 +131,8 @@ def load_eval_set(
     packing = packing_of(config, shards)
     counts = RecordsFound(config)
     in_order = rows_in_order(shards, config, tokenizer, packing, counts)
-    rows = list(_up_to(max_tokens, in_order, packing))
     names = ", ".join(source.source for source in as_sources(sources))
+    rows = list(_up_to(max_tokens, in_order, packing, names))
     if not rows:
         raise SourceError(f"the validation data {names} holds no text; give a source with at least one document")
     if counts.left_out:
@@ -149,12 +149,20 @@ def load_eval_set(
     )
 
 
-def _up_to(max_tokens: int | None, rows: Iterable[Encoded], packing: Packing) -> Iterator[Encoded]:
+def _up_to(max_tokens: int | None, rows: Iterable[Encoded], packing: Packing, names: str) -> Iterator[Encoded]:
     total = 0
     for number, row in enumerate(rows):
-        total += int(scored_mask(row, packing).sum())
-        if max_tokens is not None and number and total > max_tokens:
+        size = int(scored_mask(row, packing).sum())
+        if max_tokens is not None and number and total + size > max_tokens:
+            if total < max_tokens / 2:
+                log.warning(
+                    "%s: only %s of at most %s tokens are scored, because the next document has %s; split the text "
+                    "(data.sample_by), or raise the limit (eval.max_tokens, --max_tokens)",
+                    names,
+                    *(f"{count:,}" for count in (total, max_tokens, size)),
+                )
             return
+        total += size
         yield row
 
 

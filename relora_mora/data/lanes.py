@@ -309,8 +309,10 @@ class LaneRows(Generic[Row]):
             f"{reason}: {to - was}" for reason, was, to in counts if to > was and reason != "empty_shard"
         )
         shards = ", ".join(self.shards[part.shard].label for part in self.plan.parts[:3])
-        why = f"all of its rows were skipped ({skipped})" if skipped else "there are fewer documents than lanes"
-        remedy = "give more text or lower data.lanes"
+        why, remedy = "there are fewer documents than lanes", "give more text or lower data.lanes"
+        if skipped:
+            why = f"all of its rows were skipped ({skipped})"
+            remedy = f"correct them (docs/data.md#faults), {remedy}"
         if self.config.is_mixture:
             remedy += (
                 f", or set the weight of its source {self.shards[0].source} to 0 in data.train and data.stages; a run "

@@ -114,6 +114,10 @@ def _hub_parts(source: str) -> tuple[str, str]:
 # ---- on the hub ------------------------------------------------------------------------------------------------------
 
 
+def is_on_disk(source: TextSource) -> bool:
+    return "://" not in source.source and hub_repo(source) is None
+
+
 def hub_repo(source: TextSource) -> str | None:
     """The hub repository that holds a source; None if it is not on the hub."""
     name = set_name(source, "train")
@@ -126,6 +130,8 @@ def commit_of(name: SetName, config: DataConfig) -> str:
     if _COMMIT.fullmatch(revision):
         return revision
     known = config.commits.get(f"{name.place}@{revision}")
+    if known is None and name.source == name.place:
+        log.info("%s: there is no such folder here, so it is a set on the hub", name.place)
     return known or ask_for_commit(name.place, revision, config.timeout_seconds)
 
 

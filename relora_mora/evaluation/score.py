@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from relora_mora.config.data import DataConfig, set_setting
 from relora_mora.data.errors import SourceError
 from relora_mora.data.held_out import EvalSet
-from relora_mora.data.named_sets import hub_repo
+from relora_mora.data.named_sets import is_on_disk
 from relora_mora.data.sources import shards_of
 from relora_mora.evaluation.loss import EvalResult, evaluate, evaluate_sets, is_causal
 from relora_mora.model.causal import LossModel
@@ -64,7 +64,7 @@ def tokenizer_of(loaded: LoadedModel, other: str | None) -> Path:
 def check_files(text: DataConfig) -> None:
     """Raises SourceError if files of the held-out text on this host are missing."""
     for name, sources in text.validation.items():
-        if any(hub_repo(source) or "://" in source.source for source in sources):
+        if not all(map(is_on_disk, sources)):
             continue
         try:
             shards_of(sources, text, "validation")

@@ -142,7 +142,7 @@ def test_one_document_only(tmp_path):
     ):
         make_lane(data_config(path), 2, 1).next_block()
     (tmp_path / "double.txt").write_text("\n\n".join("abcde"))
-    with pytest.raises(SourceError, match=r"double\.txt: all of its rows were skipped \(empty_text: 4\); "):
+    with pytest.raises(SourceError, match=r"double\.txt: all of its rows were skipped \(empty_text: 4\); correct them"):
         make_lane(data_config(tmp_path / "double.txt", sample_by="line"), 2, 1).next_block()
 
 

@@ -24,7 +24,7 @@ from relora_mora.config.load import ConfigError
 from relora_mora.config.schema import Config
 from relora_mora.data.content import content_of, fingerprints, with_versions
 from relora_mora.data.first_rows import check_columns, check_lanes, check_records
-from relora_mora.data.named_sets import with_commits
+from relora_mora.data.named_sets import is_on_disk, with_commits
 from relora_mora.data.read import count_epochs
 from relora_mora.data.shard import Shard
 from relora_mora.data.stream.producer import in_saved_order
@@ -112,6 +112,8 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         try:
             check_exists(Path(config.tokenizer.path))
         except TokenizerError as error:
+            if all(map(is_on_disk, [*config.data.sources("train"), *config.data.sources("validation")])):
+                open_text(config)  # raises for all that is missing
             raise TokenizerError(f"tokenizer.path: {error}") from error
     config, model_config, setup = check_settings(config, world_size)
     passes_boundaries = True

@@ -122,6 +122,7 @@ def _check_same_run(inputs: Inputs, checkpoint: Path) -> None:
         lines = [f"{checkpoint}: made with other settings:", *(f"  - {fault}" for fault in faults)]
         if len(permissions) > 1:
             lines.append(_permission(permissions))
+        lines.append("or give another --train.run_dir, which begins a new run")
         raise CheckpointError("\n".join(lines))
     for name, began in other_weights(checkpoint, config.model).items():
         log.warning("%s: the run began with %s; it continues from %s and ignores them", name, began, checkpoint)

@@ -14,6 +14,7 @@ from relora_mora.data.sources import configured_shards
 from relora_mora.data.tokens.make import make_tokens
 from relora_mora.evaluation.loss import held_out
 from relora_mora.tokenizer.files import TokenizerError
+from relora_mora.train.begin.inputs import open_inputs
 from relora_mora.train.begin.text import open_text
 from tests.tools.data_tools import write_parquet
 from tests.tools.helpers import ROOT
@@ -42,7 +43,7 @@ def test_missing_files_of_the_demo_are_named_with_their_commands(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as raised:
-        open_text(settings())
+        open_inputs(settings(), 1)
     assert [fault.partition(":")[0] for fault in raised.value.faults] == [
         "tokenizer.path",
         "data.train",
