@@ -86,7 +86,7 @@ def abandon(path: Path) -> None:
     targets = (path.with_name(f"abandoned-{number}{path.name}") for number in numbers)
     target = next(each for each in targets if not os.path.lexists(each))
     path.rename(target)
-    log.warning("%s does not belong to the history that continues here: renamed to %s", path.name, target.name)
+    log.warning("%s is not continued here: renamed to %s", path.name, target.name)
 
 
 FORMAT = "relora_mora checkpoint"

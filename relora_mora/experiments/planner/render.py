@@ -138,13 +138,15 @@ def _line(text: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """3 d 4 h, 4 h 5 min, 5 min 6 s or 6.1 s"""
+    """2.5 years, 3 d 4 h, 4 h 5 min, 5 min 6 s or 6.1 s"""
     minutes = seconds / 60
     if minutes < 1:
         return f"{seconds:.1f} s"
     if minutes < 60:
         return f"{int(minutes)} min {int(seconds % 60)} s"
     hours = minutes / 60
+    if hours > 2 * 365 * 24:
+        return f"{hours / 24 / 365:.1f} years"
     return f"{int(hours)} h {int(minutes % 60)} min" if hours < 48 else f"{int(hours // 24)} d {int(hours % 24)} h"
 
 

@@ -230,6 +230,7 @@ def test_time_of_a_step_on_a_cluster() -> None:
         (306, "5 min 6 s"),
         (4 * 3600 + 300, "4 h 5 min"),
         (76 * 3600.0, "3 d 4 h"),
+        (913 * 86400.0, "2.5 years"),
         (47 * 3600, "47 h 0 min"),
     ],
 )
