@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # launchers start it from any folder
 from tests.tools.changed_run import before_each_step, start
 
 if __name__ == "__main__":
