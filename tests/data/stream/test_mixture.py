@@ -34,6 +34,7 @@ def _mixture_config(weights, **settings):
         ({"a": 6, "b": 2, "c": 1, "d": 0.5, "e": 0.3, "f": 0.2}, 64, 2),
         ({"a": 0.99, "b": 0.01, "c": 0}, 8, 1),
         ({"a": 20, "b": 1}, 4, 2),  # the blocks of b come in a pattern of 21 steps
+        ({"a": 15, "b": 1}, 4, 1),  # of as many steps as there are lanes
     ],
 )
 def test_every_source_gets_its_share_overall_and_on_every_lane(weights, lanes, blocks_per_lane):
