@@ -50,6 +50,20 @@ def test_all_forms_agree(kind, inputs, outputs, size, dtype, device):
         assert torch.equal(a, c)  # the same operations on the same W + delta
 
 
+def test_autocast_gives_what_an_input_of_its_type_gives():
+    for layer in layers_of("1", 24, 16, 8, torch.float32):
+        results = []
+        for casts in (True, False):
+            x = torch.linspace(-1, 1, 144).view(6, 24).requires_grad_()
+            layer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+                y = layer(x if casts else x.bfloat16())
+            y.backward(torch.ones_like(y))
+            results.append([y.detach(), x.grad, *(layer.get_parameter(name).grad for name in layer.adapter_names)])
+        assert results[0][0].dtype == torch.bfloat16
+        assert all(torch.equal(cast, plain) for cast, plain in zip(*results, strict=True)), layer.form
+
+
 def test_the_merged_form_keeps_the_compressed_input_only():
     layer, _ = layers_of("1", 64, 48, 8, torch.float32)
     kept: list[torch.Size] = []

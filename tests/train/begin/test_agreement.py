@@ -93,6 +93,21 @@ def test_ranks_with_different_inputs_do_not_train(runs, pools, inputs, tokenizer
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def agreed_memory(config: Any) -> float:
+    from relora_mora.distributed.collectives import from_first_rank
+    from relora_mora.train.begin import inputs
+
+    rank = int(os.environ["RANK"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "memory_of_rank", lambda: 1e12 - rank)
+        opened = from_first_rank(lambda: inputs.open_inputs(config, 2))
+        return inputs.agree(opened, config, rank).memory
+
+
+def test_all_ranks_choose_forms_by_the_memory_of_the_smallest(runs, pools, tmp_path):
+    assert pools(2)(agreed_memory, runs.config(tmp_path / "run", 2)) == [1e12 - 1] * 2
+
+
 def with_less_on_the_second(config: Any, other: Any) -> str:
     """Each rank checks its own settings, as if a file were on only one host. Returns the error's text."""
     from relora_mora.train.pretrain import pretrain
