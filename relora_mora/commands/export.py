@@ -38,9 +38,7 @@ def main(
     """
     if private and push is None:
         raise ValueError("--private: is about the repository of --push=OWNER/NAME; give both")
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # for DeepSpeed, which accelerate imports to save a model
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for DeepSpeed, which accelerate imports to save a model
     with many_imports():
         import torch
 
