@@ -99,6 +99,9 @@ def make_loggers(folder: Path, config: LogConfig) -> list[Logger]:
     return loggers
 
 
+UNTRAINED = 1000.0  # the perplexity of a model that begins with random weights is about its number of tokens
+
+
 class TensorBoard:
     """Writes event files to ``tensorboard/`` in a run folder.
 
@@ -121,11 +124,15 @@ class TensorBoard:
             writer.add_text("run/config", "".join(f"    {line}\n" for line in settings), 0)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one point for every number, under its tag."""
+        """Writes one point for every number, under its tag.
+
+        The perplexity of a model that knows nothing yet is left out, because it would flatten the rest of its curve.
+        """
         writer = self._writer or self._begin_file(step)  # None after a disk error
         try:
             for tag, value in values.items():
-                if isinstance(value, int | float):
+                flattens = step == 0 and tag.endswith("perplexity") and value > UNTRAINED
+                if isinstance(value, int | float) and not flattens:
                     writer.add_scalar(tag, value, step)
         except OSError:
             self.close()
