@@ -134,7 +134,8 @@ def test_pretrain_if_the_hub_cannot_be_reached(inputs: Path) -> None:
     command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), str(inputs / "run.yaml"), *settings]
     nobody = environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run(command, capture_output=True, text=True, env=nobody)
-    *retries, message = done.stderr.splitlines()
+    notice, *retries, message = done.stderr.splitlines()
     assert done.returncode == 2 and all("retrying in" in line for line in retries), done
+    assert "a set on the hub" in notice
     assert message.startswith("hub:allenai/c4 (revision main): gave up after 0.5 s")
     assert "HF_ENDPOINT" in message

@@ -34,8 +34,9 @@ def rows() -> dict[tuple[str, str, str], list[str]]:
     ("cluster", "method", "stage"),
     [
         ("250m, 1 x 8 A100 80 GB", "ReMoRA", "1"),
-        ("1.3b, 4 x 8 H100, 25 Gbit/s", "full", "2"),
+        ("1.3b, 4 x 8 H100, 25 Gbit/s", "full", "1"),
         ("7b, 8 x 8 H100, 3,200 Gbit/s", "full", "1"),
+        ("7b, 8 x 8 H100, 3,200 Gbit/s", "full", "2"),
     ],
 )
 def test_a_row_is_what_the_planner_prints(
