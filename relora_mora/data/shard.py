@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -197,20 +197,16 @@ class Shard:
             return "hub"
         return "server" if self.is_remote else "local"
 
-    def column_remedy(self, columns: str) -> str:
-        """How to read other columns, with those that there are."""
+    def column_error(self, fault: str, names: Iterable[str]) -> SourceError:
+        """The error for a column that cannot be read, with the names of all columns."""
         setting = "records.columns" if self.holds_records else "text_column"
         setting = f"{setting} of the source {self.source}" if self.source else f"data.{setting}"
         records = "" if self.holds_records else "; or set data.records, if rows are not plain text"
-        return f"set {setting} to one of {columns}{records}"
+        return SourceError(f"{self.label} {fault}; set {setting} to one of {names_of(names)}{records}")
 
-
-def check_names(shard: Shard, names: Sequence[str]) -> None:
-    """Raises SourceError if a column that is read is missing or appears twice. The message lists the columns."""
-    for column in shard.columns:
-        count = list(names).count(column)
-        if count > 1 or (count == 0 and column in shard.required_columns):
-            raise SourceError(
-                f'{shard.label} has {count or "no"} column{"s" if count else ""} "{column}"; '
-                f"{shard.column_remedy(names_of(names))}"
-            )
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raises SourceError if a column that is read is missing or appears twice. The message lists the columns."""
+        for column in self.columns:
+            count = list(names).count(column)
+            if count > 1 or (count == 0 and column in self.required_columns):
+                raise self.column_error(f'has {count or "no"} column{"s" if count else ""} "{column}"', names)

@@ -154,7 +154,7 @@ def test_another_tokenizer_and_other_limits_are_refused(folder, tokenizer_path, 
             make.check_tokens(shards, **{**given, **changed, **limits})
     with pytest.raises(SourceError, match="of another tokenizer"):
         eval_set(folder / "bad.tokens", other_tokenizer, **LIMITS)
-    with pytest.raises(SourceError, match="holds tokens, but text is needed here"):
+    with pytest.raises(SourceError, match=r"holds tokens, .* but text is needed here"):
         list(iter_texts(str(folder / "bad.tokens"), split="train", config=config))
     records = configured_shards(_config(folder, "records.tokens"), "train")
     make.check_tokens(records, **given)
