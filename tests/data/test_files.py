@@ -17,17 +17,8 @@ from hypothesis import strategies as st
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.files import open_file, open_text
 from relora_mora.data.lines import documents, lines_in
-from relora_mora.data.read import open_rows
 from relora_mora.data.shard import Shard
-from tests.tools.data_tools import (
-    data_config,
-    line,
-    resolve_shards,
-    rows_of,
-    some_texts,
-    texts_of,
-    write_shard,
-)
+from tests.tools.data_tools import line, some_texts, texts_of, write_shard
 from tests.tools.each import each
 
 
@@ -112,18 +103,3 @@ def test_a_shard_that_breaks_off_or_has_another_byte_anywhere_is_an_error(tmp_pa
 def test_too_many_lanes_for_the_files_that_may_be_open():
     error = unreadable("a.json", OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "check the path")
     assert "raise ulimit -n, or lower data.lanes" in str(error)
-
-
-def test_a_file_that_changes_while_it_is_read_is_refused_then_or_when_it_is_opened_again(tmp_path):
-    path = write_shard(tmp_path / "a.json", some_texts(20_000))
-    config = data_config(path)
-    (shard,) = resolve_shards(str(path))
-    with closing(open_rows(config, shard)) as rows:
-        assert rows.skip(100)
-        with path.open("ab") as file:
-            file.write(b"more\n" * 1000)
-    with pytest.raises(SourceError, match=r"a\.json was written since the start; use data that does not change"):
-        open_rows(config, shard)
-    path.unlink()
-    with pytest.raises(SourceError, match=r"a\.json cannot be read \(No such file"):
-        rows_of(path)

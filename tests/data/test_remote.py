@@ -36,16 +36,6 @@ def _read(server, timeout_seconds=8.0):
     return BlockFile(Shard("a.json.gz", f"{server.url}/a.json.gz"), timeout_seconds).readall()
 
 
-@each("etag", [True, False])
-def test_no_fault(tmp_path, etag):
-    shard = _write(tmp_path)
-    before = RETRIES.retries
-    with serving(tmp_path, etag=etag) as server:
-        assert _read(server) == shard.read_bytes()
-        assert len(server.requests) == 3  # blocks of 64 KiB and twice as much each time
-    assert RETRIES.retries == before
-
-
 @each("ranges", [True, False])
 def test_an_empty_file_and_a_server_without_ranges(tmp_path, ranges):
     path = tmp_path / "a.json.gz"

@@ -82,7 +82,6 @@ def test_urls_show_no_secret():
         ("{}/./x/../a.json", "names already"),
         ("{}/x/link.json", "link.json is a file that {}/[ab].json names already as a.json;"),
         ("{}/linked/a.json", "names already"),
-        ("{}/{{a..b}}.json", None),
     ],
 )
 def test_a_local_file_is_named_once(tmp_path, again, said):
@@ -91,11 +90,7 @@ def test_a_local_file_is_named_once(tmp_path, again, said):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "link.json").symlink_to("../a.json")
     (tmp_path / "linked").symlink_to(tmp_path)
-    write_shard(tmp_path / "{a..b}.json", ["of an odd name"])
     sources = [f"{tmp_path}/[ab].json", again.format(tmp_path)]
-    if said is None:
-        assert len(resolve_shards(sources)) == 3
-        return
     with pytest.raises(SourceError) as caught:
         resolve_shards(sources)
     assert said.format(*[tmp_path] * 2) in str(caught.value)
@@ -105,8 +100,6 @@ def test_a_local_file_is_named_once(tmp_path, again, said):
     "first,again",
     [
         ("https://example.org/x/{0..3}.json", "https://example.org/x/2.json"),
-        ("https://example.org/2.json?a=1", "https://example.org/2.json?a=1"),
-        ("hub:a/b/x/{0..3}.json.gz", "hub:a/b/x/3.json.gz"),
         ("allenai/c4", "hub:allenai/c4/en/c4-train.00007-of-01024.json.gz"),
         ("hub:a/b/3.json", f"https://huggingface.co/datasets/a/b/resolve/{COMMIT}/3.json"),
     ],
@@ -122,7 +115,6 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
     "source,message",
     [
         ("nowhere/*.json", "no file matches nowhere"),
-        ("tests/dataset", "no file matches tests/dataset"),
         ("tests/dataset", "files on the hub are hub:OWNER/NAME/PATTERN"),
         (f"{Path(__file__).parent}", "holds no text files"),
         ("nowhere://a.json", "nowhere:// cannot be read (Protocol not known: nowhere)"),
@@ -134,18 +126,11 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
         ("https://example.org/a.orc", "expected one of .json"),
         (["https://a.org/b.parquet", "https://a.org/a.arrow"], "a.arrow is an Arrow file on a server, and only local"),
         ("https://[x/a.json", "not a valid url"),
-        ("https://example.org:99999/a.json", "not a valid url"),
         (__file__, "expected one of .json"),
-        ("/dev/null", "no file matches /dev/null"),
-        ("~nobody-of-this-name/a.json", "no file matches ~nobody-of-this-name"),
         (f"{'x' * 300}.json", "cannot be read (File name too long); check the path"),
         ([], "no source"),
         ([TextSource(source="a.json", revision="main")], "a.json: only a source on the hub has a revision (main)"),
         ([TextSource(source="hub:a/b/c.json", split="validation")], "only a set by name (OWNER/NAME or a folder)"),
-        (
-            [TextSource(source="hub:a/b/c.json", config="en")],
-            "only a set by name (OWNER/NAME or a folder) has a config",
-        ),
     ],
 )
 def test_a_source_without_shards_is_refused(source, message):
@@ -162,14 +147,10 @@ def test_files_that_cannot_be_read_are_not_shards(tmp_path):
         with pytest.raises(SourceError, match=message):
             resolve_shards(f"{tmp_path}/{name}")
     with public_folder() as folder:
-        write_shard(folder / "closed" / "a.json", ["text"])
         write_shard(folder / "b.json", ["text"]).chmod(0)
-        (folder / "closed").chmod(0)
-        for name in ("closed/a.json", "b.json"):
-            message = rf"{name} cannot be read \(Permission denied\); check the path and its permissions"
-            with permissions_count(), pytest.raises(SourceError, match=message):
-                content_of(resolve_shards(f"{folder}/{name}"))
-        (folder / "closed").chmod(0o755)
+        message = r"b\.json cannot be read \(Permission denied\); check the path and its permissions"
+        with permissions_count(), pytest.raises(SourceError, match=message):
+            content_of(resolve_shards(f"{folder}/b.json"))
 
 
 def test_the_fingerprint_is_of_what_decides_the_blocks(tmp_path):
@@ -209,13 +190,6 @@ def test_fingerprints_do_not_change():
     assert fingerprints(config, **given) == ("02aafe596527296c8d60a22910e10fab", "e93bc9fdc325dfd902f7e93e8e95499e")
     given["shards"] = [replace(shard, text_column="content") for shard in shards]
     assert fingerprints(config, **given)[0] != "02aafe596527296c8d60a22910e10fab"
-
-
-def test_a_local_folder_wins_over_the_set_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_shard(tmp_path / "allenai" / "c4" / "train-0.json.gz", ["the rank"])
-    [shard] = resolve_shards("allenai/c4", COMMIT)
-    assert shard.origin == "local"
 
 
 @each(
