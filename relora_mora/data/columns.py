@@ -104,8 +104,7 @@ class RangeRows(JudgedRows):
                 raise
             reason = " ".join(str(error).split()) or "it has fewer rows than the file says"
             raise SourceError(
-                f"{self._shard.label}: {where} cannot be read ({reason}); "
-                f"the file is not {self._shard.format.name}, cut short or damaged: fetch or write it again"
+                f"{self._shard.label}: {where} cannot be read ({reason}); fetch or write it again"
             ) from error
 
 

@@ -113,6 +113,5 @@ class Decompressed(io.RawIOBase):
 
 def _damaged(file: io.BufferedReader, shard: Shard, what: str) -> SourceError:
     return SourceError(
-        f"{shard.label}: its compressed data {what} at byte {file.tell():,}; "
-        "expected a complete gzip or zstd file: fetch it again, or drop it"
+        f"{shard.label}: its compressed data {what} at byte {file.tell():,}; fetch the file again, or drop it"
     )

@@ -65,10 +65,7 @@ class LineRows(JudgedRows):
         if shard.format is not JSON_LINES:
             return documents(lines, self._limit, self._config.sample_by), read_document
         if _ARRAY.match(text.peek()):
-            raise SourceError(
-                f"{shard.label} is one JSON array, not JSON lines with one object on each line; "
-                "write it as lines: jq -c '.[]' OLD.json > NEW.jsonl"
-            )
+            raise SourceError(f"{shard.label} is one JSON array, not lines; write: jq -c '.[]' OLD.json > NEW.jsonl")
         return lines, functools.partial(read_json, shard=shard)
 
 
@@ -159,10 +156,7 @@ def csv_rows(lines: Iterator[Line], limit: int, shard: Shard) -> Iterator[dict[s
     if header is None:
         return
     if isinstance(header, Skipped):
-        raise SourceError(
-            f"{shard.label}: its header {header.detail or BAD_REASONS[header.reason]}; "
-            "the first row of CSV names the columns: repair or drop the file"
-        )
+        raise SourceError(f"{shard.label}: its header {header.detail or BAD_REASONS[header.reason]}; repair or drop it")
     names = [name.encode(errors="surrogateescape").decode(errors="replace") for name in header]
     shard.check_names(names)
     columns = {name: at for at, name in enumerate(names) if name in shard.columns}

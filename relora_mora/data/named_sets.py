@@ -63,12 +63,11 @@ def set_name(source: TextSource, split: Split) -> SetName | None:
     """
     text = source.source
     name = _hub_files_name(source) if text.startswith("hub:") else _set_name(source, split)
-    if source.revision and not (name and name.on_hub):
-        raise SourceError(f"{text}: only a source on the hub has a revision ({source.revision}); leave it out")
-    if (source.config or source.split or source.data_files) and (name is None or text.startswith("hub:")):
+    of_sets = source.config or source.split or source.data_files
+    if (source.revision and not (name and name.on_hub)) or (of_sets and (name is None or text.startswith("hub:"))):
         raise SourceError(
-            f"{text}: only a set by name (OWNER/NAME or a folder) has a config, a split or data_files; "
-            "give the name of the set, or remove these keys and name the files in the source"
+            f"{text}: only a source on the hub has a revision, and only a set by name (OWNER/NAME or a folder) has a "
+            "config, a split or data_files; remove these keys, or give the name of the set"
         )
     return name
 
@@ -76,9 +75,7 @@ def set_name(source: TextSource, split: Split) -> SetName | None:
 def _hub_files_name(source: TextSource) -> SetName:
     match = _HUB_FILES.fullmatch(source.source)
     if match is None or {"", ".", ".."} & {*match[2].split("/")}:
-        raise SourceError(
-            f"{source.source}: expected hub:OWNER/NAME/PATTERN, e.g. hub:{C4}/{C4_PATTERNS['validation']}"
-        )
+        raise SourceError(f"{source.source}: expected hub:OWNER/NAME/PATTERN, such as hub:{C4}/en/*.json.gz")
     return SetName(source.source, match[1], on_hub=True, revision=source.revision, patterns=(match[2],))
 
 
@@ -210,10 +207,7 @@ def _split_files(name: SetName, root: Path) -> list[str]:
     """
     source = name.source
     if (root / "dataset_dict.json").exists() or (root / "state.json").exists():
-        raise SourceError(
-            f"{source} was written by save_to_disk, whose folders are not read as sets; write it as Parquet "
-            f"(datasets.load_from_disk, then to_parquet), or give its files by path, such as {name.place}/*.arrow"
-        )
+        raise SourceError(f"{source} was written by save_to_disk; give its files, such as {name.place}/*.arrow")
     splits = _splits(name, root)
     if not splits:
         raise SourceError(f"{source} holds no text files; check its content, or give its files by path")

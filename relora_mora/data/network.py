@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 FIRST_WAIT_SECONDS = 0.25
 LONGEST_WAIT_SECONDS = 30.0
 STALL_SECONDS = 30.0  # the longest wait for a byte
-CHECK = "check the network and the source"
 
 
 class TransientError(Exception):
@@ -44,7 +43,7 @@ T = TypeVar("T")
 _jitter = random.Random()  # a separate generator, so that a retry does not change the state of the process's own
 
 
-def retrying(ask: Callable[[], T], what: str, timeout_seconds: float, remedy: str = CHECK) -> T:
+def retrying(ask: Callable[[], T], what: str, timeout_seconds: float, *, hub: bool = False) -> T:
     """Calls ``ask()`` until it raises no TransientError, and raises SourceError after ``timeout_seconds`` of them."""
     end = time.monotonic() + timeout_seconds
     longest = FIRST_WAIT_SECONDS
@@ -54,9 +53,10 @@ def retrying(ask: Callable[[], T], what: str, timeout_seconds: float, remedy: st
         except TransientError as error:
             left = end - time.monotonic()
             if left <= 0:
+                place = f" to {endpoint()}, name a mirror with HF_ENDPOINT" if hub else ""
                 raise SourceError(
-                    f"{what}: gave up after {timeout_seconds:g} s (the last fault: {error}); {remedy}, or raise "
-                    "data.timeout_seconds"
+                    f"{what}: gave up after {timeout_seconds:g} s (the last fault: {error}); check the network{place}, "
+                    "or raise data.timeout_seconds"
                 ) from None
             longest = min(LONGEST_WAIT_SECONDS, 2 * longest)
             wait = min(left, max(_jitter.uniform(longest / 4, longest), error.retry_after_seconds))
@@ -90,11 +90,6 @@ def endpoint() -> str:
     return address
 
 
-def hub_remedy() -> str:
-    """What to do if the hub does not answer."""
-    return f"check the network to {endpoint()}, name a mirror with HF_ENDPOINT, give local files by path"
-
-
 def login_headers(what: str) -> dict[str, str]:
     """The headers that huggingface_hub sends with a request for ``what``, with the token if there is one.
 
@@ -105,9 +100,7 @@ def login_headers(what: str) -> dict[str, str]:
     from huggingface_hub.utils import build_hf_headers
 
     if constants.HF_HUB_OFFLINE:
-        raise SourceError(
-            f"{what} needs the hub, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it or give files by path"
-        )
+        raise SourceError(f"{what}: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it or give files by path")
     try:
         headers = dict(build_hf_headers())
         headers.get("authorization", "").encode("ascii")
@@ -158,7 +151,7 @@ def _ask(repo: str, revision: str, request: Callable[["HfApi"], T], timeout_seco
         except Exception as error:  # as in login_headers
             raise TransientError(f"no answer ({type(error).__name__})") from error
 
-    return retrying(ask, what, timeout_seconds, hub_remedy())
+    return retrying(ask, what, timeout_seconds, hub=True)
 
 
 def file_url(repo: str, commit: str, path: str) -> str:

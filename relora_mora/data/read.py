@@ -155,8 +155,8 @@ def count_epochs(
     bytes_of = [sum((shards[part.shard].size or 0) / part.stride for part in plan.parts) for plan in plans]
     if max(bytes_of) > 1.1 * sum(bytes_of) / lanes:
         log.warning(
-            "lanes have unequal shares of %s files, so at the end of an epoch some text is unread and other text was "
-            "read twice; give files of equal sizes, or a few files as records with data.concatenate=true",
+            "lanes have unequal shares of %s files, so after an epoch some text is unread and other text was read "
+            "twice; give files of equal sizes, or a few files as records with data.concatenate=true",
             len(shards),
         )
     return math.ceil(tokens * epochs)

@@ -15,15 +15,7 @@ import requests
 import urllib3
 
 from relora_mora.data.errors import SourceError
-from relora_mora.data.network import (
-    CHECK,
-    TransientError,
-    check_status,
-    hub_remedy,
-    login_headers,
-    retrying,
-    stall_seconds,
-)
+from relora_mora.data.network import TransientError, check_status, login_headers, retrying, stall_seconds
 from relora_mora.data.shard import Shard, Version
 
 CONNECT_SECONDS = 20.0
@@ -92,17 +84,14 @@ class BlockFile(io.RawIOBase):
                 raise TransientError(f"the block has {len(block)} bytes instead of {min(end, self.size) - start}")
             return block
 
-        remedy = hub_remedy() if self._shard.hub else CHECK
-        return retrying(attempt, f"{self._shard.name} at byte {start}", self._timeout_seconds, remedy)
+        what = f"{self._shard.name} at byte {start}"
+        return retrying(attempt, what, self._timeout_seconds, hub=self._shard.hub)
 
     def _check_version(self, now: Version) -> None:
         """Raises SourceError if an answer belongs to another version than earlier ones."""
         known = self.version or now
         if now.is_other_than(known) or self.size not in (-1, now.size):
-            raise SourceError(
-                f"{self._shard.name} changed while it was read (its ETag, date or size is different now); "
-                "use data that does not change"
-            )
+            raise SourceError(f"{self._shard.name} changed while it was read; use data that does not change")
         self.version = Version(known.etag or now.etag, known.modified or now.modified, known.size)
         assert now.size is not None, "an answer without it is not accepted"
         self.size = now.size
@@ -125,8 +114,7 @@ def _asking_server(shard: Shard, timeout_seconds: float) -> Ask:
             )
         except (requests.exceptions.TooManyRedirects, ValueError) as error:  # requests' errors about urls
             raise SourceError(
-                f"{shard.name}: its url, where it redirects, its login or a proxy in the environment cannot be used "
-                f"({type(error).__name__}); check them (socks:// needs pip install requests[socks])"
+                f"{shard.name}: its url, login or proxy cannot be used ({type(error).__name__}); check them"
             ) from error
 
     def ask(start: int, end: int) -> tuple[bytes, Version]:
@@ -153,10 +141,7 @@ def _answered(response: requests.Response, shard: Shard) -> tuple[int, Version]:
         check_status(status, response.headers, shard.name, hub=shard.hub)
     is_empty = status == 200 and response.headers.get("Content-Length") == "0"
     if status == 200 and not is_empty:
-        raise SourceError(
-            f"{shard.name}: the server answers no ranges, by which files are read; download the file and give its "
-            "path, or serve it with a server that does"
-        )
+        raise SourceError(f"{shard.name}: the server answers no ranges; download the file and give its path")
     answered = _RANGE.fullmatch("bytes */0" if is_empty else response.headers.get("Content-Range", ""))
     if answered is None:
         raise TransientError("the server does not say which range it answered")
@@ -180,7 +165,7 @@ def _asking_store(shard: Shard) -> Ask:
         store, path = url_to_fs(shard.location)
     except Exception as error:  # stores raise their own types; their messages may hold the url
         raise SourceError(
-            f"{shard.name}: its store cannot be opened ({type(error).__name__}); check the address and the login"
+            f"{shard.name}: its store cannot be opened ({type(error).__name__}); check url and login"
         ) from error
 
     def version() -> Version:

@@ -193,9 +193,9 @@ class Shard:
     @property
     def origin(self) -> Literal["local", "server", "hub"]:
         """Where the file is stored."""
-        if self.hub:
-            return "hub"
-        return "server" if self.is_remote else "local"
+        if self.is_remote:
+            return "hub" if self.hub else "server"
+        return "local"
 
     def column_error(self, fault: str, names: Iterable[str]) -> SourceError:
         """The error for a column that cannot be read, with the names of all columns."""

@@ -32,32 +32,26 @@ def shards_of(sources: str | Sequence[str | TextSource], config: DataConfig, spl
     if not listed:
         raise SourceError(f"the {split} data has no source; give a path, a glob, a url, OWNER/NAME or {C4}")
     mixed = split == "train" and is_mixture(listed)
-    named: dict[str, tuple[Shard, str]] = {}  # by the file
+    shards: dict[str, Shard] = {}  # by the file
     for source in listed:
         settings = source.records or config.records
         record_format = RecordFormat.of(settings) if settings else None
         column = source.text_column or (settings.columns.get("text") if settings else None) or config.text_column
         name = source.label if mixed or source.text_column or source.records else ""
-        count = len(named)
+        count = len(shards)
         for found in _resolve(source, split, config):
             shard = replace(found, text_column=column, records=record_format, source=name)
             _check_format(shard, source.source)
             file = shard.location if shard.is_remote else os.path.realpath(shard.location)
-            if file in named:
-                before, named_by = named[file]
-                raise SourceError(
-                    f"{source.source}: {shard.name} is a file that {named_by} names already as {before.name}; "
-                    "its text would be read twice: give each file once"
-                )
-            named[file] = shard, source.source
-        if len(named) == count:
+            if file in shards:
+                raise SourceError(f"{source.source}: {shard.name} is named already; give each file once")
+            shards[file] = shard
+        if len(shards) == count:
             raise SourceError(
-                f"no file matches {source.source} (from {Path.cwd()}); check the path or the range: pipes are not "
-                "read, and files on the hub are hub:OWNER/NAME/PATTERN"
+                f"no file matches {source.source} (from {Path.cwd()}); check the path or hub:OWNER/NAME/PATTERN"
             )
-    shards = [shard for shard, _ in named.values()]
-    names = Counter(shard.name for shard in shards if not shard.is_remote)
-    return [replace(shard, path=shard.location) if names[shard.name] > 1 else shard for shard in shards]
+    names = Counter(shard.name for shard in shards.values() if not shard.is_remote)
+    return [replace(shard, path=shard.location) if names[shard.name] > 1 else shard for shard in shards.values()]
 
 
 def configured_shards(config: DataConfig, split: Split) -> list[Shard]:
@@ -95,8 +89,7 @@ def _url_shards(source: str) -> Iterator[Shard]:
             get_filesystem_class(protocol)
         except (ValueError, ImportError) as error:
             raise SourceError(
-                f"{protocol}:// cannot be read ({error}); install its package for fsspec, or give a path, a glob, an "
-                "http(s) url, hub:OWNER/NAME/PATTERN, or the url of a store such as s3://BUCKET/FILE"
+                f"{protocol}:// cannot be read ({error}); install its package for fsspec, or correct it"
             ) from error
     for url in expand_braces(source):
         try:
@@ -132,9 +125,7 @@ def _paths(source: str) -> list[str]:
     matched = {path for matches in found.values() for path in matches}
     missing = [each for each, matches in found.items() if not matches]
     if matched and missing:
-        raise SourceError(
-            f"{source}: no file matches {', '.join(missing[:3])}; fetch it, or name only files that exist"
-        )
+        raise SourceError(f"{source}: no file matches {', '.join(missing[:3])}; name only files that exist")
     return sorted(matched)
 
 
@@ -148,37 +139,25 @@ def _local_shards(paths: Iterable[str], source: str) -> Iterator[Shard]:
         if not stat.S_ISREG(status.st_mode):
             continue
         _check_suffix(path, source)
-        if format_of(path) is ARROW and is_token_folder(Path(path).parent):
-            raise SourceError(
-                f"{source}: {Path(path).parent} is a pre-tokenized folder, not text; give the folder itself"
-            )
         version = Version.on_disk(status)
         yield Shard(Path(path).name, str(Path(path).absolute()), size=version.size, version=version)
 
 
 def _check_format(shard: Shard, source: str) -> None:
     if shard.is_remote and shard.format is ARROW:
+        raise SourceError(f"{source}: {shard.name} is an Arrow file on a server; download it, or use Parquet")
+    if shard.tokens is not None and shard.holds_records != (shard.tokens.making.records is not None):
         raise SourceError(
-            f"{source}: {shard.name} is an Arrow file on a server, and only local ones are read; "
-            "download it, or name the set's Parquet files, or write it as Parquet"
+            f"{shard.location} holds tokens of {'plain text' if shard.holds_records else 'records'}; "
+            "set data.records as when they were made"
         )
-    holds_tokens = shard.tokens is not None
-    tokens_of_records = shard.tokens is not None and shard.tokens.making.records is not None
-    if tokens_of_records and not shard.holds_records:
-        raise SourceError(f"{shard.location} holds tokens of records; set data.records as when they were made")
-    if shard.holds_records and not tokens_of_records and (holds_tokens or shard.format is TEXT):
-        raise SourceError(
-            f"{shard.name} holds {'tokens of plain text' if holds_tokens else 'text without columns'}, so it cannot "
-            "hold records; give files with columns or keys, or set records.kind=text"
-        )
+    if shard.holds_records and shard.tokens is None and shard.format is TEXT:
+        raise SourceError(f"{shard.name} is text without columns and cannot hold records; set records.kind=text")
 
 
 def _check_suffix(path: str, source: str) -> None:
     if format_of(path) is None:
-        raise SourceError(
-            f"{source}: the format of {PurePosixPath(path).name} is not supported; "
-            f"expected one of {', '.join(SUFFIXES)} (files with columns must not be compressed again)"
-        )
+        raise SourceError(f"{source}: {PurePosixPath(path).name} is not a format that is read: {', '.join(SUFFIXES)}")
 
 
 def public_url(url: str) -> str:

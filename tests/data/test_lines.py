@@ -200,7 +200,7 @@ def test_the_header(tmp_path, bom, head):
         (b"text,id,text\n", 'has 2 columns "text"; set data.text_column to one of text, id, text'),
         ("id,text\n".encode("utf-16"), 'has no column "text"; set data.text_column to one of'),
         (b"id;text\n", 'has no column "text"; set data.text_column to one of id;text'),
-        (b'"text\n', "its header is not CSV; the first row of CSV names the columns: repair or drop the file"),
+        (b'"text\n', "its header is not CSV; repair or drop it"),
     ],
 )
 def test_a_wrong_header_is_found_before_training(tmp_path, body, message):

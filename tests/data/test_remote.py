@@ -45,7 +45,7 @@ def test_an_empty_file_and_a_server_without_ranges(tmp_path, ranges):
         if not ranges:
             _write(tmp_path)
             server.requests.clear()
-            with pytest.raises(SourceError, match=r"a\.json\.gz: the server answers no ranges, .*; download the file"):
+            with pytest.raises(SourceError, match=r"a\.json\.gz: the server answers no ranges; download the file"):
                 _read(server)
             assert len(server.requests) == 1
 
@@ -68,7 +68,7 @@ def test_each_fault_twice(tmp_path, fault):
 @each("proxy", ["socks5://127.0.0.1:1080", "http://[secret"])
 def test_a_proxy_that_cannot_be_used_is_named(proxy, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", proxy)
-    with pytest.raises(SourceError, match=r"a proxy in the environment .*requests\[socks\]") as raised:
+    with pytest.raises(SourceError, match="its url, login or proxy cannot be used") as raised:
         BlockFile(Shard("a", "http://example.org/a.json"), 0.5)
     assert "secret" not in str(raised.value)
 
@@ -166,7 +166,7 @@ def test_a_file_in_a_store_that_changes_is_refused_and_has_another_fingerprint(s
     "name,error,said",
     [
         ("memory://bucket/gone.jsonl", None, r"memory://bucket/gone\.jsonl: the store has no such file"),
-        ("nowhere://bucket/a.jsonl", None, r"nowhere:// cannot be read .* s3://"),
+        ("nowhere://bucket/a.jsonl", None, r"nowhere:// cannot be read \(Protocol not known"),
         ("s9://bucket/a.jsonl", None, r"s9:// cannot be read \(Install s9fs\)"),
         ("memory://bucket/a.jsonl", PermissionError("key"), "access denied; check the store's login"),
         ("memory://bucket/a.jsonl", KeyError("key"), r"after 0\.2 s .*KeyError"),

@@ -60,7 +60,7 @@ def test_a_missing_file_of_a_range_is_named(tmp_path, pattern):
     for number in (0, 1, 3):
         write_shard(tmp_path / f"part-{number}.json", ["text"])
     missing = str(tmp_path / pattern.replace("{0..3}", "2"))
-    with pytest.raises(SourceError, match=re.escape(f"no file matches {missing}; fetch it, or name only")):
+    with pytest.raises(SourceError, match=re.escape(f"no file matches {missing}; name only files that exist")):
         resolve_shards(f"{tmp_path}/{pattern}")
     assert len(resolve_shards(f"{tmp_path}/part-{{0..1}}.json")) == 2
 
@@ -75,25 +75,15 @@ def test_urls_show_no_secret():
         assert "secret" not in str(caught.value)
 
 
-@each(
-    "again,said",
-    [
-        ("{}/a.json", "{}/a.json: a.json is a file that {}/[ab].json names already as a.json; "),
-        ("{}/./x/../a.json", "names already"),
-        ("{}/x/link.json", "link.json is a file that {}/[ab].json names already as a.json;"),
-        ("{}/linked/a.json", "names already"),
-    ],
-)
-def test_a_local_file_is_named_once(tmp_path, again, said):
+@each("again", ["{}/a.json", "{}/./x/../a.json", "{}/x/link.json", "{}/linked/a.json"])
+def test_a_local_file_is_named_once(tmp_path, again):
     for name in ("a", "b"):
         write_shard(tmp_path / f"{name}.json", ["the same text"])  # equal content, but two files
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "link.json").symlink_to("../a.json")
     (tmp_path / "linked").symlink_to(tmp_path)
-    sources = [f"{tmp_path}/[ab].json", again.format(tmp_path)]
-    with pytest.raises(SourceError) as caught:
-        resolve_shards(sources)
-    assert said.format(*[tmp_path] * 2) in str(caught.value)
+    with pytest.raises(SourceError, match=r"(a|link)\.json is named already; give each file once"):
+        resolve_shards([f"{tmp_path}/[ab].json", again.format(tmp_path)])
 
 
 @each(
@@ -106,7 +96,7 @@ def test_a_local_file_is_named_once(tmp_path, again, said):
 )
 def test_a_remote_file_is_named_once(monkeypatch, first, again):
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    with pytest.raises(SourceError, match=r"names already.*give each file once"):
+    with pytest.raises(SourceError, match="is named already; give each file once"):
         resolve_shards([first, again], COMMIT)
     resolve_shards([first, "https://example.org/x/2.json?a=2", "http://example.org/x/2.json", "hub:a/c/3.json"], COMMIT)
 
@@ -115,21 +105,20 @@ def test_a_remote_file_is_named_once(monkeypatch, first, again):
     "source,message",
     [
         ("nowhere/*.json", "no file matches nowhere"),
-        ("tests/dataset", "files on the hub are hub:OWNER/NAME/PATTERN"),
+        ("tests/dataset", "check the path or hub:OWNER/NAME/PATTERN"),
         (f"{Path(__file__).parent}", "holds no text files"),
-        ("nowhere://a.json", "nowhere:// cannot be read (Protocol not known: nowhere)"),
         ("hub:allenai/c4", "expected hub:OWNER/NAME/PATTERN"),
         ("hub:a/b/../../x.json", "expected hub:OWNER/NAME/PATTERN"),
         ("hub:a b/c/x.json", "expected hub:OWNER/NAME/PATTERN"),
         ("https://example.org/{5..2}.json", "no file matches https://example.org/{5..2}.json"),
         ("https://example.org/{00000..99999}-of-{00000..99999}.json", "name more than 1,000,000 files; shorten"),
-        ("https://example.org/a.orc", "expected one of .json"),
-        (["https://a.org/b.parquet", "https://a.org/a.arrow"], "a.arrow is an Arrow file on a server, and only local"),
+        ("https://example.org/a.orc", "a.orc is not a format that is read: .json, "),
+        (["https://a.org/b.parquet", "https://a.org/a.arrow"], "a.arrow is an Arrow file on a server; download it"),
         ("https://[x/a.json", "not a valid url"),
-        (__file__, "expected one of .json"),
+        (__file__, "is not a format that is read: .json, "),
         (f"{'x' * 300}.json", "cannot be read (File name too long); check the path"),
         ([], "no source"),
-        ([TextSource(source="a.json", revision="main")], "a.json: only a source on the hub has a revision (main)"),
+        ([TextSource(source="a.json", revision="main")], "a.json: only a source on the hub has a revision"),
         ([TextSource(source="hub:a/b/c.json", split="validation")], "only a set by name (OWNER/NAME or a folder)"),
     ],
 )
@@ -143,7 +132,7 @@ def test_files_that_cannot_be_read_are_not_shards(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     assert [shard.name for shard in resolve_shards(f"{tmp_path}/*.json")] == ["a.json"]
     (tmp_path / "loop.json").symlink_to("loop.json")
-    for name, message in {"p*.json": "pipes are not read", "loop.json": "loop.json cannot be read"}.items():
+    for name, message in {"p*.json": "no file matches .*/p.*json", "loop.json": "loop.json cannot be read"}.items():
         with pytest.raises(SourceError, match=message):
             resolve_shards(f"{tmp_path}/{name}")
     with public_folder() as folder:
