@@ -92,7 +92,7 @@ def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None
 
 def _read_first(shards: Sequence[Shard], config: DataConfig, plan: LanePlan) -> None:
     one_row = config.model_copy(update={"shuffle_documents": 1})
-    rows = LaneRows(plan, shards, one_row, functools.partial(open_rows, config), encode=list)
+    rows: LaneRows[Any] = LaneRows(plan, shards, one_row, functools.partial(open_rows, config), encode=list)
     with closing(rows.rows_from(Cursor())) as first:
         next(first)
 
@@ -129,8 +129,9 @@ def _show_source(
         tokens += len(mask)
         if rows <= count:
             name = f" of {source}" if source else ""
-            _print(f"--- row {rows}{name}: {mask.sum()} of {len(mask)} tokens scored{', cut' if row.cut else ''}")
-            _print(marked(tokenizer, [*row.ids, *end], mask, colour=sys.stdout.isatty()))
+            cut = ", cut" if row.cut else ""
+            text = marked(tokenizer, [*row.ids, *end], mask, colour=sys.stdout.isatty())
+            _print(f"--- row {rows}{name}: {mask.sum()} of {len(mask)} tokens scored{cut}\n{text}")
     if not rows:
         raise SourceError(f"the training data {source or shards[0].label} holds no text; give a file with at least one")
     name = f"{source}: " if source else ""

@@ -233,7 +233,7 @@ class LaneRows(Generic[Row]):
     plan: LanePlan
     shards: Sequence[Shard]
     config: DataConfig
-    open_rows: OpenRows[Row]
+    open_rows: OpenRows
     encode: Encode[Row]
     source: TextSource | None = None  # in a mixture
     notes: list[str] = field(default_factory=list)  # messages about skipped rows; the owner empties the list

@@ -62,7 +62,7 @@ def set_name(source: TextSource, split: Split) -> SetName | None:
     the hub is not asked. Raises SourceError for what only sets have, if the source is not a set.
     """
     text = source.source
-    name = _hub_files_name(source) if text.startswith("hub:") else _set_name(source, split)
+    name = _set_name(source, split)
     of_sets = source.config or source.split or source.data_files
     if (source.revision and not (name and name.on_hub)) or (of_sets and (name is None or text.startswith("hub:"))):
         raise SourceError(
@@ -72,22 +72,21 @@ def set_name(source: TextSource, split: Split) -> SetName | None:
     return name
 
 
-def _hub_files_name(source: TextSource) -> SetName:
-    match = _HUB_FILES.fullmatch(source.source)
-    if match is None or {"", ".", ".."} & {*match[2].split("/")}:
-        raise SourceError(f"{source.source}: expected hub:OWNER/NAME/PATTERN, such as hub:{C4}/en/*.json.gz")
-    return SetName(source.source, match[1], on_hub=True, revision=source.revision, patterns=(match[2],))
-
-
 def _set_name(source: TextSource, split: Split) -> SetName | None:
-    match = _NAME.fullmatch(source.source)
-    if match is None or "://" in source.source:
+    text = source.source
+    if text.startswith("hub:"):
+        match = _HUB_FILES.fullmatch(text)
+        if match is None or {"", ".", ".."} & {*match[2].split("/")}:
+            raise SourceError(f"{text}: expected hub:OWNER/NAME/PATTERN, such as hub:{C4}/en/*.json.gz")
+        return SetName(text, match[1], on_hub=True, revision=source.revision, patterns=(match[2],))
+    match = _NAME.fullmatch(text)
+    if match is None or "://" in text:
         return None
     place = match["place"]
     folder = from_home(place)
     on_hub = not os.path.isdir(folder)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
     is_path = not _ON_HUB.fullmatch(place) or format_of(place) or os.path.isdir(Path(folder).parent)  # noqa: PTH112
-    is_c4 = on_hub and source.source == C4 and not (source.config or source.data_files)
+    is_c4 = on_hub and text == C4 and not (source.config or source.data_files)
     if (on_hub and is_path and not is_c4) or (not on_hub and is_token_folder(Path(folder))):
         return None
     wanted = source.split or match["split"] or split
@@ -97,7 +96,7 @@ def _set_name(source: TextSource, split: Split) -> SetName | None:
             raise SourceError(f"{C4} has no split {wanted}; its splits are {', '.join(C4_PATTERNS)}")
         files = (C4_PATTERNS[wanted],)
     config = source.config or match["config"] or None
-    return SetName(source.source, place, on_hub, source.revision, config, wanted, files)
+    return SetName(text, place, on_hub, source.revision, config, wanted, files)
 
 
 def expand_braces(pattern: str) -> list[str]:

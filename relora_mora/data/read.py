@@ -20,7 +20,7 @@ from relora_mora.data.files import open_file
 from relora_mora.data.lanes import lane_plans
 from relora_mora.data.lines import LineRows
 from relora_mora.data.records.encoders import encoder_of, packing_of
-from relora_mora.data.rows import CALL_CHARACTERS, Encoded, Note, RecordsFound, Rows, in_calls
+from relora_mora.data.rows import CALL_CHARACTERS, Encoded, JudgedRows, Note, RecordsFound, in_calls
 from relora_mora.data.shard import Shard
 from relora_mora.data.sources import configured_shards, shards_of
 from relora_mora.data.stream.packing import Mask, with_end
@@ -39,7 +39,7 @@ _ROWS_PER_CALL = 64
 
 def open_rows(
     config: DataConfig, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0, note: Note = log.warning
-) -> Rows[Any]:
+) -> JudgedRows | TokenRows:
     """The texts, records or tokens of a shard of any format (see ``rows.OpenRows``).
 
     In plain text every document is a row. Only the limits and ``sample_by`` of ``config`` are used.

@@ -11,7 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -69,40 +69,20 @@ def share_of(rows: range, lanes: int, lane: int) -> range:
     return rows[-(-len(rows) * lane // lanes) : -(-len(rows) * (lane + 1) // lanes)]
 
 
-class Rows(Protocol[Row]):
-    """A lane's own rows of one shard, in an order that never changes.
+# Opens a shard for lane ``phase`` (from 0) of the ``stride`` lanes that share it; these are keywords, as are ``note``
+# and ``bad``, which is ``JudgedRows.bad`` at the position to which the caller skips next.
+OpenRows = Callable[..., Any]
+
+
+class JudgedRows(ABC):
+    """A lane's own rows of one file of text or records, in an order that never changes.
 
     A position is the number of own rows before it, so it means the same on every machine and after every restart. The
-    format decides how lanes share a shard: they take lines in turn, and split files with columns into equal ranges.
+    format decides how lanes share a file: they take lines in turn, and split files with columns into equal ranges. Too
+    many bad rows end the run. That depends only on the position, so a resumed run makes the same decision there.
     """
 
-    bad: int  # bad rows so far among the own rows; saved with a position
-    is_empty: bool  # whether the shard holds no rows, neither of this lane nor of another; known at its end
-
-    def skip(self, count: int) -> bool:
-        """Skips own rows without decoding them; False if the shard has fewer."""
-
-    def take(self, count: int) -> list[Row | Skipped]:
-        """The next ``count`` (at least 1) own rows; fewer only at the end of the shard, and none after it.
-
-        Raises SourceError if the shard cannot be read or holds too many bad rows.
-        """
-
-    def close(self) -> None: ...
-
-
-# Opens a shard for lane ``phase`` (from 0) of the ``stride`` lanes that share it; these are keywords, as are ``note``
-# and ``bad``, which is ``Rows.bad`` at the position to which the caller skips next.
-OpenRows = Callable[..., Rows[Row]]
-
-
-class JudgedRows(Rows[Any], ABC):
-    """The rows of a file of text or records, which end the run if too many of them are bad.
-
-    A decision depends only on the position in the shard, so a resumed run makes the same decision at the same place.
-    """
-
-    is_empty = False
+    is_empty = False  # whether the file holds no rows, neither of this lane nor of another
     _rows: Iterator[tuple[int, Content]]  # the next own rows and their numbers in the file, from 1
 
     def __init__(
@@ -116,7 +96,7 @@ class JudgedRows(Rows[Any], ABC):
         bad: int,
         note: Note,
     ) -> None:
-        self.bad = bad
+        self.bad = bad  # bad rows so far among the own rows; saved with a position
         self._config = config
         self._limit = config.max_line_bytes
         self._shard = shard
@@ -134,10 +114,18 @@ class JudgedRows(Rows[Any], ABC):
     def progress(self) -> float:
         """The fraction of the own rows, or of the shard, that was read, 0 to 1."""
 
+    @abstractmethod
+    def skip(self, count: int) -> bool:
+        """Skips own rows without decoding them; False if the file has fewer."""
+
     def close(self) -> None:
         self._file.close()
 
     def take(self, count: int) -> list[Any]:
+        """The next ``count`` (at least 1) own rows; fewer only at the end of the file, and none after it.
+
+        Raises SourceError if the file cannot be read or holds too many bad rows.
+        """
         rows: list[Any] = []
         for number, row in itertools.islice(self._rows, count):
             self._next += 1

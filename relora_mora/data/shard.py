@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -157,15 +157,12 @@ class Shard:
         return self.records is not None and not self.records.is_text
 
     @property
-    def required_columns(self) -> Collection[str]:
-        """The keys or columns that are read and that every row must have."""
-        return self.records.settings.required.values() if self.records and self.holds_records else (self.text_column,)
-
-    @property
-    def columns(self) -> Collection[str]:
-        """All keys or columns that are read."""
-        optional = self.records.settings.optional.values() if self.records and self.holds_records else ()
-        return (*self.required_columns, *optional)
+    def columns(self) -> dict[str, bool]:
+        """The keys or columns that are read, and whether every row must have them."""
+        if self.records is None or self.records.is_text:
+            return {self.text_column: True}
+        settings = self.records.settings
+        return dict.fromkeys(settings.optional.values(), False) | dict.fromkeys(settings.required.values(), True)
 
     def content_in(self, row: Any) -> str | dict[str, Any] | Skipped:
         """The text of a row with columns, or the fields of its record, or why it has none."""
@@ -206,7 +203,7 @@ class Shard:
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raises SourceError if a column that is read is missing or appears twice. The message lists the columns."""
-        for column in self.columns:
+        for column, is_required in self.columns.items():
             count = list(names).count(column)
-            if count > 1 or (count == 0 and column in self.required_columns):
+            if count > 1 or (count == 0 and is_required):
                 raise self.column_error(f'has {count or "no"} column{"s" if count else ""} "{column}"', names)
