@@ -6,31 +6,29 @@ of their name. A run resumes only on a stream whose blocks are decided by the sa
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from relora_mora.config.data import DataConfig
 from relora_mora.data.errors import SourceError, unreadable
 from relora_mora.data.records.encoders import how_written, packing_of
-from relora_mora.data.shard import TEXT, Shard
+from relora_mora.data.shard import TEXT, RecordFormat, Shard
 from relora_mora.data.tokens.index import COMMAND
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-T = TypeVar("T")
 # version of the rule that turns shards into lanes and lanes into blocks; a change that moves a token needs a new name
 RULE = "lanes-4"
 THREADS = 16
 WHOLE_BYTES = 1 << 16  # a file up to this size is read as a whole
 PIECE_BYTES = 1 << 12  # the size of each sample of a larger file: its head, its tail and pieces between
 PIECES_BETWEEN = 4
-END_BYTES = 8  # shown of a file that ends in another way than those of its format
 
 
 def content_of(shards: Sequence[Shard]) -> str:
@@ -49,7 +47,8 @@ def contents(shards: Sequence[Shard]) -> list[str]:
     gzip or zstd file ends with a checksum of its text; in plain text a change in the middle may be missed. Raises
     SourceError for a file that cannot be read, and for a token file that has changed since it was made.
     """
-    return _in_threads(_content, shards)
+    with ThreadPoolExecutor(THREADS) as threads:  # after an error, map() starts no further calls
+        return list(threads.map(_content, shards))
 
 
 def with_versions(shards: Sequence[Shard], timeout_seconds: float) -> list[Shard]:
@@ -66,17 +65,13 @@ def with_versions(shards: Sequence[Shard], timeout_seconds: float) -> list[Shard
 
         return replace(shard, version=version_of(shard, timeout_seconds))
 
-    return _in_threads(with_version, shards)
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(with_version, shards))
 
 
 def samples_digest(path: str) -> str:
     """32 hex digits over the size of a file and samples of its content. Raises SourceError if it cannot be read."""
     return xxhash.xxh3_128_hexdigest(_samples(path))
-
-
-def _in_threads(function: Callable[[Shard], T], shards: Sequence[Shard]) -> list[T]:
-    with ThreadPoolExecutor(THREADS) as threads:  # after an error, map() starts no further calls
-        return list(threads.map(function, shards))
 
 
 def _content(shard: Shard) -> str:
@@ -88,15 +83,10 @@ def _content(shard: Shard) -> str:
     samples = _samples(shard.location)
     endings = shard.format.endings
     if endings and shard.tokens is None and not samples.endswith(endings):  # an incomplete copy
-        raise SourceError(
-            f"{shard.location} is not {shard.format.name} or was cut short: it ends in {samples[-END_BYTES:]!r}, "
-            f"not in {' or '.join(map(repr, endings))}; fetch or write it again"
-        )
+        raise SourceError(f"{shard.location} is not {shard.format.name} or was cut short; fetch or write it again")
     digest = xxhash.xxh3_128_hexdigest(samples)
     if shard.tokens is not None and digest != shard.tokens.totals.digest:
-        raise SourceError(
-            f"{shard.location} has changed since its tokens were made; remove it and make it again: {COMMAND}"
-        )
+        raise SourceError(f"{shard.location} has changed since its tokens were made; remove it: {COMMAND}")
     return digest
 
 
@@ -131,7 +121,9 @@ def fingerprints(
     document and which token come at a position. It leaves out the sizes of shards, so a shard that was repaired or has
     grown can be read on from the same line. Raises SourceError.
     """
-    order = {
+    sizes = [shard.size for shard in shards]
+    lengths = {"sequence_length": config.sequence_length, "max_line_bytes": config.max_line_bytes}
+    order: dict[str, Any] = {
         "rule": RULE,
         "tokenizer": tokenizer_fingerprint,
         "shards": [[shard.name, shard.source, shard.text_column] for shard in shards],
@@ -144,42 +136,24 @@ def fingerprints(
         order["sample_by"] = config.sample_by
     if any(shard.in_ranges for shard in shards):
         order["shares"] = "ranges"  # release 0.2 split a file with columns by its groups
-    order |= _record_order(config, shards, tokenizer)
-    blocks = order | {
-        "split": "train",
-        "sizes": [shard.size for shard in shards],
-        "sequence_length": config.sequence_length,
-        "max_line_bytes": config.max_line_bytes,
-    }
+    by_source = {shard.source: shard for shard in shards}
+    records = {source: shard.records for source, shard in by_source.items() if shard.records is not None}
+    if records:
+        assert tokenizer is not None, "its encoding of records is part of the fingerprint"
+        order["records"] = {source: _how_encoded(tokenizer, each) for source, each in records.items()}
+    packings = {source: packing_of(config, [shard]) for source, shard in by_source.items()}
+    if set(packings.values()) != {"stream"}:  # then a position depends on what fits into a sequence: on all lengths
+        order |= {"packing": packings, "planned": sizes, **lengths}
+    blocks = order | {"split": "train", "sizes": sizes, **lengths}
     if config.is_mixture:
         blocks["weights"] = {source.label: source.weight for source in config.train}
         blocks["stages"] = [stage.model_dump() for stage in config.stages]
     return _json_digest(blocks), _json_digest(order)
 
 
-def _record_order(
-    config: DataConfig, shards: Sequence[Shard], tokenizer: "PreTrainedTokenizerBase | None"
-) -> dict[str, Any]:
-    """The additional entries for records, and for rows that are not packed as a stream."""
-    order: dict[str, Any] = {}
-    by_source = {shard.source: shard for shard in shards}
-    records = {source: shard.records for source, shard in by_source.items() if shard.records is not None}
-    if records:
-        assert tokenizer is not None, "its encoding of records is part of the fingerprint"
-        order["records"] = {
-            source: [
-                each.settings.model_dump(exclude={"template"}),  # not its name: how_written has its text
-                *([] if each.is_text else how_written(tokenizer, each)),
-            ]
-            for source, each in records.items()
-        }
-    packings = {source: packing_of(config, [shard]) for source, shard in by_source.items()}
-    if set(packings.values()) != {"stream"}:  # then a position depends on what fits into a sequence
-        order["packing"] = packings
-        order["planned"] = [shard.size for shard in shards]  # and on the lengths of all rows
-        order["sequence_length"] = config.sequence_length
-        order["max_line_bytes"] = config.max_line_bytes
-    return order
+def _how_encoded(tokenizer: "PreTrainedTokenizerBase", records: RecordFormat) -> list[Any]:
+    settings = records.settings.model_dump(exclude={"template"})  # not its name: how_written has its text
+    return [settings, *([] if records.is_text else how_written(tokenizer, records))]
 
 
 def _json_digest(content: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from relora_mora.config.data import DataConfig
 from relora_mora.config.schema import Config
 from relora_mora.data.content import THREADS
-from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
+from relora_mora.data.errors import SourceError
 from relora_mora.data.lanes import Cursor, LanePlan, LaneRows, lane_plans
 from relora_mora.data.read import open_rows, rows_in_order, scored_mask
 from relora_mora.data.records.encoders import packing_of
-from relora_mora.data.rows import FEWEST_ROWS, OTHER_KEYS, TOO_LONG, Ids, RecordsFound, Scored, skip_reason
-from relora_mora.data.shard import JSON_LINES, TEXT, Shard
+from relora_mora.data.rows import FEWEST_ROWS, Ids, RecordsFound, Scored
+from relora_mora.data.shard import TEXT, Shard
 from relora_mora.data.sources import configured_shards
 from relora_mora.data.stream.producer import mixture_names, shards_of_source
 from relora_mora.tokenizer.load import load_tokenizer
@@ -25,20 +24,17 @@ from relora_mora.tokenizer.load import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
-
 SAMPLE_ROWS = 1000
-_FIRST_LINES = 16
+_FIRST_ROWS = 16
 _CHARACTERS = 1 << 22  # at most this many are tokenized, which takes a second or two
 _GREEN = "\x1b[32m"
 _PLAIN = "\x1b[0m"
 
 
 def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
-    """Checks one file of each folder and format, for mistakes that concern whole files.
+    """Reads the first rows of one file of each folder and format, for mistakes that concern whole files.
 
-    Such a file lacks the columns that are read, or is one JSON array; of JSON lines, the first lines are checked.
-    Raises SourceError.
+    Such a file lacks the columns that are read, or is one JSON array. Raises SourceError.
     """
     samples = {
         (shard.location.rpartition("/")[0], shard.format, tuple(shard.columns)): shard
@@ -47,17 +43,8 @@ def check_columns(shards: Sequence[Shard], config: DataConfig) -> None:
     }
     for shard in samples.values():
         with closing(open_rows(config, shard, note=_ignore)) as rows:
-            if shard.format is not JSON_LINES:
-                rows.skip(1)
-                continue
-            first = rows.take(_FIRST_LINES)
-            if len(first) < _FIRST_LINES:
+            if len(rows.take(_FIRST_ROWS)) < _FIRST_ROWS:
                 rows.take(1)  # reaches the end, where the file is checked as a whole
-        bad = [row for row in first if isinstance(row, Skipped) and row.reason in BAD_REASONS]
-        if bad and len(bad) == len(first):
-            hint = f" ({OTHER_KEYS})" if bad[0].reason == "no_text" and not shard.holds_records else ""
-            reason = skip_reason(bad[0], shard)
-            raise SourceError(f"{shard.label}: none of its first {len(first)} lines can be used; one {reason}{hint}")
 
 
 def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -65,30 +52,18 @@ def check_records(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTr
 
     These are 1,000 rows, or fewer if they are long; from a server, only rows of the first file. Raises SourceError if
     the tokenizer or the template cannot be used, if too many rows or all of them cannot be used, or if there are none.
-    Warns if most rows are too long.
     """
     for _, of_source in itertools.groupby(shards, lambda shard: (shard.source, shard.records)):
         group = [shard for shard in of_source if shard.tokens is None]
-        if group and (packing_of(config, group) != "stream" or group[0].holds_records):
-            _check_rows(group, config, tokenizer)
-
-
-def _check_rows(shards: Sequence[Shard], config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
-    found = RecordsFound(config, _ignore)
-    checked = shards[:1] if shards[0].is_remote else shards
-    for _ in rows_in_order(checked, config, tokenizer, packing_of(config, shards), found, limit=_first):
-        pass
-    if not found.seen and checked is shards:
-        raise SourceError(f"{shards[0].label}: holds no record; give a file with at least one")
-    too_long = found.left_out[TOO_LONG]
-    if too_long * 2 > found.seen:
-        log.warning(
-            "%s: %d of the first %d records are too long and left out, for instance %s; raise data.sequence_length",
-            shards[0].label,
-            too_long,
-            found.seen,
-            found.examples[TOO_LONG],
-        )
+        packing = packing_of(config, group)
+        if not group or (packing == "stream" and not group[0].holds_records):
+            continue
+        found = RecordsFound(config, _ignore)
+        checked = group[:1] if group[0].is_remote else group
+        for _ in rows_in_order(checked, config, tokenizer, packing, found, limit=_first):
+            pass
+        if not found.seen and checked is group:
+            raise SourceError(f"{group[0].label}: holds no record; give a file with at least one")
 
 
 def _first(rows: Iterator[Any]) -> Iterator[Any]:
@@ -106,23 +81,20 @@ def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None
     Without this check, a lane without text would only be noticed when its source is first used, perhaps days into the
     run. Text that is not a mixture needs no check, because the first batch reads every lane. Raises SourceError.
     """
-    if not config.is_mixture:
-        return
-    one_row = config.model_copy(update={"shuffle_documents": 1})
-    weights = [{source.label: source.weight for source in config.train}]
-    weights += [stage.weights for stage in config.stages]
-    for name in mixture_names(config):
+    weights = [{source.label: source.weight for source in config.train}, *(stage.weights for stage in config.stages)]
+    for name in mixture_names(config) if config.is_mixture else ():
         own = shards_of_source(shards, config, name)
-        if not any(each[name] for each in weights) or packing_of(config, own) != "stream":
-            continue
+        if any(each[name] for each in weights) and packing_of(config, own) == "stream":
+            with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers
+                plans = lane_plans(config, lanes, len(own))
+                list(threads.map(functools.partial(_read_first, own, config), plans))
 
-        def read_first(plan: LanePlan, own: Sequence[Shard] = own) -> None:
-            rows = LaneRows(plan, own, one_row, functools.partial(open_rows, config), encode=list)
-            with closing(rows.rows_from(Cursor())) as first:
-                next(first)
 
-        with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers
-            list(threads.map(read_first, lane_plans(config, lanes, len(own))))
+def _read_first(shards: Sequence[Shard], config: DataConfig, plan: LanePlan) -> None:
+    one_row = config.model_copy(update={"shuffle_documents": 1})
+    rows: LaneRows[Any] = LaneRows(plan, shards, one_row, functools.partial(open_rows, config), encode=list)
+    with closing(rows.rows_from(Cursor())) as first:
+        next(first)
 
 
 def _ignore(note: str) -> None:
@@ -157,8 +129,9 @@ def _show_source(
         tokens += len(mask)
         if rows <= count:
             name = f" of {source}" if source else ""
-            _print(f"--- row {rows}{name}: {mask.sum()} of {len(mask)} tokens scored{', cut' if row.cut else ''}")
-            _print(marked(tokenizer, [*row.ids, *end], mask, colour=sys.stdout.isatty()))
+            cut = ", cut" if row.cut else ""
+            text = marked(tokenizer, [*row.ids, *end], mask, colour=sys.stdout.isatty())
+            _print(f"--- row {rows}{name}: {mask.sum()} of {len(mask)} tokens scored{cut}\n{text}")
     if not rows:
         raise SourceError(f"the training data {source or shards[0].label} holds no text; give a file with at least one")
     name = f"{source}: " if source else ""

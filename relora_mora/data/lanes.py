@@ -13,7 +13,6 @@ import numpy as np
 from relora_mora.config.data import DataConfig, TextSource
 from relora_mora.data.errors import BAD_REASONS, ENCODING_REASONS, SKIP_REASONS, Skipped, SourceError
 from relora_mora.data.rows import (
-    CALL_CHARACTERS,
     NOTES_PER_REASON,
     Encode,
     Encoded,
@@ -234,7 +233,7 @@ class LaneRows(Generic[Row]):
     plan: LanePlan
     shards: Sequence[Shard]
     config: DataConfig
-    open_rows: OpenRows[Row]
+    open_rows: OpenRows
     encode: Encode[Row]
     source: TextSource | None = None  # in a mixture
     notes: list[str] = field(default_factory=list)  # messages about skipped rows; the owner empties the list
@@ -280,7 +279,7 @@ class LaneRows(Generic[Row]):
         self, remaining: list[Row | Skipped], cursor: Cursor
     ) -> Generator[tuple[Encoded, Cursor], None, Cursor]:
         """Tokenizes the rest of a block, the last row first, and counts what cannot be used."""
-        for rows in in_calls(_popped(remaining), ENCODE_ROWS, _size):
+        for rows in in_calls(_popped(remaining), ENCODE_ROWS, ENCODE_CHARACTERS):
             encoded = iter(self.encode([row for row in rows if not isinstance(row, Skipped)]))
             for row in rows:
                 result = row if isinstance(row, Skipped) else next(encoded)
@@ -331,8 +330,3 @@ def _popped(rows: list[T]) -> Iterator[T]:
     """The rows from the last to the first. A block of text is large, and this way each row is freed once it is used."""
     while rows:
         yield rows.pop()
-
-
-def _size(row: Any) -> int:
-    """For :func:`in_calls`, whose own limit is larger."""
-    return 0 if isinstance(row, Skipped) else len(row) * CALL_CHARACTERS // ENCODE_CHARACTERS

@@ -5,14 +5,16 @@
 
 import functools
 import glob
+import itertools
 import logging
+import math
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from relora_mora.config.data import DataConfig, Split, TextSource
@@ -34,6 +36,9 @@ CARDS = ("README.md", ".huggingface.yaml")  # the files that describe a set, bes
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(r"(?P<place>[^:]+)(?::(?P<config>[^:/]*))?(?::(?P<split>[^:/]*))?")
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = re.compile(r"hub:([\w.-]+/[\w.-]+)/(.+)")
+_MOST_NAMES = 1_000_000
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,10 @@ class SetName:
     source: str
     place: str
     on_hub: bool
-    revision: str | None  # None: the revision in the settings
-    config: str | None
-    split: str
-    patterns: tuple[str, ...]  # of its files; empty: the files of the split
+    revision: str | None = None  # None: the revision in the settings
+    config: str | None = None
+    split: str = "train"
+    patterns: tuple[str, ...] = ()  # of its files; empty: the files of the split
 
 
 def set_name(source: TextSource, split: Split) -> SetName | None:
@@ -56,72 +61,65 @@ def set_name(source: TextSource, split: Split) -> SetName | None:
     on the hub. Anything that looks like a file, or whose parent folder exists, is a path, so a typo fails at once and
     the hub is not asked. Raises SourceError for what only sets have, if the source is not a set.
     """
-    name = _set_name(source, split)
     text = source.source
-    if source.revision and not (name and name.on_hub):
-        raise SourceError(f"{text}: only a source on the hub has a revision ({source.revision}); leave it out")
-    if name is None and (source.config or source.split or source.data_files):
+    name = _set_name(source, split)
+    of_sets = source.config or source.split or source.data_files
+    if (source.revision and not (name and name.on_hub)) or (of_sets and (name is None or text.startswith("hub:"))):
         raise SourceError(
-            f"{text}: only a set by name (OWNER/NAME or a folder) has a config, a split or data_files; "
-            "give the name of the set, or remove these keys and name the files in the source"
+            f"{text}: only a source on the hub has a revision, and only a set by name (OWNER/NAME or a folder) has a "
+            "config, a split or data_files; remove these keys, or give the name of the set"
         )
     return name
 
 
 def _set_name(source: TextSource, split: Split) -> SetName | None:
     text = source.source
-    wanted = source.split or split
-    files = (source.data_files,) if isinstance(source.data_files, str) else tuple(source.data_files or ())
-    plain = SetName(text, text, True, source.revision, source.config, wanted, files)
     if text.startswith("hub:"):
-        repo, pattern = _hub_parts(text)
-        only_files = not (source.config or source.split or files)
-        return replace(plain, place=repo, patterns=(pattern,)) if only_files else None
-    if "://" in text or not (match := _NAME.fullmatch(text)):
+        match = _HUB_FILES.fullmatch(text)
+        if match is None or {"", ".", ".."} & {*match[2].split("/")}:
+            raise SourceError(f"{text}: expected hub:OWNER/NAME/PATTERN, such as hub:{C4}/en/*.json.gz")
+        return SetName(text, match[1], on_hub=True, revision=source.revision, patterns=(match[2],))
+    match = _NAME.fullmatch(text)
+    if match is None or "://" in text:
         return None
     place = match["place"]
     folder = from_home(place)
-    is_folder = os.path.isdir(folder)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-    if is_folder and is_token_folder(Path(folder)):
+    on_hub = not os.path.isdir(folder)  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+    is_path = not _ON_HUB.fullmatch(place) or format_of(place) or os.path.isdir(Path(folder).parent)  # noqa: PTH112
+    is_c4 = on_hub and text == C4 and not (source.config or source.data_files)
+    if (on_hub and is_path and not is_c4) or (not on_hub and is_token_folder(Path(folder))):
         return None
-    if not is_folder and text == C4 and not (source.config or files):
+    wanted = source.split or match["split"] or split
+    files = (source.data_files,) if isinstance(source.data_files, str) else tuple(source.data_files or ())
+    if is_c4:
         if wanted not in C4_PATTERNS:
             raise SourceError(f"{C4} has no split {wanted}; its splits are {', '.join(C4_PATTERNS)}")
-        return replace(plain, patterns=(C4_PATTERNS[wanted],))
-    is_path = not _ON_HUB.fullmatch(place) or format_of(place) or os.path.isdir(Path(folder).parent)  # noqa: PTH112
-    if not is_folder and is_path:
-        return None
+        files = (C4_PATTERNS[wanted],)
     config = source.config or match["config"] or None
-    return replace(
-        plain, place=place, on_hub=not is_folder, config=config, split=source.split or match["split"] or split
-    )
+    return SetName(text, place, on_hub, source.revision, config, wanted, files)
 
 
-def _hub_parts(source: str) -> tuple[str, str]:
-    """(OWNER/NAME, PATTERN) of hub:OWNER/NAME/PATTERN. Raises SourceError."""
-    owner, name, pattern = [*source.removeprefix("hub:").split("/", 2), "", ""][:3]
-    if not (owner and name and pattern) or any(part in ("", ".", "..") for part in pattern.split("/")):
-        raise SourceError(f"{source}: expected hub:OWNER/NAME/PATTERN, e.g. hub:{C4}/{C4_PATTERNS['validation']}")
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+def expand_braces(pattern: str) -> list[str]:
+    """``a{00..02}`` is a00, a01, a02; several ranges give every combination, the last one changing fastest.
 
-    try:
-        validate_repo_id(f"{owner}/{name}")
-    except HFValidationError as error:
-        raise SourceError(f"{source}: {error}") from error
-    return f"{owner}/{name}", pattern
+    Nothing if a range counts down. Raises SourceError for a million names.
+    """
+    texts, firsts, lasts = (_BRACES.split(pattern)[start::3] for start in range(3))
+    limits = [(int(first), int(last) + 1, len(first)) for first, last in zip(firsts, lasts, strict=True)]
+    if math.prod(end - begin for begin, end, _ in limits) > _MOST_NAMES:
+        raise SourceError(f"{pattern}: its ranges name more than {_MOST_NAMES:,} files; shorten them")
+    ranges = [[str(number).zfill(width) for number in range(begin, end)] for begin, end, width in limits]
+    return [
+        "".join(itertools.chain(*zip(texts, (*numbers, ""), strict=True))) for numbers in itertools.product(*ranges)
+    ]
 
 
 # ---- on the hub ------------------------------------------------------------------------------------------------------
 
 
 def is_on_disk(source: TextSource) -> bool:
-    return "://" not in source.source and hub_repo(source) is None
-
-
-def hub_repo(source: TextSource) -> str | None:
-    """The hub repository that holds a source; None if it is not on the hub."""
     name = set_name(source, "train")
-    return name.place if name is not None and name.on_hub else None
+    return not name.on_hub if name is not None else "://" not in source.source
 
 
 def commit_of(name: SetName, config: DataConfig) -> str:
@@ -143,11 +141,11 @@ def with_commits(config: DataConfig) -> DataConfig:
     """
     splits: tuple[Split, ...] = ("train", "validation")
     names = [set_name(source, split) for split in splits for source in config.sources(split)]
-    asked = {(name.place, name.revision or config.revision): name for name in names if name and name.on_hub}
+    asked = {f"{name.place}@{name.revision or config.revision}": name for name in names if name and name.on_hub}
     commits = {
-        f"{repo}@{revision}": commit_of(name, config)
-        for (repo, revision), name in sorted(asked.items(), key=lambda item: item[0])
-        if not _COMMIT.fullmatch(revision)
+        key: commit_of(name, config)
+        for key, name in sorted(asked.items())
+        if not _COMMIT.fullmatch(name.revision or config.revision)
     }
     return config.model_copy(update={"commits": commits})
 
@@ -159,8 +157,8 @@ def hub_files(name: SetName, commit: str, timeout_seconds: float) -> Sequence[st
     Ranges such as {00..15} are known without it. The set is laid out as a folder of empty files. So a set on the hub is
     resolved like one on a disk, and a network fault is never taken for an answer.
     """
-    if name.patterns and not any(glob.has_magic(pattern) for pattern in name.patterns):
-        return name.patterns
+    if name.patterns and not any(map(glob.has_magic, name.patterns)):
+        return [file for pattern in name.patterns for file in expand_braces(pattern)]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder, PurePosixPath(name.place).name)
         for path in list_files(name.place, commit, timeout_seconds):
@@ -171,9 +169,7 @@ def hub_files(name: SetName, commit: str, timeout_seconds: float) -> Sequence[st
             if path in CARDS:
                 with closing(open_file(hub_shard(name.place, commit, path), timeout_seconds)) as card:
                     (root / path).write_bytes(card.read())
-        if not name.patterns:
-            return split_files(name, root)
-        return [file for pattern in name.patterns for file in _matching(name, root, pattern)]
+        return files_in(name, root)
 
 
 def hub_shard(repo: str, commit: str, path: str) -> Shard:
@@ -181,31 +177,36 @@ def hub_shard(repo: str, commit: str, path: str) -> Shard:
     return Shard(f"hub:{repo}@{commit}/{path}", file_url(repo, commit, path), hub=True)
 
 
-def _matching(name: SetName, root: Path, pattern: str) -> list[str]:
-    try:
-        files = sorted(path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_file())
-    except (ValueError, NotImplementedError) as error:
-        raise SourceError(f"{name.source}: {pattern} is not a pattern of files inside of the set ({error})") from error
-    if files:
-        return files
-    raise SourceError(f"{name.source}: {name.place} holds no files {pattern}; check the pattern")
-
-
 # ---- in a folder -----------------------------------------------------------------------------------------------------
 
 
-def split_files(name: SetName, root: Path) -> list[str]:
-    """The files of the split that ``datasets`` would load from a folder, sorted and relative to it.
+def files_in(name: SetName, root: Path) -> list[str]:
+    """The files of a set that is in a folder, relative to it: those of its patterns, or those of its split.
+
+    Raises SourceError for a pattern without files.
+    """
+    if not name.patterns:
+        return _split_files(name, root)
+    files: list[str] = []
+    for pattern in itertools.chain(*map(expand_braces, name.patterns)):
+        if {"/", ".."} & {*PurePosixPath(pattern).parts}:
+            raise SourceError(f"{name.source}: {pattern} is not a pattern of files inside of the set")
+        found = [path for path in glob.glob(pattern, root_dir=root, recursive=True) if (root / path).is_file()]  # noqa: PTH207
+        if not found:
+            raise SourceError(f"{name.source}: {name.place} holds no files {pattern}; check the pattern")
+        files += sorted(found)
+    return files
+
+
+def _split_files(name: SetName, root: Path) -> list[str]:
+    """The files of the split that ``datasets`` would load, sorted.
 
     Raises SourceError for a configuration or split that does not exist, listing those that do. Warns of files next to
     them which ``datasets`` leaves out, as it does with those of another format than most.
     """
     source = name.source
     if (root / "dataset_dict.json").exists() or (root / "state.json").exists():
-        raise SourceError(
-            f"{source} was written by save_to_disk, whose folders are not read as sets; write it as Parquet "
-            f"(datasets.load_from_disk, then to_parquet), or give its files by path, such as {name.place}/*.arrow"
-        )
+        raise SourceError(f"{source} was written by save_to_disk; give its files, such as {name.place}/*.arrow")
     splits = _splits(name, root)
     if not splits:
         raise SourceError(f"{source} holds no text files; check its content, or give its files by path")
@@ -218,10 +219,10 @@ def split_files(name: SetName, root: Path) -> list[str]:
     home = root.resolve()
     if not all(file.is_relative_to(home) for file in files):
         raise SourceError(f"{source}: its README names files outside of it; give the files by path")
-    taken = {Path(path).name for paths in splits.values() for path in paths}
+    taken = {Path(path).name for path in itertools.chain(*splits.values())}
     others = [path.name for path in files[0].parent.iterdir() if format_of(path.name) and path.name not in taken]
     if others and name.config is None:
-        log.warning("%s: datasets leaves out %s; name files to read with data_files", source, sorted(others)[0])
+        log.warning("%s: datasets leaves out %s; name files to read with data_files", source, min(others))
     return sorted(file.relative_to(home).as_posix() for file in files)
 
 

@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 FIRST_WAIT_SECONDS = 0.25
 LONGEST_WAIT_SECONDS = 30.0
 STALL_SECONDS = 30.0  # the longest wait for a byte
-CHECK = "check the network and the source"
 
 
 class TransientError(Exception):
@@ -44,33 +43,26 @@ T = TypeVar("T")
 _jitter = random.Random()  # a separate generator, so that a retry does not change the state of the process's own
 
 
-def retrying(
-    ask: Callable[[], T],
-    what: str,
-    timeout_seconds: float,
-    remedy: str = CHECK,
-    *,
-    sleep: Callable[[float], None] = time.sleep,
-) -> T:
+def retrying(ask: Callable[[], T], what: str, timeout_seconds: float, *, hub: bool = False) -> T:
     """Calls ``ask()`` until it raises no TransientError, and raises SourceError after ``timeout_seconds`` of them."""
     end = time.monotonic() + timeout_seconds
-    attempt = 0
+    longest = FIRST_WAIT_SECONDS
     while True:
-        attempt += 1
         try:
             return ask()
         except TransientError as error:
             left = end - time.monotonic()
             if left <= 0:
+                place = f" to {endpoint()}, name a mirror with HF_ENDPOINT" if hub else ""
                 raise SourceError(
-                    f"{what}: gave up after {timeout_seconds:g} s and {attempt} attempts (the last one: {error}); "
-                    f"{remedy}, or raise data.timeout_seconds"
+                    f"{what}: gave up after {timeout_seconds:g} s (the last fault: {error}); check the network{place}, "
+                    "or raise data.timeout_seconds"
                 ) from None
-            bound = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** min(16, attempt))
-            wait = min(left, max(_jitter.uniform(bound / 4, bound), error.retry_after_seconds))
+            longest = min(LONGEST_WAIT_SECONDS, 2 * longest)
+            wait = min(left, max(_jitter.uniform(longest / 4, longest), error.retry_after_seconds))
             RETRIES.retries += 1
             log.info("%s: %s; retrying in %.1f s", what, error, wait)
-        sleep(wait)
+        time.sleep(wait)
 
 
 def stall_seconds(timeout_seconds: float) -> float:
@@ -98,11 +90,6 @@ def endpoint() -> str:
     return address
 
 
-def hub_remedy() -> str:
-    """What to do if the hub does not answer."""
-    return f"check the network to {endpoint()}, name a mirror with HF_ENDPOINT, give local files by path"
-
-
 def login_headers(what: str) -> dict[str, str]:
     """The headers that huggingface_hub sends with a request for ``what``, with the token if there is one.
 
@@ -113,77 +100,58 @@ def login_headers(what: str) -> dict[str, str]:
     from huggingface_hub.utils import build_hf_headers
 
     if constants.HF_HUB_OFFLINE:
-        raise SourceError(
-            f"{what} needs the hub, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it or give files by path"
-        )
+        raise SourceError(f"{what}: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it or give files by path")
     try:
-        headers = build_hf_headers()
+        headers = dict(build_hf_headers())
+        headers.get("authorization", "").encode("ascii")
     except Exception as error:  # the library's transport raises its own types, which differ between versions
-        if isinstance(error, UnicodeError) or (isinstance(error, OSError) and error.errno is not None):
-            raise SourceError(
-                f"the hub's login cannot be read ({error}); log in again (hf auth login) or set HF_TOKEN"
-            ) from error
-        raise TransientError(f"no login to the hub ({type(error).__name__})") from error
-    if not headers.get("authorization", "").isascii():
-        raise SourceError(
-            "the hub's token contains characters that no token has; log in again (hf auth login) or fix HF_TOKEN"
-        )
-    return dict(headers)
+        if not isinstance(error, UnicodeError) and getattr(error, "errno", None) is None:
+            raise TransientError(f"no login to the hub ({type(error).__name__})") from error
+        raise SourceError("the hub's login cannot be used; log in again (hf auth login) or fix HF_TOKEN") from None
+    return headers
 
 
 def ask_for_commit(repo: str, revision: str, timeout_seconds: float) -> str:
     """The current commit of ``revision`` of a dataset. Raises SourceError."""
-
-    def commit(api: "HfApi") -> str | None:
-        return api.dataset_info(repo, revision=revision, expand=["sha"]).sha
-
-    sha = _ask(repo, revision, commit, timeout_seconds)
-    if not sha:
-        raise SourceError(f"hub:{repo}: {endpoint()} names no commit for {revision!r}; set data.revision to a commit")
-    return sha
+    return _ask(
+        repo, revision, lambda api: str(api.dataset_info(repo, revision=revision, expand=["sha"]).sha), timeout_seconds
+    )
 
 
 def list_files(repo: str, commit: str, timeout_seconds: float) -> list[str]:
     """The paths of all files of a dataset at a commit. Raises SourceError."""
-
-    def paths(api: "HfApi") -> list[str]:
-        entries = api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True)
-        return [entry.path for entry in entries if hasattr(entry, "size")]  # the others are folders
-
-    return _ask(repo, commit, paths, timeout_seconds)
+    return _ask(
+        repo, commit, lambda api: api.list_repo_files(repo, repo_type="dataset", revision=commit), timeout_seconds
+    )
 
 
 def _ask(repo: str, revision: str, request: Callable[["HfApi"], T], timeout_seconds: float) -> T:
     """The answer to a request about a dataset."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import get_session
 
-    what = f"hub:{repo}"
     address = endpoint()
+    what = f"hub:{repo} (revision {revision})"
 
     def ask() -> T:
         get_session().timeout = stall_seconds(timeout_seconds)  # without it a request may wait for an answer forever
-        login = login_headers(what).get("authorization", "")
+        login = login_headers(f"hub:{repo}").get("authorization", "")
         try:
             return request(HfApi(endpoint=address, token=login.removeprefix("Bearer ") or False))
-        except RevisionNotFoundError as error:
-            raise SourceError(
-                f"data.revision: {what} has no revision {revision!r}; use main, a tag or a commit"
-            ) from error
         except HfHubHTTPError as error:
             response: Any = error.response
             if response.status_code in (401, 403, 404):
                 raise SourceError(
                     f"{what} is not a dataset on {address}, or your token has no access to it; "
-                    "check the name or path, or log in (hf auth login, or HF_TOKEN)"
+                    "check the name or path and data.revision, or log in (hf auth login, or HF_TOKEN)"
                 ) from error
             check_status(response.status_code, response.headers, f"{what}: {address}", hub=True)
             raise
         except Exception as error:  # as in login_headers
             raise TransientError(f"no answer ({type(error).__name__})") from error
 
-    return retrying(ask, f"{what} (revision {revision})", timeout_seconds, hub_remedy())
+    return retrying(ask, what, timeout_seconds, hub=True)
 
 
 def file_url(repo: str, commit: str, path: str) -> str:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relora_mora.config.data import DataConfig, Packing, Split, TextSource
-from relora_mora.data.columns import ArrowRows, ParquetRows
+from relora_mora.data.columns import RangeRows
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.lanes import LanePlan, lane_plans
+from relora_mora.data.files import open_file
+from relora_mora.data.lanes import lane_plans
 from relora_mora.data.lines import LineRows
 from relora_mora.data.records.encoders import encoder_of, packing_of
-from relora_mora.data.rows import Encoded, Note, RecordsFound, Rows, in_calls
-from relora_mora.data.shard import ARROW, PARQUET, Shard
+from relora_mora.data.rows import CALL_CHARACTERS, Encoded, JudgedRows, Note, RecordsFound, in_calls
+from relora_mora.data.shard import Shard
 from relora_mora.data.sources import configured_shards, shards_of
 from relora_mora.data.stream.packing import Mask, with_end
 from relora_mora.data.stream.whole import WholeRows
@@ -38,15 +39,20 @@ _ROWS_PER_CALL = 64
 
 def open_rows(
     config: DataConfig, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0, note: Note = log.warning
-) -> Rows[Any]:
+) -> JudgedRows | TokenRows:
     """The texts, records or tokens of a shard of any format (see ``rows.OpenRows``).
 
     In plain text every document is a row. Only the limits and ``sample_by`` of ``config`` are used.
     """
     if shard.tokens is not None:
         return TokenRows(shard, stride, phase, bad)
-    reader = {PARQUET: ParquetRows, ARROW: ArrowRows}.get(shard.format, LineRows)
-    return reader(config, shard, stride, phase, bad=bad, note=note)
+    reader = RangeRows if shard.format.in_ranges else LineRows
+    file = open_file(shard, config.timeout_seconds)
+    try:
+        return reader(config, shard, file, stride=stride, phase=phase, bad=bad, note=note)
+    except BaseException:
+        file.close()
+        raise
 
 
 def read_rows(shards: Iterable[Shard], config: DataConfig, *, note: Note = log.warning) -> Iterator[Any]:
@@ -65,12 +71,10 @@ def iter_texts(sources: str | Sequence[str | TextSource], *, split: Split, confi
     """Every text of the sources, with the limits, revision and text column of ``config``. Raises SourceError."""
     shards = shards_of(sources, config, split)
     for shard in shards:
-        if shard.tokens is not None:
-            raise SourceError(f"{shard.location} holds tokens, but text is needed here; give the text of these tokens")
-        if shard.holds_records:
+        if shard.tokens is not None or shard.holds_records:
             raise SourceError(
-                f"{shard.label} is read as records (data.records), but text is needed here; set data.records=null, or "
-                "its kind to text"
+                f"{shard.label} holds tokens, or records by data.records, but text is needed here; give the text, or "
+                "set data.records=null"
             )
     return read_rows(shards, config)
 
@@ -91,7 +95,8 @@ def rows_in_order(
     found = found or RecordsFound(config)
     for record_format, same_format in itertools.groupby(shards, lambda shard: shard.records):
         encode = encoder_of(tokenizer, [record_format], packing, config.sequence_length)
-        for group in in_calls(limit(read_rows(same_format, config, note=found.note)), _ROWS_PER_CALL, len):
+        rows = limit(read_rows(same_format, config, note=found.note))
+        for group in in_calls(rows, _ROWS_PER_CALL, CALL_CHARACTERS):
             for source, row in zip(group, encode(group), strict=True):
                 found.add(row)
                 if isinstance(row, Encoded):
@@ -146,26 +151,12 @@ def count_epochs(
     if not tokens:
         sources = ", ".join(source.source for source in config.train)
         raise SourceError(f"the training data {sources} holds no text; give a source with at least one document")
-    late = _read_late(shards, lane_plans(config, lanes, len(shards)))
-    if late > 0.05:
+    plans = lane_plans(config, lanes, len(shards))
+    bytes_of = [sum((shards[part.shard].size or 0) / part.stride for part in plan.parts) for plan in plans]
+    if max(bytes_of) > 1.1 * sum(bytes_of) / lanes:
         log.warning(
-            "lanes have unequal shares of %s files: about %.0f %% of the text is read only after the end of an epoch, "
-            "and other text twice before it; give files of equal sizes, or a few files as records with "
-            "data.concatenate=true",
+            "lanes have unequal shares of %s files, so after an epoch some text is unread and other text was read "
+            "twice; give files of equal sizes, or a few files as records with data.concatenate=true",
             len(shards),
-            100 * late,
         )
     return math.ceil(tokens * epochs)
-
-
-def _read_late(shards: Sequence[Shard], plans: Sequence[LanePlan]) -> float:
-    """The fraction of a stream that is still unread when the lanes together have read as much as there is.
-
-    An estimate from the sizes of the files. If any size is unknown, all files count as equally large.
-    """
-    sizes = [shard.size or 0 for shard in shards]
-    if not all(sizes):
-        sizes = [1] * len(shards)
-    shares = [sum(sizes[part.shard] / part.stride for part in plan.parts) for plan in plans]
-    mean = sum(shares) / len(shares)
-    return sum(max(0.0, share - mean) for share in shares) / sum(shares)

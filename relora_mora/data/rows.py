@@ -5,12 +5,13 @@ rows of a shard (``OpenRows``), the other tokenizes rows and marks the scored to
 shards of every format, and ``encoders.py`` has the functions that tokenize.
 """
 
+import io
 import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +27,12 @@ Ids = Sequence[int] | TokenIds
 Scored = Sequence[bool] | npt.NDArray[np.bool_]
 Note = Callable[[str], object]  # gets a message about skipped rows
 Content = str | dict[str, Any] | Skipped  # a text, the fields of a record, or why there is none
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-CALL_CHARACTERS = 1 << 20
+CALL_CHARACTERS = 1 << 20  # of a tokenizer call and thread; a call needs dozens of times the memory of its text
 FEWEST_ROWS = 1000  # a fraction of fewer rows says little
 NOTES_PER_REASON = 3  # per shard
-OTHER_KEYS = "set data.text_column to the key of the texts, or data.records if the lines are records"
+_OTHER_KEYS = "set data.text_column to the key of the texts, or data.records if the lines are records"
 TOO_LONG = "over_length"
 
 
@@ -49,20 +49,17 @@ class Encoded(NamedTuple):
 Encode = Callable[[list[Row]], Sequence[Encoded | Skipped]]
 
 
-def in_calls(rows: Iterable[T], most: int, size: Callable[[T], int], threads: int = 1) -> Iterator[list[T]]:
-    """Batches rows for one tokenizer call each, bounded in rows (``most``) and characters (per thread).
-
-    A call needs dozens of times the memory of its text. Each row is tokenized by one of ``threads`` threads.
-    """
-    batch: list[T] = []
-    characters = 0
+def in_calls(rows: Iterable[Row | Skipped], most: int, characters: int) -> Iterator[list[Row | Skipped]]:
+    """Batches rows for one tokenizer call each: ``most`` of them, or fewer with at least ``characters`` characters."""
+    batch: list[Row | Skipped] = []
+    size = 0
     for row in rows:
         batch.append(row)
-        characters += size(row)
-        if len(batch) == most or characters >= threads * CALL_CHARACTERS:
+        size += 0 if isinstance(row, Skipped) else len(row)
+        if len(batch) == most or size >= characters:
             yield batch
             batch = []
-            characters = 0
+            size = 0
     if batch:
         yield batch
 
@@ -72,48 +69,41 @@ def share_of(rows: range, lanes: int, lane: int) -> range:
     return rows[-(-len(rows) * lane // lanes) : -(-len(rows) * (lane + 1) // lanes)]
 
 
-class Rows(Protocol[Row]):
-    """A lane's own rows of one shard, in an order that never changes.
+# Opens a shard for lane ``phase`` (from 0) of the ``stride`` lanes that share it; these are keywords, as are ``note``
+# and ``bad``, which is ``JudgedRows.bad`` at the position to which the caller skips next.
+OpenRows = Callable[..., Any]
+
+
+class JudgedRows(ABC):
+    """A lane's own rows of one file of text or records, in an order that never changes.
 
     A position is the number of own rows before it, so it means the same on every machine and after every restart. The
-    format decides how lanes share a shard: they take lines in turn, and split files with columns into equal ranges.
+    format decides how lanes share a file: they take lines in turn, and split files with columns into equal ranges. Too
+    many bad rows end the run. That depends only on the position, so a resumed run makes the same decision there.
     """
 
-    bad: int  # bad rows so far among the own rows; saved with a position
-    is_empty: bool  # whether the shard holds no rows, neither of this lane nor of another; known at its end
-
-    def skip(self, count: int) -> bool:
-        """Skips own rows without decoding them; False if the shard has fewer."""
-
-    def take(self, count: int) -> list[Row | Skipped]:
-        """The next ``count`` (at least 1) own rows; fewer only at the end of the shard, and none after it.
-
-        Raises SourceError if the shard cannot be read or holds too many bad rows.
-        """
-
-    def close(self) -> None: ...
-
-
-# Opens a shard for lane ``phase`` (from 0) of the ``stride`` lanes that share it; these are keywords, as are ``note``
-# and ``bad``, which is ``Rows.bad`` at the position to which the caller skips next.
-OpenRows = Callable[..., Rows[Row]]
-
-
-class JudgedRows(Rows[Any], ABC):
-    """The rows of a shard of text or records, which end the run if too many of them are bad.
-
-    A decision depends only on the position in the shard, so a resumed run makes the same decision at the same place.
-    """
-
-    is_empty = False
+    is_empty = False  # whether the file holds no rows, neither of this lane nor of another
     _rows: Iterator[tuple[int, Content]]  # the next own rows and their numbers in the file, from 1
 
-    def __init__(self, config: DataConfig, shard: Shard, stride: int, unit: str, *, bad: int, note: Note) -> None:
-        self.bad = bad
+    def __init__(
+        self,
+        config: DataConfig,
+        shard: Shard,
+        file: io.BufferedReader,
+        *,
+        stride: int,
+        phase: int,
+        bad: int,
+        note: Note,
+    ) -> None:
+        self.bad = bad  # bad rows so far among the own rows; saved with a position
+        self._config = config
+        self._limit = config.max_line_bytes
         self._shard = shard
+        self._unit = shard.format.unit or config.sample_by
+        self._file = file
         self._stride = stride
-        self._unit = unit
-        self._max_bad_fraction = config.max_bad_fraction
+        self._phase = phase
         self._note = note
         self._next = 0  # the number of the next own row
         self._noted = Counter[str]()
@@ -124,7 +114,18 @@ class JudgedRows(Rows[Any], ABC):
     def progress(self) -> float:
         """The fraction of the own rows, or of the shard, that was read, 0 to 1."""
 
+    @abstractmethod
+    def skip(self, count: int) -> bool:
+        """Skips own rows without decoding them; False if the file has fewer."""
+
+    def close(self) -> None:
+        self._file.close()
+
     def take(self, count: int) -> list[Any]:
+        """The next ``count`` (at least 1) own rows; fewer only at the end of the file, and none after it.
+
+        Raises SourceError if the file cannot be read or holds too many bad rows.
+        """
         rows: list[Any] = []
         for number, row in itertools.islice(self._rows, count):
             self._next += 1
@@ -135,36 +136,31 @@ class JudgedRows(Rows[Any], ABC):
                 rows.append(Record(row, f"{self._shard.label}, {self._unit} {number}", self._shard.records))
             else:
                 rows.append(row)
-        if not rows:
-            if self.is_empty:
-                self._note(f"{self._shard.label} is empty; skipped")
-            # a shard of nothing but bad rows, however small it is
-            if self.bad == self._next > self._max_bad_fraction * self._next and self._stride == 1:
-                raise self._error()
+        if not rows and self.is_empty:
+            self._note(f"{self._shard.label} is empty; skipped")
+        # a shard of nothing but bad rows, however small it is
+        if not rows and self.bad == self._next > self._config.max_bad_fraction * self._next and self._stride == 1:
+            raise self._error()
         return rows
 
     def _count(self, number: int, skipped: Skipped) -> None:
         self.bad += 1
-        self._last = f"{self._unit} {number} {skip_reason(skipped, self._shard)}"
+        reason = skipped.detail or BAD_REASONS[skipped.reason].format(column=self._shard.text_column)
+        self._last = f"{self._unit} {number} {reason}"
         self._noted[skipped.reason] += 1
         if self._noted[skipped.reason] <= NOTES_PER_REASON:
             self._note(f"{self._shard.label}: {self._last}; skipped")
-        if too_many(self.bad, self._next, self._max_bad_fraction):
+        if too_many(self.bad, self._next, self._config.max_bad_fraction):
             raise self._error()
 
     def _error(self) -> SourceError:
         last = f"; {self._last}" if self._last else ""
         if self._noted["no_text"] and not self._shard.holds_records:
-            last += f" ({OTHER_KEYS})"
+            last += f" ({_OTHER_KEYS})"
         return SourceError(
             f"{self._shard.label}: {self.bad} of {self._next} {self._unit}s are bad, more than data.max_bad_fraction "
-            f"({self._max_bad_fraction:g}){last}. Repair or drop the shard, or raise data.max_bad_fraction"
+            f"({self._config.max_bad_fraction:g}){last}. Repair or drop the shard, or raise data.max_bad_fraction"
         )
-
-
-def skip_reason(skipped: Skipped, shard: Shard) -> str:
-    """Describes what is wrong with a bad row of a shard."""
-    return skipped.detail or BAD_REASONS[skipped.reason].format(column=shard.text_column)
 
 
 def too_many(bad: int, rows: int, max_bad_fraction: float) -> bool:

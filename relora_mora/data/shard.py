@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -157,15 +157,12 @@ class Shard:
         return self.records is not None and not self.records.is_text
 
     @property
-    def required_columns(self) -> Collection[str]:
-        """The keys or columns that are read and that every row must have."""
-        return self.records.settings.required.values() if self.records and self.holds_records else (self.text_column,)
-
-    @property
-    def columns(self) -> Collection[str]:
-        """All keys or columns that are read."""
-        optional = self.records.settings.optional.values() if self.records and self.holds_records else ()
-        return (*self.required_columns, *optional)
+    def columns(self) -> dict[str, bool]:
+        """The keys or columns that are read, and whether every row must have them."""
+        if self.records is None or self.records.is_text:
+            return {self.text_column: True}
+        settings = self.records.settings
+        return dict.fromkeys(settings.optional.values(), False) | dict.fromkeys(settings.required.values(), True)
 
     def content_in(self, row: Any) -> str | dict[str, Any] | Skipped:
         """The text of a row with columns, or the fields of its record, or why it has none."""
@@ -193,24 +190,20 @@ class Shard:
     @property
     def origin(self) -> Literal["local", "server", "hub"]:
         """Where the file is stored."""
-        if self.hub:
-            return "hub"
-        return "server" if self.is_remote else "local"
+        if self.is_remote:
+            return "hub" if self.hub else "server"
+        return "local"
 
-    def column_remedy(self, columns: str) -> str:
-        """How to read other columns, with those that there are."""
+    def column_error(self, fault: str, names: Iterable[str]) -> SourceError:
+        """The error for a column that cannot be read, with the names of all columns."""
         setting = "records.columns" if self.holds_records else "text_column"
         setting = f"{setting} of the source {self.source}" if self.source else f"data.{setting}"
         records = "" if self.holds_records else "; or set data.records, if rows are not plain text"
-        return f"set {setting} to one of {columns}{records}"
+        return SourceError(f"{self.label} {fault}; set {setting} to one of {names_of(names)}{records}")
 
-
-def check_names(shard: Shard, names: Sequence[str]) -> None:
-    """Raises SourceError if a column that is read is missing or appears twice. The message lists the columns."""
-    for column in shard.columns:
-        count = list(names).count(column)
-        if count > 1 or (count == 0 and column in shard.required_columns):
-            raise SourceError(
-                f'{shard.label} has {count or "no"} column{"s" if count else ""} "{column}"; '
-                f"{shard.column_remedy(names_of(names))}"
-            )
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raises SourceError if a column that is read is missing or appears twice. The message lists the columns."""
+        for column, is_required in self.columns.items():
+            count = list(names).count(column)
+            if count > 1 or (count == 0 and is_required):
+                raise self.column_error(f'has {count or "no"} column{"s" if count else ""} "{column}"', names)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 
 import pyarrow
 import pytest
@@ -76,19 +75,6 @@ def test_bad_lines_are_counted_by_kind_with_shard_and_line(tmp_path, suffix):
         assert note.startswith(f"a{suffix}: {UNITS[suffix]} {2 * n + 2} {said}")
         assert note.endswith("; skipped")
     assert len(lane.rows.notes) >= len(bad)
-
-
-@each("suffix", ENTRIES)
-@each("lanes", [2, 7])
-def test_lanes_that_share_a_shard_count_each_line_once(tmp_path, lanes, suffix):
-    entries = ENTRIES[suffix]
-    kinds = [kind for n in range(30) for kind in ("text", list(entries)[n % len(entries)])] + ["text"] * lanes
-    path = write_shard(tmp_path / f"a{suffix}.gz", [entries.get(kind, "text") for kind in kinds])
-    counted = Counter()
-    for number in range(lanes):
-        found = rows_of(path, lanes, number, max_line_bytes=1000)
-        counted.update(row.reason if isinstance(row, Skipped) else row for row in found)
-    assert counted == Counter(kinds)
 
 
 def test_shards_without_text_between_good_ones(tmp_path):

@@ -58,18 +58,11 @@ def test_lanes_that_share_a_file_have_each_row_once_and_can_skip_to_any(suffix, 
 
 @each("written", ["stream", "file", "parquet"])
 @each("compression", [None, "lz4", "zstd"])
-@each("kind", ["string", "large_string", "string_view", "dictionary", "dictionary of string_view"])
+@each("kind", ["string", "large_string", "string_view", "dictionary"])
 def test_every_format_kind_of_string_and_compression(tmp_path, written, compression, kind):
     texts = [*some_texts(20), None, "", "größer\0", "twice", "twice"]
     values = pyarrow.array(texts, "string")
-    if kind.startswith("dictionary"):
-        encoded = values.dictionary_encode()
-        of = pyarrow.string_view() if "view" in kind else pyarrow.string()
-        values = pyarrow.DictionaryArray.from_arrays(encoded.indices, encoded.dictionary.cast(of))
-    else:
-        values = values.cast(kind)
-    if written == "parquet" and kind == "dictionary of string_view":
-        pytest.skip("pyarrow does not write it")
+    values = values.dictionary_encode() if kind == "dictionary" else values.cast(kind)
     path = tmp_path / ("a.parquet" if written == "parquet" else "a.arrow")
     if written == "parquet":
         write_parquet(path, values, group_rows=9, compression=compression or "none")
@@ -86,7 +79,7 @@ def test_rows_without_text_are_counted_by_kind_and_bad_ones_named_by_row(suffix,
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", values, group_rows=2)
     lane = make_lane(data_config(path, max_bad_fraction=1.0, max_line_bytes=1000, shuffle_documents=1), 1, 0)
     if suffix == ".arrow":  # its strings are UTF-8 by definition, so the file is damaged
-        with pytest.raises(SourceError, match=r"a\.arrow: record batch 2, from row 3 on, cannot be read .*UTF8"):
+        with pytest.raises(SourceError, match=r"a\.arrow: group 2, from row 3 on, cannot be read .*UTF8"):
             epoch_tokens(lane)
         return
     assert documents_in(epoch_tokens(lane))[:2] == ["good", "good too"]
@@ -103,7 +96,7 @@ def test_rows_without_text_are_counted_by_kind_and_bad_ones_named_by_row(suffix,
 
 BYTES = pyarrow.array([b"text"], "binary")
 RECORDS = {"kind": "prompt", "columns": {"prompt": "url", "completion": "text"}}
-OF_BYTES = 'the column "text" holds .*binary.*, not strings; .*.cast\\("string"\\)\\), or set'
+OF_BYTES = 'holds .*binary.* in the column "text", not strings .pyarrow: column.cast'
 
 
 @each(
@@ -113,20 +106,17 @@ OF_BYTES = 'the column "text" holds .*binary.*, not strings; .*.cast\\("string"\
         (
             ["text"],
             {"text_column": "id"},
-            'the column "id" holds int64, not strings; .*; or set data.records, if rows are not plain text',
+            'holds int64 in the column "id", not strings .*; or set data.records, if rows are not plain text',
         ),
-        *(
-            (BYTES.cast(kind), {"records": records}, OF_BYTES)
-            for kind in ("binary", "large_binary")
-            for records in (None, RECORDS)
-        ),
+        (BYTES, {"records": RECORDS}, OF_BYTES),
+        (BYTES.cast("large_binary"), {}, OF_BYTES),
         (BYTES.dictionary_encode(), {}, OF_BYTES),
     ],
 )
 @every_format
 def test_a_column_without_strings_is_refused_with_a_remedy(suffix, tmp_path, values, settings, said):
     config = data_config(WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", values), **settings)
-    with pytest.raises(SourceError, match=rf"a\{suffix}:? {said}"):
+    with pytest.raises(SourceError, match=rf"a\{suffix} {said}"):
         check_columns(configured_shards(config, "train"), config)
 
 
@@ -135,9 +125,9 @@ def test_a_column_without_strings_is_refused_with_a_remedy(suffix, tmp_path, val
 def test_a_file_that_was_cut_is_found_before_training(suffix, tmp_path, cut):
     path = WRITE_GROUPS[suffix](tmp_path / f"a{suffix}", some_texts(100))
     path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(SourceError, match=rf"a\{suffix} is not \w+ or was cut short: it ends in .*; fetch or write it"):
+    with pytest.raises(SourceError, match=rf"a\{suffix} is not \w+ or was cut short; fetch or write it again"):
         content_of(resolve_shards(str(path)))
-    with pytest.raises(SourceError, match=rf"a\{suffix}: its (footer|schema) cannot be read .*cut short .*: fetch or"):
+    with pytest.raises(SourceError, match=rf"a\{suffix}: its footer or schema cannot be read .*; fetch or"):
         make_lane(data_config(path), 1, 0).next_block()
 
 
@@ -158,7 +148,7 @@ def test_a_file_that_is_cut_or_damaged_anywhere_is_an_error_or_has_all_rows(tmp_
     try:
         rows = [row for lane in range(2) for row in rows_of(path, 2, lane)]
     except SourceError as error:
-        assert re.search(r"a\.\w+: (its|row group \d|record batch \d|the column)|has no column", str(error)), error
+        assert re.search(r"a\.\w+(: its|: group \d| has no column| holds)", str(error)), error
         return
     assert len(rows) == 60
     assert not cut
@@ -168,15 +158,15 @@ def test_a_file_that_is_cut_or_damaged_anywhere_is_an_error_or_has_all_rows(tmp_
 @each("good_reads", [0, 1])
 def test_a_disk_that_is_gone_is_an_error_of_the_system(tmp_path, monkeypatch, good_reads):
     path = write_parquet(tmp_path / "a.parquet", [random.Random(n).randbytes(500).hex() for n in range(500)])
-    read = LocalFile.read
+    readinto = LocalFile.readinto
     reads = itertools.count()
 
-    def failing(self, size=-1):
+    def failing(self, buffer):
         if next(reads) >= good_reads:
             raise OSError(errno.EIO, "Input/output error", "a.parquet")
-        return read(self, size)
+        return readinto(self, buffer)
 
-    monkeypatch.setattr(LocalFile, "read", failing)
+    monkeypatch.setattr(LocalFile, "readinto", failing)
     with pytest.raises(OSError, match=r"a\.parquet") as caught:
         make_lane(data_config(path), 1, 0).next_block()
     assert caught.value.errno == errno.EIO
@@ -212,15 +202,3 @@ def test_a_large_group_or_file_is_read_a_part_at_a_time(suffix, tmp_path, monkey
             assert rows.take(1) == [text]
             most = max(most, pyarrow.total_allocated_bytes() - before)
     assert 0 < most < 6e6
-
-
-def test_damage_is_reported_with_its_place(tmp_path):
-    path = write_parquet(
-        tmp_path / "a.parquet", some_texts(100), group_rows=20, write_page_checksum=True, use_dictionary=False
-    )
-    chunk = pyarrow.parquet.read_metadata(path).row_group(2).column(1)
-    body = bytearray(path.read_bytes())
-    body[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 255
-    path.write_bytes(body)
-    with pytest.raises(SourceError, match=r"a\.parquet: row group 3, from row 41 on, cannot be read \(.*\); the file"):
-        epoch_tokens(make_lane(data_config(path, shuffle_documents=1), 1, 0))

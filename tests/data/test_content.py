@@ -111,6 +111,6 @@ def test_a_local_file_is_read_as_it_was_at_the_start_and_copies_of_it_are_the_sa
     shutil.copy2(path, tmp_path / "copy").replace(path)  # like rsync and backups, this keeps the time
     assert _texts(shard) == some_texts(8)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    with pytest.raises(SourceError, match=rf"a\{suffix} changed since the start: it was written again; use data"):
+    with pytest.raises(SourceError, match=rf"a\{suffix} was written since the start; use data that does not"):
         _texts(shard)
     assert _texts(resolve_shards(str(path))[0]) == some_texts(8)  # another start accepts the file as it is now

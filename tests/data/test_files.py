@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
-import itertools
+import io
 import os
 import struct
 from contextlib import closing
@@ -15,19 +15,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from relora_mora.data.errors import SourceError, unreadable
-from relora_mora.data.files import open_file, text_pieces
+from relora_mora.data.files import open_file, open_text
 from relora_mora.data.lines import documents, lines_in
-from relora_mora.data.read import open_rows
 from relora_mora.data.shard import Shard
-from tests.tools.data_tools import (
-    data_config,
-    line,
-    resolve_shards,
-    rows_of,
-    some_texts,
-    texts_of,
-    write_shard,
-)
+from tests.tools.data_tools import line, some_texts, texts_of, write_shard
 from tests.tools.each import each
 
 
@@ -63,7 +54,7 @@ def test_any_sequence_of_frames_and_members_gives_their_text(tmp_path_factory, p
     text = b"".join(text for _, text in parts)
     shard = Shard("a.json", str(path))
     with closing(open_file(shard, 1.0)) as file:
-        assert b"".join(text_pieces(file, shard)) == text
+        assert open_text(file, shard).read() == text
 
 
 @each("name", ["a.json", "a.gz", "a.zst", "compressed.gz", "compressed.zst"])
@@ -77,18 +68,15 @@ def test_text_after_a_byte_order_mark_and_blanks_for_any_file_name(tmp_path, nam
     assert texts_of(path) == ["text"]
 
 
-@given(
-    text=st.text("a\n\r 日", max_size=60).map(str.encode),
-    cuts=st.lists(st.integers(0, 100), max_size=8),
-    limit=st.integers(0, 12),
-)
-def test_lines_and_documents_are_the_same_however_the_text_arrives(text, cuts, limit):
+@given(text=st.text("a\n\r 日", max_size=60).map(str.encode), buffer=st.integers(1, 9), limit=st.integers(0, 12))
+def test_lines_and_documents_are_the_same_however_the_text_arrives(text, buffer, limit):
+    def lines_of(text):
+        return lines_in(io.BufferedReader(io.BytesIO(text), buffer), limit)
+
     *lines, last = text.split(b"\n")
     expected = [line if len(line) <= limit else len(line) for line in [*lines, *filter(None, [last])]]
-    ends = sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
-    pieces = [text[begin:end] for begin, end in itertools.pairwise([0, *ends])]
-    assert list(lines_in(pieces, limit)) == expected
-    [whole] = list(documents(lines_in(pieces, limit), 1000, "document")) or [b""]
+    assert list(lines_of(text)) == expected
+    [whole] = list(documents(lines_of(text), 1000, "document")) or [b""]
     if not any(isinstance(line, int) for line in expected):
         assert whole == b"\n".join(line.removesuffix(b"\r") for line in expected)
 
@@ -115,26 +103,3 @@ def test_a_shard_that_breaks_off_or_has_another_byte_anywhere_is_an_error(tmp_pa
 def test_too_many_lanes_for_the_files_that_may_be_open():
     error = unreadable("a.json", OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "check the path")
     assert "raise ulimit -n, or lower data.lanes" in str(error)
-
-
-def test_a_file_that_changes_while_it_is_read_is_refused_then_or_when_it_is_opened_again(tmp_path):
-    path = write_shard(tmp_path / "a.json", some_texts(20_000))
-    config = data_config(path)
-    (shard,) = resolve_shards(str(path))
-    with closing(open_rows(config, shard)) as rows:
-        assert rows.skip(100)
-        with path.open("ab") as file:
-            file.write(b"more\n" * 1000)
-        assert rows.skip(19_900)
-        assert rows.take(1) == []
-    with pytest.raises(SourceError, match=r"changed since the start: [\d,]+ bytes then, [\d,]+ now; use data that"):
-        open_rows(config, shard)
-    (shard,) = resolve_shards(str(path))
-    with closing(open_rows(config, shard)) as rows:
-        assert rows.skip(100)
-        os.truncate(path, path.stat().st_size - 1000)
-        with pytest.raises(SourceError, match=r"a\.json changed since the start: [\d,]+ bytes when it was opened, "):
-            rows.skip(30_000)
-    path.unlink()
-    with pytest.raises(SourceError, match=r"a\.json cannot be read \(No such file"):
-        rows_of(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -55,31 +54,6 @@ def test_records_that_are_read_as_text_are_reported_with_their_keys(tmp_path, to
             f'line {bad} has no "text", only messages '
             "(set data.text_column to the key of the texts, or data.records"
         )
-
-
-def test_bad_first_lines_are_reported_for_any_limit(tmp_path, tokenizer):
-    path = write_json_lines(tmp_path / "a.jsonl", [_conversation(number) for number in range(30)])
-    assert _error_of(data_config(path, max_bad_fraction=1.0), tokenizer) == (
-        'a.jsonl: none of its first 16 lines can be used; one has no "text", only messages '
-        "(set data.text_column to the key of the texts, or data.records if the lines are records)"
-    )
-    config = data_config(path, max_bad_fraction=1.0, records={"kind": "question"})
-    assert _error_of(config, tokenizer).endswith('one has no "question" (data.records.columns), only messages')
-
-
-def test_many_records_that_are_too_long_cause_a_warning(tmp_path, tokenizer, caplog):
-    rows = [{"prompt": "the rank " * (40 if number else 1), "completion": "matrix"} for number in range(30)]
-    config = data_config(write_json_lines(tmp_path / "a.jsonl", rows), records={"kind": "prompt"}, sequence_length=64)
-    with caplog.at_level(logging.WARNING):
-        check_records(configured_shards(config, "train"), config, tokenizer)
-    [message] = caplog.messages
-    assert message.startswith(
-        "a.jsonl: 29 of the first 30 records are too long and left out, for instance a.jsonl, line 30"
-    )
-    caplog.clear()
-    write_json_lines(tmp_path / "a.jsonl", [*rows, *[rows[0]] * 30])
-    check_records(configured_shards(config, "train"), config, tokenizer)
-    assert caplog.messages == []
 
 
 @pytest.mark.more

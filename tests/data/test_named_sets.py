@@ -14,8 +14,6 @@ from relora_mora.config.data import DataConfig, TextSource
 from relora_mora.data import named_sets
 from relora_mora.data.errors import SourceError
 from relora_mora.data.named_sets import hub_files, with_commits
-from relora_mora.data.remote import open_remote
-from relora_mora.data.shard import Shard
 from relora_mora.data.sources import configured_shards
 from tests.tools.data_tools import data_config, resolve_shards, some_texts, texts_of, write_shard
 from tests.tools.each import each
@@ -112,9 +110,9 @@ def test_what_datasets_leaves_out_is_named(tmp_path, caplog, files, read, left_o
 
 PATTERNS = [
     ("*.jsonl", None),
-    (["*.jsonl", "b*.jsonl"], r"no file matches .*set/b\*\.jsonl"),
-    ("https://a.b/*.jsonl", "no file matches"),
-    ("a.{0..1}.jsonl", "no file matches"),
+    (["*.jsonl", "b*.jsonl"], r"holds no files b\*\.jsonl"),
+    ("a.{0..1}.jsonl", r"holds no files a\.0\.jsonl"),
+    ("../*.jsonl", r"\.\./\*\.jsonl is not a pattern of files inside of the set"),
 ]
 CARDS = [
     ("---\nconfigs: [\n---\n", "datasets cannot find its files"),
@@ -143,7 +141,7 @@ def test_a_folder_written_by_save_to_disk_is_refused(tmp_path, hub, marker):
     write_shard(tmp_path / "set" / "train" / "0.arrow", ["text"])
     (tmp_path / "set" / marker).touch()
     for source in [f"{tmp_path}/set/train"] if "/" in marker else [f"{tmp_path}/set", f"{tmp_path}/set::train"]:
-        with pytest.raises(SourceError, match=r"was written by save_to_disk, .*to_parquet\), or give its files by"):
+        with pytest.raises(SourceError, match=r"was written by save_to_disk; give its files, such as .*/\*\.arrow"):
             resolve_shards(source)
 
 
@@ -170,14 +168,10 @@ def test_patterns_on_the_hub(tmp_path, hub):
     for name in ("a/0.jsonl", "a/1.jsonl", "b/c/2.jsonl", "b/3.txt"):
         write_shard(tmp_path / "set" / name, [name])
     of_repo = f"hub:some/set@{COMMIT}/"
-    for pattern, expected in {
-        "a/*": ["a/0", "a/1"],
-        "**/*.jsonl": ["a/0", "a/1", "b/c/2"],
-        "a/{0..1}.jsonl": ["a/0", "a/1"],
-    }.items():
+    for pattern, expected in {"**/*.jsonl": ["a/0", "a/1", "b/c/2"], "a/{0..1}.js*": ["a/0", "a/1"]}.items():
         for source in (f"hub:some/set/{pattern}", TextSource(source="some/set", data_files=pattern)):
             assert [shard.name for shard in resolve_shards([source])] == [f"{of_repo}{name}.jsonl" for name in expected]
-    for pattern, said in {"c/*": "holds no files", "**a.txt": "is not a pattern", "/*": "is not a pattern"}.items():
+    for pattern, said in {"c/*": "holds no files", "../*": "is not a pattern", "/*": "is not a pattern"}.items():
         with pytest.raises(SourceError, match=said):
             resolve_shards([TextSource(source="some/set", data_files=pattern)])
 
@@ -234,29 +228,24 @@ def test_a_login_is_retried_after_a_network_fault(hub, monkeypatch):
         ({"HF_TOKEN": "hf_\u201csecret\u201d"}, "main", "hf auth login"),
         ({"HF_TOKEN": ""}, "main", "hf auth login"),  # its file is a folder
         ({"HF_ENDPOINT": "mirror.example.org"}, "main", r"HF_ENDPOINT: got 'mirror\.example\.org'"),
-        ({"HF_ENDPOINT": "mirror.example.org"}, COMMIT, r"HF_ENDPOINT: got 'mirror\.example\.org'"),
-        ({}, "nowhere", "has no revision 'nowhere'"),
+        ({}, "nowhere", r"\(revision nowhere\) is not a dataset on .* and data\.revision"),
+        ({"fault": "off"}, "main", "hub:allenai/c4: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"),
         ({"fault": "503"}, "main", r"hub:allenai/c4 \(revision main\): gave up after 0.4 s"),
-        ({"fault": "404"}, "main", r"hub:allenai/c4 is not a dataset on http.*check the name or path, or log"),
+        (
+            {"fault": "404"},
+            "main",
+            r"hub:allenai/c4 \(revision main\) is not a dataset on http.*check the name or path",
+        ),
     ],
 )
 def test_what_is_wrong_with_the_hub_is_one_message(hub, monkeypatch, tmp_path, settings, revision, said):
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path))
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", settings.get("fault") == "off")
     hub.fault = lambda n: "503" if settings.get("fault") == "503" else None
     if settings.get("fault") == "404":
         monkeypatch.setattr(hub.RequestHandlerClass, "do_GET", lambda handler: handler._answer(404, b"", {}))
     with pytest.raises(SourceError, match=said) as caught:
         resolve_shards("allenai/c4", revision, timeout_seconds=0.4)
     assert "secret" not in str(caught.value)
-
-
-def test_a_hub_that_is_switched_off_is_reported_immediately(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    off = "needs the hub, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
-    with pytest.raises(SourceError, match=f"hub:some/set {off}"):
-        resolve_shards("hub:some/set/a.jsonl")
-    name = f"hub:some/set@{COMMIT}/a.jsonl"
-    with pytest.raises(SourceError, match=f"{name} {off}"):
-        open_remote(Shard(name, "http://127.0.0.1:1/a.jsonl", hub=True), 60.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from contextlib import closing
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import fsspec
@@ -17,7 +18,7 @@ from relora_mora.data.content import content_of, with_versions
 from relora_mora.data.errors import SourceError
 from relora_mora.data.network import RETRIES, TransientError, retrying
 from relora_mora.data.read import open_rows
-from relora_mora.data.remote import open_remote
+from relora_mora.data.remote import BlockFile
 from relora_mora.data.shard import Shard
 from tests.tools.data_tools import data_config, resolve_shards, rows_of, some_texts, write_shard
 from tests.tools.each import each
@@ -32,18 +33,7 @@ def _write(folder):
 
 
 def _read(server, timeout_seconds=8.0):
-    with closing(open_remote(Shard("a.json.gz", f"{server.url}/a.json.gz"), timeout_seconds)) as source:
-        return b"".join(iter(lambda: source.read(50_000), b""))
-
-
-@each("etag", [True, False])
-def test_no_fault(tmp_path, etag):
-    shard = _write(tmp_path)
-    before = RETRIES.retries
-    with serving(tmp_path, etag=etag) as server:
-        assert _read(server) == shard.read_bytes()
-        assert len(server.requests) == 3  # blocks of 64 KiB and twice as much each time
-    assert RETRIES.retries == before
+    return BlockFile(Shard("a.json.gz", f"{server.url}/a.json.gz"), timeout_seconds).readall()
 
 
 @each("ranges", [True, False])
@@ -55,7 +45,7 @@ def test_an_empty_file_and_a_server_without_ranges(tmp_path, ranges):
         if not ranges:
             _write(tmp_path)
             server.requests.clear()
-            with pytest.raises(SourceError, match=r"a\.json\.gz: the server answers no ranges, .*; download the file"):
+            with pytest.raises(SourceError, match=r"a\.json\.gz: the server answers no ranges; download the file"):
                 _read(server)
             assert len(server.requests) == 1
 
@@ -75,20 +65,11 @@ def test_each_fault_twice(tmp_path, fault):
         assert time.monotonic() - began > 2  # Retry-After: 1, twice
 
 
-def test_a_connection_that_never_gets_far_is_read_in_smaller_pieces(tmp_path):
-    shard = _write(tmp_path)
-    body = shard.read_bytes()[:60_000]
-    shard.write_bytes(body)
-    with serving(tmp_path, lambda n: "few") as server:
-        assert _read(server) == body
-        assert len(server.requests) > 60_000 / 3000
-
-
 @each("proxy", ["socks5://127.0.0.1:1080", "http://[secret"])
 def test_a_proxy_that_cannot_be_used_is_named(proxy, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", proxy)
-    with pytest.raises(SourceError, match=r"proxies in the environment .*requests\[socks\]") as raised:
-        open_remote(Shard("a", "http://example.org/a.json"), 0.5).read(9)
+    with pytest.raises(SourceError, match="its url, login or proxy cannot be used") as raised:
+        BlockFile(Shard("a", "http://example.org/a.json"), 0.5)
     assert "secret" not in str(raised.value)
 
 
@@ -109,12 +90,13 @@ def test_waits_double_with_jitter_up_to_a_bound_and_honor_retry_after(monkeypatc
     def waits_of(*errors):
         left = iter(errors)
         waits = []
+        monkeypatch.setattr(network, "time", SimpleNamespace(sleep=waits.append, monotonic=time.monotonic))
 
         def ask():
             for error in left:
                 raise error
 
-        retrying(ask, "a", 1e6, sleep=waits.append)
+        retrying(ask, "a", 1e6)
         return waits
 
     before, state = RETRIES.retries, random.getstate()
@@ -184,8 +166,7 @@ def test_a_file_in_a_store_that_changes_is_refused_and_has_another_fingerprint(s
     "name,error,said",
     [
         ("memory://bucket/gone.jsonl", None, r"memory://bucket/gone\.jsonl: the store has no such file"),
-        ("memory://bucket/*.jsonl", None, "stores are not listed; write a range"),
-        ("nowhere://bucket/a.jsonl", None, r"nowhere:// cannot be read .* s3://"),
+        ("nowhere://bucket/a.jsonl", None, r"nowhere:// cannot be read \(Protocol not known"),
         ("s9://bucket/a.jsonl", None, r"s9:// cannot be read \(Install s9fs\)"),
         ("memory://bucket/a.jsonl", PermissionError("key"), "access denied; check the store's login"),
         ("memory://bucket/a.jsonl", KeyError("key"), r"after 0\.2 s .*KeyError"),

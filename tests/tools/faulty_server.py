@@ -26,9 +26,9 @@ Fault = Callable[[int], str | None]
 class FaultyServer(ThreadingHTTPServer):
     """Serves ``folder``. ``fault(n)`` names what goes wrong with request number n, or None.
 
-    refuse: closed without an answer; 429 and 503: with Retry-After; stall: half a body, then nothing; reset, few: half
-    a body or 3,000 bytes of it, then RST; truncate: half a body, then FIN; no_length: the same without Content-Length;
-    short, long: a wrong Content-Length; cut_range: an answer to another range than asked for.
+    refuse: closed without an answer; 429 and 503: with Retry-After; stall: half a body, then nothing; reset: half a
+    body, then RST; truncate: half a body, then FIN; no_length: the same without Content-Length; short, long: a wrong
+    Content-Length; cut_range: an answer to another range than asked for.
     """
 
     daemon_threads = True
@@ -141,13 +141,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             body = b""
-        if fault in ("reset", "stall", "few", "truncate", "no_length"):
-            body = body[: 3000 if fault == "few" else length // 2]
+        if fault in ("reset", "stall", "truncate", "no_length"):
+            body = body[: length // 2]
         self.wfile.write(body)
         if fault == "stall":
             self.wfile.flush()
             time.sleep(self.server.stall_seconds)
-        if fault in ("reset", "stall") or (fault == "few" and len(body) == 3000):
+        if fault in ("reset", "stall"):
             self.wfile.flush()
             self._reset()
         if fault:

@@ -29,7 +29,7 @@ from relora_mora.data.first_rows import check_columns
 from relora_mora.data.lines import is_encodable
 from relora_mora.data.read import open_rows
 from relora_mora.data.records.encoders import encoder_of, ends_of, packing_of, records_digest
-from relora_mora.data.rows import Encode, Encoded, JudgedRows, RecordsFound, in_calls, too_many
+from relora_mora.data.rows import CALL_CHARACTERS, Encode, Encoded, JudgedRows, RecordsFound, in_calls, too_many
 from relora_mora.data.shard import TEXT, RecordFormat, Shard
 from relora_mora.data.sources import token_shards
 from relora_mora.data.stream.producer import mixture_names, shards_of_source
@@ -302,7 +302,7 @@ def write_tokens(
             assert isinstance(opened, JudgedRows), "tokens of tokens"
             writer = TokenWriter(stream, vocabulary, records=shard.holds_records)
             taken = chain.from_iterable(iter(lambda: opened.take(TEXTS_PER_CALL), []))
-            for rows in in_calls(taken, TEXTS_PER_CALL, _characters, threads):
+            for rows in in_calls(taken, TEXTS_PER_CALL, threads * CALL_CHARACTERS):
                 encoded = iter(encode([row for row in rows if not isinstance(row, Skipped)]))
                 for row in rows:
                     if isinstance(row, Skipped):
@@ -318,10 +318,6 @@ def write_tokens(
         unfinished.replace(path)
         sync(path.parent)
     return totals_of(path)
-
-
-def _characters(row: Any) -> int:
-    return 0 if isinstance(row, Skipped) else len(row)
 
 
 class TokenWriter:

@@ -111,7 +111,7 @@ class MappedTokens:
 
 
 class TokenRows:
-    """A lane's share of a file of tokens (see ``rows.Rows``).
+    """A lane's share of a file of tokens (see ``rows.JudgedRows``).
 
     Here bad rows are only counted: their number was checked when the tokens were made, and at the start of the run.
     """

@@ -161,6 +161,6 @@ def test_training_rows_are_shown(tokenizer_path, tmp_path, capsys):
 def test_training_of_tokenizers_takes_only_text(tmp_path):
     path = _write(tmp_path / "a.jsonl")
     config = data_config(path, records={"kind": "messages", "template": "chatml"})
-    message = r"a\.jsonl is read as records \(data\.records\), but text is needed here; set data\.records=null"
+    message = r"a\.jsonl holds tokens, or records by data\.records, but text is needed here; .* data\.records=null"
     with pytest.raises(SourceError, match=message):
         list(iter_texts(str(path), split="train", config=config))

@@ -111,7 +111,7 @@ def test_a_folder_of_tokens_is_a_list_of_local_files(folder, tmp_path):
     assert [shard.label for shard in both[:2]] == [f"{source}/00000.arrow", f"{source}/00001.arrow"]
     assert [shard.size for shard in both[:3]] == [(source / f"0000{n}.arrow").stat().st_size for n in range(3)]
     assert len({content_of(shards) for shards in (both, both[:3], both[3:])}) == 3
-    with pytest.raises(SourceError, match="names already"):
+    with pytest.raises(SourceError, match="is named already"):
         resolve_shards([str(source), str(tmp_path / "." / "few.tokens")])
 
 
@@ -154,7 +154,7 @@ def test_another_tokenizer_and_other_limits_are_refused(folder, tokenizer_path, 
             make.check_tokens(shards, **{**given, **changed, **limits})
     with pytest.raises(SourceError, match="of another tokenizer"):
         eval_set(folder / "bad.tokens", other_tokenizer, **LIMITS)
-    with pytest.raises(SourceError, match="holds tokens, but text is needed here"):
+    with pytest.raises(SourceError, match=r"holds tokens, .* but text is needed here"):
         list(iter_texts(str(folder / "bad.tokens"), split="train", config=config))
     records = configured_shards(_config(folder, "records.tokens"), "train")
     make.check_tokens(records, **given)
