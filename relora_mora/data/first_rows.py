@@ -1,6 +1,5 @@
 """The first rows of a run's data: that they fit the settings and can be learned from, and how they are tokenized."""
 
-import functools
 import itertools
 import logging
 import sys
@@ -13,12 +12,13 @@ from relora_mora.config.data import DataConfig
 from relora_mora.config.schema import Config
 from relora_mora.data.content import THREADS
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
-from relora_mora.data.lanes import Cursor, LanePlan, LaneRows, lane_plans
+from relora_mora.data.lanes import Cursor, Part, lane_parts
 from relora_mora.data.read import open_rows, rows_in_order, scored_mask
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.rows import FEWEST_ROWS, OTHER_KEYS, TOO_LONG, Ids, RecordsFound, Scored, skip_reason
 from relora_mora.data.shard import JSON_LINES, TEXT, Shard
 from relora_mora.data.sources import configured_shards
+from relora_mora.data.stream.lane import Lane
 from relora_mora.data.stream.producer import mixture_names, shards_of_source
 from relora_mora.tokenizer.load import load_tokenizer
 
@@ -116,13 +116,12 @@ def check_lanes(shards: Sequence[Shard], config: DataConfig, lanes: int) -> None
         if not any(each[name] for each in weights) or packing_of(config, own) != "stream":
             continue
 
-        def read_first(plan: LanePlan, own: Sequence[Shard] = own) -> None:
-            rows = LaneRows(plan, own, one_row, functools.partial(open_rows, config), encode=list)
-            with closing(rows.rows_from(Cursor())) as first:
+        def read_first(lane: int, parts: Sequence[Part], own: Sequence[Shard] = own) -> None:
+            with closing(Lane(lane, parts, own, one_row, list, eos=0).rows(Cursor())) as first:
                 next(first)
 
         with ThreadPoolExecutor(THREADS) as threads:  # they mostly wait for servers
-            list(threads.map(read_first, lane_plans(config, lanes, len(own))))
+            list(threads.map(read_first, range(lanes), lane_parts(config, lanes, len(own))))
 
 
 def _ignore(note: str) -> None:

@@ -16,10 +16,10 @@ import numpy as np
 from relora_mora.config.data import DataConfig, Packing, Split, TextSource
 from relora_mora.data.columns import ArrowRows, ParquetRows
 from relora_mora.data.errors import Skipped, SourceError
-from relora_mora.data.lanes import LanePlan, lane_plans
+from relora_mora.data.lanes import Part, lane_parts
 from relora_mora.data.lines import LineRows
 from relora_mora.data.records.encoders import encoder_of, packing_of
-from relora_mora.data.rows import Encoded, Note, RecordsFound, Rows, in_calls
+from relora_mora.data.rows import CALL_CHARACTERS, Encoded, Note, RecordsFound, Rows, in_calls
 from relora_mora.data.shard import ARROW, PARQUET, Shard
 from relora_mora.data.sources import configured_shards, shards_of
 from relora_mora.data.stream.packing import Mask, with_end
@@ -39,9 +39,10 @@ _ROWS_PER_CALL = 64
 def open_rows(
     config: DataConfig, shard: Shard, *, stride: int = 1, phase: int = 0, bad: int = 0, note: Note = log.warning
 ) -> Rows[Any]:
-    """The texts, records or tokens of a shard of any format (see ``rows.OpenRows``).
+    """The texts, records or tokens of a shard of any format, for lane ``phase`` of the ``stride`` that share it.
 
-    In plain text every document is a row. Only the limits and ``sample_by`` of ``config`` are used.
+    In plain text every document is a row. ``bad`` is ``Rows.bad`` at the position to which the caller skips next. Only
+    the limits and ``sample_by`` of ``config`` are used.
     """
     if shard.tokens is not None:
         return TokenRows(shard, stride, phase, bad)
@@ -91,7 +92,7 @@ def rows_in_order(
     found = found or RecordsFound(config)
     for record_format, same_format in itertools.groupby(shards, lambda shard: shard.records):
         encode = encoder_of(tokenizer, [record_format], packing, config.sequence_length)
-        for group in in_calls(limit(read_rows(same_format, config, note=found.note)), _ROWS_PER_CALL, len):
+        for group in in_calls(limit(read_rows(same_format, config, note=found.note)), _ROWS_PER_CALL, CALL_CHARACTERS):
             for source, row in zip(group, encode(group), strict=True):
                 found.add(row)
                 if isinstance(row, Encoded):
@@ -146,7 +147,7 @@ def count_epochs(
     if not tokens:
         sources = ", ".join(source.source for source in config.train)
         raise SourceError(f"the training data {sources} holds no text; give a source with at least one document")
-    late = _read_late(shards, lane_plans(config, lanes, len(shards)))
+    late = _read_late(shards, lane_parts(config, lanes, len(shards)))
     if late > 0.05:
         log.warning(
             "lanes have unequal shares of %s files: about %.0f %% of the text is read only after the end of an epoch, "
@@ -158,7 +159,7 @@ def count_epochs(
     return math.ceil(tokens * epochs)
 
 
-def _read_late(shards: Sequence[Shard], plans: Sequence[LanePlan]) -> float:
+def _read_late(shards: Sequence[Shard], lanes: Sequence[Sequence[Part]]) -> float:
     """The fraction of a stream that is still unread when the lanes together have read as much as there is.
 
     An estimate from the sizes of the files. If any size is unknown, all files count as equally large.
@@ -166,6 +167,6 @@ def _read_late(shards: Sequence[Shard], plans: Sequence[LanePlan]) -> float:
     sizes = [shard.size or 0 for shard in shards]
     if not all(sizes):
         sizes = [1] * len(shards)
-    shares = [sum(sizes[part.shard] / part.stride for part in plan.parts) for plan in plans]
+    shares = [sum(sizes[part.shard] / part.stride for part in parts) for parts in lanes]
     mean = sum(shares) / len(shares)
     return sum(max(0.0, share - mean) for share in shares) / sum(shares)

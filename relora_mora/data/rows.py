@@ -1,8 +1,7 @@
 """The interface between packing and the rows that are packed, and the limit on rows that cannot be used.
 
-A lane knows neither the format of its shards nor the meaning of their rows. It is given two functions: one opens the
-rows of a shard (``OpenRows``), the other tokenizes rows and marks the scored tokens (``Encode``). ``read.py`` opens
-shards of every format, and ``encoders.py`` has the functions that tokenize.
+A lane knows neither the format of its shards nor the meaning of their rows. ``read.open_rows`` opens the rows of a
+shard, and a function of ``encoders.py`` tokenizes rows and marks the scored tokens (``Encode``).
 """
 
 import itertools
@@ -26,10 +25,9 @@ Ids = Sequence[int] | TokenIds
 Scored = Sequence[bool] | npt.NDArray[np.bool_]
 Note = Callable[[str], object]  # gets a message about skipped rows
 Content = str | dict[str, Any] | Skipped  # a text, the fields of a record, or why there is none
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-CALL_CHARACTERS = 1 << 20
+CALL_CHARACTERS = 1 << 20  # of a tokenizer call and thread; a call needs dozens of times the memory of its text
 FEWEST_ROWS = 1000  # a fraction of fewer rows says little
 NOTES_PER_REASON = 3  # per shard
 OTHER_KEYS = "set data.text_column to the key of the texts, or data.records if the lines are records"
@@ -49,20 +47,17 @@ class Encoded(NamedTuple):
 Encode = Callable[[list[Row]], Sequence[Encoded | Skipped]]
 
 
-def in_calls(rows: Iterable[T], most: int, size: Callable[[T], int], threads: int = 1) -> Iterator[list[T]]:
-    """Batches rows for one tokenizer call each, bounded in rows (``most``) and characters (per thread).
-
-    A call needs dozens of times the memory of its text. Each row is tokenized by one of ``threads`` threads.
-    """
-    batch: list[T] = []
-    characters = 0
+def in_calls(rows: Iterable[Row | Skipped], most: int, characters: int) -> Iterator[list[Row | Skipped]]:
+    """Batches rows for one tokenizer call each: ``most`` of them, or fewer with at least ``characters`` characters."""
+    batch: list[Row | Skipped] = []
+    size = 0
     for row in rows:
         batch.append(row)
-        characters += size(row)
-        if len(batch) == most or characters >= threads * CALL_CHARACTERS:
+        size += 0 if isinstance(row, Skipped) else len(row)
+        if len(batch) == most or size >= characters:
             yield batch
             batch = []
-            characters = 0
+            size = 0
     if batch:
         yield batch
 
@@ -92,11 +87,6 @@ class Rows(Protocol[Row]):
         """
 
     def close(self) -> None: ...
-
-
-# Opens a shard for lane ``phase`` (from 0) of the ``stride`` lanes that share it; these are keywords, as are ``note``
-# and ``bad``, which is ``Rows.bad`` at the position to which the caller skips next.
-OpenRows = Callable[..., Rows[Row]]
 
 
 class JudgedRows(Rows[Any], ABC):

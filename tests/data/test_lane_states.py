@@ -18,6 +18,7 @@ def test_the_form_of_a_saved_state_does_not_change():
     assert offset == 17
     assert json.dumps(cursor.state(offset)) == SAVED
     assert json.dumps(cursor.after_skipping("not_json").state(17)) == SAVED.replace('"not_json": 2', '"not_json": 3')
+    assert cursor.skipped["not_json"] == 2
     assert read_state(start_states(3)["2"]) == (Cursor(), 0)
 
 

@@ -80,8 +80,8 @@ def test_a_folder_of_something_else_is_refused(
     shutil.copytree(inputs, text)
     assert make(text, out, tokenizer_path).code == 0
     whole = contents(out)
-    refused(make(text, out, other_tokenizer), f"{out} holds tokens made by another tokenizer", "give another folder")
-    refused(make(text, out, tokenizer_path, "--data.max_line_bytes=99"), "or with another max_line_bytes")
+    refused(make(text, out, other_tokenizer), f"{out} holds tokens of another text", "give another folder")
+    refused(make(text, out, tokenizer_path, "--data.max_line_bytes=99"), "by another tokenizer or with other settings")
     write_shard(text / "part-00002.json.gz", some_texts(40, seed=99))
     refused(make(text, out, tokenizer_path), f"{out} holds tokens of another text, or of this text before it changed")
     refused(make(inputs, text, tokenizer_path), f"{text}: exists and holds something else")

@@ -16,7 +16,6 @@ from tests.tools.runs import (
     copy_cut_at,
     different_tensors,
     logged_steps,
-    logged_values,
     metrics,
     run_config,
     train,
@@ -105,24 +104,6 @@ def test_a_kill_after_a_rollback_does_not_change_the_drawn_sources(pools, inputs
     pools(2)(_bad_at, _config(inputs, tokenizer_path, killed), (4, 5))
     assert different_tensors(_end(rolled), _end(killed)) == []
     assert logged_steps(killed, "train/rollbacks") == [3]
-
-
-def test_sources_may_be_listed_in_another_order_at_a_resume(runs, pools, inputs, tmp_path):
-    """Which of two with equal weights comes first in a batch stays as it was."""
-
-    def config(run_dir: Path, step: int) -> Any:
-        sources = [
-            {"source": f"{inputs}/train/*", "name": "lines"},
-            {"source": f"{inputs}/rows/*", "name": "rows"},
-        ]
-        stages = [{"from_step": 6, "weights": dict([("lines", 2.0), ("rows", 2.0)][::step])}]
-        return runs.config(run_dir, data={"train": sources[::step], "stages": stages})
-
-    pools(1)(train, config(tmp_path / "never", 1))
-    copy_cut_at(tmp_path / "never", tmp_path / "run", 4)
-    pools(1)(train, config(tmp_path / "run", -1))
-    assert different_tensors(_end(tmp_path / "never"), _end(tmp_path / "run")) == []
-    assert logged_values(tmp_path / "run") == logged_values(tmp_path / "never")
 
 
 def _few(inputs: Path, tokenizer: str, run_dir: Path, **settings: Any) -> Any:

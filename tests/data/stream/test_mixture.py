@@ -114,7 +114,7 @@ def test_a_mixture_reads_each_source_as_if_it_were_the_only_one(folder, tokenize
         assert batch.counts["epoch/web"] == batch.counts["epoch"] == 0
         positions = stream.describe({}, batch.state)
         assert len(positions) == 8
-        assert positions[1].startswith("lane 0, web: epoch 0, after part-0000")
+        assert positions[1].startswith("lane 0/web: epoch 0, after part-0000")
         json.dumps(batch.state)
 
 
@@ -153,7 +153,7 @@ def test_every_lane_needs_a_text_in_each_source_that_ever_has_a_weight(folder, t
         config = data_config([*_records(folder), few], **settings)
         check_lanes(configured_shards(config, "train"), config, lanes)
 
-    message = rf"lane 3 found no text in .*few\{suffix}: there are fewer documents than lanes; .* source few to 0"
+    message = rf"lane 3 found no text in .*few\{suffix}: there are fewer documents than lanes, .* source few to 0"
     weights = {"web": 1.0, "books": 1.0}
     with serving(tmp_path) as server:
         check("few", 3)

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 
+from relora_mora.data.errors import Skipped
 from relora_mora.data.rows import Encoded, in_calls
 from tests.tools.data_tools import EOS, data_config, make_lane, write_shard
 from tests.tools.each import each
@@ -35,17 +36,15 @@ def test_blocks_carry_which_tokens_are_scored(tmp_path):
 
 
 @each(
-    "rows,threads,calls",
+    "rows,sizes",
     [
-        (["a"] * 5, 1, [3, 2]),
-        (["a", "b" * 9, "c", "d" * 4, "e" * 5], 1, [2, 3]),
-        (["a" * 9] * 5, 2, [2, 2, 1]),
-        ([], 1, []),
+        (["a"] * 5, [3, 2]),
+        (["a", "b" * 9, "c", "d" * 4, "e" * 5], [2, 3]),
+        ([Skipped("not_json")] * 4, [3, 1]),
+        ([], []),
     ],
 )
-def test_rows_go_to_a_tokenizer_in_groups(monkeypatch, rows, threads, calls):
-    """A call needs dozens of times the memory of its text."""
-    monkeypatch.setattr("relora_mora.data.rows.CALL_CHARACTERS", 9)
-    made = list(in_calls(rows, 3, len, threads))
-    assert list(map(len, made)) == calls
+def test_rows_go_to_a_tokenizer_in_groups(rows, sizes):
+    made = list(in_calls(rows, 3, 9))
+    assert list(map(len, made)) == sizes
     assert list(itertools.chain(*made)) == rows
