@@ -6,9 +6,10 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from relora_mora.config.data import DataConfig, TextSource, as_sources
@@ -87,24 +88,30 @@ class EvalSet:
         unscored sequences. Over all ranks, each token is scored once, including those of the short last block. Batches
         are no larger than needed if ``shrinks``; compiled layers need batches of one size instead.
         """
-        import torch
-
         length = self.scored.shape[1]
         if shrinks:
             micro_batch_size = min(micro_batch_size, -(-self.blocks // world_size))
         per_round = micro_batch_size * world_size
         for first in range(rank * micro_batch_size, -(-self.blocks // per_round) * per_round, per_round):
-            inputs = np.full((micro_batch_size, length), self.eos, np.int64)
-            labels = np.full((micro_batch_size, length), UNSCORED, np.int64)
-            documents = np.tile(np.arange(1, length + 1, dtype=np.int32), (micro_batch_size, 1))  # an EOS begins one
-            rows = slice(first, min(first + micro_batch_size, self.blocks))
-            here = slice(0, max(0, rows.stop - first))
-            inputs[here] = self.tokens[rows, :-1]
-            labels[here] = np.where(self.scored[rows], self.tokens[rows, 1:], UNSCORED)
+            rows = slice(first, first + micro_batch_size)  # fewer, or none, at the end
+            labels = np.where(self.scored[rows], self.tokens[rows, 1:], UNSCORED)
+            documents = None
             if self.document_ids is not None:
-                documents[here] = self.document_ids[rows]
-            document_ids = None if self.document_ids is None else torch.from_numpy(documents)
-            yield torch.from_numpy(inputs), torch.from_numpy(labels), document_ids
+                begins_each = np.arange(1, length + 1, dtype=np.int32)  # an EOS begins a document
+                documents = _padded(self.document_ids[rows], micro_batch_size, begins_each)
+            yield (
+                _padded(self.tokens[rows, :-1].astype(np.int64), micro_batch_size, self.eos),
+                _padded(labels.astype(np.int64), micro_batch_size, UNSCORED),
+                documents,
+            )
+
+
+def _padded(rows: npt.NDArray[Any], count: int, value: Any) -> "torch.Tensor":
+    """[count, T]: the rows, then rows of ``value``."""
+    import torch
+
+    padding = np.broadcast_to(np.asarray(value, rows.dtype), (count - len(rows), rows.shape[1]))
+    return torch.from_numpy(np.concatenate([rows, padding]))
 
 
 def load_eval_set(

@@ -88,8 +88,6 @@ class TrainStream(Iterator[Batch], AbstractContextManager["TrainStream"]):
         try:
             for number in range(count):
                 self._workers.append(WorkerProcess(replace(work, lanes=work.lanes[number::count])))
-            for worker in self._workers:  # now, so that several can start at the same time
-                worker.begin()
         except BaseException:
             self.close()
             raise

@@ -8,10 +8,12 @@ and it also dies with its parent.
 
 import contextlib
 import os
+import pickle
 import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -44,21 +46,23 @@ class WorkerProcess:
     """
 
     def __init__(self, assignment: Assignment) -> None:
-        self._connection, theirs = Pipe()
+        self._connection, theirs = Pipe(duplex=False)
         imports = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # from where this process imports
         # the child inherits the blocked signals, so none of them can end it before it ignores them
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno()), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=os.environ | _ENVIRONMENT | imports,
-            )
+            with tempfile.TemporaryFile() as work:
+                pickle.dump(assignment, work)
+                work.seek(0)
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno()), str(os.getpid())],
+                    stdin=work,
+                    pass_fds=[theirs.fileno()],
+                    env=os.environ | _ENVIRONMENT | imports,
+                )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
-        self._assignment = assignment
         self._failure: Exception | None = None
         self._cpu_seconds = -1.0  # of the process when it last made progress
         self._worked_at = 0.0
@@ -70,13 +74,6 @@ class WorkerProcess:
     @property
     def is_dead(self) -> bool:
         return self._process.poll() is not None
-
-    def begin(self) -> None:
-        """Hands over the assignment. The constructor does not, so that several workers can start at the same time."""
-        try:
-            self._connection.send(self._assignment)
-        except OSError as error:
-            raise self._death() from error
 
     def produce(self) -> LaneBlocks:
         if self._failure is None:
@@ -131,15 +128,15 @@ class WorkerProcess:
 
 
 def main(descriptor: int, parent: int) -> None:
-    """The worker's end: ``descriptor`` of the pipe, and ``parent``, the process id of the trainer."""
+    """The worker's end: its work is in stdin, ``descriptor`` is the pipe's, ``parent`` the trainer's process id."""
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
     end_with_parent(parent, signal.SIGKILL)
     # tokenizing needs no torch, but transformers would import it: 190 MB and more than a second in every worker
     sys.modules["torch"] = None  # type: ignore[assignment]
-    connection = Connection(descriptor)
-    assignment: Assignment = connection.recv()
+    connection = Connection(descriptor, readable=False)
+    assignment: Assignment = pickle.load(sys.stdin.buffer)  # noqa: S301 - from the trainer
     # the queue holds the batches prepared ahead; the pipe holds at most a part of a batch
     answers: Answers = queue.Queue(maxsize=assignment.config.prefetch_batches)
     threading.Thread(target=_send_all, args=(connection, answers), daemon=True).start()

@@ -83,9 +83,9 @@ def make_tokens(
 ) -> index.FileStats:
     """Tokenizes the shards whose files are missing in ``out``; returns the totals of the whole folder.
 
-    The shards hold text, or records of one format. Shows a progress bar in bytes of text, or in shards if a size is
-    unknown. Only the limits of ``config`` matter. Raises SourceError for text that cannot be read and for a folder that
-    holds something else, TokenizerError for the tokenizer, and OSError for the disk or if a process was killed.
+    The shards hold text, or records of one format. Shows a progress bar. Only the limits of ``config`` matter. Raises
+    SourceError for text that cannot be read and for a folder that holds something else, TokenizerError for the
+    tokenizer, and OSError for the disk or if a process was killed.
     """
     check_columns(shards, config)
     shards, planned = _plan(shards, config, tokenizer_path)
@@ -169,19 +169,12 @@ def _make(
         _encoder.cache_clear()  # another tokenizer may be in the same folder by now
         write = partial(write_tokens, config=config, tokenizer_path=tokenizer_path, threads=threads)
         jobs = {number: partial(write, shards[number], paths[number]) for number in left}
-        sizes = [shard.size or 0 for shard in shards]
-        weights = sizes if all(sizes) else [1] * len(shards)
-        parts: dict[int, float] = {number: weights[number] for number in done}
-        with Bar("tokenizing", "byte" if all(sizes) else "shard") as bar:
-
-            def report(number: int, part: float) -> None:
-                parts[number] = part * weights[number]
-                bar.update(sum(parts.values()), sum(weights))
-
-            results = ((number, job(progress=partial(report, number))) for number, job in jobs.items())
+        with Bar("tokenizing", "shard", total=len(shards)) as bar:
+            # of a shard that this process tokenizes, the bar also shows a part
+            results = ((n, job(progress=lambda part: bar.update(len(done) + part))) for n, job in jobs.items())
             for number, totals in results if processes == 1 else _in_processes(jobs, processes, threads):
                 done[number] = totals
-                report(number, 1.0)
+                bar.update(len(done))
         files = [done[number] for number in range(len(shards))]
         _write_index(out, planned.model_copy(update={"files": files}))
     return files
