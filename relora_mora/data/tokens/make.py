@@ -28,7 +28,7 @@ from relora_mora.data.first_rows import check_columns
 from relora_mora.data.lines import is_encodable
 from relora_mora.data.read import open_rows
 from relora_mora.data.records.encoders import encoder_of, ends_of, packing_of, records_digest
-from relora_mora.data.rows import CALL_CHARACTERS, Encode, Encoded, RecordsFound, in_calls, too_many
+from relora_mora.data.rows import CALL_CHARACTERS, Encode, Encoded, RecordsFound, in_calls
 from relora_mora.data.shard import TEXT, RecordFormat, Shard
 from relora_mora.data.sources import token_shards
 from relora_mora.data.stream.producer import mixture_names, shards_of_source
@@ -47,35 +47,21 @@ _UNFINISHED = ".tmp"  # suffix of a file that is being written
 _LOCK = ".lock"
 
 
-def check_tokens(
-    shards: Sequence[Shard], *, tokenizer_path: str, eos: int | None, limits: DataConfig | None = None
-) -> None:
-    """Raises SourceError if shards of tokens do not hold what this tokenizer would make of their text or records.
-
-    With ``limits``, also if a run with these limits would make other tokens of it, or has too many bad rows in it.
-    """
+def check_tokens(shards: Sequence[Shard], *, tokenizer_path: str, eos: int | None) -> None:
+    """Raises SourceError if shards of tokens do not hold what this tokenizer makes of their text or records."""
     for folder, shard in {Path(shard.location).parent: shard for shard in shards if shard.tokens}.items():
         assert shard.tokens is not None
-        made = shard.tokens.making.model_dump()
-        now: dict[str, Any] = {"tokenizer": tokenizer_fingerprint(tokenizer_path), "eos": eos}
-        if shard.holds_records:
-            now["records"] = records_digest(load_tokenizer(tokenizer_path), shard.records)
-        if limits is not None:
-            now["max_line_bytes"] = limits.max_line_bytes
-            now["sample_by"] = limits.sample_by if made["sample_by"] else None
-        others = [f"{name} (then {made[name]}, now {value})" for name, value in now.items() if made[name] != value]
-        if others:
-            raise SourceError(
-                f"{folder} holds tokens that were made with another {' and another '.join(others)}; give the tokenizer "
-                "and the settings of data with which they were made, or make tokens in another folder"
-            )
-    for shard in shards:
-        totals = shard.tokens.totals if shard.tokens else None
-        if totals and limits and too_many(totals.bad, totals.rows, limits.max_bad_fraction):
-            raise SourceError(
-                f"{shard.location}: {totals.bad} of {totals.rows} rows were bad, more "
-                f"than data.max_bad_fraction ({limits.max_bad_fraction:g}); repair or drop the shard, or raise it"
-            )
+        made = shard.tokens.making
+        same = (made.tokenizer, made.eos) == (tokenizer_fingerprint(tokenizer_path), eos)
+        if same and (
+            not shard.holds_records or made.records == records_digest(load_tokenizer(tokenizer_path), shard.records)
+        ):
+            continue
+        raise SourceError(
+            f"{folder} holds tokens of another tokenizer than {tokenizer_path}, or of records that were written in "
+            "another way; give the tokenizer and the data.records (kind, columns, template, score) with which they "
+            "were made, or make tokens in another folder"
+        )
 
 
 def make_tokens(

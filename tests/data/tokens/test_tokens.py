@@ -136,33 +136,24 @@ def test_held_out_text_and_totals_are_the_same(folder, tokenizer_path, name, max
         assert total.bad == sum(isinstance(row, Skipped) and row.reason in BAD_REASONS for row in taken) > 3
 
 
-def test_another_tokenizer_and_other_limits_are_refused(folder, tokenizer_path, other_tokenizer):
+def test_tokens_of_another_tokenizer_or_of_other_records_are_refused(folder, tokenizer_path, other_tokenizer):
     config = _config(folder, "bad.tokens")
-    shards = configured_shards(config, "train")
     eos = load_tokenizer(tokenizer_path).eos_token_id
-    given = {"tokenizer_path": tokenizer_path, "eos": eos}
-    make.check_tokens(shards, limits=config, **given)
-    for changed, message in (
-        (
-            {"tokenizer_path": other_tokenizer},
-            r"bad\.tokens holds tokens that were made with another tokenizer .*give the",
-        ),
-        ({"eos": eos + 1}, "with another eos"),
-        ({"limits": {"max_line_bytes": 99}}, r"with another max_line_bytes \(then 150, now 99\); give the .* settings"),
-        ({"limits": {"max_bad_fraction": 0.0}}, r"bad\.tokens/00000\.arrow: \d+ of 26 rows were bad, more than data\."),
-    ):
-        limits = {"limits": config.model_copy(update=changed["limits"])} if "limits" in changed else {}
-        with pytest.raises(SourceError, match=message):
-            make.check_tokens(shards, **{**given, **changed, **limits})
-    with pytest.raises(SourceError, match="with another tokenizer"):
+    of_text = configured_shards(config, "train")
+    of_records = configured_shards(_config(folder, "records.tokens"), "train")
+    of_others = configured_shards(_config(folder, "records.tokens", records={**RECORDS, "score": "all"}), "train")
+    for shards in (of_text, of_records):
+        make.check_tokens(shards, tokenizer_path=tokenizer_path, eos=eos)
+    given = [(of_text, other_tokenizer, eos), (of_text, tokenizer_path, eos + 1), (of_others, tokenizer_path, eos)]
+    for shards, path, end in given:
+        with pytest.raises(
+            SourceError, match=r"\.tokens holds tokens of another tokenizer than .*, or of records .* give"
+        ):
+            make.check_tokens(shards, tokenizer_path=path, eos=end)
+    with pytest.raises(SourceError, match="of another tokenizer"):
         eval_set(folder / "bad.tokens", other_tokenizer, **LIMITS)
     with pytest.raises(SourceError, match="holds tokens, but text is needed here"):
         list(iter_texts(str(folder / "bad.tokens"), split="train", config=config))
-    records = configured_shards(_config(folder, "records.tokens"), "train")
-    make.check_tokens(records, **given)
-    other = configured_shards(_config(folder, "records.tokens", records={**RECORDS, "score": "all"}), "train")
-    with pytest.raises(SourceError, match="with another records"):
-        make.check_tokens(other, **given)
     with pytest.raises(SourceError, match=r"holds tokens of records; set data\.records"):
         resolve_shards(str(folder / "records.tokens"))
 
