@@ -22,7 +22,6 @@ from relora_mora.data.lanes import (
 )
 from relora_mora.data.records.encoders import packing_of
 from relora_mora.data.shard import Shard
-from relora_mora.data.sources import configured_shards
 from relora_mora.data.stream.packing import UNSCORED, Batch
 from relora_mora.data.stream.producer import Assignment, LaneBlocks, mixture_names, produce, shards_of_source
 from relora_mora.data.stream.worker import WorkerProcess
@@ -33,8 +32,8 @@ class TrainStream(Iterator[Batch], AbstractContextManager["TrainStream"]):
 
     ``lanes`` is the number of lanes over all ranks; rank r reads the lanes r, r + world_size, .... ``state`` is None or
     the merged states of all ranks (``merge_states``), saved by any number of ranks and workers. ``step`` is the number
-    of global batches before the next one, on which a mixture depends. ``shards`` saves resolving the sources again;
-    those of rows that are packed whole must be tokenized (``make.tokens_of_whole_rows``).
+    of global batches before the next one, on which a mixture depends. The ``shards`` of rows that are packed whole must
+    be tokenized (``make.tokens_of_whole_rows``).
     Build the stream in a thread that lives as long as the stream, because its workers end with that thread. Raises
     SourceError for sources that cannot be read, ValueError for numbers that do not divide.
     """
@@ -42,6 +41,7 @@ class TrainStream(Iterator[Batch], AbstractContextManager["TrainStream"]):
     def __init__(
         self,
         config: DataConfig,
+        shards: Sequence[Shard],
         *,
         tokenizer_path: str,
         batch_size: int,
@@ -50,7 +50,6 @@ class TrainStream(Iterator[Batch], AbstractContextManager["TrainStream"]):
         world_size: int,
         state: Mapping[str, Mapping[str, Any]] | None = None,
         step: int = 0,
-        shards: Sequence[Shard] | None = None,
     ) -> None:
         if batch_size % lanes or lanes % world_size or not 0 <= rank < world_size:
             raise ValueError(
@@ -66,7 +65,7 @@ class TrainStream(Iterator[Batch], AbstractContextManager["TrainStream"]):
             )
         self._work = Assignment(
             config=config,
-            shards=configured_shards(config, "train") if shards is None else shards,
+            shards=shards,
             tokenizer_path=tokenizer_path,
             lanes=range(rank, lanes, world_size),
             lanes_of_all=lanes,

@@ -25,7 +25,6 @@ from relora_mora.config.data import DataConfig
 from relora_mora.data.content import contents, samples_digest, with_versions
 from relora_mora.data.errors import BAD_REASONS, Skipped, SourceError
 from relora_mora.data.first_rows import check_columns
-from relora_mora.data.lines import is_encodable
 from relora_mora.data.read import open_rows
 from relora_mora.data.records.encoders import encoder_of, ends_of, packing_of, records_digest
 from relora_mora.data.rows import CALL_CHARACTERS, Encode, Encoded, RecordsFound, in_calls
@@ -52,16 +51,14 @@ def check_tokens(shards: Sequence[Shard], *, tokenizer_path: str, eos: int | Non
     for folder, shard in {Path(shard.location).parent: shard for shard in shards if shard.tokens}.items():
         assert shard.tokens is not None
         made = shard.tokens.making
-        same = (made.tokenizer, made.eos) == (tokenizer_fingerprint(tokenizer_path), eos)
-        if same and (
-            not shard.holds_records or made.records == records_digest(load_tokenizer(tokenizer_path), shard.records)
-        ):
-            continue
-        raise SourceError(
-            f"{folder} holds tokens of another tokenizer than {tokenizer_path}, or of records that were written in "
-            "another way; give the tokenizer and the data.records (kind, columns, template, score) with which they "
-            "were made, or make tokens in another folder"
-        )
+        tokenizer = load_tokenizer(tokenizer_path)
+        now = (tokenizer_fingerprint(tokenizer_path, tokenizer), eos, records_digest(tokenizer, shard.records))
+        if (made.tokenizer, made.eos, made.records) != now:
+            raise SourceError(
+                f"{folder} holds tokens of another tokenizer than {tokenizer_path}, or of records that were written in "
+                "another way; give the tokenizer and the data.records (kind, columns, template, score) with which they "
+                "were made, or make tokens in another folder"
+            )
 
 
 def make_tokens(
@@ -119,8 +116,6 @@ def _plan(shards: Sequence[Shard], config: DataConfig, tokenizer_path: str) -> t
     for shard in shards:
         if shard.tokens is not None:
             raise SourceError(f"{Path(shard.location).parent} holds tokens already; give the text of these tokens")
-        if not is_encodable(shard.name):
-            raise SourceError(f"{shard.location!a}: its name is not UTF-8, and the index stores it; rename the file")
     if len({shard.records for shard in shards}) > 1:
         raise SourceError("the sources hold different kinds of records; tokenize each into a folder of its own")
     shards = with_versions(shards, config.timeout_seconds)
@@ -145,10 +140,8 @@ def _make(
 ) -> list[index.FileStats]:
     with _locked_folder(out, planned) as before:
         paths = [index.file_in(out, number) for number in range(len(shards))]
-        done = {number: totals_of(path) for number, path in enumerate(paths) if path.exists()}
-        for number, totals in done.items():
-            if before and totals != before[number]:
-                raise SourceError(f"{paths[number]} has changed since it was made; remove it and make it again")
+        # those of a finished folder are compared with its index when they are read
+        done = {n: before[n] if before else totals_of(path) for n, path in enumerate(paths) if path.exists()}
         left = [number for number in range(len(shards)) if number not in done]
         processes = max(1, min(processes, len(left)))
         threads = max(1, len(os.sched_getaffinity(0)) // processes)
@@ -250,7 +243,7 @@ def write_tokens(
     *,
     config: DataConfig,
     tokenizer_path: str,
-    threads: int = 1,
+    threads: int,
     progress: Callable[[float], object] = lambda part: None,
 ) -> index.FileStats:
     """Tokenizes a shard in bounded memory; the file appears only once it is complete. ``threads``: the tokenizer's.
