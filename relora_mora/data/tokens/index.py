@@ -3,6 +3,7 @@
 The folder holds a file of tokens for each shard of the text, in the same order, and ``tokens.json``, the index.
 """
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -72,7 +73,7 @@ class Index(Strict):
 
 
 def is_token_folder(folder: str | Path) -> bool:
-    return Path(folder, INDEX).is_file()
+    return os.path.isfile(Path(folder, INDEX))  # noqa: PTH113 - Path.is_file raises for a long or a closed name
 
 
 def file_in(folder: Path, number: int) -> Path:
