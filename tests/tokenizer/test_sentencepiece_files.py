@@ -39,10 +39,6 @@ def test_a_chat_template_and_the_beginning_of_texts_go_with_a_sentencepiece_mode
     assert encode(again, ["a</s>b"]) == encode(tokenizer, ["a</s>b"])
     assert tokenizer.eos_token_id not in encode(again, ["a</s>b"])
     assert tokenizer_fingerprint(tmp_path / "saved") == tokenizer_fingerprint(folder)
-    (tmp_path / "saved" / "chat_template.jinja").unlink()
-    config = tmp_path / "saved" / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "older"}))
-    assert load_tokenizer(tmp_path / "saved").chat_template == "older"
 
 
 @pytest.mark.more

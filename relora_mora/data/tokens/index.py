@@ -73,6 +73,7 @@ class Index(Strict):
 
 
 def is_token_folder(folder: str | Path) -> bool:
+    """Whether a folder has an index, finished or not."""
     return os.path.isfile(Path(folder, INDEX))  # noqa: PTH113 - Path.is_file raises for a long or a closed name
 
 

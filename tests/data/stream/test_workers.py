@@ -97,10 +97,7 @@ next(stream)
 
 
 def _lives(pid):
-    try:
-        return lives(psutil.Process(pid))
-    except psutil.NoSuchProcess:
-        return False
+    return psutil.pid_exists(pid) and lives(psutil.Process(pid))
 
 
 @pytest.mark.more
